@@ -31,9 +31,7 @@ from flax_densenet.errors import UserError
 # has no weights for it.
 _IMAGENET = {
     'densenet121': dict(growth_rate=32, block_sizes=(6, 12, 24, 16)),
-    'densenet161': dict(
-        growth_rate=48, block_sizes=(6, 12, 36, 24), stem_features=96
-    ),
+    'densenet161': dict(growth_rate=48, block_sizes=(6, 12, 36, 24), stem_features=96),
     'densenet169': dict(growth_rate=32, block_sizes=(6, 12, 32, 32)),
     'densenet201': dict(growth_rate=32, block_sizes=(6, 12, 48, 32)),
     'densenet264': dict(growth_rate=32, block_sizes=(6, 12, 64, 48)),
@@ -316,7 +314,7 @@ class DenseNet(nn.Module):
         For detection and segmentation: strides 4, 8, 16 and 32 with the ImageNet
         stem. The last entry is what `features` returns.
         """
-        _check_image_size(self, x.shape[-3:-1])
+        check_image_size(self, x.shape[-3:-1])
         x = self.conv0(x.astype(self.dtype))
         if self.stem == 'imagenet':
             x = nn.relu(self.norm0(x, train))
@@ -343,7 +341,8 @@ def smallest_image_size(model: DenseNet) -> int:
     return before_blocks if model.stem == 'cifar' else 4 * before_blocks - 3
 
 
-def _check_image_size(model, size):
+def check_image_size(model: DenseNet, size: Sequence[int]):
+    """Raises `UserError` where (height, width) is too small for the model."""
     smallest = smallest_image_size(model)
     if min(size) < smallest:
         raise UserError(
@@ -425,6 +424,19 @@ def _check_fields(model):
             raise UserError(f'model.{name}={getattr(model, name)} is out of range')
 
 
+def variable_shapes(model: DenseNet, *, image_shape: Sequence[int] | None = None):
+    """Shapes and dtypes of `{'params', 'batch_stats'}`; computes and compiles nothing.
+
+    Args:
+      image_shape: (H, W, C) of an image; only C has an effect. The default is the
+        smallest image, in colour.
+    """
+    if image_shape is None:
+        image_shape = (smallest_image_size(model),) * 2 + (3,)
+    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), image)
+
+
 def init_variables(
     model: DenseNet, seed: int, *, image_shape: Sequence[int] | None = None
 ):
@@ -438,16 +450,12 @@ def init_variables(
     Args:
       model: a DenseNet.
       seed: a whole number of at most 64 bits.
-      image_shape: (H, W, C) of an image; only C has an effect. The default is the
-        smallest image, in colour.
+      image_shape: see `variable_shapes`.
 
     Returns:
       Host (numpy) arrays, float32, or float64 with `dtype='float64'`.
     """
-    if image_shape is None:
-        image_shape = (smallest_image_size(model),) * 2 + (3,)
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), image)
+    shapes = variable_shapes(model, image_shape=image_shape)
 
     def draw(path, leaf):
         if path[-1] == 'kernel':

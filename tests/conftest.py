@@ -14,9 +14,7 @@ from flax import traverse_util
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SHARED = pathlib.Path(
-    os.environ.get('FLAX_DENSENET_SHARED', ROOT.parent / 'shared')
-)
+SHARED = pathlib.Path(os.environ.get('FLAX_DENSENET_SHARED', ROOT.parent / 'shared'))
 
 
 def shared(path):

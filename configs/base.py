@@ -1,0 +1,67 @@
+"""Every field of the program, once, with its unit and effect; recipes override it.
+
+`python launch.py` without --config takes this one: DenseNet-121 on scikit-learn's
+handwritten digits.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    optional = config_dict.placeholder  # None: as the variant has it
+    config = ConfigDict()
+    # Start from these weights: the workdir of a run. A checkpoint in --workdir comes
+    # first. The classifier starts anew where the classes differ.
+    config.init_from = ''
+
+    config.model = ConfigDict()
+    # densenet121, 161, 169, 201, 264, or [B-|C-|BC-]L<depth>k<growth rate>.
+    config.model.variant = 'densenet121'
+    config.model.growth_rate = optional(int)  # feature maps that a layer adds
+    config.model.block_sizes = optional(tuple)  # layers of each block, '(6,12,24,16)'
+    config.model.bottleneck = optional(int)  # 1x1 width in growth rates; 0: no 1x1
+    config.model.compression = optional(float)  # share that a transition keeps
+    config.model.stem = optional(str)  # imagenet (7x7/2, pool) or cifar (3x3)
+    config.model.stem_features = optional(int)
+    config.model.dropout_rate = 0.0  # after each 3x3 convolution of a block
+    config.model.epsilon = 1e-5  # added to the variance in batch norm
+    config.model.momentum = 0.9  # share of the running statistics kept at each step
+    config.model.unbiased_variance = True  # running variance as torch; False as Keras
+    config.model.dtype = 'float32'  # of activations; or bfloat16
+    config.model.padding = 'torch'  # or same, as TensorFlow pads
+    config.model.initializer = 'he_fan_in'  # he_fan_out, glorot_normal
+
+    config.data = ConfigDict()
+    # digits, folder:PATH (PATH/CLASS/* or PATH/{train,val}/CLASS/*) or
+    # tfds:NAME[:CONFIG].
+    config.data.source = 'digits'
+    config.data.image_size = 0  # pixels a side; 0: digits 32, others 224
+    config.data.resize = 'stretch'  # or crop: the largest square in the centre
+    config.data.batch_size = 32  # images of a step, over all devices and hosts
+    # (image / 255 - mean) / std for red, green, blue; ImageNet's.
+    config.data.mean = (0.485, 0.456, 0.406)
+    config.data.std = (0.229, 0.224, 0.225)
+    config.data.test_fraction = 0.2  # split off where the source has no test part
+    config.data.split_seed = 0  # of that split
+    config.data.augment = 'none'  # flip, shift_flip (CIFAR), crop_flip (ImageNet)
+    config.data.bad_images = 'error'  # or skip: leaves them out and lists them
+    config.data.cache = 'none'  # memory: keeps decoded images, up to the limit
+    config.data.cache_limit_gib = 4.0
+    config.data.threads = 4  # decoding threads, where workers is 0
+    config.data.workers = 0  # decoding processes, for many cores
+    config.data.tfds_dir = optional(str)  # where TFDS keeps its sets; None: its own
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = 'adam'  # adamw, sgd (Nesterov)
+    config.optimizer.learning_rate = 1e-4  # the highest of the schedule
+    config.optimizer.schedule = 'constant'  # cosine (to 0), steps (/10, below)
+    config.optimizer.drop_at = (0.5, 0.75)  # shares of training where steps divides
+    config.optimizer.warmup_epochs = 0.0  # the rate rises from 0 over these
+    config.optimizer.momentum = 0.9  # of sgd
+    config.optimizer.weight_decay = 0.0  # of all parameters; decoupled with adamw
+    config.optimizer.l2_penalty = 0.0  # times the squares of kernels, in the loss
+
+    config.train = ConfigDict()
+    config.train.epochs = 40
+    config.train.seed = 0  # of parameters, order, augmentation and dropout
+    return config

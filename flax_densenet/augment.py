@@ -1,0 +1,69 @@
+"""Random changes to a training image, and the named recipes made of them.
+
+Each function takes an image uint8 `[H, W, C]` and a numpy Generator and returns an
+image of the same shape and type.
+
+>>> import numpy as np
+>>> image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+>>> augment(image, np.random.default_rng(0), recipe='none').shape
+(2, 2, 3)
+"""
+
+import math
+
+import numpy as np
+from PIL import Image
+
+
+def flip(image, rng):
+    """Mirrors left and right, half of the time."""
+    return image[:, ::-1] if rng.random() < 0.5 else image
+
+
+def shift(image, rng):
+    """Shifts by up to an eighth of the side (4 of 32 pixels), with zeros around.
+
+    The paper's augmentation of CIFAR (section 4.1), together with `flip`.
+    """
+    height, width = image.shape[:2]
+    most = (height // 8, width // 8)
+    padded = np.pad(image, ((most[0],) * 2, (most[1],) * 2, (0, 0)))
+    top, left = rng.integers(2 * most[0] + 1), rng.integers(2 * most[1] + 1)
+    return padded[top : top + height, left : left + width]
+
+
+def crop(image, rng):
+    """A random part (8 to 100 % of the area, sides 3:4 to 4:3) at the full size.
+
+    The random-resized crop of Szegedy et al., arXiv 1409.4842, section 6.
+    """
+    height, width = image.shape[:2]
+    for _ in range(10):
+        area = height * width * rng.uniform(0.08, 1.0)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        new_width = round(math.sqrt(area * ratio))
+        new_height = round(math.sqrt(area / ratio))
+        if 0 < new_width <= width and 0 < new_height <= height:
+            left = rng.integers(width - new_width + 1)
+            top = rng.integers(height - new_height + 1)
+            box = (left, top, left + new_width, top + new_height)
+            picture = Image.fromarray(image)
+            return np.asarray(
+                picture.resize((width, height), Image.Resampling.BILINEAR, box=box)
+            )
+    return image
+
+
+RECIPES = {
+    'none': (),
+    'flip': (flip,),
+    'shift_flip': (shift, flip),
+    'crop_flip': (crop, flip),
+}
+
+
+def augment(image, rng, *, recipe: str):
+    """Applies the functions of `RECIPES[recipe]` in their order."""
+    for function in RECIPES[recipe]:
+        image = function(image, rng)
+    return image

@@ -1,0 +1,163 @@
+"""Checkpoints of a run: the latest and the best, with all that rebuilds the model.
+
+A workdir holds `checkpoints/<step>/` with four items: `model` (params and batch
+statistics), `train` (the rest of the training state), `metadata` (JSON: how to make
+the model and prepare its images) and `metrics`. Evaluation reads only `model`.
+"""
+
+import json
+import math
+import os
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from flax_densenet.errors import UserError
+
+FOLDER = 'checkpoints'
+
+
+def rank(metrics: dict[str, float]) -> tuple[float, float]:
+    """Sorts checkpoints and epochs: by test accuracy, then by lower test loss.
+
+    A value that is not a number comes last; unsorted, it could displace the best.
+    """
+    accuracy, loss = metrics['test_accuracy'], metrics['test_loss']
+    return (
+        accuracy if math.isfinite(accuracy) else -math.inf,
+        -loss if math.isfinite(loss) else -math.inf,
+    )
+
+
+def open_checkpoints(workdir: str) -> ocp.CheckpointManager:
+    """Opens (and makes, where absent) the checkpoints of a workdir; close it after.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    policies = ocp.checkpoint_managers
+    path = os.path.join(os.path.abspath(workdir), FOLDER)
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f'--workdir={workdir} cannot be written ({error.strerror}); choose another'
+        ) from error
+    return ocp.CheckpointManager(
+        path,
+        options=ocp.CheckpointManagerOptions(
+            # best_fn alone makes orbax write the metrics; with max_to_keep it would
+            # delete the latest checkpoint, which a resumed run needs.
+            best_fn=rank,
+            best_mode='max',
+            preservation_policy=policies.AnyPreservationPolicy(
+                [
+                    policies.LatestN(1),
+                    policies.BestN(
+                        get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False
+                    ),
+                ]
+            ),
+            cleanup_tmp_directories=True,
+        ),
+    )
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    *,
+    model: Any,
+    train: Any,
+    metadata: dict[str, Any],
+    metrics: dict[str, float],
+):
+    """Saves in the background; the arrays may be donated once this returns.
+
+    Args:
+      model: `{'params', 'batch_stats'}`.
+      train: what else a resumed run needs, a tree of arrays.
+      metadata: what JSON can hold.
+      metrics: `test_accuracy` and `test_loss` at least.
+    """
+    manager.save(
+        step,
+        args=ocp.args.Composite(
+            model=ocp.args.StandardSave(model),
+            train=ocp.args.StandardSave(train),
+            metadata=ocp.args.JsonSave(metadata),
+        ),
+        # A numpy float would fail in the background and be reported one save late.
+        metrics={name: float(value) for name, value in metrics.items()},
+    )
+
+
+def has_checkpoint(workdir: str) -> bool:
+    """True where the workdir holds a finished checkpoint."""
+    return bool(_steps(workdir))
+
+
+def _steps(workdir):
+    folder = os.path.join(workdir, FOLDER)
+    if not os.path.isdir(folder):
+        return []
+    # Unfinished ones carry another name until they are complete.
+    return sorted(int(name) for name in os.listdir(folder) if name.isdigit())
+
+
+def find_step(workdir: str, which: str) -> int:
+    """The step of the `latest` or the `best` checkpoint.
+
+    Raises:
+      UserError: there is none.
+    """
+    steps = _steps(workdir)
+    if not steps:
+        raise UserError(
+            f'--workdir={workdir} holds no checkpoint; train there first, or name the '
+            'folder of a run'
+        )
+    if which == 'latest':
+        return steps[-1]
+    return max(steps, key=lambda step: rank(load_json(workdir, step, 'metrics')))
+
+
+def load_json(workdir: str, step: int, item: str) -> dict[str, Any]:
+    """The `metadata` or the `metrics` saved at a step."""
+    path = os.path.join(workdir, FOLDER, str(step), item, item)
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f'the checkpoint {os.path.join(workdir, FOLDER, str(step))} is not whole '
+            f'({error}); remove that folder to use an earlier one'
+        ) from error
+
+
+def restore(
+    manager: ocp.CheckpointManager, step: int, *, sharding, **items: Any
+) -> dict[str, Any]:
+    """Restores `model`, `train`, or both.
+
+    Args:
+      sharding: of every array restored; given always, since without one orbax takes
+        the devices of the run that saved.
+      **items: for each item a tree of arrays or ShapeDtypeStructs of its shapes.
+
+    Returns:
+      `{item: tree of arrays}`.
+    """
+
+    def target(leaf):
+        leaf = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else np.asarray(leaf)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    args = {
+        name: ocp.args.StandardRestore(jax.tree.map(target, tree))
+        for name, tree in items.items()
+    }
+    restored = manager.restore(step, args=ocp.args.Composite(**args))
+    return {name: restored[name] for name in items}

@@ -1,0 +1,364 @@
+"""Sources of labelled images, and batches of them that depend on the step alone.
+
+A source has `train` and `test` examples with random access; images are decoded when
+asked for, inside grain's threads or processes, so a set of any size takes no more
+memory than a few batches.
+
+>>> source = load_source('digits', image_size=16)
+>>> len(source.train), len(source.test), source.class_names[:3]
+(1437, 360, ('0', '1', '2'))
+>>> source.train[0]['image'].shape
+(16, 16, 3)
+>>> batch = next(iter(train_batches(source.train, batch_size=8, seed=0)))
+>>> batch['image'].shape, batch['label'].shape
+((8, 16, 16, 3), (8,))
+"""
+
+import dataclasses
+
+import grain
+import jax
+import numpy as np
+
+from flax_densenet import augment as augment_lib
+from flax_densenet import images
+from flax_densenet import sources as sources_lib
+from flax_densenet.errors import UserError
+
+BAD_IMAGES = ('error', 'skip')
+CACHES = ('none', 'memory')
+_GIB = 2**30
+
+
+class Examples:
+    """A random-access sequence of `{'image': uint8 [S, S, 3], 'label': int32}`."""
+
+    def __init__(
+        self, reader: sources_lib.Reader, indices, *, image_size: int, resize: str
+    ):
+        self.reader = reader
+        self.indices = np.asarray(indices, np.int64)
+        self.image_size = image_size
+        self.resize = resize
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __repr__(self):
+        return f'{type(self.reader).__name__} of {len(self)} images'
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 `[len(self)]`, without decoding any image."""
+        return self.reader.labels[self.indices]
+
+    def name(self, position: int) -> str:
+        """The file of an example, or its place in its data set."""
+        return self.reader.name(int(self.indices[position]))
+
+    def __getitem__(self, position):
+        index = int(self.indices[position])
+        raw = self.reader[index]
+        try:
+            if isinstance(raw, np.ndarray):
+                image = images.resize_array(raw, self.image_size, self.resize)
+            else:
+                image = images.load_image(raw, self.image_size, self.resize)
+        except UserError as error:
+            raise UserError(
+                f'{self.reader.name(index)} {error}: mend or remove it, or set '
+                'data.bad_images=skip'
+            ) from error
+        return {'image': image, 'label': np.int32(self.reader.labels[index])}
+
+
+class CachedExamples(Examples):
+    """Examples that keep each decoded, resized image in memory once it was read."""
+
+    def __init__(self, examples: Examples):
+        super().__init__(
+            examples.reader,
+            examples.indices,
+            image_size=examples.image_size,
+            resize=examples.resize,
+        )
+        side = self.image_size
+        self._images = np.empty((len(self), side, side, 3), np.uint8)
+        self._known = np.zeros(len(self), bool)
+
+    def __getitem__(self, position):
+        if not self._known[position]:
+            self._images[position] = super().__getitem__(position)['image']
+            self._known[position] = True
+        label = self.reader.labels[self.indices[position]]
+        return {'image': self._images[position], 'label': np.int32(label)}
+
+
+class Relabelled(Examples):
+    """Examples whose label `i` becomes `new_labels[i]`."""
+
+    def __init__(self, examples: Examples, new_labels):
+        super().__init__(
+            examples.reader,
+            examples.indices,
+            image_size=examples.image_size,
+            resize=examples.resize,
+        )
+        self._examples = examples
+        self._new_labels = np.asarray(new_labels, np.int32)
+
+    @property
+    def labels(self):
+        return self._new_labels[self._examples.labels]
+
+    def __getitem__(self, position):
+        example = self._examples[position]
+        return example | {'label': self._new_labels[example['label']]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Training and test examples of the same classes.
+
+    Attributes:
+      has_test: the set came with a test part; else `test` was split off by us.
+      skipped: bad files left out, each with its reason.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Examples
+    test: Examples
+    has_test: bool = False
+    skipped: tuple[str, ...] = ()
+
+
+# Side in pixels where data.image_size is 0.
+DEFAULT_IMAGE_SIZES = {'digits': 32, 'folder': 224, 'tfds': 224}
+
+
+def load_source(
+    source: str,
+    *,
+    image_size: int = 0,
+    resize: str = 'stretch',
+    test_fraction: float = 0.2,
+    split_seed: int = 0,
+    bad_images: str = 'error',
+    cache: str = 'none',
+    cache_limit_gib: float = 4.0,
+    tfds_dir: str | None = None,
+) -> Source:
+    """Finds the images and labels of a data source; decodes none of them.
+
+    Args:
+      source: `digits` (scikit-learn's handwritten digits), `folder:PATH`
+        (`PATH/CLASS/*`, or `PATH/{train,val}/CLASS/*`) or `tfds:NAME[:CONFIG]`.
+      image_size: side in pixels to which images are resized; 0 for the source's own.
+      resize: `stretch` or `crop`, see `images.resize`.
+      test_fraction: share of the images that is split off for the test, evenly over
+        the classes, where the source has no test part of its own.
+      split_seed: of that split.
+      bad_images: `error` ends at a file that is no whole image, `skip` leaves it out.
+      cache: `memory` keeps decoded images of up to `cache_limit_gib` in memory.
+      tfds_dir: where TFDS keeps its sets; None for its default.
+
+    Raises:
+      UserError: for everything that is wrong with the fields or the files.
+    """
+    kind, _, name = source.partition(':')
+    if kind not in sources_lib.SOURCES:
+        raise UserError(
+            f'data.source={source} is not known; use digits, folder:PATH or '
+            'tfds:NAME[:CONFIG]'
+        )
+    _check_choice('resize', resize, images.RESIZES)
+    _check_choice('bad_images', bad_images, BAD_IMAGES)
+    _check_choice('cache', cache, CACHES)
+    if image_size < 0:
+        raise UserError(f'data.image_size={image_size} must be 0 or above')
+    if not 0 < test_fraction < 1:
+        raise UserError(f'data.test_fraction={test_fraction} must be between 0 and 1')
+    found = sources_lib.SOURCES[kind](name, bad_images=bad_images, tfds_dir=tfds_dir)
+    train, test = found.train, found.test
+    if test is None:
+        train, test = _split(found, test_fraction, split_seed)
+    if not len(train) or not len(test):
+        raise UserError(
+            f'data.source={source}: {len(train)} images to train on and {len(test)} to '
+            'test on are too few; add images'
+        )
+    size = image_size or DEFAULT_IMAGE_SIZES[kind]
+    parts = [
+        Examples(found.reader, indices, image_size=size, resize=resize)
+        for indices in (train, test)
+    ]
+    if cache == 'memory':
+        _check_cache(sum(map(len, parts)), size, cache_limit_gib)
+        parts = [CachedExamples(part) for part in parts]
+    return Source(
+        name=source,
+        class_names=tuple(found.class_names),
+        train=parts[0],
+        test=parts[1],
+        has_test=found.test is not None,
+        skipped=found.skipped,
+    )
+
+
+def _check_choice(field, value, valid):
+    if value not in valid:
+        raise UserError(f'data.{field}={value} is not known; use {", ".join(valid)}')
+
+
+def _check_cache(count, size, limit_gib):
+    need = count * size * size * 3 / _GIB
+    if need > limit_gib:
+        raise UserError(
+            f'data.cache=memory: {count} images of {size}x{size} take {need:.2f} GiB, '
+            f'more than data.cache_limit_gib={limit_gib:g}; raise it or use '
+            'data.cache=none'
+        )
+    print(f'data.cache=memory: {count} decoded images take {need:.2f} GiB', flush=True)
+
+
+def _split(found, test_fraction, seed):
+    """A seeded random split, even over the classes where each has two images."""
+    train_size = int(len(found.train) * (1 - test_fraction))
+    test_size = len(found.train) - train_size
+    if not train_size or not test_size:
+        return found.train[:train_size], found.train[train_size:]
+    if isinstance(
+        found.reader, sources_lib.TfdsReader
+    ):  # labels would have to be read one by one
+        order = np.random.default_rng(seed).permutation(found.train)
+        return np.sort(order[:train_size]), np.sort(order[train_size:])
+    from sklearn import model_selection
+
+    labels = found.reader.labels[found.train]
+    counts = np.bincount(labels)
+    classes = np.count_nonzero(counts)
+    even = counts[counts > 0].min() > 1 and min(train_size, test_size) >= classes
+    train, test = model_selection.train_test_split(
+        found.train,
+        train_size=train_size,
+        random_state=seed,
+        stratify=labels if even else None,
+    )
+    return np.sort(train), np.sort(test)
+
+
+class _Augment(grain.transforms.RandomMap):
+    def __init__(self, recipe):
+        self.recipe = recipe
+
+    def random_map(self, example, rng):
+        image = augment_lib.augment(example['image'], rng, recipe=self.recipe)
+        return example | {'image': image}
+
+
+def check_train_batches(
+    examples: Examples, batch_size: int, augment: str, workers: int
+):
+    """Raises the errors of `train_batches`, without starting any thread."""
+    if batch_size > len(examples):
+        raise UserError(
+            f'data.batch_size={batch_size} is larger than the {len(examples)} images '
+            'to train on; use a smaller one'
+        )
+    _check_choice('augment', augment, augment_lib.RECIPES)
+    if workers and isinstance(examples, CachedExamples):
+        raise UserError(
+            f'data.workers={workers} does not go with data.cache=memory, which threads '
+            'share and processes do not; use data.workers=0'
+        )
+
+
+def train_batches(
+    examples: Examples,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    augment: str = 'none',
+    threads: int = 4,
+    workers: int = 0,
+):
+    """An endless stream of full batches, a function of the seed and the step alone.
+
+    Each epoch goes through the examples once, in an order of its own. Where the
+    batch size does not divide them, a batch holds the end of one epoch and the start
+    of the next, so batch norm always sees a full batch; `epoch` says which is which.
+
+    Args:
+      batch_size: over all hosts; this host's share comes out.
+      start: step at which to start.
+      augment: a key of `augment.RECIPES`.
+      threads: decoding threads; each makes a whole batch.
+      workers: decoding processes instead of threads, 0 for none.
+
+    Returns:
+      An iterator of `{'image': uint8 [n, S, S, 3], 'label': int32 [n],
+      'epoch': int32 [n]}`, to be closed after use; epochs count from 0.
+
+    Raises:
+      UserError: fewer examples than rows of a batch; an unknown recipe.
+    """
+    check_train_batches(examples, batch_size, augment, workers)
+    count, hosts = len(examples), jax.process_count()
+    stream = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
+    stream = stream.map_with_index(
+        lambda position, example: example | {'epoch': np.int32(position // count)}
+    )
+    # The host's share is taken last, so that the stream does not depend on how many
+    # hosts there are.
+    stream = stream.random_map(_Augment(augment))[jax.process_index() :: hosts]
+    stream = stream.batch(batch_size // hosts, drop_remainder=True)
+    return _iterate(stream[start:], threads, workers)
+
+
+def eval_batches(
+    examples: Examples, *, batch_size: int, threads: int = 4, workers: int = 0
+):
+    """Every example once, in order, in batches of one shape on every host.
+
+    Returns:
+      An iterator of `{'image': uint8 [n, S, S, 3], 'label': int32 [n],
+      'mask': float32 [n]}`; the last batch is filled up with rows of mask 0.
+    """
+    hosts = jax.process_count()
+    steps = -(-len(examples) // batch_size)
+    stream = grain.MapDataset.range(steps * batch_size)
+    stream = stream.map(_Padded(examples))[jax.process_index() :: hosts]
+    stream = stream.batch(batch_size // hosts, drop_remainder=True)
+    return _iterate(stream, threads, workers)
+
+
+class _Padded(grain.transforms.Map):
+    def __init__(self, examples):
+        self.examples = examples
+
+    def map(self, position):
+        last = len(self.examples) - 1
+        example = self.examples[min(int(position), last)]
+        return example | {'mask': np.float32(position <= last)}
+
+
+def _iterate(stream, threads, workers):
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)
+    stream = stream.to_iter_dataset(options)
+    if workers:
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+        )
+    return iter(stream)
+
+
+def join(first: Examples, second: Examples) -> Examples:
+    """The examples of two parts of one source, in the source's order."""
+    return Examples(
+        first.reader,
+        np.sort(np.concatenate([first.indices, second.indices])),
+        image_size=first.image_size,
+        resize=first.resize,
+    )

@@ -1,0 +1,146 @@
+"""Pictures and tables of a run."""
+
+import os
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from flax_densenet import checkpoint, evaluate, model
+
+_TRAIN, _TEST, _BEST = '#1f77b4', '#d95f02', '#555555'
+
+
+def _new_figure(width, height):
+    from matplotlib.figure import Figure  # 0.5 s, and only where a picture is made
+
+    return Figure(figsize=(width, height), layout='constrained')
+
+
+def plot_curves(records):
+    """Accuracy and loss by epoch, training and test, the best epoch marked.
+
+    Args:
+      records: the lines of `metrics.jsonl`, in their order.
+
+    Returns:
+      A matplotlib figure of two panels side by side.
+    """
+    figure = _new_figure(11, 4.2)
+    best = max(records, key=checkpoint.rank)
+    epochs = [record['epoch'] for record in records]
+    panels = zip(figure.subplots(1, 2), ('accuracy', 'loss'), (100, 1), strict=True)
+    for axes, name, scale in panels:
+        for part, colour in (('train', _TRAIN), ('test', _TEST)):
+            values = [record[f'{part}_{name}'] * scale for record in records]
+            axes.plot(
+                epochs, values, color=colour, marker='o', markersize=3, label=part
+            )
+        value = best[f'test_{name}'] * scale
+        text = f'{value:.1f} %' if name == 'accuracy' else f'{value:.3f}'
+        axes.axvline(best['epoch'], color=_BEST, linestyle=':', linewidth=1)
+        axes.plot(
+            [best['epoch']],
+            [value],
+            marker='*',
+            markersize=14,
+            color=_TEST,
+            linestyle='none',
+            label=f'best epoch ({best["epoch"]}): test {text}',
+        )
+        axes.set_title(name.capitalize())
+        axes.set_xlabel('epoch')
+        axes.set_ylabel('accuracy, %' if name == 'accuracy' else 'cross-entropy')
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def save_curves(workdir: str, records):
+    """Writes `curves.png`."""
+    plot_curves(records).savefig(os.path.join(workdir, 'curves.png'), dpi=110)
+
+
+def plot_samples(images, titles, *, columns: int = 8):
+    """A grid of images uint8 `[N, H, W, 3]`, each with its title."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    figure = _new_figure(1.5 * columns, 1.75 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.axis('off')
+    for axes, image, title in zip(grid, images, titles, strict=False):
+        axes.imshow(image, interpolation='nearest')
+        axes.set_title(_clip(title), fontsize=9, parse_math=False)
+    return figure
+
+
+def _clip(title, most=18):
+    return title if len(title) <= most else title[: most - 1] + '…'
+
+
+def save_samples(workdir: str, batch, class_names, *, mean, std, most: int = 24):
+    """Writes `samples.png`: training images as the model sees them, made visible.
+
+    Args:
+      batch: of `data.train_batches`; normalised as in training and back.
+    """
+    seen = evaluate.normalise(batch['image'][:most], mean=mean, std=std)
+    seen = np.asarray(seen) * np.asarray(std) + np.asarray(mean)
+    images = np.clip(np.round(seen * 255), 0, 255).astype(np.uint8)
+    titles = [class_names[label] for label in batch['label'][:most]]
+    figure = plot_samples(images, titles)
+    figure.savefig(os.path.join(workdir, 'samples.png'), dpi=110)
+
+
+def count_model(module: model.DenseNet, image_shape):
+    """Output shape, parameters and multiply-adds of the model's parts, in order.
+
+    Args:
+      image_shape: (H, W, C).
+
+    Returns:
+      `[(part, output shape [H, W, C] or [C], parameters, multiply-adds), ...]`.
+      Multiply-adds are those of convolutions and the classifier for one image.
+    """
+    parts: dict[str, list] = {}
+
+    def record(call, args, kwargs, context):
+        output = call(*args, **kwargs)
+        path = context.module.path
+        if context.method_name == '__call__' and path:
+            part = parts.setdefault(path[0], [None, 0, 0])
+            part[0] = output.shape[1:]
+            own = context.module.variables.get('params', {})
+            arrays = [leaf for leaf in own.values() if not isinstance(leaf, dict)]
+            part[1] += sum(leaf.size for leaf in arrays)
+            if isinstance(context.module, nn.Conv | nn.Dense):
+                kernel = own['kernel'].shape
+                positions = np.prod(output.shape[1:-1], dtype=np.int64)
+                part[2] += int(np.prod(kernel, dtype=np.int64) * positions)
+        return output
+
+    variables = model.variable_shapes(module, image_shape=image_shape)
+    image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
+    with nn.intercept_methods(record):
+        jax.eval_shape(module.apply, variables, image)
+    return [(name, *part) for name, part in parts.items()]
+
+
+def format_summary(module: model.DenseNet, image_shape) -> str:
+    """A table per block of output shape, parameters and GMACs, with totals."""
+    rows = count_model(module, image_shape)
+    shape = 'x'.join(map(str, image_shape))
+    lines = [
+        f'{"part":<14}{"output":>16}{"parameters":>14}{"GMACs":>10}',
+        f'{"image":<14}{shape:>16}',
+    ]
+    for name, output, parameters, operations in rows:
+        output = 'x'.join(map(str, output))
+        lines.append(
+            f'{name:<14}{output:>16}{parameters:>14,}{operations / 1e9:>10.3f}'
+        )
+    parameters, operations = (sum(row[i] for row in rows) for i in (2, 3))
+    lines.append(f'{"total":<14}{"":>16}{parameters:>14,}{operations / 1e9:>10.3f}')
+    return '\n'.join(lines)

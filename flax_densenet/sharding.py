@@ -1,0 +1,58 @@
+"""One `data` axis over all devices: who holds which rows, and who writes."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flax_densenet.errors import UserError
+
+
+def make_mesh(devices=None) -> Mesh:
+    """A mesh of all devices (of all hosts), or of `devices`, with the axis `data`."""
+    devices = jax.devices() if devices is None else devices
+    # jax.make_mesh has explicit axes by default, in which optax's cross-entropy
+    # has no gradient; Mesh itself has automatic ones.
+    return Mesh(np.asarray(devices), ('data',))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of parameters: a whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split_rows(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: rows spread over the devices."""
+    return NamedSharding(mesh, PartitionSpec('data'))
+
+
+def replicate(tree, mesh: Mesh):
+    """Host arrays, the same on every host, to a copy on every device."""
+    sharding = replicated(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree
+    )
+
+
+def to_global(batch, mesh: Mesh):
+    """This host's rows of a batch (numpy) to one array over all hosts' devices."""
+    sharding = split_rows(mesh)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+    )
+
+
+def check_batch_size(batch_size: int, mesh: Mesh):
+    """Raises `UserError` where a global batch does not divide over the devices."""
+    devices = mesh.size
+    if batch_size < 1 or batch_size % devices:
+        below = batch_size // devices * devices
+        choices = f'{below} or {below + devices}' if below > 0 else f'{devices}'
+        raise UserError(
+            f'data.batch_size={batch_size} does not divide over {devices} devices; '
+            f'use {choices}'
+        )
+
+
+def is_writer() -> bool:
+    """True on the one host that writes logs, pictures and settings."""
+    return jax.process_index() == 0

@@ -1,0 +1,294 @@
+"""Where labelled images come from: the loaders behind `data.load_source`.
+
+A loader lists what there is (paths, arrays, records) and reads no more than it must;
+decoding is left to `data.Examples`.
+"""
+
+import concurrent.futures
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+
+from flax_densenet import images
+from flax_densenet.errors import UserError
+
+
+class Reader(Protocol):
+    """Where images come from: `labels`, `[i]` (a file's path, bytes or an array)."""
+
+    labels: np.ndarray
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def name(self, index: int) -> str: ...
+
+
+@dataclasses.dataclass
+class ArrayReader:
+    """Images held as uint8 arrays `[N, H, W, 3]`."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __getitem__(self, index):
+        return self.images[index]
+
+    def name(self, index):
+        return f'image {index}'
+
+
+@dataclasses.dataclass
+class FileReader:
+    """Images held as files."""
+
+    paths: list[str]
+    labels: np.ndarray
+
+    def __getitem__(self, index):
+        return self.paths[index]
+
+    def name(self, index):
+        return self.paths[index]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What a loader of `SOURCES` finds; None in `test` asks for a split of `train`."""
+
+    reader: Reader
+    class_names: list[str]
+    train: np.ndarray
+    test: np.ndarray | None
+    skipped: tuple[str, ...] = ()
+
+
+def _find_digits(name, **_):
+    from sklearn import datasets  # 1 s, and only here
+
+    if name:
+        raise UserError(f'data.source=digits:{name}: digits takes no name; use digits')
+    digits = datasets.load_digits()
+    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    reader = ArrayReader(np.repeat(grey[..., None], 3, -1), digits.target.astype('i4'))
+    return Found(reader, [str(n) for n in range(10)], np.arange(len(grey)), None)
+
+
+_TRAIN_FOLDERS = ('train', 'training')
+_TEST_FOLDERS = ('val', 'valid', 'validation', 'test')
+
+
+def _find_folder(name, *, bad_images, **_):
+    root = os.path.expanduser(name)
+    field = f'data.source=folder:{name}'
+    if not name or not os.path.isdir(root):
+        raise UserError(
+            f'{field}: there is no such folder; give one that holds a folder of images '
+            'for each class'
+        )
+    inside = _class_folders(root)
+    train_folder = next((n for n in _TRAIN_FOLDERS if n in inside), None)
+    test_folder = next((n for n in _TEST_FOLDERS if n in inside), None)
+    split = train_folder is not None and test_folder is not None
+    names = _class_folders(os.path.join(root, train_folder) if split else root)
+    if len(names) < 2:
+        found = f'one class only ({names[0]})' if names else 'no class folders'
+        raise UserError(
+            f'{field}: has {found}; make a folder of images for each of at least '
+            'two classes'
+        )
+    parts = [os.path.join(root, train_folder) if split else root]
+    if split:
+        parts.append(os.path.join(root, test_folder))
+        extra = sorted(set(_class_folders(parts[1])) - set(names))
+        if extra:
+            raise UserError(
+                f'{field}: class {extra[0]} is in {test_folder} but not in '
+                f'{train_folder}; add it there or remove it'
+            )
+    paths, labels, sizes = [], [], []
+    for part, root_of_part in enumerate(parts):
+        before = len(paths)
+        for label, class_name in enumerate(names):
+            files = _image_files(os.path.join(root_of_part, class_name))
+            if not files and part == 0:
+                raise UserError(
+                    f'{field}: the folder {class_name} holds no images; add some or '
+                    'remove it'
+                )
+            paths += files
+            labels += [label] * len(files)
+        sizes.append(len(paths) - before)
+    if split and not sizes[1]:
+        raise UserError(f'{field}: the folder {test_folder} holds no images')
+    bad = _check_files(paths, bad_images)
+    good = np.array([i for i in range(len(paths)) if i not in bad], np.int64)
+    reader = FileReader(paths, np.array(labels, np.int32))
+    train, test = good[good < sizes[0]], good[good >= sizes[0]]
+    skipped = tuple(f'{paths[i]} {reason}' for i, reason in bad.items())
+    return Found(reader, names, train, test if split else None, skipped)
+
+
+def _class_folders(root):
+    return sorted(
+        entry.name
+        for entry in os.scandir(root)
+        if entry.is_dir() and not entry.name.startswith(('.', '__MACOSX'))
+    )
+
+
+def _image_files(root):
+    """Paths of the image files below a folder, sorted; hidden ones are left out."""
+    found, seen = [], set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a symbolic link that leads back up
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(n for n in folders if not n.startswith('.'))
+        found += [
+            os.path.join(folder, name)
+            for name in files
+            if not name.startswith('.')
+            and os.path.splitext(name)[1].lower() in images.EXTENSIONS
+        ]
+    return sorted(found)
+
+
+def _check_files(paths, bad_images):
+    """{index: reason} of the bad files with `skip`; with `error` the first one ends it.
+
+    `skip` decodes every file, so that training never meets a bad one; `error` looks
+    at each file's first and last bytes, and what that does not find is met, and
+    named, when the image is decoded.
+    """
+    skip = bad_images == 'skip'
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        reasons = pool.map(lambda path: images.check_image(path, decode=skip), paths)
+        bad = {}
+        for index, reason in enumerate(reasons):
+            if reason and not skip:
+                pool.shutdown(cancel_futures=True)
+                raise UserError(
+                    f'{paths[index]} {reason}: mend or remove it, or set '
+                    'data.bad_images=skip'
+                )
+            if reason:
+                bad[index] = reason
+    return bad
+
+
+@dataclasses.dataclass
+class TfdsReader:
+    """One or two splits of a TFDS set: encoded images, each read when asked for."""
+
+    parts: list[Any]
+    keys: tuple[str, str]
+    names: list[str]
+    labels: np.ndarray = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        self.labels = _TfdsLabels(self)
+
+    def example(self, index):
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError(index)
+
+    def __getitem__(self, index):
+        raw = self.example(index)[self.keys[0]]
+        return raw if isinstance(raw, (bytes, np.ndarray)) else bytes(raw)
+
+    def name(self, index):
+        for part, name in zip(self.parts, self.names, strict=True):
+            if index < len(part):
+                return f'{name}[{index}]'
+            index -= len(part)
+        raise IndexError(index)
+
+
+class _TfdsLabels:
+    """Labels of a `TfdsReader` by index or index array, read when asked for."""
+
+    def __init__(self, reader):
+        self._reader = reader
+
+    def __getitem__(self, index):
+        if np.ndim(index):
+            return np.array([self[i] for i in index], np.int32)
+        return np.int32(self._reader.example(int(index))[self._reader.keys[1]])
+
+
+def _find_tfds(name, *, tfds_dir, **_):
+    import tensorflow_datasets as tfds  # 1 s, and only here
+
+    field = f'data.source=tfds:{name}'
+    builder_name = name.replace(':', '/', 1)
+    try:
+        builder = tfds.builder(builder_name, data_dir=tfds_dir)
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f'{field}: TFDS has no such set ({first_line})') from error
+    _prepare_tfds(builder, field)
+    features = builder.info.features
+    image_key = _only_key(features, tfds.features.Image, 'image', field)
+    label_key = _only_key(features, tfds.features.ClassLabel, 'label', field)
+    splits = list(builder.info.splits)
+    test = next((s for s in ('test', 'validation') if s in splits), None)
+    train = 'train' if 'train' in splits else splits[0]
+    names = [train, test] if test and test != train else [train]
+    decoders = {image_key: tfds.decode.SkipDecoding()}
+    parts = [builder.as_data_source(split=s, decoders=decoders) for s in names]
+    reader = TfdsReader(parts, (image_key, label_key), names)
+    sizes = [len(part) for part in parts]
+    rest = sizes[0] + np.arange(sizes[1]) if len(sizes) > 1 else None
+    return Found(reader, features[label_key].names, np.arange(sizes[0]), rest)
+
+
+def _prepare_tfds(builder, field):
+    if builder.is_prepared():
+        formats = [f.value for f in builder.info.available_file_formats()]
+        if 'array_record' not in formats:
+            raise UserError(
+                f'{field}: was prepared in {builder.data_dir} as {", ".join(formats)}, '
+                'which cannot be read without TensorFlow; prepare it again with '
+                "file_format='array_record'"
+            )
+        return
+    import tensorflow_datasets as tfds
+
+    try:
+        builder.download_and_prepare(file_format='array_record')
+    except ImportError as error:
+        raise UserError(
+            f"{field}: preparing this set needs TensorFlow's image encoder, once: "
+            "pip install 'flax_densenet[prepare]' and run again; training itself does "
+            f'not use it ({error.name or error})'
+        ) from error
+    except (OSError, tfds.download.DownloadError) as error:
+        raise UserError(
+            f'{field}: cannot be downloaded into {builder.data_dir} ({error}); prepare '
+            'it where there is a network and set data.tfds_dir to its folder'
+        ) from error
+
+
+def _only_key(features, kind, what, field):
+    keys = [key for key, feature in features.items() if isinstance(feature, kind)]
+    if len(keys) != 1:
+        raise UserError(
+            f'{field}: has {len(keys)} {what} features ({", ".join(features)}); only '
+            'sets with one image and one class label can be used'
+        )
+    return keys[0]
+
+
+SOURCES: dict[str, Callable[..., Found]] = {
+    'digits': _find_digits,
+    'folder': _find_folder,
+    'tfds': _find_tfds,
+}

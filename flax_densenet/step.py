@@ -1,0 +1,206 @@
+"""The training step: a pure function of the state and the global batch.
+
+The step counter is the only clock: the learning rate and the dropout key are
+functions of it, so a resumed run goes on as if it had not stopped.
+"""
+
+import math
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import traverse_util
+
+from flax_densenet import evaluate, model, sharding
+from flax_densenet.errors import UserError
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a checkpoint holds: arrays only.
+
+    Attributes:
+      step: int32, steps taken.
+      running: sums over the examples of one epoch; see `new_running`.
+    """
+
+    step: Any
+    params: Any
+    batch_stats: Any
+    opt_state: Any
+    running: Any
+
+
+def new_running() -> dict[str, np.ndarray]:
+    """Sums of loss, correct and count `[this epoch, next epoch]`, and the epoch.
+
+    A batch may hold the end of one epoch and the start of the next; each example is
+    counted in its own.
+    """
+    return {
+        'epoch': np.zeros((), np.int32),
+        'loss': np.zeros(2, np.float32),
+        'correct': np.zeros(2, np.int32),
+        'count': np.zeros(2, np.int32),
+    }
+
+
+def _add_to_running(running, epoch, losses, correct):
+    """Adds a batch's rows; the first row of a later epoch moves the sums along."""
+    first = epoch.min()
+    later = first > running['epoch']
+
+    def add(sums, values):
+        sums = jnp.where(later, jnp.stack([sums[1], jnp.zeros_like(sums[1])]), sums)
+        values = values.astype(sums.dtype)
+        now = jnp.sum(values * (epoch == first), dtype=sums.dtype)
+        rest = jnp.sum(values * (epoch != first), dtype=sums.dtype)
+        return sums + jnp.stack([now, rest])
+
+    return {
+        'epoch': jnp.maximum(running['epoch'], first),
+        'loss': add(running['loss'], losses),
+        'correct': add(running['correct'], correct),
+        'count': add(running['count'], jnp.ones_like(correct)),
+    }
+
+
+OPTIMIZERS = ('adam', 'adamw', 'sgd')
+SCHEDULES = ('constant', 'cosine', 'steps')
+
+
+def make_schedule(
+    *,
+    learning_rate: float,
+    schedule: str,
+    drop_at,
+    warmup_epochs: float,
+    epochs: int,
+    steps_per_epoch: float,
+) -> optax.Schedule:
+    """Learning rate by step; warm-up first, then `schedule` over what is left."""
+    if schedule not in SCHEDULES:
+        raise UserError(
+            f'optimizer.schedule={schedule} is not known; use {", ".join(SCHEDULES)}'
+        )
+    if not 0 < learning_rate < math.inf:
+        raise UserError(f'optimizer.learning_rate={learning_rate} must be above 0')
+    if not 0 <= warmup_epochs < epochs:
+        raise UserError(
+            f'optimizer.warmup_epochs={warmup_epochs:g} must be below '
+            f'train.epochs={epochs}'
+        )
+    total = math.ceil(epochs * steps_per_epoch)
+    warmup = round(warmup_epochs * steps_per_epoch)
+    if schedule == 'cosine':
+        after = optax.cosine_decay_schedule(learning_rate, total - warmup)
+    elif schedule == 'steps':
+        drops = {round(share * total) - warmup: 0.1 for share in drop_at}
+        after = optax.piecewise_constant_schedule(learning_rate, drops)
+    else:
+        after = optax.constant_schedule(learning_rate)
+    if not warmup:
+        return after
+    rise = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, warmup)
+    return optax.join_schedules([rise, after], [warmup])
+
+
+def make_optimizer(
+    schedule: optax.Schedule, *, name: str, momentum: float, weight_decay: float
+) -> optax.GradientTransformation:
+    """Adam (torch's constants), AdamW, or SGD with Nesterov momentum.
+
+    Weight decay is the paper's: of all parameters, added to the gradient (AdamW:
+    to the update).
+    """
+    if name not in OPTIMIZERS:
+        raise UserError(
+            f'optimizer.name={name} is not known; use {", ".join(OPTIMIZERS)}'
+        )
+    if name == 'adamw':
+        return optax.adamw(schedule, weight_decay=weight_decay)
+    if name == 'adam':
+        update = optax.adam(schedule)
+    else:
+        update = optax.sgd(schedule, momentum=momentum, nesterov=momentum > 0)
+    if not weight_decay:
+        return update
+    return optax.chain(optax.add_decayed_weights(weight_decay), update)
+
+
+def _kernel_penalty(params):
+    """Sum of the squares of all convolution kernels."""
+    flat = traverse_util.flatten_dict(params)
+    return sum(
+        jnp.sum(jnp.square(leaf))
+        for path, leaf in flat.items()
+        if path[-1] == 'kernel' and leaf.ndim == 4
+    )
+
+
+def make_train_step(
+    module: model.DenseNet,
+    optimizer: optax.GradientTransformation,
+    *,
+    mean,
+    std,
+    seed: int = 0,
+    l2_penalty: float = 0.0,
+):
+    """Makes `(state, batch) -> (state, loss)`, a pure function of the global batch.
+
+    Under `jax.jit` over a mesh, batch norm's statistics are those of the whole batch
+    without further code. The loss that is reported is the cross-entropy; the penalty
+    acts through the gradient.
+    """
+
+    def train_step(state: TrainState, batch):
+        images = evaluate.normalise(batch['image'], mean=mean, std=std)
+        dropout = jax.random.fold_in(jax.random.key(seed), state.step)
+
+        def loss_of(params):
+            logits, updated = module.apply(
+                {'params': params, 'batch_stats': state.batch_stats},
+                images,
+                train=True,
+                mutable=['batch_stats'],
+                rngs={'dropout': dropout},
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(
+                logits, batch['label']
+            )
+            loss = losses.mean()
+            if l2_penalty:
+                loss += l2_penalty * _kernel_penalty(params)
+            return loss, (logits, losses, updated['batch_stats'])
+
+        gradients, (logits, losses, batch_stats) = jax.grad(loss_of, has_aux=True)(
+            state.params
+        )
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        correct = logits.argmax(-1) == batch['label']
+        state = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            running=_add_to_running(state.running, batch['epoch'], losses, correct),
+        )
+        return state, losses.mean()
+
+    return train_step
+
+
+def compile_train_step(train_step, state, batch, mesh):
+    """Compiles for the shapes of `state` and `batch`; the step donates the state."""
+    whole = sharding.replicated(mesh)
+    step = jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole))
+    return step.lower(state, batch).compile()
+
+
+def epoch_end(epoch: int, count: int, batch_size: int) -> int:
+    """The step after which all examples of the epochs 1 to `epoch` were seen."""
+    return -(-epoch * count // batch_size)

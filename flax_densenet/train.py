@@ -1,0 +1,432 @@
+"""Training: from a config to checkpoints, one line per epoch, and curves.
+
+The data's position is a function of the step counter as well (see `step`), so a
+checkpoint needs nothing but arrays, and the same command again goes on where it was.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import traverse_util
+from tqdm import tqdm
+
+from flax_densenet import checkpoint, data, evaluate, model, report, sharding, step
+from flax_densenet.errors import UserError
+
+_SCHEDULE_FIELDS = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
+METRICS_FILE = 'metrics.jsonl'
+CONFIG_FILE = 'config.json'
+
+
+def make_metadata(config, source: data.Source) -> dict[str, Any]:
+    """What evaluation and prediction need beside the arrays; JSON can hold it."""
+    return {
+        'model': dict(config['model']),
+        'class_names': list(source.class_names),
+        'image_size': source.train.image_size,
+        'resize': source.train.resize,
+        'mean': list(config['data']['mean']),
+        'std': list(config['data']['std']),
+        'data': dict(config['data']),
+    }
+
+
+def _check_same_run(workdir, metadata):
+    """Raises where the workdir holds a run of another model, other classes or seed."""
+    latest = checkpoint.find_step(workdir, 'latest')
+    saved = checkpoint.load_json(workdir, latest, 'metadata')
+    remedy = 'use another --workdir, or the same settings'
+    saved_names, names = saved['class_names'], metadata['class_names']
+    if saved_names != names:
+        raise UserError(
+            f'--workdir={workdir} holds a run on {len(saved_names)} classes '
+            f'({_shorten(saved_names)}), data.source has {len(names)} '
+            f'({_shorten(names)}); {remedy}'
+        )
+    # Through JSON, since a tuple comes back from it as a list.
+    model_fields = json.loads(json.dumps(metadata['model']))
+    for name, value in model_fields.items():
+        if saved['model'].get(name) != value:
+            raise UserError(
+                f'--workdir={workdir} holds a run with model.{name}='
+                f'{saved["model"].get(name)}, not {value}; {remedy}'
+            )
+    for name in ('batch_size', 'source', 'split_seed', 'test_fraction'):
+        if saved['data'][name] != metadata['data'][name]:
+            raise UserError(
+                f'--workdir={workdir} holds a run with data.{name}='
+                f'{saved["data"][name]}, not {metadata["data"][name]}; {remedy}'
+            )
+
+
+def _shorten(names, most=5):
+    more = ', ...' if len(names) > most else ''
+    return ', '.join(names[:most]) + more
+
+
+def _init_from(path, module, variables, class_names, mesh):
+    """Variables of another run; its classifier only where the classes are the same."""
+    trained = evaluate.load_trained(path, mesh=mesh)
+    theirs = jax.device_get(trained.variables)
+    if trained.class_names != tuple(class_names):
+        print(
+            f'init_from={path}: {len(trained.class_names)} classes there, '
+            f'{len(class_names)} here: the classifier starts anew',
+            flush=True,
+        )
+        theirs['params']['classifier'] = variables['params']['classifier']
+    flat, wanted = (traverse_util.flatten_dict(v, sep='/') for v in (theirs, variables))
+    wrong = sorted(
+        name
+        for name in flat.keys() | wanted.keys()
+        if np.shape(flat.get(name)) != np.shape(wanted.get(name))
+        or (name in flat) != (name in wanted)
+    )
+    if wrong:
+        raise UserError(
+            f'init_from={path}: {len(wrong)} variables do not fit model.variant, '
+            f'the first is {wrong[0]}; use the model fields of that run'
+        )
+    return theirs
+
+
+@dataclasses.dataclass
+class _Run:
+    """What one call of `fit` works with."""
+
+    config: dict[str, Any]
+    workdir: str
+    source: data.Source
+    module: model.DenseNet
+    mesh: Any
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    metadata: dict[str, Any]
+
+    @property
+    def preprocessing(self):
+        return {name: tuple(self.config['data'][name]) for name in ('mean', 'std')}
+
+    @property
+    def loading(self):
+        return {name: self.config['data'][name] for name in ('threads', 'workers')}
+
+
+def _prepare(config, workdir) -> _Run:
+    """Checks all fields and finds the data: all that can fail before compilation."""
+    fields = dict(config['data'])
+    batch_size, augment = fields['batch_size'], fields['augment']
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size(batch_size, mesh)
+    for name in ('mean', 'std'):
+        if len(fields[name]) != 3:
+            raise UserError(f'data.{name}={fields[name]} needs three numbers')
+    if min(fields['std']) <= 0:
+        raise UserError(f'data.std={fields["std"]} must be above 0')
+    for name in ('threads', 'workers'):
+        if fields[name] < (name == 'threads'):
+            raise UserError(f'data.{name}={fields[name]} is too small')
+    if config['train']['epochs'] < 1:
+        raise UserError(f'train.epochs={config["train"]["epochs"]} must be at least 1')
+    model.create_model(num_classes=2, **config['model'])  # before the data is read
+    loading = {name: fields[name] for name in data.load_source.__kwdefaults__}
+    source = data.load_source(fields['source'], **loading)
+    module = model.create_model(num_classes=len(source.class_names), **config['model'])
+    model.check_image_size(module, (source.train.image_size,) * 2)
+    data.check_train_batches(source.train, batch_size, augment, fields['workers'])
+    optimizer = dict(config['optimizer'])
+    optimizer.pop('l2_penalty')
+    schedule = step.make_schedule(
+        **{name: optimizer.pop(name) for name in _SCHEDULE_FIELDS},
+        epochs=config['train']['epochs'],
+        steps_per_epoch=len(source.train) / batch_size,
+    )
+    return _Run(
+        config=config,
+        workdir=workdir,
+        source=source,
+        module=module,
+        mesh=mesh,
+        schedule=schedule,
+        optimizer=step.make_optimizer(schedule, **optimizer),
+        metadata=make_metadata(config, source),
+    )
+
+
+def fit(config, workdir: str) -> dict[str, Any]:
+    """Trains, evaluates after each epoch, and keeps the latest and best checkpoint.
+
+    The state comes from the latest checkpoint in `workdir`, else from
+    `config.init_from`, else from `train.seed`, in this order.
+
+    Args:
+      config: a mapping of the fields of `configs/base.py`.
+      workdir: folder of the run; made where absent.
+
+    Returns:
+      The record of the best epoch, as in `metrics.jsonl`.
+
+    Raises:
+      UserError: a field, the data or the workdir cannot be used, or the loss is no
+        longer finite.
+    """
+    run = _prepare(config, workdir)
+    if checkpoint.has_checkpoint(workdir):
+        _check_same_run(workdir, run.metadata)
+    with checkpoint.open_checkpoints(workdir) as manager:
+        state, epochs_done = _start(run, manager)
+        records = _keep_records(workdir, epochs_done)
+        epochs = run.config['train']['epochs']
+        if epochs_done < epochs:
+            _write_run_files(run)
+            batches = _train_batches(run, int(state.step))
+            try:
+                compiled = _compile(run, state)
+                for epoch in range(epochs_done + 1, epochs + 1):
+                    state, record = _train_epoch(run, compiled, state, batches, epoch)
+                    record |= _test(run, state)
+                    _check_finite(record)
+                    _save(run, manager, state, record)
+                    records.append(record)
+                    print(format_epoch(record), flush=True)
+            finally:
+                batches.close()
+        else:
+            print(f'{workdir} has its {epochs} epochs already; nothing to train')
+    best = max(records, key=checkpoint.rank)
+    if sharding.is_writer():
+        report.save_curves(workdir, records)
+        print(
+            f'best: epoch {best["epoch"]}, Test_acc: {best["test_accuracy"]:.1%}; '
+            f'checkpoints, curves.png and samples.png are in {workdir}',
+            flush=True,
+        )
+    return best
+
+
+def format_epoch(record: dict[str, Any]) -> str:
+    """The line of an epoch."""
+    return (
+        f'Epoch: {record["epoch"]:2d}. '
+        f'Train_acc: {record["train_accuracy"] * 100:.1f}%, '
+        f'Train_loss: {record["train_loss"]:.3f}, '
+        f'Test_acc: {record["test_accuracy"] * 100:.1f}%, '
+        f'Test_loss: {record["test_loss"]:.3f}, '
+        f'Lr: {record["learning_rate"]:.2E}'
+    )
+
+
+def _start(run, manager):
+    """The state to start from, on the devices, and the epochs that it has seen."""
+    variables = model.init_variables(run.module, seed=run.config['train']['seed'])
+    if checkpoint.has_checkpoint(run.workdir):
+        latest = checkpoint.find_step(run.workdir, 'latest')
+        abstract = _new_state(run, variables)
+        items = checkpoint.restore(
+            manager,
+            latest,
+            sharding=sharding.replicated(run.mesh),
+            **_checkpoint_items(abstract),
+        )
+        metadata = checkpoint.load_json(run.workdir, latest, 'metadata')
+        print(f'going on after epoch {metadata["epoch"]} in {run.workdir}', flush=True)
+        return step.TrainState(**items['model'], **items['train']), metadata['epoch']
+    if run.config['init_from']:
+        names = run.source.class_names
+        path = run.config['init_from']
+        variables = _init_from(path, run.module, variables, names, run.mesh)
+    return sharding.replicate(_new_state(run, variables), run.mesh), 0
+
+
+def _new_state(run, variables):
+    # The optimizer's state is zeros; numpy makes them without compiling anything.
+    shapes = jax.eval_shape(run.optimizer.init, variables['params'])
+    opt_state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    return step.TrainState(
+        step=np.zeros((), np.int32),
+        params=variables['params'],
+        batch_stats=variables['batch_stats'],
+        opt_state=opt_state,
+        running=step.new_running(),
+    )
+
+
+def _checkpoint_items(state):
+    return {
+        'model': {'params': state.params, 'batch_stats': state.batch_stats},
+        'train': {
+            'step': state.step,
+            'opt_state': state.opt_state,
+            'running': state.running,
+        },
+    }
+
+
+def _keep_records(workdir, epochs_done):
+    """The records of the finished epochs; later ones, without a checkpoint, go."""
+    path = os.path.join(workdir, METRICS_FILE)
+    records = []
+    if epochs_done and os.path.exists(path):
+        with open(path) as file:
+            records = [json.loads(line) for line in file if line.endswith('}\n')]
+        records = [record for record in records if record['epoch'] <= epochs_done]
+    if sharding.is_writer():
+        with open(path, 'w') as file:
+            file.writelines(json.dumps(record) + '\n' for record in records)
+    return records
+
+
+def _write_run_files(run):
+    if not sharding.is_writer():
+        return
+    with open(os.path.join(run.workdir, CONFIG_FILE), 'w') as file:
+        json.dump(run.config, file, indent=2)
+    skipped = run.source.skipped
+    path = os.path.join(run.workdir, 'skipped_images.txt')
+    if skipped:
+        with open(path, 'w', errors='surrogateescape') as file:
+            file.writelines(f'{line}\n' for line in skipped)
+        print(f'skipped {len(skipped)} bad images, listed in {path}', flush=True)
+    batches = _train_batches(run, 0)
+    report.save_samples(
+        run.workdir, next(batches), run.source.class_names, **run.preprocessing
+    )
+    batches.close()
+
+
+def _train_batches(run, start):
+    fields = run.config['data']
+    return data.train_batches(
+        run.source.train,
+        batch_size=fields['batch_size'],
+        seed=run.config['train']['seed'],
+        start=start,
+        augment=fields['augment'],
+        **run.loading,
+    )
+
+
+def _compile(run, state):
+    rows, side = run.config['data']['batch_size'], run.source.train.image_size
+    by_rows = sharding.split_rows(run.mesh)
+    batch = {
+        'image': jax.ShapeDtypeStruct(
+            (rows, side, side, 3), np.uint8, sharding=by_rows
+        ),
+        'label': jax.ShapeDtypeStruct((rows,), np.int32, sharding=by_rows),
+        'epoch': jax.ShapeDtypeStruct((rows,), np.int32, sharding=by_rows),
+    }
+    train_step = step.make_train_step(
+        run.module,
+        run.optimizer,
+        seed=run.config['train']['seed'],
+        l2_penalty=run.config['optimizer']['l2_penalty'],
+        **run.preprocessing,
+    )
+    print(
+        f'{run.config["model"]["variant"]}: {len(run.source.train)} images to train '
+        f'on, {len(run.source.test)} to test on, {len(run.source.class_names)} '
+        f'classes, {side}x{side}; {run.mesh.size} {jax.default_backend()} device(s)',
+        flush=True,
+    )
+    start = time.perf_counter()
+    compiled = step.compile_train_step(train_step, state, batch, run.mesh)
+    print(f'compiled in {time.perf_counter() - start:.1f} s', flush=True)
+    return compiled
+
+
+def _train_epoch(run, compiled, state, batches, epoch):
+    """Takes the steps of an epoch; returns the state and the training figures."""
+    count, rows = len(run.source.train), run.config['data']['batch_size']
+    first = int(state.step)
+    steps = step.epoch_end(epoch, count, rows) - first
+    started, waited = time.perf_counter(), 0.0
+    loss = None
+    bar = tqdm(
+        total=steps * rows,
+        desc=f'epoch {epoch}/{run.config["train"]["epochs"]}',
+        unit=' images',
+        leave=False,
+        disable=None,  # no bar where stderr is a file
+    )
+    with bar, jax.transfer_guard('disallow'):
+        for _ in range(steps):
+            asked = time.perf_counter()
+            batch = next(batches)
+            if loss is None or loss.is_ready():  # the devices had nothing to do
+                waited += time.perf_counter() - asked
+            batch = sharding.to_global(batch, run.mesh)
+            previous = loss
+            state, loss = compiled(state, batch)
+            if previous is not None:  # one step ahead of the devices, not more
+                bar.set_postfix(loss=f'{float(jax.device_get(previous)):.3f}')
+            bar.update(rows)
+        jax.block_until_ready(state)
+    seconds = time.perf_counter() - started
+    running = jax.device_get(state.running)
+    seen = int(running['count'][0])
+    return state, {
+        'epoch': epoch,
+        'step': first + steps,
+        'train_accuracy': float(running['correct'][0] / seen),
+        'train_loss': float(running['loss'][0] / seen),
+        'train_count': seen,
+        'learning_rate': float(run.schedule(first + steps - 1)),
+        'seconds': round(seconds, 3),
+        'images_per_second': round(steps * rows / seconds, 2),
+        'input_wait_share': round(waited / seconds, 4),
+        'peak_memory_gib': round(_peak_memory_gib(), 3),
+    }
+
+
+def _peak_memory_gib():
+    """Of the device where it tells, else of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and 'peak_bytes_in_use' in stats:
+        return stats['peak_bytes_in_use'] / 2**30
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def _test(run, state):
+    metrics = evaluate.evaluate(
+        run.module,
+        {'params': state.params, 'batch_stats': state.batch_stats},
+        run.source.test,
+        batch_size=run.config['data']['batch_size'],
+        mesh=run.mesh,
+        **run.preprocessing,
+        **run.loading,
+    )
+    return {'test_accuracy': metrics['accuracy'], 'test_loss': metrics['loss']}
+
+
+def _check_finite(record):
+    if not math.isfinite(record['train_loss']):
+        raise UserError(
+            f'optimizer.learning_rate={record["learning_rate"]:g}: the training loss '
+            f'of epoch {record["epoch"]} is not finite; lower it. Checkpoints of '
+            'earlier epochs are kept'
+        )
+
+
+def _save(run, manager, state, record):
+    checkpoint.save(
+        manager,
+        record['step'],
+        **_checkpoint_items(state),
+        metadata=run.metadata | {'epoch': record['epoch']},
+        metrics=record,
+    )
+    if sharding.is_writer():
+        with open(os.path.join(run.workdir, METRICS_FILE), 'a') as file:
+            file.write(json.dumps(record) + '\n')

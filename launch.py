@@ -1,0 +1,158 @@
+"""Trains, evaluates and describes DenseNets.
+
+  python launch.py --config=configs/densenet121.py --config.data.source=folder:photos
+  python launch.py --mode=eval --workdir=ckpt/densenet121
+  python launch.py --mode=summary --config=configs/cifar.py
+
+Any field of configs/base.py can be set: --config.optimizer.learning_rate=1e-3.
+"""
+
+import os
+import pathlib
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from flax_densenet.errors import UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    'config', None, 'A file with get_config(); fields by --config.NAME=VALUE.'
+)
+_WORKDIR = flags.DEFINE_string(
+    'workdir', None, 'Folder of the run; by default ckpt/<name of the config>.'
+)
+_MODE = flags.DEFINE_string('mode', 'train', 'train, eval or summary.')
+_DISTRIBUTED = flags.DEFINE_bool(
+    'distributed', False, 'One process of several: finds the others by the cluster.'
+)
+
+_BASE = pathlib.Path(__file__).parent / 'configs' / 'base.py'
+
+
+def _plain(config):
+    """A ConfigDict as nested dicts of plain values; tuples stay tuples."""
+    fields = config.to_dict()
+    return {
+        name: dict(value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+    }
+
+
+def _train(config, workdir, overrides):
+    from flax_densenet import train
+
+    train.fit(config, workdir)
+
+
+def _evaluate(config, workdir, overrides):
+    """Evaluates the best checkpoint; only data.* fields can be changed."""
+    from flax_densenet import data, evaluate, sharding
+
+    wrong = [name for name in overrides if not name.startswith('data.')]
+    if wrong:
+        raise UserError(
+            f'--config.{wrong[0]}: --mode=eval takes it from the checkpoint in '
+            f'{workdir}; only data.* fields can be set'
+        )
+    mesh = sharding.make_mesh()
+    trained = evaluate.load_trained(workdir, 'best', mesh=mesh)
+    fields = trained.metadata['data'] | {
+        name.removeprefix('data.'): value for name, value in overrides.items()
+    }
+    fields['image_size'] = fields['image_size'] or trained.metadata['image_size']
+    sharding.check_batch_size(fields['batch_size'], mesh)
+    source = data.load_source(
+        fields['source'], **{n: fields[n] for n in data.load_source.__kwdefaults__}
+    )
+    examples, what = source.test, 'test images'
+    if not source.has_test and fields['source'] != trained.metadata['data']['source']:
+        # Nothing of other data was trained on, so all of it can be used.
+        examples, what = data.join(source.train, source.test), 'images'
+    examples = evaluate.match_classes(examples, source.class_names, trained.class_names)
+    metrics = evaluate.evaluate(
+        trained.module,
+        trained.variables,
+        examples,
+        batch_size=fields['batch_size'],
+        mesh=mesh,
+        mean=tuple(fields['mean']),
+        std=tuple(fields['std']),
+        threads=fields['threads'],
+        workers=fields['workers'],
+    )
+    print(
+        f'{evaluate.format_metrics("Test", metrics)} '
+        f'({metrics["count"]} {what} of {fields["source"]}, best checkpoint: epoch '
+        f'{trained.metadata["epoch"]}, step {trained.step})'
+    )
+
+
+def _summarise(config, workdir, overrides):
+    from flax_densenet import model, report, sources
+
+    size = config['data']['image_size']
+    if not size:
+        kind = config['data']['source'].partition(':')[0]
+        size = sources.DEFAULT_IMAGE_SIZES.get(kind, 224)
+    fields = dict(config['model'])
+    # Made for 1000 classes, since a summary reads no data.
+    module = model.create_model(num_classes=1000, **fields)
+    print(f'{fields["variant"]} with 1000 classes')
+    print(report.format_summary(module, (size, size, 3)))
+
+
+MODES = {'train': _train, 'eval': _evaluate, 'summary': _summarise}
+
+
+def _parse(argv):
+    """Parses the flags; a wrong one is a UserError of one line."""
+    config = [a for a in argv[1:] if a.startswith('--config=')]
+    rest = [a for a in argv[1:] if not a.startswith('--config=')]
+    if '--config' not in rest and not config:
+        config = [f'--config={_BASE}']
+    # ml_collections wants the file before the fields.
+    try:
+        left = flags.FLAGS([argv[0], *config, *rest])
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(' '.join(str(error).split())) from error
+    except OSError as error:
+        raise UserError(f'{config[0]}: there is no such file') from error
+    if len(left) > 1:
+        raise UserError(f'{left[1]} is not a flag; flags start with --')
+    if _MODE.value not in MODES:
+        raise UserError(f'--mode={_MODE.value} is not known; use {", ".join(MODES)}')
+
+
+def _set_compilation_cache():
+    """Keeps compiled steps for the next start; the environment's choice comes first."""
+    import jax
+
+    if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+        cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+        jax.config.update(
+            'jax_compilation_cache_dir', os.path.join(cache, 'flax_densenet', 'xla')
+        )
+
+
+def main(argv):
+    """Runs the mode; a user's mistake becomes one line and exit status 2."""
+    try:
+        _parse(argv)
+        if _DISTRIBUTED.value:
+            import jax
+
+            jax.distributed.initialize()
+        _set_compilation_cache()
+        name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
+        workdir = _WORKDIR.value or os.path.join('ckpt', name.stem)
+        overrides = config_flags.get_override_values(flags.FLAGS['config'])
+        MODES[_MODE.value](_plain(_CONFIG.value), workdir, overrides)
+    except UserError as error:
+        print(f'error: {error}', file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv))

@@ -7,13 +7,15 @@
 Any field of configs/base.py can be set: --config.optimizer.learning_rate=1e-3.
 """
 
+import difflib
 import os
 import pathlib
 import sys
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
+from configs import base
 from flax_densenet.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -107,21 +109,42 @@ MODES = {'train': _train, 'eval': _evaluate, 'summary': _summarise}
 
 def _parse(argv):
     """Parses the flags; a wrong one is a UserError of one line."""
-    config = [a for a in argv[1:] if a.startswith('--config=')]
+    files = [a for a in argv[1:] if a.startswith('--config=')]
     rest = [a for a in argv[1:] if not a.startswith('--config=')]
-    if '--config' not in rest and not config:
-        config = [f'--config={_BASE}']
+    if not files:
+        files = [f'--config={_BASE}']
+    path = files[-1].removeprefix('--config=').partition(':')[0]
+    if not os.path.isfile(path):
+        raise UserError(f'--config={path}: there is no such file')
+    _check_field_names(rest)
     # ml_collections wants the file before the fields.
     try:
-        left = flags.FLAGS([argv[0], *config, *rest])
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        left = flags.FLAGS([argv[0], *files, *rest])
+    except (flags.Error, TypeError, ValueError) as error:
         raise UserError(' '.join(str(error).split())) from error
-    except OSError as error:
-        raise UserError(f'{config[0]}: there is no such file') from error
     if len(left) > 1:
         raise UserError(f'{left[1]} is not a flag; flags start with --')
     if _MODE.value not in MODES:
         raise UserError(f'--mode={_MODE.value} is not known; use {", ".join(MODES)}')
+
+
+def _check_field_names(arguments):
+    """Raises for a --config.NAME that configs/base.py does not have."""
+    config = base.get_config()
+    sections = [name for name in config if isinstance(config[name], ConfigDict)]
+    known = [name for name in config if name not in sections]
+    known += [f'{name}.{field}' for name in sections for field in config[name]]
+    for argument in arguments:
+        name = argument.lstrip('-').partition('=')[0]
+        if name.startswith('config.') and name.removeprefix('config.') not in known:
+            close = difflib.get_close_matches(name.removeprefix('config.'), known)
+            section = name.split('.')[1]
+            fields = [n for n in known if n.startswith(section + '.')] or known
+            raise UserError(
+                f'--{name} is not a field; '
+                + (f'did you mean {close[0]}? ' if close else '')
+                + f'There are {", ".join(fields)}'
+            )
 
 
 def _set_compilation_cache():

@@ -1,0 +1,21 @@
+"""Your own photographs: a folder of images for each class.
+
+  python launch.py --config=configs/folder.py:PATH
+
+with PATH/CLASS/* (a fifth is split off for the test) or PATH/{train,val}/CLASS/*.
+Random crops and mirroring, a cosine schedule with a warm-up; for some hundreds to some
+thousands of images.
+"""
+
+from configs import base
+
+
+def get_config(path='data/photos'):
+    config = base.get_config()
+    config.data.source = f'folder:{path}'
+    config.data.batch_size = 16
+    config.data.augment = 'crop_flip'
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = 'cosine'
+    config.optimizer.warmup_epochs = 2.0
+    return config

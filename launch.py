@@ -117,9 +117,10 @@ def _parse(argv):
     if not os.path.isfile(path):
         raise UserError(f'--config={path}: there is no such file')
     _check_field_names(rest)
-    # ml_collections wants the file before the fields.
+    # ml_collections wants the file before the fields, and looks into sys.argv too.
+    sys.argv = [argv[0], *files, *rest]
     try:
-        left = flags.FLAGS([argv[0], *files, *rest])
+        left = flags.FLAGS(sys.argv)
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(' '.join(str(error).split())) from error
     if len(left) > 1:

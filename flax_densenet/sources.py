@@ -7,6 +7,7 @@ decoding is left to `data.Examples`.
 import concurrent.futures
 import dataclasses
 import os
+import socket
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -262,6 +263,14 @@ def _prepare_tfds(builder, field):
         return
     import tensorflow_datasets as tfds
 
+    where = (
+        f'{field}: cannot be downloaded into {builder.data_dir}; prepare it where '
+        'there is a network and set data.tfds_dir to the folder that holds it'
+    )
+    stock = type(builder).__module__.startswith('tensorflow_datasets.')
+    downloads = os.path.join(builder._data_dir_root, 'downloads')
+    if stock and not os.path.isdir(downloads) and not _has_network():
+        raise UserError(where)  # TFDS itself would try again for minutes
     try:
         builder.download_and_prepare(file_format='array_record')
     except ImportError as error:
@@ -271,10 +280,15 @@ def _prepare_tfds(builder, field):
             f'not use it ({error.name or error})'
         ) from error
     except (OSError, tfds.download.DownloadError) as error:
-        raise UserError(
-            f'{field}: cannot be downloaded into {builder.data_dir} ({error}); prepare '
-            'it where there is a network and set data.tfds_dir to its folder'
-        ) from error
+        raise UserError(f'{where} ({error})') from error
+
+
+def _has_network():
+    try:
+        socket.getaddrinfo('storage.googleapis.com', 443)  # TFDS' own store
+    except OSError:
+        return False
+    return True
 
 
 def _only_key(features, kind, what, field):

@@ -4,12 +4,19 @@ import os
 import pathlib
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
-os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=4'
+os.environ['XLA_FLAGS'] = (
+    '--xla_force_host_platform_device_count=4'
+    # Compiling takes most of the tests' time; their arrays are small.
+    ' --xla_backend_optimization_level=0'
+)
 
 import jax
 import numpy as np
 import pytest
 from flax import traverse_util
+from PIL import Image
+
+from configs import base
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -73,3 +80,30 @@ def formula_variables(variables):
         )
         made[collection][path] = from_torch_layout(values.astype(np.float32))
     return {name: traverse_util.unflatten_dict(tree) for name, tree in made.items()}
+
+
+def write_images(root, counts, *, size=(40, 30), seed=0):
+    """JPEGs in `root/CLASS/N.jpg`, `counts` of each class; a class has its colour."""
+    rng = np.random.default_rng(seed)
+    for number, (name, count) in enumerate(counts.items()):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            pixels = rng.integers(0, 80, (size[1], size[0], 3), np.uint8)
+            pixels[..., number % 3] += 150
+            Image.fromarray(pixels).save(root / name / f'{index:03}.jpg')
+    return root
+
+
+def tiny_config(**overrides):
+    """configs/base.py with a network that compiles in seconds, on 8x8 digits."""
+    config = base.get_config()
+    config.model.variant = 'BC-L10k4'
+    config.data.image_size = 8
+    config.data.batch_size = 128
+    config.optimizer.learning_rate = 3e-3
+    config.train.epochs = 2
+    config.update_from_flattened_dict(overrides)
+    return {
+        name: value.to_dict() if hasattr(value, 'to_dict') else value
+        for name, value in config.items()
+    }

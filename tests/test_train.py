@@ -1,0 +1,304 @@
+"""fit: what it prints and saves, and that stopping it changes nothing."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from conftest import tiny_config, write_images
+
+from flax_densenet import UserError, checkpoint, data, evaluate, train
+
+# Whatever could depend on where a run was stopped is switched on.
+HARD = {
+    'model.dropout_rate': 0.1,
+    'data.augment': 'shift_flip',
+    'data.batch_size': 100,
+    'data.test_fraction': 0.7,
+    'optimizer.schedule': 'cosine',
+    'train.epochs': 5,
+}
+LINE = re.compile(
+    r'Epoch: [ \d]\d\. Train_acc: \d+\.\d%, Train_loss: \d+\.\d{3}, '
+    r'Test_acc: \d+\.\d%, Test_loss: \d+\.\d{3}, Lr: \d\.\d\dE-\d\d'
+)
+
+
+def final_arrays(workdir):
+    """Everything in the latest checkpoint, read without this package."""
+    folders = (workdir / 'checkpoints').iterdir()
+    latest = max(int(path.name) for path in folders if path.name.isdigit())
+    with checkpoint.open_checkpoints(str(workdir)) as manager:
+        restored = manager.restore(latest)
+    return latest, {name: restored[name] for name in ('model', 'train')}
+
+
+def read_records(workdir):
+    lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_equal_bits(one, other):
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+class Stopped(Exception):
+    pass
+
+
+def stop_after(monkeypatch, steps):
+    """The next call of fit ends with `Stopped` after this many training steps."""
+    make = data.train_batches
+
+    def train_batches(*args, **kwargs):
+        class Batches:
+            def __init__(self):
+                self.inner = make(*args, **kwargs)
+                self.left = steps
+
+            def __next__(self):
+                self.left -= 1
+                if self.left < 0:
+                    raise Stopped
+                return next(self.inner)
+
+            def close(self):
+                self.inner.close()
+
+        return Batches()
+
+    monkeypatch.setattr(data, 'train_batches', train_batches)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys):
+    config = tiny_config(**HARD)
+    train.fit(config, str(tmp_path / 'whole'))
+    whole_lines = [x for x in capsys.readouterr().out.splitlines() if 'Epoch' in x]
+    count = len(data.load_source('digits', test_fraction=0.7).train)
+    assert count == 539  # 5.39 batches an epoch: epochs end inside of batches
+
+    lines = []
+    for steps in (14, 8):  # in the middle of epoch 3, then of epoch 4
+        with monkeypatch.context() as patch:
+            stop_after(patch, steps)
+            with pytest.raises(Stopped):
+                train.fit(config, str(tmp_path / 'parts'))
+        lines += capsys.readouterr().out.splitlines()
+    train.fit(config, str(tmp_path / 'parts'))
+    lines += capsys.readouterr().out.splitlines()
+    # The figures of the epochs too, those that began before a stop included.
+    assert [line for line in lines if 'Epoch' in line] == whole_lines
+    assert [line for line in lines if 'going on after epoch' in line] == [
+        f'going on after epoch {epoch} in {tmp_path}/parts' for epoch in (2, 3)
+    ]
+
+    (step, arrays), (other_step, other) = (
+        final_arrays(tmp_path / name) for name in ('whole', 'parts')
+    )
+    assert step == other_step == 27
+    assert_equal_bits(arrays, other)
+    records = [read_records(tmp_path / name) for name in ('whole', 'parts')]
+    timings = ('seconds', 'images_per_second', 'input_wait_share', 'peak_memory_gib')
+    for record in [*records[0], *records[1]]:
+        assert record['train_count'] == 539
+        for name in timings:
+            assert record.pop(name) >= 0
+    assert records[0] == records[1]
+
+    # Another seed gives other arrays: the comparison above can fail.
+    config['train']['seed'] = 1
+    train.fit(config, str(tmp_path / 'other'))
+    assert not np.array_equal(
+        final_arrays(tmp_path / 'other')[1]['model']['params']['conv0']['kernel'],
+        arrays['model']['params']['conv0']['kernel'],
+    )
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp('trained')
+    config = tiny_config(**{'train.epochs': 4, 'data.image_size': 8})
+    return workdir, config, train.fit(config, str(workdir))
+
+
+def test_what_a_run_leaves(trained, capsys):
+    workdir, config, best = trained
+    records = read_records(workdir)
+    assert [record['epoch'] for record in records] == [1, 2, 3, 4]
+    for record in records:
+        assert LINE.fullmatch(train.format_epoch(record))
+    assert best == max(records, key=lambda r: (r['test_accuracy'], -r['test_loss']))
+    assert best['test_accuracy'] > 0.5  # it learns
+    saved = json.loads((workdir / 'config.json').read_text())
+    assert saved == json.loads(json.dumps(config))
+    for name in ('curves.png', 'samples.png'):
+        assert (workdir / name).read_bytes()[:4] == b'\x89PNG'
+    steps = {int(path.name) for path in (workdir / 'checkpoints').iterdir()}
+    assert steps == {best['step'], records[-1]['step']}
+    # The same command again finds nothing to do.
+    assert train.fit(config, str(workdir)) == best
+    assert 'has its 4 epochs already' in capsys.readouterr().out
+
+
+def test_the_line_is_exact():
+    record = {
+        'epoch': 1,
+        'train_accuracy': 0.714,
+        'train_loss': 0.9031,
+        'test_accuracy': 0.9333,
+        'test_loss': 0.27,
+        'learning_rate': 1e-4,
+    }
+    assert train.format_epoch(record) == (
+        'Epoch:  1. Train_acc: 71.4%, Train_loss: 0.903, Test_acc: 93.3%, '
+        'Test_loss: 0.270, Lr: 1.00E-04'
+    )
+
+
+def test_the_best_checkpoint_evaluates_to_what_was_saved(trained):
+    workdir, _, best = trained
+    loaded = evaluate.load_trained(str(workdir), 'best')
+    assert loaded.step == best['step']
+    assert loaded.metrics['test_accuracy'] == best['test_accuracy']
+    source = data.load_source('digits', image_size=8)
+    for mesh_size in (4, 1):
+        mesh = train.sharding.make_mesh(jax.devices()[:mesh_size])
+        loaded = evaluate.load_trained(str(workdir), 'best', mesh=mesh)
+        metrics = evaluate.evaluate(
+            loaded.module,
+            loaded.variables,
+            source.test,
+            batch_size=128,
+            mesh=mesh,
+            mean=tuple(loaded.metadata['mean']),
+            std=tuple(loaded.metadata['std']),
+        )
+        assert metrics['count'] == 360
+        assert metrics['accuracy'] == best['test_accuracy']
+        assert metrics['loss'] == pytest.approx(best['test_loss'], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'message'),
+    [
+        ({'model.growth_rate': 6}, 'holds a run with model.growth_rate=None, not 6'),
+        ({'model.variant': 'BC-L16k4'}, 'model.variant=BC-L10k4, not BC-L16k4'),
+        ({'data.batch_size': 64}, 'data.batch_size=128, not 64'),
+    ],
+)
+def test_a_workdir_of_another_run(trained, overrides, message):
+    workdir, _, _ = trained
+    config = tiny_config(**{'train.epochs': 4, 'data.image_size': 8} | overrides)
+    before = sorted(path.name for path in workdir.rglob('*'))
+    with pytest.raises(UserError, match=message):
+        train.fit(config, str(workdir))
+    assert sorted(path.name for path in workdir.rglob('*')) == before
+
+
+def test_a_workdir_of_other_classes(trained, tmp_path):
+    workdir, _, _ = trained
+    photos = write_images(tmp_path / 'photos', {'ants': 80, 'bees': 80})
+    config = tiny_config(**{'data.source': f'folder:{photos}'})
+    with pytest.raises(UserError, match=r'run on 10 classes \(0, 1, .*\(ants, bees\)'):
+        train.fit(config, str(workdir))
+
+
+def test_init_from_a_run(trained, tmp_path, capsys):
+    workdir, _, best = trained
+    config = tiny_config(**{'optimizer.learning_rate': 1e-9, 'train.epochs': 1})
+    config['init_from'] = str(workdir)
+    again = train.fit(config, str(tmp_path / 'same'))
+    # Nothing was learned in between, but running statistics went on a little.
+    assert again['test_accuracy'] == pytest.approx(best['test_accuracy'], abs=0.05)
+    photos = write_images(tmp_path / 'photos', {'ants': 80, 'bees': 80})
+    config['data']['source'] = f'folder:{photos}'
+    train.fit(config, str(tmp_path / 'other'))
+    assert '10 classes there, 2 here: the classifier starts anew' in (
+        capsys.readouterr().out
+    )
+    config['model']['growth_rate'] = 6
+    with pytest.raises(UserError, match='variables do not fit model.variant'):
+        train.fit(config, str(tmp_path / 'wrong'))
+    config['init_from'] = str(tmp_path / 'nowhere')
+    with pytest.raises(UserError, match='nowhere holds no checkpoint'):
+        train.fit(config, str(tmp_path / 'nothing'))
+
+
+def test_bad_images_are_listed(tmp_path, capsys):
+    photos = write_images(tmp_path / 'photos', {'ants': 80, 'bees': 81})
+    (photos / 'bees' / '007.jpg').write_bytes(b'')
+    fields = {'data.source': f'folder:{photos}', 'train.epochs': 1}
+    with pytest.raises(UserError, match=r'bees/007.jpg is not an image'):
+        train.fit(tiny_config(**fields), str(tmp_path / 'run'))
+    train.fit(
+        tiny_config(**fields, **{'data.bad_images': 'skip'}), str(tmp_path / 'run')
+    )
+    assert 'skipped 1 bad images' in capsys.readouterr().out
+    listed = (tmp_path / 'run' / 'skipped_images.txt').read_text()
+    assert listed.startswith(f'{photos}/bees/007.jpg is not an image')
+
+
+@pytest.mark.parametrize(
+    ('overrides', 'message'),
+    [
+        ({'data.batch_size': 98}, '98 does not divide over 4 devices; use 96 or 100'),
+        ({'data.batch_size': 3}, 'does not divide over 4 devices; use 4'),
+        ({'data.image_size': 3}, 'images of 3x3 are too small'),
+        ({'data.std': (1.0, 0.0, 1.0)}, 'data.std'),
+        ({'data.mean': (1.0,)}, 'needs three numbers'),
+        ({'data.threads': 0}, 'data.threads=0'),
+        ({'train.epochs': 0}, 'train.epochs=0'),
+        ({'optimizer.name': 'lamb'}, 'optimizer.name=lamb'),
+        ({'model.variant': 'resnet50'}, 'model.variant=resnet50'),
+    ],
+)
+def test_bad_fields_stop_before_anything_is_written(overrides, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train.fit(tiny_config(**overrides), str(tmp_path / 'run'))
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_workdir_that_cannot_be_made(tmp_path):
+    (tmp_path / 'file').write_text('x')
+    with pytest.raises(UserError, match='--workdir=.* cannot be written'):
+        train.fit(tiny_config(), str(tmp_path / 'file' / 'run'))
+
+
+def test_a_loss_that_is_not_finite(tmp_path):
+    config = tiny_config(**{'optimizer.name': 'sgd', 'optimizer.learning_rate': 1e30})
+    with pytest.raises(UserError, match='epoch 1 is not finite; lower it'):
+        train.fit(config, str(tmp_path))
+    assert not checkpoint.has_checkpoint(str(tmp_path))
+
+
+def test_processes_give_the_stream_of_threads(tmp_path):
+    """In a program of its own: worker processes import its main module again."""
+    import subprocess
+    import sys
+
+    script = tmp_path / 'script.py'
+    script.write_text(
+        'import sys\n'
+        'from absl import flags\n'
+        'from flax_densenet import data\n'
+        'if __name__ == "__main__":\n'
+        '    flags.FLAGS(sys.argv[:1])\n'
+        '    source = data.load_source("digits", image_size=8)\n'
+        '    streams = []\n'
+        '    for workers in (0, 2):\n'
+        '        stream = data.train_batches(source.train, batch_size=16, seed=1,\n'
+        '            start=3, augment="shift_flip", workers=workers)\n'
+        '        streams.append([next(stream) for _ in range(5)])\n'
+        '        stream.close()\n'
+        '    for one, two in zip(*streams, strict=True):\n'
+        '        for key in one:\n'
+        '            assert one[key].tobytes() == two[key].tobytes(), key\n'
+        '    print("equal")\n'
+    )
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout == 'equal\n', done.stderr

@@ -87,7 +87,8 @@ def load_image(file, size: int, how: str = 'stretch') -> np.ndarray:
                 # Decode at a half, a quarter or an eighth where the result still has
                 # twice the wanted size: no visible difference, much less work.
                 image.draft(None, (2 * size, 2 * size))
-            image = to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)  # else it copies
+            image = to_rgb(image)
             return np.asarray(resize(image, size, how) if size else image)
     except _BROKEN as error:
         raise UserError(_reason(error)) from error

@@ -371,3 +371,25 @@ def test_stock_tfds_set_without_network(tfds, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, '_has_network', lambda: False)
     with pytest.raises(UserError, match='tfds:mnist: cannot be downloaded into'):
         data.load_source('tfds:mnist', tfds_dir=str(tmp_path))
+
+
+def test_memory_does_not_grow_with_the_number_of_images(folder):
+    import tracemalloc
+
+    paths = sorted(str(path) for path in folder.rglob('*.jpg'))
+
+    def peak(repeats):
+        reader = sources.FileReader(paths * repeats, np.zeros(30 * repeats, np.int32))
+        examples = data.Examples(
+            reader, np.arange(30 * repeats), image_size=64, resize='stretch'
+        )
+        tracemalloc.start()
+        for batch in data.eval_batches(examples, batch_size=10):
+            assert len(batch['image']) == 10
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    few, many = peak(3), peak(60)
+    assert many < 1.5 * few + 2e5
+    assert 5 * many < 60 * 30 * 64 * 64 * 3  # what holding them all would take

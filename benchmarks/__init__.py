@@ -1,0 +1,1 @@
+"""Measurements against peers; never imported by the package."""

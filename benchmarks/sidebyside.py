@@ -1,0 +1,77 @@
+"""Contenders in processes of their own, that take turns.
+
+A contender is a program that calls `serve(measure)`: it prepares, says so, and then
+runs `measure()` each time it is told to. So import, compilation and the other
+contenders' work stay out of the figures, and slow minutes of the machine hit all.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+
+def serve(measure: Callable[[], dict[str, Any]]):
+    """Runs `measure` once per line of standard input and prints its figures."""
+    # Whatever a library prints must not stand between the figures.
+    answers, sys.stdout = sys.stdout, sys.stderr
+    print(json.dumps({'ready': True}), file=answers, flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(measure()), file=answers, flush=True)
+
+
+class Contender:
+    """A program under `serve`, stopped with the `with` block."""
+
+    def __init__(self, command: list[str], **environment: str):
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | environment,
+        )
+        self._read(command)
+
+    def _read(self, what):
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f'ended early: {what}')
+        return json.loads(line)
+
+    def measure(self) -> dict[str, Any]:
+        self._process.stdin.write('go\n')
+        self._process.stdin.flush()
+        return self._read(self._process.args)
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def alternate(contenders: dict[str, Contender], rounds: int, key: str):
+    """Figures `{name: [rounds]}`, one turn each per round, the order changing."""
+    found = {name: [] for name in contenders}
+    names = list(contenders)
+    for number in range(rounds):
+        for name in names if number % 2 == 0 else reversed(names):
+            found[name].append(contenders[name].measure()[key])
+    return found
+
+
+def summarise(values) -> dict[str, float]:
+    """Median and the range from the lowest to the highest."""
+    return {
+        'median': statistics.median(values),
+        'lowest': min(values),
+        'highest': max(values),
+        'rounds': len(values),
+    }
+
+
+def ratio(ours, theirs) -> dict[str, float]:
+    """Summary of the ratio `ours / theirs`, taken round by round."""
+    return summarise([a / b for a, b in zip(ours, theirs, strict=True)])

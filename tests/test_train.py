@@ -1,12 +1,13 @@
 """fit: what it prints and saves, and that stopping it changes nothing."""
 
 import json
+import os
 import re
 
 import jax
 import numpy as np
 import pytest
-from conftest import tiny_config, write_images
+from conftest import ROOT, tiny_config, write_images
 
 from flax_densenet import UserError, checkpoint, data, evaluate, train
 
@@ -299,6 +300,10 @@ def test_processes_give_the_stream_of_threads(tmp_path):
         '    print("equal")\n'
     )
     done = subprocess.run(
-        [sys.executable, script], capture_output=True, text=True, timeout=120
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=dict(os.environ, PYTHONPATH=str(ROOT)),
     )
     assert done.stdout == 'equal\n', done.stderr

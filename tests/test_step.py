@@ -235,3 +235,15 @@ def test_optimizers():
     np.testing.assert_allclose(update('adamw', decay=0.2), [0.88, -2.06], rtol=1e-6)
     with pytest.raises(UserError, match='use adam, adamw, sgd'):
         update('rmsprop')
+
+
+def test_dropout_changes_with_the_step():
+    module = create_model('BC-L10k4', num_classes=3, dropout_rate=0.5)
+    optimizer = optax.sgd(0.0)
+    _, state = make_state(module, optimizer, jax.devices()[:1])
+    train_step = jax.jit(step.make_train_step(module, optimizer, mean=MEAN, std=STD))
+    losses = [
+        float(train_step(state.replace(step=jnp.int32(number)), make_batch(0))[1])
+        for number in (0, 0, 1)
+    ]
+    assert losses[0] == losses[1] != losses[2]

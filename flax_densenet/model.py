@@ -24,7 +24,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax import traverse_util
+from jax import lax
 
+from flax_densenet import dense_block
 from flax_densenet.errors import UserError
 
 # Paper, table 1. 264 is the paper's fifth ImageNet model (figure 3); torchvision
@@ -114,34 +116,63 @@ class BatchNorm(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, train: bool = False):
-        """[..., C] -> [..., C]; in training updates `batch_stats` where mutable."""
-        shape, dtype = (x.shape[-1],), self.param_dtype
-        scale = self.param('scale', nn.initializers.ones, shape, dtype)
-        bias = self.param('bias', nn.initializers.zeros, shape, dtype)
-        mean_average = self.variable('batch_stats', 'mean', jnp.zeros, shape, dtype)
-        var_average = self.variable('batch_stats', 'var', jnp.ones, shape, dtype)
-        x = x.astype(dtype)
+    def declare(self, channels: int):
+        """scale, bias and the variables of the running mean and var, each `[C]`."""
+        shape, dtype = (channels,), self.param_dtype
+        return (
+            self.param('scale', nn.initializers.ones, shape, dtype),
+            self.param('bias', nn.initializers.zeros, shape, dtype),
+            self.variable('batch_stats', 'mean', jnp.zeros, shape, dtype),
+            self.variable('batch_stats', 'var', jnp.ones, shape, dtype),
+        )
+
+    def update(self, averages, statistics, count: int):
+        """Moves the running averages towards the batch's, of `count` values."""
+        if self.is_initializing() or not self.is_mutable_collection('batch_stats'):
+            return
+        factor = count / max(count - 1, 1) if self.unbiased else 1.0
+        keep = self.momentum
+        for average, value, scale in zip(
+            averages, statistics, (1, factor), strict=True
+        ):
+            value = lax.stop_gradient(value) * scale
+            average.value = keep * average.value + (1 - keep) * value
+
+    def __call__(self, x, train: bool = False, statistics=None):
+        """[N, H, W, C] -> the same; in training updates `batch_stats` where mutable.
+
+        Args:
+          statistics: batch (mean, var) where they are known already.
+        """
+        scale, bias, *averages = self.declare(x.shape[-1])
         if train:
-            axes = tuple(range(x.ndim - 1))
-            mean = x.mean(axes)
-            var = jnp.square(x - mean.reshape((1,) * len(axes) + shape)).mean(axes)
-            if not self.is_initializing():
-                count = x.size // x.shape[-1]
-                factor = count / max(count - 1, 1) if self.unbiased else 1.0
-                keep = self.momentum
-                mean_average.value = keep * mean_average.value + (1 - keep) * mean
-                var_average.value = keep * var_average.value + (1 - keep) * factor * var
+            statistics = statistics or dense_block.statistics(x)
+            self.update(averages, statistics, x.size // x.shape[-1])
+            mean, var = statistics
         else:
-            mean, var = mean_average.value, var_average.value
-        spread = (1,) * (x.ndim - 1) + shape
-        multiplier = (scale * jax.lax.rsqrt(var + self.epsilon)).reshape(spread)
-        y = (x - mean.reshape(spread)) * multiplier + bias.reshape(spread)
-        return y.astype(self.dtype)
+            mean, var = (average.value for average in averages)
+        row = (1,) * (x.ndim - 1) + (-1,)
+        a = scale * lax.rsqrt(var + self.epsilon)
+        y = (x.astype(self.param_dtype) - mean.reshape(row)) * a.reshape(row)
+        return (y + bias.reshape(row)).astype(self.dtype)
+
+
+class Kernel(nn.Module):
+    """The kernel of a convolution, by itself."""
+
+    kernel_init: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, *shape: int):
+        return self.param('kernel', self.kernel_init, shape, self.param_dtype)
 
 
 class DenseLayer(nn.Module):
-    """H_l of the paper (section 3): the layer's new feature maps, not yet joined."""
+    """H_l of the paper (section 3): the layer's new feature maps, not yet joined.
+
+    The specification of what `DenseBlock` with `fast` computes for all its layers.
+    """
 
     growth_rate: int
     bottleneck: int
@@ -158,21 +189,90 @@ class DenseLayer(nn.Module):
             y = nn.relu(self.norm(name='norm2')(y, train))
         name = 'conv2' if self.bottleneck else 'conv1'
         y = self.conv(self.growth_rate, (3, 3), name=name)(y)
-        return nn.Dropout(self.dropout_rate, deterministic=not train)(y)
+        if train and self.dropout_rate:
+            y = dense_block.drop_out(y, self.make_rng('dropout'), self.dropout_rate)
+        return y
+
+
+class DenseLayerVariables(nn.Module):
+    """The variables of a `DenseLayer`, under the same names, without computing."""
+
+    growth_rate: int
+    bottleneck: int
+    dropout_rate: float
+    kernel: Any
+    norm: Any
+
+    @nn.compact
+    def __call__(self, channels: int, train: bool):
+        """Returns the `dense_block.Layer`, its norms with their averages, a key."""
+        growth, norm1 = self.growth_rate, self.norm(name='norm1')
+        scale, bias, *averages1 = norm1.declare(channels)
+        norms = [(norm1, averages1)]
+        width = self.bottleneck * growth
+        shape = (1, 1, channels, width) if width else (3, 3, channels, growth)
+        fields = dict(
+            scale1=scale,
+            bias1=bias,
+            kernel1=self.kernel(name='conv1')(*shape),
+            mean1=averages1[0].value,
+            var1=averages1[1].value,
+        )
+        if width:
+            norm2 = self.norm(name='norm2')
+            scale, bias, *averages2 = norm2.declare(width)
+            norms.append((norm2, averages2))
+            fields |= dict(
+                scale2=scale,
+                bias2=bias,
+                kernel2=self.kernel(name='conv2')(3, 3, width, growth),
+                mean2=averages2[0].value,
+                var2=averages2[1].value,
+            )
+        key = self.make_rng('dropout') if train and self.dropout_rate else None
+        return dense_block.Layer(**fields), norms, key
 
 
 class DenseBlock(nn.Module):
-    """x_l = H_l([x_0, ..., x_(l-1)]) (equation 2), all of them joined at the end."""
+    """x_l = H_l([x_0, ..., x_(l-1)]) (equation 2), all of them joined at the end.
+
+    Returns the features and, from `fast` in training, their batch statistics.
+    """
 
     layers: int
     layer: Any
+    fast: dict[str, Any] | None
 
     @nn.compact
     def __call__(self, x, train: bool):
-        for index in range(1, self.layers + 1):
-            new = self.layer(name=f'denselayer{index}')(x, train)
-            x = jnp.concatenate([x, new], axis=-1)
-        return x
+        names = [f'denselayer{index}' for index in range(1, self.layers + 1)]
+        if self.fast is None:
+            for name in names:
+                x = jnp.concatenate([x, self.layer(name=name)(x, train)], axis=-1)
+            return x, None
+        channels, layers, norms, keys = x.shape[-1], [], [], []
+        for name in names:
+            module = self.layer(name=name)
+            layer, norm, key = module(channels, train)
+            channels += module.growth_rate
+            layers.append(layer)
+            norms.append(norm)
+            keys.append(key)
+        options = dict(self.fast)
+        if not train:
+            del options['remat']
+            return dense_block.block_eval(x, layers, **options), None
+        x, (mean, var), inner = dense_block.block_train(
+            x, layers, **options, dropout_rate=module.dropout_rate, keys=keys
+        )
+        count = x.size // x.shape[-1]
+        for layer, norm, of_norm2 in zip(layers, norms, inner, strict=True):
+            width = layer.scale1.shape[0]
+            for (module, averages), found in zip(
+                norm, ((mean[:width], var[:width]), of_norm2), strict=False
+            ):
+                module.update(averages, found, count)
+        return x, (mean, var)
 
 
 class Transition(nn.Module):
@@ -180,13 +280,31 @@ class Transition(nn.Module):
 
     features: int
     conv: Any
+    kernel: Any
     norm: Any
+    fast: dict[str, Any] | None
 
     @nn.compact
-    def __call__(self, x, train: bool):
-        x = nn.relu(self.norm(name='norm')(x, train))
-        x = self.conv(self.features, (1, 1), name='conv')(x)
-        return nn.avg_pool(x, (2, 2), strides=(2, 2))
+    def __call__(self, x, train: bool, statistics=None):
+        norm = self.norm(name='norm')
+        if self.fast is None:
+            x = nn.relu(norm(x, train))
+            x = self.conv(self.features, (1, 1), name='conv')(x)
+            return nn.avg_pool(x, (2, 2), strides=(2, 2))
+        channels = x.shape[-1]
+        scale, bias, *averages = norm.declare(channels)
+        kernel = self.kernel(name='conv')(1, 1, channels, self.features)
+        if train:
+            norm.update(averages, statistics, x.size // channels)
+        else:
+            statistics = [average.value for average in averages]
+        return dense_block.transition(
+            x,
+            (*statistics, scale, bias),
+            kernel,
+            epsilon=self.fast['epsilon'],
+            dtype=self.fast['dtype'],
+        )
 
 
 class DenseNet(nn.Module):
@@ -212,6 +330,12 @@ class DenseNet(nn.Module):
       padding: `torch` (symmetric) or `same` (TensorFlow's: more at the end) for
         convolutions and the max pooling; they differ where the stride is 2.
       initializer: of convolution kernels, a key of `INITIALIZERS`.
+      fast: dense blocks and transitions as `dense_block` computes them; False for the
+        plain layers, with the same variables and, up to rounding, the same results.
+      kernel: of the fast block: `native` (C++, float32 on one CPU device), `xla`, or
+        `auto`: native where it can be.
+      remat: `block` computes activations again in the backward pass of the fast block
+        by XLA, `none` keeps them; native always computes them again.
     """
 
     num_classes: int
@@ -228,6 +352,9 @@ class DenseNet(nn.Module):
     dtype: str = 'float32'
     padding: str = 'torch'
     initializer: str = 'he_fan_in'
+    fast: bool = True
+    kernel: str = 'auto'
+    remat: str = 'block'
 
     def setup(self):
         param_dtype = jnp.float64 if self.dtype == 'float64' else jnp.float32
@@ -254,14 +381,25 @@ class DenseNet(nn.Module):
                 **dtypes,
             )
 
+        kernel = functools.partial(
+            Kernel, kernel_init=kernel_init, param_dtype=param_dtype
+        )
         layer = functools.partial(
-            DenseLayer,
+            DenseLayerVariables if self.fast else DenseLayer,
             growth_rate=self.growth_rate,
             bottleneck=self.bottleneck,
             dropout_rate=self.dropout_rate,
-            conv=conv,
             norm=norm,
+            **({'kernel': kernel} if self.fast else {'conv': conv}),
         )
+        fast = None
+        if self.fast:
+            fast = dict(
+                epsilon=self.epsilon,
+                dtype=jnp.dtype(self.dtype),
+                kernel=self.kernel,
+                remat=self.remat == 'block',
+            )
         if self.stem == 'imagenet':
             self.conv0 = conv(self.stem_features, (7, 7), strides=2)
             self.norm0 = norm()
@@ -269,11 +407,11 @@ class DenseNet(nn.Module):
             self.conv0 = conv(self.stem_features, (3, 3))
         channels = self.stem_features
         for number, layers in enumerate(self.block_sizes, start=1):
-            setattr(self, f'denseblock{number}', DenseBlock(layers, layer))
+            setattr(self, f'denseblock{number}', DenseBlock(layers, layer, fast))
             channels += layers * self.growth_rate
             if number < len(self.block_sizes):
                 channels = int(channels * self.compression)
-                transition = Transition(channels, conv, norm)
+                transition = Transition(channels, conv, kernel, norm, fast)
                 setattr(self, f'transition{number}', transition)
         self.norm5 = norm()
         if self.num_classes:
@@ -322,12 +460,12 @@ class DenseNet(nn.Module):
             x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=pad)
         outputs = []
         for number in range(1, len(self.block_sizes) + 1):
-            x = getattr(self, f'denseblock{number}')(x, train)
+            x, statistics = getattr(self, f'denseblock{number}')(x, train)
             if number == len(self.block_sizes):
-                x = self.norm5(x, train)
+                x = self.norm5(x, train, statistics)
             outputs.append(x)
             if number < len(self.block_sizes):
-                x = getattr(self, f'transition{number}')(x, train)
+                x = getattr(self, f'transition{number}')(x, train, statistics)
         return outputs
 
 
@@ -392,6 +530,8 @@ def _check_fields(model):
         'padding': PADDINGS,
         'dtype': DTYPES,
         'initializer': tuple(INITIALIZERS),
+        'kernel': dense_block.KERNELS,
+        'remat': ('none', 'block'),
     }
     for name, valid in choices.items():
         value = getattr(model, name)

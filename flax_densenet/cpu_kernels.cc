@@ -1,0 +1,832 @@
+// A whole dense block, forward and backward, in one call on the CPU.
+//
+// The mathematics stands in dense_block.py; this file is about doing it while the
+// numbers are in a core's cache. A layer's batch norm and ReLU are applied to a tile of
+// pixels as it is loaded, the 1x1 convolution multiplies that tile, the statistics of
+// what comes out are taken before it leaves the cache, and the 3x3 convolution is nine
+// shifted products over an image band padded with zeros. Backward, each tile of the
+// concatenated features is read once per layer and its gradient added in place.
+//
+// All products go through `micro`, a register tile of MR x (NV * VL) sums. Work is cut
+// into one contiguous part per thread, and parts are added in their order, so results
+// on one machine are the same bit for bit in every run.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int VL = 16, MR = 14, MW = 8;  // 32 registers: 28 sums, 2 weights
+#elif defined(__AVX__)
+constexpr int VL = 8, MR = 6, MW = 4;  // 16 registers
+#else
+constexpr int VL = 4, MR = 8, MW = 8;
+#endif
+constexpr int NR = 2 * VL;
+constexpr int KC = 256;         // channels of a chunk of the 1x1's input
+constexpr int PT = 8 * MR;      // pixels of a tile of the 1x1
+constexpr int KP = 64;          // pixels of a step of the 3x3's weight gradient
+constexpr int64_t BAND = 480 * 1024;  // bytes of a padded band, to stay in L2
+
+typedef float V __attribute__((vector_size(VL * 4)));
+typedef float VU __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+
+inline V load(const float* p) { return *reinterpret_cast<const VU*>(p); }
+inline void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
+inline V load(const float* p, int n) {
+  if (n >= VL) return load(p);
+  V v = {};
+  std::memcpy(&v, p, sizeof(float) * n);
+  return v;
+}
+inline void store(float* p, V v, int n) {
+  if (n >= VL) {
+    store(p, v);
+  } else {
+    std::memcpy(p, &v, sizeof(float) * n);
+  }
+}
+inline V relu(V v) {
+  V zero = {};
+  return v > zero ? v : zero;
+}
+inline int up(int n, int m) { return (n + m - 1) / m * m; }
+
+// C[i][j] (+)= sum_k A[i * AI + k * AK] * B[k * ldb + j], i < R, j < NV * VL.
+template <int R, int NV, int AI, int AK>
+inline void micro(int K, const float* __restrict A, const float* __restrict B, int ldb,
+                  float* __restrict C, int ldc, bool add) {
+  V sum[R][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) sum[i][j] = V{};
+  for (int k = 0; k < K; ++k) {
+    V b[NV];
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) b[j] = load(B + j * VL);
+#pragma GCC unroll 16
+    for (int i = 0; i < R; ++i) {
+      const float a = A[i * AI];
+#pragma GCC unroll 2
+      for (int j = 0; j < NV; ++j) sum[i][j] += a * b[j];
+    }
+    A += AK;
+    B += ldb;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) {
+      float* c = C + i * ldc + j * VL;
+      store(c, add ? load(c) + sum[i][j] : sum[i][j]);
+    }
+}
+
+// Rows of A are `LD` apart, a constant so that they are plain offsets.
+template <int LD>
+void rows(int nv, int K, const float* A, const float* B, int ldb, float* C, int ldc,
+          bool add) {
+  if (nv == 2) {
+    micro<MR, 2, LD, 1>(K, A, B, ldb, C, ldc, add);
+  } else {
+    micro<MR, 1, LD, 1>(K, A, B, ldb, C, ldc, add);
+  }
+}
+template <int LD>
+void columns(int nv, int K, const float* A, const float* B, int ldb, float* C, int ldc,
+             bool add) {
+  if (nv == 2) {
+    micro<MW, 2, 1, LD>(K, A, B, ldb, C, ldc, add);
+  } else {
+    micro<MW, 1, 1, LD>(K, A, B, ldb, C, ldc, add);
+  }
+}
+typedef void (*Product)(int, int, const float*, const float*, int, float*, int, bool);
+
+// Widths of scratch rows for which there is a product.
+int width(int n) {
+  for (int w : {16, 32, 48, 64, 96, 128, 192, 256})
+    if (n <= w) return w;
+  return 0;
+}
+#define EACH_WIDTH(f) \
+  switch (w) {        \
+    case 16: return f<16>;   \
+    case 32: return f<32>;   \
+    case 48: return f<48>;   \
+    case 64: return f<64>;   \
+    case 96: return f<96>;   \
+    case 128: return f<128>; \
+    case 192: return f<192>; \
+    default: return f<256>;  \
+  }
+Product rows_of(int w) { EACH_WIDTH(rows) }
+Product columns_of(int w) { EACH_WIDTH(columns) }
+
+// f(0), ..., f(parts - 1) on the pool. The caller takes parts too and never waits for
+// one that has not begun, so a pool whose threads all wait here cannot lock up.
+void parallel(ffi::ThreadPool& pool, int parts, std::function<void(int)> f) {
+  if (parts == 1) return f(0);
+  struct State {
+    std::function<void(int)> f;
+    int parts;
+    std::atomic<int> next{0}, done{0};
+    std::mutex mutex;
+    std::condition_variable all;
+    void work() {
+      for (int i; (i = next++) < parts;) {
+        f(i);
+        if (++done == parts) {
+          std::lock_guard<std::mutex> lock(mutex);
+          all.notify_all();
+        }
+      }
+    }
+  };
+  auto state = std::make_shared<State>();
+  state->f = std::move(f);
+  state->parts = parts;
+  for (int i = 1; i < parts; ++i) pool.Schedule([state] { state->work(); });
+  state->work();
+  for (int spin = 0; spin < 20000 && state->done < parts; ++spin) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->all.wait(lock, [&] { return state->done == parts; });
+}
+
+// Count, mean and sum of squared deviations of some channels, merged exactly (Chan,
+// Golub, LeVeque 1979): safe where the mean is large beside the spread.
+struct Moments {
+  double count = 0;
+  std::vector<double> mean, m2;
+  explicit Moments(int n = 0) : mean(n), m2(n) {}
+
+  void merge(double n, int c, double tile_mean, double tile_m2) {
+    const double delta = tile_mean - mean[c], total = count + n;
+    mean[c] += delta * (n / total);
+    m2[c] += tile_m2 + delta * delta * (count * n / total);
+  }
+  // Adds `n` rows of data that are `ld` apart.
+  void add(const float* data, int n, int ld) {
+    const int C = mean.size();
+    for (int c = 0; c < C; c += VL) {
+      const int lanes = std::min(VL, C - c);
+      V sum = {}, first = {}, second = {};
+      for (int i = 0; i < n; ++i) sum += load(data + (int64_t)i * ld + c, lanes);
+      const V middle = sum * (1.0f / n);
+      for (int i = 0; i < n; ++i) {
+        const V d = load(data + (int64_t)i * ld + c, lanes) - middle;
+        first += d;
+        second += d * d;
+      }
+      for (int v = 0; v < lanes; ++v) {
+        const double rest = (double)first[v] / n;
+        merge(n, c + v, middle[v] + rest, (double)second[v] - first[v] * rest);
+      }
+    }
+    count += n;
+  }
+  void add(const Moments& other) {
+    if (other.count == 0) return;
+    for (size_t c = 0; c < mean.size(); ++c)
+      merge(other.count, c, other.mean[c], other.m2[c]);
+    count += other.count;
+  }
+};
+
+struct Block {
+  int N, H, W, C0, L, G, M, T;
+  int64_t P;
+  int Ct;          // channels of the block's output
+  int wm, wg;      // scratch widths of the bottleneck and of the growth
+  int bands, rb;   // bands of an image, rows of a band
+  int units;
+  int C(int l) const { return C0 + l * G; }
+
+  Block(int n, int h, int w, int c0, int layers, int growth, int bottleneck, int threads)
+      : N(n), H(h), W(w), C0(c0), L(layers), G(growth), M(bottleneck) {
+    P = (int64_t)N * H * W;
+    Ct = C0 + L * G;
+    wm = width(M);
+    wg = width(G);
+    const int64_t fit = BAND / (4LL * wm * (W + 2)) - 2;
+    bands = (int)((H + std::max<int64_t>(fit, 1) - 1) / std::max<int64_t>(fit, 1));
+    rb = (H + bands - 1) / bands;
+    bands = (H + rb - 1) / rb;
+    units = N * bands;
+    T = std::max(1, std::min(threads, units));
+  }
+  bool fits() const { return wm && wg; }
+  int64_t pixel(int t) const { return P * t / T; }
+  int unit(int t) const { return (int)((int64_t)units * t / T); }
+  // Rows of a padded band, with spare rows for the last register tile.
+  int padded_rows() const { return (rb + 2) * (W + 2) + MR + 2; }
+};
+
+// W [K, n] (rows `ld` apart, transposed where `transpose`) in panels of NR columns,
+// the last one of VL where that is enough.
+struct Panels {
+  int K, n;
+  std::vector<float> data;
+  void pack(const float* w, int rows, int columns, int ld, bool transpose) {
+    K = rows;
+    n = up(columns, VL);
+    data.assign((size_t)K * n, 0.0f);
+    for (int j = 0; j < columns; ++j) {
+      const int panel = j / NR * NR, wide = std::min(NR, n - panel);
+      float* out = data.data() + (size_t)panel * K + (j - panel);
+      for (int k = 0; k < K; ++k)
+        out[(size_t)k * wide] = transpose ? w[(size_t)j * ld + k] : w[(size_t)k * ld + j];
+    }
+  }
+  int wide(int j) const { return std::min(NR, n - j); }
+  const float* at(int j) const { return data.data() + (size_t)j * K; }
+};
+
+struct Affine {
+  std::vector<float> a, b, mean, rstd;
+  void from(const float* scale, const float* bias, const float* m, const float* v, int n,
+            float epsilon) {
+    a.resize(n), b.resize(n), mean.assign(m, m + n), rstd.resize(n);
+    for (int c = 0; c < n; ++c) {
+      rstd[c] = 1.0f / std::sqrt(v[c] + epsilon);
+      a[c] = scale[c] * rstd[c];
+      b[c] = bias[c];
+    }
+  }
+};
+
+// relu((x - mean) * a + b); the mean is taken off first, which keeps the digits of a
+// channel whose mean is large.
+inline V normalised(V x, const Affine& f, int c, int lanes) {
+  return relu((x - load(&f.mean[c], lanes)) * load(&f.a[c], lanes) +
+              load(&f.b[c], lanes));
+}
+
+// Chunks of KC channels of relu(norm1(x)) for `n` pixels: y[chunk][PT][KC].
+void load_tile(const Block& s, const float* X, int64_t p, int n, int C, const Affine& f,
+               float* y) {
+  for (int c0 = 0; c0 < C; c0 += KC) {
+    const int end = std::min(KC, C - c0);
+    float* out = y + (size_t)(c0 / KC) * PT * KC;
+    for (int c = 0; c < end; c += VL) {
+      const int lanes = std::min(VL, end - c);
+      const V mean = load(&f.mean[c0 + c], lanes), a = load(&f.a[c0 + c], lanes),
+              b = load(&f.b[c0 + c], lanes);
+      const float* x = X + p * s.Ct + c0 + c;
+      for (int i = 0; i < n; ++i)
+        store(out + (size_t)i * KC + c,
+              relu((load(x + (int64_t)i * s.Ct, lanes) - mean) * a + b));
+    }
+  }
+}
+inline size_t tile_size(int C) { return (size_t)up(C, KC) / KC * PT * KC; }
+
+// A band of an image with a border of zeros. `fill(out, p)` writes one pixel.
+template <class F>
+void load_band(const Block& s, int unit, int wide, float* out, F fill) {
+  const int n = unit / s.bands, r0 = unit % s.bands * s.rb;
+  const int r1 = std::min(s.H, r0 + s.rb);
+  const size_t line = (size_t)(s.W + 2) * wide;
+  for (int r = r0 - 1; r <= r1; ++r, out += line) {
+    if (r < 0 || r >= s.H) {
+      std::memset(out, 0, line * sizeof(float));
+      continue;
+    }
+    std::memset(out, 0, wide * sizeof(float));
+    std::memset(out + line - wide, 0, wide * sizeof(float));
+    const int64_t p = ((int64_t)n * s.H + r) * s.W;
+    for (int x = 0; x < s.W; ++x) fill(out + (size_t)(x + 1) * wide, p + x);
+  }
+  std::memset(out, 0, (size_t)(MR + 2) * wide * sizeof(float));
+}
+
+// relu(norm2(h)) of a band; with `f` null h is that already.
+void load_z(const Block& s, int unit, const float* h, const Affine* f, float* z) {
+  load_band(s, unit, s.wm, z, [&](float* out, int64_t p) {
+    const float* in = h + p * s.M;
+    for (int c = 0; c < s.M; c += VL) {
+      const int lanes = std::min(VL, s.M - c);
+      const V v = load(in + c, lanes);
+      store(out + c, f ? normalised(v, *f, c, lanes) : v, std::min(VL, s.wm - c));
+    }
+  });
+}
+
+struct Weights {
+  const float *scale1, *bias1, *w1, *scale2, *bias2, *w2;
+};
+
+// The 1x1 convolution of one layer: h [P, M]. In training h is as it comes out and its
+// moments are added; in evaluation `f2` and ReLU follow at once.
+void forward_1x1(const Block& s, int t, const float* X, int C, const Affine& f1,
+                 const Panels& w1, const Affine* f2, float* h, Moments* moments,
+                 std::vector<float>& scratch) {
+  scratch.assign(tile_size(C) + (size_t)MR * NR, 0.0f);
+  float *y = scratch.data(), *c = y + tile_size(C);
+  for (int64_t p = s.pixel(t); p < s.pixel(t + 1); p += PT) {
+    const int n = (int)std::min<int64_t>(PT, s.pixel(t + 1) - p);
+    load_tile(s, X, p, n, C, f1, y);
+    for (int j = 0; j < w1.n; j += NR) {
+      const int wide = w1.wide(j);
+      for (int i = 0; i < n; i += MR) {
+        for (int k = 0; k < C; k += KC)
+          rows<KC>(wide / VL, std::min(KC, C - k),
+                   y + (size_t)(k / KC) * PT * KC + (size_t)i * KC,
+                   w1.at(j) + (size_t)k * wide, wide, c, NR, k > 0);
+        for (int r = 0; r < std::min(MR, n - i); ++r)
+          for (int v = 0; v < wide && j + v < s.M; v += VL) {
+            const int lanes = std::min(VL, s.M - j - v);
+            V value = load(c + r * NR + v);
+            if (f2) value = normalised(value, *f2, j + v, lanes);
+            store(h + (p + i + r) * s.M + j + v, value, lanes);
+          }
+      }
+    }
+    if (moments) moments->add(h + p * s.M, n, s.M);
+  }
+}
+
+// The 3x3 convolution of one layer, into its place in X.
+void forward_3x3(const Block& s, int t, float* X, int C, const float* h,
+                 const Affine* f2, const Panels* w2, Moments* moments,
+                 std::vector<float>& scratch) {
+  const int line = s.W + 2;
+  scratch.assign((size_t)s.padded_rows() * s.wm + (size_t)MR * NR, 0.0f);
+  float *z = scratch.data(), *c = z + (size_t)s.padded_rows() * s.wm;
+  const Product product = rows_of(s.wm);
+  for (int u = s.unit(t); u < s.unit(t + 1); ++u) {
+    load_z(s, u, h, f2, z);
+    const int n = u / s.bands, r0 = u % s.bands * s.rb;
+    const int count = std::min(s.H, r0 + s.rb) - r0;
+    const int64_t p0 = ((int64_t)n * s.H + r0) * s.W;
+    for (int j = 0; j < w2[0].n; j += NR) {
+      const int wide = w2[0].wide(j);
+      for (int q = 0; q < count * line; q += MR) {
+        for (int tap = 0; tap < 9; ++tap)
+          product(wide / VL, s.M, z + (size_t)(q + tap / 3 * line + tap % 3) * s.wm,
+                  w2[tap].at(j), wide, c, NR, tap > 0);
+        for (int r = 0; r < MR && q + r < count * line; ++r) {
+          const int x = (q + r) % line;
+          if (x >= s.W) continue;  // the border of zeros
+          float* out = X + (p0 + (q + r) / line * s.W + x) * s.Ct + C;
+          for (int v = 0; v < wide && j + v < s.G; v += VL)
+            store(out + j + v, load(c + r * NR + v), std::min(VL, s.G - j - v));
+        }
+      }
+    }
+    if (moments) {
+      for (int r = 0; r < count; ++r)
+        moments->add(X + (p0 + (int64_t)r * s.W) * s.Ct + C, s.W, s.Ct);
+    }
+  }
+}
+
+void copy_input(const Block& s, ffi::ThreadPool& pool, const float* x, float* X,
+                Moments* moments) {
+  parallel(pool, s.T, [&](int t) {
+    for (int64_t p = s.pixel(t); p < s.pixel(t + 1); p += PT) {
+      const int n = (int)std::min<int64_t>(PT, s.pixel(t + 1) - p);
+      for (int i = 0; i < n; ++i)
+        std::memcpy(X + (p + i) * s.Ct, x + (p + i) * s.C0, sizeof(float) * s.C0);
+      if (moments) moments[t].add(x + p * s.C0, n, s.C0);
+    }
+  });
+}
+
+void finish_moments(std::vector<Moments>& parts, int n, float* mean, float* var) {
+  Moments all(n);
+  for (const Moments& part : parts) all.add(part);
+  for (int c = 0; c < n; ++c) {
+    mean[c] = (float)all.mean[c];
+    var[c] = (float)(all.m2[c] / all.count);
+  }
+}
+
+std::vector<Weights> weights_of(ffi::RemainingArgs& args, size_t first, int layers,
+                                int stride) {
+  std::vector<Weights> all(layers);
+  for (int l = 0; l < layers; ++l) {
+    auto at = [&](int i) {
+      return args.get<ffi::Buffer<ffi::F32>>(first + l * stride + i)->typed_data();
+    };
+    all[l] = {at(0), at(1), at(2), at(3), at(4), at(5)};
+  }
+  return all;
+}
+
+std::vector<Panels> pack_3x3(const Block& s, const float* w2, bool transpose) {
+  std::vector<Panels> panels(9);
+  for (int tap = 0; tap < 9; ++tap) {
+    // The gradient with respect to the input runs over the taps the other way round.
+    const float* w = w2 + (size_t)(transpose ? 8 - tap : tap) * s.M * s.G;
+    if (transpose) {
+      panels[tap].pack(w, s.G, s.M, s.G, true);
+    } else {
+      panels[tap].pack(w, s.M, s.G, s.G, false);
+    }
+  }
+  return panels;
+}
+
+ffi::Error check(const Block& s) {
+  if (s.fits()) return ffi::Error::Success();
+  return ffi::Error::InvalidArgument("dense block: too wide for the CPU kernel");
+}
+
+// x, then per layer scale1, bias1, w1, scale2, bias2, w2
+// -> X [N, H, W, Ct], mean, var [Ct], h [L, P, M], mean2, var2 [L, M]
+ffi::Error ForwardTrain(ffi::ThreadPool pool, float epsilon, ffi::Buffer<ffi::F32> x,
+                        ffi::RemainingArgs args, ffi::ResultBuffer<ffi::F32> X,
+                        ffi::ResultBuffer<ffi::F32> mean,
+                        ffi::ResultBuffer<ffi::F32> var, ffi::ResultBuffer<ffi::F32> h,
+                        ffi::ResultBuffer<ffi::F32> mean2,
+                        ffi::ResultBuffer<ffi::F32> var2) {
+  const auto d = x.dimensions();
+  const int L = (int)mean2->dimensions()[0], M = (int)mean2->dimensions()[1];
+  const int G = (int)(X->dimensions()[3] - d[3]) / L;
+  const Block s(d[0], d[1], d[2], d[3], L, G, M, pool.num_threads());
+  if (ffi::Error error = check(s); error.failure()) return error;
+  float *out = X->typed_data(), *m = mean->typed_data(), *v = var->typed_data();
+  {
+    std::vector<Moments> parts(s.T, Moments(s.C0));
+    copy_input(s, pool, x.typed_data(), out, parts.data());
+    finish_moments(parts, s.C0, m, v);
+  }
+  std::vector<std::vector<float>> scratch(s.T);
+  const std::vector<Weights> weights = weights_of(args, 0, L, 6);
+  for (int l = 0; l < L; ++l) {
+    const Weights& w = weights[l];
+    const int C = s.C(l);
+    float *m2 = mean2->typed_data() + l * M, *v2 = var2->typed_data() + l * M;
+    float* hl = h->typed_data() + (int64_t)l * s.P * M;
+    Affine f1, f2;
+    f1.from(w.scale1, w.bias1, m, v, C, epsilon);
+    Panels w1;
+    w1.pack(w.w1, C, M, M, false);
+    std::vector<Moments> parts(s.T, Moments(M));
+    parallel(pool, s.T, [&](int t) {
+      forward_1x1(s, t, out, C, f1, w1, nullptr, hl, &parts[t], scratch[t]);
+    });
+    finish_moments(parts, M, m2, v2);
+    f2.from(w.scale2, w.bias2, m2, v2, M, epsilon);
+    const std::vector<Panels> w2 = pack_3x3(s, w.w2, false);
+    parts.assign(s.T, Moments(G));
+    parallel(pool, s.T, [&](int t) {
+      forward_3x3(s, t, out, C, hl, &f2, w2.data(), &parts[t], scratch[t]);
+    });
+    finish_moments(parts, G, m + C, v + C);
+  }
+  return ffi::Error::Success();
+}
+
+// x, then per layer scale1, bias1, w1, scale2, bias2, w2, mean1, var1, mean2, var2
+// -> X [N, H, W, Ct], and room for one layer's h [P, M]
+ffi::Error ForwardEval(ffi::ThreadPool pool, float epsilon, ffi::Buffer<ffi::F32> x,
+                       ffi::RemainingArgs args, ffi::ResultBuffer<ffi::F32> X,
+                       ffi::ResultBuffer<ffi::F32> h) {
+  const auto d = x.dimensions();
+  const int L = (int)args.size() / 10, M = (int)h->dimensions()[1];
+  const int G = (int)(X->dimensions()[3] - d[3]) / L;
+  const Block s(d[0], d[1], d[2], d[3], L, G, M, pool.num_threads());
+  if (ffi::Error error = check(s); error.failure()) return error;
+  float *out = X->typed_data(), *z = h->typed_data();
+  copy_input(s, pool, x.typed_data(), out, nullptr);
+  std::vector<std::vector<float>> scratch(s.T);
+  const std::vector<Weights> weights = weights_of(args, 0, L, 10);
+  for (int l = 0; l < L; ++l) {
+    const Weights& w = weights[l];
+    const int C = s.C(l);
+    auto at = [&](int i) {
+      return args.get<ffi::Buffer<ffi::F32>>(l * 10 + i)->typed_data();
+    };
+    Affine f1, f2;
+    f1.from(w.scale1, w.bias1, at(6), at(7), C, epsilon);
+    f2.from(w.scale2, w.bias2, at(8), at(9), M, epsilon);
+    Panels w1;
+    w1.pack(w.w1, C, M, M, false);
+    const std::vector<Panels> w2 = pack_3x3(s, w.w2, false);
+    parallel(pool, s.T, [&](int t) {
+      forward_1x1(s, t, out, C, f1, w1, &f2, z, nullptr, scratch[t]);
+    });
+    parallel(pool, s.T, [&](int t) {
+      forward_3x3(s, t, out, C, z, nullptr, w2.data(), nullptr, scratch[t]);
+    });
+  }
+  return ffi::Error::Success();
+}
+
+// One thread's share of a layer's sums.
+struct Sums {
+  std::vector<float> dw;       // of the weights
+  std::vector<double> s1, s2;  // of the gradient, and of it times (input - mean)
+  void reset(size_t weights, int channels) {
+    dw.assign(weights, 0.0f);
+    s1.assign(channels, 0.0);
+    s2.assign(channels, 0.0);
+  }
+};
+
+void add_sums(std::vector<Sums>& parts) {
+  for (size_t t = 1; t < parts.size(); ++t) {
+    for (size_t i = 0; i < parts[0].dw.size(); ++i) parts[0].dw[i] += parts[t].dw[i];
+    for (size_t c = 0; c < parts[0].s1.size(); ++c) {
+      parts[0].s1[c] += parts[t].s1[c];
+      parts[0].s2[c] += parts[t].s2[c];
+    }
+  }
+}
+
+// Gradient of the layer's new channels, the share of their statistics included.
+struct NewGradient {
+  const float *X, *gX;
+  std::vector<float> k0, k1, mean;
+  int C, Ct, G;
+  V at(int64_t p, int c, int lanes) const {
+    const V x = load(X + p * Ct + C + c, lanes);
+    return load(gX + p * Ct + C + c, lanes) + load(&k0[c], lanes) +
+           load(&k1[c], lanes) * (x - load(&mean[c], lanes));
+  }
+};
+
+// Back through the 3x3 and norm2's ReLU: dz [P, M], the sums over it, dw [9, M, G].
+void backward_3x3(const Block& s, int t, const NewGradient& g, const float* h,
+                  const Affine& f2, const std::vector<Panels>& w2t, float* dz,
+                  Sums& sums, std::vector<float>& scratch) {
+  const int line = s.W + 2, n16 = up(s.G, VL), m8 = up(s.M, MW);
+  const size_t zsize = (size_t)s.padded_rows() * s.wm;
+  const size_t gsize = (size_t)s.padded_rows() * s.wg;
+  scratch.assign(zsize + gsize + (size_t)MR * s.wm, 0.0f);
+  float *z = scratch.data(), *dg = z + zsize, *c = dg + gsize;
+  sums.reset((size_t)9 * m8 * n16, s.M);
+  const Product product = rows_of(s.wg), outer = columns_of(s.wm);
+  std::vector<float> a1(s.wm), a2(s.wm);
+  for (int u = s.unit(t); u < s.unit(t + 1); ++u) {
+    load_z(s, u, h, &f2, z);
+    load_band(s, u, s.wg, dg, [&](float* out, int64_t p) {
+      for (int k = 0; k < s.G; k += VL)
+        store(out + k, g.at(p, k, std::min(VL, s.G - k)), std::min(VL, s.wg - k));
+    });
+    const int n = u / s.bands, r0 = u % s.bands * s.rb;
+    const int count = std::min(s.H, r0 + s.rb) - r0;
+    const int64_t p0 = ((int64_t)n * s.H + r0) * s.W;
+    // dw[tap] += z(pixel + tap)^T dg(pixel), over the band's own rows; dg is zero in
+    // the border. Tap (1, 1) is the pixel itself.
+    const int first = line, last = (count + 1) * line;
+    for (int q = first; q < last; q += KP)
+      for (int tap = 0; tap < 9; ++tap) {
+        const float* zt = z + (int64_t)(q + (tap / 3 - 1) * line + tap % 3 - 1) * s.wm;
+        for (int i = 0; i < s.M; i += MW)
+          for (int j = 0; j < n16; j += NR) {
+            // The very first pixel of the border has no left neighbour in the band.
+            int skip = q == first && tap == 0 ? 1 : 0;
+            outer(std::min(NR, n16 - j) / VL, std::min(KP, last - q) - skip,
+                  zt + (size_t)skip * s.wm + i, dg + (size_t)(q + skip) * s.wg + j,
+                  s.wg, sums.dw.data() + ((size_t)tap * m8 + i) * n16 + j, n16, true);
+          }
+      }
+    // dz(pixel) = sum over taps of dg(pixel + tap) w2[8 - tap]^T
+    std::fill(a1.begin(), a1.end(), 0.0f);
+    std::fill(a2.begin(), a2.end(), 0.0f);
+    for (int q = 0; q < count * line; q += MR) {
+      for (int j = 0; j < w2t[0].n; j += NR) {
+        const int wide = w2t[0].wide(j);
+        for (int tap = 0; tap < 9; ++tap)
+          product(wide / VL, s.G, dg + (size_t)(q + tap / 3 * line + tap % 3) * s.wg,
+                  w2t[tap].at(j), wide, c + j, s.wm, tap > 0);
+      }
+      for (int r = 0; r < MR && q + r < count * line; ++r) {
+        const int x = (q + r) % line;
+        if (x >= s.W) continue;
+        const int64_t p = p0 + (q + r) / line * s.W + x;
+        const float* zp = z + (size_t)(q + r + line + 1) * s.wm;
+        for (int k = 0; k < s.M; k += VL) {
+          const int lanes = std::min(VL, s.M - k);
+          const V zero = {};
+          const V d = load(zp + k) > zero ? load(c + r * s.wm + k) : zero;
+          const V e = load(h + p * s.M + k, lanes) - load(&f2.mean[k], lanes);
+          store(&a1[k], load(&a1[k]) + d);
+          store(&a2[k], load(&a2[k]) + d * e);
+          store(dz + p * s.M + k, d, lanes);
+        }
+      }
+    }
+    for (int k = 0; k < s.M; ++k) sums.s1[k] += a1[k], sums.s2[k] += a2[k];
+  }
+}
+
+// Back through norm2, the 1x1 and norm1's ReLU: added to gX, with dw [C, M].
+void backward_1x1(const Block& s, int t, const float* X, float* gX, int C,
+                  const Affine& f1, const Panels& w1t, const float* dz, const float* h,
+                  const Affine& f2, const std::vector<float>& e0,
+                  const std::vector<float>& e1, Sums& sums,
+                  std::vector<float>& scratch) {
+  const int nm = up(s.M, VL);
+  const size_t ysize = tile_size(C);
+  scratch.assign(ysize + (size_t)PT * s.wm + (size_t)PT * NR, 0.0f);
+  float *y = scratch.data(), *dh = y + ysize, *c = dh + (size_t)PT * s.wm;
+  sums.reset((size_t)up(C, KC) * nm, C);
+  const Product product = rows_of(s.wm);
+  for (int64_t p = s.pixel(t); p < s.pixel(t + 1); p += PT) {
+    const int n = (int)std::min<int64_t>(PT, s.pixel(t + 1) - p);
+    load_tile(s, X, p, n, C, f1, y);
+    for (int i = 0; i < n; ++i)
+      for (int k = 0; k < s.M; k += VL) {
+        const int lanes = std::min(VL, s.M - k);
+        const int64_t at = (p + i) * s.M + k;
+        const V e = load(h + at, lanes) - load(&f2.mean[k], lanes);
+        store(dh + (size_t)i * s.wm + k,
+              load(&f2.a[k], lanes) * load(dz + at, lanes) - load(&e0[k], lanes) -
+                  load(&e1[k], lanes) * e,
+              std::min(VL, s.wm - k));
+      }
+    for (int i = 0; i < C; i += MW)
+      for (int j = 0; j < nm; j += NR)
+        columns<KC>(std::min(NR, nm - j) / VL, n,
+                    y + (size_t)(i / KC) * PT * KC + i % KC, dh + j, s.wm,
+                    sums.dw.data() + (size_t)i * nm + j, nm, true);
+    for (int j = 0; j < w1t.n; j += NR) {
+      const int wide = w1t.wide(j);
+      for (int i = 0; i < n; i += MR)
+        product(wide / VL, s.M, dh + (size_t)i * s.wm, w1t.at(j), wide,
+                c + (size_t)i * NR, NR, false);
+      for (int v = 0; v < wide && j + v < C; v += VL) {
+        const int lanes = std::min(VL, C - j - v), k = j + v;
+        const V a = load(&f1.a[k], lanes), mean = load(&f1.mean[k], lanes), zero = {};
+        V s1 = {}, s2 = {};
+        const float* yk = y + (size_t)(k / KC) * PT * KC + k % KC;
+        for (int i = 0; i < n; ++i) {
+          const V d = load(yk + (size_t)i * KC) > zero ? load(c + i * NR + v) : zero;
+          const int64_t at = (p + i) * s.Ct + k;
+          s1 += d;
+          s2 += d * (load(X + at, lanes) - mean);
+          store(gX + at, load(gX + at, lanes) + a * d, lanes);
+        }
+        for (int i = 0; i < lanes; ++i) sums.s1[k + i] += s1[i], sums.s2[k + i] += s2[i];
+      }
+    }
+  }
+}
+
+// X, mean, var, h, mean2, var2, gX, gmean, gvar, then the layers' weights as forward
+// -> gx [N, H, W, C0], room for gX and for one layer's dz [P, M], then per layer
+//    dscale1, dbias1, dw1, dscale2, dbias2, dw2
+ffi::Error Backward(ffi::ThreadPool pool, float epsilon, ffi::Buffer<ffi::F32> X,
+                    ffi::Buffer<ffi::F32> mean, ffi::Buffer<ffi::F32> var,
+                    ffi::Buffer<ffi::F32> h, ffi::Buffer<ffi::F32> mean2,
+                    ffi::Buffer<ffi::F32> var2, ffi::Buffer<ffi::F32> gX,
+                    ffi::Buffer<ffi::F32> gmean, ffi::Buffer<ffi::F32> gvar,
+                    ffi::RemainingArgs args, ffi::ResultBuffer<ffi::F32> gx,
+                    ffi::ResultBuffer<ffi::F32> work, ffi::ResultBuffer<ffi::F32> dz,
+                    ffi::RemainingRets rets) {
+  const auto d = gx->dimensions();
+  const int L = (int)mean2.dimensions()[0], M = (int)mean2.dimensions()[1];
+  const int G = (int)(X.dimensions()[3] - d[3]) / L;
+  const Block s(d[0], d[1], d[2], d[3], L, G, M, pool.num_threads());
+  if (ffi::Error error = check(s); error.failure()) return error;
+  const float* x = X.typed_data();
+  float* g = work->typed_data();
+  parallel(pool, s.T, [&](int t) {
+    const int64_t a = s.pixel(t) * s.Ct, b = s.pixel(t + 1) * s.Ct;
+    std::memcpy(g + a, gX.typed_data() + a, sizeof(float) * (b - a));
+  });
+  // Gradients with respect to the shared statistics, added up over the layers.
+  std::vector<double> gm(gmean.typed_data(), gmean.typed_data() + s.Ct);
+  std::vector<double> gv(gvar.typed_data(), gvar.typed_data() + s.Ct);
+  std::vector<std::vector<float>> scratch(s.T);
+  std::vector<Sums> sums(s.T);
+  const std::vector<Weights> weights = weights_of(args, 0, L, 6);
+  for (int l = L - 1; l >= 0; --l) {
+    const Weights& w = weights[l];
+    const int C = s.C(l);
+    auto out = [&](int i) {
+      return (*rets.get<ffi::Buffer<ffi::F32>>(l * 6 + i))->typed_data();
+    };
+    const float* hl = h.typed_data() + (int64_t)l * s.P * M;
+    const float *m = mean.typed_data(), *v = var.typed_data();
+    Affine f1, f2;
+    f1.from(w.scale1, w.bias1, m, v, C, epsilon);
+    f2.from(w.scale2, w.bias2, mean2.typed_data() + l * M, var2.typed_data() + l * M, M,
+            epsilon);
+    NewGradient fresh{x, g, {}, {}, {}, C, s.Ct, G};
+    for (int c = C; c < C + G; ++c) {
+      fresh.k0.push_back((float)(gm[c] / s.P));
+      fresh.k1.push_back((float)(2 * gv[c] / s.P));
+      fresh.mean.push_back(m[c]);
+    }
+    const std::vector<Panels> w2t = pack_3x3(s, w.w2, true);
+    parallel(pool, s.T, [&](int t) {
+      backward_3x3(s, t, fresh, hl, f2, w2t, dz->typed_data(), sums[t], scratch[t]);
+    });
+    add_sums(sums);
+    {
+      const int n16 = up(G, VL), m8 = up(M, MW);
+      float* dw2 = out(5);
+      for (int tap = 0; tap < 9; ++tap)
+        for (int i = 0; i < M; ++i)
+          std::memcpy(dw2 + ((size_t)tap * M + i) * G,
+                      sums[0].dw.data() + ((size_t)tap * m8 + i) * n16, 4 * G);
+    }
+    std::vector<float> e0(M), e1(M);
+    for (int k = 0; k < M; ++k) {
+      const double s1 = sums[0].s1[k], s2 = sums[0].s2[k], r = f2.rstd[k];
+      out(3)[k] = (float)(s2 * r);
+      out(4)[k] = (float)s1;
+      e0[k] = (float)(f2.a[k] * s1 / s.P);
+      e1[k] = (float)(f2.a[k] * r * r * s2 / s.P);
+    }
+    Panels w1t;
+    w1t.pack(w.w1, M, C, M, true);
+    parallel(pool, s.T, [&](int t) {
+      backward_1x1(s, t, x, g, C, f1, w1t, dz->typed_data(), hl, f2, e0, e1, sums[t],
+                   scratch[t]);
+    });
+    add_sums(sums);
+    const int nm = up(M, VL);
+    for (int i = 0; i < C; ++i)
+      std::memcpy(out(2) + (size_t)i * M, sums[0].dw.data() + (size_t)i * nm, 4 * M);
+    for (int c = 0; c < C; ++c) {
+      const double s1 = sums[0].s1[c], s2 = sums[0].s2[c], r = f1.rstd[c];
+      out(0)[c] = (float)(s2 * r);
+      out(1)[c] = (float)s1;
+      gm[c] -= f1.a[c] * s1;
+      gv[c] -= 0.5 * w.scale1[c] * r * r * r * s2;
+    }
+  }
+  NewGradient input{x, g, {}, {}, {}, 0, s.Ct, s.C0};
+  for (int c = 0; c < s.C0; ++c) {
+    input.k0.push_back((float)(gm[c] / s.P));
+    input.k1.push_back((float)(2 * gv[c] / s.P));
+    input.mean.push_back(mean.typed_data()[c]);
+  }
+  parallel(pool, s.T, [&](int t) {
+    for (int64_t p = s.pixel(t); p < s.pixel(t + 1); ++p)
+      for (int c = 0; c < s.C0; c += VL) {
+        const int lanes = std::min(VL, s.C0 - c);
+        store(gx->typed_data() + p * s.C0 + c, input.at(p, c, lanes), lanes);
+      }
+  });
+  return ffi::Error::Success();
+}
+
+using F = ffi::Buffer<ffi::F32>;
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseBlockForwardTrain, ForwardTrain,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<float>("epsilon")
+                                  .Arg<F>()
+                                  .RemainingArgs()
+                                  .Ret<F>()
+                                  .Ret<F>()
+                                  .Ret<F>()
+                                  .Ret<F>()
+                                  .Ret<F>()
+                                  .Ret<F>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseBlockForwardEval, ForwardEval,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<float>("epsilon")
+                                  .Arg<F>()
+                                  .RemainingArgs()
+                                  .Ret<F>()
+                                  .Ret<F>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseBlockBackward, Backward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<float>("epsilon")
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .RemainingArgs()
+                                  .Ret<F>()
+                                  .Ret<F>()
+                                  .Ret<F>()
+                                  .RemainingRets());

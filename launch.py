@@ -148,15 +148,17 @@ def _check_field_names(arguments):
             )
 
 
-def _set_compilation_cache():
-    """Keeps compiled steps for the next start; the environment's choice comes first."""
+def _set_up_jax():
+    """Memory and compilation cache, before JAX starts its backend."""
     import jax
 
+    from flax_densenet import cpu_kernels
+
+    cpu_kernels.keep_memory()
+    # Keeps compiled steps for the next start; the environment's choice comes first.
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-        cache = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-        jax.config.update(
-            'jax_compilation_cache_dir', os.path.join(cache, 'flax_densenet', 'xla')
-        )
+        cache = cpu_kernels.cache_folder() / 'xla'
+        jax.config.update('jax_compilation_cache_dir', str(cache))
 
 
 def main(argv):
@@ -167,7 +169,7 @@ def main(argv):
             import jax
 
             jax.distributed.initialize()
-        _set_compilation_cache()
+        _set_up_jax()
         name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
         workdir = _WORKDIR.value or os.path.join('ckpt', name.stem)
         overrides = config_flags.get_override_values(flags.FLAGS['config'])

@@ -30,6 +30,9 @@ def get_config() -> ConfigDict:
     config.model.dtype = 'float32'  # of activations; or bfloat16
     config.model.padding = 'torch'  # or same, as TensorFlow pads
     config.model.initializer = 'he_fan_in'  # he_fan_out, glorot_normal
+    config.model.fast = True  # the fast dense block; False: plain layers
+    config.model.kernel = 'auto'  # of the fast block: native (C++, CPU), xla, auto
+    config.model.remat = 'block'  # xla computes activations again; none keeps them
 
     config.data = ConfigDict()
     # digits, folder:PATH (PATH/CLASS/* or PATH/{train,val}/CLASS/*) or

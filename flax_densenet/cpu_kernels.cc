@@ -248,12 +248,15 @@ struct Panels {
   void pack(const float* w, int rows, int columns, int ld, bool transpose) {
     K = rows;
     n = up(columns, VL);
-    data.assign((size_t)K * n, 0.0f);
-    for (int j = 0; j < columns; ++j) {
-      const int panel = j / NR * NR, wide = std::min(NR, n - panel);
-      float* out = data.data() + (size_t)panel * K + (j - panel);
-      for (int k = 0; k < K; ++k)
-        out[(size_t)k * wide] = transpose ? w[(size_t)j * ld + k] : w[(size_t)k * ld + j];
+    data.resize((size_t)K * n);
+    for (int j = 0; j < n; j += NR) {
+      const int wide = std::min(NR, n - j), valid = std::min(wide, columns - j);
+      float* out = data.data() + (size_t)j * K;
+      for (int k = 0; k < K; ++k, out += wide) {
+        for (int i = 0; i < valid; ++i)
+          out[i] = transpose ? w[(size_t)(j + i) * ld + k] : w[(size_t)k * ld + j + i];
+        for (int i = valid; i < wide; ++i) out[i] = 0.0f;
+      }
     }
   }
   int wide(int j) const { return std::min(NR, n - j); }
@@ -632,18 +635,18 @@ void backward_3x3(const Block& s, int t, const NewGradient& g, const float* h,
   }
 }
 
-// Back through norm2, the 1x1 and norm1's ReLU: added to gX, with dw [C, M].
+// Back through norm2, the 1x1 and norm1's ReLU: added to gX, with dw [M, C].
 void backward_1x1(const Block& s, int t, const float* X, float* gX, int C,
                   const Affine& f1, const Panels& w1t, const float* dz, const float* h,
                   const Affine& f2, const std::vector<float>& e0,
                   const std::vector<float>& e1, Sums& sums,
                   std::vector<float>& scratch) {
-  const int nm = up(s.M, VL);
+  const int nc = up(C, VL);
   const size_t ysize = tile_size(C);
   scratch.assign(ysize + (size_t)PT * s.wm + (size_t)PT * NR, 0.0f);
   float *y = scratch.data(), *dh = y + ysize, *c = dh + (size_t)PT * s.wm;
-  sums.reset((size_t)up(C, KC) * nm, C);
-  const Product product = rows_of(s.wm);
+  sums.reset((size_t)up(s.M, MW) * nc, C);
+  const Product product = rows_of(s.wm), outer = columns_of(s.wm);
   for (int64_t p = s.pixel(t); p < s.pixel(t + 1); p += PT) {
     const int n = (int)std::min<int64_t>(PT, s.pixel(t + 1) - p);
     load_tile(s, X, p, n, C, f1, y);
@@ -657,11 +660,12 @@ void backward_1x1(const Block& s, int t, const float* X, float* gX, int C,
                   load(&e1[k], lanes) * e,
               std::min(VL, s.wm - k));
       }
-    for (int i = 0; i < C; i += MW)
-      for (int j = 0; j < nm; j += NR)
-        columns<KC>(std::min(NR, nm - j) / VL, n,
-                    y + (size_t)(i / KC) * PT * KC + i % KC, dh + j, s.wm,
-                    sums.dw.data() + (size_t)i * nm + j, nm, true);
+    // Transposed, so that a panel of y stays in L1 while all of dh passes by.
+    for (int j = 0; j < nc; j += NR)
+      for (int i = 0; i < s.M; i += MW)
+        outer(std::min(NR, nc - j) / VL, n, dh + i,
+              y + (size_t)(j / KC) * PT * KC + j % KC, KC,
+              sums.dw.data() + (size_t)i * nc + j, nc, true);
     for (int j = 0; j < w1t.n; j += NR) {
       const int wide = w1t.wide(j);
       for (int i = 0; i < n; i += MR)
@@ -759,9 +763,12 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, ffi::Buffer<ffi::F32> X
                    scratch[t]);
     });
     add_sums(sums);
-    const int nm = up(M, VL);
-    for (int i = 0; i < C; ++i)
-      std::memcpy(out(2) + (size_t)i * M, sums[0].dw.data() + (size_t)i * nm, 4 * M);
+    const int nc = up(C, VL);
+    float* dw1 = out(2);
+    parallel(pool, s.T, [&](int t) {
+      for (int i = C * t / s.T; i < C * (t + 1) / s.T; ++i)
+        for (int k = 0; k < M; ++k) dw1[i * M + k] = sums[0].dw[(size_t)k * nc + i];
+    });
     for (int c = 0; c < C; ++c) {
       const double s1 = sums[0].s1[c], s2 = sums[0].s2[c], r = f1.rstd[c];
       out(0)[c] = (float)(s2 * r);
@@ -781,6 +788,168 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, ffi::Buffer<ffi::F32> X
       for (int c = 0; c < s.C0; c += VL) {
         const int lanes = std::min(VL, s.C0 - c);
         store(gx->typed_data() + p * s.C0 + c, input.at(p, c, lanes), lanes);
+      }
+  });
+  return ffi::Error::Success();
+}
+
+// The stem behind its convolution: batch norm, ReLU and 3x3 max pooling of stride 2.
+struct Stem {
+  int N, H, W, C, H2, W2, low_h, low_w, T;
+  int64_t pixels;
+  Stem(int n, int h, int w, int c, int h2, int w2, int lh, int lw, int threads)
+      : N(n), H(h), W(w), C(c), H2(h2), W2(w2), low_h(lh), low_w(lw) {
+    pixels = (int64_t)N * H * W;
+    T = std::max(1, std::min(threads, N * H2));
+  }
+  int out_row(int t) const { return (int)((int64_t)N * H2 * t / T); }
+  int in_row(int t) const { return (int)((int64_t)N * H * t / T); }
+};
+
+typedef int32_t VI __attribute__((vector_size(VL * 4)));
+typedef uint8_t VB __attribute__((vector_size(VL)));
+inline VI load_index(const uint8_t* p, int lanes) {
+  VB v = {};
+  std::memcpy(&v, p, lanes);
+  return __builtin_convertvector(v, VI);
+}
+inline void store_index(uint8_t* p, VI v, int lanes) {
+  const VB b = __builtin_convertvector(v, VB);
+  std::memcpy(p, &b, lanes);
+}
+
+// which: place of the largest value in its window, 0 to 8; 9 where all are 0 behind
+// the ReLU, so that no gradient goes back.
+void pool(const Stem& s, int t, const float* x, const Affine& f, float* y,
+          uint8_t* which) {
+  for (int row = s.out_row(t); row < s.out_row(t + 1); ++row) {
+    const int n = row / s.H2, i = row % s.H2;
+    for (int j = 0; j < s.W2; ++j) {
+      const int64_t out = ((int64_t)row * s.W2 + j) * s.C;
+      for (int c = 0; c < s.C; c += VL) {
+        const int lanes = std::min(VL, s.C - c);
+        V best = {};
+        VI place = VI{} + 9;
+        for (int k = 0; k < 9; ++k) {
+          const int r = 2 * i - s.low_h + k / 3, q = 2 * j - s.low_w + k % 3;
+          if (r < 0 || r >= s.H || q < 0 || q >= s.W) continue;
+          const int64_t in = (((int64_t)n * s.H + r) * s.W + q) * s.C + c;
+          const V v = normalised(load(x + in, lanes), f, c, lanes);
+          const VI larger = v > best;
+          best = larger ? v : best;
+          place = larger ? VI{} + k : place;
+        }
+        store(y + out + c, best, lanes);
+        if (which) store_index(which + out + c, place, lanes);
+      }
+    }
+  }
+}
+
+ffi::Error StemTrain(ffi::ThreadPool pool_, float epsilon, int64_t low_h, int64_t low_w,
+                     ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> scale,
+                     ffi::Buffer<ffi::F32> bias, ffi::ResultBuffer<ffi::F32> y,
+                     ffi::ResultBuffer<ffi::U8> which, ffi::ResultBuffer<ffi::F32> mean,
+                     ffi::ResultBuffer<ffi::F32> var) {
+  const auto d = x.dimensions(), e = y->dimensions();
+  const Stem s(d[0], d[1], d[2], d[3], e[1], e[2], low_h, low_w, pool_.num_threads());
+  std::vector<Moments> parts(s.T, Moments(s.C));
+  parallel(pool_, s.T, [&](int t) {
+    for (int row = s.in_row(t); row < s.in_row(t + 1); ++row)
+      parts[t].add(x.typed_data() + (int64_t)row * s.W * s.C, s.W, s.C);
+  });
+  finish_moments(parts, s.C, mean->typed_data(), var->typed_data());
+  Affine f;
+  f.from(scale.typed_data(), bias.typed_data(), mean->typed_data(), var->typed_data(),
+         s.C, epsilon);
+  parallel(pool_, s.T, [&](int t) {
+    pool(s, t, x.typed_data(), f, y->typed_data(), which->typed_data());
+  });
+  return ffi::Error::Success();
+}
+
+ffi::Error StemEval(ffi::ThreadPool pool_, float epsilon, int64_t low_h, int64_t low_w,
+                    ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> scale,
+                    ffi::Buffer<ffi::F32> bias, ffi::Buffer<ffi::F32> mean,
+                    ffi::Buffer<ffi::F32> var, ffi::ResultBuffer<ffi::F32> y) {
+  const auto d = x.dimensions(), e = y->dimensions();
+  const Stem s(d[0], d[1], d[2], d[3], e[1], e[2], low_h, low_w, pool_.num_threads());
+  Affine f;
+  f.from(scale.typed_data(), bias.typed_data(), mean.typed_data(), var.typed_data(), s.C,
+         epsilon);
+  parallel(pool_, s.T, [&](int t) {
+    pool(s, t, x.typed_data(), f, y->typed_data(), nullptr);
+  });
+  return ffi::Error::Success();
+}
+
+// x, scale, bias, mean, var, which, gy -> gx, dscale, dbias
+ffi::Error StemBackward(ffi::ThreadPool pool_, float epsilon, int64_t low_h,
+                        int64_t low_w, ffi::Buffer<ffi::F32> x,
+                        ffi::Buffer<ffi::F32> scale, ffi::Buffer<ffi::F32> bias,
+                        ffi::Buffer<ffi::F32> mean, ffi::Buffer<ffi::F32> var,
+                        ffi::Buffer<ffi::U8> which, ffi::Buffer<ffi::F32> gy,
+                        ffi::ResultBuffer<ffi::F32> gx,
+                        ffi::ResultBuffer<ffi::F32> dscale,
+                        ffi::ResultBuffer<ffi::F32> dbias) {
+  const auto d = x.dimensions(), e = gy.dimensions();
+  const Stem s(d[0], d[1], d[2], d[3], e[1], e[2], low_h, low_w, pool_.num_threads());
+  Affine f;
+  f.from(scale.typed_data(), bias.typed_data(), mean.typed_data(), var.typed_data(), s.C,
+         epsilon);
+  std::vector<Sums> sums(s.T);
+  parallel(pool_, s.T, [&](int t) {
+    sums[t].reset(0, s.C);
+    std::vector<float> a1(up(s.C, VL)), a2(up(s.C, VL));
+    for (int row = s.in_row(t); row < s.in_row(t + 1); ++row) {
+      const int n = row / s.H, r = row % s.H + s.low_h;
+      std::fill(a1.begin(), a1.end(), 0.0f);
+      std::fill(a2.begin(), a2.end(), 0.0f);
+      for (int w = 0; w < s.W; ++w) {
+        const int q = w + s.low_w;
+        const int64_t in = ((int64_t)row * s.W + w) * s.C;
+        for (int c = 0; c < s.C; c += VL) {
+          const int lanes = std::min(VL, s.C - c);
+          V g = {};
+          // The windows that hold this pixel: two where it lies between, else one.
+          for (int i = std::max(0, (r - 1) / 2); i <= std::min(s.H2 - 1, r / 2); ++i)
+            for (int j = std::max(0, (q - 1) / 2); j <= std::min(s.W2 - 1, q / 2); ++j) {
+              const int64_t out = (((int64_t)n * s.H2 + i) * s.W2 + j) * s.C + c;
+              const int place = (r - 2 * i) * 3 + q - 2 * j;
+              const V zero = {};
+              const VI mine = load_index(which.typed_data() + out, lanes) == place;
+              g += mine ? load(gy.typed_data() + out, lanes) : zero;
+            }
+          const V e =
+              load(x.typed_data() + in + c, lanes) - load(&f.mean[c], lanes);
+          store(&a1[c], load(&a1[c]) + g);
+          store(&a2[c], load(&a2[c]) + g * e);
+          store(gx->typed_data() + in + c, g, lanes);
+        }
+      }
+      for (int c = 0; c < s.C; ++c) sums[t].s1[c] += a1[c], sums[t].s2[c] += a2[c];
+    }
+  });
+  add_sums(sums);
+  std::vector<float> e0(s.C), e1(s.C);
+  for (int c = 0; c < s.C; ++c) {
+    const double s1 = sums[0].s1[c], s2 = sums[0].s2[c], rstd = f.rstd[c];
+    dscale->typed_data()[c] = (float)(s2 * rstd);
+    dbias->typed_data()[c] = (float)s1;
+    e0[c] = (float)(f.a[c] * s1 / s.pixels);
+    e1[c] = (float)(f.a[c] * rstd * rstd * s2 / s.pixels);
+  }
+  parallel(pool_, s.T, [&](int t) {
+    const int64_t first = (int64_t)s.in_row(t) * s.W, last = (int64_t)s.in_row(t + 1) * s.W;
+    for (int64_t p = first; p < last; ++p)
+      for (int c = 0; c < s.C; c += VL) {
+        const int lanes = std::min(VL, s.C - c);
+        const int64_t at = p * s.C + c;
+        const V e = load(x.typed_data() + at, lanes) - load(&f.mean[c], lanes);
+        store(gx->typed_data() + at,
+              load(&f.a[c], lanes) * load(gx->typed_data() + at, lanes) -
+                  load(&e0[c], lanes) - load(&e1[c], lanes) * e,
+              lanes);
       }
   });
   return ffi::Error::Success();
@@ -830,3 +999,47 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseBlockBackward, Backward,
                                   .Ret<F>()
                                   .Ret<F>()
                                   .RemainingRets());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(StemForwardTrain, StemTrain,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<float>("epsilon")
+                                  .Attr<int64_t>("low_h")
+                                  .Attr<int64_t>("low_w")
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .Ret<F>()
+                                  .Ret<ffi::Buffer<ffi::U8>>()
+                                  .Ret<F>()
+                                  .Ret<F>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(StemForwardEval, StemEval,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<float>("epsilon")
+                                  .Attr<int64_t>("low_h")
+                                  .Attr<int64_t>("low_w")
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .Ret<F>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(StemBackwardTrain, StemBackward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<float>("epsilon")
+                                  .Attr<int64_t>("low_h")
+                                  .Attr<int64_t>("low_w")
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
+                                  .Arg<F>()
+                                  .Ret<F>()
+                                  .Ret<F>()
+                                  .Ret<F>());

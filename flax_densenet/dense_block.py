@@ -1,11 +1,13 @@
 """The fast dense block: pure functions with the results of the plain layers.
 
 A dense layer is `conv3x3(relu(norm2(conv1x1(relu(norm1(x))))))`, joined to `x`. A
-plain implementation spends its time reading the growing `x`. Four facts save most of it:
+plain implementation spends its time reading the growing `x`. Four facts save most of
+it:
 
-1. Batch statistics are born once. Channel c of `x` has the same batch mean and variance
-   in every later layer; only that layer's scale and bias differ. They are taken when the
-   channel is made, and their gradients, added up over the layers, are applied once:
+1. Batch statistics are born once. Channel c of `x` has the same batch mean and
+   variance in every later layer; only that layer's scale and bias differ. They are
+   taken when the channel is made, and their gradients, added up over the layers, are
+   applied once:
 
        norm1 of layer l:  (x - mean) * a_l + bias_l,   a_l = scale_l / sqrt(var + eps)
        d mean = -sum_l a_l * sum(d_l)
@@ -19,8 +21,8 @@ plain implementation spends its time reading the growing `x`. Four facts save mo
 3. A 1x1 convolution is a matrix product, in a form that is fast in all directions.
 4. Average pooling and a 1x1 convolution commute, so a transition pools first.
 
-There are two implementations: `kernel='native'` is one call per block and direction into
-`cpu_kernels.cc`, for float32 on one CPU device; `kernel='xla'` is JAX alone, for
+There are two implementations: `kernel='native'` is one call per block and direction
+into `cpu_kernels.cc`, for float32 on one CPU device; `kernel='xla'` is JAX alone, for
 everything else.
 """
 
@@ -31,6 +33,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from flax_densenet import cpu_kernels
@@ -71,13 +74,16 @@ class Layer:
 
 
 def statistics(x):
-    """Mean and biased variance of each channel of `[N, H, W, C]`: two passes, float32.
+    """Mean and biased variance of each channel of `[N, H, W, C]`, in float32 or wider.
 
-    Taken in float64 where `x` is.
+    Two passes: deviations from a first mean, whose own mean then mends both figures.
+    In one pass the variance of a channel with a large mean would be lost.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = x.mean((0, 1, 2))
-    return mean, jnp.square(x - _row(mean)).mean((0, 1, 2))
+    middle = lax.stop_gradient(x.mean((0, 1, 2)))
+    deviation = x - _row(middle)
+    rest = deviation.mean((0, 1, 2))
+    return middle + rest, jnp.square(deviation).mean((0, 1, 2)) - jnp.square(rest)
 
 
 def _row(vector):
@@ -117,15 +123,17 @@ def _conv3x3(x, kernel):
     )
 
 
-def use_native(kernel: str, x, layers, *, dropout: bool) -> bool:
-    """Whether a block runs in `cpu_kernels.cc`.
+def use_native(kernel: str, x, layers=None, *, dropout: bool = False) -> bool:
+    """Whether a block, or without `layers` the stem, runs in `cpu_kernels.cc`.
 
     Raises:
       UserError: `kernel='native'` where it cannot be.
     """
     if kernel == 'xla':
         return False
-    reason = _not_native(x, layers, dropout, one_device=kernel == 'auto')
+    reason = _not_native(x, one_device=kernel == 'auto')
+    if reason is None and layers is not None:
+        reason = _not_native_block(layers, dropout)
     if reason is None:
         reason = cpu_kernels.load()
         if reason and kernel == 'auto':
@@ -140,13 +148,17 @@ def _say_once(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def _not_native(x, layers, dropout, *, one_device):
+def _not_native(x, *, one_device):
     if jax.default_backend() != 'cpu':
         return 'it is for CPUs'
     if one_device and jax.device_count() > 1:
         return 'the batch is spread over several devices'
     if x.dtype != jnp.float32:
         return f'it computes in float32, not {x.dtype}'
+    return None
+
+
+def _not_native_block(layers, dropout):
     if layers[0].kernel2 is None:
         return 'it is for layers with a bottleneck'
     if dropout:
@@ -202,7 +214,8 @@ def block_train(
 
 def drop_out(x, key, rate):
     """Sets a share `rate` of the values to 0 and divides the others by what is left."""
-    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    # In float32 always, so that the choice does not depend on the precision.
+    keep = jax.random.uniform(key, x.shape, jnp.float32) >= rate
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 
@@ -341,6 +354,123 @@ def _native_eval_backward(epsilon, saved, gradient):
 _native_eval.defvjp(
     lambda x, layers, epsilon: (_native_eval(x, layers, epsilon), (x, layers)),
     _native_eval_backward,
+)
+
+
+def stem(x, norm, *, epsilon, dtype, padding, kernel='auto'):
+    """Batch norm, ReLU, 3x3 max pooling of stride 2, behind the stem's convolution.
+
+    Args:
+      x: `[N, H, W, C]`.
+      norm: (mean, var, scale, bias), each `[C]`; None for mean and var takes the
+        batch's, as in training.
+      padding: ((top, bottom), (left, right)) of the pooling.
+
+    Returns:
+      `[N, H', W', C]`, and the batch (mean, var), or None where they were given.
+    """
+    mean, var, scale, bias = norm
+    if use_native(kernel, x):
+        if mean is not None:
+            return _native_stem_eval(x, *norm, epsilon, padding), None
+        y, mean, var = _native_stem(x, scale, bias, epsilon, padding)
+        return y, (mean, var)
+    found = None
+    if mean is None:
+        mean, var = found = statistics(x)
+    return _xla_stem(x, mean, var, scale, bias, epsilon, padding, dtype), found
+
+
+def _xla_stem(x, mean, var, scale, bias, epsilon, padding, dtype):
+    y = normalise_relu(x, mean, var, scale, bias, epsilon, dtype)
+    return lax.reduce_window(
+        y,
+        np.array(-np.inf, y.dtype),  # a constant, else it has no gradient
+        lax.max,
+        (1, 3, 3, 1),
+        (1, 2, 2, 1),
+        ((0, 0), *padding, (0, 0)),
+    )
+
+
+def _stem_options(x, padding):
+    """Shape of the pooled map, and attributes of the native calls."""
+    sizes = [
+        (n + sum(pad) - 3) // 2 + 1
+        for n, pad in zip(x.shape[1:3], padding, strict=True)
+    ]
+    low = {'low_h': padding[0][0], 'low_w': padding[1][0]}
+    return (x.shape[0], *sizes, x.shape[3]), {k: np.int64(v) for k, v in low.items()}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _native_stem(x, scale, bias, epsilon, padding):
+    return _native_stem_forward(x, scale, bias, epsilon, padding)[0]
+
+
+def _native_stem_forward(x, scale, bias, epsilon, padding):
+    pooled, options = _stem_options(x, padding)
+    y, which, mean, var = cpu_kernels.call(
+        'StemForwardTrain',
+        [
+            _shape(*pooled),
+            jax.ShapeDtypeStruct(pooled, jnp.uint8),
+            _shape(x.shape[3]),
+            _shape(x.shape[3]),
+        ],
+        x,
+        scale,
+        bias,
+        epsilon=epsilon,
+        **options,
+    )
+    return (y, mean, var), (x, scale, bias, mean, var, which)
+
+
+def _native_stem_backward(epsilon, padding, saved, gradients):
+    # The statistics go to running averages only.
+    x, scale, bias, *_ = saved
+    return tuple(
+        cpu_kernels.call(
+            'StemBackwardTrain',
+            [_shape(*array.shape) for array in (x, scale, bias)],
+            *saved,
+            gradients[0],
+            epsilon=epsilon,
+            **_stem_options(x, padding)[1],
+        )
+    )
+
+
+_native_stem.defvjp(_native_stem_forward, _native_stem_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _native_stem_eval(x, mean, var, scale, bias, epsilon, padding):
+    pooled, options = _stem_options(x, padding)
+    (y,) = cpu_kernels.call(
+        'StemForwardEval',
+        [_shape(*pooled)],
+        x,
+        scale,
+        bias,
+        mean,
+        var,
+        epsilon=epsilon,
+        **options,
+    )
+    return y
+
+
+def _native_stem_eval_backward(epsilon, padding, saved, gradient):
+    def xla(*arrays):
+        return _xla_stem(*arrays, epsilon, padding, jnp.float32)
+
+    return jax.vjp(xla, *saved)[1](gradient)
+
+
+_native_stem_eval.defvjp(
+    lambda *args: (_native_stem_eval(*args), args[:5]), _native_stem_eval_backward
 )
 
 

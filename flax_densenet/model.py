@@ -422,6 +422,28 @@ class DenseNet(nn.Module):
                 kernel_init=nn.initializers.variance_scaling(*_CLASSIFIER_INITIALIZER),
             )
 
+    def _norm_and_pool(self, x, train):
+        """The ImageNet stem behind its convolution."""
+        pad = ((1, 1), (1, 1))
+        if self.padding == 'same':
+            pad = tuple(lax.padtype_to_pads(x.shape[1:3], (3, 3), (2, 2), 'SAME'))
+        if not self.fast:
+            x = nn.relu(self.norm0(x, train))
+            return nn.max_pool(x, (3, 3), strides=(2, 2), padding=pad)
+        scale, bias, *averages = self.norm0.declare(x.shape[-1])
+        mean, var = (None, None) if train else (a.value for a in averages)
+        y, statistics = dense_block.stem(
+            x,
+            (mean, var, scale, bias),
+            epsilon=self.epsilon,
+            dtype=jnp.dtype(self.dtype),
+            padding=pad,
+            kernel=self.kernel,
+        )
+        if train:
+            self.norm0.update(averages, statistics, x.size // x.shape[-1])
+        return y
+
     def __call__(self, x, train: bool = False):
         """Images `[N, H, W, C]`, normalised, to logits `[N, num_classes]`.
 
@@ -455,9 +477,7 @@ class DenseNet(nn.Module):
         check_image_size(self, x.shape[-3:-1])
         x = self.conv0(x.astype(self.dtype))
         if self.stem == 'imagenet':
-            x = nn.relu(self.norm0(x, train))
-            pad = [(1, 1), (1, 1)] if self.padding == 'torch' else 'SAME'
-            x = nn.max_pool(x, (3, 3), strides=(2, 2), padding=pad)
+            x = self._norm_and_pool(x, train)
         outputs = []
         for number in range(1, len(self.block_sizes) + 1):
             x, statistics = getattr(self, f'denseblock{number}')(x, train)

@@ -4,6 +4,7 @@ The data's position is a function of the step counter as well (see `step`), so a
 checkpoint needs nothing but arrays, and the same command again goes on where it was.
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -55,6 +56,8 @@ def _check_same_run(workdir, metadata):
     # Through JSON, since a tuple comes back from it as a list.
     model_fields = json.loads(json.dumps(metadata['model']))
     for name, value in model_fields.items():
+        if name in ('fast', 'kernel', 'remat'):  # how, not what is computed
+            continue
         if saved['model'].get(name) != value:
             raise UserError(
                 f'--workdir={workdir} holds a run with model.{name}='
@@ -350,7 +353,10 @@ def _train_epoch(run, compiled, state, batches, epoch):
     first = int(state.step)
     steps = step.epoch_end(epoch, count, rows) - first
     started, waited = time.perf_counter(), 0.0
-    loss = None
+    # A GPU gets its next step before it has finished this one; on a CPU that would
+    # gain nothing and need the memory of two steps.
+    ahead = 0 if jax.default_backend() == 'cpu' else 1
+    losses = collections.deque()
     bar = tqdm(
         total=steps * rows,
         desc=f'epoch {epoch}/{run.config["train"]["epochs"]}',
@@ -361,14 +367,13 @@ def _train_epoch(run, compiled, state, batches, epoch):
     with bar, jax.transfer_guard('disallow'):
         for _ in range(steps):
             asked = time.perf_counter()
-            batch = next(batches)
-            if loss is None or loss.is_ready():  # the devices had nothing to do
+            batch = sharding.to_global(next(batches), run.mesh)
+            if not losses or losses[-1].is_ready():  # the devices had nothing to do
                 waited += time.perf_counter() - asked
-            batch = sharding.to_global(batch, run.mesh)
-            previous = loss
+            while len(losses) > ahead:
+                bar.set_postfix(loss=f'{float(jax.device_get(losses.popleft())):.3f}')
             state, loss = compiled(state, batch)
-            if previous is not None:  # one step ahead of the devices, not more
-                bar.set_postfix(loss=f'{float(jax.device_get(previous)):.3f}')
+            losses.append(loss)
             bar.update(rows)
         jax.block_until_ready(state)
     seconds = time.perf_counter() - started

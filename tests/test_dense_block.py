@@ -1,0 +1,385 @@
+"""The fast block keeps the plain layers' contract: variables, outputs, gradients,
+running statistics. Errors are measured against the plain block in float64."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import tiny_config
+
+from flax_densenet import (
+    UserError,
+    cpu_kernels,
+    create_model,
+    dense_block,
+    init_variables,
+    sharding,
+    train,
+)
+
+# Plain, bottleneck, compression, both; growth and width that do not fill a vector
+# register; the ImageNet stem and its pooling; the widths of densenet161.
+BLOCKS = {
+    'plain': ('L10k5', dict(block_sizes=(3, 1))),
+    'B': ('B-L16k6', dict(block_sizes=(3, 1))),
+    'C': ('C-L10k4', dict(block_sizes=(2, 1))),
+    'BC': ('BC-L16k12', dict(block_sizes=(3, 1))),
+    'imagenet': (
+        'densenet121',
+        dict(growth_rate=32, block_sizes=(3, 2), stem_features=16),
+    ),
+    'same padding': (
+        'densenet121',
+        dict(growth_rate=8, block_sizes=(2, 2), stem_features=20, padding='same'),
+    ),
+    'wide': (
+        'densenet161',
+        dict(block_sizes=(2, 2), stem_features=300, bottleneck=4),
+    ),
+}
+NATIVE = [name for name in BLOCKS if name not in ('plain', 'C')]
+
+
+def require_native():
+    reason = cpu_kernels.load()
+    if reason:
+        pytest.skip(f'the CPU kernel cannot be built here: {reason}')
+
+
+def make(block, **fields):
+    name, own = BLOCKS[block]
+    return create_model(name, num_classes=3, **own | fields)
+
+
+@functools.cache
+def inputs(block, size=(13, 22), count=2, mean=0.0):
+    """Variables away from their first values, and images."""
+    variables = init_variables(make(block), 0)
+    rng = np.random.default_rng(0)
+
+    def shake(path, leaf):
+        name = path[-1].key
+        if name == 'kernel':
+            return leaf
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        return leaf + 0.2 * (np.abs(noise) if name == 'var' else noise)
+
+    variables = jax.tree_util.tree_map_with_path(shake, variables)
+    images = mean + rng.standard_normal((count, *size, 3)).astype(np.float32)
+    return variables, images
+
+
+def run(module, variables, images, *, rows=None):
+    """Training outputs, updated statistics, gradients; evaluation outputs."""
+
+    def loss_of(params, images):
+        features, updated = module.apply(
+            {**variables, 'params': params},
+            images,
+            train=True,
+            mutable=['batch_stats'],
+            method='features',
+            rngs={'dropout': jax.random.key(3)},
+        )
+        # Any function of all outputs will do; this one has no flat directions.
+        weights = np.sin(np.arange(features.size)).reshape(features.shape)
+        wide = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+        return (wide * weights).sum(), (features, updated['batch_stats'])
+
+    (_, (features, stats)), gradients = jax.jit(
+        jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
+    )(variables['params'], images)
+    evaluated = jax.jit(functools.partial(module.apply, method='features'))(
+        variables, images
+    )
+    return {
+        'features': features,
+        'batch_stats': stats,
+        'param_gradients': gradients[0],
+        'image_gradient': gradients[1],
+        'evaluated': evaluated,
+    }
+
+
+def error(found, exact):
+    """Relative error of a tree of arrays: norm of the difference over the norm."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
+    pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs]
+    difference = sum(((a - b) ** 2).sum() for a, b in pairs)
+    return np.sqrt(difference / sum((b**2).sum() for _, b in pairs))
+
+
+@functools.cache
+def exact(block, size=(13, 22), dropout=0.0, mean=0.0):
+    """The plain layers in float64."""
+    variables, images = inputs(block, size, mean=mean)
+    with jax.enable_x64(True):
+        double = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), variables)
+        module = make(block, fast=False, dtype='float64', dropout_rate=dropout)
+        found = run(module, double, jnp.asarray(images, jnp.float64))
+        return jax.tree.map(np.asarray, found)
+
+
+def assert_as_good(fast, plain, exact, factor=2.0, floor=2e-6):
+    """No further from float64 than `factor` times what the plain layers are.
+
+    `floor`: where the plain layers happen to be closer than a few roundings.
+    """
+    for name in exact:
+        ours, theirs = (error(found[name], exact[name]) for found in (fast, plain))
+        assert ours <= max(factor * theirs, floor), (name, ours, theirs)
+        assert theirs < 2e-4, (name, theirs)  # the comparison itself is sound
+
+
+def compiled_text(module, block):
+    variables, images = inputs(block)
+    lowered = jax.jit(
+        lambda v, x: module.apply(v, x, train=True, mutable=['batch_stats'])
+    ).lower(variables, images)
+    return lowered.as_text()
+
+
+def test_the_paths_differ():
+    """Else every comparison below would compare a thing with itself."""
+    require_native()
+    texts = {
+        name: compiled_text(make('imagenet', **fields), 'imagenet')
+        for name, fields in {
+            'plain': dict(fast=False),
+            'xla': dict(kernel='xla'),
+            'native': dict(kernel='native'),
+        }.items()
+    }
+    calls = {
+        name: len(re.findall('flax_densenet_', text)) for name, text in texts.items()
+    }
+    assert calls == {'plain': 0, 'xla': 0, 'native': 3}  # stem and two blocks
+    convolutions = {name: text.count('convolution(') for name, text in texts.items()}
+    # Stem, five layers of two and the transition; the 1x1 are products; the stem.
+    assert convolutions == {'plain': 12, 'xla': 6, 'native': 1}
+
+
+@pytest.mark.parametrize('block', BLOCKS)
+@pytest.mark.parametrize('kernel', ['xla', 'native'])
+def test_contract(block, kernel):
+    if kernel == 'native':
+        require_native()
+        if block not in NATIVE:
+            pytest.skip('the native kernel is for layers with a bottleneck')
+    variables, images = inputs(block)
+    plain = run(make(block, fast=False), variables, images)
+    fast = run(make(block, kernel=kernel), variables, images)
+    assert jax.tree.structure(plain) == jax.tree.structure(fast)
+    assert jax.tree.map(np.shape, plain) == jax.tree.map(np.shape, fast)
+    assert_as_good(fast, plain, exact(block))
+
+
+@pytest.mark.parametrize('kernel', ['xla', 'native'])
+@pytest.mark.parametrize('size', [(5, 4), (9, 31), (70, 34)])
+def test_sizes(kernel, size):
+    """Bands and register tiles end inside of images of any size."""
+    if kernel == 'native':
+        require_native()
+    variables, images = inputs('BC', size)
+    plain = run(make('BC', fast=False), variables, images)
+    fast = run(make('BC', kernel=kernel), variables, images)
+    assert_as_good(fast, plain, exact('BC', size))
+
+
+@pytest.mark.parametrize('block', ['plain', 'BC'])
+def test_dropout_is_the_same(block):
+    variables, images = inputs(block)
+    modules = [
+        make(block, dropout_rate=0.3, **fields) for fields in (dict(fast=False), {})
+    ]
+    plain, fast = (run(module, variables, images) for module in modules)
+    assert_as_good(fast, plain, exact(block, dropout=0.3))
+    without = run(make(block), variables, images)
+    assert error(without['features'], plain['features']) > 0.1
+
+
+@pytest.mark.parametrize('kernel', ['xla', 'native'])
+def test_variance_with_a_large_mean(kernel):
+    """Mean 1000, spread 1: a one-pass variance in float32 would lose it."""
+    if kernel == 'native':
+        require_native()
+    rng = np.random.default_rng(0)
+    x = (1000 + rng.standard_normal((4, 16, 16, 24))).astype(np.float32)
+    variables, _ = inputs('BC')
+    block = variables['params']['denseblock1']
+    layers = [
+        dense_block.Layer(
+            scale1=layer['norm1']['scale'],
+            bias1=layer['norm1']['bias'],
+            kernel1=layer['conv1']['kernel'],
+            scale2=layer['norm2']['scale'],
+            bias2=layer['norm2']['bias'],
+            kernel2=layer['conv2']['kernel'],
+            mean1=None,
+            var1=None,
+        )
+        for layer in block.values()
+    ]
+    _, (mean, var), _ = dense_block.block_train(
+        x, layers, epsilon=1e-5, dtype=jnp.float32, kernel=kernel
+    )
+    double = x.astype(np.float64)
+    np.testing.assert_allclose(mean[:24], double.mean((0, 1, 2)), rtol=2e-7)
+    np.testing.assert_allclose(var[:24], double.var((0, 1, 2)), rtol=1e-5)
+    one_pass = (x**2).mean((0, 1, 2)) - x.mean((0, 1, 2)) ** 2
+    assert np.abs(one_pass - var[:24]).max() > 1e-2
+
+
+def test_bfloat16():
+    variables, images = inputs('BC')
+    plain = run(make('BC', fast=False, dtype='bfloat16'), variables, images)
+    fast = run(make('BC', dtype='bfloat16'), variables, images)
+    reference = exact('BC')
+    for name in reference:
+        ours, theirs = (error(r[name], reference[name]) for r in (fast, plain))
+        assert ours <= 2 * theirs and 1e-4 < theirs < 0.2, (name, ours, theirs)
+
+
+@pytest.mark.parametrize('remat', ['none', 'block'])
+def test_remat_changes_nothing(remat):
+    variables, images = inputs('BC')
+    found = run(make('BC', kernel='xla', remat=remat), variables, images)
+    assert_as_good(found, run(make('BC', fast=False), variables, images), exact('BC'))
+
+
+def test_four_devices():
+    """Statistics of the whole batch, though it is spread over devices."""
+    variables, images = inputs('BC', count=8)
+    mesh = sharding.make_mesh()
+    assert mesh.size == 4
+    one = run(make('BC', kernel='xla'), variables, images)
+    four = run(
+        make('BC'),
+        sharding.replicate(variables, mesh),
+        sharding.to_global(images, mesh),
+    )
+    assert len(four['features'].sharding.device_set) == 4
+    for name in one:
+        assert error(four[name], one[name]) < 2e-5
+
+
+def test_native_is_deterministic():
+    require_native()
+    variables, images = inputs('imagenet', size=(61, 45))
+    runs = [run(make('imagenet', kernel='native'), variables, images) for _ in range(3)]
+    for other in runs[1:]:
+        jax.tree.map(np.testing.assert_array_equal, runs[0], other)
+
+
+@pytest.mark.parametrize('kernel', ['xla', 'native'])
+def test_gradient_in_evaluation(kernel):
+    """As explanations of a prediction need it."""
+    if kernel == 'native':
+        require_native()
+    variables, images = inputs('imagenet', size=(61, 45))
+
+    def gradient(**fields):
+        module = make('imagenet', **fields)
+        return jax.grad(lambda x: module.apply(variables, x)[:, 1].sum())(images)
+
+    expected = gradient(fast=False)
+    assert error(gradient(kernel=kernel), expected) < 1e-5
+
+
+def test_ties_in_the_pooling_go_to_one_place():
+    """Equal values in a window: the gradient is given once, as by the plain layers."""
+    require_native()
+    x = np.ones((1, 8, 8, 16), np.float32) * np.arange(1, 17, dtype=np.float32)
+    one = np.ones(16, np.float32)
+    pad = ((1, 1), (1, 1))
+
+    def pooled(kernel):
+        def total(x):
+            return dense_block.stem(
+                x,
+                (0 * one, one, one, one),
+                epsilon=1e-5,
+                dtype=jnp.float32,
+                padding=pad,
+                kernel=kernel,
+            )[0].sum()
+
+        return jax.grad(total)(x)
+
+    np.testing.assert_allclose(pooled('native'), pooled('xla'), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('block', 'fields', 'message'),
+    [
+        ('plain', {}, 'for layers with a bottleneck'),
+        ('BC', {'dropout_rate': 0.1}, 'it has no dropout'),
+        ('BC', {'dtype': 'bfloat16'}, 'computes in float32, not bfloat16'),
+    ],
+)
+def test_native_where_it_cannot_be(block, fields, message):
+    module = make(block, kernel='native', **fields)
+    variables, images = inputs(block)
+    with pytest.raises(UserError, match=f'model.kernel=native.*{message}.*use auto'):
+        module.apply(
+            variables,
+            images,
+            train=True,
+            mutable=['batch_stats'],
+            rngs={'dropout': jax.random.key(0)},
+        )
+
+
+def test_without_a_compiler(monkeypatch, capsys):
+    """`auto` goes on with XLA and says so once; `native` names the reason."""
+    monkeypatch.setenv('PATH', '')
+    monkeypatch.delenv('CXX', raising=False)
+    monkeypatch.setattr(cpu_kernels, 'load', cpu_kernels.load.__wrapped__)
+    monkeypatch.setattr(jax, 'device_count', lambda: 1)
+    dense_block._say_once.cache_clear()
+    variables, images = inputs('BC')
+    for _ in range(2):
+        make('BC').apply(variables, images)
+    assert capsys.readouterr().err == (
+        'the dense block runs without its CPU kernel: no C++ compiler (c++, g++ or '
+        '$CXX) is installed\n'
+    )
+    with pytest.raises(UserError, match=r'no C\+\+ compiler'):
+        make('BC', kernel='native').apply(variables, images)
+
+
+def test_a_broken_compiler(monkeypatch, tmp_path):
+    broken = tmp_path / 'broken-c++'
+    broken.write_text('#!/bin/sh\necho "x.cc:1: error: no such thing" >&2\nexit 1\n')
+    broken.chmod(0o755)
+    monkeypatch.setenv('CXX', str(broken))
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    assert 'failed: x.cc:1: error: no such thing' in cpu_kernels.load.__wrapped__()
+    assert list((tmp_path / 'flax_densenet' / 'kernels').iterdir()) == []
+
+
+def test_memory_settings_leave_a_users_own_alone(monkeypatch):
+    for name, value in {
+        'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
+        'MALLOC_ARENA_MAX': '2',
+        'FLAX_DENSENET_KEEP_MEMORY': '0',
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setenv(name, value)
+            assert cpu_kernels.keep_memory() is False
+
+
+def test_training_with_the_native_kernel(tmp_path, monkeypatch):
+    """One device: `auto` takes it; the run is the XLA one's within rounding."""
+    require_native()
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(sharding.jax, 'devices', lambda: devices)
+    records = {}
+    for kernel in ('native', 'xla'):
+        config = tiny_config(**{'model.kernel': kernel, 'train.epochs': 1})
+        records[kernel] = train.fit(config, str(tmp_path / kernel))
+    for name in ('train_loss', 'test_loss'):
+        assert records['native'][name] == pytest.approx(records['xla'][name], rel=1e-3)

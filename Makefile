@@ -8,7 +8,7 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
 	>/dev/null 2>&1 && { echo $$name; break; }; done)
 BIN = .venv/bin
 
-.PHONY: run test lint clean
+.PHONY: run test lint bench clean
 
 run: .venv/installed
 	$(BIN)/python launch.py --config=configs/densenet121.py --workdir=ckpt/digits \
@@ -17,6 +17,23 @@ run: .venv/installed
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest -q
+
+# Peers need Python 3.11: only for it is there a CPU build of this torch.
+PEERS = .venv-peers/bin
+
+bench: .venv/installed .venv-peers/installed
+	$(BIN)/python -m benchmarks.run
+
+.venv-peers/installed: benchmarks/peers.txt
+	@peer=$$(for name in python3.11 /usr/bin/python3.11 $$HOME/.pyenv/versions/3.11*/bin/python; do \
+		$$name -c 'import venv, ensurepip, sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+		>/dev/null 2>&1 && { echo $$name; break; }; done); \
+	test -n "$$peer" || { echo "Python 3.11 with venv is needed for the peers"; exit 1; }; \
+	$$peer -m venv .venv-peers
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0
+	touch $@
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -30,4 +47,4 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-peers

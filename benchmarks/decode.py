@@ -81,7 +81,10 @@ def main(folder, rounds=9):
         'torch': sidebyside.Contender([PEERS, *me, 'torch', '0']),
         'torch, one worker': sidebyside.Contender([PEERS, *me, 'torch', '1']),
     }
-    found = sidebyside.alternate(contenders, rounds, 'images_per_second')
+    found = {
+        name: figures['images_per_second']
+        for name, figures in sidebyside.alternate(contenders, rounds).items()
+    }
     for contender in contenders.values():
         contender.close()
     result = {name: sidebyside.summarise(values) for name, values in found.items()}

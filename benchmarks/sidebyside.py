@@ -52,13 +52,14 @@ class Contender:
         self._process.wait()
 
 
-def alternate(contenders: dict[str, Contender], rounds: int, key: str):
-    """Figures `{name: [rounds]}`, one turn each per round, the order changing."""
-    found = {name: [] for name in contenders}
+def alternate(contenders: dict[str, Contender], rounds: int):
+    """`{name: {figure: [rounds]}}`: one turn each a round, in changing order."""
+    found = {name: {} for name in contenders}
     names = list(contenders)
     for number in range(rounds):
         for name in names if number % 2 == 0 else reversed(names):
-            found[name].append(contenders[name].measure()[key])
+            for figure, value in contenders[name].measure().items():
+                found[name].setdefault(figure, []).append(value)
     return found
 
 

@@ -48,6 +48,23 @@ def new_running() -> dict[str, np.ndarray]:
     }
 
 
+def new_state(variables, optimizer: optax.GradientTransformation) -> TrainState:
+    """The state before the first step, on the host; compiles nothing.
+
+    Args:
+      variables: `{'params', 'batch_stats'}`.
+    """
+    # Optimizers begin with zeros.
+    shapes = jax.eval_shape(optimizer.init, variables['params'])
+    return TrainState(
+        step=np.zeros((), np.int32),
+        params=variables['params'],
+        batch_stats=variables['batch_stats'],
+        opt_state=jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes),
+        running=new_running(),
+    )
+
+
 def _add_to_running(running, epoch, losses, correct):
     """Adds a batch's rows; the first row of a later epoch moves the sums along."""
     first = epoch.min()

@@ -233,7 +233,7 @@ def _start(run, manager):
     variables = model.init_variables(run.module, seed=run.config['train']['seed'])
     if checkpoint.has_checkpoint(run.workdir):
         latest = checkpoint.find_step(run.workdir, 'latest')
-        abstract = _new_state(run, variables)
+        abstract = step.new_state(variables, run.optimizer)
         items = checkpoint.restore(
             manager,
             latest,
@@ -247,20 +247,7 @@ def _start(run, manager):
         names = run.source.class_names
         path = run.config['init_from']
         variables = _init_from(path, run.module, variables, names, run.mesh)
-    return sharding.replicate(_new_state(run, variables), run.mesh), 0
-
-
-def _new_state(run, variables):
-    # The optimizer's state is zeros; numpy makes them without compiling anything.
-    shapes = jax.eval_shape(run.optimizer.init, variables['params'])
-    opt_state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    return step.TrainState(
-        step=np.zeros((), np.int32),
-        params=variables['params'],
-        batch_stats=variables['batch_stats'],
-        opt_state=opt_state,
-        running=step.new_running(),
-    )
+    return sharding.replicate(step.new_state(variables, run.optimizer), run.mesh), 0
 
 
 def _checkpoint_items(state):

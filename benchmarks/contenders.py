@@ -1,0 +1,157 @@
+"""One contender of `benchmarks.run`, a process that takes turns (see `sidebyside`).
+
+  python -m benchmarks.contenders NAME TASK
+
+NAME: ours, linen (the plain layers), torch, torch_contiguous, keras. TASK: train, infer
+(DenseNet-121, batch 16, 224x224, float32) or cifar (training BC-L100k12, batch 64,
+32x32). Data are random and on the device: decoding is measured by `decode`.
+"""
+
+import resource
+import sys
+import time
+
+import numpy as np
+
+from benchmarks import sidebyside
+
+SHAPES = {'train': (16, 224, 1000), 'infer': (16, 224, 1000), 'cifar': (64, 32, 10)}
+STEPS = {'train': 2, 'infer': 4, 'cifar': 4}
+
+
+def _peak_gib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _serve(task, step):
+    """`step()` returns when its work is done."""
+    batch = SHAPES[task][0]
+    step()  # compiles, and touches all memory
+
+    def measure():
+        start = time.perf_counter()
+        for _ in range(STEPS[task]):
+            step()
+        seconds = time.perf_counter() - start
+        return {
+            'images_per_second': STEPS[task] * batch / seconds,
+            'peak_gib': _peak_gib(),
+        }
+
+    sidebyside.serve(measure)
+
+
+def make_ours(task, **fields):
+    """(compiled training step, state, batch): what `train.fit` runs."""
+    import jax
+    import optax
+
+    from flax_densenet import create_model, init_variables, sharding, step
+
+    batch, size, classes = SHAPES[task]
+    variant = 'BC-L100k12' if task == 'cifar' else 'densenet121'
+    module = create_model(variant, num_classes=classes, **fields)
+    optimizer = optax.adam(1e-4)
+    mesh = sharding.make_mesh()
+    variables = init_variables(module, 0)
+    state = sharding.replicate(step.new_state(variables, optimizer), mesh)
+    rng = np.random.default_rng(0)
+    rows = {
+        'image': rng.integers(0, 256, (batch, size, size, 3), np.uint8),
+        'label': rng.integers(0, classes, batch).astype(np.int32),
+        'epoch': np.zeros(batch, np.int32),
+    }
+    rows = sharding.to_global(rows, mesh)
+    train_step = step.make_train_step(
+        module, optimizer, mean=(0.5,) * 3, std=(0.25,) * 3
+    )
+    compiled = step.compile_train_step(train_step, state, rows, mesh)
+    jax.block_until_ready(state)
+    return compiled, state, rows
+
+
+def _ours(task, **fields):
+    from flax_densenet import cpu_kernels
+
+    cpu_kernels.keep_memory()  # as launch.py does
+    import jax
+
+    if task == 'infer':
+        from flax_densenet import create_model, init_variables
+
+        batch, size, classes = SHAPES[task]
+        module = create_model('densenet121', num_classes=classes, **fields)
+        variables = jax.device_put(init_variables(module, 0))
+        images = jax.random.normal(jax.random.key(0), (batch, size, size, 3))
+        apply = jax.jit(module.apply)
+        return _serve(task, lambda: jax.block_until_ready(apply(variables, images)))
+    compiled, state, rows = make_ours(task, **fields)
+
+    def step():
+        nonlocal state
+        state, _ = compiled(state, rows)
+        jax.block_until_ready(state)
+
+    return _serve(task, step)
+
+
+def _torch(task, channels_last=True):
+    import torch
+
+    from benchmarks import torch_models
+
+    torch.set_num_threads(2)
+    batch, size, classes = SHAPES[task]
+    if task == 'cifar':
+        model = torch_models.make_cifar(100, 12)
+    else:
+        model = torch_models.import_torchvision().models.densenet121(weights=None)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    model = model.to(memory_format=layout)
+    images = torch.randn(batch, 3, size, size).to(memory_format=layout)
+    labels = torch.randint(0, classes, (batch,))
+    if task == 'infer':
+        model.eval()
+
+        def step():
+            with torch.inference_mode():
+                model(images)
+
+        return _serve(task, step)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return _serve(task, step)
+
+
+def _keras(task):
+    import keras
+
+    batch, size, classes = SHAPES[task]
+    model = keras.applications.DenseNet121(weights=None, classes=classes)
+    rng = np.random.default_rng(0)
+    images = rng.standard_normal((batch, size, size, 3)).astype(np.float32)
+    labels = rng.integers(0, classes, batch)
+    if task == 'infer':
+        return _serve(task, lambda: model.predict_on_batch(images))
+    model.compile(
+        keras.optimizers.Adam(1e-4), 'sparse_categorical_crossentropy', jit_compile=True
+    )
+    return _serve(task, lambda: float(model.train_on_batch(images, labels)))
+
+
+CONTENDERS = {
+    'ours': _ours,
+    'linen': lambda task: _ours(task, fast=False),
+    'torch': _torch,
+    'torch_contiguous': lambda task: _torch(task, channels_last=False),
+    'keras': _keras,
+}
+
+if __name__ == '__main__':
+    CONTENDERS[sys.argv[1]](sys.argv[2])

@@ -1,0 +1,184 @@
+"""The whole comparison: DenseNet-121 and BC-L100k12 beside torch, Keras, plain Linen.
+
+  make bench
+
+Writes benchmarks/results.jsonl (one line per figure) and the table in
+docs/benchmarks.md, and prints as its last line one JSON object with the medians.
+"""
+
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+
+from benchmarks import sidebyside
+
+ROOT = pathlib.Path(__file__).parents[1]
+PEERS = str(ROOT / '.venv-peers' / 'bin' / 'python')
+ROUNDS = int(os.environ.get('ROUNDS', 7))
+# task -> contenders that run beside each other
+TASKS = {
+    'train': ('ours', 'torch', 'torch_contiguous', 'linen', 'keras'),
+    'infer': ('ours', 'torch', 'torch_contiguous', 'linen', 'keras'),
+    'cifar': ('ours', 'torch', 'linen'),
+}
+RATIOS = {  # name -> task, figure, peer
+    'train_vs_torch': ('train', 'images_per_second', 'torch'),
+    'train_vs_linen': ('train', 'images_per_second', 'linen'),
+    'train_vs_keras': ('train', 'images_per_second', 'keras'),
+    'memory_vs_torch': ('train', 'peak_gib', 'torch'),
+    'memory_vs_linen': ('train', 'peak_gib', 'linen'),
+    'inference_vs_torch': ('infer', 'images_per_second', 'torch'),
+    'inference_vs_linen': ('infer', 'images_per_second', 'linen'),
+    'cifar_train_vs_torch': ('cifar', 'images_per_second', 'torch'),
+}
+
+
+def _command(name, task):
+    python = sys.executable if name in ('ours', 'linen') else PEERS
+    return [python, '-m', 'benchmarks.contenders', name, task]
+
+
+def measure_task(task):
+    """`{contender: {figure: [rounds]}}`; all wait in memory, one runs at a time."""
+    contenders = {
+        name: sidebyside.Contender(_command(name, task), KERAS_BACKEND='jax')
+        for name in TASKS[task]
+    }
+    found = sidebyside.alternate(contenders, ROUNDS)
+    for contender in contenders.values():
+        contender.close()
+    return found
+
+
+def measure_start():
+    """Seconds from the command to the end of the first training step, 121 at 224x224.
+
+    Cold: empty caches, the C++ kernel is compiled too; warm: the command again.
+    """
+    found = {'cold_start_s': [], 'warm_start_s': []}
+    for _ in range(3):
+        with tempfile.TemporaryDirectory() as cache:
+            for name in found:
+                start = time.perf_counter()
+                subprocess.run(
+                    [sys.executable, '-m', 'benchmarks.start'],
+                    env=os.environ | {'XDG_CACHE_HOME': cache},
+                    check=True,
+                )
+                found[name].append(time.perf_counter() - start)
+    return found
+
+
+def measure_depth():
+    """Time and memory of one block of 6 to 48 layers; see `depth`."""
+    done = subprocess.run(
+        [sys.executable, '-m', 'benchmarks.depth'], check=True, stdout=subprocess.PIPE
+    )
+    return json.loads(done.stdout)
+
+
+def main():
+    lines, medians, tables = [], {}, {}
+    for task in TASKS:
+        tables[task] = found = measure_task(task)
+        for name, figures in found.items():
+            for figure, values in figures.items():
+                summary = sidebyside.summarise(values)
+                lines.append({'task': task, 'contender': name, 'figure': figure})
+                lines[-1] |= summary | {'values': values}
+        print(f'{task}: done', file=sys.stderr, flush=True)
+    ratios = {}
+    for name, (task, figure, peer) in RATIOS.items():
+        found = tables[task]
+        ratios[name] = sidebyside.ratio(found['ours'][figure], found[peer][figure])
+        medians[name] = round(ratios[name]['median'], 3)
+    starts = measure_start()
+    for name, values in starts.items():
+        ratios[name] = sidebyside.summarise(values)
+        medians[name] = round(ratios[name]['median'], 2)
+    depth = measure_depth()
+    lines += [{'ratio': name} | summary for name, summary in ratios.items()]
+    lines.append({'depth': depth})
+    results = ROOT / 'benchmarks' / 'results.jsonl'
+    results.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    _write_table(tables, ratios, depth)
+    print(json.dumps(medians))
+
+
+def _machine():
+    model = next(
+        line.split(':')[1].strip()
+        for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines()
+        if line.startswith('model name')
+    )
+    versions = subprocess.run(
+        [
+            PEERS,
+            '-c',
+            'import torch, keras, jax; '
+            'print("torch", torch.__version__, "Keras", keras.__version__, "on JAX", '
+            'jax.__version__)',
+        ],
+        env=os.environ | {'KERAS_BACKEND': 'jax'},
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    import jax
+
+    return (
+        f'{os.cpu_count()} cores of {model}, Python {platform.python_version()}, JAX '
+        f'{jax.__version__}; peers: Python 3.11, {versions}'
+    )
+
+
+def _write_table(tables, ratios, depth):
+    """Replaces what stands between the marks of docs/benchmarks.md."""
+    titles = {
+        'train': 'Training step, DenseNet-121, batch 16, 224x224, float32, Adam',
+        'infer': 'Inference, DenseNet-121, batch 16, 224x224, float32',
+        'cifar': 'Training step, BC-L100k12, batch 64, 32x32, float32, Adam',
+    }
+    out = [f'{_machine()}; `make bench`, {ROUNDS} alternating rounds.', '']
+    for task, found in tables.items():
+        out += [
+            f'### {titles[task]}',
+            '',
+            '| | images/s: median (lowest to highest) | peak resident memory, GiB |',
+            '|---|---|---|',
+        ]
+        for name, figures in found.items():
+            speed = sidebyside.summarise(figures['images_per_second'])
+            out.append(
+                f'| {name} | {speed["median"]:.2f} ({speed["lowest"]:.2f} to '
+                f'{speed["highest"]:.2f}) | {max(figures["peak_gib"]):.2f} |'
+            )
+        out.append('')
+    out += ['### Ratios, round by round', '', '| | median (lowest to highest) |']
+    out.append('|---|---|')
+    for name, value in ratios.items():
+        out.append(
+            f'| `{name}` | {value["median"]:.2f} ({value["lowest"]:.2f} to '
+            f'{value["highest"]:.2f}) |'
+        )
+    out += ['', '### One block, 6 to 48 layers', '']
+    out += ['| layers | ' + ' | '.join(str(n) for n in depth['layers']) + ' |']
+    out += ['|---|' + '---|' * len(depth['layers'])]
+    for name in ('ours', 'linen'):
+        for figure, unit in (('seconds', 's'), ('temporary_mib', 'MiB')):
+            values = ' | '.join(f'{v:.3g}' for v in depth[name][figure])
+            exponent = depth[name][figure + '_exponent']
+            out.append(f'| {name}, {unit} (exponent {exponent:.2f}) | {values} |')
+    path = ROOT / 'docs' / 'benchmarks.md'
+    begin, end = '<!-- table: begin -->\n', '<!-- table: end -->'
+    text = path.read_text()
+    head, rest = text.split(begin)
+    path.write_text(head + begin + '\n'.join(out) + '\n' + end + rest.split(end)[1])
+
+
+if __name__ == '__main__':
+    main()

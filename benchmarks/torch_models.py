@@ -1,0 +1,43 @@
+"""torchvision's DenseNet beside a torch that it has no build for.
+
+There is no CPU build of torchvision for this torch; installed with `--no-deps` its
+compiled operators are missing, which its models do not use. Declaring their names first
+lets the pure-Python part import.
+"""
+
+import importlib.util
+import pathlib
+import re
+
+import torch
+
+
+def import_torchvision():
+    """Returns the torchvision module."""
+    library = torch.library.Library('torchvision', 'DEF')
+    folder = pathlib.Path(importlib.util.find_spec('torchvision').origin).parent
+    source = (folder / '_meta_registrations.py').read_text()
+    names = set(re.findall(r'torchvision::(\w+)', source))
+    names |= set(re.findall(r'register_meta\("(\w+)"\)', source)) | {'nms', 'qnms'}
+    for name in sorted(names):
+        library.define(f'{name}(Tensor a) -> Tensor')
+    import torchvision
+
+    torchvision.flax_densenet_library = library  # else its names go with it
+    return torchvision
+
+
+def make_cifar(depth: int, growth_rate: int):
+    """DenseNet-BC for 32x32 images, from torchvision's blocks, stem without pooling."""
+    torchvision = import_torchvision()
+    layers = (depth - 4) // 6
+    model = torchvision.models.DenseNet(
+        growth_rate=growth_rate,
+        block_config=(layers,) * 3,
+        num_init_features=2 * growth_rate,
+        num_classes=10,
+    )
+    model.features.conv0 = torch.nn.Conv2d(3, 2 * growth_rate, 3, padding=1, bias=False)
+    for name in ('norm0', 'relu0', 'pool0'):
+        delattr(model.features, name)
+    return model

@@ -104,6 +104,8 @@ def count_model(module: model.DenseNet, image_shape):
       `[(part, output shape [H, W, C] or [C], parameters, multiply-adds), ...]`.
       Multiply-adds are those of convolutions and the classifier for one image.
     """
+    # The plain layers compute with modules, which can be counted.
+    module = module.clone(fast=False)
     parts: dict[str, list] = {}
 
     def record(call, args, kwargs, context):
@@ -111,7 +113,8 @@ def count_model(module: model.DenseNet, image_shape):
         path = context.module.path
         if context.method_name == '__call__' and path:
             part = parts.setdefault(path[0], [None, 0, 0])
-            part[0] = output.shape[1:]
+            # A block returns the statistics beside its features.
+            part[0] = (output[0] if isinstance(output, tuple) else output).shape[1:]
             own = context.module.variables.get('params', {})
             arrays = [leaf for leaf in own.values() if not isinstance(leaf, dict)]
             part[1] += sum(leaf.size for leaf in arrays)

@@ -12,6 +12,7 @@ TINY = [
     '--config.data.image_size=8',
     '--config.data.batch_size=128',
     '--config.train.epochs=2',
+    '--config.model.block_sizes=(1,1)',
     '--config.optimizer.learning_rate=3e-3',
 ]
 

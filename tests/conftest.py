@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
@@ -9,6 +10,13 @@ os.environ['XLA_FLAGS'] = (
     # Compiling takes most of the tests' time; their arrays are small.
     ' --xla_backend_optimization_level=0'
 )
+
+# Many tests compile the same small programs; the workers share what was compiled.
+if 'FLAX_DENSENET_TEST_CACHE' not in os.environ:
+    _cache = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+    os.environ['FLAX_DENSENET_TEST_CACHE'] = _cache.name
+os.environ['JAX_COMPILATION_CACHE_DIR'] = os.environ['FLAX_DENSENET_TEST_CACHE']
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
 
 import jax
 import numpy as np

@@ -1,6 +1,5 @@
 """The command line as a user meets it."""
 
-import os
 import subprocess
 import sys
 
@@ -18,13 +17,11 @@ TINY = [
 
 
 def launch(*arguments, cwd=ROOT):
-    environment = dict(os.environ, JAX_COMPILATION_CACHE_DIR='')
     return subprocess.run(
         [sys.executable, str(ROOT / 'launch.py'), *arguments],
         capture_output=True,
         text=True,
         cwd=cwd,
-        env=environment,
         timeout=300,
     )
 

@@ -72,6 +72,7 @@ def test_four_devices_are_one():
     variables = init_variables(module, 0)
     images = jnp.asarray(rows['image'], jnp.float32) / 255
 
+    @jax.jit
     def mean_of(images):
         updated = module.apply(variables, images, train=True, mutable=['batch_stats'])
         return updated[1]['batch_stats']['norm5']['var']
@@ -152,13 +153,13 @@ def test_loss_is_what_it_says():
         assert len(kernels) == 9
         return -picked.mean() + penalty * sum((leaf**2).sum() for leaf in kernels)
 
-    gradient = jax.grad(loss_of)(params, penalty)
+    gradient = jax.jit(jax.grad(loss_of))(params, penalty)
     expected = jax.tree.map(lambda p, g: p - g, params, gradient)
     train_step = step.make_train_step(
         module, optimizer, mean=MEAN, std=STD, l2_penalty=penalty
     )
     state, loss = jax.jit(train_step)(state, batch)
-    assert float(loss) == pytest.approx(float(loss_of(params, 0.0)), rel=1e-5)
+    assert float(loss) == pytest.approx(float(jax.jit(loss_of)(params, 0.0)), rel=1e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),
         jax.device_get(state.params),

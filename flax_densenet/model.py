@@ -366,7 +366,12 @@ class DenseNet(nn.Module):
             unbiased=self.unbiased_variance,
             **dtypes,
         )
-        kernel_init = nn.initializers.variance_scaling(*INITIALIZERS[self.initializer])
+        # None: zeros, where only shapes are wanted (see `variable_shapes`).
+        kernel_init, classifier_init = nn.initializers.zeros, nn.initializers.zeros
+        if self.initializer is not None:
+            scaling = nn.initializers.variance_scaling
+            kernel_init = scaling(*INITIALIZERS[self.initializer])
+            classifier_init = scaling(*_CLASSIFIER_INITIALIZER)
 
         def conv(features, size, strides=1, name=None):
             pad = [(n // 2, n // 2) for n in size]
@@ -419,7 +424,7 @@ class DenseNet(nn.Module):
                 self.num_classes,
                 dtype=param_dtype,
                 param_dtype=param_dtype,
-                kernel_init=nn.initializers.variance_scaling(*_CLASSIFIER_INITIALIZER),
+                kernel_init=classifier_init,
             )
 
     def _norm_and_pool(self, x, train):
@@ -594,6 +599,8 @@ def variable_shapes(model: DenseNet, *, image_shape: Sequence[int] | None = None
     if image_shape is None:
         image_shape = (smallest_image_size(model),) * 2 + (3,)
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    # Tracing 121 random draws would take half of the time.
+    model = model.clone(initializer=None)
     return jax.eval_shape(model.init, jax.random.key(0), image)
 
 

@@ -8,7 +8,7 @@ os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
     '--xla_force_host_platform_device_count=4'
     # Compiling takes most of the tests' time; their arrays are small.
-    ' --xla_backend_optimization_level=0'
+    ' --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 )
 
 # Many tests compile the same small programs; the workers share what was compiled.

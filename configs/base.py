@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.model.initializer = 'he_fan_in'  # he_fan_out, glorot_normal
     config.model.fast = True  # the fast dense block; False: plain layers
     config.model.kernel = 'auto'  # of the fast block: native (C++, CPU), xla, auto
-    config.model.remat = 'block'  # xla computes activations again; none keeps them
+    config.model.remat = 'block'  # xla: less memory, faster; none keeps activations
 
     config.data = ConfigDict()
     # digits, folder:PATH (PATH/CLASS/* or PATH/{train,val}/CLASS/*) or

@@ -191,8 +191,9 @@ def block_train(
         return features, (mean, var), list(zip(mean2, var2, strict=True))
     hidden = _hidden
     if remat:
-        # With prevent_cse, its default, XLA on the CPU saves no memory at all.
-        hidden = jax.checkpoint(_hidden, static_argnums=(4, 5), prevent_cse=False)
+        # Without prevent_cse XLA merges the two computations and saves nothing: 3,092
+        # MB of temporary memory for a step of the 121 (batch 16) instead of 1,928.
+        hidden = jax.checkpoint(_hidden, static_argnums=(4, 5), prevent_cse=True)
     mean, var = statistics(x)
     inner = []
     for index, layer in enumerate(layers):

@@ -82,7 +82,6 @@ def test_summary():
         (['--mode=dance'], '--mode=dance is not known; use train, eval'),
         (['--color=red'], "Unknown command line flag 'color'"),
         (['photos'], 'photos is not a flag'),
-        (['--config.model.variant=vgg'], 'model.variant=vgg is not known; use one of'),
         (['--config.data.source=folder:/none'], 'there is no such folder'),
         (['--mode=eval', '--workdir=/none'], '--workdir=/none holds no checkpoint'),
     ],

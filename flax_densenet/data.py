@@ -172,13 +172,7 @@ def load_source(
             f'data.source={source} is not known; use digits, folder:PATH or '
             'tfds:NAME[:CONFIG]'
         )
-    _check_choice('resize', resize, images.RESIZES)
-    _check_choice('bad_images', bad_images, BAD_IMAGES)
-    _check_choice('cache', cache, CACHES)
-    if image_size < 0:
-        raise UserError(f'data.image_size={image_size} must be 0 or above')
-    if not 0 < test_fraction < 1:
-        raise UserError(f'data.test_fraction={test_fraction} must be between 0 and 1')
+    _check_fields(image_size, resize, test_fraction, bad_images, cache)
     found = sources_lib.SOURCES[kind](name, bad_images=bad_images, tfds_dir=tfds_dir)
     train, test = found.train, found.test
     if test is None:
@@ -204,6 +198,16 @@ def load_source(
         has_test=found.test is not None,
         skipped=found.skipped,
     )
+
+
+def _check_fields(image_size, resize, test_fraction, bad_images, cache):
+    _check_choice('resize', resize, images.RESIZES)
+    _check_choice('bad_images', bad_images, BAD_IMAGES)
+    _check_choice('cache', cache, CACHES)
+    if image_size < 0:
+        raise UserError(f'data.image_size={image_size} must be 0 or above')
+    if not 0 < test_fraction < 1:
+        raise UserError(f'data.test_fraction={test_fraction} must be between 0 and 1')
 
 
 def _check_choice(field, value, valid):

@@ -26,7 +26,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import lax
 
-from flax_densenet import dense_block
+from flax_densenet import dense_block, layers
 from flax_densenet.errors import UserError
 
 # Paper, table 1. 264 is the paper's fifth ImageNet model (figure 3); torchvision
@@ -60,9 +60,9 @@ def cifar_fields(name: str) -> dict[str, Any] | None:
         return None
     kind, depth, growth_rate = match[1] or '', int(match[2]), int(match[3])
     convolutions = 6 if 'B' in kind else 3
-    layers, rest = divmod(depth - 4, convolutions)
-    if rest or layers < 1 or growth_rate < 1:
-        lower = depth - rest if layers >= 1 else 4 + convolutions
+    size, rest = divmod(depth - 4, convolutions)
+    if rest or size < 1 or growth_rate < 1:
+        lower = depth - rest if size >= 1 else 4 + convolutions
         raise UserError(
             f'model.variant={name}: depth {depth} is not 4 + {convolutions} x layers '
             f'per block; use L{lower} or L{lower + convolutions} with a growth rate '
@@ -70,7 +70,7 @@ def cifar_fields(name: str) -> dict[str, Any] | None:
         )
     return dict(
         growth_rate=growth_rate,
-        block_sizes=(layers,) * 3,
+        block_sizes=(size,) * 3,
         bottleneck=4 if 'B' in kind else 0,
         compression=0.5 if 'C' in kind else 1.0,
         stem='cifar',
@@ -94,217 +94,6 @@ _CLASSIFIER_INITIALIZER = (1 / 3, 'fan_in', 'uniform')
 STEMS = ('imagenet', 'cifar')
 PADDINGS = ('torch', 'same')
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
-
-
-class BatchNorm(nn.Module):
-    """Batch normalisation over all axes but the last, with torch's or Keras' variance.
-
-    Linen's own stores the biased variance in the running average and has no choice;
-    torch stores the unbiased one. Statistics are taken in float32 or wider, in two
-    passes, so that a mean far from zero costs no digits.
-
-    Attributes:
-      momentum: share of the old running average that is kept at each step (torch's
-        momentum 0.1 is 0.9 here).
-      unbiased: the running variance is the batch's times n / (n - 1).
-    """
-
-    epsilon: float = 1e-5
-    momentum: float = 0.9
-    unbiased: bool = True
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-
-    @nn.compact
-    def declare(self, channels: int):
-        """scale, bias and the variables of the running mean and var, each `[C]`."""
-        shape, dtype = (channels,), self.param_dtype
-        return (
-            self.param('scale', nn.initializers.ones, shape, dtype),
-            self.param('bias', nn.initializers.zeros, shape, dtype),
-            self.variable('batch_stats', 'mean', jnp.zeros, shape, dtype),
-            self.variable('batch_stats', 'var', jnp.ones, shape, dtype),
-        )
-
-    def update(self, averages, statistics, count: int):
-        """Moves the running averages towards the batch's, of `count` values."""
-        if self.is_initializing() or not self.is_mutable_collection('batch_stats'):
-            return
-        factor = count / max(count - 1, 1) if self.unbiased else 1.0
-        keep = self.momentum
-        for average, value, scale in zip(
-            averages, statistics, (1, factor), strict=True
-        ):
-            value = lax.stop_gradient(value) * scale
-            average.value = keep * average.value + (1 - keep) * value
-
-    def __call__(self, x, train: bool = False, statistics=None):
-        """[N, H, W, C] -> the same; in training updates `batch_stats` where mutable.
-
-        Args:
-          statistics: batch (mean, var) where they are known already.
-        """
-        scale, bias, *averages = self.declare(x.shape[-1])
-        if train:
-            statistics = statistics or dense_block.statistics(x)
-            self.update(averages, statistics, x.size // x.shape[-1])
-            mean, var = statistics
-        else:
-            mean, var = (average.value for average in averages)
-        row = (1,) * (x.ndim - 1) + (-1,)
-        a = scale * lax.rsqrt(var + self.epsilon)
-        y = (x.astype(self.param_dtype) - mean.reshape(row)) * a.reshape(row)
-        return (y + bias.reshape(row)).astype(self.dtype)
-
-
-class Kernel(nn.Module):
-    """The kernel of a convolution, by itself."""
-
-    kernel_init: Any
-    param_dtype: Any
-
-    @nn.compact
-    def __call__(self, *shape: int):
-        return self.param('kernel', self.kernel_init, shape, self.param_dtype)
-
-
-class DenseLayer(nn.Module):
-    """H_l of the paper (section 3): the layer's new feature maps, not yet joined.
-
-    The specification of what `DenseBlock` with `fast` computes for all its layers.
-    """
-
-    growth_rate: int
-    bottleneck: int
-    dropout_rate: float
-    conv: Any
-    norm: Any
-
-    @nn.compact
-    def __call__(self, x, train: bool):
-        y = nn.relu(self.norm(name='norm1')(x, train))
-        if self.bottleneck:
-            width = self.bottleneck * self.growth_rate
-            y = self.conv(width, (1, 1), name='conv1')(y)
-            y = nn.relu(self.norm(name='norm2')(y, train))
-        name = 'conv2' if self.bottleneck else 'conv1'
-        y = self.conv(self.growth_rate, (3, 3), name=name)(y)
-        if train and self.dropout_rate:
-            y = dense_block.drop_out(y, self.make_rng('dropout'), self.dropout_rate)
-        return y
-
-
-class DenseLayerVariables(nn.Module):
-    """The variables of a `DenseLayer`, under the same names, without computing."""
-
-    growth_rate: int
-    bottleneck: int
-    dropout_rate: float
-    kernel: Any
-    norm: Any
-
-    @nn.compact
-    def __call__(self, channels: int, train: bool):
-        """Returns the `dense_block.Layer`, its norms with their averages, a key."""
-        growth, norm1 = self.growth_rate, self.norm(name='norm1')
-        scale, bias, *averages1 = norm1.declare(channels)
-        norms = [(norm1, averages1)]
-        width = self.bottleneck * growth
-        shape = (1, 1, channels, width) if width else (3, 3, channels, growth)
-        fields = dict(
-            scale1=scale,
-            bias1=bias,
-            kernel1=self.kernel(name='conv1')(*shape),
-            mean1=averages1[0].value,
-            var1=averages1[1].value,
-        )
-        if width:
-            norm2 = self.norm(name='norm2')
-            scale, bias, *averages2 = norm2.declare(width)
-            norms.append((norm2, averages2))
-            fields |= dict(
-                scale2=scale,
-                bias2=bias,
-                kernel2=self.kernel(name='conv2')(3, 3, width, growth),
-                mean2=averages2[0].value,
-                var2=averages2[1].value,
-            )
-        key = self.make_rng('dropout') if train and self.dropout_rate else None
-        return dense_block.Layer(**fields), norms, key
-
-
-class DenseBlock(nn.Module):
-    """x_l = H_l([x_0, ..., x_(l-1)]) (equation 2), all of them joined at the end.
-
-    Returns the features and, from `fast` in training, their batch statistics.
-    """
-
-    layers: int
-    layer: Any
-    fast: dict[str, Any] | None
-
-    @nn.compact
-    def __call__(self, x, train: bool):
-        names = [f'denselayer{index}' for index in range(1, self.layers + 1)]
-        if self.fast is None:
-            for name in names:
-                x = jnp.concatenate([x, self.layer(name=name)(x, train)], axis=-1)
-            return x, None
-        channels, layers, norms, keys = x.shape[-1], [], [], []
-        for name in names:
-            module = self.layer(name=name)
-            layer, norm, key = module(channels, train)
-            channels += module.growth_rate
-            layers.append(layer)
-            norms.append(norm)
-            keys.append(key)
-        options = dict(self.fast)
-        if not train:
-            del options['remat']
-            return dense_block.block_eval(x, layers, **options), None
-        x, (mean, var), inner = dense_block.block_train(
-            x, layers, **options, dropout_rate=module.dropout_rate, keys=keys
-        )
-        count = x.size // x.shape[-1]
-        for layer, norm, of_norm2 in zip(layers, norms, inner, strict=True):
-            width = layer.scale1.shape[0]
-            for (module, averages), found in zip(
-                norm, ((mean[:width], var[:width]), of_norm2), strict=False
-            ):
-                module.update(averages, found, count)
-        return x, (mean, var)
-
-
-class Transition(nn.Module):
-    """Batch norm, ReLU, 1x1 convolution, 2x2 average pooling (section 3)."""
-
-    features: int
-    conv: Any
-    kernel: Any
-    norm: Any
-    fast: dict[str, Any] | None
-
-    @nn.compact
-    def __call__(self, x, train: bool, statistics=None):
-        norm = self.norm(name='norm')
-        if self.fast is None:
-            x = nn.relu(norm(x, train))
-            x = self.conv(self.features, (1, 1), name='conv')(x)
-            return nn.avg_pool(x, (2, 2), strides=(2, 2))
-        channels = x.shape[-1]
-        scale, bias, *averages = norm.declare(channels)
-        kernel = self.kernel(name='conv')(1, 1, channels, self.features)
-        if train:
-            norm.update(averages, statistics, x.size // channels)
-        else:
-            statistics = [average.value for average in averages]
-        return dense_block.transition(
-            x,
-            (*statistics, scale, bias),
-            kernel,
-            epsilon=self.fast['epsilon'],
-            dtype=self.fast['dtype'],
-        )
 
 
 class DenseNet(nn.Module):
@@ -360,7 +149,7 @@ class DenseNet(nn.Module):
         param_dtype = jnp.float64 if self.dtype == 'float64' else jnp.float32
         dtypes = dict(dtype=jnp.dtype(self.dtype), param_dtype=param_dtype)
         norm = functools.partial(
-            BatchNorm,
+            layers.BatchNorm,
             epsilon=self.epsilon,
             momentum=self.momentum,
             unbiased=self.unbiased_variance,
@@ -387,10 +176,10 @@ class DenseNet(nn.Module):
             )
 
         kernel = functools.partial(
-            Kernel, kernel_init=kernel_init, param_dtype=param_dtype
+            layers.Kernel, kernel_init=kernel_init, param_dtype=param_dtype
         )
         layer = functools.partial(
-            DenseLayerVariables if self.fast else DenseLayer,
+            layers.DenseLayerVariables if self.fast else layers.DenseLayer,
             growth_rate=self.growth_rate,
             bottleneck=self.bottleneck,
             dropout_rate=self.dropout_rate,
@@ -411,12 +200,12 @@ class DenseNet(nn.Module):
         else:
             self.conv0 = conv(self.stem_features, (3, 3))
         channels = self.stem_features
-        for number, layers in enumerate(self.block_sizes, start=1):
-            setattr(self, f'denseblock{number}', DenseBlock(layers, layer, fast))
-            channels += layers * self.growth_rate
+        for number, size in enumerate(self.block_sizes, start=1):
+            setattr(self, f'denseblock{number}', layers.DenseBlock(size, layer, fast))
+            channels += size * self.growth_rate
             if number < len(self.block_sizes):
                 channels = int(channels * self.compression)
-                transition = Transition(channels, conv, kernel, norm, fast)
+                transition = layers.Transition(channels, conv, kernel, norm, fast)
                 setattr(self, f'transition{number}', transition)
         self.norm5 = norm()
         if self.num_classes:

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from flax_densenet import VARIANTS, UserError, create_model, init_variables, model
+from flax_densenet import (
+    VARIANTS,
+    UserError,
+    create_model,
+    init_variables,
+    layers,
+    model,
+)
 
 # Of the paper's and torchvision's models; 1000 classes, the CIFAR ones 10.
 PARAMETERS = {
@@ -199,7 +206,7 @@ def test_dropout_acts_in_training_only():
 
 @pytest.mark.parametrize('unbiased', [True, False])
 def test_running_statistics(unbiased):
-    module = model.BatchNorm(momentum=0.9, unbiased=unbiased)
+    module = layers.BatchNorm(momentum=0.9, unbiased=unbiased)
     # A mean far from zero: a one-pass variance in float32 would be lost here.
     x = 1000 + jax.random.normal(jax.random.key(0), (3, 4, 5, 6))
     variables = module.init(jax.random.key(0), x)

@@ -1,0 +1,224 @@
+"""The parts of a DenseNet as Linen modules: norms, layers, blocks, transitions.
+
+The plain ones are the specification; with `fast` a block declares the same variables
+and lets `dense_block` compute.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from flax_densenet import dense_block
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over all axes but the last, with torch's or Keras' variance.
+
+    Linen's own stores the biased variance in the running average and has no choice;
+    torch stores the unbiased one. Statistics are taken in float32 or wider, in two
+    passes, so that a mean far from zero costs no digits.
+
+    Attributes:
+      momentum: share of the old running average that is kept at each step (torch's
+        momentum 0.1 is 0.9 here).
+      unbiased: the running variance is the batch's times n / (n - 1).
+    """
+
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+    unbiased: bool = True
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def declare(self, channels: int):
+        """scale, bias and the variables of the running mean and var, each `[C]`."""
+        shape, dtype = (channels,), self.param_dtype
+        return (
+            self.param('scale', nn.initializers.ones, shape, dtype),
+            self.param('bias', nn.initializers.zeros, shape, dtype),
+            self.variable('batch_stats', 'mean', jnp.zeros, shape, dtype),
+            self.variable('batch_stats', 'var', jnp.ones, shape, dtype),
+        )
+
+    def update(self, averages, statistics, count: int):
+        """Moves the running averages towards the batch's, of `count` values."""
+        if self.is_initializing() or not self.is_mutable_collection('batch_stats'):
+            return
+        factor = count / max(count - 1, 1) if self.unbiased else 1.0
+        keep = self.momentum
+        for average, value, scale in zip(
+            averages, statistics, (1, factor), strict=True
+        ):
+            value = lax.stop_gradient(value) * scale
+            average.value = keep * average.value + (1 - keep) * value
+
+    def __call__(self, x, train: bool = False, statistics=None):
+        """[N, H, W, C] -> the same; in training updates `batch_stats` where mutable.
+
+        Args:
+          statistics: batch (mean, var) where they are known already.
+        """
+        scale, bias, *averages = self.declare(x.shape[-1])
+        if train:
+            statistics = statistics or dense_block.statistics(x)
+            self.update(averages, statistics, x.size // x.shape[-1])
+            mean, var = statistics
+        else:
+            mean, var = (average.value for average in averages)
+        row = (1,) * (x.ndim - 1) + (-1,)
+        a = scale * lax.rsqrt(var + self.epsilon)
+        y = (x.astype(self.param_dtype) - mean.reshape(row)) * a.reshape(row)
+        return (y + bias.reshape(row)).astype(self.dtype)
+
+
+class Kernel(nn.Module):
+    """The kernel of a convolution, by itself."""
+
+    kernel_init: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, *shape: int):
+        return self.param('kernel', self.kernel_init, shape, self.param_dtype)
+
+
+class DenseLayer(nn.Module):
+    """H_l of the paper (section 3): the layer's new feature maps, not yet joined.
+
+    The specification of what `DenseBlock` with `fast` computes for all its layers.
+    """
+
+    growth_rate: int
+    bottleneck: int
+    dropout_rate: float
+    conv: Any
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        y = nn.relu(self.norm(name='norm1')(x, train))
+        if self.bottleneck:
+            width = self.bottleneck * self.growth_rate
+            y = self.conv(width, (1, 1), name='conv1')(y)
+            y = nn.relu(self.norm(name='norm2')(y, train))
+        name = 'conv2' if self.bottleneck else 'conv1'
+        y = self.conv(self.growth_rate, (3, 3), name=name)(y)
+        if train and self.dropout_rate:
+            y = dense_block.drop_out(y, self.make_rng('dropout'), self.dropout_rate)
+        return y
+
+
+class DenseLayerVariables(nn.Module):
+    """The variables of a `DenseLayer`, under the same names, without computing."""
+
+    growth_rate: int
+    bottleneck: int
+    dropout_rate: float
+    kernel: Any
+    norm: Any
+
+    @nn.compact
+    def __call__(self, channels: int, train: bool):
+        """Returns the `dense_block.Layer`, its norms with their averages, a key."""
+        growth, norm1 = self.growth_rate, self.norm(name='norm1')
+        scale, bias, *averages1 = norm1.declare(channels)
+        norms = [(norm1, averages1)]
+        width = self.bottleneck * growth
+        shape = (1, 1, channels, width) if width else (3, 3, channels, growth)
+        fields = dict(
+            scale1=scale,
+            bias1=bias,
+            kernel1=self.kernel(name='conv1')(*shape),
+            mean1=averages1[0].value,
+            var1=averages1[1].value,
+        )
+        if width:
+            norm2 = self.norm(name='norm2')
+            scale, bias, *averages2 = norm2.declare(width)
+            norms.append((norm2, averages2))
+            fields |= dict(
+                scale2=scale,
+                bias2=bias,
+                kernel2=self.kernel(name='conv2')(3, 3, width, growth),
+                mean2=averages2[0].value,
+                var2=averages2[1].value,
+            )
+        key = self.make_rng('dropout') if train and self.dropout_rate else None
+        return dense_block.Layer(**fields), norms, key
+
+
+class DenseBlock(nn.Module):
+    """x_l = H_l([x_0, ..., x_(l-1)]) (equation 2), all of them joined at the end.
+
+    Returns the features and, from `fast` in training, their batch statistics.
+    """
+
+    layers: int
+    layer: Any
+    fast: dict[str, Any] | None
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        names = [f'denselayer{index}' for index in range(1, self.layers + 1)]
+        if self.fast is None:
+            for name in names:
+                x = jnp.concatenate([x, self.layer(name=name)(x, train)], axis=-1)
+            return x, None
+        channels, layers, norms, keys = x.shape[-1], [], [], []
+        for name in names:
+            module = self.layer(name=name)
+            layer, norm, key = module(channels, train)
+            channels += module.growth_rate
+            layers.append(layer)
+            norms.append(norm)
+            keys.append(key)
+        options = dict(self.fast)
+        if not train:
+            del options['remat']
+            return dense_block.block_eval(x, layers, **options), None
+        x, (mean, var), inner = dense_block.block_train(
+            x, layers, **options, dropout_rate=module.dropout_rate, keys=keys
+        )
+        count = x.size // x.shape[-1]
+        for layer, norm, of_norm2 in zip(layers, norms, inner, strict=True):
+            width = layer.scale1.shape[0]
+            for (module, averages), found in zip(
+                norm, ((mean[:width], var[:width]), of_norm2), strict=False
+            ):
+                module.update(averages, found, count)
+        return x, (mean, var)
+
+
+class Transition(nn.Module):
+    """Batch norm, ReLU, 1x1 convolution, 2x2 average pooling (section 3)."""
+
+    features: int
+    conv: Any
+    kernel: Any
+    norm: Any
+    fast: dict[str, Any] | None
+
+    @nn.compact
+    def __call__(self, x, train: bool, statistics=None):
+        norm = self.norm(name='norm')
+        if self.fast is None:
+            x = nn.relu(norm(x, train))
+            x = self.conv(self.features, (1, 1), name='conv')(x)
+            return nn.avg_pool(x, (2, 2), strides=(2, 2))
+        channels = x.shape[-1]
+        scale, bias, *averages = norm.declare(channels)
+        kernel = self.kernel(name='conv')(1, 1, channels, self.features)
+        if train:
+            norm.update(averages, statistics, x.size // channels)
+        else:
+            statistics = [average.value for average in averages]
+        return dense_block.transition(
+            x,
+            (*statistics, scale, bias),
+            kernel,
+            epsilon=self.fast['epsilon'],
+            dtype=self.fast['dtype'],
+        )

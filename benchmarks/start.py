@@ -1,13 +1,39 @@
-"""A program that ends after its first training step; timed from outside by `run`."""
+"""`launch.py` up to the end of its first training step; timed from outside by `run`.
 
-from benchmarks import contenders
-from flax_densenet import cpu_kernels
+  python -m benchmarks.start FOLDER WORKDIR
 
-cpu_kernels.keep_memory()
-import jax  # noqa: E402
+DenseNet-121, batch 16, 224x224, on the photographs of FOLDER/CLASS.
+"""
+
+import os
+import sys
+
+import jax
+
+import launch
+from flax_densenet import step
+
+
+def _end_after_first_step(compile_train_step):
+    def compile_and_wrap(*args):
+        compiled = compile_train_step(*args)
+
+        def first_step(state, batch):
+            jax.block_until_ready(compiled(state, batch))
+            os._exit(0)
+
+        return first_step
+
+    return compile_and_wrap
+
 
 if __name__ == '__main__':
-    cache = str(cpu_kernels.cache_folder() / 'xla')
-    jax.config.update('jax_compilation_cache_dir', cache)
-    compiled, state, rows = contenders.make_ours('train')
-    jax.block_until_ready(compiled(state, rows))
+    step.compile_train_step = _end_after_first_step(step.compile_train_step)
+    arguments = [
+        '--config=configs/densenet121.py',
+        f'--config.data.source=folder:{sys.argv[1]}',
+        f'--workdir={sys.argv[2]}',
+        '--config.data.image_size=224',
+        '--config.data.batch_size=16',
+    ]
+    sys.exit(launch.main([sys.argv[0], *arguments]))

@@ -227,7 +227,7 @@ def _check_cache(count, size, limit_gib):
 
 
 def _split(found, test_fraction, seed):
-    """A seeded random split, even over the classes where each has two images."""
+    """A seeded random split, even over the classes."""
     train_size = int(len(found.train) * (1 - test_fraction))
     test_size = len(found.train) - train_size
     if not train_size or not test_size:
@@ -237,18 +237,16 @@ def _split(found, test_fraction, seed):
     ):  # labels would have to be read one by one
         order = np.random.default_rng(seed).permutation(found.train)
         return np.sort(order[:train_size]), np.sort(order[train_size:])
-    from sklearn import model_selection
-
-    labels = found.reader.labels[found.train]
-    counts = np.bincount(labels)
-    classes = np.count_nonzero(counts)
-    even = counts[counts > 0].min() > 1 and min(train_size, test_size) >= classes
-    train, test = model_selection.train_test_split(
-        found.train,
-        train_size=train_size,
-        random_state=seed,
-        stratify=labels if even else None,
-    )
+    order = np.random.default_rng(seed).permutation(len(found.train))
+    labels = found.reader.labels[found.train][order]
+    # An image's place in its class, from 0 to 1: the first ones of all classes are the
+    # test images, so each class gives its share, rounded.
+    place, counts = np.empty(len(order)), np.bincount(labels)
+    by_class = np.argsort(labels, kind='stable')
+    first = np.cumsum(counts) - counts
+    place[by_class] = np.arange(len(order)) - first[labels[by_class]] + 0.5
+    order = order[np.argsort(place / counts[labels], kind='stable')]
+    test, train = found.train[order[:test_size]], found.train[order[test_size:]]
     return np.sort(train), np.sort(test)
 
 

@@ -12,6 +12,7 @@ import os
 import resource
 import sys
 import time
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -194,13 +195,18 @@ def fit(config, workdir: str) -> dict[str, Any]:
             batches = _train_batches(run, int(state.step))
             try:
                 compiled = _compile(run, state)
-                for epoch in range(epochs_done + 1, epochs + 1):
-                    state, record = _train_epoch(run, compiled, state, batches, epoch)
-                    record |= _test(run, state)
-                    _check_finite(record)
-                    _save(run, manager, state, record)
-                    records.append(record)
-                    print(format_epoch(record), flush=True)
+                # A second of drawing, for which the first step need not wait.
+                with futures.ThreadPoolExecutor(1) as beside:
+                    samples = beside.submit(_save_samples, run)
+                    for epoch in range(epochs_done + 1, epochs + 1):
+                        args = run, compiled, state, batches, epoch
+                        state, record = _train_epoch(*args)
+                        samples.result()
+                        record |= _test(run, state)
+                        _check_finite(record)
+                        _save(run, manager, state, record)
+                        records.append(record)
+                        print(format_epoch(record), flush=True)
             finally:
                 batches.close()
         else:
@@ -286,6 +292,11 @@ def _write_run_files(run):
         with open(path, 'w', errors='surrogateescape') as file:
             file.writelines(f'{line}\n' for line in skipped)
         print(f'skipped {len(skipped)} bad images, listed in {path}', flush=True)
+
+
+def _save_samples(run):
+    if not sharding.is_writer():
+        return
     batches = _train_batches(run, 0)
     report.save_samples(
         run.workdir, next(batches), run.source.class_names, **run.preprocessing

@@ -1,5 +1,6 @@
 # make run    trains DenseNet-121 on handwritten digits, in a few minutes on a CPU
-# make test   runs the tests
+# make test   runs the tests, but for those of some minutes
+# make test-slow   runs those
 # Both make .venv first, with the newest Python (3.11 to 3.13) that starts here.
 
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
@@ -8,7 +9,7 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
 	>/dev/null 2>&1 && { echo $$name; break; }; done)
 BIN = .venv/bin
 
-.PHONY: run test lint bench clean
+.PHONY: run test test-slow lint bench clean
 
 run: .venv/installed
 	$(BIN)/python launch.py --config=configs/densenet121.py --workdir=ckpt/digits \
@@ -17,6 +18,9 @@ run: .venv/installed
 
 test: .venv/installed lint
 	$(BIN)/python -m pytest -q
+
+test-slow: .venv/installed
+	$(BIN)/python -m pytest -q -m slow
 
 # Peers need Python 3.11: only for it is there a CPU build of this torch.
 PEERS = .venv-peers/bin

@@ -91,12 +91,12 @@ def _evaluate(config, workdir, overrides):
 
 
 def _summarise(config, workdir, overrides):
-    from flax_densenet import model, report, sources
+    from flax_densenet import data, model, report
 
     size = config['data']['image_size']
     if not size:
         kind = config['data']['source'].partition(':')[0]
-        size = sources.DEFAULT_IMAGE_SIZES.get(kind, 224)
+        size = data.DEFAULT_IMAGE_SIZES.get(kind, 224)
     fields = dict(config['model'])
     # Made for 1000 classes, since a summary reads no data.
     module = model.create_model(num_classes=1000, **fields)

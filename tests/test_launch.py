@@ -62,10 +62,18 @@ def test_train_and_evaluate(tmp_path):
     assert 'only data.* fields can be set' in one_line_error(done)
 
 
-def test_summary():
-    done = launch('--mode=summary', '--config=configs/cifar.py:L40k12')
+@pytest.mark.parametrize(
+    ('arguments', 'size'),
+    [
+        (['--config=configs/cifar.py:L40k12'], '32x32x3'),
+        ([], '32x32x3'),
+        (['--config.data.source=folder:photos'], '224x224x3'),
+    ],
+)
+def test_summary(arguments, size):
+    done = launch('--mode=summary', *arguments)
     assert done.returncode == 0, done.stderr
-    assert '32x32x3' in done.stdout
+    assert size in done.stdout
 
 
 @pytest.mark.parametrize(

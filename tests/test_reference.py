@@ -23,9 +23,9 @@ def images(shape):
     ('name', 'size'),
     [
         ('densenet121', (224, 224)),
-        ('densenet161', (224, 224)),
-        ('densenet169', (224, 224)),
-        ('densenet201', (224, 224)),
+        pytest.param('densenet161', (224, 224), marks=pytest.mark.slow),
+        pytest.param('densenet169', (224, 224), marks=pytest.mark.slow),
+        pytest.param('densenet201', (224, 224), marks=pytest.mark.slow),
         ('densenet121_odd', (97, 131)),
     ],
 )
@@ -55,6 +55,7 @@ def double_precision():
     jax.config.update('jax_enable_x64', False)
 
 
+@pytest.mark.slow
 def test_training_step_in_double_precision(double_precision):
     reference = load('densenet121')
     # Without remat: half the code to compile, and the same mathematics.

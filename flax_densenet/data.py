@@ -31,15 +31,19 @@ _GIB = 2**30
 
 
 class Examples:
-    """A random-access sequence of `{'image': uint8 [S, S, 3], 'label': int32}`."""
+    """A random-access sequence of `{'image': uint8 [S, S, C], 'label': int32}`."""
 
     def __init__(
-        self, reader: sources_lib.Reader, indices, *, image_size: int, resize: str
+        self, reader: sources_lib.Reader, indices, preparation: images.Preparation
     ):
         self.reader = reader
         self.indices = np.asarray(indices, np.int64)
-        self.image_size = image_size
-        self.resize = resize
+        self.preparation = preparation
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels."""
+        return self.preparation.size
 
     def __len__(self):
         return len(self.indices)
@@ -61,9 +65,9 @@ class Examples:
         raw = self.reader[index]
         try:
             if isinstance(raw, np.ndarray):
-                image = images.resize_array(raw, self.image_size, self.resize)
+                image = images.prepare_array(raw, self.preparation)
             else:
-                image = images.load_image(raw, self.image_size, self.resize)
+                image = images.load_image(raw, self.preparation)
         except UserError as error:
             raise UserError(
                 f'{self.reader.name(index)} {error}: mend or remove it, or set '
@@ -76,14 +80,9 @@ class CachedExamples(Examples):
     """Examples that keep each decoded, resized image in memory once it was read."""
 
     def __init__(self, examples: Examples):
-        super().__init__(
-            examples.reader,
-            examples.indices,
-            image_size=examples.image_size,
-            resize=examples.resize,
-        )
-        side = self.image_size
-        self._images = np.empty((len(self), side, side, 3), np.uint8)
+        super().__init__(examples.reader, examples.indices, examples.preparation)
+        shape = len(self), self.image_size, self.image_size, self.preparation.channels
+        self._images = np.empty(shape, np.uint8)
         self._known = np.zeros(len(self), bool)
 
     def __getitem__(self, position):
@@ -98,12 +97,7 @@ class Relabelled(Examples):
     """Examples whose label `i` becomes `new_labels[i]`."""
 
     def __init__(self, examples: Examples, new_labels):
-        super().__init__(
-            examples.reader,
-            examples.indices,
-            image_size=examples.image_size,
-            resize=examples.resize,
-        )
+        super().__init__(examples.reader, examples.indices, examples.preparation)
         self._examples = examples
         self._new_labels = np.asarray(new_labels, np.int32)
 
@@ -142,6 +136,9 @@ def load_source(
     *,
     image_size: int = 0,
     resize: str = 'stretch',
+    crop_fraction: float = 1.0,
+    interpolation: str = 'bilinear',
+    channels: int = 3,
     test_fraction: float = 0.2,
     split_seed: int = 0,
     bad_images: str = 'error',
@@ -155,7 +152,7 @@ def load_source(
       source: `digits` (scikit-learn's handwritten digits), `folder:PATH`
         (`PATH/CLASS/*`, or `PATH/{train,val}/CLASS/*`) or `tfds:NAME[:CONFIG]`.
       image_size: side in pixels to which images are resized; 0 for the source's own.
-      resize: `stretch` or `crop`, see `images.resize`.
+      resize, crop_fraction, interpolation, channels: see `images.Preparation`.
       test_fraction: share of the images that is split off for the test, evenly over
         the classes, where the source has no test part of its own.
       split_seed: of that split.
@@ -172,7 +169,15 @@ def load_source(
             f'data.source={source} is not known; use digits, folder:PATH or '
             'tfds:NAME[:CONFIG]'
         )
-    _check_fields(image_size, resize, test_fraction, bad_images, cache)
+    preparation = images.Preparation(
+        image_size or DEFAULT_IMAGE_SIZES[kind],
+        resize,
+        crop_fraction,
+        interpolation,
+        channels,
+    )
+    _check_preparation(preparation)
+    _check_fields(test_fraction, bad_images, cache)
     found = sources_lib.SOURCES[kind](name, bad_images=bad_images, tfds_dir=tfds_dir)
     train, test = found.train, found.test
     if test is None:
@@ -182,13 +187,9 @@ def load_source(
             f'data.source={source}: {len(train)} images to train on and {len(test)} to '
             'test on are too few; add images'
         )
-    size = image_size or DEFAULT_IMAGE_SIZES[kind]
-    parts = [
-        Examples(found.reader, indices, image_size=size, resize=resize)
-        for indices in (train, test)
-    ]
+    parts = [Examples(found.reader, indices, preparation) for indices in (train, test)]
     if cache == 'memory':
-        _check_cache(sum(map(len, parts)), size, cache_limit_gib)
+        _check_cache(sum(map(len, parts)), preparation, cache_limit_gib)
         parts = [CachedExamples(part) for part in parts]
     return Source(
         name=source,
@@ -200,23 +201,34 @@ def load_source(
     )
 
 
-def _check_fields(image_size, resize, test_fraction, bad_images, cache):
-    _check_choice('resize', resize, images.RESIZES)
+def _check_preparation(preparation):
+    _check_choice('resize', preparation.resize, images.RESIZES)
+    _check_choice('interpolation', preparation.interpolation, images.INTERPOLATIONS)
+    _check_choice('channels', preparation.channels, (1, 3))
+    if preparation.size < 0:
+        raise UserError(f'data.image_size={preparation.size} must be 0 or above')
+    if not 0 < preparation.crop_fraction <= 1:
+        raise UserError(
+            f'data.crop_fraction={preparation.crop_fraction} must be above 0, at most 1'
+        )
+
+
+def _check_fields(test_fraction, bad_images, cache):
     _check_choice('bad_images', bad_images, BAD_IMAGES)
     _check_choice('cache', cache, CACHES)
-    if image_size < 0:
-        raise UserError(f'data.image_size={image_size} must be 0 or above')
     if not 0 < test_fraction < 1:
         raise UserError(f'data.test_fraction={test_fraction} must be between 0 and 1')
 
 
 def _check_choice(field, value, valid):
     if value not in valid:
-        raise UserError(f'data.{field}={value} is not known; use {", ".join(valid)}')
+        choices = ', '.join(map(str, valid))
+        raise UserError(f'data.{field}={value} is not known; use {choices}')
 
 
-def _check_cache(count, size, limit_gib):
-    need = count * size * size * 3 / _GIB
+def _check_cache(count, preparation, limit_gib):
+    size = preparation.size
+    need = count * size * size * preparation.channels / _GIB
     if need > limit_gib:
         raise UserError(
             f'data.cache=memory: {count} images of {size}x{size} take {need:.2f} GiB, '
@@ -358,9 +370,5 @@ def _iterate(stream, threads, workers):
 
 def join(first: Examples, second: Examples) -> Examples:
     """The examples of two parts of one source, in the source's order."""
-    return Examples(
-        first.reader,
-        np.sort(np.concatenate([first.indices, second.indices])),
-        image_size=first.image_size,
-        resize=first.resize,
-    )
+    indices = np.sort(np.concatenate([first.indices, second.indices]))
+    return Examples(first.reader, indices, first.preparation)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from flax_densenet import checkpoint, data, model, sharding
+from flax_densenet import checkpoint, data, model, sharding, weights
 from flax_densenet.errors import UserError
 
 
@@ -88,40 +89,49 @@ class Trained:
     Attributes:
       module: the DenseNet.
       variables: `{'params', 'batch_stats'}`, replicated over `mesh`.
-      metadata: as `train.make_metadata` wrote it.
-      metrics: test accuracy and loss when it was saved.
+      metadata: as `train.make_metadata` wrote it; of imported weights `class_names`
+        can be None.
+      metrics: test accuracy and loss when it was saved; empty for imported weights.
+      step: of the checkpoint; None for imported weights.
     """
 
     module: model.DenseNet
     variables: Any
     metadata: dict[str, Any]
     metrics: dict[str, float]
-    step: int
+    step: int | None
     mesh: Any
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        return tuple(self.metadata['class_names'])
+    def class_names(self) -> tuple[str, ...] | None:
+        """None where imported weights do not name their classes."""
+        names = self.metadata['class_names']
+        return None if names is None else tuple(names)
 
 
 def load_trained(workdir: str, which: str = 'best', *, mesh=None) -> Trained:
     """Rebuilds the `best` or the `latest` model of a run; needs no config file.
 
+    Args:
+      workdir: of the run, or a file of weights (see `weights.load`).
+
     Raises:
-      UserError: the workdir holds no (whole) checkpoint.
+      UserError: the workdir holds no (whole) checkpoint, or the file no weights.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
+    if os.path.isfile(workdir):
+        return _from_file(workdir, mesh)
     step = checkpoint.find_step(workdir, which)
     metadata = checkpoint.load_json(workdir, step, 'metadata')
     module = model.create_model(
-        num_classes=len(metadata['class_names']), **_tuples(metadata['model'])
+        num_classes=len(metadata['class_names']), **weights.to_tuples(metadata['model'])
     )
     with checkpoint.open_checkpoints(workdir) as manager:
         restored = checkpoint.restore(
             manager,
             step,
             sharding=sharding.replicated(mesh),
-            model=model.variable_shapes(module),
+            model=model.variable_shapes(module, channels=len(metadata['mean'])),
         )
     return Trained(
         module=module,
@@ -133,19 +143,51 @@ def load_trained(workdir: str, which: str = 'best', *, mesh=None) -> Trained:
     )
 
 
-def _tuples(fields):
-    """JSON's lists back to the tuples that hashable modules need."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+def _from_file(path, mesh):
+    found = weights.load(path)
+    if not found.num_classes:
+        raise UserError(f'{path} has no classifier: train one, with init_from={path}')
+    preparation = {**found.preprocessing, **found.metadata.get('data', {})}
+    return Trained(
+        module=found.module,
+        variables=sharding.replicate(found.variables, mesh),
+        metadata={
+            'model': found.fields,
+            'class_names': found.class_names and list(found.class_names),
+            'image_size': found.preprocessing['image_size'],
+            'mean': list(found.preprocessing['mean']),
+            'std': list(found.preprocessing['std']),
+            'data': preparation,
+        },
+        metrics={},
+        step=None,
+        mesh=mesh,
+    )
 
 
-def match_classes(examples: data.Examples, names, trained_names) -> data.Examples:
+def match_classes(
+    examples: data.Examples, names, trained_names, *, count: int = 0
+) -> data.Examples:
     """Examples of a source whose classes are some of those a model was trained on.
 
-    Labels are matched by class name, so a folder with fewer classes can be used.
+    Labels are matched by class name, so a folder with fewer classes can be used; a
+    model that does not know its classes' names takes as many as it has, in order.
+
+    Args:
+      names: classes of the source.
+      trained_names: of the model's classes, or None.
+      count: of the model's classes, where they have no names.
 
     Raises:
       UserError: a class that the model does not know.
     """
+    if trained_names is None:
+        if len(names) != count:
+            raise UserError(
+                f'data.source has {len(names)} classes, the weights {count} without '
+                'names: they cannot be matched'
+            )
+        return examples
     unknown = [name for name in names if name not in trained_names]
     if unknown:
         raise UserError(

@@ -89,6 +89,8 @@ def save_samples(workdir: str, batch, class_names, *, mean, std, most: int = 24)
     seen = evaluate.normalise(batch['image'][:most], mean=mean, std=std)
     seen = np.asarray(seen) * np.asarray(std) + np.asarray(mean)
     images = np.clip(np.round(seen * 255), 0, 255).astype(np.uint8)
+    if images.shape[-1] == 1:
+        images = images.repeat(3, -1)
     titles = [class_names[label] for label in batch['label'][:most]]
     figure = plot_samples(images, titles)
     figure.savefig(os.path.join(workdir, 'samples.png'), dpi=110)
@@ -124,7 +126,7 @@ def count_model(module: model.DenseNet, image_shape):
                 part[2] += int(np.prod(kernel, dtype=np.int64) * positions)
         return output
 
-    variables = model.variable_shapes(module, image_shape=image_shape)
+    variables = model.variable_shapes(module, channels=image_shape[-1])
     image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
     with nn.intercept_methods(record):
         jax.eval_shape(module.apply, variables, image)

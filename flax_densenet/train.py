@@ -18,10 +18,19 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from flax import traverse_util
 from tqdm import tqdm
 
-from flax_densenet import checkpoint, data, evaluate, model, report, sharding, step
+from flax_densenet import (
+    checkpoint,
+    data,
+    evaluate,
+    model,
+    report,
+    sharding,
+    step,
+    transfer,
+)
+from flax_densenet import weights as weights_lib
 from flax_densenet.errors import UserError
 
 _SCHEDULE_FIELDS = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
@@ -35,7 +44,6 @@ def make_metadata(config, source: data.Source) -> dict[str, Any]:
         'model': dict(config['model']),
         'class_names': list(source.class_names),
         'image_size': source.train.image_size,
-        'resize': source.train.resize,
         'mean': list(config['data']['mean']),
         'std': list(config['data']['std']),
         'data': dict(config['data']),
@@ -64,43 +72,21 @@ def _check_same_run(workdir, metadata):
                 f'--workdir={workdir} holds a run with model.{name}='
                 f'{saved["model"].get(name)}, not {value}; {remedy}'
             )
-    for name in ('batch_size', 'source', 'split_seed', 'test_fraction'):
-        if saved['data'][name] != metadata['data'][name]:
+    data_fields = json.loads(json.dumps(metadata['data']))
+    for name in (
+        *('batch_size', 'source', 'split_seed', 'test_fraction', 'image_size'),
+        *('resize', 'crop_fraction', 'interpolation', 'channels', 'mean', 'std'),
+    ):
+        if saved['data'][name] != data_fields[name]:
             raise UserError(
                 f'--workdir={workdir} holds a run with data.{name}='
-                f'{saved["data"][name]}, not {metadata["data"][name]}; {remedy}'
+                f'{saved["data"][name]}, not {data_fields[name]}; {remedy}'
             )
 
 
 def _shorten(names, most=5):
     more = ', ...' if len(names) > most else ''
     return ', '.join(names[:most]) + more
-
-
-def _init_from(path, module, variables, class_names, mesh):
-    """Variables of another run; its classifier only where the classes are the same."""
-    trained = evaluate.load_trained(path, mesh=mesh)
-    theirs = jax.device_get(trained.variables)
-    if trained.class_names != tuple(class_names):
-        print(
-            f'init_from={path}: {len(trained.class_names)} classes there, '
-            f'{len(class_names)} here: the classifier starts anew',
-            flush=True,
-        )
-        theirs['params']['classifier'] = variables['params']['classifier']
-    flat, wanted = (traverse_util.flatten_dict(v, sep='/') for v in (theirs, variables))
-    wrong = sorted(
-        name
-        for name in flat.keys() | wanted.keys()
-        if np.shape(flat.get(name)) != np.shape(wanted.get(name))
-        or (name in flat) != (name in wanted)
-    )
-    if wrong:
-        raise UserError(
-            f'init_from={path}: {len(wrong)} variables do not fit model.variant, '
-            f'the first is {wrong[0]}; use the model fields of that run'
-        )
-    return theirs
 
 
 @dataclasses.dataclass
@@ -115,6 +101,7 @@ class _Run:
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     metadata: dict[str, Any]
+    weights: weights_lib.Weights | None
 
     @property
     def preprocessing(self):
@@ -127,13 +114,17 @@ class _Run:
 
 def _prepare(config, workdir) -> _Run:
     """Checks all fields and finds the data: all that can fail before compilation."""
-    fields = dict(config['data'])
+    config, weights = _settle(config, workdir)
+    fields = config['data']
     batch_size, augment = fields['batch_size'], fields['augment']
     mesh = sharding.make_mesh()
     sharding.check_batch_size(batch_size, mesh)
     for name in ('mean', 'std'):
-        if len(fields[name]) != 3:
-            raise UserError(f'data.{name}={fields[name]} needs three numbers')
+        if len(fields[name]) != fields['channels']:
+            raise UserError(
+                f'data.{name}={fields[name]} needs a number for each of '
+                f'{fields["channels"]} channels'
+            )
     if min(fields['std']) <= 0:
         raise UserError(f'data.std={fields["std"]} must be above 0')
     for name in ('threads', 'workers'):
@@ -163,7 +154,28 @@ def _prepare(config, workdir) -> _Run:
         schedule=schedule,
         optimizer=step.make_optimizer(schedule, **optimizer),
         metadata=make_metadata(config, source),
+        weights=weights,
     )
+
+
+def _settle(config, workdir):
+    """The config with its open fields filled in, and the weights to start from."""
+    saved, weights = None, None
+    if checkpoint.has_checkpoint(workdir):
+        latest = checkpoint.find_step(workdir, 'latest')
+        saved = checkpoint.load_json(workdir, latest, 'metadata')
+    elif config['init_from']:
+        weights = weights_lib.load(config['init_from'])
+    config = {n: dict(v) if isinstance(v, dict) else v for n, v in config.items()}
+    for name, settle in (
+        ('model', transfer.settle_model),
+        ('data', transfer.settle_data),
+    ):
+        if saved:  # a run that goes on needs its weights' file no more
+            config[name] = transfer.fill(config[name], saved[name])
+        else:
+            config[name] = settle(config[name], weights)
+    return config, weights
 
 
 def fit(config, workdir: str) -> dict[str, Any]:
@@ -236,7 +248,11 @@ def format_epoch(record: dict[str, Any]) -> str:
 
 def _start(run, manager):
     """The state to start from, on the devices, and the epochs that it has seen."""
-    variables = model.init_variables(run.module, seed=run.config['train']['seed'])
+    variables = model.init_variables(
+        run.module,
+        seed=run.config['train']['seed'],
+        channels=run.config['data']['channels'],
+    )
     if checkpoint.has_checkpoint(run.workdir):
         latest = checkpoint.find_step(run.workdir, 'latest')
         abstract = step.new_state(variables, run.optimizer)
@@ -249,10 +265,9 @@ def _start(run, manager):
         metadata = checkpoint.load_json(run.workdir, latest, 'metadata')
         print(f'going on after epoch {metadata["epoch"]} in {run.workdir}', flush=True)
         return step.TrainState(**items['model'], **items['train']), metadata['epoch']
-    if run.config['init_from']:
+    if run.weights is not None:
         names = run.source.class_names
-        path = run.config['init_from']
-        variables = _init_from(path, run.module, variables, names, run.mesh)
+        variables = transfer.first_variables(run.weights, variables, names)
     return sharding.replicate(step.new_state(variables, run.optimizer), run.mesh), 0
 
 
@@ -321,7 +336,9 @@ def _compile(run, state):
     by_rows = sharding.split_rows(run.mesh)
     batch = {
         'image': jax.ShapeDtypeStruct(
-            (rows, side, side, 3), np.uint8, sharding=by_rows
+            (rows, side, side, run.config['data']['channels']),
+            np.uint8,
+            sharding=by_rows,
         ),
         'label': jax.ShapeDtypeStruct((rows,), np.int32, sharding=by_rows),
         'epoch': jax.ShapeDtypeStruct((rows,), np.int32, sharding=by_rows),

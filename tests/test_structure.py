@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from configs import base
-from flax_densenet import create_model, data, model, step
+from flax_densenet import create_model, data, model, step, transfer
 
 PACKAGE = ROOT / 'flax_densenet'
 # module -> modules of the package that it may import.
@@ -27,12 +27,17 @@ EDGES = {
     'model': {'errors', 'dense_block', 'layers'},
     'sources': {'errors', 'images'},
     'data': {'errors', 'images', 'augment', 'sources'},
-    'evaluate': {'errors', 'checkpoint', 'data', 'model', 'sharding'},
+    'torch_files': {'errors'},
+    'keras_files': {'errors'},
+    'weights': {'errors', 'checkpoint', 'keras_files', 'model', 'torch_files'},
+    'transfer': {'errors', 'weights'},
+    'evaluate': {'errors', 'checkpoint', 'data', 'model', 'sharding', 'weights'},
+    'export': {'errors', 'evaluate', 'keras_files', 'weights'},
     'report': {'checkpoint', 'evaluate', 'model'},
     'step': {'errors', 'evaluate', 'model', 'sharding'},
     'train': {
         'errors', 'checkpoint', 'data', 'evaluate', 'model', 'report', 'sharding',
-        'step',
+        'step', 'transfer', 'weights',
     },
 }  # fmt: skip
 RECIPES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
@@ -97,7 +102,7 @@ def test_recipes(name):
     config = module.get_config()
     assert set(fields(config)) == set(fields(base.get_config()))
     assert 'python launch.py' in module.__doc__
-    assert create_model(num_classes=2, **config.model)
+    assert create_model(num_classes=2, **transfer.settle_model(config.model, None))
     kwargs = dict(config.optimizer)
     kwargs.pop('l2_penalty')
     names = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
@@ -124,10 +129,12 @@ def test_base_has_each_field_of_the_functions():
 def test_birds():
     """The recipe to reproduce, field by field."""
     config = importlib.import_module('configs.birds').get_config()
-    assert config.model.variant == 'densenet121'
+    assert transfer.settle_model(config.model, None)['variant'] == 'densenet121'
     assert config.data.source == 'folder:data/bird_photos'
     assert (config.data.batch_size, config.train.epochs) == (4, 40)
-    assert config.data.mean == (0.485, 0.456, 0.406)
+    settled = transfer.settle_data(config.data, None)
+    assert settled['mean'] == (0.485, 0.456, 0.406)
+    assert (settled['resize'], settled['channels']) == ('stretch', 3)
     assert config.optimizer.learning_rate == 1e-4
     config = importlib.import_module('configs.birds_tf').get_config()
     assert config.model.padding == 'same'

@@ -76,6 +76,12 @@ def _evaluate(config, workdir, overrides):
     source = data.load_source(
         fields['source'], **{n: fields[n] for n in data.load_source.__kwdefaults__}
     )
+    if source.multi_label != trained.metadata.get('multi_label', source.multi_label):
+        raise UserError(
+            f'data.labels={fields["labels"]}: the model of {path} was trained '
+            + ('on one class' if source.multi_label else 'with a table of labels')
+            + ' for each image'
+        )
     examples, what = source.test, 'test images'
     trained_on = trained.metadata['data'].get('source')
     if not source.has_test and fields['source'] != trained_on:
@@ -107,6 +113,9 @@ def _evaluate(config, workdir, overrides):
         f'{evaluate.format_metrics("Test", metrics)} '
         f'({metrics["count"]} {what} of {fields["source"]}, {which})'
     )
+    names = trained.class_names or source.class_names
+    for name, area in zip(names, metrics.get('auroc', ()), strict=False):
+        print(f'  {evaluate.format_auroc(area):>6} AUROC {name}')
 
 
 def _trained_path(config, workdir):

@@ -43,6 +43,9 @@ def get_config() -> ConfigDict:
     # digits, folder:PATH (PATH/CLASS/* or PATH/{train,val}/CLASS/*) or
     # tfds:NAME[:CONFIG].
     config.data.source = 'digits'
+    # Table (CSV) of several labels an image, for folder:PATH, whose images it names: a
+    # column for each label with 1, 0 or nothing (not known); flax_densenet/labels.py.
+    config.data.labels = ''
     # How an image is prepared; None (0) leaves it to init_from's weights, else to the
     # value named first.
     config.data.image_size = 0  # pixels a side; digits 32, others 224

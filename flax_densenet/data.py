@@ -31,7 +31,10 @@ _GIB = 2**30
 
 
 class Examples:
-    """A random-access sequence of `{'image': uint8 [S, S, C], 'label': int32}`."""
+    """A random-access sequence of `{'image': uint8 [S, S, C], 'label': int32}`.
+
+    With several labels an image, `label` is float32 `[L]` of 0, 1 and NaN (not known).
+    """
 
     def __init__(
         self, reader: sources_lib.Reader, indices, preparation: images.Preparation
@@ -73,7 +76,7 @@ class Examples:
                 f'{self.reader.name(index)} {error}: mend or remove it, or set '
                 'data.bad_images=skip'
             ) from error
-        return {'image': image, 'label': np.int32(self.reader.labels[index])}
+        return {'image': image, 'label': self.reader.labels[index]}
 
 
 class CachedExamples(Examples):
@@ -90,24 +93,36 @@ class CachedExamples(Examples):
             self._images[position] = super().__getitem__(position)['image']
             self._known[position] = True
         label = self.reader.labels[self.indices[position]]
-        return {'image': self._images[position], 'label': np.int32(label)}
+        return {'image': self._images[position], 'label': label}
 
 
 class Relabelled(Examples):
-    """Examples whose label `i` becomes `new_labels[i]`."""
+    """Examples whose label `i` becomes `new_labels[i]`.
 
-    def __init__(self, examples: Examples, new_labels):
+    With several labels an image: label `new_labels[i]` is the old label `i`, the
+    others are not known.
+    """
+
+    def __init__(self, examples: Examples, new_labels, count: int):
         super().__init__(examples.reader, examples.indices, examples.preparation)
         self._examples = examples
         self._new_labels = np.asarray(new_labels, np.int32)
+        self._count = count
 
     @property
     def labels(self):
-        return self._new_labels[self._examples.labels]
+        return self._change(self._examples.labels)
+
+    def _change(self, labels):
+        if not isinstance(labels, np.ndarray) or labels.dtype != np.float32:
+            return self._new_labels[labels]
+        changed = np.full((*labels.shape[:-1], self._count), np.nan, np.float32)
+        changed[..., self._new_labels] = labels
+        return changed
 
     def __getitem__(self, position):
         example = self._examples[position]
-        return example | {'label': self._new_labels[example['label']]}
+        return example | {'label': self._change(example['label'])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +130,7 @@ class Source:
     """Training and test examples of the same classes.
 
     Attributes:
+      multi_label: an image can have several labels; `class_names` are theirs.
       has_test: the set came with a test part; else `test` was split off by us.
       skipped: bad files left out, each with its reason.
     """
@@ -124,6 +140,7 @@ class Source:
     train: Examples
     test: Examples
     has_test: bool = False
+    multi_label: bool = False
     skipped: tuple[str, ...] = ()
 
 
@@ -134,6 +151,7 @@ DEFAULT_IMAGE_SIZES = {'digits': 32, 'folder': 224, 'tfds': 224}
 def load_source(
     source: str,
     *,
+    labels: str = '',
     image_size: int = 0,
     resize: str = 'stretch',
     crop_fraction: float = 1.0,
@@ -151,6 +169,7 @@ def load_source(
     Args:
       source: `digits` (scikit-learn's handwritten digits), `folder:PATH`
         (`PATH/CLASS/*`, or `PATH/{train,val}/CLASS/*`) or `tfds:NAME[:CONFIG]`.
+      labels: a table of labels for the images of a `folder:`, see `labels`.
       image_size: side in pixels to which images are resized; 0 for the source's own.
       resize, crop_fraction, interpolation, channels: see `images.Preparation`.
       test_fraction: share of the images that is split off for the test, evenly over
@@ -178,7 +197,11 @@ def load_source(
     )
     _check_preparation(preparation)
     _check_fields(test_fraction, bad_images, cache)
-    found = sources_lib.SOURCES[kind](name, bad_images=bad_images, tfds_dir=tfds_dir)
+    if labels and kind != 'folder':
+        raise UserError(f'data.labels={labels} needs data.source=folder:PATH')
+    found = sources_lib.SOURCES[kind](
+        name, bad_images=bad_images, tfds_dir=tfds_dir, labels=labels
+    )
     train, test = found.train, found.test
     if test is None:
         train, test = _split(found, test_fraction, split_seed)
@@ -197,6 +220,7 @@ def load_source(
         train=parts[0],
         test=parts[1],
         has_test=found.test is not None,
+        multi_label=bool(labels),
         skipped=found.skipped,
     )
 
@@ -239,7 +263,7 @@ def _check_cache(count, preparation, limit_gib):
 
 
 def _split(found, test_fraction, seed):
-    """A seeded random split, even over the classes."""
+    """A seeded random split, even over the classes; groups stay together."""
     train_size = int(len(found.train) * (1 - test_fraction))
     test_size = len(found.train) - train_size
     if not train_size or not test_size:
@@ -249,6 +273,10 @@ def _split(found, test_fraction, seed):
     ):  # labels would have to be read one by one
         order = np.random.default_rng(seed).permutation(found.train)
         return np.sort(order[:train_size]), np.sort(order[train_size:])
+    if found.reader.labels.ndim == 2:
+        groups = found.groups
+        groups = found.train if groups is None else groups[found.train]
+        return _split_groups(found.train, groups, test_size, seed)
     order = np.random.default_rng(seed).permutation(len(found.train))
     labels = found.reader.labels[found.train][order]
     # An image's place in its class, from 0 to 1: the first ones of all classes are the
@@ -260,6 +288,15 @@ def _split(found, test_fraction, seed):
     order = order[np.argsort(place / counts[labels], kind='stable')]
     test, train = found.train[order[:test_size]], found.train[order[test_size:]]
     return np.sort(train), np.sort(test)
+
+
+def _split_groups(indices, groups, test_size, seed):
+    """As many whole groups as come closest to `test_size` images, the rest."""
+    names, numbers, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    taken = np.abs(np.cumsum(counts[order]) - test_size).argmin() + 1
+    is_test = np.isin(numbers, order[: min(taken, len(names) - 1)])
+    return indices[~is_test], indices[is_test]
 
 
 class _Augment(grain.transforms.RandomMap):

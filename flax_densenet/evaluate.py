@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 
-from flax_densenet import checkpoint, data, model, sharding, weights
+from flax_densenet import checkpoint, data, model, objective, sharding, weights
 from flax_densenet.errors import UserError
 
 
@@ -22,17 +22,17 @@ def normalise(images, *, mean, std):
 
 @functools.partial(jax.jit, static_argnames=('module', 'mean', 'std'))
 def eval_step(variables, batch, *, module, mean, std):
-    """Sums over the rows of a batch whose mask is 1: correct, loss, count."""
+    """Sums over the rows whose mask is 1 (correct, loss, count), and the logits."""
     images = normalise(batch['image'], mean=mean, std=std)
     logits = module.apply(variables, images)
-    label, mask = batch['label'], batch['mask']
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-    correct = logits.argmax(-1) == label
-    return {
+    mask = batch['mask']
+    losses, correct = objective.measure(logits, batch['label'])
+    sums = {
         'correct': jnp.sum(correct * mask),
         'loss': jnp.sum(losses * mask),
         'count': jnp.sum(mask),
     }
+    return sums, logits
 
 
 def evaluate(
@@ -54,15 +54,19 @@ def evaluate(
       batch_size: over all devices, which it must divide over.
 
     Returns:
-      `{'accuracy': 0 to 1, 'loss', 'count'}`.
+      `{'accuracy': 0 to 1, 'loss', 'count'}`; of several labels an image also `auroc`,
+      a list with None where a label has one value only, and its mean `mean_auroc`.
     """
     batches = data.eval_batches(
         examples, batch_size=batch_size, threads=threads, workers=workers
     )
-    sums = []
+    sums, seen = [], []
     for batch in batches:
         batch = sharding.to_global(batch, mesh)
-        step = eval_step(variables, batch, module=module, mean=mean, std=std)
+        step, logits = eval_step(variables, batch, module=module, mean=mean, std=std)
+        if batch['label'].ndim == 2:
+            parts = (logits, batch['label'], batch['mask'])
+            seen.append([sharding.gather(part) for part in parts])
         if len(sums) > 1:  # at most two batches on their way, so memory stays flat
             jax.block_until_ready(sums[-2])
         sums.append(step)
@@ -75,11 +79,17 @@ def evaluate(
             total[name] += float(value)
     if total['count'] != len(examples):
         raise AssertionError(f'{total["count"]} of {len(examples)} examples counted')
-    return {
+    metrics = {
         'accuracy': total['correct'] / total['count'],
         'loss': total['loss'] / total['count'],
         'count': len(examples),
     }
+    if seen:
+        parts = zip(*seen, strict=True)
+        logits, labels, mask = (np.concatenate(part) for part in parts)
+        areas = objective.auroc(logits[mask > 0], labels[mask > 0])
+        metrics |= {'auroc': areas, 'mean_auroc': objective.mean_auroc(areas)}
+    return metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,10 +206,19 @@ def match_classes(
         )
     if tuple(names) == tuple(trained_names):
         return examples
-    return data.Relabelled(examples, [trained_names.index(name) for name in names])
+    places = [trained_names.index(name) for name in names]
+    return data.Relabelled(examples, places, len(trained_names))
 
 
 def format_metrics(name: str, metrics: dict[str, float]) -> str:
     """`Test_acc: 93.3%, Test_loss: 0.270`, as in the line of an epoch."""
     accuracy, loss = metrics['accuracy'] * 100, metrics['loss']
-    return f'{name}_acc: {accuracy:.1f}%, {name}_loss: {loss:.3f}'
+    text = f'{name}_acc: {accuracy:.1f}%, {name}_loss: {loss:.3f}'
+    if 'mean_auroc' not in metrics:
+        return text
+    return f'{text}, {name}_auroc: {format_auroc(metrics["mean_auroc"])}'
+
+
+def format_auroc(area: float | None) -> str:
+    """`0.843`; a dash where there is none."""
+    return '-' if area is None else f'{area:.3f}'

@@ -76,6 +76,13 @@ def plot_samples(images, titles, *, columns: int = 8):
     return figure
 
 
+def _title(label, class_names):
+    if np.ndim(label) == 0:
+        return class_names[label]
+    present = [class_names[i] for i in np.flatnonzero(label == 1)]
+    return ', '.join(present) or '(none)'
+
+
 def _clip(title, most=18):
     return title if len(title) <= most else title[: most - 1] + '…'
 
@@ -91,7 +98,7 @@ def save_samples(workdir: str, batch, class_names, *, mean, std, most: int = 24)
     images = np.clip(np.round(seen * 255), 0, 255).astype(np.uint8)
     if images.shape[-1] == 1:
         images = images.repeat(3, -1)
-    titles = [class_names[label] for label in batch['label'][:most]]
+    titles = [_title(label, class_names) for label in batch['label'][:most]]
     figure = plot_samples(images, titles)
     figure.savefig(os.path.join(workdir, 'samples.png'), dpi=110)
 

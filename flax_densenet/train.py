@@ -47,6 +47,7 @@ def make_metadata(config, source: data.Source) -> dict[str, Any]:
         'mean': list(config['data']['mean']),
         'std': list(config['data']['std']),
         'data': dict(config['data']),
+        'multi_label': source.multi_label,
     }
 
 
@@ -74,8 +75,9 @@ def _check_same_run(workdir, metadata):
             )
     data_fields = json.loads(json.dumps(metadata['data']))
     for name in (
-        *('batch_size', 'source', 'split_seed', 'test_fraction', 'image_size'),
-        *('resize', 'crop_fraction', 'interpolation', 'channels', 'mean', 'std'),
+        *('batch_size', 'source', 'labels', 'split_seed', 'test_fraction'),
+        *('image_size', 'resize', 'crop_fraction', 'interpolation', 'channels'),
+        *('mean', 'std'),
     ):
         if saved['data'][name] != data_fields[name]:
             raise UserError(
@@ -102,6 +104,11 @@ class _Run:
     optimizer: optax.GradientTransformation
     metadata: dict[str, Any]
     weights: weights_lib.Weights | None
+
+    def new_state(self, variables):
+        return step.new_state(
+            variables, self.optimizer, multi_label=self.source.multi_label
+        )
 
     @property
     def preprocessing(self):
@@ -165,7 +172,10 @@ def _settle(config, workdir):
         latest = checkpoint.find_step(workdir, 'latest')
         saved = checkpoint.load_json(workdir, latest, 'metadata')
     elif config['init_from']:
-        weights = weights_lib.load(config['init_from'])
+        try:
+            weights = weights_lib.load(config['init_from'])
+        except UserError as error:
+            raise UserError(f'init_from={error}') from error
     config = {n: dict(v) if isinstance(v, dict) else v for n, v in config.items()}
     for name, settle in (
         ('model', transfer.settle_model),
@@ -236,13 +246,17 @@ def fit(config, workdir: str) -> dict[str, Any]:
 
 def format_epoch(record: dict[str, Any]) -> str:
     """The line of an epoch."""
+    auroc = ''
+    if 'test_mean_auroc' in record:
+        area = evaluate.format_auroc(record['test_mean_auroc'])
+        auroc = f'Test_auroc: {area}, '
     return (
         f'Epoch: {record["epoch"]:2d}. '
         f'Train_acc: {record["train_accuracy"] * 100:.1f}%, '
         f'Train_loss: {record["train_loss"]:.3f}, '
         f'Test_acc: {record["test_accuracy"] * 100:.1f}%, '
         f'Test_loss: {record["test_loss"]:.3f}, '
-        f'Lr: {record["learning_rate"]:.2E}'
+        f'{auroc}Lr: {record["learning_rate"]:.2E}'
     )
 
 
@@ -255,7 +269,7 @@ def _start(run, manager):
     )
     if checkpoint.has_checkpoint(run.workdir):
         latest = checkpoint.find_step(run.workdir, 'latest')
-        abstract = step.new_state(variables, run.optimizer)
+        abstract = run.new_state(variables)
         items = checkpoint.restore(
             manager,
             latest,
@@ -268,7 +282,7 @@ def _start(run, manager):
     if run.weights is not None:
         names = run.source.class_names
         variables = transfer.first_variables(run.weights, variables, names)
-    return sharding.replicate(step.new_state(variables, run.optimizer), run.mesh), 0
+    return sharding.replicate(run.new_state(variables), run.mesh), 0
 
 
 def _checkpoint_items(state):
@@ -334,13 +348,16 @@ def _train_batches(run, start):
 def _compile(run, state):
     rows, side = run.config['data']['batch_size'], run.source.train.image_size
     by_rows = sharding.split_rows(run.mesh)
+    labels = run.source.train[0]['label'][None]
     batch = {
         'image': jax.ShapeDtypeStruct(
             (rows, side, side, run.config['data']['channels']),
             np.uint8,
             sharding=by_rows,
         ),
-        'label': jax.ShapeDtypeStruct((rows,), np.int32, sharding=by_rows),
+        'label': jax.ShapeDtypeStruct(
+            (rows, *labels.shape[1:]), labels.dtype, sharding=by_rows
+        ),
         'epoch': jax.ShapeDtypeStruct((rows,), np.int32, sharding=by_rows),
     }
     train_step = step.make_train_step(
@@ -427,7 +444,12 @@ def _test(run, state):
         **run.preprocessing,
         **run.loading,
     )
-    return {'test_accuracy': metrics['accuracy'], 'test_loss': metrics['loss']}
+    found = {'test_accuracy': metrics['accuracy'], 'test_loss': metrics['loss']}
+    if run.source.multi_label:
+        found['test_mean_auroc'] = metrics['mean_auroc']
+        names = run.source.class_names
+        found['test_auroc'] = dict(zip(names, metrics['auroc'], strict=True))
+    return found
 
 
 def _check_finite(record):

@@ -131,6 +131,8 @@ def _kind(path):
     try:
         with open(path, 'rb') as file:
             start = file.read(16)
+    except FileNotFoundError as error:
+        raise UserError(f'{path}: there is no such file or folder') from error
     except OSError as error:
         raise UserError(f'{path} cannot be read ({error.strerror})') from error
     if keras_files.recognise(path):

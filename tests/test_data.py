@@ -270,7 +270,7 @@ def test_cache_and_processes_do_not_go_together(folder):
 
 def test_relabelled_and_joined(folder):
     source = load(folder)
-    renamed = data.Relabelled(source.train, [5, 7, 9])
+    renamed = data.Relabelled(source.train, [5, 7, 9], 10)
     assert set(renamed.labels) == {5, 7, 9}
     assert [renamed[i]['label'] for i in range(24)] == renamed.labels.tolist()
     everything = data.join(source.train, source.test)

@@ -237,7 +237,9 @@ def test_init_from_a_run(trained, tmp_path, capsys):
     ):
         train.fit(config, str(tmp_path / 'wrong'))
     config['init_from'] = str(tmp_path / 'nowhere')
-    with pytest.raises(UserError, match='nowhere holds no checkpoint'):
+    with pytest.raises(
+        UserError, match='init_from=.*nowhere: there is no such file or'
+    ):
         train.fit(config, str(tmp_path / 'nothing'))
 
 

@@ -329,7 +329,7 @@ def test_another_network(tmp_path):
     path = write_safetensors(tmp_path / 'resnet.safetensors', arrays)
     with pytest.raises(UserError, match='holds no DenseNet: it has 3 arrays'):
         weights.load(path)
-    with pytest.raises(UserError, match='nowhere.pth cannot be read'):
+    with pytest.raises(UserError, match='nowhere.pth: there is no such file'):
         weights.load(str(tmp_path / 'nowhere.pth'))
 
 

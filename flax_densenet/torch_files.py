@@ -130,6 +130,7 @@ class _Unpickler(pickle.Unpickler):
         self.storages = {}
 
     def find_class(self, module, name):
+        module = {'__builtin__': 'builtins'}.get(module, module)  # of protocol 2
         if (module, name) in _KNOWN:
             return _KNOWN[module, name]
         if module == 'torch' and name in _DTYPES:

@@ -159,8 +159,10 @@ def _load_torch(path, saved):
         saved, attributes = saved.arrays, saved.attributes
     if not isinstance(saved, dict):
         raise UserError(f'{path} holds a {type(saved).__name__}, no weights')
-    arrays = {str(k): v for k, v in saved.items() if isinstance(v, np.ndarray)}
-    others = [str(k) for k, v in saved.items() if not isinstance(v, np.ndarray)]
+    # Taken out one by one, here and in `_rename`, so that no array is in memory twice.
+    is_array = {k: isinstance(v, np.ndarray) for k, v in saved.items()}
+    arrays = {str(k): saved.pop(k) for k, is_one in is_array.items() if is_one}
+    others = list(map(str, saved))
     if not arrays:
         raise UserError(f'{path} holds no arrays in {place}')
     if others:
@@ -195,7 +197,8 @@ def _rename(arrays):
         '',
     )  # fmt: skip
     found, extra, heads = {}, {}, []
-    for key, array in arrays.items():
+    for key in list(arrays):
+        array = arrays.pop(key)
         name = _OLD_NAMES.sub(r'\1\2', key.removeprefix(prefix))
         place, _, leaf = name.rpartition('.')
         if leaf == 'num_batches_tracked':

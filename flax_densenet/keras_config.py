@@ -50,14 +50,14 @@ def fields_of(path: str, objects, groups, *, is_hub: bool) -> dict[str, Any]:
 
 def _check_objects(path, objects):
     """Refuses another head, tells of layers without arrays before the network."""
-    for name, config in objects:
-        if name == 'GlobalMaxPooling2D' or config.get('pooling') == 'max':
+    for name, settings in objects:
+        if name == 'GlobalMaxPooling2D' or settings.get('pooling') == 'max':
             raise UserError(
                 f'{path}: its classifier takes the maximum over the image; only the '
                 'mean (GlobalAveragePooling2D) can be read'
             )
         if name in ('Rescaling', 'Lambda'):
-            numbers = {k: config[k] for k in ('scale', 'offset') if k in config}
+            numbers = {k: settings[k] for k in ('scale', 'offset') if k in settings}
             said = f'{name} {numbers}' if numbers else name
             warnings.warn(
                 f'{path}: its layer {said} is left out; if it prepares images, '
@@ -68,9 +68,9 @@ def _check_objects(path, objects):
 
 def _numbers(path, objects):
     """epsilon, momentum and unbiased_variance."""
-    norms = [config for name, config in objects if name == 'BatchNormalization']
-    epsilons = {float(config.get('epsilon', 1e-3)) for config in norms} or {EPSILON}
-    momenta = {float(config.get('momentum', 0.99)) for config in norms}
+    norms = [settings for name, settings in objects if name == 'BatchNormalization']
+    epsilons = {float(settings.get('epsilon', 1e-3)) for settings in norms} or {EPSILON}
+    momenta = {float(settings.get('momentum', 0.99)) for settings in norms}
     if len(epsilons) > 1:
         raise UserError(
             f'{path}: its batch norms have several values of epsilon '
@@ -85,9 +85,9 @@ def _numbers(path, objects):
 
 def _padding(objects, groups, is_hub):
     """`torch` where the stem is padded by layers of its own, as keras.applications."""
-    for name, config in objects:
-        if name == 'Conv2D' and list(config.get('kernel_size', ())) == [7, 7]:
-            return 'same' if config.get('padding') == 'same' else 'torch'
+    for name, settings in objects:
+        if name == 'Conv2D' and list(settings.get('kernel_size', ())) == [7, 7]:
+            return 'same' if settings.get('padding') == 'same' else 'torch'
     if any('zero_padding2d' in group for group in groups):
         return 'torch'
     # keras-cv has the same names without these layers. Files that list layers without

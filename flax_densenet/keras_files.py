@@ -106,7 +106,7 @@ def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
     beside = os.path.join(os.path.dirname(path), _WEIGHTS)
     if os.path.basename(path) == 'task.weights.h5' and os.path.exists(beside):
         more, more_groups, more_objects = _read_file(beside)
-        found += more
+        found += [(name, f'{_WEIGHTS}/{key}', array) for name, key, array in more]
         groups |= more_groups
         objects += more_objects
     arrays = {}
@@ -205,8 +205,10 @@ def write(path: str, module, variables):
         # Keras goes by the ending, so the name stays.
         with tempfile.TemporaryDirectory(dir=folder or '.') as temporary:
             written = os.path.join(temporary, name)
-            save = network.save_weights if name.endswith('.weights.h5') else None
-            (save or network.save)(written)
+            if name.endswith('.weights.h5'):
+                network.save_weights(written)
+            else:
+                network.save(written)
             os.replace(written, path)
     except OSError as error:
         reason = error.strerror or error
@@ -214,12 +216,12 @@ def write(path: str, module, variables):
 
 
 def _check_fields(path, module):
-    checks = {name: (getattr(module, name), _FIXED[name]) for name in _FIXED}
-    checks['block_sizes'] = (len(module.block_sizes), 4)
-    for name, (value, fixed) in checks.items():
+    wanted = {name: (getattr(module, name), fixed) for name, fixed in _FIXED.items()}
+    wanted['block_sizes'] = (tuple(module.block_sizes), 'four blocks')
+    if len(module.block_sizes) == 4:
+        del wanted['block_sizes']
+    for name, (value, fixed) in wanted.items():
         if value != fixed:
-            value = tuple(module.block_sizes) if name == 'block_sizes' else value
-            fixed = 'four blocks' if name == 'block_sizes' else fixed
             raise UserError(
                 f'{path}: keras.applications has no DenseNet with '
                 f'model.{name}={value}, only with {fixed}; .safetensors and .pth files '

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import warnings
 from typing import Any
 
 import jax
@@ -120,7 +121,11 @@ def load(path: str) -> Weights:
         return _load_run(path)
     kind = _kind(path)
     if kind == 'keras':
-        arrays, fields, family = keras_files.read(path)
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter('always', UserWarning)
+            arrays, fields, family = keras_files.read(path)
+        for note in notes:
+            print(note.message, flush=True)
         return _make(path, family, arrays, fields)
     if kind == 'safetensors':
         return _load_safetensors(path)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from flax_densenet import create_model, hdf5, keras_files, keras_layers
+from flax_densenet import create_model, hdf5, keras_files, keras_layers, weights
 from flax_densenet.errors import UserError
 from flax_densenet.model import variable_shapes
 
@@ -282,8 +282,7 @@ def test_padding_shows(keras, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', FULL)
-@pytest.mark.parametrize('classes', [1000, 7, 0])
+@pytest.mark.parametrize(('name', 'classes'), zip(FULL, (1000, 7, 0), strict=True))
 def test_full_size(keras, tmp_path, name, classes):
     network = make_keras(keras, FULL[name], classes=classes)
     path = save(network, tmp_path / 'a.weights.h5')
@@ -363,6 +362,33 @@ def test_other_heads(keras, tmp_path):
         read(mean, layers.BatchNormalization())
     with pytest.warns(UserWarning, match=r"Rescaling \{'scale': 0.5, 'offset': -1"):
         read(mean, layers.Dense(4), start=[layers.Rescaling(0.5, -1.0)])
+
+
+def test_through_the_front_door(keras, tmp_path, capsys):
+    """weights.load: the family's preparation of images; a line for what is left out."""
+    base = make_keras(keras, classes=0, size=64)
+    layers = keras.layers
+    network = keras.Sequential(
+        [
+            keras.Input((64, 64, 3)),
+            layers.Rescaling(0.5, -1.0),
+            base,
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(4),
+        ]
+    )
+    path = save(network, tmp_path / 'a.keras')
+    found = weights.load(path)
+    assert (
+        "its layer Rescaling {'scale': 0.5, 'offset': -1.0}" in capsys.readouterr().out
+    )
+    assert (found.family, found.num_classes) == ('keras', 4)
+    assert found.fields['block_sizes'] == BLOCKS
+    assert found.fields['epsilon'] == pytest.approx(1.001e-5)
+    assert found.preprocessing['resize'] == 'stretch'
+    x = images(64, 64)
+    assert_equal(found.module.apply(found.variables, x), run_keras(network.layers[-1],
+        run_keras(network.layers[-2], run_keras(base, x))))  # fmt: skip
 
 
 def test_lambda_does_not_run(keras, tmp_path):
@@ -490,8 +516,7 @@ def ours(num_classes=5, *, seed=0, channels=3, **fields):
     fields = dict(block_sizes=BLOCKS, epsilon=1.001e-5) | fields
     module = create_model('densenet121', num_classes=num_classes, **fields)
     rng = np.random.default_rng(seed)
-    image = dict(image_shape=(32, 32, channels))
-    shapes = traverse_util.flatten_dict(variable_shapes(module, **image))
+    shapes = traverse_util.flatten_dict(variable_shapes(module, channels=channels))
     flat = {}
     for path, leaf in shapes.items():
         draw = rng.standard_normal(leaf.shape)

@@ -26,6 +26,7 @@ EDGES = {
     'layers': {'dense_block'},
     'model': {'errors', 'dense_block', 'layers'},
     'labels': {'errors'},
+    'metrics': set(),
     'objective': set(),
     'sources': {'errors', 'images', 'labels'},
     'hdf5': {'errors'},

@@ -1,0 +1,223 @@
+"""Figures of a classifier from its probabilities: what `eval` and the report show.
+
+scikit-learn and scipy do the work; by hand is only what they lack: the calibration
+error, and the temperature that mends it (Guo et al., arXiv 1706.04599).
+
+>>> import numpy as np
+>>> logits = np.log([[0.8, 0.2], [0.6, 0.4], [0.3, 0.7]])
+>>> figures = measure(logits, np.array([0, 1, 1]), ('ants', 'bees'))
+>>> round(figures['accuracy'], 3), figures['confusion']
+(0.667, [[1, 0], [1, 1]])
+"""
+
+from typing import Any
+
+import numpy as np
+
+BINS = 15  # of the reliability diagram
+CURVE_POINTS = 60  # of an ROC curve, enough for a page's width
+
+
+def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Probabilities `[N, C]` of logits `[N, C]`, in float64."""
+    from scipy import special
+
+    return special.softmax(np.asarray(logits, np.float64) / temperature, axis=-1)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Probabilities of labels that do not exclude each other, in float64."""
+    from scipy import special
+
+    return special.expit(np.asarray(logits, np.float64))
+
+
+def measure(logits: np.ndarray, labels: np.ndarray, class_names) -> dict[str, Any]:
+    """Figures of a classifier of one class an image.
+
+    Args:
+      logits: `[N, C]`.
+      labels: int `[N]`.
+      class_names: C names.
+
+    Returns:
+      What JSON can hold: count, accuracy and its 95 % interval (Wilson's), loss in
+      nats, top5 where there are more than five classes, `classes` (name, precision,
+      recall, f1, support, auroc), macro averages, confusion `[true][predicted]`,
+      calibration before and after temperature scaling.
+    """
+    from sklearn import metrics as sklearn_metrics
+
+    classes = range(len(class_names))
+    probabilities = softmax(logits)
+    predicted = probabilities.argmax(-1)
+    right = predicted == labels
+    precision, recall, f1, support = sklearn_metrics.precision_recall_fscore_support(
+        labels, predicted, labels=classes, zero_division=0
+    )
+    areas = [_area(labels == c, probabilities[:, c]) for c in classes]
+    there = support > 0
+    return {
+        'count': len(labels),
+        'accuracy': float(right.mean()),
+        'accuracy_interval': wilson(int(right.sum()), len(labels)),
+        'loss': float(_losses(logits, labels).mean()),
+        'top5': _top(probabilities, labels, 5) if len(class_names) > 5 else None,
+        'macro': {
+            'precision': float(precision[there].mean()),
+            'recall': float(recall[there].mean()),
+            'f1': float(f1[there].mean()),
+            'auroc': _mean(areas),
+        },
+        'classes': [
+            {
+                'name': str(class_names[c]),
+                'precision': float(precision[c]),
+                'recall': float(recall[c]),
+                'f1': float(f1[c]),
+                'support': int(support[c]),
+                'auroc': areas[c],
+            }
+            for c in classes
+        ],
+        'confusion': sklearn_metrics.confusion_matrix(
+            labels, predicted, labels=classes
+        ).tolist(),
+        'calibration': calibrate(logits, labels),
+    }
+
+
+def measure_labels(logits: np.ndarray, labels: np.ndarray, names) -> dict[str, Any]:
+    """Figures where an image can have several labels.
+
+    Args:
+      logits: `[N, L]`.
+      labels: `[N, L]` of 0, 1 and NaN (not known, left out).
+
+    Returns:
+      count, the share of known labels that are right at a probability of a half with
+      its interval, macro averages, and `classes` as in `measure`; support is the
+      number of images that have the label.
+    """
+    from sklearn import metrics as sklearn_metrics
+
+    probabilities, known = sigmoid(logits), ~np.isnan(labels)
+    rows = []
+    for c, name in enumerate(names):
+        true, probability = labels[known[:, c], c] > 0.5, probabilities[known[:, c], c]
+        scores = sklearn_metrics.precision_recall_fscore_support(
+            true, probability > 0.5, average='binary', zero_division=0
+        )
+        row = dict(zip(('precision', 'recall', 'f1'), map(float, scores), strict=False))
+        row |= {'support': int(true.sum()), 'auroc': _area(true, probability)}
+        rows.append({'name': str(name)} | row)
+    right = ((probabilities > 0.5) == (labels > 0.5))[known]
+    return {
+        'count': len(labels),
+        'accuracy': float(right.mean()) if len(right) else None,
+        'accuracy_interval': wilson(int(right.sum()), len(right)),
+        'top5': None,
+        'macro': {
+            name: _mean([row[name] for row in rows])
+            for name in ('precision', 'recall', 'f1', 'auroc')
+        },
+        'classes': rows,
+        'confusion': None,
+        'calibration': None,
+    }
+
+
+def wilson(right: int, count: int) -> list[float] | None:
+    """95 % interval of a share."""
+    from scipy import stats
+
+    if not count:
+        return None
+    interval = stats.binomtest(right, count).proportion_ci(method='wilson')
+    return [float(interval.low), float(interval.high)]
+
+
+def _losses(logits, labels, temperature=1.0):
+    from scipy import special
+
+    logs = special.log_softmax(np.asarray(logits, np.float64) / temperature, axis=-1)
+    return -logs[np.arange(len(labels)), labels]
+
+
+def _top(probabilities, labels, most):
+    best = np.argpartition(-probabilities, most - 1, axis=-1)[:, :most]
+    return float((best == labels[:, None]).any(-1).mean())
+
+
+def _area(true, probability):
+    from sklearn import metrics as sklearn_metrics
+
+    if true.all() or not true.any():
+        return None
+    return float(sklearn_metrics.roc_auc_score(true, probability))
+
+
+def _mean(values):
+    values = [value for value in values if value is not None]
+    return float(np.mean(values)) if values else None
+
+
+def roc(true: np.ndarray, probability: np.ndarray) -> dict[str, list[float]] | None:
+    """An ROC curve of at most `CURVE_POINTS` points; None without both kinds."""
+    from sklearn import metrics as sklearn_metrics
+
+    if not len(true) or true.all() or not true.any():
+        return None
+    false_rate, true_rate, _ = sklearn_metrics.roc_curve(true, probability)
+    # Evenly along the curve, whose length is at most 2.
+    length = false_rate + true_rate
+    wanted = np.linspace(0, length[-1], CURVE_POINTS)
+    keep = np.unique(np.searchsorted(length, wanted).clip(0, len(length) - 1))
+    return {
+        'false_positive_rate': np.round(false_rate[keep], 4).tolist(),
+        'true_positive_rate': np.round(true_rate[keep], 4).tolist(),
+    }
+
+
+def calibrate(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Expected calibration error before and after the best temperature.
+
+    The temperature T minimises the cross-entropy of logits / T on these same images:
+    with one number fitted, that is close to what new images would give.
+
+    Returns:
+      `{'temperature', 'before', 'after'}`; the latter two with `error` and `bins`, of
+      which each has confidence, accuracy and count.
+    """
+    from scipy import optimize
+
+    found = optimize.minimize_scalar(
+        lambda log_t: _losses(logits, labels, np.exp(log_t)).mean(),
+        bounds=(-3, 3),
+        method='bounded',
+    )
+    temperature = float(np.exp(found.x))
+    return {
+        'temperature': temperature,
+        'before': reliability(softmax(logits), labels),
+        'after': reliability(softmax(logits, temperature), labels),
+    }
+
+
+def reliability(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Bins of confidence, and the mean distance of accuracy and confidence in them."""
+    confidence = probabilities.max(-1)
+    right = probabilities.argmax(-1) == labels
+    places = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    bins, error = [], 0.0
+    for place in range(BINS):
+        inside = places == place
+        count = int(inside.sum())
+        row = {'count': count, 'confidence': None, 'accuracy': None}
+        if count:
+            row['confidence'] = float(confidence[inside].mean())
+            row['accuracy'] = float(right[inside].mean())
+            gap = abs(row['accuracy'] - row['confidence'])
+            error += gap * count / len(labels)
+        bins.append(row)
+    return {'error': error, 'bins': bins}

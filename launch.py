@@ -91,7 +91,7 @@ def _evaluate(config, workdir, overrides):
 
 
 def _summarise(config, workdir, overrides):
-    from flax_densenet import data, model, report
+    from flax_densenet import data, finetune, model, report
 
     size = config['data']['image_size']
     if not size:
@@ -100,8 +100,11 @@ def _summarise(config, workdir, overrides):
     fields = dict(config['model'])
     # Made for 1000 classes, since a summary reads no data.
     module = model.create_model(num_classes=1000, **fields)
+    plan = finetune.make_plan(module, **finetune.plan_fields(config))
     print(f'{fields["variant"]} with 1000 classes')
-    print(report.format_summary(module, (size, size, 3)))
+    print(report.format_summary(module, (size, size, 3), rates=plan.rates))
+    if str(plan):
+        print(plan)
 
 
 MODES = {'train': _train, 'eval': _evaluate, 'summary': _summarise}

@@ -168,24 +168,35 @@ def make_train_step(
     std,
     seed: int = 0,
     l2_penalty: float = 0.0,
+    frozen: int = 0,
 ):
     """Makes `(state, batch) -> (state, loss)`, a pure function of the global batch.
 
     Under `jax.jit` over a mesh, batch norm's statistics are those of the whole batch
     without further code. The loss that is reported is the cross-entropy; the penalty
     acts through the gradient.
+
+    Args:
+      frozen: how many of `model.stages` stay as they are. Only the parameters behind
+        them are differentiated, so nothing is computed backward through the others,
+        and only these reach the optimizer and the penalty.
     """
+    live = {name for stage in model.stages(module)[frozen:] for name in stage}
 
     def train_step(state: TrainState, batch):
-        images = evaluate.normalise(batch['image'], mean=mean, std=std)
         dropout = jax.random.fold_in(jax.random.key(seed), state.step)
+        trained = {name: state.params[name] for name in state.params if name in live}
 
         def loss_of(params):
-            logits, updated = module.apply(
-                {'params': params, 'batch_stats': state.batch_stats},
-                images,
-                train=True,
+            logits, updated = evaluate.forward(
+                module,
+                {'params': state.params | params, 'batch_stats': state.batch_stats},
+                batch,
+                mean=mean,
+                std=std,
                 mutable=['batch_stats'],
+                train=True,
+                frozen=frozen,
                 rngs={'dropout': dropout},
             )
             losses = optax.softmax_cross_entropy_with_integer_labels(
@@ -197,13 +208,13 @@ def make_train_step(
             return loss, (logits, losses, updated['batch_stats'])
 
         gradients, (logits, losses, batch_stats) = jax.grad(loss_of, has_aux=True)(
-            state.params
+            trained
         )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
         correct = logits.argmax(-1) == batch['label']
         state = TrainState(
             step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
+            params=state.params | optax.apply_updates(trained, updates),
             batch_stats=batch_stats,
             opt_state=opt_state,
             running=_add_to_running(state.running, batch['epoch'], losses, correct),

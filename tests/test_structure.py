@@ -30,9 +30,11 @@ EDGES = {
     'evaluate': {'errors', 'checkpoint', 'data', 'model', 'sharding'},
     'report': {'checkpoint', 'evaluate', 'model'},
     'step': {'errors', 'evaluate', 'model', 'sharding'},
+    'finetune': {'errors', 'model'},
+    'features': {'errors', 'data', 'evaluate', 'model', 'sharding'},
     'train': {
-        'errors', 'checkpoint', 'data', 'evaluate', 'model', 'report', 'sharding',
-        'step',
+        'errors', 'checkpoint', 'data', 'evaluate', 'features', 'finetune', 'model',
+        'report', 'sharding', 'step',
     },
 }  # fmt: skip
 RECIPES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
@@ -99,7 +101,8 @@ def test_recipes(name):
     assert 'python launch.py' in module.__doc__
     assert create_model(num_classes=2, **config.model)
     kwargs = dict(config.optimizer)
-    kwargs.pop('l2_penalty')
+    for field in ('l2_penalty', 'layer_decay', 'head_multiplier'):
+        kwargs.pop(field)
     names = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
     schedule = step.make_schedule(
         **{n: kwargs.pop(n) for n in names},

@@ -225,10 +225,29 @@ def make_train_step(
 
 
 def compile_train_step(train_step, state, batch, mesh):
-    """Compiles for the shapes of `state` and `batch`; the step donates the state."""
+    """Compiles for the shapes of `state` and `batch`; the step donates the state.
+
+    With `features` in the batch only the head of the state goes through the step and
+    is donated.
+    """
     whole = sharding.replicated(mesh)
     step = jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole))
-    return step.lower(state, batch).compile()
+    if 'features' not in batch:
+        return step.lower(state, batch).compile()
+    # To pass the other 600 arrays of the 121 through takes 4 ms, the head's step 0.5.
+    compiled = step.lower(_head_of(state), batch).compile()
+
+    def head_step(state, batch):
+        head, loss = compiled(_head_of(state), batch)
+        params = state.params | head.params
+        return head.replace(params=params, batch_stats=state.batch_stats), loss
+
+    return head_step
+
+
+def _head_of(state):
+    params = {'classifier': state.params['classifier']}
+    return state.replace(params=params, batch_stats={})
 
 
 def epoch_end(epoch: int, count: int, batch_size: int) -> int:

@@ -9,8 +9,8 @@ train, the lower a block the slower. For some hundreds to some thousands of imag
 cost is that of training as many epochs from scratch, which needs many more of them.
 
 With few images, --config.train.freeze=denseblock3 leaves the first three blocks as they
-are and costs half; --config.train.freeze=backbone, or configs/linear_probe.py, trains
-the classifier alone.
+are and takes about a third of the time; configs/linear_probe.py trains the classifier
+alone.
 """
 
 from configs import base

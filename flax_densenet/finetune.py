@@ -163,50 +163,66 @@ def make_plan(
 def make_optimizer(make, rates: dict[str, float], *, head_steps: int = 0):
     """An optimizer of the parts whose rate is not 0, each at its own rate.
 
-    With `head_steps`, head and rest have an optimizer each: the rest's begins when it
-    begins to train. Had it counted the head's steps, Adam would take its first
-    moments, still near 0, for settled ones, and its first steps would be
-    0.1 / sqrt(0.001) = 3.2 times the learning rate.
-
     Args:
       make: makes an optimizer of which the first step is the given step of training.
       rates: of `make_rates`. Updates are multiplied by them, so decoupled weight
-        decay is too, as it would be by a smaller learning rate.
+        decay is too, as it would be by a smaller learning rate. The state does not
+        depend on rates above 0.
       head_steps: for so many steps only the head gets gradients.
 
     Returns:
       A GradientTransformation. `init` takes all parameters, `update` the gradients of
-      one or both groups: what gets none keeps its state.
+      the parts that train at this step.
     """
-    if not head_steps and all(rate == 1 for rate in rates.values()):
-        return make(0)
     trained = [name for name, rate in rates.items() if rate]
-    groups = {'trained': (trained, make(0))}
+    optimizer = make(0)
     if head_steps:
         *rest, head = trained  # the head is a stage of one part, the last
-        groups = {'head': ([head], make(0)), 'rest': (rest, make(head_steps))}
-
-    def pick(tree, names):
-        return {name: tree[name] for name in names}
+        optimizer = _head_first(head, rest, optimizer, make(head_steps))
+    if all(rate == 1 for rate in rates.values()):
+        return optimizer
 
     def init(params):
-        return {
-            group: optimizer.init(pick(params, names))
-            for group, (names, optimizer) in groups.items()
-        }
+        return optimizer.init(_pick(params, trained))
 
     def update(gradients, state, params=None):
-        updates, state = {}, dict(state)
-        for group, (names, optimizer) in groups.items():
-            if names[0] in gradients:
-                found, state[group] = optimizer.update(
-                    pick(gradients, names), state[group], pick(params, names)
-                )
-                updates |= found
+        updates, state = optimizer.update(gradients, state, params)
         updates = {name: _scale(tree, rates[name]) for name, tree in updates.items()}
         return updates, state
 
     return optax.GradientTransformation(init, update)
+
+
+def _head_first(head, rest, of_head, of_rest):
+    """Two optimizers, of which that of the rest begins when it gets gradients.
+
+    Had it counted the head's steps, Adam would take its first moments, still near 0,
+    for settled ones, and its first steps would be 0.1 / sqrt(0.001) = 3.2 times the
+    learning rate.
+    """
+
+    def init(params):
+        return {
+            'head': of_head.init(_pick(params, [head])),
+            'rest': of_rest.init(_pick(params, rest)),
+        }
+
+    def update(gradients, state, params):
+        updates, state = {}, dict(state)
+        groups = {'head': ([head], of_head), 'rest': (rest, of_rest)}
+        for group, (names, optimizer) in groups.items():
+            if names[0] in gradients:
+                found, state[group] = optimizer.update(
+                    _pick(gradients, names), state[group], _pick(params, names)
+                )
+                updates |= found
+        return updates, state
+
+    return optax.GradientTransformation(init, update)
+
+
+def _pick(tree, names):
+    return {name: tree[name] for name in names}
 
 
 def _scale(tree, rate):

@@ -103,7 +103,7 @@ def test_frozen_blocks_have_no_backward_call():
     optimizer = optax.sgd(0.1)
     state = step.new_state(init_variables(module, 0), optimizer)
     calls = {}
-    for frozen in (0, 2, 4):
+    for frozen in (0, 2, 3, 4):
         train_step = step.make_train_step(
             module, optimizer, mean=MEAN, std=STD, frozen=frozen
         )
@@ -171,12 +171,15 @@ def test_rates_are_those_of_the_updates():
         )
 
 
-def test_without_settings_the_optimizer_is_the_plain_one():
-    module = create_model('BC-L10k4', num_classes=3)
-    plain = optax.adam(0.1)
-    assert finetune.make_optimizer(
-        lambda first: plain, finetune.make_rates(module)
-    ) is (plain)
+def test_rates_leave_the_state_as_it_is():
+    """So they may change in a resumed run; without them nothing is computed."""
+    module, plain = create_model('BC-L10k4', num_classes=3), optax.adam(0.1)
+    params = init_variables(module, 0)['params']
+    ones, others = (finetune.make_rates(module, layer_decay=d) for d in (1.0, 0.5))
+    assert finetune.make_optimizer(lambda first: plain, ones) is plain
+    scaled = finetune.make_optimizer(lambda first: plain, others)
+    states = [optimizer.init(params) for optimizer in (plain, scaled)]
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
 
 
 def test_the_rest_begins_when_the_head_is_warm():

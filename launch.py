@@ -3,6 +3,7 @@
   python launch.py --config=configs/densenet121.py --config.data.source=folder:photos
   python launch.py --mode=eval --workdir=ckpt/densenet121
   python launch.py --mode=summary --config=configs/cifar.py
+  python launch.py --mode=export --workdir=ckpt/densenet121 --format=torch --out=x.pth
 
 Any field of configs/base.py can be set: --config.optimizer.learning_rate=1e-3.
 """
@@ -24,7 +25,11 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Folder of the run; by default ckpt/<name of the config>.'
 )
-_MODE = flags.DEFINE_string('mode', 'train', 'train, eval or summary.')
+_MODE = flags.DEFINE_string('mode', 'train', 'train, eval, summary or export.')
+_FORMAT = flags.DEFINE_string(
+    'format', 'safetensors', 'Of --mode=export: torch, safetensors or keras.'
+)
+_OUT = flags.DEFINE_string('out', None, 'File that --mode=export writes.')
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'One process of several: finds the others by the cluster.'
 )
@@ -51,27 +56,43 @@ def _evaluate(config, workdir, overrides):
     """Evaluates the best checkpoint; only data.* fields can be changed."""
     from flax_densenet import data, evaluate, sharding
 
-    wrong = [name for name in overrides if not name.startswith('data.')]
+    path = _trained_path(config, workdir)
+    wrong = [n for n in overrides if not n.startswith(('data.', 'init_from'))]
     if wrong:
         raise UserError(
-            f'--config.{wrong[0]}: --mode=eval takes it from the checkpoint in '
-            f'{workdir}; only data.* fields can be set'
+            f'--config.{wrong[0]}: --mode=eval takes it from {path}; only data.* '
+            'fields can be set'
         )
     mesh = sharding.make_mesh()
-    trained = evaluate.load_trained(workdir, 'best', mesh=mesh)
-    fields = trained.metadata['data'] | {
-        name.removeprefix('data.'): value for name, value in overrides.items()
+    trained = evaluate.load_trained(path, 'best', mesh=mesh)
+    fields = {**config['data'], **trained.metadata['data']}
+    fields |= {
+        name.removeprefix('data.'): value
+        for name, value in overrides.items()
+        if name.startswith('data.')
     }
     fields['image_size'] = fields['image_size'] or trained.metadata['image_size']
     sharding.check_batch_size(fields['batch_size'], mesh)
     source = data.load_source(
         fields['source'], **{n: fields[n] for n in data.load_source.__kwdefaults__}
     )
+    if source.multi_label != trained.metadata.get('multi_label', source.multi_label):
+        raise UserError(
+            f'data.labels={fields["labels"]}: the model of {path} was trained '
+            + ('on one class' if source.multi_label else 'with a table of labels')
+            + ' for each image'
+        )
     examples, what = source.test, 'test images'
-    if not source.has_test and fields['source'] != trained.metadata['data']['source']:
+    trained_on = trained.metadata['data'].get('source')
+    if not source.has_test and fields['source'] != trained_on:
         # Nothing of other data was trained on, so all of it can be used.
         examples, what = data.join(source.train, source.test), 'images'
-    examples = evaluate.match_classes(examples, source.class_names, trained.class_names)
+    examples = evaluate.match_classes(
+        examples,
+        source.class_names,
+        trained.class_names,
+        count=trained.module.num_classes,
+    )
     metrics = evaluate.evaluate(
         trained.module,
         trained.variables,
@@ -83,31 +104,69 @@ def _evaluate(config, workdir, overrides):
         threads=fields['threads'],
         workers=fields['workers'],
     )
+    which = f'weights of {path}'
+    if trained.step is not None:
+        which = (
+            f'best checkpoint: epoch {trained.metadata["epoch"]}, step {trained.step}'
+        )
     print(
         f'{evaluate.format_metrics("Test", metrics)} '
-        f'({metrics["count"]} {what} of {fields["source"]}, best checkpoint: epoch '
-        f'{trained.metadata["epoch"]}, step {trained.step})'
+        f'({metrics["count"]} {what} of {fields["source"]}, {which})'
     )
+    names = trained.class_names or source.class_names
+    for name, area in zip(names, metrics.get('auroc', ()), strict=False):
+        print(f'  {evaluate.format_auroc(area):>6} AUROC {name}')
+
+
+def _trained_path(config, workdir):
+    """The workdir where it has a checkpoint, else the weights of init_from."""
+    from flax_densenet import checkpoint
+
+    if config['init_from'] and not checkpoint.has_checkpoint(workdir):
+        return config['init_from']
+    return workdir
+
+
+def _export(config, workdir, overrides):
+    """Writes the best checkpoint, or init_from's weights, to one file."""
+    from flax_densenet import evaluate, export
+
+    if not _OUT.value:
+        raise UserError('--mode=export needs --out=FILE')
+    export.check_format(_OUT.value, _FORMAT.value)
+    path = _trained_path(config, workdir)
+    trained = evaluate.load_trained(path, 'best')
+    export.save(_OUT.value, trained, _FORMAT.value)
+    print(f'{_OUT.value}: the model of {path} for {_FORMAT.value}')
 
 
 def _summarise(config, workdir, overrides):
-    from flax_densenet import data, finetune, model, report
+    from flax_densenet import data, finetune, model, report, transfer, weights
 
-    size = config['data']['image_size']
+    found = weights.load(config['init_from']) if config['init_from'] else None
+    fields = transfer.settle_model(config['model'], found)
+    images = transfer.settle_data(config['data'], found)
+    size = images['image_size']
     if not size:
-        kind = config['data']['source'].partition(':')[0]
+        kind = images['source'].partition(':')[0]
         size = data.DEFAULT_IMAGE_SIZES.get(kind, 224)
-    fields = dict(config['model'])
-    # Made for 1000 classes, since a summary reads no data.
-    module = model.create_model(num_classes=1000, **fields)
+    # Made for 1000 classes unless there are weights, since a summary reads no data.
+    classes = found.num_classes if found else 1000
+    module = model.create_model(num_classes=classes, **fields)
     plan = finetune.make_plan(module, **finetune.plan_fields(config))
-    print(f'{fields["variant"]} with 1000 classes')
-    print(report.format_summary(module, (size, size, 3), rates=plan.rates))
+    shape = (size, size, images['channels'])
+    print(f'{fields["variant"]} with {classes} classes')
+    print(report.format_summary(module, shape, rates=plan.rates))
     if str(plan):
         print(plan)
 
 
-MODES = {'train': _train, 'eval': _evaluate, 'summary': _summarise}
+MODES = {
+    'train': _train,
+    'eval': _evaluate,
+    'summary': _summarise,
+    'export': _export,
+}
 
 
 def _parse(argv):

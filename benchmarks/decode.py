@@ -26,13 +26,12 @@ def _paths(folder):
 def _serve_ours(folder):
     import numpy as np
 
-    from flax_densenet import data, sources
+    from flax_densenet import data, images, sources
 
     paths = _paths(folder)
     reader = sources.FileReader(paths, np.zeros(len(paths), np.int32))
-    examples = data.Examples(
-        reader, np.arange(len(paths)), image_size=SIZE, resize='stretch'
-    )
+    preparation = images.Preparation(SIZE)
+    examples = data.Examples(reader, np.arange(len(paths)), preparation)
 
     def measure():
         start = time.perf_counter()

@@ -8,15 +8,18 @@ from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
-    optional = config_dict.placeholder  # None: as the variant has it
+    # None leaves a field open: as init_from's weights have it, else the variant's own.
+    optional = config_dict.placeholder
     config = ConfigDict()
-    # Start from these weights: the workdir of a run. A checkpoint in --workdir comes
-    # first. The classifier starts anew where the classes differ.
+    # Start from these weights: a file of torch (.pth), safetensors or Keras (.h5,
+    # .keras), or the workdir of a run. A checkpoint in --workdir comes first. The
+    # classifier starts anew where the classes differ.
     config.init_from = ''
 
     config.model = ConfigDict()
-    # densenet121, 161, 169, 201, 264, or [B-|C-|BC-]L<depth>k<growth rate>.
-    config.model.variant = 'densenet121'
+    # densenet121, 161, 169, 201, 264, or [B-|C-|BC-]L<depth>k<growth rate>; None: as
+    # init_from has it, else densenet121.
+    config.model.variant = optional(str)
     config.model.growth_rate = optional(int)  # feature maps that a layer adds
     config.model.block_sizes = optional(tuple)  # layers of each block, '(6,12,24,16)'
     config.model.bottleneck = optional(int)  # 1x1 width in growth rates; 0: no 1x1
@@ -24,11 +27,13 @@ def get_config() -> ConfigDict:
     config.model.stem = optional(str)  # imagenet (7x7/2, pool) or cifar (3x3)
     config.model.stem_features = optional(int)
     config.model.dropout_rate = 0.0  # after each 3x3 convolution of a block
-    config.model.epsilon = 1e-5  # added to the variance in batch norm
-    config.model.momentum = 0.9  # share of the running statistics kept at each step
-    config.model.unbiased_variance = True  # running variance as torch; False as Keras
+    config.model.epsilon = optional(float)  # in batch norm, added to the variance; 1e-5
+    # Share of the running statistics kept at each step; 0.9, Keras has 0.99.
+    config.model.momentum = optional(float)
+    # Running variance as torch (True) or as Keras (False).
+    config.model.unbiased_variance = optional(bool)
     config.model.dtype = 'float32'  # of activations; or bfloat16
-    config.model.padding = 'torch'  # or same, as TensorFlow pads
+    config.model.padding = optional(str)  # torch, or same, as TensorFlow pads
     config.model.initializer = 'he_fan_in'  # he_fan_out, glorot_normal
     config.model.fast = True  # the fast dense block; False: plain layers
     config.model.kernel = 'auto'  # of the fast block: native (C++, CPU), xla, auto
@@ -38,12 +43,20 @@ def get_config() -> ConfigDict:
     # digits, folder:PATH (PATH/CLASS/* or PATH/{train,val}/CLASS/*) or
     # tfds:NAME[:CONFIG].
     config.data.source = 'digits'
-    config.data.image_size = 0  # pixels a side; 0: digits 32, others 224
-    config.data.resize = 'stretch'  # or crop: the largest square in the centre
+    # Table (CSV) of several labels an image, for folder:PATH, whose images it names: a
+    # column for each label with 1, 0 or nothing (not known); flax_densenet/labels.py.
+    config.data.labels = ''
+    # How an image is prepared; None (0) leaves it to init_from's weights, else to the
+    # value named first.
+    config.data.image_size = 0  # pixels a side; digits 32, others 224
+    config.data.resize = optional(str)  # stretch, or crop: a square in the centre
+    config.data.crop_fraction = optional(float)  # 1.0; its share of the shorter side
+    config.data.interpolation = optional(str)  # bilinear, bicubic
+    config.data.channels = 0  # 3 for colour, 1 for grey
+    # (image / 255 - mean) / std, a number for each channel; ImageNet's.
+    config.data.mean = optional(tuple)
+    config.data.std = optional(tuple)
     config.data.batch_size = 32  # images of a step, over all devices and hosts
-    # (image / 255 - mean) / std for red, green, blue; ImageNet's.
-    config.data.mean = (0.485, 0.456, 0.406)
-    config.data.std = (0.229, 0.224, 0.225)
     config.data.test_fraction = 0.2  # split off where the source has no test part
     config.data.split_seed = 0  # of that split
     config.data.augment = 'none'  # flip, shift_flip (CIFAR), crop_flip (ImageNet)

@@ -2,11 +2,11 @@
 
   python launch.py --config=configs/finetune.py:PATH --config.data.source=folder:photos
 
-PATH is what config.init_from takes: the folder of a run, say. Its model has to be named
-where it is not DenseNet-121 (--config.model.variant=densenet169). The classifier trains
-alone for the first epoch, so that its random start does not disturb the rest; then all
-train, the lower a block the slower. For some hundreds to some thousands of images; the
-cost is that of training as many epochs from scratch, which needs many more of them.
+PATH is a file of weights or the folder of a run; the model and the preparation of the
+images come with it. The classifier trains alone for the first epoch, so that its random
+start does not disturb the rest; then all train, the lower a block the slower. For some
+hundreds to some thousands of images; the cost is that of training as many epochs from
+scratch, which needs many more of them.
 
 With few images, --config.train.freeze=denseblock3 leaves the first three blocks as they
 are and takes about a third of the time; configs/linear_probe.py trains the classifier

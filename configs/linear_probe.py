@@ -3,10 +3,11 @@
   python launch.py --config=configs/linear_probe.py:PATH \
       --config.data.source=folder:photos
 
-PATH is what config.init_from takes: the folder of a run, say. The features of all
-images are computed once, in the time that evaluating them takes; then an epoch takes
-some 0.2 ms an image on a CPU. A quick answer to how far given weights carry, and often
-good with few images; configs/finetune.py goes further.
+PATH is a file of weights or the folder of a run; the model and the preparation of the
+images come with it. The features of all images are computed once, in the time that
+evaluating them takes; then an epoch takes some 0.2 ms an image on a CPU. A quick answer
+to how far given weights carry, and often good with few images; configs/finetune.py goes
+further.
 """
 
 from configs import base

@@ -7,6 +7,7 @@ the model and prepare its images) and `metrics`. Evaluation reads only `model`.
 
 import json
 import math
+import numbers
 import os
 from typing import Any
 
@@ -22,9 +23,14 @@ FOLDER = 'checkpoints'
 def rank(metrics: dict[str, float]) -> tuple[float, float]:
     """Sorts checkpoints and epochs: by test accuracy, then by lower test loss.
 
+    With several labels an image by their mean area under the ROC curve: the share of
+    labels that are right says little where most are absent.
+
     A value that is not a number comes last; unsorted, it could displace the best.
     """
     accuracy, loss = metrics['test_accuracy'], metrics['test_loss']
+    if metrics.get('test_mean_auroc') is not None:
+        accuracy = metrics['test_mean_auroc']
     return (
         accuracy if math.isfinite(accuracy) else -math.inf,
         -loss if math.isfinite(loss) else -math.inf,
@@ -80,7 +86,7 @@ def save(
       model: `{'params', 'batch_stats'}`.
       train: what else a resumed run needs, a tree of arrays.
       metadata: what JSON can hold.
-      metrics: `test_accuracy` and `test_loss` at least.
+      metrics: `test_accuracy` and `test_loss` at least; only numbers are kept.
     """
     manager.save(
         step,
@@ -90,7 +96,11 @@ def save(
             metadata=ocp.args.JsonSave(metadata),
         ),
         # A numpy float would fail in the background and be reported one save late.
-        metrics={name: float(value) for name, value in metrics.items()},
+        metrics={
+            name: float(value)
+            for name, value in metrics.items()
+            if isinstance(value, numbers.Real)
+        },
     )
 
 

@@ -31,15 +31,22 @@ _GIB = 2**30
 
 
 class Examples:
-    """A random-access sequence of `{'image': uint8 [S, S, 3], 'label': int32}`."""
+    """A random-access sequence of `{'image': uint8 [S, S, C], 'label': int32}`.
+
+    With several labels an image, `label` is float32 `[L]` of 0, 1 and NaN (not known).
+    """
 
     def __init__(
-        self, reader: sources_lib.Reader, indices, *, image_size: int, resize: str
+        self, reader: sources_lib.Reader, indices, preparation: images.Preparation
     ):
         self.reader = reader
         self.indices = np.asarray(indices, np.int64)
-        self.image_size = image_size
-        self.resize = resize
+        self.preparation = preparation
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels."""
+        return self.preparation.size
 
     def __len__(self):
         return len(self.indices)
@@ -61,29 +68,24 @@ class Examples:
         raw = self.reader[index]
         try:
             if isinstance(raw, np.ndarray):
-                image = images.resize_array(raw, self.image_size, self.resize)
+                image = images.prepare_array(raw, self.preparation)
             else:
-                image = images.load_image(raw, self.image_size, self.resize)
+                image = images.load_image(raw, self.preparation)
         except UserError as error:
             raise UserError(
                 f'{self.reader.name(index)} {error}: mend or remove it, or set '
                 'data.bad_images=skip'
             ) from error
-        return {'image': image, 'label': np.int32(self.reader.labels[index])}
+        return {'image': image, 'label': self.reader.labels[index]}
 
 
 class CachedExamples(Examples):
     """Examples that keep each decoded, resized image in memory once it was read."""
 
     def __init__(self, examples: Examples):
-        super().__init__(
-            examples.reader,
-            examples.indices,
-            image_size=examples.image_size,
-            resize=examples.resize,
-        )
-        side = self.image_size
-        self._images = np.empty((len(self), side, side, 3), np.uint8)
+        super().__init__(examples.reader, examples.indices, examples.preparation)
+        shape = len(self), self.image_size, self.image_size, self.preparation.channels
+        self._images = np.empty(shape, np.uint8)
         self._known = np.zeros(len(self), bool)
 
     def __getitem__(self, position):
@@ -91,29 +93,36 @@ class CachedExamples(Examples):
             self._images[position] = super().__getitem__(position)['image']
             self._known[position] = True
         label = self.reader.labels[self.indices[position]]
-        return {'image': self._images[position], 'label': np.int32(label)}
+        return {'image': self._images[position], 'label': label}
 
 
 class Relabelled(Examples):
-    """Examples whose label `i` becomes `new_labels[i]`."""
+    """Examples whose label `i` becomes `new_labels[i]`.
 
-    def __init__(self, examples: Examples, new_labels):
-        super().__init__(
-            examples.reader,
-            examples.indices,
-            image_size=examples.image_size,
-            resize=examples.resize,
-        )
+    With several labels an image: label `new_labels[i]` is the old label `i`, the
+    others are not known.
+    """
+
+    def __init__(self, examples: Examples, new_labels, count: int):
+        super().__init__(examples.reader, examples.indices, examples.preparation)
         self._examples = examples
         self._new_labels = np.asarray(new_labels, np.int32)
+        self._count = count
 
     @property
     def labels(self):
-        return self._new_labels[self._examples.labels]
+        return self._change(self._examples.labels)
+
+    def _change(self, labels):
+        if not isinstance(labels, np.ndarray) or labels.dtype != np.float32:
+            return self._new_labels[labels]
+        changed = np.full((*labels.shape[:-1], self._count), np.nan, np.float32)
+        changed[..., self._new_labels] = labels
+        return changed
 
     def __getitem__(self, position):
         example = self._examples[position]
-        return example | {'label': self._new_labels[example['label']]}
+        return example | {'label': self._change(example['label'])}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +130,7 @@ class Source:
     """Training and test examples of the same classes.
 
     Attributes:
+      multi_label: an image can have several labels; `class_names` are theirs.
       has_test: the set came with a test part; else `test` was split off by us.
       skipped: bad files left out, each with its reason.
     """
@@ -130,6 +140,7 @@ class Source:
     train: Examples
     test: Examples
     has_test: bool = False
+    multi_label: bool = False
     skipped: tuple[str, ...] = ()
 
 
@@ -140,8 +151,12 @@ DEFAULT_IMAGE_SIZES = {'digits': 32, 'folder': 224, 'tfds': 224}
 def load_source(
     source: str,
     *,
+    labels: str = '',
     image_size: int = 0,
     resize: str = 'stretch',
+    crop_fraction: float = 1.0,
+    interpolation: str = 'bilinear',
+    channels: int = 3,
     test_fraction: float = 0.2,
     split_seed: int = 0,
     bad_images: str = 'error',
@@ -154,8 +169,9 @@ def load_source(
     Args:
       source: `digits` (scikit-learn's handwritten digits), `folder:PATH`
         (`PATH/CLASS/*`, or `PATH/{train,val}/CLASS/*`) or `tfds:NAME[:CONFIG]`.
+      labels: a table of labels for the images of a `folder:`, see `labels`.
       image_size: side in pixels to which images are resized; 0 for the source's own.
-      resize: `stretch` or `crop`, see `images.resize`.
+      resize, crop_fraction, interpolation, channels: see `images.Preparation`.
       test_fraction: share of the images that is split off for the test, evenly over
         the classes, where the source has no test part of its own.
       split_seed: of that split.
@@ -172,8 +188,20 @@ def load_source(
             f'data.source={source} is not known; use digits, folder:PATH or '
             'tfds:NAME[:CONFIG]'
         )
-    _check_fields(image_size, resize, test_fraction, bad_images, cache)
-    found = sources_lib.SOURCES[kind](name, bad_images=bad_images, tfds_dir=tfds_dir)
+    preparation = images.Preparation(
+        image_size or DEFAULT_IMAGE_SIZES[kind],
+        resize,
+        crop_fraction,
+        interpolation,
+        channels,
+    )
+    _check_preparation(preparation)
+    _check_fields(test_fraction, bad_images, cache)
+    if labels and kind != 'folder':
+        raise UserError(f'data.labels={labels} needs data.source=folder:PATH')
+    found = sources_lib.SOURCES[kind](
+        name, bad_images=bad_images, tfds_dir=tfds_dir, labels=labels
+    )
     train, test = found.train, found.test
     if test is None:
         train, test = _split(found, test_fraction, split_seed)
@@ -182,13 +210,9 @@ def load_source(
             f'data.source={source}: {len(train)} images to train on and {len(test)} to '
             'test on are too few; add images'
         )
-    size = image_size or DEFAULT_IMAGE_SIZES[kind]
-    parts = [
-        Examples(found.reader, indices, image_size=size, resize=resize)
-        for indices in (train, test)
-    ]
+    parts = [Examples(found.reader, indices, preparation) for indices in (train, test)]
     if cache == 'memory':
-        _check_cache(sum(map(len, parts)), size, cache_limit_gib)
+        _check_cache(sum(map(len, parts)), preparation, cache_limit_gib)
         parts = [CachedExamples(part) for part in parts]
     return Source(
         name=source,
@@ -196,27 +220,39 @@ def load_source(
         train=parts[0],
         test=parts[1],
         has_test=found.test is not None,
+        multi_label=bool(labels),
         skipped=found.skipped,
     )
 
 
-def _check_fields(image_size, resize, test_fraction, bad_images, cache):
-    _check_choice('resize', resize, images.RESIZES)
+def _check_preparation(preparation):
+    _check_choice('resize', preparation.resize, images.RESIZES)
+    _check_choice('interpolation', preparation.interpolation, images.INTERPOLATIONS)
+    _check_choice('channels', preparation.channels, (1, 3))
+    if preparation.size < 0:
+        raise UserError(f'data.image_size={preparation.size} must be 0 or above')
+    if not 0 < preparation.crop_fraction <= 1:
+        raise UserError(
+            f'data.crop_fraction={preparation.crop_fraction} must be above 0, at most 1'
+        )
+
+
+def _check_fields(test_fraction, bad_images, cache):
     _check_choice('bad_images', bad_images, BAD_IMAGES)
     _check_choice('cache', cache, CACHES)
-    if image_size < 0:
-        raise UserError(f'data.image_size={image_size} must be 0 or above')
     if not 0 < test_fraction < 1:
         raise UserError(f'data.test_fraction={test_fraction} must be between 0 and 1')
 
 
 def _check_choice(field, value, valid):
     if value not in valid:
-        raise UserError(f'data.{field}={value} is not known; use {", ".join(valid)}')
+        choices = ', '.join(map(str, valid))
+        raise UserError(f'data.{field}={value} is not known; use {choices}')
 
 
-def _check_cache(count, size, limit_gib):
-    need = count * size * size * 3 / _GIB
+def _check_cache(count, preparation, limit_gib):
+    size = preparation.size
+    need = count * size * size * preparation.channels / _GIB
     if need > limit_gib:
         raise UserError(
             f'data.cache=memory: {count} images of {size}x{size} take {need:.2f} GiB, '
@@ -227,7 +263,7 @@ def _check_cache(count, size, limit_gib):
 
 
 def _split(found, test_fraction, seed):
-    """A seeded random split, even over the classes."""
+    """A seeded random split, even over the classes; groups stay together."""
     train_size = int(len(found.train) * (1 - test_fraction))
     test_size = len(found.train) - train_size
     if not train_size or not test_size:
@@ -237,6 +273,10 @@ def _split(found, test_fraction, seed):
     ):  # labels would have to be read one by one
         order = np.random.default_rng(seed).permutation(found.train)
         return np.sort(order[:train_size]), np.sort(order[train_size:])
+    if found.reader.labels.ndim == 2:
+        groups = found.groups
+        groups = found.train if groups is None else groups[found.train]
+        return _split_groups(found.train, groups, test_size, seed)
     order = np.random.default_rng(seed).permutation(len(found.train))
     labels = found.reader.labels[found.train][order]
     # An image's place in its class, from 0 to 1: the first ones of all classes are the
@@ -248,6 +288,15 @@ def _split(found, test_fraction, seed):
     order = order[np.argsort(place / counts[labels], kind='stable')]
     test, train = found.train[order[:test_size]], found.train[order[test_size:]]
     return np.sort(train), np.sort(test)
+
+
+def _split_groups(indices, groups, test_size, seed):
+    """As many whole groups as come closest to `test_size` images, the rest."""
+    names, numbers, counts = np.unique(groups, return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(names))
+    taken = np.abs(np.cumsum(counts[order]) - test_size).argmin() + 1
+    is_test = np.isin(numbers, order[: min(taken, len(names) - 1)])
+    return indices[~is_test], indices[is_test]
 
 
 class _Augment(grain.transforms.RandomMap):
@@ -360,9 +409,5 @@ def _iterate(stream, threads, workers):
 
 def join(first: Examples, second: Examples) -> Examples:
     """The examples of two parts of one source, in the source's order."""
-    return Examples(
-        first.reader,
-        np.sort(np.concatenate([first.indices, second.indices])),
-        image_size=first.image_size,
-        resize=first.resize,
-    )
+    indices = np.sort(np.concatenate([first.indices, second.indices]))
+    return Examples(first.reader, indices, first.preparation)

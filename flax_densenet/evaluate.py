@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
 
-from flax_densenet import checkpoint, data, model, sharding
+from flax_densenet import checkpoint, data, model, objective, sharding, weights
 from flax_densenet.errors import UserError
 
 
@@ -37,16 +38,16 @@ def forward(module, variables, batch, *, mean, std, mutable=False, **options):
 
 @functools.partial(jax.jit, static_argnames=('module', 'mean', 'std'))
 def eval_step(variables, batch, *, module, mean, std):
-    """Sums over the rows of a batch whose mask is 1: correct, loss, count."""
+    """Sums over the rows whose mask is 1 (correct, loss, count), and the logits."""
     logits = forward(module, variables, batch, mean=mean, std=std)
-    label, mask = batch['label'], batch['mask']
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, label)
-    correct = logits.argmax(-1) == label
-    return {
+    mask = batch['mask']
+    losses, correct = objective.measure(logits, batch['label'])
+    sums = {
         'correct': jnp.sum(correct * mask),
         'loss': jnp.sum(losses * mask),
         'count': jnp.sum(mask),
     }
+    return sums, logits
 
 
 def evaluate(
@@ -68,15 +69,19 @@ def evaluate(
       batch_size: over all devices, which it must divide over.
 
     Returns:
-      `{'accuracy': 0 to 1, 'loss', 'count'}`.
+      `{'accuracy': 0 to 1, 'loss', 'count'}`; of several labels an image also `auroc`,
+      a list with None where a label has one value only, and its mean `mean_auroc`.
     """
     batches = data.eval_batches(
         examples, batch_size=batch_size, threads=threads, workers=workers
     )
-    sums = []
+    sums, seen = [], []
     for batch in batches:
         batch = sharding.to_global(batch, mesh)
-        step = eval_step(variables, batch, module=module, mean=mean, std=std)
+        step, logits = eval_step(variables, batch, module=module, mean=mean, std=std)
+        if batch['label'].ndim == 2:
+            parts = (logits, batch['label'], batch['mask'])
+            seen.append([sharding.gather(part) for part in parts])
         if len(sums) > 1:  # at most two batches on their way, so memory stays flat
             jax.block_until_ready(sums[-2])
         sums.append(step)
@@ -89,11 +94,17 @@ def evaluate(
             total[name] += float(value)
     if total['count'] != len(examples):
         raise AssertionError(f'{total["count"]} of {len(examples)} examples counted')
-    return {
+    metrics = {
         'accuracy': total['correct'] / total['count'],
         'loss': total['loss'] / total['count'],
         'count': len(examples),
     }
+    if seen:
+        parts = zip(*seen, strict=True)
+        logits, labels, mask = (np.concatenate(part) for part in parts)
+        areas = objective.auroc(logits[mask > 0], labels[mask > 0])
+        metrics |= {'auroc': areas, 'mean_auroc': objective.mean_auroc(areas)}
+    return metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,40 +114,49 @@ class Trained:
     Attributes:
       module: the DenseNet.
       variables: `{'params', 'batch_stats'}`, replicated over `mesh`.
-      metadata: as `train.make_metadata` wrote it.
-      metrics: test accuracy and loss when it was saved.
+      metadata: as `train.make_metadata` wrote it; of imported weights `class_names`
+        can be None.
+      metrics: test accuracy and loss when it was saved; empty for imported weights.
+      step: of the checkpoint; None for imported weights.
     """
 
     module: model.DenseNet
     variables: Any
     metadata: dict[str, Any]
     metrics: dict[str, float]
-    step: int
+    step: int | None
     mesh: Any
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        return tuple(self.metadata['class_names'])
+    def class_names(self) -> tuple[str, ...] | None:
+        """None where imported weights do not name their classes."""
+        names = self.metadata['class_names']
+        return None if names is None else tuple(names)
 
 
 def load_trained(workdir: str, which: str = 'best', *, mesh=None) -> Trained:
     """Rebuilds the `best` or the `latest` model of a run; needs no config file.
 
+    Args:
+      workdir: of the run, or a file of weights (see `weights.load`).
+
     Raises:
-      UserError: the workdir holds no (whole) checkpoint.
+      UserError: the workdir holds no (whole) checkpoint, or the file no weights.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
+    if os.path.isfile(workdir):
+        return _from_file(workdir, mesh)
     step = checkpoint.find_step(workdir, which)
     metadata = checkpoint.load_json(workdir, step, 'metadata')
     module = model.create_model(
-        num_classes=len(metadata['class_names']), **_tuples(metadata['model'])
+        num_classes=len(metadata['class_names']), **weights.to_tuples(metadata['model'])
     )
     with checkpoint.open_checkpoints(workdir) as manager:
         restored = checkpoint.restore(
             manager,
             step,
             sharding=sharding.replicated(mesh),
-            model=model.variable_shapes(module),
+            model=model.variable_shapes(module, channels=len(metadata['mean'])),
         )
     return Trained(
         module=module,
@@ -148,19 +168,51 @@ def load_trained(workdir: str, which: str = 'best', *, mesh=None) -> Trained:
     )
 
 
-def _tuples(fields):
-    """JSON's lists back to the tuples that hashable modules need."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+def _from_file(path, mesh):
+    found = weights.load(path)
+    if not found.num_classes:
+        raise UserError(f'{path} has no classifier: train one, with init_from={path}')
+    preparation = {**found.preprocessing, **found.metadata.get('data', {})}
+    return Trained(
+        module=found.module,
+        variables=sharding.replicate(found.variables, mesh),
+        metadata={
+            'model': found.fields,
+            'class_names': found.class_names and list(found.class_names),
+            'image_size': found.preprocessing['image_size'],
+            'mean': list(found.preprocessing['mean']),
+            'std': list(found.preprocessing['std']),
+            'data': preparation,
+        },
+        metrics={},
+        step=None,
+        mesh=mesh,
+    )
 
 
-def match_classes(examples: data.Examples, names, trained_names) -> data.Examples:
+def match_classes(
+    examples: data.Examples, names, trained_names, *, count: int = 0
+) -> data.Examples:
     """Examples of a source whose classes are some of those a model was trained on.
 
-    Labels are matched by class name, so a folder with fewer classes can be used.
+    Labels are matched by class name, so a folder with fewer classes can be used; a
+    model that does not know its classes' names takes as many as it has, in order.
+
+    Args:
+      names: classes of the source.
+      trained_names: of the model's classes, or None.
+      count: of the model's classes, where they have no names.
 
     Raises:
       UserError: a class that the model does not know.
     """
+    if trained_names is None:
+        if len(names) != count:
+            raise UserError(
+                f'data.source has {len(names)} classes, the weights {count} without '
+                'names: they cannot be matched'
+            )
+        return examples
     unknown = [name for name in names if name not in trained_names]
     if unknown:
         raise UserError(
@@ -169,10 +221,19 @@ def match_classes(examples: data.Examples, names, trained_names) -> data.Example
         )
     if tuple(names) == tuple(trained_names):
         return examples
-    return data.Relabelled(examples, [trained_names.index(name) for name in names])
+    places = [trained_names.index(name) for name in names]
+    return data.Relabelled(examples, places, len(trained_names))
 
 
 def format_metrics(name: str, metrics: dict[str, float]) -> str:
     """`Test_acc: 93.3%, Test_loss: 0.270`, as in the line of an epoch."""
     accuracy, loss = metrics['accuracy'] * 100, metrics['loss']
-    return f'{name}_acc: {accuracy:.1f}%, {name}_loss: {loss:.3f}'
+    text = f'{name}_acc: {accuracy:.1f}%, {name}_loss: {loss:.3f}'
+    if 'mean_auroc' not in metrics:
+        return text
+    return f'{text}, {name}_auroc: {format_auroc(metrics["mean_auroc"])}'
+
+
+def format_auroc(area: float | None) -> str:
+    """`0.843`; a dash where there is none."""
+    return '-' if area is None else f'{area:.3f}'

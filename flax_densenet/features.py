@@ -16,7 +16,7 @@ _GIB = 2**30
 
 
 class FeatureExamples:
-    """Labelled features in memory: `{'features': [1, 1, F], 'label': int32}`.
+    """Labelled features in memory: `{'features': [1, 1, F], 'label': ...}`.
 
     A map of one place, so that the model's head takes them as it takes others.
     """
@@ -130,14 +130,14 @@ def cache_features(
 
 
 def _collect(compute, variables, batches, count, mesh):
-    known, labels = np.zeros(count, bool), np.empty(count, np.int32)
-    features = None
+    known, features, labels = np.zeros(count, bool), None, None
     with tqdm(total=count, desc='features', leave=False, disable=None) as bar:
         for batch in batches:
             batch = sharding.to_global(batch, mesh)
             found, label, place = jax.device_get(compute(variables, batch))
             if features is None:
                 features = np.empty((count, found.shape[1]), found.dtype)
+                labels = np.empty((count, *label.shape[1:]), label.dtype)
             # Rows that fill up the last batch are the last example again.
             features[place], labels[place], known[place] = found, label, True
             bar.update(len(place))

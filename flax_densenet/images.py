@@ -1,5 +1,6 @@
-"""One image file of any common kind -> one uint8 RGB array of the wanted size."""
+"""One image file of any common kind -> one uint8 array of the wanted size."""
 
+import dataclasses
 import io
 import os
 
@@ -17,6 +18,10 @@ EXTENSIONS = frozenset(
     + ('.tif', '.tiff')
 )
 RESIZES = ('stretch', 'crop')
+INTERPOLATIONS = {
+    'bilinear': Image.Resampling.BILINEAR,
+    'bicubic': Image.Resampling.BICUBIC,
+}
 # What Pillow raises for files that are broken, in one way or another.
 _BROKEN = (
     UnidentifiedImageError,
@@ -51,31 +56,66 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == 'RGB' else image.convert('RGB')
 
 
-def resize(image: Image.Image, size: int, how: str) -> Image.Image:
-    """RGB image to `size` x `size`: bilinear, with antialiasing.
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """How an image becomes the square that a model takes.
 
-    `stretch` takes the whole image; `crop` the largest square in its centre.
+    Attributes:
+      size: side of the square in pixels; 0 leaves the image's own shape.
+      resize: `stretch` takes the whole image, `crop` a square in its centre.
+      crop_fraction: of `crop`: side of that square, as a share of the shorter side of
+        the image; torchvision's and timm's 224 of 256 is 0.875.
+      interpolation: `bilinear` or `bicubic`, both with antialiasing.
+      channels: 3 for colour, 1 for grey.
     """
-    if image.size == (size, size):
-        return image
-    box = None
-    if how == 'crop':
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
-    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+
+    size: int = 0
+    resize: str = 'stretch'
+    crop_fraction: float = 1.0
+    interpolation: str = 'bilinear'
+    channels: int = 3
+
+    def decode_size(self) -> int:
+        """Shorter side from which on an image is not enlarged."""
+        return int(self.size / self.crop_fraction)
+
+    def apply(self, image: Image.Image) -> np.ndarray:
+        """An RGB image to uint8 `[size, size, channels]`."""
+        if self.size and image.size != (self.size, self.size):
+            image = self._resize(image)
+        if self.channels == 1:
+            return np.asarray(image.convert('L'))[..., None]
+        return np.asarray(image)
+
+    def _resize(self, image):
+        filter_ = INTERPOLATIONS[self.interpolation]
+        size = self.size
+        if self.resize == 'stretch':
+            return image.resize((size, size), filter_)
+        # As torchvision's Resize and CenterCrop round: the shorter side to a whole
+        # number, the longer one cut down, the middle to the nearest even number.
+        short, side = min(image.size), self.decode_size()
+        shape = [side if n == short else int(side * n / short) for n in image.size]
+        left, top = (round((n - size) / 2) for n in shape)
+        # Only what is kept is computed.
+        scale = [n / m for n, m in zip(image.size, shape, strict=True)]
+        box = (
+            left * scale[0],
+            top * scale[1],
+            (left + size) * scale[0],
+            (top + size) * scale[1],
+        )
+        return image.resize((size, size), filter_, box=box)
 
 
-def load_image(file, size: int, how: str = 'stretch') -> np.ndarray:
+def load_image(file, preparation: Preparation) -> np.ndarray:
     """Reads the first frame of an image, upright.
 
     Args:
       file: a path, or the bytes of the file.
-      size: side of the result in pixels; 0 leaves the image's own size.
-      how: `stretch` or `crop`, see `resize`.
 
     Returns:
-      uint8 `[size, size, 3]`.
+      uint8 `[size, size, channels]`.
 
     Raises:
       UserError: with the reason, where the file is no image or is cut short.
@@ -83,22 +123,21 @@ def load_image(file, size: int, how: str = 'stretch') -> np.ndarray:
     source = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
         with Image.open(source, formats=FORMATS) as image:
-            if size and image.format in ('JPEG', 'MPO'):
+            if preparation.size and image.format in ('JPEG', 'MPO'):
                 # Decode at a half, a quarter or an eighth where the result still has
                 # twice the wanted size: no visible difference, much less work.
-                image.draft(None, (2 * size, 2 * size))
+                image.draft(None, (2 * preparation.decode_size(),) * 2)
             ImageOps.exif_transpose(image, in_place=True)  # else it copies
-            image = to_rgb(image)
-            return np.asarray(resize(image, size, how) if size else image)
+            return preparation.apply(to_rgb(image))
     except _BROKEN as error:
         raise UserError(_reason(error)) from error
 
 
-def resize_array(image: np.ndarray, size: int, how: str = 'stretch') -> np.ndarray:
-    """`resize` for a uint8 array `[H, W]`, `[H, W, 1]` or `[H, W, 3]`."""
+def prepare_array(image: np.ndarray, preparation: Preparation) -> np.ndarray:
+    """`load_image` for a uint8 array `[H, W]`, `[H, W, 1]` or `[H, W, 3]`."""
     if image.ndim == 3 and image.shape[-1] == 1:
         image = image[..., 0]
-    return np.asarray(resize(to_rgb(Image.fromarray(image)), size, how))
+    return preparation.apply(to_rgb(Image.fromarray(image)))
 
 
 def _reason(error):

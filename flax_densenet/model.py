@@ -399,24 +399,20 @@ def _check_fields(model):
             raise UserError(f'model.{name}={getattr(model, name)} is out of range')
 
 
-def variable_shapes(model: DenseNet, *, image_shape: Sequence[int] | None = None):
+def variable_shapes(model: DenseNet, *, channels: int = 3):
     """Shapes and dtypes of `{'params', 'batch_stats'}`; computes and compiles nothing.
 
     Args:
-      image_shape: (H, W, C) of an image; only C has an effect. The default is the
-        smallest image, in colour.
+      channels: of the images.
     """
-    if image_shape is None:
-        image_shape = (smallest_image_size(model),) * 2 + (3,)
-    image = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    side = smallest_image_size(model)
+    image = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
     # Tracing 121 random draws would take half of the time.
     model = model.clone(initializer=None)
     return jax.eval_shape(model.init, jax.random.key(0), image)
 
 
-def init_variables(
-    model: DenseNet, seed: int, *, image_shape: Sequence[int] | None = None
-):
+def init_variables(model: DenseNet, seed: int, *, channels: int = 3):
     """Makes `{'params', 'batch_stats'}` from `seed`, without compiling the network.
 
     `model.init` compiles or runs every layer, 13 to 32 s for the 121 on two CPU
@@ -427,12 +423,12 @@ def init_variables(
     Args:
       model: a DenseNet.
       seed: a whole number of at most 64 bits.
-      image_shape: see `variable_shapes`.
+      channels: of the images.
 
     Returns:
       Host (numpy) arrays, float32, or float64 with `dtype='float64'`.
     """
-    shapes = variable_shapes(model, image_shape=image_shape)
+    shapes = variable_shapes(model, channels=channels)
 
     def draw(path, leaf):
         if path[-1] == 'kernel':

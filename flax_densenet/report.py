@@ -76,6 +76,13 @@ def plot_samples(images, titles, *, columns: int = 8):
     return figure
 
 
+def _title(label, class_names):
+    if np.ndim(label) == 0:
+        return class_names[label]
+    present = [class_names[i] for i in np.flatnonzero(label == 1)]
+    return ', '.join(present) or '(none)'
+
+
 def _clip(title, most=18):
     return title if len(title) <= most else title[: most - 1] + '…'
 
@@ -89,7 +96,9 @@ def save_samples(workdir: str, batch, class_names, *, mean, std, most: int = 24)
     seen = evaluate.normalise(batch['image'][:most], mean=mean, std=std)
     seen = np.asarray(seen) * np.asarray(std) + np.asarray(mean)
     images = np.clip(np.round(seen * 255), 0, 255).astype(np.uint8)
-    titles = [class_names[label] for label in batch['label'][:most]]
+    if images.shape[-1] == 1:
+        images = images.repeat(3, -1)
+    titles = [_title(label, class_names) for label in batch['label'][:most]]
     figure = plot_samples(images, titles)
     figure.savefig(os.path.join(workdir, 'samples.png'), dpi=110)
 
@@ -124,7 +133,7 @@ def count_model(module: model.DenseNet, image_shape):
                 part[2] += int(np.prod(kernel, dtype=np.int64) * positions)
         return output
 
-    variables = model.variable_shapes(module, image_shape=image_shape)
+    variables = model.variable_shapes(module, channels=image_shape[-1])
     image = jax.ShapeDtypeStruct((1, *image_shape), np.float32)
     with nn.intercept_methods(record):
         jax.eval_shape(module.apply, variables, image)

@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from flax_densenet.errors import UserError
@@ -41,6 +42,13 @@ def to_global(batch, mesh: Mesh):
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, x), batch
     )
+
+
+def gather(array) -> np.ndarray:
+    """A global array's rows, of all hosts, on this host."""
+    if jax.process_count() == 1:
+        return jax.device_get(array)
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh):

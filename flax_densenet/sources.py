@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flax_densenet import images
+from flax_densenet import labels as labels_lib
 from flax_densenet.errors import UserError
 
 
@@ -43,7 +44,7 @@ class ArrayReader:
 
 @dataclasses.dataclass
 class FileReader:
-    """Images held as files."""
+    """Images held as files; labels int32 `[N]`, or float32 `[N, L]` (see `labels`)."""
 
     paths: list[str]
     labels: np.ndarray
@@ -57,13 +58,18 @@ class FileReader:
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a loader of `SOURCES` finds; None in `test` asks for a split of `train`."""
+    """What a loader of `SOURCES` finds; None in `test` asks for a split of `train`.
+
+    Where labels are of two dimensions, an image can have several; `groups` then says
+    by the image's index which ones must not be split.
+    """
 
     reader: Reader
     class_names: list[str]
     train: np.ndarray
     test: np.ndarray | None
     skipped: tuple[str, ...] = ()
+    groups: np.ndarray | None = None
 
 
 def _find_digits(name, **_):
@@ -81,7 +87,7 @@ _TRAIN_FOLDERS = ('train', 'training')
 _TEST_FOLDERS = ('val', 'valid', 'validation', 'test')
 
 
-def _find_folder(name, *, bad_images, **_):
+def _find_folder(name, *, bad_images, labels, **_):
     root = os.path.expanduser(name)
     field = f'data.source=folder:{name}'
     if not name or not os.path.isdir(root):
@@ -89,6 +95,8 @@ def _find_folder(name, *, bad_images, **_):
             f'{field}: there is no such folder; give one that holds a folder of images '
             'for each class'
         )
+    if labels:
+        return _find_labelled(field, root, labels, bad_images)
     inside = _class_folders(root)
     train_folder = next((n for n in _TRAIN_FOLDERS if n in inside), None)
     test_folder = next((n for n in _TEST_FOLDERS if n in inside), None)
@@ -130,6 +138,54 @@ def _find_folder(name, *, bad_images, **_):
     train, test = good[good < sizes[0]], good[good >= sizes[0]]
     skipped = tuple(f'{paths[i]} {reason}' for i, reason in bad.items())
     return Found(reader, names, train, test if split else None, skipped)
+
+
+def _find_labelled(field, root, table, bad_images):
+    """The images of a folder that a table of labels names, by path or by name."""
+    found = labels_lib.read(table)
+    by_name, twice = {}, set()
+    for path in _image_files(root):
+        by_name[os.path.relpath(path, root)] = path
+        name = os.path.basename(path)
+        if by_name.setdefault(name, path) != path:
+            twice.add(name)
+    paths = [by_name.get(os.path.normpath(name)) for name in found.images]
+    absent = [n for n, path in zip(found.images, paths, strict=True) if path is None]
+    if absent and bad_images != 'skip':
+        raise UserError(
+            f'data.labels={table}: {len(absent)} of its {len(paths)} images are not in '
+            f'{root}, the first is {absent[0]}; add them, or set data.bad_images=skip'
+        )
+    unclear = next((name for name in found.images if name in twice), None)
+    if unclear:
+        raise UserError(
+            f'{field}: {unclear} is in several folders; name it in {table} by its path '
+            f'below {root}'
+        )
+    there = [index for index, path in enumerate(paths) if path is not None]
+    paths = [paths[index] for index in there]
+    bad = _check_files(paths, bad_images)
+    good = np.array([i for i in range(len(paths)) if i not in bad], np.int64)
+    skipped = [f'{name} is not there' for name in absent]
+    skipped += [f'{paths[i]} {reason}' for i, reason in bad.items()]
+    print(
+        f'data.labels={table}: {len(found.names)} labels '
+        f'({", ".join(found.names[:20])}) of {len(good)} images'
+        + (f'; not used: {", ".join(found.ignored)}' if found.ignored else ''),
+        flush=True,
+    )
+    train, test = good, None
+    if found.parts is not None:
+        part = found.parts[there][good]
+        train, test = good[part == 0], good[part == 1]
+    return Found(
+        FileReader(paths, found.values[there]),
+        list(found.names),
+        train,
+        test,
+        tuple(skipped),
+        None if found.groups is None else found.groups[there],
+    )
 
 
 def _class_folders(root):

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from flax import traverse_util
 
-from flax_densenet import evaluate, model, sharding
+from flax_densenet import evaluate, model, objective, sharding
 from flax_densenet.errors import UserError
 
 
@@ -34,25 +34,31 @@ class TrainState:
     running: Any
 
 
-def new_running() -> dict[str, np.ndarray]:
+def new_running(correct=np.int32) -> dict[str, np.ndarray]:
     """Sums of loss, correct and count `[this epoch, next epoch]`, and the epoch.
 
     A batch may hold the end of one epoch and the start of the next; each example is
     counted in its own.
+
+    Args:
+      correct: dtype; float32 where an image can be right in part (several labels).
     """
     return {
         'epoch': np.zeros((), np.int32),
         'loss': np.zeros(2, np.float32),
-        'correct': np.zeros(2, np.int32),
+        'correct': np.zeros(2, correct),
         'count': np.zeros(2, np.int32),
     }
 
 
-def new_state(variables, optimizer: optax.GradientTransformation) -> TrainState:
+def new_state(
+    variables, optimizer: optax.GradientTransformation, *, multi_label: bool = False
+) -> TrainState:
     """The state before the first step, on the host; compiles nothing.
 
     Args:
       variables: `{'params', 'batch_stats'}`.
+      multi_label: an image can have several labels.
     """
     # Optimizers begin with zeros.
     shapes = jax.eval_shape(optimizer.init, variables['params'])
@@ -61,7 +67,7 @@ def new_state(variables, optimizer: optax.GradientTransformation) -> TrainState:
         params=variables['params'],
         batch_stats=variables['batch_stats'],
         opt_state=jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes),
-        running=new_running(),
+        running=new_running(np.float32 if multi_label else np.int32),
     )
 
 
@@ -199,19 +205,16 @@ def make_train_step(
                 frozen=frozen,
                 rngs={'dropout': dropout},
             )
-            losses = optax.softmax_cross_entropy_with_integer_labels(
-                logits, batch['label']
-            )
+            losses, correct = objective.measure(logits, batch['label'])
             loss = losses.mean()
             if l2_penalty:
                 loss += l2_penalty * _kernel_penalty(params)
-            return loss, (logits, losses, updated['batch_stats'])
+            return loss, (losses, correct, updated['batch_stats'])
 
-        gradients, (logits, losses, batch_stats) = jax.grad(loss_of, has_aux=True)(
+        gradients, (losses, correct, batch_stats) = jax.grad(loss_of, has_aux=True)(
             trained
         )
         updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
-        correct = logits.argmax(-1) == batch['label']
         state = TrainState(
             step=state.step + 1,
             params=state.params | optax.apply_updates(trained, updates),

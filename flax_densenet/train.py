@@ -6,7 +6,6 @@ checkpoint needs nothing but arrays, and the same command again goes on where it
 
 import collections
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -19,7 +18,6 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-from flax import traverse_util
 from tqdm import tqdm
 
 from flax_densenet import (
@@ -32,7 +30,9 @@ from flax_densenet import (
     report,
     sharding,
     step,
+    transfer,
 )
+from flax_densenet import weights as weights_lib
 from flax_densenet.errors import UserError
 
 _SCHEDULE_FIELDS = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
@@ -48,10 +48,10 @@ def make_metadata(config, source: data.Source) -> dict[str, Any]:
         'model': dict(config['model']),
         'class_names': list(source.class_names),
         'image_size': source.train.image_size,
-        'resize': source.train.resize,
         'mean': list(config['data']['mean']),
         'std': list(config['data']['std']),
         'data': dict(config['data']),
+        'multi_label': source.multi_label,
     }
 
 
@@ -77,11 +77,16 @@ def _check_same_run(workdir, metadata):
                 f'--workdir={workdir} holds a run with model.{name}='
                 f'{saved["model"].get(name)}, not {value}; {remedy}'
             )
-    for name in ('batch_size', 'source', 'split_seed', 'test_fraction'):
-        if saved['data'][name] != metadata['data'][name]:
+    data_fields = json.loads(json.dumps(metadata['data']))
+    for name in (
+        *('batch_size', 'source', 'labels', 'split_seed', 'test_fraction'),
+        *('image_size', 'resize', 'crop_fraction', 'interpolation', 'channels'),
+        *('mean', 'std'),
+    ):
+        if saved['data'][name] != data_fields[name]:
             raise UserError(
                 f'--workdir={workdir} holds a run with data.{name}='
-                f'{saved["data"][name]}, not {metadata["data"][name]}; {remedy}'
+                f'{saved["data"][name]}, not {data_fields[name]}; {remedy}'
             )
     for name, default in _PHASE_FIELDS.items():
         before, now = saved.get('train', {}).get(name, default), metadata['train'][name]
@@ -97,32 +102,6 @@ def _shorten(names, most=5):
     return ', '.join(names[:most]) + more
 
 
-def _init_from(path, module, variables, class_names, mesh):
-    """Variables of another run; its classifier only where the classes are the same."""
-    trained = evaluate.load_trained(path, mesh=mesh)
-    theirs = jax.device_get(trained.variables)
-    if trained.class_names != tuple(class_names):
-        print(
-            f'init_from={path}: {len(trained.class_names)} classes there, '
-            f'{len(class_names)} here: the classifier starts anew',
-            flush=True,
-        )
-        theirs['params']['classifier'] = variables['params']['classifier']
-    flat, wanted = (traverse_util.flatten_dict(v, sep='/') for v in (theirs, variables))
-    wrong = sorted(
-        name
-        for name in flat.keys() | wanted.keys()
-        if np.shape(flat.get(name)) != np.shape(wanted.get(name))
-        or (name in flat) != (name in wanted)
-    )
-    if wrong:
-        raise UserError(
-            f'init_from={path}: {len(wrong)} variables do not fit model.variant, '
-            f'the first is {wrong[0]}; use the model fields of that run'
-        )
-    return theirs
-
-
 @dataclasses.dataclass
 class _Run:
     """What one call of `fit` works with."""
@@ -135,8 +114,14 @@ class _Run:
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     metadata: dict[str, Any]
+    weights: weights_lib.Weights | None
     plan: finetune.Plan
     features: data.Source | None = None  # in place of the images, where cached
+
+    def new_state(self, variables):
+        return step.new_state(
+            variables, self.optimizer, multi_label=self.source.multi_label
+        )
 
     @property
     def preprocessing(self):
@@ -151,13 +136,17 @@ class _Run:
 
 def _prepare(config, workdir) -> _Run:
     """Checks all fields and finds the data: all that can fail before compilation."""
-    fields = dict(config['data'])
+    config, weights = _settle(config, workdir)
+    fields = config['data']
     batch_size, augment = fields['batch_size'], fields['augment']
     mesh = sharding.make_mesh()
     sharding.check_batch_size(batch_size, mesh)
     for name in ('mean', 'std'):
-        if len(fields[name]) != 3:
-            raise UserError(f'data.{name}={fields[name]} needs three numbers')
+        if len(fields[name]) != fields['channels']:
+            raise UserError(
+                f'data.{name}={fields[name]} needs a number for each of '
+                f'{fields["channels"]} channels'
+            )
     if min(fields['std']) <= 0:
         raise UserError(f'data.std={fields["std"]} must be above 0')
     for name in ('threads', 'workers'):
@@ -169,7 +158,7 @@ def _prepare(config, workdir) -> _Run:
     plan = finetune.make_plan(
         module,
         **finetune.plan_fields(config),
-        has_weights=config['init_from'] or checkpoint.has_checkpoint(workdir),
+        has_weights=weights is not None or checkpoint.has_checkpoint(workdir),
     )
     features.check_cache(config['train']['cache_features'])
     loading = {name: fields[name] for name in data.load_source.__kwdefaults__}
@@ -201,8 +190,32 @@ def _prepare(config, workdir) -> _Run:
         ),
         metadata=make_metadata(config, source)
         | {'train': {name: config['train'][name] for name in _PHASE_FIELDS}},
+        weights=weights,
         plan=plan,
     )
+
+
+def _settle(config, workdir):
+    """The config with its open fields filled in, and the weights to start from."""
+    saved, weights = None, None
+    if checkpoint.has_checkpoint(workdir):
+        latest = checkpoint.find_step(workdir, 'latest')
+        saved = checkpoint.load_json(workdir, latest, 'metadata')
+    elif config['init_from']:
+        try:
+            weights = weights_lib.load(config['init_from'])
+        except UserError as error:
+            raise UserError(f'init_from={error}') from error
+    config = {n: dict(v) if isinstance(v, dict) else v for n, v in config.items()}
+    for name, settle in (
+        ('model', transfer.settle_model),
+        ('data', transfer.settle_data),
+    ):
+        if saved:  # a run that goes on needs its weights' file no more
+            config[name] = transfer.fill(config[name], saved[name])
+        else:
+            config[name] = settle(config[name], weights)
+    return config, weights
 
 
 def fit(config, workdir: str) -> dict[str, Any]:
@@ -267,22 +280,30 @@ def fit(config, workdir: str) -> dict[str, Any]:
 
 def format_epoch(record: dict[str, Any]) -> str:
     """The line of an epoch."""
+    auroc = ''
+    if 'test_mean_auroc' in record:
+        area = evaluate.format_auroc(record['test_mean_auroc'])
+        auroc = f'Test_auroc: {area}, '
     return (
         f'Epoch: {record["epoch"]:2d}. '
         f'Train_acc: {record["train_accuracy"] * 100:.1f}%, '
         f'Train_loss: {record["train_loss"]:.3f}, '
         f'Test_acc: {record["test_accuracy"] * 100:.1f}%, '
         f'Test_loss: {record["test_loss"]:.3f}, '
-        f'Lr: {record["learning_rate"]:.2E}'
+        f'{auroc}Lr: {record["learning_rate"]:.2E}'
     )
 
 
 def _start(run, manager):
     """The state to start from, on the devices, and the epochs that it has seen."""
-    variables = model.init_variables(run.module, seed=run.config['train']['seed'])
+    variables = model.init_variables(
+        run.module,
+        seed=run.config['train']['seed'],
+        channels=run.config['data']['channels'],
+    )
     if checkpoint.has_checkpoint(run.workdir):
         latest = checkpoint.find_step(run.workdir, 'latest')
-        abstract = step.new_state(variables, run.optimizer)
+        abstract = run.new_state(variables)
         items = checkpoint.restore(
             manager,
             latest,
@@ -292,11 +313,10 @@ def _start(run, manager):
         metadata = checkpoint.load_json(run.workdir, latest, 'metadata')
         print(f'going on after epoch {metadata["epoch"]} in {run.workdir}', flush=True)
         return step.TrainState(**items['model'], **items['train']), metadata['epoch']
-    if run.config['init_from']:
+    if run.weights is not None:
         names = run.source.class_names
-        path = run.config['init_from']
-        variables = _init_from(path, run.module, variables, names, run.mesh)
-    return sharding.replicate(step.new_state(variables, run.optimizer), run.mesh), 0
+        variables = transfer.first_variables(run.weights, variables, names)
+    return sharding.replicate(run.new_state(variables), run.mesh), 0
 
 
 def _checkpoint_items(state):
@@ -391,16 +411,12 @@ def _cache_features(run, state):
 
 
 def _compile(run, state, frozen):
-    rows, side = run.config['data']['batch_size'], run.source.train.image_size
-    by_rows = functools.partial(
-        jax.ShapeDtypeStruct, sharding=sharding.split_rows(run.mesh)
-    )
-    batch = {name: by_rows((rows,), np.int32) for name in ('label', 'epoch')}
-    if run.features:
-        example = run.features.train[0]['features']
-        batch['features'] = by_rows((rows, *example.shape), example.dtype)
-    else:
-        batch['image'] = by_rows((rows, side, side, 3), np.uint8)
+    rows, by_rows = run.config['data']['batch_size'], sharding.split_rows(run.mesh)
+    example = (run.features or run.source).train[0] | {'epoch': np.int32(0)}
+    batch = {
+        name: jax.ShapeDtypeStruct((rows, *value.shape), value.dtype, sharding=by_rows)
+        for name, value in example.items()
+    }
     train_step = step.make_train_step(
         run.module,
         run.optimizer,
@@ -480,7 +496,12 @@ def _test(run, state):
         **run.preprocessing,
         **run.loading,
     )
-    return {'test_accuracy': metrics['accuracy'], 'test_loss': metrics['loss']}
+    found = {'test_accuracy': metrics['accuracy'], 'test_loss': metrics['loss']}
+    if run.source.multi_label:
+        found['test_mean_auroc'] = metrics['mean_auroc']
+        names = run.source.class_names
+        found['test_auroc'] = dict(zip(names, metrics['auroc'], strict=True))
+    return found
 
 
 def _check_finite(record):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import shared, write_images
 
-from flax_densenet import UserError, data, sources
+from flax_densenet import UserError, data, images, sources
 
 
 def take(iterator, count):
@@ -270,7 +270,7 @@ def test_cache_and_processes_do_not_go_together(folder):
 
 def test_relabelled_and_joined(folder):
     source = load(folder)
-    renamed = data.Relabelled(source.train, [5, 7, 9])
+    renamed = data.Relabelled(source.train, [5, 7, 9], 10)
     assert set(renamed.labels) == {5, 7, 9}
     assert [renamed[i]['label'] for i in range(24)] == renamed.labels.tolist()
     everything = data.join(source.train, source.test)
@@ -380,9 +380,8 @@ def test_memory_does_not_grow_with_the_number_of_images(folder):
 
     def peak(repeats):
         reader = sources.FileReader(paths * repeats, np.zeros(30 * repeats, np.int32))
-        examples = data.Examples(
-            reader, np.arange(30 * repeats), image_size=64, resize='stretch'
-        )
+        preparation = images.Preparation(64)
+        examples = data.Examples(reader, np.arange(30 * repeats), preparation)
         tracemalloc.start()
         for batch in data.eval_batches(examples, batch_size=10):
             assert len(batch['image']) == 10

@@ -323,6 +323,34 @@ def test_cached_features_change_nothing(
     assert_equal_bits(arrays, final_arrays(tmp_path / 'parts')[1])
 
 
+def test_features_with_several_labels_an_image():
+    """In their order, the last batch not full; labels with what is not known."""
+    module = create_model('BC-L10k4', num_classes=3)
+    images = make_batch(0, size=8, count=13)['image']
+    labels = np.random.default_rng(0).choice([0, 1, np.nan], (13, 3)).astype('f')
+    examples = [
+        {'image': image, 'label': label}
+        for image, label in zip(images, labels, strict=True)
+    ]
+    source = data.Source('', ('a', 'b', 'c'), examples[:9], examples[9:])
+    variables = init_variables(module, 0)
+    cached = features.cache_features(
+        module, variables, source, augment='none', limit_gib=1.0, batch_size=4,
+        mesh=sharding.make_mesh(), mean=MEAN, std=STD,
+    )  # fmt: skip
+    found = [*cached.train, *cached.test]
+    np.testing.assert_array_equal([example['label'] for example in found], labels)
+    logits = [
+        evaluate.forward(module, variables, batch, mean=MEAN, std=STD)
+        for batch in (
+            {'image': images},
+            {'features': np.stack([example['features'] for example in found])},
+        )
+    ]
+    np.testing.assert_allclose(*logits, atol=1e-5)
+    assert np.ptp(logits[0], axis=0).min() > 1e-3  # images can be told apart
+
+
 @pytest.mark.parametrize(
     ('augment', 'limit', 'reason'),
     [

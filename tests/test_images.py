@@ -19,8 +19,13 @@ def encode(image, image_format, **options):
     return file.getvalue()
 
 
+def load_image(file, size, resize='stretch', **fields):
+    preparation = images.Preparation(size, resize, **fields)
+    return images.load_image(file, preparation)
+
+
 def load(image, image_format='PNG', **options):
-    return images.load_image(encode(image, image_format, **options), 0)
+    return load_image(encode(image, image_format, **options), 0)
 
 
 @pytest.mark.parametrize('name', ['PNG', 'BMP', 'TIFF', 'WEBP', 'GIF', 'JPEG'])
@@ -117,16 +122,41 @@ def test_resize_stretches_or_crops():
     image = np.zeros((20, 60, 3), np.uint8)
     image[:, 20:40] = 200  # the central square
     file = encode(Image.fromarray(image), 'PNG')
-    stretched = images.load_image(file, 10)
+    stretched = load_image(file, 10)
     assert stretched.shape == (10, 10, 3)
     assert stretched[:, :2].max() == 0 and stretched[:, 5].min() == 200
-    assert images.load_image(file, 10, 'crop').min() > 150
+    assert load_image(file, 10, 'crop').min() > 150
+
+
+@pytest.mark.parametrize('size', [(640, 427), (333, 501), (100, 300), (256, 256)])
+@pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
+def test_crop_is_resize_and_crop(size, interpolation):
+    """torchvision's Resize(256) and CenterCrop(224), by its own arithmetic."""
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize(size)
+    short = min(size)
+    shape = [256 if n == short else int(256 * n / short) for n in size]
+    resized = image.resize(shape, images.INTERPOLATIONS[interpolation])
+    left, top = (int(round((n - 224) / 2.0)) for n in shape)
+    expected = np.asarray(resized.crop((left, top, left + 224, top + 224)))
+    fields = dict(crop_fraction=0.875, interpolation=interpolation)
+    found = load_image(encode(image, 'PNG'), 224, 'crop', **fields)
+    assert np.abs(found.astype(int) - expected).max() <= 2
+    off = load_image(encode(image, 'PNG'), 224, 'crop')  # crops nothing else
+    assert np.abs(off.astype(int) - expected).max() > 20
+
+
+def test_one_channel():
+    grey = load_image(encode(Image.fromarray(RGB), 'PNG'), 0, channels=1)
+    assert grey.shape == (*RGB.shape[:2], 1)
+    expected = Image.fromarray(RGB).convert('L')
+    np.testing.assert_array_equal(grey[..., 0], expected)
 
 
 def test_resize_equals_pillows_with_antialiasing():
     image = Image.fromarray(np.kron(RGB, np.ones((9, 9, 1), np.uint8)))
     expected = image.resize((16, 16), Image.Resampling.BILINEAR)
-    found = images.load_image(encode(image, 'PNG'), 16)
+    found = load_image(encode(image, 'PNG'), 16)
     np.testing.assert_array_equal(found, expected)
 
 
@@ -135,7 +165,7 @@ def test_large_photographs_are_decoded_small_with_little_change():
     smooth = Image.fromarray(rng.integers(0, 256, (30, 40, 3), np.uint8))
     file = encode(smooth.resize((1600, 1200), Image.Resampling.BICUBIC), 'JPEG')
     full = Image.open(io.BytesIO(file)).resize((64, 64), Image.Resampling.BILINEAR)
-    found = images.load_image(file, 64).astype(int)
+    found = load_image(file, 64).astype(int)
     difference = np.abs(found - np.asarray(full))
     assert difference.max() > 0 and difference.mean() < 1.5
 
@@ -144,7 +174,7 @@ def test_a_real_photograph():
     path = next(shared('data/hymenoptera/val/bees').glob('*.jpg'))
     with Image.open(path) as image:
         full = image.convert('RGB').resize((224, 224), Image.Resampling.BILINEAR)
-    difference = images.load_image(str(path), 224).astype(int) - np.asarray(full)
+    difference = load_image(str(path), 224).astype(int) - np.asarray(full)
     assert np.abs(difference).mean() < 1
 
 
@@ -169,7 +199,7 @@ def test_bad_files(name, tmp_path):
     path = tmp_path / 'bad.jpg'
     path.write_bytes(content)
     with pytest.raises(UserError, match=reason):
-        images.load_image(str(path), 16)
+        load_image(str(path), 16)
     assert images.check_image(str(path), decode=True) is not None
     # The quick look finds a file cut short in every format.
     assert images.check_image(str(path), decode=False) is not None
@@ -186,4 +216,4 @@ def test_whole_files_pass_the_check(name, tail, tmp_path):
 
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match='not there'):
-        images.load_image(str(tmp_path / 'none.jpg'), 16)
+        load_image(str(tmp_path / 'none.jpg'), 16)

@@ -53,6 +53,18 @@ def test_train_and_evaluate(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f'Test_acc{figures} (360 test images of digits')
 
+    # One file of it evaluates to the same, and starts another run.
+    file = f'{tmp_path}/birds.safetensors'
+    done = launch('--mode=export', workdir, f'--out={file}')
+    assert done.stdout == f'{file}: the model of {tmp_path}/run for safetensors\n'
+    start = [f'--config.init_from={file}', f'--workdir={tmp_path}/other']
+    done = launch('--mode=eval', *start)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f'Test_acc{figures} (360 test images of digits')
+    assert done.stdout.endswith(f'weights of {file})\n')
+    done = launch('--mode=summary', *start)
+    assert 'BC-L10k4 with 10 classes' in done.stdout
+
     # Other data, with some of the classes: all of it is used.
     photos = write_images(tmp_path / 'photos', {'3': 4, '8': 5})
     done = launch('--mode=eval', workdir, f'--config.data.source=folder:{photos}')
@@ -92,6 +104,12 @@ def test_summary(arguments, size):
         (['photos'], 'photos is not a flag'),
         (['--config.data.source=folder:/none'], 'there is no such folder'),
         (['--mode=eval', '--workdir=/none'], '--workdir=/none holds no checkpoint'),
+        (['--config.init_from=/none.pth'], 'init_from=/none.pth: there is no such'),
+        (['--mode=export'], '--mode=export needs --out=FILE'),
+        (
+            ['--mode=export', '--out=x.pth'],
+            '--out=x.pth: a file of --format=safetensors ends with .safetensors',
+        ),
     ],
 )
 def test_mistakes(arguments, message, tmp_path):

@@ -63,7 +63,7 @@ def test_cifar_kinds(kind):
 
 def test_init_variables_is_what_linen_makes():
     module = tiny(initializer='glorot_normal')
-    ours = init_variables(module, 0, image_shape=(32, 32, 1))
+    ours = init_variables(module, 0, channels=1)
     theirs = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 32, 32, 1)))
     assert jax.tree.structure(ours) == jax.tree.structure(theirs)
     assert jax.tree.map(np.shape, ours) == jax.tree.map(lambda x: x.shape, theirs)

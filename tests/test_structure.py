@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from configs import base
-from flax_densenet import create_model, data, model, step
+from flax_densenet import create_model, data, model, step, transfer
 
 PACKAGE = ROOT / 'flax_densenet'
 # module -> modules of the package that it may import.
@@ -25,16 +25,27 @@ EDGES = {
     'dense_block': {'errors', 'cpu_kernels'},
     'layers': {'dense_block'},
     'model': {'errors', 'dense_block', 'layers'},
-    'sources': {'errors', 'images'},
+    'labels': {'errors'},
+    'objective': set(),
+    'sources': {'errors', 'images', 'labels'},
+    'hdf5': {'errors'},
+    'keras_config': {'errors'},
+    'keras_layers': set(),
+    'keras_files': {'errors', 'hdf5', 'keras_config', 'keras_layers'},
     'data': {'errors', 'images', 'augment', 'sources'},
-    'evaluate': {'errors', 'checkpoint', 'data', 'model', 'sharding'},
+    'torch_files': {'errors'},
+    'weights': {'errors', 'checkpoint', 'keras_files', 'model', 'torch_files'},
+    'transfer': {'errors', 'weights'},
+    'evaluate': {'errors', 'checkpoint', 'data', 'model', 'objective', 'sharding',
+                 'weights'},
+    'export': {'errors', 'evaluate', 'keras_files', 'weights'},
     'report': {'checkpoint', 'evaluate', 'model'},
-    'step': {'errors', 'evaluate', 'model', 'sharding'},
+    'step': {'errors', 'evaluate', 'model', 'objective', 'sharding'},
     'finetune': {'errors', 'model'},
     'features': {'errors', 'data', 'evaluate', 'model', 'sharding'},
     'train': {
         'errors', 'checkpoint', 'data', 'evaluate', 'features', 'finetune', 'model',
-        'report', 'sharding', 'step',
+        'report', 'sharding', 'step', 'transfer', 'weights',
     },
 }  # fmt: skip
 RECIPES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
@@ -99,7 +110,7 @@ def test_recipes(name):
     config = module.get_config()
     assert set(fields(config)) == set(fields(base.get_config()))
     assert 'python launch.py' in module.__doc__
-    assert create_model(num_classes=2, **config.model)
+    assert create_model(num_classes=2, **transfer.settle_model(config.model, None))
     kwargs = dict(config.optimizer)
     for field in ('l2_penalty', 'layer_decay', 'head_multiplier'):
         kwargs.pop(field)
@@ -127,10 +138,12 @@ def test_base_has_each_field_of_the_functions():
 def test_birds():
     """The recipe to reproduce, field by field."""
     config = importlib.import_module('configs.birds').get_config()
-    assert config.model.variant == 'densenet121'
+    assert transfer.settle_model(config.model, None)['variant'] == 'densenet121'
     assert config.data.source == 'folder:data/bird_photos'
     assert (config.data.batch_size, config.train.epochs) == (4, 40)
-    assert config.data.mean == (0.485, 0.456, 0.406)
+    settled = transfer.settle_data(config.data, None)
+    assert settled['mean'] == (0.485, 0.456, 0.406)
+    assert (settled['resize'], settled['channels']) == ('stretch', 3)
     assert config.optimizer.learning_rate == 1e-4
     config = importlib.import_module('configs.birds_tf').get_config()
     assert config.model.padding == 'same'

@@ -1,0 +1,124 @@
+"""Tables of labels: which images have which of several labels (CSV).
+
+One row an image. A column with the image's name (`image`, `filename`, `Image Index`,
+...; else the first), and a column of 0 and 1 for each label; empty, `nan` and -1 (said
+of uncertain ones) are not known. Or one column `Finding Labels` with names between
+bars, as the NIH's chest X-rays have it. Images of one `Patient ID` (or `patient`,
+`subject`, `group`) never go to both sides of a split; a column `split` of train and
+test decides it.
+"""
+
+import csv
+import dataclasses
+
+import numpy as np
+
+from flax_densenet.errors import UserError
+
+_NAME_COLUMNS = ('image', 'image index', 'filename', 'file', 'path', 'image_id', 'name')
+_GROUP_COLUMNS = (
+    'patient',
+    'patient id',
+    'patient_id',
+    'patientid',
+    'subject',
+    'group',
+)
+_LISTS = 'finding labels'
+_NOTHING = 'No Finding'
+_VALUES = {'': np.nan, 'nan': np.nan, '-1': np.nan, '-1.0': np.nan}
+_VALUES |= {'0': 0.0, '0.0': 0.0, '1': 1.0, '1.0': 1.0}
+_PARTS = {'train': 0, 'training': 0, 'test': 1, 'val': 1, 'valid': 1, 'validation': 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Labels:
+    """A table of labels.
+
+    Attributes:
+      images: names of the images, N of them.
+      names: of the labels, L of them.
+      values: float32 `[N, L]` of 0, 1 and NaN.
+      groups: int64 `[N]`, whose image it is, or None.
+      parts: int64 `[N]`, 0 to train on and 1 to test on, or None.
+      ignored: columns that were taken for none of these.
+    """
+
+    images: list[str]
+    names: tuple[str, ...]
+    values: np.ndarray
+    groups: np.ndarray | None
+    parts: np.ndarray | None
+    ignored: tuple[str, ...]
+
+
+def read(path: str) -> Labels:
+    """Reads a CSV file.
+
+    Raises:
+      UserError: the file cannot be read, names an image twice, or has no labels.
+    """
+    field = f'data.labels={path}'
+    try:
+        with open(path, newline='', encoding='utf-8-sig') as file:
+            rows = list(csv.reader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reason = getattr(error, 'strerror', None) or error
+        raise UserError(f'{field} cannot be read ({reason})') from error
+    rows = [[cell.strip() for cell in row] for row in rows if any(row)]
+    if len(rows) < 2:
+        raise UserError(f'{field} has no rows under its heading')
+    heading, rows = rows[0], rows[1:]
+    for number, row in enumerate(rows, start=2):
+        if len(row) != len(heading):
+            raise UserError(
+                f'{field}: line {number} has {len(row)} cells, the heading '
+                f'{len(heading)}'
+            )
+    columns = dict(zip(heading, zip(*rows, strict=True), strict=True))
+    return _take(field, columns)
+
+
+def _take(field, columns):
+    lower = {name.lower(): name for name in columns}
+    images = next((lower[n] for n in _NAME_COLUMNS if n in lower), next(iter(columns)))
+    group = next((lower[n] for n in _GROUP_COLUMNS if n in lower), None)
+    split = lower.get('split')
+    left = [name for name in columns if name not in (images, group, split)]
+    if len(set(columns[images])) < len(columns[images]):
+        twice = next(x for x in columns[images] if columns[images].count(x) > 1)
+        raise UserError(f'{field}: the image {twice} is there more than once')
+    if _LISTS in lower:
+        lists = [cell.split('|') for cell in columns[lower[_LISTS]]]
+        names = sorted({name for found in lists for name in found} - {_NOTHING, ''})
+        values = [[float(name in found) for name in names] for found in lists]
+        used = {lower[_LISTS]}
+    else:
+        names = [n for n in left if all(c.lower() in _VALUES for c in columns[n])]
+        values = [[_VALUES[c.lower()] for c in columns[n]] for n in names]
+        values = list(zip(*values, strict=True))
+        used = set(names)
+    if not names:
+        raise UserError(
+            f'{field}: no column holds only 0, 1 and empty cells; it has '
+            f'{", ".join(columns)}'
+        )
+    return Labels(
+        images=list(columns[images]),
+        names=tuple(names),
+        values=np.array(values, np.float32),
+        groups=None if group is None else _number(columns[group]),
+        parts=None if split is None else _parts(field, columns[split]),
+        ignored=tuple(name for name in left if name not in used),
+    )
+
+
+def _number(cells):
+    return np.unique(np.array(cells), return_inverse=True)[1].astype(np.int64)
+
+
+def _parts(field, cells):
+    wrong = next((cell for cell in cells if cell.lower() not in _PARTS), None)
+    if wrong is not None:
+        raise UserError(f'{field}: split={wrong} is not known; use train and test')
+    return np.array([_PARTS[cell.lower()] for cell in cells])

@@ -1,0 +1,249 @@
+"""Beside the real torchvision, timm and torchxrayvision: `make test-slow` has them."""
+
+import argparse
+import importlib.util
+import resource
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from flax_densenet import create_model, evaluate, export, weights
+from flax_densenet.errors import UserError
+
+torch = pytest.importorskip('torch')
+
+
+@pytest.fixture(scope='module')
+def torchvision():
+    if importlib.util.find_spec('torchvision') is None:
+        pytest.skip('torchvision is not installed')
+    from benchmarks import torch_models
+
+    return torch_models.import_torchvision()
+
+
+def shake(model):
+    """Random statistics and scales, so that none of them could be left out."""
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(like, low, high):
+        return torch.rand(like.shape, generator=generator) * (high - low) + low
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.weight.copy_(uniform(module.weight, 0.5, 1.5))
+                module.bias.copy_(uniform(module.bias, -0.3, 0.3))
+                module.running_mean.copy_(uniform(module.bias, -0.3, 0.3))
+                module.running_var.copy_(uniform(module.bias, 0.5, 1.5))
+    return model.eval()
+
+
+def small(torchvision, **fields):
+    fields = dict(growth_rate=8, block_config=(2, 2), num_init_features=16) | fields
+    torch.manual_seed(0)
+    return shake(torchvision.models.DenseNet(**fields))
+
+
+def assert_same_function(model, found, size=(64, 64), channels=3):
+    """Features and logits equal to 1e-4 of their spread, or better."""
+    images = np.random.default_rng(1).standard_normal((2, *size, channels))
+    images = images.astype(np.float32)
+    with torch.inference_mode():
+        x = torch.from_numpy(images).permute(0, 3, 1, 2)
+        features = model.features(x).permute(0, 2, 3, 1).numpy()
+        logits = model(x).numpy()
+    run = jax.jit(found.module.apply, static_argnames='method')
+    ours = run(found.variables, images, method='features')
+    assert np.abs(ours - features).max() < 1e-4 * features.std()
+    ours = run(found.variables, images)
+    assert np.abs(ours - logits).max() < 1e-4 * logits.std()
+
+
+@pytest.mark.parametrize('form', ['zip', 'legacy', 'whole', 'nested', 'half'])
+def test_forms_of_files(form, torchvision, tmp_path):
+    model, path = small(torchvision), str(tmp_path / 'x.pth')
+    state = model.state_dict()
+    if form == 'whole':
+        torch.save(model, path)
+    elif form == 'nested':  # as timm's training saves it
+        checkpoint = {
+            'epoch': 3,
+            'arch': 'densenet121',
+            'args': argparse.Namespace(lr=0.1, model='densenet121'),
+            'metric': np.float64(0.5),
+            'optimizer': torch.optim.SGD(model.parameters(), 0.1).state_dict(),
+            'state_dict': {k: torch.zeros_like(v) for k, v in state.items()},
+            'state_dict_ema': {f'module.{k}': v for k, v in state.items()},
+        }
+        torch.save(checkpoint, path)
+    elif form == 'half':
+        torch.save({k: v.half() if v.is_floating_point() else v
+                    for k, v in state.items()}, path)  # fmt: skip
+        model = small(torchvision)
+        model.load_state_dict(torch.load(path))
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=form == 'zip')
+    found = weights.load(path)
+    assert (found.family, found.num_classes) == ('torchvision', 1000)
+    assert_same_function(model, found)
+
+
+def test_views_and_strides(torchvision, tmp_path):
+    """Tensors that share a storage, or lie in it in another order."""
+    model = small(torchvision).to(memory_format=torch.channels_last)
+    state = model.state_dict()
+    both = torch.cat([state['features.norm5.weight'], state['features.norm5.bias']])
+    half = len(both) // 2
+    state['features.norm5.weight'], state['features.norm5.bias'] = both.split(half)
+    torch.save(state, tmp_path / 'x.pth')
+    assert_same_function(model, weights.load(str(tmp_path / 'x.pth')))
+
+
+def test_a_class_of_ones_own_is_refused(tmp_path):
+    class Mine(torch.nn.Module):
+        pass
+
+    Mine.__qualname__ = 'Mine'
+    globals()['Mine'] = Mine
+    torch.save(Mine(), tmp_path / 'x.pth')
+    with pytest.raises(UserError, match=r'needs .*Mine.*torch.save\(model.state_dict'):
+        weights.load(str(tmp_path / 'x.pth'))
+
+
+def test_cut_files(torchvision, tmp_path):
+    for number, new in enumerate([True, False]):
+        path = tmp_path / f'{number}.pth'
+        state = small(torchvision).state_dict()
+        torch.save(state, path, _use_new_zipfile_serialization=new)
+        whole = path.read_bytes()
+        for share in (0.1, 0.5, 0.9, 0.999):
+            path.write_bytes(whole[: int(share * len(whole))])
+            with pytest.raises(UserError, match='not a whole torch file'):
+                weights.load(str(path))
+
+
+def as_trained(module, variables):
+    fields = dict(variant='densenet121', growth_rate=8, block_sizes=(2, 2))
+    metadata = {
+        'model': fields | {'stem_features': 16},
+        'class_names': [str(n) for n in range(module.num_classes)],
+        'image_size': 224,
+        'mean': [0.5] * 3,
+        'std': [0.5] * 3,
+        'data': {'mean': [0.5] * 3},
+    }
+    return evaluate.Trained(module, variables, metadata, {}, 0, None)
+
+
+@pytest.mark.parametrize('form', ['torch', 'safetensors'])
+def test_export(form, torchvision, tmp_path):
+    """What torchvision loads strictly computes the same, another epsilon included."""
+    first = small(torchvision, num_classes=7)
+    torch.save(first.state_dict(), tmp_path / 'a.pth')
+    found = weights.load(str(tmp_path / 'a.pth'))
+    module = found.module.clone(epsilon=1.001e-5)
+    path = str(tmp_path / {'torch': 'b.pth', 'safetensors': 'b.safetensors'}[form])
+    export.save(path, as_trained(module, found.variables), form)
+    if form == 'torch':
+        state = torch.load(path, weights_only=True)
+    else:
+        state = pytest.importorskip('safetensors.torch').load_file(path)
+    other = small(torchvision, num_classes=7)
+    other.load_state_dict(state, strict=True)
+    other.eval()
+    images = np.random.default_rng(1).standard_normal((2, 61, 47, 3)).astype('f4')
+    ours = module.apply(found.variables, images)
+    with torch.inference_mode():
+        theirs = other(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+    assert np.abs(ours - theirs).max() < 1e-4 * theirs.std()
+    assert jax.tree.all(
+        jax.tree.map(
+            np.array_equal,
+            weights.load(path).variables['params'],
+            found.variables['params'],
+        )
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('depth', [121, 161, 169, 201])
+def test_full_size(depth, torchvision, tmp_path):
+    """In, then out to torchvision and timm, bit for bit."""
+    name = f'densenet{depth}'
+    torch.manual_seed(0)
+    model = shake(getattr(torchvision.models, name)(weights=None))
+    path = str(tmp_path / 'x.pth')
+    torch.save(model.state_dict(), path)
+    started, before = time.perf_counter(), peak_bytes()
+    found = weights.load(path)
+    seconds, grown = time.perf_counter() - started, peak_bytes() - before
+    assert found.fields == {'variant': name}
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(found.variables))
+    if name == 'densenet121':
+        assert seconds < 3 and grown < 2.2 * size, (seconds, grown / size)
+    assert_same_function(model, found, size=(97, 131))
+    arrays = export.torch_arrays(found.module, found.variables)
+    tensors = {key: torch.from_numpy(np.array(array)) for key, array in arrays.items()}
+    state = model.state_dict()
+    assert tensors.keys() == state.keys()
+    assert all(torch.equal(tensors[key], state[key]) for key in state)
+    getattr(torchvision.models, name)(weights=None).load_state_dict(tensors)
+    timm = pytest.importorskip('timm')
+    other = timm.create_model(name, pretrained=False)
+    other.load_state_dict(tensors, strict=True)
+    other.eval()
+    with torch.inference_mode():
+        x = torch.randn(1, 3, 64, 64)
+        assert torch.allclose(other(x), model(x), atol=1e-4)
+
+
+def peak_bytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('whole', [True, False])
+def test_chest_x_rays(whole, torchvision, tmp_path):
+    xrv = pytest.importorskip('torchxrayvision')
+    torch.manual_seed(0)
+    model = xrv.models.DenseNet(weights=None, in_channels=1, num_classes=18)
+    model = shake(model)
+    model.op_threshs = torch.rand(18)
+    model.pathologies = [f'finding {n}' for n in range(18)]
+    path = str(tmp_path / 'x.pt')
+    torch.save(model if whole else model.state_dict(), path)
+    found = weights.load(path)
+    assert found.family == 'torchxrayvision'
+    assert found.class_names == (tuple(model.pathologies) if whole else None)
+    model.op_threshs = None  # else its output is moved by them
+    model.apply_sigmoid = False
+    images = np.random.default_rng(1).uniform(-1024, 1024, (2, 224, 224, 1))
+    images = images.astype(np.float32)
+    with torch.inference_mode():
+        expected = model(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+    ours = jax.jit(found.module.apply)(found.variables, images)
+    assert np.abs(ours - expected).max() < 1e-4 * expected.std()
+
+
+@pytest.mark.slow
+def test_a_161_is_no_121(torchvision, tmp_path):
+    from flax_densenet import transfer
+
+    model = torchvision.models.densenet161(weights=None)
+    torch.save(model.state_dict(), tmp_path / 'x.pth')
+    found = weights.load(str(tmp_path / 'x.pth'))
+    with pytest.raises(UserError, match='holds a densenet161 with growth_rate=48'):
+        transfer.settle_model({'variant': 'densenet121'}, found)
+    settled = transfer.settle_model({'variant': None}, found)
+    assert create_model(num_classes=1000, **settled) == found.module
+
+
+@pytest.mark.slow
+def test_another_network(torchvision, tmp_path):
+    model = torchvision.models.resnet18(weights=None)
+    torch.save(model.state_dict(), tmp_path / 'x.pth')
+    with pytest.raises(UserError, match='holds no DenseNet: it has .* arrays'):
+        weights.load(str(tmp_path / 'x.pth'))

@@ -141,7 +141,7 @@ def _export(config, workdir, overrides):
 
 
 def _summarise(config, workdir, overrides):
-    from flax_densenet import data, model, report, transfer, weights
+    from flax_densenet import data, finetune, model, report, transfer, weights
 
     found = weights.load(config['init_from']) if config['init_from'] else None
     fields = transfer.settle_model(config['model'], found)
@@ -153,8 +153,12 @@ def _summarise(config, workdir, overrides):
     # Made for 1000 classes unless there are weights, since a summary reads no data.
     classes = found.num_classes if found else 1000
     module = model.create_model(num_classes=classes, **fields)
+    plan = finetune.make_plan(module, **finetune.plan_fields(config))
+    shape = (size, size, images['channels'])
     print(f'{fields["variant"]} with {classes} classes')
-    print(report.format_summary(module, (size, size, images['channels'])))
+    print(report.format_summary(module, shape, rates=plan.rates))
+    if str(plan):
+        print(plan)
 
 
 MODES = {

@@ -77,7 +77,19 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.0  # of all parameters; decoupled with adamw
     config.optimizer.l2_penalty = 0.0  # times the squares of kernels, in the loss
 
+    # Each stage (stem, dense blocks with their transitions, classifier) learns at this
+    # share of the next one's rate: at 0.8 the last block at 0.8, the one before 0.64.
+    config.optimizer.layer_decay = 1.0
+    config.optimizer.head_multiplier = 1.0  # of the classifier's learning rate
+
     config.train = ConfigDict()
     config.train.epochs = 40
     config.train.seed = 0  # of parameters, order, augmentation and dropout
+    # What keeps its parameters and batch norm statistics: none, backbone (all but the
+    # classifier) or denseblock2 (from the stem to this block and its transition).
+    config.train.freeze = 'none'
+    config.train.head_warmup_epochs = 0  # these train the classifier alone, then freeze
+    # auto: a frozen backbone's features are computed once and kept in memory, with
+    # data.augment=none and up to data.cache_limit_gib; off: in each epoch.
+    config.train.cache_features = 'auto'
     return config

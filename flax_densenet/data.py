@@ -363,7 +363,9 @@ def train_batches(
     )
     # The host's share is taken last, so that the stream does not depend on how many
     # hosts there are.
-    stream = stream.random_map(_Augment(augment))[jax.process_index() :: hosts]
+    if augment_lib.RECIPES[augment]:
+        stream = stream.random_map(_Augment(augment))
+    stream = stream[jax.process_index() :: hosts]
     stream = stream.batch(batch_size // hosts, drop_remainder=True)
     return _iterate(stream[start:], threads, workers)
 

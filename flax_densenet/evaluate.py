@@ -20,11 +20,26 @@ def normalise(images, *, mean, std):
     return (images.astype(jnp.float32) / 255 - mean) / std
 
 
+def forward(module, variables, batch, *, mean, std, mutable=False, **options):
+    """`module.apply`: logits of a batch of images, or of features cached of them.
+
+    Args:
+      batch: `image`, or `features` (`features.cache_features`), which go through the
+        head alone.
+      **options: of the other layers, as `train` and `frozen`.
+    """
+    if 'features' in batch:
+        return module.apply(
+            variables, batch['features'], method='head', mutable=mutable
+        )
+    images = normalise(batch['image'], mean=mean, std=std)
+    return module.apply(variables, images, mutable=mutable, **options)
+
+
 @functools.partial(jax.jit, static_argnames=('module', 'mean', 'std'))
 def eval_step(variables, batch, *, module, mean, std):
     """Sums over the rows whose mask is 1 (correct, loss, count), and the logits."""
-    images = normalise(batch['image'], mean=mean, std=std)
-    logits = module.apply(variables, images)
+    logits = forward(module, variables, batch, mean=mean, std=std)
     mask = batch['mask']
     losses, correct = objective.measure(logits, batch['label'])
     sums = {

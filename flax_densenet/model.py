@@ -238,23 +238,29 @@ class DenseNet(nn.Module):
             self.norm0.update(averages, statistics, x.size // x.shape[-1])
         return y
 
-    def __call__(self, x, train: bool = False):
+    def __call__(self, x, train: bool = False, frozen: int = 0):
         """Images `[N, H, W, C]`, normalised, to logits `[N, num_classes]`.
 
         With `num_classes=0`: to pooled features `[N, F]`. In training pass
         `mutable=['batch_stats']`, and `rngs={'dropout': key}` where it drops out.
 
+        Args:
+          frozen: how many of `stages`, from the stem on, compute as in evaluation
+            though the others train: batch norm by its running statistics, which stay
+            as they are, and no dropout. An argument, not a field, since it says how
+            the model is trained and not which model it is.
+
         Raises:
           UserError: the images are smaller than `smallest_image_size`.
         """
-        return self.head(self.features(x, train))
+        return self.head(self.features(x, train, frozen))
 
-    def features(self, x, train: bool = False):
+    def features(self, x, train: bool = False, frozen: int = 0):
         """Images to the last feature map `[N, H', W', F]`: after `norm5`, no ReLU.
 
         The same place as the output of torchvision's `features`.
         """
-        return self.pyramid(x, train)[-1]
+        return self.pyramid(x, train, frozen)[-1]
 
     def head(self, x):
         """`features` to logits: ReLU, mean over all positions, classifier."""
@@ -262,7 +268,7 @@ class DenseNet(nn.Module):
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
         return self.classifier(x) if self.num_classes else x
 
-    def pyramid(self, x, train: bool = False):
+    def pyramid(self, x, train: bool = False, frozen: int = 0):
         """Images to the output of each dense block, a list from fine to coarse.
 
         For detection and segmentation: strides 4, 8, 16 and 32 with the ImageNet
@@ -271,16 +277,31 @@ class DenseNet(nn.Module):
         check_image_size(self, x.shape[-3:-1])
         x = self.conv0(x.astype(self.dtype))
         if self.stem == 'imagenet':
-            x = self._norm_and_pool(x, train)
+            x = self._norm_and_pool(x, train and frozen < 1)
         outputs = []
         for number in range(1, len(self.block_sizes) + 1):
-            x, statistics = getattr(self, f'denseblock{number}')(x, train)
+            live = train and frozen <= number
+            x, statistics = getattr(self, f'denseblock{number}')(x, live)
             if number == len(self.block_sizes):
-                x = self.norm5(x, train, statistics)
+                x = self.norm5(x, live, statistics)
             outputs.append(x)
             if number < len(self.block_sizes):
-                x = getattr(self, f'transition{number}')(x, train, statistics)
+                x = getattr(self, f'transition{number}')(x, live, statistics)
         return outputs
+
+
+def stages(model: DenseNet) -> list[tuple[str, ...]]:
+    """Names of the model's parts by depth: the stem, each dense block, the head.
+
+    A block's stage has what follows the block: its transition, after the last `norm5`.
+    """
+    stem = ('conv0', 'norm0') if model.stem == 'imagenet' else ('conv0',)
+    last = len(model.block_sizes)
+    blocks = [
+        (f'denseblock{n}', f'transition{n}' if n < last else 'norm5')
+        for n in range(1, last + 1)
+    ]
+    return [stem, *blocks, ('classifier',)]
 
 
 def smallest_image_size(model: DenseNet) -> int:

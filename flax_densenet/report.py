@@ -140,19 +140,32 @@ def count_model(module: model.DenseNet, image_shape):
     return [(name, *part) for name, part in parts.items()]
 
 
-def format_summary(module: model.DenseNet, image_shape) -> str:
-    """A table per block of output shape, parameters and GMACs, with totals."""
+def format_summary(module: model.DenseNet, image_shape, *, rates=None) -> str:
+    """A table per block of output shape, parameters and GMACs, with totals.
+
+    Args:
+      rates: `finetune.make_rates`; where a part is frozen or has a learning rate of
+        its own, a column tells them, and a line the parameters that train.
+    """
     rows = count_model(module, image_shape)
     shape = 'x'.join(map(str, image_shape))
+    rates = rates or {}
+    tuned = any(rate != 1 for rate in rates.values())
     lines = [
-        f'{"part":<14}{"output":>16}{"parameters":>14}{"GMACs":>10}',
+        f'{"part":<14}{"output":>16}{"parameters":>14}{"GMACs":>10}'
+        + (f'{"learning rate":>15}' if tuned else ''),
         f'{"image":<14}{shape:>16}',
     ]
     for name, output, parameters, operations in rows:
         output = 'x'.join(map(str, output))
-        lines.append(
-            f'{name:<14}{output:>16}{parameters:>14,}{operations / 1e9:>10.3f}'
-        )
+        line = f'{name:<14}{output:>16}{parameters:>14,}{operations / 1e9:>10.3f}'
+        if tuned:
+            rate = f'x {rates[name]:.4g}' if rates[name] else 'frozen'
+            line += f'{rate:>15}'
+        lines.append(line)
     parameters, operations = (sum(row[i] for row in rows) for i in (2, 3))
     lines.append(f'{"total":<14}{"":>16}{parameters:>14,}{operations / 1e9:>10.3f}')
+    if tuned:
+        trained = sum(row[2] for row in rows if rates[row[0]])
+        lines.append(f'{"trained":<14}{"":>16}{trained:>14,}')
     return '\n'.join(lines)

@@ -24,6 +24,8 @@ from flax_densenet import (
     checkpoint,
     data,
     evaluate,
+    features,
+    finetune,
     model,
     report,
     sharding,
@@ -34,6 +36,8 @@ from flax_densenet import weights as weights_lib
 from flax_densenet.errors import UserError
 
 _SCHEDULE_FIELDS = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
+# The state of the optimizer depends on them; with their defaults.
+_PHASE_FIELDS = {'freeze': 'none', 'head_warmup_epochs': 0}
 METRICS_FILE = 'metrics.jsonl'
 CONFIG_FILE = 'config.json'
 
@@ -84,6 +88,13 @@ def _check_same_run(workdir, metadata):
                 f'--workdir={workdir} holds a run with data.{name}='
                 f'{saved["data"][name]}, not {data_fields[name]}; {remedy}'
             )
+    for name, default in _PHASE_FIELDS.items():
+        before, now = saved.get('train', {}).get(name, default), metadata['train'][name]
+        if before != now:
+            raise UserError(
+                f'--workdir={workdir} holds a run with train.{name}={before}, not '
+                f'{now}; {remedy}, or start from it: --config.init_from={workdir}'
+            )
 
 
 def _shorten(names, most=5):
@@ -104,6 +115,8 @@ class _Run:
     optimizer: optax.GradientTransformation
     metadata: dict[str, Any]
     weights: weights_lib.Weights | None
+    plan: finetune.Plan
+    features: data.Source | None = None  # in place of the images, where cached
 
     def new_state(self, variables):
         return step.new_state(
@@ -116,7 +129,9 @@ class _Run:
 
     @property
     def loading(self):
-        return {name: self.config['data'][name] for name in ('threads', 'workers')}
+        fields = {name: self.config['data'][name] for name in ('threads', 'workers')}
+        # Each process would get a copy of the features.
+        return fields | {'workers': 0} if self.features else fields
 
 
 def _prepare(config, workdir) -> _Run:
@@ -139,14 +154,21 @@ def _prepare(config, workdir) -> _Run:
             raise UserError(f'data.{name}={fields[name]} is too small')
     if config['train']['epochs'] < 1:
         raise UserError(f'train.epochs={config["train"]["epochs"]} must be at least 1')
-    model.create_model(num_classes=2, **config['model'])  # before the data is read
+    module = model.create_model(num_classes=2, **config['model'])
+    plan = finetune.make_plan(
+        module,
+        **finetune.plan_fields(config),
+        has_weights=weights is not None or checkpoint.has_checkpoint(workdir),
+    )
+    features.check_cache(config['train']['cache_features'])
     loading = {name: fields[name] for name in data.load_source.__kwdefaults__}
     source = data.load_source(fields['source'], **loading)
     module = model.create_model(num_classes=len(source.class_names), **config['model'])
     model.check_image_size(module, (source.train.image_size,) * 2)
     data.check_train_batches(source.train, batch_size, augment, fields['workers'])
     optimizer = dict(config['optimizer'])
-    optimizer.pop('l2_penalty')
+    for name in ('l2_penalty', 'layer_decay', 'head_multiplier'):
+        optimizer.pop(name)
     schedule = step.make_schedule(
         **{name: optimizer.pop(name) for name in _SCHEDULE_FIELDS},
         epochs=config['train']['epochs'],
@@ -159,9 +181,17 @@ def _prepare(config, workdir) -> _Run:
         module=module,
         mesh=mesh,
         schedule=schedule,
-        optimizer=step.make_optimizer(schedule, **optimizer),
-        metadata=make_metadata(config, source),
+        optimizer=finetune.make_optimizer(
+            lambda first: step.make_optimizer(
+                lambda count: schedule(first + count), **optimizer
+            ),
+            plan.rates,
+            head_steps=step.epoch_end(plan.head_epochs, len(source.train), batch_size),
+        ),
+        metadata=make_metadata(config, source)
+        | {'train': {name: config['train'][name] for name in _PHASE_FIELDS}},
         weights=weights,
+        plan=plan,
     )
 
 
@@ -214,13 +244,17 @@ def fit(config, workdir: str) -> dict[str, Any]:
         epochs = run.config['train']['epochs']
         if epochs_done < epochs:
             _write_run_files(run)
-            batches = _train_batches(run, int(state.step))
+            _announce(run)
+            run.features = _cache_features(run, state)
+            batches = _train_batches(run, run.features or run.source, int(state.step))
             try:
-                compiled = _compile(run, state)
+                compiled = _compile(run, state, run.plan.frozen_in(epochs_done + 1))
                 # A second of drawing, for which the first step need not wait.
                 with futures.ThreadPoolExecutor(1) as beside:
                     samples = beside.submit(_save_samples, run)
                     for epoch in range(epochs_done + 1, epochs + 1):
+                        if epochs_done < run.plan.head_epochs == epoch - 1:
+                            compiled = _compile(run, state, run.plan.frozen)
                         args = run, compiled, state, batches, epoch
                         state, record = _train_epoch(*args)
                         samples.result()
@@ -326,17 +360,17 @@ def _write_run_files(run):
 def _save_samples(run):
     if not sharding.is_writer():
         return
-    batches = _train_batches(run, 0)
+    batches = _train_batches(run, run.source, 0)
     report.save_samples(
         run.workdir, next(batches), run.source.class_names, **run.preprocessing
     )
     batches.close()
 
 
-def _train_batches(run, start):
+def _train_batches(run, source, start):
     fields = run.config['data']
     return data.train_batches(
-        run.source.train,
+        source.train,
         batch_size=fields['batch_size'],
         seed=run.config['train']['seed'],
         start=start,
@@ -345,33 +379,51 @@ def _train_batches(run, start):
     )
 
 
-def _compile(run, state):
-    rows, side = run.config['data']['batch_size'], run.source.train.image_size
-    by_rows = sharding.split_rows(run.mesh)
-    labels = run.source.train[0]['label'][None]
+def _announce(run):
+    """Prints what is trained on what."""
+    side = run.source.train.image_size
+    print(
+        f'{run.config["model"]["variant"]}: {len(run.source.train)} images to train '
+        f'on, {len(run.source.test)} to test on, {len(run.source.class_names)} '
+        f'classes, {side}x{side}; {run.mesh.size} {jax.default_backend()} device(s)',
+        flush=True,
+    )
+    if str(run.plan):
+        print(run.plan, flush=True)
+
+
+def _cache_features(run, state):
+    """The source with features in place of images that are always the same."""
+    if not run.plan.head_only or run.config['train']['cache_features'] == 'off':
+        return None
+    fields = run.config['data']
+    return features.cache_features(
+        run.module,
+        {'params': state.params, 'batch_stats': state.batch_stats},
+        run.source,
+        augment=fields['augment'],
+        limit_gib=fields['cache_limit_gib'],
+        batch_size=fields['batch_size'],
+        mesh=run.mesh,
+        **run.preprocessing,
+        **run.loading,
+    )
+
+
+def _compile(run, state, frozen):
+    rows, by_rows = run.config['data']['batch_size'], sharding.split_rows(run.mesh)
+    example = (run.features or run.source).train[0] | {'epoch': np.int32(0)}
     batch = {
-        'image': jax.ShapeDtypeStruct(
-            (rows, side, side, run.config['data']['channels']),
-            np.uint8,
-            sharding=by_rows,
-        ),
-        'label': jax.ShapeDtypeStruct(
-            (rows, *labels.shape[1:]), labels.dtype, sharding=by_rows
-        ),
-        'epoch': jax.ShapeDtypeStruct((rows,), np.int32, sharding=by_rows),
+        name: jax.ShapeDtypeStruct((rows, *value.shape), value.dtype, sharding=by_rows)
+        for name, value in example.items()
     }
     train_step = step.make_train_step(
         run.module,
         run.optimizer,
         seed=run.config['train']['seed'],
         l2_penalty=run.config['optimizer']['l2_penalty'],
+        frozen=frozen,
         **run.preprocessing,
-    )
-    print(
-        f'{run.config["model"]["variant"]}: {len(run.source.train)} images to train '
-        f'on, {len(run.source.test)} to test on, {len(run.source.class_names)} '
-        f'classes, {side}x{side}; {run.mesh.size} {jax.default_backend()} device(s)',
-        flush=True,
     )
     start = time.perf_counter()
     compiled = step.compile_train_step(train_step, state, batch, run.mesh)
@@ -438,7 +490,7 @@ def _test(run, state):
     metrics = evaluate.evaluate(
         run.module,
         {'params': state.params, 'batch_stats': state.batch_stats},
-        run.source.test,
+        (run.features or run.source).test,
         batch_size=run.config['data']['batch_size'],
         mesh=run.mesh,
         **run.preprocessing,

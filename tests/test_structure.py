@@ -42,9 +42,11 @@ EDGES = {
     'export': {'errors', 'evaluate', 'keras_files', 'weights'},
     'report': {'checkpoint', 'evaluate', 'model'},
     'step': {'errors', 'evaluate', 'model', 'objective', 'sharding'},
+    'finetune': {'errors', 'model'},
+    'features': {'errors', 'data', 'evaluate', 'model', 'sharding'},
     'train': {
-        'errors', 'checkpoint', 'data', 'evaluate', 'model', 'report', 'sharding',
-        'step', 'transfer', 'weights',
+        'errors', 'checkpoint', 'data', 'evaluate', 'features', 'finetune', 'model',
+        'report', 'sharding', 'step', 'transfer', 'weights',
     },
 }  # fmt: skip
 RECIPES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
@@ -111,7 +113,8 @@ def test_recipes(name):
     assert 'python launch.py' in module.__doc__
     assert create_model(num_classes=2, **transfer.settle_model(config.model, None))
     kwargs = dict(config.optimizer)
-    kwargs.pop('l2_penalty')
+    for field in ('l2_penalty', 'layer_decay', 'head_multiplier'):
+        kwargs.pop(field)
     names = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
     schedule = step.make_schedule(
         **{n: kwargs.pop(n) for n in names},

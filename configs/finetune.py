@@ -1,0 +1,30 @@
+"""Trained weights on to your own photographs, with a new classifier.
+
+  python launch.py --config=configs/finetune.py:PATH --config.data.source=folder:photos
+
+PATH is a file of weights or the folder of a run; the model and the preparation of the
+images come with it. The classifier trains alone for the first epoch, so that its random
+start does not disturb the rest; then all train, the lower a block the slower. For some
+hundreds to some thousands of images; the cost is that of training as many epochs from
+scratch, which needs many more of them.
+
+With few images, --config.train.freeze=denseblock3 leaves the first three blocks as they
+are and takes about a third of the time; configs/linear_probe.py trains the classifier
+alone.
+"""
+
+from configs import base
+
+
+def get_config(path=''):
+    config = base.get_config()
+    config.init_from = path
+    config.data.source = 'folder:data/photos'
+    config.data.batch_size = 16
+    config.data.augment = 'crop_flip'
+    config.optimizer.learning_rate = 3e-4
+    config.optimizer.schedule = 'cosine'
+    config.optimizer.layer_decay = 0.8
+    config.train.epochs = 20
+    config.train.head_warmup_epochs = 1
+    return config

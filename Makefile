@@ -1,6 +1,6 @@
 # make run    trains DenseNet-121 on handwritten digits, in a few minutes on a CPU
 # make test   runs the tests, but for those of some minutes
-# make test-slow   runs those
+# make test-slow   runs those, and those beside torch and Keras
 # Both make .venv first, with the newest Python (3.11 to 3.13) that starts here.
 
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
@@ -8,6 +8,9 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
 	sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	>/dev/null 2>&1 && { echo $$name; break; }; done)
 BIN = .venv/bin
+# Peers need Python 3.11: only for it is there a CPU build of this torch. This project is
+# there too, with the oldest JAX that it runs on.
+PEERS = .venv-peers/bin
 
 .PHONY: run test test-slow lint bench clean
 
@@ -19,16 +22,15 @@ run: .venv/installed
 test: .venv/installed lint
 	$(BIN)/python -m pytest -q
 
-test-slow: .venv/installed
+test-slow: .venv/installed .venv-peers/installed
 	$(BIN)/python -m pytest -q -m slow
-
-# Peers need Python 3.11: only for it is there a CPU build of this torch.
-PEERS = .venv-peers/bin
+	$(PEERS)/python -m pytest -q -m 'slow or not slow' tests/test_torch.py \
+		tests/test_keras_files.py tests/test_weights.py
 
 bench: .venv/installed .venv-peers/installed
 	$(BIN)/python -m benchmarks.run
 
-.venv-peers/installed: benchmarks/peers.txt
+.venv-peers/installed: benchmarks/peers.txt pyproject.toml
 	@peer=$$(for name in python3.11 /usr/bin/python3.11 $$HOME/.pyenv/versions/3.11*/bin/python; do \
 		$$name -c 'import venv, ensurepip, sys; sys.exit(sys.version_info[:2] != (3, 11))' \
 		>/dev/null 2>&1 && { echo $$name; break; }; done); \
@@ -36,7 +38,9 @@ bench: .venv/installed .venv-peers/installed
 	$$peer -m venv .venv-peers
 	$(PEERS)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(PEERS)/python -m pip install --quiet --disable-pip-version-check -r benchmarks/peers.txt
-	$(PEERS)/python -m pip install --quiet --disable-pip-version-check --no-deps torchvision==0.28.0
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	$(PEERS)/python -m pip install --quiet --disable-pip-version-check --no-deps \
+		torchvision==0.28.0 timm torchxrayvision
 	touch $@
 
 lint: .venv/installed

@@ -1,0 +1,180 @@
+"""Ways to build the dense block for a GPU, each with the results of `dense_block`.
+
+A way is a pair (block_train, block_eval) with the signatures of the functions of
+`dense_block`; `install` puts it in their place, so that training, inference and tests
+run the package itself around it.
+
+  concat    today's: concatenation, 1x1 as a product
+  conv1x1   the same, 1x1 as a convolution
+  nchw      the same, 3x3 with channels first
+  pieces    no growing array: normalised pieces are joined for each product
+  buffer    one preallocated buffer, written in place, backward by hand (`gpu_block`)
+  forward   the same, with the Pallas kernel in the forward pass
+  pallas    the same, with Pallas kernels both ways
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from benchmarks import gpu_block, gpu_kernels
+from flax_densenet import dense_block
+from flax_densenet.dense_block import normalise_relu, statistics
+
+
+def _conv1x1(x, kernel):
+    return lax.conv_general_dilated(
+        x,
+        kernel[None, None],
+        (1, 1),
+        'VALID',
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
+
+
+def _conv3x3_nchw(x, kernel):
+    y = lax.conv_general_dilated(
+        x.transpose(0, 3, 1, 2),
+        kernel.transpose(3, 2, 0, 1),
+        (1, 1),
+        ((1, 1), (1, 1)),
+        dimension_numbers=('NCHW', 'OIHW', 'NCHW'),
+    )
+    return y.transpose(0, 2, 3, 1)
+
+
+def _train(
+    x,
+    layers,
+    *,
+    epsilon,
+    dtype,
+    kernel='xla',
+    remat=True,
+    dropout_rate=0.0,
+    keys=None,
+    product=dense_block.product,
+    conv3x3=dense_block._conv3x3,
+    join=True,
+):
+    """`dense_block.block_train` by XLA and autodiff, with other parts.
+
+    Args:
+      product, conv3x3: of the two convolutions.
+      join: whether the features are concatenated after each layer, or are kept as
+        pieces which are joined when they are normalised.
+    """
+    _refuse(layers, dropout_rate)
+
+    def hidden(pieces, mean, var, layer):
+        parts, at = [], 0
+        for piece in pieces:
+            own = slice(at, at + piece.shape[-1])
+            at = own.stop
+            parts.append(
+                normalise_relu(
+                    piece,
+                    mean[own],
+                    var[own],
+                    layer.scale1[own],
+                    layer.bias1[own],
+                    epsilon,
+                    dtype,
+                )
+            )
+        y = parts[0] if len(parts) == 1 else jnp.concatenate(parts, -1)
+        return product(y, layer.kernel1.astype(dtype)[0, 0])
+
+    if remat:
+        hidden = jax.checkpoint(hidden, prevent_cse=True)
+    pieces, (mean, var), inner = [x], statistics(x), []
+    for layer in layers:
+        y = hidden(pieces, mean, var, layer)
+        inner.append(statistics(y))
+        y = normalise_relu(y, *inner[-1], layer.scale2, layer.bias2, epsilon, dtype)
+        y = conv3x3(y, layer.kernel2.astype(dtype))
+        new_mean, new_var = statistics(y)
+        pieces.append(y)
+        if join:
+            pieces = [jnp.concatenate(pieces, -1)]
+        mean = jnp.concatenate([mean, new_mean])
+        var = jnp.concatenate([var, new_var])
+    return jnp.concatenate(pieces, -1), (mean, var), inner
+
+
+def _refuse(layers, dropout_rate):
+    if layers[0].kernel2 is None or dropout_rate:
+        raise NotImplementedError('for layers with a bottleneck, without dropout')
+
+
+def _block_train(
+    x, layers, *, epsilon, dtype, kernel='xla', remat=True, dropout_rate=0.0,
+    keys=None, products,
+):  # fmt: skip
+    """`gpu_block.block`; it computes activations again in any case."""
+    _refuse(layers, dropout_rate)
+    trained = [dense_block._parameters(layer) for layer in layers]
+    return gpu_block.block(x.astype(dtype), trained, epsilon, products)
+
+
+def _eval(x, layers, *, epsilon, dtype, kernel='xla'):
+    return dense_block._xla_eval(x, layers, epsilon, dtype)
+
+
+def _buffer_eval(x, layers, *, epsilon, dtype, kernel='xla', pallas):
+    """One buffer, written in place; norm2 and its ReLU within the Pallas kernel."""
+    shape, pixels, channels = x.shape, x.size // x.shape[3], x.shape[3]
+    growth = layers[0].kernel2.shape[3]
+    buffer = x.astype(dtype).reshape(pixels, channels)
+    buffer = jnp.pad(buffer, ((0, 0), (0, len(layers) * growth)))
+    for layer in layers:
+        norm1, norm2 = _affine(layer, epsilon)
+        kernel1 = layer.kernel1.astype(dtype)[0, 0]
+        if pallas:
+            y = gpu_kernels.forward(buffer, norm1, kernel1, activate=norm2)
+        else:
+            y = gpu_block.normalised(buffer, norm1, kernel1)
+            y = lax.dot(y, kernel1).astype(jnp.float32)
+            y = jax.nn.relu(y * norm2[0][None] + norm2[1][None]).astype(dtype)
+        y = dense_block._conv3x3(y.reshape(*shape[:3], -1), layer.kernel2.astype(dtype))
+        y = y.reshape(pixels, growth)
+        buffer = lax.dynamic_update_slice(buffer, y, (0, channels))
+        channels += growth
+    return buffer.reshape(*shape[:3], channels)
+
+
+def _affine(layer, epsilon):
+    """(mean, factor, bias) of norm1 and (factor, bias) of norm2, running averages."""
+    factor1 = layer.scale1 * lax.rsqrt(layer.var1 + epsilon)
+    factor2 = layer.scale2 * lax.rsqrt(layer.var2 + epsilon)
+    bias2 = layer.bias2 - layer.mean2 * factor2
+    return (layer.mean1, factor1, layer.bias1), (factor2, bias2)
+
+
+def _way(**parts):
+    return functools.partial(_train, **parts), _eval
+
+
+def _buffer_way(forward, backward, *, pallas):
+    return (
+        functools.partial(_block_train, products=(forward[0], backward[1])),
+        functools.partial(_buffer_eval, pallas=pallas),
+    )
+
+
+WAYS = {
+    'concat': _way(),
+    'conv1x1': _way(product=_conv1x1),
+    'nchw': _way(conv3x3=_conv3x3_nchw),
+    'pieces': _way(join=False),
+    'buffer': _buffer_way(gpu_block.XLA, gpu_block.XLA, pallas=False),
+    'forward': _buffer_way(gpu_block.PALLAS, gpu_block.XLA, pallas=True),
+    'pallas': _buffer_way(gpu_block.PALLAS, gpu_block.PALLAS, pallas=True),
+}
+
+
+def install(name: str):
+    """Puts the way `name` in the place of the functions of `dense_block`."""
+    dense_block.block_train, dense_block.block_eval = WAYS[name]

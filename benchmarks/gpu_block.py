@@ -108,7 +108,7 @@ def _forward(x, layers, epsilon, products):
 
 
 def _spread(gradient, x, mean, d_mean, d_var):
-    """Adds to a gradient `[P, C]` of x what comes back through its mean and variance."""
+    """Adds to the gradient `[P, C]` of x what comes back through its statistics."""
     more = d_mean[None] + 2 * (x.astype(jnp.float32) - mean[None]) * d_var[None]
     return (gradient.astype(jnp.float32) + more / x.shape[0]).astype(gradient.dtype)
 

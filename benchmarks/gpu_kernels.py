@@ -4,8 +4,8 @@ As separate operations that layer reads the C channels of `x`, writes them norma
 reads them for the product, and reads its output for batch norm's statistics; backward
 it is about ten passes over C channels. `forward` reads x once and takes the statistics
 of what it writes; `backward` reads x once, and reads and writes the gradient of x once.
-Both get the block's whole buffer `[P, width]` and touch its first C channels, so nothing
-is concatenated, sliced or copied.
+Both get the block's whole buffer `[P, width]` and touch its first C channels, so
+nothing is concatenated, sliced or copied.
 
 Lowered by Triton on a GPU, interpreted elsewhere (slowly, for tests).
 """
@@ -54,7 +54,7 @@ def _power_of_two(number, most):
 
 
 def _span(index, size, end):
-    """Slice number `index` of `size`, and where it is within `end`; None: everywhere."""
+    """Slice number `index` of `size`, and its mask within `end`; None: all within."""
     start = index * size
     return pl.ds(start, size), None if end % size == 0 else (
         start + lax.iota(jnp.int32, size) < end

@@ -175,6 +175,65 @@ WAYS = {
 }
 
 
-def install(name: str):
-    """Puts the way `name` in the place of the functions of `dense_block`."""
-    dense_block.block_train, dense_block.block_eval = WAYS[name]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def max_pool(x, padding):
+    """3x3 max pooling of stride 2, `[N, H, W, C]`, whose way back has no scatter.
+
+    XLA's gradient of a pooling is a scatter, on a GPU by atomic operations; here each
+    window remembers its place, 0 to 8, and each pixel asks its windows.
+    """
+    return _max_pool_forward(x, padding)[0]
+
+
+def _max_pool_forward(x, padding):
+    height, width = (x.shape[axis + 1] + sum(padding[axis]) for axis in (0, 1))
+    sizes = ((height - 3) // 2 + 1, (width - 3) // 2 + 1)
+    low = jnp.array(-jnp.inf, x.dtype)
+    padded = lax.pad(x, low, ((0, 0, 0), *((*p, 0) for p in padding), (0, 0, 0)))
+    most, place = None, None
+    for number in range(9):
+        row, column = divmod(number, 3)
+        value = padded[
+            :,
+            row : row + 2 * sizes[0] - 1 : 2,
+            column : column + 2 * sizes[1] - 1 : 2,
+        ]
+        if most is None:
+            most, place = value, jnp.zeros(value.shape, jnp.uint8)
+        else:
+            # The first of equal values, as XLA takes it.
+            place = jnp.where(value > most, jnp.uint8(number), place)
+            most = jnp.maximum(most, value)
+    return most, (place, jnp.zeros((0, *x.shape[1:3]), x.dtype))
+
+
+def _max_pool_backward(padding, saved, g):
+    place, like = saved
+    total = 0
+    for number in range(9):
+        config = [(0, 0, 0)]
+        for start, n, out, (low, _) in zip(
+            divmod(number, 3), like.shape[1:], g.shape[1:3], padding, strict=True
+        ):
+            before = start - low
+            config.append((before, n - before - (2 * out - 1), 1))
+        part = jnp.where(place == number, g, 0).astype(jnp.float32)
+        total += lax.pad(part, jnp.float32(0), (*config, (0, 0, 0)))
+    return (total.astype(g.dtype),)
+
+
+max_pool.defvjp(_max_pool_forward, _max_pool_backward)
+
+
+def _stem_without_scatter(x, mean, var, scale, bias, epsilon, padding, dtype):
+    y = normalise_relu(x, mean, var, scale, bias, epsilon, dtype)
+    return max_pool(y, tuple(map(tuple, padding)))
+
+
+POOLS = {'scatter': dense_block._xla_stem, 'gather': _stem_without_scatter}
+
+
+def install(way: str, pool: str = 'scatter'):
+    """Puts a way, and one for the stem, in the place of `dense_block`'s functions."""
+    dense_block.block_train, dense_block.block_eval = WAYS[way]
+    dense_block._xla_stem = POOLS[pool]

@@ -6,8 +6,9 @@
 
 Parts: `ways` to build the block (`gpu_ways`), `flags` of XLA for the best of them,
 `torch` (all of torch's contenders, plain Linen; training and inference), `batch` (the
-largest that fits) and `profile` (where a step's time goes). Each part replaces its own
-lines of the results, so that parts can be run one by one; the table is made of all.
+largest that fits) and `profile` (where a step's time goes). What is measured again
+replaces its own lines of the results, so that parts, and some of the ways, can be run
+one by one; the table is made of all.
 
 Contenders are processes that take turns. They cannot all wait in the GPU's memory: JAX
 keeps what it once took. torch's give their cached memory back after each turn and stay
@@ -38,7 +39,8 @@ WAYS = {
     'concat': dict(way='concat'),
     'concat none': dict(way='concat', fields={'remat': 'none'}),
     'pallas': dict(way='pallas'),
-    'pallas gather': dict(way='pallas', pool='gather'),
+    'fused': dict(way='fused'),
+    'fused gather': dict(way='fused', pool='gather'),
     'buffer': dict(way='buffer'),
     'forward': dict(way='forward'),
     'pieces': dict(way='pieces'),
@@ -90,7 +92,8 @@ class Run:
         self.flags = {name: FLAGS[name] for name in options.flags or FLAGS}
         self.results = pathlib.Path(options.results or _results(self.small))
         self.lines = gpu_report.read(self.results)
-        self.best = options.best or gpu_report.best_way(self.lines) or 'pallas'
+        self.best = options.best or gpu_report.best_way(self.lines) or 'concat'
+        self.best_flags = gpu_report.best_flags(self.lines) or 'none'
         self.ours = os.environ.get('OURS', sys.executable)
         peers = os.environ.get('PEERS', str(ROOT / '.venv-peers' / 'bin' / 'python'))
         self.peers = peers if _runs(peers) else None
@@ -171,6 +174,7 @@ class Group:
             return action(contender)
         except (RuntimeError, BrokenPipeError):
             contender.kill()
+            contender.close()
             del self.alive[name]
             self.failed[name] = _reason(self._log(name).read_text())
             if not timer.is_alive():
@@ -211,7 +215,8 @@ def _compare(run, part, ours, torch, flags=None, task='train'):
     kinds = _torch_kinds(run, *torch)
     group.start({kind: run.spec(kind, task=task) for kind in kinds})
     names = list(ours)
-    for number, first in enumerate(range(0, len(names), GROUP)):
+    for first in range(0, len(names), GROUP):
+        when = time.time()  # ratios are taken within a group
         chosen = names[first : first + GROUP]
         group.start({name: ours[name] for name in chosen}, flags)
         found = group.measure(run.rounds)
@@ -219,7 +224,7 @@ def _compare(run, part, ours, torch, flags=None, task='train'):
             facts = figures.pop('facts')[-1]
             for figure, values in figures.items():
                 lines.append(
-                    {'part': part, 'task': task, 'group': number, 'contender': name}
+                    {'part': part, 'task': task, 'group': when, 'contender': name}
                     | {'figure': figure, 'values': values, 'facts': facts}
                 )
         group.close(*chosen)
@@ -237,7 +242,8 @@ def ways(run):
 
 def flags(run):
     ours = {name: run.best_spec() for name in run.flags}
-    return _compare(run, 'flags', ours, ['torch_compile'], run.flags)
+    lines = _compare(run, 'flags', ours, ['torch_compile'], run.flags)
+    return [line | {'way': run.best} for line in lines]
 
 
 def torch(run):
@@ -247,10 +253,11 @@ def torch(run):
         'torch',
         {'ours': run.best_spec(), 'linen': run.spec('linen')},
         kinds,
+        {'ours': FLAGS[run.best_flags]},
     )
     infer = {
         way: run.spec('ours', task='infer', way=way)
-        for way in ('concat', 'buffer', 'pallas')
+        for way in ('concat', 'buffer', 'pallas', 'fused')
     }
     return lines + _compare(run, 'torch', infer, kinds, task='infer')
 
@@ -292,7 +299,10 @@ def batch(run):
 
         def attempt(size, name=name, spec=spec):
             group = Group(run)
-            group.start({name: dataclasses.replace(spec, batch=size, steps=2)})
+            group.start(
+                {name: dataclasses.replace(spec, batch=size, steps=2)},
+                {'ours': FLAGS[run.best_flags]},
+            )
             found = group.measure(1).get(name)
             group.close()
             line = {'part': 'batch', 'contender': name, 'batch': size}
@@ -327,18 +337,15 @@ def batch(run):
 def profile(run):
     """Without command buffers: within one the profiler sees no operations."""
     group = Group(run)
-    spec = run.best_spec(task='profile')
-    flags = {'profile': FLAGS['no command buffers']}
-    group.start({'profile': spec}, flags)
-    if 'profile' not in group.alive:
-        return [{'part': 'profile', 'failed': 'profile', 'reason': str(group.failed)}]
+    flags = f'{FLAGS[run.best_flags]} {FLAGS["no command buffers"]}'
+    group.start({'profile': run.best_spec(task='profile')}, {'profile': flags})
     found = group.measure(1)
     group.close()
     if not found:
-        return [{'part': 'profile', 'failed': 'profile', 'reason': str(group.failed)}]
-    return [
-        {'part': 'profile', 'way': run.best, 'operations': found['profile']['found'][0]}
-    ]
+        reason = group.failed.get('profile')
+        return [{'part': 'profile', 'failed': 'profile', 'reason': reason}]
+    operations = found['profile']['found'][0]
+    return [{'part': 'profile', 'way': run.best, 'operations': operations}]
 
 
 def _options(arguments):
@@ -358,13 +365,15 @@ def _options(arguments):
 
 
 def main(arguments=None):
-    run = Run(_options(arguments))
+    options = _options(arguments)
+    run = Run(options)
     parts = dict(ways=ways, flags=flags, torch=torch, batch=batch, profile=profile)
-    for part in _options(arguments).only:
+    for part in options.only:
         found = parts[part](run)
-        run.lines = [line for line in run.lines if line['part'] != part] + found
-        if part == 'ways':
+        run.lines = gpu_report.merge(run.lines, part, found)
+        if part == 'ways' and not options.best:
             run.best = gpu_report.best_way(run.lines) or run.best
+        run.best_flags = gpu_report.best_flags(run.lines) or 'none'
         gpu_report.write(run.results, run.lines)
         print(f'{part}: done', file=sys.stderr, flush=True)
     table = gpu_report.table(run.lines)

@@ -49,7 +49,7 @@ def _interpret():
     return jax.default_backend() != 'gpu'
 
 
-def _power_of_two(number, most):
+def power_of_two(number, most):
     return max(16, min(most, 1 << (number - 1).bit_length()))
 
 
@@ -129,10 +129,18 @@ def _forward_kernel(*refs, shape, tiles, activate):
     y_ref, mean_ref, square_ref = refs[5:]
     y = total.astype(y_ref.dtype)
     _store(y_ref, (rows, columns), y, mask)
-    # Of the rounded values, as the plain layers take them; squares are of deviations
-    # from this tile's mean, so a mean far from zero costs no digits.
-    y = y.astype(jnp.float32)
-    count = jnp.minimum(tiles.pixels, pixels - pl.program_id(0) * tiles.pixels)
+    store_statistics(mean_ref, square_ref, y, pixels, row_mask, columns, column_mask)
+    return None
+
+
+def store_statistics(mean_ref, square_ref, y, pixels, row_mask, columns, column_mask):
+    """Of a tile: the mean of each channel, and the sum of squares about it.
+
+    Of the rounded values, as the plain layers take them. Deviations are from this
+    tile's mean, so a mean far from zero costs no digits.
+    """
+    y, size = y.astype(jnp.float32), y.shape[0]
+    count = jnp.minimum(size, pixels - pl.program_id(0) * size)
     if row_mask is not None:
         y = jnp.where(row_mask[:, None], y, 0)
     mean = y.sum(0) / count.astype(jnp.float32)
@@ -142,14 +150,24 @@ def _forward_kernel(*refs, shape, tiles, activate):
     where = (pl.program_id(0), columns)
     _store(mean_ref, where, mean, column_mask)
     _store(square_ref, where, (deviation * deviation).sum(0), column_mask)
-    return None
+
+
+def join_statistics(means, squares, pixels, size):
+    """(mean, biased variance) of all, from those of tiles of `size` (Chan et al.)."""
+    count = means.shape[0]
+    # The last tile may be smaller.
+    weight = jnp.full((count, 1), size, jnp.float32)
+    weight = weight.at[-1].set(pixels - (count - 1) * size) / pixels
+    mean = (means * weight).sum(0)
+    between = (jnp.square(means - mean[None, :]) * weight).sum(0)
+    return mean, squares.sum(0) / pixels + between
 
 
 def _whole(array):
     return pl.BlockSpec(array.shape, lambda *_: (0,) * array.ndim)
 
 
-def _call(kernel, inputs, outputs, grid, tiles, name, **options):
+def call(kernel, inputs, outputs, grid, tiles, name, **options):
     return pl.pallas_call(
         kernel,
         grid=grid,
@@ -179,13 +197,13 @@ def forward(x, norm, kernel, *, activate=None, tiles=FORWARD):
       `[P, M]`, of x's dtype, and its (mean, biased variance); with `activate` no pair.
     """
     (pixels, _), (channels, features) = x.shape, kernel.shape
-    tiles = dataclasses.replace(tiles, features=_power_of_two(features, tiles.features))
+    tiles = dataclasses.replace(tiles, features=power_of_two(features, tiles.features))
     count = pl.cdiv(pixels, tiles.pixels)
     outputs = [jax.ShapeDtypeStruct((pixels, features), x.dtype)]
     if activate is None:
         parts = jax.ShapeDtypeStruct((count, features), jnp.float32)
         outputs += [parts, parts]
-    y, *parts = _call(
+    y, *parts = call(
         functools.partial(
             _forward_kernel,
             shape=(pixels, channels, features),
@@ -200,13 +218,7 @@ def forward(x, norm, kernel, *, activate=None, tiles=FORWARD):
     )
     if activate is not None:
         return y
-    # Chan's formula, over the tiles; the last may be smaller.
-    weight = jnp.full((count, 1), tiles.pixels, jnp.float32)
-    weight = weight.at[-1].set(pixels - (count - 1) * tiles.pixels) / pixels
-    means, squares = parts
-    mean = (means * weight).sum(0)
-    between = (jnp.square(means - mean[None, :]) * weight).sum(0)
-    return y, (mean, squares.sum(0) / pixels + between)
+    return y, join_statistics(*parts, pixels, tiles.pixels)
 
 
 def _backward_kernel(*refs, shape, tiles, per_split):
@@ -277,7 +289,7 @@ def backward(x, g, total, norm, kernel, *, tiles=BACKWARD):
       where d, `[P, C]`, is the gradient behind norm1; all but `total` in float32.
     """
     (pixels, _), (channels, features) = x.shape, kernel.shape
-    tiles = dataclasses.replace(tiles, features=_power_of_two(features, 1 << 30))
+    tiles = dataclasses.replace(tiles, features=power_of_two(features, 1 << 30))
     tiles = _fit_registers(tiles)
     across = pl.cdiv(channels, tiles.channels)
     count = pl.cdiv(pixels, tiles.pixels)
@@ -290,7 +302,7 @@ def backward(x, g, total, norm, kernel, *, tiles=BACKWARD):
         sums,
         sums,
     ]
-    total, *parts = _call(
+    total, *parts = call(
         functools.partial(
             _backward_kernel,
             shape=(pixels, channels, features),

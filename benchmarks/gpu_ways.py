@@ -9,8 +9,9 @@ run the package itself around it.
   nchw      the same, 3x3 with channels first
   pieces    no growing array: normalised pieces are joined for each product
   buffer    one preallocated buffer, written in place, backward by hand (`gpu_block`)
-  forward   the same, with the Pallas kernel in the forward pass
-  pallas    the same, with Pallas kernels both ways
+  forward   the same; the 1x1 in the forward pass by a Pallas kernel
+  pallas    the same; the 1x1 by Pallas kernels both ways
+  fused     the same; the 3x3 too
 """
 
 import functools
@@ -19,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from benchmarks import gpu_block, gpu_kernels
+from benchmarks import gpu_block, gpu_conv, gpu_kernels
 from flax_densenet import dense_block
 from flax_densenet.dense_block import normalise_relu, statistics
 
@@ -111,67 +112,73 @@ def _refuse(layers, dropout_rate):
 
 def _block_train(
     x, layers, *, epsilon, dtype, kernel='xla', remat=True, dropout_rate=0.0,
-    keys=None, products,
+    keys=None, parts,
 ):  # fmt: skip
     """`gpu_block.block`; it computes activations again in any case."""
     _refuse(layers, dropout_rate)
     trained = [dense_block._parameters(layer) for layer in layers]
-    return gpu_block.block(x.astype(dtype), trained, epsilon, products)
+    return gpu_block.block(x.astype(dtype), trained, epsilon, parts)
 
 
 def _eval(x, layers, *, epsilon, dtype, kernel='xla'):
     return dense_block._xla_eval(x, layers, epsilon, dtype)
 
 
-def _buffer_eval(x, layers, *, epsilon, dtype, kernel='xla', pallas):
-    """One buffer, written in place; norm2 and its ReLU within the Pallas kernel."""
+def _buffer_eval(x, layers, *, epsilon, dtype, kernel='xla', parts):
+    """One buffer, written in place; a Pallas product also does norm2 and its ReLU."""
     shape, pixels, channels = x.shape, x.size // x.shape[3], x.shape[3]
     growth = layers[0].kernel2.shape[3]
     buffer = x.astype(dtype).reshape(pixels, channels)
     buffer = jnp.pad(buffer, ((0, 0), (0, len(layers) * growth)))
     for layer in layers:
-        norm1, norm2 = _affine(layer, epsilon)
+        norm1 = gpu_block.affine(
+            layer.mean1, layer.var1, layer.scale1, layer.bias1, epsilon
+        )
+        norm2 = mean, factor, bias = gpu_block.affine(
+            layer.mean2, layer.var2, layer.scale2, layer.bias2, epsilon
+        )
         kernel1 = layer.kernel1.astype(dtype)[0, 0]
-        if pallas:
-            y = gpu_kernels.forward(buffer, norm1, kernel1, activate=norm2)
+        kernel2 = layer.kernel2.astype(dtype)
+        if parts.conv is gpu_conv.forward:
+            y, _ = parts.product(buffer, norm1, kernel1)
+            buffer, _ = parts.conv(buffer, channels, y, norm2, kernel2, shape[:3])
         else:
-            y = gpu_block.normalised(buffer, norm1, kernel1)
-            y = lax.dot(y, kernel1).astype(jnp.float32)
-            y = jax.nn.relu(y * norm2[0][None] + norm2[1][None]).astype(dtype)
-        y = dense_block._conv3x3(y.reshape(*shape[:3], -1), layer.kernel2.astype(dtype))
-        y = y.reshape(pixels, growth)
-        buffer = lax.dynamic_update_slice(buffer, y, (0, channels))
+            if parts.product is gpu_kernels.forward:
+                activate = (factor, bias - mean * factor)
+                y = gpu_kernels.forward(buffer, norm1, kernel1, activate=activate)
+            else:
+                y = lax.dot(gpu_block.normalised(buffer, norm1, kernel1), kernel1)
+                y = gpu_block.normalised(y, norm2, kernel2[0, 0])
+            y = dense_block._conv3x3(y.reshape(*shape[:3], -1), kernel2)
+            y = y.reshape(pixels, growth)
+            buffer = lax.dynamic_update_slice(buffer, y, (0, channels))
         channels += growth
     return buffer.reshape(*shape[:3], channels)
-
-
-def _affine(layer, epsilon):
-    """(mean, factor, bias) of norm1 and (factor, bias) of norm2, running averages."""
-    factor1 = layer.scale1 * lax.rsqrt(layer.var1 + epsilon)
-    factor2 = layer.scale2 * lax.rsqrt(layer.var2 + epsilon)
-    bias2 = layer.bias2 - layer.mean2 * factor2
-    return (layer.mean1, factor1, layer.bias1), (factor2, bias2)
 
 
 def _way(**parts):
     return functools.partial(_train, **parts), _eval
 
 
-def _buffer_way(forward, backward, *, pallas):
+def _buffer_way(**parts):
+    parts = gpu_block.Parts(**parts)
     return (
-        functools.partial(_block_train, products=(forward[0], backward[1])),
-        functools.partial(_buffer_eval, pallas=pallas),
+        functools.partial(_block_train, parts=parts),
+        functools.partial(_buffer_eval, parts=parts),
     )
 
 
+_PRODUCT = dict(product=gpu_kernels.forward, product_backward=gpu_kernels.backward)
+_CONV = dict(conv=gpu_conv.forward, conv_backward=gpu_conv.backward)
 WAYS = {
     'concat': _way(),
     'conv1x1': _way(product=_conv1x1),
     'nchw': _way(conv3x3=_conv3x3_nchw),
     'pieces': _way(join=False),
-    'buffer': _buffer_way(gpu_block.XLA, gpu_block.XLA, pallas=False),
-    'forward': _buffer_way(gpu_block.PALLAS, gpu_block.XLA, pallas=True),
-    'pallas': _buffer_way(gpu_block.PALLAS, gpu_block.PALLAS, pallas=True),
+    'buffer': _buffer_way(),
+    'forward': _buffer_way(product=gpu_kernels.forward),
+    'pallas': _buffer_way(**_PRODUCT),
+    'fused': _buffer_way(**_PRODUCT, **_CONV),
 }
 
 

@@ -72,17 +72,33 @@ def _fusion(lines):
 
 
 def _kernel(shape, operands):
-    """Of a kernel that gets whole buffers: `[P, width]` counts as `[P, C]`."""
-    *_, channels, features = re.findall(r'\d+', re.sub(r'\{.*', '', operands[-1]))[-2:]
-    pixels = re.search(r'\[(\d+),', operands[0])[1]
+    """Of a kernel of ours: of a whole buffer `[P, width]` only what it touches.
+
+    The last operand is the kernel, `[C, M]` of a product, which touches C channels, or
+    `[9 * M, G]` of a 3x3 convolution, which puts G into the buffer.
+    """
+    channels, features = _sizes(operands[-1])
+    pixels, width = _sizes(operands[0])
+    touched, read = channels, True
+    if channels == 9 * width:
+        touched, read = features, False
     total = 0
-    for text in [*operands, shape]:
+    for place, text in enumerate([*operands, shape]):
         for kind, sizes in _SHAPE.findall(text):
-            sizes = sizes.split(',')
-            if len(sizes) == 2 and sizes[0] == pixels and sizes[1] != features:
-                sizes[1] = str(min(int(sizes[1]), int(channels)))
-            total += _bytes(f'{kind}[{",".join(sizes)}]')
+            sizes = [int(n) for n in sizes.split(',')]
+            buffer = sizes[0] == pixels and sizes[1:] not in ([features], [width])
+            if touched == channels and sizes[0] == pixels and sizes[1:] != [features]:
+                buffer = True
+            if buffer:
+                sizes[1] = min(sizes[1], touched)
+                if not read and place < len(operands):
+                    sizes[1] = 0
+            total += _bytes(f'{kind}[{",".join(map(str, sizes))}]')
     return total
+
+
+def _sizes(text):
+    return [int(n) for n in _SHAPE.search(text)[2].split(',')]
 
 
 def count(text: str) -> dict[str, float]:

@@ -5,6 +5,7 @@ runs `measure()` each time it is told to. So import, compilation and the other
 contenders' work stay out of the figures, and slow minutes of the machine hit all.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -62,13 +63,15 @@ class Contender:
         return self._read(self._process.args)
 
     def close(self):
-        self._process.stdin.close()
+        """Waits until it has ended."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended by itself
+            self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
     def kill(self):
-        """Ends it in the middle of whatever it does."""
+        """Ends it in the middle of whatever it does; `close` is still to be called."""
         self._process.kill()
-        self._process.wait()
 
 
 def alternate(contenders: dict[str, Contender], rounds: int):

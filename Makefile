@@ -8,7 +8,7 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
 	>/dev/null 2>&1 && { echo $$name; break; }; done)
 BIN = .venv/bin
 
-.PHONY: run test lint bench clean
+.PHONY: run test lint bench bench-gpu clean
 
 run: .venv/installed
 	$(BIN)/python launch.py --config=configs/densenet121.py --workdir=ckpt/digits \
@@ -23,6 +23,14 @@ PEERS = .venv-peers/bin
 
 bench: .venv/installed .venv-peers/installed
 	$(BIN)/python -m benchmarks.run
+
+# On a GPU. Ours needs `pip install '.[cuda]'`, the peers torch for CUDA and torchvision:
+# make bench-gpu OURS=python3 PEERS_PYTHON=python3 where one Python has both.
+OURS ?= $(BIN)/python
+PEERS_PYTHON ?= $(PEERS)/python
+
+bench-gpu:
+	OURS=$(OURS) PEERS=$(PEERS_PYTHON) $(OURS) -m benchmarks.gpu $(ARGS)
 
 .venv-peers/installed: benchmarks/peers.txt
 	@peer=$$(for name in python3.11 /usr/bin/python3.11 $$HOME/.pyenv/versions/3.11*/bin/python; do \

@@ -22,22 +22,20 @@ import dataclasses
 import json
 import os
 import pathlib
-import re
 import sys
 import tempfile
-import threading
 import time
 
-from benchmarks import gpu_report, sidebyside
+from benchmarks import gpu_report, gpu_turns
 from benchmarks.gpu_contender import Spec
 
 ROOT = pathlib.Path(__file__).parents[1]
 GROUP = 3
 PARTS = ('ways', 'flags', 'torch', 'batch', 'profile')
-# name -> fields of Spec. The first is what the package does today.
+# name -> fields of Spec; without `way` the package as it is.
 WAYS = {
-    'concat': dict(way='concat'),
-    'concat none': dict(way='concat', fields={'remat': 'none'}),
+    'concat': dict(),
+    'concat none': dict(fields={'remat': 'none'}),
     'pallas': dict(way='pallas'),
     'fused': dict(way='fused'),
     'fused gather': dict(way='fused', pool='gather'),
@@ -65,7 +63,6 @@ FLAGS = {
     'conv nhwc': '--xla_gpu_force_conv_nhwc=true',
     'conv nchw': '--xla_gpu_force_conv_nchw=true',
 }
-OUT_OF_MEMORY = re.compile('RESOURCE_EXHAUSTED|out of memory|OutOfMemory', re.I)
 SMALL = dict(
     batch=4,
     size=32,
@@ -85,7 +82,7 @@ class Run:
 
     def __init__(self, options):
         self.rounds = options.rounds or (2 if options.small else 5)
-        self.small = options.small
+        self.small, self.torch_max = options.small, options.torch_max
         self.end = time.monotonic() + 60 * options.minutes
         self.base = Spec('', **SMALL) if self.small else Spec('')
         self.ways = {name: WAYS[name] for name in options.ways or WAYS}
@@ -130,88 +127,9 @@ def _torch_kinds(run, *names):
     return list(names)
 
 
-class Group:
-    """Contenders that are alive, and the reasons of those that are not."""
-
-    def __init__(self, run):
-        self.run, self.alive, self.failed = run, {}, {}
-
-    def start(self, specs, flags=None):
-        """Starts `{name: Spec}`; all prepare at the same time."""
-        for name, spec in specs.items():
-            if self.run.left() < 60:
-                self.failed[name] = 'not run: the time was up'
-                continue
-            torch = spec.kind.startswith('torch')
-            extra = '' if torch else (flags or {}).get(name, '')
-            text = json.dumps(dataclasses.asdict(spec))
-            with open(self._log(name), 'w') as log:
-                self.alive[name] = sidebyside.Contender(
-                    [
-                        self.run.peers if torch else self.run.ours,
-                        *('-m', 'benchmarks.gpu_contender', text),
-                    ],
-                    stderr=log,
-                    wait=False,
-                    # Else each would take three quarters of the memory at once.
-                    XLA_PYTHON_CLIENT_PREALLOCATE='false',
-                    XLA_PYTHON_CLIENT_MEM_FRACTION='0.95',
-                    XLA_FLAGS=f'{os.environ.get("XLA_FLAGS", "")} {extra}'.strip(),
-                )
-        for name in specs:
-            if name in self.alive:
-                self._guard(name, lambda contender: contender.ready() or {})
-
-    def _log(self, name):
-        return pathlib.Path(self.run.logs) / f'{name.replace(" ", "_")}.log'
-
-    def _guard(self, name, action):
-        """The action's result, or None where the contender ended or took too long."""
-        contender = self.alive[name]
-        timer = threading.Timer(max(1, self.run.left()), contender.kill)
-        timer.start()
-        try:
-            return action(contender)
-        except (RuntimeError, BrokenPipeError):
-            contender.kill()
-            contender.close()
-            del self.alive[name]
-            self.failed[name] = _reason(self._log(name).read_text())
-            if not timer.is_alive():
-                self.failed[name] = 'stopped: the time was up'
-            print(f'{name}: {self.failed[name]}', file=sys.stderr, flush=True)
-            return None
-        finally:
-            timer.cancel()
-
-    def measure(self, rounds):
-        """`{name: {figure: [rounds]}}` of those that last, in changing order."""
-        found = {name: {} for name in self.alive}
-        for number in range(rounds):
-            names = list(self.alive)
-            for name in names if number % 2 == 0 else reversed(names):
-                figures = self._guard(name, sidebyside.Contender.measure)
-                for figure, value in (figures or {}).items():
-                    found[name].setdefault(figure, []).append(value)
-        return {name: found[name] for name in self.alive}
-
-    def close(self, *names):
-        for name in names or list(self.alive):
-            if name in self.alive:
-                self.alive.pop(name).close()
-
-
-def _reason(log):
-    """The line of a log that says why the process ended."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    pattern = re.compile('Unknown flag|Error|RESOURCE_EXHAUSTED|out of memory')
-    said = [line for line in lines if pattern.search(line)]
-    return (said or lines or ['ended without a word'])[-1][:300]
-
-
 def _compare(run, part, ours, torch, flags=None, task='train'):
     """Ours in groups, torch's through all of them; returns lines of results."""
-    group, lines = Group(run), []
+    group, lines = gpu_turns.Group(run), []
     kinds = _torch_kinds(run, *torch)
     group.start({kind: run.spec(kind, task=task) for kind in kinds})
     names = list(ours)
@@ -247,7 +165,7 @@ def flags(run):
 
 
 def torch(run):
-    kinds = ('torch', 'torch_compile', 'torch_max')
+    kinds = ('torch', 'torch_compile', *(('torch_max',) if run.torch_max else ()))
     lines = _compare(
         run,
         'torch',
@@ -256,8 +174,8 @@ def torch(run):
         {'ours': FLAGS[run.best_flags]},
     )
     infer = {
-        way: run.spec('ours', task='infer', way=way)
-        for way in ('concat', 'buffer', 'pallas', 'fused')
+        way or 'concat': run.spec('ours', task='infer', way=way)
+        for way in ('', 'buffer', 'pallas', 'fused')
     }
     return lines + _compare(run, 'torch', infer, kinds, task='infer')
 
@@ -298,7 +216,7 @@ def batch(run):
         end = time.monotonic() + share
 
         def attempt(size, name=name, spec=spec):
-            group = Group(run)
+            group = gpu_turns.Group(run)
             group.start(
                 {name: dataclasses.replace(spec, batch=size, steps=2)},
                 {'ours': FLAGS[run.best_flags]},
@@ -309,7 +227,7 @@ def batch(run):
             if not found:
                 reason = group.failed.get(name, '')
                 lines.append(line | {'reason': reason})
-                if not OUT_OF_MEMORY.search(reason):
+                if not gpu_turns.OUT_OF_MEMORY.search(reason):
                     raise RuntimeError(f'batch {size}: {reason}')
                 return None
             memory = found['facts'][0].get('memory_gib')
@@ -336,7 +254,7 @@ def batch(run):
 
 def profile(run):
     """Without command buffers: within one the profiler sees no operations."""
-    group = Group(run)
+    group = gpu_turns.Group(run)
     flags = f'{FLAGS[run.best_flags]} {FLAGS["no command buffers"]}'
     group.start({'profile': run.best_spec(task='profile')}, {'profile': flags})
     found = group.measure(1)
@@ -359,6 +277,11 @@ def _options(arguments):
     parser.add_argument('--flags', type=names, help=f'some of {list(FLAGS)}')
     parser.add_argument('--best', help='the way of all parts but ways')
     parser.add_argument('--rounds', type=int)
+    parser.add_argument(
+        '--torch-max',
+        action='store_true',
+        help="torch.compile's longest search too: minutes more",
+    )
     parser.add_argument('--minutes', type=float, default=9.0, help='at most, in all')
     parser.add_argument('--results', help='file of results, to be read and written')
     return parser.parse_args(arguments)

@@ -63,7 +63,7 @@ def _serve(spec, steps, facts, peak):
     sidebyside.serve(measure)
 
 
-def _prepare_jax(spec):
+def prepare_jax(spec):
     """Without grain `data` cannot be imported, and `step` imports it on its way."""
     if importlib.util.find_spec('grain') is None:
         stub = types.ModuleType('grain')
@@ -108,7 +108,7 @@ def _facts(spec, device, compiled, seconds):
 
 
 def _ours(spec):
-    device = _prepare_jax(spec)
+    device = prepare_jax(spec)
     import jax
 
     fields = dict(dtype='bfloat16', **spec.fields, **spec.small)
@@ -153,18 +153,18 @@ def _ours(spec):
 
 
 def _names(compiled):
-    """Kernels by the function that they come from, library calls by their target."""
+    """Kernels of ours by their name, library calls by their target."""
     pattern = r'%?(\S+) = .*custom_call_target="([^"]+)"(?:.*op_name="([^"]*)")?'
     names = {}
     for operation, target, path in re.findall(pattern, compiled.as_text()):
-        way = 'backward' if 'transpose' in path else 'forward'
-        names[operation] = f'{target.split("$")[-1]} {way}'
+        *_, kernel, last = ['', '', *path.split('/')]
+        names[operation] = kernel if last == 'pallas_call' else target.split('$')[-1]
     return names
 
 
 def _copy(spec):
     """Gigabytes a second, read and written, as 'images'."""
-    device = _prepare_jax(spec)
+    device = prepare_jax(spec)
     import jax
     import jax.numpy as jnp
 

@@ -45,7 +45,7 @@ FORWARD = Tiles()
 BACKWARD = Tiles(pixels=64)
 
 
-def _interpret():
+def interpret():
     return jax.default_backend() != 'gpu'
 
 
@@ -174,7 +174,7 @@ def call(kernel, inputs, outputs, grid, tiles, name, **options):
         in_specs=[_whole(array) for array in inputs],
         out_specs=[_whole(array) for array in outputs],
         out_shape=outputs,
-        interpret=_interpret(),
+        interpret=interpret(),
         compiler_params=plgpu.CompilerParams(
             num_warps=tiles.warps, num_stages=tiles.stages
         ),

@@ -78,8 +78,13 @@ def error(found, expected):
     return np.sqrt(wrong / sum((b**2).sum() for _, b in pairs))
 
 
-@pytest.mark.parametrize('way', gpu_ways.WAYS)
-@pytest.mark.parametrize(('shape', 'dtype'), [('161', 'float32'), ('121', 'bfloat16')])
+# The parts of the others are among those in bfloat16.
+CASES = [(way, '161', 'float32') for way in gpu_ways.WAYS] + [
+    (way, '121', 'bfloat16') for way in ('pieces', 'buffer', 'pallas', 'fused')
+]
+
+
+@pytest.mark.parametrize(('way', 'shape', 'dtype'), CASES)
 def test_contract(way, shape, dtype):
     expected = plain(shape, 'float32')
     found = results(gpu_ways.WAYS[way], shape, dtype)

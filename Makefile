@@ -12,7 +12,7 @@ BIN = .venv/bin
 # there too, with the oldest JAX that it runs on.
 PEERS = .venv-peers/bin
 
-.PHONY: run test test-slow lint bench clean
+.PHONY: run test test-slow lint bench bench-gpu clean
 
 run: .venv/installed
 	$(BIN)/python launch.py --config=configs/densenet121.py --workdir=ckpt/digits \
@@ -29,6 +29,14 @@ test-slow: .venv/installed .venv-peers/installed
 
 bench: .venv/installed .venv-peers/installed
 	$(BIN)/python -m benchmarks.run
+
+# On a GPU. Ours needs `pip install '.[cuda]'`, the peers torch for CUDA and torchvision:
+# make bench-gpu OURS=python3 PEERS_PYTHON=python3 where one Python has both.
+OURS ?= $(BIN)/python
+PEERS_PYTHON ?= $(PEERS)/python
+
+bench-gpu:
+	OURS=$(OURS) PEERS=$(PEERS_PYTHON) $(OURS) -m benchmarks.gpu $(ARGS)
 
 .venv-peers/installed: benchmarks/peers.txt pyproject.toml
 	@peer=$$(for name in python3.11 /usr/bin/python3.11 $$HOME/.pyenv/versions/3.11*/bin/python; do \

@@ -5,6 +5,7 @@ runs `measure()` each time it is told to. So import, compilation and the other
 contenders' work stay out of the figures, and slow minutes of the machine hit all.
 """
 
+import contextlib
 import json
 import os
 import statistics
@@ -24,17 +25,31 @@ def serve(measure: Callable[[], dict[str, Any]]):
 
 
 class Contender:
-    """A program under `serve`, stopped with the `with` block."""
+    """A program under `serve`.
 
-    def __init__(self, command: list[str], **environment: str):
+    Args:
+      stderr: file for what it says; None for ours.
+      wait: whether to return when it is ready; else call `ready`, so that several can
+        prepare at the same time.
+    """
+
+    def __init__(
+        self, command: list[str], *, stderr=None, wait: bool = True, **environment: str
+    ):
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=stderr,
             text=True,
             env=os.environ | environment,
         )
-        self._read(command)
+        if wait:
+            self.ready()
+
+    def ready(self):
+        """Returns when it is ready for its first turn."""
+        self._read(self._process.args)
 
     def _read(self, what):
         line = self._process.stdout.readline()
@@ -48,8 +63,15 @@ class Contender:
         return self._read(self._process.args)
 
     def close(self):
-        self._process.stdin.close()
+        """Waits until it has ended."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended by itself
+            self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
+
+    def kill(self):
+        """Ends it in the middle of whatever it does; `close` is still to be called."""
+        self._process.kill()
 
 
 def alternate(contenders: dict[str, Contender], rounds: int):

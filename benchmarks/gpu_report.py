@@ -207,7 +207,7 @@ def table(lines):
     facts = [line['facts'] for line in lines if line.get('facts')]
     devices = sorted({fact['device'] for fact in facts})
     versions = sorted({fact['version'] for fact in facts if 'version' in fact})
-    out = [f'{", ".join(devices)}; {", ".join(versions)}.', '']
+    out = [f'{", ".join(devices)}; {", ".join(versions)}.', ''] if facts else []
     copied = _bandwidth(lines)
     if copied:
         out += [

@@ -12,6 +12,7 @@ import difflib
 import os
 import pathlib
 import sys
+import threading
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -221,6 +222,10 @@ def _set_up_jax():
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         cache = cpu_kernels.cache_folder() / 'xla'
         jax.config.update('jax_compilation_cache_dir', str(cache))
+    if _MODE.value in ('train', 'eval') and jax.default_backend() == 'cpu':
+        # The first time it is compiled for some seconds: begun here, it is ready when
+        # the data is.
+        threading.Thread(target=cpu_kernels.load, daemon=True).start()
 
 
 def main(argv):

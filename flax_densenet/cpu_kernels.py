@@ -5,6 +5,7 @@ compiler's flags, JAX's version and the processor, so nothing stale is ever load
 Without a compiler the dense block runs through XLA alone, some three times slower.
 """
 
+import concurrent.futures
 import ctypes
 import functools
 import hashlib
@@ -15,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 
 import jax
 import jaxlib
@@ -22,14 +24,18 @@ import numpy as np
 
 _SOURCE = pathlib.Path(__file__).with_name('cpu_kernels.cc')
 _FLAGS = ['-std=c++17', '-O3', '-ffp-contract=fast', '-fno-math-errno', '-shared']
-_HANDLERS = (
-    'DenseBlockForwardTrain',
-    'DenseBlockForwardEval',
-    'DenseBlockBackward',
-    'StemForwardTrain',
-    'StemForwardEval',
-    'StemBackwardTrain',
+# What is compiled into one file; the two take about as long.
+_PARTS = (
+    (
+        'DenseBlockForwardTrain',
+        'DenseBlockForwardEval',
+        'StemForwardTrain',
+        'StemForwardEval',
+        'StemBackwardTrain',
+    ),
+    ('DenseBlockBackward',),
 )
+_LOCK = threading.Lock()
 
 
 def cache_folder() -> pathlib.Path:
@@ -49,40 +55,53 @@ def _processor():
     )
 
 
-@functools.cache
 def load() -> str | None:
-    """Makes the kernels ready to be called; None, or the reason why they cannot be."""
+    """Makes the kernels ready to be called; None, or the reason why they cannot be.
+
+    May be called from a thread ahead of time: the first call takes seconds, a second
+    one waits for it.
+    """
+    with _LOCK:
+        return _load()
+
+
+@functools.cache
+def _load():
     if os.environ.get('FLAX_DENSENET_CPU_KERNELS') == '0':
         return 'FLAX_DENSENET_CPU_KERNELS=0'
     try:
-        library = ctypes.CDLL(str(_build()))
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            files = list(pool.map(_build, range(len(_PARTS))))
+        libraries = [ctypes.CDLL(str(file)) for file in files]
     except (OSError, subprocess.SubprocessError) as error:
         return ' '.join(str(error).split())
-    for name in _HANDLERS:
-        handler = jax.ffi.pycapsule(getattr(library, name))
-        jax.ffi.register_ffi_target(f'flax_densenet_{name}', handler, platform='cpu')
+    for library, names in zip(libraries, _PARTS, strict=True):
+        for name in names:
+            handler = jax.ffi.pycapsule(getattr(library, name))
+            target = f'flax_densenet_{name}'
+            jax.ffi.register_ffi_target(target, handler, platform='cpu')
     return None
 
 
-def _build():
+def _build(part):
+    """The library of one part: from the cache, else compiled."""
     named = os.environ.get('CXX')
     compiler = shutil.which(named) if named else None
     compiler = compiler or next(filter(None, map(shutil.which, ('c++', 'g++'))), None)
     if compiler is None:
         raise OSError('no C++ compiler (c++, g++ or $CXX) is installed')
-    source = _SOURCE.read_bytes()
-    parts = [source, repr(_FLAGS), compiler, jaxlib.__version__, _processor()]
-    parts = [part if isinstance(part, bytes) else part.encode() for part in parts]
-    key = hashlib.sha256(b'\0'.join(parts)).hexdigest()[:24]
+    flags = [*_FLAGS, f'-DFLAX_DENSENET_PART={part}']
+    key = [repr(flags), compiler, jaxlib.__version__, _processor()]
+    key = b'\0'.join([_SOURCE.read_bytes(), *(text.encode() for text in key)])
     folder = cache_folder() / 'kernels'
-    target = folder / f'{key}.so'
+    target = folder / f'{hashlib.sha256(key).hexdigest()[:24]}.so'
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
     arch = ['-mcpu=native'] if platform.machine() == 'arm64' else ['-march=native']
     with tempfile.TemporaryDirectory(dir=folder) as building:
         output = os.path.join(building, 'kernels.so')
-        command = [compiler, *_FLAGS, *arch, '-I', jax.ffi.include_dir()]
+        command = [compiler, *flags, *arch, '-I', jax.ffi.include_dir()]
         if sys.platform != 'win32':
             command.append('-fPIC')
         done = subprocess.run(
@@ -122,12 +141,13 @@ def keep_memory() -> bool:
     if not sys.platform.startswith('linux'):
         return False
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        libc = ctypes.CDLL(None)
+        mallopt = libc.mallopt
     except (AttributeError, OSError):  # not glibc
         return False
     mmap_threshold, trim_threshold, arena_max, most = -3, -1, -8, 2**31 - 1
     # One arena: the others cannot grow beyond 64 MiB and would map each buffer.
-    return all(
+    done = all(
         mallopt(name, value)
         for name, value in (
             (arena_max, 1),
@@ -135,3 +155,7 @@ def keep_memory() -> bool:
             (mmap_threshold, most),
         )
     )
+    # Else a step begins before the memory of the one before it is free, takes new
+    # memory, and the heap keeps both: up to 3.2 instead of 2.1 GiB for the 121.
+    jax.config.update('jax_cpu_enable_async_dispatch', False)
+    return done

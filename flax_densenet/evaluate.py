@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_densenet import checkpoint, data, model, objective, sharding, weights
+from flax_densenet import images as images_lib
 from flax_densenet.errors import UserError
 
 
@@ -187,6 +188,19 @@ def _from_file(path, mesh):
         metrics={},
         step=None,
         mesh=mesh,
+    )
+
+
+def preparation_of(metadata: dict[str, Any]) -> images_lib.Preparation:
+    """How images are prepared for the model of this metadata."""
+    fields = metadata['data']
+    default = images_lib.Preparation()
+    return images_lib.Preparation(
+        metadata['image_size'],
+        fields.get('resize') or default.resize,
+        fields.get('crop_fraction') or default.crop_fraction,
+        fields.get('interpolation') or default.interpolation,
+        len(metadata['mean']),
     )
 
 

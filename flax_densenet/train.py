@@ -11,6 +11,7 @@ import math
 import os
 import resource
 import sys
+import threading
 import time
 from concurrent import futures
 from typing import Any
@@ -360,6 +361,8 @@ def _write_run_files(run):
 def _save_samples(run):
     if not sharding.is_writer():
         return
+    if sys.platform.startswith('linux'):  # there this is about the thread alone
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
     batches = _train_batches(run, run.source, 0)
     report.save_samples(
         run.workdir, next(batches), run.source.class_names, **run.preprocessing

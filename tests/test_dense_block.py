@@ -375,7 +375,7 @@ def test_without_a_compiler(monkeypatch, capsys):
     """`auto` goes on with XLA and says so once; `native` names the reason."""
     monkeypatch.setenv('PATH', '')
     monkeypatch.delenv('CXX', raising=False)
-    monkeypatch.setattr(cpu_kernels, 'load', cpu_kernels.load.__wrapped__)
+    monkeypatch.setattr(cpu_kernels, '_load', cpu_kernels._load.__wrapped__)
     monkeypatch.setattr(jax, 'device_count', lambda: 1)
     dense_block._say_once.cache_clear()
     variables, images = inputs('BC')
@@ -395,7 +395,7 @@ def test_a_broken_compiler(monkeypatch, tmp_path):
     broken.chmod(0o755)
     monkeypatch.setenv('CXX', str(broken))
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    assert 'failed: x.cc:1: error: no such thing' in cpu_kernels.load.__wrapped__()
+    assert 'failed: x.cc:1: error: no such thing' in cpu_kernels._load.__wrapped__()
     assert list((tmp_path / 'flax_densenet' / 'kernels').iterdir()) == []
 
 

@@ -1,0 +1,78 @@
+"""Grad-CAM: which parts of an image speak for a class (Selvaraju et al., 1610.02391).
+
+The maps A are the model's `features` (behind the last batch norm). Their weights are
+the gradients of the class's logit, averaged over the positions (equation 1); the map
+shown is the ReLU of their weighted sum (equation 2).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from flax_densenet import model
+
+# Points of a colour map from dark blue over green to yellow, seen alike by the colour
+# blind (viridis, CC0).
+_COLOURS = np.array(
+    [
+        (68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141),
+        (39, 173, 129), (92, 200, 99), (170, 220, 50), (253, 231, 37),
+    ],
+    np.float32,
+)  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames='module')
+def grad_cam(variables, images, classes, *, module: model.DenseNet):
+    """Logits, and the map of one class for each image.
+
+    Args:
+      variables: `{'params', 'batch_stats'}`.
+      images: float32 `[N, H, W, C]`, normalised.
+      classes: int32 `[N]`; -1 takes the class with the highest logit.
+
+    Returns:
+      logits `[N, num_classes]`, maps float32 `[N, h, w]`, 0 or above, not scaled.
+    """
+    features = module.apply(variables, images, method='features')
+    features = features.astype(jnp.float32)
+
+    def of_class(features):
+        logits = module.apply(variables, features, method='head')
+        chosen = jnp.where(classes < 0, logits.argmax(-1), classes)
+        picked = jnp.take_along_axis(logits, chosen[:, None], 1)
+        # Each image's logit depends on its own features alone.
+        return picked.sum(), logits
+
+    gradients, logits = jax.grad(of_class, has_aux=True)(features)
+    weights = gradients.mean((1, 2), keepdims=True)
+    return logits, jax.nn.relu((weights * features).sum(-1))
+
+
+def overlay(image: np.ndarray, cam: np.ndarray, *, strength: float = 0.55):
+    """A map laid over its image.
+
+    Args:
+      image: uint8 `[H, W, 3]` or `[H, W, 1]`.
+      cam: `[h, w]`; its highest value gets the brightest colour.
+      strength: share of the colours where the map is highest.
+
+    Returns:
+      uint8 `[H, W, 3]`.
+    """
+    image = np.broadcast_to(image, (*image.shape[:2], 3)).astype(np.float32)
+    height, width = image.shape[:2]
+    cam = np.asarray(cam, np.float32)
+    cam = cam / max(float(cam.max()), 1e-12)
+    cam = Image.fromarray(cam).resize((width, height), Image.Resampling.BILINEAR)
+    cam = np.clip(np.asarray(cam), 0, 1)
+    place = cam * (len(_COLOURS) - 1)
+    low = np.minimum(place.astype(int), len(_COLOURS) - 2)
+    share = (place - low)[..., None]
+    colours = _COLOURS[low] * (1 - share) + _COLOURS[low + 1] * share
+    alpha = strength * cam[..., None]
+    mixed = image * (1 - alpha) + colours * alpha
+    return mixed.round().astype(np.uint8)

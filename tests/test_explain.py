@@ -1,0 +1,71 @@
+"""Grad-CAM against its definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_densenet import create_model, explain, init_variables
+
+
+@pytest.fixture(scope='module')
+def case():
+    module = create_model('BC-L10k4', num_classes=3)
+    variables = init_variables(module, 0)
+    # A classifier that is not near 0, and statistics that are not simple.
+    rng = np.random.default_rng(0)
+    noise = lambda leaf: leaf + 0.3 * np.abs(rng.standard_normal(leaf.shape))  # noqa: E731
+    variables = jax.tree.map(lambda x: noise(x).astype(np.float32), variables)
+    return module, variables, rng.standard_normal((2, 16, 16, 3)).astype(np.float32)
+
+
+def test_by_finite_differences(case):
+    """Weights: what a class's logit gains when a feature map rises everywhere."""
+    module, variables, images = case
+    classes = np.array([2, 0], np.int32)
+    logits, cams = explain.grad_cam(variables, images, classes, module=module)
+    np.testing.assert_allclose(logits, module.apply(variables, images), rtol=1e-5)
+    with jax.enable_x64(True):
+        double = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), variables)
+        wide = module.clone(dtype='float64', kernel='xla')
+        features = wide.apply(double, jnp.asarray(images), method='features')
+        head = lambda f: wide.apply(double, f, method='head')  # noqa: E731
+        _, height, width, channels = features.shape
+        step = 1e-6
+        for n, chosen in enumerate(classes):
+            weights = []
+            for k in range(channels):
+                moved = [
+                    head(features.at[n, :, :, k].add(s * step))[n, chosen]
+                    for s in (1, -1)
+                ]
+                slope = (moved[0] - moved[1]) / (2 * step)
+                weights.append(slope / (height * width))
+            row = jnp.stack(weights).reshape(1, 1, -1)
+            expected = jax.nn.relu((features[n] * row).sum(-1))
+            assert float(expected.max()) > 0
+            np.testing.assert_allclose(cams[n], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_most_likely_class_is_the_default(case):
+    module, variables, images = case
+    logits, cams = explain.grad_cam(
+        variables, images, np.array([-1, -1], np.int32), module=module
+    )
+    best = np.asarray(logits.argmax(-1), np.int32)
+    _, same = explain.grad_cam(variables, images, best, module=module)
+    np.testing.assert_array_equal(cams, same)
+    _, other = explain.grad_cam(variables, images, (best + 1) % 3, module=module)
+    assert np.abs(cams - other).max() > 1e-3
+
+
+def test_overlay():
+    image = np.full((8, 8, 3), 100, np.uint8)
+    cam = np.zeros((2, 2))
+    cam[0, 0] = 5
+    found = explain.overlay(image, cam)
+    assert found.shape == (8, 8, 3) and found.dtype == np.uint8
+    assert np.abs(found[7, 7].astype(int) - 100).max() <= 2  # nothing there
+    assert np.abs(found[0, 0].astype(int) - 100).max() > 40
+    grey = explain.overlay(image[..., :1], np.zeros((2, 2)))
+    np.testing.assert_array_equal(grey, image)

@@ -25,7 +25,7 @@ test: .venv/installed lint
 test-slow: .venv/installed .venv-peers/installed
 	$(BIN)/python -m pytest -q -m slow
 	$(PEERS)/python -m pytest -q -m 'slow or not slow' tests/test_torch.py \
-		tests/test_keras_files.py tests/test_weights.py
+		tests/test_keras_files.py
 
 bench: .venv/installed .venv-peers/installed
 	$(BIN)/python -m benchmarks.run

@@ -40,13 +40,19 @@ BLOCKS = {
         dict(block_sizes=(2, 2), stem_features=300, bottleneck=4),
     ),
 }
+# The slow ones, and all with dropout, bfloat16, four devices: `make test-slow`.
 CONTRACTS = [
-    (kernel, block)
-    for kernel, blocks in {
-        'xla': ('plain', 'B', 'C', 'BC', 'imagenet'),
-        'native': ('BC', 'imagenet', 'same padding', 'wide'),
-    }.items()
-    for block in blocks
+    ('xla', 'plain'),
+    ('xla', 'BC'),
+    ('native', 'BC'),
+    ('native', 'imagenet'),
+    *(
+        pytest.param(kernel, block, marks=pytest.mark.slow)
+        for kernel, block in (
+            *(('xla', 'B'), ('xla', 'C'), ('xla', 'imagenet')),
+            *(('native', 'same padding'), ('native', 'wide')),
+        )
+    ),
 ]
 
 
@@ -181,7 +187,13 @@ def test_contract(kernel, block):
     assert_as_good(fast, plain, exact(block))
 
 
-@pytest.mark.parametrize('size', [(5, 4), (9, 31), (70, 34)])
+@pytest.mark.parametrize(
+    'size',
+    [
+        (9, 31),
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ((5, 4), (70, 34))),
+    ],
+)
 def test_sizes(size):
     """The native kernel's bands and register tiles end inside of any image."""
     require_native()
@@ -191,6 +203,7 @@ def test_sizes(size):
     assert_as_good(fast, plain, exact('BC', size))
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same():
     block = 'BC'
     variables, images = inputs(block)
@@ -410,6 +423,7 @@ def test_memory_settings_leave_a_users_own_alone(monkeypatch):
             assert cpu_kernels.keep_memory() is False
 
 
+@pytest.mark.slow
 def test_training_with_the_native_kernel(tmp_path, monkeypatch):
     """One device: `auto` takes it; the run is the XLA one's within rounding."""
     require_native()

@@ -12,6 +12,7 @@ from benchmarks import gpu, gpu_report, hlo_bytes
 from flax_densenet import create_model
 
 
+@pytest.mark.slow
 def test_small(tmp_path, monkeypatch, capfd):
     """One way and one set of flags that XLA does not know; no file of a run changes."""
     monkeypatch.setenv('PEERS', '/nowhere/python')
@@ -38,6 +39,7 @@ def test_small(tmp_path, monkeypatch, capfd):
     assert (ROOT / 'docs' / 'benchmarks_gpu.md').read_text() == before
 
 
+@pytest.mark.slow
 def test_flags_are_known():
     """XLA ends a process at an unknown flag; those of a GPU are parsed on a CPU too."""
     flags = ' '.join(gpu.FLAGS.values())

@@ -10,6 +10,8 @@ import pytest
 from benchmarks import gpu_ways
 from flax_densenet import dense_block
 
+pytestmark = pytest.mark.slow
+
 # Growth 32 and 48 as in the 121 and the 161; pixel counts that no tile divides.
 SHAPES = {'121': (2, 7, 9, 64, 32, 2), '161': (1, 13, 11, 96, 48, 2)}
 

@@ -61,9 +61,9 @@ def test_samples_show_the_images(tmp_path):
     ('variant', 'gmacs'),
     [
         ('densenet121', 2.834),
-        ('densenet161', 7.728),
-        ('densenet169', 3.360),
-        ('densenet201', 4.291),
+        pytest.param('densenet161', 7.728, marks=pytest.mark.slow),
+        pytest.param('densenet169', 3.360, marks=pytest.mark.slow),
+        pytest.param('densenet201', 4.291, marks=pytest.mark.slow),
         ('densenet264', 5.752),
     ],
 )

@@ -290,6 +290,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
     assert not checkpoint.has_checkpoint(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_processes_give_the_stream_of_threads(tmp_path):
     """In a program of its own: worker processes import its main module again."""
     import subprocess

@@ -55,7 +55,7 @@ def measure(logits: np.ndarray, labels: np.ndarray, class_names) -> dict[str, An
     precision, recall, f1, support = sklearn_metrics.precision_recall_fscore_support(
         labels, predicted, labels=classes, zero_division=0
     )
-    areas = [_area(labels == c, probabilities[:, c]) for c in classes]
+    areas = [area(labels == c, probabilities[:, c]) for c in classes]
     there = support > 0
     return {
         'count': len(labels),
@@ -67,7 +67,7 @@ def measure(logits: np.ndarray, labels: np.ndarray, class_names) -> dict[str, An
             'precision': float(precision[there].mean()),
             'recall': float(recall[there].mean()),
             'f1': float(f1[there].mean()),
-            'auroc': _mean(areas),
+            'auroc': mean(areas),
         },
         'classes': [
             {
@@ -109,7 +109,7 @@ def measure_labels(logits: np.ndarray, labels: np.ndarray, names) -> dict[str, A
             true, probability > 0.5, average='binary', zero_division=0
         )
         row = dict(zip(('precision', 'recall', 'f1'), map(float, scores), strict=False))
-        row |= {'support': int(true.sum()), 'auroc': _area(true, probability)}
+        row |= {'support': int(true.sum()), 'auroc': area(true, probability)}
         rows.append({'name': str(name)} | row)
     right = ((probabilities > 0.5) == (labels > 0.5))[known]
     return {
@@ -118,7 +118,7 @@ def measure_labels(logits: np.ndarray, labels: np.ndarray, names) -> dict[str, A
         'accuracy_interval': wilson(int(right.sum()), len(right)),
         'top5': None,
         'macro': {
-            name: _mean([row[name] for row in rows])
+            name: mean([row[name] for row in rows])
             for name in ('precision', 'recall', 'f1', 'auroc')
         },
         'classes': rows,
@@ -149,15 +149,17 @@ def _top(probabilities, labels, most):
     return float((best == labels[:, None]).any(-1).mean())
 
 
-def _area(true, probability):
+def area(true: np.ndarray, score: np.ndarray) -> float | None:
+    """Area under the ROC curve; None where `true` has one value only."""
     from sklearn import metrics as sklearn_metrics
 
     if true.all() or not true.any():
         return None
-    return float(sklearn_metrics.roc_auc_score(true, probability))
+    return float(sklearn_metrics.roc_auc_score(true, score))
 
 
-def _mean(values):
+def mean(values) -> float | None:
+    """Mean of the values that there are."""
     values = [value for value in values if value is not None]
     return float(np.mean(values)) if values else None
 

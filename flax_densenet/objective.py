@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from flax_densenet import metrics
+
 
 def measure(logits, labels):
     """Loss and correctness of each image.
@@ -46,18 +48,13 @@ def auroc(logits: np.ndarray, labels: np.ndarray) -> list[float | None]:
       logits: `[N, L]`.
       labels: `[N, L]` of 0, 1 and NaN.
     """
-    from sklearn import metrics  # 0.7 s, and only here
-
     areas = []
     for score, label in zip(logits.T, labels.T, strict=True):
         known = ~np.isnan(label)
-        alike = len(np.unique(label[known])) < 2
-        area = None if alike else metrics.roc_auc_score(label[known], score[known])
-        areas.append(None if area is None else float(area))
+        areas.append(metrics.area(label[known] > 0.5, score[known]))
     return areas
 
 
 def mean_auroc(areas: list[float | None]) -> float | None:
     """Mean of the areas that there are."""
-    there = [area for area in areas if area is not None]
-    return sum(there) / len(there) if there else None
+    return metrics.mean(areas)

@@ -84,10 +84,11 @@ def _check_same_run(workdir, metadata):
         *('image_size', 'resize', 'crop_fraction', 'interpolation', 'channels'),
         *('mean', 'std'),
     ):
-        if saved['data'][name] != data_fields[name]:
+        before = saved['data'].get(name)
+        if before != data_fields[name]:
             raise UserError(
-                f'--workdir={workdir} holds a run with data.{name}='
-                f'{saved["data"][name]}, not {data_fields[name]}; {remedy}'
+                f'--workdir={workdir} holds a run with data.{name}={before}, not '
+                f'{data_fields[name]}; {remedy}'
             )
     for name, default in _PHASE_FIELDS.items():
         before, now = saved.get('train', {}).get(name, default), metadata['train'][name]

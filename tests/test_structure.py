@@ -27,7 +27,7 @@ EDGES = {
     'model': {'errors', 'dense_block', 'layers'},
     'labels': {'errors'},
     'metrics': set(),
-    'objective': set(),
+    'objective': {'metrics'},
     'sources': {'errors', 'images', 'labels'},
     'hdf5': {'errors'},
     'keras_config': {'errors'},

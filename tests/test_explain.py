@@ -12,10 +12,14 @@ from flax_densenet import create_model, explain, init_variables
 def case():
     module = create_model('BC-L10k4', num_classes=3)
     variables = init_variables(module, 0)
-    # A classifier that is not near 0, and statistics that are not simple.
+    # Nothing simple; maps of both signs, so that gradients differ by position.
     rng = np.random.default_rng(0)
-    noise = lambda leaf: leaf + 0.3 * np.abs(rng.standard_normal(leaf.shape))  # noqa: E731
-    variables = jax.tree.map(lambda x: noise(x).astype(np.float32), variables)
+
+    def shake(path, leaf):
+        noise = 0.3 * rng.standard_normal(leaf.shape)
+        return (leaf + (np.abs(noise) if path[-1].key == 'var' else noise)).astype('f4')
+
+    variables = jax.tree_util.tree_map_with_path(shake, variables)
     return module, variables, rng.standard_normal((2, 16, 16, 3)).astype(np.float32)
 
 
@@ -44,6 +48,7 @@ def test_by_finite_differences(case):
         expected = jax.nn.relu(jnp.einsum('nck,nhwk->cnhw', weights, features))
         expected = np.asarray(expected)
     assert expected.max() > 0.01
+    assert 0.1 < (np.asarray(features) > 0).mean() < 0.9
     np.testing.assert_allclose(cams, expected, rtol=1e-3, atol=1e-5)
 
 

@@ -96,7 +96,7 @@ class Predictor:
         count = len(batch)
         return np.asarray(probabilities)[:count], np.asarray(features)[:count]
 
-    def explain(self, batch: np.ndarray, classes=None) -> np.ndarray:
+    def cams(self, batch: np.ndarray, classes=None) -> np.ndarray:
         """Grad-CAM maps `[n, h, w]`, of the most likely classes or of `classes`."""
         count = len(batch)
         chosen = np.full(self.batch_size, -1, np.int32)
@@ -116,7 +116,7 @@ class Predictor:
         missing = self.batch_size - len(batch)
         return np.concatenate([batch, np.repeat(batch[-1:], missing, 0)])
 
-    def predict(
+    def stream(
         self,
         files: Iterable[str],
         *,
@@ -135,7 +135,7 @@ class Predictor:
             if good:
                 batch = np.stack(good)
                 probabilities, pooled = self.compute(batch)
-                maps = self.explain(batch) if cams else itertools.repeat(None)
+                maps = self.cams(batch) if cams else itertools.repeat(None)
                 found = zip(probabilities, pooled, good, maps, strict=False)
             for path, image in chunk:
                 if isinstance(image, str):

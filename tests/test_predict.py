@@ -29,7 +29,7 @@ def files_of(photos, count):
 def test_predictions(predictor):
     model, photos = predictor
     files = files_of(photos, 120)[50:71]  # both classes, and no multiple of a batch
-    found = list(model.predict(files, features=True, cams=True))
+    found = list(model.stream(files, features=True, cams=True))
     assert [f.path for f in found] == files
     metadata = model.trained.metadata
     pixels = np.stack([images.load_image(f, model.preparation) for f in files])
@@ -50,13 +50,13 @@ def test_a_bad_file_is_a_row(predictor, tmp_path):
     bad = tmp_path / 'bad.jpg'
     bad.write_text('no image')
     files = [str(bad), *files_of(photos, 9), str(tmp_path / 'none.jpg'), str(bad)]
-    found = list(model.predict(iter(files)))
+    found = list(model.stream(iter(files)))
     assert [f.path for f in found] == files
     assert [f.error is not None for f in found] == [True] + [False] * 9 + [True] * 2
     assert 'is not an image' in found[0].error
     assert 'is not there' in found[10].error
-    assert list(model.predict([])) == []
-    assert [f.error is None for f in model.predict([str(bad)])] == [False]
+    assert list(model.stream([])) == []
+    assert [f.error is None for f in model.stream([str(bad)])] == [False]
 
 
 def test_files_are_read_as_they_are_needed(predictor):
@@ -71,7 +71,7 @@ def test_files_are_read_as_they_are_needed(predictor):
             taken += 1
             yield path
 
-    stream = model.predict(endless())
+    stream = model.stream(endless())
     for _ in range(20):
         next(stream)
     assert taken <= 20 + 3 * 8

@@ -54,14 +54,40 @@ def _train(config, workdir, overrides):
 
 
 def _evaluate(config, workdir, overrides):
-    """Evaluates the best checkpoint; only data.* fields can be changed."""
-    from flax_densenet import data, evaluate, sharding
+    """Measures the best checkpoint; only data.* fields can be changed."""
+    from flax_densenet import results
+
+    trained, path, fields = _load(config, workdir, overrides, 'eval')
+    examples, class_names, what = results.find_examples(trained, path, fields)
+    found = results.collect(
+        trained,
+        examples,
+        class_names,
+        **{name: fields[name] for name in ('batch_size', 'threads', 'workers')},
+    )
+    which = f'weights of {path}'
+    if trained.step is not None:
+        which = (
+            f'best checkpoint: epoch {trained.metadata["epoch"]}, step {trained.step}'
+        )
+    where = f'{len(examples)} {what} of {fields["source"]}, {which}'
+    results.save(workdir, found, {'data': fields['source'], 'model': which})
+    print(results.format_figures(found, where))
+    print(
+        f'{results.EVAL_FILE} and {results.PREDICTIONS_FILE} are in {workdir}',
+        flush=True,
+    )
+
+
+def _load(config, workdir, overrides, mode):
+    """A trained model, where it is from, and the data fields it is used with."""
+    from flax_densenet import evaluate, sharding
 
     path = _trained_path(config, workdir)
     wrong = [n for n in overrides if not n.startswith(('data.', 'init_from'))]
     if wrong:
         raise UserError(
-            f'--config.{wrong[0]}: --mode=eval takes it from {path}; only data.* '
+            f'--config.{wrong[0]}: --mode={mode} takes it from {path}; only data.* '
             'fields can be set'
         )
     mesh = sharding.make_mesh()
@@ -74,49 +100,7 @@ def _evaluate(config, workdir, overrides):
     }
     fields['image_size'] = fields['image_size'] or trained.metadata['image_size']
     sharding.check_batch_size(fields['batch_size'], mesh)
-    source = data.load_source(
-        fields['source'], **{n: fields[n] for n in data.load_source.__kwdefaults__}
-    )
-    if source.multi_label != trained.metadata.get('multi_label', source.multi_label):
-        raise UserError(
-            f'data.labels={fields["labels"]}: the model of {path} was trained '
-            + ('on one class' if source.multi_label else 'with a table of labels')
-            + ' for each image'
-        )
-    examples, what = source.test, 'test images'
-    trained_on = trained.metadata['data'].get('source')
-    if not source.has_test and fields['source'] != trained_on:
-        # Nothing of other data was trained on, so all of it can be used.
-        examples, what = data.join(source.train, source.test), 'images'
-    examples = evaluate.match_classes(
-        examples,
-        source.class_names,
-        trained.class_names,
-        count=trained.module.num_classes,
-    )
-    metrics = evaluate.evaluate(
-        trained.module,
-        trained.variables,
-        examples,
-        batch_size=fields['batch_size'],
-        mesh=mesh,
-        mean=tuple(fields['mean']),
-        std=tuple(fields['std']),
-        threads=fields['threads'],
-        workers=fields['workers'],
-    )
-    which = f'weights of {path}'
-    if trained.step is not None:
-        which = (
-            f'best checkpoint: epoch {trained.metadata["epoch"]}, step {trained.step}'
-        )
-    print(
-        f'{evaluate.format_metrics("Test", metrics)} '
-        f'({metrics["count"]} {what} of {fields["source"]}, {which})'
-    )
-    names = trained.class_names or source.class_names
-    for name, area in zip(names, metrics.get('auroc', ()), strict=False):
-        print(f'  {evaluate.format_auroc(area):>6} AUROC {name}')
+    return trained, path, fields
 
 
 def _trained_path(config, workdir):

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from flax_densenet import checkpoint, data, model, objective, sharding, weights
 from flax_densenet import images as images_lib
@@ -73,20 +74,25 @@ def evaluate(
       `{'accuracy': 0 to 1, 'loss', 'count'}`; of several labels an image also `auroc`,
       a list with None where a label has one value only, and its mean `mean_auroc`.
     """
-    batches = data.eval_batches(
-        examples, batch_size=batch_size, threads=threads, workers=workers
-    )
     sums, seen = [], []
-    for batch in batches:
-        batch = sharding.to_global(batch, mesh)
-        step, logits = eval_step(variables, batch, module=module, mean=mean, std=std)
+    steps = _eval_steps(
+        module,
+        variables,
+        examples,
+        batch_size=batch_size,
+        mesh=mesh,
+        mean=mean,
+        std=std,
+        threads=threads,
+        workers=workers,
+    )
+    for step, logits, batch in steps:
         if batch['label'].ndim == 2:
             parts = (logits, batch['label'], batch['mask'])
             seen.append([sharding.gather(part) for part in parts])
         if len(sums) > 1:  # at most two batches on their way, so memory stays flat
             jax.block_until_ready(sums[-2])
         sums.append(step)
-    batches.close()
     # Summed on the host in double precision: a million losses in float32 would not
     # add up to the printed digits.
     total = {name: 0.0 for name in sums[0]}
@@ -106,6 +112,76 @@ def evaluate(
         areas = objective.auroc(logits[mask > 0], labels[mask > 0])
         metrics |= {'auroc': areas, 'mean_auroc': objective.mean_auroc(areas)}
     return metrics
+
+
+def compute_logits(
+    trained: 'Trained',
+    examples: data.Examples,
+    *,
+    batch_size: int,
+    threads: int = 4,
+    workers: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a trained model says of labelled images, on every host.
+
+    Args:
+      batch_size: over all devices, which it must divide over.
+
+    Returns:
+      Logits float32 `[N, C]` and labels (int32 `[N]` or float32 `[N, L]`), in the
+      examples' order.
+
+    Raises:
+      UserError: a logit is not finite.
+    """
+    metadata, parts = trained.metadata, []
+    steps = _eval_steps(
+        trained.module,
+        trained.variables,
+        examples,
+        batch_size=batch_size,
+        mesh=trained.mesh,
+        mean=tuple(metadata['mean']),
+        std=tuple(metadata['std']),
+        threads=threads,
+        workers=workers,
+    )
+    with tqdm(total=len(examples), desc='test', leave=False, disable=None) as bar:
+        for _, logits, batch in steps:
+            logits, labels, mask = (
+                sharding.gather(part)
+                for part in (logits, batch['label'], batch['mask'])
+            )
+            parts.append((logits[mask > 0], labels[mask > 0]))
+            bar.update(len(parts[-1][0]))
+    logits, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
+    if len(logits) != len(examples):
+        raise AssertionError(f'{len(logits)} of {len(examples)} examples computed')
+    logits = logits.astype(np.float32)
+    if not np.isfinite(logits).all():
+        raise UserError(
+            'the model gives values that are not finite: its training went wrong, '
+            'start again with a lower optimizer.learning_rate'
+        )
+    return logits, labels
+
+
+def _eval_steps(
+    module, variables, examples, *, batch_size, mesh, mean, std, threads, workers
+):
+    """Yields sums, logits and the batch, of each batch in turn."""
+    batches = data.eval_batches(
+        examples, batch_size=batch_size, threads=threads, workers=workers
+    )
+    try:
+        for batch in batches:
+            batch = sharding.to_global(batch, mesh)
+            sums, logits = eval_step(
+                variables, batch, module=module, mean=mean, std=std
+            )
+            yield sums, logits, batch
+    finally:
+        batches.close()
 
 
 @dataclasses.dataclass(frozen=True)

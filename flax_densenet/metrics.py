@@ -95,9 +95,9 @@ def measure_labels(logits: np.ndarray, labels: np.ndarray, names) -> dict[str, A
       labels: `[N, L]` of 0, 1 and NaN (not known, left out).
 
     Returns:
-      count, the share of known labels that are right at a probability of a half with
-      its interval, macro averages, and `classes` as in `measure`; support is the
-      number of images that have the label.
+      count, the share of an image's known labels that are right at a probability of a
+      half, averaged over images, with its 95 % interval; loss, macro averages, and
+      `classes` as in `measure`; support is the number of images that have the label.
     """
     from sklearn import metrics as sklearn_metrics
 
@@ -111,11 +111,17 @@ def measure_labels(logits: np.ndarray, labels: np.ndarray, names) -> dict[str, A
         row = dict(zip(('precision', 'recall', 'f1'), map(float, scores), strict=False))
         row |= {'support': int(true.sum()), 'auroc': area(true, probability)}
         rows.append({'name': str(name)} | row)
-    right = ((probabilities > 0.5) == (labels > 0.5))[known]
+    # As in training (`objective.measure`): of each image the share of its known labels.
+    number = np.maximum(known.sum(-1), 1)
+    wrong = known & ((probabilities > 0.5) != (labels > 0.5))
+    right = 1 - wrong.sum(-1) / number
+    signs = np.where(labels > 0.5, -1.0, 1.0)
+    losses = np.where(known, np.logaddexp(0, signs * logits), 0).sum(-1) / number
     return {
         'count': len(labels),
-        'accuracy': float(right.mean()) if len(right) else None,
-        'accuracy_interval': wilson(int(right.sum()), len(right)),
+        'accuracy': float(right.mean()),
+        'accuracy_interval': _normal_interval(right),
+        'loss': float(losses.mean()),
         'top5': None,
         'macro': {
             name: mean([row[name] for row in rows])
@@ -128,13 +134,22 @@ def measure_labels(logits: np.ndarray, labels: np.ndarray, names) -> dict[str, A
 
 
 def wilson(right: int, count: int) -> list[float] | None:
-    """95 % interval of a share."""
+    """95 % interval of a share (Wilson's)."""
     from scipy import stats
 
     if not count:
         return None
     interval = stats.binomtest(right, count).proportion_ci(method='wilson')
     return [float(interval.low), float(interval.high)]
+
+
+def _normal_interval(values):
+    """95 % interval of a mean; the images are independent, an image's labels not."""
+    if len(values) < 2:
+        return None
+    middle = float(values.mean())
+    margin = 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5
+    return [max(middle - margin, 0.0), min(middle + margin, 1.0)]
 
 
 def _losses(logits, labels, temperature=1.0):

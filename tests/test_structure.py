@@ -41,6 +41,7 @@ EDGES = {
                  'sharding', 'weights'},
     'export': {'errors', 'evaluate', 'keras_files', 'weights'},
     'explain': {'model'},
+    'results': {'errors', 'data', 'evaluate', 'metrics', 'sharding'},
     'predict': {'errors', 'evaluate', 'explain', 'images'},
     'report': {'checkpoint', 'evaluate', 'model'},
     'step': {'errors', 'evaluate', 'model', 'objective', 'sharding'},

@@ -9,6 +9,7 @@ Any field of configs/base.py can be set: --config.optimizer.learning_rate=1e-3.
 """
 
 import difflib
+import glob
 import os
 import pathlib
 import sys
@@ -24,9 +25,12 @@ _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'A file with get_config(); fields by --config.NAME=VALUE.'
 )
 _WORKDIR = flags.DEFINE_string(
-    'workdir', None, 'Folder of the run; by default ckpt/<name of the config>.'
+    'workdir',
+    None,
+    'Folder of the run; by default ckpt/<name of the config>. Of --mode=report also '
+    'several: a,b or a pattern.',
 )
-_MODE = flags.DEFINE_string('mode', 'train', 'train, eval, summary or export.')
+_MODE = flags.DEFINE_string('mode', 'train', 'train, eval, report, summary or export.')
 _FORMAT = flags.DEFINE_string(
     'format', 'safetensors', 'Of --mode=export: torch, safetensors or keras.'
 )
@@ -58,25 +62,65 @@ def _evaluate(config, workdir, overrides):
     from flax_densenet import results
 
     trained, path, fields = _load(config, workdir, overrides, 'eval')
-    examples, class_names, what = results.find_examples(trained, path, fields)
-    found = results.collect(
-        trained,
-        examples,
-        class_names,
-        **{name: fields[name] for name in ('batch_size', 'threads', 'workers')},
-    )
+    source, found, trained_on = _collect(trained, path, fields)
     which = f'weights of {path}'
     if trained.step is not None:
         which = (
             f'best checkpoint: epoch {trained.metadata["epoch"]}, step {trained.step}'
         )
-    where = f'{len(examples)} {what} of {fields["source"]}, {which}'
+    what = 'test images' if source.has_test or trained_on else 'images'
+    where = f'{len(found.labels)} {what} of {fields["source"]}, {which}'
     results.save(workdir, found, {'data': fields['source'], 'model': which})
     print(results.format_figures(found, where))
-    print(
-        f'{results.EVAL_FILE} and {results.PREDICTIONS_FILE} are in {workdir}',
-        flush=True,
+    print(f'{results.EVAL_FILE} and {results.PREDICTIONS_FILE} are in {workdir}')
+
+
+def _collect(trained, path, fields):
+    """The data, what the model says of it, and whether it was trained on it."""
+    from flax_densenet import results
+
+    found = results.find_examples(trained, path, fields)
+    source, examples, class_names, trained_on = found
+    loading = {name: fields[name] for name in ('batch_size', 'threads', 'workers')}
+    return (
+        source,
+        results.collect(trained, examples, class_names, **loading),
+        trained_on,
     )
+
+
+def _report(config, workdir, overrides):
+    """Writes the page of a run, or one that compares the runs of several folders."""
+    from flax_densenet import compare, page
+
+    workdirs = _workdirs(workdir)
+    if len(workdirs) > 1:
+        path = _OUT.value or os.path.join(os.path.dirname(workdirs[0]), compare.FILE)
+        compare.save(workdirs, path)
+        print(f'{path}: {len(workdirs)} runs beside each other')
+        return
+    trained, path, fields = _load(config, workdirs[0], overrides, 'report')
+    source, found, trained_on = _collect(trained, path, fields)
+    path = page.save_report(workdirs[0], trained, source, found, trained_on=trained_on)
+    print(f'{path}: open it in a browser')
+
+
+def _workdirs(names):
+    """The folders of `a,b` and of patterns such as `ckpt/*`; those without a run go."""
+    if os.path.isdir(names):  # a comma or a star of its own name
+        return [names]
+    found = []
+    for name in names.split(','):
+        matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
+        runs = [match for match in matches if glob.has_magic(name) and _is_run(match)]
+        if glob.has_magic(name) and not runs:
+            raise UserError(f'--workdir={name}: no folder of a run has such a name')
+        found += runs or matches
+    return found
+
+
+def _is_run(folder):
+    return os.path.isfile(os.path.join(folder, 'metrics.jsonl'))
 
 
 def _load(config, workdir, overrides, mode):
@@ -149,6 +193,7 @@ def _summarise(config, workdir, overrides):
 MODES = {
     'train': _train,
     'eval': _evaluate,
+    'report': _report,
     'summary': _summarise,
     'export': _export,
 }
@@ -206,7 +251,7 @@ def _set_up_jax():
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         cache = cpu_kernels.cache_folder() / 'xla'
         jax.config.update('jax_compilation_cache_dir', str(cache))
-    if _MODE.value in ('train', 'eval') and jax.default_backend() == 'cpu':
+    if _MODE.value in ('train', 'eval', 'report') and jax.default_backend() == 'cpu':
         # The first time it is compiled for some seconds: begun here, it is ready when
         # the data is.
         threading.Thread(target=cpu_kernels.load, daemon=True).start()

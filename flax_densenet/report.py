@@ -76,7 +76,8 @@ def plot_samples(images, titles, *, columns: int = 8):
     return figure
 
 
-def _title(label, class_names):
+def title(label, class_names) -> str:
+    """The class of a label, or the labels that an image has."""
     if np.ndim(label) == 0:
         return class_names[label]
     present = [class_names[i] for i in np.flatnonzero(label == 1)]
@@ -98,7 +99,7 @@ def save_samples(workdir: str, batch, class_names, *, mean, std, most: int = 24)
     images = np.clip(np.round(seen * 255), 0, 255).astype(np.uint8)
     if images.shape[-1] == 1:
         images = images.repeat(3, -1)
-    titles = [_title(label, class_names) for label in batch['label'][:most]]
+    titles = [title(label, class_names) for label in batch['label'][:most]]
     figure = plot_samples(images, titles)
     figure.savefig(os.path.join(workdir, 'samples.png'), dpi=110)
 

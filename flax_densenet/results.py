@@ -59,7 +59,9 @@ class Results:
         return self.examples.name(row)
 
 
-def find_examples(trained: evaluate.Trained, path: str, fields: dict[str, Any]):
+def find_examples(
+    trained: evaluate.Trained, path: str, fields: dict[str, Any]
+) -> tuple[data.Source, data.Examples, tuple[str, ...], bool]:
     """The labelled images to measure a model on.
 
     The test part of the data that it was trained on; of other data, all images where
@@ -70,8 +72,8 @@ def find_examples(trained: evaluate.Trained, path: str, fields: dict[str, Any]):
       fields: those of `config.data`.
 
     Returns:
-      The examples, with labels as the model numbers its classes; the class names; what
-      the images are called.
+      The source; its examples, with labels as the model numbers its classes; the class
+      names; whether the model was trained on this data.
 
     Raises:
       UserError: the data cannot be read or does not fit the model.
@@ -85,17 +87,17 @@ def find_examples(trained: evaluate.Trained, path: str, fields: dict[str, Any]):
             + ('on one class' if source.multi_label else 'with a table of labels')
             + ' for each image'
         )
-    examples, what = source.test, 'test images'
-    trained_on = trained.metadata['data'].get('source')
-    if not source.has_test and fields['source'] != trained_on:
-        examples, what = data.join(source.train, source.test), 'images'
+    examples = source.test
+    trained_on = fields['source'] == trained.metadata['data'].get('source')
+    if not source.has_test and not trained_on:
+        examples = data.join(source.train, source.test)
     examples = evaluate.match_classes(
         examples,
         source.class_names,
         trained.class_names,
         count=trained.module.num_classes,
     )
-    return examples, trained.class_names or source.class_names, what
+    return source, examples, trained.class_names or source.class_names, trained_on
 
 
 def collect(
@@ -121,9 +123,9 @@ def save(folder: str, results: Results, about: dict[str, Any]):
     """
     if not sharding.is_writer():
         return
+    path = os.path.join(folder, EVAL_FILE)
     try:
         os.makedirs(folder, exist_ok=True)
-        path = os.path.join(folder, EVAL_FILE)
         with open(path, 'w') as file:
             json.dump(about | results.figures, file, indent=1)
             file.write('\n')

@@ -25,6 +25,7 @@ from flax import traverse_util
 from PIL import Image
 
 from configs import base
+from flax_densenet import create_model, evaluate, init_variables, sharding
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -115,3 +116,27 @@ def tiny_config(**overrides):
         name: value.to_dict() if hasattr(value, 'to_dict') else value
         for name, value in config.items()
     }
+
+
+def tiny_trained(source, *, seed=0, **metadata):
+    """An `evaluate.Trained` with first parameters, as if trained on `source`."""
+    mesh = sharding.make_mesh()
+    module = create_model('BC-L10k4', num_classes=len(source.class_names))
+    return evaluate.Trained(
+        module=module,
+        variables=sharding.replicate(init_variables(module, seed), mesh),
+        metadata={
+            'model': {'variant': 'BC-L10k4'},
+            'class_names': list(source.class_names),
+            'image_size': source.train.image_size,
+            'mean': [0.5, 0.4, 0.3],
+            'std': [0.2, 0.25, 0.3],
+            'data': {'source': source.name},
+            'multi_label': source.multi_label,
+            'epoch': 3,
+        }
+        | metadata,
+        metrics={},
+        step=7,
+        mesh=mesh,
+    )

@@ -41,6 +41,13 @@ EDGES = {
                  'sharding', 'weights'},
     'export': {'errors', 'evaluate', 'keras_files', 'weights'},
     'explain': {'model'},
+    'environment': set(),
+    'history': {'checkpoint'},
+    'render': {'errors'},
+    'gallery': {'data', 'explain', 'predict', 'results'},
+    'page': {'data', 'evaluate', 'gallery', 'history', 'metrics', 'predict', 'render',
+             'report', 'results', 'sharding'},
+    'compare': {'errors', 'checkpoint', 'history', 'page', 'render'},
     'results': {'errors', 'data', 'evaluate', 'metrics', 'sharding'},
     'predict': {'errors', 'evaluate', 'explain', 'images'},
     'report': {'checkpoint', 'evaluate', 'model'},
@@ -91,7 +98,7 @@ def test_heavy_packages_are_imported_where_needed():
     code = (
         'import sys, flax_densenet.train; '
         'heavy = {"torch", "keras", "tensorflow", "tensorflow_datasets", "sklearn", '
-        '"matplotlib"}; print(sorted(heavy & set(sys.modules)))'
+        '"matplotlib", "plotly", "jinja2"}; print(sorted(heavy & set(sys.modules)))'
     )
     done = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT

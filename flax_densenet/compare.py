@@ -1,0 +1,76 @@
+"""`compare.html`: several runs in one page, their curves and where they differ."""
+
+import json
+import os
+
+from flax_densenet import checkpoint, history, page, render
+from flax_densenet.errors import UserError
+
+FILE = 'compare.html'
+
+
+def save(workdirs: list[str], path: str):
+    """Writes a page that lays the curves of several runs over each other.
+
+    Args:
+      path: of the page.
+
+    Raises:
+      UserError: a folder holds no run, or the page cannot be written.
+    """
+    runs = [history.load_run(workdir) for workdir in workdirs]
+    for workdir, run in zip(workdirs, runs, strict=True):
+        if not run.records:
+            raise UserError(
+                f'--workdir={workdir} holds no run with a finished epoch; leave it '
+                'out, or train there first'
+            )
+    names = _short_names(workdirs)
+    fields = [history.flatten(run.config) for run in runs]
+    every = sorted(set().union(*fields))
+    differing = [
+        (field, [row.get(field, '') for row in fields])
+        for field in every
+        if len({json.dumps(row.get(field)) for row in fields}) > 1
+    ]
+    folder = os.path.dirname(os.path.abspath(path))
+    rows = []
+    for workdir, name, run in zip(workdirs, names, runs, strict=True):
+        beside = os.path.join(os.path.abspath(workdir), page.REPORT_FILE)
+        rows.append(
+            {
+                'name': name,
+                'link': os.path.relpath(beside, folder)
+                if os.path.exists(beside)
+                else '',
+                'best': max(run.records, key=checkpoint.rank),
+                'epochs': len(run.records),
+                'hours': sum(row['seconds'] for row in run.records) / 3600,
+                'speed': history.median(run.records, 'images_per_second'),
+                'memory': max(row['peak_memory_gib'] for row in run.records),
+                'device': run.environment.get('device', ''),
+            }
+        )
+    charts = {
+        'runs': [
+            {'name': name, 'curves': history.curves(run.records)}
+            for name, run in zip(names, runs, strict=True)
+        ]
+    }
+    values = {
+        'rows': rows,
+        'differing': differing,
+        'names': names,
+        'areas': any('test_mean_auroc' in row['best'] for row in rows),
+    }
+    render.save_page(path, 'compare.html', charts, **values)
+
+
+def _link(page_path, folder):
+    return os.path.relpath(page_path, folder) if os.path.exists(page_path) else ''
+
+
+def _short_names(workdirs):
+    """The folders' names; whole paths where two are alike."""
+    names = [os.path.basename(os.path.abspath(workdir)) for workdir in workdirs]
+    return names if len(set(names)) == len(names) else list(workdirs)

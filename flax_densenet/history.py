@@ -1,0 +1,80 @@
+"""What a run's folder says of its training: the files that `train.fit` wrote."""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import numpy as np
+
+from flax_densenet import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run's folder says of its training; empty for weights from elsewhere.
+
+    Attributes:
+      records: lines of `metrics.jsonl`.
+      config: of `config.json`.
+      environment: of `environment.json`.
+    """
+
+    name: str
+    records: list[dict[str, Any]]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+
+
+def load_run(workdir: str) -> Run:
+    """Reads the files of a run's folder, those that there are."""
+    records = []
+    for line in _read(workdir, 'metrics.jsonl').splitlines():
+        if line.endswith('}'):
+            records.append(json.loads(line))
+    config, environment = (
+        json.loads(_read(workdir, name) or '{}')
+        for name in ('config.json', 'environment.json')
+    )
+    name = os.path.basename(os.path.abspath(workdir))
+    return Run(name, records, config, environment)
+
+
+def _read(workdir, name):
+    try:
+        with open(os.path.join(workdir, name)) as file:
+            return file.read()
+    except FileNotFoundError:
+        return ''
+
+
+def curves(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Columns by name, those that all records have, and the `best` epoch."""
+    if not records:
+        return None
+    columns = (
+        *('epoch', 'train_accuracy', 'test_accuracy', 'train_loss', 'test_loss'),
+        *('learning_rate', 'test_mean_auroc'),
+    )
+    found = {
+        name: [record[name] for record in records]
+        for name in columns
+        if all(record.get(name) is not None for record in records)
+    }
+    return found | {'best': max(records, key=checkpoint.rank)['epoch']}
+
+
+def flatten(config: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+    """`{'model.variant': ...}` of nested fields."""
+    fields = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            fields |= flatten(value, f'{prefix}{name}.')
+        else:
+            fields[prefix + name] = value
+    return fields
+
+
+def median(records: list[dict[str, Any]], name: str) -> float:
+    """Of a column."""
+    return float(np.median([record[name] for record in records]))

@@ -1,0 +1,83 @@
+"""One HTML file of a template in `pages/`, with all that it needs inside.
+
+The page holds its pictures, plotly's library and its numbers; it asks no host for
+anything, and a policy in its head forbids it to. What is text stands in it as HTML, so
+it reads and prints without JavaScript; the scripts draw the charts, sort the tables and
+open the cells of the confusion matrix.
+"""
+
+import importlib.resources
+import json
+import os
+import tempfile
+
+from flax_densenet.errors import UserError
+
+
+def percent(share: float) -> str:
+    """0.123 as `12.3 %`."""
+    return f'{share * 100:.1f} %'
+
+
+def figure(value: float | None) -> str:
+    """`0.843`; a dash where there is none."""
+    return '-' if value is None else f'{value:.3f}'
+
+
+def save_page(path, template, charts, **values):
+    """Renders a page beside its place and moves it there, so that it is whole.
+
+    Args:
+      path: of the page.
+      template: in `pages/`, with a script of the same name.
+      charts: what the scripts draw; JSON can hold it.
+      **values: of the template.
+
+    Raises:
+      UserError: the page cannot be written.
+    """
+    import jinja2
+    import markupsafe
+    from plotly.offline import get_plotlyjs
+
+    pages = importlib.resources.files('flax_densenet') / 'pages'
+
+    def text(name):
+        return markupsafe.Markup((pages / name).read_text('utf-8'))
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader('flax_densenet', 'pages'),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {'percent': percent, 'figure': figure}
+    # Inside a script element only this could end it.
+    numbers = json.dumps(charts, separators=(',', ':')).replace('<', '\\u003c')
+    page = environment.get_template(template).render(
+        style=text('style.css'),
+        script=text(template.replace('.html', '.js')),
+        common=text('charts.js'),
+        plotly=markupsafe.Markup(get_plotlyjs()),
+        charts=markupsafe.Markup(numbers),
+        **values,
+    )
+    try:
+        folder = os.path.dirname(path) or '.'
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            'w',
+            # File names that are not UTF-8 get a replacement character.
+            **{'encoding': 'utf-8', 'errors': 'replace'},
+            dir=folder,
+            prefix='.page-',
+            delete=False,
+        ) as file:
+            file.write(page)
+        os.chmod(file.name, 0o644)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise UserError(
+            f'{path} cannot be written ({error.strerror}); use another --workdir'
+        ) from error

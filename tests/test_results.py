@@ -1,0 +1,138 @@
+"""Figures and files of an evaluation, against scikit-learn on the same predictions."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+from conftest import tiny_trained, write_images
+from sklearn import metrics as sklearn_metrics
+
+from flax_densenet import UserError, data, evaluate, results
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('results')
+    photos = write_images(folder / 'photos', {'ants': 40, 'bees': 30, 'wasps': 20})
+    fields = {'source': f'folder:{photos}', 'image_size': 8}
+    trained = tiny_trained(data.load_source(**fields))
+    fields = data.load_source.__kwdefaults__ | fields
+    source, examples, names, trained_on = results.find_examples(trained, 'run', fields)
+    assert trained_on and len(examples) == len(source.test) == 18
+    return trained, results.collect(trained, examples, names, batch_size=16), fields
+
+
+def test_files_equal_scikit_learn(run, tmp_path):
+    trained, found, _ = run
+    results.save(str(tmp_path / 'new'), found, {'data': 'here'})
+    with open(tmp_path / 'new' / 'eval.json') as file:
+        figures = json.load(file)
+    with open(tmp_path / 'new' / 'predictions.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert figures['data'] == 'here' and figures['count'] == len(rows) == 18
+    names = ('ants', 'bees', 'wasps')
+    true, said = ([row[key] for row in rows] for key in ('true', 'predicted'))
+    probabilities = np.array([[row[f'probability_{n}'] for n in names] for row in rows])
+    probabilities = probabilities.astype(float)
+    np.testing.assert_allclose(probabilities.sum(-1), 1, atol=1e-5)
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    assert said == [names[i] for i in probabilities.argmax(-1)]
+    assert all(
+        f'/{label}/' in row['path'] for label, row in zip(true, rows, strict=True)
+    )
+    assert figures['accuracy'] == sklearn_metrics.accuracy_score(true, said)
+    assert figures['loss'] == pytest.approx(
+        sklearn_metrics.log_loss(true, probabilities, labels=names), rel=1e-4
+    )
+    matrix = sklearn_metrics.confusion_matrix(true, said, labels=names)
+    assert figures['confusion'] == matrix.tolist()
+    expected = sklearn_metrics.precision_recall_fscore_support(
+        true, said, labels=names, zero_division=0
+    )
+    for key, values in zip(
+        ('precision', 'recall', 'f1', 'support'), expected, strict=True
+    ):
+        found_values = [row[key] for row in figures['classes']]
+        np.testing.assert_allclose(found_values, values)
+    area = sklearn_metrics.roc_auc_score(true, probabilities, multi_class='ovr')
+    assert figures['macro']['auroc'] == pytest.approx(area, abs=1e-4)
+
+
+def test_same_figures_as_training(run):
+    """`evaluate.evaluate`, which training calls, sums on the device."""
+    trained, found, _ = run
+    sums = evaluate.evaluate(
+        trained.module,
+        trained.variables,
+        found.examples,
+        batch_size=8,
+        mesh=trained.mesh,
+        mean=tuple(trained.metadata['mean']),
+        std=tuple(trained.metadata['std']),
+    )
+    assert found.figures['accuracy'] == sums['accuracy']
+    assert found.figures['loss'] == pytest.approx(sums['loss'], rel=1e-5)
+
+
+def test_table(run):
+    _, found, _ = run
+    text = results.format_figures(found, '18 test images')
+    lines = text.splitlines()
+    assert lines[0].startswith('Test_acc: ') and lines[0].endswith('(18 test images)')
+    assert '95 % interval' in lines[1] and 'calibration error' in lines[2]
+    assert [line.split()[0] for line in lines[4:7]] == ['ants', 'bees', 'wasps']
+    assert max(map(len, lines)) <= 90
+    many = results.Results(
+        found.examples,
+        tuple(f'class {i}' for i in range(60)),
+        np.random.default_rng(0).normal(size=(200, 60)).astype(np.float32),
+        np.arange(200) % 60,
+    )
+    lines = results.format_figures(many, '').splitlines()
+    assert len(lines) == 3 + 1 + results.ROWS + 1 + 1
+    assert '(20 classes with a higher F1: see eval.json)' in lines
+
+
+def test_several_labels(tmp_path):
+    logits = np.array([[2, -1], [-3, 1], [0.5, 0.5]], np.float32)
+    labels = np.array([[1, 0], [0, np.nan], [0, 1]], np.float32)
+    examples = type('Named', (), {'name': lambda self, row: f'{row}.png'})()
+    found = results.Results(examples, ('a', 'b'), logits, labels)
+    assert found.figures['accuracy'] == pytest.approx((1 + 1 + 0.5) / 3)
+    each = np.log1p(np.exp([[-2, -1], [-3, 0], [0.5, -0.5]]))
+    loss = (each[0].mean() + each[1, 0] + each[2].mean()) / 3
+    assert found.figures['loss'] == pytest.approx(loss)
+    results.save(str(tmp_path), found, {})
+    with open(tmp_path / 'predictions.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['true'] for row in rows] == ['a', '', 'b']
+    assert [row['predicted'] for row in rows] == ['a', 'b', 'a;b']
+    assert [row['true_b'] for row in rows] == ['0', '', '1']
+    assert 'Test_auroc' in results.format_figures(found, '')
+
+
+def test_other_data(run, tmp_path):
+    trained, _, fields = run
+    photos = write_images(tmp_path / 'photos', {'bees': 4, 'wasps': 5})
+    fields = fields | {'source': f'folder:{photos}'}
+    _, examples, names, trained_on = results.find_examples(trained, 'run', fields)
+    assert not trained_on and len(examples) == 9
+    assert names == ('ants', 'bees', 'wasps') and set(examples.labels) == {1, 2}
+    assert isinstance(examples, data.Examples)
+
+
+def test_unusable(run, tmp_path):
+    trained, found, _ = run
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match='cannot be written .*; use another --workdir'):
+        results.save(str(tmp_path / 'file'), found, {})
+    kernel = trained.variables['params']['classifier']['kernel']
+    nothing = {'kernel': np.full(kernel.shape, np.nan, 'f4'), 'bias': np.zeros(3, 'f4')}
+    broken = {
+        'params': trained.variables['params'] | {'classifier': nothing},
+        'batch_stats': trained.variables['batch_stats'],
+    }
+    bad = evaluate.Trained(**{**vars(trained), 'variables': broken})
+    with pytest.raises(UserError, match='not finite'):
+        results.collect(bad, found.examples, found.class_names, batch_size=16)

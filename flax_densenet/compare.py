@@ -34,23 +34,10 @@ def save(workdirs: list[str], path: str):
         if len({json.dumps(row.get(field)) for row in fields}) > 1
     ]
     folder = os.path.dirname(os.path.abspath(path))
-    rows = []
-    for workdir, name, run in zip(workdirs, names, runs, strict=True):
-        beside = os.path.join(os.path.abspath(workdir), page.REPORT_FILE)
-        rows.append(
-            {
-                'name': name,
-                'link': os.path.relpath(beside, folder)
-                if os.path.exists(beside)
-                else '',
-                'best': max(run.records, key=checkpoint.rank),
-                'epochs': len(run.records),
-                'hours': sum(row['seconds'] for row in run.records) / 3600,
-                'speed': history.median(run.records, 'images_per_second'),
-                'memory': max(row['peak_memory_gib'] for row in run.records),
-                'device': run.environment.get('device', ''),
-            }
-        )
+    rows = [
+        {'name': name, **_summarise(run, workdir, folder)}
+        for name, run, workdir in zip(names, runs, workdirs, strict=True)
+    ]
     charts = {
         'runs': [
             {'name': name, 'curves': history.curves(run.records)}
@@ -66,8 +53,18 @@ def save(workdirs: list[str], path: str):
     render.save_page(path, 'compare.html', charts, **values)
 
 
-def _link(page_path, folder):
-    return os.path.relpath(page_path, folder) if os.path.exists(page_path) else ''
+def _summarise(run, workdir, folder):
+    """A run's row of the table, with a link from `folder` to its own page."""
+    own = os.path.join(os.path.abspath(workdir), page.REPORT_FILE)
+    return {
+        'link': os.path.relpath(own, folder) if os.path.exists(own) else '',
+        'best': max(run.records, key=checkpoint.rank),
+        'epochs': len(run.records),
+        'hours': sum(row['seconds'] for row in run.records) / 3600,
+        'speed': history.median(run.records, 'images_per_second'),
+        'memory': max(row['peak_memory_gib'] for row in run.records),
+        'device': run.environment.get('device', ''),
+    }
 
 
 def _short_names(workdirs):

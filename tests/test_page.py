@@ -76,7 +76,7 @@ def test_page(made):
     # A class name with HTML in it is text, in the tables as in the charts' numbers.
     assert '<b>&"bees"' in said
     before = text[: text.index('plotly.js')]
-    assert '<b>&' not in before and '&lt;b&gt;&amp;&#34;bees&#34;' in before
+    assert '<b>&"' not in before and '&lt;b&gt;&amp;&#34;bees&#34;' in before
     rows = [row for row in elements.tags if row[0] == 'img']
     assert len(rows) > 24 and all(row[1]['src'].startswith('data:') for row in rows)
     assert all('alt' in attributes for _, attributes in rows)

@@ -62,14 +62,14 @@ if (charts.roc.length) {
       }),
     ],
     layout: {
-      xaxis: { title: { text: 'others taken for it (false positive rate)' }, range: [-0.01, 1], tickformat: '.0%' },
+      xaxis: { title: { text: 'others taken for it (false positive rate)' }, range: [-0.01, 1.01], tickformat: '.0%' },
       yaxis: { title: { text: 'found (true positive rate)' }, range: [0, 1.02], tickformat: '.0%' },
       legend: { orientation: 'v', x: 1, xanchor: 'right', y: 0.02, yanchor: 'bottom', bgcolor: 'rgba(0,0,0,0)' },
     },
   }));
   if (show && choice && !few) {
     for (const row of charts.roc) choice.add(new Option(`${row.name} (${row.auroc.toFixed(3)})`, row.name));
-    choice.parentElement.hidden = false;
+    choice.closest('p').hidden = false;
     choice.addEventListener('change', () => { chosen = choice.value; redraw(); });
   }
 }

@@ -26,6 +26,7 @@ from flax_densenet import (
     finetune,
     init_variables,
     report,
+    setup,
     sharding,
     step,
     train,
@@ -423,5 +424,5 @@ def test_base_has_each_field():
     for section, names in finetune._PLAN_FIELDS.items():
         assert set(names) <= set(sections[section])
     assert set(sections.train) == {'epochs', 'seed', 'cache_features'} | set(
-        train._PHASE_FIELDS
+        setup.PHASE_FIELDS
     )

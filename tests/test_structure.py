@@ -46,10 +46,12 @@ EDGES = {
     'step': {'errors', 'evaluate', 'model', 'objective', 'sharding'},
     'finetune': {'errors', 'model'},
     'features': {'errors', 'data', 'evaluate', 'model', 'sharding'},
-    'train': {
-        'errors', 'checkpoint', 'data', 'evaluate', 'features', 'finetune', 'model',
-        'report', 'sharding', 'step', 'transfer', 'weights',
+    'setup': {
+        'errors', 'checkpoint', 'data', 'features', 'finetune', 'model', 'sharding',
+        'step', 'transfer', 'weights',
     },
+    'train': {'errors', 'checkpoint', 'evaluate', 'report', 'setup', 'sharding',
+              'step'},
 }  # fmt: skip
 RECIPES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from flax_densenet import checkpoint, evaluate, report, setup, sharding, step
+from flax_densenet import board, checkpoint, evaluate, report, setup, sharding, step
 from flax_densenet.errors import UserError
 
 METRICS_FILE = 'metrics.jsonl'
@@ -53,7 +53,8 @@ def fit(config, workdir: str) -> dict[str, Any]:
             _write_run_files(run)
             setup.announce(run)
             run.features = setup.cache_features(run, state)
-            _train(run, manager, state, records, epochs_done)
+            with _open_board(run, int(state.step)) as shown:
+                _train(run, manager, state, records, epochs_done, shown)
         else:
             print(f'{workdir} has its {epochs} epochs already; nothing to train')
     best = max(records, key=checkpoint.rank)
@@ -67,27 +68,41 @@ def fit(config, workdir: str) -> dict[str, Any]:
     return best
 
 
-def _train(run, manager, state, records, epochs_done):
+def _train(run, manager, state, records, epochs_done, shown):
     """Takes the epochs that are left, adding the record of each to `records`."""
     epochs, plan = run.config['train']['epochs'], run.plan
+    shown.add_config(run.config)
     batches = setup.train_batches(run, run.features or run.source, int(state.step))
     try:
         compiled = setup.compile_step(run, state, plan.frozen_in(epochs_done + 1))
         # A second of drawing, for which the first step need not wait.
         with futures.ThreadPoolExecutor(1) as beside:
-            samples = beside.submit(_save_samples, run)
+            samples = beside.submit(_save_samples, run, shown)
             for epoch in range(epochs_done + 1, epochs + 1):
                 if epochs_done < plan.head_epochs == epoch - 1:
                     compiled = setup.compile_step(run, state, plan.frozen)
-                state, record = _train_epoch(run, compiled, state, batches, epoch)
+                args = run, compiled, state, batches, epoch, shown
+                state, record = _train_epoch(*args)
                 samples.result()
                 record |= _test(run, state)
                 _check_finite(record)
-                _save(run, manager, state, record)
                 records.append(record)
+                # First, since a resumed run hides what comes after its checkpoint.
+                shown.add_epoch(record, max(records, key=checkpoint.rank))
+                _save(run, manager, state, record)
                 print(format_epoch(record), flush=True)
+        shown.add_end()
     finally:
         batches.close()
+
+
+def _open_board(run, start):
+    return board.open_board(
+        run.workdir,
+        enabled=run.config['train']['tensorboard'] and sharding.is_writer(),
+        start=start,
+        steps_per_epoch=len(run.source.train) / run.config['data']['batch_size'],
+    )
 
 
 def format_epoch(record: dict[str, Any]) -> str:
@@ -161,7 +176,7 @@ def _write_run_files(run):
         print(f'skipped {len(skipped)} bad images, listed in {path}', flush=True)
 
 
-def _save_samples(run):
+def _save_samples(run, shown):
     if not sharding.is_writer():
         return
     if sys.platform.startswith('linux'):  # there this is about the thread alone
@@ -171,9 +186,10 @@ def _save_samples(run):
         run.workdir, next(batches), run.source.class_names, **run.preprocessing
     )
     batches.close()
+    shown.add_picture('samples', os.path.join(run.workdir, 'samples.png'))
 
 
-def _train_epoch(run, compiled, state, batches, epoch):
+def _train_epoch(run, compiled, state, batches, epoch, shown):
     """Takes the steps of an epoch; returns the state and the training figures."""
     count, rows = len(run.source.train), run.config['data']['batch_size']
     first = int(state.step)
@@ -191,17 +207,19 @@ def _train_epoch(run, compiled, state, batches, epoch):
         disable=None,  # no bar where stderr is a file
     )
     with bar, jax.transfer_guard('disallow'):
-        for _ in range(steps):
+        for number in range(first + 1, first + steps + 1):
             asked = time.perf_counter()
             batch = sharding.to_global(next(batches), run.mesh)
-            if not losses or losses[-1].is_ready():  # the devices had nothing to do
+            if not losses or losses[-1][1].is_ready():  # the devices had nothing to do
                 waited += time.perf_counter() - asked
             while len(losses) > ahead:
-                bar.set_postfix(loss=f'{float(jax.device_get(losses.popleft())):.3f}')
+                _tell_loss(*losses.popleft(), bar, shown)
             state, loss = compiled(state, batch)
-            losses.append(loss)
+            losses.append((number, loss))
             bar.update(rows)
         jax.block_until_ready(state)
+        for last in losses:
+            _tell_loss(*last, bar, shown)
     seconds = time.perf_counter() - started
     running = jax.device_get(state.running)
     seen = int(running['count'][0])
@@ -217,6 +235,12 @@ def _train_epoch(run, compiled, state, batches, epoch):
         'input_wait_share': round(waited / seconds, 4),
         'peak_memory_gib': round(_peak_memory_gib(), 3),
     }
+
+
+def _tell_loss(number, loss, bar, shown):
+    loss = float(jax.device_get(loss))
+    bar.set_postfix(loss=f'{loss:.3f}')
+    shown.add_loss(number, loss)
 
 
 def _peak_memory_gib():

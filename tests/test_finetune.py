@@ -423,6 +423,5 @@ def test_base_has_each_field():
     assert plan < set(sections.train) | set(sections.optimizer)
     for section, names in finetune._PLAN_FIELDS.items():
         assert set(names) <= set(sections[section])
-    assert set(sections.train) == {'epochs', 'seed', 'cache_features'} | set(
-        setup.PHASE_FIELDS
-    )
+    rest = {'epochs', 'seed', 'cache_features', 'tensorboard'}
+    assert set(sections.train) == rest | set(setup.PHASE_FIELDS)

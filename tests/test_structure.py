@@ -50,8 +50,9 @@ EDGES = {
         'errors', 'checkpoint', 'data', 'features', 'finetune', 'model', 'sharding',
         'step', 'transfer', 'weights',
     },
-    'train': {'errors', 'checkpoint', 'evaluate', 'report', 'setup', 'sharding',
-              'step'},
+    'board': set(),
+    'train': {'errors', 'board', 'checkpoint', 'evaluate', 'report', 'setup',
+              'sharding', 'step'},
 }  # fmt: skip
 RECIPES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
 
@@ -92,7 +93,7 @@ def test_heavy_packages_are_imported_where_needed():
     code = (
         'import sys, flax_densenet.train; '
         'heavy = {"torch", "keras", "tensorflow", "tensorflow_datasets", "sklearn", '
-        '"matplotlib"}; print(sorted(heavy & set(sys.modules)))'
+        '"matplotlib", "tensorboardX"}; print(sorted(heavy & set(sys.modules)))'
     )
     done = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT

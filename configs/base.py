@@ -92,4 +92,8 @@ def get_config() -> ConfigDict:
     # auto: a frozen backbone's features are computed once and kept in memory, with
     # data.augment=none and up to data.cache_limit_gib; off: in each epoch.
     config.train.cache_features = 'auto'
+    # Figures, samples and fields for `tensorboard --logdir ckpt`, in the run's folder.
+    config.train.tensorboard = True
+    # Ends with report.html, a page on the best checkpoint; --mode=report makes it too.
+    config.train.report = True
     return config

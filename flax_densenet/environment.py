@@ -9,7 +9,6 @@ from typing import Any
 import jax
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
-FILE = 'environment.json'
 
 
 def describe() -> dict[str, Any]:

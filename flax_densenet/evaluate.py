@@ -191,7 +191,7 @@ class Trained:
     Attributes:
       module: the DenseNet.
       variables: `{'params', 'batch_stats'}`, replicated over `mesh`.
-      metadata: as `train.make_metadata` wrote it; of imported weights `class_names`
+      metadata: as `setup.make_metadata` wrote it; of imported weights `class_names`
         can be None.
       metrics: test accuracy and loss when it was saved; empty for imported weights.
       step: of the checkpoint; None for imported weights.

@@ -9,6 +9,9 @@ import numpy as np
 
 from flax_densenet import checkpoint
 
+METRICS_FILE, CONFIG_FILE = 'metrics.jsonl', 'config.json'
+ENVIRONMENT_FILE = 'environment.json'
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -29,12 +32,12 @@ class Run:
 def load_run(workdir: str) -> Run:
     """Reads the files of a run's folder, those that there are."""
     records = []
-    for line in _read(workdir, 'metrics.jsonl').splitlines():
+    for line in _read(workdir, METRICS_FILE).splitlines():
         if line.endswith('}'):
             records.append(json.loads(line))
     config, environment = (
         json.loads(_read(workdir, name) or '{}')
-        for name in ('config.json', 'environment.json')
+        for name in (CONFIG_FILE, ENVIRONMENT_FILE)
     )
     name = os.path.basename(os.path.abspath(workdir))
     return Run(name, records, config, environment)

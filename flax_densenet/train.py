@@ -5,7 +5,6 @@ checkpoint needs nothing but arrays, and the same command again goes on where it
 """
 
 import collections
-import dataclasses
 import json
 import math
 import os
@@ -17,207 +16,22 @@ from concurrent import futures
 from typing import Any
 
 import jax
-import numpy as np
-import optax
 from tqdm import tqdm
 
 from flax_densenet import (
+    board,
     checkpoint,
-    data,
+    environment,
     evaluate,
-    features,
-    finetune,
-    model,
+    history,
+    page,
     report,
+    results,
+    setup,
     sharding,
     step,
-    transfer,
 )
-from flax_densenet import weights as weights_lib
 from flax_densenet.errors import UserError
-
-_SCHEDULE_FIELDS = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
-# The state of the optimizer depends on them; with their defaults.
-_PHASE_FIELDS = {'freeze': 'none', 'head_warmup_epochs': 0}
-METRICS_FILE = 'metrics.jsonl'
-CONFIG_FILE = 'config.json'
-
-
-def make_metadata(config, source: data.Source) -> dict[str, Any]:
-    """What evaluation and prediction need beside the arrays; JSON can hold it."""
-    return {
-        'model': dict(config['model']),
-        'class_names': list(source.class_names),
-        'image_size': source.train.image_size,
-        'mean': list(config['data']['mean']),
-        'std': list(config['data']['std']),
-        'data': dict(config['data']),
-        'multi_label': source.multi_label,
-    }
-
-
-def _check_same_run(workdir, metadata):
-    """Raises where the workdir holds a run of another model, other classes or seed."""
-    latest = checkpoint.find_step(workdir, 'latest')
-    saved = checkpoint.load_json(workdir, latest, 'metadata')
-    remedy = 'use another --workdir, or the same settings'
-    saved_names, names = saved['class_names'], metadata['class_names']
-    if saved_names != names:
-        raise UserError(
-            f'--workdir={workdir} holds a run on {len(saved_names)} classes '
-            f'({_shorten(saved_names)}), data.source has {len(names)} '
-            f'({_shorten(names)}); {remedy}'
-        )
-    # Through JSON, since a tuple comes back from it as a list.
-    model_fields = json.loads(json.dumps(metadata['model']))
-    for name, value in model_fields.items():
-        if name in ('fast', 'kernel', 'remat'):  # how, not what is computed
-            continue
-        if saved['model'].get(name) != value:
-            raise UserError(
-                f'--workdir={workdir} holds a run with model.{name}='
-                f'{saved["model"].get(name)}, not {value}; {remedy}'
-            )
-    data_fields = json.loads(json.dumps(metadata['data']))
-    for name in (
-        *('batch_size', 'source', 'labels', 'split_seed', 'test_fraction'),
-        *('image_size', 'resize', 'crop_fraction', 'interpolation', 'channels'),
-        *('mean', 'std'),
-    ):
-        before = saved['data'].get(name)
-        if before != data_fields[name]:
-            raise UserError(
-                f'--workdir={workdir} holds a run with data.{name}={before}, not '
-                f'{data_fields[name]}; {remedy}'
-            )
-    for name, default in _PHASE_FIELDS.items():
-        before, now = saved.get('train', {}).get(name, default), metadata['train'][name]
-        if before != now:
-            raise UserError(
-                f'--workdir={workdir} holds a run with train.{name}={before}, not '
-                f'{now}; {remedy}, or start from it: --config.init_from={workdir}'
-            )
-
-
-def _shorten(names, most=5):
-    more = ', ...' if len(names) > most else ''
-    return ', '.join(names[:most]) + more
-
-
-@dataclasses.dataclass
-class _Run:
-    """What one call of `fit` works with."""
-
-    config: dict[str, Any]
-    workdir: str
-    source: data.Source
-    module: model.DenseNet
-    mesh: Any
-    schedule: optax.Schedule
-    optimizer: optax.GradientTransformation
-    metadata: dict[str, Any]
-    weights: weights_lib.Weights | None
-    plan: finetune.Plan
-    features: data.Source | None = None  # in place of the images, where cached
-
-    def new_state(self, variables):
-        return step.new_state(
-            variables, self.optimizer, multi_label=self.source.multi_label
-        )
-
-    @property
-    def preprocessing(self):
-        return {name: tuple(self.config['data'][name]) for name in ('mean', 'std')}
-
-    @property
-    def loading(self):
-        fields = {name: self.config['data'][name] for name in ('threads', 'workers')}
-        # Each process would get a copy of the features.
-        return fields | {'workers': 0} if self.features else fields
-
-
-def _prepare(config, workdir) -> _Run:
-    """Checks all fields and finds the data: all that can fail before compilation."""
-    config, weights = _settle(config, workdir)
-    fields = config['data']
-    batch_size, augment = fields['batch_size'], fields['augment']
-    mesh = sharding.make_mesh()
-    sharding.check_batch_size(batch_size, mesh)
-    for name in ('mean', 'std'):
-        if len(fields[name]) != fields['channels']:
-            raise UserError(
-                f'data.{name}={fields[name]} needs a number for each of '
-                f'{fields["channels"]} channels'
-            )
-    if min(fields['std']) <= 0:
-        raise UserError(f'data.std={fields["std"]} must be above 0')
-    for name in ('threads', 'workers'):
-        if fields[name] < (name == 'threads'):
-            raise UserError(f'data.{name}={fields[name]} is too small')
-    if config['train']['epochs'] < 1:
-        raise UserError(f'train.epochs={config["train"]["epochs"]} must be at least 1')
-    module = model.create_model(num_classes=2, **config['model'])
-    plan = finetune.make_plan(
-        module,
-        **finetune.plan_fields(config),
-        has_weights=weights is not None or checkpoint.has_checkpoint(workdir),
-    )
-    features.check_cache(config['train']['cache_features'])
-    loading = {name: fields[name] for name in data.load_source.__kwdefaults__}
-    source = data.load_source(fields['source'], **loading)
-    module = model.create_model(num_classes=len(source.class_names), **config['model'])
-    model.check_image_size(module, (source.train.image_size,) * 2)
-    data.check_train_batches(source.train, batch_size, augment, fields['workers'])
-    optimizer = dict(config['optimizer'])
-    for name in ('l2_penalty', 'layer_decay', 'head_multiplier'):
-        optimizer.pop(name)
-    schedule = step.make_schedule(
-        **{name: optimizer.pop(name) for name in _SCHEDULE_FIELDS},
-        epochs=config['train']['epochs'],
-        steps_per_epoch=len(source.train) / batch_size,
-    )
-    return _Run(
-        config=config,
-        workdir=workdir,
-        source=source,
-        module=module,
-        mesh=mesh,
-        schedule=schedule,
-        optimizer=finetune.make_optimizer(
-            lambda first: step.make_optimizer(
-                lambda count: schedule(first + count), **optimizer
-            ),
-            plan.rates,
-            head_steps=step.epoch_end(plan.head_epochs, len(source.train), batch_size),
-        ),
-        metadata=make_metadata(config, source)
-        | {'train': {name: config['train'][name] for name in _PHASE_FIELDS}},
-        weights=weights,
-        plan=plan,
-    )
-
-
-def _settle(config, workdir):
-    """The config with its open fields filled in, and the weights to start from."""
-    saved, weights = None, None
-    if checkpoint.has_checkpoint(workdir):
-        latest = checkpoint.find_step(workdir, 'latest')
-        saved = checkpoint.load_json(workdir, latest, 'metadata')
-    elif config['init_from']:
-        try:
-            weights = weights_lib.load(config['init_from'])
-        except UserError as error:
-            raise UserError(f'init_from={error}') from error
-    config = {n: dict(v) if isinstance(v, dict) else v for n, v in config.items()}
-    for name, settle in (
-        ('model', transfer.settle_model),
-        ('data', transfer.settle_data),
-    ):
-        if saved:  # a run that goes on needs its weights' file no more
-            config[name] = transfer.fill(config[name], saved[name])
-        else:
-            config[name] = settle(config[name], weights)
-    return config, weights
 
 
 def fit(config, workdir: str) -> dict[str, Any]:
@@ -237,47 +51,97 @@ def fit(config, workdir: str) -> dict[str, Any]:
       UserError: a field, the data or the workdir cannot be used, or the loss is no
         longer finite.
     """
-    run = _prepare(config, workdir)
+    run = setup.prepare(config, workdir)
     if checkpoint.has_checkpoint(workdir):
-        _check_same_run(workdir, run.metadata)
+        setup.check_same_run(workdir, run.metadata)
     with checkpoint.open_checkpoints(workdir) as manager:
         state, epochs_done = _start(run, manager)
         records = _keep_records(workdir, epochs_done)
         epochs = run.config['train']['epochs']
         if epochs_done < epochs:
             _write_run_files(run)
-            _announce(run)
-            run.features = _cache_features(run, state)
-            batches = _train_batches(run, run.features or run.source, int(state.step))
-            try:
-                compiled = _compile(run, state, run.plan.frozen_in(epochs_done + 1))
-                # A second of drawing, for which the first step need not wait.
-                with futures.ThreadPoolExecutor(1) as beside:
-                    samples = beside.submit(_save_samples, run)
-                    for epoch in range(epochs_done + 1, epochs + 1):
-                        if epochs_done < run.plan.head_epochs == epoch - 1:
-                            compiled = _compile(run, state, run.plan.frozen)
-                        args = run, compiled, state, batches, epoch
-                        state, record = _train_epoch(*args)
-                        samples.result()
-                        record |= _test(run, state)
-                        _check_finite(record)
-                        _save(run, manager, state, record)
-                        records.append(record)
-                        print(format_epoch(record), flush=True)
-            finally:
-                batches.close()
+            setup.announce(run)
+            run.features = setup.cache_features(run, state)
+            with _open_board(run, int(state.step)) as shown:
+                _train(run, manager, state, records, epochs_done, shown)
         else:
             print(f'{workdir} has its {epochs} epochs already; nothing to train')
+        del state  # the report needs the memory for the best one
     best = max(records, key=checkpoint.rank)
     if sharding.is_writer():
         report.save_curves(workdir, records)
+    written = _save_report(run, anew=epochs_done < epochs)
+    if sharding.is_writer():
         print(
             f'best: epoch {best["epoch"]}, Test_acc: {best["test_accuracy"]:.1%}; '
-            f'checkpoints, curves.png and samples.png are in {workdir}',
+            f'checkpoints, {written}curves.png and samples.png are in {workdir}',
             flush=True,
         )
     return best
+
+
+def _save_report(run, *, anew):
+    """Writes the page of the best checkpoint; a failure takes nothing from the run.
+
+    Returns:
+      Its name with a comma, or nothing.
+    """
+    there = os.path.exists(os.path.join(run.workdir, page.REPORT_FILE))
+    if there and not anew:
+        return f'{page.REPORT_FILE}, '
+    if not run.config['train']['report']:
+        return ''
+    fields, source = run.config['data'], run.source
+    try:
+        trained = evaluate.load_trained(run.workdir, 'best', mesh=run.mesh)
+        found = results.collect(
+            trained,
+            source.test,
+            source.class_names,
+            **{name: fields[name] for name in ('batch_size', 'threads', 'workers')},
+        )
+        page.save_report(run.workdir, trained, source, found)
+    except UserError as error:
+        print(f'no {page.REPORT_FILE}: {error}; --mode=report tries again', flush=True)
+        return ''
+    return f'{page.REPORT_FILE}, '
+
+
+def _train(run, manager, state, records, epochs_done, shown):
+    """Takes the epochs that are left, adding the record of each to `records`."""
+    epochs, plan = run.config['train']['epochs'], run.plan
+    shown.add_config(run.config)
+    batches = setup.train_batches(run, run.features or run.source, int(state.step))
+    try:
+        compiled = setup.compile_step(run, state, plan.frozen_in(epochs_done + 1))
+        # A second of drawing, for which the first step need not wait.
+        with futures.ThreadPoolExecutor(1) as beside:
+            samples = beside.submit(_save_samples, run, shown)
+            for epoch in range(epochs_done + 1, epochs + 1):
+                if epochs_done < plan.head_epochs == epoch - 1:
+                    compiled = setup.compile_step(run, state, plan.frozen)
+                args = run, compiled, state, batches, epoch, shown
+                state, record = _train_epoch(*args)
+                samples.result()
+                record |= _test(run, state)
+                _check_finite(record)
+                records.append(record)
+                # First, since a resumed run hides what comes after its checkpoint.
+                shown.add_epoch(record, max(records, key=checkpoint.rank))
+                _save(run, manager, state, record)
+                print(format_epoch(record), flush=True)
+        shown.add_end()
+    finally:
+        batches.close()
+
+
+def _open_board(run, start):
+    return board.open_board(
+        run.workdir,
+        enabled=run.config['train']['tensorboard'] and sharding.is_writer(),
+        start=start,
+        steps_per_epoch=len(run.source.train) / run.config['data']['batch_size'],
+    )
 
 
 def format_epoch(record: dict[str, Any]) -> str:
@@ -298,27 +162,19 @@ def format_epoch(record: dict[str, Any]) -> str:
 
 def _start(run, manager):
     """The state to start from, on the devices, and the epochs that it has seen."""
-    variables = model.init_variables(
-        run.module,
-        seed=run.config['train']['seed'],
-        channels=run.config['data']['channels'],
+    state = run.new_state(setup.first_variables(run))
+    if not checkpoint.has_checkpoint(run.workdir):
+        return sharding.replicate(state, run.mesh), 0
+    latest = checkpoint.find_step(run.workdir, 'latest')
+    items = checkpoint.restore(
+        manager,
+        latest,
+        sharding=sharding.replicated(run.mesh),
+        **_checkpoint_items(state),
     )
-    if checkpoint.has_checkpoint(run.workdir):
-        latest = checkpoint.find_step(run.workdir, 'latest')
-        abstract = run.new_state(variables)
-        items = checkpoint.restore(
-            manager,
-            latest,
-            sharding=sharding.replicated(run.mesh),
-            **_checkpoint_items(abstract),
-        )
-        metadata = checkpoint.load_json(run.workdir, latest, 'metadata')
-        print(f'going on after epoch {metadata["epoch"]} in {run.workdir}', flush=True)
-        return step.TrainState(**items['model'], **items['train']), metadata['epoch']
-    if run.weights is not None:
-        names = run.source.class_names
-        variables = transfer.first_variables(run.weights, variables, names)
-    return sharding.replicate(run.new_state(variables), run.mesh), 0
+    metadata = checkpoint.load_json(run.workdir, latest, 'metadata')
+    print(f'going on after epoch {metadata["epoch"]} in {run.workdir}', flush=True)
+    return step.TrainState(**items['model'], **items['train']), metadata['epoch']
 
 
 def _checkpoint_items(state):
@@ -334,12 +190,9 @@ def _checkpoint_items(state):
 
 def _keep_records(workdir, epochs_done):
     """The records of the finished epochs; later ones, without a checkpoint, go."""
-    path = os.path.join(workdir, METRICS_FILE)
-    records = []
-    if epochs_done and os.path.exists(path):
-        with open(path) as file:
-            records = [json.loads(line) for line in file if line.endswith('}\n')]
-        records = [record for record in records if record['epoch'] <= epochs_done]
+    path = os.path.join(workdir, history.METRICS_FILE)
+    records = history.load_run(workdir).records
+    records = [record for record in records if record['epoch'] <= epochs_done]
     if sharding.is_writer():
         with open(path, 'w') as file:
             file.writelines(json.dumps(record) + '\n' for record in records)
@@ -349,8 +202,10 @@ def _keep_records(workdir, epochs_done):
 def _write_run_files(run):
     if not sharding.is_writer():
         return
-    with open(os.path.join(run.workdir, CONFIG_FILE), 'w') as file:
+    with open(os.path.join(run.workdir, history.CONFIG_FILE), 'w') as file:
         json.dump(run.config, file, indent=2)
+    with open(os.path.join(run.workdir, history.ENVIRONMENT_FILE), 'w') as file:
+        json.dump(environment.describe(), file, indent=2)
     skipped = run.source.skipped
     path = os.path.join(run.workdir, 'skipped_images.txt')
     if skipped:
@@ -359,83 +214,20 @@ def _write_run_files(run):
         print(f'skipped {len(skipped)} bad images, listed in {path}', flush=True)
 
 
-def _save_samples(run):
+def _save_samples(run, shown):
     if not sharding.is_writer():
         return
     if sys.platform.startswith('linux'):  # there this is about the thread alone
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-    batches = _train_batches(run, run.source, 0)
+    batches = setup.train_batches(run, run.source, 0)
     report.save_samples(
         run.workdir, next(batches), run.source.class_names, **run.preprocessing
     )
     batches.close()
+    shown.add_picture('samples', os.path.join(run.workdir, 'samples.png'))
 
 
-def _train_batches(run, source, start):
-    fields = run.config['data']
-    return data.train_batches(
-        source.train,
-        batch_size=fields['batch_size'],
-        seed=run.config['train']['seed'],
-        start=start,
-        augment=fields['augment'],
-        **run.loading,
-    )
-
-
-def _announce(run):
-    """Prints what is trained on what."""
-    side = run.source.train.image_size
-    print(
-        f'{run.config["model"]["variant"]}: {len(run.source.train)} images to train '
-        f'on, {len(run.source.test)} to test on, {len(run.source.class_names)} '
-        f'classes, {side}x{side}; {run.mesh.size} {jax.default_backend()} device(s)',
-        flush=True,
-    )
-    if str(run.plan):
-        print(run.plan, flush=True)
-
-
-def _cache_features(run, state):
-    """The source with features in place of images that are always the same."""
-    if not run.plan.head_only or run.config['train']['cache_features'] == 'off':
-        return None
-    fields = run.config['data']
-    return features.cache_features(
-        run.module,
-        {'params': state.params, 'batch_stats': state.batch_stats},
-        run.source,
-        augment=fields['augment'],
-        limit_gib=fields['cache_limit_gib'],
-        batch_size=fields['batch_size'],
-        mesh=run.mesh,
-        **run.preprocessing,
-        **run.loading,
-    )
-
-
-def _compile(run, state, frozen):
-    rows, by_rows = run.config['data']['batch_size'], sharding.split_rows(run.mesh)
-    example = (run.features or run.source).train[0] | {'epoch': np.int32(0)}
-    batch = {
-        name: jax.ShapeDtypeStruct((rows, *value.shape), value.dtype, sharding=by_rows)
-        for name, value in example.items()
-    }
-    train_step = step.make_train_step(
-        run.module,
-        run.optimizer,
-        seed=run.config['train']['seed'],
-        l2_penalty=run.config['optimizer']['l2_penalty'],
-        frozen=frozen,
-        **run.preprocessing,
-    )
-    start = time.perf_counter()
-    compiled = step.compile_train_step(train_step, state, batch, run.mesh)
-    print(f'compiled in {time.perf_counter() - start:.1f} s', flush=True)
-    return compiled
-
-
-def _train_epoch(run, compiled, state, batches, epoch):
+def _train_epoch(run, compiled, state, batches, epoch, shown):
     """Takes the steps of an epoch; returns the state and the training figures."""
     count, rows = len(run.source.train), run.config['data']['batch_size']
     first = int(state.step)
@@ -453,17 +245,19 @@ def _train_epoch(run, compiled, state, batches, epoch):
         disable=None,  # no bar where stderr is a file
     )
     with bar, jax.transfer_guard('disallow'):
-        for _ in range(steps):
+        for number in range(first + 1, first + steps + 1):
             asked = time.perf_counter()
             batch = sharding.to_global(next(batches), run.mesh)
-            if not losses or losses[-1].is_ready():  # the devices had nothing to do
+            if not losses or losses[-1][1].is_ready():  # the devices had nothing to do
                 waited += time.perf_counter() - asked
             while len(losses) > ahead:
-                bar.set_postfix(loss=f'{float(jax.device_get(losses.popleft())):.3f}')
+                _tell_loss(*losses.popleft(), bar, shown)
             state, loss = compiled(state, batch)
-            losses.append(loss)
+            losses.append((number, loss))
             bar.update(rows)
         jax.block_until_ready(state)
+        for last in losses:
+            _tell_loss(*last, bar, shown)
     seconds = time.perf_counter() - started
     running = jax.device_get(state.running)
     seen = int(running['count'][0])
@@ -479,6 +273,12 @@ def _train_epoch(run, compiled, state, batches, epoch):
         'input_wait_share': round(waited / seconds, 4),
         'peak_memory_gib': round(_peak_memory_gib(), 3),
     }
+
+
+def _tell_loss(number, loss, bar, shown):
+    loss = float(jax.device_get(loss))
+    bar.set_postfix(loss=f'{loss:.3f}')
+    shown.add_loss(number, loss)
 
 
 def _peak_memory_gib():
@@ -526,5 +326,5 @@ def _save(run, manager, state, record):
         metrics=record,
     )
     if sharding.is_writer():
-        with open(os.path.join(run.workdir, METRICS_FILE), 'a') as file:
+        with open(os.path.join(run.workdir, history.METRICS_FILE), 'a') as file:
             file.write(json.dumps(record) + '\n')

@@ -111,6 +111,8 @@ def tiny_config(**overrides):
     config.data.batch_size = 128
     config.optimizer.learning_rate = 3e-3
     config.train.epochs = 2
+    config.train.tensorboard = False
+    config.train.report = False
     config.update_from_flattened_dict(overrides)
     return {
         name: value.to_dict() if hasattr(value, 'to_dict') else value

@@ -26,6 +26,7 @@ from flax_densenet import (
     finetune,
     init_variables,
     report,
+    setup,
     sharding,
     step,
     train,
@@ -422,6 +423,5 @@ def test_base_has_each_field():
     assert plan < set(sections.train) | set(sections.optimizer)
     for section, names in finetune._PLAN_FIELDS.items():
         assert set(names) <= set(sections[section])
-    assert set(sections.train) == {'epochs', 'seed', 'cache_features'} | set(
-        train._PHASE_FIELDS
-    )
+    rest = {'epochs', 'seed', 'cache_features', 'tensorboard'}
+    assert set(sections.train) == rest | set(setup.PHASE_FIELDS)

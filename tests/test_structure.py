@@ -54,10 +54,13 @@ EDGES = {
     'step': {'errors', 'evaluate', 'model', 'objective', 'sharding'},
     'finetune': {'errors', 'model'},
     'features': {'errors', 'data', 'evaluate', 'model', 'sharding'},
-    'train': {
-        'errors', 'checkpoint', 'data', 'evaluate', 'features', 'finetune', 'model',
-        'report', 'sharding', 'step', 'transfer', 'weights',
+    'setup': {
+        'errors', 'checkpoint', 'data', 'features', 'finetune', 'model', 'sharding',
+        'step', 'transfer', 'weights',
     },
+    'board': set(),
+    'train': {'errors', 'board', 'checkpoint', 'environment', 'evaluate', 'history',
+              'page', 'report', 'results', 'setup', 'sharding', 'step'},
 }  # fmt: skip
 RECIPES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
 
@@ -98,7 +101,8 @@ def test_heavy_packages_are_imported_where_needed():
     code = (
         'import sys, flax_densenet.train; '
         'heavy = {"torch", "keras", "tensorflow", "tensorflow_datasets", "sklearn", '
-        '"matplotlib", "plotly", "jinja2"}; print(sorted(heavy & set(sys.modules)))'
+        '"matplotlib", "plotly", "jinja2", "tensorboardX"}; '
+        'print(sorted(heavy & set(sys.modules)))'
     )
     done = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT

@@ -1,0 +1,330 @@
+"""What a run works with, from its config: checked fields, data, model and optimizer.
+
+Training and whatever else takes training steps (`lr_find`) prepare through this, so
+that they mean the same by the same fields.
+"""
+
+import dataclasses
+import json
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from flax_densenet import (
+    checkpoint,
+    data,
+    features,
+    finetune,
+    model,
+    sharding,
+    step,
+    transfer,
+)
+from flax_densenet import weights as weights_lib
+from flax_densenet.errors import UserError
+
+_SCHEDULE_FIELDS = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
+_OPTIMIZER_FIELDS = ('name', 'momentum', 'weight_decay')
+# The state of the optimizer depends on them; with their defaults.
+PHASE_FIELDS = {'freeze': 'none', 'head_warmup_epochs': 0}
+
+
+def make_metadata(config, source: data.Source) -> dict[str, Any]:
+    """What evaluation and prediction need beside the arrays; JSON can hold it."""
+    return {
+        'model': dict(config['model']),
+        'class_names': list(source.class_names),
+        'image_size': source.train.image_size,
+        'mean': list(config['data']['mean']),
+        'std': list(config['data']['std']),
+        'data': dict(config['data']),
+        'multi_label': source.multi_label,
+    }
+
+
+def check_same_run(workdir: str, metadata):
+    """Raises where the workdir holds a run of another model, other classes or seed."""
+    latest = checkpoint.find_step(workdir, 'latest')
+    saved = checkpoint.load_json(workdir, latest, 'metadata')
+    remedy = 'use another --workdir, or the same settings'
+    saved_names, names = saved['class_names'], metadata['class_names']
+    if saved_names != names:
+        raise UserError(
+            f'--workdir={workdir} holds a run on {len(saved_names)} classes '
+            f'({_shorten(saved_names)}), data.source has {len(names)} '
+            f'({_shorten(names)}); {remedy}'
+        )
+    # Through JSON, since a tuple comes back from it as a list.
+    model_fields = json.loads(json.dumps(metadata['model']))
+    for name, value in model_fields.items():
+        if name in ('fast', 'kernel', 'remat'):  # how, not what is computed
+            continue
+        if saved['model'].get(name) != value:
+            raise UserError(
+                f'--workdir={workdir} holds a run with model.{name}='
+                f'{saved["model"].get(name)}, not {value}; {remedy}'
+            )
+    data_fields = json.loads(json.dumps(metadata['data']))
+    for name in (
+        *('batch_size', 'source', 'labels', 'split_seed', 'test_fraction'),
+        *('image_size', 'resize', 'crop_fraction', 'interpolation', 'channels'),
+        *('mean', 'std'),
+    ):
+        before = saved['data'].get(name)
+        if before != data_fields[name]:
+            raise UserError(
+                f'--workdir={workdir} holds a run with data.{name}={before}, not '
+                f'{data_fields[name]}; {remedy}'
+            )
+    for name, default in PHASE_FIELDS.items():
+        before, now = saved.get('train', {}).get(name, default), metadata['train'][name]
+        if before != now:
+            raise UserError(
+                f'--workdir={workdir} holds a run with train.{name}={before}, not '
+                f'{now}; {remedy}, or start from it: --config.init_from={workdir}'
+            )
+
+
+def _shorten(names, most=5):
+    more = ', ...' if len(names) > most else ''
+    return ', '.join(names[:most]) + more
+
+
+@dataclasses.dataclass
+class Run:
+    """What one call of `train.fit` works with.
+
+    Attributes:
+      config: with its open fields filled in.
+      schedule: learning rate by step.
+      weights: to start from, of `init_from`; None where a checkpoint or the seed gives
+        them.
+      features: in place of the images, where `cache_features` kept some.
+    """
+
+    config: dict[str, Any]
+    workdir: str
+    source: data.Source
+    module: model.DenseNet
+    mesh: Any
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    metadata: dict[str, Any]
+    weights: weights_lib.Weights | None
+    plan: finetune.Plan
+    features: data.Source | None = None
+
+    def new_state(self, variables):
+        """The state before the first step, on the host."""
+        return step.new_state(
+            variables, self.optimizer, multi_label=self.source.multi_label
+        )
+
+    @property
+    def preprocessing(self):
+        """How the model normalises images."""
+        return {name: tuple(self.config['data'][name]) for name in ('mean', 'std')}
+
+    @property
+    def loading(self):
+        """How batches are read."""
+        fields = {name: self.config['data'][name] for name in ('threads', 'workers')}
+        # Each process would get a copy of the features.
+        return fields | {'workers': 0} if self.features else fields
+
+
+def prepare(config, workdir: str) -> Run:
+    """Checks all fields and finds the data: all that can fail before compilation.
+
+    Args:
+      config: a mapping of the fields of `configs/base.py`.
+      workdir: folder of the run; a checkpoint there comes before `init_from`.
+
+    Raises:
+      UserError: a field, the data or the weights cannot be used.
+    """
+    config, weights = _settle(config, workdir)
+    _check_fields(config)
+    fields = config['data']
+    batch_size, augment = fields['batch_size'], fields['augment']
+    mesh = sharding.make_mesh()
+    sharding.check_batch_size(batch_size, mesh)
+    module = model.create_model(num_classes=2, **config['model'])
+    plan = finetune.make_plan(
+        module,
+        **finetune.plan_fields(config),
+        has_weights=weights is not None or checkpoint.has_checkpoint(workdir),
+    )
+    loading = {name: fields[name] for name in data.load_source.__kwdefaults__}
+    source = data.load_source(fields['source'], **loading)
+    module = model.create_model(num_classes=len(source.class_names), **config['model'])
+    model.check_image_size(module, (source.train.image_size,) * 2)
+    data.check_train_batches(source.train, batch_size, augment, fields['workers'])
+    schedule = step.make_schedule(
+        **{name: config['optimizer'][name] for name in _SCHEDULE_FIELDS},
+        epochs=config['train']['epochs'],
+        steps_per_epoch=len(source.train) / batch_size,
+    )
+    return Run(
+        config=config,
+        workdir=workdir,
+        source=source,
+        module=module,
+        mesh=mesh,
+        schedule=schedule,
+        optimizer=make_optimizer(
+            config,
+            plan,
+            schedule,
+            head_steps=step.epoch_end(plan.head_epochs, len(source.train), batch_size),
+        ),
+        metadata=make_metadata(config, source)
+        | {'train': {name: config['train'][name] for name in PHASE_FIELDS}},
+        weights=weights,
+        plan=plan,
+    )
+
+
+def _check_fields(config):
+    """Raises for values that are wrong whatever the data is."""
+    fields = config['data']
+    for name in ('mean', 'std'):
+        if len(fields[name]) != fields['channels']:
+            raise UserError(
+                f'data.{name}={fields[name]} needs a number for each of '
+                f'{fields["channels"]} channels'
+            )
+    if min(fields['std']) <= 0:
+        raise UserError(f'data.std={fields["std"]} must be above 0')
+    for name in ('threads', 'workers'):
+        if fields[name] < (name == 'threads'):
+            raise UserError(f'data.{name}={fields[name]} is too small')
+    if config['train']['epochs'] < 1:
+        raise UserError(f'train.epochs={config["train"]["epochs"]} must be at least 1')
+    features.check_cache(config['train']['cache_features'])
+
+
+def make_optimizer(config, plan: finetune.Plan, schedule, *, head_steps: int):
+    """The optimizer of the config's fields, at the plan's shares of `schedule`.
+
+    Args:
+      schedule: learning rate by step of training.
+      head_steps: for so many steps, from the first, the head trains alone.
+    """
+    fields = {name: config['optimizer'][name] for name in _OPTIMIZER_FIELDS}
+    return finetune.make_optimizer(
+        lambda first: step.make_optimizer(
+            lambda count: schedule(first + count), **fields
+        ),
+        plan.rates,
+        head_steps=head_steps,
+    )
+
+
+def _settle(config, workdir):
+    """The config with its open fields filled in, and the weights to start from."""
+    saved, weights = None, None
+    if checkpoint.has_checkpoint(workdir):
+        latest = checkpoint.find_step(workdir, 'latest')
+        saved = checkpoint.load_json(workdir, latest, 'metadata')
+    elif config['init_from']:
+        try:
+            weights = weights_lib.load(config['init_from'])
+        except UserError as error:
+            raise UserError(f'init_from={error}') from error
+    config = {n: dict(v) if isinstance(v, dict) else v for n, v in config.items()}
+    for name, settle in (
+        ('model', transfer.settle_model),
+        ('data', transfer.settle_data),
+    ):
+        if saved:  # a run that goes on needs its weights' file no more
+            config[name] = transfer.fill(config[name], saved[name])
+        else:
+            config[name] = settle(config[name], weights)
+    return config, weights
+
+
+def first_variables(run: Run):
+    """`{'params', 'batch_stats'}` on the host, of `init_from` or of the seed."""
+    variables = model.init_variables(
+        run.module,
+        seed=run.config['train']['seed'],
+        channels=run.config['data']['channels'],
+    )
+    if run.weights is None:
+        return variables
+    names = run.source.class_names
+    return transfer.first_variables(run.weights, variables, names)
+
+
+def train_batches(run: Run, source: data.Source, start: int):
+    """The batches of the training part from a step on; see `data.train_batches`."""
+    fields = run.config['data']
+    return data.train_batches(
+        source.train,
+        batch_size=fields['batch_size'],
+        seed=run.config['train']['seed'],
+        start=start,
+        augment=fields['augment'],
+        **run.loading,
+    )
+
+
+def announce(run: Run):
+    """Prints what is trained on what."""
+    side = run.source.train.image_size
+    print(
+        f'{run.config["model"]["variant"]}: {len(run.source.train)} images to train '
+        f'on, {len(run.source.test)} to test on, {len(run.source.class_names)} '
+        f'classes, {side}x{side}; {run.mesh.size} {jax.default_backend()} device(s)',
+        flush=True,
+    )
+    if str(run.plan):
+        print(run.plan, flush=True)
+
+
+def cache_features(run: Run, state: step.TrainState) -> data.Source | None:
+    """The source with features in place of images that are always the same."""
+    if not run.plan.head_only or run.config['train']['cache_features'] == 'off':
+        return None
+    fields = run.config['data']
+    return features.cache_features(
+        run.module,
+        {'params': state.params, 'batch_stats': state.batch_stats},
+        run.source,
+        augment=fields['augment'],
+        limit_gib=fields['cache_limit_gib'],
+        batch_size=fields['batch_size'],
+        mesh=run.mesh,
+        **run.preprocessing,
+        **run.loading,
+    )
+
+
+def compile_step(run: Run, state: step.TrainState, frozen: int):
+    """Compiles `(state, batch) -> (state, loss)`, which donates the state.
+
+    Args:
+      frozen: how many of `model.stages` stay as they are.
+    """
+    rows, by_rows = run.config['data']['batch_size'], sharding.split_rows(run.mesh)
+    example = (run.features or run.source).train[0] | {'epoch': np.int32(0)}
+    batch = {
+        name: jax.ShapeDtypeStruct((rows, *value.shape), value.dtype, sharding=by_rows)
+        for name, value in example.items()
+    }
+    train_step = step.make_train_step(
+        run.module,
+        run.optimizer,
+        seed=run.config['train']['seed'],
+        l2_penalty=run.config['optimizer']['l2_penalty'],
+        frozen=frozen,
+        **run.preprocessing,
+    )
+    start = time.perf_counter()
+    compiled = step.compile_train_step(train_step, state, batch, run.mesh)
+    print(f'compiled in {time.perf_counter() - start:.1f} s', flush=True)
+    return compiled

@@ -1,5 +1,6 @@
 """The command line as a user meets it."""
 
+import shutil
 import subprocess
 import sys
 
@@ -53,6 +54,18 @@ def test_train_and_evaluate(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f'Test_acc{figures} (360 test images of digits')
 
+    files = ('report.html', 'eval.json', 'predictions.csv', 'environment.json')
+    assert all((tmp_path / 'run' / name).exists() for name in files)
+    (tmp_path / 'run' / 'report.html').unlink()
+    done = launch('--mode=report', workdir)
+    assert done.stdout == f'{tmp_path}/run/report.html: open it in a browser\n'
+    assert (tmp_path / 'run' / 'report.html').exists()
+    shutil.copytree(tmp_path / 'run', tmp_path / 'runs' / 'a')
+    shutil.copytree(tmp_path / 'run', tmp_path / 'runs' / 'b')
+    done = launch('--mode=report', f'--workdir={tmp_path}/runs/*')
+    page = f'{tmp_path}/runs/compare.html'
+    assert done.stdout == f'{page}: 2 runs beside each other\n'
+
     # One file of it evaluates to the same, and starts another run.
     file = f'{tmp_path}/birds.safetensors'
     done = launch('--mode=export', workdir, f'--out={file}')
@@ -61,7 +74,7 @@ def test_train_and_evaluate(tmp_path):
     done = launch('--mode=eval', *start)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f'Test_acc{figures} (360 test images of digits')
-    assert done.stdout.endswith(f'weights of {file})\n')
+    assert done.stdout.splitlines()[0].endswith(f'weights of {file})')
     done = launch('--mode=summary', *start)
     assert 'BC-L10k4 with 10 classes' in done.stdout
 
@@ -104,6 +117,8 @@ def test_summary(arguments, size):
         (['photos'], 'photos is not a flag'),
         (['--config.data.source=folder:/none'], 'there is no such folder'),
         (['--mode=eval', '--workdir=/none'], '--workdir=/none holds no checkpoint'),
+        (['--mode=report', '--workdir=/none/*'], 'no folder of a run has such a name'),
+        (['--mode=report', '--workdir=/a,/b'], '--workdir=/a holds no run with a'),
         (['--config.init_from=/none.pth'], 'init_from=/none.pth: there is no such'),
         (['--mode=export'], '--mode=export needs --out=FILE'),
         (

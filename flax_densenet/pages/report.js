@@ -146,7 +146,10 @@ if (charts.confusion) {
         figure.append(image);
       }
       const caption = document.createElement('figcaption');
-      caption.append(`${(item.probability * 100).toFixed(1)} %`, document.createElement('br'), item.name.split('/').pop());
+      const name = document.createElement('span');
+      name.className = 'name';
+      name.textContent = item.name.split('/').pop();
+      caption.append(`${(item.probability * 100).toFixed(1)} %`, name);
       caption.title = item.name;
       figure.append(caption);
       grid.append(figure);

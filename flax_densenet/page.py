@@ -125,7 +125,11 @@ def _headline(found):
         rows[0] = ('Labels right', rows[0][1], note)
     if figures['top5'] is not None:
         rows.append(
-            ('Top 5', render.percent(figures['top5']), 'right class among the first')
+            (
+                'Top 5',
+                render.percent(figures['top5']),
+                'right class among the first five',
+            )
         )
     macro = figures['macro']
     if macro['auroc'] is not None:

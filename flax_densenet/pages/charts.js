@@ -96,7 +96,7 @@ function curves(id, lines, best, title, options) {
     })),
     layout: merge({
       hovermode: 'x unified',
-      xaxis: { title: { text: 'epoch' }, tickformat: 'd', rangemode: 'tozero' },
+      xaxis: { title: { text: 'epoch' }, tick0: 0, dtick: epochStep(lines), rangemode: 'tozero' },
       yaxis: { title: { text: title } },
       shapes: best ? [{ type: 'line', x0: best, x1: best, yref: 'paper', y0: 0, y1: 1,
         line: { color: colour('soft'), width: 1, dash: 'dot' } }] : [],
@@ -109,4 +109,10 @@ function curves(id, lines, best, title, options) {
 // From 0 up: a constant rate alone would get an axis around it.
 function rateAxis(columns) {
   return { range: [0, 1.1 * Math.max(...columns.flat())], exponentformat: 'e' };
+}
+
+// Whole epochs: 1, 2, 5, 10, 20, ... apart, ten marks at most.
+function epochStep(lines) {
+  const last = Math.max(...lines.flatMap(line => line.x));
+  for (let unit = 1; ; unit *= 10) for (const step of [1, 2, 5]) if (last <= 10 * step * unit) return step * unit;
 }

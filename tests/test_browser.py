@@ -163,6 +163,9 @@ def test_narrow_and_printed(chromium, report):
         assert tab.pdf().startswith(b'%PDF')
         tab.emulate_media(media='print')
         assert tab.locator('nav').is_hidden()
+        tab.wait_for_timeout(200)
+        scale = "document.getElementById('confusion').data[0].colorscale"
+        assert 'NaN' not in tab.evaluate(f'JSON.stringify({scale})')
 
 
 def test_hundred_classes(chromium, tmp_path):

@@ -15,7 +15,7 @@ from flax_densenet import create_model, data, model, step, transfer
 PACKAGE = ROOT / 'flax_densenet'
 # module -> modules of the package that it may import.
 EDGES = {
-    '__init__': {'errors', 'model'},
+    '__init__': {'errors', 'model', 'predict'},
     'errors': set(),
     'augment': set(),
     'images': {'errors'},
@@ -41,7 +41,10 @@ EDGES = {
                  'sharding', 'weights'},
     'export': {'errors', 'evaluate', 'keras_files', 'weights'},
     'explain': {'model'},
-    'predict': {'errors', 'evaluate', 'explain', 'images'},
+    'results': {'explain'},
+    'predict': {'errors', 'evaluate', 'explain', 'images', 'results', 'sharding'},
+    'files': {'errors', 'images'},
+    'predictions': {'errors', 'predict'},
     'report': {'checkpoint', 'evaluate', 'model'},
     'step': {'errors', 'evaluate', 'model', 'objective', 'sharding'},
     'finetune': {'errors', 'model'},

@@ -82,6 +82,11 @@ class Predictor:
         names = self.trained.class_names
         return names or tuple(map(str, range(self.trained.module.num_classes)))
 
+    @property
+    def feature_size(self) -> int:
+        """F, the number of pooled features."""
+        return self.trained.variables['params']['classifier']['kernel'].shape[0]
+
     def class_index(self, name: str) -> int:
         """The place of a class; a UserError names those that are like it."""
         if name in self.class_names:
@@ -131,9 +136,8 @@ class Predictor:
           UserError: a file that cannot be read, by name.
         """
         found = self._collect(files, 'raise', features=True)
-        kernel = self.trained.variables['params']['classifier']['kernel']
         rows = [one.features for one in found]
-        return np.stack(rows) if rows else np.zeros((0, kernel.shape[0]), np.float32)
+        return np.stack(rows) if rows else np.zeros((0, self.feature_size), np.float32)
 
     def _collect(self, files, errors, **options):
         if errors not in ('raise', 'return'):

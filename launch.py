@@ -145,8 +145,13 @@ def _trained_path(config, workdir):
     """The workdir where it has a checkpoint, else the weights of init_from."""
     from flax_densenet import checkpoint
 
-    if config['init_from'] and not checkpoint.has_checkpoint(workdir):
-        return config['init_from']
+    start = config['init_from']
+    if start and not checkpoint.has_checkpoint(workdir):
+        if not os.path.exists(os.path.expanduser(start)):
+            raise UserError(f'--config.init_from={start}: there is no such file')
+        return start
+    if not os.path.isfile(workdir):
+        checkpoint.find_step(workdir, 'latest')  # raises where there is none
     return workdir
 
 
@@ -312,7 +317,8 @@ def main(argv):
         workdir = _WORKDIR.value or os.path.join('ckpt', name.stem)
         overrides = config_flags.get_override_values(flags.FLAGS['config'])
         status = MODES[_MODE.value](_plain(_CONFIG.value), workdir, overrides)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2

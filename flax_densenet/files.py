@@ -46,7 +46,8 @@ def find(patterns: Iterable[str], *, leave_out: str | None = None) -> Iterator[s
         a folder: the images in it and below, by the names in `images.EXTENSIONS`,
         without hidden files and folders and without `__MACOSX`;
         a pattern with `*`, `?`, `[...]` or `**` (folders of any depth): the images
-        that match, hidden ones only where the pattern itself names the dot;
+        that match, hidden ones only where the pattern itself names the dot; folders
+        that cannot be listed are passed by, as a shell does;
         `-`: names on standard input, one a line.
       leave_out: a folder whose files are not returned, though they match: where
         results are written while the search goes on.
@@ -97,17 +98,42 @@ def _from_stdin():
 
 
 def _from_pattern(path, pattern):
-    found = (
+    names = (
         name
-        for name in glob.iglob(path, recursive=True)
+        for name in _expand(path)
         if _is_image_name(name)
         and '__MACOSX' not in name.split(os.sep)
         and _is_file(functools.partial(os.stat, name))
     )
-    # glob takes a folder's entries in the order of the disk, all together.
-    groups = itertools.groupby(found, os.path.dirname)
-    names = itertools.chain.from_iterable(sorted(group) for _, group in groups)
     return _at_least_one(names, f'--files={pattern} matches no image; {_LOOKED_FOR}')
+
+
+def _expand(path):
+    """`glob.iglob`, but sorted within a folder and without going round in links.
+
+    Of glob's own `**` a link to a folder above it makes forty copies of each file, two
+    such links 2 ** 40.
+    """
+    parts = path.split(os.sep)
+    if '**' not in parts:
+        # A folder's entries come in the order of the disk, all together.
+        groups = itertools.groupby(glob.iglob(path), os.path.dirname)
+        yield from itertools.chain.from_iterable(sorted(group) for _, group in groups)
+        return
+    place = parts.index('**')
+    head, tail = os.sep.join(parts[:place]), parts[place + 1 :]
+    if path.startswith(os.sep) and place == 1:
+        head = os.sep
+    for root in sorted(glob.iglob(head)) if head else ['']:
+        if not os.path.isdir(root or os.curdir):
+            continue
+        # Without a root, names are to start as the pattern does, not with ./
+        cut = '' if root else os.curdir + os.sep
+        below = _walk(root or os.curdir)
+        for kind, found in itertools.chain([('folder', root)], below):
+            if kind == 'folder':
+                folder = glob.escape(found.removeprefix(cut))
+                yield from _expand(os.path.join(folder, *tail or ['*']))
 
 
 def _from_folder(path, pattern):
@@ -117,7 +143,12 @@ def _from_folder(path, pattern):
         raise UserError(
             f'--files={pattern}: the folder cannot be listed ({error.strerror})'
         ) from error
-    names = _walk(path)
+    names = (
+        name
+        for kind, name in _walk(path)
+        # What cannot be looked into becomes a row with the reason, as bad files do.
+        if kind == 'unlisted' or (kind == 'file' and _is_image_name(name))
+    )
     return _at_least_one(names, f'--files={pattern} holds no image; {_LOOKED_FOR}')
 
 
@@ -136,33 +167,35 @@ def _at_least_one(names, message):
 
 
 def _walk(root):
-    """Images below a folder, depth first; one that cannot be listed comes as itself.
+    """What is below a folder, depth first and sorted: `(kind, path)`.
 
-    A link that leads back to a folder above it is not followed.
+    Kinds are file, folder and unlisted: a folder that cannot be looked into. A link
+    that leads back to a folder above it is not followed; hidden files and folders and
+    `__MACOSX` are left out.
     """
-    stack, above = [iter(_entries(root))], [_identity(root)]
+    stack, above = [iter(_entries(root) or ())], [_identity(root)]
     while stack:
         entry = next(stack[-1], None)
         if entry is None:
             stack.pop()
             above.pop()
         elif not _is_folder(entry):
-            if _is_image_name(entry.name) and _is_file(entry.stat):
-                yield entry.path
+            if _is_file(entry.stat):
+                yield 'file', entry.path
         elif entry.name != '__MACOSX' and _identity(entry.path) not in above:
-            try:
-                inside = _entries(entry.path)
-            except OSError:
-                yield entry.path  # reading it as an image gives the reason
-                continue
-            stack.append(iter(inside))
+            inside = _entries(entry.path)
+            yield 'unlisted' if inside is None else 'folder', entry.path
+            stack.append(iter(inside or ()))
             above.append(_identity(entry.path))
 
 
 def _entries(folder):
-    """Sorted, but for hidden ones."""
-    with os.scandir(folder) as entries:
-        shown = [entry for entry in entries if not entry.name.startswith('.')]
+    """Sorted, but for hidden ones; None where the folder cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            shown = [entry for entry in entries if not entry.name.startswith('.')]
+    except OSError:
+        return None
     return sorted(shown, key=lambda entry: entry.name)
 
 

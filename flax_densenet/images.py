@@ -154,7 +154,7 @@ def prepare_array(image: np.ndarray, preparation: Preparation) -> np.ndarray:
 
 def _reason(error):
     if isinstance(error, FileNotFoundError):
-        return 'is not there any more'
+        return 'is not there'
     if isinstance(error, UnidentifiedImageError):
         return f'is not an image ({", ".join(FORMATS)})'
     return f'cannot be decoded ({error})'

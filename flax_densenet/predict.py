@@ -88,15 +88,16 @@ class Predictor:
         return self.trained.variables['params']['classifier']['kernel'].shape[0]
 
     def class_index(self, name: str) -> int:
-        """The place of a class; a UserError names those that are like it."""
+        """The place of a class; a UserError says which there are."""
         if name in self.class_names:
             return self.class_names.index(name)
-        near = difflib.get_close_matches(name, self.class_names, 5, 0.5)
-        near = near or self.class_names[:20]
-        more = '' if len(near) == len(self.class_names) else ', ...'
+        near = difflib.get_close_matches(name, self.class_names, 1)
+        known = self.class_names[:20]
         raise UserError(
-            f'class {name} is none of the {len(self.class_names)} that the model '
-            f'knows; use {", ".join(near)}{more}'
+            f'class {name} is none of the model; '
+            + (f'did you mean {near[0]}? ' if near else '')
+            + f'There are {", ".join(known)}'
+            + (', ...' if len(known) < len(self.class_names) else '')
         )
 
     def predict(self, files, *, errors: str = 'raise') -> list[Prediction]:

@@ -6,6 +6,7 @@ complete; until then it is called NAME.part.
 """
 
 import contextlib
+import itertools
 import os
 import re
 import sys
@@ -86,6 +87,7 @@ class _Pictures:
 
     def __init__(self, folder):
         self.folder, self.what, self.row = folder, f'--explain={folder}', 0
+        self.made = not os.path.exists(folder)
         with _failing_as(self.what):
             os.makedirs(folder, exist_ok=True)
             if os.listdir(folder):
@@ -114,7 +116,9 @@ class _Pictures:
         pass
 
     def give_up(self):
-        pass
+        if self.made:
+            with contextlib.suppress(OSError):  # it holds pictures
+                os.rmdir(self.folder)
 
 
 class _Features:
@@ -183,7 +187,6 @@ class Outputs:
         if features and out and os.path.realpath(features) == os.path.realpath(out):
             raise UserError(f'--out and --features are both {out}; name two files')
         self.top, self.explain, self.features = top, bool(explain), bool(features)
-        self.on_screen = out is None and sys.stdout.isatty()
         self._unfinished = contextlib.ExitStack()
         self._writers = []
         with self._unfinished as stack:
@@ -191,6 +194,7 @@ class Outputs:
                 if place:
                     self._add(make(place))
             self._add(_Rows(out, form))
+            self.on_screen = out is None and sys.stdout.isatty()
             self._unfinished = stack.pop_all()
 
     def _add(self, writer):
@@ -241,9 +245,11 @@ def run(
     import tqdm
 
     cam_class = -1 if class_name is None else model.class_index(class_name)
+    paths = iter(paths)
+    first = list(itertools.islice(paths, 1))  # an error here comes before any row
     outputs.start(model)
     stream = model.stream(
-        paths,
+        itertools.chain(first, paths),
         threads=threads,
         features=outputs.features,
         cams=outputs.explain,

@@ -4,6 +4,7 @@ Both kinds of file say at their start how long they are. So rows and names wait 
 temporary files beside the output, which need no memory, and are copied at the end.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -34,7 +35,7 @@ class Writer:
         """
         check_name(path)
         if os.path.exists(path) and not os.path.isfile(path):
-            raise IsADirectoryError(0, 'it is no file')
+            raise IsADirectoryError(errno.EISDIR, 'it is a folder')
         self.path = os.path.realpath(path)
         folder = os.path.dirname(self.path)
         self.count, self.longest = 0, 1

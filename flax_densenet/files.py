@@ -116,15 +116,15 @@ def _expand(path):
     """
     parts = path.split(os.sep)
     if '**' not in parts:
-        # A folder's entries come in the order of the disk, all together.
-        groups = itertools.groupby(glob.iglob(path), os.path.dirname)
-        yield from itertools.chain.from_iterable(sorted(group) for _, group in groups)
+        head, name = os.path.split(path)
+        for folder in _expand(head) if glob.has_magic(head) else [head]:
+            yield from sorted(glob.iglob(os.path.join(glob.escape(folder), name)))
         return
     place = parts.index('**')
     head, tail = os.sep.join(parts[:place]), parts[place + 1 :]
     if path.startswith(os.sep) and place == 1:
         head = os.sep
-    for root in sorted(glob.iglob(head)) if head else ['']:
+    for root in _expand(head) if glob.has_magic(head) else [head]:
         if not os.path.isdir(root or os.curdir):
             continue
         # Without a root, names are to start as the pattern does, not with ./

@@ -13,6 +13,8 @@ import sys
 import tempfile
 from collections.abc import Iterable
 
+from tqdm import tqdm
+
 from flax_densenet import feature_files, predict, rows
 from flax_densenet.errors import UserError
 from flax_densenet.results import Prediction
@@ -242,8 +244,6 @@ def run(
     Returns:
       How many files could not be read; a last line on standard error says it too.
     """
-    import tqdm
-
     cam_class = -1 if class_name is None else model.class_index(class_name)
     paths = iter(paths)
     first = list(itertools.islice(paths, 1))  # an error here comes before any row
@@ -256,11 +256,11 @@ def run(
         cam_class=cam_class,
     )
     count = failed = 0
-    # A screen that shows the rows shows the progress.
-    quiet = not sys.stderr.isatty() or outputs.on_screen
+    # No bar where stderr is a file (None), nor where the rows themselves are seen.
+    quiet = outputs.on_screen or None
     with (
         contextlib.closing(stream),
-        tqdm.tqdm(total=total, unit=' images', disable=quiet, leave=False) as bar,
+        tqdm(total=total, unit=' images', disable=quiet, leave=False) as bar,
     ):
         for found in stream:
             outputs.write(found)

@@ -50,6 +50,9 @@ class Explanation:
         """Writes the picture; the name's ending (`.jpg`, `.png`) tells the format."""
         self.picture.save(path)
 
+    def __repr__(self):
+        return f'<{self.path!r}: {self.class_name} {self.probability:.1%}, explained>'
+
     def _repr_png_(self):
         file = io.BytesIO()
         self.picture.save(file, 'PNG')

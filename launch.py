@@ -1,9 +1,10 @@
-"""Trains, evaluates and describes DenseNets.
+"""Trains, evaluates, describes and uses DenseNets.
 
   python launch.py --config=configs/densenet121.py --config.data.source=folder:photos
   python launch.py --mode=eval --workdir=ckpt/densenet121
   python launch.py --mode=summary --config=configs/cifar.py
   python launch.py --mode=export --workdir=ckpt/densenet121 --format=torch --out=x.pth
+  python launch.py --mode=predict --workdir=ckpt/densenet121 --files='photos/**/*.jpg'
 
 Any field of configs/base.py can be set: --config.optimizer.learning_rate=1e-3.
 """
@@ -30,11 +31,37 @@ _WORKDIR = flags.DEFINE_string(
     'Folder of the run; by default ckpt/<name of the config>. Of --mode=report also '
     'several: a,b or a pattern.',
 )
-_MODE = flags.DEFINE_string('mode', 'train', 'train, eval, report, summary or export.')
-_FORMAT = flags.DEFINE_string(
-    'format', 'safetensors', 'Of --mode=export: torch, safetensors or keras.'
+_MODE = flags.DEFINE_string(
+    'mode', 'train', 'train, eval, report, predict, summary or export.'
 )
-_OUT = flags.DEFINE_string('out', None, 'File that --mode=export writes.')
+_FORMAT = flags.DEFINE_string(
+    'format',
+    None,
+    'Of --mode=export: safetensors (default), torch or keras. Of --mode=predict: csv '
+    'or jsonl, by default as the name of --out ends, else table.',
+)
+_OUT = flags.DEFINE_string(
+    'out',
+    None,
+    'File of --mode=export, of --mode=predict in place of the screen, or of the page '
+    'of several runs.',
+)
+_FILES = flags.DEFINE_multi_string(
+    'files',
+    [],
+    'Of --mode=predict: an image, a folder, a pattern with * or **, or - for names on '
+    'standard input. May be given several times.',
+)
+_TOP = flags.DEFINE_integer('top', 5, 'Classes that --mode=predict names an image.')
+_EXPLAIN = flags.DEFINE_string(
+    'explain', None, 'Folder for --mode=predict: a picture of where each class is seen.'
+)
+_EXPLAIN_CLASS = flags.DEFINE_string(
+    'explain_class', None, 'What --explain looks for, else the most likely class.'
+)
+_FEATURES = flags.DEFINE_string(
+    'features', None, 'File of --mode=predict for features: .npz or .safetensors.'
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'One process of several: finds the others by the cluster.'
 )
@@ -151,8 +178,13 @@ def _trained_path(config, workdir):
     """The workdir where it has a checkpoint, else the weights of init_from."""
     from flax_densenet import checkpoint
 
-    if config['init_from'] and not checkpoint.has_checkpoint(workdir):
-        return config['init_from']
+    start = config['init_from']
+    if start and not checkpoint.has_checkpoint(workdir):
+        if not os.path.exists(os.path.expanduser(start)):
+            raise UserError(f'--config.init_from={start}: there is no such file')
+        return start
+    if not os.path.isfile(workdir):
+        checkpoint.find_step(workdir, 'latest')  # raises where there is none
     return workdir
 
 
@@ -162,11 +194,50 @@ def _export(config, workdir, overrides):
 
     if not _OUT.value:
         raise UserError('--mode=export needs --out=FILE')
-    export.check_format(_OUT.value, _FORMAT.value)
+    file_format = _FORMAT.value or 'safetensors'
+    export.check_format(_OUT.value, file_format)
     path = _trained_path(config, workdir)
     trained = evaluate.load_trained(path, 'best')
-    export.save(_OUT.value, trained, _FORMAT.value)
-    print(f'{_OUT.value}: the model of {path} for {_FORMAT.value}')
+    export.save(_OUT.value, trained, file_format)
+    print(f'{_OUT.value}: the model of {path} for {file_format}')
+
+
+_OF_PREDICT = ('init_from', 'data.batch_size', 'data.threads')
+
+
+def _predict(config, workdir, overrides):
+    """Predicts for --files; exit status 1 where some of them could not be read."""
+    from flax_densenet import files, predict, predictions
+
+    path = _trained_path(config, workdir)
+    wrong = [name for name in overrides if name not in _OF_PREDICT]
+    if wrong:
+        raise UserError(
+            f'--config.{wrong[0]}: --mode=predict takes it from {path}; only '
+            f'{" and ".join(_OF_PREDICT[1:])} can be set'
+        )
+    for name in ('batch_size', 'threads'):
+        if config['data'][name] < 1:
+            raise UserError(f'data.{name}={config["data"][name]} must be at least 1')
+    if not _FILES.value:
+        raise UserError("--mode=predict needs --files=NAME, as 'photos/**/*.jpg'")
+    if _EXPLAIN_CLASS.value is not None and not _EXPLAIN.value:
+        raise UserError('--explain_class needs --explain=FOLDER')
+    files.check(_FILES.value)
+    places = dict(explain=_EXPLAIN.value, features=_FEATURES.value)
+    with predictions.Outputs(
+        out=_OUT.value, form=_FORMAT.value, top=_TOP.value, **places
+    ) as outputs:
+        model = predict.load_trained(path, batch_size=config['data']['batch_size'])
+        failed = predictions.run(
+            model,
+            files.find(_FILES.value, leave_out=_EXPLAIN.value),
+            outputs,
+            threads=config['data']['threads'],
+            class_name=_EXPLAIN_CLASS.value,
+            total=files.count(_FILES.value),
+        )
+    return 1 if failed else 0
 
 
 def _summarise(config, workdir, overrides):
@@ -196,6 +267,7 @@ MODES = {
     'report': _report,
     'summary': _summarise,
     'export': _export,
+    'predict': _predict,
 }
 
 
@@ -216,9 +288,14 @@ def _parse(argv):
     except (flags.Error, TypeError, ValueError) as error:
         raise UserError(' '.join(str(error).split())) from error
     if len(left) > 1:
-        raise UserError(f'{left[1]} is not a flag; flags start with --')
+        hint = 'flags start with --'
+        if _FILES.value:  # the shell took the pattern for its own
+            hint = "a pattern of --files stands in quotes: --files='photos/*.jpg'"
+        raise UserError(f'{left[1]} is not a flag; {hint}')
     if _MODE.value not in MODES:
         raise UserError(f'--mode={_MODE.value} is not known; use {", ".join(MODES)}')
+    if _MODE.value == 'predict' and _DISTRIBUTED.value:
+        raise UserError('--distributed: --mode=predict is one process; share the files')
 
 
 def _check_field_names(arguments):
@@ -251,14 +328,19 @@ def _set_up_jax():
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         cache = cpu_kernels.cache_folder() / 'xla'
         jax.config.update('jax_compilation_cache_dir', str(cache))
-    if _MODE.value in ('train', 'eval', 'report') and jax.default_backend() == 'cpu':
+    uses_model = _MODE.value in ('train', 'eval', 'report', 'predict')
+    if uses_model and jax.default_backend() == 'cpu':
         # The first time it is compiled for some seconds: begun here, it is ready when
         # the data is.
         threading.Thread(target=cpu_kernels.load, daemon=True).start()
 
 
 def main(argv):
-    """Runs the mode; a user's mistake becomes one line and exit status 2."""
+    """Runs the mode; returns the exit status.
+
+    A user's mistake becomes one line and 2. Ctrl-C gives 130 and a reader that went
+    away (`| head`) 141, as shells name them.
+    """
     try:
         _parse(argv)
         if _DISTRIBUTED.value:
@@ -269,11 +351,20 @@ def main(argv):
         name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
         workdir = _WORKDIR.value or os.path.join('ckpt', name.stem)
         overrides = config_flags.get_override_values(flags.FLAGS['config'])
-        MODES[_MODE.value](_plain(_CONFIG.value), workdir, overrides)
+        status = MODES[_MODE.value](_plain(_CONFIG.value), workdir, overrides)
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    return 0
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # What is still to be flushed at the end must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return status or 0
 
 
 if __name__ == '__main__':

@@ -250,6 +250,11 @@ def _from_file(path, mesh):
     if not found.num_classes:
         raise UserError(f'{path} has no classifier: train one, with init_from={path}')
     preparation = {**found.preprocessing, **found.metadata.get('data', {})}
+    # Whether probabilities are of one class or of each label; left out where the file
+    # does not tell.
+    labels = {}
+    if 'multi_label' in found.metadata or found.family == 'torchxrayvision':
+        labels['multi_label'] = found.metadata.get('multi_label', True)
     return Trained(
         module=found.module,
         variables=sharding.replicate(found.variables, mesh),
@@ -260,6 +265,7 @@ def _from_file(path, mesh):
             'mean': list(found.preprocessing['mean']),
             'std': list(found.preprocessing['std']),
             'data': preparation,
+            **labels,
         },
         metrics={},
         step=None,

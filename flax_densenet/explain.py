@@ -6,11 +6,12 @@ shown is the ReLU of their weighted sum (equation 2).
 """
 
 import functools
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from flax_densenet import model
 
@@ -38,6 +39,11 @@ def grad_cam(variables, images, classes, *, module: model.DenseNet):
       logits `[N, num_classes]`, maps float32 `[N, h, w]`, 0 or above, not scaled.
     """
     features = module.apply(variables, images, method='features')
+    return from_features(variables, features, classes, module=module)
+
+
+def from_features(variables, features, classes, *, module: model.DenseNet):
+    """`grad_cam` for images whose maps `[N, h, w, F]` are computed already."""
     features = features.astype(jnp.float32)
 
     def of_class(features):
@@ -76,3 +82,41 @@ def overlay(image: np.ndarray, cam: np.ndarray, *, strength: float = 0.55):
     alpha = strength * cam[..., None]
     mixed = image * (1 - alpha) + colours * alpha
     return mixed.round().astype(np.uint8)
+
+
+# Pixels: a panel's side at least, the caption's strip, its letters, the gap.
+_PANEL, _STRIP, _LETTERS, _GAP = 224, 30, 16, 6
+
+
+def picture(image: np.ndarray, cam: np.ndarray, caption: str) -> Image.Image:
+    """An image beside its overlay, under a caption: readable without the program.
+
+    Args:
+      image: uint8 `[H, W, 3]` or `[H, W, 1]`; small ones are shown enlarged.
+      cam: `[h, w]`.
+      caption: one line; what does not fit is cut off.
+
+    Returns:
+      An RGB image.
+    """
+    times = max(1, -(-_PANEL // min(image.shape[:2])))
+    large = image.repeat(times, 0).repeat(times, 1)
+    height, width = large.shape[:2]
+    page = Image.new('RGB', (2 * width + _GAP, height + _STRIP), 'white')
+    font = _font()
+    while caption and font.getlength(caption) > page.width - 2 * _GAP:
+        caption = caption.removesuffix('…')[:-1] + '…' if len(caption) > 1 else ''
+    ImageDraw.Draw(page).text((_GAP, _STRIP / 2), caption, 'black', font, anchor='lm')
+    plain = np.broadcast_to(large, (height, width, 3))
+    page.paste(Image.fromarray(np.ascontiguousarray(plain)), (0, _STRIP))
+    page.paste(Image.fromarray(overlay(large, cam)), (width + _GAP, _STRIP))
+    return page
+
+
+@functools.cache
+def _font():
+    """DejaVu Sans of matplotlib: Pillow's own font has few letters beyond ASCII."""
+    import matplotlib  # 0.2 s, and only where a picture is made
+
+    path = os.path.join(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf')
+    return ImageFont.truetype(path, _LETTERS)

@@ -133,6 +133,18 @@ def load_image(file, preparation: Preparation) -> np.ndarray:
         raise UserError(_reason(error)) from error
 
 
+def prepare_image(image: Image.Image, preparation: Preparation) -> np.ndarray:
+    """`load_image` for an image that Pillow has opened or made; it stays as it is.
+
+    Raises:
+      UserError: as `load_image`, where its file is read only now.
+    """
+    try:
+        return preparation.apply(to_rgb(ImageOps.exif_transpose(image)))
+    except _BROKEN as error:
+        raise UserError(_reason(error)) from error
+
+
 def prepare_array(image: np.ndarray, preparation: Preparation) -> np.ndarray:
     """`load_image` for a uint8 array `[H, W]`, `[H, W, 1]` or `[H, W, 3]`."""
     if image.ndim == 3 and image.shape[-1] == 1:
@@ -142,7 +154,7 @@ def prepare_array(image: np.ndarray, preparation: Preparation) -> np.ndarray:
 
 def _reason(error):
     if isinstance(error, FileNotFoundError):
-        return 'is not there any more'
+        return 'is not there'
     if isinstance(error, UnidentifiedImageError):
         return f'is not an image ({", ".join(FORMATS)})'
     return f'cannot be decoded ({error})'

@@ -1,11 +1,18 @@
 """The command line as a user meets it."""
 
+import csv
+import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
-from conftest import ROOT, write_images
+from conftest import ROOT, make_weights, write_images
+
+from flax_densenet import feature_files, load_trained
 
 TINY = [
     '--config.model.variant=BC-L10k4',
@@ -132,3 +139,164 @@ def test_mistakes(arguments, message, tmp_path):
         arguments = [*arguments, f'--workdir={tmp_path}/run']
     assert message in one_line_error(launch(*arguments))
     assert not (tmp_path / 'run').exists()
+
+
+@pytest.fixture
+def main(monkeypatch, capfd):
+    """`launch.main` in this process: status, standard output and standard error."""
+    from absl.testing import flagsaver
+
+    import launch as program
+
+    # Its settings are of a whole process, and other tests run in this one.
+    monkeypatch.setattr(program, '_set_up_jax', lambda: None)
+
+    def run(*arguments):
+        monkeypatch.setattr('sys.argv', sys.argv)  # the program changes it
+        with flagsaver.flagsaver():
+            status = program.main(['launch.py', *map(str, arguments)])
+        return status, *capfd.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope='module')
+def weights(tmp_path_factory):
+    return make_weights(tmp_path_factory.mktemp('weights') / 'x.safetensors')
+
+
+def test_predict(main, weights, tmp_path):
+    """Files of all kinds to rows, pictures and features; and what Python says."""
+    photos = write_images(tmp_path / 'photos', {'a': 3, 'b': 2})
+    for odd in ('new\nline.jpg', 'bytes \udcff.jpg'):
+        (photos / odd).write_bytes((photos / 'a/000.jpg').read_bytes())
+    (photos / 'bad.jpg').write_text('no image')
+    model = ['--mode=predict', f'--config.init_from={weights}', f'--workdir={tmp_path}']
+    model += ['--config.data.batch_size=4', '--config.data.threads=2']
+    files = [f'--files={photos}', f'--files={photos}/*/000.jpg', '--files=none.jpg']
+    places = [f'--explain={tmp_path}/pictures', f'--features={tmp_path}/f.npz']
+    done = main(*model, *files, '--out', tmp_path / 'x.csv', '--top=2', *places)
+    last = '2 of 11 files could not be read, and features are of the others\n'
+    assert done == (1, '', last)
+    with open(tmp_path / 'x.csv', newline='', errors='surrogateescape') as file:
+        rows = list(csv.DictReader(file))
+    names = [*(f'a/00{n}.jpg' for n in range(3)), 'b/000.jpg', 'b/001.jpg', 'bad.jpg']
+    names += ['bytes \udcff.jpg', 'new\nline.jpg', 'a/000.jpg', 'b/000.jpg']
+    expected = [f'{photos}/{name}' for name in names]
+    assert [row['path'] for row in rows] == [*expected, 'none.jpg']
+    bad = [row['path'] for row in rows if row['error']]
+    assert bad == [f'{photos}/bad.jpg', 'none.jpg']
+    good = [row['path'] for row in rows if not row['error']]
+    trained = load_trained(weights, batch_size=4)
+    for row, found in zip(
+        (row for row in rows if not row['error']), trained.predict(good), strict=True
+    ):
+        first, second = found.top(2)
+        assert (row['class1'], row['class2']) == (first.class_name, second.class_name)
+        assert float(row['probability2']) == pytest.approx(second.probability, rel=1e-5)
+    found, paths = feature_files.read(f'{tmp_path}/f.npz')
+    assert paths == good
+    np.testing.assert_array_equal(found, trained.features(good))
+    pictures = sorted((tmp_path / 'pictures').iterdir())
+    assert len(pictures) == 9 and pictures[0].name == '000001_000.jpg'
+
+    # To the screen; pictures of a class, in the folder that is searched.
+    place = f'--explain={photos}/a/why'
+    done = main(*model, f'--files={photos}/**/0*.jpg', place, '--explain_class=class 1')
+    assert done[0] == 0 and done[2] == ''
+    assert done[1].split()[:3] == ['path', 'class', 'prob.']
+    assert len(done[1].splitlines()) == 1 + 5 * 3
+    assert len(list((photos / 'a/why').iterdir())) == 5
+    done = main(*model, f'--files={photos}/b', '--format=jsonl')
+    assert [json.loads(line)['path'] for line in done[1].splitlines()] == [
+        f'{photos}/b/000.jpg',
+        f'{photos}/b/001.jpg',
+    ]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ([], '--mode=predict needs --files=NAME'),
+        (['--files=none/*.jpg'], '--files=none/*.jpg matches no image'),
+        (['--files=x', '--config.data.batch_size=0'], 'data.batch_size=0 must be at'),
+        (['--files=x', '--config.data.threads=0'], 'data.threads=0 must be at least 1'),
+        (['--files=x', '--config.data.image_size=9'], 'only data.batch_size and data.'),
+        (['--files=x', '--config.model.fast=0'], '--config.model.fast: --mode=predict'),
+        (['--files=x', '--top=0'], '--top=0 must be at least 1'),
+        (['--files=x', '--format=torch'], 'use table, csv, jsonl'),
+        (['--files=x', '--features=x.txt'], 'ends with .npz or .safetensors'),
+        (['--files=x', '--explain_class=a'], '--explain_class needs --explain=FOLDER'),
+        (['--files=x', '--distributed'], '--mode=predict is one process'),
+        (['--files', 'a.jpg', 'b.jpg'], "in quotes: --files='photos/*.jpg'"),
+        (['--files=x', '--config.init_from=none'], 'init_from=none: there is no such'),
+        (
+            ['--files=x', '--config.init_from='],
+            'holds no checkpoint; train',
+        ),
+        (
+            ['--files=x', '--explain={}/new', '--explain_class=claas 2'],
+            'did you mean class 2? There are class 0, class 1, class 2',
+        ),
+    ],
+)
+def test_mistakes_of_predict(main, weights, tmp_path, arguments, message):
+    arguments = [argument.format(tmp_path) for argument in arguments]
+    start = [
+        '--mode=predict',
+        f'--config.init_from={weights}',
+        f'--workdir={tmp_path}/r',
+    ]
+    status, out, err = main(*start, *arguments)
+    assert (status, out) == (2, '')
+    (line,) = err.splitlines()
+    assert line.startswith('error: ') and message in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_stopped(main, monkeypatch):
+    """Ctrl-C is one word and the status that a shell would give it."""
+    import launch as program
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(program.MODES, 'summary', interrupt)
+    assert main('--mode=summary') == (130, '', 'interrupted\n')
+
+
+def test_head(weights, tmp_path):
+    photos = write_images(tmp_path, {'a': 1})
+    start = [sys.executable, str(ROOT / 'launch.py'), '--mode=predict']
+    running = subprocess.Popen(
+        [*start, f'--config.init_from={weights}', f'--workdir={tmp_path}', '--files=-'],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    running.stdout.close()
+    _, err = running.communicate(f'{photos}/a/000.jpg\n'.encode() * 3, timeout=120)
+    assert (running.returncode, err) == (141, b'')
+
+
+@pytest.mark.slow
+def test_interrupted(weights, tmp_path):
+    """What is done is kept beside the output that was not finished."""
+    photos = write_images(tmp_path, {'a': 1})
+    start = [sys.executable, str(ROOT / 'launch.py'), '--mode=predict', '--files=-']
+    start += [f'--config.init_from={weights}', f'--out={tmp_path}/x.csv']
+    pipe = subprocess.PIPE
+    part = tmp_path / 'x.csv.part'
+    with subprocess.Popen(start, stdin=pipe, stderr=pipe) as running:
+        running.stdin.write(f'{photos}/a/000.jpg\n'.encode() * 100)
+        running.stdin.flush()
+        deadline = time.monotonic() + 120
+        while not (part.exists() and len(part.read_bytes().splitlines()) > 1):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        err = running.stderr.read().decode()
+    assert running.returncode == 130
+    assert err.endswith('interrupted\n') and 'Traceback' not in err
+    rows = len(part.read_text().splitlines()) - 1
+    assert f'x.csv.part has the {rows} rows so far' in err

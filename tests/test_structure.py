@@ -15,7 +15,7 @@ from flax_densenet import create_model, data, model, step, transfer
 PACKAGE = ROOT / 'flax_densenet'
 # module -> modules of the package that it may import.
 EDGES = {
-    '__init__': {'errors', 'model'},
+    '__init__': {'errors', 'model', 'predict'},
     'errors': set(),
     'augment': set(),
     'images': {'errors'},
@@ -49,7 +49,12 @@ EDGES = {
              'report', 'results', 'sharding'},
     'compare': {'errors', 'checkpoint', 'history', 'page', 'render'},
     'results': {'errors', 'data', 'evaluate', 'metrics', 'sharding'},
-    'predict': {'errors', 'evaluate', 'explain', 'images'},
+    'answers': {'explain'},
+    'predict': {'errors', 'answers', 'evaluate', 'explain', 'images', 'sharding'},
+    'files': {'errors', 'images'},
+    'rows': {'answers'},
+    'feature_files': {'errors'},
+    'predictions': {'errors', 'answers', 'feature_files', 'predict', 'rows'},
     'report': {'checkpoint', 'evaluate', 'model'},
     'step': {'errors', 'evaluate', 'model', 'objective', 'sharding'},
     'finetune': {'errors', 'model'},

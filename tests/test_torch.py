@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from flax_densenet import create_model, evaluate, export, weights
+from flax_densenet import create_model, evaluate, export, load_trained, weights
 from flax_densenet.errors import UserError
 
 torch = pytest.importorskip('torch')
@@ -166,6 +166,44 @@ def test_export(form, torchvision, tmp_path):
             found.variables['params'],
         )
     )
+
+
+def torch_cams(model, images, classes):
+    """Grad-CAM as torch's users write it: a hook at `features`, then autograd."""
+    kept = []
+
+    def keep(module, arguments, output):
+        output.retain_grad()
+        kept.append(output)
+        return output.clone()  # torchvision's ReLU behind it works in place
+
+    handle = model.features.register_forward_hook(keep)
+    logits = model(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous())
+    handle.remove()
+    chosen = logits.argmax(1) if classes is None else torch.tensor(classes)
+    logits.gather(1, chosen[:, None]).sum().backward()
+    (maps,) = kept
+    weights = maps.grad.mean((2, 3), keepdim=True)
+    return torch.relu((weights * maps).sum(1)).detach().numpy()
+
+
+@pytest.mark.parametrize('classes', [None, [0, 3, 6]])
+def test_grad_cam(classes, torchvision, tmp_path):
+    """From the file of weights and uint8 images on."""
+    model = small(torchvision, num_classes=7)
+    torch.save(model.state_dict(), tmp_path / 'x.pth')
+    ours = load_trained(tmp_path / 'x.pth', batch_size=4)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3), np.uint8)
+    mean = np.array(weights.IMAGENET_MEAN, np.float32)
+    std = np.array(weights.IMAGENET_STD, np.float32)
+    images = (pixels / np.float32(255) - mean) / std
+    expected = torch_cams(model, images.astype(np.float32), classes)
+    assert expected.shape == (3, 28, 28) and (expected.max((1, 2)) > 0).all()
+    found = ours.cams(pixels, classes)
+    assert np.abs(found - expected).max() < 1e-4 * expected.max()
+    # Of another class it is another map, so that the comparison has teeth.
+    other = torch_cams(model, images.astype(np.float32), [1, 1, 1])
+    assert np.abs(other - expected).max() > 1e-2 * expected.max()
 
 
 @pytest.mark.slow

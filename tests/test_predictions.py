@@ -1,0 +1,262 @@
+"""Predictions as rows, pictures and features, and what becomes of them on the way."""
+
+import csv
+import io
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flax_densenet import UserError, feature_files, predictions, rows
+from flax_densenet.answers import Prediction
+
+ODD = ('new\nline.jpg', 'a "quote", \'s\'.jpg', 'bytes \udcff\udcc3.jpg', '写真.jpg')
+NAMES = ('ants', 'bees', 'wasps')
+
+
+def predicted(path, probabilities=(0.25, 0.7, 0.05), **fields):
+    values = np.array(probabilities, np.float32)
+    return Prediction(path, values, class_names=NAMES, **fields)
+
+
+def written(form, found, top=2, names=NAMES):
+    out = io.StringIO()
+    write = rows.FORMATS[form](out, names, top)
+    for one in found:
+        write(one)
+    return out.getvalue()
+
+
+def test_csv_parses_back():
+    found = [*map(predicted, ODD), Prediction('bad.jpg', error='is "not", an\nimage')]
+    lines = list(csv.DictReader(io.StringIO(written('csv', found), newline='')))
+    assert [line['path'] for line in lines] == [*ODD, 'bad.jpg']
+    for line in lines[:-1]:
+        assert [*line.values()][1:] == ['', 'bees', '0.7', 'ants', '0.25']
+    assert [*lines[-1].values()][1:] == ['is "not", an\nimage', '', '', '', '']
+    assert list(lines[0]) == (
+        ['path', 'error', 'class1', 'probability1', 'class2', 'probability2']
+    )
+
+
+def test_json_parses_back():
+    found = [*map(predicted, ODD), Prediction('bad.jpg', error='is\nbad')]
+    text = written('jsonl', found, top=1)
+    assert text.isascii()
+    lines = [json.loads(line) for line in text.splitlines()]
+    classes = [{'class': 'bees', 'probability': 0.7}]
+    assert lines[:-1] == [{'path': path, 'classes': classes} for path in ODD]
+    assert lines[-1] == {'path': 'bad.jpg', 'error': 'is\nbad'}
+
+
+def test_small_probabilities_stay_numbers():
+    (line,) = written('jsonl', [predicted('x', (1.25e-9, 1, 1 / 3))], 3).splitlines()
+    values = [row['probability'] for row in json.loads(line)['classes']]
+    assert values == [1.0, 0.333333, 1.25e-9]
+
+
+def columns(text):
+    wide = {'写': 2, '真': 2}
+    return sum(wide.get(c, 1) for c in text)
+
+
+def test_the_table_is_aligned():
+    found = [*map(predicted, ODD), predicted('/long' * 40 + '/end.jpg', (0, 0, 1))]
+    found.append(Prediction('bad.jpg', error='is no image'))
+    head, *lines = written('table', found).splitlines()
+    assert head.split() == ['path', 'class', 'prob.']
+    assert len(lines) == 2 * 5 + 1
+    place = head.index('class')
+    for line in lines[:-1]:
+        assert columns(line) == len(head) <= 96
+        assert re.fullmatch(r'(ants|bees|wasps) +\d+\.\d %', line[-15:].strip())
+    assert [line.split()[-2] for line in lines[:2]] == ['70.0', '25.0']
+    assert lines[0].startswith(r'new\nline.jpg ')
+    assert lines[4].startswith(r'bytes \xff\xc3.jpg ')
+    assert lines[8].startswith('…') and '/end.jpg  wasps' in lines[8]
+    assert lines[1][:place].strip() == ''
+    assert lines[-1][place:] == 'error: is no image'
+    names = ('x' * 50, 'b', 'c')
+    long = Prediction('p', np.array([1, 0, 0], 'f4'), class_names=names)
+    head, line = written('table', [long], 1, names).splitlines()
+    assert len(head) == len(line) == 96 and 'x' * 31 + '…  100.0 %' in line
+
+
+@pytest.mark.parametrize('ending', feature_files.ENDINGS)
+def test_features_read_back(tmp_path, ending):
+    path = str(tmp_path / f'x{ending}')
+    values = np.random.default_rng(0).standard_normal((4, 5)).astype(np.float32)
+    writer = feature_files.Writer(path)
+    for name, row in zip(ODD, values, strict=True):
+        writer.write(name, row)
+    assert os.listdir(tmp_path) == []
+    writer.finish(5)
+    assert os.listdir(tmp_path) == [f'x{ending}']
+    found, names = feature_files.read(path)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, values)
+    assert names == list(ODD)
+    empty = feature_files.Writer(path)  # replaces it
+    empty.finish(5)
+    found, names = feature_files.read(path)
+    assert found.shape == (0, 5) and names == []
+
+
+def test_features_without_this_program(tmp_path):
+    """numpy alone reads the first, safetensors alone the second."""
+    for ending in feature_files.ENDINGS:
+        writer = feature_files.Writer(str(tmp_path / f'x{ending}'))
+        for number in range(3000):  # more names than a block has
+            writer.write(f'folder/{number}.jpg' * 3, np.full(2, number))
+        writer.finish(2)
+    with np.load(tmp_path / 'x.npz', allow_pickle=False) as found:
+        assert found['paths'][2999] == 'folder/2999.jpg' * 3
+        assert found['features'][2999].tolist() == [2999, 2999]
+        assert found['paths'].shape == (3000,)
+    safetensors = pytest.importorskip('safetensors.numpy')
+    found = safetensors.load_file(tmp_path / 'x.safetensors')
+    assert found['features'].shape == (3000, 2)
+    assert bytes(found['paths'][:14]) == b'folder/0.jpgfo'
+
+
+class Model:
+    """Instead of a `Predictor`: no network."""
+
+    class_names = NAMES
+    feature_size = 2
+
+    def __init__(self, stop=None):
+        self.stop = stop
+
+    def class_index(self, name):
+        return NAMES.index(name)
+
+    def stream(self, paths, *, threads, features, cams, cam_class):
+        for path in paths:
+            if path == 'stop':
+                raise self.stop
+            if path.startswith('bad'):
+                yield Prediction(path, error='is bad')
+                continue
+            yield predicted(
+                path,
+                features=np.full(2, len(path), 'f4') if features else None,
+                image=np.zeros((4, 4, 3), np.uint8) if cams else None,
+                cam=np.ones((2, 2), 'f4') if cams else None,
+                cam_class=max(cam_class, 0) if cams else None,
+            )
+
+
+def run(paths, model=None, *, class_name=None, **places):
+    with predictions.Outputs(**places) as outputs:
+        return predictions.run(model or Model(), paths, outputs, class_name=class_name)
+
+
+def test_all_outputs(tmp_path, capfd):
+    paths = ['a/x.jpg', 'bad.jpg', 'b/x.jpg', '../../../x', ODD[0], ODD[2]]
+    paths += ['/' + 'long' * 60 + '.jpg', 'p/..']
+    places = {'out': 'rows.jsonl', 'features': 'f.npz', 'explain': 'new/pictures'}
+    places = {name: str(tmp_path / place) for name, place in places.items()}
+    assert run(paths, **places, top=9) == 1
+    out, err = capfd.readouterr()
+    assert out == ''
+    assert err == '1 of 8 files could not be read, and features are of the others\n'
+    lines = (tmp_path / 'rows.jsonl').read_text().splitlines()
+    assert [json.loads(line)['path'] for line in lines] == paths
+    assert len(json.loads(lines[0])['classes']) == 3  # of the 9, as many as there are
+    good = [path for path in paths if path != 'bad.jpg']
+    values, names = feature_files.read(places['features'])
+    assert names == good and values[:, 0].tolist() == [len(path) for path in good]
+    pictures = sorted(os.listdir(places['explain']))
+    assert [name[:6] for name in pictures] == [
+        f'00000{n}' for n in (1, 3, 4, 5, 6, 7, 8)
+    ]
+    assert pictures[:2] == ['000001_x.jpg', '000003_x.jpg']
+    with Image.open(tmp_path / 'new/pictures' / pictures[0]) as image:
+        assert (image.format, image.size) == ('JPEG', (224 * 2 + 6, 224 + 30))
+    assert sorted(os.listdir(tmp_path)) == ['f.npz', 'new', 'rows.jsonl']
+
+
+def test_standard_output(capfd):
+    assert run(['x.jpg', ODD[2]], form='csv', top=1) == 0
+    out, err = capfd.readouterr()
+    assert err == ''
+    assert out.startswith('path,error,class1,probability1\nx.jpg,,bees,0.7\nbytes ')
+
+
+@pytest.mark.parametrize(
+    ('out', 'start'), [('x.csv', 'path,err'), ('x.jsonl', '{"path'), ('x', 'path    ')]
+)
+def test_the_form_follows_the_name(tmp_path, out, start):
+    run(['x.jpg'], out=str(tmp_path / out))
+    assert (tmp_path / out).read_text().startswith(start)
+    run(['x.jpg'], out=str(tmp_path / out), form='csv')
+    assert (tmp_path / out).read_text().startswith('path,err')
+
+
+@pytest.mark.parametrize('stop', [KeyboardInterrupt(), UserError('no name')])
+def test_what_is_done_stays(tmp_path, capfd, stop):
+    """An output that is there is not touched by one that was not finished."""
+    places = {'out': 'x.csv', 'features': 'f.npz', 'explain': 'pictures'}
+    places = {name: str(tmp_path / place) for name, place in places.items()}
+    (tmp_path / 'x.csv').write_text('before')
+    with pytest.raises(type(stop)):
+        run(['a.jpg', 'b.jpg', 'stop'], Model(stop), **places)
+    assert (tmp_path / 'x.csv').read_text() == 'before'
+    assert len((tmp_path / 'x.csv.part').read_text().splitlines()) == 3
+    assert 'x.csv.part has the 2 rows so far' in capfd.readouterr().err
+    assert len(os.listdir(tmp_path / 'pictures')) == 2
+    assert not (tmp_path / 'f.npz').exists()
+
+
+def test_nothing_stays_of_nothing(tmp_path, capfd):
+    def none():
+        raise UserError('no name')
+        yield
+
+    places = {'out': 'x.csv', 'features': 'f.npz', 'explain': 'pictures'}
+    with pytest.raises(UserError, match='no name'):
+        run(none(), **{name: str(tmp_path / place) for name, place in places.items()})
+    with pytest.raises(UserError, match='no name'):
+        run(none())
+    assert os.listdir(tmp_path) == []
+    assert capfd.readouterr() == ('', '')
+
+
+@pytest.mark.parametrize(
+    ('places', 'message'),
+    [
+        ({'top': 0}, '--top=0 must be at least 1'),
+        ({'form': 'torch'}, '--format=torch is not one of .* use table, csv, jsonl'),
+        ({'out': 'none/x'}, r'--out=none/x cannot be written \(No such file'),
+        ({'out': 'here'}, r'--out=here cannot be written \(Is a directory'),
+        ({'features': 'x.npy'}, r'--features=x.npy: .* ends with .npz or .safetens'),
+        ({'features': 'none/x.npz'}, r'--features=none/x.npz cannot be written'),
+        ({'features': 'd.npz'}, r'--features=d.npz cannot be written \(.* a folder'),
+        ({'explain': 'here'}, '--explain=here holds files already'),
+        ({'explain': 'here/file'}, r'--explain=here/file cannot be written \(File'),
+        ({'out': 'x.npz', 'features': './x.npz'}, '--out and --features are both'),
+        ({'out': '/dev/full'}, r'--out=/dev/full cannot be written \(No space'),
+    ],
+)
+def test_mistakes(tmp_path, monkeypatch, places, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'here').mkdir()
+    (tmp_path / 'here' / 'file').touch()
+    (tmp_path / 'd.npz').mkdir()
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(UserError, match=message):
+        run(['x.jpg'], **places)
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_a_reader_that_goes_away(tmp_path):
+    """It is told to the caller as it is, not as a place that cannot be written."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with pytest.raises(BrokenPipeError):
+        run(['x.jpg'], out=f'/dev/fd/{writing}')
+    os.close(writing)

@@ -143,6 +143,7 @@ def test_what_a_run_leaves(trained, capsys):
         assert (workdir / name).read_bytes()[:4] == b'\x89PNG'
     steps = {int(path.name) for path in (workdir / 'checkpoints').iterdir()}
     assert steps == {best['step'], records[-1]['step']}
+    assert not any(workdir.glob('events*'))  # of train.tensorboard=False
     # The same command again finds nothing to do.
     assert train.fit(config, str(workdir)) == best
     assert 'has its 4 epochs already' in capsys.readouterr().out

@@ -4,6 +4,7 @@
   python launch.py --mode=eval --workdir=ckpt/densenet121
   python launch.py --mode=summary --config=configs/cifar.py
   python launch.py --mode=export --workdir=ckpt/densenet121 --format=torch --out=x.pth
+  python launch.py --mode=serve --workdir=ckpt/densenet121
 
 Any field of configs/base.py can be set: --config.optimizer.learning_rate=1e-3.
 """
@@ -26,11 +27,29 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Folder of the run; by default ckpt/<name of the config>.'
 )
-_MODE = flags.DEFINE_string('mode', 'train', 'train, eval, summary or export.')
+_MODE = flags.DEFINE_string('mode', 'train', 'train, eval, summary, export or serve.')
 _FORMAT = flags.DEFINE_string(
     'format', 'safetensors', 'Of --mode=export: torch, safetensors or keras.'
 )
 _OUT = flags.DEFINE_string('out', None, 'File that --mode=export writes.')
+_HOST = flags.DEFINE_string(
+    'host', '127.0.0.1', 'Of --mode=serve: 127.0.0.1 is for this machine alone.'
+)
+_PORT = flags.DEFINE_integer('port', 8000, 'Of --mode=serve; 0 takes a free one.')
+_LIMITS = {
+    'max_megabytes': flags.DEFINE_float(
+        'max_megabytes', 20.0, 'Of --mode=serve: largest file that is received.'
+    ),
+    'max_megapixels': flags.DEFINE_float(
+        'max_megapixels', 64.0, 'Of --mode=serve: largest image that is decoded.'
+    ),
+    'max_requests': flags.DEFINE_integer(
+        'max_requests', 32, 'Of --mode=serve: images received and computed at a time.'
+    ),
+    'request_timeout_s': flags.DEFINE_float(
+        'request_timeout_s', 30.0, 'Of --mode=serve: time for an image to arrive.'
+    ),
+}
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'One process of several: finds the others by the cluster.'
 )
@@ -141,6 +160,29 @@ def _export(config, workdir, overrides):
     print(f'{_OUT.value}: the model of {path} for {_FORMAT.value}')
 
 
+def _serve(config, workdir, overrides):
+    """Serves the best checkpoint, or init_from's weights, until it is told to end."""
+    import jax
+
+    from flax_densenet import evaluate, serve, sharding
+
+    path = _trained_path(config, workdir)
+    wrong = [name for name in overrides if name != 'init_from']
+    if wrong:
+        raise UserError(f'--config.{wrong[0]}: --mode=serve takes it from {path}')
+    serve.check_installed()
+    from flax_densenet import guard
+
+    limits = guard.Limits(**{name: flag.value for name, flag in _LIMITS.items()})
+    # Before the model is loaded, since a port may be taken.
+    listener = serve.listen(_HOST.value, _PORT.value)
+    # One device: a batch of a few images does not divide over several.
+    mesh = sharding.make_mesh(jax.local_devices()[:1])
+    trained = evaluate.load_trained(path, 'best', mesh=mesh)
+    name = pathlib.Path(path).resolve().name
+    serve.run(trained, listener, name=name, limits=limits)
+
+
 def _summarise(config, workdir, overrides):
     from flax_densenet import data, finetune, model, report, transfer, weights
 
@@ -167,6 +209,7 @@ MODES = {
     'eval': _evaluate,
     'summary': _summarise,
     'export': _export,
+    'serve': _serve,
 }
 
 
@@ -222,7 +265,7 @@ def _set_up_jax():
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         cache = cpu_kernels.cache_folder() / 'xla'
         jax.config.update('jax_compilation_cache_dir', str(cache))
-    if _MODE.value in ('train', 'eval') and jax.default_backend() == 'cpu':
+    if _MODE.value in ('train', 'eval', 'serve') and jax.default_backend() == 'cpu':
         # The first time it is compiled for some seconds: begun here, it is ready when
         # the data is.
         threading.Thread(target=cpu_kernels.load, daemon=True).start()

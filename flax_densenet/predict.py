@@ -81,9 +81,9 @@ class Predictor:
         names = self.trained.class_names
         return names or tuple(map(str, range(self.trained.module.num_classes)))
 
-    def load(self, file) -> np.ndarray:
+    def load(self, file, *, max_pixels: int | None = None) -> np.ndarray:
         """An image file (path or bytes) as the model sees it, uint8 `[S, S, C]`."""
-        return images.load_image(file, self.preparation)
+        return images.load_image(file, self.preparation, max_pixels=max_pixels)
 
     def compute(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities `[n, num_classes]` and features `[n, F]` of uint8 images."""

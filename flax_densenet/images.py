@@ -135,7 +135,7 @@ def load_image(
             pixels = image.width * image.height
             if max_pixels is not None and pixels > max_pixels:
                 raise TooManyPixels(
-                    _too_many(f'{pixels / 1e6:.1f} million', max_pixels)
+                    _too_many(f'{pixels / 1e6:.3g} million', max_pixels)
                 )
             if preparation.size and image.format in ('JPEG', 'MPO'):
                 # Decode at a half, a quarter or an eighth where the result still has
@@ -161,7 +161,7 @@ def prepare_array(image: np.ndarray, preparation: Preparation) -> np.ndarray:
 
 
 def _too_many(count, most):
-    return f'has {count} pixels; at most {most / 1e6:.0f} million are read'
+    return f'has {count} pixels; at most {most / 1e6:.3g} million are read'
 
 
 def _reason(error):

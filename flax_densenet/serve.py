@@ -25,7 +25,7 @@ _HEADERS_S = 5.0
 # Milliseconds after which a client that takes nothing of its answer is cut off.
 _SEND_MS = 30_000
 # Seconds for the answers under way once the server is to end.
-_LEAVE_S = 5.0
+_LEAVE_S = 4.0
 
 
 def check_installed():
@@ -148,7 +148,7 @@ async def serve(
     config.backlog = _BACKLOG
     config.loglevel = 'WARNING'
     config.keep_alive_timeout = _HEADERS_S
-    config.graceful_timeout = _LEAVE_S
+    config.graceful_timeout = _LEAVE_S / 2
     config.include_server_header = False
     # Without bound, and still bounded: the app reads what comes, or has answered and
     # the connection is closed. With a bound hypercorn waits for ever to tell an app
@@ -171,7 +171,7 @@ async def serve(
         warming.cancel()
         # Python 3.12 and later wait for every connection when a server closes, also
         # for one that never ends.
-        await asyncio.wait({server}, timeout=_LEAVE_S + 1)
+        await asyncio.wait({server}, timeout=_LEAVE_S)
         server.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await server

@@ -67,7 +67,9 @@ class App:
         """
         self.limits = limits
         self.figures = guard.Figures()
-        self.batcher = batching.Batcher(trained, on_batch=self.figures.count_batch)
+        self.batcher = batching.Batcher(
+            trained, shapes=batching.SHAPES, on_batch=self.figures.count_batch
+        )
         self._predictor = self.batcher.predictor
         self._model = _describe(self._predictor, name, limits)
         self._held = 0
@@ -303,7 +305,7 @@ def _refuse(request, error):
             f'{request.url.path[:80]} is not here; there are {", ".join(guard.PATHS)}'
         )
     elif error.status_code == 405:
-        allowed = (error.headers or {}).get('Allow', '')
+        allowed = ', '.join(sorted(error.headers['Allow'].split(', ')))
         detail = f'{request.url.path} takes {allowed}, not {request.method[:20]}'
     return JSONResponse({'error': detail}, error.status_code, headers=error.headers)
 

@@ -36,6 +36,8 @@ from flax_densenet.errors import UserError
 
 EXPLAIN = {'': '', '0': '', '1': 'overlay', 'overlay': 'overlay', 'map': 'map'}
 _PAGE = pathlib.Path(__file__).with_name('pages') / 'serve.html'
+# Images with more pixels are decoded one at a time: it takes up to 17 bytes a pixel.
+_COMMON_PIXELS = 16_000_000
 _RETRY = {'Retry-After': '1'}
 _POLICY = (
     "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; "
@@ -73,6 +75,7 @@ class App:
         self._predictor = self.batcher.predictor
         self._model = _describe(self._predictor, name, limits)
         self._held = 0
+        self._large = asyncio.Lock()
         self._threads = concurrent.futures.ThreadPoolExecutor(
             min(4, os.cpu_count() or 1), 'decode'
         )
@@ -202,17 +205,21 @@ class App:
         return body.getvalue()
 
     async def _load(self, body):
+        most = int(self.limits.max_megapixels * 1e6)
+        common = min(most, _COMMON_PIXELS)
         try:
-            return await self._on_thread(self._decode, body)
+            try:
+                return await self._on_thread(self._decode, body, common)
+            except images.TooManyPixels:
+                async with self._large:
+                    return await self._on_thread(self._decode, body, most)
         except images.TooManyPixels as error:
             raise HTTPException(413, f'the image {error}') from error
         except UserError as error:
             raise HTTPException(415, f'the file {error}') from error
 
-    def _decode(self, body):
-        return self._predictor.load(
-            body, max_pixels=int(self.limits.max_megapixels * 1e6)
-        )
+    def _decode(self, body, max_pixels):
+        return self._predictor.load(body, max_pixels=max_pixels)
 
     async def _on_thread(self, function, *args):
         loop = asyncio.get_running_loop()

@@ -9,8 +9,10 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
+import math
 import signal
 import socket
+import sys
 import time
 import warnings
 
@@ -131,6 +133,30 @@ def _welcome(name, address, loopback):
     return '\n'.join(lines)
 
 
+def _make_error_handler():
+    """Tells once a minute that there are too many connections.
+
+    asyncio alone would write a trace for each that finds no file descriptor, thousands
+    in a second.
+    """
+    told = -math.inf
+
+    def handle(loop, context):
+        nonlocal told
+        error = context.get('exception')
+        if not isinstance(error, OSError) or error.errno != errno.EMFILE:
+            loop.default_exception_handler(context)
+        elif time.monotonic() > told + 60:
+            told = time.monotonic()
+            print(
+                'warning: too many connections; some wait (ulimit -n raises the limit)',
+                file=sys.stderr,
+                flush=True,
+            )
+
+    return handle
+
+
 async def serve(
     trained, listener: socket.socket, *, name: str, limits, stop: asyncio.Event
 ):
@@ -140,6 +166,7 @@ async def serve(
 
     from flax_densenet import web
 
+    asyncio.get_running_loop().set_exception_handler(_make_error_handler())
     # The limit on pixels says it better, as an error.
     warnings.simplefilter('ignore', Image.DecompressionBombWarning)
     app = web.App(trained, name=name, limits=limits, loopback=is_loopback(listener))

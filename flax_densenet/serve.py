@@ -177,9 +177,9 @@ async def serve(
     config.keep_alive_timeout = _HEADERS_S
     config.graceful_timeout = _LEAVE_S / 2
     config.include_server_header = False
-    # Without bound, and still bounded: the app reads what comes, or has answered and
-    # the connection is closed. With a bound hypercorn waits for ever to tell an app
-    # that answered a body early that this is the end, and the connection stays.
+    # No bound of its own is needed: the app reads what comes, or has answered and the
+    # connection is closed. With one, hypercorn 0.18 can wait for ever to tell an app
+    # that answered before the body's end that it is over, and the connection stays.
     config.max_app_queue_size = 0
     server = asyncio.create_task(
         hypercorn.asyncio.serve(app.asgi, config, shutdown_trigger=stop.wait)

@@ -377,7 +377,7 @@ def test_too_large(strict_port):
         answer = answer_of(connection)  # by the header alone
     assert answer.status == 413
     assert answer.json['error'] == 'the file is larger than 0.1 MB'
-    for body in (bytes(3_000_000), parts()):  # an answer, not a reset connection
+    for body in (bytes(30_000_000), parts()):  # an answer, not a reset connection
         answer = ask(strict_port, '/predict', body)
         assert answer.status == 413
     answer = ask(strict_port, '/predict', encode(np.zeros((300, 200, 3), np.uint8)))

@@ -5,6 +5,7 @@
   python launch.py --mode=summary --config=configs/cifar.py
   python launch.py --mode=export --workdir=ckpt/densenet121 --format=torch --out=x.pth
   python launch.py --mode=predict --workdir=ckpt/densenet121 --files='photos/**/*.jpg'
+  python launch.py --mode=serve --workdir=ckpt/densenet121
 
 Any field of configs/base.py can be set: --config.optimizer.learning_rate=1e-3.
 """
@@ -32,7 +33,7 @@ _WORKDIR = flags.DEFINE_string(
     'several: a,b or a pattern.',
 )
 _MODE = flags.DEFINE_string(
-    'mode', 'train', 'train, eval, report, predict, summary or export.'
+    'mode', 'train', 'train, eval, report, predict, serve, summary or export.'
 )
 _FORMAT = flags.DEFINE_string(
     'format',
@@ -62,6 +63,24 @@ _EXPLAIN_CLASS = flags.DEFINE_string(
 _FEATURES = flags.DEFINE_string(
     'features', None, 'File of --mode=predict for features: .npz or .safetensors.'
 )
+_HOST = flags.DEFINE_string(
+    'host', '127.0.0.1', 'Of --mode=serve: 127.0.0.1 is for this machine alone.'
+)
+_PORT = flags.DEFINE_integer('port', 8000, 'Of --mode=serve; 0 takes a free one.')
+_LIMITS = {
+    'max_megabytes': flags.DEFINE_float(
+        'max_megabytes', 20.0, 'Of --mode=serve: largest file that is received.'
+    ),
+    'max_megapixels': flags.DEFINE_float(
+        'max_megapixels', 64.0, 'Of --mode=serve: largest image that is decoded.'
+    ),
+    'max_requests': flags.DEFINE_integer(
+        'max_requests', 32, 'Of --mode=serve: images received and computed at a time.'
+    ),
+    'request_timeout_s': flags.DEFINE_float(
+        'request_timeout_s', 30.0, 'Of --mode=serve: time for an image to arrive.'
+    ),
+}
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'One process of several: finds the others by the cluster.'
 )
@@ -240,6 +259,29 @@ def _predict(config, workdir, overrides):
     return 1 if failed else 0
 
 
+def _serve(config, workdir, overrides):
+    """Serves the best checkpoint, or init_from's weights, until it is told to end."""
+    import jax
+
+    from flax_densenet import evaluate, serve, sharding
+
+    path = _trained_path(config, workdir)
+    wrong = [name for name in overrides if name != 'init_from']
+    if wrong:
+        raise UserError(f'--config.{wrong[0]}: --mode=serve takes it from {path}')
+    serve.check_installed()
+    from flax_densenet import guard
+
+    limits = guard.Limits(**{name: flag.value for name, flag in _LIMITS.items()})
+    # Before the model is loaded, since a port may be taken.
+    listener = serve.listen(_HOST.value, _PORT.value)
+    # One device: a batch of a few images does not divide over several.
+    mesh = sharding.make_mesh(jax.local_devices()[:1])
+    trained = evaluate.load_trained(path, 'best', mesh=mesh)
+    name = pathlib.Path(path).resolve().name
+    serve.run(trained, listener, name=name, limits=limits)
+
+
 def _summarise(config, workdir, overrides):
     from flax_densenet import data, finetune, model, report, transfer, weights
 
@@ -268,6 +310,7 @@ MODES = {
     'summary': _summarise,
     'export': _export,
     'predict': _predict,
+    'serve': _serve,
 }
 
 
@@ -328,7 +371,7 @@ def _set_up_jax():
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         cache = cpu_kernels.cache_folder() / 'xla'
         jax.config.update('jax_compilation_cache_dir', str(cache))
-    uses_model = _MODE.value in ('train', 'eval', 'report', 'predict')
+    uses_model = _MODE.value in ('train', 'eval', 'report', 'predict', 'serve')
     if uses_model and jax.default_backend() == 'cpu':
         # The first time it is compiled for some seconds: begun here, it is ready when
         # the data is.

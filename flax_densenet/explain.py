@@ -58,6 +58,20 @@ def from_features(variables, features, classes, *, module: model.DenseNet):
     return logits, jax.nn.relu((weights * features).sum(-1))
 
 
+def _colour(cam, shape, strength):
+    """Colours `[H, W, 3]` of a map, and their share `[H, W, 1]`."""
+    height, width = shape
+    cam = np.asarray(cam, np.float32)
+    cam = cam / max(float(cam.max()), 1e-12)
+    cam = Image.fromarray(cam).resize((width, height), Image.Resampling.BILINEAR)
+    cam = np.clip(np.asarray(cam), 0, 1)
+    place = cam * (len(_COLOURS) - 1)
+    low = np.minimum(place.astype(int), len(_COLOURS) - 2)
+    share = (place - low)[..., None]
+    colours = _COLOURS[low] * (1 - share) + _COLOURS[low + 1] * share
+    return colours, strength * cam[..., None]
+
+
 def overlay(image: np.ndarray, cam: np.ndarray, *, strength: float = 0.55):
     """A map laid over its image.
 
@@ -70,16 +84,7 @@ def overlay(image: np.ndarray, cam: np.ndarray, *, strength: float = 0.55):
       uint8 `[H, W, 3]`.
     """
     image = np.broadcast_to(image, (*image.shape[:2], 3)).astype(np.float32)
-    height, width = image.shape[:2]
-    cam = np.asarray(cam, np.float32)
-    cam = cam / max(float(cam.max()), 1e-12)
-    cam = Image.fromarray(cam).resize((width, height), Image.Resampling.BILINEAR)
-    cam = np.clip(np.asarray(cam), 0, 1)
-    place = cam * (len(_COLOURS) - 1)
-    low = np.minimum(place.astype(int), len(_COLOURS) - 2)
-    share = (place - low)[..., None]
-    colours = _COLOURS[low] * (1 - share) + _COLOURS[low + 1] * share
-    alpha = strength * cam[..., None]
+    colours, alpha = _colour(cam, image.shape[:2], strength)
     mixed = image * (1 - alpha) + colours * alpha
     return mixed.round().astype(np.uint8)
 
@@ -120,3 +125,18 @@ def _font():
 
     path = os.path.join(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf')
     return ImageFont.truetype(path, _LETTERS)
+
+
+def layer(cam: np.ndarray, shape: tuple[int, int], *, strength: float = 0.7):
+    """A map to be laid over an image by who shows it: `overlay`'s colours and alpha.
+
+    Args:
+      cam: `[h, w]`, as `overlay` takes it.
+      shape: (H, W) of the result.
+      strength: opacity where the map is highest.
+
+    Returns:
+      uint8 `[H, W, 4]`, RGBA, transparent where the map is 0.
+    """
+    colours, alpha = _colour(cam, shape, strength)
+    return np.concatenate([colours, 255 * alpha], -1).round().astype(np.uint8)

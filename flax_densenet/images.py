@@ -35,6 +35,10 @@ _BROKEN = (
 )
 
 
+class TooManyPixels(UserError):
+    """An image whose header tells of more pixels than are allowed."""
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB: as a viewer shows it on a white page.
 
@@ -108,27 +112,43 @@ class Preparation:
         return image.resize((size, size), filter_, box=box)
 
 
-def load_image(file, preparation: Preparation) -> np.ndarray:
+def load_image(
+    file, preparation: Preparation, *, max_pixels: int | None = None
+) -> np.ndarray:
     """Reads the first frame of an image, upright.
 
     Args:
       file: a path, or the bytes of the file.
+      max_pixels: most pixels of an image that is decoded; by default Pillow's limits
+        alone hold, which are a warning at 89 million and an error at 178 million.
 
     Returns:
       uint8 `[size, size, channels]`.
 
     Raises:
+      TooManyPixels: the header tells of more; nothing was decoded.
       UserError: with the reason, where the file is no image or is cut short.
     """
     source = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
         with Image.open(source, formats=FORMATS) as image:
+            pixels = image.width * image.height
+            if max_pixels is not None and pixels > max_pixels:
+                raise TooManyPixels(
+                    _too_many(f'{pixels / 1e6:.3g} million', max_pixels)
+                )
             if preparation.size and image.format in ('JPEG', 'MPO'):
                 # Decode at a half, a quarter or an eighth where the result still has
                 # twice the wanted size: no visible difference, much less work.
                 image.draft(None, (2 * preparation.decode_size(),) * 2)
             ImageOps.exif_transpose(image, in_place=True)  # else it copies
             return preparation.apply(to_rgb(image))
+    except TooManyPixels:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        # The warning is raised where a program's filters make warnings errors.
+        most = 2 * Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
+        raise TooManyPixels(_too_many('too many', most)) from error
     except _BROKEN as error:
         raise UserError(_reason(error)) from error
 
@@ -150,6 +170,10 @@ def prepare_array(image: np.ndarray, preparation: Preparation) -> np.ndarray:
     if image.ndim == 3 and image.shape[-1] == 1:
         image = image[..., 0]
     return preparation.apply(to_rgb(Image.fromarray(image)))
+
+
+def _too_many(count, most):
+    return f'has {count} pixels; at most {most / 1e6:.3g} million are read'
 
 
 def _reason(error):

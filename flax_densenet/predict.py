@@ -153,8 +153,11 @@ class Predictor:
             found.append(prediction)
         return found
 
-    def load(self, file) -> np.ndarray:
+    def load(self, file, *, max_pixels: int | None = None) -> np.ndarray:
         """An image (see the class) as the model sees it, uint8 `[S, S, C]`.
+
+        Args:
+          max_pixels: of a file; larger images are refused before they are decoded.
 
         Raises:
           UserError: with the reason, where it is no image or is cut short.
@@ -172,7 +175,7 @@ class Predictor:
             return images.prepare_array(file, self.preparation)
         if isinstance(file, Image.Image):
             return images.prepare_image(file, self.preparation)
-        return images.load_image(file, self.preparation)
+        return images.load_image(file, self.preparation, max_pixels=max_pixels)
 
     def compute(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities `[n, num_classes]` and features `[n, F]` of uint8 images."""

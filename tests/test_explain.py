@@ -74,3 +74,17 @@ def test_overlay():
     assert np.abs(found[0, 0].astype(int) - 100).max() > 40
     grey = explain.overlay(image[..., :1], np.zeros((2, 2)))
     np.testing.assert_array_equal(grey, image)
+
+
+def test_layer_is_the_overlay_taken_apart():
+    rng = np.random.default_rng(1)
+    image = rng.integers(0, 256, (9, 12, 3), np.uint8)
+    cam = rng.random((3, 4))
+    layer = explain.layer(cam, (9, 12), strength=0.6)
+    assert layer.shape == (9, 12, 4) and layer.dtype == np.uint8
+    alpha = layer[..., 3:] / 255
+    assert alpha.max() == pytest.approx(0.6, abs=0.01)
+    expected = explain.overlay(image, cam, strength=0.6)
+    found = image * (1 - alpha) + layer[..., :3] * alpha
+    assert np.abs(found - expected).max() < 1.5
+    assert not explain.layer(np.zeros((2, 2)), (4, 4))[..., 3].any()

@@ -217,3 +217,21 @@ def test_whole_files_pass_the_check(name, tail, tmp_path):
 def test_missing_file(tmp_path):
     with pytest.raises(UserError, match='not there'):
         load_image(str(tmp_path / 'none.jpg'), 16)
+
+
+def test_too_many_pixels_are_not_decoded(tmp_path, monkeypatch):
+    """The header tells; also where Pillow itself would warn or refuse."""
+    file = encode(Image.fromarray(RGB), 'PNG')
+    preparation = images.Preparation(4)
+    whole = images.load_image(file, preparation, max_pixels=54)
+    np.testing.assert_array_equal(whole, images.load_image(file, preparation))
+    # Cut behind the header, so that decoding it would be another error.
+    cut = tmp_path / 'cut.png'
+    cut.write_bytes(file[:60])
+    with pytest.raises(images.TooManyPixels, match='has 5.4e-05 million pixels; at'):
+        images.load_image(str(cut), preparation, max_pixels=53)
+    for own in (40, 20):  # a warning, here an error, from 40 on; an error from 2 * 20
+        monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', own)
+        for most in (None, 10):
+            with pytest.raises(images.TooManyPixels, match='has too many pixels; at'):
+                images.load_image(file, preparation, max_pixels=most)

@@ -157,19 +157,9 @@ def _make_error_handler():
     return handle
 
 
-async def serve(
-    trained, listener: socket.socket, *, name: str, limits, stop: asyncio.Event
-):
-    """Serves until `stop` is set; `run` without the signals."""
+def _make_config(listener):
     import hypercorn
-    import hypercorn.asyncio
 
-    from flax_densenet import web
-
-    asyncio.get_running_loop().set_exception_handler(_make_error_handler())
-    # The limit on pixels says it better, as an error.
-    warnings.simplefilter('ignore', Image.DecompressionBombWarning)
-    app = web.App(trained, name=name, limits=limits, loopback=is_loopback(listener))
     config = hypercorn.Config()
     config.bind = [f'fd://{listener.detach()}']
     config.backlog = _BACKLOG
@@ -181,8 +171,25 @@ async def serve(
     # connection is closed. With one, hypercorn 0.18 can wait for ever to tell an app
     # that answered before the body's end that it is over, and the connection stays.
     config.max_app_queue_size = 0
+    return config
+
+
+async def serve(
+    trained, listener: socket.socket, *, name: str, limits, stop: asyncio.Event
+):
+    """Serves until `stop` is set; `run` without the signals."""
+    import hypercorn.asyncio
+
+    from flax_densenet import web
+
+    asyncio.get_running_loop().set_exception_handler(_make_error_handler())
+    # The limit on pixels says it better, as an error.
+    warnings.simplefilter('ignore', Image.DecompressionBombWarning)
+    app = web.App(trained, name=name, limits=limits, loopback=is_loopback(listener))
     server = asyncio.create_task(
-        hypercorn.asyncio.serve(app.asgi, config, shutdown_trigger=stop.wait)
+        hypercorn.asyncio.serve(
+            app.asgi, _make_config(listener), shutdown_trigger=stop.wait
+        )
     )
     stopping = asyncio.create_task(stop.wait())
     started = time.monotonic()

@@ -115,6 +115,10 @@ def test_in_python(predictor):
     np.testing.assert_allclose(features[:8], expected, atol=1e-6)
     rows = [one.probabilities for one in found[:8]]
     np.testing.assert_allclose(rows, probabilities, atol=1e-6)
+    head = model.trained.variables['params']['classifier']
+    logits = features @ np.asarray(head['kernel']) + np.asarray(head['bias'])[None]
+    rows = [one.probabilities for one in found]
+    np.testing.assert_allclose(jax.nn.softmax(logits), rows, atol=1e-5)
     assert model.features([]).shape == (0, model.feature_size)
     assert model.predict([]) == []
 

@@ -23,7 +23,7 @@ from flax_densenet.errors import UserError
 PATHS = ('/', '/predict', '/model', '/health', '/metrics')
 # Seconds for which the rest of a refused body is read and dropped: a client that still
 # sends when the connection closes may never see the answer.
-_DRAIN_S = 2.0
+_DRAIN_S = 10.0
 _HEADERS = {
     'X-Content-Type-Options': 'nosniff',
     'X-Frame-Options': 'DENY',

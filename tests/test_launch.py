@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -202,7 +203,10 @@ def test_predict(main, weights, tmp_path):
 
     # To the screen; pictures of a class, in the folder that is searched.
     place = f'--explain={photos}/a/why'
-    done = main(*model, f'--files={photos}/**/0*.jpg', place, '--explain_class=class 1')
+    alone = '--config.data.batch_size=1'  # pictures are written before all is listed
+    done = main(
+        *model, alone, f'--files={photos}/**/0*.jpg', place, '--explain_class=class 1'
+    )
     assert done[0] == 0 and done[2] == ''
     assert done[1].split()[:3] == ['path', 'class', 'prob.']
     assert len(done[1].splitlines()) == 1 + 5 * 3
@@ -266,17 +270,28 @@ def test_stopped(main, monkeypatch):
 
 
 def test_head(weights, tmp_path):
+    """A reader that goes away ends it without a word."""
     photos = write_images(tmp_path, {'a': 1})
-    start = [sys.executable, str(ROOT / 'launch.py'), '--mode=predict']
-    running = subprocess.Popen(
-        [*start, f'--config.init_from={weights}', f'--workdir={tmp_path}', '--files=-'],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    running.stdout.close()
-    _, err = running.communicate(f'{photos}/a/000.jpg\n'.encode() * 3, timeout=120)
-    assert (running.returncode, err) == (141, b'')
+    arguments = [f'--config.init_from={weights}', '--files=-']
+    assert piped_away('predict', *arguments, names=[photos / 'a/000.jpg']) == (141, b'')
+
+
+@pytest.mark.slow
+def test_head_of_what_is_printed(weights):
+    assert piped_away('summary', f'--config.init_from={weights}') == (141, b'')
+
+
+def piped_away(mode, *arguments, names=()):
+    """Exit status and standard error of a run whose output nobody reads."""
+    pipes = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.PIPE)
+    # Buffered, as it is by default: what is left would be flushed at the very end.
+    env = os.environ | {'PYTHONUNBUFFERED': ''}
+    command = [sys.executable, str(ROOT / 'launch.py'), f'--mode={mode}', *arguments]
+    with subprocess.Popen(command, env=env, **pipes) as running:
+        running.stdout.close()
+        given = ''.join(f'{name}\n' for name in names).encode()
+        _, err = running.communicate(given, timeout=120)
+    return running.returncode, err
 
 
 @pytest.mark.slow

@@ -210,17 +210,19 @@ def test_explanations(predictor, tmp_path):
         _, expected = explain.grad_cam(weights, pixels, classes, module=module)
         np.testing.assert_allclose(cams, expected, atol=1e-5 * np.max(expected))
     assert max(np.abs(a.cam - b.cam).max() for a, b in zip(ants, bees, strict=True)) > 0
-    picture = bees[0].picture
+    best = max(ants + bees, key=lambda one: one.cam.max())
+    assert best.cam.max() > 0
+    picture = best.picture
     assert picture.size == (2 * 228 + 6, 228 + 30)  # 12 pixels, 19 times as large
     left = np.asarray(picture)[30:, :228]
-    np.testing.assert_array_equal(left[::19, ::19], bees[0].image)
+    np.testing.assert_array_equal(left[::19, ::19], best.image)
     right = np.asarray(picture)[30:, 234:]
-    np.testing.assert_array_equal(right, explain.overlay(left, bees[0].cam))
-    assert bees[0].overlay.shape == (12, 12, 3)
+    np.testing.assert_array_equal(right, explain.overlay(left, best.cam))
+    assert best.overlay.shape == (12, 12, 3)
     assert np.asarray(picture)[:30].min() < 100  # letters
-    with Image.open(io.BytesIO(bees[0]._repr_png_())) as shown:
+    with Image.open(io.BytesIO(best._repr_png_())) as shown:
         np.testing.assert_array_equal(shown, picture)
-    bees[0].save(tmp_path / 'why.jpg')
+    best.save(tmp_path / 'why.jpg')
     with Image.open(tmp_path / 'why.jpg') as saved:
         assert (saved.format, saved.size) == ('JPEG', picture.size)
 

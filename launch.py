@@ -3,6 +3,7 @@
   python launch.py --config=configs/densenet121.py --config.data.source=folder:photos
   python launch.py --mode=eval --workdir=ckpt/densenet121
   python launch.py --mode=summary --config=configs/cifar.py
+  python launch.py --mode=lr_find --config=configs/cifar.py
   python launch.py --mode=export --workdir=ckpt/densenet121 --format=torch --out=x.pth
 
 Any field of configs/base.py can be set: --config.optimizer.learning_rate=1e-3.
@@ -26,11 +27,12 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Folder of the run; by default ckpt/<name of the config>.'
 )
-_MODE = flags.DEFINE_string('mode', 'train', 'train, eval, summary or export.')
+_MODE = flags.DEFINE_string('mode', 'train', 'train, eval, summary, export or lr_find.')
 _FORMAT = flags.DEFINE_string(
     'format', 'safetensors', 'Of --mode=export: torch, safetensors or keras.'
 )
 _OUT = flags.DEFINE_string('out', None, 'File that --mode=export writes.')
+_STEPS = flags.DEFINE_integer('steps', 100, 'Of --mode=lr_find.')
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'One process of several: finds the others by the cluster.'
 )
@@ -141,6 +143,12 @@ def _export(config, workdir, overrides):
     print(f'{_OUT.value}: the model of {path} for {_FORMAT.value}')
 
 
+def _find_learning_rate(config, workdir, overrides):
+    from flax_densenet import lr_find
+
+    lr_find.find(config, workdir, steps=_STEPS.value)
+
+
 def _summarise(config, workdir, overrides):
     from flax_densenet import data, finetune, model, report, transfer, weights
 
@@ -167,6 +175,7 @@ MODES = {
     'eval': _evaluate,
     'summary': _summarise,
     'export': _export,
+    'lr_find': _find_learning_rate,
 }
 
 
@@ -222,7 +231,7 @@ def _set_up_jax():
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         cache = cpu_kernels.cache_folder() / 'xla'
         jax.config.update('jax_compilation_cache_dir', str(cache))
-    if _MODE.value in ('train', 'eval') and jax.default_backend() == 'cpu':
+    if _MODE.value in ('train', 'eval', 'lr_find') and jax.default_backend() == 'cpu':
         # The first time it is compiled for some seconds: begun here, it is ready when
         # the data is.
         threading.Thread(target=cpu_kernels.load, daemon=True).start()

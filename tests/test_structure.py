@@ -51,6 +51,7 @@ EDGES = {
         'step', 'transfer', 'weights',
     },
     'board': set(),
+    'lr_find': {'errors', 'checkpoint', 'report', 'setup', 'sharding'},
     'train': {'errors', 'board', 'checkpoint', 'evaluate', 'report', 'setup',
               'sharding', 'step'},
 }  # fmt: skip

@@ -3,6 +3,7 @@
   python launch.py --config=configs/densenet121.py --config.data.source=folder:photos
   python launch.py --mode=eval --workdir=ckpt/densenet121
   python launch.py --mode=summary --config=configs/cifar.py
+  python launch.py --mode=lr_find --config=configs/cifar.py
   python launch.py --mode=export --workdir=ckpt/densenet121 --format=torch --out=x.pth
   python launch.py --mode=predict --workdir=ckpt/densenet121 --files='photos/**/*.jpg'
   python launch.py --mode=serve --workdir=ckpt/densenet121
@@ -33,7 +34,7 @@ _WORKDIR = flags.DEFINE_string(
     'several: a,b or a pattern.',
 )
 _MODE = flags.DEFINE_string(
-    'mode', 'train', 'train, eval, report, predict, serve, summary or export.'
+    'mode', 'train', 'train, eval, report, predict, serve, lr_find, summary or export.'
 )
 _FORMAT = flags.DEFINE_string(
     'format',
@@ -81,6 +82,7 @@ _LIMITS = {
         'request_timeout_s', 30.0, 'Of --mode=serve: time for an image to arrive.'
     ),
 }
+_STEPS = flags.DEFINE_integer('steps', 100, 'Of --mode=lr_find.')
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'One process of several: finds the others by the cluster.'
 )
@@ -282,6 +284,12 @@ def _serve(config, workdir, overrides):
     serve.run(trained, listener, name=name, limits=limits)
 
 
+def _find_learning_rate(config, workdir, overrides):
+    from flax_densenet import lr_find
+
+    lr_find.find(config, workdir, steps=_STEPS.value)
+
+
 def _summarise(config, workdir, overrides):
     from flax_densenet import data, finetune, model, report, transfer, weights
 
@@ -311,6 +319,7 @@ MODES = {
     'export': _export,
     'predict': _predict,
     'serve': _serve,
+    'lr_find': _find_learning_rate,
 }
 
 
@@ -371,8 +380,7 @@ def _set_up_jax():
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         cache = cpu_kernels.cache_folder() / 'xla'
         jax.config.update('jax_compilation_cache_dir', str(cache))
-    uses_model = _MODE.value in ('train', 'eval', 'report', 'predict', 'serve')
-    if uses_model and jax.default_backend() == 'cpu':
+    if _MODE.value not in ('summary', 'export') and jax.default_backend() == 'cpu':
         # The first time it is compiled for some seconds: begun here, it is ready when
         # the data is.
         threading.Thread(target=cpu_kernels.load, daemon=True).start()

@@ -9,6 +9,7 @@ import json
 import math
 import numbers
 import os
+import tempfile
 from typing import Any
 
 import jax
@@ -37,6 +38,22 @@ def rank(metrics: dict[str, float]) -> tuple[float, float]:
     )
 
 
+def make_workdir(workdir: str, folder: str = ''):
+    """Makes a workdir, or a folder in it, where absent.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    path = os.path.join(workdir, folder)
+    try:
+        os.makedirs(path, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UserError(
+            f'--workdir={workdir} cannot be written ({error.strerror}); choose another'
+        ) from error
+
+
 def open_checkpoints(workdir: str) -> ocp.CheckpointManager:
     """Opens (and makes, where absent) the checkpoints of a workdir; close it after.
 
@@ -45,12 +62,7 @@ def open_checkpoints(workdir: str) -> ocp.CheckpointManager:
     """
     policies = ocp.checkpoint_managers
     path = os.path.join(os.path.abspath(workdir), FOLDER)
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f'--workdir={workdir} cannot be written ({error.strerror}); choose another'
-        ) from error
+    make_workdir(workdir, FOLDER)
     return ocp.CheckpointManager(
         path,
         options=ocp.CheckpointManagerOptions(

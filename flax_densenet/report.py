@@ -62,6 +62,36 @@ def save_curves(workdir: str, records):
     plot_curves(records).savefig(os.path.join(workdir, 'curves.png'), dpi=110)
 
 
+def plot_rates(rates, losses, means, suggestion):
+    """The loss of a learning-rate range test over the rate, the suggestion marked.
+
+    Args:
+      rates, losses, means: `[steps]` each; the loss of a step and its running mean.
+      suggestion: a learning rate, or None.
+    """
+    figure = _new_figure(7, 4.2)
+    axes = figure.subplots()
+    axes.plot(rates, losses, color=_TRAIN, alpha=0.35, linewidth=1, label='loss')
+    axes.plot(rates, means, color=_TRAIN, label='mean')
+    if suggestion is not None:
+        axes.axvline(
+            suggestion,
+            color=_TEST,
+            linestyle='--',
+            label=f'suggested: {suggestion:g}',
+        )
+    axes.set_xscale('log')
+    # A loss that runs off would flatten all that matters.
+    low, start = float(np.min(losses)), float(np.median(losses[: len(losses) // 2]))
+    axes.set_ylim(low - 0.1 * (start - low), start + 1.5 * (start - low) + 0.1)
+    axes.set_title('Learning-rate range test')
+    axes.set_xlabel('learning rate')
+    axes.set_ylabel('training loss of a step')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
 def plot_samples(images, titles, *, columns: int = 8):
     """A grid of images uint8 `[N, H, W, 3]`, each with its title."""
     columns = min(columns, len(images))

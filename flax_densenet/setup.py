@@ -136,17 +136,19 @@ class Run:
         return fields | {'workers': 0} if self.features else fields
 
 
-def prepare(config, workdir: str) -> Run:
+def prepare(config, workdir: str, *, resume: bool = True) -> Run:
     """Checks all fields and finds the data: all that can fail before compilation.
 
     Args:
       config: a mapping of the fields of `configs/base.py`.
       workdir: folder of the run; a checkpoint there comes before `init_from`.
+      resume: False where such a checkpoint plays no part.
 
     Raises:
       UserError: a field, the data or the weights cannot be used.
     """
-    config, weights = _settle(config, workdir)
+    resume = resume and checkpoint.has_checkpoint(workdir)
+    config, weights = _settle(config, workdir if resume else None)
     _check_fields(config)
     fields = config['data']
     batch_size, augment = fields['batch_size'], fields['augment']
@@ -156,7 +158,7 @@ def prepare(config, workdir: str) -> Run:
     plan = finetune.make_plan(
         module,
         **finetune.plan_fields(config),
-        has_weights=weights is not None or checkpoint.has_checkpoint(workdir),
+        has_weights=weights is not None or resume,
     )
     loading = {name: fields[name] for name in data.load_source.__kwdefaults__}
     source = data.load_source(fields['source'], **loading)
@@ -225,9 +227,13 @@ def make_optimizer(config, plan: finetune.Plan, schedule, *, head_steps: int):
 
 
 def _settle(config, workdir):
-    """The config with its open fields filled in, and the weights to start from."""
+    """The config with its open fields filled in, and the weights to start from.
+
+    Args:
+      workdir: of the checkpoint that the run goes on from, or None.
+    """
     saved, weights = None, None
-    if checkpoint.has_checkpoint(workdir):
+    if workdir:
         latest = checkpoint.find_step(workdir, 'latest')
         saved = checkpoint.load_json(workdir, latest, 'metadata')
     elif config['init_from']:

@@ -70,6 +70,7 @@ EDGES = {
     'board': set(),
     'train': {'errors', 'board', 'checkpoint', 'environment', 'evaluate', 'history',
               'page', 'report', 'results', 'setup', 'sharding', 'step'},
+    'lr_find': {'errors', 'checkpoint', 'report', 'setup', 'sharding'},
 }  # fmt: skip
 RECIPES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
 

@@ -12,7 +12,6 @@ Any field of configs/base.py can be set: --config.optimizer.learning_rate=1e-3.
 """
 
 import difflib
-import glob
 import os
 import pathlib
 import sys
@@ -110,7 +109,7 @@ def _evaluate(config, workdir, overrides):
     from flax_densenet import results
 
     trained, path, fields = _load(config, workdir, overrides, 'eval')
-    source, found, trained_on = _collect(trained, path, fields)
+    source, found, trained_on = results.of_data(trained, path, fields)
     which = f'weights of {path}'
     if trained.step is not None:
         which = (
@@ -123,52 +122,20 @@ def _evaluate(config, workdir, overrides):
     print(f'{results.EVAL_FILE} and {results.PREDICTIONS_FILE} are in {workdir}')
 
 
-def _collect(trained, path, fields):
-    """The data, what the model says of it, and whether it was trained on it."""
-    from flax_densenet import results
-
-    found = results.find_examples(trained, path, fields)
-    source, examples, class_names, trained_on = found
-    loading = {name: fields[name] for name in ('batch_size', 'threads', 'workers')}
-    return (
-        source,
-        results.collect(trained, examples, class_names, **loading),
-        trained_on,
-    )
-
-
 def _report(config, workdir, overrides):
     """Writes the page of a run, or one that compares the runs of several folders."""
-    from flax_densenet import compare, page
+    from flax_densenet import compare, page, results
 
-    workdirs = _workdirs(workdir)
+    workdirs = compare.find_runs(workdir)
     if len(workdirs) > 1:
         path = _OUT.value or os.path.join(os.path.dirname(workdirs[0]), compare.FILE)
         compare.save(workdirs, path)
         print(f'{path}: {len(workdirs)} runs beside each other')
         return
     trained, path, fields = _load(config, workdirs[0], overrides, 'report')
-    source, found, trained_on = _collect(trained, path, fields)
+    source, found, trained_on = results.of_data(trained, path, fields)
     path = page.save_report(workdirs[0], trained, source, found, trained_on=trained_on)
     print(f'{path}: open it in a browser')
-
-
-def _workdirs(names):
-    """The folders of `a,b` and of patterns such as `ckpt/*`; those without a run go."""
-    if os.path.isdir(names):  # a comma or a star of its own name
-        return [names]
-    found = []
-    for name in names.split(','):
-        matches = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-        runs = [match for match in matches if glob.has_magic(name) and _is_run(match)]
-        if glob.has_magic(name) and not runs:
-            raise UserError(f'--workdir={name}: no folder of a run has such a name')
-        found += runs or matches
-    return found
-
-
-def _is_run(folder):
-    return os.path.isfile(os.path.join(folder, 'metrics.jsonl'))
 
 
 def _load(config, workdir, overrides, mode):

@@ -1,5 +1,6 @@
 """`compare.html`: several runs in one page, their curves and where they differ."""
 
+import glob
 import json
 import os
 
@@ -7,6 +8,32 @@ from flax_densenet import checkpoint, history, page, render
 from flax_densenet.errors import UserError
 
 FILE = 'compare.html'
+
+
+def find_runs(names: str) -> list[str]:
+    """The folders that `a,b` or a pattern such as `ckpt/*` means.
+
+    Of what a pattern matches, folders without a run are left out.
+
+    Raises:
+      UserError: a pattern matches no folder of a run.
+    """
+    if os.path.isdir(names):  # a comma or a star of its own name
+        return [names]
+    found = []
+    for name in names.split(','):
+        if not glob.has_magic(name):
+            found.append(name)
+            continue
+        runs = [match for match in sorted(glob.glob(name)) if _is_run(match)]
+        if not runs:
+            raise UserError(f'--workdir={name}: no folder of a run has such a name')
+        found += runs
+    return found
+
+
+def _is_run(folder):
+    return os.path.isfile(os.path.join(folder, history.METRICS_FILE))
 
 
 def save(workdirs: list[str], path: str):

@@ -112,6 +112,19 @@ def collect(
     return Results(examples, tuple(class_names), logits, labels)
 
 
+def of_data(
+    trained: evaluate.Trained, path: str, fields: dict[str, Any]
+) -> tuple[data.Source, Results, bool]:
+    """`find_examples` and `collect` in one.
+
+    Returns:
+      The source, what the model says of its images, and whether it was trained on it.
+    """
+    source, examples, names, trained_on = find_examples(trained, path, fields)
+    loading = {name: fields[name] for name in ('batch_size', 'threads', 'workers')}
+    return source, collect(trained, examples, names, **loading), trained_on
+
+
 def save(folder: str, results: Results, about: dict[str, Any]):
     """Writes `eval.json` (figures) and `predictions.csv` (a row for each image).
 

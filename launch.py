@@ -19,7 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import base
-from flax_densenet.errors import UserError
+from flax_densenet.errors import UserError, printable
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'A file with get_config(); fields by --config.NAME=VALUE.'
@@ -259,6 +259,9 @@ def _set_up_jax():
 
 def main(argv):
     """Runs the mode; a user's mistake becomes one line and exit status 2."""
+    # Names of files need not be text; a line about one must not end the run.
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         _parse(argv)
         if _DISTRIBUTED.value:
@@ -271,7 +274,7 @@ def main(argv):
         overrides = config_flags.get_override_values(flags.FLAGS['config'])
         MODES[_MODE.value](_plain(_CONFIG.value), workdir, overrides)
     except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(f'error: {printable(str(error))}', file=sys.stderr)
         return 2
     return 0
 

@@ -15,13 +15,15 @@ memory than a few batches.
 """
 
 import dataclasses
+import functools
 
 import grain
 import jax
 import numpy as np
 
 from flax_densenet import augment as augment_lib
-from flax_densenet import images
+from flax_densenet import balance as balance_lib
+from flax_densenet import images, unread
 from flax_densenet import sources as sources_lib
 from flax_densenet.errors import UserError
 
@@ -54,7 +56,7 @@ class Examples:
     def __repr__(self):
         return f'{type(self.reader).__name__} of {len(self)} images'
 
-    @property
+    @functools.cached_property
     def labels(self) -> np.ndarray:
         """int32 `[len(self)]`, without decoding any image."""
         return self.reader.labels[self.indices]
@@ -309,7 +311,11 @@ class _Augment(grain.transforms.RandomMap):
 
 
 def check_train_batches(
-    examples: Examples, batch_size: int, augment: str, workers: int
+    examples: Examples,
+    batch_size: int,
+    augment: str,
+    workers: int,
+    balance: str = 'none',
 ):
     """Raises the errors of `train_batches`, without starting any thread."""
     if batch_size > len(examples):
@@ -318,6 +324,12 @@ def check_train_batches(
             'to train on; use a smaller one'
         )
     _check_choice('augment', augment, augment_lib.RECIPES)
+    _check_choice('balance', balance, balance_lib.BALANCES)
+    if balance != 'none' and np.ndim(examples.labels) == 2:
+        raise UserError(
+            f'data.balance={balance} needs one class an image; with data.labels use '
+            'data.balance=none'
+        )
     if workers and isinstance(examples, CachedExamples):
         raise UserError(
             f'data.workers={workers} does not go with data.cache=memory, which threads '
@@ -332,6 +344,8 @@ def train_batches(
     seed: int,
     start: int = 0,
     augment: str = 'none',
+    balance: str = 'none',
+    bad_images: str = 'error',
     threads: int = 4,
     workers: int = 0,
 ):
@@ -345,6 +359,10 @@ def train_batches(
       batch_size: over all hosts; this host's share comes out.
       start: step at which to start.
       augment: a key of `augment.RECIPES`.
+      balance: `sampler` draws the classes equally often, see `balance.Draws`; an epoch
+        has as many images as without.
+      bad_images: `skip` puts the next image in the place of one that cannot be read
+        any more; the iterator is then a `unread.Batches`, which counts them.
       threads: decoding threads; each makes a whole batch.
       workers: decoding processes instead of threads, 0 for none.
 
@@ -355,9 +373,18 @@ def train_batches(
     Raises:
       UserError: fewer examples than rows of a batch; an unknown recipe.
     """
-    check_train_batches(examples, batch_size, augment, workers)
+    check_train_batches(examples, batch_size, augment, workers, balance)
     count, hosts = len(examples), jax.process_count()
-    stream = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
+    skip = bad_images == 'skip' and isinstance(examples, Examples)
+    source = unread.StandIns(examples) if skip else examples
+    if balance == 'sampler':
+        draws = balance_lib.Draws(examples.labels, seed)
+        stream = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+        stream = stream.map_with_index(
+            lambda position, slot: source[draws(position // count, slot)]
+        )
+    else:
+        stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     stream = stream.map_with_index(
         lambda position, example: example | {'epoch': np.int32(position // count)}
     )
@@ -367,24 +394,37 @@ def train_batches(
         stream = stream.random_map(_Augment(augment))
     stream = stream[jax.process_index() :: hosts]
     stream = stream.batch(batch_size // hosts, drop_remainder=True)
-    return _iterate(stream[start:], threads, workers)
+    batches = _iterate(stream[start:], threads, workers)
+    return unread.Batches(batches) if skip else batches
 
 
 def eval_batches(
-    examples: Examples, *, batch_size: int, threads: int = 4, workers: int = 0
+    examples: Examples,
+    *,
+    batch_size: int,
+    bad_images: str = 'error',
+    threads: int = 4,
+    workers: int = 0,
 ):
     """Every example once, in order, in batches of one shape on every host.
+
+    Args:
+      bad_images: `skip` gives mask 0 to an image that cannot be read any more; the
+        iterator is then a `unread.Batches`, which counts them.
 
     Returns:
       An iterator of `{'image': uint8 [n, S, S, 3], 'label': int32 [n],
       'mask': float32 [n]}`; the last batch is filled up with rows of mask 0.
     """
+    skip = bad_images == 'skip' and isinstance(examples, Examples)
     hosts = jax.process_count()
     steps = -(-len(examples) // batch_size)
     stream = grain.MapDataset.range(steps * batch_size)
-    stream = stream.map(_Padded(examples))[jax.process_index() :: hosts]
+    source = unread.StandIns(examples) if skip else examples
+    stream = stream.map(_Padded(source))[jax.process_index() :: hosts]
     stream = stream.batch(batch_size // hosts, drop_remainder=True)
-    return _iterate(stream, threads, workers)
+    batches = _iterate(stream, threads, workers)
+    return unread.Batches(batches) if skip else batches
 
 
 class _Padded(grain.transforms.Map):
@@ -394,7 +434,8 @@ class _Padded(grain.transforms.Map):
     def map(self, position):
         last = len(self.examples) - 1
         example = self.examples[min(int(position), last)]
-        return example | {'mask': np.float32(position <= last)}
+        counts = position <= last and example.get('unread', -1) < 0
+        return example | {'mask': np.float32(counts)}
 
 
 def _iterate(stream, threads, workers):

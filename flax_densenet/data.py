@@ -23,6 +23,7 @@ import numpy as np
 
 from flax_densenet import augment as augment_lib
 from flax_densenet import balance as balance_lib
+from flax_densenet import duplicates as duplicates_lib
 from flax_densenet import images, unread
 from flax_densenet import sources as sources_lib
 from flax_densenet.errors import UserError
@@ -135,6 +136,7 @@ class Source:
       multi_label: an image can have several labels; `class_names` are theirs.
       has_test: the set came with a test part; else `test` was split off by us.
       skipped: bad files left out, each with its reason.
+      duplicates: groups of files of the same content, see `duplicates.Parts`.
     """
 
     name: str
@@ -144,6 +146,7 @@ class Source:
     has_test: bool = False
     multi_label: bool = False
     skipped: tuple[str, ...] = ()
+    duplicates: tuple[str, ...] = ()
 
 
 # Side in pixels where data.image_size is 0.
@@ -162,6 +165,7 @@ def load_source(
     test_fraction: float = 0.2,
     split_seed: int = 0,
     bad_images: str = 'error',
+    duplicates: str = 'report',
     cache: str = 'none',
     cache_limit_gib: float = 4.0,
     tfds_dir: str | None = None,
@@ -178,6 +182,9 @@ def load_source(
         the classes, where the source has no test part of its own.
       split_seed: of that split.
       bad_images: `error` ends at a file that is no whole image, `skip` leaves it out.
+      duplicates: of files of the same content in both parts: `report` tells of them,
+        `drop` leaves them out of training, `ignore` does not look. A split of ours has
+        copies on one side, unless `ignore`.
       cache: `memory` keeps decoded images of up to `cache_limit_gib` in memory.
       tfds_dir: where TFDS keeps its sets; None for its default.
 
@@ -199,19 +206,23 @@ def load_source(
     )
     _check_preparation(preparation)
     _check_fields(test_fraction, bad_images, cache)
+    duplicates_lib.check(duplicates, kind)
     if labels and kind != 'folder':
         raise UserError(f'data.labels={labels} needs data.source=folder:PATH')
     found = sources_lib.SOURCES[kind](
         name, bad_images=bad_images, tfds_dir=tfds_dir, labels=labels
     )
-    train, test = found.train, found.test
-    if test is None:
-        train, test = _split(found, test_fraction, split_seed)
+    split = _find_parts(found, test_fraction, split_seed, duplicates)
+    train, test = split.train, split.test
     if not len(train) or not len(test):
+        copies = ' (copies of an image count as one)' if split.lines else ''
         raise UserError(
             f'data.source={source}: {len(train)} images to train on and {len(test)} to '
-            'test on are too few; add images'
+            f'test on are too few{copies}; add images, or a folder of test images '
+            '(PATH/train and PATH/val)'
         )
+    if split.summary:
+        print(split.summary, flush=True)
     parts = [Examples(found.reader, indices, preparation) for indices in (train, test)]
     if cache == 'memory':
         _check_cache(sum(map(len, parts)), preparation, cache_limit_gib)
@@ -224,6 +235,7 @@ def load_source(
         has_test=found.test is not None,
         multi_label=bool(labels),
         skipped=found.skipped,
+        duplicates=split.lines,
     )
 
 
@@ -264,6 +276,24 @@ def _check_cache(count, preparation, limit_gib):
     print(f'data.cache=memory: {count} decoded images take {need:.2f} GiB', flush=True)
 
 
+def _find_parts(found, test_fraction, split_seed, duplicates):
+    """Training and test part, the copies among them seen to."""
+    train, test = found.train, found.test
+    if test is None:
+        train, test = _split(found, test_fraction, split_seed)
+    if duplicates == 'ignore' or not isinstance(found.reader, sources_lib.FileReader):
+        return duplicates_lib.Parts(train, test)
+    return duplicates_lib.settle(
+        found.reader.paths,
+        found.reader.labels,
+        train,
+        test,
+        duplicates=duplicates,
+        # A patient's images stay together, which the copies of one might undo.
+        ours=found.test is None and found.groups is None,
+    )
+
+
 def _split(found, test_fraction, seed):
     """A seeded random split, even over the classes; groups stay together."""
     train_size = int(len(found.train) * (1 - test_fraction))
@@ -288,8 +318,13 @@ def _split(found, test_fraction, seed):
     first = np.cumsum(counts) - counts
     place[by_class] = np.arange(len(order)) - first[labels[by_class]] + 0.5
     order = order[np.argsort(place / counts[labels], kind='stable')]
-    test, train = found.train[order[:test_size]], found.train[order[test_size:]]
-    return np.sort(train), np.sort(test)
+    test, train = order[:test_size], order[test_size:]
+    labels = found.reader.labels[found.train]
+    # A class that only the test would have gives its first image there to training.
+    classes, first = np.unique(labels[test], return_index=True)
+    first = first[~np.isin(classes, labels[train])]
+    train, test = np.append(train, test[first]), np.delete(test, first)
+    return np.sort(found.train[train]), np.sort(found.train[test])
 
 
 def _split_groups(indices, groups, test_size, seed):

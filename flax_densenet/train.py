@@ -215,6 +215,11 @@ def _write_run_files(run):
     if skipped:
         _write_lines(path, skipped)
         print(f'skipped {len(skipped)} bad images, listed in {path}', flush=True)
+    copies = run.source.duplicates
+    path = os.path.join(run.workdir, 'duplicates.txt')
+    if copies:
+        _write_lines(path, copies)
+        print(f'{len(copies)} images have copies, listed in {path}', flush=True)
 
 
 def _write_lines(path, lines):

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import pathlib
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import tracemalloc
 import numpy as np
 import pytest
 from conftest import ROOT, tiny_config, write_images
+from PIL import Image
 
 from flax_densenet import UserError, data, listing, setup, sources, train
 from flax_densenet.errors import printable
@@ -126,12 +126,12 @@ def strange_folder(tmp_path):
     """Classes and files of such names; one file of the last class is cut short."""
     root = tmp_path / 'photos'
     write_images(root, {'x': 3}, size=(8, 8))
-    image = (root / 'x' / '000.jpg').read_bytes()
+    pixels = iter(np.random.default_rng(1).integers(0, 256, (99, 8, 8, 3), np.uint8))
     for name in NAMES:
         os.mkdir(os.fsencode(root) + b'/' + name)
         for number in range(2):
             path = os.fsencode(root) + b'/' + name + b'/%d ' % number + name + b'.jpg'
-            pathlib.Path(os.fsdecode(path)).write_bytes(image)
+            Image.fromarray(next(pixels)).save(os.fsdecode(path))
     os.truncate(path, 300)
     return root
 

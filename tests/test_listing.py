@@ -45,6 +45,7 @@ def test_links_end_and_stay_in_their_class(folder, tmp_path):
     (folder / 'bees' / 'more').symlink_to(elsewhere / 'more')
     (folder / 'bees' / 'again').symlink_to(elsewhere / 'more')
     (elsewhere / 'wasps' / 'up').symlink_to(elsewhere)
+    (elsewhere / 'wasps' / 'back').symlink_to(folder)
     source = load(folder)
     assert source.class_names == ('ants', 'bees', 'wasps')
     labels = np.concatenate([source.train.labels, source.test.labels])
@@ -247,24 +248,24 @@ def test_names_of_any_bytes_in_processes(strange_folder, tmp_path):
 
 def test_many_files_are_checked_in_chunks(folder, monkeypatch):
     paths = [str(folder / 'ants' / '000.jpg')] * 1000
-    paths[700] = str(folder / 'nowhere.jpg')
+    paths[255] = str(folder / 'nowhere.jpg')  # the last of its chunk
     paths[999] = str(folder / 'nowhere else.jpg')
     found = listing.check_files(paths, 'skip')
-    assert found == {700: 'is not there', 999: 'is not there'}
+    assert found == {255: 'is not there', 999: 'is not there'}
     with pytest.raises(UserError, match='nowhere.jpg is not there'):
         listing.check_files(paths, 'error')
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_files(tmp_path):
+def test_many_files(tmp_path):
     """Listed and split in seconds, in little memory; links to one file."""
     write_images(tmp_path, {'0': 1, '1': 1}, size=(8, 8))
-    for number in range(100_000):
+    for number in range(40_000):
         folder = tmp_path / str(number % 2)
         os.link(folder / '000.jpg', folder / f'{number}.jpg')
     start = time.perf_counter()
     files = sum(len(listing.image_files(str(tmp_path / c))) for c in '01')
-    assert files == 100_002 and time.perf_counter() - start < 5
+    assert files == 40_002 and time.perf_counter() - start < 2
     tracemalloc.start()
     found = sources.SOURCES['folder'](str(tmp_path), bad_images='error', labels='')
     assert tracemalloc.get_traced_memory()[0] < 250 * len(found.reader.paths)

@@ -15,6 +15,8 @@ from grain import experimental
 BALANCES = ('none', 'sampler', 'loss')
 # From this ratio on of the largest class to the smallest, a line says so.
 _HEAVY = 10
+# From here on index_shuffle is faster than an order of all; for few it takes 1 ms.
+_MANY = 10_000
 
 
 class Draws:
@@ -41,15 +43,16 @@ class Draws:
         label = int(self._classes[place])
         count = int(self._counts[label])
         round_, place = divmod(turn, count)
-        if count > 1:
-            words = np.random.SeedSequence([self._seed, label, round_])
-            place = experimental.index_shuffle(
-                place,
-                max_index=count - 1,
-                seed=int(words.generate_state(1)[0]),
-                rounds=4,
-            )
+        place = _shuffled(place, count, [self._seed, label, round_])
         return int(self._order[self._starts[label] + place])
+
+
+def _shuffled(place, count, seed):
+    """Where a place from 0 to `count` - 1 goes in an order of its own by each seed."""
+    if count < _MANY:
+        return np.random.default_rng(seed).permutation(count)[place]
+    seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return experimental.index_shuffle(place, max_index=count - 1, seed=seed, rounds=4)
 
 
 def class_weights(labels, num_classes: int) -> np.ndarray:

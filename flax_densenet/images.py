@@ -61,6 +61,7 @@ _UPRIGHT = {
 }
 # Above so many pixels an image is made smaller before anything else: 200 MB of copies.
 _LARGE = 16 * 10**6
+_STRIP = 10**6  # pixels
 
 
 class TooManyPixels(UserError):
@@ -216,7 +217,7 @@ def _shrink(image, least):
         return image.reduce(factor)
     width, height = image.size
     small = Image.new('RGB', (-(-width // factor), -(-height // factor)))
-    rows = factor * max(1, 10**6 // (width * factor))
+    rows = factor * max(1, _STRIP // (width * factor))
     for top in range(0, height, rows):
         strip = image.crop((0, top, width, min(top + rows, height)))
         small.paste(to_rgb(strip).reduce(factor), (0, top // factor))

@@ -214,6 +214,7 @@ def test_very_large_images_are_made_smaller_first(mode, monkeypatch):
     file = encode(image, 'TIFF' if mode in ('CMYK', 'F') else 'PNG')
     whole = load(file).astype(int)
     monkeypatch.setattr(images, '_LARGE', 1000)
+    monkeypatch.setattr(images, '_STRIP', 20_000)
     sizes = []
     apply = images.Preparation.apply
     monkeypatch.setattr(

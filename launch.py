@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import base
-from flax_densenet.errors import UserError
+from flax_densenet.errors import UserError, printable
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'A file with get_config(); fields by --config.NAME=VALUE.'
@@ -359,6 +359,9 @@ def main(argv):
     A user's mistake becomes one line and 2. Ctrl-C gives 130 and a reader that went
     away (`| head`) 141, as shells name them.
     """
+    # Names of files need not be text; a line about one must not end the run.
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')
     try:
         _parse(argv)
         if _DISTRIBUTED.value:
@@ -373,7 +376,7 @@ def main(argv):
         if sys.stdout is not None:  # closed by the caller
             sys.stdout.flush()
     except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
+        print(f'error: {printable(str(error))}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)

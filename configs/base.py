@@ -60,7 +60,13 @@ def get_config() -> ConfigDict:
     config.data.test_fraction = 0.2  # split off where the source has no test part
     config.data.split_seed = 0  # of that split
     config.data.augment = 'none'  # flip, shift_flip (CIFAR), crop_flip (ImageNet)
+    # Classes of different sizes: sampler draws all equally often (an epoch has as many
+    # images as before), loss weighs all classes alike in the gradient; none of both.
+    config.data.balance = 'none'
     config.data.bad_images = 'error'  # or skip: leaves them out and lists them
+    # The same image in training and test: report tells of it, drop leaves it out of
+    # training, ignore does not look; a split of ours keeps copies on one side.
+    config.data.duplicates = 'report'
     config.data.cache = 'none'  # memory: keeps decoded images, up to the limit
     config.data.cache_limit_gib = 4.0
     config.data.threads = 4  # decoding threads, where workers is 0

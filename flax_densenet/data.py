@@ -15,13 +15,16 @@ memory than a few batches.
 """
 
 import dataclasses
+import functools
 
 import grain
 import jax
 import numpy as np
 
 from flax_densenet import augment as augment_lib
-from flax_densenet import images
+from flax_densenet import balance as balance_lib
+from flax_densenet import duplicates as duplicates_lib
+from flax_densenet import images, unread
 from flax_densenet import sources as sources_lib
 from flax_densenet.errors import UserError
 
@@ -54,7 +57,7 @@ class Examples:
     def __repr__(self):
         return f'{type(self.reader).__name__} of {len(self)} images'
 
-    @property
+    @functools.cached_property
     def labels(self) -> np.ndarray:
         """int32 `[len(self)]`, without decoding any image."""
         return self.reader.labels[self.indices]
@@ -133,6 +136,7 @@ class Source:
       multi_label: an image can have several labels; `class_names` are theirs.
       has_test: the set came with a test part; else `test` was split off by us.
       skipped: bad files left out, each with its reason.
+      duplicates: groups of files of the same content, see `duplicates.Parts`.
     """
 
     name: str
@@ -142,6 +146,7 @@ class Source:
     has_test: bool = False
     multi_label: bool = False
     skipped: tuple[str, ...] = ()
+    duplicates: tuple[str, ...] = ()
 
 
 # Side in pixels where data.image_size is 0.
@@ -160,6 +165,7 @@ def load_source(
     test_fraction: float = 0.2,
     split_seed: int = 0,
     bad_images: str = 'error',
+    duplicates: str = 'report',
     cache: str = 'none',
     cache_limit_gib: float = 4.0,
     tfds_dir: str | None = None,
@@ -176,6 +182,9 @@ def load_source(
         the classes, where the source has no test part of its own.
       split_seed: of that split.
       bad_images: `error` ends at a file that is no whole image, `skip` leaves it out.
+      duplicates: of files of the same content in both parts: `report` tells of them,
+        `drop` leaves them out of training, `ignore` does not look. A split of ours has
+        copies on one side, unless `ignore`.
       cache: `memory` keeps decoded images of up to `cache_limit_gib` in memory.
       tfds_dir: where TFDS keeps its sets; None for its default.
 
@@ -197,19 +206,23 @@ def load_source(
     )
     _check_preparation(preparation)
     _check_fields(test_fraction, bad_images, cache)
+    duplicates_lib.check(duplicates, kind)
     if labels and kind != 'folder':
         raise UserError(f'data.labels={labels} needs data.source=folder:PATH')
     found = sources_lib.SOURCES[kind](
         name, bad_images=bad_images, tfds_dir=tfds_dir, labels=labels
     )
-    train, test = found.train, found.test
-    if test is None:
-        train, test = _split(found, test_fraction, split_seed)
+    split = _find_parts(found, test_fraction, split_seed, duplicates)
+    train, test = split.train, split.test
     if not len(train) or not len(test):
+        copies = ' (copies of an image count as one)' if split.lines else ''
         raise UserError(
             f'data.source={source}: {len(train)} images to train on and {len(test)} to '
-            'test on are too few; add images'
+            f'test on are too few{copies}; add images, or a folder of test images '
+            '(PATH/train and PATH/val)'
         )
+    if split.summary:
+        print(split.summary, flush=True)
     parts = [Examples(found.reader, indices, preparation) for indices in (train, test)]
     if cache == 'memory':
         _check_cache(sum(map(len, parts)), preparation, cache_limit_gib)
@@ -222,6 +235,7 @@ def load_source(
         has_test=found.test is not None,
         multi_label=bool(labels),
         skipped=found.skipped,
+        duplicates=split.lines,
     )
 
 
@@ -262,6 +276,24 @@ def _check_cache(count, preparation, limit_gib):
     print(f'data.cache=memory: {count} decoded images take {need:.2f} GiB', flush=True)
 
 
+def _find_parts(found, test_fraction, split_seed, duplicates):
+    """Training and test part, the copies among them seen to."""
+    train, test = found.train, found.test
+    if test is None:
+        train, test = _split(found, test_fraction, split_seed)
+    if duplicates == 'ignore' or not isinstance(found.reader, sources_lib.FileReader):
+        return duplicates_lib.Parts(train, test)
+    return duplicates_lib.settle(
+        found.reader.paths,
+        found.reader.labels,
+        train,
+        test,
+        duplicates=duplicates,
+        # A patient's images stay together, which the copies of one might undo.
+        ours=found.test is None and found.groups is None,
+    )
+
+
 def _split(found, test_fraction, seed):
     """A seeded random split, even over the classes; groups stay together."""
     train_size = int(len(found.train) * (1 - test_fraction))
@@ -286,8 +318,13 @@ def _split(found, test_fraction, seed):
     first = np.cumsum(counts) - counts
     place[by_class] = np.arange(len(order)) - first[labels[by_class]] + 0.5
     order = order[np.argsort(place / counts[labels], kind='stable')]
-    test, train = found.train[order[:test_size]], found.train[order[test_size:]]
-    return np.sort(train), np.sort(test)
+    test, train = order[:test_size], order[test_size:]
+    labels = found.reader.labels[found.train]
+    # A class that only the test would have gives its first image there to training.
+    classes, first = np.unique(labels[test], return_index=True)
+    first = first[~np.isin(classes, labels[train])]
+    train, test = np.append(train, test[first]), np.delete(test, first)
+    return np.sort(found.train[train]), np.sort(found.train[test])
 
 
 def _split_groups(indices, groups, test_size, seed):
@@ -309,7 +346,11 @@ class _Augment(grain.transforms.RandomMap):
 
 
 def check_train_batches(
-    examples: Examples, batch_size: int, augment: str, workers: int
+    examples: Examples,
+    batch_size: int,
+    augment: str,
+    workers: int,
+    balance: str = 'none',
 ):
     """Raises the errors of `train_batches`, without starting any thread."""
     if batch_size > len(examples):
@@ -318,6 +359,12 @@ def check_train_batches(
             'to train on; use a smaller one'
         )
     _check_choice('augment', augment, augment_lib.RECIPES)
+    _check_choice('balance', balance, balance_lib.BALANCES)
+    if balance != 'none' and np.ndim(examples.labels) == 2:
+        raise UserError(
+            f'data.balance={balance} needs one class an image; with data.labels use '
+            'data.balance=none'
+        )
     if workers and isinstance(examples, CachedExamples):
         raise UserError(
             f'data.workers={workers} does not go with data.cache=memory, which threads '
@@ -332,6 +379,8 @@ def train_batches(
     seed: int,
     start: int = 0,
     augment: str = 'none',
+    balance: str = 'none',
+    bad_images: str = 'error',
     threads: int = 4,
     workers: int = 0,
 ):
@@ -345,6 +394,10 @@ def train_batches(
       batch_size: over all hosts; this host's share comes out.
       start: step at which to start.
       augment: a key of `augment.RECIPES`.
+      balance: `sampler` draws the classes equally often, see `balance.Draws`; an epoch
+        has as many images as without.
+      bad_images: `skip` puts the next image in the place of one that cannot be read
+        any more; the iterator is then a `unread.Batches`, which counts them.
       threads: decoding threads; each makes a whole batch.
       workers: decoding processes instead of threads, 0 for none.
 
@@ -355,9 +408,18 @@ def train_batches(
     Raises:
       UserError: fewer examples than rows of a batch; an unknown recipe.
     """
-    check_train_batches(examples, batch_size, augment, workers)
+    check_train_batches(examples, batch_size, augment, workers, balance)
     count, hosts = len(examples), jax.process_count()
-    stream = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
+    skip = bad_images == 'skip' and isinstance(examples, Examples)
+    source = unread.StandIns(examples) if skip else examples
+    if balance == 'sampler':
+        draws = balance_lib.Draws(examples.labels, seed)
+        stream = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+        stream = stream.map_with_index(
+            lambda position, slot: source[draws(position // count, slot)]
+        )
+    else:
+        stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
     stream = stream.map_with_index(
         lambda position, example: example | {'epoch': np.int32(position // count)}
     )
@@ -367,24 +429,37 @@ def train_batches(
         stream = stream.random_map(_Augment(augment))
     stream = stream[jax.process_index() :: hosts]
     stream = stream.batch(batch_size // hosts, drop_remainder=True)
-    return _iterate(stream[start:], threads, workers)
+    batches = _iterate(stream[start:], threads, workers)
+    return unread.Batches(batches) if skip else batches
 
 
 def eval_batches(
-    examples: Examples, *, batch_size: int, threads: int = 4, workers: int = 0
+    examples: Examples,
+    *,
+    batch_size: int,
+    bad_images: str = 'error',
+    threads: int = 4,
+    workers: int = 0,
 ):
     """Every example once, in order, in batches of one shape on every host.
+
+    Args:
+      bad_images: `skip` gives mask 0 to an image that cannot be read any more; the
+        iterator is then a `unread.Batches`, which counts them.
 
     Returns:
       An iterator of `{'image': uint8 [n, S, S, 3], 'label': int32 [n],
       'mask': float32 [n]}`; the last batch is filled up with rows of mask 0.
     """
+    skip = bad_images == 'skip' and isinstance(examples, Examples)
     hosts = jax.process_count()
     steps = -(-len(examples) // batch_size)
     stream = grain.MapDataset.range(steps * batch_size)
-    stream = stream.map(_Padded(examples))[jax.process_index() :: hosts]
+    source = unread.StandIns(examples) if skip else examples
+    stream = stream.map(_Padded(source))[jax.process_index() :: hosts]
     stream = stream.batch(batch_size // hosts, drop_remainder=True)
-    return _iterate(stream, threads, workers)
+    batches = _iterate(stream, threads, workers)
+    return unread.Batches(batches) if skip else batches
 
 
 class _Padded(grain.transforms.Map):
@@ -394,7 +469,8 @@ class _Padded(grain.transforms.Map):
     def map(self, position):
         last = len(self.examples) - 1
         example = self.examples[min(int(position), last)]
-        return example | {'mask': np.float32(position <= last)}
+        counts = position <= last and example.get('unread', -1) < 0
+        return example | {'mask': np.float32(counts)}
 
 
 def _iterate(stream, threads, workers):

@@ -10,7 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from flax_densenet import checkpoint, data, model, objective, sharding, weights
+from flax_densenet import (
+    checkpoint,
+    data,
+    model,
+    objective,
+    sharding,
+    unread,
+    weights,
+)
 from flax_densenet import images as images_lib
 from flax_densenet.errors import UserError
 
@@ -61,6 +69,7 @@ def evaluate(
     mesh,
     mean,
     std,
+    bad_images: str = 'error',
     threads: int = 4,
     workers: int = 0,
 ) -> dict[str, float]:
@@ -69,12 +78,14 @@ def evaluate(
     Args:
       variables: `{'params', 'batch_stats'}`, replicated over the mesh.
       batch_size: over all devices, which it must divide over.
+      bad_images: `skip` leaves out images that cannot be read any more.
 
     Returns:
-      `{'accuracy': 0 to 1, 'loss', 'count'}`; of several labels an image also `auroc`,
+      `{'accuracy': 0 to 1, 'loss', 'count'}`, with `unread`, positions, where images
+      were left out; of several labels an image also `auroc`,
       a list with None where a label has one value only, and its mean `mean_auroc`.
     """
-    sums, seen = [], []
+    sums, seen, left_out = [], [], []
     steps = _eval_steps(
         module,
         variables,
@@ -83,6 +94,8 @@ def evaluate(
         mesh=mesh,
         mean=mean,
         std=std,
+        bad_images=bad_images,
+        left_out=left_out,
         threads=threads,
         workers=workers,
     )
@@ -99,13 +112,15 @@ def evaluate(
     for step in jax.device_get(sums):
         for name, value in step.items():
             total[name] += float(value)
-    if total['count'] != len(examples):
+    if total['count'] != len(examples) and bad_images != 'skip':
         raise AssertionError(f'{total["count"]} of {len(examples)} examples counted')
     metrics = {
         'accuracy': total['correct'] / total['count'],
         'loss': total['loss'] / total['count'],
-        'count': len(examples),
+        'count': int(total['count']),
     }
+    if left_out:
+        metrics['unread'] = left_out
     if seen:
         parts = zip(*seen, strict=True)
         logits, labels, mask = (np.concatenate(part) for part in parts)
@@ -167,12 +182,15 @@ def compute_logits(
 
 
 def _eval_steps(
-    module, variables, examples, *, batch_size, mesh, mean, std, threads, workers
+    module, variables, examples, *, mesh, mean, std, left_out=None, **loading
 ):
-    """Yields sums, logits and the batch, of each batch in turn."""
-    batches = data.eval_batches(
-        examples, batch_size=batch_size, threads=threads, workers=workers
-    )
+    """Yields sums, logits and the batch, of each batch in turn.
+
+    Args:
+      left_out: a list that gets the positions of the images that were left out.
+      **loading: of `data.eval_batches`.
+    """
+    batches = data.eval_batches(examples, **loading)
     try:
         for batch in batches:
             batch = sharding.to_global(batch, mesh)
@@ -180,6 +198,8 @@ def _eval_steps(
                 variables, batch, module=module, mean=mean, std=std
             )
             yield sums, logits, batch
+        if isinstance(batches, unread.Batches):
+            left_out += sorted(batches.unread)
     finally:
         batches.close()
 

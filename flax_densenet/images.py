@@ -2,10 +2,15 @@
 
 import dataclasses
 import io
+import logging
 import os
+import stat
+import struct
+import warnings
+import zlib
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from flax_densenet.errors import UserError
 
@@ -22,17 +27,41 @@ INTERPOLATIONS = {
     'bilinear': Image.Resampling.BILINEAR,
     'bicubic': Image.Resampling.BICUBIC,
 }
-# What Pillow raises for files that are broken, in one way or another.
+# What Pillow raises for files that are broken, in one way or another; found by damaging
+# files of all formats at random.
 _BROKEN = (
     UnidentifiedImageError,
-    Image.DecompressionBombError,
     OSError,
     SyntaxError,
     ValueError,
     EOFError,
-    IndexError,
-    OverflowError,
+    LookupError,
+    ArithmeticError,
+    TypeError,
+    MemoryError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+    UserWarning,  # where a program's filters make warnings errors
 )
+# Pillow warns of odd fields in EXIF and TIFF, and of every image of more than 89
+# million pixels; of a set of photographs that would fill the screen.
+warnings.filterwarnings('ignore', category=UserWarning, module=r'PIL\.')
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
+logging.getLogger('PIL').setLevel(logging.CRITICAL)
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+# Above so many pixels an image is made smaller before anything else: 200 MB of copies.
+_LARGE = 16 * 10**6
+_STRIP = 10**6  # pixels
 
 
 class TooManyPixels(UserError):
@@ -117,10 +146,13 @@ def load_image(
 ) -> np.ndarray:
     """Reads the first frame of an image, upright.
 
+    An image whose EXIF data cannot be read is taken as it lies.
+
     Args:
       file: a path, or the bytes of the file.
-      max_pixels: most pixels of an image that is decoded; by default Pillow's limits
-        alone hold, which are a warning at 89 million and an error at 178 million.
+      max_pixels: most pixels of an image that is decoded; by default Pillow's bound
+        holds, 179 million. Decoding takes up to 4 bytes a pixel, so 0.7 GB; of a JPEG,
+        which is decoded at a fraction of its size, much less.
 
     Returns:
       uint8 `[size, size, channels]`.
@@ -129,9 +161,8 @@ def load_image(
       TooManyPixels: the header tells of more; nothing was decoded.
       UserError: with the reason, where the file is no image or is cut short.
     """
-    source = io.BytesIO(file) if isinstance(file, bytes) else file
     try:
-        with Image.open(source, formats=FORMATS) as image:
+        with _open(file) as image:
             pixels = image.width * image.height
             if max_pixels is not None and pixels > max_pixels:
                 raise TooManyPixels(
@@ -141,9 +172,8 @@ def load_image(
                 # Decode at a half, a quarter or an eighth where the result still has
                 # twice the wanted size: no visible difference, much less work.
                 image.draft(None, (2 * preparation.decode_size(),) * 2)
-            ImageOps.exif_transpose(image, in_place=True)  # else it copies
-            return preparation.apply(to_rgb(image))
-    except TooManyPixels:
+            return _prepare(image, preparation)
+    except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # The warning is raised where a program's filters make warnings errors.
@@ -160,9 +190,54 @@ def prepare_image(image: Image.Image, preparation: Preparation) -> np.ndarray:
       UserError: as `load_image`, where its file is read only now.
     """
     try:
-        return preparation.apply(to_rgb(ImageOps.exif_transpose(image)))
+        return _prepare(image, preparation)
     except _BROKEN as error:
         raise UserError(_reason(error)) from error
+
+
+def _prepare(image, preparation):
+    image.load()
+    turn = _find_turn(image)
+    image = to_rgb(_shrink(image, 2 * preparation.decode_size()))
+    return preparation.apply(image if turn is None else image.transpose(turn))
+
+
+def _open(file):
+    """An image of which only the header was read."""
+    if isinstance(file, bytes):
+        return Image.open(io.BytesIO(file), formats=FORMATS)
+    # To open a named pipe would wait for ever.
+    if not stat.S_ISREG(os.stat(file).st_mode):
+        raise UserError('is not a file')
+    return Image.open(file, formats=FORMATS)
+
+
+def _find_turn(image):
+    """What turns an image upright by its EXIF data, of which no more is read."""
+    try:
+        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except _BROKEN:  # a broken note beside pixels that were read
+        return None
+
+
+def _shrink(image, least):
+    """A very large image as RGB, at a whole fraction of its sides, not below `least`.
+
+    Changing the mode copies an image several times; in strips of a million pixels that
+    takes no memory to speak of.
+    """
+    factor = min(image.size) // max(least, 1)
+    if not least or factor < 2 or image.width * image.height <= _LARGE:
+        return image
+    if image.mode == 'F':  # its range is that of the whole image
+        return image.reduce(factor)
+    width, height = image.size
+    small = Image.new('RGB', (-(-width // factor), -(-height // factor)))
+    rows = factor * max(1, _STRIP // (width * factor))
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        small.paste(to_rgb(strip).reduce(factor), (0, top // factor))
+    return small
 
 
 def prepare_array(image: np.ndarray, preparation: Preparation) -> np.ndarray:
@@ -181,7 +256,10 @@ def _reason(error):
         return 'is not there'
     if isinstance(error, UnidentifiedImageError):
         return f'is not an image ({", ".join(FORMATS)})'
-    return f'cannot be decoded ({error})'
+    if isinstance(error, OSError) and error.strerror:
+        return f'cannot be read ({error.strerror})'
+    said = ' '.join(str(error).split())[:100] or type(error).__name__
+    return f'cannot be decoded ({said})'
 
 
 def check_image(path: str, *, decode: bool) -> str | None:
@@ -193,9 +271,15 @@ def check_image(path: str, *, decode: bool) -> str | None:
         and decodes only where its format's end mark is not at its end.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
-            if decode or not _has_end_mark(path, image.format):
-                image.load()
+        if not decode:
+            with _open(path) as image:
+                decode = not _has_end_mark(path, image.format)
+        if decode:
+            load_image(path, Preparation(8))  # JPEG is fastest at a small size
+    except UserError as error:
+        return str(error)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return _too_many('too many', 2 * Image.MAX_IMAGE_PIXELS)
     except _BROKEN as error:
         return _reason(error)
     return None

@@ -10,6 +10,7 @@ test decides it.
 
 import csv
 import dataclasses
+from collections import Counter
 
 import numpy as np
 
@@ -61,22 +62,34 @@ def read(path: str) -> Labels:
     field = f'data.labels={path}'
     try:
         with open(path, newline='', encoding='utf-8-sig') as file:
-            rows = list(csv.reader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+            reader = csv.reader(file)
+            rows = [(reader.line_num, row) for row in reader if any(row)]
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f'{field} is no text in UTF-8 (byte {error.start}); save it as CSV in UTF-8'
+        ) from error
+    except (OSError, csv.Error) as error:
         reason = getattr(error, 'strerror', None) or error
         raise UserError(f'{field} cannot be read ({reason})') from error
-    rows = [[cell.strip() for cell in row] for row in rows if any(row)]
     if len(rows) < 2:
         raise UserError(f'{field} has no rows under its heading')
-    heading, rows = rows[0], rows[1:]
-    for number, row in enumerate(rows, start=2):
+    rows = [(line, [cell.strip() for cell in row]) for line, row in rows]
+    heading, rows = rows[0][1], rows[1:]
+    if len(heading) == 1:
+        raise UserError(f'{field} has one column; commas must separate the cells')
+    # Of columns without a name, as of a comma at the end of each line, none is used.
+    twice = next((name for name, n in Counter(heading).items() if name and n > 1), None)
+    if twice is not None:
+        raise UserError(f'{field}: the column {twice} is there twice; rename one')
+    for line, row in rows:
         if len(row) != len(heading):
             raise UserError(
-                f'{field}: line {number} has {len(row)} cells, the heading '
-                f'{len(heading)}'
+                f'{field}: line {line} has {len(row)} cells, the heading {len(heading)}'
             )
-    columns = dict(zip(heading, zip(*rows, strict=True), strict=True))
-    return _take(field, columns)
+        if any('\0' in cell for cell in row):
+            raise UserError(f'{field}: line {line} holds a zero byte; it is no text')
+    cells = zip(*(row for _, row in rows), strict=True)
+    return _take(field, dict(zip(heading, cells, strict=True)))
 
 
 def _take(field, columns):
@@ -84,9 +97,9 @@ def _take(field, columns):
     images = next((lower[n] for n in _NAME_COLUMNS if n in lower), next(iter(columns)))
     group = next((lower[n] for n in _GROUP_COLUMNS if n in lower), None)
     split = lower.get('split')
-    left = [name for name in columns if name not in (images, group, split)]
-    if len(set(columns[images])) < len(columns[images]):
-        twice = next(x for x in columns[images] if columns[images].count(x) > 1)
+    left = [name for name in columns if name not in (images, group, split, '')]
+    twice = next((x for x, n in Counter(columns[images]).items() if n > 1), None)
+    if twice is not None:
         raise UserError(f'{field}: the image {twice} is there more than once')
     if _LISTS in lower:
         lists = [cell.split('|') for cell in columns[lower[_LISTS]]]
@@ -99,9 +112,9 @@ def _take(field, columns):
         values = list(zip(*values, strict=True))
         used = set(names)
     if not names:
+        found = ', '.join(columns)
         raise UserError(
-            f'{field}: no column holds only 0, 1 and empty cells; it has '
-            f'{", ".join(columns)}'
+            f'{field}: no column holds only 0, 1 and empty cells; it has {found[:200]}'
         )
     return Labels(
         images=list(columns[images]),

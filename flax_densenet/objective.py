@@ -41,6 +41,19 @@ def measure(logits, labels):
     return jnp.where(known, each, 0.0).sum(-1) / count, 1 - wrong.sum(-1) / count
 
 
+def mean(losses, labels, class_weights=None):
+    """The mean of the images' losses, each times the weight of its class.
+
+    Args:
+      losses: `[N]`.
+      labels: int32 `[N]`, where there are weights.
+      class_weights: `[C]`; None weighs all alike.
+    """
+    if class_weights is None:
+        return losses.mean()
+    return (losses * jnp.asarray(class_weights)[labels]).mean()
+
+
 def auroc(logits: np.ndarray, labels: np.ndarray) -> list[float | None]:
     """Area under the ROC curve of each label; None where all known ones are alike.
 

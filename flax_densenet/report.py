@@ -1,6 +1,7 @@
 """Pictures and tables of a run."""
 
 import os
+import warnings
 
 import jax
 import numpy as np
@@ -130,6 +131,8 @@ def save_samples(workdir: str, batch, class_names, *, mean, std, most: int = 24)
     if images.shape[-1] == 1:
         images = images.repeat(3, -1)
     titles = [title(label, class_names) for label in batch['label'][:most]]
+    # Letters that the font lacks show as boxes; a warning for each helps nobody.
+    warnings.filterwarnings('ignore', message='Glyph', category=UserWarning)
     figure = plot_samples(images, titles)
     figure.savefig(os.path.join(workdir, 'samples.png'), dpi=110)
 

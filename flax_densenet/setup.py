@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from flax_densenet import (
+    balance,
     checkpoint,
     data,
     features,
@@ -164,7 +165,9 @@ def prepare(config, workdir: str, *, resume: bool = True) -> Run:
     source = data.load_source(fields['source'], **loading)
     module = model.create_model(num_classes=len(source.class_names), **config['model'])
     model.check_image_size(module, (source.train.image_size,) * 2)
-    data.check_train_batches(source.train, batch_size, augment, fields['workers'])
+    data.check_train_batches(
+        source.train, batch_size, augment, fields['workers'], fields['balance']
+    )
     schedule = step.make_schedule(
         **{name: config['optimizer'][name] for name in _SCHEDULE_FIELDS},
         epochs=config['train']['epochs'],
@@ -275,6 +278,8 @@ def train_batches(run: Run, source: data.Source, start: int):
         seed=run.config['train']['seed'],
         start=start,
         augment=fields['augment'],
+        balance=fields['balance'],
+        bad_images=fields['bad_images'],
         **run.loading,
     )
 
@@ -290,6 +295,18 @@ def announce(run: Run):
     )
     if str(run.plan):
         print(run.plan, flush=True)
+    _say_balance(run)
+
+
+def _say_balance(run):
+    said, train = run.config['data']['balance'], run.source.train
+    # TFDS has to read each image for its label.
+    at_hand = isinstance(train.reader.labels, np.ndarray)
+    if run.source.multi_label or (said == 'none' and not at_hand):
+        return
+    line = balance.describe(train.labels, run.source.class_names, said)
+    if line:
+        print(line, flush=True)
 
 
 def cache_features(run: Run, state: step.TrainState) -> data.Source | None:
@@ -328,9 +345,17 @@ def compile_step(run: Run, state: step.TrainState, frozen: int):
         seed=run.config['train']['seed'],
         l2_penalty=run.config['optimizer']['l2_penalty'],
         frozen=frozen,
+        class_weights=_class_weights(run),
         **run.preprocessing,
     )
     start = time.perf_counter()
     compiled = step.compile_train_step(train_step, state, batch, run.mesh)
     print(f'compiled in {time.perf_counter() - start:.1f} s', flush=True)
     return compiled
+
+
+def _class_weights(run):
+    """Of `data.balance=loss`, else None."""
+    if run.config['data']['balance'] != 'loss':
+        return None
+    return balance.class_weights(run.source.train.labels, len(run.source.class_names))

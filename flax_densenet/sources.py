@@ -4,7 +4,6 @@ A loader lists what there is (paths, arrays, records) and reads no more than it 
 decoding is left to `data.Examples`.
 """
 
-import concurrent.futures
 import dataclasses
 import os
 import socket
@@ -13,9 +12,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from flax_densenet import images
 from flax_densenet import labels as labels_lib
-from flax_densenet.errors import UserError
+from flax_densenet import listing
+from flax_densenet.errors import UserError, printable
 
 
 class Reader(Protocol):
@@ -97,54 +96,79 @@ def _find_folder(name, *, bad_images, labels, **_):
         )
     if labels:
         return _find_labelled(field, root, labels, bad_images)
-    inside = _class_folders(root)
-    train_folder = next((n for n in _TRAIN_FOLDERS if n in inside), None)
-    test_folder = next((n for n in _TEST_FOLDERS if n in inside), None)
-    split = train_folder is not None and test_folder is not None
-    names = _class_folders(os.path.join(root, train_folder) if split else root)
+    inside = listing.class_folders(root)
+    train = next((name for name in _TRAIN_FOLDERS if name in inside), None)
+    test = next((name for name in _TEST_FOLDERS if name in inside), None)
+    parts = [root]
+    if train is not None and test is not None:
+        parts = [os.path.join(root, train), os.path.join(root, test)]
+    names = _class_names(field, parts)
+    paths, labels, first_test = _list_files(field, parts, names)
+    bad = listing.check_files(paths, bad_images)
+    good = np.array([i for i in range(len(paths)) if i not in bad], np.int64)
+    counts = np.bincount(labels[good[good < first_test]], minlength=len(names))
+    if not counts.all():
+        raise UserError(
+            f'{field}: no image of the folder {names[counts.argmin()]} can be read; '
+            'mend them or remove it'
+        )
+    return Found(
+        FileReader(paths, labels),
+        [printable(name) for name in names],
+        good[good < first_test],
+        good[good >= first_test] if len(parts) > 1 else None,
+        tuple(f'{paths[i]} {reason}' for i, reason in bad.items()),
+    )
+
+
+def _class_names(field, parts):
+    """The classes' folders, those of the training part."""
+    names = listing.class_folders(parts[0])
     if len(names) < 2:
         found = f'one class only ({names[0]})' if names else 'no class folders'
         raise UserError(
             f'{field}: has {found}; make a folder of images for each of at least '
             'two classes'
         )
-    parts = [os.path.join(root, train_folder) if split else root]
-    if split:
-        parts.append(os.path.join(root, test_folder))
-        extra = sorted(set(_class_folders(parts[1])) - set(names))
+    for part in parts[1:]:
+        extra = sorted(set(listing.class_folders(part)) - set(names))
         if extra:
+            test, train = os.path.basename(part), os.path.basename(parts[0])
             raise UserError(
-                f'{field}: class {extra[0]} is in {test_folder} but not in '
-                f'{train_folder}; add it there or remove it'
+                f'{field}: class {extra[0]} is in {test} but not in {train}; add it '
+                'there or remove it'
             )
+    return names
+
+
+def _list_files(field, parts, names):
+    """Paths, labels int32 `[N]`, and the index of the first path of the test part."""
     paths, labels, sizes = [], [], []
-    for part, root_of_part in enumerate(parts):
+    for part in parts:
         before = len(paths)
-        for label, class_name in enumerate(names):
-            files = _image_files(os.path.join(root_of_part, class_name))
-            if not files and part == 0:
+        for label, name in enumerate(names):
+            folder = os.path.join(part, name)
+            if part is not parts[0] and not os.path.isdir(folder):
+                continue  # a class of which nothing is tested
+            files = listing.image_files(folder)
+            if not files and part is parts[0]:
                 raise UserError(
-                    f'{field}: the folder {class_name} holds no images; add some or '
-                    'remove it'
+                    f'{field}: the folder {name} holds no images; add some or remove it'
                 )
             paths += files
-            labels += [label] * len(files)
+            labels.append(np.full(len(files), label, np.int32))
         sizes.append(len(paths) - before)
-    if split and not sizes[1]:
-        raise UserError(f'{field}: the folder {test_folder} holds no images')
-    bad = _check_files(paths, bad_images)
-    good = np.array([i for i in range(len(paths)) if i not in bad], np.int64)
-    reader = FileReader(paths, np.array(labels, np.int32))
-    train, test = good[good < sizes[0]], good[good >= sizes[0]]
-    skipped = tuple(f'{paths[i]} {reason}' for i, reason in bad.items())
-    return Found(reader, names, train, test if split else None, skipped)
+    if not sizes[-1]:
+        test = os.path.basename(parts[-1])
+        raise UserError(f'{field}: the folder {test} holds no images')
+    return paths, np.concatenate(labels), sizes[0]
 
 
 def _find_labelled(field, root, table, bad_images):
     """The images of a folder that a table of labels names, by path or by name."""
     found = labels_lib.read(table)
     by_name, twice = {}, set()
-    for path in _image_files(root):
+    for path in listing.image_files(root):
         by_name[os.path.relpath(path, root)] = path
         name = os.path.basename(path)
         if by_name.setdefault(name, path) != path:
@@ -164,14 +188,18 @@ def _find_labelled(field, root, table, bad_images):
         )
     there = [index for index, path in enumerate(paths) if path is not None]
     paths = [paths[index] for index in there]
-    bad = _check_files(paths, bad_images)
+    bad = listing.check_files(paths, bad_images)
     good = np.array([i for i in range(len(paths)) if i not in bad], np.int64)
     skipped = [f'{name} is not there' for name in absent]
     skipped += [f'{paths[i]} {reason}' for i, reason in bad.items()]
     print(
         f'data.labels={table}: {len(found.names)} labels '
-        f'({", ".join(found.names[:20])}) of {len(good)} images'
-        + (f'; not used: {", ".join(found.ignored)}' if found.ignored else ''),
+        f'({printable(", ".join(found.names[:20]))}) of {len(good)} images'
+        + (
+            f'; not used: {printable(", ".join(found.ignored))}'
+            if found.ignored
+            else ''
+        ),
         flush=True,
     )
     train, test = good, None
@@ -186,56 +214,6 @@ def _find_labelled(field, root, table, bad_images):
         tuple(skipped),
         None if found.groups is None else found.groups[there],
     )
-
-
-def _class_folders(root):
-    return sorted(
-        entry.name
-        for entry in os.scandir(root)
-        if entry.is_dir() and not entry.name.startswith(('.', '__MACOSX'))
-    )
-
-
-def _image_files(root):
-    """Paths of the image files below a folder, sorted; hidden ones are left out."""
-    found, seen = [], set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a symbolic link that leads back up
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(n for n in folders if not n.startswith('.'))
-        found += [
-            os.path.join(folder, name)
-            for name in files
-            if not name.startswith('.')
-            and os.path.splitext(name)[1].lower() in images.EXTENSIONS
-        ]
-    return sorted(found)
-
-
-def _check_files(paths, bad_images):
-    """{index: reason} of the bad files with `skip`; with `error` the first one ends it.
-
-    `skip` decodes every file, so that training never meets a bad one; `error` looks
-    at each file's first and last bytes, and what that does not find is met, and
-    named, when the image is decoded.
-    """
-    skip = bad_images == 'skip'
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        reasons = pool.map(lambda path: images.check_image(path, decode=skip), paths)
-        bad = {}
-        for index, reason in enumerate(reasons):
-            if reason and not skip:
-                pool.shutdown(cancel_futures=True)
-                raise UserError(
-                    f'{paths[index]} {reason}: mend or remove it, or set '
-                    'data.bad_images=skip'
-                )
-            if reason:
-                bad[index] = reason
-    return bad
 
 
 @dataclasses.dataclass

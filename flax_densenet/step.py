@@ -175,17 +175,19 @@ def make_train_step(
     seed: int = 0,
     l2_penalty: float = 0.0,
     frozen: int = 0,
+    class_weights=None,
 ):
     """Makes `(state, batch) -> (state, loss)`, a pure function of the global batch.
 
     Under `jax.jit` over a mesh, batch norm's statistics are those of the whole batch
     without further code. The loss that is reported is the cross-entropy; the penalty
-    acts through the gradient.
+    and the classes' weights act through the gradient.
 
     Args:
       frozen: how many of `model.stages` stay as they are. Only the parameters behind
         them are differentiated, so nothing is computed backward through the others,
         and only these reach the optimizer and the penalty.
+      class_weights: float `[C]`, of each class's images in the loss; None: all 1.
     """
     live = {name for stage in model.stages(module)[frozen:] for name in stage}
 
@@ -206,7 +208,7 @@ def make_train_step(
                 rngs={'dropout': dropout},
             )
             losses, correct = objective.measure(logits, batch['label'])
-            loss = losses.mean()
+            loss = objective.mean(losses, batch['label'], class_weights)
             if l2_penalty:
                 loss += l2_penalty * _kernel_penalty(params)
             return loss, (losses, correct, updated['batch_stats'])

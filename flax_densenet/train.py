@@ -30,8 +30,11 @@ from flax_densenet import (
     setup,
     sharding,
     step,
+    unread,
 )
 from flax_densenet.errors import UserError
+
+_IN_LINE = {ord('\n'): '\\n', ord('\r'): '\\r'}  # of file names
 
 
 def fit(config, workdir: str) -> dict[str, Any]:
@@ -122,6 +125,7 @@ def _train(run, manager, state, records, epochs_done, shown):
                     compiled = setup.compile_step(run, state, plan.frozen)
                 args = run, compiled, state, batches, epoch, shown
                 state, record = _train_epoch(*args)
+                _tell_unread(run, batches, record)
                 samples.result()
                 record |= _test(run, state)
                 _check_finite(record)
@@ -209,9 +213,19 @@ def _write_run_files(run):
     skipped = run.source.skipped
     path = os.path.join(run.workdir, 'skipped_images.txt')
     if skipped:
-        with open(path, 'w', errors='surrogateescape') as file:
-            file.writelines(f'{line}\n' for line in skipped)
+        _write_lines(path, skipped)
         print(f'skipped {len(skipped)} bad images, listed in {path}', flush=True)
+    copies = run.source.duplicates
+    path = os.path.join(run.workdir, 'duplicates.txt')
+    if copies:
+        _write_lines(path, copies)
+        print(f'{len(copies)} images have copies, listed in {path}', flush=True)
+
+
+def _write_lines(path, lines):
+    """One line each; bytes of names that are not UTF-8 go out as they are."""
+    with open(path, 'w', encoding='utf-8', errors='surrogateescape') as file:
+        file.writelines(line.translate(_IN_LINE) + '\n' for line in lines)
 
 
 def _save_samples(run, shown):
@@ -275,6 +289,15 @@ def _train_epoch(run, compiled, state, batches, epoch, shown):
     }
 
 
+def _tell_unread(run, batches, record):
+    """Counts the images that could not be read in this epoch, and says so."""
+    if isinstance(batches, unread.Batches) and batches.unread:
+        what = 'the next ones stand in for them'
+        print(unread.describe(batches.unread, run.source.train, what), flush=True)
+        record['train_unread'] = len(batches.unread)
+        batches.unread.clear()
+
+
 def _tell_loss(number, loss, bar, shown):
     loss = float(jax.device_get(loss))
     bar.set_postfix(loss=f'{loss:.3f}')
@@ -297,10 +320,16 @@ def _test(run, state):
         (run.features or run.source).test,
         batch_size=run.config['data']['batch_size'],
         mesh=run.mesh,
+        bad_images=run.config['data']['bad_images'],
         **run.preprocessing,
         **run.loading,
     )
     found = {'test_accuracy': metrics['accuracy'], 'test_loss': metrics['loss']}
+    if 'unread' in metrics:
+        found['test_unread'] = len(metrics['unread'])
+        line = 'left out of the test'
+        line = unread.describe(metrics['unread'], run.source.test, line)
+        print(line, flush=True)
     if run.source.multi_label:
         found['test_mean_auroc'] = metrics['mean_auroc']
         names = run.source.class_names

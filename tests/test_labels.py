@@ -1,5 +1,7 @@
 """Several labels an image: the table, the loss, the areas, a run."""
 
+import time
+
 import numpy as np
 import pytest
 from conftest import tiny_config, write_images
@@ -56,6 +58,51 @@ def test_bad_tables(text, message, tmp_path):
         labels.read(write(tmp_path / 't.csv', text))
     with pytest.raises(UserError, match=r'none.csv cannot be read \(No such file'):
         labels.read(str(tmp_path / 'none.csv'))
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (b'image,a\nx.png,1\n\xff.png,0\n', r'no text in UTF-8 \(byte 16\); save it'),
+        ('image,a\nx.png,1\n'.encode('utf-16'), r'no text in UTF-8 \(byte 0\)'),
+        (b'image,a\nx\0.png,1\n', 'line 2 holds a zero byte|line contains NUL'),
+        (b'image,a\n' + b'x' * 200_000 + b',1\n', 'cannot be read .field larger than'),
+        (b'image,a,b,a\nx.png,1,0,1\n', 'the column a is there twice; rename one'),
+        (b'image;a\nx.png;1\n', 'has one column; commas must separate the cells'),
+        (b'image,a\n\n\nx.png,1\ny.png\n', 'line 5 has 1 cells, the heading 2'),
+        (b'image,a\n"x\n.png",1\ny.png\n', 'line 4 has 1 cells, the heading 2'),
+        (b'image,a\n"x.png,1\ny.png,1\n', 'has 1 cells'),
+        (b'\x89PNG\r\n\x1a\n' + bytes(range(256)), 'no text in UTF-8 .byte 0'),
+        (b'image,' + b'a,' * 300 + b'\nx' + b',7' * 300 + b',\n', 'the column a is'),
+    ],
+)
+def test_hostile_tables(content, message, tmp_path):
+    path = tmp_path / 't.csv'
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message) as raised:
+        labels.read(str(path))
+    assert '\n' not in str(raised.value) and len(str(raised.value)) < 400
+
+
+def test_tables_as_programs_write_them(tmp_path):
+    """A byte order mark, CRLF, quotes, spaces, empty lines, a comma at the end."""
+    path = tmp_path / 't.csv'
+    text = '\ufeffimage,ill,,\r\n"a, b.png", 1 ,,\r\n\r\n  c.png,0,,\r\n'
+    path.write_bytes(text.encode())
+    found = labels.read(str(path))
+    assert (found.images, found.names) == (['a, b.png', 'c.png'], ('ill',))
+    assert found.values.tolist() == [[1], [0]]
+
+
+def test_an_image_twice_in_a_large_table(tmp_path):
+    """Found at once, not by comparing each row with each."""
+    rows = [f'{number}.png,1' for number in range(100_000)]
+    path = tmp_path / 't.csv'
+    path.write_text('\n'.join(['image,a', *rows, rows[-1]]))
+    start = time.perf_counter()
+    with pytest.raises(UserError, match='the image 99999.png is there more than once'):
+        labels.read(str(path))
+    assert time.perf_counter() - start < 10
 
 
 def test_losses_by_hand():

@@ -28,17 +28,22 @@ EDGES = {
     'labels': {'errors'},
     'metrics': set(),
     'objective': {'metrics'},
-    'sources': {'errors', 'images', 'labels'},
+    'listing': {'errors', 'images'},
+    'sources': {'errors', 'labels', 'listing'},
     'hdf5': {'errors'},
     'keras_config': {'errors'},
     'keras_layers': set(),
     'keras_files': {'errors', 'hdf5', 'keras_config', 'keras_layers'},
-    'data': {'errors', 'images', 'augment', 'sources'},
+    'balance': set(),
+    'unread': {'errors'},
+    'duplicates': {'errors'},
+    'data': {'errors', 'images', 'augment', 'balance', 'duplicates', 'sources',
+             'unread'},
     'torch_files': {'errors'},
     'weights': {'errors', 'checkpoint', 'keras_files', 'model', 'torch_files'},
     'transfer': {'errors', 'weights'},
     'evaluate': {'errors', 'checkpoint', 'data', 'images', 'model', 'objective',
-                 'sharding', 'weights'},
+                 'sharding', 'unread', 'weights'},
     'export': {'errors', 'evaluate', 'keras_files', 'weights'},
     'explain': {'model'},
     'environment': set(),
@@ -64,12 +69,12 @@ EDGES = {
     'finetune': {'errors', 'model'},
     'features': {'errors', 'data', 'evaluate', 'model', 'sharding'},
     'setup': {
-        'errors', 'checkpoint', 'data', 'features', 'finetune', 'model', 'sharding',
-        'step', 'transfer', 'weights',
+        'errors', 'balance', 'checkpoint', 'data', 'features', 'finetune', 'model',
+        'sharding', 'step', 'transfer', 'weights',
     },
     'board': set(),
     'train': {'errors', 'board', 'checkpoint', 'environment', 'evaluate', 'history',
-              'page', 'report', 'results', 'setup', 'sharding', 'step'},
+              'page', 'report', 'results', 'setup', 'sharding', 'step', 'unread'},
     'lr_find': {'errors', 'checkpoint', 'report', 'setup', 'sharding'},
 }  # fmt: skip
 RECIPES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
@@ -157,6 +162,7 @@ def test_base_has_each_field_of_the_functions():
         == {'variant'} | set(model.DenseNet.__dataclass_fields__) - skip
     )
     loading = {'source', 'batch_size', 'mean', 'std', 'augment', 'threads', 'workers'}
+    loading |= {'balance'}
     assert set(config.data) == loading | set(data.load_source.__kwdefaults__)
 
 

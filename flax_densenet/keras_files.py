@@ -58,6 +58,8 @@ def _reading(path):
     except (
         OSError,
         EOFError,
+        ArithmeticError,
+        AttributeError,
         RuntimeError,
         LookupError,
         TypeError,

@@ -23,6 +23,7 @@ from flax_densenet import (
     step,
     transfer,
 )
+from flax_densenet import metadata as metadata_lib
 from flax_densenet import weights as weights_lib
 from flax_densenet.errors import UserError
 
@@ -229,7 +230,7 @@ def _settle(config, workdir):
     saved, weights = None, None
     if checkpoint.has_checkpoint(workdir):
         latest = checkpoint.find_step(workdir, 'latest')
-        saved = checkpoint.load_json(workdir, latest, 'metadata')
+        saved = metadata_lib.load(workdir, latest)
     elif config['init_from']:
         try:
             weights = weights_lib.load(config['init_from'])

@@ -89,7 +89,10 @@ def fuzz(kind: str, *, first: int, count: int, folder) -> Outcome:
             | dict(traceback=error[-4000:])
         )
         place = index + 1
-        if len([f for f in outcome.failures if f['error'][:4] == 'died']) > _MOST_DEATHS:
+        if (
+            len([f for f in outcome.failures if f['error'][:4] == 'died'])
+            > _MOST_DEATHS
+        ):
             break
     failures = folder / 'failures.jsonl'
     if failures.exists():

@@ -32,6 +32,7 @@ _BROKEN = (
     EOFError,
     IndexError,
     OverflowError,
+    MemoryError,
 )
 
 

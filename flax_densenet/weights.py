@@ -139,8 +139,9 @@ def _kind(path):
             start = file.read(16)
     except FileNotFoundError as error:
         raise UserError(f'{path}: there is no such file or folder') from error
-    except OSError as error:
-        raise UserError(f'{path} cannot be read ({error.strerror})') from error
+    except (OSError, ValueError) as error:  # a NUL in its name
+        reason = getattr(error, 'strerror', None) or error
+        raise UserError(f'{path} cannot be read ({reason})') from error
     if keras_files.recognise(path):
         return 'keras'
     if len(start) > 8 and start[8:9] == b'{':

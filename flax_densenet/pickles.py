@@ -32,9 +32,8 @@ def check(file):
       ValueError: it is not whole.
     """
     start = file.tell()
-    stack, memo, steps = [], {}, 0
-    for opcode, argument, _ in pickletools.genops(file):
-        steps += 1
+    stack, memo = [], {}
+    for steps, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if steps > _MOST_STEPS:
             raise pickle.UnpicklingError('it has no end')
         if opcode.name in _PUTS or opcode.name == 'MEMOIZE':

@@ -85,6 +85,8 @@ def settle_data(
 ) -> dict[str, Any]:
     """The fields of `config.data`, those about the images' preparation filled in."""
     wanted = _PREPROCESSING if weights is None else weights.preprocessing
+    if fields['channels'] not in (0, 1, 3):
+        raise UserError(f'data.channels={fields["channels"]} is not known; use 1, 3')
     if fields['channels']:
         wanted = weights_lib.with_channels(wanted, fields['channels'])
     settled = dict(fields)

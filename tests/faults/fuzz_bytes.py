@@ -2,7 +2,8 @@
 
 A checksum or a length at the front would keep most random damage from the code behind
 it; so PNG chunks, zip members and safetensors headers are also damaged inside and then
-sealed again. Everything is drawn from one `random.Random`, so an input can be made again.
+sealed again. Everything is drawn from one `random.Random`, so that an input can be made
+again.
 """
 
 import io

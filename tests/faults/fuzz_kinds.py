@@ -19,44 +19,23 @@ import fuzz_seeds
 from flax_densenet import evaluate, images, labels, weights
 
 _PICKLE_TOKENS = (
-    b'ctorch\nFloatStorage\n',
-    *(b'ctorch._utils\n_rebuild_tensor_v2\n', b'ccollections\nOrderedDict\n'),
-    *(
-        b'cbuiltins\neval\n',
-        b'cos\nsystem\n',
-        b'cbuiltins\nbytearray\n',
-        b'ctorch\nSize\n',
-    ),
-    *(b'ccollections\ndefaultdict\n', b'c_codecs\nencode\n', b'cnumpy\nndarray\n'),
-    *(b'ctorch.nn\nModule\n', b'cflax_densenet.torch_files\n_Tensor\n'),
-    *(
-        b'_modules',
-        b'_parameters',
-        b'state_dict',
-        b'features.conv0.weight',
-        b'denselayer',
-    ),
-    *(b'(' * 5000, b']' * 3000, b'(]' * 3000, b'q\0', b'h\0', b'r\xff\xff\xff\x7f'),
-    *(b'\x8a\xff' + b'\x7f' * 255, b'\x8b\xff\xff\xff\x7f', b'B\xff\xff\xff\x7f'),
-    *(b'X\xff\xff\xff\x7f', b'\x8e' + b'\xff' * 7 + b'\x7f', b'J\xff\xff\xff\x7f'),
-    *(
-        b'R',
-        b'b',
-        b'Q',
-        b'P',
-        b's',
-        b'u',
-        b'e',
-        b'\x81',
-        b'\x93',
-        b'\x94',
-        b'.',
-        b'0',
-        b'2',
-    ),
-    *(b'K\x01\x85', b'N\x85', b'\x86', b'\x87', b'}', b'I99999999999999999999\n'),
-    *(b'F1e999\n', b'\x80\x05', b'\x80\xff', b'\x97', b'\x98', b'L1\n', b'i', b'o'),
+    *(b'ctorch\nFloatStorage\n', b'ctorch._utils\n_rebuild_tensor_v2\n'),
+    *(b'ccollections\nOrderedDict\n', b'cbuiltins\neval\n', b'cos\nsystem\n'),
+    *(b'cbuiltins\nbytearray\n', b'ctorch\nSize\n', b'ccollections\ndefaultdict\n'),
+    *(b'c_codecs\nencode\n', b'cnumpy\nndarray\n', b'ctorch.nn\nModule\n'),
+    *(b'ctorch._utils\n_rebuild_parameter\n', b'cflax_densenet.model\nDenseNet\n'),
+    *(b'_modules', b'_parameters', b'state_dict', b'features.conv0.weight'),
+    *(b'denselayer', b'(' * 5000, b']' * 3000, b'(]' * 3000, b'\x85' * 5000),
+    *(b'q\0', b'h\0', b'r\xff\xff\xff\x7f', b'\x8a\xff' + b'\x7f' * 255),
+    *(b'\x8b\xff\xff\xff\x7f', b'B\xff\xff\xff\x7f', b'X\xff\xff\xff\x7f'),
+    *(b'\x8e' + b'\xff' * 7 + b'\x7f', b'J\xff\xff\xff\x7f', b'K\x01\x85', b'N\x85'),
+    *(b'I99999999999999999999\n', b'F1e999\n', b'L1\n', b'\x80\x05', b'\x80\xff'),
+    *(bytes([code]) for code in b'RbQPsue\x81\x93\x94.02\x86\x87}\x97\x98io'),
 )
+
+
+def _words(text):
+    return text.split()
 
 
 class Kind:
@@ -81,22 +60,13 @@ class Images(Kind):
     """JPEG, PNG, GIF, WebP, BMP, TIFF: read for training, and checked before it."""
 
     tokens = (
-        *(
-            b'\xff\xd8',
-            b'\xff\xd9',
-            b'\xff\xda',
-            b'\xff\xc0\0\x11\x08\xff\xff\xff\xff\x03',
-        ),
-        *(b'IDAT', b'IEND', b'IHDR\0\0\xff\xff\0\0\xff\xff', b'acTL', b'iCCP', b'eXIf'),
-        *(b'tRNS', b'zTXt', b'fcTL', b'fdAT', b'GIF89a\xff\xff\xff\xff', b'!\xff\x0b'),
-        *(b'VP8X', b'VP8 ', b'VP8L', b'ALPH', b'ANIM', b'ANMF', b'EXIF', b'Exif\0\0'),
-        *(b'II*\0', b'MM\0*', b'BM', b'ICC_PROFILE\0', b'MPF\0', b'\0\1\3\0'),
-        *(
-            b'\x1a\1\5\0',
-            b'\x11\1\4\0',
-            b'\x03\1\3\0',
-            b'\x01\1\4\0\1\0\0\0\xff\xff\xff\0',
-        ),
+        *b'IDAT IEND acTL iCCP eXIf tRNS zTXt fcTL fdAT VP8X VP8L ALPH ANIM'.split(),
+        *b'ANMF EXIF II*\0 MM\0* BM ICC_PROFILE\0 MPF\0 Exif\0\0'.split(),
+        *(b'VP8 ', b'\xff\xd8', b'\xff\xd9', b'\xff\xda', b'!\xff\x0b'),
+        b'\xff\xc0\0\x11\x08\xff\xff\xff\xff\x03',
+        *(b'IHDR\0\0\xff\xff\0\0\xff\xff', b'GIF89a\xff\xff\xff\xff'),
+        *(b'\0\1\3\0', b'\x1a\1\5\0', b'\x11\1\4\0', b'\x03\1\3\0'),
+        b'\x01\1\4\0\1\0\0\0\xff\xff\xff\0',
     )
 
     def __init__(self):
@@ -141,14 +111,6 @@ class TorchLegacy(Kind):
 
     def __init__(self):
         self.seeds = fuzz_seeds.torch_files()['legacy']
-        self._starts = [
-            raw.index(b'features') for raw in self.seeds if b'features' in raw
-        ]
-
-    def make(self, rng):
-        """Mostly without the values, so that the damage is among the names."""
-        raw = super().make(rng)
-        return raw
 
 
 class Safetensors(Kind):
@@ -175,25 +137,9 @@ class Hdf5(Kind):
     """`.h5` files of Keras."""
 
     tokens = (
-        *(
-            b'\x89HDF\r\n\x1a\n',
-            b'SNOD',
-            b'TREE',
-            b'HEAP',
-            b'OHDR',
-            b'OCHK',
-            b'GCOL',
-            b'FRHP',
-        ),
-        *(
-            b'vars',
-            b'layers',
-            b'kernel:0',
-            b'gamma:0',
-            b'conv1_conv',
-            b'conv2_block1_1_conv',
-        ),
-        *(b'layer_names', b'model_config', b'name', b'\xff' * 8, b'\0' * 8),
+        *b'SNOD TREE HEAP OHDR OCHK GCOL FRHP vars layers kernel:0 gamma:0'.split(),
+        *b'conv1_conv conv2_block1_1_conv layer_names model_config name'.split(),
+        *(b'\x89HDF\r\n\x1a\n', b'\xff' * 8, b'\0' * 8),
     )
 
     def __init__(self):
@@ -203,12 +149,7 @@ class Hdf5(Kind):
 class Keras(Kind):
     """`.keras` archives."""
 
-    tokens = Hdf5.tokens + (
-        b'"class_name"',
-        b'"config"',
-        b'"epsilon": 1e999',
-        b'[' * 9999,
-    )
+    tokens = Hdf5.tokens + (b'"class_name"', b'"config"', b'"epsilon": 1e999')
 
     def __init__(self):
         self.seeds = fuzz_seeds.keras_files()['keras']
@@ -223,20 +164,10 @@ class Labels(Kind):
     """Tables of several labels an image."""
 
     tokens = (
-        *(
-            b',',
-            b'"',
-            b'""',
-            b'\n',
-            b'\r',
-            b'\r\n',
-            b'\0',
-            b'\xef\xbb\xbf',
-            b'\xff\xfe',
-        ),
-        *(b'image', b'IMAGE', b'path', b'split', b'train', b'validation', b'patient'),
-        *(b'Finding Labels', b'No Finding', b'|', b'-1', b'nan', b'1.0', b'9' * 5000),
-        *(b'"' + b'a' * 140_000 + b'"', b',' * 3000, b'\xe2\x80\xa8', b'\x0b', b'\x85'),
+        *b'image IMAGE path split train validation patient | -1 nan 1.0'.split(),
+        *(b'Finding Labels', b'No Finding', b'9' * 5000, b',' * 3000),
+        *(b',', b'"', b'""', b'\n', b'\r', b'\r\n', b'\0', b'\xef\xbb\xbf'),
+        *(b'"' + b'a' * 140_000 + b'"', b'\xff\xfe', b'\xe2\x80\xa8', b'\x0b', b'\x85'),
     )
     seeds = fuzz_seeds.LABELS
 
@@ -282,90 +213,44 @@ class Metadata(Kind):
 class Flags(Kind):
     """The command line: its parser, and all that `train` checks before it compiles."""
 
-    _VALUES = (
-        *('', ' ', '0', '1', '-1', '3', '1e3', '0.5', '-0.0', '1e-320', '1e400', 'nan'),
-        *('inf', '-inf', 'None', 'none', 'True', 'x', '10**9', str(10**30), '9' * 5000),
-        *(
-            '(1,)',
-            '(1,1)',
-            '()',
-            '(0,)',
-            '(-1,2)',
-            '(1.5,)',
-            '(10**9,)',
-            '(999999999,)',
-        ),
-        *(
-            '[1,2]',
-            '{}',
-            '("a",)',
-            '(' * 300,
-            "'",
-            '"',
-            '\\',
-            '\n',
-            '\x1b[2J',
-            '\udc80',
-        ),
-        *('__import__("os").system("x")', '0x10', '1_000', '١', 'é', '..', '/dev/null'),
-        *('densenet121', 'L40k12', 'BC-L100k12', 'L99999999999k1', 'BC-L10k99999999'),
-        *('L4k1', 'folder:', 'folder:/dev', 'folder:/nowhere', 'digits:x', 'tfds:'),
-        *('tfds:a/b:c', 'tfds:../x', 'bfloat16', 'float64', 'cosine', 'steps', 'sgd'),
-        *(
-            'crop',
-            'bicubic',
-            'backbone',
-            'denseblock1',
-            'denseblock999',
-            'memory',
-            'same',
-        ),
-        *(
-            '(0.5,0.5,0.5)',
-            '(nan,1,1)',
-            '(1e400,1,1)',
-            '(0.75,0.5)',
-            'flip',
-            'a' * 70000,
-        ),
+    _NUMBERS = (
+        *_words('0 1 -1 3 1e3 0.5 -0.0 1e-320 1e400 nan inf -inf 10**9 0x10 1_000 2 7'),
+        *(str(10**30), '9' * 5000, '2147483648', '9223372036854775808', '١'),
     )
+    _TUPLES = (
+        *_words('(1,) (1,1) () (0,) (-1,2) (1.5,) (10**9,) (999999999,) [1,2] {}'),
+        *_words('("a",) (0.5,0.5,0.5) (nan,1,1) (1e400,1,1) (0.75,0.5) (6,12,24,16)'),
+        *('(' * 300, '(1,)*9', '(None,)', '(True,)'),
+    )
+    _TEXTS = (
+        *_words('None none True False x .. /dev/null é densenet121 L40k12 BC-L100k12'),
+        *_words('L99999999999k1 BC-L10k99999999 L4k1 folder: folder:/dev digits:x'),
+        *_words('folder:/nowhere tfds: tfds:a/b:c tfds:../x bfloat16 float64 cosine'),
+        *_words('steps sgd adamw crop bicubic backbone denseblock1 denseblock999'),
+        *_words('memory same flip off he_fan_out cifar imagenet skip xla native'),
+        *('', ' ', "'", '"', '\\', '\n', '\x1b[2J', '\udc80', 'a' * 70000),
+        '__import__("os").system("x")',
+    )
+    _FOR = {int: _NUMBERS, float: _NUMBERS, tuple: _TUPLES, str: _TEXTS}
     _OTHERS = (
-        *('--', '-', '---x', 'x', '--mode', '--mode=', '--mode=nothing', '--config='),
-        *('--config.', '--config.=', '--config.model', '--config.model=3', '--nomode'),
-        *(
-            '--config.model.variant',
-            '--config.x=1',
-            '--workdir',
-            '--out=/x',
-            '--format=x',
-        ),
-        *('--config.model.variant.x=1', '--distributed=maybe', '--flagfile=/nowhere'),
-        *(
-            '--help=x',
-            '--config.train=None',
-            '--config.data.mean[0]=1',
-            '--',
-            '--=',
-            '=',
-        ),
-        *('--undefok=x', '--config.init_from=/dev/null', '--config.init_from=\0'),
-        *(
-            '--workdir=\0',
-            '--config=\0',
-            '--config=/dev/null',
-            '--config.data.std[9]=1',
-        ),
+        *_words('-- - ---x x --mode --mode= --mode=nothing --config= --config. --='),
+        *_words('--config.= --config.model --config.model=3 --nomode --config.x=1 ='),
+        *_words('--config.model.variant --workdir --out=/x --format=x --help=x'),
+        *_words('--config.model.variant.x=1 --distributed=maybe --flagfile=/nowhere'),
+        *_words('--config.train=None --config.data.mean[0]=1 --undefok=x'),
+        *_words('--config.init_from=/dev/null --config.init_from=\0 --workdir=\0'),
+        *_words('--config=\0 --config=/dev/null --config.data.std[9]=1'),
     )
 
     def __init__(self):
         from configs import base
 
         config = base.get_config()
-        self._fields = [
-            f'{section}.{name}'
+        self._fields = {'init_from': str} | {
+            f'{section}.{name}': config[section].get_type(name)
             for section in ('model', 'data', 'optimizer', 'train')
             for name in config[section]
-        ] + ['init_from']
+        }
         small = ['--config.model.variant=BC-L10k4', '--config.data.image_size=8']
         self._base = small
         self.seeds = ['\n\n'.join(small).encode()]
@@ -376,12 +261,16 @@ class Flags(Kind):
             if rng.random() < 0.12:
                 found.append(rng.choice(self._OTHERS))
                 continue
-            value = rng.choice(self._VALUES)
+            field, kind = rng.choice(list(self._fields.items()))
+            values = self._FOR.get(kind, ('true', 'False', '1', 'no', 'x'))
+            if rng.random() < 0.15:
+                values = rng.choice((self._NUMBERS, self._TUPLES, self._TEXTS))
+            value = rng.choice(values)
             if rng.random() < 0.15:
                 raw = value.encode(errors='surrogateescape')[:200] or b'x'
                 value = fuzz_bytes.damage(rng, [raw], most=2)
                 value = value.decode(errors='surrogateescape')[:300]
-            found.append(f'--config.{rng.choice(self._fields)}={value}')
+            found.append(f'--config.{field}={value}')
         rng.shuffle(found)
         # Surrogates, as Python has them of arguments that are no UTF-8.
         return '\n\n'.join(found).encode(errors='surrogateescape')

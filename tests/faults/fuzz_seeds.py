@@ -1,4 +1,4 @@
-"""Whole files of every kind, small, to be damaged: written here, without torch or Keras.
+"""Small whole files of every kind, to be damaged: written without torch and Keras.
 
 What this project writes itself comes from its own writers.
 """

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
 
 from flax_densenet.errors import UserError
 
@@ -174,6 +175,9 @@ def restore(
 
     Returns:
       `{item: tree of arrays}`.
+
+    Raises:
+      UserError: the checkpoint is not whole, or holds other arrays.
     """
 
     def target(leaf):
@@ -186,12 +190,33 @@ def restore(
     }
     _check_stored(manager.directory, step, items)
     try:
+        _check_shapes(manager.directory, step, items)
         restored = manager.restore(step, args=ocp.args.Composite(**args))
     # What orbax and tensorstore raise where the files are not those of these arrays.
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         workdir = os.path.dirname(manager.directory)
         raise _not_whole(workdir, step, error) from error
     return {name: restored[name] for name in items}
+
+
+def _check_shapes(folder, step, items):
+    """Raises where the arrays are others than those that are asked for.
+
+    orbax would see it too, in the middle of reading.
+    """
+    handler = ocp.StandardCheckpointHandler()
+    for name, tree in items.items():
+        if not isinstance(tree, dict):
+            continue
+        stored = handler.metadata(folder / str(step) / name).tree
+        stored, wanted = map(traverse_util.flatten_dict, (stored, tree))
+        for path in stored.keys() | wanted.keys():
+            sides = [tuple(np.shape(side.get(path))) for side in (stored, wanted)]
+            if path not in stored or path not in wanted or sides[0] != sides[1]:
+                raise ValueError(
+                    f'{"/".join(path)} is {sides[0]} there, and {sides[1]} in the '
+                    'model that the metadata tells of'
+                )
 
 
 def _check_stored(folder, step, items):

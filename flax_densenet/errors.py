@@ -19,10 +19,15 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str):
-        super().__init__(_shorten(_spell_out(message)))
+        super().__init__(_shorten(one_line(message)))
 
 
-def _spell_out(text):
+def one_line(text: str) -> str:
+    """Text of a file or a folder, such that it can be shown on a terminal.
+
+    >>> one_line('two\nlines, \x1b[1m, Ä')
+    'two\\nlines, \\x1b[1m, Ä'
+    """
     return ''.join(
         c if c.isprintable() else c.encode('unicode_escape').decode() for c in text
     )

@@ -31,7 +31,7 @@ from flax_densenet.errors import UserError
 # nor is one whose arrays, many of them of the same storage, are so much larger than it.
 _EXPANSION = 20
 _SMALL = 2**24
-_MOST_OBJECTS = 10**6
+_MOST_OBJECTS = 200_000
 _DTYPES = {
     'DoubleStorage': np.float64,
     'FloatStorage': np.float32,

@@ -12,7 +12,7 @@ import numpy as np
 from flax import traverse_util
 
 from flax_densenet import weights as weights_lib
-from flax_densenet.errors import UserError
+from flax_densenet.errors import UserError, one_line
 
 _VARIANT = 'densenet121'
 _PREPROCESSING = dict(
@@ -163,5 +163,5 @@ def _other_classes(weights, class_names):
         return f'{weights.num_classes} classes there, {count} here'
     if weights.class_names and tuple(weights.class_names) != tuple(class_names):
         names = weights_lib.shorten(weights.class_names, 3)
-        return f'other classes there ({names})'
+        return one_line(f'other classes there ({names})')
     return None

@@ -23,7 +23,7 @@ from flax import traverse_util
 from flax_densenet import checkpoint, keras_files, torch_files
 from flax_densenet import metadata as metadata_lib
 from flax_densenet import model as model_lib
-from flax_densenet.errors import UserError
+from flax_densenet.errors import UserError, one_line
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -126,7 +126,7 @@ def load(path: str) -> Weights:
             warnings.simplefilter('always', UserWarning)
             arrays, fields, family = keras_files.read(path)
         for note in notes:
-            print(note.message, flush=True)
+            print(one_line(str(note.message)), flush=True)
         return _make(path, family, arrays, fields)
     if kind == 'safetensors':
         return _load_safetensors(path)
@@ -331,7 +331,7 @@ def _preprocessing_of(metadata):
         for name, value in metadata['data'].items()
         if name in _TORCHVISION and value is not None
     }
-    data['image_size'] = metadata['image_size']
+    data |= {name: metadata[name] for name in ('image_size', 'mean', 'std')}
     data = to_tuples(data)
     return _TORCHVISION | data | {'channels': len(data['mean'])}
 

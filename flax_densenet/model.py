@@ -466,7 +466,7 @@ def _check_fields(model):
         'compression': 0 < model.compression <= 1,
         'dropout_rate': 0 <= model.dropout_rate < 1,
         'momentum': 0 <= model.momentum < 1,
-        'epsilon': 0 < model.epsilon < math.inf,
+        'epsilon': 0 < model.epsilon <= 1,
     }
     for name, valid in ranges.items():
         if not valid:

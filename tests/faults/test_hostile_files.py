@@ -245,6 +245,7 @@ def test_a_checkpoint_too_small_for_its_arrays(run):
         (dict(block_sizes='666'), 'in brackets'),
         (dict(block_sizes=(True,)), 'whole numbers above 0'),
         (dict(epsilon=float('inf')), 'out of range'),
+        (dict(epsilon=10**30), 'out of range'),
         (dict(fast=1), 'True or False'),
         (dict(variant=3), 'must be a name'),
         (dict(variant='L' + '9' * 5000 + 'k1'), 'is not known'),

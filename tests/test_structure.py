@@ -45,7 +45,7 @@ EDGES = {
     'export': {'errors', 'evaluate', 'keras_files', 'weights'},
     'explain': {'model'},
     'environment': set(),
-    'history': {'checkpoint'},
+    'history': {'errors', 'checkpoint'},
     'render': {'errors'},
     'gallery': {'data', 'explain', 'predict', 'results'},
     'page': {'data', 'evaluate', 'gallery', 'history', 'metrics', 'predict', 'render',

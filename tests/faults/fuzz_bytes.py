@@ -6,6 +6,7 @@ sealed again. Everything is drawn from one `random.Random`, so that an input can
 again.
 """
 
+import copy
 import io
 import json
 import struct
@@ -170,7 +171,7 @@ def damage_json(rng, value):
         if not places:
             return rng.choice(_HOSTILE)
         parent, key = rng.choice(places)
-        new = rng.choice(_HOSTILE)
+        new = copy.deepcopy(rng.choice(_HOSTILE))
         what = rng.random()
         if what < 0.1:
             del parent[key]

@@ -12,6 +12,7 @@ import pickle
 import re
 import shutil
 import sys
+import tempfile
 
 import fuzz_bytes
 import fuzz_seeds
@@ -195,19 +196,21 @@ class Metadata(Kind):
 
     def run(self, raw, path):
         if self._root is None:
-            self._root = fuzz_seeds.make_run(os.path.join(os.path.dirname(path), 'run'))
+            self._root = fuzz_seeds.make_run(
+                tempfile.mkdtemp(dir=os.path.dirname(path))
+            )
         if raw[:1] == b'\x80':  # a seed
             name, value = pickle.loads(raw)
             raw = name.encode() + b'\n' + json.dumps(value).encode()
         name, _, content = raw.partition(b'\n')
         file = pathlib.Path(self._root, 'checkpoints', '1', name.decode())
-        shutil.copy(file, path)
+        shutil.copy(file, f'{path}-before')
         try:
             file.write_bytes(content)
             weights.load(self._root)
             return evaluate.load_trained(self._root)
         finally:
-            shutil.copy(path, file)
+            shutil.copy(f'{path}-before', file)
 
 
 class Flags(Kind):

@@ -109,10 +109,10 @@ def test_a_dead_child_is_seen(monkeypatch, tmp_path):
 
 
 def test_inputs_can_be_made_again():
-    kind = fuzz_kinds.Labels()
-    made = [kind.make(random.Random(f'labels {n}')) for n in range(50)]
-    again = [kind.make(random.Random(f'labels {n}')) for n in range(50)]
-    assert made == again and len(set(made)) > 40
+    for kind in (fuzz_kinds.Labels(), fuzz_kinds.Metadata()):
+        made = [kind.make(random.Random(f'{n}')) for n in range(400)]
+        again = [kind.make(random.Random(f'{n}')) for n in range(400)]
+        assert made == again and len(set(made)) > 300
 
 
 def test_a_sealed_png_is_whole():

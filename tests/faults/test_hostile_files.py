@@ -21,6 +21,8 @@ from flax_densenet import (
     checkpoint,
     create_model,
     evaluate,
+    export,
+    history,
     keras_files,
     metadata,
     model,
@@ -184,8 +186,6 @@ BROKEN = {
 def test_metadata_of_a_safetensors_file(part, value, tmp_path):
     made = fuzz_seeds.trained('small images')
     found = made.metadata | {part: value}
-    from flax_densenet import export
-
     arrays = export.torch_arrays(made.module, made.variables)
     path = write_safetensors(
         tmp_path / 'x', arrays, {weights.METADATA: json.dumps(found)}
@@ -280,6 +280,16 @@ def test_the_keras_archive_of_a_later_zip(tmp_path):
     assert keras_files.recognise(str(path))
     with pytest.raises(UserError, match='not a whole Keras file|h5py'):
         weights.load(str(path))
+
+
+@pytest.mark.parametrize('name', ['metrics.jsonl', 'config.json', 'environment.json'])
+@pytest.mark.parametrize(
+    'raw', [b'{x}', b'[]}', b'{"a": ' + b'[' * 99999 + b'}', b'\xff']
+)
+def test_other_files_of_a_run(name, raw, tmp_path):
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(UserError, match=name):
+        history.load_run(str(tmp_path))
 
 
 def test_a_name_with_a_nul():

@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import base
-from flax_densenet.errors import UserError, printable
+from flax_densenet.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'A file with get_config(); fields by --config.NAME=VALUE.'
@@ -376,7 +376,7 @@ def main(argv):
         if sys.stdout is not None:  # closed by the caller
             sys.stdout.flush()
     except UserError as error:
-        print(f'error: {printable(str(error))}', file=sys.stderr)
+        print(f'error: {error}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)

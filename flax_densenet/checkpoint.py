@@ -15,10 +15,13 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
 
 from flax_densenet.errors import UserError
 
 FOLDER = 'checkpoints'
+# Weights hardly compress; the state of an optimizer begins with zeros, which do.
+_EXPANSION = 100
 
 
 def rank(metrics: dict[str, float]) -> tuple[float, float]:
@@ -29,13 +32,17 @@ def rank(metrics: dict[str, float]) -> tuple[float, float]:
 
     A value that is not a number comes last; unsorted, it could displace the best.
     """
-    accuracy, loss = metrics['test_accuracy'], metrics['test_loss']
+    accuracy, loss = metrics.get('test_accuracy'), metrics.get('test_loss')
     if metrics.get('test_mean_auroc') is not None:
         accuracy = metrics['test_mean_auroc']
     return (
-        accuracy if math.isfinite(accuracy) else -math.inf,
-        -loss if math.isfinite(loss) else -math.inf,
+        accuracy if _is_finite(accuracy) else -math.inf,
+        -loss if _is_finite(loss) else -math.inf,
     )
+
+
+def _is_finite(value):
+    return isinstance(value, numbers.Real) and -math.inf < value < math.inf
 
 
 def make_workdir(workdir: str, folder: str = ''):
@@ -151,12 +158,21 @@ def load_json(workdir: str, step: int, item: str) -> dict[str, Any]:
     path = os.path.join(workdir, FOLDER, str(step), item, item)
     try:
         with open(path) as file:
-            return json.load(file)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f'the checkpoint {os.path.join(workdir, FOLDER, str(step))} is not whole '
-            f'({error}); remove that folder to use an earlier one'
-        ) from error
+            found = json.load(file)
+        if not isinstance(found, dict):
+            raise ValueError(f'{item} is no JSON object')
+    except (OSError, ValueError, RecursionError) as error:
+        raise _not_whole(workdir, step, error) from error
+    return found
+
+
+def _not_whole(workdir, step, error):
+    place = os.path.join(workdir, FOLDER, str(step))
+    reason = ' '.join(str(error).split())[:400] or type(error).__name__
+    return UserError(
+        f'the checkpoint {place} is not whole ({reason}); remove that folder to use an '
+        'earlier one'
+    )
 
 
 def restore(
@@ -171,6 +187,9 @@ def restore(
 
     Returns:
       `{item: tree of arrays}`.
+
+    Raises:
+      UserError: the checkpoint is not whole, or holds other arrays.
     """
 
     def target(leaf):
@@ -181,5 +200,55 @@ def restore(
         name: ocp.args.StandardRestore(jax.tree.map(target, tree))
         for name, tree in items.items()
     }
-    restored = manager.restore(step, args=ocp.args.Composite(**args))
+    _check_stored(manager.directory, step, items)
+    try:
+        _check_shapes(manager.directory, step, items)
+        restored = manager.restore(step, args=ocp.args.Composite(**args))
+    # What orbax and tensorstore raise where the files are not those of these arrays.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        workdir = os.path.dirname(manager.directory)
+        raise _not_whole(workdir, step, error) from error
     return {name: restored[name] for name in items}
+
+
+def _check_shapes(folder, step, items):
+    """Raises where the arrays are others than those that are asked for.
+
+    orbax would see it too, in the middle of reading.
+    """
+    handler = ocp.StandardCheckpointHandler()
+    for name, tree in items.items():
+        if not isinstance(tree, dict):
+            continue
+        stored = handler.metadata(folder / str(step) / name).tree
+        stored, wanted = map(traverse_util.flatten_dict, (stored, tree))
+        for path in stored.keys() | wanted.keys():
+            sides = [tuple(np.shape(side.get(path))) for side in (stored, wanted)]
+            if path not in stored or path not in wanted or sides[0] != sides[1]:
+                raise ValueError(
+                    f'{"/".join(path)} is {sides[0]} there, and {sides[1]} in the '
+                    'model that the metadata tells of'
+                )
+
+
+def _check_stored(folder, step, items):
+    """Raises where the files are far too small to hold the arrays.
+
+    An array of which nothing is stored is read as zeros, whatever size it claims; so a
+    few bytes of a stranger's could take all memory.
+    """
+    stored = sum(
+        os.path.getsize(os.path.join(place, name))
+        for place, _, names in os.walk(os.path.join(folder, str(step)))
+        for name in names
+    )
+    wanted = sum(
+        math.prod(np.shape(leaf)) * np.dtype(leaf.dtype).itemsize
+        for leaf in jax.tree.leaves(items)
+    )
+    if wanted > max(2**24, _EXPANSION * stored):
+        raise _not_whole(
+            os.path.dirname(folder),
+            step,
+            ValueError(f'its files of {stored} bytes cannot hold {wanted}'),
+        )

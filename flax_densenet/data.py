@@ -243,8 +243,8 @@ def _check_preparation(preparation):
     _check_choice('resize', preparation.resize, images.RESIZES)
     _check_choice('interpolation', preparation.interpolation, images.INTERPOLATIONS)
     _check_choice('channels', preparation.channels, (1, 3))
-    if preparation.size < 0:
-        raise UserError(f'data.image_size={preparation.size} must be 0 or above')
+    if not 0 <= preparation.size <= 2**16:
+        raise UserError(f'data.image_size={preparation.size} must be from 0 to {2**16}')
     if not 0 < preparation.crop_fraction <= 1:
         raise UserError(
             f'data.crop_fraction={preparation.crop_fraction} must be above 0, at most 1'
@@ -296,6 +296,8 @@ def _find_parts(found, test_fraction, split_seed, duplicates):
 
 def _split(found, test_fraction, seed):
     """A seeded random split, even over the classes; groups stay together."""
+    if seed < 0:
+        raise UserError(f'data.split_seed={seed} must be 0 or above')
     train_size = int(len(found.train) * (1 - test_fraction))
     test_size = len(found.train) - train_size
     if not train_size or not test_size:

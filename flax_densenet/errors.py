@@ -1,9 +1,7 @@
 """The one exception for mistakes that a user can mend, and names fit for its line."""
 
-import re
-
-# Controls (a terminal would obey them), line ends, bytes that are not UTF-8.
-_UNPRINTABLE = re.compile('[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]')
+# A path or a value may be of any length; the remedy stands at the end.
+_FIRST, _LAST = 1200, 600
 
 
 class UserError(ValueError):
@@ -11,20 +9,36 @@ class UserError(ValueError):
 
     `launch.py` prints the line and leaves with exit status 2; Python callers can
     catch it apart from defects of the program, which raise anything else.
+
+    The line often repeats what a file of a stranger says. So it stays one line, what
+    would steer a terminal is spelled out (`\\x1b`), and the middle of a very long one
+    is left out.
+
+    >>> print(UserError('the class a\\nb is not known'))
+    the class a\\nb is not known
     """
 
+    def __init__(self, message: str):
+        super().__init__(_shorten(printable(message)))
 
-def printable(name: str) -> str:
-    r"""A name of a file or folder as it can be shown and kept in one line of UTF-8.
+
+def printable(text: str) -> str:
+    r"""Text of a file or a folder as it can be shown and kept in one line of UTF-8.
 
     >>> print(printable('größe 1\n2\udcff'))
     größe 1\n2\xff
     """
-    return _UNPRINTABLE.sub(_escape, name)
+    return ''.join(c if c.isprintable() else _escape(c) for c in text)
 
 
-def _escape(match):
-    code = ord(match[0])
+def _escape(character):
+    code = ord(character)
     if 0xDC80 <= code <= 0xDCFF:  # a byte that is not UTF-8, by surrogateescape
         return f'\\x{code - 0xDC00:02x}'
-    return ascii(match[0])[1:-1]
+    return ascii(character)[1:-1]
+
+
+def _shorten(text):
+    if len(text) <= _FIRST + _LAST + 5:
+        return text
+    return f'{text[:_FIRST]} ... {text[-_LAST:]}'

@@ -20,6 +20,7 @@ from flax_densenet import (
     weights,
 )
 from flax_densenet import images as images_lib
+from flax_densenet import metadata as metadata_lib
 from flax_densenet.errors import UserError
 
 
@@ -244,7 +245,7 @@ def load_trained(workdir: str, which: str = 'best', *, mesh=None) -> Trained:
     if os.path.isfile(workdir):
         return _from_file(workdir, mesh)
     step = checkpoint.find_step(workdir, which)
-    metadata = checkpoint.load_json(workdir, step, 'metadata')
+    metadata = metadata_lib.load(workdir, step)
     module = model.create_model(
         num_classes=len(metadata['class_names']), **weights.to_tuples(metadata['model'])
     )

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flax_densenet import checkpoint
+from flax_densenet.errors import UserError
 
 METRICS_FILE, CONFIG_FILE = 'metrics.jsonl', 'config.json'
 ENVIRONMENT_FILE = 'environment.json'
@@ -30,25 +31,45 @@ class Run:
 
 
 def load_run(workdir: str) -> Run:
-    """Reads the files of a run's folder, those that there are."""
+    """Reads the files of a run's folder, those that there are.
+
+    Raises:
+      UserError: one of them holds something else than JSON objects.
+    """
     records = []
     for line in _read(workdir, METRICS_FILE).splitlines():
         if line.endswith('}'):
-            records.append(json.loads(line))
+            records.append(_parse(workdir, METRICS_FILE, line))
     config, environment = (
-        json.loads(_read(workdir, name) or '{}')
+        _parse(workdir, name, _read(workdir, name) or '{}')
         for name in (CONFIG_FILE, ENVIRONMENT_FILE)
     )
     name = os.path.basename(os.path.abspath(workdir))
     return Run(name, records, config, environment)
 
 
+def _parse(workdir, name, text):
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f'{os.path.join(workdir, name)} is no JSON ({error})'
+        ) from error
+    if not isinstance(found, dict):
+        raise UserError(f'{os.path.join(workdir, name)} holds no JSON object')
+    return found
+
+
 def _read(workdir, name):
     try:
-        with open(os.path.join(workdir, name)) as file:
+        with open(os.path.join(workdir, name), encoding='utf-8') as file:
             return file.read()
     except FileNotFoundError:
         return ''
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f'{os.path.join(workdir, name)} cannot be read ({error})'
+        ) from (error)
 
 
 def curves(records: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -58,6 +58,8 @@ def _reading(path):
     except (
         OSError,
         EOFError,
+        ArithmeticError,
+        AttributeError,
         RuntimeError,
         LookupError,
         TypeError,
@@ -80,7 +82,7 @@ def recognise(path: str) -> bool:
             return _WEIGHTS in archive.namelist()
     except OSError:
         return False
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
         # Cut short: the list of names stands at the end, the first name here.
         return start[30:].startswith(_ARCHIVE_STARTS)
 

@@ -14,6 +14,7 @@ so published weights map onto it by one rule.
 import dataclasses
 import functools
 import math
+import numbers
 import re
 import zlib
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ _IMAGENET = {
     'densenet201': dict(growth_rate=32, block_sizes=(6, 12, 48, 32)),
     'densenet264': dict(growth_rate=32, block_sizes=(6, 12, 64, 48)),
 }
-_CIFAR_NAME = re.compile(r'(?:(BC|B|C)-)?L(\d+)k(\d+)')
+_CIFAR_NAME = re.compile(r'(?:(BC|B|C)-)?L(\d{1,9})k(\d{1,9})')
 
 
 def cifar_fields(name: str) -> dict[str, Any] | None:
@@ -94,6 +95,17 @@ _CLASSIFIER_INITIALIZER = (1 / 3, 'fan_in', 'uniform')
 STEMS = ('imagenet', 'cifar')
 PADDINGS = ('torch', 'same')
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
+# Whoever asks for more made a mistake, or means harm: it would take the machine's
+# memory and hours. DenseNet-264 has 130 layers and 33 million parameters.
+MOST_LAYERS = 500
+MOST_PARAMETERS = 2**31
+_KINDS = {
+    'int': (numbers.Integral, 'a whole number'),
+    'float': (numbers.Real, 'a number'),
+    'str': (str, 'a name'),
+    'bool': (bool, 'True or False'),
+    'Sequence[int]': (Sequence, 'whole numbers in brackets, as (6, 12, 24, 16)'),
+}
 
 
 class DenseNet(nn.Module):
@@ -340,6 +352,8 @@ def create_model(variant: str, *, num_classes: int, **fields) -> DenseNet:
     Raises:
       UserError: no such variant or field, or a value that no DenseNet can have.
     """
+    if not isinstance(variant, str):
+        raise UserError(f'model.variant={variant!r} must be a name, as densenet121')
     defaults = VARIANTS.get(variant) or cifar_fields(variant)
     if defaults is None:
         raise UserError(
@@ -359,7 +373,67 @@ def create_model(variant: str, *, num_classes: int, **fields) -> DenseNet:
     return model
 
 
+def _check_kinds(model):
+    """Raises for a field that holds something else than it is declared for."""
+    for field in dataclasses.fields(DenseNet):
+        if field.name in ('parent', 'name'):
+            continue
+        kind = getattr(field.type, '__name__', None) or str(field.type)
+        kind, said = _KINDS['Sequence[int]' if 'Sequence' in str(field.type) else kind]
+        value = getattr(model, field.name)
+        # True would be a 1, a text a row of letters.
+        if (
+            not isinstance(value, kind)
+            or (kind is not bool and isinstance(value, bool))
+            or (kind is Sequence and isinstance(value, str))
+        ):
+            raise UserError(f'model.{field.name}={value!r} must be {said}')
+
+
+def _check_size(model):
+    """Raises for a network of absurd size, before anything is as large."""
+    layers = sum(model.block_sizes)
+    if layers > MOST_LAYERS:
+        raise UserError(
+            f'model.block_sizes={tuple(model.block_sizes)}: {layers} dense layers are '
+            f'more than {MOST_LAYERS}'
+        )
+    count = count_parameters(model)
+    if count > MOST_PARAMETERS:
+        raise UserError(
+            f'this model would have {count:.3g} parameters, more than '
+            f'{MOST_PARAMETERS:.3g}: lower model.growth_rate={model.growth_rate}, '
+            f'model.stem_features={model.stem_features}, '
+            f'model.bottleneck={model.bottleneck} or the number of classes, '
+            f'{model.num_classes}'
+        )
+
+
+def count_parameters(model: DenseNet, *, channels: int = 3) -> int:
+    """Number of parameters, by arithmetic alone: what `init_variables` would make.
+
+    >>> count_parameters(create_model('densenet121', num_classes=1000))
+    7978856
+    """
+    growth, width = model.growth_rate, model.bottleneck * model.growth_rate
+    features = model.stem_features
+    count = features * channels * 9
+    if model.stem == 'imagenet':
+        count = features * channels * 49 + 2 * features
+    for number, size in enumerate(model.block_sizes, start=1):
+        for _ in range(size):
+            inner = 2 * width + features * width if width else 0
+            count += 2 * features + inner + 9 * (width or features) * growth
+            features += growth
+        if number < len(model.block_sizes):
+            shrunk = int(features * model.compression)
+            count += 2 * features + features * shrunk
+            features = shrunk
+    return count + 2 * features + (features + 1) * model.num_classes
+
+
 def _check_fields(model):
+    _check_kinds(model)
     choices = {
         'stem': STEMS,
         'padding': PADDINGS,
@@ -379,7 +453,7 @@ def _check_fields(model):
             'model.dtype=float64 needs double precision in JAX: set JAX_ENABLE_X64=1'
         )
     blocks = model.block_sizes
-    if not blocks or not all(isinstance(n, int) and n > 0 for n in blocks):
+    if not blocks or not all(type(n) is int and n > 0 for n in blocks):
         raise UserError(
             f'model.block_sizes={blocks} must be whole numbers above 0, '
             'one for each dense block, such as (6, 12, 24, 16)'
@@ -392,11 +466,12 @@ def _check_fields(model):
         'compression': 0 < model.compression <= 1,
         'dropout_rate': 0 <= model.dropout_rate < 1,
         'momentum': 0 <= model.momentum < 1,
-        'epsilon': model.epsilon > 0,
+        'epsilon': 0 < model.epsilon <= 1,
     }
     for name, valid in ranges.items():
         if not valid:
             raise UserError(f'model.{name}={getattr(model, name)} is out of range')
+    _check_size(model)
 
 
 def variable_shapes(model: DenseNet, *, channels: int = 3):

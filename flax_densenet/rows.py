@@ -8,12 +8,12 @@ CSV, as Python's `\\udcXX` in JSON and as `\\xXX` in the table.
 
 import csv
 import json
-import os
 import unicodedata
 from collections.abc import Callable
 from typing import Any
 
 from flax_densenet.answers import Prediction
+from flax_densenet.errors import printable
 
 # Of a table: characters of a line, of the widest column of classes and of one's path.
 _LINE, _CLASS, _PATH = 96, 32, 60
@@ -22,17 +22,17 @@ _NUMBER = 7
 
 def _make_table(out, class_names, top):
     """One line for each class; the path stands on an image's first."""
-    names = [_printable(name) for name in class_names]
+    names = [printable(name) for name in class_names]
     wide = min(max(_width(name) for name in [*names, 'class']), _CLASS)
     path_wide = min(_LINE - wide - _NUMBER - 4, _PATH)
     out.write(f'{"path":<{path_wide}}  {"class":<{wide}}  {"prob.":>{_NUMBER}}\n')
 
     def write(found: Prediction):
-        path = _pad(_clip_start(_printable(found.path), path_wide), path_wide)
+        path = _pad(_clip_start(printable(found.path), path_wide), path_wide)
         if found.error:
-            out.write(f'{path}  error: {_printable(found.error)}\n')
+            out.write(f'{path}  error: {printable(found.error)}\n')
         for likely in found.top(top):
-            name = _pad(_clip_end(_printable(likely.class_name), wide), wide)
+            name = _pad(_clip_end(printable(likely.class_name), wide), wide)
             share = f'{likely.probability * 100:.1f} %'
             out.write(f'{path}  {name}  {share:>{_NUMBER}}\n')
             path = ' ' * path_wide
@@ -82,14 +82,6 @@ FORMATS: dict[str, Callable] = {
 def _rounded(probability):
     """Six digits, which is what float32 has to offer."""
     return float(f'{probability:.6g}')
-
-
-def _printable(text):
-    r"""Without what would break a line or steer a terminal; odd bytes as \xff."""
-    text = os.fsencode(text).decode('utf-8', 'backslashreplace')
-    return ''.join(
-        c if c.isprintable() else c.encode('unicode_escape').decode() for c in text
-    )
 
 
 def _width(text):

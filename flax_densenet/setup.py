@@ -24,6 +24,7 @@ from flax_densenet import (
     step,
     transfer,
 )
+from flax_densenet import metadata as metadata_lib
 from flax_densenet import weights as weights_lib
 from flax_densenet.errors import UserError
 
@@ -193,6 +194,15 @@ def prepare(config, workdir: str, *, resume: bool = True) -> Run:
     )
 
 
+# What is above is a slip of the keyboard, and would take all memory or never end.
+_RANGES = (
+    ('data', 'threads', 1, 1024),
+    ('data', 'workers', 0, 1024),
+    ('train', 'epochs', 1, 10**6),
+    ('train', 'seed', 0, 2**63 - 1),
+)
+
+
 def _check_fields(config):
     """Raises for values that are wrong whatever the data is."""
     fields = config['data']
@@ -204,11 +214,9 @@ def _check_fields(config):
             )
     if min(fields['std']) <= 0:
         raise UserError(f'data.std={fields["std"]} must be above 0')
-    for name in ('threads', 'workers'):
-        if fields[name] < (name == 'threads'):
-            raise UserError(f'data.{name}={fields[name]} is too small')
-    if config['train']['epochs'] < 1:
-        raise UserError(f'train.epochs={config["train"]["epochs"]} must be at least 1')
+    for section, name, least, most in _RANGES:
+        if not least <= (value := config[section][name]) <= most:
+            raise UserError(f'{section}.{name}={value} must be from {least} to {most}')
     features.check_cache(config['train']['cache_features'])
 
 
@@ -238,7 +246,7 @@ def _settle(config, workdir):
     saved, weights = None, None
     if workdir:
         latest = checkpoint.find_step(workdir, 'latest')
-        saved = checkpoint.load_json(workdir, latest, 'metadata')
+        saved = metadata_lib.load(workdir, latest)
     elif config['init_from']:
         try:
             weights = weights_lib.load(config['init_from'])

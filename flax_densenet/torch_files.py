@@ -9,17 +9,29 @@ records.
 
 import collections
 import dataclasses
+import functools
+import io
+import lzma
 import math
+import os
 import pickle
 import re
+import struct
 import zipfile
+import zlib
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
+from flax_densenet import pickles
 from flax_densenet.errors import UserError
 
+# torch stores arrays as they are. A member that swells by more is no file of weights,
+# nor is one whose arrays, many of them of the same storage, are so much larger than it.
+_EXPANSION = 20
+_SMALL = 2**24
+_MOST_OBJECTS = 200_000
 _DTYPES = {
     'DoubleStorage': np.float64,
     'FloatStorage': np.float32,
@@ -48,7 +60,7 @@ _BUILTIN_RECORDS = {
 }
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Storage:
     dtype: Any
     key: str
@@ -126,24 +138,37 @@ _KNOWN = {
 class _Unpickler(pickle.Unpickler):
     def __init__(self, file, what):
         super().__init__(file, encoding='latin1')
+        self._file = file
         self._what = what
+        self._classes = {}
         self.storages = {}
+
+    def load(self):
+        pickles.check(self._file)
+        return super().load()
 
     def find_class(self, module, name):
         module = {'__builtin__': 'builtins'}.get(module, module)  # of protocol 2
         if (module, name) in _KNOWN:
             return _KNOWN[module, name]
         if module == 'torch' and name in _DTYPES:
-            return type(name, (_Record,), {'name': name})
+            return self._record(name, name)
         allowed = _RECORDS.fullmatch(module)
         narrow = _BUILTIN_RECORDS.get(module)
         if allowed and (narrow is None or name in narrow):
-            return type(name, (_Record,), {'name': f'{module}.{name}'})
+            return self._record(name, f'{module}.{name}')
         raise UserError(
             f'{self._what} needs {module}.{name}, which a file of weights does not; '
             'nothing of it was run. Where you trust it, load it in torch and save the '
             'weights alone: torch.save(model.state_dict(), FILE)'
         )
+
+    def _record(self, name, whole_name):
+        # A class takes 1 KB, and a file can name one a million times.
+        if whole_name not in self._classes:
+            made = type(name, (_Record,), {'name': whole_name})
+            self._classes[whole_name] = made
+        return self._classes[whole_name]
 
     def persistent_load(self, saved):
         kind, storage_type, key, _, count, *view = saved
@@ -177,7 +202,8 @@ def read(path: str) -> Any:
     except (
         *(pickle.UnpicklingError, EOFError, zipfile.BadZipFile, OSError, ValueError),
         *(AttributeError, ImportError, IndexError, KeyError, TypeError, MemoryError),
-        *(OverflowError, RecursionError, NotImplementedError, RuntimeError),
+        *(ArithmeticError, RecursionError, NotImplementedError, RuntimeError),
+        *(AssertionError, struct.error, zlib.error, lzma.LZMAError),
     ) as error:
         if isinstance(error, UserError):
             raise
@@ -202,26 +228,34 @@ class Module:
 
 def _read_archive(path, archive):
     names = archive.namelist()
-    pickles = [name for name in names if name.rpartition('/')[2] == 'data.pkl']
-    if len(pickles) != 1 or any('/code/' in name for name in names):
+    members = [name for name in names if name.rpartition('/')[2] == 'data.pkl']
+    if len(members) != 1 or any('/code/' in name for name in names):
         raise UserError(
             f'{path} is a TorchScript archive or another zip file; save the weights '
             'with torch.save(model.state_dict(), FILE)'
         )
-    root = pickles[0].removesuffix('data.pkl')
-    if f'{root}byteorder' in names and archive.read(f'{root}byteorder') != b'little':
+    root = members[0].removesuffix('data.pkl')
+    order = f'{root}byteorder'
+    if order in names and _read_member(archive, order) != b'little':
         raise UserError(f'{path} was saved on a big-endian machine; save it again')
-    with archive.open(pickles[0]) as file:
-        saved = _Unpickler(file, path).load()
+    saved = _Unpickler(io.BytesIO(_read_member(archive, members[0])), path).load()
 
     def load_storage(storage):
         size = storage.count * np.dtype(storage.dtype).itemsize
-        entry = archive.getinfo(f'{root}data/{storage.key}')
-        if entry.file_size < size:
+        raw = _read_member(archive, f'{root}data/{storage.key}')
+        if len(raw) < size:
             raise pickle.UnpicklingError(f'storage {storage.key} is cut short')
-        return np.frombuffer(archive.read(entry), storage.dtype, storage.count)
+        return np.frombuffer(raw, storage.dtype, storage.count)
 
-    return _Resolver(load_storage).resolve(saved)
+    return _Resolver(load_storage, os.path.getsize(path)).resolve(saved)
+
+
+def _read_member(archive, name):
+    """A member of the archive, unless it is a bomb."""
+    entry = archive.getinfo(name)
+    if entry.file_size > max(_SMALL, _EXPANSION * entry.compress_size):
+        raise pickle.UnpicklingError(f'{name} of {entry.file_size} bytes is too large')
+    return archive.read(entry)
 
 
 def _read_legacy(path, file):
@@ -234,23 +268,46 @@ def _read_legacy(path, file):
         _Unpickler(file, path).load()
     unpickler = _Unpickler(file, path)
     saved = unpickler.load()
+    total = os.fstat(file.fileno()).st_size
     for key in _Unpickler(file, path).load():
         storage = unpickler.storages[str(key)]
         count = int.from_bytes(file.read(8), 'little')
         if count != storage.count:
             raise pickle.UnpicklingError(f'storage {key} has another size')
-        raw = file.read(count * np.dtype(storage.dtype).itemsize)
+        size = count * np.dtype(storage.dtype).itemsize
+        if size > total - file.tell():
+            raise pickle.UnpicklingError(f'storage {key} is cut short')
+        raw = file.read(size)
         storage.data = np.frombuffer(raw, storage.dtype, count)
-    return _Resolver(lambda storage: storage.data).resolve(saved)
+
+    def load_storage(storage):
+        if storage.data is None:
+            raise pickle.UnpicklingError(f'storage {storage.key} is not there')
+        return storage.data
+
+    return _Resolver(load_storage, total).resolve(saved)
 
 
 class _Resolver:
-    """Puts arrays in the place of tensors."""
+    """Puts arrays in the place of tensors.
 
-    def __init__(self, load_storage):
-        self._load = load_storage
+    Lists of lists of the same list can be few in the file and without number here, and
+    so can tensors of the same storage; both are counted.
+    """
+
+    def __init__(self, load_storage, file_size):
+        self._load = functools.cache(load_storage)
+        self._objects = _MOST_OBJECTS
+        self._bytes = max(_SMALL, _EXPANSION * file_size)
+
+    def _count(self, size=0):
+        self._objects -= 1
+        self._bytes -= size
+        if self._objects < 0 or self._bytes < 0:
+            raise pickle.UnpicklingError('it holds far more than it is large')
 
     def resolve(self, value):
+        self._count()
         if isinstance(value, _Tensor):
             return self._array(value)
         if isinstance(value, dict):
@@ -270,6 +327,8 @@ class _Resolver:
         return value
 
     def _array(self, tensor):
+        item = np.dtype(tensor.storage.dtype).itemsize
+        self._count(max(item, 4) * math.prod(tensor.shape))
         flat = self._load(tensor.storage)[tensor.offset :]
         strides = [step * flat.itemsize for step in tensor.strides]
         array = np.lib.stride_tricks.as_strided(
@@ -280,6 +339,7 @@ class _Resolver:
         return array
 
     def _module_arrays(self, module, prefix):
+        self._count()
         for part in ('_parameters', '_buffers'):
             for name, value in (module.fields.get(part) or {}).items():
                 if isinstance(value, _Tensor):

@@ -12,7 +12,7 @@ import numpy as np
 from flax import traverse_util
 
 from flax_densenet import weights as weights_lib
-from flax_densenet.errors import UserError
+from flax_densenet.errors import UserError, printable
 
 _VARIANT = 'densenet121'
 _PREPROCESSING = dict(
@@ -85,6 +85,8 @@ def settle_data(
 ) -> dict[str, Any]:
     """The fields of `config.data`, those about the images' preparation filled in."""
     wanted = _PREPROCESSING if weights is None else weights.preprocessing
+    if fields['channels'] not in (0, 1, 3):
+        raise UserError(f'data.channels={fields["channels"]} is not known; use 1, 3')
     if fields['channels']:
         wanted = weights_lib.with_channels(wanted, fields['channels'])
     settled = dict(fields)
@@ -161,5 +163,5 @@ def _other_classes(weights, class_names):
         return f'{weights.num_classes} classes there, {count} here'
     if weights.class_names and tuple(weights.class_names) != tuple(class_names):
         names = weights_lib.shorten(weights.class_names, 3)
-        return f'other classes there ({names})'
+        return printable(f'other classes there ({names})')
     return None

@@ -21,8 +21,9 @@ import numpy as np
 from flax import traverse_util
 
 from flax_densenet import checkpoint, keras_files, torch_files
+from flax_densenet import metadata as metadata_lib
 from flax_densenet import model as model_lib
-from flax_densenet.errors import UserError
+from flax_densenet.errors import UserError, printable
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -125,7 +126,7 @@ def load(path: str) -> Weights:
             warnings.simplefilter('always', UserWarning)
             arrays, fields, family = keras_files.read(path)
         for note in notes:
-            print(note.message, flush=True)
+            print(printable(str(note.message)), flush=True)
         return _make(path, family, arrays, fields)
     if kind == 'safetensors':
         return _load_safetensors(path)
@@ -138,8 +139,9 @@ def _kind(path):
             start = file.read(16)
     except FileNotFoundError as error:
         raise UserError(f'{path}: there is no such file or folder') from error
-    except OSError as error:
-        raise UserError(f'{path} cannot be read ({error.strerror})') from error
+    except (OSError, ValueError) as error:  # a NUL in its name
+        reason = getattr(error, 'strerror', None) or error
+        raise UserError(f'{path} cannot be read ({reason})') from error
     if keras_files.recognise(path):
         return 'keras'
     if len(start) > 8 and start[8:9] == b'{':
@@ -185,7 +187,7 @@ def _from_torch_arrays(path, arrays, attributes):
     elif found := _timm_sidecar(path):
         family, preprocessing = 'timm', found
     names = attributes.get('pathologies') or attributes.get('targets')
-    if head is None or not names or len(names) != head.shape[-1]:
+    if head is None or not isinstance(names, list) or len(names) != head.shape[-1]:
         names = None
     weights = _make(path, family, arrays, {}, names)
     if preprocessing:
@@ -265,7 +267,7 @@ def _timm_sidecar(path):
             mean=tuple(map(float, found['mean'])),
             std=tuple(map(float, found['std'])),
         )
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
 
 
@@ -276,25 +278,30 @@ def _load_safetensors(path):
         with safetensors.safe_open(path, 'numpy') as file:
             metadata = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, TypeError, ValueError) as error:
-        reason = ' '.join(str(error).split())
+    except (
+        *(safetensors.SafetensorError, OSError, TypeError, ValueError, MemoryError),
+        *(LookupError, AttributeError, OverflowError),
+    ) as error:
+        reason = ' '.join(str(error).split()) or type(error).__name__
         raise UserError(f'{path} is not a whole safetensors file ({reason})') from error
     if METADATA not in metadata:
         return _from_torch_arrays(path, arrays, {})
     try:
         ours = json.loads(metadata[METADATA])
-        fields, names = to_tuples(ours['model']), ours['class_names']
-        preprocessing = _preprocessing_of(ours)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f'{path}: its metadata is not ours ({error!r})') from error
+    metadata_lib.check(path, ours)
+    fields, names = to_tuples(ours['model']), ours['class_names']
     arrays, _ = _rename(arrays)
     weights = _make(path, 'flax_densenet', arrays, fields, names)
-    return dataclasses.replace(weights, preprocessing=preprocessing, metadata=ours)
+    return dataclasses.replace(
+        weights, preprocessing=_preprocessing_of(ours), metadata=ours
+    )
 
 
 def _load_run(workdir):
     step = checkpoint.find_step(workdir, 'best')
-    metadata = checkpoint.load_json(workdir, step, 'metadata')
+    metadata = metadata_lib.load(workdir, step)
     fields = to_tuples(metadata['model'])
     names = tuple(metadata['class_names'])
     module = model_lib.create_model(num_classes=len(names), **fields)
@@ -324,7 +331,7 @@ def _preprocessing_of(metadata):
         for name, value in metadata['data'].items()
         if name in _TORCHVISION and value is not None
     }
-    data['image_size'] = metadata['image_size']
+    data |= {name: metadata[name] for name in ('image_size', 'mean', 'std')}
     data = to_tuples(data)
     return _TORCHVISION | data | {'channels': len(data['mean'])}
 
@@ -405,7 +412,9 @@ def _find_fields(path, arrays):
     outer = arrays.get(layer + 'conv2/kernel', inner)
     blocks = tuple(sizes.get(number, 0) for number in range(1, len(sizes) + 1))
     known = [first, inner, outer]
-    if any(a is None or a.ndim != 4 for a in known) or not all(blocks):
+    # Two arrays a layer at least: else a single name could tell of a million layers.
+    whole = all(blocks) and 2 * sum(blocks) <= len(arrays)
+    if any(a is None or a.ndim != 4 or not a.size for a in known) or not whole:
         names = sorted(arrays)
         raise UserError(
             f'{path} holds no DenseNet: it has {len(names)} arrays, such as '

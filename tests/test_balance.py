@@ -67,6 +67,8 @@ def test_each_round_of_a_class_has_an_order_of_its_own():
     rounds = [turns[:30], turns[30:60], turns[60:]]
     assert [sorted(order) for order in rounds] == [list(range(30))] * 3
     assert len({tuple(order) for order in rounds}) == 3
+    other = balance.Draws(np.repeat([0, 1, 2], [30, 3, 1]), seed=1)
+    assert [other(0, 3 * turn) for turn in range(30)] != turns[:30]
 
 
 def test_draws_are_mixed(source):

@@ -110,6 +110,20 @@ def test_many_tensors_of_one_storage(tmp_path):
         torch_files.read(str(path))
 
 
+def test_a_storage_is_read_once(tmp_path):
+    """Tied weights; without it a file of many views would be read as often."""
+    path = pathlib.Path(torch_zip(tmp_path / 'x', {'a': np.ones(4, np.float32)}))
+    with zipfile.ZipFile(path) as archive:
+        body, values = archive.read('x/data.pkl'), archive.read('x/data/0')
+    start, end = body.index(b'ctorch._utils'), body.rindex(b's')
+    body = body[:start] + b'(' + body[start:end] * 2 + b'l' + body[end:]
+    with zipfile.ZipFile(path, 'w') as archive:
+        archive.writestr('x/data.pkl', body)
+        archive.writestr('x/data/0', values)
+    one, other = torch_files.read(str(path))['a']
+    assert np.shares_memory(one, other) and one.tolist() == [1.0] * 4
+
+
 def test_a_legacy_storage_that_is_not_there(tmp_path):
     data, _ = fuzz_seeds._pickle_torch({'a': np.ones(3, 'f4')}, legacy=True, whole=0)
     path = tmp_path / 'x.pth'
@@ -209,7 +223,7 @@ def test_metadata_of_a_run(run):
     other = {'variant': 'BC-L16k4'}
     for value in (made | {'model': other}, made | {'class_names': ['a', 'b']}):
         write_item(run, 'metadata', value)
-        with pytest.raises(UserError, match='is not whole'):
+        with pytest.raises(UserError, match='in the model that the metadata tells of'):
             evaluate.load_trained(run)
     write_item(run, 'metadata', made)
     assert evaluate.load_trained(run).class_names == ('class 0', 'class 1', 'class 2')
@@ -289,6 +303,13 @@ def test_the_keras_archive_of_a_later_zip(tmp_path):
 def test_other_files_of_a_run(name, raw, tmp_path):
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(UserError, match=name):
+        history.load_run(str(tmp_path))
+
+
+@pytest.mark.parametrize('name', ['config.json', 'environment.json'])
+def test_a_file_of_a_run_that_is_no_object(name, tmp_path):
+    (tmp_path / name).write_text('[1]')
+    with pytest.raises(UserError, match='no JSON object'):
         history.load_run(str(tmp_path))
 
 

@@ -217,9 +217,9 @@ def _check_shapes(folder, step, items):
     orbax would see it too, in the middle of reading.
     """
     handler = ocp.StandardCheckpointHandler()
-    for name, tree in items.items():
-        if not isinstance(tree, dict):
-            continue
+    # The rest of the state has tuples, which are stored as something else.
+    for name in items.keys() & {'model'}:
+        tree = items[name]
         stored = handler.metadata(folder / str(step) / name).tree
         stored, wanted = map(traverse_util.flatten_dict, (stored, tree))
         for path in stored.keys() | wanted.keys():

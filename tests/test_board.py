@@ -25,6 +25,7 @@ def steps(events, tag):
     return [event.step for event in events.Scalars(tag)]
 
 
+@pytest.mark.slow
 def hyperparameters(events):
     content = events.PluginTagToContent('hparams')
     start = hparams_metadata.parse_session_start_info_plugin_data(

@@ -216,6 +216,7 @@ def test_dropout_is_the_same():
     assert error(without['features'], plain['features']) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kernel', ['xla', 'native'])
 def test_variance_with_a_large_mean(kernel):
     """Mean 1000, spread 1: a one-pass variance in float32 would lose it."""
@@ -248,6 +249,7 @@ def test_variance_with_a_large_mean(kernel):
     assert np.abs(one_pass - var[:24]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_bfloat16():
     variables, images = inputs('BC')
     plain = run(make('BC', fast=False, dtype='bfloat16'), variables, images)

@@ -244,6 +244,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_no_noise(tmp_path):
     """Pillow's warnings and log lines, seen from outside: nothing on stderr."""
     tiff = encode(Image.fromarray(GRID), 'TIFF')

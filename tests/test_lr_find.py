@@ -99,6 +99,7 @@ def test_it_stops_where_the_loss_is_not_finite(tmp_path, monkeypatch, wrong):
         lr_find.find(tiny_config(**TINY), str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_loss_that_diverges_at_once(tmp_path, monkeypatch):
     fake_losses(monkeypatch, [0.5, 100.0])
     with pytest.raises(UserError, match='the loss diverged after 2 steps .* init_from'):
@@ -124,6 +125,7 @@ def test_the_mean():
     np.testing.assert_allclose(lr_find.smooth([1.0, 2.0]), [1, (0.09 + 0.2) / 0.19])
 
 
+@pytest.mark.slow
 def test_the_first_means_are_not_the_lowest():
     """One batch that is easy by chance, before the rate changes anything."""
     losses = np.array([1.0, *[2.0, 2.2] * 30, *np.linspace(2, 1, 30), *[3.0] * 9])

@@ -42,7 +42,17 @@ def test_every_variant_has_a_count():
     assert PARAMETERS.keys() == VARIANTS.keys()
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+# Those of hundreds of layers take seconds each to lay out.
+LARGE = ('densenet264', 'BC-L250k24', 'BC-L190k40')
+
+
+@pytest.mark.parametrize(
+    'variant',
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name
+        for name in VARIANTS
+    ],
+)
 def test_parameter_count(variant):
     classes = 1000 if variant.startswith('densenet') else 10
     shapes = model.variable_shapes(create_model(variant, num_classes=classes))

@@ -85,7 +85,7 @@ def read(path: str) -> tuple[np.ndarray, list[str]]:
     """Features float32 `[N, F]` and their paths, of either kind of file."""
     check_name(path)
     if path.endswith('.npz'):
-        with np.load(path, allow_pickle=False) as found:
+        with np.load(path) as found:
             return found['features'], found['paths'].tolist()
     from safetensors import numpy as safetensors
 

@@ -32,7 +32,7 @@ ALLOWED = {
     'flax_densenet/cpu_kernels.py': {'subprocess', 'ctypes'},
     # git, asked for the commit; the versions of packages.
     'flax_densenet/environment.py': {'subprocess', 'importlib'},
-    # With allow_pickle=False: arrays alone.
+    # Arrays alone: allow_pickle is False unless it is said.
     'flax_densenet/feature_files.py': {'np.load'},
     'flax_densenet/render.py': {'importlib'},  # importlib.resources: our own pages
 }

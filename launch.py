@@ -32,7 +32,7 @@ _FORMAT = flags.DEFINE_string(
     'format', 'safetensors', 'Of --mode=export: torch, safetensors or keras.'
 )
 _OUT = flags.DEFINE_string('out', None, 'File that --mode=export writes.')
-_STEPS = flags.DEFINE_integer('steps', 100, 'Of --mode=lr_find.')
+_STEPS = flags.DEFINE_integer('steps', 100, 'Of --mode=lr_find, 40 or more.')
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'One process of several: finds the others by the cluster.'
 )

@@ -81,7 +81,7 @@ _LIMITS = {
         'request_timeout_s', 30.0, 'Of --mode=serve: time for an image to arrive.'
     ),
 }
-_STEPS = flags.DEFINE_integer('steps', 100, 'Of --mode=lr_find.')
+_STEPS = flags.DEFINE_integer('steps', 100, 'Of --mode=lr_find, 40 or more.')
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed', False, 'One process of several: finds the others by the cluster.'
 )

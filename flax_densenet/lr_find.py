@@ -10,10 +10,9 @@ photographs, CIFAR-10; Adam and SGD; two seeds) the steepest descent, which is s
 elsewhere, lay in the noise at 1e-7 in 4 and else 1.2 to 4 times below the minimum. The
 minimum moved 1.2 to 2.1 times between seeds, once 4.4 times.
 
->>> rates = np.geomspace(1e-4, 1, 41)
->>> losses = np.concatenate([np.linspace(2, 1, 31), np.linspace(1.2, 9, 10)])
->>> suggest(rates, losses, smooth(losses))
-0.013
+>>> losses = np.concatenate([np.full(50, 2.3), np.linspace(2.3, 1, 30), np.full(20, 9)])
+>>> suggest(losses, 100)
+0.024
 """
 
 import dataclasses
@@ -31,9 +30,8 @@ from flax_densenet import checkpoint, report, setup, sharding
 from flax_densenet.errors import UserError
 
 LOWEST, HIGHEST = 1e-7, 10.0
-MIN_STEPS = 20
+MIN_STEPS = 40  # with fewer, noise passes for a fall
 FILE, PICTURE = 'lr_find.json', 'lr_find.png'
-_KEPT = 0.9  # share of the mean that a step keeps
 _DIVERGED = 4.0  # times the lowest mean
 
 
@@ -49,8 +47,8 @@ def find(config, workdir: str, *, steps: int = 100) -> dict[str, Any]:
     Args:
       config: a mapping of the fields of `configs/base.py`.
       workdir: folder of the two files; made where absent.
-      steps: of the test, from `LOWEST` to `HIGHEST`. A hundred are twelve for each
-        factor of 10, whatever the epoch's length: with fewer the mean lags behind.
+      steps: of the test, from `LOWEST` to `HIGHEST`, whatever the epoch's length. A
+        hundred are twelve for each factor of 10; small or noisy sets need some more.
 
     Returns:
       What `lr_find.json` holds: `suggestion`, None where the loss did not fall;
@@ -77,9 +75,9 @@ def find(config, workdir: str, *, steps: int = 100) -> dict[str, Any]:
             f'{stopped} after {len(losses)} steps at learning rates near {LOWEST:g}; '
             'look at data.mean, data.std and the weights of init_from'
         )
-    rates, means = make_rates(steps)[: len(losses)], smooth(losses)
+    rates, means = make_rates(steps)[: len(losses)], smooth(losses, steps)
     result = {
-        'suggestion': suggest(rates, losses, means),
+        'suggestion': suggest(losses, steps),
         'lowest_at': float(rates[_lowest(means)]),
         'stopped': stopped,
         'learning_rate': rates.tolist(),
@@ -134,7 +132,7 @@ def _measure(run, steps):
                 losses.append(loss)
                 bar.update()
                 bar.set_postfix(loss=f'{loss:.3f}')
-                if has_diverged(smooth(losses), guess):
+                if has_diverged(smooth(losses, steps), guess):
                     return losses, 'the loss diverged'
     finally:
         batches.close()
@@ -146,17 +144,25 @@ def _guess_loss(run):
     return math.log(2 if run.source.multi_label else len(run.source.class_names))
 
 
-def smooth(losses) -> np.ndarray:
+def smooth(losses, steps: int) -> np.ndarray:
     """The exponential mean of the losses up to each step, corrected for its start.
 
+    It reaches back over a tenth of the test, so more steps make it smoother.
+
     Args:
-      losses: `[steps]`.
+      losses: of the first steps.
+      steps: of the whole test.
     """
-    mean, means = 0.0, []
+    kept, mean, means = _kept(steps), 0.0, []
     for step, loss in enumerate(losses, start=1):
-        mean = _KEPT * mean + (1 - _KEPT) * loss
-        means.append(mean / (1 - _KEPT**step))
+        mean = kept * mean + (1 - kept) * loss
+        means.append(mean / (1 - kept**step))
     return np.asarray(means)
+
+
+def _kept(steps):
+    """The share of the mean that a step keeps."""
+    return 1 - 10 / steps
 
 
 def has_diverged(means, guess: float) -> bool:
@@ -168,21 +174,25 @@ def has_diverged(means, guess: float) -> bool:
     return bool(means[-1] > max(_DIVERGED * np.min(means), guess))
 
 
-def suggest(rates, losses, means) -> float | None:
+def suggest(losses, steps: int) -> float | None:
     """A tenth of the rate where the mean is lowest, to two digits.
 
     Args:
-      rates, losses, means: `[steps]` each.
+      losses: of the first steps, more than a fifth.
+      steps: of the whole test.
 
     Returns:
-      None where the mean did not fall by more than the loss's standard deviation over
-      the first steps, at rates that change nothing.
+      None where the mean did not fall below that of the first steps, at rates that
+      change nothing, by more than noise.
     """
-    lowest, start = _lowest(means), np.asarray(losses[: _first(len(losses))])
-    # Of noise alone the mean falls by one standard deviation in one of 25 curves.
-    if means[lowest] >= start.mean() - start.std():
+    start, means = np.asarray(losses[: _first(len(losses))]), smooth(losses, steps)
+    kept, lowest = _kept(steps), _lowest(means)
+    # The standard deviation of the mean of losses that only vary. The lowest of all
+    # means lies this much down in one of 25 such curves.
+    noise = start.std() * math.sqrt((1 - kept) / (1 + kept))
+    if means[lowest] >= start.mean() - 4.4 * noise:
         return None
-    return float(f'{rates[lowest] / 10:.1e}')
+    return float(f'{make_rates(steps)[lowest] / 10:.1e}')
 
 
 def _first(steps):
@@ -203,8 +213,8 @@ def _format(result, workdir):
         stopped += f'{result["learning_rate"][-1]:.1e}'
     if result['suggestion'] is None:
         return (
-            'no suggestion: the loss fell at no rate, so what is trained fits already '
-            f'or cannot learn{stopped}; {where}'
+            'no suggestion: the loss fell by no more than its noise; try more --steps, '
+            f'unless what is trained fits already{stopped}; {where}'
         )
     return (
         f'suggested: --config.optimizer.learning_rate={result["suggestion"]:g} (a '

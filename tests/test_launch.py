@@ -129,7 +129,7 @@ def test_summary(arguments, size):
         (['--mode=report', '--workdir=/a,/b'], '--workdir=/a holds no run with a'),
         (['--config.init_from=/none.pth'], 'init_from=/none.pth: there is no such'),
         (['--mode=export'], '--mode=export needs --out=FILE'),
-        (['--mode=lr_find', '--steps=3'], '--steps=3 are too few; use 20 or more'),
+        (['--mode=lr_find', '--steps=3'], '--steps=3 are too few; use 40 or more'),
         (
             ['--mode=export', '--out=x.pth'],
             '--out=x.pth: a file of --format=safetensors ends with .safetensors',

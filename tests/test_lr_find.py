@@ -111,7 +111,10 @@ def test_no_suggestion_where_nothing_falls(tmp_path, monkeypatch, capsys):
     fake_losses(monkeypatch, noise)
     found = lr_find.find(tiny_config(**TINY), str(tmp_path))
     assert found['suggestion'] is None
-    assert 'no suggestion: the loss fell at no rate' in capsys.readouterr().out
+    assert (
+        'no suggestion: the loss fell by no more than its noise'
+        in capsys.readouterr().out
+    )
     # Of weights that fit already, four times the lowest loss is noise.
     losses = 0.02 * np.random.default_rng(0).random(100)
     losses[0] = 1e-4
@@ -120,19 +123,34 @@ def test_no_suggestion_where_nothing_falls(tmp_path, monkeypatch, capsys):
 
 
 def test_the_mean():
-    means = lr_find.smooth([3.0, 3.0, 3.0])
-    np.testing.assert_allclose(means, 3)
-    np.testing.assert_allclose(lr_find.smooth([1.0, 2.0]), [1, (0.09 + 0.2) / 0.19])
+    np.testing.assert_allclose(lr_find.smooth([3.0, 3.0, 3.0], 100), 3)
+    means = lr_find.smooth([1.0, 2.0], 100)
+    np.testing.assert_allclose(means, [1, (0.09 + 0.2) / 0.19])
+    means = lr_find.smooth([1.0, 2.0], 20)
+    np.testing.assert_allclose(means, [1, (0.25 + 1) / 0.75])
 
 
 @pytest.mark.slow
 def test_the_first_means_are_not_the_lowest():
     """One batch that is easy by chance, before the rate changes anything."""
     losses = np.array([1.0, *[2.0, 2.2] * 30, *np.linspace(2, 1, 30), *[3.0] * 9])
-    means, rates = lr_find.smooth(losses), lr_find.make_rates(100)
-    assert np.argmin(means) == 0
-    found = lr_find.suggest(rates, losses, means)
-    assert found == pytest.approx(rates[90] / 10, rel=0.05)
+    assert np.argmin(lr_find.smooth(losses, 100)) == 0
+    found = lr_find.suggest(losses, 100)
+    assert found == pytest.approx(lr_find.make_rates(100)[90] / 10, rel=0.05)
+
+
+def test_more_steps_tell_a_fall_from_noise():
+    rng = np.random.default_rng(0)
+
+    def count_found(steps, fall):
+        losses = 0.7 + 0.1 * rng.standard_normal((20, steps))
+        losses[:, steps * 6 // 10 : steps * 8 // 10] -= fall
+        return sum(lr_find.suggest(curve, steps) is not None for curve in losses)
+
+    assert count_found(400, 0.08) >= 17
+    assert count_found(100, 0.08) <= 13
+    assert count_found(100, 0) <= 2
+    assert count_found(400, 0) <= 2
 
 
 def test_fine_tuning_is_tested_as_it_is_trained(tmp_path, monkeypatch, capsys):
@@ -152,8 +170,8 @@ def test_fine_tuning_is_tested_as_it_is_trained(tmp_path, monkeypatch, capsys):
         }
     )
     config['init_from'] = str(path)
-    seen = fake_losses(monkeypatch, [2.0] * 20)
-    lr_find.find(config, str(tmp_path / 'test'), steps=20)
+    seen = fake_losses(monkeypatch, [2.0] * 40)
+    lr_find.find(config, str(tmp_path / 'test'), steps=40)
     ((run, state, frozen),) = seen
     assert frozen == 2  # the stem and the first block, from the first step on
     assert 'classifier trains alone' not in capsys.readouterr().out
@@ -182,7 +200,7 @@ def test_fine_tuning_is_tested_as_it_is_trained(tmp_path, monkeypatch, capsys):
 def test_the_picture_shows_what_matters():
     rates = np.geomspace(1e-7, 10, 20)
     losses = np.array([2.3] * 10 + [1.0] * 5 + [500.0] * 5)
-    figure = report.plot_rates(rates, losses, lr_find.smooth(losses), 2e-3)
+    figure = report.plot_rates(rates, losses, lr_find.smooth(losses, 20), 2e-3)
     (axes,) = figure.axes
     assert axes.get_xscale() == 'log'
     lines = {line.get_label(): line for line in axes.get_lines()}
@@ -197,7 +215,7 @@ def test_the_picture_shows_what_matters():
 @pytest.mark.parametrize(
     ('overrides', 'steps', 'message'),
     [
-        ({}, 19, r'--steps=19 are too few; use 20 or more'),
+        ({}, 39, '--steps=39 are too few; use 40 or more'),
         (
             {'data.batch_size': 2000},
             100,

@@ -19,6 +19,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import base
+from flax_densenet import faults
 from flax_densenet.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -52,9 +53,13 @@ def _plain(config):
 
 
 def _train(config, workdir, overrides):
-    from flax_densenet import train
+    from flax_densenet import signals, train
 
-    train.fit(config, workdir)
+    if _DISTRIBUTED.value:  # each process would hear a signal at another step
+        train.fit(config, workdir)
+        return
+    with signals.stop_gently() as stop:
+        train.fit(config, workdir, stop=stop)
 
 
 def _evaluate(config, workdir, overrides):
@@ -247,6 +252,9 @@ def _set_up_jax():
     from flax_densenet import cpu_kernels
 
     cpu_kernels.keep_memory()
+    if _MODE.value == 'train' and _CONFIG.value.train.deterministic:
+        before = os.environ.get('XLA_FLAGS', '')
+        os.environ['XLA_FLAGS'] = f'{before} --xla_gpu_deterministic_ops=true'.strip()
     # Keeps compiled steps for the next start; the environment's choice comes first.
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         cache = cpu_kernels.cache_folder() / 'xla'
@@ -258,7 +266,11 @@ def _set_up_jax():
 
 
 def main(argv):
-    """Runs the mode; a user's mistake becomes one line and exit status 2."""
+    """Runs the mode and returns the exit status.
+
+    A user's mistake and a full disk or memory become one line and 2; Ctrl-C and SIGTERM
+    give 130 and 143.
+    """
     try:
         _parse(argv)
         if _DISTRIBUTED.value:
@@ -272,6 +284,14 @@ def main(argv):
         MODES[_MODE.value](_plain(_CONFIG.value), workdir, overrides)
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or 'stopped by Ctrl-C', file=sys.stderr)
+        return getattr(stopped, 'exit_status', 130)
+    except (MemoryError, OSError, RuntimeError) as error:
+        if (line := faults.explain(error)) is None:
+            raise
+        print(f'error: {line}', file=sys.stderr)
         return 2
     return 0
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from flax_densenet import checkpoint, evaluate, model
+from flax_densenet import checkpoint, evaluate, files, model
 
 _TRAIN, _TEST, _BEST = '#1f77b4', '#d95f02', '#555555'
 
@@ -59,7 +59,8 @@ def plot_curves(records):
 
 def save_curves(workdir: str, records):
     """Writes `curves.png`."""
-    plot_curves(records).savefig(os.path.join(workdir, 'curves.png'), dpi=110)
+    with files.replacing(os.path.join(workdir, 'curves.png'), 'wb') as file:
+        plot_curves(records).savefig(file, format='png', dpi=110)
 
 
 def plot_samples(images, titles, *, columns: int = 8):
@@ -101,7 +102,8 @@ def save_samples(workdir: str, batch, class_names, *, mean, std, most: int = 24)
         images = images.repeat(3, -1)
     titles = [title(label, class_names) for label in batch['label'][:most]]
     figure = plot_samples(images, titles)
-    figure.savefig(os.path.join(workdir, 'samples.png'), dpi=110)
+    with files.replacing(os.path.join(workdir, 'samples.png'), 'wb') as file:
+        figure.savefig(file, format='png', dpi=110)
 
 
 def count_model(module: model.DenseNet, image_shape):

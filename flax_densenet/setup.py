@@ -6,6 +6,7 @@ that they mean the same by the same fields.
 
 import dataclasses
 import json
+import math
 import time
 from typing import Any
 
@@ -19,6 +20,7 @@ from flax_densenet import (
     features,
     finetune,
     model,
+    saving,
     sharding,
     step,
     transfer,
@@ -28,6 +30,7 @@ from flax_densenet.errors import UserError
 
 _SCHEDULE_FIELDS = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
 _OPTIMIZER_FIELDS = ('name', 'momentum', 'weight_decay')
+ON_NONFINITE = ('stop', 'skip')
 # The state of the optimizer depends on them; with their defaults.
 PHASE_FIELDS = {'freeze': 'none', 'head_warmup_epochs': 0}
 
@@ -47,7 +50,7 @@ def make_metadata(config, source: data.Source) -> dict[str, Any]:
 
 def check_same_run(workdir: str, metadata):
     """Raises where the workdir holds a run of another model, other classes or seed."""
-    latest = checkpoint.find_step(workdir, 'latest')
+    latest = checkpoint.find_latest(workdir)
     saved = checkpoint.load_json(workdir, latest, 'metadata')
     remedy = 'use another --workdir, or the same settings'
     saved_names, names = saved['class_names'], metadata['class_names']
@@ -205,6 +208,15 @@ def _check_fields(config):
     if config['train']['epochs'] < 1:
         raise UserError(f'train.epochs={config["train"]["epochs"]} must be at least 1')
     features.check_cache(config['train']['cache_features'])
+    saving.parse_every(config['train']['checkpoint_every'])
+    if (choice := config['train']['on_nonfinite']) not in ON_NONFINITE:
+        raise UserError(
+            f'train.on_nonfinite={choice} is not known; use {", ".join(ON_NONFINITE)}'
+        )
+    if not 0 <= (clip := config['optimizer']['gradient_clip']) < math.inf:
+        raise UserError(
+            f'optimizer.gradient_clip={clip:g} must be a length above 0, or 0 for any'
+        )
 
 
 def make_optimizer(config, plan: finetune.Plan, schedule, *, head_steps: int):
@@ -228,7 +240,7 @@ def _settle(config, workdir):
     """The config with its open fields filled in, and the weights to start from."""
     saved, weights = None, None
     if checkpoint.has_checkpoint(workdir):
-        latest = checkpoint.find_step(workdir, 'latest')
+        latest = checkpoint.find_latest(workdir)
         saved = checkpoint.load_json(workdir, latest, 'metadata')
     elif config['init_from']:
         try:
@@ -260,8 +272,12 @@ def first_variables(run: Run):
     return transfer.first_variables(run.weights, variables, names)
 
 
-def train_batches(run: Run, source: data.Source, start: int):
-    """The batches of the training part from a step on; see `data.train_batches`."""
+def train_batches(run: Run, source: data.Source, start: int, **loading):
+    """The batches of the training part from a step on; see `data.train_batches`.
+
+    Args:
+      **loading: in place of the run's own way to read.
+    """
     fields = run.config['data']
     return data.train_batches(
         source.train,
@@ -269,7 +285,7 @@ def train_batches(run: Run, source: data.Source, start: int):
         seed=run.config['train']['seed'],
         start=start,
         augment=fields['augment'],
-        **run.loading,
+        **run.loading | loading,
     )
 
 
@@ -284,6 +300,27 @@ def announce(run: Run):
     )
     if str(run.plan):
         print(run.plan, flush=True)
+    if not run.plan.head_only:
+        _warn_of_few_values(run)
+
+
+def _warn_of_few_values(run):
+    """Batch norm learns little from one image, and nothing from one value."""
+    rows = run.config['data']['batch_size']
+    side = model.last_map_side(run.module, run.source.train.image_size)
+    if rows == side == 1:
+        print(
+            'warning: data.batch_size=1: the last batch norms see one value of each '
+            'feature, which leaves only their biases: nothing can be learned; use '
+            'larger batches',
+            flush=True,
+        )
+    elif rows == 1:
+        print(
+            'warning: data.batch_size=1: batch norm sees one image at a time, by '
+            'which its running statistics say little; use larger batches',
+            flush=True,
+        )
 
 
 def cache_features(run: Run, state: step.TrainState) -> data.Source | None:
@@ -321,6 +358,7 @@ def compile_step(run: Run, state: step.TrainState, frozen: int):
         run.optimizer,
         seed=run.config['train']['seed'],
         l2_penalty=run.config['optimizer']['l2_penalty'],
+        gradient_clip=run.config['optimizer']['gradient_clip'],
         frozen=frozen,
         **run.preprocessing,
     )

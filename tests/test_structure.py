@@ -21,6 +21,14 @@ EDGES = {
     'images': {'errors'},
     'sharding': {'errors'},
     'checkpoint': {'errors'},
+    'faults': set(),
+    'files': set(),
+    'lock': {'errors'},
+    'signals': set(),
+    'saving': {'errors', 'checkpoint', 'files', 'history', 'sharding'},
+    'nonfinite': {'errors', 'data', 'files', 'setup', 'sharding', 'step'},
+    'loop': {'board', 'checkpoint', 'nonfinite', 'saving', 'setup', 'sharding',
+             'signals', 'step'},
     'cpu_kernels': set(),
     'dense_block': {'errors', 'cpu_kernels'},
     'layers': {'dense_block'},
@@ -43,24 +51,25 @@ EDGES = {
     'explain': {'model'},
     'environment': set(),
     'history': {'checkpoint'},
-    'render': {'errors'},
+    'render': {'errors', 'files'},
     'gallery': {'data', 'explain', 'predict', 'results'},
     'page': {'data', 'evaluate', 'gallery', 'history', 'metrics', 'predict', 'render',
              'report', 'results', 'sharding'},
     'compare': {'errors', 'checkpoint', 'history', 'page', 'render'},
-    'results': {'errors', 'data', 'evaluate', 'metrics', 'sharding'},
+    'results': {'errors', 'data', 'evaluate', 'files', 'metrics', 'sharding'},
     'predict': {'errors', 'evaluate', 'explain', 'images'},
-    'report': {'checkpoint', 'evaluate', 'model'},
+    'report': {'checkpoint', 'evaluate', 'files', 'model'},
     'step': {'errors', 'evaluate', 'model', 'objective', 'sharding'},
     'finetune': {'errors', 'model'},
     'features': {'errors', 'data', 'evaluate', 'model', 'sharding'},
     'setup': {
-        'errors', 'checkpoint', 'data', 'features', 'finetune', 'model', 'sharding',
-        'step', 'transfer', 'weights',
+        'errors', 'checkpoint', 'data', 'features', 'finetune', 'model', 'saving',
+        'sharding', 'step', 'transfer', 'weights',
     },
     'board': set(),
-    'train': {'errors', 'board', 'checkpoint', 'environment', 'evaluate', 'history',
-              'page', 'report', 'results', 'setup', 'sharding', 'step'},
+    'train': {'errors', 'board', 'checkpoint', 'environment', 'evaluate', 'files',
+              'history', 'lock', 'loop', 'page', 'report', 'results', 'saving', 'setup',
+              'sharding', 'signals', 'step'},
 }  # fmt: skip
 RECIPES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
 
@@ -127,7 +136,7 @@ def test_recipes(name):
     assert 'python launch.py' in module.__doc__
     assert create_model(num_classes=2, **transfer.settle_model(config.model, None))
     kwargs = dict(config.optimizer)
-    for field in ('l2_penalty', 'layer_decay', 'head_multiplier'):
+    for field in (*('l2_penalty', 'layer_decay', 'head_multiplier', 'gradient_clip'),):
         kwargs.pop(field)
     names = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
     schedule = step.make_schedule(

@@ -1,6 +1,7 @@
 # make run    trains DenseNet-121 on handwritten digits, in a few minutes on a CPU
 # make test   runs the tests, but for those of some minutes
 # make test-slow   runs those, and those beside torch and Keras
+# make faults runs what kills and damages runs, in full
 # Both make .venv first, with the newest Python (3.11 to 3.13) that starts here.
 
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
@@ -12,7 +13,7 @@ BIN = .venv/bin
 # there too, with the oldest JAX that it runs on.
 PEERS = .venv-peers/bin
 
-.PHONY: run test test-slow lint bench bench-gpu clean
+.PHONY: run test test-slow faults lint bench bench-gpu clean
 
 run: .venv/installed
 	$(BIN)/python launch.py --config=configs/densenet121.py --workdir=ckpt/digits \
@@ -23,9 +24,13 @@ test: .venv/installed lint
 	$(BIN)/python -m pytest -q
 
 test-slow: .venv/installed .venv-peers/installed
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m 'slow or faults'
 	$(PEERS)/python -m pytest -q -m 'slow or not slow' tests/test_torch.py \
 		tests/test_keras_files.py
+
+# All of it, where test-slow takes a part.
+faults: .venv/installed
+	FAULTS=full $(BIN)/python -m pytest -q -n 1 -m faults tests/faults
 
 bench: .venv/installed .venv-peers/installed
 	$(BIN)/python -m benchmarks.run

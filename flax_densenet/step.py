@@ -213,12 +213,14 @@ def make_train_step(
             scale = jnp.minimum(1, gradient_clip / norm)
             gradients = jax.tree.map(lambda leaf: leaf * scale, gradients)
         trained = {name: state.params[name] for name in gradients}
-        updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
-        params = optax.apply_updates(trained, updates)
 
-        def choose(new, old):
-            return jax.tree.map(functools.partial(jax.lax.select, finite), new, old)
+        def advance(old):
+            updates, opt_state = optimizer.update(gradients, old[1], old[0])
+            return optax.apply_updates(old[0], updates), opt_state, batch_stats
 
+        params, opt_state, batch_stats = _only_if(
+            finite, advance, (trained, state.opt_state, state.batch_stats)
+        )
         counted = jnp.full(correct.shape, finite, jnp.int32)
         sums = (
             jnp.where(finite, values, jnp.zeros_like(values))
@@ -226,14 +228,25 @@ def make_train_step(
         )
         state = TrainState(
             step=state.step + 1,
-            params=state.params | choose(params, trained),
-            batch_stats=choose(batch_stats, state.batch_stats),
-            opt_state=choose(opt_state, state.opt_state),
+            params=state.params | params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
             running=_add_to_running(state.running, batch['epoch'], *sums, counted),
         )
         return state, jnp.where(finite, loss, jnp.nan)
 
     return train_step
+
+
+def _only_if(condition, advance, old):
+    """`advance(old)` where the condition holds, else `old`.
+
+    On a CPU a branch costs the 121's step 4 % and its compilation nothing, a choice of
+    each element 10 % of both. A GPU would have to ask its host which branch to take.
+    """
+    if jax.default_backend() == 'cpu':
+        return jax.lax.cond(condition, advance, lambda old: old, old)
+    return jax.tree.map(functools.partial(jax.lax.select, condition), advance(old), old)
 
 
 def make_gradients(

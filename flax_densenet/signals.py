@@ -70,12 +70,13 @@ class Stop:
 
     def _watch(self, reader):
         """Reads a byte for each signal, in a thread of its own; 0 ends it."""
+        heard = False
         while signum := int.from_bytes(os.read(reader, 1)):
             if signum not in _SIGNALS:
                 continue
-            if self.signum:
+            if heard:
                 self._leave()
-            self.signum = signum
+            heard, self.signum = True, signum
             doing = 'finishing this step and saving; ' if self._busy else ''
             print(
                 f'\n{signal.Signals(signum).name}: {doing}once more leaves at once',

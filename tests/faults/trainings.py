@@ -8,8 +8,8 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 FULL = os.environ.get('FAULTS') == 'full'
 # Whatever could depend on where a run was stopped is switched on; epochs end inside of
 # batches.
@@ -86,8 +86,19 @@ class Training:
         end = time.monotonic() + seconds
         while not (condition() if callable(condition) else condition in self.text):
             assert time.monotonic() < end, self.text
-            assert pathlib.Path(f'/proc/{self.number}/task').exists(), self.text
+            assert self.is_alive(), self.text
             time.sleep(0.002)
+
+    def is_alive(self):
+        state = pathlib.Path(f'/proc/{self.number}/stat').read_text()
+        return state.rpartition(')')[2].split()[0] != 'Z'
+
+    def children(self):
+        """Decoding processes; not the one that watches over them."""
+        pids = []
+        for task in pathlib.Path(f'/proc/{self.number}/task').iterdir():
+            pids += (task / 'children').read_text().split()
+        return [int(pid) for pid in pids]
 
     def kill(self, signum):
         os.kill(self.number, signum)

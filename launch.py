@@ -21,6 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import base
+from flax_densenet import faults
 from flax_densenet.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -99,9 +100,13 @@ def _plain(config):
 
 
 def _train(config, workdir, overrides):
-    from flax_densenet import train
+    from flax_densenet import signals, train
 
-    train.fit(config, workdir)
+    if _DISTRIBUTED.value:  # each process would hear a signal at another step
+        train.fit(config, workdir)
+        return
+    with signals.stop_gently() as stop:
+        train.fit(config, workdir, stop=stop)
 
 
 def _evaluate(config, workdir, overrides):
@@ -343,6 +348,9 @@ def _set_up_jax():
     from flax_densenet import cpu_kernels
 
     cpu_kernels.keep_memory()
+    if _MODE.value == 'train' and _CONFIG.value.train.deterministic:
+        before = os.environ.get('XLA_FLAGS', '')
+        os.environ['XLA_FLAGS'] = f'{before} --xla_gpu_deterministic_ops=true'.strip()
     # Keeps compiled steps for the next start; the environment's choice comes first.
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         cache = cpu_kernels.cache_folder() / 'xla'
@@ -356,8 +364,8 @@ def _set_up_jax():
 def main(argv):
     """Runs the mode; returns the exit status.
 
-    A user's mistake becomes one line and 2. Ctrl-C gives 130 and a reader that went
-    away (`| head`) 141, as shells name them.
+    A user's mistake and a full disk or memory become one line and 2; Ctrl-C gives 130,
+    SIGTERM 143 and a reader that went away (`| head`) 141, as shells name them.
     """
     # Names of files need not be text; a line about one must not end the run.
     if hasattr(sys.stdout, 'reconfigure'):
@@ -378,13 +386,18 @@ def main(argv):
     except UserError as error:
         print(f'error: {error}', file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or 'interrupted', file=sys.stderr)
+        return getattr(stopped, 'exit_status', 130)
     except BrokenPipeError:
         # What is still to be flushed at the end must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except (MemoryError, OSError, RuntimeError) as error:
+        if (line := faults.explain(error)) is None:
+            raise
+        print(f'error: {line}', file=sys.stderr)
+        return 2
     return status or 0
 
 

@@ -82,6 +82,7 @@ def get_config() -> ConfigDict:
     config.optimizer.momentum = 0.9  # of sgd
     config.optimizer.weight_decay = 0.0  # of all parameters; decoupled with adamw
     config.optimizer.l2_penalty = 0.0  # times the squares of kernels, in the loss
+    config.optimizer.gradient_clip = 0.0  # longest gradient, over all; 0: any length
 
     # Each stage (stem, dense blocks with their transitions, classifier) learns at this
     # share of the next one's rate: at 0.8 the last block at 0.8, the one before 0.64.
@@ -98,6 +99,14 @@ def get_config() -> ConfigDict:
     # auto: a frozen backbone's features are computed once and kept in memory, with
     # data.augment=none and up to data.cache_limit_gib; off: in each epoch.
     config.train.cache_features = 'auto'
+    # Saves within epochs too: '500 steps', '10 minutes'; nothing: at their ends alone.
+    config.train.checkpoint_every = ''
+    # A loss or gradient that is not finite: stop shows where it came up and ends the
+    # run; skip leaves the step out, at most 10 in a row and 10 or 1 % of an epoch.
+    config.train.on_nonfinite = 'stop'
+    # On GPUs, bit for bit the same result each time, for some of the speed; on CPUs it
+    # always is.
+    config.train.deterministic = False
     # Figures, samples and fields for `tensorboard --logdir ckpt`, in the run's folder.
     config.train.tensorboard = True
     # Ends with report.html, a page on the best checkpoint; --mode=report makes it too.

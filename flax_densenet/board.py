@@ -24,6 +24,7 @@ _SCALARS = {
     'speed/images_per_second': 'images_per_second',
     'speed/input_wait_share': 'input_wait_share',
     'speed/peak_memory_gib': 'peak_memory_gib',
+    'speed/memory_gib': 'memory_gib',
 }
 _BEST = ('test_accuracy', 'test_loss', 'test_mean_auroc')
 # Of `loss/step`: enough to see a curve. TensorBoard keeps a thousand of a series.

@@ -1,14 +1,23 @@
-"""Checkpoints of a run: the latest and the best, with all that rebuilds the model.
+"""Checkpoints of a run: which there are, whether they are whole, what is in them.
 
-A workdir holds `checkpoints/<step>/` with four items: `model` (params and batch
-statistics), `train` (the rest of the training state), `metadata` (JSON: how to make
-the model and prepare its images) and `metrics`. Evaluation reads only `model`.
+A workdir holds `checkpoints/<step>/` for finished epochs and `checkpoints/mid-<step>/`
+for states in the middle of one (`saving` writes both). Each has the items `model`
+(params and batch statistics), `train` (the rest of the training state), `metadata`
+(JSON: how to make the model and prepare its images), `records` (of the epochs until
+then) and, of a finished epoch, `metrics`. `checksums.json` has the SHA-256 of each of
+its files; the folder gets its name when all of it is on the disk.
+
+Nothing here writes but `set_aside`, so a run can be evaluated while it trains.
 """
 
+import dataclasses
+import functools
+import hashlib
 import json
 import math
 import numbers
 import os
+import pathlib
 import tempfile
 from typing import Any
 
@@ -22,6 +31,26 @@ from flax_densenet.errors import UserError
 FOLDER = 'checkpoints'
 # Weights hardly compress; the state of an optimizer begins with zeros, which do.
 _EXPANSION = 100
+CHECKSUMS_FILE = 'checksums.json'
+_MID, _BAD = 'mid-', 'bad-'
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Checkpoint:
+    """One of a workdir; in the order in which training passes them.
+
+    Attributes:
+      step: steps taken.
+      finished: at an epoch's end and measured; else in the middle of an epoch.
+    """
+
+    step: int
+    finished: bool = True
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f'{"" if self.finished else _MID}{self.step}'
 
 
 def rank(metrics: dict[str, float]) -> tuple[float, float]:
@@ -61,126 +90,195 @@ def make_workdir(workdir: str, folder: str = ''):
         ) from error
 
 
-def open_checkpoints(workdir: str) -> ocp.CheckpointManager:
-    """Opens (and makes, where absent) the checkpoints of a workdir; close it after.
-
-    Raises:
-      UserError: the folder cannot be written.
-    """
-    policies = ocp.checkpoint_managers
-    path = os.path.join(os.path.abspath(workdir), FOLDER)
-    make_workdir(workdir, FOLDER)
-    return ocp.CheckpointManager(
-        path,
-        options=ocp.CheckpointManagerOptions(
-            # best_fn alone makes orbax write the metrics; with max_to_keep it would
-            # delete the latest checkpoint, which a resumed run needs.
-            best_fn=rank,
-            best_mode='max',
-            preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(1),
-                    policies.BestN(
-                        get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False
-                    ),
-                ]
-            ),
-            cleanup_tmp_directories=True,
-        ),
-    )
+def folder_of(workdir: str, which: Checkpoint) -> str:
+    """Where a checkpoint is."""
+    return os.path.join(workdir, FOLDER, which.name)
 
 
-def save(
-    manager: ocp.CheckpointManager,
-    step: int,
-    *,
-    model: Any,
-    train: Any,
-    metadata: dict[str, Any],
-    metrics: dict[str, float],
-):
-    """Saves in the background; the arrays may be donated once this returns.
-
-    Args:
-      model: `{'params', 'batch_stats'}`.
-      train: what else a resumed run needs, a tree of arrays.
-      metadata: what JSON can hold.
-      metrics: `test_accuracy` and `test_loss` at least; only numbers are kept.
-    """
-    manager.save(
-        step,
-        args=ocp.args.Composite(
-            model=ocp.args.StandardSave(model),
-            train=ocp.args.StandardSave(train),
-            metadata=ocp.args.JsonSave(metadata),
-        ),
-        # A numpy float would fail in the background and be reported one save late.
-        metrics={
-            name: float(value)
-            for name, value in metrics.items()
-            if isinstance(value, numbers.Real)
-        },
-    )
+def find_all(workdir: str) -> list[Checkpoint]:
+    """All complete checkpoints, whole or not, the oldest first."""
+    try:
+        names = os.listdir(os.path.join(workdir, FOLDER))
+    except OSError:
+        return []
+    # Unfinished ones carry another name until they are complete.
+    found = [Checkpoint(int(name)) for name in names if name.isdecimal()]
+    for name in names:
+        if name.startswith(_MID) and name.removeprefix(_MID).isdecimal():
+            found.append(Checkpoint(int(name.removeprefix(_MID)), finished=False))
+    return sorted(found)
 
 
 def has_checkpoint(workdir: str) -> bool:
-    """True where the workdir holds a finished checkpoint."""
-    return bool(_steps(workdir))
+    """True where training has something to go on from."""
+    return bool(find_all(workdir))
 
 
-def _steps(workdir):
-    folder = os.path.join(workdir, FOLDER)
-    if not os.path.isdir(folder):
-        return []
-    # Unfinished ones carry another name until they are complete.
-    return sorted(int(name) for name in os.listdir(folder) if name.isdigit())
-
-
-def find_step(workdir: str, which: str) -> int:
-    """The step of the `latest` or the `best` checkpoint.
+def find_latest(workdir: str) -> Checkpoint:
+    """The newest whole checkpoint, in the middle of an epoch or not.
 
     Raises:
       UserError: there is none.
     """
-    steps = _steps(workdir)
-    if not steps:
-        raise UserError(
+    for found in reversed(find_all(workdir)):
+        if _is_whole(workdir, found):
+            return found
+    raise _none_left(workdir)
+
+
+def find_step(workdir: str, which: str) -> int:
+    """The step of the `latest` or the `best` whole checkpoint of a finished epoch.
+
+    Raises:
+      UserError: there is none.
+    """
+    finished = [found for found in find_all(workdir) if found.finished]
+    if which == 'best':
+        finished.sort(key=lambda found: rank_of(workdir, found))
+    for found in reversed(finished):
+        if _is_whole(workdir, found):
+            return found.step
+    raise _none_left(workdir)
+
+
+def _none_left(workdir):
+    found = find_all(workdir)
+    if not found:
+        return UserError(
             f'--workdir={workdir} holds no checkpoint; train there first, or name the '
             'folder of a run'
         )
-    if which == 'latest':
-        return steps[-1]
-    return max(steps, key=lambda step: rank(load_json(workdir, step, 'metrics')))
+    if not any(one.finished for one in found):
+        return UserError(
+            f'--workdir={workdir} holds no finished epoch yet, only step '
+            f'{found[-1].step} in the middle of one; the command that trains goes on '
+            'from there'
+        )
+    return UserError(
+        f'--workdir={workdir}: none of its checkpoints is whole; bring one back from a '
+        f'copy, or remove {os.path.join(workdir, FOLDER)} to start anew'
+    )
 
 
-def load_json(workdir: str, step: int, item: str) -> dict[str, Any]:
-    """The `metadata` or the `metrics` saved at a step."""
-    path = os.path.join(workdir, FOLDER, str(step), item, item)
+def rank_of(workdir: str, found: Checkpoint):
+    """`rank` of a finished epoch's checkpoint; the last where it cannot be read."""
     try:
-        with open(path) as file:
+        return rank(load_json(workdir, found, 'metrics')), found.step
+    except (UserError, KeyError, TypeError):
+        return (-math.inf, -math.inf), found.step
+
+
+def _is_whole(workdir, found):
+    """Whether to use a checkpoint; says once of a bad one what is wrong with it."""
+    folder = os.path.abspath(folder_of(workdir, found))
+    try:
+        inode = os.stat(folder).st_ino
+    except OSError:  # training has removed it meanwhile
+        return False
+    return not _look_at(folder, inode)
+
+
+@functools.lru_cache(maxsize=64)
+def _look_at(folder, inode):
+    """What is wrong with a checkpoint, or nothing; looked for once by a program."""
+    reason = check(folder)
+    if reason:
+        print(f'warning: bad checkpoint {folder}: {reason}; not used', flush=True)
+    return reason
+
+
+def check(folder: str) -> str:
+    """What is wrong with a checkpoint's folder; empty where all is as it was saved.
+
+    Every file of it is read. Runs of older versions have no checksums: of theirs only
+    what is missing is found.
+    """
+    try:
+        with open(os.path.join(folder, CHECKSUMS_FILE), 'rb') as file:
+            text = file.read()
+    except FileNotFoundError:
+        missing = [
+            item
+            for item in ('model', 'train', 'metadata')
+            if not os.path.isdir(os.path.join(folder, item))
+        ]
+        return f'it has no {missing[0]}' if missing else ''
+    except OSError as error:
+        return f'{CHECKSUMS_FILE} cannot be read ({error.strerror})'
+    try:
+        sums = json.loads(text)
+        if format_sums(sums) != text:
+            return f'{CHECKSUMS_FILE} was changed'
+        for name, expected in sums.items():
+            if checksum(os.path.join(folder, name)) != expected:
+                return f'{name} is not what was saved'
+    except (ValueError, AttributeError, TypeError):
+        return f'{CHECKSUMS_FILE} was changed'
+    except OSError as error:
+        return f'{error.filename} cannot be read ({error.strerror})'
+    return ''
+
+
+def checksum(path: str) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def format_sums(sums: dict[str, str]) -> bytes:
+    """The one way to write `checksums.json`, so that a change of it shows as well."""
+    return json.dumps(sums, indent=0, sort_keys=True).encode()
+
+
+def set_aside(workdir: str):
+    """Renames checkpoints that are not whole: `bad-<name>`; training alone may do so.
+
+    The step that they are of will be saved again.
+    """
+    for found in find_all(workdir):
+        if not _is_whole(workdir, found):
+            old = folder_of(workdir, found)
+            new, number = os.path.join(workdir, FOLDER, _BAD + found.name), 1
+            while os.path.exists(new):
+                number += 1
+                new = os.path.join(workdir, FOLDER, f'{_BAD}{found.name}-{number}')
+            os.rename(old, new)
+            print(f'moved to {new}; remove it when you like', flush=True)
+
+
+def load_json(workdir: str, which: Checkpoint | int, item: str) -> Any:
+    """The `metadata`, `metrics` or `records` of a checkpoint.
+
+    Args:
+      which: a step stands for the end of a finished epoch.
+    """
+    which = which if isinstance(which, Checkpoint) else Checkpoint(which)
+    folder = folder_of(workdir, which)
+    try:
+        with open(os.path.join(folder, item, item)) as file:
             found = json.load(file)
-        if not isinstance(found, dict):
-            raise ValueError(f'{item} is no JSON object')
+        if not isinstance(found, list if item == 'records' else dict):
+            raise ValueError(f'{item} is not what is written there')
     except (OSError, ValueError, RecursionError) as error:
-        raise _not_whole(workdir, step, error) from error
+        raise _not_whole(folder, error) from error
     return found
 
 
-def _not_whole(workdir, step, error):
-    place = os.path.join(workdir, FOLDER, str(step))
+def _not_whole(folder, error):
     reason = ' '.join(str(error).split())[:400] or type(error).__name__
     return UserError(
-        f'the checkpoint {place} is not whole ({reason}); remove that folder to use an '
-        'earlier one'
+        f'the checkpoint {folder} is not whole ({reason}); remove that folder to use '
+        'an earlier one'
     )
 
 
 def restore(
-    manager: ocp.CheckpointManager, step: int, *, sharding, **items: Any
+    workdir: str, which: Checkpoint | int, *, sharding, **items: Any
 ) -> dict[str, Any]:
     """Restores `model`, `train`, or both.
 
     Args:
+      which: a step stands for the end of a finished epoch.
       sharding: of every array restored; given always, since without one orbax takes
         the devices of the run that saved.
       **items: for each item a tree of arrays or ShapeDtypeStructs of its shapes.
@@ -196,22 +294,24 @@ def restore(
         leaf = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else np.asarray(leaf)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    args = {
-        name: ocp.args.StandardRestore(jax.tree.map(target, tree))
-        for name, tree in items.items()
-    }
-    _check_stored(manager.directory, step, items)
+    which = which if isinstance(which, Checkpoint) else Checkpoint(which)
+    folder = os.path.abspath(folder_of(workdir, which))
+    _check_stored(folder, items)
     try:
-        _check_shapes(manager.directory, step, items)
-        restored = manager.restore(step, args=ocp.args.Composite(**args))
+        _check_shapes(folder, items)
+        with ocp.StandardCheckpointer() as checkpointer:
+            return {
+                name: checkpointer.restore(
+                    os.path.join(folder, name), jax.tree.map(target, tree)
+                )
+                for name, tree in items.items()
+            }
     # What orbax and tensorstore raise where the files are not those of these arrays.
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        workdir = os.path.dirname(manager.directory)
-        raise _not_whole(workdir, step, error) from error
-    return {name: restored[name] for name in items}
+        raise _not_whole(folder, error) from error
 
 
-def _check_shapes(folder, step, items):
+def _check_shapes(folder, items):
     """Raises where the arrays are others than those that are asked for.
 
     orbax would see it too, in the middle of reading.
@@ -220,7 +320,7 @@ def _check_shapes(folder, step, items):
     # The rest of the state has tuples, which are stored as something else.
     for name in items.keys() & {'model'}:
         tree = items[name]
-        stored = handler.metadata(folder / str(step) / name).tree
+        stored = handler.metadata(pathlib.Path(folder, name)).tree
         stored, wanted = map(traverse_util.flatten_dict, (stored, tree))
         for path in stored.keys() | wanted.keys():
             sides = [tuple(np.shape(side.get(path))) for side in (stored, wanted)]
@@ -231,7 +331,7 @@ def _check_shapes(folder, step, items):
                 )
 
 
-def _check_stored(folder, step, items):
+def _check_stored(folder, items):
     """Raises where the files are far too small to hold the arrays.
 
     An array of which nothing is stored is read as zeros, whatever size it claims; so a
@@ -239,7 +339,7 @@ def _check_stored(folder, step, items):
     """
     stored = sum(
         os.path.getsize(os.path.join(place, name))
-        for place, _, names in os.walk(os.path.join(folder, str(step)))
+        for place, _, names in os.walk(folder)
         for name in names
     )
     wanted = sum(
@@ -247,8 +347,5 @@ def _check_stored(folder, step, items):
         for leaf in jax.tree.leaves(items)
     )
     if wanted > max(2**24, _EXPANSION * stored):
-        raise _not_whole(
-            os.path.dirname(folder),
-            step,
-            ValueError(f'its files of {stored} bytes cannot hold {wanted}'),
-        )
+        reason = ValueError(f'its files of {stored} bytes cannot hold {wanted}')
+        raise _not_whole(folder, reason)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -73,6 +74,7 @@ def evaluate(
     bad_images: str = 'error',
     threads: int = 4,
     workers: int = 0,
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Accuracy and mean cross-entropy; every example counts exactly once.
 
@@ -80,6 +82,7 @@ def evaluate(
       variables: `{'params', 'batch_stats'}`, replicated over the mesh.
       batch_size: over all devices, which it must divide over.
       bad_images: `skip` leaves out images that cannot be read any more.
+      between: called after each batch; what it raises ends the evaluation.
 
     Returns:
       `{'accuracy': 0 to 1, 'loss', 'count'}`, with `unread`, positions, where images
@@ -107,6 +110,7 @@ def evaluate(
         if len(sums) > 1:  # at most two batches on their way, so memory stays flat
             jax.block_until_ready(sums[-2])
         sums.append(step)
+        between()
     # Summed on the host in double precision: a million losses in float32 would not
     # add up to the printed digits.
     total = {name: 0.0 for name in sums[0]}
@@ -249,13 +253,12 @@ def load_trained(workdir: str, which: str = 'best', *, mesh=None) -> Trained:
     module = model.create_model(
         num_classes=len(metadata['class_names']), **weights.to_tuples(metadata['model'])
     )
-    with checkpoint.open_checkpoints(workdir) as manager:
-        restored = checkpoint.restore(
-            manager,
-            step,
-            sharding=sharding.replicated(mesh),
-            model=model.variable_shapes(module, channels=len(metadata['mean'])),
-        )
+    restored = checkpoint.restore(
+        workdir,
+        step,
+        sharding=sharding.replicated(mesh),
+        model=model.variable_shapes(module, channels=len(metadata['mean'])),
+    )
     return Trained(
         module=module,
         variables=restored['model'],

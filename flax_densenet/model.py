@@ -326,6 +326,13 @@ def smallest_image_size(model: DenseNet) -> int:
     return before_blocks if model.stem == 'cifar' else 4 * before_blocks - 3
 
 
+def last_map_side(model: DenseNet, size: int) -> int:
+    """Side of the last block's feature maps, of images of `size` pixels a side."""
+    if model.stem != 'cifar':
+        size = -(-size // 4)
+    return size // 2 ** (len(model.block_sizes) - 1)
+
+
 def check_image_size(model: DenseNet, size: Sequence[int]):
     """Raises `UserError` where (height, width) is too small for the model."""
     smallest = smallest_image_size(model)

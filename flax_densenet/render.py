@@ -9,8 +9,8 @@ open the cells of the confusion matrix.
 import importlib.resources
 import json
 import os
-import tempfile
 
+from flax_densenet import atomic
 from flax_densenet.errors import UserError
 
 
@@ -66,17 +66,10 @@ def save_page(path, template, charts, **values):
     try:
         folder = os.path.dirname(path) or '.'
         os.makedirs(folder, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            'w',
-            # File names that are not UTF-8 get a replacement character.
-            **{'encoding': 'utf-8', 'errors': 'replace'},
-            dir=folder,
-            prefix='.page-',
-            delete=False,
-        ) as file:
+        # File names that are not UTF-8 get a replacement character.
+        options = {'encoding': 'utf-8', 'errors': 'replace'}
+        with atomic.replacing(path, **options) as file:
             file.write(page)
-        os.chmod(file.name, 0o644)
-        os.replace(file.name, path)
     except OSError as error:
         raise UserError(
             f'{path} cannot be written ({error.strerror}); use another --workdir'

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from flax_densenet import checkpoint, evaluate, model
+from flax_densenet import atomic, checkpoint, evaluate, model
 
 _TRAIN, _TEST, _BEST = '#1f77b4', '#d95f02', '#555555'
 
@@ -60,7 +60,8 @@ def plot_curves(records):
 
 def save_curves(workdir: str, records):
     """Writes `curves.png`."""
-    plot_curves(records).savefig(os.path.join(workdir, 'curves.png'), dpi=110)
+    with atomic.replacing(os.path.join(workdir, 'curves.png'), 'wb') as file:
+        plot_curves(records).savefig(file, format='png', dpi=110)
 
 
 def plot_rates(rates, losses, means, suggestion):
@@ -134,7 +135,8 @@ def save_samples(workdir: str, batch, class_names, *, mean, std, most: int = 24)
     # Letters that the font lacks show as boxes; a warning for each helps nobody.
     warnings.filterwarnings('ignore', message='Glyph', category=UserWarning)
     figure = plot_samples(images, titles)
-    figure.savefig(os.path.join(workdir, 'samples.png'), dpi=110)
+    with atomic.replacing(os.path.join(workdir, 'samples.png'), 'wb') as file:
+        figure.savefig(file, format='png', dpi=110)
 
 
 def count_model(module: model.DenseNet, image_shape):

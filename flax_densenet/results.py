@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_densenet import data, evaluate, metrics, sharding
+from flax_densenet import atomic, data, evaluate, metrics, sharding
 from flax_densenet.errors import UserError
 
 EVAL_FILE, PREDICTIONS_FILE = 'eval.json', 'predictions.csv'
@@ -139,13 +139,13 @@ def save(folder: str, results: Results, about: dict[str, Any]):
     path = os.path.join(folder, EVAL_FILE)
     try:
         os.makedirs(folder, exist_ok=True)
-        with open(path, 'w') as file:
+        with atomic.replacing(path) as file:
             json.dump(about | results.figures, file, indent=1)
             file.write('\n')
         path = os.path.join(folder, PREDICTIONS_FILE)
         # Names that are not UTF-8 go out as the bytes that they are.
         options = {'encoding': 'utf-8', 'errors': 'surrogateescape', 'newline': ''}
-        with open(path, 'w', **options) as file:
+        with atomic.replacing(path, **options) as file:
             csv.writer(file).writerows(_rows(results))
     except OSError as error:
         raise UserError(

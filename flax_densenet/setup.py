@@ -6,6 +6,7 @@ that they mean the same by the same fields.
 
 import dataclasses
 import json
+import math
 import time
 from typing import Any
 
@@ -20,6 +21,7 @@ from flax_densenet import (
     features,
     finetune,
     model,
+    saving,
     sharding,
     step,
     transfer,
@@ -30,6 +32,7 @@ from flax_densenet.errors import UserError
 
 _SCHEDULE_FIELDS = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
 _OPTIMIZER_FIELDS = ('name', 'momentum', 'weight_decay')
+ON_NONFINITE = ('stop', 'skip')
 # The state of the optimizer depends on them; with their defaults.
 PHASE_FIELDS = {'freeze': 'none', 'head_warmup_epochs': 0}
 
@@ -49,7 +52,7 @@ def make_metadata(config, source: data.Source) -> dict[str, Any]:
 
 def check_same_run(workdir: str, metadata):
     """Raises where the workdir holds a run of another model, other classes or seed."""
-    latest = checkpoint.find_step(workdir, 'latest')
+    latest = checkpoint.find_latest(workdir)
     saved = checkpoint.load_json(workdir, latest, 'metadata')
     remedy = 'use another --workdir, or the same settings'
     saved_names, names = saved['class_names'], metadata['class_names']
@@ -218,6 +221,15 @@ def _check_fields(config):
         if not least <= (value := config[section][name]) <= most:
             raise UserError(f'{section}.{name}={value} must be from {least} to {most}')
     features.check_cache(config['train']['cache_features'])
+    saving.parse_every(config['train']['checkpoint_every'])
+    if (choice := config['train']['on_nonfinite']) not in ON_NONFINITE:
+        raise UserError(
+            f'train.on_nonfinite={choice} is not known; use {", ".join(ON_NONFINITE)}'
+        )
+    if not 0 <= (clip := config['optimizer']['gradient_clip']) < math.inf:
+        raise UserError(
+            f'optimizer.gradient_clip={clip:g} must be a length above 0, or 0 for any'
+        )
 
 
 def make_optimizer(config, plan: finetune.Plan, schedule, *, head_steps: int):
@@ -245,7 +257,7 @@ def _settle(config, workdir):
     """
     saved, weights = None, None
     if workdir:
-        latest = checkpoint.find_step(workdir, 'latest')
+        latest = checkpoint.find_latest(workdir)
         saved = metadata_lib.load(workdir, latest)
     elif config['init_from']:
         try:
@@ -277,8 +289,12 @@ def first_variables(run: Run):
     return transfer.first_variables(run.weights, variables, names)
 
 
-def train_batches(run: Run, source: data.Source, start: int):
-    """The batches of the training part from a step on; see `data.train_batches`."""
+def train_batches(run: Run, source: data.Source, start: int, **loading):
+    """The batches of the training part from a step on; see `data.train_batches`.
+
+    Args:
+      **loading: in place of the run's own way to read.
+    """
     fields = run.config['data']
     return data.train_batches(
         source.train,
@@ -288,7 +304,7 @@ def train_batches(run: Run, source: data.Source, start: int):
         augment=fields['augment'],
         balance=fields['balance'],
         bad_images=fields['bad_images'],
-        **run.loading,
+        **run.loading | loading,
     )
 
 
@@ -315,6 +331,27 @@ def _say_balance(run):
     line = balance.describe(train.labels, run.source.class_names, said)
     if line:
         print(line, flush=True)
+    if not run.plan.head_only:
+        _warn_of_few_values(run)
+
+
+def _warn_of_few_values(run):
+    """Batch norm learns little from one image, and nothing from one value."""
+    rows = run.config['data']['batch_size']
+    side = model.last_map_side(run.module, run.source.train.image_size)
+    if rows == side == 1:
+        print(
+            'warning: data.batch_size=1: the last batch norms see one value of each '
+            'feature, which leaves only their biases: nothing can be learned; use '
+            'larger batches',
+            flush=True,
+        )
+    elif rows == 1:
+        print(
+            'warning: data.batch_size=1: batch norm sees one image at a time, by '
+            'which its running statistics say little; use larger batches',
+            flush=True,
+        )
 
 
 def cache_features(run: Run, state: step.TrainState) -> data.Source | None:
@@ -352,8 +389,9 @@ def compile_step(run: Run, state: step.TrainState, frozen: int):
         run.optimizer,
         seed=run.config['train']['seed'],
         l2_penalty=run.config['optimizer']['l2_penalty'],
+        gradient_clip=run.config['optimizer']['gradient_clip'],
         frozen=frozen,
-        class_weights=_class_weights(run),
+        class_weights=class_weights(run),
         **run.preprocessing,
     )
     start = time.perf_counter()
@@ -362,7 +400,7 @@ def compile_step(run: Run, state: step.TrainState, frozen: int):
     return compiled
 
 
-def _class_weights(run):
+def class_weights(run):
     """Of `data.balance=loss`, else None."""
     if run.config['data']['balance'] != 'loss':
         return None

@@ -4,31 +4,30 @@ The data's position is a function of the step counter as well (see `step`), so a
 checkpoint needs nothing but arrays, and the same command again goes on where it was.
 """
 
-import collections
+import contextlib
 import json
-import math
 import os
-import resource
 import sys
 import threading
-import time
 from concurrent import futures
 from typing import Any
 
-import jax
-from tqdm import tqdm
-
 from flax_densenet import (
+    atomic,
     board,
     checkpoint,
     environment,
     evaluate,
     history,
+    lock,
+    loop,
     page,
     report,
     results,
+    saving,
     setup,
     sharding,
+    signals,
     step,
     unread,
 )
@@ -37,47 +36,64 @@ from flax_densenet.errors import UserError
 _IN_LINE = {ord('\n'): '\\n', ord('\r'): '\\r'}  # of file names
 
 
-def fit(config, workdir: str) -> dict[str, Any]:
-    """Trains, evaluates after each epoch, and keeps the latest and best checkpoint.
+def fit(config, workdir: str, *, stop: signals.Stop | None = None) -> dict[str, Any]:
+    """Trains, evaluates after each epoch, and keeps the latest and best checkpoints.
 
-    The state comes from the latest checkpoint in `workdir`, else from
+    The state comes from the latest whole checkpoint in `workdir`, else from
     `config.init_from`, else from `train.seed`, in this order.
 
     Args:
       config: a mapping of the fields of `configs/base.py`.
-      workdir: folder of the run; made where absent.
+      workdir: folder of the run; made where absent, and locked meanwhile.
+      stop: of `signals.stop_gently`, for signals to end it after a saved step. Without
+        it a KeyboardInterrupt goes through, and the checkpoints stay as they are.
 
     Returns:
       The record of the best epoch, as in `metrics.jsonl`.
 
     Raises:
-      UserError: a field, the data or the workdir cannot be used, or the loss is no
-        longer finite.
+      UserError: a field, the data or the workdir cannot be used, saving failed for
+        good, or the loss is no longer finite.
+      signals.Stopped: `stop` was asked; all that was trained is saved.
     """
+    lock.check(workdir)  # before the data is looked through
     run = setup.prepare(config, workdir)
     if checkpoint.has_checkpoint(workdir):
         setup.check_same_run(workdir, run.metadata)
-    with checkpoint.open_checkpoints(workdir) as manager:
-        state, epochs_done = _start(run, manager)
-        records = _keep_records(workdir, epochs_done)
-        epochs = run.config['train']['epochs']
+    with _hold(workdir), saving.open_saver(workdir) as saver:
+        state, metadata = _start(run)
+        epochs, epochs_done = run.config['train']['epochs'], metadata['epoch']
+        records = _keep_records(run, epochs_done)
         if epochs_done < epochs:
             _write_run_files(run)
             setup.announce(run)
             run.features = setup.cache_features(run, state)
             with _open_board(run, int(state.step)) as shown:
-                _train(run, manager, state, records, epochs_done, shown)
+                every = saving.parse_every(run.config['train']['checkpoint_every'])
+                args = run, saver, stop or signals.Stop(), shown, every, records
+                skipped = metadata.get('skipped_steps', 0)
+                _train(loop.Loop(*args, skipped=skipped), state, epochs_done)
         else:
             print(f'{workdir} has its {epochs} epochs already; nothing to train')
         del state  # the report needs the memory for the best one
+        saver.wait()
+        return _finish(run, records, anew=epochs_done < epochs)
+
+
+def _hold(workdir):
+    return lock.hold(workdir) if sharding.is_writer() else contextlib.nullcontext()
+
+
+def _finish(run, records, *, anew):
+    """Draws the curves, writes the report, and returns the best record."""
     best = max(records, key=checkpoint.rank)
     if sharding.is_writer():
-        report.save_curves(workdir, records)
-    written = _save_report(run, anew=epochs_done < epochs)
+        report.save_curves(run.workdir, records)
+    written = _save_report(run, anew=anew)
     if sharding.is_writer():
         print(
             f'best: epoch {best["epoch"]}, Test_acc: {best["test_accuracy"]:.1%}; '
-            f'checkpoints, {written}curves.png and samples.png are in {workdir}',
+            f'checkpoints, {written}curves.png and samples.png are in {run.workdir}',
             flush=True,
         )
     return best
@@ -110,31 +126,39 @@ def _save_report(run, *, anew):
     return f'{page.REPORT_FILE}, '
 
 
-def _train(run, manager, state, records, epochs_done, shown):
-    """Takes the epochs that are left, adding the record of each to `records`."""
+def _train(work: loop.Loop, state, epochs_done):
+    """Takes the epochs that are left, adding the record of each to the others."""
+    run, shown, records = work.run, work.shown, work.records
     epochs, plan = run.config['train']['epochs'], run.plan
     shown.add_config(run.config)
-    batches = setup.train_batches(run, run.features or run.source, int(state.step))
-    try:
+    # A second of drawing, for which the first step need not wait.
+    with _open_batches(run, state) as batches, futures.ThreadPoolExecutor(1) as beside:
         compiled = setup.compile_step(run, state, plan.frozen_in(epochs_done + 1))
-        # A second of drawing, for which the first step need not wait.
-        with futures.ThreadPoolExecutor(1) as beside:
-            samples = beside.submit(_save_samples, run, shown)
+        samples = beside.submit(_save_samples, run, shown)
+        with work.stop.busy():
             for epoch in range(epochs_done + 1, epochs + 1):
                 if epochs_done < plan.head_epochs == epoch - 1:
                     compiled = setup.compile_step(run, state, plan.frozen)
-                args = run, compiled, state, batches, epoch, shown
-                state, record = _train_epoch(*args)
+                state, record = loop.take_epoch(work, compiled, state, batches, epoch)
                 _tell_unread(run, batches, record)
                 samples.result()
-                record |= _test(run, state)
-                _check_finite(record)
+                record |= _test(work, state, record)
                 records.append(record)
                 # First, since a resumed run hides what comes after its checkpoint.
                 shown.add_epoch(record, max(records, key=checkpoint.rank))
-                _save(run, manager, state, record)
+                work.save_epoch(state)
                 print(format_epoch(record), flush=True)
+                if work.stop.asked:
+                    work.saver.wait()
+                    raise work.stop.stopped(f'epoch {epoch} is saved')
         shown.add_end()
+
+
+@contextlib.contextmanager
+def _open_batches(run, state):
+    batches = setup.train_batches(run, run.features or run.source, int(state.step))
+    try:
+        yield batches
     finally:
         batches.close()
 
@@ -164,51 +188,56 @@ def format_epoch(record: dict[str, Any]) -> str:
     )
 
 
-def _start(run, manager):
-    """The state to start from, on the devices, and the epochs that it has seen."""
+def _start(run):
+    """The state to start from, on the devices, and the metadata saved with it."""
     state = run.new_state(setup.first_variables(run))
     if not checkpoint.has_checkpoint(run.workdir):
-        return sharding.replicate(state, run.mesh), 0
-    latest = checkpoint.find_step(run.workdir, 'latest')
-    items = checkpoint.restore(
-        manager,
-        latest,
-        sharding=sharding.replicated(run.mesh),
-        **_checkpoint_items(state),
-    )
+        return sharding.replicate(state, run.mesh), {'epoch': 0}
+    latest = checkpoint.find_latest(run.workdir)
     metadata = checkpoint.load_json(run.workdir, latest, 'metadata')
-    print(f'going on after epoch {metadata["epoch"]} in {run.workdir}', flush=True)
-    return step.TrainState(**items['model'], **items['train']), metadata['epoch']
+    try:
+        items = checkpoint.restore(
+            run.workdir,
+            latest,
+            sharding=sharding.replicated(run.mesh),
+            **loop.checkpoint_items(state),
+        )
+    except ValueError as error:
+        raise UserError(
+            f'--workdir={run.workdir}: the state of step {latest.step} is not one of '
+            f'these settings ({" ".join(str(error).split())[:200]}); use those of '
+            f'{history.CONFIG_FILE}, or another --workdir'
+        ) from error
+    place = f'after epoch {metadata["epoch"]}'
+    if not latest.finished:
+        place = f'in epoch {metadata["epoch"] + 1}, after step {latest.step},'
+    print(f'going on {place} in {run.workdir}', flush=True)
+    return step.TrainState(**items['model'], **items['train']), metadata
 
 
-def _checkpoint_items(state):
-    return {
-        'model': {'params': state.params, 'batch_stats': state.batch_stats},
-        'train': {
-            'step': state.step,
-            'opt_state': state.opt_state,
-            'running': state.running,
-        },
-    }
-
-
-def _keep_records(workdir, epochs_done):
+def _keep_records(run, epochs_done):
     """The records of the finished epochs; later ones, without a checkpoint, go."""
-    path = os.path.join(workdir, history.METRICS_FILE)
-    records = history.load_run(workdir).records
-    records = [record for record in records if record['epoch'] <= epochs_done]
+    records = []
+    if epochs_done:
+        latest = checkpoint.find_latest(run.workdir)
+        try:
+            records = checkpoint.load_json(run.workdir, latest, 'records')
+        except UserError:  # of a version that had them in metrics.jsonl alone
+            records = history.load_run(run.workdir).records
+            records = [record for record in records if record['epoch'] <= epochs_done]
     if sharding.is_writer():
-        with open(path, 'w') as file:
-            file.writelines(json.dumps(record) + '\n' for record in records)
+        lines = ''.join(json.dumps(record) + '\n' for record in records)
+        saving.write_records(run.workdir, lines)
     return records
 
 
 def _write_run_files(run):
     if not sharding.is_writer():
         return
-    with open(os.path.join(run.workdir, history.CONFIG_FILE), 'w') as file:
+    with atomic.replacing(os.path.join(run.workdir, history.CONFIG_FILE)) as file:
         json.dump(run.config, file, indent=2)
-    with open(os.path.join(run.workdir, history.ENVIRONMENT_FILE), 'w') as file:
+    path = os.path.join(run.workdir, history.ENVIRONMENT_FILE)
+    with atomic.replacing(path) as file:
         json.dump(environment.describe(), file, indent=2)
     skipped = run.source.skipped
     path = os.path.join(run.workdir, 'skipped_images.txt')
@@ -224,7 +253,8 @@ def _write_run_files(run):
 
 def _write_lines(path, lines):
     """One line each; bytes of names that are not UTF-8 go out as they are."""
-    with open(path, 'w', encoding='utf-8', errors='surrogateescape') as file:
+    options = {'encoding': 'utf-8', 'errors': 'surrogateescape'}
+    with atomic.replacing(path, **options) as file:
         file.writelines(line.translate(_IN_LINE) + '\n' for line in lines)
 
 
@@ -241,54 +271,6 @@ def _save_samples(run, shown):
     shown.add_picture('samples', os.path.join(run.workdir, 'samples.png'))
 
 
-def _train_epoch(run, compiled, state, batches, epoch, shown):
-    """Takes the steps of an epoch; returns the state and the training figures."""
-    count, rows = len(run.source.train), run.config['data']['batch_size']
-    first = int(state.step)
-    steps = step.epoch_end(epoch, count, rows) - first
-    started, waited = time.perf_counter(), 0.0
-    # A GPU gets its next step before it has finished this one; on a CPU that would
-    # gain nothing and need the memory of two steps.
-    ahead = 0 if jax.default_backend() == 'cpu' else 1
-    losses = collections.deque()
-    bar = tqdm(
-        total=steps * rows,
-        desc=f'epoch {epoch}/{run.config["train"]["epochs"]}',
-        unit=' images',
-        leave=False,
-        disable=None,  # no bar where stderr is a file
-    )
-    with bar, jax.transfer_guard('disallow'):
-        for number in range(first + 1, first + steps + 1):
-            asked = time.perf_counter()
-            batch = sharding.to_global(next(batches), run.mesh)
-            if not losses or losses[-1][1].is_ready():  # the devices had nothing to do
-                waited += time.perf_counter() - asked
-            while len(losses) > ahead:
-                _tell_loss(*losses.popleft(), bar, shown)
-            state, loss = compiled(state, batch)
-            losses.append((number, loss))
-            bar.update(rows)
-        jax.block_until_ready(state)
-        for last in losses:
-            _tell_loss(*last, bar, shown)
-    seconds = time.perf_counter() - started
-    running = jax.device_get(state.running)
-    seen = int(running['count'][0])
-    return state, {
-        'epoch': epoch,
-        'step': first + steps,
-        'train_accuracy': float(running['correct'][0] / seen),
-        'train_loss': float(running['loss'][0] / seen),
-        'train_count': seen,
-        'learning_rate': float(run.schedule(first + steps - 1)),
-        'seconds': round(seconds, 3),
-        'images_per_second': round(steps * rows / seconds, 2),
-        'input_wait_share': round(waited / seconds, 4),
-        'peak_memory_gib': round(_peak_memory_gib(), 3),
-    }
-
-
 def _tell_unread(run, batches, record):
     """Counts the images that could not be read in this epoch, and says so."""
     if isinstance(batches, unread.Batches) and batches.unread:
@@ -298,22 +280,9 @@ def _tell_unread(run, batches, record):
         batches.unread.clear()
 
 
-def _tell_loss(number, loss, bar, shown):
-    loss = float(jax.device_get(loss))
-    bar.set_postfix(loss=f'{loss:.3f}')
-    shown.add_loss(number, loss)
-
-
-def _peak_memory_gib():
-    """Of the device where it tells, else of this process."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and 'peak_bytes_in_use' in stats:
-        return stats['peak_bytes_in_use'] / 2**30
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def _test(run, state):
+def _test(work, state, record):
+    """The figures of the test part; a signal meanwhile saves the state and ends it."""
+    run = work.run
     metrics = evaluate.evaluate(
         run.module,
         {'params': state.params, 'batch_stats': state.batch_stats},
@@ -321,6 +290,9 @@ def _test(run, state):
         batch_size=run.config['data']['batch_size'],
         mesh=run.mesh,
         bad_images=run.config['data']['bad_images'],
+        between=lambda: work.stop_if_asked(
+            state, record['step'], record['epoch'], record['skipped_steps']
+        ),
         **run.preprocessing,
         **run.loading,
     )
@@ -335,25 +307,3 @@ def _test(run, state):
         names = run.source.class_names
         found['test_auroc'] = dict(zip(names, metrics['auroc'], strict=True))
     return found
-
-
-def _check_finite(record):
-    if not math.isfinite(record['train_loss']):
-        raise UserError(
-            f'optimizer.learning_rate={record["learning_rate"]:g}: the training loss '
-            f'of epoch {record["epoch"]} is not finite; lower it. Checkpoints of '
-            'earlier epochs are kept'
-        )
-
-
-def _save(run, manager, state, record):
-    checkpoint.save(
-        manager,
-        record['step'],
-        **_checkpoint_items(state),
-        metadata=run.metadata | {'epoch': record['epoch']},
-        metrics=record,
-    )
-    if sharding.is_writer():
-        with open(os.path.join(run.workdir, history.METRICS_FILE), 'a') as file:
-            file.write(json.dumps(record) + '\n')

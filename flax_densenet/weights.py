@@ -306,13 +306,12 @@ def _load_run(workdir):
     names = tuple(metadata['class_names'])
     module = model_lib.create_model(num_classes=len(names), **fields)
     channels = len(metadata['mean'])
-    with checkpoint.open_checkpoints(workdir) as manager:
-        restored = checkpoint.restore(
-            manager,
-            step,
-            sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]),
-            model=model_lib.variable_shapes(module, channels=channels),
-        )
+    restored = checkpoint.restore(
+        workdir,
+        step,
+        sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]),
+        model=model_lib.variable_shapes(module, channels=channels),
+    )
     return Weights(
         path=workdir,
         family='flax_densenet',

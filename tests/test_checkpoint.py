@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from flax_densenet import UserError, checkpoint, sharding
+from flax_densenet import UserError, checkpoint, saving, sharding
 
 ACCURACIES = [0.5, 0.9, math.nan, 0.9, 0.7]
 LOSSES = [0.9, 0.2, math.nan, 0.3, 0.8]
@@ -14,26 +14,26 @@ LOSSES = [0.9, 0.2, math.nan, 0.3, 0.8]
 
 @pytest.fixture
 def workdir(tmp_path):
-    with checkpoint.open_checkpoints(str(tmp_path)) as manager:
+    with saving.open_saver(str(tmp_path)) as saver:
         for number, (accuracy, loss) in enumerate(
             zip(ACCURACIES, LOSSES, strict=True), start=1
         ):
             array = np.full((3, 2), number, np.float32)
-            checkpoint.save(
-                manager,
-                10 * number,
+            saver.save(
+                checkpoint.Checkpoint(10 * number),
                 model={'a': array},
                 train={'b': array + 1},
                 metadata={'number': number},
+                records=[],
                 metrics={'test_accuracy': np.float32(accuracy), 'test_loss': loss},
             )
     return tmp_path
 
 
-def test_the_best_and_the_latest_are_kept(workdir):
+def test_the_best_and_the_two_latest_are_kept(workdir):
     names = sorted(path.name for path in (workdir / 'checkpoints').iterdir())
     # Equal accuracies: the lower loss is the better. Not a number is never the best.
-    assert names == ['20', '50']
+    assert names == ['20', '40', '50']
     assert checkpoint.find_step(str(workdir), 'latest') == 50
     assert checkpoint.find_step(str(workdir), 'best') == 20
     assert checkpoint.load_json(str(workdir), 20, 'metadata') == {'number': 2}
@@ -43,10 +43,9 @@ def test_the_best_and_the_latest_are_kept(workdir):
 def test_restore_on_any_number_of_devices(workdir, devices):
     mesh = sharding.make_mesh(jax.devices()[:devices])
     shape = {'a': jax.ShapeDtypeStruct((3, 2), np.float32)}
-    with checkpoint.open_checkpoints(str(workdir)) as manager:
-        items = checkpoint.restore(
-            manager, 20, sharding=sharding.replicated(mesh), model=shape
-        )
+    items = checkpoint.restore(
+        str(workdir), 20, sharding=sharding.replicated(mesh), model=shape
+    )
     assert items.keys() == {'model'}
     assert len(items['model']['a'].sharding.device_set) == devices
     np.testing.assert_array_equal(items['model']['a'], np.full((3, 2), 2))

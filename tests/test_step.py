@@ -97,7 +97,7 @@ def test_running_sums_count_each_example_in_its_epoch():
     seen = {}
     position = 0
     rng = np.random.default_rng(0)
-    add = jax.jit(step._add_to_running)
+    add, ones = jax.jit(step._add_to_running), np.ones(4, np.int32)
     for _ in range(12):  # batches of 4 over epochs of 10 examples
         epoch = np.int32((position + np.arange(4)) // 10)
         losses = rng.random(4).astype(np.float32)
@@ -105,7 +105,7 @@ def test_running_sums_count_each_example_in_its_epoch():
         for e, loss, ok in zip(epoch, losses, correct, strict=True):
             total = seen.setdefault(int(e), [0.0, 0, 0])
             seen[int(e)] = [total[0] + loss, total[1] + int(ok), total[2] + 1]
-        running = jax.device_get(add(running, epoch, losses, correct))
+        running = jax.device_get(add(running, epoch, losses, correct, ones))
         position += 4
         current = int(running['epoch'])
         assert current == epoch[0]

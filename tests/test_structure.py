@@ -22,6 +22,14 @@ EDGES = {
     'sharding': {'errors'},
     'checkpoint': {'errors'},
     'metadata': {'errors', 'checkpoint', 'images'},
+    'faults': set(),
+    'atomic': set(),
+    'lock': {'errors'},
+    'signals': set(),
+    'saving': {'errors', 'atomic', 'checkpoint', 'history', 'sharding'},
+    'nonfinite': {'errors', 'atomic', 'data', 'setup', 'sharding', 'step'},
+    'loop': {'board', 'checkpoint', 'nonfinite', 'saving', 'setup', 'sharding',
+             'signals', 'step'},
     'cpu_kernels': set(),
     'dense_block': {'errors', 'cpu_kernels'},
     'layers': {'dense_block'},
@@ -51,12 +59,12 @@ EDGES = {
     'explain': {'model'},
     'environment': set(),
     'history': {'errors', 'checkpoint'},
-    'render': {'errors'},
+    'render': {'errors', 'atomic'},
     'gallery': {'data', 'explain', 'predict', 'results'},
     'page': {'data', 'evaluate', 'gallery', 'history', 'metrics', 'predict', 'render',
              'report', 'results', 'sharding'},
     'compare': {'errors', 'checkpoint', 'history', 'page', 'render'},
-    'results': {'errors', 'data', 'evaluate', 'metrics', 'sharding'},
+    'results': {'errors', 'atomic', 'data', 'evaluate', 'metrics', 'sharding'},
     'answers': {'explain'},
     'predict': {'errors', 'answers', 'evaluate', 'explain', 'images', 'sharding'},
     'files': {'errors', 'images'},
@@ -67,18 +75,18 @@ EDGES = {
     'guard': {'errors'},
     'web': {'errors', 'batching', 'explain', 'guard', 'images'},
     'serve': {'errors', 'web'},
-    'report': {'checkpoint', 'evaluate', 'model'},
+    'report': {'atomic', 'checkpoint', 'evaluate', 'model'},
     'step': {'errors', 'evaluate', 'model', 'objective', 'sharding'},
     'finetune': {'errors', 'model'},
     'features': {'errors', 'data', 'evaluate', 'model', 'sharding'},
     'setup': {
         'errors', 'balance', 'checkpoint', 'data', 'features', 'finetune', 'metadata',
-        'model',
-        'sharding', 'step', 'transfer', 'weights',
+        'model', 'saving', 'sharding', 'step', 'transfer', 'weights',
     },
     'board': set(),
-    'train': {'errors', 'board', 'checkpoint', 'environment', 'evaluate', 'history',
-              'page', 'report', 'results', 'setup', 'sharding', 'step', 'unread'},
+    'train': {'errors', 'atomic', 'board', 'checkpoint', 'environment', 'evaluate',
+              'history', 'lock', 'loop', 'page', 'report', 'results', 'saving', 'setup',
+              'sharding', 'signals', 'step', 'unread'},
     'lr_find': {'errors', 'checkpoint', 'report', 'setup', 'sharding'},
 }  # fmt: skip
 RECIPES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
@@ -146,7 +154,7 @@ def test_recipes(name):
     assert 'python launch.py' in module.__doc__
     assert create_model(num_classes=2, **transfer.settle_model(config.model, None))
     kwargs = dict(config.optimizer)
-    for field in ('l2_penalty', 'layer_decay', 'head_multiplier'):
+    for field in (*('l2_penalty', 'layer_decay', 'head_multiplier', 'gradient_clip'),):
         kwargs.pop(field)
     names = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
     schedule = step.make_schedule(

@@ -1,0 +1,40 @@
+"""Files that are whole at every moment: written beside their place, then moved there.
+
+A program that is killed and a disk that fills up leave the file that was there.
+"""
+
+import contextlib
+import os
+
+
+@contextlib.contextmanager
+def replacing(path: str, mode: str = 'w', **options):
+    """`open(path, mode)` whose content takes the place of `path` once all is written.
+
+    Where the block raises, `path` stays as it was.
+
+    Raises:
+      OSError: as of writing to `path`.
+    """
+    folder, name = os.path.split(os.path.abspath(path))
+    # In the same folder, since a file cannot be moved at once to another disk; with the
+    # process's number, as training and evaluation may write the same file.
+    part = os.path.join(folder, f'.{name}.{os.getpid()}.part')
+    try:
+        with open(part, mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        with contextlib.suppress(OSError):  # moved, or never made
+            os.unlink(part)
+
+
+def sync_folder(folder: str):
+    """Makes sure that the names in a folder survive a loss of power."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,190 @@
+"""The steps of an epoch: what is counted of them and what happens between them."""
+
+import collections
+import dataclasses
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from flax_densenet import board, nonfinite, saving, setup, sharding, signals, step
+from flax_densenet.checkpoint import Checkpoint
+
+
+@dataclasses.dataclass
+class Loop:
+    """What the steps of a run go with.
+
+    Attributes:
+      every: how often to save in the middle of an epoch.
+      records: of the finished epochs.
+      skipped: steps of the current epoch that were skipped before this start.
+      saved_at: when something was saved last, in seconds of `time.monotonic`.
+    """
+
+    run: setup.Run
+    saver: saving.Saver
+    stop: signals.Stop
+    shown: board.Board
+    every: saving.Every
+    records: list[dict[str, Any]]
+    skipped: int = 0
+    saved_at: float = dataclasses.field(default_factory=time.monotonic)
+
+    def save_middle(self, state, number: int, epoch: int, skipped: int):
+        """Saves a state in the middle of an epoch, after the step `number`."""
+        self.saver.save(
+            Checkpoint(number, finished=False),
+            **checkpoint_items(state),
+            metadata=self.run.metadata | {'epoch': epoch - 1, 'skipped_steps': skipped},
+            records=self.records,
+        )
+        self.saved_at = time.monotonic()
+
+    def save_epoch(self, state):
+        """Saves the state behind the last record."""
+        record = self.records[-1]
+        self.saver.save(
+            Checkpoint(record['step']),
+            **checkpoint_items(state),
+            metadata=self.run.metadata | {'epoch': record['epoch']},
+            records=self.records,
+            metrics=record,
+        )
+        self.saved_at, self.skipped = time.monotonic(), 0
+
+    def stop_if_asked(self, state, number: int, epoch: int, skipped: int):
+        """Saves and raises `signals.Stopped` where a signal came."""
+        if self.stop.asked:
+            self.save_middle(state, number, epoch, skipped)
+            self.saver.wait()
+            raise self.stop.stopped(f'step {number}, in epoch {epoch}, is saved')
+
+
+def checkpoint_items(state: step.TrainState) -> dict[str, Any]:
+    """The trees of arrays that a checkpoint has."""
+    return {
+        'model': {'params': state.params, 'batch_stats': state.batch_stats},
+        'train': {
+            'step': state.step,
+            'opt_state': state.opt_state,
+            'running': state.running,
+        },
+    }
+
+
+class _Losses:
+    """The losses of steps that devices still work on, read in their order."""
+
+    def __init__(self, guard, bar, shown):
+        self._guard, self._bar, self._shown = guard, bar, shown
+        self._waiting = collections.deque()
+
+    def add(self, number, loss):
+        self._waiting.append((number, loss))
+
+    @property
+    def devices_are_done(self):
+        return not self._waiting or self._waiting[-1][1].is_ready()
+
+    def read(self, state, *, but=0):
+        """Tells all losses but the last ones."""
+        while len(self._waiting) > but:
+            number, loss = self._waiting.popleft()
+            loss = float(jax.device_get(loss))
+            self._guard.see(number, loss, state)
+            self._bar.set_postfix(loss=f'{loss:.3f}')
+            self._shown.add_loss(number, loss)
+
+
+def take_epoch(loop: Loop, compiled, state, batches, epoch: int):
+    """Takes the steps of an epoch that are left.
+
+    Returns:
+      The state, and the figures of training for the epoch's record.
+
+    Raises:
+      signals.Stopped: a signal came; the state is saved.
+      UserError: a step gave no finite numbers, or a save failed for good.
+    """
+    run = loop.run
+    count, rows = len(run.source.train), run.config['data']['batch_size']
+    first, before = int(state.step), step.epoch_end(epoch - 1, count, rows)
+    last = step.epoch_end(epoch, count, rows)
+    guard = nonfinite.Guard(run, epoch, last - before, loop.skipped)
+    started, waited = time.perf_counter(), 0.0
+    # A GPU gets its next step before it has finished this one; on a CPU that would
+    # gain nothing and need the memory of two steps.
+    ahead = 0 if jax.default_backend() == 'cpu' else 1
+    bar = tqdm(
+        total=(last - first) * rows,
+        desc=f'epoch {epoch}/{run.config["train"]["epochs"]}',
+        unit=' images',
+        leave=False,
+        disable=None,  # no bar where stderr is a file
+    )
+    with bar, jax.transfer_guard('disallow'):
+        losses = _Losses(guard, bar, loop.shown)
+        for number in range(first + 1, last + 1):
+            asked = time.perf_counter()
+            batch = sharding.to_global(next(batches), run.mesh)
+            if losses.devices_are_done:  # they had nothing to do
+                waited += time.perf_counter() - asked
+            losses.read(state, but=ahead)
+            state, loss = compiled(state, batch)
+            losses.add(number, loss)
+            bar.update(rows)
+            loop.saver.check()
+            since = time.monotonic() - loop.saved_at
+            due = number < last and loop.every.due(number, since)
+            if due or loop.stop.asked:
+                losses.read(state)
+                loop.stop_if_asked(state, number, epoch, guard.skipped)
+                loop.save_middle(state, number, epoch, guard.skipped)
+        jax.block_until_ready(state)
+        losses.read(state)
+    loop.skipped = guard.skipped
+    seconds = time.perf_counter() - started
+    return state, {
+        'epoch': epoch,
+        'step': last,
+        **_figures(jax.device_get(state.running)),
+        'learning_rate': float(run.schedule(last - 1)),
+        'skipped_steps': guard.skipped,
+        'seconds': round(seconds, 3),
+        'images_per_second': round((last - first) * rows / seconds, 2),
+        'input_wait_share': round(waited / seconds, 4),
+        'peak_memory_gib': round(peak_memory_gib(), 3),
+        'memory_gib': round(memory_gib(), 3),
+    }
+
+
+def _figures(running):
+    seen = int(running['count'][0])
+    return {
+        'train_accuracy': float(running['correct'][0] / max(seen, 1)),
+        'train_loss': float(running['loss'][0] / max(seen, 1)),
+        'train_count': seen,
+    }
+
+
+def peak_memory_gib() -> float:
+    """Of the device where it tells, else of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and 'peak_bytes_in_use' in stats:
+        return stats['peak_bytes_in_use'] / 2**30
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def memory_gib() -> float:
+    """What this process has in memory now; its peak where the system does not tell."""
+    try:
+        with open('/proc/self/statm') as file:
+            return int(file.read().split()[1]) * resource.getpagesize() / 2**30
+    except OSError:
+        unit = 1 if sys.platform == 'darwin' else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

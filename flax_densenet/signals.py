@@ -1,0 +1,128 @@
+"""Ctrl-C and SIGTERM: training finishes its step, saves, and leaves.
+
+A signal sets a flag that training looks at between steps. Where nothing would be lost
+(before the first step, while the report is written) it ends the program by an exception
+instead. The second signal ends it at once: a thread waits for it, since Python itself
+would not act on it before a compilation of a minute is over.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# What an exception may take to end what is in the way of it.
+_PATIENCE_SECONDS = 2.0
+
+
+class Stopped(KeyboardInterrupt):
+    """Training was ended by a signal; the text says how to go on.
+
+    Attributes:
+      exit_status: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, signum: int, how: str):
+        name = signal.Signals(signum).name
+        super().__init__(f'stopped by {name}: {how}')
+        self.exit_status = 128 + signum
+
+
+class Stop:
+    """Whether to stop. Without `stop_gently` around it nobody ever asks."""
+
+    def __init__(self):
+        self.signum = 0
+        self._busy = False
+        self._over = threading.Event()
+
+    @property
+    def asked(self) -> bool:
+        """True once a signal came."""
+        return bool(self.signum)
+
+    @contextlib.contextmanager
+    def busy(self):
+        """Signals only set the flag inside: there is something to be saved first."""
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+        if self.asked:
+            raise self.stopped('all that was trained is saved')
+
+    def stopped(self, what: str) -> Stopped:
+        """The exception to raise.
+
+        Args:
+          what: what is saved.
+        """
+        return Stopped(self.signum, f'{what}; the same command goes on from there')
+
+    def _handle(self, signum, frame):
+        self.signum = self.signum or signum
+        if not self._busy:
+            raise self.stopped('all that was trained is saved')
+
+    def _watch(self, reader):
+        """Reads a byte for each signal, in a thread of its own; 0 ends it."""
+        heard = False
+        while signum := int.from_bytes(os.read(reader, 1)):
+            if signum not in _SIGNALS:
+                continue
+            if heard:
+                self._leave()
+            heard, self.signum = True, signum
+            doing = 'finishing this step and saving; ' if self._busy else ''
+            print(
+                f'\n{signal.Signals(signum).name}: {doing}once more leaves at once',
+                file=sys.stderr,
+                flush=True,
+            )
+            if not self._busy and not self._over.wait(_PATIENCE_SECONDS):
+                if self._busy:  # the first step had begun; it will save
+                    continue
+                print(self.stopped('all that was trained is saved'), file=sys.stderr)
+                self._leave()
+
+    def _leave(self):
+        for child in multiprocessing.active_children():
+            child.kill()
+        sys.stdout.flush()
+        os._exit(128 + self.signum)
+
+
+@contextlib.contextmanager
+def stop_gently():
+    """A `Stop` that Ctrl-C and SIGTERM ask; what they did before is restored after.
+
+    To be used in the main thread.
+    """
+    stop = Stop()
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = {signum: signal.signal(signum, stop._handle) for signum in _SIGNALS}
+    wakeup = signal.set_wakeup_fd(writer)
+    watcher = threading.Thread(target=stop._watch, args=[reader], daemon=True)
+    watcher.start()
+    # A terminal's Ctrl-C reaches the decoding processes too. They inherit this mask and
+    # go on, since the step that is to be finished may need them. The watcher, which
+    # started before, takes the signal.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield stop
+    finally:
+        stop._busy = True  # nothing is raised any more
+        stop._over.set()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.set_wakeup_fd(wakeup)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        os.write(writer, b'\0')
+        watcher.join()
+        os.close(reader)
+        os.close(writer)

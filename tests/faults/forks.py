@@ -1,0 +1,34 @@
+"""Starts many trainings quickly: imports the program once, then forks for each.
+
+Reads a line of JSON at a time: `{"args": [...], "log": PATH}` starts `launch.py` with
+these arguments and answers with its process number, `{"wait": NUMBER}` answers with how
+it ended.
+"""
+
+import json
+import os
+import sys
+
+
+def main():
+    import launch
+    from flax_densenet import train  # noqa: F401
+
+    for line in sys.stdin:
+        ask = json.loads(line)
+        if 'wait' in ask:
+            _, status = os.waitpid(ask['wait'], 0)
+            print(os.waitstatus_to_exitcode(status), flush=True)
+            continue
+        number = os.fork()
+        if not number:
+            log = os.open(ask['log'], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            for handle in (1, 2):
+                os.dup2(log, handle)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            sys.exit(launch.main(['launch.py', *ask['args']]))
+        print(number, flush=True)
+
+
+if __name__ == '__main__':
+    main()

@@ -16,6 +16,9 @@ memory than a few batches.
 
 import dataclasses
 import functools
+import multiprocessing.connection
+import os
+import threading
 
 import grain
 import jax
@@ -480,9 +483,20 @@ def _iterate(stream, threads, workers):
     stream = stream.to_iter_dataset(options)
     if workers:
         stream = stream.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2)
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
+            worker_init_fn=_end_with_parent,
         )
     return iter(stream)
+
+
+def _end_with_parent(*_):
+    """Ends a decoding process where training is killed, which grain would not do."""
+
+    def wait():
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def join(first: Examples, second: Examples) -> Examples:

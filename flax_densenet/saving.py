@@ -11,6 +11,7 @@ program is killed, the folders with a checkpoint's name are complete ones.
 import contextlib
 import dataclasses
 import json
+import logging
 import numbers
 import os
 import re
@@ -176,10 +177,15 @@ def open_saver(workdir: str):
                 'another'
             ) from error
     saver = Saver(workdir)
+    # orbax logs a traceback for each thread that a full disk ended; one line follows.
+    logger = logging.getLogger('absl')
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
     try:
         yield saver
     finally:
         saver.close()
+        logger.setLevel(level)
 
 
 def _remove_parts(folder):
@@ -221,10 +227,12 @@ def _save_or_retry(workdir, which, arrays, texts, lines):
 
 
 def _shorten(error):
-    """The end of a long line has the reason."""
+    """What the disk said, where that is to be found; else the line, shortened."""
     if isinstance(error, OSError) and error.strerror:
         return f'{error.filename}: {error.strerror}'
     text = ' '.join(str(error).split())
+    if found := re.search(r'([^:"]+) \[os_error_code', text):  # tensorstore's
+        return found[1].strip()
     return text if len(text) < 200 else f'{text[:90]} ... {text[-100:]}'
 
 

@@ -185,7 +185,7 @@ def test_the_second_training_of_a_folder_is_refused(forks, tmp_path):
     status, text = forks.run(tmp_path / 'run', **{'train.epochs': 500})
     assert status == 2
     assert f'is in use: process {training.number} on ' in text
-    status, text = forks.run(tmp_path / 'run', '--mode=eval')  # reading is free
+    status, text = forks.run(tmp_path / 'run', '--mode=eval', tiny={})  # is free
     assert status == 0 and 'Test_acc' in text, text
     training.kill(signal.SIGKILL)
     training.wait()

@@ -54,15 +54,15 @@ class Forks:
         self._server.stdin.flush()
         return int(self._server.stdout.readline())
 
-    def start(self, workdir, *flags, **fields):
+    def start(self, workdir, *flags, tiny=TINY, **fields):
         self._count += 1
         log = self._folder / f'{self._count}.log'
-        args = [f'--config.{n}={v}' for n, v in (TINY | fields).items()]
+        args = [f'--config.{n}={v}' for n, v in (tiny | fields).items()]
         args += [f'--workdir={workdir}', *flags]
         return Training(self, self._ask(args=args, log=str(log)), log)
 
-    def run(self, workdir, *flags, **fields):
-        training = self.start(workdir, *flags, **fields)
+    def run(self, workdir, *flags, tiny=TINY, **fields):
+        training = self.start(workdir, *flags, tiny=tiny, **fields)
         return training.wait(), training.text
 
     def close(self):

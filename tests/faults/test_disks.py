@@ -1,0 +1,184 @@
+"""Full and read-only disks, folders that go, bytes that flip."""
+
+import contextlib
+import os
+import random
+import shutil
+import subprocess
+
+import pytest
+from conftest import tiny_config
+from test_train import final_arrays, read_records
+from trainings import FULL, TINY, forks, whole  # noqa: F401
+
+from flax_densenet import UserError, checkpoint, evaluate, saving, train
+
+pytestmark = pytest.mark.faults
+
+
+@contextlib.contextmanager
+def mounted(path, *options):
+    """A small file system of its own at a folder; the test is skipped where it may not.
+
+    As root a folder without write permission can be written all the same.
+    """
+    path.mkdir()
+    done = subprocess.run(
+        ['mount', '-t', 'tmpfs', *options, 'tmpfs', str(path)], capture_output=True
+    )
+    if done.returncode:
+        pytest.skip('mount is not allowed here')
+    try:
+        yield path
+    finally:
+        subprocess.run(['umount', '-l', str(path)], check=True)
+
+
+def fill(folder, leave):
+    """Writes a file that leaves so many bytes."""
+    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
+    (folder / 'filling').write_bytes(bytes(free - leave))
+
+
+def fields_of(tiny):
+    return tiny_config(**tiny)
+
+
+def test_a_disk_that_fills_up(forks, whole, tmp_path, monkeypatch):
+    """The run ends with one line and its last checkpoint, and goes on with room."""
+    with mounted(tmp_path / 'disk', '-o', 'size=6m') as disk:
+        training = forks.start(disk / 'run', **{'train.epochs': 500})
+        training.wait_for('Epoch:  1')
+        fill(disk, 30_000)
+        status = training.wait()
+        lines = training.text.splitlines()
+        assert status == 2, training.text
+        assert lines[-1].startswith('error: '), training.text
+        assert 'No space left' in lines[-1] and 'goes on from the last' in lines[-1]
+        assert sum('again in' in line for line in lines) == 3
+        latest = checkpoint.find_latest(str(disk / 'run'))
+        assert checkpoint.check(checkpoint.folder_of(str(disk / 'run'), latest)) == ''
+        (disk / 'filling').unlink()
+        training = forks.start(disk / 'run', **{'train.epochs': 500})
+        training.wait_for(f'after step {latest.step},' if not latest.finished else 'on')
+        training.wait_for('Epoch: ')
+        training.kill(9)
+        training.wait()
+
+
+def test_a_disk_that_is_emptied_again(forks, tmp_path):
+    with mounted(tmp_path / 'disk', '-o', 'size=6m') as disk:
+        training = forks.start(disk / 'run', **{'train.epochs': 500})
+        training.wait_for('Epoch:  1')
+        fill(disk, 30_000)
+        training.wait_for('again in 1 s')
+        (disk / 'filling').unlink()
+        epoch = training.text.count('Epoch:')
+        training.wait_for(lambda: training.text.count('Epoch:') > epoch + 1)
+        training.kill(15)
+        assert training.wait() == 143, training.text
+
+
+def test_a_disk_that_is_read_only(forks, whole, tmp_path):
+    """What is there can be used, and training says that it cannot go on."""
+    with mounted(tmp_path / 'disk', '-o', 'size=6m') as disk:
+        shutil.copytree(whole, disk / 'run')
+        remount = ['mount', '-o', 'remount,ro', str(disk)]
+        subprocess.run(remount, check=True)
+        loaded = evaluate.load_trained(str(disk / 'run'), 'best')
+        assert loaded.metrics['test_accuracy'] > 0
+        status, text = forks.run(disk / 'run')
+        assert status == 2 and 'cannot be written (Read-only' in text
+        assert len(text.splitlines()) == 1
+
+
+def test_a_folder_that_vanishes(forks, tmp_path):
+    """The next checkpoint makes it again."""
+    training = forks.start(tmp_path / 'run', **{'train.epochs': 500})
+    training.wait_for('Epoch:  1')
+    os.rename(tmp_path / 'run', tmp_path / 'away')
+    training.wait_for('was gone; made anew')
+    training.wait_for(lambda: checkpoint.has_checkpoint(str(tmp_path / 'run')))
+    training.kill(15)
+    assert training.wait() == 143, training.text
+    training = forks.start(tmp_path / 'run', **{'train.epochs': 500})
+    training.wait_for('going on')
+    training.kill(9)
+    training.wait()
+
+
+def flip(path, draw):
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(bytes(content))
+
+
+def test_a_flipped_byte(whole, tmp_path):
+    """In every file of the newest checkpoint in turn: it is found and not used."""
+    draw = random.Random(3)
+    newest = checkpoint.folder_of(str(whole), checkpoint.find_latest(str(whole)))
+    names = [
+        os.path.relpath(os.path.join(at, name), newest)
+        for at, _, found in os.walk(newest)
+        for name in found
+        if os.path.getsize(os.path.join(at, name))
+    ]
+    assert len(names) > 15
+    times = 20 if FULL else 1
+    for name in names if FULL else draw.sample(names, 8):
+        for _ in range(times):
+            folder = tmp_path / 'copy'
+            shutil.copytree(newest, folder)
+            assert checkpoint.check(str(folder)) == ''
+            flip(folder / name, draw)
+            assert name in checkpoint.check(str(folder))
+            shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize('damage', ['flip', 'cut', 'remove', 'metrics'])
+def test_a_bad_checkpoint_is_left_out(whole, tmp_path, damage, capsys):
+    """The run goes on from the newest good one, to where it would have come."""
+    workdir = tmp_path / 'run'
+    shutil.copytree(whole, workdir)
+    newest = workdir / 'checkpoints' / '27'
+    if damage == 'flip':
+        flip(newest / 'model' / 'manifest.ocdbt', random.Random(1))
+    elif damage == 'cut':
+        (newest / 'metadata' / 'metadata').write_text('{"numb')
+    elif damage == 'remove':
+        shutil.rmtree(newest / 'train')
+    else:
+        (newest / 'metrics' / 'metrics').write_text(
+            '{"test_accuracy": 2.0, "test_loss": 0.0}'
+        )
+    if damage == 'metrics':  # the best of the good ones
+        assert checkpoint.find_step(str(workdir), 'best') != 27
+    train.fit(fields_of(TINY), str(workdir))
+    out = capsys.readouterr().out
+    assert f'warning: bad checkpoint {newest}: ' in out
+    assert 'going on in epoch 5, after step 26,' in out
+    assert (workdir / 'checkpoints' / 'bad-27').is_dir()
+    assert checkpoint.check(str(newest)) == ''
+    assert final_arrays(workdir)[0] == 27
+    assert [record['epoch'] for record in read_records(workdir)] == [1, 2, 3, 4, 5]
+
+
+def test_none_is_whole(whole, tmp_path):
+    workdir = tmp_path / 'run'
+    shutil.copytree(whole, workdir)
+    for folder in (workdir / 'checkpoints').iterdir():
+        flip(folder / 'train' / 'manifest.ocdbt', random.Random(1))
+    for call in (
+        lambda: train.fit(fields_of(TINY), str(workdir)),
+        lambda: evaluate.load_trained(str(workdir)),
+    ):
+        with pytest.raises(UserError, match='none of its checkpoints is whole'):
+            call()
+
+
+def test_saving_in_spite_of_old_parts(tmp_path):
+    folder = tmp_path / 'checkpoints'
+    (folder / 'tmp-4' / 'model').mkdir(parents=True)
+    (folder / '60.orbax-checkpoint-tmp').mkdir()
+    with saving.open_saver(str(tmp_path)):
+        assert list(folder.iterdir()) == []

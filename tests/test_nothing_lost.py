@@ -15,11 +15,11 @@ from test_train import assert_equal_bits, read_records
 
 from flax_densenet import (
     UserError,
+    atomic,
     checkpoint,
     create_model,
     data,
     faults,
-    files,
     init_variables,
     lock,
     saving,
@@ -63,11 +63,11 @@ def test_one_trains_in_a_folder(tmp_path):
 def test_a_file_is_replaced_as_a_whole(tmp_path):
     path = tmp_path / 'x.json'
     path.write_text('old')
-    with pytest.raises(KeyError), files.replacing(path) as file:
+    with pytest.raises(KeyError), atomic.replacing(path) as file:
         file.write('half of the n')
         raise KeyError
     assert path.read_text() == 'old'
-    with files.replacing(path) as file:
+    with atomic.replacing(path) as file:
         file.write('new')
     assert path.read_text() == 'new'
     assert os.listdir(tmp_path) == ['x.json']

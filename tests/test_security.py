@@ -32,6 +32,8 @@ ALLOWED = {
     'flax_densenet/cpu_kernels.py': {'subprocess', 'ctypes'},
     # git, asked for the commit; the versions of packages.
     'flax_densenet/environment.py': {'subprocess', 'importlib'},
+    # Ends the decoding processes.
+    'flax_densenet/signals.py': {'multiprocessing'},
     # A decoding process waits for the end of the one that started it.
     'flax_densenet/data.py': {'multiprocessing'},
     # Arrays alone: allow_pickle is False unless it is said.

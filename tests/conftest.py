@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -17,6 +18,11 @@ if 'FLAX_DENSENET_TEST_CACHE' not in os.environ:
     os.environ['FLAX_DENSENET_TEST_CACHE'] = _cache.name
 os.environ['JAX_COMPILATION_CACHE_DIR'] = os.environ['FLAX_DENSENET_TEST_CACHE']
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.3'
+
+# What a shell starts in the background ignores Ctrl-C, and so would the programs that
+# tests start to interrupt them.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import numpy as np

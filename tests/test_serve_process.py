@@ -132,10 +132,14 @@ def open_body(server, sent, length=10_000):
 
 
 def status_of(connection):
-    """Status of the answer; 0 where the server closed without one."""
-    with connection:
+    """Status of the answer; 0 where the server closed without one.
+
+    A byte that is sent after that makes it a reset.
+    """
+    with connection, contextlib.suppress(ConnectionResetError):
         first = connection.recv(4096)
-    return int(first.split()[1]) if first else 0
+        return int(first.split()[1]) if first else 0
+    return 0
 
 
 def drip(connection, data, every_s=0.2):

@@ -278,7 +278,7 @@ def reads(monkeypatch):
         return get(self, position)
 
     monkeypatch.setattr(data.Examples, '__getitem__', read)
-    monkeypatch.setattr(train, '_save_samples', lambda run: None)
+    monkeypatch.setattr(train, '_save_samples', lambda run, shown: None)
     return positions
 
 

@@ -181,7 +181,7 @@ def restore(
     """
 
     def target(leaf):
-        leaf = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else np.asarray(leaf)
+        leaf = _as_shaped(leaf)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     args = {
@@ -190,7 +190,8 @@ def restore(
     }
     _check_stored(manager.directory, step, items)
     try:
-        _check_shapes(manager.directory, step, items)
+        if 'model' in items:
+            _check_shapes(manager.directory, step, items['model'])
         restored = manager.restore(step, args=ocp.args.Composite(**args))
     # What orbax and tensorstore raise where the files are not those of these arrays.
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -199,24 +200,24 @@ def restore(
     return {name: restored[name] for name in items}
 
 
-def _check_shapes(folder, step, items):
-    """Raises where the arrays are others than those that are asked for.
+def _as_shaped(leaf):
+    return leaf if isinstance(leaf, jax.ShapeDtypeStruct) else np.asarray(leaf)
+
+
+def _check_shapes(folder, step, model):
+    """Raises where the model's arrays are others than those that are asked for.
 
     orbax would see it too, in the middle of reading.
     """
-    handler = ocp.StandardCheckpointHandler()
-    for name, tree in items.items():
-        if not isinstance(tree, dict):
-            continue
-        stored = handler.metadata(folder / str(step) / name).tree
-        stored, wanted = map(traverse_util.flatten_dict, (stored, tree))
-        for path in stored.keys() | wanted.keys():
-            sides = [tuple(np.shape(side.get(path))) for side in (stored, wanted)]
-            if path not in stored or path not in wanted or sides[0] != sides[1]:
-                raise ValueError(
-                    f'{"/".join(path)} is {sides[0]} there, and {sides[1]} in the '
-                    'model that the metadata tells of'
-                )
+    stored = ocp.StandardCheckpointHandler().metadata(folder / str(step) / 'model').tree
+    stored, wanted = map(traverse_util.flatten_dict, (stored, model))
+    for path in stored.keys() | wanted.keys():
+        sides = [tuple(np.shape(side.get(path))) for side in (stored, wanted)]
+        if path not in stored or path not in wanted or sides[0] != sides[1]:
+            raise ValueError(
+                f'{"/".join(path)} is {sides[0]} there, and {sides[1]} in the model '
+                'that the metadata tells of'
+            )
 
 
 def _check_stored(folder, step, items):
@@ -232,7 +233,7 @@ def _check_stored(folder, step, items):
     )
     wanted = sum(
         math.prod(np.shape(leaf)) * np.dtype(leaf.dtype).itemsize
-        for leaf in jax.tree.leaves(items)
+        for leaf in map(_as_shaped, jax.tree.leaves(items))
     )
     if wanted > max(2**24, _EXPANSION * stored):
         raise _not_whole(

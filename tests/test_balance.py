@@ -15,6 +15,7 @@ from flax_densenet import (
     create_model,
     data,
     features,
+    finetune,
     init_variables,
     model,
     objective,
@@ -182,7 +183,8 @@ def test_what_is_said(source, value, line, capsys):
 def run_of(source, value, **fields):
     config = tiny_config(**{'data.balance': value})
     nothing = dict.fromkeys(setup.Run.__dataclass_fields__) | {'source': source}
-    return setup.Run(**nothing | {'config': config} | fields)
+    plan = finetune.Plan(rates={}, frozen=0, head_epochs=0, stages=[('classifier',)])
+    return setup.Run(**nothing | {'config': config, 'plan': plan} | fields)
 
 
 def test_nothing_is_said_of_even_classes(capsys):
@@ -192,9 +194,9 @@ def test_nothing_is_said_of_even_classes(capsys):
 
 
 def test_the_step_gets_the_weights(source):
-    assert setup._class_weights(run_of(source, 'none')) is None
-    assert setup._class_weights(run_of(source, 'sampler')) is None
-    found = setup._class_weights(run_of(source, 'loss'))
+    assert setup.class_weights(run_of(source, 'none')) is None
+    assert setup.class_weights(run_of(source, 'sampler')) is None
+    found = setup.class_weights(run_of(source, 'loss'))
     np.testing.assert_allclose(found, 34 / 3 / np.array([30, 3, 1]), rtol=1e-6)
 
 

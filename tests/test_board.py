@@ -25,7 +25,6 @@ def steps(events, tag):
     return [event.step for event in events.Scalars(tag)]
 
 
-@pytest.mark.slow
 def hyperparameters(events):
     content = events.PluginTagToContent('hparams')
     start = hparams_metadata.parse_session_start_info_plugin_data(
@@ -34,6 +33,7 @@ def hyperparameters(events):
     return start.hparams, '_hparams_/session_end_info' in content
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_shown_once(tmp_path, monkeypatch):
     # 1437 images in batches of 128: epochs end after the steps 12 and 23.
     config = tiny_config(**{'model.block_sizes': (1, 1), 'train.tensorboard': True})

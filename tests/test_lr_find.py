@@ -99,13 +99,13 @@ def test_it_stops_where_the_loss_is_not_finite(tmp_path, monkeypatch, wrong):
         lr_find.find(tiny_config(**TINY), str(tmp_path))
 
 
-@pytest.mark.slow
 def test_a_loss_that_diverges_at_once(tmp_path, monkeypatch):
     fake_losses(monkeypatch, [0.5, 100.0])
     with pytest.raises(UserError, match='the loss diverged after 2 steps .* init_from'):
         lr_find.find(tiny_config(**TINY), str(tmp_path))
 
 
+@pytest.mark.slow
 def test_no_suggestion_where_nothing_falls(tmp_path, monkeypatch, capsys):
     noise = 2.3 + 0.1 * np.random.default_rng(0).standard_normal(100)
     fake_losses(monkeypatch, noise)
@@ -130,7 +130,6 @@ def test_the_mean():
     np.testing.assert_allclose(means, [1, (0.25 + 1) / 0.75])
 
 
-@pytest.mark.slow
 def test_the_first_means_are_not_the_lowest():
     """One batch that is easy by chance, before the rate changes anything."""
     losses = np.array([1.0, *[2.0, 2.2] * 30, *np.linspace(2, 1, 30), *[3.0] * 9])
@@ -153,6 +152,7 @@ def test_more_steps_tell_a_fall_from_noise():
     assert count_found(400, 0) <= 2
 
 
+@pytest.mark.slow
 def test_fine_tuning_is_tested_as_it_is_trained(tmp_path, monkeypatch, capsys):
     module = create_model('BC-L10k4', num_classes=10)
     variables = init_variables(module, seed=3)

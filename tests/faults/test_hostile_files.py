@@ -16,17 +16,21 @@ import fuzz_seeds
 import numpy as np
 import pytest
 
+from configs import base
 from flax_densenet import (
     UserError,
     checkpoint,
     create_model,
+    data,
     evaluate,
     export,
     history,
     keras_files,
     metadata,
     model,
+    setup,
     torch_files,
+    transfer,
     weights,
 )
 
@@ -311,6 +315,47 @@ def test_a_file_of_a_run_that_is_no_object(name, tmp_path):
     (tmp_path / name).write_text('[1]')
     with pytest.raises(UserError, match='no JSON object'):
         history.load_run(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ('section', 'name', 'value'),
+    [
+        *(('data', 'threads', 0), ('data', 'threads', 10**9), ('data', 'workers', -1)),
+        *(('data', 'workers', 10**6), ('train', 'epochs', 0), ('train', 'seed', -1)),
+        *(('train', 'epochs', 10**30), ('train', 'seed', 2**63)),
+    ],
+)
+def test_numbers_of_absurd_size(section, name, value):
+    config = base.get_config().to_dict()
+    config['data'] = transfer.settle_data(config['data'], None)
+    setup._check_fields(config)
+    config[section][name] = value
+    with pytest.raises(UserError, match=f'{section}.{name}={value} must be from'):
+        setup._check_fields(config)
+
+
+def test_channels_of_absurd_number():
+    """Each would be a number of the mean, 16 GB of them."""
+    fields = base.get_config().to_dict()['data'] | {'channels': 2**31}
+    with pytest.raises(UserError, match='data.channels=2147483648 is not known'):
+        transfer.settle_data(fields, None)
+
+
+@pytest.mark.parametrize('field', [{'split_seed': -1}, {'image_size': 10**9}])
+def test_data_of_absurd_numbers(field):
+    ((name, value),) = field.items()
+    with pytest.raises(UserError, match=f'data.{name}={value} must be'):
+        data.load_source('digits', **field)
+
+
+def test_a_zip_whose_names_are_no_text(tmp_path):
+    raw = io.BytesIO()
+    with zipfile.ZipFile(raw, 'w') as archive:
+        archive.writestr('\u00e4', '{}')
+    path = tmp_path / 'x.pth'
+    path.write_bytes(raw.getvalue().replace('\u00e4'.encode(), b'\xff\xff'))
+    with pytest.raises(UserError, match='not a whole torch file'):
+        weights.load(str(path))
 
 
 def test_a_name_with_a_nul():

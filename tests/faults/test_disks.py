@@ -34,10 +34,14 @@ def mounted(path, *options):
         subprocess.run(['umount', '-l', str(path)], check=True)
 
 
-def fill(folder, leave):
-    """Writes a file that leaves so many bytes."""
-    free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
-    (folder / 'filling').write_bytes(bytes(free - leave))
+def fill(folder):
+    """Writes a file until nothing more can be written."""
+    with (
+        contextlib.suppress(OSError),
+        open(folder / 'filling', 'wb', buffering=0) as file,
+    ):
+        while True:
+            file.write(bytes(4096))
 
 
 def fields_of(tiny):
@@ -49,13 +53,14 @@ def test_a_disk_that_fills_up(forks, whole, tmp_path, monkeypatch):
     with mounted(tmp_path / 'disk', '-o', 'size=6m') as disk:
         training = forks.start(disk / 'run', **{'train.epochs': 500})
         training.wait_for('Epoch:  1')
-        fill(disk, 30_000)
+        fill(disk)
         status = training.wait()
         lines = training.text.splitlines()
         assert status == 2, training.text
         assert lines[-1].startswith('error: '), training.text
         assert 'No space left' in lines[-1] and 'goes on from the last' in lines[-1]
         assert sum('again in' in line for line in lines) == 3
+        assert 'Traceback' not in training.text
         latest = checkpoint.find_latest(str(disk / 'run'))
         assert checkpoint.check(checkpoint.folder_of(str(disk / 'run'), latest)) == ''
         (disk / 'filling').unlink()
@@ -70,7 +75,7 @@ def test_a_disk_that_is_emptied_again(forks, tmp_path):
     with mounted(tmp_path / 'disk', '-o', 'size=6m') as disk:
         training = forks.start(disk / 'run', **{'train.epochs': 500})
         training.wait_for('Epoch:  1')
-        fill(disk, 30_000)
+        fill(disk)
         training.wait_for('again in 1 s')
         (disk / 'filling').unlink()
         epoch = training.text.count('Epoch:')
@@ -97,7 +102,6 @@ def test_a_folder_that_vanishes(forks, tmp_path):
     training = forks.start(tmp_path / 'run', **{'train.epochs': 500})
     training.wait_for('Epoch:  1')
     os.rename(tmp_path / 'run', tmp_path / 'away')
-    training.wait_for('was gone; made anew')
     training.wait_for(lambda: checkpoint.has_checkpoint(str(tmp_path / 'run')))
     training.kill(15)
     assert training.wait() == 143, training.text
@@ -131,7 +135,9 @@ def test_a_flipped_byte(whole, tmp_path):
             shutil.copytree(newest, folder)
             assert checkpoint.check(str(folder)) == ''
             flip(folder / name, draw)
-            assert name in checkpoint.check(str(folder))
+            reason = checkpoint.check(str(folder))
+            # A hash that changed cannot tell itself from its file.
+            assert name in reason or (reason and name == checkpoint.CHECKSUMS_FILE)
             shutil.rmtree(folder)
 
 

@@ -66,8 +66,8 @@ class Forks:
         return training.wait(), training.text
 
     def close(self):
-        self._server.stdin.close()
-        self._server.wait()
+        with self._server:  # which closes its pipes and waits
+            pass
 
 
 class Training:
@@ -88,6 +88,14 @@ class Training:
             assert time.monotonic() < end, self.text
             assert self.is_alive(), self.text
             time.sleep(0.002)
+
+    def has_begun(self):
+        """Waits for its first step; False where it ended without one."""
+        while self.is_alive():
+            if 'compiled in' in self.text:
+                return True
+            time.sleep(0.002)
+        return False
 
     def is_alive(self):
         state = pathlib.Path(f'/proc/{self.number}/stat').read_text()

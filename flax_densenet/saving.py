@@ -10,6 +10,7 @@ program is killed, the folders with a checkpoint's name are complete ones.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import numbers
@@ -229,7 +230,9 @@ def _save_or_retry(workdir, which, arrays, texts, lines):
 def _shorten(error):
     """What the disk said, where that is to be found; else the line, shortened."""
     if isinstance(error, OSError) and error.strerror:
-        return f'{error.filename}: {error.strerror}'
+        return (
+            f'{error.filename}: {error.strerror}' if error.filename else error.strerror
+        )
     text = ' '.join(str(error).split())
     if found := re.search(r'([^:"]+) \[os_error_code', text):  # tensorstore's
         return found[1].strip()
@@ -245,6 +248,9 @@ def _save(workdir, which, arrays, texts):
     part = os.path.join(folder, _PART + which.name)
     final = os.path.abspath(checkpoint.folder_of(workdir, which))
     shutil.rmtree(part, ignore_errors=True)
+    # tensorstore would print pages about it, from threads of its own.
+    if shutil.disk_usage(folder).free < sum(x.nbytes for x in jax.tree.leaves(arrays)):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
     os.mkdir(part)
     with ocp.StandardCheckpointer(**_alone()) as checkpointer:
         for item, tree in arrays.items():

@@ -224,6 +224,7 @@ def fit_in_parts(config, workdir, monkeypatch, steps):
             train.fit(config, str(workdir))
 
 
+@pytest.mark.slow
 def test_head_warmup_and_resuming(pretrained, tmp_path, monkeypatch, capsys):
     overrides = {
         'model.dropout_rate': 0.1,

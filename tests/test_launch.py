@@ -74,7 +74,15 @@ def test_train_and_evaluate(tmp_path):
     page = f'{tmp_path}/runs/compare.html'
     assert done.stdout == f'{page}: 2 runs beside each other\n'
 
-    # One file of it evaluates to the same, and starts another run.
+
+@pytest.mark.slow
+def test_other_weights_and_data(tmp_path):
+    """One file of a run evaluates to the same, and starts another run."""
+    workdir = f'--workdir={tmp_path}/run'
+    done = launch(*TINY, workdir, '--config.train.report=False')
+    assert done.returncode == 0, done.stderr
+    done = launch('--mode=eval', workdir)
+    figures = done.stdout.split('Test_acc')[1].split(' (')[0]
     file = f'{tmp_path}/birds.safetensors'
     done = launch('--mode=export', workdir, f'--out={file}')
     assert done.stdout == f'{file}: the model of {tmp_path}/run for safetensors\n'

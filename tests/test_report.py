@@ -64,7 +64,7 @@ def test_samples_show_the_images(tmp_path):
         pytest.param('densenet161', 7.728, marks=pytest.mark.slow),
         pytest.param('densenet169', 3.360, marks=pytest.mark.slow),
         pytest.param('densenet201', 4.291, marks=pytest.mark.slow),
-        ('densenet264', 5.752),
+        pytest.param('densenet264', 5.752, marks=pytest.mark.slow),
     ],
 )
 def test_gmacs(variant, gmacs):

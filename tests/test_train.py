@@ -218,6 +218,7 @@ def test_a_workdir_of_other_classes(trained, tmp_path):
         train.fit(config, str(workdir))
 
 
+@pytest.mark.slow
 def test_init_from_a_run(trained, tmp_path, capsys):
     workdir, _, _ = trained
     config = tiny_config(**{'optimizer.learning_rate': 1e-9, 'train.epochs': 1})

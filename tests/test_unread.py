@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import tiny_config, write_images
 
-from flax_densenet import UserError, data, evaluate, features, train, unread
+from flax_densenet import UserError, data, evaluate, features, loop, train, unread
 
 
 @pytest.fixture
@@ -157,15 +157,15 @@ def test_a_run_goes_on(tmp_path, monkeypatch, capsys):
         }
     )
     whole = train.fit(config, str(tmp_path / 'whole'))
-    real = train._train_epoch
+    real = loop.take_epoch
 
-    def lose_some(run, *args):
-        if args[3] == 2:
-            lose(run.source.train, [3, 8])
-            lose(run.source.test, [1])
-        return real(run, *args)
+    def lose_some(work, *args):
+        if args[-1] == 2:
+            lose(work.run.source.train, [3, 8])
+            lose(work.run.source.test, [1])
+        return real(work, *args)
 
-    monkeypatch.setattr(train, '_train_epoch', lose_some)
+    monkeypatch.setattr(loop, 'take_epoch', lose_some)
     capsys.readouterr()
     train.fit(config, str(tmp_path / 'lost'))
     out = capsys.readouterr().out

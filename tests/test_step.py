@@ -105,7 +105,9 @@ def test_running_sums_count_each_example_in_its_epoch():
         for e, loss, ok in zip(epoch, losses, correct, strict=True):
             total = seen.setdefault(int(e), [0.0, 0, 0])
             seen[int(e)] = [total[0] + loss, total[1] + int(ok), total[2] + 1]
-        running = jax.device_get(add(running, epoch, losses, correct))
+        running = jax.device_get(
+            add(running, epoch, losses, correct, np.ones(4, np.int32))
+        )
         position += 4
         current = int(running['epoch'])
         assert current == epoch[0]

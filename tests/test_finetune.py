@@ -278,7 +278,7 @@ def reads(monkeypatch):
         return get(self, position)
 
     monkeypatch.setattr(data.Examples, '__getitem__', read)
-    monkeypatch.setattr(train, '_save_samples', lambda run: None)
+    monkeypatch.setattr(train, '_save_samples', lambda run, shown: None)
     return positions
 
 
@@ -423,5 +423,6 @@ def test_base_has_each_field():
     assert plan < set(sections.train) | set(sections.optimizer)
     for section, names in finetune._PLAN_FIELDS.items():
         assert set(names) <= set(sections[section])
-    rest = {'epochs', 'seed', 'cache_features', 'tensorboard'}
+    rest = {'epochs', 'seed', 'cache_features', 'tensorboard', 'report'}
+    rest |= {'checkpoint_every', 'on_nonfinite', 'deterministic'}
     assert set(sections.train) == rest | set(setup.PHASE_FIELDS)

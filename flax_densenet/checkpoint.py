@@ -184,7 +184,7 @@ def check(folder: str) -> str:
         if format_sums(sums) != text:
             return f'{CHECKSUMS_FILE} was changed'
         for name, expected in sums.items():
-            if False:
+            if checksum(os.path.join(folder, name)) != expected:
                 return f'{name} is not what was saved'
     except (ValueError, AttributeError, TypeError):
         return f'{CHECKSUMS_FILE} was changed'

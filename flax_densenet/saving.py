@@ -11,12 +11,14 @@ program is killed, the folders with a checkpoint's name are complete ones.
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import logging
 import numbers
 import os
 import re
 import shutil
+import sys
 import time
 from concurrent import futures
 from typing import Any
@@ -178,15 +180,35 @@ def open_saver(workdir: str):
                 'another'
             ) from error
     saver = Saver(workdir)
-    # orbax logs a traceback for each thread that a full disk ended; one line follows.
-    logger = logging.getLogger('absl')
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    _no_tracebacks()
     try:
         yield saver
     finally:
         saver.close()
-        logger.setLevel(level)
+
+
+@functools.cache
+def _no_tracebacks():
+    """Keeps back what a disk that fills within a save makes libraries print.
+
+    orbax and asyncio log a traceback for each array that could not be written, and
+    tensorstore's threads report each one that they end after orbax has given up. The
+    saver's own line says what happened. This is for the program's whole life, since
+    those threads may come late.
+    """
+    logging.getLogger('absl').addFilter(
+        lambda record: '/orbax/' not in record.pathname or not record.exc_info
+    )
+    logging.getLogger('asyncio').addFilter(
+        lambda record: 'exception was never retrieved' not in record.getMessage()
+    )
+    before = sys.unraisablehook
+
+    def report(unraisable):
+        if str(unraisable.exc_value) != 'Event loop is closed':
+            before(unraisable)
+
+    sys.unraisablehook = report
 
 
 def _remove_parts(folder):

@@ -26,7 +26,7 @@ def _paths(folder):
 def _serve_ours(folder):
     import numpy as np
 
-    from flax_densenet import data, images, sources
+    from flax_densenet import data, images, pipeline, sources
 
     paths = _paths(folder)
     reader = sources.FileReader(paths, np.zeros(len(paths), np.int32))
@@ -35,7 +35,7 @@ def _serve_ours(folder):
 
     def measure():
         start = time.perf_counter()
-        batches = data.eval_batches(examples, batch_size=BATCH, threads=1)
+        batches = pipeline.eval_batches(examples, batch_size=BATCH, threads=1)
         count = sum(int(batch['mask'].sum()) for batch in batches)
         seconds = time.perf_counter() - start
         batches.close()

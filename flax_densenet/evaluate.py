@@ -16,6 +16,7 @@ from flax_densenet import (
     data,
     model,
     objective,
+    pipeline,
     sharding,
     unread,
     weights,
@@ -193,9 +194,9 @@ def _eval_steps(
 
     Args:
       left_out: a list that gets the positions of the images that were left out.
-      **loading: of `data.eval_batches`.
+      **loading: of `pipeline.eval_batches`.
     """
-    batches = data.eval_batches(examples, **loading)
+    batches = pipeline.eval_batches(examples, **loading)
     try:
         for batch in batches:
             batch = sharding.to_global(batch, mesh)

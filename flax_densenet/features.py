@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from flax_densenet import data, evaluate, model, sharding
+from flax_densenet import data, evaluate, model, pipeline, sharding
 from flax_densenet.errors import UserError
 
 CACHES = ('auto', 'off')
@@ -97,7 +97,7 @@ def cache_features(
       augment: the recipe that changes the training images; only `none` leaves them.
       limit_gib: what all features may take in memory.
       batch_size: over all devices.
-      **loading: `threads` and `workers` of `data.eval_batches`.
+      **loading: `threads` and `workers` of `pipeline.eval_batches`.
 
     Returns:
       None, after a line that says why, where features cannot be kept.
@@ -115,7 +115,7 @@ def cache_features(
 
     start, parts = time.perf_counter(), []
     for examples in (source.train, source.test):
-        batches = data.eval_batches(
+        batches = pipeline.eval_batches(
             _Numbered(examples), batch_size=batch_size, **loading
         )
         parts.append(_collect(compute, variables, batches, len(examples), mesh))

@@ -124,7 +124,7 @@ def save_samples(workdir: str, batch, class_names, *, mean, std, most: int = 24)
     """Writes `samples.png`: training images as the model sees them, made visible.
 
     Args:
-      batch: of `data.train_batches`; normalised as in training and back.
+      batch: of `pipeline.train_batches`; normalised as in training and back.
     """
     seen = evaluate.normalise(batch['image'][:most], mean=mean, std=std)
     seen = np.asarray(seen) * np.asarray(std) + np.asarray(mean)

@@ -21,6 +21,7 @@ from flax_densenet import (
     features,
     finetune,
     model,
+    pipeline,
     saving,
     sharding,
     step,
@@ -169,7 +170,7 @@ def prepare(config, workdir: str, *, resume: bool = True) -> Run:
     source = data.load_source(fields['source'], **loading)
     module = model.create_model(num_classes=len(source.class_names), **config['model'])
     model.check_image_size(module, (source.train.image_size,) * 2)
-    data.check_train_batches(
+    pipeline.check_train_batches(
         source.train, batch_size, augment, fields['workers'], fields['balance']
     )
     schedule = step.make_schedule(
@@ -290,13 +291,13 @@ def first_variables(run: Run):
 
 
 def train_batches(run: Run, source: data.Source, start: int, **loading):
-    """The batches of the training part from a step on; see `data.train_batches`.
+    """The batches of the training part from a step on; see `pipeline.train_batches`.
 
     Args:
       **loading: in place of the run's own way to read.
     """
     fields = run.config['data']
-    return data.train_batches(
+    return pipeline.train_batches(
         source.train,
         batch_size=fields['batch_size'],
         seed=run.config['train']['seed'],

@@ -19,6 +19,7 @@ from flax_densenet import (
     init_variables,
     model,
     objective,
+    pipeline,
     setup,
     step,
 )
@@ -36,7 +37,7 @@ def source(tmp_path_factory):
 
 def take(examples, count, **settings):
     settings = {'batch_size': 5, 'seed': 3, 'balance': 'sampler'} | settings
-    batches = data.train_batches(examples, **settings)
+    batches = pipeline.train_batches(examples, **settings)
     found = list(itertools.islice(batches, count))
     batches.close()
     return found
@@ -212,8 +213,8 @@ def test_a_run_draws_evenly(source):
 
 def test_what_cannot_be_balanced(source):
     with pytest.raises(UserError, match='data.balance=even is not known; use none, s'):
-        data.check_train_batches(source.train, 4, 'none', 0, 'even')
+        pipeline.check_train_batches(source.train, 4, 'none', 0, 'even')
     several = features.FeatureExamples(np.zeros((4, 2)), np.zeros((4, 3), np.float32))
     for value in ('sampler', 'loss'):
         with pytest.raises(UserError, match=f'{value} needs one class an image'):
-            data.check_train_batches(several, 4, 'none', 0, value)
+            pipeline.check_train_batches(several, 4, 'none', 0, value)

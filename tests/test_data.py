@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conftest import shared, write_images
 
-from flax_densenet import UserError, data, images, sources
+from flax_densenet import UserError, data, images, pipeline, sources
 
 
 def take(iterator, count):
@@ -157,7 +157,7 @@ def test_bad_images(folder):
         '004.jpg',
         '003.jpg',
     ]
-    assert len(rows(take(data.eval_batches(source.train, batch_size=4), 99)))
+    assert len(rows(take(pipeline.eval_batches(source.train, batch_size=4), 99)))
 
 
 def test_a_bad_image_met_later_is_named(folder):
@@ -165,12 +165,12 @@ def test_a_bad_image_met_later_is_named(folder):
     path = source.train.name(7)
     os.truncate(path, 200)
     with pytest.raises(UserError, match=f'{path} cannot be decoded.*bad_images=skip'):
-        take(data.train_batches(source.train, batch_size=8, seed=0), 9)
+        take(pipeline.train_batches(source.train, batch_size=8, seed=0), 9)
 
 
 def test_an_epoch_holds_each_example_once(folder):
     source = load(folder)
-    batches = take(data.train_batches(source.train, batch_size=7, seed=3), 24)
+    batches = take(pipeline.train_batches(source.train, batch_size=7, seed=3), 24)
     epochs = np.concatenate([batch['epoch'] for batch in batches])
     assert epochs.tolist() == sorted(epochs)
     everything = {source.train[i]['image'].tobytes() for i in range(24)}
@@ -187,19 +187,22 @@ def test_an_epoch_holds_each_example_once(folder):
 def test_batches_are_a_function_of_the_step(folder, start):
     source = load(folder)
     settings = dict(batch_size=7, seed=3, augment='shift_flip')
-    whole = take(data.train_batches(source.train, **settings), start + 4)
-    later = take(data.train_batches(source.train, **settings, start=start), 4)
+    whole = take(pipeline.train_batches(source.train, **settings), start + 4)
+    later = take(pipeline.train_batches(source.train, **settings, start=start), 4)
     for key in ('image', 'label', 'epoch'):
         assert rows(later, key) == rows(whole[start:], key)
-    other = take(data.train_batches(source.train, **{**settings, 'seed': 4}), 4)
+    other = take(pipeline.train_batches(source.train, **{**settings, 'seed': 4}), 4)
     assert rows(other) != rows(whole[:4])
 
 
 def test_augmentation_differs_between_epochs(folder):
     source = load(folder)
-    plain = take(data.train_batches(source.train, batch_size=24, seed=0), 1)
+    plain = take(pipeline.train_batches(source.train, batch_size=24, seed=0), 1)
     changed = take(
-        data.train_batches(source.train, batch_size=24, seed=0, augment='crop_flip'), 2
+        pipeline.train_batches(
+            source.train, batch_size=24, seed=0, augment='crop_flip'
+        ),
+        2,
     )
     assert plain[0]['label'].tolist() == changed[0]['label'].tolist()
     # A crop of nearly the whole of a small image may leave it as it was.
@@ -210,12 +213,12 @@ def test_augmentation_differs_between_epochs(folder):
 def test_hosts_share_the_same_stream(folder, monkeypatch):
     source = load(folder)
     settings = dict(batch_size=8, seed=1, augment='flip')
-    one = take(data.train_batches(source.train, **settings), 6)
-    monkeypatch.setattr(data.jax, 'process_count', lambda: 2)
+    one = take(pipeline.train_batches(source.train, **settings), 6)
+    monkeypatch.setattr(pipeline.jax, 'process_count', lambda: 2)
     shares = []
     for host in range(2):
-        monkeypatch.setattr(data.jax, 'process_index', lambda host=host: host)
-        shares.append(take(data.train_batches(source.train, **settings), 6))
+        monkeypatch.setattr(pipeline.jax, 'process_index', lambda host=host: host)
+        shares.append(take(pipeline.train_batches(source.train, **settings), 6))
     for step, batch in enumerate(one):
         both = [row for share in shares for row in share[step]['image']]
         assert len(both) == 8
@@ -225,11 +228,11 @@ def test_hosts_share_the_same_stream(folder, monkeypatch):
 @pytest.mark.parametrize('hosts', [1, 2])
 def test_evaluation_counts_each_example_once(folder, hosts, monkeypatch):
     source = load(folder)
-    monkeypatch.setattr(data.jax, 'process_count', lambda: hosts)
+    monkeypatch.setattr(pipeline.jax, 'process_count', lambda: hosts)
     seen, lengths = [], []
     for host in range(hosts):
-        monkeypatch.setattr(data.jax, 'process_index', lambda host=host: host)
-        batches = list(data.eval_batches(source.train, batch_size=10))
+        monkeypatch.setattr(pipeline.jax, 'process_index', lambda host=host: host)
+        batches = list(pipeline.eval_batches(source.train, batch_size=10))
         lengths.append([len(batch['mask']) for batch in batches])
         images = np.array(rows(batches), object)
         seen += list(images[np.concatenate([b['mask'] for b in batches]) == 1])
@@ -241,11 +244,11 @@ def test_cache_in_memory(folder, capsys):
     plain, cached = load(folder), load(folder, cache='memory')
     assert '30 decoded images take 0.00 GiB' in capsys.readouterr().out
     settings = dict(batch_size=8, seed=0)
-    expected = rows(take(data.train_batches(plain.train, **settings), 6))
-    assert rows(take(data.train_batches(cached.train, **settings), 6)) == expected
+    expected = rows(take(pipeline.train_batches(plain.train, **settings), 6))
+    assert rows(take(pipeline.train_batches(cached.train, **settings), 6)) == expected
     for path in folder.rglob('*.jpg'):
         path.unlink()
-    assert rows(take(data.train_batches(cached.train, **settings), 6)) == expected
+    assert rows(take(pipeline.train_batches(cached.train, **settings), 6)) == expected
 
 
 @pytest.mark.parametrize(
@@ -257,7 +260,7 @@ def test_cache_in_memory(folder, capsys):
 )
 def test_bad_batches(folder, settings, message):
     with pytest.raises(UserError, match=message):
-        data.train_batches(
+        pipeline.train_batches(
             load(folder).train, **{'batch_size': 4, 'seed': 0} | settings
         )
 
@@ -265,7 +268,7 @@ def test_bad_batches(folder, settings, message):
 def test_cache_and_processes_do_not_go_together(folder):
     source = load(folder, cache='memory')
     with pytest.raises(UserError, match='data.workers=2 does not go with'):
-        data.check_train_batches(source.train, 4, 'none', 2)
+        pipeline.check_train_batches(source.train, 4, 'none', 2)
 
 
 def test_relabelled_and_joined(folder):
@@ -281,7 +284,7 @@ def test_hymenoptera():
     source = data.load_source(f'folder:{shared("data/hymenoptera")}', image_size=32)
     assert (len(source.train), len(source.test)) == (245, 153)
     assert source.class_names == ('ants', 'bees')
-    batches = take(data.eval_batches(source.train, batch_size=50), 99)
+    batches = take(pipeline.eval_batches(source.train, batch_size=50), 99)
     assert sum(batch['mask'].sum() for batch in batches) == 245
 
 
@@ -353,7 +356,7 @@ def test_tfds_without_tensorflow(tfds, tmp_path, with_test):
             assert example['image'].shape == (8, 8, 3)
             assert (example['image'][0, 0, 1] == 255) == example['label']
         assert part.labels.tolist() == [part[i]['label'] for i in range(len(part))]
-    batch = take(data.train_batches(source.train, batch_size=4, seed=0), 1)[0]
+    batch = take(pipeline.train_batches(source.train, batch_size=4, seed=0), 1)[0]
     assert batch['image'].shape == (4, 8, 8, 3)
     everything = data.join(source.train, source.test)
     assert sorted(everything[i]['image'][0, 0, 0] for i in range(len(everything)))[
@@ -383,7 +386,7 @@ def test_memory_does_not_grow_with_the_number_of_images(folder):
         preparation = images.Preparation(64)
         examples = data.Examples(reader, np.arange(30 * repeats), preparation)
         tracemalloc.start()
-        for batch in data.eval_batches(examples, batch_size=10):
+        for batch in pipeline.eval_batches(examples, batch_size=10):
             assert len(batch['image']) == 10
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()

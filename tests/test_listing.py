@@ -216,13 +216,13 @@ def test_output_of_any_name(monkeypatch):
 WORKERS = """
 import sys
 from absl import flags
-from flax_densenet import data
+from flax_densenet import data, pipeline
 if __name__ == '__main__':
     flags.FLAGS(sys.argv[:1])
     source = data.load_source('folder:' + sys.argv[1], image_size=8, bad_images='skip')
     found = []
     for workers in (0, 1):
-        batches = data.train_batches(
+        batches = pipeline.train_batches(
             source.train, batch_size=5, seed=0, bad_images='skip', balance='sampler',
             workers=workers)
         found.append([next(batches)['image'].tobytes() for _ in range(3)])

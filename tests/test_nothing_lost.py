@@ -22,6 +22,7 @@ from flax_densenet import (
     faults,
     init_variables,
     lock,
+    pipeline,
     saving,
     sharding,
     signals,
@@ -161,7 +162,7 @@ def steps():
         step.new_state(init_variables(module, 0), optimizer), mesh
     )
     examples = data.load_source('digits', image_size=8).train
-    batch = next(data.train_batches(examples, batch_size=16, seed=0))
+    batch = next(pipeline.train_batches(examples, batch_size=16, seed=0))
     batch = sharding.to_global(batch, mesh)
     compiled = step.compile_train_step(train_step, state, batch, mesh)
     return compiled, jax.device_get(state), batch, mesh

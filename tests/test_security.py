@@ -35,7 +35,7 @@ ALLOWED = {
     # Ends the decoding processes.
     'flax_densenet/signals.py': {'multiprocessing'},
     # A decoding process waits for the end of the one that started it.
-    'flax_densenet/data.py': {'multiprocessing'},
+    'flax_densenet/pipeline.py': {'multiprocessing'},
     # Arrays alone: allow_pickle is False unless it is said.
     'flax_densenet/feature_files.py': {'np.load'},
     'flax_densenet/render.py': {'importlib'},  # importlib.resources: our own pages

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import ROOT, tiny_config, write_images
 
-from flax_densenet import UserError, checkpoint, data, evaluate, train
+from flax_densenet import UserError, checkpoint, data, evaluate, pipeline, train
 
 # Whatever could depend on where a run was stopped is switched on.
 HARD = {
@@ -55,7 +55,7 @@ class Stopped(Exception):
 
 def stop_after(monkeypatch, steps):
     """The next call of fit ends with `Stopped` after this many training steps."""
-    make = data.train_batches
+    make = pipeline.train_batches
 
     def train_batches(*args, **kwargs):
         class Batches:
@@ -74,7 +74,7 @@ def stop_after(monkeypatch, steps):
 
         return Batches()
 
-    monkeypatch.setattr(data, 'train_batches', train_batches)
+    monkeypatch.setattr(pipeline, 'train_batches', train_batches)
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys):
@@ -308,13 +308,13 @@ def test_processes_give_the_stream_of_threads(tmp_path):
     script.write_text(
         'import sys\n'
         'from absl import flags\n'
-        'from flax_densenet import data\n'
+        'from flax_densenet import data, pipeline\n'
         'if __name__ == "__main__":\n'
         '    flags.FLAGS(sys.argv[:1])\n'
         '    source = data.load_source("digits", image_size=8)\n'
         '    streams = []\n'
         '    for workers in (0, 2):\n'
-        '        stream = data.train_batches(source.train, batch_size=16, seed=1,\n'
+        '        stream = pipeline.train_batches(source.train, batch_size=16, seed=1,\n'
         '            start=3, augment="shift_flip", workers=workers)\n'
         '        streams.append([next(stream) for _ in range(5)])\n'
         '        stream.close()\n'

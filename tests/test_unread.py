@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from conftest import tiny_config, write_images
 
-from flax_densenet import UserError, data, evaluate, features, loop, train, unread
+from flax_densenet import (
+    UserError,
+    data,
+    evaluate,
+    features,
+    loop,
+    pipeline,
+    train,
+    unread,
+)
 
 
 @pytest.fixture
@@ -35,8 +44,8 @@ def test_with_error_a_lost_file_ends_the_run_by_name(source):
     name = source.train.name(7)
     lose(source.train, [7])
     for batches in (
-        data.train_batches(source.train, batch_size=8, seed=0),
-        data.eval_batches(source.train, batch_size=8),
+        pipeline.train_batches(source.train, batch_size=8, seed=0),
+        pipeline.eval_batches(source.train, batch_size=8),
     ):
         with pytest.raises(UserError) as raised:
             take(batches, 9)
@@ -50,10 +59,10 @@ def test_with_skip_the_next_one_stands_in(source, balance):
     count = len(source.train)
     images = [source.train[i]['image'].tobytes() for i in range(count)]
     steps = 3 * count // 8 + 1
-    before = take(data.train_batches(source.train, **settings), steps)
+    before = take(pipeline.train_batches(source.train, **settings), steps)
     lose(source.train, [3, 4, count - 1])
     stands = {images[3]: 5, images[4]: 5, images[-1]: 0}
-    batches = data.train_batches(source.train, **settings)
+    batches = pipeline.train_batches(source.train, **settings)
     after = take(batches, steps)
     assert set(after[0]) == {'image', 'label', 'epoch'}
     replaced = 0
@@ -76,22 +85,22 @@ def test_with_skip_the_next_one_stands_in(source, balance):
 def test_what_is_left_is_a_function_of_the_step(source):
     lose(source.train, [2, 9])
     settings = dict(batch_size=8, seed=0, bad_images='skip', augment='flip')
-    whole = take(data.train_batches(source.train, **settings), 9)
-    later = take(data.train_batches(source.train, **settings, start=4), 5)
+    whole = take(pipeline.train_batches(source.train, **settings), 9)
+    later = take(pipeline.train_batches(source.train, **settings, start=4), 5)
     assert column(later, 'image').tobytes() == column(whole[4:], 'image').tobytes()
 
 
 def test_skip_changes_nothing_where_all_is_read(source):
     settings = dict(batch_size=8, seed=0, augment='flip')
-    one = take(data.train_batches(source.train, **settings), 5)
-    two = take(data.train_batches(source.train, **settings, bad_images='skip'), 5)
+    one = take(pipeline.train_batches(source.train, **settings), 5)
+    two = take(pipeline.train_batches(source.train, **settings, bad_images='skip'), 5)
     assert column(one, 'image').tobytes() == column(two, 'image').tobytes()
 
 
 def test_the_cache_keeps_no_stand_in(source):
     cached = data.CachedExamples(source.train)
     lose(source.train, [3])
-    batches = data.train_batches(cached, batch_size=8, seed=0, bad_images='skip')
+    batches = pipeline.train_batches(cached, batch_size=8, seed=0, bad_images='skip')
     take(batches, 9)
     assert set(batches.unread) == {3} and batches.unread[3] >= 2
     assert not cached._known[3] and cached._known.sum() == len(cached) - 1
@@ -103,14 +112,17 @@ def test_all_is_lost(source):
     message = 'and the 18 images after it cannot be read any more; make their folder'
     with pytest.raises(UserError, match=message):
         take(
-            data.train_batches(source.train, batch_size=8, seed=0, bad_images='skip'), 1
+            pipeline.train_batches(
+                source.train, batch_size=8, seed=0, bad_images='skip'
+            ),
+            1,
         )
 
 
 def test_evaluation_leaves_them_out(source, monkeypatch):
     count = len(source.train)
     lose(source.train, [0, 6])
-    batches = data.eval_batches(source.train, batch_size=8, bad_images='skip')
+    batches = pipeline.eval_batches(source.train, batch_size=8, bad_images='skip')
     masks = column(list(batches), 'mask')
     assert np.flatnonzero(masks == 0).tolist() == [0, 6, *range(count, 24)]
 
@@ -133,7 +145,7 @@ def test_evaluation_leaves_them_out(source, monkeypatch):
 def test_features_are_of_all_images(source):
     """A run begins with them; it can begin again without the file."""
     lose(source.train, [1])
-    batches = data.eval_batches(features._Numbered(source.train), batch_size=8)
+    batches = pipeline.eval_batches(features._Numbered(source.train), batch_size=8)
     with pytest.raises(UserError, match='is not there'):
         list(batches)
 

@@ -115,12 +115,12 @@ def test_a_signal_in_evaluation(forks, whole, tmp_path, monkeypatch):
     script = (
         'import os, signal, sys; sys.argv[0] = "launch.py"\n'
         'import launch\n'
-        'from flax_densenet import data\n'
-        'make = data.eval_batches\n'
+        'from flax_densenet import pipeline\n'
+        'make = pipeline.eval_batches\n'
         'def stop(*args, **kwargs):\n'
         '    os.kill(os.getpid(), signal.SIGTERM)\n'
         '    return make(*args, **kwargs)\n'
-        'data.eval_batches = stop\n'
+        'pipeline.eval_batches = stop\n'
         'sys.exit(launch.main(sys.argv))\n'
     )
     args = [f'--config.{name}={value}' for name, value in TINY.items()]

@@ -1,0 +1,181 @@
+"""Batches of examples that depend on the seed and the step alone, through grain.
+
+Images are decoded in grain's threads or processes when a batch needs them, so a set of
+any size takes no more memory than a few batches.
+
+>>> source = data.load_source('digits', image_size=16)
+>>> batch = next(iter(train_batches(source.train, batch_size=8, seed=0)))
+>>> batch['image'].shape, batch['label'].shape
+((8, 16, 16, 3), (8,))
+"""
+
+import multiprocessing.connection
+import os
+import threading
+
+import grain
+import jax
+import numpy as np
+
+from flax_densenet import augment as augment_lib
+from flax_densenet import balance as balance_lib
+from flax_densenet import data, unread
+from flax_densenet.errors import UserError
+
+
+class _Augment(grain.transforms.RandomMap):
+    def __init__(self, recipe):
+        self.recipe = recipe
+
+    def random_map(self, example, rng):
+        image = augment_lib.augment(example['image'], rng, recipe=self.recipe)
+        return example | {'image': image}
+
+
+def check_train_batches(
+    examples: data.Examples,
+    batch_size: int,
+    augment: str,
+    workers: int,
+    balance: str = 'none',
+):
+    """Raises the errors of `train_batches`, without starting any thread."""
+    if batch_size > len(examples):
+        raise UserError(
+            f'data.batch_size={batch_size} is larger than the {len(examples)} images '
+            'to train on; use a smaller one'
+        )
+    data.check_choice('augment', augment, augment_lib.RECIPES)
+    data.check_choice('balance', balance, balance_lib.BALANCES)
+    if balance != 'none' and np.ndim(examples.labels) == 2:
+        raise UserError(
+            f'data.balance={balance} needs one class an image; with data.labels use '
+            'data.balance=none'
+        )
+    if workers and isinstance(examples, data.CachedExamples):
+        raise UserError(
+            f'data.workers={workers} does not go with data.cache=memory, which threads '
+            'share and processes do not; use data.workers=0'
+        )
+
+
+def train_batches(
+    examples: data.Examples,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    augment: str = 'none',
+    balance: str = 'none',
+    bad_images: str = 'error',
+    threads: int = 4,
+    workers: int = 0,
+):
+    """An endless stream of full batches, a function of the seed and the step alone.
+
+    Each epoch goes through the examples once, in an order of its own. Where the
+    batch size does not divide them, a batch holds the end of one epoch and the start
+    of the next, so batch norm always sees a full batch; `epoch` says which is which.
+
+    Args:
+      batch_size: over all hosts; this host's share comes out.
+      start: step at which to start.
+      augment: a key of `augment.RECIPES`.
+      balance: `sampler` draws the classes equally often, see `balance.Draws`; an epoch
+        has as many images as without.
+      bad_images: `skip` puts the next image in the place of one that cannot be read
+        any more; the iterator is then a `unread.Batches`, which counts them.
+      threads: decoding threads; each makes a whole batch.
+      workers: decoding processes instead of threads, 0 for none.
+
+    Returns:
+      An iterator of `{'image': uint8 [n, S, S, 3], 'label': int32 [n],
+      'epoch': int32 [n]}`, to be closed after use; epochs count from 0.
+
+    Raises:
+      UserError: fewer examples than rows of a batch; an unknown recipe.
+    """
+    check_train_batches(examples, batch_size, augment, workers, balance)
+    count, hosts = len(examples), jax.process_count()
+    skip = bad_images == 'skip' and isinstance(examples, data.Examples)
+    source = unread.StandIns(examples) if skip else examples
+    if balance == 'sampler':
+        draws = balance_lib.Draws(examples.labels, seed)
+        stream = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+        stream = stream.map_with_index(
+            lambda position, slot: source[draws(position // count, slot)]
+        )
+    else:
+        stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    stream = stream.map_with_index(
+        lambda position, example: example | {'epoch': np.int32(position // count)}
+    )
+    # The host's share is taken last, so that the stream does not depend on how many
+    # hosts there are.
+    if augment_lib.RECIPES[augment]:
+        stream = stream.random_map(_Augment(augment))
+    stream = stream[jax.process_index() :: hosts]
+    stream = stream.batch(batch_size // hosts, drop_remainder=True)
+    batches = _iterate(stream[start:], threads, workers)
+    return unread.Batches(batches) if skip else batches
+
+
+def eval_batches(
+    examples: data.Examples,
+    *,
+    batch_size: int,
+    bad_images: str = 'error',
+    threads: int = 4,
+    workers: int = 0,
+):
+    """Every example once, in order, in batches of one shape on every host.
+
+    Args:
+      bad_images: `skip` gives mask 0 to an image that cannot be read any more; the
+        iterator is then a `unread.Batches`, which counts them.
+
+    Returns:
+      An iterator of `{'image': uint8 [n, S, S, 3], 'label': int32 [n],
+      'mask': float32 [n]}`; the last batch is filled up with rows of mask 0.
+    """
+    skip = bad_images == 'skip' and isinstance(examples, data.Examples)
+    hosts = jax.process_count()
+    steps = -(-len(examples) // batch_size)
+    stream = grain.MapDataset.range(steps * batch_size)
+    source = unread.StandIns(examples) if skip else examples
+    stream = stream.map(_Padded(source))[jax.process_index() :: hosts]
+    stream = stream.batch(batch_size // hosts, drop_remainder=True)
+    batches = _iterate(stream, threads, workers)
+    return unread.Batches(batches) if skip else batches
+
+
+class _Padded(grain.transforms.Map):
+    def __init__(self, examples):
+        self.examples = examples
+
+    def map(self, position):
+        last = len(self.examples) - 1
+        example = self.examples[min(int(position), last)]
+        counts = position <= last and example.get('unread', -1) < 0
+        return example | {'mask': np.float32(counts)}
+
+
+def _iterate(stream, threads, workers):
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)
+    stream = stream.to_iter_dataset(options)
+    if workers:
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
+            worker_init_fn=_end_with_parent,
+        )
+    return iter(stream)
+
+
+def _end_with_parent(*_):
+    """Ends a decoding process where training is killed, which grain would not do."""
+
+    def wait():
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

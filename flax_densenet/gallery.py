@@ -49,9 +49,9 @@ def pick_mistakes(found: results.Results, most: int) -> list[dict[str, Any]]:
         known = ~np.isnan(found.labels)
         wrong = known & ((found.probabilities > 0.5) != (found.labels > 0.5))
         return _label_rows(found, wrong, np.abs(found.probabilities - 0.5), most)
-    said, sure = found.probabilities.argmax(-1), found.probabilities.max(-1)
-    rows = np.flatnonzero(said != found.labels)
-    return _class_rows(found, rows[np.argsort(-sure[rows], kind='stable')][:most])
+    rows = np.flatnonzero(found.said != found.labels)
+    order = np.argsort(-found.sure[rows], kind='stable')
+    return _class_rows(found, rows[order][:most])
 
 
 def pick_uncertain(found: results.Results, most: int) -> list[dict[str, Any]]:
@@ -63,19 +63,24 @@ def pick_uncertain(found: results.Results, most: int) -> list[dict[str, Any]]:
     if found.multi_label:
         known = ~np.isnan(found.labels)
         return _label_rows(found, known, -np.abs(found.probabilities - 0.5), most)
-    ordered = np.sort(found.probabilities, -1)
-    margin = ordered[:, -1] - ordered[:, -2]
+    margin = np.array([np.subtract(*_two_best(row)) for row in found.probabilities])
     return _class_rows(found, np.argsort(margin, kind='stable')[:most])
 
 
+def _two_best(row):
+    if len(row) < 2:
+        return row[0], 0.0
+    return np.partition(row, -2)[:-3:-1]
+
+
 def _class_rows(found, rows):
-    said = found.probabilities.argmax(-1)
+    said = found.said
     return [
         {
             'row': int(row),
             'said': int(said[row]),
             'true': int(found.labels[row]),
-            'probability': float(found.probabilities[row].max()),
+            'probability': float(found.sure[row]),
             'true_probability': float(found.probabilities[row, found.labels[row]]),
         }
         for row in rows
@@ -134,7 +139,7 @@ def make_cells(found: results.Results, classes) -> dict[str, list[dict[str, Any]
       `{'true,predicted': [{'name', 'probability', 'image'}, ...]}`.
     """
     inside = set(map(int, classes))
-    said, sure = found.probabilities.argmax(-1), found.probabilities.max(-1)
+    said, sure = found.said, found.sure
     cells: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for row in np.argsort(-sure, kind='stable').tolist():
         place = int(found.labels[row]), int(said[row])

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+WIDE = 1000  # classes; of more, all pairs or all probabilities fill no useful file
+_CHUNK = 2**22  # numbers in double precision at a time
 BINS = 15  # of the reliability diagram
 CURVE_POINTS = 60  # of an ROC curve, enough for a page's width
 
@@ -22,7 +24,20 @@ def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     """Probabilities `[N, C]` of logits `[N, C]`, in float64."""
     from scipy import special
 
-    return special.softmax(np.asarray(logits, np.float64) / temperature, axis=-1)
+    logits = np.asarray(logits)
+    probabilities = np.empty(logits.shape, np.float64)
+    for rows in _chunks(logits):
+        probabilities[rows] = special.softmax(
+            np.asarray(logits[rows], np.float64) / temperature, axis=-1
+        )
+    return probabilities
+
+
+def _chunks(logits):
+    """Slices of rows, so that temporary arrays of many classes stay small."""
+    length = max(1, _CHUNK // max(1, logits.shape[-1]))
+    for start in range(0, len(logits), length):
+        yield slice(start, start + length)
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
@@ -43,8 +58,9 @@ def measure(logits: np.ndarray, labels: np.ndarray, class_names) -> dict[str, An
     Returns:
       What JSON can hold: count, accuracy and its 95 % interval (Wilson's), loss in
       nats, top5 where there are more than five classes, `classes` (name, precision,
-      recall, f1, support, auroc), macro averages, confusion `[true][predicted]`,
-      calibration before and after temperature scaling.
+      recall, f1, support, auroc), macro averages, `confusion` `[true][predicted]`, or
+      None of more than `WIDE` classes, `confused` (those pairs that there are: true,
+      predicted, count), calibration before and after temperature scaling.
     """
     from sklearn import metrics as sklearn_metrics
 
@@ -57,6 +73,7 @@ def measure(logits: np.ndarray, labels: np.ndarray, class_names) -> dict[str, An
     )
     areas = [area(labels == c, probabilities[:, c]) for c in classes]
     there = support > 0
+    matrix = confusion(labels, predicted, len(classes))
     return {
         'count': len(labels),
         'accuracy': float(right.mean()),
@@ -80,9 +97,8 @@ def measure(logits: np.ndarray, labels: np.ndarray, class_names) -> dict[str, An
             }
             for c in classes
         ],
-        'confusion': sklearn_metrics.confusion_matrix(
-            labels, predicted, labels=classes
-        ).tolist(),
+        'confusion': matrix.toarray().tolist() if len(classes) <= WIDE else None,
+        'confused': count_confused(matrix),
         'calibration': calibrate(logits, labels),
     }
 
@@ -129,8 +145,35 @@ def measure_labels(logits: np.ndarray, labels: np.ndarray, names) -> dict[str, A
         },
         'classes': rows,
         'confusion': None,
+        'confused': None,
         'calibration': None,
     }
+
+
+def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int):
+    """Images by true and predicted class: a sparse int64 matrix `[C, C]` of scipy.
+
+    Of 10,000 classes nearly all of the hundred million pairs are empty.
+    """
+    from scipy import sparse
+
+    ones = np.ones(len(labels), np.int64)
+    shape = classes, classes
+    matrix = sparse.csr_array((ones, (labels, predicted)), shape=shape)
+    matrix.sum_duplicates()
+    return matrix
+
+
+def count_confused(matrix) -> list[list[int]]:
+    """`[true, predicted, count]` of the pairs of different classes, most first."""
+    pairs = matrix.tocoo()
+    true, said = pairs.coords
+    order = np.argsort(-pairs.data, kind='stable')
+    return [
+        [int(true[i]), int(said[i]), int(pairs.data[i])]
+        for i in order
+        if true[i] != said[i]
+    ]
 
 
 def wilson(right: int, count: int) -> list[float] | None:
@@ -155,13 +198,20 @@ def _normal_interval(values):
 def _losses(logits, labels, temperature=1.0):
     from scipy import special
 
-    logs = special.log_softmax(np.asarray(logits, np.float64) / temperature, axis=-1)
-    return -logs[np.arange(len(labels)), labels]
+    losses = np.empty(len(labels))
+    for rows in _chunks(logits):
+        scaled = np.asarray(logits[rows], np.float64) / temperature
+        true = np.take_along_axis(scaled, labels[rows, None], -1)[:, 0]
+        losses[rows] = special.logsumexp(scaled, axis=-1) - true
+    return losses
 
 
 def _top(probabilities, labels, most):
-    best = np.argpartition(-probabilities, most - 1, axis=-1)[:, :most]
-    return float((best == labels[:, None]).any(-1).mean())
+    right = 0
+    for rows in _chunks(probabilities):
+        best = np.argpartition(-probabilities[rows], most - 1, axis=-1)[:, :most]
+        right += int((best == labels[rows, None]).any(-1).sum())
+    return right / len(labels)
 
 
 def area(true: np.ndarray, score: np.ndarray) -> float | None:
@@ -216,15 +266,28 @@ def calibrate(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     temperature = float(np.exp(found.x))
     return {
         'temperature': temperature,
-        'before': reliability(softmax(logits), labels),
-        'after': reliability(softmax(logits, temperature), labels),
+        'before': reliability(*_answers(logits, labels, 1.0)),
+        'after': reliability(*_answers(logits, labels, temperature)),
     }
 
 
-def reliability(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
-    """Bins of confidence, and the mean distance of accuracy and confidence in them."""
-    confidence = probabilities.max(-1)
-    right = probabilities.argmax(-1) == labels
+def _answers(logits, labels, temperature):
+    """The likeliest class's probability, and whether it is right, of each image."""
+    confidence, right = np.empty(len(labels)), np.empty(len(labels), bool)
+    for rows in _chunks(logits):
+        probabilities = softmax(logits[rows], temperature)
+        confidence[rows] = probabilities.max(-1)
+        right[rows] = probabilities.argmax(-1) == labels[rows]
+    return confidence, right
+
+
+def reliability(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
+    """Bins of confidence, and the mean distance of accuracy and confidence in them.
+
+    Args:
+      confidence: `[N]`, the probability of what is predicted.
+      right: bool `[N]`.
+    """
     places = np.minimum((confidence * BINS).astype(int), BINS - 1)
     bins, error = [], 0.0
     for place in range(BINS):
@@ -235,6 +298,6 @@ def reliability(probabilities: np.ndarray, labels: np.ndarray) -> dict[str, Any]
             row['confidence'] = float(confidence[inside].mean())
             row['accuracy'] = float(right[inside].mean())
             gap = abs(row['accuracy'] - row['confidence'])
-            error += gap * count / len(labels)
+            error += gap * count / len(right)
         bins.append(row)
     return {'error': error, 'bins': bins}

@@ -235,9 +235,10 @@ def _caption(row, names):
 def _roc(found):
     """Curves of one class against the rest, the worst first."""
     rows = []
-    for place, row in enumerate(found.figures['classes']):
-        if row['auroc'] is None:
-            continue
+    classes = found.figures['classes']
+    there = [place for place, row in enumerate(classes) if row['auroc'] is not None]
+    for place in sorted(there, key=lambda place: classes[place]['auroc'])[:CLASSES]:
+        row = classes[place]
         if found.multi_label:
             known = ~np.isnan(found.labels[:, place])
             true = found.labels[known, place] > 0.5
@@ -246,34 +247,38 @@ def _roc(found):
             true = found.labels == place
             curve = metrics.roc(true, found.probabilities[:, place])
         rows.append({'name': row['name'], 'auroc': round(row['auroc'], 4), **curve})
-    return sorted(rows, key=lambda row: row['auroc'])[:CLASSES]
+    return rows
 
 
 def _confusion(found):
     """The matrix, of the classes with most mistakes where there are very many."""
     if found.multi_label:
         return None
-    matrix = np.array(found.figures['confusion'])
-    wrong = matrix - np.diag(np.diag(matrix))
-    mistakes = wrong.sum(0) + wrong.sum(1)
+    count = len(found.class_names)
+    matrix = metrics.confusion(found.labels, found.said, count)
+    support = matrix.sum(1)
+    mistakes = support + matrix.sum(0) - 2 * matrix.diagonal()
     kept = np.sort(np.argsort(-mistakes, kind='stable')[:CLASSES])
-    places = np.argwhere(wrong[np.ix_(kept, kept)])
-    places = kept[places]
-    order = np.argsort([-wrong[t, p] for t, p in places], kind='stable')[:PAIRS]
+    inside = set(kept.tolist())
+    confused = [
+        (true, said, number)
+        for true, said, number in found.figures['confused']
+        if true in inside and said in inside
+    ]
     pairs = [
         {
-            'true': int(t),
-            'said': int(p),
-            'text': f'{found.class_names[t]} taken for {found.class_names[p]}',
-            'count': int(wrong[t, p]),
-            'of': int(matrix[t].sum()),
+            'true': true,
+            'said': said,
+            'text': f'{found.class_names[true]} taken for {found.class_names[said]}',
+            'count': number,
+            'of': int(support[true]),
         }
-        for t, p in places[order]
+        for true, said, number in confused[:PAIRS]
     ]
     return {
         'kept': kept.tolist(),
-        'all': len(matrix),
-        'matrix': matrix[np.ix_(kept, kept)].tolist(),
+        'all': count,
+        'matrix': matrix[kept][:, kept].toarray().tolist(),
         'cells': gallery.make_cells(found, kept),
         'pairs': pairs,
     }

@@ -17,6 +17,7 @@ from flax_densenet import atomic, data, evaluate, metrics, sharding
 from flax_densenet.errors import UserError
 
 EVAL_FILE, PREDICTIONS_FILE = 'eval.json', 'predictions.csv'
+LIKELIEST = 10  # that predictions.csv names where there are very many classes
 ROWS = 40  # classes that the table lists; more would scroll the totals away
 
 
@@ -47,6 +48,16 @@ class Results:
         """float64 `[N, C]`: softmax, or the sigmoid of each label."""
         of = metrics.sigmoid if self.multi_label else metrics.softmax
         return of(self.logits)
+
+    @functools.cached_property
+    def said(self) -> np.ndarray:
+        """int64 `[N]`: the likeliest class of each image."""
+        return self.probabilities.argmax(-1)
+
+    @functools.cached_property
+    def sure(self) -> np.ndarray:
+        """float64 `[N]`: its probability."""
+        return self.probabilities.max(-1)
 
     @functools.cached_property
     def figures(self) -> dict[str, Any]:
@@ -154,8 +165,14 @@ def save(folder: str, results: Results, about: dict[str, Any]):
 
 
 def _rows(results):
-    """Path, what is true, what the model says, and every probability."""
+    """Path, what is true, what the model says, and every probability.
+
+    Of more than `metrics.WIDE` classes the likeliest ones: all would be gigabytes.
+    """
     names, several = results.class_names, results.multi_label
+    if len(names) > metrics.WIDE and not several:
+        yield from _rows_of_likeliest(results)
+        return
     known = [f'true_{name}' for name in names] if several else []
     yield [
         *('path', 'true', 'predicted'),
@@ -174,6 +191,20 @@ def _rows(results):
         else:
             true, said = names[label], names[line.argmax()]
         yield [results.name(row), true, said, *known, *(f'{p:.6g}' for p in line)]
+
+
+def _rows_of_likeliest(results):
+    names = results.class_names
+    numbers = range(1, LIKELIEST + 1)
+    more = (f'{what}_{n}' for n in numbers for what in ('class', 'probability'))
+    yield ['path', 'true', 'predicted', 'probability_of_true', *more]
+    for row, line in enumerate(results.probabilities):
+        label = results.labels[row]
+        best = np.argpartition(-line, LIKELIEST)[:LIKELIEST]
+        best = best[np.argsort(-line[best], kind='stable')]
+        cells = (cell for c in best for cell in (names[c], f'{line[c]:.6g}'))
+        true = names[label], names[results.said[row]], f'{line[label]:.6g}'
+        yield [results.name(row), *true, *cells]
 
 
 def format_figures(results: Results, where: str) -> str:

@@ -81,8 +81,7 @@ def test_calibration(case):
     counts = [row['count'] for row in sure['before']['bins']]
     assert sum(counts) == 20000 and counts[0] == 0  # none below a quarter
     # Two images of confidence 0.75, one of them right: a gap of 0.25.
-    two = np.array([[0.75, 0.25], [0.75, 0.25]])
-    found = metrics.reliability(two, np.array([0, 1]))
+    found = metrics.reliability(np.array([0.75, 0.75]), np.array([True, False]))
     assert found['error'] == pytest.approx(0.25)
 
 

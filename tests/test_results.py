@@ -2,13 +2,15 @@
 
 import csv
 import json
+import types
 
 import numpy as np
 import pytest
 from conftest import tiny_trained, write_images
+from scipy import special
 from sklearn import metrics as sklearn_metrics
 
-from flax_densenet import UserError, data, evaluate, results
+from flax_densenet import UserError, data, evaluate, metrics, results
 
 
 @pytest.fixture(scope='module')
@@ -136,3 +138,33 @@ def test_unusable(run, tmp_path):
     bad = evaluate.Trained(**{**vars(trained), 'variables': broken})
     with pytest.raises(UserError, match='not finite'):
         results.collect(bad, found.examples, found.class_names, batch_size=16)
+
+
+def test_very_many_classes_stay_small(tmp_path):
+    """Neither all pairs of classes nor all probabilities go to a file."""
+    rng, classes = np.random.default_rng(0), metrics.WIDE + 1
+    logits = rng.standard_normal((40, classes), np.float32)
+    labels = rng.integers(0, classes, 40)
+    logits[np.arange(20), labels[:20]] += 9
+    names = tuple(f'c{number}' for number in range(classes))
+    examples = types.SimpleNamespace(name='{}.jpg'.format)
+    found = results.Results(examples, names, logits, labels)
+    results.save(str(tmp_path), found, {})
+    figures = json.loads((tmp_path / 'eval.json').read_text())
+    assert figures['confusion'] is None
+    wrong = [[t, s, 1] for t, s in zip(labels, logits.argmax(-1), strict=True) if t - s]
+    assert sorted(figures['confused']) == sorted(wrong)
+    with open(tmp_path / 'predictions.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 40 and len(rows[0]) == 4 + 2 * results.LIKELIEST
+    probabilities = special.softmax(logits.astype(np.float64), axis=-1)
+    for number, row in enumerate(rows):
+        best = np.argsort(-probabilities[number])[: results.LIKELIEST]
+        assert [row[f'class_{n}'] for n in range(1, 11)] == [names[c] for c in best]
+        assert float(row['probability_10']) == pytest.approx(
+            probabilities[number, best[9]], rel=1e-5
+        )
+        assert row['predicted'] == row['class_1'] and row['path'] == f'{number}.jpg'
+        assert row['true'] == names[labels[number]]
+        true = probabilities[number, labels[number]]
+        assert float(row['probability_of_true']) == pytest.approx(true, rel=1e-5)

@@ -43,16 +43,24 @@ class ArrayReader:
 
 @dataclasses.dataclass
 class FileReader:
-    """Images held as files; labels int32 `[N]`, or float32 `[N, L]` (see `labels`)."""
+    """Images held as files; labels int32 `[N]`, or float32 `[N, L]` (see `labels`).
+
+    `root` is the folder that all of them are below.
+    """
 
     paths: list[str]
     labels: np.ndarray
+    root: str = ''
 
     def __getitem__(self, index):
         return self.paths[index]
 
     def name(self, index):
         return self.paths[index]
+
+    def keys(self, indices):
+        """Of each image what tells it from others, wherever the folder is: bytes."""
+        return [os.fsencode(self.paths[i].removeprefix(self.root)) for i in indices]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +121,7 @@ def _find_folder(name, *, bad_images, labels, **_):
             'mend them or remove it'
         )
     return Found(
-        FileReader(paths, labels),
+        FileReader(paths, labels, root),
         [printable(name) for name in names],
         good[good < first_test],
         good[good >= first_test] if len(parts) > 1 else None,
@@ -207,7 +215,7 @@ def _find_labelled(field, root, table, bad_images):
         part = found.parts[there][good]
         train, test = good[part == 0], good[part == 1]
     return Found(
-        FileReader(paths, found.values[there]),
+        FileReader(paths, found.values[there], root),
         list(found.names),
         train,
         test,

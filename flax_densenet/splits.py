@@ -1,5 +1,7 @@
 """Divides the images of a source into those to train on and those to test on."""
 
+import hashlib
+
 import numpy as np
 
 from flax_densenet import duplicates as duplicates_lib
@@ -36,7 +38,11 @@ def find_parts(
 
 
 def _split(found, test_fraction, seed):
-    """A seeded random split, even over the classes; groups stay together."""
+    """A seeded random split, even over the classes; groups stay together.
+
+    Files are drawn by a hash of their names: where one goes or comes later, the others
+    stay on their side, but for one or two at the edge.
+    """
     if seed < 0:
         raise UserError(f'data.split_seed={seed} must be 0 or above')
     train_size = int(len(found.train) * (1 - test_fraction))
@@ -49,10 +55,13 @@ def _split(found, test_fraction, seed):
         order = np.random.default_rng(seed).permutation(found.train)
         return np.sort(order[:train_size]), np.sort(order[train_size:])
     if found.reader.labels.ndim == 2:
-        groups = found.groups
-        groups = found.train if groups is None else groups[found.train]
-        return _split_groups(found.train, groups, test_size, seed)
-    order = np.random.default_rng(seed).permutation(len(found.train))
+        keys = _keys(found) if found.groups is None else found.groups[found.train]
+        return _split_groups(found.train, keys, test_size, seed)
+    keys = _keys(found)
+    if keys is None:
+        order = np.random.default_rng(seed).permutation(len(found.train))
+    else:
+        order = _shuffle(keys, seed)
     labels = found.reader.labels[found.train][order]
     # An image's place in its class, from 0 to 1: the first ones of all classes are the
     # test images, so each class gives its share, rounded.
@@ -70,10 +79,24 @@ def _split(found, test_fraction, seed):
     return np.sort(found.train[train]), np.sort(found.train[test])
 
 
+def _keys(found):
+    """Of each image what stays when others go; None where images have no names."""
+    if isinstance(found.reader, sources.FileReader):
+        return found.reader.keys(found.train)
+    return None
+
+
+def _shuffle(keys, seed):
+    """An order that depends on the seed and, of each two keys, on these alone."""
+    salt = b'%d' % seed
+    hashes = (hashlib.blake2b(key, digest_size=8, key=salt).digest() for key in keys)
+    return np.argsort(np.frombuffer(b''.join(hashes), '>u8'), kind='stable')
+
+
 def _split_groups(indices, groups, test_size, seed):
     """As many whole groups as come closest to `test_size` images, the rest."""
     names, numbers, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    order = np.random.default_rng(seed).permutation(len(names))
+    order = _shuffle([str(name).encode() for name in names], seed)
     taken = np.abs(np.cumsum(counts[order]) - test_size).argmin() + 1
     is_test = np.isin(numbers, order[: min(taken, len(names) - 1)])
     return indices[~is_test], indices[is_test]

@@ -64,6 +64,29 @@ def test_split_of_a_folder(folder):
     assert other.test.indices.tolist() != source.test.indices.tolist()
 
 
+def sides(source, root):
+    """Files below the root -> whether they are tested."""
+    parts = (source.train, False), (source.test, True)
+    return {
+        os.path.relpath(part.name(i), root): tested
+        for part, tested in parts
+        for i in range(len(part))
+    }
+
+
+def test_a_split_outlasts_its_files(tmp_path):
+    """What goes, comes or moves does not send the test images into training."""
+    root = write_images(tmp_path / 'p', {'a': 40, 'b': 60, 'c': 23}, size=(4, 4))
+    before = sides(load(root), root)
+    os.rename(root, tmp_path / 'q')
+    assert sides(load(tmp_path / 'q'), tmp_path / 'q') == before
+    for name in ('a/000.jpg', 'b/030.jpg', 'c/022.jpg'):
+        (tmp_path / 'q' / name).unlink()
+    after = sides(load(tmp_path / 'q'), tmp_path / 'q')
+    assert len(after) == 120 and sum(after.values()) == 24
+    assert sum(after[name] != before[name] for name in after) <= 3
+
+
 def test_split_with_one_image_of_a_class(tmp_path):
     source = load(write_images(tmp_path / 'p', {'a': 9, 'b': 1}))
     assert (len(source.train), len(source.test)) == (8, 2)

@@ -1,5 +1,6 @@
 """Several labels an image: the table, the loss, the areas, a run."""
 
+import pathlib
 import time
 
 import numpy as np
@@ -26,7 +27,7 @@ def test_a_table(tmp_path):
     assert found.images == ['a.png', 'b.png', 'c.png']
     assert found.names == ('red', 'green')
     np.testing.assert_array_equal(found.values, [[1, 0], [np.nan, 1], [np.nan] * 2])
-    assert found.groups.tolist() == [0, 1, 0]
+    assert found.groups[0] == found.groups[2] != found.groups[1]
     assert found.ignored == ('note',)
 
 
@@ -39,7 +40,7 @@ def test_lists_of_findings(tmp_path):
     found = labels.read(write(tmp_path / 't.csv', text))
     assert found.names == ('Cardiomegaly', 'Effusion')
     assert found.values.tolist() == [[1, 1], [0, 0], [0, 1]]
-    assert found.groups.tolist() == [0, 1, 0]
+    assert found.groups[0] == found.groups[2] != found.groups[1]
 
 
 @pytest.mark.parametrize(
@@ -169,6 +170,19 @@ def test_patients_stay_together(table):
     assert [len(p) for p in patients] == [32, 8]
     example = source.train[0]
     assert example['label'].dtype == np.float32 and example['label'].shape == (2,)
+
+
+def test_a_split_of_patients_outlasts_one(table):
+    def tested(source):
+        return {source.test.name(i).split('/')[-1] for i in range(len(source.test))}
+
+    before = tested(load(table))
+    path, folder = table
+    with open(path) as file:
+        lines = [line for line in file if ',p0,' not in line]
+    write(pathlib.Path(path), ''.join(lines))
+    gone = {'0.png', '1.png', '2.png'}
+    assert len(before - gone ^ tested(load(table))) <= 3
 
 
 def test_images_that_are_not_there(table):

@@ -39,6 +39,8 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     for name in ('http_proxy', 'https_proxy'):
         monkeypatch.setenv(name, 'http://127.0.0.1:9')  # nothing listens there
     notebook = nbformat.read(path, 4)
+    for cell in notebook.cells:  # how good the model gets is not the test's matter
+        cell.source = re.sub(r'epochs=\d+', 'epochs=1', cell.source)
     folder = {'metadata': {'path': str(tmp_path / 'examples')}}
     client = nbclient.NotebookClient(
         notebook, kernel_name='python3', timeout=600, resources=folder

@@ -60,7 +60,8 @@ class FileReader:
 
     def keys(self, indices):
         """Of each image what tells it from others, wherever the folder is: bytes."""
-        return [os.fsencode(self.paths[i].removeprefix(self.root)) for i in indices]
+        below = (self.paths[i].removeprefix(self.root).lstrip('/') for i in indices)
+        return [os.fsencode(path) for path in below]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,7 +79,8 @@ def test_a_split_outlasts_its_files(tmp_path):
     root = write_images(tmp_path / 'p', {'a': 40, 'b': 60, 'c': 23}, size=(4, 4))
     before = sides(load(root), root)
     os.rename(root, tmp_path / 'q')
-    assert sides(load(tmp_path / 'q'), tmp_path / 'q') == before
+    for way_to_write_it in ('q', 'q/', './q'):
+        assert sides(load(f'{tmp_path}/{way_to_write_it}'), tmp_path / 'q') == before
     for name in ('a/000.jpg', 'b/030.jpg', 'c/022.jpg'):
         (tmp_path / 'q' / name).unlink()
     after = sides(load(tmp_path / 'q'), tmp_path / 'q')

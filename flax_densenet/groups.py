@@ -45,7 +45,8 @@ def resolve(group: int, *, rows: int, devices: int, accumulate_steps: int = 1) -
         if rows % n == 0 and (own % n == 0 or n % own == 0)
     ]
     if group not in valid:
-        nearest = sorted(sorted(valid, key=lambda n: abs(n - group))[:2])
+        below, above = ([n for n in valid if (n > group) == side] for side in (0, 1))
+        nearest = below[-1:] + above[:1]
         part = 'micro-batch' if accumulate_steps > 1 else 'batch'
         raise UserError(
             f'model.batch_norm_group={group} does not divide the {rows} rows of a '

@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks import exchange
 from flax_densenet import (
     create_model,
+    finetune,
     groups,
     init_variables,
     sharding,
@@ -97,12 +98,16 @@ def take(
     )
     fields = dict(dtype='float64', kernel='xla', batch_norm_group=group) | fields
     module = create_model('BC-L10k4', num_classes=3, **SMALL | fields)
-    optimizer = step.make_optimizer(
-        1e-2,
-        name='adam',
-        momentum=0.9,
-        weight_decay=1e-3,
-        shard_over=mesh if shard_state else None,
+    rates = finetune.make_rates(module, freeze='denseblock1' if frozen else 'none')
+    optimizer = finetune.make_optimizer(
+        lambda first: step.make_optimizer(
+            1e-2,
+            name='adam',
+            momentum=0.9,
+            weight_decay=1e-3,
+            shard_over=mesh if shard_state else None,
+        ),
+        rates,
     )
     variables, rng = init_variables(module, 0), np.random.default_rng(0)
     variables['batch_stats'] = before = jax.tree.map(

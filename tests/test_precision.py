@@ -25,9 +25,8 @@ def equations(jaxpr):
 
 def trace(dtype, **fields):
     """A step's program, and the shapes and types of what it returns."""
-    module = create_model(
-        'BC-L10k4', num_classes=3, dtype=dtype, kernel='xla', **fields
-    )
+    fields |= {'dtype': dtype, 'kernel': 'xla'}
+    module = create_model('BC-L10k4', num_classes=3, **fields)
     optimizer = step.make_optimizer(0.1, name='adam', momentum=0, weight_decay=0.1)
     state = step.new_state(init_variables(module, 0), optimizer)
     batch = {
@@ -57,10 +56,8 @@ def test_what_stays_float32(way):
         kinds = {leaf.dtype for leaf in jax.tree.leaves(tree)}
         assert kinds <= {np.dtype(name) for name in ('float32', 'int32', 'bool')}
     # Sums: of statistics, losses, their gradients, and the mean over positions.
-    assert set(operands(program, 'reduce_sum')) <= {
-        jnp.dtype('float32'),
-        jnp.dtype('i4'),
-    }
+    kinds = {jnp.dtype('float32'), jnp.dtype('int32')}
+    assert set(operands(program, 'reduce_sum')) <= kinds
     # Softmax and batch norm's root.
     for name in ('exp', 'log', 'rsqrt', 'sqrt', 'reduce_max'):
         assert set(operands(program, name)) == {jnp.dtype('float32')}, name
@@ -80,17 +77,14 @@ def test_the_scan_sees_bfloat16():
 
 @pytest.mark.slow
 def test_bfloat16_learns_as_float32(tmp_path):
-    """Four epochs of digits: the losses within a tenth, far below the first one."""
-    losses = {}
+    """Three epochs of digits: the losses within a tenth, the accuracies within 5 %."""
+    records = []
     for dtype in ('float32', 'bfloat16'):
-        fields = {
-            'model.dtype': dtype,
-            'train.epochs': 4,
-            'optimizer.learning_rate': 1e-2,
-        }
-        losses[dtype] = train.fit(tiny_config(**fields), str(tmp_path / dtype))
-    one, other = losses.values()
+        fields = {'model.dtype': dtype, 'train.epochs': 3, 'data.batch_size': 32}
+        fields |= {'optimizer.learning_rate': 1e-2}
+        records.append(train.fit(tiny_config(**fields), str(tmp_path / dtype)))
+    one, other = records
     assert one['train_loss'] != other['train_loss']
     assert other['train_loss'] == pytest.approx(one['train_loss'], rel=0.1)
-    assert other['test_accuracy'] > 0.8
-    assert other['test_accuracy'] == pytest.approx(one['test_accuracy'], abs=0.03)
+    assert other['test_accuracy'] > 0.85
+    assert other['test_accuracy'] == pytest.approx(one['test_accuracy'], abs=0.05)

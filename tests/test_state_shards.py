@@ -55,7 +55,7 @@ def test_a_checkpoint_does_not_tell_of_the_devices():
         count: take_steps(sharding.make_mesh(jax.devices()[:count]))
         for count in (1, 2, 4)
     }
-    for count, found in results.items():
+    for found in results.values():
         assert jax.tree.structure(found) == jax.tree.structure(results[1])
         for a, b in zip(*map(jax.tree.leaves, (found, results[1])), strict=True):
             assert np.shape(a) == np.shape(b)
@@ -128,11 +128,7 @@ def test_accumulated_steps_of_a_run(tmp_path, capsys):
     """fit, its dump of a bad step, and lr_find take them; features are cached too."""
     fields = {'train.epochs': 1, 'data.test_fraction': 0.7}
     parts = {'train.accumulate_steps': 4, 'optimizer.shard_state': True}
-    group = {'model.batch_norm_group': 32}
     train.fit(tiny_config(**fields | parts), str(tmp_path / 'parts'))
-    train.fit(tiny_config(**fields | group), str(tmp_path / 'groups'))
-    one, other = (latest(tmp_path / name) for name in ('parts', 'groups'))
-    assert_close(one, other)
     bad = {'optimizer.name': 'sgd', 'optimizer.learning_rate': 1e30}
     with pytest.raises(train.UserError, match='step 2, epoch 1: the loss or its grad'):
         train.fit(tiny_config(**fields | parts | bad), str(tmp_path / 'bad'))

@@ -141,6 +141,9 @@ def test_the_optimizer_in_shards(quick):
     assert shards == [2 * -(-parameters // 64) * 8 + 4] * 8
     exchanged = infos['parts of 8 in shards']['exchange']
     assert exchanged['all-gather'] == -(-parameters // 64) * 64
+    # One gather of all updates, beside what eight parts exchange.
+    one = infos['eight']['exchange']['operations']
+    assert exchanged['operations'] <= 8 * one + 1
 
 
 def test_memory_of_accumulated_steps(quick):

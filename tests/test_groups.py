@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from conftest import tiny_config
 
@@ -13,6 +14,7 @@ from flax_densenet import (
     groups,
     init_variables,
     setup,
+    step,
     train,
 )
 
@@ -90,6 +92,35 @@ def test_each_group_has_its_own_statistics(way, by_hand):
             found[name],
             expected,
         )
+
+
+@pytest.mark.slow
+def test_groups_and_parts_drop_out_differently():
+    """Of the same images twice, as two groups and as two micro-batches."""
+    fields = dict(dropout_rate=0.5, kernel='xla')
+    variables, images = variables_of(make()), np.concatenate([IMAGES[:3]] * 2)
+    module = make(**fields, batch_norm_group=3)
+    logits, _ = jax.jit(
+        lambda: module.apply(
+            variables,
+            images,
+            train=True,
+            mutable=['batch_stats'],
+            rngs={'dropout': jax.random.key(0)},
+        )
+    )()
+    assert not np.allclose(logits[:3], logits[3:])
+    options = dict(seed=0, l2_penalty=0.0, frozen=0, accumulate_steps=2)
+    differentiate = step.make_gradients(
+        make(**fields), mean=(0.5,) * 3, std=(0.2,) * 3, **options
+    )
+    batch = {
+        'image': np.uint8(30 * np.abs(images)).reshape(2, 3, *images.shape[1:]),
+        'label': np.zeros((2, 3), np.int32),
+    }
+    state = step.new_state(variables, optax.sgd(0.1))
+    _, (losses, _, _) = jax.jit(differentiate)(state, batch)
+    assert not np.allclose(losses[0], losses[1])
 
 
 def test_only_training_has_groups():

@@ -14,6 +14,8 @@ import pytest
 from conftest import ROOT
 from device_runs import RUNS
 
+from benchmarks import exchange
+
 BOUND = 1e-12
 QUICK = ('one', 'eight', 'eight again', 'groups of 8', 'own rows')
 QUICK += ('parts of 8 in shards',)
@@ -128,6 +130,16 @@ def test_own_rows_exchange_nothing_in_the_forward_pass(quick):
     assert own['forward'] == size['batch_stats']
     assert own['backward'] == size['params']
     assert own['other'] < 100
+
+
+def test_what_loops_exchange_is_counted_each_time(quick):
+    whole, parts = (
+        quick[1][name]['exchange'] for name in ('eight', 'parts of 8 in shards')
+    )
+    for direction in ('forward', 'backward'):
+        assert parts[direction] == 8 * whole[direction]
+    names = ['step/transpose(f)/a/b', 'step/transpose(f)/a/c', 'step/d']
+    assert exchange._expand('step/(transpose(f)/(a/(b:c)):d)') == names
 
 
 def test_the_optimizer_in_shards(quick):

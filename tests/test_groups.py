@@ -1,5 +1,7 @@
 """Batch norm by groups: what a model computes for them, and what is refused."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -184,6 +186,19 @@ def test_bad_fields_stop_before_anything_is_written(overrides, message, tmp_path
     with pytest.raises(UserError, match=message):
         train.fit(tiny_config(**overrides), str(tmp_path / 'run'))
     assert not (tmp_path / 'run').exists()
+
+
+def test_a_run_of_before_the_field(tmp_path, monkeypatch):
+    run = setup.prepare(tiny_config(), str(tmp_path))
+    saved = {**run.metadata, 'model': dict(run.metadata['model'])}
+    assert saved['model'].pop('batch_norm_group') == 0
+    monkeypatch.setattr(setup.checkpoint, 'find_latest', lambda workdir: None)
+    saved = json.loads(json.dumps(saved))
+    monkeypatch.setattr(setup.checkpoint, 'load_json', lambda *place: saved)
+    setup.check_same_run('there', run.metadata)
+    run.metadata['model']['batch_norm_group'] = 4
+    with pytest.raises(UserError, match='a run with model.batch_norm_group=0, not 4'):
+        setup.check_same_run('there', run.metadata)
 
 
 @pytest.mark.parametrize(

@@ -139,6 +139,11 @@ class Run:
         """Micro-batches of a step."""
         return self.config['train']['accumulate_steps']
 
+    @property
+    def part_size(self):
+        """Rows that are computed at a time, over all devices; in evaluation too."""
+        return self.config['data']['batch_size'] // self.accumulate_steps
+
     def place_state(self, state):
         """A state on the host, the same on all hosts, to the devices."""
         return sharding.replicate(state.replace(opt_state=()), self.mesh).replace(
@@ -417,7 +422,7 @@ def cache_features(run: Run, state: step.TrainState) -> data.Source | None:
         run.source,
         augment=fields['augment'],
         limit_gib=fields['cache_limit_gib'],
-        batch_size=fields['batch_size'],
+        batch_size=run.part_size,
         mesh=run.mesh,
         **run.preprocessing,
         **run.loading,

@@ -120,7 +120,8 @@ def _save_report(run, *, anew):
             trained,
             source.test,
             source.class_names,
-            **{name: fields[name] for name in ('batch_size', 'threads', 'workers')},
+            batch_size=run.part_size,
+            **{name: fields[name] for name in ('threads', 'workers')},
         )
         page.save_report(run.workdir, trained, source, found)
     except UserError as error:
@@ -305,7 +306,7 @@ def _test(work, state, record):
         run.module,
         {'params': state.params, 'batch_stats': state.batch_stats},
         (run.features or run.source).test,
-        batch_size=run.config['data']['batch_size'],
+        batch_size=run.part_size,
         mesh=run.mesh,
         bad_images=run.config['data']['bad_images'],
         between=lambda: work.stop_if_asked(

@@ -24,7 +24,8 @@ _LINE = re.compile(
 _SHAPE = re.compile(r'\b(pred|bf16|f16|[fsuc]\d+)\[([\d,]*)\]')
 
 
-def _bytes(shapes):
+def bytes_of(shapes: str) -> float:
+    """Of all arrays that a text names by type and shape, as `f32[2,3]`."""
     total = 0
     for kind, sizes in _SHAPE.findall(shapes):
         width = _SIZES.get(kind) or int(re.sub(r'\D', '', kind)) / 8
@@ -32,8 +33,12 @@ def _bytes(shapes):
     return total
 
 
-def _computations(text):
-    """`{name: [(result, shape, opcode, operands, attributes)]}`; the entry is None."""
+def computations(text: str):
+    """The parts of a compiled program; the entry is None.
+
+    Returns:
+      `{name: [(result, shape, opcode, operands, attributes)]}`.
+    """
     found, lines = {}, None
     for line in text.splitlines():
         head = re.match(r'(ENTRY )?%?(\S+) \(.*\{$', line)
@@ -56,18 +61,18 @@ def _fusion(lines):
         for place, operand in enumerate(operands):
             users[operand].append((opcode, place, shape))
     shapes = {line[0]: line[1] for line in lines}
-    updates = [_bytes(shapes[line[3][1]]) for line in lines if 'update' in line[2]]
+    updates = [bytes_of(shapes[line[3][1]]) for line in lines if 'update' in line[2]]
     parts = {}
     for name, number in read.items():
         uses = users[name]
         if uses and all(use[0] in ('slice', 'dynamic-slice') for use in uses):
-            parts[number] = sum(_bytes(use[2]) for use in uses)
+            parts[number] = sum(bytes_of(use[2]) for use in uses)
         elif uses and all(use[:2] == ('dynamic-update-slice', 0) for use in uses):
             parts[number] = 0
         else:
             others = [use for use in uses if use[:2] != ('dynamic-update-slice', 0)]
             if others and all(use[0] in ('slice', 'dynamic-slice') for use in others):
-                parts[number] = sum(_bytes(use[2]) for use in others)
+                parts[number] = sum(bytes_of(use[2]) for use in others)
     return parts, sum(updates) if updates else None
 
 
@@ -93,7 +98,7 @@ def _kernel(shape, operands):
                 sizes[1] = min(sizes[1], touched)
                 if not read and place < len(operands):
                     sizes[1] = 0
-            total += _bytes(f'{kind}[{",".join(map(str, sizes))}]')
+            total += bytes_of(f'{kind}[{",".join(map(str, sizes))}]')
     return total
 
 
@@ -103,20 +108,20 @@ def _sizes(text):
 
 def count(text: str) -> dict[str, float]:
     """Bytes by kind of operation, of `compiled.as_text()`, the most first."""
-    computations = _computations(text)
-    shapes = {line[0]: line[1] for line in computations[None]}
+    program = computations(text)
+    shapes = {line[0]: line[1] for line in program[None]}
     found = collections.Counter()
-    for name, shape, opcode, operands, rest in computations[None]:
+    for name, shape, opcode, operands, rest in program[None]:
         if opcode in _FREE or opcode.endswith('-done'):
             continue
         kind, known = opcode, [shapes.get(operand, '') for operand in operands]
-        total = _bytes(shape) + sum(map(_bytes, known))
+        total = bytes_of(shape) + sum(map(bytes_of, known))
         if opcode == 'fusion':
             kind = re.sub(r'[.\d]+$', '', name)
-            parts, written = _fusion(computations[re.search(r'%([\w.-]+)', rest)[1]])
-            total = _bytes(shape) if written is None else written
+            parts, written = _fusion(program[re.search(r'%([\w.-]+)', rest)[1]])
+            total = bytes_of(shape) if written is None else written
             for number, operand in enumerate(known):
-                total += parts.get(number, _bytes(operand))
+                total += parts.get(number, bytes_of(operand))
         elif opcode == 'custom-call':
             kind = re.search(r'custom_call_target="([^"]+)"', rest)[1]
             if kind.endswith('xla.gpu.triton'):

@@ -38,6 +38,10 @@ def get_config() -> ConfigDict:
     config.model.fast = True  # the fast dense block; False: plain layers
     config.model.kernel = 'auto'  # of the fast block: native (C++, CPU), xla, auto
     config.model.remat = 'block'  # xla: less memory, faster; none keeps activations
+    # Batch norm's statistics in training: 0 of the global batch (of a micro-batch, with
+    # train.accumulate_steps); n of each n consecutive rows of it; -1 of the rows of
+    # each device, which then exchange none. The running ones are averages over groups.
+    config.model.batch_norm_group = 0
 
     config.data = ConfigDict()
     # digits, folder:PATH (PATH/CLASS/* or PATH/{train,val}/CLASS/*) or
@@ -83,6 +87,9 @@ def get_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.0  # of all parameters; decoupled with adamw
     config.optimizer.l2_penalty = 0.0  # times the squares of kernels, in the loss
     config.optimizer.gradient_clip = 0.0  # longest gradient, over all; 0: any length
+    # Each device keeps its part of the optimizer's state (ZeRO-1) and not all of it:
+    # of Adam's 8 bytes for each parameter a share; the updates are exchanged instead.
+    config.optimizer.shard_state = False
 
     # Each stage (stem, dense blocks with their transitions, classifier) learns at this
     # share of the next one's rate: at 0.8 the last block at 0.8, the one before 0.64.
@@ -91,6 +98,9 @@ def get_config() -> ConfigDict:
 
     config.train = ConfigDict()
     config.train.epochs = 40
+    # Micro-batches that a step takes data.batch_size in, one after another, in about
+    # the memory of one; batch norm takes the statistics of each. One update a step.
+    config.train.accumulate_steps = 1
     config.train.seed = 0  # of parameters, order, augmentation and dropout
     # What keeps its parameters and batch norm statistics: none, backbone (all but the
     # classifier) or denseblock2 (from the stem to this block and its transition).

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from flax_densenet import board, nonfinite, saving, setup, sharding, signals, step
+from flax_densenet import board, nonfinite, saving, setup, signals, state_shards, step
 from flax_densenet.checkpoint import Checkpoint
 
 
@@ -65,12 +65,12 @@ class Loop:
 
 
 def checkpoint_items(state: step.TrainState) -> dict[str, Any]:
-    """The trees of arrays that a checkpoint has."""
+    """The trees of arrays that a checkpoint has; on several hosts all must ask."""
     return {
         'model': {'params': state.params, 'batch_stats': state.batch_stats},
         'train': {
             'step': state.step,
-            'opt_state': state.opt_state,
+            'opt_state': state_shards.whole(state.opt_state),
             'running': state.running,
         },
     }
@@ -130,7 +130,7 @@ def take_epoch(loop: Loop, compiled, state, batches, epoch: int):
         losses = _Losses(guard, bar, loop.shown)
         for number in range(first + 1, last + 1):
             asked = time.perf_counter()
-            batch = sharding.to_global(next(batches), run.mesh)
+            batch = run.place_batch(next(batches))
             if losses.devices_are_done:  # they had nothing to do
                 waited += time.perf_counter() - asked
             losses.read(state, but=ahead)

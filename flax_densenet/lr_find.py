@@ -97,7 +97,7 @@ def _prepare(config, workdir, steps):
     """A run as training has it, but for the learning rate and the head's warm-up."""
     run = setup.prepare(config, workdir, resume=False)
     plan, schedule = dataclasses.replace(run.plan, head_epochs=0), make_schedule(steps)
-    optimizer = setup.make_optimizer(run.config, plan, schedule, head_steps=0)
+    optimizer = setup.make_optimizer(run.config, plan, schedule, run.mesh, head_steps=0)
     return dataclasses.replace(run, plan=plan, schedule=schedule, optimizer=optimizer)
 
 
@@ -114,7 +114,7 @@ def make_schedule(steps: int) -> optax.Schedule:
 
 def _measure(run, steps):
     """Takes the steps; returns their losses, and why they ended early or None."""
-    state = sharding.replicate(run.new_state(setup.first_variables(run)), run.mesh)
+    state = run.place_state(run.new_state(setup.first_variables(run)))
     run.features = setup.cache_features(run, state)
     compiled = setup.compile_step(run, state, run.plan.frozen)
     batches = setup.train_batches(run, run.features or run.source, 0)
@@ -124,7 +124,7 @@ def _measure(run, steps):
     try:
         with bar, jax.transfer_guard('disallow'):
             for _ in range(steps):
-                batch = sharding.to_global(next(batches), run.mesh)
+                batch = run.place_batch(next(batches))
                 state, loss = compiled(state, batch)
                 loss = float(jax.device_get(loss))
                 if not math.isfinite(loss):

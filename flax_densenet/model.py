@@ -27,7 +27,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import lax
 
-from flax_densenet import dense_block, layers
+from flax_densenet import dense_block, groups, layers
 from flax_densenet.errors import UserError
 
 # Paper, table 1. 264 is the paper's fifth ImageNet model (figure 3); torchvision
@@ -137,6 +137,11 @@ class DenseNet(nn.Module):
         `auto`: native where it can be.
       remat: `block` computes activations again in the backward pass of the fast block
         by XLA, `none` keeps them; native always computes them again.
+      batch_norm_group: in training, batch norm takes the statistics of each so many
+        consecutive rows; the running ones move once, to the average over the groups of
+        the groups' means and variances. 0: of all rows at once. -1: of a device's rows,
+        for which the training step puts in their number (`groups.resolve`); the module
+        by itself takes all rows that it is given.
     """
 
     num_classes: int
@@ -156,6 +161,7 @@ class DenseNet(nn.Module):
     fast: bool = True
     kernel: str = 'auto'
     remat: str = 'block'
+    batch_norm_group: int = 0
 
     def setup(self):
         param_dtype = jnp.float64 if self.dtype == 'float64' else jnp.float32
@@ -287,6 +293,10 @@ class DenseNet(nn.Module):
         stem. The last entry is what `features` returns.
         """
         check_image_size(self, x.shape[-3:-1])
+        grouped = 0 < self.batch_norm_group != x.shape[0]
+        if train and grouped and not self.is_initializing():
+            live = {name for stage in stages(self)[frozen:] for name in stage}
+            return groups.pyramid(self, x, frozen, live)
         x = self.conv0(x.astype(self.dtype))
         if self.stem == 'imagenet':
             x = self._norm_and_pool(x, train and frozen < 1)
@@ -474,6 +484,7 @@ def _check_fields(model):
         'dropout_rate': 0 <= model.dropout_rate < 1,
         'momentum': 0 <= model.momentum < 1,
         'epsilon': 0 < model.epsilon <= 1,
+        'batch_norm_group': model.batch_norm_group >= groups.DEVICE,
     }
     for name, valid in ranges.items():
         if not valid:

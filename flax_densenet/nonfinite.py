@@ -103,7 +103,7 @@ def save_dump(run: setup.Run, state: step.TrainState, number: int, epoch: int):
       state: before the step's update; its gradient is computed once more.
       number: the step, counted from 1.
     """
-    batch = _batch_of(run, number)
+    batch = run.place_batch(_batch_of(run, number))
     positions = batch.pop('position')
     frozen = run.plan.frozen_in(epoch)
     differentiate = step.make_gradients(
@@ -112,6 +112,7 @@ def save_dump(run: setup.Run, state: step.TrainState, number: int, epoch: int):
         l2_penalty=run.config['optimizer']['l2_penalty'],
         frozen=frozen,
         class_weights=setup.class_weights(run),
+        accumulate_steps=run.accumulate_steps,
         **run.preprocessing,
     )
 
@@ -125,13 +126,12 @@ def save_dump(run: setup.Run, state: step.TrainState, number: int, epoch: int):
             'batch norm': batch_stats,
         }
         norm = jnp.sqrt(sum(jnp.vdot(x, x) for x in jax.tree.leaves(gradients)))
-        return losses, norm, jax.tree.map(_measure, trees)
+        return losses.reshape(-1), norm, jax.tree.map(_measure, trees)
 
     whole = sharding.replicated(run.mesh)
-    found = jax.jit(look, out_shardings=whole)(
-        state, sharding.to_global(batch, run.mesh)
-    )
-    batch = {name: sharding.gather(value) for name, value in batch.items()}
+    found = jax.jit(look, out_shardings=whole)(state, batch)
+    batch = {name: _rows_of(run, value) for name, value in batch.items()}
+    positions = _rows_of(run, positions)
     losses, norm, layers = jax.device_get(found)
     if not sharding.is_writer():
         return
@@ -152,6 +152,12 @@ def save_dump(run: setup.Run, state: step.TrainState, number: int, epoch: int):
     arrays = batch | {'position': positions, 'losses': losses}
     with atomic.replacing(os.path.join(run.workdir, ARRAYS_FILE), 'wb') as file:
         np.savez(file, **arrays)
+
+
+def _rows_of(run, value):
+    """The rows of all hosts and micro-batches."""
+    rows = sharding.gather(value)
+    return rows if run.accumulate_steps == 1 else rows.reshape(-1, *rows.shape[2:])
 
 
 def _batch_of(run, number):

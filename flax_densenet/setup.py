@@ -20,10 +20,12 @@ from flax_densenet import (
     data,
     features,
     finetune,
+    groups,
     model,
     pipeline,
     saving,
     sharding,
+    state_shards,
     step,
     transfer,
 )
@@ -36,6 +38,8 @@ _OPTIMIZER_FIELDS = ('name', 'momentum', 'weight_decay')
 ON_NONFINITE = ('stop', 'skip')
 # The state of the optimizer depends on them; with their defaults.
 PHASE_FIELDS = {'freeze': 'none', 'head_warmup_epochs': 0}
+# What runs had before the field was there.
+_MODEL_DEFAULTS = {'batch_norm_group': 0}
 
 
 def make_metadata(config, source: data.Source) -> dict[str, Any]:
@@ -68,10 +72,11 @@ def check_same_run(workdir: str, metadata):
     for name, value in model_fields.items():
         if name in ('fast', 'kernel', 'remat'):  # how, not what is computed
             continue
-        if saved['model'].get(name) != value:
+        before = saved['model'].get(name, _MODEL_DEFAULTS.get(name))
+        if before != value:
             raise UserError(
                 f'--workdir={workdir} holds a run with model.{name}='
-                f'{saved["model"].get(name)}, not {value}; {remedy}'
+                f'{before}, not {value}; {remedy}'
             )
     data_fields = json.loads(json.dumps(metadata['data']))
     for name in (
@@ -130,6 +135,26 @@ class Run:
         )
 
     @property
+    def accumulate_steps(self):
+        """Micro-batches of a step."""
+        return self.config['train']['accumulate_steps']
+
+    @property
+    def part_size(self):
+        """Rows that are computed at a time, over all devices; in evaluation too."""
+        return self.config['data']['batch_size'] // self.accumulate_steps
+
+    def place_state(self, state):
+        """A state on the host, the same on all hosts, to the devices."""
+        return sharding.replicate(state.replace(opt_state=()), self.mesh).replace(
+            opt_state=state_shards.place(state.opt_state, self.mesh)
+        )
+
+    def place_batch(self, batch):
+        """This host's rows of a training batch to the devices."""
+        return sharding.to_global(batch, self.mesh, self.accumulate_steps)
+
+    @property
     def preprocessing(self):
         """How the model normalises images."""
         return {name: tuple(self.config['data'][name]) for name in ('mean', 'std')}
@@ -159,7 +184,7 @@ def prepare(config, workdir: str, *, resume: bool = True) -> Run:
     fields = config['data']
     batch_size, augment = fields['batch_size'], fields['augment']
     mesh = sharding.make_mesh()
-    sharding.check_batch_size(batch_size, mesh)
+    sharding.check_batch_size(batch_size, mesh, config['train']['accumulate_steps'])
     module = model.create_model(num_classes=2, **config['model'])
     plan = finetune.make_plan(
         module,
@@ -168,7 +193,7 @@ def prepare(config, workdir: str, *, resume: bool = True) -> Run:
     )
     loading = {name: fields[name] for name in data.load_source.__kwdefaults__}
     source = data.load_source(fields['source'], **loading)
-    module = model.create_model(num_classes=len(source.class_names), **config['model'])
+    module = _make_module(config, len(source.class_names), mesh)
     model.check_image_size(module, (source.train.image_size,) * 2)
     pipeline.check_train_batches(
         source.train, batch_size, augment, fields['workers'], fields['balance']
@@ -189,6 +214,7 @@ def prepare(config, workdir: str, *, resume: bool = True) -> Run:
             config,
             plan,
             schedule,
+            mesh,
             head_steps=step.epoch_end(plan.head_epochs, len(source.train), batch_size),
         ),
         metadata=make_metadata(config, source)
@@ -198,12 +224,25 @@ def prepare(config, workdir: str, *, resume: bool = True) -> Run:
     )
 
 
+def _make_module(config, num_classes, mesh):
+    """The model, its `batch_norm_group` as a number of rows."""
+    module = model.create_model(num_classes=num_classes, **config['model'])
+    group = groups.resolve(
+        module.batch_norm_group,
+        rows=config['data']['batch_size'],
+        devices=mesh.size,
+        accumulate_steps=config['train']['accumulate_steps'],
+    )
+    return module.clone(batch_norm_group=group)
+
+
 # What is above is a slip of the keyboard, and would take all memory or never end.
 _RANGES = (
     ('data', 'threads', 1, 1024),
     ('data', 'workers', 0, 1024),
     ('train', 'epochs', 1, 10**6),
     ('train', 'seed', 0, 2**63 - 1),
+    ('train', 'accumulate_steps', 1, 10**6),
 )
 
 
@@ -233,14 +272,18 @@ def _check_fields(config):
         )
 
 
-def make_optimizer(config, plan: finetune.Plan, schedule, *, head_steps: int):
+def make_optimizer(config, plan: finetune.Plan, schedule, mesh, *, head_steps: int):
     """The optimizer of the config's fields, at the plan's shares of `schedule`.
 
     Args:
       schedule: learning rate by step of training.
+      mesh: over which `optimizer.shard_state` spreads its state.
       head_steps: for so many steps, from the first, the head trains alone.
     """
     fields = {name: config['optimizer'][name] for name in _OPTIMIZER_FIELDS}
+    # One device has all of it anyhow.
+    shard = config['optimizer']['shard_state'] and mesh.size > 1
+    fields['shard_over'] = mesh if shard else None
     return finetune.make_optimizer(
         lambda first: step.make_optimizer(
             lambda count: schedule(first + count), **fields
@@ -338,21 +381,34 @@ def _say_balance(run):
 
 def _warn_of_few_values(run):
     """Batch norm learns little from one image, and nothing from one value."""
-    rows = run.config['data']['batch_size']
+    rows, said, remedy = _rows_of_statistics(run)
     side = model.last_map_side(run.module, run.source.train.image_size)
     if rows == side == 1:
         print(
-            'warning: data.batch_size=1: the last batch norms see one value of each '
-            'feature, which leaves only their biases: nothing can be learned; use '
-            'larger batches',
+            f'warning: {said}: the last batch norms see one value of each '
+            'feature, which leaves only their biases: nothing can be learned; '
+            f'{remedy}',
             flush=True,
         )
     elif rows == 1:
         print(
-            'warning: data.batch_size=1: batch norm sees one image at a time, by '
-            'which its running statistics say little; use larger batches',
+            f'warning: {said}: batch norm sees one image at a time, by '
+            f'which its running statistics say little; {remedy}',
             flush=True,
         )
+
+
+def _rows_of_statistics(run):
+    """How many images batch norm sees at a time, the fields for it, a remedy."""
+    rows, parts = run.config['data']['batch_size'], run.accumulate_steps
+    said = [f'data.batch_size={rows}']
+    if parts > 1:
+        said.append(f'train.accumulate_steps={parts}')
+    if run.module.batch_norm_group:
+        rows = parts * run.module.batch_norm_group
+        said.append(f'model.batch_norm_group={run.config["model"]["batch_norm_group"]}')
+    remedy = 'use larger ' + ('groups' if run.module.batch_norm_group else 'batches')
+    return rows // parts, ', '.join(said), remedy
 
 
 def cache_features(run: Run, state: step.TrainState) -> data.Source | None:
@@ -366,7 +422,7 @@ def cache_features(run: Run, state: step.TrainState) -> data.Source | None:
         run.source,
         augment=fields['augment'],
         limit_gib=fields['cache_limit_gib'],
-        batch_size=fields['batch_size'],
+        batch_size=run.part_size,
         mesh=run.mesh,
         **run.preprocessing,
         **run.loading,
@@ -379,10 +435,13 @@ def compile_step(run: Run, state: step.TrainState, frozen: int):
     Args:
       frozen: how many of `model.stages` stay as they are.
     """
-    rows, by_rows = run.config['data']['batch_size'], sharding.split_rows(run.mesh)
+    rows, parts = (run.config['data']['batch_size'],), run.accumulate_steps
+    by_rows = sharding.split_rows(run.mesh)
+    if parts > 1:
+        rows, by_rows = (parts, rows[0] // parts), sharding.split_parts(run.mesh)
     example = (run.features or run.source).train[0] | {'epoch': np.int32(0)}
     batch = {
-        name: jax.ShapeDtypeStruct((rows, *value.shape), value.dtype, sharding=by_rows)
+        name: jax.ShapeDtypeStruct((*rows, *value.shape), value.dtype, sharding=by_rows)
         for name, value in example.items()
     }
     train_step = step.make_train_step(
@@ -393,6 +452,7 @@ def compile_step(run: Run, state: step.TrainState, frozen: int):
         gradient_clip=run.config['optimizer']['gradient_clip'],
         frozen=frozen,
         class_weights=class_weights(run),
+        accumulate_steps=parts,
         **run.preprocessing,
     )
     start = time.perf_counter()

@@ -26,6 +26,11 @@ def split_rows(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec('data'))
 
 
+def split_parts(mesh: Mesh) -> NamedSharding:
+    """The sharding of `[parts, rows, ...]`: rows spread over the devices."""
+    return NamedSharding(mesh, PartitionSpec(None, 'data'))
+
+
 def replicate(tree, mesh: Mesh):
     """Host arrays, the same on every host, to a copy on every device."""
     sharding = replicated(mesh)
@@ -36,9 +41,20 @@ def replicate(tree, mesh: Mesh):
     )
 
 
-def to_global(batch, mesh: Mesh):
-    """This host's rows of a batch (numpy) to one array over all hosts' devices."""
-    sharding = split_rows(mesh)
+def to_global(batch, mesh: Mesh, parts: int = 1):
+    """This host's rows of a batch (numpy) to one array over all hosts' devices.
+
+    Args:
+      parts: micro-batches that the batch is taken in, one after another; above 1 the
+        arrays are `[parts, N / parts, ...]`, and each part is spread over all devices.
+        The parts hold consecutive rows of the batch, whatever devices there are, so
+        none has to move between devices when its turn comes.
+    """
+    if parts == 1:
+        sharding = split_rows(mesh)
+    else:
+        sharding = split_parts(mesh)
+        batch = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
     return jax.tree.map(
         lambda x: jax.make_array_from_process_local_data(sharding, x), batch
     )
@@ -51,9 +67,22 @@ def gather(array) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
-def check_batch_size(batch_size: int, mesh: Mesh):
-    """Raises `UserError` where a global batch does not divide over the devices."""
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate_steps: int = 1):
+    """Raises `UserError` where a global batch does not divide over the devices.
+
+    Args:
+      accumulate_steps: micro-batches of the batch, each of which must divide.
+    """
     devices = mesh.size
+    if accumulate_steps > 1 and batch_size % (devices * accumulate_steps):
+        step = devices * accumulate_steps
+        below = batch_size // step * step
+        choices = f'{below} or {below + step}' if below > 0 else f'{step}'
+        raise UserError(
+            f'data.batch_size={batch_size} does not divide into '
+            f'train.accumulate_steps={accumulate_steps} parts over {devices} devices; '
+            f'use {choices}'
+        )
     if batch_size < 1 or batch_size % devices:
         below = batch_size // devices * devices
         choices = f'{below} or {below + devices}' if below > 0 else f'{devices}'

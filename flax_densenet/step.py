@@ -16,7 +16,7 @@ import optax
 from flax import traverse_util
 from jax import flatten_util
 
-from flax_densenet import evaluate, model, objective, sharding
+from flax_densenet import evaluate, model, objective, sharding, state_shards
 from flax_densenet.errors import UserError
 
 
@@ -137,12 +137,21 @@ def make_schedule(
 
 
 def make_optimizer(
-    schedule: optax.Schedule, *, name: str, momentum: float, weight_decay: float
+    schedule: optax.Schedule,
+    *,
+    name: str,
+    momentum: float,
+    weight_decay: float,
+    shard_over=None,
 ) -> optax.GradientTransformation:
     """Adam (torch's constants), AdamW, or SGD with Nesterov momentum.
 
     Weight decay is the paper's: of all parameters, added to the gradient (AdamW:
     to the update).
+
+    Args:
+      shard_over: a mesh over which the state is spread (`state_shards`); None: whole
+        on every device.
     """
     if name not in OPTIMIZERS:
         raise UserError(
@@ -158,6 +167,8 @@ def make_optimizer(
         update = optax.chain(optax.add_decayed_weights(weight_decay), update)
     # As one vector: the 121 has 364 parameter arrays, and a dozen operations on each
     # took a third of the time that tracing and loading the step takes.
+    if shard_over is not None:
+        return state_shards.flatten(update, shard_over)
     return optax.flatten(update)
 
 
@@ -182,6 +193,7 @@ def make_train_step(
     gradient_clip: float = 0.0,
     frozen: int = 0,
     class_weights=None,
+    accumulate_steps: int = 1,
 ):
     """Makes `(state, batch) -> (state, loss)`, a pure function of the global batch.
 
@@ -200,6 +212,7 @@ def make_train_step(
         them are differentiated, so nothing is computed backward through the others,
         and only these reach the optimizer and the penalty.
       class_weights: float `[C]`, of each class's images in the loss; None: all 1.
+      accumulate_steps: micro-batches of the batch, see `make_gradients`.
     """
     differentiate = make_gradients(
         module,
@@ -209,6 +222,7 @@ def make_train_step(
         l2_penalty=l2_penalty,
         frozen=frozen,
         class_weights=class_weights,
+        accumulate_steps=accumulate_steps,
     )
 
     def train_step(state: TrainState, batch):
@@ -266,16 +280,34 @@ def make_gradients(
     l2_penalty: float,
     frozen: int,
     class_weights=None,
+    accumulate_steps: int = 1,
 ):
     """Makes `(state, batch) -> (gradients, (losses, correct, batch_stats))`.
 
     Gradients are of the parameters behind the `frozen` first of `model.stages`; losses
     and correct are of each row; `batch_stats` are the new ones.
+
+    Args:
+      accumulate_steps: above 1 the arrays of the batch are `[accumulate_steps, rows,
+        ...]`, as `sharding.to_global` makes them, and so are losses and correct. One
+        micro-batch after another is computed, in the memory of one; the gradient is
+        that of the mean loss over all rows. Each has batch statistics (and a dropout
+        key) of its own, and the running ones move once, to the average of where each
+        would have moved them: the same as `DenseNet.batch_norm_group` of its rows.
     """
     live = {name for stage in model.stages(module)[frozen:] for name in stage}
 
     def gradients_of(state: TrainState, batch):
         dropout = jax.random.fold_in(jax.random.key(seed), state.step)
+        if accumulate_steps == 1:
+            return of_rows(state, batch, dropout)
+
+        def of_part(number, part):
+            return of_rows(state, part, jax.random.fold_in(dropout, number))
+
+        return _accumulate(of_part, state.batch_stats, live, batch)
+
+    def of_rows(state, batch, dropout):
         trained = {name: state.params[name] for name in state.params if name in live}
 
         def loss_of(params):
@@ -301,6 +333,34 @@ def make_gradients(
     return gradients_of
 
 
+def _accumulate(gradients_of, batch_stats, live, batch):
+    """`make_gradients` of all parts of a batch, by those of one, in a loop.
+
+    Args:
+      gradients_of: `(number, part) -> (gradients, (losses, correct, batch_stats))`.
+      batch_stats: before the step.
+      live: names of the model's parts that are not frozen.
+      batch: arrays of which each entry along the first axis is a part.
+    """
+    count = len(batch['label'])
+
+    def results_of(number, part):
+        gradients, (*rows, updated) = gradients_of(number, part)
+        # What is frozen keeps its bits, which an average might change.
+        return (gradients, {k: v for k, v in updated.items() if k in live}), rows
+
+    def add(sums, numbered):
+        found, rows = results_of(*numbered)
+        return jax.tree.map(jnp.add, sums, found), rows
+
+    parts = jnp.arange(count), batch
+    shapes, _ = jax.eval_shape(results_of, *jax.tree.map(lambda leaf: leaf[0], parts))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    sums, rows = jax.lax.scan(add, zeros, parts)
+    gradients, averages = jax.tree.map(lambda leaf: leaf / count, sums)
+    return gradients, (*rows, batch_stats | averages)
+
+
 def compile_train_step(train_step, state, batch, mesh):
     """Compiles for the shapes of `state` and `batch`; the step donates the state.
 
@@ -308,7 +368,9 @@ def compile_train_step(train_step, state, batch, mesh):
     is donated.
     """
     whole = sharding.replicated(mesh)
-    step = jax.jit(train_step, donate_argnums=0, out_shardings=(whole, whole))
+    shards = state_shards.layout(state.opt_state, mesh)
+    layout = TrainState(whole, whole, whole, shards, whole)
+    step = jax.jit(train_step, donate_argnums=0, out_shardings=(layout, whole))
     if 'features' not in batch:
         return step.lower(state, batch).compile()
     # To pass the other 600 arrays of the 121 through takes 4 ms, the head's step 0.5.

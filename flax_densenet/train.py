@@ -12,6 +12,8 @@ import threading
 from concurrent import futures
 from typing import Any
 
+import jax
+
 from flax_densenet import (
     atomic,
     board,
@@ -28,6 +30,7 @@ from flax_densenet import (
     setup,
     sharding,
     signals,
+    state_shards,
     step,
     unread,
 )
@@ -117,7 +120,8 @@ def _save_report(run, *, anew):
             trained,
             source.test,
             source.class_names,
-            **{name: fields[name] for name in ('batch_size', 'threads', 'workers')},
+            batch_size=run.part_size,
+            **{name: fields[name] for name in ('threads', 'workers')},
         )
         page.save_report(run.workdir, trained, source, found)
     except UserError as error:
@@ -192,7 +196,7 @@ def _start(run):
     """The state to start from, on the devices, and the metadata saved with it."""
     state = run.new_state(setup.first_variables(run))
     if not checkpoint.has_checkpoint(run.workdir):
-        return sharding.replicate(state, run.mesh), {'epoch': 0}
+        return run.place_state(state), {'epoch': 0}
     latest = checkpoint.find_latest(run.workdir)
     metadata = checkpoint.load_json(run.workdir, latest, 'metadata')
     try:
@@ -212,7 +216,22 @@ def _start(run):
     if not latest.finished:
         place = f'in epoch {metadata["epoch"] + 1}, after step {latest.step},'
     print(f'going on {place} in {run.workdir}', flush=True)
-    return step.TrainState(**items['model'], **items['train']), metadata
+    restored = step.TrainState(**items['model'], **items['train'])
+    return _spread(run, restored, state), metadata
+
+
+def _spread(run, restored, state):
+    """Parts of the optimizer's state go to the devices that keep them.
+
+    Args:
+      restored: whole on every device.
+      state: a first one of this run.
+    """
+    if not state_shards.is_sharded(state.opt_state):
+        return restored
+    opt_state = jax.device_get(restored.opt_state)
+    opt_state = state_shards.from_whole(opt_state, state.opt_state)
+    return restored.replace(opt_state=state_shards.place(opt_state, run.mesh))
 
 
 def _keep_records(run, epochs_done):
@@ -287,7 +306,7 @@ def _test(work, state, record):
         run.module,
         {'params': state.params, 'batch_stats': state.batch_stats},
         (run.features or run.source).test,
-        batch_size=run.config['data']['batch_size'],
+        batch_size=run.part_size,
         mesh=run.mesh,
         bad_images=run.config['data']['bad_images'],
         between=lambda: work.stop_if_asked(

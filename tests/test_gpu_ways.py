@@ -141,3 +141,24 @@ def test_the_ways_differ():
     }
     assert 'while' in text('pallas')  # interpreted, over the tiles
     assert text('pieces') != text('concat') != text('nchw')
+
+
+@pytest.mark.parametrize('way', ['nchw', 'pieces', 'buffer', 'pallas', 'fused'])
+def test_mapped_over_groups(way):
+    """As `groups` maps a model over them: each has its own statistics."""
+    x, layers = inputs('121')
+    groups = np.stack([x, 1.1 * x[::-1] + 0.1])
+
+    def gradients(train):
+        def total(x, layers):
+            options = dict(epsilon=1e-5, dtype=jnp.dtype('float32'))
+            found = jax.vmap(lambda rows: train(rows, layers, **options))(x)
+            return sum(
+                (leaf * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape)).sum()
+                for leaf in jax.tree.leaves(found)
+            )
+
+        return jax.jit(jax.grad(total, argnums=(0, 1)))(groups, layers)
+
+    expected = functools.partial(dense_block.block_train, kernel='xla', remat=False)
+    assert error(gradients(gpu_ways.WAYS[way][0]), gradients(expected)) < 2e-5

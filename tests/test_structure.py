@@ -28,12 +28,14 @@ EDGES = {
     'signals': set(),
     'saving': {'errors', 'atomic', 'checkpoint', 'history', 'sharding'},
     'nonfinite': {'errors', 'atomic', 'data', 'setup', 'sharding', 'step'},
-    'loop': {'board', 'checkpoint', 'nonfinite', 'saving', 'setup', 'sharding',
-             'signals', 'step'},
+    'loop': {'board', 'checkpoint', 'nonfinite', 'saving', 'setup', 'signals',
+             'state_shards', 'step'},
     'cpu_kernels': set(),
     'dense_block': {'errors', 'cpu_kernels'},
     'layers': {'dense_block'},
-    'model': {'errors', 'dense_block', 'layers'},
+    'groups': {'errors'},
+    'state_shards': {'sharding'},
+    'model': {'errors', 'dense_block', 'groups', 'layers'},
     'labels': {'errors'},
     'metrics': set(),
     'objective': {'metrics'},
@@ -77,17 +79,18 @@ EDGES = {
     'web': {'errors', 'batching', 'explain', 'guard', 'images'},
     'serve': {'errors', 'web'},
     'report': {'atomic', 'checkpoint', 'evaluate', 'model'},
-    'step': {'errors', 'evaluate', 'model', 'objective', 'sharding'},
+    'step': {'errors', 'evaluate', 'model', 'objective', 'sharding', 'state_shards'},
     'finetune': {'errors', 'model'},
     'features': {'errors', 'data', 'evaluate', 'model', 'pipeline', 'sharding'},
     'setup': {
-        'errors', 'balance', 'checkpoint', 'data', 'features', 'finetune', 'metadata',
-        'model', 'pipeline', 'saving', 'sharding', 'step', 'transfer', 'weights',
+        'errors', 'balance', 'checkpoint', 'data', 'features', 'finetune', 'groups',
+        'metadata', 'model', 'pipeline', 'saving', 'sharding', 'state_shards', 'step',
+        'transfer', 'weights',
     },
     'board': set(),
     'train': {'errors', 'atomic', 'board', 'checkpoint', 'environment', 'evaluate',
               'history', 'lock', 'loop', 'page', 'report', 'results', 'saving', 'setup',
-              'sharding', 'signals', 'step', 'unread'},
+              'sharding', 'signals', 'state_shards', 'step', 'unread'},
     'lr_find': {'errors', 'checkpoint', 'report', 'setup', 'sharding'},
 }  # fmt: skip
 RECIPES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
@@ -155,7 +158,8 @@ def test_recipes(name):
     assert 'python launch.py' in module.__doc__
     assert create_model(num_classes=2, **transfer.settle_model(config.model, None))
     kwargs = dict(config.optimizer)
-    for field in (*('l2_penalty', 'layer_decay', 'head_multiplier', 'gradient_clip'),):
+    ours = ('l2_penalty', 'layer_decay', 'head_multiplier', 'gradient_clip')
+    for field in (*ours, 'shard_state'):
         kwargs.pop(field)
     names = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
     schedule = step.make_schedule(

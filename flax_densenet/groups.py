@@ -1,0 +1,109 @@
+"""Batch statistics of groups of rows instead of the whole batch ("ghost" batch norm).
+
+Statistics over all devices are exchanged in each batch norm, forward and backward; of
+a device's own rows they need no exchange. Small groups also act as a regulariser
+(Hoffer et al., "Train longer, generalize better", 2017,
+https://arxiv.org/abs/1705.08741, section 4).
+
+A forward pass of a group is the model's own, mapped over the groups, so that whatever
+computes the layers needs to know nothing of it.
+
+>>> resolve(-1, rows=32, devices=4), resolve(8, rows=32, devices=8)
+(8, 8)
+"""
+
+import jax
+import jax.numpy as jnp
+
+from flax_densenet.errors import UserError
+
+DEVICE = -1
+
+
+def resolve(group: int, *, rows: int, devices: int, accumulate_steps: int = 1) -> int:
+    """The rows of a group of `model.batch_norm_group`; 0 for all rows.
+
+    Args:
+      group: 0, a number of rows, or -1: those of one device.
+      rows: of the global batch.
+      devices: that the rows are spread over.
+      accumulate_steps: micro-batches that the batch is taken in, each with statistics
+        of its own.
+
+    Raises:
+      UserError: groups would not divide the rows, or would share devices in part.
+    """
+    rows //= accumulate_steps
+    own = rows // devices
+    if group == DEVICE:
+        group = own
+    if group in (0, rows):
+        return 0
+    valid = [
+        n
+        for n in range(1, rows + 1)
+        if rows % n == 0 and (own % n == 0 or n % own == 0)
+    ]
+    if group not in valid:
+        below, above = ([n for n in valid if (n > group) == side] for side in (0, 1))
+        nearest = below[-1:] + above[:1]
+        part = 'micro-batch' if accumulate_steps > 1 else 'batch'
+        raise UserError(
+            f'model.batch_norm_group={group} does not divide the {rows} rows of a '
+            f'{part}, {own} on each of {devices} devices, into equal parts of a '
+            f'device or of whole devices; use {" or ".join(map(str, nearest))}'
+        )
+    return group
+
+
+def pyramid(module, x, frozen: int, live):
+    """`module.pyramid` in training, with the statistics of each group of rows.
+
+    `batch_stats` moves once: to the average over the groups of where each group by
+    itself would have moved it.
+
+    Args:
+      module: a bound `DenseNet` with `batch_norm_group` above 0.
+      x: `[N, H, W, C]`; the groups are of consecutive rows.
+      frozen: see `DenseNet.__call__`.
+      live: names of the module's parts that are not frozen.
+
+    Returns:
+      The output of each dense block, `[N, H', W', F]`.
+
+    Raises:
+      UserError: the rows are not whole groups.
+    """
+    rows, group = x.shape[0], module.batch_norm_group
+    if rows % group:
+        raise UserError(
+            f'model.batch_norm_group={group} does not divide a batch of {rows} rows'
+        )
+    one, variables = module.clone(batch_norm_group=0), module.variables
+    key = module.make_rng('dropout') if module.dropout_rate else None
+
+    def of_group(images, number):
+        rngs = {}
+        if key is not None:
+            rngs['dropout'] = jax.random.fold_in(key, number)
+        return one.apply(
+            variables,
+            images,
+            train=True,
+            frozen=frozen,
+            method='pyramid',
+            mutable=['batch_stats'],
+            rngs=rngs,
+        )
+
+    count = rows // group
+    outputs, updated = jax.vmap(of_group)(
+        x.reshape(count, group, *x.shape[1:]), jnp.arange(count)
+    )
+    if module.is_mutable_collection('batch_stats'):
+        for name, found in updated['batch_stats'].items():
+            # An average of equal values may differ from them in the last digit.
+            if name in live:
+                found = jax.tree.map(lambda leaf: leaf.mean(0), found)
+                module.put_variable('batch_stats', name, found)
+    return [y.reshape(rows, *y.shape[2:]) for y in outputs]

@@ -16,7 +16,6 @@ import os
 import pathlib
 import sys
 import threading
-import traceback
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -227,7 +226,7 @@ _OF_PREDICT = ('init_from', 'data.batch_size', 'data.threads')
 
 def _predict(config, workdir, overrides):
     """Predicts for --files; exit status 1 where some of them could not be read."""
-    from flax_densenet import files, predict, predictions
+    from flax_densenet import predict, sharding, shared_predictions
 
     path = _trained_path(config, workdir)
     wrong = [name for name in overrides if name not in _OF_PREDICT]
@@ -243,21 +242,48 @@ def _predict(config, workdir, overrides):
         raise UserError("--mode=predict needs --files=NAME, as 'photos/**/*.jpg'")
     if _EXPLAIN_CLASS.value is not None and not _EXPLAIN.value:
         raise UserError('--explain_class needs --explain=FOLDER')
+    threads = config['data']['threads']
+
+    def load():
+        # Of several processes each predicts with its own devices.
+        batch_size, mesh = config['data']['batch_size'], sharding.make_local_mesh()
+        return predict.load_trained(path, batch_size=batch_size, mesh=mesh)
+
+    if cluster.is_first():
+        failed = _write_predictions(load, threads)
+    else:
+        model, named = load(), _EXPLAIN_CLASS.value
+        shared_predictions.serve(
+            model,
+            threads=threads,
+            features=bool(_FEATURES.value),
+            cams=bool(_EXPLAIN.value),
+            cam_class=-1 if named is None else model.class_index(named),
+        )
+        failed = 0
+    return 1 if cluster.of_first('failed', lambda: failed) else 0
+
+
+def _write_predictions(load, threads):
+    """Returns how many files could not be read."""
+    from flax_densenet import files, predictions, shared_predictions
+
     files.check(_FILES.value)
     places = dict(explain=_EXPLAIN.value, features=_FEATURES.value)
     with predictions.Outputs(
         out=_OUT.value, form=_FORMAT.value, top=_TOP.value, **places
     ) as outputs:
-        model = predict.load_trained(path, batch_size=config['data']['batch_size'])
-        failed = predictions.run(
+        model = load()
+        if cluster.count() > 1:
+            model = shared_predictions.Shared(model)
+        return predictions.run(
             model,
             files.find(_FILES.value, leave_out=_EXPLAIN.value),
             outputs,
-            threads=config['data']['threads'],
+            threads=threads,
             class_name=_EXPLAIN_CLASS.value,
             total=files.count(_FILES.value),
         )
-    return 1 if failed else 0
 
 
 def _serve(config, workdir, overrides):
@@ -423,25 +449,12 @@ def main(argv):
         return 141
     except (MemoryError, OSError, RuntimeError) as error:
         if (said := faults.explain(error)) is None:
-            cluster.wait_for_cause()
-            _tell_defect(error)
             raise
         status, line = 2, f'error: {said}'
-    except Exception as error:
-        _tell_defect(error)
-        raise
     if line and (cluster.is_first() or line.startswith('error: ')):
         print(line, file=sys.stderr)
     cluster.end(status, line)
     return status
-
-
-def _tell_defect(error):
-    """Ends the other processes with this one, which ends with a traceback."""
-    if cluster.count() > 1:
-        traceback.print_exception(error)
-        text = ' '.join(str(error).split())[:200]
-        cluster.end(1, f'error: {type(error).__name__}: {text}')
 
 
 def _run(argv):
@@ -459,4 +472,6 @@ def _run(argv):
 
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv))
+    with cluster.Defects():
+        ended = main(sys.argv)
+    sys.exit(ended)

@@ -20,6 +20,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -132,7 +133,7 @@ def start(
             cluster_detection_method=None if process_id is None else 'deactivate',
             initialization_timeout=initialization_timeout,
             # Ours comes first; it can say more.
-            heartbeat_timeout_seconds=2 * heartbeat_timeout_seconds,
+            heartbeat_timeout_seconds=3 * heartbeat_timeout_seconds,
         )
     except ValueError as error:
         raise UserError(
@@ -234,7 +235,7 @@ def take(key: str, *, delete: bool = True) -> bytes:
 
 
 def end(status: int, line: str):
-    """Ends this process of several, with the others.
+    """Ends this process of several, with the others; does nothing where it is alone.
 
     Args:
       status: of the program.
@@ -243,19 +244,27 @@ def end(status: int, line: str):
     if _member is None:
         return
     if not line:
-        _member.meet('end')
-        _member.stop()
-        return
+        _member.finish(status)
     _member.leave(status, line)
 
 
-def wait_for_cause():
-    """To be called for an error of devices: returns where it is this process's own.
+class Defects:
+    """A context in which an exception that nobody expected ends the others too.
 
-    Where another one has died this process ends here, with the line about that.
+    Devices give errors of all kinds where another process has died; then this process
+    ends with the line about that, else with its traceback.
     """
-    if _member is not None:
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if _member is None or error is None:
+            return
         _member.wait_for_cause()
+        traceback.print_exception(error)
+        text = ' '.join(str(error).split())[:200]
+        _member.leave(1, f'error: {kind.__name__}: {text}')
 
 
 class _Member:
@@ -297,9 +306,14 @@ class _Member:
     def _wait(self, name, milliseconds):
         self.client.wait_at_barrier(f'{_PREFIX}/{name}', int(milliseconds))
 
-    def stop(self):
-        """All has been done, by all."""
+    def finish(self, status):
+        """Ends the process where all has been done, by all."""
+        import jax
+
+        self.meet('end')
         self._over.set()
+        jax.distributed.shutdown()
+        self._exit(status)  # Python would break off threads that are in C++
 
     def _pulse(self):
         """Meets the others again and again."""
@@ -384,6 +398,9 @@ class _Member:
                 self._try(lambda: self._wait('parting', wait))
             if self.index == 0:
                 time.sleep(1.0 if meeting else 3.0)
+        self._exit(status)
+
+    def _exit(self, status):
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()

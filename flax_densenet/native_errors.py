@@ -126,7 +126,13 @@ def _pass_on():
     """The program: reads messages until their writer has ended."""
     for signum in (signal.SIGINT, signal.SIGTERM):  # those are for the other one
         signal.signal(signum, signal.SIG_IGN)
-    while message := os.read(0, 1 << 16):
+    poll, part = select.poll(), b''
+    poll.register(0, select.POLLIN)
+    while (message := os.read(0, 1 << 16)) or part:
+        message, part = part + message, b''
+        if not message.endswith(b'\n') and poll.poll(200):
+            part = message  # the rest of the line is there already
+            continue
         if _FATAL in message or _PORT in message:
             line = explain(message.decode(errors='replace'))
             os.write(2, f'error: {line}\n'.encode())

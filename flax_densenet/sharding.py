@@ -16,6 +16,11 @@ def make_mesh(devices=None) -> Mesh:
     return Mesh(np.asarray(devices), ('data',))
 
 
+def make_local_mesh() -> Mesh:
+    """A mesh of this host's devices alone."""
+    return make_mesh(jax.local_devices())
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of parameters: a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())

@@ -18,7 +18,7 @@ import signal
 import sys
 
 GO_ON = (
-    'the same command, with any number of processes, goes on from the last one saved'
+    'the same command, with any number of processes, goes on from the last checkpoint'
 )
 _FATAL = b'JAX distributed service detected fatal errors'
 _PORT = b'Failed to add port to server'

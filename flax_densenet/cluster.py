@@ -281,7 +281,7 @@ class _Member:
         self._numbers = itertools.count()
         self._over = threading.Event()
         self._last = threading.Lock()  # of the one that ends the process
-        self._pulses, self._late = 0, 0.0
+        self._pulses, self._late, self._told = 0, 0.0, False
         if self.count > 1:
             self.put(f'host/{self.index}', socket.gethostname().encode())
             for target in (self._pulse, self._listen, self._count_time):
@@ -321,10 +321,12 @@ class _Member:
             try:
                 self._wait(f'pulse/{number}', 1000 * self._timeout)
             except RuntimeError as error:
-                # The reason that a process gave comes first, and so does what C++ has
-                # to say of the first process's end.
-                if not self._over.wait(_GRACE_SECONDS):
-                    self._end(self._who(str(error)))
+                text = str(error)
+                if 'timed out' in text and not self._told:
+                    self._end(self._who(text))
+                # The first process is gone; C++ has to say something of it first.
+                elif not self._told and not self._over.wait(_GRACE_SECONDS):
+                    self._end('process 0 is gone, or the network to it')
                 return
             self._pulses, self._late = number + 1, 0.0
             if self._over.wait(_PULSE_SECONDS):
@@ -347,6 +349,7 @@ class _Member:
             if not self._over.wait(_GRACE_SECONDS):
                 self._end('process 0 is gone, or the network to it')
             return
+        self._told = True
         if found['process'] == self.index or self._over.wait(_GRACE_SECONDS):
             return
         line = found['line'].removeprefix('error: ')
@@ -392,6 +395,7 @@ class _Member:
     def _part(self, status, *, meeting=True):
         """Ends the process, the first one as the last, as it keeps the store."""
         self._over.set()
+        native_errors.silence()  # all that is to be said has been said
         if self.count > 1:
             if meeting:
                 wait = 1000 * 2 * _GRACE_SECONDS
@@ -418,6 +422,7 @@ class _Member:
         thread.join(3 * _GRACE_SECONDS)
 
     def wait_for_cause(self):
-        pulses, end = self._pulses, time.monotonic() + 2 * self._timeout
+        pulses = self._pulses
+        end = time.monotonic() + self._timeout + 6 * _GRACE_SECONDS
         while self._pulses < pulses + 3 and time.monotonic() < end:
             time.sleep(0.1)

@@ -25,6 +25,9 @@ _PORT = b'Failed to add port to server'
 # Greetings, and what the message that ends the process says as well.
 _IDLE = re.compile(rb'^\[Gloo\] Rank|coordination_service\w*\.cc')
 _PATIENCE_SECONDS = 10
+_QUIET = b'\0quiet\n'
+
+_redirected = False
 
 
 def explain(text: str) -> str:
@@ -58,6 +61,12 @@ def explain(text: str) -> str:
     return f'{who}; start all processes again: {GO_ON}'
 
 
+def silence():
+    """Drops all that C++ prints from now on, as the process is about to end."""
+    if _redirected:
+        os.write(2, _QUIET)
+
+
 def redirect():
     """Sends what C++ prints through the filter, for the rest of the program's life.
 
@@ -66,6 +75,8 @@ def redirect():
     import subprocess
     import threading
 
+    global _redirected
+    _redirected = True
     _flush()
     if sys.stdout is not None:
         sys.stdout = _reopen(sys.stdout)
@@ -133,6 +144,9 @@ def _pass_on():
         if not message.endswith(b'\n') and poll.poll(200):
             part = message  # the rest of the line is there already
             continue
+        if _QUIET in message:
+            _drop(0)
+            return
         if _FATAL in message or _PORT in message:
             line = explain(message.decode(errors='replace'))
             os.write(2, f'error: {line}\n'.encode())

@@ -338,7 +338,7 @@ def test_two_equal_runs_and_what_each_process_reads(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_one_that_fails_or_hangs_ends_the_others(tmp_path):
-    workdirs = [tmp_path / name for name in ('killed', 'hangs', 'error')]
+    workdirs = [tmp_path / name for name in ('killed', 'hangs', 'error', 'other')]
     many = {'train.epochs': 300}
     with (
         start(tmp_path / 'k', 2, workdirs[0], **many) as killed,
@@ -349,7 +349,13 @@ def test_one_that_fails_or_hangs_ends_the_others(tmp_path):
             workdirs[2],
             of_process={1: ['--config.data.source=folder:/nowhere']},
         ) as error,
+        start(
+            tmp_path / 'o', 2, workdirs[3], of_process={1: ['--config.train.seed=5']}
+        ) as other,
     ):
+        assert other.wait() == [2, 2]
+        said = r'train.seed is 5 on process 1 \(.*\) and 0 on process 0'
+        assert re.match(f'error: {said}', other.error(1))
         assert error.wait() == [2, 2]
         said = 'data.source=folder:/nowhere'
         assert error.error(1).startswith(f'error: {said}')

@@ -87,8 +87,10 @@ _DISTRIBUTED = flags.DEFINE_bool(
     'distributed',
     False,
     'One process of several, which the cluster starts, one a machine or a GPU: finds '
-    f'the others by {cluster.LAUNCHERS}; elsewhere --coordinator, --num_processes and '
-    '--process_id tell. Of --mode=train, eval, report, predict, lr_find.',
+    f'the others by {cluster.LAUNCHERS}, Open MPI 5 with mpi4py installed, Kubernetes '
+    'with the package kubernetes; elsewhere --coordinator, --num_processes and '
+    '--process_id tell. Under Slurm and Open MPI each process has one GPU. Of '
+    '--mode=train, eval, report, predict, lr_find.',
 )
 _COORDINATOR = flags.DEFINE_string(
     'coordinator_address',

@@ -23,12 +23,13 @@ from flax_densenet import UserError, checkpoint, cluster, native_errors, train
 TINY = {
     'model.variant': 'BC-L10k4',
     'data.image_size': 8,
-    'optimizer.learning_rate': 3e-3,
+    'optimizer.name': 'sgd',
+    'optimizer.learning_rate': 0.05,
     'train.tensorboard': False,
     'train.report': False,
 } | HARD
 # Relative to the largest parameter of an array; see test_elastic.
-BOUND = 1e-4
+BOUND = 2e-5
 
 
 def free_port():
@@ -110,7 +111,7 @@ def start(folder, count, workdir, *flags, of_process=None, **fields):
         folder,
         count,
         f'--workdir={workdir}',
-        '--heartbeat_timeout_seconds=5',
+        '--heartbeat_timeout_seconds=10',
         *flags,
         of_process=of_process,
         **(TINY | fields),
@@ -253,8 +254,9 @@ def test_elastic(tmp_path):
     """4 processes, then 2, then 1, stopped and killed: the run of one process.
 
     Each example has the same place, augmentation and dropout in the same step. Sums
-    over devices have another order, so float32 differs in its last digits (6e-8), and
-    27 steps of Adam, which divides by the root of the squares, make it some 1e-5.
+    over devices have another order, so float32 differs in its last digits (6e-8), which
+    27 steps make some more of. With SGD, since Adam makes steps of full length of
+    gradients that are nothing but rounding.
     """
     workdir, every = tmp_path / 'run', {'train.checkpoint_every': '2 steps'}
     with start(tmp_path / '4', 4, workdir, **every) as four:

@@ -21,7 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import base
-from flax_densenet import faults
+from flax_densenet import cluster, faults
 from flax_densenet.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -84,8 +84,37 @@ _LIMITS = {
 }
 _STEPS = flags.DEFINE_integer('steps', 100, 'Of --mode=lr_find, 40 or more.')
 _DISTRIBUTED = flags.DEFINE_bool(
-    'distributed', False, 'One process of several: finds the others by the cluster.'
+    'distributed',
+    False,
+    'One process of several, which the cluster starts, one a machine or a GPU: finds '
+    f'the others by {cluster.LAUNCHERS}, Open MPI 5 with mpi4py installed, Kubernetes '
+    'with the package kubernetes; elsewhere --coordinator, --num_processes and '
+    '--process_id tell. Under Slurm and Open MPI each process has one GPU. Of '
+    '--mode=train, eval, report, predict, lr_find.',
 )
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator_address',
+    None,
+    'Of --distributed: HOST:PORT of process 0, the same for all processes; or '
+    'JAX_COORDINATOR_ADDRESS in the environment.',
+)
+flags.DEFINE_alias('coordinator', 'coordinator_address')
+_PROCESSES = {
+    'num_processes': flags.DEFINE_integer(
+        'num_processes', None, 'Of --distributed: how many there are.'
+    ),
+    'process_id': flags.DEFINE_integer(
+        'process_id', None, 'Of --distributed: which one this is, from 0.'
+    ),
+    'initialization_timeout': flags.DEFINE_integer(
+        'initialization_timeout', 300, 'Of --distributed: seconds to wait for all.'
+    ),
+    'heartbeat_timeout_seconds': flags.DEFINE_integer(
+        'heartbeat_timeout_seconds',
+        30,
+        'Of --distributed: a process that does not answer for so long ends the others.',
+    ),
+}
 
 _BASE = pathlib.Path(__file__).parent / 'configs' / 'base.py'
 
@@ -102,9 +131,6 @@ def _plain(config):
 def _train(config, workdir, overrides):
     from flax_densenet import signals, train
 
-    if _DISTRIBUTED.value:  # each process would hear a signal at another step
-        train.fit(config, workdir)
-        return
     with signals.stop_gently() as stop:
         train.fit(config, workdir, stop=stop)
 
@@ -133,6 +159,8 @@ def _report(config, workdir, overrides):
 
     workdirs = compare.find_runs(workdir)
     if len(workdirs) > 1:
+        if not cluster.is_first():
+            return
         path = _OUT.value or os.path.join(os.path.dirname(workdirs[0]), compare.FILE)
         compare.save(workdirs, path)
         print(f'{path}: {len(workdirs)} runs beside each other')
@@ -200,7 +228,7 @@ _OF_PREDICT = ('init_from', 'data.batch_size', 'data.threads')
 
 def _predict(config, workdir, overrides):
     """Predicts for --files; exit status 1 where some of them could not be read."""
-    from flax_densenet import files, predict, predictions
+    from flax_densenet import predict, sharding, shared_predictions
 
     path = _trained_path(config, workdir)
     wrong = [name for name in overrides if name not in _OF_PREDICT]
@@ -216,21 +244,48 @@ def _predict(config, workdir, overrides):
         raise UserError("--mode=predict needs --files=NAME, as 'photos/**/*.jpg'")
     if _EXPLAIN_CLASS.value is not None and not _EXPLAIN.value:
         raise UserError('--explain_class needs --explain=FOLDER')
+    threads = config['data']['threads']
+
+    def load():
+        # Of several processes each predicts with its own devices.
+        batch_size, mesh = config['data']['batch_size'], sharding.make_local_mesh()
+        return predict.load_trained(path, batch_size=batch_size, mesh=mesh)
+
+    if cluster.is_first():
+        failed = _write_predictions(load, threads)
+    else:
+        model, named = load(), _EXPLAIN_CLASS.value
+        shared_predictions.serve(
+            model,
+            threads=threads,
+            features=bool(_FEATURES.value),
+            cams=bool(_EXPLAIN.value),
+            cam_class=-1 if named is None else model.class_index(named),
+        )
+        failed = 0
+    return 1 if cluster.of_first('failed', lambda: failed) else 0
+
+
+def _write_predictions(load, threads):
+    """Returns how many files could not be read."""
+    from flax_densenet import files, predictions, shared_predictions
+
     files.check(_FILES.value)
     places = dict(explain=_EXPLAIN.value, features=_FEATURES.value)
     with predictions.Outputs(
         out=_OUT.value, form=_FORMAT.value, top=_TOP.value, **places
     ) as outputs:
-        model = predict.load_trained(path, batch_size=config['data']['batch_size'])
-        failed = predictions.run(
+        model = load()
+        if cluster.count() > 1:
+            model = shared_predictions.Shared(model)
+        return predictions.run(
             model,
             files.find(_FILES.value, leave_out=_EXPLAIN.value),
             outputs,
-            threads=config['data']['threads'],
+            threads=threads,
             class_name=_EXPLAIN_CLASS.value,
             total=files.count(_FILES.value),
         )
-    return 1 if failed else 0
 
 
 def _serve(config, workdir, overrides):
@@ -283,6 +338,7 @@ def _summarise(config, workdir, overrides):
         print(plan)
 
 
+_ALONE = ('summary', 'export', 'serve')  # of MODES, those for one process
 MODES = {
     'train': _train,
     'eval': _evaluate,
@@ -318,8 +374,14 @@ def _parse(argv):
         raise UserError(f'{left[1]} is not a flag; {hint}')
     if _MODE.value not in MODES:
         raise UserError(f'--mode={_MODE.value} is not known; use {", ".join(MODES)}')
-    if _MODE.value == 'predict' and _DISTRIBUTED.value:
-        raise UserError('--distributed: --mode=predict is one process; share the files')
+    if not _DISTRIBUTED.value:
+        given = _COORDINATOR, _PROCESSES['num_processes'], _PROCESSES['process_id']
+        if any(flag.value is not None for flag in given):
+            raise UserError('--coordinator and its like need --distributed')
+    elif _MODE.value in _ALONE:
+        raise UserError(
+            f'--distributed: --mode={_MODE.value} is one process; start it without'
+        )
 
 
 def _check_field_names(arguments):
@@ -365,41 +427,53 @@ def main(argv):
     """Runs the mode; returns the exit status.
 
     A user's mistake and a full disk or memory become one line and 2; Ctrl-C gives 130,
-    SIGTERM 143 and a reader that went away (`| head`) 141, as shells name them.
+    SIGTERM 143 and a reader that went away (`| head`) 141, as shells name them. With
+    several processes all of them end with the line and the status of the first that
+    fails; one that dies without a word ends the others with 2.
     """
     # Names of files need not be text; a line about one must not end the run.
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='backslashreplace')
+    status, line = 0, ''
     try:
-        _parse(argv)
-        if _DISTRIBUTED.value:
-            import jax
-
-            jax.distributed.initialize()
-        _set_up_jax()
-        name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
-        workdir = _WORKDIR.value or os.path.join('ckpt', name.stem)
-        overrides = config_flags.get_override_values(flags.FLAGS['config'])
-        status = MODES[_MODE.value](_plain(_CONFIG.value), workdir, overrides)
+        status = _run(argv) or 0
         if sys.stdout is not None:  # closed by the caller
             sys.stdout.flush()
     except UserError as error:
-        print(f'error: {error}', file=sys.stderr)
-        return 2
+        status, line = 2, f'error: {error}'
     except KeyboardInterrupt as stopped:
-        print(str(stopped) or 'interrupted', file=sys.stderr)
-        return getattr(stopped, 'exit_status', 130)
+        status = getattr(stopped, 'exit_status', 130)
+        line = str(stopped) or 'interrupted'
     except BrokenPipeError:
         # What is still to be flushed at the end must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        cluster.end(141, 'the reader of standard output went away')
         return 141
     except (MemoryError, OSError, RuntimeError) as error:
-        if (line := faults.explain(error)) is None:
+        if (said := faults.explain(error)) is None:
             raise
-        print(f'error: {line}', file=sys.stderr)
-        return 2
-    return status or 0
+        status, line = 2, f'error: {said}'
+    if line and (cluster.is_first() or line.startswith('error: ')):
+        print(line, file=sys.stderr)
+    cluster.end(status, line)
+    return status
+
+
+def _run(argv):
+    _parse(argv)
+    if _DISTRIBUTED.value:
+        cluster.start(
+            coordinator_address=_COORDINATOR.value,
+            **{name: flag.value for name, flag in _PROCESSES.items()},
+        )
+    _set_up_jax()
+    name = pathlib.Path(config_flags.get_config_filename(flags.FLAGS['config']))
+    workdir = _WORKDIR.value or os.path.join('ckpt', name.stem)
+    overrides = config_flags.get_override_values(flags.FLAGS['config'])
+    return MODES[_MODE.value](_plain(_CONFIG.value), workdir, overrides)
 
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv))
+    with cluster.Defects():
+        ended = main(sys.argv)
+    sys.exit(ended)

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from flax_densenet import (
     checkpoint,
+    cluster,
     data,
     model,
     objective,
@@ -249,7 +250,7 @@ def load_trained(workdir: str, which: str = 'best', *, mesh=None) -> Trained:
     mesh = sharding.make_mesh() if mesh is None else mesh
     if os.path.isfile(workdir):
         return _from_file(workdir, mesh)
-    step = checkpoint.find_step(workdir, which)
+    step = cluster.of_first('step', lambda: checkpoint.find_step(workdir, which))
     metadata = metadata_lib.load(workdir, step)
     module = model.create_model(
         num_classes=len(metadata['class_names']), **weights.to_tuples(metadata['model'])

@@ -10,7 +10,17 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from flax_densenet import board, nonfinite, saving, setup, signals, state_shards, step
+from flax_densenet import (
+    agreement,
+    board,
+    cluster,
+    nonfinite,
+    saving,
+    setup,
+    signals,
+    state_shards,
+    step,
+)
 from flax_densenet.checkpoint import Checkpoint
 
 
@@ -31,6 +41,7 @@ class Loop:
     shown: board.Board
     every: saving.Every
     records: list[dict[str, Any]]
+    agreement: agreement.Agreement
     skipped: int = 0
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -43,6 +54,7 @@ class Loop:
             records=self.records,
         )
         self.saved_at = time.monotonic()
+        self.agreement.forget()
 
     def save_epoch(self, state):
         """Saves the state behind the last record."""
@@ -55,13 +67,34 @@ class Loop:
             metrics=record,
         )
         self.saved_at, self.skipped = time.monotonic(), 0
+        self.agreement.forget()
+
+    def agree(self, number: int) -> tuple[bool, bool]:
+        """Whether to stop and whether to save after the step `number`.
+
+        All processes get the same answer, and all have to ask.
+        """
+        since = time.monotonic() - self.saved_at
+        by_clock = cluster.is_first() and self.every.due(since)
+        signum, by_clock = self.agreement.exchange(self.stop.signum, int(by_clock))
+        self.stop.agreed = signum
+        return bool(signum), bool(by_clock) or self.every.due_at(number)
 
     def stop_if_asked(self, state, number: int, epoch: int, skipped: int):
-        """Saves and raises `signals.Stopped` where a signal came."""
-        if self.stop.asked:
-            self.save_middle(state, number, epoch, skipped)
-            self.saver.wait()
-            raise self.stop.stopped(f'step {number}, in epoch {epoch}, is saved')
+        """Saves and raises `signals.Stopped` where a signal came; all have to ask."""
+        if self.agree(number)[0]:
+            self.stop_here(state, number, epoch, skipped)
+
+    def stop_here(self, state, number: int, epoch: int, skipped: int):
+        """Saves and raises `signals.Stopped`."""
+        self.save_middle(state, number, epoch, skipped)
+        self.wait_for_saved()
+        raise self.stop.stopped(f'step {number}, in epoch {epoch}, is saved')
+
+    def wait_for_saved(self):
+        """Returns when all that was saved is on the disk, on all processes."""
+        self.saver.wait()
+        cluster.meet('saved')
 
 
 def checkpoint_items(state: step.TrainState) -> dict[str, Any]:
@@ -138,11 +171,12 @@ def take_epoch(loop: Loop, compiled, state, batches, epoch: int):
             losses.add(number, loss)
             bar.update(rows)
             loop.saver.check()
-            since = time.monotonic() - loop.saved_at
-            due = number < last and loop.every.due(number, since)
-            if due or loop.stop.asked:
+            asked, due = loop.agree(number)
+            if asked:
                 losses.read(state)
-                loop.stop_if_asked(state, number, epoch, guard.skipped)
+                loop.stop_here(state, number, epoch, guard.skipped)
+            if due and number < last:
+                losses.read(state)
                 loop.save_middle(state, number, epoch, guard.skipped)
         jax.block_until_ready(state)
         losses.read(state)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_densenet import atomic, data, setup, sharding, step
+from flax_densenet import atomic, cluster, data, setup, sharding, step
 from flax_densenet.errors import UserError
 
 DUMP_FILE, ARRAYS_FILE = 'nonfinite.json', 'nonfinite.npz'
@@ -133,8 +133,13 @@ def save_dump(run: setup.Run, state: step.TrainState, number: int, epoch: int):
     batch = {name: _rows_of(run, value) for name, value in batch.items()}
     positions = _rows_of(run, positions)
     losses, norm, layers = jax.device_get(found)
-    if not sharding.is_writer():
-        return
+    if sharding.is_writer():
+        _write(run, number, epoch, positions, batch, (losses, norm, layers))
+    cluster.meet('dumped')  # or the end of the others would end its writing
+
+
+def _write(run, number, epoch, positions, batch, found):
+    losses, norm, layers = found
     content = {
         'step': number,
         'epoch': epoch,

@@ -68,6 +68,7 @@ def train_batches(
     augment: str = 'none',
     balance: str = 'none',
     bad_images: str = 'error',
+    parts: int = 1,
     threads: int = 4,
     workers: int = 0,
 ):
@@ -85,6 +86,8 @@ def train_batches(
         has as many images as without.
       bad_images: `skip` puts the next image in the place of one that cannot be read
         any more; the iterator is then a `unread.Batches`, which counts them.
+      parts: that the batch of all hosts is taken in, one after another
+        (`sharding.to_global`); each is spread over all hosts.
       threads: decoding threads; each makes a whole batch.
       workers: decoding processes instead of threads, 0 for none.
 
@@ -114,7 +117,7 @@ def train_batches(
     # hosts there are.
     if augment_lib.RECIPES[augment]:
         stream = stream.random_map(_Augment(augment))
-    stream = stream[jax.process_index() :: hosts]
+    stream = _own_rows(stream, batch_size // parts)
     stream = stream.batch(batch_size // hosts, drop_remainder=True)
     batches = _iterate(stream[start:], threads, workers)
     return unread.Batches(batches) if skip else batches
@@ -143,10 +146,35 @@ def eval_batches(
     steps = -(-len(examples) // batch_size)
     stream = grain.MapDataset.range(steps * batch_size)
     source = unread.StandIns(examples) if skip else examples
-    stream = stream.map(_Padded(source))[jax.process_index() :: hosts]
+    stream = _own_rows(stream, batch_size).map(_Padded(source))
     stream = stream.batch(batch_size // hosts, drop_remainder=True)
     batches = _iterate(stream, threads, workers)
     return unread.Batches(batches) if skip else batches
+
+
+def _own_rows(stream, batch_size):
+    """Of each batch this host's rows, side by side, which no other host reads.
+
+    So the batch of all hosts has its rows in the stream's order, however many there
+    are: each example gets the same dropout, and each result its own example.
+    """
+    hosts = jax.process_count()
+    if hosts == 1:
+        return stream
+    rows = grain.MapDataset.range(len(stream) // hosts)
+    return rows.map(_OwnRow(stream, batch_size, jax.process_index(), hosts))
+
+
+class _OwnRow(grain.transforms.Map):
+    def __init__(self, stream, batch_size, host, hosts):
+        self.stream = stream
+        self.batch_size = batch_size
+        self.host, self.hosts = host, hosts
+
+    def map(self, number):
+        share = self.batch_size // self.hosts
+        batch, row = divmod(int(number), share)
+        return self.stream[batch * self.batch_size + self.host * share + row]
 
 
 class _Padded(grain.transforms.Map):

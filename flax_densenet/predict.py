@@ -197,7 +197,7 @@ class Predictor:
             chosen[:count] = classes
             classes = chosen
         mesh = self.trained.mesh
-        alone = jax.process_count() == 1  # several hosts all have the same images
+        alone = not mesh.is_multi_process  # several hosts all have the same images
         if alone and mesh.size > 1 and self.batch_size % mesh.size == 0:
             # Each device its rows; else each would compute them all.
             batch, classes = sharding.to_global((batch, classes), mesh)
@@ -279,13 +279,14 @@ class Predictor:
             pool.shutdown(cancel_futures=True)
 
 
-def load_trained(path, *, batch_size: int = 32) -> Predictor:
+def load_trained(path, *, batch_size: int = 32, mesh=None) -> Predictor:
     """A trained model, ready to predict.
 
     Args:
       path: the folder of a run, whose best checkpoint is taken, or a file of weights
         (see `weights.load`).
       batch_size: images of each call to the device; fewer are filled up to it.
+      mesh: of the devices to use, by default all.
 
     Raises:
       UserError: there is no such file or folder, or it holds no trained model.
@@ -296,4 +297,4 @@ def load_trained(path, *, batch_size: int = 32) -> Predictor:
             f'{path}: there is no such file or folder; give the folder of a run or a '
             'file of weights'
         )
-    return Predictor(evaluate.load_trained(path, 'best'), batch_size)
+    return Predictor(evaluate.load_trained(path, 'best', mesh=mesh), batch_size)

@@ -24,11 +24,9 @@ from concurrent import futures
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
-from flax_densenet import atomic, checkpoint, history, sharding
+from flax_densenet import atomic, checkpoint, cluster, history, sharding
 from flax_densenet.checkpoint import Checkpoint
 from flax_densenet.errors import UserError
 
@@ -46,10 +44,13 @@ class Every:
     steps: int = 0
     seconds: float = 0.0
 
-    def due(self, step: int, seconds: float) -> bool:
-        """Whether to save after a step, so many seconds after the last time."""
-        by_step = self.steps and step % self.steps == 0
-        return bool(by_step or (self.seconds and seconds >= self.seconds))
+    def due_at(self, step: int) -> bool:
+        """Whether to save after a step."""
+        return bool(self.steps and step % self.steps == 0)
+
+    def due(self, seconds: float) -> bool:
+        """Whether to save, so many seconds after the last time."""
+        return bool(self.seconds and seconds >= self.seconds)
 
 
 def parse_every(text: str) -> Every:
@@ -69,18 +70,14 @@ def parse_every(text: str) -> Every:
         )
     if found[2].startswith('step'):
         return Every(steps=int(number))
-    if jax.process_count() > 1:
-        raise UserError(
-            f'train.checkpoint_every={text}: the clocks of {jax.process_count()} '
-            "processes differ; use steps, as in '500 steps'"
-        )
     return Every(seconds=60 * number)
 
 
 class Saver:
     """Writes the checkpoints of a run and its `metrics.jsonl`, one after another.
 
-    On several hosts all call it; the first one writes, for all have the same arrays.
+    On several hosts all call it and the first one writes; what is spread over hosts is
+    put together before.
     """
 
     def __init__(self, workdir: str):
@@ -112,14 +109,9 @@ class Saver:
           UserError: the save before this one failed for good.
         """
         self.wait()
+        arrays = sharding.to_host({'model': model, 'train': train})
         if not sharding.is_writer():
             return
-        # On a CPU the host's arrays would be the device's own, which the next step
-        # overwrites.
-        arrays = jax.tree.map(
-            lambda leaf: np.array(leaf),
-            jax.device_get({'model': model, 'train': train}),
-        )
         texts = {'metadata': json.dumps(metadata), 'records': json.dumps(records)}
         if which.finished:
             numeric = {
@@ -149,13 +141,11 @@ class Saver:
             pending.result()
 
     def close(self):
-        """Waits for the last save, on all hosts."""
+        """Waits for the last save."""
         try:
             self.wait()
         finally:
             self._pool.shutdown()
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices('checkpoints are saved')
 
 
 @contextlib.contextmanager
@@ -179,6 +169,7 @@ def open_saver(workdir: str):
                 f'--workdir={workdir} cannot be written ({error.strerror}); choose '
                 'another'
             ) from error
+    cluster.meet('opened')  # what is not whole is out of the others' sight
     saver = Saver(workdir)
     _no_tracebacks()
     try:

@@ -5,8 +5,10 @@ that they mean the same by the same fields.
 """
 
 import dataclasses
+import hashlib
 import json
 import math
+import os
 import time
 from typing import Any
 
@@ -17,6 +19,7 @@ import optax
 from flax_densenet import (
     balance,
     checkpoint,
+    cluster,
     data,
     features,
     finetune,
@@ -25,6 +28,7 @@ from flax_densenet import (
     pipeline,
     saving,
     sharding,
+    sources,
     state_shards,
     step,
     transfer,
@@ -236,6 +240,49 @@ def _make_module(config, num_classes, mesh):
     return module.clone(batch_norm_group=group)
 
 
+def check_same_everywhere(run: Run):
+    """Raises where processes have other settings, data or checkpoints than the first.
+
+    Their steps would not fit together: they would wait for each other, or train on
+    other images than they tell.
+    """
+    if cluster.count() == 1:
+        return
+    fields = {
+        f'{section}.{name}': value
+        for section, values in run.config.items()
+        if isinstance(values, dict)
+        for name, value in values.items()
+    }
+    latest = None
+    if checkpoint.has_checkpoint(run.workdir):
+        latest = checkpoint.find_all(run.workdir)[-1].name
+    cluster.check_same(
+        'run',
+        fields
+        | {
+            '--workdir': os.path.abspath(run.workdir),
+            'the newest checkpoint': latest,
+            'the list of classes': list(run.source.class_names),
+            'the number of images to train on': len(run.source.train),
+            'the number of images to test on': len(run.source.test),
+            'the checksum of their names': _checksum(run.source),
+        },
+    )
+
+
+def _checksum(source):
+    """Of the files and their order; empty where there are none."""
+    reader = source.train.reader
+    if not isinstance(reader, sources.FileReader):
+        return ''
+    total = hashlib.sha256()
+    for examples in (source.train, source.test):
+        for position in range(len(examples)):
+            total.update(os.fsencode(examples.name(position)) + b'\0')
+    return total.hexdigest()[:12]
+
+
 # What is above is a slip of the keyboard, and would take all memory or never end.
 _RANGES = (
     ('data', 'threads', 1, 1024),
@@ -348,6 +395,7 @@ def train_batches(run: Run, source: data.Source, start: int, **loading):
         augment=fields['augment'],
         balance=fields['balance'],
         bad_images=fields['bad_images'],
+        parts=run.accumulate_steps,
         **run.loading | loading,
     )
 

@@ -16,6 +16,11 @@ def make_mesh(devices=None) -> Mesh:
     return Mesh(np.asarray(devices), ('data',))
 
 
+def make_local_mesh() -> Mesh:
+    """A mesh of this host's devices alone."""
+    return make_mesh(jax.local_devices())
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of parameters: a whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -55,9 +60,11 @@ def to_global(batch, mesh: Mesh, parts: int = 1):
     else:
         sharding = split_parts(mesh)
         batch = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, x), batch
-    )
+    # Meant, though of several processes' arrays JAX takes it for an oversight.
+    with jax.transfer_guard_host_to_device('allow'):
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+        )
 
 
 def gather(array) -> np.ndarray:
@@ -65,6 +72,27 @@ def gather(array) -> np.ndarray:
     if jax.process_count() == 1:
         return jax.device_get(array)
     return multihost_utils.process_allgather(array, tiled=True)
+
+
+def to_host(tree):
+    """Copies of arrays for the one process that writes; None on the others.
+
+    All processes have to call it: what is spread over their devices is put together.
+    """
+    arrays = jax.tree.map(_whole, tree)
+    if not is_writer():
+        return None
+    # On a CPU the host's arrays would be the device's own, which a step that is given
+    # the same buffers overwrites.
+    return jax.tree.map(lambda leaf: np.array(leaf), jax.device_get(arrays))
+
+
+def _whole(leaf):
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return leaf
+    if leaf.is_fully_replicated:
+        return leaf
+    return jax.jit(lambda x: x, out_shardings=replicated(leaf.sharding.mesh))(leaf)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate_steps: int = 1):

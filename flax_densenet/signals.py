@@ -32,10 +32,16 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """Whether to stop. Without `stop_gently` around it nobody ever asks."""
+    """Whether to stop. Without `stop_gently` around it nobody ever asks.
+
+    Attributes:
+      signum: the signal that this process got, else 0.
+      agreed: the signal that all processes stop for at the same step, else 0.
+    """
 
     def __init__(self):
         self.signum = 0
+        self.agreed = 0
         self._busy = False
         self._over = threading.Event()
 
@@ -61,7 +67,8 @@ class Stop:
         Args:
           what: what is saved.
         """
-        return Stopped(self.signum, f'{what}; the same command goes on from there')
+        how = f'{what}; the same command goes on from there'
+        return Stopped(self.agreed or self.signum, how)
 
     def _handle(self, signum, frame):
         self.signum = self.signum or signum

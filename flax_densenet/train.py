@@ -5,6 +5,7 @@ checkpoint needs nothing but arrays, and the same command again goes on where it
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import sys
@@ -15,9 +16,11 @@ from typing import Any
 import jax
 
 from flax_densenet import (
+    agreement,
     atomic,
     board,
     checkpoint,
+    cluster,
     environment,
     evaluate,
     history,
@@ -59,10 +62,12 @@ def fit(config, workdir: str, *, stop: signals.Stop | None = None) -> dict[str, 
         good, or the loss is no longer finite.
       signals.Stopped: `stop` was asked; all that was trained is saved.
     """
-    lock.check(workdir)  # before the data is looked through
+    if sharding.is_writer():
+        lock.check(workdir)  # before the data is looked through
     run = setup.prepare(config, workdir)
     if checkpoint.has_checkpoint(workdir):
         setup.check_same_run(workdir, run.metadata)
+    setup.check_same_everywhere(run)
     with _hold(workdir), saving.open_saver(workdir) as saver:
         state, metadata = _start(run)
         epochs, epochs_done = run.config['train']['epochs'], metadata['epoch']
@@ -73,13 +78,22 @@ def fit(config, workdir: str, *, stop: signals.Stop | None = None) -> dict[str, 
             run.features = setup.cache_features(run, state)
             with _open_board(run, int(state.step)) as shown:
                 every = saving.parse_every(run.config['train']['checkpoint_every'])
-                args = run, saver, stop or signals.Stop(), shown, every, records
-                skipped = metadata.get('skipped_steps', 0)
-                _train(loop.Loop(*args, skipped=skipped), state, epochs_done)
+                work = loop.Loop(
+                    run,
+                    saver,
+                    stop or signals.Stop(),
+                    shown,
+                    every,
+                    records,
+                    agreement.Agreement(run.mesh),
+                    skipped=metadata.get('skipped_steps', 0),
+                )
+                _train(work, state, epochs_done)
         else:
             print(f'{workdir} has its {epochs} epochs already; nothing to train')
         del state  # the report needs the memory for the best one
         saver.wait()
+        cluster.meet('trained')  # all are to find the same best checkpoint
         return _finish(run, records, anew=epochs_done < epochs)
 
 
@@ -152,8 +166,8 @@ def _train(work: loop.Loop, state, epochs_done):
                 shown.add_epoch(record, max(records, key=checkpoint.rank))
                 work.save_epoch(state)
                 print(format_epoch(record), flush=True)
-                if work.stop.asked:
-                    work.saver.wait()
+                if work.agree(record['step'])[0]:
+                    work.wait_for_saved()
                     raise work.stop.stopped(f'epoch {epoch} is saved')
         shown.add_end()
 
@@ -197,7 +211,12 @@ def _start(run):
     state = run.new_state(setup.first_variables(run))
     if not checkpoint.has_checkpoint(run.workdir):
         return run.place_state(state), {'epoch': 0}
-    latest = checkpoint.find_latest(run.workdir)
+    latest = checkpoint.Checkpoint(
+        *cluster.of_first(
+            'latest',
+            lambda: dataclasses.astuple(checkpoint.find_latest(run.workdir)),
+        )
+    )
     metadata = checkpoint.load_json(run.workdir, latest, 'metadata')
     try:
         items = checkpoint.restore(
@@ -292,11 +311,20 @@ def _save_samples(run, shown):
 
 def _tell_unread(run, batches, record):
     """Counts the images that could not be read in this epoch, and says so."""
-    if isinstance(batches, unread.Batches) and batches.unread:
+    if not isinstance(batches, unread.Batches):
+        return
+    found = _of_all('unread', batches.unread)
+    if found:
         what = 'the next ones stand in for them'
-        print(unread.describe(batches.unread, run.source.train, what), flush=True)
-        record['train_unread'] = len(batches.unread)
-        batches.unread.clear()
+        print(unread.describe(found, run.source.train, what), flush=True)
+        record['train_unread'] = len(found)
+    batches.unread.clear()
+
+
+def _of_all(name, positions):
+    """Positions that any of the processes met, sorted."""
+    parts = cluster.gather(name, sorted(positions))
+    return sorted({position for part in parts for position in part})
 
 
 def _test(work, state, record):
@@ -316,11 +344,13 @@ def _test(work, state, record):
         **run.loading,
     )
     found = {'test_accuracy': metrics['accuracy'], 'test_loss': metrics['loss']}
-    if 'unread' in metrics:
-        found['test_unread'] = len(metrics['unread'])
+    left_out = metrics.get('unread', [])
+    if run.config['data']['bad_images'] == 'skip':
+        left_out = _of_all('left out', left_out)
+    if left_out:
+        found['test_unread'] = len(left_out)
         line = 'left out of the test'
-        line = unread.describe(metrics['unread'], run.source.test, line)
-        print(line, flush=True)
+        print(unread.describe(left_out, run.source.test, line), flush=True)
     if run.source.multi_label:
         found['test_mean_auroc'] = metrics['mean_auroc']
         names = run.source.class_names

@@ -244,9 +244,50 @@ def test_hosts_share_the_same_stream(folder, monkeypatch):
         monkeypatch.setattr(pipeline.jax, 'process_index', lambda host=host: host)
         shares.append(take(pipeline.train_batches(source.train, **settings), 6))
     for step, batch in enumerate(one):
-        both = [row for share in shares for row in share[step]['image']]
-        assert len(both) == 8
-        assert {r.tobytes() for r in both} == {r.tobytes() for r in batch['image']}
+        both = np.concatenate([share[step]['image'] for share in shares])
+        assert both.tobytes() == batch['image'].tobytes()  # in the same order
+
+
+def test_hosts_share_each_part_of_a_batch(folder, monkeypatch):
+    """With two parts a batch each part's rows are the same, however many hosts."""
+    source = load(folder)
+    settings = dict(batch_size=8, seed=1, parts=2)
+    one = take(pipeline.train_batches(source.train, **settings), 3)
+    monkeypatch.setattr(pipeline.jax, 'process_count', lambda: 2)
+    shares = []
+    for host in range(2):
+        monkeypatch.setattr(pipeline.jax, 'process_index', lambda host=host: host)
+        shares.append(take(pipeline.train_batches(source.train, **settings), 3))
+    for step, batch in enumerate(one):
+        own = [share[step]['image'] for share in shares]
+        own = [rows.reshape(2, 2, *rows.shape[1:]) for rows in own]
+        assert np.concatenate(own, 1).tobytes() == batch['image'].tobytes()
+
+
+def test_a_host_reads_its_rows_alone(folder, monkeypatch):
+    """24 examples in batches of 8, and of 10, which do not divide them."""
+    source = load(folder)
+    monkeypatch.setattr(pipeline.jax, 'process_count', lambda: 2)
+    for batch_size in (8, 10):
+        read = {0: [], 1: []}
+        for host in (0, 1):
+            monkeypatch.setattr(pipeline.jax, 'process_index', lambda host=host: host)
+
+            class Counted(data.Examples):
+                def __getitem__(self, position, seen=read[host]):
+                    seen.append(int(position))
+                    return super().__getitem__(position)
+
+            examples = Counted(
+                source.train.reader, source.train.indices, source.train.preparation
+            )
+            batches = list(pipeline.eval_batches(examples, batch_size=batch_size))
+        own = [n for n in range(24) if n % batch_size < batch_size // 2]
+        assert sorted(read[0])[: len(own)] == own
+        others = set(range(24)) - set(own)
+        # What fills up the last batch is the last example again.
+        assert set(read[0]) <= {*own, 23} and set(read[1]) <= others | {23}
+        assert len(read[0]) == len(read[1]) == len(batches) * batch_size // 2
 
 
 @pytest.mark.parametrize('hosts', [1, 2])

@@ -240,7 +240,7 @@ def test_predict(main, weights, tmp_path):
         (['--files=x', '--format=torch'], 'use table, csv, jsonl'),
         (['--files=x', '--features=x.txt'], 'ends with .npz or .safetensors'),
         (['--files=x', '--explain_class=a'], '--explain_class needs --explain=FOLDER'),
-        (['--files=x', '--distributed'], '--mode=predict is one process'),
+        (['--files=x', '--num_processes=2'], 'its like need --distributed'),
         (['--files', 'a.jpg', 'b.jpg'], "in quotes: --files='photos/*.jpg'"),
         (['--files=x', '--config.init_from=none'], 'init_from=none: there is no such'),
         (

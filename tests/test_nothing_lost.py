@@ -41,11 +41,11 @@ def test_checkpoint_every_has_two_forms(text):
 
 def test_when_a_checkpoint_is_due():
     by_step = saving.parse_every('5 steps')
-    assert [n for n in range(1, 12) if by_step.due(n, 1e9)] == [5, 10]
+    assert [n for n in range(1, 12) if by_step.due_at(n)] == [5, 10]
     by_time = saving.parse_every('0.5 minutes')
-    assert not by_time.due(5, 29) and by_time.due(3, 30)
+    assert not by_time.due(29) and by_time.due(30) and not by_time.due_at(30)
     never = saving.parse_every(' ')
-    assert not never.due(5, 1e9)
+    assert not never.due(1e9) and not never.due_at(5) and not by_step.due(1e9)
 
 
 def test_one_trains_in_a_folder(tmp_path):

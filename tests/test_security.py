@@ -36,6 +36,10 @@ ALLOWED = {
     'flax_densenet/signals.py': {'multiprocessing'},
     # A decoding process waits for the end of the one that started it.
     'flax_densenet/pipeline.py': {'multiprocessing'},
+    # This file itself, which filters what C++ prints.
+    'flax_densenet/native_errors.py': {'subprocess'},
+    # Arrays alone, of processes of the same run.
+    'flax_densenet/shared_predictions.py': {'np.load'},
     # Arrays alone: allow_pickle is False unless it is said.
     'flax_densenet/feature_files.py': {'np.load'},
     'flax_densenet/render.py': {'importlib'},  # importlib.resources: our own pages

@@ -284,7 +284,7 @@ _OF_PACK = ('data.source', 'data.labels', 'data.bad_images', 'data.threads')
 
 def _pack(config, workdir, overrides):
     """Packs folder:PATH or tar:PATH into --out; checks packed:DIR, without --out."""
-    from flax_densenet import manifest, pack
+    from flax_densenet import manifest, pack, shards
 
     wrong = [name for name in overrides if name not in _OF_PACK]
     if wrong:
@@ -305,7 +305,7 @@ def _pack(config, workdir, overrides):
         raise UserError(
             f'data.bad_images={fields["bad_images"]} is not known; use error, skip'
         )
-    packing = pack.Options(**{name: flag.value for name, flag in _PACKING.items()})
+    packing = shards.Options(**{name: flag.value for name, flag in _PACKING.items()})
     names = ('labels', 'bad_images', 'threads')
     made = pack.pack(
         fields['source'],

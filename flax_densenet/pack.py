@@ -20,49 +20,14 @@ import numpy as np
 import safetensors.numpy
 from tqdm import tqdm
 
-from flax_densenet import atomic, images, lock, packed, sources
+from flax_densenet import atomic, lock, packed, record_files, sources
 from flax_densenet import manifest as manifest_lib
+from flax_densenet import shards as shards_lib
 from flax_densenet.errors import UserError, printable
 
 PROGRESS, SKIPPED = 'progress.jsonl', 'skipped.txt'
 KINDS = ('folder', 'tar')
-_SUFFIX, _MIB = '.array_record', 2**20
-_SAMPLE = 32  # images by which the sizes of smaller ones are estimated
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """What `--mode=pack` takes.
-
-    Attributes:
-      shard_mib: MiB from which on a shard is full; its last image may be beyond.
-      max_side: pixels; an image whose shorter side is longer is made so small and saved
-        as JPEG. 0 keeps the bytes of every file.
-      quality: of that JPEG, from 1 to 100.
-    """
-
-    shard_mib: float = 256.0
-    max_side: int = 0
-    quality: int = 90
-
-    def __post_init__(self):
-        for name, least, most in (
-            ('shard_mib', 0.01, 2**20),
-            ('max_side', 0, 2**16),
-            ('quality', 1, 100),
-        ):
-            if not least <= (value := getattr(self, name)) <= most:
-                raise UserError(f'--{name}={value:g} must be from {least} to {most}')
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """A shard to be: which images of the reader it holds."""
-
-    file: str
-    part: str
-    indices: list[int]
-    fingerprint: str
+_MIB = 2**20
 
 
 class _Stopped(Exception):
@@ -76,7 +41,7 @@ def pack(
     labels: str = '',
     bad_images: str = 'error',
     threads: int = 4,
-    options: Options | None = None,
+    options: shards_lib.Options | None = None,
 ) -> manifest_lib.Manifest:
     """Packs a source into a folder, or goes on where a pack of it was ended.
 
@@ -89,7 +54,7 @@ def pack(
     Raises:
       UserError: the source, the folder or an image cannot be used; the disk is full.
     """
-    options = options or Options()
+    options = options or shards_lib.Options()
     kind, _, name = source.partition(':')
     if kind not in KINDS:
         raise UserError(
@@ -100,9 +65,9 @@ def pack(
         raise UserError(f'data.labels={labels} needs data.source=folder:PATH')
     _check_out(out)
     found = sources.SOURCES[kind](name, bad_images=bad_images, labels=labels)
-    images_of = _Images(found, os.path.expanduser(name), options)
+    stored = shards_lib.Images(found, os.path.expanduser(name), options)
     with lock.hold(out, flag='--out', doing='packs'):
-        return _Packer(source, out, found, images_of, options).run(threads)
+        return _Packer(source, out, stored).run(threads)
 
 
 def verify(name: str) -> manifest_lib.Manifest:
@@ -141,84 +106,23 @@ def _check_out(out):
         )
 
 
-class _Images:
-    """The images of a source as they are packed."""
-
-    def __init__(self, found: sources.Found, root: str, options: Options):
-        self.reader, self.options = found.reader, options
-        self._root = root if os.path.isdir(root) else os.path.dirname(root)
-
-    def name(self, index) -> bytes:
-        """The file's name below the source's folder."""
-        return os.fsencode(os.path.relpath(self.reader.name(index), self._root))
-
-    def facts(self, index):
-        """Size in bytes, and what changes where the file does."""
-        if isinstance(self.reader, sources.FileReader):
-            found = self._stat(self.reader.paths[index])
-            return found.st_size, found.st_mtime_ns
-        offset, size = self.reader.places[index].tolist()
-        found = self._stat(self.reader.tars[self.reader.which[index]])
-        return size, (offset, found.st_size, found.st_mtime_ns)
-
-    def _stat(self, path):
-        try:
-            return os.stat(path)
-        except OSError as error:
-            raise UserError(f'{path} cannot be read ({error.strerror})') from error
-
-    def record(self, index) -> bytes:
-        """The record of an image, which was decoded to see that it is whole.
-
-        Raises:
-          UserError: it is not.
-        """
-        try:
-            raw = self.reader[index]
-            if isinstance(raw, str):
-                with open(raw, 'rb') as file:
-                    raw = file.read()
-            image = raw
-            if self.options.max_side:
-                image = images.make_smaller(
-                    raw, self.options.max_side, quality=self.options.quality
-                )
-            reason = images.check_image(image, decode=True)
-        except OSError as error:
-            reason = f'cannot be read ({error.strerror})'
-        except UserError as error:
-            reason = str(error)
-        if reason:
-            raise UserError(
-                f'{self.reader.name(index)} {reason}: mend or remove it, or set '
-                'data.bad_images=skip; the same command goes on with the shards that '
-                'are whole'
-            )
-        return packed.to_record(
-            image,
-            self.reader.labels[index],
-            self.name(index),
-            packed.hash_file(raw),
-        )
-
-
 class _Packer:
     """One pack: which shards there are to be, which are whole, and the rest written."""
 
-    def __init__(self, source, out, found, images_of, options):
-        self.source, self.out, self.found = source, out, found
-        self.images, self.options = images_of, options
+    def __init__(self, source: str, out: str, stored: shards_lib.Images):
+        self.source, self.out, self.images = source, out, stored
+        self.found = stored.found
         self._stop = threading.Event()
         # By shard, what the index needs of its records: hashes and names.
         self._read: dict[str, tuple[np.ndarray, list[bytes]]] = {}
 
     def run(self, threads) -> manifest_lib.Manifest:
         for name in os.listdir(self.out):
-            if name.startswith('.') and name.endswith(
-                '.part'
-            ):  # of one that was killed
+            # Of one that was killed.
+            if name.startswith('.') and name.endswith('.part'):
                 os.unlink(os.path.join(self.out, name))
-        jobs = self._plan()
+        jobs, size = shards_lib.plan(self.images)
+        self._check_space(size)
         whole = self._find_whole(jobs, threads)
         left = [job for job in jobs if job.file not in whole]
         if whole:
@@ -231,51 +135,11 @@ class _Packer:
         except OSError as error:
             raise _explain(error, self.out) from error
 
-    def _plan(self) -> list[_Job]:
-        """Divides the images into shards; what does not fit on the disk is an error."""
-        ratio, jobs, total = self._estimate(), [], 0
-        for part in manifest_lib.PARTS:
-            indices = getattr(self.found, part)
-            group, size, facts = [], 0, hashlib.sha256()
-            for index in [] if indices is None else indices.tolist():
-                bytes_, changed = self.images.facts(index)
-                group.append(index)
-                size += bytes_ * ratio
-                total += bytes_ * ratio
-                facts.update(repr(self._facts(index, changed)).encode())
-                if size >= self.options.shard_mib * _MIB or index == indices[-1]:
-                    file = f'{part}-{sum(j.part == part for j in jobs):05}{_SUFFIX}'
-                    jobs.append(_Job(file, part, group, facts.hexdigest()))
-                    group, size, facts = [], 0, hashlib.sha256()
-        self._check_space(total)
-        return jobs
-
-    def _facts(self, index, changed):
-        label = np.asarray(self.images.reader.labels[index])
-        groups = self.found.groups
-        return (
-            manifest_lib.VERSION,
-            self.images.name(index),
-            changed,
-            label.tobytes(),
-            None if groups is None else int(groups[index]),
-            dataclasses.astuple(self.options)[1:] if self.options.max_side else None,
-        )
-
-    def _estimate(self) -> float:
-        """Bytes of a packed image for each of its file's, by a sample."""
-        if not self.options.max_side:
-            return 1.0
-        every = self.found.train
-        sample = every[:: max(1, len(every) // _SAMPLE)][:_SAMPLE].tolist()
-        before = sum(self.images.facts(index)[0] for index in sample)
-        return sum(len(self.images.record(index)) for index in sample) / before
-
     def _check_space(self, need):
         there = sum(
             entry.stat().st_size
             for entry in os.scandir(self.out)
-            if entry.name.endswith(_SUFFIX)
+            if entry.name.endswith(shards_lib.SUFFIX)
         )
         free = shutil.disk_usage(self.out).free + there
         if need > free:
@@ -286,15 +150,15 @@ class _Packer:
             )
 
     def _find_whole(self, jobs, threads) -> dict[str, manifest_lib.Shard]:
-        """The shards that an earlier pack of the same images has left, by their file."""
+        """The shards that an earlier pack of the same images has left, by file."""
         noted = _read_progress(os.path.join(self.out, PROGRESS))
         done = os.path.exists(os.path.join(self.out, manifest_lib.FILE))
         if done:
             shards = manifest_lib.load(self.out).shards
             if [s.fingerprint for s in shards] != [job.fingerprint for job in jobs]:
                 raise UserError(
-                    f'--out={self.out} holds a pack of other images or settings; choose '
-                    'a new folder, or remove it'
+                    f'--out={self.out} holds a pack of other images or settings; '
+                    'choose a new folder, or remove it'
                 )
             noted |= {shard.file: shard for shard in shards}
 
@@ -328,6 +192,7 @@ class _Packer:
             concurrent.futures.ThreadPoolExecutor(threads) as pool,
         ):
             futures = [pool.submit(self._write, job, progress) for job in jobs]
+            notes.write('\n')  # ends a line that was cut short by a kill
             try:
                 for future in concurrent.futures.as_completed(futures):
                     shard = future.result()
@@ -347,7 +212,9 @@ class _Packer:
         path = os.path.join(self.out, job.file)
         part = os.path.join(self.out, f'.{job.file}.part')
         try:
-            writer = array_record_module.ArrayRecordWriter(part, packed.WRITER_OPTIONS)
+            writer = array_record_module.ArrayRecordWriter(
+                part, record_files.WRITER_OPTIONS
+            )
             with contextlib.closing(writer):
                 for index in job.indices:
                     if self._stop.is_set():
@@ -379,7 +246,9 @@ class _Packer:
         """Sees that a shard's records are those of its images; keeps what they say."""
         path, names, hashes = os.path.join(self.out, job.file), [], []
         try:
-            for index, record in zip(job.indices, packed.records(path), strict=True):
+            for index, record in zip(
+                job.indices, record_files.records(path), strict=True
+            ):
                 found = packed.from_record(record)
                 names.append(found['name'])
                 hashes.append(found['source'])
@@ -387,8 +256,8 @@ class _Packer:
                     raise ValueError(f'{os.fsdecode(found["name"])} in another place')
         except (RuntimeError, ValueError) as error:
             raise UserError(
-                f'{path} was written and cannot be read back ({error}); the disk may be '
-                'damaged: use another --out'
+                f'{path} was written and cannot be read back ({error}); the disk may '
+                'be damaged: use another --out'
             ) from error
         hashes = np.frombuffer(b''.join(hashes), np.uint8).reshape(len(names), -1)
         self._read[job.file] = hashes, names
@@ -415,7 +284,7 @@ class _Packer:
             class_names=tuple(self.found.class_names),
             multi_label=self.found.multi_label,
             has_test=self.found.test is not None,
-            shorter_side=self.options.max_side,
+            shorter_side=self.images.options.max_side,
             index_bytes=len(index),
             index_sha256=hashlib.sha256(index).hexdigest(),
             shards=tuple(shards),
@@ -423,7 +292,9 @@ class _Packer:
         self._save(manifest_lib.FILE, manifest.to_json().encode())
         expected = {shard.file for shard in shards}
         for name in os.listdir(self.out):  # also shards of an earlier plan
-            if name == PROGRESS or (name.endswith(_SUFFIX) and name not in expected):
+            if name == PROGRESS or (
+                name.endswith(shards_lib.SUFFIX) and name not in expected
+            ):
                 os.unlink(os.path.join(self.out, name))
         return manifest
 
@@ -447,8 +318,8 @@ def _explain(error, out):
     """One line on a disk that is full, or fails."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
-            f'--out={out}: the disk is full; free some space, and the same command goes '
-            'on with the shards that are whole'
+            f'--out={out}: the disk is full; free some space, and the same command '
+            'goes on with the shards that are whole'
         )
     return UserError(
         f'--out={out} cannot be written ({error.strerror}); mend that, and the same '

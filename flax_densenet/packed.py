@@ -16,27 +16,19 @@ read.
 """
 
 import bisect
-import collections
-import contextlib
 import hashlib
 import itertools
 import os
-import resource
-import threading
 from typing import Any
 
 import numpy as np
 
 from flax_densenet import manifest as manifest_lib
+from flax_densenet import record_files
 from flax_densenet.errors import UserError
 from flax_densenet.manifest import REMEDY
 
 INDEX = 'index.safetensors'
-# Records one by one, as random access needs them; images are compressed already.
-WRITER_OPTIONS = 'group_size:1,uncompressed'
-# Without threads of its own a read takes a seventh of the time (benchmarks/packing.py).
-_READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'
-_BUFFER = 8192
 _HASH = 16
 
 
@@ -87,23 +79,6 @@ def from_record(record: bytes) -> dict[str, Any]:
     return found
 
 
-def records(path: str):
-    """The records of a shard in order.
-
-    Raises:
-      RuntimeError: it is damaged.
-    """
-    from array_record.python import array_record_module
-
-    reader = array_record_module.ArrayRecordReader(path)
-    try:
-        for _ in range(reader.num_records()):
-            yield reader.read()
-    finally:
-        with contextlib.suppress(RuntimeError):  # said before
-            reader.close()
-
-
 class PackedReader:
     """Images of a pack by their place: encoded bytes, as the source's file had them.
 
@@ -119,14 +94,14 @@ class PackedReader:
     def __init__(self, folder: str, manifest: manifest_lib.Manifest):
         self.folder, self.manifest = folder, manifest
         self._ends = list(itertools.accumulate(s.count for s in manifest.shards))
-        self._pool = _Pool(
+        self._pool = record_files.Pool(
             [os.path.join(folder, s.file) for s in manifest.shards],
             [s.count for s in manifest.shards],
         )
         self._index = None
         self.labels = self._load_labels()
         self.groups = None
-        if 'groups' in self._tensors():
+        if 'groups' in self._tensors().keys():  # noqa: SIM118
             self.groups = self._tensors().get_tensor('groups')
             self._check('groups', self.groups.dtype == np.int64)
 
@@ -231,72 +206,6 @@ def _same(label, expected):
     if isinstance(label, int):
         return label == expected
     return np.array_equal(label, expected, equal_nan=True)
-
-
-class _Pool:
-    """Open shards; one reader serves one thread at a time, so there can be several."""
-
-    def __init__(self, paths, counts):
-        self._paths, self._counts = paths, counts
-        self.__setstate__({})
-
-    def __getstate__(self):
-        return {'_paths': self._paths, '_counts': self._counts}
-
-    def __setstate__(self, state):
-        self.__dict__.update(state)
-        self._lock = threading.Lock()
-        # By shard, the one that was used last at the end.
-        self._idle: dict[int, list[Any]] = collections.OrderedDict()
-        self._number = 0
-        # The rest is for the program's other files.
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._most = 4096 if files < 0 else max(16, min(4096, files - 256))
-
-    def read(self, shard: int, position: int) -> bytes:
-        """Raises RuntimeError, ValueError or OSError where it cannot."""
-        reader = self._take(shard)
-        # After an error a reader is of no use any more, and is not given back.
-        reader.seek(position)
-        record = reader.read()
-        for unused in self._give(shard, reader):
-            unused.close()
-        return record
-
-    def _take(self, shard):
-        with self._lock:
-            idle = self._idle.get(shard)
-            if idle:
-                self._number -= 1
-                return idle.pop()
-        from array_record.python import array_record_module
-
-        reader = array_record_module.ArrayRecordReader(
-            self._paths[shard],
-            options=_READER_OPTIONS,
-            file_reader_buffer_size=_BUFFER,
-        )
-        if not reader.ok() or reader.num_records() != self._counts[shard]:
-            with contextlib.suppress(RuntimeError):
-                reader.close()
-            raise ValueError(f'it does not hold {self._counts[shard]} records')
-        return reader
-
-    def _give(self, shard, reader):
-        """Keeps a reader; returns those that are to be closed for it."""
-        unused = []
-        with self._lock:
-            self._idle.setdefault(shard, []).append(reader)
-            self._idle.move_to_end(shard)
-            self._number += 1
-            while self._number > self._most:
-                readers = next(iter(self._idle.values()))
-                if readers:
-                    unused.append(readers.pop())
-                    self._number -= 1
-                else:
-                    self._idle.popitem(last=False)
-        return unused
 
 
 def load(name: str) -> PackedReader:

@@ -87,7 +87,7 @@ _LIMITS = {
 }
 _PACKING = {
     'shard_mib': flags.DEFINE_float(
-        'shard_mib', 256.0, 'Of --mode=pack: MiB from which on a shard is full.'
+        'shard_mib', 256.0, 'Of --mode=pack: MiB (or 2048 images) that fill a shard.'
     ),
     'max_side': flags.DEFINE_integer(
         'max_side',

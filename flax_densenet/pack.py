@@ -112,7 +112,7 @@ class _Packer:
     def __init__(self, source: str, out: str, stored: shards_lib.Images):
         self.source, self.out, self.images = source, out, stored
         self.found = stored.found
-        self._stop = threading.Event()
+        self._stop, self._noting = threading.Event(), threading.Lock()
         # By shard, what the index needs of its records: hashes and names.
         self._read: dict[str, tuple[np.ndarray, list[bytes]]] = {}
 
@@ -191,22 +191,19 @@ class _Packer:
             open(os.path.join(self.out, PROGRESS), 'a', encoding='utf-8') as notes,
             concurrent.futures.ThreadPoolExecutor(threads) as pool,
         ):
-            futures = [pool.submit(self._write, job, progress) for job in jobs]
+            futures = [pool.submit(self._write, job, progress, notes) for job in jobs]
             notes.write('\n')  # ends a line that was cut short by a kill
             try:
                 for future in concurrent.futures.as_completed(futures):
                     shard = future.result()
                     written[shard.file] = shard
-                    notes.write(json.dumps(dataclasses.asdict(shard)) + '\n')
-                    notes.flush()
-                    os.fsync(notes.fileno())
             finally:
                 self._stop.set()
                 pool.shutdown(cancel_futures=True)
         return written
 
-    def _write(self, job, progress) -> manifest_lib.Shard:
-        """Writes one shard and reads it back."""
+    def _write(self, job, progress, notes) -> manifest_lib.Shard:
+        """Writes one shard, reads it back and notes it."""
         from array_record.python import array_record_module
 
         path = os.path.join(self.out, job.file)
@@ -233,7 +230,7 @@ class _Packer:
             with contextlib.suppress(OSError):  # moved, or never made
                 os.unlink(part)
         self._read_back(job)
-        return manifest_lib.Shard(
+        shard = manifest_lib.Shard(
             file=job.file,
             part=job.part,
             count=len(job.indices),
@@ -241,6 +238,11 @@ class _Packer:
             sha256=manifest_lib.sha256(path),
             fingerprint=job.fingerprint,
         )
+        with self._noting:
+            notes.write(json.dumps(dataclasses.asdict(shard)) + '\n')
+            notes.flush()
+            os.fsync(notes.fileno())
+        return shard
 
     def _read_back(self, job):
         """Sees that a shard's records are those of its images; keeps what they say."""

@@ -9,7 +9,7 @@ from typing import Any
 
 # Records one by one, as random access needs them; images are compressed already.
 WRITER_OPTIONS = 'group_size:1,uncompressed'
-# Without threads of its own a read takes a seventh of the time (benchmarks/packing.py).
+# Threads of its own, one record at a time, would only cost.
 _READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'
 _BUFFER = 8192
 _AHEAD = 2**23  # bytes
@@ -33,7 +33,7 @@ def records(path: str):
 
 
 class Pool:
-    """Open files; one reader serves one thread at a time, so there can be several.
+    """Files that are opened when they are needed, for any number of threads.
 
     As the first record is read, files that together fit into half of the free memory
     are read ahead beside it, front to back: for a disk that is a fraction of the work
@@ -54,34 +54,28 @@ class Pool:
         self.__dict__.update(state)
         self._lock = threading.Lock()
         # By shard, the one that was used last at the end.
-        self._idle: dict[int, list[Any]] = collections.OrderedDict()
-        self._number = 0
+        self._open: dict[int, Any] = collections.OrderedDict()
         self._ahead = None
         # The rest is for the program's other files.
         files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         self._most = 4096 if files < 0 else max(16, min(4096, files - 256))
 
     def read(self, shard: int, position: int) -> bytes:
-        """Raises RuntimeError, ValueError or OSError where it cannot."""
-        reader = self._take(shard)
-        # After an error a reader is of no use any more, and is not given back.
-        reader.seek(position)
-        record = reader.read()
-        for unused in self._give(shard, reader):
-            unused.close()
-        return record
+        """Raises RuntimeError or ValueError where it cannot."""
+        # A list of places, since that read lets other threads run; `seek` does not.
+        return self._reader(shard).read([position])[0]
 
-    def _take(self, shard):
+    def _reader(self, shard):
         with self._lock:
             if self._ahead is None:
                 self._ahead = threading.Thread(
                     target=_read_ahead, args=[self._paths], daemon=True
                 )
                 self._ahead.start()
-            idle = self._idle.get(shard)
-            if idle:
-                self._number -= 1
-                return idle.pop()
+            reader = self._open.get(shard)
+            if reader is not None:
+                self._open.move_to_end(shard)
+                return reader
         from array_record.python import array_record_module
 
         reader = array_record_module.ArrayRecordReader(
@@ -90,26 +84,13 @@ class Pool:
             file_reader_buffer_size=_BUFFER,
         )
         if not reader.ok() or reader.num_records() != self._counts[shard]:
-            with contextlib.suppress(RuntimeError):
-                reader.close()
             raise ValueError(f'it does not hold {self._counts[shard]} records')
-        return reader
-
-    def _give(self, shard, reader):
-        """Keeps a reader; returns those that are to be closed for it."""
-        unused = []
         with self._lock:
-            self._idle.setdefault(shard, []).append(reader)
-            self._idle.move_to_end(shard)
-            self._number += 1
-            while self._number > self._most:
-                readers = next(iter(self._idle.values()))
-                if readers:
-                    unused.append(readers.pop())
-                    self._number -= 1
-                else:
-                    self._idle.popitem(last=False)
-        return unused
+            # What leaves is closed as the last thread that reads from it is through.
+            self._open[shard] = reader
+            if len(self._open) > self._most:
+                self._open.popitem(last=False)
+        return reader
 
 
 def _read_ahead(paths):

@@ -618,3 +618,20 @@ def test_a_manifest_says_what_there_is(out):
     made = manifest.load(str(out))
     assert manifest.describe(made).startswith('25 images, 3 classes, ')
     assert made == pack.verify(str(out))
+
+
+def test_a_file_that_changed_meanwhile_is_packed_anew(folder, tmp_path, monkeypatch):
+    out, fresh = tmp_path / 'packed', tmp_path / 'fresh'
+    with monkeypatch.context() as patch:
+        end_after(patch, 14, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            make(folder, out, threads=1)
+    path = folder / 'ants/000.jpg'
+    content, stat = path.read_bytes(), path.stat()
+    path.write_bytes(content[:-2] + b'\xff\xd9')
+    flip(path, content.index(b'\xff\xda') + 40)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+    make(folder, out)
+    make(folder, fresh)
+    assert contents(out) == contents(fresh)
+    assert packed.load(str(out))[0] == path.read_bytes() != content

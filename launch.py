@@ -7,6 +7,7 @@
   python launch.py --mode=export --workdir=ckpt/densenet121 --format=torch --out=x.pth
   python launch.py --mode=predict --workdir=ckpt/densenet121 --files='photos/**/*.jpg'
   python launch.py --mode=serve --workdir=ckpt/densenet121
+  python launch.py --mode=pack --config.data.source=folder:photos --out=packed
 
 Any field of configs/base.py can be set: --config.optimizer.learning_rate=1e-3.
 """
@@ -34,7 +35,9 @@ _WORKDIR = flags.DEFINE_string(
     'several: a,b or a pattern.',
 )
 _MODE = flags.DEFINE_string(
-    'mode', 'train', 'train, eval, report, predict, serve, lr_find, summary or export.'
+    'mode',
+    'train',
+    'train, eval, report, predict, serve, lr_find, summary, export or pack.',
 )
 _FORMAT = flags.DEFINE_string(
     'format',
@@ -46,7 +49,7 @@ _OUT = flags.DEFINE_string(
     'out',
     None,
     'File of --mode=export, of --mode=predict in place of the screen, or of the page '
-    'of several runs.',
+    'of several runs; folder of --mode=pack.',
 )
 _FILES = flags.DEFINE_multi_string(
     'files',
@@ -80,6 +83,20 @@ _LIMITS = {
     ),
     'request_timeout_s': flags.DEFINE_float(
         'request_timeout_s', 30.0, 'Of --mode=serve: time for an image to arrive.'
+    ),
+}
+_PACKING = {
+    'shard_mib': flags.DEFINE_float(
+        'shard_mib', 256.0, 'Of --mode=pack: MiB (or 2048 images) that fill a shard.'
+    ),
+    'max_side': flags.DEFINE_integer(
+        'max_side',
+        0,
+        'Of --mode=pack: images whose shorter side has more pixels are made so small '
+        'and saved as JPEG; 0 keeps all files as they are.',
+    ),
+    'quality': flags.DEFINE_integer(
+        'quality', 90, 'Of --mode=pack: of these JPEGs, 1 to 100.'
     ),
 }
 _STEPS = flags.DEFINE_integer('steps', 100, 'Of --mode=lr_find, 40 or more.')
@@ -317,6 +334,44 @@ def _find_learning_rate(config, workdir, overrides):
     lr_find.find(config, workdir, steps=_STEPS.value)
 
 
+_OF_PACK = ('data.source', 'data.labels', 'data.bad_images', 'data.threads')
+
+
+def _pack(config, workdir, overrides):
+    """Packs folder:PATH or tar:PATH into --out; checks packed:DIR, without --out."""
+    from flax_densenet import manifest, pack, shards
+
+    wrong = [name for name in overrides if name not in _OF_PACK]
+    if wrong:
+        raise UserError(
+            f'--config.{wrong[0]}: has no effect on --mode=pack; only '
+            f'{", ".join(_OF_PACK)} can be set'
+        )
+    fields = config['data']
+    kind, _, name = fields['source'].partition(':')
+    if kind == 'packed' and not _OUT.value:
+        print(f'{name}: all files are whole; {manifest.describe(pack.verify(name))}')
+        return
+    if not _OUT.value:
+        raise UserError('--mode=pack needs --out=FOLDER')
+    if not 1 <= fields['threads'] <= 1024:
+        raise UserError(f'data.threads={fields["threads"]} must be from 1 to 1024')
+    if fields['bad_images'] not in ('error', 'skip'):
+        raise UserError(
+            f'data.bad_images={fields["bad_images"]} is not known; use error, skip'
+        )
+    packing = shards.Options(**{name: flag.value for name, flag in _PACKING.items()})
+    names = ('labels', 'bad_images', 'threads')
+    made = pack.pack(
+        fields['source'],
+        _OUT.value,
+        options=packing,
+        **{name: fields[name] for name in names},
+    )
+    print(f'{_OUT.value}: {manifest.describe(made)}')
+    print(f'use it with --config.data.source=packed:{_OUT.value}')
+
+
 def _summarise(config, workdir, overrides):
     from flax_densenet import data, finetune, model, report, transfer, weights
 
@@ -348,6 +403,7 @@ MODES = {
     'predict': _predict,
     'serve': _serve,
     'lr_find': _find_learning_rate,
+    'pack': _pack,
 }
 
 
@@ -417,7 +473,10 @@ def _set_up_jax():
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         cache = cpu_kernels.cache_folder() / 'xla'
         jax.config.update('jax_compilation_cache_dir', str(cache))
-    if _MODE.value not in ('summary', 'export') and jax.default_backend() == 'cpu':
+    if (
+        _MODE.value not in ('summary', 'export', 'pack')
+        and jax.default_backend() == 'cpu'
+    ):
         # The first time it is compiled for some seconds: begun here, it is ready when
         # the data is.
         threading.Thread(target=cpu_kernels.load, daemon=True).start()

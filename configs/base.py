@@ -44,8 +44,8 @@ def get_config() -> ConfigDict:
     config.model.batch_norm_group = 0
 
     config.data = ConfigDict()
-    # digits, folder:PATH (PATH/CLASS/* or PATH/{train,val}/CLASS/*) or
-    # tfds:NAME[:CONFIG].
+    # digits, folder:PATH (PATH/CLASS/* or PATH/{train,val}/CLASS/*), packed:DIR (made
+    # by --mode=pack), tar:PATH (webdataset's shards) or tfds:NAME[:CONFIG].
     config.data.source = 'digits'
     # Table (CSV) of several labels an image, for folder:PATH, whose images it names: a
     # column for each label with 1, 0 or nothing (not known); flax_densenet/labels.py.

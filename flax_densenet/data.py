@@ -143,7 +143,7 @@ class Source:
 
 
 # Side in pixels where data.image_size is 0.
-DEFAULT_IMAGE_SIZES = {'digits': 32, 'folder': 224, 'tfds': 224}
+DEFAULT_IMAGE_SIZES = dict(digits=32, folder=224, packed=224, tar=224, tfds=224)
 
 
 def load_source(
@@ -167,7 +167,8 @@ def load_source(
 
     Args:
       source: `digits` (scikit-learn's handwritten digits), `folder:PATH`
-        (`PATH/CLASS/*`, or `PATH/{train,val}/CLASS/*`) or `tfds:NAME[:CONFIG]`.
+        (`PATH/CLASS/*`, or `PATH/{train,val}/CLASS/*`), `packed:DIR` (made by
+        `--mode=pack`), `tar:PATH` (see `tars`) or `tfds:NAME[:CONFIG]`.
       labels: a table of labels for the images of a `folder:`, see `labels`.
       image_size: side in pixels to which images are resized; 0 for the source's own.
       resize, crop_fraction, interpolation, channels: see `images.Preparation`.
@@ -187,8 +188,8 @@ def load_source(
     kind, _, name = source.partition(':')
     if kind not in sources_lib.SOURCES:
         raise UserError(
-            f'data.source={source} is not known; use digits, folder:PATH or '
-            'tfds:NAME[:CONFIG]'
+            f'data.source={source} is not known; use digits, folder:PATH, '
+            'packed:DIR, tar:PATH or tfds:NAME[:CONFIG]'
         )
     preparation = images.Preparation(
         image_size or DEFAULT_IMAGE_SIZES[kind],
@@ -226,7 +227,7 @@ def load_source(
         train=parts[0],
         test=parts[1],
         has_test=found.test is not None,
-        multi_label=bool(labels),
+        multi_label=found.multi_label,
         skipped=found.skipped,
         duplicates=split.lines,
     )

@@ -104,38 +104,46 @@ class Parts:
 
 
 def settle(
-    paths: list[str], labels, train, test, *, duplicates: str, ours: bool
+    groups: list[list[int]],
+    name: Callable[[int], str],
+    labels,
+    train,
+    test,
+    *,
+    duplicates: str,
+    ours: bool,
 ) -> Parts:
     """Sees to the copies among the images of two parts.
 
     Args:
-      labels: int `[N]` or float `[N, L]` of all paths.
+      groups: the copies, as of `find`.
+      name: of the image at an index.
+      labels: int `[N]` or float `[N, L]` of all images.
       train, test: indices.
       duplicates: `drop` leaves training images out that are in the test as well,
         `report` only tells of them.
       ours: the split was drawn at random, image by image; then the copies of an image
         go to the side of the first of them, and none is in both.
     """
-    groups = find(paths, np.concatenate([train, test]))
     said, moved = [], 0
     if ours and groups:
         train, test, moved = _keep_together(groups, train, test)
     if moved:
         said.append(f'{moved} copies of images went to the side of the first of them')
-    in_train = np.zeros(len(paths), bool)
+    in_train = np.zeros(len(labels), bool)
     in_train[train] = True
     shared = [group for group in groups if len(set(in_train[group].tolist())) > 1]
     if shared:
-        said.append(_say_shared(shared, in_train, paths, duplicates))
+        said.append(_say_shared(shared, in_train, name, duplicates))
     labels = np.nan_to_num(labels, nan=-1)
     unclear = [group for group in groups if len(np.unique(labels[group], axis=0)) > 1]
     if unclear:
         one, other = _two_of(unclear[0], labels)
         said.append(
-            f'{len(unclear)} images are in several classes at once ({paths[one]} is '
-            f'{paths[other]})'
+            f'{len(unclear)} images are in several classes at once ({name(one)} is '
+            f'{name(other)})'
         )
-    lines = [_line(group, in_train, labels, paths) for group in groups]
+    lines = [_line(group, in_train, labels, name) for group in groups]
     if duplicates == 'drop':
         both = np.array(sum(shared, []), np.int64)
         train = np.setdiff1d(train, both)
@@ -154,15 +162,15 @@ def _keep_together(groups, train, test):
     return *(np.array(sorted(part), np.int64) for part in parts), moved
 
 
-def _say_shared(shared, in_train, paths, duplicates):
+def _say_shared(shared, in_train, name, duplicates):
     count = sum(int(in_train[group].sum()) for group in shared)
     one, other = _two_of(shared[0], ~in_train)
     then = 'data.duplicates=drop leaves them out of training'
     if duplicates == 'drop':
         then = 'they are left out of training'
     return (
-        f'{count} training images are in the test as well ({paths[one]} is '
-        f'{paths[other]}): {then}'
+        f'{count} training images are in the test as well ({name(one)} is '
+        f'{name(other)}): {then}'
     )
 
 
@@ -172,14 +180,14 @@ def _two_of(group, values):
     return order[0], order[-1]
 
 
-def _line(group, in_train, labels, paths):
+def _line(group, in_train, labels, name):
     sides = set(in_train[group].tolist())
     where = ' and '.join(
-        name for name, side in (('training', True), ('test', False)) if side in sides
+        part for part, side in (('training', True), ('test', False)) if side in sides
     )
     if len(np.unique(labels[group], axis=0)) > 1:
         where += ', several classes'
-    return '\t'.join([where, *(paths[index] for index in group)])
+    return '\t'.join([where, *(name(index) for index in group)])
 
 
 def check(duplicates: str, kind: str):
@@ -192,8 +200,8 @@ def check(duplicates: str, kind: str):
         raise UserError(
             f'data.duplicates={duplicates} is not known; use {", ".join(DUPLICATES)}'
         )
-    if duplicates == 'drop' and kind != 'folder':
+    if duplicates == 'drop' and kind not in ('folder', 'packed'):
         raise UserError(
-            f'data.duplicates=drop compares files and needs data.source=folder:PATH, '
-            f'not {kind}; use data.duplicates=report'
+            f'data.duplicates=drop compares files and needs data.source=folder:PATH '
+            f'or packed:DIR, not {kind}; use data.duplicates=report'
         )

@@ -183,6 +183,48 @@ def load_image(
         raise UserError(_reason(error)) from error
 
 
+def make_smaller(file: str | bytes, side: int, *, quality: int) -> bytes:
+    """An image file whose shorter side is at most `side` pixels.
+
+    One that is no longer stays as it is, byte by byte; else it becomes an upright RGB
+    JPEG, shrunk as `load_image` does it.
+
+    Args:
+      quality: of the JPEG, from 1 to 100; colour at half the resolution.
+
+    Raises:
+      UserError: as `load_image`.
+    """
+    try:
+        with _open(file) as image:
+            if min(image.size) <= side:
+                return _content(file)
+            if image.format in ('JPEG', 'MPO'):
+                image.draft(None, (2 * side,) * 2)
+            image = _upright(image, 2 * side)
+        short = min(image.size)
+        shape = [max(1, round(n * side / short)) for n in image.size]
+        out = io.BytesIO()
+        image = image.resize(shape, Image.Resampling.BILINEAR)
+        image.save(out, 'JPEG', quality=quality)
+        return out.getvalue()
+    except UserError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise TooManyPixels(
+            _too_many('too many', 2 * Image.MAX_IMAGE_PIXELS)
+        ) from error
+    except _BROKEN as error:
+        raise UserError(_reason(error)) from error
+
+
+def _content(file):
+    if isinstance(file, bytes):
+        return file
+    with open(file, 'rb') as opened:
+        return opened.read()
+
+
 def prepare_image(image: Image.Image, preparation: Preparation) -> np.ndarray:
     """`load_image` for an image that Pillow has opened or made; it stays as it is.
 
@@ -196,10 +238,15 @@ def prepare_image(image: Image.Image, preparation: Preparation) -> np.ndarray:
 
 
 def _prepare(image, preparation):
+    return preparation.apply(_upright(image, 2 * preparation.decode_size()))
+
+
+def _upright(image, least):
+    """An opened image as RGB; a very large one is made smaller, not below `least`."""
     image.load()
     turn = _find_turn(image)
-    image = to_rgb(_shrink(image, 2 * preparation.decode_size()))
-    return preparation.apply(image if turn is None else image.transpose(turn))
+    image = to_rgb(_shrink(image, least))
+    return image if turn is None else image.transpose(turn)
 
 
 def _open(file):
@@ -262,20 +309,20 @@ def _reason(error):
     return f'cannot be decoded ({said})'
 
 
-def check_image(path: str, *, decode: bool) -> str | None:
+def check_image(file: str | bytes, *, decode: bool) -> str | None:
     """Why a file is no whole image, or None.
 
     Args:
-      path: of the file.
+      file: its path, or its bytes.
       decode: True decodes it. False reads its first bytes and its last, some 0.1 ms,
         and decodes only where its format's end mark is not at its end.
     """
     try:
         if not decode:
-            with _open(path) as image:
-                decode = not _has_end_mark(path, image.format)
+            with _open(file) as image:
+                decode = not _has_end_mark(file, image.format)
         if decode:
-            load_image(path, Preparation(8))  # JPEG is fastest at a small size
+            load_image(file, Preparation(8))  # JPEG is fastest at a small size
     except UserError as error:
         return str(error)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -285,9 +332,12 @@ def check_image(path: str, *, decode: bool) -> str | None:
     return None
 
 
-def _has_end_mark(path, image_format):
-    with open(path, 'rb') as file:
-        file.seek(-min(12, os.path.getsize(path)), os.SEEK_END)
-        end = file.read()
+def _has_end_mark(file, image_format):
+    if isinstance(file, bytes):
+        end = file[-12:]
+    else:
+        with open(file, 'rb') as opened:
+            opened.seek(-min(12, os.path.getsize(file)), os.SEEK_END)
+            end = opened.read()
     marks = {'JPEG': b'\xff\xd9', 'GIF': b';', 'PNG': b'IEND\xaeB`\x82'}
     return image_format in marks and end.endswith(marks[image_format])

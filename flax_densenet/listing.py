@@ -7,6 +7,7 @@ hold the images of all others.
 
 import concurrent.futures
 import os
+from collections.abc import Callable, Sequence
 
 from tqdm import tqdm
 
@@ -107,10 +108,17 @@ def _above(root):
     return found
 
 
-def check_files(paths: list[str], bad_images: str) -> dict[int, str]:
+def check_files(
+    files: Sequence[str | bytes],
+    bad_images: str,
+    *,
+    name: Callable[[int], str] | None = None,
+) -> dict[int, str]:
     """`{index: reason}` of the bad files.
 
     Args:
+      files: paths, or a reader of their bytes.
+      name: of the file at an index, for the message; its path by default.
       bad_images: `skip` decodes every file, so that training never meets a bad one;
         `error` looks at each file's first and last bytes, and what that does not find
         is met, and named, when the image is decoded.
@@ -119,11 +127,12 @@ def check_files(paths: list[str], bad_images: str) -> dict[int, str]:
       UserError: with `error`, of the first bad file.
     """
     skip, bad = bad_images == 'skip', {}
+    name = name or files.__getitem__
 
     def check(start):
         found = []
-        for index in range(start, min(start + _CHUNK, len(paths))):
-            reason = images.check_image(paths[index], decode=skip)
+        for index in range(start, min(start + _CHUNK, len(files))):
+            reason = images.check_image(files[index], decode=skip)
             if reason:
                 found.append((index, reason))
                 if not skip:
@@ -131,7 +140,7 @@ def check_files(paths: list[str], bad_images: str) -> dict[int, str]:
         return found
 
     progress = tqdm(
-        total=len(paths),
+        total=len(files),
         desc='checking images',
         unit=' images',
         leave=False,
@@ -139,13 +148,13 @@ def check_files(paths: list[str], bad_images: str) -> dict[int, str]:
         delay=1,
     )
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, progress:
-        for found in pool.map(check, range(0, len(paths), _CHUNK)):
+        for found in pool.map(check, range(0, len(files), _CHUNK)):
             progress.update(_CHUNK)
             if found and not skip:
                 pool.shutdown(cancel_futures=True)
                 index, reason = found[0]
                 raise UserError(
-                    f'{paths[index]} {reason}: mend or remove it, or set '
+                    f'{name(index)} {reason}: mend or remove it, or set '
                     'data.bad_images=skip'
                 )
             bad.update(found)

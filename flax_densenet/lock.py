@@ -1,4 +1,4 @@
-"""One training process for a workdir.
+"""One training process for a workdir, one that packs for a folder.
 
 The lock is the kernel's on an open file: it ends with the process however that ends, so
 that a crash leaves nothing to remove.
@@ -24,12 +24,16 @@ def check(workdir: str):
       UserError: it is locked.
     """
     with contextlib.suppress(OSError), open(os.path.join(workdir, FILE)) as file:
-        _take(file, workdir)  # given back as the file is closed
+        _take(file, f'--workdir={workdir}', 'trains')  # given back as it is closed
 
 
 @contextlib.contextmanager
-def hold(workdir: str):
+def hold(workdir: str, *, flag: str = '--workdir', doing: str = 'trains'):
     """Holds the lock of a folder, which is made where absent.
+
+    Args:
+      flag: by which the folder is given.
+      doing: what a process does there.
 
     Raises:
       UserError: another process holds it, or the folder cannot be written.
@@ -39,31 +43,31 @@ def hold(workdir: str):
         file = open(os.path.join(workdir, FILE), 'a+')  # noqa: SIM115
     except OSError as error:
         raise UserError(
-            f'--workdir={workdir} cannot be written ({error.strerror}); choose another'
+            f'{flag}={workdir} cannot be written ({error.strerror}); choose another'
         ) from error
     with file:
-        _take(file, workdir)
+        _take(file, f'{flag}={workdir}', doing)
         file.truncate(0)
         file.write(f'process {os.getpid()} on {socket.gethostname()}')
         file.flush()
         yield
 
 
-def _take(file, workdir):
+def _take(file, folder, doing):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.seek(0)
         who = file.read(200) or 'another process'
         raise UserError(
-            f'--workdir={workdir} is in use: {who} trains there; wait for it, end it, '
-            'or use another --workdir'
+            f'{folder} is in use: {who} {doing} there; wait for it, end it, or use '
+            f'another {folder.partition("=")[0]}'
         ) from error
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
         print(
-            f'warning: no lock can be had on {workdir} ({error.strerror}): start no '
-            'second training there',
+            f'warning: no lock can be had on {folder} ({error.strerror}): start no '
+            'second process there',
             flush=True,
         )

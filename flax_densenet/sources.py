@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from flax_densenet import labels as labels_lib
-from flax_densenet import listing
+from flax_densenet import listing, packed, tars
 from flax_densenet.errors import UserError, printable
 
 
@@ -79,6 +79,12 @@ class Found:
     skipped: tuple[str, ...] = ()
     groups: np.ndarray | None = None
 
+    @property
+    def multi_label(self) -> bool:
+        """An image can have several labels."""
+        labels = self.reader.labels
+        return isinstance(labels, np.ndarray) and labels.ndim == 2
+
 
 def _find_digits(name, **_):
     from sklearn import datasets  # 1 s, and only here
@@ -89,10 +95,6 @@ def _find_digits(name, **_):
     grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
     reader = ArrayReader(np.repeat(grey[..., None], 3, -1), digits.target.astype('i4'))
     return Found(reader, [str(n) for n in range(10)], np.arange(len(grey)), None)
-
-
-_TRAIN_FOLDERS = ('train', 'training')
-_TEST_FOLDERS = ('val', 'valid', 'validation', 'test')
 
 
 def _find_folder(name, *, bad_images, labels, **_):
@@ -106,8 +108,8 @@ def _find_folder(name, *, bad_images, labels, **_):
     if labels:
         return _find_labelled(field, root, labels, bad_images)
     inside = listing.class_folders(root)
-    train = next((name for name in _TRAIN_FOLDERS if name in inside), None)
-    test = next((name for name in _TEST_FOLDERS if name in inside), None)
+    train = next((name for name in tars.TRAIN if name in inside), None)
+    test = next((name for name in tars.TEST if name in inside), None)
     parts = [root]
     if train is not None and test is not None:
         parts = [os.path.join(root, train), os.path.join(root, test)]
@@ -223,6 +225,29 @@ def _find_labelled(field, root, table, bad_images):
         tuple(skipped),
         None if found.groups is None else found.groups[there],
     )
+
+
+def _find_tar(name, *, bad_images, **_):
+    reader, names, first_test = tars.load(name)
+    bad = listing.check_files(reader, bad_images, name=reader.name)
+    good = np.array([i for i in range(len(reader)) if i not in bad], np.int64)
+    rest = None if first_test is None else good[good >= first_test]
+    return Found(
+        reader,
+        names,
+        good if rest is None else good[good < first_test],
+        rest,
+        tuple(f'{reader.name(i)} {reason}' for i, reason in bad.items()),
+    )
+
+
+def _find_packed(name, **_):
+    reader = packed.load(name)
+    count, rest = reader.manifest.count('train'), None
+    if reader.manifest.has_test:
+        rest = np.arange(count, len(reader))
+    names = list(reader.manifest.class_names)
+    return Found(reader, names, np.arange(count), rest, groups=reader.groups)
 
 
 @dataclasses.dataclass
@@ -347,5 +372,7 @@ def _only_key(features, kind, what, field):
 SOURCES: dict[str, Callable[..., Found]] = {
     'digits': _find_digits,
     'folder': _find_folder,
+    'packed': _find_packed,
+    'tar': _find_tar,
     'tfds': _find_tfds,
 }

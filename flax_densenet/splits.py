@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 
 from flax_densenet import duplicates as duplicates_lib
-from flax_densenet import sources
+from flax_densenet import packed, sources
 from flax_densenet.errors import UserError
 
 
@@ -24,10 +24,16 @@ def find_parts(
     train, test = found.train, found.test
     if test is None:
         train, test = _split(found, test_fraction, split_seed)
-    if duplicates == 'ignore' or not isinstance(found.reader, sources.FileReader):
+    groups, every = [], np.concatenate([train, test])
+    if duplicates != 'ignore' and isinstance(found.reader, sources.FileReader):
+        groups = duplicates_lib.find(found.reader.paths, every)
+    elif duplicates != 'ignore' and isinstance(found.reader, packed.PackedReader):
+        groups = found.reader.copies(every)
+    if not groups:
         return duplicates_lib.Parts(train, test)
     return duplicates_lib.settle(
-        found.reader.paths,
+        groups,
+        found.reader.name,
         found.reader.labels,
         train,
         test,

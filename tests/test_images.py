@@ -235,3 +235,36 @@ def test_too_many_pixels_are_not_decoded(tmp_path, monkeypatch):
         for most in (None, 10):
             with pytest.raises(images.TooManyPixels, match='has too many pixels; at'):
                 images.load_image(file, preparation, max_pixels=most)
+
+
+@pytest.mark.parametrize(
+    ('image_format', 'size', 'decoded'),
+    [
+        ('JPEG', 32, (100, 75)),  # an eighth, 75 being twice the wanted size and more
+        ('JPEG', 64, (200, 150)),
+        ('JPEG', 112, (400, 300)),
+        ('JPEG', 224, (800, 600)),
+        ('PNG', 32, (800, 600)),
+    ],
+)
+def test_jpegs_are_decoded_at_a_fraction_of_their_size(
+    image_format, size, decoded, monkeypatch
+):
+    """Not below twice the wanted size, and close to what the whole image gives."""
+    noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    image = Image.fromarray(noise).resize((800, 600), Image.Resampling.BICUBIC)
+    file = encode(image, image_format)
+    sizes, upright = [], images._upright
+
+    def spy(image, least):
+        sizes.append(image.size)
+        return upright(image, least)
+
+    monkeypatch.setattr(images, '_upright', spy)
+    found = load_image(file, size).astype(int)
+    assert sizes == [decoded]
+    with Image.open(io.BytesIO(file)) as image:
+        whole = images.prepare_image(image, images.Preparation(size)).astype(int)
+    difference = np.abs(found - whole)
+    assert (difference.max() > 0) == (decoded != (800, 600))
+    assert difference.mean() < 2

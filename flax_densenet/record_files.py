@@ -1,0 +1,117 @@
+"""ArrayRecord files open for random access by many threads."""
+
+import collections
+import contextlib
+import os
+import resource
+import threading
+from typing import Any
+
+# Records one by one, as random access needs them; images are compressed already.
+WRITER_OPTIONS = 'group_size:1,uncompressed'
+# Threads of its own, one record at a time, would only cost.
+_READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'
+_BUFFER = 8192
+_AHEAD = 2**23  # bytes
+
+
+def records(path: str):
+    """The records of a shard in order.
+
+    Raises:
+      RuntimeError: it is damaged.
+    """
+    from array_record.python import array_record_module
+
+    reader = array_record_module.ArrayRecordReader(path)
+    try:
+        for _ in range(reader.num_records()):
+            yield reader.read()
+    finally:
+        with contextlib.suppress(RuntimeError):  # said before
+            reader.close()
+
+
+class Pool:
+    """Files that are opened when they are needed, for any number of threads.
+
+    As the first record is read, files that together fit into half of the free memory
+    are read ahead beside it, front to back: for a disk that is a fraction of the work
+    of reading small pieces all over it.
+
+    Args:
+      paths, counts: the files, and how many records each has.
+    """
+
+    def __init__(self, paths: list[str], counts: list[int]):
+        self._paths, self._counts = paths, counts
+        self.__setstate__({})
+
+    def __getstate__(self):
+        return {'_paths': self._paths, '_counts': self._counts}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+        # By shard, the one that was used last at the end.
+        self._open: dict[int, Any] = collections.OrderedDict()
+        self._ahead = None
+        # The rest is for the program's other files.
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most = 4096 if files < 0 else max(16, min(4096, files - 256))
+
+    def read(self, shard: int, position: int) -> bytes:
+        """Raises RuntimeError or ValueError where it cannot."""
+        # A list of places, since that read lets other threads run; `seek` does not.
+        return self._reader(shard).read([position])[0]
+
+    def _reader(self, shard):
+        with self._lock:
+            if self._ahead is None:
+                self._ahead = threading.Thread(
+                    target=_read_ahead, args=[self._paths], daemon=True
+                )
+                self._ahead.start()
+            reader = self._open.get(shard)
+            if reader is not None:
+                self._open.move_to_end(shard)
+                return reader
+        from array_record.python import array_record_module
+
+        reader = array_record_module.ArrayRecordReader(
+            self._paths[shard],
+            options=_READER_OPTIONS,
+            file_reader_buffer_size=_BUFFER,
+        )
+        if not reader.ok() or reader.num_records() != self._counts[shard]:
+            raise ValueError(f'it does not hold {self._counts[shard]} records')
+        with self._lock:
+            # What leaves is closed as the last thread that reads from it is through.
+            self._open[shard] = reader
+            if len(self._open) > self._most:
+                self._open.popitem(last=False)
+        return reader
+
+
+def _read_ahead(paths):
+    """Has the system read files that fit into its memory."""
+    with contextlib.suppress(OSError):  # whoever needs the file will meet it again
+        if sum(map(os.path.getsize, paths)) > _free_memory() / 2:
+            return
+        for path in paths:
+            with open(path, 'rb', buffering=0) as file:
+                handle = file.fileno()
+                for start in range(0, os.fstat(handle).st_size, _AHEAD):
+                    os.posix_fadvise(handle, start, _AHEAD, os.POSIX_FADV_WILLNEED)
+                    # Waits for the piece before, so that others get their turn too.
+                    os.pread(handle, 1, max(0, start - 1))
+
+
+def _free_memory() -> int:
+    """Bytes that can be had without taking them from a program; 0 where unknown."""
+    if hasattr(os, 'posix_fadvise') and os.path.exists('/proc/meminfo'):
+        with open('/proc/meminfo') as file:
+            for line in file:
+                if line.startswith('MemAvailable:'):
+                    return int(line.split()[1]) * 1024
+    return 0

@@ -145,6 +145,16 @@ class PackedReader:
         self._check('names', 0 <= first <= end <= names.get_shape()[0])
         return os.fsdecode(names[first:end].tobytes())
 
+    def keys(self, indices) -> list[bytes]:
+        """As of the files that they came from, by which these are split."""
+        names = self._tensors().get_tensor('names').tobytes()
+        ends = self._tensors().get_tensor('name_ends')
+        good = np.all(ends[1:] >= ends[:-1]) and ends[0] >= 0 and ends[-1] <= len(names)
+        self._check('names', bool(good))
+        indices = np.asarray(indices)
+        places = zip(ends[indices].tolist(), ends[indices + 1].tolist(), strict=True)
+        return [names[first:end] for first, end in places]
+
     def copies(self, indices) -> list[list[int]]:
         """Groups of two and more of `indices` that came from the same file content."""
         hashes = self._tensors().get_tensor('sources')

@@ -87,9 +87,9 @@ def _split(found, test_fraction, seed):
 
 def _keys(found):
     """Of each image what stays when others go; None where images have no names."""
-    if isinstance(found.reader, sources.FileReader):
-        return found.reader.keys(found.train)
-    return None
+    if isinstance(found.reader, sources.ArrayReader):
+        return None
+    return found.reader.keys(found.train)
 
 
 def _shuffle(keys, seed):

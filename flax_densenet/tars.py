@@ -21,6 +21,7 @@ CLASSES_FILE = 'classes.txt'
 _LABELS = ('cls', 'json')
 # What a sample's JSON may call its class.
 _FIELDS = ('label', 'cls', 'class', 'class_name')
+_END = 1024
 _MAX_LABEL_BYTES, _MAX_CLASSES = 2**20, 100_000
 TRAIN, TEST = ('train', 'training'), ('val', 'valid', 'validation', 'test')
 
@@ -34,6 +35,7 @@ class TarReader:
     places: np.ndarray  # int64 [N, 2]: offset and bytes within it
     names: list[str]
     labels: np.ndarray
+    root: str  # the folder that the tars are below
 
     def __len__(self):
         return len(self.names)
@@ -49,6 +51,11 @@ class TarReader:
         if len(content) != size:
             raise UserError(f'{path} is cut short since it was listed; bring it again')
         return content
+
+    def keys(self, indices):
+        """Of each image what tells it from others, wherever the tars are: bytes."""
+        below = (self.name(i).removeprefix(self.root).lstrip('/') for i in indices)
+        return [os.fsencode(name) for name in below]
 
     def name(self, index):
         return f'{self.tars[self.which[index]]}/{self.names[index]}'
@@ -93,6 +100,7 @@ def load(name: str) -> tuple[TarReader, list[str], int | None]:
         np.array([(s.offset, s.size) for s in samples], np.int64).reshape(-1, 2),
         [sample.name for sample in samples],
         labels,
+        root,
     )
     first_test = sum(len(inside) for inside in found[: len(parts[0])])
     return reader, names, first_test if len(parts) > 1 else None
@@ -150,6 +158,10 @@ def _scan(path) -> list[_Sample]:
             for member in tar:
                 _add(path, size, member, found)
         with open(path, 'rb') as file:
+            # Two empty blocks; without them it may end between two images.
+            file.seek(-min(size, _END), os.SEEK_END)
+            if file.read() != bytes(_END):
+                raise UserError(f'{path} has no end of a tar file; bring it again')
             return [_sample(path, file, key, inside) for key, inside in found.items()]
     except (tarfile.TarError, EOFError, ValueError) as error:
         if isinstance(error, UserError):

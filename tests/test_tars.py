@@ -201,3 +201,13 @@ def test_bad_images_are_left_out(jpegs, tmp_path):
         load(tmp_path)
     source = load(tmp_path, bad_images='skip')
     assert len(source.train) + len(source.test) == 11 and len(source.skipped) == 1
+
+
+def test_cut_between_two_images(jpegs, tmp_path):
+    """What is there is whole; that some is missing shows by the end that is missing."""
+    path = write_tar(tmp_path / 'tars' / 'a.tar', samples(jpegs, range(12)))
+    with tarfile.open(path) as tar:
+        end = tar.getmember('00009.jpg').offset
+    path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(UserError, match='a.tar has no end of a tar file; bring it'):
+        tars.load(str(path))

@@ -425,5 +425,5 @@ def test_base_has_each_field():
     for section, names in finetune._PLAN_FIELDS.items():
         assert set(names) <= set(sections[section])
     rest = {'epochs', 'seed', 'cache_features', 'tensorboard', 'report'}
-    rest |= {'checkpoint_every', 'on_nonfinite', 'deterministic'}
+    rest |= {'checkpoint_every', 'on_nonfinite', 'deterministic', 'accumulate_steps'}
     assert set(sections.train) == rest | set(setup.PHASE_FIELDS)

@@ -418,7 +418,7 @@ def _check_size(model):
     count = count_parameters(model)
     if count > MOST_PARAMETERS:
         raise UserError(
-            f'this model would have {count:.3g} parameters, more than '
+            f'this model would have {min(count, 10**300):.3g} parameters, more than '
             f'{MOST_PARAMETERS:.3g}: lower model.growth_rate={model.growth_rate}, '
             f'model.stem_features={model.stem_features}, '
             f'model.bottleneck={model.bottleneck} or the number of classes, '

@@ -332,7 +332,7 @@ def _say_balance(run):
     line = balance.describe(train.labels, run.source.class_names, said)
     if line:
         print(line, flush=True)
-    if not run.plan.head_only:
+    if not run.plan.head_only and model.has_batch_norm(run.module):
         _warn_of_few_values(run)
 
 

@@ -2,7 +2,7 @@
 
 On CPUs XLA has no quick one. Here rows of the kernel are applied one after the other,
 each as shifted sums that XLA joins to one pass over the image. With a 7x7 kernel on
-two CPU cores, forward and with both gradients, 7 and 3 times as fast as XLA's
+two CPU cores, forward and both gradients are each about 7 times as fast as with XLA's
 convolution on `[4, 56, 56, 128]`, more on smaller maps of more channels.
 
 >>> import jax.numpy as jnp
@@ -66,19 +66,18 @@ def _forward(x, kernel):
 
 def _backward(saved, gradient):
     x, kernel = saved
-    padded, _ = _pad(x, kernel.shape[0])
+    size = kernel.shape[0]
+    padded, _ = _pad(x, size)
     wide = gradient.astype(padded.dtype)
 
-    def of_row(_, row):
-        shifted = lax.dynamic_slice_in_dim(padded, row, x.shape[1], 1)
-        sums = [
-            (shifted[:, :, column : column + x.shape[2]] * wide).sum((0, 1, 2))
-            for column in range(kernel.shape[1])
-        ]
-        return None, jnp.stack(sums)
+    def of_place(_, place):
+        start = (0, place // size, place % size, 0)
+        shifted = lax.dynamic_slice(padded, start, x.shape)
+        return None, (shifted * wide).sum((0, 1, 2))
 
-    _, of_kernel = lax.scan(of_row, None, jnp.arange(kernel.shape[0]))
-    of_kernel = of_kernel[:, :, None].astype(kernel.dtype)
+    # One after the other: no slower than seven in a program, and sooner compiled.
+    _, of_kernel = lax.scan(of_place, None, jnp.arange(size**2))
+    of_kernel = of_kernel.reshape(kernel.shape).astype(kernel.dtype)
     return _by_rows(gradient, kernel[::-1, ::-1]), of_kernel
 
 

@@ -1,7 +1,7 @@
 """timm's names and layouts of RDNet's arrays, and ours.
 
-    dense_stages.1.2.dense_block0.layers.2.weight    block 2, layer 1, `conv2`
-    dense_stages.1.0.bias                            the transition in front, its norm
+    dense_stages.1.2.dense_block0.layers.layers.2.weight    block 2, layer 1, `conv2`
+    dense_stages.1.0.bias                                   the norm in front of it
 
 Files of the paper's authors have the same names with `stem.stem.` for `stem.`.
 """
@@ -14,19 +14,19 @@ import numpy as np
 from flax_densenet.errors import UserError
 
 EPSILON = 1e-6  # of layer norm in timm; it does not stand in the files
-_MARK = re.compile(r'(.*?)dense_stages\.0\.0\.dense_block0\.layers\.0\.weight')
+_MARK = re.compile(r'(.*?)dense_stages\.0\.0\.dense_block0\.layers\.layers\.0\.weight')
 _LAYER = re.compile(
-    r'dense_stages\.(\d{1,4})\.([02])\.dense_block(\d{1,4})\.(gamma|layers\..+)'
+    r'dense_stages\.(\d{1,4})\.([02])\.dense_block(\d{1,4})\.(gamma|layers\.layers\..+)'
 )
 _TRANSITION = re.compile(r'dense_stages\.(\d{1,4})\.([01])')
 _OUR_LAYER = re.compile(r'denseblock(\d{1,4})/denselayer(\d{1,4})(?:/(.+))?')
 _OUR_TRANSITION = re.compile(r'transition(\d{1,4})/(norm|conv)')
 _INSIDE = {
-    'layers.0': 'conv1',
-    'layers.1': 'norm1',
-    'layers.2': 'conv2',
-    'layers.4': 'conv3',
-    'layers.5.fc': 'gate',
+    'layers.layers.0': 'conv1',
+    'layers.layers.1': 'norm1',
+    'layers.layers.2': 'conv2',
+    'layers.layers.4': 'conv3',
+    'layers.layers.5.fc': 'gate',
 }
 _ENDS = {
     'stem.0': 'conv0',

@@ -45,7 +45,8 @@ def find_prefix(arrays) -> str | None:
 
 def is_rdnet(arrays) -> bool:
     """Whether arrays under our names are those of an RDNet."""
-    return 'params/denseblock1/denselayer1/conv3/kernel' in arrays
+    names = ('conv3/kernel', 'conv3/bias', 'gamma')
+    return any(f'params/denseblock1/denselayer1/{name}' in arrays for name in names)
 
 
 def rename(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -214,7 +214,9 @@ def test_full_size(name, timm, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['rdnet_small', 'rdnet_base', 'rdnet_large', 'densenet264d'])
+@pytest.mark.parametrize(
+    'name', ['rdnet_small', 'rdnet_base', 'rdnet_large', 'densenet264d']
+)
 def test_shapes_of_the_large(name, timm):
     """Each array of timm's is one of ours, of the same shape."""
     from flax import traverse_util

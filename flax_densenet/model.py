@@ -349,8 +349,7 @@ def stages(model: Network) -> list[tuple[str, ...]]:
 
 def plain(model: Network) -> Network:
     """The same network of modules alone, which can be counted and looked into."""
-    changed = {'remat': 'none'} if isinstance(model, rdnet.RDNet) else {'fast': False}
-    return model.clone(**changed)
+    return model if isinstance(model, rdnet.RDNet) else model.clone(fast=False)
 
 
 def has_batch_norm(model: Network) -> bool:

@@ -217,7 +217,7 @@ def read_records(workdir):
 
 
 def test_training_and_all_after_it(trained, tmp_path, capsys):
-    """Learns; predicts, explains, exports; the file computes the same."""
+    """Learns; predicts, explains; exported and read it is the same."""
     workdir, config = trained
     records = read_records(workdir)
     assert records[-1]['test_accuracy'] > 0.6
@@ -225,23 +225,18 @@ def test_training_and_all_after_it(trained, tmp_path, capsys):
     assert loaded.variables['batch_stats'] == {}
     predictor = predict.load_trained(workdir, batch_size=4)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
-    probabilities, features = predictor.compute(pixels)
+    _, features = predictor.compute(pixels)
     assert features.shape == (3, predictor.feature_size) == (3, 16)
     assert predictor.cams(pixels).shape == (3, 2, 2)
     assert (predictor.cams(pixels, [1, 1, 1]) > 0).any()
-    for name, form in (('x.safetensors', 'safetensors'), ('x.pth', 'torch')):
-        if form == 'torch':
-            pytest.importorskip('torch')
-        export.save(str(tmp_path / name), loaded, form)
-        other = predict.load_trained(tmp_path / name, batch_size=4)
-        found, _ = predict.Predictor(other.trained, 4).compute(pixels)
-        if form == 'safetensors':
-            np.testing.assert_allclose(found, probabilities, rtol=1e-5)
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            other.trained.variables,
-            jax.device_get(loaded.variables),
-        )
+    export.save(str(tmp_path / 'x.safetensors'), loaded, 'safetensors')
+    other = predict.load_trained(tmp_path / 'x.safetensors', batch_size=4)
+    assert other.trained.module == loaded.module
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        other.trained.variables,
+        jax.device_get(loaded.variables),
+    )
     with pytest.raises(UserError, match=r'keras.applications has no rdnet_tiny; use'):
         export.save(str(tmp_path / 'x.keras'), loaded, 'keras')
 
@@ -300,8 +295,6 @@ def test_summary():
     inner, positions = 49 * 8 + 8 * 32 + 32 * 8, 4 * 6
     (row,) = [r for r in report.count_model(module, (8, 12, 3)) if 'block1' in r[0]]
     assert row[3] == inner * positions
-    remat = report.count_model(module.clone(remat='block'), (8, 12, 3))
-    assert remat == report.count_model(module, (8, 12, 3))
 
 
 def test_names_there_and_back():

@@ -39,7 +39,7 @@ def _variant(stem_features, growth_rates, halvings):
     )
 
 
-# Paper, table 7; widths as in the published weights.
+# Widths as in the published weights.
 VARIANTS = {
     'rdnet_tiny': _variant(64, [64, 104, *[128] * 4, 224], (1, 2, 6)),
     'rdnet_small': _variant(72, [64, *[128] * 8, 240, 240], (1, 2, 9)),
@@ -234,7 +234,7 @@ def _kernel_and_bias(module, shape):
 
 
 class DenseLayer(nn.Module):
-    """A layer's new feature maps, not yet joined (figure 2b of the paper)."""
+    """A layer's new feature maps, not yet joined."""
 
     growth_rate: int
     bottleneck: int

@@ -28,6 +28,7 @@ from flax_densenet import (
     rdnet_files,
     report,
     setup,
+    sharding,
     train,
     transfer,
     weights,
@@ -253,6 +254,20 @@ def test_a_run_goes_on(trained, tmp_path, capsys):
         train.fit(other, workdir)
 
 
+def test_one_image_a_batch(tmp_path, monkeypatch, capsys):
+    """What batch norm cannot do with it is no matter here."""
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    monkeypatch.setattr(sharding, 'make_mesh', lambda: mesh)
+    fields = {f'model.{name}': value for name, value in TINY.items()}
+    for overrides, warns in (
+        ({'model.variant': 'BC-L10k4'}, True),
+        ({'model.variant': 'rdnet_tiny'} | fields, False),
+    ):
+        config = tiny_config(**{'data.batch_size': 1}, **overrides)
+        setup.announce(setup.prepare(config, str(tmp_path)))
+        assert ('warning: data.batch_size=1' in capsys.readouterr().out) == warns
+
+
 @pytest.mark.slow
 def test_fine_tuning(trained, tmp_path, capsys):
     """New classes, a frozen backbone and its cached features: the head alone learns."""
@@ -334,6 +349,10 @@ def test_names_there_and_back():
         (
             {'dense_stages.900.2.dense_block900.gamma': np.zeros(8)},
             'holds no whole RDNet: blocks of',
+        ),
+        (
+            {'dense_stages.0.0.dense_block900.gamma': np.zeros(8)},
+            r'holds no whole RDNet: blocks of \[901, 1\] layers',
         ),
         (
             {'dense_stages.0.0.dense_block0.layers.layers.4.weight': np.zeros(8)},

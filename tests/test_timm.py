@@ -142,7 +142,7 @@ def test_other_rdnets(timm, tmp_path):
     assert_same_function(model, found.module, found.variables)
     for fields in ({'stem_type': 'overlap'}, {'head_norm_first': True}):
         torch.save(small(timm, **fields).state_dict(), tmp_path / 'b.pth')
-        with pytest.raises(UserError, match='does not fit an RDNet of 103 arrays: '):
+        with pytest.raises(UserError, match='does not fit an RDNet of .*unexpected: '):
             weights.load(str(tmp_path / 'b.pth'))
 
 

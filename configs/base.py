@@ -17,15 +17,18 @@ def get_config() -> ConfigDict:
     config.init_from = ''
 
     config.model = ConfigDict()
-    # densenet121, 161, 169, 201, 264, or [B-|C-|BC-]L<depth>k<growth rate>; None: as
+    # densenet121, 161, 169, 201, 264, densenetblur121d, densenet264d, or
+    # [B-|C-|BC-]L<depth>k<growth rate>, or rdnet_tiny, small, base, large; None: as
     # init_from has it, else densenet121.
     config.model.variant = optional(str)
     config.model.growth_rate = optional(int)  # feature maps that a layer adds
     config.model.block_sizes = optional(tuple)  # layers of each block, '(6,12,24,16)'
     config.model.bottleneck = optional(int)  # 1x1 width in growth rates; 0: no 1x1
     config.model.compression = optional(float)  # share that a transition keeps
-    config.model.stem = optional(str)  # imagenet (7x7/2, pool) or cifar (3x3)
+    # imagenet (7x7/2, pool), deep (3x3/2, 3x3, 3x3, pool) or cifar (3x3)
+    config.model.stem = optional(str)
     config.model.stem_features = optional(int)
+    config.model.blur_pool = optional(bool)  # the stem's pooling blurs where it halves
     config.model.dropout_rate = 0.0  # after each 3x3 convolution of a block
     config.model.epsilon = optional(float)  # in batch norm, added to the variance; 1e-5
     # Share of the running statistics kept at each step; 0.9, Keras has 0.99.
@@ -37,11 +40,23 @@ def get_config() -> ConfigDict:
     config.model.initializer = 'he_fan_in'  # he_fan_out, glorot_normal
     config.model.fast = True  # the fast dense block; False: plain layers
     config.model.kernel = 'auto'  # of the fast block: native (C++, CPU), xla, auto
-    config.model.remat = 'block'  # xla: less memory, faster; none keeps activations
+    # none keeps activations, block computes them again: less memory; with the fast
+    # block, by xla, also faster, and its default. RDNet's is none.
+    config.model.remat = optional(str)
     # Batch norm's statistics in training: 0 of the global batch (of a micro-batch, with
     # train.accumulate_steps); n of each n consecutive rows of it; -1 of the rows of
     # each device, which then exchange none. The running ones are averages over groups.
     config.model.batch_norm_group = 0
+    # Of RDNet alone, as growth_rate, stem, blur_pool, momentum, unbiased_variance,
+    # padding, fast, kernel and batch_norm_group are of DenseNet.
+    config.model.growth_rates = optional(tuple)  # feature maps of a layer, by block
+    config.model.halvings = optional(tuple)  # transitions that halve, counted from 1
+    config.model.squeeze_blocks = optional(tuple)  # with squeeze-excitation, from 1
+    config.model.layer_scale = optional(float)  # first factor of a layer; 0: none
+    config.model.patch_size = optional(int)  # pixels, of the stem's patches
+    # Share of images that the last layer leaves out in training (stochastic depth);
+    # falls evenly to 0 in the first.
+    config.model.drop_path_rate = optional(float)
 
     config.data = ConfigDict()
     # digits, folder:PATH (PATH/CLASS/* or PATH/{train,val}/CLASS/*), packed:DIR (made

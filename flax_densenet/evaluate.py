@@ -39,13 +39,12 @@ def forward(module, variables, batch, *, mean, std, mutable=False, **options):
 
     Args:
       batch: `image`, or `features` (`features.cache_features`), which go through the
-        head alone.
+        classifier alone.
       **options: of the other layers, as `train` and `frozen`.
     """
     if 'features' in batch:
-        return module.apply(
-            variables, batch['features'], method='head', mutable=mutable
-        )
+        features = batch['features'][:, 0, 0]
+        return module.apply(variables, features, method='classify', mutable=mutable)
     images = normalise(batch['image'], mean=mean, std=std)
     return module.apply(variables, images, mutable=mutable, **options)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from flax_densenet import evaluate, keras_files
+from flax_densenet import evaluate, keras_files, model, rdnet_files
 from flax_densenet import weights as weights_lib
 from flax_densenet.errors import UserError
 
@@ -21,7 +21,7 @@ _TORCH_EPSILON = 1e-5
 
 
 def torch_arrays(module, variables) -> dict[str, np.ndarray]:
-    """torchvision's `state_dict`: its keys, layouts and epsilon, float32.
+    """torchvision's `state_dict`, of RDNet timm's: keys, layouts, epsilon, float32.
 
     Args:
       variables: `{'params', 'batch_stats'}`.
@@ -30,14 +30,17 @@ def torch_arrays(module, variables) -> dict[str, np.ndarray]:
       UserError: the model pads as torchvision does not, or its epsilon is so much
         smaller that a variance would be negative.
     """
-    if module.padding != 'torch' and module.stem == 'imagenet':
+    flat = traverse_util.flatten_dict(variables, sep='/')
+    if not model.has_batch_norm(module):
+        return rdnet_files.torch_arrays(module, flat)
+    if module.padding != 'torch' and module.stem != 'cifar':
         raise UserError(
             f'model.padding={module.padding}: torchvision and timm pad otherwise, so '
             'they would compute something else from these weights; use --format=keras '
             'or keep the workdir'
         )
     found = {}
-    for name, array in traverse_util.flatten_dict(variables, sep='/').items():
+    for name, array in flat.items():
         array = weights_lib.to_torch_layout(np.asarray(array, np.float32))
         if name.endswith('/var') and module.epsilon != _TORCH_EPSILON:
             array = array + np.float32(module.epsilon - _TORCH_EPSILON)
@@ -71,7 +74,8 @@ def _write_safetensors(path, trained):
     from safetensors import numpy as safetensors
 
     metadata = dict(trained.metadata)
-    metadata['model'] = dict(metadata['model'], epsilon=_TORCH_EPSILON)
+    if model.has_batch_norm(trained.module):
+        metadata['model'] = dict(metadata['model'], epsilon=_TORCH_EPSILON)
     safetensors.save_file(
         torch_arrays(trained.module, trained.variables),
         path,
@@ -80,6 +84,12 @@ def _write_safetensors(path, trained):
 
 
 def _write_keras(path, trained):
+    if not model.has_batch_norm(trained.module):
+        variant = trained.metadata['model']['variant']
+        raise UserError(
+            f'--format=keras: keras.applications has no {variant}; use '
+            '--format=safetensors or torch'
+        )
     keras_files.write(path, trained.module, trained.variables)
 
 

@@ -18,7 +18,7 @@ _GIB = 2**30
 class FeatureExamples:
     """Labelled features in memory: `{'features': [1, 1, F], 'label': ...}`.
 
-    A map of one place, so that the model's head takes them as it takes others.
+    A map of one place, as images are of many.
     """
 
     def __init__(self, features, labels):
@@ -63,7 +63,8 @@ def _why_not(module, source, augment, limit_gib):
     """Why features cannot be kept; empty where they can."""
     if augment != 'none':
         return f'data.augment={augment} changes the images'
-    width = model.variable_shapes(module)['params']['norm5']['scale'].size
+    shapes = model.variable_shapes(module)['params']
+    width = shapes['classifier']['kernel'].shape[0]
     need = (len(source.train) + len(source.test)) * width * 4 / _GIB
     if need > limit_gib:
         return (

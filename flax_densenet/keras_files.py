@@ -40,6 +40,7 @@ _FIXED = {
     'compression': 0.5,
     'stem': 'imagenet',
     'stem_features': 64,
+    'blur_pool': False,
     'padding': 'torch',
 }
 

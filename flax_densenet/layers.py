@@ -14,6 +14,25 @@ from jax import lax
 
 from flax_densenet import dense_block
 
+# (scale, fan, distribution) of jax.nn.initializers.variance_scaling. He et al.,
+# arXiv 1502.01852: fan-in is the paper's reference [10], fan-out is what its Torch
+# code does; Glorot normal is Keras' (truncated at two standard deviations).
+INITIALIZERS = {
+    'he_fan_in': (2.0, 'fan_in', 'normal'),
+    'he_fan_out': (2.0, 'fan_out', 'normal'),
+    'glorot_normal': (1.0, 'fan_avg', 'truncated_normal'),
+}
+# torch's nn.Linear: uniform in +-1/sqrt(fan_in); torchvision sets its bias to 0.
+CLASSIFIER_INITIALIZER = (1 / 3, 'fan_in', 'uniform')
+
+
+def initializers(name: str | None):
+    """Of kernels and of the classifier; None: zeros, where only shapes are wanted."""
+    if name is None:
+        return nn.initializers.zeros, nn.initializers.zeros
+    scaling = nn.initializers.variance_scaling
+    return scaling(*INITIALIZERS[name]), scaling(*CLASSIFIER_INITIALIZER)
+
 
 def parameter(module, name, init, shape, dtype):
     """`module.param`, quicker to trace where the value is there already.
@@ -209,6 +228,23 @@ class DenseBlock(nn.Module):
             ):
                 module.update(averages, found, count)
         return x, (mean, var)
+
+
+def blur_pool(x):
+    """Blurs with [1, 2, 1] x [1, 2, 1] / 16 and halves, `[N, H, W, C]`.
+
+    Zhang, arXiv 1904.11486, at the place of a stride: what is near the edge is
+    mirrored. Sides are rounded up.
+    """
+    for axis in (1, 2):
+        margin = [(1, 1) if n == axis else (0, 0) for n in range(4)]
+        padded = jnp.pad(x, margin, mode='reflect')
+        size = x.shape[axis]
+        first, second, third = (
+            lax.slice_in_dim(padded, start, start + size, 2, axis) for start in range(3)
+        )
+        x = 0.25 * first + 0.5 * second + 0.25 * third
+    return x
 
 
 class Transition(nn.Module):

@@ -27,7 +27,7 @@ from flax import linen as nn
 from flax import traverse_util
 from jax import lax
 
-from flax_densenet import dense_block, groups, layers
+from flax_densenet import dense_block, groups, layers, rdnet
 from flax_densenet.errors import UserError
 
 # Paper, table 1. 264 is the paper's fifth ImageNet model (figure 3); torchvision
@@ -38,6 +38,13 @@ _IMAGENET = {
     'densenet169': dict(growth_rate=32, block_sizes=(6, 12, 32, 32)),
     'densenet201': dict(growth_rate=32, block_sizes=(6, 12, 48, 32)),
     'densenet264': dict(growth_rate=32, block_sizes=(6, 12, 64, 48)),
+    # timm's, with a stem of three 3x3 convolutions.
+    'densenetblur121d': dict(
+        growth_rate=32, block_sizes=(6, 12, 24, 16), stem='deep', blur_pool=True
+    ),
+    'densenet264d': dict(
+        growth_rate=48, block_sizes=(6, 12, 64, 48), stem='deep', stem_features=96
+    ),
 }
 _CIFAR_NAME = re.compile(r'(?:(BC|B|C)-)?L(\d{1,9})k(\d{1,9})')
 
@@ -80,19 +87,10 @@ def cifar_fields(name: str) -> dict[str, Any] | None:
 
 
 _CIFAR = ('L40k12', 'L100k12', 'L100k24', 'BC-L100k12', 'BC-L250k24', 'BC-L190k40')
-VARIANTS = _IMAGENET | {name: cifar_fields(name) for name in _CIFAR}
+VARIANTS = _IMAGENET | {name: cifar_fields(name) for name in _CIFAR} | rdnet.VARIANTS
 
-# (scale, fan, distribution) of jax.nn.initializers.variance_scaling. He et al.,
-# arXiv 1502.01852: fan-in is the paper's reference [10], fan-out is what its Torch
-# code does; Glorot normal is Keras' (truncated at two standard deviations).
-INITIALIZERS = {
-    'he_fan_in': (2.0, 'fan_in', 'normal'),
-    'he_fan_out': (2.0, 'fan_out', 'normal'),
-    'glorot_normal': (1.0, 'fan_avg', 'truncated_normal'),
-}
-# torch's nn.Linear: uniform in +-1/sqrt(fan_in); torchvision sets its bias to 0.
-_CLASSIFIER_INITIALIZER = (1 / 3, 'fan_in', 'uniform')
-STEMS = ('imagenet', 'cifar')
+INITIALIZERS = layers.INITIALIZERS
+STEMS = ('imagenet', 'deep', 'cifar')
 PADDINGS = ('torch', 'same')
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
 # Whoever asks for more made a mistake, or means harm: it would take the machine's
@@ -119,9 +117,13 @@ class DenseNet(nn.Module):
       bottleneck: a 1x1 convolution to `bottleneck * growth_rate` maps comes before
         each 3x3 one; 0 for none.
       compression: share of the feature maps that a transition keeps (theta).
-      stem: `imagenet` (7x7 stride 2, batch norm, ReLU, 3x3 max pooling of stride 2)
-        or `cifar` (3x3 alone).
+      stem: `imagenet` (7x7 stride 2, batch norm, ReLU, 3x3 max pooling of stride 2),
+        `deep` (three 3x3 in place of the 7x7, each with batch norm and ReLU, the
+        first of stride 2, the first two with half of the maps) or `cifar` (3x3
+        alone).
       stem_features: feature maps of the stem.
+      blur_pool: the stem's pooling has stride 1 and a blur (`layers.blur_pool`) halves;
+        not with the `cifar` stem, which does not pool.
       dropout_rate: share dropped after each 3x3 convolution of a dense block.
       epsilon: added to the variance in batch norm.
       momentum: share of the running average that batch norm keeps at each step.
@@ -151,6 +153,7 @@ class DenseNet(nn.Module):
     compression: float = 0.5
     stem: str = 'imagenet'
     stem_features: int = 64
+    blur_pool: bool = False
     dropout_rate: float = 0.0
     epsilon: float = 1e-5
     momentum: float = 0.9
@@ -173,12 +176,7 @@ class DenseNet(nn.Module):
             unbiased=self.unbiased_variance,
             **dtypes,
         )
-        # None: zeros, where only shapes are wanted (see `variable_shapes`).
-        kernel_init, classifier_init = nn.initializers.zeros, nn.initializers.zeros
-        if self.initializer is not None:
-            scaling = nn.initializers.variance_scaling
-            kernel_init = scaling(*INITIALIZERS[self.initializer])
-            classifier_init = scaling(*_CLASSIFIER_INITIALIZER)
+        kernel_init, classifier_init = layers.initializers(self.initializer)
 
         def conv(features, size, strides=1, name=None):
             pad = [(n // 2, n // 2) for n in size]
@@ -215,6 +213,11 @@ class DenseNet(nn.Module):
         if self.stem == 'imagenet':
             self.conv0 = conv(self.stem_features, (7, 7), strides=2)
             self.norm0 = norm()
+        elif self.stem == 'deep':
+            half = self.stem_features // 2
+            self.conv0, self.norm0 = conv(half, (3, 3), strides=2), norm()
+            self.conv1, self.norm1 = conv(half, (3, 3)), norm()
+            self.conv2, self.norm2 = conv(self.stem_features, (3, 3)), norm()
         else:
             self.conv0 = conv(self.stem_features, (3, 3))
         channels = self.stem_features
@@ -234,15 +237,30 @@ class DenseNet(nn.Module):
                 kernel_init=classifier_init,
             )
 
-    def _norm_and_pool(self, x, train):
-        """The ImageNet stem behind its convolution."""
+    def _stem(self, x, train):
+        """Convolutions and pooling in front of the first dense block."""
+        x, norm = self.conv0(x), None
+        if self.stem == 'imagenet':
+            norm = self.norm0
+        elif self.stem == 'deep':
+            x = self.conv1(nn.relu(self.norm0(x, train)))
+            x, norm = self.conv2(nn.relu(self.norm1(x, train))), self.norm2
+        if norm is None:
+            return x
+        if self.blur_pool:
+            x, pad = nn.relu(norm(x, train)), ((1, 1), (1, 1))
+            return layers.blur_pool(nn.max_pool(x, (3, 3), padding=pad))
+        return self._norm_and_pool(x, norm, train)
+
+    def _norm_and_pool(self, x, norm, train):
+        """Batch norm, ReLU, 3x3 max pooling of stride 2."""
         pad = ((1, 1), (1, 1))
         if self.padding == 'same':
             pad = tuple(lax.padtype_to_pads(x.shape[1:3], (3, 3), (2, 2), 'SAME'))
         if not self.fast:
-            x = nn.relu(self.norm0(x, train))
+            x = nn.relu(norm(x, train))
             return nn.max_pool(x, (3, 3), strides=(2, 2), padding=pad)
-        scale, bias, *averages = self.norm0.declare(x.shape[-1])
+        scale, bias, *averages = norm.declare(x.shape[-1])
         mean, var = (None, None) if train else (a.value for a in averages)
         y, statistics = dense_block.stem(
             x,
@@ -253,7 +271,7 @@ class DenseNet(nn.Module):
             kernel=self.kernel,
         )
         if train:
-            self.norm0.update(averages, statistics, x.size // x.shape[-1])
+            norm.update(averages, statistics, x.size // x.shape[-1])
         return y
 
     def __call__(self, x, train: bool = False, frozen: int = 0):
@@ -282,8 +300,15 @@ class DenseNet(nn.Module):
 
     def head(self, x):
         """`features` to logits: ReLU, mean over all positions, classifier."""
+        return self.classify(self.pool(x))
+
+    def pool(self, x):
+        """`features` to the classifier's input, float32 `[N, F]`."""
         x = nn.relu(x)
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
+
+    def classify(self, x):
+        """`pool`'s `[N, F]` to logits."""
         return self.classifier(x) if self.num_classes else x
 
     def pyramid(self, x, train: bool = False, frozen: int = 0):
@@ -297,9 +322,7 @@ class DenseNet(nn.Module):
         if train and grouped and not self.is_initializing():
             live = {name for stage in stages(self)[frozen:] for name in stage}
             return groups.pyramid(self, x, frozen, live)
-        x = self.conv0(x.astype(self.dtype))
-        if self.stem == 'imagenet':
-            x = self._norm_and_pool(x, train and frozen < 1)
+        x = self._stem(x.astype(self.dtype), train and frozen < 1)
         outputs = []
         for number in range(1, len(self.block_sizes) + 1):
             live = train and frozen <= number
@@ -312,12 +335,20 @@ class DenseNet(nn.Module):
         return outputs
 
 
-def stages(model: DenseNet) -> list[tuple[str, ...]]:
+Network = DenseNet | rdnet.RDNet
+
+
+def stages(model: Network) -> list[tuple[str, ...]]:
     """Names of the model's parts by depth: the stem, each dense block, the head.
 
-    A block's stage has what follows the block: its transition, after the last `norm5`.
+    A block's stage has what follows the block: its transition, after the last `norm5`
+    (of RDNet `norm`).
     """
-    stem = ('conv0', 'norm0') if model.stem == 'imagenet' else ('conv0',)
+    if isinstance(model, rdnet.RDNet):
+        return rdnet.stages(model)
+    stem = ('conv0',) if model.stem == 'cifar' else ('conv0', 'norm0')
+    if model.stem == 'deep':
+        stem += ('conv1', 'norm1', 'conv2', 'norm2')
     last = len(model.block_sizes)
     blocks = [
         (f'denseblock{n}', f'transition{n}' if n < last else 'norm5')
@@ -326,27 +357,44 @@ def stages(model: DenseNet) -> list[tuple[str, ...]]:
     return [stem, *blocks, ('classifier',)]
 
 
-def smallest_image_size(model: DenseNet) -> int:
+def plain(model: Network) -> Network:
+    """The same network of modules alone, which can be counted and looked into."""
+    return model if isinstance(model, rdnet.RDNet) else model.clone(fast=False)
+
+
+def has_batch_norm(model: Network) -> bool:
+    """Whether images of a batch act on each other in training."""
+    return not isinstance(model, rdnet.RDNet)
+
+
+def smallest_image_size(model: Network) -> int:
     """Smallest height and width, in pixels, that leave one pixel in the last block.
 
     Each of the n - 1 transitions halves, rounding down; the ImageNet stem halves
-    twice, rounding up. 29 for the ImageNet variants, 4 for the CIFAR ones.
+    twice, rounding up. 29 for the ImageNet variants, 4 for the CIFAR ones, 32 for
+    RDNet's.
     """
+    if isinstance(model, rdnet.RDNet):
+        return rdnet.smallest_image_size(model)
     before_blocks = 2 ** (len(model.block_sizes) - 1)
     return before_blocks if model.stem == 'cifar' else 4 * before_blocks - 3
 
 
-def last_map_side(model: DenseNet, size: int) -> int:
+def last_map_side(model: Network, size: int) -> int:
     """Side of the last block's feature maps, of images of `size` pixels a side."""
+    if isinstance(model, rdnet.RDNet):
+        return rdnet.last_map_side(model, size)
     if model.stem != 'cifar':
         size = -(-size // 4)
     return size // 2 ** (len(model.block_sizes) - 1)
 
 
-def check_image_size(model: DenseNet, size: Sequence[int]):
+def check_image_size(model: Network, size: Sequence[int]):
     """Raises `UserError` where (height, width) is too small for the model."""
     smallest = smallest_image_size(model)
-    if min(size) < smallest:
+    if isinstance(model, rdnet.RDNet):
+        rdnet.check_image_size(model, size)
+    elif min(size) < smallest:
         raise UserError(
             f'images of {size[0]}x{size[1]} are too small for {len(model.block_sizes)} '
             f'dense blocks with the {model.stem} stem: use at least '
@@ -354,45 +402,86 @@ def check_image_size(model: DenseNet, size: Sequence[int]):
         )
 
 
-def create_model(variant: str, *, num_classes: int, **fields) -> DenseNet:
-    """Makes the DenseNet named `variant`, with any field of `DenseNet` overridden.
+def create_model(variant: str, *, num_classes: int, **fields) -> Network:
+    """Makes the network named `variant`, with any of its fields overridden.
 
     Args:
       variant: a key of `VARIANTS`, or any `L<depth>k<growth>` with `B-`, `C-` or
         `BC-` before it (`cifar_fields`).
       num_classes: width of the classifier, 0 for pooled features.
-      **fields: fields of `DenseNet`; None takes the variant's own.
+      **fields: fields of `DenseNet` or, of an `rdnet_*`, of `rdnet.RDNet`; None takes
+        the variant's own.
 
     Returns:
       The module: `model.apply(variables, images, train=False)`.
 
     Raises:
-      UserError: no such variant or field, or a value that no DenseNet can have.
+      UserError: no such variant or field, or a value that no such network can have.
     """
-    if not isinstance(variant, str):
-        raise UserError(f'model.variant={variant!r} must be a name, as densenet121')
-    defaults = VARIANTS.get(variant) or cifar_fields(variant)
-    if defaults is None:
-        raise UserError(
-            f'model.variant={variant} is not known; use one of {", ".join(VARIANTS)}, '
-            'or [B-|C-|BC-]L<depth>k<growth rate>'
-        )
-    known = {f.name for f in dataclasses.fields(DenseNet)} - {'parent', 'name'}
-    for name in fields:
-        if name not in known:
-            raise UserError(
-                f'model.{name} is not a field of the model; it has '
-                f'{", ".join(sorted(known))}'
-            )
-    chosen = {name: value for name, value in fields.items() if value is not None}
-    model = DenseNet(num_classes=num_classes, **(defaults | chosen))
+    kind, defaults = _find_variant(variant)
+    chosen = _choose_fields(kind, variant, fields)
+    model = kind(num_classes=num_classes, **(defaults | chosen))
     _check_fields(model)
     return model
 
 
+def _find_variant(variant):
+    """The class of a variant, and its fields."""
+    if not isinstance(variant, str):
+        raise UserError(f'model.variant={variant!r} must be a name, as densenet121')
+    if variant in rdnet.VARIANTS:
+        return rdnet.RDNet, rdnet.VARIANTS[variant]
+    defaults = VARIANTS.get(variant) or cifar_fields(variant)
+    if defaults is None:
+        base = variant.partition('.')[0].removeprefix('tv_')
+        if base != variant and base in VARIANTS:
+            raise UserError(
+                f'model.variant={variant} names weights; use model.variant={base}, '
+                'with --config.init_from=FILE for weights'
+            )
+        raise UserError(
+            f'model.variant={variant} is not known; use one of {", ".join(VARIANTS)}, '
+            'or [B-|C-|BC-]L<depth>k<growth rate>'
+        )
+    return DenseNet, defaults
+
+
+def field_defaults(kind) -> dict[str, Any]:
+    """Fields of `DenseNet` or `RDNet` and their defaults (None where there is none)."""
+    return {
+        field.name: None if field.default is dataclasses.MISSING else field.default
+        for field in dataclasses.fields(kind)
+        if field.name not in ('parent', 'name')
+    }
+
+
+def _choose_fields(kind, variant, fields):
+    """Those of `fields` that say something, all of them fields of `kind`.
+
+    A config has the fields of all networks; what is left there as it was says nothing.
+    """
+    known, chosen = field_defaults(kind), {}
+    other = field_defaults(DenseNet if kind is rdnet.RDNet else rdnet.RDNet)
+    for name, value in fields.items():
+        if name in known:
+            if value is not None:
+                chosen[name] = value
+        elif name not in other:
+            raise UserError(
+                f'model.{name} is not a field of the model; it has '
+                f'{", ".join(sorted(known))}'
+            )
+        elif value is not None and value != other[name]:
+            raise UserError(
+                f'model.{name}={value}: {variant} has no such field; leave it out '
+                f'(it has {", ".join(sorted(known))})'
+            )
+    return chosen
+
+
 def _check_kinds(model):
     """Raises for a field that holds something else than it is declared for."""
-    for field in dataclasses.fields(DenseNet):
+    for field in dataclasses.fields(model):
         if field.name in ('parent', 'name'):
             continue
         kind = getattr(field.type, '__name__', None) or str(field.type)
@@ -415,28 +504,37 @@ def _check_size(model):
             f'model.block_sizes={tuple(model.block_sizes)}: {layers} dense layers are '
             f'more than {MOST_LAYERS}'
         )
+    for name in ('growth_rate', 'stem_features', 'bottleneck', 'num_classes'):
+        if getattr(model, name, 0) > MOST_PARAMETERS:
+            raise UserError(f'model.{name} is above {MOST_PARAMETERS:.3g} parameters')
     count = count_parameters(model)
     if count > MOST_PARAMETERS:
+        growth = 'growth_rates' if isinstance(model, rdnet.RDNet) else 'growth_rate'
         raise UserError(
-            f'this model would have {min(count, 10**300):.3g} parameters, more than '
-            f'{MOST_PARAMETERS:.3g}: lower model.growth_rate={model.growth_rate}, '
+            f'this model would have {count:.3g} parameters, more than '
+            f'{MOST_PARAMETERS:.3g}: lower model.{growth}={getattr(model, growth)}, '
             f'model.stem_features={model.stem_features}, '
             f'model.bottleneck={model.bottleneck} or the number of classes, '
             f'{model.num_classes}'
         )
 
 
-def count_parameters(model: DenseNet, *, channels: int = 3) -> int:
+def count_parameters(model: Network, *, channels: int = 3) -> int:
     """Number of parameters, by arithmetic alone: what `init_variables` would make.
 
     >>> count_parameters(create_model('densenet121', num_classes=1000))
     7978856
     """
+    if isinstance(model, rdnet.RDNet):
+        return rdnet.count_parameters(model, channels=channels)
     growth, width = model.growth_rate, model.bottleneck * model.growth_rate
     features = model.stem_features
     count = features * channels * 9
     if model.stem == 'imagenet':
         count = features * channels * 49 + 2 * features
+    elif model.stem == 'deep':
+        half = features // 2
+        count = 9 * half * (channels + half + features) + 4 * half + 2 * features
     for number, size in enumerate(model.block_sizes, start=1):
         for _ in range(size):
             inner = 2 * width + features * width if width else 0
@@ -452,13 +550,16 @@ def count_parameters(model: DenseNet, *, channels: int = 3) -> int:
 def _check_fields(model):
     _check_kinds(model)
     choices = {
-        'stem': STEMS,
-        'padding': PADDINGS,
         'dtype': DTYPES,
         'initializer': tuple(INITIALIZERS),
-        'kernel': dense_block.KERNELS,
         'remat': ('none', 'block'),
     }
+    if isinstance(model, DenseNet):
+        choices |= {
+            'stem': STEMS,
+            'padding': PADDINGS,
+            'kernel': dense_block.KERNELS,
+        }
     for name, valid in choices.items():
         value = getattr(model, name)
         if value not in valid:
@@ -477,23 +578,33 @@ def _check_fields(model):
         )
     ranges = {
         'num_classes': model.num_classes >= 0,
-        'growth_rate': model.growth_rate >= 1,
-        'bottleneck': model.bottleneck >= 0,
         'stem_features': model.stem_features >= 1,
         'compression': 0 < model.compression <= 1,
         'dropout_rate': 0 <= model.dropout_rate < 1,
-        'momentum': 0 <= model.momentum < 1,
         'epsilon': 0 < model.epsilon <= 1,
-        'batch_norm_group': model.batch_norm_group >= groups.DEVICE,
     }
+    if isinstance(model, DenseNet):
+        ranges |= {
+            'growth_rate': model.growth_rate >= 1,
+            'bottleneck': model.bottleneck >= 0,
+            'stem_features': model.stem_features >= 1 + (model.stem == 'deep'),
+            'momentum': 0 <= model.momentum < 1,
+            'batch_norm_group': model.batch_norm_group >= groups.DEVICE,
+        }
     for name, valid in ranges.items():
         if not valid:
             raise UserError(f'model.{name}={getattr(model, name)} is out of range')
+    if isinstance(model, rdnet.RDNet):
+        rdnet.check_fields(model)
+    elif model.blur_pool and model.stem == 'cifar':
+        raise UserError('model.blur_pool=True: the cifar stem has no pooling to blur')
     _check_size(model)
 
 
-def variable_shapes(model: DenseNet, *, channels: int = 3):
+def variable_shapes(model: Network, *, channels: int = 3):
     """Shapes and dtypes of `{'params', 'batch_stats'}`; computes and compiles nothing.
+
+    Without batch norm `batch_stats` is there, and empty.
 
     Args:
       channels: of the images.
@@ -502,10 +613,15 @@ def variable_shapes(model: DenseNet, *, channels: int = 3):
     image = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
     # Tracing 121 random draws would take half of the time.
     model = model.clone(initializer=None)
-    return jax.eval_shape(model.init, jax.random.key(0), image)
+    return with_statistics(jax.eval_shape(model.init, jax.random.key(0), image))
 
 
-def init_variables(model: DenseNet, seed: int, *, channels: int = 3):
+def with_statistics(variables: dict[str, Any]) -> dict[str, Any]:
+    """Variables with `batch_stats`, empty where the network has no batch norm."""
+    return {'params': variables['params'], 'batch_stats': {}} | variables
+
+
+def init_variables(model: Network, seed: int, *, channels: int = 3):
     """Makes `{'params', 'batch_stats'}` from `seed`, without compiling the network.
 
     `model.init` compiles or runs every layer, 13 to 32 s for the 121 on two CPU
@@ -514,7 +630,7 @@ def init_variables(model: DenseNet, seed: int, *, channels: int = 3):
     depend on which others exist, on the device, or on the version of JAX.
 
     Args:
-      model: a DenseNet.
+      model: of `create_model`.
       seed: a whole number of at most 64 bits.
       channels: of the images.
 
@@ -527,15 +643,16 @@ def init_variables(model: DenseNet, seed: int, *, channels: int = 3):
         if path[-1] == 'kernel':
             rule = INITIALIZERS[model.initializer]
             if path[-2] == 'classifier':
-                rule = _CLASSIFIER_INITIALIZER
+                rule = layers.CLASSIFIER_INITIALIZER
             key = [seed, zlib.crc32('/'.join(path).encode())]
             generator = np.random.Generator(np.random.Philox(key=key))
             return _draw_kernel(generator, rule, leaf.shape).astype(leaf.dtype)
-        fill = np.ones if path[-1] in ('scale', 'var') else np.zeros
-        return fill(leaf.shape, leaf.dtype)
+        values = {'scale': 1, 'var': 1, 'gamma': getattr(model, 'layer_scale', 0)}
+        return np.full(leaf.shape, values.get(path[-1], 0), leaf.dtype)
 
     flat = traverse_util.flatten_dict(shapes)
-    return traverse_util.unflatten_dict({k: draw(k, v) for k, v in flat.items()})
+    drawn = {path: draw(path, leaf) for path, leaf in flat.items()}
+    return with_statistics(traverse_util.unflatten_dict(drawn))
 
 
 def _draw_kernel(generator, rule, shape):

@@ -35,7 +35,7 @@ def _compute(variables, batch, classes, *, module, mean, std, multi_label):
     """Probabilities, pooled features and, for classes, maps of uint8 images."""
     batch = evaluate.normalise(batch, mean=mean, std=std)
     maps = module.apply(variables, batch, method='features')
-    pooled = jax.nn.relu(maps).astype(jnp.float32).mean((1, 2))
+    pooled = module.apply(variables, maps, method='pool').astype(jnp.float32)
     logits = module.apply(variables, maps, method='head').astype(jnp.float32)
     probabilities = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
     if classes is None:

@@ -150,7 +150,7 @@ def count_model(module: model.DenseNet, image_shape):
       Multiply-adds are those of convolutions and the classifier for one image.
     """
     # The plain layers compute with modules, which can be counted.
-    module = module.clone(fast=False)
+    module = model.plain(module)
     parts: dict[str, list] = {}
 
     def record(call, args, kwargs, context):
@@ -163,7 +163,7 @@ def count_model(module: model.DenseNet, image_shape):
             own = context.module.variables.get('params', {})
             arrays = [leaf for leaf in own.values() if not isinstance(leaf, dict)]
             part[1] += sum(leaf.size for leaf in arrays)
-            if isinstance(context.module, nn.Conv | nn.Dense):
+            if 'kernel' in own:
                 kernel = own['kernel'].shape
                 positions = np.prod(output.shape[1:-1], dtype=np.int64)
                 part[2] += int(np.prod(kernel, dtype=np.int64) * positions)

@@ -231,6 +231,8 @@ def prepare(config, workdir: str, *, resume: bool = True) -> Run:
 def _make_module(config, num_classes, mesh):
     """The model, its `batch_norm_group` as a number of rows."""
     module = model.create_model(num_classes=num_classes, **config['model'])
+    if not isinstance(module, model.DenseNet):  # without batch norm
+        return module
     group = groups.resolve(
         module.batch_norm_group,
         rows=config['data']['batch_size'],
@@ -422,7 +424,7 @@ def _say_balance(run):
     line = balance.describe(train.labels, run.source.class_names, said)
     if line:
         print(line, flush=True)
-    if not run.plan.head_only:
+    if not run.plan.head_only and model.has_batch_norm(run.module):
         _warn_of_few_values(run)
 
 

@@ -54,6 +54,13 @@ def settle_model(
     ours = {k: v for k, v in given.items() if k in weights_lib.ARCHITECTURE}
     if 'variant' in given:
         ours = weights_lib.architecture(given['variant'], **ours)
+    if strange := [name for name in ours if name not in theirs]:  # DenseNet and RDNet
+        wrong = 'variant' if 'variant' in given else strange[0]
+        raise UserError(
+            f'init_from={weights.path} holds a {weights.fields["variant"]}; the config '
+            f'says model.{wrong}={_plain(given[wrong])}: leave it out, or use other '
+            'weights'
+        )
     different = {k: v for k, v in ours.items() if _plain(v) != _plain(theirs[k])}
     if different:
         says = ', '.join(f'{k}={_plain(theirs[k])}' for k in different)
@@ -151,7 +158,8 @@ def first_variables(
             f'{weights_lib.shorten(wrong)}'
         )
     flat = {name: np.asarray(flat[name], wanted[name].dtype) for name in wanted}
-    return traverse_util.unflatten_dict(flat, sep='/')
+    made = traverse_util.unflatten_dict(flat, sep='/')
+    return {'batch_stats': {}} | made  # none without batch norm
 
 
 def _other_classes(weights, class_names):

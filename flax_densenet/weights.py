@@ -1,4 +1,4 @@
-"""Weights of DenseNets from files: torchvision, timm, torchxrayvision, Keras, ours.
+"""Weights from files: torchvision, timm (RDNet too), torchxrayvision, Keras, ours.
 
 What a file is, is told by its content. Each array in it is accounted for: one that is
 missing, not expected or of another shape stops the load, and the error lists them all.
@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from flax_densenet import checkpoint, keras_files, torch_files
+from flax_densenet import checkpoint, keras_files, rdnet_files, torch_files
 from flax_densenet import metadata as metadata_lib
 from flax_densenet import model as model_lib
 from flax_densenet.errors import UserError, printable
@@ -45,7 +45,7 @@ _TORCH_LEAVES = {ours: k for k, ranks in _LEAVES.items() for ours in ranks.value
 # Fields of the model that the arrays themselves tell.
 ARCHITECTURE = (
     *('growth_rate', 'block_sizes', 'bottleneck', 'compression', 'stem'),
-    'stem_features',
+    *('stem_features', 'growth_rates', 'halvings', 'squeeze_blocks', 'patch_size'),
 )
 # How each family prepares images; what a range means stands in configs/base.py.
 _TORCHVISION = dict(
@@ -60,6 +60,7 @@ _TORCHVISION = dict(
 PREPROCESSING = {
     'torchvision': _TORCHVISION,
     'timm': _TORCHVISION | dict(interpolation='bicubic'),
+    'rdnet': _TORCHVISION | dict(interpolation='bicubic', crop_fraction=0.9),
     # x / 255 to -1024 ... 1024: (x / 255 - 0.5) * 2048.
     'torchxrayvision': dict(
         image_size=224,
@@ -100,8 +101,8 @@ class Weights:
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
-    def module(self) -> model_lib.DenseNet:
-        """The DenseNet of these weights."""
+    def module(self) -> model_lib.Network:
+        """The network of these weights."""
         return model_lib.create_model(num_classes=self.num_classes, **self.fields)
 
 
@@ -114,7 +115,7 @@ def load(path: str) -> Weights:
         is taken. Names do not matter, contents do.
 
     Raises:
-      UserError: the file is not whole, holds something else than a DenseNet, or has
+      UserError: the file is not whole, holds neither a DenseNet nor an RDNet, or has
         arrays that are missing, not expected or of another shape.
     """
     path = os.path.expanduser(path)
@@ -181,11 +182,16 @@ def _from_torch_arrays(path, arrays, attributes):
     arrays, extra = _rename(arrays)
     family, preprocessing = 'torchvision', None
     first, head = (arrays.get(f'params/{n}/kernel') for n in ('conv0', 'classifier'))
+    if rdnet_files.is_rdnet(arrays):
+        family = 'rdnet'
+    elif 'params/conv1/kernel' in arrays:  # a deep stem, which torchvision lacks
+        family = 'timm'
     grey = first is not None and first.ndim == 4 and first.shape[2] == 1
     if grey and (extra or (head is not None and head.shape[-1] == 18)):
         family = 'torchxrayvision'
     elif found := _timm_sidecar(path):
-        family, preprocessing = 'timm', found
+        family = family if family == 'rdnet' else 'timm'
+        preprocessing = found
     names = attributes.get('pathologies') or attributes.get('targets')
     if head is None or not isinstance(names, list) or len(names) != head.shape[-1]:
         names = None
@@ -198,6 +204,8 @@ def _from_torch_arrays(path, arrays, attributes):
 
 def _rename(arrays):
     """torch's keys and layouts to ours; what is not understood keeps its name."""
+    if (prefix := rdnet_files.find_prefix(arrays)) is not None:
+        return rdnet_files.rename(arrays, prefix), {}
     prefix = next(
         (k[: -len('features.conv0.weight')] for k in arrays
          if k.endswith('features.conv0.weight')),
@@ -350,6 +358,8 @@ def _make(path, family, arrays, fields, names=None):
     shapes = model_lib.variable_shapes(module, channels=channels)
     wanted = traverse_util.flatten_dict(shapes, sep='/')
     show = str if family.startswith('keras') else torch_key
+    if rdnet_files.is_rdnet(arrays):
+        show = rdnet_files.torch_key
     _check_arrays(path, arrays, wanted, show)
     flat = {name: np.asarray(arrays[name], leaf.dtype) for name, leaf in wanted.items()}
     preprocessing = PREPROCESSING.get(family, _TORCHVISION)
@@ -358,7 +368,9 @@ def _make(path, family, arrays, fields, names=None):
     return Weights(
         path=path,
         family=family,
-        variables=traverse_util.unflatten_dict(flat, sep='/'),
+        variables=model_lib.with_statistics(
+            traverse_util.unflatten_dict(flat, sep='/')
+        ),
         fields=fields,
         num_classes=num_classes,
         preprocessing=preprocessing,
@@ -389,7 +401,8 @@ def _check_arrays(path, arrays, wanted, show):
 
 
 def _describe(wanted):
-    return f'a DenseNet of {len(wanted)} arrays'
+    kind = 'an RDNet' if rdnet_files.is_rdnet(wanted) else 'a DenseNet'
+    return f'{kind} of {len(wanted)} arrays'
 
 
 def shorten(names, most: int = 8) -> str:
@@ -400,17 +413,24 @@ def shorten(names, most: int = 8) -> str:
 
 def _find_fields(path, arrays):
     """The model's fields that the arrays tell (`ARCHITECTURE`), and a variant."""
+    if rdnet_files.is_rdnet(arrays):
+        fields = rdnet_files.find_fields(path, arrays)
+        # Not one of `ARCHITECTURE`, as its value, once training went on, is not told.
+        scaled = 'params/denseblock1/denselayer1/gamma' in arrays
+        others = {} if scaled else {'layer_scale': 0.0}
+        return _name_variant(fields, 'rdnet_tiny') | others
     sizes = {}
     for name in arrays:
         if match := re.match(r'params/denseblock(\d+)/denselayer(\d+)/', name):
             block, layer = map(int, match.groups())
             sizes[block] = max(sizes.get(block, 0), layer)
     first = arrays.get('params/conv0/kernel')
+    last = arrays.get('params/conv2/kernel', first)  # of a deep stem
     layer = 'params/denseblock1/denselayer1/'
     inner = arrays.get(layer + 'conv1/kernel')
     outer = arrays.get(layer + 'conv2/kernel', inner)
     blocks = tuple(sizes.get(number, 0) for number in range(1, len(sizes) + 1))
-    known = [first, inner, outer]
+    known = [first, last, inner, outer]
     # Two arrays a layer at least: else a single name could tell of a million layers.
     whole = all(blocks) and 2 * sum(blocks) <= len(arrays)
     if any(a is None or a.ndim != 4 or not a.size for a in known) or not whole:
@@ -424,20 +444,28 @@ def _find_fields(path, arrays):
         growth_rate=growth,
         block_sizes=blocks,
         bottleneck=0 if outer is inner else inner.shape[3] // growth,
-        compression=_find_compression(arrays, blocks, first.shape[3], growth),
+        compression=_find_compression(arrays, blocks, last.shape[3], growth),
         stem='imagenet' if first.shape[0] == 7 else 'cifar',
-        stem_features=first.shape[3],
+        stem_features=last.shape[3],
     )
+    # Whether its pooling blurs has no array; it does in timm's variant of this shape.
+    if last is not first:
+        fields['stem'] = 'deep'
+    return _name_variant(fields, 'densenet121')
+
+
+def _name_variant(fields, otherwise):
+    """The variant of these fields alone, or another one with them."""
     for variant in model_lib.VARIANTS:
         if architecture(variant) == fields:
             return {'variant': variant}
-    return {'variant': 'densenet121'} | fields
+    return {'variant': otherwise} | fields
 
 
 def architecture(variant: str, **overrides) -> dict[str, Any]:
     """`ARCHITECTURE` of a variant, with the overrides that are not None."""
     module = model_lib.create_model(variant, num_classes=1, **overrides)
-    return {name: getattr(module, name) for name in ARCHITECTURE}
+    return {n: getattr(module, n) for n in ARCHITECTURE if hasattr(module, n)}
 
 
 def _find_compression(arrays, blocks, channels, growth):

@@ -24,6 +24,13 @@ PARAMETERS = {
     'densenet169': 14_149_480,
     'densenet201': 20_013_928,
     'densenet264': 33_337_704,
+    # timm's.
+    'densenetblur121d': 7_998_088,
+    'densenet264d': 72_736_216,
+    'rdnet_tiny': 23_863_008,
+    'rdnet_small': 50_436_448,
+    'rdnet_base': 87_451_096,
+    'rdnet_large': 186_269_632,
     'L40k12': 1_019_722,
     'L100k12': 6_979_642,
     'L100k24': 27_249_082,
@@ -43,7 +50,8 @@ def test_every_variant_has_a_count():
 
 
 # Those of hundreds of layers take seconds each to lay out.
-LARGE = ('densenet264', 'BC-L250k24', 'BC-L190k40')
+LARGE = ('densenet264', 'densenet264d', 'BC-L250k24', 'BC-L190k40')
+LARGE += ('rdnet_small', 'rdnet_base', 'rdnet_large')
 
 
 @pytest.mark.parametrize(
@@ -54,10 +62,11 @@ LARGE = ('densenet264', 'BC-L250k24', 'BC-L190k40')
     ],
 )
 def test_parameter_count(variant):
-    classes = 1000 if variant.startswith('densenet') else 10
-    shapes = model.variable_shapes(create_model(variant, num_classes=classes))
+    classes = 10 if 'L' in variant else 1000
+    module = create_model(variant, num_classes=classes)
+    shapes = model.variable_shapes(module)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes['params']))
-    assert count == PARAMETERS[variant]
+    assert count == model.count_parameters(module) == PARAMETERS[variant]
 
 
 @pytest.mark.parametrize('kind', ['', 'B-', 'C-', 'BC-'])
@@ -241,7 +250,7 @@ def test_running_statistics(unbiased):
         ('densenet121', {'compression': 1.5}, 'model.compression=1.5'),
         ('densenet121', {'dropout_rate': 1.0}, 'model.dropout_rate=1.0'),
         ('densenet121', {'block_sizes': (6, 0)}, 'model.block_sizes'),
-        ('densenet121', {'stem': 'big'}, 'use imagenet, cifar'),
+        ('densenet121', {'stem': 'big'}, 'use imagenet, deep, cifar'),
         ('densenet121', {'dtype': 'int8'}, 'use float32, bfloat16'),
         ('densenet121', {'padding': 'valid'}, 'use torch, same'),
         ('densenet121', {'initializer': 'zeros'}, 'use he_fan_in'),

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from configs import base
-from flax_densenet import create_model, data, model, step, transfer
+from flax_densenet import create_model, data, model, rdnet, step, transfer
 
 PACKAGE = ROOT / 'flax_densenet'
 # module -> modules of the package that it may import.
@@ -38,7 +38,10 @@ EDGES = {
     'layers': {'dense_block'},
     'groups': {'errors'},
     'state_shards': {'sharding'},
-    'model': {'errors', 'dense_block', 'groups', 'layers'},
+    'depthwise': set(),
+    'rdnet': {'errors', 'dense_block', 'depthwise', 'layers'},
+    'rdnet_files': {'errors'},
+    'model': {'errors', 'dense_block', 'groups', 'layers', 'rdnet'},
     'labels': {'errors'},
     'metrics': set(),
     'objective': {'metrics'},
@@ -64,11 +67,11 @@ EDGES = {
     'pickles': set(),
     'torch_files': {'errors', 'pickles'},
     'weights': {'errors', 'checkpoint', 'keras_files', 'metadata', 'model',
-                'torch_files'},
+                'rdnet_files', 'torch_files'},
     'transfer': {'errors', 'weights'},
     'evaluate': {'errors', 'checkpoint', 'cluster', 'data', 'images', 'metadata',
                  'model', 'objective', 'pipeline', 'sharding', 'unread', 'weights'},
-    'export': {'errors', 'evaluate', 'keras_files', 'weights'},
+    'export': {'errors', 'evaluate', 'keras_files', 'model', 'rdnet_files', 'weights'},
     'explain': {'model'},
     'environment': set(),
     'history': {'errors', 'checkpoint'},
@@ -187,10 +190,12 @@ def test_base_has_each_field_of_the_functions():
     """A field that a function gained and base.py forgot would be out of reach."""
     config = base.get_config()
     skip = {'num_classes', 'parent', 'name'}
-    assert (
-        set(config.model)
-        == {'variant'} | set(model.DenseNet.__dataclass_fields__) - skip
-    )
+    known = {
+        name
+        for network in (model.DenseNet, rdnet.RDNet)
+        for name in network.__dataclass_fields__
+    }
+    assert set(config.model) == {'variant'} | known - skip
     loading = {'source', 'batch_size', 'mean', 'std', 'augment', 'threads', 'workers'}
     loading |= {'balance'}
     assert set(config.data) == loading | set(data.load_source.__kwdefaults__)

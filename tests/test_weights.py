@@ -39,7 +39,8 @@ def tiny(num_classes=5, channels=3, **fields):
 
 def trained_of(module, variables, **metadata):
     names = [f'class {n}' for n in range(module.num_classes)]
-    fields = {name: getattr(module, name) for name in weights.ARCHITECTURE}
+    known = [n for n in weights.ARCHITECTURE if hasattr(module, n)]
+    fields = {name: getattr(module, name) for name in known}
     fields |= {'variant': 'densenet121', 'epsilon': module.epsilon}
     metadata = {
         'model': fields,

@@ -5,6 +5,7 @@ compiled operators are missing, which its models do not use. Declaring their nam
 lets the pure-Python part import.
 """
 
+import functools
 import importlib.util
 import pathlib
 import re
@@ -12,6 +13,7 @@ import re
 import torch
 
 
+@functools.cache  # a process may declare the names once
 def import_torchvision():
     """Returns the torchvision module."""
     library = torch.library.Library('torchvision', 'DEF')

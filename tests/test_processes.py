@@ -22,6 +22,7 @@ from flax_densenet import UserError, checkpoint, cluster, native_errors, train
 
 TINY = {
     'model.variant': 'BC-L10k4',
+    'model.block_sizes': (1,),
     'data.image_size': 8,
     'optimizer.name': 'sgd',
     'optimizer.learning_rate': 0.05,

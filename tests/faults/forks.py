@@ -1,4 +1,4 @@
-"""Starts many trainings quickly: imports the program once, then forks for each.
+"""Starts many trainings quickly: imports everything once, then forks for each.
 
 Reads a line of JSON at a time: `{"args": [...], "log": PATH}` starts `launch.py` with
 these arguments and answers with its process number, `{"wait": NUMBER}` answers with how
@@ -11,8 +11,14 @@ import sys
 
 
 def main():
+    # What a training imports as it goes; no thread and no device starts by it.
+    import matplotlib.backends.backend_agg
+    import matplotlib.figure
+    import orbax.checkpoint
+    import sklearn.datasets  # noqa: F401
+
     import launch
-    from flax_densenet import train  # noqa: F401
+    from flax_densenet import evaluate, report, train  # noqa: F401
 
     for line in sys.stdin:
         ask = json.loads(line)

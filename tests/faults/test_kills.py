@@ -10,7 +10,7 @@ import time
 
 import pytest
 from test_train import assert_equal_bits, final_arrays, read_records
-from trainings import FULL, ROOT, TINY, forks, whole  # noqa: F401
+from trainings import FULL, ONE_DEVICE, ROOT, TINY, forks, whole  # noqa: F401
 
 from flax_densenet import checkpoint
 
@@ -129,7 +129,7 @@ def test_a_signal_in_evaluation(forks, whole, tmp_path, monkeypatch):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env=os.environ | {'XLA_FLAGS': ''},
+        env=os.environ | {'XLA_FLAGS': ONE_DEVICE},
     )
     assert done.returncode == 143, done.stderr
     assert 'stopped by SIGTERM: step 6, in epoch 1, is saved' in done.stderr

@@ -11,10 +11,12 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FULL = os.environ.get('FAULTS') == 'full'
+ONE_DEVICE = os.environ['XLA_FLAGS'].replace('count=4', 'count=1')
 # Whatever could depend on where a run was stopped is switched on; epochs end inside of
 # batches.
 TINY = {
     'model.variant': 'BC-L10k4',
+    'model.block_sizes': (1,),
     'model.dropout_rate': 0.1,
     'data.image_size': 8,
     'data.augment': 'shift_flip',
@@ -43,7 +45,7 @@ class Forks:
             env=os.environ
             | {
                 'PYTHONPATH': str(ROOT),
-                'XLA_FLAGS': '',
+                'XLA_FLAGS': ONE_DEVICE,
                 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
                 'PYTHONWARNINGS': 'ignore',
             },

@@ -24,7 +24,7 @@ test: .venv/installed lint
 	$(BIN)/python -m pytest -q
 
 test-slow: .venv/installed .venv-peers/installed
-	$(BIN)/python -m pytest -q -n 3 -m 'slow or faults'
+	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m 'slow or faults'
 	$(PEERS)/python -m pytest -q -m 'slow or not slow' tests/test_torch.py \
 		tests/test_timm.py tests/test_keras_files.py
 

@@ -11,9 +11,9 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_weights, write_images
+from conftest import ROOT, make_weights, tiny_config, write_images
 
-from flax_densenet import feature_files, load_trained
+from flax_densenet import feature_files, load_trained, train
 
 TINY = [
     '--config.model.variant=BC-L10k4',
@@ -35,15 +35,34 @@ def launch(*arguments, cwd=ROOT):
     )
 
 
-def one_line_error(done):
-    assert done.returncode == 2
-    assert done.stdout == ''
-    (line,) = done.stderr.splitlines()
+@pytest.fixture
+def main(monkeypatch, capfd):
+    """`launch.main` in this process: status, standard output and standard error."""
+    from absl.testing import flagsaver
+
+    import launch as program
+
+    # Its settings are of a whole process, and other tests run in this one.
+    monkeypatch.setattr(program, '_set_up_jax', lambda: None)
+
+    def run(*arguments):
+        monkeypatch.setattr('sys.argv', sys.argv)  # the program changes it
+        capfd.readouterr()  # what was before
+        with flagsaver.flagsaver():
+            status = program.main(['launch.py', *map(str, arguments)])
+        return status, *capfd.readouterr()
+
+    return run
+
+
+def one_line_error(status, out, err):
+    assert (status, out) == (2, '')
+    (line,) = err.splitlines()
     assert line.startswith('error: ')
     return line
 
 
-def test_train_and_evaluate(tmp_path):
+def test_train_and_evaluate(main, tmp_path):
     workdir = f'--workdir={tmp_path}/run'
     # Fields before the file, which ml_collections alone would refuse.
     done = launch(*TINY, '--config=configs/densenet121.py', workdir)
@@ -65,42 +84,44 @@ def test_train_and_evaluate(tmp_path):
     files = ('report.html', 'eval.json', 'predictions.csv', 'environment.json')
     assert all((tmp_path / 'run' / name).exists() for name in files)
     (tmp_path / 'run' / 'report.html').unlink()
-    done = launch('--mode=report', workdir)
-    assert done.stdout == f'{tmp_path}/run/report.html: open it in a browser\n'
+    done = main('--mode=report', workdir)
+    assert done == (0, f'{tmp_path}/run/report.html: open it in a browser\n', '')
     assert (tmp_path / 'run' / 'report.html').exists()
     shutil.copytree(tmp_path / 'run', tmp_path / 'runs' / 'a')
     shutil.copytree(tmp_path / 'run', tmp_path / 'runs' / 'b')
-    done = launch('--mode=report', f'--workdir={tmp_path}/runs/*')
+    done = main('--mode=report', f'--workdir={tmp_path}/runs/*')
     page = f'{tmp_path}/runs/compare.html'
-    assert done.stdout == f'{page}: 2 runs beside each other\n'
+    assert done == (0, f'{page}: 2 runs beside each other\n', '')
 
 
 @pytest.mark.slow
-def test_other_weights_and_data(tmp_path):
+def test_other_weights_and_data(main, tmp_path):
     """One file of a run evaluates to the same, and starts another run."""
     workdir = f'--workdir={tmp_path}/run'
-    done = launch(*TINY, workdir, '--config.train.report=False')
-    assert done.returncode == 0, done.stderr
-    done = launch('--mode=eval', workdir)
-    figures = done.stdout.split('Test_acc')[1].split(' (')[0]
+    config = tiny_config(**{'model.block_sizes': (1, 1)})
+    train.fit(config, f'{tmp_path}/run')
+    status, out, err = main('--mode=eval', workdir)
+    figures = out.split('Test_acc')[1].split(' (')[0]
     file = f'{tmp_path}/birds.safetensors'
-    done = launch('--mode=export', workdir, f'--out={file}')
-    assert done.stdout == f'{file}: the model of {tmp_path}/run for safetensors\n'
+    status, out, err = main('--mode=export', workdir, f'--out={file}')
+    assert out == f'{file}: the model of {tmp_path}/run for safetensors\n'
     start = [f'--config.init_from={file}', f'--workdir={tmp_path}/other']
-    done = launch('--mode=eval', *start)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f'Test_acc{figures} (360 test images of digits')
-    assert done.stdout.splitlines()[0].endswith(f'weights of {file})')
-    done = launch('--mode=summary', *start)
-    assert 'BC-L10k4 with 10 classes' in done.stdout
+    status, out, err = main('--mode=eval', *start)
+    assert (status, err) == (0, '')
+    assert out.startswith(f'Test_acc{figures} (360 test images of digits')
+    assert out.splitlines()[0].endswith(f'weights of {file})')
+    status, out, err = main('--mode=summary', *start)
+    assert 'BC-L10k4 with 10 classes' in out
 
     # Other data, with some of the classes: all of it is used.
     photos = write_images(tmp_path / 'photos', {'3': 4, '8': 5})
-    done = launch('--mode=eval', workdir, f'--config.data.source=folder:{photos}')
-    assert done.returncode == 0, done.stderr
-    assert f'(9 images of folder:{photos}, best' in done.stdout
-    done = launch('--mode=eval', workdir, '--config.model.growth_rate=3')
-    assert 'only data.* fields can be set' in one_line_error(done)
+    status, out, err = main(
+        '--mode=eval', workdir, f'--config.data.source=folder:{photos}'
+    )
+    assert (status, err) == (0, '')
+    assert f'(9 images of folder:{photos}, best' in out
+    done = main('--mode=eval', workdir, '--config.model.growth_rate=3')
+    assert 'only data.* fields can be set' in one_line_error(*done)
 
 
 @pytest.mark.parametrize(
@@ -111,10 +132,10 @@ def test_other_weights_and_data(tmp_path):
         (['--config.data.source=folder:photos'], '224x224x3'),
     ],
 )
-def test_summary(arguments, size):
-    done = launch('--mode=summary', *arguments)
-    assert done.returncode == 0, done.stderr
-    assert size in done.stdout
+def test_summary(main, arguments, size):
+    status, out, err = main('--mode=summary', *arguments)
+    assert (status, err) == (0, '')
+    assert size in out
 
 
 @pytest.mark.parametrize(
@@ -144,30 +165,19 @@ def test_summary(arguments, size):
         ),
     ],
 )
-def test_mistakes(arguments, message, tmp_path):
+def test_mistakes(main, arguments, message, tmp_path):
     if not any('workdir' in argument for argument in arguments):
         arguments = [*arguments, f'--workdir={tmp_path}/run']
-    assert message in one_line_error(launch(*arguments))
+    assert message in one_line_error(*main(*arguments))
     assert not (tmp_path / 'run').exists()
 
 
-@pytest.fixture
-def main(monkeypatch, capfd):
-    """`launch.main` in this process: status, standard output and standard error."""
-    from absl.testing import flagsaver
-
-    import launch as program
-
-    # Its settings are of a whole process, and other tests run in this one.
-    monkeypatch.setattr(program, '_set_up_jax', lambda: None)
-
-    def run(*arguments):
-        monkeypatch.setattr('sys.argv', sys.argv)  # the program changes it
-        with flagsaver.flagsaver():
-            status = program.main(['launch.py', *map(str, arguments)])
-        return status, *capfd.readouterr()
-
-    return run
+@pytest.mark.parametrize('argument', ['--color=red', '--config.train.epochs=many'])
+def test_a_mistake_is_all_that_the_program_says(argument):
+    done = launch(argument)
+    assert argument.partition('=')[0].strip('-') in one_line_error(
+        done.returncode, done.stdout, done.stderr
+    )
 
 
 @pytest.fixture(scope='module')
@@ -260,10 +270,7 @@ def test_mistakes_of_predict(main, weights, tmp_path, arguments, message):
         f'--config.init_from={weights}',
         f'--workdir={tmp_path}/r',
     ]
-    status, out, err = main(*start, *arguments)
-    assert (status, out) == (2, '')
-    (line,) = err.splitlines()
-    assert line.startswith('error: ') and message in line
+    assert message in one_line_error(*main(*start, *arguments))
     assert list(tmp_path.iterdir()) == []
 
 

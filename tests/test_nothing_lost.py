@@ -205,7 +205,7 @@ def make_bad(monkeypatch, bad_steps):
 
 @pytest.mark.slow
 def test_stop_and_skip(tmp_path, monkeypatch, capsys):
-    fields = {'train.epochs': 1, 'data.batch_size': 64}
+    fields = {'train.epochs': 1, 'data.batch_size': 64, 'model.block_sizes': (1,)}
     with monkeypatch.context() as patch:
         make_bad(patch, {3, 4, 8})
         with pytest.raises(UserError, match='step 3, epoch 1: .*train.on_nonfinite=sk'):

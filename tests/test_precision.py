@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import tiny_config
+from test_train import read_records
 
 from flax_densenet import create_model, init_variables, step, train
 
@@ -77,14 +78,18 @@ def test_the_scan_sees_bfloat16():
 
 @pytest.mark.slow
 def test_bfloat16_learns_as_float32(tmp_path):
-    """Three epochs of digits: the losses within a tenth, the accuracies within 5 %."""
+    """Two epochs of digits: the losses within 3 %, the accuracies within 5.
+
+    At a rate where another rounding does not grow: at 1e-2 single runs of this small
+    network are 20 % apart in the third epoch, as those of two machines are in float32.
+    """
     records = []
     for dtype in ('float32', 'bfloat16'):
-        fields = {'model.dtype': dtype, 'train.epochs': 3, 'data.batch_size': 32}
-        fields |= {'optimizer.learning_rate': 1e-2}
-        records.append(train.fit(tiny_config(**fields), str(tmp_path / dtype)))
-    one, other = records
-    assert one['train_loss'] != other['train_loss']
-    assert other['train_loss'] == pytest.approx(one['train_loss'], rel=0.1)
-    assert other['test_accuracy'] > 0.85
-    assert other['test_accuracy'] == pytest.approx(one['test_accuracy'], abs=0.05)
+        fields = {'model.dtype': dtype, 'data.batch_size': 32}
+        train.fit(tiny_config(**fields), str(tmp_path / dtype))
+        records.append(read_records(tmp_path / dtype))
+    for one, other in zip(*records, strict=True):
+        assert one['train_loss'] != other['train_loss']
+        assert other['train_loss'] == pytest.approx(one['train_loss'], rel=0.03)
+        assert other['test_accuracy'] == pytest.approx(one['test_accuracy'], abs=0.05)
+    assert other['train_loss'] < 0.85 * records[1][0]['train_loss']

@@ -22,6 +22,7 @@ PARAMS = {
     'a': np.arange(6, dtype=np.float32).reshape(2, 3),
     'b': np.float32([7.0, -8.0, 9.0]),
 }
+SMALL = {'model.block_sizes': (1,)}
 FIELDS = dict(name='adamw', momentum=0.9, weight_decay=0.1)
 
 
@@ -105,7 +106,7 @@ def test_runs_go_on_with_other_devices_and_choices(tmp_path, monkeypatch):
     def fit(workdir, epochs, count, shard_state):
         monkeypatch.setattr(jax, 'devices', lambda: devices[:count])
         fields = {'train.epochs': epochs, 'optimizer.shard_state': shard_state}
-        fields |= {'model.kernel': 'xla', 'data.test_fraction': 0.7}
+        fields |= {'model.kernel': 'xla', 'data.test_fraction': 0.7} | SMALL
         train.fit(tiny_config(**fields), str(workdir))
 
     fit(tmp_path / 'whole', 4, 4, False)
@@ -126,7 +127,7 @@ def test_runs_go_on_with_other_devices_and_choices(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_accumulated_steps_of_a_run(tmp_path, capsys):
     """fit, its dump of a bad step, and lr_find take them; features are cached too."""
-    fields = {'train.epochs': 1, 'data.test_fraction': 0.7}
+    fields = {'train.epochs': 1, 'data.test_fraction': 0.7} | SMALL
     parts = {'train.accumulate_steps': 4, 'optimizer.shard_state': True}
     train.fit(tiny_config(**fields | parts), str(tmp_path / 'parts'))
     bad = {'optimizer.name': 'sgd', 'optimizer.learning_rate': 1e30}

@@ -5,20 +5,20 @@ these arguments and answers with its process number, `{"wait": NUMBER}` answers 
 it ended.
 """
 
+import importlib
 import json
 import os
 import sys
 
 
 def main():
-    # What a training imports as it goes; no thread and no device starts by it.
-    import matplotlib.backends.backend_agg
-    import matplotlib.figure
-    import orbax.checkpoint
-    import sklearn.datasets  # noqa: F401
-
     import launch
-    from flax_densenet import evaluate, report, train  # noqa: F401
+
+    # What a training imports as it goes; no thread and no device starts by it.
+    for name in ('sklearn.datasets', 'matplotlib.figure', 'orbax.checkpoint'):
+        importlib.import_module(name)
+    for name in ('matplotlib.backends.backend_agg', 'flax_densenet.train'):
+        importlib.import_module(name)
 
     for line in sys.stdin:
         ask = json.loads(line)

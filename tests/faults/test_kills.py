@@ -159,7 +159,9 @@ def test_a_second_signal_leaves_at_once(forks, whole, tmp_path):
     assert_same_run(whole, tmp_path / 'run')
 
 
-@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize(
+    'signum', [signal.SIGKILL, *[signal.SIGINT] * FULL], ids=lambda signum: signum.name
+)
 def test_no_process_is_left(forks, tmp_path, signum):
     fields = {'data.workers': 1, 'train.epochs': 500}
     training = forks.start(tmp_path / 'run', **fields)

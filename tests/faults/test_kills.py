@@ -87,7 +87,7 @@ def test_kills(forks, whole, tmp_path):
 
 @pytest.mark.parametrize(
     ('signum', 'status', 'every'),
-    [(signal.SIGTERM, 143, ''), (signal.SIGINT, 130, '0.001 minutes')],
+    [(signal.SIGINT, 130, '0.001 minutes'), *[(signal.SIGTERM, 143, '')] * FULL],
 )
 def test_signals(forks, whole, tmp_path, signum, status, every):
     """The run saves in the middle of an epoch, and goes on from there."""

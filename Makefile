@@ -14,6 +14,9 @@ BIN = .venv/bin
 # there too, with the oldest JAX that it runs on.
 PEERS = .venv-peers/bin
 
+# What tests compiled; the next run of them takes half the time less.
+export FLAX_DENSENET_TEST_CACHE ?= $(CURDIR)/.venv/compiled-tests
+
 .PHONY: run test test-slow faults lint bench bench-gpu clean
 
 run: .venv/installed

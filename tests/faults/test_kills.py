@@ -92,8 +92,10 @@ def test_kills(forks, whole, tmp_path):
 def test_signals(forks, whole, tmp_path, signum, status, every):
     """The run saves in the middle of an epoch, and goes on from there."""
     training = forks.start(tmp_path / 'run', **{'train.checkpoint_every': every})
-    training.wait_for('compiled in')
-    time.sleep(0.05)
+    # Drawn beside the first step; before it there would be nothing to save.
+    training.wait_for((tmp_path / 'run' / 'samples.png').exists)
+    if every:
+        training.wait_for(lambda: steps_saved(tmp_path / 'run'))
     training.kill(signum)
     assert training.wait() == status, training.text
     last = training.text.splitlines()[-1]

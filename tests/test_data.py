@@ -431,20 +431,20 @@ def test_tfds_without_tensorflow(tfds, tmp_path, with_test):
 
 
 def test_several_splits_of_tfds(tfds, tmp_path):
-    make_builder(tfds, 'TinyWith', png, True)(
+    make_builder(tfds, 'TinySplits', png, True)(
         data_dir=tmp_path, file_format='array_record'
     ).download_and_prepare()
     fields = dict(image_size=8, tfds_dir=str(tmp_path))
-    source = data.load_source('tfds:tiny_with', tfds_train='train+extra', **fields)
+    source = data.load_source('tfds:tiny_splits', tfds_train='train+extra', **fields)
     assert (len(source.train), len(source.test)) == (9, 4)
     seen = sorted(source.train[i]['image'][0, 0, 0] for i in range(9))
     assert seen == [20 * n for n in (*range(8), 12)]
     assert source.train.name(8).startswith('extra[')
-    source = data.load_source('tfds:tiny_with', tfds_train='test', **fields)
+    source = data.load_source('tfds:tiny_splits', tfds_train='test', **fields)
     assert (len(source.train), len(source.test)) == (3, 1)  # a split of it
     for name in ('train+none', 'train+train', 'train+'):
         with pytest.raises(UserError, match=f'tfds_train={name.replace("+", ".")}'):
-            data.load_source('tfds:tiny_with', tfds_train=name, **fields)
+            data.load_source('tfds:tiny_splits', tfds_train=name, **fields)
 
 
 def test_tfds_set_that_needs_tensorflow(tfds, tmp_path):

@@ -422,7 +422,10 @@ def _parse(argv):
     try:
         left = flags.FLAGS(sys.argv)
     except (flags.Error, TypeError, ValueError) as error:
-        raise UserError(' '.join(str(error).split())) from error
+        said = str(error).strip()
+        if 'Traceback' in said:  # of a config that raised, whose last line says why
+            said = f'{files[-1]}: {said.splitlines()[-1].partition(": ")[2]}'
+        raise UserError(' '.join(said.split())) from error
     if len(left) > 1:
         hint = 'flags start with --'
         if _FILES.value:  # the shell took the pattern for its own

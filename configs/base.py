@@ -29,7 +29,10 @@ def get_config() -> ConfigDict:
     config.model.stem = optional(str)
     config.model.stem_features = optional(int)
     config.model.blur_pool = optional(bool)  # the stem's pooling blurs where it halves
-    config.model.dropout_rate = 0.0  # after each 3x3 convolution of a block
+    config.model.dropout_rate = 0.0
+    # conv3x3 (each of a block, as PyTorch's ports) or every_conv (also the 1x1 and the
+    # transitions', as the authors' code; with the plain layers, which are slower).
+    config.model.dropout_after = optional(str)
     config.model.epsilon = optional(float)  # in batch norm, added to the variance; 1e-5
     # Share of the running statistics kept at each step; 0.9, Keras has 0.99.
     config.model.momentum = optional(float)
@@ -47,8 +50,8 @@ def get_config() -> ConfigDict:
     # train.accumulate_steps); n of each n consecutive rows of it; -1 of the rows of
     # each device, which then exchange none. The running ones are averages over groups.
     config.model.batch_norm_group = 0
-    # Of RDNet alone, as growth_rate, stem, blur_pool, momentum, unbiased_variance,
-    # padding, fast, kernel and batch_norm_group are of DenseNet.
+    # Of RDNet alone, as growth_rate, stem, blur_pool, dropout_after, momentum,
+    # unbiased_variance, padding, fast, kernel and batch_norm_group are of DenseNet.
     config.model.growth_rates = optional(tuple)  # feature maps of a layer, by block
     config.model.halvings = optional(tuple)  # transitions that halve, counted from 1
     config.model.squeeze_blocks = optional(tuple)  # with squeeze-excitation, from 1
@@ -91,6 +94,7 @@ def get_config() -> ConfigDict:
     config.data.threads = 4  # decoding threads, where workers is 0
     config.data.workers = 0  # decoding processes, for many cores
     config.data.tfds_dir = optional(str)  # where TFDS keeps its sets; None: its own
+    config.data.tfds_train = ''  # its splits to train on, 'train+extra'; '': train
 
     config.optimizer = ConfigDict()
     config.optimizer.name = 'adam'  # adamw, sgd (Nesterov)

@@ -162,6 +162,7 @@ def load_source(
     cache: str = 'none',
     cache_limit_gib: float = 4.0,
     tfds_dir: str | None = None,
+    tfds_train: str = '',
 ) -> Source:
     """Finds the images and labels of a data source; decodes none of them.
 
@@ -181,6 +182,7 @@ def load_source(
         copies on one side, unless `ignore`.
       cache: `memory` keeps decoded images of up to `cache_limit_gib` in memory.
       tfds_dir: where TFDS keeps its sets; None for its default.
+      tfds_train: splits of a TFDS set to train on, joined by `+`; empty: `train`.
 
     Raises:
       UserError: for everything that is wrong with the fields or the files.
@@ -204,7 +206,11 @@ def load_source(
     if labels and kind != 'folder':
         raise UserError(f'data.labels={labels} needs data.source=folder:PATH')
     found = sources_lib.SOURCES[kind](
-        name, bad_images=bad_images, tfds_dir=tfds_dir, labels=labels
+        name,
+        bad_images=bad_images,
+        tfds_dir=tfds_dir,
+        tfds_train=tfds_train,
+        labels=labels,
     )
     split = splits.find_parts(found, test_fraction, split_seed, duplicates)
     train, test = split.train, split.test

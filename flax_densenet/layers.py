@@ -127,6 +127,9 @@ class DenseLayer(nn.Module):
     """H_l of the paper (section 3): the layer's new feature maps, not yet joined.
 
     The specification of what `DenseBlock` with `fast` computes for all its layers.
+
+    Attributes:
+      drop_bottleneck: drops out after the 1x1 convolution as well.
     """
 
     growth_rate: int
@@ -134,6 +137,7 @@ class DenseLayer(nn.Module):
     dropout_rate: float
     conv: Any
     norm: Any
+    drop_bottleneck: bool = False
 
     @nn.compact
     def __call__(self, x, train: bool):
@@ -141,12 +145,17 @@ class DenseLayer(nn.Module):
         if self.bottleneck:
             width = self.bottleneck * self.growth_rate
             y = self.conv(width, (1, 1), name='conv1')(y)
+            if self.drop_bottleneck:
+                y = self._drop_out(y, train)
             y = nn.relu(self.norm(name='norm2')(y, train))
         name = 'conv2' if self.bottleneck else 'conv1'
         y = self.conv(self.growth_rate, (3, 3), name=name)(y)
-        if train and self.dropout_rate:
-            y = dense_block.drop_out(y, self.make_rng('dropout'), self.dropout_rate)
-        return y
+        return self._drop_out(y, train)
+
+    def _drop_out(self, y, train):
+        if not train or not self.dropout_rate:
+            return y
+        return dense_block.drop_out(y, self.make_rng('dropout'), self.dropout_rate)
 
 
 class DenseLayerVariables(nn.Module):
@@ -248,13 +257,18 @@ def blur_pool(x):
 
 
 class Transition(nn.Module):
-    """Batch norm, ReLU, 1x1 convolution, 2x2 average pooling (section 3)."""
+    """Batch norm, ReLU, 1x1 convolution, 2x2 average pooling (section 3).
+
+    Attributes:
+      dropout_rate: share dropped after the convolution; of the plain one alone.
+    """
 
     features: int
     conv: Any
     kernel: Any
     norm: Any
     fast: dict[str, Any] | None
+    dropout_rate: float = 0.0
 
     @nn.compact
     def __call__(self, x, train: bool, statistics=None):
@@ -262,6 +276,9 @@ class Transition(nn.Module):
         if self.fast is None:
             x = nn.relu(norm(x, train))
             x = self.conv(self.features, (1, 1), name='conv')(x)
+            if train and self.dropout_rate:
+                key = self.make_rng('dropout')
+                x = dense_block.drop_out(x, key, self.dropout_rate)
             return nn.avg_pool(x, (2, 2), strides=(2, 2))
         channels = x.shape[-1]
         scale, bias, *averages = norm.declare(channels)

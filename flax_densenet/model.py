@@ -124,7 +124,10 @@ class DenseNet(nn.Module):
       stem_features: feature maps of the stem.
       blur_pool: the stem's pooling has stride 1 and a blur (`layers.blur_pool`) halves;
         not with the `cifar` stem, which does not pool.
-      dropout_rate: share dropped after each 3x3 convolution of a dense block.
+      dropout_rate: share dropped in training.
+      dropout_after: `conv3x3`, each 3x3 convolution of a dense block, as the PyTorch
+        ports do; or `every_conv`, also each 1x1 one and each transition's, as the
+        authors' Torch code does; then, with a rate above 0, the layers are plain.
       epsilon: added to the variance in batch norm.
       momentum: share of the running average that batch norm keeps at each step.
       unbiased_variance: running variances are unbiased (torch) or not (Keras).
@@ -155,6 +158,7 @@ class DenseNet(nn.Module):
     stem_features: int = 64
     blur_pool: bool = False
     dropout_rate: float = 0.0
+    dropout_after: str = 'conv3x3'
     epsilon: float = 1e-5
     momentum: float = 0.9
     unbiased_variance: bool = True
@@ -177,6 +181,8 @@ class DenseNet(nn.Module):
             **dtypes,
         )
         kernel_init, classifier_init = layers.initializers(self.initializer)
+        everywhere = self.dropout_rate > 0 and self.dropout_after == 'every_conv'
+        is_fast = self.fast and not everywhere
 
         def conv(features, size, strides=1, name=None):
             pad = [(n // 2, n // 2) for n in size]
@@ -195,15 +201,19 @@ class DenseNet(nn.Module):
             layers.Kernel, kernel_init=kernel_init, param_dtype=param_dtype
         )
         layer = functools.partial(
-            layers.DenseLayerVariables if self.fast else layers.DenseLayer,
+            layers.DenseLayerVariables if is_fast else layers.DenseLayer,
             growth_rate=self.growth_rate,
             bottleneck=self.bottleneck,
             dropout_rate=self.dropout_rate,
             norm=norm,
-            **({'kernel': kernel} if self.fast else {'conv': conv}),
+            **(
+                {'kernel': kernel}
+                if is_fast
+                else {'conv': conv, 'drop_bottleneck': everywhere}
+            ),
         )
         fast = None
-        if self.fast:
+        if is_fast:
             fast = dict(
                 epsilon=self.epsilon,
                 dtype=jnp.dtype(self.dtype),
@@ -226,7 +236,14 @@ class DenseNet(nn.Module):
             channels += size * self.growth_rate
             if number < len(self.block_sizes):
                 channels = int(channels * self.compression)
-                transition = layers.Transition(channels, conv, kernel, norm, fast)
+                transition = layers.Transition(
+                    channels,
+                    conv,
+                    kernel,
+                    norm,
+                    fast,
+                    self.dropout_rate if everywhere else 0.0,
+                )
                 setattr(self, f'transition{number}', transition)
         self.norm5 = norm()
         if self.num_classes:
@@ -559,6 +576,7 @@ def _check_fields(model):
             'stem': STEMS,
             'padding': PADDINGS,
             'kernel': dense_block.KERNELS,
+            'dropout_after': ('conv3x3', 'every_conv'),
         }
     for name, valid in choices.items():
         value = getattr(model, name)
@@ -598,6 +616,11 @@ def _check_fields(model):
         rdnet.check_fields(model)
     elif model.blur_pool and model.stem == 'cifar':
         raise UserError('model.blur_pool=True: the cifar stem has no pooling to blur')
+    elif model.kernel == 'native' and model.dropout_after == 'every_conv':
+        raise UserError(
+            'model.kernel=native cannot drop out: use auto with '
+            'model.dropout_after=every_conv'
+        )
     _check_size(model)
 
 

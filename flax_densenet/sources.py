@@ -293,7 +293,7 @@ class _TfdsLabels:
         return np.int32(self._reader.example(int(index))[self._reader.keys[1]])
 
 
-def _find_tfds(name, *, tfds_dir, **_):
+def _find_tfds(name, *, tfds_dir, tfds_train, **_):
     import tensorflow_datasets as tfds  # 1 s, and only here
 
     field = f'data.source=tfds:{name}'
@@ -308,15 +308,23 @@ def _find_tfds(name, *, tfds_dir, **_):
     image_key = _only_key(features, tfds.features.Image, 'image', field)
     label_key = _only_key(features, tfds.features.ClassLabel, 'label', field)
     splits = list(builder.info.splits)
-    test = next((s for s in ('test', 'validation') if s in splits), None)
-    train = 'train' if 'train' in splits else splits[0]
-    names = [train, test] if test and test != train else [train]
+    train = ['train' if 'train' in splits else splits[0]]
+    if tfds_train:
+        train = [name.strip() for name in tfds_train.split('+')]
+        unknown = [name for name in train if name not in splits]
+        if unknown or len(set(train)) < len(train):
+            raise UserError(
+                f'data.tfds_train={tfds_train}: {builder_name} has the splits '
+                f'{", ".join(splits)}; name some of them once each, as train+extra'
+            )
+    test = [s for s in ('test', 'validation') if s in splits and s not in train][:1]
+    names = train + test
     decoders = {image_key: tfds.decode.SkipDecoding()}
     parts = [builder.as_data_source(split=s, decoders=decoders) for s in names]
     reader = TfdsReader(parts, (image_key, label_key), names)
-    sizes = [len(part) for part in parts]
-    rest = sizes[0] + np.arange(sizes[1]) if len(sizes) > 1 else None
-    return Found(reader, features[label_key].names, np.arange(sizes[0]), rest)
+    count = sum(len(part) for part in parts[: len(train)])
+    rest = count + np.arange(len(parts[-1])) if test else None
+    return Found(reader, features[label_key].names, np.arange(count), rest)
 
 
 def _prepare_tfds(builder, field):

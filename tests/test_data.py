@@ -373,6 +373,7 @@ def make_builder(tfds, class_name, image, with_test):
     def split_generators(self, downloads):
         parts = {'train': self._generate_examples(range(8))}
         if with_test:
+            parts['extra'] = self._generate_examples(range(12, 13))
             parts['test'] = self._generate_examples(range(8, 12))
         return parts
 
@@ -427,6 +428,23 @@ def test_tfds_without_tensorflow(tfds, tmp_path, with_test):
     assert sorted(everything[i]['image'][0, 0, 0] for i in range(len(everything)))[
         -1
     ] == (220 if with_test else 140)
+
+
+def test_several_splits_of_tfds(tfds, tmp_path):
+    make_builder(tfds, 'TinySplits', png, True)(
+        data_dir=tmp_path, file_format='array_record'
+    ).download_and_prepare()
+    fields = dict(image_size=8, tfds_dir=str(tmp_path))
+    source = data.load_source('tfds:tiny_splits', tfds_train='train+extra', **fields)
+    assert (len(source.train), len(source.test)) == (9, 4)
+    seen = sorted(source.train[i]['image'][0, 0, 0] for i in range(9))
+    assert seen == [20 * n for n in (*range(8), 12)]
+    assert source.train.name(8).startswith('extra[')
+    source = data.load_source('tfds:tiny_splits', tfds_train='test', **fields)
+    assert (len(source.train), len(source.test)) == (3, 1)  # a split of it
+    for name in ('train+none', 'train+train', 'train+'):
+        with pytest.raises(UserError, match=f'tfds_train={name.replace("+", ".")}'):
+            data.load_source('tfds:tiny_splits', tfds_train=name, **fields)
 
 
 def test_tfds_set_that_needs_tensorflow(tfds, tmp_path):

@@ -148,6 +148,10 @@ def test_summary(main, arguments, size):
         (['--config.train.epochs=many'], '--config.train.epochs=many: invalid literal'),
         (['--config.train.epochs=1.5'], '--config.train.epochs=1.5: invalid literal'),
         (['--config.optimizer.learning_rate=fast'], 'could not convert'),
+        (
+            ['--config=configs/cifar.py:40_12,x'],
+            'configs/cifar.py:40_12,x: x is not known; use 40_12 or 40_12,code',
+        ),
         (['--config=configs/none.py'], '--config=configs/none.py: there is no such'),
         (['--mode=dance'], '--mode=dance is not known; use train, eval'),
         (['--color=red'], "Unknown command line flag 'color'"),

@@ -9,12 +9,13 @@ PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
 	sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	>/dev/null 2>&1 && { echo $$name; break; }; done)
 BIN = .venv/bin
-# Python compiles what it imports, as it does; all of the packages would take a minute.
+# Not compiled, which Python does with what it imports, when it does: half of the time.
+INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check
 # Peers need Python 3.11: only for it is there a CPU build of this torch. This project is
 # there too, with the oldest JAX that it runs on.
 PEERS = .venv-peers/bin
 
-# What tests compiled; the next run of them takes half the time less.
+# What tests compiled, for the next run of them.
 export FLAX_DENSENET_TEST_CACHE ?= $(CURDIR)/.venv/compiled-tests
 
 .PHONY: run test test-slow faults lint bench bench-gpu clean
@@ -52,10 +53,10 @@ bench-gpu:
 		>/dev/null 2>&1 && { echo $$name; break; }; done); \
 	test -n "$$peer" || { echo "Python 3.11 with venv is needed for the peers"; exit 1; }; \
 	$$peer -m venv .venv-peers
-	$(PEERS)/python -m pip install --quiet --no-compile --disable-pip-version-check torch==2.13.0
-	$(PEERS)/python -m pip install --quiet --no-compile --disable-pip-version-check -r benchmarks/peers.txt
-	$(PEERS)/python -m pip install --quiet --no-compile --disable-pip-version-check -e '.[test]'
-	$(PEERS)/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps \
+	$(PEERS)/python $(INSTALL) torch==2.13.0
+	$(PEERS)/python $(INSTALL) -r benchmarks/peers.txt
+	$(PEERS)/python $(INSTALL) -e '.[test]'
+	$(PEERS)/python $(INSTALL) --no-deps \
 		torchvision==0.28.0 timm torchxrayvision
 	touch $@
 
@@ -67,7 +68,7 @@ lint: .venv/installed
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 with venv is needed"; \
 		exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e '.[test]'
+	$(BIN)/python $(INSTALL) -e '.[test]'
 	touch $@
 
 clean:

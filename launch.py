@@ -423,8 +423,13 @@ def _parse(argv):
         left = flags.FLAGS(sys.argv)
     except (flags.Error, TypeError, ValueError) as error:
         said = str(error).strip()
-        if 'Traceback' in said:  # of a config that raised, whose last line says why
-            said = f'{files[-1]}: {said.splitlines()[-1].partition(": ")[2]}'
+        if 'Traceback' in said:  # of a config that raised
+            *before, said = said.splitlines()
+            if said.startswith('ValueError: '):  # its argument, which it refuses
+                said = said.removeprefix('ValueError: ')
+            elif place := [line for line in before if line.startswith('  File ')]:
+                said = f'{said} ({place[-1]})'
+            said = f'{files[-1]}: {said}'
         raise UserError(' '.join(said.split())) from error
     if len(left) > 1:
         hint = 'flags start with --'

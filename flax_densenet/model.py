@@ -182,7 +182,6 @@ class DenseNet(nn.Module):
         )
         kernel_init, classifier_init = layers.initializers(self.initializer)
         everywhere = self.dropout_rate > 0 and self.dropout_after == 'every_conv'
-        is_fast = self.fast and not everywhere
 
         def conv(features, size, strides=1, name=None):
             pad = [(n // 2, n // 2) for n in size]
@@ -200,51 +199,40 @@ class DenseNet(nn.Module):
         kernel = functools.partial(
             layers.Kernel, kernel_init=kernel_init, param_dtype=param_dtype
         )
-        layer = functools.partial(
-            layers.DenseLayerVariables if is_fast else layers.DenseLayer,
-            growth_rate=self.growth_rate,
-            bottleneck=self.bottleneck,
-            dropout_rate=self.dropout_rate,
-            norm=norm,
-            **(
-                {'kernel': kernel}
-                if is_fast
-                else {'conv': conv, 'drop_bottleneck': everywhere}
-            ),
-        )
-        fast = None
-        if is_fast:
+        layer, fast = functools.partial(layers.DenseLayer, conv=conv), None
+        if everywhere:
+            layer = functools.partial(layer, drop_bottleneck=True)
+        elif self.fast:
+            layer = functools.partial(layers.DenseLayerVariables, kernel=kernel)
             fast = dict(
                 epsilon=self.epsilon,
                 dtype=jnp.dtype(self.dtype),
                 kernel=self.kernel,
                 remat=self.remat == 'block',
             )
-        if self.stem == 'imagenet':
-            self.conv0 = conv(self.stem_features, (7, 7), strides=2)
-            self.norm0 = norm()
-        elif self.stem == 'deep':
-            half = self.stem_features // 2
-            self.conv0, self.norm0 = conv(half, (3, 3), strides=2), norm()
-            self.conv1, self.norm1 = conv(half, (3, 3)), norm()
-            self.conv2, self.norm2 = conv(self.stem_features, (3, 3)), norm()
-        else:
-            self.conv0 = conv(self.stem_features, (3, 3))
+        layer = functools.partial(
+            layer,
+            growth_rate=self.growth_rate,
+            bottleneck=self.bottleneck,
+            dropout_rate=self.dropout_rate,
+            norm=norm,
+        )
+        _add_stem(self, conv, norm)
+        transition = functools.partial(
+            layers.Transition,
+            conv=conv,
+            kernel=kernel,
+            norm=norm,
+            fast=fast,
+            dropout_rate=self.dropout_rate if everywhere else 0.0,
+        )
         channels = self.stem_features
         for number, size in enumerate(self.block_sizes, start=1):
             setattr(self, f'denseblock{number}', layers.DenseBlock(size, layer, fast))
             channels += size * self.growth_rate
             if number < len(self.block_sizes):
                 channels = int(channels * self.compression)
-                transition = layers.Transition(
-                    channels,
-                    conv,
-                    kernel,
-                    norm,
-                    fast,
-                    self.dropout_rate if everywhere else 0.0,
-                )
-                setattr(self, f'transition{number}', transition)
+                setattr(self, f'transition{number}', transition(channels))
         self.norm5 = norm()
         if self.num_classes:
             self.classifier = nn.Dense(
@@ -350,6 +338,20 @@ class DenseNet(nn.Module):
             if number < len(self.block_sizes):
                 x = getattr(self, f'transition{number}')(x, live, statistics)
         return outputs
+
+
+def _add_stem(module, conv, norm):
+    """Convolutions and norms in front of the first dense block, in `setup`."""
+    if module.stem == 'imagenet':
+        module.conv0 = conv(module.stem_features, (7, 7), strides=2)
+        module.norm0 = norm()
+    elif module.stem == 'deep':
+        half = module.stem_features // 2
+        module.conv0, module.norm0 = conv(half, (3, 3), strides=2), norm()
+        module.conv1, module.norm1 = conv(half, (3, 3)), norm()
+        module.conv2, module.norm2 = conv(module.stem_features, (3, 3)), norm()
+    else:
+        module.conv0 = conv(module.stem_features, (3, 3))
 
 
 Network = DenseNet | rdnet.RDNet

@@ -110,6 +110,14 @@ def write_images(root, counts, *, size=(40, 30), seed=0):
     return root
 
 
+def plain(config):
+    """A config as `fit` takes it: dicts."""
+    return {
+        name: value.to_dict() if hasattr(value, 'to_dict') else value
+        for name, value in config.items()
+    }
+
+
 def tiny_config(**overrides):
     """configs/base.py with a network that compiles in seconds, on 8x8 digits."""
     config = base.get_config()
@@ -121,10 +129,7 @@ def tiny_config(**overrides):
     config.train.tensorboard = False
     config.train.report = False
     config.update_from_flattened_dict(overrides)
-    return {
-        name: value.to_dict() if hasattr(value, 'to_dict') else value
-        for name, value in config.items()
-    }
+    return plain(config)
 
 
 def tiny_trained(source, *, seed=0, **metadata):

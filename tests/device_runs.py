@@ -30,6 +30,8 @@ _FROZEN = dict(frozen=2, rows=48, block_sizes=(1, 1))
 # Name: devices, and what differs from a step of all rows at once.
 RUNS = {
     'one': dict(devices=1),
+    'two': dict(devices=2),
+    'four': dict(devices=4),
     'eight': dict(devices=8),
     # Of rows of a device, 8, and of micro-batches of one row on each.
     'groups of 8': dict(devices=1, batch_norm_group=8),

@@ -20,6 +20,8 @@ BOUND = 1e-12
 QUICK = ('one', 'eight', 'eight again', 'groups of 8', 'own rows')
 QUICK += ('parts of 8 in shards',)
 PAIRS = [
+    ('two', 'one'),
+    ('four', 'one'),
     ('groups in a device', 'groups of 2'),
     ('parts of own rows', 'groups of 2'),
     ('groups of two devices', 'groups of 16'),

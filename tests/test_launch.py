@@ -176,6 +176,17 @@ def test_mistakes(main, arguments, message, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
+def test_a_config_with_a_defect(main, tmp_path):
+    """Its kind and its line are told, where it is no argument that it refuses."""
+    config = tmp_path / 'x.py'
+    config.write_text('def get_config():\n    return 1 + "a"\n')
+    line = one_line_error(*main(f'--config={config}'))
+    assert (
+        f'--config={config}: TypeError: unsupported operand' in line
+        and 'line 2, in get_config' in line
+    )
+
+
 @pytest.mark.parametrize('argument', ['--color=red', '--config.train.epochs=many'])
 def test_a_mistake_is_all_that_the_program_says(argument):
     done = launch(argument)

@@ -78,18 +78,19 @@ def test_the_scan_sees_bfloat16():
 
 @pytest.mark.slow
 def test_bfloat16_learns_as_float32(tmp_path):
-    """Two epochs of digits: the losses within 3 %, the accuracies within 5.
+    """Six epochs of digits: losses within a tenth, accuracies within 5 %; first 3 %.
 
-    At a rate where another rounding does not grow: at 1e-2 single runs of this small
-    network are 20 % apart in the third epoch, as those of two machines are in float32.
+    At a rate where another rounding grows slowly: at 1e-2 plain and fast layers, both
+    in float32, ended three epochs up to 10 % apart, bfloat16 21 % (three seeds).
     """
     records = []
     for dtype in ('float32', 'bfloat16'):
-        fields = {'model.dtype': dtype, 'data.batch_size': 32}
+        fields = {'model.dtype': dtype, 'data.batch_size': 32, 'train.epochs': 6}
         train.fit(tiny_config(**fields), str(tmp_path / dtype))
         records.append(read_records(tmp_path / dtype))
     for one, other in zip(*records, strict=True):
         assert one['train_loss'] != other['train_loss']
-        assert other['train_loss'] == pytest.approx(one['train_loss'], rel=0.03)
-        assert other['test_accuracy'] == pytest.approx(one['test_accuracy'], abs=0.05)
-    assert other['train_loss'] < 0.85 * records[1][0]['train_loss']
+        most = 0.03 if one['epoch'] <= 3 else 0.1
+        assert other['train_loss'] == pytest.approx(one['train_loss'], rel=most)
+    assert other['test_accuracy'] > 0.85
+    assert other['test_accuracy'] == pytest.approx(one['test_accuracy'], abs=0.05)

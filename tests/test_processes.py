@@ -386,7 +386,7 @@ def test_one_that_fails_or_hangs_ends_the_others(tmp_path):
 
 @pytest.mark.slow
 def test_every_image_counts_once(tmp_path):
-    """Predictions and evaluation by three and two processes are those of one."""
+    """Predictions and evaluation by three processes are those of one."""
     workdir = tmp_path / 'run'
     photos = write_images(tmp_path / 'photos', {'a': 17, 'b': 16}, size=(12, 12))
     (photos / 'b' / '003.jpg').write_bytes(b'no image')
@@ -394,33 +394,30 @@ def test_every_image_counts_once(tmp_path):
     options |= {'train.epochs': 1, 'data.bad_images': 'skip', 'data.test_fraction': 0.5}
     train.fit(tiny_config(**options), str(workdir))
     found = {}
-    for several in (True, False):
-        out = tmp_path / f'{several}.csv'
+    for count in (3, 1):
+        out = tmp_path / f'{count}.csv'
         predicting = Processes(
-            tmp_path / f'p{several}',
-            3 if several else 1,
+            tmp_path / f'p{count}',
+            count,
             *('--mode=predict', f'--workdir={workdir}', f'--files={photos}'),
-            *(f'--out={out}', f'--features={tmp_path}/{several}.npz'),
+            *(f'--out={out}', f'--features={tmp_path}/{count}.npz'),
             **{'data.batch_size': 4},
         )
         evaluating = Processes(
-            tmp_path / f'e{several}',
-            2 if several else 1,
-            *('--mode=eval', f'--workdir={workdir}'),
+            tmp_path / f'e{count}', count, '--mode=eval', f'--workdir={workdir}'
         )
         with predicting, evaluating:
-            assert set(predicting.wait()) == {1}, predicting.error(0)
-            assert set(evaluating.wait()) == {0}, evaluating.error(0)
-            first, *others = (log.read_text() for _, log in predicting.logs)
-            assert first.startswith('1 of 33 files could not be read')
-            assert not any(others)
+            assert predicting.wait() == [1] * count, predicting.error(0)
+            assert evaluating.wait() == [0] * count, evaluating.error(0)
+            assert predicting.error(0).startswith('1 of 33 files could not be read')
+            assert [predicting.error(n) for n in range(1, count)] == [''] * (count - 1)
         with out.open(newline='') as file:
             rows = list(csv.reader(file))
         with (workdir / 'predictions.csv').open(newline='') as file:
             rows += csv.reader(file)
         figures = json.loads((workdir / 'eval.json').read_text())
-        found[several] = rows, figures, np.load(tmp_path / f'{several}.npz')
-    (rows, figures, features), (others, its, their) = found[True], found[False]
+        found[count] = rows, figures, np.load(tmp_path / f'{count}.npz')
+    (rows, figures, features), (others, its, their) = found[3], found[1]
     assert figures['count'] == its['count'] == 16
     assert figures['accuracy'] == its['accuracy']
     assert [row[0] for row in rows] == [row[0] for row in others]

@@ -6,7 +6,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, write_images
+from conftest import ROOT, plain, write_images
 
 from flax_densenet import (
     UserError,
@@ -39,13 +39,6 @@ IMAGENET = {
 
 def recipe(name, *argument):
     return importlib.import_module(f'configs.{name}').get_config(*argument)
-
-
-def plain(config):
-    return {
-        name: value.to_dict() if hasattr(value, 'to_dict') else value
-        for name, value in config.items()
-    }
 
 
 @pytest.mark.parametrize('name', SMALL)

@@ -177,7 +177,7 @@ def test_a_flipped_byte(whole, tmp_path):
             shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize('damage', ['flip', 'metrics', *['cut', 'remove'] * FULL])
+@pytest.mark.parametrize('damage', ['flip', 'cut', 'remove', 'metrics'])
 def test_a_bad_checkpoint_is_left_out(whole, tmp_path, damage, capsys):
     """The run goes on from the newest good one, to where it would have come."""
     workdir = tmp_path / 'run'

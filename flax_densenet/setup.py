@@ -25,6 +25,7 @@ from flax_densenet import (
     finetune,
     groups,
     model,
+    optimizers,
     pipeline,
     saving,
     sharding,
@@ -202,7 +203,7 @@ def prepare(config, workdir: str, *, resume: bool = True) -> Run:
     pipeline.check_train_batches(
         source.train, batch_size, augment, fields['workers'], fields['balance']
     )
-    schedule = step.make_schedule(
+    schedule = optimizers.make_schedule(
         **{name: config['optimizer'][name] for name in _SCHEDULE_FIELDS},
         epochs=config['train']['epochs'],
         steps_per_epoch=len(source.train) / batch_size,
@@ -333,7 +334,7 @@ def make_optimizer(config, plan: finetune.Plan, schedule, mesh, *, head_steps: i
     shard = config['optimizer']['shard_state'] and mesh.size > 1
     fields['shard_over'] = mesh if shard else None
     return finetune.make_optimizer(
-        lambda first: step.make_optimizer(
+        lambda first: optimizers.make_optimizer(
             lambda count: schedule(first + count), **fields
         ),
         plan.rates,

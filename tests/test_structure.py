@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from configs import base
-from flax_densenet import create_model, data, model, rdnet, step, transfer
+from flax_densenet import create_model, data, model, optimizers, rdnet, transfer
 
 PACKAGE = ROOT / 'flax_densenet'
 # module -> modules of the package that it may import.
@@ -93,13 +93,14 @@ EDGES = {
     'web': {'errors', 'batching', 'explain', 'guard', 'images'},
     'serve': {'errors', 'web'},
     'report': {'atomic', 'checkpoint', 'evaluate', 'model'},
-    'step': {'errors', 'evaluate', 'model', 'objective', 'sharding', 'state_shards'},
+    'optimizers': {'errors', 'state_shards'},
+    'step': {'evaluate', 'model', 'objective', 'sharding', 'state_shards'},
     'finetune': {'errors', 'model'},
     'features': {'errors', 'data', 'evaluate', 'model', 'pipeline', 'sharding'},
     'setup': {
         'errors', 'balance', 'checkpoint', 'cluster', 'data', 'features', 'finetune',
-        'groups', 'metadata', 'model', 'pipeline', 'saving', 'sharding', 'sources',
-        'state_shards', 'step',
+        'groups', 'metadata', 'model', 'optimizers', 'pipeline', 'saving',
+        'sharding', 'sources', 'state_shards', 'step',
         'transfer', 'weights',
     },
     'board': set(),
@@ -178,12 +179,12 @@ def test_recipes(name):
     for field in (*ours, 'shard_state'):
         kwargs.pop(field)
     names = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
-    schedule = step.make_schedule(
+    schedule = optimizers.make_schedule(
         **{n: kwargs.pop(n) for n in names},
         epochs=config.train.epochs,
         steps_per_epoch=10.0,
     )
-    assert step.make_optimizer(schedule, **kwargs)
+    assert optimizers.make_optimizer(schedule, **kwargs)
 
 
 def test_base_has_each_field_of_the_functions():

@@ -120,6 +120,19 @@ def get_config() -> ConfigDict:
     # Micro-batches that a step takes data.batch_size in, one after another, in about
     # the memory of one; batch norm takes the statistics of each. One update a step.
     config.train.accumulate_steps = 1
+    # What the gradient is of: cross_entropy; focal, which weighs down what is right
+    # already (arXiv 1708.02002); bce, a sigmoid for each class (arXiv 2110.00476). With
+    # data.labels the first and the last are the same. train_loss and test_loss, by
+    # which runs and epochs are compared, stay the plain cross-entropy.
+    config.train.loss = 'cross_entropy'
+    config.train.focal_gamma = 2.0  # of focal; 0 makes it cross_entropy
+    # Share of the target that goes evenly to all classes, 0.1; of several labels each
+    # moves by half of it towards a half.
+    config.train.label_smoothing = 0.0
+    # Share that an average of parameters and batch norm statistics keeps at each step,
+    # 0.999, at first at most (1 + steps) / (10 + steps); 0: none. The averaged model is
+    # what is tested, kept, reported and exported; training goes on with its own values.
+    config.train.ema = 0.0
     config.train.seed = 0  # of parameters, order, augmentation and dropout
     # What keeps its parameters and batch norm statistics: none, backbone (all but the
     # classifier) or denseblock2 (from the stem to this block and its transition).

@@ -18,6 +18,7 @@ import jax
 from flax_densenet import (
     agreement,
     atomic,
+    averaging,
     board,
     checkpoint,
     cluster,
@@ -34,7 +35,6 @@ from flax_densenet import (
     sharding,
     signals,
     state_shards,
-    step,
     unread,
 )
 from flax_densenet.errors import UserError
@@ -235,7 +235,7 @@ def _start(run):
     if not latest.finished:
         place = f'in epoch {metadata["epoch"] + 1}, after step {latest.step},'
     print(f'going on {place} in {run.workdir}', flush=True)
-    restored = step.TrainState(**items['model'], **items['train'])
+    restored = loop.from_items(**items)
     return _spread(run, restored, state), metadata
 
 
@@ -332,7 +332,7 @@ def _test(work, state, record):
     run = work.run
     metrics = evaluate.evaluate(
         run.module,
-        {'params': state.params, 'batch_stats': state.batch_stats},
+        averaging.evaluated(state),
         (run.features or run.source).test,
         batch_size=run.part_size,
         mesh=run.mesh,

@@ -97,13 +97,18 @@ def get_config() -> ConfigDict:
     config.data.tfds_train = ''  # its splits to train on, 'train+extra'; '': train
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = 'adam'  # adamw, sgd (Nesterov)
+    config.optimizer.name = 'adam'  # adamw, sgd (Nesterov), lamb (large batches)
     config.optimizer.learning_rate = 1e-4  # the highest of the schedule
-    config.optimizer.schedule = 'constant'  # cosine (to 0), steps (/10, below)
+    # cosine (to 0), steps (/10, below), or one_cycle: up from 1/25 over warmup_epochs
+    # (0: over 0.3 of training), then down to nearly 0.
+    config.optimizer.schedule = 'constant'
     config.optimizer.drop_at = (0.5, 0.75)  # shares of training where steps divides
     config.optimizer.warmup_epochs = 0.0  # the rate rises from 0 over these
     config.optimizer.momentum = 0.9  # of sgd
-    config.optimizer.weight_decay = 0.0  # of all parameters; decoupled with adamw
+    config.optimizer.weight_decay = 0.0  # decoupled with adamw and lamb
+    # What weight decay is of: all parameters, as in the paper, or kernels, which leaves
+    # out norms and biases; lamb's trust ratio is of the same.
+    config.optimizer.decay = 'all'
     config.optimizer.l2_penalty = 0.0  # times the squares of kernels, in the loss
     config.optimizer.gradient_clip = 0.0  # longest gradient, over all; 0: any length
     # Each device keeps its part of the optimizer's state (ZeRO-1) and not all of it:

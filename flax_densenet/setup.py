@@ -42,7 +42,7 @@ from flax_densenet.errors import UserError
 
 _SCHEDULE_FIELDS = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
 _LOSS_FIELDS = ('loss', 'label_smoothing', 'focal_gamma')
-_OPTIMIZER_FIELDS = ('name', 'momentum', 'weight_decay')
+_OPTIMIZER_FIELDS = ('name', 'momentum', 'weight_decay', 'decay')
 ON_NONFINITE = ('stop', 'skip')
 # The state depends on them; with their defaults.
 PHASE_FIELDS = {'freeze': 'none', 'head_warmup_epochs': 0, 'ema': 0.0}

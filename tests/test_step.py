@@ -200,7 +200,7 @@ def test_schedules():
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
-        ({'schedule': 'linear'}, 'use constant, cosine, steps'),
+        ({'schedule': 'linear'}, 'use constant, cosine, steps, one_cycle'),
         ({'learning_rate': 0.0}, 'optimizer.learning_rate=0.0'),
         ({'learning_rate': float('nan')}, 'optimizer.learning_rate=nan'),
         ({'warmup_epochs': 10.0}, 'below train.epochs=10'),
@@ -235,7 +235,7 @@ def test_optimizers():
         update('sgd', decay=0.2, momentum=0.0), [0.93, -1.985], rtol=1e-6
     )
     np.testing.assert_allclose(update('adamw', decay=0.2), [0.88, -2.06], rtol=1e-6)
-    with pytest.raises(UserError, match='use adam, adamw, sgd'):
+    with pytest.raises(UserError, match='use adam, adamw, sgd, lamb'):
         update('rmsprop')
 
 

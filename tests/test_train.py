@@ -275,7 +275,7 @@ def test_bad_images_are_listed(tmp_path, capsys):
         ({'data.mean': (1.0,)}, 'needs a number for each of 3 channels'),
         ({'data.threads': 0}, 'data.threads=0'),
         ({'train.epochs': 0}, 'train.epochs=0'),
-        ({'optimizer.name': 'lamb'}, 'optimizer.name=lamb'),
+        ({'optimizer.name': 'lion'}, 'optimizer.name=lion'),
         ({'model.variant': 'resnet50'}, 'model.variant=resnet50'),
     ],
 )

@@ -33,6 +33,9 @@ def get_config() -> ConfigDict:
     # conv3x3 (each of a block, as PyTorch's ports) or every_conv (also the 1x1 and the
     # transitions', as the authors' code; with the plain layers, which are slower).
     config.model.dropout_after = optional(str)
+    # Share of images that the last layer's new maps are left out of in training
+    # (stochastic depth); falls evenly to 0 in the first. On CPUs by kernel=xla: slower.
+    config.model.drop_path_rate = optional(float)
     config.model.epsilon = optional(float)  # in batch norm, added to the variance; 1e-5
     # Share of the running statistics kept at each step; 0.9, Keras has 0.99.
     config.model.momentum = optional(float)
@@ -57,9 +60,6 @@ def get_config() -> ConfigDict:
     config.model.squeeze_blocks = optional(tuple)  # with squeeze-excitation, from 1
     config.model.layer_scale = optional(float)  # first factor of a layer; 0: none
     config.model.patch_size = optional(int)  # pixels, of the stem's patches
-    # Share of images that the last layer leaves out in training (stochastic depth);
-    # falls evenly to 0 in the first.
-    config.model.drop_path_rate = optional(float)
 
     config.data = ConfigDict()
     # digits, folder:PATH (PATH/CLASS/* or PATH/{train,val}/CLASS/*), packed:DIR (made

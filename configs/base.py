@@ -85,6 +85,11 @@ def get_config() -> ConfigDict:
     # Classes of different sizes: sampler draws all equally often (an epoch has as many
     # images as before), loss weighs all classes alike in the gradient; none of both.
     config.data.balance = 'none'
+    # What a trained model sees of an image: none, the image; flip, also its mirror
+    # image, and probabilities are the mean of both, in twice the time. Of --mode=eval,
+    # report and predict, which can change it, and of serve; not of the test after each
+    # epoch, which chooses the best one.
+    config.data.tta = 'none'
     config.data.bad_images = 'error'  # or skip: leaves them out and lists them
     # The same image in training and test: report tells of it, drop leaves it out of
     # training, ignore does not look; a split of ours keeps copies on one side.
@@ -138,6 +143,9 @@ def get_config() -> ConfigDict:
     # 0.999, at first at most (1 + steps) / (10 + steps); 0: none. The averaged model is
     # what is tested, kept, reported and exported; training goes on with its own values.
     config.train.ema = 0.0
+    # Ends after so many epochs in a row without a better one (by which the best
+    # checkpoint is chosen); 0: never. The schedule is that of all epochs.
+    config.train.patience = 0
     config.train.seed = 0  # of parameters, order, augmentation and dropout
     # What keeps its parameters and batch norm statistics: none, backbone (all but the
     # classifier) or denseblock2 (from the stem to this block and its transition).

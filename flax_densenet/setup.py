@@ -35,6 +35,7 @@ from flax_densenet import (
     state_shards,
     step,
     transfer,
+    views,
 )
 from flax_densenet import metadata as metadata_lib
 from flax_densenet import weights as weights_lib
@@ -311,6 +312,7 @@ _RANGES = (
     ('train', 'epochs', 1, 10**6),
     ('train', 'seed', 0, 2**63 - 1),
     ('train', 'accumulate_steps', 1, 10**6),
+    ('train', 'patience', 0, 10**6),
 )
 
 
@@ -331,6 +333,7 @@ def _check_fields(config):
     features.check_cache(config['train']['cache_features'])
     objective.make_loss(**{name: config['train'][name] for name in _LOSS_FIELDS})
     averaging.check_decay(config['train']['ema'])
+    views.check(fields['tta'])
     saving.parse_every(config['train']['checkpoint_every'])
     if (choice := config['train']['on_nonfinite']) not in ON_NONFINITE:
         raise UserError(

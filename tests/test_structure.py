@@ -24,7 +24,7 @@ EDGES = {
     'cluster': {'errors', 'native_errors'},
     'agreement': {'sharding'},
     'checkpoint': {'errors'},
-    'metadata': {'errors', 'checkpoint', 'images'},
+    'metadata': {'errors', 'checkpoint', 'images', 'views'},
     'faults': set(),
     'atomic': set(),
     'lock': {'errors'},
@@ -70,7 +70,8 @@ EDGES = {
                 'rdnet_files', 'torch_files'},
     'transfer': {'errors', 'weights'},
     'evaluate': {'errors', 'checkpoint', 'cluster', 'data', 'images', 'metadata',
-                 'model', 'objective', 'pipeline', 'sharding', 'unread', 'weights'},
+                 'model', 'objective', 'pipeline', 'sharding', 'unread', 'views',
+                 'weights'},
     'export': {'errors', 'evaluate', 'keras_files', 'model', 'rdnet_files', 'weights'},
     'explain': {'model'},
     'environment': set(),
@@ -78,11 +79,12 @@ EDGES = {
     'render': {'errors', 'atomic'},
     'gallery': {'data', 'explain', 'predict', 'results'},
     'page': {'data', 'evaluate', 'gallery', 'history', 'metrics', 'predict', 'render',
-             'report', 'results', 'sharding'},
+             'report', 'results', 'sharding', 'views'},
     'compare': {'errors', 'checkpoint', 'history', 'page', 'render'},
     'results': {'errors', 'atomic', 'data', 'evaluate', 'metrics', 'sharding'},
     'answers': {'explain'},
-    'predict': {'errors', 'answers', 'evaluate', 'explain', 'images', 'sharding'},
+    'predict': {'errors', 'answers', 'evaluate', 'explain', 'images', 'sharding',
+                'views'},
     'files': {'errors', 'images'},
     'rows': {'answers', 'errors'},
     'feature_files': {'errors'},
@@ -95,6 +97,8 @@ EDGES = {
     'report': {'atomic', 'checkpoint', 'evaluate', 'model'},
     'optimizers': {'errors', 'state_shards'},
     'averaging': {'errors'},
+    'patience': {'checkpoint'},
+    'views': {'errors'},
     'step': {'averaging', 'evaluate', 'model', 'objective', 'sharding', 'state_shards'},
     'finetune': {'errors', 'model'},
     'features': {'errors', 'data', 'evaluate', 'model', 'pipeline', 'sharding'},
@@ -102,12 +106,13 @@ EDGES = {
         'errors', 'averaging', 'balance', 'checkpoint', 'cluster', 'data', 'features',
         'finetune', 'groups', 'metadata', 'model', 'objective', 'optimizers',
         'pipeline', 'saving', 'sharding', 'sources', 'state_shards', 'step',
-        'transfer', 'weights',
+        'transfer', 'views', 'weights',
     },
     'board': set(),
     'train': {'errors', 'agreement', 'atomic', 'averaging', 'board', 'checkpoint',
               'cluster', 'environment', 'evaluate',
-              'history', 'lock', 'loop', 'page', 'report', 'results', 'saving', 'setup',
+              'history', 'lock', 'loop', 'page', 'patience', 'report', 'results',
+              'saving', 'setup',
               'sharding', 'signals', 'state_shards', 'unread'},
     'lr_find': {'errors', 'checkpoint', 'report', 'setup', 'sharding'},
 }  # fmt: skip
@@ -199,7 +204,7 @@ def test_base_has_each_field_of_the_functions():
     }
     assert set(config.model) == {'variant'} | known - skip
     loading = {'source', 'batch_size', 'mean', 'std', 'augment', 'threads', 'workers'}
-    loading |= {'balance'}
+    loading |= {'balance', 'tta'}
     assert set(config.data) == loading | set(data.load_source.__kwdefaults__)
 
 

@@ -166,6 +166,7 @@ def records_of(workdir):
     ]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_with_everything_is_the_uninterrupted_one(
     tmp_path, monkeypatch, capsys
 ):

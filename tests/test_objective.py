@@ -1,4 +1,4 @@
-"""The losses by hand, in double precision; beside torch's in test_torch.py."""
+"""The losses by hand, in double precision; beside torch's in test_torch_training.py."""
 
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,5 @@
 """LAMB, decay of kernels alone and the one-cycle schedule, by hand; the older ones are
-in test_step.py, all beside torch's in test_torch.py."""
+in test_step.py, all beside torch's in test_torch_training.py."""
 
 import jax
 import jax.numpy as jnp

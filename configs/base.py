@@ -131,9 +131,10 @@ def get_config() -> ConfigDict:
     # the memory of one; batch norm takes the statistics of each. One update a step.
     config.train.accumulate_steps = 1
     # What the gradient is of: cross_entropy; focal, which weighs down what is right
-    # already (arXiv 1708.02002); bce, a sigmoid for each class (arXiv 2110.00476). With
-    # data.labels the first and the last are the same. train_loss and test_loss, by
-    # which runs and epochs are compared, stay the plain cross-entropy.
+    # already (arXiv 1708.02002); bce, a sigmoid for each class (arXiv 2110.00476),
+    # though answers stay the softmax's. With data.labels the first and the last are the
+    # same. train_loss and test_loss, by which runs and epochs are compared, stay the
+    # plain cross-entropy.
     config.train.loss = 'cross_entropy'
     config.train.focal_gamma = 2.0  # of focal; 0 makes it cross_entropy
     # Share of the target that goes evenly to all classes, 0.1; of several labels each

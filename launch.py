@@ -154,7 +154,7 @@ def _train(config, workdir, overrides):
 
 def _evaluate(config, workdir, overrides):
     """Measures the best checkpoint; only data.* fields can be changed."""
-    from flax_densenet import results
+    from flax_densenet import results, views
 
     trained, path, fields = _load(config, workdir, overrides, 'eval')
     source, found, trained_on = results.of_data(trained, path, fields)
@@ -163,6 +163,7 @@ def _evaluate(config, workdir, overrides):
         which = (
             f'best checkpoint: epoch {trained.metadata["epoch"]}, step {trained.step}'
         )
+    which += views.describe(fields['tta'])
     what = 'test images' if source.has_test or trained_on else 'images'
     where = f'{len(found.labels)} {what} of {fields["source"]}, {which}'
     results.save(workdir, found, {'data': fields['source'], 'model': which})
@@ -209,7 +210,7 @@ def _load(config, workdir, overrides, mode):
     }
     fields['image_size'] = fields['image_size'] or trained.metadata['image_size']
     sharding.check_batch_size(fields['batch_size'], mesh)
-    return trained, path, fields
+    return trained.with_tta(fields['tta']), path, fields
 
 
 def _trained_path(config, workdir):
@@ -240,7 +241,7 @@ def _export(config, workdir, overrides):
     print(f'{_OUT.value}: the model of {path} for {file_format}')
 
 
-_OF_PREDICT = ('init_from', 'data.batch_size', 'data.threads')
+_OF_PREDICT = ('init_from', 'data.batch_size', 'data.threads', 'data.tta')
 
 
 def _predict(config, workdir, overrides):
@@ -252,7 +253,7 @@ def _predict(config, workdir, overrides):
     if wrong:
         raise UserError(
             f'--config.{wrong[0]}: --mode=predict takes it from {path}; only '
-            f'{" and ".join(_OF_PREDICT[1:])} can be set'
+            f'{", ".join(_OF_PREDICT[1:])} can be set'
         )
     for name in ('batch_size', 'threads'):
         if config['data'][name] < 1:
@@ -266,7 +267,8 @@ def _predict(config, workdir, overrides):
     def load():
         # Of several processes each predicts with its own devices.
         batch_size, mesh = config['data']['batch_size'], sharding.make_local_mesh()
-        return predict.load_trained(path, batch_size=batch_size, mesh=mesh)
+        tta = overrides.get('data.tta')
+        return predict.load_trained(path, batch_size=batch_size, mesh=mesh, tta=tta)
 
     if cluster.is_first():
         failed = _write_predictions(load, threads)

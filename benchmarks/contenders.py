@@ -45,12 +45,14 @@ def make_ours(task, **fields):
     """(compiled training step, state, batch): what `train.fit` runs."""
     import jax
 
-    from flax_densenet import create_model, init_variables, sharding, step
+    from flax_densenet import create_model, init_variables, optimizers, sharding, step
 
     batch, size, classes = SHAPES[task]
     variant = 'BC-L100k12' if task == 'cifar' else 'densenet121'
     module = create_model(variant, num_classes=classes, **fields)
-    optimizer = step.make_optimizer(1e-4, name='adam', momentum=0.0, weight_decay=0.0)
+    optimizer = optimizers.make_optimizer(
+        1e-4, name='adam', momentum=0.0, weight_decay=0.0
+    )
     mesh = sharding.make_mesh()
     variables = init_variables(module, 0)
     state = sharding.replicate(step.new_state(variables, optimizer), mesh)

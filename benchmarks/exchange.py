@@ -47,7 +47,15 @@ def make_step(
     import jax
     import numpy as np
 
-    from flax_densenet import create_model, groups, model, sharding, state_shards, step
+    from flax_densenet import (
+        create_model,
+        groups,
+        model,
+        optimizers,
+        sharding,
+        state_shards,
+        step,
+    )
 
     mesh = sharding.make_mesh(jax.devices()[:devices])
     group = groups.resolve(
@@ -57,7 +65,7 @@ def make_step(
         accumulate_steps=accumulate_steps,
     )
     module = create_model(variant, num_classes=1000, batch_norm_group=group, **fields)
-    update = step.make_optimizer(
+    update = optimizers.make_optimizer(
         1e-3,
         name=optimizer,
         momentum=0.9,

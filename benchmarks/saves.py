@@ -14,12 +14,21 @@ import time
 import jax
 import numpy as np
 
-from flax_densenet import checkpoint, cpu_kernels, loop, model, saving, sharding, step
+from flax_densenet import (
+    checkpoint,
+    cpu_kernels,
+    loop,
+    model,
+    optimizers,
+    saving,
+    sharding,
+    step,
+)
 
 
 def _prepare(size, batch):
     module = model.create_model('densenet121', num_classes=10)
-    optimizer = step.make_optimizer(
+    optimizer = optimizers.make_optimizer(
         lambda count: 1e-4, name='adam', momentum=0.9, weight_decay=0.0
     )
     mesh = sharding.make_mesh()

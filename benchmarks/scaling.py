@@ -30,13 +30,13 @@ def _prepare(variant, size, batch, group):
     import jax
     import numpy as np
 
-    from flax_densenet import cpu_kernels, groups, model, sharding, step
+    from flax_densenet import cpu_kernels, groups, model, optimizers, sharding, step
 
     cpu_kernels.load()
     mesh = sharding.make_mesh()
     rows = groups.resolve(group, rows=batch, devices=mesh.size)
     module = model.create_model(variant, num_classes=10, batch_norm_group=rows)
-    optimizer = step.make_optimizer(
+    optimizer = optimizers.make_optimizer(
         lambda count: 1e-3, name='adam', momentum=0.9, weight_decay=0.0
     )
     state = step.new_state(model.init_variables(module, seed=0), optimizer)

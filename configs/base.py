@@ -33,6 +33,9 @@ def get_config() -> ConfigDict:
     # conv3x3 (each of a block, as PyTorch's ports) or every_conv (also the 1x1 and the
     # transitions', as the authors' code; with the plain layers, which are slower).
     config.model.dropout_after = optional(str)
+    # Share of images that the last layer's new maps are left out of in training
+    # (stochastic depth); falls evenly to 0 in the first. On CPUs by kernel=xla: slower.
+    config.model.drop_path_rate = optional(float)
     config.model.epsilon = optional(float)  # in batch norm, added to the variance; 1e-5
     # Share of the running statistics kept at each step; 0.9, Keras has 0.99.
     config.model.momentum = optional(float)
@@ -57,9 +60,6 @@ def get_config() -> ConfigDict:
     config.model.squeeze_blocks = optional(tuple)  # with squeeze-excitation, from 1
     config.model.layer_scale = optional(float)  # first factor of a layer; 0: none
     config.model.patch_size = optional(int)  # pixels, of the stem's patches
-    # Share of images that the last layer leaves out in training (stochastic depth);
-    # falls evenly to 0 in the first.
-    config.model.drop_path_rate = optional(float)
 
     config.data = ConfigDict()
     # digits, folder:PATH (PATH/CLASS/* or PATH/{train,val}/CLASS/*), packed:DIR (made
@@ -85,6 +85,11 @@ def get_config() -> ConfigDict:
     # Classes of different sizes: sampler draws all equally often (an epoch has as many
     # images as before), loss weighs all classes alike in the gradient; none of both.
     config.data.balance = 'none'
+    # What a trained model sees of an image: none, the image; flip, also its mirror
+    # image, and probabilities are the mean of both, in twice the time. Of --mode=eval,
+    # report and predict, which can change it, and of serve; not of the test after each
+    # epoch, which chooses the best one.
+    config.data.tta = 'none'
     config.data.bad_images = 'error'  # or skip: leaves them out and lists them
     # The same image in training and test: report tells of it, drop leaves it out of
     # training, ignore does not look; a split of ours keeps copies on one side.
@@ -97,13 +102,18 @@ def get_config() -> ConfigDict:
     config.data.tfds_train = ''  # its splits to train on, 'train+extra'; '': train
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = 'adam'  # adamw, sgd (Nesterov)
+    config.optimizer.name = 'adam'  # adamw, sgd (Nesterov), lamb (large batches)
     config.optimizer.learning_rate = 1e-4  # the highest of the schedule
-    config.optimizer.schedule = 'constant'  # cosine (to 0), steps (/10, below)
+    # cosine (to 0), steps (/10, below), or one_cycle: up from 1/25 over warmup_epochs
+    # (0: over 0.3 of training), then down to nearly 0.
+    config.optimizer.schedule = 'constant'
     config.optimizer.drop_at = (0.5, 0.75)  # shares of training where steps divides
     config.optimizer.warmup_epochs = 0.0  # the rate rises from 0 over these
     config.optimizer.momentum = 0.9  # of sgd
-    config.optimizer.weight_decay = 0.0  # of all parameters; decoupled with adamw
+    config.optimizer.weight_decay = 0.0  # decoupled with adamw and lamb
+    # What weight decay is of: all parameters, as in the paper, or kernels, which leaves
+    # out norms and biases; lamb's trust ratio is of the same.
+    config.optimizer.decay = 'all'
     config.optimizer.l2_penalty = 0.0  # times the squares of kernels, in the loss
     config.optimizer.gradient_clip = 0.0  # longest gradient, over all; 0: any length
     # Each device keeps its part of the optimizer's state (ZeRO-1) and not all of it:
@@ -120,6 +130,23 @@ def get_config() -> ConfigDict:
     # Micro-batches that a step takes data.batch_size in, one after another, in about
     # the memory of one; batch norm takes the statistics of each. One update a step.
     config.train.accumulate_steps = 1
+    # What the gradient is of: cross_entropy; focal, which weighs down what is right
+    # already (arXiv 1708.02002); bce, a sigmoid for each class (arXiv 2110.00476),
+    # though answers stay the softmax's. With data.labels the first and the last are the
+    # same. train_loss and test_loss, by which runs and epochs are compared, stay the
+    # plain cross-entropy.
+    config.train.loss = 'cross_entropy'
+    config.train.focal_gamma = 2.0  # of focal; 0 makes it cross_entropy
+    # Share of the target that goes evenly to all classes, 0.1; of several labels each
+    # moves by half of it towards a half.
+    config.train.label_smoothing = 0.0
+    # Share that an average of parameters and batch norm statistics keeps at each step,
+    # 0.999, at first at most (1 + steps) / (10 + steps); 0: none. The averaged model is
+    # what is tested, kept, reported and exported; training goes on with its own values.
+    config.train.ema = 0.0
+    # Ends after so many epochs in a row without a better one (by which the best
+    # checkpoint is chosen); 0: never. The schedule is that of all epochs.
+    config.train.patience = 0
     config.train.seed = 0  # of parameters, order, augmentation and dropout
     # What keeps its parameters and batch norm statistics: none, backbone (all but the
     # classifier) or denseblock2 (from the stem to this block and its transition).

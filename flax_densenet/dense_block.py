@@ -162,14 +162,24 @@ def _not_native_block(layers, dropout):
     if layers[0].kernel2 is None:
         return 'it is for layers with a bottleneck'
     if dropout:
-        return 'it has no dropout'
+        return 'it has no dropout and no stochastic depth'
     if max(layers[0].kernel2.shape[2:]) > 256:
         return 'its widest layer is 256'
     return None
 
 
 def block_train(
-    x, layers, *, epsilon, dtype, kernel='auto', remat=True, dropout_rate=0.0, keys=None
+    x,
+    layers,
+    *,
+    epsilon,
+    dtype,
+    kernel='auto',
+    remat=True,
+    dropout_rate=0.0,
+    keys=None,
+    path_rates=None,
+    path_keys=None,
 ):
     """A dense block in training.
 
@@ -179,13 +189,17 @@ def block_train(
       remat: compute `relu(norm1(x))` again in the backward pass instead of keeping it;
         the native kernel always does.
       keys: a random key for each layer, needed where `dropout_rate` is above 0.
+      path_rates: for each layer the share of images that its maps are left out of.
+      path_keys: a random key for each layer, needed where its rate is above 0.
 
     Returns:
       Features `[N, H, W, C0 + L * G]`; their batch (mean, var); for each layer the
       batch (mean, var) of norm2's input, or None without bottleneck.
     """
     layers = tuple(layers)
-    if use_native(kernel, x, layers, dropout=dropout_rate > 0):
+    path_rates = path_rates or (0.0,) * len(layers)
+    dropout = max(dropout_rate, *path_rates) > 0
+    if use_native(kernel, x, layers, dropout=dropout):
         trained = [_parameters(layer) for layer in layers]
         features, mean, var, mean2, var2 = _native_train(x, trained, epsilon)
         return features, (mean, var), list(zip(mean2, var2, strict=True))
@@ -206,6 +220,8 @@ def block_train(
             inner.append(None)
         if dropout_rate:
             y = drop_out(y, keys[index], dropout_rate)
+        if path_rates[index]:
+            y = drop_path(y, path_keys[index], path_rates[index])
         new_mean, new_var = statistics(y)
         x = jnp.concatenate([x, y], -1)
         mean = jnp.concatenate([mean, new_mean])
@@ -215,8 +231,17 @@ def block_train(
 
 def drop_out(x, key, rate):
     """Sets a share `rate` of the values to 0 and divides the others by what is left."""
+    return _drop(x, key, rate, x.shape)
+
+
+def drop_path(x, key, rate):
+    """The same with all values of an image, `[N, H, W, C]`: stochastic depth."""
+    return _drop(x, key, rate, (x.shape[0], 1, 1, 1))
+
+
+def _drop(x, key, rate, shape):
     # In float32 always, so that the choice does not depend on the precision.
-    keep = jax.random.uniform(key, x.shape, jnp.float32) >= rate
+    keep = jax.random.uniform(key, shape, jnp.float32) >= rate
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 

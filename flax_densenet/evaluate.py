@@ -20,6 +20,7 @@ from flax_densenet import (
     pipeline,
     sharding,
     unread,
+    views,
     weights,
 )
 from flax_densenet import images as images_lib
@@ -49,10 +50,24 @@ def forward(module, variables, batch, *, mean, std, mutable=False, **options):
     return module.apply(variables, images, mutable=mutable, **options)
 
 
-@functools.partial(jax.jit, static_argnames=('module', 'mean', 'std'))
-def eval_step(variables, batch, *, module, mean, std):
+def forward_views(module, variables, batch, *, tta, multi_label, **options):
+    """`forward` of the images' views (`views.images_of`), averaged to one."""
+    if tta == 'none':
+        return forward(module, variables, batch, **options)
+    found = [
+        forward(module, variables, batch | {'image': images}, **options)
+        for images in views.images_of(batch['image'], tta)
+    ]
+    return views.mean_logits(jnp.stack(found), multi_label=multi_label)
+
+
+@functools.partial(jax.jit, static_argnames=('module', 'mean', 'std', 'tta'))
+def eval_step(variables, batch, *, module, mean, std, tta='none'):
     """Sums over the rows whose mask is 1 (correct, loss, count), and the logits."""
-    logits = forward(module, variables, batch, mean=mean, std=std)
+    several = batch['label'].ndim == 2
+    logits = forward_views(
+        module, variables, batch, tta=tta, multi_label=several, mean=mean, std=std
+    )
     mask = batch['mask']
     losses, correct = objective.measure(logits, batch['label'])
     sums = {
@@ -145,6 +160,9 @@ def compute_logits(
 ) -> tuple[np.ndarray, np.ndarray]:
     """What a trained model says of labelled images, on every host.
 
+    With the test-time augmentation of its metadata (`views`), which `evaluate` is
+    without.
+
     Args:
       batch_size: over all devices, which it must divide over.
 
@@ -164,6 +182,7 @@ def compute_logits(
         mesh=trained.mesh,
         mean=tuple(metadata['mean']),
         std=tuple(metadata['std']),
+        tta=views.of_metadata(metadata),
         threads=threads,
         workers=workers,
     )
@@ -188,7 +207,16 @@ def compute_logits(
 
 
 def _eval_steps(
-    module, variables, examples, *, mesh, mean, std, left_out=None, **loading
+    module,
+    variables,
+    examples,
+    *,
+    mesh,
+    mean,
+    std,
+    tta='none',
+    left_out=None,
+    **loading,
 ):
     """Yields sums, logits and the batch, of each batch in turn.
 
@@ -201,7 +229,7 @@ def _eval_steps(
         for batch in batches:
             batch = sharding.to_global(batch, mesh)
             sums, logits = eval_step(
-                variables, batch, module=module, mean=mean, std=std
+                variables, batch, module=module, mean=mean, std=std, tta=tta
             )
             yield sums, logits, batch
         if isinstance(batches, unread.Batches):
@@ -229,6 +257,12 @@ class Trained:
     metrics: dict[str, float]
     step: int | None
     mesh: Any
+
+    def with_tta(self, tta: str) -> 'Trained':
+        """The same with another `data.tta`."""
+        views.check(tta)
+        fields = self.metadata['data'] | {'tta': tta}
+        return dataclasses.replace(self, metadata=self.metadata | {'data': fields})
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

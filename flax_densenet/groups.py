@@ -80,7 +80,8 @@ def pyramid(module, x, frozen: int, live):
             f'model.batch_norm_group={group} does not divide a batch of {rows} rows'
         )
     one, variables = module.clone(batch_norm_group=0), module.variables
-    key = module.make_rng('dropout') if module.dropout_rate else None
+    drops = module.dropout_rate or module.drop_path_rate
+    key = module.make_rng('dropout') if drops else None
 
     def of_group(images, number):
         rngs = {}

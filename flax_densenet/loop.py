@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from flax_densenet import (
     agreement,
+    averaging,
     board,
     cluster,
     nonfinite,
@@ -99,14 +100,22 @@ class Loop:
 
 def checkpoint_items(state: step.TrainState) -> dict[str, Any]:
     """The trees of arrays that a checkpoint has; on several hosts all must ask."""
+    items = averaging.to_items(state)
     return {
-        'model': {'params': state.params, 'batch_stats': state.batch_stats},
+        'model': items.pop('model'),
         'train': {
             'step': state.step,
             'opt_state': state_shards.whole(state.opt_state),
             'running': state.running,
+            **items,
         },
     }
+
+
+def from_items(model, train: dict[str, Any]) -> step.TrainState:
+    """What `checkpoint_items` made, as a state."""
+    rest = {name: train[name] for name in ('step', 'opt_state', 'running')}
+    return step.TrainState(**averaging.from_items(model, train.get('raw')), **rest)
 
 
 class _Losses:

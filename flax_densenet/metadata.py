@@ -8,7 +8,7 @@ model's own fields are checked where it is made (`model.create_model`).
 import math
 from typing import Any
 
-from flax_densenet import checkpoint, images
+from flax_densenet import checkpoint, images, views
 from flax_densenet.errors import UserError
 
 LARGEST_IMAGE = 2**16  # pixels a side
@@ -102,6 +102,7 @@ _DATA = {
         isinstance(value, str) and value in images.INTERPOLATIONS
     ),
     'crop_fraction': _is_share,
+    'tta': lambda value: isinstance(value, str) and value in views.VIEWS,
     'mean': _are_numbers,
     'std': _are_numbers,
 }

@@ -128,6 +128,9 @@ class DenseNet(nn.Module):
       dropout_after: `conv3x3`, each 3x3 convolution of a dense block, as the PyTorch
         ports do; or `every_conv`, also each 1x1 one and each transition's, as the
         authors' Torch code does; then, with a rate above 0, the layers are plain.
+      drop_path_rate: share of images that the last dense layer's new maps are left out
+        of in training (stochastic depth), the others' scaled up for it; it falls
+        evenly to 0 in the first layer (`layers.drop_path_rates`).
       epsilon: added to the variance in batch norm.
       momentum: share of the running average that batch norm keeps at each step.
       unbiased_variance: running variances are unbiased (torch) or not (Keras).
@@ -159,6 +162,7 @@ class DenseNet(nn.Module):
     blur_pool: bool = False
     dropout_rate: float = 0.0
     dropout_after: str = 'conv3x3'
+    drop_path_rate: float = 0.0
     epsilon: float = 1e-5
     momentum: float = 0.9
     unbiased_variance: bool = True
@@ -227,8 +231,10 @@ class DenseNet(nn.Module):
             dropout_rate=self.dropout_rate if everywhere else 0.0,
         )
         channels = self.stem_features
+        rates = layers.drop_path_rates(self.drop_path_rate, self.block_sizes)
         for number, size in enumerate(self.block_sizes, start=1):
-            setattr(self, f'denseblock{number}', layers.DenseBlock(size, layer, fast))
+            block = layers.DenseBlock(rates[number - 1], layer, fast)
+            setattr(self, f'denseblock{number}', block)
             channels += size * self.growth_rate
             if number < len(self.block_sizes):
                 channels = int(channels * self.compression)
@@ -601,6 +607,7 @@ def _check_fields(model):
         'stem_features': model.stem_features >= 1,
         'compression': 0 < model.compression <= 1,
         'dropout_rate': 0 <= model.dropout_rate < 1,
+        'drop_path_rate': 0 <= model.drop_path_rate < 1,
         'epsilon': 0 < model.epsilon <= 1,
     }
     if isinstance(model, DenseNet):
@@ -622,6 +629,11 @@ def _check_fields(model):
         raise UserError(
             'model.kernel=native cannot drop out: use auto with '
             'model.dropout_after=every_conv'
+        )
+    elif model.kernel == 'native' and model.drop_path_rate:
+        raise UserError(
+            'model.kernel=native has no stochastic depth: use auto with '
+            f'model.drop_path_rate={model.drop_path_rate}'
         )
     _check_size(model)
 

@@ -113,6 +113,7 @@ def save_dump(run: setup.Run, state: step.TrainState, number: int, epoch: int):
         frozen=frozen,
         class_weights=setup.class_weights(run),
         accumulate_steps=run.accumulate_steps,
+        loss=run.loss,
         **run.preprocessing,
     )
 

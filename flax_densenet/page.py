@@ -16,6 +16,7 @@ from flax_densenet import (
     report,
     results,
     sharding,
+    views,
 )
 
 REPORT_FILE = 'report.html'
@@ -105,6 +106,7 @@ def _describe_model(trained, run):
     which = 'imported weights'
     if trained.step is not None:
         which = f'best checkpoint: epoch {metadata["epoch"]}, step {trained.step}'
+    which += views.describe(views.of_metadata(metadata))
     return {
         'variant': metadata['model'].get('variant') or 'DenseNet',
         'which': which,

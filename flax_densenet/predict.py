@@ -25,18 +25,24 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from flax_densenet import evaluate, explain, images, sharding
+from flax_densenet import evaluate, explain, images, sharding, views
 from flax_densenet.answers import Explanation, Prediction
 from flax_densenet.errors import UserError
 
+_STATIC = ('module', 'multi_label', 'tta', 'mean', 'std')
 
-@functools.partial(jax.jit, static_argnames=('module', 'mean', 'std', 'multi_label'))
-def _compute(variables, batch, classes, *, module, mean, std, multi_label):
+
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _compute(variables, batch, classes, *, module, multi_label, tta, mean, std):
     """Probabilities, pooled features and, for classes, maps of uint8 images."""
-    batch = evaluate.normalise(batch, mean=mean, std=std)
+    batch, *others = views.images_of(evaluate.normalise(batch, mean=mean, std=std), tta)
     maps = module.apply(variables, batch, method='features')
     pooled = module.apply(variables, maps, method='pool').astype(jnp.float32)
     logits = module.apply(variables, maps, method='head').astype(jnp.float32)
+    if others:
+        seen = [module.apply(variables, view).astype(jnp.float32) for view in others]
+        found = jnp.stack([logits, *seen])
+        logits = views.mean_logits(found, multi_label=multi_label)
     probabilities = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
     if classes is None:
         return probabilities, pooled, None
@@ -74,6 +80,7 @@ class Predictor:
             'mean': tuple(metadata['mean']),
             'std': tuple(metadata['std']),
             'multi_label': self.multi_label,
+            'tta': views.of_metadata(metadata),
         }
 
     @functools.cached_property
@@ -279,7 +286,9 @@ class Predictor:
             pool.shutdown(cancel_futures=True)
 
 
-def load_trained(path, *, batch_size: int = 32, mesh=None) -> Predictor:
+def load_trained(
+    path, *, batch_size: int = 32, mesh=None, tta: str | None = None
+) -> Predictor:
     """A trained model, ready to predict.
 
     Args:
@@ -287,6 +296,7 @@ def load_trained(path, *, batch_size: int = 32, mesh=None) -> Predictor:
         (see `weights.load`).
       batch_size: images of each call to the device; fewer are filled up to it.
       mesh: of the devices to use, by default all.
+      tta: in place of the run's `data.tta`.
 
     Raises:
       UserError: there is no such file or folder, or it holds no trained model.
@@ -297,4 +307,5 @@ def load_trained(path, *, batch_size: int = 32, mesh=None) -> Predictor:
             f'{path}: there is no such file or folder; give the folder of a run or a '
             'file of weights'
         )
-    return Predictor(evaluate.load_trained(path, 'best', mesh=mesh), batch_size)
+    trained = evaluate.load_trained(path, 'best', mesh=mesh)
+    return Predictor(trained if tta is None else trained.with_tta(tta), batch_size)

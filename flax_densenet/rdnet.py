@@ -106,7 +106,7 @@ class RDNet(nn.Module):
         )
         self.conv0 = conv(self.stem_features, self.patch_size, self.patch_size)
         self.norm0 = norm()
-        rates = drop_path_rates(self)
+        rates = layers.drop_path_rates(self.drop_path_rate, self.block_sizes)
         for number, channels in enumerate(transition_features(self), start=1):
             if number > 1:
                 size = 2 if number - 1 in self.halvings else 1
@@ -317,20 +317,6 @@ def transition_features(model: RDNet) -> list[int]:
     return channels
 
 
-def drop_path_rates(model: RDNet) -> list[tuple[float, ...]]:
-    """The share of images that each layer of each block drops in training."""
-    total, rates, place = sum(model.block_sizes), [], 0
-    for size in model.block_sizes:
-        rates.append(
-            tuple(
-                model.drop_path_rate * layer / max(total - 1, 1)
-                for layer in range(place, place + size)
-            )
-        )
-        place += size
-    return rates
-
-
 def stages(model: RDNet) -> list[tuple[str, ...]]:
     """See `model.stages`; a block's stage has the transition behind it."""
     last = len(model.block_sizes)
@@ -401,7 +387,6 @@ def check_fields(model: RDNet):
         'bottleneck': model.bottleneck >= 1,
         'layer_scale': 0 <= model.layer_scale <= 1,
         'patch_size': 1 <= model.patch_size <= 64,
-        'drop_path_rate': 0 <= model.drop_path_rate < 1,
     }.items():
         if not valid:
             raise UserError(f'model.{name}={getattr(model, name)} is out of range')

@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from flax_densenet import (
+    averaging,
     balance,
     checkpoint,
     cluster,
@@ -25,6 +26,8 @@ from flax_densenet import (
     finetune,
     groups,
     model,
+    objective,
+    optimizers,
     pipeline,
     saving,
     sharding,
@@ -32,16 +35,18 @@ from flax_densenet import (
     state_shards,
     step,
     transfer,
+    views,
 )
 from flax_densenet import metadata as metadata_lib
 from flax_densenet import weights as weights_lib
 from flax_densenet.errors import UserError
 
 _SCHEDULE_FIELDS = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
-_OPTIMIZER_FIELDS = ('name', 'momentum', 'weight_decay')
+_LOSS_FIELDS = ('loss', 'label_smoothing', 'focal_gamma')
+_OPTIMIZER_FIELDS = ('name', 'momentum', 'weight_decay', 'decay')
 ON_NONFINITE = ('stop', 'skip')
-# The state of the optimizer depends on them; with their defaults.
-PHASE_FIELDS = {'freeze': 'none', 'head_warmup_epochs': 0}
+# The state depends on them; with their defaults.
+PHASE_FIELDS = {'freeze': 'none', 'head_warmup_epochs': 0, 'ema': 0.0}
 # What runs had before the field was there.
 _MODEL_DEFAULTS = {'batch_norm_group': 0}
 
@@ -134,8 +139,24 @@ class Run:
 
     def new_state(self, variables):
         """The state before the first step, on the host."""
+        average = None
+        if self.config['train']['ema']:
+            live = [
+                name for stage in self.plan.stages[self.plan.frozen :] for name in stage
+            ]
+            average = averaging.start(variables, live)
         return step.new_state(
-            variables, self.optimizer, multi_label=self.source.multi_label
+            variables,
+            self.optimizer,
+            multi_label=self.source.multi_label,
+            average=average,
+        )
+
+    @property
+    def loss(self):
+        """What the gradient is of."""
+        return objective.make_loss(
+            **{name: self.config['train'][name] for name in _LOSS_FIELDS}
         )
 
     @property
@@ -202,7 +223,7 @@ def prepare(config, workdir: str, *, resume: bool = True) -> Run:
     pipeline.check_train_batches(
         source.train, batch_size, augment, fields['workers'], fields['balance']
     )
-    schedule = step.make_schedule(
+    schedule = optimizers.make_schedule(
         **{name: config['optimizer'][name] for name in _SCHEDULE_FIELDS},
         epochs=config['train']['epochs'],
         steps_per_epoch=len(source.train) / batch_size,
@@ -291,6 +312,7 @@ _RANGES = (
     ('train', 'epochs', 1, 10**6),
     ('train', 'seed', 0, 2**63 - 1),
     ('train', 'accumulate_steps', 1, 10**6),
+    ('train', 'patience', 0, 10**6),
 )
 
 
@@ -309,6 +331,9 @@ def _check_fields(config):
         if not least <= (value := config[section][name]) <= most:
             raise UserError(f'{section}.{name}={value} must be from {least} to {most}')
     features.check_cache(config['train']['cache_features'])
+    objective.make_loss(**{name: config['train'][name] for name in _LOSS_FIELDS})
+    averaging.check_decay(config['train']['ema'])
+    views.check(fields['tta'])
     saving.parse_every(config['train']['checkpoint_every'])
     if (choice := config['train']['on_nonfinite']) not in ON_NONFINITE:
         raise UserError(
@@ -333,7 +358,7 @@ def make_optimizer(config, plan: finetune.Plan, schedule, mesh, *, head_steps: i
     shard = config['optimizer']['shard_state'] and mesh.size > 1
     fields['shard_over'] = mesh if shard else None
     return finetune.make_optimizer(
-        lambda first: step.make_optimizer(
+        lambda first: optimizers.make_optimizer(
             lambda count: schedule(first + count), **fields
         ),
         plan.rates,
@@ -502,6 +527,8 @@ def compile_step(run: Run, state: step.TrainState, frozen: int):
         frozen=frozen,
         class_weights=class_weights(run),
         accumulate_steps=parts,
+        loss=run.loss,
+        ema=run.config['train']['ema'],
         **run.preprocessing,
     )
     start = time.perf_counter()

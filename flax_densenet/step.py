@@ -5,7 +5,6 @@ functions of it, so a resumed run goes on as if it had not stopped.
 """
 
 import functools
-import math
 from typing import Any
 
 import flax.struct
@@ -16,8 +15,7 @@ import optax
 from flax import traverse_util
 from jax import flatten_util
 
-from flax_densenet import evaluate, model, objective, sharding, state_shards
-from flax_densenet.errors import UserError
+from flax_densenet import averaging, evaluate, model, objective, sharding, state_shards
 
 
 @flax.struct.dataclass
@@ -27,6 +25,7 @@ class TrainState:
     Attributes:
       step: int32, steps taken.
       running: sums over the examples of one epoch; see `new_running`.
+      average: of parameters and statistics (`averaging.start`), or None.
     """
 
     step: Any
@@ -34,6 +33,7 @@ class TrainState:
     batch_stats: Any
     opt_state: Any
     running: Any
+    average: Any = None
 
 
 def new_running(correct=np.int32) -> dict[str, np.ndarray]:
@@ -54,13 +54,18 @@ def new_running(correct=np.int32) -> dict[str, np.ndarray]:
 
 
 def new_state(
-    variables, optimizer: optax.GradientTransformation, *, multi_label: bool = False
+    variables,
+    optimizer: optax.GradientTransformation,
+    *,
+    multi_label: bool = False,
+    average=None,
 ) -> TrainState:
     """The state before the first step, on the host; compiles nothing.
 
     Args:
       variables: `{'params', 'batch_stats'}`.
       multi_label: an image can have several labels.
+      average: of `averaging.start`, or None.
     """
     # Optimizers begin with zeros.
     shapes = jax.eval_shape(optimizer.init, variables['params'])
@@ -70,6 +75,7 @@ def new_state(
         batch_stats=variables['batch_stats'],
         opt_state=jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes),
         running=new_running(np.float32 if multi_label else np.int32),
+        average=average,
     )
 
 
@@ -96,82 +102,6 @@ def _add_to_running(running, epoch, losses, correct, counted):
     }
 
 
-OPTIMIZERS = ('adam', 'adamw', 'sgd')
-SCHEDULES = ('constant', 'cosine', 'steps')
-
-
-def make_schedule(
-    *,
-    learning_rate: float,
-    schedule: str,
-    drop_at,
-    warmup_epochs: float,
-    epochs: int,
-    steps_per_epoch: float,
-) -> optax.Schedule:
-    """Learning rate by step; warm-up first, then `schedule` over what is left."""
-    if schedule not in SCHEDULES:
-        raise UserError(
-            f'optimizer.schedule={schedule} is not known; use {", ".join(SCHEDULES)}'
-        )
-    if not 0 < learning_rate < math.inf:
-        raise UserError(f'optimizer.learning_rate={learning_rate} must be above 0')
-    if not 0 <= warmup_epochs < epochs:
-        raise UserError(
-            f'optimizer.warmup_epochs={warmup_epochs:g} must be below '
-            f'train.epochs={epochs}'
-        )
-    total = math.ceil(epochs * steps_per_epoch)
-    warmup = round(warmup_epochs * steps_per_epoch)
-    if schedule == 'cosine':
-        after = optax.cosine_decay_schedule(learning_rate, total - warmup)
-    elif schedule == 'steps':
-        drops = {round(share * total) - warmup: 0.1 for share in drop_at}
-        after = optax.piecewise_constant_schedule(learning_rate, drops)
-    else:
-        after = optax.constant_schedule(learning_rate)
-    if not warmup:
-        return after
-    rise = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, warmup)
-    return optax.join_schedules([rise, after], [warmup])
-
-
-def make_optimizer(
-    schedule: optax.Schedule,
-    *,
-    name: str,
-    momentum: float,
-    weight_decay: float,
-    shard_over=None,
-) -> optax.GradientTransformation:
-    """Adam (torch's constants), AdamW, or SGD with Nesterov momentum.
-
-    Weight decay is the paper's: of all parameters, added to the gradient (AdamW:
-    to the update).
-
-    Args:
-      shard_over: a mesh over which the state is spread (`state_shards`); None: whole
-        on every device.
-    """
-    if name not in OPTIMIZERS:
-        raise UserError(
-            f'optimizer.name={name} is not known; use {", ".join(OPTIMIZERS)}'
-        )
-    if name == 'adamw':
-        update = optax.adamw(schedule, weight_decay=weight_decay)
-    elif name == 'adam':
-        update = optax.adam(schedule)
-    else:
-        update = optax.sgd(schedule, momentum=momentum, nesterov=momentum > 0)
-    if weight_decay and name != 'adamw':
-        update = optax.chain(optax.add_decayed_weights(weight_decay), update)
-    # As one vector: the 121 has 364 parameter arrays, and a dozen operations on each
-    # took a third of the time that tracing and loading the step takes.
-    if shard_over is not None:
-        return state_shards.flatten(update, shard_over)
-    return optax.flatten(update)
-
-
 def _kernel_penalty(params):
     """Sum of the squares of all convolution kernels."""
     flat = traverse_util.flatten_dict(params)
@@ -194,16 +124,18 @@ def make_train_step(
     frozen: int = 0,
     class_weights=None,
     accumulate_steps: int = 1,
+    loss: objective.Loss = objective.CROSS_ENTROPY,
+    ema: float = 0.0,
 ):
     """Makes `(state, batch) -> (state, loss)`, a pure function of the global batch.
 
     Under `jax.jit` over a mesh, batch norm's statistics are those of the whole batch
-    without further code. The loss that is reported is the cross-entropy; the penalty
-    and the classes' weights act through the gradient.
+    without further code. The loss that is reported is the cross-entropy; another
+    `loss`, the penalty and the classes' weights act through the gradient.
 
     Where the loss or the gradient's norm is not finite, the step leaves parameters,
-    statistics and the optimizer as they were, counts none of the batch, and the loss
-    that it reports is not finite either.
+    statistics, their average and the optimizer as they were, counts none of the batch,
+    and the loss that it reports is not finite either.
 
     Args:
       gradient_clip: a longer gradient is shortened to this norm, over all parameters;
@@ -213,6 +145,8 @@ def make_train_step(
         and only these reach the optimizer and the penalty.
       class_weights: float `[C]`, of each class's images in the loss; None: all 1.
       accumulate_steps: micro-batches of the batch, see `make_gradients`.
+      loss: what the gradient is of.
+      ema: decay of the state's average, where it has one.
     """
     differentiate = make_gradients(
         module,
@@ -223,14 +157,16 @@ def make_train_step(
         frozen=frozen,
         class_weights=class_weights,
         accumulate_steps=accumulate_steps,
+        loss=loss,
     )
+    live = _live_parts(module, frozen)
 
     def train_step(state: TrainState, batch):
         gradients, (losses, correct, batch_stats) = differentiate(state, batch)
         # As one vector, as the optimizer takes it: 364 sums would each be compiled.
         norm = jnp.linalg.norm(flatten_util.ravel_pytree(gradients)[0])
-        loss = losses.mean()
-        finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+        reported = losses.mean()
+        finite = jnp.isfinite(norm) & jnp.isfinite(reported)
         if gradient_clip:
             scale = jnp.minimum(1, gradient_clip / norm)
             gradients = jax.tree.map(lambda leaf: leaf * scale, gradients)
@@ -238,10 +174,18 @@ def make_train_step(
 
         def advance(old):
             updates, opt_state = optimizer.update(gradients, old[1], old[0])
-            return optax.apply_updates(old[0], updates), opt_state, batch_stats
+            params, average = optax.apply_updates(old[0], updates), old[3]
+            if average is not None:
+                moved = {k: v for k, v in batch_stats.items() if k in live}
+                average = averaging.update(
+                    average, params, moved, decay=ema, step=state.step
+                )
+            return params, opt_state, batch_stats, average
 
-        params, opt_state, batch_stats = _only_if(
-            finite, advance, (trained, state.opt_state, state.batch_stats)
+        params, opt_state, batch_stats, average = _only_if(
+            finite,
+            advance,
+            (trained, state.opt_state, state.batch_stats, state.average),
         )
         counted = jnp.full(correct.shape, finite, jnp.int32)
         sums = (
@@ -254,8 +198,9 @@ def make_train_step(
             batch_stats=batch_stats,
             opt_state=opt_state,
             running=_add_to_running(state.running, batch['epoch'], *sums, counted),
+            average=average,
         )
-        return state, jnp.where(finite, loss, jnp.nan)
+        return state, jnp.where(finite, reported, jnp.nan)
 
     return train_step
 
@@ -281,11 +226,13 @@ def make_gradients(
     frozen: int,
     class_weights=None,
     accumulate_steps: int = 1,
+    loss: objective.Loss = objective.CROSS_ENTROPY,
 ):
     """Makes `(state, batch) -> (gradients, (losses, correct, batch_stats))`.
 
     Gradients are of the parameters behind the `frozen` first of `model.stages`; losses
-    and correct are of each row; `batch_stats` are the new ones.
+    and correct are of each row (`objective.measure`, whatever `loss` is); `batch_stats`
+    are the new ones.
 
     Args:
       accumulate_steps: above 1 the arrays of the batch are `[accumulate_steps, rows,
@@ -295,7 +242,7 @@ def make_gradients(
         key) of its own, and the running ones move once, to the average of where each
         would have moved them: the same as `DenseNet.batch_norm_group` of its rows.
     """
-    live = {name for stage in model.stages(module)[frozen:] for name in stage}
+    live = _live_parts(module, frozen)
 
     def gradients_of(state: TrainState, batch):
         dropout = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -322,15 +269,21 @@ def make_gradients(
                 frozen=frozen,
                 rngs={'dropout': dropout},
             )
-            losses, correct = objective.measure(logits, batch['label'])
-            loss = objective.mean(losses, batch['label'], class_weights)
+            measured = objective.measure(logits, batch['label'])
+            learned = loss.losses(logits, batch['label'])
+            total = objective.mean(learned, batch['label'], class_weights)
             if l2_penalty:
-                loss += l2_penalty * _kernel_penalty(params)
-            return loss, (losses, correct, updated['batch_stats'])
+                total += l2_penalty * _kernel_penalty(params)
+            return total, (*measured, updated['batch_stats'])
 
         return jax.grad(loss_of, has_aux=True)(trained)
 
     return gradients_of
+
+
+def _live_parts(module, frozen):
+    """Names of the model's parts that train."""
+    return {name for stage in model.stages(module)[frozen:] for name in stage}
 
 
 def _accumulate(gradients_of, batch_stats, live, batch):
@@ -369,7 +322,7 @@ def compile_train_step(train_step, state, batch, mesh):
     """
     whole = sharding.replicated(mesh)
     shards = state_shards.layout(state.opt_state, mesh)
-    layout = TrainState(whole, whole, whole, shards, whole)
+    layout = TrainState(whole, whole, whole, shards, whole, whole)
     step = jax.jit(train_step, donate_argnums=0, out_shardings=(layout, whole))
     if 'features' not in batch:
         return step.lower(state, batch).compile()

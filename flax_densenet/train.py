@@ -18,6 +18,7 @@ import jax
 from flax_densenet import (
     agreement,
     atomic,
+    averaging,
     board,
     checkpoint,
     cluster,
@@ -27,6 +28,7 @@ from flax_densenet import (
     lock,
     loop,
     page,
+    patience,
     report,
     results,
     saving,
@@ -34,7 +36,6 @@ from flax_densenet import (
     sharding,
     signals,
     state_shards,
-    step,
     unread,
 )
 from flax_densenet.errors import UserError
@@ -72,7 +73,8 @@ def fit(config, workdir: str, *, stop: signals.Stop | None = None) -> dict[str, 
         state, metadata = _start(run)
         epochs, epochs_done = run.config['train']['epochs'], metadata['epoch']
         records = _keep_records(run, epochs_done)
-        if epochs_done < epochs:
+        left = epochs_done < epochs and not _is_over(run, records)
+        if left:
             _write_run_files(run)
             setup.announce(run)
             run.features = setup.cache_features(run, state)
@@ -89,12 +91,25 @@ def fit(config, workdir: str, *, stop: signals.Stop | None = None) -> dict[str, 
                     skipped=metadata.get('skipped_steps', 0),
                 )
                 _train(work, state, epochs_done)
+        elif epochs_done < epochs:
+            print(f'{workdir} has stopped {_early(run, records)}; nothing to train')
         else:
             print(f'{workdir} has its {epochs} epochs already; nothing to train')
         del state  # the report needs the memory for the best one
         saver.wait()
         cluster.meet('trained')  # all are to find the same best checkpoint
-        return _finish(run, records, anew=epochs_done < epochs)
+        return _finish(run, records, anew=left)
+
+
+def _is_over(run, records):
+    fields = run.config['train']
+    return patience.is_over(
+        records, fields['patience'], head_epochs=run.plan.head_epochs
+    )
+
+
+def _early(run, records):
+    return patience.describe(records, run.config['train']['patience'])
 
 
 def _hold(workdir):
@@ -169,6 +184,9 @@ def _train(work: loop.Loop, state, epochs_done):
                 if work.agree(record['step'])[0]:
                     work.wait_for_saved()
                     raise work.stop.stopped(f'epoch {epoch} is saved')
+                if _is_over(run, records):
+                    print(f'stopped {_early(run, records)}', flush=True)
+                    break
         shown.add_end()
 
 
@@ -235,7 +253,7 @@ def _start(run):
     if not latest.finished:
         place = f'in epoch {metadata["epoch"] + 1}, after step {latest.step},'
     print(f'going on {place} in {run.workdir}', flush=True)
-    restored = step.TrainState(**items['model'], **items['train'])
+    restored = loop.from_items(**items)
     return _spread(run, restored, state), metadata
 
 
@@ -332,7 +350,7 @@ def _test(work, state, record):
     run = work.run
     metrics = evaluate.evaluate(
         run.module,
-        {'params': state.params, 'batch_stats': state.batch_stats},
+        averaging.evaluated(state),
         (run.features or run.source).test,
         batch_size=run.part_size,
         mesh=run.mesh,

@@ -18,6 +18,7 @@ from flax_densenet import (
     finetune,
     groups,
     init_variables,
+    optimizers,
     sharding,
     state_shards,
     step,
@@ -98,7 +99,7 @@ def take(
     module = create_model('BC-L10k4', num_classes=3, **SMALL | fields)
     rates = finetune.make_rates(module, freeze='denseblock1' if frozen else 'none')
     optimizer = finetune.make_optimizer(
-        lambda first: step.make_optimizer(
+        lambda first: optimizers.make_optimizer(
             1e-2,
             name='adam',
             momentum=0.9,

@@ -216,6 +216,55 @@ def test_dropout_is_the_same():
     assert error(without['features'], plain['features']) > 0.1
 
 
+def test_stochastic_depth():
+    """An image keeps a layer's new maps, scaled, or has zeros; plain and fast alike."""
+    images = np.random.default_rng(0).standard_normal((64, 4, 4, 3), np.float32)
+    fields = dict(num_classes=0, block_sizes=(2, 1), stem_features=4)
+    module = create_model('BC-L10k4', **fields, fast=False)
+    variables = init_variables(module, 0)
+
+    @functools.partial(jax.jit, static_argnames=('module', 'frozen'))
+    def blocks(key, module, frozen=0):
+        return module.apply(
+            variables,
+            images,
+            True,
+            frozen,
+            method='pyramid',
+            mutable=['batch_stats'],
+            rngs={'dropout': jax.random.key(key)},
+        )[0]
+
+    whole = np.asarray(blocks(0, module)[0])
+    dropping = module.clone(drop_path_rate=0.8)  # of the three layers 0, 0.4, 0.8
+    found = np.asarray(blocks(0, dropping)[0])
+    np.testing.assert_array_equal(found[..., :8], whole[..., :8])
+    kept = found[..., 8:].any((1, 2, 3))
+    assert 0.4 < kept.mean() < 0.8
+    expected = np.where(kept[:, None, None, None], whole[..., 8:] / 0.6, 0)
+    np.testing.assert_allclose(found[..., 8:], expected, rtol=1e-5, atol=1e-6)
+    assert not np.array_equal(found, blocks(1, dropping)[0])
+    fast = dropping.clone(fast=True)  # auto: the native kernel cannot, XLA does
+    for ours, theirs in zip(blocks(0, fast), blocks(0, dropping), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+    one, other = (blocks(key, dropping, frozen=2)[0] for key in (0, 1))
+    np.testing.assert_array_equal(one, other)  # what is frozen drops nothing
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('remat', ['block', 'none'])
+def test_stochastic_depth_has_the_same_gradients(remat):
+    """Beside dropout, in blocks whose first layer drops too."""
+    variables, images = inputs('BC', count=8)
+    fields = dict(drop_path_rate=0.5, dropout_rate=0.2)
+    plain = run(make('BC', fast=False, **fields), variables, images)
+    fast = run(make('BC', remat=remat, **fields), variables, images)
+    without = run(make('BC', fast=False, dropout_rate=0.2), variables, images)
+    for name in plain:
+        assert error(fast[name], plain[name]) < 1e-4
+    assert error(without['features'], plain['features']) > 0.1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('kernel', ['xla', 'native'])
 def test_variance_with_a_large_mean(kernel):

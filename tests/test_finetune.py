@@ -25,6 +25,7 @@ from flax_densenet import (
     features,
     finetune,
     init_variables,
+    optimizers,
     report,
     setup,
     sharding,
@@ -153,7 +154,7 @@ def test_rates_are_those_of_the_updates():
     }  # fmt: skip
     assert rates == by_hand
     optimizer = finetune.make_optimizer(
-        lambda first: step.make_optimizer(
+        lambda first: optimizers.make_optimizer(
             lambda count: 0.1, name='sgd', momentum=0.0, weight_decay=0.0
         ),
         rates,

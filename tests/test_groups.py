@@ -97,9 +97,10 @@ def test_each_group_has_its_own_statistics(way, by_hand):
 
 
 @pytest.mark.slow
-def test_groups_and_parts_drop_out_differently():
+@pytest.mark.parametrize('drops', ['dropout_rate', 'drop_path_rate'])
+def test_groups_and_parts_drop_out_differently(drops):
     """Of the same images twice, as two groups and as two micro-batches."""
-    fields = dict(dropout_rate=0.5, kernel='xla')
+    fields = {drops: 0.5, 'kernel': 'xla'}
     variables, images = variables_of(make()), np.concatenate([IMAGES[:3]] * 2)
     module = make(**fields, batch_norm_group=3)
     logits, _ = jax.jit(

@@ -22,6 +22,7 @@ from flax_densenet import (
     faults,
     init_variables,
     lock,
+    optimizers,
     pipeline,
     saving,
     sharding,
@@ -151,7 +152,7 @@ MEAN = STD = (0.5, 0.5, 0.5)
 def steps():
     """A compiled step with a clipped gradient, its state, and a batch."""
     module = create_model('BC-L10k4', num_classes=10, block_sizes=(1, 1))
-    optimizer = step.make_optimizer(
+    optimizer = optimizers.make_optimizer(
         lambda count: 1.0, name='sgd', momentum=0.0, weight_decay=0.0
     )
     train_step = step.make_train_step(

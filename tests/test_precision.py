@@ -7,7 +7,7 @@ import pytest
 from conftest import tiny_config
 from test_train import read_records
 
-from flax_densenet import create_model, init_variables, step, train
+from flax_densenet import create_model, init_variables, optimizers, step, train
 
 WAYS = [{}, {'fast': False}, {'remat': 'none'}, {'batch_norm_group': 2}]
 
@@ -28,7 +28,9 @@ def trace(dtype, **fields):
     """A step's program, and the shapes and types of what it returns."""
     fields |= {'dtype': dtype, 'kernel': 'xla'}
     module = create_model('BC-L10k4', num_classes=3, **fields)
-    optimizer = step.make_optimizer(0.1, name='adam', momentum=0, weight_decay=0.1)
+    optimizer = optimizers.make_optimizer(
+        0.1, name='adam', momentum=0, weight_decay=0.1
+    )
     state = step.new_state(init_variables(module, 0), optimizer)
     batch = {
         'image': np.zeros((8, 8, 8, 3), np.uint8),

@@ -24,7 +24,6 @@ from flax_densenet import (
     layers,
     model,
     predict,
-    rdnet,
     rdnet_files,
     report,
     setup,
@@ -143,7 +142,6 @@ def test_parts_and_first_variables():
     apply = functools.partial(module.apply, method='pyramid')
     levels = jax.eval_shape(apply, variables, make_images((12, 8)))
     assert [level.shape for level in levels] == [(3, 6, 4, 16), (3, 3, 2, 24)]
-    assert rdnet.drop_path_rates(module) == [(0.0,), (0.25, 0.5)]
     assert model.smallest_image_size(module) == 4
     assert model.last_map_side(module, 15) == 3
     with pytest.raises(UserError, match='3x8 are too small .* use at least 4x4'):

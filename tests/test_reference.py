@@ -8,7 +8,7 @@ import pytest
 from conftest import formula_variables, from_torch_layout, shared, torch_key
 from flax import traverse_util
 
-from flax_densenet import create_model, init_variables, step
+from flax_densenet import create_model, init_variables, optimizers
 
 
 def load(name):
@@ -66,7 +66,9 @@ def test_training_step_in_double_precision(double_precision):
     variables = jax.tree.map(lambda leaf: leaf.astype(np.float64), variables)
     x = jnp.asarray(images((4, 64, 64, 3)), jnp.float64)
     labels = jnp.array([3, 141, 592, 653])
-    optimizer = step.make_optimizer(1e-4, name='adam', momentum=0.0, weight_decay=0.0)
+    optimizer = optimizers.make_optimizer(
+        1e-4, name='adam', momentum=0.0, weight_decay=0.0
+    )
 
     def loss_of(params):
         logits, updated = module.apply(

@@ -12,6 +12,7 @@ from conftest import tiny_config
 from flax_densenet import (
     checkpoint,
     lr_find,
+    optimizers,
     sharding,
     state_shards,
     train,
@@ -29,7 +30,7 @@ FIELDS = dict(name='adamw', momentum=0.9, weight_decay=0.1)
 def take_steps(mesh, before=None, steps=2):
     """The parameters, and the state as a checkpoint has it."""
     shard_over = mesh if mesh.size > 1 else None
-    optimizer = step_lib.make_optimizer(0.1, **FIELDS, shard_over=shard_over)
+    optimizer = optimizers.make_optimizer(0.1, **FIELDS, shard_over=shard_over)
     first = step_lib.new_state({'params': PARAMS, 'batch_stats': {}}, optimizer)
     opt_state = first.opt_state
     params = PARAMS
@@ -69,7 +70,7 @@ def test_a_checkpoint_does_not_tell_of_the_devices():
 
 
 def test_without_shards_nothing_changes():
-    optimizer = step_lib.make_optimizer(0.1, **FIELDS)
+    optimizer = optimizers.make_optimizer(0.1, **FIELDS)
     state = optimizer.init(PARAMS)
     assert not state_shards.is_sharded(state)
     assert state_shards.whole(state) is not None

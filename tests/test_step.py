@@ -10,6 +10,7 @@ from flax_densenet import (
     UserError,
     create_model,
     init_variables,
+    optimizers,
     sharding,
     step,
 )
@@ -180,7 +181,7 @@ SCHEDULE = dict(
 
 def test_schedules():
     def rates(**fields):
-        schedule = step.make_schedule(**SCHEDULE | fields)
+        schedule = optimizers.make_schedule(**SCHEDULE | fields)
         return np.array([schedule(count) for count in range(100)])
 
     np.testing.assert_allclose(rates(), 0.1)
@@ -199,7 +200,7 @@ def test_schedules():
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
-        ({'schedule': 'linear'}, 'use constant, cosine, steps'),
+        ({'schedule': 'linear'}, 'use constant, cosine, steps, one_cycle'),
         ({'learning_rate': 0.0}, 'optimizer.learning_rate=0.0'),
         ({'learning_rate': float('nan')}, 'optimizer.learning_rate=nan'),
         ({'warmup_epochs': 10.0}, 'below train.epochs=10'),
@@ -207,7 +208,7 @@ def test_schedules():
 )
 def test_bad_schedules(fields, message):
     with pytest.raises(UserError, match=message):
-        step.make_schedule(**SCHEDULE | fields)
+        optimizers.make_schedule(**SCHEDULE | fields)
 
 
 def test_optimizers():
@@ -215,7 +216,7 @@ def test_optimizers():
     gradient = {'w': jnp.array([0.5, 0.25])}
 
     def update(name, decay=0.0, momentum=0.9, steps=1):
-        optimizer = step.make_optimizer(
+        optimizer = optimizers.make_optimizer(
             0.1, name=name, momentum=momentum, weight_decay=decay
         )
         state, current = optimizer.init(params), params
@@ -234,7 +235,7 @@ def test_optimizers():
         update('sgd', decay=0.2, momentum=0.0), [0.93, -1.985], rtol=1e-6
     )
     np.testing.assert_allclose(update('adamw', decay=0.2), [0.88, -2.06], rtol=1e-6)
-    with pytest.raises(UserError, match='use adam, adamw, sgd'):
+    with pytest.raises(UserError, match='use adam, adamw, sgd, lamb'):
         update('rmsprop')
 
 

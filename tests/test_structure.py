@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 from configs import base
-from flax_densenet import create_model, data, model, rdnet, step, transfer
+from flax_densenet import create_model, data, model, optimizers, rdnet, transfer
 
 PACKAGE = ROOT / 'flax_densenet'
 # module -> modules of the package that it may import.
@@ -24,7 +24,7 @@ EDGES = {
     'cluster': {'errors', 'native_errors'},
     'agreement': {'sharding'},
     'checkpoint': {'errors'},
-    'metadata': {'errors', 'checkpoint', 'images'},
+    'metadata': {'errors', 'checkpoint', 'images', 'views'},
     'faults': set(),
     'atomic': set(),
     'lock': {'errors'},
@@ -33,8 +33,8 @@ EDGES = {
     'saving': {'errors', 'atomic', 'checkpoint', 'cluster', 'history', 'sharding',
                'tensorstore_json'},
     'nonfinite': {'errors', 'atomic', 'cluster', 'data', 'setup', 'sharding', 'step'},
-    'loop': {'agreement', 'board', 'checkpoint', 'cluster', 'nonfinite', 'saving',
-             'setup', 'signals', 'state_shards', 'step'},
+    'loop': {'agreement', 'averaging', 'board', 'checkpoint', 'cluster', 'nonfinite',
+             'saving', 'setup', 'signals', 'state_shards', 'step'},
     'cpu_kernels': set(),
     'dense_block': {'errors', 'cpu_kernels'},
     'layers': {'dense_block'},
@@ -46,7 +46,7 @@ EDGES = {
     'model': {'errors', 'dense_block', 'groups', 'layers', 'rdnet'},
     'labels': {'errors'},
     'metrics': set(),
-    'objective': {'metrics'},
+    'objective': {'errors', 'metrics'},
     'listing': {'errors', 'images'},
     'manifest': {'errors'},
     'record_files': set(),
@@ -72,7 +72,8 @@ EDGES = {
                 'rdnet_files', 'torch_files'},
     'transfer': {'errors', 'weights'},
     'evaluate': {'errors', 'checkpoint', 'cluster', 'data', 'images', 'metadata',
-                 'model', 'objective', 'pipeline', 'sharding', 'unread', 'weights'},
+                 'model', 'objective', 'pipeline', 'sharding', 'unread', 'views',
+                 'weights'},
     'export': {'errors', 'evaluate', 'keras_files', 'model', 'rdnet_files', 'weights'},
     'explain': {'model'},
     'environment': set(),
@@ -80,11 +81,12 @@ EDGES = {
     'render': {'errors', 'atomic'},
     'gallery': {'data', 'explain', 'predict', 'results'},
     'page': {'data', 'evaluate', 'gallery', 'history', 'metrics', 'predict', 'render',
-             'report', 'results', 'sharding'},
+             'report', 'results', 'sharding', 'views'},
     'compare': {'errors', 'checkpoint', 'history', 'page', 'render'},
     'results': {'errors', 'atomic', 'data', 'evaluate', 'metrics', 'sharding'},
     'answers': {'explain'},
-    'predict': {'errors', 'answers', 'evaluate', 'explain', 'images', 'sharding'},
+    'predict': {'errors', 'answers', 'evaluate', 'explain', 'images', 'sharding',
+                'views'},
     'files': {'errors', 'images'},
     'rows': {'answers', 'errors'},
     'feature_files': {'errors'},
@@ -95,20 +97,25 @@ EDGES = {
     'web': {'errors', 'batching', 'explain', 'guard', 'images'},
     'serve': {'errors', 'web'},
     'report': {'atomic', 'checkpoint', 'evaluate', 'model'},
-    'step': {'errors', 'evaluate', 'model', 'objective', 'sharding', 'state_shards'},
+    'optimizers': {'errors', 'state_shards'},
+    'averaging': {'errors'},
+    'patience': {'checkpoint'},
+    'views': {'errors'},
+    'step': {'averaging', 'evaluate', 'model', 'objective', 'sharding', 'state_shards'},
     'finetune': {'errors', 'model'},
     'features': {'errors', 'data', 'evaluate', 'model', 'pipeline', 'sharding'},
     'setup': {
-        'errors', 'balance', 'checkpoint', 'cluster', 'data', 'features', 'finetune',
-        'groups', 'metadata', 'model', 'pipeline', 'saving', 'sharding', 'sources',
-        'state_shards', 'step',
-        'transfer', 'weights',
+        'errors', 'averaging', 'balance', 'checkpoint', 'cluster', 'data', 'features',
+        'finetune', 'groups', 'metadata', 'model', 'objective', 'optimizers',
+        'pipeline', 'saving', 'sharding', 'sources', 'state_shards', 'step',
+        'transfer', 'views', 'weights',
     },
     'board': set(),
-    'train': {'errors', 'agreement', 'atomic', 'board', 'checkpoint', 'cluster',
-              'environment', 'evaluate',
-              'history', 'lock', 'loop', 'page', 'report', 'results', 'saving', 'setup',
-              'sharding', 'signals', 'state_shards', 'step', 'unread'},
+    'train': {'errors', 'agreement', 'atomic', 'averaging', 'board', 'checkpoint',
+              'cluster', 'environment', 'evaluate',
+              'history', 'lock', 'loop', 'page', 'patience', 'report', 'results',
+              'saving', 'setup',
+              'sharding', 'signals', 'state_shards', 'unread'},
     'lr_find': {'errors', 'checkpoint', 'report', 'setup', 'sharding'},
 }  # fmt: skip
 RECIPES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
@@ -180,12 +187,12 @@ def test_recipes(name):
     for field in (*ours, 'shard_state'):
         kwargs.pop(field)
     names = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
-    schedule = step.make_schedule(
+    schedule = optimizers.make_schedule(
         **{n: kwargs.pop(n) for n in names},
         epochs=config.train.epochs,
         steps_per_epoch=10.0,
     )
-    assert step.make_optimizer(schedule, **kwargs)
+    assert optimizers.make_optimizer(schedule, **kwargs)
 
 
 def test_base_has_each_field_of_the_functions():
@@ -199,7 +206,7 @@ def test_base_has_each_field_of_the_functions():
     }
     assert set(config.model) == {'variant'} | known - skip
     loading = {'source', 'batch_size', 'mean', 'std', 'augment', 'threads', 'workers'}
-    loading |= {'balance'}
+    loading |= {'balance', 'tta'}
     assert set(config.data) == loading | set(data.load_source.__kwdefaults__)
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from flax_densenet import VARIANTS, create_model, evaluate, export, weights
+from flax_densenet import VARIANTS, create_model, evaluate, export, layers, weights
 from flax_densenet.errors import UserError
 
 torch = pytest.importorskip('torch')
@@ -147,16 +147,14 @@ def test_other_rdnets(timm, tmp_path):
 
 
 def test_drop_path_rates(timm):
-    from flax_densenet import rdnet
-
     model = timm.create_model('rdnet_tiny', drop_path_rate=0.3)
     theirs = [
         getattr(module, 'drop_prob', None)
         for name, module in model.named_modules()
         if name.endswith('drop_path')
     ]
-    ours = rdnet.drop_path_rates(
-        create_model('rdnet_tiny', num_classes=1, drop_path_rate=0.3)
+    ours = layers.drop_path_rates(
+        0.3, create_model('rdnet_tiny', num_classes=1).block_sizes
     )
     np.testing.assert_allclose(np.ravel(ours), theirs, rtol=1e-6)
 

@@ -15,10 +15,17 @@ from flax_densenet import UserError, checkpoint, data, evaluate, pipeline, train
 # Whatever could depend on where a run was stopped is switched on.
 HARD = {
     'model.dropout_rate': 0.1,
+    'model.drop_path_rate': 0.3,
     'data.augment': 'shift_flip',
     'data.batch_size': 100,
     'data.test_fraction': 0.7,
-    'optimizer.schedule': 'cosine',
+    'optimizer.name': 'lamb',
+    'optimizer.decay': 'kernels',
+    'optimizer.weight_decay': 0.02,
+    'optimizer.schedule': 'one_cycle',
+    'train.loss': 'focal',
+    'train.label_smoothing': 0.1,
+    'train.ema': 0.6,
     'train.epochs': 5,
 }
 LINE = re.compile(
@@ -104,6 +111,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys):
     )
     assert step == other_step == 27
     assert_equal_bits(arrays, other)
+    raw = arrays['train']['raw']['params']['classifier']['kernel']
+    assert not np.allclose(raw, arrays['model']['params']['classifier']['kernel'])
     records = [read_records(tmp_path / name) for name in ('whole', 'parts')]
     timings = (
         *('seconds', 'images_per_second', 'input_wait_share'),
@@ -275,7 +284,7 @@ def test_bad_images_are_listed(tmp_path, capsys):
         ({'data.mean': (1.0,)}, 'needs a number for each of 3 channels'),
         ({'data.threads': 0}, 'data.threads=0'),
         ({'train.epochs': 0}, 'train.epochs=0'),
-        ({'optimizer.name': 'lamb'}, 'optimizer.name=lamb'),
+        ({'optimizer.name': 'lion'}, 'optimizer.name=lion'),
         ({'model.variant': 'resnet50'}, 'model.variant=resnet50'),
     ],
 )

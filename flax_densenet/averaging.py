@@ -1,0 +1,112 @@
+"""The exponential moving average of parameters and batch norm statistics (EMA).
+
+The average is what is evaluated, kept as the best, predicted with and exported; the
+values that training goes on with stay beside it in the checkpoint's `train` item.
+
+Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992, in
+the exponential form of today's recipes. The statistics are averaged as the parameters
+are, which fit them; those of the last step belong to other parameters.
+
+>>> average = start({'params': {'a': np.zeros(1)}, 'batch_stats': {}}, ['a'])
+>>> average = update(average, {'a': np.ones(1)}, {}, decay=0.999, step=0)
+>>> round(float(average['params']['a'][0]), 4)
+0.9
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from flax_densenet.errors import UserError
+
+
+def check_decay(decay: float):
+    """Raises for a value that `train.ema` does not have."""
+    if not 0 <= decay < 1:
+        raise UserError(
+            f'train.ema={decay:g} must be 0, for none, or the share that the average '
+            'keeps at each step, below 1, as 0.999'
+        )
+
+
+def start(variables, live) -> dict[str, Any]:
+    """The average before the first step: copies of the first values, on the host.
+
+    Args:
+      variables: `{'params', 'batch_stats'}`.
+      live: names of the model's parts that ever train; what is frozen is its own
+        average and takes no memory here.
+    """
+    return {
+        collection: {
+            # The step is given both, and may overwrite each.
+            name: jax.tree.map(np.array, part)
+            for name, part in variables[collection].items()
+            if name in live
+        }
+        for collection in ('params', 'batch_stats')
+    }
+
+
+def update(average, params, batch_stats, *, decay: float, step):
+    """The average after a step, of those parts that the step trained.
+
+    Args:
+      params, batch_stats: new values; of parts that are in the average.
+      decay: share of the average that is kept. Early it is less: at most
+        (1 + step) / (10 + step), as TensorFlow's `ExponentialMovingAverage` has it.
+        With 0.9999 alone, the average of a thousand steps would be nine tenths of
+        the random values that a run begins with.
+      step: steps taken before this one.
+    """
+    # 1 - min(decay, (1 + step) / (10 + step)), without the digits that would cost.
+    rate = jnp.maximum(1 - decay, 9 / (10 + step)).astype(jnp.float32)
+    new = {'params': params, 'batch_stats': batch_stats}
+    return {
+        collection: parts
+        | optax.incremental_update(
+            new[collection], {name: parts[name] for name in new[collection]}, rate
+        )
+        for collection, parts in average.items()
+    }
+
+
+def evaluated(state) -> dict[str, Any]:
+    """`{'params', 'batch_stats'}` to evaluate and to keep.
+
+    Args:
+      state: a `step.TrainState`; without an average these are its own.
+    """
+    average = state.average or {'params': {}, 'batch_stats': {}}
+    return {
+        'params': state.params | average['params'],
+        'batch_stats': state.batch_stats | average['batch_stats'],
+    }
+
+
+def to_items(state) -> dict[str, Any]:
+    """What a checkpoint holds of the values: `model`, and `raw` where they differ.
+
+    `raw` has the values that training goes on with, of the parts that are averaged.
+    """
+    if state.average is None:
+        return {'model': evaluated(state)}
+    raw = {
+        collection: {name: getattr(state, collection)[name] for name in parts}
+        for collection, parts in state.average.items()
+    }
+    return {'model': evaluated(state), 'raw': raw}
+
+
+def from_items(model, raw=None) -> dict[str, Any]:
+    """`params`, `batch_stats` and `average` of what `to_items` made."""
+    if raw is None:
+        return {**model, 'average': None}
+    average = {
+        collection: {name: model[collection][name] for name in parts}
+        for collection, parts in raw.items()
+    }
+    return {name: model[name] | raw[name] for name in model} | {'average': average}

@@ -1,0 +1,57 @@
+"""Test-time augmentation: a model's answer from several views of an image.
+
+Probabilities are averaged and given back as logits, so that whatever takes logits needs
+to know nothing of it.
+
+>>> import jax.numpy as jnp
+>>> views = jnp.log(jnp.array([[[0.9, 0.1]], [[0.5, 0.5]]]))
+>>> logits = mean_logits(views, multi_label=False)
+>>> round(float(jnp.exp(logits[0, 0])), 3)
+0.7
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax.scipy.special import logsumexp
+
+from flax_densenet.errors import UserError
+
+VIEWS = ('none', 'flip')
+
+
+def check(tta: str):
+    """Raises for a value that `data.tta` does not have."""
+    if tta not in VIEWS:
+        raise UserError(f'data.tta={tta} is not known; use {", ".join(VIEWS)}')
+
+
+def of_metadata(metadata: dict[str, Any]) -> str:
+    """`data.tta` of a trained model; none for those that do not say."""
+    return metadata['data'].get('tta') or 'none'
+
+
+def describe(tta: str) -> str:
+    """What a line about figures adds for it."""
+    return ', each image seen mirrored as well' if tta == 'flip' else ''
+
+
+def images_of(images, tta: str):
+    """The views of images `[N, H, W, C]`, the images themselves first."""
+    return [images, images[:, :, ::-1]] if tta == 'flip' else [images]
+
+
+def mean_logits(views, *, multi_label: bool):
+    """Logits `[N, C]` of the mean probabilities.
+
+    Args:
+      views: logits `[V, N, C]`.
+      multi_label: probabilities are a sigmoid's for each label, else the softmax's.
+    """
+    if multi_label:
+        positive, negative = (
+            logsumexp(jax.nn.log_sigmoid(sign * views), axis=0) for sign in (1, -1)
+        )
+        return positive - negative
+    return logsumexp(jax.nn.log_softmax(views), axis=0) - math.log(len(views))

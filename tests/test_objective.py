@@ -1,0 +1,113 @@
+"""The losses by hand, in double precision; beside torch's in test_torch_training.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_densenet import UserError, objective
+
+RNG = np.random.default_rng(0)
+LOGITS = RNG.normal(0, 3, (6, 4)).astype(np.float32)
+CLASSES = np.array([0, 1, 2, 3, 3, 0], np.int32)
+SEVERAL = np.where(RNG.random((6, 4)) < 0.3, np.nan, RNG.integers(0, 2, (6, 4)))
+SEVERAL = SEVERAL.astype(np.float32)
+SEVERAL[5] = np.nan
+
+
+def softmax(z):
+    z = np.exp(z.astype(np.float64) - z.max(-1, keepdims=True))
+    return z / z.sum(-1, keepdims=True)
+
+
+def sigmoid(z):
+    return 1 / (1 + np.exp(-z.astype(np.float64)))
+
+
+def targets(smoothing):
+    return np.eye(4)[CLASSES] * (1 - smoothing) + smoothing / 4
+
+
+def losses(name, labels=CLASSES, logits=LOGITS, **fields):
+    loss = objective.Loss(name, **fields)
+    return np.asarray(jax.jit(loss.losses)(logits, labels))
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.2])
+def test_one_class_an_image(smoothing):
+    p, q, target = softmax(LOGITS), sigmoid(LOGITS), targets(smoothing)
+    expected = {
+        'cross_entropy': -(target * np.log(p)).sum(-1),
+        'focal': -(target * (1 - p) ** 1.5 * np.log(p)).sum(-1),
+        'bce': -(target * np.log(q) + (1 - target) * np.log(1 - q)).mean(-1),
+    }
+    assert expected.keys() == set(objective.LOSSES)
+    for name, rows in expected.items():
+        found = losses(name, label_smoothing=smoothing, focal_gamma=1.5)
+        np.testing.assert_allclose(found, rows, rtol=1e-5, atol=1e-6)
+    same = losses('focal', label_smoothing=smoothing, focal_gamma=0.0)
+    np.testing.assert_allclose(same, expected['cross_entropy'], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.2])
+def test_several_labels_an_image(smoothing):
+    known, q = ~np.isnan(SEVERAL), sigmoid(LOGITS)
+    target = np.where(known, SEVERAL, 0) * (1 - smoothing) + smoothing / 2
+    entropy = -(target * np.log(q) + (1 - target) * np.log(1 - q))
+    away = target * (1 - q) + (1 - target) * q
+    for name, each in {
+        'cross_entropy': entropy,
+        'bce': entropy,
+        'focal': away**2 * entropy,
+    }.items():
+        rows = [
+            row[k].mean() if k.any() else 0 for row, k in zip(each, known, strict=True)
+        ]
+        found = losses(name, SEVERAL, label_smoothing=smoothing)
+        np.testing.assert_allclose(found, rows, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', objective.LOSSES)
+def test_gradients_are_finite_where_an_answer_is_sure(name):
+    logits = jnp.array([[90.0, -90.0, 0.0], [-90.0, 90.0, 0.0]])
+    for gamma in (0.0, 0.5, 2.0):
+        loss = objective.Loss(name, label_smoothing=0.1, focal_gamma=gamma)
+        total = jax.jit(
+            jax.grad(lambda z, loss=loss: loss.losses(z, CLASSES[:2]).sum())
+        )
+        assert np.isfinite(total(logits)).all()
+
+
+@pytest.mark.parametrize('name', objective.LOSSES)
+def test_losses_are_linear_in_their_target(name):
+    """What mixup relies on: by half and half of all pairs, a smoothed target."""
+    mixed = np.mean([losses(name, np.full(6, c, np.int32)) for c in range(4)], 0)
+    half = 0.5 * losses(name) + 0.5 * mixed
+    found = losses(name, label_smoothing=0.5)
+    np.testing.assert_allclose(found, half, rtol=1e-4, atol=1e-5)
+
+
+def test_figures_stay_the_cross_entropy():
+    found, correct = objective.measure(LOGITS, CLASSES)
+    rows = -np.log(softmax(LOGITS)[np.arange(6), CLASSES])
+    np.testing.assert_allclose(found, rows, rtol=1e-5)
+    assert correct.tolist() == (LOGITS.argmax(-1) == CLASSES).tolist()
+
+
+FIELDS = dict(loss='focal', label_smoothing=0.1, focal_gamma=2.0)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'loss': 'mse'}, 'train.loss=mse is not known; use cross_entropy, focal, bce'),
+        ({'label_smoothing': 1.0}, 'train.label_smoothing=1 must be 0 or above, and'),
+        ({'label_smoothing': -0.1}, 'train.label_smoothing=-0.1 must be 0'),
+        ({'focal_gamma': -1.0}, 'train.focal_gamma=-1 must be 0 or above'),
+        ({'focal_gamma': float('nan')}, 'train.focal_gamma=nan must be'),
+    ],
+)
+def test_bad_fields(fields, message):
+    assert objective.make_loss(**FIELDS) == objective.Loss('focal', 0.1, 2.0)
+    with pytest.raises(UserError, match=message):
+        objective.make_loss(**FIELDS | fields)

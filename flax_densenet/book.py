@@ -87,6 +87,13 @@ class Book:
         """That change between settings, in the order of the flags."""
         return [name for axis in self.definition['axes'] for name in axis['fields']]
 
+    @property
+    def short_fields(self) -> list[str]:
+        """The same without their sections, where that leaves them apart."""
+        ends = [name.rpartition('.')[2] for name in self.fields]
+        pairs = zip(self.fields, ends, strict=True)
+        return [end if ends.count(end) == 1 else name for name, end in pairs]
+
     def folder(self, setting: Setting, seed: str | int = '') -> str:
         """Of a setting, or of its run with a seed, below the sweep's."""
         name = os.path.join(TRIALS, f'{self.settings.index(setting) + 1:03}')

@@ -89,6 +89,8 @@ def run(
         try:
             sweep = _Sweep(workdir, plan, kept, optuna, stop)
             sweep.train_all(retry)
+            kept.importances = optuna.importances()
+            kept.save(workdir)
         finally:
             optuna.close()
         rows = sweep_page.save(workdir, kept)
@@ -210,7 +212,6 @@ class _Sweep:
             setting.state = 'done'
         self.book.save(self.workdir)
         self.tell(setting)
-        self.book.importances = self.tuner.importances()
         sweep_page.save(self.workdir, self.book)
 
     def train_run(self, setting, seed):
@@ -219,12 +220,16 @@ class _Sweep:
         folder = os.path.join(self.workdir, name)
         fields = setting.fields | {space.SEED: str(seed)}
         print(f'{name}: {sweep_plan.join(fields)}', flush=True)
-        watch = _Watch(self.tuner, setting.number, asks=not setting.runs)
+        config = self.plan.override(fields)
+        watch = _Watch(
+            self.tuner,
+            setting.number,
+            epochs=config['train']['epochs'],
+            asks=not setting.runs,
+        )
         # Epochs that were finished when the process was killed, and not told.
         if not any(map(watch, history.load_run(folder).records)):
-            train.fit(
-                self.plan.override(fields), folder, stop=self.stop, ends_after=watch
-            )
+            train.fit(config, folder, stop=self.stop, ends_after=watch)
         records = history.load_run(folder).records
         best = max(records, key=checkpoint.rank)
         if 'test_mean_auroc' in best:
@@ -253,16 +258,18 @@ def _mean(setting):
 
 
 class _Watch:
-    """Told of each epoch's record; True where the run is to end."""
+    """Told of each epoch's record; True where the run is to end before its last."""
 
-    def __init__(self, optuna, number, *, asks):
-        self._tuner, self._number, self._asks = optuna, number, asks
+    def __init__(self, optuna, number, *, epochs, asks):
+        self._tuner, self._number = optuna, number
+        self._epochs, self._asks = epochs, asks
         self.pruned = False
 
     def __call__(self, record):
         if self._asks:
             figure = checkpoint.rank(record)[0]
-            self.pruned = self._tuner.report(self._number, record['epoch'], figure)
+            behind = self._tuner.report(self._number, record['epoch'], figure)
+            self.pruned = behind and record['epoch'] < self._epochs
         return self.pruned
 
 

@@ -22,10 +22,11 @@ def save(workdir: str, kept: book.Book) -> list[sweep_table.Row]:
       UserError: the page cannot be written.
     """
     rows = sweep_table.make_rows(kept)
+    slices = [_slice(rows, name) for name in kept.fields]
     charts = {
         'figure': kept.figure,
-        'runs': [_curves(row) for row in rows],
-        'fields': [_slice(kept, rows, name) for name in kept.fields],
+        'runs': [_curves(kept, row) for row in rows],
+        'fields': [found for found in slices if len(set(found['values'])) > 1],
         'importances': kept.importances,
     }
     best = _best(rows)
@@ -34,6 +35,7 @@ def save(workdir: str, kept: book.Book) -> list[sweep_table.Row]:
         'sweep.html',
         charts,
         rows=rows,
+        name=os.path.basename(os.path.abspath(workdir)),
         fields=kept.fields,
         figure_name=kept.figure,
         show=lambda figure: sweep_table.show(figure, kept.figure),
@@ -42,8 +44,8 @@ def save(workdir: str, kept: book.Book) -> list[sweep_table.Row]:
         counts=[(state, _count(rows, state)) for state in book.STATES],
         best=best,
         close=_close(rows),
+        slices=[found['name'] for found in charts['fields']],
         commands=_commands(workdir, kept, best) if best else [],
-        trials=book.TRIALS,
         made=datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
     )
     sweep_table.save(workdir, kept, rows)
@@ -65,9 +67,8 @@ def format_end(workdir: str, kept: book.Book, rows: list[sweep_table.Row]) -> st
         if close := _close(rows):
             lines.append(close)
         lines.append('chosen by the test images, which flatters: measure it on others')
-        lines += [
-            f'{what}: {command}' for what, command in _commands(workdir, kept, best)
-        ]
+        for what, parts in _commands(workdir, kept, best):
+            lines.append(f'{what}: {" ".join(parts)}')
     if failed := _count(rows, 'failed'):
         lines.append(f'{failed} failed; --retry_failed trains them again')
     lines.append(f'{FILE} and {sweep_table.FILE} are in {workdir}')
@@ -98,29 +99,35 @@ def _close(rows):
 
 
 def _commands(workdir, kept, row):
-    """What to do with the best setting, `[(what, command)]`."""
+    """What to do with the best setting, `[(what, parts of a command)]`."""
     run = os.path.join(workdir, row.folder, f'seed{row.best_seed}')
     fields = row.setting.fields | {space.SEED: row.best_seed}
-    again = [*kept.arguments, *(f'--config.{n}={text}' for n, text in fields.items())]
-    start = ['python', 'launch.py']
+    # Of a flag that comes twice the last one counts.
+    again = {part.lstrip('-').partition('=')[0]: part for part in kept.arguments}
+    again |= {f'config.{n}': f'--config.{n}={text}' for n, text in fields.items()}
+    found = [
+        ('train it again', [*again.values(), '--workdir=ckpt/best']),
+        ('a page on its best run', ['--mode=report', f'--workdir={run}']),
+    ]
     return [
-        ('train it again', shlex.join([*start, *again, '--workdir=ckpt/best'])),
-        ('its page', shlex.join([*start, '--mode=report', f'--workdir={run}'])),
+        (what, ['python', 'launch.py', *map(shlex.quote, parts)])
+        for what, parts in found
     ]
 
 
-def _curves(row):
+def _curves(kept, row):
     """What the page draws of a setting by epoch."""
-    name = os.path.basename(row.folder)
+    short = dict(zip(kept.fields, kept.short_fields, strict=True))
+    fields = row.setting.fields.items()
+    said = [f'{short[name]}={text}' for name, text in fields]
     return {
-        'name': f'{name}: {row.setting}' if row.setting.fields else name,
+        'name': ' '.join([os.path.basename(row.folder), *said]),
         'state': row.setting.state,
-        'seeds': list(row.setting.runs),
         'figures': [run.figures for run in row.setting.runs.values()],
     }
 
 
-def _slice(kept, rows, name):
+def _slice(rows, name):
     """What the page draws of the settings over one field."""
     there = [row for row in rows if row.count and name in row.setting.fields]
     values = [_number(row.setting.fields[name]) for row in there]

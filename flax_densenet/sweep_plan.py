@@ -11,6 +11,7 @@ from flax_densenet.errors import UserError
 _FREE = ('data.threads', 'data.workers', 'data.cache', 'data.cache_limit_gib')
 _FREE += ('train.checkpoint_every', 'train.tensorboard', 'train.report')
 _FREE += ('model.fast', 'model.kernel', 'model.remat')
+_LEFT_OUT = 'which is left out; values can only be added'
 _CHECKED = 200  # settings of a grid that are all prepared before the first is trained
 
 
@@ -114,7 +115,8 @@ class Plan:
     def check(self):
         """Prepares settings without training them: all that is wrong shows now.
 
-        Of a grid all of them; of a search, or very many, each value once.
+        Of a grid all of them; of a search, or very many, each value once. The seeds
+        with the first one.
 
         Raises:
           UserError: a field, a value or the data cannot be used.
@@ -125,6 +127,7 @@ class Plan:
         settings = list(itertools.islice(self.space.grid(), _CHECKED + 1))
         if self.trials is not None or len(settings) > _CHECKED:
             settings = [settings[0] | option for option in options]
+        settings += [settings[0] | {space.SEED: str(seed)} for seed in self.seeds]
         sources = {}
         for fields in settings:
             config = self.override(fields)
@@ -136,8 +139,7 @@ class Plan:
                     config, '', resume=False, source=sources.get(key)
                 ).source
             except UserError as error:
-                said = f'--sweep: with {join(fields)}: ' if fields else ''
-                raise UserError(f'{said}{error}') from error
+                raise UserError(f'--sweep: with {join(fields)}: {error}') from error
 
 
 def find_difference(old, new):
@@ -160,17 +162,22 @@ def find_difference(old, new):
         if old[name] != new[name]:
             flag = '--trials' if name == 'search' else '--prune'
             return f'with another {flag}'
-    by_fields = {tuple(axis['fields']): axis for axis in new['axes']}
-    for axis in [*old['axes'], {'fields': [space.SEED], 'options': old['seeds']}]:
-        later = by_fields.get(tuple(axis['fields']), {'options': new['seeds']})
-        gone = [o for o in axis['options'] if o not in later['options']]
-        if gone:
-            said = (
-                join(gone[0])
-                if isinstance(gone[0], dict)
-                else f'{space.SEED}={gone[0]}'
-            )
-            return f'with {said}, which is left out; values can only be added'
-        if new['search'] and axis != later | {'fields': axis['fields']}:
-            return f'that searches {" ".join(axis["fields"])} elsewhere'
+    if new['search']:
+        for name in ('axes', 'seeds'):
+            if old[name] != new[name]:
+                return f'that searches among other values ({_first_of(old, new, name)})'
+    later = {tuple(axis['fields']): axis['options'] for axis in new['axes']}
+    for axis in old['axes']:
+        for option in axis['options']:
+            if option not in later[tuple(axis['fields'])]:
+                return f'with {join(option)}, {_LEFT_OUT}'
+    for seed in old['seeds']:
+        if seed not in new['seeds']:
+            return f'with {space.SEED}={seed}, {_LEFT_OUT}'
     return ''
+
+
+def _first_of(old, new, name):
+    """What differs first in two lists."""
+    pairs = itertools.zip_longest(old[name], new[name])
+    return next(f'{json.dumps(a)}, not {json.dumps(b)}' for a, b in pairs if a != b)

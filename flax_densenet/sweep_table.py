@@ -90,7 +90,7 @@ def show(figure: float | None, name: str) -> str:
 def format_rows(kept: book.Book, rows: list[Row]) -> str:
     """The table for a terminal, then why settings failed."""
     names = kept.fields
-    head = ['trial', *names, 'mean', 'spread', 'best', 'seeds', 'state']
+    head = ['trial', *kept.short_fields, 'mean', 'spread', 'best', 'seeds', 'state']
     cells = [
         [
             os.path.basename(row.folder),

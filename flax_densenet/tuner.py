@@ -42,15 +42,15 @@ def make_pruner(prune: str, epochs: int):
     """Ends trials that others leave behind, at the same epoch.
 
     Args:
-      prune: `median`: below the median of the finished trials, from the fourth trial
-        and a fifth of the epochs on; `halving`: not in the best third, at a ninth and a
-        third of the epochs; `none`.
+      prune: `median`: whose best so far is below the median of the finished trials,
+        once there are five, and after a quarter of the epochs (two at least);
+        `halving`: not in the best third, after a ninth and a third of the epochs.
       epochs: of a whole trial.
     """
     pruners = _optuna().pruners
     if prune == 'median':
         return pruners.MedianPruner(
-            n_startup_trials=3, n_warmup_steps=max(1, epochs // 5)
+            n_startup_trials=5, n_warmup_steps=max(2, -(-epochs // 4))
         )
     if prune == 'halving':
         return pruners.SuccessiveHalvingPruner(

@@ -10,12 +10,8 @@ const short = text => text.length > 48 ? text.slice(0, 47) + '…' : text;
 const lines = charts.runs.flatMap((run, place) => run.figures.map((values, seed) => ({
   name: short(run.name), group: run.name, unnamed: seed > 0 || place >= palette.length,
   x: values.map((_, epoch) => epoch + 1), y: shown(values),
-  colour: () => palette[place] ?? colour('line'), dash: run.state === 'pruned' ? 'dot' : 'solid',
+  colour: () => palette[place] ?? colour('soft'), dash: run.state === 'pruned' ? 'dot' : 'solid',
 }))).reverse();
-for (const run of new Set(lines.map(line => line.group))) {
-  const named = lines.filter(line => line.group === run);
-  named.forEach((line, place) => { line.unnamed = line.unnamed && !(place === named.length - 1); });
-}
 if (lines.length) {
   curves('curves', lines.filter(line => line.x.length), null, title, { unit,
     layout: { hovermode: 'closest', legend: { traceorder: 'reversed' } } });
@@ -33,7 +29,7 @@ charts.fields.forEach((field, place) => draw('field' + place, () => ({
     };
   }),
   layout: {
-    xaxis: { title: { text: field.name }, type: field.log ? 'log' : typeof field.values[0] === 'string' ? 'category' : 'linear' },
+    xaxis: { title: { text: field.name }, type: field.log ? 'log' : typeof field.values[0] === 'string' ? 'category' : 'linear', exponentformat: 'e' },
     yaxis: { title: { text: title } },
   },
 })));

@@ -102,11 +102,15 @@ def _commands(workdir, kept, row):
     """What to do with the best setting, `[(what, parts of a command)]`."""
     run = os.path.join(workdir, row.folder, f'seed{row.best_seed}')
     fields = row.setting.fields | {space.SEED: row.best_seed}
-    # Of a flag that comes twice the last one counts.
-    again = {part.lstrip('-').partition('=')[0]: part for part in kept.arguments}
-    again |= {f'config.{n}': f'--config.{n}={text}' for n, text in fields.items()}
+    # A tuple that is given twice would be both, one behind the other.
+    again = [
+        part
+        for part in kept.arguments
+        if part.lstrip('-').partition('=')[0].removeprefix('config.') not in fields
+    ]
+    again += [f'--config.{name}={text}' for name, text in fields.items()]
     found = [
-        ('train it again', [*again.values(), '--workdir=ckpt/best']),
+        ('train it again', [*again, '--workdir=ckpt/best']),
         ('a page on its best run', ['--mode=report', f'--workdir={run}']),
     ]
     return [

@@ -236,13 +236,15 @@ def test_sweep(main, tmp_path):
     workdir = f'--workdir={tmp_path}/s'
     done = main(
         *('--mode=sweep', *TINY, workdir, '--config.train.epochs=1'),
-        '--config.model.block_sizes=(1,)',
         '--sweep=optimizer.learning_rate=1e30,3e-3',
+        '--sweep=model.block_sizes=(1,)',
     )
     status, out, err = done
     assert (status, err) == (0, '')
     assert 'trial 001 failed: step ' in out
-    assert f'train it again: python launch.py {" ".join(TINY[:1])}' in out
+    again = out.partition('train it again: ')[2].splitlines()[0]
+    assert again.startswith(f'python launch.py {TINY[0]}') and '(1,1)' not in again
+    assert "'--config.model.block_sizes=(1,)'" in again
     assert f'sweep.html and sweep.csv are in {tmp_path}/s' in out
     with open(tmp_path / 's' / 'sweep.csv', newline='') as file:
         best, worst = csv.DictReader(file)

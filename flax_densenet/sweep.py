@@ -219,7 +219,7 @@ class _Sweep:
         name = self.book.folder(setting, seed)
         folder = os.path.join(self.workdir, name)
         fields = setting.fields | {space.SEED: str(seed)}
-        print(f'{name}: {sweep_plan.join(fields)}', flush=True)
+        print(f'{name} of {self.plan.count}: {sweep_plan.join(fields)}', flush=True)
         config = self.plan.override(fields)
         watch = _Watch(
             self.tuner,
@@ -232,7 +232,7 @@ class _Sweep:
             train.fit(config, folder, stop=self.stop, ends_after=watch)
         records = history.load_run(folder).records
         best = max(records, key=checkpoint.rank)
-        if 'test_mean_auroc' in best:
+        if best.get('test_mean_auroc') is not None:
             self.book.figure = 'mean AUROC'
         setting.runs[str(seed)] = book.Run(
             figures=[checkpoint.rank(record)[0] for record in records],

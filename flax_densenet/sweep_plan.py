@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from typing import Any
 
 from flax_densenet import history, setup, space
@@ -54,6 +55,11 @@ class Plan:
         self.parameters = {}
         if trials is not None:
             self.parameters = dict(map(self._parameter, self.space.axes))
+
+    @property
+    def count(self) -> int:
+        """Settings of the grid, or to search for."""
+        return self.trials or math.prod(len(axis.options) for axis in self.space.axes)
 
     def value(self, field: str, text: str):
         """A value as its field has it, and as JSON gives it back."""
@@ -124,10 +130,12 @@ class Plan:
         options = [option for axis in self.space.axes for option in axis.options]
         for option in options:
             self.values_of(option)
-        settings = list(itertools.islice(self.space.grid(), _CHECKED + 1))
-        if self.trials is not None or len(settings) > _CHECKED:
-            settings = [settings[0] | option for option in options]
-        settings += [settings[0] | {space.SEED: str(seed)} for seed in self.seeds]
+        first = next(self.space.grid())
+        if self.trials is None and self.count <= _CHECKED:
+            settings = list(self.space.grid())
+        else:
+            settings = [first | option for option in options]
+        settings += [first | {space.SEED: str(seed)} for seed in self.seeds]
         sources = {}
         for fields in settings:
             config = self.override(fields)

@@ -521,6 +521,25 @@ def test_a_damaged_record(tmp_path, damage):
         book.load(str(tmp_path))
 
 
+def test_data_is_looked_through_once(monkeypatch):
+    looked, load = [], sweep_plan.setup.load_source
+    monkeypatch.setattr(
+        sweep_plan.setup, 'load_source', lambda c: looked.append(0) or load(c)
+    )
+    config = base.get_config()
+    config.update_from_flattened_dict(
+        {'model.variant': 'BC-L10k4', 'data.image_size': 8}
+    )
+    for flags, count in (
+        ([f'{RATE}=1e-4,1e-3', 'data.batch_size=32,64'], 1),
+        (['data.image_size=8,12', 'data.augment=none,flip'], 2),
+    ):
+        looked.clear()
+        override = functools.partial(launch._override, config)
+        sweep_plan.Plan(launch._plain(config), flags, override, None, 'none').check()
+        assert len(looked) == count
+
+
 TINY = {'model.block_sizes': (1,), 'train.epochs': 2}
 
 

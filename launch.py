@@ -4,6 +4,7 @@
   python launch.py --mode=eval --workdir=ckpt/densenet121
   python launch.py --mode=summary --config=configs/cifar.py
   python launch.py --mode=lr_find --config=configs/cifar.py
+  python launch.py --mode=sweep --sweep='optimizer.learning_rate=1e-4,1e-3'
   python launch.py --mode=export --workdir=ckpt/densenet121 --format=torch --out=x.pth
   python launch.py --mode=predict --workdir=ckpt/densenet121 --files='photos/**/*.jpg'
   python launch.py --mode=serve --workdir=ckpt/densenet121
@@ -12,7 +13,9 @@
 Any field of configs/base.py can be set: --config.optimizer.learning_rate=1e-3.
 """
 
+import copy
 import difflib
+import functools
 import os
 import pathlib
 import sys
@@ -37,7 +40,7 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_string(
     'mode',
     'train',
-    'train, eval, report, predict, serve, lr_find, summary, export or pack.',
+    'train, eval, report, predict, serve, lr_find, sweep, summary, export or pack.',
 )
 _FORMAT = flags.DEFINE_string(
     'format',
@@ -100,6 +103,25 @@ _PACKING = {
     ),
 }
 _STEPS = flags.DEFINE_integer('steps', 100, 'Of --mode=lr_find, 40 or more.')
+_SWEEP = flags.DEFINE_multi_string(
+    'sweep',
+    [],
+    'Of --mode=sweep: FIELD=VALUE,VALUE to try each; FIELD=LOW..HIGH to search, with '
+    "--trials; 'FIELD=VALUE FIELD=VALUE; FIELD=VALUE' for fields that change together, "
+    'or @FILE with such a set in each line. Several make a grid; train.seed=0,1,2 '
+    'trains each setting with these seeds.',
+)
+_TRIALS = flags.DEFINE_integer(
+    'trials', None, 'Of --mode=sweep: settings to search for, instead of the grid.'
+)
+_PRUNE = flags.DEFINE_string(
+    'prune',
+    'none',
+    'Of --mode=sweep: median or halving end settings early that fall behind others.',
+)
+_RETRY = flags.DEFINE_bool(
+    'retry_failed', False, 'Of --mode=sweep: trains settings again that failed.'
+)
 _DISTRIBUTED = flags.DEFINE_bool(
     'distributed',
     False,
@@ -172,10 +194,15 @@ def _evaluate(config, workdir, overrides):
 
 
 def _report(config, workdir, overrides):
-    """Writes the page of a run, or one that compares the runs of several folders."""
-    from flax_densenet import compare, page, results
+    """Writes the page of a run or a sweep, or one that compares several runs."""
+    from flax_densenet import book, compare, page, results, sweep_page
 
     workdirs = compare.find_runs(workdir)
+    if len(workdirs) == 1 and book.is_sweep(workdirs[0]):
+        sweep_page.save(workdirs[0], book.load(workdirs[0]))
+        path = os.path.join(workdirs[0], sweep_page.FILE)
+        print(f'{path}: open it in a browser')
+        return
     if len(workdirs) > 1:
         if not cluster.is_first():
             return
@@ -336,6 +363,47 @@ def _find_learning_rate(config, workdir, overrides):
     lr_find.find(config, workdir, steps=_STEPS.value)
 
 
+def _sweep(config, workdir, overrides):
+    """Trains a grid of settings, or searches for them."""
+    from flax_densenet import signals, sweep
+
+    shared = copy.deepcopy(_CONFIG.value)
+    if 'train.report' not in overrides:  # a page for each run, some seconds each
+        shared.train.report = False
+    if not _WORKDIR.value:
+        workdir += '-sweep'
+    given = [a for a in sys.argv[1:] if a.lstrip('-').startswith('config')]
+    given = [a for a in given if a != f'--config={_BASE}']
+    with signals.stop_gently() as stop:
+        sweep.run(
+            _plain(shared),
+            workdir,
+            _SWEEP.value,
+            override=functools.partial(_override, shared),
+            trials=_TRIALS.value,
+            prune=_PRUNE.value,
+            retry=_RETRY.value,
+            arguments=given,
+            stop=stop,
+        )
+
+
+def _override(config, fields):
+    """A config with some fields changed, by name as text, as flags change them."""
+    arguments = [f'--config.{name}={text}' for name, text in fields.items()]
+    values, config = flags.FlagValues(), copy.deepcopy(config)
+    try:
+        _check_field_names(arguments)
+        config_flags.DEFINE_config_dict(
+            'config', config, flag_values=values, sys_argv=['', *arguments]
+        )
+        values(['', *arguments])
+    except (flags.Error, TypeError, ValueError) as error:  # UserError is one too
+        said = ' '.join(str(error).removeprefix('flag ').split())
+        raise UserError(f'--sweep: {said.replace("--config.", "")}') from error
+    return _plain(config)
+
+
 _OF_PACK = ('data.source', 'data.labels', 'data.bad_images', 'data.threads')
 
 
@@ -395,7 +463,7 @@ def _summarise(config, workdir, overrides):
         print(plan)
 
 
-_ALONE = ('summary', 'export', 'serve')  # of MODES, those for one process
+_ALONE = ('summary', 'export', 'serve', 'sweep')  # of MODES, those for one process
 MODES = {
     'train': _train,
     'eval': _evaluate,
@@ -405,6 +473,7 @@ MODES = {
     'predict': _predict,
     'serve': _serve,
     'lr_find': _find_learning_rate,
+    'sweep': _sweep,
     'pack': _pack,
 }
 
@@ -440,6 +509,8 @@ def _parse(argv):
         raise UserError(f'{left[1]} is not a flag; {hint}')
     if _MODE.value not in MODES:
         raise UserError(f'--mode={_MODE.value} is not known; use {", ".join(MODES)}')
+    if _SWEEP.value and _MODE.value != 'sweep':
+        raise UserError('--sweep needs --mode=sweep')
     if not _DISTRIBUTED.value:
         given = _COORDINATOR, _PROCESSES['num_processes'], _PROCESSES['process_id']
         if any(flag.value is not None for flag in given):
@@ -476,7 +547,8 @@ def _set_up_jax():
     from flax_densenet import cpu_kernels
 
     cpu_kernels.keep_memory()
-    if _MODE.value == 'train' and _CONFIG.value.train.deterministic:
+    training = _MODE.value in ('train', 'sweep')
+    if training and _CONFIG.value.train.deterministic:
         before = os.environ.get('XLA_FLAGS', '')
         os.environ['XLA_FLAGS'] = f'{before} --xla_gpu_deterministic_ops=true'.strip()
     # Keeps compiled steps for the next start; the environment's choice comes first.

@@ -44,6 +44,8 @@ from flax_densenet.errors import UserError
 _SCHEDULE_FIELDS = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
 _LOSS_FIELDS = ('loss', 'label_smoothing', 'focal_gamma')
 _OPTIMIZER_FIELDS = ('name', 'momentum', 'weight_decay', 'decay')
+# Of config.data, those by which it is found; the others say how it is used.
+SOURCE_FIELDS = ('source', *data.load_source.__kwdefaults__)
 ON_NONFINITE = ('stop', 'skip')
 # The state depends on them; with their defaults.
 PHASE_FIELDS = {'freeze': 'none', 'head_warmup_epochs': 0, 'ema': 0.0}
@@ -192,13 +194,16 @@ class Run:
         return fields | {'workers': 0} if self.features else fields
 
 
-def prepare(config, workdir: str, *, resume: bool = True) -> Run:
+def prepare(
+    config, workdir: str, *, resume: bool = True, source: data.Source | None = None
+) -> Run:
     """Checks all fields and finds the data: all that can fail before compilation.
 
     Args:
       config: a mapping of the fields of `configs/base.py`.
       workdir: folder of the run; a checkpoint there comes before `init_from`.
       resume: False where such a checkpoint plays no part.
+      source: of `load_source` for these fields, where it was looked through already.
 
     Raises:
       UserError: a field, the data or the weights cannot be used.
@@ -216,8 +221,7 @@ def prepare(config, workdir: str, *, resume: bool = True) -> Run:
         **finetune.plan_fields(config),
         has_weights=weights is not None or resume,
     )
-    loading = {name: fields[name] for name in data.load_source.__kwdefaults__}
-    source = data.load_source(fields['source'], **loading)
+    source = source or load_source(config)
     module = _make_module(config, len(source.class_names), mesh)
     model.check_image_size(module, (source.train.image_size,) * 2)
     pipeline.check_train_batches(
@@ -247,6 +251,11 @@ def prepare(config, workdir: str, *, resume: bool = True) -> Run:
         weights=weights,
         plan=plan,
     )
+
+
+def load_source(config) -> data.Source:
+    """The data of a config whose open fields are filled in."""
+    return data.load_source(**{name: config['data'][name] for name in SOURCE_FIELDS})
 
 
 def _make_module(config, num_classes, mesh):

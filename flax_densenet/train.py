@@ -10,6 +10,7 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Callable
 from concurrent import futures
 from typing import Any
 
@@ -43,7 +44,13 @@ from flax_densenet.errors import UserError
 _IN_LINE = {ord('\n'): '\\n', ord('\r'): '\\r'}  # of file names
 
 
-def fit(config, workdir: str, *, stop: signals.Stop | None = None) -> dict[str, Any]:
+def fit(
+    config,
+    workdir: str,
+    *,
+    stop: signals.Stop | None = None,
+    ends_after: Callable[[dict[str, Any]], bool] = lambda record: False,
+) -> dict[str, Any]:
     """Trains, evaluates after each epoch, and keeps the latest and best checkpoints.
 
     The state comes from the latest whole checkpoint in `workdir`, else from
@@ -54,6 +61,8 @@ def fit(config, workdir: str, *, stop: signals.Stop | None = None) -> dict[str, 
       workdir: folder of the run; made where absent, and locked meanwhile.
       stop: of `signals.stop_gently`, for signals to end it after a saved step. Without
         it a KeyboardInterrupt goes through, and the checkpoints stay as they are.
+      ends_after: called with the record of each epoch; True ends the run there, as its
+        last epoch would. The same call again would go on.
 
     Returns:
       The record of the best epoch, as in `metrics.jsonl`.
@@ -90,7 +99,7 @@ def fit(config, workdir: str, *, stop: signals.Stop | None = None) -> dict[str, 
                     agreement.Agreement(run.mesh),
                     skipped=metadata.get('skipped_steps', 0),
                 )
-                _train(work, state, epochs_done)
+                _train(work, state, epochs_done, ends_after)
         elif epochs_done < epochs:
             print(f'{workdir} has stopped {_early(run, records)}; nothing to train')
         else:
@@ -159,7 +168,7 @@ def _save_report(run, *, anew):
     return f'{page.REPORT_FILE}, '
 
 
-def _train(work: loop.Loop, state, epochs_done):
+def _train(work: loop.Loop, state, epochs_done, ends_after):
     """Takes the epochs that are left, adding the record of each to the others."""
     run, shown, records = work.run, work.shown, work.records
     epochs, plan = run.config['train']['epochs'], run.plan
@@ -184,8 +193,11 @@ def _train(work: loop.Loop, state, epochs_done):
                 if work.agree(record['step'])[0]:
                     work.wait_for_saved()
                     raise work.stop.stopped(f'epoch {epoch} is saved')
+                ended = ends_after(record)
                 if _is_over(run, records):
                     print(f'stopped {_early(run, records)}', flush=True)
+                    ended = True
+                if ended:
                     break
         shown.add_end()
 

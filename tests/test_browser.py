@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from conftest import tiny_trained, write_images
 from test_page import many, write_run
+from test_sweep import BOOK, make_book
 
-from flax_densenet import compare, data, page, results
+from flax_densenet import compare, data, page, results, sweep_page
 
 sync_api = pytest.importorskip('playwright.sync_api')
 CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
@@ -192,3 +193,19 @@ def test_comparison(chromium, tmp_path):
         assert tab.locator('#accuracy .legendtext').all_text_contents() == ['a', 'b']
         tab.click('#runs th:nth-child(2) button')
         assert tab.locator('#runs tbody tr').count() == 2
+
+
+@pytest.mark.parametrize('width', [1100, 360])
+def test_sweep(chromium, tmp_path, width):
+    kept = make_book(**BOOK)
+    kept.importances = {'optimizer.learning_rate': 1.0}
+    sweep_page.save(str(tmp_path), kept)
+    size = {'viewport': {'width': width, 'height': 900}}
+    with opened(chromium, str(tmp_path / sweep_page.FILE), **size) as tab:
+        names = tab.locator('#curves .legendtext').all_text_contents()
+        assert [name.split()[0] for name in names] == ['003', '001', '002']
+        assert tab.locator('#field0 .point').count() == 3
+        assert tab.locator('#importances').is_visible()
+        tab.click('#settings th:nth-child(2) button')
+        means = tab.locator('#settings tbody td:nth-child(2)').all_text_contents()
+        assert means == ['60.0 %', '67.5 %', '90.0 %', '-', '-']

@@ -163,6 +163,42 @@ def test_summary(main, arguments, size):
         (['--config.init_from=/none.pth'], 'init_from=/none.pth: there is no such'),
         (['--mode=export'], '--mode=export needs --out=FILE'),
         (['--mode=lr_find', '--steps=3'], '--steps=3 are too few; use 40 or more'),
+        (['--sweep=train.seed=0,1'], '--sweep needs --mode=sweep'),
+        (['--mode=sweep'], '--mode=sweep needs --sweep=FIELD=VALUE,VALUE'),
+        (
+            ['--mode=sweep', '--sweep=optimizer.learning_rat=1,2'],
+            '--sweep: optimizer.learning_rat is not a field; did you mean optimizer.l',
+        ),
+        (
+            ['--mode=sweep', '--sweep=train.epochs=1,1.5'],
+            '--sweep: train.epochs=1.5: invalid literal for int',
+        ),
+        (
+            ['--mode=sweep', '--sweep=data.batch_size=64,5000'],
+            '--sweep: with data.batch_size=5000: data.batch_size=5000 is larger than',
+        ),
+        (['--mode=sweep', '--sweep=train.seed=0,-1'], 'with train.seed=-1: train.seed'),
+        (
+            ['--mode=sweep', '--sweep=optimizer.learning_rate=1e-3..1'],
+            '--sweep=optimizer.learning_rate=1e-3..1: a range needs --trials=N',
+        ),
+        (
+            ['--mode=sweep', '--sweep=model.variant=1..2', '--trials=2'],
+            'the field is no number; name its values',
+        ),
+        (['--mode=sweep', '--sweep=train.seed=0', '--trials=2'], 'needs a field to'),
+        (
+            ['--mode=sweep', '--sweep=train.epochs=1,2', '--prune=median'],
+            '--prune=median compares runs epoch by epoch',
+        ),
+        (
+            ['--mode=sweep', '--sweep=train.seed=0', '--prune=best'],
+            '--prune=best is not known; use none, median, halving',
+        ),
+        (
+            ['--mode=sweep', '--sweep=train.seed=0', '--distributed'],
+            '--distributed: --mode=sweep is one process',
+        ),
         (
             ['--mode=export', '--out=x.pth'],
             '--out=x.pth: a file of --format=safetensors ends with .safetensors',
@@ -193,6 +229,38 @@ def test_a_mistake_is_all_that_the_program_says(argument):
     assert argument.partition('=')[0].strip('-') in one_line_error(
         done.returncode, done.stdout, done.stderr
     )
+
+
+def test_sweep(main, tmp_path):
+    """A setting that diverges is told of; the page comes from the folder alone."""
+    workdir = f'--workdir={tmp_path}/s'
+    done = main(
+        *('--mode=sweep', *TINY, workdir, '--config.train.epochs=1'),
+        '--sweep=optimizer.learning_rate=1e30,3e-3',
+        '--sweep=model.block_sizes=(1,)',
+    )
+    status, out, err = done
+    assert (status, err) == (0, '')
+    assert 'trial 001 failed: step ' in out
+    again = out.partition('train it again: ')[2].splitlines()[0]
+    assert again.startswith(f'python launch.py {TINY[0]}') and '(1,1)' not in again
+    assert "'--config.model.block_sizes=(1,)'" in again
+    assert f'sweep.html and sweep.csv are in {tmp_path}/s' in out
+    with open(tmp_path / 's' / 'sweep.csv', newline='') as file:
+        best, worst = csv.DictReader(file)
+    assert best['optimizer.learning_rate'] == '3e-3' and best['state'] == 'done'
+    run = tmp_path / 's' / best['folder'] / 'seed0'
+    records = (run / 'metrics.jsonl').read_text().splitlines()
+    accuracy = json.loads(records[0])['test_accuracy']
+    assert float(best['mean']) == pytest.approx(accuracy, rel=1e-5)
+    config = json.loads((run / 'config.json').read_text())
+    assert config['optimizer']['learning_rate'] == 3e-3
+    assert config['model']['block_sizes'] == [1]
+    assert (worst['state'], worst['mean']) == ('failed', '')
+    (tmp_path / 's' / 'sweep.html').unlink()
+    done = main('--mode=report', workdir)
+    assert done == (0, f'{tmp_path}/s/sweep.html: open it in a browser\n', '')
+    assert (tmp_path / 's' / 'sweep.html').exists()
 
 
 @pytest.fixture(scope='module')

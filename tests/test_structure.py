@@ -116,6 +116,14 @@ EDGES = {
               'history', 'lock', 'loop', 'page', 'patience', 'report', 'results',
               'saving', 'setup',
               'sharding', 'signals', 'state_shards', 'unread'},
+    'space': {'errors'},
+    'tuner': {'errors'},
+    'book': {'errors', 'atomic'},
+    'sweep_table': {'atomic', 'book', 'render'},
+    'sweep_page': {'book', 'render', 'space', 'sweep_table'},
+    'sweep_plan': {'errors', 'history', 'setup', 'space'},
+    'sweep': {'errors', 'book', 'checkpoint', 'faults', 'history', 'lock', 'signals',
+              'space', 'sweep_page', 'sweep_plan', 'sweep_table', 'train', 'tuner'},
     'lr_find': {'errors', 'checkpoint', 'report', 'setup', 'sharding'},
 }  # fmt: skip
 RECIPES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
@@ -155,9 +163,9 @@ def test_no_config_below_the_door():
 
 def test_heavy_packages_are_imported_where_needed():
     code = (
-        'import sys, flax_densenet.train; '
+        'import sys, flax_densenet.sweep; '
         'heavy = {"torch", "keras", "tensorflow", "tensorflow_datasets", "sklearn", '
-        '"matplotlib", "plotly", "jinja2", "tensorboardX"}; '
+        '"matplotlib", "plotly", "jinja2", "tensorboardX", "optuna"}; '
         'print(sorted(heavy & set(sys.modules)))'
     )
     done = subprocess.run(

@@ -1,0 +1,208 @@
+"""Optuna behind a few calls: what to try next, and whether a trial is worth its epochs.
+
+Its storage is an SQLite file, whose writes are whole or absent whenever the process is
+killed; a journal file's last line could be torn, after which Optuna reads none of it.
+Each suggestion is drawn with a seed of its own from the trials before it, so a sweep
+that was interrupted goes on with the settings that it would have had.
+"""
+
+import contextlib
+import sqlite3
+import warnings
+from typing import Any
+
+from flax_densenet.errors import UserError
+
+PRUNERS = ('none', 'median', 'halving')
+FILE = 'sweep.db'
+_STUDY = 'sweep'
+ENOUGH = 10  # finished trials, with fewer of which an importance is chance
+
+
+def _optuna():
+    try:
+        import optuna
+    except ImportError as error:
+        raise UserError(
+            f'--mode=sweep needs the package {error.name}: '
+            "pip install 'flax_densenet[sweep]'"
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
+def check(prune: str):
+    """Raises where Optuna is missing, or where there is no such pruner."""
+    if prune not in PRUNERS:
+        raise UserError(f'--prune={prune} is not known; use {", ".join(PRUNERS)}')
+    _optuna()
+
+
+def make_pruner(prune: str, epochs: int):
+    """Ends trials that others leave behind, at the same epoch.
+
+    Args:
+      prune: `median`: whose best so far is below the median of the finished trials,
+        once there are five, and after a quarter of the epochs (two at least);
+        `halving`: not in the best third, after a ninth and a third of the epochs.
+      epochs: of a whole trial.
+    """
+    pruners = _optuna().pruners
+    if prune == 'median':
+        return pruners.MedianPruner(
+            n_startup_trials=5, n_warmup_steps=max(2, -(-epochs // 4))
+        )
+    if prune == 'halving':
+        return pruners.SuccessiveHalvingPruner(
+            min_resource=max(1, epochs // 9), reduction_factor=3
+        )
+    return pruners.NopPruner()
+
+
+class Tuner:
+    """The trials of a sweep, by their number.
+
+    Args:
+      path: of the storage; made where absent.
+      parameters: of a search, by name: a list of choices (text), or
+        `(low, high, log)` with ends that are both int or both float. Empty for a grid.
+      pruner: of `make_pruner`.
+      seed: of the search.
+
+    Raises:
+      UserError: the storage cannot be read or written; so do all methods.
+    """
+
+    def __init__(self, path: str, parameters: dict[str, Any], pruner, seed: int):
+        optuna = _optuna()
+        self._optuna, self._path, self._seed = optuna, path, seed
+        self._space = {
+            name: self._distribution(values) for name, values in parameters.items()
+        }
+        with self._storage():
+            # A path may hold what a URL or Optuna's template would take for its own.
+            self._stored = optuna.storages.RDBStorage(
+                'sqlite:///sweep',
+                engine_kwargs={
+                    'creator': lambda: sqlite3.connect(path, check_same_thread=False)
+                },
+            )
+            self._study = optuna.create_study(
+                storage=self._stored,
+                study_name=_STUDY,
+                direction='maximize',
+                pruner=pruner,
+                load_if_exists=True,
+            )
+
+    def close(self):
+        """Lets go of the file."""
+        self._stored.engine.dispose()
+
+    def _distribution(self, values):
+        kinds = self._optuna.distributions
+        if isinstance(values, list):
+            return kinds.CategoricalDistribution(values)
+        low, high, log = values
+        if isinstance(low, int):
+            return kinds.IntDistribution(low, high, log=log)
+        return kinds.FloatDistribution(low, high, log=log)
+
+    @contextlib.contextmanager
+    def _storage(self):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # of what is experimental there
+                yield
+        except (self._optuna.exceptions.StorageInternalError, sqlite3.Error) as error:
+            raise self._unusable(error) from error
+        except Exception as error:
+            # sqlalchemy, which is not imported here, has errors of its own.
+            if type(error).__module__.partition('.')[0] != 'sqlalchemy':
+                raise
+            raise self._unusable(error) from error
+
+    def _unusable(self, error):
+        said = str(getattr(error, '__cause__', None) or error).splitlines()[0]
+        return UserError(
+            f'{self._path} cannot be used ({said}); bring it back from a copy, or use '
+            'another --workdir'
+        )
+
+    def drop_unknown(self, known: set[int]):
+        """Gives up trials that were begun and of which nothing was kept.
+
+        Args:
+          known: the numbers of those that were, all of which have to be there.
+        """
+        states = self._optuna.trial.TrialState
+        with self._storage():
+            trials = self._study.get_trials()
+            if gone := known - {trial.number for trial in trials}:
+                raise self._unusable(f'it lacks trial {min(gone)} of the sweep')
+            for trial in trials:
+                if trial.state == states.RUNNING and trial.number not in known:
+                    self._study.tell(trial.number, state=states.FAIL)
+
+    def ask(self, about: dict[str, Any] | None = None) -> tuple[int, dict[str, Any]]:
+        """The number of a new trial, and its parameters.
+
+        Args:
+          about: parameters that are given, of a trial that is taken again.
+        """
+        states = self._optuna.trial.TrialState
+        with self._storage():
+            told = [t for t in self._study.get_trials() if t.state != states.FAIL]
+            # By the count, since one that was given up leaves a gap in the numbers.
+            self._study.sampler = self._optuna.samplers.TPESampler(
+                seed=self._seed % 2**31 + len(told)
+            )
+            if about is not None and self._space:
+                self._study.enqueue_trial(about)
+            trial = self._study.ask(self._space)
+        return trial.number, trial.params
+
+    def _load(self, number):
+        study_id = self._stored.get_study_id_from_name(_STUDY)
+        place = self._stored.get_trial_id_from_study_id_trial_number(study_id, number)
+        return self._optuna.trial.Trial(self._study, place), place
+
+    def report(self, number: int, epoch: int, value: float) -> bool:
+        """Tells the figure after an epoch; returns whether to end the trial.
+
+        An epoch that was told before counts once.
+        """
+        with self._storage():
+            trial, place = self._load(number)
+            if epoch not in self._stored.get_trial(place).intermediate_values:
+                trial.report(value, epoch)
+            return trial.should_prune()
+
+    def finish(self, number: int, value: float | None):
+        """Tells the result; None for a trial that was pruned or failed.
+
+        Optuna leaves failed trials out, and would try the like again; as pruned ones
+        they count as bad.
+        """
+        states = self._optuna.trial.TrialState
+        with self._storage():
+            state = states.PRUNED if value is None else states.COMPLETE
+            self._study.tell(number, value, state=state, skip_if_finished=True)
+
+    def importances(self) -> dict[str, float]:
+        """Each parameter's share of what varies between results (fANOVA).
+
+        Returns:
+          Nothing of a grid, of fewer than `ENOUGH` results or of results all alike.
+        """
+        states = self._optuna.trial.TrialState
+        with self._storage():
+            done = self._study.get_trials(states=(states.COMPLETE,))
+            if not self._space or len(done) < ENOUGH:
+                return {}
+            if len({trial.value for trial in done}) == 1:
+                return {}
+            importance = self._optuna.importance
+            evaluator = importance.FanovaImportanceEvaluator(seed=0)
+            shares = importance.get_param_importances(self._study, evaluator=evaluator)
+        return {name: float(share) for name, share in shares.items()}

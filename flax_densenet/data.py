@@ -44,6 +44,13 @@ class Examples:
         """Side in pixels."""
         return self.preparation.size
 
+    def at_size(self, size: int) -> 'Examples':
+        """The same images with another side in pixels."""
+        if size == self.image_size:
+            return self
+        preparation = dataclasses.replace(self.preparation, size=size)
+        return Examples(self.reader, self.indices, preparation)
+
     def __len__(self):
         return len(self.indices)
 
@@ -83,6 +90,11 @@ class CachedExamples(Examples):
         shape = len(self), self.image_size, self.image_size, self.preparation.channels
         self._images = np.empty(shape, np.uint8)
         self._known = np.zeros(len(self), bool)
+
+    def at_size(self, size):
+        """The same, which keeps those of that size."""
+        examples = super().at_size(size)
+        return self if examples is self else CachedExamples(examples)
 
     def __getitem__(self, position):
         if not self._known[position]:

@@ -41,8 +41,8 @@ def measure(logits, labels):
     return jnp.where(known, each, 0.0).sum(-1) / count, 1 - wrong.sum(-1) / count
 
 
-def mean(losses, labels, class_weights=None):
-    """The mean of the images' losses, each times the weight of its class.
+def weigh(losses, labels, class_weights=None):
+    """The images' losses, each times the weight of its class.
 
     Args:
       losses: `[N]`.
@@ -50,8 +50,8 @@ def mean(losses, labels, class_weights=None):
       class_weights: `[C]`; None weighs all alike.
     """
     if class_weights is None:
-        return losses.mean()
-    return (losses * jnp.asarray(class_weights)[labels]).mean()
+        return losses
+    return losses * jnp.asarray(class_weights)[labels]
 
 
 def auroc(logits: np.ndarray, labels: np.ndarray) -> list[float | None]:

@@ -16,20 +16,37 @@ import threading
 import grain
 import jax
 import numpy as np
+from PIL import Image
 
 from flax_densenet import augment as augment_lib
 from flax_densenet import balance as balance_lib
-from flax_densenet import data, unread
+from flax_densenet import colour, data, policies, unread
 from flax_densenet.errors import UserError
 
 
 class _Augment(grain.transforms.RandomMap):
-    def __init__(self, recipe):
+    def __init__(self, recipe, colour_jitter, policy):
         self.recipe = recipe
+        self.strengths = colour.parse(colour_jitter)
+        self.policy = policies.parse(policy)
+
+    def __bool__(self):
+        return bool(augment_lib.RECIPES[self.recipe] or self.strengths or self.policy)
 
     def random_map(self, example, rng):
         image = augment_lib.augment(example['image'], rng, recipe=self.recipe)
+        if self.strengths or self.policy:
+            image = self._change_picture(image, rng)
         return example | {'image': image}
+
+    def _change_picture(self, image, rng):
+        shape = image.shape
+        picture = Image.fromarray(image[..., 0] if shape[-1] == 1 else image)
+        if self.strengths:
+            picture = colour.jitter(picture, rng, self.strengths)
+        if self.policy:
+            picture = policies.apply(picture, rng, self.policy)
+        return np.asarray(picture).reshape(shape)
 
 
 def check_train_batches(
@@ -38,6 +55,8 @@ def check_train_batches(
     augment: str,
     workers: int,
     balance: str = 'none',
+    colour_jitter=(),
+    policy: str = 'none',
 ):
     """Raises the errors of `train_batches`, without starting any thread."""
     if batch_size > len(examples):
@@ -46,6 +65,8 @@ def check_train_batches(
             'to train on; use a smaller one'
         )
     data.check_choice('augment', augment, augment_lib.RECIPES)
+    colour.parse(colour_jitter)
+    policies.parse(policy)
     data.check_choice('balance', balance, balance_lib.BALANCES)
     if balance != 'none' and np.ndim(examples.labels) == 2:
         raise UserError(
@@ -66,6 +87,8 @@ def train_batches(
     seed: int,
     start: int = 0,
     augment: str = 'none',
+    colour_jitter=(),
+    policy: str = 'none',
     balance: str = 'none',
     bad_images: str = 'error',
     parts: int = 1,
@@ -81,7 +104,8 @@ def train_batches(
     Args:
       batch_size: over all hosts; this host's share comes out.
       start: step at which to start.
-      augment: a key of `augment.RECIPES`.
+      augment, colour_jitter, policy: a key of `augment.RECIPES`, what `colour.parse`
+        and what `policies.parse` take; one after another, in this order.
       balance: `sampler` draws the classes equally often, see `balance.Draws`; an epoch
         has as many images as without.
       bad_images: `skip` puts the next image in the place of one that cannot be read
@@ -98,7 +122,9 @@ def train_batches(
     Raises:
       UserError: fewer examples than rows of a batch; an unknown recipe.
     """
-    check_train_batches(examples, batch_size, augment, workers, balance)
+    check_train_batches(
+        examples, batch_size, augment, workers, balance, colour_jitter, policy
+    )
     count, hosts = len(examples), jax.process_count()
     skip = bad_images == 'skip' and isinstance(examples, data.Examples)
     source = unread.StandIns(examples) if skip else examples
@@ -115,8 +141,8 @@ def train_batches(
     )
     # The host's share is taken last, so that the stream does not depend on how many
     # hosts there are.
-    if augment_lib.RECIPES[augment]:
-        stream = stream.random_map(_Augment(augment))
+    if changes := _Augment(augment, colour_jitter, policy):
+        stream = stream.random_map(changes)
     stream = _own_rows(stream, batch_size // parts)
     stream = stream.batch(batch_size // hosts, drop_remainder=True)
     batches = _iterate(stream[start:], threads, workers)

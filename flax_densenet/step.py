@@ -16,7 +16,14 @@ import optax
 from flax import traverse_util
 from jax import flatten_util
 
-from flax_densenet import evaluate, model, objective, sharding, state_shards
+from flax_densenet import (
+    evaluate,
+    mixing,
+    model,
+    objective,
+    sharding,
+    state_shards,
+)
 from flax_densenet.errors import UserError
 
 
@@ -193,6 +200,7 @@ def make_train_step(
     gradient_clip: float = 0.0,
     frozen: int = 0,
     class_weights=None,
+    mix: mixing.Mixing | None = None,
     accumulate_steps: int = 1,
 ):
     """Makes `(state, batch) -> (state, loss)`, a pure function of the global batch.
@@ -212,6 +220,7 @@ def make_train_step(
         them are differentiated, so nothing is computed backward through the others,
         and only these reach the optimizer and the penalty.
       class_weights: float `[C]`, of each class's images in the loss; None: all 1.
+      mix: erases boxes and mixes the images of a (micro-)batch, by the step's key.
       accumulate_steps: micro-batches of the batch, see `make_gradients`.
     """
     differentiate = make_gradients(
@@ -222,6 +231,7 @@ def make_train_step(
         l2_penalty=l2_penalty,
         frozen=frozen,
         class_weights=class_weights,
+        mix=mix,
         accumulate_steps=accumulate_steps,
     )
 
@@ -280,6 +290,7 @@ def make_gradients(
     l2_penalty: float,
     frozen: int,
     class_weights=None,
+    mix: mixing.Mixing | None = None,
     accumulate_steps: int = 1,
 ):
     """Makes `(state, batch) -> (gradients, (losses, correct, batch_stats))`.
@@ -298,17 +309,21 @@ def make_gradients(
     live = {name for stage in model.stages(module)[frozen:] for name in stage}
 
     def gradients_of(state: TrainState, batch):
-        dropout = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = step_key(seed, state.step)
         if accumulate_steps == 1:
-            return of_rows(state, batch, dropout)
+            return of_rows(state, batch, key)
 
         def of_part(number, part):
-            return of_rows(state, part, jax.random.fold_in(dropout, number))
+            return of_rows(state, part, jax.random.fold_in(key, number))
 
         return _accumulate(of_part, state.batch_stats, live, batch)
 
-    def of_rows(state, batch, dropout):
+    def of_rows(state, batch, key):
         trained = {name: state.params[name] for name in state.params if name in live}
+        labels, mixed = batch['label'], None
+        if mix and 'image' in batch:
+            mixed = mixing.mix(batch['image'], key, mix, mean=mean)
+            batch = batch | {'image': mixed.images}
 
         def loss_of(params):
             logits, updated = evaluate.forward(
@@ -320,10 +335,19 @@ def make_gradients(
                 mutable=['batch_stats'],
                 train=True,
                 frozen=frozen,
-                rngs={'dropout': dropout},
+                rngs={'dropout': key},
             )
-            losses, correct = objective.measure(logits, batch['label'])
-            loss = objective.mean(losses, batch['label'], class_weights)
+
+            def measure(labels):
+                losses, correct = objective.measure(logits, labels)
+                return losses, objective.weigh(losses, labels, class_weights), correct
+
+            results = measure(labels)
+            if mixed and mix.pairs:
+                others = measure(labels[mixed.partners])
+                results = mixing.blend(results, others, mixed.weights)
+            losses, weighted, correct = results
+            loss = weighted.mean()
             if l2_penalty:
                 loss += l2_penalty * _kernel_penalty(params)
             return loss, (losses, correct, updated['batch_stats'])
@@ -331,6 +355,11 @@ def make_gradients(
         return jax.grad(loss_of, has_aux=True)(trained)
 
     return gradients_of
+
+
+def step_key(seed: int, step):
+    """The random key of a step; that of a micro-batch is folded with its number."""
+    return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def _accumulate(gradients_of, batch_stats, live, batch):

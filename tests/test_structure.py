@@ -63,7 +63,13 @@ EDGES = {
     'duplicates': {'errors'},
     'splits': {'errors', 'duplicates', 'packed', 'sources'},
     'data': {'errors', 'images', 'duplicates', 'sources', 'splits'},
-    'pipeline': {'errors', 'augment', 'balance', 'data', 'unread'},
+    'colour': {'errors'},
+    'policies': {'errors', 'colour'},
+    'mixing': {'errors'},
+    'sizes': {'errors', 'model'},
+    'pipeline': {'errors', 'augment', 'balance', 'colour', 'data', 'policies',
+                 'unread'},
+    'samples': {'features', 'mixing', 'report', 'setup', 'step'},
     'pickles': set(),
     'torch_files': {'errors', 'pickles'},
     'weights': {'errors', 'checkpoint', 'keras_files', 'metadata', 'model',
@@ -93,20 +99,22 @@ EDGES = {
     'web': {'errors', 'batching', 'explain', 'guard', 'images'},
     'serve': {'errors', 'web'},
     'report': {'atomic', 'checkpoint', 'evaluate', 'model'},
-    'step': {'errors', 'evaluate', 'model', 'objective', 'sharding', 'state_shards'},
+    'step': {'errors', 'evaluate', 'mixing', 'model', 'objective', 'sharding',
+             'state_shards'},
     'finetune': {'errors', 'model'},
     'features': {'errors', 'data', 'evaluate', 'model', 'pipeline', 'sharding'},
     'setup': {
         'errors', 'balance', 'checkpoint', 'cluster', 'data', 'features', 'finetune',
-        'groups', 'metadata', 'model', 'pipeline', 'saving', 'sharding', 'sources',
-        'state_shards', 'step',
+        'groups', 'metadata', 'mixing', 'model', 'pipeline', 'saving', 'sharding',
+        'sizes', 'sources', 'state_shards', 'step',
         'transfer', 'weights',
     },
     'board': set(),
     'train': {'errors', 'agreement', 'atomic', 'board', 'checkpoint', 'cluster',
               'environment', 'evaluate',
-              'history', 'lock', 'loop', 'page', 'report', 'results', 'saving', 'setup',
-              'sharding', 'signals', 'state_shards', 'step', 'unread'},
+              'history', 'lock', 'loop', 'page', 'report', 'results', 'samples',
+              'saving', 'setup', 'sharding', 'signals', 'state_shards', 'step',
+              'unread'},
     'lr_find': {'errors', 'checkpoint', 'report', 'setup', 'sharding'},
 }  # fmt: skip
 RECIPES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
@@ -197,7 +205,8 @@ def test_base_has_each_field_of_the_functions():
     }
     assert set(config.model) == {'variant'} | known - skip
     loading = {'source', 'batch_size', 'mean', 'std', 'augment', 'threads', 'workers'}
-    loading |= {'balance'}
+    loading |= {'balance', 'colour_jitter', 'policy', 'erase', 'mixup', 'cutmix'}
+    loading |= {'size_schedule'}
     assert set(config.data) == loading | set(data.load_source.__kwdefaults__)
 
 

@@ -29,6 +29,8 @@ from flax_densenet.errors import UserError
 # Of random erasing: share of the area and height to width, as torchvision and timm.
 ERASE_SCALE, ERASE_RATIO = (0.02, 0.33), (0.3, 3.3)
 _TRIES = 10  # of boxes, until one fits into the image; as torchvision
+# Random ones for each image: area and shape of each try, whether, and where (2).
+_NUMBERS = 2 * _TRIES + 3
 # Of the step's key, whose other numbers are micro-batches (`step.make_gradients`).
 _KEY = 2**32 - 1
 
@@ -105,51 +107,54 @@ def mix(images, key, mixing: Mixing, *, mean) -> Mixed:
       key: of the step (and the micro-batch); other uses of it stay apart.
       mean: `[C]`, of 0 to 1: the colour of boxes, 0 after the normalisation.
     """
-    keys = jax.random.split(jax.random.fold_in(key, _KEY), 3)
     count, height, width, _ = images.shape
-    rows = jnp.arange(count)
+    # As few draws as can be: each takes half a second to compile on a CPU.
+    key = jax.random.fold_in(key, _KEY)
+    numbers = jax.random.uniform(key, (5,))
     # Rows move between devices as they are, in a quarter of float32's bytes.
-    partners, other = rows, images
+    partners = other = None
     if mixing.pairs:
-        shift = jax.random.randint(keys[0], (), 1, max(count, 2))
-        partners = (rows - shift) % count
-        other = images[partners]
-    images, other = images.astype(jnp.float32), other.astype(jnp.float32)
+        shift = 1 + (numbers[0] * (count - 1)).astype(jnp.int32)
+        partners = (jnp.arange(count) - shift) % count
+        other = images[partners].astype(jnp.float32)
+    images = images.astype(jnp.float32)
     if mixing.erase:
-        boxes = draw_boxes(keys[1], count, height, width, mixing.erase)
+        by_row = jax.random.uniform(jax.random.fold_in(key, 1), (count, _NUMBERS))
+        boxes = draw_boxes(by_row, height, width, mixing.erase)
         fill = 255 * jnp.asarray(mean, jnp.float32).reshape(1, 1, 1, -1)
         images = jnp.where(inside(boxes, height, width)[..., None], fill, images)
         if mixing.pairs:
             theirs = inside(boxes[partners], height, width)[..., None]
             other = jnp.where(theirs, fill, other)
     if not mixing.pairs:
-        return Mixed(images, partners, jnp.ones(count))
-    share, own = draw_shares(keys[2], height, width, mixing)
+        return Mixed(images, jnp.arange(count), jnp.ones(count))
+    share, own = draw_shares(numbers[1:], height, width, mixing)
     own = own[None, :, :, None]
     return Mixed(
         images * own + other * (1 - own), partners, jnp.broadcast_to(share, count)
     )
 
 
-def draw_boxes(key, count: int, height: int, width: int, probability: float):
-    """Boxes of random erasing, int32 `[N, 4]`: top, left, bottom, right; or empty."""
-    chosen, sizes, places = jax.random.split(key, 3)
-    area, ratio = jax.random.uniform(sizes, (2, count, _TRIES))
+def draw_boxes(numbers, height: int, width: int, probability: float):
+    """Boxes of random erasing, int32 `[N, 4]`: top, left, bottom, right; or empty.
+
+    Args:
+      numbers: from 0 to 1, `[N, _NUMBERS]`.
+    """
+    side = jnp.array([height, width])
     low, high = ERASE_SCALE
-    area = height * width * (low + (high - low) * area)
+    area = height * width * (low + (high - low) * numbers[:, :_TRIES])
     low, high = map(math.log, ERASE_RATIO)
-    ratio = jnp.exp(low + (high - low) * ratio)
+    ratio = jnp.exp(low + (high - low) * numbers[:, _TRIES : 2 * _TRIES])
     shape = jnp.stack([jnp.sqrt(area * ratio), jnp.sqrt(area / ratio)], -1)
     shape = jnp.round(shape).astype(jnp.int32)  # [N, tries, 2]
-    side = jnp.array([height, width])
     fits = (shape < side[None, None]).all(-1)
     first = fits.argmax(-1)[:, None, None]
     shape = jnp.take_along_axis(shape, first, 1)[:, 0]
-    wanted = jax.random.uniform(chosen, (count,)) < probability
+    wanted, places = numbers[:, -1] < probability, numbers[:, -3:-1]
     shape = jnp.where((wanted & fits.any(-1))[:, None], shape, 0)
     room = side[None] - shape + 1
-    start = jax.random.uniform(places, (count, 2)) * room
-    start = jnp.minimum(start.astype(jnp.int32), room - 1)
+    start = jnp.minimum((places * room).astype(jnp.int32), room - 1)
     return jnp.concatenate([start, start + shape], -1)
 
 
@@ -161,34 +166,35 @@ def inside(boxes, height: int, width: int):
     return rows[:, :, None] & columns[:, None, :]
 
 
-def draw_shares(key, height: int, width: int, mixing: Mixing):
-    """What all images of a batch keep: the share, and by pixel float32 `[H, W]`."""
-    choice, place, amount = jax.random.split(key, 3)
-    amount = jax.random.uniform(amount)
-    even = jnp.full((height, width), 1.0)
+def draw_shares(numbers, height: int, width: int, mixing: Mixing):
+    """What all images of a batch keep: the share, and by pixel float32 `[H, W]`.
+
+    Args:
+      numbers: from 0 to 1, at least four.
+    """
     if not mixing.cutmix:
-        share = _from_beta(amount, mixing.mixup)
-        return share, even * share
-    box = cut_box(place, _from_beta(amount, mixing.cutmix), height, width)
+        share = _from_beta(numbers[0], mixing.mixup)
+        return share, jnp.broadcast_to(share, (height, width))
+    box = cut_box(numbers[1:3], _from_beta(numbers[0], mixing.cutmix), height, width)
     outside = 1 - inside(box[None], height, width)[0].astype(jnp.float32)
-    cut = 1 - ((box[2] - box[0]) * (box[3] - box[1])) / (height * width), outside
+    share = 1 - (box[2] - box[0]) * (box[3] - box[1]) / (height * width)
     if not mixing.mixup:
-        return cut
-    share = _from_beta(amount, mixing.mixup)
-    by_box = jax.random.bernoulli(choice)
-    return jax.tree.map(
-        lambda a, b: jnp.where(by_box, a, b), cut, (share, even * share)
-    )
+        return share, outside
+    even, by_box = _from_beta(numbers[0], mixing.mixup), numbers[3] < 0.5
+    return jnp.where(by_box, share, even), jnp.where(by_box, outside, even)
 
 
-def cut_box(key, share, height: int, width: int):
+def cut_box(centre, share, height: int, width: int):
     """CutMix's box, int32 `[4]`: sides are sqrt(1 - share) of the image's.
 
     Its centre lies anywhere and what hangs over is cut off, so the box may be smaller:
     the share that counts is that of its pixels.
+
+    Args:
+      centre: shares of the height and the width.
     """
     side = jnp.array([height, width])
-    centre = (jax.random.uniform(key, (2,)) * side).astype(jnp.int32)
+    centre = (centre * side).astype(jnp.int32)
     half = (0.5 * jnp.sqrt(1 - share) * side).astype(jnp.int32)
     start, end = jnp.maximum(centre - half, 0), jnp.minimum(centre + half, side)
     return jnp.concatenate([start, end])

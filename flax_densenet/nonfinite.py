@@ -90,6 +90,9 @@ class _Numbered(data.Examples):
     def at_size(self, size):
         return _Numbered(self._examples.at_size(size))
 
+    def as_pictures(self):
+        return _Numbered(self._examples.as_pictures())
+
     def __getitem__(self, position):
         return self._examples[position] | {'position': np.int32(position)}
 

@@ -25,28 +25,37 @@ from flax_densenet.errors import UserError
 
 
 class _Augment(grain.transforms.RandomMap):
-    def __init__(self, recipe, colour_jitter, policy):
-        self.recipe = recipe
+    """What is done to one training image, an array or, to be cropped, a picture."""
+
+    def __init__(self, recipe, colour_jitter, policy, preparation=None):
+        self.functions = augment_lib.RECIPES[recipe]
+        self.preparation = preparation
         self.strengths = colour.parse(colour_jitter)
         self.policy = policies.parse(policy)
 
     def __bool__(self):
-        return bool(augment_lib.RECIPES[self.recipe] or self.strengths or self.policy)
+        return bool(self.functions or self.strengths or self.policy)
 
     def random_map(self, example, rng):
-        image = augment_lib.augment(example['image'], rng, recipe=self.recipe)
+        image, functions = example['image'], self.functions
+        if isinstance(image, Image.Image):
+            box = augment_lib.crop_part(image.size, rng)
+            image = self.preparation.apply_to_part(image, box)
+            functions = [f for f in functions if f is not augment_lib.crop]
+        for function in functions:
+            image = function(image, rng)
         if self.strengths or self.policy:
             image = self._change_picture(image, rng)
+        if isinstance(image, Image.Image):
+            image = augment_lib.to_array(image)
         return example | {'image': image}
 
     def _change_picture(self, image, rng):
-        shape = image.shape
-        picture = Image.fromarray(image[..., 0] if shape[-1] == 1 else image)
+        if not isinstance(image, Image.Image):
+            image = augment_lib.to_picture(image)
         if self.strengths:
-            picture = colour.jitter(picture, rng, self.strengths)
-        if self.policy:
-            picture = policies.apply(picture, rng, self.policy)
-        return np.asarray(picture).reshape(shape)
+            image = colour.jitter(image, rng, self.strengths)
+        return policies.apply(image, rng, self.policy) if self.policy else image
 
 
 def check_train_batches(
@@ -126,7 +135,11 @@ def train_batches(
         examples, batch_size, augment, workers, balance, colour_jitter, policy
     )
     count, hosts = len(examples), jax.process_count()
-    skip = bad_images == 'skip' and isinstance(examples, data.Examples)
+    found = isinstance(examples, data.Examples)
+    changes = _Augment(augment, colour_jitter, policy, found and examples.preparation)
+    skip = bad_images == 'skip' and found
+    if found and augment_lib.crop in changes.functions:
+        examples = examples.as_pictures()
     source = unread.StandIns(examples) if skip else examples
     if balance == 'sampler':
         draws = balance_lib.Draws(examples.labels, seed)
@@ -141,7 +154,7 @@ def train_batches(
     )
     # The host's share is taken last, so that the stream does not depend on how many
     # hosts there are.
-    if changes := _Augment(augment, colour_jitter, policy):
+    if changes:
         stream = stream.random_map(changes)
     stream = _own_rows(stream, batch_size // parts)
     stream = stream.batch(batch_size // hosts, drop_remainder=True)

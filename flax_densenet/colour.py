@@ -66,8 +66,8 @@ def jitter(image: Image.Image, rng, strengths: Strengths) -> Image.Image:
         name, function, centre = _OPERATIONS[place]
         most = getattr(strengths, name)
         if most:
-            amount = rng.uniform(max(centre - most, centre and 0), centre + most)
-            image = function(image, amount)
+            least = centre - most if name == 'hue' else max(centre - most, 0)
+            image = function(image, rng.uniform(least, centre + most))
     return image
 
 

@@ -110,7 +110,7 @@ def mix(images, key, mixing: Mixing, *, mean) -> Mixed:
     count, height, width, _ = images.shape
     # As few draws as can be: each takes half a second to compile on a CPU.
     key = jax.random.fold_in(key, _KEY)
-    numbers = jax.random.uniform(key, (5,))
+    numbers = jax.random.uniform(key, (5,), jnp.float32)
     # Rows move between devices as they are, in a quarter of float32's bytes.
     partners = other = None
     if mixing.pairs:
@@ -119,7 +119,8 @@ def mix(images, key, mixing: Mixing, *, mean) -> Mixed:
         other = images[partners].astype(jnp.float32)
     images = images.astype(jnp.float32)
     if mixing.erase:
-        by_row = jax.random.uniform(jax.random.fold_in(key, 1), (count, _NUMBERS))
+        by_row = jax.random.fold_in(key, 1)
+        by_row = jax.random.uniform(by_row, (count, _NUMBERS), jnp.float32)
         boxes = draw_boxes(by_row, height, width, mixing.erase)
         fill = 255 * jnp.asarray(mean, jnp.float32).reshape(1, 1, 1, -1)
         images = jnp.where(inside(boxes, height, width)[..., None], fill, images)
@@ -127,7 +128,7 @@ def mix(images, key, mixing: Mixing, *, mean) -> Mixed:
             theirs = inside(boxes[partners], height, width)[..., None]
             other = jnp.where(theirs, fill, other)
     if not mixing.pairs:
-        return Mixed(images, jnp.arange(count), jnp.ones(count))
+        return Mixed(images, jnp.arange(count), jnp.ones(count, jnp.float32))
     share, own = draw_shares(numbers[1:], height, width, mixing)
     own = own[None, :, :, None]
     return Mixed(
@@ -177,7 +178,8 @@ def draw_shares(numbers, height: int, width: int, mixing: Mixing):
         return share, jnp.broadcast_to(share, (height, width))
     box = cut_box(numbers[1:3], _from_beta(numbers[0], mixing.cutmix), height, width)
     outside = 1 - inside(box[None], height, width)[0].astype(jnp.float32)
-    share = 1 - (box[2] - box[0]) * (box[3] - box[1]) / (height * width)
+    pixels = ((box[2] - box[0]) * (box[3] - box[1])).astype(jnp.float32)
+    share = 1 - pixels / (height * width)
     if not mixing.mixup:
         return share, outside
     even, by_box = _from_beta(numbers[0], mixing.mixup), numbers[3] < 0.5

@@ -34,7 +34,8 @@ test: .venv/installed lint
 test-slow: .venv/installed .venv-peers/installed
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m 'slow or faults'
 	$(PEERS)/python -m pytest -q -m 'slow or not slow' tests/test_torch.py \
-		tests/test_torch_training.py tests/test_timm.py tests/test_keras_files.py
+		tests/test_torch_training.py tests/test_torchvision.py tests/test_timm.py \
+		tests/test_keras_files.py
 
 faults: .venv/installed
 	FAULTS=full $(BIN)/python -m pytest -q -m faults -n 2 tests/faults

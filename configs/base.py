@@ -81,7 +81,24 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 32  # images of a step, over all devices and hosts
     config.data.test_fraction = 0.2  # split off where the source has no test part
     config.data.split_seed = 0  # of that split
+    # What is done to training images, in this order; samples.png shows it.
     config.data.augment = 'none'  # flip, shift_flip (CIFAR), crop_flip (ImageNet)
+    # Brightness, contrast, saturation and hue, '(0.4,0.4,0.4,0.1)': factors from 1 - x
+    # to 1 + x, the hue turns by so much of the circle; 0.4 alone is of the first three.
+    config.data.colour_jitter = ()
+    # trivialaugment (one operation, of any strength), randaugment (two of strength 9 of
+    # 30) or randaugment-N-M: turned, sheared, moved, recoloured, as torchvision does.
+    config.data.policy = 'none'
+    config.data.erase = 0.0  # share of images that a box is erased from
+    # Images in pairs of a batch, over each other (mixup) or a box of one in the other
+    # (CutMix), with both labels in the loss: alpha of the shares' Beta(alpha, alpha),
+    # 0.2 (mixup), 1.0 (CutMix), 0 for none; with both, each batch has one of them. The
+    # training accuracy counts the label with the larger share.
+    config.data.mixup = 0.0
+    config.data.cutmix = 0.0
+    # Smaller images at first, '((0.5,16),(0.8,24))': 16 pixels a side for half of the
+    # epochs, 24 up to 80 % of them, then image_size, at which all tests are.
+    config.data.size_schedule = ()
     # Classes of different sizes: sampler draws all equally often (an epoch has as many
     # images as before), loss weighs all classes alike in the gradient; none of both.
     config.data.balance = 'none'

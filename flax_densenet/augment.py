@@ -1,7 +1,7 @@
 """Random changes to a training image, and the named recipes made of them.
 
 Each function takes an image uint8 `[H, W, C]` and a numpy Generator and returns an
-image of the same shape and type.
+image of the same shape and type. `flip` also takes one of Pillow's.
 
 >>> import numpy as np
 >>> image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
@@ -17,7 +17,11 @@ from PIL import Image
 
 def flip(image, rng):
     """Mirrors left and right, half of the time."""
-    return image[:, ::-1] if rng.random() < 0.5 else image
+    if rng.random() >= 0.5:
+        return image
+    if isinstance(image, Image.Image):
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return image[:, ::-1]
 
 
 def shift(image, rng):
@@ -38,6 +42,14 @@ def crop(image, rng):
     The random-resized crop of Szegedy et al., arXiv 1409.4842, section 6.
     """
     height, width = image.shape[:2]
+    picture, box = to_picture(image), crop_part((width, height), rng)
+    picture = picture.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    return to_array(picture)
+
+
+def crop_part(size, rng):
+    """Where `crop` cuts from an image of (width, height): left, top, right, bottom."""
+    width, height = size
     for _ in range(10):
         area = height * width * rng.uniform(0.08, 1.0)
         ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -46,12 +58,18 @@ def crop(image, rng):
         if 0 < new_width <= width and 0 < new_height <= height:
             left = rng.integers(width - new_width + 1)
             top = rng.integers(height - new_height + 1)
-            box = (left, top, left + new_width, top + new_height)
-            picture = Image.fromarray(image)
-            return np.asarray(
-                picture.resize((width, height), Image.Resampling.BILINEAR, box=box)
-            )
-    return image
+            return left, top, left + new_width, top + new_height
+    return 0, 0, width, height
+
+
+def to_picture(image: np.ndarray) -> Image.Image:
+    """RGB, or L (grey) of one channel."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def to_array(picture: Image.Image) -> np.ndarray:
+    """uint8 `[H, W, C]`."""
+    return np.asarray(picture).reshape(picture.height, picture.width, -1)
 
 
 RECIPES = {

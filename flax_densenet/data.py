@@ -38,11 +38,29 @@ class Examples:
         self.reader = reader
         self.indices = np.asarray(indices, np.int64)
         self.preparation = preparation
+        self._pictures = False
 
     @property
     def image_size(self) -> int:
         """Side in pixels."""
         return self.preparation.size
+
+    def at_size(self, size: int) -> 'Examples':
+        """The same images with another side in pixels."""
+        if size == self.image_size:
+            return self
+        preparation = dataclasses.replace(self.preparation, size=size)
+        return Examples(self.reader, self.indices, preparation)
+
+    def as_pictures(self) -> 'Examples':
+        """The same with `image` as Pillow's, RGB and of its own size.
+
+        For random crops, which so have the detail of the whole photograph and are
+        resized once. Where resized images are kept in memory they stay as they are.
+        """
+        examples = Examples(self.reader, self.indices, self.preparation)
+        examples._pictures = True
+        return examples
 
     def __len__(self):
         return len(self.indices)
@@ -63,16 +81,21 @@ class Examples:
         index = int(self.indices[position])
         raw = self.reader[index]
         try:
-            if isinstance(raw, np.ndarray):
-                image = images.prepare_array(raw, self.preparation)
-            else:
-                image = images.load_image(raw, self.preparation)
+            image = self._prepare(raw)
         except UserError as error:
             raise UserError(
                 f'{self.reader.name(index)} {error}: mend or remove it, or set '
                 'data.bad_images=skip'
             ) from error
         return {'image': image, 'label': self.reader.labels[index]}
+
+    def _prepare(self, raw):
+        if isinstance(raw, np.ndarray):
+            if self._pictures:
+                return images.to_picture(raw)
+            return images.prepare_array(raw, self.preparation)
+        load = images.load_picture if self._pictures else images.load_image
+        return load(raw, self.preparation)
 
 
 class CachedExamples(Examples):
@@ -83,6 +106,14 @@ class CachedExamples(Examples):
         shape = len(self), self.image_size, self.image_size, self.preparation.channels
         self._images = np.empty(shape, np.uint8)
         self._known = np.zeros(len(self), bool)
+
+    def at_size(self, size):
+        """The same, which keeps those of that size."""
+        examples = super().at_size(size)
+        return self if examples is self else CachedExamples(examples)
+
+    def as_pictures(self):
+        return self
 
     def __getitem__(self, position):
         if not self._known[position]:

@@ -13,6 +13,8 @@ from flax_densenet.errors import UserError
 
 CACHES = ('auto', 'off')
 _GIB = 2**30
+_CHANGES = ('augment', 'colour_jitter', 'policy', 'erase', 'mixup', 'cutmix')
+_CHANGES += ('size_schedule',)
 
 
 class FeatureExamples:
@@ -59,10 +61,19 @@ def check_cache(name: str):
         )
 
 
-def _why_not(module, source, augment, limit_gib):
+def list_changes(fields) -> list[str]:
+    """The fields of `config.data` by which training images change, as NAME=VALUE."""
+    return [
+        f'data.{name}={fields[name]}'
+        for name in _CHANGES
+        if fields[name] not in ('none', 0, ())
+    ]
+
+
+def _why_not(module, source, changes, limit_gib):
     """Why features cannot be kept; empty where they can."""
-    if augment != 'none':
-        return f'data.augment={augment} changes the images'
+    if changes:
+        return f'{changes[0]} changes the images'
     shapes = model.variable_shapes(module)['params']
     width = shapes['classifier']['kernel'].shape[0]
     need = (len(source.train) + len(source.test)) * width * 4 / _GIB
@@ -79,7 +90,7 @@ def cache_features(
     variables,
     source: data.Source,
     *,
-    augment: str,
+    changes: list[str],
     limit_gib: float,
     batch_size: int,
     mesh,
@@ -95,7 +106,7 @@ def cache_features(
 
     Args:
       variables: `{'params', 'batch_stats'}`, replicated over the mesh.
-      augment: the recipe that changes the training images; only `none` leaves them.
+      changes: what changes the training images (`list_changes`).
       limit_gib: what all features may take in memory.
       batch_size: over all devices.
       **loading: `threads` and `workers` of `pipeline.eval_batches`.
@@ -103,7 +114,7 @@ def cache_features(
     Returns:
       None, after a line that says why, where features cannot be kept.
     """
-    reason = _why_not(module, source, augment, limit_gib)
+    reason = _why_not(module, source, changes, limit_gib)
     if reason:
         print(f'each epoch computes the features again: {reason}', flush=True)
         return None

@@ -122,6 +122,13 @@ class Preparation:
             return np.asarray(image.convert('L'))[..., None]
         return np.asarray(image)
 
+    def apply_to_part(self, image: Image.Image, box) -> Image.Image:
+        """The part (left, top, right, bottom) of an RGB image, RGB or L, resized."""
+        image = image.resize(
+            (self.size, self.size), INTERPOLATIONS[self.interpolation], box=box
+        )
+        return image.convert('L') if self.channels == 1 else image
+
     def _resize(self, image):
         filter_ = INTERPOLATIONS[self.interpolation]
         size = self.size
@@ -163,6 +170,16 @@ def load_image(
       TooManyPixels: the header tells of more; nothing was decoded.
       UserError: with the reason, where the file is no image or is cut short.
     """
+    return _load(file, preparation, preparation.resize, preparation.apply, max_pixels)
+
+
+def load_picture(file, preparation: Preparation) -> Image.Image:
+    """`load_image` before the resizing: RGB, as large as it was or twice as needed."""
+    return _load(file, preparation, None, lambda image: image, None)
+
+
+def _load(file, preparation, resize, finish, max_pixels):
+    """`finish` of the upright RGB image in a file."""
     try:
         with _open(file) as image:
             pixels = image.width * image.height
@@ -174,7 +191,7 @@ def load_image(
                 # Decode at a half, a quarter or an eighth where the result still has
                 # twice the wanted size: no visible difference, much less work.
                 image.draft(None, (2 * preparation.decode_size(),) * 2)
-            return _prepare(image, preparation)
+            return finish(_upright(image, 2 * preparation.decode_size(), resize))
     except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -237,14 +254,10 @@ def prepare_image(image: Image.Image, preparation: Preparation) -> np.ndarray:
       UserError: as `load_image`, where its file is read only now.
     """
     try:
-        return _prepare(image, preparation)
+        least = 2 * preparation.decode_size()
+        return preparation.apply(_upright(image, least, preparation.resize))
     except _BROKEN as error:
         raise UserError(_reason(error)) from error
-
-
-def _prepare(image, preparation):
-    least = 2 * preparation.decode_size()
-    return preparation.apply(_upright(image, least, preparation.resize))
 
 
 def _upright(image, least, resize=None):
@@ -321,9 +334,14 @@ def _cut_ends(image):
 
 def prepare_array(image: np.ndarray, preparation: Preparation) -> np.ndarray:
     """`load_image` for a uint8 array `[H, W]`, `[H, W, 1]` or `[H, W, 3]`."""
+    return preparation.apply(to_picture(image))
+
+
+def to_picture(image: np.ndarray) -> Image.Image:
+    """The same array as an RGB image."""
     if image.ndim == 3 and image.shape[-1] == 1:
         image = image[..., 0]
-    return preparation.apply(to_rgb(Image.fromarray(image)))
+    return to_rgb(Image.fromarray(image))
 
 
 def _too_many(count, most):

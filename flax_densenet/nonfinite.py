@@ -87,6 +87,12 @@ class _Numbered(data.Examples):
     def labels(self):
         return self._examples.labels
 
+    def at_size(self, size):
+        return _Numbered(self._examples.at_size(size))
+
+    def as_pictures(self):
+        return _Numbered(self._examples.as_pictures())
+
     def __getitem__(self, position):
         return self._examples[position] | {'position': np.int32(position)}
 
@@ -112,6 +118,7 @@ def save_dump(run: setup.Run, state: step.TrainState, number: int, epoch: int):
         l2_penalty=run.config['optimizer']['l2_penalty'],
         frozen=frozen,
         class_weights=setup.class_weights(run),
+        mix=run.mixing,
         accumulate_steps=run.accumulate_steps,
         loss=run.loss,
         **run.preprocessing,

@@ -138,8 +138,8 @@ def _mean_of_known(each, known):
     return jnp.where(known, each, 0.0).sum(-1) / jnp.maximum(known.sum(-1), 1)
 
 
-def mean(losses, labels, class_weights=None):
-    """The mean of the images' losses, each times the weight of its class.
+def weigh(losses, labels, class_weights=None):
+    """The images' losses, each times the weight of its class.
 
     Args:
       losses: `[N]`.
@@ -147,8 +147,8 @@ def mean(losses, labels, class_weights=None):
       class_weights: `[C]`; None weighs all alike.
     """
     if class_weights is None:
-        return losses.mean()
-    return (losses * jnp.asarray(class_weights)[labels]).mean()
+        return losses
+    return losses * jnp.asarray(class_weights)[labels]
 
 
 def auroc(logits: np.ndarray, labels: np.ndarray) -> list[float | None]:

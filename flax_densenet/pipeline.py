@@ -16,20 +16,46 @@ import threading
 import grain
 import jax
 import numpy as np
+from PIL import Image
 
 from flax_densenet import augment as augment_lib
 from flax_densenet import balance as balance_lib
-from flax_densenet import data, unread
+from flax_densenet import colour, data, policies, unread
 from flax_densenet.errors import UserError
 
 
 class _Augment(grain.transforms.RandomMap):
-    def __init__(self, recipe):
-        self.recipe = recipe
+    """What is done to one training image, an array or, to be cropped, a picture."""
+
+    def __init__(self, recipe, colour_jitter, policy, preparation=None):
+        self.functions = augment_lib.RECIPES[recipe]
+        self.preparation = preparation
+        self.strengths = colour.parse(colour_jitter)
+        self.policy = policies.parse(policy)
+
+    def __bool__(self):
+        return bool(self.functions or self.strengths or self.policy)
 
     def random_map(self, example, rng):
-        image = augment_lib.augment(example['image'], rng, recipe=self.recipe)
+        image, functions = example['image'], self.functions
+        if isinstance(image, Image.Image):
+            box = augment_lib.crop_part(image.size, rng)
+            image = self.preparation.apply_to_part(image, box)
+            functions = [f for f in functions if f is not augment_lib.crop]
+        for function in functions:
+            image = function(image, rng)
+        if self.strengths or self.policy:
+            image = self._change_picture(image, rng)
+        if isinstance(image, Image.Image):
+            image = augment_lib.to_array(image)
         return example | {'image': image}
+
+    def _change_picture(self, image, rng):
+        if not isinstance(image, Image.Image):
+            image = augment_lib.to_picture(image)
+        if self.strengths:
+            image = colour.jitter(image, rng, self.strengths)
+        return policies.apply(image, rng, self.policy) if self.policy else image
 
 
 def check_train_batches(
@@ -38,6 +64,8 @@ def check_train_batches(
     augment: str,
     workers: int,
     balance: str = 'none',
+    colour_jitter=(),
+    policy: str = 'none',
 ):
     """Raises the errors of `train_batches`, without starting any thread."""
     if batch_size > len(examples):
@@ -46,6 +74,8 @@ def check_train_batches(
             'to train on; use a smaller one'
         )
     data.check_choice('augment', augment, augment_lib.RECIPES)
+    colour.parse(colour_jitter)
+    policies.parse(policy)
     data.check_choice('balance', balance, balance_lib.BALANCES)
     if balance != 'none' and np.ndim(examples.labels) == 2:
         raise UserError(
@@ -66,6 +96,8 @@ def train_batches(
     seed: int,
     start: int = 0,
     augment: str = 'none',
+    colour_jitter=(),
+    policy: str = 'none',
     balance: str = 'none',
     bad_images: str = 'error',
     parts: int = 1,
@@ -81,7 +113,8 @@ def train_batches(
     Args:
       batch_size: over all hosts; this host's share comes out.
       start: step at which to start.
-      augment: a key of `augment.RECIPES`.
+      augment, colour_jitter, policy: a key of `augment.RECIPES`, what `colour.parse`
+        and what `policies.parse` take; one after another, in this order.
       balance: `sampler` draws the classes equally often, see `balance.Draws`; an epoch
         has as many images as without.
       bad_images: `skip` puts the next image in the place of one that cannot be read
@@ -98,9 +131,15 @@ def train_batches(
     Raises:
       UserError: fewer examples than rows of a batch; an unknown recipe.
     """
-    check_train_batches(examples, batch_size, augment, workers, balance)
+    check_train_batches(
+        examples, batch_size, augment, workers, balance, colour_jitter, policy
+    )
     count, hosts = len(examples), jax.process_count()
-    skip = bad_images == 'skip' and isinstance(examples, data.Examples)
+    found = isinstance(examples, data.Examples)
+    changes = _Augment(augment, colour_jitter, policy, found and examples.preparation)
+    skip = bad_images == 'skip' and found
+    if found and augment_lib.crop in changes.functions:
+        examples = examples.as_pictures()
     source = unread.StandIns(examples) if skip else examples
     if balance == 'sampler':
         draws = balance_lib.Draws(examples.labels, seed)
@@ -115,8 +154,8 @@ def train_batches(
     )
     # The host's share is taken last, so that the stream does not depend on how many
     # hosts there are.
-    if augment_lib.RECIPES[augment]:
-        stream = stream.random_map(_Augment(augment))
+    if changes:
+        stream = stream.random_map(changes)
     stream = _own_rows(stream, batch_size // parts)
     stream = stream.batch(batch_size // hosts, drop_remainder=True)
     batches = _iterate(stream[start:], threads, workers)

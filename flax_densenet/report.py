@@ -1,6 +1,7 @@
 """Pictures and tables of a run."""
 
 import os
+import textwrap
 import warnings
 
 import jax
@@ -94,7 +95,7 @@ def plot_rates(rates, losses, means, suggestion):
     return figure
 
 
-def plot_samples(images, titles, *, columns: int = 8):
+def plot_samples(images, titles, *, columns: int = 8, heading: str = ''):
     """A grid of images uint8 `[N, H, W, 3]`, each with its title."""
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
@@ -104,7 +105,10 @@ def plot_samples(images, titles, *, columns: int = 8):
         axes.axis('off')
     for axes, image, title in zip(grid, images, titles, strict=False):
         axes.imshow(image, interpolation='nearest')
-        axes.set_title(_clip(title), fontsize=9, parse_math=False)
+        lines = '\n'.join(map(_clip, title.split('\n')))
+        axes.set_title(lines, fontsize=9, parse_math=False)
+    if heading:
+        figure.suptitle(heading, fontsize=10, parse_math=False)
     return figure
 
 
@@ -116,27 +120,59 @@ def title(label, class_names) -> str:
     return ', '.join(present) or '(none)'
 
 
-def _clip(title, most=18):
+def mixed_title(label, partner, weight, class_names) -> str:
+    """`ants 0.7 + bees 0.3`, on two lines where one is too short."""
+    names = title(label, class_names), title(partner, class_names)
+    if names[0] == names[1] or weight == 1:
+        return names[0]
+    shares = f' {weight:.2f}', f' {1 - weight:.2f}'
+    # Names make room for the numbers.
+    text = f'{names[0]}{shares[0]} + {names[1]}{shares[1]}'
+    if len(text) <= _TITLE:
+        return text
+    first = _clip(names[0], _TITLE - len(shares[0])) + shares[0]
+    return f'{first}\n+ {_clip(names[1], _TITLE - 2 - len(shares[1]))}{shares[1]}'
+
+
+_TITLE = 18  # letters over an image
+
+
+def _clip(title, most=_TITLE):
     return title if len(title) <= most else title[: most - 1] + '…'
 
 
-def save_samples(workdir: str, batch, class_names, *, mean, std, most: int = 24):
+def save_samples(
+    workdir: str, batch, class_names, *, mean, std, changes=(), most: int = 24
+):
     """Writes `samples.png`: training images as the model sees them, made visible.
 
     Args:
-      batch: of `pipeline.train_batches`; normalised as in training and back.
+      batch: of `pipeline.train_batches`; normalised as in training and back. Of mixed
+        images also `partner_label` and `weight`, the share of `label`.
+      changes: fields by which the images change, for the heading.
     """
     seen = evaluate.normalise(batch['image'][:most], mean=mean, std=std)
     seen = np.asarray(seen) * np.asarray(std) + np.asarray(mean)
     images = np.clip(np.round(seen * 255), 0, 255).astype(np.uint8)
     if images.shape[-1] == 1:
         images = images.repeat(3, -1)
-    titles = [title(label, class_names) for label in batch['label'][:most]]
+    titles = _titles(batch, class_names)[:most]
     # Letters that the font lacks show as boxes; a warning for each helps nobody.
     warnings.filterwarnings('ignore', message='Glyph', category=UserWarning)
-    figure = plot_samples(images, titles)
+    heading = ', '.join(change.removeprefix('data.') for change in changes)
+    if heading:
+        heading = f'training images of the first step as the model sees them: {heading}'
+        heading = textwrap.fill(heading, 90)
+    figure = plot_samples(images, titles, heading=heading)
     with atomic.replacing(os.path.join(workdir, 'samples.png'), 'wb') as file:
         figure.savefig(file, format='png', dpi=110)
+
+
+def _titles(batch, class_names):
+    if 'weight' not in batch:
+        return [title(label, class_names) for label in batch['label']]
+    rows = zip(batch['label'], batch['partner_label'], batch['weight'], strict=True)
+    return [mixed_title(*row, class_names) for row in rows]
 
 
 def count_model(module: model.DenseNet, image_shape):

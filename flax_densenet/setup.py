@@ -25,12 +25,14 @@ from flax_densenet import (
     features,
     finetune,
     groups,
+    mixing,
     model,
     objective,
     optimizers,
     pipeline,
     saving,
     sharding,
+    sizes,
     sources,
     state_shards,
     step,
@@ -46,6 +48,8 @@ _LOSS_FIELDS = ('loss', 'label_smoothing', 'focal_gamma')
 _OPTIMIZER_FIELDS = ('name', 'momentum', 'weight_decay', 'decay')
 # Of config.data, those by which it is found; the others say how it is used.
 SOURCE_FIELDS = ('source', *data.load_source.__kwdefaults__)
+_CHANGE_FIELDS = ('augment', 'colour_jitter', 'policy', 'balance')
+_MIXING_FIELDS = ('erase', 'mixup', 'cutmix')
 ON_NONFINITE = ('stop', 'skip')
 # The state depends on them; with their defaults.
 PHASE_FIELDS = {'freeze': 'none', 'head_warmup_epochs': 0, 'ema': 0.0}
@@ -167,6 +171,27 @@ class Run:
         return self.config['train']['accumulate_steps']
 
     @property
+    def mixing(self) -> mixing.Mixing:
+        """What is done to the images of a micro-batch on the device."""
+        fields = {name: self.config['data'][name] for name in _MIXING_FIELDS}
+        return mixing.from_fields(**fields, rows=self.part_size)
+
+    def size_in(self, epoch: int) -> int:
+        """Pixels a side of the training images in an epoch, counted from 1."""
+        return sizes.size_in(
+            sizes.parse(self.config['data']['size_schedule']),
+            epoch,
+            epochs=self.config['train']['epochs'],
+            last=self.source.train.image_size,
+        )
+
+    def size_at(self, start: int) -> int:
+        """The same for the step behind the first `start` ones."""
+        count, rows = len(self.source.train), self.config['data']['batch_size']
+        # The first epoch with steps behind them (`step.epoch_end`).
+        return self.size_in(start * rows // count + 1)
+
+    @property
     def part_size(self):
         """Rows that are computed at a time, over all devices; in evaluation too."""
         return self.config['data']['batch_size'] // self.accumulate_steps
@@ -212,7 +237,7 @@ def prepare(
     config, weights = _settle(config, workdir if resume else None)
     _check_fields(config)
     fields = config['data']
-    batch_size, augment = fields['batch_size'], fields['augment']
+    batch_size = fields['batch_size']
     mesh = sharding.make_mesh()
     sharding.check_batch_size(batch_size, mesh, config['train']['accumulate_steps'])
     module = model.create_model(num_classes=2, **config['model'])
@@ -224,8 +249,12 @@ def prepare(
     source = source or load_source(config)
     module = _make_module(config, len(source.class_names), mesh)
     model.check_image_size(module, (source.train.image_size,) * 2)
+    sizes.check(fields['size_schedule'], module)
     pipeline.check_train_batches(
-        source.train, batch_size, augment, fields['workers'], fields['balance']
+        source.train,
+        batch_size,
+        workers=fields['workers'],
+        **{name: fields[name] for name in _CHANGE_FIELDS},
     )
     schedule = optimizers.make_schedule(
         **{name: config['optimizer'][name] for name in _SCHEDULE_FIELDS},
@@ -339,6 +368,10 @@ def _check_fields(config):
     for section, name, least, most in _RANGES:
         if not least <= (value := config[section][name]) <= most:
             raise UserError(f'{section}.{name}={value} must be from {least} to {most}')
+    mixing.from_fields(
+        **{name: fields[name] for name in _MIXING_FIELDS},
+        rows=fields['batch_size'] // config['train']['accumulate_steps'],
+    )
     features.check_cache(config['train']['cache_features'])
     objective.make_loss(**{name: config['train'][name] for name in _LOSS_FIELDS})
     averaging.check_decay(config['train']['ema'])
@@ -415,20 +448,27 @@ def first_variables(run: Run):
     return transfer.first_variables(run.weights, variables, names)
 
 
+def examples_at(run: Run, source: data.Source, start: int):
+    """The training part of a source at its images' size behind `start` steps."""
+    size = run.size_at(start)
+    return source.train if run.features else source.train.at_size(size)
+
+
 def train_batches(run: Run, source: data.Source, start: int, **loading):
     """The batches of the training part from a step on; see `pipeline.train_batches`.
+
+    All have the size of the first one (`Run.size_at`).
 
     Args:
       **loading: in place of the run's own way to read.
     """
     fields = run.config['data']
     return pipeline.train_batches(
-        source.train,
+        examples_at(run, source, start),
         batch_size=fields['batch_size'],
         seed=run.config['train']['seed'],
         start=start,
-        augment=fields['augment'],
-        balance=fields['balance'],
+        **{name: fields[name] for name in _CHANGE_FIELDS},
         bad_images=fields['bad_images'],
         parts=run.accumulate_steps,
         **run.loading | loading,
@@ -444,6 +484,13 @@ def announce(run: Run):
         f'classes, {side}x{side}; {run.mesh.size} {jax.default_backend()} device(s)',
         flush=True,
     )
+    growing = sizes.describe(
+        sizes.parse(run.config['data']['size_schedule']),
+        epochs=run.config['train']['epochs'],
+        last=side,
+    )
+    if growing:
+        print(f'images to train on: {growing}', flush=True)
     if str(run.plan):
         print(run.plan, flush=True)
     _say_balance(run)
@@ -465,7 +512,7 @@ def _say_balance(run):
 def _warn_of_few_values(run):
     """Batch norm learns little from one image, and nothing from one value."""
     rows, said, remedy = _rows_of_statistics(run)
-    side = model.last_map_side(run.module, run.source.train.image_size)
+    side = model.last_map_side(run.module, run.size_in(1))
     if rows == side == 1:
         print(
             f'warning: {said}: the last batch norms see one value of each '
@@ -503,7 +550,7 @@ def cache_features(run: Run, state: step.TrainState) -> data.Source | None:
         run.module,
         {'params': state.params, 'batch_stats': state.batch_stats},
         run.source,
-        augment=fields['augment'],
+        changes=features.list_changes(fields),
         limit_gib=fields['cache_limit_gib'],
         batch_size=run.part_size,
         mesh=run.mesh,
@@ -512,17 +559,19 @@ def cache_features(run: Run, state: step.TrainState) -> data.Source | None:
     )
 
 
-def compile_step(run: Run, state: step.TrainState, frozen: int):
+def compile_step(run: Run, state: step.TrainState, frozen: int, start: int = 0):
     """Compiles `(state, batch) -> (state, loss)`, which donates the state.
 
     Args:
       frozen: how many of `model.stages` stay as they are.
+      start: steps that were taken; the images' size may depend on them.
     """
     rows, parts = (run.config['data']['batch_size'],), run.accumulate_steps
     by_rows = sharding.split_rows(run.mesh)
     if parts > 1:
         rows, by_rows = (parts, rows[0] // parts), sharding.split_parts(run.mesh)
-    example = (run.features or run.source).train[0] | {'epoch': np.int32(0)}
+    example = examples_at(run, run.features or run.source, start)[0]
+    example |= {'epoch': np.int32(0)}
     batch = {
         name: jax.ShapeDtypeStruct((*rows, *value.shape), value.dtype, sharding=by_rows)
         for name, value in example.items()
@@ -535,6 +584,7 @@ def compile_step(run: Run, state: step.TrainState, frozen: int):
         gradient_clip=run.config['optimizer']['gradient_clip'],
         frozen=frozen,
         class_weights=class_weights(run),
+        mix=run.mixing,
         accumulate_steps=parts,
         loss=run.loss,
         ema=run.config['train']['ema'],

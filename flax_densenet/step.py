@@ -15,7 +15,15 @@ import optax
 from flax import traverse_util
 from jax import flatten_util
 
-from flax_densenet import averaging, evaluate, model, objective, sharding, state_shards
+from flax_densenet import (
+    averaging,
+    evaluate,
+    mixing,
+    model,
+    objective,
+    sharding,
+    state_shards,
+)
 
 
 @flax.struct.dataclass
@@ -123,6 +131,7 @@ def make_train_step(
     gradient_clip: float = 0.0,
     frozen: int = 0,
     class_weights=None,
+    mix: mixing.Mixing | None = None,
     accumulate_steps: int = 1,
     loss: objective.Loss = objective.CROSS_ENTROPY,
     ema: float = 0.0,
@@ -144,6 +153,7 @@ def make_train_step(
         them are differentiated, so nothing is computed backward through the others,
         and only these reach the optimizer and the penalty.
       class_weights: float `[C]`, of each class's images in the loss; None: all 1.
+      mix: erases boxes and mixes the images of a (micro-)batch, by the step's key.
       accumulate_steps: micro-batches of the batch, see `make_gradients`.
       loss: what the gradient is of.
       ema: decay of the state's average, where it has one.
@@ -156,6 +166,7 @@ def make_train_step(
         l2_penalty=l2_penalty,
         frozen=frozen,
         class_weights=class_weights,
+        mix=mix,
         accumulate_steps=accumulate_steps,
         loss=loss,
     )
@@ -225,6 +236,7 @@ def make_gradients(
     l2_penalty: float,
     frozen: int,
     class_weights=None,
+    mix: mixing.Mixing | None = None,
     accumulate_steps: int = 1,
     loss: objective.Loss = objective.CROSS_ENTROPY,
 ):
@@ -245,17 +257,21 @@ def make_gradients(
     live = _live_parts(module, frozen)
 
     def gradients_of(state: TrainState, batch):
-        dropout = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = step_key(seed, state.step)
         if accumulate_steps == 1:
-            return of_rows(state, batch, dropout)
+            return of_rows(state, batch, key)
 
         def of_part(number, part):
-            return of_rows(state, part, jax.random.fold_in(dropout, number))
+            return of_rows(state, part, jax.random.fold_in(key, number))
 
         return _accumulate(of_part, state.batch_stats, live, batch)
 
-    def of_rows(state, batch, dropout):
+    def of_rows(state, batch, key):
         trained = {name: state.params[name] for name in state.params if name in live}
+        labels, mixed = batch['label'], None
+        if mix and 'image' in batch:
+            mixed = mixing.mix(batch['image'], key, mix, mean=mean)
+            batch = batch | {'image': mixed.images}
 
         def loss_of(params):
             logits, updated = evaluate.forward(
@@ -267,14 +283,23 @@ def make_gradients(
                 mutable=['batch_stats'],
                 train=True,
                 frozen=frozen,
-                rngs={'dropout': dropout},
+                rngs={'dropout': key},
             )
-            measured = objective.measure(logits, batch['label'])
-            learned = loss.losses(logits, batch['label'])
-            total = objective.mean(learned, batch['label'], class_weights)
+
+            def measure(labels):
+                losses, correct = objective.measure(logits, labels)
+                learned = loss.losses(logits, labels)
+                return losses, objective.weigh(learned, labels, class_weights), correct
+
+            results = measure(labels)
+            if mixed and mix.pairs:
+                others = measure(labels[mixed.partners])
+                results = mixing.blend(results, others, mixed.weights)
+            losses, learned, correct = results
+            total = learned.mean()
             if l2_penalty:
                 total += l2_penalty * _kernel_penalty(params)
-            return total, (*measured, updated['batch_stats'])
+            return total, (losses, correct, updated['batch_stats'])
 
         return jax.grad(loss_of, has_aux=True)(trained)
 
@@ -284,6 +309,11 @@ def make_gradients(
 def _live_parts(module, frozen):
     """Names of the model's parts that train."""
     return {name for stage in model.stages(module)[frozen:] for name in stage}
+
+
+def step_key(seed: int, step):
+    """The random key of a step; that of a micro-batch is folded with its number."""
+    return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def _accumulate(gradients_of, batch_stats, live, batch):

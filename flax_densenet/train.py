@@ -32,6 +32,7 @@ from flax_densenet import (
     patience,
     report,
     results,
+    samples,
     saving,
     setup,
     sharding,
@@ -171,19 +172,20 @@ def _save_report(run, *, anew):
 def _train(work: loop.Loop, state, epochs_done, ends_after):
     """Takes the epochs that are left, adding the record of each to the others."""
     run, shown, records = work.run, work.shown, work.records
-    epochs, plan = run.config['train']['epochs'], run.plan
+    epochs = run.config['train']['epochs']
     shown.add_config(run.config)
     # A second of drawing, for which the first step need not wait.
-    with _open_batches(run, state) as batches, futures.ThreadPoolExecutor(1) as beside:
-        compiled = setup.compile_step(run, state, plan.frozen_in(epochs_done + 1))
-        samples = beside.submit(_save_samples, run, shown)
+    with _open_phase(run) as phase, futures.ThreadPoolExecutor(1) as beside:
+        phase.enter(state, epochs_done + 1)
+        drawn = beside.submit(_save_samples, run, shown)
         with work.stop.busy():
             for epoch in range(epochs_done + 1, epochs + 1):
-                if epochs_done < plan.head_epochs == epoch - 1:
-                    compiled = setup.compile_step(run, state, plan.frozen)
-                state, record = loop.take_epoch(work, compiled, state, batches, epoch)
-                _tell_unread(run, batches, record)
-                samples.result()
+                phase.enter(state, epoch)
+                state, record = loop.take_epoch(
+                    work, phase.compiled, state, phase.batches, epoch
+                )
+                _tell_unread(run, phase.batches, record)
+                drawn.result()
                 record |= _test(work, state, record)
                 records.append(record)
                 # First, since a resumed run hides what comes after its checkpoint.
@@ -202,13 +204,39 @@ def _train(work: loop.Loop, state, epochs_done, ends_after):
         shown.add_end()
 
 
+class _Phase:
+    """The batches and the compiled step, until an epoch needs others."""
+
+    def __init__(self, run):
+        self._run = run
+        self._frozen = self._size = None
+        self.batches = self.compiled = None
+
+    def enter(self, state, epoch):
+        """Makes those anew that the one before this epoch had otherwise."""
+        run, start = self._run, int(state.step)
+        frozen, size = run.plan.frozen_in(epoch), run.size_in(epoch)
+        resized = size != self._size
+        if resized:
+            self.close()
+            source = run.features or run.source
+            self.batches = setup.train_batches(run, source, start)
+        if resized or frozen != self._frozen:
+            self.compiled = setup.compile_step(run, state, frozen, start)
+        self._frozen, self._size = frozen, size
+
+    def close(self):
+        if self.batches is not None:
+            self.batches.close()
+
+
 @contextlib.contextmanager
-def _open_batches(run, state):
-    batches = setup.train_batches(run, run.features or run.source, int(state.step))
+def _open_phase(run):
+    phase = _Phase(run)
     try:
-        yield batches
+        yield phase
     finally:
-        batches.close()
+        phase.close()
 
 
 def _open_board(run, start):
@@ -331,11 +359,7 @@ def _save_samples(run, shown):
         return
     if sys.platform.startswith('linux'):  # there this is about the thread alone
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-    batches = setup.train_batches(run, run.source, 0)
-    report.save_samples(
-        run.workdir, next(batches), run.source.class_names, **run.preprocessing
-    )
-    batches.close()
+    samples.save(run)
     shown.add_picture('samples', os.path.join(run.workdir, 'samples.png'))
 
 

@@ -338,7 +338,7 @@ def test_features_with_several_labels_an_image():
     source = data.Source('', ('a', 'b', 'c'), examples[:9], examples[9:])
     variables = init_variables(module, 0)
     cached = features.cache_features(
-        module, variables, source, augment='none', limit_gib=1.0, batch_size=4,
+        module, variables, source, changes=[], limit_gib=1.0, batch_size=4,
         mesh=sharding.make_mesh(), mean=MEAN, std=STD,
     )  # fmt: skip
     found = [*cached.train, *cached.test]
@@ -355,21 +355,21 @@ def test_features_with_several_labels_an_image():
 
 
 @pytest.mark.parametrize(
-    ('augment', 'limit', 'reason'),
+    ('changes', 'limit', 'reason'),
     [
-        ('flip', 1.0, 'data.augment=flip changes the images'),
+        (['data.mixup=0.2'], 1.0, 'data.mixup=0.2 changes the images'),
         (
-            'none',
+            [],
             1e-5,
             'they would take 0.00 GiB, more than data.cache_limit_gib=1e-05',
         ),
     ],
 )
-def test_where_features_are_not_cached(augment, limit, reason, capsys):
+def test_where_features_are_not_cached(changes, limit, reason, capsys):
     module = create_model('BC-L10k4', num_classes=10)
     source = data.load_source('digits', image_size=8)
     cached = features.cache_features(
-        module, None, source, augment=augment, limit_gib=limit, batch_size=100,
+        module, None, source, changes=changes, limit_gib=limit, batch_size=100,
         mesh=None, mean=MEAN, std=STD,
     )  # fmt: skip
     assert cached is None

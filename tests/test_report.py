@@ -40,9 +40,9 @@ def test_samples_show_the_images(tmp_path):
     shown = []
     plot = report.plot_samples
 
-    def keep(images, titles):
+    def keep(images, titles, **heading):
         shown.append((images, titles))
-        return plot(images, titles)
+        return plot(images, titles, **heading)
 
     report.plot_samples = keep
     try:

@@ -65,7 +65,13 @@ EDGES = {
     'duplicates': {'errors'},
     'splits': {'errors', 'duplicates', 'packed', 'sources'},
     'data': {'errors', 'images', 'duplicates', 'sources', 'splits'},
-    'pipeline': {'errors', 'augment', 'balance', 'data', 'unread'},
+    'colour': {'errors'},
+    'policies': {'errors', 'colour'},
+    'mixing': {'errors'},
+    'sizes': {'errors', 'model'},
+    'pipeline': {'errors', 'augment', 'balance', 'colour', 'data', 'policies',
+                 'unread'},
+    'samples': {'features', 'mixing', 'report', 'setup', 'step'},
     'pickles': set(),
     'torch_files': {'errors', 'pickles'},
     'weights': {'errors', 'checkpoint', 'keras_files', 'metadata', 'model',
@@ -101,20 +107,21 @@ EDGES = {
     'averaging': {'errors'},
     'patience': {'checkpoint'},
     'views': {'errors'},
-    'step': {'averaging', 'evaluate', 'model', 'objective', 'sharding', 'state_shards'},
+    'step': {'averaging', 'evaluate', 'mixing', 'model', 'objective', 'sharding',
+             'state_shards'},
     'finetune': {'errors', 'model'},
     'features': {'errors', 'data', 'evaluate', 'model', 'pipeline', 'sharding'},
     'setup': {
         'errors', 'averaging', 'balance', 'checkpoint', 'cluster', 'data', 'features',
-        'finetune', 'groups', 'metadata', 'model', 'objective', 'optimizers',
-        'pipeline', 'saving', 'sharding', 'sources', 'state_shards', 'step',
+        'finetune', 'groups', 'metadata', 'mixing', 'model', 'objective', 'optimizers',
+        'pipeline', 'saving', 'sharding', 'sizes', 'sources', 'state_shards', 'step',
         'transfer', 'views', 'weights',
     },
     'board': set(),
     'train': {'errors', 'agreement', 'atomic', 'averaging', 'board', 'checkpoint',
               'cluster', 'environment', 'evaluate',
               'history', 'lock', 'loop', 'page', 'patience', 'report', 'results',
-              'saving', 'setup',
+              'samples', 'saving', 'setup',
               'sharding', 'signals', 'state_shards', 'unread'},
     'space': {'errors'},
     'tuner': {'errors'},
@@ -214,7 +221,8 @@ def test_base_has_each_field_of_the_functions():
     }
     assert set(config.model) == {'variant'} | known - skip
     loading = {'source', 'batch_size', 'mean', 'std', 'augment', 'threads', 'workers'}
-    loading |= {'balance', 'tta'}
+    loading |= {'balance', 'colour_jitter', 'policy', 'erase', 'mixup', 'cutmix', 'tta'}
+    loading |= {'size_schedule'}
     assert set(config.data) == loading | set(data.load_source.__kwdefaults__)
 
 

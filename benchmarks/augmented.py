@@ -1,0 +1,148 @@
+"""Augmented photographs per second and core, beside torchvision's transforms.
+
+  .venv/bin/python -m benchmarks.augmented FOLDER [RECIPE ...]
+
+Photographs become batches of 16 uint8 images of 224x224: decoded, cropped at random,
+mirrored, and changed as the recipe says. Ours is `pipeline.train_batches` with one
+thread; the others are torch's DataLoader with torchvision's transforms: v2 on Pillow
+images (also in a worker process), v2 on tensors and v1 on Pillow images. All decode
+with Pillow and are held on one core. Turns alternate; the last figure is against the
+fastest of the others.
+"""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+from benchmarks import sidebyside
+
+PEERS = '.venv-peers/bin/python'
+BATCH, SIZE = 16, 224
+RECIPES = ('randaugment', 'trivialaugment', 'colour_jitter')
+JITTER = (0.4, 0.4, 0.4, 0.1)
+TORCH = {
+    'torchvision v2, Pillow': ('v2', 'pillow', '0'),
+    'torchvision v2, Pillow, one worker': ('v2', 'pillow', '1'),
+    'torchvision v2, tensors': ('v2', 'tensor', '0'),
+    'torchvision v1, Pillow': ('v1', 'pillow', '0'),
+}
+
+
+def _paths(folder):
+    return sorted(str(path) for path in pathlib.Path(folder).rglob('*.jpg'))
+
+
+def _serve_ours(folder, recipe):
+    import numpy as np
+
+    from flax_densenet import data, images, pipeline, sources
+
+    paths = _paths(folder)
+    reader = sources.FileReader(paths, np.zeros(len(paths), np.int32))
+    examples = data.Examples(reader, np.arange(len(paths)), images.Preparation(SIZE))
+    jitter = recipe == 'colour_jitter'
+    changes = {'colour_jitter': JITTER} if jitter else {'policy': recipe}
+    steps = len(paths) // BATCH
+
+    def measure():
+        start = time.perf_counter()
+        batches = pipeline.train_batches(
+            examples,
+            batch_size=BATCH,
+            seed=0,
+            augment='crop_flip',
+            threads=1,
+            **changes,
+        )
+        for _ in range(steps):
+            next(batches)
+        seconds = time.perf_counter() - start
+        batches.close()
+        return {'images_per_second': steps * BATCH / seconds}
+
+    sidebyside.serve(measure)
+
+
+def _make_transform(recipe, version, kind):
+    from benchmarks import torch_models
+
+    torch_models.import_torchvision()
+    from torchvision import transforms as v1
+    from torchvision.transforms import v2
+
+    module = v2 if version == 'v2' else v1
+    change = {
+        'randaugment': module.RandAugment,
+        'trivialaugment': module.TrivialAugmentWide,
+        'colour_jitter': lambda: module.ColorJitter(*JITTER),
+    }[recipe]()
+    to_tensor = module.PILToTensor()
+    steps = [module.RandomResizedCrop(SIZE), module.RandomHorizontalFlip(), change]
+    steps = [to_tensor, *steps] if kind == 'tensor' else [*steps, to_tensor]
+    return module.Compose(steps)
+
+
+def _serve_torch(folder, recipe, version, kind, workers):
+    import torch
+    from PIL import Image
+
+    torch.set_num_threads(1)
+
+    class Photographs(torch.utils.data.Dataset):
+        paths = _paths(folder)
+        transform = staticmethod(_make_transform(recipe, version, kind))
+
+        def __len__(self):
+            return len(self.paths)
+
+        def __getitem__(self, index):
+            with Image.open(self.paths[index]) as image:
+                return self.transform(image.convert('RGB')), 0
+
+    loader = torch.utils.data.DataLoader(
+        Photographs(), BATCH, shuffle=True, drop_last=True, num_workers=int(workers)
+    )
+
+    def measure():
+        start = time.perf_counter()
+        count = sum(len(images) for images, _ in loader)
+        return {'images_per_second': count / (time.perf_counter() - start)}
+
+    sidebyside.serve(measure)
+
+
+def compare(folder, recipe, rounds):
+    """`{who: images/s, 'ours / fastest other': ratio}` of a recipe."""
+    me = ['-m', 'benchmarks.augmented', folder, '--serve', recipe]
+    contenders = {'ours': sidebyside.Contender([sys.executable, *me])}
+    for name, options in TORCH.items():
+        contenders[name] = sidebyside.Contender([PEERS, *me, *options])
+    found = {
+        name: figures['images_per_second']
+        for name, figures in sidebyside.alternate(contenders, rounds).items()
+    }
+    for contender in contenders.values():
+        contender.close()
+    result = {name: sidebyside.summarise(values) for name, values in found.items()}
+    best = max(TORCH, key=lambda name: result[name]['median'])
+    result['ours / fastest other'] = sidebyside.ratio(found['ours'], found[best])
+    return result
+
+
+def main(folder, *recipes, rounds=9):
+    found = {recipe: compare(folder, recipe, rounds) for recipe in recipes or RECIPES}
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == '__main__':
+    if '--serve' in sys.argv:
+        os.sched_setaffinity(0, {0})
+        folder, _, recipe, *options = sys.argv[1:]
+        if options:
+            _serve_torch(folder, recipe, *options)
+        else:
+            _serve_ours(folder, recipe)
+    else:
+        main(*sys.argv[1:])

@@ -1,0 +1,232 @@
+"""Random erasing, mixup and CutMix, on the device within the step.
+
+Random erasing (https://arxiv.org/abs/1708.04896) covers a box of an image with the mean
+colour. mixup (https://arxiv.org/abs/1710.09412) and CutMix
+(https://arxiv.org/abs/1905.04899) then put a partner from the same batch into each
+image, over all of it or into a box. An image's loss is the mean of the losses by its
+own label and its partner's, with the image's weights (`blend`), so any loss of images
+and labels will do.
+
+Everything is a function of the key and the whole batch, whatever devices it lies on.
+
+>>> images = jnp.zeros((4, 8, 8, 3), jnp.uint8)
+>>> mixing = Mixing(mixup=0.2)
+>>> found = mix(images, jax.random.key(0), mixing, mean=(0.5, 0.5, 0.5))
+>>> found.images.shape, found.images.dtype, found.partners.shape, found.weights.shape
+((4, 8, 8, 3), dtype('float32'), (4,), (4,))
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_densenet.errors import UserError
+
+# Of random erasing: share of the area and height to width, as torchvision and timm.
+ERASE_SCALE, ERASE_RATIO = (0.02, 0.33), (0.3, 3.3)
+_TRIES = 10  # of boxes, until one fits into the image; as torchvision
+# Random ones for each image: area and shape of each try, whether, and where (2).
+_NUMBERS = 2 * _TRIES + 3
+# Of the step's key, whose other numbers are micro-batches (`step.make_gradients`).
+_KEY = 2**32 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixing:
+    """What `mix` does; of 0 nothing.
+
+    Attributes:
+      erase: share of the images that a box is erased from.
+      mixup, cutmix: alpha of Beta(alpha, alpha), from which the share that an image
+        keeps is drawn, one for a batch. With both, each batch has one of them, evenly.
+    """
+
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __bool__(self):
+        return bool(self.erase or self.pairs)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether images get partners."""
+        return bool(self.mixup or self.cutmix)
+
+
+class Mixed(NamedTuple):
+    """Mixed images of a batch.
+
+    Attributes:
+      images: float32 `[N, H, W, C]`, from 0 to 255.
+      partners: int32 `[N]`, of each image the row that was put into it.
+      weights: float32 `[N]`, the share that is its own.
+    """
+
+    images: Any
+    partners: Any
+    weights: Any
+
+
+def from_fields(*, erase: float, mixup: float, cutmix: float, rows: int) -> Mixing:
+    """Checks the fields of `config.data`.
+
+    Args:
+      rows: of a micro-batch, over all devices.
+
+    Raises:
+      UserError: a value is out of range, or a row has no other to be mixed with.
+    """
+    if not 0 <= erase <= 1:
+        raise UserError(f'data.erase={erase} is a probability: use 0 to 1')
+    for name, alpha in (('mixup', mixup), ('cutmix', cutmix)):
+        # Below, a share is 0 or 1 in float32, above, a half: a slip of the keyboard.
+        if alpha != 0 and not 0.01 <= alpha <= 100:
+            raise UserError(
+                f'data.{name}={alpha} is the alpha of Beta(alpha, alpha): use 0.01 to '
+                '100, or 0 for none'
+            )
+        if alpha and rows < 2:
+            raise UserError(
+                f'data.{name}={alpha} has no two images to mix in a batch of {rows}; '
+                f'use a larger data.batch_size, fewer train.accumulate_steps or '
+                f'data.{name}=0'
+            )
+    return Mixing(erase, mixup, cutmix)
+
+
+def mix(images, key, mixing: Mixing, *, mean) -> Mixed:
+    """Erases boxes and mixes pairs.
+
+    Args:
+      images: uint8 `[N, H, W, C]`, a whole (micro-)batch.
+      key: of the step (and the micro-batch); other uses of it stay apart.
+      mean: `[C]`, of 0 to 1: the colour of boxes, 0 after the normalisation.
+    """
+    count, height, width, _ = images.shape
+    # As few draws as can be: each takes half a second to compile on a CPU.
+    key = jax.random.fold_in(key, _KEY)
+    numbers = jax.random.uniform(key, (5,), jnp.float32)
+    # Rows move between devices as they are, in a quarter of float32's bytes.
+    partners = other = None
+    if mixing.pairs:
+        shift = 1 + (numbers[0] * (count - 1)).astype(jnp.int32)
+        partners = (jnp.arange(count) - shift) % count
+        other = images[partners].astype(jnp.float32)
+    images = images.astype(jnp.float32)
+    if mixing.erase:
+        by_row = jax.random.fold_in(key, 1)
+        by_row = jax.random.uniform(by_row, (count, _NUMBERS), jnp.float32)
+        boxes = draw_boxes(by_row, height, width, mixing.erase)
+        fill = 255 * jnp.asarray(mean, jnp.float32).reshape(1, 1, 1, -1)
+        images = jnp.where(inside(boxes, height, width)[..., None], fill, images)
+        if mixing.pairs:
+            theirs = inside(boxes[partners], height, width)[..., None]
+            other = jnp.where(theirs, fill, other)
+    if not mixing.pairs:
+        return Mixed(images, jnp.arange(count), jnp.ones(count, jnp.float32))
+    share, own = draw_shares(numbers[1:], height, width, mixing)
+    own = own[None, :, :, None]
+    return Mixed(
+        images * own + other * (1 - own), partners, jnp.broadcast_to(share, count)
+    )
+
+
+def draw_boxes(numbers, height: int, width: int, probability: float):
+    """Boxes of random erasing, int32 `[N, 4]`: top, left, bottom, right; or empty.
+
+    Args:
+      numbers: from 0 to 1, `[N, _NUMBERS]`.
+    """
+    side = jnp.array([height, width])
+    low, high = ERASE_SCALE
+    area = height * width * (low + (high - low) * numbers[:, :_TRIES])
+    low, high = map(math.log, ERASE_RATIO)
+    ratio = jnp.exp(low + (high - low) * numbers[:, _TRIES : 2 * _TRIES])
+    shape = jnp.stack([jnp.sqrt(area * ratio), jnp.sqrt(area / ratio)], -1)
+    shape = jnp.round(shape).astype(jnp.int32)  # [N, tries, 2]
+    fits = (shape < side[None, None]).all(-1)
+    first = fits.argmax(-1)[:, None, None]
+    shape = jnp.take_along_axis(shape, first, 1)[:, 0]
+    wanted, places = numbers[:, -1] < probability, numbers[:, -3:-1]
+    shape = jnp.where((wanted & fits.any(-1))[:, None], shape, 0)
+    room = side[None] - shape + 1
+    start = jnp.minimum((places * room).astype(jnp.int32), room - 1)
+    return jnp.concatenate([start, start + shape], -1)
+
+
+def inside(boxes, height: int, width: int):
+    """bool `[N, H, W]`: what lies in boxes `[N, 4]` of top, left, bottom, right."""
+    top, left, bottom, right = (boxes[:, n, None] for n in range(4))
+    y, x = jnp.arange(height)[None], jnp.arange(width)[None]
+    rows, columns = (top <= y) & (y < bottom), (left <= x) & (x < right)
+    return rows[:, :, None] & columns[:, None, :]
+
+
+def draw_shares(numbers, height: int, width: int, mixing: Mixing):
+    """What all images of a batch keep: the share, and by pixel float32 `[H, W]`.
+
+    Args:
+      numbers: from 0 to 1, at least four.
+    """
+    if not mixing.cutmix:
+        share = _from_beta(numbers[0], mixing.mixup)
+        return share, jnp.broadcast_to(share, (height, width))
+    box = cut_box(numbers[1:3], _from_beta(numbers[0], mixing.cutmix), height, width)
+    outside = 1 - inside(box[None], height, width)[0].astype(jnp.float32)
+    pixels = ((box[2] - box[0]) * (box[3] - box[1])).astype(jnp.float32)
+    share = 1 - pixels / (height * width)
+    if not mixing.mixup:
+        return share, outside
+    even, by_box = _from_beta(numbers[0], mixing.mixup), numbers[3] < 0.5
+    return jnp.where(by_box, share, even), jnp.where(by_box, outside, even)
+
+
+def cut_box(centre, share, height: int, width: int):
+    """CutMix's box, int32 `[4]`: sides are sqrt(1 - share) of the image's.
+
+    Its centre lies anywhere and what hangs over is cut off, so the box may be smaller:
+    the share that counts is that of its pixels.
+
+    Args:
+      centre: shares of the height and the width.
+    """
+    side = jnp.array([height, width])
+    centre = (centre * side).astype(jnp.int32)
+    half = (0.5 * jnp.sqrt(1 - share) * side).astype(jnp.int32)
+    start, end = jnp.maximum(centre - half, 0), jnp.minimum(centre + half, side)
+    return jnp.concatenate([start, end])
+
+
+def _from_beta(uniform, alpha):
+    """Beta(alpha, alpha) of a number from 0 to 1, by a table of its quantiles.
+
+    `jax.random.beta` is a loop that ends by chance, for which a GPU asks its host.
+    """
+    from scipy import special
+
+    places = np.linspace(0, 1, 4097)
+    quantiles = special.betaincinv(alpha, alpha, places)
+    return jnp.interp(uniform, places.astype('f4'), quantiles.astype('f4'))
+
+
+def blend(own, others, weights):
+    """What a mixture's loss is, by an image's own label and by its partner's.
+
+    Args:
+      own, others: `(loss, weighted loss, correct)` of each image, by its own label and
+        by its partner's: losses become weighted means, and an image counts as right
+        where it is so by the label with the larger weight.
+      weights: `Mixed.weights`.
+    """
+    *losses, correct = own
+    *their_losses, theirs = others
+    losses = (
+        (weights * one + (1 - weights) * other).astype(one.dtype)
+        for one, other in zip(losses, their_losses, strict=True)
+    )
+    return *losses, jnp.where(weights >= 0.5, correct, theirs)

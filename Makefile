@@ -35,9 +35,14 @@ test-slow: .venv/installed .venv-peers/installed
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m 'slow or faults'
 	$(PEERS)/python -m pytest -q -m 'slow or not slow' tests/test_torch.py \
 		tests/test_timm.py tests/test_keras_files.py
+	$(PEERS)/python -m pytest -q -m faults $(KERAS_FAULTS)
 
-faults: .venv/installed
-	FAULTS=full $(BIN)/python -m pytest -q -m faults -n 2 tests/faults
+# Keras' files, whose HDF5 library is there.
+KERAS_FAULTS = tests/faults/test_fuzz.py -k 'hdf5 or keras'
+
+faults: .venv/installed .venv-peers/installed
+	FAULTS=full $(BIN)/python -m pytest -q -rP -m faults -n 2 tests/faults
+	FAULTS=full $(PEERS)/python -m pytest -q -rP -m faults -n 2 $(KERAS_FAULTS)
 
 bench: .venv/installed .venv-peers/installed
 	$(BIN)/python -m benchmarks.run

@@ -36,9 +36,14 @@ test-slow: .venv/installed .venv-peers/installed
 	$(PEERS)/python -m pytest -q -m 'slow or not slow' tests/test_torch.py \
 		tests/test_torch_training.py tests/test_torchvision.py tests/test_timm.py \
 		tests/test_keras_files.py
+	$(PEERS)/python -m pytest -q -m faults $(KERAS_FAULTS)
 
-faults: .venv/installed
-	FAULTS=full $(BIN)/python -m pytest -q -m faults -n 2 tests/faults
+# Keras' files, whose HDF5 library is there.
+KERAS_FAULTS = tests/faults/test_fuzz.py -k 'hdf5 or keras'
+
+faults: .venv/installed .venv-peers/installed
+	FAULTS=full $(BIN)/python -m pytest -q -rP -m faults -n 2 tests/faults
+	FAULTS=full $(PEERS)/python -m pytest -q -rP -m faults -n 2 $(KERAS_FAULTS)
 
 bench: .venv/installed .venv-peers/installed
 	$(BIN)/python -m benchmarks.run

@@ -165,17 +165,16 @@ class Tuner:
     def _load(self, number):
         study_id = self._stored.get_study_id_from_name(_STUDY)
         place = self._stored.get_trial_id_from_study_id_trial_number(study_id, number)
-        return self._optuna.trial.Trial(self._study, place), place
+        return self._optuna.trial.Trial(self._study, place)
 
     def report(self, number: int, epoch: int, value: float) -> bool:
         """Tells the figure after an epoch; returns whether to end the trial.
 
-        An epoch that was told before counts once.
+        Of an epoch that was told before the first figure counts.
         """
         with self._storage():
-            trial, place = self._load(number)
-            if epoch not in self._stored.get_trial(place).intermediate_values:
-                trial.report(value, epoch)
+            trial = self._load(number)
+            trial.report(value, epoch)
             return trial.should_prune()
 
     def finish(self, number: int, value: float | None):

@@ -248,10 +248,10 @@ def test_a_grid_grows(objective, tmp_path):
 def test_another_sweep_of_the_same_folder(objective, tmp_path, flags, options, message):
     objective(by_rate)
     workdir = tmp_path / 's'
-    start(workdir, f'{RATE}=0.1,0.3')
+    start(workdir, f'{RATE}=0.1,0.3', epochs=1)
     before = (workdir / 'sweep.json').read_bytes()
     with pytest.raises(UserError) as error:
-        start(workdir, *flags, **options)
+        start(workdir, *flags, epochs=1, **options)
     assert f'--workdir={workdir} holds a sweep' in str(error.value)
     assert message in str(error.value)
     assert (workdir / 'sweep.json').read_bytes() == before
@@ -268,10 +268,11 @@ SPACE = f'{RATE}=1e-4..1', 'optimizer.name=adam,sgd', 'train.seed=0,1'
 def test_a_search(objective, tmp_path):
     """It grows by trials to what it would have been, and by nothing else."""
     objective(peaked)
-    rows = start(tmp_path / 's', *SPACE, trials=4, epochs=1)
-    assert len(rows) == 4 and {row.count for row in rows} == {2}
-    more = start(tmp_path / 's', *SPACE, trials=12, epochs=1)
-    new = start(tmp_path / 'new', *SPACE, trials=12, epochs=1)
+    axes = SPACE[:2]
+    rows = start(tmp_path / 's', *axes, trials=4, epochs=1)
+    assert len(rows) == 4
+    more = start(tmp_path / 's', *axes, trials=12, epochs=1)
+    new = start(tmp_path / 'new', *axes, trials=12, epochs=1)
     assert table(more) == table(new)
     assert {row.folder for row in rows} <= {row.folder for row in more}
     kept = book.load(str(tmp_path / 's'))
@@ -280,9 +281,9 @@ def test_a_search(objective, tmp_path):
     # What the command repeats is what was trained.
     assert all(len(s.fields[RATE].strip('0.e-')) <= 4 for s in kept.settings)
     with pytest.raises(UserError, match='that searches among other values .*0.001'):
-        start(tmp_path / 's', f'{RATE}=1e-3..1', *SPACE[1:], trials=12, epochs=1)
+        start(tmp_path / 's', f'{RATE}=1e-3..1', *axes[1:], trials=12, epochs=1)
     with pytest.raises(UserError, match='of 12 trials, more than --trials=3'):
-        start(tmp_path / 's', *SPACE, trials=3, epochs=1)
+        start(tmp_path / 's', *axes, trials=3, epochs=1)
 
 
 def test_a_search_of_few_choices_ends(objective, tmp_path, capsys, monkeypatch):
@@ -316,10 +317,12 @@ def test_pruning(objective, tmp_path, prune):
 
 
 def test_no_pruning_after_the_last_epoch(objective, tmp_path):
+    """Nor of later seeds, whose epochs nobody is told."""
     objective(by_rate)
     good = ','.join(f'0.{place}' for place in range(50, 56))
-    rows = start(tmp_path / 's', f'{RATE}={good},0.1', prune='median', epochs=2)
-    assert {row.state for row in rows} == {'done'}
+    flags = f'{RATE}={good},0.1', 'train.seed=0,1'
+    rows = start(tmp_path / 's', *flags, prune='median', epochs=2)
+    assert {(row.state, row.count) for row in rows} == {('done', 2)}
 
 
 def test_interrupted_anywhere(objective, monkeypatch, tmp_path):
@@ -335,7 +338,7 @@ def test_interrupted_anywhere(objective, monkeypatch, tmp_path):
         (book.Book, 'save'),
     ):
         monkeypatch.setattr(kind, name, _dying(made, getattr(kind, name)))
-    for dies_at in range(1, 100, 2):
+    for dies_at in range(1, 100, 3):
         made.events, made.dies_at = [], dies_at
         try:
             rows = start(tmp_path / 's', *SPACE, **options)
@@ -540,7 +543,7 @@ def test_data_is_looked_through_once(monkeypatch):
         assert len(looked) == count
 
 
-TINY = {'model.block_sizes': (1,), 'train.epochs': 2}
+TINY = {'model.block_sizes': (1, 1)}  # as others, which compiled it
 
 
 def test_a_run_that_ends_early(tmp_path):

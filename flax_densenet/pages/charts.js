@@ -86,12 +86,12 @@ for (const image of document.images) {
   if (image.complete) mark(); else image.addEventListener('load', mark);
 }
 
-// Lines by epoch, [{name, x, y, colour, dash, group, unnamed}], and the best epoch.
+// Lines by epoch, [{name, x, y, colour, dash, width, group, unnamed}], and the best epoch.
 function curves(id, lines, best, title, options) {
   return draw(id, () => ({
     data: lines.map(line => ({
       type: 'scatter', mode: line.x.length > 60 ? 'lines' : 'lines+markers', name: line.name,
-      x: line.x, y: line.y, legendgroup: line.group, showlegend: !line.unnamed, line: { color: line.colour(), dash: line.dash, width: 2 }, marker: { size: 5 },
+      x: line.x, y: line.y, legendgroup: line.group, showlegend: !line.unnamed, line: { color: line.colour(), dash: line.dash, width: line.width ?? 2 }, marker: { size: 5 },
       hovertemplate: '%{y:.4~g}' + (options.unit || ''),
     })),
     layout: merge({

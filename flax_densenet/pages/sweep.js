@@ -10,11 +10,18 @@ const short = text => text.length > 48 ? text.slice(0, 47) + '…' : text;
 const lines = charts.runs.flatMap((run, place) => run.figures.map((values, seed) => ({
   name: short(run.name), group: run.name, unnamed: seed > 0 || place >= palette.length,
   x: values.map((_, epoch) => epoch + 1), y: shown(values),
-  colour: () => palette[place] ?? colour('soft'), dash: run.state === 'pruned' ? 'dot' : 'solid',
+  colour: () => palette[place] ?? colour('soft'), dash: run.state === 'pruned' ? 'dot' : 'solid', width: place < palette.length ? 2 : 0.7,
 }))).reverse();
 if (lines.length) {
-  curves('curves', lines.filter(line => line.x.length), null, title, { unit,
-    layout: { hovermode: 'closest', legend: { traceorder: 'reversed' } } });
+  // Long runs differ little at their end and rise far at their start.
+  const whole = charts.runs.filter(run => run.state === 'done').flatMap(run => run.figures);
+  const long = whole.filter(values => values.length >= 12);
+  const low = shown(long.map(values => values[Math.floor(values.length / 4)]));
+  const high = shown(charts.runs.flatMap(run => run.figures.map(values => Math.max(...values))));
+  const range = low.length ? [Math.min(...low), 1.01 * Math.max(...high)] : undefined;
+  document.getElementById('clipped').hidden = !range;
+  curves('curves', lines, null, title, { unit,
+    layout: { hovermode: 'closest', legend: { traceorder: 'reversed' }, yaxis: { range } } });
 }
 
 charts.fields.forEach((field, place) => draw('field' + place, () => ({

@@ -3,9 +3,19 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from conftest import tiny_config
 
-from flax_densenet import UserError, objective
+from flax_densenet import (
+    UserError,
+    create_model,
+    init_variables,
+    model,
+    objective,
+    setup,
+    step,
+)
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(0, 3, (6, 4)).astype(np.float32)
@@ -92,6 +102,44 @@ def test_figures_stay_the_cross_entropy():
     rows = -np.log(softmax(LOGITS)[np.arange(6), CLASSES])
     np.testing.assert_allclose(found, rows, rtol=1e-5)
     assert correct.tolist() == (LOGITS.argmax(-1) == CLASSES).tolist()
+
+
+def test_the_gradient_is_of_it():
+    """Of the head alone, by hand; what is reported stays the cross-entropy."""
+    module = create_model('BC-L10k4', num_classes=4)
+    variables = init_variables(module, seed=0)
+    head = variables['params']['classifier']
+    features = RNG.normal(size=(6, head['kernel'].shape[0])).astype(np.float32)
+    batch = {'features': features[:, None, None], 'label': CLASSES}
+    differentiate = step.make_gradients(
+        module,
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+        seed=0,
+        l2_penalty=0.0,
+        frozen=len(model.stages(module)) - 1,
+        loss=objective.Loss('bce', label_smoothing=0.2),
+    )
+    state = step.new_state(variables, optax.sgd(0.1))
+    gradients, (reported, _, _) = jax.jit(differentiate)(state, batch)
+    logits = features @ head['kernel'] + head['bias']
+    expected = features.T @ (sigmoid(logits) - targets(0.2)) / logits.size
+    found = gradients['classifier']['kernel']
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+    rows = -np.log(softmax(logits)[np.arange(6), CLASSES])
+    np.testing.assert_allclose(reported, rows, rtol=1e-4)
+
+
+def test_a_run_takes_the_fields(monkeypatch, tmp_path):
+    fields = {'train.loss': 'focal', 'train.label_smoothing': 0.1, 'train.ema': 0.9}
+    run = setup.prepare(tiny_config(**fields), str(tmp_path))
+    found = {}
+    monkeypatch.setattr(
+        step, 'make_train_step', lambda *_, **options: found.update(options)
+    )
+    monkeypatch.setattr(step, 'compile_train_step', lambda *_: None)
+    setup.compile_step(run, None, 0)
+    assert (found['loss'], found['ema']) == (objective.Loss('focal', 0.1, 2.0), 0.9)
 
 
 FIELDS = dict(loss='focal', label_smoothing=0.1, focal_gamma=2.0)

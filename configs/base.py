@@ -82,7 +82,8 @@ def get_config() -> ConfigDict:
     config.data.test_fraction = 0.2  # split off where the source has no test part
     config.data.split_seed = 0  # of that split
     # What is done to training images, in this order; samples.png shows it.
-    config.data.augment = 'none'  # flip, shift_flip (CIFAR), crop_flip (ImageNet)
+    # flip, shift_flip (CIFAR), crop_flip (ImageNet): a part of the whole photograph
+    config.data.augment = 'none'
     # Brightness, contrast, saturation and hue, '(0.4,0.4,0.4,0.1)': factors from 1 - x
     # to 1 + x, the hue turns by so much of the circle; 0.4 alone is of the first three.
     config.data.colour_jitter = ()
@@ -111,7 +112,9 @@ def get_config() -> ConfigDict:
     # The same image in training and test: report tells of it, drop leaves it out of
     # training, ignore does not look; a split of ours keeps copies on one side.
     config.data.duplicates = 'report'
-    config.data.cache = 'none'  # memory: keeps decoded images, up to the limit
+    # memory: keeps images as they are resized, up to the limit; the parts of crop_flip
+    # are then cut from these.
+    config.data.cache = 'none'
     config.data.cache_limit_gib = 4.0
     config.data.threads = 4  # decoding threads, where workers is 0
     config.data.workers = 0  # decoding processes, for many cores
@@ -169,8 +172,9 @@ def get_config() -> ConfigDict:
     # classifier) or denseblock2 (from the stem to this block and its transition).
     config.train.freeze = 'none'
     config.train.head_warmup_epochs = 0  # these train the classifier alone, then freeze
-    # auto: a frozen backbone's features are computed once and kept in memory, with
-    # data.augment=none and up to data.cache_limit_gib; off: in each epoch.
+    # auto: a frozen backbone's features are computed once and kept in memory, where no
+    # field of data changes the images and up to data.cache_limit_gib; off: in each
+    # epoch.
     config.train.cache_features = 'auto'
     # Saves within epochs too: '500 steps', '10 minutes'; nothing: at their ends alone.
     config.train.checkpoint_every = ''

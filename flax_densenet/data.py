@@ -136,6 +136,12 @@ class Relabelled(Examples):
         self._new_labels = np.asarray(new_labels, np.int32)
         self._count = count
 
+    def at_size(self, size):
+        return Relabelled(self._examples.at_size(size), self._new_labels, self._count)
+
+    def as_pictures(self):
+        return Relabelled(self._examples.as_pictures(), self._new_labels, self._count)
+
     @property
     def labels(self):
         return self._change(self._examples.labels)

@@ -170,16 +170,20 @@ def load_image(
       TooManyPixels: the header tells of more; nothing was decoded.
       UserError: with the reason, where the file is no image or is cut short.
     """
-    return _load(file, preparation, preparation.resize, preparation.apply, max_pixels)
+    least = 2 * preparation.decode_size()
+    return _load(file, least, preparation.resize, preparation.apply, max_pixels)
 
 
 def load_picture(file, preparation: Preparation) -> Image.Image:
-    """`load_image` before the resizing: RGB, as large as it was or twice as needed."""
-    return _load(file, preparation, None, lambda image: image, None)
+    """`load_image` before the resizing: RGB, whole or four times as large as needed.
+
+    So a part of a quarter of each side still has all pixels that are needed.
+    """
+    return _load(file, 4 * preparation.size, None, lambda image: image)
 
 
-def _load(file, preparation, resize, finish, max_pixels):
-    """`finish` of the upright RGB image in a file."""
+def _load(file, least, resize, finish, max_pixels=None):
+    """`finish` of the upright RGB image in a file; see `_shrink` for the rest."""
     try:
         with _open(file) as image:
             pixels = image.width * image.height
@@ -187,11 +191,11 @@ def _load(file, preparation, resize, finish, max_pixels):
                 raise TooManyPixels(
                     _too_many(f'{pixels / 1e6:.3g} million', max_pixels)
                 )
-            if preparation.size and image.format in ('JPEG', 'MPO'):
+            if least and image.format in ('JPEG', 'MPO'):
                 # Decode at a half, a quarter or an eighth where the result still has
-                # twice the wanted size: no visible difference, much less work.
-                image.draft(None, (2 * preparation.decode_size(),) * 2)
-            return finish(_upright(image, 2 * preparation.decode_size(), resize))
+                # at least twice the wanted size: no visible difference, much less work.
+                image.draft(None, (least, least))
+            return finish(_upright(image, least, resize))
     except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:

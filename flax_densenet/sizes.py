@@ -66,8 +66,12 @@ def size_in(schedule: Schedule, epoch: int, *, epochs: int, last: int) -> int:
 
 def describe(schedule: Schedule, *, epochs: int, last: int) -> str:
     """Which sizes there are when, in words; empty where there is one size."""
-    ends = [(round(share * epochs), size) for share, size in schedule]
-    parts = [f'{size}x{size} up to epoch {end}' for end, size in ends]
-    if ends and ends[-1][0] < epochs:
-        parts.append(f'then {last}x{last}')
+    parts, begin = [], 0
+    for share, size in schedule:
+        end = round(share * epochs)
+        if end > begin:  # of few epochs a share may have none
+            parts.append(f'{size}x{size} up to epoch {end}')
+            begin = end
+    if schedule and begin < epochs:
+        parts.append(f'then {last}x{last}' if parts else f'{last}x{last}')
     return ', '.join(parts)

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from conftest import write_images
+from PIL import Image
 
-from flax_densenet import augment
+from flax_densenet import augment, data, pipeline
 
 IMAGE = np.random.default_rng(0).integers(1, 256, (32, 24, 3), np.uint8)
 
@@ -41,6 +43,43 @@ def test_crop_fills_the_image_with_a_part_of_it():
         assert (np.diff(rows) >= 0).all()
         spans.append(rows[-1] - rows[0] + 1)
     assert min(spans) < 16 and max(spans) >= 38
+
+
+def test_grey_images_are_cropped():
+    grey = IMAGE[..., :1]
+    found = [augment.crop(grey, np.random.default_rng(seed)) for seed in range(9)]
+    assert {image.shape for image in found} == {grey.shape}
+    colour = [augment.crop(IMAGE, np.random.default_rng(seed)) for seed in range(9)]
+    for one, other in zip(found, colour, strict=True):
+        np.testing.assert_array_equal(one, other[..., :1])
+
+
+@pytest.mark.parametrize('channels', [3, 1])
+def test_parts_are_cut_from_the_whole_photograph(tmp_path, channels):
+    """And resized once, so that they have its detail."""
+    write_images(tmp_path, {'a': 3, 'b': 3}, size=(120, 90))
+    source = data.load_source(f'folder:{tmp_path}', image_size=16, channels=channels)
+    picture = source.train.as_pictures()[0]['image']
+    assert (picture.size, picture.mode) == ((120, 90), 'RGB')
+    batches = pipeline.train_batches(
+        source.train, batch_size=4, seed=0, threads=1, augment='crop_flip'
+    )
+    batch = next(batches)
+    batches.close()
+    assert batch['image'].shape == (4, 16, 16, channels)
+    change = pipeline._Augment('crop_flip', (), 'none', source.train.preparation)
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        found = change.random_map({'image': picture}, rng)['image']
+        rng = np.random.default_rng(seed)
+        box = augment.crop_part(picture.size, rng)
+        part = picture.resize((16, 16), Image.Resampling.BILINEAR, box=box)
+        part = part.convert('RGB' if channels == 3 else 'L')
+        expected = np.asarray(part).reshape(16, 16, channels)
+        expected = expected[:, ::-1] if rng.random() < 0.5 else expected
+        np.testing.assert_array_equal(found, expected)
+    kept = data.load_source(f'folder:{tmp_path}', image_size=16, cache='memory')
+    assert kept.train.as_pictures()[0]['image'].shape == (16, 16, 3)
 
 
 @pytest.mark.parametrize('recipe', augment.RECIPES)

@@ -124,7 +124,10 @@ def gradients_of(labels, fields, *, parts=1, classes=3, **options):
     batch = {'image': IMAGES, 'label': labels}
     if parts > 1:
         batch = {n: x.reshape(parts, -1, *x.shape[1:]) for n, x in batch.items()}
-    gradients, (losses, _, _) = jax.jit(differentiate)(state, batch)
+    take = jax.jit(differentiate)
+    gradients, (losses, _, _) = take(state, batch)
+    _, (others, _, _) = take(state.replace(step=np.int32(1)), batch)
+    assert np.abs(losses - others).max() > 1e-3  # each step mixes anew
     return gradients, np.asarray(losses), (module, state)
 
 

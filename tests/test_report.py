@@ -56,6 +56,18 @@ def test_samples_show_the_images(tmp_path):
     assert (tmp_path / 'samples.png').exists()
 
 
+def test_titles_of_mixed_images():
+    names = ('ant', 'bee', 'a very long name of a class')
+    make = report.mixed_title
+    assert make(0, 1, 0.7, names) == 'ant 0.70\n+ bee 0.30'
+    assert make(1, 1, 0.7, names) == make(1, 0, 1.0, names) == 'bee'
+    assert make(0, 1, 0.7, ('a', 'b')) == 'a 0.70 + b 0.30'
+    lines = make(2, 2 - 1, 0.254, names).split('\n')
+    assert lines == ['a very long … 0.25', '+ bee 0.75']
+    present, none = np.array([1, 1, np.nan]), np.array([0, 0, 1.0])
+    assert make(present, none, 0.5, ('x', 'y', 'z')) == 'x, y 0.50 + z 0.50'
+
+
 # Multiply-adds of convolutions and classifier at 224x224, in 1e9.
 @pytest.mark.parametrize(
     ('variant', 'gmacs'),

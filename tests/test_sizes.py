@@ -35,6 +35,20 @@ def test_one_pair_needs_no_other_brackets():
     assert sizes.parse(()) == ()
 
 
+def test_of_few_epochs_a_share_may_have_none():
+    schedule = sizes.parse(SCHEDULE)
+    say = [sizes.describe(schedule, epochs=n, last=8) for n in (1, 2, 4)]
+    assert say[0] == '6x6 up to epoch 1'
+    assert say[1] == '4x4 up to epoch 1, 6x6 up to epoch 2'
+    assert say[2] == '4x4 up to epoch 2, 6x6 up to epoch 3, then 8x8'
+    for epochs in (1, 2, 4):
+        said = sizes.describe(schedule, epochs=epochs, last=8)
+        for epoch in range(1, epochs + 1):
+            size = sizes.size_in(schedule, epoch, epochs=epochs, last=8)
+            assert f'{size}x{size}' in said
+    assert sizes.describe((), epochs=4, last=8) == ''
+
+
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     config = tiny_config(**{'data.size_schedule': SCHEDULE, 'train.epochs': 4})

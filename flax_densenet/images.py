@@ -62,6 +62,8 @@ _UPRIGHT = {
 # Above so many pixels an image is made smaller before anything else: 200 MB of copies.
 _LARGE = 16 * 10**6
 _STRIP = 10**6  # pixels
+_LARGEST_FACTOR = 64  # of each side; Pillow divides by products above 2**12 inexactly
+_LONGEST_JPEG = 65500  # pixels of a side
 
 
 class TooManyPixels(UserError):
@@ -186,8 +188,8 @@ def load_image(
 def make_smaller(file: str | bytes, side: int, *, quality: int) -> bytes:
     """An image file whose shorter side is at most `side` pixels.
 
-    One that is no longer stays as it is, byte by byte; else it becomes an upright RGB
-    JPEG, shrunk as `load_image` does it.
+    One that is no longer, or so long that no JPEG holds it, stays as it is, byte by
+    byte; else it becomes an upright RGB JPEG, shrunk as `load_image` does it.
 
     Args:
       quality: of the JPEG, from 1 to 100; colour at half the resolution.
@@ -201,6 +203,9 @@ def make_smaller(file: str | bytes, side: int, *, quality: int) -> bytes:
                 return _content(file)
             if image.format in ('JPEG', 'MPO'):
                 image.draft(None, (2 * side,) * 2)
+            longest = max(image.size) * side / min(image.size)
+            if longest > _LONGEST_JPEG:
+                return _content(file)
             image = _upright(image, 2 * side)
         short = min(image.size)
         shape = [max(1, round(n * side / short)) for n in image.size]
@@ -238,14 +243,15 @@ def prepare_image(image: Image.Image, preparation: Preparation) -> np.ndarray:
 
 
 def _prepare(image, preparation):
-    return preparation.apply(_upright(image, 2 * preparation.decode_size()))
+    least = 2 * preparation.decode_size()
+    return preparation.apply(_upright(image, least, preparation.resize))
 
 
-def _upright(image, least):
-    """An opened image as RGB; a very large one is made smaller, not below `least`."""
+def _upright(image, least, resize=None):
+    """An opened image as RGB; a very large one is made smaller: see `_shrink`."""
     image.load()
     turn = _find_turn(image)
-    image = to_rgb(_shrink(image, least))
+    image = to_rgb(_shrink(image, least, resize))
     return image if turn is None else image.transpose(turn)
 
 
@@ -267,24 +273,50 @@ def _find_turn(image):
         return None
 
 
-def _shrink(image, least):
-    """A very large image as RGB, at a whole fraction of its sides, not below `least`.
+def _shrink(image, least, resize):
+    """A very large image as RGB, at whole fractions of its sides, not below `least`.
 
-    Changing the mode copies an image several times; in strips of a million pixels that
-    takes no memory to speak of.
+    For `stretch` each side has a fraction of its own, for `crop` only the middle of a
+    long image is kept, for None the image keeps its shape. Changing the mode copies an
+    image several times; in strips of a million pixels that takes no memory to speak of.
     """
-    factor = min(image.size) // max(least, 1)
-    if not least or factor < 2 or image.width * image.height <= _LARGE:
+    if not least or image.width * image.height <= _LARGE:
         return image
+    if resize == 'crop':
+        image = _cut_ends(image)
+    factors = [min(max(1, n // least), _LARGEST_FACTOR) for n in image.size]
+    if resize != 'stretch':
+        factors = [min(factors)] * 2
+    if factors == [1, 1]:
+        return image
+    across, down = factors
+    # What does not fill a whole pixel is left out, the same on both sides.
+    width, height = (n // factor for n, factor in zip(image.size, factors, strict=True))
+    left, top = (n % factor // 2 for n, factor in zip(image.size, factors, strict=True))
     if image.mode == 'F':  # its range is that of the whole image
-        return image.reduce(factor)
-    width, height = image.size
-    small = Image.new('RGB', (-(-width // factor), -(-height // factor)))
-    rows = factor * max(1, _STRIP // (width * factor))
-    for top in range(0, height, rows):
-        strip = image.crop((0, top, width, min(top + rows, height)))
-        small.paste(to_rgb(strip).reduce(factor), (0, top // factor))
+        box = (left, top, left + width * across, top + height * down)
+        return image.reduce((across, down), box)
+    small = Image.new('RGB', (width, height))
+    rows = max(1, _STRIP // (image.width * down))
+    for row in range(0, height, rows):
+        above, below = row * down, min(row + rows, height) * down
+        strip = image.crop((left, top + above, left + width * across, top + below))
+        small.paste(to_rgb(strip).reduce((across, down)), (0, row))
     return small
+
+
+def _cut_ends(image):
+    """The middle of an image that is more than four times as long as wide or high.
+
+    Four times as long, so that a square in the centre and the pixels around it that
+    resizing takes in are all there; as much goes on both sides.
+    """
+    short = min(image.size)
+    cut = [max(0, (n - 4 * short) // 2) for n in image.size]
+    if not any(cut):
+        return image
+    (width, height), (left, top) = image.size, cut
+    return image.crop((left, top, width - left, height - top))
 
 
 def prepare_array(image: np.ndarray, preparation: Preparation) -> np.ndarray:

@@ -26,7 +26,14 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from flax_densenet import atomic, checkpoint, cluster, history, sharding
+from flax_densenet import (
+    atomic,
+    checkpoint,
+    cluster,
+    history,
+    sharding,
+    tensorstore_json,
+)
 from flax_densenet.checkpoint import Checkpoint
 from flax_densenet.errors import UserError
 
@@ -172,6 +179,7 @@ def open_saver(workdir: str):
     cluster.meet('opened')  # what is not whole is out of the others' sight
     saver = Saver(workdir)
     _no_tracebacks()
+    tensorstore_json.mend()
     try:
         yield saver
     finally:

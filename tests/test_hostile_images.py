@@ -13,7 +13,7 @@ import zlib
 import numpy as np
 import pytest
 from conftest import ROOT
-from PIL import Image
+from PIL import ExifTags, Image
 
 from flax_densenet import UserError, images
 
@@ -223,8 +223,38 @@ def test_very_large_images_are_made_smaller_first(mode, monkeypatch):
         lambda self, image: sizes.append(image.size) or apply(self, image),
     )
     found = load(file).astype(int)
-    assert sizes == [(50, 34)]
+    assert sizes == [(33, 33)]
     assert np.abs(found - whole).mean() < 4 and found.std() > 10
+
+
+@pytest.mark.parametrize('turn', [1, 6], ids=['upright', 'turned'])
+@pytest.mark.parametrize('resize', images.RESIZES)
+def test_very_long_images_are_made_smaller_first(resize, turn, monkeypatch):
+    """31 pixels by millions, which are legal, took seconds to be changed to RGB."""
+    rows = np.linspace(0, 255, 1800)[:, None] * np.array([1, 0.5, 0])
+    rows = rows[:, None] + np.linspace(0, 60, 31)[:, None] * np.array([0, 0, 1])
+    image = Image.fromarray(rows.round().astype(np.uint8)).convert('CMYK')
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turn
+    file = encode(image, 'TIFF', exif=exif)
+    preparation = images.Preparation(8, resize=resize)
+    whole = images.load_image(file, preparation).astype(int)
+    monkeypatch.setattr(images, '_LARGE', 1000)
+    seen, to_rgb = [], images.to_rgb
+    monkeypatch.setattr(
+        images, 'to_rgb', lambda image: seen.append(image.size) or to_rgb(image)
+    )
+    found = images.load_image(file, preparation).astype(int)
+    # Of `crop` the rest goes first, of `stretch` it is made smaller first.
+    assert sorted(seen[-1]) == ([31, 124] if resize == 'crop' else [28, 31])
+    assert np.abs(found - whole).max() <= 2 and found.std() > 10
+
+
+def test_a_long_image_is_packed_as_it_is_where_no_jpeg_holds_it():
+    file = encode(Image.new('RGB', (3, 65501)), 'PNG')
+    assert images.make_smaller(file, 2, quality=90) is not file  # 2 by 43667
+    longer = encode(Image.new('RGB', (3, 65501 * 3)), 'PNG')
+    assert images.make_smaller(longer, 2, quality=90) is longer
 
 
 # `import flax_densenet` alone imports JAX, which takes seconds.
@@ -275,7 +305,7 @@ def test_no_noise(tmp_path):
 
 LOUD = """
 import sys
-from PIL import Image
+from PIL import ExifTags, Image
 for path in sys.argv[1:]:
     try:
         image = Image.open(path)

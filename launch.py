@@ -280,7 +280,7 @@ def _predict(config, workdir, overrides):
     if wrong:
         raise UserError(
             f'--config.{wrong[0]}: --mode=predict takes it from {path}; only '
-            f'{", ".join(_OF_PREDICT[1:])} can be set'
+            f'{", ".join(_OF_PREDICT[1:-1])} and {_OF_PREDICT[-1]} can be set'
         )
     for name in ('batch_size', 'threads'):
         if config['data'][name] < 1:

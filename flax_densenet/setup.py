@@ -147,9 +147,7 @@ class Run:
         """The state before the first step, on the host."""
         average = None
         if self.config['train']['ema']:
-            live = [
-                name for stage in self.plan.stages[self.plan.frozen :] for name in stage
-            ]
+            live = [name for name, rate in self.plan.rates.items() if rate]
             average = averaging.start(variables, live)
         return step.new_state(
             variables,

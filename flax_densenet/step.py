@@ -170,7 +170,7 @@ def make_train_step(
         accumulate_steps=accumulate_steps,
         loss=loss,
     )
-    live = _live_parts(module, frozen)
+    advance = _make_advance(optimizer, live=_live_parts(module, frozen), ema=ema)
 
     def train_step(state: TrainState, batch):
         gradients, (losses, correct, batch_stats) = differentiate(state, batch)
@@ -181,39 +181,51 @@ def make_train_step(
         if gradient_clip:
             scale = jnp.minimum(1, gradient_clip / norm)
             gradients = jax.tree.map(lambda leaf: leaf * scale, gradients)
-        trained = {name: state.params[name] for name in gradients}
-
-        def advance(old):
-            updates, opt_state = optimizer.update(gradients, old[1], old[0])
-            params, average = optax.apply_updates(old[0], updates), old[3]
-            if average is not None:
-                moved = {k: v for k, v in batch_stats.items() if k in live}
-                average = averaging.update(
-                    average, params, moved, decay=ema, step=state.step
-                )
-            return params, opt_state, batch_stats, average
-
-        params, opt_state, batch_stats, average = _only_if(
-            finite,
-            advance,
-            (trained, state.opt_state, state.batch_stats, state.average),
-        )
         counted = jnp.full(correct.shape, finite, jnp.int32)
         sums = (
             jnp.where(finite, values, jnp.zeros_like(values))
             for values in (losses, correct)
         )
-        state = TrainState(
-            step=state.step + 1,
-            params=state.params | params,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            running=_add_to_running(state.running, batch['epoch'], *sums, counted),
-            average=average,
-        )
+        running = _add_to_running(state.running, batch['epoch'], *sums, counted)
+        state = advance(state, gradients, batch_stats, finite)
+        state = state.replace(step=state.step + 1, running=running)
         return state, jnp.where(finite, reported, jnp.nan)
 
     return train_step
+
+
+def _make_advance(optimizer, *, live, ema):
+    """Makes `(state, gradients, batch_stats, finite) -> state`, moved where finite.
+
+    Args:
+      live: names of the model's parts that train.
+      ema: see `make_train_step`.
+    """
+
+    def advance(state, gradients, batch_stats, finite):
+        def move(old):
+            params, opt_state, _, average = old
+            updates, opt_state = optimizer.update(gradients, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            if average is not None:
+                found = {k: v for k, v in batch_stats.items() if k in live}
+                average = averaging.update(
+                    average, params, found, decay=ema, step=state.step
+                )
+            return params, opt_state, batch_stats, average
+
+        trained = {name: state.params[name] for name in gradients}
+        params, opt_state, batch_stats, average = _only_if(
+            finite, move, (trained, state.opt_state, state.batch_stats, state.average)
+        )
+        return state.replace(
+            params=state.params | params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            average=average,
+        )
+
+    return advance
 
 
 def _only_if(condition, advance, old):

@@ -427,4 +427,5 @@ def test_base_has_each_field():
         assert set(names) <= set(sections[section])
     rest = {'epochs', 'seed', 'cache_features', 'tensorboard', 'report'}
     rest |= {'checkpoint_every', 'on_nonfinite', 'deterministic', 'accumulate_steps'}
+    rest |= {'patience', *setup._LOSS_FIELDS}
     assert set(sections.train) == rest | set(setup.PHASE_FIELDS)

@@ -327,7 +327,10 @@ def test_predict(main, weights, tmp_path):
         (['--files=none/*.jpg'], '--files=none/*.jpg matches no image'),
         (['--files=x', '--config.data.batch_size=0'], 'data.batch_size=0 must be at'),
         (['--files=x', '--config.data.threads=0'], 'data.threads=0 must be at least 1'),
-        (['--files=x', '--config.data.image_size=9'], 'only data.batch_size and data.'),
+        (
+            ['--files=x', '--config.data.image_size=9'],
+            'only data.batch_size, data.threads and data.tta can',
+        ),
         (['--files=x', '--config.model.fast=0'], '--config.model.fast: --mode=predict'),
         (['--files=x', '--top=0'], '--top=0 must be at least 1'),
         (['--files=x', '--format=torch'], 'use table, csv, jsonl'),

@@ -221,7 +221,7 @@ def test_the_picture_shows_what_matters():
             100,
             'data.batch_size=2000 is larger than the 1437',
         ),
-        ({'optimizer.name': 'lamb'}, 100, 'optimizer.name=lamb'),
+        ({'optimizer.name': 'lion'}, 100, 'optimizer.name=lion'),
         ({'train.freeze': 'backbone'}, 100, 'freeze=backbone would keep random'),
     ],
 )

@@ -6,9 +6,9 @@ Photographs become batches of 16 uint8 images of 224x224: decoded, cropped at ra
 mirrored, and changed as the recipe says. Ours is `pipeline.train_batches` with one
 thread; the others are torch's DataLoader with torchvision's transforms: v2 on Pillow
 images (also in a worker process), v2 on tensors and v1 on Pillow images. All decode
-with Pillow and are held on one core. Turns alternate; the ratios are against the fastest
-of the others. Images by second of processor time tell the same of a core whatever else
-the machine does meanwhile, and more evenly.
+with Pillow and are held on one core. Turns alternate; the ratios are against the
+fastest of the others. Images by second of processor time tell the same of a core,
+whatever else the machine does meanwhile, and more evenly.
 """
 
 import json

@@ -70,6 +70,7 @@ EDGES = {
     'pipeline': {'errors', 'augment', 'balance', 'colour', 'data', 'policies',
                  'unread'},
     'samples': {'features', 'mixing', 'report', 'setup', 'step'},
+    'phases': {'setup'},
     'pickles': set(),
     'torch_files': {'errors', 'pickles'},
     'weights': {'errors', 'checkpoint', 'keras_files', 'metadata', 'model',
@@ -112,9 +113,9 @@ EDGES = {
     'board': set(),
     'train': {'errors', 'agreement', 'atomic', 'board', 'checkpoint', 'cluster',
               'environment', 'evaluate',
-              'history', 'lock', 'loop', 'page', 'report', 'results', 'samples',
-              'saving', 'setup', 'sharding', 'signals', 'state_shards', 'step',
-              'unread'},
+              'history', 'lock', 'loop', 'page', 'phases', 'report', 'results',
+              'samples', 'saving', 'setup', 'sharding', 'signals', 'state_shards',
+              'step', 'unread'},
     'lr_find': {'errors', 'checkpoint', 'report', 'setup', 'sharding'},
 }  # fmt: skip
 RECIPES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))

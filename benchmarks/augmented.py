@@ -6,13 +6,15 @@ Photographs become batches of 16 uint8 images of 224x224: decoded, cropped at ra
 mirrored, and changed as the recipe says. Ours is `pipeline.train_batches` with one
 thread; the others are torch's DataLoader with torchvision's transforms: v2 on Pillow
 images (also in a worker process), v2 on tensors and v1 on Pillow images. All decode
-with Pillow and are held on one core. Turns alternate; the last figure is against the
-fastest of the others.
+with Pillow and are held on one core. Turns alternate; the ratios are against the
+fastest of the others. Images by second of processor time tell the same of a core,
+whatever else the machine does meanwhile, and more evenly.
 """
 
 import json
 import os
 import pathlib
+import resource
 import sys
 import time
 
@@ -34,20 +36,37 @@ def _paths(folder):
     return sorted(str(path) for path in pathlib.Path(folder).rglob('*.jpg'))
 
 
+def _cpu_seconds():
+    """Of this process and of its children that have ended."""
+    used = [
+        resource.getrusage(who)
+        for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    ]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
 def _serve_ours(folder, recipe):
     import numpy as np
 
     from flax_densenet import data, images, pipeline, sources
 
     paths = _paths(folder)
-    reader = sources.FileReader(paths, np.zeros(len(paths), np.int32))
+
+    class Counting(sources.FileReader):
+        count = 0
+
+        def __getitem__(self, index):
+            self.count += 1  # also of batches that are made ahead
+            return super().__getitem__(index)
+
+    reader = Counting(paths, np.zeros(len(paths), np.int32))
     examples = data.Examples(reader, np.arange(len(paths)), images.Preparation(SIZE))
     jitter = recipe == 'colour_jitter'
     changes = {'colour_jitter': JITTER} if jitter else {'policy': recipe}
     steps = len(paths) // BATCH
 
     def measure():
-        start = time.perf_counter()
+        start, cpu, before = time.perf_counter(), _cpu_seconds(), reader.count
         batches = pipeline.train_batches(
             examples,
             batch_size=BATCH,
@@ -60,7 +79,11 @@ def _serve_ours(folder, recipe):
             next(batches)
         seconds = time.perf_counter() - start
         batches.close()
-        return {'images_per_second': steps * BATCH / seconds}
+        time.sleep(1)  # what was under way ends
+        return {
+            'images_per_second': steps * BATCH / seconds,
+            'images_per_cpu_second': (reader.count - before) / (_cpu_seconds() - cpu),
+        }
 
     sidebyside.serve(measure)
 
@@ -106,28 +129,34 @@ def _serve_torch(folder, recipe, version, kind, workers):
     )
 
     def measure():
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), _cpu_seconds()
         count = sum(len(images) for images, _ in loader)
-        return {'images_per_second': count / (time.perf_counter() - start)}
+        seconds = time.perf_counter() - start
+        return {
+            'images_per_second': count / seconds,
+            'images_per_cpu_second': count / (_cpu_seconds() - cpu),
+        }
 
     sidebyside.serve(measure)
 
 
 def compare(folder, recipe, rounds):
-    """`{who: images/s, 'ours / fastest other': ratio}` of a recipe."""
+    """`{figure: {who: images/s, 'ours / fastest other': ratio}}` of a recipe."""
     me = ['-m', 'benchmarks.augmented', folder, '--serve', recipe]
     contenders = {'ours': sidebyside.Contender([sys.executable, *me])}
     for name, options in TORCH.items():
         contenders[name] = sidebyside.Contender([PEERS, *me, *options])
-    found = {
-        name: figures['images_per_second']
-        for name, figures in sidebyside.alternate(contenders, rounds).items()
-    }
+    found = sidebyside.alternate(contenders, rounds)
     for contender in contenders.values():
         contender.close()
-    result = {name: sidebyside.summarise(values) for name, values in found.items()}
+    return {figure: _summarise(found, figure) for figure in found['ours']}
+
+
+def _summarise(found, figure):
+    values = {name: figures[figure] for name, figures in found.items()}
+    result = {name: sidebyside.summarise(each) for name, each in values.items()}
     best = max(TORCH, key=lambda name: result[name]['median'])
-    result['ours / fastest other'] = sidebyside.ratio(found['ours'], found[best])
+    result['ours / fastest other'] = sidebyside.ratio(values['ours'], values[best])
     return result
 
 

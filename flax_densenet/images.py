@@ -175,7 +175,7 @@ def load_image(
 
 
 def load_picture(file, preparation: Preparation) -> Image.Image:
-    """`load_image` before the resizing: RGB, whole or four times as large as needed.
+    """`load_image` without resizing: RGB, of its own size or four times the wanted one.
 
     So a part of a quarter of each side still has all pixels that are needed.
     """

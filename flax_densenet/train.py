@@ -30,6 +30,7 @@ from flax_densenet import (
     loop,
     page,
     patience,
+    phases,
     report,
     results,
     samples,
@@ -175,7 +176,7 @@ def _train(work: loop.Loop, state, epochs_done, ends_after):
     epochs = run.config['train']['epochs']
     shown.add_config(run.config)
     # A second of drawing, for which the first step need not wait.
-    with _open_phase(run) as phase, futures.ThreadPoolExecutor(1) as beside:
+    with phases.open_phase(run) as phase, futures.ThreadPoolExecutor(1) as beside:
         phase.enter(state, epochs_done + 1)
         drawn = beside.submit(_save_samples, run, shown)
         with work.stop.busy():
@@ -202,41 +203,6 @@ def _train(work: loop.Loop, state, epochs_done, ends_after):
                 if ended:
                     break
         shown.add_end()
-
-
-class _Phase:
-    """The batches and the compiled step, until an epoch needs others."""
-
-    def __init__(self, run):
-        self._run = run
-        self._frozen = self._size = None
-        self.batches = self.compiled = None
-
-    def enter(self, state, epoch):
-        """Makes those anew that the one before this epoch had otherwise."""
-        run, start = self._run, int(state.step)
-        frozen, size = run.plan.frozen_in(epoch), run.size_in(epoch)
-        resized = size != self._size
-        if resized:
-            self.close()
-            source = run.features or run.source
-            self.batches = setup.train_batches(run, source, start)
-        if resized or frozen != self._frozen:
-            self.compiled = setup.compile_step(run, state, frozen, start)
-        self._frozen, self._size = frozen, size
-
-    def close(self):
-        if self.batches is not None:
-            self.batches.close()
-
-
-@contextlib.contextmanager
-def _open_phase(run):
-    phase = _Phase(run)
-    try:
-        yield phase
-    finally:
-        phase.close()
 
 
 def _open_board(run, start):

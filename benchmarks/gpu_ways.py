@@ -56,6 +56,8 @@ def _train(
     remat=True,
     dropout_rate=0.0,
     keys=None,
+    path_rates=None,
+    path_keys=None,
     product=dense_block.product,
     conv3x3=dense_block._conv3x3,
     join=True,
@@ -67,7 +69,7 @@ def _train(
       join: whether the features are concatenated after each layer, or are kept as
         pieces which are joined when they are normalised.
     """
-    _refuse(layers, dropout_rate)
+    _refuse(layers, dropout_rate, path_rates)
 
     def hidden(pieces, mean, var, layer):
         parts, at = [], 0
@@ -105,17 +107,17 @@ def _train(
     return jnp.concatenate(pieces, -1), (mean, var), inner
 
 
-def _refuse(layers, dropout_rate):
-    if layers[0].kernel2 is None or dropout_rate:
-        raise NotImplementedError('for layers with a bottleneck, without dropout')
+def _refuse(layers, dropout_rate, path_rates):
+    if layers[0].kernel2 is None or dropout_rate or any(path_rates or ()):
+        raise NotImplementedError('for layers with a bottleneck, all of them kept')
 
 
 def _block_train(
     x, layers, *, epsilon, dtype, kernel='xla', remat=True, dropout_rate=0.0,
-    keys=None, parts,
+    keys=None, path_rates=None, path_keys=None, parts,
 ):  # fmt: skip
     """`gpu_block.block`; it computes activations again in any case."""
-    _refuse(layers, dropout_rate)
+    _refuse(layers, dropout_rate, path_rates)
     trained = [dense_block._parameters(layer) for layer in layers]
     return gpu_block.block(x.astype(dtype), trained, epsilon, parts)
 

@@ -189,3 +189,14 @@ def get_config() -> ConfigDict:
     # Ends with report.html, a page on the best checkpoint; --mode=report makes it too.
     config.train.report = True
     return config
+
+
+def split_manner(argument: str) -> tuple[str, bool]:
+    """`NAME` or `NAME,code` of the paper's recipes: the name, and whether as the code.
+
+    Where text and code of the paper differ, a recipe follows the one or the other.
+    """
+    name, _, manner = argument.partition(',')
+    if manner not in ('', 'code'):
+        raise ValueError(f'{manner} is not known; use {name} or {name},code')
+    return name, bool(manner)

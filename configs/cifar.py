@@ -31,9 +31,7 @@ def get_config(model='bc_100_12+'):
 
 def make(model: str):
     """The paper's recipe for `[bc_]DEPTH_GROWTH[+][,code]`, without its images."""
-    name, _, manner = model.partition(',')
-    if manner not in ('', 'code'):
-        raise ValueError(f'{manner} is not known; use {name} or {name},code')
+    name, as_code = base.split_manner(model)
     name, augment = name.removesuffix('+'), name.endswith('+')
     found = re.fullmatch(r'(bc_)?(\d+)_(\d+)', name)
     if found:
@@ -42,7 +40,7 @@ def make(model: str):
     config = base.get_config()
     config.model.variant = name
     config.model.dropout_rate = 0.0 if augment else 0.2
-    if manner == 'code':
+    if as_code:
         config.model.initializer = 'he_fan_out'
         config.model.dropout_after = 'every_conv'
         config.model.stem_features = 2 * int(re.findall(r'k(\d+)$', name)[0])

@@ -18,12 +18,10 @@ from configs import base
 
 
 def get_config(model='121'):
-    depth, _, manner = model.partition(',')
-    if manner not in ('', 'code'):
-        raise ValueError(f'{manner} is not known; use {depth} or {depth},code')
+    depth, as_code = base.split_manner(model)
     config = base.get_config()
     config.model.variant = f'densenet{depth.removeprefix("densenet")}'
-    if manner == 'code':
+    if as_code:
         config.model.initializer = 'he_fan_out'
     config.data.source = 'folder:data/imagenet'
     config.data.image_size = 224

@@ -350,7 +350,9 @@ class _Member:
                 self._end('process 0 is gone, or the network to it')
             return
         self._told = True
-        if found['process'] == self.index or self._over.wait(_GRACE_SECONDS):
+        # A signal that all have agreed on ends this one too, once its own turn comes.
+        grace = _GRACE_SECONDS * (4 if found['status'] > 128 else 1)
+        if found['process'] == self.index or self._over.wait(grace):
             return
         line = found['line'].removeprefix('error: ')
         who = f'process {found["process"]} ({found["host"]})'

@@ -2,6 +2,7 @@
 
   python launch.py --config=configs/cifar.py                 # bc_100_12+
   python launch.py --config=configs/cifar.py:40_12 --workdir=ckpt/40_12
+  python launch.py --config=configs/cifar.py:quick --workdir=ckpt/quick
 
 MODEL is `DEPTH_GROWTH` for the plain network and `bc_DEPTH_GROWTH` for DenseNet-BC; `+`
 behind it shifts images by up to 4 pixels and mirrors them, without it 0.2 of the values
@@ -14,6 +15,9 @@ Reads data/cifar10/{train,test}/CLASS/*; --config.data.source=tfds:cifar10 takes
 prepared by TFDS. SGD with Nesterov momentum 0.9 from 0.1, divided by 10 at 50 % and
 75 % of 300 epochs, batch 64, weight decay 1e-4. docs/recipes.md has the paper's errors
 and the cost; configs/cifar100.py and configs/svhn.py are the other columns.
+
+`quick` is for two cores and half an hour; docs/results.md has what it reached and what
+else was tried.
 """
 
 import re

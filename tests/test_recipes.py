@@ -35,6 +35,7 @@ IMAGENET = {
     '201': 20_013_928,
     '264': 33_337_704,
 }
+QUICK_PARAMETERS = 281_866
 
 
 def recipe(name, *argument):
@@ -132,6 +133,13 @@ def test_where_values_drop_out():
     )
 
 
+def test_the_quick_one_is_small():
+    config = plain(recipe('cifar', 'quick'))
+    network = create_model(num_classes=10, **config['model'])
+    assert model.count_parameters(network) == QUICK_PARAMETERS
+    assert config['data']['augment'] == 'shift_flip'
+
+
 def test_what_cannot_be():
     with pytest.raises(UserError, match='dropout_after=all is not known; use conv3x3'):
         create_model('BC-L10k4', num_classes=3, dropout_after='all')
@@ -148,7 +156,7 @@ def test_what_cannot_be():
 @pytest.mark.parametrize(
     ('name', 'argument'),
     [(name, None) for name in RECIPES if name not in ('finetune', 'linear_probe')]
-    + [('cifar', '40_12,code')],
+    + [('cifar', '40_12,code'), ('cifar', 'quick')],
 )
 def test_two_steps(name, argument, tmp_path):
     """Of each recipe, with a shallow network and small images of its own."""

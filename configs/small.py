@@ -1,0 +1,29 @@
+"""Some hundreds of photographs and no trained weights: a small network, in minutes.
+
+  python launch.py --config=configs/small.py:PATH
+  python launch.py --mode=sweep --config=configs/small.py:PATH --sweep=train.seed=0,1,2
+
+with PATH/CLASS/* (a fifth is split off for the test) or PATH/{train,val}/CLASS/*.
+DenseNet-BC of 0.3 million parameters at 96 pixels, where DenseNet-121 would have eight
+million to learn from so little. Random crops and mirroring, Adam with the one-cycle
+schedule. docs/results.md has what it reached; trained weights (configs/finetune.py)
+reach more where there are any.
+"""
+
+from configs import base
+
+
+def get_config(path='data/photos'):
+    config = base.get_config()
+    config.model.variant = 'densenet121'
+    config.model.growth_rate = 16
+    config.model.block_sizes = (2, 4, 6, 4)
+    config.data.source = f'folder:{path}'
+    config.data.image_size = 96
+    config.data.resize = 'crop'
+    config.data.batch_size = 16
+    config.data.augment = 'crop_flip'
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.schedule = 'one_cycle'
+    config.train.epochs = 60
+    return config

@@ -64,9 +64,10 @@ def _make_quick():
     """A narrow network with few layers where images are large, and images that grow."""
     config = make('bc_40_16+')
     config.model.block_sizes = (2, 5, 10)
-    config.data.size_schedule = ((0.23, 16), (0.67, 24))
+    config.data.size_schedule = ((0.24, 16), (0.78, 24))
+    config.data.augment = 'flip'
     config.data.cache = 'memory'
     config.optimizer.schedule = 'one_cycle'
     config.optimizer.weight_decay = 5e-4
-    config.train.epochs = 18
+    config.train.epochs = 13
     return config

@@ -137,7 +137,7 @@ def test_the_quick_one_is_small():
     config = plain(recipe('cifar', 'quick'))
     network = create_model(num_classes=10, **config['model'])
     assert model.count_parameters(network) == QUICK_PARAMETERS
-    assert config['data']['augment'] == 'shift_flip'
+    assert config['data']['augment'] == 'flip'
 
 
 def test_what_cannot_be():

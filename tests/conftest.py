@@ -32,12 +32,25 @@ from flax import traverse_util
 from PIL import Image
 
 from configs import base
-from flax_densenet import create_model, evaluate, init_variables, sharding
+from flax_densenet import create_model, evaluate, init_variables, report, sharding
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SHARED = pathlib.Path(os.environ.get('FLAX_DENSENET_SHARED', ROOT.parent / 'shared'))
+
+
+@pytest.fixture(autouse=True)
+def _without_pictures(request, monkeypatch):
+    """Drawing takes a third of a small run; those marked `drawn` do it."""
+    if request.node.get_closest_marker('drawn'):
+        return
+
+    def save_samples(workdir, *_, **__):
+        Image.new('RGB', (1, 1)).save(os.path.join(workdir, 'samples.png'))
+
+    monkeypatch.setattr(report, 'save_samples', save_samples)
+    monkeypatch.setattr(report, 'save_curves', lambda workdir, records: None)
 
 
 def shared(path):

@@ -10,6 +10,8 @@ from test_train import Stopped, read_records, stop_after
 
 from flax_densenet import board, train
 
+pytestmark = pytest.mark.drawn
+
 event_accumulator = pytest.importorskip(
     'tensorboard.backend.event_processing.event_accumulator'
 )

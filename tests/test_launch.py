@@ -15,6 +15,8 @@ from conftest import ROOT, make_weights, tiny_config, write_images
 
 from flax_densenet import feature_files, load_trained, train
 
+pytestmark = pytest.mark.drawn
+
 TINY = [
     '--config.model.variant=BC-L10k4',
     '--config.data.image_size=8',

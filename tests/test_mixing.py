@@ -248,9 +248,8 @@ EVERYTHING = {
 }
 
 
-@pytest.mark.parametrize(
-    ('devices', 'stops'), [(2, (8,)), pytest.param(1, (8, 9), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(('devices', 'stops'), [(2, (8,)), (1, (8, 9))])
 def test_a_resumed_run_with_everything_on(tmp_path, monkeypatch, devices, stops):
     """Stopped among the small images and the large ones, bit for bit the same."""
     make_mesh = sharding.make_mesh

@@ -5,6 +5,8 @@ import pytest
 
 from flax_densenet import create_model, report
 
+pytestmark = pytest.mark.drawn
+
 RECORDS = [
     {
         'epoch': epoch,

@@ -140,6 +140,7 @@ def trained(tmp_path_factory):
     return workdir, config, train.fit(config, str(workdir))
 
 
+@pytest.mark.drawn
 def test_what_a_run_leaves(trained, capsys):
     workdir, config, best = trained
     records = read_records(workdir)

@@ -178,9 +178,6 @@ def test_a_resumed_run_with_everything_is_the_uninterrupted_one(
         return measure(work, state, record) | {'test_accuracy': accuracy}
 
     monkeypatch.setattr(train, '_test', script)
-    # A third of the time; test_train.py looks at them.
-    monkeypatch.setattr(train, '_save_samples', lambda run, shown: None)
-    monkeypatch.setattr(train.report, 'save_curves', lambda workdir, records: None)
     early = 'stopped early after epoch 4: none is better than epoch 2 (train.patience=2'
     best = train.fit(config, str(tmp_path / 'whole'))
     assert best['epoch'] == 2 and early in capsys.readouterr().out
@@ -259,7 +256,6 @@ def first(tmp_path_factory):
                                     {'train.head_warmup_epochs': 1}])  # fmt: skip
 def test_average_of_a_head(fields, first, tmp_path, monkeypatch):
     """On features kept in memory, or for one epoch before all trains; resumed."""
-    monkeypatch.setattr(train, '_save_samples', lambda run, shown: None)
     config = tiny_config(**HEAD | fields)
     config['init_from'] = str(first)
     train.fit(config, str(tmp_path / 'whole'))

@@ -16,8 +16,8 @@ prepared by TFDS. SGD with Nesterov momentum 0.9 from 0.1, divided by 10 at 50 %
 75 % of 300 epochs, batch 64, weight decay 1e-4. docs/recipes.md has the paper's errors
 and the cost; configs/cifar100.py and configs/svhn.py are the other columns.
 
-`quick` is a small network for two cores, with images that grow; docs/results.md has
-what was measured of it.
+`quick` is a small network with images that grow: 86.2 % of CIFAR-10's test images after
+13 epochs, in 23 minutes on two processors (docs/results.md).
 """
 
 import re

@@ -26,21 +26,34 @@ from configs import base
 
 
 def get_config(model='bc_100_12+'):
-    config = _make_quick() if model == 'quick' else make(model)
+    config = _make_quick() if model == 'quick' else make(model, 'quick')
     config.data.source = 'folder:data/cifar10'
     config.data.mean = (0.4914, 0.4822, 0.4465)
     config.data.std = (0.2470, 0.2435, 0.2616)
     return config
 
 
-def make(model: str):
-    """The paper's recipe for `[bc_]DEPTH_GROWTH[+][,code]`, without its images."""
+def make(model: str, *others: str):
+    """The paper's recipe for `[bc_]DEPTH_GROWTH[+][,code]`, without its images.
+
+    Args:
+      others: names that the caller knows, for the message.
+
+    Raises:
+      ValueError: it is no such name.
+    """
     name, as_code = base.split_manner(model)
     name, augment = name.removesuffix('+'), name.endswith('+')
     found = re.fullmatch(r'(bc_)?(\d+)_(\d+)', name)
     if found:
         kind, depth, growth = found.groups()
         name = f'{"BC-" if kind else ""}L{depth}k{growth}'
+    elif not re.match(r'((B|C|BC)-)?L\d|densenet|rdnet', name):
+        others = ''.join(f', {other}' for other in others)
+        raise ValueError(
+            f'{model} is not known; use bc_100_12+, 40_12 or another depth and growth '
+            f'rate{others}, or a name of a model as BC-L100k12'
+        )
     config = base.get_config()
     config.model.variant = name
     config.model.dropout_rate = 0.0 if augment else 0.2

@@ -42,7 +42,7 @@ def crop(image, rng):
     The random-resized crop of Szegedy et al., arXiv 1409.4842, section 6.
     """
     height, width = image.shape[:2]
-    picture, box = to_picture(image), crop_part((width, height), rng)
+    picture, box = as_picture(image), crop_part((width, height), rng)
     picture = picture.resize((width, height), Image.Resampling.BILINEAR, box=box)
     return to_array(picture)
 
@@ -62,7 +62,7 @@ def crop_part(size, rng):
     return 0, 0, width, height
 
 
-def to_picture(image: np.ndarray) -> Image.Image:
+def as_picture(image: np.ndarray) -> Image.Image:
     """RGB, or L (grey) of one channel."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 

@@ -52,7 +52,7 @@ class _Augment(grain.transforms.RandomMap):
 
     def _change_picture(self, image, rng):
         if not isinstance(image, Image.Image):
-            image = augment_lib.to_picture(image)
+            image = augment_lib.as_picture(image)
         if self.strengths:
             image = colour.jitter(image, rng, self.strengths)
         return policies.apply(image, rng, self.policy) if self.policy else image

@@ -47,7 +47,7 @@ def pictures(request):
         pytest.skip('data/hymenoptera is not here (FLAX_DENSENET_SHARED)')
     paths = sorted(folder.rglob('*.jpg'))[::80]
     shape = images.Preparation(160, channels=1 if request.param == 'grey' else 3)
-    return [augment.to_picture(images.load_image(str(path), shape)) for path in paths]
+    return [augment.as_picture(images.load_image(str(path), shape)) for path in paths]
 
 
 def array(picture):

@@ -40,6 +40,8 @@ constexpr int KC = 256;         // channels of a chunk of the 1x1's input
 constexpr int PT = 8 * MR;      // pixels of a tile of the 1x1
 constexpr int KP = 64;          // pixels of a step of the 3x3's weight gradient
 constexpr int64_t BAND = 480 * 1024;  // bytes of a padded band, to stay in L2
+constexpr int64_t TURN = 2048 * 1024; // bytes of the features of one turn in evaluation
+constexpr int LINE = 16;              // floats of a cache line
 
 typedef float V __attribute__((vector_size(VL * 4)));
 typedef float VU __attribute__((vector_size(VL * 4), aligned(4), may_alias));
@@ -65,15 +67,10 @@ inline V relu(V v) {
 }
 inline int up(int n, int m) { return (n + m - 1) / m * m; }
 
-// C[i][j] (+)= sum_k A[i * AI + k * AK] * B[k * ldb + j], i < R, j < NV * VL.
+// sum[i][j] += sum_k A[i * AI + k * AK] * B[k * ldb + j], i < R, j < NV * VL.
 template <int R, int NV, int AI, int AK>
-inline void micro(int K, const float* __restrict A, const float* __restrict B, int ldb,
-                  float* __restrict C, int ldc, bool add) {
-  V sum[R][NV];
-#pragma GCC unroll 16
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) sum[i][j] = V{};
+inline void accumulate(V (&sum)[R][NV], int K, const float* __restrict A,
+                       const float* __restrict B, int ldb) {
   for (int k = 0; k < K; ++k) {
     V b[NV];
 #pragma GCC unroll 2
@@ -87,6 +84,18 @@ inline void micro(int K, const float* __restrict A, const float* __restrict B, i
     A += AK;
     B += ldb;
   }
+}
+
+// C[i][j] (+)= sum_k A[i * AI + k * AK] * B[k * ldb + j], i < R, j < NV * VL.
+template <int R, int NV, int AI, int AK>
+inline void micro(int K, const float* __restrict A, const float* __restrict B, int ldb,
+                  float* __restrict C, int ldc, bool add) {
+  V sum[R][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) sum[i][j] = V{};
+  accumulate<R, NV, AI, AK>(sum, K, A, B, ldb);
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
@@ -228,6 +237,8 @@ struct Block {
     wg = width(G);
     const int64_t fit = BAND / (4LL * wm * (W + 2)) - 2;
     bands = (int)((H + std::max<int64_t>(fit, 1) - 1) / std::max<int64_t>(fit, 1));
+    // Of a few images every thread gets a part all the same.
+    bands = std::max(bands, std::min(H, (threads + N - 1) / N));
     rb = (H + bands - 1) / bands;
     bands = (H + rb - 1) / rb;
     units = N * bands;
@@ -243,15 +254,19 @@ struct Block {
 // W [K, n] (rows `ld` apart, transposed where `transpose`) in panels of NR columns,
 // the last one of VL where that is enough.
 struct Panels {
-  int K, n;
-  std::vector<float> data;
+  int K = 0, n = 0;
+  std::vector<float> own;
+  const float* data = nullptr;
+  Panels() = default;
+  Panels(Panels&&) = default;  // a copy's `data` would be the other's
   void pack(const float* w, int rows, int columns, int ld, bool transpose) {
     K = rows;
     n = up(columns, VL);
-    data.resize((size_t)K * n);
+    own.resize((size_t)K * n);
+    data = own.data();
     for (int j = 0; j < n; j += NR) {
       const int wide = std::min(NR, n - j), valid = std::min(wide, columns - j);
-      float* out = data.data() + (size_t)j * K;
+      float* out = own.data() + (size_t)j * K;
       for (int k = 0; k < K; ++k, out += wide) {
         for (int i = 0; i < valid; ++i)
           out[i] = transpose ? w[(size_t)(j + i) * ld + k] : w[(size_t)k * ld + j + i];
@@ -259,8 +274,13 @@ struct Panels {
       }
     }
   }
+  void view(const float* packed, int rows, int columns) {
+    K = rows;
+    n = up(columns, VL);
+    data = packed;
+  }
   int wide(int j) const { return std::min(NR, n - j); }
-  const float* at(int j) const { return data.data() + (size_t)j * K; }
+  const float* at(int j) const { return data + (size_t)j * K; }
 };
 
 struct Affine {
@@ -337,15 +357,20 @@ struct Weights {
   const float *scale1, *bias1, *w1, *scale2, *bias2, *w2;
 };
 
-// The 1x1 convolution of one layer: h [P, M]. In training h is as it comes out and its
-// moments are added; in evaluation `f2` and ReLU follow at once.
-void forward_1x1(const Block& s, int t, const float* X, int C, const Affine& f1,
-                 const Panels& w1, const Affine* f2, float* h, Moments* moments,
-                 std::vector<float>& scratch) {
-  scratch.assign(tile_size(C) + (size_t)MR * NR, 0.0f);
-  float *y = scratch.data(), *c = y + tile_size(C);
-  for (int64_t p = s.pixel(t); p < s.pixel(t + 1); p += PT) {
-    const int n = (int)std::min<int64_t>(PT, s.pixel(t + 1) - p);
+// Memory for `n` numbers; what is in it does not matter.
+float* room(std::vector<float>& scratch, size_t n) {
+  if (scratch.size() < n) scratch.resize(n);
+  return scratch.data();
+}
+
+// The 1x1 convolution of one layer for some pixels: h [P, M]. In training h is as it
+// comes out and its moments are added; in evaluation `f2` and ReLU follow at once.
+void forward_1x1(const Block& s, int64_t first, int64_t last, const float* X, int C,
+                 const Affine& f1, const Panels& w1, const Affine* f2, float* h,
+                 Moments* moments, std::vector<float>& scratch) {
+  float *y = room(scratch, tile_size(C) + (size_t)MR * NR), *c = y + tile_size(C);
+  for (int64_t p = first; p < last; p += PT) {
+    const int n = (int)std::min<int64_t>(PT, last - p);
     load_tile(s, X, p, n, C, f1, y);
     for (int j = 0; j < w1.n; j += NR) {
       const int wide = w1.wide(j);
@@ -367,25 +392,57 @@ void forward_1x1(const Block& s, int t, const float* X, int C, const Affine& f1,
   }
 }
 
-// The 3x3 convolution of one layer, into its place in X.
-void forward_3x3(const Block& s, int t, float* X, int C, const float* h,
+// Nine shifted products of MR pixels from `z` on, whose lines are `line` pixels long.
+template <int LD, int NV>
+inline void taps(int K, const float* z, int line, const Panels* w2, int j, float* C) {
+  V sum[MR][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) sum[i][v] = V{};
+  for (int tap = 0; tap < 9; ++tap)
+    accumulate<MR, NV, LD, 1>(sum, K, z + (size_t)(tap / 3 * line + tap % 3) * LD,
+                              w2[tap].at(j), NV * VL);
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) store(C + i * NR + v * VL, sum[i][v]);
+}
+template <int LD>
+void convolve(int nv, int K, const float* z, int line, const Panels* w2, int j,
+              float* C) {
+  if (nv == 2) {
+    taps<LD, 2>(K, z, line, w2, j, C);
+  } else {
+    taps<LD, 1>(K, z, line, w2, j, C);
+  }
+}
+typedef void (*Convolution)(int, int, const float*, int, const Panels*, int, float*);
+Convolution convolve_of(int w) { EACH_WIDTH(convolve) }
+
+// The 3x3 convolution of one layer for some bands, into its place in X.
+void forward_3x3(const Block& s, int first, int last, float* X, int C, const float* h,
                  const Affine* f2, const Panels* w2, Moments* moments,
                  std::vector<float>& scratch) {
   const int line = s.W + 2;
-  scratch.assign((size_t)s.padded_rows() * s.wm + (size_t)MR * NR, 0.0f);
-  float *z = scratch.data(), *c = z + (size_t)s.padded_rows() * s.wm;
-  const Product product = rows_of(s.wm);
-  for (int u = s.unit(t); u < s.unit(t + 1); ++u) {
+  const size_t padded = (size_t)s.padded_rows() * s.wm;
+  float *z = room(scratch, padded + (size_t)MR * NR), *c = z + padded;
+  const Convolution product = convolve_of(s.wm);
+  // Tiles that begin with each line, where they reach less far into the border of zeros
+  // than those that run on over the lines.
+  const int tiles = up(s.W, MR) / MR;
+  const bool by_lines = tiles * MR < line;
+  for (int u = first; u < last; ++u) {
     load_z(s, u, h, f2, z);
     const int n = u / s.bands, r0 = u % s.bands * s.rb;
     const int count = std::min(s.H, r0 + s.rb) - r0;
     const int64_t p0 = ((int64_t)n * s.H + r0) * s.W;
+    const int parts = by_lines ? count * tiles : up(count * line, MR) / MR;
     for (int j = 0; j < w2[0].n; j += NR) {
       const int wide = w2[0].wide(j);
-      for (int q = 0; q < count * line; q += MR) {
-        for (int tap = 0; tap < 9; ++tap)
-          product(wide / VL, s.M, z + (size_t)(q + tap / 3 * line + tap % 3) * s.wm,
-                  w2[tap].at(j), wide, c, NR, tap > 0);
+      for (int i = 0; i < parts; ++i) {
+        const int q = by_lines ? i / tiles * line + i % tiles * MR : i * MR;
+        product(wide / VL, s.M, z + (size_t)q * s.wm, line, w2, j, c);
         for (int r = 0; r < MR && q + r < count * line; ++r) {
           const int x = (q + r) % line;
           if (x >= s.W) continue;  // the border of zeros
@@ -486,53 +543,137 @@ ffi::Error ForwardTrain(ffi::ThreadPool pool, float epsilon, ffi::Buffer<ffi::F3
     w1.pack(w.w1, C, M, M, false);
     std::vector<Moments> parts(s.T, Moments(M));
     parallel(pool, s.T, [&](int t) {
-      forward_1x1(s, t, out, C, f1, w1, nullptr, hl, &parts[t], scratch[t]);
+      forward_1x1(s, s.pixel(t), s.pixel(t + 1), out, C, f1, w1, nullptr, hl,
+                  &parts[t], scratch[t]);
     });
     finish_moments(parts, M, m2, v2);
     f2.from(w.scale2, w.bias2, m2, v2, M, epsilon);
     const std::vector<Panels> w2 = pack_3x3(s, w.w2, false);
     parts.assign(s.T, Moments(G));
     parallel(pool, s.T, [&](int t) {
-      forward_3x3(s, t, out, C, hl, &f2, w2.data(), &parts[t], scratch[t]);
+      forward_3x3(s, s.unit(t), s.unit(t + 1), out, C, hl, &f2, w2.data(), &parts[t],
+                  scratch[t]);
     });
     finish_moments(parts, G, m + C, v + C);
   }
   return ffi::Error::Success();
 }
 
+// One layer in evaluation: its norms, and its weights in panels.
+struct EvalLayer {
+  Affine f1, f2;
+  Panels w1;
+  std::vector<Panels> w2;
+};
+
+// Without statistics no image depends on another, so a thread takes a few images, whose
+// features stay in its cache, through all of the layers. Of fewer images than threads
+// each layer is computed by all of them.
+void forward_eval(const Block& s, ffi::ThreadPool& pool, int threads, const float* x,
+                  float* X, const std::vector<EvalLayer>& layers) {
+  const int64_t image = (int64_t)s.H * s.W;
+  if (s.N < threads) {
+    std::vector<float> h(s.P * s.M);
+    std::vector<std::vector<float>> scratch(s.T);
+    copy_input(s, pool, x, X, nullptr);
+    for (int l = 0; l < s.L; ++l) {
+      const EvalLayer& layer = layers[l];
+      parallel(pool, s.T, [&](int t) {
+        forward_1x1(s, s.pixel(t), s.pixel(t + 1), X, s.C(l), layer.f1, layer.w1,
+                    &layer.f2, h.data(), nullptr, scratch[t]);
+      });
+      parallel(pool, s.T, [&](int t) {
+        forward_3x3(s, s.unit(t), s.unit(t + 1), X, s.C(l), h.data(), nullptr,
+                    layer.w2.data(), nullptr, scratch[t]);
+      });
+    }
+    return;
+  }
+  const int64_t fit = TURN / (4 * image * s.Ct);
+  const int turn = std::max(1, (int)std::min<int64_t>(fit, (s.N + threads - 1) / threads));
+  // A block of these images alone, so that there is room for them only.
+  const Block one(turn, s.H, s.W, s.C0, s.L, s.G, s.M, 1);
+  parallel(pool, (s.N + turn - 1) / turn, [&](int i) {
+    thread_local std::vector<float> scratch, h;
+    const int64_t first = i * turn * image, count = std::min(turn, s.N - i * turn);
+    room(h, one.P * s.M);
+    const float* in = x + first * s.C0;
+    float* out = X + first * s.Ct;
+    for (int64_t p = 0; p < count * image; ++p)
+      std::memcpy(out + p * s.Ct, in + p * s.C0, sizeof(float) * s.C0);
+    for (int l = 0; l < s.L; ++l) {
+      const EvalLayer& layer = layers[l];
+      forward_1x1(one, 0, count * image, out, s.C(l), layer.f1, layer.w1, &layer.f2,
+                  h.data(), nullptr, scratch);
+      forward_3x3(one, 0, count * one.bands, out, s.C(l), h.data(), nullptr,
+                  layer.w2.data(), nullptr, scratch);
+    }
+  });
+}
+
 // x, then per layer scale1, bias1, w1, scale2, bias2, w2, mean1, var1, mean2, var2
-// -> X [N, H, W, Ct], and room for one layer's h [P, M]
+// -> X [N, H, W, Ct]
 ffi::Error ForwardEval(ffi::ThreadPool pool, float epsilon, ffi::Buffer<ffi::F32> x,
-                       ffi::RemainingArgs args, ffi::ResultBuffer<ffi::F32> X,
-                       ffi::ResultBuffer<ffi::F32> h) {
+                       ffi::RemainingArgs args, ffi::ResultBuffer<ffi::F32> X) {
   const auto d = x.dimensions();
-  const int L = (int)args.size() / 10, M = (int)h->dimensions()[1];
+  const int L = (int)args.size() / 10;
   const int G = (int)(X->dimensions()[3] - d[3]) / L;
-  const Block s(d[0], d[1], d[2], d[3], L, G, M, pool.num_threads());
+  const int M = (int)args.get<ffi::Buffer<ffi::F32>>(2)->dimensions()[3];
+  const int threads = pool.num_threads();
+  const Block s(d[0], d[1], d[2], d[3], L, G, M, threads);
   if (ffi::Error error = check(s); error.failure()) return error;
-  float *out = X->typed_data(), *z = h->typed_data();
-  copy_input(s, pool, x.typed_data(), out, nullptr);
-  std::vector<std::vector<float>> scratch(s.T);
+  std::vector<EvalLayer> layers(L);
   const std::vector<Weights> weights = weights_of(args, 0, L, 10);
-  for (int l = 0; l < L; ++l) {
+  parallel(pool, L, [&](int l) {
     const Weights& w = weights[l];
-    const int C = s.C(l);
     auto at = [&](int i) {
       return args.get<ffi::Buffer<ffi::F32>>(l * 10 + i)->typed_data();
     };
-    Affine f1, f2;
-    f1.from(w.scale1, w.bias1, at(6), at(7), C, epsilon);
-    f2.from(w.scale2, w.bias2, at(8), at(9), M, epsilon);
-    Panels w1;
-    w1.pack(w.w1, C, M, M, false);
-    const std::vector<Panels> w2 = pack_3x3(s, w.w2, false);
-    parallel(pool, s.T, [&](int t) {
-      forward_1x1(s, t, out, C, f1, w1, &f2, z, nullptr, scratch[t]);
-    });
-    parallel(pool, s.T, [&](int t) {
-      forward_3x3(s, t, out, C, z, nullptr, w2.data(), nullptr, scratch[t]);
-    });
+    EvalLayer& layer = layers[l];
+    layer.f1.from(w.scale1, w.bias1, at(6), at(7), s.C(l), epsilon);
+    layer.f2.from(w.scale2, w.bias2, at(8), at(9), M, epsilon);
+    layer.w1.pack(w.w1, s.C(l), M, M, false);
+    layer.w2 = pack_3x3(s, w.w2, false);
+  });
+  forward_eval(s, pool, threads, x.typed_data(), X->typed_data(), layers);
+  return ffi::Error::Success();
+}
+
+// x and `packed`, one vector that holds per layer mean1, a1, bias1, the panels of w1,
+// bias2 and the nine panels of w2, each filled up to whole cache lines (folded.py)
+// -> X [N, H, W, Ct]
+ffi::Error ForwardPacked(ffi::ThreadPool pool, int64_t layers_, int64_t bottleneck,
+                         ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> packed,
+                         ffi::ResultBuffer<ffi::F32> X) {
+  const auto d = x.dimensions();
+  const int L = (int)layers_, M = (int)bottleneck;
+  const int G = (int)(X->dimensions()[3] - d[3]) / L;
+  const int threads = pool.num_threads();
+  const Block s(d[0], d[1], d[2], d[3], L, G, M, threads);
+  if (ffi::Error error = check(s); error.failure()) return error;
+  std::vector<EvalLayer> layers(L);
+  const float* next = packed.typed_data();
+  auto take = [&](int n, std::vector<float>& vector) {
+    vector.assign(next, next + n);
+    next += up(n, LINE);
+  };
+  for (int l = 0; l < L; ++l) {
+    EvalLayer& layer = layers[l];
+    const int C = s.C(l);
+    take(C, layer.f1.mean), take(C, layer.f1.a), take(C, layer.f1.b);
+    layer.w1.view(next, C, M);
+    next += up(C * layer.w1.n, LINE);
+    take(M, layer.f2.b);
+    layer.f2.mean.assign(M, 0.0f), layer.f2.a.assign(M, 1.0f);
+    layer.w2.resize(9);
+    for (Panels& tap : layer.w2) {
+      tap.view(next, M, G);
+      next += up(M * tap.n, LINE);
+    }
   }
+  if (next - packed.typed_data() != (int64_t)packed.element_count())
+    return ffi::Error::InvalidArgument("dense block: packed by other rules");
+  forward_eval(s, pool, threads, x.typed_data(), X->typed_data(), layers);
   return ffi::Error::Success();
 }
 
@@ -982,8 +1123,19 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseBlockForwardEval, ForwardEval,
                                   .Attr<float>("epsilon")
                                   .Arg<F>()
                                   .RemainingArgs()
-                                  .Ret<F>()
                                   .Ret<F>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseBlockForwardPacked, ForwardPacked,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("layers")
+                                  .Attr<int64_t>("bottleneck")
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .Ret<F>());
+
+// Columns of a panel and floats of a vector register, by which folded.py packs.
+extern "C" const int flax_densenet_panel[2] = {NR, VL};
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(StemForwardTrain, StemTrain,
                               ffi::Ffi::Bind()

@@ -2,7 +2,7 @@
 
   python -m benchmarks.inference --batch=16 --batch=1 --rounds=7
 
-Contenders are processes that take turns (`sidebyside`); a ratio is taken round by round.
+Contenders are processes that take turns (`sidebyside`); ratios are of a round each.
 *ours* is what `Predictor` runs, from uint8 images in the host's memory to probabilities
 there, so normalisation and softmax are its work too; the others get normalised floats
 in their own memory and give logits. Prints a table and, last, a line of JSON. What they
@@ -35,7 +35,10 @@ def _ours(batch):
     cpu_kernels.keep_memory()  # as launch.py does
     from flax_densenet import create_model, init_variables, predict, sharding, trained
 
-    module, mesh = create_model('densenet121', num_classes=CLASSES), sharding.make_mesh()
+    module, mesh = (
+        create_model('densenet121', num_classes=CLASSES),
+        sharding.make_mesh(),
+    )
     metadata = {
         'model': {'variant': 'densenet121'},
         'class_names': None,

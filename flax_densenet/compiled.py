@@ -163,7 +163,9 @@ class Programs:
     def _run(self, size, given):
         count, program = len(given[0]), self.compile(size, maps=len(given) > 1)
         rows, mesh = self._sharding(size), self._trained.mesh
-        filled = [np.concatenate([a, np.repeat(a[-1:], size - count, 0)]) for a in given]
+        filled = [
+            np.concatenate([a, np.repeat(a[-1:], size - count, 0)]) for a in given
+        ]
         if rows == sharding.replicated(mesh):
             filled = sharding.replicate(filled, mesh)
         else:
@@ -181,7 +183,9 @@ class Programs:
         missing = {(size, maps) for size in wanted} - self._compiled.keys()
         if missing - self._put_off:
             self._put_off |= missing
-            ready = [n for n in self.sizes if n >= count and (n, maps) in self._compiled]
+            ready = [
+                n for n in self.sizes if n >= count and (n, maps) in self._compiled
+            ]
             if ready:
                 return ready[:1]
         return wanted

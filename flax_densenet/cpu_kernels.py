@@ -30,6 +30,7 @@ _PARTS = (
         'DenseBlockForwardTrain',
         'DenseBlockForwardEval',
         'DenseBlockForwardPacked',
+        'StemForwardPacked',
         'StemForwardTrain',
         'StemForwardEval',
         'StemBackwardTrain',

@@ -368,60 +368,6 @@ def _native_eval(x, layers, epsilon):
     return features
 
 
-def pack(layers, panel: tuple[int, int]) -> np.ndarray:
-    """The arrays of a block's folded layers, as `block_packed` wants them.
-
-    Args:
-      layers: of `folded.fold`, with bottleneck, numpy float32.
-      panel: of `cpu_kernels.panel`.
-
-    Returns:
-      A vector: per layer mean1, a1, bias1, kernel1, bias2, and the nine kernels of
-      kernel2; kernels in panels of so many columns, each part filled up to 16 numbers.
-    """
-    columns, lanes = panel
-    parts = []
-
-    def add(array):
-        parts.append(array)
-        parts.append(np.zeros(-array.size % 16, np.float32))
-
-    def add_panels(kernel):
-        kernel = np.pad(kernel, ((0, 0), (0, -kernel.shape[1] % lanes)))
-        starts = range(0, kernel.shape[1], columns)
-        add(np.concatenate([kernel[:, n : n + columns].ravel() for n in starts]))
-
-    for layer in layers:
-        for name in ('mean', 'a', 'bias'):
-            add(layer['norm1'][name])
-        add_panels(layer['conv1']['kernel'][0, 0])
-        add(layer['conv1']['bias'])
-        for kernel in layer['conv2']['kernel'].reshape(9, *layer['conv2']['kernel'].shape[2:]):
-            add_panels(kernel)
-    return np.concatenate(parts)
-
-
-def block_packed(x, packed, *, layers: int, bottleneck: int, growth: int):
-    """`block_eval` by the native kernel, of arrays in the order of `pack`.
-
-    Args:
-      x: float32 `[N, H, W, C0]`.
-      bottleneck: channels inside of a layer; growth: those that it adds.
-
-    Returns:
-      `[N, H, W, C0 + layers * growth]`.
-    """
-    shape = _shape(*x.shape[:3], x.shape[3] + layers * growth)
-    return cpu_kernels.call(
-        'DenseBlockForwardPacked',
-        [shape],
-        x,
-        packed,
-        layers=layers,
-        bottleneck=bottleneck,
-    )[0]
-
-
 def _native_eval_backward(epsilon, saved, gradient):
     # Rare (explanations of a prediction), so XLA computes it.
     xla = functools.partial(_xla_eval, epsilon=epsilon, dtype=jnp.float32)

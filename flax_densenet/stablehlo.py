@@ -39,8 +39,8 @@ METADATA = 'metadata.json'
 # Of the names of a million classes there are 16 MB or so.
 _MOST_METADATA = 2**26
 _WINDOW = (
-    'read by JAX of the version that wrote it, by newer releases for at least 6 months, '
-    'and by releases up to 3 weeks older'
+    'read by the JAX that wrote it, by newer releases for at least 6 months, and by '
+    'releases up to 3 weeks older'
 )
 
 
@@ -139,10 +139,14 @@ def _export(trained, inputs, precision):
     stored = _store(folded.fold(module, trained.variables), precision)
 
     def function(images):
-        arrays = jax.tree.map(lambda x: x.astype(jnp.promote_types(x, 'float32')), stored)
+        arrays = jax.tree.map(
+            lambda x: x.astype(jnp.promote_types(x, 'float32')), stored
+        )
         if inputs == 'normalised':
             return folded.logits(module, arrays, images).astype(jnp.float32)
-        return compiled.answer(module, arrays, images, **compiled.options_of(trained))[0]
+        return compiled.answer(module, arrays, images, **compiled.options_of(trained))[
+            0
+        ]
 
     side, channels = metadata['image_size'], len(metadata['mean'])
     (batch,) = export.symbolic_shape('batch')

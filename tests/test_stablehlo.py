@@ -1,4 +1,4 @@
-"""A program in a file computes what the model does, in a process without this package."""
+"""A program in a file computes what the model does, where this package is not."""
 
 import dataclasses
 import json
@@ -11,9 +11,17 @@ import numpy as np
 import pytest
 from conftest import shared, tiny_trained, write_images
 
-from flax_densenet import UserError, create_model, data, init_variables, predict
+from flax_densenet import (
+    UserError,
+    create_model,
+    data,
+    init_variables,
+    predict,
+    sharding,
+    stablehlo,
+    trained,
+)
 from flax_densenet import images as images_lib
-from flax_densenet import sharding, stablehlo, trained
 
 pytest.importorskip('flatbuffers', reason='flatbuffers is not installed')
 

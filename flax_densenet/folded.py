@@ -1,8 +1,8 @@
 """A DenseNet for inference alone: what does not depend on the image is computed once.
 
 A dense layer is `conv3x3(relu(norm2(conv1x1(relu(norm1(x))))))`. With running
-statistics a norm is `(x - mean) * a + bias`, `a = scale / sqrt(var + epsilon)`; behind a
-convolution it is that convolution with another kernel and a bias:
+statistics a norm is `(x - mean) * a + bias`, `a = scale / sqrt(var + epsilon)`; behind
+a convolution it is that convolution with another kernel and a bias:
 
     norm(conv(x, kernel)) = conv(x, kernel * a) + (bias - mean * a)
 

@@ -112,11 +112,10 @@ def _norm(module, params, averages):
 
 def _join(conv, norm):
     """A convolution that does the norm behind it as well."""
-    kernel, a = conv['kernel'], norm['a'].astype(np.float64)
-    bias = norm['bias'] - norm['mean'].astype(np.float64) * a
+    bias = norm['bias'] - norm['mean'].astype(np.float64) * norm['a']
     return {
-        'kernel': (kernel * a.reshape(1, 1, 1, -1)).astype(kernel.dtype),
-        'bias': bias.astype(kernel.dtype),
+        'kernel': conv['kernel'] * norm['a'].reshape(1, 1, 1, -1),
+        'bias': bias.astype(conv['kernel'].dtype),
     }
 
 

@@ -138,10 +138,12 @@ def _export(trained, inputs, precision):
     module, metadata = trained.module, trained.metadata
     stored = _store(folded.fold(module, trained.variables), precision)
 
+    def widen(array):
+        wide = jnp.promote_types(array.dtype, jnp.float32)
+        return jnp.asarray(array).astype(wide)
+
     def function(images):
-        arrays = jax.tree.map(
-            lambda x: x.astype(jnp.promote_types(x, 'float32')), stored
-        )
+        arrays = jax.tree.map(widen, stored)
         if inputs == 'normalised':
             return folded.logits(module, arrays, images).astype(jnp.float32)
         return compiled.answer(module, arrays, images, **compiled.options_of(trained))[

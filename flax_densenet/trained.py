@@ -74,12 +74,12 @@ def load_trained(workdir: str, which: str = 'best', *, mesh=None) -> Trained:
     restored = checkpoint.restore(
         workdir,
         step,
-        sharding=sharding.replicated(mesh),
+        sharding=None,
         model=model.variable_shapes(module, channels=len(metadata['mean'])),
     )
     return Trained(
         module=module,
-        variables=restored['model'],
+        variables=sharding.replicate(restored['model'], mesh),
         metadata=metadata,
         metrics=checkpoint.load_json(workdir, step, 'metrics'),
         step=step,

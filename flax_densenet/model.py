@@ -419,7 +419,7 @@ def check_image_size(model: Network, size: Sequence[int]):
     smallest = smallest_image_size(model)
     if isinstance(model, rdnet.RDNet):
         rdnet.check_image_size(model, size)
-    elif min(size) < smallest:
+    elif any(side < smallest for side in size):  # also of sides that are symbols
         raise UserError(
             f'images of {size[0]}x{size[1]} are too small for {len(model.block_sizes)} '
             f'dense blocks with the {model.stem} stem: use at least '

@@ -18,8 +18,10 @@ A file holds arithmetic alone, which can read no files and start no programs, bu
 take all time and memory of the machine: load files of people whom you trust.
 """
 
+import contextlib
 import datetime
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +32,7 @@ import numpy as np
 
 from flax_densenet import atomic, compiled, folded
 from flax_densenet.errors import UserError
+from flax_densenet.model import has_batch_norm, smallest_image_size
 from flax_densenet.trained import Trained
 
 INPUTS = ('images', 'normalised')
@@ -50,6 +53,7 @@ def save(
     *,
     inputs: str = 'images',
     precision: str = 'float32',
+    any_size: bool = False,
 ):
     """Writes a trained model to one file, whole or not at all.
 
@@ -62,10 +66,12 @@ def save(
         float32 `[N, num_classes]`.
       precision: in which kernels are stored; `bfloat16` and `float16` halve the file,
         and lose digits. The arithmetic stays the model's (`model.dtype`).
+      any_size: the program takes images of any height and width that are not too small
+        for the network, instead of the model's own S alone; not of RDNet.
 
     Raises:
-      UserError: the package `flatbuffers` is missing, an argument is not known, or a
-        kernel has values that float16 cannot hold.
+      UserError: the package `flatbuffers` is missing, an argument is not known or not
+        possible, or a kernel has values that float16 cannot hold.
     """
     _check_installed()
     for name, value, known in (
@@ -74,8 +80,10 @@ def save(
     ):
         if value not in known:
             raise UserError(f'{name}={value} is not known; use {", ".join(known)}')
-    program = _export(trained, inputs, precision).serialize()
-    metadata = _describe(trained, inputs, precision)
+    if any_size and not has_batch_norm(trained.module):
+        raise UserError('any_size=True: not of RDNet; leave it out')
+    program = _export(trained, inputs, precision, any_size).serialize()
+    metadata = _describe(trained, inputs, precision) | {'any_size': any_size}
     with atomic.replacing(path, 'w+b') as file:
         file.write(program)
         with zipfile.ZipFile(file, 'a', zipfile.ZIP_DEFLATED) as archive:
@@ -112,14 +120,21 @@ def load(path: str) -> tuple[Callable[[Any], jax.Array], dict[str, Any]]:
         ) from error
     from jax import export
 
+    written_with = str(metadata.get('written_with_jax'))
     try:
         program = export.deserialize(bytearray(content))
+        if _version(written_with) > _version(jax.__version__):
+            program.mlir_module()  # takes seconds, and raises where it is too new
     except Exception as error:  # of flatbuffers and of MLIR, of many kinds
         raise UserError(
             f'{path} cannot be read by JAX {jax.__version__}: it was written with JAX '
-            f'{metadata.get("written_with_jax")}, and is {_WINDOW}'
+            f'{written_with}, and is {_WINDOW}'
         ) from error
     return jax.jit(program.call), metadata
+
+
+def _version(text):
+    return [int(number) for number in re.findall(r'\d+', text)[:3]]
 
 
 def _check_installed():
@@ -132,10 +147,12 @@ def _check_installed():
         ) from error
 
 
-def _export(trained, inputs, precision):
+def _export(trained, inputs, precision, any_size=False):
     from jax import export
 
     module, metadata = trained.module, trained.metadata
+    if has_batch_norm(module):
+        module = module.clone(kernel='xla')  # nobody else has the native one
     stored = _store(folded.fold(module, trained.variables), precision)
 
     def widen(array):
@@ -151,12 +168,28 @@ def _export(trained, inputs, precision):
         ]
 
     side, channels = metadata['image_size'], len(metadata['mean'])
-    (batch,) = export.symbolic_shape('batch')
+    shape, constraints = f'batch, {side}, {side}, {channels}', ()
+    if any_size:
+        least = smallest_image_size(module)
+        shape = f'batch, height, width, {channels}'
+        constraints = (f'height >= {least}', f'width >= {least}')
     images = jax.ShapeDtypeStruct(
-        (batch, side, side, channels),
+        export.symbolic_shape(shape, constraints=constraints),
         jnp.uint8 if inputs == 'images' else jnp.float32,
     )
-    return export.export(jax.jit(function), platforms=PLATFORMS)(images)
+    with _without_places():
+        return export.export(jax.jit(function), platforms=PLATFORMS)(images)
+
+
+@contextlib.contextmanager
+def _without_places():
+    """Else the program has the names of this machine's folders, line by line."""
+    before = jax.config.jax_traceback_in_locations_limit
+    jax.config.update('jax_traceback_in_locations_limit', 0)
+    try:
+        yield
+    finally:
+        jax.config.update('jax_traceback_in_locations_limit', before)
 
 
 def _store(arrays, precision):

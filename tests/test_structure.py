@@ -83,7 +83,7 @@ EDGES = {
     'native_eval': {'cpu_kernels'},
     'folded': {'dense_block', 'layers', 'model', 'native_eval'},
     'compiled': {'explain', 'folded', 'sharding', 'trained', 'views'},
-    'stablehlo': {'errors', 'atomic', 'compiled', 'folded', 'trained'},
+    'stablehlo': {'errors', 'atomic', 'compiled', 'folded', 'model', 'trained'},
     'evaluate': {'errors', 'data', 'model', 'objective', 'pipeline', 'sharding',
                  'trained', 'unread', 'views'},
     'export': {'errors', 'evaluate', 'keras_files', 'model', 'rdnet_files', 'weights'},

@@ -29,7 +29,8 @@ SIZE, CLASSES, THREADS = 224, 1000, 2
 TURN = {1: 48, 16: 96}
 
 
-def _ours(batch):
+def make_ours(batch):
+    """What `Predictor` runs, from the host and back to it."""
     from flax_densenet import cpu_kernels
 
     cpu_kernels.keep_memory()  # as launch.py does
@@ -102,7 +103,7 @@ class Contender:
 
 
 CONTENDERS = {
-    'ours': Contender(_ours, sys.executable),
+    'ours': Contender(make_ours, sys.executable),
     'torch': Contender(_torch),
     'torch_compile': Contender(_torch_compile),
     'torch_frozen': Contender(_torch_frozen),

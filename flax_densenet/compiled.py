@@ -111,27 +111,30 @@ class Programs:
         found = folded.fold(self._trained.module, self._trained.variables)
         return sharding.replicate(found, self._trained.mesh)
 
-    def compile(self, size: int, maps: bool = False):
-        """The program of a batch size, without Grad-CAM or with it."""
-        key = size, maps
+    def compile(self, size: int, maps: bool = False, shape=None):
+        """The program of a batch size, without Grad-CAM or with it.
+
+        Args:
+          shape: (height, width, channels) of the images; by default the model's own.
+        """
+        if shape is None:
+            metadata = self._trained.metadata
+            shape = (*(metadata['image_size'],) * 2, len(metadata['mean']))
+        key = size, maps, shape
         with self._lock:
             if key not in self._compiled:
-                self._compiled[key] = self._compile(size, maps)
+                self._compiled[key] = self._compile(*key)
             return self._compiled[key]
 
-    def _compile(self, size, maps):
-        metadata = self._trained.metadata
-        side, channels = metadata['image_size'], len(metadata['mean'])
+    def _compile(self, size, maps, shape):
         rows = self._sharding(size)
-        images = jax.ShapeDtypeStruct(
-            (size, side, side, channels), jnp.uint8, sharding=rows
-        )
-        classes = jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows)
+        given = [jax.ShapeDtypeStruct((size, *shape), jnp.uint8, sharding=rows)]
+        if maps:
+            given.append(jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows))
         function = functools.partial(
             answer, self._trained.module, **options_of(self._trained)
         )
-        arguments = (self._arrays, images, classes) if maps else (self._arrays, images)
-        return jax.jit(function).lower(*arguments).compile()
+        return jax.jit(function).lower(self._arrays, *given).compile()
 
     def _sharding(self, size):
         """Each device its rows where they divide, else all of them on each."""
@@ -141,51 +144,45 @@ class Programs:
         return sharding.split_rows(mesh)
 
     def __call__(self, images: np.ndarray, classes=None):
-        """What `answer` says of images uint8 `[n, S, S, C]`, with numpy arrays.
+        """What `answer` says of images uint8 `[n, H, W, C]`, n > 0, with numpy arrays.
 
         Args:
           classes: an index for all, or one for each image, where maps are wanted.
         """
-        count, parts, start = len(images), [], 0
+        given, parts, start = [images], [], 0
         if classes is not None:
-            classes = np.broadcast_to(np.asarray(classes, np.int32), (count,))
-        for size in self._plan(count, classes is not None):
-            here = slice(start, start + size)
-            given = [images[here]] if classes is None else [images[here], classes[here]]
-            parts.append(self._run(size, given))
+            classes = np.asarray(classes, np.int32)
+            given.append(np.broadcast_to(classes, len(images)))
+        for size in self._plan(len(images), len(given) > 1, images.shape[1:]):
+            parts.append(self._run(size, [x[start : start + size] for x in given]))
             start += size
-        joined = (
-            None if parts[0][n] is None else np.concatenate([part[n] for part in parts])
-            for n in range(3)
-        )
-        return tuple(joined)
+        joined = zip(*parts, strict=True)
+        return tuple(None if one[0] is None else np.concatenate(one) for one in joined)
 
     def _run(self, size, given):
-        count, program = len(given[0]), self.compile(size, maps=len(given) > 1)
-        rows, mesh = self._sharding(size), self._trained.mesh
-        filled = [
-            np.concatenate([a, np.repeat(a[-1:], size - count, 0)]) for a in given
-        ]
-        if rows == sharding.replicated(mesh):
+        count, maps, shape = len(given[0]), len(given) > 1, given[0].shape[1:]
+        program = self.compile(size, maps, shape)
+        missing = size - count
+        filled = [np.concatenate([x, np.repeat(x[-1:], missing, 0)]) for x in given]
+        mesh = self._trained.mesh
+        if self._sharding(size) == sharding.replicated(mesh):
             filled = sharding.replicate(filled, mesh)
         else:
             filled = sharding.to_global(filled, mesh)
         found = program(self._arrays, *filled)
         return [None if part is None else np.asarray(part)[:count] for part in found]
 
-    def _plan(self, count, maps):
+    def _plan(self, count, maps, shape):
         """Sizes to compute in: those of `split`, or one that is there already.
 
         Compiling takes longer than computing some images for nothing. So what was not
         wanted before, as the end of a list of files, is filled up where it can be.
         """
         wanted = split(count, self.sizes)
-        missing = {(size, maps) for size in wanted} - self._compiled.keys()
+        missing = {(size, maps, shape) for size in wanted} - self._compiled.keys()
         if missing - self._put_off:
             self._put_off |= missing
-            ready = [
-                n for n in self.sizes if n >= count and (n, maps) in self._compiled
-            ]
-            if ready:
-                return ready[:1]
+            for size in self.sizes:
+                if size >= count and (size, maps, shape) in self._compiled:
+                    return [size]
         return wanted

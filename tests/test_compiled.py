@@ -65,9 +65,9 @@ def test_what_is_compiled_when(model, monkeypatch):
     """A size is compiled at once where nothing fits, else when it is wanted again."""
     made = []
 
-    def compile_one(self, size, maps):
+    def compile_one(self, size, maps, shape):
         made.append((size, maps))
-        return original(self, size, maps)
+        return original(self, size, maps, shape)
 
     original = compiled.Programs._compile
     monkeypatch.setattr(compiled.Programs, '_compile', compile_one)
@@ -88,6 +88,12 @@ def test_what_is_compiled_when(model, monkeypatch):
         for task in tasks:
             assert_same(task.result()[:2], [part[:4] for part in programs(images)[:2]])
     assert made.count((4, False)) == 1
+
+
+def test_other_sides(model):
+    """A page can be of images of another size than those of the training."""
+    images = images_of(model, 8).reshape(2, 24, 24, 3)
+    assert_same(compiled.Programs(model, 4)(images, 1), expected(model, images))
 
 
 def test_one_device(model):

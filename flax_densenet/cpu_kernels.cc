@@ -5,7 +5,9 @@
 // pixels as it is loaded, the 1x1 convolution multiplies that tile, the statistics of
 // what comes out are taken before it leaves the cache, and the 3x3 convolution is nine
 // shifted products over an image band padded with zeros. Backward, each tile of the
-// concatenated features is read once per layer and its gradient added in place.
+// concatenated features is read once per layer and its gradient added in place. In
+// evaluation a thread takes a few images through all layers of a block, so that their
+// features stay in its cache, and for inference alone through the transition as well.
 //
 // All products go through `micro`, a register tile of MR x (NV * VL) sums. Work is cut
 // into one contiguous part per thread, and parts are added in their order, so results

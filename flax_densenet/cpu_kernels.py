@@ -118,17 +118,14 @@ def _build(part):
     return target
 
 
-def call(name: str, result_shapes, *args, **attributes):
-    """Calls a handler of `cpu_kernels.cc`; arrays are float32 but where it says so.
-
-    Args:
-      **attributes: floats are passed on as float32, whole numbers as int64.
-    """
+def call(name: str, result_shapes, *args, epsilon: float | None = None, **sizes: int):
+    """Calls a handler of `cpu_kernels.cc`; arrays are float32 but where it says so."""
     function = jax.ffi.ffi_call(
         f'flax_densenet_{name}', result_shapes, vmap_method='sequential'
     )
-    kinds = {float: np.float32, int: np.int64}
-    attributes = {name: kinds[type(value)](value) for name, value in attributes.items()}
+    attributes = {name: np.int64(size) for name, size in sizes.items()}
+    if epsilon is not None:
+        attributes['epsilon'] = np.float32(epsilon)
     return function(*args, **attributes)
 
 

@@ -23,7 +23,7 @@ it:
 
 There are two implementations: `kernel='native'` is one call per block and direction
 into `cpu_kernels.cc`, for float32 on one CPU device; `kernel='xla'` is JAX alone, for
-everything else.
+everything else. Inference alone, of a model that trains no more, has `folded`.
 """
 
 import dataclasses

@@ -24,7 +24,7 @@ from benchmarks import sidebyside
 
 ROOT = pathlib.Path(__file__).parents[1]
 PEERS = os.environ.get('PEERS', str(ROOT / '.venv-peers' / 'bin' / 'python'))
-SIZE, CLASSES, THREADS = 224, 1000, 2
+SIZE, THREADS = 224, 2
 # Images of a turn.
 TURN = {1: 48, 16: 96}
 
@@ -34,23 +34,9 @@ def make_ours(batch):
     from flax_densenet import cpu_kernels
 
     cpu_kernels.keep_memory()  # as launch.py does
-    from flax_densenet import create_model, init_variables, predict, sharding, trained
+    from benchmarks import prediction
 
-    module, mesh = (
-        create_model('densenet121', num_classes=CLASSES),
-        sharding.make_mesh(),
-    )
-    metadata = {
-        'model': {'variant': 'densenet121'},
-        'class_names': None,
-        'image_size': SIZE,
-        'mean': [0.485, 0.456, 0.406],
-        'std': [0.229, 0.224, 0.225],
-        'data': {},
-    }
-    variables = sharding.replicate(init_variables(module, 0), mesh)
-    found = trained.Trained(module, variables, metadata, {}, None, mesh)
-    predictor = predict.Predictor(found, batch)
+    predictor = prediction.make_predictor(batch)
     shape = (batch, SIZE, SIZE, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     return lambda: predictor.compute(images)

@@ -153,6 +153,7 @@ def _export(trained, inputs, precision, any_size=False):
     module, metadata = trained.module, trained.metadata
     if has_batch_norm(module):
         module = module.clone(kernel='xla')  # nobody else has the native one
+    options = compiled.options_of(trained)
     stored = _store(folded.fold(module, trained.variables), precision)
 
     def widen(array):
@@ -163,9 +164,8 @@ def _export(trained, inputs, precision, any_size=False):
         arrays = jax.tree.map(widen, stored)
         if inputs == 'normalised':
             return folded.logits(module, arrays, images).astype(jnp.float32)
-        return compiled.answer(module, arrays, images, **compiled.options_of(trained))[
-            0
-        ]
+        probabilities, *_ = compiled.answer(module, arrays, images, **options)
+        return probabilities
 
     side, channels = metadata['image_size'], len(metadata['mean'])
     shape, constraints = f'batch, {side}, {side}, {channels}', ()

@@ -72,8 +72,6 @@ class Graph:
           outputs: the same.
           metadata: texts by name, kept in the file.
         """
-        from flax_densenet import __version__
-
         helper = self._onnx.helper
         inputs, outputs = (
             [
@@ -92,7 +90,6 @@ class Graph:
             opset_imports=[helper.make_opsetid('', OPSET)],
             ir_version=IR_VERSION,
             producer_name='flax_densenet',
-            producer_version=__version__,
         )
         helper.set_model_props(made, metadata)
         return made

@@ -1,7 +1,5 @@
 """Exported files in the programs that they are for, each in a process of its own.
 
-  python -m flax_densenet.runtimes onnxruntime MODEL IMAGES.npy OUTPUTS.npy
-
 A process that wrote a file can read it with what it still remembers; a fresh one has
 the file alone. So each file is tried before it is handed out (`verify`).
 """
@@ -113,7 +111,9 @@ def run(
     with tempfile.TemporaryDirectory() as folder:
         places = [os.path.join(folder, f'{what}.npy') for what in ('images', 'outputs')]
         np.save(places[0], images)
-        command = [sys.executable, '-m', 'flax_densenet.runtimes', name, path, *places]
+        # As a file, not a module: the package would be imported, JAX and all. -P keeps
+        # its folder, whose modules have short names, from being searched.
+        command = [sys.executable, '-P', os.path.abspath(__file__), name, path, *places]
         root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         before = os.environ.get('PYTHONPATH')
         search = os.pathsep.join(part for part in (root, before) if part)

@@ -50,8 +50,7 @@ def make_ours(folder):
     arguments = module, variables, metadata
     onnx.save(onnx_model.make(*arguments, inputs='normalised'), folder / 'ours.onnx')
     samples = sample_images.of_library(evaluate.preparation_of(metadata))
-    bounds = onnx_int8.calibrate(*arguments, [samples.images])
-    made = onnx_int8.make(*arguments, bounds, inputs='normalised')
+    made = onnx_int8.make(*arguments, [samples.images], inputs='normalised')
     onnx.save(made, folder / 'int8.onnx')
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from flax import traverse_util
@@ -122,8 +122,7 @@ def _write_keras(path, trained, options):
 def _write_onnx(path, trained, options):
     arguments = trained.module, trained.variables, trained.metadata
     if options.precision == 'int8':
-        bounds = onnx_int8.calibrate(*arguments, options.calibration)
-        made = onnx_int8.make(*arguments, bounds, inputs=options.inputs)
+        made = onnx_int8.make(*arguments, options.calibration, inputs=options.inputs)
     else:
         made = onnx_model.make(
             *arguments, inputs=options.inputs, precision=options.precision
@@ -144,7 +143,7 @@ class Options:
 
     inputs: str | None = None
     precision: str = 'float32'
-    calibration: Iterable[np.ndarray] | None = None
+    calibration: Sequence[np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ processor.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -55,36 +55,85 @@ def can_quantise(module: model.Network) -> bool:
     return isinstance(module, model.DenseNet) and module.bottleneck > 0
 
 
-def calibrate(
-    module: model.DenseNet, variables, metadata, batches: Iterable[np.ndarray]
-) -> dict[str, Bounds]:
-    """Bounds of all feature maps over images, by the names of `onnx_model`'s nodes.
+def make(
+    module: model.DenseNet,
+    variables,
+    metadata: dict[str, Any],
+    batches: Sequence[np.ndarray],
+    *,
+    inputs: str = 'images',
+) -> Any:
+    """The `onnx.ModelProto` in integers; inputs and outputs as of `onnx_model.make`.
+
+    Rounding moves the logits of all images a little in one direction; the classifier's
+    bias takes back what it is on average.
 
     Args:
-      batches: uint8 `[N, H, W, C]`, as the model gets them.
-    """
-    import onnxruntime
+      batches: uint8 images `[N, H, W, C]` to calibrate with, as the model gets them.
 
+    Raises:
+      UserError: the network has no bottleneck, or ONNX Runtime is missing.
+    """
+    if not can_quantise(module):
+        raise UserError(
+            f'--precision=int8: {metadata["model"]["variant"]} has no bottleneck; use '
+            'float16 or bfloat16'
+        )
+    bounds, wanted = calibrate(module, variables, metadata, batches)
+    net = folding.fold(module, variables)
+
+    def build(net, inputs):
+        graph, logits = _network(net, metadata, bounds, inputs)
+        return onnx_model.finish(graph, logits, module, metadata, inputs)
+
+    session, found = _session(build(net, 'normalised')), []
+    mean, std = (np.float32(metadata[name]) for name in ('mean', 'std'))
+    for batch in batches:
+        images = (batch / np.float32(255) - mean) / std
+        found += session.run(None, {'input': images.transpose(0, 3, 1, 2)})
+    found = np.concatenate(found).mean(0)
+    bias = np.float32(net.bias + wanted - found)
+    return build(dataclasses.replace(net, bias=bias), inputs)
+
+
+def calibrate(
+    module: model.DenseNet, variables, metadata, batches: Iterable[np.ndarray]
+) -> tuple[dict[str, Bounds], np.ndarray]:
+    """Bounds of all feature maps over images, by the names of `onnx_model`'s nodes.
+
+    Returns:
+      The bounds, and the mean logits `[num_classes]`.
+    """
     made = onnx_model.make(module, variables, metadata)
     names = _observed(made.graph)
-    _add_extremes(made.graph, names)
-    session = onnxruntime.InferenceSession(made.SerializeToString())
+    _add_outputs(made.graph, names)
+    session, found = _session(made), []
     outputs = [f'{name}.{end}' for name in names for end in ('low', 'high')]
-    found = {name: [] for name in outputs}
+    outputs.append('classifier')
     for batch in batches:
-        for name, value in zip(
-            outputs, session.run(outputs, {'image': batch}), strict=True
-        ):
-            found[name].append(value.reshape(len(batch), -1))
-    return {
-        name: Bounds(
-            *(
-                bound(np.concatenate(found[f'{name}.{end}']), axis=0).astype(np.float64)
-                for end, bound in (('low', np.min), ('high', np.max))
-            )
-        )
+        values = session.run(outputs, {'image': batch})
+        found.append([value.reshape(len(batch), -1) for value in values])
+    values = dict(
+        zip(outputs, map(np.concatenate, zip(*found, strict=True)), strict=True)
+    )
+    values = {name: np.float64(value) for name, value in values.items()}
+    bounds = {
+        name: Bounds(values[f'{name}.low'].min(0), values[f'{name}.high'].max(0))
         for name in names
     }
+    return bounds, values['classifier'].mean(0)
+
+
+def _session(made):
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError(
+            '--precision=int8 is calibrated by ONNX Runtime: '
+            "pip install 'flax_densenet[export]'"
+        ) from error
+    providers = ['CPUExecutionProvider']
+    return onnxruntime.InferenceSession(made.SerializeToString(), providers=providers)
 
 
 def _observed(graph):
@@ -96,41 +145,26 @@ def _observed(graph):
     return ['centred', *(followed.get(name, name) for name in convs)]
 
 
-def _add_extremes(graph, names):
+def _add_outputs(graph, names):
+    """Each image's extremes of each feature map, and its logits."""
     from onnx import TensorProto, helper
+
+    def add(output):
+        value = helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
+        graph.output.append(value)
 
     for name in names:
         for end, operator in (('low', 'ReduceMin'), ('high', 'ReduceMax')):
             output = f'{name}.{end}'
             node = helper.make_node(operator, [name], [output], axes=(2, 3))
             graph.node.append(node)
-            value = helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
-            graph.output.append(value)
+            add(output)
+    add('classifier')
 
 
-def make(
-    module: model.DenseNet,
-    variables,
-    metadata: dict[str, Any],
-    bounds: dict[str, Bounds],
-    *,
-    inputs: str = 'images',
-) -> Any:
-    """The `onnx.ModelProto` in integers; inputs and outputs as of `onnx_model.make`.
-
-    Args:
-      bounds: of `calibrate`.
-
-    Raises:
-      UserError: the network has no bottleneck.
-    """
-    if not can_quantise(module):
-        raise UserError(
-            f'--precision=int8: {metadata["model"]["variant"]} has no bottleneck; use '
-            'float16 or bfloat16'
-        )
+def _network(net, metadata, bounds, inputs):
+    """The graph, and the name of its logits."""
     graph = _Bytes(bounds)
-    net = folding.fold(module, variables)
     x, divisor = onnx_model.take_images(graph, metadata, inputs)
     # Bounds are of images less their mean, as they are taken in where they are images.
     std = 255 * np.float64(metadata['std'])
@@ -145,8 +179,7 @@ def make(
         if number <= len(net.transitions):
             transition = net.transitions[number - 1]
             x, found = _transition(graph, x, found, transition, f'transition{number}')
-    logits = _classify(graph, x, found, net)
-    return onnx_model.finish(graph, logits, module, metadata, inputs)
+    return graph, _classify(graph, x, found, net)
 
 
 class _Bytes(Graph):

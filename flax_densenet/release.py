@@ -80,7 +80,9 @@ def _difference(found):
 
 
 def _agreement(expected, outputs, labels, precision):
-    """Accuracy before and after; where there are no labels, how often both agree."""
+    """What rounding did to the accuracy; without labels, how often both agree."""
+    if precision == 'float32':
+        return
     before, after = expected.argmax(-1), outputs.argmax(-1)
     if labels is not None:
         accuracy = [100 * np.mean(said == labels) for said in (before, after)]
@@ -89,5 +91,5 @@ def _agreement(expected, outputs, labels, precision):
             f'{accuracy[0]:.2f} % of {len(labels)} images before, {accuracy[1]:.2f} % '
             'in the file',
         )
-    elif precision != 'float32':
+    else:
         yield 'same class', f'{100 * np.mean(before == after):.1f} % of the images'

@@ -64,9 +64,11 @@ def test_release(file_format, ending, precision, trained, samples, tmp_path):
     facts = dict(release.run(str(path), trained, file_format, options, samples))
     runtime = export.FORMATS[file_format].runtimes[0]
     assert '360 test images of digits' in facts[runtime]
-    before, after = facts['accuracy'].split('before')
-    away = abs(float(before.split()[0]) - float(after.split()[1]))
-    assert away <= (0 if precision == 'float32' else 1)  # points; nobody trained it
+    assert ('accuracy' in facts) == (precision != 'float32')
+    if precision != 'float32':
+        before, after = facts['accuracy'].split('before')
+        away = abs(float(before.split()[0]) - float(after.split()[1]))
+        assert away <= 1  # points; nobody trained it
     assert precision in facts['precision'] and path.stat().st_size > 1e4
 
 

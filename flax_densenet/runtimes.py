@@ -66,7 +66,8 @@ def _keras(path, about):
     from keras.src.applications.densenet import DenseNet
 
     if path.endswith('.keras'):
-        network = keras.models.load_model(path)
+        network = keras.models.load_model(path, compile=False)
+        network.layers[-1].activation = keras.activations.linear  # else probabilities
     else:
         channels = about['channels']
         network = DenseNet(

@@ -1,36 +1,30 @@
-"""A DenseNet in torch from a state dict and the network's fields, in functions.
+"""DenseNet and RDNet in torch from a state dict and the network's fields.
 
-torchvision and timm have classes for the networks that they know; this computes any of
-`model.DenseNet`, to verify what was exported.
+torchvision and timm have classes for the networks that they know; these compute any of
+this project's, to verify what was exported.
 """
 
 from typing import Any
+
+from flax_densenet import rdnet_files
 
 
 def make(state: dict[str, Any], about: dict[str, Any]):
     """A function of float32 images `[N, C, H, W]` to logits, both of torch.
 
     Args:
-      state: tensors by torchvision's keys, in any precision; of RDNet by timm's, whose
-        class computes.
-      about: `block_sizes`, `stem`, `blur_pool` of the network, its `variant` and
-        `num_classes`.
+      state: tensors in any precision, by torchvision's keys, of RDNet by timm's.
+      about: fields of the network: `block_sizes`, of a DenseNet `stem` and `blur_pool`,
+        of an RDNet `patch_size` and `halvings`.
     """
     import torch
 
     state = {name: tensor.float() for name, tensor in state.items()}
-    if about['variant'].startswith('rdnet'):
-        import timm
-
-        network = timm.create_model(about['variant'], num_classes=about['num_classes'])
-        network.load_state_dict(state, strict=True)
-        network.eval()
-    else:
-        network = _Network(state, about)
+    network = (_RDNet if 'halvings' in about else _DenseNet)(state, about)
     return torch.inference_mode()(network)
 
 
-class _Network:
+class _DenseNet:
     def __init__(self, state, about):
         self._state, self._about = state, about
 
@@ -92,3 +86,57 @@ class _Network:
         )
         x = functional.batch_norm(x, mean, var, weight, bias, eps=1e-5)
         return functional.relu(x)
+
+
+class _RDNet:
+    def __init__(self, state, about):
+        self._state, self._about = state, about
+
+    def __call__(self, x):
+        import torch
+        from torch.nn import functional
+
+        x = self._conv(x, 'conv0', self._about['patch_size'])
+        x = self._norm(x, 'norm0')
+        for number, size in enumerate(self._about['block_sizes'], start=1):
+            if number > 1:
+                name = f'transition{number - 1}'
+                halves = number - 1 in self._about['halvings']
+                x = self._norm(x, f'{name}/norm')
+                x = self._conv(x, f'{name}/conv', 2 if halves else 1)
+            for place in range(1, size + 1):
+                y = self._layer(x, f'denseblock{number}/denselayer{place}')
+                x = torch.cat([x, y], 1)
+        x = self._norm(x.mean((2, 3), keepdim=True), 'norm').flatten(1)
+        return functional.linear(x, *self._of('classifier'))
+
+    def _layer(self, x, name):
+        from torch.nn import functional
+
+        weight, bias = self._of(f'{name}/conv1')
+        pad = weight.shape[-1] // 2
+        y = functional.conv2d(x, weight, bias, padding=pad, groups=x.shape[1])
+        y = functional.gelu(self._conv(self._norm(y, f'{name}/norm1'), f'{name}/conv2'))
+        y = self._conv(y, f'{name}/conv3')
+        if rdnet_files.torch_key(f'params/{name}/gate/kernel') in self._state:
+            gate = self._conv(y.mean((2, 3), keepdim=True), f'{name}/gate')
+            y = y * functional.hardsigmoid(gate)
+        gamma = rdnet_files.torch_key(f'params/{name}/gamma')
+        return y * self._state[gamma][:, None, None] if gamma in self._state else y
+
+    def _of(self, name, leaf='kernel'):
+        names = (f'params/{name}/{part}' for part in (leaf, 'bias'))
+        return [self._state[rdnet_files.torch_key(one)] for one in names]
+
+    def _conv(self, x, name, stride=1):
+        from torch.nn import functional
+
+        return functional.conv2d(x, *self._of(name), stride=stride)
+
+    def _norm(self, x, name):
+        from torch.nn import functional
+
+        weight, bias = self._of(name, 'scale')
+        y = x.permute(0, 2, 3, 1)
+        y = functional.layer_norm(y, weight.shape, weight, bias, rdnet_files.EPSILON)
+        return y.permute(0, 3, 1, 2)

@@ -13,6 +13,8 @@ from flax_densenet.errors import UserError
 # the largest. Measured on DenseNet-121: 1e-6, 5e-4 and 4e-3. Of int8 the mean
 # difference of probabilities counts, since single ones near a border may differ.
 BOUNDS = {'float32': 1e-4, 'float16': 0.01, 'bfloat16': 0.05, 'int8': 0.05}
+# Fields of one kind of network that `runtimes` look at.
+_OF_KIND = ('stem', 'blur_pool', 'patch_size', 'halvings')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,9 +104,9 @@ def check(
     module = trained.module
     about = {
         name: getattr(module, name)
-        for name in ('block_sizes', 'stem', 'blur_pool', 'num_classes')
+        for name in ('block_sizes', 'num_classes', *_OF_KIND)
         if hasattr(module, name)
-    } | {'variant': trained.metadata['model']['variant'], 'channels': images.shape[-1]}
+    } | {'channels': images.shape[-1]}
     found = []
     for name in installed:
         outputs, reason = runtimes.run(name, path, given, about)

@@ -88,7 +88,7 @@ EDGES = {
     'onnx_int8': {'errors', 'folding', 'model', 'onnx_graph', 'onnx_model'},
     'export': {'errors', 'evaluate', 'half', 'keras_files', 'model', 'onnx_graph',
                'onnx_int8', 'onnx_model', 'rdnet_files', 'weights'},
-    'torch_network': set(),
+    'torch_network': {'rdnet_files'},
     'runtimes': {'evaluate', 'torch_network'},
     'verify': {'errors', 'evaluate', 'metrics', 'runtimes'},
     'sample_images': {'errors', 'evaluate', 'files', 'images', 'results'},

@@ -45,8 +45,8 @@ _MODE = flags.DEFINE_string(
 _FORMAT = flags.DEFINE_string(
     'format',
     None,
-    'Of --mode=export: safetensors (default), torch or keras. Of --mode=predict: csv '
-    'or jsonl, by default as the name of --out ends, else table.',
+    'Of --mode=export: safetensors (default), torch, keras or onnx. Of --mode=predict: '
+    'csv or jsonl, by default as the name of --out ends, else table.',
 )
 _OUT = flags.DEFINE_string(
     'out',
@@ -58,7 +58,20 @@ _FILES = flags.DEFINE_multi_string(
     'files',
     [],
     'Of --mode=predict: an image, a folder, a pattern with * or **, or - for names on '
-    'standard input. May be given several times.',
+    'standard input. May be given several times. Of --mode=export: images to try the '
+    'file on, in place of those of data.source.',
+)
+_INPUTS = flags.DEFINE_string(
+    'inputs',
+    None,
+    'Of --mode=export: images (uint8 to probabilities, the usual one of onnx and '
+    'stablehlo) or normalised (floats to logits, of all other formats).',
+)
+_PRECISION = flags.DEFINE_string(
+    'precision',
+    'float32',
+    'Of --mode=export: of the stored weights; float16 or bfloat16, half of the file; '
+    'int8 computes in integers, of onnx.',
 )
 _TOP = flags.DEFINE_integer('top', 5, 'Classes that --mode=predict names an image.')
 _EXPLAIN = flags.DEFINE_string(
@@ -255,17 +268,57 @@ def _trained_path(config, workdir):
 
 
 def _export(config, workdir, overrides):
-    """Writes the best checkpoint, or init_from's weights, to one file."""
-    from flax_densenet import evaluate, export
+    """Writes the best checkpoint, or weights of init_from, to a file that was tried."""
+    from flax_densenet import evaluate, export, release
 
     if not _OUT.value:
         raise UserError('--mode=export needs --out=FILE')
     file_format = _FORMAT.value or 'safetensors'
-    export.check_format(_OUT.value, file_format)
+    options = export.Options(_INPUTS.value, _PRECISION.value)
+    export.check_format(_OUT.value, file_format, options)
     path = _trained_path(config, workdir)
+    wrong = [n for n in overrides if not n.startswith(('data.', 'init_from'))]
+    if wrong:
+        raise UserError(
+            f'--config.{wrong[0]}: --mode=export takes it from {path}; only data.* '
+            'fields can be set'
+        )
     trained = evaluate.load_trained(path, 'best')
-    export.save(_OUT.value, trained, file_format)
-    print(f'{_OUT.value}: the model of {path} for {file_format}')
+    samples = _samples(config, path, trained, overrides)
+    facts = release.run(_OUT.value, trained, file_format, options, samples)
+    print(f'{_OUT.value}: the model of {path}')
+    for name, value in facts:
+        print(f'  {name}: {value}')
+
+
+def _samples(config, path, trained, overrides):
+    """Images to try an exported file on: --files, the run's own, or scikit-learn's."""
+    from flax_densenet import evaluate, sample_images
+
+    integers = _PRECISION.value == 'int8'
+    preparation = evaluate.preparation_of(trained.metadata)
+    if _FILES.value:
+        return sample_images.of_files(_FILES.value, preparation)
+    fields = {**config['data'], **trained.metadata['data']}
+    chosen = {
+        name.removeprefix('data.'): value
+        for name, value in overrides.items()
+        if name.startswith('data.')
+    }
+    fields |= chosen
+    fields['image_size'] = fields['image_size'] or trained.metadata['image_size']
+    try:
+        if 'source' in trained.metadata['data'] or 'source' in chosen:
+            return sample_images.of_data(trained, path, fields, whole=integers)
+    except UserError:
+        if chosen or integers:
+            raise
+    if integers:
+        raise UserError(
+            '--precision=int8 looks at images to find the range of each feature map: '
+            'add --config.data.source=folder:PHOTOS or --files=PATTERN'
+        )
+    return sample_images.of_library(preparation)
 
 
 _OF_PREDICT = ('init_from', 'data.batch_size', 'data.threads', 'data.tta')

@@ -1,19 +1,29 @@
-"""Trained models as single files: for torchvision, timm and Keras, and for ourselves.
+"""Trained models as single files: for other frameworks, runtimes, and for ourselves.
 
 A batch norm adds its own small number to the variance before the root. Where that is
 another one in the program that is to read the file, the difference is added to the
 variances, so the file computes what the model does.
 """
 
+import dataclasses
 import json
 import os
 import tempfile
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from flax import traverse_util
 
-from flax_densenet import evaluate, keras_files, model, rdnet_files
+from flax_densenet import (
+    evaluate,
+    half,
+    keras_files,
+    model,
+    onnx_graph,
+    onnx_int8,
+    onnx_model,
+    rdnet_files,
+)
 from flax_densenet import weights as weights_lib
 from flax_densenet.errors import UserError
 
@@ -57,7 +67,7 @@ def torch_arrays(module, variables) -> dict[str, np.ndarray]:
     return dict(sorted(found.items()))
 
 
-def _write_torch(path, trained):
+def _write_torch(path, trained, options):
     try:
         import torch
     except ImportError as error:
@@ -65,25 +75,41 @@ def _write_torch(path, trained):
             "--format=torch needs torch: pip install 'flax_densenet[torch]'; "
             '--format=safetensors needs nothing more, and torch can read it'
         ) from error
-    arrays = torch_arrays(trained.module, trained.variables)
-    tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+    arrays = _stored(torch_arrays(trained.module, trained.variables), options)
+    types = {'bfloat16': torch.bfloat16}
+    tensors = {
+        name: torch.from_numpy(np.float32(array)).to(types[array.dtype.name])
+        if array.dtype.name in types
+        else torch.from_numpy(array.copy())
+        for name, array in arrays.items()
+    }
     torch.save(tensors, path)
 
 
-def _write_safetensors(path, trained):
+def _write_safetensors(path, trained, options):
     from safetensors import numpy as safetensors
 
     metadata = dict(trained.metadata)
     if model.has_batch_norm(trained.module):
         metadata['model'] = dict(metadata['model'], epsilon=_TORCH_EPSILON)
     safetensors.save_file(
-        torch_arrays(trained.module, trained.variables),
+        _stored(torch_arrays(trained.module, trained.variables), options),
         path,
         {weights_lib.METADATA: json.dumps(metadata), 'format': 'pt'},
     )
 
 
-def _write_keras(path, trained):
+def _stored(arrays, options):
+    """Kernels in the wanted precision; norms and biases are small and stay."""
+    if options.precision == 'float32':
+        return arrays
+    return {
+        name: half.convert(array, options.precision, name) if array.ndim > 1 else array
+        for name, array in arrays.items()
+    }
+
+
+def _write_keras(path, trained, options):
     if not model.has_batch_norm(trained.module):
         variant = trained.metadata['model']['variant']
         raise UserError(
@@ -93,33 +119,110 @@ def _write_keras(path, trained):
     keras_files.write(path, trained.module, trained.variables)
 
 
+def _write_onnx(path, trained, options):
+    arguments = trained.module, trained.variables, trained.metadata
+    if options.precision == 'int8':
+        made = onnx_int8.make(*arguments, options.calibration, inputs=options.inputs)
+    else:
+        made = onnx_model.make(
+            *arguments, inputs=options.inputs, precision=options.precision
+        )
+    onnx_graph.import_onnx().save(made, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a model is written.
+
+    Attributes:
+      inputs: `images` (uint8 in, probabilities out) or `normalised` (floats in, logits
+        out); None for the format's first.
+      precision: of stored weights, a key of the format's; `int8` computes in integers.
+      calibration: of `int8`: uint8 batches `[N, S, S, C]` of images as they will come.
+    """
+
+    inputs: str | None = None
+    precision: str = 'float32'
+    calibration: Sequence[np.ndarray] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A kind of file.
+
+    Attributes:
+      write: called with path, `evaluate.Trained` and Options.
+      endings: of the file's name.
+      inputs: that its models can have; the first is the usual one.
+      precisions: that its weights can have.
+      runtimes: keys of `runtimes.RUNTIMES` that can run it.
+      channels_first: normalised floats go in as `[N, C, H, W]`.
+    """
+
+    write: Callable[[str, evaluate.Trained, Options], None]
+    endings: tuple[str, ...]
+    inputs: tuple[str, ...] = ('normalised',)
+    precisions: tuple[str, ...] = half.PRECISIONS
+    runtimes: tuple[str, ...] = ('flax_densenet',)
+    channels_first: bool = False
+
+
 FORMATS = {
-    'torch': (_write_torch, ('.pth', '.pt')),
-    'safetensors': (_write_safetensors, ('.safetensors',)),
-    'keras': (_write_keras, ('.keras', '.weights.h5', '.h5')),
+    'safetensors': Format(
+        _write_safetensors, ('.safetensors',), runtimes=('flax_densenet', 'torch')
+    ),
+    'torch': Format(_write_torch, ('.pth', '.pt'), runtimes=('torch',)),
+    'keras': Format(
+        _write_keras,
+        ('.keras', '.weights.h5', '.h5'),
+        precisions=('float32',),
+        runtimes=('keras',),
+    ),
+    'onnx': Format(
+        _write_onnx,
+        ('.onnx',),
+        inputs=onnx_model.INPUTS,
+        precisions=(*half.PRECISIONS, 'int8'),
+        runtimes=('onnxruntime', 'openvino'),
+        channels_first=True,
+    ),
 }
 
 
-def save(path: str, trained: evaluate.Trained, file_format: str):
+def save(
+    path: str,
+    trained: evaluate.Trained,
+    file_format: str,
+    options: Options | None = None,
+    *,
+    verify: Callable[[str], None] = lambda part: None,
+):
     """Writes a trained model to one file, whole or not at all.
 
     Args:
       path: its name ends as the format's names do; replaced where it is there.
-      file_format: `torch` and `safetensors` are taken by torchvision's and timm's
-        `load_state_dict(strict=True)`, the latter also by `weights.load` with all that
-        this project knows of the model; `keras` by `keras.applications`.
+      file_format: a key of FORMATS. `torch` and `safetensors` are taken by
+        torchvision's and timm's `load_state_dict(strict=True)`, the latter also by
+        `weights.load` with all that this project knows of the model; `keras` by
+        `keras.applications`; `onnx` by ONNX Runtime and others.
+      verify: called with the file before it takes its place; what it raises leaves
+        what was there.
 
     Raises:
       UserError: the format cannot hold the model, or the file cannot be written.
     """
-    check_format(path, file_format)
-    write, endings = FORMATS[file_format]
+    options = options or Options()
+    check_format(path, file_format, options)
+    written = FORMATS[file_format]
+    if options.inputs is None:
+        options = dataclasses.replace(options, inputs=written.inputs[0])
     folder = os.path.dirname(os.path.abspath(path))
-    ending = next(ending for ending in endings if path.endswith(ending))
+    ending = next(ending for ending in written.endings if path.endswith(ending))
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix='.export') as unfinished:
             part = os.path.join(unfinished, f'model{ending}')
-            write(part, trained)
+            written.write(part, trained, options)
+            verify(part)
             os.replace(part, path)
     except OSError as error:
         raise UserError(
@@ -127,15 +230,21 @@ def save(path: str, trained: evaluate.Trained, file_format: str):
         ) from error
 
 
-def check_format(path: str, file_format: str):
-    """Raises where the format is not known, or the file's name is not one of its."""
+def check_format(path: str, file_format: str, options: Options | None = None):
+    """Raises where the format is not known or has no such option, or for the name."""
     if file_format not in FORMATS:
         raise UserError(
             f'--format={file_format} is not known; use {", ".join(FORMATS)}'
         )
-    endings: Any = FORMATS[file_format][1]
-    if not path.endswith(endings):
+    known, options = FORMATS[file_format], options or Options()
+    if not path.endswith(known.endings):
         raise UserError(
             f'--out={path}: a file of --format={file_format} ends with '
-            f'{" or ".join(endings)}'
+            f'{" or ".join(known.endings)}'
         )
+    for name, valid in (('inputs', known.inputs), ('precision', known.precisions)):
+        value = getattr(options, name)
+        if value is not None and value not in valid:
+            raise UserError(
+                f'--{name}={value}: --format={file_format} has {", ".join(valid)}'
+            )

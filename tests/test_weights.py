@@ -369,8 +369,8 @@ def test_errors_of_export(tmp_path):
     trained = trained_of(*tiny(padding='same'))
     with pytest.raises(UserError, match='model.padding=same: torchvision'):
         export.save(str(tmp_path / 'x.safetensors'), trained, 'safetensors')
-    with pytest.raises(UserError, match='--format=onnx is not known; use torch'):
-        export.save('x.onnx', trained, 'onnx')
+    with pytest.raises(UserError, match='--format=caffe is not known; use safetens'):
+        export.save('x.caffe', trained, 'caffe')
     with pytest.raises(UserError, match='ends with .pth or .pt'):
         export.save('x.safetensors', trained, 'torch')
     trained = trained_of(*tiny())

@@ -1,0 +1,195 @@
+"""Exported files: tried by the runtimes that they are for, or not handed out."""
+
+import sys
+
+import numpy as np
+import pytest
+from conftest import make_weights, tiny_trained, write_images
+
+from flax_densenet import (
+    create_model,
+    data,
+    evaluate,
+    export,
+    init_variables,
+    onnx_model,
+    release,
+    runtimes,
+    sample_images,
+    sharding,
+    verify,
+)
+from flax_densenet.errors import UserError
+
+pytest.importorskip('onnx')
+pytest.importorskip('onnxruntime')
+
+
+@pytest.fixture(scope='module')
+def trained():
+    return tiny_trained(data.load_source('digits', image_size=16), seed=1)
+
+
+@pytest.fixture(scope='module')
+def samples(trained):
+    fields = {name: None for name in data.load_source.__kwdefaults__}
+    fields |= data.load_source.__kwdefaults__ | {'source': 'digits', 'image_size': 16}
+    return sample_images.of_data(trained, 'here', fields, whole=True)
+
+
+def test_samples(samples, trained):
+    """Test images to compare on, other ones to calibrate with."""
+    assert samples.images.shape == (360, 16, 16, 3)
+    assert samples.calibration.shape == (256, 16, 16, 3)
+    assert samples.where == '360 test images of digits'
+    seen = {image.tobytes() for image in samples.images}
+    new = [image for image in samples.calibration if image.tobytes() not in seen]
+    assert len(new) > 250
+    assert len(np.unique(samples.labels)) == 10
+    few = sample_images.of_library(evaluate.preparation_of(trained.metadata))
+    assert few.images.shape == (6, 16, 16, 3) and few.labels is None
+
+
+@pytest.mark.parametrize(
+    'file_format, ending, precision',
+    [
+        ('onnx', '.onnx', 'float32'),
+        ('onnx', '.onnx', 'bfloat16'),
+        ('safetensors', '.safetensors', 'float16'),
+    ],
+)
+def test_release(file_format, ending, precision, trained, samples, tmp_path):
+    path = tmp_path / f'x{ending}'
+    options = export.Options(precision=precision)
+    facts = dict(release.run(str(path), trained, file_format, options, samples))
+    runtime = export.FORMATS[file_format].runtimes[0]
+    assert '360 test images of digits' in facts[runtime]
+    assert ('accuracy' in facts) == (precision != 'float32')
+    if precision != 'float32':
+        before, after = facts['accuracy'].split('before')
+        away = abs(float(before.split()[0]) - float(after.split()[1]))
+        assert away <= 1  # points; nobody trained it
+    assert precision in facts['precision'] and path.stat().st_size > 1e4
+
+
+def test_integers(trained, samples, tmp_path):
+    path = str(tmp_path / 'x.onnx')
+    options = export.Options(precision='int8')
+    facts = dict(release.run(path, trained, 'onnx', options, samples))
+    assert facts['precision'] == 'int8, computed in integers'
+    assert 'before' in facts['accuracy']
+
+
+def test_a_wrong_file_is_not_handed_out(trained, samples, tmp_path, monkeypatch):
+    """What was there stays."""
+    path = tmp_path / 'x.onnx'
+    path.write_text('of before')
+
+    def make_another(module, variables, metadata, **options):
+        variables = init_variables(module, 5)
+        return make(module, variables, metadata, **options)
+
+    make = onnx_model.make
+    monkeypatch.setattr(onnx_model, 'make', make_another)
+    with pytest.raises(UserError, match='nothing was exported: in onnxruntime it diff'):
+        release.run(str(path), trained, 'onnx', export.Options(), samples)
+    assert path.read_text() == 'of before' and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_that_does_not_run(trained, samples, tmp_path, monkeypatch):
+    def write(path, trained, options):
+        with open(path, 'w') as file:
+            file.write('not a model')
+
+    broken = export.Format(write, ('.onnx',), runtimes=('onnxruntime',))
+    monkeypatch.setitem(export.FORMATS, 'onnx', broken)
+    with pytest.raises(UserError, match='onnxruntime cannot run it .*INVALID_PROTOBUF'):
+        release.run(
+            str(tmp_path / 'x.onnx'), trained, 'onnx', export.Options(), samples
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_runtime_is_needed(trained, samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(runtimes, 'is_installed', lambda name: False)
+    with pytest.raises(UserError, match='pip install onnxruntime'):
+        release.run(
+            str(tmp_path / 'x.onnx'), trained, 'onnx', export.Options(), samples
+        )
+    monkeypatch.setitem(sys.modules, 'onnx', None)
+    with pytest.raises(UserError, match=r'needs onnx: pip install .flax_densenet\[exp'):
+        export.save(str(tmp_path / 'x.onnx'), trained, 'onnx')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'file_format, ending',
+    [
+        ('torch', '.pth'),
+        ('keras', '.keras'),
+        ('keras', '.weights.h5'),
+        ('safetensors', '.safetensors'),
+        ('onnx', '.onnx'),
+    ],
+)
+@pytest.mark.parametrize('variant', ['densenet121', 'densenetblur121d', 'rdnet_tiny'])
+def test_runtimes_of_others(file_format, ending, variant, tmp_path):
+    """Each runtime that is installed, torch and Keras where the peers are."""
+    names = export.FORMATS[file_format].runtimes
+    if not any(runtimes.is_installed(name) for name in names[-1:]):
+        pytest.skip(f'{names[-1]} is not installed')
+    if file_format == 'keras' and variant != 'densenet121':
+        pytest.skip('keras.applications has no such network')
+    module = create_model(variant, num_classes=5)
+    metadata = {
+        'model': {'variant': variant},
+        'class_names': list('abcde'),
+        'image_size': 64,
+        'mean': [0.5] * 3,
+        'std': [0.2] * 3,
+        'data': {},
+    }
+    mesh = sharding.make_mesh()
+    variables = init_variables(module, 0)
+    trained = evaluate.Trained(module, variables, metadata, {}, None, mesh)
+    few = sample_images.of_library(evaluate.preparation_of(metadata))
+    path = str(tmp_path / f'x{ending}')
+    facts = dict(release.run(path, trained, file_format, export.Options(), few))
+    for name in names:
+        assert not runtimes.is_installed(name) or 'largest' in facts[name]
+
+
+def test_mistakes(tmp_path, trained):
+    for options, said in (
+        (export.Options('pixels'), r'--inputs=pixels: --format=onnx has images, norm'),
+        (export.Options(precision='int4'), r'--precision=int4: .* bfloat16, int8'),
+    ):
+        with pytest.raises(UserError, match=said):
+            export.check_format('x.onnx', 'onnx', options)
+    with pytest.raises(UserError, match='--inputs=images: --format=torch has normal'):
+        export.check_format('x.pth', 'torch', export.Options('images'))
+    (tmp_path / 'a.jpg').write_text('no image')
+    preparation = evaluate.preparation_of(trained.metadata)
+    with pytest.raises(UserError, match=r'--files: .*a\.jpg'):
+        sample_images.of_files([str(tmp_path / 'a.jpg')], preparation)
+
+
+def test_logits_and_probabilities(trained, samples):
+    logits = verify.compute(trained, samples.images[:20], 'normalised')
+    given = verify.as_inputs(
+        samples.images[:20], trained.metadata, 'normalised', nchw=False
+    )
+    wanted = trained.module.apply(trained.variables, given)
+    np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-5)
+    found = verify.compute(trained, samples.images[:20], 'images')
+    np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-6)
+
+
+def test_of_files(tmp_path):
+    path = make_weights(tmp_path / 'x.safetensors')
+    trained = evaluate.load_trained(path)
+    write_images(tmp_path / 'photos', {'a': 3})
+    preparation = evaluate.preparation_of(trained.metadata)
+    found = sample_images.of_files([str(tmp_path / 'photos')], preparation)
+    assert found.images.shape == (3, 12, 12, 3)

@@ -242,14 +242,14 @@ def _load(config, workdir, overrides, mode):
 
 def _trained_path(config, workdir):
     """The workdir where it has a checkpoint, else the weights of init_from."""
-    from flax_densenet import checkpoint
+    from flax_densenet import checkpoint, weights
 
     start = config['init_from']
     if start and not checkpoint.has_checkpoint(workdir):
         if not os.path.exists(os.path.expanduser(start)):
             raise UserError(f'--config.init_from={start}: there is no such file')
         return start
-    if not os.path.isfile(workdir):
+    if not weights.is_weights(workdir):
         checkpoint.find_step(workdir, 'latest')  # raises where there is none
     return workdir
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -275,13 +274,13 @@ def load_trained(workdir: str, which: str = 'best', *, mesh=None) -> Trained:
     """Rebuilds the `best` or the `latest` model of a run; needs no config file.
 
     Args:
-      workdir: of the run, or a file of weights (see `weights.load`).
+      workdir: of the run, or a file or folder of weights (see `weights.load`).
 
     Raises:
       UserError: the workdir holds no (whole) checkpoint, or the file no weights.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
-    if os.path.isfile(workdir):
+    if weights.is_weights(workdir):
         return _from_file(workdir, mesh)
     step = cluster.of_first('step', lambda: checkpoint.find_step(workdir, which))
     metadata = metadata_lib.load(workdir, step)

@@ -1,5 +1,7 @@
 """Trained models as single files: for torchvision, timm and Keras, and for ourselves.
 
+As a folder for the Hugging Face Hub also, see `hub`.
+
 A batch norm adds its own small number to the variance before the root. Where that is
 another one in the program that is to read the file, the difference is added to the
 variances, so the file computes what the model does.
@@ -13,7 +15,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from flax_densenet import evaluate, keras_files, model, rdnet_files
+from flax_densenet import evaluate, hub, keras_files, model, rdnet_files
 from flax_densenet import weights as weights_lib
 from flax_densenet.errors import UserError
 
@@ -93,10 +95,15 @@ def _write_keras(path, trained):
     keras_files.write(path, trained.module, trained.variables)
 
 
+def _write_huggingface(path, trained):
+    hub.write(path, trained, _write_safetensors)
+
+
 FORMATS = {
     'torch': (_write_torch, ('.pth', '.pt')),
     'safetensors': (_write_safetensors, ('.safetensors',)),
     'keras': (_write_keras, ('.keras', '.weights.h5', '.h5')),
+    'huggingface': (_write_huggingface, ('',)),  # a folder
 }
 
 
@@ -107,7 +114,8 @@ def save(path: str, trained: evaluate.Trained, file_format: str):
       path: its name ends as the format's names do; replaced where it is there.
       file_format: `torch` and `safetensors` are taken by torchvision's and timm's
         `load_state_dict(strict=True)`, the latter also by `weights.load` with all that
-        this project knows of the model; `keras` by `keras.applications`.
+        this project knows of the model; `keras` by `keras.applications`;
+        `huggingface` is a folder (`hub`).
 
     Raises:
       UserError: the format cannot hold the model, or the file cannot be written.
@@ -120,7 +128,7 @@ def save(path: str, trained: evaluate.Trained, file_format: str):
         with tempfile.TemporaryDirectory(dir=folder, prefix='.export') as unfinished:
             part = os.path.join(unfinished, f'model{ending}')
             write(part, trained)
-            os.replace(part, path)
+            hub.place(part, path)
     except OSError as error:
         raise UserError(
             f'--out={path} cannot be written ({error.strerror or error})'
@@ -139,3 +147,5 @@ def check_format(path: str, file_format: str):
             f'--out={path}: a file of --format={file_format} ends with '
             f'{" or ".join(endings)}'
         )
+    if file_format == 'huggingface':
+        hub.check(path)

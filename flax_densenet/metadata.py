@@ -26,17 +26,21 @@ def load(workdir: str, step: int) -> dict[str, Any]:
     return check(place, found)
 
 
-def check(place: str, metadata: Any) -> dict[str, Any]:
+def check(place: str, metadata: Any, *, named: bool = True) -> dict[str, Any]:
     """Returns metadata in which the program finds what it looks for.
 
     Args:
       place: where it is from, for the message.
+      named: `class_names` are there; in exports of imported weights they can be null.
 
     Raises:
       UserError: a part is missing or of another kind.
     """
     _check_parts(place, '', {'': metadata}, {'': _is_object})
-    _check_parts(place, '', metadata, _PARTS)
+    parts = dict(_PARTS)
+    if not named and metadata.get('class_names') is None:
+        del parts['class_names']
+    _check_parts(place, '', metadata, parts)
     # What was left open is there as null, or absent.
     known = {k: v for k, v in metadata['data'].items() if v is not None}
     _check_parts(place, 'data.', known, {k: _DATA[k] for k in _DATA if k in known})

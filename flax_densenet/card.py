@@ -121,8 +121,24 @@ def _code_of(model, name, facts):
         'torch_model': torch_model,
         'file_literal': ascii(name or 'FOLDER'),
         'weights_alone': bool(name and name.endswith('.weights.h5')),
+        'keras_model': _keras_model(model),
         'normalised': ('inputs', 'normalised') in [tuple(fact) for fact in facts],
     }
+
+
+def _keras_model(model):
+    size, channels = model['preparation'].size, model['channels']
+    options = (
+        f'weights=None, classes={model["num_classes"]}, '
+        f'input_tensor=keras.Input(({size}, {size}, {channels})))'
+    )
+    if model['variant'] in ('densenet121', 'densenet169', 'densenet201'):
+        return f'keras.applications.DenseNet{model["variant"][-3:]}({options}'
+    # The public functions have three lists of blocks, this one takes any.
+    return (
+        'keras.src.applications.densenet.DenseNet('
+        f'{list(model["block_sizes"])}, {options}'
+    )
 
 
 def _versions(run):

@@ -71,6 +71,7 @@ def describe_model(trained: evaluate.Trained) -> dict[str, Any]:
         'variant': metadata['model'].get('variant') or family[0],
         'family': dict(zip(('name', 'title', 'paper'), family, strict=True)),
         'parameters': model.count_parameters(module, channels=channels),
+        'block_sizes': tuple(module.block_sizes),
         'num_classes': module.num_classes,
         'class_names': trained.class_names,
         'multi_label': bool(metadata.get('multi_label')),

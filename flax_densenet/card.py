@@ -1,8 +1,8 @@
 """Model cards: one Markdown file that says what a model is, can do and cannot.
 
 `MODEL_CARD.md` lies beside an exported file, `README.md`, with the header that the
-Hugging Face Hub reads, in a folder for it. Both come of `pages/card.md`. What a card
-does not know it says it does not know.
+Hugging Face Hub reads, in a folder for it. Both come of `pages/card.md.jinja`. What is
+not known the card says is not known.
 """
 
 import json
@@ -101,7 +101,7 @@ def render(
         'versions': _versions(run),
     } | _code_of(model, name, facts)
     return re.sub(
-        r'\n{3,}', '\n\n', _environment().get_template('card.md').render(values)
+        r'\n{3,}', '\n\n', _environment().get_template('card.md.jinja').render(values)
     )
 
 

@@ -109,9 +109,8 @@ def describe_run(trained: evaluate.Trained, workdir: str | None) -> dict[str, An
     """
     metadata = trained.metadata
     run = history.load_run(workdir) if workdir else history.Run('', [], {}, {})
-    fields = history.flatten(
-        {name: metadata.get(name) or {} for name in ('data', 'model', 'train')}
-    ) | history.flatten(run.config)
+    fields = history.flatten({name: metadata[name] for name in ('data', 'model')})
+    fields |= history.flatten(run.config)
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
     recipe = {
         name: fields[name]

@@ -309,10 +309,12 @@ def _from_file(path, mesh):
         raise UserError(f'{path} has no classifier: train one, with init_from={path}')
     preparation = {**found.preprocessing, **found.metadata.get('data', {})}
     # Whether probabilities are of one class or of each label; left out where the file
-    # does not tell.
-    labels = {}
+    # does not tell. How many images it was trained and tested on also.
+    more = {}
     if 'multi_label' in found.metadata or found.family == 'torchxrayvision':
-        labels['multi_label'] = found.metadata.get('multi_label', True)
+        more['multi_label'] = found.metadata.get('multi_label', True)
+    if 'images' in found.metadata:
+        more['images'] = found.metadata['images']
     return Trained(
         module=found.module,
         variables=sharding.replicate(found.variables, mesh),
@@ -323,7 +325,7 @@ def _from_file(path, mesh):
             'mean': list(found.preprocessing['mean']),
             'std': list(found.preprocessing['std']),
             'data': preparation,
-            **labels,
+            **more,
         },
         metrics={},
         step=None,

@@ -43,6 +43,8 @@ def check(place: str, metadata: Any, *, named: bool = True) -> dict[str, Any]:
     _check_parts(place, '', metadata, parts)
     # What was left open is there as null, or absent.
     known = {k: v for k, v in metadata['data'].items() if v is not None}
+    if 'images' in metadata:  # runs of older versions did not count them
+        _check_parts(place, '', metadata, {'images': _are_counts})
     _check_parts(place, 'data.', known, {k: _DATA[k] for k in _DATA if k in known})
     for fields in (metadata, {**metadata, **known}):
         if len(fields['mean']) != len(fields['std']):
@@ -85,6 +87,12 @@ def _are_numbers(value):
         isinstance(value, list)
         and len(value) in (1, 3)
         and all(type(n) in (int, float) and math.isfinite(n) for n in value)
+    )
+
+
+def _are_counts(value):
+    return _is_object(value) and all(
+        type(value.get(name)) is int and value[name] >= 0 for name in ('train', 'test')
     )
 
 

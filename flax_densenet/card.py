@@ -81,10 +81,12 @@ def render(
     run = card_facts.describe_run(trained, workdir)
     figures = card_facts.describe_figures(trained, workdir)
     count = model['num_classes']
-    title = f'{model["variant"]} for {count} '
+    network = model['family']['name'] if model['changes'] else model['variant']
+    title = f'{network} for {count} '
     title += 'labels' if model['multi_label'] else 'classes'
     name = os.path.basename(os.path.abspath(file)) if file else None
     key = 'huggingface' if hub else file_format
+    facts = [(str(one), str(other)) for one, other in facts]
     values = {
         'header': _header(title, model, figures, license) if hub else '',
         'title': title,
@@ -94,18 +96,18 @@ def render(
         'figures': figures,
         'license': license,
         'data_license': data_license,
-        'facts': [(str(one), str(other)) for one, other in facts],
         'file': printable(name) if name else None,
         'format_key': key,
         'format': FORMATS.get(key, key),
+        'facts': facts,
         'versions': _versions(run),
-    } | _code_of(model, name, facts)
+    } | _code_of(model, name, key, ('inputs', 'normalised') in facts)
     return re.sub(
         r'\n{3,}', '\n\n', _environment().get_template('card.md.jinja').render(values)
     )
 
 
-def _code_of(model, name, facts):
+def _code_of(model, name, key, normalised):
     """What the lines of code are made of."""
     library, torch_model = 'torchvision', f'torchvision.models.{model["torchvision"]}'
     if model['torchvision'] is None and model['timm']:
@@ -122,7 +124,8 @@ def _code_of(model, name, facts):
         'file_literal': ascii(name or 'FOLDER'),
         'weights_alone': bool(name and name.endswith('.weights.h5')),
         'keras_model': _keras_model(model),
-        'normalised': ('inputs', 'normalised') in [tuple(fact) for fact in facts],
+        'normalised': normalised,
+        'gives_logits': normalised or key not in ('onnx', 'stablehlo', 'keras'),
     }
 
 

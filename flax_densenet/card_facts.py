@@ -18,6 +18,7 @@ from flax_densenet import (
     results,
     timm_network,
     views,
+    weights,
 )
 from flax_densenet.errors import UserError
 
@@ -69,6 +70,7 @@ def describe_model(trained: evaluate.Trained) -> dict[str, Any]:
     family = _RDNET if isinstance(module, rdnet.RDNet) else _DENSENET
     return {
         'variant': metadata['model'].get('variant') or family[0],
+        'changes': _changes(module, metadata['model'].get('variant')),
         'family': dict(zip(('name', 'title', 'paper'), family, strict=True)),
         'parameters': model.count_parameters(module, channels=channels),
         'block_sizes': tuple(module.block_sizes),
@@ -83,6 +85,16 @@ def describe_model(trained: evaluate.Trained) -> dict[str, Any]:
         'timm': timm_network.find(module, channels=channels),
         'torchvision': _torchvision(module, channels),
     }
+
+
+def _changes(module, variant):
+    """Fields of the network that are not those of its variant."""
+    if not variant:
+        return {}
+    own = model.create_model(variant, num_classes=module.num_classes)
+    names = (*weights.ARCHITECTURE, 'blur_pool', 'padding')
+    found = {n: getattr(module, n) for n in names if hasattr(module, n)}
+    return {n: value for n, value in found.items() if value != getattr(own, n)}
 
 
 def _torchvision(module, channels):

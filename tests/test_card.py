@@ -139,6 +139,7 @@ def test_nothing_known():
         assert part in said
     code = 'torchvision.models.DenseNet(growth_rate=4, block_config=(2, 3), '
     assert code + 'num_init_features=8, bn_size=2, num_classes=5)' in said
+    assert '| growth_rate | `4`, other than' in said and '# DenseNet for 5' in said
     nameless = found.metadata | {'class_names': None}
     said = card.render(dataclasses.replace(found, metadata=nameless))
     assert 'The names of the 5 classes are not known here' in said
@@ -157,7 +158,7 @@ def test_figures_of_another_checkpoint_or_data(tmp_path):
 def test_several_labels():
     said = card.render(trained(multi_label=True))
     assert 'gives a probability for each of 2 labels' in said
-    assert '| Labels right |' in said and 'a sigmoid makes' in said
+    assert '| Labels right |' in said and 'which a sigmoid makes' in said
     assert 'interval' not in said.split('## Model')[0]
 
 

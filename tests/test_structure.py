@@ -85,7 +85,7 @@ EDGES = {
                  'model', 'objective', 'pipeline', 'sharding', 'unread', 'views',
                  'weights'},
     'card_facts': {'errors', 'evaluate', 'history', 'metrics', 'model', 'rdnet',
-                   'results', 'timm_network', 'views'},
+                   'results', 'timm_network', 'views', 'weights'},
     'card': {'errors', '__version__', 'atomic', 'card_facts', 'environment', 'evaluate',
              'render'},
     'hub': {'errors', 'card', 'evaluate', 'timm_config', 'weights'},

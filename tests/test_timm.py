@@ -300,7 +300,7 @@ def assert_hub(timm, module, fields, folder, *, channels=3, resize='crop'):
     photo = Image.fromarray(photo).resize((200, 150))
     theirs = transform(photo if channels == 3 else photo.convert('L'))
     ours = evaluate.preparation_of(found_metadata(found)).apply(photo)
-    ours = evaluate.normalise(ours, mean=metadata['mean'], std=metadata['std'])
+    ours = evaluate.normalise(ours[None], mean=metadata['mean'], std=metadata['std'])
     difference = np.asarray(ours)[0] - theirs.permute(1, 2, 0).numpy()
     assert difference.shape == (48, 48, channels)
     assert np.abs(difference).max() < 0.1  # a few of 255 steps, at the edges

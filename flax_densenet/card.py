@@ -135,7 +135,8 @@ def _keras_model(model):
         f'weights=None, classes={model["num_classes"]}, '
         f'input_tensor=keras.Input(({size}, {size}, {channels})))'
     )
-    if model['variant'] in ('densenet121', 'densenet169', 'densenet201'):
+    public = ('densenet121', 'densenet169', 'densenet201')
+    if model['variant'] in public and not model['changes']:
         return f'keras.applications.DenseNet{model["variant"][-3:]}({options}'
     # The public functions have three lists of blocks, this one takes any.
     return (

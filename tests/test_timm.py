@@ -341,3 +341,49 @@ def test_full_size_for_the_hub(name, timm, tmp_path):
     module = create_model(name, num_classes=7)
     model = assert_hub(timm, module, {'variant': name}, tmp_path / 'a')
     assert model.pretrained_cfg['architecture'] == name
+
+
+@pytest.mark.parametrize(
+    ('form', 'name', 'kind'),
+    [
+        ('torch', 'birds.pth', 'densenet'),
+        ('torch', 'birds.pth', 'rdnet'),
+        ('safetensors', "b'irds.safetensors", 'blur'),
+        ('huggingface', 'a folder', 'grey'),
+    ],
+)
+def test_code_of_cards(form, name, kind, timm, tmp_path, monkeypatch, capsys):
+    """What a card says to do with a file gives the model's logits."""
+    import re
+
+    from PIL import Image
+
+    from flax_densenet import card
+
+    module = create_model(num_classes=3, **HUB_NETWORKS[kind])
+    channels = 1 if kind == 'grey' else 3
+    metadata = {
+        'model': HUB_NETWORKS[kind], 'class_names': ['a', 'b', 'c'], 'image_size': 64,
+        'mean': [0.5] * channels, 'std': [0.25] * channels, 'multi_label': False,
+        'data': {'resize': 'crop', 'crop_fraction': 0.5, 'interpolation': 'bilinear'},
+    }  # fmt: skip
+    variables = shaken(module, channels)
+    trained = evaluate.Trained(module, variables, metadata, {}, None, None)
+    monkeypatch.chdir(tmp_path)
+    export.save(name, trained, form)
+    said = card.render(trained, file=name, file_format=form, hub=form == 'huggingface')
+    photo = np.random.default_rng(2).integers(0, 255, (9, 12, 3), np.uint8)
+    Image.fromarray(photo).resize((160, 140)).save('photo.jpg')
+    preparation, *blocks = re.findall(r'```python\n(.*?)```', said, re.S)
+    names = {}
+    exec(preparation, names)
+    if channels == 1:
+        names['image'] = names['image'].convert('L')
+    expected = np.asarray(module.apply(variables, names['x'][None]))
+    if form == 'huggingface':  # its transforms take the photograph itself
+        names['image'] = Image.open('photo.jpg').convert('L')
+    capsys.readouterr()
+    exec(blocks[-1], names)
+    numbers = re.findall(r'-?\d+\.\d+(?:e[-+]\d+)?', capsys.readouterr().out)
+    difference = np.abs(np.array(numbers, 'f4') - expected[0]).max()
+    assert difference < (0.02 if form == 'huggingface' else 1e-3) * expected.std()

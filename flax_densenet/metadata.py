@@ -38,7 +38,7 @@ def check(place: str, metadata: Any, *, named: bool = True) -> dict[str, Any]:
     """
     _check_parts(place, '', {'': metadata}, {'': _is_object})
     parts = dict(_PARTS)
-    if not named and metadata.get('class_names') is None:
+    if not named and metadata.get('class_names', 0) is None:
         del parts['class_names']
     _check_parts(place, '', metadata, parts)
     # What was left open is there as null, or absent.

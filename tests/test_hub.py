@@ -327,6 +327,7 @@ def test_a_run_is_no_such_folder(tmp_path):
         ('pretrained_cfg.mean', [0.1, 0.2, 0.3], 'mean=.*make both the same'),
         ('pretrained_cfg.crop_pct', 0.9, 'crop_fraction=0.9; .* crop_fraction=1'),
         ('pretrained_cfg.input_size', [3, 50, 50], 'image_size=50; .* image_size=48'),
+        ('flax_densenet', {'model': {'variant': 'L40k12'}}, 'class_names is missing'),
         ('flax_densenet.class_names', ['a'], 'names 1 classes, its classifier has 5'),
         ('flax_densenet.model.growth_rate', 8, 'does not fit'),
         ('flax_densenet.image_size', 'x', 'image_size is'),

@@ -263,8 +263,9 @@ def shaken(module, channels):
     flat = traverse_util.flatten_dict(init_variables(module, 0, channels=channels))
     rng = np.random.default_rng(0)
     for path, leaf in flat.items():
-        noise = rng.uniform(0.5, 1.5, leaf.shape)
-        flat[path] = (leaf + 0.1 * noise).astype(np.float32)
+        if path[-1] != 'kernel':  # those are random already
+            leaf = leaf + rng.uniform(-0.3, 0.3, leaf.shape)
+        flat[path] = np.asarray(leaf, np.float32)
     made = traverse_util.unflatten_dict(flat)
     return {'batch_stats': {}} | made
 

@@ -45,8 +45,9 @@ _MODE = flags.DEFINE_string(
 _FORMAT = flags.DEFINE_string(
     'format',
     None,
-    'Of --mode=export: safetensors (default), torch, keras or onnx. Of --mode=predict: '
-    'csv or jsonl, by default as the name of --out ends, else table.',
+    'Of --mode=export: safetensors (default), torch, keras, onnx, stablehlo or '
+    'huggingface. Of --mode=predict: csv or jsonl, by default as the name of --out '
+    'ends, else table.',
 )
 _OUT = flags.DEFINE_string(
     'out',
@@ -83,6 +84,16 @@ _EXPLAIN_CLASS = flags.DEFINE_string(
 _FEATURES = flags.DEFINE_string(
     'features', None, 'File of --mode=predict for features: .npz or .safetensors.'
 )
+_LICENSES = {
+    'license': flags.DEFINE_string(
+        'license',
+        None,
+        "Of --mode=export: of the weights, as 'cc-by-4.0'; on the card.",
+    ),
+    'data_license': flags.DEFINE_string(
+        'data_license', None, 'Of --mode=export: of the data; on the card.'
+    ),
+}
 _HOST = flags.DEFINE_string(
     'host', '127.0.0.1', 'Of --mode=serve: 127.0.0.1 is for this machine alone.'
 )
@@ -255,14 +266,14 @@ def _load(config, workdir, overrides, mode):
 
 def _trained_path(config, workdir):
     """The workdir where it has a checkpoint, else the weights of init_from."""
-    from flax_densenet import checkpoint
+    from flax_densenet import checkpoint, weights
 
     start = config['init_from']
     if start and not checkpoint.has_checkpoint(workdir):
         if not os.path.exists(os.path.expanduser(start)):
             raise UserError(f'--config.init_from={start}: there is no such file')
         return start
-    if not os.path.isfile(workdir):
+    if not weights.is_weights(workdir):
         checkpoint.find_step(workdir, 'latest')  # raises where there is none
     return workdir
 
@@ -274,7 +285,9 @@ def _export(config, workdir, overrides):
     if not _OUT.value:
         raise UserError('--mode=export needs --out=FILE')
     file_format = _FORMAT.value or 'safetensors'
-    options = export.Options(_INPUTS.value, _PRECISION.value)
+    options = export.Options(
+        _INPUTS.value, _PRECISION.value, license=_LICENSES['license'].value
+    )
     export.check_format(_OUT.value, file_format, options)
     path = _trained_path(config, workdir)
     wrong = [n for n in overrides if not n.startswith(('data.', 'init_from'))]
@@ -284,8 +297,16 @@ def _export(config, workdir, overrides):
             'fields can be set'
         )
     trained = evaluate.load_trained(path, 'best')
+    shipped = release.Release(
+        trained,
+        None if trained.step is None else path,
+        file_format,
+        options,
+        _LICENSES['data_license'].value,
+    )
+    shipped.check(_OUT.value)
     samples = _samples(config, path, trained, overrides)
-    facts = release.run(_OUT.value, trained, file_format, options, samples)
+    facts = release.run(_OUT.value, shipped, samples)
     print(f'{_OUT.value}: the model of {path}')
     for name, value in facts:
         print(f'  {name}: {value}')

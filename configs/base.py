@@ -12,8 +12,9 @@ def get_config() -> ConfigDict:
     optional = config_dict.placeholder
     config = ConfigDict()
     # Start from these weights: a file of torch (.pth), safetensors or Keras (.h5,
-    # .keras), or the workdir of a run. A checkpoint in --workdir comes first. The
-    # classifier starts anew where the classes differ.
+    # .keras), a folder as the Hugging Face Hub has them (config.json and
+    # model.safetensors), or the workdir of a run. A checkpoint in --workdir comes
+    # first. The classifier starts anew where the classes differ.
     config.init_from = ''
 
     config.model = ConfigDict()

@@ -19,9 +19,15 @@ def describe() -> dict[str, Any]:
         'devices': len(devices),
         'hosts': jax.process_count(),
         'system': f'{platform.system()} {platform.machine()}',
-        'python': platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        **versions(),
         'commit': _commit(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that results may depend on."""
+    return {'python': platform.python_version()} | {
+        name: importlib.metadata.version(name) for name in _PACKAGES
     }
 
 

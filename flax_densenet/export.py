@@ -1,5 +1,7 @@
 """Trained models as single files: for other frameworks, runtimes, and for ourselves.
 
+As a folder for the Hugging Face Hub also, see `hub`.
+
 A batch norm adds its own small number to the variance before the root. Where that is
 another one in the program that is to read the file, the difference is added to the
 variances, so the file computes what the model does.
@@ -17,12 +19,14 @@ from flax import traverse_util
 from flax_densenet import (
     evaluate,
     half,
+    hub,
     keras_files,
     model,
     onnx_graph,
     onnx_int8,
     onnx_model,
     rdnet_files,
+    stablehlo,
 )
 from flax_densenet import weights as weights_lib
 from flax_densenet.errors import UserError
@@ -130,6 +134,18 @@ def _write_onnx(path, trained, options):
     onnx_graph.import_onnx().save(made, path)
 
 
+def _write_stablehlo(path, trained, options):
+    plain = trained.with_tta('none')  # as in all other files
+    stablehlo.save(path, plain, inputs=options.inputs, precision=options.precision)
+
+
+def _write_huggingface(folder, trained, options):
+    def write_weights(path, trained):
+        _write_safetensors(path, trained, options)
+
+    hub.write(folder, trained, write_weights, license=options.license)
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How a model is written.
@@ -139,11 +155,13 @@ class Options:
         out); None for the format's first.
       precision: of stored weights, a key of the format's; `int8` computes in integers.
       calibration: of `int8`: uint8 batches `[N, S, S, C]` of images as they will come.
+      license: of the weights, for what says so.
     """
 
     inputs: str | None = None
     precision: str = 'float32'
     calibration: Sequence[np.ndarray] | None = None
+    license: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +204,18 @@ FORMATS = {
         runtimes=('onnxruntime', 'openvino'),
         channels_first=True,
     ),
+    'stablehlo': Format(
+        _write_stablehlo,
+        ('.stablehlo',),
+        inputs=stablehlo.INPUTS,
+        precisions=stablehlo.PRECISIONS,
+        runtimes=('jax',),
+    ),
+    'huggingface': Format(
+        _write_huggingface,
+        ('',),  # a folder
+        runtimes=('flax_densenet', 'torch'),
+    ),
 }
 
 
@@ -204,7 +234,8 @@ def save(
       file_format: a key of FORMATS. `torch` and `safetensors` are taken by
         torchvision's and timm's `load_state_dict(strict=True)`, the latter also by
         `weights.load` with all that this project knows of the model; `keras` by
-        `keras.applications`; `onnx` by ONNX Runtime and others.
+        `keras.applications`; `onnx` by ONNX Runtime and others; `stablehlo` by JAX;
+        `huggingface` is a folder.
       verify: called with the file before it takes its place; what it raises leaves
         what was there.
 
@@ -223,7 +254,7 @@ def save(
             part = os.path.join(unfinished, f'model{ending}')
             written.write(part, trained, options)
             verify(part)
-            os.replace(part, path)
+            hub.place(part, path)
     except OSError as error:
         raise UserError(
             f'--out={path} cannot be written ({error.strerror or error})'
@@ -248,3 +279,5 @@ def check_format(path: str, file_format: str, options: Options | None = None):
             raise UserError(
                 f'--{name}={value}: --format={file_format} has {", ".join(valid)}'
             )
+    if file_format == 'huggingface':
+        hub.check(path)

@@ -26,19 +26,25 @@ def load(workdir: str, step: int) -> dict[str, Any]:
     return check(place, found)
 
 
-def check(place: str, metadata: Any) -> dict[str, Any]:
+def check(place: str, metadata: Any, *, named: bool = True) -> dict[str, Any]:
     """Returns metadata in which the program finds what it looks for.
 
     Args:
       place: where it is from, for the message.
+      named: `class_names` are there; in exports of imported weights they can be null.
 
     Raises:
       UserError: a part is missing or of another kind.
     """
     _check_parts(place, '', {'': metadata}, {'': _is_object})
-    _check_parts(place, '', metadata, _PARTS)
+    parts = dict(_PARTS)
+    if not named and metadata.get('class_names', 0) is None:
+        del parts['class_names']
+    _check_parts(place, '', metadata, parts)
     # What was left open is there as null, or absent.
     known = {k: v for k, v in metadata['data'].items() if v is not None}
+    if 'images' in metadata:  # runs of older versions did not count them
+        _check_parts(place, '', metadata, {'images': _are_counts})
     _check_parts(place, 'data.', known, {k: _DATA[k] for k in _DATA if k in known})
     for fields in (metadata, {**metadata, **known}):
         if len(fields['mean']) != len(fields['std']):
@@ -81,6 +87,12 @@ def _are_numbers(value):
         isinstance(value, list)
         and len(value) in (1, 3)
         and all(type(n) in (int, float) and math.isfinite(n) for n in value)
+    )
+
+
+def _are_counts(value):
+    return _is_object(value) and all(
+        type(value.get(name)) is int and value[name] >= 0 for name in ('train', 'test')
     )
 
 

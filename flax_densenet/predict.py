@@ -243,8 +243,8 @@ def load_trained(
     """A trained model, ready to predict.
 
     Args:
-      path: the folder of a run, whose best checkpoint is taken, or a file of weights
-        (see `weights.load`).
+      path: the folder of a run, whose best checkpoint is taken, or a file or folder of
+        weights (see `weights.load`).
       batch_size: images that are computed at a time, at most.
       mesh: of the devices to use, by default all.
       tta: in place of the run's `data.tta`.

@@ -5,21 +5,54 @@ import os
 
 import numpy as np
 
-from flax_densenet import evaluate, export, sample_images, verify
+from flax_densenet import card, evaluate, export, sample_images, verify
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """What is released, and what its card says besides.
+
+    Attributes:
+      trained: the model.
+      workdir: of the run that it is from, or None.
+      file_format: a key of `export.FORMATS`.
+      options: without `calibration`, which is of the samples.
+      data_license: of the data, where it is known.
+    """
+
+    trained: evaluate.Trained
+    workdir: str | None
+    file_format: str
+    options: export.Options
+    data_license: str | None = None
+
+    def check(self, out: str):
+        """Raises `UserError` for what cannot be, before anything takes time."""
+        export.check_format(out, self.file_format, self.options)
+        if self.file_format != 'huggingface':
+            card.check(card.path_beside(out))
+
+    def card(self, out: str, facts) -> str:
+        """The card, as Markdown."""
+        return card.render(
+            self.trained,
+            workdir=self.workdir,
+            facts=facts,
+            file=out,
+            file_format=self.file_format,
+            license=self.options.license,
+            data_license=self.data_license,
+            hub=self.file_format == 'huggingface',
+        )
 
 
 def run(
-    out: str,
-    trained: evaluate.Trained,
-    file_format: str,
-    options: export.Options,
-    samples: sample_images.Samples,
+    out: str, release: Release, samples: sample_images.Samples
 ) -> list[tuple[str, str]]:
     """Exports, once every runtime that is installed agrees with the model.
 
     Args:
-      out: the file.
-      options: without `calibration`, which is of the samples.
+      out: the file, or folder.
 
     Returns:
       What is to be told of the file, by name: its size, runtimes, differences, and
@@ -29,39 +62,44 @@ def run(
       UserError: it cannot be written, or a runtime says otherwise; then what was there
         stays.
     """
+    release.check(out)
+    trained, file_format = release.trained, release.file_format
     known = export.FORMATS[file_format]
     options = dataclasses.replace(
-        options,
-        inputs=options.inputs or known.inputs[0],
+        release.options,
+        inputs=release.options.inputs or known.inputs[0],
         calibration=sample_images.batches(samples.calibration),
     )
     expected = verify.compute(trained, samples.images, options.inputs)
-    found = []
+    facts = []
 
     def try_out(part):
-        found.extend(
-            verify.check(
-                part,
-                trained,
-                samples.images,
-                expected,
-                names=known.runtimes,
-                inputs=options.inputs,
-                precision=options.precision,
-                nchw=known.channels_first,
-            )
+        found = verify.check(
+            part,
+            trained,
+            samples.images,
+            expected,
+            names=known.runtimes,
+            inputs=options.inputs,
+            precision=options.precision,
+            nchw=known.channels_first,
         )
+        facts.extend(_describe(part, file_format, options))
+        facts.extend((one.runtime, f'{one.away}, {samples.where}') for one in found)
+        outputs, precision = found[0].outputs, options.precision
+        facts.extend(_agreement(expected, outputs, samples.labels, precision))
+        if file_format == 'huggingface':
+            path = os.path.join(part, card.HUB_FILE)
+            card.save(path, release.card(out, facts))
 
     export.save(out, trained, file_format, options, verify=try_out)
-    return [
-        *_describe(out, file_format, options),
-        *((one.runtime, f'{_difference(one)}, {samples.where}') for one in found),
-        *_agreement(expected, found[0].outputs, samples.labels, options.precision),
-    ]
+    if file_format != 'huggingface':
+        card.save(card.path_beside(out), release.card(out, facts))
+    return facts
 
 
 def _describe(out, file_format, options):
-    size = os.path.getsize(out) / 2**20
+    size = _size(out) / 2**20
     facts = [('format', file_format), ('size', f'{size:.1f} MiB')]
     if file_format == 'onnx':
         from flax_densenet import onnx_graph
@@ -75,8 +113,10 @@ def _describe(out, file_format, options):
     return [*facts, ('inputs', options.inputs), ('precision', precision)]
 
 
-def _difference(found):
-    return f'largest difference {found.largest:.1e}, mean {found.mean:.1e}'
+def _size(path):
+    if os.path.isdir(path):
+        return sum(entry.stat().st_size for entry in os.scandir(path))
+    return os.path.getsize(path)
 
 
 def _agreement(expected, outputs, labels, precision):

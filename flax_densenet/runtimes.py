@@ -38,11 +38,19 @@ def _openvino(path, about):
 def _ours(path, about):
     import jax
 
-    from flax_densenet import evaluate
+    from flax_densenet import trained
 
-    trained = evaluate.load_trained(path)
-    apply = jax.jit(trained.module.apply)
-    return lambda images: np.asarray(apply(trained.variables, images))
+    found = trained.load_trained(path)
+    apply = jax.jit(found.module.apply)
+    return lambda images: np.asarray(apply(found.variables, images))
+
+
+def _jax(path, about):
+    from jax import export
+
+    with open(path, 'rb') as file:
+        program = export.deserialize(bytearray(file.read()))
+    return lambda images: np.asarray(program.call(images))
 
 
 def _torch(path, about):
@@ -50,10 +58,11 @@ def _torch(path, about):
 
     from flax_densenet import torch_network
 
-    if path.endswith('.safetensors'):
+    if not path.endswith(('.pth', '.pt')):
         from safetensors.torch import load_file
 
-        state = load_file(path)
+        folder = os.path.isdir(path)
+        state = load_file(os.path.join(path, 'model.safetensors') if folder else path)
     else:
         state = torch.load(path, weights_only=True)
     network = torch_network.make(state, about)
@@ -86,6 +95,7 @@ RUNTIMES = {
     'onnxruntime': (_onnxruntime, ('onnxruntime',)),
     'openvino': (_openvino, ('openvino',)),
     'flax_densenet': (_ours, ()),
+    'jax': (_jax, ('flatbuffers',)),
     'torch': (_torch, ('torch',)),
     'keras': (_keras, ('keras', 'h5py')),
 }

@@ -67,6 +67,7 @@ def make_metadata(config, source: data.Source) -> dict[str, Any]:
         'std': list(config['data']['std']),
         'data': dict(config['data']),
         'multi_label': source.multi_label,
+        'images': {'train': len(source.train), 'test': len(source.test)},
     }
 
 

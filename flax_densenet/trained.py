@@ -4,7 +4,6 @@ By itself so that whoever predicts waits for no readers of training data.
 """
 
 import dataclasses
-import os
 from typing import Any
 
 import jax.numpy as jnp
@@ -58,13 +57,13 @@ def load_trained(workdir: str, which: str = 'best', *, mesh=None) -> Trained:
     """Rebuilds the `best` or the `latest` model of a run; needs no config file.
 
     Args:
-      workdir: of the run, or a file of weights (see `weights.load`).
+      workdir: of the run, or a file or folder of weights (see `weights.load`).
 
     Raises:
       UserError: the workdir holds no (whole) checkpoint, or the file no weights.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
-    if os.path.isfile(workdir):
+    if weights.is_weights(workdir):
         return _from_file(workdir, mesh)
     step = cluster.of_first('step', lambda: checkpoint.find_step(workdir, which))
     metadata = metadata_lib.load(workdir, step)
@@ -93,10 +92,12 @@ def _from_file(path, mesh):
         raise UserError(f'{path} has no classifier: train one, with init_from={path}')
     preparation = {**found.preprocessing, **found.metadata.get('data', {})}
     # Whether probabilities are of one class or of each label; left out where the file
-    # does not tell.
-    labels = {}
+    # does not tell. How many images it was trained and tested on also.
+    more = {}
     if 'multi_label' in found.metadata or found.family == 'torchxrayvision':
-        labels['multi_label'] = found.metadata.get('multi_label', True)
+        more['multi_label'] = found.metadata.get('multi_label', True)
+    if 'images' in found.metadata:
+        more['images'] = found.metadata['images']
     return Trained(
         module=found.module,
         variables=sharding.replicate(found.variables, mesh),
@@ -107,7 +108,7 @@ def _from_file(path, mesh):
             'mean': list(found.preprocessing['mean']),
             'std': list(found.preprocessing['std']),
             'data': preparation,
-            **labels,
+            **more,
         },
         metrics={},
         step=None,

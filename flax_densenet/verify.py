@@ -33,8 +33,10 @@ class Found:
     largest: float
     mean: float
 
-    def __str__(self):
-        return f'{self.runtime}: largest difference {self.largest:.1e}'
+    @property
+    def away(self) -> str:
+        """The differences, in words."""
+        return f'largest difference {self.largest:.1e}, mean {self.mean:.1e}'
 
 
 def compute(trained: evaluate.Trained, images: np.ndarray, inputs: str) -> np.ndarray:

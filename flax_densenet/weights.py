@@ -20,7 +20,13 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from flax_densenet import checkpoint, keras_files, rdnet_files, torch_files
+from flax_densenet import (
+    checkpoint,
+    keras_files,
+    rdnet_files,
+    timm_config,
+    torch_files,
+)
 from flax_densenet import metadata as metadata_lib
 from flax_densenet import model as model_lib
 from flax_densenet.errors import UserError, printable
@@ -111,8 +117,9 @@ def load(path: str) -> Weights:
 
     Args:
       path: a file of torch (`.pth`, `.pt`, `.pth.tar`), safetensors or Keras (`.h5`,
-        `.weights.h5`, `.keras`), or the workdir of a run, of which the best checkpoint
-        is taken. Names do not matter, contents do.
+        `.weights.h5`, `.keras`), a folder as the Hugging Face Hub has them, or the
+        workdir of a run, of which the best checkpoint is taken. Names of files do not
+        matter, contents do.
 
     Raises:
       UserError: the file is not whole, holds neither a DenseNet nor an RDNet, or has
@@ -120,7 +127,7 @@ def load(path: str) -> Weights:
     """
     path = os.path.expanduser(path)
     if os.path.isdir(path):
-        return _load_run(path)
+        return (_load_folder if is_weights(path) else _load_run)(path)
     kind = _kind(path)
     if kind == 'keras':
         with warnings.catch_warnings(record=True) as notes:
@@ -132,6 +139,48 @@ def load(path: str) -> Weights:
     if kind == 'safetensors':
         return _load_safetensors(path)
     return _load_torch(path, torch_files.read(path))
+
+
+def is_weights(path: str) -> bool:
+    """Whether this is a file or a folder as on the Hub, and not that of a run."""
+    path = os.path.expanduser(path)
+    return os.path.isfile(path) or timm_config.is_folder(path)
+
+
+def _load_folder(folder):
+    """Weights of timm's or of ours, as its config.json says."""
+    config = timm_config.load(folder)
+    found = load(timm_config.find_weights(folder))
+    if config.metadata is not None:
+        if found.metadata != config.metadata:
+            found = _with_metadata(folder, found, config.metadata)
+        timm_config.check_agrees(folder, config, found.class_names, found.preprocessing)
+        return dataclasses.replace(found, path=folder)
+    timm_config.check_fits(folder, config, found.module)
+    fields = dict(found.fields)
+    # No array tells whether pooling blurs.
+    blurs = model_lib.VARIANTS.get(config.variant, {}).get('blur_pool', False)
+    if getattr(found.module, 'blur_pool', blurs) != blurs:
+        fields['blur_pool'] = blurs
+    return dataclasses.replace(
+        found,
+        path=folder,
+        family='rdnet' if found.family == 'rdnet' else 'timm',
+        fields=fields,
+        preprocessing=config.preprocessing,
+        class_names=config.class_names,
+    )
+
+
+def _with_metadata(path, found, ours):
+    """Weights of a file with the metadata that stands beside it."""
+    arrays = traverse_util.flatten_dict(found.variables, sep='/')
+    weights = _make(
+        path, 'flax_densenet', arrays, to_tuples(ours['model']), ours['class_names']
+    )
+    return dataclasses.replace(
+        weights, preprocessing=_preprocessing_of(ours), metadata=ours
+    )
 
 
 def _kind(path):
@@ -149,6 +198,11 @@ def _kind(path):
         return 'safetensors'
     if start[:4] == b'PK\x03\x04' or start[:1] == b'\x80':
         return 'torch'
+    if start == b'version https://':
+        raise UserError(
+            f'{path} is not the weights but a pointer of Git LFS to them; bring them '
+            'with: git lfs pull'
+        )
     raise UserError(
         f'{path} holds no weights; use a file of torch (.pth), safetensors or Keras '
         '(.h5, .keras), or the folder of a run'
@@ -262,21 +316,16 @@ def to_torch_layout(array: np.ndarray) -> np.ndarray:
 
 
 def _timm_sidecar(path):
-    """How images are prepared, from the config.json that the hub keeps beside."""
+    """How images are prepared, from the config.json that the Hub keeps beside."""
+    config = os.path.join(os.path.dirname(path), timm_config.CONFIG_FILE)
     try:
-        with open(os.path.join(os.path.dirname(path), 'config.json')) as file:
-            config = json.load(file)
-        found = config['pretrained_cfg']
-        return dict(
-            image_size=int(found['input_size'][-1]),
-            resize='crop',
-            crop_fraction=float(found['crop_pct']),
-            interpolation=str(found['interpolation']),
-            mean=tuple(map(float, found['mean'])),
-            std=tuple(map(float, found['std'])),
-        )
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return None
+        settings = timm_config.read(config).get('pretrained_cfg')
+        # A run has a file of this name too.
+        if isinstance(settings, dict):
+            return timm_config.preprocessing_of(config, settings)
+    except UserError:
+        pass
+    return None
 
 
 def _load_safetensors(path):
@@ -298,7 +347,7 @@ def _load_safetensors(path):
         ours = json.loads(metadata[METADATA])
     except (ValueError, RecursionError) as error:
         raise UserError(f'{path}: its metadata is not ours ({error!r})') from error
-    metadata_lib.check(path, ours)
+    metadata_lib.check(path, ours, named=False)
     fields, names = to_tuples(ours['model']), ours['class_names']
     arrays, _ = _rename(arrays)
     weights = _make(path, 'flax_densenet', arrays, fields, names)
@@ -353,6 +402,11 @@ def _make(path, family, arrays, fields, names=None):
     fields = _find_fields(path, arrays) | fields
     head = arrays.get('params/classifier/kernel')
     num_classes = 0 if head is None else head.shape[-1]
+    if names and len(names) != num_classes:
+        raise UserError(
+            f'{path} names {len(names)} classes, its classifier has {num_classes}; use '
+            'a copy that is whole'
+        )
     module = model_lib.create_model(num_classes=num_classes, **fields)
     channels = arrays['params/conv0/kernel'].shape[2]
     shapes = model_lib.variable_shapes(module, channels=channels)
@@ -379,7 +433,7 @@ def _make(path, family, arrays, fields, names=None):
 
 
 def _check_arrays(path, arrays, wanted, show):
-    """Raises where an array is missing, not expected or of another shape."""
+    """Raises where an array is missing, not expected, or of another shape or kind."""
     lists = {
         'missing': sorted(map(show, wanted.keys() - arrays.keys())),
         'unexpected': sorted(map(show, arrays.keys() - wanted.keys())),
@@ -387,6 +441,12 @@ def _check_arrays(path, arrays, wanted, show):
             f'{show(name)} {list(arrays[name].shape)}, not {list(wanted[name].shape)}'
             for name in sorted(wanted.keys() & arrays.keys())
             if arrays[name].shape != wanted[name].shape
+        ],
+        # Quantised ones mean something else than their numbers.
+        'not of floating point': [
+            f'{show(name)} {arrays[name].dtype}'
+            for name in sorted(wanted.keys() & arrays.keys())
+            if not jax.dtypes.issubdtype(arrays[name].dtype, np.floating)
         ],
     }
     if any(lists.values()):

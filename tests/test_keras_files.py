@@ -622,3 +622,34 @@ def test_write_keeps_the_old_file(keras, tmp_path, monkeypatch):
         keras_files.write(str(tmp_path / 'a.h5'), module, variables)
     assert os.listdir(tmp_path) == ['a.h5']
     assert (tmp_path / 'a.h5').read_text() == 'old'
+
+
+@pytest.mark.parametrize('ending', ENDINGS)
+@pytest.mark.parametrize('several', [False, True])
+def test_code_of_cards(ending, several, keras, tmp_path, monkeypatch):
+    """What a card says to do with a file gives the model's probabilities."""
+    import re
+
+    from PIL import Image
+
+    from flax_densenet import card, evaluate, export, init_variables
+
+    fields = {'variant': 'densenet121', 'block_sizes': BLOCKS}
+    module = create_model(num_classes=3, **fields)
+    variables = init_variables(module, 0)
+    metadata = {
+        'model': fields, 'class_names': ['a', 'b', 'c'], 'image_size': 64,
+        'mean': [0.5] * 3, 'std': [0.25] * 3, 'multi_label': several, 'data': {},
+    }  # fmt: skip
+    trained = evaluate.Trained(module, variables, metadata, {}, None, None)
+    monkeypatch.chdir(tmp_path)
+    export.save('x' + ending, trained, 'keras')
+    said = card.render(trained, file='x' + ending, file_format='keras')
+    photo = np.random.default_rng(2).integers(0, 255, (90, 120, 3), np.uint8)
+    Image.fromarray(photo).save('photo.jpg')
+    names = {'print': lambda found: names.update(found=found)}
+    for block in re.findall(r'```python\n(.*?)```', said, re.S):
+        exec(block, names)
+    logits = module.apply(variables, names['x'][None])
+    expected = jax.nn.sigmoid(logits) if several else jax.nn.softmax(logits)
+    np.testing.assert_allclose(names['found'], expected, atol=1e-4)

@@ -23,6 +23,7 @@ from flax_densenet.errors import UserError
 
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
+pytest.importorskip('flatbuffers')
 
 
 @pytest.fixture(scope='module')
@@ -35,6 +36,11 @@ def samples(trained):
     fields = {name: None for name in data.load_source.__kwdefaults__}
     fields |= data.load_source.__kwdefaults__ | {'source': 'digits', 'image_size': 16}
     return sample_images.of_data(trained, 'here', fields, whole=True)
+
+
+def run(path, trained, file_format, options, samples):
+    shipped = release.Release(trained, None, file_format, options)
+    return release.run(path, shipped, samples)
 
 
 def test_samples(samples, trained):
@@ -56,12 +62,14 @@ def test_samples(samples, trained):
         ('onnx', '.onnx', 'float32'),
         ('onnx', '.onnx', 'bfloat16'),
         ('safetensors', '.safetensors', 'float16'),
+        ('stablehlo', '.stablehlo', 'float32'),
+        ('huggingface', '', 'bfloat16'),
     ],
 )
 def test_release(file_format, ending, precision, trained, samples, tmp_path):
     path = tmp_path / f'x{ending}'
     options = export.Options(precision=precision)
-    facts = dict(release.run(str(path), trained, file_format, options, samples))
+    facts = dict(run(str(path), trained, file_format, options, samples))
     runtime = export.FORMATS[file_format].runtimes[0]
     assert '360 test images of digits' in facts[runtime]
     assert ('accuracy' in facts) == (precision != 'float32')
@@ -69,13 +77,30 @@ def test_release(file_format, ending, precision, trained, samples, tmp_path):
         before, after = facts['accuracy'].split('before')
         away = abs(float(before.split()[0]) - float(after.split()[1]))
         assert away <= 1  # points; nobody trained it
-    assert precision in facts['precision'] and path.stat().st_size > 1e4
+    assert precision in facts['precision'] and float(facts['size'].split()[0]) > 0
+    folder = path if file_format == 'huggingface' else tmp_path
+    name = 'README.md' if file_format == 'huggingface' else 'MODEL_CARD.md'
+    assert '360 test images of digits' in (folder / name).read_text()
+
+
+def test_card(trained, samples, tmp_path):
+    """Beside the file; one that somebody edited to stay is not replaced."""
+    path, beside = tmp_path / 'x.onnx', tmp_path / 'MODEL_CARD.md'
+    for _ in range(2):
+        run(str(path), trained, 'onnx', export.Options(license='mit'), samples)
+    text = beside.read_text()
+    assert 'largest difference' in text and 'x.onnx' in text and 'mit' in text.lower()
+    beside.write_text('mine')
+    path.unlink()
+    with pytest.raises(UserError, match='MODEL_CARD.md is there and not of this'):
+        run(str(path), trained, 'onnx', export.Options(), samples)
+    assert beside.read_text() == 'mine' and not path.exists()
 
 
 def test_integers(trained, samples, tmp_path):
     path = str(tmp_path / 'x.onnx')
     options = export.Options(precision='int8')
-    facts = dict(release.run(path, trained, 'onnx', options, samples))
+    facts = dict(run(path, trained, 'onnx', options, samples))
     assert facts['precision'] == 'int8, computed in integers'
     assert 'before' in facts['accuracy']
 
@@ -92,7 +117,7 @@ def test_a_wrong_file_is_not_handed_out(trained, samples, tmp_path, monkeypatch)
     make = onnx_model.make
     monkeypatch.setattr(onnx_model, 'make', make_another)
     with pytest.raises(UserError, match='nothing was exported: in onnxruntime it diff'):
-        release.run(str(path), trained, 'onnx', export.Options(), samples)
+        run(str(path), trained, 'onnx', export.Options(), samples)
     assert path.read_text() == 'of before' and len(list(tmp_path.iterdir())) == 1
 
 
@@ -104,18 +129,14 @@ def test_a_file_that_does_not_run(trained, samples, tmp_path, monkeypatch):
     broken = export.Format(write, ('.onnx',), runtimes=('onnxruntime',))
     monkeypatch.setitem(export.FORMATS, 'onnx', broken)
     with pytest.raises(UserError, match='onnxruntime cannot run it .*INVALID_PROTOBUF'):
-        release.run(
-            str(tmp_path / 'x.onnx'), trained, 'onnx', export.Options(), samples
-        )
+        run(str(tmp_path / 'x.onnx'), trained, 'onnx', export.Options(), samples)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_runtime_is_needed(trained, samples, tmp_path, monkeypatch):
     monkeypatch.setattr(runtimes, 'is_installed', lambda name: False)
     with pytest.raises(UserError, match='pip install onnxruntime'):
-        release.run(
-            str(tmp_path / 'x.onnx'), trained, 'onnx', export.Options(), samples
-        )
+        run(str(tmp_path / 'x.onnx'), trained, 'onnx', export.Options(), samples)
     monkeypatch.setitem(sys.modules, 'onnx', None)
     with pytest.raises(UserError, match=r'needs onnx: pip install .flax_densenet\[exp'):
         export.save(str(tmp_path / 'x.onnx'), trained, 'onnx')
@@ -155,7 +176,7 @@ def test_runtimes_of_others(file_format, ending, variant, tmp_path):
     trained = evaluate.Trained(module, variables, metadata, {}, None, mesh)
     few = sample_images.of_library(evaluate.preparation_of(metadata))
     path = str(tmp_path / f'x{ending}')
-    facts = dict(release.run(path, trained, file_format, export.Options(), few))
+    facts = dict(run(path, trained, file_format, export.Options(), few))
     for name in names:
         assert not runtimes.is_installed(name) or 'largest' in facts[name]
 

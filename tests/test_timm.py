@@ -234,3 +234,157 @@ def test_shapes_of_the_large(name, timm):
     }
     theirs = {k: tuple(v.shape) for k, v in theirs.items() if 'num_batches' not in k}
     assert ours == theirs
+
+
+HUB_NETWORKS = {
+    'densenet': dict(variant='densenet121', growth_rate=4, block_sizes=(2, 3),
+                     stem_features=8, bottleneck=2),
+    'grey': dict(variant='densenet121', growth_rate=4, block_sizes=(2, 3),
+                 stem_features=8),
+    'blur': dict(variant='densenetblur121d', growth_rate=8, block_sizes=(2, 2),
+                 stem_features=16),
+    'deep': dict(variant='densenet264d', growth_rate=8, block_sizes=(2, 2),
+                 stem_features=16, epsilon=1e-3),
+    'rdnet': dict(variant='rdnet_tiny', growth_rates=(8, 16, 8, 8), bottleneck=3,
+                  block_sizes=(1, 2, 2, 1), halvings=(1, 3), squeeze_blocks=(2, 4),
+                  stem_features=12),
+    'rdnet without layer scale': dict(
+        variant='rdnet_tiny', growth_rates=(8, 16), bottleneck=4, block_sizes=(1, 2),
+        halvings=(1,), squeeze_blocks=(), stem_features=16, layer_scale=0.0),
+}  # fmt: skip
+
+
+def shaken(module, channels):
+    """Variables of which none is simple."""
+    from flax import traverse_util
+
+    from flax_densenet import init_variables
+
+    flat = traverse_util.flatten_dict(init_variables(module, 0, channels=channels))
+    rng = np.random.default_rng(0)
+    for path, leaf in flat.items():
+        if path[-1] != 'kernel':  # those are random already
+            leaf = leaf + rng.uniform(-0.3, 0.3, leaf.shape)
+        flat[path] = np.asarray(leaf, np.float32)
+    made = traverse_util.unflatten_dict(flat)
+    return {'batch_stats': {}} | made
+
+
+def assert_hub(timm, module, fields, folder, *, channels=3, resize='crop'):
+    """timm makes the network of a folder of ours, and prepares the same images."""
+    from PIL import Image
+
+    variables = shaken(module, channels)
+    names = [f'class {n}' for n in range(module.num_classes)]
+    metadata = {
+        'model': fields, 'class_names': names, 'image_size': 48,
+        'mean': [0.5, 0.4, 0.3][:channels], 'std': [0.2, 0.3, 0.25][:channels],
+        'data': {'resize': resize, 'crop_fraction': 0.75, 'interpolation': 'bicubic'},
+    }  # fmt: skip
+    trained = evaluate.Trained(module, variables, metadata, {}, None, None)
+    export.save(str(folder), trained, 'huggingface')
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    found = weights.load(str(folder))
+    images = np.random.default_rng(1).standard_normal((2, 64, 48, channels))
+    images = images.astype('f4')
+    with torch.inference_mode():
+        x = torch.from_numpy(images).permute(0, 3, 1, 2)
+        logits = model(x).numpy()
+    for ours in (module.apply(variables, images), found.module.apply(
+        found.variables, images
+    )):  # fmt: skip
+        assert np.abs(ours - logits).max() < 1e-4 * logits.std()
+    assert list(model.pretrained_cfg['label_names']) == names
+    config = timm.data.resolve_model_data_config(model)
+    transform = timm.data.create_transform(**config)
+    photo = np.random.default_rng(2).integers(0, 255, (9, 12, 3), np.uint8)
+    photo = Image.fromarray(photo).resize((200, 150))
+    theirs = transform(photo if channels == 3 else photo.convert('L'))
+    ours = evaluate.preparation_of(found_metadata(found)).apply(photo)
+    ours = evaluate.normalise(ours[None], mean=metadata['mean'], std=metadata['std'])
+    difference = np.asarray(ours)[0] - theirs.permute(1, 2, 0).numpy()
+    assert difference.shape == (48, 48, channels)
+    assert np.abs(difference).max() < 0.1  # a few of 255 steps, at the edges
+    return model
+
+
+def found_metadata(found):
+    return found.metadata | {'image_size': found.preprocessing['image_size']}
+
+
+@pytest.mark.parametrize('kind', HUB_NETWORKS)
+def test_folder_for_the_hub(kind, timm, tmp_path):
+    fields = HUB_NETWORKS[kind]
+    module = create_model(num_classes=5, **fields)
+    channels, resize = (1, 'stretch') if kind == 'grey' else (3, 'crop')
+    model = assert_hub(
+        timm, module, fields, tmp_path / 'a', channels=channels, resize=resize
+    )
+    # As timm itself saves it, without anything of ours.
+    timm.models.save_for_hf(model, str(tmp_path / 'b'), safe_serialization=True)
+    found = weights.load(str(tmp_path / 'b'))
+    ours = weights.load(str(tmp_path / 'a'))
+    assert found.class_names is None or found.class_names == ours.class_names
+    assert found.module.clone(epsilon=1) == ours.module.clone(epsilon=1)
+    jax.tree.map(np.testing.assert_array_equal, found.variables, ours.variables)
+    keep = ('image_size', 'resize', 'interpolation', 'mean', 'std', 'channels')
+    for name in keep:
+        assert found.preprocessing[name] == ours.preprocessing[name], name
+    timm.models.save_for_hf(model, str(tmp_path / 'c'))
+    (tmp_path / 'c' / 'model.safetensors').unlink(missing_ok=True)
+    again = weights.load(str(tmp_path / 'c'))  # pytorch_model.bin
+    jax.tree.map(np.testing.assert_array_equal, again.variables, ours.variables)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['densenet121', 'densenet161', 'rdnet_tiny'])
+def test_full_size_for_the_hub(name, timm, tmp_path):
+    module = create_model(name, num_classes=7)
+    model = assert_hub(timm, module, {'variant': name}, tmp_path / 'a')
+    assert model.pretrained_cfg['architecture'] == name
+
+
+@pytest.mark.parametrize(
+    ('form', 'name', 'kind'),
+    [
+        ('torch', 'birds.pth', 'densenet'),
+        ('torch', 'birds.pth', 'rdnet'),
+        ('safetensors', "b'irds.safetensors", 'blur'),
+        ('huggingface', 'a folder', 'grey'),
+    ],
+)
+def test_code_of_cards(form, name, kind, timm, tmp_path, monkeypatch, capsys):
+    """What a card says to do with a file gives the model's logits."""
+    import re
+
+    from PIL import Image
+
+    from flax_densenet import card
+
+    module = create_model(num_classes=3, **HUB_NETWORKS[kind])
+    channels = 1 if kind == 'grey' else 3
+    metadata = {
+        'model': HUB_NETWORKS[kind], 'class_names': ['a', 'b', 'c'], 'image_size': 64,
+        'mean': [0.5] * channels, 'std': [0.25] * channels, 'multi_label': False,
+        'data': {'resize': 'crop', 'crop_fraction': 0.5, 'interpolation': 'bilinear'},
+    }  # fmt: skip
+    variables = shaken(module, channels)
+    trained = evaluate.Trained(module, variables, metadata, {}, None, None)
+    monkeypatch.chdir(tmp_path)
+    export.save(name, trained, form)
+    said = card.render(trained, file=name, file_format=form, hub=form == 'huggingface')
+    photo = np.random.default_rng(2).integers(0, 255, (9, 12, 3), np.uint8)
+    Image.fromarray(photo).resize((160, 140)).save('photo.jpg')
+    preparation, *blocks = re.findall(r'```python\n(.*?)```', said, re.S)
+    names = {}
+    exec(preparation, names)
+    if channels == 1:
+        names['image'] = names['image'].convert('L')
+    expected = np.asarray(module.apply(variables, names['x'][None]))
+    if form == 'huggingface':  # its transforms take the photograph itself
+        names['image'] = Image.open('photo.jpg').convert('L')
+    capsys.readouterr()
+    exec(blocks[-1], names)
+    numbers = re.findall(r'-?\d+\.\d+(?:e[-+]\d+)?', capsys.readouterr().out)
+    difference = np.abs(np.array(numbers, 'f4') - expected[0]).max()
+    assert difference < (0.02 if form == 'huggingface' else 1e-3) * expected.std()

@@ -96,11 +96,13 @@ def _write_safetensors(path, trained, options):
     metadata = dict(trained.metadata)
     if model.has_batch_norm(trained.module):
         metadata['model'] = dict(metadata['model'], epsilon=_TORCH_EPSILON)
-    safetensors.save_file(
+    content = safetensors.save(
         _stored(torch_arrays(trained.module, trained.variables), options),
-        path,
         {weights_lib.METADATA: json.dumps(metadata), 'format': 'pt'},
     )
+    # Its own `save_file` makes files that nobody else may read.
+    with open(path, 'wb') as file:
+        file.write(content)
 
 
 def _stored(arrays, options):

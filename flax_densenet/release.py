@@ -100,7 +100,7 @@ def run(
 
 def _describe(out, file_format, options):
     size = _size(out) / 2**20
-    facts = [('format', file_format), ('size', f'{size:.1f} MiB')]
+    facts = [('format', file_format), ('size', f'{size:.3g} MiB')]
     if file_format == 'onnx':
         from flax_densenet import onnx_graph
 

@@ -21,9 +21,9 @@ def prepare(file, meta):
     """An image file as the model takes it: uint8 `[1, size, size, channels]`."""
     size, box = int(meta['image_size']), None
     side = int(size / float(meta['crop_fraction']))
-    image = Image.open(file)
-    image.draft(None, (2 * side, 2 * side))  # a large JPEG, at a fraction of its size
-    image = ImageOps.exif_transpose(image)
+    with Image.open(file) as image:
+        image.draft(None, (2 * side, 2 * side))  # large JPEG: at a half, a quarter, ...
+        image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert('RGBA')
         page = Image.new('RGBA', image.size, 'white')

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import functools
 import http.server
+import io
 import json
 import pathlib
 import shutil
@@ -46,7 +47,7 @@ FLAGS = (
 )
 # A JPEG is decoded by another program than here, and in full, where images.py reads a
 # large one at a fraction of its size: so much may a probability differ, in points.
-JPEG_BOUND = 2.0
+JPEG_BOUND = 0.5
 # Of the same pixels: half a digit of what is shown, and another build of onnxruntime.
 SAME_BOUND = 0.1
 ISOLATED = {
@@ -131,39 +132,37 @@ def opened(chromium, built, tmp_path):
     return open_page
 
 
-def drop(tab, *paths):
-    """Lets files fall onto the page, and waits for what it says."""
-    files = [
-        [pathlib.Path(path).name, base64.b64encode(pathlib.Path(path).read_bytes())]
-        for path in paths
-    ]
-    transfer = tab.evaluate_handle(
+def make_transfer(tab, *paths):
+    """Files as a drop or the clipboard brings them; the page is told to wait."""
+    files = []
+    for path in map(pathlib.Path, paths):
+        files.append([path.name, base64.b64encode(path.read_bytes()).decode()])
+    return tab.evaluate_handle(
         """(files) => {
           const transfer = new DataTransfer();
           for (const [name, text] of files) {
             const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
             transfer.items.add(new File([bytes], name));
           }
-          document.getElementById('status').textContent = 'dropped';
+          document.getElementById('status').textContent = 'given';
           return transfer;
         }""",
-        [[name, text.decode()] for name, text in files],
+        files,
     )
+
+
+def drop(tab, *paths):
+    """Lets files fall onto the page, and waits until it has nothing more to do."""
+    transfer = make_transfer(tab, *paths)
     tab.dispatch_event('main', 'drop', {'dataTransfer': transfer})
     tab.wait_for_selector('#status:empty', state='attached')
 
 
 def seen(tab):
     """What the page shows that the model gets, uint8 `[S, S, 3]`."""
-    pixels = tab.evaluate(
-        """() => {
-          const canvas = document.getElementById('seen');
-          const { width, height } = canvas;
-          return [...canvas.getContext('2d').getImageData(0, 0, width, height).data];
-        }"""
-    )
-    side = int(np.sqrt(len(pixels) // 4))
-    return np.array(pixels, np.uint8).reshape(side, side, 4)[..., :3]
+    url = tab.evaluate("document.getElementById('seen').toDataURL()")
+    png = io.BytesIO(base64.b64decode(url.partition(',')[2]))
+    return np.asarray(Image.open(png).convert('RGB'))
 
 
 def shown(tab):
@@ -171,7 +170,7 @@ def shown(tab):
     names = tab.locator('#classes .name').all_text_contents()
     shares = tab.locator('#classes .share').all_text_contents()
     return {
-        name: float(share.removesuffix(' %'))
+        name: float(share.removesuffix('\xa0%'))
         for name, share in zip(names, shares, strict=True)
     }
 
@@ -184,7 +183,7 @@ def check(tab, model, image, bound):
     assert len(found) == 5
     best = LABELS[right.argmax()]
     assert next(iter(found)) == best
-    assert tab.text_content('#verdict') == f'Most likely {best}, {found[best]:.1f} %'
+    assert tab.text_content('#verdict') == f'Most likely {best}, {found[best]:.1f}\xa0%'
     for name, share in found.items():
         assert abs(share - right[LABELS.index(name)]) <= bound
     # The test can tell: another picture gets other numbers.
@@ -208,10 +207,13 @@ def rotate(photo, path):
 
 
 def test_resizes_as_pillow(tmp_path):
-    """To the bit: both rules and filters, larger and smaller, long, grey."""
+    """To the bit: both rules and filters, larger and smaller, wide, grey.
+
+    Not very tall ones: of them Pillow 13 resizes the columns first, older ones the rows.
+    """
     rng = np.random.default_rng(0)
     cases, expected = [], []
-    for height, width in ((90, 61), (61, 90), (20, 17), (32, 32), (300, 40), (33, 257)):
+    for height, width in ((90, 61), (61, 90), (20, 17), (32, 32), (33, 40), (33, 257)):
         pixels = rng.integers(0, 256, (height, width, 4), np.uint8)
         pixels[..., 3] = 255
         for way in (
@@ -261,7 +263,7 @@ def test_the_same_pixels(opened, photo, tmp_path):
 
 @pytest.mark.parametrize('way', ['stretch', 'crop', 'bicubic', 'grey'])
 def test_photographs(opened, photo, tmp_path, way):
-    """As a PNG the pixels are ours, as a JPEG nearly, also one that lies on its side."""
+    """As a PNG the pixels are ours, as a JPEG nearly, also of one on its side."""
     options = {
         'stretch': {'resize': 'stretch'},
         'crop': {'resize': 'crop', 'crop_fraction': 0.875},
@@ -339,8 +341,10 @@ def test_without_a_model(opened, photo, tmp_path):
         drop(tab, photo)
         assert tab.locator('#error').is_visible()
         assert tab.locator('#result').is_hidden()
+        assert tab.get_by_role('button').all_text_contents() == ['Choose a model']
         drop(tab, model)  # and the picture of before is classified
         assert tab.locator('#error').is_hidden()
+        assert tab.get_by_role('button', name='Choose a picture').is_visible()
         assert 'bees.onnx' in tab.text_content('#facts')
         check(
             tab, model, images.load_image(photo, images.Preparation(SIZE)), JPEG_BOUND
@@ -352,22 +356,19 @@ def test_without_a_model(opened, photo, tmp_path):
     [
         ({'dtype': 'float'}, 'its image is float32 [batch, 32, 32, 3], not uint8'),
         ({'image_size': 64}, 'not uint8 [batch, 64, 64, 3]'),
-        ({'labels': ['a'], 'label_names': 1}, None),
+        ({'outputs': 4}, 'its probabilities are float32 [batch, 4] for 6 classes'),
         ({'resize': None}, 'says nothing of its resize'),
         ({'resize': 'fold'}, 'has a resize that cannot be used: fold'),
-        ({'labels': 'ants'}, None),
+        ({'crop_fraction': 0}, 'has a crop_fraction that cannot be used: 0'),
     ],
 )
 def test_models_of_others(opened, photo, tmp_path, made, reason):
-    """The reason is told, and the model of before goes on."""
+    """The reason is told in a line, and the model of before goes on."""
     good = write_onnx(tmp_path / 'model.onnx')
+    other = write_onnx(tmp_path / 'other.onnx', **made)
     with opened(good) as tab:
-        other = write_onnx(tmp_path / 'other.onnx', **made)
         drop(tab, other)
         error = tab.text_content('#error')
-        if reason is None:
-            assert tab.locator('#error').is_hidden()
-            return
         assert error.startswith('other.onnx') and reason in error
         assert '\n' not in error
         drop(tab, photo)
@@ -388,21 +389,26 @@ def test_damaged_models(opened, photo, tmp_path):
             assert tab.text_content('#error') == error
 
 
-def test_pasted_and_chosen(opened, photo, tmp_path):
+def test_chosen_and_pasted(opened, photo, tmp_path):
     model = write_onnx(tmp_path / 'model.onnx')
+    png = tmp_path / 'photo.png'
+    Image.open(photo).transpose(Image.Transpose.ROTATE_180).save(png)
     with opened(model) as tab:
         with tab.expect_file_chooser() as chooser:
             tab.get_by_role('button', name='Choose a picture').click()
         chooser.value.set_files(photo)
         tab.wait_for_selector('#verdict:not(:empty)')
-        tab.evaluate("document.getElementById('verdict').textContent = ''")
+        chosen = shown(tab)
+        transfer = make_transfer(tab, png)
         tab.evaluate(
-            """async () => {
-              const file = await fetch(document.getElementById('picture').src)
-                .catch(() => null);
-              if (file) throw new Error('the page could fetch a blob');
-            }"""
+            """(clipboardData) => document.dispatchEvent(
+              new ClipboardEvent('paste', { clipboardData }))""",
+            transfer,
         )
+        tab.wait_for_selector('#status:empty', state='attached')
+        assert shown(tab) != chosen
+        image = images.load_image(png, images.Preparation(SIZE))
+        check(tab, model, image, SAME_BOUND)
 
 
 def test_the_page_itself_may_send_nothing(opened, tmp_path):

@@ -16,12 +16,14 @@ def write_onnx(
     size=SIZE,
     channels=3,
     multi_label=False,
+    outputs=None,
     dtype='uint8',
     **metadata,
 ):
     """Writes a classifier that tells pictures apart by their brightest places.
 
     Args:
+      outputs: how many probabilities, where not one for each label.
       dtype: of the input; exported models have `uint8`.
       **metadata: `metadata_props` other than usual; None leaves one out.
 
@@ -32,8 +34,8 @@ def write_onnx(
     from onnx import helper
 
     rng = np.random.default_rng(0)
-    grid = 8
-    weights = 0.5 * rng.standard_normal((grid * grid * channels, len(labels)))
+    grid, outputs = 8, outputs or len(labels)
+    weights = 0.5 * rng.standard_normal((grid * grid * channels, outputs))
     constants = {
         'mean': np.float32([0.5] * channels),
         'full': np.float32([255.0]),
@@ -59,7 +61,7 @@ def write_onnx(
         ),
     ]
     element = getattr(onnx.TensorProto, dtype.upper())
-    shape, classes = ['batch', size, size, channels], ['batch', len(labels)]
+    shape, classes = ['batch', size, size, channels], ['batch', outputs]
     float_ = onnx.TensorProto.FLOAT
     graph = helper.make_graph(
         nodes,

@@ -82,7 +82,8 @@ function describe({ isTensor, type, shape }) {
 
 /** [{label, share}] of all classes, the likeliest first. */
 async function classify(session, { size, channels, labels }, pixels) {
-  const image = new ort.Tensor('uint8', pixels, [1, size, size, channels]);
+  // A copy, as what goes to a worker is gone from here.
+  const image = new ort.Tensor('uint8', pixels.slice(), [1, size, size, channels]);
   let shares;
   try {
     shares = (await session.run({ [INPUT]: image }, [OUTPUT]))[OUTPUT].data;
@@ -90,7 +91,8 @@ async function classify(session, { size, channels, labels }, pixels) {
     throw new Told(`The model cannot compute this picture: ${firstLine(error)}`);
   }
   if (shares.length !== labels.length) {
-    throw new Told(`The model gives ${shares.length} numbers for ${labels.length} classes.`);
+    const numbers = `${shares.length} numbers for ${labels.length} classes`;
+    throw new Told(`The model gives ${numbers}.`);
   }
   const found = labels.map((label, i) => ({ label, share: shares[i] }));
   return found.sort((one, other) => other.share - one.share);

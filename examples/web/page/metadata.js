@@ -1,6 +1,6 @@
-// What an exporter wrote into `metadata_props` of an .onnx file. onnxruntime-web does not
-// hand it out (microsoft/onnxruntime#16547), so it is read from the bytes: protobuf, of
-// which two messages are needed, and the weights are skipped.
+// What an exporter wrote into `metadata_props` of an .onnx file. onnxruntime-web does
+// not hand it out (microsoft/onnxruntime#16547), so it is read from the bytes: protobuf,
+// of which two messages are needed, and the weights are skipped.
 
 import { Told } from './told.js';
 

@@ -7,6 +7,9 @@ import { Told } from './told.js';
 
 const SHOWN = 5; // classes
 const NAMED = 6; // of many classes, as examples
+const NO_MODEL =
+  'There is no model yet: put model.onnx beside this page and load it again, or drop ' +
+  'an .onnx file here.';
 const $ = (id) => document.getElementById(id);
 
 let classifier = null; // the model in use
@@ -22,6 +25,17 @@ function fail(text) {
   $('error').textContent = text;
   $('error').hidden = !text;
   if (text) say('');
+}
+
+// What the page waits for.
+function invite() {
+  document.body.classList.remove('starting');
+  document.body.classList.toggle('no-model', !classifier);
+  $('invite').textContent = !classifier
+    ? 'Drop a model here, an .onnx file of flax_densenet, or'
+    : picture
+      ? 'Another one? Drop it here, paste it, or'
+      : 'Drop a picture here, paste one, or';
 }
 
 // Does the task after those before it; what it throws becomes the line on the page.
@@ -42,15 +56,9 @@ async function fetchModel() {
   try {
     answer = await fetch('model.onnx', { cache: 'no-cache' });
   } catch {
-    throw new Told('model.onnx cannot be loaded: the server of this page does not answer.');
+    throw new Told('There is no model: the server of this page does not answer.');
   }
-  if (!answer.ok) {
-    $('details').open = true; // there another one is chosen
-    throw new Told(
-      'There is no model yet: put model.onnx beside this page and load it again, or drop ' +
-        'an .onnx file here.',
-    );
-  }
+  if (!answer.ok) throw new Told(NO_MODEL);
   await useModel('model.onnx', await answer.arrayBuffer());
 }
 
@@ -60,6 +68,7 @@ async function useModel(name, buffer) {
   await classifier?.release();
   classifier = loaded;
   showModel(loaded.model);
+  invite();
   fail('');
   say('');
 }
@@ -95,8 +104,10 @@ function show(found, [before, run]) {
   $('classes').replaceChildren(...found.slice(0, SHOWN).map(makeRow));
   const rest = found.length - SHOWN;
   const others = rest > 0 ? `${rest} other classes are less likely. ` : '';
-  const parts = `${before.toFixed(0)} ms for the picture, ${run.toFixed(0)} ms for the model`;
-  $('time').textContent = `${others}It took ${(before + run).toFixed(0)} ms: ${parts}.`;
+  const [all, first, second] = [before + run, before, run].map((ms) => ms.toFixed(0));
+  $('time').textContent =
+    `${others}It took ${all} ms: ${first} ms to prepare the picture, ` +
+    `${second} ms for the model.`;
 }
 
 function makeRow({ label, share }) {
@@ -116,7 +127,7 @@ function makeRow({ label, share }) {
 
 function percent(share) {
   const value = 100 * share;
-  return `${value.toFixed(value >= 99.95 || value < 0.05 ? 0 : 1)} %`;
+  return `${value.toFixed(value >= 99.95 || value < 0.05 ? 0 : 1)}\u00a0%`;
 }
 
 // The picture, in it what the model gets of it, and beside it what that becomes.
@@ -152,33 +163,38 @@ function showPicture(file, { width, height }, pixels) {
   canvas.getContext('2d').putImageData(image, 0, 0);
   const part = whole ? 'the whole picture' : 'the part in the frame';
   const grey = channels === 1 ? ' in grey' : '';
-  $('meaning').textContent = `The model gets ${part}, as ${size} × ${size} pixels${grey}.`;
+  const square = `${size}\u00a0×\u00a0${size}`; // on one line
+  $('meaning').textContent = `The model gets ${part}, as ${square} pixels${grey}.`;
 
   const isNew = $('result').hidden;
   $('result').hidden = false;
   document.body.classList.add('has-picture');
-  $('invite').textContent = 'Another one? Drop it here, paste it, or';
+  invite();
   if (isNew) $('result').scrollIntoView({ block: 'nearest' });
 }
 
 function showModel(model) {
   const { labels } = model;
-  const named =
-    labels.length > 2 * NAMED
-      ? `${labels.length} classes, such as ${labels.slice(0, NAMED).join(', ')}`
-      : labels.length > 1
-        ? `${labels.length} classes: ${labels.slice(0, -1).join(', ')} and ${labels.at(-1)}`
-        : `one class: ${labels[0]}`;
+  let named = `${labels.length} classes`;
+  if (labels.length > 2 * NAMED) {
+    named += `, such as ${labels.slice(0, NAMED).join(', ')}`;
+  } else if (labels.length > 1) {
+    named += `: ${labels.slice(0, -1).join(', ')} and ${labels.at(-1)}`;
+  } else {
+    named = `one class: ${labels[0]}`;
+  }
   const way = model.multiLabel
     ? 'It judges each for itself, so that none or several can be in a picture.'
     : 'It chooses among these alone, also when the picture shows something else.';
   $('about').textContent = `This model, ${model.variant}, knows ${named}. ${way}`;
-  const crop = `the middle ${Math.round(100 * model.cropFraction)} % of the shorter side`;
+  const share = Number((100 * model.cropFraction).toFixed(1));
+  const crop = `a square in the middle, ${share} % of the shorter side`;
+  const colour = model.channels === 1 ? 'grey' : 'colour';
   const facts = {
-    File: `${model.name}, ${(model.bytes / 1e6).toFixed(1)} MB`,
+    File: `${model.name}, ${describeSize(model.bytes)}`,
     Network: model.variant,
     Picture:
-      `${model.size} × ${model.size} pixels, ${model.channels === 1 ? 'grey' : 'colour'}; ` +
+      `${model.size} × ${model.size} pixels, ${colour}; ` +
       `${model.resize === 'crop' ? crop : 'the whole picture'}, ${model.interpolation}`,
     'Runs in': `${describeRuntime()}, on this machine's processor`,
   };
@@ -192,6 +208,11 @@ function showModel(model) {
   );
 }
 
+function describeSize(bytes) {
+  if (bytes < 1e6) return `${Math.ceil(bytes / 1e3)} kB`;
+  return `${(bytes / 1e6).toFixed(1)} MB`;
+}
+
 // Files that were dropped, pasted or chosen: a model, a picture or one of each.
 function take(files) {
   const all = [...(files ?? [])];
@@ -202,7 +223,8 @@ function take(files) {
   const mine = ++asked;
   inTurn(async () => {
     if (model) await useModel(model.name, await model.arrayBuffer());
-    if (classifier && picture && mine === asked) await look(picture);
+    if (!classifier) throw new Told(NO_MODEL);
+    if (picture && mine === asked) await look(picture);
   });
 }
 
@@ -210,6 +232,7 @@ for (const [button, input] of [
   ['choose', 'file'],
   ['camera', 'photo'],
   ['choose-model', 'model'],
+  ['choose-first', 'model'],
 ]) {
   $(button).addEventListener('click', () => $(input).click());
   $(input).addEventListener('change', () => {
@@ -231,4 +254,4 @@ document.addEventListener('drop', (event) => {
   if (event.dataTransfer.files.length) take(event.dataTransfer.files);
   else fail('That was no file: save the picture first, then drop it here.');
 });
-inTurn(fetchModel);
+inTurn(fetchModel).then(invite);

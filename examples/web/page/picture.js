@@ -3,7 +3,7 @@
 import { Told } from './told.js';
 import { decodeSize } from './prepare.js';
 
-// Above so many pixels an image is made smaller by the canvas: phones allow no larger one.
+// Above so many pixels an image is made smaller by the canvas; phones allow no larger.
 const LARGE = 16e6;
 
 /** The pixels of an image file (ImageData, RGBA, opaque) for a model. */
@@ -34,8 +34,8 @@ export async function readPicture(file, model) {
 
 async function decode(file) {
   try {
-    // Turned upright by its EXIF data, which is the default; colour profiles stay out of
-    // it, as in training.
+    // Turned upright by its EXIF data, which is the default; colour profiles stay out
+    // of it, as in training.
     return await createImageBitmap(file, { colorSpaceConversion: 'none' });
   } catch {
     throw new Told(`${file.name} is not an image that this browser can read.`);

@@ -1,6 +1,7 @@
 // How an image becomes the square that a model takes, in the numbers of
-// flax_densenet/images.py. A canvas resizes as its browser likes, so the resizing is done
-// here, as Pillow does it: to the same 8-bit values.
+// flax_densenet/images.py. A canvas resizes as its browser likes, so the resizing is
+// done here, as Pillow does it: to the same 8-bit values. Only of images twice as tall
+// as wide they may be one off, as Pillow 13 begins with their columns.
 
 const FILTERS = {
   bilinear: { reach: 1, weight: (x) => Math.max(0, 1 - Math.abs(x)) },
@@ -64,7 +65,7 @@ export function prepare({ data, width, height }, model) {
 function makeTaps(length, start, end, count, { reach, weight }) {
   [start, end] = [Math.fround(start), Math.fround(end)];
   const scale = Math.fround(end - start) / count;
-  const stretch = Math.max(scale, 1); // antialiasing: a wider filter, the smaller it gets
+  const stretch = Math.max(scale, 1); // antialiasing
   return Array.from({ length: count }, (_, place) => {
     const centre = start + (place + 0.5) * scale;
     const first = Math.max(0, Math.trunc(centre - reach * stretch + 0.5));

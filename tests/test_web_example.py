@@ -14,7 +14,7 @@ import threading
 import numpy as np
 import pytest
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, ImageCms
 from tiny_onnx import LABELS, SIZE, probabilities, write_onnx
 
 from flax_densenet import images
@@ -209,7 +209,7 @@ def rotate(photo, path):
 def test_resizes_as_pillow(tmp_path):
     """To the bit: both rules and filters, larger and smaller, wide, grey.
 
-    Not very tall ones: of them Pillow 13 resizes the columns first, older ones the rows.
+    Not very tall ones: there Pillow 13 begins with the columns, older ones with rows.
     """
     rng = np.random.default_rng(0)
     cases, expected = [], []
@@ -296,6 +296,33 @@ def test_clear_places_are_white(opened, photo, tmp_path):
     with opened(model) as tab:
         drop(tab, path)
         assert np.abs(seen(tab) - ours).max() <= 1
+
+
+def test_colour_profiles_stay_out(opened, photo, tmp_path):
+    """One that swaps red and blue: no canvas of its own accord lets it be."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
+    for old, new in ((b'rXYZ', b'????'), (b'bXYZ', b'rXYZ'), (b'????', b'bXYZ')):
+        assert profile.count(old) == 1
+        profile = profile.replace(old, new)
+    path = tmp_path / 'profile.png'
+    Image.open(photo).resize((SIZE, SIZE)).save(path, icc_profile=profile)
+    with opened(write_onnx(tmp_path / 'model.onnx')) as tab:
+        drop(tab, path)
+        image = images.load_image(path, images.Preparation(SIZE))
+        np.testing.assert_array_equal(seen(tab), image)
+
+
+def test_very_large(opened, photo, tmp_path):
+    """More than 16 million pixels, which the canvas makes smaller first."""
+    way = {'resize': 'crop', 'crop_fraction': 0.875}
+    model = write_onnx(tmp_path / 'model.onnx', **way)
+    path = tmp_path / 'large.jpg'
+    Image.open(photo).resize((5001, 3337)).save(path)
+    image = images.load_image(path, images.Preparation(SIZE, **way))
+    with opened(model) as tab:
+        drop(tab, path)
+        assert np.abs(seen(tab).astype(int) - image).mean() < 1.5
+        check(tab, model, image, JPEG_BOUND)
 
 
 def test_several_labels(opened, photo, tmp_path):

@@ -80,7 +80,7 @@ async function look(file) {
   $('result').classList.add('waiting');
   try {
     const begin = performance.now();
-    const image = await readPicture(file, model);
+    const image = await readPicture(file);
     const pixels = prepare(image, model);
     const middle = performance.now();
     const found = await classify(pixels);

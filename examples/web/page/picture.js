@@ -1,23 +1,20 @@
 // An image file to pixels: upright, laid over white, in the numbers of the file.
 
 import { Told } from './told.js';
-import { decodeSize } from './prepare.js';
 
-// Above so many pixels an image is made smaller by the canvas; phones allow no larger.
-const LARGE = 16e6;
+// What the canvases of phones allow; a larger image is made as small by the canvas.
+const MOST_PIXELS = 16e6;
+const LONGEST = 16384;
 
-/** The pixels of an image file (ImageData, RGBA, opaque) for a model. */
-export async function readPicture(file, model) {
+/** The pixels of an image file: ImageData, RGBA, opaque. */
+export async function readPicture(file) {
   const bitmap = await decode(file);
   const { width, height } = bitmap;
-  let shrink = 1;
-  if (width * height > LARGE) {
-    const least = 2 * decodeSize(model); // twice the size: no visible difference
-    shrink = Math.max(1, Math.floor(Math.min(width, height) / least));
-  }
+  const byPixels = Math.sqrt(MOST_PIXELS / (width * height));
+  const scale = Math.min(1, byPixels, LONGEST / Math.max(width, height));
   const canvas = document.createElement('canvas');
-  canvas.width = Math.floor(width / shrink);
-  canvas.height = Math.floor(height / shrink);
+  canvas.width = Math.max(1, Math.floor(width * scale));
+  canvas.height = Math.max(1, Math.floor(height * scale));
   const context = canvas.getContext('2d', { willReadFrequently: true });
   if (context === null) throw new Told(`${file.name} is too large for this browser.`);
   context.imageSmoothingQuality = 'high';

@@ -16,19 +16,14 @@ const FILTERS = {
 };
 const BITS = 22; // Pillow's weights are whole numbers, of 2^22
 
-/** Shorter side, in pixels, from which on an image is not enlarged. */
-export function decodeSize({ size, cropFraction }) {
-  return Math.trunc(size / cropFraction);
-}
-
 /**
  * The part of an image that the model gets: [left, top, right, bottom] in pixels of the
  * image, with fractions. All of it for `stretch`, a square in its middle for `crop`.
  */
 export function findBox(width, height, model) {
-  const { size, resize } = model;
+  const { size, resize, cropFraction } = model;
   if (resize === 'stretch') return [0, 0, width, height];
-  const [side, short] = [decodeSize(model), Math.min(width, height)];
+  const [side, short] = [Math.trunc(size / cropFraction), Math.min(width, height)];
   const parts = [width, height].map((n) => {
     const shape = n === short ? side : Math.trunc((side * n) / short);
     return { start: roundToEven((shape - size) / 2), scale: n / shape };

@@ -44,12 +44,15 @@ def prepare(file, meta):
 
 
 def main(model, *files):
-    """Prints the likeliest classes of each file; returns how many cannot be read."""
+    """Prints the likeliest classes of each file; returns what sys.exit takes."""
     try:
         session = onnxruntime.InferenceSession(model)
         meta = session.get_modelmeta().custom_metadata_map
         labels = json.loads(meta['labels'])
         [meta[name] for name in WAY]
+        taken = [(one.name, one.type) for one in session.get_inputs()]
+        if taken != [('image', 'tensor(uint8)')]:
+            raise ValueError(f'takes {taken}, not a uint8 image')
     except Exception as error:  # onnxruntime's errors have no other base
         return f'{model} is no exported model ({" ".join(str(error).split())})'
     unread = 0

@@ -110,7 +110,8 @@ def test_unreadable_files_are_told_of(example, pictures, tmp_path, capsys):
 
 def test_a_file_that_is_no_model(example, pictures, tmp_path):
     bare = write_onnx(tmp_path / 'bare.onnx', labels=['a'], **{'image_size': None})
-    for model in (tmp_path / 'none.onnx', pictures['photo.jpg'], bare):
+    other = write_onnx(tmp_path / 'other.onnx', dtype='float')
+    for model in (tmp_path / 'none.onnx', pictures['photo.jpg'], bare, other):
         said = example.main(str(model), pictures['photo.jpg'])
         assert said.startswith(f'{model} is no exported model (') and '\n' not in said
 

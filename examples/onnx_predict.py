@@ -1,0 +1,75 @@
+"""Classifies images with an exported .onnx file: no JAX, nothing of this project.
+
+    pip install onnxruntime pillow
+    python onnx_predict.py model.onnx photo.jpg ...
+
+The file itself says how an image is prepared and what its classes are called. Pixels
+are those of flax_densenet, but for 16-bit grey and very large images.
+"""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image, ImageOps
+
+WAY = ('image_size', 'channels', 'resize', 'crop_fraction', 'interpolation')
+
+
+def prepare(file, meta):
+    """An image file as the model takes it: uint8 `[1, size, size, channels]`."""
+    size, box = int(meta['image_size']), None
+    side = int(size / float(meta['crop_fraction']))
+    with Image.open(file) as image:
+        image.draft(None, (2 * side, 2 * side))  # large JPEG: at a half, a quarter, ...
+        image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        page = Image.new('RGBA', image.size, 'white')
+        image = Image.alpha_composite(page, image)
+    image = image.convert('RGB')
+    if meta['resize'] == 'crop':  # a square in the middle, else the whole image
+        short = min(image.size)
+        shape = [side if n == short else int(side * n / short) for n in image.size]
+        start = [round((n - size) / 2) for n in shape]
+        scale = [n / m for n, m in zip(image.size, shape, strict=True)]
+        ends = start + [n + size for n in start]
+        box = [n * m for n, m in zip(ends, scale * 2, strict=True)]
+    if image.size != (size, size):
+        filter_ = Image.Resampling[meta['interpolation'].upper()]
+        image = image.resize((size, size), filter_, box)
+    pixels = np.asarray(image.convert('L') if meta['channels'] == '1' else image)
+    return pixels.reshape(1, size, size, -1)
+
+
+def main(model, *files):
+    """Prints the likeliest classes of each file; returns what sys.exit takes."""
+    try:
+        session = onnxruntime.InferenceSession(model)
+        meta = session.get_modelmeta().custom_metadata_map
+        labels = json.loads(meta['labels'])
+        [meta[name] for name in WAY]
+        taken = [(one.name, one.type) for one in session.get_inputs()]
+        if taken != [('image', 'tensor(uint8)')]:
+            raise ValueError(f'takes {taken}, not a uint8 image')
+    except Exception as error:  # onnxruntime's errors have no other base
+        return f'{model} is no exported model ({" ".join(str(error).split())})'
+    unread = 0
+    for file in files:
+        try:
+            image = prepare(file, meta)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as why:
+            print(f'{file}: cannot be read ({why})', file=sys.stderr)
+            unread = 1
+            continue
+        shares = session.run(['probabilities'], {'image': image})[0][0]
+        best = np.argsort(-shares, kind='stable')[:5]
+        print(f'{file}: ' + ', '.join(f'{labels[i]} {shares[i]:.1%}' for i in best))
+    return unread
+
+
+if __name__ == '__main__':
+    if len(sys.argv) < 3:
+        sys.exit('usage: python onnx_predict.py model.onnx photo.jpg ...')
+    sys.exit(main(*sys.argv[1:]))

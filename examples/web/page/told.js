@@ -1,0 +1,2 @@
+/** An error whose message is the line that the page shows. */
+export class Told extends Error {}

@@ -122,3 +122,26 @@ def test_wrong_usage():
     )
     assert done.returncode == 1
     assert done.stderr == 'usage: python onnx_predict.py model.onnx photo.jpg ...\n'
+
+
+@pytest.mark.parametrize('way', PREPARATIONS)
+def test_twenty_lines(pictures, way, tmp_path):
+    """As it stands in the file: few lines, no JAX, the same answers but for rounding."""
+    options = PREPARATIONS[way]
+    model = write_onnx(tmp_path / 'model.onnx', **options)
+    path = PATH.with_name('onnx_in_20_lines.py')
+    text = path.read_text()
+    lines = text.split('"""')[2].splitlines()
+    assert sum(bool(line.strip()) for line in lines) <= 20 and 'jax' not in text
+    files = [pictures[name] for name in ('photo.jpg', 'turned.jpg', 'same.png')]
+    command = [sys.executable, path, model, *files]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for file, line in zip(files, done.stdout.splitlines(), strict=True):
+        ours = images.load_image(file, images.Preparation(SIZE, **options))
+        shares = dict(zip(LABELS, probabilities(model, ours), strict=True))
+        name, *found = line.split()
+        assert name == file and len(found) == 6
+        for label, share in zip(found[::2], found[1::2], strict=True):
+            # Resized once more, or a pixel further: photographs differ by less.
+            assert abs(float(share[:-1]) / 100 - shares[label]) < 0.05

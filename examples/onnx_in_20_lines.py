@@ -1,4 +1,6 @@
-"""Classifies images with an exported .onnx file, in 20 lines: python FILE model.onnx *.jpg
+"""Classifies images with an exported .onnx file, in 20 lines.
+
+    python onnx_in_20_lines.py model.onnx photo.jpg ...
 
 `onnx_predict.py` does it to the last bit as in training, and says what went wrong.
 """
@@ -14,7 +16,8 @@ session = onnxruntime.InferenceSession(sys.argv[1])
 meta = session.get_modelmeta().custom_metadata_map
 labels, side = json.loads(meta['labels']), int(meta['image_size'])
 filter_ = Image.Resampling[meta['interpolation'].upper()]
-bleed = (1 - float(meta['crop_fraction'])) / 2  # left out at each edge
+whole = int(side / float(meta['crop_fraction']))
+bleed = (1 - side / whole) / 2  # left out at each edge
 for path in sys.argv[2:]:
     image = ImageOps.exif_transpose(Image.open(path)).convert('RGB')
     if meta['resize'] == 'crop':

@@ -143,28 +143,38 @@ def test_a_runtime_is_needed(trained, samples, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+SMALL = dict(block_sizes=(1, 2, 1, 1))
+RDNET = dict(
+    block_sizes=(1, 2),
+    growth_rates=(8, 16),
+    halvings=(1,),
+    squeeze_blocks=(2,),
+    stem_features=16,
+)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'file_format, ending',
+    'file_format, ending, variant, fields',
     [
-        ('torch', '.pth'),
-        ('keras', '.keras'),
-        ('keras', '.weights.h5'),
-        ('safetensors', '.safetensors'),
-        ('onnx', '.onnx'),
+        ('torch', '.pth', 'densenet121', SMALL),
+        ('torch', '.pth', 'densenetblur121d', SMALL),
+        ('torch', '.pt', 'rdnet_tiny', RDNET),
+        ('safetensors', '.safetensors', 'L40k12', dict(block_sizes=(2, 2))),
+        ('huggingface', '', 'densenet121', SMALL),
+        ('keras', '.keras', 'densenet121', SMALL),
+        ('keras', '.weights.h5', 'densenet121', SMALL),
+        ('onnx', '.onnx', 'rdnet_tiny', RDNET),
     ],
 )
-@pytest.mark.parametrize('variant', ['densenet121', 'densenetblur121d', 'rdnet_tiny'])
-def test_runtimes_of_others(file_format, ending, variant, tmp_path):
-    """Each runtime that is installed, torch and Keras where the peers are."""
+def test_runtimes_of_others(file_format, ending, variant, fields, tmp_path):
+    """torch, Keras and OpenVINO, which are where the peers are."""
     names = export.FORMATS[file_format].runtimes
-    if not any(runtimes.is_installed(name) for name in names[-1:]):
+    if not runtimes.is_installed(names[-1]):
         pytest.skip(f'{names[-1]} is not installed')
-    if file_format == 'keras' and variant != 'densenet121':
-        pytest.skip('keras.applications has no such network')
-    module = create_model(variant, num_classes=5)
+    module = create_model(variant, num_classes=5, **fields)
     metadata = {
-        'model': {'variant': variant},
+        'model': {'variant': variant, **fields},
         'class_names': list('abcde'),
         'image_size': 64,
         'mean': [0.5] * 3,
@@ -176,9 +186,10 @@ def test_runtimes_of_others(file_format, ending, variant, tmp_path):
     trained = evaluate.Trained(module, variables, metadata, {}, None, mesh)
     few = sample_images.of_library(evaluate.preparation_of(metadata))
     path = str(tmp_path / f'x{ending}')
-    facts = dict(run(path, trained, file_format, export.Options(), few))
-    for name in names:
-        assert not runtimes.is_installed(name) or 'largest' in facts[name]
+    for precision in export.FORMATS[file_format].precisions[:3:2]:
+        options = export.Options(precision=precision)
+        facts = dict(run(path, trained, file_format, options, few))
+        assert all('largest difference' in facts[name] for name in names)
 
 
 def test_mistakes(tmp_path, trained):

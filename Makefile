@@ -2,6 +2,7 @@
 # make test   runs the tests, but for those of some minutes
 # make test-slow   runs those, and those beside torch and Keras
 # make faults      kills runs, fills disks and damages files, in full
+# make web         the page of examples/web, which needs npm
 # Both make .venv first, with the newest Python (3.11 to 3.13) that starts here.
 
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
@@ -21,7 +22,7 @@ PEERS = .venv-peers/bin
 # What tests compiled, for the next run of them.
 export FLAX_DENSENET_TEST_CACHE ?= $(CURDIR)/.venv/compiled-tests
 
-.PHONY: run test test-slow faults lint bench bench-gpu clean
+.PHONY: web run test test-slow faults lint bench bench-gpu clean
 
 run: .venv/installed
 	$(BIN)/python launch.py --config=configs/densenet121.py --workdir=ckpt/digits \
@@ -70,6 +71,10 @@ bench-gpu:
 	$(PEERS)/python $(INSTALL) --no-deps \
 		torchvision==0.28.0 timm torchxrayvision
 	touch $@
+
+web:
+	npm --prefix examples/web install
+	npm --prefix examples/web run build
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -2,8 +2,8 @@
 # make test   runs the tests, but for those of some minutes
 # make test-slow   runs those, and those beside torch and Keras
 # make faults      kills runs, fills disks and damages files, in full
-# make web         the page of examples/web, which needs npm
-# Both make .venv first, with the newest Python (3.11 to 3.13) that starts here.
+# All make .venv first, with the newest Python (3.11 to 3.13) that starts here.
+# make web         the page of examples/web, which needs npm and no .venv
 
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
 	$$name -c 'import sys, venv, ensurepip; \

@@ -5,7 +5,9 @@
 // pixels as it is loaded, the 1x1 convolution multiplies that tile, the statistics of
 // what comes out are taken before it leaves the cache, and the 3x3 convolution is nine
 // shifted products over an image band padded with zeros. Backward, each tile of the
-// concatenated features is read once per layer and its gradient added in place.
+// concatenated features is read once per layer and its gradient added in place. In
+// evaluation a thread takes a few images through all layers of a block, so that their
+// features stay in its cache, and for inference alone through the transition as well.
 //
 // All products go through `micro`, a register tile of MR x (NV * VL) sums. Work is cut
 // into one contiguous part per thread, and parts are added in their order, so results
@@ -40,6 +42,8 @@ constexpr int KC = 256;         // channels of a chunk of the 1x1's input
 constexpr int PT = 8 * MR;      // pixels of a tile of the 1x1
 constexpr int KP = 64;          // pixels of a step of the 3x3's weight gradient
 constexpr int64_t BAND = 480 * 1024;  // bytes of a padded band, to stay in L2
+constexpr int64_t TURN = 2048 * 1024; // bytes of the features of one turn in evaluation
+constexpr int LINE = 16;              // floats of a cache line
 
 typedef float V __attribute__((vector_size(VL * 4)));
 typedef float VU __attribute__((vector_size(VL * 4), aligned(4), may_alias));
@@ -65,15 +69,10 @@ inline V relu(V v) {
 }
 inline int up(int n, int m) { return (n + m - 1) / m * m; }
 
-// C[i][j] (+)= sum_k A[i * AI + k * AK] * B[k * ldb + j], i < R, j < NV * VL.
+// sum[i][j] += sum_k A[i * AI + k * AK] * B[k * ldb + j], i < R, j < NV * VL.
 template <int R, int NV, int AI, int AK>
-inline void micro(int K, const float* __restrict A, const float* __restrict B, int ldb,
-                  float* __restrict C, int ldc, bool add) {
-  V sum[R][NV];
-#pragma GCC unroll 16
-  for (int i = 0; i < R; ++i)
-#pragma GCC unroll 2
-    for (int j = 0; j < NV; ++j) sum[i][j] = V{};
+inline void accumulate(V (&sum)[R][NV], int K, const float* __restrict A,
+                       const float* __restrict B, int ldb) {
   for (int k = 0; k < K; ++k) {
     V b[NV];
 #pragma GCC unroll 2
@@ -87,6 +86,18 @@ inline void micro(int K, const float* __restrict A, const float* __restrict B, i
     A += AK;
     B += ldb;
   }
+}
+
+// C[i][j] (+)= sum_k A[i * AI + k * AK] * B[k * ldb + j], i < R, j < NV * VL.
+template <int R, int NV, int AI, int AK>
+inline void micro(int K, const float* __restrict A, const float* __restrict B, int ldb,
+                  float* __restrict C, int ldc, bool add) {
+  V sum[R][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < NV; ++j) sum[i][j] = V{};
+  accumulate<R, NV, AI, AK>(sum, K, A, B, ldb);
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
@@ -228,6 +239,8 @@ struct Block {
     wg = width(G);
     const int64_t fit = BAND / (4LL * wm * (W + 2)) - 2;
     bands = (int)((H + std::max<int64_t>(fit, 1) - 1) / std::max<int64_t>(fit, 1));
+    // Of a few images every thread gets a part all the same.
+    bands = std::max(bands, std::min(H, (threads + N - 1) / N));
     rb = (H + bands - 1) / bands;
     bands = (H + rb - 1) / rb;
     units = N * bands;
@@ -243,15 +256,19 @@ struct Block {
 // W [K, n] (rows `ld` apart, transposed where `transpose`) in panels of NR columns,
 // the last one of VL where that is enough.
 struct Panels {
-  int K, n;
-  std::vector<float> data;
+  int K = 0, n = 0;
+  std::vector<float> own;
+  const float* data = nullptr;
+  Panels() = default;
+  Panels(Panels&&) = default;  // a copy's `data` would be the other's
   void pack(const float* w, int rows, int columns, int ld, bool transpose) {
     K = rows;
     n = up(columns, VL);
-    data.resize((size_t)K * n);
+    own.resize((size_t)K * n);
+    data = own.data();
     for (int j = 0; j < n; j += NR) {
       const int wide = std::min(NR, n - j), valid = std::min(wide, columns - j);
-      float* out = data.data() + (size_t)j * K;
+      float* out = own.data() + (size_t)j * K;
       for (int k = 0; k < K; ++k, out += wide) {
         for (int i = 0; i < valid; ++i)
           out[i] = transpose ? w[(size_t)(j + i) * ld + k] : w[(size_t)k * ld + j + i];
@@ -259,8 +276,13 @@ struct Panels {
       }
     }
   }
+  void view(const float* packed, int rows, int columns) {
+    K = rows;
+    n = up(columns, VL);
+    data = packed;
+  }
   int wide(int j) const { return std::min(NR, n - j); }
-  const float* at(int j) const { return data.data() + (size_t)j * K; }
+  const float* at(int j) const { return data + (size_t)j * K; }
 };
 
 struct Affine {
@@ -337,55 +359,99 @@ struct Weights {
   const float *scale1, *bias1, *w1, *scale2, *bias2, *w2;
 };
 
-// The 1x1 convolution of one layer: h [P, M]. In training h is as it comes out and its
-// moments are added; in evaluation `f2` and ReLU follow at once.
-void forward_1x1(const Block& s, int t, const float* X, int C, const Affine& f1,
-                 const Panels& w1, const Affine* f2, float* h, Moments* moments,
-                 std::vector<float>& scratch) {
-  scratch.assign(tile_size(C) + (size_t)MR * NR, 0.0f);
-  float *y = scratch.data(), *c = y + tile_size(C);
-  for (int64_t p = s.pixel(t); p < s.pixel(t + 1); p += PT) {
-    const int n = (int)std::min<int64_t>(PT, s.pixel(t + 1) - p);
-    load_tile(s, X, p, n, C, f1, y);
-    for (int j = 0; j < w1.n; j += NR) {
-      const int wide = w1.wide(j);
-      for (int i = 0; i < n; i += MR) {
-        for (int k = 0; k < C; k += KC)
-          rows<KC>(wide / VL, std::min(KC, C - k),
-                   y + (size_t)(k / KC) * PT * KC + (size_t)i * KC,
-                   w1.at(j) + (size_t)k * wide, wide, c, NR, k > 0);
-        for (int r = 0; r < std::min(MR, n - i); ++r)
-          for (int v = 0; v < wide && j + v < s.M; v += VL) {
-            const int lanes = std::min(VL, s.M - j - v);
-            V value = load(c + r * NR + v);
-            if (f2) value = normalised(value, *f2, j + v, lanes);
-            store(h + (p + i + r) * s.M + j + v, value, lanes);
-          }
-      }
+// Memory for `n` numbers; what is in it does not matter.
+float* room(std::vector<float>& scratch, size_t n) {
+  if (scratch.size() < n) scratch.resize(n);
+  return scratch.data();
+}
+
+// y, `n` pixels of C channels in chunks as of `load_tile`, times w, whose columns are
+// `columns`; put(i, j, v, lanes) gets the sums of pixel i from column j on.
+template <class F>
+inline void multiply(const float* y, int n, int C, const Panels& w, int columns,
+                     float* c, F put) {
+  for (int j = 0; j < w.n; j += NR) {
+    const int wide = w.wide(j);
+    for (int i = 0; i < n; i += MR) {
+      for (int k = 0; k < C; k += KC)
+        rows<KC>(wide / VL, std::min(KC, C - k),
+                 y + (size_t)(k / KC) * PT * KC + (size_t)i * KC,
+                 w.at(j) + (size_t)k * wide, wide, c, NR, k > 0);
+      for (int r = 0; r < std::min(MR, n - i); ++r)
+        for (int v = 0; v < wide && j + v < columns; v += VL)
+          put(i + r, j + v, load(c + r * NR + v), std::min(VL, columns - j - v));
     }
+  }
+}
+
+// The 1x1 convolution of one layer for some pixels: h [P, M]. In training h is as it
+// comes out and its moments are added; in evaluation `f2` and ReLU follow at once.
+void forward_1x1(const Block& s, int64_t first, int64_t last, const float* X, int C,
+                 const Affine& f1, const Panels& w1, const Affine* f2, float* h,
+                 Moments* moments, std::vector<float>& scratch) {
+  float *y = room(scratch, tile_size(C) + (size_t)MR * NR), *c = y + tile_size(C);
+  for (int64_t p = first; p < last; p += PT) {
+    const int n = (int)std::min<int64_t>(PT, last - p);
+    load_tile(s, X, p, n, C, f1, y);
+    multiply(y, n, C, w1, s.M, c, [&](int i, int j, V value, int lanes) {
+      if (f2) value = normalised(value, *f2, j, lanes);
+      store(h + (p + i) * s.M + j, value, lanes);
+    });
     if (moments) moments->add(h + p * s.M, n, s.M);
   }
 }
 
-// The 3x3 convolution of one layer, into its place in X.
-void forward_3x3(const Block& s, int t, float* X, int C, const float* h,
+// Nine shifted products of MR pixels from `z` on, whose lines are `line` pixels long.
+template <int LD, int NV>
+inline void taps(int K, const float* z, int line, const Panels* w2, int j, float* C) {
+  V sum[MR][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) sum[i][v] = V{};
+  for (int tap = 0; tap < 9; ++tap)
+    accumulate<MR, NV, LD, 1>(sum, K, z + (size_t)(tap / 3 * line + tap % 3) * LD,
+                              w2[tap].at(j), NV * VL);
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) store(C + i * NR + v * VL, sum[i][v]);
+}
+template <int LD>
+void convolve(int nv, int K, const float* z, int line, const Panels* w2, int j,
+              float* C) {
+  if (nv == 2) {
+    taps<LD, 2>(K, z, line, w2, j, C);
+  } else {
+    taps<LD, 1>(K, z, line, w2, j, C);
+  }
+}
+typedef void (*Convolution)(int, int, const float*, int, const Panels*, int, float*);
+Convolution convolve_of(int w) { EACH_WIDTH(convolve) }
+
+// The 3x3 convolution of one layer for some bands, into its place in X.
+void forward_3x3(const Block& s, int first, int last, float* X, int C, const float* h,
                  const Affine* f2, const Panels* w2, Moments* moments,
                  std::vector<float>& scratch) {
   const int line = s.W + 2;
-  scratch.assign((size_t)s.padded_rows() * s.wm + (size_t)MR * NR, 0.0f);
-  float *z = scratch.data(), *c = z + (size_t)s.padded_rows() * s.wm;
-  const Product product = rows_of(s.wm);
-  for (int u = s.unit(t); u < s.unit(t + 1); ++u) {
+  const size_t padded = (size_t)s.padded_rows() * s.wm;
+  float *z = room(scratch, padded + (size_t)MR * NR), *c = z + padded;
+  const Convolution product = convolve_of(s.wm);
+  // Tiles that begin with each line, where they reach less far into the border of zeros
+  // than those that run on over the lines.
+  const int tiles = up(s.W, MR) / MR;
+  const bool by_lines = tiles * MR < line;
+  for (int u = first; u < last; ++u) {
     load_z(s, u, h, f2, z);
     const int n = u / s.bands, r0 = u % s.bands * s.rb;
     const int count = std::min(s.H, r0 + s.rb) - r0;
     const int64_t p0 = ((int64_t)n * s.H + r0) * s.W;
+    const int parts = by_lines ? count * tiles : up(count * line, MR) / MR;
     for (int j = 0; j < w2[0].n; j += NR) {
       const int wide = w2[0].wide(j);
-      for (int q = 0; q < count * line; q += MR) {
-        for (int tap = 0; tap < 9; ++tap)
-          product(wide / VL, s.M, z + (size_t)(q + tap / 3 * line + tap % 3) * s.wm,
-                  w2[tap].at(j), wide, c, NR, tap > 0);
+      for (int i = 0; i < parts; ++i) {
+        const int q = by_lines ? i / tiles * line + i % tiles * MR : i * MR;
+        product(wide / VL, s.M, z + (size_t)q * s.wm, line, w2, j, c);
         for (int r = 0; r < MR && q + r < count * line; ++r) {
           const int x = (q + r) % line;
           if (x >= s.W) continue;  // the border of zeros
@@ -486,53 +552,215 @@ ffi::Error ForwardTrain(ffi::ThreadPool pool, float epsilon, ffi::Buffer<ffi::F3
     w1.pack(w.w1, C, M, M, false);
     std::vector<Moments> parts(s.T, Moments(M));
     parallel(pool, s.T, [&](int t) {
-      forward_1x1(s, t, out, C, f1, w1, nullptr, hl, &parts[t], scratch[t]);
+      forward_1x1(s, s.pixel(t), s.pixel(t + 1), out, C, f1, w1, nullptr, hl,
+                  &parts[t], scratch[t]);
     });
     finish_moments(parts, M, m2, v2);
     f2.from(w.scale2, w.bias2, m2, v2, M, epsilon);
     const std::vector<Panels> w2 = pack_3x3(s, w.w2, false);
     parts.assign(s.T, Moments(G));
     parallel(pool, s.T, [&](int t) {
-      forward_3x3(s, t, out, C, hl, &f2, w2.data(), &parts[t], scratch[t]);
+      forward_3x3(s, s.unit(t), s.unit(t + 1), out, C, hl, &f2, w2.data(), &parts[t],
+                  scratch[t]);
     });
     finish_moments(parts, G, m + C, v + C);
   }
   return ffi::Error::Success();
 }
 
+// One layer in evaluation: its norms, and its weights in panels.
+struct EvalLayer {
+  Affine f1, f2;
+  Panels w1;
+  std::vector<Panels> w2;
+};
+
+// What follows a block: a norm, and in a transition ReLU, the mean of 2x2 pixels and a
+// 1x1 convolution to F channels; F is 0 behind the last block.
+struct Tail {
+  Affine f;
+  Panels w;
+  int F;
+};
+
+// Chunks as of `load_tile` of relu(norm(x)), averaged over 2x2, for `n` pixels from the
+// pixel p of the smaller maps on.
+void load_pooled(const Block& s, const float* X, int64_t p, int n, const Affine& f,
+                 float* y) {
+  const int H2 = s.H / 2, W2 = s.W / 2;
+  for (int i = 0; i < n; ++i) {
+    const int64_t row = (p + i) / W2, image = row / H2;
+    const float* x = X + ((image * s.H + row % H2 * 2) * s.W + (p + i) % W2 * 2) * s.Ct;
+    const float* below = x + (int64_t)s.W * s.Ct;
+    for (int c = 0; c < s.Ct; c += VL) {
+      const int lanes = std::min(VL, s.Ct - c);
+      const V sum = normalised(load(x + c, lanes), f, c, lanes) +
+                    normalised(load(x + s.Ct + c, lanes), f, c, lanes) +
+                    normalised(load(below + c, lanes), f, c, lanes) +
+                    normalised(load(below + s.Ct + c, lanes), f, c, lanes);
+      store(y + (size_t)(c / KC) * PT * KC + (size_t)i * KC + c % KC, sum * 0.25f);
+    }
+  }
+}
+
+// The tail for some pixels of its result.
+void finish(const Block& s, int64_t first, int64_t last, const float* X,
+            const Tail& tail, float* out, std::vector<float>& scratch) {
+  if (!tail.F) {
+    for (int64_t p = first; p < last; ++p)
+      for (int c = 0; c < s.Ct; c += VL) {
+        const int lanes = std::min(VL, s.Ct - c);
+        const V x = load(X + p * s.Ct + c, lanes) - load(&tail.f.mean[c], lanes);
+        store(out + p * s.Ct + c,
+              x * load(&tail.f.a[c], lanes) + load(&tail.f.b[c], lanes), lanes);
+      }
+    return;
+  }
+  float *y = room(scratch, tile_size(s.Ct) + (size_t)MR * NR), *c = y + tile_size(s.Ct);
+  for (int64_t p = first; p < last; p += PT) {
+    const int n = (int)std::min<int64_t>(PT, last - p);
+    load_pooled(s, X, p, n, tail.f, y);
+    multiply(y, n, s.Ct, tail.w, tail.F, c, [&](int i, int j, V value, int lanes) {
+      store(out + (p + i) * tail.F + j, value, lanes);
+    });
+  }
+}
+
+// A block in evaluation, with its tail or, without one, all of its features.
+//
+// Without statistics no image depends on another, so a thread takes a few images, whose
+// features stay in its cache, through all of the layers. Of fewer images than threads
+// each layer is computed by all of them.
+void forward_eval(const Block& s, ffi::ThreadPool& pool, int threads, const float* x,
+                  const std::vector<EvalLayer>& layers, const Tail* tail, float* out) {
+  const int64_t image = (int64_t)s.H * s.W;
+  const int64_t image_out = tail && tail->F ? (int64_t)(s.H / 2) * (s.W / 2) : image;
+  const int channels = tail && tail->F ? tail->F : s.Ct;
+  if (s.N < threads) {
+    thread_local std::vector<float> features, hidden;
+    float* X = tail ? room(features, s.P * s.Ct) : out;
+    float* h = room(hidden, s.P * s.M);
+    std::vector<std::vector<float>> scratch(s.T);
+    copy_input(s, pool, x, X, nullptr);
+    for (int l = 0; l < s.L; ++l) {
+      const EvalLayer& layer = layers[l];
+      parallel(pool, s.T, [&](int t) {
+        forward_1x1(s, s.pixel(t), s.pixel(t + 1), X, s.C(l), layer.f1, layer.w1,
+                    &layer.f2, h, nullptr, scratch[t]);
+      });
+      parallel(pool, s.T, [&](int t) {
+        forward_3x3(s, s.unit(t), s.unit(t + 1), X, s.C(l), h, nullptr,
+                    layer.w2.data(), nullptr, scratch[t]);
+      });
+    }
+    const int64_t all = s.N * image_out;
+    if (tail)
+      parallel(pool, s.T, [&](int t) {
+        finish(s, all * t / s.T, all * (t + 1) / s.T, X, *tail, out, scratch[t]);
+      });
+    return;
+  }
+  const int64_t fit = TURN / (4 * image * s.Ct);
+  const int turn = std::max(1, (int)std::min<int64_t>(fit, (s.N + threads - 1) / threads));
+  // A block of these images alone, so that there is room for them only.
+  const Block one(turn, s.H, s.W, s.C0, s.L, s.G, s.M, 1);
+  parallel(pool, (s.N + turn - 1) / turn, [&](int i) {
+    thread_local std::vector<float> scratch, features, hidden;
+    const int64_t first = (int64_t)i * turn, count = std::min<int64_t>(turn, s.N - first);
+    float* to = out + first * image_out * channels;
+    float* X = tail ? room(features, one.P * s.Ct) : to;
+    float* h = room(hidden, one.P * s.M);
+    const float* in = x + first * image * s.C0;
+    for (int64_t p = 0; p < count * image; ++p)
+      std::memcpy(X + p * s.Ct, in + p * s.C0, sizeof(float) * s.C0);
+    for (int l = 0; l < s.L; ++l) {
+      const EvalLayer& layer = layers[l];
+      forward_1x1(one, 0, count * image, X, s.C(l), layer.f1, layer.w1, &layer.f2, h,
+                  nullptr, scratch);
+      forward_3x3(one, 0, count * one.bands, X, s.C(l), h, nullptr, layer.w2.data(),
+                  nullptr, scratch);
+    }
+    if (tail) finish(one, 0, count * image_out, X, *tail, to, scratch);
+  });
+}
+
 // x, then per layer scale1, bias1, w1, scale2, bias2, w2, mean1, var1, mean2, var2
-// -> X [N, H, W, Ct], and room for one layer's h [P, M]
+// -> X [N, H, W, Ct]
 ffi::Error ForwardEval(ffi::ThreadPool pool, float epsilon, ffi::Buffer<ffi::F32> x,
-                       ffi::RemainingArgs args, ffi::ResultBuffer<ffi::F32> X,
-                       ffi::ResultBuffer<ffi::F32> h) {
+                       ffi::RemainingArgs args, ffi::ResultBuffer<ffi::F32> X) {
   const auto d = x.dimensions();
-  const int L = (int)args.size() / 10, M = (int)h->dimensions()[1];
+  const int L = (int)args.size() / 10;
   const int G = (int)(X->dimensions()[3] - d[3]) / L;
-  const Block s(d[0], d[1], d[2], d[3], L, G, M, pool.num_threads());
+  const int M = (int)args.get<ffi::Buffer<ffi::F32>>(2)->dimensions()[3];
+  const int threads = pool.num_threads();
+  const Block s(d[0], d[1], d[2], d[3], L, G, M, threads);
   if (ffi::Error error = check(s); error.failure()) return error;
-  float *out = X->typed_data(), *z = h->typed_data();
-  copy_input(s, pool, x.typed_data(), out, nullptr);
-  std::vector<std::vector<float>> scratch(s.T);
+  std::vector<EvalLayer> layers(L);
   const std::vector<Weights> weights = weights_of(args, 0, L, 10);
-  for (int l = 0; l < L; ++l) {
+  parallel(pool, L, [&](int l) {
     const Weights& w = weights[l];
-    const int C = s.C(l);
     auto at = [&](int i) {
       return args.get<ffi::Buffer<ffi::F32>>(l * 10 + i)->typed_data();
     };
-    Affine f1, f2;
-    f1.from(w.scale1, w.bias1, at(6), at(7), C, epsilon);
-    f2.from(w.scale2, w.bias2, at(8), at(9), M, epsilon);
-    Panels w1;
-    w1.pack(w.w1, C, M, M, false);
-    const std::vector<Panels> w2 = pack_3x3(s, w.w2, false);
-    parallel(pool, s.T, [&](int t) {
-      forward_1x1(s, t, out, C, f1, w1, &f2, z, nullptr, scratch[t]);
-    });
-    parallel(pool, s.T, [&](int t) {
-      forward_3x3(s, t, out, C, z, nullptr, w2.data(), nullptr, scratch[t]);
-    });
+    EvalLayer& layer = layers[l];
+    layer.f1.from(w.scale1, w.bias1, at(6), at(7), s.C(l), epsilon);
+    layer.f2.from(w.scale2, w.bias2, at(8), at(9), M, epsilon);
+    layer.w1.pack(w.w1, s.C(l), M, M, false);
+    layer.w2 = pack_3x3(s, w.w2, false);
+  });
+  forward_eval(s, pool, threads, x.typed_data(), layers, nullptr, X->typed_data());
+  return ffi::Error::Success();
+}
+
+// Reads what native_eval.py packed: each part is filled up to whole cache lines.
+struct Packed {
+  const float* next;
+  void vector(int n, std::vector<float>& out) {
+    out.assign(next, next + n);
+    next += up(n, LINE);
   }
+  void norm(int n, Affine& f) { vector(n, f.mean), vector(n, f.a), vector(n, f.b); }
+  void bias(int n, Affine& f) {
+    f.mean.assign(n, 0.0f), f.a.assign(n, 1.0f);
+    vector(n, f.b);
+  }
+  void panels(int rows, int columns, Panels& w) {
+    w.view(next, rows, columns);
+    next += up(rows * w.n, LINE);
+  }
+  bool ends(ffi::Buffer<ffi::F32>& all) const {
+    return next == all.typed_data() + all.element_count();
+  }
+};
+
+// x and `packed`: per layer norm1, w1, bias2 and the nine taps of w2, then the tail's
+// norm and weights -> [N, H/2, W/2, F], with features = 0 [N, H, W, Ct]
+ffi::Error ForwardPacked(ffi::ThreadPool pool, int64_t layers_, int64_t bottleneck,
+                         int64_t growth, int64_t features, ffi::Buffer<ffi::F32> x,
+                         ffi::Buffer<ffi::F32> packed,
+                         ffi::ResultBuffer<ffi::F32> out) {
+  const auto d = x.dimensions();
+  const int L = (int)layers_, M = (int)bottleneck, G = (int)growth;
+  const int threads = pool.num_threads();
+  const Block s(d[0], d[1], d[2], d[3], L, G, M, threads);
+  if (ffi::Error error = check(s); error.failure()) return error;
+  std::vector<EvalLayer> layers(L);
+  Packed from{packed.typed_data()};
+  for (int l = 0; l < L; ++l) {
+    EvalLayer& layer = layers[l];
+    from.norm(s.C(l), layer.f1);
+    from.panels(s.C(l), M, layer.w1);
+    from.bias(M, layer.f2);
+    layer.w2.resize(9);
+    for (Panels& tap : layer.w2) from.panels(M, G, tap);
+  }
+  Tail tail;
+  tail.F = (int)features;
+  from.norm(s.Ct, tail.f);
+  if (tail.F) from.panels(s.Ct, tail.F, tail.w);
+  if (!from.ends(packed))
+    return ffi::Error::InvalidArgument("dense block: packed by other rules");
+  forward_eval(s, pool, threads, x.typed_data(), layers, &tail, out->typed_data());
   return ffi::Error::Success();
 }
 
@@ -883,6 +1111,116 @@ ffi::Error StemEval(ffi::ThreadPool pool_, float epsilon, int64_t low_h, int64_t
   return ffi::Error::Success();
 }
 
+// The whole stem in evaluation: 7x7 convolution of stride 2, 3x3 max pooling of stride
+// 2, bias, ReLU. Rows of the convolution live in a ring of three.
+constexpr int K7 = 7;
+
+struct StemEvalShape {
+  int N, H, W, Hc, Wc, F, H2, W2;         // image, convolution, result
+  int low_h, low_w, pool_low_h, pool_low_w;  // paddings
+};
+
+template <int C, int NV>
+inline void stem_tile(const float* a, int line, const float* b, float* out, int ldo) {
+  V sum[MR][NV];
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) sum[i][v] = V{};
+  for (int r = 0; r < K7; ++r)
+    accumulate<MR, NV, 2 * C, 1>(sum, K7 * C, a + (size_t)r * line,
+                                 b + (size_t)r * K7 * C * NV * VL, NV * VL);
+#pragma GCC unroll 16
+  for (int i = 0; i < MR; ++i)
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) store(out + (size_t)i * ldo + v * VL, sum[i][v]);
+}
+
+// Rows i0 to i1 of one image's result.
+template <int C>
+void stem_rows(const StemEvalShape& s, const float* x, int i0, int i1, const Panels& w,
+               const float* bias, float* y, std::vector<float>& scratch) {
+  const int wide = up(s.Wc, MR), Fp = w.n;
+  const int line = (2 * (wide - 1) + K7) * C;  // floats of a padded row of the image
+  const int r0 = std::max(0, 2 * i0 - s.pool_low_h);
+  const int r1 = std::min(s.Hc, 2 * (i1 - 1) - s.pool_low_h + 3);
+  const int in_rows = 2 * (r1 - r0 - 1) + K7;
+  float* band = room(scratch, (size_t)in_rows * line + (size_t)3 * wide * Fp);
+  float* ring = band + (size_t)in_rows * line;
+  for (int r = 0; r < in_rows; ++r) {
+    const int h = 2 * r0 - s.low_h + r;
+    float* to = band + (size_t)r * line;
+    std::memset(to, 0, sizeof(float) * line);
+    if (h < 0 || h >= s.H) continue;
+    const int count = std::min(s.W, line / C - s.low_w);
+    std::memcpy(to + s.low_w * C, x + (size_t)h * s.W * C, sizeof(float) * count * C);
+  }
+  int done = r0;
+  for (int i = i0; i < i1; ++i) {
+    const int top = 2 * i - s.pool_low_h;
+    for (; done < std::min(s.Hc, top + 3); ++done) {
+      const float* a = band + (size_t)2 * (done - r0) * line;
+      float* to = ring + (size_t)(done % 3) * wide * Fp;
+      for (int j = 0; j < Fp; j += NR)
+        for (int q = 0; q < wide; q += MR) {
+          float* out = to + (size_t)q * Fp + j;
+          if (w.wide(j) == NR) {
+            stem_tile<C, 2>(a + 2 * q * C, line, w.at(j), out, Fp);
+          } else {
+            stem_tile<C, 1>(a + 2 * q * C, line, w.at(j), out, Fp);
+          }
+        }
+    }
+    for (int q = 0; q < s.W2; ++q) {
+      const int left = 2 * q - s.pool_low_w;
+      for (int c = 0; c < s.F; c += VL) {
+        const int lanes = std::min(VL, s.F - c);
+        V best = V{} - INFINITY;
+        for (int r = std::max(0, top); r < std::min(s.Hc, top + 3); ++r)
+          for (int k = std::max(0, left); k < std::min(s.Wc, left + 3); ++k) {
+            const V v = load(ring + ((size_t)(r % 3) * wide + k) * Fp + c);
+            best = v > best ? v : best;
+          }
+        store(y + ((size_t)i * s.W2 + q) * s.F + c, relu(best + load(bias + c, lanes)),
+              lanes);
+      }
+    }
+  }
+}
+
+// x [N, H, W, C] of 1 or 3 channels, `packed`: kernel [49 * C, F] and bias -> y
+ffi::Error StemPacked(ffi::ThreadPool pool_, int64_t height, int64_t width, int64_t low_h,
+                      int64_t low_w, int64_t pool_low_h, int64_t pool_low_w,
+                      ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::F32> packed,
+                      ffi::ResultBuffer<ffi::F32> y) {
+  const auto d = x.dimensions(), e = y->dimensions();
+  const StemEvalShape s{(int)d[0], (int)d[1], (int)d[2], (int)height, (int)width,
+                        (int)e[3], (int)e[1], (int)e[2], (int)low_h, (int)low_w,
+                        (int)pool_low_h, (int)pool_low_w};
+  const int C = (int)d[3], threads = pool_.num_threads();
+  Panels w;
+  std::vector<float> bias;
+  Packed from{packed.typed_data()};
+  from.panels(K7 * K7 * C, s.F, w);
+  from.vector(s.F, bias);
+  if (!from.ends(packed) || (C != 1 && C != 3))
+    return ffi::Error::InvalidArgument("stem: packed by other rules");
+  const int parts = std::min(s.H2, s.N < threads ? (threads + s.N - 1) / s.N : 1);
+  parallel(pool_, s.N * parts, [&](int u) {
+    thread_local std::vector<float> scratch;
+    const int n = u / parts, t = u % parts;
+    const int i0 = s.H2 * t / parts, i1 = s.H2 * (t + 1) / parts;
+    const float* in = x.typed_data() + (size_t)n * s.H * s.W * C;
+    float* out = y->typed_data() + (size_t)n * s.H2 * s.W2 * s.F;
+    if (C == 3) {
+      stem_rows<3>(s, in, i0, i1, w, bias.data(), out, scratch);
+    } else {
+      stem_rows<1>(s, in, i0, i1, w, bias.data(), out, scratch);
+    }
+  });
+  return ffi::Error::Success();
+}
+
 // x, scale, bias, mean, var, which, gy -> gx, dscale, dbias
 ffi::Error StemBackward(ffi::ThreadPool pool_, float epsilon, int64_t low_h,
                         int64_t low_w, ffi::Buffer<ffi::F32> x,
@@ -982,8 +1320,34 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseBlockForwardEval, ForwardEval,
                                   .Attr<float>("epsilon")
                                   .Arg<F>()
                                   .RemainingArgs()
-                                  .Ret<F>()
                                   .Ret<F>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseBlockForwardPacked, ForwardPacked,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("layers")
+                                  .Attr<int64_t>("bottleneck")
+                                  .Attr<int64_t>("growth")
+                                  .Attr<int64_t>("features")
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .Ret<F>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(StemForwardPacked, StemPacked,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<int64_t>("height")
+                                  .Attr<int64_t>("width")
+                                  .Attr<int64_t>("low_h")
+                                  .Attr<int64_t>("low_w")
+                                  .Attr<int64_t>("pool_low_h")
+                                  .Attr<int64_t>("pool_low_w")
+                                  .Arg<F>()
+                                  .Arg<F>()
+                                  .Ret<F>());
+
+// Columns of a panel and floats of a vector register, by which native_eval.py packs.
+extern "C" const int flax_densenet_panel[2] = {NR, VL};
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(StemForwardTrain, StemTrain,
                               ffi::Ffi::Bind()

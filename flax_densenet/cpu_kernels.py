@@ -29,6 +29,8 @@ _PARTS = (
     (
         'DenseBlockForwardTrain',
         'DenseBlockForwardEval',
+        'DenseBlockForwardPacked',
+        'StemForwardPacked',
         'StemForwardTrain',
         'StemForwardEval',
         'StemBackwardTrain',
@@ -36,6 +38,7 @@ _PARTS = (
     ('DenseBlockBackward',),
 )
 _LOCK = threading.Lock()
+_LIBRARIES: list[ctypes.CDLL] = []
 
 
 def cache_folder() -> pathlib.Path:
@@ -75,6 +78,7 @@ def _load():
         libraries = [ctypes.CDLL(str(file)) for file in files]
     except (OSError, subprocess.SubprocessError) as error:
         return ' '.join(str(error).split())
+    _LIBRARIES[:] = libraries
     for library, names in zip(libraries, _PARTS, strict=True):
         for name in names:
             handler = jax.ffi.pycapsule(getattr(library, name))
@@ -114,12 +118,20 @@ def _build(part):
     return target
 
 
-def call(name: str, result_shapes, *args, epsilon: float, **attributes):
+def call(name: str, result_shapes, *args, epsilon: float | None = None, **sizes: int):
     """Calls a handler of `cpu_kernels.cc`; arrays are float32 but where it says so."""
     function = jax.ffi.ffi_call(
         f'flax_densenet_{name}', result_shapes, vmap_method='sequential'
     )
-    return function(*args, epsilon=np.float32(epsilon), **attributes)
+    attributes = {name: np.int64(size) for name, size in sizes.items()}
+    if epsilon is not None:
+        attributes['epsilon'] = np.float32(epsilon)
+    return function(*args, **attributes)
+
+
+def panel() -> tuple[int, int]:
+    """Columns of a panel of weights, and numbers of a vector register; after `load`."""
+    return tuple((ctypes.c_int * 2).in_dll(_LIBRARIES[0], 'flax_densenet_panel'))
 
 
 def keep_memory() -> bool:

@@ -23,7 +23,7 @@ it:
 
 There are two implementations: `kernel='native'` is one call per block and direction
 into `cpu_kernels.cc`, for float32 on one CPU device; `kernel='xla'` is JAX alone, for
-everything else.
+everything else. Inference alone, of a model that trains no more, has `folded`.
 """
 
 import dataclasses
@@ -353,17 +353,14 @@ _native_train.defvjp(_native_forward, _native_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _native_eval(x, layers, epsilon):
     *places, channels = x.shape
-    _, _, bottleneck, growth = layers[0].kernel2.shape
+    growth = layers[0].kernel2.shape[3]
     arguments = [
         (*_parameters(layer), layer.mean1, layer.var1, layer.mean2, layer.var2)
         for layer in layers
     ]
-    features, _ = cpu_kernels.call(
+    (features,) = cpu_kernels.call(
         'DenseBlockForwardEval',
-        [
-            _shape(*places, channels + len(layers) * growth),
-            _shape(x.size // channels, bottleneck),
-        ],
+        [_shape(*places, channels + len(layers) * growth)],
         x,
         *_flat(arguments),
         epsilon=epsilon,
@@ -426,7 +423,7 @@ def _stem_options(x, padding):
         for n, pad in zip(x.shape[1:3], padding, strict=True)
     ]
     low = {'low_h': padding[0][0], 'low_w': padding[1][0]}
-    return (x.shape[0], *sizes, x.shape[3]), {k: np.int64(v) for k, v in low.items()}
+    return (x.shape[0], *sizes, x.shape[3]), low
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -419,7 +419,7 @@ def check_image_size(model: Network, size: Sequence[int]):
     smallest = smallest_image_size(model)
     if isinstance(model, rdnet.RDNet):
         rdnet.check_image_size(model, size)
-    elif min(size) < smallest:
+    elif any(side < smallest for side in size):  # also of sides that are symbols
         raise UserError(
             f'images of {size[0]}x{size[1]} are too small for {len(model.block_sizes)} '
             f'dense blocks with the {model.stem} stem: use at least '
@@ -650,7 +650,9 @@ def variable_shapes(model: Network, *, channels: int = 3):
     image = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
     # Tracing 121 random draws would take half of the time.
     model = model.clone(initializer=None)
-    return with_statistics(jax.eval_shape(model.init, jax.random.key(0), image))
+    # The key inside, else a program that makes it is compiled.
+    init = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)
+    return with_statistics(init)
 
 
 def with_statistics(variables: dict[str, Any]) -> dict[str, Any]:

@@ -555,6 +555,9 @@ def _set_up_jax():
     if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         cache = cpu_kernels.cache_folder() / 'xla'
         jax.config.update('jax_compilation_cache_dir', str(cache))
+    # By default what compiles within a second is not kept: prediction's programs.
+    if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)
     if (
         _MODE.value not in ('summary', 'export', 'pack')
         and jax.default_backend() == 'cpu'

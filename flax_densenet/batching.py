@@ -1,44 +1,26 @@
 """Images of several clients, computed together.
 
 While the device computes, images gather in the next batch; an image that finds the
-device idle waits a few milliseconds for others. A few shapes are compiled beforehand,
-so that a single image is not computed as a batch of sixteen.
-
->>> split(9, (1, 4, 16))  # one after the other, in these shapes
-[4, 4, 1]
->>> split(13, (1, 4, 16))  # filled up, where that costs a third at most
-[16]
+device idle waits a few milliseconds for others. A few batch sizes are compiled
+beforehand, so that a single image is not computed as a batch of sixteen.
 """
 
 import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable
 
 import numpy as np
 
 from flax_densenet import predict
 
-# On a CPU sixteen take sixteen times as long as one, on a GPU hardly longer.
-SHAPES = (1, 4, 16)
+# Images that are computed at a time, at most.
+BATCH_SIZE = 16
 WAIT_S = 0.004
 # `Answer.explained` is of the most likely class.
 MOST_LIKELY = -1
-
-
-def split(count: int, shapes: Sequence[int]) -> list[int]:
-    """The shapes in which `count` images are computed.
-
-    Args:
-      count: of images, at least 1.
-      shapes: compiled batch sizes, ascending, the first of them 1.
-    """
-    chosen = []
-    while count > 0:
-        chosen.append(max(shape for shape in shapes if 3 * shape <= 4 * count))
-        count -= chosen[-1]
-    return chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,25 +56,21 @@ class Batcher:
         self,
         trained,
         *,
-        shapes: Sequence[int],
+        batch_size: int,
         wait_s: float = WAIT_S,
         on_batch: Callable[[int], None] = lambda count: None,
     ):
         """Compiles nothing yet.
 
         Args:
-          trained: an `evaluate.Trained`.
-          shapes: batch sizes to compile, as SHAPES.
+          trained: a `trained.Trained`.
+          batch_size: images that are computed at a time, at most, as BATCH_SIZE.
           wait_s: seconds that an image waits for others while the device is idle.
           on_batch: called with the number of images of each batch before it is
             computed, on the thread of the event loop.
         """
         self.ready = False
-        self.predictor = predict.Predictor(trained, shapes[0])
-        self._predictors = {
-            size: predict.Predictor(trained, size) for size in shapes[1:]
-        } | {shapes[0]: self.predictor}
-        self._shapes = tuple(shapes)
+        self.predictor = predict.Predictor(trained, batch_size)
         self._wait_s = wait_s
         self._on_batch = on_batch
         self._open: _Batch | None = None
@@ -100,14 +78,17 @@ class Batcher:
         self._device = concurrent.futures.ThreadPoolExecutor(1, 'device')
 
     async def warm_up(self):
-        """Compiles every shape; `ready` is True afterwards."""
+        """Compiles every batch size; `ready` is True afterwards."""
         metadata = self.predictor.trained.metadata
         side = metadata['image_size']
-        image = np.zeros((side, side, len(metadata['mean'])), np.uint8)
-        for size, predictor in sorted(self._predictors.items()):
-            batch = np.repeat(image[None], size, 0)
-            await self._on_device(predictor.compute, batch)
-            await self._on_device(predictor.cams, batch)
+        image = np.zeros((1, side, side, len(metadata['mean'])), np.uint8)
+        programs = self.predictor.programs
+        for size in programs.sizes:
+            for classes in (None, MOST_LIKELY):
+                compile_it = functools.partial(programs.compile, size)
+                await self._on_device(compile_it, classes is not None)
+                # The first run takes memory, which later ones find there.
+                await self._on_device(programs, np.repeat(image, size, 0), classes)
         self.ready = True
 
     async def predict(self, image: np.ndarray, *, explain: int | None = None) -> Answer:
@@ -124,7 +105,7 @@ class Batcher:
         place = len(batch.images)
         batch.images.append(image)
         batch.classes.append(explain)
-        if len(batch.images) == self._shapes[-1]:
+        if len(batch.images) == self.predictor.batch_size:
             batch.full.set()
             self._open = None
         # Shielded, since a client that leaves must not end the others' batch.
@@ -149,27 +130,22 @@ class Batcher:
         return await loop.run_in_executor(self._device, function, *args)
 
     def _compute(self, batch):
-        probabilities = self._in_shapes(
-            lambda predictor, images, _: predictor.compute(images)[0],
-            batch.images,
-            [MOST_LIKELY] * len(batch.images),
-        )
-        wanted = [i for i, of in enumerate(batch.classes) if of is not None]
-        maps = self._in_shapes(
-            lambda predictor, images, classes: predictor.cams(images, classes),
-            [batch.images[i] for i in wanted],
-            [batch.classes[i] for i in wanted],
-        )
-        cams = dict(zip(wanted, maps, strict=True))
-        return [Answer(row, cams.get(i)) for i, row in enumerate(probabilities)]
-
-    def _in_shapes(self, function, images, classes):
-        """The rows of `function(predictor, images, classes)`, shape after shape."""
-        rows, start = [], 0
-        for size in split(len(images), self._shapes):
-            part = slice(start, start + size)
-            rows += list(
-                function(self._predictors[size], np.stack(images[part]), classes[part])
-            )
-            start += size
-        return rows
+        """Those with a map and those without apart: maps cost nothing to the others."""
+        answers = [None] * len(batch.images)
+        for explained in (False, True):
+            places = [
+                place
+                for place, of in enumerate(batch.classes)
+                if (of is not None) == explained
+            ]
+            if not places:
+                continue
+            images = np.stack([batch.images[place] for place in places])
+            if explained:
+                classes = [batch.classes[place] for place in places]
+                rows, _, cams = self.predictor.programs(images, classes)
+            else:
+                rows, cams = self.predictor.compute(images)[0], [None] * len(places)
+            for place, row, cam in zip(places, rows, cams, strict=True):
+                answers[place] = Answer(row, cam)
+        return answers

@@ -7,9 +7,9 @@
         print(found.path, found.label, found.probability)
     model.explain('a.jpg')[0].save('why.png')
 
-Files are read by threads while the device computes; a batch always has the same shape,
-so there is one compilation, and no more than a few batches are in memory, however many
-files there are.
+Files are read by threads while the device computes, in a few batch sizes that are
+compiled when they are first wanted (`compiled`); no more than a few batches are in
+memory, however many files there are.
 """
 
 import concurrent.futures
@@ -20,53 +20,29 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from flax_densenet import evaluate, explain, images, sharding, views
+from flax_densenet import compiled, images
+from flax_densenet import trained as trained_lib
 from flax_densenet.answers import Explanation, Prediction
 from flax_densenet.errors import UserError
 
-_STATIC = ('module', 'multi_label', 'tta', 'mean', 'std')
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def _compute(variables, batch, classes, *, module, multi_label, tta, mean, std):
-    """Probabilities, pooled features and, for classes, maps of uint8 images."""
-    batch, *others = views.images_of(evaluate.normalise(batch, mean=mean, std=std), tta)
-    maps = module.apply(variables, batch, method='features')
-    pooled = module.apply(variables, maps, method='pool').astype(jnp.float32)
-    logits = module.apply(variables, maps, method='head').astype(jnp.float32)
-    if others:
-        seen = [module.apply(variables, view).astype(jnp.float32) for view in others]
-        found = jnp.stack([logits, *seen])
-        logits = views.mean_logits(found, multi_label=multi_label)
-    probabilities = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
-    if classes is None:
-        return probabilities, pooled, None
-    # By probabilities, which can be equal where logits are not, so that the map is of
-    # the class that the host takes for the likeliest.
-    classes = jnp.where(classes < 0, probabilities.argmax(-1), classes)
-    _, cams = explain.from_features(variables, maps, classes, module=module)
-    return probabilities, pooled, cams
-
 
 class Predictor:
-    """A trained model with one compiled batch shape; may be used from many threads.
+    """A trained model, compiled when it is used; may be used from many threads.
 
     Images are given as files' names, `pathlib` paths, files' bytes, Pillow images or
     uint8 arrays `[H, W]`, `[H, W, 1]` or `[H, W, 3]`, of any size: they are prepared as
     the model's own training prepared them.
     """
 
-    def __init__(self, trained: evaluate.Trained, batch_size: int = 32):
+    def __init__(self, trained: trained_lib.Trained, batch_size: int = 32):
         """Compiles nothing yet.
 
         Args:
-          trained: see `evaluate.load_trained`.
-          batch_size: images of each call to the device; smaller calls are filled up.
+          trained: see `trained.load_trained`.
+          batch_size: images that are computed at a time, at most.
         """
         if batch_size < 1:
             raise UserError(f'batch_size={batch_size} must be at least 1')
@@ -74,14 +50,8 @@ class Predictor:
         self.trained = trained
         self.batch_size = batch_size
         self.multi_label = bool(metadata.get('multi_label'))
-        self.preparation = evaluate.preparation_of(metadata)
-        self._options = {
-            'module': trained.module,
-            'mean': tuple(metadata['mean']),
-            'std': tuple(metadata['std']),
-            'multi_label': self.multi_label,
-            'tta': views.of_metadata(metadata),
-        }
+        self.preparation = trained_lib.preparation_of(metadata)
+        self.programs = compiled.Programs(trained, batch_size)
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -186,30 +156,11 @@ class Predictor:
 
     def compute(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities `[n, num_classes]` and features `[n, F]` of uint8 images."""
-        return self._run(batch)[:2]
+        return self.programs(batch)[:2]
 
     def cams(self, batch: np.ndarray, classes=None) -> np.ndarray:
         """Grad-CAM maps `[n, h, w]`, of the most likely classes or of `classes`."""
-        return self._run(batch, -1 if classes is None else classes)[2]
-
-    def _run(self, batch, classes=None):
-        """`_compute` of up to a batch; without `classes` there are no maps."""
-        count = len(batch)
-        if count > self.batch_size:
-            raise ValueError(f'{count} images, batches have {self.batch_size}')
-        missing = self.batch_size - count
-        batch = np.concatenate([batch, np.repeat(batch[-1:], missing, 0)])
-        if classes is not None:
-            chosen = np.full(self.batch_size, -1, np.int32)
-            chosen[:count] = classes
-            classes = chosen
-        mesh = self.trained.mesh
-        alone = not mesh.is_multi_process  # several hosts all have the same images
-        if alone and mesh.size > 1 and self.batch_size % mesh.size == 0:
-            # Each device its rows; else each would compute them all.
-            batch, classes = sharding.to_global((batch, classes), mesh)
-        found = _compute(self.trained.variables, batch, classes, **self._options)
-        return [None if rows is None else np.asarray(rows)[:count] for rows in found]
+        return self.programs(batch, -1 if classes is None else classes)[2]
 
     def stream(
         self,
@@ -237,7 +188,7 @@ class Predictor:
             found: Iterator[Any] = iter(())
             if good:
                 batch = np.stack(good)
-                parts = self._run(batch, cam_class if cams else None)
+                parts = self.programs(batch, cam_class if cams else None)
                 maps = itertools.repeat(None) if parts[2] is None else parts[2]
                 found = zip(*parts[:2], good, maps, strict=False)
             for path, image in chunk:
@@ -294,7 +245,7 @@ def load_trained(
     Args:
       path: the folder of a run, whose best checkpoint is taken, or a file of weights
         (see `weights.load`).
-      batch_size: images of each call to the device; fewer are filled up to it.
+      batch_size: images that are computed at a time, at most.
       mesh: of the devices to use, by default all.
       tta: in place of the run's `data.tta`.
 
@@ -307,5 +258,5 @@ def load_trained(
             f'{path}: there is no such file or folder; give the folder of a run or a '
             'file of weights'
         )
-    trained = evaluate.load_trained(path, 'best', mesh=mesh)
+    trained = trained_lib.load_trained(path, 'best', mesh=mesh)
     return Predictor(trained if tta is None else trained.with_tta(tta), batch_size)

@@ -70,7 +70,7 @@ class App:
         self.limits = limits
         self.figures = guard.Figures()
         self.batcher = batching.Batcher(
-            trained, shapes=batching.SHAPES, on_batch=self.figures.count_batch
+            trained, batch_size=batching.BATCH_SIZE, on_batch=self.figures.count_batch
         )
         self._predictor = self.batcher.predictor
         self._model = _describe(self._predictor, name, limits)

@@ -251,15 +251,18 @@ def test_no_number_is_an_error(tmp_path):
 
 
 def test_the_package_is_light():
-    """Whoever makes a model does not wait for checkpoints, readers and pictures."""
+    """Whoever makes a model does not wait for checkpoints, readers and pictures, and
+    whoever predicts not for those of training."""
     code = (
         'import sys, flax_densenet as f; '
         'print([n for n in ("orbax", "grain", "PIL", "tqdm") if n in sys.modules]); '
-        'print(f.load_trained.__module__, "orbax" in sys.modules)'
+        'print(f.load_trained.__module__, "orbax" in sys.modules); '
+        'import flax_densenet.predictions; '
+        'print([n for n in ("grain", "optax", "sklearn") if n in sys.modules])'
     )
     done = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT
     )
-    assert done.stdout == '[]\nflax_densenet.predict True\n', done.stderr
+    assert done.stdout == '[]\nflax_densenet.predict True\n[]\n', done.stderr
     with pytest.raises(AttributeError, match="no attribute 'load'"):
         flax_densenet.load()

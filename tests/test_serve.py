@@ -36,7 +36,7 @@ SIDE = 16
 @pytest.fixture(scope='module')
 def trained():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batching, 'SHAPES', (1, 4))  # less to compile
+        patch.setattr(batching, 'BATCH_SIZE', 4)  # less to compile
         yield make_trained()
 
 
@@ -241,7 +241,7 @@ def test_batches(trained, expected):
     counts = []
 
     async def main():
-        batcher = batching.Batcher(trained, shapes=(1, 4), on_batch=counts.append)
+        batcher = batching.Batcher(trained, batch_size=4, on_batch=counts.append)
         assert not batcher.ready
         await batcher.warm_up()
         assert batcher.ready and not counts
@@ -269,12 +269,6 @@ def test_batches(trained, expected):
         if answer.cam is not None:
             np.testing.assert_allclose(answer.cam, cams[i % 4], atol=1e-4)
     assert counts == [4, 3, 2]
-
-
-def test_split():
-    for count in range(1, 70):
-        sizes = batching.split(count, (1, 4, 16))
-        assert sum(sizes[:-1]) < count <= sum(sizes) <= 4 / 3 * count
 
 
 JPEG = picture(0)

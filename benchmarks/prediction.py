@@ -27,7 +27,7 @@ from flax_densenet import (
 BATCH, THREADS = 16, 4
 
 
-def make_predictor():
+def make_predictor(batch_size=BATCH):
     """DenseNet-121 at 224x224; its first parameters compute as fast as others."""
     module = create_model('densenet121', num_classes=1000)
     mesh = sharding.make_mesh()
@@ -41,7 +41,7 @@ def make_predictor():
     }
     variables = sharding.replicate(init_variables(module, 0), mesh)
     trained = evaluate.Trained(module, variables, metadata, {}, None, mesh)
-    return predict.Predictor(trained, BATCH)
+    return predict.Predictor(trained, batch_size)
 
 
 def rates(predictor, paths):

@@ -1,0 +1,167 @@
+"""Inference beside other programs: DenseNet-121, 224x224, float32, two threads.
+
+  python -m benchmarks.inference --batch=16 --batch=1 --rounds=7
+
+Contenders are processes that take turns (`sidebyside`); ratios are of a round each.
+*ours* is what `Predictor` runs, from uint8 images in the host's memory to probabilities
+there, so normalisation and softmax are its work too; the others get normalised floats
+in their own memory and give logits. Prints a table and, last, a line of JSON. What they
+say while they prepare (torch.compile takes minutes, the first time) goes to stderr.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from benchmarks import sidebyside
+
+ROOT = pathlib.Path(__file__).parents[1]
+PEERS = os.environ.get('PEERS', str(ROOT / '.venv-peers' / 'bin' / 'python'))
+SIZE, THREADS = 224, 2
+# Images of a turn.
+TURN = {1: 48, 16: 96}
+
+
+def make_ours(batch):
+    """What `Predictor` runs, from the host and back to it."""
+    from flax_densenet import cpu_kernels
+
+    cpu_kernels.keep_memory()  # as launch.py does
+    from benchmarks import prediction
+
+    predictor = prediction.make_predictor(batch)
+    shape = (batch, SIZE, SIZE, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    return lambda: predictor.compute(images)
+
+
+def _torch(batch, wrap=lambda model: model):
+    import torch
+
+    from benchmarks import torch_models
+
+    torch.set_num_threads(THREADS)
+    model = torch_models.import_torchvision().models.densenet121(weights=None).eval()
+    model = wrap(model.to(memory_format=torch.channels_last))
+    images = torch.randn(batch, 3, SIZE, SIZE)
+    images = images.to(memory_format=torch.channels_last)
+
+    def step():
+        with torch.inference_mode():
+            model(images)
+
+    return step
+
+
+def _torch_compile(batch):
+    import torch
+
+    return _torch(batch, torch.compile)
+
+
+def _torch_frozen(batch):
+    """With the weights as constants: batch norm folded, weights packed beforehand."""
+    import torch
+    from torch._inductor import config
+
+    config.freezing = True
+    return _torch(batch, torch.compile)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """What is measured.
+
+    Attributes:
+      make: of the batch size, returns a function that computes one batch.
+      python: that runs it.
+    """
+
+    make: Callable[[int], Callable[[], object]]
+    python: str = PEERS
+
+
+CONTENDERS = {
+    'ours': Contender(make_ours, sys.executable),
+    'torch': Contender(_torch),
+    'torch_compile': Contender(_torch_compile),
+    'torch_frozen': Contender(_torch_frozen),
+}
+
+
+def _serve(name, batch):
+    """A contender's process."""
+    if hasattr(os, 'sched_setaffinity'):  # two threads, also where there are more cores
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
+    step = CONTENDERS[name].make(batch)
+    for _ in range(2):  # compiles, and touches all memory
+        step()
+    count = -(-TURN.get(batch, 96) // batch)
+
+    def measure():
+        start = time.perf_counter()
+        for _ in range(count):
+            step()
+        seconds = time.perf_counter() - start
+        return {'images_per_second': count * batch / seconds}
+
+    sidebyside.serve(measure)
+
+
+def measure(names, batch: int, rounds: int):
+    """`{name: [images/s of each round]}`."""
+    command = ['-m', 'benchmarks.inference', f'--batch={batch}', '--serve']
+    contenders = {
+        name: sidebyside.Contender(
+            [CONTENDERS[name].python, *command, name], OMP_NUM_THREADS=str(THREADS)
+        )
+        for name in names
+    }
+    found = sidebyside.alternate(contenders, rounds)
+    for contender in contenders.values():
+        contender.close()
+    return {name: figures['images_per_second'] for name, figures in found.items()}
+
+
+def _format(summary, digits):
+    return '{median:.{d}f} ({lowest:.{d}f} to {highest:.{d}f})'.format(
+        **summary, d=digits
+    )
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--batch', type=int, action='append')
+    parser.add_argument('--rounds', type=int, default=7)
+    parser.add_argument('--only', nargs='*', choices=CONTENDERS, default=CONTENDERS)
+    parser.add_argument('--serve', choices=CONTENDERS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    batches = options.batch or [16, 1]
+    if options.serve:
+        return _serve(options.serve, batches[0])
+    medians = {}
+    for batch in batches:
+        found = measure(options.only, batch, options.rounds)
+        print(f'batch {batch}: images/s, and how much faster ours is, round by round')
+        for name, values in found.items():
+            line = f'  {name:<14}{_format(sidebyside.summarise(values), 2)}'
+            if name != 'ours' and 'ours' in found:
+                ratio = sidebyside.ratio(found['ours'], values)
+                line += f'   {_format(ratio, 3)}'
+                medians[f'batch{batch}_vs_{name}'] = round(ratio['median'], 3)
+            else:
+                medians[f'batch{batch}_{name}'] = round(np.median(values), 2)
+            print(line, flush=True)
+    print(json.dumps(medians))
+    return None
+
+
+if __name__ == '__main__':
+    main()

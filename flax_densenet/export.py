@@ -138,7 +138,13 @@ def _write_onnx(path, trained, options):
 
 def _write_stablehlo(path, trained, options):
     plain = trained.with_tta('none')  # as in all other files
-    stablehlo.save(path, plain, inputs=options.inputs, precision=options.precision)
+    stablehlo.save(
+        path,
+        plain,
+        inputs=options.inputs,
+        precision=options.precision,
+        any_size=stablehlo.can_take_any_size(plain.module),
+    )
 
 
 def _write_huggingface(folder, trained, options):

@@ -43,7 +43,7 @@ def fold(module: Network, variables) -> dict[str, Any]:
       RDNet, which has nothing to fold, its `variables` and its `head`.
     """
     variables = jax.tree.map(np.asarray, variables)
-    params, stats = variables['params'], variables['batch_stats']
+    params, stats = variables['params'], variables.get('batch_stats', {})
     head = {k: params[k] for k in ('norm', 'classifier') if k in params}
     if not has_batch_norm(module):
         return {'variables': variables, 'head': {'params': head}}

@@ -50,9 +50,13 @@ class Bounds:
         )
 
 
-def can_quantise(module: model.Network) -> bool:
-    """Whether the network has the bottleneck that a unit's offset is folded into."""
-    return isinstance(module, model.DenseNet) and module.bottleneck > 0
+def check(module: model.Network, metadata: dict[str, Any]):
+    """Raises for a network without the bottlenecks that offsets are folded into."""
+    if not isinstance(module, model.DenseNet) or not module.bottleneck:
+        raise UserError(
+            f'--precision=int8: {metadata["model"]["variant"]} has no bottleneck; use '
+            'float16 or bfloat16'
+        )
 
 
 def make(
@@ -74,11 +78,7 @@ def make(
     Raises:
       UserError: the network has no bottleneck, or ONNX Runtime is missing.
     """
-    if not can_quantise(module):
-        raise UserError(
-            f'--precision=int8: {metadata["model"]["variant"]} has no bottleneck; use '
-            'float16 or bfloat16'
-        )
+    check(module, metadata)
     bounds, wanted = calibrate(module, variables, metadata, batches)
     net = onnx_model.fold(module, variables)
 

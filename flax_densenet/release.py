@@ -3,9 +3,19 @@
 import dataclasses
 import os
 
+import jax
 import numpy as np
 
-from flax_densenet import card, evaluate, export, sample_images, verify
+from flax_densenet import (
+    card,
+    evaluate,
+    export,
+    onnx_graph,
+    onnx_int8,
+    sample_images,
+    verify,
+)
+from flax_densenet.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +39,13 @@ class Release:
     def check(self, out: str):
         """Raises `UserError` for what cannot be, before anything takes time."""
         export.check_format(out, self.file_format, self.options)
+        folder = os.path.dirname(os.path.abspath(out))
+        if not os.path.isdir(folder):
+            raise UserError(f'--out={out}: there is no folder {folder}; make it first')
+        if self.options.precision == 'int8':
+            onnx_int8.check(self.trained.module, self.trained.metadata)
+        if self.file_format == 'onnx':
+            onnx_graph.import_onnx()
         if self.file_format != 'huggingface':
             card.check(card.path_beside(out))
 
@@ -63,7 +80,7 @@ def run(
         stays.
     """
     release.check(out)
-    trained, file_format = release.trained, release.file_format
+    trained, file_format = _in_float32(release.trained), release.file_format
     known = export.FORMATS[file_format]
     options = dataclasses.replace(
         release.options,
@@ -98,12 +115,19 @@ def run(
     return facts
 
 
+def _in_float32(trained):
+    """The model with activations in float32, as all files have them."""
+    variables = trained.variables
+    if trained.module.dtype == 'float64':
+        variables = jax.tree.map(lambda array: array.astype(np.float32), variables)
+    module = trained.module.clone(dtype='float32')
+    return dataclasses.replace(trained, module=module, variables=variables)
+
+
 def _describe(out, file_format, options):
     size = _size(out) / 2**20
     facts = [('format', file_format), ('size', f'{size:.3g} MiB')]
     if file_format == 'onnx':
-        from flax_densenet import onnx_graph
-
         facts.append(('opset', str(onnx_graph.OPSET)))
     precision = options.precision
     if precision == 'int8':

@@ -41,7 +41,8 @@ def _ours(path, about):
     from flax_densenet import trained
 
     found = trained.load_trained(path)
-    apply = jax.jit(found.module.apply)
+    # As the other runtimes compute, whatever the run was trained in.
+    apply = jax.jit(found.module.clone(dtype='float32').apply)
     return lambda images: np.asarray(apply(found.variables, images))
 
 

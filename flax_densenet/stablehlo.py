@@ -32,7 +32,7 @@ import numpy as np
 
 from flax_densenet import atomic, compiled, folded
 from flax_densenet.errors import UserError
-from flax_densenet.model import has_batch_norm, smallest_image_size
+from flax_densenet.model import Network, has_batch_norm, smallest_image_size
 from flax_densenet.trained import Trained
 
 INPUTS = ('images', 'normalised')
@@ -67,7 +67,7 @@ def save(
       precision: in which kernels are stored; `bfloat16` and `float16` halve the file,
         and lose digits. The arithmetic stays the model's (`model.dtype`).
       any_size: the program takes images of any height and width that are not too small
-        for the network, instead of the model's own S alone; not of RDNet.
+        for the network, instead of the model's own S alone; see `can_take_any_size`.
 
     Raises:
       UserError: the package `flatbuffers` is missing, an argument is not known or not
@@ -80,14 +80,26 @@ def save(
     ):
         if value not in known:
             raise UserError(f'{name}={value} is not known; use {", ".join(known)}')
-    if any_size and not has_batch_norm(trained.module):
-        raise UserError('any_size=True: not of RDNet; leave it out')
+    if any_size and not can_take_any_size(trained.module):
+        raise UserError(
+            'any_size=True: not of RDNet, nor with model.padding=same; leave it out'
+        )
     program = _export(trained, inputs, precision, any_size).serialize()
     metadata = _describe(trained, inputs, precision) | {'any_size': any_size}
     with atomic.replacing(path, 'w+b') as file:
         file.write(program)
         with zipfile.ZipFile(file, 'a', zipfile.ZIP_DEFLATED) as archive:
             archive.writestr(METADATA, json.dumps(metadata, indent=1))
+
+
+def can_take_any_size(module: Network) -> bool:
+    """Whether a program need not know the images' size.
+
+    RDNet's and TensorFlow's padding (`same`) depend on it.
+    """
+    return has_batch_norm(module) and (
+        module.padding == 'torch' or module.stem == 'cifar'
+    )
 
 
 def load(path: str) -> tuple[Callable[[Any], jax.Array], dict[str, Any]]:

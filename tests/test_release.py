@@ -1,5 +1,6 @@
 """Exported files: tried by the runtimes that they are for, or not handed out."""
 
+import dataclasses
 import sys
 
 import numpy as np
@@ -81,6 +82,18 @@ def test_release(file_format, ending, precision, trained, samples, tmp_path):
     folder = path if file_format == 'huggingface' else tmp_path
     name = 'README.md' if file_format == 'huggingface' else 'MODEL_CARD.md'
     assert '360 test images of digits' in (folder / name).read_text()
+
+
+@pytest.mark.parametrize('file_format', ['onnx', 'stablehlo', 'safetensors'])
+def test_trained_in_bfloat16(file_format, trained, samples, tmp_path):
+    """Its files compute in float32, and are held to that."""
+    module = trained.module.clone(dtype='bfloat16')
+    fields = trained.metadata['model'] | {'dtype': 'bfloat16'}
+    metadata = trained.metadata | {'model': fields}
+    half = dataclasses.replace(trained, module=module, metadata=metadata)
+    path = str(tmp_path / f'x.{file_format}')
+    facts = dict(run(path, half, file_format, export.Options(), samples))
+    assert facts['precision'] == 'float32'
 
 
 def test_card(trained, samples, tmp_path):
@@ -199,6 +212,9 @@ def test_mistakes(tmp_path, trained):
     ):
         with pytest.raises(UserError, match=said):
             export.check_format('x.onnx', 'onnx', options)
+    shipped = release.Release(trained, None, 'onnx', export.Options())
+    with pytest.raises(UserError, match='there is no folder .*/none; make it first'):
+        shipped.check(str(tmp_path / 'none' / 'x.onnx'))
     with pytest.raises(UserError, match='--inputs=images: --format=torch has normal'):
         export.check_format('x.pth', 'torch', export.Options('images'))
     (tmp_path / 'a.jpg').write_text('no image')

@@ -28,26 +28,12 @@ def make_ours(folder):
     """`ours.onnx` and `int8.onnx`, calibrated on photographs of scikit-learn."""
     import onnx
 
-    from flax_densenet import (
-        create_model,
-        evaluate,
-        init_variables,
-        onnx_int8,
-        onnx_model,
-        sample_images,
-    )
+    from benchmarks import prediction
+    from flax_densenet import evaluate, onnx_int8, onnx_model, sample_images
 
-    module = create_model('densenet121', num_classes=1000)
-    variables = init_variables(module, 0)
-    metadata = {
-        'model': {'variant': 'densenet121'},
-        'class_names': None,
-        'image_size': 224,
-        'mean': [0.485, 0.456, 0.406],
-        'std': [0.229, 0.224, 0.225],
-        'data': {},
-    }
-    arguments = module, variables, metadata
+    trained = prediction.make_predictor().trained
+    metadata = trained.metadata
+    arguments = trained.module, trained.variables, metadata
     onnx.save(onnx_model.make(*arguments, inputs='normalised'), folder / 'ours.onnx')
     samples = sample_images.of_library(evaluate.preparation_of(metadata))
     made = onnx_int8.make(*arguments, [samples.images], inputs='normalised')

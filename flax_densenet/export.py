@@ -216,7 +216,6 @@ FORMATS = {
         _write_stablehlo,
         ('.stablehlo',),
         inputs=stablehlo.INPUTS,
-        precisions=stablehlo.PRECISIONS,
         runtimes=('jax',),
     ),
     'huggingface': Format(

@@ -21,7 +21,7 @@ def convert(array: np.ndarray, precision: str, name: str) -> np.ndarray:
     """
     if precision == 'float16':
         largest = float(np.finfo(np.float16).max)
-        if np.abs(array).max(initial=0) > largest:
+        if np.abs(array).max(initial=0, where=np.isfinite(array)) > largest:
             raise UserError(
                 f'--precision=float16: {name} has values above {largest:g}; use '
                 'bfloat16 or float32'

@@ -30,13 +30,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_densenet import atomic, compiled, folded
+from flax_densenet import atomic, compiled, folded, half
 from flax_densenet.errors import UserError
 from flax_densenet.model import Network, has_batch_norm, smallest_image_size
 from flax_densenet.trained import Trained
 
 INPUTS = ('images', 'normalised')
-PRECISIONS = ('float32', 'bfloat16', 'float16')
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 METADATA = 'metadata.json'
 # Of the names of a million classes there are 16 MB or so.
@@ -76,7 +75,7 @@ def save(
     _check_installed()
     for name, value, known in (
         ('inputs', inputs, INPUTS),
-        ('precision', precision, PRECISIONS),
+        ('precision', precision, half.PRECISIONS),
     ):
         if value not in known:
             raise UserError(f'{name}={value} is not known; use {", ".join(known)}')
@@ -208,16 +207,8 @@ def _store(arrays, precision):
     """Kernels in fewer bytes; vectors, which are few, as they are."""
 
     def store(array):
-        if precision == 'float32' or np.ndim(array) < 2:
-            return array
-        with np.errstate(over='ignore'):
-            found = array.astype(jnp.dtype(precision))
-        if np.isfinite(array).all() and not np.isfinite(found.astype('float32')).all():
-            raise UserError(
-                f'precision={precision}: a kernel has values up to '
-                f'{np.abs(array).max():.3g}, which it cannot hold; use bfloat16'
-            )
-        return found
+        small = precision == 'float32' or np.ndim(array) < 2
+        return array if small else half.convert(array, precision, 'a kernel')
 
     return jax.tree.map(store, arrays)
 

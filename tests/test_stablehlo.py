@@ -135,7 +135,7 @@ def test_any_size(model, tmp_path):
 def test_what_float16_cannot_hold(model, tmp_path):
     large = jax.tree.map(lambda x: x * 1e6, jax.device_get(model.variables))
     model = dataclasses.replace(model, variables=large)
-    with pytest.raises(UserError, match='precision=float16: a kernel has values up to'):
+    with pytest.raises(UserError, match='precision=float16: a kernel has values above'):
         stablehlo.save(str(tmp_path / 'x.stablehlo'), model, precision='float16')
     assert not list(tmp_path.iterdir())
 

@@ -89,7 +89,7 @@ EDGES = {
     'evaluate': {'errors', 'data', 'model', 'objective', 'pipeline', 'sharding',
                  'trained', 'unread', 'views'},
     'half': {'errors'},
-    'stablehlo': {'errors', 'atomic', 'compiled', 'folded', 'model', 'trained'},
+    'stablehlo': {'errors', 'atomic', 'compiled', 'folded', 'half', 'model', 'trained'},
     'onnx_graph': {'errors', 'half'},
     'onnx_model': {'folded', 'model', 'onnx_graph', 'rdnet', 'trained'},
     'onnx_int8': {'errors', 'model', 'onnx_graph', 'onnx_model'},

@@ -1,6 +1,7 @@
 """Exported files: tried by the runtimes that they are for, or not handed out."""
 
 import dataclasses
+import re
 import sys
 
 import numpy as np
@@ -82,6 +83,29 @@ def test_release(file_format, ending, precision, trained, samples, tmp_path):
     folder = path if file_format == 'huggingface' else tmp_path
     name = 'README.md' if file_format == 'huggingface' else 'MODEL_CARD.md'
     assert '360 test images of digits' in (folder / name).read_text()
+
+
+@pytest.mark.parametrize('inputs', onnx_model.INPUTS)
+@pytest.mark.parametrize('file_format', ['onnx', 'stablehlo'])
+def test_code_of_cards(file_format, inputs, trained, tmp_path, monkeypatch, capsys):
+    """As it stands on the card, beside the file and a photograph."""
+    few = sample_images.of_library(evaluate.preparation_of(trained.metadata))
+    options = export.Options(inputs)
+    run(str(tmp_path / f'x.{file_format}'), trained, file_format, options, few)
+    text = (tmp_path / 'MODEL_CARD.md').read_text()
+    code = '\n'.join(re.findall(r'```python\n(.*?)```', text, re.S))
+    assert 'session.run' in code or 'deserialize' in code
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path, {'.': 1})
+    (tmp_path / '000.jpg').rename('photo.jpg')
+    found = {}
+    exec(compile(code, 'MODEL_CARD.md', 'exec'), found)
+    said = capsys.readouterr().out
+    wanted = verify.compute(trained, found['pixels'][None], inputs)
+    assert found['pixels'].shape == (16, 16, 3)
+    shown = re.findall(r'\[\[.*\]\]', said, re.S)[0]
+    shown = np.array(shown.replace('[', ' ').replace(']', ' ').split(), float)
+    np.testing.assert_allclose(shown, wanted[0], atol=1e-4)
 
 
 @pytest.mark.parametrize('file_format', ['onnx', 'stablehlo', 'safetensors'])

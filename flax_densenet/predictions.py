@@ -39,7 +39,9 @@ class _Rows:
     """
 
     def __init__(self, path, form):
-        self.form, self.count, self.part = form, 0, None
+        self.form, self.part = form, None
+        # Rows, and the bytes that they take: at once, as a signal may come at any time.
+        self.done = 0, 0
         self.what = 'standard output' if path is None else f'--out={path}'
         with _failing_as(self.what):
             self.file = self._open(path)
@@ -65,7 +67,7 @@ class _Rows:
         with _failing_as(self.what):
             self.write_row(found)
             self.file.flush()  # whoever reads along, or after a stop, has whole rows
-        self.count += 1
+            self.done = self.done[0] + 1, self.file.buffer.tell() if self.part else 0
 
     def finish(self):
         with _failing_as(self.what):
@@ -76,10 +78,13 @@ class _Rows:
 
     def give_up(self):
         """What is done of hours of work stays, by another name."""
+        count, size = self.done
         with contextlib.suppress(OSError):
             self.file.close()
-        if self.part and self.count:
-            print(f'{self.part} has the {self.count} rows so far', file=sys.stderr)
+        if self.part and count:
+            with contextlib.suppress(OSError):
+                os.truncate(self.part, size)
+            print(f'{self.part} has the {count} rows so far', file=sys.stderr)
         elif self.part:
             os.unlink(self.part)
 

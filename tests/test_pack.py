@@ -309,7 +309,10 @@ pack.pack('folder:' + sys.argv[1], sys.argv[2], options=options, threads=2)
 
 def count_notes(out):
     path = out / 'progress.jsonl'
-    return len(path.read_text().split()) if path.exists() else 0
+    try:
+        return len(path.read_text().split())
+    except FileNotFoundError:  # not yet, or not any more
+        return 0
 
 
 @pytest.mark.slow

@@ -212,6 +212,28 @@ def test_what_is_done_stays(tmp_path, capfd, stop):
     assert not (tmp_path / 'f.npz').exists()
 
 
+def test_stopped_behind_a_row(tmp_path, capfd, monkeypatch):
+    """A row that is in the file and was not counted yet is taken out again."""
+    make = rows.FORMATS['csv']
+
+    def make_stopping(file, *options):
+        write = make(file, *options)
+
+        def write_row(found):
+            write(found)
+            if found.path == 'c.jpg':
+                file.flush()
+                raise KeyboardInterrupt
+
+        return write_row
+
+    monkeypatch.setitem(rows.FORMATS, 'csv', make_stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(['a.jpg', 'b.jpg', 'c.jpg'], out=str(tmp_path / 'x.csv'))
+    assert len((tmp_path / 'x.csv.part').read_text().splitlines()) == 3
+    assert 'x.csv.part has the 2 rows so far' in capfd.readouterr().err
+
+
 def test_nothing_stays_of_nothing(tmp_path, capfd):
     def none():
         raise UserError('no name')

@@ -1,5 +1,6 @@
 """Trainings in processes of their own, to be killed, stopped and damaged."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -108,7 +109,8 @@ class Training:
         """Decoding processes; not the one that watches over them."""
         pids = []
         for task in pathlib.Path(f'/proc/{self.number}/task').iterdir():
-            pids += (task / 'children').read_text().split()
+            with contextlib.suppress(FileNotFoundError):  # a thread that has ended
+                pids += (task / 'children').read_text().split()
         return [int(pid) for pid in pids]
 
     def kill(self, signum):

@@ -37,7 +37,7 @@ test-slow: .venv/installed .venv-peers/installed
 	$(PEERS)/python -m pytest -q -m 'slow or not slow' tests/test_torch.py \
 		tests/test_torch_training.py tests/test_torchvision.py tests/test_timm.py \
 		tests/test_keras_files.py
-	$(PEERS)/python -m pytest -q -m slow tests/test_release.py
+	$(PEERS)/python -m pytest -q -m slow tests/test_release.py -k runtimes_of_others
 	$(PEERS)/python -m pytest -q -m faults $(KERAS_FAULTS)
 
 # Keras' files, whose HDF5 library is there.

@@ -284,6 +284,7 @@ def reads(monkeypatch):
     return positions
 
 
+@pytest.mark.slow
 def test_cached_features_change_nothing(
     pretrained, tmp_path, monkeypatch, capsys, reads
 ):

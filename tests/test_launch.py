@@ -234,6 +234,7 @@ def test_a_mistake_is_all_that_the_program_says(argument):
     )
 
 
+@pytest.mark.slow
 def test_sweep(main, tmp_path):
     """A setting that diverges is told of; the page comes from the folder alone."""
     workdir = f'--workdir={tmp_path}/s'

@@ -215,6 +215,7 @@ def read_records(workdir):
     return [json.loads(line) for line in text.splitlines()]
 
 
+@pytest.mark.slow
 def test_training_and_all_after_it(trained, tmp_path, capsys):
     """Learns; predicts, explains; exported and read it is the same."""
     workdir, config = trained

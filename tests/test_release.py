@@ -62,10 +62,10 @@ def test_samples(samples, trained):
     'file_format, ending, precision',
     [
         ('onnx', '.onnx', 'float32'),
-        ('onnx', '.onnx', 'bfloat16'),
-        ('safetensors', '.safetensors', 'float16'),
-        ('stablehlo', '.stablehlo', 'float32'),
-        ('huggingface', '', 'bfloat16'),
+        pytest.param('onnx', '.onnx', 'bfloat16', marks=pytest.mark.slow),
+        pytest.param('safetensors', '.safetensors', 'float16', marks=pytest.mark.slow),
+        pytest.param('stablehlo', '.stablehlo', 'float32', marks=pytest.mark.slow),
+        pytest.param('huggingface', '', 'bfloat16', marks=pytest.mark.slow),
     ],
 )
 def test_release(file_format, ending, precision, trained, samples, tmp_path):
@@ -85,6 +85,7 @@ def test_release(file_format, ending, precision, trained, samples, tmp_path):
     assert '360 test images of digits' in (folder / name).read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('inputs', onnx_model.INPUTS)
 @pytest.mark.parametrize('file_format', ['onnx', 'stablehlo'])
 def test_code_of_cards(file_format, inputs, trained, tmp_path, monkeypatch, capsys):
@@ -108,6 +109,7 @@ def test_code_of_cards(file_format, inputs, trained, tmp_path, monkeypatch, caps
     np.testing.assert_allclose(shown, wanted[0], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('file_format', ['onnx', 'stablehlo', 'safetensors'])
 def test_trained_in_bfloat16(file_format, trained, samples, tmp_path):
     """Its files compute in float32, and are held to that."""
@@ -120,6 +122,7 @@ def test_trained_in_bfloat16(file_format, trained, samples, tmp_path):
     assert facts['precision'] == 'float32'
 
 
+@pytest.mark.slow
 def test_card(trained, samples, tmp_path):
     """Beside the file; one that somebody edited to stay is not replaced."""
     path, beside = tmp_path / 'x.onnx', tmp_path / 'MODEL_CARD.md'

@@ -546,6 +546,7 @@ def test_data_is_looked_through_once(monkeypatch):
 TINY = {'model.block_sizes': (1, 1)}  # as others, which compiled it
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_early(tmp_path):
     """`ends_after` is told each epoch; the same call goes on from there."""
     told = []

@@ -272,6 +272,7 @@ def test_channels_are_converted(old, new):
         np.testing.assert_allclose(converted.sum(2), kernel.sum(2), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_from_weights(tmp_path, capsys):
     """A file, to a run of grey images and other classes; then evaluation and export."""
     path = write_safetensors(tmp_path / 'x', state_dict(stem='cifar'))

@@ -337,7 +337,7 @@ def test_folder_for_the_hub(kind, timm, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['densenet121', 'densenet161', 'rdnet_tiny'])
+@pytest.mark.parametrize('name', ['densenet121', 'rdnet_tiny'])
 def test_full_size_for_the_hub(name, timm, tmp_path):
     module = create_model(name, num_classes=7)
     model = assert_hub(timm, module, {'variant': name}, tmp_path / 'a')

@@ -1,8 +1,8 @@
 """The pages in a real Chromium: quiet, alone, and answering to clicks."""
 
 import contextlib
-import shutil
 
+import browsers
 import numpy as np
 import pytest
 from conftest import tiny_trained, write_images
@@ -12,28 +12,16 @@ from test_sweep import BOOK, make_book
 from flax_densenet import compare, data, page, results, sweep_page
 
 sync_api = pytest.importorskip('playwright.sync_api')
-CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason='chromium is not installed'),
+    pytest.mark.skipif(browsers.CHROMIUM is None, reason='chromium is not installed'),
 ]
-FLAGS = (
-    '--no-sandbox',
-    '--disable-gpu',
-    '--disable-quic',
-    '--no-first-run',
-    '--disable-background-networking',
-    '--disable-component-update',
-    '--disable-sync',
-)
 
 
 @pytest.fixture(scope='module')
 def chromium():
-    with sync_api.sync_playwright() as playwright:
-        options = {'executable_path': CHROMIUM, 'args': list(FLAGS)}
-        with contextlib.closing(playwright.chromium.launch(**options)) as browser:
-            yield browser
+    with browsers.launched(sync_api) as browser:
+        yield browser
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import signal
 import socket
 import subprocess
@@ -20,6 +19,7 @@ import sys
 import threading
 import time
 
+import browsers
 import numpy as np
 import pytest
 from conftest import ROOT, write_images
@@ -324,16 +324,10 @@ def test_mistakes(workdir):
 @pytest.fixture(scope='module')
 def browser():
     sync_api = pytest.importorskip('playwright.sync_api')
-    chromium = shutil.which('chromium') or shutil.which('chromium-browser')
-    if not chromium:
+    if not browsers.CHROMIUM:
         pytest.skip('chromium is not here')
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=chromium,
-            args=['--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run'],
-        )
+    with browsers.launched(sync_api) as browser:
         yield browser
-        browser.close()
 
 
 DROP = """

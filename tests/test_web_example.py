@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import threading
 
+import browsers
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -24,27 +25,15 @@ onnxruntime = pytest.importorskip('onnxruntime')
 sync_api = pytest.importorskip('playwright.sync_api')
 WEB = ROOT / 'examples' / 'web'
 NODE = shutil.which('node')
-CHROMIUM = shutil.which('chromium') or shutil.which('google-chrome')
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(NODE is None, reason='node is not installed'),
-    pytest.mark.skipif(CHROMIUM is None, reason='chromium is not installed'),
+    pytest.mark.skipif(browsers.CHROMIUM is None, reason='chromium is not installed'),
     pytest.mark.skipif(
         not (WEB / 'node_modules' / 'onnxruntime-web').exists(),
         reason='onnxruntime-web is not installed: npm install in examples/web',
     ),
 ]
-FLAGS = (
-    '--no-sandbox',
-    '--disable-gpu',
-    '--disable-quic',
-    '--no-first-run',
-    '--disable-background-networking',
-    '--disable-component-update',
-    '--disable-sync',
-    # No other name or address is found.
-    '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1',
-)
 # A JPEG is decoded by another program than here, and in full, where images.py reads a
 # large one at a fraction of its size: so much may a probability differ, in points.
 JPEG_BOUND = 0.5
@@ -91,10 +80,8 @@ def served(folder, headers):
 
 @pytest.fixture(scope='module')
 def chromium():
-    with sync_api.sync_playwright() as playwright:
-        options = {'executable_path': CHROMIUM, 'args': list(FLAGS)}
-        with contextlib.closing(playwright.chromium.launch(**options)) as browser:
-            yield browser
+    with browsers.launched(sync_api) as browser:
+        yield browser
 
 
 @pytest.fixture

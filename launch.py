@@ -245,23 +245,34 @@ def _load(config, workdir, overrides, mode):
     from flax_densenet import evaluate, sharding
 
     path = _trained_path(config, workdir)
+    _check_data_alone(overrides, path, mode)
+    mesh = sharding.make_mesh()
+    trained = evaluate.load_trained(path, 'best', mesh=mesh)
+    fields, _ = _data_fields(config, trained, overrides)
+    sharding.check_batch_size(fields['batch_size'], mesh)
+    return trained.with_tta(fields['tta']), path, fields
+
+
+def _check_data_alone(overrides, path, mode):
+    """Raises where anything is set that a trained model has decided."""
     wrong = [n for n in overrides if not n.startswith(('data.', 'init_from'))]
     if wrong:
         raise UserError(
             f'--config.{wrong[0]}: --mode={mode} takes it from {path}; only data.* '
             'fields can be set'
         )
-    mesh = sharding.make_mesh()
-    trained = evaluate.load_trained(path, 'best', mesh=mesh)
-    fields = {**config['data'], **trained.metadata['data']}
-    fields |= {
+
+
+def _data_fields(config, trained, overrides):
+    """Of config.data: those of the model but for what is set, and what is set."""
+    chosen = {
         name.removeprefix('data.'): value
         for name, value in overrides.items()
         if name.startswith('data.')
     }
+    fields = {**config['data'], **trained.metadata['data'], **chosen}
     fields['image_size'] = fields['image_size'] or trained.metadata['image_size']
-    sharding.check_batch_size(fields['batch_size'], mesh)
-    return trained.with_tta(fields['tta']), path, fields
+    return fields, chosen
 
 
 def _trained_path(config, workdir):
@@ -290,12 +301,7 @@ def _export(config, workdir, overrides):
     )
     export.check_format(_OUT.value, file_format, options)
     path = _trained_path(config, workdir)
-    wrong = [n for n in overrides if not n.startswith(('data.', 'init_from'))]
-    if wrong:
-        raise UserError(
-            f'--config.{wrong[0]}: --mode=export takes it from {path}; only data.* '
-            'fields can be set'
-        )
+    _check_data_alone(overrides, path, 'export')
     trained = evaluate.load_trained(path, 'best')
     shipped = release.Release(
         trained,
@@ -320,14 +326,7 @@ def _samples(config, path, trained, overrides):
     preparation = evaluate.preparation_of(trained.metadata)
     if _FILES.value:
         return sample_images.of_files(_FILES.value, preparation)
-    fields = {**config['data'], **trained.metadata['data']}
-    chosen = {
-        name.removeprefix('data.'): value
-        for name, value in overrides.items()
-        if name.startswith('data.')
-    }
-    fields |= chosen
-    fields['image_size'] = fields['image_size'] or trained.metadata['image_size']
+    fields, chosen = _data_fields(config, trained, overrides)
     try:
         if 'source' in trained.metadata['data'] or 'source' in chosen:
             return sample_images.of_data(trained, path, fields, whole=integers)

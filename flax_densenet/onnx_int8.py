@@ -16,38 +16,18 @@ products of a byte with 8 bits may not fit into 16 bits, and results would depen
 processor.
 """
 
-import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from flax_densenet import model, onnx_model
+from flax_densenet import model, onnx_calibration, onnx_model
 from flax_densenet.errors import UserError
+from flax_densenet.onnx_calibration import Bounds
 from flax_densenet.onnx_graph import Graph
 
 _STEPS = 255  # of a feature map's byte
 _KERNEL_STEPS = 63
-
-
-@dataclasses.dataclass(frozen=True)
-class Bounds:
-    """Lowest and highest value of each feature map, float64 `[C]`."""
-
-    low: np.ndarray
-    high: np.ndarray
-
-    @property
-    def width(self) -> np.ndarray:
-        """1 where a map has one value only, which any unit can hold."""
-        width = self.high - self.low
-        return np.where(width > 0, width, 1.0)
-
-    def join(self, other: 'Bounds') -> 'Bounds':
-        return Bounds(
-            np.concatenate([self.low, other.low]),
-            np.concatenate([self.high, other.high]),
-        )
 
 
 def check(module: model.Network, metadata: dict[str, Any]):
@@ -79,85 +59,19 @@ def make(
       UserError: the network has no bottleneck, or ONNX Runtime is missing.
     """
     check(module, metadata)
-    bounds, wanted = calibrate(module, variables, metadata, batches)
+    bounds, wanted = onnx_calibration.calibrate(module, variables, metadata, batches)
     net = onnx_model.fold(module, variables)
 
     def build(inputs, shift=0.0):
         graph, logits = _network(module, net, metadata, bounds, inputs, shift)
         return onnx_model.finish(graph, logits, module, metadata, inputs)
 
-    session, found = _session(build('normalised')), []
+    session, found = onnx_calibration.start(build('normalised')), []
     mean, std = (np.float32(metadata[name]) for name in ('mean', 'std'))
     for batch in batches:
         images = (batch / np.float32(255) - mean) / std
         found += session.run(None, {'input': images.transpose(0, 3, 1, 2)})
     return build(inputs, wanted - np.concatenate(found).mean(0))
-
-
-def calibrate(
-    module: model.DenseNet, variables, metadata, batches: Iterable[np.ndarray]
-) -> tuple[dict[str, Bounds], np.ndarray]:
-    """Bounds of all feature maps over images, by the names of `onnx_model`'s nodes.
-
-    Returns:
-      The bounds, and the mean logits `[num_classes]`.
-    """
-    made = onnx_model.make(module, variables, metadata)
-    names = _observed(made.graph)
-    _add_outputs(made.graph, names)
-    session, found = _session(made), []
-    outputs = [f'{name}.{end}' for name in names for end in ('low', 'high')]
-    outputs.append('classifier')
-    for batch in batches:
-        values = session.run(outputs, {'image': batch})
-        found.append([value.reshape(len(batch), -1) for value in values])
-    values = dict(
-        zip(outputs, map(np.concatenate, zip(*found, strict=True)), strict=True)
-    )
-    values = {name: np.float64(value) for name, value in values.items()}
-    bounds = {
-        name: Bounds(values[f'{name}.low'].min(0), values[f'{name}.high'].max(0))
-        for name in names
-    }
-    return bounds, values['classifier'].mean(0)
-
-
-def _session(made):
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise UserError(
-            '--precision=int8 is calibrated by ONNX Runtime: '
-            "pip install 'flax_densenet[export]'"
-        ) from error
-    providers = ['CPUExecutionProvider']
-    return onnxruntime.InferenceSession(made.SerializeToString(), providers=providers)
-
-
-def _observed(graph):
-    """What is stored as bytes: convolutions, or the ReLU that follows one."""
-    followed = {
-        node.input[0]: node.output[0] for node in graph.node if node.op_type == 'Relu'
-    }
-    convs = [node.output[0] for node in graph.node if node.op_type == 'Conv']
-    return ['centred', *(followed.get(name, name) for name in convs)]
-
-
-def _add_outputs(graph, names):
-    """Each image's extremes of each feature map, and its logits."""
-    from onnx import TensorProto, helper
-
-    def add(output):
-        value = helper.make_tensor_value_info(output, TensorProto.FLOAT, None)
-        graph.output.append(value)
-
-    for name in names:
-        for end, operator in (('low', 'ReduceMin'), ('high', 'ReduceMax')):
-            output = f'{name}.{end}'
-            node = helper.make_node(operator, [name], [output], axes=(2, 3))
-            graph.node.append(node)
-            add(output)
-    add('classifier')
 
 
 def _network(module, net, metadata, bounds, inputs, shift):

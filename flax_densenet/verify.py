@@ -10,7 +10,7 @@ from flax_densenet import evaluate, metrics, runtimes
 from flax_densenet.errors import UserError
 
 # Largest difference that is let through: of probabilities, or of logits as a share of
-# the largest. Measured on DenseNet-121: 1e-6, 5e-4 and 4e-3. Of int8 the mean
+# the largest. Measured on small networks: 6e-7, 4e-4 and 4e-3. Of int8 the mean
 # difference of probabilities counts, since single ones near a border may differ.
 BOUNDS = {'float32': 1e-4, 'float16': 0.01, 'bfloat16': 0.05, 'int8': 0.05}
 # Fields of one kind of network that `runtimes` look at.
@@ -128,7 +128,7 @@ def _compare(name, outputs, expected, inputs, precision):
     away = np.abs(outputs - expected) / scale
     found = Found(name, outputs, float(away.max()), float(away.mean()))
     decides = found.mean if precision == 'int8' else found.largest
-    if decides > BOUNDS[precision]:
+    if not decides <= BOUNDS[precision]:  # also where the model's own are NaN
         raise UserError(
             f'nothing was exported: in {name} it differs from the model by '
             f'{decides:.2g}, more than {BOUNDS[precision]:g} for {precision}'

@@ -161,6 +161,23 @@ def test_a_wrong_file_is_not_handed_out(trained, samples, tmp_path, monkeypatch)
     assert path.read_text() == 'of before' and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_model_without_numbers(trained, samples, tmp_path):
+    """A comparison with NaN proves nothing."""
+    bias = trained.variables['params']['classifier']['bias']
+    params = trained.variables['params'] | {
+        'classifier': trained.variables['params']['classifier']
+        | {'bias': bias * np.nan}
+    }
+    broken = dataclasses.replace(
+        trained, variables=trained.variables | {'params': params}
+    )
+    with pytest.raises(UserError, match='nothing was exported'):
+        run(str(tmp_path / 'x.onnx'), broken, 'onnx', export.Options(), samples)
+    found = np.zeros((2, 10), np.float32)
+    with pytest.raises(UserError, match='it differs from the model by nan'):
+        verify._compare('onnxruntime', found, found * np.nan, 'images', 'float32')
+
+
 def test_a_file_that_does_not_run(trained, samples, tmp_path, monkeypatch):
     def write(path, trained, options):
         with open(path, 'w') as file:

@@ -25,7 +25,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from configs import base
-from flax_densenet import cluster, faults
+from flax_densenet import errors
+from flax_densenet.distributed import processes
 from flax_densenet.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -150,10 +151,10 @@ _DISTRIBUTED = flags.DEFINE_bool(
     'distributed',
     False,
     'One process of several, which the cluster starts, one a machine or a GPU: finds '
-    f'the others by {cluster.LAUNCHERS}, Open MPI 5 with mpi4py installed, Kubernetes '
-    'with the package kubernetes; elsewhere --coordinator, --num_processes and '
-    '--process_id tell. Under Slurm and Open MPI each process has one GPU. Of '
-    '--mode=train, eval, report, predict, lr_find.',
+    f'the others by {processes.LAUNCHERS}, Open MPI 5 with mpi4py installed, '
+    'Kubernetes with the package kubernetes; elsewhere --coordinator, '
+    '--num_processes and --process_id tell. Under Slurm and Open MPI each process has '
+    'one GPU. Of --mode=train, eval, report, predict, lr_find.',
 )
 _COORDINATOR = flags.DEFINE_string(
     'coordinator_address',
@@ -192,15 +193,17 @@ def _plain(config):
 
 
 def _train(config, workdir, overrides):
-    from flax_densenet import signals, train
+    from flax_densenet.system import signals
+    from flax_densenet.train import fit
 
     with signals.stop_gently() as stop:
-        train.fit(config, workdir, stop=stop)
+        fit.fit(config, workdir, stop=stop)
 
 
 def _evaluate(config, workdir, overrides):
     """Measures the best checkpoint; only data.* fields can be changed."""
-    from flax_densenet import results, views
+    from flax_densenet.evaluation import results
+    from flax_densenet.models import tta as tta_lib
 
     trained, path, fields = _load(config, workdir, overrides, 'eval')
     source, found, trained_on = results.of_data(trained, path, fields)
@@ -209,26 +212,29 @@ def _evaluate(config, workdir, overrides):
         which = (
             f'best checkpoint: epoch {trained.metadata["epoch"]}, step {trained.step}'
         )
-    which += views.describe(fields['tta'])
+    which += tta_lib.describe(fields['tta'])
     what = 'test images' if source.has_test or trained_on else 'images'
     where = f'{len(found.labels)} {what} of {fields["source"]}, {which}'
     results.save(workdir, found, {'data': fields['source'], 'model': which})
-    print(results.format_figures(found, where))
+    print(results.format_metrics_table(found, where))
     print(f'{results.EVAL_FILE} and {results.PREDICTIONS_FILE} are in {workdir}')
 
 
 def _report(config, workdir, overrides):
     """Writes the page of a run or a sweep, or one that compares several runs."""
-    from flax_densenet import book, compare, page, results, sweep_page
+    from flax_densenet.evaluation import results
+    from flax_densenet.report import compare, page
+    from flax_densenet.sweeps import page as sweep_page
+    from flax_densenet.sweeps import record as sweep_record
 
     workdirs = compare.find_runs(workdir)
-    if len(workdirs) == 1 and book.is_sweep(workdirs[0]):
-        sweep_page.save(workdirs[0], book.load(workdirs[0]))
+    if len(workdirs) == 1 and sweep_record.is_sweep(workdirs[0]):
+        sweep_page.save(workdirs[0], sweep_record.load(workdirs[0]))
         path = os.path.join(workdirs[0], sweep_page.FILE)
         print(f'{path}: open it in a browser')
         return
     if len(workdirs) > 1:
-        if not cluster.is_first():
+        if not processes.is_first():
             return
         path = _OUT.value or os.path.join(os.path.dirname(workdirs[0]), compare.FILE)
         compare.save(workdirs, path)
@@ -242,14 +248,15 @@ def _report(config, workdir, overrides):
 
 def _load(config, workdir, overrides, mode):
     """A trained model, where it is from, and the data fields it is used with."""
-    from flax_densenet import evaluate, sharding
+    from flax_densenet.distributed import mesh as mesh_lib
+    from flax_densenet.weights import trained as trained_lib
 
     path = _trained_path(config, workdir)
     _check_data_alone(overrides, path, mode)
-    mesh = sharding.make_mesh()
-    trained = evaluate.load_trained(path, 'best', mesh=mesh)
+    mesh = mesh_lib.make_mesh()
+    trained = trained_lib.load_trained(path, 'best', mesh=mesh)
     fields, _ = _data_fields(config, trained, overrides)
-    sharding.check_batch_size(fields['batch_size'], mesh)
+    mesh_lib.check_batch_size(fields['batch_size'], mesh)
     return trained.with_tta(fields['tta']), path, fields
 
 
@@ -277,32 +284,34 @@ def _data_fields(config, trained, overrides):
 
 def _trained_path(config, workdir):
     """The workdir where it has a checkpoint, else the weights of init_from."""
-    from flax_densenet import checkpoint, weights
+    from flax_densenet.checkpoints import reader as checkpoint_reader
+    from flax_densenet.weights import weight_file
 
     start = config['init_from']
-    if start and not checkpoint.has_checkpoint(workdir):
+    if start and not checkpoint_reader.has_checkpoint(workdir):
         if not os.path.exists(os.path.expanduser(start)):
             raise UserError(f'--config.init_from={start}: there is no such file')
         return start
-    if not weights.is_weights(workdir):
-        checkpoint.find_step(workdir, 'latest')  # raises where there is none
+    if not weight_file.is_weights(workdir):
+        checkpoint_reader.find_step(workdir, 'latest')  # raises where there is none
     return workdir
 
 
 def _export(config, workdir, overrides):
     """Writes the best checkpoint, or weights of init_from, to a file that was tried."""
-    from flax_densenet import evaluate, export, release
+    from flax_densenet.export import formats, release
+    from flax_densenet.weights import trained as trained_lib
 
     if not _OUT.value:
         raise UserError('--mode=export needs --out=FILE')
     file_format = _FORMAT.value or 'safetensors'
-    options = export.Options(
+    options = formats.Options(
         _INPUTS.value, _PRECISION.value, license=_LICENSES['license'].value
     )
-    export.check_format(_OUT.value, file_format, options)
+    formats.check_format(_OUT.value, file_format, options)
     path = _trained_path(config, workdir)
     _check_data_alone(overrides, path, 'export')
-    trained = evaluate.load_trained(path, 'best')
+    trained = trained_lib.load_trained(path, 'best')
     shipped = release.Release(
         trained,
         None if trained.step is None else path,
@@ -320,10 +329,11 @@ def _export(config, workdir, overrides):
 
 def _samples(config, path, trained, overrides):
     """Images to try an exported file on: --files, the run's own, or scikit-learn's."""
-    from flax_densenet import evaluate, sample_images
+    from flax_densenet.export import sample_images
+    from flax_densenet.weights import trained as trained_lib
 
     integers = _PRECISION.value == 'int8'
-    preparation = evaluate.preparation_of(trained.metadata)
+    preparation = trained_lib.preparation_of(trained.metadata)
     if _FILES.value:
         return sample_images.of_files(_FILES.value, preparation)
     fields, chosen = _data_fields(config, trained, overrides)
@@ -346,7 +356,8 @@ _OF_PREDICT = ('init_from', 'data.batch_size', 'data.threads', 'data.tta')
 
 def _predict(config, workdir, overrides):
     """Predicts for --files; exit status 1 where some of them could not be read."""
-    from flax_densenet import predict, sharding, shared_predictions
+    from flax_densenet.distributed import mesh as mesh_lib
+    from flax_densenet.inference import multi_process, predictor
 
     path = _trained_path(config, workdir)
     wrong = [name for name in overrides if name not in _OF_PREDICT]
@@ -366,15 +377,15 @@ def _predict(config, workdir, overrides):
 
     def load():
         # Of several processes each predicts with its own devices.
-        batch_size, mesh = config['data']['batch_size'], sharding.make_local_mesh()
+        batch_size, mesh = config['data']['batch_size'], mesh_lib.make_local_mesh()
         tta = overrides.get('data.tta')
-        return predict.load_trained(path, batch_size=batch_size, mesh=mesh, tta=tta)
+        return predictor.load_trained(path, batch_size=batch_size, mesh=mesh, tta=tta)
 
-    if cluster.is_first():
+    if processes.is_first():
         failed = _write_predictions(load, threads)
     else:
         model, named = load(), _EXPLAIN_CLASS.value
-        shared_predictions.serve(
+        multi_process.serve(
             model,
             threads=threads,
             features=bool(_FEATURES.value),
@@ -382,28 +393,29 @@ def _predict(config, workdir, overrides):
             cam_class=-1 if named is None else model.class_index(named),
         )
         failed = 0
-    return 1 if cluster.of_first('failed', lambda: failed) else 0
+    return 1 if processes.broadcast('failed', lambda: failed) else 0
 
 
 def _write_predictions(load, threads):
     """Returns how many files could not be read."""
-    from flax_densenet import files, predictions, shared_predictions
+    from flax_densenet.inference import input_files, multi_process
+    from flax_densenet.inference import outputs as outputs_lib
 
-    files.check(_FILES.value)
+    input_files.check(_FILES.value)
     places = dict(explain=_EXPLAIN.value, features=_FEATURES.value)
-    with predictions.Outputs(
+    with outputs_lib.Outputs(
         out=_OUT.value, form=_FORMAT.value, top=_TOP.value, **places
     ) as outputs:
         model = load()
-        if cluster.count() > 1:
-            model = shared_predictions.Shared(model)
-        return predictions.run(
+        if processes.count() > 1:
+            model = multi_process.MultiProcessPredictor(model)
+        return outputs_lib.run(
             model,
-            files.find(_FILES.value, leave_out=_EXPLAIN.value),
+            input_files.find(_FILES.value, leave_out=_EXPLAIN.value),
             outputs,
             threads=threads,
             class_name=_EXPLAIN_CLASS.value,
-            total=files.count(_FILES.value),
+            total=input_files.count(_FILES.value),
         )
 
 
@@ -411,34 +423,36 @@ def _serve(config, workdir, overrides):
     """Serves the best checkpoint, or init_from's weights, until it is told to end."""
     import jax
 
-    from flax_densenet import evaluate, serve, sharding
+    from flax_densenet.distributed import mesh as mesh_lib
+    from flax_densenet.serving import guard, server
+    from flax_densenet.weights import trained as trained_lib
 
     path = _trained_path(config, workdir)
     wrong = [name for name in overrides if name != 'init_from']
     if wrong:
         raise UserError(f'--config.{wrong[0]}: --mode=serve takes it from {path}')
-    serve.check_installed()
-    from flax_densenet import guard
+    server.check_installed()
 
     limits = guard.Limits(**{name: flag.value for name, flag in _LIMITS.items()})
     # Before the model is loaded, since a port may be taken.
-    listener = serve.listen(_HOST.value, _PORT.value)
+    listener = server.listen(_HOST.value, _PORT.value)
     # One device: a batch of a few images does not divide over several.
-    mesh = sharding.make_mesh(jax.local_devices()[:1])
-    trained = evaluate.load_trained(path, 'best', mesh=mesh)
+    mesh = mesh_lib.make_mesh(jax.local_devices()[:1])
+    trained = trained_lib.load_trained(path, 'best', mesh=mesh)
     name = pathlib.Path(path).resolve().name
-    serve.run(trained, listener, name=name, limits=limits)
+    server.run(trained, listener, name=name, limits=limits)
 
 
 def _find_learning_rate(config, workdir, overrides):
-    from flax_densenet import lr_find
+    from flax_densenet.train import lr_finder
 
-    lr_find.find(config, workdir, steps=_STEPS.value)
+    lr_finder.find(config, workdir, steps=_STEPS.value)
 
 
 def _sweep(config, workdir, overrides):
     """Trains a grid of settings, or searches for them."""
-    from flax_densenet import signals, sweep
+    from flax_densenet.sweeps import runner as sweep_runner
+    from flax_densenet.system import signals
 
     shared = copy.deepcopy(_CONFIG.value)
     if 'train.report' not in overrides:  # a page for each run, some seconds each
@@ -448,7 +462,7 @@ def _sweep(config, workdir, overrides):
     given = [a for a in sys.argv[1:] if a.lstrip('-').startswith('config')]
     given = [a for a in given if a != f'--config={_BASE}']
     with signals.stop_gently() as stop:
-        sweep.run(
+        sweep_runner.run(
             _plain(shared),
             workdir,
             _SWEEP.value,
@@ -482,7 +496,9 @@ _OF_PACK = ('data.source', 'data.labels', 'data.bad_images', 'data.threads')
 
 def _pack(config, workdir, overrides):
     """Packs folder:PATH or tar:PATH into --out; checks packed:DIR, without --out."""
-    from flax_densenet import manifest, pack, shards
+    from flax_densenet.data.packed import manifest
+    from flax_densenet.data.packed import plan as pack_plan
+    from flax_densenet.data.packed import writer as pack_writer
 
     wrong = [name for name in overrides if name not in _OF_PACK]
     if wrong:
@@ -493,7 +509,10 @@ def _pack(config, workdir, overrides):
     fields = config['data']
     kind, _, name = fields['source'].partition(':')
     if kind == 'packed' and not _OUT.value:
-        print(f'{name}: all files are whole; {manifest.describe(pack.verify(name))}')
+        print(
+            f'{name}: all files are intact; '
+            f'{manifest.describe(pack_writer.verify(name))}'
+        )
         return
     if not _OUT.value:
         raise UserError('--mode=pack needs --out=FOLDER')
@@ -503,9 +522,9 @@ def _pack(config, workdir, overrides):
         raise UserError(
             f'data.bad_images={fields["bad_images"]} is not known; use error, skip'
         )
-    packing = shards.Options(**{name: flag.value for name, flag in _PACKING.items()})
+    packing = pack_plan.Options(**{name: flag.value for name, flag in _PACKING.items()})
     names = ('labels', 'bad_images', 'threads')
-    made = pack.pack(
+    made = pack_writer.pack(
         fields['source'],
         _OUT.value,
         options=packing,
@@ -516,22 +535,25 @@ def _pack(config, workdir, overrides):
 
 
 def _summarise(config, workdir, overrides):
-    from flax_densenet import data, finetune, model, report, transfer, weights
+    from flax_densenet.data import dataset
+    from flax_densenet.models import factory, summary
+    from flax_densenet.train import finetune
+    from flax_densenet.weights import transfer, weight_file
 
-    found = weights.load(config['init_from']) if config['init_from'] else None
-    fields = transfer.settle_model(config['model'], found)
-    images = transfer.settle_data(config['data'], found)
+    found = weight_file.load(config['init_from']) if config['init_from'] else None
+    fields = transfer.resolve_model(config['model'], found)
+    images = transfer.resolve_data(config['data'], found)
     size = images['image_size']
     if not size:
         kind = images['source'].partition(':')[0]
-        size = data.DEFAULT_IMAGE_SIZES.get(kind, 224)
+        size = dataset.DEFAULT_IMAGE_SIZES.get(kind, 224)
     # Made for 1000 classes unless there are weights, since a summary reads no data.
     classes = found.num_classes if found else 1000
-    module = model.create_model(num_classes=classes, **fields)
+    module = factory.create_model(num_classes=classes, **fields)
     plan = finetune.make_plan(module, **finetune.plan_fields(config))
     shape = (size, size, images['channels'])
     print(f'{fields["variant"]} with {classes} classes')
-    print(report.format_summary(module, shape, rates=plan.rates))
+    print(summary.format_summary(module, shape, rates=plan.rates))
     if str(plan):
         print(plan)
 
@@ -617,7 +639,7 @@ def _set_up_jax():
     """Memory and compilation cache, before JAX starts its backend."""
     import jax
 
-    from flax_densenet import cpu_kernels
+    from flax_densenet.kernels import cpu as cpu_kernels
 
     cpu_kernels.keep_memory()
     training = _MODE.value in ('train', 'sweep')
@@ -664,22 +686,22 @@ def main(argv):
     except BrokenPipeError:
         # What is still to be flushed at the end must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        cluster.end(141, 'the reader of standard output went away')
+        processes.end(141, 'the reader of standard output went away')
         return 141
     except (MemoryError, OSError, RuntimeError) as error:
-        if (said := faults.explain(error)) is None:
+        if (said := errors.explain_system_error(error)) is None:
             raise
         status, line = 2, f'error: {said}'
-    if line and (cluster.is_first() or line.startswith('error: ')):
+    if line and (processes.is_first() or line.startswith('error: ')):
         print(line, file=sys.stderr)
-    cluster.end(status, line)
+    processes.end(status, line)
     return status
 
 
 def _run(argv):
     _parse(argv)
     if _DISTRIBUTED.value:
-        cluster.start(
+        processes.start(
             coordinator_address=_COORDINATOR.value,
             **{name: flag.value for name, flag in _PROCESSES.items()},
         )
@@ -691,6 +713,6 @@ def _run(argv):
 
 
 if __name__ == '__main__':
-    with cluster.Defects():
+    with processes.Defects():
         ended = main(sys.argv)
     sys.exit(ended)

@@ -48,7 +48,8 @@ def _cpu_seconds():
 def _serve_ours(folder, recipe):
     import numpy as np
 
-    from flax_densenet import data, images, pipeline, sources
+    from flax_densenet.data import dataset, pipeline, sources
+    from flax_densenet.data import images as images_lib
 
     paths = _paths(folder)
 
@@ -60,7 +61,9 @@ def _serve_ours(folder, recipe):
             return super().__getitem__(index)
 
     reader = Counting(paths, np.zeros(len(paths), np.int32))
-    examples = data.Examples(reader, np.arange(len(paths)), images.Preparation(SIZE))
+    examples = dataset.Examples(
+        reader, np.arange(len(paths)), images_lib.Preparation(SIZE)
+    )
     jitter = recipe == 'colour_jitter'
     changes = {'colour_jitter': JITTER} if jitter else {'policy': recipe}
     steps = len(paths) // BATCH

@@ -42,10 +42,13 @@ def _serve(task, step):
 
 
 def make_ours(task, **fields):
-    """(compiled training step, state, batch): what `train.fit` runs."""
+    """(compiled training step, state, batch): what `fit.fit` runs."""
     import jax
 
-    from flax_densenet import create_model, init_variables, optimizers, sharding, step
+    from flax_densenet import create_model, init_variables
+    from flax_densenet.distributed import mesh as mesh_lib
+    from flax_densenet.train import optimizers
+    from flax_densenet.train import step as step_lib
 
     batch, size, classes = SHAPES[task]
     variant = 'BC-L100k12' if task == 'cifar' else 'densenet121'
@@ -53,26 +56,27 @@ def make_ours(task, **fields):
     optimizer = optimizers.make_optimizer(
         1e-4, name='adam', momentum=0.0, weight_decay=0.0
     )
-    mesh = sharding.make_mesh()
+    mesh = mesh_lib.make_mesh()
     variables = init_variables(module, 0)
-    state = sharding.replicate(step.new_state(variables, optimizer), mesh)
+    state = mesh_lib.replicate(step_lib.new_state(variables, optimizer), mesh)
     rng = np.random.default_rng(0)
     rows = {
         'image': rng.integers(0, 256, (batch, size, size, 3), np.uint8),
         'label': rng.integers(0, classes, batch).astype(np.int32),
         'epoch': np.zeros(batch, np.int32),
     }
-    rows = sharding.to_global(rows, mesh)
-    train_step = step.make_train_step(
+    rows = mesh_lib.to_global(rows, mesh)
+    train_step = step_lib.make_train_step(
         module, optimizer, mean=(0.5,) * 3, std=(0.25,) * 3
     )
-    compiled = step.compile_train_step(train_step, state, rows, mesh)
+    compiled = step_lib.compile_train_step(train_step, state, rows, mesh)
     jax.block_until_ready(state)
     return compiled, state, rows
 
 
 def _ours(task, **fields):
-    from flax_densenet import cpu_kernels
+    from flax_densenet import create_model, init_variables
+    from flax_densenet.kernels import cpu as cpu_kernels
 
     cpu_kernels.keep_memory()  # as launch.py does
     import jax
@@ -82,8 +86,6 @@ def _ours(task, **fields):
 
         return _serve(task, inference.make_ours(SHAPES[task][0]))
     if task == 'infer':
-        from flax_densenet import create_model, init_variables
-
         batch, size, classes = SHAPES[task]
         module = create_model('densenet121', num_classes=classes, **fields)
         variables = jax.device_put(init_variables(module, 0))

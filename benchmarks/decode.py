@@ -26,12 +26,13 @@ def _paths(folder):
 def _serve_ours(folder):
     import numpy as np
 
-    from flax_densenet import data, images, pipeline, sources
+    from flax_densenet.data import dataset, pipeline, sources
+    from flax_densenet.data import images as images_lib
 
     paths = _paths(folder)
     reader = sources.FileReader(paths, np.zeros(len(paths), np.int32))
-    preparation = images.Preparation(SIZE)
-    examples = data.Examples(reader, np.arange(len(paths)), preparation)
+    preparation = images_lib.Preparation(SIZE)
+    examples = dataset.Examples(reader, np.arange(len(paths)), preparation)
 
     def measure():
         start = time.perf_counter()

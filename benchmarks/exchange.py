@@ -47,18 +47,14 @@ def make_step(
     import jax
     import numpy as np
 
-    from flax_densenet import (
-        create_model,
-        groups,
-        model,
-        optimizers,
-        sharding,
-        state_shards,
-        step,
-    )
+    from flax_densenet import create_model
+    from flax_densenet.distributed import mesh as mesh_lib
+    from flax_densenet.distributed import zero
+    from flax_densenet.models import ghost_batch_norm, initialization
+    from flax_densenet.train import optimizers, step
 
-    mesh = sharding.make_mesh(jax.devices()[:devices])
-    group = groups.resolve(
+    mesh = mesh_lib.make_mesh(jax.devices()[:devices])
+    group = ghost_batch_norm.resolve(
         fields.pop('batch_norm_group', 0),
         rows=batch,
         devices=devices,
@@ -72,15 +68,15 @@ def make_step(
         weight_decay=0.0,
         shard_over=mesh if shard_state else None,
     )
-    shapes = model.variable_shapes(module)
+    shapes = initialization.variable_shapes(module)
     variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     state = step.new_state(variables, update)
-    whole = jax.tree.map(lambda _: sharding.replicated(mesh), state)
-    layout = whole.replace(opt_state=state_shards.layout(state.opt_state, mesh))
-    rows, by_rows = (batch,), sharding.split_rows(mesh)
+    whole = jax.tree.map(lambda _: mesh_lib.replicated(mesh), state)
+    layout = whole.replace(opt_state=zero.layout(state.opt_state, mesh))
+    rows, by_rows = (batch,), mesh_lib.split_rows(mesh)
     if accumulate_steps > 1:
         rows = (accumulate_steps, batch // accumulate_steps)
-        by_rows = sharding.split_parts(mesh)
+        by_rows = mesh_lib.split_micro_batches(mesh)
 
     def shape_of(leaf, at):
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at)

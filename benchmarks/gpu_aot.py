@@ -74,11 +74,13 @@ def compile_step(spec, device):
     import numpy as np
     import optax
 
-    from flax_densenet import create_model, model, step
+    from flax_densenet import create_model
+    from flax_densenet.models import initialization
+    from flax_densenet.train import step
 
     fields = dict(dtype='bfloat16', **spec.fields, **spec.small)
     module = create_model('densenet121', num_classes=spec.classes, **fields)
-    shapes = model.variable_shapes(module)
+    shapes = initialization.variable_shapes(module)
     variables = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     optimizer = optax.adam(1e-4)
     rows = {

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_densenet import dense_block
+from flax_densenet.kernels import dense_block
 
 
 def normalised(x, norm, kernel):

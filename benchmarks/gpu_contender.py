@@ -71,7 +71,7 @@ def prepare_jax(spec):
         sys.modules['grain'] = stub
     import jax
 
-    from flax_densenet import dense_block
+    from flax_densenet.kernels import dense_block
 
     # On a CPU the comparison is of the code that would run on a GPU.
     dense_block.use_native = lambda *args, **options: False

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from benchmarks import gpu_block, gpu_conv, gpu_kernels
-from flax_densenet import dense_block
-from flax_densenet.dense_block import normalise_relu, statistics
+from flax_densenet.kernels import dense_block
+from flax_densenet.kernels.dense_block import normalize_relu, statistics
 
 
 def _conv1x1(x, kernel):
@@ -77,7 +77,7 @@ def _train(
             own = slice(at, at + piece.shape[-1])
             at = own.stop
             parts.append(
-                normalise_relu(
+                normalize_relu(
                     piece,
                     mean[own],
                     var[own],
@@ -96,7 +96,7 @@ def _train(
     for layer in layers:
         y = hidden(pieces, mean, var, layer)
         inner.append(statistics(y))
-        y = normalise_relu(y, *inner[-1], layer.scale2, layer.bias2, epsilon, dtype)
+        y = normalize_relu(y, *inner[-1], layer.scale2, layer.bias2, epsilon, dtype)
         y = conv3x3(y, layer.kernel2.astype(dtype))
         new_mean, new_var = statistics(y)
         pieces.append(y)
@@ -235,7 +235,7 @@ max_pool.defvjp(_max_pool_forward, _max_pool_backward)
 
 
 def _stem_without_scatter(x, mean, var, scale, bias, epsilon, padding, dtype):
-    y = normalise_relu(x, mean, var, scale, bias, epsilon, dtype)
+    y = normalize_relu(x, mean, var, scale, bias, epsilon, dtype)
     return max_pool(y, tuple(map(tuple, padding)))
 
 

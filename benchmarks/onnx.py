@@ -29,13 +29,14 @@ def make_ours(folder):
     import onnx
 
     from benchmarks import prediction
-    from flax_densenet import evaluate, onnx_int8, onnx_model, sample_images
+    from flax_densenet.export import onnx_int8, onnx_network, sample_images
+    from flax_densenet.weights import trained as trained_lib
 
     trained = prediction.make_predictor().trained
     metadata = trained.metadata
     arguments = trained.module, trained.variables, metadata
-    onnx.save(onnx_model.make(*arguments, inputs='normalised'), folder / 'ours.onnx')
-    samples = sample_images.of_library(evaluate.preparation_of(metadata))
+    onnx.save(onnx_network.make(*arguments, inputs='normalised'), folder / 'ours.onnx')
+    samples = sample_images.of_library(trained_lib.preparation_of(metadata))
     made = onnx_int8.make(*arguments, [samples.images], inputs='normalised')
     onnx.save(made, folder / 'int8.onnx')
 

@@ -26,7 +26,10 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import sidebyside
-from flax_densenet import data, images, pack, packed, pipeline, shards, sources
+from flax_densenet.data import dataset, images, pipeline, sources
+from flax_densenet.data.packed import plan as pack_plan
+from flax_densenet.data.packed import reader as packed_reader
+from flax_densenet.data.packed import writer as pack_writer
 
 SMALL, CLASSES, SIDE, QUALITY = 20_000, 100, 112, 90
 LARGE = 1_000
@@ -87,7 +90,7 @@ def read_raw(make_reader, order, threads):
 def read_decoded(make_reader, order, size):
     """Seconds to read, decode and batch images as training does, in four threads."""
     start = time.perf_counter()
-    examples = data.Examples(make_reader(), order, images.Preparation(size))
+    examples = dataset.Examples(make_reader(), order, images.Preparation(size))
     batches = pipeline.eval_batches(examples, batch_size=50)
     count = sum(int(batch['mask'].sum()) for batch in batches)
     batches.close()
@@ -102,7 +105,7 @@ def compare(folder, packed_folder, size, rounds):
     order = np.random.default_rng(1).permutation(len(paths))
     ways = {
         'files': lambda: sources.FileReader(paths, labels),
-        'packed': lambda: packed.load(str(packed_folder)),
+        'packed': lambda: packed_reader.load(str(packed_folder)),
     }
     tasks = {
         'raw, 1 thread': lambda way: read_raw(way, order, 1),
@@ -133,9 +136,9 @@ def main(photographs, folder=None, rounds=7):
         ):
             write(photographs, place / name)
             out = place / f'{name}-packed'
-            options = shards.Options(shard_mib=mib)
+            options = pack_plan.Options(shard_mib=mib)
             start = time.perf_counter()
-            pack.pack(f'folder:{place / name}', str(out), options=options)
+            pack_writer.pack(f'folder:{place / name}', str(out), options=options)
             seconds = time.perf_counter() - start
             result[name] = {'seconds to pack': seconds} | compare(
                 place / name, out, size, int(rounds)

@@ -14,15 +14,12 @@ import time
 
 import numpy as np
 
-from flax_densenet import (
-    cpu_kernels,
-    create_model,
-    evaluate,
-    files,
-    init_variables,
-    predict,
-    sharding,
-)
+from flax_densenet import create_model, init_variables
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.inference import input_files
+from flax_densenet.inference import predictor as predictor_lib
+from flax_densenet.kernels import cpu as cpu_kernels
+from flax_densenet.weights import trained as trained_lib
 
 BATCH, THREADS = 16, 4
 
@@ -30,7 +27,7 @@ BATCH, THREADS = 16, 4
 def make_predictor(batch_size=BATCH):
     """DenseNet-121 at 224x224; its first parameters compute as fast as others."""
     module = create_model('densenet121', num_classes=1000)
-    mesh = sharding.make_mesh()
+    mesh = mesh_lib.make_mesh()
     metadata = {
         'model': {'variant': 'densenet121'},
         'class_names': None,
@@ -39,9 +36,9 @@ def make_predictor(batch_size=BATCH):
         'std': [0.229, 0.224, 0.225],
         'data': {},
     }
-    variables = sharding.replicate(init_variables(module, 0), mesh)
-    trained = evaluate.Trained(module, variables, metadata, {}, None, mesh)
-    return predict.Predictor(trained, batch_size)
+    variables = mesh_lib.replicate(init_variables(module, 0), mesh)
+    trained = trained_lib.Trained(module, variables, metadata, {}, None, mesh)
+    return predictor_lib.Predictor(trained, batch_size)
 
 
 def rates(predictor, paths):
@@ -71,7 +68,7 @@ def main():
     options = parser.parse_args()
     cpu_kernels.keep_memory()
     predictor = make_predictor()
-    paths = list(files.find([str(options.folder)]))[: options.images]
+    paths = list(input_files.find([str(options.folder)]))[: options.images]
     rates(predictor, paths[:BATCH])  # compiles
     found = np.array([rates(predictor, paths) for _ in range(options.rounds)])
     decode, model, both = found.T

@@ -15,7 +15,7 @@ import sys
 import tempfile
 
 from benchmarks import contenders
-from flax_densenet import cpu_kernels
+from flax_densenet.kernels import cpu as cpu_kernels
 
 cpu_kernels.keep_memory()
 import jax  # noqa: E402

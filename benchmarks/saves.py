@@ -14,33 +14,29 @@ import time
 import jax
 import numpy as np
 
-from flax_densenet import (
-    checkpoint,
-    cpu_kernels,
-    loop,
-    model,
-    optimizers,
-    saving,
-    sharding,
-    step,
-)
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.checkpoints import writer as checkpoint_writer
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.kernels import cpu as cpu_kernels
+from flax_densenet.models import factory, initialization
+from flax_densenet.train import loop, optimizers, step
 
 
 def _prepare(size, batch):
-    module = model.create_model('densenet121', num_classes=10)
+    module = factory.create_model('densenet121', num_classes=10)
     optimizer = optimizers.make_optimizer(
         lambda count: 1e-4, name='adam', momentum=0.9, weight_decay=0.0
     )
-    mesh = sharding.make_mesh()
-    variables = model.init_variables(module, seed=0)
-    state = sharding.replicate(step.new_state(variables, optimizer), mesh)
+    mesh = mesh_lib.make_mesh()
+    variables = initialization.init_variables(module, seed=0)
+    state = mesh_lib.replicate(step.new_state(variables, optimizer), mesh)
     draw = np.random.default_rng(0)
     rows = {
         'image': draw.integers(0, 256, (batch, size, size, 3), np.uint8),
         'label': draw.integers(0, 10, batch, np.int32),
         'epoch': np.zeros(batch, np.int32),
     }
-    rows = sharding.to_global(rows, mesh)
+    rows = mesh_lib.to_global(rows, mesh)
     train_step = step.make_train_step(module, optimizer, mean=(0.5,) * 3, std=(1,) * 3)
     return step.compile_train_step(train_step, state, rows, mesh), state, rows
 
@@ -55,7 +51,10 @@ def main():
     compiled, state, rows = _prepare(options.size, options.batch)
     state, loss = compiled(state, rows)
     times, held = {False: [], True: []}, []
-    with tempfile.TemporaryDirectory() as folder, saving.open_saver(folder) as saver:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        checkpoint_writer.open_saver(folder) as saver,
+    ):
         for turn in range(2 * options.turns):
             saves = bool(turn % 2)
             start = time.perf_counter()
@@ -65,7 +64,9 @@ def main():
                 if saves and number % options.every == 0:
                     asked = time.perf_counter()
                     saver.save(
-                        checkpoint.Checkpoint(turn * 1000 + number, finished=False),
+                        checkpoint_reader.Checkpoint(
+                            turn * 1000 + number, finished=False
+                        ),
                         **loop.checkpoint_items(state),
                         metadata={},
                         records=[],
@@ -74,7 +75,7 @@ def main():
             saver.wait()  # a block pays for all of its saves
             times[saves].append((time.perf_counter() - start) / options.steps)
         saver.save(
-            checkpoint.Checkpoint(10**6, finished=False),
+            checkpoint_reader.Checkpoint(10**6, finished=False),
             **loop.checkpoint_items(state),
             metadata={},
             records=[],
@@ -83,8 +84,8 @@ def main():
         saver.wait()
         alone = time.perf_counter() - start
         start = time.perf_counter()
-        newest = checkpoint.Checkpoint(10**6, finished=False)
-        assert not checkpoint.check(checkpoint.folder_of(folder, newest))
+        newest = checkpoint_reader.Checkpoint(10**6, finished=False)
+        assert not checkpoint_reader.check(checkpoint_reader.folder_of(folder, newest))
         check = time.perf_counter() - start
     without, with_saves = (np.array(times[key]) * 1e3 for key in (False, True))
     ratios = with_saves / without

@@ -30,17 +30,20 @@ def _prepare(variant, size, batch, group):
     import jax
     import numpy as np
 
-    from flax_densenet import cpu_kernels, groups, model, optimizers, sharding, step
+    from flax_densenet.distributed import mesh as mesh_lib
+    from flax_densenet.kernels import cpu as cpu_kernels
+    from flax_densenet.models import factory, ghost_batch_norm, initialization
+    from flax_densenet.train import optimizers, step
 
     cpu_kernels.load()
-    mesh = sharding.make_mesh()
-    rows = groups.resolve(group, rows=batch, devices=mesh.size)
-    module = model.create_model(variant, num_classes=10, batch_norm_group=rows)
+    mesh = mesh_lib.make_mesh()
+    rows = ghost_batch_norm.resolve(group, rows=batch, devices=mesh.size)
+    module = factory.create_model(variant, num_classes=10, batch_norm_group=rows)
     optimizer = optimizers.make_optimizer(
         lambda count: 1e-3, name='adam', momentum=0.9, weight_decay=0.0
     )
-    state = step.new_state(model.init_variables(module, seed=0), optimizer)
-    state = sharding.replicate(state, mesh)
+    state = step.new_state(initialization.init_variables(module, seed=0), optimizer)
+    state = mesh_lib.replicate(state, mesh)
     draw = np.random.default_rng(0)
     share = batch // jax.process_count()
     batch = {
@@ -48,7 +51,7 @@ def _prepare(variant, size, batch, group):
         'label': draw.integers(0, 10, share, np.int32),
         'epoch': np.zeros(share, np.int32),
     }
-    batch = sharding.to_global(batch, mesh)
+    batch = mesh_lib.to_global(batch, mesh)
     train_step = step.make_train_step(module, optimizer, mean=(0.5,) * 3, std=(1,) * 3)
     return step.compile_train_step(train_step, state, batch, mesh), state, batch
 

@@ -14,7 +14,8 @@ import threading
 import time
 
 from configs import base
-from flax_densenet import loop, signals, train
+from flax_densenet.system import signals
+from flax_densenet.train import fit, loop
 
 
 def _fields():
@@ -74,7 +75,7 @@ def main():
     ).start()
     with tempfile.TemporaryDirectory() as folder:
         try:
-            train.fit(_fields(), folder, stop=stop)
+            fit.fit(_fields(), folder, stop=stop)
         except signals.Stopped as stopped:
             print(stopped)
         with open(os.path.join(folder, 'metrics.jsonl')) as file:

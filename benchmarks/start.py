@@ -11,7 +11,7 @@ import sys
 import jax
 
 import launch
-from flax_densenet import step
+from flax_densenet.train import step
 
 
 def _end_after_first_step(compile_train_step):

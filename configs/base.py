@@ -67,7 +67,8 @@ def get_config() -> ConfigDict:
     # by --mode=pack), tar:PATH (webdataset's shards) or tfds:NAME[:CONFIG].
     config.data.source = 'digits'
     # Table (CSV) of several labels an image, for folder:PATH, whose images it names: a
-    # column for each label with 1, 0 or nothing (not known); flax_densenet/labels.py.
+    # column for each label with 1, 0 or nothing (not known);
+    # flax_densenet/data/label_table.py.
     config.data.labels = ''
     # How an image is prepared; None (0) leaves it to init_from's weights, else to the
     # value named first.

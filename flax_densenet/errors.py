@@ -1,5 +1,7 @@
 """The one exception for mistakes that a user can mend, and names fit for its line."""
 
+import errno
+
 # A path or a value may be of any length; the remedy stands at the end.
 _FIRST, _LAST = 1200, 600
 
@@ -42,3 +44,29 @@ def _shorten(text):
     if len(text) <= _FIRST + _LAST + 5:
         return text
     return f'{text[:_FIRST]} ... {text[-_LAST:]}'
+
+
+_DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM),
+    *(errno.ENOENT, errno.EFBIG, errno.ESTALE, errno.ENOTDIR, errno.EMFILE),
+)
+_MEMORY = ('RESOURCE_EXHAUSTED', 'Out of memory', 'out of memory', 'OUT_OF_MEMORY')
+
+
+def explain_system_error(error: Exception) -> str | None:
+    """What to do about an error of the machine; None for any other error."""
+    text = ' '.join(str(error).split())
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in _MEMORY)
+    ):
+        return (
+            f'out of memory ({text[:160] or "MemoryError"}): use a smaller '
+            'data.batch_size or data.image_size, model.remat=block or '
+            'model.dtype=bfloat16; the same command goes on from the last checkpoint'
+        )
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return (
+            f'{error.filename or "a file"}: {error.strerror}; mend that, and the same '
+            'command goes on from the last checkpoint'
+        )
+    return None

@@ -32,7 +32,10 @@ from flax import traverse_util
 from PIL import Image
 
 from configs import base
-from flax_densenet import create_model, evaluate, init_variables, report, sharding
+from flax_densenet import create_model, init_variables
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.report import plots
+from flax_densenet.weights import trained as trained_lib
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
@@ -49,8 +52,8 @@ def _without_pictures(request, monkeypatch):
     def save_samples(workdir, *_, **__):
         Image.new('RGB', (1, 1)).save(os.path.join(workdir, 'samples.png'))
 
-    monkeypatch.setattr(report, 'save_samples', save_samples)
-    monkeypatch.setattr(report, 'save_curves', lambda workdir, records: None)
+    monkeypatch.setattr(plots, 'save_samples', save_samples)
+    monkeypatch.setattr(plots, 'save_curves', lambda workdir, records: None)
 
 
 def shared(path):
@@ -146,12 +149,12 @@ def tiny_config(**overrides):
 
 
 def tiny_trained(source, *, seed=0, **metadata):
-    """An `evaluate.Trained` with first parameters, as if trained on `source`."""
-    mesh = sharding.make_mesh()
+    """An `trained.Trained` with first parameters, as if trained on `source`."""
+    mesh = mesh_lib.make_mesh()
     module = create_model('BC-L10k4', num_classes=len(source.class_names))
-    return evaluate.Trained(
+    return trained_lib.Trained(
         module=module,
-        variables=sharding.replicate(init_variables(module, seed), mesh),
+        variables=mesh_lib.replicate(init_variables(module, seed), mesh),
         metadata={
             'model': {'variant': 'BC-L10k4'},
             'class_names': list(source.class_names),
@@ -171,7 +174,7 @@ def tiny_trained(source, *, seed=0, **metadata):
 
 def make_weights(path, *, classes=3, scale=1.0, **metadata):
     """A file of ours with a network that nobody trained."""
-    from flax_densenet import export
+    from flax_densenet.export import formats
 
     module = create_model('BC-L10k4', num_classes=classes)
     variables = jax.tree.map(lambda x: x * scale, init_variables(module, 0))
@@ -183,7 +186,7 @@ def make_weights(path, *, classes=3, scale=1.0, **metadata):
         'std': [0.2] * 3,
         'data': {'mean': [0.5] * 3, 'std': [0.2] * 3, 'channels': 3},
     } | metadata
-    mesh = sharding.make_mesh()
-    trained = evaluate.Trained(module, variables, metadata, {}, None, mesh)
-    export.save(str(path), trained, 'safetensors')
+    mesh = mesh_lib.make_mesh()
+    trained = trained_lib.Trained(module, variables, metadata, {}, None, mesh)
+    formats.save(str(path), trained, 'safetensors')
     return str(path)

@@ -13,16 +13,11 @@ import jax
 import numpy as np
 
 from benchmarks import exchange
-from flax_densenet import (
-    create_model,
-    finetune,
-    groups,
-    init_variables,
-    optimizers,
-    sharding,
-    state_shards,
-    step,
-)
+from flax_densenet import create_model, init_variables
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.distributed import zero
+from flax_densenet.models import ghost_batch_norm
+from flax_densenet.train import finetune, optimizers, step
 
 ROWS, STEPS = 64, 3
 SMALL = dict(block_sizes=(1,), stem_features=4)
@@ -88,8 +83,8 @@ def take(
     **fields,
 ):
     """The arrays of the state after some steps, and figures of the program."""
-    mesh = sharding.make_mesh(jax.devices()[:devices])
-    group = groups.resolve(
+    mesh = mesh_lib.make_mesh(jax.devices()[:devices])
+    group = ghost_batch_norm.resolve(
         batch_norm_group,
         rows=rows,
         devices=devices,
@@ -113,8 +108,8 @@ def take(
         lambda leaf: leaf + 0.1 * rng.random(leaf.shape), variables['batch_stats']
     )
     state = step.new_state(variables, optimizer, multi_label=labels)
-    opt_state = state_shards.place(state.opt_state, mesh)
-    state = sharding.replicate(state.replace(opt_state=()), mesh)
+    opt_state = zero.place(state.opt_state, mesh)
+    state = mesh_lib.replicate(state.replace(opt_state=()), mesh)
     state = state.replace(opt_state=opt_state)
     train_step = step.make_train_step(
         module,
@@ -130,7 +125,7 @@ def take(
     compiled, losses = None, []
     for number in range(STEPS):
         batch = make_batch(number, rows=rows, labels=labels, bad=bad)
-        batch = sharding.to_global(batch, mesh, accumulate_steps)
+        batch = mesh_lib.to_global(batch, mesh, accumulate_steps)
         if compiled is None:
             compiled = step.compile_train_step(train_step, state, batch, mesh)
         state, loss = compiled(state, batch)
@@ -166,7 +161,7 @@ def take(
             for device in mesh.devices.flat
         ],
     }
-    state = state.replace(opt_state=state_shards.whole(state.opt_state))
+    state = state.replace(opt_state=zero.replicated(state.opt_state))
     names = 'params', 'batch_stats', 'opt_state', 'running'
     return jax.device_get({name: getattr(state, name) for name in names}), info
 

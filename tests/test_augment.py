@@ -5,7 +5,8 @@ import pytest
 from conftest import write_images
 from PIL import Image
 
-from flax_densenet import augment, data, pipeline
+from flax_densenet.data import dataset, pipeline
+from flax_densenet.data.augment import geometry
 
 IMAGE = np.random.default_rng(0).integers(1, 256, (32, 24, 3), np.uint8)
 
@@ -15,8 +16,8 @@ def many(function, count=200):
 
 
 def test_flip_is_a_mirror_half_of_the_time():
-    flipped = [np.array_equal(image, IMAGE[:, ::-1]) for image in many(augment.flip)]
-    kept = [np.array_equal(image, IMAGE) for image in many(augment.flip)]
+    flipped = [np.array_equal(image, IMAGE[:, ::-1]) for image in many(geometry.flip)]
+    kept = [np.array_equal(image, IMAGE) for image in many(geometry.flip)]
     assert sum(flipped) + sum(kept) == 200
     assert 70 < sum(flipped) < 130
 
@@ -28,7 +29,7 @@ def test_shift_moves_by_up_to_an_eighth():
         for top in range(9)
         for left in range(7)
     }
-    found = {image.tobytes() for image in many(augment.shift, 600)}
+    found = {image.tobytes() for image in many(geometry.shift, 600)}
     assert found == windows  # each of the 63 shifts, and nothing else
 
 
@@ -38,8 +39,8 @@ def test_crop_fills_the_image_with_a_part_of_it():
     spans = []
     for seed in range(200):
         rng = np.random.default_rng(seed)
-        np.testing.assert_array_equal(augment.crop(constant, rng), constant)
-        rows = augment.crop(ramp, np.random.default_rng(seed))[:, 0, 0].astype(int)
+        np.testing.assert_array_equal(geometry.crop(constant, rng), constant)
+        rows = geometry.crop(ramp, np.random.default_rng(seed))[:, 0, 0].astype(int)
         assert (np.diff(rows) >= 0).all()
         spans.append(rows[-1] - rows[0] + 1)
     assert min(spans) < 16 and max(spans) >= 38
@@ -47,9 +48,9 @@ def test_crop_fills_the_image_with_a_part_of_it():
 
 def test_grey_images_are_cropped():
     grey = IMAGE[..., :1]
-    found = [augment.crop(grey, np.random.default_rng(seed)) for seed in range(9)]
+    found = [geometry.crop(grey, np.random.default_rng(seed)) for seed in range(9)]
     assert {image.shape for image in found} == {grey.shape}
-    colour = [augment.crop(IMAGE, np.random.default_rng(seed)) for seed in range(9)]
+    colour = [geometry.crop(IMAGE, np.random.default_rng(seed)) for seed in range(9)]
     for one, other in zip(found, colour, strict=True):
         np.testing.assert_array_equal(one, other[..., :1])
 
@@ -58,7 +59,7 @@ def test_grey_images_are_cropped():
 def test_parts_are_cut_from_the_whole_photograph(tmp_path, channels):
     """And resized once, so that they have its detail."""
     write_images(tmp_path, {'a': 3, 'b': 3}, size=(120, 90))
-    source = data.load_source(f'folder:{tmp_path}', image_size=16, channels=channels)
+    source = dataset.load_source(f'folder:{tmp_path}', image_size=16, channels=channels)
     picture = source.train.as_pictures()[0]['image']
     assert (picture.size, picture.mode) == ((120, 90), 'RGB')
     batches = pipeline.train_batches(
@@ -72,23 +73,23 @@ def test_parts_are_cut_from_the_whole_photograph(tmp_path, channels):
         rng = np.random.default_rng(seed)
         found = change.random_map({'image': picture}, rng)['image']
         rng = np.random.default_rng(seed)
-        box = augment.crop_part(picture.size, rng)
+        box = geometry.crop_part(picture.size, rng)
         part = picture.resize((16, 16), Image.Resampling.BILINEAR, box=box)
         part = part.convert('RGB' if channels == 3 else 'L')
         expected = np.asarray(part).reshape(16, 16, channels)
         expected = expected[:, ::-1] if rng.random() < 0.5 else expected
         np.testing.assert_array_equal(found, expected)
-    kept = data.load_source(f'folder:{tmp_path}', image_size=16, cache='memory')
+    kept = dataset.load_source(f'folder:{tmp_path}', image_size=16, cache='memory')
     assert kept.train.as_pictures()[0]['image'].shape == (16, 16, 3)
 
 
-@pytest.mark.parametrize('recipe', augment.RECIPES)
+@pytest.mark.parametrize('recipe', geometry.RECIPES)
 def test_recipes(recipe):
-    images = many(lambda image, rng: augment.augment(image, rng, recipe=recipe), 20)
+    images = many(lambda image, rng: geometry.augment(image, rng, recipe=recipe), 20)
     assert {(image.shape, image.dtype.str) for image in images} == {
         (IMAGE.shape, IMAGE.dtype.str)
     }
     changed = [not np.array_equal(image, IMAGE) for image in images]
     assert any(changed) == (recipe != 'none')
-    again = augment.augment(IMAGE, np.random.default_rng(5), recipe=recipe)
+    again = geometry.augment(IMAGE, np.random.default_rng(5), recipe=recipe)
     np.testing.assert_array_equal(again, images[5])

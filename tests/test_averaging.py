@@ -14,18 +14,13 @@ from test_train import (
     stop_after,
 )
 
-from flax_densenet import (
-    UserError,
-    averaging,
-    create_model,
-    data,
-    evaluate,
-    init_variables,
-    model,
-    sharding,
-    step,
-    train,
-)
+from flax_densenet import UserError, create_model, init_variables
+from flax_densenet.data import dataset
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.evaluation import evaluate
+from flax_densenet.models import densenet
+from flax_densenet.train import ema, fit, step
+from flax_densenet.weights import trained
 
 DECAY = 0.3
 COLLECTIONS = ('params', 'batch_stats')
@@ -51,18 +46,18 @@ def test_by_hand(devices):
     """Four steps with a frozen stem, one of them not finite, which changes nothing."""
     module = create_model('BC-L10k4', num_classes=3, block_sizes=(1,), stem_features=4)
     variables, optimizer = init_variables(module, 0), optax.sgd(0.3)
-    live = {name for stage in model.stages(module)[1:] for name in stage}
-    first = averaging.start(variables, live)
+    live = {name for stage in densenet.stages(module)[1:] for name in stage}
+    first = ema.start(variables, live)
     assert set(first['params']) == {'denseblock1', 'norm5', 'classifier'}
     assert set(first['batch_stats']) == {'denseblock1', 'norm5'}
-    mesh = sharding.make_mesh(jax.devices()[:devices])
-    state = sharding.replicate(
+    mesh = mesh_lib.make_mesh(jax.devices()[:devices])
+    state = mesh_lib.replicate(
         step.new_state(variables, optimizer, average=first), mesh
     )
     train_step = step.make_train_step(
         module, optimizer, mean=MEAN, std=STD, frozen=1, ema=DECAY
     )
-    batch = sharding.to_global(make_batch(0, size=8), mesh)
+    batch = mesh_lib.to_global(make_batch(0, size=8), mesh)
     compiled = step.compile_train_step(train_step, state, batch, mesh)
     expected = first
     for number in range(4):
@@ -70,12 +65,12 @@ def test_by_hand(devices):
             before = jax.device_get(state)
             bad = jax.tree.map(np.array, before)
             bad.params['classifier']['bias'][:] = np.nan
-            found, loss = compiled(sharding.replicate(bad, mesh), batch)
+            found, loss = compiled(mesh_lib.replicate(bad, mesh), batch)
             assert np.isnan(loss)
             assert_equal_bits(jax.device_get(found.average), before.average)
-            state = sharding.replicate(before.replace(step=np.int32(3)), mesh)
+            state = mesh_lib.replicate(before.replace(step=np.int32(3)), mesh)
             continue
-        state, _ = compiled(state, sharding.to_global(make_batch(number, size=8), mesh))
+        state, _ = compiled(state, mesh_lib.to_global(make_batch(number, size=8), mesh))
         here = jax.device_get(state)
         keep = min(DECAY, (1 + number) / (10 + number))
         expected = jax.tree.map(
@@ -89,7 +84,7 @@ def test_by_hand(devices):
         here.batch_stats['norm5']['mean'],
         rtol=1e-3,
     )
-    tested = averaging.evaluated(here)
+    tested = ema.evaluated(here)
     assert_equal_bits(tested['params']['conv0'], variables['params']['conv0'])
     assert_equal_bits(tested['params']['norm5'], here.average['params']['norm5'])
 
@@ -99,9 +94,7 @@ def test_the_share_that_is_kept():
     zero, one = {'a': np.zeros(1, np.float32)}, {'a': np.ones(1, np.float32)}
     average = {'params': zero, 'batch_stats': zero}
     for taken, kept in ((0, 0.1), (8, 0.5), (10**6, 0.999)):
-        found = averaging.update(
-            average, one, one, decay=0.999, step=jax.numpy.int32(taken)
-        )
+        found = ema.update(average, one, one, decay=0.999, step=jax.numpy.int32(taken))
         for collection in COLLECTIONS:
             value = 1 - float(found[collection]['a'][0])
             assert value == pytest.approx(kept, rel=1e-6)
@@ -111,9 +104,9 @@ def test_without_there_is_no_copy():
     module = create_model('BC-L10k4', num_classes=3, block_sizes=(1,))
     variables, optimizer = init_variables(module, 0), optax.sgd(0.1)
     state = step.new_state(variables, optimizer)
-    items = averaging.to_items(state)
+    items = ema.to_items(state)
     assert set(items) == {'model'}
-    assert averaging.from_items(**items)['average'] is None
+    assert ema.from_items(**items)['average'] is None
     leaves = jax.tree.leaves(state)
     assert len(leaves) == len(jax.tree.leaves(variables)) + 5 + len(
         jax.tree.leaves(state.opt_state)
@@ -126,10 +119,10 @@ def test_items_go_there_and_back():
     tree = {'a': {'x': 1}, 'b': {'x': 2}, 'c': {'x': 3}}
     average = {'params': {'b': {'x': 20}, 'c': {'x': 30}}, 'batch_stats': {}}
     state = step.TrainState(0, tree, {'a': 4}, (), {}, average)
-    items = averaging.to_items(state)
+    items = ema.to_items(state)
     assert items['model']['params'] == {'a': {'x': 1}} | average['params']
     assert items['raw']['params'] == {'b': {'x': 2}, 'c': {'x': 3}}
-    found = averaging.from_items(**items)
+    found = ema.from_items(**items)
     assert found == {'params': tree, 'batch_stats': {'a': 4}, 'average': average}
 
 
@@ -171,21 +164,21 @@ def test_a_resumed_run_with_everything_is_the_uninterrupted_one(
     tmp_path, monkeypatch, capsys
 ):
     """It stops early too: of 9 epochs the second is made the best, so 4 are enough."""
-    config, measure = tiny_config(**EVERYTHING), train._test
+    config, measure = tiny_config(**EVERYTHING), fit._test
 
     def script(work, state, record):
         accuracy = {2: 0.9}.get(record['epoch'], 0.1)
         return measure(work, state, record) | {'test_accuracy': accuracy}
 
-    monkeypatch.setattr(train, '_test', script)
+    monkeypatch.setattr(fit, '_test', script)
     early = 'stopped early after epoch 4: none is better than epoch 2 (train.patience=2'
-    best = train.fit(config, str(tmp_path / 'whole'))
+    best = fit.fit(config, str(tmp_path / 'whole'))
     assert best['epoch'] == 2 and early in capsys.readouterr().out
     with monkeypatch.context() as patch:
         stop_after(patch, 14)  # in the middle of epoch 3
         with pytest.raises(Stopped):
-            train.fit(config, str(tmp_path / 'parts'))
-    assert train.fit(config, str(tmp_path / 'parts'))['epoch'] == 2
+            fit.fit(config, str(tmp_path / 'parts'))
+    assert fit.fit(config, str(tmp_path / 'parts'))['epoch'] == 2
     out = capsys.readouterr().out
     assert 'going on after epoch 2' in out and early in out
     (number, whole), (_, parts) = (
@@ -203,25 +196,25 @@ def test_a_resumed_run_with_everything_is_the_uninterrupted_one(
     # The same again trains nothing.
     with monkeypatch.context() as patch:
         stop_after(patch, 0)
-        train.fit(config, str(tmp_path / 'whole'))
+        fit.fit(config, str(tmp_path / 'whole'))
     said = f'has {early}'.replace('patience=2', 'patience=2); nothing to train')
     assert said in capsys.readouterr().out
     _check_what_is_tested(tmp_path / 'whole')
     config['train']['ema'] = 0.0
     with pytest.raises(UserError, match='holds a run with train.ema=0.6, not 0.0; use'):
-        train.fit(config, str(tmp_path / 'whole'))
+        fit.fit(config, str(tmp_path / 'whole'))
 
 
 def _check_what_is_tested(workdir):
     """The latest record's loss is of the checkpoint's model, not of its raw values."""
-    loaded = evaluate.load_trained(str(workdir), 'latest')
+    loaded = trained.load_trained(str(workdir), 'latest')
     record = records_of(workdir)[-1]
-    source = data.load_source('digits', image_size=8, test_fraction=0.7)
+    source = dataset.load_source('digits', image_size=8, test_fraction=0.7)
     _, arrays = final_arrays(workdir)
     losses = [
         evaluate.evaluate(
             loaded.module,
-            sharding.replicate(variables, loaded.mesh),
+            mesh_lib.replicate(variables, loaded.mesh),
             source.test,
             batch_size=48,
             mesh=loaded.mesh,
@@ -247,7 +240,7 @@ HEAD = {
 def first(tmp_path_factory):
     """The folder of a run to start from."""
     workdir = tmp_path_factory.mktemp('first')
-    train.fit(tiny_config(**HEAD | {'train.epochs': 1}), str(workdir))
+    fit.fit(tiny_config(**HEAD | {'train.epochs': 1}), str(workdir))
     return workdir
 
 
@@ -258,12 +251,12 @@ def test_average_of_a_head(fields, first, tmp_path, monkeypatch):
     """On features kept in memory, or for one epoch before all trains; resumed."""
     config = tiny_config(**HEAD | fields)
     config['init_from'] = str(first)
-    train.fit(config, str(tmp_path / 'whole'))
+    fit.fit(config, str(tmp_path / 'whole'))
     with monkeypatch.context() as patch:
         stop_after(patch, 9)  # in epoch 2
         with pytest.raises(Stopped):
-            train.fit(config, str(tmp_path / 'parts'))
-    train.fit(config, str(tmp_path / 'parts'))
+            fit.fit(config, str(tmp_path / 'parts'))
+    fit.fit(config, str(tmp_path / 'parts'))
     _, whole = final_arrays(tmp_path / 'whole')
     assert_equal_bits(whole, final_arrays(tmp_path / 'parts')[1])
     frozen = 'train.freeze' in fields
@@ -280,4 +273,4 @@ def test_average_of_a_head(fields, first, tmp_path, monkeypatch):
 @pytest.mark.parametrize('decay', [1.0, -0.1, float('nan')])
 def test_bad_decays(decay):
     with pytest.raises(UserError, match='train.ema=.* must be 0, for none, or'):
-        averaging.check_decay(decay)
+        ema.check_decay(decay)

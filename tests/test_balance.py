@@ -9,20 +9,11 @@ import optax
 import pytest
 from conftest import tiny_config, write_images
 
-from flax_densenet import (
-    UserError,
-    balance,
-    create_model,
-    data,
-    features,
-    finetune,
-    init_variables,
-    model,
-    objective,
-    pipeline,
-    setup,
-    step,
-)
+from flax_densenet import UserError, create_model, init_variables
+from flax_densenet import losses as losses_lib
+from flax_densenet.data import class_balance, dataset, pipeline
+from flax_densenet.models import densenet
+from flax_densenet.train import announce, feature_cache, finetune, step, training_run
 
 COUNTS = {'ants': 30, 'bees': 3, 'wasps': 1}
 
@@ -30,9 +21,9 @@ COUNTS = {'ants': 30, 'bees': 3, 'wasps': 1}
 @pytest.fixture(scope='module')
 def source(tmp_path_factory):
     folder = write_images(tmp_path_factory.mktemp('photos'), COUNTS, size=(8, 8))
-    source = data.load_source(f'folder:{folder}', image_size=8)
-    everything = data.join(source.train, source.test)
-    return data.dataclasses.replace(source, train=everything)
+    source = dataset.load_source(f'folder:{folder}', image_size=8)
+    everything = dataset.join(source.train, source.test)
+    return dataset.dataclasses.replace(source, train=everything)
 
 
 def take(examples, count, **settings):
@@ -63,13 +54,13 @@ def test_an_epoch_draws_each_class_as_often(source):
 
 
 def test_each_round_of_a_class_has_an_order_of_its_own():
-    draws = balance.Draws(np.repeat([0, 1, 2], [30, 3, 1]), seed=0)
+    draws = class_balance.Draws(np.repeat([0, 1, 2], [30, 3, 1]), seed=0)
     # Every third draw is of the first class, whatever epoch it is counted in.
     turns = [draws(0, 3 * turn) for turn in range(90)]
     rounds = [turns[:30], turns[30:60], turns[60:]]
     assert [sorted(order) for order in rounds] == [list(range(30))] * 3
     assert len({tuple(order) for order in rounds}) == 3
-    other = balance.Draws(np.repeat([0, 1, 2], [30, 3, 1]), seed=1)
+    other = class_balance.Draws(np.repeat([0, 1, 2], [30, 3, 1]), seed=1)
     assert [other(0, 3 * turn) for turn in range(30)] != turns[:30]
 
 
@@ -97,7 +88,7 @@ def test_none_is_the_stream_as_it_was(source):
 
 
 def test_features_are_drawn_too(source):
-    examples = features.FeatureExamples(
+    examples = feature_cache.FeatureExamples(
         np.arange(34, dtype=np.float32)[:, None], source.train.labels
     )
     labels = column(take(examples, 6, batch_size=17), 'label')
@@ -106,14 +97,14 @@ def test_features_are_drawn_too(source):
 
 def test_draws_of_a_large_class():
     labels = np.array([0] * 1_000_003 + [1])
-    draws = balance.Draws(labels, seed=1)
+    draws = class_balance.Draws(labels, seed=1)
     found = [draws(2, slot) for slot in range(0, 40_000, 2)]
     assert len(set(found)) in (1, 20_000)  # of one class all, of the other one
 
 
 def test_weights():
     labels = np.repeat([0, 1, 3], [30, 3, 1])
-    weights = balance.class_weights(labels, 4)
+    weights = class_balance.class_weights(labels, 4)
     assert weights.dtype == np.float32 and weights[2] == 0
     np.testing.assert_allclose(weights[labels].mean(), 1, rtol=1e-6)
     shares = [weights[labels][labels == label].sum() for label in (0, 1, 3)]
@@ -122,9 +113,9 @@ def test_weights():
 
 def test_the_weighted_mean_by_hand():
     losses, labels = np.array([1.0, 2.0, 4.0]), np.array([0, 1, 1])
-    found = objective.weigh(losses, labels, np.array([0.5, 2.0])).mean()
+    found = losses_lib.apply_class_weights(losses, labels, np.array([0.5, 2.0])).mean()
     assert float(found) == pytest.approx(12.5 / 3)
-    assert objective.weigh(losses, labels).mean() == 7 / 3
+    assert losses_lib.apply_class_weights(losses, labels).mean() == 7 / 3
 
 
 @pytest.mark.slow
@@ -146,7 +137,7 @@ def test_weights_act_through_the_gradient():
             optimizer,
             mean=(0.5,) * 3,
             std=(0.5,) * 3,
-            frozen=len(model.stages(module)) - 1,
+            frozen=len(densenet.stages(module)) - 1,
             class_weights=weights,
         )
         state = step.new_state(variables, optimizer)
@@ -177,27 +168,31 @@ def test_weights_act_through_the_gradient():
 )
 def test_what_is_said(source, value, line, capsys):
     run = run_of(source, value)
-    setup._say_balance(run)
+    announce._print_balance(run)
     assert re.search(line, capsys.readouterr().out)
 
 
 def run_of(source, value, **fields):
     config = tiny_config(**{'data.balance': value})
-    nothing = dict.fromkeys(setup.Run.__dataclass_fields__) | {'source': source}
+    nothing = dict.fromkeys(training_run.TrainingRun.__dataclass_fields__) | {
+        'source': source
+    }
     plan = finetune.Plan(rates={}, frozen=0, head_epochs=0, stages=[('classifier',)])
-    return setup.Run(**nothing | {'config': config, 'plan': plan} | fields)
+    return training_run.TrainingRun(
+        **nothing | {'config': config, 'plan': plan} | fields
+    )
 
 
 def test_nothing_is_said_of_even_classes(capsys):
     names, labels = ('a', 'b'), np.repeat([0, 1], [29, 3])
-    assert balance.describe(labels, names, 'none') == ''
-    assert 'a has 30' in balance.describe(np.append(labels, 0), names, 'none')
+    assert class_balance.describe(labels, names, 'none') == ''
+    assert 'a has 30' in class_balance.describe(np.append(labels, 0), names, 'none')
 
 
 def test_the_step_gets_the_weights(source):
-    assert setup.class_weights(run_of(source, 'none')) is None
-    assert setup.class_weights(run_of(source, 'sampler')) is None
-    found = setup.class_weights(run_of(source, 'loss'))
+    assert training_run.class_weights(run_of(source, 'none')) is None
+    assert training_run.class_weights(run_of(source, 'sampler')) is None
+    found = training_run.class_weights(run_of(source, 'loss'))
     np.testing.assert_allclose(found, 34 / 3 / np.array([30, 3, 1]), rtol=1e-6)
 
 
@@ -205,7 +200,7 @@ def test_a_run_draws_evenly(source):
     for value, expected in (('none', [60, 6, 2]), ('sampler', [23, 23, 22])):
         run = run_of(source, value)
         run.config['data']['batch_size'] = 34
-        batches = setup.train_batches(run, source, 0)
+        batches = training_run.train_batches(run, source, 0)
         labels = np.concatenate([next(batches)['label'] for _ in range(2)])
         batches.close()
         assert np.bincount(labels).tolist() == expected
@@ -214,7 +209,9 @@ def test_a_run_draws_evenly(source):
 def test_what_cannot_be_balanced(source):
     with pytest.raises(UserError, match='data.balance=even is not known; use none, s'):
         pipeline.check_train_batches(source.train, 4, 'none', 0, 'even')
-    several = features.FeatureExamples(np.zeros((4, 2)), np.zeros((4, 3), np.float32))
+    several = feature_cache.FeatureExamples(
+        np.zeros((4, 2)), np.zeros((4, 3), np.float32)
+    )
     for value in ('sampler', 'loss'):
         with pytest.raises(UserError, match=f'{value} needs one class an image'):
             pipeline.check_train_batches(several, 4, 'none', 0, value)

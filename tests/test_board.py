@@ -8,7 +8,7 @@ from conftest import tiny_config
 from PIL import Image
 from test_train import Stopped, read_records, stop_after
 
-from flax_densenet import board, train
+from flax_densenet.train import fit, tensorboard
 
 pytestmark = pytest.mark.drawn
 
@@ -42,7 +42,7 @@ def test_a_resumed_run_is_shown_once(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 18)
         with pytest.raises(Stopped):
-            train.fit(config, str(tmp_path))
+            fit.fit(config, str(tmp_path))
     events = read(tmp_path)
     before = steps(events, 'loss/step')
     assert before == [*range(1, max(before) + 1)]
@@ -55,7 +55,7 @@ def test_a_resumed_run_is_shown_once(tmp_path, monkeypatch):
     assert fields['data.mean'].string_value == '(0.485, 0.456, 0.406)'
     assert fields['model.fast'].bool_value is True
 
-    train.fit(config, str(tmp_path))
+    fit.fit(config, str(tmp_path))
     events = read(tmp_path)
     assert steps(events, 'loss/step') == [*range(1, 24)]
     records = read_records(tmp_path)
@@ -85,7 +85,7 @@ def test_a_resumed_run_is_shown_once(tmp_path, monkeypatch):
 def test_what_was_told_can_be_read_at_once(tmp_path):
     """A run that is killed leaves the figures of its last checkpoint."""
     record = {'step': 3, 'test_accuracy': 0.5, 'test_loss': 2.0}
-    with board.open_board(
+    with tensorboard.open_writer(
         str(tmp_path), enabled=True, start=0, steps_per_epoch=100
     ) as shown:
         for step in range(1, 12):
@@ -100,7 +100,7 @@ def test_what_was_told_can_be_read_at_once(tmp_path):
 def test_the_best_and_the_labels(tmp_path):
     record = {'test_accuracy': 0.5, 'test_loss': 2.0, 'test_mean_auroc': 0.75}
     areas = {'ants': 0.75, 'bees': None}
-    with board.open_board(
+    with tensorboard.open_writer(
         str(tmp_path), enabled=True, start=0, steps_per_epoch=1
     ) as shown:
         later = {'step': 2, 'test_accuracy': 0.25, 'test_auroc': areas}
@@ -117,7 +117,7 @@ def test_the_best_and_the_labels(tmp_path):
 
 
 def test_a_board_that_is_off_writes_nothing(tmp_path):
-    with board.open_board(
+    with tensorboard.open_writer(
         str(tmp_path), enabled=False, start=0, steps_per_epoch=1
     ) as shown:
         shown.add_config({'model': {'variant': 'L40k12'}})
@@ -130,7 +130,7 @@ def test_a_board_that_is_off_writes_nothing(tmp_path):
 
 def test_a_restart_in_the_same_second_comes_later(tmp_path):
     for start in (0, 20):  # files are read in the order of their names
-        with board.open_board(
+        with tensorboard.open_writer(
             str(tmp_path), enabled=True, start=start, steps_per_epoch=20
         ) as shown:
             for step in range(start + 1, start + 31):

@@ -9,7 +9,10 @@ from conftest import tiny_trained, write_images
 from test_page import many, write_run
 from test_sweep import BOOK, make_book
 
-from flax_densenet import compare, data, page, results, sweep_page
+from flax_densenet.data import dataset
+from flax_densenet.evaluation import results
+from flax_densenet.report import compare, page
+from flax_densenet.sweeps import page as sweep_page
 
 sync_api = pytest.importorskip('playwright.sync_api')
 pytestmark = [
@@ -48,7 +51,7 @@ def opened(chromium, path, **options):
 def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp('browser')
     photos = write_images(folder / 'photos', {'ants': 40, 'bees': 30, 'wasps': 30})
-    source = data.load_source(f'folder:{photos}', image_size=32)
+    source = dataset.load_source(f'folder:{photos}', image_size=32)
     trained = tiny_trained(source, seed=2)
     found = results.collect(trained, source.test, source.class_names, batch_size=16)
     run = write_run(folder / 'run')
@@ -159,7 +162,7 @@ def test_narrow_and_printed(chromium, report):
 
 def test_hundred_classes(chromium, tmp_path):
     found = many()
-    source = data.load_source('digits', image_size=8)
+    source = dataset.load_source('digits', image_size=8)
     trained = tiny_trained(source)
     trained.metadata['class_names'] = list(found.class_names)
     path = tmp_path / 'report.html'

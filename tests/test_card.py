@@ -10,16 +10,11 @@ from conftest import plain, tiny_config
 from PIL import Image
 from test_weights import tiny, trained_of
 
-from flax_densenet import (
-    UserError,
-    card,
-    create_model,
-    evaluate,
-    export,
-    init_variables,
-    metrics,
-)
-from flax_densenet import images as images_lib
+from flax_densenet import UserError, create_model, init_variables
+from flax_densenet.data import images
+from flax_densenet.evaluation import metrics
+from flax_densenet.export import formats, model_card
+from flax_densenet.weights import trained as trained_lib
 
 NAMES = ('ants', 'bees')
 
@@ -39,7 +34,7 @@ def trained(names=NAMES, *, step=270, test=(0.9, 200), **metadata):
         'epoch': 6,
     } | metadata
     record = {'test_accuracy': test[0], 'test_loss': 0.321}
-    return evaluate.Trained(
+    return trained_lib.Trained(
         module, init_variables(module, 0), metadata, record, step, None
     )
 
@@ -64,7 +59,7 @@ def write_run(folder, *, step=270, source='folder:insects', names=NAMES):
 
 def test_all_that_a_run_tells(tmp_path):
     figures = write_run(tmp_path)
-    said = card.render(
+    said = model_card.render(
         trained(),
         workdir=str(tmp_path),
         facts=[('Precision', 'float16'), ('Largest difference', '1e-3 | <b>')],
@@ -107,7 +102,7 @@ def test_all_that_a_run_tells(tmp_path):
 def test_precision_counts_what_was_said(tmp_path):
     """Its interval is of the images that the class was said of: the matrix's column."""
     figures = write_run(tmp_path)
-    said = card.render(trained(), workdir=str(tmp_path))
+    said = model_card.render(trained(), workdir=str(tmp_path))
     right, wrong = figures['confusion'][0][0], figures['confusion'][1][0]
     low, high = metrics.wilson(right, right + wrong)
     assert (
@@ -117,20 +112,20 @@ def test_precision_counts_what_was_said(tmp_path):
 
 def test_a_checkpoint_alone():
     """Its own accuracy, an interval by the number of test images, no classes."""
-    said = card.render(trained())
+    said = model_card.render(trained())
     low, high = metrics.wilson(180, 200)
     assert f'**90.0 %** (95 % interval {low * 100:.1f} to {high * 100:.1f} %)' in said
     assert 'come with `--mode=eval`' in said
     assert 'calibration) was not measured' in said
     assert 'The recipe is not known here' in said
     metadata = {k: v for k, v in trained().metadata.items() if k != 'images'}
-    said = card.render(dataclasses.replace(trained(), metadata=metadata))
+    said = model_card.render(dataclasses.replace(trained(), metadata=metadata))
     assert '**90.0 %** on the test images' in said
 
 
 def test_nothing_known():
     found = dataclasses.replace(trained_of(*tiny()), metrics={}, step=None)
-    said = card.render(found, file_format='torch', file='x.pth')
+    said = model_card.render(found, file_format='torch', file='x.pth')
     for part in (
         'None are known',
         'What it was trained on is not known',
@@ -141,22 +136,22 @@ def test_nothing_known():
     assert code + 'num_init_features=8, bn_size=2, num_classes=5)' in said
     assert '| growth_rate | `4`, other than' in said and '# DenseNet for 5' in said
     nameless = found.metadata | {'class_names': None}
-    said = card.render(dataclasses.replace(found, metadata=nameless))
+    said = model_card.render(dataclasses.replace(found, metadata=nameless))
     assert 'The names of the 5 classes are not known here' in said
 
 
 def test_figures_of_another_checkpoint_or_data(tmp_path):
     write_run(tmp_path, step=27)
-    assert '**90.0 %**' in card.render(trained(), workdir=str(tmp_path))
+    assert '**90.0 %**' in model_card.render(trained(), workdir=str(tmp_path))
     figures = write_run(tmp_path, source='folder:mine')
-    said = card.render(trained(), workdir=str(tmp_path))
+    said = model_card.render(trained(), workdir=str(tmp_path))
     assert f'**{figures["accuracy"] * 100:.1f} %**' in said
     assert 'On 200 images of `folder:mine`.' in said
     assert 'flatters' not in said
 
 
 def test_several_labels():
-    said = card.render(trained(multi_label=True))
+    said = model_card.render(trained(multi_label=True))
     assert 'gives a probability for each of 2 labels' in said
     assert '| Labels right |' in said and 'which a sigmoid makes' in said
     assert 'interval' not in said.split('## Model')[0]
@@ -168,12 +163,12 @@ def test_files_of_a_run_that_are_none(name, tmp_path):
     (tmp_path / name).write_text('{"model": "best checkpoint: epoch 6, step 270"}')
     if name == 'eval.json':
         with pytest.raises(UserError, match='eval.json is not what --mode=eval writes'):
-            card.render(trained(), workdir=str(tmp_path))
+            model_card.render(trained(), workdir=str(tmp_path))
     (tmp_path / name).write_text('[1, 2}')
     with pytest.raises(
         UserError, match=f'{name} (is no JSON|cannot be read)'
     ) as caught:
-        card.render(trained(), workdir=str(tmp_path))
+        model_card.render(trained(), workdir=str(tmp_path))
     assert '\n' not in str(caught.value)
 
 
@@ -193,7 +188,7 @@ def test_names_that_are_markdown(hub, tmp_path):
     names = tuple(HOSTILE)
     write_run(tmp_path, names=names, source='folder:<b>|`x')
     data = {'source': 'folder:<b>|`x'}
-    said = card.render(
+    said = model_card.render(
         trained(names, data=data), workdir=str(tmp_path), license='<u>|x`', hub=hub,
         file='a`|<i>.x', facts=[('<s>|', '|**x** `<s>`\n')],
     )  # fmt: skip
@@ -242,7 +237,9 @@ def header(said, tmp_path):
 
 def test_header_of_the_hub(tmp_path):
     figures = write_run(tmp_path)
-    said = card.render(trained(), workdir=str(tmp_path), license='Apache-2.0', hub=True)
+    said = model_card.render(
+        trained(), workdir=str(tmp_path), license='Apache-2.0', hub=True
+    )
     data = header(said, tmp_path)
     assert (data.license, data.pipeline_tag) == ('apache-2.0', 'image-classification')
     assert data.library_name == 'flax_densenet'  # timm has no such network
@@ -250,11 +247,11 @@ def test_header_of_the_hub(tmp_path):
     assert result.metric_type == 'accuracy'
     assert result.metric_value == pytest.approx(figures['accuracy'])
     assert result.dataset_name == 'folder:insects'
-    data = header(card.render(trained_of(*tiny()), hub=True), tmp_path)
+    data = header(model_card.render(trained_of(*tiny()), hub=True), tmp_path)
     assert (data.license, data.library_name) == ('unknown', 'timm')
     odd = 'mine: "a"\n# \x00 \U0001f600 - [x]'
     source = {'source': odd}
-    said = card.render(trained(data=source), license=odd, hub=True)
+    said = model_card.render(trained(data=source), license=odd, hub=True)
     data = header(said, tmp_path)
     shown = 'mine: "a"\\n# \\x00 \U0001f600 - [x]'
     assert (data.license, data.license_name) == ('other', shown)
@@ -262,19 +259,19 @@ def test_header_of_the_hub(tmp_path):
 
 
 def test_a_card_of_somebody_else_stays(tmp_path):
-    path = card.path_beside(str(tmp_path / 'x.onnx'))
+    path = model_card.path_beside(str(tmp_path / 'x.onnx'))
     assert path == str(tmp_path / 'MODEL_CARD.md')
-    text = card.render(trained())
-    card.check(path)
-    card.save(path, text)
-    card.save(path, text + '\n')
-    edited = (text + '\nmine').replace(card.MARKER, '')
+    text = model_card.render(trained())
+    model_card.check(path)
+    model_card.save(path, text)
+    model_card.save(path, text + '\n')
+    edited = (text + '\nmine').replace(model_card.MARKER, '')
     (tmp_path / 'MODEL_CARD.md').write_text(edited)
     with pytest.raises(UserError, match='MODEL_CARD.md is there and not of this'):
-        card.save(path, text)
+        model_card.save(path, text)
     assert (tmp_path / 'MODEL_CARD.md').read_text() == edited
     with pytest.raises(UserError, match='cannot be read'):
-        card.check(str(tmp_path))
+        model_card.check(str(tmp_path))
 
 
 @pytest.mark.parametrize('resize', ['crop', 'stretch'])
@@ -286,25 +283,25 @@ def test_the_code_prepares_images(resize, channels, tmp_path, monkeypatch):
     soft.resize((400, 300), Image.Resampling.BICUBIC).save(tmp_path / 'photo.jpg')
     data = {'resize': resize, 'crop_fraction': 0.875, 'interpolation': 'bicubic'}
     found = trained(data=data, mean=[0.4] * channels, std=[0.2] * channels)
-    said = card.render(found, file='x.safetensors', file_format='safetensors')
+    said = model_card.render(found, file='x.safetensors', file_format='safetensors')
     blocks = re.findall(r'```python\n(.*?)```', said, re.S)
     for block in blocks:
         compile(block, 'card', 'exec')
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(blocks[0], names)
-    ours = images_lib.load_image('photo.jpg', evaluate.preparation_of(found.metadata))
+    ours = images.load_image('photo.jpg', trained_lib.preparation_of(found.metadata))
     assert names['pixels'].shape == ours.shape == (32, 32, channels)
     difference = np.abs(names['pixels'].astype(int) - ours)
     assert difference.mean() < 1.5 and difference.max() < 12
     expected = np.asarray(
-        evaluate.normalise(ours[None], mean=(0.4,) * channels, std=(0.2,) * channels)
+        trained_lib.normalize(ours[None], mean=(0.4,) * channels, std=(0.2,) * channels)
     )
     assert np.abs(names['x'] - expected[0]).max() < 0.3
     assert names['x'].dtype == np.float32
 
 
-@pytest.mark.parametrize('key', card.FORMATS)
+@pytest.mark.parametrize('key', model_card.FORMATS)
 @pytest.mark.parametrize('variant', ['densenet121', 'BC-L10k4', 'rdnet_tiny'])
 def test_every_format_has_code(key, variant):
     module = create_model(variant, num_classes=2)
@@ -314,7 +311,9 @@ def test_every_format_has_code(key, variant):
         metadata=trained().metadata | {'model': {'variant': variant}},
     )
     for facts in ((), [('inputs', 'normalised')]):
-        said = card.render(found, file="a'b.weights.h5", file_format=key, facts=facts)
+        said = model_card.render(
+            found, file="a'b.weights.h5", file_format=key, facts=facts
+        )
         for block in re.findall(r'```python\n(.*?)```', said, re.S):
             compile(block, key, 'exec')
-    assert set(export.FORMATS) <= set(card.FORMATS)
+    assert set(formats.FORMATS) <= set(model_card.FORMATS)

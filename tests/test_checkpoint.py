@@ -6,7 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from flax_densenet import UserError, checkpoint, saving, sharding
+from flax_densenet import UserError
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.checkpoints import writer as checkpoint_writer
+from flax_densenet.distributed import mesh as mesh_lib
 
 ACCURACIES = [0.5, 0.9, math.nan, 0.9, 0.7]
 LOSSES = [0.9, 0.2, math.nan, 0.3, 0.8]
@@ -14,13 +17,13 @@ LOSSES = [0.9, 0.2, math.nan, 0.3, 0.8]
 
 @pytest.fixture
 def workdir(tmp_path):
-    with saving.open_saver(str(tmp_path)) as saver:
+    with checkpoint_writer.open_saver(str(tmp_path)) as saver:
         for number, (accuracy, loss) in enumerate(
             zip(ACCURACIES, LOSSES, strict=True), start=1
         ):
             array = np.full((3, 2), number, np.float32)
             saver.save(
-                checkpoint.Checkpoint(10 * number),
+                checkpoint_reader.Checkpoint(10 * number),
                 model={'a': array},
                 train={'b': array + 1},
                 metadata={'number': number},
@@ -34,17 +37,17 @@ def test_the_best_and_the_two_latest_are_kept(workdir):
     names = sorted(path.name for path in (workdir / 'checkpoints').iterdir())
     # Equal accuracies: the lower loss is the better. Not a number is never the best.
     assert names == ['20', '40', '50']
-    assert checkpoint.find_step(str(workdir), 'latest') == 50
-    assert checkpoint.find_step(str(workdir), 'best') == 20
-    assert checkpoint.load_json(str(workdir), 20, 'metadata') == {'number': 2}
+    assert checkpoint_reader.find_step(str(workdir), 'latest') == 50
+    assert checkpoint_reader.find_step(str(workdir), 'best') == 20
+    assert checkpoint_reader.load_json(str(workdir), 20, 'metadata') == {'number': 2}
 
 
 @pytest.mark.parametrize('devices', [1, 3, 4])
 def test_restore_on_any_number_of_devices(workdir, devices):
-    mesh = sharding.make_mesh(jax.devices()[:devices])
+    mesh = mesh_lib.make_mesh(jax.devices()[:devices])
     shape = {'a': jax.ShapeDtypeStruct((3, 2), np.float32)}
-    items = checkpoint.restore(
-        str(workdir), 20, sharding=sharding.replicated(mesh), model=shape
+    items = checkpoint_reader.restore(
+        str(workdir), 20, sharding=mesh_lib.replicated(mesh), model=shape
     )
     assert items.keys() == {'model'}
     assert len(items['model']['a'].sharding.device_set) == devices
@@ -52,17 +55,17 @@ def test_restore_on_any_number_of_devices(workdir, devices):
 
 
 def test_no_checkpoint(tmp_path):
-    assert not checkpoint.has_checkpoint(str(tmp_path))
+    assert not checkpoint_reader.has_checkpoint(str(tmp_path))
     with pytest.raises(UserError, match='holds no checkpoint; train there first'):
-        checkpoint.find_step(str(tmp_path), 'best')
+        checkpoint_reader.find_step(str(tmp_path), 'best')
 
 
 def test_an_unfinished_checkpoint_is_none(workdir):
     (workdir / 'checkpoints' / '60.orbax-checkpoint-tmp').mkdir()
-    assert checkpoint.find_step(str(workdir), 'latest') == 50
+    assert checkpoint_reader.find_step(str(workdir), 'latest') == 50
 
 
 def test_unreadable_metadata(workdir):
     (workdir / 'checkpoints' / '50' / 'metadata' / 'metadata').write_text('{"numb')
     with pytest.raises(UserError, match='checkpoints/50 is not whole'):
-        checkpoint.load_json(str(workdir), 50, 'metadata')
+        checkpoint_reader.load_json(str(workdir), 50, 'metadata')

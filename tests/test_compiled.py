@@ -9,12 +9,16 @@ import pytest
 from conftest import tiny_trained
 from test_dense_block import require_native
 
-from flax_densenet import compiled, data, explain, sharding, trained
+from flax_densenet.data import dataset
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.inference import grad_cam
+from flax_densenet.inference import programs as programs_lib
+from flax_densenet.weights import trained
 
 
 @pytest.fixture(scope='module')
 def model():
-    return tiny_trained(data.load_source('digits', image_size=12))
+    return tiny_trained(dataset.load_source('digits', image_size=12))
 
 
 def images_of(model, count):
@@ -25,12 +29,12 @@ def images_of(model, count):
 def expected(model, images):
     """Probabilities, features, maps of class 1, by the module itself."""
     options = {name: model.metadata[name] for name in ('mean', 'std')}
-    pixels = trained.normalise(images, **options)
+    pixels = trained.normalize(images, **options)
     module, variables = model.module, jax.device_get(model.variables)
     maps = module.apply(variables, pixels, method='features')
     pooled = module.apply(variables, maps, method='pool')
     ones = np.ones(len(images), np.int32)
-    _, cams = explain.grad_cam(variables, pixels, ones, module=module)
+    _, cams = grad_cam.grad_cam(variables, pixels, ones, module=module)
     logits = module.apply(variables, pixels)
     return jax.nn.softmax(logits), pooled, cams
 
@@ -42,14 +46,14 @@ def assert_same(found, wanted):
 
 def test_split():
     for count in range(1, 70):
-        sizes = compiled.split(count, (1, 4, 16))
+        sizes = programs_lib.split(count, (1, 4, 16))
         assert sum(sizes[:-1]) < count <= sum(sizes) <= 4 / 3 * count
 
 
 def test_sizes_agree(model):
     images = images_of(model, 11)
     wanted = expected(model, images)
-    programs = compiled.Programs(model, 8)
+    programs = programs_lib.Programs(model, 8)
     assert programs.sizes == (1, 4, 8)
     assert_same(programs(images, 1), wanted)
     *found, maps = programs(images)
@@ -69,9 +73,9 @@ def test_what_is_compiled_when(model, monkeypatch):
         made.append((size, maps))
         return original(self, size, maps, shape)
 
-    original = compiled.Programs._compile
-    monkeypatch.setattr(compiled.Programs, '_compile', compile_one)
-    programs = compiled.Programs(model, 8)
+    original = programs_lib.Programs._compile
+    monkeypatch.setattr(programs_lib.Programs, '_compile', compile_one)
+    programs = programs_lib.Programs(model, 8)
     images = images_of(model, 8)
     assert programs(images)[0].shape == (8, 10) and made == [(8, False)]
     first = programs(images[:1])  # filled up
@@ -93,13 +97,13 @@ def test_what_is_compiled_when(model, monkeypatch):
 def test_other_sides(model):
     """A page can be of images of another size than those of the training."""
     images = images_of(model, 8).reshape(2, 24, 24, 3)
-    assert_same(compiled.Programs(model, 4)(images, 1), expected(model, images))
+    assert_same(programs_lib.Programs(model, 4)(images, 1), expected(model, images))
 
 
 def test_one_device(model):
     """Rows of a batch need no second device, and the native kernel gives the same."""
     require_native()
-    mesh = sharding.make_mesh(jax.devices()[:1])
+    mesh = mesh_lib.make_mesh(jax.devices()[:1])
     images = images_of(model, 5)
     wanted = expected(model, images)
     for kernel in ('xla', 'native'):
@@ -107,6 +111,6 @@ def test_one_device(model):
             model,
             mesh=mesh,
             module=model.module.clone(kernel=kernel),
-            variables=sharding.replicate(jax.device_get(model.variables), mesh),
+            variables=mesh_lib.replicate(jax.device_get(model.variables), mesh),
         )
-        assert_same(compiled.Programs(one, 4)(images, 1), wanted)
+        assert_same(programs_lib.Programs(one, 4)(images, 1), wanted)

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from conftest import shared, write_images
 
-from flax_densenet import UserError, data, images, pipeline, sources
+from flax_densenet import UserError
+from flax_densenet.data import dataset, pipeline, sources
+from flax_densenet.data import images as images_lib
 
 
 def take(iterator, count):
@@ -33,11 +35,11 @@ def split_folder(tmp_path):
 
 
 def load(folder, **fields):
-    return data.load_source(f'folder:{folder}', **{'image_size': 16, **fields})
+    return dataset.load_source(f'folder:{folder}', **{'image_size': 16, **fields})
 
 
 def test_digits():
-    source = data.load_source('digits')
+    source = dataset.load_source('digits')
     assert (len(source.train), len(source.test)) == (1437, 360)
     assert source.train[0]['image'].shape == (32, 32, 3)
     counts = np.bincount(source.test.labels)
@@ -166,7 +168,7 @@ def test_bad_folders(prepare, message, tmp_path):
 )
 def test_bad_fields(source, fields, message):
     with pytest.raises(UserError, match=message):
-        data.load_source(source, **fields)
+        dataset.load_source(source, **fields)
 
 
 def test_bad_images(folder):
@@ -273,7 +275,7 @@ def test_a_host_reads_its_rows_alone(folder, monkeypatch):
         for host in (0, 1):
             monkeypatch.setattr(pipeline.jax, 'process_index', lambda host=host: host)
 
-            class Counted(data.Examples):
+            class Counted(dataset.Examples):
                 def __getitem__(self, position, seen=read[host]):
                     seen.append(int(position))
                     return super().__getitem__(position)
@@ -338,15 +340,15 @@ def test_cache_and_processes_do_not_go_together(folder):
 
 def test_relabelled_and_joined(folder):
     source = load(folder)
-    renamed = data.Relabelled(source.train, [5, 7, 9], 10)
+    renamed = dataset.Relabelled(source.train, [5, 7, 9], 10)
     assert set(renamed.labels) == {5, 7, 9}
     assert [renamed[i]['label'] for i in range(24)] == renamed.labels.tolist()
-    everything = data.join(source.train, source.test)
+    everything = dataset.join(source.train, source.test)
     assert sorted(everything.indices) == list(range(30))
 
 
 def test_hymenoptera():
-    source = data.load_source(f'folder:{shared("data/hymenoptera")}', image_size=32)
+    source = dataset.load_source(f'folder:{shared("data/hymenoptera")}', image_size=32)
     assert (len(source.train), len(source.test)) == (245, 153)
     assert source.class_names == ('ants', 'bees')
     batches = take(pipeline.eval_batches(source.train, batch_size=50), 99)
@@ -412,7 +414,7 @@ def test_tfds_without_tensorflow(tfds, tmp_path, with_test):
         data_dir=tmp_path, file_format='array_record'
     ).download_and_prepare()
     name = 'tfds:tiny_with' if with_test else 'tfds:tiny_without'
-    source = data.load_source(name, image_size=8, tfds_dir=str(tmp_path))
+    source = dataset.load_source(name, image_size=8, tfds_dir=str(tmp_path))
     assert source.class_names == ('left', 'right')
     sizes = (8, 4) if with_test else (6, 2)
     assert (len(source.train), len(source.test)) == sizes
@@ -424,7 +426,7 @@ def test_tfds_without_tensorflow(tfds, tmp_path, with_test):
         assert part.labels.tolist() == [part[i]['label'] for i in range(len(part))]
     batch = take(pipeline.train_batches(source.train, batch_size=4, seed=0), 1)[0]
     assert batch['image'].shape == (4, 8, 8, 3)
-    everything = data.join(source.train, source.test)
+    everything = dataset.join(source.train, source.test)
     assert sorted(everything[i]['image'][0, 0, 0] for i in range(len(everything)))[
         -1
     ] == (220 if with_test else 140)
@@ -435,28 +437,28 @@ def test_several_splits_of_tfds(tfds, tmp_path):
         data_dir=tmp_path, file_format='array_record'
     ).download_and_prepare()
     fields = dict(image_size=8, tfds_dir=str(tmp_path))
-    source = data.load_source('tfds:tiny_splits', tfds_train='train+extra', **fields)
+    source = dataset.load_source('tfds:tiny_splits', tfds_train='train+extra', **fields)
     assert (len(source.train), len(source.test)) == (9, 4)
     seen = sorted(source.train[i]['image'][0, 0, 0] for i in range(9))
     assert seen == [20 * n for n in (*range(8), 12)]
     assert source.train.name(8).startswith('extra[')
-    source = data.load_source('tfds:tiny_splits', tfds_train='test', **fields)
+    source = dataset.load_source('tfds:tiny_splits', tfds_train='test', **fields)
     assert (len(source.train), len(source.test)) == (3, 1)  # a split of it
     for name in ('train+none', 'train+train', 'train+'):
         with pytest.raises(UserError, match=f'tfds_train={name.replace("+", ".")}'):
-            data.load_source('tfds:tiny_splits', tfds_train=name, **fields)
+            dataset.load_source('tfds:tiny_splits', tfds_train=name, **fields)
 
 
 def test_tfds_set_that_needs_tensorflow(tfds, tmp_path):
     make_builder(tfds, 'TinyArrays', lambda n: np.zeros((8, 8, 3), np.uint8), True)
     with pytest.raises(UserError, match=r"pip install 'flax_densenet\[prepare\]'"):
-        data.load_source('tfds:tiny_arrays', tfds_dir=str(tmp_path))
+        dataset.load_source('tfds:tiny_arrays', tfds_dir=str(tmp_path))
 
 
 def test_stock_tfds_set_without_network(tfds, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, '_has_network', lambda: False)
     with pytest.raises(UserError, match='tfds:mnist: cannot be downloaded into'):
-        data.load_source('tfds:mnist', tfds_dir=str(tmp_path))
+        dataset.load_source('tfds:mnist', tfds_dir=str(tmp_path))
 
 
 def test_memory_does_not_grow_with_the_number_of_images(folder):
@@ -466,8 +468,8 @@ def test_memory_does_not_grow_with_the_number_of_images(folder):
 
     def peak(repeats):
         reader = sources.FileReader(paths * repeats, np.zeros(30 * repeats, np.int32))
-        preparation = images.Preparation(64)
-        examples = data.Examples(reader, np.arange(30 * repeats), preparation)
+        preparation = images_lib.Preparation(64)
+        examples = dataset.Examples(reader, np.arange(30 * repeats), preparation)
         tracemalloc.start()
         for batch in pipeline.eval_batches(examples, batch_size=10):
             assert len(batch['image']) == 10

@@ -10,15 +10,11 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from flax_densenet import (
-    UserError,
-    cpu_kernels,
-    create_model,
-    dense_block,
-    init_variables,
-    sharding,
-    train,
-)
+from flax_densenet import UserError, create_model, init_variables
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.kernels import cpu as cpu_kernels
+from flax_densenet.kernels import dense_block
+from flax_densenet.train import fit
 
 # Plain, bottleneck, compression, both; growth and width that do not fill a vector
 # register; the ImageNet stem and its pooling; the widths of densenet161.
@@ -318,13 +314,13 @@ def test_without_remat():
 def test_four_devices():
     """Statistics of the whole batch, though it is spread over devices."""
     variables, images = inputs('BC', count=8)
-    mesh = sharding.make_mesh()
+    mesh = mesh_lib.make_mesh()
     assert mesh.size == 4
     one = run(make('BC', kernel='xla'), variables, images)
     four = run(
         make('BC'),
-        sharding.replicate(variables, mesh),
-        sharding.to_global(images, mesh),
+        mesh_lib.replicate(variables, mesh),
+        mesh_lib.to_global(images, mesh),
     )
     assert len(four['features'].sharding.device_set) == 4
     for name in one:
@@ -357,10 +353,10 @@ def test_every_pair_of_choices(block, dropout, dtype):
     fields = dict(dropout_rate=dropout, dtype=dtype)
     reference = exact(block, size, dropout=dropout, count=4)
     plain = run(make(block, fast=False, **fields), variables, images)
-    mesh = sharding.make_mesh()
+    mesh = mesh_lib.make_mesh()
     spread = (
-        sharding.replicate(variables, mesh),
-        sharding.to_global(images, mesh),
+        mesh_lib.replicate(variables, mesh),
+        mesh_lib.to_global(images, mesh),
     )
     found = {
         'one': run(make(block, kernel='xla', **fields), variables, images),
@@ -452,7 +448,7 @@ def test_without_a_compiler(monkeypatch, capsys):
     monkeypatch.delenv('CXX', raising=False)
     monkeypatch.setattr(cpu_kernels, '_load', cpu_kernels._load.__wrapped__)
     monkeypatch.setattr(jax, 'device_count', lambda: 1)
-    dense_block._say_once.cache_clear()
+    dense_block._log_once.cache_clear()
     variables, images = inputs('BC')
     for _ in range(2):
         make('BC').apply(variables, images)
@@ -490,10 +486,10 @@ def test_training_with_the_native_kernel(tmp_path, monkeypatch):
     """One device: `auto` takes it; the run is the XLA one's within rounding."""
     require_native()
     devices = jax.devices()[:1]
-    monkeypatch.setattr(sharding.jax, 'devices', lambda: devices)
+    monkeypatch.setattr(mesh_lib.jax, 'devices', lambda: devices)
     records = {}
     for kernel in ('native', 'xla'):
         config = tiny_config(**{'model.kernel': kernel, 'train.epochs': 1})
-        records[kernel] = train.fit(config, str(tmp_path / kernel))
+        records[kernel] = fit.fit(config, str(tmp_path / kernel))
     for name in ('train_loss', 'test_loss'):
         assert records['native'][name] == pytest.approx(records['xla'][name], rel=1e-3)

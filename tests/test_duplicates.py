@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 from conftest import write_images
 
-from flax_densenet import UserError, data, duplicates, train
+from flax_densenet import UserError
+from flax_densenet.data import dataset, duplicates
+from flax_densenet.train import fit
 
 
 def load(folder, **fields):
-    return data.load_source(f'folder:{folder}', **{'image_size': 8, **fields})
+    return dataset.load_source(f'folder:{folder}', **{'image_size': 8, **fields})
 
 
 def names(part):
@@ -161,7 +163,7 @@ def test_all_are_copies(tmp_path):
 )
 def test_bad_fields(source, value, message):
     with pytest.raises(UserError, match=message):
-        data.load_source(source, duplicates=value)
+        dataset.load_source(source, duplicates=value)
 
 
 def test_patients_stay_together(tmp_path, capsys):
@@ -182,7 +184,7 @@ def test_patients_stay_together(tmp_path, capsys):
 
 def test_they_are_listed(tmp_path, capsys):
     path = tmp_path / 'duplicates.txt'
-    train._write_lines(path, ('training\ta\tb', 'test\tc\nd\te\udcff'))
+    fit._write_lines(path, ('training\ta\tb', 'test\tc\nd\te\udcff'))
     assert path.read_bytes() == b'training\ta\tb\ntest\tc\\nd\te\xff\n'
 
 

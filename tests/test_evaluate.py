@@ -5,14 +5,11 @@ import numpy as np
 import pytest
 from conftest import write_images
 
-from flax_densenet import (
-    UserError,
-    create_model,
-    data,
-    evaluate,
-    init_variables,
-    sharding,
-)
+from flax_densenet import UserError, create_model, init_variables
+from flax_densenet.data import dataset
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.evaluation import evaluate
+from flax_densenet.weights import trained
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -20,7 +17,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 def test_normalise():
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 3), np.uint8)
     expected = (images / 255 - np.array(MEAN)) / np.array(STD)
-    found = evaluate.normalise(images, mean=MEAN, std=STD)
+    found = trained.normalize(images, mean=MEAN, std=STD)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
@@ -30,14 +27,14 @@ def test_normalise():
 def test_figures(batch_size, devices, tmp_path):
     """The last batch is short for 16: its padding must not count."""
     photos = write_images(tmp_path, {'a': 60, 'b': 50})
-    source = data.load_source(f'folder:{photos}', image_size=8)
+    source = dataset.load_source(f'folder:{photos}', image_size=8)
     examples = source.test
     module = create_model('BC-L10k4', num_classes=2)
     variables = init_variables(module, 1)
-    mesh = sharding.make_mesh(jax.devices()[:devices])
+    mesh = mesh_lib.make_mesh(jax.devices()[:devices])
     found = evaluate.evaluate(
         module,
-        sharding.replicate(variables, mesh),
+        mesh_lib.replicate(variables, mesh),
         examples,
         batch_size=batch_size,
         mesh=mesh,
@@ -55,7 +52,7 @@ def test_figures(batch_size, devices, tmp_path):
 
 def test_classes_are_matched_by_name(tmp_path):
     photos = write_images(tmp_path, {'bees': 5, 'wasps': 5})
-    source = data.load_source(f'folder:{photos}', image_size=8)
+    source = dataset.load_source(f'folder:{photos}', image_size=8)
     names = ('ants', 'bees', 'flies', 'wasps')
     examples = evaluate.match_classes(source.train, source.class_names, names)
     assert set(examples.labels) == {1, 3}

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_densenet import create_model, explain, init_variables
+from flax_densenet import create_model, init_variables
+from flax_densenet.inference import grad_cam, overlay
 
 
 @pytest.fixture(scope='module')
@@ -29,7 +30,7 @@ def test_by_finite_differences(case):
     cams = []
     for chosen in range(3):
         classes = np.full(2, chosen, np.int32)
-        logits, found = explain.grad_cam(variables, images, classes, module=module)
+        logits, found = grad_cam.grad_cam(variables, images, classes, module=module)
         cams.append(np.asarray(found))
     np.testing.assert_allclose(logits, module.apply(variables, images), rtol=1e-5)
     with jax.enable_x64(True):
@@ -54,13 +55,13 @@ def test_by_finite_differences(case):
 
 def test_the_most_likely_class_is_the_default(case):
     module, variables, images = case
-    logits, cams = explain.grad_cam(
+    logits, cams = grad_cam.grad_cam(
         variables, images, np.array([-1, -1], np.int32), module=module
     )
     best = np.asarray(logits.argmax(-1), np.int32)
-    _, same = explain.grad_cam(variables, images, best, module=module)
+    _, same = grad_cam.grad_cam(variables, images, best, module=module)
     np.testing.assert_array_equal(cams, same)
-    _, other = explain.grad_cam(variables, images, (best + 1) % 3, module=module)
+    _, other = grad_cam.grad_cam(variables, images, (best + 1) % 3, module=module)
     assert np.abs(cams - other).max() > 1e-3
 
 
@@ -68,11 +69,11 @@ def test_overlay():
     image = np.full((8, 8, 3), 100, np.uint8)
     cam = np.zeros((2, 2))
     cam[0, 0] = 5
-    found = explain.overlay(image, cam)
+    found = overlay.overlay(image, cam)
     assert found.shape == (8, 8, 3) and found.dtype == np.uint8
     assert np.abs(found[7, 7].astype(int) - 100).max() <= 2  # nothing there
     assert np.abs(found[0, 0].astype(int) - 100).max() > 40
-    grey = explain.overlay(image[..., :1], np.zeros((2, 2)))
+    grey = overlay.overlay(image[..., :1], np.zeros((2, 2)))
     np.testing.assert_array_equal(grey, image)
 
 
@@ -80,11 +81,11 @@ def test_layer_is_the_overlay_taken_apart():
     rng = np.random.default_rng(1)
     image = rng.integers(0, 256, (9, 12, 3), np.uint8)
     cam = rng.random((3, 4))
-    layer = explain.layer(cam, (9, 12), strength=0.6)
+    layer = overlay.layer(cam, (9, 12), strength=0.6)
     assert layer.shape == (9, 12, 4) and layer.dtype == np.uint8
     alpha = layer[..., 3:] / 255
     assert alpha.max() == pytest.approx(0.6, abs=0.01)
-    expected = explain.overlay(image, cam, strength=0.6)
+    expected = overlay.overlay(image, cam, strength=0.6)
     found = image * (1 - alpha) + layer[..., :3] * alpha
     assert np.abs(found - expected).max() < 1.5
-    assert not explain.layer(np.zeros((2, 2)), (4, 4))[..., 3].any()
+    assert not overlay.layer(np.zeros((2, 2)), (4, 4))[..., 3].any()

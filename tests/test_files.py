@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from flax_densenet import UserError, files
+from flax_densenet import UserError
+from flax_densenet.inference import input_files
 
 
 @pytest.fixture
@@ -23,8 +24,8 @@ def tree(tmp_path, monkeypatch):
 
 
 def found(*patterns, **options):
-    files.check(patterns)
-    return list(files.find(patterns, **options))
+    input_files.check(patterns)
+    return list(input_files.find(patterns, **options))
 
 
 def test_a_folder(tree):
@@ -38,8 +39,8 @@ def test_names(tree):
     """As they are, whatever they end with and whether they are there or not."""
     names = ['raw.data', 'none.jpg', 'with[1].jpg', '.hidden.jpg', 'b.jpg', 'b.jpg']
     assert found(*names) == names
-    assert files.count(names) == 6
-    assert [files.count([name]) for name in ('z', '*.jpg', '-')] == [None] * 3
+    assert input_files.count(names) == 6
+    assert [input_files.count([name]) for name in ('z', '*.jpg', '-')] == [None] * 3
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_names(tree):
 def test_patterns(tree, pattern, names):
     if names is None:
         with pytest.raises(UserError, match='matches no image; looked for names end'):
-            files.check([pattern])
+            input_files.check([pattern])
         return
     assert found(pattern) == names
     assert found(f'{tree}/{pattern}') == [f'{tree}/{name}' for name in names]
@@ -82,11 +83,11 @@ def test_links(tree):
 def test_no_image(tree):
     (tree / 'empty').mkdir()
     with pytest.raises(UserError, match='--files=empty holds no image'):
-        files.check(['b.jpg', 'empty'])
+        input_files.check(['b.jpg', 'empty'])
     with pytest.raises(UserError, match='names nothing'):
-        files.check([''])
+        input_files.check([''])
     with pytest.raises(UserError, match='given twice'):
-        files.check(['-', '-'])
+        input_files.check(['-', '-'])
 
 
 def test_a_folder_that_cannot_be_listed(tree, monkeypatch):
@@ -102,7 +103,7 @@ def test_a_folder_that_cannot_be_listed(tree, monkeypatch):
     assert found('z') == ['z/1.jpg', 'z/deep']
     assert found('z/**/*') == ['z/1.jpg']
     with pytest.raises(UserError, match=r'z/deep: the folder cannot be listed \(Perm'):
-        files.check(['z/deep'])
+        input_files.check(['z/deep'])
 
 
 def test_standard_input(tree, monkeypatch):
@@ -112,9 +113,9 @@ def test_standard_input(tree, monkeypatch):
     give(b'one.jpg\r\n\ntwo \xff.jpg\nlast')
     assert found('-', 'b.jpg') == ['one.jpg', 'two \udcff.jpg', 'last', 'b.jpg']
     give(b'\n\n')
-    files.check(['-'])  # not read ahead of time
+    input_files.check(['-'])  # not read ahead of time
     with pytest.raises(UserError, match='no name on standard input'):
-        list(files.find(['-']))
+        list(input_files.find(['-']))
 
 
 def test_results_are_left_out(tree):
@@ -134,6 +135,6 @@ def test_no_more_is_listed_than_is_needed(tree, pattern, tenth, monkeypatch):
     monkeypatch.setattr(
         os, 'scandir', lambda path: listed.append(path) or scandir(path)
     )
-    names = list(itertools.islice(files.find([pattern]), 10))
+    names = list(itertools.islice(input_files.find([pattern]), 10))
     assert os.path.normpath(names[-1]) == f'folder{tenth:02}/x.jpg'
     assert len(listed) < 30

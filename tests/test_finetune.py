@@ -17,21 +17,20 @@ from test_train import (
 )
 
 from configs import base
-from flax_densenet import (
-    UserError,
-    create_model,
-    data,
-    evaluate,
-    features,
+from flax_densenet import UserError, create_model, init_variables
+from flax_densenet.data import dataset
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.evaluation import evaluate
+from flax_densenet.models import summary
+from flax_densenet.train import (
+    feature_cache,
     finetune,
-    init_variables,
+    fit,
     optimizers,
-    report,
-    setup,
-    sharding,
     step,
-    train,
+    training_run,
 )
+from flax_densenet.weights import trained as trained_lib
 
 # BC-L10k4: a stem without a norm, three blocks of one layer.
 STAGES = [
@@ -56,12 +55,12 @@ def take_steps(frozen):
         lambda first: optax.adamw(0.01, weight_decay=0.1),
         {n: float(i >= frozen) for i, names in enumerate(STAGES) for n in names},
     )
-    mesh, variables = sharding.make_mesh(), init_variables(module, 0)
-    state = sharding.replicate(step.new_state(variables, optimizer), mesh)
+    mesh, variables = mesh_lib.make_mesh(), init_variables(module, 0)
+    state = mesh_lib.replicate(step.new_state(variables, optimizer), mesh)
     train_step = step.make_train_step(
         module, optimizer, mean=MEAN, std=STD, l2_penalty=0.1, frozen=frozen
     )
-    batch = sharding.to_global(make_batch(0), mesh)
+    batch = mesh_lib.to_global(make_batch(0), mesh)
     compiled = step.compile_train_step(train_step, state, batch, mesh)
     for _ in range(2):
         state, _ = compiled(state, batch)
@@ -213,7 +212,7 @@ def pretrained(tmp_path_factory):
     # Running statistics settle within these few steps.
     overrides = {'model.momentum': 0.5, 'optimizer.learning_rate': 0.01}
     config = tiny_config(**SIZE, **overrides)
-    train.fit(config, str(workdir))
+    fit.fit(config, str(workdir))
     return str(workdir)
 
 
@@ -222,7 +221,7 @@ def fit_in_parts(config, workdir, monkeypatch, steps):
     with monkeypatch.context() as patch:
         stop_after(patch, steps)
         with pytest.raises(Stopped):
-            train.fit(config, str(workdir))
+            fit.fit(config, str(workdir))
 
 
 @pytest.mark.slow
@@ -237,12 +236,12 @@ def test_head_warmup_and_resuming(pretrained, tmp_path, monkeypatch, capsys):
         'train.head_warmup_epochs': 2,
     }
     config = tiny_config(**SIZE, **overrides) | {'init_from': pretrained}
-    train.fit(config, str(tmp_path / 'whole'))
+    fit.fit(config, str(tmp_path / 'whole'))
     out = capsys.readouterr().out
     assert 'frozen: conv0 to transition1; up to epoch 2 the classifier trains' in out
     assert out.count('compiled in') == 2
 
-    start = evaluate.load_trained(pretrained, 'latest').variables
+    start = trained_lib.load_trained(pretrained, 'latest').variables
 
     def changed(variables):
         return {
@@ -262,8 +261,8 @@ def test_head_warmup_and_resuming(pretrained, tmp_path, monkeypatch, capsys):
     # The optimizer's state has other parts with another setting.
     other = config | {'train': config['train'] | {'freeze': 'none'}}
     with pytest.raises(UserError, match='freeze=denseblock1, not none; use another'):
-        train.fit(other, str(parts))
-    train.fit(config | {'init_from': ''}, str(parts))  # the checkpoint has weights
+        fit.fit(other, str(parts))
+    fit.fit(config | {'init_from': ''}, str(parts))  # the checkpoint has weights
     assert 'going on after epoch 2' in capsys.readouterr().out
     step_, arrays = final_arrays(parts)
     assert step_ == 22 and changed(arrays['model']) == set().union(*STAGES[2:])
@@ -273,14 +272,14 @@ def test_head_warmup_and_resuming(pretrained, tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def reads(monkeypatch):
     """Positions of the images that are read, but for samples.png."""
-    positions, get = [], data.Examples.__getitem__
+    positions, get = [], dataset.Examples.__getitem__
 
     def read(self, position):
         positions.append(position)
         return get(self, position)
 
-    monkeypatch.setattr(data.Examples, '__getitem__', read)
-    monkeypatch.setattr(train, '_save_samples', lambda run, shown: None)
+    monkeypatch.setattr(dataset.Examples, '__getitem__', read)
+    monkeypatch.setattr(fit, '_save_samples', lambda run, shown: None)
     return positions
 
 
@@ -292,11 +291,11 @@ def test_cached_features_change_nothing(
     overrides = {'train.freeze': 'backbone', 'train.epochs': 3}
     config = tiny_config(**SIZE, **overrides, **{'optimizer.learning_rate': 0.1})
     config['init_from'] = pretrained
-    train.fit(config, str(tmp_path / 'cached'))
+    fit.fit(config, str(tmp_path / 'cached'))
     assert len(reads) == 600 + 1300  # once: 539 and 1258, in batches of 100
     assert 'features of 1797 images, 9 each' in capsys.readouterr().out
     off = config | {'train': config['train'] | {'cache_features': 'off'}}
-    train.fit(off, str(tmp_path / 'computed'))
+    fit.fit(off, str(tmp_path / 'computed'))
     assert len(reads) > 1900 + 3 * 1797
     assert 'features of' not in capsys.readouterr().out
 
@@ -315,14 +314,14 @@ def test_cached_features_change_nothing(
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), arrays, computed
     )
-    start = jax.device_get(evaluate.load_trained(pretrained, 'latest').variables)
+    start = jax.device_get(trained_lib.load_trained(pretrained, 'latest').variables)
     for collection, parts in start.items():
         for name, part in parts.items():
             equal = all(equal_leaves(part, arrays['model'][collection][name]))
             assert equal == (name != 'classifier')
 
     fit_in_parts(config, tmp_path / 'parts', monkeypatch, 8)  # in epoch 2
-    train.fit(config, str(tmp_path / 'parts'))
+    fit.fit(config, str(tmp_path / 'parts'))
     assert 'going on after epoch 1' in capsys.readouterr().out
     assert_equal_bits(arrays, final_arrays(tmp_path / 'parts')[1])
 
@@ -336,11 +335,11 @@ def test_features_with_several_labels_an_image():
         {'image': image, 'label': label}
         for image, label in zip(images, labels, strict=True)
     ]
-    source = data.Source('', ('a', 'b', 'c'), examples[:9], examples[9:])
+    source = dataset.Source('', ('a', 'b', 'c'), examples[:9], examples[9:])
     variables = init_variables(module, 0)
-    cached = features.cache_features(
+    cached = feature_cache.cache_features(
         module, variables, source, changes=[], limit_gib=1.0, batch_size=4,
-        mesh=sharding.make_mesh(), mean=MEAN, std=STD,
+        mesh=mesh_lib.make_mesh(), mean=MEAN, std=STD,
     )  # fmt: skip
     found = [*cached.train, *cached.test]
     np.testing.assert_array_equal([example['label'] for example in found], labels)
@@ -368,8 +367,8 @@ def test_features_with_several_labels_an_image():
 )
 def test_where_features_are_not_cached(changes, limit, reason, capsys):
     module = create_model('BC-L10k4', num_classes=10)
-    source = data.load_source('digits', image_size=8)
-    cached = features.cache_features(
+    source = dataset.load_source('digits', image_size=8)
+    cached = feature_cache.cache_features(
         module, None, source, changes=changes, limit_gib=limit, batch_size=100,
         mesh=None, mean=MEAN, std=STD,
     )  # fmt: skip
@@ -400,24 +399,24 @@ def test_where_features_are_not_cached(changes, limit, reason, capsys):
 )
 def test_mistakes(overrides, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        train.fit(tiny_config(**overrides), str(tmp_path / 'run'))
+        fit.fit(tiny_config(**overrides), str(tmp_path / 'run'))
     assert not (tmp_path / 'run').exists()
 
 
 def test_summary():
     module = create_model('BC-L10k4', num_classes=10)
     rates = finetune.make_rates(module, freeze='denseblock2', layer_decay=0.5)
-    lines = report.format_summary(module, (32, 32, 3), rates=rates).splitlines()
+    lines = summary.format_summary(module, (32, 32, 3), rates=rates).splitlines()
     table = {line.split()[0]: line.split()[1:] for line in lines}
     assert table['transition2'][-1] == 'frozen'
     assert table['norm5'][-2:] == ['x', '0.5']
     assert table['classifier'][-2:] == ['x', '1']
     trained = [table[name][1] for name in ('denseblock3', 'norm5', 'classifier')]
     assert table['trained'] == [f'{sum(int(n.replace(",", "")) for n in trained):,}']
-    plain = report.format_summary(
+    plain = summary.format_summary(
         module, (32, 32, 3), rates=finetune.make_rates(module)
     )
-    assert plain == report.format_summary(module, (32, 32, 3))
+    assert plain == summary.format_summary(module, (32, 32, 3))
 
 
 def test_base_has_each_field():
@@ -428,5 +427,5 @@ def test_base_has_each_field():
         assert set(names) <= set(sections[section])
     rest = {'epochs', 'seed', 'cache_features', 'tensorboard', 'report'}
     rest |= {'checkpoint_every', 'on_nonfinite', 'deterministic', 'accumulate_steps'}
-    rest |= {'patience', *setup._LOSS_FIELDS}
-    assert set(sections.train) == rest | set(setup.PHASE_FIELDS)
+    rest |= {'patience', *training_run.LOSS_FIELDS}
+    assert set(sections.train) == rest | set(training_run.PHASE_FIELDS)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from test_dense_block import BLOCKS, error, inputs, make, require_native
 
-from flax_densenet import create_model, folded, init_variables
+from flax_densenet import create_model, init_variables
+from flax_densenet.models import folded
 
 OTHERS = {
     'deep': ('densenet264d', dict(growth_rate=8, block_sizes=(2, 1))),

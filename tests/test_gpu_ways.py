@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu_ways
-from flax_densenet import dense_block
+from flax_densenet.kernels import dense_block
 
 pytestmark = pytest.mark.slow
 

@@ -9,16 +9,10 @@ import optax
 import pytest
 from conftest import tiny_config
 
-from flax_densenet import (
-    UserError,
-    cpu_kernels,
-    create_model,
-    groups,
-    init_variables,
-    setup,
-    step,
-    train,
-)
+from flax_densenet import UserError, create_model, init_variables
+from flax_densenet.kernels import cpu as cpu_kernels
+from flax_densenet.models import ghost_batch_norm
+from flax_densenet.train import announce, checks, fit, prepare, step
 
 GROUP, COUNT = 2, 3
 IMAGES = np.random.default_rng(0).standard_normal((6, 8, 8, 3), np.float32)
@@ -164,10 +158,10 @@ def test_only_training_has_groups():
 def test_which_groups_there_can_be(group, rows, devices, parts, expected):
     fields = dict(rows=rows, devices=devices, accumulate_steps=parts)
     if isinstance(expected, int):
-        assert groups.resolve(group, **fields) == expected
+        assert ghost_batch_norm.resolve(group, **fields) == expected
     else:
         with pytest.raises(UserError, match=expected):
-            groups.resolve(group, **fields)
+            ghost_batch_norm.resolve(group, **fields)
 
 
 @pytest.mark.parametrize(
@@ -185,21 +179,21 @@ def test_which_groups_there_can_be(group, rows, devices, parts, expected):
 )
 def test_bad_fields_stop_before_anything_is_written(overrides, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        train.fit(tiny_config(**overrides), str(tmp_path / 'run'))
+        fit.fit(tiny_config(**overrides), str(tmp_path / 'run'))
     assert not (tmp_path / 'run').exists()
 
 
 def test_a_run_of_before_the_field(tmp_path, monkeypatch):
-    run = setup.prepare(tiny_config(), str(tmp_path))
+    run = prepare.prepare(tiny_config(), str(tmp_path))
     saved = {**run.metadata, 'model': dict(run.metadata['model'])}
     assert saved['model'].pop('batch_norm_group') == 0
-    monkeypatch.setattr(setup.checkpoint, 'find_latest', lambda workdir: None)
+    monkeypatch.setattr(checks.checkpoint_reader, 'find_latest', lambda workdir: None)
     saved = json.loads(json.dumps(saved))
-    monkeypatch.setattr(setup.checkpoint, 'load_json', lambda *place: saved)
-    setup.check_same_run('there', run.metadata)
+    monkeypatch.setattr(checks.checkpoint_reader, 'load_json', lambda *place: saved)
+    checks.check_same_run('there', run.metadata)
     run.metadata['model']['batch_norm_group'] = 4
     with pytest.raises(UserError, match='a run with model.batch_norm_group=0, not 4'):
-        setup.check_same_run('there', run.metadata)
+        checks.check_same_run('there', run.metadata)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +207,7 @@ def test_a_run_of_before_the_field(tmp_path, monkeypatch):
 def test_groups_of_one_are_said(fields, said, tmp_path, capsys):
     names = 'data.batch_size', 'train.accumulate_steps', 'model.batch_norm_group'
     config = tiny_config(**dict(zip(names, fields, strict=True)))
-    setup.announce(setup.prepare(config, str(tmp_path)))
+    announce.announce(prepare.prepare(config, str(tmp_path)))
     out = capsys.readouterr().out
     if said is None:
         assert 'warning' not in out

@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT
 from PIL import ExifTags, Image
 
-from flax_densenet import UserError, images
+from flax_densenet import UserError
+from flax_densenet.data import images
 
 GRID = np.kron(
     np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8),
@@ -263,7 +264,7 @@ import sys, types
 package = types.ModuleType('flax_densenet')
 package.__path__ = ['flax_densenet']
 sys.modules['flax_densenet'] = package
-from flax_densenet import images
+from flax_densenet.data import images
 for path in sys.argv[1:]:
     for decode in (False, True):
         images.check_image(path, decode=decode)
@@ -318,7 +319,7 @@ for path in sys.argv[1:]:
 
 MEMORY = """
 import resource, sys
-from flax_densenet import images
+from flax_densenet.data import images
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 image = images.load_image(sys.argv[1], images.Preparation(224))
 assert image.shape == (224, 224, 3)

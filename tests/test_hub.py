@@ -11,18 +11,10 @@ import pytest
 from conftest import make_weights, write_images
 from test_weights import assert_same, state_dict, tiny, trained_of, write_safetensors
 
-from flax_densenet import (
-    UserError,
-    card,
-    create_model,
-    evaluate,
-    export,
-    hub,
-    load_trained,
-    timm_config,
-    timm_network,
-    weights,
-)
+from flax_densenet import UserError, create_model, load_trained
+from flax_densenet.export import formats, hub, model_card
+from flax_densenet.weights import timm_config, timm_network, weight_file
+from flax_densenet.weights import trained as trained_lib
 
 FILES = ['README.md', 'config.json', 'model.safetensors']
 TIMM = {
@@ -62,30 +54,30 @@ def test_there_and_back(tmp_path):
     data = {'resize': 'stretch', 'crop_fraction': 0.9, 'interpolation': 'bicubic'}
     trained = trained_of(module, variables, class_names=names, data=data)
     folder, file = str(tmp_path / 'hub'), str(tmp_path / 'x.safetensors')
-    export.save(folder, trained, 'huggingface')
+    formats.save(folder, trained, 'huggingface')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['hub']
     assert sorted(p.name for p in (tmp_path / 'hub').iterdir()) == FILES
-    assert weights.is_weights(folder) and not weights.is_weights(str(tmp_path))
-    found = weights.load(folder)
-    export.save(file, trained, 'safetensors')
-    other = weights.load(file)
+    assert weight_file.is_weights(folder) and not weight_file.is_weights(str(tmp_path))
+    found = weight_file.load(folder)
+    formats.save(file, trained, 'safetensors')
+    other = weight_file.load(file)
     assert_same(found.variables, other.variables)
     assert found.fields == other.fields and found.path == folder
     assert found.class_names == tuple(names)
     wanted = dict(resize='stretch', interpolation='bicubic', image_size=48, channels=3)
     assert wanted.items() <= found.preprocessing.items()
     assert found.preprocessing['mean'] == (0.5,) * 3
-    loaded, before = evaluate.load_trained(folder), evaluate.load_trained(file)
+    loaded, before = trained_lib.load_trained(folder), trained_lib.load_trained(file)
     assert loaded.class_names == tuple(names)
-    assert evaluate.preparation_of(loaded.metadata) == evaluate.preparation_of(
+    assert trained_lib.preparation_of(loaded.metadata) == trained_lib.preparation_of(
         trained.metadata
     )
     assert loaded.metadata['model'] == before.metadata['model']
-    assert card.MARKER in (tmp_path / 'hub' / 'README.md').read_text()
+    assert model_card.MARKER in (tmp_path / 'hub' / 'README.md').read_text()
 
 
 def test_config_for_timm(tmp_path):
-    export.save(str(tmp_path / 'hub'), trained_of(*tiny()), 'huggingface')
+    formats.save(str(tmp_path / 'hub'), trained_of(*tiny()), 'huggingface')
     config = json.loads((tmp_path / 'hub' / 'config.json').read_text())
     assert config['architecture'] == 'densenet121'
     assert config['model_args'] == TIMM['model_args']
@@ -128,15 +120,15 @@ def test_a_network_that_timm_lacks(tmp_path):
     module, variables = tiny(blur_pool=True)
     trained = trained_of(module, variables)
     trained.metadata['model']['blur_pool'] = True
-    export.save(str(tmp_path / 'hub'), trained, 'huggingface')
+    formats.save(str(tmp_path / 'hub'), trained, 'huggingface')
     config = json.loads((tmp_path / 'hub' / 'config.json').read_text())
     assert config['architecture'] == 'flax_densenet/densenet121'
-    assert weights.load(str(tmp_path / 'hub')).module.blur_pool
+    assert weight_file.load(str(tmp_path / 'hub')).module.blur_pool
 
 
 def test_weights_of_timm(tmp_path):
     folder = write_timm(tmp_path / 'timm')
-    found = weights.load(folder)
+    found = weight_file.load(folder)
     assert (found.family, found.path, found.num_classes) == ('timm', folder, 5)
     assert_same(found.variables, tiny()[1])
     assert found.preprocessing == dict(
@@ -145,23 +137,23 @@ def test_weights_of_timm(tmp_path):
     )  # fmt: skip
     assert found.class_names is None
     write_timm(tmp_path / 'timm', changed('label_names', list('abcde')))
-    assert weights.load(folder).class_names == tuple('abcde')
+    assert weight_file.load(folder).class_names == tuple('abcde')
     write_timm(
         tmp_path / 'timm', changed('label_names', {str(n): f'n{n}' for n in range(5)})
     )
-    loaded = evaluate.load_trained(folder)
+    loaded = trained_lib.load_trained(folder)
     assert loaded.class_names == ('n0', 'n1', 'n2', 'n3', 'n4')
     gaps = changed('label_names', {'0': 'x', '7': 'y'})
-    assert weights.load(write_timm(tmp_path / 'timm', gaps)).class_names is None
+    assert weight_file.load(write_timm(tmp_path / 'timm', gaps)).class_names is None
     squash = changed('pretrained_cfg.crop_mode', 'squash')
     squash['pretrained_cfg']['crop_pct'] = 1.0
-    found = weights.load(write_timm(tmp_path / 'timm', squash))
+    found = weight_file.load(write_timm(tmp_path / 'timm', squash))
     assert found.preprocessing['resize'] == 'stretch'
     old = TIMM['pretrained_cfg'] | {
         'architecture': 'tv_densenet121.x',
         'model_args': TIMM['model_args'],
     }
-    found = weights.load(write_timm(tmp_path / 'timm', old))
+    found = weight_file.load(write_timm(tmp_path / 'timm', old))
     assert found.preprocessing['crop_fraction'] == 0.95
 
 
@@ -169,7 +161,7 @@ def test_pooling_that_blurs(tmp_path):
     """No array tells of it, the name does."""
     for name, blurs in (('densenetblur121d', True), ('densenet264d', False)):
         folder = write_timm(tmp_path / name, changed('architecture', name), stem='deep')
-        assert weights.load(folder).module.blur_pool == blurs
+        assert weight_file.load(folder).module.blur_pool == blurs
 
 
 def test_a_file_of_torch(tmp_path):
@@ -178,7 +170,7 @@ def test_a_file_of_torch(tmp_path):
     arrays = {k: torch.from_numpy(v.copy()) for k, v in state_dict().items()}
     torch.save(arrays, reference / 'pytorch_model.bin')
     (reference / 'model.safetensors').unlink()
-    assert_same(weights.load(str(reference)).variables, tiny()[1])
+    assert_same(weight_file.load(str(reference)).variables, tiny()[1])
 
 
 @pytest.mark.parametrize('dtype', [np.float16, ml_dtypes.bfloat16])
@@ -192,7 +184,7 @@ def test_half_precision(dtype, tmp_path):
     path = write_safetensors(folder / 'model.safetensors', arrays)
     expected = jax.tree.map(lambda x: x.astype(dtype).astype('f4'), tiny()[1])
     for place in (path, str(folder)):
-        found = weights.load(place)
+        found = weight_file.load(place)
         assert_same(found.variables, expected)
         leaves = jax.tree.leaves(found.variables)
         assert {leaf.dtype for leaf in leaves} == {np.dtype('float32')}
@@ -204,16 +196,16 @@ def test_quantised_arrays(tmp_path):
     with pytest.raises(
         UserError, match='not of floating point: classifier.weight int8'
     ):
-        weights.load(path)
+        weight_file.load(path)
 
 
 def test_imported_weights_without_names(tmp_path):
     """Go out and come back without them."""
-    trained = evaluate.load_trained(write_timm(tmp_path / 'timm'))
+    trained = trained_lib.load_trained(write_timm(tmp_path / 'timm'))
     assert trained.class_names is None
     for form, name in (('huggingface', 'hub'), ('safetensors', 'x.safetensors')):
-        export.save(str(tmp_path / name), trained, form)
-        found = weights.load(str(tmp_path / name))
+        formats.save(str(tmp_path / name), trained, form)
+        found = weight_file.load(str(tmp_path / name))
         assert (found.class_names, found.num_classes) == (None, 5)
         assert found.preprocessing['crop_fraction'] == 0.95
         assert_same(found.variables, tiny()[1])
@@ -259,7 +251,7 @@ def test_imported_weights_without_names(tmp_path):
 def test_wrong_configs(place, value, message, tmp_path):
     folder = write_timm(tmp_path / 'timm', changed(place, value))
     with pytest.raises(UserError, match=message) as caught:
-        weights.load(folder)
+        weight_file.load(folder)
     assert str(tmp_path) in str(caught.value) and '\n' not in str(caught.value)
 
 
@@ -283,10 +275,10 @@ def test_texts_that_are_no_configs(text, message, tmp_path):
     path = tmp_path / 'timm' / 'config.json'
     path.write_bytes(text.encode('utf-8', 'surrogateescape'))
     with pytest.raises(UserError, match=message) as caught:
-        weights.load(folder)
+        weight_file.load(folder)
     assert '\n' not in str(caught.value)
     # The weights alone do without it.
-    assert weights.load(folder + '/model.safetensors').family == 'torchvision'
+    assert weight_file.load(folder + '/model.safetensors').family == 'torchvision'
 
 
 def test_folders_that_are_not_whole(tmp_path):
@@ -294,7 +286,7 @@ def test_folders_that_are_not_whole(tmp_path):
     path = folder / 'model.safetensors'
     path.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n')
     with pytest.raises(UserError, match='a pointer of Git LFS .* git lfs pull'):
-        weights.load(str(folder))
+        weight_file.load(str(folder))
     path.unlink()
     with pytest.raises(UserError, match='no model.safetensors or pytorch_model.bin'):
         load_trained(folder)
@@ -307,12 +299,12 @@ def test_a_run_is_no_such_folder(tmp_path):
     """It has a config.json too, from its start on."""
     for name in ('config.json', 'environment.json'):
         (tmp_path / name).write_text('{"model": {}}')
-    assert not weights.is_weights(str(tmp_path))
+    assert not weight_file.is_weights(str(tmp_path))
     with pytest.raises(UserError, match='holds no checkpoint'):
-        evaluate.load_trained(str(tmp_path))
+        trained_lib.load_trained(str(tmp_path))
     (tmp_path / 'environment.json').unlink()
     (tmp_path / 'checkpoints' / '12').mkdir(parents=True)
-    assert not weights.is_weights(str(tmp_path))
+    assert not weight_file.is_weights(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -335,22 +327,22 @@ def test_a_run_is_no_such_folder(tmp_path):
 )
 def test_a_config_of_ours_that_was_changed(place, value, message, tmp_path):
     folder = tmp_path / 'hub'
-    export.save(str(folder), trained_of(*tiny()), 'huggingface')
+    formats.save(str(folder), trained_of(*tiny()), 'huggingface')
     config = json.loads((folder / 'config.json').read_text())
     config = changed(place, value, known=config)
     (folder / 'config.json').write_text(json.dumps(config))
     with pytest.raises(UserError, match=message) as caught:
-        weights.load(str(folder))
+        weight_file.load(str(folder))
     assert '\n' not in str(caught.value)
 
 
 def test_names_may_be_changed_in_both_places(tmp_path):
     """The folder's metadata comes before the file's own."""
     folder = tmp_path / 'hub'
-    export.save(str(folder), trained_of(*tiny()), 'huggingface')
+    formats.save(str(folder), trained_of(*tiny()), 'huggingface')
     text = (folder / 'config.json').read_text()
     (folder / 'config.json').write_text(text.replace('class 3', 'wasps'))
-    assert weights.load(str(folder)).class_names[3] == 'wasps'
+    assert weight_file.load(str(folder)).class_names[3] == 'wasps'
 
 
 def test_what_is_there_already(tmp_path):
@@ -358,35 +350,35 @@ def test_what_is_there_already(tmp_path):
     trained = trained_of(*tiny())
     out = tmp_path / 'hub'
     out.mkdir()
-    export.save(str(out), trained, 'huggingface')  # over an empty one
+    formats.save(str(out), trained, 'huggingface')  # over an empty one
     (out / 'config.json').write_text((out / 'config.json').read_text() + '\n')
-    export.save(str(out) + '/', trained, 'huggingface')
+    formats.save(str(out) + '/', trained, 'huggingface')
     assert not (out / 'config.json').read_text().endswith('\n\n')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['hub']
     (out / 'notes.txt').write_text('mine')
     with pytest.raises(
         UserError, match='holds notes.txt, which an export would remove'
     ):
-        export.save(str(out), trained, 'huggingface')
+        formats.save(str(out), trained, 'huggingface')
     (out / 'notes.txt').unlink()
     (out / 'README.md').write_text('my own words')
     with pytest.raises(UserError, match='README.md is there and not of this program'):
-        export.save(str(out), trained, 'huggingface')
+        formats.save(str(out), trained, 'huggingface')
     write_timm(tmp_path / 'timm')
     with pytest.raises(UserError, match='was not exported by this program'):
-        export.save(str(tmp_path / 'timm'), trained, 'huggingface')
+        formats.save(str(tmp_path / 'timm'), trained, 'huggingface')
     (tmp_path / 'file').write_text('x')
     (tmp_path / 'link').symlink_to(out)
     for name in ('file', 'link'):
         with pytest.raises(UserError, match='is there, and no folder'):
-            export.save(str(tmp_path / name), trained, 'huggingface')
+            formats.save(str(tmp_path / name), trained, 'huggingface')
     assert sorted(p.name for p in out.iterdir()) == FILES
 
 
 def test_an_export_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     trained = trained_of(*tiny())
     out = tmp_path / 'hub'
-    export.save(str(out), trained, 'huggingface')
+    formats.save(str(out), trained, 'huggingface')
     before = {p.name: p.read_bytes() for p in out.iterdir()}
     other = trained_of(*tiny(growth_rate=6, stem_features=12))
 
@@ -394,9 +386,9 @@ def test_an_export_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         raise OSError(28, 'No space left on device')
 
     with monkeypatch.context() as patched:
-        patched.setattr(card, 'render', fail)
+        patched.setattr(model_card, 'render', fail)
         with pytest.raises(UserError, match='hub cannot be written .No space left'):
-            export.save(str(out), other, 'huggingface')
+            formats.save(str(out), other, 'huggingface')
     rename, calls = hub.os.rename, []
 
     def second_fails(*places):
@@ -408,7 +400,7 @@ def test_an_export_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(hub.os, 'rename', second_fails)
         with pytest.raises(UserError, match='No space left'):
-            export.save(str(out), other, 'huggingface')
+            formats.save(str(out), other, 'huggingface')
     assert {p.name: p.read_bytes() for p in out.iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ['hub']
 
@@ -419,7 +411,7 @@ def test_what_would_be_uploaded(tmp_path, monkeypatch):
     from huggingface_hub import hf_api
 
     api = hf_api.HfApi()
-    export.save(str(tmp_path / 'hub'), trained_of(*tiny()), 'huggingface')
+    formats.save(str(tmp_path / 'hub'), trained_of(*tiny()), 'huggingface')
     sent = {}
 
     def create_commit(*, repo_id, operations, **_):
@@ -438,7 +430,7 @@ def test_what_would_be_uploaded(tmp_path, monkeypatch):
 def test_prediction(tmp_path):
     """The same from the folder as from the file that it was made of."""
     file = make_weights(tmp_path / 'x.safetensors')
-    export.save(str(tmp_path / 'hub'), evaluate.load_trained(file), 'huggingface')
+    formats.save(str(tmp_path / 'hub'), trained_lib.load_trained(file), 'huggingface')
     write_images(tmp_path / 'photos', {'a': 2})
     photos = sorted((tmp_path / 'photos' / 'a').iterdir())
     one, other = (

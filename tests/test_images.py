@@ -7,7 +7,8 @@ import pytest
 from conftest import shared
 from PIL import Image
 
-from flax_densenet import UserError, images
+from flax_densenet import UserError
+from flax_densenet.data import images
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
 GREY = RGB[..., 0]

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from flax_densenet import create_model, hdf5, keras_files, keras_layers, weights
+from flax_densenet import create_model
 from flax_densenet.errors import UserError
-from flax_densenet.model import variable_shapes
+from flax_densenet.models.initialization import variable_shapes
+from flax_densenet.weights import hdf5, keras_files, keras_layers, weight_file
 
 # Read by Keras when it is imported, in the tests that need it.
 os.environ.setdefault('KERAS_BACKEND', 'jax')
@@ -153,15 +154,17 @@ def test_recognise(tmp_path):
                 file.writestr(member, b'0' * 100)
         return str(tmp_path / name)
 
-    assert keras_files.recognise(written('weights', hdf5.SIGNATURE + b'...'))
+    assert keras_files.is_keras_file(written('weights', hdf5.SIGNATURE + b'...'))
     whole = archive('a', ['metadata.json', 'config.json', 'model.weights.h5'])
-    assert keras_files.recognise(whole)
+    assert keras_files.is_keras_file(whole)
     with open(whole, 'rb') as file:
-        assert keras_files.recognise(written('cut', file.read()[:200]))
-    assert not keras_files.recognise(archive('torch.pth', ['a/data.pkl', 'a/data/0']))
-    assert not keras_files.recognise(written('empty.h5', b''))
-    assert not keras_files.recognise(str(tmp_path / 'none'))
-    assert not keras_files.recognise(str(tmp_path))
+        assert keras_files.is_keras_file(written('cut', file.read()[:200]))
+    assert not keras_files.is_keras_file(
+        archive('torch.pth', ['a/data.pkl', 'a/data/0'])
+    )
+    assert not keras_files.is_keras_file(written('empty.h5', b''))
+    assert not keras_files.is_keras_file(str(tmp_path / 'none'))
+    assert not keras_files.is_keras_file(str(tmp_path))
 
 
 def test_without_the_packages(tmp_path, monkeypatch):
@@ -365,7 +368,7 @@ def test_other_heads(keras, tmp_path):
 
 
 def test_through_the_front_door(keras, tmp_path, capsys):
-    """weights.load: the family's preparation of images; a line for what is left out."""
+    """The family's preparation of images; a line for what is left out."""
     base = make_keras(keras, classes=0, size=64)
     layers = keras.layers
     network = keras.Sequential(
@@ -378,7 +381,7 @@ def test_through_the_front_door(keras, tmp_path, capsys):
         ]
     )
     path = save(network, tmp_path / 'a.keras')
-    found = weights.load(path)
+    found = weight_file.load(path)
     assert (
         "its layer Rescaling {'scale': 0.5, 'offset': -1.0}" in capsys.readouterr().out
     )
@@ -632,7 +635,9 @@ def test_code_of_cards(ending, several, keras, tmp_path, monkeypatch):
 
     from PIL import Image
 
-    from flax_densenet import card, evaluate, export, init_variables
+    from flax_densenet import init_variables
+    from flax_densenet.export import formats, model_card
+    from flax_densenet.weights import trained as trained_lib
 
     fields = {'variant': 'densenet121', 'block_sizes': BLOCKS}
     module = create_model(num_classes=3, **fields)
@@ -641,10 +646,10 @@ def test_code_of_cards(ending, several, keras, tmp_path, monkeypatch):
         'model': fields, 'class_names': ['a', 'b', 'c'], 'image_size': 64,
         'mean': [0.5] * 3, 'std': [0.25] * 3, 'multi_label': several, 'data': {},
     }  # fmt: skip
-    trained = evaluate.Trained(module, variables, metadata, {}, None, None)
+    trained = trained_lib.Trained(module, variables, metadata, {}, None, None)
     monkeypatch.chdir(tmp_path)
-    export.save('x' + ending, trained, 'keras')
-    said = card.render(trained, file='x' + ending, file_format='keras')
+    formats.save('x' + ending, trained, 'keras')
+    said = model_card.render(trained, file='x' + ending, file_format='keras')
     photo = np.random.default_rng(2).integers(0, 255, (90, 120, 3), np.uint8)
     Image.fromarray(photo).save('photo.jpg')
     names = {'print': lambda found: names.update(found=found)}

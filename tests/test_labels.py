@@ -8,7 +8,13 @@ import pytest
 from conftest import tiny_config, write_images
 from PIL import Image
 
-from flax_densenet import UserError, data, evaluate, labels, objective, train
+from flax_densenet import UserError
+from flax_densenet import losses as losses_lib
+from flax_densenet.data import dataset, label_table
+from flax_densenet.evaluation import evaluate
+from flax_densenet.evaluation import metrics as metrics_lib
+from flax_densenet.train import fit
+from flax_densenet.weights import trained
 
 
 def write(path, text):
@@ -17,7 +23,7 @@ def write(path, text):
 
 
 def test_a_table(tmp_path):
-    found = labels.read(
+    found = label_table.read(
         write(
             tmp_path / 't.csv',
             'note,Image,Patient ID,red,green\n'
@@ -37,7 +43,7 @@ def test_lists_of_findings(tmp_path):
         '1.png,Cardiomegaly|Effusion,0,1,PA\n2.png,No Finding,0,2,AP\n'
         '3.png,Effusion,0,1,PA\n'
     )
-    found = labels.read(write(tmp_path / 't.csv', text))
+    found = label_table.read(write(tmp_path / 't.csv', text))
     assert found.names == ('Cardiomegaly', 'Effusion')
     assert found.values.tolist() == [[1, 1], [0, 0], [0, 1]]
     assert found.groups[0] == found.groups[2] != found.groups[1]
@@ -56,9 +62,9 @@ def test_lists_of_findings(tmp_path):
 )
 def test_bad_tables(text, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        labels.read(write(tmp_path / 't.csv', text))
+        label_table.read(write(tmp_path / 't.csv', text))
     with pytest.raises(UserError, match=r'none.csv cannot be read \(No such file'):
-        labels.read(str(tmp_path / 'none.csv'))
+        label_table.read(str(tmp_path / 'none.csv'))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +87,7 @@ def test_hostile_tables(content, message, tmp_path):
     path = tmp_path / 't.csv'
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as raised:
-        labels.read(str(path))
+        label_table.read(str(path))
     assert '\n' not in str(raised.value) and len(str(raised.value)) < 400
 
 
@@ -90,7 +96,7 @@ def test_tables_as_programs_write_them(tmp_path):
     path = tmp_path / 't.csv'
     text = '\ufeffimage,ill,,\r\n"a, b.png", 1 ,,\r\n\r\n  c.png,0,,\r\n'
     path.write_bytes(text.encode())
-    found = labels.read(str(path))
+    found = label_table.read(str(path))
     assert (found.images, found.names) == (['a, b.png', 'c.png'], ('ill',))
     assert found.values.tolist() == [[1], [0]]
 
@@ -102,14 +108,14 @@ def test_an_image_twice_in_a_large_table(tmp_path):
     path.write_text('\n'.join(['image,a', *rows, rows[-1]]))
     start = time.perf_counter()
     with pytest.raises(UserError, match='the image 99999.png is there more than once'):
-        labels.read(str(path))
+        label_table.read(str(path))
     assert time.perf_counter() - start < 10
 
 
 def test_losses_by_hand():
     logits = np.array([[2.0, -1.0, 5.0], [0.5, 0.5, 0.5]], np.float32)
     target = np.array([[1, 1, np.nan], [np.nan] * 3], np.float32)
-    losses, correct = objective.measure(logits, target)
+    losses, correct = losses_lib.measure(logits, target)
     expected = (np.log1p(np.exp(-2.0)) + np.log1p(np.exp(1.0))) / 2
     np.testing.assert_allclose(losses, [expected, 0], rtol=1e-6)
     np.testing.assert_allclose(correct, [0.5, 1.0])
@@ -122,14 +128,14 @@ def test_auroc_by_hand():
     target = rng.integers(0, 2, (40, 2)).astype(np.float32)
     target[:10, 1] = np.nan
     target[:, 0] = np.where(np.arange(40) < 3, 1, target[:, 0])
-    found = objective.auroc(scores, target)
+    found = metrics_lib.auroc(scores, target)
     for score, label, area in zip(scores.T, target.T, found, strict=True):
         pairs = score[label == 1][:, None] > score[label == 0]
         assert area == pytest.approx(pairs.mean())
-    alike = objective.auroc(scores, np.stack([target[:, 0], np.ones(40)], -1))
+    alike = metrics_lib.auroc(scores, np.stack([target[:, 0], np.ones(40)], -1))
     assert alike == [pytest.approx(found[0]), None]
-    assert objective.mean_auroc(alike) == found[0]
-    assert objective.mean_auroc([None]) is None
+    assert metrics_lib.mean_auroc(alike) == found[0]
+    assert metrics_lib.mean_auroc([None]) is None
 
 
 @pytest.fixture
@@ -152,7 +158,7 @@ def table(tmp_path):
 
 def load(table, **fields):
     path, folder = table
-    return data.load_source(f'folder:{folder}', labels=path, image_size=8, **fields)
+    return dataset.load_source(f'folder:{folder}', labels=path, image_size=8, **fields)
 
 
 def test_patients_stay_together(table):
@@ -198,7 +204,7 @@ def test_images_that_are_not_there(table):
     with pytest.raises(UserError, match='8.png is in several folders; name it in'):
         load(table, bad_images='skip')
     with pytest.raises(UserError, match='needs data.source=folder:PATH'):
-        data.load_source('digits', labels=path)
+        dataset.load_source('digits', labels=path)
 
 
 def test_a_run(table, tmp_path, capsys):
@@ -209,13 +215,13 @@ def test_a_run(table, tmp_path, capsys):
             'data.batch_size': 32, 'train.epochs': 6, 'optimizer.learning_rate': 1e-2,
         }
     )  # fmt: skip
-    best = train.fit(config, str(tmp_path / 'run'))
+    best = fit.fit(config, str(tmp_path / 'run'))
     out = capsys.readouterr().out
     assert f'data.labels={path}: 2 labels (red, blue) of 120 images' in out
     assert f'Test_auroc: {best["test_mean_auroc"]:.3f}, Lr' in out
     assert best['test_mean_auroc'] > 0.9
     assert set(best['test_auroc']) == {'red', 'blue'}
-    loaded = evaluate.load_trained(str(tmp_path / 'run'))
+    loaded = trained.load_trained(str(tmp_path / 'run'))
     assert loaded.metadata['multi_label']
     source = load(table)
     options = dict(batch_size=8, mesh=loaded.mesh, mean=(0.485, 0.456, 0.406))
@@ -241,5 +247,5 @@ def test_labels_are_matched_by_name(table):
 
 def test_one_class_an_image_as_before(tmp_path):
     photos = write_images(tmp_path / 'photos', {'a': 5, 'b': 5})
-    source = data.load_source(f'folder:{photos}', image_size=8)
+    source = dataset.load_source(f'folder:{photos}', image_size=8)
     assert not source.multi_label and source.train[0]['label'].dtype == np.int32

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_weights, tiny_config, write_images
 
-from flax_densenet import feature_files, load_trained, train
+from flax_densenet import load_trained
+from flax_densenet.inference import feature_files
+from flax_densenet.train import fit
 
 pytestmark = pytest.mark.drawn
 
@@ -101,7 +103,7 @@ def test_other_weights_and_data(main, tmp_path):
     """One file of a run evaluates to the same, and starts another run."""
     workdir = f'--workdir={tmp_path}/run'
     config = tiny_config(**{'model.block_sizes': (1, 1)})
-    train.fit(config, f'{tmp_path}/run')
+    fit.fit(config, f'{tmp_path}/run')
     status, out, err = main('--mode=eval', workdir)
     figures = out.split('Test_acc')[1].split(' (')[0]
     file = f'{tmp_path}/birds.safetensors'

@@ -13,12 +13,14 @@ import pytest
 from conftest import ROOT, tiny_config, write_images
 from PIL import Image
 
-from flax_densenet import UserError, data, listing, setup, sources, train
+from flax_densenet import UserError
+from flax_densenet.data import dataset, listing, sources
 from flax_densenet.errors import printable
+from flax_densenet.train import fit, prepare
 
 
 def load(folder, **fields):
-    return data.load_source(f'folder:{folder}', **{'image_size': 8, **fields})
+    return dataset.load_source(f'folder:{folder}', **{'image_size': 8, **fields})
 
 
 def names(source):
@@ -151,7 +153,7 @@ def test_class_names_of_any_bytes(strange_folder):
     source = load(strange_folder, bad_images='skip')
     expected = sorted(printable(os.fsdecode(name)) for name in (*NAMES, b'x'))
     assert sorted(source.class_names) == expected
-    saved = json.dumps(setup.make_metadata(config, source), ensure_ascii=False)
+    saved = json.dumps(prepare.make_metadata(config, source), ensure_ascii=False)
     assert sorted(json.loads(saved.encode())['class_names']) == expected
 
 
@@ -170,7 +172,7 @@ def test_names_of_any_bytes(strange_folder, tmp_path, capsys):
         }
     )
     run = tmp_path / 'run'
-    train.fit(config, str(run))
+    fit.fit(config, str(run))
     skipped = (run / 'skipped_images.txt').read_bytes()
     assert skipped.count(b'\n') == 1
     path, _, reason = skipped.partition(b' cannot be decoded')
@@ -184,7 +186,7 @@ def test_a_name_of_two_lines_in_the_list(folder, tmp_path):
     bad = folder / 'ants' / 'two\nlines.jpg'
     bad.write_bytes(b'')
     source = load(folder, bad_images='skip')
-    train._write_lines(tmp_path / 'list', source.skipped)
+    fit._write_lines(tmp_path / 'list', source.skipped)
     [line] = (tmp_path / 'list').read_text().splitlines()
     assert line.startswith(f'{folder}/ants/two\\nlines.jpg is not an image')
 

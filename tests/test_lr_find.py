@@ -10,15 +10,10 @@ import pytest
 from conftest import tiny_config
 from safetensors import numpy as safetensors
 
-from flax_densenet import (
-    UserError,
-    create_model,
-    export,
-    init_variables,
-    lr_find,
-    report,
-    setup,
-)
+from flax_densenet import UserError, create_model, init_variables
+from flax_densenet.export import formats
+from flax_densenet.report import plots
+from flax_densenet.train import lr_finder, training_run
 
 TINY = {'model.block_sizes': (1, 1)}
 
@@ -28,7 +23,7 @@ def test_a_range_test(tmp_path, capsys):
     metadata = tmp_path / 'checkpoints' / '5' / 'metadata' / 'metadata'
     metadata.parent.mkdir(parents=True)
     metadata.write_text('{')
-    found = lr_find.find(tiny_config(**TINY), str(tmp_path), steps=40)
+    found = lr_finder.find(tiny_config(**TINY), str(tmp_path), steps=40)
 
     assert sorted(path.name for path in tmp_path.rglob('*')) == [
         *('5', 'checkpoints', 'lr_find.json', 'lr_find.png', 'metadata', 'metadata')
@@ -51,7 +46,7 @@ def test_a_range_test(tmp_path, capsys):
 
 
 def test_rates_grow_by_one_factor():
-    rates, schedule = lr_find.make_rates(81), lr_find.make_schedule(81)
+    rates, schedule = lr_finder.make_rates(81), lr_finder.make_schedule(81)
     np.testing.assert_allclose(rates[1:] / rates[:-1], 10**0.1)
     stepwise = [float(schedule(np.int32(step))) for step in range(81)]
     np.testing.assert_allclose(stepwise, rates, rtol=1e-4)
@@ -69,19 +64,19 @@ def fake_losses(monkeypatch, losses):
         seen.append((run, state, frozen))
         return lambda state, batch: (state, np.float32(next(left)))
 
-    monkeypatch.setattr(setup, 'compile_step', compile_step)
+    monkeypatch.setattr(training_run, 'compile_step', compile_step)
     # Drawing takes longer than all else here.
-    monkeypatch.setattr(report, 'plot_rates', lambda *_: mock.Mock())
+    monkeypatch.setattr(plots, 'plot_rates', lambda *_: mock.Mock())
     return seen
 
 
 def test_it_stops_where_the_loss_diverges(tmp_path, monkeypatch, capsys):
     losses = [*np.linspace(2.4, 2.3, 20), *np.linspace(2.3, 0.5, 10), *[100.0] * 70]
     fake_losses(monkeypatch, losses)
-    found = lr_find.find(tiny_config(**TINY), str(tmp_path))
+    found = lr_finder.find(tiny_config(**TINY), str(tmp_path))
     assert len(found['loss']) == len(found['mean']) == 31
     assert found['stopped'] == 'the loss diverged'
-    rates = lr_find.make_rates(100)
+    rates = lr_finder.make_rates(100)
     assert found['learning_rate'] == rates[:31].tolist()
     assert found['suggestion'] == pytest.approx(rates[29] / 10, rel=0.05)
     assert f'; the loss diverged at {rates[30]:.1e}; ' in capsys.readouterr().out
@@ -90,26 +85,26 @@ def test_it_stops_where_the_loss_diverges(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize('wrong', [math.nan, math.inf])
 def test_it_stops_where_the_loss_is_not_finite(tmp_path, monkeypatch, wrong):
     fake_losses(monkeypatch, [2.3] * 30 + [1.0] * 5 + [wrong])
-    found = lr_find.find(tiny_config(**TINY), str(tmp_path))
+    found = lr_finder.find(tiny_config(**TINY), str(tmp_path))
     assert len(found['loss']) == 35
     assert found['stopped'] == 'the loss was not finite'
     json.loads((tmp_path / 'lr_find.json').read_text(), parse_constant=pytest.fail)
     fake_losses(monkeypatch, [2.3] * 5 + [wrong])
     with pytest.raises(UserError, match='was not finite after 5 steps .* data.mean'):
-        lr_find.find(tiny_config(**TINY), str(tmp_path))
+        lr_finder.find(tiny_config(**TINY), str(tmp_path))
 
 
 def test_a_loss_that_diverges_at_once(tmp_path, monkeypatch):
     fake_losses(monkeypatch, [0.5, 100.0])
     with pytest.raises(UserError, match='the loss diverged after 2 steps .* init_from'):
-        lr_find.find(tiny_config(**TINY), str(tmp_path))
+        lr_finder.find(tiny_config(**TINY), str(tmp_path))
 
 
 @pytest.mark.slow
 def test_no_suggestion_where_nothing_falls(tmp_path, monkeypatch, capsys):
     noise = 2.3 + 0.1 * np.random.default_rng(0).standard_normal(100)
     fake_losses(monkeypatch, noise)
-    found = lr_find.find(tiny_config(**TINY), str(tmp_path))
+    found = lr_finder.find(tiny_config(**TINY), str(tmp_path))
     assert found['suggestion'] is None
     assert (
         'no suggestion: the loss fell by no more than its noise'
@@ -119,23 +114,23 @@ def test_no_suggestion_where_nothing_falls(tmp_path, monkeypatch, capsys):
     losses = 0.02 * np.random.default_rng(0).random(100)
     losses[0] = 1e-4
     fake_losses(monkeypatch, losses)
-    assert lr_find.find(tiny_config(**TINY), str(tmp_path))['stopped'] is None
+    assert lr_finder.find(tiny_config(**TINY), str(tmp_path))['stopped'] is None
 
 
 def test_the_mean():
-    np.testing.assert_allclose(lr_find.smooth([3.0, 3.0, 3.0], 100), 3)
-    means = lr_find.smooth([1.0, 2.0], 100)
+    np.testing.assert_allclose(lr_finder.smooth([3.0, 3.0, 3.0], 100), 3)
+    means = lr_finder.smooth([1.0, 2.0], 100)
     np.testing.assert_allclose(means, [1, (0.09 + 0.2) / 0.19])
-    means = lr_find.smooth([1.0, 2.0], 20)
+    means = lr_finder.smooth([1.0, 2.0], 20)
     np.testing.assert_allclose(means, [1, (0.25 + 1) / 0.75])
 
 
 def test_the_first_means_are_not_the_lowest():
     """One batch that is easy by chance, before the rate changes anything."""
     losses = np.array([1.0, *[2.0, 2.2] * 30, *np.linspace(2, 1, 30), *[3.0] * 9])
-    assert np.argmin(lr_find.smooth(losses, 100)) == 0
-    found = lr_find.suggest(losses, 100)
-    assert found == pytest.approx(lr_find.make_rates(100)[90] / 10, rel=0.05)
+    assert np.argmin(lr_finder.smooth(losses, 100)) == 0
+    found = lr_finder.suggest(losses, 100)
+    assert found == pytest.approx(lr_finder.make_rates(100)[90] / 10, rel=0.05)
 
 
 def test_more_steps_tell_a_fall_from_noise():
@@ -144,7 +139,7 @@ def test_more_steps_tell_a_fall_from_noise():
     def count_found(steps, fall):
         losses = 0.7 + 0.1 * rng.standard_normal((20, steps))
         losses[:, steps * 6 // 10 : steps * 8 // 10] -= fall
-        return sum(lr_find.suggest(curve, steps) is not None for curve in losses)
+        return sum(lr_finder.suggest(curve, steps) is not None for curve in losses)
 
     assert count_found(400, 0.08) >= 17
     assert count_found(100, 0.08) <= 13
@@ -157,7 +152,7 @@ def test_fine_tuning_is_tested_as_it_is_trained(tmp_path, monkeypatch, capsys):
     module = create_model('BC-L10k4', num_classes=10)
     variables = init_variables(module, seed=3)
     path = tmp_path / 'weights.safetensors'
-    safetensors.save_file(export.torch_arrays(module, variables), str(path))
+    safetensors.save_file(formats.torch_arrays(module, variables), str(path))
     config = tiny_config(
         **{
             'train.freeze': 'denseblock1',
@@ -171,7 +166,7 @@ def test_fine_tuning_is_tested_as_it_is_trained(tmp_path, monkeypatch, capsys):
     )
     config['init_from'] = str(path)
     seen = fake_losses(monkeypatch, [2.0] * 40)
-    lr_find.find(config, str(tmp_path / 'test'), steps=40)
+    lr_finder.find(config, str(tmp_path / 'test'), steps=40)
     ((run, state, frozen),) = seen
     assert frozen == 2  # the stem and the first block, from the first step on
     assert 'classifier trains alone' not in capsys.readouterr().out
@@ -200,7 +195,7 @@ def test_fine_tuning_is_tested_as_it_is_trained(tmp_path, monkeypatch, capsys):
 def test_the_picture_shows_what_matters():
     rates = np.geomspace(1e-7, 10, 20)
     losses = np.array([2.3] * 10 + [1.0] * 5 + [500.0] * 5)
-    figure = report.plot_rates(rates, losses, lr_find.smooth(losses, 20), 2e-3)
+    figure = plots.plot_rates(rates, losses, lr_finder.smooth(losses, 20), 2e-3)
     (axes,) = figure.axes
     assert axes.get_xscale() == 'log'
     lines = {line.get_label(): line for line in axes.get_lines()}
@@ -208,7 +203,7 @@ def test_the_picture_shows_what_matters():
     assert list(lines['suggested: 0.002'].get_xdata()) == [2e-3, 2e-3]
     np.testing.assert_array_equal(lines['loss'].get_ydata(), losses)
     assert axes.get_ylim()[0] < 1 < 2.3 < axes.get_ylim()[1] < 10
-    figure = report.plot_rates(rates, losses, losses, None)
+    figure = plots.plot_rates(rates, losses, losses, None)
     assert len(figure.axes[0].get_lines()) == 2
 
 
@@ -227,7 +222,7 @@ def test_the_picture_shows_what_matters():
 )
 def test_mistakes(overrides, steps, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        lr_find.find(tiny_config(**overrides), str(tmp_path / 'run'), steps=steps)
+        lr_finder.find(tiny_config(**overrides), str(tmp_path / 'run'), steps=steps)
     assert not (tmp_path / 'run').exists()
 
 
@@ -235,4 +230,4 @@ def test_a_workdir_that_cannot_be_written(tmp_path, monkeypatch):
     (tmp_path / 'file').write_text('x')
     fake_losses(monkeypatch, [])  # it is noticed before the first step
     with pytest.raises(UserError, match='--workdir=.* cannot be written'):
-        lr_find.find(tiny_config(), str(tmp_path / 'file' / 'run'))
+        lr_finder.find(tiny_config(), str(tmp_path / 'file' / 'run'))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn import metrics as sklearn_metrics
 
-from flax_densenet import metrics
+from flax_densenet.evaluation import metrics
 
 
 @pytest.fixture

@@ -9,10 +9,14 @@ from conftest import tiny_config
 from scipy import stats
 from test_train import Stopped, assert_equal_bits, final_arrays, stop_after
 
-from flax_densenet import create_model, evaluate, init_variables, mixing, sharding, step
-from flax_densenet import train as train_lib
+from flax_densenet import create_model, init_variables
+from flax_densenet.data.augment import mixing
+from flax_densenet.data.augment.mixing import Mixing
+from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.errors import UserError
-from flax_densenet.mixing import Mixing
+from flax_densenet.evaluation import evaluate
+from flax_densenet.train import fit, step
+from flax_densenet.weights import trained
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 ALL = Mixing(erase=0.5, mixup=0.2, cutmix=1.0)
@@ -37,7 +41,7 @@ def test_erased_boxes_have_the_mean_colour():
     fill = 255 * np.asarray(MEAN, 'f4')
     erased = (found.images == fill).all(-1)
     np.testing.assert_array_equal(found.images[~erased], IMAGES[~erased].astype('f4'))
-    seen = np.asarray(evaluate.normalise(found.images, mean=MEAN, std=STD))
+    seen = np.asarray(trained.normalize(found.images, mean=MEAN, std=STD))
     assert np.abs(seen[erased]).max() < 1e-6
     np.testing.assert_array_equal(found.weights, 1)
     np.testing.assert_array_equal(found.partners, np.arange(8))
@@ -101,8 +105,8 @@ def test_a_function_of_the_key_whatever_the_devices():
     assert_equal_bits(alone, jax.device_get(mix_all(IMAGES, key)))
     assert (alone.images != jax.device_get(mix_all(IMAGES, jax.random.key(4)))[0]).any()
     for count in (2, 4):
-        mesh = sharding.make_mesh(jax.devices()[:count])
-        spread = mix_all(jax.device_put(IMAGES, sharding.split_rows(mesh)), key)
+        mesh = mesh_lib.make_mesh(jax.devices()[:count])
+        spread = mix_all(jax.device_put(IMAGES, mesh_lib.split_rows(mesh)), key)
         assert_equal_bits(alone, jax.device_get(spread))
 
 
@@ -252,18 +256,18 @@ EVERYTHING = {
 @pytest.mark.parametrize(('devices', 'stops'), [(2, (8,)), (1, (8, 9))])
 def test_a_resumed_run_with_everything_on(tmp_path, monkeypatch, devices, stops):
     """Stopped among the small images and the large ones, bit for bit the same."""
-    make_mesh = sharding.make_mesh
+    make_mesh = mesh_lib.make_mesh
     monkeypatch.setattr(
-        sharding, 'make_mesh', lambda _=None: make_mesh(jax.devices()[:devices])
+        mesh_lib, 'make_mesh', lambda _=None: make_mesh(jax.devices()[:devices])
     )
     config = tiny_config(**EVERYTHING)
-    train_lib.fit(config, str(tmp_path / 'whole'))
+    fit.fit(config, str(tmp_path / 'whole'))
     for steps in stops:  # of one size; an epoch has 5.6
         with monkeypatch.context() as patch:
             stop_after(patch, steps)
             with pytest.raises(Stopped):
-                train_lib.fit(config, str(tmp_path / 'parts'))
-    train_lib.fit(config, str(tmp_path / 'parts'))
+                fit.fit(config, str(tmp_path / 'parts'))
+    fit.fit(config, str(tmp_path / 'parts'))
     (number, whole), (other, parts) = (
         final_arrays(tmp_path / name) for name in ('whole', 'parts')
     )

@@ -8,14 +8,8 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from flax_densenet import (
-    VARIANTS,
-    UserError,
-    create_model,
-    init_variables,
-    layers,
-    model,
-)
+from flax_densenet import VARIANTS, UserError, create_model, init_variables
+from flax_densenet.models import densenet, factory, initialization, layers
 
 # Of the paper's and torchvision's models; 1000 classes, the CIFAR ones 10.
 PARAMETERS = {
@@ -64,9 +58,9 @@ LARGE += ('rdnet_small', 'rdnet_base', 'rdnet_large')
 def test_parameter_count(variant):
     classes = 10 if 'L' in variant else 1000
     module = create_model(variant, num_classes=classes)
-    shapes = model.variable_shapes(module)
+    shapes = initialization.variable_shapes(module)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes['params']))
-    assert count == model.count_parameters(module) == PARAMETERS[variant]
+    assert count == densenet.count_parameters(module) == PARAMETERS[variant]
 
 
 @pytest.mark.parametrize('kind', ['', 'B-', 'C-', 'BC-'])
@@ -89,14 +83,14 @@ def test_init_variables_is_what_linen_makes():
     assert {leaf.dtype for leaf in jax.tree.leaves(ours)} == {np.dtype('float32')}
 
 
-@pytest.mark.parametrize('name', model.INITIALIZERS)
+@pytest.mark.parametrize('name', factory.INITIALIZERS)
 def test_initial_spread(name):
     module = create_model(
         'densenet121', num_classes=300, block_sizes=(3, 3), initializer=name
     )
     ours = traverse_util.flatten_dict(init_variables(module, 3)['params'])
     for path, values in ours.items():
-        rule = model.INITIALIZERS[name]
+        rule = factory.INITIALIZERS[name]
         if path[0] == 'classifier':
             rule = (1 / 3, 'fan_in', 'uniform')  # torch's nn.Linear
         linens = jax.nn.initializers.variance_scaling(*rule)
@@ -125,7 +119,7 @@ def test_seeds_and_paths_differ():
 @pytest.mark.parametrize('variant', ['densenet121', 'BC-L100k12'])
 def test_smallest_image(variant):
     module = create_model(variant, num_classes=4)
-    size = model.smallest_image_size(module)
+    size = densenet.smallest_image_size(module)
     shape = jax.eval_shape(
         lambda x: module.init_with_output(jax.random.key(0), x)[0],
         jnp.zeros((1, size, size + 9, 3)),

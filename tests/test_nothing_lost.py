@@ -13,23 +13,13 @@ import pytest
 from conftest import tiny_config
 from test_train import assert_equal_bits, read_records
 
-from flax_densenet import (
-    UserError,
-    atomic,
-    checkpoint,
-    create_model,
-    data,
-    faults,
-    init_variables,
-    lock,
-    optimizers,
-    pipeline,
-    saving,
-    sharding,
-    signals,
-    step,
-    train,
-)
+from flax_densenet import UserError, create_model, errors, init_variables
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.checkpoints import writer as checkpoint_writer
+from flax_densenet.data import dataset, pipeline
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.system import atomic, lock, signals
+from flax_densenet.train import announce, fit, optimizers, phases, prepare, step
 
 
 @pytest.mark.parametrize(
@@ -37,15 +27,15 @@ from flax_densenet import (
 )
 def test_checkpoint_every_has_two_forms(text):
     with pytest.raises(UserError, match='train.checkpoint_every=.*500 steps'):
-        saving.parse_every(text)
+        checkpoint_writer.parse_every(text)
 
 
 def test_when_a_checkpoint_is_due():
-    by_step = saving.parse_every('5 steps')
+    by_step = checkpoint_writer.parse_every('5 steps')
     assert [n for n in range(1, 12) if by_step.due_at(n)] == [5, 10]
-    by_time = saving.parse_every('0.5 minutes')
+    by_time = checkpoint_writer.parse_every('0.5 minutes')
     assert not by_time.due(29) and by_time.due(30) and not by_time.due_at(30)
-    never = saving.parse_every(' ')
+    never = checkpoint_writer.parse_every(' ')
     assert not never.due(1e9) and not never.due_at(5) and not by_step.due(1e9)
 
 
@@ -77,13 +67,18 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
 
 def test_what_the_machine_did_is_one_line():
     full = OSError(errno.ENOSPC, 'No space left on device', 'run/metrics.jsonl')
-    assert faults.explain(full).startswith('run/metrics.jsonl: No space left on dev')
+    assert errors.explain_system_error(full).startswith(
+        'run/metrics.jsonl: No space left on dev'
+    )
     memory = RuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.')
     for error in (memory, MemoryError()):
-        assert 'data.batch_size' in faults.explain(error)
-        assert 'model.remat=block or model.dtype=bfloat16' in faults.explain(error)
+        assert 'data.batch_size' in errors.explain_system_error(error)
+        assert (
+            'model.remat=block or model.dtype=bfloat16'
+            in errors.explain_system_error(error)
+        )
     for error in (RuntimeError('a bug'), OSError('a bug'), ValueError('out of memory')):
-        assert faults.explain(error) is None
+        assert errors.explain_system_error(error) is None
 
 
 def test_signals_ask_and_handlers_come_back():
@@ -113,8 +108,8 @@ def test_signals_ask_and_handlers_come_back():
 
 
 def test_saving_is_tried_again(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(saving, 'PAUSES_SECONDS', (0.0, 0.0))
-    good, calls = saving._save, []
+    monkeypatch.setattr(checkpoint_writer, 'PAUSES_SECONDS', (0.0, 0.0))
+    good, calls = checkpoint_writer._save, []
     arrays = {'model': {'a': np.ones(3)}, 'train': {'b': np.ones(2)}}
 
     def fail(times):
@@ -125,13 +120,13 @@ def test_saving_is_tried_again(tmp_path, monkeypatch, capsys):
             good(*args)
 
         calls.clear()
-        monkeypatch.setattr(saving, '_save', save)
+        monkeypatch.setattr(checkpoint_writer, '_save', save)
 
     def save(saver, number):
-        which = checkpoint.Checkpoint(number, finished=False)
+        which = checkpoint_reader.Checkpoint(number, finished=False)
         saver.save(which, **arrays, metadata={}, records=[])
 
-    with saving.open_saver(str(tmp_path)) as saver:
+    with checkpoint_writer.open_saver(str(tmp_path)) as saver:
         fail(2)
         save(saver, 1)
         saver.wait()
@@ -140,9 +135,9 @@ def test_saving_is_tried_again(tmp_path, monkeypatch, capsys):
         save(saver, 2)
         with pytest.raises(UserError, match='step 2 cannot be saved .x: Read-only'):
             saver.wait()
-    assert checkpoint.find_latest(str(tmp_path)).step == 1
+    assert checkpoint_reader.find_latest(str(tmp_path)).step == 1
     with pytest.raises(UserError, match='no finished epoch yet, only step 1'):
-        checkpoint.find_step(str(tmp_path), 'best')
+        checkpoint_reader.find_step(str(tmp_path), 'best')
 
 
 MEAN = STD = (0.5, 0.5, 0.5)
@@ -158,13 +153,13 @@ def steps():
     train_step = step.make_train_step(
         module, optimizer, mean=MEAN, std=STD, gradient_clip=0.01
     )
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    state = sharding.replicate(
+    mesh = mesh_lib.make_mesh(jax.devices()[:1])
+    state = mesh_lib.replicate(
         step.new_state(init_variables(module, 0), optimizer), mesh
     )
-    examples = data.load_source('digits', image_size=8).train
+    examples = dataset.load_source('digits', image_size=8).train
     batch = next(pipeline.train_batches(examples, batch_size=16, seed=0))
-    batch = sharding.to_global(batch, mesh)
+    batch = mesh_lib.to_global(batch, mesh)
     compiled = step.compile_train_step(train_step, state, batch, mesh)
     return compiled, jax.device_get(state), batch, mesh
 
@@ -173,12 +168,12 @@ def test_a_bad_step_changes_nothing(steps):
     compiled, first, batch, mesh = steps
     bad = jax.tree.map(np.array, first)
     bad.params['classifier']['bias'][0] = np.nan
-    after, loss = compiled(sharding.replicate(bad, mesh), batch)
+    after, loss = compiled(mesh_lib.replicate(bad, mesh), batch)
     assert not np.isfinite(loss)
     assert after.step == 1 and after.running['count'].sum() == 0
     for name in ('params', 'batch_stats', 'opt_state'):
         assert_equal_bits(getattr(after, name), getattr(bad, name))
-    after, loss = compiled(sharding.replicate(first, mesh), batch)
+    after, loss = compiled(mesh_lib.replicate(first, mesh), batch)
     assert np.isfinite(loss) and after.running['count'].sum() == 16
     moved = jax.tree.map(lambda a, b: a - b, after.params, first.params)
     length = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(moved)))
@@ -187,7 +182,7 @@ def test_a_bad_step_changes_nothing(steps):
 
 def make_bad(monkeypatch, bad_steps):
     """Some steps of the next run report what a bad one reports."""
-    compile_step = train.setup.compile_step
+    compile_step = phases.training_run.compile_step
 
     def with_bad_steps(*args):
         compiled = compile_step(*args)
@@ -201,7 +196,7 @@ def make_bad(monkeypatch, bad_steps):
 
         return take
 
-    monkeypatch.setattr(train.setup, 'compile_step', with_bad_steps)
+    monkeypatch.setattr(phases.training_run, 'compile_step', with_bad_steps)
 
 
 @pytest.mark.slow
@@ -210,18 +205,18 @@ def test_stop_and_skip(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         make_bad(patch, {3, 4, 8})
         with pytest.raises(UserError, match='step 3, epoch 1: .*train.on_nonfinite=sk'):
-            train.fit(tiny_config(**fields), str(tmp_path / 'stop'))
+            fit.fit(tiny_config(**fields), str(tmp_path / 'stop'))
         fields['train.on_nonfinite'] = 'skip'
-        train.fit(tiny_config(**fields), str(tmp_path / 'skip'))
+        fit.fit(tiny_config(**fields), str(tmp_path / 'skip'))
     assert read_records(tmp_path / 'skip')[0]['skipped_steps'] == 3
     with monkeypatch.context() as patch:
         make_bad(patch, set(range(5, 30)))
         with pytest.raises(UserError, match='step 15, .* for the 11th step'):
-            train.fit(tiny_config(**fields), str(tmp_path / 'many'))
+            fit.fit(tiny_config(**fields), str(tmp_path / 'many'))
     dump = json.loads((tmp_path / 'stop' / 'nonfinite.json').read_text())
     assert dump['step'] == 3 and np.isfinite(dump['loss']) and dump['gradient_norm'] > 0
     arrays = np.load(tmp_path / 'stop' / 'nonfinite.npz', allow_pickle=False)
-    examples = data.load_source('digits', image_size=8).train
+    examples = dataset.load_source('digits', image_size=8).train
     assert len(dump['examples']) == 64
     for row, example in enumerate(dump['examples']):
         there = examples[example['position']]
@@ -235,11 +230,11 @@ def test_stop_and_skip(tmp_path, monkeypatch, capsys):
 
 
 def test_batches_of_one_are_said(tmp_path, capsys):
-    run = train.setup.prepare(
+    run = prepare.prepare(
         tiny_config(**{'data.image_size': 4, 'data.batch_size': 4}), str(tmp_path)
     )
     run.config['data']['batch_size'] = 1
-    train.setup.announce(run)
+    announce.announce(run)
     assert 'the last batch norms see one value' in capsys.readouterr().out
 
 
@@ -253,5 +248,5 @@ def test_batches_of_one_are_said(tmp_path, capsys):
 )
 def test_bad_fields(overrides, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        train.fit(tiny_config(**overrides), str(tmp_path / 'run'))
+        fit.fit(tiny_config(**overrides), str(tmp_path / 'run'))
     assert not (tmp_path / 'run').exists()

@@ -7,15 +7,10 @@ import optax
 import pytest
 from conftest import tiny_config
 
-from flax_densenet import (
-    UserError,
-    create_model,
-    init_variables,
-    model,
-    objective,
-    setup,
-    step,
-)
+from flax_densenet import UserError, create_model, init_variables
+from flax_densenet import losses as losses_lib
+from flax_densenet.models import densenet
+from flax_densenet.train import prepare, step, training_run
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(0, 3, (6, 4)).astype(np.float32)
@@ -39,7 +34,7 @@ def targets(smoothing):
 
 
 def losses(name, labels=CLASSES, logits=LOGITS, **fields):
-    loss = objective.Loss(name, **fields)
+    loss = losses_lib.Loss(name, **fields)
     return np.asarray(jax.jit(loss.losses)(logits, labels))
 
 
@@ -51,7 +46,7 @@ def test_one_class_an_image(smoothing):
         'focal': -(target * (1 - p) ** 1.5 * np.log(p)).sum(-1),
         'bce': -(target * np.log(q) + (1 - target) * np.log(1 - q)).mean(-1),
     }
-    assert expected.keys() == set(objective.LOSSES)
+    assert expected.keys() == set(losses_lib.LOSSES)
     for name, rows in expected.items():
         found = losses(name, label_smoothing=smoothing, focal_gamma=1.5)
         np.testing.assert_allclose(found, rows, rtol=1e-5, atol=1e-6)
@@ -77,18 +72,18 @@ def test_several_labels_an_image(smoothing):
         np.testing.assert_allclose(found, rows, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('name', objective.LOSSES)
+@pytest.mark.parametrize('name', losses_lib.LOSSES)
 def test_gradients_are_finite_where_an_answer_is_sure(name):
     logits = jnp.array([[90.0, -90.0, 0.0], [-90.0, 90.0, 0.0]])
     for gamma in (0.0, 0.5, 2.0):
-        loss = objective.Loss(name, label_smoothing=0.1, focal_gamma=gamma)
+        loss = losses_lib.Loss(name, label_smoothing=0.1, focal_gamma=gamma)
         total = jax.jit(
             jax.grad(lambda z, loss=loss: loss.losses(z, CLASSES[:2]).sum())
         )
         assert np.isfinite(total(logits)).all()
 
 
-@pytest.mark.parametrize('name', objective.LOSSES)
+@pytest.mark.parametrize('name', losses_lib.LOSSES)
 def test_losses_are_linear_in_their_target(name):
     """What mixup relies on: by half and half of all pairs, a smoothed target."""
     mixed = np.mean([losses(name, np.full(6, c, np.int32)) for c in range(4)], 0)
@@ -98,7 +93,7 @@ def test_losses_are_linear_in_their_target(name):
 
 
 def test_figures_stay_the_cross_entropy():
-    found, correct = objective.measure(LOGITS, CLASSES)
+    found, correct = losses_lib.measure(LOGITS, CLASSES)
     rows = -np.log(softmax(LOGITS)[np.arange(6), CLASSES])
     np.testing.assert_allclose(found, rows, rtol=1e-5)
     assert correct.tolist() == (LOGITS.argmax(-1) == CLASSES).tolist()
@@ -117,8 +112,8 @@ def test_the_gradient_is_of_it():
         std=(0.5,) * 3,
         seed=0,
         l2_penalty=0.0,
-        frozen=len(model.stages(module)) - 1,
-        loss=objective.Loss('bce', label_smoothing=0.2),
+        frozen=len(densenet.stages(module)) - 1,
+        loss=losses_lib.Loss('bce', label_smoothing=0.2),
     )
     state = step.new_state(variables, optax.sgd(0.1))
     gradients, (reported, _, _) = jax.jit(differentiate)(state, batch)
@@ -132,14 +127,14 @@ def test_the_gradient_is_of_it():
 
 def test_a_run_takes_the_fields(monkeypatch, tmp_path):
     fields = {'train.loss': 'focal', 'train.label_smoothing': 0.1, 'train.ema': 0.9}
-    run = setup.prepare(tiny_config(**fields), str(tmp_path))
+    run = prepare.prepare(tiny_config(**fields), str(tmp_path))
     found = {}
     monkeypatch.setattr(
         step, 'make_train_step', lambda *_, **options: found.update(options)
     )
     monkeypatch.setattr(step, 'compile_train_step', lambda *_: None)
-    setup.compile_step(run, None, 0)
-    assert (found['loss'], found['ema']) == (objective.Loss('focal', 0.1, 2.0), 0.9)
+    training_run.compile_step(run, None, 0)
+    assert (found['loss'], found['ema']) == (losses_lib.Loss('focal', 0.1, 2.0), 0.9)
 
 
 FIELDS = dict(loss='focal', label_smoothing=0.1, focal_gamma=2.0)
@@ -156,6 +151,6 @@ FIELDS = dict(loss='focal', label_smoothing=0.1, focal_gamma=2.0)
     ],
 )
 def test_bad_fields(fields, message):
-    assert objective.make_loss(**FIELDS) == objective.Loss('focal', 0.1, 2.0)
+    assert losses_lib.make_loss(**FIELDS) == losses_lib.Loss('focal', 0.1, 2.0)
     with pytest.raises(UserError, match=message):
-        objective.make_loss(**FIELDS | fields)
+        losses_lib.make_loss(**FIELDS | fields)

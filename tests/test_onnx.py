@@ -8,17 +8,12 @@ import pytest
 from conftest import tiny_trained
 from flax import traverse_util
 
-from flax_densenet import (
-    create_model,
-    data,
-    evaluate,
-    export,
-    init_variables,
-    model,
-    onnx_int8,
-    onnx_model,
-)
+from flax_densenet import create_model, init_variables
+from flax_densenet.data import dataset
 from flax_densenet.errors import UserError
+from flax_densenet.export import formats, onnx_int8, onnx_network
+from flax_densenet.models import densenet
+from flax_densenet.weights import trained as trained_lib
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
@@ -95,8 +90,10 @@ def make_images(count=4, size=32, channels=3, seed=3):
 
 
 def logits_of(module, variables, images, metadata):
-    normalised = evaluate.normalise(images, mean=metadata['mean'], std=metadata['std'])
-    plain = model.plain(module)
+    normalised = trained_lib.normalize(
+        images, mean=metadata['mean'], std=metadata['std']
+    )
+    plain = densenet.plain(module)
     return np.asarray(jax.jit(plain.apply)(variables, normalised))
 
 
@@ -113,8 +110,8 @@ def test_equal(kind):
     """Probabilities of images and logits of floats, of two sizes and batches."""
     module, variables = make(kind)
     metadata = metadata_of(kind)
-    as_images = onnx_model.make(module, variables, metadata)
-    as_floats = onnx_model.make(module, variables, metadata, inputs='normalised')
+    as_images = onnx_network.make(module, variables, metadata)
+    as_floats = onnx_network.make(module, variables, metadata, inputs='normalised')
     for count, size in ((4, 32), (1, 45)):
         images = make_images(count, size)
         logits = logits_of(module, variables, images, metadata)
@@ -131,14 +128,14 @@ def test_grey_and_several_labels():
     module, variables = make('cifar', channels=1)
     metadata = metadata_of('cifar', mean=[0.3], std=[0.2], multi_label=True)
     images = make_images(channels=1)
-    found = run(onnx_model.make(module, variables, metadata), images)
+    found = run(onnx_network.make(module, variables, metadata), images)
     logits = logits_of(module, variables, images, metadata)
     assert np.abs(found - jax.nn.sigmoid(logits)).max() < 2e-6
 
 
 def test_what_the_file_says():
     module, variables = make('imagenet')
-    made = onnx_model.make(module, variables, metadata_of('imagenet'))
+    made = onnx_network.make(module, variables, metadata_of('imagenet'))
     said = {entry.key: entry.value for entry in made.metadata_props}
     assert json.loads(said['labels']) == list('abcde')
     assert said['image_size'] == '32' and said['resize'] == 'crop'
@@ -150,7 +147,7 @@ def test_what_the_file_says():
 def test_batch_norm_is_folded():
     """Left are those in front of a ReLU: a layer's first, of transitions, the last."""
     module, variables = make('imagenet')
-    made = onnx_model.make(module, variables, metadata_of('imagenet'))
+    made = onnx_network.make(module, variables, metadata_of('imagenet'))
     kinds = [node.op_type for node in made.graph.node]
     assert kinds.count('BatchNormalization') == 4 + 1 + 1
     # The transition pools before it multiplies.
@@ -161,8 +158,8 @@ def test_batch_norm_is_folded():
 @pytest.mark.parametrize('kind', ['imagenet', 'rdnet'])
 def test_half(kind, precision, bound):
     module, variables = make(kind)
-    whole = onnx_model.make(module, variables, metadata_of(kind))
-    made = onnx_model.make(module, variables, metadata_of(kind), precision=precision)
+    whole = onnx_network.make(module, variables, metadata_of(kind))
+    made = onnx_network.make(module, variables, metadata_of(kind), precision=precision)
     assert made.ByteSize() < 0.85 * whole.ByteSize()
     images = make_images()
     away = np.abs(run(made, images) - run(whole, images)).max()
@@ -177,7 +174,7 @@ def test_integers(kind, falling):
     metadata = metadata_of(kind)
     images = make_images(24)
     batches = [images[:16], images[16:]]
-    for inputs in onnx_model.INPUTS:
+    for inputs in onnx_network.INPUTS:
         made = onnx_int8.make(module, variables, metadata, batches, inputs=inputs)
         # Convolutions are of integers, but for the blur, which is each map by itself.
         dims = [(w.data_type, tuple(w.dims)) for w in made.graph.initializer]
@@ -203,10 +200,10 @@ def test_integers_need_a_bottleneck():
 
 
 def test_values_too_large_for_float16(tmp_path):
-    source = data.load_source('digits', image_size=16)
+    source = dataset.load_source('digits', image_size=16)
     trained = tiny_trained(source)
     trained.variables['params']['classifier']['kernel'] *= 1e6
     path = str(tmp_path / 'x.safetensors')
-    options = export.Options(precision='float16')
+    options = formats.Options(precision='float16')
     with pytest.raises(UserError, match='--precision=float16: classifier.weight'):
-        export.save(path, trained, 'safetensors', options)
+        formats.save(path, trained, 'safetensors', options)

@@ -13,7 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from tiny_onnx import LABELS, SIZE, probabilities, write_onnx
 
-from flax_densenet import images
+from flax_densenet.data import images
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')

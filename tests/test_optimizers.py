@@ -7,7 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from flax_densenet import UserError, finetune, optimizers, sharding, state_shards
+from flax_densenet import UserError
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.distributed import zero
+from flax_densenet.train import finetune, optimizers
 
 PARAMS = {
     'a': {'kernel': np.float32([[1.0, -2.0, 0.5], [0.25, 3.0, -1.0]])},
@@ -25,8 +28,8 @@ def take(steps=3, make=None, shard_over=None, **fields):
     optimizer = make(optimizer) if make else optimizer
     params, state = PARAMS, optimizer.init(PARAMS)
     if shard_over is not None:
-        state = state_shards.place(jax.device_get(state), shard_over)
-        params = sharding.replicate(params, shard_over)
+        state = zero.place(jax.device_get(state), shard_over)
+        params = mesh_lib.replicate(params, shard_over)
 
     @jax.jit
     def step(params, state):
@@ -103,7 +106,7 @@ def test_decay_in_the_gradient(name):
 
 @pytest.mark.parametrize('decay', optimizers.DECAYS)
 def test_lamb_in_shards_and_at_shares_of_the_rate(decay):
-    mesh = sharding.make_mesh()
+    mesh = mesh_lib.make_mesh()
     assert mesh.size == 4
     assert_close(take(decay=decay, shard_over=mesh), take(decay=decay))
     # A share of the rate is a share of the first step, the ratio's too.

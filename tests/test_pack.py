@@ -19,29 +19,26 @@ from conftest import ROOT, tiny_config, write_images
 from PIL import Image
 from test_train import Stopped, assert_equal_bits, final_arrays, stop_after
 
-from flax_densenet import (
-    UserError,
-    data,
-    images,
-    manifest,
-    pack,
-    packed,
-    pipeline,
-    record_files,
-    shards,
-    train,
-)
+from flax_densenet import UserError
+from flax_densenet.data import dataset, images, pipeline
+from flax_densenet.data.packed import manifest, records
+from flax_densenet.data.packed import plan as pack_plan
+from flax_densenet.data.packed import reader as packed_reader
+from flax_densenet.data.packed import writer as pack_writer
+from flax_densenet.train import fit
 
 # Some three images of `write_images` a shard.
-SMALL = shards.Options(shard_mib=0.003)
+SMALL = pack_plan.Options(shard_mib=0.003)
 
 
 def load(source, **fields):
-    return data.load_source(source, **{'image_size': 16, **fields})
+    return dataset.load_source(source, **{'image_size': 16, **fields})
 
 
 def make(folder, out, **fields):
-    return pack.pack(f'folder:{folder}', str(out), **{'options': SMALL, **fields})
+    return pack_writer.pack(
+        f'folder:{folder}', str(out), **{'options': SMALL, **fields}
+    )
 
 
 def contents(out):
@@ -86,11 +83,11 @@ def test_a_pack_is_its_folder(folder, out):
         other = load(f'packed:{out}', **fields)
         assert_same_parts(folder, out, one, other)
     # The files' own bytes, which any other program can read.
-    reader = packed.load(str(out))
+    reader = packed_reader.load(str(out))
     paths = sorted(folder.rglob('*.jpg'))
     assert [reader[i] for i in range(25)] == [path.read_bytes() for path in paths]
     path = out / 'train-00000.array_record'
-    record = msgpack.unpackb(next(record_files.records(str(path))))
+    record = msgpack.unpackb(next(records.records(str(path))))
     assert record['name'] == b'ants/000.jpg' and record['label'] == 0
     assert record['image'] == paths[0].read_bytes()
     images_of = json.loads(files['pack.json'])['images']
@@ -127,7 +124,7 @@ def test_several_labels(column, tmp_path):
     assert other.multi_label and other.train.labels.shape[1] == 2
     assert np.isnan(other.train.labels).any() or np.isnan(other.test.labels).any()
     assert_same_parts(folder, out, one, other)
-    groups = packed.load(str(out)).groups
+    groups = packed_reader.load(str(out)).groups
     assert (groups is None) == (column == 'split')
 
 
@@ -201,13 +198,13 @@ def test_a_resumed_training_of_a_pack_is_that_of_its_folder(
 ):
     fields = {'data.batch_size': 8, 'data.augment': 'shift_flip', 'train.epochs': 4}
     whole = tiny_config(**{'data.source': f'folder:{folder}'}, **fields)
-    train.fit(whole, str(tmp_path / 'whole'))
+    fit.fit(whole, str(tmp_path / 'whole'))
     parts = tiny_config(**{'data.source': f'packed:{out}'}, **fields)
     with monkeypatch.context() as patch:
         stop_after(patch, 6)  # in the middle of epoch 3
         with pytest.raises(Stopped):
-            train.fit(parts, str(tmp_path / 'parts'))
-    train.fit(parts, str(tmp_path / 'parts'))
+            fit.fit(parts, str(tmp_path / 'parts'))
+    fit.fit(parts, str(tmp_path / 'parts'))
     (step, one), (other_step, other) = (
         final_arrays(tmp_path / name) for name in ('whole', 'parts')
     )
@@ -224,14 +221,14 @@ def test_the_number_of_threads_changes_nothing(folder, out, tmp_path):
 
 def end_after(monkeypatch, count, error):
     """Packing ends with `error` when so many images are stored."""
-    record, left = shards.Images.record, itertools.count()
+    record, left = pack_plan.Images.record, itertools.count()
 
     def counted(self, index):
         if next(left) == count:
             raise error
         return record(self, index)
 
-    monkeypatch.setattr(shards.Images, 'record', counted)
+    monkeypatch.setattr(pack_plan.Images, 'record', counted)
 
 
 def test_a_pack_that_was_ended_goes_on(folder, out, tmp_path, monkeypatch, capsys):
@@ -260,7 +257,8 @@ def test_a_pack_that_was_ended_goes_on(folder, out, tmp_path, monkeypatch, capsy
     before = {name: (again / name).stat().st_mtime_ns for name in whole}
     capsys.readouterr()
     make(folder, again)
-    said = f'{len(kept) - 1} of {len(packed.load(str(out)).manifest.shards)} shards are'
+    shards = packed_reader.load(str(out)).manifest.shards
+    said = f'{len(kept) - 1} of {len(shards)} shards are'
     assert said in capsys.readouterr().out
     assert contents(again) == contents(out)
     changed = [n for n in whole if (again / n).stat().st_mtime_ns != before[n]]
@@ -274,8 +272,8 @@ def test_a_pack_that_was_ended_goes_on(folder, out, tmp_path, monkeypatch, capsy
 def test_a_pack_of_other_images_stays(folder, out, tmp_path):
     before = contents(out)
     for options in (
-        {'options': shards.Options(shard_mib=0.005)},
-        {'options': shards.Options(shard_mib=0.003, max_side=20)},
+        {'options': pack_plan.Options(shard_mib=0.005)},
+        {'options': pack_plan.Options(shard_mib=0.003, max_side=20)},
     ):
         with pytest.raises(UserError, match='holds a pack of other images or settings'):
             make(folder, out, **options)
@@ -335,7 +333,7 @@ def test_a_killed_pack_goes_on(folder, out, tmp_path):
             break
         assert process.returncode == -signal.SIGKILL and kills < 40
         if (again / 'pack.json').exists():  # killed as it was through
-            pack.verify(str(again))
+            pack_writer.verify(str(again))
     assert kills > 1
     assert contents(again) == contents(out)
 
@@ -350,14 +348,14 @@ def test_a_flipped_byte_is_found(out):
     path = out / 'train-00001.array_record'
     flip(path, path.read_bytes().index(b'\xff\xd8') + 300)
     message = r'train-00001.array_record: image 0 cannot be read .*damaged: bring it'
-    first = packed.load(str(out)).manifest.shards[0].count
+    first = packed_reader.load(str(out)).manifest.shards[0].count
     with pytest.raises(UserError, match=message) as error:
-        packed.load(str(out))[first]
+        packed_reader.load(str(out))[first]
     assert '\n' not in str(error.value)
     with pytest.raises(UserError, match='train-00001.array_record is damaged .its SHA'):
-        pack.verify(str(out))
+        pack_writer.verify(str(out))
     # Others of the shard can be read, also by the reader that met the damage.
-    reader = packed.load(str(out))
+    reader = packed_reader.load(str(out))
     for index in (first, first + 1, first, first - 1, first + 1):
         if index == first:
             with pytest.raises(UserError):
@@ -367,7 +365,7 @@ def test_a_flipped_byte_is_found(out):
     source = load(f'packed:{out}')
     for skip in ('skip', 'error'):
         batches = pipeline.eval_batches(
-            data.join(source.train, source.test), batch_size=25, bad_images=skip
+            dataset.join(source.train, source.test), batch_size=25, bad_images=skip
         )
         if skip == 'skip':
             assert next(batches)['mask'].tolist().count(0) == 1
@@ -380,7 +378,7 @@ def test_a_flipped_byte_is_found(out):
 
 def test_shards_of_another_pack(folder, out, tmp_path):
     """Each whole by itself, of the same size and number of images."""
-    index = packed.load(str(out))
+    index = packed_reader.load(str(out))
     labels = index.labels.copy()
     index.labels[:] = (labels + 1) % 3
     with pytest.raises(
@@ -445,7 +443,7 @@ def test_manifests_that_lie(field, value, message, out):
 def test_fuzz(out, tmp_path):
     """Whatever is changed: the image as it was, or one line."""
     rng = np.random.default_rng(0)
-    reader = packed.load(str(out))
+    reader = packed_reader.load(str(out))
     whole = [reader[index] for index in range(len(reader))]
     caught = dict.fromkeys(names := sorted(contents(out)), 0)
     for turn in range(150):
@@ -458,7 +456,7 @@ def test_fuzz(out, tmp_path):
             content[place] = rng.integers(256)
         path.write_bytes(content)
         try:
-            found = packed.load(str(out))
+            found = packed_reader.load(str(out))
             for index, image in enumerate(whole):
                 try:
                     assert found[index] == image
@@ -491,7 +489,7 @@ def test_fuzz(out, tmp_path):
 )
 def test_records_that_are_none(record):
     with pytest.raises(ValueError):
-        packed.from_record(record)
+        packed_reader.from_record(record)
 
 
 def spoil(path):
@@ -534,9 +532,9 @@ def test_smaller_images(folder, tmp_path):
     turned[0x0112] = 6
     smooth.save(folder / 'ants/001.jpg', exif=turned, quality=95)
     smooth.convert('P').save(folder / 'ants/002.gif')
-    options = shards.Options(max_side=50, quality=92)
+    options = pack_plan.Options(max_side=50, quality=92)
     make(folder, out, options=options)
-    reader = packed.load(str(out))
+    reader = packed_reader.load(str(out))
     sizes = []
     for index in range(4):
         path = folder / reader.name(index)
@@ -583,7 +581,7 @@ def test_a_full_disk_is_one_line(folder, tmp_path, monkeypatch):
 
 
 def test_one_pack_at_a_time(folder, out):
-    from flax_densenet import lock
+    from flax_densenet.system import lock
 
     with (
         lock.hold(str(out), flag='--out', doing='packs'),
@@ -603,14 +601,14 @@ def test_one_pack_at_a_time(folder, out):
 )
 def test_options(fields, message):
     with pytest.raises(UserError, match=message):
-        shards.Options(**fields)
+        pack_plan.Options(**fields)
 
 
 def test_many_open_shards(out):
     """A bound on open files closes the ones that were not used for longest."""
-    reader = packed.load(str(out))
+    reader = packed_reader.load(str(out))
     whole = [reader[index] for index in range(len(reader))]
-    few = packed.load(str(out))
+    few = packed_reader.load(str(out))
     few._pool._most = 2
     for index in [*range(len(few)), *reversed(range(len(few)))]:
         assert few[index] == whole[index]
@@ -620,7 +618,7 @@ def test_many_open_shards(out):
 def test_a_manifest_says_what_there_is(out):
     made = manifest.load(str(out))
     assert manifest.describe(made).startswith('25 images, 3 classes, ')
-    assert made == pack.verify(str(out))
+    assert made == pack_writer.verify(str(out))
 
 
 def test_a_file_that_changed_meanwhile_is_packed_anew(folder, tmp_path, monkeypatch):
@@ -637,4 +635,4 @@ def test_a_file_that_changed_meanwhile_is_packed_anew(folder, tmp_path, monkeypa
     make(folder, out)
     make(folder, fresh)
     assert contents(out) == contents(fresh)
-    assert packed.load(str(out))[0] == path.read_bytes() != content
+    assert packed_reader.load(str(out))[0] == path.read_bytes() != content

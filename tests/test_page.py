@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from conftest import tiny_trained, write_images
 
-from flax_densenet import UserError, compare, data, gallery, page, render, results
+from flax_densenet import UserError
+from flax_densenet.data import dataset
+from flax_densenet.evaluation import results
+from flax_densenet.report import compare, gallery, page, render
 
 RECORDS = [
     {
@@ -43,7 +46,7 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp('page')
     names = {'ants': 20, '<b>&"bees"': 15, 'wasps': 15}
     photos = write_images(folder / 'photos', names, size=(20, 20))
-    source = data.load_source(f'folder:{photos}', image_size=16)
+    source = dataset.load_source(f'folder:{photos}', image_size=16)
     trained = tiny_trained(source, seed=2)
     found = results.collect(trained, source.test, source.class_names, batch_size=16)
     workdir = write_run(folder / 'run')

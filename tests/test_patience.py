@@ -3,7 +3,8 @@
 import pytest
 from conftest import tiny_config
 
-from flax_densenet import UserError, patience, train
+from flax_densenet import UserError
+from flax_densenet.train import early_stopping, fit
 
 
 def over_at(accuracies, epochs, **fields):
@@ -11,7 +12,7 @@ def over_at(accuracies, epochs, **fields):
     records = []
     for epoch, accuracy in enumerate(accuracies, start=1):
         records.append({'epoch': epoch, 'test_accuracy': accuracy, 'test_loss': 1.0})
-        if patience.is_over(records, epochs, **fields):
+        if early_stopping.should_stop(records, epochs, **fields):
             return epoch
     return None
 
@@ -31,13 +32,15 @@ def test_epochs_without_a_better_one():
         {'epoch': n, 'test_accuracy': 0.5, 'test_loss': loss}
         for n, loss in enumerate((2.0, float('nan'), 1.5), start=1)
     ]
-    assert patience.is_over(records[:2], 1) and not patience.is_over(records, 1)
-    assert not patience.is_over([], 1)
+    assert early_stopping.should_stop(
+        records[:2], 1
+    ) and not early_stopping.should_stop(records, 1)
+    assert not early_stopping.should_stop([], 1)
 
 
 def test_what_is_said():
     records = [{'epoch': n, 'test_accuracy': a} for n, a in ((1, 0.5), (2, 0.4))]
-    assert patience.describe(records, 1) == (
+    assert early_stopping.describe(records, 1) == (
         'early after epoch 2: none is better than epoch 1 (train.patience=1)'
     )
 
@@ -57,5 +60,5 @@ def test_what_is_said():
 )
 def test_bad_fields_stop_before_anything_is_written(overrides, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        train.fit(tiny_config(**overrides), str(tmp_path / 'run'))
+        fit.fit(tiny_config(**overrides), str(tmp_path / 'run'))
     assert not (tmp_path / 'run').exists()

@@ -5,8 +5,10 @@ import pytest
 from conftest import tiny_config
 from PIL import Image
 
-from flax_densenet import colour, data, pipeline, policies, setup
+from flax_densenet.data import dataset, pipeline
+from flax_densenet.data.augment import color, policies
 from flax_densenet.errors import UserError
+from flax_densenet.train import prepare
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
 PICTURES = [Image.fromarray(PIXELS), Image.fromarray(PIXELS[..., 0])]
@@ -84,31 +86,31 @@ def test_policies_that_are_refused(name):
 
 @BOTH
 def test_jitter_changes_within_its_strengths(picture):
-    strengths = colour.parse((0.4,))
-    assert strengths == colour.Strengths(0.4, 0.4, 0.4, 0.0)
+    strengths = color.parse((0.4,))
+    assert strengths == color.Strengths(0.4, 0.4, 0.4, 0.0)
     found = [
-        colour.jitter(picture, np.random.default_rng(seed), strengths)
+        color.jitter(picture, np.random.default_rng(seed), strengths)
         for seed in range(20)
     ]
     assert {(image.mode, image.size) for image in found} == {
         (picture.mode, picture.size)
     }
     assert len({np.asarray(image).tobytes() for image in found}) == 20
-    assert same(found[3], colour.jitter(picture, np.random.default_rng(3), strengths))
+    assert same(found[3], color.jitter(picture, np.random.default_rng(3), strengths))
     # Of a white image brightness alone changes anything: by up to 40 % downward.
     white = Image.new(picture.mode, (4, 4), 'white')
-    bright = colour.parse((0.4, 0, 0))
+    bright = color.parse((0.4, 0, 0))
     levels = [
-        np.asarray(colour.jitter(white, np.random.default_rng(seed), bright)).min()
+        np.asarray(color.jitter(white, np.random.default_rng(seed), bright)).min()
         for seed in range(60)
     ]
     assert 153 <= min(levels) < 165 and max(levels) == 255
 
 
 def test_jitter_turns_hue_both_ways():
-    red, hue = Image.new('RGB', (2, 2), 'red'), colour.parse((0, 0, 0, 0.1))
+    red, hue = Image.new('RGB', (2, 2), 'red'), color.parse((0, 0, 0, 0.1))
     found = [
-        np.asarray(colour.jitter(red, np.random.default_rng(seed), hue))[0, 0]
+        np.asarray(color.jitter(red, np.random.default_rng(seed), hue))[0, 0]
         for seed in range(60)
     ]
     toward_green, toward_blue = (max(pixel[band] for pixel in found) for band in (1, 2))
@@ -118,11 +120,11 @@ def test_jitter_turns_hue_both_ways():
 
 def test_hue_turns_colours_and_leaves_grey():
     pure = Image.fromarray(np.array([[[255, 0, 0], [9, 9, 9], [30, 200, 60]]], 'u1'))
-    thirds = [np.asarray(colour.adjust_hue(pure, n / 3))[0].tolist() for n in (1, 2, 3)]
+    thirds = [np.asarray(color.adjust_hue(pure, n / 3))[0].tolist() for n in (1, 2, 3)]
     assert thirds[0] == [[0, 255, 0], [9, 9, 9], [60, 30, 200]]
     assert thirds[1] == [[0, 0, 255], [9, 9, 9], [200, 60, 30]]
     assert thirds[2] == np.asarray(pure)[0].tolist()
-    back = colour.adjust_hue(colour.adjust_hue(PICTURES[0], 0.3), -0.3)
+    back = color.adjust_hue(color.adjust_hue(PICTURES[0], 0.3), -0.3)
     gap = np.asarray(back).astype(int) - PIXELS
     assert np.abs(gap).max() <= 3
 
@@ -133,15 +135,15 @@ def test_hue_turns_colours_and_leaves_grey():
 )
 def test_strengths_that_are_refused(value):
     with pytest.raises(UserError, match=r'data.colour_jitter=.* must be \(\), \(x,\)'):
-        colour.parse(value)
-    assert colour.parse(()) is None and colour.parse((0,)) is None
+        color.parse(value)
+    assert color.parse(()) is None and color.parse((0,)) is None
 
 
 @pytest.mark.parametrize('channels', [1, 3])
 @pytest.mark.parametrize('augment', ['crop_flip', 'shift_flip'])
 def test_batches(channels, augment):
     """Of the same shapes and types, a function of the step, each change seen."""
-    source = data.load_source('digits', image_size=20, channels=channels)
+    source = dataset.load_source('digits', image_size=20, channels=channels)
     settings = dict(batch_size=8, seed=0, augment=augment)
     changes = dict(colour_jitter=(0.4, 0.4, 0.4, 0.1), policy='randaugment')
 
@@ -187,8 +189,8 @@ def test_batches(channels, augment):
 def test_a_run_is_refused_before_it_starts(tmp_path, overrides, message):
     config = tiny_config(**overrides)
     if message is None:
-        assert setup.prepare(config, str(tmp_path)).mixing.mixup == 0.2
+        assert prepare.prepare(config, str(tmp_path)).mixing.mixup == 0.2
         return
     with pytest.raises(UserError, match=message) as error:
-        setup.prepare(config, str(tmp_path))
+        prepare.prepare(config, str(tmp_path))
     assert '\n' not in str(error.value)

@@ -7,7 +7,8 @@ import pytest
 from conftest import tiny_config
 from test_train import read_records
 
-from flax_densenet import create_model, init_variables, optimizers, step, train
+from flax_densenet import create_model, init_variables
+from flax_densenet.train import fit, optimizers, step
 
 WAYS = [{}, {'fast': False}, {'remat': 'none'}, {'batch_norm_group': 2}]
 
@@ -88,7 +89,7 @@ def test_bfloat16_learns_as_float32(tmp_path):
     records = []
     for dtype in ('float32', 'bfloat16'):
         fields = {'model.dtype': dtype, 'data.batch_size': 32, 'train.epochs': 6}
-        train.fit(tiny_config(**fields), str(tmp_path / dtype))
+        fit.fit(tiny_config(**fields), str(tmp_path / dtype))
         records.append(read_records(tmp_path / dtype))
     for one, other in zip(*records, strict=True):
         assert one['train_loss'] != other['train_loss']

@@ -12,14 +12,12 @@ from conftest import ROOT, make_weights, tiny_config, write_images
 from PIL import Image
 
 import flax_densenet
-from flax_densenet import (
-    UserError,
-    evaluate,
-    explain,
-    images,
-    predict,
-    train,
-)
+from flax_densenet import UserError
+from flax_densenet.data import images
+from flax_densenet.inference import grad_cam, overlay
+from flax_densenet.inference import predictor as predictor_lib
+from flax_densenet.train import fit
+from flax_densenet.weights import trained as trained_lib
 
 
 @pytest.fixture(scope='module')
@@ -32,9 +30,9 @@ def predictor(tmp_path_factory):
             'data.image_size': 12, 'optimizer.learning_rate': 1e-2, 'train.epochs': 4,
         }
     )  # fmt: skip
-    train.fit(config, str(folder / 'run'))
-    trained = evaluate.load_trained(str(folder / 'run'))
-    return predict.Predictor(trained, batch_size=8), photos
+    fit.fit(config, str(folder / 'run'))
+    trained = trained_lib.load_trained(str(folder / 'run'))
+    return predictor_lib.Predictor(trained, batch_size=8), photos
 
 
 def files_of(photos, count):
@@ -49,7 +47,9 @@ def test_predictions(predictor):
     metadata = model.trained.metadata
     pixels = np.stack([images.load_image(f, model.preparation) for f in files])
     assert pixels.shape == (21, 12, 12, 3)
-    normalised = evaluate.normalise(pixels, mean=metadata['mean'], std=metadata['std'])
+    normalised = trained_lib.normalize(
+        pixels, mean=metadata['mean'], std=metadata['std']
+    )
     logits = model.trained.module.apply(model.trained.variables, normalised)
     expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     probabilities = np.stack([f.probabilities for f in found])
@@ -200,14 +200,14 @@ def test_explanations(predictor, tmp_path):
         np.testing.assert_array_equal(one.image, batch[index])
     ants = model.explain(files, 'ants')
     options = {name: model.trained.metadata[name] for name in ('mean', 'std')}
-    pixels = evaluate.normalise(batch, **options)
+    pixels = trained_lib.normalize(batch, **options)
     for found, index in ((likely, -1), (ants, 1 - place), (bees, place)):
         cams = np.stack([one.cam for one in found])
         again = model.cams(batch, None if index < 0 else index)
         np.testing.assert_allclose(cams, again, atol=1e-6)
         classes = np.full(len(files), index, np.int32)
         weights, module = model.trained.variables, model.trained.module
-        _, expected = explain.grad_cam(weights, pixels, classes, module=module)
+        _, expected = grad_cam.grad_cam(weights, pixels, classes, module=module)
         np.testing.assert_allclose(cams, expected, atol=1e-5 * np.max(expected))
     assert max(np.abs(a.cam - b.cam).max() for a, b in zip(ants, bees, strict=True)) > 0
     best = max(ants + bees, key=lambda one: one.cam.max())
@@ -217,7 +217,7 @@ def test_explanations(predictor, tmp_path):
     left = np.asarray(picture)[30:, :228]
     np.testing.assert_array_equal(left[::19, ::19], best.image)
     right = np.asarray(picture)[30:, 234:]
-    np.testing.assert_array_equal(right, explain.overlay(left, best.cam))
+    np.testing.assert_array_equal(right, overlay.overlay(left, best.cam))
     assert best.overlay.shape == (12, 12, 3)
     assert np.asarray(picture)[:30].min() < 100  # letters
     with Image.open(io.BytesIO(best._repr_png_())) as shown:
@@ -233,7 +233,8 @@ def test_several_labels(tmp_path, multi_label):
     path = make_weights(tmp_path / 'x.safetensors', multi_label=multi_label)
     model = flax_densenet.load_trained(path, batch_size=4)
     (found,) = model.predict(np.full((12, 12, 3), 200, np.uint8))
-    batch = evaluate.normalise(np.full((1, 12, 12, 3), 200, np.uint8), mean=[0.5] * 3,
+    batch = trained_lib.normalize(np.full((1, 12, 12, 3), 200, np.uint8), mean=[0.5] *
+    3,
                                std=[0.2] * 3)  # fmt: skip
     logits = model.trained.module.apply(model.trained.variables, batch)[0]
     expected = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
@@ -257,12 +258,13 @@ def test_the_package_is_light():
         'import sys, flax_densenet as f; '
         'print([n for n in ("orbax", "grain", "PIL", "tqdm") if n in sys.modules]); '
         'print(f.load_trained.__module__, "orbax" in sys.modules); '
-        'import flax_densenet.predictions; '
+        'import flax_densenet.inference.outputs; '
         'print([n for n in ("grain", "optax", "sklearn") if n in sys.modules])'
     )
     done = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT
     )
-    assert done.stdout == '[]\nflax_densenet.predict True\n[]\n', done.stderr
+    expected = '[]\nflax_densenet.inference.predictor True\n[]\n'
+    assert done.stdout == expected, done.stderr
     with pytest.raises(AttributeError, match="no attribute 'load'"):
         flax_densenet.load()

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_densenet import UserError, feature_files, predictions, rows
-from flax_densenet.answers import Prediction
+from flax_densenet import UserError
+from flax_densenet.inference import feature_files, row_formats
+from flax_densenet.inference import outputs as outputs_lib
+from flax_densenet.inference.prediction import Prediction
 
 ODD = ('new\nline.jpg', 'a "quote", \'s\'.jpg', 'bytes \udcff\udcc3.jpg', '写真.jpg')
 NAMES = ('ants', 'bees', 'wasps')
@@ -24,7 +26,7 @@ def predicted(path, probabilities=(0.25, 0.7, 0.05), **fields):
 
 def written(form, found, top=2, names=NAMES):
     out = io.StringIO()
-    write = rows.FORMATS[form](out, names, top)
+    write = row_formats.FORMATS[form](out, names, top)
     for one in found:
         write(one)
     return out.getvalue()
@@ -150,8 +152,8 @@ class Model:
 
 
 def run(paths, model=None, *, class_name=None, **places):
-    with predictions.Outputs(**places) as outputs:
-        return predictions.run(model or Model(), paths, outputs, class_name=class_name)
+    with outputs_lib.Outputs(**places) as outputs:
+        return outputs_lib.run(model or Model(), paths, outputs, class_name=class_name)
 
 
 def test_all_outputs(tmp_path, capfd):
@@ -214,7 +216,7 @@ def test_what_is_done_stays(tmp_path, capfd, stop):
 
 def test_stopped_behind_a_row(tmp_path, capfd, monkeypatch):
     """A row that is in the file and was not counted yet is taken out again."""
-    make = rows.FORMATS['csv']
+    make = row_formats.FORMATS['csv']
 
     def make_stopping(file, *options):
         write = make(file, *options)
@@ -227,7 +229,7 @@ def test_stopped_behind_a_row(tmp_path, capfd, monkeypatch):
 
         return write_row
 
-    monkeypatch.setitem(rows.FORMATS, 'csv', make_stopping)
+    monkeypatch.setitem(row_formats.FORMATS, 'csv', make_stopping)
     with pytest.raises(KeyboardInterrupt):
         run(['a.jpg', 'b.jpg', 'c.jpg'], out=str(tmp_path / 'x.csv'))
     assert len((tmp_path / 'x.csv.part').read_text().splitlines()) == 3

@@ -19,7 +19,11 @@ import pytest
 from conftest import ROOT, tiny_config, write_images
 from test_train import HARD, assert_equal_bits, final_arrays, read_records
 
-from flax_densenet import UserError, checkpoint, cluster, native_errors, train
+from flax_densenet import UserError
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.distributed import native_errors
+from flax_densenet.distributed import processes as processes_lib
+from flax_densenet.train import fit
 
 TINY = HARD | {
     'model.variant': 'BC-L10k4',
@@ -125,7 +129,7 @@ def start(folder, count, workdir, *flags, of_process=None, **fields):
 
 
 def step_saved(workdir):
-    found = checkpoint.find_all(str(workdir))
+    found = checkpoint_reader.find_all(str(workdir))
     return found[-1].step if found else 0
 
 
@@ -154,15 +158,15 @@ def largest_difference(one, other):
 def test_flags(arguments, message, monkeypatch):
     monkeypatch.delenv('JAX_COORDINATOR_ADDRESS', raising=False)
     with pytest.raises(UserError, match=message):
-        cluster.check(*arguments)
+        processes_lib.check(*arguments)
 
 
 def test_the_coordinator_of_the_environment(monkeypatch):
-    assert cluster.check(None, None, None) is None
+    assert processes_lib.check(None, None, None) is None
     monkeypatch.setenv('JAX_COORDINATOR_ADDRESS', 'h:1')
-    assert cluster.check(None, None, None) == 'h:1'
-    assert cluster.check(None, 2, 1) == 'h:1'
-    assert cluster.check('g:1', 2, 1) == 'g:1'
+    assert processes_lib.check(None, None, None) == 'h:1'
+    assert processes_lib.check(None, 2, 1) == 'h:1'
+    assert processes_lib.check('g:1', 2, 1) == 'g:1'
 
 
 def test_a_taken_port():
@@ -171,15 +175,21 @@ def test_a_taken_port():
         taken.listen()
         address = f'127.0.0.1:{taken.getsockname()[1]}'
         with pytest.raises(UserError, match='port cannot be had .*choose another'):
-            cluster.check(address, 2, 0)
-        assert cluster.check(address, 2, 1) == address  # of another machine's port
+            processes_lib.check(address, 2, 0)
+        assert (
+            processes_lib.check(address, 2, 1) == address
+        )  # of another machine's port
 
 
 def test_alone_there_is_nothing_to_wait_for():
-    assert (cluster.is_first(), cluster.count(), cluster.index()) == (True, 1, 0)
-    cluster.meet('here')
-    assert cluster.of_first('x', lambda: 5) == 5
-    assert cluster.gather('x', 5) == [5]
+    assert (processes_lib.is_first(), processes_lib.count(), processes_lib.index()) == (
+        True,
+        1,
+        0,
+    )
+    processes_lib.barrier('here')
+    assert processes_lib.broadcast('x', lambda: 5) == 5
+    assert processes_lib.gather('x', 5) == [5]
 
 
 @pytest.mark.parametrize(
@@ -200,7 +210,7 @@ def test_what_cpp_says_is_one_line(said, line):
 ABORTS = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from flax_densenet import native_errors
+from flax_densenet.distributed import native_errors
 native_errors.redirect()
 print('to stdout')
 print('to stderr', file=sys.stderr)
@@ -290,7 +300,7 @@ def test_elastic(tmp_path):
     with start(tmp_path / '1', 1, workdir, **every) as one:
         assert one.wait() == [0], one.error(0)
     whole = tmp_path / 'whole'
-    train.fit(tiny_config(**TINY), str(whole))
+    fit.fit(tiny_config(**TINY), str(whole))
     (step, arrays), (other_step, others) = final_arrays(whole), final_arrays(workdir)
     assert step == other_step == 27
     assert 0 < largest_difference(arrays, others) < BOUND
@@ -380,8 +390,11 @@ def test_one_that_fails_or_hangs_ends_the_others(tmp_path):
         assert re.match(r'error: process 1 .*stopped answering', hangs.error(0))
         assert hangs.error(0).count('\n') == 1
     for workdir in workdirs[:2]:
-        latest = checkpoint.find_all(str(workdir))[-1]
-        assert checkpoint.check(checkpoint.folder_of(str(workdir), latest)) == ''
+        latest = checkpoint_reader.find_all(str(workdir))[-1]
+        assert (
+            checkpoint_reader.check(checkpoint_reader.folder_of(str(workdir), latest))
+            == ''
+        )
 
 
 @pytest.mark.slow
@@ -392,7 +405,7 @@ def test_every_image_counts_once(tmp_path):
     (photos / 'b' / '003.jpg').write_bytes(b'no image')
     options = TINY | {'data.source': f'folder:{photos}', 'data.batch_size': 12}
     options |= {'train.epochs': 1, 'data.bad_images': 'skip', 'data.test_fraction': 0.5}
-    train.fit(tiny_config(**options), str(workdir))
+    fit.fit(tiny_config(**options), str(workdir))
     found = {}
     for count in (3, 1):
         out = tmp_path / f'{count}.csv'

@@ -12,26 +12,17 @@ import pytest
 from conftest import tiny_config, write_images
 from flax import traverse_util
 
-from flax_densenet import (
-    UserError,
-    checkpoint,
-    create_model,
-    depthwise,
-    evaluate,
-    export,
-    finetune,
-    init_variables,
-    layers,
-    model,
-    predict,
-    rdnet_files,
-    report,
-    setup,
-    sharding,
-    train,
-    transfer,
-    weights,
-)
+from flax_densenet import UserError, create_model, init_variables
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.evaluation import evaluate
+from flax_densenet.export import formats
+from flax_densenet.inference import predictor as predictor_lib
+from flax_densenet.kernels import depthwise
+from flax_densenet.models import densenet, layers, summary
+from flax_densenet.train import announce, finetune, fit, prepare
+from flax_densenet.weights import rdnet_names, transfer, weight_file
+from flax_densenet.weights import trained as trained_lib
 
 TINY = dict(
     growth_rates=(8, 8),
@@ -131,19 +122,19 @@ def test_parts_and_first_variables():
     variables = init_variables(module, 0)
     assert variables['batch_stats'] == {}
     params = variables['params']
-    assert set(params) == set().union(*model.stages(module))
+    assert set(params) == set().union(*densenet.stages(module))
     np.testing.assert_array_equal(params['denseblock2']['denselayer2']['gamma'], 0.25)
     kernel = params['denseblock2']['denselayer2']['conv1']['kernel']
     assert kernel.std() == pytest.approx(np.sqrt(2 / 49), rel=0.1)
     theirs = jax.eval_shape(module.init, jax.random.key(0), make_images())
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, theirs['params'])
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
-    assert sum(sizes) == model.count_parameters(module)
+    assert sum(sizes) == densenet.count_parameters(module)
     apply = functools.partial(module.apply, method='pyramid')
     levels = jax.eval_shape(apply, variables, make_images((12, 8)))
     assert [level.shape for level in levels] == [(3, 6, 4, 16), (3, 3, 2, 24)]
-    assert model.smallest_image_size(module) == 4
-    assert model.last_map_side(module, 15) == 3
+    assert densenet.smallest_image_size(module) == 4
+    assert densenet.last_map_side(module, 15) == 3
     with pytest.raises(UserError, match='3x8 are too small .* use at least 4x4'):
         module.apply(variables, make_images((3, 8)))
 
@@ -206,7 +197,7 @@ def trained(tmp_path_factory):
         **{'model.variant': 'rdnet_tiny', 'model.layer_scale': 0.5},
         **{'model.drop_path_rate': 0.2, 'data.batch_size': 100},
     )
-    train.fit(config, str(workdir))
+    fit.fit(config, str(workdir))
     return str(workdir), config
 
 
@@ -221,16 +212,16 @@ def test_training_and_all_after_it(trained, tmp_path, capsys):
     workdir, config = trained
     records = read_records(workdir)
     assert records[-1]['test_accuracy'] > 0.6
-    loaded = evaluate.load_trained(workdir)
+    loaded = trained_lib.load_trained(workdir)
     assert loaded.variables['batch_stats'] == {}
-    predictor = predict.load_trained(workdir, batch_size=4)
+    predictor = predictor_lib.load_trained(workdir, batch_size=4)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), np.uint8)
     _, features = predictor.compute(pixels)
     assert features.shape == (3, predictor.feature_size) == (3, 16)
     assert predictor.cams(pixels).shape == (3, 2, 2)
     assert (predictor.cams(pixels, [1, 1, 1]) > 0).any()
-    export.save(str(tmp_path / 'x.safetensors'), loaded, 'safetensors')
-    other = predict.load_trained(tmp_path / 'x.safetensors', batch_size=4)
+    formats.save(str(tmp_path / 'x.safetensors'), loaded, 'safetensors')
+    other = predictor_lib.load_trained(tmp_path / 'x.safetensors', batch_size=4)
     assert other.trained.module == loaded.module
     jax.tree.map(
         np.testing.assert_array_equal,
@@ -238,32 +229,32 @@ def test_training_and_all_after_it(trained, tmp_path, capsys):
         jax.device_get(loaded.variables),
     )
     with pytest.raises(UserError, match=r'keras.applications has no rdnet_tiny; use'):
-        export.save(str(tmp_path / 'x.keras'), loaded, 'keras')
+        formats.save(str(tmp_path / 'x.keras'), loaded, 'keras')
 
 
 @pytest.mark.slow
 def test_a_run_goes_on(trained, tmp_path, capsys):
     workdir, config = trained
     more = config | {'train': config['train'] | {'epochs': 3}}
-    train.fit(more, workdir)
+    fit.fit(more, workdir)
     assert 'going on after epoch 2' in capsys.readouterr().out
-    assert checkpoint.find_latest(workdir).step == 44
+    assert checkpoint_reader.find_latest(workdir).step == 44
     other = config | {'model': config['model'] | {'layer_scale': 0.1}}
     with pytest.raises(UserError, match='holds a run with model.layer_scale=0.5'):
-        train.fit(other, workdir)
+        fit.fit(other, workdir)
 
 
 def test_one_image_a_batch(tmp_path, monkeypatch, capsys):
     """What batch norm cannot do with it is no matter here."""
-    mesh = sharding.make_mesh(jax.devices()[:1])
-    monkeypatch.setattr(sharding, 'make_mesh', lambda: mesh)
+    mesh = mesh_lib.make_mesh(jax.devices()[:1])
+    monkeypatch.setattr(mesh_lib, 'make_mesh', lambda: mesh)
     fields = {f'model.{name}': value for name, value in TINY.items()}
     for overrides, warns in (
         ({'model.variant': 'BC-L10k4'}, True),
         ({'model.variant': 'rdnet_tiny'} | fields, False),
     ):
         config = tiny_config(**{'data.batch_size': 1}, **overrides)
-        setup.announce(setup.prepare(config, str(tmp_path)))
+        announce.announce(prepare.prepare(config, str(tmp_path)))
         assert ('warning: data.batch_size=1' in capsys.readouterr().out) == warns
 
 
@@ -278,20 +269,20 @@ def test_fine_tuning(trained, tmp_path, capsys):
         **{'optimizer.learning_rate': 0.1},
     ) | {'init_from': workdir}
     config['model']['drop_path_rate'] = 0.1
-    train.fit(config, str(tmp_path / 'run'))
+    fit.fit(config, str(tmp_path / 'run'))
     out = capsys.readouterr().out
     assert 'frozen: conv0 to norm' in out and 'features of 24 images, 16 each' in out
     assert 'the classifier starts anew' in out
     records = read_records(tmp_path / 'run')
-    ours = evaluate.load_trained(str(tmp_path / 'run'))
-    theirs = evaluate.load_trained(workdir)
+    ours = trained_lib.load_trained(str(tmp_path / 'run'))
+    theirs = trained_lib.load_trained(workdir)
     assert ours.module.drop_path_rate == 0.1
     for name, part in theirs.variables['params'].items():
         same = jax.tree.map(np.array_equal, part, ours.variables['params'][name])
         assert jax.tree.all(same) == (name != 'classifier')
     # Test figures come from cached features in the run, and from images here.
-    run = setup.prepare(config, str(tmp_path / 'again'))
-    best = max(records, key=checkpoint.rank)
+    run = prepare.prepare(config, str(tmp_path / 'again'))
+    best = max(records, key=checkpoint_reader.rank)
     found = evaluate.evaluate(
         ours.module, ours.variables, run.source.test, batch_size=4, mesh=run.mesh,
         **run.preprocessing,
@@ -302,12 +293,12 @@ def test_fine_tuning(trained, tmp_path, capsys):
 
 def test_summary():
     module = tiny()
-    lines = report.format_summary(module, (8, 12, 3)).splitlines()
+    lines = summary.format_summary(module, (8, 12, 3)).splitlines()
     table = {line.split()[0]: line.split()[1:] for line in lines}
-    assert table['total'][0] == f'{model.count_parameters(module):,}'
+    assert table['total'][0] == f'{densenet.count_parameters(module):,}'
     assert table['transition1'][0] == '2x3x8'
     inner, positions = 49 * 8 + 8 * 32 + 32 * 8, 4 * 6
-    (row,) = [r for r in report.count_model(module, (8, 12, 3)) if 'block1' in r[0]]
+    (row,) = [r for r in summary.count_model(module, (8, 12, 3)) if 'block1' in r[0]]
     assert row[3] == inner * positions
 
 
@@ -315,7 +306,7 @@ def test_names_there_and_back():
     """Every array has a name of timm's, which leads back to it."""
     module = tiny(squeeze_blocks=(1,), block_sizes=(1, 2))
     variables = shaken(module)
-    arrays = rdnet_files.torch_arrays(
+    arrays = rdnet_names.torch_arrays(
         module, traverse_util.flatten_dict(variables, sep='/')
     )
     assert arrays['dense_stages.1.2.dense_block1.layers.layers.2.weight'].shape == (
@@ -323,13 +314,13 @@ def test_names_there_and_back():
     )  # fmt: skip
     assert arrays['dense_stages.0.0.dense_block0.layers.layers.5.fc.bias'].shape == (8,)
     assert arrays['dense_stages.1.1.weight'].shape == (8, 16, 2, 2)
-    found = weights._from_torch_arrays(
+    found = weight_file._from_torch_arrays(
         'x', {'m.' + k: v for k, v in arrays.items()}, {}
     )
     assert found.family == 'rdnet' and found.module == module.clone(layer_scale=1e-6)
     jax.tree.map(np.testing.assert_array_equal, found.variables, variables)
     with pytest.raises(UserError, match=r"epsilon=0.001: timm's RDNet has 1e-06"):
-        rdnet_files.torch_arrays(module.clone(epsilon=1e-3), {})
+        rdnet_names.torch_arrays(module.clone(epsilon=1e-3), {})
 
 
 @pytest.mark.parametrize(
@@ -366,19 +357,19 @@ def test_names_there_and_back():
 )
 def test_files_that_are_not_whole(change, message):
     module = tiny()
-    arrays = rdnet_files.torch_arrays(
+    arrays = rdnet_names.torch_arrays(
         module, traverse_util.flatten_dict(init_variables(module, 0), sep='/')
     )
     arrays = {k: v for k, v in (arrays | change).items() if v is not None}
     with pytest.raises(UserError, match=message):
-        weights._from_torch_arrays('x', arrays, {})
+        weight_file._from_torch_arrays('x', arrays, {})
 
 
 def test_weights_and_config_that_differ(trained):
     workdir, _ = trained
-    found = weights.load(workdir)
+    found = weight_file.load(workdir)
     open_fields = dict.fromkeys(('growth_rate', 'stem_features'))
-    settled = transfer.settle_model({'variant': None} | open_fields, found)
+    settled = transfer.resolve_model({'variant': None} | open_fields, found)
     assert create_model(num_classes=10, **settled) == found.module
     for fields, message in (
         (
@@ -392,7 +383,7 @@ def test_weights_and_config_that_differ(trained):
         ({'variant': None, 'stem_features': 12}, 'with stem_features=8; the config'),
     ):
         with pytest.raises(UserError, match=message):
-            transfer.settle_model(fields, found)
+            transfer.resolve_model(fields, found)
 
 
 @pytest.mark.parametrize(
@@ -462,11 +453,11 @@ def test_deep_stem_and_blur(fast):
     fields = dict(num_classes=2, growth_rate=4, block_sizes=(1, 2), stem_features=8)
     module = create_model('densenetblur121d', **fields, fast=fast)
     assert (module.stem, module.blur_pool) == ('deep', True)
-    assert model.stages(module)[0][-1] == 'norm2'
+    assert densenet.stages(module)[0][-1] == 'norm2'
     variables = init_variables(module, 0)
-    assert set(variables['params']) == set().union(*model.stages(module))
+    assert set(variables['params']) == set().union(*densenet.stages(module))
     leaves = jax.tree.leaves(variables['params'])
-    assert sum(leaf.size for leaf in leaves) == model.count_parameters(module)
+    assert sum(leaf.size for leaf in leaves) == densenet.count_parameters(module)
     sharp = create_model('densenetblur121d', **fields, fast=fast, blur_pool=False)
 
     @jax.jit

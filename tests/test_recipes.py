@@ -8,13 +8,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, plain, write_images
 
-from flax_densenet import (
-    UserError,
-    create_model,
-    init_variables,
-    model,
-    train,
-)
+from flax_densenet import UserError, create_model, init_variables
+from flax_densenet.models import densenet
+from flax_densenet.train import fit
 
 RECIPES = sorted(
     path.stem for path in (ROOT / 'configs').glob('*.py') if path.stem != 'base'
@@ -50,7 +46,7 @@ def test_the_small_models_of_the_paper(name):
     ):
         config = plain(recipe(column, argument))
         network = create_model(num_classes=10, **config['model'])
-        assert model.count_parameters(network) == SMALL[name]
+        assert densenet.count_parameters(network) == SMALL[name]
         augmented = argument.endswith('+')
         assert network.dropout_rate == (0.0 if augmented else 0.2)
         assert config['data']['augment'] == ('shift_flip' if augmented else 'none')
@@ -66,7 +62,7 @@ def test_the_small_models_of_the_paper(name):
 def test_the_large_models_of_the_paper(name):
     config = plain(recipe('imagenet', name))
     network = create_model(num_classes=1000, **config['model'])
-    assert model.count_parameters(network) == IMAGENET[name]
+    assert densenet.count_parameters(network) == IMAGENET[name]
     assert [round(90 * share) for share in config['optimizer']['drop_at']] == [30, 60]
     data = config['data']
     assert data['image_size'] / data['crop_fraction'] == 256
@@ -93,7 +89,7 @@ def dropped(network, seed=0):
         drawn.append((x.shape[-1], np.asarray(y == 0)))
         return y
 
-    from flax_densenet import dense_block
+    from flax_densenet.kernels import dense_block
 
     drop_out = dense_block.drop_out
     with pytest.MonkeyPatch.context() as patch:
@@ -136,7 +132,7 @@ def test_where_values_drop_out():
 def test_the_quick_one_is_small():
     config = plain(recipe('cifar', 'quick'))
     network = create_model(num_classes=10, **config['model'])
-    assert model.count_parameters(network) == QUICK_PARAMETERS
+    assert densenet.count_parameters(network) == QUICK_PARAMETERS
     assert config['data']['augment'] == 'flip'
 
 
@@ -184,7 +180,7 @@ def test_two_steps(name, argument, tmp_path):
         config['optimizer']['warmup_epochs'], 0.5
     )
     config['train'] |= {'epochs': 1, 'tensorboard': False, 'report': False}
-    best = train.fit(config, str(tmp_path / 'run'))
+    best = fit.fit(config, str(tmp_path / 'run'))
     assert best['epoch'] == 1 and np.isfinite(best['train_loss'])
     assert best['train_count'] == 16
 

@@ -8,7 +8,8 @@ import pytest
 from conftest import formula_variables, from_torch_layout, shared, torch_key
 from flax import traverse_util
 
-from flax_densenet import create_model, init_variables, optimizers
+from flax_densenet import create_model, init_variables
+from flax_densenet.train import optimizers
 
 
 def load(name):

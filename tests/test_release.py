@@ -8,20 +8,19 @@ import numpy as np
 import pytest
 from conftest import make_weights, tiny_trained, write_images
 
-from flax_densenet import (
-    create_model,
-    data,
-    evaluate,
-    export,
-    init_variables,
-    onnx_model,
+from flax_densenet import create_model, init_variables
+from flax_densenet.data import dataset
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.errors import UserError
+from flax_densenet.export import (
+    formats,
+    onnx_network,
     release,
     runtimes,
     sample_images,
-    sharding,
     verify,
 )
-from flax_densenet.errors import UserError
+from flax_densenet.weights import trained as trained_lib
 
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
@@ -30,13 +29,16 @@ pytest.importorskip('flatbuffers')
 
 @pytest.fixture(scope='module')
 def trained():
-    return tiny_trained(data.load_source('digits', image_size=16), seed=1)
+    return tiny_trained(dataset.load_source('digits', image_size=16), seed=1)
 
 
 @pytest.fixture(scope='module')
 def samples(trained):
-    fields = {name: None for name in data.load_source.__kwdefaults__}
-    fields |= data.load_source.__kwdefaults__ | {'source': 'digits', 'image_size': 16}
+    fields = {name: None for name in dataset.load_source.__kwdefaults__}
+    fields |= dataset.load_source.__kwdefaults__ | {
+        'source': 'digits',
+        'image_size': 16,
+    }
     return sample_images.of_data(trained, 'here', fields, whole=True)
 
 
@@ -54,7 +56,7 @@ def test_samples(samples, trained):
     new = [image for image in samples.calibration if image.tobytes() not in seen]
     assert len(new) > 250
     assert len(np.unique(samples.labels)) == 10
-    few = sample_images.of_library(evaluate.preparation_of(trained.metadata))
+    few = sample_images.of_library(trained_lib.preparation_of(trained.metadata))
     assert few.images.shape == (6, 16, 16, 3) and few.labels is None
 
 
@@ -70,9 +72,9 @@ def test_samples(samples, trained):
 )
 def test_release(file_format, ending, precision, trained, samples, tmp_path):
     path = tmp_path / f'x{ending}'
-    options = export.Options(precision=precision)
+    options = formats.Options(precision=precision)
     facts = dict(run(str(path), trained, file_format, options, samples))
-    runtime = export.FORMATS[file_format].runtimes[0]
+    runtime = formats.FORMATS[file_format].runtimes[0]
     assert '360 test images of digits' in facts[runtime]
     assert ('accuracy' in facts) == (precision != 'float32')
     if precision != 'float32':
@@ -86,12 +88,12 @@ def test_release(file_format, ending, precision, trained, samples, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('inputs', onnx_model.INPUTS)
+@pytest.mark.parametrize('inputs', onnx_network.INPUTS)
 @pytest.mark.parametrize('file_format', ['onnx', 'stablehlo'])
 def test_code_of_cards(file_format, inputs, trained, tmp_path, monkeypatch, capsys):
     """As it stands on the card, beside the file and a photograph."""
-    few = sample_images.of_library(evaluate.preparation_of(trained.metadata))
-    options = export.Options(inputs)
+    few = sample_images.of_library(trained_lib.preparation_of(trained.metadata))
+    options = formats.Options(inputs)
     run(str(tmp_path / f'x.{file_format}'), trained, file_format, options, few)
     text = (tmp_path / 'MODEL_CARD.md').read_text()
     code = '\n'.join(re.findall(r'```python\n(.*?)```', text, re.S))
@@ -118,7 +120,7 @@ def test_trained_in_bfloat16(file_format, trained, samples, tmp_path):
     metadata = trained.metadata | {'model': fields}
     half = dataclasses.replace(trained, module=module, metadata=metadata)
     path = str(tmp_path / f'x.{file_format}')
-    facts = dict(run(path, half, file_format, export.Options(), samples))
+    facts = dict(run(path, half, file_format, formats.Options(), samples))
     assert facts['precision'] == 'float32'
 
 
@@ -127,19 +129,19 @@ def test_card(trained, samples, tmp_path):
     """Beside the file; one that somebody edited to stay is not replaced."""
     path, beside = tmp_path / 'x.onnx', tmp_path / 'MODEL_CARD.md'
     for _ in range(2):
-        run(str(path), trained, 'onnx', export.Options(license='mit'), samples)
+        run(str(path), trained, 'onnx', formats.Options(license='mit'), samples)
     text = beside.read_text()
     assert 'largest difference' in text and 'x.onnx' in text and 'mit' in text.lower()
     beside.write_text('mine')
     path.unlink()
     with pytest.raises(UserError, match='MODEL_CARD.md is there and not of this'):
-        run(str(path), trained, 'onnx', export.Options(), samples)
+        run(str(path), trained, 'onnx', formats.Options(), samples)
     assert beside.read_text() == 'mine' and not path.exists()
 
 
 def test_integers(trained, samples, tmp_path):
     path = str(tmp_path / 'x.onnx')
-    options = export.Options(precision='int8')
+    options = formats.Options(precision='int8')
     facts = dict(run(path, trained, 'onnx', options, samples))
     assert facts['precision'] == 'int8, computed in integers'
     assert 'before' in facts['accuracy']
@@ -154,10 +156,10 @@ def test_a_wrong_file_is_not_handed_out(trained, samples, tmp_path, monkeypatch)
         variables = init_variables(module, 5)
         return make(module, variables, metadata, **options)
 
-    make = onnx_model.make
-    monkeypatch.setattr(onnx_model, 'make', make_another)
+    make = onnx_network.make
+    monkeypatch.setattr(onnx_network, 'make', make_another)
     with pytest.raises(UserError, match='nothing was exported: in onnxruntime it diff'):
-        run(str(path), trained, 'onnx', export.Options(), samples)
+        run(str(path), trained, 'onnx', formats.Options(), samples)
     assert path.read_text() == 'of before' and len(list(tmp_path.iterdir())) == 1
 
 
@@ -172,7 +174,7 @@ def test_a_model_without_numbers(trained, samples, tmp_path):
         trained, variables=trained.variables | {'params': params}
     )
     with pytest.raises(UserError, match='nothing was exported'):
-        run(str(tmp_path / 'x.onnx'), broken, 'onnx', export.Options(), samples)
+        run(str(tmp_path / 'x.onnx'), broken, 'onnx', formats.Options(), samples)
     found = np.zeros((2, 10), np.float32)
     with pytest.raises(UserError, match='it differs from the model by nan'):
         verify._compare('onnxruntime', found, found * np.nan, 'images', 'float32')
@@ -183,20 +185,20 @@ def test_a_file_that_does_not_run(trained, samples, tmp_path, monkeypatch):
         with open(path, 'w') as file:
             file.write('not a model')
 
-    broken = export.Format(write, ('.onnx',), runtimes=('onnxruntime',))
-    monkeypatch.setitem(export.FORMATS, 'onnx', broken)
+    broken = formats.Format(write, ('.onnx',), runtimes=('onnxruntime',))
+    monkeypatch.setitem(formats.FORMATS, 'onnx', broken)
     with pytest.raises(UserError, match='onnxruntime cannot run it .*INVALID_PROTOBUF'):
-        run(str(tmp_path / 'x.onnx'), trained, 'onnx', export.Options(), samples)
+        run(str(tmp_path / 'x.onnx'), trained, 'onnx', formats.Options(), samples)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_runtime_is_needed(trained, samples, tmp_path, monkeypatch):
     monkeypatch.setattr(runtimes, 'is_installed', lambda name: False)
     with pytest.raises(UserError, match='pip install onnxruntime'):
-        run(str(tmp_path / 'x.onnx'), trained, 'onnx', export.Options(), samples)
+        run(str(tmp_path / 'x.onnx'), trained, 'onnx', formats.Options(), samples)
     monkeypatch.setitem(sys.modules, 'onnx', None)
     with pytest.raises(UserError, match=r'needs onnx: pip install .flax_densenet\[exp'):
-        export.save(str(tmp_path / 'x.onnx'), trained, 'onnx')
+        formats.save(str(tmp_path / 'x.onnx'), trained, 'onnx')
     assert not list(tmp_path.iterdir())
 
 
@@ -226,7 +228,7 @@ RDNET = dict(
 )
 def test_runtimes_of_others(file_format, ending, variant, fields, tmp_path):
     """torch, Keras and OpenVINO, which are where the peers are."""
-    names = export.FORMATS[file_format].runtimes
+    names = formats.FORMATS[file_format].runtimes
     if not runtimes.is_installed(names[-1]):
         pytest.skip(f'{names[-1]} is not installed')
     module = create_model(variant, num_classes=5, **fields)
@@ -238,31 +240,31 @@ def test_runtimes_of_others(file_format, ending, variant, fields, tmp_path):
         'std': [0.2] * 3,
         'data': {},
     }
-    mesh = sharding.make_mesh()
+    mesh = mesh_lib.make_mesh()
     variables = init_variables(module, 0)
-    trained = evaluate.Trained(module, variables, metadata, {}, None, mesh)
-    few = sample_images.of_library(evaluate.preparation_of(metadata))
+    trained = trained_lib.Trained(module, variables, metadata, {}, None, mesh)
+    few = sample_images.of_library(trained_lib.preparation_of(metadata))
     path = str(tmp_path / f'x{ending}')
     for precision in ('float32', 'bfloat16') if ending == '.pth' else ('float32',):
-        options = export.Options(precision=precision)
+        options = formats.Options(precision=precision)
         facts = dict(run(path, trained, file_format, options, few))
         assert all('largest difference' in facts[name] for name in names)
 
 
 def test_mistakes(tmp_path, trained):
     for options, said in (
-        (export.Options('pixels'), r'--inputs=pixels: --format=onnx has images, norm'),
-        (export.Options(precision='int4'), r'--precision=int4: .* bfloat16, int8'),
+        (formats.Options('pixels'), r'--inputs=pixels: --format=onnx has images, norm'),
+        (formats.Options(precision='int4'), r'--precision=int4: .* bfloat16, int8'),
     ):
         with pytest.raises(UserError, match=said):
-            export.check_format('x.onnx', 'onnx', options)
-    shipped = release.Release(trained, None, 'onnx', export.Options())
+            formats.check_format('x.onnx', 'onnx', options)
+    shipped = release.Release(trained, None, 'onnx', formats.Options())
     with pytest.raises(UserError, match='there is no folder .*/none; make it first'):
         shipped.check(str(tmp_path / 'none' / 'x.onnx'))
     with pytest.raises(UserError, match='--inputs=images: --format=torch has normal'):
-        export.check_format('x.pth', 'torch', export.Options('images'))
+        formats.check_format('x.pth', 'torch', formats.Options('images'))
     (tmp_path / 'a.jpg').write_text('no image')
-    preparation = evaluate.preparation_of(trained.metadata)
+    preparation = trained_lib.preparation_of(trained.metadata)
     with pytest.raises(UserError, match=r'--files: .*a\.jpg'):
         sample_images.of_files([str(tmp_path / 'a.jpg')], preparation)
 
@@ -280,8 +282,8 @@ def test_logits_and_probabilities(trained, samples):
 
 def test_of_files(tmp_path):
     path = make_weights(tmp_path / 'x.safetensors')
-    trained = evaluate.load_trained(path)
+    trained = trained_lib.load_trained(path)
     write_images(tmp_path / 'photos', {'a': 3})
-    preparation = evaluate.preparation_of(trained.metadata)
+    preparation = trained_lib.preparation_of(trained.metadata)
     found = sample_images.of_files([str(tmp_path / 'photos')], preparation)
     assert found.images.shape == (3, 12, 12, 3)

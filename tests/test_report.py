@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
-from flax_densenet import create_model, report
+from flax_densenet import create_model
+from flax_densenet.models import summary
+from flax_densenet.report import plots
 
 pytestmark = pytest.mark.drawn
 
@@ -20,7 +22,7 @@ RECORDS = [
 
 
 def test_curves():
-    figure = report.plot_curves(RECORDS)
+    figure = plots.plot_curves(RECORDS)
     accuracy, loss = figure.axes
     assert [axes.get_title() for axes in figure.axes] == ['Accuracy', 'Loss']
     lines = {line.get_label(): line for line in accuracy.get_lines()}
@@ -31,7 +33,7 @@ def test_curves():
 
 
 def test_curves_of_one_epoch(tmp_path):
-    report.save_curves(str(tmp_path), RECORDS[:1])
+    plots.save_curves(str(tmp_path), RECORDS[:1])
     assert (tmp_path / 'curves.png').stat().st_size > 1000
 
 
@@ -40,19 +42,19 @@ def test_samples_show_the_images(tmp_path):
     images = rng.integers(0, 256, (5, 8, 6, 3), np.uint8)
     batch = {'image': images, 'label': np.array([0, 1, 1, 0, 1])}
     shown = []
-    plot = report.plot_samples
+    plot = plots.plot_samples
 
     def keep(images, titles, **heading):
         shown.append((images, titles))
         return plot(images, titles, **heading)
 
-    report.plot_samples = keep
+    plots.plot_samples = keep
     try:
-        report.save_samples(
+        plots.save_samples(
             str(tmp_path), batch, ('ant', '$b'), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 2)
         )
     finally:
-        report.plot_samples = plot
+        plots.plot_samples = plot
     np.testing.assert_array_equal(shown[0][0], images)
     assert shown[0][1] == ['ant', '$b', '$b', 'ant', '$b']
     assert (tmp_path / 'samples.png').exists()
@@ -60,7 +62,7 @@ def test_samples_show_the_images(tmp_path):
 
 def test_titles_of_mixed_images():
     names = ('ant', 'bee', 'a very long name of a class')
-    make = report.mixed_title
+    make = plots.mixed_title
     assert make(0, 1, 0.7, names) == 'ant 0.70\n+ bee 0.30'
     assert make(1, 1, 0.7, names) == make(1, 0, 1.0, names) == 'bee'
     assert make(0, 1, 0.7, ('a', 'b')) == 'a 0.70 + b 0.30'
@@ -83,13 +85,13 @@ def test_titles_of_mixed_images():
 )
 def test_gmacs(variant, gmacs):
     module = create_model(variant, num_classes=1000)
-    rows = report.count_model(module, (224, 224, 3))
+    rows = summary.count_model(module, (224, 224, 3))
     assert sum(row[3] for row in rows) / 1e9 == pytest.approx(gmacs, abs=6e-4)
 
 
 def test_summary():
     module = create_model('densenet121', num_classes=1000)
-    lines = report.format_summary(module, (224, 224, 3)).splitlines()
+    lines = summary.format_summary(module, (224, 224, 3)).splitlines()
     assert lines[-1].split() == ['total', '7,978,856', '2.834']
     table = {line.split()[0]: line.split()[1] for line in lines}
     assert table['denseblock1'] == '56x56x256'

@@ -10,7 +10,10 @@ from conftest import tiny_trained, write_images
 from scipy import special
 from sklearn import metrics as sklearn_metrics
 
-from flax_densenet import UserError, data, evaluate, metrics, results
+from flax_densenet import UserError
+from flax_densenet.data import dataset
+from flax_densenet.evaluation import evaluate, metrics, results
+from flax_densenet.weights import trained as trained_lib
 
 
 @pytest.fixture(scope='module')
@@ -18,8 +21,8 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp('results')
     photos = write_images(folder / 'photos', {'ants': 40, 'bees': 30, 'wasps': 20})
     fields = {'source': f'folder:{photos}', 'image_size': 8}
-    trained = tiny_trained(data.load_source(**fields))
-    fields = data.load_source.__kwdefaults__ | fields
+    trained = tiny_trained(dataset.load_source(**fields))
+    fields = dataset.load_source.__kwdefaults__ | fields
     source, examples, names, trained_on = results.find_examples(trained, 'run', fields)
     assert trained_on and len(examples) == len(source.test) == 18
     return trained, results.collect(trained, examples, names, batch_size=16), fields
@@ -79,7 +82,7 @@ def test_same_figures_as_training(run):
 
 def test_table(run):
     _, found, _ = run
-    text = results.format_figures(found, '18 test images')
+    text = results.format_metrics_table(found, '18 test images')
     lines = text.splitlines()
     assert lines[0].startswith('Test_acc: ') and lines[0].endswith('(18 test images)')
     assert '95 % interval' in lines[1] and 'calibration error' in lines[2]
@@ -91,7 +94,7 @@ def test_table(run):
         np.random.default_rng(0).normal(size=(200, 60)).astype(np.float32),
         np.arange(200) % 60,
     )
-    lines = results.format_figures(many, '').splitlines()
+    lines = results.format_metrics_table(many, '').splitlines()
     assert len(lines) == 3 + 1 + results.ROWS + 1 + 1
     assert '(20 classes with a higher F1: see eval.json)' in lines
 
@@ -111,7 +114,7 @@ def test_several_labels(tmp_path):
     assert [row['true'] for row in rows] == ['a', '', 'b']
     assert [row['predicted'] for row in rows] == ['a', 'b', 'a;b']
     assert [row['true_b'] for row in rows] == ['0', '', '1']
-    assert 'Test_auroc' in results.format_figures(found, '')
+    assert 'Test_auroc' in results.format_metrics_table(found, '')
 
 
 def test_other_data(run, tmp_path):
@@ -121,7 +124,7 @@ def test_other_data(run, tmp_path):
     _, examples, names, trained_on = results.find_examples(trained, 'run', fields)
     assert not trained_on and len(examples) == 9
     assert names == ('ants', 'bees', 'wasps') and set(examples.labels) == {1, 2}
-    assert isinstance(examples, data.Examples)
+    assert isinstance(examples, dataset.Examples)
 
 
 def test_unusable(run, tmp_path):
@@ -135,7 +138,7 @@ def test_unusable(run, tmp_path):
         'params': trained.variables['params'] | {'classifier': nothing},
         'batch_stats': trained.variables['batch_stats'],
     }
-    bad = evaluate.Trained(**{**vars(trained), 'variables': broken})
+    bad = trained_lib.Trained(**{**vars(trained), 'variables': broken})
     with pytest.raises(UserError, match='not finite'):
         results.collect(bad, found.examples, found.class_names, batch_size=16)
 

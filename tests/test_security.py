@@ -7,7 +7,7 @@ from conftest import ROOT
 
 FILES = [
     ROOT / 'launch.py',
-    *sorted((ROOT / 'flax_densenet').glob('*.py')),
+    *sorted((ROOT / 'flax_densenet').rglob('*.py')),
     *sorted((ROOT / 'configs').glob('*.py')),
 ]
 # What runs code that is data, or turns a name that is data into code.
@@ -25,31 +25,33 @@ METHODS = {'extractall', 'extract', 'load_model', 'import_module', 'unpack_archi
 # Each with its reason.
 ALLOWED = {
     # Its classes are inert records; `find_class` decides, see tests/test_weights.py.
-    'flax_densenet/torch_files.py': {'pickle'},
+    'flax_densenet/weights/torch_pickle.py': {'pickle'},
     # Raises pickle's error; reads instructions, makes no objects.
-    'flax_densenet/pickles.py': {'pickle'},
+    'flax_densenet/weights/pickle_guard.py': {'pickle'},
     # The compiler, and the library that it made, in the user's own cache.
-    'flax_densenet/cpu_kernels.py': {'subprocess', 'ctypes'},
+    'flax_densenet/kernels/cpu.py': {'subprocess', 'ctypes'},
     # git, asked for the commit; the versions of packages.
-    'flax_densenet/environment.py': {'subprocess', 'importlib'},
+    'flax_densenet/system/environment.py': {'subprocess', 'importlib'},
     # Ends the decoding processes.
-    'flax_densenet/signals.py': {'multiprocessing'},
+    'flax_densenet/system/signals.py': {'multiprocessing'},
     # A decoding process waits for the end of the one that started it.
-    'flax_densenet/pipeline.py': {'multiprocessing'},
+    'flax_densenet/data/pipeline.py': {'multiprocessing'},
     # This file itself, which filters what C++ prints.
-    'flax_densenet/native_errors.py': {'subprocess'},
+    'flax_densenet/distributed/native_errors.py': {'subprocess'},
     # Arrays alone, of processes of the same run.
-    'flax_densenet/shared_predictions.py': {'np.load'},
+    'flax_densenet/inference/multi_process.py': {'np.load'},
     # Arrays alone: allow_pickle is False unless it is said.
-    'flax_densenet/feature_files.py': {'np.load'},
+    'flax_densenet/inference/feature_files.py': {'np.load'},
     # Reads headers; nothing is extracted, and there is no such call.
-    'flax_densenet/tars.py': {'tarfile'},
+    'flax_densenet/data/tar.py': {'tarfile'},
     # This file itself, with a file that this program wrote a moment ago.
-    'flax_densenet/runtimes.py': {
+    'flax_densenet/export/runtimes.py': {
         *('importlib', 'subprocess', 'np.load'),
         *('torch.load', 'weights_only=', 'keras.models.load_model', 'load_model'),
     },
-    'flax_densenet/render.py': {'importlib'},  # importlib.resources: our own pages
+    'flax_densenet/report/render.py': {
+        'importlib'
+    },  # importlib.resources: our own pages
 }
 
 

@@ -19,14 +19,19 @@ import pytest
 from conftest import formula_variables
 from PIL import Image
 
-from flax_densenet import evaluate, explain, model, predict, sharding
+from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.errors import UserError
+from flax_densenet.inference import overlay
+from flax_densenet.inference import predictor as predictor_lib
+from flax_densenet.models import factory, initialization
+from flax_densenet.serving import batcher as batcher_lib
+from flax_densenet.serving import guard, server
+from flax_densenet.weights import trained as trained_lib
 
 pytest.importorskip('starlette')
 pytest.importorskip('hypercorn')
 pytest.importorskip('prometheus_client')
 
-from flax_densenet import batching, guard, serve
 
 # What a page must not take for its own.
 NAMES = ('ants', 'bees', '</script><b>"wasps" & co', 'flies', 'mites', 'ticks', 'fleas')
@@ -36,17 +41,19 @@ SIDE = 16
 @pytest.fixture(scope='module')
 def trained():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batching, 'BATCH_SIZE', 4)  # less to compile
+        patch.setattr(batcher_lib, 'BATCH_SIZE', 4)  # less to compile
         yield make_trained()
 
 
 def make_trained():
-    module = model.create_model('BC-L10k4', num_classes=len(NAMES), block_sizes=(1, 1))
-    variables = formula_variables(model.init_variables(module, seed=0))
-    mesh = sharding.make_mesh(jax.local_devices()[:1])
-    return evaluate.Trained(
+    module = factory.create_model(
+        'BC-L10k4', num_classes=len(NAMES), block_sizes=(1, 1)
+    )
+    variables = formula_variables(initialization.init_variables(module, seed=0))
+    mesh = mesh_lib.make_mesh(jax.local_devices()[:1])
+    return trained_lib.Trained(
         module=module,
-        variables=sharding.replicate(variables, mesh),
+        variables=mesh_lib.replicate(variables, mesh),
         metadata={
             'model': {'variant': 'BC-L10k4'},
             'class_names': list(NAMES),
@@ -65,14 +72,14 @@ def make_trained():
 @contextlib.contextmanager
 def running(trained, *, wait_until_ready=True, **limits):
     """Serves in a thread; gives the port."""
-    listener = serve.listen('127.0.0.1', 0)
+    listener = server.listen('127.0.0.1', 0)
     port = listener.getsockname()[1]
     started = concurrent.futures.Future()
 
     async def main():
         stop = asyncio.Event()
         started.set_result((asyncio.get_running_loop(), stop))
-        await serve.serve(
+        await server.serve(
             trained, listener, name='bugs', limits=guard.Limits(**limits), stop=stop
         )
 
@@ -146,7 +153,7 @@ def port(trained):
 @pytest.fixture(scope='module')
 def expected(trained):
     """Of four pictures: their files, pixels, probabilities and map of a class."""
-    predictor = predict.Predictor(trained, 4)
+    predictor = predictor_lib.Predictor(trained, 4)
     files = [picture(seed) for seed in range(4)]
     pixels = np.stack([predictor.load(file) for file in files])
     probabilities, _ = predictor.compute(pixels)
@@ -210,7 +217,7 @@ def test_explain(port, expected):
         told = ask(port, '/predict?explain=1&class=bees', file).json
         assert told['explained'] == 'bees'
         seen = from_data_url(told['overlay']).astype(int)
-        assert np.abs(seen - explain.overlay(image, cam)).max() <= 1
+        assert np.abs(seen - overlay.overlay(image, cam)).max() <= 1
         assert told['map_peak'] == pytest.approx(cam.max(), rel=1e-3, abs=1e-6)
         layer = from_data_url(ask(port, '/predict?explain=map', file).json['map'])
         assert layer.shape == (SIDE, SIDE, 4)
@@ -241,7 +248,7 @@ def test_batches(trained, expected):
     counts = []
 
     async def main():
-        batcher = batching.Batcher(trained, batch_size=4, on_batch=counts.append)
+        batcher = batcher_lib.Batcher(trained, batch_size=4, on_batch=counts.append)
         assert not batcher.ready
         await batcher.warm_up()
         assert batcher.ready and not counts
@@ -422,7 +429,7 @@ def test_starting(trained, monkeypatch):
             await asyncio.sleep(0.01)
         self.ready = True
 
-    monkeypatch.setattr(batching.Batcher, 'warm_up', warm_up)
+    monkeypatch.setattr(batcher_lib.Batcher, 'warm_up', warm_up)
     with running(trained, wait_until_ready=False) as port:
         for answer in (ask(port, '/health'), ask(port, '/predict', JPEG)):
             assert (answer.status, answer.headers['Retry-After']) == (503, '1')
@@ -447,7 +454,7 @@ def test_defects(trained, monkeypatch, caplog):
         def fail(self, *args):
             raise RuntimeError('out of memory, say')
 
-        monkeypatch.setattr(predict.Predictor, 'compute', fail)
+        monkeypatch.setattr(predictor_lib.Predictor, 'compute', fail)
         answer = ask(port, '/predict', JPEG)
         assert (answer.status, list(answer.json)) == (500, ['error'])
         assert answer.headers['X-Content-Type-Options'] == 'nosniff'
@@ -461,7 +468,7 @@ def test_a_failing_start_ends_the_server(trained, monkeypatch):
     async def warm_up(self):
         raise RuntimeError('no memory')
 
-    monkeypatch.setattr(batching.Batcher, 'warm_up', warm_up)
+    monkeypatch.setattr(batcher_lib.Batcher, 'warm_up', warm_up)
     with (
         pytest.raises(RuntimeError, match='no memory'),
         running(trained, wait_until_ready=False),
@@ -471,7 +478,7 @@ def test_a_failing_start_ends_the_server(trained, monkeypatch):
 
 def test_leaving_with_open_connections(trained, monkeypatch):
     """One that never ends its body does not hold up the end."""
-    monkeypatch.setattr(serve, '_LEAVE_S', 0.4)
+    monkeypatch.setattr(server, '_LEAVE_S', 0.4)
     with running(trained) as port:
         idle = half_sent(port)
         started = time.monotonic()
@@ -480,37 +487,37 @@ def test_leaving_with_open_connections(trained, monkeypatch):
 
 
 def test_mistakes(monkeypatch):
-    with serve.listen('127.0.0.1', 0) as listener:
-        assert serve.is_loopback(listener)
+    with server.listen('127.0.0.1', 0) as listener:
+        assert server.is_loopback(listener)
         port = listener.getsockname()[1]
-        assert serve.address_of(listener) == f'http://127.0.0.1:{port}'
+        assert server.address_of(listener) == f'http://127.0.0.1:{port}'
         with pytest.raises(UserError, match=f'--port={port} is taken by another'):
-            serve.listen('127.0.0.1', port)
+            server.listen('127.0.0.1', port)
     for host, port, message in [
         ('127.0.0.1', 65536, '--port=65536 must be from 0 to 65535'),
         ('no host', 0, '--host=no host is no name or address'),
         ('192.0.2.1', 0, '--host=192.0.2.1 is not an address of this machine'),
     ]:
         with pytest.raises(UserError, match=message):
-            serve.listen(host, port)
+            server.listen(host, port)
     for name in ('max_requests', 'max_megabytes', 'request_timeout_s'):
         with pytest.raises(UserError, match=f'--{name}=0 must be above 0'):
             guard.Limits(**{name: 0})
     with pytest.raises(UserError, match='--max_megapixels=500 must be at most 179'):
         guard.Limits(max_megapixels=500)
-    serve.check_installed()
+    server.check_installed()
     monkeypatch.setitem(sys.modules, 'hypercorn', None)
     with pytest.raises(UserError, match=r"pip install 'flax_densenet\[serve\]'"):
-        serve.check_installed()
+        server.check_installed()
 
 
 def test_open_to_others(trained, monkeypatch):
     """On other addresses any name is answered, and a warning says what that means."""
-    with serve.listen('0.0.0.0', 0) as listener:
-        assert not serve.is_loopback(listener)
-        told = serve._welcome('bugs', serve.address_of(listener), False)
+    with server.listen('0.0.0.0', 0) as listener:
+        assert not server.is_loopback(listener)
+        told = server._welcome('bugs', server.address_of(listener), False)
     assert 'warning: whoever reaches this machine' in told
-    assert 'warning' not in serve._welcome('bugs', 'http://127.0.0.1:1', True)
-    monkeypatch.setattr(serve, 'is_loopback', lambda listener: False)
+    assert 'warning' not in server._welcome('bugs', 'http://127.0.0.1:1', True)
+    monkeypatch.setattr(server, 'is_loopback', lambda listener: False)
     with running(trained) as port:
         assert ask(port, '/health', headers={'Host': 'a.example'}).status == 200

@@ -4,21 +4,22 @@ import jax
 import numpy as np
 import pytest
 
-from flax_densenet import UserError, sharding
+from flax_densenet import UserError
+from flax_densenet.distributed import mesh as mesh_lib
 
 
 def test_rows_are_spread_and_parameters_copied():
-    mesh = sharding.make_mesh()
-    batch = sharding.to_global({'x': np.arange(8.0)}, mesh)['x']
+    mesh = mesh_lib.make_mesh()
+    batch = mesh_lib.to_global({'x': np.arange(8.0)}, mesh)['x']
     assert [shard.data.tolist() for shard in batch.addressable_shards] == [
         [0, 1],
         [2, 3],
         [4, 5],
         [6, 7],
     ]
-    copy = sharding.replicate({'x': np.arange(3.0)}, mesh)['x']
+    copy = mesh_lib.replicate({'x': np.arange(3.0)}, mesh)['x']
     assert copy.is_fully_replicated and len(copy.addressable_shards) == 4
-    assert sharding.is_writer()
+    assert mesh_lib.is_writer()
 
 
 @pytest.mark.parametrize(
@@ -30,7 +31,7 @@ def test_rows_are_spread_and_parameters_copied():
     ],
 )
 def test_batch_sizes(size, devices, message):
-    mesh = sharding.make_mesh(jax.devices()[:devices])
+    mesh = mesh_lib.make_mesh(jax.devices()[:devices])
     with pytest.raises(UserError, match=message):
-        sharding.check_batch_size(size, mesh)
-    sharding.check_batch_size(devices * 5, mesh)
+        mesh_lib.check_batch_size(size, mesh)
+    mesh_lib.check_batch_size(devices * 5, mesh)

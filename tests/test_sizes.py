@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
-from flax_densenet import data, nonfinite, setup, sizes, step
+from flax_densenet.data import dataset
 from flax_densenet.errors import UserError
+from flax_densenet.train import (
+    nonfinite,
+    prepare,
+    progressive_resizing,
+    step,
+    training_run,
+)
 
 SCHEDULE = ((0.5, 4), (0.75, 6))
 
@@ -27,43 +34,47 @@ SCHEDULE = ((0.5, 4), (0.75, 6))
 )
 def test_what_is_refused(value):
     with pytest.raises(UserError, match=r"data.size_schedule=.*'\(\(0.5,16\),"):
-        sizes.parse(value)
+        progressive_resizing.parse(value)
 
 
 def test_one_pair_needs_no_other_brackets():
-    assert sizes.parse((0.5, 16)) == sizes.parse([[0.5, 16]]) == ((0.5, 16),)
-    assert sizes.parse(()) == ()
+    assert (
+        progressive_resizing.parse((0.5, 16))
+        == progressive_resizing.parse([[0.5, 16]])
+        == ((0.5, 16),)
+    )
+    assert progressive_resizing.parse(()) == ()
 
 
 def test_of_few_epochs_a_share_may_have_none():
-    schedule = sizes.parse(SCHEDULE)
-    say = [sizes.describe(schedule, epochs=n, last=8) for n in (1, 2, 4)]
+    schedule = progressive_resizing.parse(SCHEDULE)
+    say = [progressive_resizing.describe(schedule, epochs=n, last=8) for n in (1, 2, 4)]
     assert say[0] == '6x6 up to epoch 1'
     assert say[1] == '4x4 up to epoch 1, 6x6 up to epoch 2'
     assert say[2] == '4x4 up to epoch 2, 6x6 up to epoch 3, then 8x8'
     for epochs in (1, 2, 4):
-        said = sizes.describe(schedule, epochs=epochs, last=8)
+        said = progressive_resizing.describe(schedule, epochs=epochs, last=8)
         for epoch in range(1, epochs + 1):
-            size = sizes.size_in(schedule, epoch, epochs=epochs, last=8)
+            size = progressive_resizing.size_in(schedule, epoch, epochs=epochs, last=8)
             assert f'{size}x{size}' in said
-    assert sizes.describe((), epochs=4, last=8) == ''
+    assert progressive_resizing.describe((), epochs=4, last=8) == ''
 
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     config = tiny_config(**{'data.size_schedule': SCHEDULE, 'train.epochs': 4})
     config['model']['block_sizes'] = (1,)
-    return setup.prepare(config, str(tmp_path_factory.mktemp('run')))
+    return prepare.prepare(config, str(tmp_path_factory.mktemp('run')))
 
 
 def test_the_step_alone_tells_the_size(run):
     count, rows = len(run.source.train), run.config['data']['batch_size']
     assert count % rows  # epochs end inside of batches
-    last = step.epoch_end(4, count, rows)
+    last = step.last_step_of_epoch(4, count, rows)
     found = [run.size_at(start) for start in range(last)]
     expected = []
     for epoch, size in ((1, 4), (2, 4), (3, 6), (4, 8)):
-        steps = step.epoch_end(epoch, count, rows) - step.epoch_end(
+        steps = step.last_step_of_epoch(epoch, count, rows) - step.last_step_of_epoch(
             epoch - 1, count, rows
         )
         expected += [size] * steps
@@ -73,12 +84,12 @@ def test_the_step_alone_tells_the_size(run):
 
 @pytest.mark.parametrize(('start', 'size'), [(0, 4), (23, 6), (40, 8)])
 def test_batches_have_the_size_of_their_step(run, start, size):
-    batches = setup.train_batches(run, run.source, start)
+    batches = training_run.train_batches(run, run.source, start)
     batch = next(batches)
     batches.close()
     assert batch['image'].shape == (128, size, size, 3)
-    whole = data.load_source('digits', image_size=size)
-    plain = setup.pipeline.train_batches(
+    whole = dataset.load_source('digits', image_size=size)
+    plain = training_run.pipeline.train_batches(
         whole.train, batch_size=128, seed=0, start=start
     )
     np.testing.assert_array_equal(batch['image'], next(plain)['image'])
@@ -90,9 +101,9 @@ def test_batches_have_the_size_of_their_step(run, start, size):
 
 
 def test_images_in_memory_have_a_size_each():
-    source = data.load_source('digits', image_size=8, cache='memory')
+    source = dataset.load_source('digits', image_size=8, cache='memory')
     small = source.train.at_size(4)
     assert small[3]['image'].shape == (4, 4, 3)
-    assert isinstance(small, data.CachedExamples)
+    assert isinstance(small, dataset.CachedExamples)
     assert source.train.at_size(8) is source.train
     assert source.train[3]['image'].shape == (8, 8, 3)

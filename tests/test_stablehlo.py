@@ -11,25 +11,21 @@ import numpy as np
 import pytest
 from conftest import shared, tiny_trained, write_images
 
-from flax_densenet import (
-    UserError,
-    cpu_kernels,
-    create_model,
-    data,
-    init_variables,
-    predict,
-    sharding,
-    stablehlo,
-    trained,
-)
-from flax_densenet import images as images_lib
+from flax_densenet import UserError, create_model, init_variables
+from flax_densenet.data import dataset
+from flax_densenet.data import images as images_lib
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.export import stablehlo
+from flax_densenet.inference import predictor as predictor_lib
+from flax_densenet.kernels import cpu as cpu_kernels
+from flax_densenet.weights import trained
 
 pytest.importorskip('flatbuffers', reason='flatbuffers is not installed')
 
 
 @pytest.fixture(scope='module')
 def model():
-    return tiny_trained(data.load_source('digits', image_size=12))
+    return tiny_trained(dataset.load_source('digits', image_size=12))
 
 
 @pytest.fixture(scope='module')
@@ -73,7 +69,7 @@ def test_a_fresh_process_agrees(model, photos, tmp_path, tta):
     stablehlo.save(str(path), model)
     found, said = run_alone(path, photos, tmp_path)
     assert said == f'{model.metadata["class_names"]} False\n'
-    expected = predict.Predictor(model, 8).compute(photos)[0]
+    expected = predictor_lib.Predictor(model, 8).compute(photos)[0]
     assert np.ptp(expected, 0).max() > 1e-3
     for rows in found:
         assert rows.dtype == np.float32
@@ -92,7 +88,7 @@ def test_load(model, photos, tmp_path):
     assert (metadata['inputs'], metadata['precision']) == ('normalised', 'float32')
     assert '6 months' in metadata['compatibility']
     assert trained.preparation_of(metadata) == trained.preparation_of(model.metadata)
-    pixels = trained.normalise(photos, mean=metadata['mean'], std=metadata['std'])
+    pixels = trained.normalize(photos, mean=metadata['mean'], std=metadata['std'])
     expected = model.module.apply(jax.device_get(model.variables), pixels)
     for count in (1, 7):
         found = function(pixels[:count])
@@ -178,7 +174,7 @@ def test_cut_short(model, tmp_path):
 def test_densenet121(tmp_path):
     """The reference weights on real photographs."""
     photos = sorted(shared('data/hymenoptera').rglob('*.jpg'))[:5]
-    module, mesh = create_model('densenet121', num_classes=1000), sharding.make_mesh()
+    module, mesh = create_model('densenet121', num_classes=1000), mesh_lib.make_mesh()
     metadata = {
         'model': {'variant': 'densenet121'},
         'class_names': [f'class {n}' for n in range(1000)],
@@ -187,9 +183,9 @@ def test_densenet121(tmp_path):
         'std': [0.229, 0.224, 0.225],
         'data': {},
     }
-    variables = sharding.replicate(init_variables(module, 0), mesh)
+    variables = mesh_lib.replicate(init_variables(module, 0), mesh)
     model = trained.Trained(module, variables, metadata, {}, None, mesh)
-    predictor = predict.Predictor(model, 4)
+    predictor = predictor_lib.Predictor(model, 4)
     images = np.stack([predictor.load(str(photo)) for photo in photos])
     stablehlo.save(str(tmp_path / 'x.stablehlo'), model)
     found, _ = run_alone(tmp_path / 'x.stablehlo', images, tmp_path)

@@ -9,15 +9,11 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import tiny_config
 
-from flax_densenet import (
-    checkpoint,
-    lr_find,
-    optimizers,
-    sharding,
-    state_shards,
-    train,
-)
-from flax_densenet import step as step_lib
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.distributed import zero
+from flax_densenet.train import fit as fit_lib
+from flax_densenet.train import lr_finder, optimizers, step
 
 PARAMS = {
     'a': np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -31,14 +27,14 @@ def take_steps(mesh, before=None, steps=2):
     """The parameters, and the state as a checkpoint has it."""
     shard_over = mesh if mesh.size > 1 else None
     optimizer = optimizers.make_optimizer(0.1, **FIELDS, shard_over=shard_over)
-    first = step_lib.new_state({'params': PARAMS, 'batch_stats': {}}, optimizer)
+    first = step.new_state({'params': PARAMS, 'batch_stats': {}}, optimizer)
     opt_state = first.opt_state
     params = PARAMS
     if before is not None:
         params, state = before
-        opt_state = state_shards.from_whole(state, opt_state)
-    opt_state = state_shards.place(opt_state, mesh)
-    params = sharding.replicate(params, mesh)
+        opt_state = zero.from_replicated(state, opt_state)
+    opt_state = zero.place(opt_state, mesh)
+    params = mesh_lib.replicate(params, mesh)
 
     @jax.jit
     def update(params, opt_state):
@@ -48,13 +44,13 @@ def take_steps(mesh, before=None, steps=2):
 
     for _ in range(steps):
         params, opt_state = update(params, opt_state)
-    return jax.device_get(params), state_shards.whole(opt_state)
+    return jax.device_get(params), zero.replicated(opt_state)
 
 
 def test_a_checkpoint_does_not_tell_of_the_devices():
     """9 values on 1, 2 and 4 devices; then on from each other's state."""
     results = {
-        count: take_steps(sharding.make_mesh(jax.devices()[:count]))
+        count: take_steps(mesh_lib.make_mesh(jax.devices()[:count]))
         for count in (1, 2, 4)
     }
     for found in results.values():
@@ -62,8 +58,8 @@ def test_a_checkpoint_does_not_tell_of_the_devices():
         for a, b in zip(*map(jax.tree.leaves, (found, results[1])), strict=True):
             assert np.shape(a) == np.shape(b)
             np.testing.assert_allclose(a, b, rtol=1e-6)
-        again = take_steps(sharding.make_mesh(), found)
-        once = take_steps(sharding.make_mesh(jax.devices()[:1]), results[1])
+        again = take_steps(mesh_lib.make_mesh(), found)
+        once = take_steps(mesh_lib.make_mesh(jax.devices()[:1]), results[1])
         assert not np.allclose(again[0]['b'], found[0]['b'])
         for a, b in zip(*map(jax.tree.leaves, (again, once)), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6)
@@ -72,18 +68,18 @@ def test_a_checkpoint_does_not_tell_of_the_devices():
 def test_without_shards_nothing_changes():
     optimizer = optimizers.make_optimizer(0.1, **FIELDS)
     state = optimizer.init(PARAMS)
-    assert not state_shards.is_sharded(state)
-    assert state_shards.whole(state) is not None
+    assert not zero.is_sharded(state)
+    assert zero.replicated(state) is not None
     assert jax.tree.all(
-        jax.tree.map(lambda a, b: a is b, state, state_shards.whole(state))
+        jax.tree.map(lambda a, b: a is b, state, zero.replicated(state))
     )
-    mesh = sharding.make_mesh()
-    for target in jax.tree.leaves(state_shards.layout(state, mesh)):
+    mesh = mesh_lib.make_mesh()
+    for target in jax.tree.leaves(zero.layout(state, mesh)):
         assert target.is_fully_replicated
 
 
 def latest(workdir):
-    found = checkpoint.find_latest(str(workdir))
+    found = checkpoint_reader.find_latest(str(workdir))
     folder = (workdir / 'checkpoints' / found.name).absolute()
     with ocp.StandardCheckpointer() as checkpointer:
         return {
@@ -108,7 +104,7 @@ def test_runs_go_on_with_other_devices_and_choices(tmp_path, monkeypatch):
         monkeypatch.setattr(jax, 'devices', lambda: devices[:count])
         fields = {'train.epochs': epochs, 'optimizer.shard_state': shard_state}
         fields |= {'model.kernel': 'xla', 'data.test_fraction': 0.7} | SMALL
-        train.fit(tiny_config(**fields), str(workdir))
+        fit_lib.fit(tiny_config(**fields), str(workdir))
 
     fit(tmp_path / 'whole', 4, 4, False)
     for epochs, (count, shard) in enumerate([(4, 1), (1, 1), (4, 0), (4, 1)], start=1):
@@ -130,19 +126,21 @@ def test_accumulated_steps_of_a_run(tmp_path, capsys):
     """fit, its dump of a bad step, and lr_find take them; features are cached too."""
     fields = {'train.epochs': 1, 'data.test_fraction': 0.7} | SMALL
     parts = {'train.accumulate_steps': 4, 'optimizer.shard_state': True}
-    train.fit(tiny_config(**fields | parts), str(tmp_path / 'parts'))
+    fit_lib.fit(tiny_config(**fields | parts), str(tmp_path / 'parts'))
     bad = {'optimizer.name': 'sgd', 'optimizer.learning_rate': 1e30}
-    with pytest.raises(train.UserError, match='step 2, epoch 1: the loss or its grad'):
-        train.fit(tiny_config(**fields | parts | bad), str(tmp_path / 'bad'))
+    with pytest.raises(
+        fit_lib.UserError, match='step 2, epoch 1: the loss or its grad'
+    ):
+        fit_lib.fit(tiny_config(**fields | parts | bad), str(tmp_path / 'bad'))
     dump = json.loads((tmp_path / 'bad' / 'nonfinite.json').read_text())
     arrays = np.load(tmp_path / 'bad' / 'nonfinite.npz')
     assert [row['label'] for row in dump['examples']] == arrays['label'].tolist()
     assert arrays['image'].shape == (128, 8, 8, 3)
-    lr_find.find(tiny_config(**fields | parts), str(tmp_path / 'find'), steps=40)
+    lr_finder.find(tiny_config(**fields | parts), str(tmp_path / 'find'), steps=40)
     probe = tiny_config(**fields | parts | {'train.freeze': 'backbone'})
     probe['init_from'] = str(tmp_path / 'parts')
     capsys.readouterr()
-    train.fit(probe, str(tmp_path / 'probe'))
+    fit_lib.fit(probe, str(tmp_path / 'probe'))
     assert 'the classifier trains on them' in capsys.readouterr().out
     frozen, found = latest(tmp_path / 'parts'), latest(tmp_path / 'probe')
     kernel = [tree['model']['params']['conv0']['kernel'] for tree in (frozen, found)]

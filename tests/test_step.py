@@ -6,20 +6,15 @@ import numpy as np
 import optax
 import pytest
 
-from flax_densenet import (
-    UserError,
-    create_model,
-    init_variables,
-    optimizers,
-    sharding,
-    step,
-)
+from flax_densenet import UserError, create_model, init_variables
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.train import optimizers, step
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
 def make_state(module, optimizer, devices=None):
-    mesh = sharding.make_mesh(devices)
+    mesh = mesh_lib.make_mesh(devices)
     variables = init_variables(module, 0)
     state = step.TrainState(
         step=np.zeros((), np.int32),
@@ -28,7 +23,7 @@ def make_state(module, optimizer, devices=None):
         opt_state=jax.tree.map(np.asarray, optimizer.init(variables['params'])),
         running=step.new_running(),
     )
-    return mesh, sharding.replicate(state, mesh)
+    return mesh, mesh_lib.replicate(state, mesh)
 
 
 def make_batch(seed, size=16, epoch=None, count=8):
@@ -47,7 +42,7 @@ def run(devices, steps=3, **fields):
     train_step = step.make_train_step(module, optimizer, mean=MEAN, std=STD)
     compiled = None
     for seed in range(steps):
-        batch = sharding.to_global(make_batch(seed), mesh)
+        batch = mesh_lib.to_global(make_batch(seed), mesh)
         if compiled is None:
             compiled = step.compile_train_step(train_step, state, batch, mesh)
         state, loss = compiled(state, batch)
@@ -86,7 +81,7 @@ def test_the_state_is_donated():
     optimizer = optax.adam(1e-3)
     mesh, state = make_state(module, optimizer)
     train_step = step.make_train_step(module, optimizer, mean=MEAN, std=STD)
-    batch = sharding.to_global(make_batch(0), mesh)
+    batch = mesh_lib.to_global(make_batch(0), mesh)
     compiled = step.compile_train_step(train_step, state, batch, mesh)
     compiled(state, batch)
     kernel = state.params['conv0']['kernel']
@@ -121,7 +116,7 @@ def test_running_sums_count_each_example_in_its_epoch():
 
 @pytest.mark.parametrize(('count', 'batch'), [(10, 4), (12, 4), (1437, 32), (5, 5)])
 def test_epoch_ends(count, batch):
-    ends = [step.epoch_end(epoch, count, batch) for epoch in range(6)]
+    ends = [step.last_step_of_epoch(epoch, count, batch) for epoch in range(6)]
     assert ends[0] == 0
     for epoch, end in enumerate(ends):
         assert end * batch >= epoch * count > (end - 1) * batch

@@ -16,20 +16,17 @@ from conftest import ROOT, tiny_config
 
 import launch
 from configs import base
-from flax_densenet import (
-    book,
-    history,
-    lock,
-    page,
-    space,
-    sweep,
-    sweep_page,
-    sweep_plan,
-    sweep_table,
-    train,
-    tuner,
-)
+from flax_densenet.checkpoints import run_folder
 from flax_densenet.errors import UserError
+from flax_densenet.report import page
+from flax_densenet.sweeps import optuna_study, space
+from flax_densenet.sweeps import page as sweep_page
+from flax_densenet.sweeps import plan as sweep_plan
+from flax_densenet.sweeps import record as sweep_record
+from flax_densenet.sweeps import runner as sweep_runner
+from flax_densenet.sweeps import table as sweep_table
+from flax_densenet.system import lock
+from flax_densenet.train import fit as fit_lib
 
 RATE = 'optimizer.learning_rate'
 
@@ -111,7 +108,7 @@ def test_what_cannot_be_read(flags, message):
 
 
 class Objective:
-    """In place of `train.fit`: figures that follow from the fields alone.
+    """In place of `fit.fit`: figures that follow from the fields alone.
 
     Attributes:
       trained: epochs by folder, and how often each was taken.
@@ -152,11 +149,11 @@ def objective(monkeypatch):
 
     def use(figure):
         made = Objective(figure)
-        monkeypatch.setattr(train, 'fit', made.fit)
+        monkeypatch.setattr(fit_lib, 'fit', made.fit)
         prepared = types.SimpleNamespace(source=None)
-        monkeypatch.setattr(sweep_plan.setup, 'prepare', lambda *_, **__: prepared)
-        monkeypatch.setattr(sweep.jax, 'clear_caches', lambda: None)
-        monkeypatch.setattr(sweep.gc, 'collect', lambda: None)
+        monkeypatch.setattr(sweep_plan.prepare, 'prepare', lambda *_, **__: prepared)
+        monkeypatch.setattr(sweep_runner.jax, 'clear_caches', lambda: None)
+        monkeypatch.setattr(sweep_runner.gc, 'collect', lambda: None)
         # Tested below; five megabytes each time.
         monkeypatch.setattr(
             sweep_page, 'save', lambda workdir, kept: sweep_table.make_rows(kept)
@@ -171,7 +168,7 @@ def start(workdir, *flags, epochs=3, **options):
     config.train.epochs = epochs
     for name in [name for name in options if '.' in name]:
         config.update_from_flattened_dict({name: options.pop(name)})
-    return sweep.run(
+    return sweep_runner.run(
         launch._plain(config),
         str(workdir),
         list(flags),
@@ -275,7 +272,7 @@ def test_a_search(objective, tmp_path):
     new = start(tmp_path / 'new', *axes, trials=12, epochs=1)
     assert table(more) == table(new)
     assert {row.folder for row in rows} <= {row.folder for row in more}
-    kept = book.load(str(tmp_path / 's'))
+    kept = sweep_record.load(str(tmp_path / 's'))
     assert list(kept.importances)[0] == RATE
     assert sum(kept.importances.values()) == pytest.approx(1)
     # What the command repeats is what was trained.
@@ -288,7 +285,7 @@ def test_a_search(objective, tmp_path):
 
 def test_a_search_of_few_choices_ends(objective, tmp_path, capsys, monkeypatch):
     objective(by_rate)
-    monkeypatch.setattr(sweep, '_REPEATS', 5)
+    monkeypatch.setattr(sweep_runner, '_REPEATS', 5)
     rows = start(tmp_path / 's', f'{RATE}=0.1,0.2', trials=3)
     assert len(rows) == 2
     assert 'the search ends with 2 settings: 5 suggestions' in capsys.readouterr().out
@@ -332,10 +329,10 @@ def test_interrupted_anywhere(objective, monkeypatch, tmp_path):
     whole = start(tmp_path / 'whole', *SPACE, **options)
     made = objective(peaked)
     for kind, name in (
-        (tuner.Tuner, 'ask'),
-        (tuner.Tuner, 'report'),
-        (tuner.Tuner, 'finish'),
-        (book.Book, 'save'),
+        (optuna_study.Tuner, 'ask'),
+        (optuna_study.Tuner, 'report'),
+        (optuna_study.Tuner, 'finish'),
+        (sweep_record.SweepRecord, 'save'),
     ):
         monkeypatch.setattr(kind, name, _dying(made, getattr(kind, name)))
     for dies_at in range(1, 100, 3):
@@ -430,10 +427,10 @@ def test_places(objective, tmp_path, monkeypatch):
     with pytest.raises(UserError, match='holds a run; a sweep needs a folder of its'):
         start(tmp_path / 's', flag)
     start(tmp_path / 'b', flag)
-    (tmp_path / 'b' / tuner.FILE).unlink()
+    (tmp_path / 'b' / optuna_study.FILE).unlink()
     with pytest.raises(UserError, match='sweep.db cannot be used .it lacks trial 0'):
         start(tmp_path / 'b', flag)
-    (tmp_path / 'b' / tuner.FILE).write_bytes(b'x' * 5000)
+    (tmp_path / 'b' / optuna_study.FILE).write_bytes(b'x' * 5000)
     with pytest.raises(UserError, match='sweep.db cannot be used .file is not a data'):
         start(tmp_path / 'b', flag)
     monkeypatch.setitem(sys.modules, 'optuna', None)
@@ -444,14 +441,20 @@ def test_places(objective, tmp_path, monkeypatch):
 
 def make_book(**settings):
     """A book of settings over one field, by name: (state, why, figures by seed)."""
-    kept = book.Book({'axes': [{'fields': [RATE]}]}, ['--config=configs/cifar.py:<b>'])
+    kept = sweep_record.SweepRecord(
+        {'axes': [{'fields': [RATE]}]}, ['--config=configs/cifar.py:<b>']
+    )
     for number, (name, (state, why, runs)) in enumerate(settings.items()):
         made = {
-            str(seed): book.Run(figures, 1 + figures.index(max(figures)), 0.5, 90.0)
+            str(seed): sweep_record.TrialResult(
+                figures, 1 + figures.index(max(figures)), 0.5, 90.0
+            )
             for seed, figures in enumerate(runs)
         }
         fields = {RATE: name}
-        kept.settings.append(book.Setting(fields, fields, number, {}, state, why, made))
+        kept.settings.append(
+            sweep_record.SettingResult(fields, fields, number, {}, state, why, made)
+        )
     return kept
 
 
@@ -486,7 +489,7 @@ def test_table():
 def test_page(tmp_path):
     """It comes from sweep.json alone, and shows what that says as text."""
     make_book(**BOOK).save(str(tmp_path))
-    kept = book.load(str(tmp_path))
+    kept = sweep_record.load(str(tmp_path))
     rows = sweep_page.save(str(tmp_path), kept)
     text = (tmp_path / sweep_page.FILE).read_text()
     body = text[text.index('<body>') : text.index('<script type')]
@@ -518,16 +521,16 @@ def test_page(tmp_path):
 )
 def test_a_damaged_record(tmp_path, damage):
     make_book(**BOOK).save(str(tmp_path))
-    file = tmp_path / book.FILE
+    file = tmp_path / sweep_record.FILE
     file.write_text(damage(file.read_text()))
     with pytest.raises(UserError, match='sweep.json is no record of a sweep'):
-        book.load(str(tmp_path))
+        sweep_record.load(str(tmp_path))
 
 
 def test_data_is_looked_through_once(monkeypatch):
-    looked, load = [], sweep_plan.setup.load_source
+    looked, load = [], sweep_plan.prepare.load_source
     monkeypatch.setattr(
-        sweep_plan.setup, 'load_source', lambda c: looked.append(0) or load(c)
+        sweep_plan.prepare, 'load_source', lambda c: looked.append(0) or load(c)
     )
     config = base.get_config()
     config.update_from_flattened_dict(
@@ -556,10 +559,10 @@ def test_a_run_that_ends_early(tmp_path):
         told.append(record['epoch'])
         return True
 
-    assert train.fit(config, str(tmp_path), ends_after=ends)['epoch'] == 1
+    assert fit_lib.fit(config, str(tmp_path), ends_after=ends)['epoch'] == 1
     lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
     assert (told, len(lines)) == ([1], 1)
-    train.fit(config, str(tmp_path), ends_after=ends)
+    fit_lib.fit(config, str(tmp_path), ends_after=ends)
     lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
     assert (told, len(lines)) == ([1, 2], 2)
 
@@ -617,7 +620,7 @@ def test_killed(tmp_path):
     assert results(workdir) == whole
     for name in ('001/seed1', '002/seed0'):
         one, other = (
-            history.load_run(str(folder / 'trials' / name)).records
+            run_folder.load_run(str(folder / 'trials' / name)).records
             for folder in (tmp_path / 'whole', workdir)
         )
         assert [r['test_loss'] for r in one] == [r['test_loss'] for r in other]

@@ -9,7 +9,11 @@ import numpy as np
 import pytest
 from conftest import write_images
 
-from flax_densenet import UserError, data, images, pack, shards, tars
+from flax_densenet import UserError
+from flax_densenet.data import dataset, images
+from flax_densenet.data import tar as tar_lib
+from flax_densenet.data.packed import plan as pack_plan
+from flax_densenet.data.packed import writer as pack_writer
 
 
 def write_tar(path, members):
@@ -45,7 +49,7 @@ def samples(jpegs, labels, *, kind='cls', first=0):
 
 
 def load(path, **fields):
-    return data.load_source(f'tar:{path}', **{'image_size': 16, **fields})
+    return dataset.load_source(f'tar:{path}', **{'image_size': 16, **fields})
 
 
 @pytest.mark.parametrize('kind', ['cls', 'json'])
@@ -56,17 +60,17 @@ def test_images_and_labels(jpegs, kind, named, tmp_path):
     root = tmp_path / 'tars'
     write_tar(root / 'b-0001.tar', samples(jpegs[7:], said[7:], kind=kind, first=7))
     write_tar(root / 'b-0000.tar', samples(jpegs[:7], said[:7], kind=kind))
-    reader, names, first_test = tars.load(str(root))
+    reader, names, first_test = tar_lib.load(str(root))
     assert first_test is None and reader.labels.tolist() == labels
     assert names == ([f'class {n}' for n in range(4)] if named else list('0123'))
     assert [reader[index] for index in range(12)] == jpegs
     assert reader.name(8) == f'{root}/b-0001.tar/00008.jpg'
     (root / 'classes.txt').write_text('a\nb\nc\nd\n')
-    assert tars.load(str(root))[1] == (names if named else list('abcd'))
+    assert tar_lib.load(str(root))[1] == (names if named else list('abcd'))
     # A source like any other, packed like any other.
-    pack.pack(f'tar:{root}', str(tmp_path / 'packed'))
+    pack_writer.pack(f'tar:{root}', str(tmp_path / 'packed'))
     one = load(root, duplicates='ignore')
-    other = data.load_source(f'packed:{tmp_path}/packed', image_size=16)
+    other = dataset.load_source(f'packed:{tmp_path}/packed', image_size=16)
     assert one.class_names == other.class_names
     for mine, theirs in ((one.train, other.train), (one.test, other.test)):
         assert mine.indices.tolist() == theirs.indices.tolist()
@@ -90,7 +94,7 @@ def test_parts(jpegs, names, tmp_path):
     assert source.has_test
     assert source.train.labels.tolist() == [0, 1] * 4
     assert source.test.labels.tolist() == [1, 0, 1]
-    made = pack.pack(f'tar:{tmp_path}', str(tmp_path / 'packed'))
+    made = pack_writer.pack(f'tar:{tmp_path}', str(tmp_path / 'packed'))
     assert (made.count('train'), made.count('test')) == (8, 3)
 
 
@@ -102,8 +106,10 @@ def test_nothing_is_written(jpegs, tmp_path):
     root = tmp_path / 'deep' / 'tars'
     write_tar(root / 'x.tar', members)
     make = tmp_path / 'packed'
-    pack.pack(f'tar:{root}', str(make), options=shards.Options(shard_mib=0.001))
-    source = data.load_source(f'packed:{make}', image_size=8, test_fraction=0.5)
+    pack_writer.pack(
+        f'tar:{root}', str(make), options=pack_plan.Options(shard_mib=0.001)
+    )
+    source = dataset.load_source(f'packed:{make}', image_size=8, test_fraction=0.5)
     assert len(source.train) + len(source.test) == 4
     there = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob('*') if p.is_file()}
     assert there - {'deep/tars/x.tar'} == {
@@ -186,7 +192,7 @@ def test_fuzz(jpegs, tmp_path):
             content[512 * rng.integers(len(content) // 512) + rng.integers(345)] ^= 1
         path.write_bytes(content[: rng.integers(1, 2 * len(content))])
         try:
-            reader, _, _ = tars.load(str(tmp_path))
+            reader, _, _ = tar_lib.load(str(tmp_path))
             assert all(len(reader[index]) for index in range(len(reader)))
         except UserError as error:
             said += 1
@@ -210,4 +216,4 @@ def test_cut_between_two_images(jpegs, tmp_path):
         end = tar.getmember('00009.jpg').offset
     path.write_bytes(path.read_bytes()[:end])
     with pytest.raises(UserError, match='a.tar has no end of a tar file; bring it'):
-        tars.load(str(path))
+        tar_lib.load(str(path))

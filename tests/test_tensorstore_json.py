@@ -13,7 +13,7 @@ import json, sys, types, tensorstore
 package = types.ModuleType('flax_densenet')  # the whole of it would import JAX
 package.__path__ = ['flax_densenet']
 sys.modules['flax_densenet'] = package
-from flax_densenet import tensorstore_json
+from flax_densenet.checkpoints import tensorstore_leak
 
 def left_behind():
     before = sys.getallocatedblocks()
@@ -25,8 +25,8 @@ plain = tensorstore.KvStore.Spec({'driver': 'file', 'path': '/run/'})
 specs = [tensorstore.KvStore.Spec(value) for value in json.loads(sys.argv[1])]
 both = lambda: [[s.to_json(), s.to_json(include_defaults=True)] for s in specs]
 found = {'left': [left_behind()], 'json': [both()]}
-tensorstore_json.mend()
-tensorstore_json.mend()
+tensorstore_leak.patch_to_json()
+tensorstore_leak.patch_to_json()
 found['left'].append(left_behind())
 found['json'].append(both())
 print(json.dumps(found))

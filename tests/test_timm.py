@@ -6,8 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from flax_densenet import VARIANTS, create_model, evaluate, export, layers, weights
+from flax_densenet import VARIANTS, create_model
 from flax_densenet.errors import UserError
+from flax_densenet.export import formats
+from flax_densenet.models import layers
+from flax_densenet.weights import trained as trained_lib
+from flax_densenet.weights import weight_file
 
 torch = pytest.importorskip('torch')
 
@@ -85,7 +89,7 @@ def trained_of(found):
         'std': [0.5] * 3,
         'data': {'mean': [0.5] * 3},
     }
-    return evaluate.Trained(found.module, found.variables, metadata, {}, 0, None)
+    return trained_lib.Trained(found.module, found.variables, metadata, {}, 0, None)
 
 
 def assert_exported(found, model, tmp_path):
@@ -93,7 +97,7 @@ def assert_exported(found, model, tmp_path):
     state = {k: v for k, v in model.state_dict().items() if 'num_batches' not in k}
     for form, name in (('torch', 'b.pth'), ('safetensors', 'b.safetensors')):
         path = str(tmp_path / name)
-        export.save(path, trained_of(found), form)
+        formats.save(path, trained_of(found), form)
         read = torch.load
         if form == 'safetensors':
             read = pytest.importorskip('safetensors.torch').load_file
@@ -101,7 +105,7 @@ def assert_exported(found, model, tmp_path):
         assert exported.keys() == model.state_dict().keys()
         assert all(torch.equal(exported[key], state[key]) for key in state)
         model.load_state_dict(exported, strict=True)
-        again = weights.load(path)
+        again = weight_file.load(path)
         assert again.module == found.module
         jax.tree.map(np.testing.assert_array_equal, again.variables, found.variables)
 
@@ -119,7 +123,7 @@ def test_small_rdnet(prefix, timm, tmp_path):
             }
         }
     torch.save(state, tmp_path / 'a.pth')
-    found = weights.load(str(tmp_path / 'a.pth'))
+    found = weight_file.load(str(tmp_path / 'a.pth'))
     assert (found.family, found.num_classes) == ('rdnet', 7)
     assert found.fields == {
         'variant': 'rdnet_tiny', 'growth_rates': (8, 16, 8, 8), 'bottleneck': 4,
@@ -136,14 +140,14 @@ def test_other_rdnets(timm, tmp_path):
     model = small(timm, num_classes=0, ls_init_value=0, bottleneck_width_ratio=2.0,
                   transition_compression_ratio=0.75)  # fmt: skip
     torch.save(model.state_dict(), tmp_path / 'a.pth')
-    found = weights.load(str(tmp_path / 'a.pth'))
+    found = weight_file.load(str(tmp_path / 'a.pth'))
     assert (found.num_classes, found.module.layer_scale) == (0, 0)
     assert found.module.bottleneck == 2
     assert_same_function(model, found.module, found.variables)
     for fields in ({'stem_type': 'overlap'}, {'head_norm_first': True}):
         torch.save(small(timm, **fields).state_dict(), tmp_path / 'b.pth')
         with pytest.raises(UserError, match='does not fit an RDNet of .*unexpected: '):
-            weights.load(str(tmp_path / 'b.pth'))
+            weight_file.load(str(tmp_path / 'b.pth'))
 
 
 def test_drop_path_rates(timm):
@@ -169,7 +173,7 @@ def test_deep_stem(blur, timm, tmp_path):
     )  # fmt: skip
     shake(model)
     torch.save(model.state_dict(), tmp_path / 'a.pth')
-    found = weights.load(str(tmp_path / 'a.pth'))
+    found = weight_file.load(str(tmp_path / 'a.pth'))
     assert (found.family, found.module.stem) == ('timm', 'deep')
     for fast in (True, False):
         module = found.module.clone(blur_pool=blur, fast=fast)
@@ -199,13 +203,13 @@ def test_full_size(name, timm, tmp_path):
     torch.manual_seed(0)
     model = shake(timm.create_model(name))
     torch.save(model.state_dict(), tmp_path / 'a.pth')
-    found = weights.load(str(tmp_path / 'a.pth'))
+    found = weight_file.load(str(tmp_path / 'a.pth'))
     assert found.fields == {'variant': name}
     crop = found.preprocessing['crop_fraction']
     assert crop == pytest.approx(model.pretrained_cfg['crop_pct'])
     assert found.preprocessing['interpolation'] == 'bicubic'
     assert_same_function(model, found.module, found.variables, size=(32, 45))
-    arrays = export.torch_arrays(found.module, found.variables)
+    arrays = formats.torch_arrays(found.module, found.variables)
     state = model.state_dict()
     assert arrays.keys() == state.keys()
     assert all(np.array_equal(arrays[key], state[key].numpy()) for key in state)
@@ -219,14 +223,14 @@ def test_shapes_of_the_large(name, timm):
     """Each array of timm's is one of ours, of the same shape."""
     from flax import traverse_util
 
-    from flax_densenet import model as model_lib
-    from flax_densenet import rdnet_files
+    from flax_densenet.models import initialization
+    from flax_densenet.weights import rdnet_names
 
     with torch.device('meta'):
         theirs = timm.create_model(name).state_dict()
     module = create_model(name, num_classes=1000)
-    shapes = traverse_util.flatten_dict(model_lib.variable_shapes(module), sep='/')
-    key = rdnet_files.torch_key if 'rdnet' in name else weights.torch_key
+    shapes = traverse_util.flatten_dict(initialization.variable_shapes(module), sep='/')
+    key = rdnet_names.torch_key if 'rdnet' in name else weight_file.torch_key
     layouts = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
     ours = {
         key(place): tuple(leaf.shape[axis] for axis in layouts[leaf.ndim])
@@ -281,10 +285,10 @@ def assert_hub(timm, module, fields, folder, *, channels=3, resize='crop'):
         'mean': [0.5, 0.4, 0.3][:channels], 'std': [0.2, 0.3, 0.25][:channels],
         'data': {'resize': resize, 'crop_fraction': 0.75, 'interpolation': 'bicubic'},
     }  # fmt: skip
-    trained = evaluate.Trained(module, variables, metadata, {}, None, None)
-    export.save(str(folder), trained, 'huggingface')
+    trained = trained_lib.Trained(module, variables, metadata, {}, None, None)
+    formats.save(str(folder), trained, 'huggingface')
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    found = weights.load(str(folder))
+    found = weight_file.load(str(folder))
     images = np.random.default_rng(1).standard_normal((2, 64, 48, channels))
     images = images.astype('f4')
     with torch.inference_mode():
@@ -300,8 +304,8 @@ def assert_hub(timm, module, fields, folder, *, channels=3, resize='crop'):
     photo = np.random.default_rng(2).integers(0, 255, (9, 12, 3), np.uint8)
     photo = Image.fromarray(photo).resize((200, 150))
     theirs = transform(photo if channels == 3 else photo.convert('L'))
-    ours = evaluate.preparation_of(found_metadata(found)).apply(photo)
-    ours = evaluate.normalise(ours[None], mean=metadata['mean'], std=metadata['std'])
+    ours = trained_lib.preparation_of(found_metadata(found)).apply(photo)
+    ours = trained_lib.normalize(ours[None], mean=metadata['mean'], std=metadata['std'])
     difference = np.asarray(ours)[0] - theirs.permute(1, 2, 0).numpy()
     assert difference.shape == (48, 48, channels)
     assert np.abs(difference).max() < 0.1  # a few of 255 steps, at the edges
@@ -322,8 +326,8 @@ def test_folder_for_the_hub(kind, timm, tmp_path):
     )
     # As timm itself saves it, without anything of ours.
     timm.models.save_for_hf(model, str(tmp_path / 'b'), safe_serialization=True)
-    found = weights.load(str(tmp_path / 'b'))
-    ours = weights.load(str(tmp_path / 'a'))
+    found = weight_file.load(str(tmp_path / 'b'))
+    ours = weight_file.load(str(tmp_path / 'a'))
     assert found.class_names is None or found.class_names == ours.class_names
     assert found.module.clone(epsilon=1) == ours.module.clone(epsilon=1)
     jax.tree.map(np.testing.assert_array_equal, found.variables, ours.variables)
@@ -332,7 +336,7 @@ def test_folder_for_the_hub(kind, timm, tmp_path):
         assert found.preprocessing[name] == ours.preprocessing[name], name
     timm.models.save_for_hf(model, str(tmp_path / 'c'))
     (tmp_path / 'c' / 'model.safetensors').unlink(missing_ok=True)
-    again = weights.load(str(tmp_path / 'c'))  # pytorch_model.bin
+    again = weight_file.load(str(tmp_path / 'c'))  # pytorch_model.bin
     jax.tree.map(np.testing.assert_array_equal, again.variables, ours.variables)
 
 
@@ -359,7 +363,7 @@ def test_code_of_cards(form, name, kind, timm, tmp_path, monkeypatch, capsys):
 
     from PIL import Image
 
-    from flax_densenet import card
+    from flax_densenet.export import model_card
 
     module = create_model(num_classes=3, **HUB_NETWORKS[kind])
     channels = 1 if kind == 'grey' else 3
@@ -369,10 +373,12 @@ def test_code_of_cards(form, name, kind, timm, tmp_path, monkeypatch, capsys):
         'data': {'resize': 'crop', 'crop_fraction': 0.5, 'interpolation': 'bilinear'},
     }  # fmt: skip
     variables = shaken(module, channels)
-    trained = evaluate.Trained(module, variables, metadata, {}, None, None)
+    trained = trained_lib.Trained(module, variables, metadata, {}, None, None)
     monkeypatch.chdir(tmp_path)
-    export.save(name, trained, form)
-    said = card.render(trained, file=name, file_format=form, hub=form == 'huggingface')
+    formats.save(name, trained, form)
+    said = model_card.render(
+        trained, file=name, file_format=form, hub=form == 'huggingface'
+    )
     photo = np.random.default_rng(2).integers(0, 255, (9, 12, 3), np.uint8)
     Image.fromarray(photo).resize((160, 140)).save('photo.jpg')
     preparation, *blocks = re.findall(r'```python\n(.*?)```', said, re.S)

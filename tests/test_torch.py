@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from flax_densenet import create_model, evaluate, export, load_trained, weights
+from flax_densenet import create_model, load_trained
 from flax_densenet.errors import UserError
+from flax_densenet.export import formats
+from flax_densenet.weights import trained, weight_file
 
 torch = pytest.importorskip('torch')
 
@@ -86,7 +88,7 @@ def test_forms_of_files(form, torchvision, tmp_path):
         model.load_state_dict(torch.load(path))
     else:
         torch.save(state, path, _use_new_zipfile_serialization=form == 'zip')
-    found = weights.load(path)
+    found = weight_file.load(path)
     assert (found.family, found.num_classes) == ('torchvision', 1000)
     assert_same_function(model, found)
 
@@ -99,7 +101,7 @@ def test_views_and_strides(torchvision, tmp_path):
     half = len(both) // 2
     state['features.norm5.weight'], state['features.norm5.bias'] = both.split(half)
     torch.save(state, tmp_path / 'x.pth')
-    assert_same_function(model, weights.load(str(tmp_path / 'x.pth')))
+    assert_same_function(model, weight_file.load(str(tmp_path / 'x.pth')))
 
 
 def test_a_class_of_ones_own_is_refused(tmp_path):
@@ -110,7 +112,7 @@ def test_a_class_of_ones_own_is_refused(tmp_path):
     globals()['Mine'] = Mine
     torch.save(Mine(), tmp_path / 'x.pth')
     with pytest.raises(UserError, match=r'needs .*Mine.*torch.save\(model.state_dict'):
-        weights.load(str(tmp_path / 'x.pth'))
+        weight_file.load(str(tmp_path / 'x.pth'))
 
 
 def test_cut_files(torchvision, tmp_path):
@@ -122,7 +124,7 @@ def test_cut_files(torchvision, tmp_path):
         for share in (0.1, 0.5, 0.9, 0.999):
             path.write_bytes(whole[: int(share * len(whole))])
             with pytest.raises(UserError, match='not a whole torch file'):
-                weights.load(str(path))
+                weight_file.load(str(path))
 
 
 def as_trained(module, variables):
@@ -135,7 +137,7 @@ def as_trained(module, variables):
         'std': [0.5] * 3,
         'data': {'mean': [0.5] * 3},
     }
-    return evaluate.Trained(module, variables, metadata, {}, 0, None)
+    return trained.Trained(module, variables, metadata, {}, 0, None)
 
 
 @pytest.mark.parametrize('form', ['torch', 'safetensors'])
@@ -143,10 +145,10 @@ def test_export(form, torchvision, tmp_path):
     """What torchvision loads strictly computes the same, another epsilon included."""
     first = small(torchvision, num_classes=7)
     torch.save(first.state_dict(), tmp_path / 'a.pth')
-    found = weights.load(str(tmp_path / 'a.pth'))
+    found = weight_file.load(str(tmp_path / 'a.pth'))
     module = found.module.clone(epsilon=1.001e-5)
     path = str(tmp_path / {'torch': 'b.pth', 'safetensors': 'b.safetensors'}[form])
-    export.save(path, as_trained(module, found.variables), form)
+    formats.save(path, as_trained(module, found.variables), form)
     if form == 'torch':
         state = torch.load(path, weights_only=True)
     else:
@@ -162,7 +164,7 @@ def test_export(form, torchvision, tmp_path):
     assert jax.tree.all(
         jax.tree.map(
             np.array_equal,
-            weights.load(path).variables['params'],
+            weight_file.load(path).variables['params'],
             found.variables['params'],
         )
     )
@@ -194,8 +196,8 @@ def test_grad_cam(classes, torchvision, tmp_path):
     torch.save(model.state_dict(), tmp_path / 'x.pth')
     ours = load_trained(tmp_path / 'x.pth', batch_size=4)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3), np.uint8)
-    mean = np.array(weights.IMAGENET_MEAN, np.float32)
-    std = np.array(weights.IMAGENET_STD, np.float32)
+    mean = np.array(weight_file.IMAGENET_MEAN, np.float32)
+    std = np.array(weight_file.IMAGENET_STD, np.float32)
     images = (pixels / np.float32(255) - mean) / std
     expected = torch_cams(model, images.astype(np.float32), classes)
     assert expected.shape == (3, 28, 28) and (expected.max((1, 2)) > 0).all()
@@ -216,14 +218,14 @@ def test_full_size(depth, torchvision, tmp_path):
     path = str(tmp_path / 'x.pth')
     torch.save(model.state_dict(), path)
     started, before = time.perf_counter(), peak_bytes()
-    found = weights.load(path)
+    found = weight_file.load(path)
     seconds, grown = time.perf_counter() - started, peak_bytes() - before
     assert found.fields == {'variant': name}
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(found.variables))
     if name == 'densenet121':
         assert seconds < 3 and grown < 2.2 * size, (seconds, grown / size)
     assert_same_function(model, found, size=(97, 131))
-    arrays = export.torch_arrays(found.module, found.variables)
+    arrays = formats.torch_arrays(found.module, found.variables)
     tensors = {key: torch.from_numpy(np.array(array)) for key, array in arrays.items()}
     state = model.state_dict()
     assert tensors.keys() == state.keys()
@@ -253,7 +255,7 @@ def test_chest_x_rays(whole, torchvision, tmp_path):
     model.pathologies = [f'finding {n}' for n in range(18)]
     path = str(tmp_path / 'x.pt')
     torch.save(model if whole else model.state_dict(), path)
-    found = weights.load(path)
+    found = weight_file.load(path)
     assert found.family == 'torchxrayvision'
     assert found.class_names == (tuple(model.pathologies) if whole else None)
     model.op_threshs = None  # else its output is moved by them
@@ -268,14 +270,14 @@ def test_chest_x_rays(whole, torchvision, tmp_path):
 
 @pytest.mark.slow
 def test_a_161_is_no_121(torchvision, tmp_path):
-    from flax_densenet import transfer
+    from flax_densenet.weights import transfer
 
     model = torchvision.models.densenet161(weights=None)
     torch.save(model.state_dict(), tmp_path / 'x.pth')
-    found = weights.load(str(tmp_path / 'x.pth'))
+    found = weight_file.load(str(tmp_path / 'x.pth'))
     with pytest.raises(UserError, match='holds a densenet161 with growth_rate=48'):
-        transfer.settle_model({'variant': 'densenet121'}, found)
-    settled = transfer.settle_model({'variant': None}, found)
+        transfer.resolve_model({'variant': 'densenet121'}, found)
+    settled = transfer.resolve_model({'variant': None}, found)
     assert create_model(num_classes=1000, **settled) == found.module
 
 
@@ -284,4 +286,4 @@ def test_another_network(torchvision, tmp_path):
     model = torchvision.models.resnet18(weights=None)
     torch.save(model.state_dict(), tmp_path / 'x.pth')
     with pytest.raises(UserError, match='holds no DenseNet: it has .* arrays'):
-        weights.load(str(tmp_path / 'x.pth'))
+        weight_file.load(str(tmp_path / 'x.pth'))

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from flax_densenet import averaging, objective, optimizers
+from flax_densenet import losses as losses_lib
+from flax_densenet.train import ema, optimizers
 
 torch = pytest.importorskip('torch')
 
@@ -37,7 +38,7 @@ def timm(torchvision):
 
 def ours(name, labels=CLASSES, **fields):
     """Losses, and the gradient of their mean."""
-    loss = objective.Loss(name, **fields)
+    loss = losses_lib.Loss(name, **fields)
     gradient = jax.grad(lambda logits: loss.losses(logits, labels).mean())
     return loss.losses(LOGITS, labels), jax.jit(gradient)(LOGITS)
 
@@ -88,7 +89,7 @@ def test_focal(gamma, torchvision):
     assert_same(ours('focal', SEVERAL, focal_gamma=gamma), expected)
     # The softmax of two classes is the sigmoid of their difference.
     labels = CLASSES % 2
-    found = objective.Loss('focal', focal_gamma=gamma).losses(LOGITS[:, :2], labels)
+    found = losses_lib.Loss('focal', focal_gamma=gamma).losses(LOGITS[:, :2], labels)
     expected = focal(
         torch.tensor(LOGITS[:, 1] - LOGITS[:, 0]),
         torch.tensor(labels, dtype=torch.float32),
@@ -222,7 +223,7 @@ def test_average(warm, timm):
     timm's warm-up is 1 - (1 + n / gamma) ** -power, which is ours for gamma 9, power 1.
     """
     network, decay = make_network(), 0.7
-    average = averaging.start(values_of(network), ['0.weight', '0.bias', '1.weight',
+    average = ema.start(values_of(network), ['0.weight', '0.bias', '1.weight',
         '1.bias', '1.running_mean', '1.running_var'])  # fmt: skip
     if warm:
         other = timm.utils.ModelEmaV3(
@@ -238,7 +239,7 @@ def test_average(warm, timm):
     for number in range(20):
         train_a_step(network, number)
         here = values_of(network)
-        average = averaging.update(
+        average = ema.update(
             average,
             here['params'],
             here['batch_stats'],

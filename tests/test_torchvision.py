@@ -12,7 +12,8 @@ from conftest import SHARED
 from PIL import Image
 from scipy import stats
 
-from flax_densenet import augment, colour, images, mixing, policies
+from flax_densenet.data import images as images_lib
+from flax_densenet.data.augment import color, geometry, mixing, policies
 
 torch = pytest.importorskip('torch')
 
@@ -46,8 +47,10 @@ def pictures(request):
     if not folder.exists():
         pytest.skip('data/hymenoptera is not here (FLAX_DENSENET_SHARED)')
     paths = sorted(folder.rglob('*.jpg'))[::80]
-    shape = images.Preparation(160, channels=1 if request.param == 'grey' else 3)
-    return [augment.as_picture(images.load_image(str(path), shape)) for path in paths]
+    shape = images_lib.Preparation(160, channels=1 if request.param == 'grey' else 3)
+    return [
+        geometry.as_picture(images_lib.load_image(str(path), shape)) for path in paths
+    ]
 
 
 def array(picture):
@@ -62,7 +65,7 @@ def assert_same(ours, theirs, picture):
 @pytest.mark.parametrize('factor', [0.0, 0.6, 1.0, 1.7])
 @pytest.mark.parametrize('name', ['brightness', 'contrast', 'saturation'])
 def test_colours(v2, pictures, name, factor):
-    ours = getattr(colour, f'adjust_{name}')
+    ours = getattr(color, f'adjust_{name}')
     theirs = getattr(v2.functional, f'adjust_{name}')
     for picture in pictures:
         assert_same(ours(picture, factor), theirs(picture, factor), picture)
@@ -74,7 +77,7 @@ def test_colours(v2, pictures, name, factor):
 def test_hue(v2, pictures, shift):
     """As on tensors; on Pillow images theirs rounds hue and saturation to 8 bits."""
     for picture in pictures:
-        ours = array(colour.adjust_hue(picture, shift))
+        ours = array(color.adjust_hue(picture, shift))
         if picture.mode == 'L':
             np.testing.assert_array_equal(ours, array(picture))
             continue
@@ -144,10 +147,10 @@ def test_jitter_as_a_whole(v2):
     picture = _made(0)
     torch.manual_seed(0)
     transform = v2.ColorJitter(0.4, 0.4, 0.4, 0.1)
-    strengths = colour.parse((0.4, 0.4, 0.4, 0.1))
+    strengths = color.parse((0.4, 0.4, 0.4, 0.1))
     theirs = [transform(picture) for _ in range(500)]
     ours = [
-        colour.jitter(picture, np.random.default_rng(seed), strengths)
+        color.jitter(picture, np.random.default_rng(seed), strengths)
         for seed in range(500)
     ]
     for measure in (np.mean, np.std, lambda x: x[..., 0].mean() - x[..., 2].mean()):
@@ -164,7 +167,7 @@ def test_crops_have_the_same_distribution(v2):
     theirs = np.array([[part[name] for name in names] for part in theirs])
     ours = []
     for seed in range(2000):
-        left, top, right, bottom = augment.crop_part(
+        left, top, right, bottom = geometry.crop_part(
             (200, 150), np.random.default_rng(seed)
         )
         ours.append((top, left, bottom - top, right - left))

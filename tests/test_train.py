@@ -10,7 +10,12 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import ROOT, tiny_config, write_images
 
-from flax_densenet import UserError, checkpoint, data, evaluate, pipeline, train
+from flax_densenet import UserError
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.data import dataset, pipeline
+from flax_densenet.evaluation import evaluate
+from flax_densenet.train import fit
+from flax_densenet.weights import trained as trained_lib
 
 # Whatever could depend on where a run was stopped is switched on.
 HARD = {
@@ -86,9 +91,9 @@ def stop_after(monkeypatch, steps):
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys):
     config = tiny_config(**HARD)
-    train.fit(config, str(tmp_path / 'whole'))
+    fit.fit(config, str(tmp_path / 'whole'))
     whole_lines = [x for x in capsys.readouterr().out.splitlines() if 'Epoch' in x]
-    count = len(data.load_source('digits', test_fraction=0.7).train)
+    count = len(dataset.load_source('digits', test_fraction=0.7).train)
     assert count == 539  # 5.39 batches an epoch: epochs end inside of batches
 
     lines = []
@@ -96,9 +101,9 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             stop_after(patch, steps)
             with pytest.raises(Stopped):
-                train.fit(config, str(tmp_path / 'parts'))
+                fit.fit(config, str(tmp_path / 'parts'))
         lines += capsys.readouterr().out.splitlines()
-    train.fit(config, str(tmp_path / 'parts'))
+    fit.fit(config, str(tmp_path / 'parts'))
     lines += capsys.readouterr().out.splitlines()
     # The figures of the epochs too, those that began before a stop included.
     assert [line for line in lines if 'Epoch' in line] == whole_lines
@@ -126,7 +131,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys):
 
     # Another seed gives other arrays: the comparison above can fail.
     config['train'] |= {'seed': 1, 'epochs': 1}
-    train.fit(config, str(tmp_path / 'other'))
+    fit.fit(config, str(tmp_path / 'other'))
     assert not np.array_equal(
         final_arrays(tmp_path / 'other')[1]['model']['params']['conv0']['kernel'],
         arrays['model']['params']['conv0']['kernel'],
@@ -137,7 +142,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys):
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('trained')
     config = tiny_config(**{'train.epochs': 4, 'data.image_size': 8})
-    return workdir, config, train.fit(config, str(workdir))
+    return workdir, config, fit.fit(config, str(workdir))
 
 
 @pytest.mark.drawn
@@ -146,7 +151,7 @@ def test_what_a_run_leaves(trained, capsys):
     records = read_records(workdir)
     assert [record['epoch'] for record in records] == [1, 2, 3, 4]
     for record in records:
-        assert LINE.fullmatch(train.format_epoch(record))
+        assert LINE.fullmatch(fit.format_epoch(record))
     assert best == max(records, key=lambda r: (r['test_accuracy'], -r['test_loss']))
     assert best['test_accuracy'] > 0.5  # it learns
     saved = json.loads((workdir / 'config.json').read_text())
@@ -161,7 +166,7 @@ def test_what_a_run_leaves(trained, capsys):
     assert steps == {best['step'], *(record['step'] for record in records[-2:])}
     assert not any(workdir.glob('events*'))  # of train.tensorboard=False
     # The same command again finds nothing to do.
-    assert train.fit(config, str(workdir)) == best
+    assert fit.fit(config, str(workdir)) == best
     assert 'has its 4 epochs already' in capsys.readouterr().out
 
 
@@ -174,7 +179,7 @@ def test_the_line_is_exact():
         'test_loss': 0.27,
         'learning_rate': 1e-4,
     }
-    assert train.format_epoch(record) == (
+    assert fit.format_epoch(record) == (
         'Epoch:  1. Train_acc: 71.4%, Train_loss: 0.903, Test_acc: 93.3%, '
         'Test_loss: 0.270, Lr: 1.00E-04'
     )
@@ -182,13 +187,13 @@ def test_the_line_is_exact():
 
 def test_the_best_checkpoint_evaluates_to_what_was_saved(trained):
     workdir, _, best = trained
-    loaded = evaluate.load_trained(str(workdir), 'best')
+    loaded = trained_lib.load_trained(str(workdir), 'best')
     assert loaded.step == best['step']
     assert loaded.metrics['test_accuracy'] == best['test_accuracy']
-    source = data.load_source('digits', image_size=8)
+    source = dataset.load_source('digits', image_size=8)
     for mesh_size in (4, 1):
-        mesh = train.sharding.make_mesh(jax.devices()[:mesh_size])
-        loaded = evaluate.load_trained(str(workdir), 'best', mesh=mesh)
+        mesh = fit.mesh.make_mesh(jax.devices()[:mesh_size])
+        loaded = trained_lib.load_trained(str(workdir), 'best', mesh=mesh)
         metrics = evaluate.evaluate(
             loaded.module,
             loaded.variables,
@@ -216,7 +221,7 @@ def test_a_workdir_of_another_run(trained, overrides, message):
     config = tiny_config(**{'train.epochs': 4, 'data.image_size': 8} | overrides)
     before = sorted(path.name for path in workdir.rglob('*'))
     with pytest.raises(UserError, match=message):
-        train.fit(config, str(workdir))
+        fit.fit(config, str(workdir))
     assert sorted(path.name for path in workdir.rglob('*')) == before
 
 
@@ -225,7 +230,7 @@ def test_a_workdir_of_other_classes(trained, tmp_path):
     photos = write_images(tmp_path / 'photos', {'ants': 80, 'bees': 80})
     config = tiny_config(**{'data.source': f'folder:{photos}'})
     with pytest.raises(UserError, match=r'run on 10 classes \(0, 1, .*\(ants, bees\)'):
-        train.fit(config, str(workdir))
+        fit.fit(config, str(workdir))
 
 
 @pytest.mark.slow
@@ -233,9 +238,9 @@ def test_init_from_a_run(trained, tmp_path, capsys):
     workdir, _, _ = trained
     config = tiny_config(**{'optimizer.learning_rate': 1e-9, 'train.epochs': 1})
     config['init_from'] = str(workdir)
-    train.fit(config, str(tmp_path / 'same'))
+    fit.fit(config, str(tmp_path / 'same'))
     first, again = (
-        evaluate.load_trained(str(path), 'latest' if path == workdir else 'best')
+        trained_lib.load_trained(str(path), 'latest' if path == workdir else 'best')
         for path in (workdir, tmp_path / 'same')
     )
     # Twelve steps of Adam at this rate, each rounded; statistics go on meanwhile.
@@ -245,7 +250,7 @@ def test_init_from_a_run(trained, tmp_path, capsys):
         np.testing.assert_allclose(a, b, atol=5e-8)
     photos = write_images(tmp_path / 'photos', {'ants': 80, 'bees': 80})
     config['data']['source'] = f'folder:{photos}'
-    train.fit(config, str(tmp_path / 'other'))
+    fit.fit(config, str(tmp_path / 'other'))
     assert '10 classes there, 2 here: the classifier starts anew' in (
         capsys.readouterr().out
     )
@@ -253,12 +258,12 @@ def test_init_from_a_run(trained, tmp_path, capsys):
     with pytest.raises(
         UserError, match='with growth_rate=4; .* leave model.growth_rate out'
     ):
-        train.fit(config, str(tmp_path / 'wrong'))
+        fit.fit(config, str(tmp_path / 'wrong'))
     config['init_from'] = str(tmp_path / 'nowhere')
     with pytest.raises(
         UserError, match='init_from=.*nowhere: there is no such file or'
     ):
-        train.fit(config, str(tmp_path / 'nothing'))
+        fit.fit(config, str(tmp_path / 'nothing'))
 
 
 def test_bad_images_are_listed(tmp_path, capsys):
@@ -266,10 +271,8 @@ def test_bad_images_are_listed(tmp_path, capsys):
     (photos / 'bees' / '007.jpg').write_bytes(b'')
     fields = {'data.source': f'folder:{photos}', 'train.epochs': 1}
     with pytest.raises(UserError, match=r'bees/007.jpg is not an image'):
-        train.fit(tiny_config(**fields), str(tmp_path / 'run'))
-    train.fit(
-        tiny_config(**fields, **{'data.bad_images': 'skip'}), str(tmp_path / 'run')
-    )
+        fit.fit(tiny_config(**fields), str(tmp_path / 'run'))
+    fit.fit(tiny_config(**fields, **{'data.bad_images': 'skip'}), str(tmp_path / 'run'))
     assert 'skipped 1 bad images' in capsys.readouterr().out
     listed = (tmp_path / 'run' / 'skipped_images.txt').read_text()
     assert listed.startswith(f'{photos}/bees/007.jpg is not an image')
@@ -291,21 +294,21 @@ def test_bad_images_are_listed(tmp_path, capsys):
 )
 def test_bad_fields_stop_before_anything_is_written(overrides, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        train.fit(tiny_config(**overrides), str(tmp_path / 'run'))
+        fit.fit(tiny_config(**overrides), str(tmp_path / 'run'))
     assert not (tmp_path / 'run').exists()
 
 
 def test_a_workdir_that_cannot_be_made(tmp_path):
     (tmp_path / 'file').write_text('x')
     with pytest.raises(UserError, match='--workdir=.* cannot be written'):
-        train.fit(tiny_config(), str(tmp_path / 'file' / 'run'))
+        fit.fit(tiny_config(), str(tmp_path / 'file' / 'run'))
 
 
 def test_a_loss_that_is_not_finite(tmp_path):
     config = tiny_config(**{'optimizer.name': 'sgd', 'optimizer.learning_rate': 1e30})
     with pytest.raises(UserError, match='step 2, epoch 1: the loss or its grad'):
-        train.fit(config, str(tmp_path))
-    assert not checkpoint.has_checkpoint(str(tmp_path))
+        fit.fit(config, str(tmp_path))
+    assert not checkpoint_reader.has_checkpoint(str(tmp_path))
 
 
 @pytest.mark.slow

@@ -7,22 +7,16 @@ import numpy as np
 import pytest
 from conftest import tiny_config, write_images
 
-from flax_densenet import (
-    UserError,
-    data,
-    evaluate,
-    features,
-    loop,
-    pipeline,
-    train,
-    unread,
-)
+from flax_densenet import UserError
+from flax_densenet.data import dataset, pipeline, unreadable
+from flax_densenet.evaluation import evaluate
+from flax_densenet.train import feature_cache, fit, loop
 
 
 @pytest.fixture
 def source(tmp_path):
     folder = write_images(tmp_path / 'photos', {'ants': 12, 'bees': 12}, size=(8, 8))
-    return data.load_source(f'folder:{folder}', image_size=8, bad_images='skip')
+    return dataset.load_source(f'folder:{folder}', image_size=8, bad_images='skip')
 
 
 def lose(examples, positions):
@@ -98,7 +92,7 @@ def test_skip_changes_nothing_where_all_is_read(source):
 
 
 def test_the_cache_keeps_no_stand_in(source):
-    cached = data.CachedExamples(source.train)
+    cached = dataset.CachedExamples(source.train)
     lose(source.train, [3])
     batches = pipeline.train_batches(cached, batch_size=8, seed=0, bad_images='skip')
     take(batches, 9)
@@ -131,7 +125,7 @@ def test_evaluation_leaves_them_out(source, monkeypatch):
         return sums | {'loss': sums['count']}, np.zeros((8, 2))
 
     monkeypatch.setattr(evaluate, 'eval_step', step)
-    monkeypatch.setattr(evaluate.sharding, 'to_global', lambda batch, mesh: batch)
+    monkeypatch.setattr(evaluate.mesh_lib, 'to_global', lambda batch, mesh: batch)
     settings = dict(batch_size=8, mesh=None, mean=(0,), std=(1,))
     metrics = evaluate.evaluate(None, {}, source.train, **settings, bad_images='skip')
     assert (metrics['accuracy'], metrics['count']) == (1, count - 2)
@@ -145,16 +139,16 @@ def test_evaluation_leaves_them_out(source, monkeypatch):
 def test_features_are_of_all_images(source):
     """A run begins with them; it can begin again without the file."""
     lose(source.train, [1])
-    batches = pipeline.eval_batches(features._Numbered(source.train), batch_size=8)
+    batches = pipeline.eval_batches(feature_cache._Numbered(source.train), batch_size=8)
     with pytest.raises(UserError, match='is not there'):
         list(batches)
 
 
 def test_what_is_said(source):
-    said = unread.describe({5, 3}, source.train, 'left out')
+    said = unreadable.describe({5, 3}, source.train, 'left out')
     name = source.train.name(3)
     assert said == f'2 images cannot be read any more, the first is {name}; left out'
-    assert unread.describe({}, source.train, '') == ''
+    assert unreadable.describe({}, source.train, '') == ''
 
 
 @pytest.mark.slow
@@ -168,7 +162,7 @@ def test_a_run_goes_on(tmp_path, monkeypatch, capsys):
             'train.epochs': 3,
         }
     )
-    whole = train.fit(config, str(tmp_path / 'whole'))
+    whole = fit.fit(config, str(tmp_path / 'whole'))
     real = loop.take_epoch
 
     def lose_some(work, *args):
@@ -179,13 +173,13 @@ def test_a_run_goes_on(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(loop, 'take_epoch', lose_some)
     capsys.readouterr()
-    train.fit(config, str(tmp_path / 'lost'))
+    fit.fit(config, str(tmp_path / 'lost'))
     out = capsys.readouterr().out
     # What was read ahead before the files were lost still counts as read.
     assert out.count('2 images cannot be read any more') in (1, 2)
     assert out.count('1 images cannot be read any more, the first is') in (2, 3)
     assert 'stand in for them' in out and 'left out of the test' in out
-    records = train.history.load_run(str(tmp_path / 'lost')).records
+    records = fit.run_folder.load_run(str(tmp_path / 'lost')).records
     counts = [record.get('train_unread', 0) for record in records]
     assert counts[0] == 0 and counts[1] in (0, 1, 2) and counts[2] == 2
     assert [record.get('test_unread', 0) for record in records] == [0, 1, 1]

@@ -18,7 +18,7 @@ from conftest import ROOT
 from PIL import Image, ImageCms
 from tiny_onnx import LABELS, SIZE, probabilities, write_onnx
 
-from flax_densenet import images
+from flax_densenet.data import images
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')

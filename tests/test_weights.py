@@ -11,17 +11,11 @@ import pytest
 from conftest import shared, tiny_config
 from flax import traverse_util
 
-from flax_densenet import (
-    UserError,
-    create_model,
-    evaluate,
-    export,
-    init_variables,
-    torch_files,
-    train,
-    transfer,
-    weights,
-)
+from flax_densenet import UserError, create_model, init_variables
+from flax_densenet.export import formats
+from flax_densenet.train import fit
+from flax_densenet.weights import torch_pickle, transfer, weight_file
+from flax_densenet.weights import trained as trained_lib
 
 TINY = dict(growth_rate=4, block_sizes=(2, 3), stem_features=8, bottleneck=2)
 
@@ -39,7 +33,7 @@ def tiny(num_classes=5, channels=3, **fields):
 
 def trained_of(module, variables, **metadata):
     names = [f'class {n}' for n in range(module.num_classes)]
-    known = [n for n in weights.ARCHITECTURE if hasattr(module, n)]
+    known = [n for n in weight_file.ARCHITECTURE if hasattr(module, n)]
     fields = {name: getattr(module, name) for name in known}
     fields |= {'variant': 'densenet121', 'epsilon': module.epsilon}
     metadata = {
@@ -50,7 +44,7 @@ def trained_of(module, variables, **metadata):
         'std': [0.25] * 3,
         'data': {'mean': [0.5] * 3, 'std': [0.25] * 3, 'resize': 'crop'},
     } | metadata
-    return evaluate.Trained(module, variables, metadata, {}, 1, None)
+    return trained_lib.Trained(module, variables, metadata, {}, 1, None)
 
 
 def flat(variables):
@@ -76,7 +70,7 @@ def test_reference_files(name, tmp_path):
     """Logits of torchvision; whatever the file is called."""
     path = tmp_path / 'anything.bin'
     shutil.copy(shared(f'reference/{name}'), path)
-    found = weights.load(str(path))
+    found = weight_file.load(str(path))
     assert (found.family, found.num_classes) == ('torchvision', 5)
     assert found.fields == {
         'variant': 'densenet121', 'growth_rate': 4, 'block_sizes': (2, 3),
@@ -93,27 +87,27 @@ def test_reference_files(name, tmp_path):
 def test_safetensors_there_and_back(tmp_path):
     module, variables = tiny()
     path = str(tmp_path / 'x.safetensors')
-    export.save(path, trained_of(module, variables), 'safetensors')
-    found = weights.load(path)
+    formats.save(path, trained_of(module, variables), 'safetensors')
+    found = weight_file.load(path)
     assert_same(found.variables, variables)
     assert found.family == 'flax_densenet'
     assert found.class_names == tuple(f'class {n}' for n in range(5))
     assert found.preprocessing['image_size'] == 48
     assert found.preprocessing['resize'] == 'crop'
     assert found.preprocessing['mean'] == (0.5,) * 3
-    loaded = evaluate.load_trained(path)
+    loaded = trained_lib.load_trained(path)
     assert loaded.class_names == found.class_names and loaded.step is None
     assert [p.name for p in tmp_path.iterdir()] == ['x.safetensors']
 
 
 def test_another_epsilon_goes_into_the_variances():
     module, variables = tiny(epsilon=1e-3)
-    arrays = export.torch_arrays(module, variables)
+    arrays = formats.torch_arrays(module, variables)
     key = 'features.norm0.running_var'
     expected = variables['batch_stats']['norm0']['var'] + np.float32(1e-3 - 1e-5)
     np.testing.assert_array_equal(arrays[key], expected)
     images = np.random.default_rng(0).standard_normal((2, 40, 40, 3)).astype('f4')
-    renamed, _ = weights._rename(arrays)
+    renamed, _ = weight_file._rename(arrays)
     plain = module.clone(epsilon=1e-5)
     expected = module.apply(variables, images)
     found = plain.apply(traverse_util.unflatten_dict(renamed, sep='/'), images)
@@ -121,7 +115,7 @@ def test_another_epsilon_goes_into_the_variances():
     low = flat(variables) | {'batch_stats/norm0/var': np.zeros(8, np.float32)}
     low = traverse_util.unflatten_dict(low, sep='/')
     with pytest.raises(UserError, match=r'batch_stats/norm0/var: .* below 0'):
-        export.torch_arrays(module.clone(epsilon=1e-6), low)
+        formats.torch_arrays(module.clone(epsilon=1e-6), low)
 
 
 def write_safetensors(path, arrays):
@@ -132,7 +126,7 @@ def write_safetensors(path, arrays):
 
 
 def state_dict(**fields):
-    return export.torch_arrays(*tiny(**fields))
+    return formats.torch_arrays(*tiny(**fields))
 
 
 @pytest.mark.parametrize('prefix', ['', 'module.', 'densenet121.', 'model.backbone.'])
@@ -142,7 +136,7 @@ def test_prefixes_and_heads(prefix, head, tmp_path):
         prefix + name.replace('classifier', head): array
         for name, array in state_dict().items()
     }
-    found = weights.load(write_safetensors(tmp_path / 'x', arrays))
+    found = weight_file.load(write_safetensors(tmp_path / 'x', arrays))
     assert_same(found.variables, tiny()[1])
 
 
@@ -151,7 +145,7 @@ def test_a_head_beside_the_prefixed_backbone(tmp_path):
         f'model.{name}' if name.startswith('features') else name: array
         for name, array in state_dict().items()
     }
-    found = weights.load(write_safetensors(tmp_path / 'x', arrays))
+    found = weight_file.load(write_safetensors(tmp_path / 'x', arrays))
     assert found.num_classes == 5
 
 
@@ -162,7 +156,7 @@ def test_every_key_is_accounted_for(tmp_path):
     arrays['something'] = np.zeros(3, np.float32)
     arrays['features.denseblock1.denselayer2.norm1.weight'] = np.zeros(3, np.float32)
     with pytest.raises(UserError) as caught:
-        weights.load(write_safetensors(tmp_path / 'x', arrays))
+        weight_file.load(write_safetensors(tmp_path / 'x', arrays))
     message = str(caught.value)
     assert '1 missing: features.norm5.bias' in message
     assert '2 unexpected: features.extra.weight, something' in message
@@ -182,24 +176,24 @@ def test_every_key_is_accounted_for(tmp_path):
 def test_the_architecture_is_read_off(fields, variant, tmp_path):
     module, variables = tiny(**fields)
     path = str(tmp_path / 'x')
-    arrays = export.torch_arrays(module, variables)
-    found = weights.load(write_safetensors(path, arrays))
+    arrays = formats.torch_arrays(module, variables)
+    found = weight_file.load(write_safetensors(path, arrays))
     assert found.fields == {'variant': variant}
     assert_same(found.variables, variables)
 
 
 def test_an_unusual_compression(tmp_path):
     module, variables = tiny(compression=0.7)
-    path = write_safetensors(tmp_path / 'x', export.torch_arrays(module, variables))
-    assert weights.load(path).fields['compression'] == 0.7
+    path = write_safetensors(tmp_path / 'x', formats.torch_arrays(module, variables))
+    assert weight_file.load(path).fields['compression'] == 0.7
 
 
 def test_config_and_weights_disagree(tmp_path):
     path = write_safetensors(tmp_path / 'x', state_dict())
-    found = weights.load(path)
+    found = weight_file.load(path)
     fields = tiny_config()['model'] | {'variant': 'densenet161'}
     with pytest.raises(UserError) as caught:
-        transfer.settle_model(fields, found)
+        transfer.resolve_model(fields, found)
     for part in (
         'growth_rate=4',
         'growth_rate=48',
@@ -208,24 +202,24 @@ def test_config_and_weights_disagree(tmp_path):
     ):
         assert part in str(caught.value)
     fields = tiny_config()['model'] | {'variant': None}
-    settled = transfer.settle_model(fields, found)
+    settled = transfer.resolve_model(fields, found)
     assert create_model(num_classes=5, **settled) == found.module
     with pytest.raises(UserError, match='bottleneck=2; the config says bottleneck=4'):
-        transfer.settle_model(fields | {'bottleneck': 4}, found)
+        transfer.resolve_model(fields | {'bottleneck': 4}, found)
 
 
 def test_preprocessing_comes_with_the_weights(tmp_path, capsys):
     path = write_safetensors(tmp_path / 'x', state_dict())
-    found = weights.load(path)
+    found = weight_file.load(path)
     fields = tiny_config()['data'] | {'image_size': 0}
-    settled = transfer.settle_data(fields, found)
+    settled = transfer.resolve_data(fields, found)
     wanted = dict(
         image_size=224, resize='crop', crop_fraction=0.875, interpolation='bilinear',
         channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
     )  # fmt: skip
     assert {name: settled[name] for name in wanted} == wanted
     assert capsys.readouterr().out == ''
-    transfer.settle_data(fields | {'std': (1.0, 1.0, 1.0)}, found)
+    transfer.resolve_data(fields | {'std': (1.0, 1.0, 1.0)}, found)
     assert (
         'made with data.std=(0.229, 0.224, 0.225); the config says (1.0, 1.0, 1.0)'
         in (capsys.readouterr().out)
@@ -241,7 +235,7 @@ def test_timm_writes_beside_the_file(tmp_path):
     }  # fmt: skip
     (tmp_path / 'config.json').write_text(json.dumps(config))
     path = write_safetensors(tmp_path / 'model.safetensors', state_dict())
-    found = weights.load(path)
+    found = weight_file.load(path)
     assert found.family == 'timm'
     assert found.preprocessing == dict(
         image_size=288, resize='crop', crop_fraction=0.95, interpolation='bicubic',
@@ -252,7 +246,7 @@ def test_timm_writes_beside_the_file(tmp_path):
 def test_chest_x_rays(tmp_path):
     arrays = state_dict(num_classes=18, channels=1)
     arrays['op_threshs'] = np.linspace(0.1, 0.9, 18).astype(np.float32)
-    found = weights.load(write_safetensors(tmp_path / 'x', arrays))
+    found = weight_file.load(write_safetensors(tmp_path / 'x', arrays))
     assert found.family == 'torchxrayvision'
     preprocessing = found.preprocessing
     (mean,), (std,) = preprocessing['mean'], preprocessing['std']
@@ -266,7 +260,7 @@ def test_chest_x_rays(tmp_path):
 def test_channels_are_converted(old, new):
     """Equal channels in, the same out, as timm does."""
     kernel = np.random.default_rng(0).standard_normal((7, 7, old, 8)).astype('f4')
-    converted = weights.convert_channels(kernel, new)
+    converted = weight_file.convert_channels(kernel, new)
     assert converted.shape == (7, 7, new, 8)
     if 3 in (old, new) and 1 in (old, new):
         np.testing.assert_allclose(converted.sum(2), kernel.sum(2), atol=1e-5)
@@ -284,12 +278,12 @@ def test_a_run_from_weights(tmp_path, capsys):
     )  # fmt: skip
     config['init_from'] = path
     workdir = str(tmp_path / 'run')
-    train.fit(config, workdir)
+    fit.fit(config, workdir)
     out = capsys.readouterr().out
     assert f'{path}: 5 classes there, 10 here: the classifier starts anew' in out
     assert 'images of 3 channel(s); its first convolution is converted to 1' in out
     assert 'made with data.image_size=224; the config says 16, which is taken' in out
-    loaded = evaluate.load_trained(workdir)
+    loaded = trained_lib.load_trained(workdir)
     assert loaded.metadata['data']['mean'] == pytest.approx([0.449])
     kernel = loaded.variables['params']['conv0']['kernel']
     expected = tiny(stem='cifar')[1]['params']['conv0']['kernel'].sum(2, keepdims=True)
@@ -297,7 +291,7 @@ def test_a_run_from_weights(tmp_path, capsys):
     # The weights' file is not needed to go on.
     config['train']['epochs'] = 2
     (tmp_path / 'x').unlink()
-    train.fit(config, workdir)
+    fit.fit(config, workdir)
     assert 'going on after epoch 1' in capsys.readouterr().out
 
 
@@ -318,7 +312,7 @@ def test_files_that_hold_no_weights(content, message, tmp_path):
     path = tmp_path / 'x.pth'
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        weights.load(str(path))
+        weight_file.load(str(path))
     assert '\n' not in str(caught.value)
 
 
@@ -330,9 +324,9 @@ def test_another_network(tmp_path):
     }
     path = write_safetensors(tmp_path / 'resnet.safetensors', arrays)
     with pytest.raises(UserError, match='holds no DenseNet: it has 3 arrays'):
-        weights.load(path)
+        weight_file.load(path)
     with pytest.raises(UserError, match='nowhere.pth: there is no such file'):
-        weights.load(str(tmp_path / 'nowhere.pth'))
+        weight_file.load(str(tmp_path / 'nowhere.pth'))
 
 
 class Evil:
@@ -356,11 +350,11 @@ def test_nothing_runs_from_a_file(archive, tmp_path):
         with zipfile.ZipFile(path, 'w') as file:
             file.writestr('x/data.pkl', pickled)
     else:
-        magic = pickle.dumps(torch_files._LEGACY_MAGIC, 2)
+        magic = pickle.dumps(torch_pickle._LEGACY_MAGIC, 2)
         rest = pickle.dumps(1001, 2) + pickle.dumps({}, 2)
         (tmp_path / 'evil.pth').write_bytes(magic + rest + pickled)
     with pytest.raises(UserError, match=r'needs \w+\.mkdir, .* nothing of it was run'):
-        weights.load(path)
+        weight_file.load(path)
     assert not (tmp_path / 'made').exists()
     pickle.loads(pickled)  # the trap is a real one
     assert (tmp_path / 'made').exists()
@@ -369,11 +363,11 @@ def test_nothing_runs_from_a_file(archive, tmp_path):
 def test_errors_of_export(tmp_path):
     trained = trained_of(*tiny(padding='same'))
     with pytest.raises(UserError, match='model.padding=same: torchvision'):
-        export.save(str(tmp_path / 'x.safetensors'), trained, 'safetensors')
+        formats.save(str(tmp_path / 'x.safetensors'), trained, 'safetensors')
     with pytest.raises(UserError, match='--format=caffe is not known; use safetens'):
-        export.save('x.caffe', trained, 'caffe')
+        formats.save('x.caffe', trained, 'caffe')
     with pytest.raises(UserError, match='ends with .pth or .pt'):
-        export.save('x.safetensors', trained, 'torch')
+        formats.save('x.safetensors', trained, 'torch')
     trained = trained_of(*tiny())
     with pytest.raises(UserError, match='none/x.safetensors cannot be written'):
-        export.save(str(tmp_path / 'none' / 'x.safetensors'), trained, 'safetensors')
+        formats.save(str(tmp_path / 'none' / 'x.safetensors'), trained, 'safetensors')

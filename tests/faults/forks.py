@@ -27,11 +27,11 @@ def main():
     import launch
 
     # What a training imports as it goes; no thread and no device starts by it.
-    for name in ('sklearn.datasets', 'orbax.checkpoint', 'flax_densenet.train'):
+    for name in ('sklearn.datasets', 'orbax.checkpoint', 'flax_densenet.train.fit'):
         importlib.import_module(name)
     # Drawing takes a second of a training's few, and the tests are not about it.
     if os.environ.get('FAULTS') != 'full':
-        report = importlib.import_module('flax_densenet.report')
+        report = importlib.import_module('flax_densenet.report.plots')
         report.save_curves = lambda workdir, records: None
         report.save_samples = _save_samples
 

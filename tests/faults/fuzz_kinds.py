@@ -17,7 +17,8 @@ import tempfile
 import fuzz_bytes
 import fuzz_seeds
 
-from flax_densenet import evaluate, images, labels, weights
+from flax_densenet.data import images, label_table
+from flax_densenet.weights import trained, weight_file
 
 _PICKLE_TOKENS = (
     *(b'ctorch\nFloatStorage\n', b'ctorch._utils\n_rebuild_tensor_v2\n'),
@@ -54,7 +55,7 @@ class Kind:
         return self.read(path)
 
     def read(self, path):
-        return weights.load(path)
+        return weight_file.load(path)
 
 
 class Images(Kind):
@@ -173,7 +174,7 @@ class Labels(Kind):
     seeds = fuzz_seeds.LABELS
 
     def read(self, path):
-        return labels.read(path)
+        return label_table.read(path)
 
 
 class Metadata(Kind):
@@ -207,8 +208,8 @@ class Metadata(Kind):
         shutil.copy(file, f'{path}-before')
         try:
             file.write_bytes(content)
-            weights.load(self._root)
-            return evaluate.load_trained(self._root)
+            weight_file.load(self._root)
+            return trained.load_trained(self._root)
         finally:
             shutil.copy(f'{path}-before', file)
 
@@ -279,7 +280,7 @@ class Flags(Kind):
         return '\n\n'.join(found).encode(errors='surrogateescape')
 
     def run(self, raw, path):
-        from flax_densenet import setup
+        from flax_densenet.train import prepare
 
         launch = _import_launch()
         arguments = raw.decode(errors='surrogateescape').split('\n\n')
@@ -293,7 +294,7 @@ class Flags(Kind):
             launch._parse(['launch.py', f'--workdir={path}-none', *arguments])
         finally:
             sys.argv = saved
-        setup.prepare(launch._plain(launch._CONFIG.value), f'{path}-none')
+        prepare.prepare(launch._plain(launch._CONFIG.value), f'{path}-none')
 
 
 # Print a help page and leave, as they should.

@@ -19,7 +19,10 @@ import numpy as np
 from flax import traverse_util
 from PIL import Image
 
-from flax_densenet import create_model, evaluate, export, init_variables, weights
+from flax_densenet import create_model, init_variables
+from flax_densenet.export import formats
+from flax_densenet.weights import trained as trained_lib
+from flax_densenet.weights import weight_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SHARED = pathlib.Path(os.environ.get('FLAX_DENSENET_SHARED', ROOT.parent / 'shared'))
@@ -32,7 +35,7 @@ _TINY = {
 }
 
 
-def trained(name='photographs', classes=3) -> evaluate.Trained:
+def trained(name='photographs', classes=3) -> trained_lib.Trained:
     """A tiny model of one of two kinds with first parameters."""
     variant, fields = _TINY[name]
     module = create_model(variant, num_classes=classes, **fields)
@@ -46,7 +49,7 @@ def trained(name='photographs', classes=3) -> evaluate.Trained:
         'epoch': 1,
     }
     variables = init_variables(module, 0)
-    return evaluate.Trained(module, variables, metadata, {}, 1, None)
+    return trained_lib.Trained(module, variables, metadata, {}, 1, None)
 
 
 def images() -> dict[str, list[bytes]]:
@@ -194,7 +197,7 @@ def torch_files() -> dict[str, list[bytes]]:
     found = {'zip': [], 'legacy': []}
     for name in _TINY:
         model = trained(name)
-        state = export.torch_arrays(model.module, model.variables)
+        state = formats.torch_arrays(model.module, model.variables)
         state = collections.OrderedDict(state)
         half = {
             k: v.astype(np.float16) if v.dtype == np.float32 else v
@@ -220,12 +223,12 @@ def safetensors_files() -> list[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, 'x.safetensors')
         for name in _TINY:
-            export.save(path, trained(name), 'safetensors')
+            formats.save(path, trained(name), 'safetensors')
             found.append(pathlib.Path(path).read_bytes())
     from safetensors import numpy as safetensors
 
     model = trained()
-    found.append(safetensors.save(export.torch_arrays(model.module, model.variables)))
+    found.append(safetensors.save(formats.torch_arrays(model.module, model.variables)))
     return found
 
 
@@ -319,10 +322,11 @@ def make_run(folder: str) -> str:
 
     A stranger would write fitting ones; with these each damage would be found at once.
     """
-    from flax_densenet import checkpoint, saving
+    from flax_densenet.checkpoints import reader as checkpoint_reader
+    from flax_densenet.checkpoints import writer as checkpoint_writer
 
-    model, one = trained('small images'), checkpoint.Checkpoint(1)
-    with saving.open_saver(folder) as saver:
+    model, one = trained('small images'), checkpoint_reader.Checkpoint(1)
+    with checkpoint_writer.open_saver(folder) as saver:
         saver.save(
             one,
             model=model.variables,
@@ -331,7 +335,7 @@ def make_run(folder: str) -> str:
             records=[],
             metrics={'test_accuracy': 0.5, 'test_loss': 1.0},
         )
-    place = checkpoint.folder_of(folder, one)
-    os.unlink(os.path.join(place, checkpoint.CHECKSUMS_FILE))
-    assert weights.load(folder).num_classes == 3
+    place = checkpoint_reader.folder_of(folder, one)
+    os.unlink(os.path.join(place, checkpoint_reader.CHECKSUMS_FILE))
+    assert weight_file.load(folder).num_classes == 3
     return folder

@@ -12,7 +12,11 @@ from conftest import tiny_config
 from test_train import final_arrays, read_records
 from trainings import FULL, TINY, forks, whole  # noqa: F401
 
-from flax_densenet import UserError, checkpoint, evaluate, saving, train
+from flax_densenet import UserError
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.checkpoints import writer as checkpoint_writer
+from flax_densenet.train import fit
+from flax_densenet.weights import trained
 
 pytestmark = pytest.mark.faults
 
@@ -62,8 +66,13 @@ def test_a_disk_that_fills_up(forks, whole, tmp_path, monkeypatch):
         assert 'No space left' in lines[-1] and 'goes on from the last' in lines[-1]
         assert sum('again in' in line for line in lines) == 3
         assert 'Traceback' not in training.text
-        latest = checkpoint.find_latest(str(disk / 'run'))
-        assert checkpoint.check(checkpoint.folder_of(str(disk / 'run'), latest)) == ''
+        latest = checkpoint_reader.find_latest(str(disk / 'run'))
+        assert (
+            checkpoint_reader.check(
+                checkpoint_reader.folder_of(str(disk / 'run'), latest)
+            )
+            == ''
+        )
         (disk / 'filling').unlink()
         training = forks.start(disk / 'run', **{'train.epochs': 500})
         training.wait_for(f'after step {latest.step},' if not latest.finished else 'on')
@@ -126,7 +135,7 @@ def test_a_disk_that_is_read_only(forks, whole, tmp_path):
         shutil.copytree(whole, disk / 'run')
         remount = ['mount', '-o', 'remount,ro', str(disk)]
         subprocess.run(remount, check=True)
-        loaded = evaluate.load_trained(str(disk / 'run'), 'best')
+        loaded = trained.load_trained(str(disk / 'run'), 'best')
         assert loaded.metrics['test_accuracy'] > 0
         status, text = forks.run(disk / 'run')
         assert status == 2 and 'cannot be written (Read-only' in text
@@ -138,7 +147,7 @@ def test_a_folder_that_vanishes(forks, tmp_path):
     training = forks.start(tmp_path / 'run', **{'train.epochs': 500})
     training.wait_for('Epoch:  1')
     os.rename(tmp_path / 'run', tmp_path / 'away')
-    training.wait_for(lambda: checkpoint.has_checkpoint(str(tmp_path / 'run')))
+    training.wait_for(lambda: checkpoint_reader.has_checkpoint(str(tmp_path / 'run')))
     training.kill(15)
     assert training.wait() == 143, training.text
     training = forks.start(tmp_path / 'run', **{'train.epochs': 500})
@@ -156,7 +165,9 @@ def flip(path, draw):
 def test_a_flipped_byte(whole, tmp_path):
     """In every file of the newest checkpoint in turn: it is found and not used."""
     draw = random.Random(3)
-    newest = checkpoint.folder_of(str(whole), checkpoint.find_latest(str(whole)))
+    newest = checkpoint_reader.folder_of(
+        str(whole), checkpoint_reader.find_latest(str(whole))
+    )
     names = [
         os.path.relpath(os.path.join(at, name), newest)
         for at, _, found in os.walk(newest)
@@ -169,11 +180,13 @@ def test_a_flipped_byte(whole, tmp_path):
         for _ in range(times):
             folder = tmp_path / 'copy'
             shutil.copytree(newest, folder)
-            assert checkpoint.check(str(folder)) == ''
+            assert checkpoint_reader.check(str(folder)) == ''
             flip(folder / name, draw)
-            reason = checkpoint.check(str(folder))
+            reason = checkpoint_reader.check(str(folder))
             # A hash that changed cannot tell itself from its file.
-            assert name in reason or (reason and name == checkpoint.CHECKSUMS_FILE)
+            assert name in reason or (
+                reason and name == checkpoint_reader.CHECKSUMS_FILE
+            )
             shutil.rmtree(folder)
 
 
@@ -194,13 +207,13 @@ def test_a_bad_checkpoint_is_left_out(whole, tmp_path, damage, capsys):
             '{"test_accuracy": 2.0, "test_loss": 0.0}'
         )
     if damage == 'metrics':  # the best of the good ones
-        assert checkpoint.find_step(str(workdir), 'best') != 27
-    train.fit(fields_of(TINY), str(workdir))
+        assert checkpoint_reader.find_step(str(workdir), 'best') != 27
+    fit.fit(fields_of(TINY), str(workdir))
     out = capsys.readouterr().out
     assert f'warning: bad checkpoint {newest}: ' in out
     assert 'going on in epoch 5, after step 26,' in out
     assert (workdir / 'checkpoints' / 'bad-27').is_dir()
-    assert checkpoint.check(str(newest)) == ''
+    assert checkpoint_reader.check(str(newest)) == ''
     assert final_arrays(workdir)[0] == 27
     assert [record['epoch'] for record in read_records(workdir)] == [1, 2, 3, 4, 5]
 
@@ -211,8 +224,8 @@ def test_none_is_whole(whole, tmp_path):
     for folder in (workdir / 'checkpoints').iterdir():
         flip(folder / 'train' / 'manifest.ocdbt', random.Random(1))
     for call in (
-        lambda: train.fit(fields_of(TINY), str(workdir)),
-        lambda: evaluate.load_trained(str(workdir)),
+        lambda: fit.fit(fields_of(TINY), str(workdir)),
+        lambda: trained.load_trained(str(workdir)),
     ):
         with pytest.raises(UserError, match='none of its checkpoints is whole'):
             call()
@@ -222,5 +235,5 @@ def test_saving_in_spite_of_old_parts(tmp_path):
     folder = tmp_path / 'checkpoints'
     (folder / 'tmp-4' / 'model').mkdir(parents=True)
     (folder / '60.orbax-checkpoint-tmp').mkdir()
-    with saving.open_saver(str(tmp_path)):
+    with checkpoint_writer.open_saver(str(tmp_path)):
         assert list(folder.iterdir()) == []

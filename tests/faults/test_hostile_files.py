@@ -17,22 +17,21 @@ import numpy as np
 import pytest
 
 from configs import base
-from flax_densenet import (
-    UserError,
-    checkpoint,
-    create_model,
-    data,
-    evaluate,
-    export,
-    history,
+from flax_densenet import UserError, create_model
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.checkpoints import run_folder
+from flax_densenet.data import dataset
+from flax_densenet.export import formats
+from flax_densenet.models import densenet, initialization
+from flax_densenet.train import checks
+from flax_densenet.weights import (
     keras_files,
-    metadata,
-    model,
-    setup,
-    torch_files,
+    torch_pickle,
+    trained,
     transfer,
-    weights,
+    weight_file,
 )
+from flax_densenet.weights import metadata as metadata_lib
 
 MAGIC = b''.join(pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {}))
 
@@ -46,7 +45,7 @@ def read_pickle(tmp_path, body, *, zipped):
         path.write_bytes(MAGIC + body + pickle.dumps([], 2))
     start = time.process_time()
     with pytest.raises(UserError) as raised:
-        torch_files.read(str(path))
+        torch_pickle.read(str(path))
     assert time.process_time() - start < 3
     return str(raised.value)
 
@@ -90,13 +89,13 @@ def test_a_zip_that_swells(tmp_path):
     path = torch_zip(tmp_path / 'x', arrays, compress=zipfile.ZIP_DEFLATED)
     assert os.path.getsize(path) < 10**5
     with pytest.raises(UserError, match='far more than it is large'):
-        torch_files.read(path)
+        torch_pickle.read(path)
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
         archive.writestr('x/data.pkl', b'\x80\x02N.' + bytes(20_000_000))
     with pytest.raises(UserError, match='data.pkl of 20000004 bytes is too large'):
-        torch_files.read(path)
+        torch_pickle.read(path)
     path = torch_zip(tmp_path / 'y', arrays)
-    assert torch_files.read(path)['a'].shape == (6_000_000,)
+    assert torch_pickle.read(path)['a'].shape == (6_000_000,)
 
 
 def test_many_tensors_of_one_storage(tmp_path):
@@ -111,7 +110,7 @@ def test_many_tensors_of_one_storage(tmp_path):
         archive.writestr('x/data.pkl', body)
         archive.writestr('x/data/0', values)
     with pytest.raises(UserError, match='far more'):
-        torch_files.read(str(path))
+        torch_pickle.read(str(path))
 
 
 def test_a_storage_is_read_once(tmp_path):
@@ -124,7 +123,7 @@ def test_a_storage_is_read_once(tmp_path):
     with zipfile.ZipFile(path, 'w') as archive:
         archive.writestr('x/data.pkl', body)
         archive.writestr('x/data/0', values)
-    one, other = torch_files.read(str(path))['a']
+    one, other = torch_pickle.read(str(path))['a']
     assert np.shares_memory(one, other) and one.tolist() == [1.0] * 4
 
 
@@ -133,13 +132,13 @@ def test_a_legacy_storage_that_is_not_there(tmp_path):
     path = tmp_path / 'x.pth'
     path.write_bytes(MAGIC + data + pickle.dumps([], 2))
     with pytest.raises(UserError, match='storage 0 is not there'):
-        torch_files.read(str(path))
+        torch_pickle.read(str(path))
     huge = data.replace(b'K\x03N', b'J\xff\xff\xff\x7fN')
     path.write_bytes(
         MAGIC + huge + pickle.dumps(['0'], 2) + b'\xff\xff\xff\x7f' + bytes(4)
     )
     with pytest.raises(UserError, match='storage 0 is cut short|has another size'):
-        torch_files.read(str(path))
+        torch_pickle.read(str(path))
 
 
 def write_safetensors(path, arrays, metadata=None):
@@ -158,13 +157,13 @@ def test_a_layer_of_a_million(tmp_path):
         'features.denseblock1.denselayer1000000.norm1.weight': np.zeros(8, 'f4'),
     }
     with pytest.raises(UserError, match='holds no DenseNet'):
-        weights.load(write_safetensors(tmp_path / 'x', arrays))
+        weight_file.load(write_safetensors(tmp_path / 'x', arrays))
     arrays.popitem()
     arrays['features.denseblock1.denselayer1.conv2.weight'] = np.zeros(
         (0, 8, 3, 3), 'f4'
     )
     with pytest.raises(UserError, match='holds no DenseNet'):
-        weights.load(write_safetensors(tmp_path / 'x', arrays))
+        weight_file.load(write_safetensors(tmp_path / 'x', arrays))
 
 
 @pytest.fixture(scope='module')
@@ -207,41 +206,41 @@ BROKEN = {
 def test_metadata_of_a_safetensors_file(part, value, tmp_path):
     made = fuzz_seeds.trained('small images')
     found = made.metadata | {part: value}
-    arrays = export.torch_arrays(made.module, made.variables)
+    arrays = formats.torch_arrays(made.module, made.variables)
     path = write_safetensors(
-        tmp_path / 'x', arrays, {weights.METADATA: json.dumps(found)}
+        tmp_path / 'x', arrays, {weight_file.METADATA: json.dumps(found)}
     )
     with pytest.raises(UserError):
-        weights.load(path)
+        weight_file.load(path)
 
 
 def test_metadata_of_a_run(run):
     made = fuzz_seeds.trained('small images').metadata
     for value in (made | {'mean': 3}, [], 'x', DEEP, '{"a"', {}):
         write_item(run, 'metadata', value)
-        for read in (weights.load, evaluate.load_trained):
+        for read in (weight_file.load, trained.load_trained):
             with pytest.raises(UserError, match='checkpoint .* (metadata|not whole)'):
                 read(run)
     # What the arrays do not fit.
     absurd = made | {'model': {'variant': 'L99999997k1'}}
     write_item(run, 'metadata', absurd)
     with pytest.raises(UserError, match='more than 500'):
-        evaluate.load_trained(run)
+        trained.load_trained(run)
     other = {'variant': 'BC-L16k4'}
     for value in (made | {'model': other}, made | {'class_names': ['a', 'b']}):
         write_item(run, 'metadata', value)
         with pytest.raises(UserError, match='in the model that the metadata tells of'):
-            evaluate.load_trained(run)
+            trained.load_trained(run)
     write_item(run, 'metadata', made)
-    assert evaluate.load_trained(run).class_names == ('class 0', 'class 1', 'class 2')
+    assert trained.load_trained(run).class_names == ('class 0', 'class 1', 'class 2')
 
 
 @pytest.mark.parametrize('metrics', [{}, {'test_accuracy': 'x', 'test_loss': []}])
 def test_metrics_that_are_none_come_last(metrics, run):
     good = {'test_accuracy': 0.0, 'test_loss': 9.0}
-    assert checkpoint.rank(metrics) < checkpoint.rank(good)
+    assert checkpoint_reader.rank(metrics) < checkpoint_reader.rank(good)
     write_item(run, 'metrics', metrics)
-    assert checkpoint.find_step(run, 'best') == 1
+    assert checkpoint_reader.find_step(run, 'best') == 1
 
 
 def test_a_checkpoint_too_small_for_its_arrays(run):
@@ -250,7 +249,7 @@ def test_a_checkpoint_too_small_for_its_arrays(run):
     wide = {'variant': 'BC-L10k4', 'growth_rate': 3000}
     write_item(run, 'metadata', made | {'model': wide})
     with pytest.raises(UserError, match='bytes cannot hold'):
-        weights.load(run)
+        weight_file.load(run)
 
 
 @pytest.mark.parametrize(
@@ -286,9 +285,9 @@ def test_parameters_are_counted_by_arithmetic(name):
     import jax
 
     made = create_model(name, num_classes=7)
-    shapes = model.variable_shapes(made, channels=1)['params']
+    shapes = initialization.variable_shapes(made, channels=1)['params']
     counted = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    assert model.count_parameters(made, channels=1) == counted
+    assert densenet.count_parameters(made, channels=1) == counted
 
 
 def test_the_keras_archive_of_a_later_zip(tmp_path):
@@ -299,9 +298,9 @@ def test_the_keras_archive_of_a_later_zip(tmp_path):
     raw[raw.index(b'PK\x01\x02') + 6] = 200  # needs version 20.0
     path = tmp_path / 'x.keras'
     path.write_bytes(raw)
-    assert keras_files.recognise(str(path))
+    assert keras_files.is_keras_file(str(path))
     with pytest.raises(UserError, match='not a whole Keras file|h5py'):
-        weights.load(str(path))
+        weight_file.load(str(path))
 
 
 @pytest.mark.parametrize('name', ['metrics.jsonl', 'config.json', 'environment.json'])
@@ -311,14 +310,14 @@ def test_the_keras_archive_of_a_later_zip(tmp_path):
 def test_other_files_of_a_run(name, raw, tmp_path):
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(UserError, match=name):
-        history.load_run(str(tmp_path))
+        run_folder.load_run(str(tmp_path))
 
 
 @pytest.mark.parametrize('name', ['config.json', 'environment.json'])
 def test_a_file_of_a_run_that_is_no_object(name, tmp_path):
     (tmp_path / name).write_text('[1]')
     with pytest.raises(UserError, match='no JSON object'):
-        history.load_run(str(tmp_path))
+        run_folder.load_run(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -331,25 +330,25 @@ def test_a_file_of_a_run_that_is_no_object(name, tmp_path):
 )
 def test_numbers_of_absurd_size(section, name, value):
     config = base.get_config().to_dict()
-    config['data'] = transfer.settle_data(config['data'], None)
-    setup._check_fields(config)
+    config['data'] = transfer.resolve_data(config['data'], None)
+    checks.check_fields(config)
     config[section][name] = value
     with pytest.raises(UserError, match=f'{section}.{name}={value} must be from'):
-        setup._check_fields(config)
+        checks.check_fields(config)
 
 
 def test_channels_of_absurd_number():
     """Each would be a number of the mean, 16 GB of them."""
     fields = base.get_config().to_dict()['data'] | {'channels': 2**31}
     with pytest.raises(UserError, match='data.channels=2147483648 is not known'):
-        transfer.settle_data(fields, None)
+        transfer.resolve_data(fields, None)
 
 
 @pytest.mark.parametrize('field', [{'split_seed': -1}, {'image_size': 10**9}])
 def test_data_of_absurd_numbers(field):
     ((name, value),) = field.items()
     with pytest.raises(UserError, match=f'data.{name}={value} must be'):
-        data.load_source('digits', **field)
+        dataset.load_source('digits', **field)
 
 
 def test_a_zip_whose_names_are_no_text(tmp_path):
@@ -359,12 +358,12 @@ def test_a_zip_whose_names_are_no_text(tmp_path):
     path = tmp_path / 'x.pth'
     path.write_bytes(raw.getvalue().replace('\u00e4'.encode(), b'\xff\xff'))
     with pytest.raises(UserError, match='not a whole torch file'):
-        weights.load(str(path))
+        weight_file.load(str(path))
 
 
 def test_a_name_with_a_nul():
     with pytest.raises(UserError, match='cannot be read'):
-        weights.load('a\0b')
+        weight_file.load('a\0b')
 
 
 def test_errors_are_one_line_of_some_length():
@@ -378,4 +377,4 @@ def test_errors_are_one_line_of_some_length():
 
 def test_metadata_as_it_is_written_passes():
     made = fuzz_seeds.trained().metadata
-    assert metadata.check('x', made) is made
+    assert metadata_lib.check('x', made) is made

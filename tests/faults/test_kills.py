@@ -12,7 +12,7 @@ import pytest
 from test_train import assert_equal_bits, final_arrays, read_records
 from trainings import FULL, ROOT, TINY, XLA_FLAGS, forks, whole  # noqa: F401
 
-from flax_densenet import checkpoint
+from flax_densenet.checkpoints import reader as checkpoint_reader
 
 pytestmark = pytest.mark.faults
 
@@ -41,7 +41,7 @@ def is_saving(workdir):
 
 def steps_saved(workdir):
     """Of the newest complete checkpoint."""
-    found = checkpoint.find_all(str(workdir))
+    found = checkpoint_reader.find_all(str(workdir))
     return found[-1].step if found else 0
 
 
@@ -117,7 +117,7 @@ def test_a_signal_in_evaluation(forks, whole, tmp_path, monkeypatch):
     script = (
         'import os, signal, sys; sys.argv[0] = "launch.py"\n'
         'import launch\n'
-        'from flax_densenet import pipeline\n'
+        'from flax_densenet.data import pipeline\n'
         'make = pipeline.eval_batches\n'
         'def stop(*args, **kwargs):\n'
         '    os.kill(os.getpid(), signal.SIGTERM)\n'

@@ -1,0 +1,104 @@
+"""What a run's folder says of its training: the files that `fit.fit` wrote."""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.errors import UserError
+
+METRICS_FILE, CONFIG_FILE = 'metrics.jsonl', 'config.json'
+ENVIRONMENT_FILE = 'environment.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What a run's folder says of its training; empty for weights from elsewhere.
+
+    Attributes:
+      records: lines of `metrics.jsonl`.
+      config: of `config.json`.
+      environment: of `environment.json`.
+    """
+
+    name: str
+    records: list[dict[str, Any]]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+
+
+def load_run(workdir: str) -> RunRecord:
+    """Reads the files of a run's folder, those that there are.
+
+    Raises:
+      UserError: one of them holds something else than JSON objects.
+    """
+    records = []
+    for line in _read(workdir, METRICS_FILE).splitlines():
+        if line.endswith('}'):
+            records.append(_parse(workdir, METRICS_FILE, line))
+    config, environment = (
+        _parse(workdir, name, _read(workdir, name) or '{}')
+        for name in (CONFIG_FILE, ENVIRONMENT_FILE)
+    )
+    name = os.path.basename(os.path.abspath(workdir))
+    return RunRecord(name, records, config, environment)
+
+
+def _parse(workdir, name, text):
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f'{os.path.join(workdir, name)} is no JSON ({error})'
+        ) from error
+    if not isinstance(found, dict):
+        raise UserError(f'{os.path.join(workdir, name)} holds no JSON object')
+    return found
+
+
+def _read(workdir, name):
+    try:
+        with open(os.path.join(workdir, name), encoding='utf-8') as file:
+            return file.read()
+    except FileNotFoundError:
+        return ''
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f'{os.path.join(workdir, name)} cannot be read ({error})'
+        ) from (error)
+
+
+def curves(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Columns by name, those that all records have, and the `best` epoch."""
+    if not records:
+        return None
+    columns = (
+        *('epoch', 'train_accuracy', 'test_accuracy', 'train_loss', 'test_loss'),
+        *('learning_rate', 'test_mean_auroc'),
+    )
+    found = {
+        name: [record[name] for record in records]
+        for name in columns
+        if all(record.get(name) is not None for record in records)
+    }
+    return found | {'best': max(records, key=checkpoint_reader.rank)['epoch']}
+
+
+def flatten(config: dict[str, Any], prefix: str = '') -> dict[str, Any]:
+    """`{'model.variant': ...}` of nested fields."""
+    fields = {}
+    for name, value in config.items():
+        if isinstance(value, dict):
+            fields |= flatten(value, f'{prefix}{name}.')
+        else:
+            fields[prefix + name] = value
+    return fields
+
+
+def median(records: list[dict[str, Any]], name: str) -> float:
+    """Of a column."""
+    return float(np.median([record[name] for record in records]))

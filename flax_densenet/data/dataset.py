@@ -1,0 +1,319 @@
+"""Sources of labelled images with random access; `pipeline` makes batches of them.
+
+A source has `train` and `test` examples with random access; images are decoded when
+asked for, inside grain's threads or processes, so a set of any size takes no more
+memory than a few batches.
+
+>>> source = load_source('digits', image_size=16)
+>>> len(source.train), len(source.test), source.class_names[:3]
+(1437, 360, ('0', '1', '2'))
+>>> source.train[0]['image'].shape
+(16, 16, 3)
+"""
+
+import dataclasses
+import functools
+
+import numpy as np
+
+from flax_densenet.data import duplicates as duplicates_lib
+from flax_densenet.data import images, sources, splits
+from flax_densenet.errors import UserError
+
+BAD_IMAGES = ('error', 'skip')
+CACHES = ('none', 'memory')
+_GIB = 2**30
+
+
+class Examples:
+    """A random-access sequence of `{'image': uint8 [S, S, C], 'label': int32}`.
+
+    With several labels an image, `label` is float32 `[L]` of 0, 1 and NaN (not known).
+    """
+
+    def __init__(
+        self, reader: sources.Reader, indices, preparation: images.Preparation
+    ):
+        self.reader = reader
+        self.indices = np.asarray(indices, np.int64)
+        self.preparation = preparation
+        self._pictures = False
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels."""
+        return self.preparation.size
+
+    def at_size(self, size: int) -> 'Examples':
+        """The same images with another side in pixels."""
+        if size == self.image_size:
+            return self
+        preparation = dataclasses.replace(self.preparation, size=size)
+        return Examples(self.reader, self.indices, preparation)
+
+    def as_pictures(self) -> 'Examples':
+        """The same with `image` as Pillow's, RGB and of its own size.
+
+        For random crops, which so have the detail of the whole photograph and are
+        resized once. Where resized images are kept in memory they stay as they are.
+        """
+        examples = Examples(self.reader, self.indices, self.preparation)
+        examples._pictures = True
+        return examples
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __repr__(self):
+        return f'{type(self.reader).__name__} of {len(self)} images'
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        """int32 `[len(self)]`, without decoding any image."""
+        return self.reader.labels[self.indices]
+
+    def name(self, position: int) -> str:
+        """The file of an example, or its place in its data set."""
+        return self.reader.name(int(self.indices[position]))
+
+    def __getitem__(self, position):
+        index = int(self.indices[position])
+        raw = self.reader[index]
+        try:
+            image = self._prepare(raw)
+        except UserError as error:
+            raise UserError(
+                f'{self.reader.name(index)} {error}: mend or remove it, or set '
+                'data.bad_images=skip'
+            ) from error
+        return {'image': image, 'label': self.reader.labels[index]}
+
+    def _prepare(self, raw):
+        if isinstance(raw, np.ndarray):
+            if self._pictures:
+                return images.to_picture(raw)
+            return images.prepare_array(raw, self.preparation)
+        load = images.load_picture if self._pictures else images.load_image
+        return load(raw, self.preparation)
+
+
+class CachedExamples(Examples):
+    """Examples that keep each decoded, resized image in memory once it was read."""
+
+    def __init__(self, examples: Examples):
+        super().__init__(examples.reader, examples.indices, examples.preparation)
+        shape = len(self), self.image_size, self.image_size, self.preparation.channels
+        self._images = np.empty(shape, np.uint8)
+        self._known = np.zeros(len(self), bool)
+
+    def at_size(self, size):
+        """The same, which keeps those of that size."""
+        examples = super().at_size(size)
+        return self if examples is self else CachedExamples(examples)
+
+    def as_pictures(self):
+        return self
+
+    def __getitem__(self, position):
+        if not self._known[position]:
+            self._images[position] = super().__getitem__(position)['image']
+            self._known[position] = True
+        label = self.reader.labels[self.indices[position]]
+        return {'image': self._images[position], 'label': label}
+
+
+class Relabelled(Examples):
+    """Examples whose label `i` becomes `new_labels[i]`.
+
+    With several labels an image: label `new_labels[i]` is the old label `i`, the
+    others are not known.
+    """
+
+    def __init__(self, examples: Examples, new_labels, count: int):
+        super().__init__(examples.reader, examples.indices, examples.preparation)
+        self._examples = examples
+        self._new_labels = np.asarray(new_labels, np.int32)
+        self._count = count
+
+    def at_size(self, size):
+        return Relabelled(self._examples.at_size(size), self._new_labels, self._count)
+
+    def as_pictures(self):
+        return Relabelled(self._examples.as_pictures(), self._new_labels, self._count)
+
+    @property
+    def labels(self):
+        return self._change(self._examples.labels)
+
+    def _change(self, labels):
+        if not isinstance(labels, np.ndarray) or labels.dtype != np.float32:
+            return self._new_labels[labels]
+        changed = np.full((*labels.shape[:-1], self._count), np.nan, np.float32)
+        changed[..., self._new_labels] = labels
+        return changed
+
+    def __getitem__(self, position):
+        example = self._examples[position]
+        return example | {'label': self._change(example['label'])}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Training and test examples of the same classes.
+
+    Attributes:
+      multi_label: an image can have several labels; `class_names` are theirs.
+      has_test: the set came with a test part; else `test` was split off by us.
+      skipped: bad files left out, each with its reason.
+      duplicates: groups of files of the same content, see `duplicates.Parts`.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Examples
+    test: Examples
+    has_test: bool = False
+    multi_label: bool = False
+    skipped: tuple[str, ...] = ()
+    duplicates: tuple[str, ...] = ()
+
+
+# Side in pixels where data.image_size is 0.
+DEFAULT_IMAGE_SIZES = dict(digits=32, folder=224, packed=224, tar=224, tfds=224)
+
+
+def load_source(
+    source: str,
+    *,
+    labels: str = '',
+    image_size: int = 0,
+    resize: str = 'stretch',
+    crop_fraction: float = 1.0,
+    interpolation: str = 'bilinear',
+    channels: int = 3,
+    test_fraction: float = 0.2,
+    split_seed: int = 0,
+    bad_images: str = 'error',
+    duplicates: str = 'report',
+    cache: str = 'none',
+    cache_limit_gib: float = 4.0,
+    tfds_dir: str | None = None,
+    tfds_train: str = '',
+) -> Source:
+    """Finds the images and labels of a data source; decodes none of them.
+
+    Args:
+      source: `digits` (scikit-learn's handwritten digits), `folder:PATH`
+        (`PATH/CLASS/*`, or `PATH/{train,val}/CLASS/*`), `packed:DIR` (made by
+        `--mode=pack`), `tar:PATH` (see `tars`) or `tfds:NAME[:CONFIG]`.
+      labels: a table of labels for the images of a `folder:`, see `labels`.
+      image_size: side in pixels to which images are resized; 0 for the source's own.
+      resize, crop_fraction, interpolation, channels: see `images.Preparation`.
+      test_fraction: share of the images that is split off for the test, evenly over
+        the classes, where the source has no test part of its own.
+      split_seed: of that split.
+      bad_images: `error` ends at a file that is no whole image, `skip` leaves it out.
+      duplicates: of files of the same content in both parts: `report` tells of them,
+        `drop` leaves them out of training, `ignore` does not look. A split of ours has
+        copies on one side, unless `ignore`.
+      cache: `memory` keeps decoded images of up to `cache_limit_gib` in memory.
+      tfds_dir: where TFDS keeps its sets; None for its default.
+      tfds_train: splits of a TFDS set to train on, joined by `+`; empty: `train`.
+
+    Raises:
+      UserError: for everything that is wrong with the fields or the files.
+    """
+    kind, _, name = source.partition(':')
+    if kind not in sources.SOURCES:
+        raise UserError(
+            f'data.source={source} is not known; use digits, folder:PATH, '
+            'packed:DIR, tar:PATH or tfds:NAME[:CONFIG]'
+        )
+    preparation = images.Preparation(
+        image_size or DEFAULT_IMAGE_SIZES[kind],
+        resize,
+        crop_fraction,
+        interpolation,
+        channels,
+    )
+    _check_preparation(preparation)
+    _check_fields(test_fraction, bad_images, cache)
+    duplicates_lib.check(duplicates, kind)
+    if labels and kind != 'folder':
+        raise UserError(f'data.labels={labels} needs data.source=folder:PATH')
+    found = sources.SOURCES[kind](
+        name,
+        bad_images=bad_images,
+        tfds_dir=tfds_dir,
+        tfds_train=tfds_train,
+        labels=labels,
+    )
+    split = splits.find_splits(found, test_fraction, split_seed, duplicates)
+    train, test = split.train, split.test
+    if not len(train) or not len(test):
+        copies = ' (copies of an image count as one)' if split.lines else ''
+        raise UserError(
+            f'data.source={source}: {len(train)} images to train on and {len(test)} to '
+            f'test on are too few{copies}; add images, or a folder of test images '
+            '(PATH/train and PATH/val)'
+        )
+    if split.summary:
+        print(split.summary, flush=True)
+    parts = [Examples(found.reader, indices, preparation) for indices in (train, test)]
+    if cache == 'memory':
+        _check_cache(sum(map(len, parts)), preparation, cache_limit_gib)
+        parts = [CachedExamples(part) for part in parts]
+    return Source(
+        name=source,
+        class_names=tuple(found.class_names),
+        train=parts[0],
+        test=parts[1],
+        has_test=found.test is not None,
+        multi_label=found.multi_label,
+        skipped=found.skipped,
+        duplicates=split.lines,
+    )
+
+
+def _check_preparation(preparation):
+    check_choice('resize', preparation.resize, images.RESIZES)
+    check_choice('interpolation', preparation.interpolation, images.INTERPOLATIONS)
+    check_choice('channels', preparation.channels, (1, 3))
+    if not 0 <= preparation.size <= 2**16:
+        raise UserError(f'data.image_size={preparation.size} must be from 0 to {2**16}')
+    if not 0 < preparation.crop_fraction <= 1:
+        raise UserError(
+            f'data.crop_fraction={preparation.crop_fraction} must be above 0, at most 1'
+        )
+
+
+def _check_fields(test_fraction, bad_images, cache):
+    check_choice('bad_images', bad_images, BAD_IMAGES)
+    check_choice('cache', cache, CACHES)
+    if not 0 < test_fraction < 1:
+        raise UserError(f'data.test_fraction={test_fraction} must be between 0 and 1')
+
+
+def check_choice(field: str, value, valid):
+    """Raises `UserError` where a field of `config.data` has none of its values."""
+    if value not in valid:
+        choices = ', '.join(map(str, valid))
+        raise UserError(f'data.{field}={value} is not known; use {choices}')
+
+
+def _check_cache(count, preparation, limit_gib):
+    size = preparation.size
+    need = count * size * size * preparation.channels / _GIB
+    if need > limit_gib:
+        raise UserError(
+            f'data.cache=memory: {count} images of {size}x{size} take {need:.2f} GiB, '
+            f'more than data.cache_limit_gib={limit_gib:g}; raise it or use '
+            'data.cache=none'
+        )
+    print(f'data.cache=memory: {count} decoded images take {need:.2f} GiB', flush=True)
+
+
+def join(first: Examples, second: Examples) -> Examples:
+    """The examples of two parts of one source, in the source's order."""
+    indices = np.sort(np.concatenate([first.indices, second.indices]))
+    return Examples(first.reader, indices, first.preparation)

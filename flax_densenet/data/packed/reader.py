@@ -1,0 +1,241 @@
+"""Packed images: ArrayRecord shards with an index, as `--mode=pack` writes them.
+
+A folder of a pack holds
+
+- `pack.json`, the manifest: classes, parts, and size and SHA-256 of all other files;
+- `index.safetensors`: of each image its label, the name and a hash of the file that it
+  came from, and whose image it is, so that labels, names and copies are known without
+  reading an image;
+- `train-00000.array_record`, ...: one image a record, a msgpack map of the encoded
+  image, label, name and hash, which is whole by itself (any other program can read it).
+
+Images stand in the source's order, those of the test part last. Reading one takes one
+read at a place that the shard's own index tells, where a file of its own takes a walk
+through folders first. ArrayRecord keeps a hash of each record, which is checked at each
+read.
+"""
+
+import bisect
+import hashlib
+import itertools
+import os
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.data.packed import manifest as manifest_lib
+from flax_densenet.data.packed import records
+from flax_densenet.data.packed.manifest import REMEDY
+from flax_densenet.errors import UserError
+
+INDEX = 'index.safetensors'
+_HASH = 16
+
+
+def hash_file(content: bytes) -> bytes:
+    """The 16 bytes that tell copies of an image file from others."""
+    return hashlib.blake2b(content, digest_size=_HASH).digest()
+
+
+def to_record(image: bytes, label, name: bytes, source: bytes) -> bytes:
+    """One image as a record.
+
+    Args:
+      image: the encoded image.
+      label: int32, or float32 `[L]`.
+      name: of the file it came from, below its source's folder.
+      source: `hash_file` of that file.
+    """
+    import msgpack
+
+    label = int(label) if np.ndim(label) == 0 else np.asarray(label, '<f4').tobytes()
+    return msgpack.packb(
+        {'image': image, 'label': label, 'name': name, 'source': source}
+    )
+
+
+def from_record(record: bytes) -> dict[str, Any]:
+    """`image`, `label`, `name` and `source` of a record, all as `to_record` had them.
+
+    Raises:
+      ValueError: it is none of ours.
+    """
+    import msgpack
+
+    try:
+        found = msgpack.unpackb(record)
+    except (msgpack.UnpackException, ValueError, TypeError) as error:
+        raise ValueError('no msgpack map') from error
+    kinds = {'image': bytes, 'label': (int, bytes), 'name': bytes, 'source': bytes}
+    if not isinstance(found, dict) or found.keys() != kinds.keys():
+        raise ValueError('no image with its label, name and source')
+    for name, kind in kinds.items():
+        if not isinstance(found[name], kind):
+            raise ValueError(f'a {name} of another kind')
+    if len(found['source']) != _HASH:
+        raise ValueError('a source of another length')
+    if isinstance(found['label'], bytes):
+        found['label'] = np.frombuffer(found['label'], '<f4')
+    return found
+
+
+class PackedReader:
+    """Images of a pack by their place: encoded bytes, as the source's file had them.
+
+    Can be used by several threads at once and be sent to other processes, each of which
+    opens its own files. At rest it holds the labels (4 bytes an image); an open shard
+    has 8 bytes an image and a buffer.
+
+    Attributes:
+      labels: int32 `[N]`, or float32 `[N, L]`.
+      groups: int64 `[N]`, whose image it is, or None.
+    """
+
+    def __init__(self, folder: str, manifest: manifest_lib.Manifest):
+        self.folder, self.manifest = folder, manifest
+        self._ends = list(itertools.accumulate(s.count for s in manifest.shards))
+        self._pool = records.Pool(
+            [os.path.join(folder, s.file) for s in manifest.shards],
+            [s.count for s in manifest.shards],
+        )
+        self._index = None
+        self.labels = self._load_labels()
+        self.groups = None
+        if 'groups' in self._tensors().keys():  # noqa: SIM118
+            self.groups = self._tensors().get_tensor('groups')
+            self._check('groups', self.groups.dtype == np.int64)
+
+    def __len__(self):
+        return self._ends[-1]
+
+    def __getstate__(self):
+        return self.__dict__ | {'_index': None}
+
+    def __getitem__(self, index: int) -> bytes:
+        return self.read(index)['image']
+
+    def read(self, index: int) -> dict[str, Any]:
+        """The record of an image, see `from_record`.
+
+        Raises:
+          UserError: it cannot be read whole, naming the shard.
+        """
+        index = int(index)
+        number = bisect.bisect_right(self._ends, index)
+        shard = self.manifest.shards[number]
+        position = index - self._ends[number] + shard.count
+        try:
+            found = from_record(self._pool.read(number, position))
+            if not _same(found['label'], self.labels[index]):
+                raise ValueError("its label is not the index's: of another pack")
+        except (RuntimeError, ValueError, OSError) as error:
+            said = ' '.join(str(error).split())[:120]
+            path = os.path.join(self.folder, shard.file)
+            raise UserError(
+                f'{path}: image {position} cannot be read ({said}); the shard is '
+                f'damaged: {REMEDY}, or set data.bad_images=skip'
+            ) from error
+        return found
+
+    def name(self, index: int) -> str:
+        """The file that an image came from, below its source's folder."""
+        tensors = self._tensors()
+        first, end = tensors.get_slice('name_ends')[index : index + 2].tolist()
+        names = tensors.get_slice('names')
+        self._check('names', 0 <= first <= end <= names.get_shape()[0])
+        return os.fsdecode(names[first:end].tobytes())
+
+    def keys(self, indices) -> list[bytes]:
+        """As of the files that they came from, by which these are split."""
+        names = self._tensors().get_tensor('names').tobytes()
+        ends = self._tensors().get_tensor('name_ends')
+        good = np.all(ends[1:] >= ends[:-1]) and ends[0] >= 0 and ends[-1] <= len(names)
+        self._check('names', bool(good))
+        indices = np.asarray(indices)
+        places = zip(ends[indices].tolist(), ends[indices + 1].tolist(), strict=True)
+        return [names[first:end] for first, end in places]
+
+    def copies(self, indices) -> list[list[int]]:
+        """Groups of two and more of `indices` that came from the same file content."""
+        hashes = self._tensors().get_tensor('sources')
+        self._check(
+            'sources', hashes.dtype == np.uint8 and hashes.shape[1:] == (_HASH,)
+        )
+        indices = np.sort(np.asarray(indices, np.int64))
+        keys = np.ascontiguousarray(hashes[indices]).view(f'V{_HASH}')[:, 0]
+        _, which, counts = np.unique(keys, return_inverse=True, return_counts=True)
+        order = np.argsort(which, kind='stable')
+        ends = np.cumsum(counts)
+        return sorted(
+            indices[order[ends[i] - counts[i] : ends[i]]].tolist()
+            for i in np.flatnonzero(counts > 1)
+        )
+
+    def _tensors(self):
+        """The index file, of which only what is asked for is read."""
+        if self._index is None:
+            import safetensors
+
+            path = os.path.join(self.folder, INDEX)
+            try:
+                self._index = safetensors.safe_open(path, 'numpy')
+            except (safetensors.SafetensorError, OSError) as error:
+                raise UserError(f'{path} is damaged ({error}); {REMEDY}') from error
+        return self._index
+
+    def _load_labels(self):
+        absent = {'labels', 'names', 'name_ends', 'sources'} - set(
+            self._tensors().keys()
+        )
+        if absent:
+            path = os.path.join(self.folder, INDEX)
+            raise UserError(f'{path} has no {", ".join(sorted(absent))}; {REMEDY}')
+        labels = self._tensors().get_tensor('labels')
+        classes = len(self.manifest.class_names)
+        if self.manifest.multi_label:
+            good = labels.dtype == np.float32 and labels.shape[1:] == (classes,)
+            good = good and bool(
+                np.all((labels == 0) | (labels == 1) | (labels != labels))
+            )
+        else:
+            good = labels.dtype == np.int32 and labels.shape[1:] == ()
+            good = good and bool(np.all((labels >= 0) & (labels < classes)))
+        self._check('labels', good)
+        for name, count in (('labels', 0), ('sources', 0), ('name_ends', 1)):
+            shape = self._tensors().get_slice(name).get_shape()
+            self._check(name, shape[:1] == [len(self) + count])
+        return labels
+
+    def _check(self, name, good):
+        if not good:
+            path = os.path.join(self.folder, INDEX)
+            raise UserError(f'{path}: its {name} are not of this pack; {REMEDY}')
+
+
+def _same(label, expected):
+    if isinstance(label, int):
+        return label == expected
+    return np.array_equal(label, expected, equal_nan=True)
+
+
+def load(name: str) -> PackedReader:
+    """Opens a pack: reads manifest and index, sees that all shards are there.
+
+    Raises:
+      UserError: something of it is missing, cut short or damaged. Damage within a shard
+        shows as its image is read, or by `verify`.
+    """
+    folder = os.path.expanduser(name)
+    if not name or not os.path.isfile(os.path.join(folder, manifest_lib.FILE)):
+        raise UserError(
+            f'data.source=packed:{name}: there is no {manifest_lib.FILE}; give '
+            'a folder that --mode=pack has made to its end'
+        )
+    manifest = manifest_lib.load(folder)
+    for shard in manifest.shards:
+        manifest_lib.check_size(os.path.join(folder, shard.file), shard.bytes)
+    path = os.path.join(folder, INDEX)
+    manifest_lib.check_size(path, manifest.index_bytes)
+    if manifest_lib.sha256(path) != manifest.index_sha256:
+        raise UserError(f'{path} is damaged (its SHA-256 is another); {REMEDY}')
+    return PackedReader(folder, manifest)

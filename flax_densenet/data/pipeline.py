@@ -1,0 +1,248 @@
+"""Batches of examples that depend on the seed and the step alone, through grain.
+
+Images are decoded in grain's threads or processes when a batch needs them, so a set of
+any size takes no more memory than a few batches.
+
+>>> source = dataset.load_source('digits', image_size=16)
+>>> batch = next(iter(train_batches(source.train, batch_size=8, seed=0)))
+>>> batch['image'].shape, batch['label'].shape
+((8, 16, 16, 3), (8,))
+"""
+
+import multiprocessing.connection
+import os
+import threading
+
+import grain
+import jax
+import numpy as np
+from PIL import Image
+
+from flax_densenet.data import class_balance, dataset, unreadable
+from flax_densenet.data.augment import color, geometry, policies
+from flax_densenet.errors import UserError
+
+
+class _Augment(grain.transforms.RandomMap):
+    """What is done to one training image, an array or, to be cropped, a picture."""
+
+    def __init__(self, recipe, colour_jitter, policy, preparation=None):
+        self.functions = geometry.RECIPES[recipe]
+        self.preparation = preparation
+        self.strengths = color.parse(colour_jitter)
+        self.policy = policies.parse(policy)
+
+    def __bool__(self):
+        return bool(self.functions or self.strengths or self.policy)
+
+    def random_map(self, example, rng):
+        image, functions = example['image'], self.functions
+        if isinstance(image, Image.Image):
+            box = geometry.crop_part(image.size, rng)
+            image = self.preparation.apply_to_part(image, box)
+            functions = [f for f in functions if f is not geometry.crop]
+        for function in functions:
+            image = function(image, rng)
+        if self.strengths or self.policy:
+            image = self._change_picture(image, rng)
+        if isinstance(image, Image.Image):
+            image = geometry.to_array(image)
+        return example | {'image': image}
+
+    def _change_picture(self, image, rng):
+        if not isinstance(image, Image.Image):
+            image = geometry.as_picture(image)
+        if self.strengths:
+            image = color.jitter(image, rng, self.strengths)
+        return policies.apply(image, rng, self.policy) if self.policy else image
+
+
+def check_train_batches(
+    examples: dataset.Examples,
+    batch_size: int,
+    augment: str,
+    workers: int,
+    balance: str = 'none',
+    colour_jitter=(),
+    policy: str = 'none',
+):
+    """Raises the errors of `train_batches`, without starting any thread."""
+    if batch_size > len(examples):
+        raise UserError(
+            f'data.batch_size={batch_size} is larger than the {len(examples)} images '
+            'to train on; use a smaller one'
+        )
+    dataset.check_choice('augment', augment, geometry.RECIPES)
+    color.parse(colour_jitter)
+    policies.parse(policy)
+    dataset.check_choice('balance', balance, class_balance.BALANCES)
+    if balance != 'none' and np.ndim(examples.labels) == 2:
+        raise UserError(
+            f'data.balance={balance} needs one class an image; with data.labels use '
+            'data.balance=none'
+        )
+    if workers and isinstance(examples, dataset.CachedExamples):
+        raise UserError(
+            f'data.workers={workers} does not go with data.cache=memory, which threads '
+            'share and processes do not; use data.workers=0'
+        )
+
+
+def train_batches(
+    examples: dataset.Examples,
+    *,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    augment: str = 'none',
+    colour_jitter=(),
+    policy: str = 'none',
+    balance: str = 'none',
+    bad_images: str = 'error',
+    parts: int = 1,
+    threads: int = 4,
+    workers: int = 0,
+):
+    """An endless stream of full batches, a function of the seed and the step alone.
+
+    Each epoch goes through the examples once, in an order of its own. Where the
+    batch size does not divide them, a batch holds the end of one epoch and the start
+    of the next, so batch norm always sees a full batch; `epoch` says which is which.
+
+    Args:
+      batch_size: over all hosts; this host's share comes out.
+      start: step at which to start.
+      augment, colour_jitter, policy: a key of `geometry.RECIPES`, what `color.parse`
+        and what `policies.parse` take; one after another, in this order.
+      balance: `sampler` draws the classes equally often, see `class_balance.Draws`; an
+      epoch
+        has as many images as without.
+      bad_images: `skip` puts the next image in the place of one that cannot be read
+        any more; the iterator is then a `unreadable.CountedBatches`, which counts them.
+      parts: that the batch of all hosts is taken in, one after another
+        (`mesh.to_global`); each is spread over all hosts.
+      threads: decoding threads; each makes a whole batch.
+      workers: decoding processes instead of threads, 0 for none.
+
+    Returns:
+      An iterator of `{'image': uint8 [n, S, S, 3], 'label': int32 [n],
+      'epoch': int32 [n]}`, to be closed after use; epochs count from 0.
+
+    Raises:
+      UserError: fewer examples than rows of a batch; an unknown recipe.
+    """
+    check_train_batches(
+        examples, batch_size, augment, workers, balance, colour_jitter, policy
+    )
+    count, hosts = len(examples), jax.process_count()
+    found = isinstance(examples, dataset.Examples)
+    changes = _Augment(augment, colour_jitter, policy, found and examples.preparation)
+    skip = bad_images == 'skip' and found
+    if found and geometry.crop in changes.functions:
+        examples = examples.as_pictures()
+    source = unreadable.SubstituteUnreadable(examples) if skip else examples
+    if balance == 'sampler':
+        draws = class_balance.Draws(examples.labels, seed)
+        stream = grain.MapDataset.range(count).seed(seed).shuffle().repeat()
+        stream = stream.map_with_index(
+            lambda position, slot: source[draws(position // count, slot)]
+        )
+    else:
+        stream = grain.MapDataset.source(source).seed(seed).shuffle().repeat()
+    stream = stream.map_with_index(
+        lambda position, example: example | {'epoch': np.int32(position // count)}
+    )
+    # The host's share is taken last, so that the stream does not depend on how many
+    # hosts there are.
+    if changes:
+        stream = stream.random_map(changes)
+    stream = _own_rows(stream, batch_size // parts)
+    stream = stream.batch(batch_size // hosts, drop_remainder=True)
+    batches = _iterate(stream[start:], threads, workers)
+    return unreadable.CountedBatches(batches) if skip else batches
+
+
+def eval_batches(
+    examples: dataset.Examples,
+    *,
+    batch_size: int,
+    bad_images: str = 'error',
+    threads: int = 4,
+    workers: int = 0,
+):
+    """Every example once, in order, in batches of one shape on every host.
+
+    Args:
+      bad_images: `skip` gives mask 0 to an image that cannot be read any more; the
+        iterator is then a `unreadable.CountedBatches`, which counts them.
+
+    Returns:
+      An iterator of `{'image': uint8 [n, S, S, 3], 'label': int32 [n],
+      'mask': float32 [n]}`; the last batch is filled up with rows of mask 0.
+    """
+    skip = bad_images == 'skip' and isinstance(examples, dataset.Examples)
+    hosts = jax.process_count()
+    steps = -(-len(examples) // batch_size)
+    stream = grain.MapDataset.range(steps * batch_size)
+    source = unreadable.SubstituteUnreadable(examples) if skip else examples
+    stream = _own_rows(stream, batch_size).map(_Padded(source))
+    stream = stream.batch(batch_size // hosts, drop_remainder=True)
+    batches = _iterate(stream, threads, workers)
+    return unreadable.CountedBatches(batches) if skip else batches
+
+
+def _own_rows(stream, batch_size):
+    """Of each batch this host's rows, side by side, which no other host reads.
+
+    So the batch of all hosts has its rows in the stream's order, however many there
+    are: each example gets the same dropout, and each result its own example.
+    """
+    hosts = jax.process_count()
+    if hosts == 1:
+        return stream
+    rows = grain.MapDataset.range(len(stream) // hosts)
+    return rows.map(_OwnRow(stream, batch_size, jax.process_index(), hosts))
+
+
+class _OwnRow(grain.transforms.Map):
+    def __init__(self, stream, batch_size, host, hosts):
+        self.stream = stream
+        self.batch_size = batch_size
+        self.host, self.hosts = host, hosts
+
+    def map(self, number):
+        share = self.batch_size // self.hosts
+        batch, row = divmod(int(number), share)
+        return self.stream[batch * self.batch_size + self.host * share + row]
+
+
+class _Padded(grain.transforms.Map):
+    def __init__(self, examples):
+        self.examples = examples
+
+    def map(self, position):
+        last = len(self.examples) - 1
+        example = self.examples[min(int(position), last)]
+        counts = position <= last and example.get('unread', -1) < 0
+        return example | {'mask': np.float32(counts)}
+
+
+def _iterate(stream, threads, workers):
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)
+    stream = stream.to_iter_dataset(options)
+    if workers:
+        stream = stream.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
+            worker_init_fn=_end_with_parent,
+        )
+    return iter(stream)
+
+
+def _end_with_parent(*_):
+    """Ends a decoding process where training is killed, which grain would not do."""
+
+    def wait():
+        multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()

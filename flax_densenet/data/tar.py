@@ -1,0 +1,264 @@
+"""Images in tar files, as webdataset writes them: `key.jpg` beside `key.cls`.
+
+Only the headers of the files are read, once; an image is then read at its place.
+Nothing is ever extracted, so that a name within a tar is no more than a name.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import json
+import os
+import re
+import tarfile
+
+import numpy as np
+
+from flax_densenet.data import images, listing
+from flax_densenet.errors import UserError, printable
+
+CLASSES_FILE = 'classes.txt'
+_LABELS = ('cls', 'json')
+# What a sample's JSON may call its class.
+_FIELDS = ('label', 'cls', 'class', 'class_name')
+_END = 1024
+_MAX_LABEL_BYTES, _MAX_CLASSES = 2**20, 100_000
+TRAIN, TEST = ('train', 'training'), ('val', 'valid', 'validation', 'test')
+
+
+@dataclasses.dataclass
+class TarReader:
+    """Images within uncompressed tar files; labels int32 `[N]`."""
+
+    tars: list[str]
+    which: np.ndarray  # the tar of each image
+    places: np.ndarray  # int64 [N, 2]: offset and bytes within it
+    names: list[str]
+    labels: np.ndarray
+    root: str  # the folder that the tars are below
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        path = self.tars[self.which[index]]
+        offset, size = self.places[index].tolist()
+        try:
+            with open(path, 'rb') as file:
+                content = os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            raise UserError(f'{path} cannot be read ({error.strerror})') from error
+        if len(content) != size:
+            raise UserError(f'{path} is cut short since it was listed; bring it again')
+        return content
+
+    def keys(self, indices):
+        """Of each image what tells it from others, wherever the tars are: bytes."""
+        below = (self.name(i).removeprefix(self.root).lstrip('/') for i in indices)
+        return [os.fsencode(name) for name in below]
+
+    def name(self, index):
+        return f'{self.tars[self.which[index]]}/{self.names[index]}'
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    name: str
+    offset: int
+    size: int
+    label: int | str
+
+
+def load(name: str) -> tuple[TarReader, list[str], int | None]:
+    """Lists the images of the tar files of a folder, or of one.
+
+    Labels are numbers (names of classes then stand in `classes.txt`, one a line, where
+    they have any) or the classes' names.
+
+    Args:
+      name: `FOLDER/*.tar`'s folder, `FOLDER/{train,val}/*.tar`'s, or a tar file. Tars
+        called `...train...` and `...val...` are parts as well.
+
+    Returns:
+      The reader, the class names, and the index of the first image of the test part or
+      None where there is no such part.
+
+    Raises:
+      UserError: there are none, one is damaged, or a sample has no image or label.
+    """
+    field, path = f'data.source=tar:{name}', os.path.expanduser(name)
+    parts = _find_tars(field, name, path)
+    tars = [tar for part in parts for tar in part]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        found = list(pool.map(_scan, tars))
+    samples = [sample for inside in found for sample in inside]
+    root = path if os.path.isdir(path) else os.path.dirname(path)
+    labels, names = _number(field, [s.label for s in samples], root)
+    reader = TarReader(
+        tars,
+        np.repeat(np.arange(len(tars), dtype=np.int32), [len(s) for s in found]),
+        np.array([(s.offset, s.size) for s in samples], np.int64).reshape(-1, 2),
+        [sample.name for sample in samples],
+        labels,
+        root,
+    )
+    first_test = sum(len(inside) for inside in found[: len(parts[0])])
+    return reader, names, first_test if len(parts) > 1 else None
+
+
+def _find_tars(field, name, path):
+    """The tar files of the training part, and those of the test part if any."""
+    if not name or not os.path.exists(path):
+        raise UserError(f'{field}: there is no such folder or tar file')
+    if not os.path.isdir(path):
+        return [[path]]
+    inside = listing.class_folders(path)
+    folders = [next((n for n in names if n in inside), None) for names in (TRAIN, TEST)]
+    if None not in folders:
+        parts = [_tars_of(os.path.join(path, folder)) for folder in folders]
+    else:
+        tars = _tars_of(path)
+        words = [
+            set(re.split(r'[^a-z]+', os.path.basename(tar).lower())) for tar in tars
+        ]
+        parts = [
+            [tar for tar, said in zip(tars, words, strict=True) if said & set(names)]
+            for names in (TRAIN, TEST)
+        ]
+        if not all(parts):
+            parts = [tars]
+        elif sum(map(len, parts)) != len(tars):
+            raise UserError(
+                f'{field}: some tars are called train, some val and some neither; put '
+                'them into the folders train and val'
+            )
+    if not all(parts):
+        raise UserError(f'{field}: holds no .tar files (uncompressed ones)')
+    return parts
+
+
+def _tars_of(folder):
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise UserError(f'{folder} cannot be read ({error.strerror})') from error
+    return [
+        os.path.join(folder, name)
+        for name in sorted(names)
+        if name.lower().endswith('.tar') and not name.startswith('.')
+    ]
+
+
+def _scan(path) -> list[_Sample]:
+    """The samples of a tar in its order."""
+    found = collections.defaultdict(dict)
+    try:
+        size = os.path.getsize(path)
+        with tarfile.open(path, 'r:') as tar:
+            for member in tar:
+                _add(path, size, member, found)
+        with open(path, 'rb') as file:
+            # Two empty blocks; without them it may end between two images.
+            file.seek(-min(size, _END), os.SEEK_END)
+            if file.read() != bytes(_END):
+                raise UserError(f'{path} has no end of a tar file; bring it again')
+            return [_sample(path, file, key, inside) for key, inside in found.items()]
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f'{path} is no whole uncompressed tar file ({error}); bring it again'
+        ) from error
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror})') from error
+
+
+def _add(path, size, member, found):
+    folder, _, base = member.name.rpartition('/')
+    if member.isdir() or base.startswith('.'):
+        return
+    if not member.isreg() or member.issparse():
+        raise UserError(f'{path}: {member.name} is no plain file; pack it as one')
+    if not 0 <= member.offset_data <= member.offset_data + member.size <= size:
+        raise UserError(f'{path} is cut short within {member.name}; bring it again')
+    key, _, kind = base.partition('.')
+    key, kind = f'{folder}/{key}' if folder else key, kind.lower()
+    if kind in found[key]:
+        raise UserError(f'{path}: {member.name} is there twice; remove one')
+    found[key][kind] = member
+
+
+def _sample(path, file, key, inside) -> _Sample:
+    kinds = [kind for kind in inside if f'.{kind}' in images.EXTENSIONS]
+    if len(kinds) != 1:
+        raise UserError(
+            f'{path}: {key} has {len(kinds)} images ({", ".join(inside)}); each key '
+            'needs one, as key.jpg'
+        )
+    kind = next((kind for kind in _LABELS if kind in inside), None)
+    if kind is None:
+        raise UserError(f'{path}: {key} has no label; add {key}.cls or {key}.json')
+    member = inside[kind]
+    if member.size > _MAX_LABEL_BYTES:
+        raise UserError(f'{path}: {member.name} is too large to be a label')
+    content = os.pread(file.fileno(), member.size, member.offset_data)
+    image = inside[kinds[0]]
+    label = _label(path, member.name, kind, content)
+    return _Sample(image.name, image.offset_data, image.size, label)
+
+
+def _label(path, name, kind, content) -> int | str:
+    """The number or name of a class that a `.cls` or `.json` holds."""
+    try:
+        label = content.decode().strip()
+        if kind == 'json':
+            fields = json.loads(label)
+            fields = fields if isinstance(fields, dict) else {'label': fields}
+            label = next((fields[n] for n in _FIELDS if n in fields), None)
+        elif label.isdecimal():
+            label = int(label)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{path}: {name} cannot be read as a label') from error
+    if type(label) is int and 0 <= label < _MAX_CLASSES:
+        return label
+    if isinstance(label, str) and label:
+        return label
+    raise UserError(
+        f'{path}: {name} names no class; it needs a number from 0 to '
+        f'{_MAX_CLASSES - 1} or a name'
+        + (f' in its field {_FIELDS[0]}' if kind == 'json' else '')
+    )
+
+
+def _number(field, labels, root):
+    """Labels int32 `[N]` and the classes' names."""
+    kinds = {type(label) for label in labels}
+    if len(kinds) > 1:
+        raise UserError(f'{field}: some labels are numbers, some are names; use one')
+    if kinds == {str}:
+        names = sorted(set(labels))
+        number = {name: place for place, name in enumerate(names)}
+        labels = [number[label] for label in labels]
+    else:
+        names = _read_names(field, root, max(labels, default=-1) + 1)
+    if len(names) < 2:
+        raise UserError(f'{field}: has {len(names)} classes; at least two are needed')
+    return np.array(labels, np.int32), [printable(name) for name in names]
+
+
+def _read_names(field, root, count):
+    """The names of `classes.txt`, else the numbers."""
+    path = os.path.join(root, CLASSES_FILE)
+    if not os.path.exists(path):
+        return [str(number) for number in range(count)]
+    try:
+        with open(path, encoding='utf-8') as file:
+            names = [line.strip() for line in file if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path} cannot be read ({error})') from error
+    if len(names) < count or len(set(names)) != len(names):
+        raise UserError(
+            f'{field}: {path} has {len(set(names))} different names, the labels go up '
+            f'to {count - 1}; give a name for each class, from 0 on'
+        )
+    return names

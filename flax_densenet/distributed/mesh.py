@@ -1,0 +1,125 @@
+"""One `data` axis over all devices: who holds which rows, and who writes."""
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from flax_densenet.errors import UserError
+
+
+def make_mesh(devices=None) -> Mesh:
+    """A mesh of all devices (of all hosts), or of `devices`, with the axis `data`."""
+    devices = jax.devices() if devices is None else devices
+    # jax.make_mesh has explicit axes by default, in which optax's cross-entropy
+    # has no gradient; Mesh itself has automatic ones.
+    return Mesh(np.asarray(devices), ('data',))
+
+
+def make_local_mesh() -> Mesh:
+    """A mesh of this host's devices alone."""
+    return make_mesh(jax.local_devices())
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of parameters: a whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split_rows(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: rows spread over the devices."""
+    return NamedSharding(mesh, PartitionSpec('data'))
+
+
+def split_micro_batches(mesh: Mesh) -> NamedSharding:
+    """The sharding of `[parts, rows, ...]`: rows spread over the devices."""
+    return NamedSharding(mesh, PartitionSpec(None, 'data'))
+
+
+def replicate(tree, mesh: Mesh):
+    """Host arrays, the same on every host, to a copy on every device."""
+    sharding = replicated(mesh)
+    if jax.process_count() == 1:  # all at once, five times as fast
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), tree
+    )
+
+
+def to_global(batch, mesh: Mesh, parts: int = 1):
+    """This host's rows of a batch (numpy) to one array over all hosts' devices.
+
+    Args:
+      parts: micro-batches that the batch is taken in, one after another; above 1 the
+        arrays are `[parts, N / parts, ...]`, and each part is spread over all devices.
+        The parts hold consecutive rows of the batch, whatever devices there are, so
+        none has to move between devices when its turn comes.
+    """
+    if parts == 1:
+        sharding = split_rows(mesh)
+    else:
+        sharding = split_micro_batches(mesh)
+        batch = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+    # Meant, though of several processes' arrays JAX takes it for an oversight.
+    with jax.transfer_guard_host_to_device('allow'):
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(sharding, x), batch
+        )
+
+
+def gather(array) -> np.ndarray:
+    """A global array's rows, of all hosts, on this host."""
+    if jax.process_count() == 1:
+        return jax.device_get(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def to_host(tree):
+    """Copies of arrays for the one process that writes; None on the others.
+
+    All processes have to call it: what is spread over their devices is put together.
+    """
+    arrays = jax.tree.map(_replicated, tree)
+    if not is_writer():
+        return None
+    # On a CPU the host's arrays would be the device's own, which a step that is given
+    # the same buffers overwrites.
+    return jax.tree.map(lambda leaf: np.array(leaf), jax.device_get(arrays))
+
+
+def _replicated(leaf):
+    if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
+        return leaf
+    if leaf.is_fully_replicated:
+        return leaf
+    return jax.jit(lambda x: x, out_shardings=replicated(leaf.sharding.mesh))(leaf)
+
+
+def check_batch_size(batch_size: int, mesh: Mesh, accumulate_steps: int = 1):
+    """Raises `UserError` where a global batch does not divide over the devices.
+
+    Args:
+      accumulate_steps: micro-batches of the batch, each of which must divide.
+    """
+    devices = mesh.size
+    if accumulate_steps > 1 and batch_size % (devices * accumulate_steps):
+        step = devices * accumulate_steps
+        below = batch_size // step * step
+        choices = f'{below} or {below + step}' if below > 0 else f'{step}'
+        raise UserError(
+            f'data.batch_size={batch_size} does not divide into '
+            f'train.accumulate_steps={accumulate_steps} parts over {devices} devices; '
+            f'use {choices}'
+        )
+    if batch_size < 1 or batch_size % devices:
+        below = batch_size // devices * devices
+        choices = f'{below} or {below + devices}' if below > 0 else f'{devices}'
+        raise UserError(
+            f'data.batch_size={batch_size} does not divide over {devices} devices; '
+            f'use {choices}'
+        )
+
+
+def is_writer() -> bool:
+    """True on the one host that writes logs, pictures and settings."""
+    return jax.process_index() == 0

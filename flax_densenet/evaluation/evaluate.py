@@ -1,0 +1,271 @@
+"""Trained models, measured on labelled images."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from flax_densenet import losses as losses_lib
+from flax_densenet.data import dataset, pipeline, unreadable
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.errors import UserError
+from flax_densenet.evaluation import metrics as metrics_lib
+from flax_densenet.models import densenet
+from flax_densenet.models import tta as tta_lib
+from flax_densenet.weights.trained import Trained, normalize
+
+
+def forward(module, variables, batch, *, mean, std, mutable=False, **options):
+    """`module.apply`: logits of a batch of images, or of features cached of them.
+
+    Args:
+      batch: `image`, or `features` (`feature_cache.cache_features`), which go through
+      the
+        classifier alone.
+      **options: of the other layers, as `train` and `frozen`.
+    """
+    if 'features' in batch:
+        features = batch['features'][:, 0, 0]
+        return module.apply(variables, features, method='classify', mutable=mutable)
+    images = normalize(batch['image'], mean=mean, std=std)
+    return module.apply(variables, images, mutable=mutable, **options)
+
+
+def forward_views(module, variables, batch, *, tta, multi_label, **options):
+    """`forward` of the images' views (`tta.images_of`), averaged to one."""
+    if tta == 'none':
+        return forward(module, variables, batch, **options)
+    found = [
+        forward(module, variables, batch | {'image': images}, **options)
+        for images in tta_lib.images_of(batch['image'], tta)
+    ]
+    return tta_lib.mean_logits(jnp.stack(found), multi_label=multi_label)
+
+
+@functools.partial(jax.jit, static_argnames=('module', 'mean', 'std', 'tta'))
+def eval_step(variables, batch, *, module, mean, std, tta='none'):
+    """Sums over the rows whose mask is 1 (correct, loss, count), and the logits."""
+    several = batch['label'].ndim == 2
+    logits = forward_views(
+        module, variables, batch, tta=tta, multi_label=several, mean=mean, std=std
+    )
+    mask = batch['mask']
+    losses, correct = losses_lib.measure(logits, batch['label'])
+    sums = {
+        'correct': jnp.sum(correct * mask),
+        'loss': jnp.sum(losses * mask),
+        'count': jnp.sum(mask),
+    }
+    return sums, logits
+
+
+def evaluate(
+    module: densenet.DenseNet,
+    variables,
+    examples: dataset.Examples,
+    *,
+    batch_size: int,
+    mesh,
+    mean,
+    std,
+    bad_images: str = 'error',
+    threads: int = 4,
+    workers: int = 0,
+    between: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Accuracy and mean cross-entropy; every example counts exactly once.
+
+    Args:
+      variables: `{'params', 'batch_stats'}`, replicated over the mesh.
+      batch_size: over all devices, which it must divide over.
+      bad_images: `skip` leaves out images that cannot be read any more.
+      between: called after each batch; what it raises ends the evaluation.
+
+    Returns:
+      `{'accuracy': 0 to 1, 'loss', 'count'}`, with `unread`, positions, where images
+      were left out; of several labels an image also `auroc`,
+      a list with None where a label has one value only, and its mean `mean_auroc`.
+    """
+    sums, seen, left_out = [], [], []
+    steps = _eval_steps(
+        module,
+        variables,
+        examples,
+        batch_size=batch_size,
+        mesh=mesh,
+        mean=mean,
+        std=std,
+        bad_images=bad_images,
+        left_out=left_out,
+        threads=threads,
+        workers=workers,
+    )
+    for step, logits, batch in steps:
+        if batch['label'].ndim == 2:
+            parts = (logits, batch['label'], batch['mask'])
+            seen.append([mesh_lib.gather(part) for part in parts])
+        if len(sums) > 1:  # at most two batches on their way, so memory stays flat
+            jax.block_until_ready(sums[-2])
+        sums.append(step)
+        between()
+    # Summed on the host in double precision: a million losses in float32 would not
+    # add up to the printed digits.
+    total = {name: 0.0 for name in sums[0]}
+    for step in jax.device_get(sums):
+        for name, value in step.items():
+            total[name] += float(value)
+    if total['count'] != len(examples) and bad_images != 'skip':
+        raise AssertionError(f'{total["count"]} of {len(examples)} examples counted')
+    metrics = {
+        'accuracy': total['correct'] / total['count'],
+        'loss': total['loss'] / total['count'],
+        'count': int(total['count']),
+    }
+    if left_out:
+        metrics['unread'] = left_out
+    if seen:
+        parts = zip(*seen, strict=True)
+        logits, labels, mask = (np.concatenate(part) for part in parts)
+        areas = metrics_lib.auroc(logits[mask > 0], labels[mask > 0])
+        metrics |= {'auroc': areas, 'mean_auroc': metrics_lib.mean_auroc(areas)}
+    return metrics
+
+
+def compute_logits(
+    trained: Trained,
+    examples: dataset.Examples,
+    *,
+    batch_size: int,
+    threads: int = 4,
+    workers: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What a trained model says of labelled images, on every host.
+
+    With the test-time augmentation of its metadata (`views`), which `evaluate` is
+    without.
+
+    Args:
+      batch_size: over all devices, which it must divide over.
+
+    Returns:
+      Logits float32 `[N, C]` and labels (int32 `[N]` or float32 `[N, L]`), in the
+      examples' order.
+
+    Raises:
+      UserError: a logit is not finite.
+    """
+    metadata, parts = trained.metadata, []
+    steps = _eval_steps(
+        trained.module,
+        trained.variables,
+        examples,
+        batch_size=batch_size,
+        mesh=trained.mesh,
+        mean=tuple(metadata['mean']),
+        std=tuple(metadata['std']),
+        tta=tta_lib.of_metadata(metadata),
+        threads=threads,
+        workers=workers,
+    )
+    with tqdm(total=len(examples), desc='test', leave=False, disable=None) as bar:
+        for _, logits, batch in steps:
+            logits, labels, mask = (
+                mesh_lib.gather(part)
+                for part in (logits, batch['label'], batch['mask'])
+            )
+            parts.append((logits[mask > 0], labels[mask > 0]))
+            bar.update(len(parts[-1][0]))
+    logits, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
+    if len(logits) != len(examples):
+        raise AssertionError(f'{len(logits)} of {len(examples)} examples computed')
+    logits = logits.astype(np.float32)
+    if not np.isfinite(logits).all():
+        raise UserError(
+            'the model gives values that are not finite: its training went wrong, '
+            'start again with a lower optimizer.learning_rate'
+        )
+    return logits, labels
+
+
+def _eval_steps(
+    module,
+    variables,
+    examples,
+    *,
+    mesh,
+    mean,
+    std,
+    tta='none',
+    left_out=None,
+    **loading,
+):
+    """Yields sums, logits and the batch, of each batch in turn.
+
+    Args:
+      left_out: a list that gets the positions of the images that were left out.
+      **loading: of `pipeline.eval_batches`.
+    """
+    batches = pipeline.eval_batches(examples, **loading)
+    try:
+        for batch in batches:
+            batch = mesh_lib.to_global(batch, mesh)
+            sums, logits = eval_step(
+                variables, batch, module=module, mean=mean, std=std, tta=tta
+            )
+            yield sums, logits, batch
+        if isinstance(batches, unreadable.CountedBatches):
+            left_out += sorted(batches.unread)
+    finally:
+        batches.close()
+
+
+def match_classes(
+    examples: dataset.Examples, names, trained_names, *, count: int = 0
+) -> dataset.Examples:
+    """Examples of a source whose classes are some of those a model was trained on.
+
+    Labels are matched by class name, so a folder with fewer classes can be used; a
+    model that does not know its classes' names takes as many as it has, in order.
+
+    Args:
+      names: classes of the source.
+      trained_names: of the model's classes, or None.
+      count: of the model's classes, where they have no names.
+
+    Raises:
+      UserError: a class that the model does not know.
+    """
+    if trained_names is None:
+        if len(names) != count:
+            raise UserError(
+                f'data.source has {len(names)} classes, the weights {count} without '
+                'names: they cannot be matched'
+            )
+        return examples
+    unknown = [name for name in names if name not in trained_names]
+    if unknown:
+        raise UserError(
+            f'data.source: class {unknown[0]} is not one of those that the model was '
+            f'trained on ({", ".join(trained_names)}); rename or remove it'
+        )
+    if tuple(names) == tuple(trained_names):
+        return examples
+    places = [trained_names.index(name) for name in names]
+    return dataset.Relabelled(examples, places, len(trained_names))
+
+
+def format_metrics(name: str, metrics: dict[str, float]) -> str:
+    """`Test_acc: 93.3%, Test_loss: 0.270`, as in the line of an epoch."""
+    accuracy, loss = metrics['accuracy'] * 100, metrics['loss']
+    text = f'{name}_acc: {accuracy:.1f}%, {name}_loss: {loss:.3f}'
+    if 'mean_auroc' not in metrics:
+        return text
+    return f'{text}, {name}_auroc: {format_auroc(metrics["mean_auroc"])}'
+
+
+def format_auroc(area: float | None) -> str:
+    """`0.843`; a dash where there is none."""
+    return '-' if area is None else f'{area:.3f}'

@@ -1,0 +1,322 @@
+"""Figures of a classifier from its probabilities: what `eval` and the report show.
+
+scikit-learn and scipy do the work; by hand is only what they lack: the calibration
+error, and the temperature that mends it (Guo et al., arXiv 1706.04599).
+
+>>> import numpy as np
+>>> logits = np.log([[0.8, 0.2], [0.6, 0.4], [0.3, 0.7]])
+>>> figures = measure(logits, np.array([0, 1, 1]), ('ants', 'bees'))
+>>> round(figures['accuracy'], 3), figures['confusion']
+(0.667, [[1, 0], [1, 1]])
+"""
+
+from typing import Any
+
+import numpy as np
+
+WIDE = 1000  # classes; of more, all pairs or all probabilities fill no useful file
+_CHUNK = 2**22  # numbers in double precision at a time
+BINS = 15  # of the reliability diagram
+CURVE_POINTS = 60  # of an ROC curve, enough for a page's width
+
+
+def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Probabilities `[N, C]` of logits `[N, C]`, in float64."""
+    from scipy import special
+
+    logits = np.asarray(logits)
+    probabilities = np.empty(logits.shape, np.float64)
+    for rows in _chunks(logits):
+        probabilities[rows] = special.softmax(
+            np.asarray(logits[rows], np.float64) / temperature, axis=-1
+        )
+    return probabilities
+
+
+def _chunks(logits):
+    """Slices of rows, so that temporary arrays of many classes stay small."""
+    length = max(1, _CHUNK // max(1, logits.shape[-1]))
+    for start in range(0, len(logits), length):
+        yield slice(start, start + length)
+
+
+def sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Probabilities of labels that do not exclude each other, in float64."""
+    from scipy import special
+
+    return special.expit(np.asarray(logits, np.float64))
+
+
+def measure(logits: np.ndarray, labels: np.ndarray, class_names) -> dict[str, Any]:
+    """Figures of a classifier of one class an image.
+
+    Args:
+      logits: `[N, C]`.
+      labels: int `[N]`.
+      class_names: C names.
+
+    Returns:
+      What JSON can hold: count, accuracy and its 95 % interval (Wilson's), loss in
+      nats, top5 where there are more than five classes, `classes` (name, precision,
+      recall, f1, support, auroc), macro averages, `confusion` `[true][predicted]`, or
+      None of more than `WIDE` classes, `confused` (those pairs that there are: true,
+      predicted, count), calibration before and after temperature scaling.
+    """
+    from sklearn import metrics as sklearn_metrics
+
+    classes = range(len(class_names))
+    probabilities = softmax(logits)
+    predicted = probabilities.argmax(-1)
+    right = predicted == labels
+    precision, recall, f1, support = sklearn_metrics.precision_recall_fscore_support(
+        labels, predicted, labels=classes, zero_division=0
+    )
+    areas = [area(labels == c, probabilities[:, c]) for c in classes]
+    there = support > 0
+    matrix = confusion(labels, predicted, len(classes))
+    return {
+        'count': len(labels),
+        'accuracy': float(right.mean()),
+        'accuracy_interval': wilson(int(right.sum()), len(labels)),
+        'loss': float(_losses(logits, labels).mean()),
+        'top5': _top(probabilities, labels, 5) if len(class_names) > 5 else None,
+        'macro': {
+            'precision': float(precision[there].mean()),
+            'recall': float(recall[there].mean()),
+            'f1': float(f1[there].mean()),
+            'auroc': mean(areas),
+        },
+        'classes': [
+            {
+                'name': str(class_names[c]),
+                'precision': float(precision[c]),
+                'recall': float(recall[c]),
+                'f1': float(f1[c]),
+                'support': int(support[c]),
+                'auroc': areas[c],
+            }
+            for c in classes
+        ],
+        'confusion': matrix.toarray().tolist() if len(classes) <= WIDE else None,
+        'confused': count_confused(matrix),
+        'calibration': calibrate(logits, labels),
+    }
+
+
+def measure_labels(logits: np.ndarray, labels: np.ndarray, names) -> dict[str, Any]:
+    """Figures where an image can have several labels.
+
+    Args:
+      logits: `[N, L]`.
+      labels: `[N, L]` of 0, 1 and NaN (not known, left out).
+
+    Returns:
+      count, the share of an image's known labels that are right at a probability of a
+      half, averaged over images, with its 95 % interval; loss, macro averages, and
+      `classes` as in `measure`; support is the number of images that have the label.
+    """
+    from sklearn import metrics as sklearn_metrics
+
+    probabilities, known = sigmoid(logits), ~np.isnan(labels)
+    rows = []
+    for c, name in enumerate(names):
+        true, probability = labels[known[:, c], c] > 0.5, probabilities[known[:, c], c]
+        scores = sklearn_metrics.precision_recall_fscore_support(
+            true, probability > 0.5, average='binary', zero_division=0
+        )
+        row = dict(zip(('precision', 'recall', 'f1'), map(float, scores), strict=False))
+        row |= {'support': int(true.sum()), 'auroc': area(true, probability)}
+        rows.append({'name': str(name)} | row)
+    # As in training (`losses.measure`): of each image the share of its known labels.
+    number = np.maximum(known.sum(-1), 1)
+    wrong = known & ((probabilities > 0.5) != (labels > 0.5))
+    right = 1 - wrong.sum(-1) / number
+    signs = np.where(labels > 0.5, -1.0, 1.0)
+    losses = np.where(known, np.logaddexp(0, signs * logits), 0).sum(-1) / number
+    return {
+        'count': len(labels),
+        'accuracy': float(right.mean()),
+        'accuracy_interval': _normal_interval(right),
+        'loss': float(losses.mean()),
+        'top5': None,
+        'macro': {
+            name: mean([row[name] for row in rows])
+            for name in ('precision', 'recall', 'f1', 'auroc')
+        },
+        'classes': rows,
+        'confusion': None,
+        'confused': None,
+        'calibration': None,
+    }
+
+
+def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int):
+    """Images by true and predicted class: a sparse int64 matrix `[C, C]` of scipy.
+
+    Of 10,000 classes nearly all of the hundred million pairs are empty.
+    """
+    from scipy import sparse
+
+    ones = np.ones(len(labels), np.int64)
+    shape = classes, classes
+    matrix = sparse.csr_array((ones, (labels, predicted)), shape=shape)
+    matrix.sum_duplicates()
+    return matrix
+
+
+def count_confused(matrix) -> list[list[int]]:
+    """`[true, predicted, count]` of the pairs of different classes, most first."""
+    pairs = matrix.tocoo()
+    true, said = pairs.coords
+    order = np.argsort(-pairs.data, kind='stable')
+    return [
+        [int(true[i]), int(said[i]), int(pairs.data[i])]
+        for i in order
+        if true[i] != said[i]
+    ]
+
+
+def wilson(right: int, count: int) -> list[float] | None:
+    """95 % interval of a share (Wilson's)."""
+    from scipy import stats
+
+    if not count:
+        return None
+    interval = stats.binomtest(right, count).proportion_ci(method='wilson')
+    return [float(interval.low), float(interval.high)]
+
+
+def _normal_interval(values):
+    """95 % interval of a mean; the images are independent, an image's labels not."""
+    if len(values) < 2:
+        return None
+    middle = float(values.mean())
+    margin = 1.96 * float(values.std(ddof=1)) / len(values) ** 0.5
+    return [max(middle - margin, 0.0), min(middle + margin, 1.0)]
+
+
+def _losses(logits, labels, temperature=1.0):
+    from scipy import special
+
+    losses = np.empty(len(labels))
+    for rows in _chunks(logits):
+        scaled = np.asarray(logits[rows], np.float64) / temperature
+        true = np.take_along_axis(scaled, labels[rows, None], -1)[:, 0]
+        losses[rows] = special.logsumexp(scaled, axis=-1) - true
+    return losses
+
+
+def _top(probabilities, labels, most):
+    right = 0
+    for rows in _chunks(probabilities):
+        best = np.argpartition(-probabilities[rows], most - 1, axis=-1)[:, :most]
+        right += int((best == labels[rows, None]).any(-1).sum())
+    return right / len(labels)
+
+
+def area(true: np.ndarray, score: np.ndarray) -> float | None:
+    """Area under the ROC curve; None where `true` has one value only."""
+    from sklearn import metrics as sklearn_metrics
+
+    if true.all() or not true.any():
+        return None
+    return float(sklearn_metrics.roc_auc_score(true, score))
+
+
+def mean(values) -> float | None:
+    """Mean of the values that there are."""
+    values = [value for value in values if value is not None]
+    return float(np.mean(values)) if values else None
+
+
+def roc(true: np.ndarray, probability: np.ndarray) -> dict[str, list[float]] | None:
+    """An ROC curve of at most `CURVE_POINTS` points; None without both kinds."""
+    from sklearn import metrics as sklearn_metrics
+
+    if not len(true) or true.all() or not true.any():
+        return None
+    false_rate, true_rate, _ = sklearn_metrics.roc_curve(true, probability)
+    # Evenly along the curve, whose length is at most 2.
+    length = false_rate + true_rate
+    wanted = np.linspace(0, length[-1], CURVE_POINTS)
+    keep = np.unique(np.searchsorted(length, wanted).clip(0, len(length) - 1))
+    return {
+        'false_positive_rate': np.round(false_rate[keep], 4).tolist(),
+        'true_positive_rate': np.round(true_rate[keep], 4).tolist(),
+    }
+
+
+def calibrate(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
+    """Expected calibration error before and after the best temperature.
+
+    The temperature T minimises the cross-entropy of logits / T on these same images:
+    with one number fitted, that is close to what new images would give.
+
+    Returns:
+      `{'temperature', 'before', 'after'}`; the latter two with `error` and `bins`, of
+      which each has confidence, accuracy and count.
+    """
+    from scipy import optimize
+
+    found = optimize.minimize_scalar(
+        lambda log_t: _losses(logits, labels, np.exp(log_t)).mean(),
+        bounds=(-3, 3),
+        method='bounded',
+    )
+    temperature = float(np.exp(found.x))
+    return {
+        'temperature': temperature,
+        'before': reliability(*_predictions(logits, labels, 1.0)),
+        'after': reliability(*_predictions(logits, labels, temperature)),
+    }
+
+
+def _predictions(logits, labels, temperature):
+    """The likeliest class's probability, and whether it is right, of each image."""
+    confidence, right = np.empty(len(labels)), np.empty(len(labels), bool)
+    for rows in _chunks(logits):
+        probabilities = softmax(logits[rows], temperature)
+        confidence[rows] = probabilities.max(-1)
+        right[rows] = probabilities.argmax(-1) == labels[rows]
+    return confidence, right
+
+
+def reliability(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
+    """Bins of confidence, and the mean distance of accuracy and confidence in them.
+
+    Args:
+      confidence: `[N]`, the probability of what is predicted.
+      right: bool `[N]`.
+    """
+    places = np.minimum((confidence * BINS).astype(int), BINS - 1)
+    bins, error = [], 0.0
+    for place in range(BINS):
+        inside = places == place
+        count = int(inside.sum())
+        row = {'count': count, 'confidence': None, 'accuracy': None}
+        if count:
+            row['confidence'] = float(confidence[inside].mean())
+            row['accuracy'] = float(right[inside].mean())
+            gap = abs(row['accuracy'] - row['confidence'])
+            error += gap * count / len(right)
+        bins.append(row)
+    return {'error': error, 'bins': bins}
+
+
+def auroc(logits: np.ndarray, labels: np.ndarray) -> list[float | None]:
+    """Area under the ROC curve of each label; None where all known ones are alike.
+
+    Args:
+      logits: `[N, L]`.
+      labels: `[N, L]` of 0, 1 and NaN.
+    """
+    areas = []
+    for score, label in zip(logits.T, labels.T, strict=True):
+        known = ~np.isnan(label)
+        areas.append(area(label[known] > 0.5, score[known]))
+    return areas
+
+
+def mean_auroc(areas: list[float | None]) -> float | None:
+    """Mean of the areas that there are."""
+    return mean(areas)

@@ -1,0 +1,260 @@
+"""What a model says of labelled images, kept whole: figures, a table, two files.
+
+`evaluate.evaluate` sums a loss while training goes on; this keeps every logit, from
+which `eval.json`, `predictions.csv` and the report page are made.
+"""
+
+import csv
+import dataclasses
+import functools
+import json
+import os
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.data import dataset
+from flax_densenet.distributed import mesh
+from flax_densenet.errors import UserError
+from flax_densenet.evaluation import evaluate, metrics
+from flax_densenet.system import atomic
+from flax_densenet.weights import trained as trained_lib
+
+EVAL_FILE, PREDICTIONS_FILE = 'eval.json', 'predictions.csv'
+LIKELIEST = 10  # that predictions.csv names where there are very many classes
+ROWS = 40  # classes that the table lists; more would scroll the totals away
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """Logits for labelled images.
+
+    Attributes:
+      examples: the images, in the order of the rows.
+      class_names: C names.
+      logits: float32 `[N, C]`.
+      labels: int32 `[N]`; float32 `[N, C]` of 0, 1 and NaN (not known) where an image
+        can have several.
+    """
+
+    examples: dataset.Examples
+    class_names: tuple[str, ...]
+    logits: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def multi_label(self) -> bool:
+        """An image can have several labels."""
+        return self.labels.ndim == 2
+
+    @functools.cached_property
+    def probabilities(self) -> np.ndarray:
+        """float64 `[N, C]`: softmax, or the sigmoid of each label."""
+        of = metrics.sigmoid if self.multi_label else metrics.softmax
+        return of(self.logits)
+
+    @functools.cached_property
+    def said(self) -> np.ndarray:
+        """int64 `[N]`: the likeliest class of each image."""
+        return self.probabilities.argmax(-1)
+
+    @functools.cached_property
+    def sure(self) -> np.ndarray:
+        """float64 `[N]`: its probability."""
+        return self.probabilities.max(-1)
+
+    @functools.cached_property
+    def figures(self) -> dict[str, Any]:
+        """See `metrics.measure` and `metrics.measure_labels`."""
+        measure = metrics.measure_labels if self.multi_label else metrics.measure
+        return measure(self.logits, self.labels, self.class_names)
+
+    def name(self, row: int) -> str:
+        """The file of an image, or its place in its data set."""
+        return self.examples.name(row)
+
+
+def find_examples(
+    trained: trained_lib.Trained, path: str, fields: dict[str, Any]
+) -> tuple[dataset.Source, dataset.Examples, tuple[str, ...], bool]:
+    """The labelled images to measure a model on.
+
+    The test part of the data that it was trained on; of other data, all images where
+    there is no test part, since none of them was trained on.
+
+    Args:
+      path: of the model, for messages.
+      fields: those of `config.data`.
+
+    Returns:
+      The source; its examples, with labels as the model numbers its classes; the class
+      names; whether the model was trained on this data.
+
+    Raises:
+      UserError: the data cannot be read or does not fit the model.
+    """
+    source = dataset.load_source(
+        fields['source'], **{n: fields[n] for n in dataset.load_source.__kwdefaults__}
+    )
+    if source.multi_label != trained.metadata.get('multi_label', source.multi_label):
+        raise UserError(
+            f'data.labels={fields["labels"]}: the model of {path} was trained '
+            + ('on one class' if source.multi_label else 'with a table of labels')
+            + ' for each image'
+        )
+    examples = source.test
+    trained_on = fields['source'] == trained.metadata['data'].get('source')
+    if not source.has_test and not trained_on:
+        examples = dataset.join(source.train, source.test)
+    examples = evaluate.match_classes(
+        examples,
+        source.class_names,
+        trained.class_names,
+        count=trained.module.num_classes,
+    )
+    return source, examples, trained.class_names or source.class_names, trained_on
+
+
+def collect(
+    trained: trained_lib.Trained, examples: dataset.Examples, class_names, **loading
+) -> Results:
+    """Computes all logits.
+
+    Args:
+      **loading: `batch_size`, `threads` and `workers` of `evaluate.compute_logits`.
+    """
+    logits, labels = evaluate.compute_logits(trained, examples, **loading)
+    return Results(examples, tuple(class_names), logits, labels)
+
+
+def of_data(
+    trained: trained_lib.Trained, path: str, fields: dict[str, Any]
+) -> tuple[dataset.Source, Results, bool]:
+    """`find_examples` and `collect` in one.
+
+    Returns:
+      The source, what the model says of its images, and whether it was trained on it.
+    """
+    source, examples, names, trained_on = find_examples(trained, path, fields)
+    loading = {name: fields[name] for name in ('batch_size', 'threads', 'workers')}
+    return source, collect(trained, examples, names, **loading), trained_on
+
+
+def save(folder: str, results: Results, about: dict[str, Any]):
+    """Writes `eval.json` (figures) and `predictions.csv` (a row for each image).
+
+    Args:
+      about: what was measured on what; the first fields of `eval.json`.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    if not mesh.is_writer():
+        return
+    path = os.path.join(folder, EVAL_FILE)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with atomic.replacing(path) as file:
+            json.dump(about | results.figures, file, indent=1)
+            file.write('\n')
+        path = os.path.join(folder, PREDICTIONS_FILE)
+        # Names that are not UTF-8 go out as the bytes that they are.
+        options = {'encoding': 'utf-8', 'errors': 'surrogateescape', 'newline': ''}
+        with atomic.replacing(path, **options) as file:
+            csv.writer(file).writerows(_rows(results))
+    except OSError as error:
+        raise UserError(
+            f'{path} cannot be written ({error.strerror}); use another --workdir'
+        ) from error
+
+
+def _rows(results):
+    """Path, what is true, what the model says, and every probability.
+
+    Of more than `metrics.WIDE` classes the likeliest ones: all would be gigabytes.
+    """
+    names, several = results.class_names, results.multi_label
+    if len(names) > metrics.WIDE and not several:
+        yield from _rows_of_likeliest(results)
+        return
+    known = [f'true_{name}' for name in names] if several else []
+    yield [
+        *('path', 'true', 'predicted'),
+        *known,
+        *(f'probability_{name}' for name in names),
+    ]
+    for row, (label, line) in enumerate(
+        zip(results.labels, results.probabilities, strict=True)
+    ):
+        if several:
+            true, said = (
+                ';'.join(names[c] for c in np.flatnonzero(chosen))
+                for chosen in (label == 1, line > 0.5)
+            )
+            known = ['' if np.isnan(value) else int(value) for value in label]
+        else:
+            true, said = names[label], names[line.argmax()]
+        yield [results.name(row), true, said, *known, *(f'{p:.6g}' for p in line)]
+
+
+def _rows_of_likeliest(results):
+    names = results.class_names
+    numbers = range(1, LIKELIEST + 1)
+    more = (f'{what}_{n}' for n in numbers for what in ('class', 'probability'))
+    yield ['path', 'true', 'predicted', 'probability_of_true', *more]
+    for row, line in enumerate(results.probabilities):
+        label = results.labels[row]
+        best = np.argpartition(-line, LIKELIEST)[:LIKELIEST]
+        best = best[np.argsort(-line[best], kind='stable')]
+        cells = (cell for c in best for cell in (names[c], f'{line[c]:.6g}'))
+        true = names[label], names[results.said[row]], f'{line[label]:.6g}'
+        yield [results.name(row), *true, *cells]
+
+
+def format_metrics_table(results: Results, where: str) -> str:
+    """The figures as lines: totals, then a table of classes.
+
+    Of more than `ROWS` classes, those with the lowest F1.
+
+    Args:
+      where: `360 test images of digits, best checkpoint: epoch 6, step 270`.
+    """
+    figures = results.figures
+    total = {name: figures[name] for name in ('accuracy', 'loss')}
+    if results.multi_label:
+        total['mean_auroc'] = figures['macro']['auroc']
+    lines = [f'{evaluate.format_metrics("Test", total)} ({where})']
+    if figures['accuracy_interval']:
+        low, high = figures['accuracy_interval']
+        lines.append(f'accuracy: 95 % interval {low * 100:.1f} to {high * 100:.1f} %')
+    if figures['top5'] is not None:
+        lines[-1] += f'; right class among the first 5: {figures["top5"] * 100:.1f} %'
+    calibration = figures['calibration']
+    if calibration:
+        lines.append(
+            f'calibration error: {calibration["before"]["error"] * 100:.1f} %, '
+            f'{calibration["after"]["error"] * 100:.1f} % at the temperature '
+            f'{calibration["temperature"]:.2f}'
+        )
+    return '\n'.join(lines + _format_classes(figures))
+
+
+def _format_classes(figures):
+    rows, hidden = figures['classes'], 0
+    if len(rows) > ROWS:
+        hidden = len(rows) - ROWS
+        rows = sorted(rows, key=lambda row: row['f1'])[:ROWS]
+    width = min(max(len(row['name']) for row in rows), 40)
+    width = max(width, len('mean of classes'))
+    columns = ('precision', 'recall', 'f1', 'auroc')
+    head = f'{"class":<{width}}  precision  recall      F1   AUROC  images'
+    lines = [head]
+    total = figures['macro'] | {'name': 'mean of classes', 'support': figures['count']}
+    for row in [*rows, total]:
+        name = row['name'] if len(row['name']) <= 40 else row['name'][:39] + '…'
+        cells = zip((9, 6, 6, 6), (row[c] for c in columns), strict=True)
+        text = '  '.join(f'{evaluate.format_auroc(v):>{w}}' for w, v in cells)
+        lines.append(f'{name:<{width}}  {text}  {row["support"]:>6}')
+    if hidden:
+        lines.insert(-1, f'({hidden} classes with a higher F1: see {EVAL_FILE})')
+    return lines

@@ -1,0 +1,284 @@
+"""Trained models as single files: for other frameworks, runtimes, and for ourselves.
+
+As a folder for the Hugging Face Hub also, see `hub`.
+
+A batch norm adds its own small number to the variance before the root. Where that is
+another one in the program that is to read the file, the difference is added to the
+variances, so the file computes what the model does.
+"""
+
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from flax import traverse_util
+
+from flax_densenet.errors import UserError
+from flax_densenet.export import hub, onnx_graph, onnx_int8, onnx_network, stablehlo
+from flax_densenet.export import precision as precision_lib
+from flax_densenet.models import densenet
+from flax_densenet.weights import keras_files, rdnet_names, weight_file
+from flax_densenet.weights import trained as trained_lib
+
+_TORCH_EPSILON = 1e-5
+
+
+def torch_arrays(module, variables) -> dict[str, np.ndarray]:
+    """torchvision's `state_dict`, of RDNet timm's: keys, layouts, epsilon, float32.
+
+    Args:
+      variables: `{'params', 'batch_stats'}`.
+
+    Raises:
+      UserError: the model pads as torchvision does not, or its epsilon is so much
+        smaller that a variance would be negative.
+    """
+    flat = traverse_util.flatten_dict(variables, sep='/')
+    if not densenet.has_batch_norm(module):
+        return rdnet_names.torch_arrays(module, flat)
+    if module.padding != 'torch' and module.stem != 'cifar':
+        raise UserError(
+            f'model.padding={module.padding}: torchvision and timm pad otherwise, so '
+            'they would compute something else from these weights; use --format=keras '
+            'or keep the workdir'
+        )
+    found = {}
+    for name, array in flat.items():
+        array = weight_file.to_torch_layout(np.asarray(array, np.float32))
+        if name.endswith('/var') and module.epsilon != _TORCH_EPSILON:
+            array = array + np.float32(module.epsilon - _TORCH_EPSILON)
+            if array.min() < 0:
+                raise UserError(
+                    f"{name}: with torch's epsilon of 1e-5 instead of "
+                    f'{module.epsilon:g} a variance would be below 0'
+                )
+        key = weight_file.torch_key(name)
+        found[key] = array
+        if key.endswith('.running_mean'):
+            place = key.removesuffix('.running_mean')
+            found[f'{place}.num_batches_tracked'] = np.array(0, np.int64)
+    return dict(sorted(found.items()))
+
+
+def _write_torch(path, trained, options):
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(
+            "--format=torch needs torch: pip install 'flax_densenet[torch]'; "
+            '--format=safetensors needs nothing more, and torch can read it'
+        ) from error
+    arrays = _stored(torch_arrays(trained.module, trained.variables), options)
+    types = {'bfloat16': torch.bfloat16}
+    tensors = {
+        name: torch.from_numpy(np.float32(array)).to(types[array.dtype.name])
+        if array.dtype.name in types
+        else torch.from_numpy(array.copy())
+        for name, array in arrays.items()
+    }
+    torch.save(tensors, path)
+
+
+def _write_safetensors(path, trained, options):
+    from safetensors import numpy as safetensors
+
+    metadata = dict(trained.metadata)
+    if densenet.has_batch_norm(trained.module):
+        metadata['model'] = dict(metadata['model'], epsilon=_TORCH_EPSILON)
+    content = safetensors.save(
+        _stored(torch_arrays(trained.module, trained.variables), options),
+        {weight_file.METADATA: json.dumps(metadata), 'format': 'pt'},
+    )
+    # Its own `save_file` makes files that nobody else may read.
+    with open(path, 'wb') as file:
+        file.write(content)
+
+
+def _stored(arrays, options):
+    """Kernels in the wanted precision; norms and biases are small and stay."""
+    if options.precision == 'float32':
+        return arrays
+    return {
+        name: precision_lib.convert(array, options.precision, name)
+        if array.ndim > 1
+        else array
+        for name, array in arrays.items()
+    }
+
+
+def _write_keras(path, trained, options):
+    if not densenet.has_batch_norm(trained.module):
+        variant = trained.metadata['model']['variant']
+        raise UserError(
+            f'--format=keras: keras.applications has no {variant}; use '
+            '--format=safetensors or torch'
+        )
+    keras_files.write(path, trained.module, trained.variables)
+
+
+def _write_onnx(path, trained, options):
+    arguments = trained.module, trained.variables, trained.metadata
+    if options.precision == 'int8':
+        made = onnx_int8.make(*arguments, options.calibration, inputs=options.inputs)
+    else:
+        made = onnx_network.make(
+            *arguments, inputs=options.inputs, precision=options.precision
+        )
+    onnx_graph.import_onnx().save(made, path)
+
+
+def _write_stablehlo(path, trained, options):
+    plain = trained.with_tta('none')  # as in all other files
+    stablehlo.save(
+        path,
+        plain,
+        inputs=options.inputs,
+        precision=options.precision,
+        any_size=stablehlo.can_take_any_size(plain.module),
+    )
+
+
+def _write_huggingface(folder, trained, options):
+    def write_weights(path, trained):
+        _write_safetensors(path, trained, options)
+
+    hub.write(folder, trained, write_weights, license=options.license)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a model is written.
+
+    Attributes:
+      inputs: `images` (uint8 in, probabilities out) or `normalised` (floats in, logits
+        out); None for the format's first.
+      precision: of stored weights, a key of the format's; `int8` computes in integers.
+      calibration: of `int8`: uint8 batches `[N, S, S, C]` of images as they will come.
+      license: of the weights, for what says so.
+    """
+
+    inputs: str | None = None
+    precision: str = 'float32'
+    calibration: Sequence[np.ndarray] | None = None
+    license: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A kind of file.
+
+    Attributes:
+      write: called with path, `trained.Trained` and Options.
+      endings: of the file's name.
+      inputs: that its models can have; the first is the usual one.
+      precisions: that its weights can have.
+      runtimes: keys of `runtimes.RUNTIMES` that can run it.
+      channels_first: normalised floats go in as `[N, C, H, W]`.
+    """
+
+    write: Callable[[str, trained_lib.Trained, Options], None]
+    endings: tuple[str, ...]
+    inputs: tuple[str, ...] = ('normalised',)
+    precisions: tuple[str, ...] = precision_lib.PRECISIONS
+    runtimes: tuple[str, ...] = ('flax_densenet',)
+    channels_first: bool = False
+
+
+FORMATS = {
+    'safetensors': Format(
+        _write_safetensors, ('.safetensors',), runtimes=('flax_densenet', 'torch')
+    ),
+    'torch': Format(_write_torch, ('.pth', '.pt'), runtimes=('torch',)),
+    'keras': Format(
+        _write_keras,
+        ('.keras', '.weights.h5', '.h5'),
+        precisions=('float32',),
+        runtimes=('keras',),
+    ),
+    'onnx': Format(
+        _write_onnx,
+        ('.onnx',),
+        inputs=onnx_network.INPUTS,
+        precisions=(*precision_lib.PRECISIONS, 'int8'),
+        runtimes=('onnxruntime', 'openvino'),
+        channels_first=True,
+    ),
+    'stablehlo': Format(
+        _write_stablehlo,
+        ('.stablehlo',),
+        inputs=stablehlo.INPUTS,
+        runtimes=('jax',),
+    ),
+    'huggingface': Format(
+        _write_huggingface,
+        ('',),  # a folder
+        runtimes=('flax_densenet', 'torch'),
+    ),
+}
+
+
+def save(
+    path: str,
+    trained: trained_lib.Trained,
+    file_format: str,
+    options: Options | None = None,
+    *,
+    verify: Callable[[str], None] = lambda part: None,
+):
+    """Writes a trained model to one file, whole or not at all.
+
+    Args:
+      path: its name ends as the format's names do; replaced where it is there.
+      file_format: a key of FORMATS. `torch` and `safetensors` are taken by
+        torchvision's and timm's `load_state_dict(strict=True)`, the latter also by
+        `weight_file.load` with all that this project knows of the model; `keras` by
+        `keras.applications`; `onnx` by ONNX Runtime and others; `stablehlo` by JAX;
+        `huggingface` is a folder.
+      verify: called with the file before it takes its place; what it raises leaves
+        what was there.
+
+    Raises:
+      UserError: the format cannot hold the model, or the file cannot be written.
+    """
+    options = options or Options()
+    check_format(path, file_format, options)
+    written = FORMATS[file_format]
+    if options.inputs is None:
+        options = dataclasses.replace(options, inputs=written.inputs[0])
+    folder = os.path.dirname(os.path.abspath(path))
+    ending = next(ending for ending in written.endings if path.endswith(ending))
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix='.export') as unfinished:
+            part = os.path.join(unfinished, f'model{ending}')
+            written.write(part, trained, options)
+            verify(part)
+            hub.place(part, path)
+    except OSError as error:
+        raise UserError(
+            f'--out={path} cannot be written ({error.strerror or error})'
+        ) from error
+
+
+def check_format(path: str, file_format: str, options: Options | None = None):
+    """Raises where the format is not known or has no such option, or for the name."""
+    if file_format not in FORMATS:
+        raise UserError(
+            f'--format={file_format} is not known; use {", ".join(FORMATS)}'
+        )
+    known, options = FORMATS[file_format], options or Options()
+    if not path.endswith(known.endings):
+        raise UserError(
+            f'--out={path}: a file of --format={file_format} ends with '
+            f'{" or ".join(known.endings)}'
+        )
+    for name, valid in (('inputs', known.inputs), ('precision', known.precisions)):
+        value = getattr(options, name)
+        if value is not None and value not in valid:
+            raise UserError(
+                f'--{name}={value}: --format={file_format} has {", ".join(valid)}'
+            )
+    if file_format == 'huggingface':
+        hub.check(path)

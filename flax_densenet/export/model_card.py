@@ -1,0 +1,296 @@
+"""Model cards: one Markdown file that says what a model is, can do and cannot.
+
+`MODEL_CARD.md` lies beside an exported file, `README.md`, with the header that the
+Hugging Face Hub reads, in a folder for it. Both come of `templates/card.md.jinja`.
+What is
+not known the card says is not known.
+"""
+
+import json
+import os
+import re
+import shlex
+from typing import Any
+
+from flax_densenet._version import __version__
+from flax_densenet.errors import UserError, printable
+from flax_densenet.export import model_card_facts
+from flax_densenet.report import render as render_lib
+from flax_densenet.system import atomic, environment
+from flax_densenet.weights import trained as trained_lib
+
+FILE, HUB_FILE = 'MODEL_CARD.md', 'README.md'
+# Whoever edits a card takes this line out, and it stays.
+MARKER = '<!-- flax_densenet wrote this card; an export replaces it while this line '
+MARKER += 'is here. -->'
+NAMES = 200  # of classes, that a card lists
+_ODD = re.compile(r'[`|\\]|^\s|\s$|\s\s')
+_TITLES = {
+    'accuracy': 'Accuracy',
+    'top5': 'Right class among the first five',
+    'precision': 'Precision, mean of classes',
+    'recall': 'Recall, mean of classes',
+    'f1': 'F1, mean of classes',
+    'auroc': 'AUROC, mean of classes',
+    'loss': 'Cross-entropy, nats',
+}
+_SHARES = ('accuracy', 'top5', 'precision', 'recall')
+FORMATS = {
+    'torch': 'PyTorch state dict',
+    'safetensors': 'safetensors',
+    'keras': 'Keras',
+    'onnx': 'ONNX',
+    'stablehlo': 'StableHLO of jax.export',
+    'huggingface': 'folder for the Hugging Face Hub',
+}
+# Of the Hub's names for licences; what is not among them is its `other`.
+_LICENSES = (
+    *('apache-2.0', 'mit', 'bsd', 'bsd-2-clause', 'bsd-3-clause', 'isc', 'mpl-2.0'),
+    *('gpl-2.0', 'gpl-3.0', 'agpl-3.0', 'lgpl-2.1', 'lgpl-3.0', 'epl-2.0', 'eupl-1.2'),
+    *('unlicense', 'wtfpl', 'zlib', 'openrail', 'odbl', 'pddl', 'cc0-1.0'),
+    *('cc-by-2.0', 'cc-by-3.0', 'cc-by-4.0', 'cc-by-sa-3.0', 'cc-by-sa-4.0'),
+    *('cc-by-nc-3.0', 'cc-by-nc-4.0', 'cc-by-nd-4.0', 'cc-by-nc-nd-4.0'),
+    *('cc-by-nc-sa-3.0', 'cc-by-nc-sa-4.0', 'unknown', 'other'),
+)
+
+
+def render(
+    trained: trained_lib.Trained,
+    *,
+    workdir: str | None = None,
+    facts=(),
+    file: str | None = None,
+    file_format: str | None = None,
+    license: str | None = None,
+    data_license: str | None = None,
+    hub: bool = False,
+) -> str:
+    """The card of a model, as Markdown.
+
+    Args:
+      workdir: of the run, for figures and the recipe; None where there is none.
+      facts: `(name, value)` of the export: precision, differences found, accuracy.
+        Where one is `('inputs', 'normalised')`, ONNX and StableHLO take normalised
+        images, else uint8 ones.
+      file: the exported file, or folder, that the card lies beside, or in.
+      file_format: a key of `FORMATS`.
+      license: of the weights; None is unknown.
+      data_license: of the data; None is unknown.
+      hub: with the header that the Hub reads; `file_format` is then `huggingface`.
+
+    Raises:
+      UserError: the workdir holds files that are not those of a run.
+    """
+    model = model_card_facts.describe_model(trained)
+    run = model_card_facts.describe_run(trained, workdir)
+    figures = model_card_facts.describe_metrics(trained, workdir)
+    count = model['num_classes']
+    network = model['family']['name'] if model['changes'] else model['variant']
+    title = f'{network} for {count} '
+    title += 'labels' if model['multi_label'] else 'classes'
+    name = os.path.basename(os.path.abspath(file)) if file else None
+    key = 'huggingface' if hub else file_format
+    facts = [(str(one), str(other)) for one, other in facts]
+    values = {
+        'header': _header(title, model, figures, license) if hub else '',
+        'title': title,
+        'model': model,
+        'size': model['preparation'].size,
+        'run': run,
+        'figures': figures,
+        'license': license,
+        'data_license': data_license,
+        'file': printable(name) if name else None,
+        'format_key': key,
+        'format': FORMATS.get(key, key),
+        'facts': facts,
+        'versions': _versions(run),
+    } | _code_of(model, name, key, ('inputs', 'normalised') in facts)
+    return re.sub(
+        r'\n{3,}', '\n\n', _environment().get_template('card.md.jinja').render(values)
+    )
+
+
+def _code_of(model, name, key, normalised):
+    """What the lines of code are made of."""
+    library, torch_model = 'torchvision', f'torchvision.models.{model["torchvision"]}'
+    if model['torchvision'] is None and model['timm']:
+        architecture, arguments = model['timm']
+        more = {'num_classes': model['num_classes']} | arguments
+        more = ', '.join(f'{key}={value!r}' for key, value in more.items())
+        library, torch_model = 'timm', f'timm.create_model({architecture!r}, {more})'
+    start = shlex.quote(printable(name or 'FOLDER'))
+    return {
+        'command': f'python launch.py --mode=predict --config.init_from={start} '
+        "--files='photos/**/*.jpg'",
+        'torch_library': library,
+        'torch_model': torch_model,
+        'file_literal': ascii(name or 'FOLDER'),
+        'weights_alone': bool(name and name.endswith('.weights.h5')),
+        'keras_model': _keras_model(model),
+        'normalised': normalised,
+        'gives_logits': normalised or key not in ('onnx', 'stablehlo', 'keras'),
+    }
+
+
+def _keras_model(model):
+    size, channels = model['preparation'].size, model['channels']
+    options = (
+        f'weights=None, classes={model["num_classes"]}, '
+        f'input_tensor=keras.Input(({size}, {size}, {channels})))'
+    )
+    public = ('densenet121', 'densenet169', 'densenet201')
+    if model['variant'] in public and not model['changes']:
+        return f'keras.applications.DenseNet{model["variant"][-3:]}({options}'
+    # The public functions have three lists of blocks, this one takes any.
+    return (
+        'keras.src.applications.densenet.DenseNet('
+        f'{list(model["block_sizes"])}, {options}'
+    )
+
+
+def _versions(run):
+    """`(name, at the export, in training)`; None where it is not known."""
+    now = {'flax_densenet': __version__} | environment.versions()
+    before = run['environment']
+    names = (*now, *(name for name in ('device', 'commit') if before.get(name)))
+    return [(name, now.get(name), before.get(name)) for name in names]
+
+
+def _header(title, model, figures, license):
+    """YAML; JSON is a part of it."""
+    made = {'license': _license_id(license)}
+    if made['license'] == 'other' and license.lower() != 'other':
+        made['license_name'] = printable(license)
+    family = model['family']['name'].lower()
+    made |= {
+        'library_name': 'timm' if model['timm'] else 'flax_densenet',
+        'pipeline_tag': 'image-classification',
+        'tags': ['image-classification', family, 'flax', 'jax', 'flax_densenet']
+        + ['timm'] * bool(model['timm']),
+    }
+    if figures:
+        source = printable(figures['source'] or 'unknown')
+        accuracy = {'type': 'accuracy', 'value': figures['accuracy']}
+        result = {
+            'task': {'type': 'image-classification'},
+            'dataset': {'name': source, 'type': source},
+            'metrics': [accuracy],
+        }
+        made['model-index'] = [{'name': title, 'results': [result]}]
+    lines = [
+        f'{key}: {json.dumps(value, ensure_ascii=False)}' for key, value in made.items()
+    ]
+    return '\n'.join(['---', *lines, '---', '', ''])
+
+
+def _license_id(license):
+    if license is None:
+        return 'unknown'
+    return license.lower() if license.lower() in _LICENSES else 'other'
+
+
+def _environment():
+    import jinja2
+
+    # Markdown and no HTML: what comes from elsewhere goes through `code` or `text`.
+    made = jinja2.Environment(
+        loader=jinja2.PackageLoader('flax_densenet.export'),
+        autoescape=False,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    made.filters |= {
+        'code': code,
+        'text': text,
+        'percent': render_lib.percent,
+        'figure': render_lib.figure,
+        'interval': _interval,
+        'brackets': lambda pair: f' ({_interval(pair)})' if pair else '',
+        'count': lambda number: f'{number:,}',
+    }
+    made.globals |= {
+        'row_title': _row_title,
+        'shares': _SHARES,
+        'names_most': NAMES,
+        'few': model_card_facts.FEW,
+        'marker': MARKER,
+    }
+    return made
+
+
+def _row_title(name, multi_label):
+    if multi_label and name == 'accuracy':
+        return 'Labels right'
+    return _TITLES[name].replace('classes', 'labels' if multi_label else 'classes')
+
+
+def _interval(pair):
+    low, high = pair
+    return f'{low * 100:.1f} to {high * 100:.1f} %'
+
+
+def code(value: Any) -> str:
+    """Any text as code in a line or a cell of Markdown, whatever is in it.
+
+    >>> print(code('golden_retriever <b>'), code('a|b'))
+    `golden_retriever <b>` <code>a&#124;b</code>
+    """
+    said = printable(str(value))
+    if said and not _ODD.search(said):
+        return f'`{said}`'
+    # No sign is left that Markdown or a table could take for its own.
+    signs = (c if c.isalnum() else f'&#{ord(c)};' for c in said)
+    return f'<code>{"".join(signs)}</code>'
+
+
+def text(value: Any) -> str:
+    """Any text as text of Markdown.
+
+    >>> print(text('1 < 2 *and* |'))
+    1 \\< 2 \\*and\\* \\|
+    """
+    said = re.sub(r'[\\`*{}\[\]<>#|~$&@^!]|\b_|_\b', r'\\\g<0>', printable(str(value)))
+    # What would become a link or a picture.
+    return re.sub(r':(?=//|\w+:)|(?<=www)\.', r'\\\g<0>', said)
+
+
+def path_beside(file: str) -> str:
+    """Where the card of an exported file is."""
+    return os.path.join(os.path.dirname(os.path.abspath(file)), FILE)
+
+
+def check(path: str):
+    """Raises where a file is there that this program did not write.
+
+    Raises:
+      UserError: it has another author, or cannot be read.
+    """
+    try:
+        with open(path, encoding='utf-8', errors='replace') as file:
+            ours = MARKER in file.read()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror})') from error
+    if not ours:
+        raise UserError(
+            f'{path} is there and not of this program, or was edited to stay; move it '
+            'or use another --out'
+        )
+
+
+def save(path: str, text: str):
+    """Writes a card, whole or not at all, over none but ours.
+
+    Raises:
+      UserError: see `check`; or it cannot be written.
+    """
+    check(path)
+    try:
+        with atomic.replacing(path, encoding='utf-8') as file:
+            file.write(text)
+    except OSError as error:
+        raise UserError(f'{path} cannot be written ({error.strerror})') from error

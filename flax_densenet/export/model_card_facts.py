@@ -1,0 +1,267 @@
+"""What a model card says of a model: facts of its metadata and of its run's folder.
+
+Nothing is measured here. What is not known is None or left out, so that the card can
+say so.
+"""
+
+import json
+import os
+import re
+from typing import Any
+
+from flax_densenet.checkpoints import run_folder
+from flax_densenet.errors import UserError
+from flax_densenet.evaluation import metrics, results
+from flax_densenet.models import densenet, factory, rdnet, tta
+from flax_densenet.weights import timm_network, weight_file
+from flax_densenet.weights import trained as trained_lib
+
+_DENSENET = 'DenseNet', 'Densely Connected Convolutional Networks', '1608.06993'
+_RDNET = 'RDNet', 'DenseNets Reloaded', '2403.19588'
+_TORCHVISION = ('densenet121', 'densenet161', 'densenet169', 'densenet201')
+FEW = 30  # images of a class, below which a line warns
+# Fields of the run's config that the recipe names; those that are as here are left out.
+_RECIPE = {
+    'optimizer.name': None,
+    'optimizer.learning_rate': None,
+    'optimizer.schedule': None,
+    'optimizer.warmup_epochs': 0,
+    'optimizer.momentum': 0.9,
+    'optimizer.weight_decay': 0,
+    'optimizer.l2_penalty': 0,
+    'optimizer.layer_decay': 1,
+    'optimizer.head_multiplier': 1,
+    'optimizer.gradient_clip': 0,
+    'data.batch_size': None,
+    'train.accumulate_steps': 1,
+    'train.epochs': None,
+    'train.patience': 0,
+    'train.seed': None,
+    'train.loss': 'cross_entropy',
+    'train.label_smoothing': 0,
+    'train.ema': 0,
+    'train.freeze': 'none',
+    'train.head_warmup_epochs': 0,
+    'data.augment': 'none',
+    'data.colour_jitter': [],
+    'data.policy': 'none',
+    'data.erase': 0,
+    'data.mixup': 0,
+    'data.cutmix': 0,
+    'data.balance': 'none',
+    'data.size_schedule': [],
+    'model.dropout_rate': 0,
+    'model.drop_path_rate': 0,
+    'model.dtype': 'float32',
+}
+_BEST = re.compile(r'best checkpoint: epoch (\d+), step (\d+)(.*)')
+
+
+def describe_model(trained: trained_lib.Trained) -> dict[str, Any]:
+    """The network and what goes in and comes out."""
+    metadata, module = trained.metadata, trained.module
+    channels = len(metadata['mean'])
+    family = _RDNET if isinstance(module, rdnet.RDNet) else _DENSENET
+    return {
+        'variant': metadata['model'].get('variant') or family[0],
+        'changes': _changes(module, metadata['model'].get('variant')),
+        'family': dict(zip(('name', 'title', 'paper'), family, strict=True)),
+        'parameters': densenet.count_parameters(module, channels=channels),
+        'block_sizes': tuple(module.block_sizes),
+        'num_classes': module.num_classes,
+        'class_names': trained.class_names,
+        'multi_label': bool(metadata.get('multi_label')),
+        'channels': channels,
+        'preparation': trained_lib.preparation_of(metadata),
+        'mean': list(metadata['mean']),
+        'std': list(metadata['std']),
+        'mirrored': tta.of_metadata(metadata) == 'flip',
+        'timm': timm_network.find(module, channels=channels),
+        'torchvision': _torchvision(module, channels),
+    }
+
+
+def _changes(module, variant):
+    """Fields of the network that are not those of its variant."""
+    if not variant:
+        return {}
+    own = factory.create_model(variant, num_classes=module.num_classes)
+    names = (*weight_file.ARCHITECTURE, 'blur_pool', 'padding')
+    found = {n: getattr(module, n) for n in names if hasattr(module, n)}
+    return {n: value for n, value in found.items() if value != getattr(own, n)}
+
+
+def _torchvision(module, channels):
+    """`densenet121(num_classes=3)`, or what makes the network otherwise, or None."""
+    found = timm_network.find(module, channels=channels)
+    if found is None or channels != 3 or getattr(module, 'stem', '') != 'imagenet':
+        return None
+    name, changed = found
+    if name in _TORCHVISION and not changed:
+        return f'{name}(num_classes={module.num_classes})'
+    return (
+        f'DenseNet(growth_rate={module.growth_rate}, '
+        f'block_config={tuple(module.block_sizes)}, '
+        f'num_init_features={module.stem_features}, bn_size={module.bottleneck}, '
+        f'num_classes={module.num_classes})'
+    )
+
+
+def describe_run(trained: trained_lib.Trained, workdir: str | None) -> dict[str, Any]:
+    """How it was trained: data, recipe, versions.
+
+    Raises:
+      UserError: the workdir holds files that are not those of a run.
+    """
+    metadata = trained.metadata
+    run = (
+        run_folder.load_run(workdir)
+        if workdir
+        else run_folder.RunRecord('', [], {}, {})
+    )
+    fields = run_folder.flatten({name: metadata[name] for name in ('data', 'model')})
+    fields |= run_folder.flatten(run.config)
+    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+    recipe = {
+        name: fields[name]
+        for name, usual in _RECIPE.items()
+        if fields.get(name) is not None and fields[name] != usual
+    }
+    if recipe.get('optimizer.name') != 'sgd':
+        recipe.pop('optimizer.momentum', None)
+    if recipe.get('optimizer.schedule') == 'steps':
+        recipe['optimizer.drop_at'] = fields.get('optimizer.drop_at')
+    trained_here = any(name.startswith('optimizer.') for name in recipe)
+    return {
+        'source': metadata['data'].get('source'),
+        'images': metadata.get('images'),
+        'recipe': recipe if trained_here else {},
+        # Where it was on that machine is nobody's business.
+        'started_from': os.path.basename(fields.get('init_from') or '') or None,
+        'epoch': metadata.get('epoch') if trained.step is not None else None,
+        'epochs_taken': len(run.records) or None,
+        'environment': run.environment,
+    }
+
+
+def describe_metrics(
+    trained: trained_lib.Trained, workdir: str | None
+) -> dict[str, Any] | None:
+    """Figures with 95 % intervals: of `eval.json`, else of the checkpoint.
+
+    Returns:
+      None where none are known; else `source`, `own` (the run's own test images),
+      `count`, `mirrored`, `rows` of (name, value, interval or None), `accuracy`,
+      `classes` (rows, most of `results.ROWS`), `hidden` (how many more), `few` (names
+      of classes with fewer than `FEW` images) and `calibration` or None.
+
+    Raises:
+      UserError: `eval.json` is not what evaluation writes.
+    """
+    found = _load_eval(trained, workdir)
+    if found is None:
+        return _of_checkpoint(trained)
+    path = os.path.join(workdir, results.EVAL_FILE)
+    try:
+        return _of_eval(trained, found)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(
+            f'{path} is not what --mode=eval writes ({error!r}); run it again'
+        ) from error
+
+
+def _load_eval(trained, workdir):
+    """`eval.json` where it is of this checkpoint."""
+    path = workdir and os.path.join(workdir, results.EVAL_FILE)
+    if not path or trained.step is None or not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding='utf-8') as file:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'{path} cannot be read ({error}); run --mode=eval') from error
+    said = found.get('model') if isinstance(found, dict) else None
+    match = _BEST.fullmatch(said) if isinstance(said, str) else None
+    if match is None:
+        raise UserError(f'{path} is not what --mode=eval writes; run it again')
+    if int(match[2]) != trained.step:  # training went on
+        return None
+    return found | {'mirrored': bool(match[3])}
+
+
+def _of_eval(trained, found):
+    own = found['data'] == trained.metadata['data'].get('source')
+    rows = [_row(found, 'accuracy', found['accuracy_interval'])]
+    if found['top5'] is not None:
+        right = round(found['top5'] * found['count'])
+        rows.append(_row(found, 'top5', metrics.wilson(right, found['count'])))
+    macro = found['macro']
+    rows += [_row(macro, name) for name in ('precision', 'recall', 'f1', 'auroc')]
+    rows.append(_row(found, 'loss'))
+    calibration = found['calibration']
+    if calibration:
+        calibration = {
+            'temperature': calibration['temperature'],
+            'before': calibration['before']['error'],
+            'after': calibration['after']['error'],
+        }
+    classes = found['classes']
+    shown = classes
+    if len(classes) > results.ROWS:
+        shown = sorted(classes, key=lambda row: row['f1'])[: results.ROWS]
+    return {
+        'source': found['data'],
+        'own': own,
+        'count': found['count'],
+        'mirrored': found['mirrored'],
+        'accuracy': found['accuracy'],
+        'rows': [row for row in rows if row[1] is not None],
+        'classes': [_with_intervals(row) for row in shown],
+        'hidden': len(classes) - len(shown),
+        'few': [row['name'] for row in classes if row['support'] < FEW],
+        'calibration': calibration,
+    }
+
+
+def _row(figures, name, interval=None):
+    return name, figures[name], interval
+
+
+def _with_intervals(row):
+    """A class with intervals of its recall and precision."""
+    right = round(row['recall'] * row['support'])
+    # How often it was said follows from the share of that which is right.
+    said = round(right / row['precision']) if row['precision'] else 0
+    return row | {
+        'recall_interval': metrics.wilson(right, row['support']),
+        'precision_interval': metrics.wilson(right, said),
+    }
+
+
+def _of_checkpoint(trained):
+    found = trained.metrics
+    if 'test_accuracy' not in found:
+        return None
+    metadata = trained.metadata
+    count = (metadata.get('images') or {}).get('test')
+    if count:
+        count -= int(found.get('test_unread', 0))
+    interval = None
+    if count and not metadata.get('multi_label'):
+        interval = metrics.wilson(round(found['test_accuracy'] * count), count)
+    rows = [('accuracy', found['test_accuracy'], interval)]
+    for name, key in (('auroc', 'test_mean_auroc'), ('loss', 'test_loss')):
+        if found.get(key) is not None:
+            rows.append((name, found[key], None))
+    return {
+        'source': metadata['data'].get('source'),
+        'own': True,
+        'count': count,
+        'mirrored': False,
+        'accuracy': found['test_accuracy'],
+        'rows': rows,
+        'classes': [],
+        'hidden': 0,
+        'few': [],
+        'calibration': None,
+    }

@@ -1,0 +1,115 @@
+"""ONNX models node by node: nodes, weights, and what a file says of itself."""
+
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.errors import UserError
+from flax_densenet.export import precision as precision_lib
+
+# The oldest operator set with LayerNormalization, read by runtimes since 2022.
+OPSET, IR_VERSION = 17, 8
+# Smaller arrays (biases, factors) stay float32: nothing to be gained.
+_SMALL = 1024
+
+
+class Graph:
+    """Nodes and weights in the making; `model` makes the file's content of them.
+
+    Args:
+      precision: of stored weights, see `half`. Runtimes make float32 of them when they
+        load the file.
+    """
+
+    def __init__(self, precision: str = 'float32'):
+        self._onnx = import_onnx()
+        self._precision = precision
+        self._nodes, self._weights, self._used = [], [], {}
+
+    def add(self, operator: str, *inputs: str | np.ndarray, **attributes: Any) -> str:
+        """Adds a node with one output; returns the output's name.
+
+        Args:
+          inputs: names of other outputs, arrays, or '' for one left out.
+          attributes: of the operator; `name` is the node's.
+        """
+        name = self._name(attributes.pop('name', operator))
+        inputs = [
+            one if isinstance(one, str) else self.constant(one, f'{name}.{number}')
+            for number, one in enumerate(inputs)
+        ]
+        node = self._onnx.helper.make_node(
+            operator, inputs, [name], name=name, **attributes
+        )
+        self._nodes.append(node)
+        return name
+
+    def constant(self, array: np.ndarray, name: str) -> str:
+        """An array in the file, in `precision` where it is of floats and large."""
+        name, array = self._name(name), np.asarray(array, order='C')
+        if array.dtype == np.float64:
+            array = array.astype(np.float32)
+        numpy_helper, types = self._onnx.numpy_helper, self._onnx.TensorProto
+        small = array.size < _SMALL or array.dtype != np.float32
+        if self._precision == 'float32' or small:
+            self._weights.append(numpy_helper.from_array(array, name))
+            return name
+        stored = self._onnx.TensorProto(
+            name=name,
+            dims=array.shape,
+            data_type=getattr(types, self._precision.upper()),
+            raw_data=precision_lib.convert(array, self._precision, name).tobytes(),
+        )
+        self._weights.append(stored)
+        return self.add('Cast', name, to=types.FLOAT, name=f'{name}.float32')
+
+    def model(
+        self, inputs: dict[str, tuple], outputs: dict[str, tuple], metadata
+    ) -> Any:
+        """The `onnx.ModelProto`.
+
+        Args:
+          inputs: name to (numpy dtype, shape); a text in a shape is a size that is
+            free.
+          outputs: the same.
+          metadata: texts by name, kept in the file.
+        """
+        helper = self._onnx.helper
+        inputs, outputs = (
+            [
+                helper.make_tensor_value_info(
+                    name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape
+                )
+                for name, (dtype, shape) in values.items()
+            ]
+            for values in (inputs, outputs)
+        )
+        graph = helper.make_graph(
+            self._nodes, 'flax_densenet', inputs, outputs, self._weights
+        )
+        made = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid('', OPSET)],
+            ir_version=IR_VERSION,
+            producer_name='flax_densenet',
+        )
+        helper.set_model_props(made, metadata)
+        return made
+
+    def _name(self, wanted):
+        """The name, with a number behind it where it is taken."""
+        count = self._used[wanted] = self._used.get(wanted, 0) + 1
+        return wanted if count == 1 else self._name(f'{wanted}.{count}')
+
+
+def import_onnx() -> Any:
+    """The package `onnx`, or a UserError that says how to get it."""
+    try:
+        import onnx
+        import onnx.helper
+        import onnx.numpy_helper
+    except ImportError as error:
+        raise UserError(
+            "--format=onnx needs onnx: pip install 'flax_densenet[export]'"
+        ) from error
+    return onnx

@@ -1,0 +1,298 @@
+"""DenseNets with bottlenecks as ONNX models of 8-bit integers.
+
+Every feature map is stored as `255 * (x - low) / (high - low)` in a byte, with bounds
+of its own, found on images (calibration). The bounds go into the convolutions on both
+sides, so a dense block's feature maps all have the same unit and are joined without
+being converted. In that unit batch norm and ReLU are a subtraction that stops at 0,
+
+    relu(a x + b) = a relu(x - t),  t = -b / a,
+
+the factor `a` is part of the 1x1 convolution behind it, and the whole network is made
+of integer convolutions, subtractions and joins. Runtimes read it as float operators
+between QuantizeLinear and DequantizeLinear and join those themselves.
+
+Kernels have 7 bits: on processors without instructions for 8-bit products, sums of two
+products of a byte with 8 bits may not fit into 16 bits, and results would depend on the
+processor.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.errors import UserError
+from flax_densenet.export import onnx_calibration, onnx_network
+from flax_densenet.export.onnx_calibration import Bounds
+from flax_densenet.export.onnx_graph import Graph
+from flax_densenet.models import densenet
+
+_STEPS = 255  # of a feature map's byte
+_KERNEL_STEPS = 63
+
+
+def check(module: densenet.Network, metadata: dict[str, Any]):
+    """Raises for a network without the bottlenecks that offsets are folded into."""
+    if not isinstance(module, densenet.DenseNet) or not module.bottleneck:
+        raise UserError(
+            f'--precision=int8: {metadata["model"]["variant"]} has no bottleneck; use '
+            'float16 or bfloat16'
+        )
+
+
+def make(
+    module: densenet.DenseNet,
+    variables,
+    metadata: dict[str, Any],
+    batches: Sequence[np.ndarray],
+    *,
+    inputs: str = 'images',
+) -> Any:
+    """The `onnx.ModelProto` in integers; inputs and outputs as of `onnx_network.make`.
+
+    Rounding moves the logits of all images a little in one direction; the classifier's
+    bias takes back what it is on average.
+
+    Args:
+      batches: uint8 images `[N, H, W, C]` to calibrate with, as the model gets them.
+
+    Raises:
+      UserError: the network has no bottleneck, or ONNX Runtime is missing.
+    """
+    check(module, metadata)
+    bounds, wanted = onnx_calibration.calibrate(module, variables, metadata, batches)
+    net = onnx_network.fold(module, variables)
+
+    def build(inputs, shift=0.0):
+        graph, logits = _network(module, net, metadata, bounds, inputs, shift)
+        return onnx_network.finish(graph, logits, module, metadata, inputs)
+
+    session, found = onnx_calibration.start(build('normalised')), []
+    mean, std = (np.float32(metadata[name]) for name in ('mean', 'std'))
+    for batch in batches:
+        images = (batch / np.float32(255) - mean) / std
+        found += session.run(None, {'input': images.transpose(0, 3, 1, 2)})
+    return build(inputs, wanted - np.concatenate(found).mean(0))
+
+
+def _network(module, net, metadata, bounds, inputs, shift):
+    """The graph, and the name of its logits, to which `shift` is added."""
+    graph = _Quantized(bounds)
+    x, divisor = onnx_network.take_images(graph, metadata, inputs)
+    # Bounds are of images less their mean, as they are taken in where they are images.
+    std = 255 * np.float64(metadata['std'])
+    x, unit = _image(graph, x, std if divisor is None else 1.0)
+    x, found = _stem(graph, x, unit, module, net['stem'], divisor)
+    for number, block in enumerate(net['blocks'], start=1):
+        for place, layer in enumerate(block['layers'], start=1):
+            name = f'denseblock{number}.denselayer{place}'
+            y, of_y = _dense_layer(graph, x, found, layer, name)
+            x = graph.add('Concat', x, y, axis=1, name=f'{name}.joined')
+            found = found.join(of_y)
+        if 'kernel' in block['tail']:
+            name = f'transition{number}'
+            x, found = _transition(graph, x, found, block['tail'], name)
+    classifier = net['head']['params']['classifier']
+    arrays = classifier['kernel'], classifier['bias'] + shift
+    return graph, _classify(graph, x, found, block['tail'], *arrays)
+
+
+class _Quantized(Graph):
+    """A graph whose feature maps are bytes."""
+
+    def __init__(self, bounds):
+        super().__init__()
+        self.bounds = bounds
+        self._unit = self.constant(np.float32(1 / _STEPS), 'unit')
+        self._zero = self.constant(np.uint8(0), 'zero')
+
+    def quantised(self, x, name):
+        return self.add('QuantizeLinear', x, self._unit, self._zero, name=name)
+
+    def value(self, x, name):
+        """The bytes as numbers from 0 to 1."""
+        return self.add('DequantizeLinear', x, self._unit, self._zero, name=name)
+
+    def conv(self, x, kernel, bias, name, *, unit=1 / _STEPS, **options):
+        """A convolution of integers, from values to values.
+
+        Args:
+          kernel: float64 `[K, K, C, F]`.
+          bias: float64 `[F]`.
+          unit: of the input's steps.
+        """
+        step = np.abs(kernel).max((0, 1, 2)) / _KERNEL_STEPS
+        step = np.where(step > 0, step, 1.0).astype(np.float32)
+        whole = np.rint(kernel / step).astype(np.int8).transpose(3, 2, 0, 1)
+        whole = self.constant(whole, f'{name}.kernel')
+        kernel_value = self.add(
+            'DequantizeLinear', whole, step, axis=0, name=f'{name}.kernel.value'
+        )
+        of_bias = np.float32(unit) * step
+        limit = 2**31 - 1
+        whole = np.rint(np.clip(bias / of_bias.astype(np.float64), -limit, limit))
+        whole = self.constant(whole.astype(np.int32), f'{name}.bias')
+        bias_value = self.add(
+            'DequantizeLinear', whole, of_bias, axis=0, name=f'{name}.bias.value'
+        )
+        return self.add('Conv', x, kernel_value, bias_value, name=name, **options)
+
+
+def _into(kernel, bias, bounds):
+    """A convolution whose output has the unit of its bounds."""
+    bias = np.zeros(kernel.shape[-1]) if bias is None else np.float64(bias)
+    return np.float64(kernel) / bounds.width, (bias - bounds.low) / bounds.width
+
+
+def _above_zero(bounds):
+    """Bounds behind a ReLU, whose 0 has to stay 0: it is what pads."""
+    return Bounds(np.zeros_like(bounds.high), bounds.high)
+
+
+def _options(kernel, strides=1, padding='torch'):
+    size = kernel.shape[0]
+    pads = {'pads': (size // 2,) * 4}
+    if padding == 'same' and strides > 1:
+        pads = {'auto_pad': 'SAME_UPPER'}
+    return pads | {'kernel_shape': (size, size), 'strides': (strides, strides)}
+
+
+def _stem(graph, x, unit, module, convs, divisor):
+    """Bytes of the stem's feature maps, and their bounds."""
+    found = None
+    for number, part in enumerate(convs):
+        name, kernel = f'conv{number}', np.float64(part['kernel'])
+        kernel = onnx_network.divided(kernel, divisor) if found is None else kernel
+        if found is not None:
+            kernel = kernel * found.width.reshape(1, 1, -1, 1)
+        if 'bias' not in part:
+            found = graph.bounds[name]
+        else:
+            found = _above_zero(graph.bounds[f'relu{number}'])
+        strides = onnx_network.stem_strides(module, number)
+        options = _options(kernel, strides, module.padding)
+        kernel, bias = _into(kernel, part.get('bias'), found)
+        x = graph.conv(x, kernel, bias, name, unit=unit, **options)
+        x, unit = graph.quantised(x, f'{name}.bytes'), 1 / _STEPS
+        if number + 1 < len(convs):
+            x = graph.value(x, f'{name}.value')
+    return _pool(graph, x, module), found
+
+
+def _image(graph, x, divided_by):
+    """The image in steps of its whole range; returns its value and the step."""
+    bounds = graph.bounds['centred']
+    low = min((bounds.low / divided_by).min(), 0)
+    high = max((bounds.high / divided_by).max(), 0)
+    unit = np.float32((high - low or 1) / _STEPS)
+    zero = np.uint8(np.rint(-low / unit))
+    unit_, zero_ = graph.constant(unit, 'image.unit'), graph.constant(zero, 'image.0')
+    x = graph.add('QuantizeLinear', x, unit_, zero_, name='image.bytes')
+    x = graph.add('DequantizeLinear', x, unit_, zero_, name='image.value')
+    return x, unit
+
+
+def _pool(graph, x, module):
+    if module.blur_pool:
+        x = graph.value(x, 'pool0.value')
+        return graph.quantised(onnx_network.pool(graph, x, module), 'pool0.bytes')
+    return onnx_network.pool(graph, x, module)  # a maximum, of bytes as they are
+
+
+def _thresholds(norm, bounds):
+    """relu(norm) of bytes: thresholds and factors behind them, and constants.
+
+    Returns:
+      steps: int `[C]` to take off, 0 to 255.
+      factor: of `relu(x - steps)`, in units of 1.
+      direct: factor of `x` itself, 0 where it is not needed.
+      constant: what is left.
+    """
+    scale, bias = onnx_network.affine(norm)
+    a, b = scale * bounds.width, scale * bounds.low + bias
+    flat = np.abs(a) < 1e-12 * np.maximum(np.abs(b), 1e-12)
+    threshold = np.where(flat, 0, -b / np.where(flat, 1, a))
+    inside = np.clip(threshold, 0, 1)
+    # Rising: 0 below the threshold. Falling: 0 above it.
+    rising, falling = ~flat & (a > 0), ~flat & (a < 0)
+    always = (rising & (threshold <= 0)) | (falling & (threshold >= 1))
+    never = (rising & (threshold >= 1)) | (falling & (threshold <= 0))
+    between = falling & ~always & ~never
+    factor = np.where(always, a, np.abs(a))
+    factor = np.where(never | flat, 0, factor)
+    direct = np.where(between, a, 0)
+    constant = np.where(always | between, b, 0)
+    constant = np.where(flat, np.maximum(b, 0), constant)
+    steps = np.rint(np.where(always, 0, inside) * _STEPS).astype(np.int64)
+    return np.where(never | flat, _STEPS, steps), factor, direct, constant
+
+
+def _subtract(graph, x, steps, name):
+    """`relu(x - steps)` of bytes."""
+    unit, top = np.float32(1 / _STEPS), np.uint8(_STEPS)
+    taken = np.uint8(_STEPS - steps).reshape(-1, 1, 1)
+    taken = graph.constant(taken, f'{name}.threshold')
+    taken = graph.add('DequantizeLinear', taken, unit, top, name=f'{name}.taken')
+    x = graph.add('Add', graph.value(x, f'{name}.value'), taken, name=f'{name}.shifted')
+    return graph.quantised(x, f'{name}.bytes')
+
+
+def _norm_relu(graph, x, norm, bounds, name):
+    """Bytes behind norm and ReLU, their factors and the constant of each map.
+
+    Falling ones that do not stay on one side of 0 are `a x + |a| relu(x - t)`, so they
+    are there twice.
+    """
+    steps, factor, direct, constant = _thresholds(norm, bounds)
+    y = _subtract(graph, x, steps, name)
+    twice = np.flatnonzero(direct)
+    if not len(twice):
+        return y, factor, constant, None
+    again = graph.add('Gather', x, twice, axis=1, name=f'{name}.falling')
+    y = graph.add('Concat', y, again, axis=1, name=f'{name}.both')
+    return y, np.concatenate([factor, direct[twice]]), constant, twice
+
+
+def _product(kernel, factor, constant, twice):
+    """A 1x1 kernel `[1, 1, C, F]` behind `_norm_relu`, and what it adds."""
+    kernel = np.float64(kernel)
+    added = constant @ kernel[0, 0]
+    if twice is not None:
+        kernel = np.concatenate([kernel, kernel[:, :, twice]], axis=2)
+    return kernel * factor.reshape(1, 1, -1, 1), added
+
+
+def _dense_layer(graph, x, bounds, layer, name):
+    y, *parts = _norm_relu(graph, x, layer['norm1'], bounds, f'{name}.norm1')
+    first, second = layer['conv1'], layer['conv2']
+    kernel, added = _product(first['kernel'], *parts)
+    inner = _above_zero(graph.bounds[f'{name}.relu2'])
+    kernel, bias = _into(kernel, first['bias'] + added, inner)
+    y = graph.value(y, f'{name}.norm1.relu')
+    y = graph.conv(y, kernel, bias, f'{name}.conv1', **_options(kernel))
+    y = graph.value(graph.quantised(y, f'{name}.conv1.bytes'), f'{name}.relu2')
+    found = graph.bounds[f'{name}.conv2']
+    kernel = np.float64(second['kernel']) * inner.width.reshape(1, 1, -1, 1)
+    kernel, bias = _into(kernel, None, found)
+    y = graph.conv(y, kernel, bias, f'{name}.conv2', **_options(kernel))
+    return graph.quantised(y, f'{name}.bytes'), found
+
+
+def _transition(graph, x, bounds, tail, name):
+    y, *parts = _norm_relu(graph, x, tail, bounds, f'{name}.norm')
+    kernel, added = _product(tail['kernel'], *parts)
+    found = graph.bounds[f'{name}.conv']
+    kernel, bias = _into(kernel, added, found)
+    y = graph.value(y, f'{name}.norm.relu')
+    halves = {'kernel_shape': (2, 2), 'strides': (2, 2)}
+    y = graph.add('AveragePool', y, **halves, name=f'{name}.pool')
+    y = graph.value(graph.quantised(y, f'{name}.pool.bytes'), f'{name}.pool.value')
+    y = graph.conv(y, kernel, bias, f'{name}.conv', **_options(kernel))
+    return graph.quantised(y, f'{name}.bytes'), found
+
+
+def _classify(graph, x, bounds, norm, kernel, bias):
+    y, *parts = _norm_relu(graph, x, norm, bounds, 'norm5')
+    kernel, added = _product(kernel[None, None], *parts)
+    arrays = np.float32(kernel[0, 0]), np.float32(bias + added)
+    return onnx_network.classify(graph, graph.value(y, 'norm5.relu'), *arrays)

@@ -1,0 +1,298 @@
+"""DenseNet and RDNet as ONNX models.
+
+An ONNX graph has images as `[N, C, H, W]`, so kernels are turned to `[F, C, K, K]`.
+Batch, height and width are free.
+"""
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.export.onnx_graph import Graph
+from flax_densenet.models import densenet, folded, rdnet
+from flax_densenet.weights import trained
+
+# What goes in and what comes out. `images`: uint8 `[N, H, W, C]`, red first, as
+# decoded and resized, to probabilities. `normalised`: float32 `[N, C, H, W]`, mean and
+# std taken off, to logits, as torchvision's own.
+INPUTS = ('images', 'normalised')
+
+
+def make(
+    module: densenet.Network,
+    variables,
+    metadata: dict[str, Any],
+    *,
+    inputs: str = 'images',
+    precision: str = 'float32',
+) -> Any:
+    """The `onnx.ModelProto` of a trained network.
+
+    Args:
+      variables: `{'params', 'batch_stats'}`.
+      metadata: of the run (`prepare.make_metadata`); labels and preprocessing are kept
+        in the file, see `properties`.
+      inputs: one of INPUTS.
+      precision: of stored weights, see `onnx_graph.Graph`.
+    """
+    graph = Graph(precision)
+    x, divisor = take_images(graph, metadata, inputs)
+    if isinstance(module, rdnet.RDNet):
+        logits = _rdnet(graph, x, module, variables['params'], divisor)
+    else:
+        logits = _densenet(graph, x, module, fold(module, variables), divisor)
+    return finish(graph, logits, module, metadata, inputs)
+
+
+def fold(module: densenet.DenseNet, variables) -> dict[str, Any]:
+    """`folded.fold`, as arrays of the network alone."""
+    return folded.fold(module.clone(fast=False), variables)
+
+
+def affine(norm) -> tuple[np.ndarray, np.ndarray]:
+    """Factor and bias, float64 `[C]`, of a norm of `folded.fold`."""
+    scale = np.float64(norm['a'])
+    return scale, norm['bias'] - norm['mean'] * scale
+
+
+def take_images(graph, metadata, inputs) -> tuple[str, np.ndarray | None]:
+    """The first convolution's input, and what its kernel is still to be divided by.
+
+    Of images the mean is taken off here, so that padding by 0 stays right; the
+    division by 255 and std goes into the kernel.
+    """
+    if inputs == 'normalised':
+        return 'input', None
+    mean, std = (np.float32(metadata[name]) for name in ('mean', 'std'))
+    x = graph.add('Transpose', 'image', perm=(0, 3, 1, 2), name='channels_first')
+    x = graph.add('Cast', x, to=1, name='float32')
+    x = graph.add('Sub', x, (255 * mean).reshape(1, -1, 1, 1), name='centred')
+    return x, 255 * std
+
+
+def finish(graph, logits, module, metadata, inputs) -> Any:
+    """Gives inputs and outputs their names; returns the `onnx.ModelProto`."""
+    channels, classes = len(metadata['mean']), module.num_classes
+    if inputs == 'normalised':
+        taken = {'input': (np.float32, ('batch', channels, 'height', 'width'))}
+        output = graph.add('Identity', logits, name='logits')
+    else:
+        taken = {'image': (np.uint8, ('batch', 'height', 'width', channels))}
+        if metadata.get('multi_label'):
+            output = graph.add('Sigmoid', logits, name='probabilities')
+        else:
+            output = graph.add('Softmax', logits, axis=-1, name='probabilities')
+    given = {output: (np.float32, ('batch', classes))}
+    return graph.model(taken, given, properties(module, metadata))
+
+
+def properties(module: densenet.Network, metadata: dict[str, Any]) -> dict[str, str]:
+    """What a file says of its model: texts by name, JSON where they are lists.
+
+    `labels`, `image_size` (pixels a side), `channels`, `resize`, `crop_fraction` and
+    `interpolation` (`images.Preparation`), `mean`, `std`, `multi_label`, `variant`.
+    """
+    preparation = trained.preparation_of(metadata)
+    names = metadata['class_names'] or [str(n) for n in range(module.num_classes)]
+    return {
+        'labels': json.dumps(list(names)),
+        'image_size': str(preparation.size),
+        'channels': str(preparation.channels),
+        'resize': preparation.resize,
+        'crop_fraction': str(preparation.crop_fraction),
+        'interpolation': preparation.interpolation,
+        'mean': json.dumps(list(metadata['mean'])),
+        'std': json.dumps(list(metadata['std'])),
+        'multi_label': json.dumps(bool(metadata.get('multi_label'))),
+        'variant': metadata['model']['variant'],
+    }
+
+
+def conv(graph, x, kernel, bias=None, *, strides=1, padding='torch', **options):
+    """A convolution of an `[H, W, C, F]` kernel, padded as the network does."""
+    size = kernel.shape[0]
+    pads = {'pads': (size // 2,) * 4}
+    if padding == 'same' and strides > 1:
+        pads = {'auto_pad': 'SAME_UPPER'}
+    arrays = [kernel.transpose(3, 2, 0, 1), *([] if bias is None else [bias])]
+    sizes = {'kernel_shape': (size, size), 'strides': (strides, strides)}
+    return graph.add('Conv', x, *arrays, **sizes, **pads, **options)
+
+
+def divided(kernel, divisor):
+    """The first kernel `[H, W, C, F]` for images that are yet to be divided."""
+    return kernel if divisor is None else kernel / divisor.reshape(1, 1, -1, 1)
+
+
+def _densenet(graph, x, module, net, divisor):
+    x = _stem(graph, x, module, net['stem'], divisor)
+    for number, block in enumerate(net['blocks'], start=1):
+        for place, layer in enumerate(block['layers'], start=1):
+            name = f'denseblock{number}.denselayer{place}'
+            y = _affine_relu(graph, x, layer['norm1'], f'{name}.norm1')
+            y = conv(graph, y, **layer['conv1'], name=f'{name}.conv1')
+            if 'conv2' in layer:
+                y = graph.add('Relu', y, name=f'{name}.relu2')
+                y = conv(graph, y, **layer['conv2'], name=f'{name}.conv2')
+            x = graph.add('Concat', x, y, axis=1, name=f'{name}.joined')
+        name, tail = f'transition{number}', block['tail']
+        if 'kernel' in tail:
+            x = _affine_relu(graph, x, tail, f'{name}.norm')
+            halves = {'kernel_shape': (2, 2), 'strides': (2, 2)}
+            x = graph.add('AveragePool', x, **halves, name=f'{name}.pool')
+            x = conv(graph, x, tail['kernel'], name=f'{name}.conv')
+    x = _affine_relu(graph, x, tail, 'norm5')
+    classifier = net['head']['params']['classifier']
+    return classify(graph, x, classifier['kernel'], classifier['bias'])
+
+
+def stem_strides(module: densenet.DenseNet, number: int) -> int:
+    """Of the stem's convolution of this number, from 0."""
+    return 1 if number or module.stem == 'cifar' else 2
+
+
+def _stem(graph, x, module, convs, divisor):
+    """The stem's convolutions and pooling."""
+    for number, part in enumerate(convs):
+        kernel = divided(part['kernel'], None if number else divisor)
+        strides = stem_strides(module, number)
+        options = {'strides': strides, 'padding': module.padding}
+        x = conv(graph, x, kernel, part.get('bias'), **options, name=f'conv{number}')
+        if 'bias' in part:
+            x = graph.add('Relu', x, name=f'relu{number}')
+    return pool(graph, x, module)
+
+
+def pool(graph, x, module):
+    """The stem's pooling, where it has one."""
+    if module.stem == 'cifar':
+        return x
+    window = {'kernel_shape': (3, 3), 'name': 'pool0'}
+    if not module.blur_pool:
+        pads = {'pads': (1, 1, 1, 1)}
+        if module.padding == 'same':
+            pads = {'auto_pad': 'SAME_UPPER'}
+        return graph.add('MaxPool', x, strides=(2, 2), **pads, **window)
+    x = graph.add('MaxPool', x, pads=(1, 1, 1, 1), **window)
+    around = np.array([0, 0, 1, 1, 0, 0, 1, 1])
+    x = graph.add('Pad', x, around, mode='reflect', name='mirrored')
+    blur = np.outer((1, 2, 1), (1, 2, 1)).astype(np.float32) / 16
+    blur = np.tile(blur, (module.stem_features, 1, 1, 1))
+    return graph.add('Conv', x, blur, group=len(blur), strides=(2, 2), name='blur')
+
+
+def classify(graph, x, kernel, bias):
+    """Mean over all positions, and the classifier."""
+    x = graph.add('GlobalAveragePool', x, name='mean')
+    x = graph.add('Flatten', x, name='pooled')
+    return graph.add('Gemm', x, kernel, bias, name='classifier')
+
+
+def _affine_relu(graph, x, norm, name):
+    """As a BatchNormalization, which runtimes know how to join with the ReLU."""
+    scale, bias = affine(norm)
+    statistics = np.zeros_like(scale), np.ones_like(scale)
+    x = graph.add(
+        'BatchNormalization',
+        x,
+        *map(np.float32, (scale, bias, *statistics)),
+        epsilon=0.0,
+        name=name,
+    )
+    return graph.add('Relu', x, name=f'{name}.relu')
+
+
+def _rdnet(graph, x, module, params, divisor):
+    """Its dense layers, each `[N, C, H, W]` but for the products inside."""
+    stem = params['conv0']
+    kernel = divided(np.float32(stem['kernel']), divisor)
+    x = _patches(graph, x, kernel, stem['bias'], 'conv0')
+    x = _layer_norm(graph, x, params['norm0'], module.epsilon, 'norm0')
+    for number, size in enumerate(module.block_sizes, start=1):
+        if number > 1:
+            name = f'transition{number - 1}'
+            part = params[name]
+            x = _layer_norm(graph, x, part['norm'], module.epsilon, f'{name}.norm')
+            kernel = np.float32(part['conv']['kernel'])
+            x = _patches(graph, x, kernel, part['conv']['bias'], f'{name}.conv')
+        for place in range(1, size + 1):
+            name = f'denselayer{place}'
+            layer = params[f'denseblock{number}'][name]
+            name = f'denseblock{number}.{name}'
+            y = _rdnet_layer(graph, x, layer, module.epsilon, name)
+            x = graph.add('Concat', x, y, axis=1, name=f'{name}.joined')
+    x = graph.add('GlobalAveragePool', x, name='mean')
+    x = _normalize(graph, graph.add('Flatten', x), params['norm'], module.epsilon)
+    classifier = params['classifier']
+    arrays = (np.float32(classifier[name]) for name in ('kernel', 'bias'))
+    return graph.add('Gemm', x, *arrays, name='classifier')
+
+
+def _patches(graph, x, kernel, bias, name):
+    """A convolution of windows that do not overlap."""
+    size = kernel.shape[0]
+    arrays = kernel.transpose(3, 2, 0, 1), np.float32(bias)
+    sizes = {'kernel_shape': (size, size), 'strides': (size, size)}
+    return graph.add('Conv', x, *arrays, **sizes, name=name)
+
+
+def _rdnet_layer(graph, x, layer, epsilon, name):
+    kernel = np.float32(layer['conv1']['kernel']).transpose(3, 2, 0, 1)
+    y = graph.add(
+        'Conv',
+        x,
+        kernel,
+        np.float32(layer['conv1']['bias']),
+        group=kernel.shape[0],
+        kernel_shape=kernel.shape[2:],
+        pads=(rdnet.KERNEL_SIZE // 2,) * 4,
+        name=f'{name}.conv1',
+    )
+    y = graph.add('Transpose', y, perm=(0, 2, 3, 1), name=f'{name}.channels_last')
+    y = _normalize(graph, y, layer['norm1'], epsilon, f'{name}.norm1')
+    y = _product(graph, y, layer['conv2'], f'{name}.conv2')
+    y = _gelu(graph, y, f'{name}.gelu')
+    gamma = np.float32(layer['gamma']) if 'gamma' in layer else np.float32([1])
+    gated = 'gate' in layer
+    y = _product(graph, y, layer['conv3'], f'{name}.conv3', 1 if gated else gamma)
+    y = graph.add('Transpose', y, perm=(0, 3, 1, 2), name=f'{name}.channels_first')
+    if not gated:
+        return y
+    mean = graph.add('GlobalAveragePool', y, name=f'{name}.mean')
+    arrays = (np.float32(layer['gate'][key]) for key in ('kernel', 'bias'))
+    gate = conv(graph, mean, *arrays, name=f'{name}.gate')
+    gate = graph.add('HardSigmoid', gate, alpha=1 / 6, beta=0.5, name=f'{name}.open')
+    # One position an image, so gamma is cheaper here than on the maps.
+    gate = graph.add('Mul', gate, gamma.reshape(-1, 1, 1), name=f'{name}.gamma')
+    return graph.add('Mul', y, gate, name=f'{name}.gated')
+
+
+def _product(graph, x, params, name, scale=1):
+    """A 1x1 convolution over the last axis."""
+    kernel = np.float32(params['kernel'])[0, 0] * scale
+    x = graph.add('MatMul', x, kernel, name=name)
+    return graph.add('Add', x, np.float32(params['bias']) * scale, name=f'{name}.bias')
+
+
+def _gelu(graph, x, name):
+    """By the error function; runtimes know these five nodes and join them."""
+    y = graph.add('Div', x, np.float32(math.sqrt(2)), name=f'{name}.scaled')
+    y = graph.add('Erf', y, name=f'{name}.erf')
+    y = graph.add('Add', y, np.float32(1), name=f'{name}.shifted')
+    y = graph.add('Mul', x, y, name=f'{name}.product')
+    return graph.add('Mul', y, np.float32(0.5), name=name)
+
+
+def _layer_norm(graph, x, params, epsilon, name):
+    """Over the feature maps of each position, `[N, C, H, W]`."""
+    x = graph.add('Transpose', x, perm=(0, 2, 3, 1), name=f'{name}.channels_last')
+    x = _normalize(graph, x, params, epsilon, name)
+    return graph.add('Transpose', x, perm=(0, 3, 1, 2), name=f'{name}.channels_first')
+
+
+def _normalize(graph, x, params, epsilon, name='norm'):
+    arrays = (np.float32(params[key]) for key in ('scale', 'bias'))
+    options = {'axis': -1, 'epsilon': epsilon, 'name': name}
+    return graph.add('LayerNormalization', x, *arrays, **options)

@@ -1,0 +1,159 @@
+"""From a trained model to a file that was tried, with its card beside it."""
+
+import dataclasses
+import os
+
+import jax
+import numpy as np
+
+from flax_densenet.errors import UserError
+from flax_densenet.export import (
+    formats,
+    model_card,
+    onnx_graph,
+    onnx_int8,
+    sample_images,
+    verify,
+)
+from flax_densenet.weights import trained as trained_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Release:
+    """What is released, and what its card says besides.
+
+    Attributes:
+      trained: the model.
+      workdir: of the run that it is from, or None.
+      file_format: a key of `formats.FORMATS`.
+      options: without `calibration`, which is of the samples.
+      data_license: of the data, where it is known.
+    """
+
+    trained: trained_lib.Trained
+    workdir: str | None
+    file_format: str
+    options: formats.Options
+    data_license: str | None = None
+
+    def check(self, out: str):
+        """Raises `UserError` for what cannot be, before anything takes time."""
+        formats.check_format(out, self.file_format, self.options)
+        folder = os.path.dirname(os.path.abspath(out))
+        if not os.path.isdir(folder):
+            raise UserError(f'--out={out}: there is no folder {folder}; make it first')
+        if self.options.precision == 'int8':
+            onnx_int8.check(self.trained.module, self.trained.metadata)
+        if self.file_format == 'onnx':
+            onnx_graph.import_onnx()
+        if self.file_format != 'huggingface':
+            model_card.check(model_card.path_beside(out))
+
+    def card(self, out: str, facts) -> str:
+        """The card, as Markdown."""
+        return model_card.render(
+            self.trained,
+            workdir=self.workdir,
+            facts=facts,
+            file=out,
+            file_format=self.file_format,
+            license=self.options.license,
+            data_license=self.data_license,
+            hub=self.file_format == 'huggingface',
+        )
+
+
+def run(
+    out: str, release: Release, samples: sample_images.Samples
+) -> list[tuple[str, str]]:
+    """Exports, once every runtime that is installed agrees with the model.
+
+    Args:
+      out: the file, or folder.
+
+    Returns:
+      What is to be told of the file, by name: its size, runtimes, differences, and
+      accuracy before and after where labels are known.
+
+    Raises:
+      UserError: it cannot be written, or a runtime says otherwise; then what was there
+        stays.
+    """
+    release.check(out)
+    trained, file_format = _in_float32(release.trained), release.file_format
+    known = formats.FORMATS[file_format]
+    options = dataclasses.replace(
+        release.options,
+        inputs=release.options.inputs or known.inputs[0],
+        calibration=sample_images.batches(samples.calibration),
+    )
+    expected = verify.compute(trained, samples.images, options.inputs)
+    facts = []
+
+    def try_out(part):
+        found = verify.check(
+            part,
+            trained,
+            samples.images,
+            expected,
+            names=known.runtimes,
+            inputs=options.inputs,
+            precision=options.precision,
+            nchw=known.channels_first,
+        )
+        facts.extend(_describe(part, file_format, options))
+        facts.extend((one.runtime, f'{one.away}, {samples.where}') for one in found)
+        outputs, precision = found[0].outputs, options.precision
+        facts.extend(_agreement(expected, outputs, samples.labels, precision))
+        if file_format == 'huggingface':
+            path = os.path.join(part, model_card.HUB_FILE)
+            model_card.save(path, release.card(out, facts))
+
+    formats.save(out, trained, file_format, options, verify=try_out)
+    if file_format != 'huggingface':
+        model_card.save(model_card.path_beside(out), release.card(out, facts))
+    return facts
+
+
+def _in_float32(trained):
+    """The model with activations in float32, as all files have them."""
+    variables = trained.variables
+    if trained.module.dtype == 'float64':
+        variables = jax.tree.map(lambda array: array.astype(np.float32), variables)
+    module = trained.module.clone(dtype='float32')
+    return dataclasses.replace(trained, module=module, variables=variables)
+
+
+def _describe(out, file_format, options):
+    size = _size(out) / 2**20
+    facts = [('format', file_format), ('size', f'{size:.3g} MiB')]
+    if file_format == 'onnx':
+        facts.append(('opset', str(onnx_graph.OPSET)))
+    precision = options.precision
+    if precision == 'int8':
+        precision += ', computed in integers'
+    elif precision != 'float32':
+        precision += ' weights, computed in float32'
+    return [*facts, ('inputs', options.inputs), ('precision', precision)]
+
+
+def _size(path):
+    if os.path.isdir(path):
+        return sum(entry.stat().st_size for entry in os.scandir(path))
+    return os.path.getsize(path)
+
+
+def _agreement(expected, outputs, labels, precision):
+    """What rounding did to the accuracy; without labels, how often both agree."""
+    if precision == 'float32':
+        return
+    before, after = expected.argmax(-1), outputs.argmax(-1)
+    if labels is not None:
+        accuracy = [100 * np.mean(said == labels) for said in (before, after)]
+        yield (
+            'accuracy',
+            f'{accuracy[0]:.2f} % of {len(labels)} images before, {accuracy[1]:.2f} % '
+            'in the file',
+        )
+    else:
+        yield 'same class', f'{100 * np.mean(before == after):.1f} % of the images'

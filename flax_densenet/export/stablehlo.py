@@ -1,0 +1,228 @@
+"""A trained model as one StableHLO program: JAX runs it without this package.
+
+    from jax import export
+
+    program = export.deserialize(open('birds.stablehlo', 'rb').read())
+    probabilities = program.call(images)  # uint8 [n, 224, 224, 3]
+
+The file is what `jax.export` writes, parameters included, and behind it a zip archive
+with `metadata.json`: the classes' names and how images are prepared. Readers of the
+first part ignore what follows, readers of zip archives what comes before.
+
+    json.loads(zipfile.ZipFile('birds.stablehlo').read('metadata.json'))['class_names']
+
+JAX reads such files for at least six months after they are written, with its newer
+releases, and with releases that were up to three weeks old then; older ones often
+refuse them. For longer keep the run, or a file of weights (`export`), and write anew.
+A file holds arithmetic alone, which can read no files and start no programs, but it may
+take all time and memory of the machine: load files of people whom you trust.
+"""
+
+import contextlib
+import datetime
+import json
+import re
+import zipfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_densenet.errors import UserError
+from flax_densenet.export import precision as precision_lib
+from flax_densenet.inference import programs
+from flax_densenet.models import folded
+from flax_densenet.models.densenet import Network, has_batch_norm, smallest_image_size
+from flax_densenet.system import atomic
+from flax_densenet.weights.trained import Trained
+
+INPUTS = ('images', 'normalised')
+PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
+METADATA = 'metadata.json'
+# Of the names of a million classes there are 16 MB or so.
+_MOST_METADATA = 2**26
+_WINDOW = (
+    'read by the JAX that wrote it, by newer releases for at least 6 months, and by '
+    'releases up to 3 weeks older'
+)
+
+
+def save(
+    path: str,
+    trained: Trained,
+    *,
+    inputs: str = 'images',
+    precision: str = 'float32',
+    any_size: bool = False,
+):
+    """Writes a trained model to one file, whole or not at all.
+
+    The program takes any number of images at a time and runs on CPUs, GPUs and TPUs.
+
+    Args:
+      inputs: `images`: uint8 `[N, S, S, C]`, 0 to 255, to probabilities float32
+        `[N, num_classes]`, with the model's normalisation and test-time augmentation;
+        `normalised`: float32 `[N, S, S, C]`, `(image / 255 - mean) / std`, to logits
+        float32 `[N, num_classes]`.
+      precision: in which kernels are stored; `bfloat16` and `float16` halve the file,
+        and lose digits. The arithmetic stays the model's (`model.dtype`).
+      any_size: the program takes images of any height and width that are not too small
+        for the network, instead of the model's own S alone; see `can_take_any_size`.
+
+    Raises:
+      UserError: the package `flatbuffers` is missing, an argument is not known or not
+        possible, or a kernel has values that float16 cannot hold.
+    """
+    _check_installed()
+    for name, value, known in (
+        ('inputs', inputs, INPUTS),
+        ('precision', precision, precision_lib.PRECISIONS),
+    ):
+        if value not in known:
+            raise UserError(f'{name}={value} is not known; use {", ".join(known)}')
+    if any_size and not can_take_any_size(trained.module):
+        raise UserError(
+            'any_size=True: not of RDNet, nor with model.padding=same; leave it out'
+        )
+    program = _export(trained, inputs, precision, any_size).serialize()
+    metadata = _describe(trained, inputs, precision) | {'any_size': any_size}
+    with atomic.replacing(path, 'w+b') as file:
+        file.write(program)
+        with zipfile.ZipFile(file, 'a', zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr(METADATA, json.dumps(metadata, indent=1))
+
+
+def can_take_any_size(module: Network) -> bool:
+    """Whether a program need not know the images' size.
+
+    RDNet's and TensorFlow's padding (`same`) depend on it.
+    """
+    return has_batch_norm(module) and (
+        module.padding == 'torch' or module.stem == 'cifar'
+    )
+
+
+def load(path: str) -> tuple[Callable[[Any], jax.Array], dict[str, Any]]:
+    """A file of `save`: what computes, and its metadata.
+
+    Returns:
+      A function of images as the metadata's `inputs` says, compiled for each number of
+      them; the metadata of the model, with `inputs`, `precision`, `written_with_jax`,
+      `written_on` and `compatibility`.
+
+    Raises:
+      UserError: there is no such file, it is no such file or not whole, it was written
+        by another JAX than this one reads, or `flatbuffers` is missing.
+    """
+    _check_installed()
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.getinfo(METADATA).file_size > _MOST_METADATA:
+                raise ValueError(f'{METADATA} is too large')
+            metadata = json.loads(archive.read(METADATA))
+        if not isinstance(metadata, dict):
+            raise ValueError(f'{METADATA} is no object')
+        with open(path, 'rb') as file:
+            content = file.read()
+    except FileNotFoundError as error:
+        raise UserError(f'{path}: there is no such file') from error
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, RecursionError) as error:
+        raise UserError(
+            f'{path} is not a whole file of --format=stablehlo ({error})'
+        ) from error
+    from jax import export
+
+    written_with = str(metadata.get('written_with_jax'))
+    try:
+        program = export.deserialize(bytearray(content))
+        if _version(written_with) > _version(jax.__version__):
+            program.mlir_module()  # takes seconds, and raises where it is too new
+    except Exception as error:  # of flatbuffers and of MLIR, of many kinds
+        raise UserError(
+            f'{path} cannot be read by JAX {jax.__version__}: it was written with JAX '
+            f'{written_with}, and is {_WINDOW}'
+        ) from error
+    return jax.jit(program.call), metadata
+
+
+def _version(text):
+    return [int(number) for number in re.findall(r'\d+', text)[:3]]
+
+
+def _check_installed():
+    try:
+        import flatbuffers  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            '--format=stablehlo needs the package flatbuffers: '
+            "pip install 'flax_densenet[export]'"
+        ) from error
+
+
+def _export(trained, inputs, precision, any_size=False):
+    from jax import export
+
+    module, metadata = trained.module, trained.metadata
+    if has_batch_norm(module):
+        module = module.clone(kernel='xla')  # nobody else has the native one
+    options = programs.options_of(trained)
+    stored = _store(folded.fold(module, trained.variables), precision)
+
+    def widen(array):
+        wide = jnp.promote_types(array.dtype, jnp.float32)
+        return jnp.asarray(array).astype(wide)
+
+    def function(images):
+        arrays = jax.tree.map(widen, stored)
+        if inputs == 'normalised':
+            return folded.logits(module, arrays, images).astype(jnp.float32)
+        probabilities, *_ = programs.predict_probabilities(
+            module, arrays, images, **options
+        )
+        return probabilities
+
+    side, channels = metadata['image_size'], len(metadata['mean'])
+    shape, constraints = f'batch, {side}, {side}, {channels}', ()
+    if any_size:
+        least = smallest_image_size(module)
+        shape = f'batch, height, width, {channels}'
+        constraints = (f'height >= {least}', f'width >= {least}')
+    images = jax.ShapeDtypeStruct(
+        export.symbolic_shape(shape, constraints=constraints),
+        jnp.uint8 if inputs == 'images' else jnp.float32,
+    )
+    with _without_places():
+        return export.export(jax.jit(function), platforms=PLATFORMS)(images)
+
+
+@contextlib.contextmanager
+def _without_places():
+    """Else the program has the names of this machine's folders, line by line."""
+    before = jax.config.jax_traceback_in_locations_limit
+    jax.config.update('jax_traceback_in_locations_limit', 0)
+    try:
+        yield
+    finally:
+        jax.config.update('jax_traceback_in_locations_limit', before)
+
+
+def _store(arrays, precision):
+    """Kernels in fewer bytes; vectors, which are few, as they are."""
+
+    def store(array):
+        small = precision == 'float32' or np.ndim(array) < 2
+        return array if small else precision_lib.convert(array, precision, 'a kernel')
+
+    return jax.tree.map(store, arrays)
+
+
+def _describe(trained, inputs, precision):
+    return trained.metadata | {
+        'inputs': inputs,
+        'precision': precision,
+        'written_with_jax': jax.__version__,
+        'written_on': datetime.date.today().isoformat(),
+        'compatibility': _WINDOW,
+    }

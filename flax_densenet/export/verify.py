@@ -1,0 +1,140 @@
+"""Whether an exported file says the same as the model it was made from."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+
+from flax_densenet.errors import UserError
+from flax_densenet.evaluation import evaluate, metrics
+from flax_densenet.export import runtimes
+from flax_densenet.weights import trained as trained_lib
+
+# Largest difference that is let through: of probabilities, or of logits as a share of
+# the largest. Measured on small networks: 6e-7, 4e-4 and 4e-3. Of int8 the mean
+# difference of probabilities counts, since single ones near a border may differ.
+BOUNDS = {'float32': 1e-4, 'float16': 0.01, 'bfloat16': 0.05, 'int8': 0.05}
+# Fields of one kind of network that `runtimes` look at.
+_OF_KIND = ('stem', 'blur_pool', 'patch_size', 'halvings')
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What a runtime made of a file.
+
+    Attributes:
+      runtime: its name.
+      outputs: float32 `[N, num_classes]`.
+      largest: difference to the model's, of logits as a share of the largest.
+      mean: of the differences.
+    """
+
+    runtime: str
+    outputs: np.ndarray
+    largest: float
+    mean: float
+
+    @property
+    def away(self) -> str:
+        """The differences, in words."""
+        return f'largest difference {self.largest:.1e}, mean {self.mean:.1e}'
+
+
+def compute(
+    trained: trained_lib.Trained, images: np.ndarray, inputs: str
+) -> np.ndarray:
+    """What the model says of uint8 images `[N, S, S, C]`, float32 `[N, num_classes]`.
+
+    Args:
+      inputs: `images` for probabilities, `normalised` for logits.
+    """
+    module, metadata = trained.module, trained.metadata
+    options = {name: tuple(metadata[name]) for name in ('mean', 'std')}
+    apply = jax.jit(
+        lambda variables, batch: evaluate.forward(
+            module, variables, {'image': batch}, **options
+        )
+    )
+    size, rows = min(len(images), 16), []
+    for start in range(0, len(images), size):
+        batch = images[start : start + size]
+        filled = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), 0)])
+        rows.append(np.asarray(apply(trained.variables, filled))[: len(batch)])
+    logits = np.concatenate(rows).astype(np.float32)
+    if inputs == 'normalised':
+        return logits
+    of = metrics.sigmoid if metadata.get('multi_label') else metrics.softmax
+    return of(logits).astype(np.float32)
+
+
+def as_inputs(images: np.ndarray, metadata: dict[str, Any], inputs: str, *, nchw: bool):
+    """uint8 images `[N, S, S, C]` as a file takes them (see `onnx_network.INPUTS`)."""
+    if inputs == 'images':
+        return images
+    options = {name: tuple(metadata[name]) for name in ('mean', 'std')}
+    made = np.asarray(trained_lib.normalize(images, **options))
+    return np.ascontiguousarray(made.transpose(0, 3, 1, 2)) if nchw else made
+
+
+def check(
+    path: str,
+    trained: trained_lib.Trained,
+    images: np.ndarray,
+    expected: np.ndarray,
+    *,
+    names: tuple[str, ...],
+    inputs: str,
+    precision: str,
+    nchw: bool,
+) -> list[Verification]:
+    """Runs a file in each of the runtimes that are installed.
+
+    Args:
+      images: uint8 `[N, S, S, C]`.
+      expected: of `compute`.
+      names: of `runtimes.RUNTIMES`.
+      nchw: floats go in as `[N, C, H, W]`.
+
+    Raises:
+      UserError: none is installed, one cannot run the file, or what it says differs by
+        more than BOUNDS.
+    """
+    installed = [name for name in names if runtimes.is_installed(name)]
+    if not installed:
+        raise UserError(
+            f'to verify the file {" or ".join(names)} is needed: '
+            f'pip install {runtimes.RUNTIMES[names[0]][1][0]}'
+        )
+    given = as_inputs(images, trained.metadata, inputs, nchw=nchw)
+    module = trained.module
+    about = {
+        name: getattr(module, name)
+        for name in ('block_sizes', 'num_classes', *_OF_KIND)
+        if hasattr(module, name)
+    } | {'channels': images.shape[-1]}
+    found = []
+    for name in installed:
+        outputs, reason = runtimes.run(name, path, given, about)
+        if outputs is None:
+            raise UserError(f'nothing was exported: {name} cannot run it ({reason})')
+        found.append(_compare(name, outputs, expected, inputs, precision))
+    return found
+
+
+def _compare(name, outputs, expected, inputs, precision):
+    if outputs.shape != expected.shape or not np.isfinite(outputs).all():
+        raise UserError(
+            f'nothing was exported: {name} gives {list(outputs.shape)} of it, the '
+            f'model {list(expected.shape)}, or values that are not finite'
+        )
+    scale = max(1.0, np.abs(expected).max()) if inputs == 'normalised' else 1.0
+    away = np.abs(outputs - expected) / scale
+    found = Verification(name, outputs, float(away.max()), float(away.mean()))
+    decides = found.mean if precision == 'int8' else found.largest
+    if not decides <= BOUNDS[precision]:  # also where the model's own are NaN
+        raise UserError(
+            f'nothing was exported: in {name} it differs from the model by '
+            f'{decides:.2g}, more than {BOUNDS[precision]:g} for {precision}'
+        )
+    return found

@@ -1,0 +1,133 @@
+"""The native kernels for inference alone: how their arrays are packed, and their calls.
+
+A block's weights are one vector in the order in which `cpu_kernels.cc` reads them, so
+nothing is packed in a call, and a program has a few arguments instead of six hundred. A
+call computes a block with the transition behind it, whose result is all it writes.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_densenet.kernels import cpu as cpu_kernels
+
+_LINE = 16  # floats of a cache line; each part begins on one
+
+
+class _Packer:
+    def __init__(self):
+        self._columns, self._lanes = cpu_kernels.panel()
+        self._parts = []
+
+    def add(self, array):
+        array = np.ravel(array)
+        self._parts += [array, np.zeros(-array.size % _LINE, np.float32)]
+
+    def add_norm(self, norm):
+        for name in ('mean', 'a', 'bias'):
+            self.add(norm[name])
+
+    def add_kernel(self, kernel):
+        """`[rows, columns]`, in panels of so many columns."""
+        if missing := -kernel.shape[1] % self._lanes:
+            kernel = np.pad(kernel, ((0, 0), (0, missing)))
+        starts = range(0, kernel.shape[1], self._columns)
+        self._parts += [kernel[:, n : n + self._columns].ravel() for n in starts]
+        self._parts.append(np.zeros(-kernel.size % _LINE, np.float32))
+
+    def join(self):
+        return np.concatenate(self._parts)
+
+
+def pack_block(layers, tail: dict[str, Any]) -> np.ndarray:
+    """The vector of `block`; the kernels are loaded.
+
+    Args:
+      layers: of `folded.fold`, with bottleneck, numpy float32.
+      tail: `mean`, `a`, `bias` of the norm behind it; of a transition its `kernel` too.
+    """
+    packer = _Packer()
+    for layer in layers:
+        packer.add_norm(layer['norm1'])
+        packer.add_kernel(layer['conv1']['kernel'][0, 0])
+        packer.add(layer['conv1']['bias'])
+        kernel = layer['conv2']['kernel']
+        for tap in kernel.reshape(9, *kernel.shape[2:]):
+            packer.add_kernel(tap)
+    packer.add_norm(tail)
+    if 'kernel' in tail:
+        packer.add_kernel(tail['kernel'][0, 0])
+    return packer.join()
+
+
+def block(x, packed, *, layers: int, bottleneck: int, growth: int, features: int):
+    """A dense block, and the transition or the norm behind it.
+
+    Args:
+      x: float32 `[N, H, W, C]`.
+      packed: of `pack_block`.
+      bottleneck: channels inside of a layer; growth: those that it adds.
+      features: those behind the transition; 0 where there is none.
+
+    Returns:
+      `[N, H // 2, W // 2, features]`, or, normalised, `[N, H, W, C + layers * growth]`.
+    """
+    count, height, width, channels = x.shape
+    shape = (count, height, width, channels + layers * growth)
+    if features:
+        shape = (count, height // 2, width // 2, features)
+    return cpu_kernels.call(
+        'DenseBlockForwardPacked',
+        [jax.ShapeDtypeStruct(shape, jnp.float32)],
+        x,
+        packed,
+        layers=layers,
+        bottleneck=bottleneck,
+        growth=growth,
+        features=features,
+    )[0]
+
+
+def pack_stem(conv: dict[str, Any]) -> np.ndarray:
+    """The vector of `stem`, of a folded 7x7 `kernel` and its `bias`."""
+    packer, kernel = _Packer(), conv['kernel']
+    packer.add_kernel(kernel.reshape(-1, kernel.shape[-1]))
+    packer.add(conv['bias'])
+    return packer.join()
+
+
+def stem(x, packed, *, features: int, padding, pool_padding):
+    """7x7 convolution of stride 2, 3x3 max pooling of stride 2, bias, ReLU.
+
+    Args:
+      x: float32 `[N, H, W, C]`, C 1 or 3.
+      packed: of `pack_stem`.
+      features: channels of the result.
+      padding, pool_padding: ((top, bottom), (left, right)), of the convolution and,
+        given the convolution's (height, width), of the pooling.
+
+    Returns:
+      `[N, H', W', features]`.
+    """
+
+    def sizes_of(sizes, padding, window):
+        pairs = zip(sizes, padding, strict=True)
+        return [(n + sum(pad) - window) // 2 + 1 for n, pad in pairs]
+
+    height, width = sizes_of(x.shape[1:3], padding, 7)
+    pool_padding = pool_padding((height, width))
+    shape = (x.shape[0], *sizes_of((height, width), pool_padding, 3), features)
+    return cpu_kernels.call(
+        'StemForwardPacked',
+        [jax.ShapeDtypeStruct(shape, jnp.float32)],
+        x,
+        packed,
+        height=height,
+        width=width,
+        low_h=padding[0][0],
+        low_w=padding[1][0],
+        pool_low_h=pool_padding[0][0],
+        pool_low_w=pool_padding[1][0],
+    )[0]

@@ -1,0 +1,363 @@
+"""DenseNet as a Flax module (arXiv 1608.06993)."""
+
+import functools
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from flax_densenet.errors import UserError
+from flax_densenet.kernels import dense_block
+from flax_densenet.models import ghost_batch_norm, layers, rdnet
+
+
+class DenseNet(nn.Module):
+    """DenseNet for images `[N, H, W, C]`; make one with `create_model`.
+
+    Attributes:
+      num_classes: width of the classifier; 0 leaves it out: the model then returns
+        the pooled features.
+      growth_rate: feature maps that each layer adds (k).
+      block_sizes: layers of each dense block.
+      bottleneck: a 1x1 convolution to `bottleneck * growth_rate` maps comes before
+        each 3x3 one; 0 for none.
+      compression: share of the feature maps that a transition keeps (theta).
+      stem: `imagenet` (7x7 stride 2, batch norm, ReLU, 3x3 max pooling of stride 2),
+        `deep` (three 3x3 in place of the 7x7, each with batch norm and ReLU, the
+        first of stride 2, the first two with half of the maps) or `cifar` (3x3
+        alone).
+      stem_features: feature maps of the stem.
+      blur_pool: the stem's pooling has stride 1 and a blur (`layers.blur_pool`) halves;
+        not with the `cifar` stem, which does not pool.
+      dropout_rate: share dropped in training.
+      dropout_after: `conv3x3`, each 3x3 convolution of a dense block, as the PyTorch
+        ports do; or `every_conv`, also each 1x1 one and each transition's, as the
+        authors' Torch code does; then, with a rate above 0, the layers are plain.
+      drop_path_rate: share of images that the last dense layer's new maps are left out
+        of in training (stochastic depth), the others' scaled up for it; it falls
+        evenly to 0 in the first layer (`layers.drop_path_rates`).
+      epsilon: added to the variance in batch norm.
+      momentum: share of the running average that batch norm keeps at each step.
+      unbiased_variance: running variances are unbiased (torch) or not (Keras).
+      dtype: of activations; parameters, statistics and logits are float32 (all
+        float64 with `float64`, which needs `jax_enable_x64`).
+      padding: `torch` (symmetric) or `same` (TensorFlow's: more at the end) for
+        convolutions and the max pooling; they differ where the stride is 2.
+      initializer: of convolution kernels, a key of `INITIALIZERS`.
+      fast: dense blocks and transitions as `dense_block` computes them; False for the
+        plain layers, with the same variables and, up to rounding, the same results.
+      kernel: of the fast block: `native` (C++, float32 on one CPU device), `xla`, or
+        `auto`: native where it can be.
+      remat: `block` computes activations again in the backward pass of the fast block
+        by XLA, `none` keeps them; native always computes them again.
+      batch_norm_group: in training, batch norm takes the statistics of each so many
+        consecutive rows; the running ones move once, to the average over the groups of
+        the groups' means and variances. 0: of all rows at once. -1: of a device's rows,
+        for which the training step puts in their number (`ghost_batch_norm.resolve`);
+        the module
+        by itself takes all rows that it is given.
+    """
+
+    num_classes: int
+    growth_rate: int
+    block_sizes: Sequence[int]
+    bottleneck: int = 4
+    compression: float = 0.5
+    stem: str = 'imagenet'
+    stem_features: int = 64
+    blur_pool: bool = False
+    dropout_rate: float = 0.0
+    dropout_after: str = 'conv3x3'
+    drop_path_rate: float = 0.0
+    epsilon: float = 1e-5
+    momentum: float = 0.9
+    unbiased_variance: bool = True
+    dtype: str = 'float32'
+    padding: str = 'torch'
+    initializer: str = 'he_fan_in'
+    fast: bool = True
+    kernel: str = 'auto'
+    remat: str = 'block'
+    batch_norm_group: int = 0
+
+    def setup(self):
+        param_dtype = jnp.float64 if self.dtype == 'float64' else jnp.float32
+        dtypes = dict(dtype=jnp.dtype(self.dtype), param_dtype=param_dtype)
+        norm = functools.partial(
+            layers.BatchNorm,
+            epsilon=self.epsilon,
+            momentum=self.momentum,
+            unbiased=self.unbiased_variance,
+            **dtypes,
+        )
+        kernel_init, classifier_init = layers.initializers(self.initializer)
+        everywhere = self.dropout_rate > 0 and self.dropout_after == 'every_conv'
+
+        def conv(features, size, strides=1, name=None):
+            pad = [(n // 2, n // 2) for n in size]
+            return nn.Conv(
+                features,
+                size,
+                strides,
+                padding=pad if self.padding == 'torch' else 'SAME',
+                use_bias=False,
+                kernel_init=kernel_init,
+                name=name,
+                **dtypes,
+            )
+
+        kernel = functools.partial(
+            layers.Kernel, kernel_init=kernel_init, param_dtype=param_dtype
+        )
+        layer, fast = functools.partial(layers.DenseLayer, conv=conv), None
+        if everywhere:
+            layer = functools.partial(layer, drop_bottleneck=True)
+        elif self.fast:
+            layer = functools.partial(layers.DenseLayerVariables, kernel=kernel)
+            fast = dict(
+                epsilon=self.epsilon,
+                dtype=jnp.dtype(self.dtype),
+                kernel=self.kernel,
+                remat=self.remat == 'block',
+            )
+        layer = functools.partial(
+            layer,
+            growth_rate=self.growth_rate,
+            bottleneck=self.bottleneck,
+            dropout_rate=self.dropout_rate,
+            norm=norm,
+        )
+        _add_stem(self, conv, norm)
+        transition = functools.partial(
+            layers.Transition,
+            conv=conv,
+            kernel=kernel,
+            norm=norm,
+            fast=fast,
+            dropout_rate=self.dropout_rate if everywhere else 0.0,
+        )
+        channels = self.stem_features
+        rates = layers.drop_path_rates(self.drop_path_rate, self.block_sizes)
+        for number, size in enumerate(self.block_sizes, start=1):
+            block = layers.DenseBlock(rates[number - 1], layer, fast)
+            setattr(self, f'denseblock{number}', block)
+            channels += size * self.growth_rate
+            if number < len(self.block_sizes):
+                channels = int(channels * self.compression)
+                setattr(self, f'transition{number}', transition(channels))
+        self.norm5 = norm()
+        if self.num_classes:
+            self.classifier = nn.Dense(
+                self.num_classes,
+                dtype=param_dtype,
+                param_dtype=param_dtype,
+                kernel_init=classifier_init,
+            )
+
+    def _stem(self, x, train):
+        """Convolutions and pooling in front of the first dense block."""
+        x, norm = self.conv0(x), None
+        if self.stem == 'imagenet':
+            norm = self.norm0
+        elif self.stem == 'deep':
+            x = self.conv1(nn.relu(self.norm0(x, train)))
+            x, norm = self.conv2(nn.relu(self.norm1(x, train))), self.norm2
+        if norm is None:
+            return x
+        if self.blur_pool:
+            x, pad = nn.relu(norm(x, train)), ((1, 1), (1, 1))
+            return layers.blur_pool(nn.max_pool(x, (3, 3), padding=pad))
+        return self._norm_and_pool(x, norm, train)
+
+    def _norm_and_pool(self, x, norm, train):
+        """Batch norm, ReLU, 3x3 max pooling of stride 2."""
+        pad = ((1, 1), (1, 1))
+        if self.padding == 'same':
+            pad = tuple(lax.padtype_to_pads(x.shape[1:3], (3, 3), (2, 2), 'SAME'))
+        if not self.fast:
+            x = nn.relu(norm(x, train))
+            return nn.max_pool(x, (3, 3), strides=(2, 2), padding=pad)
+        scale, bias, *averages = norm.declare(x.shape[-1])
+        mean, var = (None, None) if train else (a.value for a in averages)
+        y, statistics = dense_block.stem(
+            x,
+            (mean, var, scale, bias),
+            epsilon=self.epsilon,
+            dtype=jnp.dtype(self.dtype),
+            padding=pad,
+            kernel=self.kernel,
+        )
+        if train:
+            norm.update(averages, statistics, x.size // x.shape[-1])
+        return y
+
+    def __call__(self, x, train: bool = False, frozen: int = 0):
+        """Images `[N, H, W, C]`, normalised, to logits `[N, num_classes]`.
+
+        With `num_classes=0`: to pooled features `[N, F]`. In training pass
+        `mutable=['batch_stats']`, and `rngs={'dropout': key}` where it drops out.
+
+        Args:
+          frozen: how many of `stages`, from the stem on, compute as in evaluation
+            though the others train: batch norm by its running statistics, which stay
+            as they are, and no dropout. An argument, not a field, since it says how
+            the model is trained and not which model it is.
+
+        Raises:
+          UserError: the images are smaller than `smallest_image_size`.
+        """
+        return self.head(self.features(x, train, frozen))
+
+    def features(self, x, train: bool = False, frozen: int = 0):
+        """Images to the last feature map `[N, H', W', F]`: after `norm5`, no ReLU.
+
+        The same place as the output of torchvision's `features`.
+        """
+        return self.pyramid(x, train, frozen)[-1]
+
+    def head(self, x):
+        """`features` to logits: ReLU, mean over all positions, classifier."""
+        return self.classify(self.pool(x))
+
+    def pool(self, x):
+        """`features` to the classifier's input, float32 `[N, F]`."""
+        x = nn.relu(x)
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
+
+    def classify(self, x):
+        """`pool`'s `[N, F]` to logits."""
+        return self.classifier(x) if self.num_classes else x
+
+    def pyramid(self, x, train: bool = False, frozen: int = 0):
+        """Images to the output of each dense block, a list from fine to coarse.
+
+        For detection and segmentation: strides 4, 8, 16 and 32 with the ImageNet
+        stem. The last entry is what `features` returns.
+        """
+        check_image_size(self, x.shape[-3:-1])
+        grouped = 0 < self.batch_norm_group != x.shape[0]
+        if train and grouped and not self.is_initializing():
+            live = {name for stage in stages(self)[frozen:] for name in stage}
+            return ghost_batch_norm.pyramid(self, x, frozen, live)
+        x = self._stem(x.astype(self.dtype), train and frozen < 1)
+        outputs = []
+        for number in range(1, len(self.block_sizes) + 1):
+            live = train and frozen <= number
+            x, statistics = getattr(self, f'denseblock{number}')(x, live)
+            if number == len(self.block_sizes):
+                x = self.norm5(x, live, statistics)
+            outputs.append(x)
+            if number < len(self.block_sizes):
+                x = getattr(self, f'transition{number}')(x, live, statistics)
+        return outputs
+
+
+def _add_stem(module, conv, norm):
+    """Convolutions and norms in front of the first dense block, in `setup`."""
+    if module.stem == 'imagenet':
+        module.conv0 = conv(module.stem_features, (7, 7), strides=2)
+        module.norm0 = norm()
+    elif module.stem == 'deep':
+        half = module.stem_features // 2
+        module.conv0, module.norm0 = conv(half, (3, 3), strides=2), norm()
+        module.conv1, module.norm1 = conv(half, (3, 3)), norm()
+        module.conv2, module.norm2 = conv(module.stem_features, (3, 3)), norm()
+    else:
+        module.conv0 = conv(module.stem_features, (3, 3))
+
+
+Network = DenseNet | rdnet.RDNet
+
+
+def stages(model: Network) -> list[tuple[str, ...]]:
+    """Names of the model's parts by depth: the stem, each dense block, the head.
+
+    A block's stage has what follows the block: its transition, after the last `norm5`
+    (of RDNet `norm`).
+    """
+    if isinstance(model, rdnet.RDNet):
+        return rdnet.stages(model)
+    stem = ('conv0',) if model.stem == 'cifar' else ('conv0', 'norm0')
+    if model.stem == 'deep':
+        stem += ('conv1', 'norm1', 'conv2', 'norm2')
+    last = len(model.block_sizes)
+    blocks = [
+        (f'denseblock{n}', f'transition{n}' if n < last else 'norm5')
+        for n in range(1, last + 1)
+    ]
+    return [stem, *blocks, ('classifier',)]
+
+
+def plain(model: Network) -> Network:
+    """The same network of modules alone, which can be counted and looked into."""
+    return model if isinstance(model, rdnet.RDNet) else model.clone(fast=False)
+
+
+def has_batch_norm(model: Network) -> bool:
+    """Whether images of a batch act on each other in training."""
+    return not isinstance(model, rdnet.RDNet)
+
+
+def smallest_image_size(model: Network) -> int:
+    """Smallest height and width, in pixels, that leave one pixel in the last block.
+
+    Each of the n - 1 transitions halves, rounding down; the ImageNet stem halves
+    twice, rounding up. 29 for the ImageNet variants, 4 for the CIFAR ones, 32 for
+    RDNet's.
+    """
+    if isinstance(model, rdnet.RDNet):
+        return rdnet.smallest_image_size(model)
+    before_blocks = 2 ** (len(model.block_sizes) - 1)
+    return before_blocks if model.stem == 'cifar' else 4 * before_blocks - 3
+
+
+def last_map_side(model: Network, size: int) -> int:
+    """Side of the last block's feature maps, of images of `size` pixels a side."""
+    if isinstance(model, rdnet.RDNet):
+        return rdnet.last_map_side(model, size)
+    if model.stem != 'cifar':
+        size = -(-size // 4)
+    return size // 2 ** (len(model.block_sizes) - 1)
+
+
+def check_image_size(model: Network, size: Sequence[int]):
+    """Raises `UserError` where (height, width) is too small for the model."""
+    smallest = smallest_image_size(model)
+    if isinstance(model, rdnet.RDNet):
+        rdnet.check_image_size(model, size)
+    elif any(side < smallest for side in size):  # also of sides that are symbols
+        raise UserError(
+            f'images of {size[0]}x{size[1]} are too small for {len(model.block_sizes)} '
+            f'dense blocks with the {model.stem} stem: use at least '
+            f'{smallest}x{smallest}'
+        )
+
+
+def count_parameters(model: Network, *, channels: int = 3) -> int:
+    """Number of parameters, by arithmetic alone: what `init_variables` would make.
+
+    >>> from flax_densenet import create_model
+    >>> count_parameters(create_model('densenet121', num_classes=1000))
+    7978856
+    """
+    if isinstance(model, rdnet.RDNet):
+        return rdnet.count_parameters(model, channels=channels)
+    growth, width = model.growth_rate, model.bottleneck * model.growth_rate
+    features = model.stem_features
+    count = features * channels * 9
+    if model.stem == 'imagenet':
+        count = features * channels * 49 + 2 * features
+    elif model.stem == 'deep':
+        half = features // 2
+        count = 9 * half * (channels + half + features) + 4 * half + 2 * features
+    for number, size in enumerate(model.block_sizes, start=1):
+        for _ in range(size):
+            inner = 2 * width + features * width if width else 0
+            count += 2 * features + inner + 9 * (width or features) * growth
+            features += growth
+        if number < len(model.block_sizes):
+            shrunk = int(features * model.compression)
+            count += 2 * features + features * shrunk
+            features = shrunk
+    return count + 2 * features + (features + 1) * model.num_classes

@@ -1,0 +1,283 @@
+"""DenseNet (Huang et al., arXiv 1608.06993) as Flax Linen modules.
+
+The variable tree carries torchvision's names (`denseblock1/denselayer1/norm1`, ...),
+so published weights map onto it by one rule.
+
+>>> from flax_densenet import create_model, init_variables
+>>> import jax.numpy as jnp
+>>> model = create_model('BC-L100k12', num_classes=10, block_sizes=(2, 2, 2))
+>>> variables = init_variables(model, seed=0)
+>>> model.apply(variables, jnp.zeros((1, 32, 32, 3))).shape
+(1, 10)
+"""
+
+import dataclasses
+import numbers
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from flax_densenet.errors import UserError
+from flax_densenet.kernels import dense_block
+from flax_densenet.models import densenet, ghost_batch_norm, rdnet
+from flax_densenet.models import layers as layers_lib
+
+# Paper, table 1. 264 is the paper's fifth ImageNet model (figure 3); torchvision
+# has no weights for it.
+_IMAGENET = {
+    'densenet121': dict(growth_rate=32, block_sizes=(6, 12, 24, 16)),
+    'densenet161': dict(growth_rate=48, block_sizes=(6, 12, 36, 24), stem_features=96),
+    'densenet169': dict(growth_rate=32, block_sizes=(6, 12, 32, 32)),
+    'densenet201': dict(growth_rate=32, block_sizes=(6, 12, 48, 32)),
+    'densenet264': dict(growth_rate=32, block_sizes=(6, 12, 64, 48)),
+    # timm's, with a stem of three 3x3 convolutions.
+    'densenetblur121d': dict(
+        growth_rate=32, block_sizes=(6, 12, 24, 16), stem='deep', blur_pool=True
+    ),
+    'densenet264d': dict(
+        growth_rate=48, block_sizes=(6, 12, 64, 48), stem='deep', stem_features=96
+    ),
+}
+_CIFAR_NAME = re.compile(r'(?:(BC|B|C)-)?L(\d{1,9})k(\d{1,9})')
+
+
+def cifar_fields(name: str) -> dict[str, Any] | None:
+    """Fields of a small-image DenseNet named by depth and growth rate (section 4).
+
+    Args:
+      name: `L40k12` (plain), `B-L100k12` (bottleneck), `C-L40k12` (compression) or
+        `BC-L100k12` (both): depth L counts the stem, the transitions and the
+        classifier, so L - 4 is a multiple of 3, with bottleneck of 6.
+
+    Returns:
+      Fields of `DenseNet`, or None where the name is not of this form.
+
+    Raises:
+      UserError: no network of three equal blocks has this depth.
+    """
+    match = _CIFAR_NAME.fullmatch(name)
+    if match is None:
+        return None
+    kind, depth, growth_rate = match[1] or '', int(match[2]), int(match[3])
+    convolutions = 6 if 'B' in kind else 3
+    size, rest = divmod(depth - 4, convolutions)
+    if rest or size < 1 or growth_rate < 1:
+        lower = depth - rest if size >= 1 else 4 + convolutions
+        raise UserError(
+            f'model.variant={name}: depth {depth} is not 4 + {convolutions} x layers '
+            f'per block; use L{lower} or L{lower + convolutions} with a growth rate '
+            'of at least 1'
+        )
+    return dict(
+        growth_rate=growth_rate,
+        block_sizes=(size,) * 3,
+        bottleneck=4 if 'B' in kind else 0,
+        compression=0.5 if 'C' in kind else 1.0,
+        stem='cifar',
+        stem_features=2 * growth_rate if kind == 'BC' else 16,
+    )
+
+
+_CIFAR = ('L40k12', 'L100k12', 'L100k24', 'BC-L100k12', 'BC-L250k24', 'BC-L190k40')
+VARIANTS = _IMAGENET | {name: cifar_fields(name) for name in _CIFAR} | rdnet.VARIANTS
+
+INITIALIZERS = layers_lib.INITIALIZERS
+STEMS = ('imagenet', 'deep', 'cifar')
+PADDINGS = ('torch', 'same')
+DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
+# Whoever asks for more made a mistake, or means harm: it would take the machine's
+# memory and hours. DenseNet-264 has 130 layers and 33 million parameters.
+MOST_LAYERS = 500
+MOST_PARAMETERS = 2**31
+_KINDS = {
+    'int': (numbers.Integral, 'a whole number'),
+    'float': (numbers.Real, 'a number'),
+    'str': (str, 'a name'),
+    'bool': (bool, 'True or False'),
+    'Sequence[int]': (Sequence, 'whole numbers in brackets, as (6, 12, 24, 16)'),
+}
+
+
+def create_model(variant: str, *, num_classes: int, **fields) -> densenet.Network:
+    """Makes the network named `variant`, with any of its fields overridden.
+
+    Args:
+      variant: a key of `VARIANTS`, or any `L<depth>k<growth>` with `B-`, `C-` or
+        `BC-` before it (`cifar_fields`).
+      num_classes: width of the classifier, 0 for pooled features.
+      **fields: fields of `DenseNet` or, of an `rdnet_*`, of `rdnet.RDNet`; None takes
+        the variant's own.
+
+    Returns:
+      The module: `model.apply(variables, images, train=False)`.
+
+    Raises:
+      UserError: no such variant or field, or a value that no such network can have.
+    """
+    kind, defaults = _find_variant(variant)
+    chosen = _choose_fields(kind, variant, fields)
+    model = kind(num_classes=num_classes, **(defaults | chosen))
+    _check_fields(model)
+    return model
+
+
+def _find_variant(variant):
+    """The class of a variant, and its fields."""
+    if not isinstance(variant, str):
+        raise UserError(f'model.variant={variant!r} must be a name, as densenet121')
+    if variant in rdnet.VARIANTS:
+        return rdnet.RDNet, rdnet.VARIANTS[variant]
+    defaults = VARIANTS.get(variant) or cifar_fields(variant)
+    if defaults is None:
+        base = variant.partition('.')[0].removeprefix('tv_')
+        if base != variant and base in VARIANTS:
+            raise UserError(
+                f'model.variant={variant} names weights; use model.variant={base}, '
+                'with --config.init_from=FILE for weights'
+            )
+        raise UserError(
+            f'model.variant={variant} is not known; use one of {", ".join(VARIANTS)}, '
+            'or [B-|C-|BC-]L<depth>k<growth rate>'
+        )
+    return densenet.DenseNet, defaults
+
+
+def field_defaults(kind) -> dict[str, Any]:
+    """Fields of `DenseNet` or `RDNet` and their defaults (None where there is none)."""
+    return {
+        field.name: None if field.default is dataclasses.MISSING else field.default
+        for field in dataclasses.fields(kind)
+        if field.name not in ('parent', 'name')
+    }
+
+
+def _choose_fields(kind, variant, fields):
+    """Those of `fields` that say something, all of them fields of `kind`.
+
+    A config has the fields of all networks; what is left there as it was says nothing.
+    """
+    known, chosen = field_defaults(kind), {}
+    other = field_defaults(densenet.DenseNet if kind is rdnet.RDNet else rdnet.RDNet)
+    for name, value in fields.items():
+        if name in known:
+            if value is not None:
+                chosen[name] = value
+        elif name not in other:
+            raise UserError(
+                f'model.{name} is not a field of the model; it has '
+                f'{", ".join(sorted(known))}'
+            )
+        elif value is not None and value != other[name]:
+            raise UserError(
+                f'model.{name}={value}: {variant} has no such field; leave it out '
+                f'(it has {", ".join(sorted(known))})'
+            )
+    return chosen
+
+
+def _check_kinds(model):
+    """Raises for a field that holds something else than it is declared for."""
+    for field in dataclasses.fields(model):
+        if field.name in ('parent', 'name'):
+            continue
+        kind = getattr(field.type, '__name__', None) or str(field.type)
+        kind, said = _KINDS['Sequence[int]' if 'Sequence' in str(field.type) else kind]
+        value = getattr(model, field.name)
+        # True would be a 1, a text a row of letters.
+        if (
+            not isinstance(value, kind)
+            or (kind is not bool and isinstance(value, bool))
+            or (kind is Sequence and isinstance(value, str))
+        ):
+            raise UserError(f'model.{field.name}={value!r} must be {said}')
+
+
+def _check_size(model):
+    """Raises for a network of absurd size, before anything is as large."""
+    layers = sum(model.block_sizes)
+    if layers > MOST_LAYERS:
+        raise UserError(
+            f'model.block_sizes={tuple(model.block_sizes)}: {layers} dense layers are '
+            f'more than {MOST_LAYERS}'
+        )
+    for name in ('growth_rate', 'stem_features', 'bottleneck', 'num_classes'):
+        if getattr(model, name, 0) > MOST_PARAMETERS:
+            raise UserError(f'model.{name} is above {MOST_PARAMETERS:.3g} parameters')
+    count = densenet.count_parameters(model)
+    if count > MOST_PARAMETERS:
+        growth = 'growth_rates' if isinstance(model, rdnet.RDNet) else 'growth_rate'
+        raise UserError(
+            f'this model would have {count:.3g} parameters, more than '
+            f'{MOST_PARAMETERS:.3g}: lower model.{growth}={getattr(model, growth)}, '
+            f'model.stem_features={model.stem_features}, '
+            f'model.bottleneck={model.bottleneck} or the number of classes, '
+            f'{model.num_classes}'
+        )
+
+
+def _check_fields(model):
+    _check_kinds(model)
+    choices = {
+        'dtype': DTYPES,
+        'initializer': tuple(INITIALIZERS),
+        'remat': ('none', 'block'),
+    }
+    if isinstance(model, densenet.DenseNet):
+        choices |= {
+            'stem': STEMS,
+            'padding': PADDINGS,
+            'kernel': dense_block.KERNELS,
+            'dropout_after': ('conv3x3', 'every_conv'),
+        }
+    for name, valid in choices.items():
+        value = getattr(model, name)
+        if value not in valid:
+            raise UserError(
+                f'model.{name}={value} is not known; use {", ".join(valid)}'
+            )
+    if model.dtype == 'float64' and not jax.config.jax_enable_x64:
+        raise UserError(
+            'model.dtype=float64 needs double precision in JAX: set JAX_ENABLE_X64=1'
+        )
+    blocks = model.block_sizes
+    if not blocks or not all(type(n) is int and n > 0 for n in blocks):
+        raise UserError(
+            f'model.block_sizes={blocks} must be whole numbers above 0, '
+            'one for each dense block, such as (6, 12, 24, 16)'
+        )
+    ranges = {
+        'num_classes': model.num_classes >= 0,
+        'stem_features': model.stem_features >= 1,
+        'compression': 0 < model.compression <= 1,
+        'dropout_rate': 0 <= model.dropout_rate < 1,
+        'drop_path_rate': 0 <= model.drop_path_rate < 1,
+        'epsilon': 0 < model.epsilon <= 1,
+    }
+    if isinstance(model, densenet.DenseNet):
+        ranges |= {
+            'growth_rate': model.growth_rate >= 1,
+            'bottleneck': model.bottleneck >= 0,
+            'stem_features': model.stem_features >= 1 + (model.stem == 'deep'),
+            'momentum': 0 <= model.momentum < 1,
+            'batch_norm_group': model.batch_norm_group >= ghost_batch_norm.DEVICE,
+        }
+    for name, valid in ranges.items():
+        if not valid:
+            raise UserError(f'model.{name}={getattr(model, name)} is out of range')
+    if isinstance(model, rdnet.RDNet):
+        rdnet.check_fields(model)
+    elif model.blur_pool and model.stem == 'cifar':
+        raise UserError('model.blur_pool=True: the cifar stem has no pooling to blur')
+    elif model.kernel == 'native' and model.dropout_after == 'every_conv':
+        raise UserError(
+            'model.kernel=native cannot drop out: use auto with '
+            'model.dropout_after=every_conv'
+        )
+    elif model.kernel == 'native' and model.drop_path_rate:
+        raise UserError(
+            'model.kernel=native has no stochastic depth: use auto with '
+            f'model.drop_path_rate={model.drop_path_rate}'
+        )
+    _check_size(model)

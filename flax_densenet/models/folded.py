@@ -1,0 +1,249 @@
+"""A DenseNet for inference alone: what does not depend on the image is computed once.
+
+A dense layer is `conv3x3(relu(norm2(conv1x1(relu(norm1(x))))))`. With running
+statistics a norm is `(x - mean) * a + bias`, `a = scale / sqrt(var + epsilon)`; behind
+a convolution it is that convolution with another kernel and a bias:
+
+    norm(conv(x, kernel)) = conv(x, kernel * a) + (bias - mean * a)
+
+So the stem's norms and each norm2 disappear; a norm in front of a ReLU stays. Up to
+rounding the results are those of the module's `features`, which the tests compare.
+There are few operations left, which are quickly traced, and no layer's modules.
+
+>>> import jax.numpy as jnp
+>>> from flax_densenet import create_model, init_variables
+>>> model = create_model('BC-L100k12', num_classes=10, block_sizes=(2, 2, 2))
+>>> folded = fold(model, init_variables(model, seed=0))
+>>> logits(model, folded, jnp.zeros((1, 32, 32, 3))).shape
+(1, 10)
+"""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from flax_densenet.kernels import dense_block, packed_inference
+from flax_densenet.models import layers as layers_lib
+from flax_densenet.models.densenet import (
+    DenseNet,
+    Network,
+    check_image_size,
+    has_batch_norm,
+)
+
+
+def fold(module: Network, variables) -> dict[str, Any]:
+    """The arrays of `features`, on the host.
+
+    Args:
+      variables: `{'params', 'batch_stats'}`.
+
+    Returns:
+      `stem`: its convolutions; `blocks`: for each its `layers` and its `tail`, the
+      transition or the last norm; either `packed` where the native kernel computes it;
+      `head`: variables behind the features. float32, float64 with `dtype='float64'`. Of
+      RDNet, which has nothing to fold, its `variables` and its `head`.
+    """
+    variables = jax.tree.map(np.asarray, variables)
+    params, stats = variables['params'], variables.get('batch_stats', {})
+    head = {k: params[k] for k in ('norm', 'classifier') if k in params}
+    if not has_batch_norm(module):
+        return {'variables': variables, 'head': {'params': head}}
+    stem, blocks = _fold_stem(module, params, stats), []
+    for number, size in enumerate(module.block_sizes, start=1):
+        name = f'denseblock{number}'
+        found = [
+            _fold_layer(module, params[name][layer], stats[name][layer])
+            for layer in (f'denselayer{n}' for n in range(1, size + 1))
+        ]
+        blocks.append(
+            {'layers': found, 'tail': _fold_tail(module, params, stats, number)}
+        )
+    if _is_native(module, blocks[0]['layers'][0]):
+        blocks = [{'packed': packed_inference.pack_block(**block)} for block in blocks]
+        channels = stem[0]['kernel'].shape[2]
+        if module.stem == 'imagenet' and not module.blur_pool and channels in (1, 3):
+            stem = {'packed': packed_inference.pack_stem(stem[0])}
+    return {'stem': stem, 'blocks': blocks, 'head': {'params': head}}
+
+
+def _fold_stem(module, params, stats):
+    if module.stem == 'cifar':
+        return [{'kernel': params['conv0']['kernel']}]
+    count = 3 if module.stem == 'deep' else 1
+    norms = [_norm(module, params[f'norm{n}'], stats[f'norm{n}']) for n in range(count)]
+    return [_join(params[f'conv{n}'], norm) for n, norm in enumerate(norms)]
+
+
+def _fold_layer(module, params, stats):
+    first = _norm(module, params['norm1'], stats['norm1'])
+    if not module.bottleneck:
+        return {'norm1': first, 'conv1': {'kernel': params['conv1']['kernel']}}
+    second = _norm(module, params['norm2'], stats['norm2'])
+    conv2 = {'kernel': params['conv2']['kernel']}
+    return {'norm1': first, 'conv1': _join(params['conv1'], second), 'conv2': conv2}
+
+
+def _fold_tail(module, params, stats, number):
+    if number == len(module.block_sizes):
+        return _norm(module, params['norm5'], stats['norm5'])
+    name = f'transition{number}'
+    norm = _norm(module, params[name]['norm'], stats[name]['norm'])
+    return norm | {'kernel': params[name]['conv']['kernel']}
+
+
+def _is_native(module, layer):
+    if not module.fast:
+        return False
+    x = jax.ShapeDtypeStruct((), module.dtype)
+    kernel2 = layer.get('conv2', {}).get('kernel')
+    layers = [dense_block.Layer(None, None, None, None, None, kernel2=kernel2)]
+    return dense_block.use_native(module.kernel, x, layers)
+
+
+def _norm(module, params, averages):
+    """{mean, a, bias}: (x - mean) * a + bias."""
+    scale, var = params['scale'], averages['var']
+    a = scale.astype(np.float64) / np.sqrt(var.astype(np.float64) + module.epsilon)
+    return {
+        'mean': averages['mean'],
+        'a': a.astype(scale.dtype),
+        'bias': params['bias'],
+    }
+
+
+def _join(conv, norm):
+    """A convolution that does the norm behind it as well."""
+    bias = norm['bias'] - norm['mean'].astype(np.float64) * norm['a']
+    return {
+        'kernel': conv['kernel'] * norm['a'].reshape(1, 1, 1, -1),
+        'bias': bias.astype(conv['kernel'].dtype),
+    }
+
+
+def features(module: DenseNet, folded, images):
+    """As the module's `features`: images `[N, H, W, C]`, normalised, to `[N, h, w, F]`.
+
+    Raises:
+      UserError: the images are smaller than `densenet.smallest_image_size`.
+    """
+    if 'variables' in folded:
+        return module.apply(folded['variables'], images, method='features')
+    check_image_size(module, images.shape[1:3])
+    x = _stem(module, folded['stem'], images.astype(module.dtype))
+    for size, block in zip(module.block_sizes, folded['blocks'], strict=True):
+        last = block is folded['blocks'][-1]
+        if 'packed' in block:
+            x = _native_block(module, x, block['packed'], size, last)
+            continue
+        for layer in block['layers']:
+            x = jnp.concatenate([x, _dense_layer(x, layer)], -1)
+        if last:
+            return _normalize(x, block['tail']).astype(x.dtype)
+        x = _transition(x, block['tail'])
+    return x
+
+
+def _native_block(module, x, packed, size, last):
+    growth = module.growth_rate
+    channels = x.shape[-1] + size * growth
+    return packed_inference.block(
+        x,
+        packed,
+        layers=size,
+        bottleneck=module.bottleneck * growth,
+        growth=growth,
+        features=0 if last else int(channels * module.compression),
+    )
+
+
+def logits(module: DenseNet, folded, images):
+    """As the module itself: normalised images `[N, H, W, C]` to `[N, num_classes]`."""
+    maps = features(module, folded, images)
+    return module.apply(folded['head'], maps, method='head')
+
+
+def _row(vector):
+    return jnp.reshape(vector, (1, 1, 1, -1))
+
+
+def _normalize(x, norm):
+    mean, a, bias = (_row(norm[name]) for name in ('mean', 'a', 'bias'))
+    return (x.astype(mean.dtype) - mean) * a + bias
+
+
+def _biased_relu(x, conv):
+    bias = _row(conv['bias'])
+    return jax.nn.relu(x.astype(bias.dtype) + bias).astype(x.dtype)
+
+
+def _conv(x, kernel, padding, stride=1):
+    numbers = ('NHWC', 'HWIO', 'NHWC')
+    strides, kernel = (stride, stride), kernel.astype(x.dtype)
+    return lax.conv_general_dilated(x, kernel, strides, padding, None, None, numbers)
+
+
+def _padding(module, sizes, window, stride):
+    """((top, bottom), (left, right))"""
+    if module.padding == 'same':
+        return lax.padtype_to_pads(sizes, (window,) * 2, (stride,) * 2, 'SAME')
+    return ((window // 2, window // 2),) * 2
+
+
+def _stem(module, convs, x):
+    def conv(x, kernel, stride=1):
+        padding = _padding(module, x.shape[1:3], kernel.shape[0], stride)
+        return _conv(x, kernel, padding, stride)
+
+    if module.stem == 'cifar':
+        return conv(x, convs[0]['kernel'])
+    if 'packed' in convs:
+        return packed_inference.stem(
+            x,
+            convs['packed'],
+            features=module.stem_features,
+            padding=_padding(module, x.shape[1:3], 7, 2),
+            pool_padding=lambda sizes: _padding(module, sizes, 3, 2),
+        )
+    x = conv(x, convs[0]['kernel'], 2)
+    for before, after in itertools.pairwise(convs):
+        x = conv(_biased_relu(x, before), after['kernel'])
+    # The largest first: what bias and ReLU do to all of a channel keeps the order.
+    stride = 1 if module.blur_pool else 2
+    padding = ((1, 1), (1, 1))
+    if not module.blur_pool:
+        padding = _padding(module, x.shape[1:3], 3, 2)
+    x = lax.reduce_window(
+        x,
+        np.array(-np.inf, x.dtype),
+        lax.max,
+        (1, 3, 3, 1),
+        (1, stride, stride, 1),
+        ((0, 0), *padding, (0, 0)),
+    )
+    x = _biased_relu(x, convs[-1])
+    return layers_lib.blur_pool(x) if module.blur_pool else x
+
+
+_AROUND = ((1, 1), (1, 1))  # of a 3x3 convolution
+
+
+def _dense_layer(x, layer):
+    y = jax.nn.relu(_normalize(x, layer['norm1'])).astype(x.dtype)
+    if 'conv2' not in layer:
+        return _conv(y, layer['conv1']['kernel'], _AROUND)
+    y = dense_block.product(y, layer['conv1']['kernel'].astype(x.dtype)[0, 0])
+    return _conv(_biased_relu(y, layer['conv1']), layer['conv2']['kernel'], _AROUND)
+
+
+def _transition(x, arrays):
+    """The mean of 2x2 in front of the 1x1 convolution, which leaves it a quarter."""
+    y = jax.nn.relu(_normalize(x, arrays)).astype(x.dtype)
+    height, width = (n // 2 * 2 for n in y.shape[1:3])
+    y = y[:, :height, :width]
+    y = y.reshape(y.shape[0], height // 2, 2, width // 2, 2, y.shape[3]).mean((2, 4))
+    return dense_block.product(y, arrays['kernel'].astype(x.dtype)[0, 0])

@@ -1,0 +1,400 @@
+"""RDNet (Kim et al., "DenseNets Reloaded", arXiv 2403.19588) as Flax Linen modules.
+
+Dense connections with the parts of today's networks: a patch stem, wide layers of a
+7x7 depthwise convolution between few transitions, layer norm, GELU, layer scale, and
+squeeze-excitation in the later blocks. `factory.create_model('rdnet_tiny', ...)` makes
+one. There is no batch norm, so `batch_stats` is empty.
+
+Parts have DenseNet's names, so that what freezes, counts or replaces parts knows them:
+`conv0, norm0, denseblock1/denselayer1/{conv1, norm1, conv2, conv3, gate, gamma},
+transition1/{norm, conv}, norm, classifier`. A block is what the paper calls a stage,
+without the transition in front of it.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from flax_densenet.errors import UserError
+from flax_densenet.kernels import depthwise as depthwise_lib
+from flax_densenet.kernels.dense_block import product
+from flax_densenet.models import layers
+
+KERNEL_SIZE = 7  # of the depthwise convolutions
+
+
+def _variant(stem_features, growth_rates, halvings):
+    """Three layers a block, squeeze-excitation from the third block on."""
+    count = len(growth_rates)
+    return dict(
+        stem_features=stem_features,
+        growth_rates=tuple(growth_rates),
+        block_sizes=(3,) * count,
+        halvings=halvings,
+        squeeze_blocks=tuple(range(3, count + 1)),
+    )
+
+
+# Widths as in the published weights.
+VARIANTS = {
+    'rdnet_tiny': _variant(64, [64, 104, *[128] * 4, 224], (1, 2, 6)),
+    'rdnet_small': _variant(72, [64, *[128] * 8, 240, 240], (1, 2, 9)),
+    'rdnet_base': _variant(120, [96, 128, *[168] * 7, 336, 336], (1, 2, 9)),
+    'rdnet_large': _variant(144, [128, 192, *[256] * 8, 360, 360], (1, 2, 10)),
+}
+
+
+class RDNet(nn.Module):
+    """RDNet for images `[N, H, W, C]`; make one with `factory.create_model`.
+
+    Attributes:
+      num_classes: width of the classifier; 0 leaves it out: the model then returns
+        the pooled and normalised features.
+      growth_rates: feature maps that each layer adds, a number for each block.
+      block_sizes: layers of each block.
+      halvings: numbers of the transitions that halve height and width; 1 is the one
+        behind the first block. The others only mix channels.
+      squeeze_blocks: numbers of the blocks with (effective) squeeze-excitation.
+      bottleneck: width inside a layer, in the layer's input channels.
+      compression: share of the feature maps that a transition keeps.
+      layer_scale: first value of the factors on each layer's maps; 0: no factors.
+      patch_size: pixels, side of the stem's patches.
+      stem_features: feature maps of the stem.
+      dropout_rate: share of values dropped from each layer's maps.
+      drop_path_rate: share of images for which the last layer's maps are dropped in
+        training (stochastic depth); in the layers before it the share falls evenly, to
+        0 in the first.
+      epsilon: added to the variance in layer norm.
+      dtype: of activations; parameters and logits are float32 (all float64 with
+        `float64`, which needs `jax_enable_x64`).
+      initializer: of convolution kernels, a key of `factory.INITIALIZERS`.
+      remat: `block` computes the inside of each layer again in the backward pass,
+        `none` keeps it: less memory, but slower.
+    """
+
+    num_classes: int
+    growth_rates: Sequence[int]
+    block_sizes: Sequence[int]
+    halvings: Sequence[int]
+    squeeze_blocks: Sequence[int]
+    bottleneck: int = 4
+    compression: float = 0.5
+    layer_scale: float = 1e-6
+    patch_size: int = 4
+    stem_features: int = 64
+    dropout_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    epsilon: float = 1e-6
+    dtype: str = 'float32'
+    initializer: str = 'he_fan_in'
+    remat: str = 'none'
+
+    def setup(self):
+        param_dtype = jnp.float64 if self.dtype == 'float64' else jnp.float32
+        kernel_init, classifier_init = layers.initializers(self.initializer)
+        dtypes = dict(dtype=jnp.dtype(self.dtype), param_dtype=param_dtype)
+        conv = functools.partial(Conv, kernel_init=kernel_init, **dtypes)
+        depthwise_conv = functools.partial(
+            DepthwiseConv, kernel_init=kernel_init, **dtypes
+        )
+        norm = functools.partial(
+            nn.LayerNorm, epsilon=self.epsilon, use_fast_variance=False, **dtypes
+        )
+        self.conv0 = conv(self.stem_features, self.patch_size, self.patch_size)
+        self.norm0 = norm()
+        rates = layers.drop_path_rates(self.drop_path_rate, self.block_sizes)
+        for number, channels in enumerate(transition_features(self), start=1):
+            if number > 1:
+                size = 2 if number - 1 in self.halvings else 1
+                transition = Transition(channels, size, conv, norm)
+                setattr(self, f'transition{number - 1}', transition)
+            block = DenseBlock(
+                rates[number - 1],
+                functools.partial(
+                    nn.remat(DenseLayer, static_argnums=(2,))
+                    if self.remat == 'block'
+                    else DenseLayer,
+                    growth_rate=self.growth_rates[number - 1],
+                    bottleneck=self.bottleneck,
+                    squeeze=number in self.squeeze_blocks,
+                    layer_scale=self.layer_scale,
+                    dropout_rate=self.dropout_rate,
+                    conv=conv,
+                    depthwise=depthwise_conv,
+                    norm=norm,
+                    param_dtype=param_dtype,
+                ),
+            )
+            setattr(self, f'denseblock{number}', block)
+        wide = dict(dtype=param_dtype, param_dtype=param_dtype)
+        self.norm = norm(**wide)
+        if self.num_classes:
+            self.classifier = nn.Dense(
+                self.num_classes, kernel_init=classifier_init, **wide
+            )
+
+    def __call__(self, x, train: bool = False, frozen: int = 0):
+        """Images `[N, H, W, C]`, normalised, to logits `[N, num_classes]`.
+
+        With `num_classes=0`: to pooled features `[N, F]`. In training pass
+        `rngs={'dropout': key}` where it drops layers or values.
+
+        Args:
+          frozen: how many of `densenet.stages`, from the stem on, compute as in
+            evaluation though the others train.
+
+        Raises:
+          UserError: the images are smaller than `densenet.smallest_image_size`.
+        """
+        return self.head(self.features(x, train, frozen))
+
+    def features(self, x, train: bool = False, frozen: int = 0):
+        """Images to the last feature map `[N, H', W', F]`."""
+        return self.pyramid(x, train, frozen)[-1]
+
+    def head(self, x):
+        """`features` to logits: mean over all positions, layer norm, classifier."""
+        return self.classify(self.pool(x))
+
+    def pool(self, x):
+        """`features` to the classifier's input, float32 `[N, F]`."""
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
+        return self.norm(x)
+
+    def classify(self, x):
+        """`pool`'s `[N, F]` to logits."""
+        return self.classifier(x) if self.num_classes else x
+
+    def pyramid(self, x, train: bool = False, frozen: int = 0):
+        """Images to the last output of each size, a list from fine to coarse.
+
+        Strides 4, 8, 16 and 32 in the published variants. The last entry is what
+        `features` returns.
+        """
+        check_image_size(self, x.shape[-3:-1])
+        x = self.norm0(self.conv0(x.astype(self.dtype)))
+        outputs, count = [], len(self.block_sizes)
+        for number in range(1, count + 1):
+            x = getattr(self, f'denseblock{number}')(x, train and frozen <= number)
+            if number == count or number in self.halvings:
+                outputs.append(x)
+            if number < count:
+                x = getattr(self, f'transition{number}')(x)
+        return outputs
+
+
+class Conv(nn.Module):
+    """Convolution with bias; patches that do not overlap, or 1x1."""
+
+    features: int
+    size: int
+    stride: int = 1
+    kernel_init: Any = nn.initializers.zeros
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (self.size, self.size, x.shape[-1], self.features)
+        kernel, bias = _kernel_and_bias(self, shape)
+        if self.size == self.stride == 1:
+            return product(x, kernel[0, 0]) + bias
+        return bias + lax.conv_general_dilated(
+            x,
+            kernel,
+            (self.stride, self.stride),
+            'VALID',
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )
+
+
+class DepthwiseConv(nn.Module):
+    """7x7 over each channel by itself, with bias."""
+
+    kernel_init: Any
+    dtype: Any
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x):
+        shape = (KERNEL_SIZE, KERNEL_SIZE, 1, x.shape[-1])
+        kernel, bias = _kernel_and_bias(self, shape)
+        return depthwise_lib.depthwise(x, kernel) + bias
+
+
+def _kernel_and_bias(module, shape):
+    make = functools.partial(layers.parameter, module)
+    kernel = make('kernel', module.kernel_init, shape, module.param_dtype)
+    bias = make('bias', nn.initializers.zeros, shape[-1:], module.param_dtype)
+    return kernel.astype(module.dtype), bias.astype(module.dtype).reshape(1, 1, 1, -1)
+
+
+class DenseLayer(nn.Module):
+    """A layer's new feature maps, not yet joined."""
+
+    growth_rate: int
+    bottleneck: int
+    squeeze: bool
+    layer_scale: float
+    dropout_rate: float
+    conv: Any
+    depthwise: Any
+    norm: Any
+    param_dtype: Any
+    drop_path_rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        conv = functools.partial(self.conv, size=1)
+        y = self.norm(name='norm1')(self.depthwise(name='conv1')(x))
+        y = conv(inner_features(x.shape[-1], self.bottleneck), name='conv2')(y)
+        y = conv(self.growth_rate, name='conv3')(nn.gelu(y, approximate=False))
+        if self.squeeze:  # effective: one layer, of as many channels
+            gate = conv(self.growth_rate, name='gate')(y.mean((1, 2), keepdims=True))
+            y = y * nn.hard_sigmoid(gate)
+        if self.layer_scale:
+            first = nn.initializers.constant(self.layer_scale)
+            shape, dtype = (self.growth_rate,), self.param_dtype
+            gamma = layers.parameter(self, 'gamma', first, shape, dtype)
+            y = y * gamma.astype(y.dtype).reshape(1, 1, 1, -1)
+        if train and self.drop_path_rate:
+            y = _drop(self, y, self.drop_path_rate, (y.shape[0], 1, 1, 1))
+        if train and self.dropout_rate:
+            y = _drop(self, y, self.dropout_rate, y.shape)
+        return y
+
+
+def _drop(module, x, rate, shape):
+    """Zeros a share of the values, or of the images where `shape` says so."""
+    kept = jax.random.bernoulli(module.make_rng('dropout'), 1 - rate, shape)
+    return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
+
+
+class DenseBlock(nn.Module):
+    """All outputs of its layers joined to its input; each sees those before it."""
+
+    drop_path_rates: Sequence[float]  # of each layer
+    layer: Any
+
+    @nn.compact
+    def __call__(self, x, train: bool):
+        for number, rate in enumerate(self.drop_path_rates, start=1):
+            layer = self.layer(drop_path_rate=rate, name=f'denselayer{number}')
+            x = jnp.concatenate([x, layer(x, train)], axis=-1)
+        return x
+
+
+class Transition(nn.Module):
+    """Layer norm, then a convolution that mixes channels, 2x2 where it halves."""
+
+    features: int
+    size: int
+    conv: Any
+    norm: Any
+
+    @nn.compact
+    def __call__(self, x):
+        x = self.norm(name='norm')(x)
+        return self.conv(self.features, self.size, self.size, name='conv')(x)
+
+
+def inner_features(channels: int, bottleneck: int) -> int:
+    """Width inside a layer of so many input channels: a multiple of 8."""
+    return channels * bottleneck // 8 * 8
+
+
+def transition_features(model: RDNet) -> list[int]:
+    """Channels at the input of each block: the stem's, then what transitions keep."""
+    channels = [model.stem_features]
+    parts = zip(model.growth_rates, model.block_sizes, strict=True)
+    for growth, size in list(parts)[:-1]:
+        joined = channels[-1] + growth * size
+        channels.append(int(joined * model.compression / 8) * 8)
+    return channels
+
+
+def stages(model: RDNet) -> list[tuple[str, ...]]:
+    """See `densenet.stages`; a block's stage has the transition behind it."""
+    last = len(model.block_sizes)
+    blocks = [
+        (f'denseblock{n}', f'transition{n}' if n < last else 'norm')
+        for n in range(1, last + 1)
+    ]
+    return [('conv0', 'norm0'), *blocks, ('classifier',)]
+
+
+def smallest_image_size(model: RDNet) -> int:
+    """Smallest height and width, in pixels, that leave one pixel at the end."""
+    return model.patch_size * 2 ** len(model.halvings)
+
+
+def last_map_side(model: RDNet, size: int) -> int:
+    """Side of the last block's feature maps, of images of `size` pixels a side."""
+    return size // smallest_image_size(model)
+
+
+def check_image_size(model: RDNet, size: Sequence[int]):
+    """Raises `UserError` where (height, width) is too small for the model."""
+    smallest = smallest_image_size(model)
+    if min(size) < smallest:
+        raise UserError(
+            f'images of {size[0]}x{size[1]} are too small for patches of '
+            f'{model.patch_size}x{model.patch_size} and {len(model.halvings)} '
+            f'halvings: use at least {smallest}x{smallest}'
+        )
+
+
+def count_parameters(model: RDNet, *, channels: int = 3) -> int:
+    """Number of parameters, by arithmetic alone."""
+    stem = model.stem_features
+    count, joined = (model.patch_size**2 * channels + 3) * stem, stem
+    for number, features in enumerate(transition_features(model), start=1):
+        if number > 1:
+            area = 4 if number - 1 in model.halvings else 1
+            count += 2 * joined + (area * joined + 1) * features
+        growth, joined = model.growth_rates[number - 1], features
+        gate = (growth + 1) * growth if number in model.squeeze_blocks else 0
+        for _ in range(model.block_sizes[number - 1]):
+            inner = inner_features(joined, model.bottleneck)
+            count += (KERNEL_SIZE**2 + 3) * joined + (joined + 1) * inner
+            count += (inner + 1) * growth + gate + growth * (model.layer_scale > 0)
+            joined += growth
+    return count + 2 * joined + (joined + 1) * model.num_classes
+
+
+def check_fields(model: RDNet):
+    """Raises for values that fit no RDNet; their kinds are checked already."""
+    blocks = len(model.block_sizes)
+    growth = model.growth_rates
+    if len(growth) != blocks or not all(type(n) is int and n > 0 for n in growth):
+        raise UserError(
+            f'model.growth_rates={tuple(growth)} must be {blocks} whole numbers above '
+            f'0, one for each of model.block_sizes={tuple(model.block_sizes)}'
+        )
+    for name, most in (('halvings', blocks - 1), ('squeeze_blocks', blocks)):
+        value = getattr(model, name)
+        good = all(type(n) is int and 1 <= n <= most for n in value)
+        if not good or len(set(value)) != len(value):
+            raise UserError(
+                f'model.{name}={tuple(value)} must be different numbers from 1 to '
+                f'{most}, or none: ()'
+            )
+    for name, valid in {
+        'bottleneck': model.bottleneck >= 1,
+        'layer_scale': 0 <= model.layer_scale <= 1,
+        'patch_size': 1 <= model.patch_size <= 64,
+    }.items():
+        if not valid:
+            raise UserError(f'model.{name}={getattr(model, name)} is out of range')
+    widths = transition_features(model)
+    if min(widths[1:], default=8) < 1 or model.stem_features * model.bottleneck < 8:
+        raise UserError(
+            f'model.stem_features={model.stem_features} and '
+            f'model.compression={model.compression} leave a part of the network '
+            'without features: widths are multiples of 8'
+        )

@@ -1,0 +1,175 @@
+"""Pictures and tables of a run."""
+
+import os
+import textwrap
+import warnings
+
+import numpy as np
+
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.system import atomic
+from flax_densenet.weights import trained
+
+_TRAIN, _TEST, _BEST = '#1f77b4', '#d95f02', '#555555'
+
+
+def _new_figure(width, height):
+    from matplotlib.figure import Figure  # 0.5 s, and only where a picture is made
+
+    return Figure(figsize=(width, height), layout='constrained')
+
+
+def plot_curves(records):
+    """Accuracy and loss by epoch, training and test, the best epoch marked.
+
+    Args:
+      records: the lines of `metrics.jsonl`, in their order.
+
+    Returns:
+      A matplotlib figure of two panels side by side.
+    """
+    figure = _new_figure(11, 4.2)
+    best = max(records, key=checkpoint_reader.rank)
+    epochs = [record['epoch'] for record in records]
+    panels = zip(figure.subplots(1, 2), ('accuracy', 'loss'), (100, 1), strict=True)
+    for axes, name, scale in panels:
+        for part, colour in (('train', _TRAIN), ('test', _TEST)):
+            values = [record[f'{part}_{name}'] * scale for record in records]
+            axes.plot(
+                epochs, values, color=colour, marker='o', markersize=3, label=part
+            )
+        value = best[f'test_{name}'] * scale
+        text = f'{value:.1f} %' if name == 'accuracy' else f'{value:.3f}'
+        axes.axvline(best['epoch'], color=_BEST, linestyle=':', linewidth=1)
+        axes.plot(
+            [best['epoch']],
+            [value],
+            marker='*',
+            markersize=14,
+            color=_TEST,
+            linestyle='none',
+            label=f'best epoch ({best["epoch"]}): test {text}',
+        )
+        axes.set_title(name.capitalize())
+        axes.set_xlabel('epoch')
+        axes.set_ylabel('accuracy, %' if name == 'accuracy' else 'cross-entropy')
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def save_curves(workdir: str, records):
+    """Writes `curves.png`."""
+    with atomic.replacing(os.path.join(workdir, 'curves.png'), 'wb') as file:
+        plot_curves(records).savefig(file, format='png', dpi=110)
+
+
+def plot_rates(rates, losses, means, suggestion):
+    """The loss of a learning-rate range test over the rate, the suggestion marked.
+
+    Args:
+      rates, losses, means: `[steps]` each; the loss of a step and its running mean.
+      suggestion: a learning rate, or None.
+    """
+    figure = _new_figure(7, 4.2)
+    axes = figure.subplots()
+    axes.plot(rates, losses, color=_TRAIN, alpha=0.35, linewidth=1, label='loss')
+    axes.plot(rates, means, color=_TRAIN, label='mean')
+    if suggestion is not None:
+        axes.axvline(
+            suggestion,
+            color=_TEST,
+            linestyle='--',
+            label=f'suggested: {suggestion:g}',
+        )
+    axes.set_xscale('log')
+    # A loss that runs off would flatten all that matters.
+    low, start = float(np.min(losses)), float(np.median(losses[: len(losses) // 2]))
+    axes.set_ylim(low - 0.1 * (start - low), start + 1.5 * (start - low) + 0.1)
+    axes.set_title('Learning-rate range test')
+    axes.set_xlabel('learning rate')
+    axes.set_ylabel('training loss of a step')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def plot_samples(images, titles, *, columns: int = 8, heading: str = ''):
+    """A grid of images uint8 `[N, H, W, 3]`, each with its title."""
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    figure = _new_figure(1.5 * columns, 1.75 * rows)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes in grid:
+        axes.axis('off')
+    for axes, image, title in zip(grid, images, titles, strict=False):
+        axes.imshow(image, interpolation='nearest')
+        lines = '\n'.join(map(_clip, title.split('\n')))
+        axes.set_title(lines, fontsize=9, parse_math=False)
+    if heading:
+        figure.suptitle(heading, fontsize=10, parse_math=False)
+    return figure
+
+
+def title(label, class_names) -> str:
+    """The class of a label, or the labels that an image has."""
+    if np.ndim(label) == 0:
+        return class_names[label]
+    present = [class_names[i] for i in np.flatnonzero(label == 1)]
+    return ', '.join(present) or '(none)'
+
+
+def mixed_title(label, partner, weight, class_names) -> str:
+    """`ants 0.7 + bees 0.3`, on two lines where one is too short."""
+    names = title(label, class_names), title(partner, class_names)
+    if names[0] == names[1] or weight == 1:
+        return names[0]
+    shares = f' {weight:.2f}', f' {1 - weight:.2f}'
+    # Names make room for the numbers.
+    text = f'{names[0]}{shares[0]} + {names[1]}{shares[1]}'
+    if len(text) <= _TITLE:
+        return text
+    first = _clip(names[0], _TITLE - len(shares[0])) + shares[0]
+    return f'{first}\n+ {_clip(names[1], _TITLE - 2 - len(shares[1]))}{shares[1]}'
+
+
+_TITLE = 18  # letters over an image
+
+
+def _clip(title, most=_TITLE):
+    return title if len(title) <= most else title[: most - 1] + '…'
+
+
+def save_samples(
+    workdir: str, batch, class_names, *, mean, std, changes=(), most: int = 24
+):
+    """Writes `samples.png`: training images as the model sees them, made visible.
+
+    Args:
+      batch: of `pipeline.train_batches`; normalised as in training and back. Of mixed
+        images also `partner_label` and `weight`, the share of `label`.
+      changes: fields by which the images change, for the heading.
+    """
+    seen = trained.normalize(batch['image'][:most], mean=mean, std=std)
+    seen = np.asarray(seen) * np.asarray(std) + np.asarray(mean)
+    images = np.clip(np.round(seen * 255), 0, 255).astype(np.uint8)
+    if images.shape[-1] == 1:
+        images = images.repeat(3, -1)
+    titles = _titles(batch, class_names)[:most]
+    # Letters that the font lacks show as boxes; a warning for each helps nobody.
+    warnings.filterwarnings('ignore', message='Glyph', category=UserWarning)
+    heading = ', '.join(change.removeprefix('data.') for change in changes)
+    if heading:
+        heading = f'training images of the first step as the model sees them: {heading}'
+        heading = textwrap.fill(heading, 90)
+    figure = plot_samples(images, titles, heading=heading)
+    with atomic.replacing(os.path.join(workdir, 'samples.png'), 'wb') as file:
+        figure.savefig(file, format='png', dpi=110)
+
+
+def _titles(batch, class_names):
+    if 'weight' not in batch:
+        return [title(label, class_names) for label in batch['label']]
+    rows = zip(batch['label'], batch['partner_label'], batch['weight'], strict=True)
+    return [mixed_title(*row, class_names) for row in rows]

@@ -1,0 +1,323 @@
+"""The model over HTTP: a page to try it in the browser, and JSON for programs.
+
+`GET /` is the page, `POST /predict` takes the bytes of an image, `GET /model` tells
+what the model is, `GET /health` and `GET /metrics` are for who watches over it. What
+goes wrong is `{"error": "..."}` with the status that says whose mistake it is.
+
+No more than `guard.Limits.max_requests` images are held at a time: one that comes
+beside them is refused before a byte of it is read.
+"""
+
+import asyncio
+import base64
+import concurrent.futures
+import contextlib
+import dataclasses
+import difflib
+import io
+import math
+import os
+import pathlib
+import re
+import secrets
+
+import jinja2
+import numpy as np
+import prometheus_client
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from flax_densenet.data import images
+from flax_densenet.errors import UserError
+from flax_densenet.inference import overlay
+from flax_densenet.serving import batcher, guard
+
+EXPLAIN = {'': '', '0': '', '1': 'overlay', 'overlay': 'overlay', 'map': 'map'}
+_PAGE = pathlib.Path(__file__).with_name('templates') / 'serve.html'
+# Images with more pixels are decoded one at a time: it takes up to 17 bytes a pixel.
+_COMMON_PIXELS = 16_000_000
+_RETRY = {'Retry-After': '1'}
+_POLICY = (
+    "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; "
+    "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """The query of /predict: how many classes, which picture, the map of which."""
+
+    top: int
+    picture: str
+    of: int | None
+
+
+class App:
+    """The routes, with what they share."""
+
+    def __init__(self, trained, *, name: str, limits: guard.Limits, loopback: bool):
+        """Compiles nothing yet: `batcher.warm_up` does.
+
+        Args:
+          trained: an `trained.Trained`.
+          name: of the model, for people.
+          limits: see there.
+          loopback: only names of this machine are answered to.
+        """
+        self.limits = limits
+        self.figures = guard.Metrics()
+        self.batcher = batcher.Batcher(
+            trained, batch_size=batcher.BATCH_SIZE, on_batch=self.figures.count_batch
+        )
+        self._predictor = self.batcher.predictor
+        self._model = _describe(self._predictor, name, limits)
+        self._held = 0
+        self._large = asyncio.Lock()
+        self._threads = concurrent.futures.ThreadPoolExecutor(
+            min(4, os.cpu_count() or 1), 'decode'
+        )
+        # Escapes whatever a class is called.
+        self._page = jinja2.Environment(
+            autoescape=True, undefined=jinja2.StrictUndefined
+        ).from_string(_PAGE.read_text('utf-8'))
+        routes = Starlette(
+            routes=[
+                Route('/', self.page),
+                Route('/predict', self.predict, methods=['POST']),
+                Route('/model', self.model),
+                Route('/health', self.health),
+                Route('/metrics', self.metrics),
+            ],
+            exception_handlers={HTTPException: _reject, 500: _internal_error},
+        )
+        self.asgi = guard.RequestGuard(routes, figures=self.figures, loopback=loopback)
+
+    def close(self):
+        """Ends the threads once they have finished what they are at."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.batcher.close()
+
+    async def page(self, request: Request) -> Response:
+        """The page, with a policy that lets it load nothing from elsewhere."""
+        nonce = secrets.token_urlsafe(16)
+        text = self._page.render(
+            nonce=nonce,
+            model=self._model,
+            formats=images.FORMATS,
+            accept=','.join(sorted(images.EXTENSIONS)),
+        )
+        headers = {'Content-Security-Policy': _POLICY.format(nonce)}
+        return HTMLResponse(text, headers=headers)
+
+    async def model(self, request: Request) -> Response:
+        """Classes, image size, figures and limits."""
+        return JSONResponse(self._model)
+
+    async def health(self, request: Request) -> Response:
+        """200 once every shape is compiled, 503 before."""
+        if not self.batcher.ready:
+            answer = {'status': 'starting', 'error': 'the model is being compiled'}
+            return JSONResponse(answer, 503, headers=_RETRY)
+        return JSONResponse({'status': 'ok'})
+
+    async def metrics(self, request: Request) -> Response:
+        """Prometheus' text format."""
+        self.figures.ready.set(self.batcher.ready)
+        self.figures.held.set(self._held)
+        return Response(
+            prometheus_client.generate_latest(self.figures.registry),
+            media_type=prometheus_client.CONTENT_TYPE_LATEST,
+        )
+
+    async def predict(self, request: Request) -> Response:
+        """The likely classes of the image in the body, with a picture on request."""
+        wanted = self._parse_query(request.query_params)
+        _check_headers(request.headers, self.limits)
+        if not self.batcher.ready:
+            raise HTTPException(503, 'the model is being compiled; try again', _RETRY)
+        with self._slot():
+            image = await self._load(await self._read(request))
+            answer = await self.batcher.predict(image, explain=wanted.of)
+            return JSONResponse(
+                await self._on_thread(self._tell, image, answer, wanted)
+            )
+
+    def _parse_query(self, query):
+        known = ('top', 'explain', 'class')
+        for name in query:
+            if name not in known:
+                raise HTTPException(
+                    400, f'{name}= is not known; there are {", ".join(known)}'
+                )
+        top, names = query.get('top', '5'), self._predictor.class_names
+        # A number of a thousand digits would be slow to read, too.
+        if not re.fullmatch('[0-9]{1,6}', top) or int(top) < 1:
+            raise HTTPException(400, f'top={top[:20]} must be a number from 1 on')
+        picture = EXPLAIN.get(query.get('explain', ''))
+        if picture is None:
+            raise HTTPException(
+                400, f'explain={query["explain"][:20]} must be 0, 1 (overlay) or map'
+            )
+        of = batcher.MOST_LIKELY if picture else None
+        if 'class' in query:
+            if not picture:
+                raise HTTPException(400, 'class= says whose map is wanted: explain=1')
+            if query['class'] not in names:
+                raise HTTPException(400, _unknown_class(query['class'], names))
+            of = names.index(query['class'])
+        return _Wanted(int(top), picture, of)
+
+    @contextlib.contextmanager
+    def _slot(self):
+        if self._held >= self.limits.max_requests:
+            raise HTTPException(
+                503, f'{self._held} images are waiting; try again', _RETRY
+            )
+        self._held += 1
+        try:
+            yield
+        finally:
+            self._held -= 1
+
+    async def _read(self, request):
+        # Not a list of the parts: a client that sends bytes one by one would make it
+        # forty times as large as the body.
+        body = io.BytesIO()
+        try:
+            async with asyncio.timeout(self.limits.request_timeout_s):
+                async for part in request.stream():
+                    if body.tell() + len(part) > self.limits.max_bytes:
+                        raise HTTPException(413, _too_large(self.limits))
+                    body.write(part)
+        except TimeoutError as error:
+            raise HTTPException(
+                408,
+                'the image did not arrive within '
+                f'{self.limits.request_timeout_s:g} seconds',
+            ) from error
+        except ClientDisconnect as error:
+            raise HTTPException(400, 'the client left') from error
+        if not body.tell():
+            raise HTTPException(400, 'the body is empty: send the bytes of an image')
+        return body.getvalue()
+
+    async def _load(self, body):
+        most = int(self.limits.max_megapixels * 1e6)
+        common = min(most, _COMMON_PIXELS)
+        try:
+            try:
+                return await self._on_thread(self._decode, body, common)
+            except images.TooManyPixels:
+                async with self._large:
+                    return await self._on_thread(self._decode, body, most)
+        except images.TooManyPixels as error:
+            raise HTTPException(413, f'the image {error}') from error
+        except UserError as error:
+            raise HTTPException(415, f'the file {error}') from error
+
+    def _decode(self, body, max_pixels):
+        return self._predictor.load(body, max_pixels=max_pixels)
+
+    async def _on_thread(self, function, *args):
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._threads, function, *args)
+
+    def _tell(self, image, answer, wanted):
+        """What /predict answers, a dict for JSON."""
+        probabilities, names = answer.probabilities, self._predictor.class_names
+        if not np.isfinite(probabilities).all():
+            raise HTTPException(
+                500, 'the model answers with no numbers: its training diverged'
+            )
+        order = np.argsort(-probabilities, kind='stable')
+        told = {
+            'predictions': [
+                {'class': names[i], 'probability': float(probabilities[i])}
+                for i in order[: wanted.top]
+            ]
+        }
+        if wanted.of is not None:
+            of = order[0] if wanted.of == batcher.MOST_LIKELY else wanted.of
+            told['explained'] = names[of]
+            # 0 where nothing in the image speaks for the class: the map is empty.
+            told['map_peak'] = float(answer.cam.max())
+            if wanted.picture == 'overlay':
+                picture = overlay.overlay(image, answer.cam)
+            else:
+                picture = overlay.layer(answer.cam, image.shape[:2])
+            told[wanted.picture] = _to_data_url(picture)
+        return told
+
+
+def _describe(predictor, name, limits):
+    trained, preparation = predictor.trained, predictor.preparation
+    return {
+        'name': name,
+        'classes': list(predictor.class_names),
+        'multi_label': predictor.multi_label,
+        'variant': trained.metadata['model'].get('variant'),
+        'image_size': preparation.size,
+        'channels': preparation.channels,
+        'resize': preparation.resize,
+        'crop_fraction': preparation.crop_fraction,
+        'epoch': trained.metadata.get('epoch'),
+        'step': trained.step,
+        'figures': {
+            name: value
+            for name, value in trained.metrics.items()
+            # JSON has no NaN, which the loss of a failed training is.
+            if name.startswith('test_') and math.isfinite(value)
+        },
+        'limits': dataclasses.asdict(limits),
+    }
+
+
+def _check_headers(headers, limits):
+    """Refuses by the headers alone, before anything of the body is read."""
+    if headers.get('content-type', '').lower().startswith('multipart/'):
+        raise HTTPException(
+            415,
+            "forms are not read: send the image itself as the body, with curl's "
+            '--data-binary @photo.jpg',
+        )
+    length = headers.get('content-length', '0')
+    if length.isascii() and length.isdigit() and int(length) > limits.max_bytes:
+        raise HTTPException(413, _too_large(limits))
+
+
+def _too_large(limits):
+    return f'the file is larger than {limits.max_megabytes:g} MB'
+
+
+def _unknown_class(name, names):
+    close = difflib.get_close_matches(name[:80], names, 1)
+    hint = f'did you mean {close[0]}?' if close else 'GET /model lists the classes'
+    return f'class={name[:80]} is not one that the model knows; {hint}'
+
+
+def _to_data_url(picture):
+    """uint8 `[H, W, 3 or 4]` as `data:image/png;base64,...`."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, 'PNG')
+    return 'data:image/png;base64,' + base64.b64encode(file.getvalue()).decode()
+
+
+def _reject(request, error):
+    detail = error.detail
+    if error.status_code == 404:
+        detail = (
+            f'{request.url.path[:80]} is not here; there are {", ".join(guard.PATHS)}'
+        )
+    elif error.status_code == 405:
+        allowed = ', '.join(sorted(error.headers['Allow'].split(', ')))
+        detail = f'{request.url.path} takes {allowed}, not {request.method[:20]}'
+    return JSONResponse({'error': detail}, error.status_code, headers=error.headers)
+
+
+def _internal_error(request, error):
+    return JSONResponse({'error': 'a defect of the server; its log says more'}, 500)

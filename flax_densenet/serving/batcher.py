@@ -1,0 +1,153 @@
+"""Images of several clients, computed together.
+
+While the device computes, images gather in the next batch; an image that finds the
+device idle waits a few milliseconds for others. A few batch sizes are compiled
+beforehand, so that a single image is not computed as a batch of sixteen.
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import numpy as np
+
+from flax_densenet.inference import predictor
+
+# Images that are computed at a time, at most.
+BATCH_SIZE = 16
+WAIT_S = 0.004
+# `BatchResult.explained` is of the most likely class.
+MOST_LIKELY = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchResult:
+    """What the model says of one image.
+
+    Attributes:
+      probabilities: float32 `[num_classes]`.
+      cam: Grad-CAM `[h, w]`, where asked for.
+    """
+
+    probabilities: np.ndarray
+    cam: np.ndarray | None = None
+
+
+@dataclasses.dataclass
+class _Batch:
+    """Images that wait; `classes` has None where no map is wanted."""
+
+    images: list[np.ndarray] = dataclasses.field(default_factory=list)
+    classes: list[int | None] = dataclasses.field(default_factory=list)
+    full: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
+    answers: asyncio.Task | None = None
+
+
+class Batcher:
+    """Computes what the tasks of one event loop ask for, on one thread of its own.
+
+    How many images wait is bounded by who calls: each call of `predict` holds one.
+    """
+
+    def __init__(
+        self,
+        trained,
+        *,
+        batch_size: int,
+        wait_s: float = WAIT_S,
+        on_batch: Callable[[int], None] = lambda count: None,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          trained: a `trained.Trained`.
+          batch_size: images that are computed at a time, at most, as BATCH_SIZE.
+          wait_s: seconds that an image waits for others while the device is idle.
+          on_batch: called with the number of images of each batch before it is
+            computed, on the thread of the event loop.
+        """
+        self.ready = False
+        self.predictor = predictor.Predictor(trained, batch_size)
+        self._wait_s = wait_s
+        self._on_batch = on_batch
+        self._open: _Batch | None = None
+        self._device_is_free = asyncio.Lock()
+        self._device = concurrent.futures.ThreadPoolExecutor(1, 'device')
+
+    async def warm_up(self):
+        """Compiles every batch size; `ready` is True afterwards."""
+        metadata = self.predictor.trained.metadata
+        side = metadata['image_size']
+        image = np.zeros((1, side, side, len(metadata['mean'])), np.uint8)
+        programs = self.predictor.programs
+        for size in programs.sizes:
+            for classes in (None, MOST_LIKELY):
+                compile_it = functools.partial(programs.compile, size)
+                await self._on_device(compile_it, classes is not None)
+                # The first run takes memory, which later ones find there.
+                await self._on_device(programs, np.repeat(image, size, 0), classes)
+        self.ready = True
+
+    async def predict(
+        self, image: np.ndarray, *, explain: int | None = None
+    ) -> BatchResult:
+        """What the model says of one image, computed with those that wait.
+
+        Args:
+          image: uint8 `[S, S, C]`, as `predict.Predictor.load` gives it.
+          explain: index of the class whose map is wanted, `MOST_LIKELY`, or None.
+        """
+        batch = self._open
+        if batch is None:
+            batch = self._open = _Batch()
+            batch.answers = asyncio.create_task(self._run(batch))
+        place = len(batch.images)
+        batch.images.append(image)
+        batch.classes.append(explain)
+        if len(batch.images) == self.predictor.batch_size:
+            batch.full.set()
+            self._open = None
+        # Shielded, since a client that leaves must not end the others' batch.
+        return (await asyncio.shield(batch.answers))[place]
+
+    def close(self):
+        """Ends the thread once it has computed what it is at."""
+        self._device.shutdown(wait=False, cancel_futures=True)
+
+    async def _run(self, batch):
+        async with self._device_is_free:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._wait_s):
+                    await batch.full.wait()
+            if self._open is batch:
+                self._open = None
+            self._on_batch(len(batch.images))
+            return await self._on_device(self._compute, batch)
+
+    async def _on_device(self, function, *args):
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._device, function, *args)
+
+    def _compute(self, batch):
+        """Those with a map and those without apart: maps cost nothing to the others."""
+        answers = [None] * len(batch.images)
+        for explained in (False, True):
+            places = [
+                place
+                for place, of in enumerate(batch.classes)
+                if (of is not None) == explained
+            ]
+            if not places:
+                continue
+            images = np.stack([batch.images[place] for place in places])
+            if explained:
+                classes = [batch.classes[place] for place in places]
+                rows, _, cams = self.predictor.programs(images, classes)
+            else:
+                rows, cams = self.predictor.compute(images)[0], [None] * len(places)
+            for place, row, cam in zip(places, rows, cams, strict=True):
+                answers[place] = BatchResult(row, cam)
+        return answers

@@ -1,0 +1,165 @@
+"""Around the routes of a server: limits, who may ask, every answer's headers, counts.
+
+>>> Limits(max_requests=0)
+Traceback (most recent call last):
+flax_densenet.errors.UserError: --max_requests=0 must be above 0
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import math
+import re
+import time
+import urllib.parse
+
+import prometheus_client
+from PIL import Image
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import JSONResponse
+
+from flax_densenet.errors import UserError
+
+PATHS = ('/', '/predict', '/model', '/health', '/metrics')
+# Seconds for which the rest of a refused body is read and dropped: a client that still
+# sends when the connection closes may never see the answer.
+_DRAIN_S = 10.0
+_HEADERS = {
+    'X-Content-Type-Options': 'nosniff',
+    'X-Frame-Options': 'DENY',
+    'Referrer-Policy': 'no-referrer',
+    'Cross-Origin-Resource-Policy': 'same-origin',
+    'Cross-Origin-Opener-Policy': 'same-origin',
+    'Cache-Control': 'no-store',
+}
+# Names by which a browser on this machine reaches it. Any other is a page elsewhere
+# that let its own name point here (DNS rebinding).
+_LOCAL = re.compile(r'(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?', re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a client may ask for.
+
+    Attributes:
+      max_megabytes: of a body, 10^6 bytes.
+      max_megapixels: of an image, 10^6 pixels, by its header.
+      max_requests: images that are received, decoded or computed at a time.
+      request_timeout_s: seconds within which a body has to arrive.
+    """
+
+    max_megabytes: float = 20.0
+    max_megapixels: float = 64.0
+    max_requests: int = 32
+    request_timeout_s: float = 30.0
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not (math.isfinite(value) and value > 0):
+                raise UserError(f'--{field.name}={value} must be above 0')
+        # Above it Pillow refuses to open an image.
+        most = 2 * Image.MAX_IMAGE_PIXELS / 1e6
+        if self.max_megapixels > most:
+            raise UserError(
+                f'--max_megapixels={self.max_megapixels} must be at most {most:.0f}'
+            )
+
+    @property
+    def max_bytes(self) -> int:
+        """Of a body."""
+        return int(self.max_megabytes * 1e6)
+
+
+class Metrics:
+    """What `/metrics` tells, in Prometheus' text format."""
+
+    def __init__(self):
+        """All at zero."""
+        self.registry = prometheus_client.CollectorRegistry()
+        options = {'registry': self.registry, 'namespace': 'flax_densenet'}
+        self.requests = prometheus_client.Counter(
+            'requests', 'Answers by path and status.', ['path', 'status'], **options
+        )
+        self.seconds = prometheus_client.Histogram(
+            'request_seconds', 'From the headers to the answer.', ['path'], **options
+        )
+        self.images = prometheus_client.Counter('images', 'Images computed.', **options)
+        self.batches = prometheus_client.Histogram(
+            'batch_images',
+            'Images of each batch.',
+            buckets=(1, 2, 4, 8, 12, 16, 32, 64),
+            **options,
+        )
+        self.held = prometheus_client.Gauge(
+            'images_held', 'Being received, decoded or computed.', **options
+        )
+        self.ready = prometheus_client.Gauge(
+            'ready', '1 once every shape is compiled.', **options
+        )
+
+    def count_batch(self, count: int):
+        """Counts one batch of `count` images."""
+        self.batches.observe(count)
+        self.images.inc(count)
+
+
+class RequestGuard:
+    """Around the routes: who may ask, every answer's headers, counts, leftovers."""
+
+    def __init__(self, routes, *, figures, loopback):
+        self._routes = routes
+        self._figures = figures
+        self._loopback = loopback
+
+    async def __call__(self, scope, receive, send):
+        if scope['type'] != 'http':
+            await self._routes(scope, receive, send)
+            return
+        started, status = time.monotonic(), 500
+        headers = Headers(scope=scope)
+        has_more = 'transfer-encoding' in headers or 'content-length' in headers
+
+        async def receive_part():
+            nonlocal has_more
+            message = await receive()
+            has_more = message.get('more_body', False)
+            return message
+
+        async def send_part(message):
+            nonlocal status
+            if message['type'] == 'http.response.start':
+                status = message['status']
+                MutableHeaders(scope=message).update(_HEADERS)
+            elif has_more and not message.get('more_body', False):
+                await send({**message, 'more_body': True})
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(_DRAIN_S):
+                        while has_more:
+                            await receive_part()
+                message = {'type': 'http.response.body', 'body': b''}
+            await send(message)
+
+        refusal = self._refusal(scope['method'], headers)
+        app = self._routes
+        if refusal:
+            app = JSONResponse({'error': refusal}, 403)
+        try:
+            await app(scope, receive_part, send_part)
+        finally:
+            path = scope['path'] if scope['path'] in PATHS else 'other'
+            self._figures.requests.labels(path, status).inc()
+            self._figures.seconds.labels(path).observe(time.monotonic() - started)
+
+    def _refusal(self, method, headers):
+        host, origin = headers.get('host', ''), headers.get('origin')
+        if self._loopback and not _LOCAL.fullmatch(host):
+            return f'{host[:80]!r} is not a name of this machine; use localhost'
+        if method in ('GET', 'HEAD'):  # no other origin can read the answer
+            return None
+        site = headers.get('sec-fetch-site')
+        if site is None:
+            own = origin is None or urllib.parse.urlsplit(origin).netloc == host
+        else:
+            own = site in ('same-origin', 'none')
+        return None if own else 'pages of other sites may not use this server'

@@ -1,0 +1,193 @@
+"""What a sweep trains, from its flags: settings, seeds, and what is wrong with them."""
+
+import itertools
+import json
+import math
+from typing import Any
+
+from flax_densenet.checkpoints import run_folder
+from flax_densenet.errors import UserError
+from flax_densenet.sweeps import space
+from flax_densenet.train import prepare
+
+# How something is computed, kept or shown, not what comes of it.
+_FREE = ('data.threads', 'data.workers', 'data.cache', 'data.cache_limit_gib')
+_FREE += ('train.checkpoint_every', 'train.tensorboard', 'train.report')
+_FREE += ('model.fast', 'model.kernel', 'model.remat')
+_LEFT_OUT = 'which is left out; values can only be added'
+_CHECKED = 200  # settings of a grid that are all prepared before the first is trained
+
+
+def join(fields: dict[str, Any]) -> str:
+    """`NAME=VALUE NAME=VALUE`."""
+    return ' '.join(f'{name}={value}' for name, value in fields.items())
+
+
+class Plan:
+    """What is to be trained.
+
+    Attributes:
+      seeds: with which each setting is trained.
+      trials: settings to search for, or None.
+      parameters: of a search, as `optuna_study.Tuner` takes them.
+    """
+
+    def __init__(self, config, flags, override, trials, prune):
+        self.config, self.override = config, override
+        self.trials, self.prune = trials, prune
+        self.space = space.parse(flags)
+        if trials is None and self.space.ranges:
+            one = self.space.ranges[0]
+            raise UserError(
+                f'--sweep={one.field}={one.low}..{one.high}: a range needs --trials=N, '
+                'how many settings to try'
+            )
+        if trials is not None and (trials < 1 or not self.space.axes):
+            raise UserError(
+                f'--trials={trials} must be at least 1, and needs a field to search'
+            )
+        if prune != 'none' and 'train.epochs' in self.space.fields:
+            raise UserError(
+                f'--prune={prune} compares runs epoch by epoch, which are to have the '
+                'same train.epochs; leave one of the two out'
+            )
+        self.values = {}  # of fields and texts that were looked up
+        seeds = self.space.seeds or (str(config['train']['seed']),)
+        self.seeds = [self.value(space.SEED, text) for text in seeds]
+        self.parameters = {}
+        if trials is not None:
+            self.parameters = dict(map(self._parameter, self.space.axes))
+
+    @property
+    def count(self) -> int:
+        """Settings of the grid, or to search for."""
+        return self.trials or math.prod(len(axis.options) for axis in self.space.axes)
+
+    def value(self, field: str, text: str):
+        """A value as its field has it, and as JSON gives it back."""
+        if (field, text) not in self.values:
+            section, _, name = field.rpartition('.')
+            config = self.override({field: text})
+            found = config[section][name] if section else config[name]
+            self.values[field, text] = json.loads(json.dumps(found))
+        return self.values[field, text]
+
+    def _parameter(self, axis):
+        name = ' '.join(axis.fields)
+        if isinstance(axis, space.Choices):
+            return name, [join(option) for option in axis.options]
+        ends = [self.value(axis.field, text) for text in (axis.low, axis.high)]
+        if not all(type(end) in (int, float) for end in ends):
+            raise UserError(
+                f'--sweep={axis.field}={axis.low}..{axis.high}: the field is no '
+                'number; name its values, with commas between them'
+            )
+        return name, (*ends, axis.log)
+
+    def fields_of(self, parameters: dict[str, Any]) -> dict[str, str]:
+        """The fields, as text, of a setting that was searched for."""
+        fields = {}
+        for axis in self.space.axes:
+            value = parameters[' '.join(axis.fields)]
+            if isinstance(axis, space.Choices):
+                fields |= next(o for o in axis.options if join(o) == value)
+            else:  # four digits are enough, and a command can repeat them
+                text = str(value) if isinstance(value, int) else f'{value:.4g}'
+                fields[axis.field] = text
+        return fields
+
+    def values_of(self, fields: dict[str, str]) -> dict[str, Any]:
+        """Of a setting's fields."""
+        return {name: self.value(name, text) for name, text in fields.items()}
+
+    def definition(self) -> dict[str, Any]:
+        """What the sweep is, as JSON gives it back."""
+        swept = {*self.space.fields, space.SEED, *_FREE}
+        shared = run_folder.flatten(self.config)
+        axes = []
+        for axis in self.space.axes:
+            options = [self.values_of(option) for option in axis.options]
+            found = {'fields': list(axis.fields), 'options': options}
+            if isinstance(axis, space.Range):
+                found['range'] = 'log' if axis.log else 'linear'
+            axes.append(found)
+        found = {
+            'config': {n: value for n, value in shared.items() if n not in swept},
+            'axes': axes,
+            'seeds': self.seeds,
+            'search': self.trials is not None,
+            'prune': self.prune,
+        }
+        return json.loads(json.dumps(found))
+
+    def check(self):
+        """Prepares settings without training them: all that is wrong shows now.
+
+        Of a grid all of them; of a search, or very many, each value once. The seeds
+        with the first one.
+
+        Raises:
+          UserError: a field, a value or the data cannot be used.
+        """
+        options = [option for axis in self.space.axes for option in axis.options]
+        for option in options:
+            self.values_of(option)
+        first = next(self.space.grid())
+        if self.trials is None and self.count <= _CHECKED:
+            settings = list(self.space.grid())
+        else:
+            settings = [first | option for option in options]
+        settings += [first | {space.SEED: str(seed)} for seed in self.seeds]
+        sources = {}
+        for fields in settings:
+            config = self.override(fields)
+            # Looking through a large folder takes longer than all the rest.
+            found = [config['data'][name] for name in prepare.SOURCE_FIELDS]
+            key = json.dumps([config['init_from'], *found])
+            try:
+                sources[key] = prepare.prepare(
+                    config, '', resume=False, source=sources.get(key)
+                ).source
+            except UserError as error:
+                raise UserError(f'--sweep: with {join(fields)}: {error}') from error
+
+
+def find_difference(old, new):
+    """What an old sweep is that the new one is not; nothing where it can go on.
+
+    A grid can have values and seeds that the old one had not; a search cannot, since it
+    would not be the one that began.
+    """
+    for name in old['config'].keys() & new['config'].keys():
+        before, now = old['config'][name], new['config'][name]
+        if before != now:
+            return f'with {name}={before}, not {now}'
+    before, now = ([axis['fields'] for axis in x['axes']] for x in (old, new))
+    if sorted(before) != sorted(now):
+        said = [
+            '; '.join(' '.join(f) for f in x) or 'seeds alone' for x in (before, now)
+        ]
+        return f'over {said[0]}, not {said[1]}'
+    for name in ('search', 'prune'):
+        if old[name] != new[name]:
+            flag = '--trials' if name == 'search' else '--prune'
+            return f'with another {flag}'
+    if new['search']:
+        for name in ('axes', 'seeds'):
+            if old[name] != new[name]:
+                return f'that searches among other values ({_first_of(old, new, name)})'
+    later = {tuple(axis['fields']): axis['options'] for axis in new['axes']}
+    for axis in old['axes']:
+        for option in axis['options']:
+            if option not in later[tuple(axis['fields'])]:
+                return f'with {join(option)}, {_LEFT_OUT}'
+    for seed in old['seeds']:
+        if seed not in new['seeds']:
+            return f'with {space.SEED}={seed}, {_LEFT_OUT}'
+    return ''
+
+
+def _first_of(old, new, name):
+    """What differs first in two lists."""
+    pairs = itertools.zip_longest(old[name], new[name])
+    return next(f'{json.dumps(a)}, not {json.dumps(b)}' for a, b in pairs if a != b)

@@ -1,0 +1,152 @@
+"""`sweep.json`: what a sweep is of, its settings and their results.
+
+The one record of a sweep: it is replaced whole after each run, and its table and page
+need nothing else, neither Optuna nor the runs' folders.
+"""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+from flax_densenet.errors import UserError
+from flax_densenet.system import atomic
+
+FILE, TRIALS = 'sweep.json', 'trials'
+# How a setting stands; `training` also where it was interrupted.
+STATES = ('training', 'done', 'pruned', 'failed')
+
+
+@dataclasses.dataclass
+class TrialResult:
+    """A setting trained with one seed.
+
+    Attributes:
+      figures: test accuracy (mean AUROC with several labels) after each epoch.
+      best_epoch: from 1; by `checkpoint_reader.rank`.
+      test_loss: of this epoch.
+      seconds: of training.
+    """
+
+    figures: list[float]
+    best_epoch: int
+    test_loss: float
+    seconds: float
+
+    @property
+    def best(self) -> float:
+        """The figure of the best epoch."""
+        return self.figures[self.best_epoch - 1]
+
+
+@dataclasses.dataclass
+class SettingResult:
+    """Values of the fields that a sweep is over.
+
+    Attributes:
+      fields: as text, as a flag has them.
+      values: the same as JSON has them.
+      number: of its trial in Optuna's storage.
+      parameters: of that trial, where the settings are searched for.
+      state: of `STATES`.
+      why: it failed.
+      runs: by the seed, as text.
+    """
+
+    fields: dict[str, str]
+    values: dict[str, Any]
+    number: int
+    parameters: dict[str, Any] = dataclasses.field(default_factory=dict)
+    state: str = 'training'
+    why: str = ''
+    runs: dict[str, TrialResult] = dataclasses.field(default_factory=dict)
+
+    def __str__(self):
+        return ' '.join(f'{name}={text}' for name, text in self.fields.items())
+
+
+@dataclasses.dataclass
+class SweepRecord:
+    """All of `sweep.json`.
+
+    Attributes:
+      definition: what has to be the same when a sweep goes on, see `sweep`.
+      arguments: of the command line, that each of its runs has in common.
+      figure: what `TrialResult.figures` are: `test accuracy` or `mean AUROC`.
+      importances: share of each field in what varies between results; of a search.
+    """
+
+    definition: dict[str, Any]
+    arguments: list[str]
+    figure: str = 'test accuracy'
+    settings: list[SettingResult] = dataclasses.field(default_factory=list)
+    importances: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def fields(self) -> list[str]:
+        """That change between settings, in the order of the flags."""
+        return [name for axis in self.definition['axes'] for name in axis['fields']]
+
+    @property
+    def short_fields(self) -> list[str]:
+        """The same without their sections, where that leaves them apart."""
+        ends = [name.rpartition('.')[2] for name in self.fields]
+        pairs = zip(self.fields, ends, strict=True)
+        return [end if ends.count(end) == 1 else name for name, end in pairs]
+
+    def folder(self, setting: SettingResult, seed: str | int = '') -> str:
+        """Of a setting, or of its run with a seed, below the sweep's."""
+        name = os.path.join(TRIALS, f'{self.settings.index(setting) + 1:03}')
+        return os.path.join(name, f'seed{seed}') if seed != '' else name
+
+    def save(self, workdir: str):
+        """Writes `sweep.json`."""
+        with atomic.replacing(os.path.join(workdir, FILE)) as file:
+            json.dump(dataclasses.asdict(self), file, indent=1)
+
+
+def is_sweep(workdir: str) -> bool:
+    """Whether a folder holds a sweep."""
+    return os.path.isfile(os.path.join(workdir, FILE))
+
+
+def load(workdir: str) -> SweepRecord:
+    """Reads `sweep.json`.
+
+    Raises:
+      UserError: it cannot be read, or is none of this program.
+    """
+    path = os.path.join(workdir, FILE)
+    try:
+        with open(path, encoding='utf-8') as file:
+            book = SweepRecord(**json.load(file))
+        book.settings = [_setting(fields) for fields in book.settings]
+        _check(book)
+    except OSError as error:
+        raise UserError(f'{path} cannot be read ({error.strerror})') from error
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
+        raise UserError(f'{path} is no record of a sweep ({e})') from e
+    return book
+
+
+def _setting(fields):
+    setting = SettingResult(**fields)
+    setting.runs = {seed: TrialResult(**run) for seed, run in setting.runs.items()}
+    return setting
+
+
+def _check(book):
+    """Raises where something has another type than the table and the page take."""
+    texts = [*book.arguments, *book.fields, *book.importances, book.figure]
+    numbers = [*book.importances.values()]
+    for setting in book.settings:
+        if setting.state not in STATES or set(setting.fields) - set(book.fields):
+            raise ValueError(f'a setting {setting.state} of {setting}')
+        texts += [*setting.fields.values(), setting.why]
+        for seed, run in setting.runs.items():
+            texts.append(seed)
+            numbers += [run.best, run.test_loss, run.seconds, *run.figures]
+    wrong = [x for x in texts if not isinstance(x, str)]
+    wrong += [x for x in numbers if not isinstance(x, int | float)]
+    if wrong:
+        raise TypeError(f'{wrong[0]!r} is out of place')

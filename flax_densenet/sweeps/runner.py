@@ -1,0 +1,282 @@
+"""Many runs by one command: a grid of settings or a search for them, over seeds.
+
+Each run is an ordinary one, of `fit.fit`, in `trials/<trial>/seed<seed>/` of the
+sweep's folder. `sweep.json` (see `book`) keeps what came of each, Optuna's storage what
+its search and its pruning have to know. Both are behind the run's own checkpoints at
+every moment, so the same command goes on wherever it was interrupted: it takes finished
+runs as they are, asks again about epochs of which Optuna had not heard, and resumes the
+run that was under way.
+
+A setting is trained with one seed after the other. The first one's figure after each
+epoch decides about pruning; a setting that is pruned or fails is not trained with the
+others. What a search is told of a setting is the mean over the seeds.
+"""
+
+import gc
+import itertools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from flax_densenet import errors
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.checkpoints import run_folder
+from flax_densenet.errors import UserError
+from flax_densenet.sweeps import optuna_study, space
+from flax_densenet.sweeps import page as sweep_page
+from flax_densenet.sweeps import plan as sweep_plan
+from flax_densenet.sweeps import record as sweep_record
+from flax_densenet.sweeps import table as sweep_table
+from flax_densenet.system import lock, signals
+from flax_densenet.train import fit
+
+_REPEATS = 50  # of settings that were there already, after which a search ends
+_REMEDY = 'use another --workdir, or the same settings'
+
+
+def run(
+    config,
+    workdir: str,
+    flags: list[str],
+    *,
+    override: Callable[[dict[str, str]], dict[str, Any]],
+    trials: int | None = None,
+    prune: str = 'none',
+    retry: bool = False,
+    arguments: tuple[str, ...] = (),
+    stop: signals.Stop | None = None,
+) -> list[sweep_table.Row]:
+    """Trains all settings, and ends with the table, `sweep.csv` and `sweep.html`.
+
+    Args:
+      config: a mapping of the fields of `configs/base.py`, of what all runs share.
+      workdir: folder of the sweep; made where absent, and locked meanwhile.
+      flags: of `--sweep`, see `space`.
+      override: gives the config with some fields changed, by name as text; raises
+        `UserError` for what a field cannot be.
+      trials: settings to search for; None for the grid of all values.
+      prune: of `optuna_study.PRUNERS`.
+      retry: trains settings again that failed before.
+      arguments: of the command line, for the command that the page tells.
+      stop: as of `fit.fit`.
+
+    Returns:
+      The rows of the table.
+
+    Raises:
+      UserError: a field, a value or the workdir cannot be used, or all settings failed.
+      signals.Stopped: `stop` was asked; all that was trained is saved.
+    """
+    optuna_study.check(prune)
+    _check_workdir(workdir)
+    plan = sweep_plan.Plan(config, flags, override, trials, prune)
+    plan.check()
+    checkpoint_reader.make_workdir(workdir)
+    with lock.hold(workdir, doing='runs a sweep'):
+        kept = _open_book(workdir, plan, list(arguments))
+        optuna = optuna_study.Tuner(
+            os.path.join(workdir, optuna_study.FILE),
+            plan.parameters,
+            optuna_study.make_pruner(prune, config['train']['epochs']),
+            seed=plan.seeds[0],
+        )
+        try:
+            sweep = _Sweep(workdir, plan, kept, optuna, stop)
+            sweep.train_all(retry)
+            kept.importances = optuna.importances()
+            kept.save(workdir)
+        finally:
+            optuna.close()
+        rows = sweep_page.save(workdir, kept)
+    print(sweep_page.format_end(workdir, kept, rows), flush=True)
+    if all(row.setting.state == 'failed' for row in rows):
+        raise UserError(
+            f'all {len(rows)} settings failed, the first one so: {kept.settings[0].why}'
+        )
+    return rows
+
+
+def _check_workdir(workdir):
+    if os.path.exists(os.path.join(workdir, run_folder.METRICS_FILE)):
+        raise UserError(
+            f'--workdir={workdir} holds a run; a sweep needs a folder of its own'
+        )
+
+
+def _open_book(workdir, plan, arguments):
+    """The sweep of the workdir, grown by what is new; or a new one."""
+    definition = plan.definition()
+    if not sweep_record.is_sweep(workdir):
+        return sweep_record.SweepRecord(definition, arguments)
+    kept = sweep_record.load(workdir)
+    try:
+        said = sweep_plan.find_difference(kept.definition, definition)
+    except (LookupError, TypeError, AttributeError) as error:
+        path = os.path.join(workdir, sweep_record.FILE)
+        raise UserError(f'{path} is no record of a sweep ({error})') from error
+    if said:
+        raise UserError(f'--workdir={workdir} holds a sweep {said}; {_REMEDY}')
+    if plan.trials is not None and plan.trials < len(kept.settings):
+        raise UserError(
+            f'--workdir={workdir} holds a sweep of {len(kept.settings)} trials, more '
+            f'than --trials={plan.trials}; use as many or more'
+        )
+    kept.definition, kept.arguments = definition, arguments
+    return kept
+
+
+class _Sweep:
+    """The settings of a plan, trained one after another in this process."""
+
+    def __init__(self, workdir, plan, kept, optuna, stop):
+        self.workdir, self.plan, self.book = workdir, plan, kept
+        self.tuner, self.stop = optuna, stop
+
+    def train_all(self, retry: bool):
+        """Trains what is not done yet."""
+        settings = self.book.settings
+        self.tuner.drop_unknown({setting.number for setting in settings})
+        for setting in settings:
+            if setting.state == 'failed' and retry:
+                setting.number, _ = self.tuner.ask(setting.parameters)
+                setting.state, setting.why = 'training', ''
+            missing = {str(seed) for seed in self.plan.seeds} - setting.runs.keys()
+            if setting.state == 'done' and missing:
+                setting.state = 'training'
+            if setting.state == 'training':
+                self.train_setting(setting)
+            else:  # where it was not told before a kill
+                self.tell(setting)
+        for setting in self.search() if self.plan.trials else self.new_of_grid():
+            self.train_setting(setting)
+
+    def new_of_grid(self):
+        """Adds the grid's settings that are not there yet."""
+        for fields in self.plan.space.grid():
+            values = self.plan.values_of(fields)
+            if not any(known.values == values for known in self.book.settings):
+                number, _ = self.tuner.ask()
+                yield self.add(sweep_record.SettingResult(fields, values, number))
+
+    def search(self):
+        """Adds settings that Optuna suggests until there are as many as asked for."""
+        repeats = itertools.count(1)
+        while len(self.book.settings) < self.plan.trials:
+            number, parameters = self.tuner.ask()
+            fields = self.plan.fields_of(parameters)
+            values = self.plan.values_of(fields)
+            known = [s for s in self.book.settings if s.values == values]
+            if not known:
+                repeats = itertools.count(1)
+                yield self.add(
+                    sweep_record.SettingResult(fields, values, number, parameters)
+                )
+                continue
+            self.tuner.finish(number, _mean(known[0]))
+            if next(repeats) == _REPEATS:
+                print(
+                    f'the search ends with {len(self.book.settings)} settings: '
+                    f'{_REPEATS} suggestions in a row were among them already',
+                    flush=True,
+                )
+                return
+
+    def add(self, setting):
+        """Writes a setting down, so that it is known from now on."""
+        self.book.settings.append(setting)
+        self.book.save(self.workdir)
+        return setting
+
+    def train_setting(self, setting):
+        """Trains a setting with the seeds that it has not been trained with."""
+        for seed in self.plan.seeds:
+            if str(seed) in setting.runs:
+                continue
+            try:
+                self.train_run(setting, seed)
+            except (UserError, MemoryError, RuntimeError) as error:
+                setting.why, setting.state = _why_failed(error), 'failed'
+                print(f'{setting} failed: {setting.why}', flush=True)
+            finally:
+                # Or each run would leave its compiled programs in memory.
+                jax.clear_caches()
+                gc.collect()
+            if setting.state != 'training':
+                break
+            self.book.save(self.workdir)
+        else:
+            setting.state = 'done'
+        self.book.save(self.workdir)
+        self.tell(setting)
+        sweep_page.save(self.workdir, self.book)
+
+    def train_run(self, setting, seed):
+        """Trains one run, or goes on with it, and notes what came of it."""
+        name = self.book.folder(setting, seed)
+        folder = os.path.join(self.workdir, name)
+        fields = setting.fields | {space.SEED: str(seed)}
+        print(f'{name} of {self.plan.count}: {sweep_plan.join(fields)}', flush=True)
+        config = self.plan.override(fields)
+        watch = _Watch(
+            self.tuner,
+            setting.number,
+            epochs=config['train']['epochs'],
+            asks=not setting.runs,
+        )
+        # Epochs that were finished when the process was killed, and not told.
+        if not any(map(watch, run_folder.load_run(folder).records)):
+            fit.fit(config, folder, stop=self.stop, ends_after=watch)
+        records = run_folder.load_run(folder).records
+        best = max(records, key=checkpoint_reader.rank)
+        if best.get('test_mean_auroc') is not None:
+            self.book.figure = 'mean AUROC'
+        setting.runs[str(seed)] = sweep_record.TrialResult(
+            figures=[checkpoint_reader.rank(record)[0] for record in records],
+            best_epoch=1 + records.index(best),
+            test_loss=best['test_loss'],
+            seconds=sum(record['seconds'] for record in records),
+        )
+        if watch.pruned:
+            setting.state = 'pruned'
+            print(f'{setting}: pruned after epoch {len(records)}', flush=True)
+
+    def tell(self, setting):
+        """Tells Optuna what came of a setting."""
+        self.tuner.finish(setting.number, _mean(setting))
+
+
+def _mean(setting):
+    """What Optuna is told: None of settings that did not get to their end."""
+    if setting.state != 'done':
+        return None
+    figures = [one.best for one in setting.runs.values()]
+    return sum(figures) / len(figures)
+
+
+class _Watch:
+    """Told of each epoch's record; True where the run is to end before its last."""
+
+    def __init__(self, optuna, number, *, epochs, asks):
+        self._tuner, self._number = optuna, number
+        self._epochs, self._asks = epochs, asks
+        self.pruned = False
+
+    def __call__(self, record):
+        if self._asks:
+            figure = checkpoint_reader.rank(record)[0]
+            behind = self._tuner.report(self._number, record['epoch'], figure)
+            self.pruned = behind and record['epoch'] < self._epochs
+        return self.pruned
+
+
+def _why_failed(error):
+    """The line on a setting that failed; raises what other settings would meet too."""
+    if isinstance(error, UserError):
+        if isinstance(error.__cause__, OSError) or str(error).startswith('--workdir='):
+            raise error
+        return str(error)
+    if (said := errors.explain_system_error(error)) is None:
+        raise error
+    return said.partition('; the same command')[0]

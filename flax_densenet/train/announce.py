@@ -1,0 +1,74 @@
+"""The lines that a run prints before it starts."""
+
+import jax
+import numpy as np
+
+from flax_densenet.data import class_balance
+from flax_densenet.models import densenet
+from flax_densenet.train import progressive_resizing, training_run
+
+
+def announce(run: training_run.TrainingRun):
+    """Prints what is trained on what."""
+    side = run.source.train.image_size
+    print(
+        f'{run.config["model"]["variant"]}: {len(run.source.train)} images to train '
+        f'on, {len(run.source.test)} to test on, {len(run.source.class_names)} '
+        f'classes, {side}x{side}; {run.mesh.size} {jax.default_backend()} device(s)',
+        flush=True,
+    )
+    growing = progressive_resizing.describe(
+        progressive_resizing.parse(run.config['data']['size_schedule']),
+        epochs=run.config['train']['epochs'],
+        last=side,
+    )
+    if growing:
+        print(f'images to train on: {growing}', flush=True)
+    if str(run.plan):
+        print(run.plan, flush=True)
+    _print_balance(run)
+
+
+def _print_balance(run):
+    said, train = run.config['data']['balance'], run.source.train
+    # TFDS has to read each image for its label.
+    at_hand = isinstance(train.reader.labels, np.ndarray)
+    if run.source.multi_label or (said == 'none' and not at_hand):
+        return
+    line = class_balance.describe(train.labels, run.source.class_names, said)
+    if line:
+        print(line, flush=True)
+    if not run.plan.head_only and densenet.has_batch_norm(run.module):
+        _warn_of_few_values(run)
+
+
+def _warn_of_few_values(run):
+    """Batch norm learns little from one image, and nothing from one value."""
+    rows, said, remedy = _rows_of_statistics(run)
+    side = densenet.last_map_side(run.module, run.size_in(1))
+    if rows == side == 1:
+        print(
+            f'warning: {said}: the last batch norms see one value of each '
+            'feature, which leaves only their biases: nothing can be learned; '
+            f'{remedy}',
+            flush=True,
+        )
+    elif rows == 1:
+        print(
+            f'warning: {said}: batch norm sees one image at a time, by '
+            f'which its running statistics say little; {remedy}',
+            flush=True,
+        )
+
+
+def _rows_of_statistics(run):
+    """How many images batch norm sees at a time, the fields for it, a remedy."""
+    rows, parts = run.config['data']['batch_size'], run.accumulate_steps
+    said = [f'data.batch_size={rows}']
+    if parts > 1:
+        said.append(f'train.accumulate_steps={parts}')
+    if run.module.batch_norm_group:
+        rows = parts * run.module.batch_norm_group
+        said.append(f'model.batch_norm_group={run.config["model"]["batch_norm_group"]}')
+    remedy = 'use larger ' + ('groups' if run.module.batch_norm_group else 'batches')
+    return rows // parts, ', '.join(said), remedy

@@ -1,0 +1,161 @@
+"""Features of a frozen backbone, computed once for all epochs (a linear probe)."""
+
+import dataclasses
+import functools
+import time
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from flax_densenet.data import dataset, pipeline
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.errors import UserError
+from flax_densenet.evaluation import evaluate
+from flax_densenet.models import densenet, initialization
+
+CACHES = ('auto', 'off')
+_GIB = 2**30
+_CHANGES = ('augment', 'colour_jitter', 'policy', 'erase', 'mixup', 'cutmix')
+_CHANGES += ('size_schedule',)
+
+
+class FeatureExamples:
+    """Labelled features in memory: `{'features': [1, 1, F], 'label': ...}`.
+
+    A map of one place, as images are of many.
+    """
+
+    def __init__(self, features, labels):
+        self.features = features
+        self.labels = labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __repr__(self):
+        return f'features of {len(self)} images'
+
+    def __getitem__(self, position):
+        return {
+            'features': self.features[position, None, None],
+            'label': self.labels[position],
+        }
+
+
+class _Numbered:
+    """Examples that say which they are."""
+
+    def __init__(self, examples):
+        self.examples = examples
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, position):
+        return self.examples[position] | {'position': np.int32(position)}
+
+
+def check_cache(name: str):
+    """Raises for a value that `train.cache_features` does not have."""
+    if name not in CACHES:
+        raise UserError(
+            f'train.cache_features={name} is not known; use {", ".join(CACHES)}'
+        )
+
+
+def list_changes(fields) -> list[str]:
+    """The fields of `config.data` by which training images change, as NAME=VALUE."""
+    return [
+        f'data.{name}={fields[name]}'
+        for name in _CHANGES
+        if fields[name] not in ('none', 0, ())
+    ]
+
+
+def _why_not(module, source, changes, limit_gib):
+    """Why features cannot be kept; empty where they can."""
+    if changes:
+        return f'{changes[0]} changes the images'
+    shapes = initialization.variable_shapes(module)['params']
+    width = shapes['classifier']['kernel'].shape[0]
+    need = (len(source.train) + len(source.test)) * width * 4 / _GIB
+    if need > limit_gib:
+        return (
+            f'they would take {need:.2f} GiB, more than '
+            f'data.cache_limit_gib={limit_gib:g}'
+        )
+    return ''
+
+
+def cache_features(
+    module: densenet.DenseNet,
+    variables,
+    source: dataset.Source,
+    *,
+    changes: list[str],
+    limit_gib: float,
+    batch_size: int,
+    mesh,
+    mean,
+    std,
+    **loading,
+) -> dataset.Source | None:
+    """The source with pooled features, of evaluation mode, in place of its images.
+
+    One pass over the images, after which an epoch of the head takes seconds. On
+    several hosts each gets the features of all images, as its share of the batches
+    may be any of them.
+
+    Args:
+      variables: `{'params', 'batch_stats'}`, replicated over the mesh.
+      changes: what changes the training images (`list_changes`).
+      limit_gib: what all features may take in memory.
+      batch_size: over all devices.
+      **loading: `threads` and `workers` of `pipeline.eval_batches`.
+
+    Returns:
+      None, after a line that says why, where features cannot be kept.
+    """
+    reason = _why_not(module, source, changes, limit_gib)
+    if reason:
+        print(f'each epoch computes the features again: {reason}', flush=True)
+        return None
+    backbone = module.clone(num_classes=0)
+
+    @functools.partial(jax.jit, out_shardings=mesh_lib.replicated(mesh))
+    def compute(variables, batch):
+        features = evaluate.forward(backbone, variables, batch, mean=mean, std=std)
+        return features, batch['label'], batch['position']
+
+    start, parts = time.perf_counter(), []
+    for examples in (source.train, source.test):
+        batches = pipeline.eval_batches(
+            _Numbered(examples), batch_size=batch_size, **loading
+        )
+        parts.append(_collect(compute, variables, batches, len(examples), mesh))
+        batches.close()
+    print(
+        f'features of {sum(map(len, parts))} images, {parts[0].features.shape[1]} '
+        f'each, computed in {time.perf_counter() - start:.1f} s; the classifier '
+        'trains on them',
+        flush=True,
+    )
+    return dataclasses.replace(source, train=parts[0], test=parts[1])
+
+
+def _collect(compute, variables, batches, count, mesh):
+    known, features, labels = np.zeros(count, bool), None, None
+    with tqdm(total=count, desc='features', leave=False, disable=None) as bar:
+        for batch in batches:
+            batch = mesh_lib.to_global(batch, mesh)
+            found, label, place = jax.device_get(compute(variables, batch))
+            if features is None:
+                features = np.empty((count, found.shape[1]), found.dtype)
+                labels = np.empty((count, *label.shape[1:]), label.dtype)
+            # Rows that fill up the last batch are the last example again.
+            features[place], labels[place], known[place] = found, label, True
+            bar.update(len(place))
+    if not known.all():
+        raise AssertionError(f'{known.sum()} of {count} examples have features')
+    return FeatureExamples(features, labels)

@@ -1,0 +1,379 @@
+"""Training: from a config to checkpoints, one line per epoch, and curves.
+
+The data's position is a function of the step counter as well (see `step`), so a
+checkpoint needs nothing but arrays, and the same command again goes on where it was.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent import futures
+from typing import Any
+
+import jax
+
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.checkpoints import run_folder
+from flax_densenet.checkpoints import writer as checkpoint_writer
+from flax_densenet.data import unreadable
+from flax_densenet.distributed import agreement, mesh, processes, zero
+from flax_densenet.errors import UserError
+from flax_densenet.evaluation import evaluate, results
+from flax_densenet.report import page, plots
+from flax_densenet.system import atomic, environment, lock, signals
+from flax_densenet.train import (
+    announce,
+    checks,
+    early_stopping,
+    ema,
+    loop,
+    phases,
+    prepare,
+    sample_grid,
+    tensorboard,
+    training_run,
+)
+from flax_densenet.weights import trained as trained_lib
+
+_IN_LINE = {ord('\n'): '\\n', ord('\r'): '\\r'}  # of file names
+
+
+def fit(
+    config,
+    workdir: str,
+    *,
+    stop: signals.Stop | None = None,
+    ends_after: Callable[[dict[str, Any]], bool] = lambda record: False,
+) -> dict[str, Any]:
+    """Trains, evaluates after each epoch, and keeps the latest and best checkpoints.
+
+    The state comes from the latest whole checkpoint in `workdir`, else from
+    `config.init_from`, else from `train.seed`, in this order.
+
+    Args:
+      config: a mapping of the fields of `configs/base.py`.
+      workdir: folder of the run; made where absent, and locked meanwhile.
+      stop: of `signals.stop_gently`, for signals to end it after a saved step. Without
+        it a KeyboardInterrupt goes through, and the checkpoints stay as they are.
+      ends_after: called with the record of each epoch; True ends the run there, as its
+        last epoch would. The same call again would go on.
+
+    Returns:
+      The record of the best epoch, as in `metrics.jsonl`.
+
+    Raises:
+      UserError: a field, the data or the workdir cannot be used, saving failed for
+        good, or the loss is no longer finite.
+      signals.Stopped: `stop` was asked; all that was trained is saved.
+    """
+    if mesh.is_writer():
+        lock.check(workdir)  # before the data is looked through
+    run = prepare.prepare(config, workdir)
+    if checkpoint_reader.has_checkpoint(workdir):
+        checks.check_same_run(workdir, run.metadata)
+    checks.check_same_everywhere(run)
+    with _lock(workdir), checkpoint_writer.open_saver(workdir) as saver:
+        state, metadata = _start(run)
+        epochs, epochs_done = run.config['train']['epochs'], metadata['epoch']
+        records = _keep_records(run, epochs_done)
+        left = epochs_done < epochs and not _should_stop(run, records)
+        if left:
+            _write_run_files(run)
+            announce.announce(run)
+            run.features = training_run.cache_features(run, state)
+            with _open_board(run, int(state.step)) as shown:
+                every = checkpoint_writer.parse_every(
+                    run.config['train']['checkpoint_every']
+                )
+                work = loop.Loop(
+                    run,
+                    saver,
+                    stop or signals.Stop(),
+                    shown,
+                    every,
+                    records,
+                    agreement.Agreement(run.mesh),
+                    skipped=metadata.get('skipped_steps', 0),
+                )
+                _train(work, state, epochs_done, ends_after)
+        elif epochs_done < epochs:
+            print(
+                f'{workdir} has stopped {_describe_early_stop(run, records)}; '
+                'nothing to train'
+            )
+        else:
+            print(f'{workdir} has its {epochs} epochs already; nothing to train')
+        del state  # the report needs the memory for the best one
+        saver.wait()
+        processes.barrier('trained')  # all are to find the same best checkpoint
+        return _finish(run, records, anew=left)
+
+
+def _should_stop(run, records):
+    fields = run.config['train']
+    return early_stopping.should_stop(
+        records, fields['patience'], head_epochs=run.plan.head_epochs
+    )
+
+
+def _describe_early_stop(run, records):
+    return early_stopping.describe(records, run.config['train']['patience'])
+
+
+def _lock(workdir):
+    return lock.hold(workdir) if mesh.is_writer() else contextlib.nullcontext()
+
+
+def _finish(run, records, *, anew):
+    """Draws the curves, writes the report, and returns the best record."""
+    best = max(records, key=checkpoint_reader.rank)
+    if mesh.is_writer():
+        plots.save_curves(run.workdir, records)
+    written = _save_report(run, anew=anew)
+    if mesh.is_writer():
+        print(
+            f'best: epoch {best["epoch"]}, Test_acc: {best["test_accuracy"]:.1%}; '
+            f'checkpoints, {written}curves.png and samples.png are in {run.workdir}',
+            flush=True,
+        )
+    return best
+
+
+def _save_report(run, *, anew):
+    """Writes the page of the best checkpoint; a failure takes nothing from the run.
+
+    Returns:
+      Its name with a comma, or nothing.
+    """
+    there = os.path.exists(os.path.join(run.workdir, page.REPORT_FILE))
+    if there and not anew:
+        return f'{page.REPORT_FILE}, '
+    if not run.config['train']['report']:
+        return ''
+    fields, source = run.config['data'], run.source
+    try:
+        trained = trained_lib.load_trained(run.workdir, 'best', mesh=run.mesh)
+        found = results.collect(
+            trained,
+            source.test,
+            source.class_names,
+            batch_size=run.part_size,
+            **{name: fields[name] for name in ('threads', 'workers')},
+        )
+        page.save_report(run.workdir, trained, source, found)
+    except UserError as error:
+        print(f'no {page.REPORT_FILE}: {error}; --mode=report tries again', flush=True)
+        return ''
+    return f'{page.REPORT_FILE}, '
+
+
+def _train(work: loop.Loop, state, epochs_done, ends_after):
+    """Takes the epochs that are left, adding the record of each to the others."""
+    run, shown, records = work.run, work.shown, work.records
+    epochs = run.config['train']['epochs']
+    shown.add_config(run.config)
+    # A second of drawing, for which the first step need not wait.
+    with phases.open_phase(run) as phase, futures.ThreadPoolExecutor(1) as beside:
+        phase.enter(state, epochs_done + 1)
+        drawn = beside.submit(_save_samples, run, shown)
+        with work.stop.busy():
+            for epoch in range(epochs_done + 1, epochs + 1):
+                phase.enter(state, epoch)
+                state, record = loop.take_epoch(
+                    work, phase.compiled, state, phase.batches, epoch
+                )
+                _report_unread(run, phase.batches, record)
+                drawn.result()
+                record |= _test(work, state, record)
+                records.append(record)
+                # First, since a resumed run hides what comes after its checkpoint.
+                shown.add_epoch(record, max(records, key=checkpoint_reader.rank))
+                work.save_epoch(state)
+                print(format_epoch(record), flush=True)
+                if work.agree(record['step'])[0]:
+                    work.wait_for_saved()
+                    raise work.stop.stopped(f'epoch {epoch} is saved')
+                ended = ends_after(record)
+                if _should_stop(run, records):
+                    print(f'stopped {_describe_early_stop(run, records)}', flush=True)
+                    ended = True
+                if ended:
+                    break
+        shown.add_end()
+
+
+def _open_board(run, start):
+    return tensorboard.open_writer(
+        run.workdir,
+        enabled=run.config['train']['tensorboard'] and mesh.is_writer(),
+        start=start,
+        steps_per_epoch=len(run.source.train) / run.config['data']['batch_size'],
+    )
+
+
+def format_epoch(record: dict[str, Any]) -> str:
+    """The line of an epoch."""
+    auroc = ''
+    if 'test_mean_auroc' in record:
+        area = evaluate.format_auroc(record['test_mean_auroc'])
+        auroc = f'Test_auroc: {area}, '
+    return (
+        f'Epoch: {record["epoch"]:2d}. '
+        f'Train_acc: {record["train_accuracy"] * 100:.1f}%, '
+        f'Train_loss: {record["train_loss"]:.3f}, '
+        f'Test_acc: {record["test_accuracy"] * 100:.1f}%, '
+        f'Test_loss: {record["test_loss"]:.3f}, '
+        f'{auroc}Lr: {record["learning_rate"]:.2E}'
+    )
+
+
+def _start(run):
+    """The state to start from, on the devices, and the metadata saved with it."""
+    state = run.new_state(training_run.first_variables(run))
+    if not checkpoint_reader.has_checkpoint(run.workdir):
+        return run.place_state(state), {'epoch': 0}
+    latest = checkpoint_reader.Checkpoint(
+        *processes.broadcast(
+            'latest',
+            lambda: dataclasses.astuple(checkpoint_reader.find_latest(run.workdir)),
+        )
+    )
+    metadata = checkpoint_reader.load_json(run.workdir, latest, 'metadata')
+    try:
+        items = checkpoint_reader.restore(
+            run.workdir,
+            latest,
+            sharding=mesh.replicated(run.mesh),
+            **loop.checkpoint_items(state),
+        )
+    except ValueError as error:
+        raise UserError(
+            f'--workdir={run.workdir}: the state of step {latest.step} is not one of '
+            f'these settings ({" ".join(str(error).split())[:200]}); use those of '
+            f'{run_folder.CONFIG_FILE}, or another --workdir'
+        ) from error
+    place = f'after epoch {metadata["epoch"]}'
+    if not latest.finished:
+        place = f'in epoch {metadata["epoch"] + 1}, after step {latest.step},'
+    print(f'going on {place} in {run.workdir}', flush=True)
+    restored = loop.from_items(**items)
+    return _spread(run, restored, state), metadata
+
+
+def _spread(run, restored, state):
+    """Parts of the optimizer's state go to the devices that keep them.
+
+    Args:
+      restored: whole on every device.
+      state: a first one of this run.
+    """
+    if not zero.is_sharded(state.opt_state):
+        return restored
+    opt_state = jax.device_get(restored.opt_state)
+    opt_state = zero.from_replicated(opt_state, state.opt_state)
+    return restored.replace(opt_state=zero.place(opt_state, run.mesh))
+
+
+def _keep_records(run, epochs_done):
+    """The records of the finished epochs; later ones, without a checkpoint, go."""
+    records = []
+    if epochs_done:
+        latest = checkpoint_reader.find_latest(run.workdir)
+        try:
+            records = checkpoint_reader.load_json(run.workdir, latest, 'records')
+        except UserError:  # of a version that had them in metrics.jsonl alone
+            records = run_folder.load_run(run.workdir).records
+            records = [record for record in records if record['epoch'] <= epochs_done]
+    if mesh.is_writer():
+        lines = ''.join(json.dumps(record) + '\n' for record in records)
+        checkpoint_writer.write_records(run.workdir, lines)
+    return records
+
+
+def _write_run_files(run):
+    if not mesh.is_writer():
+        return
+    with atomic.replacing(os.path.join(run.workdir, run_folder.CONFIG_FILE)) as file:
+        json.dump(run.config, file, indent=2)
+    path = os.path.join(run.workdir, run_folder.ENVIRONMENT_FILE)
+    with atomic.replacing(path) as file:
+        json.dump(environment.describe(), file, indent=2)
+    skipped = run.source.skipped
+    path = os.path.join(run.workdir, 'skipped_images.txt')
+    if skipped:
+        _write_lines(path, skipped)
+        print(f'skipped {len(skipped)} bad images, listed in {path}', flush=True)
+    copies = run.source.duplicates
+    path = os.path.join(run.workdir, 'duplicates.txt')
+    if copies:
+        _write_lines(path, copies)
+        print(f'{len(copies)} images have copies, listed in {path}', flush=True)
+
+
+def _write_lines(path, lines):
+    """One line each; bytes of names that are not UTF-8 go out as they are."""
+    options = {'encoding': 'utf-8', 'errors': 'surrogateescape'}
+    with atomic.replacing(path, **options) as file:
+        file.writelines(line.translate(_IN_LINE) + '\n' for line in lines)
+
+
+def _save_samples(run, shown):
+    if not mesh.is_writer():
+        return
+    if sys.platform.startswith('linux'):  # there this is about the thread alone
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+    sample_grid.save(run)
+    shown.add_picture('samples', os.path.join(run.workdir, 'samples.png'))
+
+
+def _report_unread(run, batches, record):
+    """Counts the images that could not be read in this epoch, and says so."""
+    if not isinstance(batches, unreadable.CountedBatches):
+        return
+    found = _of_all('unread', batches.unread)
+    if found:
+        what = 'the next ones stand in for them'
+        print(unreadable.describe(found, run.source.train, what), flush=True)
+        record['train_unread'] = len(found)
+    batches.unread.clear()
+
+
+def _of_all(name, positions):
+    """Positions that any of the processes met, sorted."""
+    parts = processes.gather(name, sorted(positions))
+    return sorted({position for part in parts for position in part})
+
+
+def _test(work, state, record):
+    """The figures of the test part; a signal meanwhile saves the state and ends it."""
+    run = work.run
+    metrics = evaluate.evaluate(
+        run.module,
+        ema.evaluated(state),
+        (run.features or run.source).test,
+        batch_size=run.part_size,
+        mesh=run.mesh,
+        bad_images=run.config['data']['bad_images'],
+        between=lambda: work.stop_if_asked(
+            state, record['step'], record['epoch'], record['skipped_steps']
+        ),
+        **run.preprocessing,
+        **run.loading,
+    )
+    found = {'test_accuracy': metrics['accuracy'], 'test_loss': metrics['loss']}
+    left_out = metrics.get('unread', [])
+    if run.config['data']['bad_images'] == 'skip':
+        left_out = _of_all('left out', left_out)
+    if left_out:
+        found['test_unread'] = len(left_out)
+        line = 'left out of the test'
+        print(unreadable.describe(left_out, run.source.test, line), flush=True)
+    if run.source.multi_label:
+        found['test_mean_auroc'] = metrics['mean_auroc']
+        names = run.source.class_names
+        found['test_auroc'] = dict(zip(names, metrics['auroc'], strict=True))
+    return found

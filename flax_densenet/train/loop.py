@@ -1,0 +1,226 @@
+"""The steps of an epoch: what is counted of them and what happens between them."""
+
+import collections
+import dataclasses
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+from tqdm import tqdm
+
+from flax_densenet.checkpoints import writer as checkpoint_writer
+from flax_densenet.checkpoints.reader import Checkpoint
+from flax_densenet.distributed import agreement as agreement_lib
+from flax_densenet.distributed import processes, zero
+from flax_densenet.system import signals
+from flax_densenet.train import ema, nonfinite, step, tensorboard, training_run
+
+
+@dataclasses.dataclass
+class Loop:
+    """What the steps of a run go with.
+
+    Attributes:
+      every: how often to save in the middle of an epoch.
+      records: of the finished epochs.
+      skipped: steps of the current epoch that were skipped before this start.
+      saved_at: when something was saved last, in seconds of `time.monotonic`.
+    """
+
+    run: training_run.TrainingRun
+    saver: checkpoint_writer.Saver
+    stop: signals.Stop
+    shown: tensorboard.TensorBoardWriter
+    every: checkpoint_writer.Every
+    records: list[dict[str, Any]]
+    agreement: agreement_lib.Agreement
+    skipped: int = 0
+    saved_at: float = dataclasses.field(default_factory=time.monotonic)
+
+    def save_middle(self, state, number: int, epoch: int, skipped: int):
+        """Saves a state in the middle of an epoch, after the step `number`."""
+        self.saver.save(
+            Checkpoint(number, finished=False),
+            **checkpoint_items(state),
+            metadata=self.run.metadata | {'epoch': epoch - 1, 'skipped_steps': skipped},
+            records=self.records,
+        )
+        self.saved_at = time.monotonic()
+        self.agreement.forget()
+
+    def save_epoch(self, state):
+        """Saves the state behind the last record."""
+        record = self.records[-1]
+        self.saver.save(
+            Checkpoint(record['step']),
+            **checkpoint_items(state),
+            metadata=self.run.metadata | {'epoch': record['epoch']},
+            records=self.records,
+            metrics=record,
+        )
+        self.saved_at, self.skipped = time.monotonic(), 0
+        self.agreement.forget()
+
+    def agree(self, number: int) -> tuple[bool, bool]:
+        """Whether to stop and whether to save after the step `number`.
+
+        All processes get the same answer, and all have to ask.
+        """
+        since = time.monotonic() - self.saved_at
+        by_clock = processes.is_first() and self.every.due(since)
+        signum, by_clock = self.agreement.exchange(self.stop.signum, int(by_clock))
+        self.stop.agreed = signum
+        return bool(signum), bool(by_clock) or self.every.due_at(number)
+
+    def stop_if_asked(self, state, number: int, epoch: int, skipped: int):
+        """Saves and raises `signals.Stopped` where a signal came; all have to ask."""
+        if self.agree(number)[0]:
+            self.stop_here(state, number, epoch, skipped)
+
+    def stop_here(self, state, number: int, epoch: int, skipped: int):
+        """Saves and raises `signals.Stopped`."""
+        self.save_middle(state, number, epoch, skipped)
+        self.wait_for_saved()
+        raise self.stop.stopped(f'step {number}, in epoch {epoch}, is saved')
+
+    def wait_for_saved(self):
+        """Returns when all that was saved is on the disk, on all processes."""
+        self.saver.wait()
+        processes.barrier('saved')
+
+
+def checkpoint_items(state: step.TrainState) -> dict[str, Any]:
+    """The trees of arrays that a checkpoint has; on several hosts all must ask."""
+    items = ema.to_items(state)
+    return {
+        'model': items.pop('model'),
+        'train': {
+            'step': state.step,
+            'opt_state': zero.replicated(state.opt_state),
+            'running': state.running,
+            **items,
+        },
+    }
+
+
+def from_items(model, train: dict[str, Any]) -> step.TrainState:
+    """What `checkpoint_items` made, as a state."""
+    rest = {name: train[name] for name in ('step', 'opt_state', 'running')}
+    return step.TrainState(**ema.from_items(model, train.get('raw')), **rest)
+
+
+class _Losses:
+    """The losses of steps that devices still work on, read in their order."""
+
+    def __init__(self, guard, bar, shown):
+        self._guard, self._bar, self._shown = guard, bar, shown
+        self._waiting = collections.deque()
+
+    def add(self, number, loss):
+        self._waiting.append((number, loss))
+
+    @property
+    def devices_are_done(self):
+        return not self._waiting or self._waiting[-1][1].is_ready()
+
+    def read(self, state, *, but=0):
+        """Tells all losses but the last ones."""
+        while len(self._waiting) > but:
+            number, loss = self._waiting.popleft()
+            loss = float(jax.device_get(loss))
+            self._guard.see(number, loss, state)
+            self._bar.set_postfix(loss=f'{loss:.3f}')
+            self._shown.add_loss(number, loss)
+
+
+def take_epoch(loop: Loop, compiled, state, batches, epoch: int):
+    """Takes the steps of an epoch that are left.
+
+    Returns:
+      The state, and the figures of training for the epoch's record.
+
+    Raises:
+      signals.Stopped: a signal came; the state is saved.
+      UserError: a step gave no finite numbers, or a save failed for good.
+    """
+    run = loop.run
+    count, rows = len(run.source.train), run.config['data']['batch_size']
+    first, before = int(state.step), step.last_step_of_epoch(epoch - 1, count, rows)
+    last = step.last_step_of_epoch(epoch, count, rows)
+    guard = nonfinite.NonFiniteGuard(run, epoch, last - before, loop.skipped)
+    started, waited = time.perf_counter(), 0.0
+    # A GPU gets its next step before it has finished this one; on a CPU that would
+    # gain nothing and need the memory of two steps.
+    ahead = 0 if jax.default_backend() == 'cpu' else 1
+    bar = tqdm(
+        total=(last - first) * rows,
+        desc=f'epoch {epoch}/{run.config["train"]["epochs"]}',
+        unit=' images',
+        leave=False,
+        disable=None,  # no bar where stderr is a file
+    )
+    with bar, jax.transfer_guard('disallow'):
+        losses = _Losses(guard, bar, loop.shown)
+        for number in range(first + 1, last + 1):
+            asked = time.perf_counter()
+            batch = run.place_batch(next(batches))
+            if losses.devices_are_done:  # they had nothing to do
+                waited += time.perf_counter() - asked
+            losses.read(state, but=ahead)
+            state, loss = compiled(state, batch)
+            losses.add(number, loss)
+            bar.update(rows)
+            loop.saver.check()
+            asked, due = loop.agree(number)
+            if asked:
+                losses.read(state)
+                loop.stop_here(state, number, epoch, guard.skipped)
+            if due and number < last:
+                losses.read(state)
+                loop.save_middle(state, number, epoch, guard.skipped)
+        jax.block_until_ready(state)
+        losses.read(state)
+    loop.skipped = guard.skipped
+    seconds = time.perf_counter() - started
+    return state, {
+        'epoch': epoch,
+        'step': last,
+        **_epoch_metrics(jax.device_get(state.running)),
+        'learning_rate': float(run.schedule(last - 1)),
+        'skipped_steps': guard.skipped,
+        'seconds': round(seconds, 3),
+        'images_per_second': round((last - first) * rows / seconds, 2),
+        'input_wait_share': round(waited / seconds, 4),
+        'peak_memory_gib': round(peak_memory_gib(), 3),
+        'memory_gib': round(memory_gib(), 3),
+    }
+
+
+def _epoch_metrics(running):
+    seen = int(running['count'][0])
+    return {
+        'train_accuracy': float(running['correct'][0] / max(seen, 1)),
+        'train_loss': float(running['loss'][0] / max(seen, 1)),
+        'train_count': seen,
+    }
+
+
+def peak_memory_gib() -> float:
+    """Of the device where it tells, else of this process."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and 'peak_bytes_in_use' in stats:
+        return stats['peak_bytes_in_use'] / 2**30
+    unit = 1 if sys.platform == 'darwin' else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def memory_gib() -> float:
+    """What this process has in memory now; its peak where the system does not tell."""
+    try:
+        with open('/proc/self/statm') as file:
+            return int(file.read().split()[1]) * resource.getpagesize() / 2**30
+    except OSError:
+        unit = 1 if sys.platform == 'darwin' else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,48 @@
+"""`samples.png`: the first training images, with all that is done to them."""
+
+import functools
+
+import jax
+import numpy as np
+
+from flax_densenet.data.augment import mixing
+from flax_densenet.report import plots
+from flax_densenet.train import feature_cache, step, training_run
+
+
+def save(run: training_run.TrainingRun):
+    """Draws the images of the first step into the run's folder."""
+    batches = training_run.train_batches(run, run.source, 0)
+    try:
+        batch = next(batches)
+    finally:
+        batches.close()
+    plots.save_samples(
+        run.workdir,
+        _first_part(run, batch),
+        run.source.class_names,
+        changes=feature_cache.list_changes(run.config['data']),
+        **run.preprocessing,
+    )
+
+
+def _first_part(run, batch):
+    """The first micro-batch of the first step as the network gets it.
+
+    Of several hosts, the one that draws shows its own rows, mixed with each other.
+    """
+    parts = run.accumulate_steps
+    batch = {name: x[: len(x) // parts] for name, x in batch.items()}
+    if not run.mixing:
+        return batch
+    key = step.step_key(run.config['train']['seed'], 0)
+    key = key if parts == 1 else jax.random.fold_in(key, 0)
+    mean = run.preprocessing['mean']
+    mix = jax.jit(functools.partial(mixing.mix, mixing=run.mixing, mean=mean))
+    images, partners, weights = jax.device_get(mix(batch['image'], key))
+    return {
+        'image': images,
+        'label': batch['label'],
+        'partner_label': batch['label'][partners],
+        'weight': np.asarray(weights),
+    }

@@ -1,0 +1,160 @@
+"""TensorBoard: a run's figures, pictures and fields in an event file of its folder.
+
+`tensorboard --logdir ckpt` shows the runs of a folder by name. Events are counted in
+steps taken, so those of a resumed run go on where its checkpoint was: what an earlier
+try wrote after that step is hidden.
+"""
+
+import contextlib
+import json
+import os
+import time
+
+import numpy as np
+from PIL import Image
+
+# Tag -> field of an epoch's record. What should be in one row of charts has one prefix.
+_SCALARS = {
+    'accuracy/train': 'train_accuracy',
+    'accuracy/test': 'test_accuracy',
+    'loss/train': 'train_loss',
+    'loss/test': 'test_loss',
+    'auroc/mean': 'test_mean_auroc',
+    'learning_rate': 'learning_rate',
+    'speed/images_per_second': 'images_per_second',
+    'speed/input_wait_share': 'input_wait_share',
+    'speed/peak_memory_gib': 'peak_memory_gib',
+    'speed/memory_gib': 'memory_gib',
+}
+_BEST = ('test_accuracy', 'test_loss', 'test_mean_auroc')
+# Of `loss/step`: enough to see a curve. TensorBoard keeps a thousand of a series.
+_LOSSES_AN_EPOCH = 20
+
+
+@contextlib.contextmanager
+def open_writer(workdir: str, *, enabled: bool, start: int, steps_per_epoch: float):
+    """A context with a `TensorBoardWriter` that writes into `workdir`, or nothing.
+
+    Args:
+      enabled: False for a board that ignores what it is told.
+      start: steps that were taken before; events after them are written anew.
+      steps_per_epoch: decides how many of the steps' losses are kept.
+    """
+    if not enabled:
+        yield TensorBoardWriter(None)
+        return
+    from tensorboardX.event_file_writer import EventsWriter
+
+    # Its SummaryWriter has a queue that is written later: what a killed run had shown
+    # of its last checkpoint's epoch would be lost. The name has the second, and files
+    # are read in the order of their names: a quick restart comes later by its step.
+    events = EventsWriter(os.path.join(workdir, 'events'), f'.{start:09}')
+    try:
+        yield TensorBoardWriter(
+            events,
+            first=start + 1,
+            every=max(1, round(steps_per_epoch / _LOSSES_AN_EPOCH)),
+        )
+    finally:
+        events.close()
+
+
+class TensorBoardWriter:
+    """What is shown of a run.
+
+    Args:
+      events: a tensorboardX EventsWriter, or None to write nothing.
+      first: the first step of this start; what was written of it and of later ones
+        before is hidden.
+      every: so many steps lie between two losses that are written.
+    """
+
+    def __init__(self, events, *, first: int = 1, every: int = 1):
+        self._events = events
+        self._first = first
+        self._every = every
+        if events is not None:
+            from tensorboardX.proto.event_pb2 import SessionLog
+
+            # The first one that TensorBoard meets hides nothing, so that the first
+            # start needs one as well.
+            self._write(first, session_log=SessionLog(status=SessionLog.START))
+
+    def add_config(self, config):
+        """Shows all fields as a text, and as hyperparameters to compare runs by."""
+        if self._events is None:
+            return
+        from tensorboardX import summary
+
+        lines = json.dumps(config, indent=2).splitlines()
+        text = '\n'.join(f'    {line}' for line in lines)  # Markdown shows it as it is
+        self._write(self._first, summary=summary.text('config', text))
+        # With tensorboardX's list of the experiment TensorBoard would not look for
+        # itself which fields differ.
+        _, start, _ = summary.hparams(_flatten(config), {})
+        self._write(self._first, summary=start)
+
+    def add_picture(self, tag: str, path: str):
+        """Shows an image file."""
+        if self._events is None:
+            return
+        from tensorboardX import summary
+
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert('RGB'))
+        shown = summary.image(tag, pixels, dataformats='HWC')
+        self._write(self._first, summary=shown)
+
+    def add_loss(self, step: int, loss: float):
+        """Tells the loss of a step, from 1; one of some is written."""
+        if step % self._every == 0:
+            self._add('loss/step', loss, step)
+
+    def add_epoch(self, record, best):
+        """Shows the record of an epoch, and what is the best until now.
+
+        Args:
+          record: as in `metrics.jsonl`.
+          best: the record of the best epoch.
+        """
+        step = record['step']
+        for tag, name in _SCALARS.items():
+            self._add(tag, record.get(name), step)
+        for name, area in record.get('test_auroc', {}).items():
+            self._add(f'auroc/{name}', area, step)
+        for name in _BEST:
+            self._add(f'best/{name}', best.get(name), step)
+
+    def add_end(self):
+        """Marks the run as finished."""
+        if self._events is None:
+            return
+        from tensorboardX import summary
+
+        _, _, end = summary.hparams({}, {})
+        self._write(self._first, summary=end)
+
+    def _add(self, tag, value, step):
+        if self._events is None or value is None:
+            return
+        from tensorboardX import summary
+
+        self._write(step, summary=summary.scalar(tag, value))
+
+    def _write(self, step, **what):
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._events.write_event(Event(step=step, wall_time=time.time(), **what))
+        self._events.flush()
+
+
+def _flatten(config):
+    """`{'section.field': value}` of values that hyperparameters can have."""
+    flat = {}
+    for section, fields in config.items():
+        fields = fields if isinstance(fields, dict) else {'': fields}
+        for name, value in fields.items():
+            known = value is None or isinstance(value, str | bool | int | float)
+            name = f'{section}.{name}' if name else section
+            flat[name] = value if known else str(value)
+    return flat

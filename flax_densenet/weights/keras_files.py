@@ -1,0 +1,285 @@
+"""Keras' files of DenseNet weights: read into our names, written from a model.
+
+Read are files of keras.applications and of keras-hub, of the network alone or with
+one Dense layer behind it: `.weights.h5` and `.keras` of Keras 3, `.h5` of any Keras,
+`task.weights.h5` of a preset. No code of a file runs: only its arrays and the numbers
+in its configuration are looked at.
+
+>>> from flax_densenet.weights import keras_files
+>>> keras_files.is_keras_file(keras_files.__file__)
+False
+"""
+
+import contextlib
+import io
+import os
+import re
+import tempfile
+import zipfile
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.errors import UserError
+from flax_densenet.weights import hdf5, keras_config, keras_layers
+
+_WEIGHTS = 'model.weights.h5'
+# What stands beside the weights of a preset.
+_BESIDE = {_WEIGHTS: 'config.json', 'task.weights.h5': 'task.json'}
+_ARCHIVE_STARTS = (b'metadata.json', b'config.json')
+_LARGEST_CONFIG = 2**26
+# State of training, not of the model.
+_TRAINING = re.compile(
+    r'(optimizer|optimizer_weights|_?metrics|_?compile_metrics|_?loss_tracker)/'
+    r'|(.*/)?_?(seed|random)_generator[^/]*/'
+)
+# What keras.applications has built in; DenseNet's other fields are free or checked.
+_FIXED = {
+    'growth_rate': 32,
+    'bottleneck': 4,
+    'compression': 0.5,
+    'stem': 'imagenet',
+    'stem_features': 64,
+    'blur_pool': False,
+    'padding': 'torch',
+}
+
+
+@contextlib.contextmanager
+def _reading(path):
+    """What goes wrong inside becomes `PATH is not a whole Keras file (reason)`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise UserError(f'{path} is not a file') from error
+    # What h5py and zipfile raise for broken files, in one way or another, and hdf5
+    # for refused ones.
+    except (
+        OSError,
+        EOFError,
+        ArithmeticError,
+        AttributeError,
+        RuntimeError,
+        LookupError,
+        TypeError,
+        ValueError,
+        MemoryError,
+        zipfile.BadZipFile,
+    ) as error:
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise UserError(f'{path} is not a whole Keras file ({reason})') from error
+
+
+def is_keras_file(path: str) -> bool:
+    """Whether a file is HDF5 or a `.keras` archive, by its content; needs no h5py."""
+    try:
+        with open(path, 'rb') as file:
+            start = file.read(64)
+        if not start.startswith(b'PK'):
+            return start.startswith(hdf5.SIGNATURE)
+        with zipfile.ZipFile(path) as archive:
+            return _WEIGHTS in archive.namelist()
+    except OSError:
+        return False
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        # Cut short: the list of names stands at the end, the first name here.
+        return start[30:].startswith(_ARCHIVE_STARTS)
+
+
+def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
+    """Reads a Keras file of a DenseNet.
+
+    Args:
+      path: a file that `is_keras_file` recognises. `task.weights.h5` of a preset is
+      joined
+        with the `model.weights.h5` beside it.
+
+    Returns:
+      (arrays, fields, family): `{'params/conv0/kernel': float32 [7, 7, 3, 64], ...}`,
+      kernels as `[H, W, in, out]` or `[in, out]`, where entries that are not
+      understood keep their path in the file; `{field of DenseNet: value}` as the file
+      implies; 'keras' or 'keras_hub'. The state of an optimizer is left out.
+
+    Raises:
+      UserError: the file is broken or refers to other files, h5py is missing, or the
+        network is none that DenseNet can be.
+    """
+    found, groups, objects = _read_file(path)
+    beside = os.path.join(os.path.dirname(path), _WEIGHTS)
+    if os.path.basename(path) == 'task.weights.h5' and os.path.exists(beside):
+        more, more_groups, more_objects = _read_file(beside)
+        found += [(name, f'{_WEIGHTS}/{key}', array) for name, key, array in more]
+        groups |= more_groups
+        objects += more_objects
+    arrays = {}
+    for name, key, array in found:
+        # A second network in the same file is not understood either.
+        name = key if name is None or name in arrays else name
+        arrays[name] = array
+    if not arrays:
+        raise UserError(f'{path} is not a whole Keras file (it holds no layers)')
+    is_hub = any(name == 'DenseNetBackbone' for name, _ in objects)
+    is_hub |= any(map(keras_layers.is_of_hub, groups))
+    is_hub |= any('dense_net_backbone' in group for group in groups)
+    with _reading(path):
+        fields = keras_config.fields_of(path, objects, groups, is_hub=is_hub)
+    return arrays, fields, 'keras_hub' if is_hub else 'keras'
+
+
+def _read_file(path):
+    """[(our path or None, the file's, array)], all groups, [(class, config)]."""
+    with _reading(path), contextlib.ExitStack() as stack:
+        objects, content = [], path
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                objects = keras_config.list_objects(
+                    _member(archive, 'config.json', _LARGEST_CONFIG)
+                )
+                content = io.BytesIO(_member(archive, _WEIGHTS, hdf5.LARGEST))
+        file = stack.enter_context(hdf5.open_file(content))
+        if 'model_config' in file.attrs:
+            objects = keras_config.list_objects(file.attrs['model_config'])
+        elif content is path:
+            objects = _objects_beside(path)
+        datasets, groups = hdf5.walk(file)
+        datasets = {k: v for k, v in datasets.items() if not _TRAINING.match(k)}
+        arrays = hdf5.load(datasets)
+        layers = keras_layers.list_layers(arrays, groups)
+        names = {layer.name for layer in layers} | set(groups)
+    modules = keras_layers.find_modules(layers, arrays)
+    found = []
+    for layer, module in zip(layers, modules, strict=True):
+        for role, key in layer.keys.items():
+            name = keras_layers.path_of(module, role) if module else None
+            found.append((name, key, arrays[key]))
+    return found, names, objects
+
+
+def _member(archive, name, largest):
+    """A file of a .keras archive, unless it is larger than it can be."""
+    info = archive.getinfo(name)
+    limit = max(2**20, hdf5.EXPANSION * info.compress_size)
+    if info.file_size > min(largest, limit):
+        raise ValueError(f'{name} of {info.file_size} bytes is too large for it')
+    return archive.read(info)
+
+
+def _objects_beside(path):
+    """Those of the JSON file beside the weights of a preset, none for other files."""
+    folder, name = os.path.split(path)
+    try:
+        with open(os.path.join(folder, _BESIDE.get(name, '')), 'rb') as file:
+            return keras_config.list_objects(file.read(_LARGEST_CONFIG))
+    except (OSError, ValueError):
+        return []
+
+
+def write(path: str, module, variables):
+    """Writes a model that keras.applications' DenseNet has, with its weights.
+
+    Both then compute the same logits; Keras puts a softmax behind its classifier,
+    unless made with `classifier_activation=None`. Values are stored as float32. Where
+    epsilon is not Keras' 1.001e-5, variances (and the scale of those near 0) are
+    changed so that they come to the same.
+
+    Args:
+      path: `.weights.h5` (weights), `.keras` or `.h5` (model and weights). Keras loads
+        each by `load_weights` and `DenseNet121(weights=path, classes=...)`, the last
+        two by `keras.models.load_model` also.
+      module: `DenseNet`; without a classifier it becomes `include_top=False`.
+      variables: `{'params', 'batch_stats'}`.
+
+    Raises:
+      UserError: keras is missing, keras.applications has no such network, or the file
+        cannot be written. A file that was there is then as it was.
+    """
+    if not path.endswith(('.keras', '.h5')):
+        raise UserError(f'{path}: Keras files end in .keras, .weights.h5 or .h5')
+    _check_fields(path, module)
+    arrays = _flatten(variables)
+    network = _make_network(module, channels=arrays['params/conv0/kernel'].shape[2])
+    for layer in network.layers:
+        name = keras_layers.module_of(layer.name)
+        if layer.weights:
+            layer.set_weights(_weights(name, arrays, module.epsilon))
+    folder, name = os.path.split(path)
+    try:
+        # Keras goes by the ending, so the name stays.
+        with tempfile.TemporaryDirectory(dir=folder or '.') as temporary:
+            written = os.path.join(temporary, name)
+            if name.endswith('.weights.h5'):
+                network.save_weights(written)
+            else:
+                network.save(written)
+            os.replace(written, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f'{path} cannot be written ({reason})') from error
+
+
+def _check_fields(path, module):
+    wanted = {name: (getattr(module, name), fixed) for name, fixed in _FIXED.items()}
+    wanted['block_sizes'] = (tuple(module.block_sizes), 'four blocks')
+    if len(module.block_sizes) == 4:
+        del wanted['block_sizes']
+    for name, (value, fixed) in wanted.items():
+        if value != fixed:
+            raise UserError(
+                f'{path}: keras.applications has no DenseNet with '
+                f'model.{name}={value}, only with {fixed}; .safetensors and .pth files '
+                'can hold it'
+            )
+
+
+def _make_network(module, channels):
+    """keras.applications' DenseNet for images of any size; random weights."""
+    # Keras reads it at import, and would look for TensorFlow.
+    os.environ.setdefault('KERAS_BACKEND', 'jax')
+    try:
+        import keras
+
+        # The public functions have three lists of blocks, this one takes any.
+        from keras.src.applications.densenet import DenseNet
+    except ImportError as error:
+        raise UserError(
+            f'writing a Keras file needs keras ({error}): pip install '
+            "'flax_densenet[keras]'"
+        ) from error
+    depth = 2 * sum(module.block_sizes) + 5
+    return DenseNet(
+        list(module.block_sizes),
+        include_top=module.num_classes > 0,
+        weights=None,
+        input_tensor=keras.Input((None, None, channels)),
+        classes=module.num_classes or 1000,
+        name=f'densenet{depth}',
+    )
+
+
+def _weights(module, arrays, epsilon):
+    """A layer's arrays in Keras' order."""
+    roles = keras_layers.NORM
+    if f'params/{module}/kernel' in arrays:
+        roles = keras_layers.WEIGHTS[: 1 + (f'params/{module}/bias' in arrays)]
+    values = [arrays[keras_layers.path_of(module, role)] for role in roles]
+    if roles is not keras_layers.NORM or epsilon == keras_config.EPSILON:
+        return values
+    scale, bias, mean, var = (np.asarray(value, np.float64) for value in values)
+    moved = np.maximum(var + (epsilon - keras_config.EPSILON), 0)
+    # 1 but where 0 is the least that the variance can be.
+    scale = scale * np.sqrt((moved + keras_config.EPSILON) / (var + epsilon))
+    return [value.astype(np.float32) for value in (scale, bias, mean, moved)]
+
+
+def _flatten(tree, prefix=''):
+    """Nested dicts -> {'params/conv0/kernel': numpy float32 array, ...}."""
+    arrays = {}
+    for name, child in tree.items():
+        path = f'{prefix}{name}'
+        if hasattr(child, 'items'):
+            arrays |= _flatten(child, f'{path}/')
+        else:
+            arrays[path] = np.asarray(child, np.float32)
+    return arrays

@@ -1,0 +1,122 @@
+"""What a checkpoint says of its model, checked before any of it is used.
+
+The JSON of a checkpoint, or of a safetensors file of ours, may come from a stranger or
+from a disk that failed. What the program relies on is looked at here, once; the
+model's own fields are checked where it is made (`factory.create_model`).
+"""
+
+import math
+from typing import Any
+
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.data import images
+from flax_densenet.errors import UserError
+from flax_densenet.models import tta
+
+LARGEST_IMAGE = 2**16  # pixels a side
+MOST_CLASSES = 10**6
+
+
+def load(workdir: str, step: int) -> dict[str, Any]:
+    """The metadata of a checkpoint, as `prepare.make_metadata` made it.
+
+    Raises:
+      UserError: it cannot be read, or is not what this program writes.
+    """
+    found = checkpoint_reader.load_json(workdir, step, 'metadata')
+    place = f'the checkpoint {step} of {workdir}'
+    return check(place, found)
+
+
+def check(place: str, metadata: Any, *, named: bool = True) -> dict[str, Any]:
+    """Returns metadata in which the program finds what it looks for.
+
+    Args:
+      place: where it is from, for the message.
+      named: `class_names` are there; in exports of imported weights they can be null.
+
+    Raises:
+      UserError: a part is missing or of another kind.
+    """
+    _check_parts(place, '', {'': metadata}, {'': _is_object})
+    parts = dict(_PARTS)
+    if not named and metadata.get('class_names', 0) is None:
+        del parts['class_names']
+    _check_parts(place, '', metadata, parts)
+    # What was left open is there as null, or absent.
+    known = {k: v for k, v in metadata['data'].items() if v is not None}
+    if 'images' in metadata:  # runs of older versions did not count them
+        _check_parts(place, '', metadata, {'images': _are_counts})
+    _check_parts(place, 'data.', known, {k: _DATA[k] for k in _DATA if k in known})
+    for fields in (metadata, {**metadata, **known}):
+        if len(fields['mean']) != len(fields['std']):
+            raise UserError(f'{place}: its mean and std differ in their channels')
+    return metadata
+
+
+def _check_parts(place, prefix, found, wanted):
+    for name, is_good in wanted.items():
+        if not is_good(found.get(name)):
+            value = 'missing' if name not in found else repr(found[name])[:60]
+            raise UserError(
+                f'{place}: its metadata is not that of a trained model '
+                f'({prefix}{name or "all of it"} is {value}); use a copy that is whole'
+            )
+
+
+def _is_object(value):
+    return isinstance(value, dict)
+
+
+def _is_model(value):
+    return _is_object(value) and isinstance(value.get('variant'), str)
+
+
+def _are_names(value):
+    return (
+        isinstance(value, list)
+        and 0 < len(value) <= MOST_CLASSES
+        and all(isinstance(name, str) for name in value)
+    )
+
+
+def _is_side(value):
+    return type(value) is int and 0 < value <= LARGEST_IMAGE
+
+
+def _are_numbers(value):
+    return (
+        isinstance(value, list)
+        and len(value) in (1, 3)
+        and all(type(n) in (int, float) and math.isfinite(n) for n in value)
+    )
+
+
+def _are_counts(value):
+    return _is_object(value) and all(
+        type(value.get(name)) is int and value[name] >= 0 for name in ('train', 'test')
+    )
+
+
+def _is_share(value):
+    return type(value) in (int, float) and 0.01 <= value <= 1
+
+
+_PARTS = {
+    'model': _is_model,
+    'class_names': _are_names,
+    'image_size': _is_side,
+    'mean': _are_numbers,
+    'std': _are_numbers,
+    'data': _is_object,
+}
+_DATA = {
+    'resize': lambda value: value in images.RESIZES,
+    'interpolation': lambda value: (
+        isinstance(value, str) and value in images.INTERPOLATIONS
+    ),
+    'crop_fraction': _is_share,
+    'tta': lambda value: isinstance(value, str) and value in tta.VIEWS,
+    'mean': _are_numbers,
+    'std': _are_numbers,
+}

@@ -1,0 +1,377 @@
+"""config.json of timm's models on the Hugging Face Hub, from our fields and back.
+
+timm makes the network of `architecture` and `model_args` and prepares images as
+`pretrained_cfg` says. What this program knows beyond that stands under `flax_densenet`,
+which timm leaves alone. A config of a stranger is looked at here, once, before anything
+of it is used.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from typing import Any
+
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.data import images
+from flax_densenet.errors import UserError
+from flax_densenet.models import densenet, factory, rdnet
+from flax_densenet.weights import metadata as metadata_lib
+from flax_densenet.weights import timm_network
+
+CONFIG_FILE = 'config.json'
+WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')
+OURS = 'flax_densenet'  # key of our metadata
+_RUN_FILE = 'environment.json'  # of a run, whose folder has a config.json too
+_LARGEST = 2**27  # bytes
+_CROPS = {'crop': 'center', 'stretch': 'squash'}  # ours: timm's
+# Of timm's arguments: those that no array shows, with the value that our networks have.
+_FIXED = {
+    'global_pool': 'avg',
+    'act_layer': None,
+    'norm_layer': None,
+    'norm_eps': None,
+    'aa_layer': None,
+    'head_norm_first': False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What config.json says, checked.
+
+    Attributes:
+      variant: of the model; None where there is our metadata, which says more.
+      arguments: of its network in timm (`timm_network.arguments`).
+      num_classes: None where it does not say.
+      class_names: None where it does not say, or not of every class.
+      preprocessing: as `weight_file.Weights.preprocessing`.
+      metadata: of a run of ours; None of timm's models.
+    """
+
+    variant: str | None
+    arguments: dict[str, Any]
+    num_classes: int | None
+    class_names: tuple[str, ...] | None
+    preprocessing: dict[str, Any]
+    metadata: dict[str, Any] | None
+
+
+def is_folder(path: str) -> bool:
+    """Whether a folder is one as the Hub has them, and not that of a run."""
+    return (
+        os.path.isfile(os.path.join(path, CONFIG_FILE))
+        and not os.path.exists(os.path.join(path, _RUN_FILE))
+        and not checkpoint_reader.has_checkpoint(path)
+    )
+
+
+def find_weights(folder: str) -> str:
+    """The file of weights in a folder.
+
+    Raises:
+      UserError: there is none.
+    """
+    for name in WEIGHT_FILES:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            return path
+    raise UserError(
+        f'{folder} has a {CONFIG_FILE} but no {" or ".join(WEIGHT_FILES)}; use a copy '
+        'that is whole'
+    )
+
+
+def make(
+    module: densenet.Network,
+    metadata: dict[str, Any],
+    preparation: images.Preparation,
+    *,
+    num_features: int,
+    license: str | None = None,
+) -> dict[str, Any]:
+    """The content of config.json.
+
+    Args:
+      metadata: of the run; `class_names` can be None.
+      num_features: F of the classifier's input.
+    """
+    channels, size = preparation.channels, preparation.size
+    # A name that timm does not know: some networks that it lacks have the same arrays.
+    unknown = f'flax_densenet/{metadata["model"].get("variant")}'
+    name, arguments = timm_network.find(module, channels=channels) or (unknown, {})
+    is_rdnet = isinstance(module, rdnet.RDNet)
+    crop = preparation.crop_fraction if preparation.resize == 'crop' else 1.0
+    made = {
+        'architecture': name,
+        'num_classes': module.num_classes,
+        'num_features': num_features,
+        'global_pool': 'avg',
+        'label_names': metadata['class_names'],
+        'model_args': arguments,
+        'pretrained_cfg': {
+            'input_size': [channels, size, size],
+            'fixed_input_size': False,
+            'interpolation': preparation.interpolation,
+            'crop_pct': crop,
+            'crop_mode': _CROPS[preparation.resize],
+            'mean': list(metadata['mean']),
+            'std': list(metadata['std']),
+            'num_classes': module.num_classes,
+            'pool_size': [densenet.last_map_side(module, size)] * 2,
+            'first_conv': 'stem.0' if is_rdnet else 'features.conv0',
+            'classifier': 'head.fc' if is_rdnet else 'classifier',
+            'license': license,
+        },
+        OURS: metadata,
+    }
+    if made['label_names'] is None:
+        del made['label_names']
+    if not arguments:
+        del made['model_args']
+    return made
+
+
+def read(path: str) -> dict[str, Any]:
+    """The JSON object of a file.
+
+    Raises:
+      UserError: it holds something else.
+    """
+    try:
+        if os.path.getsize(path) > _LARGEST:
+            raise UserError(f'{path} is far too large to describe a model')
+        with open(path, encoding='utf-8') as file:
+            found = json.load(file)
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, 'strerror', None) or error
+        raise UserError(
+            f'{path} is no JSON ({reason}); use a copy that is whole'
+        ) from (error)
+    if not isinstance(found, dict):
+        raise UserError(f'{path} holds no JSON object; use a copy that is whole')
+    return found
+
+
+def load(folder: str) -> Config:
+    """Reads and checks the config of a folder.
+
+    Raises:
+      UserError: it is no JSON, of a network that is not known here, or says something
+        that no such network or no preparation of images here can have.
+    """
+    path = os.path.join(folder, CONFIG_FILE)
+    found = read(path)
+    # Old ones have all in one object.
+    settings = found.get('pretrained_cfg', found)
+    if not isinstance(settings, dict):
+        raise _wrong(path, 'pretrained_cfg', settings, 'an object')
+    num_classes = _find(found, settings, 'num_classes')
+    if num_classes is not None and not _is_count(num_classes):
+        raise _wrong(path, 'num_classes', num_classes, 'a whole number')
+    variant, arguments = None, {}
+    if (metadata := found.get(OURS)) is None:
+        variant, arguments = _network(path, found)
+    else:
+        metadata_lib.check(path, metadata, named=False)
+    return Config(
+        variant=variant,
+        arguments=arguments,
+        num_classes=num_classes,
+        class_names=_class_names(path, found, settings, num_classes),
+        preprocessing=preprocessing_of(path, settings),
+        metadata=metadata,
+    )
+
+
+def _find(found, settings, name):
+    value = found.get(name)
+    return settings.get(name) if value is None else value
+
+
+def _wrong(path, name, value, wanted):
+    said = 'missing' if value is None else repr(value)[:60]
+    return UserError(f'{path}: {name} is {said}; this program reads {wanted} there')
+
+
+def _is_count(value):
+    return type(value) is int and 0 <= value <= metadata_lib.MOST_CLASSES
+
+
+def _network(path, found):
+    """Our name of the architecture, and all of its arguments."""
+    name = found.get('architecture')
+    variant = name.partition('.')[0].removeprefix('tv_') if _is_text(name) else ''
+    try:
+        module = factory.create_model(variant, num_classes=1)
+    except UserError as error:
+        raise _wrong(path, 'architecture', name, ', '.join(factory.VARIANTS)) from error
+    given = found.get('model_args')
+    if given is None:
+        given = {}
+    if not isinstance(given, dict):
+        raise _wrong(path, 'model_args', given, 'an object')
+    for key, usual in _FIXED.items():
+        if given.get(key) not in (usual, None):
+            wanted = 'nothing' if usual is None else f'{usual}, or nothing,'
+            raise _wrong(path, f'model_args.{key}', given[key], wanted)
+    own = timm_network.arguments(module)
+    known = {key: value for key, value in given.items() if key in own}
+    if 'ls_init_value' in known:  # only whether there are such factors matters
+        known['ls_init_value'] = 1e-6 if known['ls_init_value'] else 0.0
+    return variant, own | known
+
+
+def _is_text(value):
+    return isinstance(value, str) and len(value) < 200
+
+
+def _class_names(path, found, settings, num_classes):
+    """A list of names, or names by number as text."""
+    names = _find(found, settings, 'label_names')
+    if names is None or num_classes is None:
+        return None
+    if isinstance(names, dict):
+        if sorted(names) != sorted(map(str, range(num_classes))):
+            return None  # timm allows gaps
+        names = [names[str(number)] for number in range(num_classes)]
+    if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
+        raise _wrong(path, 'label_names', names, 'a list of texts')
+    if len(names) != num_classes:
+        raise UserError(
+            f'{path}: {len(names)} label_names for num_classes={num_classes}; make '
+            'them as many, or remove label_names'
+        )
+    return tuple(names)
+
+
+def preprocessing_of(path: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """Fields of `config.data` that prepare images as `pretrained_cfg` says.
+
+    Args:
+      path: of the config, for messages.
+
+    Raises:
+      UserError: this program cannot prepare them so.
+    """
+    usual = {
+        'crop_pct': 0.875,
+        'crop_mode': 'center',
+        'interpolation': 'bicubic',
+        'input_size': [3, 224, 224],
+        'mean': [0.485, 0.456, 0.406],
+        'std': [0.229, 0.224, 0.225],
+    }
+    settings = usual | {k: v for k, v in settings.items() if v is not None}
+    for name, (is_good, wanted) in _PREPARATION.items():
+        if not is_good(settings[name]):
+            raise _wrong(path, f'pretrained_cfg.{name}', settings[name], wanted)
+    channels, size, _ = settings['input_size']
+    crop = float(settings['crop_pct'])
+    resize = next(o for o, t in _CROPS.items() if t == settings['crop_mode'])
+    if resize == 'stretch' and crop != 1:
+        wanted = '1.0 with the crop_mode squash'
+        raise _wrong(path, 'pretrained_cfg.crop_pct', crop, wanted)
+    for name in ('mean', 'std'):
+        if len(settings[name]) != channels:
+            wanted = f'a number for each of {channels} channels'
+            raise _wrong(path, f'pretrained_cfg.{name}', settings[name], wanted)
+    return dict(
+        image_size=size,
+        resize=resize,
+        crop_fraction=crop,
+        interpolation=settings['interpolation'],
+        mean=tuple(map(float, settings['mean'])),
+        std=tuple(map(float, settings['std'])),
+        channels=channels,
+    )
+
+
+def _is_size(value):
+    return (
+        isinstance(value, list)
+        and len(value) == 3
+        and all(type(n) is int for n in value)
+        and value[0] in (1, 3)
+        and value[1] == value[2]
+        and 0 < value[1] <= metadata_lib.LARGEST_IMAGE
+    )
+
+
+def _are_numbers(value):
+    return isinstance(value, list) and all(
+        type(n) in (int, float) and math.isfinite(n) for n in value
+    )
+
+
+def _is_share(value):
+    return type(value) in (int, float) and 0.01 <= value <= 1
+
+
+def _is_one_of(names):
+    return lambda value: isinstance(value, str) and value in names
+
+
+_PREPARATION = {
+    'input_size': (_is_size, '[1 or 3, SIDE, SIDE]'),
+    'crop_pct': (_is_share, 'a share up to 1'),
+    'crop_mode': (_is_one_of(_CROPS.values()), ' or '.join(_CROPS.values())),
+    'interpolation': (
+        _is_one_of(images.INTERPOLATIONS),
+        ' or '.join(images.INTERPOLATIONS),
+    ),
+    'mean': (_are_numbers, 'a number for each channel'),
+    'std': (
+        lambda value: _are_numbers(value) and min(value, default=0) > 0,
+        'a number above 0 for each channel',
+    ),
+}
+
+
+def check_fits(folder: str, config: Config, module: densenet.Network):
+    """Raises where the weights are not those of the network that the config names."""
+    found = timm_network.arguments(module)
+    said = config.arguments | {'num_classes': config.num_classes}
+    found = {key: found.get(key, 'none') for key in config.arguments} | {
+        'num_classes': module.num_classes
+    }
+    _compare(
+        folder,
+        {key: value for key, value in said.items() if value is not None},
+        found,
+        'the weights beside it have',
+        'use files that belong together',
+    )
+
+
+def check_agrees(folder: str, config: Config, class_names, preprocessing):
+    """Raises where timm is told something else than we are.
+
+    Args:
+      class_names, preprocessing: of the config's metadata.
+    """
+    said = dict(config.preprocessing)
+    if preprocessing['resize'] == 'stretch':
+        del said['crop_fraction']  # says nothing
+    if config.class_names is not None:
+        said['label_names'] = config.class_names
+    _compare(
+        folder,
+        said,
+        preprocessing | {'label_names': class_names},
+        f'under {OURS} it says',
+        'make both the same',
+    )
+
+
+def _compare(folder, said, found, where, remedy):
+    wrong = [key for key, value in said.items() if value != found[key]]
+    if wrong:
+        path = os.path.join(folder, CONFIG_FILE)
+        one, other = (
+            ', '.join(f'{key}={repr(side[key])[:80]}' for key in wrong)
+            for side in (said, found)
+        )
+        raise UserError(f'{path} says {one}; {where} {other}: {remedy}')

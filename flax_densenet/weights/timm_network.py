@@ -1,0 +1,79 @@
+"""What timm calls a network of ours: its name there, and its arguments.
+
+>>> from flax_densenet.models import factory
+>>> from flax_densenet.weights import timm_network
+>>> timm_network.find(factory.create_model('densenet161', num_classes=2))
+('densenet161', {})
+>>> timm_network.find(factory.create_model('densenet264', num_classes=2))
+('densenet121', {'block_config': [6, 12, 64, 48]})
+>>> timm_network.find(factory.create_model('BC-L100k12', num_classes=2)) is None
+True
+"""
+
+from typing import Any
+
+from flax_densenet.models import densenet, factory, rdnet
+
+_DENSENETS = {
+    ('imagenet', False): ('densenet121', 'densenet161', 'densenet169', 'densenet201'),
+    ('deep', False): ('densenet264d',),
+    ('deep', True): ('densenetblur121d',),
+}
+
+
+def find(module: densenet.Network, *, channels: int = 3):
+    """timm's name and arguments of a network.
+
+    Returns:
+      `(architecture, model_args)`, or None where timm has no such network.
+    """
+    names, ours = _names(module), arguments(module)
+    if not names:
+        return None
+
+    def changed(name):
+        own = arguments(factory.create_model(name, num_classes=1))
+        return {key: value for key, value in ours.items() if value != own[key]}
+
+    name = min(names, key=lambda name: len(changed(name)))
+    more = {} if channels == 3 else {'in_chans': channels}
+    return name, changed(name) | more
+
+
+def _names(module):
+    """Networks of timm that differ from this one in `arguments` at most."""
+    if isinstance(module, rdnet.RDNet):
+        return tuple(rdnet.VARIANTS)
+    if (
+        module.padding != 'torch'
+        or module.compression != 0.5
+        or module.bottleneck < 1
+        or module.stem_features != 2 * module.growth_rate
+    ):
+        return ()
+    return _DENSENETS.get((module.stem, module.blur_pool), ())
+
+
+def arguments(module: densenet.Network) -> dict[str, Any]:
+    """All arguments of timm's class that the network's arrays depend on."""
+    if not isinstance(module, rdnet.RDNet):
+        return {
+            'growth_rate': module.growth_rate,
+            'block_config': list(module.block_sizes),
+            'bn_size': module.bottleneck,
+            'stem_type': 'deep' if module.stem == 'deep' else '',
+        }
+    numbers = range(1, len(module.block_sizes) + 1)
+    kinds = ('Block', 'BlockESE')
+    return {
+        'growth_rates': list(module.growth_rates),
+        'num_blocks_list': list(module.block_sizes),
+        'block_type': [kinds[n in module.squeeze_blocks] for n in numbers],
+        # Of the transition in front of each block.
+        'is_downsample_block': [None, *(n in module.halvings for n in numbers[:-1])],
+        'bottleneck_width_ratio': float(module.bottleneck),
+        'transition_compression_ratio': float(module.compression),
+        'ls_init_value': 1e-6 if module.layer_scale else 0.0,
+        'patch_size': module.patch_size,
+        'num_init_features': module.stem_features,
+    }

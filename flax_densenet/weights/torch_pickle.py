@@ -1,0 +1,349 @@
+"""Reads torch's weight files without torch, and runs no code that a file names.
+
+A `.pth` file is a pickle, which could call any function when it is read. Here each name
+in it either stands in a short list of ours (tensors, storages, plain containers) or
+becomes an inert record of what the file says; any other ends the reading. So whole
+pickled modules of torch, torchvision and torchxrayvision are read as well, from their
+records.
+"""
+
+import collections
+import dataclasses
+import functools
+import io
+import lzma
+import math
+import os
+import pickle
+import re
+import struct
+import zipfile
+import zlib
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from flax_densenet.errors import UserError
+from flax_densenet.weights import pickle_guard
+
+# torch stores arrays as they are. A member that swells by more is no file of weights,
+# nor is one whose arrays, many of them of the same storage, are so much larger than it.
+_EXPANSION = 20
+_SMALL = 2**24
+_MOST_OBJECTS = 200_000
+_DTYPES = {
+    'DoubleStorage': np.float64,
+    'FloatStorage': np.float32,
+    'HalfStorage': np.float16,
+    'BFloat16Storage': ml_dtypes.bfloat16,
+    'LongStorage': np.int64,
+    'IntStorage': np.int32,
+    'ShortStorage': np.int16,
+    'CharStorage': np.int8,
+    'ByteStorage': np.uint8,
+    'BoolStorage': np.bool_,
+}
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+# Classes whose instances are kept as records; their code is never looked up.
+_RECORDS = re.compile(
+    r'(torch\.nn|torch\.optim|torchvision\.models|torchxrayvision|timm|argparse|'
+    r'torch|numpy|pathlib|collections|builtins|_codecs)(\..*)?'
+)
+_BUILTIN_RECORDS = {
+    'builtins': {'set', 'frozenset', 'slice', 'range', 'complex', 'bytearray'},
+    'torch': {'Size', 'device', 'dtype', 'float32', 'float64', 'float16', 'int64'},
+    'collections': {'defaultdict', 'Counter', 'deque'},
+    '_codecs': {'encode'},
+    'pathlib': {'PosixPath', 'WindowsPath', 'Path', 'PurePath'},
+    'argparse': {'Namespace'},
+}
+
+
+@dataclasses.dataclass(eq=False)
+class _Storage:
+    dtype: Any
+    key: str
+    count: int
+    data: np.ndarray | None = None  # of legacy files, which hold it behind the pickle
+
+
+@dataclasses.dataclass
+class _Tensor:
+    storage: _Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _Record:
+    """An object of the file as data: what it is called, and what it is made of."""
+
+    name = ''
+
+    def __new__(cls, *args, **kwargs):
+        record = super().__new__(cls)
+        record.fields = {}
+        return record
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def __setstate__(self, state):
+        if isinstance(state, tuple) and len(state) == 2:
+            state = {**(state[0] or {}), **(state[1] or {})}
+        if isinstance(state, dict):
+            self.fields.update(state)
+
+    # What a pickle does to containers.
+    def __setitem__(self, key, value):
+        self.fields[key] = value
+
+    def append(self, value):
+        pass
+
+    def extend(self, values):
+        pass
+
+    def add(self, value):
+        pass
+
+    def update(self, *args):
+        pass
+
+
+def _rebuild_tensor(storage, offset, shape, strides, *_):
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError('a tensor without a storage')
+    shape, strides = tuple(map(int, shape)), tuple(map(int, strides))
+    last = int(offset) + sum(
+        (n - 1) * s for n, s in zip(shape, strides, strict=True) if n
+    )
+    # More elements than are stored would be a tensor that repeats itself without end.
+    fits = math.prod(shape) <= storage.count and last < max(storage.count, 1)
+    if int(offset) < 0 or min((*shape, *strides, 0)) < 0 or not fits:
+        raise pickle.UnpicklingError('a tensor that goes beyond its storage')
+    return _Tensor(storage, int(offset), shape, strides)
+
+
+_KNOWN = {
+    ('collections', 'OrderedDict'): collections.OrderedDict,
+    ('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,
+    ('torch._utils', '_rebuild_tensor'): _rebuild_tensor,
+    ('torch._utils', '_rebuild_parameter'): lambda data, *_: data,
+    ('torch._utils', '_rebuild_parameter_with_state'): lambda data, *_: data,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file, what):
+        super().__init__(file, encoding='latin1')
+        self._file = file
+        self._what = what
+        self._classes = {}
+        self.storages = {}
+
+    def load(self):
+        pickle_guard.check(self._file)
+        return super().load()
+
+    def find_class(self, module, name):
+        module = {'__builtin__': 'builtins'}.get(module, module)  # of protocol 2
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]
+        if module == 'torch' and name in _DTYPES:
+            return self._record(name, name)
+        allowed = _RECORDS.fullmatch(module)
+        narrow = _BUILTIN_RECORDS.get(module)
+        if allowed and (narrow is None or name in narrow):
+            return self._record(name, f'{module}.{name}')
+        raise UserError(
+            f'{self._what} needs {module}.{name}, which a file of weights does not; '
+            'nothing of it was run. Where you trust it, load it in torch and save the '
+            'weights alone: torch.save(model.state_dict(), FILE)'
+        )
+
+    def _record(self, name, whole_name):
+        # A class takes 1 KB, and a file can name one a million times.
+        if whole_name not in self._classes:
+            made = type(name, (_Record,), {'name': whole_name})
+            self._classes[whole_name] = made
+        return self._classes[whole_name]
+
+    def persistent_load(self, saved):
+        kind, storage_type, key, _, count, *view = saved
+        name = getattr(storage_type, 'name', '')
+        if kind != 'storage' or name not in _DTYPES or (view and view[0] is not None):
+            raise pickle.UnpicklingError(f'a storage of an unknown kind ({name})')
+        storage = _Storage(_DTYPES[name], str(key), int(count))
+        return self.storages.setdefault(storage.key, storage)
+
+
+def read(path: str) -> Any:
+    """What was saved, with each tensor as a numpy array.
+
+    Args:
+      path: a file of `torch.save`, of either format: the zip archive of torch 1.6 and
+        later, or the row of pickles before it.
+
+    Returns:
+      Containers as they were saved (tuples as lists), float16 and bfloat16 as float32,
+      modules that were pickled whole as `Module`.
+
+    Raises:
+      UserError: the file is not whole, is of another kind, or needs code to be read.
+    """
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                return _read_archive(path, archive)
+        with open(path, 'rb') as file:
+            return _read_legacy(path, file)
+    except (
+        *(pickle.UnpicklingError, EOFError, zipfile.BadZipFile, OSError, ValueError),
+        *(AttributeError, ImportError, IndexError, KeyError, TypeError, MemoryError),
+        *(ArithmeticError, RecursionError, NotImplementedError, RuntimeError),
+        *(AssertionError, struct.error, zlib.error, lzma.LZMAError),
+    ) as error:
+        if isinstance(error, UserError):
+            raise
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise UserError(f'{path} is not a whole torch file ({reason})') from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A module that was pickled whole.
+
+    Attributes:
+      name: of its class, with its module.
+      arrays: as `state_dict()` would name them.
+      attributes: plain values of the outermost module.
+    """
+
+    name: str
+    arrays: dict[str, np.ndarray]
+    attributes: dict[str, Any]
+
+
+def _read_archive(path, archive):
+    names = archive.namelist()
+    members = [name for name in names if name.rpartition('/')[2] == 'data.pkl']
+    if len(members) != 1 or any('/code/' in name for name in names):
+        raise UserError(
+            f'{path} is a TorchScript archive or another zip file; save the weights '
+            'with torch.save(model.state_dict(), FILE)'
+        )
+    root = members[0].removesuffix('data.pkl')
+    order = f'{root}byteorder'
+    if order in names and _read_member(archive, order) != b'little':
+        raise UserError(f'{path} was saved on a big-endian machine; save it again')
+    saved = _Unpickler(io.BytesIO(_read_member(archive, members[0])), path).load()
+
+    def load_storage(storage):
+        size = storage.count * np.dtype(storage.dtype).itemsize
+        raw = _read_member(archive, f'{root}data/{storage.key}')
+        if len(raw) < size:
+            raise pickle.UnpicklingError(f'storage {storage.key} is cut short')
+        return np.frombuffer(raw, storage.dtype, storage.count)
+
+    return _Resolver(load_storage, os.path.getsize(path)).resolve(saved)
+
+
+def _read_member(archive, name):
+    """A member of the archive, unless it is a bomb."""
+    entry = archive.getinfo(name)
+    if entry.file_size > max(_SMALL, _EXPANSION * entry.compress_size):
+        raise pickle.UnpicklingError(f'{name} of {entry.file_size} bytes is too large')
+    return archive.read(entry)
+
+
+def _read_legacy(path, file):
+    if _Unpickler(file, path).load() != _LEGACY_MAGIC:
+        raise UserError(
+            f'{path} is a pickle, but not one of torch.save; save the weights with '
+            'torch.save(model.state_dict(), FILE)'
+        )
+    for _ in range(2):  # the format's version, the machine
+        _Unpickler(file, path).load()
+    unpickler = _Unpickler(file, path)
+    saved = unpickler.load()
+    total = os.fstat(file.fileno()).st_size
+    for key in _Unpickler(file, path).load():
+        storage = unpickler.storages[str(key)]
+        count = int.from_bytes(file.read(8), 'little')
+        if count != storage.count:
+            raise pickle.UnpicklingError(f'storage {key} has another size')
+        size = count * np.dtype(storage.dtype).itemsize
+        if size > total - file.tell():
+            raise pickle.UnpicklingError(f'storage {key} is cut short')
+        raw = file.read(size)
+        storage.data = np.frombuffer(raw, storage.dtype, count)
+
+    def load_storage(storage):
+        if storage.data is None:
+            raise pickle.UnpicklingError(f'storage {storage.key} is not there')
+        return storage.data
+
+    return _Resolver(load_storage, total).resolve(saved)
+
+
+class _Resolver:
+    """Puts arrays in the place of tensors.
+
+    Lists of lists of the same list can be few in the file and without number here, and
+    so can tensors of the same storage; both are counted.
+    """
+
+    def __init__(self, load_storage, file_size):
+        self._load = functools.cache(load_storage)
+        self._objects = _MOST_OBJECTS
+        self._bytes = max(_SMALL, _EXPANSION * file_size)
+
+    def _count(self, size=0):
+        self._objects -= 1
+        self._bytes -= size
+        if self._objects < 0 or self._bytes < 0:
+            raise pickle.UnpicklingError('it holds far more than it is large')
+
+    def resolve(self, value):
+        self._count()
+        if isinstance(value, _Tensor):
+            return self._array(value)
+        if isinstance(value, dict):
+            return {key: self.resolve(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.resolve(item) for item in value]
+        if isinstance(value, _Record) and '_modules' in value.fields:
+            return Module(
+                value.name,
+                dict(self._module_arrays(value, '')),
+                {
+                    key: self.resolve(item)
+                    for key, item in value.fields.items()
+                    if isinstance(item, str | int | float | list | tuple)
+                },
+            )
+        return value
+
+    def _array(self, tensor):
+        item = np.dtype(tensor.storage.dtype).itemsize
+        self._count(max(item, 4) * math.prod(tensor.shape))
+        flat = self._load(tensor.storage)[tensor.offset :]
+        strides = [step * flat.itemsize for step in tensor.strides]
+        array = np.lib.stride_tricks.as_strided(
+            flat, tensor.shape, strides, writeable=False
+        )
+        if array.dtype in (np.float16, ml_dtypes.bfloat16):
+            array = array.astype(np.float32)
+        return array
+
+    def _module_arrays(self, module, prefix):
+        self._count()
+        for part in ('_parameters', '_buffers'):
+            for name, value in (module.fields.get(part) or {}).items():
+                if isinstance(value, _Tensor):
+                    yield prefix + name, self._array(value)
+        for name, inner in (module.fields.get('_modules') or {}).items():
+            if isinstance(inner, _Record):
+                yield from self._module_arrays(inner, f'{prefix}{name}.')

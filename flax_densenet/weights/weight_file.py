@@ -1,0 +1,570 @@
+"""Weights from files: torchvision, timm (RDNet too), torchxrayvision, Keras, ours.
+
+What a file is, is told by its content. Each array in it is accounted for: one that is
+missing, not expected or of another shape stops the load, and the error lists them all.
+
+    weights = load('densenet121.pth')
+    logits = weights.module.apply(weights.variables, images)
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import re
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.errors import UserError, printable
+from flax_densenet.models import densenet, factory, initialization
+from flax_densenet.weights import keras_files, rdnet_names, timm_config, torch_pickle
+from flax_densenet.weights import metadata as metadata_lib
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+METADATA = 'flax_densenet'  # key of our JSON in a safetensors file
+_NESTED = ('state_dict_ema', 'model_ema', 'state_dict', 'model_state_dict', 'model')
+_HEADS = ('classifier', 'classifier.0', 'classifier.1', 'fc', 'head', 'head.fc')
+_OLD_NAMES = re.compile(r'(denselayer\d+\.(?:norm|conv))\.(\d)(?=\.)')
+_LEAVES = {
+    'weight': {
+        4: ('params', 'kernel'),
+        2: ('params', 'kernel'),
+        1: ('params', 'scale'),
+    },
+    'bias': {1: ('params', 'bias')},
+    'running_mean': {1: ('batch_stats', 'mean')},
+    'running_var': {1: ('batch_stats', 'var')},
+}
+_TORCH_LEAVES = {ours: k for k, ranks in _LEAVES.items() for ours in ranks.values()}
+# Fields of the model that the arrays themselves tell.
+ARCHITECTURE = (
+    *('growth_rate', 'block_sizes', 'bottleneck', 'compression', 'stem'),
+    *('stem_features', 'growth_rates', 'halvings', 'squeeze_blocks', 'patch_size'),
+)
+# How each family prepares images; what a range means stands in configs/base.py.
+_TORCHVISION = dict(
+    image_size=224,
+    resize='crop',
+    crop_fraction=0.875,
+    interpolation='bilinear',
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    channels=3,
+)
+PREPROCESSING = {
+    'torchvision': _TORCHVISION,
+    'timm': _TORCHVISION | dict(interpolation='bicubic'),
+    'rdnet': _TORCHVISION | dict(interpolation='bicubic', crop_fraction=0.9),
+    # x / 255 to -1024 ... 1024: (x / 255 - 0.5) * 2048.
+    'torchxrayvision': dict(
+        image_size=224,
+        resize='crop',
+        crop_fraction=1.0,
+        interpolation='bilinear',
+        mean=(0.5,),
+        std=(1 / 2048,),
+        channels=1,
+    ),
+    'keras': _TORCHVISION | dict(resize='stretch', crop_fraction=1.0),
+    'keras_hub': _TORCHVISION | dict(resize='stretch', crop_fraction=1.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The content of a weight file.
+
+    Attributes:
+      path: of the file or run.
+      family: a key of `PREPROCESSING`, or `flax_densenet`.
+      variables: `{'params', 'batch_stats'}` of numpy arrays, in our tree.
+      fields: of the model: variant and all that the file decides.
+      num_classes: width of the classifier; 0 where the file has none.
+      preprocessing: fields of `config.data` that prepare images as for these weights.
+      class_names: where the file knows them.
+      metadata: of a run of ours, else what else the file says.
+    """
+
+    path: str
+    family: str
+    variables: dict[str, Any]
+    fields: dict[str, Any]
+    num_classes: int
+    preprocessing: dict[str, Any]
+    class_names: tuple[str, ...] | None = None
+    metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def module(self) -> densenet.Network:
+        """The network of these weights."""
+        return factory.create_model(num_classes=self.num_classes, **self.fields)
+
+
+def load(path: str) -> Weights:
+    """Reads weights and what belongs to them.
+
+    Args:
+      path: a file of torch (`.pth`, `.pt`, `.pth.tar`), safetensors or Keras (`.h5`,
+        `.weights.h5`, `.keras`), a folder as the Hugging Face Hub has them, or the
+        workdir of a run, of which the best checkpoint is taken. Names of files do not
+        matter, contents do.
+
+    Raises:
+      UserError: the file is not whole, holds neither a DenseNet nor an RDNet, or has
+        arrays that are missing, not expected or of another shape.
+    """
+    path = os.path.expanduser(path)
+    if os.path.isdir(path):
+        return (_load_folder if is_weights(path) else _load_run)(path)
+    kind = _kind(path)
+    if kind == 'keras':
+        with warnings.catch_warnings(record=True) as notes:
+            warnings.simplefilter('always', UserWarning)
+            arrays, fields, family = keras_files.read(path)
+        for note in notes:
+            print(printable(str(note.message)), flush=True)
+        return _make(path, family, arrays, fields)
+    if kind == 'safetensors':
+        return _load_safetensors(path)
+    return _load_torch(path, torch_pickle.read(path))
+
+
+def is_weights(path: str) -> bool:
+    """Whether this is a file or a folder as on the Hub, and not that of a run."""
+    path = os.path.expanduser(path)
+    return os.path.isfile(path) or timm_config.is_folder(path)
+
+
+def _load_folder(folder):
+    """Weights of timm's or of ours, as its config.json says."""
+    config = timm_config.load(folder)
+    found = load(timm_config.find_weights(folder))
+    if config.metadata is not None:
+        if found.metadata != config.metadata:
+            found = _with_metadata(folder, found, config.metadata)
+        timm_config.check_agrees(folder, config, found.class_names, found.preprocessing)
+        return dataclasses.replace(found, path=folder)
+    timm_config.check_fits(folder, config, found.module)
+    fields = dict(found.fields)
+    # No array tells whether pooling blurs.
+    blurs = factory.VARIANTS.get(config.variant, {}).get('blur_pool', False)
+    if getattr(found.module, 'blur_pool', blurs) != blurs:
+        fields['blur_pool'] = blurs
+    return dataclasses.replace(
+        found,
+        path=folder,
+        family='rdnet' if found.family == 'rdnet' else 'timm',
+        fields=fields,
+        preprocessing=config.preprocessing,
+        class_names=config.class_names,
+    )
+
+
+def _with_metadata(path, found, ours):
+    """Weights of a file with the metadata that stands beside it."""
+    arrays = traverse_util.flatten_dict(found.variables, sep='/')
+    weights = _make(
+        path, 'flax_densenet', arrays, to_tuples(ours['model']), ours['class_names']
+    )
+    return dataclasses.replace(
+        weights, preprocessing=_preprocessing_of(ours), metadata=ours
+    )
+
+
+def _kind(path):
+    try:
+        with open(path, 'rb') as file:
+            start = file.read(16)
+    except FileNotFoundError as error:
+        raise UserError(f'{path}: there is no such file or folder') from error
+    except (OSError, ValueError) as error:  # a NUL in its name
+        reason = getattr(error, 'strerror', None) or error
+        raise UserError(f'{path} cannot be read ({reason})') from error
+    if keras_files.is_keras_file(path):
+        return 'keras'
+    if len(start) > 8 and start[8:9] == b'{':
+        return 'safetensors'
+    if start[:4] == b'PK\x03\x04' or start[:1] == b'\x80':
+        return 'torch'
+    if start == b'version https://':
+        raise UserError(
+            f'{path} is not the weights but a pointer of Git LFS to them; bring them '
+            'with: git lfs pull'
+        )
+    raise UserError(
+        f'{path} holds no weights; use a file of torch (.pth), safetensors or Keras '
+        '(.h5, .keras), or the folder of a run'
+    )
+
+
+def _load_torch(path, saved):
+    """State dictionaries, nested or not, and modules that were pickled whole."""
+    place = 'the file'
+    for name in _NESTED if isinstance(saved, dict) else ():
+        if isinstance(saved.get(name), dict | torch_pickle.Module):
+            saved, place = saved[name], name
+            break
+    attributes = {}
+    if isinstance(saved, torch_pickle.Module):
+        saved, attributes = saved.arrays, saved.attributes
+    if not isinstance(saved, dict):
+        raise UserError(f'{path} holds a {type(saved).__name__}, no weights')
+    # Taken out one by one, here and in `_rename`, so that no array is in memory twice.
+    is_array = {k: isinstance(v, np.ndarray) for k, v in saved.items()}
+    arrays = {str(k): saved.pop(k) for k, is_one in is_array.items() if is_one}
+    others = list(map(str, saved))
+    if not arrays:
+        raise UserError(f'{path} holds no arrays in {place}')
+    if others:
+        raise UserError(f'{path}: {place} holds {others[0]}, which is no array')
+    return _from_torch_arrays(path, arrays, attributes)
+
+
+def _from_torch_arrays(path, arrays, attributes):
+    arrays, extra = _rename(arrays)
+    family, preprocessing = 'torchvision', None
+    first, head = (arrays.get(f'params/{n}/kernel') for n in ('conv0', 'classifier'))
+    if rdnet_names.is_rdnet(arrays):
+        family = 'rdnet'
+    elif 'params/conv1/kernel' in arrays:  # a deep stem, which torchvision lacks
+        family = 'timm'
+    grey = first is not None and first.ndim == 4 and first.shape[2] == 1
+    if grey and (extra or (head is not None and head.shape[-1] == 18)):
+        family = 'torchxrayvision'
+    elif found := _timm_sidecar(path):
+        family = family if family == 'rdnet' else 'timm'
+        preprocessing = found
+    names = attributes.get('pathologies') or attributes.get('targets')
+    if head is None or not isinstance(names, list) or len(names) != head.shape[-1]:
+        names = None
+    weights = _make(path, family, arrays, {}, names)
+    if preprocessing:
+        merged = weights.preprocessing | preprocessing
+        weights = dataclasses.replace(weights, preprocessing=merged)
+    return dataclasses.replace(weights, metadata=extra)
+
+
+def _rename(arrays):
+    """torch's keys and layouts to ours; what is not understood keeps its name."""
+    if (prefix := rdnet_names.find_prefix(arrays)) is not None:
+        return rdnet_names.rename(arrays, prefix), {}
+    prefix = next(
+        (k[: -len('features.conv0.weight')] for k in arrays
+         if k.endswith('features.conv0.weight')),
+        '',
+    )  # fmt: skip
+    found, extra, heads = {}, {}, []
+    for key in list(arrays):
+        array = arrays.pop(key)
+        name = _OLD_NAMES.sub(r'\1\2', key.removeprefix(prefix))
+        place, _, leaf = name.rpartition('.')
+        if leaf == 'num_batches_tracked':
+            continue
+        if name == 'op_threshs':  # torchxrayvision's operating points
+            extra['operating_points'] = [
+                None if math.isnan(x) else x for x in np.ravel(array).tolist()
+            ]
+            continue
+        target = _LEAVES.get(leaf, {}).get(array.ndim)
+        if place in _HEADS and target:
+            heads.append(place)
+            place = 'classifier'
+        elif not name.startswith('features.') or not target:
+            found[key] = array
+            continue
+        collection, leaf = target
+        parts = place.removeprefix('features.').split('.')
+        found['/'.join((collection, *parts, leaf))] = from_torch_layout(array)
+    if len(set(heads)) > 1:
+        raise UserError(f'the weights have two heads: {", ".join(sorted(set(heads)))}')
+    return found, extra
+
+
+def torch_key(name: str) -> str:
+    """params/denseblock1/denselayer1/norm1/scale -> torchvision's key; else `name`."""
+    collection, *place, leaf = name.split('/') if name.count('/') else ('', name)
+    if (collection, leaf) not in _TORCH_LEAVES:
+        return name
+    prefix = [] if place == ['classifier'] else ['features']
+    return '.'.join([*prefix, *place, _TORCH_LEAVES[collection, leaf]])
+
+
+def from_torch_layout(array: np.ndarray) -> np.ndarray:
+    """O, I, H, W -> H, W, I, O; O, I -> I, O; a contiguous array."""
+    return np.ascontiguousarray(
+        array.transpose({4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[array.ndim])
+    )
+
+
+def to_torch_layout(array: np.ndarray) -> np.ndarray:
+    """The other way round: H, W, I, O -> O, I, H, W."""
+    return np.ascontiguousarray(
+        array.transpose({4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[array.ndim])
+    )
+
+
+def _timm_sidecar(path):
+    """How images are prepared, from the config.json that the Hub keeps beside."""
+    config = os.path.join(os.path.dirname(path), timm_config.CONFIG_FILE)
+    try:
+        settings = timm_config.read(config).get('pretrained_cfg')
+        # A run has a file of this name too.
+        if isinstance(settings, dict):
+            return timm_config.preprocessing_of(config, settings)
+    except UserError:
+        pass
+    return None
+
+
+def _load_safetensors(path):
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, 'numpy') as file:
+            metadata = file.metadata() or {}
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (
+        *(safetensors.SafetensorError, OSError, TypeError, ValueError, MemoryError),
+        *(LookupError, AttributeError, OverflowError),
+    ) as error:
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise UserError(f'{path} is not a whole safetensors file ({reason})') from error
+    if METADATA not in metadata:
+        return _from_torch_arrays(path, arrays, {})
+    try:
+        ours = json.loads(metadata[METADATA])
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{path}: its metadata is not ours ({error!r})') from error
+    metadata_lib.check(path, ours, named=False)
+    fields, names = to_tuples(ours['model']), ours['class_names']
+    arrays, _ = _rename(arrays)
+    weights = _make(path, 'flax_densenet', arrays, fields, names)
+    return dataclasses.replace(
+        weights, preprocessing=_preprocessing_of(ours), metadata=ours
+    )
+
+
+def _load_run(workdir):
+    step = checkpoint_reader.find_step(workdir, 'best')
+    metadata = metadata_lib.load(workdir, step)
+    fields = to_tuples(metadata['model'])
+    names = tuple(metadata['class_names'])
+    module = factory.create_model(num_classes=len(names), **fields)
+    channels = len(metadata['mean'])
+    restored = checkpoint_reader.restore(
+        workdir,
+        step,
+        sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]),
+        model=initialization.variable_shapes(module, channels=channels),
+    )
+    return Weights(
+        path=workdir,
+        family='flax_densenet',
+        variables=jax.tree.map(np.asarray, restored['model']),
+        fields=fields,
+        num_classes=len(names),
+        preprocessing=_preprocessing_of(metadata),
+        class_names=names,
+        metadata=metadata,
+    )
+
+
+def _preprocessing_of(metadata):
+    data = {
+        name: value
+        for name, value in metadata['data'].items()
+        if name in _TORCHVISION and value is not None
+    }
+    data |= {name: metadata[name] for name in ('image_size', 'mean', 'std')}
+    data = to_tuples(data)
+    return _TORCHVISION | data | {'channels': len(data['mean'])}
+
+
+def to_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON's lists back to the tuples that hashable modules need."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+
+
+def _make(path, family, arrays, fields, names=None):
+    """Checks every array against the architecture that they tell."""
+    fields = _find_fields(path, arrays) | fields
+    head = arrays.get('params/classifier/kernel')
+    num_classes = 0 if head is None else head.shape[-1]
+    if names and len(names) != num_classes:
+        raise UserError(
+            f'{path} names {len(names)} classes, its classifier has {num_classes}; use '
+            'a copy that is whole'
+        )
+    module = factory.create_model(num_classes=num_classes, **fields)
+    channels = arrays['params/conv0/kernel'].shape[2]
+    shapes = initialization.variable_shapes(module, channels=channels)
+    wanted = traverse_util.flatten_dict(shapes, sep='/')
+    show = str if family.startswith('keras') else torch_key
+    if rdnet_names.is_rdnet(arrays):
+        show = rdnet_names.torch_key
+    _check_arrays(path, arrays, wanted, show)
+    flat = {name: np.asarray(arrays[name], leaf.dtype) for name, leaf in wanted.items()}
+    preprocessing = PREPROCESSING.get(family, _TORCHVISION)
+    if channels != preprocessing['channels']:
+        preprocessing = with_channels(preprocessing, channels)
+    return Weights(
+        path=path,
+        family=family,
+        variables=initialization.with_statistics(
+            traverse_util.unflatten_dict(flat, sep='/')
+        ),
+        fields=fields,
+        num_classes=num_classes,
+        preprocessing=preprocessing,
+        class_names=tuple(map(str, names)) if names else None,
+    )
+
+
+def _check_arrays(path, arrays, wanted, show):
+    """Raises where an array is missing, not expected, or of another shape or kind."""
+    lists = {
+        'missing': sorted(map(show, wanted.keys() - arrays.keys())),
+        'unexpected': sorted(map(show, arrays.keys() - wanted.keys())),
+        'of another shape': [
+            f'{show(name)} {list(arrays[name].shape)}, not {list(wanted[name].shape)}'
+            for name in sorted(wanted.keys() & arrays.keys())
+            if arrays[name].shape != wanted[name].shape
+        ],
+        # Quantised ones mean something else than their numbers.
+        'not of floating point': [
+            f'{show(name)} {arrays[name].dtype}'
+            for name in sorted(wanted.keys() & arrays.keys())
+            if not jax.dtypes.issubdtype(arrays[name].dtype, np.floating)
+        ],
+    }
+    if any(lists.values()):
+        raise UserError(
+            f'{path} does not fit {_describe(wanted)}: '
+            + '; '.join(
+                f'{len(names)} {kind}: {shorten(names)}'
+                for kind, names in lists.items()
+                if names
+            )
+        )
+
+
+def _describe(wanted):
+    kind = 'an RDNet' if rdnet_names.is_rdnet(wanted) else 'a DenseNet'
+    return f'{kind} of {len(wanted)} arrays'
+
+
+def shorten(names, most: int = 8) -> str:
+    """Names joined by commas; of many the first ones."""
+    more = f', and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(names[:most]) + more
+
+
+def _find_fields(path, arrays):
+    """The model's fields that the arrays tell (`ARCHITECTURE`), and a variant."""
+    if rdnet_names.is_rdnet(arrays):
+        fields = rdnet_names.find_fields(path, arrays)
+        # Not one of `ARCHITECTURE`, as its value, once training went on, is not told.
+        scaled = 'params/denseblock1/denselayer1/gamma' in arrays
+        others = {} if scaled else {'layer_scale': 0.0}
+        return _name_variant(fields, 'rdnet_tiny') | others
+    sizes = {}
+    for name in arrays:
+        if match := re.match(r'params/denseblock(\d+)/denselayer(\d+)/', name):
+            block, layer = map(int, match.groups())
+            sizes[block] = max(sizes.get(block, 0), layer)
+    first = arrays.get('params/conv0/kernel')
+    last = arrays.get('params/conv2/kernel', first)  # of a deep stem
+    layer = 'params/denseblock1/denselayer1/'
+    inner = arrays.get(layer + 'conv1/kernel')
+    outer = arrays.get(layer + 'conv2/kernel', inner)
+    blocks = tuple(sizes.get(number, 0) for number in range(1, len(sizes) + 1))
+    known = [first, last, inner, outer]
+    # Two arrays a layer at least: else a single name could tell of a million layers.
+    whole = all(blocks) and 2 * sum(blocks) <= len(arrays)
+    if any(a is None or a.ndim != 4 or not a.size for a in known) or not whole:
+        names = sorted(arrays)
+        raise UserError(
+            f'{path} holds no DenseNet: it has {len(names)} arrays, such as '
+            f'{shorten(names, 3)}'
+        )
+    growth = outer.shape[3]
+    fields = dict(
+        growth_rate=growth,
+        block_sizes=blocks,
+        bottleneck=0 if outer is inner else inner.shape[3] // growth,
+        compression=_find_compression(arrays, blocks, last.shape[3], growth),
+        stem='imagenet' if first.shape[0] == 7 else 'cifar',
+        stem_features=last.shape[3],
+    )
+    # Whether its pooling blurs has no array; it does in timm's variant of this shape.
+    if last is not first:
+        fields['stem'] = 'deep'
+    return _name_variant(fields, 'densenet121')
+
+
+def _name_variant(fields, otherwise):
+    """The variant of these fields alone, or another one with them."""
+    for variant in factory.VARIANTS:
+        if architecture(variant) == fields:
+            return {'variant': variant}
+    return {'variant': otherwise} | fields
+
+
+def architecture(variant: str, **overrides) -> dict[str, Any]:
+    """`ARCHITECTURE` of a variant, with the overrides that are not None."""
+    module = factory.create_model(variant, num_classes=1, **overrides)
+    return {n: getattr(module, n) for n in ARCHITECTURE if hasattr(module, n)}
+
+
+def _find_compression(arrays, blocks, channels, growth):
+    """The share that every transition keeps; a plain number where there is one."""
+    pairs = []
+    for number, size in enumerate(blocks[:-1], start=1):
+        channels += size * growth
+        kernel = arrays.get(f'params/transition{number}/conv/kernel')
+        if kernel is None or kernel.ndim != 4:
+            break
+        pairs.append((channels, kernel.shape[3]))
+        channels = kernel.shape[3]
+    if not pairs:
+        return 0.5
+    exact = (pairs[0][1] + 0.5) / pairs[0][0]
+    guesses = (0.5, 1.0, *(n / 20 for n in range(1, 20)), min(exact, 1.0))
+    for guess in guesses:
+        if all(int(before * guess) == after for before, after in pairs):
+            return guess
+    return 0.5
+
+
+def with_channels(preprocessing: dict[str, Any], channels: int) -> dict[str, Any]:
+    """Preprocessing for images of another number of channels: one mean for all."""
+    if len(preprocessing['mean']) == channels:
+        return preprocessing | {'channels': channels}
+    return preprocessing | {
+        'channels': channels,
+        'mean': (float(np.mean(preprocessing['mean'])),) * channels,
+        'std': (float(np.mean(preprocessing['std'])),) * channels,
+    }
+
+
+def convert_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """The first kernel `[H, W, C, F]` for another number of channels, as timm does.
+
+    To one channel: the sum over the old ones, so a grey image gives what its three
+    equal channels gave. From one, or to any other number: repeated, and divided so
+    that equal channels give the same sum.
+    """
+    old = kernel.shape[2]
+    if channels == old:
+        return kernel
+    if channels == 1:
+        return kernel.sum(2, keepdims=True)
+    repeated = np.tile(kernel, (1, 1, -(-channels // old), 1))[:, :, :channels]
+    return (repeated * (old / channels)).astype(kernel.dtype)

@@ -67,7 +67,7 @@ _INPUTS = flags.DEFINE_string(
     'inputs',
     None,
     'Of --mode=export: images (uint8 to probabilities, the usual one of onnx and '
-    'stablehlo) or normalised (floats to logits, of all other formats).',
+    'stablehlo) or normalized (floats to logits, of all other formats).',
 )
 _PRECISION = flags.DEFINE_string(
     'precision',
@@ -534,7 +534,7 @@ def _pack(config, workdir, overrides):
     print(f'use it with --config.data.source=packed:{_OUT.value}')
 
 
-def _summarise(config, workdir, overrides):
+def _summarize(config, workdir, overrides):
     from flax_densenet.data import dataset
     from flax_densenet.models import factory, summary
     from flax_densenet.train import finetune
@@ -563,7 +563,7 @@ MODES = {
     'train': _train,
     'eval': _evaluate,
     'report': _report,
-    'summary': _summarise,
+    'summary': _summarize,
     'export': _export,
     'predict': _predict,
     'serve': _serve,

@@ -22,7 +22,7 @@ from benchmarks import sidebyside
 
 PEERS = '.venv-peers/bin/python'
 BATCH, SIZE = 16, 224
-RECIPES = ('randaugment', 'trivialaugment', 'colour_jitter')
+RECIPES = ('randaugment', 'trivialaugment', 'color_jitter')
 JITTER = (0.4, 0.4, 0.4, 0.1)
 TORCH = {
     'torchvision v2, Pillow': ('v2', 'pillow', '0'),
@@ -64,8 +64,8 @@ def _serve_ours(folder, recipe):
     examples = dataset.Examples(
         reader, np.arange(len(paths)), images_lib.Preparation(SIZE)
     )
-    jitter = recipe == 'colour_jitter'
-    changes = {'colour_jitter': JITTER} if jitter else {'policy': recipe}
+    jitter = recipe == 'color_jitter'
+    changes = {'color_jitter': JITTER} if jitter else {'policy': recipe}
     steps = len(paths) // BATCH
 
     def measure():
@@ -102,7 +102,7 @@ def _make_transform(recipe, version, kind):
     change = {
         'randaugment': module.RandAugment,
         'trivialaugment': module.TrivialAugmentWide,
-        'colour_jitter': lambda: module.ColorJitter(*JITTER),
+        'color_jitter': lambda: module.ColorJitter(*JITTER),
     }[recipe]()
     to_tensor = module.PILToTensor()
     steps = [module.RandomResizedCrop(SIZE), module.RandomHorizontalFlip(), change]
@@ -152,12 +152,12 @@ def compare(folder, recipe, rounds):
     found = sidebyside.alternate(contenders, rounds)
     for contender in contenders.values():
         contender.close()
-    return {figure: _summarise(found, figure) for figure in found['ours']}
+    return {figure: _summarize(found, figure) for figure in found['ours']}
 
 
-def _summarise(found, figure):
+def _summarize(found, figure):
     values = {name: figures[figure] for name, figures in found.items()}
-    result = {name: sidebyside.summarise(each) for name, each in values.items()}
+    result = {name: sidebyside.summarize(each) for name, each in values.items()}
     best = max(TORCH, key=lambda name: result[name]['median'])
     result['ours / fastest other'] = sidebyside.ratio(values['ours'], values[best])
     return result

@@ -87,7 +87,7 @@ def main(folder, rounds=9):
     }
     for contender in contenders.values():
         contender.close()
-    result = {name: sidebyside.summarise(values) for name, values in found.items()}
+    result = {name: sidebyside.summarize(values) for name, values in found.items()}
     best = max(('torch', 'torch, one worker'), key=lambda n: result[n]['median'])
     result['ours / torch'] = sidebyside.ratio(found['ours'], found[best])
     print(json.dumps(result, indent=2))

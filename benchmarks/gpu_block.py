@@ -21,7 +21,7 @@ from jax import lax
 from flax_densenet.kernels import dense_block
 
 
-def normalised(x, norm, kernel):
+def normalized(x, norm, kernel):
     """relu(norm1(x)) of the first C channels, `[P, C]`, for the kernel `[C, M]`."""
     mean, factor, bias = norm
     # XLA fuses the slice into what reads it, so no copy is made.
@@ -31,7 +31,7 @@ def normalised(x, norm, kernel):
 
 
 def _xla_forward(x, norm, kernel):
-    y = lax.dot(normalised(x, norm, kernel), kernel)
+    y = lax.dot(normalized(x, norm, kernel), kernel)
     return y, dense_block.statistics(y[None, None])
 
 
@@ -52,7 +52,7 @@ def _xla_backward(x, g, total, norm, kernel):
 
 
 def _xla_conv(buffer, at, y, norm, kernel, shape):
-    y = normalised(y, norm, kernel[0, 0]).reshape(*shape, -1)
+    y = normalized(y, norm, kernel[0, 0]).reshape(*shape, -1)
     y = dense_block._conv3x3(y, kernel)
     found = dense_block.statistics(y)
     y = y.reshape(buffer.shape[0], -1)

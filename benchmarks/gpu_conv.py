@@ -1,12 +1,12 @@
 """Pallas kernels for a GPU: `relu(norm2(y))` and the 3x3 kernel, one pass each way.
 
-cuDNN's convolution takes its input normalised, so XLA writes and reads the M channels
+cuDNN's convolution takes its input normalized, so XLA writes and reads the M channels
 once more in each direction, and another pass takes statistics and puts the result into
 the block's buffer. Here the forward kernel reads y, writes the new channels where they
 belong and takes their statistics; the backward kernel reads y and the gradient of the
 new channels, and gives gradients of the kernel and of what is behind norm2.
 
-A tile is a run of pixels, `[N * H * W]`; the nine neighbours of each are read from the
+A tile is a run of pixels, `[N * H * W]`; the nine neighbors of each are read from the
 cache. As sums of nine products it is an implicit matrix product on the tensor cores.
 """
 
@@ -27,7 +27,7 @@ FORWARD = Tiles(warps=4)
 BACKWARD = Tiles(channels=64, stages=1)
 
 
-def _neighbours(start, count, offset, shape):
+def _neighbors(start, count, offset, shape):
     """Indices of the pixels at (row, column) `offset`, and where these are inside."""
     images, height, width = shape
     pixel = start + lax.iota(jnp.int32, count)
@@ -75,7 +75,7 @@ def _forward_kernel(*refs, shape, middle, growth, at, tiles):
             for ref in norm_refs
         )
         offset = (lax.div(tap, 3) - 1, lax.rem(tap, 3) - 1)
-        where, inside = _neighbours(start, tiles.pixels, offset, shape)
+        where, inside = _neighbors(start, tiles.pixels, offset, shape)
         y = _gather(y_ref, where, index, tiles.channels, _both(inside, inner_mask))
         y = jnp.maximum((y.astype(jnp.float32) - mean) * factor + bias, 0)
         # What is outside of the image is 0 behind the ReLU.
@@ -170,7 +170,7 @@ def _backward_kernel(*refs, shape, middle, growth, tiles, per_split):
         d = jnp.zeros((tiles.pixels, tiles.channels), jnp.float32)
         for tap, (row, column) in _taps():
             # The window that has this pixel at the tap lies in the other direction.
-            where, inside = _neighbours(
+            where, inside = _neighbors(
                 start, tiles.pixels, (1 - row, 1 - column), shape
             )
             g = _gather(g_ref, where, 0, tiles.features, _both(inside, new_mask))

@@ -1,6 +1,6 @@
 """Pallas kernels for a GPU: `relu(norm1(x))` times the 1x1 kernel, one pass each way.
 
-As separate operations that layer reads the C channels of `x`, writes them normalised,
+As separate operations that layer reads the C channels of `x`, writes them normalized,
 reads them for the product, and reads its output for batch norm's statistics; backward
 it is about ten passes over C channels. `forward` reads x once and takes the statistics
 of what it writes; `backward` reads x once, and reads and writes the gradient of x once.

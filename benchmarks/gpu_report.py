@@ -71,7 +71,7 @@ def _best(lines, part):
     for line in _find(lines, part=part):
         if not line['contender'].startswith('torch'):
             ratio = _ratio(lines, line, 'torch_compile')
-            speed = sidebyside.summarise(line['values'])['median']
+            speed = sidebyside.summarize(line['values'])['median']
             found[line['contender']] = (ratio['median'] if ratio else 0, speed)
     return max(found, key=found.get) if found else None
 
@@ -79,7 +79,7 @@ def _best(lines, part):
 def _bandwidth(lines):
     """Gigabytes a second of a copy, or None."""
     found = _find(lines, figure='gb_per_second')
-    return sidebyside.summarise(found[-1]['values'])['median'] if found else None
+    return sidebyside.summarize(found[-1]['values'])['median'] if found else None
 
 
 def _least_mb(lines):
@@ -109,7 +109,7 @@ def medians(lines):
     )
 
     def median(line):
-        return sidebyside.summarise(line['values'])['median']
+        return sidebyside.summarize(line['values'])['median']
 
     if ours:
         flags = best_flags(lines)
@@ -157,7 +157,7 @@ def _speeds(lines, part, task):
         '|---|---|---|---|---|---|---|',
     ]
     for line in _find(lines, part=part, task=task):
-        speed, facts = sidebyside.summarise(line['values']), line['facts']
+        speed, facts = sidebyside.summarize(line['values']), line['facts']
         ratios = [_ratio(lines, line, peer) for peer in ('torch_compile', 'torch')]
         same = {name: line[name] for name in ('part', 'task', 'group', 'contender')}
         peak = max(_find(lines, 'peak_gib', **same)[0]['values'])

@@ -7,7 +7,7 @@ run the package itself around it.
   concat    today's: concatenation, 1x1 as a product
   conv1x1   the same, 1x1 as a convolution
   nchw      the same, 3x3 with channels first
-  pieces    no growing array: normalised pieces are joined for each product
+  pieces    no growing array: normalized pieces are joined for each product
   buffer    one preallocated buffer, written in place, backward by hand (`gpu_block`)
   forward   the same; the 1x1 in the forward pass by a Pallas kernel
   pallas    the same; the 1x1 by Pallas kernels both ways
@@ -67,7 +67,7 @@ def _train(
     Args:
       product, conv3x3: of the two convolutions.
       join: whether the features are concatenated after each layer, or are kept as
-        pieces which are joined when they are normalised.
+        pieces which are joined when they are normalized.
     """
     _refuse(layers, dropout_rate, path_rates)
 
@@ -149,8 +149,8 @@ def _buffer_eval(x, layers, *, epsilon, dtype, kernel='xla', parts):
                 activate = (factor, bias - mean * factor)
                 y = gpu_kernels.forward(buffer, norm1, kernel1, activate=activate)
             else:
-                y = lax.dot(gpu_block.normalised(buffer, norm1, kernel1), kernel1)
-                y = gpu_block.normalised(y, norm2, kernel2[0, 0])
+                y = lax.dot(gpu_block.normalized(buffer, norm1, kernel1), kernel1)
+                y = gpu_block.normalized(y, norm2, kernel2[0, 0])
             y = dense_block._conv3x3(y.reshape(*shape[:3], -1), kernel2)
             y = y.reshape(pixels, growth)
             buffer = lax.dynamic_update_slice(buffer, y, (0, channels))

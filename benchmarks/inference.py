@@ -4,7 +4,7 @@
 
 Contenders are processes that take turns (`sidebyside`); ratios are of a round each.
 *ours* is what `Predictor` runs, from uint8 images in the host's memory to probabilities
-there, so normalisation and softmax are its work too; the others get normalised floats
+there, so normalization and softmax are its work too; the others get normalized floats
 in their own memory and give logits. Prints a table and, last, a line of JSON. What they
 say while they prepare (torch.compile takes minutes, the first time) goes to stderr.
 """
@@ -151,7 +151,7 @@ def main():
         found = measure(options.only, batch, options.rounds)
         print(f'batch {batch}: images/s, and how much faster ours is, round by round')
         for name, values in found.items():
-            line = f'  {name:<14}{_format(sidebyside.summarise(values), 2)}'
+            line = f'  {name:<14}{_format(sidebyside.summarize(values), 2)}'
             if name != 'ours' and 'ours' in found:
                 ratio = sidebyside.ratio(found['ours'], values)
                 line += f'   {_format(ratio, 3)}'

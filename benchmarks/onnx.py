@@ -3,7 +3,7 @@
   python -m benchmarks.onnx --folder=DIR --rounds=12
 
 Needs `.venv-peers` (make .venv-peers/installed) for torchvision's own export. All take
-normalised float32 images of 224x224; weights are first ones, which compute as fast as
+normalized float32 images of 224x224; weights are first ones, which compute as fast as
 others. Contenders take turns, see `sidebyside`.
 """
 
@@ -35,9 +35,9 @@ def make_ours(folder):
     trained = prediction.make_predictor().trained
     metadata = trained.metadata
     arguments = trained.module, trained.variables, metadata
-    onnx.save(onnx_network.make(*arguments, inputs='normalised'), folder / 'ours.onnx')
+    onnx.save(onnx_network.make(*arguments, inputs='normalized'), folder / 'ours.onnx')
     samples = sample_images.of_library(trained_lib.preparation_of(metadata))
-    made = onnx_int8.make(*arguments, [samples.images], inputs='normalised')
+    made = onnx_int8.make(*arguments, [samples.images], inputs='normalized')
     onnx.save(made, folder / 'int8.onnx')
 
 
@@ -96,7 +96,7 @@ def compare(folder, batch, rounds):
     rates = {name: found[name]['images/s'] for name in names}
     return {
         'batch': batch,
-        **{name: sidebyside.summarise(rates[name]) for name in names},
+        **{name: sidebyside.summarize(rates[name]) for name in names},
         'ours/torchvision': sidebyside.ratio(rates['ours'], rates['torchvision']),
         'int8/ours': sidebyside.ratio(rates['int8'], rates['ours']),
     }

@@ -121,7 +121,7 @@ def compare(folder, packed_folder, size, rounds):
     result = {'images': len(paths), 'bytes': sum(map(os.path.getsize, paths))}
     result['cold'] = cold
     for task, rate in rates.items():
-        result[task] = {way: sidebyside.summarise(rate[way]) for way in ways}
+        result[task] = {way: sidebyside.summarize(rate[way]) for way in ways}
         result[task]['ratio'] = sidebyside.ratio(rate['packed'], rate['files'])
     return result
 

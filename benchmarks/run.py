@@ -110,7 +110,7 @@ def main():
         tables[task] = found = measure_task(task)
         for name, figures in found.items():
             for figure, values in figures.items():
-                summary = sidebyside.summarise(values)
+                summary = sidebyside.summarize(values)
                 lines.append({'task': task, 'contender': name, 'figure': figure})
                 lines[-1] |= summary | {'values': values}
         print(f'{task}: done', file=sys.stderr, flush=True)
@@ -121,7 +121,7 @@ def main():
         medians[name] = round(ratios[name]['median'], 3)
     starts = measure_start()
     for name, values in starts.items():
-        ratios[name] = sidebyside.summarise(values)
+        ratios[name] = sidebyside.summarize(values)
         medians[name] = round(ratios[name]['median'], 2)
     depth = measure_depth()
     lines += [{'ratio': name} | summary for name, summary in ratios.items()]
@@ -174,7 +174,7 @@ def _write_table(tables, ratios, depth):
             '|---|---|---|',
         ]
         for name, figures in found.items():
-            speed = sidebyside.summarise(figures['images_per_second'])
+            speed = sidebyside.summarize(figures['images_per_second'])
             out.append(
                 f'| {name} | {speed["median"]:.2f} ({speed["lowest"]:.2f} to '
                 f'{speed["highest"]:.2f}) | {max(figures["peak_gib"]):.2f} |'

@@ -140,7 +140,7 @@ def measure(options):
     one = found[1, 1]['seconds']
     for (devices, processes), figures in found.items():
         times = sidebyside.ratio(figures['seconds'], one)
-        middle = sidebyside.summarise(figures['seconds'])['median']
+        middle = sidebyside.summarize(figures['seconds'])['median']
         print(
             f'| {devices * processes} | {processes} | {middle * 1e3:.0f} | '
             f'{times["median"]:.2f} ({times["lowest"]:.2f} to {times["highest"]:.2f}) |'

@@ -85,7 +85,7 @@ def alternate(contenders: dict[str, Contender], rounds: int):
     return found
 
 
-def summarise(values) -> dict[str, float]:
+def summarize(values) -> dict[str, float]:
     """Median and the range from the lowest to the highest."""
     return {
         'median': statistics.median(values),
@@ -97,4 +97,4 @@ def summarise(values) -> dict[str, float]:
 
 def ratio(ours, theirs) -> dict[str, float]:
     """Summary of the ratio `ours / theirs`, taken round by round."""
-    return summarise([a / b for a, b in zip(ours, theirs, strict=True)])
+    return summarize([a / b for a, b in zip(ours, theirs, strict=True)])

@@ -73,10 +73,10 @@ def get_config() -> ConfigDict:
     # How an image is prepared; None (0) leaves it to init_from's weights, else to the
     # value named first.
     config.data.image_size = 0  # pixels a side; digits 32, others 224
-    config.data.resize = optional(str)  # stretch, or crop: a square in the centre
+    config.data.resize = optional(str)  # stretch, or crop: a square in the center
     config.data.crop_fraction = optional(float)  # 1.0; its share of the shorter side
     config.data.interpolation = optional(str)  # bilinear, bicubic
-    config.data.channels = 0  # 3 for colour, 1 for grey
+    config.data.channels = 0  # 3 for color, 1 for gray
     # (image / 255 - mean) / std, a number for each channel; ImageNet's.
     config.data.mean = optional(tuple)
     config.data.std = optional(tuple)
@@ -88,9 +88,9 @@ def get_config() -> ConfigDict:
     config.data.augment = 'none'
     # Brightness, contrast, saturation and hue, '(0.4,0.4,0.4,0.1)': factors from 1 - x
     # to 1 + x, the hue turns by so much of the circle; 0.4 alone is of the first three.
-    config.data.colour_jitter = ()
+    config.data.color_jitter = ()
     # trivialaugment (one operation, of any strength), randaugment (two of strength 9 of
-    # 30) or randaugment-N-M: turned, sheared, moved, recoloured, as torchvision does.
+    # 30) or randaugment-N-M: turned, sheared, moved, recolored, as torchvision does.
     config.data.policy = 'none'
     config.data.erase = 0.0  # share of images that a box is erased from
     # Images in pairs of a batch, over each other (mixup) or a box of one in the other

@@ -7,7 +7,7 @@ X-RAYS is a folder of images, TABLE.csv says which have what: the NIH's
 `Data_Entry_2017.csv` as it is, or a column of 0 and 1 for each label. A patient's
 images stay together in the split. DenseNet-121 from ImageNet's weights, Adam 1e-3,
 batch 16, mirrored images; the best epoch is that with the highest mean AUROC.
-torchxrayvision's weights bring their own preparation of grey images: with them set
+torchxrayvision's weights bring their own preparation of gray images: with them set
 `--config.data.crop_fraction=1`.
 """
 

@@ -3,9 +3,9 @@
   python launch.py --config=configs/imagenet.py:121     # or 161, 169, 201, 264
 
 SGD with Nesterov momentum 0.9 from 0.1, divided by 10 after epochs 30 and 60 of 90, in
-batches of 256, weight decay 1e-4; random crops and mirroring in training, a centre crop
+batches of 256, weight decay 1e-4; random crops and mirroring in training, a center crop
 of 224 pixels from 256 in the test. `:121,code` draws kernels from the fan-out, as the
-authors' Torch code does; that code also jitters colours and lighting. Reads
+authors' Torch code does; that code also jitters colors and lighting. Reads
 data/imagenet/{train,val}/CLASS/*; --config.data.source=packed:FOLDER what --mode=pack
 made of it, tfds:imagenet2012 a set prepared by TFDS. Where a batch does not fit,
 --config.train.accumulate_steps=4. On several GPUs batch norm has the statistics of all

@@ -14,7 +14,7 @@ The authors' settings: 300 epochs of ImageNet in batches of 512, AdamW from 1e-3
 cosine, 20 epochs of warm-up, weight decay 0.05, stochastic depth of 0.15, 0.35, 0.4 and
 0.5 for tiny, small, base and large, at 224x224. They report 82.8, 83.7, 84.4 and 84.8 %
 of ImageNet's validation images. Theirs besides, and not set here: RandAugment, mixup
-0.8, CutMix 1, label smoothing 0.1, random erasing 0.25 and colour jitter, decay of
+0.8, CutMix 1, label smoothing 0.1, random erasing 0.25 and color jitter, decay of
 kernels alone, a last rate of 1e-6 instead of 0. Not trained here; the gradient of four
 images took 1.4 s on two CPU cores, so a GPU or several are needed.
 """

@@ -4,7 +4,7 @@
     python onnx_predict.py model.onnx photo.jpg ...
 
 The file itself says how an image is prepared and what its classes are called. Pixels
-are those of flax_densenet, but for 16-bit grey and very large images.
+are those of flax_densenet, but for 16-bit gray and very large images.
 """
 
 import json

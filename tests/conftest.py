@@ -115,7 +115,7 @@ def formula_variables(variables):
 
 
 def write_images(root, counts, *, size=(40, 30), seed=0):
-    """JPEGs in `root/CLASS/N.jpg`, `counts` of each class; a class has its colour."""
+    """JPEGs in `root/CLASS/N.jpg`, `counts` of each class; a class has its color."""
     rng = np.random.default_rng(seed)
     for number, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True, exist_ok=True)

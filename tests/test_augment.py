@@ -46,12 +46,12 @@ def test_crop_fills_the_image_with_a_part_of_it():
     assert min(spans) < 16 and max(spans) >= 38
 
 
-def test_grey_images_are_cropped():
-    grey = IMAGE[..., :1]
-    found = [geometry.crop(grey, np.random.default_rng(seed)) for seed in range(9)]
-    assert {image.shape for image in found} == {grey.shape}
-    colour = [geometry.crop(IMAGE, np.random.default_rng(seed)) for seed in range(9)]
-    for one, other in zip(found, colour, strict=True):
+def test_gray_images_are_cropped():
+    gray = IMAGE[..., :1]
+    found = [geometry.crop(gray, np.random.default_rng(seed)) for seed in range(9)]
+    assert {image.shape for image in found} == {gray.shape}
+    color = [geometry.crop(IMAGE, np.random.default_rng(seed)) for seed in range(9)]
+    for one, other in zip(found, color, strict=True):
         np.testing.assert_array_equal(one, other[..., :1])
 
 

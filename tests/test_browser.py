@@ -166,7 +166,7 @@ def test_hundred_classes(chromium, tmp_path):
     trained = tiny_trained(source)
     trained.metadata['class_names'] = list(found.class_names)
     path = tmp_path / 'report.html'
-    # Their images are of one colour, so Grad-CAM of any model does.
+    # Their images are of one color, so Grad-CAM of any model does.
     page.save_report(str(tmp_path), trained, source, found, trained_on=False)
     assert path.stat().st_size < 10_000_000
     with opened(chromium, str(path)) as tab:

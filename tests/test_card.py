@@ -77,8 +77,8 @@ def test_all_that_a_run_tells(tmp_path):
         '| `optimizer.learning_rate` | `0.003` |',
         '| `train.label_smoothing` | `0.1` |',
         'started from other weights, `densenet121.pth`',
-        '| Licence of the weights | MIT |',
-        '| Licence of the data | unknown: none was given |',
+        '| License of the weights | MIT |',
+        '| License of the data | unknown: none was given |',
         r'| Largest difference | 1e-3 \| \<b\> |',
         'expected calibration error',
         "onnxruntime.InferenceSession('insects.onnx')",
@@ -310,7 +310,7 @@ def test_every_format_has_code(key, variant):
         module=module,
         metadata=trained().metadata | {'model': {'variant': variant}},
     )
-    for facts in ((), [('inputs', 'normalised')]):
+    for facts in ((), [('inputs', 'normalized')]):
         said = model_card.render(
             found, file="a'b.weights.h5", file_format=key, facts=facts
         )

@@ -59,7 +59,7 @@ def test_split_of_a_folder(folder):
         example = source.test[i]
         class_name = os.path.basename(os.path.dirname(source.test.name(i)))
         assert source.class_names[example['label']] == class_name
-        # Each class has a colour of its own (conftest).
+        # Each class has a color of its own (conftest).
         assert example['image'].mean((0, 1)).argmax() == example['label']
     same, other = load(folder), load(folder, split_seed=1)
     assert same.test.indices.tolist() == source.test.indices.tolist()
@@ -338,9 +338,9 @@ def test_cache_and_processes_do_not_go_together(folder):
         pipeline.check_train_batches(source.train, 4, 'none', 2)
 
 
-def test_relabelled_and_joined(folder):
+def test_relabeled_and_joined(folder):
     source = load(folder)
-    renamed = dataset.Relabelled(source.train, [5, 7, 9], 10)
+    renamed = dataset.Relabeled(source.train, [5, 7, 9], 10)
     assert set(renamed.labels) == {5, 7, 9}
     assert [renamed[i]['label'] for i in range(24)] == renamed.labels.tolist()
     everything = dataset.join(source.train, source.test)

@@ -14,7 +14,7 @@ from flax_densenet.weights import trained
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
-def test_normalise():
+def test_normalize():
     images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 3), np.uint8)
     expected = (images / 255 - np.array(MEAN)) / np.array(STD)
     found = trained.normalize(images, mean=MEAN, std=STD)

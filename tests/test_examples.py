@@ -34,7 +34,7 @@ def test_notebook_runs(path, tmp_path, monkeypatch):
     (tmp_path / 'examples').mkdir()
     monkeypatch.setenv('PYTHONPATH', str(tmp_path))
     monkeypatch.setenv('MPLBACKEND', 'module://matplotlib_inline.backend_inline')
-    # Those of the tests: four devices, and compiled without optimisation.
+    # Those of the tests: four devices, and compiled without optimization.
     monkeypatch.delenv('XLA_FLAGS')
     for name in ('http_proxy', 'https_proxy'):
         monkeypatch.setenv(name, 'http://127.0.0.1:9')  # nothing listens there

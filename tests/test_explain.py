@@ -73,8 +73,8 @@ def test_overlay():
     assert found.shape == (8, 8, 3) and found.dtype == np.uint8
     assert np.abs(found[7, 7].astype(int) - 100).max() <= 2  # nothing there
     assert np.abs(found[0, 0].astype(int) - 100).max() > 40
-    grey = overlay.overlay(image[..., :1], np.zeros((2, 2)))
-    np.testing.assert_array_equal(grey, image)
+    gray = overlay.overlay(image[..., :1], np.zeros((2, 2)))
+    np.testing.assert_array_equal(gray, image)
 
 
 def test_layer_is_the_overlay_taken_apart():

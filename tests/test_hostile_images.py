@@ -112,7 +112,7 @@ def test_very_long_images(name, size):
 
 @pytest.mark.parametrize('name', ['GIF', 'WEBP', 'PNG', 'TIFF'])
 def test_first_frame_of_an_animation(name, tmp_path):
-    frames = [Image.new('RGB', (8, 8), colour) for colour in ('red', 'blue', 'lime')]
+    frames = [Image.new('RGB', (8, 8), color) for color in ('red', 'blue', 'lime')]
     options = {'lossless': True} if name == 'WEBP' else {}
     file = encode(frames[0], name, save_all=True, append_images=frames[1:], **options)
     with Image.open(io.BytesIO(file)) as image:
@@ -151,7 +151,7 @@ def test_broken_exif_beside_whole_pixels(name, kind, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['JPEG', 'PNG', 'WEBP', 'TIFF'])
-def test_broken_colour_profiles(name):
+def test_broken_color_profiles(name):
     image, options = Image.fromarray(GRID), {'WEBP': {'lossless': True}}.get(name, {})
     noise = random.Random(1).randbytes(500)
     for profile in (noise, bytes(3), b'\xff\xff\xff\xff' + noise):

@@ -190,7 +190,7 @@ def test_half_precision(dtype, tmp_path):
         assert {leaf.dtype for leaf in leaves} == {np.dtype('float32')}
 
 
-def test_quantised_arrays(tmp_path):
+def test_quantized_arrays(tmp_path):
     arrays = state_dict() | {'classifier.weight': np.ones((5, 20), np.int8)}
     path = write_safetensors(tmp_path / 'x', arrays)
     with pytest.raises(

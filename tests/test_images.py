@@ -11,7 +11,7 @@ from flax_densenet import UserError
 from flax_densenet.data import images
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
-GREY = RGB[..., 0]
+GRAY = RGB[..., 0]
 
 
 def encode(image, image_format, **options):
@@ -33,30 +33,30 @@ def load(image, image_format='PNG', **options):
 def test_formats(name):
     options = {'WEBP': {'lossless': True}, 'JPEG': {'quality': 100, 'subsampling': 0}}
     smooth = np.linspace(0, 255, 6 * 9 * 3).reshape(6, 9, 3).astype(np.uint8)
-    # A GIF holds 256 colours: enough for this image's 54 pixels.
+    # A GIF holds 256 colors: enough for this image's 54 pixels.
     found = load(Image.fromarray(smooth), name, **options.get(name, {}))
     bound = {'JPEG': 8}.get(name, 0)
     assert np.abs(found.astype(int) - smooth).max() <= bound
 
 
-def test_grey():
-    expected = np.repeat(GREY[..., None], 3, -1)
-    np.testing.assert_array_equal(load(Image.fromarray(GREY)), expected)
+def test_gray():
+    expected = np.repeat(GRAY[..., None], 3, -1)
+    np.testing.assert_array_equal(load(Image.fromarray(GRAY)), expected)
 
 
 @pytest.mark.parametrize('name', ['PNG', 'TIFF'])
-def test_16_bit_grey_keeps_its_range(name):
-    deep = GREY.astype(np.uint16) * 257
-    expected = np.repeat(GREY[..., None], 3, -1)
+def test_16_bit_gray_keeps_its_range(name):
+    deep = GRAY.astype(np.uint16) * 257
+    expected = np.repeat(GRAY[..., None], 3, -1)
     np.testing.assert_array_equal(load(Image.fromarray(deep), name), expected)
 
 
 def test_float_tiff():
-    expected = np.repeat(GREY[..., None], 3, -1)
-    unit = Image.fromarray((GREY / 255).astype(np.float32))
+    expected = np.repeat(GRAY[..., None], 3, -1)
+    unit = Image.fromarray((GRAY / 255).astype(np.float32))
     np.testing.assert_array_equal(load(unit, 'TIFF'), expected)
     np.testing.assert_array_equal(
-        load(Image.fromarray(GREY.astype(np.float32)), 'TIFF'), expected
+        load(Image.fromarray(GRAY.astype(np.float32)), 'TIFF'), expected
     )
 
 
@@ -66,19 +66,19 @@ def test_alpha_lies_over_white():
     found = load(Image.fromarray(np.concatenate([RGB, alpha], -1)))
     np.testing.assert_array_equal(found[:3], RGB[:3])
     assert (found[3:] == 255).all()
-    grey = load(Image.fromarray(np.concatenate([GREY[..., None], alpha], -1)))
-    np.testing.assert_array_equal(grey[:3, :, 1], GREY[:3])
-    assert (grey[3:] == 255).all()
+    gray = load(Image.fromarray(np.concatenate([GRAY[..., None], alpha], -1)))
+    np.testing.assert_array_equal(gray[:3, :, 1], GRAY[:3])
+    assert (gray[3:] == 255).all()
 
 
-def test_palette_with_a_transparent_colour():
-    image = Image.fromarray((GREY > 127).astype(np.uint8), 'L').convert('P')
+def test_palette_with_a_transparent_color():
+    image = Image.fromarray((GRAY > 127).astype(np.uint8), 'L').convert('P')
     image.putpalette([10, 20, 30, 200, 100, 50] + [0] * 762)
     found = load(image, 'PNG', transparency=0)
-    expected = np.where((GREY > 127)[..., None], [200, 100, 50], 255)
+    expected = np.where((GRAY > 127)[..., None], [200, 100, 50], 255)
     np.testing.assert_array_equal(found, expected)
     found = load(image, 'PNG')
-    expected = np.where((GREY > 127)[..., None], [200, 100, 50], [10, 20, 30])
+    expected = np.where((GRAY > 127)[..., None], [200, 100, 50], [10, 20, 30])
     np.testing.assert_array_equal(found, expected)
 
 
@@ -90,12 +90,12 @@ def test_cmyk(name):
 
 
 def test_1_bit():
-    found = load(Image.fromarray(GREY > 127))
-    np.testing.assert_array_equal(found[..., 2], (GREY > 127) * 255)
+    found = load(Image.fromarray(GRAY > 127))
+    np.testing.assert_array_equal(found[..., 2], (GRAY > 127) * 255)
 
 
 def test_first_frame_of_a_gif():
-    frames = [Image.new('RGB', (8, 8), colour) for colour in ('red', 'blue')]
+    frames = [Image.new('RGB', (8, 8), color) for color in ('red', 'blue')]
     found = load(frames[0], 'GIF', save_all=True, append_images=frames[1:])
     np.testing.assert_array_equal(found, np.broadcast_to([255, 0, 0], (8, 8, 3)))
 
@@ -148,10 +148,10 @@ def test_crop_is_resize_and_crop(size, interpolation):
 
 
 def test_one_channel():
-    grey = load_image(encode(Image.fromarray(RGB), 'PNG'), 0, channels=1)
-    assert grey.shape == (*RGB.shape[:2], 1)
+    gray = load_image(encode(Image.fromarray(RGB), 'PNG'), 0, channels=1)
+    assert gray.shape == (*RGB.shape[:2], 1)
     expected = Image.fromarray(RGB).convert('L')
-    np.testing.assert_array_equal(grey[..., 0], expected)
+    np.testing.assert_array_equal(gray[..., 0], expected)
 
 
 def test_resize_equals_pillows_with_antialiasing():

@@ -143,7 +143,7 @@ def test_names():
         assert keras_layers.module_of(name) == module, name
 
 
-def test_recognise(tmp_path):
+def test_recognize(tmp_path):
     def written(name, content):
         (tmp_path / name).write_bytes(content)
         return str(tmp_path / name)
@@ -580,7 +580,7 @@ def test_write_another_epsilon(keras, tmp_path, epsilon):
     assert_equal(run_ours(arrays, fields, x), logits_of(module, variables, x))
 
 
-def test_write_grey_images(keras, tmp_path):
+def test_write_gray_images(keras, tmp_path):
     module, variables = ours(channels=1)
     path = str(tmp_path / 'a.keras')
     keras_files.write(path, module, variables)

@@ -140,7 +140,7 @@ def test_auroc_by_hand():
 
 @pytest.fixture
 def table(tmp_path):
-    """120 images of 40 patients; a label is a colour that shines, some not known."""
+    """120 images of 40 patients; a label is a color that shines, some not known."""
     rng = np.random.default_rng(0)
     folder = tmp_path / 'scans' / 'part 1'
     folder.mkdir(parents=True)

@@ -36,7 +36,7 @@ def mixed(seed=0, **fields):
     return mixing.Mixed(*map(np.asarray, found))
 
 
-def test_erased_boxes_have_the_mean_colour():
+def test_erased_boxes_have_the_mean_color():
     found = mixed(erase=0.5)
     fill = 255 * np.asarray(MEAN, 'f4')
     erased = (found.images == fill).all(-1)
@@ -241,7 +241,7 @@ EVERYTHING = {
     'data.test_fraction': 0.9,
     'data.batch_size': 32,
     'data.augment': 'crop_flip',
-    'data.colour_jitter': (0.4, 0.4, 0.4, 0.1),
+    'data.color_jitter': (0.4, 0.4, 0.4, 0.1),
     'data.policy': 'randaugment',
     'data.erase': 0.25,
     'data.mixup': 0.2,

@@ -90,11 +90,11 @@ def make_images(count=4, size=32, channels=3, seed=3):
 
 
 def logits_of(module, variables, images, metadata):
-    normalised = trained_lib.normalize(
+    normalized = trained_lib.normalize(
         images, mean=metadata['mean'], std=metadata['std']
     )
     plain = densenet.plain(module)
-    return np.asarray(jax.jit(plain.apply)(variables, normalised))
+    return np.asarray(jax.jit(plain.apply)(variables, normalized))
 
 
 def run(made, images):
@@ -111,7 +111,7 @@ def test_equal(kind):
     module, variables = make(kind)
     metadata = metadata_of(kind)
     as_images = onnx_network.make(module, variables, metadata)
-    as_floats = onnx_network.make(module, variables, metadata, inputs='normalised')
+    as_floats = onnx_network.make(module, variables, metadata, inputs='normalized')
     for count, size in ((4, 32), (1, 45)):
         images = make_images(count, size)
         logits = logits_of(module, variables, images, metadata)
@@ -124,7 +124,7 @@ def test_equal(kind):
         assert np.abs(found - logits).max() < 5e-6 * max(1, np.abs(logits).max())
 
 
-def test_grey_and_several_labels():
+def test_gray_and_several_labels():
     module, variables = make('cifar', channels=1)
     metadata = metadata_of('cifar', mean=[0.3], std=[0.2], multi_label=True)
     images = make_images(channels=1)
@@ -181,7 +181,7 @@ def test_integers(kind, falling):
         kinds = {kind for kind, shape in dims if len(shape) == 4 and min(shape[:2]) > 1}
         assert kinds == {onnx.TensorProto.INT8}
         logits = logits_of(module, variables, images, metadata)
-        if inputs == 'normalised':
+        if inputs == 'normalized':
             given = (images / 255 - MEAN) / np.array(STD)
             given = given.transpose(0, 3, 1, 2).astype(np.float32)
             found, wanted = run(made, given), logits

@@ -22,7 +22,7 @@ PREPARATIONS = {
     'stretch': {'resize': 'stretch', 'crop_fraction': 0.5},
     'crop': {'resize': 'crop', 'crop_fraction': 0.875},
     'whole-crop': {'resize': 'crop', 'interpolation': 'bicubic'},
-    'grey': {'resize': 'crop', 'crop_fraction': 0.9, 'channels': 1},
+    'gray': {'resize': 'crop', 'crop_fraction': 0.9, 'channels': 1},
 }
 
 
@@ -48,7 +48,7 @@ def pictures(tmp_path_factory):
         'turned.jpg': (large, {'exif': exif}),
         'tall.jpg': (large.rotate(90, expand=True), {}),
         'cmyk.jpg': (large.convert('CMYK'), {}),
-        'grey.jpg': (large.convert('L'), {}),
+        'gray.jpg': (large.convert('L'), {}),
         'clear.png': (small.resize((90, 61)), {}),
         'palette.gif': (large.quantize(16), {'transparency': 3}),
         'small.png': (small.convert('RGB'), {}),
@@ -141,7 +141,7 @@ def test_twenty_lines(way, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(sys, 'argv', [str(path), model, file])
         left = runpy.run_path(str(path), run_name='__main__')
         ours = images.load_image(file, images.Preparation(224, **options))
-        # Cropped a pixel further, or rounded twice: of 255 grey values.
+        # Cropped a pixel further, or rounded twice: of 255 gray values.
         assert np.abs(left['batch'][0] - ours.astype(int)).mean() < 8
         shares = probabilities(model, left['batch'][0])
         best = ' '.join(f'{LABELS[i]} {shares[i]:.1%}' for i in np.argsort(-shares)[:3])

@@ -524,8 +524,8 @@ def test_bad_images(folder, tmp_path):
 def test_smaller_images(folder, tmp_path):
     out = tmp_path / 'packed'
     rng = np.random.default_rng(0)
-    grey = rng.integers(0, 220, (9, 12, 1), np.uint8)  # and a tint
-    smooth = Image.fromarray(grey + rng.integers(0, 35, (9, 12, 3), np.uint8))
+    gray = rng.integers(0, 220, (9, 12, 1), np.uint8)  # and a tint
+    smooth = Image.fromarray(gray + rng.integers(0, 35, (9, 12, 3), np.uint8))
     smooth = smooth.resize((400, 300), Image.Resampling.BICUBIC)
     smooth.save(folder / 'ants/000.jpg', quality=95)
     turned = Image.Exif()

@@ -1,4 +1,4 @@
-"""Colour jitter and the policies: what they keep, change and refuse."""
+"""Color jitter and the policies: what they keep, change and refuse."""
 
 import numpy as np
 import pytest
@@ -32,9 +32,9 @@ def test_operations_at_every_strength(picture, name, wide):
             assert (found.mode, found.size) == (picture.mode, picture.size)
             changed.append(not same(found, picture))
     assert same(picture, before)
-    # Noise over all values is as contrasty as can be; grey has no saturation.
-    grey = picture.mode == 'L' and name == 'saturation'
-    assert any(changed) != (name in ('identity', 'autocontrast') or grey)
+    # Noise over all values is as contrasty as can be; gray has no saturation.
+    gray = picture.mode == 'L' and name == 'saturation'
+    assert any(changed) != (name in ('identity', 'autocontrast') or gray)
 
 
 @BOTH
@@ -118,7 +118,7 @@ def test_jitter_turns_hue_both_ways():
     assert 120 < toward_green <= 153 and 120 < toward_blue <= 153
 
 
-def test_hue_turns_colours_and_leaves_grey():
+def test_hue_turns_colors_and_leaves_gray():
     pure = Image.fromarray(np.array([[[255, 0, 0], [9, 9, 9], [30, 200, 60]]], 'u1'))
     thirds = [np.asarray(color.adjust_hue(pure, n / 3))[0].tolist() for n in (1, 2, 3)]
     assert thirds[0] == [[0, 255, 0], [9, 9, 9], [60, 30, 200]]
@@ -134,7 +134,7 @@ def test_hue_turns_colours_and_leaves_grey():
     [(0.4, 0.4), (-0.1,), (0.1, 0.1, 0.1, 0.6), ('a',), (1, 1, 1, 0, 0), (11,), None],
 )
 def test_strengths_that_are_refused(value):
-    with pytest.raises(UserError, match=r'data.colour_jitter=.* must be \(\), \(x,\)'):
+    with pytest.raises(UserError, match=r'data.color_jitter=.* must be \(\), \(x,\)'):
         color.parse(value)
     assert color.parse(()) is None and color.parse((0,)) is None
 
@@ -145,7 +145,7 @@ def test_batches(channels, augment):
     """Of the same shapes and types, a function of the step, each change seen."""
     source = dataset.load_source('digits', image_size=20, channels=channels)
     settings = dict(batch_size=8, seed=0, augment=augment)
-    changes = dict(colour_jitter=(0.4, 0.4, 0.4, 0.1), policy='randaugment')
+    changes = dict(color_jitter=(0.4, 0.4, 0.4, 0.1), policy='randaugment')
 
     def take(start=0, count=1, **changes):
         batches = pipeline.train_batches(
@@ -172,7 +172,7 @@ def test_batches(channels, augment):
     ('overrides', 'message'),
     [
         ({'data.policy': 'randaug'}, 'data.policy=randaug is not known'),
-        ({'data.colour_jitter': (9, 9)}, 'data.colour_jitter='),
+        ({'data.color_jitter': (9, 9)}, 'data.color_jitter='),
         ({'data.erase': 2.0}, 'data.erase=2.0 is a probability'),
         (
             {'data.mixup': 0.2, 'data.batch_size': 8, 'train.accumulate_steps': 2},

@@ -47,10 +47,10 @@ def test_predictions(predictor):
     metadata = model.trained.metadata
     pixels = np.stack([images.load_image(f, model.preparation) for f in files])
     assert pixels.shape == (21, 12, 12, 3)
-    normalised = trained_lib.normalize(
+    normalized = trained_lib.normalize(
         pixels, mean=metadata['mean'], std=metadata['std']
     )
-    logits = model.trained.module.apply(model.trained.variables, normalised)
+    logits = model.trained.module.apply(model.trained.variables, normalized)
     expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     probabilities = np.stack([f.probabilities for f in found])
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)
@@ -144,10 +144,10 @@ def test_kinds_of_images(predictor):
         assert one.path == (path if name.startswith('path') else 'image 0')
     names = [one.path for one in model.predict([pixels, path, pixels])]
     assert names == ['image 0', path, 'image 2']
-    grey = np.asarray(Image.open(path).convert('L'))
-    expected = model.load(np.repeat(grey[..., None], 3, -1))
-    np.testing.assert_array_equal(model.load(grey), expected)
-    np.testing.assert_array_equal(model.load(grey[..., None]), expected)
+    gray = np.asarray(Image.open(path).convert('L'))
+    expected = model.load(np.repeat(gray[..., None], 3, -1))
+    np.testing.assert_array_equal(model.load(gray), expected)
+    np.testing.assert_array_equal(model.load(gray[..., None]), expected)
     # A file's orientation counts for what Pillow opened, too.
     turned = Image.new('RGB', (4, 8), 'white')
     turned.putpixel((0, 0), 0)

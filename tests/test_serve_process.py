@@ -265,10 +265,10 @@ def test_hostile_bodies(workdir):
             assert status_of(connection) == 431
         # Just below the limit on pixels, of kinds that take most to convert.
         rgba = encode(np.zeros((4400, 4400, 4), np.uint8), 'PNG')
-        grey = encode(np.zeros((4400, 4400), np.uint16), 'PNG')
+        gray = encode(np.zeros((4400, 4400), np.uint16), 'PNG')
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             tasks = [
-                pool.submit(server.ask, '/predict', body) for body in (rgba, grey) * 2
+                pool.submit(server.ask, '/predict', body) for body in (rgba, gray) * 2
             ]
             assert [task.result()[0] for task in tasks] == [200] * 4
         peak = server.memory('VmHWM')

@@ -81,11 +81,11 @@ def test_load(model, photos, tmp_path):
     if cpu_kernels.load() is None:  # which no other machine has
         native = model.module.clone(kernel='native')
         model = dataclasses.replace(model, module=native)
-    stablehlo.save(path, model, inputs='normalised')
+    stablehlo.save(path, model, inputs='normalized')
     function, metadata = stablehlo.load(path)
     assert metadata['class_names'] == model.metadata['class_names']
     assert metadata['written_with_jax'] == jax.__version__
-    assert (metadata['inputs'], metadata['precision']) == ('normalised', 'float32')
+    assert (metadata['inputs'], metadata['precision']) == ('normalized', 'float32')
     assert '6 months' in metadata['compatibility']
     assert trained.preparation_of(metadata) == trained.preparation_of(model.metadata)
     pixels = trained.normalize(photos, mean=metadata['mean'], std=metadata['std'])
@@ -117,7 +117,7 @@ def test_precision(model, photos, tmp_path, precision):
 
 def test_any_size(model, tmp_path):
     path = str(tmp_path / 'x.stablehlo')
-    stablehlo.save(path, model, inputs='normalised', any_size=True)
+    stablehlo.save(path, model, inputs='normalized', any_size=True)
     function, metadata = stablehlo.load(path)
     assert metadata['any_size']
     for shape in ((2, 12, 12, 3), (1, 17, 9, 3)):

@@ -123,7 +123,7 @@ def test_base_has_each_field_of_the_functions():
     }
     assert set(config.model) == {'variant'} | known - skip
     loading = {'source', 'batch_size', 'mean', 'std', 'augment', 'threads', 'workers'}
-    loading |= {'balance', 'colour_jitter', 'policy', 'erase', 'mixup', 'cutmix', 'tta'}
+    loading |= {'balance', 'color_jitter', 'policy', 'erase', 'mixup', 'cutmix', 'tta'}
     loading |= {'size_schedule'}
     assert set(config.data) == loading | set(dataset.load_source.__kwdefaults__)
 

@@ -243,7 +243,7 @@ def test_shapes_of_the_large(name, timm):
 HUB_NETWORKS = {
     'densenet': dict(variant='densenet121', growth_rate=4, block_sizes=(2, 3),
                      stem_features=8, bottleneck=2),
-    'grey': dict(variant='densenet121', growth_rate=4, block_sizes=(2, 3),
+    'gray': dict(variant='densenet121', growth_rate=4, block_sizes=(2, 3),
                  stem_features=8),
     'blur': dict(variant='densenetblur121d', growth_rate=8, block_sizes=(2, 2),
                  stem_features=16),
@@ -320,7 +320,7 @@ def found_metadata(found):
 def test_folder_for_the_hub(kind, timm, tmp_path):
     fields = HUB_NETWORKS[kind]
     module = create_model(num_classes=5, **fields)
-    channels, resize = (1, 'stretch') if kind == 'grey' else (3, 'crop')
+    channels, resize = (1, 'stretch') if kind == 'gray' else (3, 'crop')
     model = assert_hub(
         timm, module, fields, tmp_path / 'a', channels=channels, resize=resize
     )
@@ -354,7 +354,7 @@ def test_full_size_for_the_hub(name, timm, tmp_path):
         ('torch', 'birds.pth', 'densenet'),
         ('torch', 'birds.pth', 'rdnet'),
         ('safetensors', "b'irds.safetensors", 'blur'),
-        ('huggingface', 'a folder', 'grey'),
+        ('huggingface', 'a folder', 'gray'),
     ],
 )
 def test_code_of_cards(form, name, kind, timm, tmp_path, monkeypatch, capsys):
@@ -366,7 +366,7 @@ def test_code_of_cards(form, name, kind, timm, tmp_path, monkeypatch, capsys):
     from flax_densenet.export import model_card
 
     module = create_model(num_classes=3, **HUB_NETWORKS[kind])
-    channels = 1 if kind == 'grey' else 3
+    channels = 1 if kind == 'gray' else 3
     metadata = {
         'model': HUB_NETWORKS[kind], 'class_names': ['a', 'b', 'c'], 'image_size': 64,
         'mean': [0.5] * channels, 'std': [0.25] * channels, 'multi_label': False,

@@ -31,7 +31,7 @@ def v2():
 
 
 def _made(seed):
-    """Waves of all colours with some noise."""
+    """Waves of all colors with some noise."""
     y, x = np.mgrid[:90, :120] / 12
     rng = np.random.default_rng(seed)
     bands = [np.sin(x * rng.uniform() + y * rng.uniform() + n) for n in range(3)]
@@ -39,7 +39,7 @@ def _made(seed):
     return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-@pytest.fixture(scope='module', params=['photographs', 'made', 'grey'])
+@pytest.fixture(scope='module', params=['photographs', 'made', 'gray'])
 def pictures(request):
     folder = SHARED / 'data' / 'hymenoptera'
     if request.param == 'made':
@@ -47,7 +47,7 @@ def pictures(request):
     if not folder.exists():
         pytest.skip('data/hymenoptera is not here (FLAX_DENSENET_SHARED)')
     paths = sorted(folder.rglob('*.jpg'))[::80]
-    shape = images_lib.Preparation(160, channels=1 if request.param == 'grey' else 3)
+    shape = images_lib.Preparation(160, channels=1 if request.param == 'gray' else 3)
     return [
         geometry.as_picture(images_lib.load_image(str(path), shape)) for path in paths
     ]
@@ -64,7 +64,7 @@ def assert_same(ours, theirs, picture):
 
 @pytest.mark.parametrize('factor', [0.0, 0.6, 1.0, 1.7])
 @pytest.mark.parametrize('name', ['brightness', 'contrast', 'saturation'])
-def test_colours(v2, pictures, name, factor):
+def test_colors(v2, pictures, name, factor):
     ours = getattr(color, f'adjust_{name}')
     theirs = getattr(v2.functional, f'adjust_{name}')
     for picture in pictures:
@@ -254,7 +254,7 @@ def test_boxes_of_cutmix_have_the_same_distribution(v2):
     theirs = np.array(theirs)[:, [1, 0, 3, 2]]
     numbers = jax.random.uniform(jax.random.key(1), (1500, 3))
     shares = mixing._from_beta(numbers[:, 0], 1.0)
-    cut = jax.vmap(lambda centre, share: mixing.cut_box(centre, share, 32, 48))
+    cut = jax.vmap(lambda center, share: mixing.cut_box(center, share, 32, 48))
     ours = np.asarray(cut(numbers[:, 1:], shares))
     for column in range(4):
         assert stats.ks_2samp(ours[:, column], theirs[:, column]).pvalue > 1e-3

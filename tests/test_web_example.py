@@ -194,7 +194,7 @@ def rotate(photo, path):
 
 
 def test_resizes_as_pillow(tmp_path):
-    """To the bit: both rules and filters, larger and smaller, wide, grey.
+    """To the bit: both rules and filters, larger and smaller, wide, gray.
 
     Not very tall ones: there Pillow 13 begins with the columns, older ones with rows.
     """
@@ -248,14 +248,14 @@ def test_the_same_pixels(opened, photo, tmp_path):
         check(tab, model, image, SAME_BOUND)
 
 
-@pytest.mark.parametrize('way', ['stretch', 'crop', 'bicubic', 'grey'])
+@pytest.mark.parametrize('way', ['stretch', 'crop', 'bicubic', 'gray'])
 def test_photographs(opened, photo, tmp_path, way):
     """As a PNG the pixels are ours, as a JPEG nearly, also of one on its side."""
     options = {
         'stretch': {'resize': 'stretch'},
         'crop': {'resize': 'crop', 'crop_fraction': 0.875},
         'bicubic': {'resize': 'crop', 'interpolation': 'bicubic'},
-        'grey': {'resize': 'crop', 'channels': 1},
+        'gray': {'resize': 'crop', 'channels': 1},
     }[way]
     model = write_onnx(tmp_path / 'model.onnx', **options)
     how = images.Preparation(SIZE, **options)
@@ -285,7 +285,7 @@ def test_clear_places_are_white(opened, photo, tmp_path):
         assert np.abs(seen(tab) - ours).max() <= 1
 
 
-def test_colour_profiles_stay_out(opened, photo, tmp_path):
+def test_color_profiles_stay_out(opened, photo, tmp_path):
     """One that swaps red and blue: no canvas of its own accord lets it be."""
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile('sRGB')).tobytes()
     for old, new in ((b'rXYZ', b'????'), (b'bXYZ', b'rXYZ'), (b'????', b'bXYZ')):
@@ -446,9 +446,9 @@ def test_schemes_and_widths(opened, photo, tmp_path, scheme, width):
     with opened(model, color_scheme=scheme, viewport=viewport) as tab:
         drop(tab, photo)
         tab.click('summary')
-        colours = tab.evaluate(
+        colors = tab.evaluate(
             "['backgroundColor', 'color'].map((one) => "
             'getComputedStyle(document.body)[one])'
         )
-        bright = [sum(map(int, c[4:-1].split(','))) > 384 for c in colours]
+        bright = [sum(map(int, c[4:-1].split(','))) > 384 for c in colors]
         assert bright == ([True, False] if scheme == 'light' else [False, True])

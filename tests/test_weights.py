@@ -268,7 +268,7 @@ def test_channels_are_converted(old, new):
 
 @pytest.mark.slow
 def test_a_run_from_weights(tmp_path, capsys):
-    """A file, to a run of grey images and other classes; then evaluation and export."""
+    """A file, to a run of gray images and other classes; then evaluation and export."""
     path = write_safetensors(tmp_path / 'x', state_dict(stem='cifar'))
     config = tiny_config(
         **{

@@ -1,4 +1,4 @@
-"""Sources of labelled images with random access; `pipeline` makes batches of them.
+"""Sources of labeled images with random access; `pipeline` makes batches of them.
 
 A source has `train` and `test` examples with random access; images are decoded when
 asked for, inside grain's threads or processes, so a set of any size takes no more
@@ -122,7 +122,7 @@ class CachedExamples(Examples):
         return {'image': self._images[position], 'label': label}
 
 
-class Relabelled(Examples):
+class Relabeled(Examples):
     """Examples whose label `i` becomes `new_labels[i]`.
 
     With several labels an image: label `new_labels[i]` is the old label `i`, the
@@ -136,10 +136,10 @@ class Relabelled(Examples):
         self._count = count
 
     def at_size(self, size):
-        return Relabelled(self._examples.at_size(size), self._new_labels, self._count)
+        return Relabeled(self._examples.at_size(size), self._new_labels, self._count)
 
     def as_pictures(self):
-        return Relabelled(self._examples.as_pictures(), self._new_labels, self._count)
+        return Relabeled(self._examples.as_pictures(), self._new_labels, self._count)
 
     @property
     def labels(self):

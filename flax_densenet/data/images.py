@@ -73,17 +73,17 @@ class TooManyPixels(UserError):
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode to RGB: as a viewer shows it on a white page.
 
-    16-bit grey is divided by 257 (Pillow alone would clip it at 255), transparent
+    16-bit gray is divided by 257 (Pillow alone would clip it at 255), transparent
     pixels are laid over white (Pillow alone would show what hides behind them).
     """
-    if image.mode.startswith('I'):  # 16-bit grey, some of it read as 32-bit
-        grey = np.asarray(image).astype(np.int64)
-        grey = np.clip(grey, 0, 65535) // 257
-        return Image.fromarray(grey.astype(np.uint8)).convert('RGB')
+    if image.mode.startswith('I'):  # 16-bit gray, some of it read as 32-bit
+        gray = np.asarray(image).astype(np.int64)
+        gray = np.clip(gray, 0, 65535) // 257
+        return Image.fromarray(gray.astype(np.uint8)).convert('RGB')
     if image.mode == 'F':  # TIFF of floats: 0 to 1, else 0 to 255
-        grey = np.nan_to_num(np.asarray(image))
-        grey = np.clip(grey * (255 if grey.max(initial=0) <= 1 else 1), 0, 255)
-        return Image.fromarray(grey.round().astype(np.uint8)).convert('RGB')
+        gray = np.nan_to_num(np.asarray(image))
+        gray = np.clip(gray * (255 if gray.max(initial=0) <= 1 else 1), 0, 255)
+        return Image.fromarray(gray.round().astype(np.uint8)).convert('RGB')
     if image.mode in ('LA', 'PA', 'RGBA', 'La', 'RGBa') or 'transparency' in image.info:
         image = image.convert('RGBA')
         page = Image.new('RGBA', image.size, 'white')
@@ -97,11 +97,11 @@ class Preparation:
 
     Attributes:
       size: side of the square in pixels; 0 leaves the image's own shape.
-      resize: `stretch` takes the whole image, `crop` a square in its centre.
+      resize: `stretch` takes the whole image, `crop` a square in its center.
       crop_fraction: of `crop`: side of that square, as a share of the shorter side of
         the image; torchvision's and timm's 224 of 256 is 0.875.
       interpolation: `bilinear` or `bicubic`, both with antialiasing.
-      channels: 3 for colour, 1 for grey.
+      channels: 3 for color, 1 for gray.
     """
 
     size: int = 0
@@ -213,7 +213,7 @@ def make_smaller(file: str | bytes, side: int, *, quality: int) -> bytes:
     byte; else it becomes an upright RGB JPEG, shrunk as `load_image` does it.
 
     Args:
-      quality: of the JPEG, from 1 to 100; colour at half the resolution.
+      quality: of the JPEG, from 1 to 100; color at half the resolution.
 
     Raises:
       UserError: as `load_image`.
@@ -325,7 +325,7 @@ def _shrink(image, least, resize):
 def _cut_ends(image):
     """The middle of an image that is more than four times as long as wide or high.
 
-    Four times as long, so that a square in the centre and the pixels around it that
+    Four times as long, so that a square in the center and the pixels around it that
     resizing takes in are all there; as much goes on both sides.
     """
     short = min(image.size)

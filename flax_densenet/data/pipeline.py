@@ -26,10 +26,10 @@ from flax_densenet.errors import UserError
 class _Augment(grain.transforms.RandomMap):
     """What is done to one training image, an array or, to be cropped, a picture."""
 
-    def __init__(self, recipe, colour_jitter, policy, preparation=None):
+    def __init__(self, recipe, color_jitter, policy, preparation=None):
         self.functions = geometry.RECIPES[recipe]
         self.preparation = preparation
-        self.strengths = color.parse(colour_jitter)
+        self.strengths = color.parse(color_jitter)
         self.policy = policies.parse(policy)
 
     def __bool__(self):
@@ -63,7 +63,7 @@ def check_train_batches(
     augment: str,
     workers: int,
     balance: str = 'none',
-    colour_jitter=(),
+    color_jitter=(),
     policy: str = 'none',
 ):
     """Raises the errors of `train_batches`, without starting any thread."""
@@ -73,7 +73,7 @@ def check_train_batches(
             'to train on; use a smaller one'
         )
     dataset.check_choice('augment', augment, geometry.RECIPES)
-    color.parse(colour_jitter)
+    color.parse(color_jitter)
     policies.parse(policy)
     dataset.check_choice('balance', balance, class_balance.BALANCES)
     if balance != 'none' and np.ndim(examples.labels) == 2:
@@ -95,7 +95,7 @@ def train_batches(
     seed: int,
     start: int = 0,
     augment: str = 'none',
-    colour_jitter=(),
+    color_jitter=(),
     policy: str = 'none',
     balance: str = 'none',
     bad_images: str = 'error',
@@ -112,7 +112,7 @@ def train_batches(
     Args:
       batch_size: over all hosts; this host's share comes out.
       start: step at which to start.
-      augment, colour_jitter, policy: a key of `geometry.RECIPES`, what `color.parse`
+      augment, color_jitter, policy: a key of `geometry.RECIPES`, what `color.parse`
         and what `policies.parse` take; one after another, in this order.
       balance: `sampler` draws the classes equally often, see `class_balance.Draws`; an
       epoch
@@ -132,11 +132,11 @@ def train_batches(
       UserError: fewer examples than rows of a batch; an unknown recipe.
     """
     check_train_batches(
-        examples, batch_size, augment, workers, balance, colour_jitter, policy
+        examples, batch_size, augment, workers, balance, color_jitter, policy
     )
     count, hosts = len(examples), jax.process_count()
     found = isinstance(examples, dataset.Examples)
-    changes = _Augment(augment, colour_jitter, policy, found and examples.preparation)
+    changes = _Augment(augment, color_jitter, policy, found and examples.preparation)
     skip = bad_images == 'skip' and found
     if found and geometry.crop in changes.functions:
         examples = examples.as_pictures()

@@ -1,4 +1,4 @@
-"""Where labelled images come from: the loaders behind `dataset.load_source`.
+"""Where labeled images come from: the loaders behind `dataset.load_source`.
 
 A loader lists what there is (paths, arrays, records) and reads no more than it must;
 decoding is left to `dataset.Examples`.
@@ -92,9 +92,9 @@ def _find_digits(name, **_):
     if name:
         raise UserError(f'data.source=digits:{name}: digits takes no name; use digits')
     digits = datasets.load_digits()
-    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    reader = ArrayReader(np.repeat(grey[..., None], 3, -1), digits.target.astype('i4'))
-    return Listing(reader, [str(n) for n in range(10)], np.arange(len(grey)), None)
+    gray = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    reader = ArrayReader(np.repeat(gray[..., None], 3, -1), digits.target.astype('i4'))
+    return Listing(reader, [str(n) for n in range(10)], np.arange(len(gray)), None)
 
 
 def _find_folder(name, *, bad_images, labels, **_):
@@ -106,7 +106,7 @@ def _find_folder(name, *, bad_images, labels, **_):
             'for each class'
         )
     if labels:
-        return _find_labelled(field, root, labels, bad_images)
+        return _find_labeled(field, root, labels, bad_images)
     inside = listing.class_folders(root)
     train = next((name for name in tar.TRAIN if name in inside), None)
     test = next((name for name in tar.TEST if name in inside), None)
@@ -175,7 +175,7 @@ def _list_files(field, parts, names):
     return paths, np.concatenate(labels), sizes[0]
 
 
-def _find_labelled(field, root, table, bad_images):
+def _find_labeled(field, root, table, bad_images):
     """The images of a folder that a table of labels names, by path or by name."""
     found = label_table.read(table)
     by_name, twice = {}, set()

@@ -1,4 +1,4 @@
-"""Trained models, measured on labelled images."""
+"""Trained models, measured on labeled images."""
 
 import functools
 from collections.abc import Callable
@@ -142,7 +142,7 @@ def compute_logits(
     threads: int = 4,
     workers: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What a trained model says of labelled images, on every host.
+    """What a trained model says of labeled images, on every host.
 
     With the test-time augmentation of its metadata (`views`), which `evaluate` is
     without.
@@ -254,7 +254,7 @@ def match_classes(
     if tuple(names) == tuple(trained_names):
         return examples
     places = [trained_names.index(name) for name in names]
-    return dataset.Relabelled(examples, places, len(trained_names))
+    return dataset.Relabeled(examples, places, len(trained_names))
 
 
 def format_metrics(name: str, metrics: dict[str, float]) -> str:

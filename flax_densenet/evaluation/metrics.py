@@ -249,7 +249,7 @@ def roc(true: np.ndarray, probability: np.ndarray) -> dict[str, list[float]] | N
 def calibrate(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Expected calibration error before and after the best temperature.
 
-    The temperature T minimises the cross-entropy of logits / T on these same images:
+    The temperature T minimizes the cross-entropy of logits / T on these same images:
     with one number fitted, that is close to what new images would give.
 
     Returns:

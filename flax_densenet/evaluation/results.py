@@ -1,4 +1,4 @@
-"""What a model says of labelled images, kept whole: figures, a table, two files.
+"""What a model says of labeled images, kept whole: figures, a table, two files.
 
 `evaluate.evaluate` sums a loss while training goes on; this keeps every logit, from
 which `eval.json`, `predictions.csv` and the report page are made.
@@ -27,7 +27,7 @@ ROWS = 40  # classes that the table lists; more would scroll the totals away
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """Logits for labelled images.
+    """Logits for labeled images.
 
     Attributes:
       examples: the images, in the order of the rows.
@@ -77,7 +77,7 @@ class Results:
 def find_examples(
     trained: trained_lib.Trained, path: str, fields: dict[str, Any]
 ) -> tuple[dataset.Source, dataset.Examples, tuple[str, ...], bool]:
-    """The labelled images to measure a model on.
+    """The labeled images to measure a model on.
 
     The test part of the data that it was trained on; of other data, all images where
     there is no test part, since none of them was trained on.

@@ -153,7 +153,7 @@ class Options:
     """How a model is written.
 
     Attributes:
-      inputs: `images` (uint8 in, probabilities out) or `normalised` (floats in, logits
+      inputs: `images` (uint8 in, probabilities out) or `normalized` (floats in, logits
         out); None for the format's first.
       precision: of stored weights, a key of the format's; `int8` computes in integers.
       calibration: of `int8`: uint8 batches `[N, S, S, C]` of images as they will come.
@@ -176,12 +176,12 @@ class Format:
       inputs: that its models can have; the first is the usual one.
       precisions: that its weights can have.
       runtimes: keys of `runtimes.RUNTIMES` that can run it.
-      channels_first: normalised floats go in as `[N, C, H, W]`.
+      channels_first: normalized floats go in as `[N, C, H, W]`.
     """
 
     write: Callable[[str, trained_lib.Trained, Options], None]
     endings: tuple[str, ...]
-    inputs: tuple[str, ...] = ('normalised',)
+    inputs: tuple[str, ...] = ('normalized',)
     precisions: tuple[str, ...] = precision_lib.PRECISIONS
     runtimes: tuple[str, ...] = ('flax_densenet',)
     channels_first: bool = False

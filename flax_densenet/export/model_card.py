@@ -43,7 +43,7 @@ FORMATS = {
     'stablehlo': 'StableHLO of jax.export',
     'huggingface': 'folder for the Hugging Face Hub',
 }
-# Of the Hub's names for licences; what is not among them is its `other`.
+# Of the Hub's names for licenses; what is not among them is its `other`.
 _LICENSES = (
     *('apache-2.0', 'mit', 'bsd', 'bsd-2-clause', 'bsd-3-clause', 'isc', 'mpl-2.0'),
     *('gpl-2.0', 'gpl-3.0', 'agpl-3.0', 'lgpl-2.1', 'lgpl-3.0', 'epl-2.0', 'eupl-1.2'),
@@ -70,7 +70,7 @@ def render(
     Args:
       workdir: of the run, for figures and the recipe; None where there is none.
       facts: `(name, value)` of the export: precision, differences found, accuracy.
-        Where one is `('inputs', 'normalised')`, ONNX and StableHLO take normalised
+        Where one is `('inputs', 'normalized')`, ONNX and StableHLO take normalized
         images, else uint8 ones.
       file: the exported file, or folder, that the card lies beside, or in.
       file_format: a key of `FORMATS`.
@@ -105,13 +105,13 @@ def render(
         'format': FORMATS.get(key, key),
         'facts': facts,
         'versions': _versions(run),
-    } | _code_of(model, name, key, ('inputs', 'normalised') in facts)
+    } | _code_of(model, name, key, ('inputs', 'normalized') in facts)
     return re.sub(
         r'\n{3,}', '\n\n', _environment().get_template('card.md.jinja').render(values)
     )
 
 
-def _code_of(model, name, key, normalised):
+def _code_of(model, name, key, normalized):
     """What the lines of code are made of."""
     library, torch_model = 'torchvision', f'torchvision.models.{model["torchvision"]}'
     if model['torchvision'] is None and model['timm']:
@@ -128,8 +128,8 @@ def _code_of(model, name, key, normalised):
         'file_literal': ascii(name or 'FOLDER'),
         'weights_alone': bool(name and name.endswith('.weights.h5')),
         'keras_model': _keras_model(model),
-        'normalised': normalised,
-        'gives_logits': normalised or key not in ('onnx', 'stablehlo', 'keras'),
+        'normalized': normalized,
+        'gives_logits': normalized or key not in ('onnx', 'stablehlo', 'keras'),
     }
 
 

@@ -43,7 +43,7 @@ _RECIPE = {
     'train.freeze': 'none',
     'train.head_warmup_epochs': 0,
     'data.augment': 'none',
-    'data.colour_jitter': [],
+    'data.color_jitter': [],
     'data.policy': 'none',
     'data.erase': 0,
     'data.mixup': 0,

@@ -82,7 +82,7 @@ def _observed(graph):
         node.input[0]: node.output[0] for node in graph.node if node.op_type == 'Relu'
     }
     convs = [node.output[0] for node in graph.node if node.op_type == 'Conv']
-    return ['centred', *(followed.get(name, name) for name in convs)]
+    return ['centered', *(followed.get(name, name) for name in convs)]
 
 
 def _add_outputs(graph, names):

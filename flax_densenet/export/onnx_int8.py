@@ -67,7 +67,7 @@ def make(
         graph, logits = _network(module, net, metadata, bounds, inputs, shift)
         return onnx_network.finish(graph, logits, module, metadata, inputs)
 
-    session, found = onnx_calibration.start(build('normalised')), []
+    session, found = onnx_calibration.start(build('normalized')), []
     mean, std = (np.float32(metadata[name]) for name in ('mean', 'std'))
     for batch in batches:
         images = (batch / np.float32(255) - mean) / std
@@ -106,7 +106,7 @@ class _Quantized(Graph):
         self._unit = self.constant(np.float32(1 / _STEPS), 'unit')
         self._zero = self.constant(np.uint8(0), 'zero')
 
-    def quantised(self, x, name):
+    def quantized(self, x, name):
         return self.add('QuantizeLinear', x, self._unit, self._zero, name=name)
 
     def value(self, x, name):
@@ -173,7 +173,7 @@ def _stem(graph, x, unit, module, convs, divisor):
         options = _options(kernel, strides, module.padding)
         kernel, bias = _into(kernel, part.get('bias'), found)
         x = graph.conv(x, kernel, bias, name, unit=unit, **options)
-        x, unit = graph.quantised(x, f'{name}.bytes'), 1 / _STEPS
+        x, unit = graph.quantized(x, f'{name}.bytes'), 1 / _STEPS
         if number + 1 < len(convs):
             x = graph.value(x, f'{name}.value')
     return _pool(graph, x, module), found
@@ -181,7 +181,7 @@ def _stem(graph, x, unit, module, convs, divisor):
 
 def _image(graph, x, divided_by):
     """The image in steps of its whole range; returns its value and the step."""
-    bounds = graph.bounds['centred']
+    bounds = graph.bounds['centered']
     low = min((bounds.low / divided_by).min(), 0)
     high = max((bounds.high / divided_by).max(), 0)
     unit = np.float32((high - low or 1) / _STEPS)
@@ -195,7 +195,7 @@ def _image(graph, x, divided_by):
 def _pool(graph, x, module):
     if module.blur_pool:
         x = graph.value(x, 'pool0.value')
-        return graph.quantised(onnx_network.pool(graph, x, module), 'pool0.bytes')
+        return graph.quantized(onnx_network.pool(graph, x, module), 'pool0.bytes')
     return onnx_network.pool(graph, x, module)  # a maximum, of bytes as they are
 
 
@@ -234,7 +234,7 @@ def _subtract(graph, x, steps, name):
     taken = graph.constant(taken, f'{name}.threshold')
     taken = graph.add('DequantizeLinear', taken, unit, top, name=f'{name}.taken')
     x = graph.add('Add', graph.value(x, f'{name}.value'), taken, name=f'{name}.shifted')
-    return graph.quantised(x, f'{name}.bytes')
+    return graph.quantized(x, f'{name}.bytes')
 
 
 def _norm_relu(graph, x, norm, bounds, name):
@@ -270,12 +270,12 @@ def _dense_layer(graph, x, bounds, layer, name):
     kernel, bias = _into(kernel, first['bias'] + added, inner)
     y = graph.value(y, f'{name}.norm1.relu')
     y = graph.conv(y, kernel, bias, f'{name}.conv1', **_options(kernel))
-    y = graph.value(graph.quantised(y, f'{name}.conv1.bytes'), f'{name}.relu2')
+    y = graph.value(graph.quantized(y, f'{name}.conv1.bytes'), f'{name}.relu2')
     found = graph.bounds[f'{name}.conv2']
     kernel = np.float64(second['kernel']) * inner.width.reshape(1, 1, -1, 1)
     kernel, bias = _into(kernel, None, found)
     y = graph.conv(y, kernel, bias, f'{name}.conv2', **_options(kernel))
-    return graph.quantised(y, f'{name}.bytes'), found
+    return graph.quantized(y, f'{name}.bytes'), found
 
 
 def _transition(graph, x, bounds, tail, name):
@@ -286,9 +286,9 @@ def _transition(graph, x, bounds, tail, name):
     y = graph.value(y, f'{name}.norm.relu')
     halves = {'kernel_shape': (2, 2), 'strides': (2, 2)}
     y = graph.add('AveragePool', y, **halves, name=f'{name}.pool')
-    y = graph.value(graph.quantised(y, f'{name}.pool.bytes'), f'{name}.pool.value')
+    y = graph.value(graph.quantized(y, f'{name}.pool.bytes'), f'{name}.pool.value')
     y = graph.conv(y, kernel, bias, f'{name}.conv', **_options(kernel))
-    return graph.quantised(y, f'{name}.bytes'), found
+    return graph.quantized(y, f'{name}.bytes'), found
 
 
 def _classify(graph, x, bounds, norm, kernel, bias):

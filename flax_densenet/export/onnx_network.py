@@ -15,9 +15,9 @@ from flax_densenet.models import densenet, folded, rdnet
 from flax_densenet.weights import trained
 
 # What goes in and what comes out. `images`: uint8 `[N, H, W, C]`, red first, as
-# decoded and resized, to probabilities. `normalised`: float32 `[N, C, H, W]`, mean and
+# decoded and resized, to probabilities. `normalized`: float32 `[N, C, H, W]`, mean and
 # std taken off, to logits, as torchvision's own.
-INPUTS = ('images', 'normalised')
+INPUTS = ('images', 'normalized')
 
 
 def make(
@@ -63,19 +63,19 @@ def take_images(graph, metadata, inputs) -> tuple[str, np.ndarray | None]:
     Of images the mean is taken off here, so that padding by 0 stays right; the
     division by 255 and std goes into the kernel.
     """
-    if inputs == 'normalised':
+    if inputs == 'normalized':
         return 'input', None
     mean, std = (np.float32(metadata[name]) for name in ('mean', 'std'))
     x = graph.add('Transpose', 'image', perm=(0, 3, 1, 2), name='channels_first')
     x = graph.add('Cast', x, to=1, name='float32')
-    x = graph.add('Sub', x, (255 * mean).reshape(1, -1, 1, 1), name='centred')
+    x = graph.add('Sub', x, (255 * mean).reshape(1, -1, 1, 1), name='centered')
     return x, 255 * std
 
 
 def finish(graph, logits, module, metadata, inputs) -> Any:
     """Gives inputs and outputs their names; returns the `onnx.ModelProto`."""
     channels, classes = len(metadata['mean']), module.num_classes
-    if inputs == 'normalised':
+    if inputs == 'normalized':
         taken = {'input': (np.float32, ('batch', channels, 'height', 'width'))}
         output = graph.add('Identity', logits, name='logits')
     else:

@@ -38,7 +38,7 @@ from flax_densenet.models.densenet import Network, has_batch_norm, smallest_imag
 from flax_densenet.system import atomic
 from flax_densenet.weights.trained import Trained
 
-INPUTS = ('images', 'normalised')
+INPUTS = ('images', 'normalized')
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 METADATA = 'metadata.json'
 # Of the names of a million classes there are 16 MB or so.
@@ -63,8 +63,8 @@ def save(
 
     Args:
       inputs: `images`: uint8 `[N, S, S, C]`, 0 to 255, to probabilities float32
-        `[N, num_classes]`, with the model's normalisation and test-time augmentation;
-        `normalised`: float32 `[N, S, S, C]`, `(image / 255 - mean) / std`, to logits
+        `[N, num_classes]`, with the model's normalization and test-time augmentation;
+        `normalized`: float32 `[N, S, S, C]`, `(image / 255 - mean) / std`, to logits
         float32 `[N, num_classes]`.
       precision: in which kernels are stored; `bfloat16` and `float16` halve the file,
         and lose digits. The arithmetic stays the model's (`model.dtype`).
@@ -176,7 +176,7 @@ def _export(trained, inputs, precision, any_size=False):
 
     def function(images):
         arrays = jax.tree.map(widen, stored)
-        if inputs == 'normalised':
+        if inputs == 'normalized':
             return folded.logits(module, arrays, images).astype(jnp.float32)
         probabilities, *_ = programs.predict_probabilities(
             module, arrays, images, **options

@@ -47,7 +47,7 @@ def compute(
     """What the model says of uint8 images `[N, S, S, C]`, float32 `[N, num_classes]`.
 
     Args:
-      inputs: `images` for probabilities, `normalised` for logits.
+      inputs: `images` for probabilities, `normalized` for logits.
     """
     module, metadata = trained.module, trained.metadata
     options = {name: tuple(metadata[name]) for name in ('mean', 'std')}
@@ -62,7 +62,7 @@ def compute(
         filled = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), 0)])
         rows.append(np.asarray(apply(trained.variables, filled))[: len(batch)])
     logits = np.concatenate(rows).astype(np.float32)
-    if inputs == 'normalised':
+    if inputs == 'normalized':
         return logits
     of = metrics.sigmoid if metadata.get('multi_label') else metrics.softmax
     return of(logits).astype(np.float32)
@@ -128,7 +128,7 @@ def _compare(name, outputs, expected, inputs, precision):
             f'nothing was exported: {name} gives {list(outputs.shape)} of it, the '
             f'model {list(expected.shape)}, or values that are not finite'
         )
-    scale = max(1.0, np.abs(expected).max()) if inputs == 'normalised' else 1.0
+    scale = max(1.0, np.abs(expected).max()) if inputs == 'normalized' else 1.0
     away = np.abs(outputs - expected) / scale
     found = Verification(name, outputs, float(away.max()), float(away.mean()))
     decides = found.mean if precision == 'int8' else found.largest

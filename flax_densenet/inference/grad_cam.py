@@ -19,7 +19,7 @@ def grad_cam(variables, images, classes, *, module: densenet.DenseNet):
 
     Args:
       variables: `{'params', 'batch_stats'}`.
-      images: float32 `[N, H, W, C]`, normalised.
+      images: float32 `[N, H, W, C]`, normalized.
       classes: int32 `[N]`; -1 takes the class with the highest logit.
 
     Returns:

@@ -6,7 +6,7 @@ import os
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Points of a colour map from dark blue over green to yellow, seen alike by the colour
+# Points of a color map from dark blue over green to yellow, seen alike by the color
 # blind (viridis, CC0).
 _COLORS = np.array(
     [
@@ -18,7 +18,7 @@ _COLORS = np.array(
 
 
 def _color(cam, shape, strength):
-    """Colours `[H, W, 3]` of a map, and their share `[H, W, 1]`."""
+    """Colors `[H, W, 3]` of a map, and their share `[H, W, 1]`."""
     height, width = shape
     cam = np.asarray(cam, np.float32)
     cam = cam / max(float(cam.max()), 1e-12)
@@ -27,8 +27,8 @@ def _color(cam, shape, strength):
     place = cam * (len(_COLORS) - 1)
     low = np.minimum(place.astype(int), len(_COLORS) - 2)
     share = (place - low)[..., None]
-    colours = _COLORS[low] * (1 - share) + _COLORS[low + 1] * share
-    return colours, strength * cam[..., None]
+    colors = _COLORS[low] * (1 - share) + _COLORS[low + 1] * share
+    return colors, strength * cam[..., None]
 
 
 def overlay(image: np.ndarray, cam: np.ndarray, *, strength: float = 0.55):
@@ -36,15 +36,15 @@ def overlay(image: np.ndarray, cam: np.ndarray, *, strength: float = 0.55):
 
     Args:
       image: uint8 `[H, W, 3]` or `[H, W, 1]`.
-      cam: `[h, w]`; its highest value gets the brightest colour.
-      strength: share of the colours where the map is highest.
+      cam: `[h, w]`; its highest value gets the brightest color.
+      strength: share of the colors where the map is highest.
 
     Returns:
       uint8 `[H, W, 3]`.
     """
     image = np.broadcast_to(image, (*image.shape[:2], 3)).astype(np.float32)
-    colours, alpha = _color(cam, image.shape[:2], strength)
-    mixed = image * (1 - alpha) + colours * alpha
+    colors, alpha = _color(cam, image.shape[:2], strength)
+    mixed = image * (1 - alpha) + colors * alpha
     return mixed.round().astype(np.uint8)
 
 
@@ -87,7 +87,7 @@ def _font():
 
 
 def layer(cam: np.ndarray, shape: tuple[int, int], *, strength: float = 0.7):
-    """A map to be laid over an image by who shows it: `overlay`'s colours and alpha.
+    """A map to be laid over an image by who shows it: `overlay`'s colors and alpha.
 
     Args:
       cam: `[h, w]`, as `overlay` takes it.
@@ -97,5 +97,5 @@ def layer(cam: np.ndarray, shape: tuple[int, int], *, strength: float = 0.7):
     Returns:
       uint8 `[H, W, 4]`, RGBA, transparent where the map is 0.
     """
-    colours, alpha = _color(cam, shape, strength)
-    return np.concatenate([colours, 255 * alpha], -1).round().astype(np.uint8)
+    colors, alpha = _color(cam, shape, strength)
+    return np.concatenate([colors, 255 * alpha], -1).round().astype(np.uint8)

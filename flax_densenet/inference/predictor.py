@@ -1,4 +1,4 @@
-"""Predictions for images that nobody has labelled.
+"""Predictions for images that nobody has labeled.
 
     from flax_densenet import load_trained
 

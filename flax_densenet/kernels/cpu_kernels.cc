@@ -300,7 +300,7 @@ struct Affine {
 
 // relu((x - mean) * a + b); the mean is taken off first, which keeps the digits of a
 // channel whose mean is large.
-inline V normalised(V x, const Affine& f, int c, int lanes) {
+inline V normalized(V x, const Affine& f, int c, int lanes) {
   return relu((x - load(&f.mean[c], lanes)) * load(&f.a[c], lanes) +
               load(&f.b[c], lanes));
 }
@@ -350,7 +350,7 @@ void load_z(const Block& s, int unit, const float* h, const Affine* f, float* z)
     for (int c = 0; c < s.M; c += VL) {
       const int lanes = std::min(VL, s.M - c);
       const V v = load(in + c, lanes);
-      store(out + c, f ? normalised(v, *f, c, lanes) : v, std::min(VL, s.wm - c));
+      store(out + c, f ? normalized(v, *f, c, lanes) : v, std::min(VL, s.wm - c));
     }
   });
 }
@@ -394,7 +394,7 @@ void forward_1x1(const Block& s, int64_t first, int64_t last, const float* X, in
     const int n = (int)std::min<int64_t>(PT, last - p);
     load_tile(s, X, p, n, C, f1, y);
     multiply(y, n, C, w1, s.M, c, [&](int i, int j, V value, int lanes) {
-      if (f2) value = normalised(value, *f2, j, lanes);
+      if (f2) value = normalized(value, *f2, j, lanes);
       store(h + (p + i) * s.M + j, value, lanes);
     });
     if (moments) moments->add(h + p * s.M, n, s.M);
@@ -594,10 +594,10 @@ void load_pooled(const Block& s, const float* X, int64_t p, int n, const Affine&
     const float* below = x + (int64_t)s.W * s.Ct;
     for (int c = 0; c < s.Ct; c += VL) {
       const int lanes = std::min(VL, s.Ct - c);
-      const V sum = normalised(load(x + c, lanes), f, c, lanes) +
-                    normalised(load(x + s.Ct + c, lanes), f, c, lanes) +
-                    normalised(load(below + c, lanes), f, c, lanes) +
-                    normalised(load(below + s.Ct + c, lanes), f, c, lanes);
+      const V sum = normalized(load(x + c, lanes), f, c, lanes) +
+                    normalized(load(x + s.Ct + c, lanes), f, c, lanes) +
+                    normalized(load(below + c, lanes), f, c, lanes) +
+                    normalized(load(below + s.Ct + c, lanes), f, c, lanes);
       store(y + (size_t)(c / KC) * PT * KC + (size_t)i * KC + c % KC, sum * 0.25f);
     }
   }
@@ -826,7 +826,7 @@ void backward_3x3(const Block& s, int t, const NewGradient& g, const float* h,
         const float* zt = z + (int64_t)(q + (tap / 3 - 1) * line + tap % 3 - 1) * s.wm;
         for (int i = 0; i < s.M; i += MW)
           for (int j = 0; j < n16; j += NR) {
-            // The very first pixel of the border has no left neighbour in the band.
+            // The very first pixel of the border has no left neighbor in the band.
             int skip = q == first && tap == 0 ? 1 : 0;
             outer(std::min(NR, n16 - j) / VL, std::min(KP, last - q) - skip,
                   zt + (size_t)skip * s.wm + i, dg + (size_t)(q + skip) * s.wg + j,
@@ -1062,7 +1062,7 @@ void pool(const Stem& s, int t, const float* x, const Affine& f, float* y,
           const int r = 2 * i - s.low_h + k / 3, q = 2 * j - s.low_w + k % 3;
           if (r < 0 || r >= s.H || q < 0 || q >= s.W) continue;
           const int64_t in = (((int64_t)n * s.H + r) * s.W + q) * s.C + c;
-          const V v = normalised(load(x + in, lanes), f, c, lanes);
+          const V v = normalized(load(x + in, lanes), f, c, lanes);
           const VI larger = v > best;
           best = larger ? v : best;
           place = larger ? VI{} + k : place;

@@ -72,7 +72,7 @@ def block(x, packed, *, layers: int, bottleneck: int, growth: int, features: int
       features: those behind the transition; 0 where there is none.
 
     Returns:
-      `[N, H // 2, W // 2, features]`, or, normalised, `[N, H, W, C + layers * growth]`.
+      `[N, H // 2, W // 2, features]`, or, normalized, `[N, H, W, C + layers * growth]`.
     """
     count, height, width, channels = x.shape
     shape = (count, height, width, channels + layers * growth)

@@ -193,7 +193,7 @@ class DenseNet(nn.Module):
         return y
 
     def __call__(self, x, train: bool = False, frozen: int = 0):
-        """Images `[N, H, W, C]`, normalised, to logits `[N, num_classes]`.
+        """Images `[N, H, W, C]`, normalized, to logits `[N, num_classes]`.
 
         With `num_classes=0`: to pooled features `[N, F]`. In training pass
         `mutable=['batch_stats']`, and `rngs={'dropout': key}` where it drops out.

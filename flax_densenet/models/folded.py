@@ -126,7 +126,7 @@ def _join(conv, norm):
 
 
 def features(module: DenseNet, folded, images):
-    """As the module's `features`: images `[N, H, W, C]`, normalised, to `[N, h, w, F]`.
+    """As the module's `features`: images `[N, H, W, C]`, normalized, to `[N, h, w, F]`.
 
     Raises:
       UserError: the images are smaller than `densenet.smallest_image_size`.
@@ -162,7 +162,7 @@ def _native_block(module, x, packed, size, last):
 
 
 def logits(module: DenseNet, folded, images):
-    """As the module itself: normalised images `[N, H, W, C]` to `[N, num_classes]`."""
+    """As the module itself: normalized images `[N, H, W, C]` to `[N, num_classes]`."""
     maps = features(module, folded, images)
     return module.apply(folded['head'], maps, method='head')
 

@@ -1,7 +1,7 @@
 """Batch statistics of groups of rows instead of the whole batch ("ghost" batch norm).
 
 Statistics over all devices are exchanged in each batch norm, forward and backward; of
-a device's own rows they need no exchange. Small groups also act as a regulariser
+a device's own rows they need no exchange. Small groups also act as a regularizer
 (Hoffer et al., "Train longer, generalize better", 2017,
 https://arxiv.org/abs/1705.08741, section 4).
 

@@ -38,7 +38,7 @@ def initializers(name: str | None):
 def parameter(module, name, init, shape, dtype):
     """`module.param`, quicker to trace where the value is there already.
 
-    Linen traces the initialiser of each parameter in each call, to compare shapes: a
+    Linen traces the initializer of each parameter in each call, to compare shapes: a
     quarter of the time that tracing a training step of the 121 takes.
     """
     if module.is_initializing() or not module.has_variable('params', name):
@@ -50,7 +50,7 @@ def parameter(module, name, init, shape, dtype):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalisation over all axes but the last, with torch's or Keras' variance.
+    """Batch normalization over all axes but the last, with torch's or Keras' variance.
 
     Linen's own stores the biased variance in the running average and has no choice;
     torch stores the unbiased one. Statistics are taken in float32 or wider, in two

@@ -54,7 +54,7 @@ class RDNet(nn.Module):
 
     Attributes:
       num_classes: width of the classifier; 0 leaves it out: the model then returns
-        the pooled and normalised features.
+        the pooled and normalized features.
       growth_rates: feature maps that each layer adds, a number for each block.
       block_sizes: layers of each block.
       halvings: numbers of the transitions that halve height and width; 1 is the one
@@ -139,7 +139,7 @@ class RDNet(nn.Module):
             )
 
     def __call__(self, x, train: bool = False, frozen: int = 0):
-        """Images `[N, H, W, C]`, normalised, to logits `[N, num_classes]`.
+        """Images `[N, H, W, C]`, normalized, to logits `[N, num_classes]`.
 
         With `num_classes=0`: to pooled features `[N, F]`. In training pass
         `rngs={'dropout': key}` where it drops layers or values.

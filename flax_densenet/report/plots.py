@@ -33,11 +33,9 @@ def plot_curves(records):
     epochs = [record['epoch'] for record in records]
     panels = zip(figure.subplots(1, 2), ('accuracy', 'loss'), (100, 1), strict=True)
     for axes, name, scale in panels:
-        for part, colour in (('train', _TRAIN), ('test', _TEST)):
+        for part, color in (('train', _TRAIN), ('test', _TEST)):
             values = [record[f'{part}_{name}'] * scale for record in records]
-            axes.plot(
-                epochs, values, color=colour, marker='o', markersize=3, label=part
-            )
+            axes.plot(epochs, values, color=color, marker='o', markersize=3, label=part)
         value = best[f'test_{name}'] * scale
         text = f'{value:.1f} %' if name == 'accuracy' else f'{value:.3f}'
         axes.axvline(best['epoch'], color=_BEST, linestyle=':', linewidth=1)
@@ -147,7 +145,7 @@ def save_samples(
     """Writes `samples.png`: training images as the model sees them, made visible.
 
     Args:
-      batch: of `pipeline.train_batches`; normalised as in training and back. Of mixed
+      batch: of `pipeline.train_batches`; normalized as in training and back. Of mixed
         images also `partner_label` and `weight`, the share of `label`.
       changes: fields by which the images change, for the heading.
     """

@@ -16,12 +16,12 @@ from flax_densenet.models import densenet, initialization
 
 CACHES = ('auto', 'off')
 _GIB = 2**30
-_CHANGES = ('augment', 'colour_jitter', 'policy', 'erase', 'mixup', 'cutmix')
+_CHANGES = ('augment', 'color_jitter', 'policy', 'erase', 'mixup', 'cutmix')
 _CHANGES += ('size_schedule',)
 
 
 class FeatureExamples:
-    """Labelled features in memory: `{'features': [1, 1, F], 'label': ...}`.
+    """Labeled features in memory: `{'features': [1, 1, F], 'label': ...}`.
 
     A map of one place, as images are of many.
     """

@@ -22,7 +22,7 @@ from flax_densenet.train import ema, feature_cache, finetune, progressive_resizi
 from flax_densenet.weights import transfer, weight_file
 
 LOSS_FIELDS = ('loss', 'label_smoothing', 'focal_gamma')
-CHANGE_FIELDS = ('augment', 'colour_jitter', 'policy', 'balance')
+CHANGE_FIELDS = ('augment', 'color_jitter', 'policy', 'balance')
 MIXING_FIELDS = ('erase', 'mixup', 'cutmix')
 # The state depends on them; with their defaults.
 PHASE_FIELDS = {'freeze': 'none', 'head_warmup_epochs': 0, 'ema': 0.0}
@@ -115,7 +115,7 @@ class TrainingRun:
 
     @property
     def preprocessing(self):
-        """How the model normalises images."""
+        """How the model normalizes images."""
         return {name: tuple(self.config['data'][name]) for name in ('mean', 'std')}
 
     @property

@@ -92,7 +92,7 @@ def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
     """Reads a Keras file of a DenseNet.
 
     Args:
-      path: a file that `is_keras_file` recognises. `task.weights.h5` of a preset is
+      path: a file that `is_keras_file` recognizes. `task.weights.h5` of a preset is
       joined
         with the `model.weights.h5` beside it.
 

@@ -235,8 +235,8 @@ def _from_torch_arrays(path, arrays, attributes):
         family = 'rdnet'
     elif 'params/conv1/kernel' in arrays:  # a deep stem, which torchvision lacks
         family = 'timm'
-    grey = first is not None and first.ndim == 4 and first.shape[2] == 1
-    if grey and (extra or (head is not None and head.shape[-1] == 18)):
+    gray = first is not None and first.ndim == 4 and first.shape[2] == 1
+    if gray and (extra or (head is not None and head.shape[-1] == 18)):
         family = 'torchxrayvision'
     elif found := _timm_sidecar(path):
         family = family if family == 'rdnet' else 'timm'
@@ -437,7 +437,7 @@ def _check_arrays(path, arrays, wanted, show):
             for name in sorted(wanted.keys() & arrays.keys())
             if arrays[name].shape != wanted[name].shape
         ],
-        # Quantised ones mean something else than their numbers.
+        # Quantized ones mean something else than their numbers.
         'not of floating point': [
             f'{show(name)} {arrays[name].dtype}'
             for name in sorted(wanted.keys() & arrays.keys())
@@ -557,7 +557,7 @@ def with_channels(preprocessing: dict[str, Any], channels: int) -> dict[str, Any
 def convert_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
     """The first kernel `[H, W, C, F]` for another number of channels, as timm does.
 
-    To one channel: the sum over the old ones, so a grey image gives what its three
+    To one channel: the sum over the old ones, so a gray image gives what its three
     equal channels gave. From one, or to any other number: repeated, and divided so
     that equal channels give the same sum.
     """

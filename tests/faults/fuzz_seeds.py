@@ -55,36 +55,36 @@ def trained(name='photographs', classes=3) -> trained_lib.Trained:
 def images() -> dict[str, list[bytes]]:
     """{format: files} in many modes, with EXIF, animation and compressions."""
     rng = np.random.default_rng(0)
-    colour = Image.fromarray(rng.integers(0, 256, (24, 31, 3), np.uint8))
-    alpha = colour.convert('RGBA')
-    alpha.putalpha(colour.convert('L'))
+    color = Image.fromarray(rng.integers(0, 256, (24, 31, 3), np.uint8))
+    alpha = color.convert('RGBA')
+    alpha.putalpha(color.convert('L'))
     deep = Image.fromarray(rng.integers(0, 65536, (13, 17), np.uint16))
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, 'x' * 40
-    frames = dict(save_all=True, append_images=[colour.rotate(90), colour], duration=9)
+    frames = dict(save_all=True, append_images=[color.rotate(90), color], duration=9)
     wanted = {
         'JPEG': [
-            (colour, dict(quality=70, exif=exif)),
-            (colour.convert('L'), {}),
-            (colour, dict(progressive=True, icc_profile=b'\0' * 200)),
-            (colour.convert('CMYK'), {}),
+            (color, dict(quality=70, exif=exif)),
+            (color.convert('L'), {}),
+            (color, dict(progressive=True, icc_profile=b'\0' * 200)),
+            (color.convert('CMYK'), {}),
         ],
         'PNG': [
-            *((colour, {}), (alpha, dict(exif=exif)), (deep, {})),
-            (colour.quantize(8), dict(transparency=1)),
-            (colour.convert('1'), {}),
-            (colour, frames),
+            *((color, {}), (alpha, dict(exif=exif)), (deep, {})),
+            (color.quantize(8), dict(transparency=1)),
+            (color.convert('1'), {}),
+            (color, frames),
         ],
-        'GIF': [(colour.quantize(16), {}), (colour, frames)],
-        'WEBP': [(colour, dict(quality=50)), (alpha, dict(lossless=True))]
-        + [(colour, frames | dict(exif=exif))],
-        'BMP': [(colour, {}), (colour.quantize(16), {}), (colour.convert('1'), {})],
+        'GIF': [(color.quantize(16), {}), (color, frames)],
+        'WEBP': [(color, dict(quality=50)), (alpha, dict(lossless=True))]
+        + [(color, frames | dict(exif=exif))],
+        'BMP': [(color, {}), (color.quantize(16), {}), (color.convert('1'), {})],
         'TIFF': [
-            (colour, dict(compression='tiff_lzw')),
-            (colour, dict(compression='tiff_adobe_deflate')),
-            (colour, dict(compression='jpeg')),
-            (colour.convert('1'), dict(compression='group4')),
-            *((deep, {}), (colour.convert('F'), {}), (colour.convert('CMYK'), {})),
+            (color, dict(compression='tiff_lzw')),
+            (color, dict(compression='tiff_adobe_deflate')),
+            (color, dict(compression='jpeg')),
+            (color.convert('1'), dict(compression='group4')),
+            *((deep, {}), (color.convert('F'), {}), (color.convert('CMYK'), {})),
         ],
     }
     found = {}

@@ -162,9 +162,9 @@ function showPicture(file, { width, height }, pixels) {
   }
   canvas.getContext('2d').putImageData(image, 0, 0);
   const part = whole ? 'the whole picture' : 'the part in the frame';
-  const grey = channels === 1 ? ' in grey' : '';
+  const gray = channels === 1 ? ' in gray' : '';
   const square = `${size}\u00a0×\u00a0${size}`; // on one line
-  $('meaning').textContent = `The model gets ${part}, as ${square} pixels${grey}.`;
+  $('meaning').textContent = `The model gets ${part}, as ${square} pixels${gray}.`;
 
   const isNew = $('result').hidden;
   $('result').hidden = false;
@@ -189,12 +189,12 @@ function showModel(model) {
   $('about').textContent = `This model, ${model.variant}, knows ${named}. ${way}`;
   const share = Number((100 * model.cropFraction).toFixed(1));
   const crop = `a square in the middle, ${share} % of the shorter side`;
-  const colour = model.channels === 1 ? 'grey' : 'colour';
+  const color = model.channels === 1 ? 'gray' : 'color';
   const facts = {
     File: `${model.name}, ${describeSize(model.bytes)}`,
     Network: model.variant,
     Picture:
-      `${model.size} × ${model.size} pixels, ${colour}; ` +
+      `${model.size} × ${model.size} pixels, ${color}; ` +
       `${model.resize === 'crop' ? crop : 'the whole picture'}, ${model.interpolation}`,
     'Runs in': `${describeRuntime()}, on this machine's processor`,
   };

@@ -31,7 +31,7 @@ export async function readPicture(file) {
 
 async function decode(file) {
   try {
-    // Turned upright by its EXIF data, which is the default; colour profiles stay out
+    // Turned upright by its EXIF data, which is the default; color profiles stay out
     // of it, as in training.
     return await createImageBitmap(file, { colorSpaceConversion: 'none' });
   } catch {

@@ -53,7 +53,7 @@ export function prepare({ data, width, height }, model) {
     const down = makeTaps(height, top, bottom, size, filter);
     rgb = resizeColumns(resizeRows(data, width, height, across), size, down);
   }
-  return channels === 1 ? toGrey(rgb) : rgb;
+  return channels === 1 ? toGray(rgb) : rgb;
 }
 
 // For each pixel of the result the first pixel that it is made of, and their weights.
@@ -62,11 +62,11 @@ function makeTaps(length, start, end, count, { reach, weight }) {
   const scale = Math.fround(end - start) / count;
   const stretch = Math.max(scale, 1); // antialiasing
   return Array.from({ length: count }, (_, place) => {
-    const centre = start + (place + 0.5) * scale;
-    const first = Math.max(0, Math.trunc(centre - reach * stretch + 0.5));
-    const last = Math.min(length, Math.trunc(centre + reach * stretch + 0.5));
+    const center = start + (place + 0.5) * scale;
+    const first = Math.max(0, Math.trunc(center - reach * stretch + 0.5));
+    const last = Math.min(length, Math.trunc(center + reach * stretch + 0.5));
     const weights = Array.from({ length: last - first }, (_, i) =>
-      weight((i + first - centre + 0.5) * (1 / stretch)),
+      weight((i + first - center + 0.5) * (1 / stretch)),
     );
     const sum = weights.reduce((a, b) => a + b, 0);
     const whole = weights.map((w) => {
@@ -125,14 +125,14 @@ function dropAlpha(data) {
 }
 
 // Pillow's luma, of 2^16.
-function toGrey(rgb) {
+function toGray(rgb) {
   return Uint8Array.from({ length: rgb.length / 3 }, (_, i) => {
     const [red, green, blue] = rgb.subarray(3 * i, 3 * i + 3);
     return (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16;
   });
 }
 
-// As Python rounds: a half to the even neighbour.
+// As Python rounds: a half to the even neighbor.
 function roundToEven(x) {
   const below = Math.floor(x);
   const rest = x - below;

@@ -1,6 +1,6 @@
-"""Random changes of a training image's colours, as torchvision's ColorJitter.
+"""Random changes of a training image's colors, as torchvision's ColorJitter.
 
-Images are Pillow's, RGB or L (grey), and stay as they are; the results are new ones.
+Images are Pillow's, RGB or L (gray), and stay as they are; the results are new ones.
 
 >>> image = Image.new('RGB', (4, 3), (200, 100, 50))
 >>> adjust_hue(image, 1 / 3).getpixel((0, 0))
@@ -25,7 +25,7 @@ class Strengths:
     Attributes:
       brightness, contrast, saturation: factors are drawn evenly from 1 - x (not below
         0) to 1 + x.
-      hue: shifts are drawn evenly from -x to x; 1 is the whole circle of colours.
+      hue: shifts are drawn evenly from -x to x; 1 is the whole circle of colors.
     """
 
     brightness: float = 0.0
@@ -35,7 +35,7 @@ class Strengths:
 
 
 def parse(value) -> Strengths | None:
-    """The strengths that `data.colour_jitter` names; None where it changes nothing.
+    """The strengths that `data.color_jitter` names; None where it changes nothing.
 
     Args:
       value: `()`, `(x,)` for brightness, contrast and saturation alike (as timm's
@@ -51,7 +51,7 @@ def parse(value) -> Strengths | None:
     )
     if not right:
         raise UserError(
-            f'data.colour_jitter={value} must be (), (x,) for brightness, contrast and '
+            f'data.color_jitter={value} must be (), (x,) for brightness, contrast and '
             "saturation alike, or all three and the hue, '(0.4,0.4,0.4,0.1)': from 0 "
             'to 10, the hue to 0.5'
         )
@@ -63,11 +63,11 @@ def parse(value) -> Strengths | None:
 def jitter(image: Image.Image, rng, strengths: Strengths) -> Image.Image:
     """Changes brightness, contrast, saturation and hue, in random order."""
     for place in rng.permutation(4):
-        name, function, centre = _OPERATIONS[place]
+        name, function, center = _OPERATIONS[place]
         most = getattr(strengths, name)
         if most:
-            least = centre - most if name == 'hue' else max(centre - most, 0)
-            image = function(image, rng.uniform(least, centre + most))
+            least = center - most if name == 'hue' else max(center - most, 0)
+            image = function(image, rng.uniform(least, center + most))
     return image
 
 
@@ -77,17 +77,17 @@ def adjust_brightness(image: Image.Image, factor: float) -> Image.Image:
 
 
 def adjust_contrast(image: Image.Image, factor: float) -> Image.Image:
-    """0 is the image's mean grey, 1 the image itself."""
+    """0 is the image's mean gray, 1 the image itself."""
     return ImageEnhance.Contrast(image).enhance(factor)
 
 
 def adjust_saturation(image: Image.Image, factor: float) -> Image.Image:
-    """0 is grey, 1 the image itself; of grey images nothing changes."""
+    """0 is gray, 1 the image itself; of gray images nothing changes."""
     return image if image.mode == 'L' else ImageEnhance.Color(image).enhance(factor)
 
 
 def adjust_hue(image: Image.Image, shift: float) -> Image.Image:
-    """Turns colours by a share of the circle; grey ones stay as they are.
+    """Turns colors by a share of the circle; gray ones stay as they are.
 
     Not by way of Pillow's HSV, which takes three times as long and rounds hue and
     saturation to 8 bits in between.
@@ -120,7 +120,7 @@ def _turn(pixels, shift, out):
     place += np.float32(6 * shift)
     place -= 6 * np.floor(place / 6)
     lowest += np.float32(0.5)  # to round
-    # Of the chroma each band has a share: a trapezium around its own colour.
+    # Of the chroma each band has a share: a trapezium around its own color.
     for band, share in enumerate(
         (np.abs(place - 3) - 1, 2 - np.abs(place - 2), 2 - np.abs(place - 4))
     ):

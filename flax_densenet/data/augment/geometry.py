@@ -63,7 +63,7 @@ def crop_part(size, rng):
 
 
 def as_picture(image: np.ndarray) -> Image.Image:
-    """RGB, or L (grey) of one channel."""
+    """RGB, or L (gray) of one channel."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 

@@ -1,7 +1,7 @@
 """Random erasing, mixup and CutMix, on the device within the step.
 
 Random erasing (https://arxiv.org/abs/1708.04896) covers a box of an image with the mean
-colour. mixup (https://arxiv.org/abs/1710.09412) and CutMix
+color. mixup (https://arxiv.org/abs/1710.09412) and CutMix
 (https://arxiv.org/abs/1905.04899) then put a partner from the same batch into each
 image, over all of it or into a box. An image's loss is the mean of the losses by its
 own label and its partner's, with the image's weights (`blend`), so any loss of images
@@ -105,7 +105,7 @@ def mix(images, key, mixing: Mixing, *, mean) -> Mixed:
     Args:
       images: uint8 `[N, H, W, C]`, a whole (micro-)batch.
       key: of the step (and the micro-batch); other uses of it stay apart.
-      mean: `[C]`, of 0 to 1: the colour of boxes, 0 after the normalisation.
+      mean: `[C]`, of 0 to 1: the color of boxes, 0 after the normalization.
     """
     count, height, width, _ = images.shape
     # As few draws as can be: each takes half a second to compile on a CPU.
@@ -186,19 +186,19 @@ def draw_shares(numbers, height: int, width: int, mixing: Mixing):
     return jnp.where(by_box, share, even), jnp.where(by_box, outside, even)
 
 
-def cut_box(centre, share, height: int, width: int):
+def cut_box(center, share, height: int, width: int):
     """CutMix's box, int32 `[4]`: sides are sqrt(1 - share) of the image's.
 
-    Its centre lies anywhere and what hangs over is cut off, so the box may be smaller:
+    Its center lies anywhere and what hangs over is cut off, so the box may be smaller:
     the share that counts is that of its pixels.
 
     Args:
-      centre: shares of the height and the width.
+      center: shares of the height and the width.
     """
     side = jnp.array([height, width])
-    centre = (centre * side).astype(jnp.int32)
+    center = (center * side).astype(jnp.int32)
     half = (0.5 * jnp.sqrt(1 - share) * side).astype(jnp.int32)
-    start, end = jnp.maximum(centre - half, 0), jnp.minimum(centre + half, side)
+    start, end = jnp.maximum(center - half, 0), jnp.minimum(center + half, side)
     return jnp.concatenate([start, end])
 
 

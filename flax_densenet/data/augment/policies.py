@@ -3,7 +3,7 @@
 RandAugment (https://arxiv.org/abs/1909.13719) takes N operations, each at the magnitude
 M of 30; TrivialAugment (https://arxiv.org/abs/2103.10158, its wide space) takes one, at
 any magnitude. Operations, ranges, nearest pixels and black corners are torchvision's.
-Images are Pillow's, RGB or L (grey).
+Images are Pillow's, RGB or L (gray).
 
 >>> policy = parse('randaugment-2-9')
 >>> policy.count, policy.magnitude

@@ -1,13 +1,13 @@
 'use strict';
-// Shared by the pages: colours of the theme, charts that follow it, sortable tables.
+// Shared by the pages: colors of the theme, charts that follow it, sortable tables.
 const charts = JSON.parse(document.getElementById('charts').textContent);
 const drawn = [];
 
-function colour(name) {
+function color(name) {
   return getComputedStyle(document.documentElement).getPropertyValue('--' + name).trim();
 }
 
-// make() gives {data, layout} with the colours of the moment.
+// make() gives {data, layout} with the colors of the moment.
 function draw(id, make) {
   const place = document.getElementById(id);
   if (!place) return null;
@@ -16,11 +16,11 @@ function draw(id, make) {
     const { data, layout } = make();
     return Plotly.react(place, data, merge({
       paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)',
-      font: { color: colour('text'), family: getComputedStyle(document.body).fontFamily, size: 12 },
+      font: { color: color('text'), family: getComputedStyle(document.body).fontFamily, size: 12 },
       margin: { l: 52, r: 16, t: 28, b: 44 },
       xaxis: axis(), yaxis: axis(),
       legend: { orientation: 'h', y: 1.02, yanchor: 'bottom', x: 0 },
-      hoverlabel: { bgcolor: colour('card'), bordercolor: colour('line'), font: { color: colour('text') } },
+      hoverlabel: { bgcolor: color('card'), bordercolor: color('line'), font: { color: color('text') } },
       dragmode: false,
     }, layout), options);
   };
@@ -30,7 +30,7 @@ function draw(id, make) {
 }
 
 function axis() {
-  return { gridcolor: colour('line'), zerolinecolor: colour('line'), linecolor: colour('line'), automargin: true };
+  return { gridcolor: color('line'), zerolinecolor: color('line'), linecolor: color('line'), automargin: true };
 }
 
 function merge(base, more) {
@@ -86,12 +86,12 @@ for (const image of document.images) {
   if (image.complete) mark(); else image.addEventListener('load', mark);
 }
 
-// Lines by epoch, [{name, x, y, colour, dash, width, group, unnamed}], and the best epoch.
+// Lines by epoch, [{name, x, y, color, dash, width, group, unnamed}], and the best epoch.
 function curves(id, lines, best, title, options) {
   return draw(id, () => ({
     data: lines.map(line => ({
       type: 'scatter', mode: line.x.length > 60 ? 'lines' : 'lines+markers', name: line.name,
-      x: line.x, y: line.y, legendgroup: line.group, showlegend: !line.unnamed, line: { color: line.colour(), dash: line.dash, width: line.width ?? 2 }, marker: { size: 5 },
+      x: line.x, y: line.y, legendgroup: line.group, showlegend: !line.unnamed, line: { color: line.color(), dash: line.dash, width: line.width ?? 2 }, marker: { size: 5 },
       hovertemplate: '%{y:.4~g}' + (options.unit || ''),
     })),
     layout: merge({
@@ -99,9 +99,9 @@ function curves(id, lines, best, title, options) {
       xaxis: { title: { text: 'epoch' }, tick0: 0, dtick: epochStep(lines), rangemode: 'tozero' },
       yaxis: { title: { text: title } },
       shapes: best ? [{ type: 'line', x0: best, x1: best, yref: 'paper', y0: 0, y1: 1,
-        line: { color: colour('soft'), width: 1, dash: 'dot' } }] : [],
+        line: { color: color('soft'), width: 1, dash: 'dot' } }] : [],
       annotations: best ? [{ x: best, y: 0, yref: 'paper', yanchor: 'bottom', xanchor: 'right', showarrow: false,
-        text: 'best: epoch ' + best, font: { color: colour('soft'), size: 11 }, textangle: -90 }] : [],
+        text: 'best: epoch ' + best, font: { color: color('soft'), size: 11 }, textangle: -90 }] : [],
     }, options.layout),
   }));
 }

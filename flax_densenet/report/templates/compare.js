@@ -6,7 +6,7 @@ const of = place => () => palette[place % palette.length];
 function both(name, change) {
   return charts.runs.flatMap((run, place) => ['test', 'train'].map(part => ({
     name: part === 'test' ? run.name : run.name + ', training', group: run.name, unnamed: part === 'train',
-    x: run.curves.epoch, y: change(run.curves[part + '_' + name]), colour: of(place),
+    x: run.curves.epoch, y: change(run.curves[part + '_' + name]), color: of(place),
     dash: part === 'test' ? 'solid' : 'dash',
   })));
 }
@@ -14,5 +14,5 @@ function both(name, change) {
 curves('accuracy', both('accuracy', percent), null, 'accuracy, %', { unit: ' %' });
 curves('loss', both('loss', values => values), null, 'cross-entropy', {});
 curves('rate', charts.runs.map((run, place) => ({
-  name: run.name, x: run.curves.epoch, y: run.curves.learning_rate, colour: of(place),
+  name: run.name, x: run.curves.epoch, y: run.curves.learning_rate, color: of(place),
 })), null, 'learning rate', { layout: { yaxis: rateAxis(charts.runs.map(run => run.curves.learning_rate)) } });

@@ -1,20 +1,20 @@
 'use strict';
-const accent = () => colour('accent');
-const second = () => colour('second');
+const accent = () => color('accent');
+const second = () => color('second');
 
 if (charts.curves) {
   const c = charts.curves;
   const pair = name => ['train', 'test'].filter(part => c[part + '_' + name]).map(part => ({
     name: part === 'train' ? 'training' : 'test', x: c.epoch, y: c[part + '_' + name],
-    colour: part === 'train' ? accent : second,
+    color: part === 'train' ? accent : second,
   }));
   const shares = pair('accuracy').map(line => ({ ...line, y: percent(line.y) }));
   curves('accuracy', shares, c.best, 'accuracy, %', { unit: ' %' });
   curves('loss', pair('loss'), c.best, 'cross-entropy', {});
-  curves('rate', [{ name: 'learning rate', x: c.epoch, y: c.learning_rate, colour: accent }], c.best,
+  curves('rate', [{ name: 'learning rate', x: c.epoch, y: c.learning_rate, color: accent }], c.best,
     'learning rate', { layout: { showlegend: false, yaxis: rateAxis([c.learning_rate]) } });
   if (c.test_mean_auroc) {
-    curves('auroc', [{ name: 'test', x: c.epoch, y: c.test_mean_auroc, colour: second }], c.best,
+    curves('auroc', [{ name: 'test', x: c.epoch, y: c.test_mean_auroc, color: second }], c.best,
       'mean AUROC', { layout: { showlegend: false } });
   }
 }
@@ -24,7 +24,7 @@ if (charts.calibration) {
   draw('reliability', () => ({
     data: [
       { type: 'scatter', mode: 'lines', x: [0, 1], y: [0, 1], name: 'as sure as right',
-        line: { color: colour('soft'), dash: 'dot', width: 1 }, hoverinfo: 'skip' },
+        line: { color: color('soft'), dash: 'dot', width: 1 }, hoverinfo: 'skip' },
       ...[['before', 'as it is', second], ['after', 'with temperature', accent]].map(([key, name, of]) => ({
         type: 'scatter', mode: 'lines+markers', name,
         x: bins(key).map(bin => bin.confidence), y: bins(key).map(bin => bin.accuracy),
@@ -50,13 +50,13 @@ if (charts.roc.length) {
   const show = draw('roc', () => ({
     data: [
       { type: 'scatter', mode: 'lines', x: [0, 1], y: [0, 1], showlegend: false, hoverinfo: 'skip',
-        line: { color: colour('soft'), dash: 'dot', width: 1 } },
+        line: { color: color('soft'), dash: 'dot', width: 1 } },
       ...charts.roc.map((row, place) => {
         const on = few || row.name === chosen;
         return {
           type: 'scatter', mode: 'lines', name: `${row.name} (${row.auroc.toFixed(3)})`, showlegend: on,
           x: row.false_positive_rate, y: row.true_positive_rate, opacity: on ? 1 : 0.35,
-          line: { color: few ? palette[place] : on ? second() : colour('soft'), width: on ? 2 : 1 },
+          line: { color: few ? palette[place] : on ? second() : color('soft'), width: on ? 2 : 1 },
           hovertemplate: 'found %{y:.1%}, false alarms %{x:.1%}',
         };
       }),
@@ -83,27 +83,27 @@ if (charts.confusion) {
   const few = names.length <= 20;
   const places = names.map((_, place) => place);
   // On a phone's width names below the columns would leave no room for them.
-  const labelled = few && (window.innerWidth > 560 || names.length <= 4);
+  const labeled = few && (window.innerWidth > 560 || names.length <= 4);
   const matrix = draw('confusion', () => ({
     data: [{
       type: 'heatmap', x: places, y: places, z: c.matrix.map((row, y) => row.map(count => count / rows[y])),
       customdata: c.matrix.map((row, y) => row.map((count, x) => [names[y], names[x], count])),
       text: c.matrix.map((row, y) => row.map(count => !count ? '' : shares ? Math.round(count / rows[y] * 100) : count)),
       texttemplate: few ? '%{text}' : '', zmin: 0, zmax: 1, xgap: few ? 1 : 0, ygap: few ? 1 : 0,
-      colorscale: [[0, colour('card')], [0.001, mix(0.08)], [1, accent()]], showscale: false,
+      colorscale: [[0, color('card')], [0.001, mix(0.08)], [1, accent()]], showscale: false,
       hovertemplate: 'is %{customdata[0]}<br>said %{customdata[1]}<br>%{customdata[2]} images, %{z:.1%} of the row<extra></extra>',
     }],
     layout: {
       margin: { l: 40, r: 8, t: 8, b: 40 },
-      xaxis: { title: { text: 'what the model says' }, tickvals: places, ticktext: short, showticklabels: labelled,
+      xaxis: { title: { text: 'what the model says' }, tickvals: places, ticktext: short, showticklabels: labeled,
         showgrid: false, zeroline: false, constrain: 'domain', tickangle: Math.max(...short.map(name => name.length)) > 4 ? -45 : 0 },
       yaxis: { title: { text: 'what it is' }, tickvals: places, ticktext: short, showticklabels: few,
         autorange: 'reversed', showgrid: false, zeroline: false, scaleanchor: 'x', constrain: 'domain' },
     },
   }));
-  // The accent colour over the card, as one opaque colour.
+  // The accent color over the card, as one opaque color.
   function mix(share) {
-    const read = name => colour(name).match(/[0-9a-f]{2}/gi).map(part => parseInt(part, 16));
+    const read = name => color(name).match(/[0-9a-f]{2}/gi).map(part => parseInt(part, 16));
     const [over, under] = [read('accent'), read('card')];
     return 'rgb(' + over.map((value, i) => Math.round(value * share + under[i] * (1 - share))) + ')';
   }

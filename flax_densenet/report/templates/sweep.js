@@ -10,7 +10,7 @@ const short = text => text.length > 48 ? text.slice(0, 47) + '…' : text;
 const lines = charts.runs.flatMap((run, place) => run.figures.map((values, seed) => ({
   name: short(run.name), group: run.name, unnamed: seed > 0 || place >= palette.length,
   x: values.map((_, epoch) => epoch + 1), y: shown(values),
-  colour: () => palette[place] ?? colour('soft'), dash: run.state === 'pruned' ? 'dot' : 'solid', width: place < palette.length ? 2 : 0.7,
+  color: () => palette[place] ?? color('soft'), dash: run.state === 'pruned' ? 'dot' : 'solid', width: place < palette.length ? 2 : 0.7,
 }))).reverse();
 if (lines.length) {
   // Long runs differ little at their end and rise far at their start.
@@ -30,8 +30,8 @@ charts.fields.forEach((field, place) => draw('field' + place, () => ({
     const of = values => chosen.map(row => values[row]);
     return {
       type: 'scatter', mode: 'markers', x: of(field.values), y: shown(of(field.figures)), text: of(field.names),
-      error_y: { type: 'data', array: shown(of(field.spreads)), visible: done, color: colour('soft'), thickness: 1 },
-      marker: { size: 9, color: colour(done ? 'accent' : 'soft'), symbol: done ? 'circle' : 'circle-open' },
+      error_y: { type: 'data', array: shown(of(field.spreads)), visible: done, color: color('soft'), thickness: 1 },
+      marker: { size: 9, color: color(done ? 'accent' : 'soft'), symbol: done ? 'circle' : 'circle-open' },
       hovertemplate: 'trial %{text}: %{x}, %{y:.4~g}' + unit + '<extra></extra>', showlegend: false,
     };
   }),
@@ -46,7 +46,7 @@ if (shares.length) {
   document.getElementById('importances').hidden = false;
   draw('importances', () => ({
     data: [{ type: 'bar', orientation: 'h', x: shares.map(([, share]) => share * 100), y: shares.map(([name]) => short(name)),
-      marker: { color: colour('accent') }, hovertemplate: '%{x:.1f} %<extra></extra>' }],
+      marker: { color: color('accent') }, hovertemplate: '%{x:.1f} %<extra></extra>' }],
     layout: { xaxis: { title: { text: 'share of the differences between results, % (fANOVA)' }, rangemode: 'tozero' } },
   }));
 }

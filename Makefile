@@ -34,11 +34,12 @@ test: .venv/installed lint
 
 test-slow: .venv/installed .venv-peers/installed
 	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m 'slow or faults'
-	$(PEERS)/python -m pytest -q -m 'slow or not slow' tests/test_torch.py \
-		tests/test_torch_training.py tests/test_torchvision.py tests/test_timm.py \
-		tests/test_keras_files.py
-	$(PEERS)/python -m pytest -q -m slow tests/test_release.py -k runtimes_of_others
+	$(PEERS)/python -m pytest -q -m 'slow or not slow' $(BESIDE_PEERS)
+	$(PEERS)/python -m pytest -q -m slow tests/export/test_release.py -k runtimes_of_others
 	$(PEERS)/python -m pytest -q -m faults $(KERAS_FAULTS)
+
+BESIDE_PEERS = tests/data/augment/test_torchvision.py tests/train/test_torch_training.py \
+	tests/weights/test_keras_files.py tests/weights/test_timm.py tests/weights/test_torch.py
 
 # Keras' files, whose HDF5 library is there.
 KERAS_FAULTS = tests/faults/test_fuzz.py -k 'hdf5 or keras'

@@ -192,7 +192,7 @@ def _describe(error):
 
 def _work(name, first, count, folder):
     """Runs a range of inputs; writes how far it came and what failed."""
-    from fuzz_kinds import KINDS
+    from faults.fuzz_kinds import KINDS
 
     kind = KINDS[name]()
     path = str(folder / 'input')
@@ -236,7 +236,7 @@ def main():
     found = parser.parse_args()
     faulthandler.enable()
     os.environ['JAX_PLATFORMS'] = 'cpu'
-    sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+    sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
     found.folder.mkdir(parents=True, exist_ok=True)
     (found.folder / 'done.json').touch()
     # What the readers say of files is not what is tested.

@@ -14,9 +14,7 @@ import shutil
 import sys
 import tempfile
 
-import fuzz_bytes
-import fuzz_seeds
-
+from faults import fuzz_bytes, fuzz_seeds
 from flax_densenet.data import images, label_table
 from flax_densenet.weights import trained, weight_file
 

@@ -8,15 +8,14 @@ import subprocess
 import sys
 
 import pytest
-from conftest import tiny_config
-from test_train import final_arrays, read_records
-from trainings import FULL, TINY, forks, whole  # noqa: F401
 
+from faults.trainings import FULL, TINY, forks, whole  # noqa: F401
 from flax_densenet import UserError
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.checkpoints import writer as checkpoint_writer
 from flax_densenet.train import fit
 from flax_densenet.weights import trained
+from helpers.runs import final_arrays, read_records, tiny_config
 
 pytestmark = pytest.mark.faults
 

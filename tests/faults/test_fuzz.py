@@ -10,12 +10,10 @@ import os
 import pathlib
 import random
 
-import fuzz_bytes
-import fuzz_engine
-import fuzz_kinds
 import pytest
 from PIL import Image, UnidentifiedImageError
 
+from faults import fuzz_bytes, fuzz_engine, fuzz_kinds
 from flax_densenet import UserError
 
 # kind: inputs in full, and else.

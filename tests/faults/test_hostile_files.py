@@ -12,11 +12,11 @@ import shutil
 import time
 import zipfile
 
-import fuzz_seeds
 import numpy as np
 import pytest
 
 from configs import base
+from faults import fuzz_seeds
 from flax_densenet import UserError, create_model
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.checkpoints import run_folder

@@ -9,10 +9,10 @@ import sys
 import time
 
 import pytest
-from test_train import assert_equal_bits, final_arrays, read_records
-from trainings import FULL, ROOT, TINY, XLA_FLAGS, forks, whole  # noqa: F401
 
+from faults.trainings import FULL, ROOT, TINY, XLA_FLAGS, forks, whole  # noqa: F401
 from flax_densenet.checkpoints import reader as checkpoint_reader
+from helpers.runs import assert_equal_bits, final_arrays, read_records
 
 pytestmark = pytest.mark.faults
 

@@ -1,0 +1,219 @@
+"""Tar shards as webdataset writes them: the images that are in them, nothing else."""
+
+import io
+import json
+import os
+import tarfile
+
+import numpy as np
+import pytest
+
+from flax_densenet import UserError
+from flax_densenet.data import dataset, images
+from flax_densenet.data import tar as tar_lib
+from flax_densenet.data.packed import plan as pack_plan
+from flax_densenet.data.packed import writer as pack_writer
+from helpers.runs import write_images
+
+
+def write_tar(path, members):
+    """`{name: bytes}` to a tar; a TarInfo in place of bytes goes in as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, 'w') as tar:
+        for name, content in members.items():
+            if isinstance(content, tarfile.TarInfo):
+                tar.addfile(content)
+                continue
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture(scope='module')
+def jpegs(tmp_path_factory):
+    folder = write_images(tmp_path_factory.mktemp('x'), {'ants': 6, 'bees': 6})
+    return [path.read_bytes() for path in sorted(folder.rglob('*.jpg'))]
+
+
+def samples(jpegs, labels, *, kind='cls', first=0):
+    members = {}
+    for index, (content, label) in enumerate(zip(jpegs, labels, strict=False)):
+        key = f'{first + index:05}'
+        if kind == 'json':
+            members[f'{key}.json'] = json.dumps({'label': label, 'more': [1]}).encode()
+        members[f'{key}.jpg'] = content
+        if kind == 'cls':
+            members[f'{key}.cls'] = f'{label}\n'.encode()
+    return members
+
+
+def load(path, **fields):
+    return dataset.load_source(f'tar:{path}', **{'image_size': 16, **fields})
+
+
+@pytest.mark.parametrize('kind', ['cls', 'json'])
+@pytest.mark.parametrize('named', [False, True])
+def test_images_and_labels(jpegs, kind, named, tmp_path):
+    labels = [index // 3 for index in range(12)]
+    said = [f'class {label}' for label in labels] if named else labels
+    root = tmp_path / 'tars'
+    write_tar(root / 'b-0001.tar', samples(jpegs[7:], said[7:], kind=kind, first=7))
+    write_tar(root / 'b-0000.tar', samples(jpegs[:7], said[:7], kind=kind))
+    reader, names, first_test = tar_lib.load(str(root))
+    assert first_test is None and reader.labels.tolist() == labels
+    assert names == ([f'class {n}' for n in range(4)] if named else list('0123'))
+    assert [reader[index] for index in range(12)] == jpegs
+    assert reader.name(8) == f'{root}/b-0001.tar/00008.jpg'
+    (root / 'classes.txt').write_text('a\nb\nc\nd\n')
+    assert tar_lib.load(str(root))[1] == (names if named else list('abcd'))
+    # A source like any other, packed like any other.
+    pack_writer.pack(f'tar:{root}', str(tmp_path / 'packed'))
+    one = load(root, duplicates='ignore')
+    other = dataset.load_source(f'packed:{tmp_path}/packed', image_size=16)
+    assert one.class_names == other.class_names
+    for mine, theirs in ((one.train, other.train), (one.test, other.test)):
+        assert mine.indices.tolist() == theirs.indices.tolist()
+        for index in range(len(mine)):
+            expected = images.load_image(
+                jpegs[mine.indices[index]], one.train.preparation
+            )
+            for example in (mine[index], theirs[index]):
+                np.testing.assert_array_equal(example['image'], expected)
+                assert example['label'] == labels[mine.indices[index]]
+            assert os.path.join(root, theirs.name(index)) == mine.name(index)
+
+
+@pytest.mark.parametrize(
+    'names', [('train/1.tar', 'val/1.tar'), ('in-train-0.tar', 'in-validation-0.tar')]
+)
+def test_parts(jpegs, names, tmp_path):
+    write_tar(tmp_path / names[0], samples(jpegs, [0, 1] * 4))
+    write_tar(tmp_path / names[1], samples(jpegs[8:], [1, 0, 1]))
+    source = load(tmp_path)
+    assert source.has_test
+    assert source.train.labels.tolist() == [0, 1] * 4
+    assert source.test.labels.tolist() == [1, 0, 1]
+    made = pack_writer.pack(f'tar:{tmp_path}', str(tmp_path / 'packed'))
+    assert (made.count('train'), made.count('test')) == (8, 3)
+
+
+def test_nothing_is_written(jpegs, tmp_path):
+    """Names that lead outside are names."""
+    members = {}
+    for index, key in enumerate(('../../out', '/etc/out', 'a/../../b', 'c')):
+        members |= {f'{key}.jpg': jpegs[index], f'{key}.cls': b'%d' % (index % 2)}
+    root = tmp_path / 'deep' / 'tars'
+    write_tar(root / 'x.tar', members)
+    make = tmp_path / 'packed'
+    pack_writer.pack(
+        f'tar:{root}', str(make), options=pack_plan.Options(shard_mib=0.001)
+    )
+    source = dataset.load_source(f'packed:{make}', image_size=8, test_fraction=0.5)
+    assert len(source.train) + len(source.test) == 4
+    there = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob('*') if p.is_file()}
+    assert there - {'deep/tars/x.tar'} == {
+        f'packed/{path.name}' for path in make.iterdir()
+    }
+    assert not os.path.exists('/etc/out.jpg')
+
+
+def link(name):
+    member = tarfile.TarInfo(name)
+    member.type, member.linkname = tarfile.SYMTYPE, '/etc/passwd'
+    return member
+
+
+@pytest.mark.parametrize(
+    ('members', 'message'),
+    [
+        ({'a.jpg': b'x'}, 'a has no label; add a.cls or a.json'),
+        ({'a.cls': b'1'}, r'a has 0 images \(cls\); each key needs one'),
+        ({'a.jpg': b'x', 'a.png': b'x', 'a.cls': b'1'}, 'a has 2 images'),
+        ({'a.jpg': b'x', 'a.cls': b''}, 'a.cls names no class; it needs a number'),
+        ({'a.jpg': b'x', 'a.cls': b'\xff'}, 'a.cls cannot be read as a label'),
+        ({'a.jpg': b'x', 'a.cls': b'9' * 5000}, 'a.cls cannot be read as a label'),
+        ({'a.jpg': b'x', 'a.cls': b'1000000'}, 'a.cls names no class'),
+        (
+            {'a.jpg': b'x', 'a.json': b'{"x": 1}'},
+            'a.json names no class.* its field la',
+        ),
+        ({'a.jpg': b'x', 'a.json': b'{"label": true}'}, 'a.json names no class'),
+        ({'a.jpg': b'x', 'a.json': b'[' * 10**5}, 'a.json cannot be read as a label'),
+        ({'a.jpg': b'x', 'a.cls': b' ' * 2**21}, 'a.cls is too large to be a label'),
+        ({'a.jpg': link('a.jpg'), 'a.cls': b'1'}, 'a.jpg is no plain file'),
+        ({'a.jpg': b'x', 'a.cls': b'0'}, 'has 1 classes; at least two'),
+        ({}, 'has 0 classes; at least two'),
+        (
+            {'a.jpg': b'x', 'a.cls': b'0', 'b.jpg': b'x', 'b.cls': b'bee'},
+            'some labels are numbers, some are names',
+        ),
+        (
+            {'a.jpg': b'x', 'a.cls': b'0', 'b.jpg': b'x', 'b.cls': b'1'},
+            'x.tar/a.jpg is not an image',
+        ),
+    ],
+)
+def test_tars_that_are_refused(members, message, tmp_path):
+    write_tar(tmp_path / 'x.tar', members)
+    with pytest.raises(UserError, match=message) as error:
+        load(tmp_path)
+    assert '\n' not in str(error.value)
+
+
+def test_damaged_tars(jpegs, tmp_path):
+    path = write_tar(tmp_path / 'x.tar', samples(jpegs, [0, 1] * 6))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    with pytest.raises(UserError, match='x.tar is cut short within 00000.jpg; bring'):
+        load(tmp_path)
+    path.write_bytes(b'no tar' * 500)
+    with pytest.raises(UserError, match='x.tar is no whole uncompressed tar file'):
+        load(tmp_path)
+    path.unlink()
+    with pytest.raises(UserError, match='holds no .tar files'):
+        load(tmp_path)
+    with pytest.raises(UserError, match='there is no such folder or tar file'):
+        load(tmp_path / 'nowhere')
+    for name in ('train-0.tar', 'val-0.tar', 'other.tar'):
+        (tmp_path / name).write_bytes(whole)
+    with pytest.raises(UserError, match='some val and some neither; put them into'):
+        load(tmp_path)
+
+
+def test_fuzz(jpegs, tmp_path):
+    """A changed tar gives images or one line."""
+    path = write_tar(tmp_path / 'x.tar', samples(jpegs, [0, 1] * 6))
+    whole, rng, said = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(100):
+        content = bytearray(whole)
+        # The headers, which are a small part of it.
+        for _ in range(rng.integers(1, 4)):
+            content[512 * rng.integers(len(content) // 512) + rng.integers(345)] ^= 1
+        path.write_bytes(content[: rng.integers(1, 2 * len(content))])
+        try:
+            reader, _, _ = tar_lib.load(str(tmp_path))
+            assert all(len(reader[index]) for index in range(len(reader)))
+        except UserError as error:
+            said += 1
+            assert '\n' not in str(error)
+    assert said > 20
+
+
+def test_bad_images_are_left_out(jpegs, tmp_path):
+    contents = [*jpegs[:5], jpegs[5][:300], *jpegs[6:]]
+    write_tar(tmp_path / 'x.tar', samples(contents, [0, 1] * 6))
+    with pytest.raises(UserError, match='x.tar/00005.jpg cannot be decoded'):
+        load(tmp_path)
+    source = load(tmp_path, bad_images='skip')
+    assert len(source.train) + len(source.test) == 11 and len(source.skipped) == 1
+
+
+def test_cut_between_two_images(jpegs, tmp_path):
+    """What is there is whole; that some is missing shows by the end that is missing."""
+    path = write_tar(tmp_path / 'tars' / 'a.tar', samples(jpegs, range(12)))
+    with tarfile.open(path) as tar:
+        end = tar.getmember('00009.jpg').offset
+    path.write_bytes(path.read_bytes()[:end])
+    with pytest.raises(UserError, match='a.tar has no end of a tar file; bring it'):
+        tar_lib.load(str(path))

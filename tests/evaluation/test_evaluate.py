@@ -1,0 +1,68 @@
+"""Figures against a calculation by hand; classes matched by name."""
+
+import jax
+import numpy as np
+import pytest
+
+from flax_densenet import UserError, create_model, init_variables
+from flax_densenet.data import dataset
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.evaluation import evaluate
+from flax_densenet.weights import trained
+from helpers.runs import write_images
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+
+
+def test_normalize():
+    images = np.random.default_rng(0).integers(0, 256, (2, 3, 4, 3), np.uint8)
+    expected = (images / 255 - np.array(MEAN)) / np.array(STD)
+    found = trained.normalize(images, mean=MEAN, std=STD)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('batch_size', [4, 16, 24])
+@pytest.mark.parametrize('devices', [1, 4])
+def test_figures(batch_size, devices, tmp_path):
+    """The last batch is short for 16: its padding must not count."""
+    photos = write_images(tmp_path, {'a': 60, 'b': 50})
+    source = dataset.load_source(f'folder:{photos}', image_size=8)
+    examples = source.test
+    module = create_model('BC-L10k4', num_classes=2)
+    variables = init_variables(module, 1)
+    mesh = mesh_lib.make_mesh(jax.devices()[:devices])
+    found = evaluate.evaluate(
+        module,
+        mesh_lib.replicate(variables, mesh),
+        examples,
+        batch_size=batch_size,
+        mesh=mesh,
+        mean=MEAN,
+        std=STD,
+    )
+    images = np.stack([examples[i]['image'] for i in range(22)])
+    normal = ((images / 255 - MEAN) / STD).astype(np.float32)
+    logits = np.asarray(module.apply(variables, normal), np.float64)
+    losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(22), examples.labels]
+    assert found['count'] == 22
+    assert found['accuracy'] == (logits.argmax(-1) == examples.labels).mean()
+    assert found['loss'] == pytest.approx(losses.mean(), rel=1e-5)
+
+
+def test_classes_are_matched_by_name(tmp_path):
+    photos = write_images(tmp_path, {'bees': 5, 'wasps': 5})
+    source = dataset.load_source(f'folder:{photos}', image_size=8)
+    names = ('ants', 'bees', 'flies', 'wasps')
+    examples = evaluate.match_classes(source.train, source.class_names, names)
+    assert set(examples.labels) == {1, 3}
+    assert examples.labels.tolist() == (2 * source.train.labels + 1).tolist()
+    same = evaluate.match_classes(source.train, ('bees', 'wasps'), ('bees', 'wasps'))
+    assert same is source.train
+    with pytest.raises(UserError, match='class wasps is not one of those'):
+        evaluate.match_classes(source.train, source.class_names, names[:3])
+
+
+def test_format():
+    line = evaluate.format_metrics('Test', {'accuracy': 0.93333, 'loss': 0.27})
+    assert line == 'Test_acc: 93.3%, Test_loss: 0.270'

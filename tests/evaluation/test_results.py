@@ -1,0 +1,173 @@
+"""Figures and files of an evaluation, against scikit-learn on the same predictions."""
+
+import csv
+import json
+import types
+
+import numpy as np
+import pytest
+from scipy import special
+from sklearn import metrics as sklearn_metrics
+
+from flax_densenet import UserError
+from flax_densenet.data import dataset
+from flax_densenet.evaluation import evaluate, metrics, results
+from flax_densenet.weights import trained as trained_lib
+from helpers.runs import tiny_trained, write_images
+
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('results')
+    photos = write_images(folder / 'photos', {'ants': 40, 'bees': 30, 'wasps': 20})
+    fields = {'source': f'folder:{photos}', 'image_size': 8}
+    trained = tiny_trained(dataset.load_source(**fields))
+    fields = dataset.load_source.__kwdefaults__ | fields
+    source, examples, names, trained_on = results.find_examples(trained, 'run', fields)
+    assert trained_on and len(examples) == len(source.test) == 18
+    return trained, results.collect(trained, examples, names, batch_size=16), fields
+
+
+def test_files_equal_scikit_learn(run, tmp_path):
+    trained, found, _ = run
+    results.save(str(tmp_path / 'new'), found, {'data': 'here'})
+    with open(tmp_path / 'new' / 'eval.json') as file:
+        figures = json.load(file)
+    with open(tmp_path / 'new' / 'predictions.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert figures['data'] == 'here' and figures['count'] == len(rows) == 18
+    names = ('ants', 'bees', 'wasps')
+    true, said = ([row[key] for row in rows] for key in ('true', 'predicted'))
+    probabilities = np.array([[row[f'probability_{n}'] for n in names] for row in rows])
+    probabilities = probabilities.astype(float)
+    np.testing.assert_allclose(probabilities.sum(-1), 1, atol=1e-5)
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    assert said == [names[i] for i in probabilities.argmax(-1)]
+    assert all(
+        f'/{label}/' in row['path'] for label, row in zip(true, rows, strict=True)
+    )
+    assert figures['accuracy'] == sklearn_metrics.accuracy_score(true, said)
+    assert figures['loss'] == pytest.approx(
+        sklearn_metrics.log_loss(true, probabilities, labels=names), rel=1e-4
+    )
+    matrix = sklearn_metrics.confusion_matrix(true, said, labels=names)
+    assert figures['confusion'] == matrix.tolist()
+    expected = sklearn_metrics.precision_recall_fscore_support(
+        true, said, labels=names, zero_division=0
+    )
+    for key, values in zip(
+        ('precision', 'recall', 'f1', 'support'), expected, strict=True
+    ):
+        found_values = [row[key] for row in figures['classes']]
+        np.testing.assert_allclose(found_values, values)
+    area = sklearn_metrics.roc_auc_score(true, probabilities, multi_class='ovr')
+    assert figures['macro']['auroc'] == pytest.approx(area, abs=1e-4)
+
+
+def test_same_figures_as_training(run):
+    """`evaluate.evaluate`, which training calls, sums on the device."""
+    trained, found, _ = run
+    sums = evaluate.evaluate(
+        trained.module,
+        trained.variables,
+        found.examples,
+        batch_size=8,
+        mesh=trained.mesh,
+        mean=tuple(trained.metadata['mean']),
+        std=tuple(trained.metadata['std']),
+    )
+    assert found.figures['accuracy'] == sums['accuracy']
+    assert found.figures['loss'] == pytest.approx(sums['loss'], rel=1e-5)
+
+
+def test_table(run):
+    _, found, _ = run
+    text = results.format_metrics_table(found, '18 test images')
+    lines = text.splitlines()
+    assert lines[0].startswith('Test_acc: ') and lines[0].endswith('(18 test images)')
+    assert '95 % interval' in lines[1] and 'calibration error' in lines[2]
+    assert [line.split()[0] for line in lines[4:7]] == ['ants', 'bees', 'wasps']
+    assert max(map(len, lines)) <= 90
+    many = results.Results(
+        found.examples,
+        tuple(f'class {i}' for i in range(60)),
+        np.random.default_rng(0).normal(size=(200, 60)).astype(np.float32),
+        np.arange(200) % 60,
+    )
+    lines = results.format_metrics_table(many, '').splitlines()
+    assert len(lines) == 3 + 1 + results.ROWS + 1 + 1
+    assert '(20 classes with a higher F1: see eval.json)' in lines
+
+
+def test_several_labels(tmp_path):
+    logits = np.array([[2, -1], [-3, 1], [0.5, 0.5]], np.float32)
+    labels = np.array([[1, 0], [0, np.nan], [0, 1]], np.float32)
+    examples = type('Named', (), {'name': lambda self, row: f'{row}.png'})()
+    found = results.Results(examples, ('a', 'b'), logits, labels)
+    assert found.figures['accuracy'] == pytest.approx((1 + 1 + 0.5) / 3)
+    each = np.log1p(np.exp([[-2, -1], [-3, 0], [0.5, -0.5]]))
+    loss = (each[0].mean() + each[1, 0] + each[2].mean()) / 3
+    assert found.figures['loss'] == pytest.approx(loss)
+    results.save(str(tmp_path), found, {})
+    with open(tmp_path / 'predictions.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['true'] for row in rows] == ['a', '', 'b']
+    assert [row['predicted'] for row in rows] == ['a', 'b', 'a;b']
+    assert [row['true_b'] for row in rows] == ['0', '', '1']
+    assert 'Test_auroc' in results.format_metrics_table(found, '')
+
+
+def test_other_data(run, tmp_path):
+    trained, _, fields = run
+    photos = write_images(tmp_path / 'photos', {'bees': 4, 'wasps': 5})
+    fields = fields | {'source': f'folder:{photos}'}
+    _, examples, names, trained_on = results.find_examples(trained, 'run', fields)
+    assert not trained_on and len(examples) == 9
+    assert names == ('ants', 'bees', 'wasps') and set(examples.labels) == {1, 2}
+    assert isinstance(examples, dataset.Examples)
+
+
+def test_unusable(run, tmp_path):
+    trained, found, _ = run
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match='cannot be written .*; use another --workdir'):
+        results.save(str(tmp_path / 'file'), found, {})
+    kernel = trained.variables['params']['classifier']['kernel']
+    nothing = {'kernel': np.full(kernel.shape, np.nan, 'f4'), 'bias': np.zeros(3, 'f4')}
+    broken = {
+        'params': trained.variables['params'] | {'classifier': nothing},
+        'batch_stats': trained.variables['batch_stats'],
+    }
+    bad = trained_lib.Trained(**{**vars(trained), 'variables': broken})
+    with pytest.raises(UserError, match='not finite'):
+        results.collect(bad, found.examples, found.class_names, batch_size=16)
+
+
+def test_very_many_classes_stay_small(tmp_path):
+    """Neither all pairs of classes nor all probabilities go to a file."""
+    rng, classes = np.random.default_rng(0), metrics.WIDE + 1
+    logits = rng.standard_normal((40, classes), np.float32)
+    labels = rng.integers(0, classes, 40)
+    logits[np.arange(20), labels[:20]] += 9
+    names = tuple(f'c{number}' for number in range(classes))
+    examples = types.SimpleNamespace(name='{}.jpg'.format)
+    found = results.Results(examples, names, logits, labels)
+    results.save(str(tmp_path), found, {})
+    figures = json.loads((tmp_path / 'eval.json').read_text())
+    assert figures['confusion'] is None
+    wrong = [[t, s, 1] for t, s in zip(labels, logits.argmax(-1), strict=True) if t - s]
+    assert sorted(figures['confused']) == sorted(wrong)
+    with open(tmp_path / 'predictions.csv', newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 40 and len(rows[0]) == 4 + 2 * results.LIKELIEST
+    probabilities = special.softmax(logits.astype(np.float64), axis=-1)
+    for number, row in enumerate(rows):
+        best = np.argsort(-probabilities[number])[: results.LIKELIEST]
+        assert [row[f'class_{n}'] for n in range(1, 11)] == [names[c] for c in best]
+        assert float(row['probability_10']) == pytest.approx(
+            probabilities[number, best[9]], rel=1e-5
+        )
+        assert row['predicted'] == row['class_1'] and row['path'] == f'{number}.jpg'
+        assert row['true'] == names[labels[number]]
+        true = probabilities[number, labels[number]]
+        assert float(row['probability_of_true']) == pytest.approx(true, rel=1e-5)

@@ -1,0 +1,53 @@
+"""The example notebooks run from a clean folder, without a network, to their end."""
+
+import os
+import re
+
+import pytest
+
+from helpers.paths import ROOT
+
+NOTEBOOKS = sorted((ROOT / 'examples').glob('*.ipynb'))
+
+
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_are_of_no_machine(path):
+    """What is shown is whole, and names no folder of whoever ran it."""
+    nbformat = pytest.importorskip('nbformat')
+    notebook = nbformat.read(path, 4)
+    nbformat.validate(notebook)
+    assert any(cell.get('outputs') for cell in notebook.cells)
+    for cell in notebook.cells:
+        for output in cell.get('outputs', ()):
+            assert output.output_type in ('stream', 'display_data', 'execute_result')
+            assert output.get('name') != 'stderr'
+            text = output.get('text') or output.data.get('text/plain', '')
+            assert not re.search(r'(?<![\w.])/\w', text), text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path, tmp_path, monkeypatch):
+    nbformat = pytest.importorskip('nbformat')
+    nbclient = pytest.importorskip('nbclient')
+    for name in ('launch.py', 'configs', 'flax_densenet'):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / 'examples').mkdir()
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path))
+    monkeypatch.setenv('MPLBACKEND', 'module://matplotlib_inline.backend_inline')
+    # Those of the tests: four devices, and compiled without optimization.
+    monkeypatch.delenv('XLA_FLAGS')
+    for name in ('http_proxy', 'https_proxy'):
+        monkeypatch.setenv(name, 'http://127.0.0.1:9')  # nothing listens there
+    notebook = nbformat.read(path, 4)
+    for cell in notebook.cells:  # how good the model gets is not the test's matter
+        cell.source = re.sub(r'epochs=\d+', 'epochs=1', cell.source)
+    folder = {'metadata': {'path': str(tmp_path / 'examples')}}
+    client = nbclient.NotebookClient(
+        notebook, kernel_name='python3', timeout=600, resources=folder
+    )
+    client.execute()
+    shown = [output for cell in notebook.cells for output in cell.get('outputs', ())]
+    pictures = [one for one in shown if 'image/png' in one.get('data', {})]
+    assert len(pictures) == 3
+    assert os.listdir(tmp_path / 'ckpt' / 'notebook')

@@ -1,0 +1,68 @@
+"""Small networks of all kinds of dense blocks, with inputs away from first values."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from flax_densenet import create_model, init_variables
+from flax_densenet.kernels import cpu as cpu_kernels
+
+# Plain, bottleneck, compression, both; growth and width that do not fill a vector
+# register; the ImageNet stem and its pooling; the widths of densenet161.
+BLOCKS = {
+    'plain': ('L10k5', dict(block_sizes=(3, 1))),
+    'B': ('B-L16k6', dict(block_sizes=(3, 1))),
+    'C': ('C-L10k4', dict(block_sizes=(2, 1))),
+    'BC': ('BC-L16k12', dict(block_sizes=(3, 1))),
+    'imagenet': (
+        'densenet121',
+        dict(growth_rate=32, block_sizes=(2, 1), stem_features=16),
+    ),
+    'same padding': (
+        'densenet121',
+        dict(growth_rate=8, block_sizes=(2, 2), stem_features=20, padding='same'),
+    ),
+    'wide': (
+        'densenet161',
+        dict(block_sizes=(2, 2), stem_features=300, bottleneck=4),
+    ),
+}
+
+
+def require_native():
+    reason = cpu_kernels.load()
+    if reason:
+        pytest.skip(f'the CPU kernel cannot be built here: {reason}')
+
+
+def make(block, **fields):
+    name, own = BLOCKS[block]
+    return create_model(name, num_classes=3, **own | fields)
+
+
+@functools.cache
+def inputs(block, size=(13, 22), count=2):
+    """Variables away from their first values, and images."""
+    variables = init_variables(make(block), 0)
+    rng = np.random.default_rng(0)
+
+    def shake(path, leaf):
+        name = path[-1].key
+        if name == 'kernel':
+            return leaf
+        noise = rng.standard_normal(leaf.shape).astype(np.float32)
+        return leaf + 0.2 * (np.abs(noise) if name == 'var' else noise)
+
+    variables = jax.tree_util.tree_map_with_path(shake, variables)
+    images = rng.standard_normal((count, *size, 3)).astype(np.float32)
+    return variables, images
+
+
+def error(found, exact):
+    """Relative error of a tree of arrays: norm of the difference over the norm."""
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
+    pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs]
+    difference = sum(((a - b) ** 2).sum() for a, b in pairs)
+    return np.sqrt(difference / sum((b**2).sum() for _, b in pairs))

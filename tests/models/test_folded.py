@@ -1,0 +1,106 @@
+"""Folding keeps what the module computes: all stems, blocks, paddings; both kernels."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_densenet import create_model, init_variables
+from flax_densenet.models import folded
+from helpers.blocks import BLOCKS, error, inputs, make, require_native
+
+OTHERS = {
+    'deep': ('densenet264d', dict(growth_rate=8, block_sizes=(2, 1))),
+    'blur': ('densenetblur121d', dict(growth_rate=8, block_sizes=(2, 1))),
+}
+QUICK = ('plain', 'BC', 'imagenet', 'same padding')
+ALL = [
+    *QUICK,
+    *(pytest.param(b, marks=pytest.mark.slow) for b in BLOCKS if b not in QUICK),
+]
+
+
+def maps(module, variables, images):
+    """The folded features, and the module's own, in float64."""
+    arrays = folded.fold(module, variables)
+    function = jax.jit(functools.partial(folded.features, module))
+    with jax.enable_x64(True):
+        double = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), variables)
+        plain = module.clone(fast=False, dtype='float64')
+        exact = jax.jit(functools.partial(plain.apply, method='features'))(
+            double, jnp.asarray(images, jnp.float64)
+        )
+        exact = np.asarray(exact)
+    return function(arrays, images), exact
+
+
+@pytest.mark.parametrize('block', ALL)
+def test_by_xla(block):
+    module = make(block, kernel='xla')
+    found, exact = maps(module, *inputs(block))
+    assert error(found, exact) < 2e-6
+    arrays = folded.fold(module, inputs(block)[0])
+    assert not any('packed' in one for one in (*arrays['blocks'], arrays['stem']))
+
+
+@pytest.mark.parametrize('count', [1, 5])
+@pytest.mark.parametrize('block', [b for b in BLOCKS if b not in ('plain', 'C')])
+def test_by_the_native_kernel(block, count):
+    """Fewer images than threads, and more; widths that fill no register."""
+    require_native()
+    module = make(block, kernel='native')
+    variables, images = inputs(block, (13, 22), count)
+    arrays = folded.fold(module, variables)
+    assert all('packed' in one for one in arrays['blocks'])
+    text = jax.jit(functools.partial(folded.features, module)).lower(arrays, images)
+    assert text.as_text().count('flax_densenet_DenseBlockForwardPacked') == 2
+    stems = text.as_text().count('flax_densenet_StemForwardPacked')
+    assert stems == (module.stem == 'imagenet')
+    found, exact = maps(module, variables, images)
+    assert error(found, exact) < 2e-6
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_stems(name):
+    variant, fields = OTHERS[name]
+    module = create_model(variant, num_classes=3, kernel='xla', **fields)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+        lambda x: x + 0.1 * rng.uniform(size=x.shape).astype(np.float32),
+        init_variables(module, 0),
+    )
+    images = rng.standard_normal((2, 21, 30, 3)).astype(np.float32)
+    found, exact = maps(module, variables, images)
+    assert error(found, exact) < 2e-6
+
+
+def test_logits_and_half_precision():
+    variables, images = inputs('BC')
+    module = make('BC', kernel='xla')
+    arrays = folded.fold(module, variables)
+    found = folded.logits(module, arrays, images)
+    expected = module.apply(variables, images)
+    assert found.dtype == expected.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    half = make('BC', kernel='xla', dtype='bfloat16')
+    rough = folded.logits(half, folded.fold(half, variables), images)
+    theirs = half.apply(variables, images)
+    assert 1e-4 < error(rough, expected) < 2 * error(theirs, expected) + 1e-3
+
+
+def test_networks_without_batch_norm():
+    module = create_model(
+        'rdnet_tiny',
+        num_classes=3,
+        stem_features=8,
+        growth_rates=(8, 8),
+        block_sizes=(1, 1),
+        halvings=(1,),
+        squeeze_blocks=(2,),
+    )
+    variables = init_variables(module, 0)
+    images = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
+    found = folded.logits(module, folded.fold(module, variables), images)
+    np.testing.assert_allclose(found, module.apply(variables, images), atol=1e-6)

@@ -1,0 +1,158 @@
+"""Imports run one way; every recipe is whole; nothing heavy is imported early."""
+
+import ast
+import importlib
+import itertools
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from configs import base
+from flax_densenet import create_model
+from flax_densenet.data import dataset
+from flax_densenet.models import densenet, rdnet
+from flax_densenet.train import optimizers
+from flax_densenet.weights import transfer
+from helpers.paths import ROOT
+
+PACKAGE = ROOT / 'flax_densenet'
+# What each package may import besides `errors` and `_version`, lowest first.
+IMPORTS = {
+    'settings': '',
+    'system': '',
+    'kernels': '',
+    'distributed': '',
+    'losses': '',
+    'models': 'kernels settings',
+    'data': 'system settings',
+    'checkpoints': 'distributed system',
+    'weights': 'models data checkpoints distributed',
+    'evaluation': 'weights models data losses distributed system',
+    'inference': 'weights models data distributed',
+    'report': 'evaluation inference weights models data checkpoints distributed system',
+    'serving': 'inference data',
+    'export': 'report evaluation inference weights models data checkpoints system',
+    'train': 'evaluation weights models data losses checkpoints distributed system '
+    'settings report',
+    'sweeps': 'train report checkpoints system',
+}
+RECIPES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            package, *rest = node.module.split('.')
+            if package == 'flax_densenet':
+                yield from [rest[0]] if rest else (alias.name for alias in node.names)
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                assert not alias.name.startswith('flax_densenet'), alias.name
+
+
+@pytest.mark.parametrize('package', IMPORTS)
+def test_packages_import_only_what_lies_below(package):
+    """Each names only packages above it in the table, so there is no cycle."""
+    allowed = set(IMPORTS[package].split())
+    assert allowed <= set(itertools.takewhile(package.__ne__, IMPORTS))
+    folder = PACKAGE / package
+    files = [*folder.rglob('*.py')] or [folder.with_suffix('.py')]
+    for path in files:
+        used = set(imports(path)) - {'errors', '_version', package}
+        assert used <= allowed, path
+
+
+def test_no_config_below_the_door():
+    for path in PACKAGE.rglob('*.py'):
+        assert 'ml_collections' not in path.read_text()
+        assert 'config.get(' not in path.read_text()
+
+
+def test_heavy_packages_are_imported_where_needed():
+    code = (
+        'import sys, flax_densenet.sweeps.runner; '
+        'heavy = {"torch", "keras", "tensorflow", "tensorflow_datasets", "sklearn", '
+        '"matplotlib", "plotly", "jinja2", "tensorboardX", "optuna"}; '
+        'print(sorted(heavy & set(sys.modules)))'
+    )
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stdout == '[]\n', done.stderr
+
+
+def fields(config, prefix=''):
+    for name, value in config.items():
+        if hasattr(value, 'items'):
+            yield from fields(value, f'{prefix}{name}.')
+        else:
+            yield prefix + name
+
+
+@pytest.mark.parametrize('name', RECIPES)
+def test_recipes(name):
+    """Only fields of base; a model and an optimizer come out; the page says how."""
+    module = importlib.import_module(f'configs.{name}')
+    config = module.get_config()
+    assert set(fields(config)) == set(fields(base.get_config()))
+    assert 'python launch.py' in module.__doc__
+    assert create_model(num_classes=2, **transfer.resolve_model(config.model, None))
+    kwargs = dict(config.optimizer)
+    ours = ('l2_penalty', 'layer_decay', 'head_multiplier', 'gradient_clip')
+    for field in (*ours, 'shard_state'):
+        kwargs.pop(field)
+    names = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
+    schedule = optimizers.make_schedule(
+        **{n: kwargs.pop(n) for n in names},
+        epochs=config.train.epochs,
+        steps_per_epoch=10.0,
+    )
+    assert optimizers.make_optimizer(schedule, **kwargs)
+
+
+def test_base_has_each_field_of_the_functions():
+    """A field that a function gained and base.py forgot would be out of reach."""
+    config = base.get_config()
+    skip = {'num_classes', 'parent', 'name'}
+    known = {
+        name
+        for network in (densenet.DenseNet, rdnet.RDNet)
+        for name in network.__dataclass_fields__
+    }
+    assert set(config.model) == {'variant'} | known - skip
+    loading = {'source', 'batch_size', 'mean', 'std', 'augment', 'threads', 'workers'}
+    loading |= {'balance', 'color_jitter', 'policy', 'erase', 'mixup', 'cutmix', 'tta'}
+    loading |= {'size_schedule'}
+    assert set(config.data) == loading | set(dataset.load_source.__kwdefaults__)
+
+
+def test_birds():
+    """The recipe to reproduce, field by field."""
+    config = importlib.import_module('configs.birds').get_config()
+    assert transfer.resolve_model(config.model, None)['variant'] == 'densenet121'
+    assert config.data.source == 'folder:data/bird_photos'
+    assert (config.data.batch_size, config.train.epochs) == (4, 40)
+    settled = transfer.resolve_data(config.data, None)
+    assert settled['mean'] == (0.485, 0.456, 0.406)
+    assert (settled['resize'], settled['channels']) == ('stretch', 3)
+    assert config.optimizer.learning_rate == 1e-4
+    config = importlib.import_module('configs.birds_tf').get_config()
+    assert config.model.padding == 'same'
+    assert config.model.initializer == 'glorot_normal'
+    assert (config.model.momentum, config.model.epsilon) == (0.99, 1e-3)
+    assert config.optimizer.l2_penalty == 5e-5
+    assert (config.data.batch_size, config.data.split_seed) == (8, 123)
+    from flax_densenet.weights import trained
+
+    pixels = trained.normalize(
+        pytest.importorskip('numpy').array([[[[0, 128, 255]]]], 'u1'),
+        mean=config.data.mean,
+        std=config.data.std,
+    )
+    assert pixels.ravel().tolist() == pytest.approx([0, 128, 255])
+
+
+def test_no_file_of_another_project():
+    assert pathlib.Path(ROOT / 'ckpt' / '.gitkeep').exists()

@@ -1,0 +1,179 @@
+"""What the report says, and that it stays one whole page of bounded size."""
+
+import html.parser
+import json
+import os
+import pathlib
+
+import numpy as np
+import pytest
+
+from flax_densenet import UserError
+from flax_densenet.data import dataset
+from flax_densenet.evaluation import results
+from flax_densenet.report import compare, gallery, page, render
+from helpers.pages import many, write_run
+from helpers.runs import tiny_trained, write_images
+
+
+def read(path):
+    return pathlib.Path(path).read_text('utf-8')
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    """A page, what it was made of, and the folder."""
+    folder = tmp_path_factory.mktemp('page')
+    names = {'ants': 20, '<b>&"bees"': 15, 'wasps': 15}
+    photos = write_images(folder / 'photos', names, size=(20, 20))
+    source = dataset.load_source(f'folder:{photos}', image_size=16)
+    trained = tiny_trained(source, seed=2)
+    found = results.collect(trained, source.test, source.class_names, batch_size=16)
+    workdir = write_run(folder / 'run')
+    path = page.save_report(str(workdir), trained, source, found)
+    return read(path), found, source, workdir
+
+
+class Elements(html.parser.HTMLParser):
+    """Start tags with their attributes, and the text between."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, text):
+        self.text.append(text)
+
+
+def test_page(made):
+    text, found, source, workdir = made
+    elements = Elements(text)
+    said = ' '.join(' '.join(elements.text[:2000]).split())
+    assert f'{found.figures["accuracy"] * 100:.1f} %' in said
+    assert 'Training time 1:30:00' in said and 'A <fast> chip × 4' in said
+    assert 'epoch 3, step 7' in said
+    # A class name with HTML in it is text, in the tables as in the charts' numbers.
+    assert '<b>&"bees"' in said
+    before = text[: text.index('plotly.js')]
+    assert '<b>&"' not in before and '&lt;b&gt;&amp;&#34;bees&#34;' in before
+    rows = [row for row in elements.tags if row[0] == 'img']
+    assert len(rows) > 24 and all(row[1]['src'].startswith('data:') for row in rows)
+    assert all('alt' in attributes for _, attributes in rows)
+    outside = [a for _, attributes in elements.tags for a in attributes.values() if a]
+    assert not [a for a in outside if a.startswith(('http', '//'))]
+    assert sorted(os.listdir(workdir)) == sorted(
+        ['config.json', 'environment.json', 'eval.json', 'metrics.jsonl']
+        + ['predictions.csv', 'report.html']
+    )
+    start = text.index('id="charts">') + len('id="charts">')
+    raw = text[start : text.index('</script>', start)]
+    assert '<' not in raw  # which could end the element
+    charts = json.loads(raw)
+    assert charts['curves']['best'] == 2 and charts['curves']['epoch'] == [1, 2, 3]
+    assert charts['names'] == list(source.class_names)
+    cells = charts['confusion']['cells']
+    matrix = np.zeros((3, 3), int)
+    for place, cell in cells.items():
+        true, predicted = map(int, place.split(','))
+        matrix[true, predicted] = len(cell)
+        assert all(item['image'].startswith('data:image/webp') for item in cell)
+        assert all(f'/{source.class_names[true]}/' in item['name'] for item in cell)
+    assert matrix.tolist() == found.figures['confusion']
+    assert charts['confusion']['matrix'] == found.figures['confusion']
+
+
+def test_mistakes_are_the_surest():
+    found = many()
+    said = found.probabilities.argmax(-1)
+    rows = gallery.pick_mistakes(found, 10)
+    picked = [row['row'] for row in rows]
+    assert all(row['true'] == found.labels[row['row']] != row['said'] for row in rows)
+    wrong = np.flatnonzero(said != found.labels)
+    expected = wrong[np.argsort(-found.probabilities.max(-1)[wrong])][:10]
+    assert picked == expected.tolist()
+    least = gallery.pick_uncertain(found, 5)
+    ordered = np.sort(found.probabilities, -1)
+    margin = ordered[:, -1] - ordered[:, -2]
+    assert [row['row'] for row in least] == np.argsort(margin)[:5].tolist()
+
+
+def test_mistakes_of_several_labels():
+    logits = np.array([[3, -1], [-4, 1], [0.5, 0.1]], np.float32)
+    labels = np.array([[0, 0], [np.nan, 1], [1, 0]], np.float32)
+    found = results.Results([], ('a', 'b'), logits, labels)
+    rows = gallery.pick_mistakes(found, 9)
+    assert [(r['row'], r['said'], r['present']) for r in rows] == [
+        (0, 0, False),
+        (2, 1, False),
+    ]
+    rows = gallery.pick_uncertain(found, 2)
+    assert [(r['row'], r['said']) for r in rows] == [(2, 1), (2, 0)]
+
+
+def test_many_classes_stay_small(monkeypatch):
+    found = many()
+    monkeypatch.setattr(gallery, 'CELL_BYTES', 100_000)
+    confusion = page._confusion(found)
+    assert len(confusion['kept']) == len(confusion['matrix']) == page.CLASSES
+    matrix = np.array(found.figures['confusion'])
+    mistakes = matrix.sum(0) + matrix.sum(1) - 2 * np.diag(matrix)
+    left_out = np.delete(mistakes, confusion['kept'])
+    assert mistakes[confusion['kept']].min() >= left_out.max() > 0
+    assert [pair['count'] for pair in confusion['pairs']] == sorted(
+        (pair['count'] for pair in confusion['pairs']), reverse=True
+    )
+    cells = confusion['cells']
+    kept = set(confusion['kept'])
+    assert all(kept.issuperset(map(int, place.split(','))) for place in cells)
+    taken = [len(item.get('image', '')) for cell in cells.values() for item in cell]
+    assert 100_000 <= sum(taken) < 100_000 + max(taken)
+    assert max(map(len, cells.values())) <= gallery.CELL_IMAGES
+    surest = [item['probability'] for item in max(cells.values(), key=len)]
+    assert surest == sorted(surest, reverse=True)
+    assert len(page._roc(found)) == page.CLASSES
+
+
+def test_samples_of_all_classes():
+    labels = np.array([0] * 50 + [1] * 3 + [2] * 50)
+    picked = gallery.pick_samples(None, labels, 12)
+    assert np.bincount(labels[picked]).tolist() == [5, 3, 4]
+
+
+def test_no_training_to_show(made, tmp_path):
+    """Weights from elsewhere, measured on other data."""
+    _, found, source, _ = made
+    trained = tiny_trained(source, class_names=list(source.class_names))
+    path = page.save_report(
+        str(tmp_path / 'new'), trained, source, found, trained_on=False
+    )
+    text = read(path)
+    assert 'id="training"' not in text and 'To train on' not in text
+    assert 'Parameters' in text
+
+
+def test_comparison(tmp_path):
+    first = write_run(tmp_path / 'ckpt' / 'first')
+    second = write_run(tmp_path / 'ckpt' / 'second', rate=1e-2)
+    (first / 'report.html').write_text('here')
+    path = str(tmp_path / 'ckpt' / 'compare.html')
+    compare.save([str(first), str(second)], path)
+    text = read(path)
+    assert 'href="first/report.html"' in text and 'second/report.html' not in text
+    said = ' '.join(' '.join(Elements(text).text[:400]).split())
+    assert 'optimizer.learning_rate 0.001 0.01' in said
+    assert 'model.variant' not in said
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(UserError, match='empty holds no run'):
+        compare.save([str(first), str(tmp_path / 'empty')], path)
+
+
+def test_page_that_cannot_be_written(tmp_path):
+    (tmp_path / 'file').write_text('')
+    with pytest.raises(UserError, match='cannot be written .*; use another --workdir'):
+        values = {'rows': [], 'differing': [], 'names': [], 'areas': False}
+        path = str(tmp_path / 'file' / 'x.html')
+        render.save_page(path, 'compare.html', {'runs': []}, **values)

@@ -1,0 +1,602 @@
+"""Sweeps: what the flags mean, what is kept when, and what a table says."""
+
+import csv
+import functools
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+import launch
+from configs import base
+from flax_densenet.checkpoints import run_folder
+from flax_densenet.errors import UserError
+from flax_densenet.report import page
+from flax_densenet.sweeps import optuna_study, space
+from flax_densenet.sweeps import page as sweep_page
+from flax_densenet.sweeps import plan as sweep_plan
+from flax_densenet.sweeps import record as sweep_record
+from flax_densenet.sweeps import runner as sweep_runner
+from flax_densenet.sweeps import table as sweep_table
+from flax_densenet.system import lock
+from flax_densenet.train import fit as fit_lib
+from helpers.pages import BOOK, make_book
+from helpers.paths import ROOT
+from helpers.runs import tiny_config
+
+RATE = 'optimizer.learning_rate'
+
+
+def test_values():
+    found = space.parse(
+        [
+            'model.block_sizes=(6,6), (6,12,24)',
+            "data.labels='a,b',c,''",
+            'optimizer.name=sgd optimizer.momentum=0.9; optimizer.name=adam',
+            'train.seed=3,4',
+        ]
+    )
+    assert found.seeds == ('3', '4')
+    sizes, labels, sets = (axis.options for axis in found.axes)
+    assert [row['model.block_sizes'] for row in sizes] == ['(6,6)', '(6,12,24)']
+    assert [row['data.labels'] for row in labels] == ['a,b', 'c', '']
+    assert sets == (
+        {'optimizer.name': 'sgd', 'optimizer.momentum': '0.9'},
+        {'optimizer.name': 'adam'},
+    )
+    assert len(list(found.grid())) == 2 * 3 * 2
+    assert found.fields[-2:] == ('optimizer.name', 'optimizer.momentum')
+
+
+def test_sets_of_a_file(tmp_path):
+    file = tmp_path / 'sets.txt'
+    file.write_text("# two\na.x=1  a.y='1, 2'\n\na.x=2\n")
+    (axis,) = space.parse([f'@{file}']).axes
+    assert axis.options == ({'a.x': '1', 'a.y': '1, 2'}, {'a.x': '2'})
+
+
+@pytest.mark.parametrize(
+    ('text', 'log'),
+    [
+        ('1e-4..1e-1', True),
+        ('0.1..0.5:linear', False),
+        ('0..0.5', False),
+        ('1..64', False),
+        ('1..64:log', True),
+        ('-2..2', False),
+    ],
+)
+def test_ranges(text, log):
+    (axis,) = space.parse([f'a.x={text}']).axes
+    assert isinstance(axis, space.Range) and axis.log == log
+    assert [axis.low, axis.high] == text.partition(':')[0].split('..')
+
+
+def test_paths_are_no_ranges():
+    (axis,) = space.parse(['data.source=folder:../photos']).axes
+    assert axis.options == ({'data.source': 'folder:../photos'},)
+
+
+@pytest.mark.parametrize(
+    ('flags', 'message'),
+    [
+        ([], 'needs --sweep=FIELD=VALUE,VALUE'),
+        (['a'], '--sweep=a needs the form'),
+        (['a=1,,2'], 'a value is empty'),
+        (['a='], 'a value is empty'),
+        (['a=1,2,1'], 'a=1 comes twice'),
+        (['a=1', 'a=2'], 'a has another --sweep already'),
+        (['a=1 b=2; a=1,3'], 'needs the form FIELD=VALUE, a value each'),
+        (['a=2..1'], 'from a number to a higher one'),
+        (['a=1..inf'], 'from a number to a higher one'),
+        (['a=1..2:cubic'], 'use 1..2:log or 1..2:linear'),
+        (['a=0..1:log'], 'starts above 0'),
+        (['@none'], 'the file cannot be read'),
+        (['train.seed=0..3'], 'seeds are a list'),
+        (['train.seed=0 a=1; train.seed=1'], 'a flag of its own'),
+        (['train.deterministic=True,False'], 'of the whole process'),
+    ],
+)
+def test_what_cannot_be_read(flags, message):
+    with pytest.raises(UserError, match=None) as error:
+        space.parse(flags)
+    assert message in str(error.value)
+
+
+class Objective:
+    """In place of `fit.fit`: figures that follow from the fields alone.
+
+    Attributes:
+      trained: epochs by folder, and how often each was taken.
+      events: names of what was called, up to `dies_at` of them.
+    """
+
+    def __init__(self, figure):
+        self.figure, self.trained = figure, {}
+        self.events, self.dies_at = [], None
+
+    def happens(self, name):
+        self.events.append(name)
+        if len(self.events) == self.dies_at:
+            raise KeyboardInterrupt(name)
+
+    def fit(self, config, folder, *, stop=None, ends_after):
+        path = pathlib.Path(folder, 'metrics.jsonl')
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        done = len(path.read_text().splitlines())
+        for epoch in range(done + 1, config['train']['epochs'] + 1):
+            figure = self.figure(
+                config['optimizer']['learning_rate'], config['train']['seed'], epoch
+            )
+            record = {'epoch': epoch, 'test_accuracy': figure, 'test_loss': 1 - figure}
+            record['seconds'] = 60
+            self.happens('epoch')
+            with path.open('a') as file:
+                file.write(json.dumps(record) + '\n')
+            self.trained[folder] = self.trained.get(folder, 0) + 1
+            if ends_after(record):
+                break
+
+
+@pytest.fixture
+def objective(monkeypatch):
+    """A sweep's runs are `Objective`s; everything else is as it is."""
+
+    def use(figure):
+        made = Objective(figure)
+        monkeypatch.setattr(fit_lib, 'fit', made.fit)
+        prepared = types.SimpleNamespace(source=None)
+        monkeypatch.setattr(sweep_plan.prepare, 'prepare', lambda *_, **__: prepared)
+        monkeypatch.setattr(sweep_runner.jax, 'clear_caches', lambda: None)
+        monkeypatch.setattr(sweep_runner.gc, 'collect', lambda: None)
+        # Tested below; five megabytes each time.
+        monkeypatch.setattr(
+            sweep_page, 'save', lambda workdir, kept: sweep_table.make_rows(kept)
+        )
+        return made
+
+    return use
+
+
+def start(workdir, *flags, epochs=3, **options):
+    config = base.get_config()
+    config.train.epochs = epochs
+    for name in [name for name in options if '.' in name]:
+        config.update_from_flattened_dict({name: options.pop(name)})
+    return sweep_runner.run(
+        launch._plain(config),
+        str(workdir),
+        list(flags),
+        override=functools.partial(launch._override, config),
+        **options,
+    )
+
+
+def by_rate(rate, seed, epoch):
+    return rate * epoch + 0.01 * seed
+
+
+def table(rows):
+    return [
+        (row.setting.fields, row.state, row.mean, row.spread, row.best, row.count)
+        for row in rows
+    ]
+
+
+def test_a_grid_with_seeds(objective, tmp_path, capsys):
+    made = objective(by_rate)
+    flags = f'{RATE}=0.1,0.3,0.2', 'train.seed=0,1,2'
+    rows = start(tmp_path / 's', *flags)
+    assert [row.setting.fields[RATE] for row in rows] == ['0.3', '0.2', '0.1']
+    first = rows[0]
+    assert first.mean == pytest.approx(0.91)
+    assert first.spread == pytest.approx(0.01)
+    assert (first.best, first.best_seed, first.count) == (pytest.approx(0.92), '2', 3)
+    assert first.folder == 'trials/002'
+    assert set(made.trained.values()) == {3} and len(made.trained) == 9
+    out = capsys.readouterr().out
+    assert f'best: {RATE}=0.3: test accuracy 91.0 % ± 1.0 % of 3 seeds' in out
+    # The same command again trains nothing, and says the same.
+    again = objective(by_rate)
+    assert table(start(tmp_path / 's', *flags)) == table(rows)
+    assert again.trained == {}
+
+
+def test_seeds_alone(objective, tmp_path):
+    objective(by_rate)
+    (row,) = start(tmp_path / 's', 'train.seed=0,2', **{RATE: 0.1})
+    assert (row.count, row.setting.fields) == (2, {})
+    assert row.mean == pytest.approx(0.31)
+
+
+def test_a_grid_grows(objective, tmp_path):
+    objective(by_rate)
+    start(tmp_path / 's', f'{RATE}=0.1,0.3')
+    made = objective(by_rate)
+    rows = start(tmp_path / 's', f'{RATE}=0.3,0.2,0.1', 'train.seed=1,0')
+    assert table(rows) == table(
+        start(tmp_path / 'new', f'{RATE}=0.3,0.2,0.1', 'train.seed=1,0')
+    )
+    of_s = [name for name in made.trained if name.startswith(str(tmp_path / 's'))]
+    assert sorted(os.path.relpath(name, tmp_path / 's') for name in of_s) == [
+        'trials/001/seed1',
+        'trials/002/seed1',
+        'trials/003/seed0',
+        'trials/003/seed1',
+    ]
+
+
+@pytest.mark.parametrize(
+    ('flags', 'options', 'message'),
+    [
+        ([f'{RATE}=0.1'], {}, f'with {RATE}=0.3, which is left out; values can only'),
+        ([f'{RATE}=0.1,0.3', 'train.seed=1'], {}, 'with train.seed=0, which is left'),
+        ([f'{RATE}=0.1,0.3'], {'optimizer.momentum': 0.5}, 'momentum=0.9, not 0.5'),
+        (['optimizer.momentum=0.1'], {}, f'over {RATE}, not optimizer.momentum'),
+        ([f'{RATE}=0.1,0.3'], {'prune': 'median'}, 'with another --prune'),
+        ([f'{RATE}=0.1,0.3'], {'trials': 1}, 'with another --trials'),
+    ],
+)
+def test_another_sweep_of_the_same_folder(objective, tmp_path, flags, options, message):
+    objective(by_rate)
+    workdir = tmp_path / 's'
+    start(workdir, f'{RATE}=0.1,0.3', epochs=1)
+    before = (workdir / 'sweep.json').read_bytes()
+    with pytest.raises(UserError) as error:
+        start(workdir, *flags, epochs=1, **options)
+    assert f'--workdir={workdir} holds a sweep' in str(error.value)
+    assert message in str(error.value)
+    assert (workdir / 'sweep.json').read_bytes() == before
+
+
+def peaked(rate, seed, epoch):
+    """Best at a rate of 0.01."""
+    return 1 / (1 + abs(rate - 0.01)) + 0.01 * epoch - 0.001 * seed
+
+
+SPACE = f'{RATE}=1e-4..1', 'optimizer.name=adam,sgd', 'train.seed=0,1'
+
+
+def test_a_search(objective, tmp_path):
+    """It grows by trials to what it would have been, and by nothing else."""
+    objective(peaked)
+    axes = SPACE[:2]
+    rows = start(tmp_path / 's', *axes, trials=4, epochs=1)
+    assert len(rows) == 4
+    more = start(tmp_path / 's', *axes, trials=12, epochs=1)
+    new = start(tmp_path / 'new', *axes, trials=12, epochs=1)
+    assert table(more) == table(new)
+    assert {row.folder for row in rows} <= {row.folder for row in more}
+    kept = sweep_record.load(str(tmp_path / 's'))
+    assert list(kept.importances)[0] == RATE
+    assert sum(kept.importances.values()) == pytest.approx(1)
+    # What the command repeats is what was trained.
+    assert all(len(s.fields[RATE].strip('0.e-')) <= 4 for s in kept.settings)
+    with pytest.raises(UserError, match='that searches among other values .*0.001'):
+        start(tmp_path / 's', f'{RATE}=1e-3..1', *axes[1:], trials=12, epochs=1)
+    with pytest.raises(UserError, match='of 12 trials, more than --trials=3'):
+        start(tmp_path / 's', *axes, trials=3, epochs=1)
+
+
+def test_a_search_of_few_choices_ends(objective, tmp_path, capsys, monkeypatch):
+    objective(by_rate)
+    monkeypatch.setattr(sweep_runner, '_REPEATS', 5)
+    rows = start(tmp_path / 's', f'{RATE}=0.1,0.2', trials=3)
+    assert len(rows) == 2
+    assert 'the search ends with 2 settings: 5 suggestions' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('prune', ['median', 'halving'])
+def test_pruning(objective, tmp_path, prune):
+    """What falls behind ends early, and is not trained with the other seed."""
+    made = objective(by_rate)
+    good = ','.join(f'0.{place}' for place in range(50, 56))
+    rows = start(
+        tmp_path / 's',
+        f'{RATE}={good},0.1',
+        'train.seed=0,1',
+        prune=prune,
+        epochs=9,
+    )
+    last = rows[-1]
+    assert last.setting.fields == {RATE: '0.1'}
+    epochs = {'median': 3, 'halving': 1}[prune]
+    assert last.state == f'pruned at epoch {epochs}' and last.count == 1
+    assert made.trained[f'{tmp_path}/s/trials/007/seed0'] == epochs
+    assert f'{tmp_path}/s/trials/007/seed1' not in made.trained
+    # Those that rise last are never behind.
+    assert {row.state for row in rows[:1]} == {'done'}
+
+
+def test_no_pruning_after_the_last_epoch(objective, tmp_path):
+    """Nor of later seeds, whose epochs nobody is told."""
+    objective(by_rate)
+    good = ','.join(f'0.{place}' for place in range(50, 56))
+    flags = f'{RATE}={good},0.1', 'train.seed=0,1'
+    rows = start(tmp_path / 's', *flags, prune='median', epochs=2)
+    assert {(row.state, row.count) for row in rows} == {('done', 2)}
+
+
+def test_interrupted_anywhere(objective, monkeypatch, tmp_path):
+    """Ended at each call in turn, it comes to the table of one that never was."""
+    options = dict(trials=8, prune='median', epochs=3)
+    objective(peaked)
+    whole = start(tmp_path / 'whole', *SPACE, **options)
+    made = objective(peaked)
+    for kind, name in (
+        (optuna_study.Tuner, 'ask'),
+        (optuna_study.Tuner, 'report'),
+        (optuna_study.Tuner, 'finish'),
+        (sweep_record.SweepRecord, 'save'),
+    ):
+        monkeypatch.setattr(kind, name, _dying(made, getattr(kind, name)))
+    for dies_at in range(1, 100, 3):
+        made.events, made.dies_at = [], dies_at
+        try:
+            rows = start(tmp_path / 's', *SPACE, **options)
+            break
+        except KeyboardInterrupt:
+            pass
+    assert dies_at > 10
+    assert table(rows) == table(whole)
+    assert any(row.setting.state == 'pruned' for row in rows)
+
+
+def _dying(made, call):
+    """Dies before it, and the next time after it."""
+
+    def wrapped(*args, **kwargs):
+        made.happens(call.__name__)
+        found = call(*args, **kwargs)
+        made.happens(call.__name__)
+        return found
+
+    return wrapped
+
+
+def test_failures(objective, tmp_path, capsys):
+    """A setting that fails is told of, and the others are trained."""
+
+    def figure(rate, seed, epoch):
+        if rate == 0.3 and seed == 1:
+            raise UserError('the loss is not finite')
+        if rate == 0.2:
+            raise RuntimeError('RESOURCE_EXHAUSTED: Out of memory')
+        return rate
+
+    made = objective(figure)
+    flags = f'{RATE}=0.3,0.2,0.1', 'train.seed=0,1,2'
+    rows = start(tmp_path / 's', *flags)
+    said = [(row.setting.fields[RATE], row.state, row.count) for row in rows]
+    assert said == [('0.1', 'done', 3), ('0.3', 'failed', 1), ('0.2', 'failed', 0)]
+    assert rows[1].setting.why == 'the loss is not finite'
+    out = capsys.readouterr().out
+    assert 'trial 001 failed: the loss is not finite' in out
+    assert '2 failed; --retry_failed trains them again' in out
+    assert 'out of memory' in out and 'goes on from' not in out
+    made = objective(by_rate)
+    start(tmp_path / 's', *flags)
+    assert made.trained == {}
+    rows = start(tmp_path / 's', *flags, retry=True)
+    assert [row.state for row in rows] == ['done'] * 3
+    assert f'{tmp_path}/s/trials/001/seed0' not in made.trained
+
+
+def test_all_fail(objective, tmp_path):
+    def figure(*_):
+        raise UserError('no')
+
+    objective(figure)
+    with pytest.raises(UserError, match='all 2 settings failed, the first one so: no'):
+        start(tmp_path / 's', f'{RATE}=0.1,0.2')
+
+
+@pytest.mark.parametrize('error', [OSError(28, 'No space left'), RuntimeError('bug')])
+def test_what_ends_all(objective, tmp_path, error):
+    """What the other settings would meet too ends the sweep, which can go on."""
+
+    def figure(*_):
+        if isinstance(error, OSError):
+            raise UserError('saving failed') from error
+        raise error
+
+    objective(figure)
+    with pytest.raises(UserError if isinstance(error, OSError) else RuntimeError):
+        start(tmp_path / 's', f'{RATE}=0.1,0.2')
+    made = objective(by_rate)
+    assert [row.state for row in start(tmp_path / 's', f'{RATE}=0.1,0.2')] == [
+        'done',
+        'done',
+    ]
+    assert len(made.trained) == 2
+
+
+def test_places(objective, tmp_path, monkeypatch):
+    """A folder in use, of a run, with files that are not ours; without Optuna."""
+    objective(by_rate)
+    flag = f'{RATE}=0.1,0.2'
+    used = pytest.raises(UserError, match='is in use: process')
+    with lock.hold(str(tmp_path / 's')), used:
+        start(tmp_path / 's', flag)
+    (tmp_path / 's' / 'metrics.jsonl').touch()
+    with pytest.raises(UserError, match='holds a run; a sweep needs a folder of its'):
+        start(tmp_path / 's', flag)
+    start(tmp_path / 'b', flag)
+    (tmp_path / 'b' / optuna_study.FILE).unlink()
+    with pytest.raises(UserError, match='sweep.db cannot be used .it lacks trial 0'):
+        start(tmp_path / 'b', flag)
+    (tmp_path / 'b' / optuna_study.FILE).write_bytes(b'x' * 5000)
+    with pytest.raises(UserError, match='sweep.db cannot be used .file is not a data'):
+        start(tmp_path / 'b', flag)
+    monkeypatch.setitem(sys.modules, 'optuna', None)
+    with pytest.raises(UserError, match=r"pip install 'flax_densenet\[sweep\]'"):
+        start(tmp_path / 'c', flag)
+    assert not (tmp_path / 'c').exists()
+
+
+def test_table():
+    rows = sweep_table.make_rows(make_book(**BOOK))
+    assert [row.setting.state for row in rows] == [
+        *('done', 'done', 'training', 'pruned', 'failed')
+    ]
+    first, second = rows[:2]
+    assert (first.mean, first.best, first.best_seed) == (pytest.approx(0.675), 0.7, '0')
+    assert second.mean == pytest.approx(0.6)
+    assert second.spread == pytest.approx(0.02**0.5)
+    text = sweep_table.format_rows(make_book(**BOOK), rows).splitlines()
+    assert text[0].split() == [
+        *('trial', 'learning_rate', 'mean', 'spread', 'best', 'seeds', 'state')
+    ]
+    assert text[2].split('  ')[0] == '001' and '60.0 %  14.1 %  70.0 %' in text[2]
+    pruned = next(line for line in text if 'pruned at epoch 1' in line)
+    assert pruned.split()[-10:-4] == ['90.0', '%', '-', '90.0', '%', '1']
+    assert text[-1] == 'trial 004 failed: not <finite>'
+
+
+def test_page(tmp_path):
+    """It comes from sweep.json alone, and shows what that says as text."""
+    make_book(**BOOK).save(str(tmp_path))
+    kept = sweep_record.load(str(tmp_path))
+    rows = sweep_page.save(str(tmp_path), kept)
+    text = (tmp_path / sweep_page.FILE).read_text()
+    body = text[text.index('<body>') : text.index('<script type')]
+    assert '<b>' not in body.replace('<small>', '').partition('headline')[0]
+    assert '&lt;/script&gt;&lt;b&gt;' in body and 'not &lt;finite&gt;' in body
+    assert 'flatters' in body and 'pruned at epoch 1' in body
+    assert 'behind it by less than seeds' in body.lower()
+    assert '&#39;--config=configs/cifar.py:&lt;b&gt;&#39;' in body
+    with open(tmp_path / sweep_table.FILE, newline='') as file:
+        table = list(csv.DictReader(file))
+    assert [row['trial'] for row in table] == [
+        os.path.basename(row.folder) for row in rows
+    ]
+    assert table[0]['mean'] == '0.675' and table[0]['spread'] == '0.0353553'
+    assert table[-1]['why'] == 'not <finite>' and table[-1]['mean'] == ''
+
+
+@pytest.mark.parametrize(
+    'damage',
+    [
+        lambda text: text[:40],
+        lambda text: '[]',
+        lambda text: text.replace('"settings"', '"set"'),
+        lambda text: text.replace('0.65', '"x"'),
+        lambda text: text.replace('"done"', '"fine"'),
+        lambda text: text.replace('"axes"', '"axe"'),
+        lambda text: text.replace('"best_epoch": 1', '"best_epoch": 7'),
+    ],
+)
+def test_a_damaged_record(tmp_path, damage):
+    make_book(**BOOK).save(str(tmp_path))
+    file = tmp_path / sweep_record.FILE
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(UserError, match='sweep.json is no record of a sweep'):
+        sweep_record.load(str(tmp_path))
+
+
+def test_data_is_looked_through_once(monkeypatch):
+    looked, load = [], sweep_plan.prepare.load_source
+    monkeypatch.setattr(
+        sweep_plan.prepare, 'load_source', lambda c: looked.append(0) or load(c)
+    )
+    config = base.get_config()
+    config.update_from_flattened_dict(
+        {'model.variant': 'BC-L10k4', 'data.image_size': 8}
+    )
+    for flags, count in (
+        ([f'{RATE}=1e-4,1e-3', 'data.batch_size=32,64'], 1),
+        (['data.image_size=8,12', 'data.augment=none,flip'], 2),
+    ):
+        looked.clear()
+        override = functools.partial(launch._override, config)
+        sweep_plan.Plan(launch._plain(config), flags, override, None, 'none').check()
+        assert len(looked) == count
+
+
+TINY = {'model.block_sizes': (1, 1)}  # as others, which compiled it
+
+
+@pytest.mark.slow
+def test_a_run_that_ends_early(tmp_path):
+    """`ends_after` is told each epoch; the same call goes on from there."""
+    told = []
+    config = tiny_config(**TINY)
+
+    def ends(record):
+        told.append(record['epoch'])
+        return True
+
+    assert fit_lib.fit(config, str(tmp_path), ends_after=ends)['epoch'] == 1
+    lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+    assert (told, len(lines)) == ([1], 1)
+    fit_lib.fit(config, str(tmp_path), ends_after=ends)
+    lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+    assert (told, len(lines)) == ([1, 2], 2)
+
+
+FLAGS = [
+    '--mode=sweep',
+    '--config.model.variant=BC-L10k4',
+    '--config.model.block_sizes=(1,)',
+    '--config.data.image_size=8',
+    '--config.data.batch_size=128',
+    '--config.train.epochs=2',
+    f'--sweep={RATE}=3e-3,1e-2',
+    '--sweep=train.seed=0,1',
+]
+
+
+def command(workdir):
+    launcher = [sys.executable, str(ROOT / 'launch.py')]
+    return [*launcher, *FLAGS, f'--workdir={workdir}']
+
+
+def results(workdir):
+    with open(workdir / sweep_table.FILE, newline='') as file:
+        return [row | {'seconds': ''} for row in csv.DictReader(file)]
+
+
+@pytest.mark.slow
+def test_killed(tmp_path):
+    """Killed and interrupted, the same command comes to the same table and weights."""
+    done = subprocess.run(command(tmp_path / 'whole'), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f'{RATE}' not in done.stderr and 'Traceback' not in done.stderr
+    whole = results(tmp_path / 'whole')
+    assert [row['seeds'] for row in whole] == ['2', '2']
+    workdir = tmp_path / 's'
+    marks = ('001/seed1/checkpoints', signal.SIGKILL), ('002/seed0', signal.SIGINT)
+    for mark, signum in marks:
+        with subprocess.Popen(
+            command(workdir), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as running:
+            deadline = time.monotonic() + 120
+            while not (workdir / 'trials' / mark).exists():
+                assert time.monotonic() < deadline and running.poll() is None
+                time.sleep(0.02)
+            running.send_signal(signum)
+            err = running.communicate(timeout=60)[1].decode()
+        assert running.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[signum], (
+            err
+        )
+        if signum == signal.SIGINT:
+            assert 'the same command goes on from there' in err
+            assert 'Traceback' not in err
+    done = subprocess.run(command(workdir), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert results(workdir) == whole
+    for name in ('001/seed1', '002/seed0'):
+        one, other = (
+            run_folder.load_run(str(folder / 'trials' / name)).records
+            for folder in (tmp_path / 'whole', workdir)
+        )
+        assert [r['test_loss'] for r in one] == [r['test_loss'] for r in other]
+        assert len(one) == 2
+        assert not (workdir / 'trials' / name / page.REPORT_FILE).exists()

@@ -8,7 +8,7 @@ epochs, best model by test accuracy. The photographs are not part of this projec
 hymenoptera, of a similar size, see the README for what was measured.
 """
 
-from configs import base
+from flax_densenet.configs import base
 
 
 def get_config():

@@ -7,7 +7,7 @@ kernels' initial values, an L2 penalty, pixels from 0 to 255, batch norm's const
 batch 8, Adam 1e-3.
 """
 
-from configs import birds
+from flax_densenet.configs import birds
 
 
 def get_config():

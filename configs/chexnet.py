@@ -11,7 +11,7 @@ torchxrayvision's weights bring their own preparation of gray images: with them 
 `--config.data.crop_fraction=1`.
 """
 
-from configs import base
+from flax_densenet.configs import base
 
 
 def get_config(folder='x-rays'):

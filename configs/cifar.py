@@ -22,7 +22,7 @@ and the cost; configs/cifar100.py and configs/svhn.py are the other columns.
 
 import re
 
-from configs import base
+from flax_densenet.configs import base
 
 
 def get_config(model='bc_100_12+'):

@@ -7,7 +7,7 @@ data/cifar100/{train,test}/CLASS/*; --config.data.source=tfds:cifar100 takes a s
 prepared by TFDS.
 """
 
-from configs import cifar
+from flax_densenet.configs import cifar
 
 
 def get_config(model='bc_100_12+'):

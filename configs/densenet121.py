@@ -6,7 +6,7 @@ trains on scikit-learn's handwritten digits;
 --config.data.source=folder:PATH takes your own images.
 """
 
-from configs import base
+from flax_densenet.configs import base
 
 
 def get_config():

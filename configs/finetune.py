@@ -13,7 +13,7 @@ are and takes about a third of the time; configs/linear_probe.py trains the clas
 alone.
 """
 
-from configs import base
+from flax_densenet.configs import base
 
 
 def get_config(path=''):

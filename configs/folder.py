@@ -7,7 +7,7 @@ Random crops and mirroring, a cosine schedule with a warm-up; for some hundreds 
 thousands of images.
 """
 
-from configs import base
+from flax_densenet.configs import base
 
 
 def get_config(path='data/photos'):

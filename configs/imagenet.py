@@ -14,7 +14,7 @@ made of it, tfds:imagenet2012 a set prepared by TFDS. Where a batch does not fit
 docs/recipes.md has the paper's errors. Some GPU-days: never trained here.
 """
 
-from configs import base
+from flax_densenet.configs import base
 
 
 def get_config(model='121'):

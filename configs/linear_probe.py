@@ -10,7 +10,7 @@ to how far given weights carry, and often good with few images; configs/finetune
 further.
 """
 
-from configs import base
+from flax_densenet.configs import base
 
 
 def get_config(path=''):

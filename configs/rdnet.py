@@ -19,7 +19,7 @@ kernels alone, a last rate of 1e-6 instead of 0. Not trained here; the gradient 
 images took 1.4 s on two CPU cores, so a GPU or several are needed.
 """
 
-from configs import base
+from flax_densenet.configs import base
 
 _DROP_PATH = {
     'rdnet_tiny': 0.15,

@@ -10,7 +10,7 @@ schedule. docs/results.md has what it reached; trained weights (configs/finetune
 reach more where there are any.
 """
 
-from configs import base
+from flax_densenet.configs import base
 
 
 def get_config(path='data/photos'):

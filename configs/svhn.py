@@ -9,7 +9,7 @@ for CIFAR.) --config.data.source=folder:PATH with --config.data.tfds_train= take
 PATH/{train,test}/CLASS/*.
 """
 
-from configs import cifar
+from flax_densenet.configs import cifar
 
 
 def get_config(model='bc_100_12'):

@@ -8,7 +8,6 @@ import pytest
 
 from flax_densenet import UserError, create_model, init_variables
 from flax_densenet import losses as losses_lib
-from flax_densenet.models import densenet
 from flax_densenet.train import prepare, step, training_run
 from helpers.runs import tiny_config
 
@@ -112,7 +111,7 @@ def test_the_gradient_is_of_it():
         std=(0.5,) * 3,
         seed=0,
         l2_penalty=0.0,
-        frozen=len(densenet.stages(module)) - 1,
+        frozen=len(module.stages()) - 1,
         loss=losses_lib.Loss('bce', label_smoothing=0.2),
     )
     state = step.new_state(variables, optax.sgd(0.1))

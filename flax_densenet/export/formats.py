@@ -19,7 +19,6 @@ from flax import traverse_util
 from flax_densenet.errors import UserError
 from flax_densenet.export import hub, onnx_graph, onnx_int8, onnx_network, stablehlo
 from flax_densenet.export import precision as precision_lib
-from flax_densenet.models import densenet
 from flax_densenet.weights import keras_files, rdnet_names, weight_file
 from flax_densenet.weights import trained as trained_lib
 
@@ -37,8 +36,10 @@ def torch_arrays(module, variables) -> dict[str, np.ndarray]:
         smaller that a variance would be negative.
     """
     flat = traverse_util.flatten_dict(variables, sep='/')
-    if not densenet.has_batch_norm(module):
-        return rdnet_names.torch_arrays(module, flat)
+    return _TORCH_ARRAYS[module.family](module, flat)
+
+
+def _densenet_arrays(module, flat):
     if module.padding != 'torch' and module.stem != 'cifar':
         raise UserError(
             f'model.padding={module.padding}: torchvision and timm pad otherwise, so '
@@ -61,6 +62,10 @@ def torch_arrays(module, variables) -> dict[str, np.ndarray]:
             place = key.removesuffix('.running_mean')
             found[f'{place}.num_batches_tracked'] = np.array(0, np.int64)
     return dict(sorted(found.items()))
+
+
+# By `Network.family`.
+_TORCH_ARRAYS = {'densenet': _densenet_arrays, 'rdnet': rdnet_names.torch_arrays}
 
 
 def _write_torch(path, trained, options):
@@ -86,7 +91,7 @@ def _write_safetensors(path, trained, options):
     from safetensors import numpy as safetensors
 
     metadata = dict(trained.metadata)
-    if densenet.has_batch_norm(trained.module):
+    if trained.module.has_batch_norm:
         metadata['model'] = dict(metadata['model'], epsilon=_TORCH_EPSILON)
     content = safetensors.save(
         _stored(torch_arrays(trained.module, trained.variables), options),
@@ -110,7 +115,7 @@ def _stored(arrays, options):
 
 
 def _write_keras(path, trained, options):
-    if not densenet.has_batch_norm(trained.module):
+    if trained.module.family != 'densenet':
         variant = trained.metadata['model']['variant']
         raise UserError(
             f'--format=keras: keras.applications has no {variant}; use '
@@ -137,7 +142,7 @@ def _write_stablehlo(path, trained, options):
         plain,
         inputs=options.inputs,
         precision=options.precision,
-        any_size=stablehlo.can_take_any_size(plain.module),
+        any_size=plain.module.takes_any_size(),
     )
 
 

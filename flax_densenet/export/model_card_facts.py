@@ -12,12 +12,15 @@ from typing import Any
 from flax_densenet.checkpoints import run_folder
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import metrics, results
-from flax_densenet.models import densenet, factory, rdnet, tta
-from flax_densenet.weights import timm_network, weight_file
+from flax_densenet.models import factory, tta
+from flax_densenet.weights import timm_network
 from flax_densenet.weights import trained as trained_lib
 
-_DENSENET = 'DenseNet', 'Densely Connected Convolutional Networks', '1608.06993'
-_RDNET = 'RDNet', 'DenseNets Reloaded', '2403.19588'
+# Name, title of the paper and its arXiv number, by `Network.family`.
+_FAMILIES = {
+    'densenet': ('DenseNet', 'Densely Connected Convolutional Networks', '1608.06993'),
+    'rdnet': ('RDNet', 'DenseNets Reloaded', '2403.19588'),
+}
 _TORCHVISION = ('densenet121', 'densenet161', 'densenet169', 'densenet201')
 FEW = 30  # images of a class, below which a line warns
 # Fields of the run's config that the recipe names; those that are as here are left out.
@@ -61,12 +64,12 @@ def describe_model(trained: trained_lib.Trained) -> dict[str, Any]:
     """The network and what goes in and comes out."""
     metadata, module = trained.metadata, trained.module
     channels = len(metadata['mean'])
-    family = _RDNET if isinstance(module, rdnet.RDNet) else _DENSENET
+    family = _FAMILIES[module.family]
     return {
         'variant': metadata['model'].get('variant') or family[0],
         'changes': _changes(module, metadata['model'].get('variant')),
         'family': dict(zip(('name', 'title', 'paper'), family, strict=True)),
-        'parameters': densenet.count_parameters(module, channels=channels),
+        'parameters': module.count_parameters(channels=channels),
         'block_sizes': tuple(module.block_sizes),
         'num_classes': module.num_classes,
         'class_names': trained.class_names,
@@ -85,16 +88,17 @@ def _changes(module, variant):
     """Fields of the network that are not those of its variant."""
     if not variant:
         return {}
-    own = factory.create_model(variant, num_classes=module.num_classes)
-    names = (*weight_file.ARCHITECTURE, 'blur_pool', 'padding')
-    found = {n: getattr(module, n) for n in names if hasattr(module, n)}
-    return {n: value for n, value in found.items() if value != getattr(own, n)}
+    usual = factory.create_model(variant, num_classes=module.num_classes).fields()
+    names = (*module.architecture_fields, 'blur_pool', 'padding')
+    fields = module.fields()
+    return {n: fields[n] for n in names if n in fields and fields[n] != usual[n]}
 
 
 def _torchvision(module, channels):
     """`densenet121(num_classes=3)`, or what makes the network otherwise, or None."""
     found = timm_network.find(module, channels=channels)
-    if found is None or channels != 3 or getattr(module, 'stem', '') != 'imagenet':
+    has_class = module.fields().get('stem') == 'imagenet'
+    if found is None or channels != 3 or not has_class:
         return None
     name, changed = found
     if name in _TORCHVISION and not changed:

@@ -25,15 +25,15 @@ from flax_densenet.errors import UserError
 from flax_densenet.export import onnx_calibration, onnx_network
 from flax_densenet.export.onnx_calibration import Bounds
 from flax_densenet.export.onnx_graph import Graph
-from flax_densenet.models import densenet
+from flax_densenet.models import network
 
 _STEPS = 255  # of a feature map's byte
 _KERNEL_STEPS = 63
 
 
-def check(module: densenet.Network, metadata: dict[str, Any]):
+def check(module: network.Network, metadata: dict[str, Any]):
     """Raises for a network without the bottlenecks that offsets are folded into."""
-    if not isinstance(module, densenet.DenseNet) or not module.bottleneck:
+    if not module.has_batch_norm or not module.bottleneck:
         raise UserError(
             f'--precision=int8: {metadata["model"]["variant"]} has no bottleneck; use '
             'float16 or bfloat16'
@@ -41,7 +41,7 @@ def check(module: densenet.Network, metadata: dict[str, Any]):
 
 
 def make(
-    module: densenet.DenseNet,
+    module: network.Network,
     variables,
     metadata: dict[str, Any],
     batches: Sequence[np.ndarray],

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flax_densenet.export.onnx_graph import Graph
-from flax_densenet.models import densenet, folded, rdnet
+from flax_densenet.models import folded, network, rdnet
 from flax_densenet.weights import trained
 
 # What goes in and what comes out. `images`: uint8 `[N, H, W, C]`, red first, as
@@ -21,7 +21,7 @@ INPUTS = ('images', 'normalized')
 
 
 def make(
-    module: densenet.Network,
+    module: network.Network,
     variables,
     metadata: dict[str, Any],
     *,
@@ -39,14 +39,11 @@ def make(
     """
     graph = Graph(precision)
     x, divisor = take_images(graph, metadata, inputs)
-    if isinstance(module, rdnet.RDNet):
-        logits = _rdnet(graph, x, module, variables['params'], divisor)
-    else:
-        logits = _densenet(graph, x, module, fold(module, variables), divisor)
+    logits = _NETWORKS[module.family](graph, x, module, variables, divisor)
     return finish(graph, logits, module, metadata, inputs)
 
 
-def fold(module: densenet.DenseNet, variables) -> dict[str, Any]:
+def fold(module: network.Network, variables) -> dict[str, Any]:
     """`folded.fold`, as arrays of the network alone."""
     return folded.fold(module.clone(fast=False), variables)
 
@@ -88,7 +85,7 @@ def finish(graph, logits, module, metadata, inputs) -> Any:
     return graph.model(taken, given, properties(module, metadata))
 
 
-def properties(module: densenet.Network, metadata: dict[str, Any]) -> dict[str, str]:
+def properties(module: network.Network, metadata: dict[str, Any]) -> dict[str, str]:
     """What a file says of its model: texts by name, JSON where they are lists.
 
     `labels`, `image_size` (pixels a side), `channels`, `resize`, `crop_fraction` and
@@ -126,7 +123,8 @@ def divided(kernel, divisor):
     return kernel if divisor is None else kernel / divisor.reshape(1, 1, -1, 1)
 
 
-def _densenet(graph, x, module, net, divisor):
+def _densenet(graph, x, module, variables, divisor):
+    net = fold(module, variables)
     x = _stem(graph, x, module, net['stem'], divisor)
     for number, block in enumerate(net['blocks'], start=1):
         for place, layer in enumerate(block['layers'], start=1):
@@ -148,7 +146,7 @@ def _densenet(graph, x, module, net, divisor):
     return classify(graph, x, classifier['kernel'], classifier['bias'])
 
 
-def stem_strides(module: densenet.DenseNet, number: int) -> int:
+def stem_strides(module: network.Network, number: int) -> int:
     """Of the stem's convolution of this number, from 0."""
     return 1 if number or module.stem == 'cifar' else 2
 
@@ -204,8 +202,9 @@ def _affine_relu(graph, x, norm, name):
     return graph.add('Relu', x, name=f'{name}.relu')
 
 
-def _rdnet(graph, x, module, params, divisor):
+def _rdnet(graph, x, module, variables, divisor):
     """Its dense layers, each `[N, C, H, W]` but for the products inside."""
+    params = variables['params']
     stem = params['conv0']
     kernel = divided(np.float32(stem['kernel']), divisor)
     x = _patches(graph, x, kernel, stem['bias'], 'conv0')
@@ -296,3 +295,7 @@ def _normalize(graph, x, params, epsilon, name='norm'):
     arrays = (np.float32(params[key]) for key in ('scale', 'bias'))
     options = {'axis': -1, 'epsilon': epsilon, 'name': name}
     return graph.add('LayerNormalization', x, *arrays, **options)
+
+
+# How each `Network.family` becomes nodes, from the images to the logits.
+_NETWORKS = {'densenet': _densenet, 'rdnet': _rdnet}

@@ -115,7 +115,7 @@ def run(
     Args:
       images: what the model takes, along axis 0: the first by itself, so that there are
         at least two batch sizes.
-      about: fields of the network, and its `channels`.
+      about: the network's fields, its `family`, and the images' `channels`.
 
     Returns:
       The outputs along axis 0 and an empty text; or None and what went wrong.

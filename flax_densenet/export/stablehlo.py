@@ -34,7 +34,6 @@ from flax_densenet.errors import UserError
 from flax_densenet.export import precision as precision_lib
 from flax_densenet.inference import programs
 from flax_densenet.models import folded
-from flax_densenet.models.densenet import Network, has_batch_norm, smallest_image_size
 from flax_densenet.system import atomic
 from flax_densenet.weights.trained import Trained
 
@@ -68,8 +67,8 @@ def save(
         float32 `[N, num_classes]`.
       precision: in which kernels are stored; `bfloat16` and `float16` halve the file,
         and lose digits. The arithmetic stays the model's (`model.dtype`).
-      any_size: the program takes images of any height and width that are not too small
-        for the network, instead of the model's own S alone; see `can_take_any_size`.
+      any_size: the program takes images of any height and width that the network
+        takes, instead of only the model's own S; see `Network.takes_any_size`.
 
     Raises:
       UserError: the package `flatbuffers` is missing, an argument is not known or not
@@ -82,7 +81,7 @@ def save(
     ):
         if value not in known:
             raise UserError(f'{name}={value} is not known; use {", ".join(known)}')
-    if any_size and not can_take_any_size(trained.module):
+    if any_size and not trained.module.takes_any_size():
         raise UserError(
             'any_size=True: not of RDNet, nor with model.padding=same; leave it out'
         )
@@ -92,16 +91,6 @@ def save(
         file.write(program)
         with zipfile.ZipFile(file, 'a', zipfile.ZIP_DEFLATED) as archive:
             archive.writestr(METADATA, json.dumps(metadata, indent=1))
-
-
-def can_take_any_size(module: Network) -> bool:
-    """Whether a program need not know the images' size.
-
-    RDNet's and TensorFlow's padding (`same`) depend on it.
-    """
-    return has_batch_norm(module) and (
-        module.padding == 'torch' or module.stem == 'cifar'
-    )
 
 
 def load(path: str) -> tuple[Callable[[Any], jax.Array], dict[str, Any]]:
@@ -165,7 +154,7 @@ def _export(trained, inputs, precision, any_size=False):
     from jax import export
 
     module, metadata = trained.module, trained.metadata
-    if has_batch_norm(module):
+    if 'kernel' in module.fields():
         module = module.clone(kernel='xla')  # nobody else has the native one
     options = programs.options_of(trained)
     stored = _store(folded.fold(module, trained.variables), precision)
@@ -186,7 +175,7 @@ def _export(trained, inputs, precision, any_size=False):
     side, channels = metadata['image_size'], len(metadata['mean'])
     shape, constraints = f'batch, {side}, {side}, {channels}', ()
     if any_size:
-        least = smallest_image_size(module)
+        least = module.smallest_image_size()
         shape = f'batch, height, width, {channels}'
         constraints = (f'height >= {least}', f'width >= {least}')
     images = jax.ShapeDtypeStruct(

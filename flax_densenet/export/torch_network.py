@@ -14,13 +14,12 @@ def make(state: dict[str, Any], about: dict[str, Any]):
 
     Args:
       state: tensors in any precision, by torchvision's keys, of RDNet by timm's.
-      about: fields of the network: `block_sizes`, of a DenseNet `stem` and `blur_pool`,
-        of an RDNet `patch_size` and `halvings`.
+      about: the network's fields, and its `family`.
     """
     import torch
 
     state = {name: tensor.float() for name, tensor in state.items()}
-    network = (_RDNet if 'halvings' in about else _DenseNet)(state, about)
+    network = _NETWORKS[about['family']](state, about)
     return torch.inference_mode()(network)
 
 
@@ -140,3 +139,6 @@ class _RDNet:
         y = x.permute(0, 2, 3, 1)
         y = functional.layer_norm(y, weight.shape, weight, bias, rdnet_names.EPSILON)
         return y.permute(0, 3, 1, 2)
+
+
+_NETWORKS = {'densenet': _DenseNet, 'rdnet': _RDNet}  # by `Network.family`

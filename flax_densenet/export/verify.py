@@ -15,8 +15,6 @@ from flax_densenet.weights import trained as trained_lib
 # the largest. Measured on small networks: 6e-7, 4e-4 and 4e-3. Of int8 the mean
 # difference of probabilities counts, since single ones near a border may differ.
 BOUNDS = {'float32': 1e-4, 'float16': 0.01, 'bfloat16': 0.05, 'int8': 0.05}
-# Fields of one kind of network that `runtimes` look at.
-_OF_KIND = ('stem', 'blur_pool', 'patch_size', 'halvings')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,12 +105,10 @@ def check(
             f'pip install {runtimes.RUNTIMES[names[0]][1][0]}'
         )
     given = as_inputs(images, trained.metadata, inputs, nchw=nchw)
-    module = trained.module
-    about = {
-        name: getattr(module, name)
-        for name in ('block_sizes', 'num_classes', *_OF_KIND)
-        if hasattr(module, name)
-    } | {'channels': images.shape[-1]}
+    about = trained.module.fields() | {
+        'family': trained.module.family,
+        'channels': images.shape[-1],
+    }
     found = []
     for name in installed:
         outputs, reason = runtimes.run(name, path, given, about)

@@ -9,15 +9,18 @@ from jax import lax
 
 from flax_densenet.errors import UserError
 from flax_densenet.kernels import dense_block
-from flax_densenet.models import ghost_batch_norm, layers, rdnet
+from flax_densenet.models import ghost_batch_norm, layers, network
+
+STEMS = ('imagenet', 'deep', 'cifar')
+PADDINGS = ('torch', 'same')
 
 
-class DenseNet(nn.Module):
+class DenseNet(network.Network):
     """DenseNet for images `[N, H, W, C]`; make one with `create_model`.
 
     Attributes:
-      num_classes: width of the classifier; 0 leaves it out: the model then returns
-        the pooled features.
+      num_classes: width of the classifier; 0 for none: the model then returns the
+        pooled features.
       growth_rate: feature maps that each layer adds (k).
       block_sizes: layers of each dense block.
       bottleneck: a 1x1 convolution to `bottleneck * growth_rate` maps comes before
@@ -59,7 +62,14 @@ class DenseNet(nn.Module):
         by itself takes all rows that it is given.
     """
 
-    num_classes: int
+    family = 'densenet'
+    has_batch_norm = True
+    architecture_fields = (
+        *('growth_rate', 'block_sizes', 'bottleneck', 'compression', 'stem'),
+        'stem_features',
+    )
+    growth_field = 'growth_rate'
+
     growth_rate: int
     block_sizes: Sequence[int]
     bottleneck: int = 4
@@ -192,53 +202,22 @@ class DenseNet(nn.Module):
             norm.update(averages, statistics, x.size // x.shape[-1])
         return y
 
-    def __call__(self, x, train: bool = False, frozen: int = 0):
-        """Images `[N, H, W, C]`, normalized, to logits `[N, num_classes]`.
-
-        With `num_classes=0`: to pooled features `[N, F]`. In training pass
-        `mutable=['batch_stats']`, and `rngs={'dropout': key}` where it drops out.
-
-        Args:
-          frozen: how many of `stages`, from the stem on, compute as in evaluation
-            though the others train: batch norm by its running statistics, which stay
-            as they are, and no dropout. An argument, not a field, since it says how
-            the model is trained and not which model it is.
-
-        Raises:
-          UserError: the images are smaller than `smallest_image_size`.
-        """
-        return self.head(self.features(x, train, frozen))
-
-    def features(self, x, train: bool = False, frozen: int = 0):
-        """Images to the last feature map `[N, H', W', F]`: after `norm5`, no ReLU.
-
-        The same place as the output of torchvision's `features`.
-        """
-        return self.pyramid(x, train, frozen)[-1]
-
-    def head(self, x):
-        """`features` to logits: ReLU, mean over all positions, classifier."""
-        return self.classify(self.pool(x))
-
     def pool(self, x):
-        """`features` to the classifier's input, float32 `[N, F]`."""
+        """ReLU and the mean over all positions, to float32 `[N, F]`."""
         x = nn.relu(x)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
-
-    def classify(self, x):
-        """`pool`'s `[N, F]` to logits."""
-        return self.classifier(x) if self.num_classes else x
 
     def pyramid(self, x, train: bool = False, frozen: int = 0):
         """Images to the output of each dense block, a list from fine to coarse.
 
         For detection and segmentation: strides 4, 8, 16 and 32 with the ImageNet
-        stem. The last entry is what `features` returns.
+        stem. The last entry, after `norm5` and before its ReLU, is what `features`
+        returns, and the output of torchvision's `features`.
         """
-        check_image_size(self, x.shape[-3:-1])
+        self.check_image_size(x.shape[-3:-1])
         grouped = 0 < self.batch_norm_group != x.shape[0]
         if train and grouped and not self.is_initializing():
-            live = {name for stage in stages(self)[frozen:] for name in stage}
+            live = {name for stage in self.stages()[frozen:] for name in stage}
             return ghost_batch_norm.pyramid(self, x, frozen, live)
         x = self._stem(x.astype(self.dtype), train and frozen < 1)
         outputs = []
@@ -251,6 +230,103 @@ class DenseNet(nn.Module):
             if number < len(self.block_sizes):
                 x = getattr(self, f'transition{number}')(x, live, statistics)
         return outputs
+
+    @nn.nowrap
+    def stages(self):
+        stem = ('conv0',) if self.stem == 'cifar' else ('conv0', 'norm0')
+        if self.stem == 'deep':
+            stem += ('conv1', 'norm1', 'conv2', 'norm2')
+        last = len(self.block_sizes)
+        blocks = [
+            (f'denseblock{n}', f'transition{n}' if n < last else 'norm5')
+            for n in range(1, last + 1)
+        ]
+        return [stem, *blocks, ('classifier',)]
+
+    @nn.nowrap
+    def plain(self):
+        return self.clone(fast=False)
+
+    @nn.nowrap
+    def smallest_image_size(self):
+        # Each of the n - 1 transitions halves, rounding down; the ImageNet stem halves
+        # twice, rounding up.
+        before_blocks = 2 ** (len(self.block_sizes) - 1)
+        return before_blocks if self.stem == 'cifar' else 4 * before_blocks - 3
+
+    @nn.nowrap
+    def last_map_side(self, size):
+        if self.stem != 'cifar':
+            size = -(-size // 4)
+        return size // 2 ** (len(self.block_sizes) - 1)
+
+    @nn.nowrap
+    def check_image_size(self, size):
+        smallest = self.smallest_image_size()
+        if any(side < smallest for side in size):  # also of symbolic sizes
+            raise UserError(
+                f'images of {size[0]}x{size[1]} are too small for '
+                f'{len(self.block_sizes)} dense blocks with the {self.stem} stem: use '
+                f'at least {smallest}x{smallest}'
+            )
+
+    @nn.nowrap
+    def takes_any_size(self):
+        # TensorFlow's padding depends on the size where the stride is 2.
+        return self.padding == 'torch' or self.stem == 'cifar'
+
+    @nn.nowrap
+    def count_parameters(self, *, channels=3):
+        growth, width = self.growth_rate, self.bottleneck * self.growth_rate
+        features = self.stem_features
+        count = features * channels * 9
+        if self.stem == 'imagenet':
+            count = features * channels * 49 + 2 * features
+        elif self.stem == 'deep':
+            half = features // 2
+            count = 9 * half * (channels + half + features) + 4 * half + 2 * features
+        for number, size in enumerate(self.block_sizes, start=1):
+            for _ in range(size):
+                inner = 2 * width + features * width if width else 0
+                count += 2 * features + inner + 9 * (width or features) * growth
+                features += growth
+            if number < len(self.block_sizes):
+                shrunk = int(features * self.compression)
+                count += 2 * features + features * shrunk
+                features = shrunk
+        return count + 2 * features + (features + 1) * self.num_classes
+
+    @nn.nowrap
+    def check_fields(self):
+        network.check_choices(
+            self,
+            stem=STEMS,
+            padding=PADDINGS,
+            kernel=dense_block.KERNELS,
+            dropout_after=('conv3x3', 'every_conv'),
+        )
+        network.check_ranges(
+            self,
+            growth_rate=self.growth_rate >= 1,
+            bottleneck=self.bottleneck >= 0,
+            stem_features=self.stem_features >= 1 + (self.stem == 'deep'),
+            momentum=0 <= self.momentum < 1,
+            batch_norm_group=self.batch_norm_group >= ghost_batch_norm.DEVICE,
+        )
+        if self.blur_pool and self.stem == 'cifar':
+            raise UserError(
+                'model.blur_pool=True: the cifar stem has no pooling to blur'
+            )
+        if self.kernel == 'native' and self.dropout_after == 'every_conv':
+            raise UserError(
+                'model.kernel=native cannot drop out: use auto with '
+                'model.dropout_after=every_conv'
+            )
+        if self.kernel == 'native' and self.drop_path_rate:
+            raise UserError(
+                'model.kernel=native has no stochastic depth: use auto with '
+                f'model.drop_path_rate={self.drop_path_rate}'
+            )
 
 
 def _add_stem(module, conv, norm):
@@ -265,99 +341,3 @@ def _add_stem(module, conv, norm):
         module.conv2, module.norm2 = conv(module.stem_features, (3, 3)), norm()
     else:
         module.conv0 = conv(module.stem_features, (3, 3))
-
-
-Network = DenseNet | rdnet.RDNet
-
-
-def stages(model: Network) -> list[tuple[str, ...]]:
-    """Names of the model's parts by depth: the stem, each dense block, the head.
-
-    A block's stage has what follows the block: its transition, after the last `norm5`
-    (of RDNet `norm`).
-    """
-    if isinstance(model, rdnet.RDNet):
-        return rdnet.stages(model)
-    stem = ('conv0',) if model.stem == 'cifar' else ('conv0', 'norm0')
-    if model.stem == 'deep':
-        stem += ('conv1', 'norm1', 'conv2', 'norm2')
-    last = len(model.block_sizes)
-    blocks = [
-        (f'denseblock{n}', f'transition{n}' if n < last else 'norm5')
-        for n in range(1, last + 1)
-    ]
-    return [stem, *blocks, ('classifier',)]
-
-
-def plain(model: Network) -> Network:
-    """The same network of modules alone, which can be counted and looked into."""
-    return model if isinstance(model, rdnet.RDNet) else model.clone(fast=False)
-
-
-def has_batch_norm(model: Network) -> bool:
-    """Whether images of a batch act on each other in training."""
-    return not isinstance(model, rdnet.RDNet)
-
-
-def smallest_image_size(model: Network) -> int:
-    """Smallest height and width, in pixels, that leave one pixel in the last block.
-
-    Each of the n - 1 transitions halves, rounding down; the ImageNet stem halves
-    twice, rounding up. 29 for the ImageNet variants, 4 for the CIFAR ones, 32 for
-    RDNet's.
-    """
-    if isinstance(model, rdnet.RDNet):
-        return rdnet.smallest_image_size(model)
-    before_blocks = 2 ** (len(model.block_sizes) - 1)
-    return before_blocks if model.stem == 'cifar' else 4 * before_blocks - 3
-
-
-def last_map_side(model: Network, size: int) -> int:
-    """Side of the last block's feature maps, of images of `size` pixels a side."""
-    if isinstance(model, rdnet.RDNet):
-        return rdnet.last_map_side(model, size)
-    if model.stem != 'cifar':
-        size = -(-size // 4)
-    return size // 2 ** (len(model.block_sizes) - 1)
-
-
-def check_image_size(model: Network, size: Sequence[int]):
-    """Raises `UserError` where (height, width) is too small for the model."""
-    smallest = smallest_image_size(model)
-    if isinstance(model, rdnet.RDNet):
-        rdnet.check_image_size(model, size)
-    elif any(side < smallest for side in size):  # also of sides that are symbols
-        raise UserError(
-            f'images of {size[0]}x{size[1]} are too small for {len(model.block_sizes)} '
-            f'dense blocks with the {model.stem} stem: use at least '
-            f'{smallest}x{smallest}'
-        )
-
-
-def count_parameters(model: Network, *, channels: int = 3) -> int:
-    """Number of parameters, by arithmetic alone: what `init_variables` would make.
-
-    >>> from flax_densenet import create_model
-    >>> count_parameters(create_model('densenet121', num_classes=1000))
-    7978856
-    """
-    if isinstance(model, rdnet.RDNet):
-        return rdnet.count_parameters(model, channels=channels)
-    growth, width = model.growth_rate, model.bottleneck * model.growth_rate
-    features = model.stem_features
-    count = features * channels * 9
-    if model.stem == 'imagenet':
-        count = features * channels * 49 + 2 * features
-    elif model.stem == 'deep':
-        half = features // 2
-        count = 9 * half * (channels + half + features) + 4 * half + 2 * features
-    for number, size in enumerate(model.block_sizes, start=1):
-        for _ in range(size):
-            inner = 2 * width + features * width if width else 0
-            count += 2 * features + inner + 9 * (width or features) * growth
-            features += growth
-        if number < len(model.block_sizes):
-            shrunk = int(features * model.compression)
-            count += 2 * features + features * shrunk
-            features = shrunk
-    return count + 2 * features + (features + 1) * model.num_classes

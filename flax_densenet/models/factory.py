@@ -20,8 +20,7 @@ from typing import Any
 import jax
 
 from flax_densenet.errors import UserError
-from flax_densenet.kernels import dense_block
-from flax_densenet.models import densenet, ghost_batch_norm, rdnet
+from flax_densenet.models import densenet, network, rdnet
 from flax_densenet.models import layers as layers_lib
 
 # Paper, table 1. 264 is the paper's fifth ImageNet model (figure 3); torchvision
@@ -83,9 +82,8 @@ def cifar_fields(name: str) -> dict[str, Any] | None:
 _CIFAR = ('L40k12', 'L100k12', 'L100k24', 'BC-L100k12', 'BC-L250k24', 'BC-L190k40')
 VARIANTS = _IMAGENET | {name: cifar_fields(name) for name in _CIFAR} | rdnet.VARIANTS
 
+NETWORKS = (densenet.DenseNet, rdnet.RDNet)
 INITIALIZERS = layers_lib.INITIALIZERS
-STEMS = ('imagenet', 'deep', 'cifar')
-PADDINGS = ('torch', 'same')
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
 # Whoever asks for more made a mistake, or means harm: it would take the machine's
 # memory and hours. DenseNet-264 has 130 layers and 33 million parameters.
@@ -100,7 +98,7 @@ _KINDS = {
 }
 
 
-def create_model(variant: str, *, num_classes: int, **fields) -> densenet.Network:
+def create_model(variant: str, *, num_classes: int, **fields) -> network.Network:
     """Makes the network named `variant`, with any of its fields overridden.
 
     Args:
@@ -159,17 +157,17 @@ def _choose_fields(kind, variant, fields):
     A config has the fields of all networks; what is left there as it was says nothing.
     """
     known, chosen = field_defaults(kind), {}
-    other = field_defaults(densenet.DenseNet if kind is rdnet.RDNet else rdnet.RDNet)
+    others = {k: v for one in NETWORKS for k, v in field_defaults(one).items()}
     for name, value in fields.items():
         if name in known:
             if value is not None:
                 chosen[name] = value
-        elif name not in other:
+        elif name not in others:
             raise UserError(
                 f'model.{name} is not a field of the model; it has '
                 f'{", ".join(sorted(known))}'
             )
-        elif value is not None and value != other[name]:
+        elif value is not None and value != others[name]:
             raise UserError(
                 f'model.{name}={value}: {variant} has no such field; leave it out '
                 f'(it has {", ".join(sorted(known))})'
@@ -203,11 +201,11 @@ def _check_size(model):
             f'more than {MOST_LAYERS}'
         )
     for name in ('growth_rate', 'stem_features', 'bottleneck', 'num_classes'):
-        if getattr(model, name, 0) > MOST_PARAMETERS:
+        if model.fields().get(name, 0) > MOST_PARAMETERS:
             raise UserError(f'model.{name} is above {MOST_PARAMETERS:.3g} parameters')
-    count = densenet.count_parameters(model)
+    count = model.count_parameters()
     if count > MOST_PARAMETERS:
-        growth = 'growth_rates' if isinstance(model, rdnet.RDNet) else 'growth_rate'
+        growth = model.growth_field
         raise UserError(
             f'this model would have {count:.3g} parameters, more than '
             f'{MOST_PARAMETERS:.3g}: lower model.{growth}={getattr(model, growth)}, '
@@ -219,24 +217,9 @@ def _check_size(model):
 
 def _check_fields(model):
     _check_kinds(model)
-    choices = {
-        'dtype': DTYPES,
-        'initializer': tuple(INITIALIZERS),
-        'remat': ('none', 'block'),
-    }
-    if isinstance(model, densenet.DenseNet):
-        choices |= {
-            'stem': STEMS,
-            'padding': PADDINGS,
-            'kernel': dense_block.KERNELS,
-            'dropout_after': ('conv3x3', 'every_conv'),
-        }
-    for name, valid in choices.items():
-        value = getattr(model, name)
-        if value not in valid:
-            raise UserError(
-                f'model.{name}={value} is not known; use {", ".join(valid)}'
-            )
+    network.check_choices(
+        model, dtype=DTYPES, initializer=tuple(INITIALIZERS), remat=('none', 'block')
+    )
     if model.dtype == 'float64' and not jax.config.jax_enable_x64:
         raise UserError(
             'model.dtype=float64 needs double precision in JAX: set JAX_ENABLE_X64=1'
@@ -247,37 +230,14 @@ def _check_fields(model):
             f'model.block_sizes={blocks} must be whole numbers above 0, '
             'one for each dense block, such as (6, 12, 24, 16)'
         )
-    ranges = {
-        'num_classes': model.num_classes >= 0,
-        'stem_features': model.stem_features >= 1,
-        'compression': 0 < model.compression <= 1,
-        'dropout_rate': 0 <= model.dropout_rate < 1,
-        'drop_path_rate': 0 <= model.drop_path_rate < 1,
-        'epsilon': 0 < model.epsilon <= 1,
-    }
-    if isinstance(model, densenet.DenseNet):
-        ranges |= {
-            'growth_rate': model.growth_rate >= 1,
-            'bottleneck': model.bottleneck >= 0,
-            'stem_features': model.stem_features >= 1 + (model.stem == 'deep'),
-            'momentum': 0 <= model.momentum < 1,
-            'batch_norm_group': model.batch_norm_group >= ghost_batch_norm.DEVICE,
-        }
-    for name, valid in ranges.items():
-        if not valid:
-            raise UserError(f'model.{name}={getattr(model, name)} is out of range')
-    if isinstance(model, rdnet.RDNet):
-        rdnet.check_fields(model)
-    elif model.blur_pool and model.stem == 'cifar':
-        raise UserError('model.blur_pool=True: the cifar stem has no pooling to blur')
-    elif model.kernel == 'native' and model.dropout_after == 'every_conv':
-        raise UserError(
-            'model.kernel=native cannot drop out: use auto with '
-            'model.dropout_after=every_conv'
-        )
-    elif model.kernel == 'native' and model.drop_path_rate:
-        raise UserError(
-            'model.kernel=native has no stochastic depth: use auto with '
-            f'model.drop_path_rate={model.drop_path_rate}'
-        )
+    network.check_ranges(
+        model,
+        num_classes=model.num_classes >= 0,
+        stem_features=model.stem_features >= 1,
+        compression=0 < model.compression <= 1,
+        dropout_rate=0 <= model.dropout_rate < 1,
+        drop_path_rate=0 <= model.drop_path_rate < 1,
+        epsilon=0 < model.epsilon <= 1,
+    )
+    model.check_fields()
     _check_size(model)

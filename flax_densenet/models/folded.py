@@ -28,12 +28,7 @@ from jax import lax
 
 from flax_densenet.kernels import dense_block, packed_inference
 from flax_densenet.models import layers as layers_lib
-from flax_densenet.models.densenet import (
-    DenseNet,
-    Network,
-    check_image_size,
-    has_batch_norm,
-)
+from flax_densenet.models.network import Network
 
 
 def fold(module: Network, variables) -> dict[str, Any]:
@@ -51,7 +46,7 @@ def fold(module: Network, variables) -> dict[str, Any]:
     variables = jax.tree.map(np.asarray, variables)
     params, stats = variables['params'], variables.get('batch_stats', {})
     head = {k: params[k] for k in ('norm', 'classifier') if k in params}
-    if not has_batch_norm(module):
+    if not module.has_batch_norm:
         return {'variables': variables, 'head': {'params': head}}
     stem, blocks = _fold_stem(module, params, stats), []
     for number, size in enumerate(module.block_sizes, start=1):
@@ -125,15 +120,15 @@ def _join(conv, norm):
     }
 
 
-def features(module: DenseNet, folded, images):
+def features(module: Network, folded, images):
     """As the module's `features`: images `[N, H, W, C]`, normalized, to `[N, h, w, F]`.
 
     Raises:
-      UserError: the images are smaller than `densenet.smallest_image_size`.
+      UserError: the images are smaller than `smallest_image_size`.
     """
     if 'variables' in folded:
         return module.apply(folded['variables'], images, method='features')
-    check_image_size(module, images.shape[1:3])
+    module.check_image_size(images.shape[1:3])
     x = _stem(module, folded['stem'], images.astype(module.dtype))
     for size, block in zip(module.block_sizes, folded['blocks'], strict=True):
         last = block is folded['blocks'][-1]
@@ -161,7 +156,7 @@ def _native_block(module, x, packed, size, last):
     )
 
 
-def logits(module: DenseNet, folded, images):
+def logits(module: Network, folded, images):
     """As the module itself: normalized images `[N, H, W, C]` to `[N, num_classes]`."""
     maps = features(module, folded, images)
     return module.apply(folded['head'], maps, method='head')

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
-from flax_densenet.models import densenet, factory, layers
+from flax_densenet.models import factory, layers, network
 
 
-def variable_shapes(model: densenet.Network, *, channels: int = 3):
+def variable_shapes(model: network.Network, *, channels: int = 3):
     """Shapes and dtypes of `{'params', 'batch_stats'}`; computes and compiles nothing.
 
     Without batch norm `batch_stats` is there, and empty.
@@ -20,7 +20,7 @@ def variable_shapes(model: densenet.Network, *, channels: int = 3):
     Args:
       channels: of the images.
     """
-    side = densenet.smallest_image_size(model)
+    side = model.smallest_image_size()
     image = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
     # Tracing 121 random draws would take half of the time.
     model = model.clone(initializer=None)
@@ -34,7 +34,7 @@ def with_statistics(variables: dict[str, Any]) -> dict[str, Any]:
     return {'params': variables['params'], 'batch_stats': {}} | variables
 
 
-def init_variables(model: densenet.Network, seed: int, *, channels: int = 3):
+def init_variables(model: network.Network, seed: int, *, channels: int = 3):
     """Makes `{'params', 'batch_stats'}` from `seed`, without compiling the network.
 
     `model.init` compiles or runs every layer, 13 to 32 s for the 121 on two CPU
@@ -50,7 +50,7 @@ def init_variables(model: densenet.Network, seed: int, *, channels: int = 3):
     Returns:
       Host (numpy) arrays, float32, or float64 with `dtype='float64'`.
     """
-    shapes = variable_shapes(model, channels=channels)
+    shapes, fields = variable_shapes(model, channels=channels), model.fields()
 
     def draw(path, leaf):
         if path[-1] == 'kernel':
@@ -60,7 +60,7 @@ def init_variables(model: densenet.Network, seed: int, *, channels: int = 3):
             key = [seed, zlib.crc32('/'.join(path).encode())]
             generator = np.random.Generator(np.random.Philox(key=key))
             return _draw_kernel(generator, rule, leaf.shape).astype(leaf.dtype)
-        values = {'scale': 1, 'var': 1, 'gamma': getattr(model, 'layer_scale', 0)}
+        values = {'scale': 1, 'var': 1, 'gamma': fields.get('layer_scale')}
         return np.full(leaf.shape, values.get(path[-1], 0), leaf.dtype)
 
     flat = traverse_util.flatten_dict(shapes)

@@ -23,7 +23,7 @@ from jax import lax
 from flax_densenet.errors import UserError
 from flax_densenet.kernels import depthwise as depthwise_lib
 from flax_densenet.kernels.dense_block import product
-from flax_densenet.models import layers
+from flax_densenet.models import layers, network
 
 KERNEL_SIZE = 7  # of the depthwise convolutions
 
@@ -49,12 +49,12 @@ VARIANTS = {
 }
 
 
-class RDNet(nn.Module):
+class RDNet(network.Network):
     """RDNet for images `[N, H, W, C]`; make one with `factory.create_model`.
 
     Attributes:
-      num_classes: width of the classifier; 0 leaves it out: the model then returns
-        the pooled and normalized features.
+      num_classes: width of the classifier; 0 for none: the model then returns the
+        pooled and normalized features.
       growth_rates: feature maps that each layer adds, a number for each block.
       block_sizes: layers of each block.
       halvings: numbers of the transitions that halve height and width; 1 is the one
@@ -77,7 +77,14 @@ class RDNet(nn.Module):
         `none` keeps it: less memory, but slower.
     """
 
-    num_classes: int
+    family = 'rdnet'
+    has_batch_norm = False
+    architecture_fields = (
+        *('block_sizes', 'bottleneck', 'compression', 'stem_features'),
+        *('growth_rates', 'halvings', 'squeeze_blocks', 'patch_size'),
+    )
+    growth_field = 'growth_rates'
+
     growth_rates: Sequence[int]
     block_sizes: Sequence[int]
     halvings: Sequence[int]
@@ -138,37 +145,10 @@ class RDNet(nn.Module):
                 self.num_classes, kernel_init=classifier_init, **wide
             )
 
-    def __call__(self, x, train: bool = False, frozen: int = 0):
-        """Images `[N, H, W, C]`, normalized, to logits `[N, num_classes]`.
-
-        With `num_classes=0`: to pooled features `[N, F]`. In training pass
-        `rngs={'dropout': key}` where it drops layers or values.
-
-        Args:
-          frozen: how many of `densenet.stages`, from the stem on, compute as in
-            evaluation though the others train.
-
-        Raises:
-          UserError: the images are smaller than `densenet.smallest_image_size`.
-        """
-        return self.head(self.features(x, train, frozen))
-
-    def features(self, x, train: bool = False, frozen: int = 0):
-        """Images to the last feature map `[N, H', W', F]`."""
-        return self.pyramid(x, train, frozen)[-1]
-
-    def head(self, x):
-        """`features` to logits: mean over all positions, layer norm, classifier."""
-        return self.classify(self.pool(x))
-
     def pool(self, x):
-        """`features` to the classifier's input, float32 `[N, F]`."""
+        """Mean over all positions and layer norm, to float32 `[N, F]`."""
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
         return self.norm(x)
-
-    def classify(self, x):
-        """`pool`'s `[N, F]` to logits."""
-        return self.classifier(x) if self.num_classes else x
 
     def pyramid(self, x, train: bool = False, frozen: int = 0):
         """Images to the last output of each size, a list from fine to coarse.
@@ -176,7 +156,7 @@ class RDNet(nn.Module):
         Strides 4, 8, 16 and 32 in the published variants. The last entry is what
         `features` returns.
         """
-        check_image_size(self, x.shape[-3:-1])
+        self.check_image_size(x.shape[-3:-1])
         x = self.norm0(self.conv0(x.astype(self.dtype)))
         outputs, count = [], len(self.block_sizes)
         for number in range(1, count + 1):
@@ -186,6 +166,85 @@ class RDNet(nn.Module):
             if number < count:
                 x = getattr(self, f'transition{number}')(x)
         return outputs
+
+    @nn.nowrap
+    def stages(self):
+        last = len(self.block_sizes)
+        blocks = [
+            (f'denseblock{n}', f'transition{n}' if n < last else 'norm')
+            for n in range(1, last + 1)
+        ]
+        return [('conv0', 'norm0'), *blocks, ('classifier',)]
+
+    @nn.nowrap
+    def smallest_image_size(self):
+        return self.patch_size * 2 ** len(self.halvings)
+
+    @nn.nowrap
+    def last_map_side(self, size):
+        return size // self.smallest_image_size()
+
+    @nn.nowrap
+    def check_image_size(self, size):
+        smallest = self.smallest_image_size()
+        if min(size) < smallest:
+            raise UserError(
+                f'images of {size[0]}x{size[1]} are too small for patches of '
+                f'{self.patch_size}x{self.patch_size} and {len(self.halvings)} '
+                f'halvings: use at least {smallest}x{smallest}'
+            )
+
+    @nn.nowrap
+    def takes_any_size(self):
+        return False  # how many patches fit depends on the size
+
+    @nn.nowrap
+    def count_parameters(self, *, channels=3):
+        stem = self.stem_features
+        count, joined = (self.patch_size**2 * channels + 3) * stem, stem
+        for number, features in enumerate(transition_features(self), start=1):
+            if number > 1:
+                area = 4 if number - 1 in self.halvings else 1
+                count += 2 * joined + (area * joined + 1) * features
+            growth, joined = self.growth_rates[number - 1], features
+            gate = (growth + 1) * growth if number in self.squeeze_blocks else 0
+            for _ in range(self.block_sizes[number - 1]):
+                inner = inner_features(joined, self.bottleneck)
+                count += (KERNEL_SIZE**2 + 3) * joined + (joined + 1) * inner
+                count += (inner + 1) * growth + gate + growth * (self.layer_scale > 0)
+                joined += growth
+        return count + 2 * joined + (joined + 1) * self.num_classes
+
+    @nn.nowrap
+    def check_fields(self):
+        blocks = len(self.block_sizes)
+        growth = self.growth_rates
+        if len(growth) != blocks or not all(type(n) is int and n > 0 for n in growth):
+            raise UserError(
+                f'model.growth_rates={tuple(growth)} must be {blocks} whole numbers '
+                f'above 0, one for each of model.block_sizes={tuple(self.block_sizes)}'
+            )
+        for name, most in (('halvings', blocks - 1), ('squeeze_blocks', blocks)):
+            value = getattr(self, name)
+            good = all(type(n) is int and 1 <= n <= most for n in value)
+            if not good or len(set(value)) != len(value):
+                raise UserError(
+                    f'model.{name}={tuple(value)} must be different numbers from 1 to '
+                    f'{most}, or none: ()'
+                )
+        network.check_ranges(
+            self,
+            bottleneck=self.bottleneck >= 1,
+            layer_scale=0 <= self.layer_scale <= 1,
+            patch_size=1 <= self.patch_size <= 64,
+        )
+        widths = transition_features(self)
+        if min(widths[1:], default=8) < 1 or self.stem_features * self.bottleneck < 8:
+            raise UserError(
+                f'model.stem_features={self.stem_features} and '
+                f'model.compression={self.compression} leave a part of the network '
+                'without features: widths are multiples of 8'
+            )
 
 
 class Conv(nn.Module):
@@ -316,85 +375,3 @@ def transition_features(model: RDNet) -> list[int]:
         joined = channels[-1] + growth * size
         channels.append(int(joined * model.compression / 8) * 8)
     return channels
-
-
-def stages(model: RDNet) -> list[tuple[str, ...]]:
-    """See `densenet.stages`; a block's stage has the transition behind it."""
-    last = len(model.block_sizes)
-    blocks = [
-        (f'denseblock{n}', f'transition{n}' if n < last else 'norm')
-        for n in range(1, last + 1)
-    ]
-    return [('conv0', 'norm0'), *blocks, ('classifier',)]
-
-
-def smallest_image_size(model: RDNet) -> int:
-    """Smallest height and width, in pixels, that leave one pixel at the end."""
-    return model.patch_size * 2 ** len(model.halvings)
-
-
-def last_map_side(model: RDNet, size: int) -> int:
-    """Side of the last block's feature maps, of images of `size` pixels a side."""
-    return size // smallest_image_size(model)
-
-
-def check_image_size(model: RDNet, size: Sequence[int]):
-    """Raises `UserError` where (height, width) is too small for the model."""
-    smallest = smallest_image_size(model)
-    if min(size) < smallest:
-        raise UserError(
-            f'images of {size[0]}x{size[1]} are too small for patches of '
-            f'{model.patch_size}x{model.patch_size} and {len(model.halvings)} '
-            f'halvings: use at least {smallest}x{smallest}'
-        )
-
-
-def count_parameters(model: RDNet, *, channels: int = 3) -> int:
-    """Number of parameters, by arithmetic alone."""
-    stem = model.stem_features
-    count, joined = (model.patch_size**2 * channels + 3) * stem, stem
-    for number, features in enumerate(transition_features(model), start=1):
-        if number > 1:
-            area = 4 if number - 1 in model.halvings else 1
-            count += 2 * joined + (area * joined + 1) * features
-        growth, joined = model.growth_rates[number - 1], features
-        gate = (growth + 1) * growth if number in model.squeeze_blocks else 0
-        for _ in range(model.block_sizes[number - 1]):
-            inner = inner_features(joined, model.bottleneck)
-            count += (KERNEL_SIZE**2 + 3) * joined + (joined + 1) * inner
-            count += (inner + 1) * growth + gate + growth * (model.layer_scale > 0)
-            joined += growth
-    return count + 2 * joined + (joined + 1) * model.num_classes
-
-
-def check_fields(model: RDNet):
-    """Raises for values that fit no RDNet; their kinds are checked already."""
-    blocks = len(model.block_sizes)
-    growth = model.growth_rates
-    if len(growth) != blocks or not all(type(n) is int and n > 0 for n in growth):
-        raise UserError(
-            f'model.growth_rates={tuple(growth)} must be {blocks} whole numbers above '
-            f'0, one for each of model.block_sizes={tuple(model.block_sizes)}'
-        )
-    for name, most in (('halvings', blocks - 1), ('squeeze_blocks', blocks)):
-        value = getattr(model, name)
-        good = all(type(n) is int and 1 <= n <= most for n in value)
-        if not good or len(set(value)) != len(value):
-            raise UserError(
-                f'model.{name}={tuple(value)} must be different numbers from 1 to '
-                f'{most}, or none: ()'
-            )
-    for name, valid in {
-        'bottleneck': model.bottleneck >= 1,
-        'layer_scale': 0 <= model.layer_scale <= 1,
-        'patch_size': 1 <= model.patch_size <= 64,
-    }.items():
-        if not valid:
-            raise UserError(f'model.{name}={getattr(model, name)} is out of range')
-    widths = transition_features(model)
-    if min(widths[1:], default=8) < 1 or model.stem_features * model.bottleneck < 8:
-        raise UserError(
-            f'model.stem_features={model.stem_features} and '
-            f'model.compression={model.compression} leave a part of the network '
-            'without features: widths are multiples of 8'
-        )

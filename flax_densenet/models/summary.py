@@ -4,10 +4,10 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from flax_densenet.models import densenet, initialization
+from flax_densenet.models import initialization, network
 
 
-def count_model(module: densenet.DenseNet, image_shape):
+def count_model(module: network.Network, image_shape):
     """Output shape, parameters and multiply-adds of the model's parts, in order.
 
     Args:
@@ -18,7 +18,7 @@ def count_model(module: densenet.DenseNet, image_shape):
       Multiply-adds are those of convolutions and the classifier for one image.
     """
     # The plain layers compute with modules, which can be counted.
-    module = densenet.plain(module)
+    module = module.plain()
     parts: dict[str, list] = {}
 
     def record(call, args, kwargs, context):
@@ -44,7 +44,7 @@ def count_model(module: densenet.DenseNet, image_shape):
     return [(name, *part) for name, part in parts.items()]
 
 
-def format_summary(module: densenet.DenseNet, image_shape, *, rates=None) -> str:
+def format_summary(module: network.Network, image_shape, *, rates=None) -> str:
     """A table per block of output shape, parameters and GMACs, with totals.
 
     Args:

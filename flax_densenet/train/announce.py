@@ -4,7 +4,6 @@ import jax
 import numpy as np
 
 from flax_densenet.data import class_balance
-from flax_densenet.models import densenet
 from flax_densenet.train import progressive_resizing, training_run
 
 
@@ -38,14 +37,14 @@ def _print_balance(run):
     line = class_balance.describe(train.labels, run.source.class_names, said)
     if line:
         print(line, flush=True)
-    if not run.plan.head_only and densenet.has_batch_norm(run.module):
+    if not run.plan.head_only and run.module.has_batch_norm:
         _warn_of_few_values(run)
 
 
 def _warn_of_few_values(run):
     """Batch norm learns little from one image, and nothing from one value."""
     rows, said, remedy = _rows_of_statistics(run)
-    side = densenet.last_map_side(run.module, run.size_in(1))
+    side = run.module.last_map_side(run.size_in(1))
     if rows == side == 1:
         print(
             f'warning: {said}: the last batch norms see one value of each '

@@ -1,7 +1,6 @@
 """Fine-tuning: which depths of the model train when, and how fast.
 
-Settings count in the model's stages (`densenet.stages`): the stem, each dense block
-with
+Settings count in the model's stages (`Network.stages`): the stem, each dense block with
 what follows it, the head.
 
 >>> from flax_densenet import create_model
@@ -19,7 +18,7 @@ import jax
 import optax
 
 from flax_densenet.errors import UserError
-from flax_densenet.models import densenet
+from flax_densenet.models import network
 
 _PLAN_FIELDS = {
     'train': ('epochs', 'freeze', 'head_warmup_epochs'),
@@ -27,8 +26,8 @@ _PLAN_FIELDS = {
 }
 
 
-def count_frozen(module: densenet.DenseNet, freeze: str) -> int:
-    """How many of `densenet.stages` the value of `train.freeze` keeps as they are."""
+def count_frozen(module: network.Network, freeze: str) -> int:
+    """How many of `Network.stages` the value of `train.freeze` keeps as they are."""
     blocks = [f'denseblock{n + 1}' for n in range(len(module.block_sizes))]
     counts = {'none': 0, 'backbone': len(blocks) + 1}
     counts |= {name: number for number, name in enumerate(blocks, start=2)}
@@ -38,7 +37,7 @@ def count_frozen(module: densenet.DenseNet, freeze: str) -> int:
 
 
 def make_rates(
-    module: densenet.DenseNet,
+    module: network.Network,
     *,
     freeze: str = 'none',
     layer_decay: float = 1.0,
@@ -68,7 +67,7 @@ def make_rates(
             f'optimizer.head_multiplier={head_multiplier:g} must be above 0; '
             'train.freeze keeps parts as they are'
         )
-    frozen, rates, stages = count_frozen(module, freeze), {}, densenet.stages(module)
+    frozen, rates, stages = count_frozen(module, freeze), {}, module.stages()
     for depth, names in enumerate(stages):
         rate = layer_decay ** (len(stages) - 1 - depth) if depth >= frozen else 0.0
         rates |= dict.fromkeys(names, rate)
@@ -82,9 +81,9 @@ class Plan:
 
     Attributes:
       rates: see `make_rates`.
-      frozen: how many of `densenet.stages` stay as they are for the whole run.
+      frozen: how many of `Network.stages` stay as they are for the whole run.
       head_epochs: for so many epochs, from the first, the head trains alone.
-      stages: `densenet.stages`.
+      stages: `Network.stages`.
     """
 
     rates: dict[str, float]
@@ -122,7 +121,7 @@ def plan_fields(config) -> dict[str, Any]:
 
 
 def make_plan(
-    module: densenet.DenseNet,
+    module: network.Network,
     *,
     epochs: int,
     freeze: str = 'none',
@@ -155,7 +154,7 @@ def make_plan(
             f'train.{field} would keep random parameters as they are; name trained '
             'ones with --config.init_from=PATH'
         )
-    frozen, stages = count_frozen(module, freeze), densenet.stages(module)
+    frozen, stages = count_frozen(module, freeze), module.stages()
     if frozen == len(stages) - 1:
         head_warmup_epochs = 0  # the head trains alone anyhow
     return Plan(rates, frozen, head_warmup_epochs, stages)

@@ -6,7 +6,7 @@ from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.data import dataset, pipeline
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.errors import UserError
-from flax_densenet.models import densenet, factory, ghost_batch_norm
+from flax_densenet.models import factory, ghost_batch_norm
 from flax_densenet.train import (
     checks,
     finetune,
@@ -66,7 +66,7 @@ def prepare(
     )
     source = source or load_source(config)
     module = _make_module(config, len(source.class_names), mesh)
-    densenet.check_image_size(module, (source.train.image_size,) * 2)
+    module.check_image_size((source.train.image_size,) * 2)
     progressive_resizing.check(fields['size_schedule'], module)
     pipeline.check_train_batches(
         source.train,
@@ -112,7 +112,7 @@ def load_source(config) -> dataset.Source:
 def _make_module(config, num_classes, mesh):
     """The model, its `batch_norm_group` as a number of rows."""
     module = factory.create_model(num_classes=num_classes, **config['model'])
-    if not isinstance(module, densenet.DenseNet):  # without batch norm
+    if not module.has_batch_norm:
         return module
     group = ghost_batch_norm.resolve(
         module.batch_norm_group,

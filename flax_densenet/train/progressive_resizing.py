@@ -10,7 +10,7 @@
 import numbers
 
 from flax_densenet.errors import UserError
-from flax_densenet.models import densenet
+from flax_densenet.models import network
 
 Schedule = tuple[tuple[float, int], ...]
 
@@ -47,11 +47,11 @@ def parse(value) -> Schedule:
     return tuple((float(share), size) for share, size in found)
 
 
-def check(value, module: densenet.Network):
+def check(value, module: network.Network):
     """Raises `UserError` where the model cannot take one of the sizes."""
     for _, size in parse(value):
         try:
-            densenet.check_image_size(module, (size, size))
+            module.check_image_size((size, size))
         except UserError as error:
             raise UserError(f'data.size_schedule={value}: {error}') from error
 

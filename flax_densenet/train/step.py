@@ -20,7 +20,7 @@ from flax_densenet.data.augment import mixing
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.distributed import zero
 from flax_densenet.evaluation import evaluate
-from flax_densenet.models import densenet
+from flax_densenet.models import network
 from flax_densenet.train import ema as ema_lib
 
 
@@ -119,7 +119,7 @@ def _kernel_penalty(params):
 
 
 def make_train_step(
-    module: densenet.DenseNet,
+    module: network.Network,
     optimizer: optax.GradientTransformation,
     *,
     mean,
@@ -147,7 +147,7 @@ def make_train_step(
     Args:
       gradient_clip: a longer gradient is shortened to this norm, over all parameters;
         0 for none.
-      frozen: how many of `densenet.stages` stay as they are. Only the parameters behind
+      frozen: how many of `Network.stages` stay as they are. Only the parameters behind
         them are differentiated, so nothing is computed backward through the others,
         and only these reach the optimizer and the penalty.
       class_weights: float `[C]`, of each class's images in the loss; None: all 1.
@@ -238,7 +238,7 @@ def _only_if(condition, advance, old):
 
 
 def make_gradients(
-    module: densenet.DenseNet,
+    module: network.Network,
     *,
     mean,
     std,
@@ -252,7 +252,7 @@ def make_gradients(
 ):
     """Makes `(state, batch) -> (gradients, (losses, correct, batch_stats))`.
 
-    Gradients are of the parameters behind the `frozen` first of `densenet.stages`;
+    Gradients are of the parameters behind the `frozen` first of `Network.stages`;
     losses
     and correct are of each row (`losses.measure`, whatever `loss` is); `batch_stats`
     are the new ones.
@@ -323,7 +323,7 @@ def make_gradients(
 
 def _live_parts(module, frozen):
     """Names of the model's parts that train."""
-    return {name for stage in densenet.stages(module)[frozen:] for name in stage}
+    return {name for stage in module.stages()[frozen:] for name in stage}
 
 
 def step_key(seed: int, step):

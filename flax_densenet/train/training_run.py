@@ -17,7 +17,7 @@ from flax_densenet.data import class_balance, dataset, pipeline
 from flax_densenet.data.augment import mixing as mixing_lib
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.distributed import zero
-from flax_densenet.models import densenet, initialization
+from flax_densenet.models import initialization, network
 from flax_densenet.train import ema, feature_cache, finetune, progressive_resizing, step
 from flax_densenet.weights import transfer, weight_file
 
@@ -43,7 +43,7 @@ class TrainingRun:
     config: dict[str, Any]
     workdir: str
     source: dataset.Source
-    module: densenet.DenseNet
+    module: network.Network
     mesh: Any
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
@@ -188,7 +188,7 @@ def compile_step(run: TrainingRun, state: step.TrainState, frozen: int, start: i
     """Compiles `(state, batch) -> (state, loss)`, which donates the state.
 
     Args:
-      frozen: how many of `densenet.stages` stay as they are.
+      frozen: how many of `Network.stages` stay as they are.
       start: steps that were taken; the images' size may depend on them.
     """
     rows, parts = (run.config['data']['batch_size'],), run.accumulate_steps

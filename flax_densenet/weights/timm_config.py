@@ -15,7 +15,7 @@ from typing import Any
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.data import images
 from flax_densenet.errors import UserError
-from flax_densenet.models import densenet, factory, rdnet
+from flax_densenet.models import factory, network
 from flax_densenet.weights import metadata as metadata_lib
 from flax_densenet.weights import timm_network
 
@@ -83,7 +83,7 @@ def find_weights(folder: str) -> str:
 
 
 def make(
-    module: densenet.Network,
+    module: network.Network,
     metadata: dict[str, Any],
     preparation: images.Preparation,
     *,
@@ -100,7 +100,7 @@ def make(
     # A name that timm does not know: some networks that it lacks have the same arrays.
     unknown = f'flax_densenet/{metadata["model"].get("variant")}'
     name, arguments = timm_network.find(module, channels=channels) or (unknown, {})
-    is_rdnet = isinstance(module, rdnet.RDNet)
+    first, last = timm_network.FIRST_AND_LAST[module.family]
     crop = preparation.crop_fraction if preparation.resize == 'crop' else 1.0
     made = {
         'architecture': name,
@@ -118,9 +118,9 @@ def make(
             'mean': list(metadata['mean']),
             'std': list(metadata['std']),
             'num_classes': module.num_classes,
-            'pool_size': [densenet.last_map_side(module, size)] * 2,
-            'first_conv': 'stem.0' if is_rdnet else 'features.conv0',
-            'classifier': 'head.fc' if is_rdnet else 'classifier',
+            'pool_size': [module.last_map_side(size)] * 2,
+            'first_conv': first,
+            'classifier': last,
             'license': license,
         },
         OURS: metadata,
@@ -330,7 +330,7 @@ _PREPARATION = {
 }
 
 
-def check_fits(folder: str, config: Config, module: densenet.Network):
+def check_fits(folder: str, config: Config, module: network.Network):
     """Raises where the weights are not those of the network that the config names."""
     found = timm_network.arguments(module)
     said = config.arguments | {'num_classes': config.num_classes}

@@ -12,7 +12,7 @@ True
 
 from typing import Any
 
-from flax_densenet.models import densenet, factory, rdnet
+from flax_densenet.models import factory, network, rdnet
 
 _DENSENETS = {
     ('imagenet', False): ('densenet121', 'densenet161', 'densenet169', 'densenet201'),
@@ -21,13 +21,13 @@ _DENSENETS = {
 }
 
 
-def find(module: densenet.Network, *, channels: int = 3):
+def find(module: network.Network, *, channels: int = 3):
     """timm's name and arguments of a network.
 
     Returns:
       `(architecture, model_args)`, or None where timm has no such network.
     """
-    names, ours = _names(module), arguments(module)
+    names, ours = _NAMES[module.family](module), arguments(module)
     if not names:
         return None
 
@@ -40,10 +40,7 @@ def find(module: densenet.Network, *, channels: int = 3):
     return name, changed(name) | more
 
 
-def _names(module):
-    """Networks of timm that differ from this one in `arguments` at most."""
-    if isinstance(module, rdnet.RDNet):
-        return tuple(rdnet.VARIANTS)
+def _densenet_names(module):
     if (
         module.padding != 'torch'
         or module.compression != 0.5
@@ -54,15 +51,21 @@ def _names(module):
     return _DENSENETS.get((module.stem, module.blur_pool), ())
 
 
-def arguments(module: densenet.Network) -> dict[str, Any]:
+def arguments(module: network.Network) -> dict[str, Any]:
     """All arguments of timm's class that the network's arrays depend on."""
-    if not isinstance(module, rdnet.RDNet):
-        return {
-            'growth_rate': module.growth_rate,
-            'block_config': list(module.block_sizes),
-            'bn_size': module.bottleneck,
-            'stem_type': 'deep' if module.stem == 'deep' else '',
-        }
+    return _ARGUMENTS[module.family](module)
+
+
+def _densenet_arguments(module):
+    return {
+        'growth_rate': module.growth_rate,
+        'block_config': list(module.block_sizes),
+        'bn_size': module.bottleneck,
+        'stem_type': 'deep' if module.stem == 'deep' else '',
+    }
+
+
+def _rdnet_arguments(module):
     numbers = range(1, len(module.block_sizes) + 1)
     kinds = ('Block', 'BlockESE')
     return {
@@ -77,3 +80,14 @@ def arguments(module: densenet.Network) -> dict[str, Any]:
         'patch_size': module.patch_size,
         'num_init_features': module.stem_features,
     }
+
+
+# By `Network.family`: the networks of timm that differ from this one in `arguments` at
+# most, and those arguments.
+_NAMES = {'densenet': _densenet_names, 'rdnet': lambda module: tuple(rdnet.VARIANTS)}
+_ARGUMENTS = {'densenet': _densenet_arguments, 'rdnet': _rdnet_arguments}
+# By `Network.family`: timm's names of the first convolution and of the classifier.
+FIRST_AND_LAST = {
+    'densenet': ('features.conv0', 'classifier'),
+    'rdnet': ('stem.0', 'head.fc'),
+}

@@ -22,7 +22,7 @@ from flax import traverse_util
 
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.errors import UserError, printable
-from flax_densenet.models import densenet, factory, initialization
+from flax_densenet.models import factory, initialization, network
 from flax_densenet.weights import keras_files, rdnet_names, timm_config, torch_pickle
 from flax_densenet.weights import metadata as metadata_lib
 
@@ -43,10 +43,11 @@ _LEAVES = {
     'running_var': {1: ('batch_stats', 'var')},
 }
 _TORCH_LEAVES = {ours: k for k, ranks in _LEAVES.items() for ours in ranks.values()}
-# Fields of the model that the arrays themselves tell.
-ARCHITECTURE = (
-    *('growth_rate', 'block_sizes', 'bottleneck', 'compression', 'stem'),
-    *('stem_features', 'growth_rates', 'halvings', 'squeeze_blocks', 'patch_size'),
+# Fields of all networks that the arrays themselves determine.
+ARCHITECTURE = tuple(
+    dict.fromkeys(
+        name for kind in factory.NETWORKS for name in kind.architecture_fields
+    )
 )
 # How each family prepares images; what a range means stands in configs/base.py.
 _TORCHVISION = dict(
@@ -102,7 +103,7 @@ class Weights:
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
-    def module(self) -> densenet.Network:
+    def module(self) -> network.Network:
         """The network of these weights."""
         return factory.create_model(num_classes=self.num_classes, **self.fields)
 
@@ -155,7 +156,7 @@ def _load_folder(folder):
     fields = dict(found.fields)
     # No array tells whether pooling blurs.
     blurs = factory.VARIANTS.get(config.variant, {}).get('blur_pool', False)
-    if getattr(found.module, 'blur_pool', blurs) != blurs:
+    if found.module.fields().get('blur_pool', blurs) != blurs:
         fields['blur_pool'] = blurs
     return dataclasses.replace(
         found,
@@ -520,7 +521,7 @@ def _name_variant(fields, otherwise):
 def architecture(variant: str, **overrides) -> dict[str, Any]:
     """`ARCHITECTURE` of a variant, with the overrides that are not None."""
     module = factory.create_model(variant, num_classes=1, **overrides)
-    return {n: getattr(module, n) for n in ARCHITECTURE if hasattr(module, n)}
+    return module.architecture()
 
 
 def _find_compression(arrays, blocks, channels, growth):

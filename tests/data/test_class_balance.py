@@ -11,7 +11,6 @@ import pytest
 from flax_densenet import UserError, create_model, init_variables
 from flax_densenet import losses as losses_lib
 from flax_densenet.data import class_balance, dataset, pipeline
-from flax_densenet.models import densenet
 from flax_densenet.train import announce, feature_cache, finetune, step, training_run
 from helpers.runs import tiny_config, write_images
 
@@ -137,7 +136,7 @@ def test_weights_act_through_the_gradient():
             optimizer,
             mean=(0.5,) * 3,
             std=(0.5,) * 3,
-            frozen=len(densenet.stages(module)) - 1,
+            frozen=len(module.stages()) - 1,
             class_weights=weights,
         )
         state = step.new_state(variables, optimizer)

@@ -11,7 +11,6 @@ from flax_densenet import create_model, init_variables
 from flax_densenet.data import dataset
 from flax_densenet.errors import UserError
 from flax_densenet.export import formats, onnx_int8, onnx_network
-from flax_densenet.models import densenet
 from flax_densenet.weights import trained as trained_lib
 from helpers.runs import tiny_trained
 
@@ -93,7 +92,7 @@ def logits_of(module, variables, images, metadata):
     normalized = trained_lib.normalize(
         images, mean=metadata['mean'], std=metadata['std']
     )
-    plain = densenet.plain(module)
+    plain = module.plain()
     return np.asarray(jax.jit(plain.apply)(variables, normalized))
 
 

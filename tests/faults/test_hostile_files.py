@@ -22,7 +22,7 @@ from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.checkpoints import run_folder
 from flax_densenet.data import dataset
 from flax_densenet.export import formats
-from flax_densenet.models import densenet, initialization
+from flax_densenet.models import initialization
 from flax_densenet.train import checks
 from flax_densenet.weights import (
     keras_files,
@@ -287,7 +287,7 @@ def test_parameters_are_counted_by_arithmetic(name):
     made = create_model(name, num_classes=7)
     shapes = initialization.variable_shapes(made, channels=1)['params']
     counted = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    assert densenet.count_parameters(made, channels=1) == counted
+    assert made.count_parameters(channels=1) == counted
 
 
 def test_the_keras_archive_of_a_later_zip(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from flax import traverse_util
 
 from flax_densenet import VARIANTS, UserError, create_model, init_variables
-from flax_densenet.models import densenet, factory, initialization, layers
+from flax_densenet.models import factory, initialization, layers
 
 # Of the paper's and torchvision's models; 1000 classes, the CIFAR ones 10.
 PARAMETERS = {
@@ -60,7 +60,7 @@ def test_parameter_count(variant):
     module = create_model(variant, num_classes=classes)
     shapes = initialization.variable_shapes(module)
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes['params']))
-    assert count == densenet.count_parameters(module) == PARAMETERS[variant]
+    assert count == module.count_parameters() == PARAMETERS[variant]
 
 
 @pytest.mark.parametrize('kind', ['', 'B-', 'C-', 'BC-'])
@@ -119,7 +119,7 @@ def test_seeds_and_paths_differ():
 @pytest.mark.parametrize('variant', ['densenet121', 'BC-L100k12'])
 def test_smallest_image(variant):
     module = create_model(variant, num_classes=4)
-    size = densenet.smallest_image_size(module)
+    size = module.smallest_image_size()
     shape = jax.eval_shape(
         lambda x: module.init_with_output(jax.random.key(0), x)[0],
         jnp.zeros((1, size, size + 9, 3)),

@@ -18,7 +18,7 @@ from flax_densenet.evaluation import evaluate
 from flax_densenet.export import formats
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.kernels import depthwise
-from flax_densenet.models import densenet, layers, summary
+from flax_densenet.models import layers, summary
 from flax_densenet.train import announce, finetune, fit, prepare
 from flax_densenet.weights import rdnet_names, transfer, weight_file
 from flax_densenet.weights import trained as trained_lib
@@ -122,19 +122,19 @@ def test_parts_and_first_variables():
     variables = init_variables(module, 0)
     assert variables['batch_stats'] == {}
     params = variables['params']
-    assert set(params) == set().union(*densenet.stages(module))
+    assert set(params) == set().union(*module.stages())
     np.testing.assert_array_equal(params['denseblock2']['denselayer2']['gamma'], 0.25)
     kernel = params['denseblock2']['denselayer2']['conv1']['kernel']
     assert kernel.std() == pytest.approx(np.sqrt(2 / 49), rel=0.1)
     theirs = jax.eval_shape(module.init, jax.random.key(0), make_images())
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, theirs['params'])
     sizes = [leaf.size for leaf in jax.tree.leaves(params)]
-    assert sum(sizes) == densenet.count_parameters(module)
+    assert sum(sizes) == module.count_parameters()
     apply = functools.partial(module.apply, method='pyramid')
     levels = jax.eval_shape(apply, variables, make_images((12, 8)))
     assert [level.shape for level in levels] == [(3, 6, 4, 16), (3, 3, 2, 24)]
-    assert densenet.smallest_image_size(module) == 4
-    assert densenet.last_map_side(module, 15) == 3
+    assert module.smallest_image_size() == 4
+    assert module.last_map_side(15) == 3
     with pytest.raises(UserError, match='3x8 are too small .* use at least 4x4'):
         module.apply(variables, make_images((3, 8)))
 
@@ -295,7 +295,7 @@ def test_summary():
     module = tiny()
     lines = summary.format_summary(module, (8, 12, 3)).splitlines()
     table = {line.split()[0]: line.split()[1:] for line in lines}
-    assert table['total'][0] == f'{densenet.count_parameters(module):,}'
+    assert table['total'][0] == f'{module.count_parameters():,}'
     assert table['transition1'][0] == '2x3x8'
     inner, positions = 49 * 8 + 8 * 32 + 32 * 8, 4 * 6
     (row,) = [r for r in summary.count_model(module, (8, 12, 3)) if 'block1' in r[0]]
@@ -453,11 +453,11 @@ def test_deep_stem_and_blur(fast):
     fields = dict(num_classes=2, growth_rate=4, block_sizes=(1, 2), stem_features=8)
     module = create_model('densenetblur121d', **fields, fast=fast)
     assert (module.stem, module.blur_pool) == ('deep', True)
-    assert densenet.stages(module)[0][-1] == 'norm2'
+    assert module.stages()[0][-1] == 'norm2'
     variables = init_variables(module, 0)
-    assert set(variables['params']) == set().union(*densenet.stages(module))
+    assert set(variables['params']) == set().union(*module.stages())
     leaves = jax.tree.leaves(variables['params'])
-    assert sum(leaf.size for leaf in leaves) == densenet.count_parameters(module)
+    assert sum(leaf.size for leaf in leaves) == module.count_parameters()
     sharp = create_model('densenetblur121d', **fields, fast=fast, blur_pool=False)
 
     @jax.jit

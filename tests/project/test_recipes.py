@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from flax_densenet import UserError, create_model, init_variables
-from flax_densenet.models import densenet
 from flax_densenet.train import fit
 from helpers.paths import ROOT
 from helpers.runs import plain, write_images
@@ -47,7 +46,7 @@ def test_the_small_models_of_the_paper(name):
     ):
         config = plain(recipe(column, argument))
         network = create_model(num_classes=10, **config['model'])
-        assert densenet.count_parameters(network) == SMALL[name]
+        assert network.count_parameters() == SMALL[name]
         augmented = argument.endswith('+')
         assert network.dropout_rate == (0.0 if augmented else 0.2)
         assert config['data']['augment'] == ('shift_flip' if augmented else 'none')
@@ -63,7 +62,7 @@ def test_the_small_models_of_the_paper(name):
 def test_the_large_models_of_the_paper(name):
     config = plain(recipe('imagenet', name))
     network = create_model(num_classes=1000, **config['model'])
-    assert densenet.count_parameters(network) == IMAGENET[name]
+    assert network.count_parameters() == IMAGENET[name]
     assert [round(90 * share) for share in config['optimizer']['drop_at']] == [30, 60]
     data = config['data']
     assert data['image_size'] / data['crop_fraction'] == 256
@@ -133,7 +132,7 @@ def test_where_values_drop_out():
 def test_the_quick_one_is_small():
     config = plain(recipe('cifar', 'quick'))
     network = create_model(num_classes=10, **config['model'])
-    assert densenet.count_parameters(network) == QUICK_PARAMETERS
+    assert network.count_parameters() == QUICK_PARAMETERS
     assert config['data']['augment'] == 'flip'
 
 

@@ -9,7 +9,6 @@ from flax_densenet import UserError, create_model, init_variables
 from flax_densenet.data import dataset
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.evaluation import evaluate
-from flax_densenet.models import densenet
 from flax_densenet.train import ema, fit, step
 from flax_densenet.weights import trained
 from helpers.runs import (
@@ -46,7 +45,7 @@ def test_by_hand(devices):
     """Four steps with a frozen stem, one of them not finite, which changes nothing."""
     module = create_model('BC-L10k4', num_classes=3, block_sizes=(1,), stem_features=4)
     variables, optimizer = init_variables(module, 0), optax.sgd(0.3)
-    live = {name for stage in densenet.stages(module)[1:] for name in stage}
+    live = {name for stage in module.stages()[1:] for name in stage}
     first = ema.start(variables, live)
     assert set(first['params']) == {'denseblock1', 'norm5', 'classifier'}
     assert set(first['batch_stats']) == {'denseblock1', 'norm5'}

@@ -1,0 +1,172 @@
+"""The base class of the networks: what they compute, and what one can ask of them.
+
+Code that needs to know something about a network asks it; nothing outside `models`
+tests which class it has. What another package does differently for each kind of
+network (names of arrays in torch, an ONNX graph) is in a table there whose keys are
+the networks' `family`.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+from flax import linen as nn
+
+from flax_densenet.errors import UserError
+
+
+class Network(nn.Module):
+    """A classifier of images `[N, H, W, C]`; make one with `create_model`.
+
+    Subclasses define `setup`, `pyramid` and `pool`, and the methods below that raise
+    `NotImplementedError`. Methods marked `nn.nowrap` are plain Python: they read the
+    fields and need no variables.
+
+    Attributes:
+      num_classes: width of the classifier. With 0 there is no classifier, and the
+        model returns the pooled features.
+      family: the kind of network, a key in other packages' tables.
+      has_batch_norm: whether the images of a batch affect each other in training.
+      architecture_fields: names of the fields that set the shapes of the variables.
+      growth_field: name of the field with the growth rate or rates.
+    """
+
+    num_classes: int
+
+    family: ClassVar[str]
+    has_batch_norm: ClassVar[bool]
+    architecture_fields: ClassVar[tuple[str, ...]]
+    growth_field: ClassVar[str]
+
+    def __call__(self, x, train: bool = False, frozen: int = 0):
+        """Normalized images `[N, H, W, C]` to logits `[N, num_classes]`.
+
+        With `num_classes=0`: to pooled features `[N, F]`. In training, pass
+        `rngs={'dropout': key}` if there is dropout or stochastic depth, and
+        `mutable=['batch_stats']` if there is batch norm.
+
+        Args:
+          train: use batch statistics, and drop values, layers or both.
+          frozen: how many of `stages`, counted from the stem, compute as in
+            evaluation while the others train: batch norm uses its running statistics,
+            which do not change, and nothing is dropped. It is an argument and not a
+            field because it describes the training, not the model.
+
+        Raises:
+          UserError: the images are smaller than `smallest_image_size`.
+        """
+        return self.head(self.features(x, train, frozen))
+
+    def features(self, x, train: bool = False, frozen: int = 0):
+        """Images to the last feature map, `[N, H', W', F]`."""
+        return self.pyramid(x, train, frozen)[-1]
+
+    def head(self, x):
+        """The output of `features` to logits."""
+        return self.classify(self.pool(x))
+
+    def classify(self, x):
+        """The output of `pool`, `[N, F]`, to logits."""
+        return self.classifier(x) if self.num_classes else x
+
+    def pool(self, x):
+        """The output of `features` to the classifier's input, float32 `[N, F]`."""
+        raise NotImplementedError
+
+    def pyramid(self, x, train: bool = False, frozen: int = 0) -> list[Any]:
+        """Images to feature maps of several sizes, from fine to coarse."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def stages(self) -> list[tuple[str, ...]]:
+        """Names of the submodules by depth: the stem, each dense block, the head.
+
+        A block's stage includes what follows the block: its transition or, after the
+        last block, the final norm.
+        """
+        raise NotImplementedError
+
+    @nn.nowrap
+    def plain(self) -> 'Network':
+        """The same network made of submodules only, so that each can be inspected."""
+        return self
+
+    @nn.nowrap
+    def smallest_image_size(self) -> int:
+        """Smallest height and width, in pixels, that leave one pixel in the last block.
+
+        29 for the ImageNet variants, 4 for the CIFAR variants, 32 for RDNet's.
+        """
+        raise NotImplementedError
+
+    @nn.nowrap
+    def last_map_side(self, size: int) -> int:
+        """Side of the last feature map, for images of `size` pixels a side."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def check_image_size(self, size: Sequence[Any]):
+        """Raises `UserError` if (height, width) is too small for the network."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def takes_any_size(self) -> bool:
+        """Whether the same arithmetic fits images of every height and width."""
+        raise NotImplementedError
+
+    @nn.nowrap
+    def count_parameters(self, *, channels: int = 3) -> int:
+        """Number of parameters, computed from the fields without making any.
+
+        >>> from flax_densenet import create_model
+        >>> create_model('densenet121', num_classes=1000).count_parameters()
+        7978856
+        """
+        raise NotImplementedError
+
+    @nn.nowrap
+    def check_fields(self):
+        """Raises `UserError` for values that no such network can have.
+
+        `factory.create_model` has checked the types of all fields before.
+        """
+        raise NotImplementedError
+
+    @nn.nowrap
+    def fields(self) -> dict[str, Any]:
+        """The network's fields by name."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in ('parent', 'name')
+        }
+
+    @nn.nowrap
+    def architecture(self) -> dict[str, Any]:
+        """The values of `architecture_fields` by name."""
+        return {name: getattr(self, name) for name in self.architecture_fields}
+
+
+def check_choices(model: Network, **choices: Sequence[str]):
+    """Raises `UserError` if a field has none of its valid values.
+
+    Args:
+      **choices: the valid values of each field.
+    """
+    for name, valid in choices.items():
+        value = getattr(model, name)
+        if value not in valid:
+            raise UserError(
+                f'model.{name}={value} is not known; use {", ".join(valid)}'
+            )
+
+
+def check_ranges(model: Network, **valid: bool):
+    """Raises `UserError` for the first field whose value is not valid.
+
+    Args:
+      **valid: whether the value of each field is in its range.
+    """
+    for name, is_valid in valid.items():
+        if not is_valid:
+            raise UserError(f'model.{name}={getattr(model, name)} is out of range')

@@ -12,7 +12,7 @@ import pytest
 from configs import base
 from flax_densenet import create_model
 from flax_densenet.data import dataset
-from flax_densenet.models import densenet, rdnet
+from flax_densenet.models import densenet, factory, rdnet
 from flax_densenet.train import optimizers
 from flax_densenet.weights import transfer
 from helpers.paths import ROOT
@@ -115,11 +115,11 @@ def test_recipes(name):
 def test_base_has_each_field_of_the_functions():
     """A field that a function gained and base.py forgot would be out of reach."""
     config = base.get_config()
-    skip = {'num_classes', 'parent', 'name'}
+    skip = {'num_classes'}
     known = {
         name
         for network in (densenet.DenseNet, rdnet.RDNet)
-        for name in network.__dataclass_fields__
+        for name in factory.field_defaults(network)
     }
     assert set(config.model) == {'variant'} | known - skip
     loading = {'source', 'batch_size', 'mean', 'std', 'augment', 'threads', 'workers'}

@@ -48,12 +48,12 @@ def _cpu_seconds():
 def _serve_ours(folder, recipe):
     import numpy as np
 
-    from flax_densenet.data import dataset, pipeline, sources
+    from flax_densenet.data import dataset, pipeline, readers
     from flax_densenet.data import images as images_lib
 
     paths = _paths(folder)
 
-    class Counting(sources.FileReader):
+    class Counting(readers.FileReader):
         count = 0
 
         def __getitem__(self, index):

@@ -26,11 +26,11 @@ def _paths(folder):
 def _serve_ours(folder):
     import numpy as np
 
-    from flax_densenet.data import dataset, pipeline, sources
+    from flax_densenet.data import dataset, pipeline, readers
     from flax_densenet.data import images as images_lib
 
     paths = _paths(folder)
-    reader = sources.FileReader(paths, np.zeros(len(paths), np.int32))
+    reader = readers.FileReader(paths, np.zeros(len(paths), np.int32))
     preparation = images_lib.Preparation(SIZE)
     examples = dataset.Examples(reader, np.arange(len(paths)), preparation)
 

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import sidebyside
-from flax_densenet.data import dataset, images, pipeline, sources
+from flax_densenet.data import dataset, images, pipeline, readers, sources
 from flax_densenet.data.packed import plan as pack_plan
 from flax_densenet.data.packed import reader as packed_reader
 from flax_densenet.data.packed import writer as pack_writer
@@ -104,7 +104,7 @@ def compare(folder, packed_folder, size, rounds):
     paths, labels = found.reader.paths, found.reader.labels
     order = np.random.default_rng(1).permutation(len(paths))
     ways = {
-        'files': lambda: sources.FileReader(paths, labels),
+        'files': lambda: readers.FileReader(paths, labels),
         'packed': lambda: packed_reader.load(str(packed_folder)),
     }
     tasks = {

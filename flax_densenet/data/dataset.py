@@ -17,7 +17,7 @@ import functools
 import numpy as np
 
 from flax_densenet.data import duplicates as duplicates_lib
-from flax_densenet.data import images, sources, splits
+from flax_densenet.data import images, readers, sources, splits
 from flax_densenet.errors import UserError
 
 BAD_IMAGES = ('error', 'skip')
@@ -32,7 +32,7 @@ class Examples:
     """
 
     def __init__(
-        self, reader: sources.Reader, indices, preparation: images.Preparation
+        self, reader: readers.Reader, indices, preparation: images.Preparation
     ):
         self.reader = reader
         self.indices = np.asarray(indices, np.int64)

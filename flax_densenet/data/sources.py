@@ -1,89 +1,17 @@
-"""Where labeled images come from: the loaders behind `dataset.load_source`.
+"""The loaders of labeled images, one for each kind of `data.source`.
 
-A loader lists what there is (paths, arrays, records) and reads no more than it must;
-decoding is left to `dataset.Examples`.
+A loader lists the images (paths, arrays, records) and reads as little as possible;
+`dataset.Examples` decodes them.
 """
 
-import dataclasses
 import os
-import socket
 from collections.abc import Callable
-from typing import Any, Protocol
 
 import numpy as np
 
-from flax_densenet.data import label_table, listing, tar
+from flax_densenet.data import label_table, listing, readers, tar, tfds_source
 from flax_densenet.data.packed import reader as packed_reader
 from flax_densenet.errors import UserError, printable
-
-
-class Reader(Protocol):
-    """Where images come from: `labels`, `[i]` (a file's path, bytes or an array)."""
-
-    labels: np.ndarray
-
-    def __getitem__(self, index: int) -> Any: ...
-
-    def name(self, index: int) -> str: ...
-
-
-@dataclasses.dataclass
-class ArrayReader:
-    """Images held as uint8 arrays `[N, H, W, 3]`."""
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def __getitem__(self, index):
-        return self.images[index]
-
-    def name(self, index):
-        return f'image {index}'
-
-
-@dataclasses.dataclass
-class FileReader:
-    """Images held as files; labels int32 `[N]`, or float32 `[N, L]` (see `labels`).
-
-    `root` is the folder that all of them are below.
-    """
-
-    paths: list[str]
-    labels: np.ndarray
-    root: str = ''
-
-    def __getitem__(self, index):
-        return self.paths[index]
-
-    def name(self, index):
-        return self.paths[index]
-
-    def keys(self, indices):
-        """Of each image what tells it from others, wherever the folder is: bytes."""
-        below = (self.paths[i].removeprefix(self.root).lstrip('/') for i in indices)
-        return [os.fsencode(path) for path in below]
-
-
-@dataclasses.dataclass(frozen=True)
-class Listing:
-    """What a loader of `SOURCES` finds; None in `test` asks for a split of `train`.
-
-    Where labels are of two dimensions, an image can have several; `groups` then says
-    by the image's index which ones must not be split.
-    """
-
-    reader: Reader
-    class_names: list[str]
-    train: np.ndarray
-    test: np.ndarray | None
-    skipped: tuple[str, ...] = ()
-    groups: np.ndarray | None = None
-
-    @property
-    def multi_label(self) -> bool:
-        """An image can have several labels."""
-        labels = self.reader.labels
-        return isinstance(labels, np.ndarray) and labels.ndim == 2
 
 
 def _find_digits(name, **_):
@@ -93,8 +21,12 @@ def _find_digits(name, **_):
         raise UserError(f'data.source=digits:{name}: digits takes no name; use digits')
     digits = datasets.load_digits()
     gray = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    reader = ArrayReader(np.repeat(gray[..., None], 3, -1), digits.target.astype('i4'))
-    return Listing(reader, [str(n) for n in range(10)], np.arange(len(gray)), None)
+    reader = readers.ArrayReader(
+        np.repeat(gray[..., None], 3, -1), digits.target.astype('i4')
+    )
+    return readers.Listing(
+        reader, [str(n) for n in range(10)], np.arange(len(gray)), None
+    )
 
 
 def _find_folder(name, *, bad_images, labels, **_):
@@ -123,8 +55,8 @@ def _find_folder(name, *, bad_images, labels, **_):
             f'{field}: no image of the folder {names[counts.argmin()]} can be read; '
             'mend them or remove it'
         )
-    return Listing(
-        FileReader(paths, labels, root),
+    return readers.Listing(
+        readers.FileReader(paths, labels, root),
         [printable(name) for name in names],
         good[good < first_test],
         good[good >= first_test] if len(parts) > 1 else None,
@@ -217,8 +149,8 @@ def _find_labeled(field, root, table, bad_images):
     if found.parts is not None:
         part = found.parts[there][good]
         train, test = good[part == 0], good[part == 1]
-    return Listing(
-        FileReader(paths, found.values[there], root),
+    return readers.Listing(
+        readers.FileReader(paths, found.values[there], root),
         list(found.names),
         train,
         test,
@@ -232,7 +164,7 @@ def _find_tar(name, *, bad_images, **_):
     bad = listing.check_files(reader, bad_images, name=reader.name)
     good = np.array([i for i in range(len(reader)) if i not in bad], np.int64)
     rest = None if first_test is None else good[good >= first_test]
-    return Listing(
+    return readers.Listing(
         reader,
         names,
         good if rest is None else good[good < first_test],
@@ -247,140 +179,13 @@ def _find_packed(name, **_):
     if reader.manifest.has_test:
         rest = np.arange(count, len(reader))
     names = list(reader.manifest.class_names)
-    return Listing(reader, names, np.arange(count), rest, groups=reader.groups)
+    return readers.Listing(reader, names, np.arange(count), rest, groups=reader.groups)
 
 
-@dataclasses.dataclass
-class TfdsReader:
-    """One or two splits of a TFDS set: encoded images, each read when asked for."""
-
-    parts: list[Any]
-    keys: tuple[str, str]
-    names: list[str]
-    labels: np.ndarray = dataclasses.field(init=False)
-
-    def __post_init__(self):
-        self.labels = _TfdsLabels(self)
-
-    def example(self, index):
-        for part in self.parts:
-            if index < len(part):
-                return part[index]
-            index -= len(part)
-        raise IndexError(index)
-
-    def __getitem__(self, index):
-        raw = self.example(index)[self.keys[0]]
-        return raw if isinstance(raw, (bytes, np.ndarray)) else bytes(raw)
-
-    def name(self, index):
-        for part, name in zip(self.parts, self.names, strict=True):
-            if index < len(part):
-                return f'{name}[{index}]'
-            index -= len(part)
-        raise IndexError(index)
-
-
-class _TfdsLabels:
-    """Labels of a `TfdsReader` by index or index array, read when asked for."""
-
-    def __init__(self, reader):
-        self._reader = reader
-
-    def __getitem__(self, index):
-        if np.ndim(index):
-            return np.array([self[i] for i in index], np.int32)
-        return np.int32(self._reader.example(int(index))[self._reader.keys[1]])
-
-
-def _find_tfds(name, *, tfds_dir, tfds_train, **_):
-    import tensorflow_datasets as tfds  # 1 s, and only here
-
-    field = f'data.source=tfds:{name}'
-    builder_name = name.replace(':', '/', 1)
-    try:
-        builder = tfds.builder(builder_name, data_dir=tfds_dir)
-    except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise UserError(f'{field}: TFDS has no such set ({first_line})') from error
-    _prepare_tfds(builder, field)
-    features = builder.info.features
-    image_key = _only_key(features, tfds.features.Image, 'image', field)
-    label_key = _only_key(features, tfds.features.ClassLabel, 'label', field)
-    splits = list(builder.info.splits)
-    train = ['train' if 'train' in splits else splits[0]]
-    if tfds_train:
-        train = [name.strip() for name in tfds_train.split('+')]
-        unknown = [name for name in train if name not in splits]
-        if unknown or len(set(train)) < len(train):
-            raise UserError(
-                f'data.tfds_train={tfds_train}: {builder_name} has the splits '
-                f'{", ".join(splits)}; name some of them once each, as train+extra'
-            )
-    test = [s for s in ('test', 'validation') if s in splits and s not in train][:1]
-    names = train + test
-    decoders = {image_key: tfds.decode.SkipDecoding()}
-    parts = [builder.as_data_source(split=s, decoders=decoders) for s in names]
-    reader = TfdsReader(parts, (image_key, label_key), names)
-    count = sum(len(part) for part in parts[: len(train)])
-    rest = count + np.arange(len(parts[-1])) if test else None
-    return Listing(reader, features[label_key].names, np.arange(count), rest)
-
-
-def _prepare_tfds(builder, field):
-    if builder.is_prepared():
-        formats = [f.value for f in builder.info.available_file_formats()]
-        if 'array_record' not in formats:
-            raise UserError(
-                f'{field}: was prepared in {builder.data_dir} as {", ".join(formats)}, '
-                'which cannot be read without TensorFlow; prepare it again with '
-                "file_format='array_record'"
-            )
-        return
-    import tensorflow_datasets as tfds
-
-    where = (
-        f'{field}: cannot be downloaded into {builder.data_dir}; prepare it where '
-        'there is a network and set data.tfds_dir to the folder that holds it'
-    )
-    stock = type(builder).__module__.startswith('tensorflow_datasets.')
-    downloads = os.path.join(builder._data_dir_root, 'downloads')
-    if stock and not os.path.isdir(downloads) and not _has_network():
-        raise UserError(where)  # TFDS itself would try again for minutes
-    try:
-        builder.download_and_prepare(file_format='array_record')
-    except ImportError as error:
-        raise UserError(
-            f"{field}: preparing this set needs TensorFlow's image encoder, once: "
-            "pip install 'flax_densenet[prepare]' and run again; training itself does "
-            f'not use it ({error.name or error})'
-        ) from error
-    except (OSError, tfds.download.DownloadError) as error:
-        raise UserError(f'{where} ({error})') from error
-
-
-def _has_network():
-    try:
-        socket.getaddrinfo('storage.googleapis.com', 443)  # TFDS' own store
-    except OSError:
-        return False
-    return True
-
-
-def _only_key(features, kind, what, field):
-    keys = [key for key, feature in features.items() if isinstance(feature, kind)]
-    if len(keys) != 1:
-        raise UserError(
-            f'{field}: has {len(keys)} {what} features ({", ".join(features)}); only '
-            'sets with one image and one class label can be used'
-        )
-    return keys[0]
-
-
-SOURCES: dict[str, Callable[..., Listing]] = {
+SOURCES: dict[str, Callable[..., readers.Listing]] = {
     'digits': _find_digits,
     'folder': _find_folder,
     'packed': _find_packed,
     'tar': _find_tar,
-    'tfds': _find_tfds,
+    'tfds': tfds_source.find,
 }

@@ -5,13 +5,12 @@ import hashlib
 import numpy as np
 
 from flax_densenet.data import duplicates as duplicates_lib
-from flax_densenet.data import sources
-from flax_densenet.data.packed import reader as packed_reader
+from flax_densenet.data import readers
 from flax_densenet.errors import UserError
 
 
 def find_splits(
-    found: sources.Listing, test_fraction: float, split_seed: int, duplicates: str
+    found: readers.Listing, test_fraction: float, split_seed: int, duplicates: str
 ) -> duplicates_lib.Parts:
     """Training and test part, the copies among them seen to.
 
@@ -26,11 +25,7 @@ def find_splits(
     if test is None:
         train, test = _split(found, test_fraction, split_seed)
     groups, every = [], np.concatenate([train, test])
-    if duplicates != 'ignore' and isinstance(found.reader, sources.FileReader):
-        groups = duplicates_lib.find(found.reader.paths, every)
-    elif duplicates != 'ignore' and isinstance(
-        found.reader, packed_reader.PackedReader
-    ):
+    if duplicates != 'ignore':
         groups = found.reader.copies(every)
     if not groups:
         return duplicates_lib.Parts(train, test)
@@ -58,15 +53,14 @@ def _split(found, test_fraction, seed):
     test_size = len(found.train) - train_size
     if not train_size or not test_size:
         return found.train[:train_size], found.train[train_size:]
-    if isinstance(
-        found.reader, sources.TfdsReader
-    ):  # labels would have to be read one by one
+    if not found.reader.labels_in_memory:  # they would have to be read one by one
         order = np.random.default_rng(seed).permutation(found.train)
         return np.sort(order[:train_size]), np.sort(order[train_size:])
     if found.reader.labels.ndim == 2:
-        keys = _keys(found) if found.groups is None else found.groups[found.train]
+        groups = found.groups
+        keys = found.reader.keys(found.train) if groups is None else groups[found.train]
         return _split_groups(found.train, keys, test_size, seed)
-    keys = _keys(found)
+    keys = found.reader.keys(found.train)
     if keys is None:
         order = np.random.default_rng(seed).permutation(len(found.train))
     else:
@@ -86,13 +80,6 @@ def _split(found, test_fraction, seed):
     first = first[~np.isin(classes, labels[train])]
     train, test = np.append(train, test[first]), np.delete(test, first)
     return np.sort(found.train[train]), np.sort(found.train[test])
-
-
-def _keys(found):
-    """Of each image what stays when others go; None where images have no names."""
-    if isinstance(found.reader, sources.ArrayReader):
-        return None
-    return found.reader.keys(found.train)
 
 
 def _shuffle(keys, seed):

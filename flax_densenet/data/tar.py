@@ -14,7 +14,7 @@ import tarfile
 
 import numpy as np
 
-from flax_densenet.data import images, listing
+from flax_densenet.data import images, listing, readers
 from flax_densenet.errors import UserError, printable
 
 CLASSES_FILE = 'classes.txt'
@@ -27,8 +27,8 @@ TRAIN, TEST = ('train', 'training'), ('val', 'valid', 'validation', 'test')
 
 
 @dataclasses.dataclass
-class TarReader:
-    """Images within uncompressed tar files; labels int32 `[N]`."""
+class TarReader(readers.Reader):
+    """Images in uncompressed tar files; labels int32 `[N]`."""
 
     tars: list[str]
     which: np.ndarray  # the tar of each image
@@ -53,12 +53,16 @@ class TarReader:
         return content
 
     def keys(self, indices):
-        """Of each image what tells it from others, wherever the tars are: bytes."""
         below = (self.name(i).removeprefix(self.root).lstrip('/') for i in indices)
         return [os.fsencode(name) for name in below]
 
     def name(self, index):
         return f'{self.tars[self.which[index]]}/{self.names[index]}'
+
+    def stat(self, index):
+        offset, size = self.places[index].tolist()
+        found = readers.stat_file(self.tars[self.which[index]])
+        return size, (offset, found.st_size, found.st_mtime_ns)
 
 
 @dataclasses.dataclass(frozen=True)

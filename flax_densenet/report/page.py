@@ -160,9 +160,7 @@ def _counts(source, found, trained_on):
 
 def _reads_labels(examples):
     """Whether all labels can be had quickly."""
-    return isinstance(examples.reader.labels, np.ndarray) or (
-        len(examples) <= _TFDS_LABELS
-    )
+    return examples.reader.labels_in_memory or len(examples) <= _TFDS_LABELS
 
 
 def _samples(source, found):

@@ -1,7 +1,6 @@
 """The lines that a run prints before it starts."""
 
 import jax
-import numpy as np
 
 from flax_densenet.data import class_balance
 from flax_densenet.train import progressive_resizing, training_run
@@ -31,7 +30,7 @@ def announce(run: training_run.TrainingRun):
 def _print_balance(run):
     said, train = run.config['data']['balance'], run.source.train
     # TFDS has to read each image for its label.
-    at_hand = isinstance(train.reader.labels, np.ndarray)
+    at_hand = train.reader.labels_in_memory
     if run.source.multi_label or (said == 'none' and not at_hand):
         return
     line = class_balance.describe(train.labels, run.source.class_names, said)

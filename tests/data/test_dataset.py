@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flax_densenet import UserError
-from flax_densenet.data import dataset, pipeline, sources
+from flax_densenet.data import dataset, pipeline, readers, tfds_source
 from flax_densenet.data import images as images_lib
 from helpers.paths import shared
 from helpers.runs import write_images
@@ -457,7 +457,7 @@ def test_tfds_set_that_needs_tensorflow(tfds, tmp_path):
 
 
 def test_stock_tfds_set_without_network(tfds, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, '_has_network', lambda: False)
+    monkeypatch.setattr(tfds_source, '_has_network', lambda: False)
     with pytest.raises(UserError, match='tfds:mnist: cannot be downloaded into'):
         dataset.load_source('tfds:mnist', tfds_dir=str(tmp_path))
 
@@ -468,7 +468,7 @@ def test_memory_does_not_grow_with_the_number_of_images(folder):
     paths = sorted(str(path) for path in folder.rglob('*.jpg'))
 
     def peak(repeats):
-        reader = sources.FileReader(paths * repeats, np.zeros(30 * repeats, np.int32))
+        reader = readers.FileReader(paths * repeats, np.zeros(30 * repeats, np.int32))
         preparation = images_lib.Preparation(64)
         examples = dataset.Examples(reader, np.arange(30 * repeats), preparation)
         tracemalloc.start()

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from flax_densenet.data import images, sources
+from flax_densenet.data import images, readers
 from flax_densenet.data.packed import manifest
 from flax_densenet.data.packed import reader as packed_reader
 from flax_densenet.errors import UserError
@@ -57,7 +57,7 @@ class Job:
 class Images:
     """The images of a source as they are packed."""
 
-    def __init__(self, found: sources.Listing, root: str, options: Options):
+    def __init__(self, found: readers.Listing, root: str, options: Options):
         self.found, self.options = found, options
         self.reader = found.reader
         self._root = root if os.path.isdir(root) else os.path.dirname(root)
@@ -65,15 +65,6 @@ class Images:
     def name(self, index) -> bytes:
         """The file's name below the source's folder."""
         return os.fsencode(os.path.relpath(self.reader.name(index), self._root))
-
-    def facts(self, index):
-        """Size in bytes, and what changes where the file does."""
-        if isinstance(self.reader, sources.FileReader):
-            found = self._stat(self.reader.paths[index])
-            return found.st_size, found.st_mtime_ns
-        offset, size = self.reader.places[index].tolist()
-        found = self._stat(self.reader.tars[self.reader.which[index]])
-        return size, (offset, found.st_size, found.st_mtime_ns)
 
     def identity(self, index, changed):
         """All that the record of an image depends on."""
@@ -86,12 +77,6 @@ class Images:
             None if groups is None else int(groups[index]),
             (options.max_side, options.quality) if options.max_side else None,
         )
-
-    def _stat(self, path):
-        try:
-            return os.stat(path)
-        except OSError as error:
-            raise UserError(f'{path} cannot be read ({error.strerror})') from error
 
     def record(self, index) -> bytes:
         """The record of an image, which was decoded to see that it is whole.
@@ -140,7 +125,7 @@ def plan(stored: Images) -> tuple[list[Job], float]:
         indices = [] if indices is None else indices.tolist()
         number, group, size, facts = 0, [], 0.0, hashlib.sha256()
         for index in indices:
-            of_file, changed = stored.facts(index)
+            of_file, changed = stored.reader.stat(index)
             group.append(index)
             size += of_file * ratio
             total += of_file * ratio
@@ -159,5 +144,5 @@ def _estimate(stored) -> float:
         return 1.0
     every = stored.found.train
     sample = every[:: max(1, len(every) // _SAMPLE)][:_SAMPLE].tolist()
-    before = sum(stored.facts(index)[0] for index in sample)
+    before = sum(stored.reader.stat(index)[0] for index in sample)
     return sum(len(stored.record(index)) for index in sample) / before

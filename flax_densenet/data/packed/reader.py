@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from flax_densenet.data import readers
 from flax_densenet.data.packed import manifest as manifest_lib
 from flax_densenet.data.packed import records
 from flax_densenet.data.packed.manifest import REMEDY
@@ -79,7 +80,7 @@ def from_record(record: bytes) -> dict[str, Any]:
     return found
 
 
-class PackedReader:
+class PackedReader(readers.Reader):
     """Images of a pack by their place: encoded bytes, as the source's file had them.
 
     Can be used by several threads at once and be sent to other processes, each of which

@@ -1,0 +1,151 @@
+"""Sets of TensorFlow Datasets (TFDS), read without TensorFlow."""
+
+import dataclasses
+import os
+import socket
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.data import readers
+from flax_densenet.errors import UserError
+
+
+@dataclasses.dataclass
+class TfdsReader(readers.Reader):
+    """One or two splits of a TFDS set: encoded images, each read when asked for."""
+
+    parts: list[Any]
+    features: tuple[str, str]
+    names: list[str]
+    labels: '_TfdsLabels' = dataclasses.field(init=False)
+    labels_in_memory = False
+
+    def __post_init__(self):
+        self.labels = _TfdsLabels(self)
+
+    def example(self, index):
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise IndexError(index)
+
+    def __getitem__(self, index):
+        raw = self.example(index)[self.features[0]]
+        return raw if isinstance(raw, (bytes, np.ndarray)) else bytes(raw)
+
+    def name(self, index):
+        for part, name in zip(self.parts, self.names, strict=True):
+            if index < len(part):
+                return f'{name}[{index}]'
+            index -= len(part)
+        raise IndexError(index)
+
+
+class _TfdsLabels:
+    """Labels of a `TfdsReader` by index or index array, read when asked for."""
+
+    ndim = 1
+
+    def __init__(self, reader):
+        self._reader = reader
+
+    def __getitem__(self, index):
+        if np.ndim(index):
+            return np.array([self[i] for i in index], np.int32)
+        return np.int32(self._reader.example(int(index))[self._reader.features[1]])
+
+
+def find(name: str, *, tfds_dir: str | None, tfds_train: str, **_) -> readers.Listing:
+    """Finds the images of a TFDS set, and prepares the set first if it is not yet.
+
+    Args:
+      name: `NAME` or `NAME:CONFIG`.
+      tfds_dir: the folder of TFDS; None for its default.
+      tfds_train: splits to train on, joined by `+`; empty for `train`.
+
+    Raises:
+      UserError: no such set or split, or the set cannot be used without TensorFlow.
+    """
+    import tensorflow_datasets as tfds  # 1 s, and only here
+
+    field = f'data.source=tfds:{name}'
+    builder_name = name.replace(':', '/', 1)
+    try:
+        builder = tfds.builder(builder_name, data_dir=tfds_dir)
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise UserError(f'{field}: TFDS has no such set ({first_line})') from error
+    _prepare_tfds(builder, field)
+    features = builder.info.features
+    image_key = _only_key(features, tfds.features.Image, 'image', field)
+    label_key = _only_key(features, tfds.features.ClassLabel, 'label', field)
+    splits = list(builder.info.splits)
+    train = ['train' if 'train' in splits else splits[0]]
+    if tfds_train:
+        train = [name.strip() for name in tfds_train.split('+')]
+        unknown = [name for name in train if name not in splits]
+        if unknown or len(set(train)) < len(train):
+            raise UserError(
+                f'data.tfds_train={tfds_train}: {builder_name} has the splits '
+                f'{", ".join(splits)}; name some of them once each, as train+extra'
+            )
+    test = [s for s in ('test', 'validation') if s in splits and s not in train][:1]
+    names = train + test
+    decoders = {image_key: tfds.decode.SkipDecoding()}
+    parts = [builder.as_data_source(split=s, decoders=decoders) for s in names]
+    reader = TfdsReader(parts, (image_key, label_key), names)
+    count = sum(len(part) for part in parts[: len(train)])
+    rest = count + np.arange(len(parts[-1])) if test else None
+    return readers.Listing(reader, features[label_key].names, np.arange(count), rest)
+
+
+def _prepare_tfds(builder, field):
+    if builder.is_prepared():
+        formats = [f.value for f in builder.info.available_file_formats()]
+        if 'array_record' not in formats:
+            raise UserError(
+                f'{field}: was prepared in {builder.data_dir} as {", ".join(formats)}, '
+                'which cannot be read without TensorFlow; prepare it again with '
+                "file_format='array_record'"
+            )
+        return
+    import tensorflow_datasets as tfds
+
+    where = (
+        f'{field}: cannot be downloaded into {builder.data_dir}; prepare it where '
+        'there is a network and set data.tfds_dir to the folder that holds it'
+    )
+    stock = type(builder).__module__.startswith('tensorflow_datasets.')
+    downloads = os.path.join(builder._data_dir_root, 'downloads')
+    if stock and not os.path.isdir(downloads) and not _has_network():
+        raise UserError(where)  # TFDS itself would try again for minutes
+    try:
+        builder.download_and_prepare(file_format='array_record')
+    except ImportError as error:
+        raise UserError(
+            f"{field}: preparing this set needs TensorFlow's image encoder, once: "
+            "pip install 'flax_densenet[prepare]' and run again; training itself does "
+            f'not use it ({error.name or error})'
+        ) from error
+    except (OSError, tfds.download.DownloadError) as error:
+        raise UserError(f'{where} ({error})') from error
+
+
+def _has_network():
+    try:
+        socket.getaddrinfo('storage.googleapis.com', 443)  # TFDS' own store
+    except OSError:
+        return False
+    return True
+
+
+def _only_key(features, kind, what, field):
+    keys = [key for key, feature in features.items() if isinstance(feature, kind)]
+    if len(keys) != 1:
+        raise UserError(
+            f'{field}: has {len(keys)} {what} features ({", ".join(features)}); only '
+            'sets with one image and one class label can be used'
+        )
+    return keys[0]

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from flax_densenet.kernels import dense_block
+from flax_densenet.kernels import xla_block
 
 
 def normalized(x, norm, kernel):
@@ -32,7 +32,7 @@ def normalized(x, norm, kernel):
 
 def _xla_forward(x, norm, kernel):
     y = lax.dot(normalized(x, norm, kernel), kernel)
-    return y, dense_block.statistics(y[None, None])
+    return y, xla_block.statistics(y[None, None])
 
 
 def _xla_backward(x, g, total, norm, kernel):
@@ -53,8 +53,8 @@ def _xla_backward(x, g, total, norm, kernel):
 
 def _xla_conv(buffer, at, y, norm, kernel, shape):
     y = normalized(y, norm, kernel[0, 0]).reshape(*shape, -1)
-    y = dense_block._conv3x3(y, kernel)
-    found = dense_block.statistics(y)
+    y = xla_block.conv3x3(y, kernel)
+    found = xla_block.statistics(y)
     y = y.reshape(buffer.shape[0], -1)
     return lax.dynamic_update_slice(buffer, y, (0, at)), found
 
@@ -64,7 +64,7 @@ def _xla_conv_backward(y, g, norm, kernel, shape):
     deviation = y.astype(jnp.float32) - mean[None]
     z = deviation * factor[None] + bias[None]
     rectified = jnp.maximum(z, 0).astype(y.dtype).reshape(*shape, -1)
-    _, back = jax.vjp(dense_block._conv3x3, rectified, kernel)
+    _, back = jax.vjp(xla_block.conv3x3, rectified, kernel)
     d, dw = back(g.reshape(*shape, -1))
     d = jnp.where(z > 0, d.reshape(y.shape).astype(jnp.float32), 0)
     return d.astype(y.dtype), dw, d.sum(0), (d * deviation).sum(0)
@@ -115,7 +115,7 @@ def _forward(x, layers, epsilon, parts):
     growth = layers[0][5].shape[3]
     rest = len(layers) * growth
     buffer = jnp.pad(x.reshape(pixels, channels), ((0, 0), (0, rest)))
-    mean, var = dense_block.statistics(x)
+    mean, var = xla_block.statistics(x)
     hidden, inner = [], []
     for layer in layers:
         norm = _norm1(layer, mean, var, epsilon)

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from benchmarks import gpu_block, gpu_conv, gpu_kernels
-from flax_densenet.kernels import dense_block
-from flax_densenet.kernels.dense_block import normalize_relu, statistics
+from flax_densenet.kernels import dense_block, native_block, xla_block
+from flax_densenet.kernels.xla_block import normalize_relu, statistics
 
 
 def _conv1x1(x, kernel):
@@ -58,8 +58,8 @@ def _train(
     keys=None,
     path_rates=None,
     path_keys=None,
-    product=dense_block.product,
-    conv3x3=dense_block._conv3x3,
+    product=xla_block.product,
+    conv3x3=xla_block.conv3x3,
     join=True,
 ):
     """`dense_block.block_train` by XLA and autodiff, with other parts.
@@ -118,12 +118,12 @@ def _block_train(
 ):  # fmt: skip
     """`gpu_block.block`; it computes activations again in any case."""
     _refuse(layers, dropout_rate, path_rates)
-    trained = [dense_block._parameters(layer) for layer in layers]
+    trained = [native_block.parameters(layer) for layer in layers]
     return gpu_block.block(x.astype(dtype), trained, epsilon, parts)
 
 
 def _eval(x, layers, *, epsilon, dtype, kernel='xla'):
-    return dense_block._xla_eval(x, layers, epsilon, dtype)
+    return xla_block.evaluate(x, layers, epsilon, dtype)
 
 
 def _buffer_eval(x, layers, *, epsilon, dtype, kernel='xla', parts):
@@ -151,7 +151,7 @@ def _buffer_eval(x, layers, *, epsilon, dtype, kernel='xla', parts):
             else:
                 y = lax.dot(gpu_block.normalized(buffer, norm1, kernel1), kernel1)
                 y = gpu_block.normalized(y, norm2, kernel2[0, 0])
-            y = dense_block._conv3x3(y.reshape(*shape[:3], -1), kernel2)
+            y = xla_block.conv3x3(y.reshape(*shape[:3], -1), kernel2)
             y = y.reshape(pixels, growth)
             buffer = lax.dynamic_update_slice(buffer, y, (0, channels))
         channels += growth
@@ -239,10 +239,10 @@ def _stem_without_scatter(x, mean, var, scale, bias, epsilon, padding, dtype):
     return max_pool(y, tuple(map(tuple, padding)))
 
 
-POOLS = {'scatter': dense_block._xla_stem, 'gather': _stem_without_scatter}
+POOLS = {'scatter': xla_block.stem, 'gather': _stem_without_scatter}
 
 
 def install(way: str, pool: str = 'scatter'):
     """Puts a way, and one for the stem, in the place of `dense_block`'s functions."""
     dense_block.block_train, dense_block.block_eval = WAYS[way]
-    dense_block._xla_stem = POOLS[pool]
+    xla_block.stem = POOLS[pool]

@@ -102,7 +102,6 @@ class DenseNet(network.Network):
             **dtypes,
         )
         kernel_init, classifier_init = layers.initializers(self.initializer)
-        everywhere = self.dropout_rate > 0 and self.dropout_after == 'every_conv'
 
         def conv(features, size, strides=1, name=None):
             pad = [(n // 2, n // 2) for n in size]
@@ -120,24 +119,7 @@ class DenseNet(network.Network):
         kernel = functools.partial(
             layers.Kernel, kernel_init=kernel_init, param_dtype=param_dtype
         )
-        layer, fast = functools.partial(layers.DenseLayer, conv=conv), None
-        if everywhere:
-            layer = functools.partial(layer, drop_bottleneck=True)
-        elif self.fast:
-            layer = functools.partial(layers.DenseLayerVariables, kernel=kernel)
-            fast = dict(
-                epsilon=self.epsilon,
-                dtype=jnp.dtype(self.dtype),
-                kernel=self.kernel,
-                remat=self.remat == 'block',
-            )
-        layer = functools.partial(
-            layer,
-            growth_rate=self.growth_rate,
-            bottleneck=self.bottleneck,
-            dropout_rate=self.dropout_rate,
-            norm=norm,
-        )
+        layer, fast = _make_layer(self, conv, kernel, norm)
         _add_stem(self, conv, norm)
         transition = functools.partial(
             layers.Transition,
@@ -145,7 +127,7 @@ class DenseNet(network.Network):
             kernel=kernel,
             norm=norm,
             fast=fast,
-            dropout_rate=self.dropout_rate if everywhere else 0.0,
+            dropout_rate=self.dropout_rate if _drops_everywhere(self) else 0.0,
         )
         channels = self.stem_features
         rates = layers.drop_path_rates(self.drop_path_rate, self.block_sizes)
@@ -327,6 +309,32 @@ class DenseNet(network.Network):
                 'model.kernel=native has no stochastic depth: use auto with '
                 f'model.drop_path_rate={self.drop_path_rate}'
             )
+
+
+def _drops_everywhere(module):
+    return module.dropout_rate > 0 and module.dropout_after == 'every_conv'
+
+
+def _make_layer(module, conv, kernel, norm):
+    """The constructor of dense layers, and the options of the fast block or None."""
+    layer, fast = functools.partial(layers.DenseLayer, conv=conv), None
+    if _drops_everywhere(module):
+        layer = functools.partial(layer, drop_bottleneck=True)
+    elif module.fast:
+        layer = functools.partial(layers.DenseLayerVariables, kernel=kernel)
+        fast = dict(
+            epsilon=module.epsilon,
+            dtype=jnp.dtype(module.dtype),
+            kernel=module.kernel,
+            remat=module.remat == 'block',
+        )
+    options = dict(
+        growth_rate=module.growth_rate,
+        bottleneck=module.bottleneck,
+        dropout_rate=module.dropout_rate,
+        norm=norm,
+    )
+    return functools.partial(layer, **options), fast
 
 
 def _add_stem(module, conv, norm):

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_densenet.kernels import dense_block, packed_inference
+from flax_densenet.kernels import dense_block, packed_inference, xla_block
 from flax_densenet.models import layers as layers_lib
 from flax_densenet.models.network import Network
 
@@ -96,7 +96,7 @@ def _is_native(module, layer):
         return False
     x = jax.ShapeDtypeStruct((), module.dtype)
     kernel2 = layer.get('conv2', {}).get('kernel')
-    layers = [dense_block.Layer(None, None, None, None, None, kernel2=kernel2)]
+    layers = [xla_block.Layer(None, None, None, None, None, kernel2=kernel2)]
     return dense_block.use_native(module.kernel, x, layers)
 
 
@@ -231,7 +231,7 @@ def _dense_layer(x, layer):
     y = jax.nn.relu(_normalize(x, layer['norm1'])).astype(x.dtype)
     if 'conv2' not in layer:
         return _conv(y, layer['conv1']['kernel'], _AROUND)
-    y = dense_block.product(y, layer['conv1']['kernel'].astype(x.dtype)[0, 0])
+    y = xla_block.product(y, layer['conv1']['kernel'].astype(x.dtype)[0, 0])
     return _conv(_biased_relu(y, layer['conv1']), layer['conv2']['kernel'], _AROUND)
 
 
@@ -241,4 +241,4 @@ def _transition(x, arrays):
     height, width = (n // 2 * 2 for n in y.shape[1:3])
     y = y[:, :height, :width]
     y = y.reshape(y.shape[0], height // 2, 2, width // 2, 2, y.shape[3]).mean((2, 4))
-    return dense_block.product(y, arrays['kernel'].astype(x.dtype)[0, 0])
+    return xla_block.product(y, arrays['kernel'].astype(x.dtype)[0, 0])

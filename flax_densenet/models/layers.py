@@ -13,7 +13,7 @@ from flax import linen as nn
 from flax.errors import ScopeParamShapeError
 from jax import lax
 
-from flax_densenet.kernels import dense_block
+from flax_densenet.kernels import dense_block, xla_block
 
 # (scale, fan, distribution) of jax.nn.initializers.variance_scaling. He et al.,
 # arXiv 1502.01852: fan-in is the paper's reference [10], fan-out is what its Torch
@@ -102,7 +102,7 @@ class BatchNorm(nn.Module):
         """
         scale, bias, *averages = self.declare(x.shape[-1])
         if train:
-            statistics = statistics or dense_block.statistics(x)
+            statistics = statistics or xla_block.statistics(x)
             self.update(averages, statistics, x.size // x.shape[-1])
             mean, var = statistics
         else:
@@ -155,13 +155,13 @@ class DenseLayer(nn.Module):
         y = self._drop_out(self.conv(self.growth_rate, (3, 3), name=name)(y), train)
         if train and self.drop_path_rate:
             key = self.make_rng('dropout')
-            y = dense_block.drop_path(y, key, self.drop_path_rate)
+            y = xla_block.drop_path(y, key, self.drop_path_rate)
         return y
 
     def _drop_out(self, y, train):
         if not train or not self.dropout_rate:
             return y
-        return dense_block.drop_out(y, self.make_rng('dropout'), self.dropout_rate)
+        return xla_block.drop_out(y, self.make_rng('dropout'), self.dropout_rate)
 
 
 class DenseLayerVariables(nn.Module):
@@ -176,7 +176,7 @@ class DenseLayerVariables(nn.Module):
 
     @nn.compact
     def __call__(self, channels: int, train: bool):
-        """Returns the `dense_block.Layer`, its norms with their averages, two keys.
+        """Returns the `xla_block.Layer`, its norms with their averages, two keys.
 
         The keys are of dropout and of stochastic depth, None where nothing drops.
         """
@@ -207,7 +207,7 @@ class DenseLayerVariables(nn.Module):
             self.make_rng('dropout') if train and rate else None
             for rate in (self.dropout_rate, self.drop_path_rate)
         ]
-        return dense_block.Layer(**fields), norms, keys
+        return xla_block.Layer(**fields), norms, keys
 
 
 class DenseBlock(nn.Module):
@@ -321,7 +321,7 @@ class Transition(nn.Module):
             x = self.conv(self.features, (1, 1), name='conv')(x)
             if train and self.dropout_rate:
                 key = self.make_rng('dropout')
-                x = dense_block.drop_out(x, key, self.dropout_rate)
+                x = xla_block.drop_out(x, key, self.dropout_rate)
             return nn.avg_pool(x, (2, 2), strides=(2, 2))
         channels = x.shape[-1]
         scale, bias, *averages = norm.declare(channels)

@@ -22,7 +22,7 @@ from jax import lax
 
 from flax_densenet.errors import UserError
 from flax_densenet.kernels import depthwise as depthwise_lib
-from flax_densenet.kernels.dense_block import product
+from flax_densenet.kernels import xla_block
 from flax_densenet.models import layers, network
 
 KERNEL_SIZE = 7  # of the depthwise convolutions
@@ -262,7 +262,7 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         kernel, bias = _kernel_and_bias(self, shape)
         if self.size == self.stride == 1:
-            return product(x, kernel[0, 0]) + bias
+            return xla_block.product(x, kernel[0, 0]) + bias
         return bias + lax.conv_general_dilated(
             x,
             kernel,

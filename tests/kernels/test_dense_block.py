@@ -12,7 +12,7 @@ import pytest
 from flax_densenet import UserError, create_model, init_variables
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.kernels import cpu as cpu_kernels
-from flax_densenet.kernels import dense_block
+from flax_densenet.kernels import dense_block, xla_block
 from flax_densenet.train import fit
 from helpers.blocks import error, inputs, make, require_native
 from helpers.runs import tiny_config
@@ -216,7 +216,7 @@ def test_variance_with_a_large_mean(kernel):
     variables, _ = inputs('BC')
     block = variables['params']['denseblock1']
     layers = [
-        dense_block.Layer(
+        xla_block.Layer(
             scale1=layer['norm1']['scale'],
             bias1=layer['norm1']['bias'],
             kernel1=layer['conv1']['kernel'],

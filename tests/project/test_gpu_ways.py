@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu_ways
-from flax_densenet.kernels import dense_block
+from flax_densenet.kernels import dense_block, xla_block
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +28,7 @@ def inputs(shape):
     for index in range(depth):
         wide = channels + index * growth
         layers.append(
-            dense_block.Layer(
+            xla_block.Layer(
                 scale1=1 + normal(wide, scale=0.2),
                 bias1=normal(wide, scale=0.2),
                 kernel1=normal(1, 1, wide, 4 * growth, scale=wide**-0.5),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from flax_densenet import UserError, create_model, init_variables
+from flax_densenet.kernels import xla_block
 from flax_densenet.train import fit
 from helpers.paths import ROOT
 from helpers.runs import plain, write_images
@@ -89,11 +90,9 @@ def dropped(network, seed=0):
         drawn.append((x.shape[-1], np.asarray(y == 0)))
         return y
 
-    from flax_densenet.kernels import dense_block
-
-    drop_out = dense_block.drop_out
+    drop_out = xla_block.drop_out
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dense_block, 'drop_out', look)
+        patch.setattr(xla_block, 'drop_out', look)
         network.apply(
             variables,
             images.astype(np.float32),

@@ -6,7 +6,6 @@ from flax import traverse_util
 from flax_densenet import create_model, init_variables
 from flax_densenet.export import formats
 from flax_densenet.weights import trained as trained_lib
-from flax_densenet.weights import weight_file
 
 TINY = dict(growth_rate=4, block_sizes=(2, 3), stem_features=8, bottleneck=2)
 
@@ -24,7 +23,7 @@ def tiny(num_classes=5, channels=3, **fields):
 
 def trained_of(module, variables, **metadata):
     names = [f'class {n}' for n in range(module.num_classes)]
-    known = [n for n in weight_file.ARCHITECTURE if hasattr(module, n)]
+    known = module.architecture_fields
     fields = {name: getattr(module, name) for name in known}
     fields |= {'variant': 'densenet121', 'epsilon': module.epsilon}
     metadata = {

@@ -1,6 +1,7 @@
 """The one exception for mistakes that a user can mend, and names fit for its line."""
 
 import errno
+from collections.abc import Sequence
 
 # A path or a value may be of any length; the remedy stands at the end.
 _FIRST, _LAST = 1200, 600
@@ -70,3 +71,9 @@ def explain_system_error(error: Exception) -> str | None:
             'command goes on from the last checkpoint'
         )
     return None
+
+
+def list_first(names: Sequence[str], most: int = 8) -> str:
+    """Names joined by commas; if there are many, the first ones and how many more."""
+    more = f', and {len(names) - most} more' if len(names) > most else ''
+    return ', '.join(names[:most]) + more

@@ -19,7 +19,7 @@ from flax import traverse_util
 from flax_densenet.errors import UserError
 from flax_densenet.export import hub, onnx_graph, onnx_int8, onnx_network, stablehlo
 from flax_densenet.export import precision as precision_lib
-from flax_densenet.weights import keras_files, rdnet_names, weight_file
+from flax_densenet.weights import keras_files, rdnet_names, torch_names, weight_file
 from flax_densenet.weights import trained as trained_lib
 
 _TORCH_EPSILON = 1e-5
@@ -48,7 +48,7 @@ def _densenet_arrays(module, flat):
         )
     found = {}
     for name, array in flat.items():
-        array = weight_file.to_torch_layout(np.asarray(array, np.float32))
+        array = torch_names.to_torch_layout(np.asarray(array, np.float32))
         if name.endswith('/var') and module.epsilon != _TORCH_EPSILON:
             array = array + np.float32(module.epsilon - _TORCH_EPSILON)
             if array.min() < 0:
@@ -56,7 +56,7 @@ def _densenet_arrays(module, flat):
                     f"{name}: with torch's epsilon of 1e-5 instead of "
                     f'{module.epsilon:g} a variance would be below 0'
                 )
-        key = weight_file.torch_key(name)
+        key = torch_names.torch_key(name)
         found[key] = array
         if key.endswith('.running_mean'):
             place = key.removesuffix('.running_mean')

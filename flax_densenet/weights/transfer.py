@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from flax_densenet.errors import UserError, printable
-from flax_densenet.weights import weight_file
+from flax_densenet.errors import UserError, list_first, printable
+from flax_densenet.weights import architecture, weight_file
+from flax_densenet.weights import channels as channels_lib
 
 _VARIANT = 'densenet121'
 _PREPROCESSING = dict(
@@ -52,10 +53,10 @@ def resolve_model(
     given = {name: value for name, value in fields.items() if value is not None}
     if weights is None:
         return {**fields, 'variant': given.get('variant', _VARIANT)}
-    theirs = weight_file.architecture(**_architecture_fields(weights.fields))
-    ours = {k: v for k, v in given.items() if k in weight_file.ARCHITECTURE}
+    theirs = architecture.of_variant(**_architecture_fields(weights.fields))
+    ours = {k: v for k, v in given.items() if k in architecture.FIELDS}
     if 'variant' in given:
-        ours = weight_file.architecture(given['variant'], **ours)
+        ours = architecture.of_variant(given['variant'], **ours)
     if strange := [name for name in ours if name not in theirs]:  # DenseNet and RDNet
         wrong = 'variant' if 'variant' in given else strange[0]
         raise UserError(
@@ -81,7 +82,7 @@ def resolve_model(
 
 
 def _architecture_fields(fields):
-    names = ('variant', *weight_file.ARCHITECTURE)
+    names = ('variant', *architecture.FIELDS)
     return {name: fields[name] for name in names if name in fields}
 
 
@@ -97,7 +98,7 @@ def resolve_data(
     if fields['channels'] not in (0, 1, 3):
         raise UserError(f'data.channels={fields["channels"]} is not known; use 1, 3')
     if fields['channels']:
-        wanted = weight_file.with_channels(wanted, fields['channels'])
+        wanted = channels_lib.with_channels(wanted, fields['channels'])
     settled = dict(fields)
     for name, value in wanted.items():
         if _is_open(name, settled[name]):
@@ -122,7 +123,7 @@ def first_variables(
 
     Two things may differ, and a line says so: the head, which starts anew where the
     classes are others, and the number of channels of the images (see
-    `weight_file.convert_channels`).
+    `channels_lib.convert_channels`).
 
     Args:
       fresh: newly drawn variables of the run's model, numpy arrays.
@@ -147,7 +148,7 @@ def first_variables(
             f'convolution is converted to {channels}',
             flush=True,
         )
-        flat[first] = weight_file.convert_channels(flat[first], channels)
+        flat[first] = channels_lib.convert_channels(flat[first], channels)
     wrong = sorted(
         name
         for name in flat.keys() | wanted.keys()
@@ -157,7 +158,7 @@ def first_variables(
     if wrong:
         raise UserError(
             f'init_from={weights.path}: {len(wrong)} arrays do not fit the model: '
-            f'{weight_file.shorten(wrong)}'
+            f'{list_first(wrong)}'
         )
     flat = {name: np.asarray(flat[name], wanted[name].dtype) for name in wanted}
     made = traverse_util.unflatten_dict(flat, sep='/')
@@ -172,6 +173,6 @@ def _other_classes(weights, class_names):
     if weights.num_classes != count:
         return f'{weights.num_classes} classes there, {count} here'
     if weights.class_names and tuple(weights.class_names) != tuple(class_names):
-        names = weight_file.shorten(weights.class_names, 3)
+        names = list_first(weights.class_names, 3)
         return printable(f'other classes there ({names})')
     return None

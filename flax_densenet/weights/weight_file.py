@@ -10,9 +10,7 @@ missing, not expected or of another shape stops the load, and the error lists th
 import dataclasses
 import functools
 import json
-import math
 import os
-import re
 import warnings
 from typing import Any
 
@@ -21,34 +19,23 @@ import numpy as np
 from flax import traverse_util
 
 from flax_densenet.checkpoints import reader as checkpoint_reader
-from flax_densenet.errors import UserError, printable
+from flax_densenet.errors import UserError, list_first, printable
 from flax_densenet.models import factory, initialization, network
-from flax_densenet.weights import keras_files, rdnet_names, timm_config, torch_pickle
+from flax_densenet.weights import (
+    architecture,
+    keras_files,
+    rdnet_names,
+    timm_config,
+    torch_names,
+    torch_pickle,
+)
+from flax_densenet.weights import channels as channels_lib
 from flax_densenet.weights import metadata as metadata_lib
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 METADATA = 'flax_densenet'  # key of our JSON in a safetensors file
 _NESTED = ('state_dict_ema', 'model_ema', 'state_dict', 'model_state_dict', 'model')
-_HEADS = ('classifier', 'classifier.0', 'classifier.1', 'fc', 'head', 'head.fc')
-_OLD_NAMES = re.compile(r'(denselayer\d+\.(?:norm|conv))\.(\d)(?=\.)')
-_LEAVES = {
-    'weight': {
-        4: ('params', 'kernel'),
-        2: ('params', 'kernel'),
-        1: ('params', 'scale'),
-    },
-    'bias': {1: ('params', 'bias')},
-    'running_mean': {1: ('batch_stats', 'mean')},
-    'running_var': {1: ('batch_stats', 'var')},
-}
-_TORCH_LEAVES = {ours: k for k, ranks in _LEAVES.items() for ours in ranks.values()}
-# Fields of all networks that the arrays themselves determine.
-ARCHITECTURE = tuple(
-    dict.fromkeys(
-        name for kind in factory.NETWORKS for name in kind.architecture_fields
-    )
-)
 # How each family prepares images; what a range means stands in configs/base.py.
 _TORCHVISION = dict(
     image_size=224,
@@ -229,7 +216,7 @@ def _load_torch(path, saved):
 
 
 def _from_torch_arrays(path, arrays, attributes):
-    arrays, extra = _rename(arrays)
+    arrays, extra = torch_names.rename(arrays)
     family, preprocessing = 'torchvision', None
     first, head = (arrays.get(f'params/{n}/kernel') for n in ('conv0', 'classifier'))
     if rdnet_names.is_rdnet(arrays):
@@ -250,65 +237,6 @@ def _from_torch_arrays(path, arrays, attributes):
         merged = weights.preprocessing | preprocessing
         weights = dataclasses.replace(weights, preprocessing=merged)
     return dataclasses.replace(weights, metadata=extra)
-
-
-def _rename(arrays):
-    """torch's keys and layouts to ours; what is not understood keeps its name."""
-    if (prefix := rdnet_names.find_prefix(arrays)) is not None:
-        return rdnet_names.rename(arrays, prefix), {}
-    prefix = next(
-        (k[: -len('features.conv0.weight')] for k in arrays
-         if k.endswith('features.conv0.weight')),
-        '',
-    )  # fmt: skip
-    found, extra, heads = {}, {}, []
-    for key in list(arrays):
-        array = arrays.pop(key)
-        name = _OLD_NAMES.sub(r'\1\2', key.removeprefix(prefix))
-        place, _, leaf = name.rpartition('.')
-        if leaf == 'num_batches_tracked':
-            continue
-        if name == 'op_threshs':  # torchxrayvision's operating points
-            extra['operating_points'] = [
-                None if math.isnan(x) else x for x in np.ravel(array).tolist()
-            ]
-            continue
-        target = _LEAVES.get(leaf, {}).get(array.ndim)
-        if place in _HEADS and target:
-            heads.append(place)
-            place = 'classifier'
-        elif not name.startswith('features.') or not target:
-            found[key] = array
-            continue
-        collection, leaf = target
-        parts = place.removeprefix('features.').split('.')
-        found['/'.join((collection, *parts, leaf))] = from_torch_layout(array)
-    if len(set(heads)) > 1:
-        raise UserError(f'the weights have two heads: {", ".join(sorted(set(heads)))}')
-    return found, extra
-
-
-def torch_key(name: str) -> str:
-    """params/denseblock1/denselayer1/norm1/scale -> torchvision's key; else `name`."""
-    collection, *place, leaf = name.split('/') if name.count('/') else ('', name)
-    if (collection, leaf) not in _TORCH_LEAVES:
-        return name
-    prefix = [] if place == ['classifier'] else ['features']
-    return '.'.join([*prefix, *place, _TORCH_LEAVES[collection, leaf]])
-
-
-def from_torch_layout(array: np.ndarray) -> np.ndarray:
-    """O, I, H, W -> H, W, I, O; O, I -> I, O; a contiguous array."""
-    return np.ascontiguousarray(
-        array.transpose({4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[array.ndim])
-    )
-
-
-def to_torch_layout(array: np.ndarray) -> np.ndarray:
-    """The other way round: H, W, I, O -> O, I, H, W."""
-    return np.ascontiguousarray(
-        array.transpose({4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[array.ndim])
-    )
 
 
 def _timm_sidecar(path):
@@ -345,7 +273,7 @@ def _load_safetensors(path):
         raise UserError(f'{path}: its metadata is not ours ({error!r})') from error
     metadata_lib.check(path, ours, named=False)
     fields, names = to_tuples(ours['model']), ours['class_names']
-    arrays, _ = _rename(arrays)
+    arrays, _ = torch_names.rename(arrays)
     weights = _make(path, 'flax_densenet', arrays, fields, names)
     return dataclasses.replace(
         weights, preprocessing=_preprocessing_of(ours), metadata=ours
@@ -395,7 +323,7 @@ def to_tuples(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _make(path, family, arrays, fields, names=None):
     """Checks every array against the architecture that they tell."""
-    fields = _find_fields(path, arrays) | fields
+    fields = architecture.find_fields(path, arrays) | fields
     head = arrays.get('params/classifier/kernel')
     num_classes = 0 if head is None else head.shape[-1]
     if names and len(names) != num_classes:
@@ -407,14 +335,14 @@ def _make(path, family, arrays, fields, names=None):
     channels = arrays['params/conv0/kernel'].shape[2]
     shapes = initialization.variable_shapes(module, channels=channels)
     wanted = traverse_util.flatten_dict(shapes, sep='/')
-    show = str if family.startswith('keras') else torch_key
+    show = str if family.startswith('keras') else torch_names.torch_key
     if rdnet_names.is_rdnet(arrays):
         show = rdnet_names.torch_key
     _check_arrays(path, arrays, wanted, show)
     flat = {name: np.asarray(arrays[name], leaf.dtype) for name, leaf in wanted.items()}
     preprocessing = PREPROCESSING.get(family, _TORCHVISION)
     if channels != preprocessing['channels']:
-        preprocessing = with_channels(preprocessing, channels)
+        preprocessing = channels_lib.with_channels(preprocessing, channels)
     return Weights(
         path=path,
         family=family,
@@ -449,7 +377,7 @@ def _check_arrays(path, arrays, wanted, show):
         raise UserError(
             f'{path} does not fit {_describe(wanted)}: '
             + '; '.join(
-                f'{len(names)} {kind}: {shorten(names)}'
+                f'{len(names)} {kind}: {list_first(names)}'
                 for kind, names in lists.items()
                 if names
             )
@@ -459,113 +387,3 @@ def _check_arrays(path, arrays, wanted, show):
 def _describe(wanted):
     kind = 'an RDNet' if rdnet_names.is_rdnet(wanted) else 'a DenseNet'
     return f'{kind} of {len(wanted)} arrays'
-
-
-def shorten(names, most: int = 8) -> str:
-    """Names joined by commas; of many the first ones."""
-    more = f', and {len(names) - most} more' if len(names) > most else ''
-    return ', '.join(names[:most]) + more
-
-
-def _find_fields(path, arrays):
-    """The model's fields that the arrays tell (`ARCHITECTURE`), and a variant."""
-    if rdnet_names.is_rdnet(arrays):
-        fields = rdnet_names.find_fields(path, arrays)
-        # Not one of `ARCHITECTURE`, as its value, once training went on, is not told.
-        scaled = 'params/denseblock1/denselayer1/gamma' in arrays
-        others = {} if scaled else {'layer_scale': 0.0}
-        return _name_variant(fields, 'rdnet_tiny') | others
-    sizes = {}
-    for name in arrays:
-        if match := re.match(r'params/denseblock(\d+)/denselayer(\d+)/', name):
-            block, layer = map(int, match.groups())
-            sizes[block] = max(sizes.get(block, 0), layer)
-    first = arrays.get('params/conv0/kernel')
-    last = arrays.get('params/conv2/kernel', first)  # of a deep stem
-    layer = 'params/denseblock1/denselayer1/'
-    inner = arrays.get(layer + 'conv1/kernel')
-    outer = arrays.get(layer + 'conv2/kernel', inner)
-    blocks = tuple(sizes.get(number, 0) for number in range(1, len(sizes) + 1))
-    known = [first, last, inner, outer]
-    # Two arrays a layer at least: else a single name could tell of a million layers.
-    whole = all(blocks) and 2 * sum(blocks) <= len(arrays)
-    if any(a is None or a.ndim != 4 or not a.size for a in known) or not whole:
-        names = sorted(arrays)
-        raise UserError(
-            f'{path} holds no DenseNet: it has {len(names)} arrays, such as '
-            f'{shorten(names, 3)}'
-        )
-    growth = outer.shape[3]
-    fields = dict(
-        growth_rate=growth,
-        block_sizes=blocks,
-        bottleneck=0 if outer is inner else inner.shape[3] // growth,
-        compression=_find_compression(arrays, blocks, last.shape[3], growth),
-        stem='imagenet' if first.shape[0] == 7 else 'cifar',
-        stem_features=last.shape[3],
-    )
-    # Whether its pooling blurs has no array; it does in timm's variant of this shape.
-    if last is not first:
-        fields['stem'] = 'deep'
-    return _name_variant(fields, 'densenet121')
-
-
-def _name_variant(fields, otherwise):
-    """The variant of these fields alone, or another one with them."""
-    for variant in factory.VARIANTS:
-        if architecture(variant) == fields:
-            return {'variant': variant}
-    return {'variant': otherwise} | fields
-
-
-def architecture(variant: str, **overrides) -> dict[str, Any]:
-    """`ARCHITECTURE` of a variant, with the overrides that are not None."""
-    module = factory.create_model(variant, num_classes=1, **overrides)
-    return module.architecture()
-
-
-def _find_compression(arrays, blocks, channels, growth):
-    """The share that every transition keeps; a plain number where there is one."""
-    pairs = []
-    for number, size in enumerate(blocks[:-1], start=1):
-        channels += size * growth
-        kernel = arrays.get(f'params/transition{number}/conv/kernel')
-        if kernel is None or kernel.ndim != 4:
-            break
-        pairs.append((channels, kernel.shape[3]))
-        channels = kernel.shape[3]
-    if not pairs:
-        return 0.5
-    exact = (pairs[0][1] + 0.5) / pairs[0][0]
-    guesses = (0.5, 1.0, *(n / 20 for n in range(1, 20)), min(exact, 1.0))
-    for guess in guesses:
-        if all(int(before * guess) == after for before, after in pairs):
-            return guess
-    return 0.5
-
-
-def with_channels(preprocessing: dict[str, Any], channels: int) -> dict[str, Any]:
-    """Preprocessing for images of another number of channels: one mean for all."""
-    if len(preprocessing['mean']) == channels:
-        return preprocessing | {'channels': channels}
-    return preprocessing | {
-        'channels': channels,
-        'mean': (float(np.mean(preprocessing['mean'])),) * channels,
-        'std': (float(np.mean(preprocessing['std'])),) * channels,
-    }
-
-
-def convert_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
-    """The first kernel `[H, W, C, F]` for another number of channels, as timm does.
-
-    To one channel: the sum over the old ones, so a gray image gives what its three
-    equal channels gave. From one, or to any other number: repeated, and divided so
-    that equal channels give the same sum.
-    """
-    old = kernel.shape[2]
-    if channels == old:
-        return kernel
-    if channels == 1:
-        return kernel.sum(2, keepdims=True)
-    repeated = np.tile(kernel, (1, 1, -(-channels // old), 1))[:, :, :channels]
-    return (repeated * (old / channels)).astype(kernel.dtype)

@@ -10,8 +10,8 @@ from flax_densenet import VARIANTS, create_model
 from flax_densenet.errors import UserError
 from flax_densenet.export import formats
 from flax_densenet.models import layers
+from flax_densenet.weights import torch_names, weight_file
 from flax_densenet.weights import trained as trained_lib
-from flax_densenet.weights import weight_file
 
 torch = pytest.importorskip('torch')
 
@@ -230,7 +230,7 @@ def test_shapes_of_the_large(name, timm):
         theirs = timm.create_model(name).state_dict()
     module = create_model(name, num_classes=1000)
     shapes = traverse_util.flatten_dict(initialization.variable_shapes(module), sep='/')
-    key = rdnet_names.torch_key if 'rdnet' in name else weight_file.torch_key
+    key = rdnet_names.torch_key if 'rdnet' in name else torch_names.torch_key
     layouts = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
     ours = {
         key(place): tuple(leaf.shape[axis] for axis in layouts[leaf.ndim])

@@ -13,6 +13,7 @@ from flax import traverse_util
 from flax_densenet import UserError, create_model
 from flax_densenet.export import formats
 from flax_densenet.train import fit
+from flax_densenet.weights import channels as channels_lib
 from flax_densenet.weights import torch_pickle, transfer, weight_file
 from flax_densenet.weights import trained as trained_lib
 from helpers.paths import shared
@@ -218,7 +219,7 @@ def test_chest_x_rays(tmp_path):
 def test_channels_are_converted(old, new):
     """Equal channels in, the same out, as timm does."""
     kernel = np.random.default_rng(0).standard_normal((7, 7, old, 8)).astype('f4')
-    converted = weight_file.convert_channels(kernel, new)
+    converted = channels_lib.convert_channels(kernel, new)
     assert converted.shape == (7, 7, new, 8)
     if 3 in (old, new) and 1 in (old, new):
         np.testing.assert_allclose(converted.sum(2), kernel.sum(2), atol=1e-5)

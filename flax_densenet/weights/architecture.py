@@ -1,0 +1,92 @@
+"""The architecture of a network, found from the shapes of its arrays."""
+
+import re
+from typing import Any
+
+from flax_densenet.errors import UserError, list_first
+from flax_densenet.models import factory
+from flax_densenet.weights import rdnet_names
+
+# Fields of all networks that the arrays themselves determine.
+FIELDS = tuple(
+    dict.fromkeys(
+        name for kind in factory.NETWORKS for name in kind.architecture_fields
+    )
+)
+
+
+def find_fields(path, arrays):
+    """The model's fields that the arrays tell (`FIELDS`), and a variant."""
+    if rdnet_names.is_rdnet(arrays):
+        fields = rdnet_names.find_fields(path, arrays)
+        # Not one of `FIELDS`, as its value, once training went on, is not told.
+        scaled = 'params/denseblock1/denselayer1/gamma' in arrays
+        others = {} if scaled else {'layer_scale': 0.0}
+        return _name_variant(fields, 'rdnet_tiny') | others
+    sizes = {}
+    for name in arrays:
+        if match := re.match(r'params/denseblock(\d+)/denselayer(\d+)/', name):
+            block, layer = map(int, match.groups())
+            sizes[block] = max(sizes.get(block, 0), layer)
+    first = arrays.get('params/conv0/kernel')
+    last = arrays.get('params/conv2/kernel', first)  # of a deep stem
+    layer = 'params/denseblock1/denselayer1/'
+    inner = arrays.get(layer + 'conv1/kernel')
+    outer = arrays.get(layer + 'conv2/kernel', inner)
+    blocks = tuple(sizes.get(number, 0) for number in range(1, len(sizes) + 1))
+    known = [first, last, inner, outer]
+    # Two arrays a layer at least: else a single name could tell of a million layers.
+    whole = all(blocks) and 2 * sum(blocks) <= len(arrays)
+    if any(a is None or a.ndim != 4 or not a.size for a in known) or not whole:
+        names = sorted(arrays)
+        raise UserError(
+            f'{path} holds no DenseNet: it has {len(names)} arrays, such as '
+            f'{list_first(names, 3)}'
+        )
+    growth = outer.shape[3]
+    fields = dict(
+        growth_rate=growth,
+        block_sizes=blocks,
+        bottleneck=0 if outer is inner else inner.shape[3] // growth,
+        compression=_find_compression(arrays, blocks, last.shape[3], growth),
+        stem='imagenet' if first.shape[0] == 7 else 'cifar',
+        stem_features=last.shape[3],
+    )
+    # Whether its pooling blurs has no array; it does in timm's variant of this shape.
+    if last is not first:
+        fields['stem'] = 'deep'
+    return _name_variant(fields, 'densenet121')
+
+
+def _name_variant(fields, otherwise):
+    """The variant of these fields alone, or another one with them."""
+    for variant in factory.VARIANTS:
+        if of_variant(variant) == fields:
+            return {'variant': variant}
+    return {'variant': otherwise} | fields
+
+
+def of_variant(variant: str, **overrides) -> dict[str, Any]:
+    """`FIELDS` of a variant, with the overrides that are not None."""
+    module = factory.create_model(variant, num_classes=1, **overrides)
+    return module.architecture()
+
+
+def _find_compression(arrays, blocks, channels, growth):
+    """The share that every transition keeps; a plain number where there is one."""
+    pairs = []
+    for number, size in enumerate(blocks[:-1], start=1):
+        channels += size * growth
+        kernel = arrays.get(f'params/transition{number}/conv/kernel')
+        if kernel is None or kernel.ndim != 4:
+            break
+        pairs.append((channels, kernel.shape[3]))
+        channels = kernel.shape[3]
+    if not pairs:
+        return 0.5
+    exact = (pairs[0][1] + 0.5) / pairs[0][0]
+    guesses = (0.5, 1.0, *(n / 20 for n in range(1, 20)), min(exact, 1.0))
+    for guess in guesses:
+        if all(int(before * guess) == after for before, after in pairs):
+            return guess
+    return 0.5

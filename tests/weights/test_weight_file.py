@@ -14,7 +14,7 @@ from flax_densenet import UserError, create_model
 from flax_densenet.export import formats
 from flax_densenet.train import fit
 from flax_densenet.weights import channels as channels_lib
-from flax_densenet.weights import torch_pickle, transfer, weight_file
+from flax_densenet.weights import torch_names, torch_pickle, transfer, weight_file
 from flax_densenet.weights import trained as trained_lib
 from helpers.paths import shared
 from helpers.runs import tiny_config
@@ -77,7 +77,7 @@ def test_another_epsilon_goes_into_the_variances():
     expected = variables['batch_stats']['norm0']['var'] + np.float32(1e-3 - 1e-5)
     np.testing.assert_array_equal(arrays[key], expected)
     images = np.random.default_rng(0).standard_normal((2, 40, 40, 3)).astype('f4')
-    renamed, _ = weight_file._rename(arrays)
+    renamed, _ = torch_names.rename(arrays)
     plain = module.clone(epsilon=1e-5)
     expected = module.apply(variables, images)
     found = plain.apply(traverse_util.unflatten_dict(renamed, sep='/'), images)

@@ -99,6 +99,15 @@ _HOST = flags.DEFINE_string(
     'host', '127.0.0.1', 'Of --mode=serve: 127.0.0.1 is for this machine alone.'
 )
 _PORT = flags.DEFINE_integer('port', 8000, 'Of --mode=serve; 0 takes a free one.')
+_ALLOWED_HOSTS = flags.DEFINE_list(
+    'allowed_hosts',
+    [],
+    'Of --mode=serve: names that a proxy passes on, as hub.example.org or '
+    '*.example.org, separated by commas.',
+)
+_ROOT_PATH = flags.DEFINE_string(
+    'root_path', '', 'Of --mode=serve: what a proxy puts before the paths.'
+)
 _LIMITS = {
     'max_megabytes': flags.DEFINE_float(
         'max_megabytes', 20.0, 'Of --mode=serve: largest file that is received.'
@@ -436,11 +445,12 @@ def _serve(config, workdir, overrides):
     limits = guard.Limits(**{name: flag.value for name, flag in _LIMITS.items()})
     # Before the model is loaded, since a port may be taken.
     listener = server.listen(_HOST.value, _PORT.value)
+    access = server.make_access(listener, _ALLOWED_HOSTS.value, _ROOT_PATH.value)
     # One device: a batch of a few images does not divide over several.
     mesh = mesh_lib.make_mesh(jax.local_devices()[:1])
     trained = trained_lib.load_trained(path, 'best', mesh=mesh)
     name = pathlib.Path(path).resolve().name
-    server.run(trained, listener, name=name, limits=limits)
+    server.run(trained, listener, name=name, limits=limits, access=access)
 
 
 def _find_learning_rate(config, workdir, overrides):

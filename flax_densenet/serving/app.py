@@ -1,8 +1,9 @@
 """The model over HTTP: a page to try it in the browser, and JSON for programs.
 
-`GET /` is the page, `POST /predict` takes the bytes of an image, `GET /model` tells
-what the model is, `GET /health` and `GET /metrics` are for who watches over it. What
-goes wrong is `{"error": "..."}` with the status that says whose mistake it is.
+`GET /` is the page, `POST /predict` takes the bytes of an image or a form with one,
+`GET /model` tells what the model is, `GET /health` and `GET /metrics` are for who
+watches over it. What goes wrong is `{"error": "..."}` with the status that says whose
+mistake it is.
 
 No more than `guard.Limits.max_requests` images are held at a time: one that comes
 beside them is refused before a byte of it is read.
@@ -34,7 +35,7 @@ from starlette.routing import Route
 from flax_densenet.data import images
 from flax_densenet.errors import UserError
 from flax_densenet.inference import overlay
-from flax_densenet.serving import batcher, guard
+from flax_densenet.serving import batcher, forms, guard
 
 EXPLAIN = {'': '', '0': '', '1': 'overlay', 'overlay': 'overlay', 'map': 'map'}
 _PAGE = pathlib.Path(__file__).with_name('templates') / 'serve.html'
@@ -60,14 +61,16 @@ class _Wanted:
 class App:
     """The routes, with what they share."""
 
-    def __init__(self, trained, *, name: str, limits: guard.Limits, loopback: bool):
+    def __init__(
+        self, trained, *, name: str, limits: guard.Limits, access: guard.Access
+    ):
         """Compiles nothing yet: `batcher.warm_up` does.
 
         Args:
           trained: an `trained.Trained`.
           name: of the model, for people.
           limits: see there.
-          loopback: only names of this machine are answered to.
+          access: by which names and below which path it is reached.
         """
         self.limits = limits
         self.figures = guard.Metrics()
@@ -95,7 +98,7 @@ class App:
             ],
             exception_handlers={HTTPException: _reject, 500: _internal_error},
         )
-        self.asgi = guard.RequestGuard(routes, figures=self.figures, loopback=loopback)
+        self.asgi = guard.RequestGuard(routes, figures=self.figures, access=access)
 
     def close(self):
         """Ends the threads once they have finished what they are at."""
@@ -141,11 +144,29 @@ class App:
         if not self.batcher.ready:
             raise HTTPException(503, 'the model is being compiled; try again', _RETRY)
         with self._slot():
-            image = await self._load(await self._read(request))
+            body = await self._read(request)
+            content_type = request.headers.get('content-type', '')
+            if forms.is_form(content_type):
+                form = await self._on_thread(self._parse_form, content_type, body)
+                body = form.image
+                options = {**form.fields, **request.query_params}
+                wanted = self._parse_query(options)
+            image = await self._load(body)
             answer = await self.batcher.predict(image, explain=wanted.of)
             return JSONResponse(
                 await self._on_thread(self._tell, image, answer, wanted)
             )
+
+    def _parse_form(self, content_type, body):
+        try:
+            form = forms.parse(content_type, body)
+        except forms.FormError as error:
+            raise HTTPException(400, f'the form cannot be used: {error}') from error
+        if len(form.image) > self.limits.max_bytes:
+            raise HTTPException(413, _too_large(self.limits))
+        if not form.image:
+            raise HTTPException(400, 'the file in the form is empty')
+        return form
 
     def _parse_query(self, query):
         known = ('top', 'explain', 'class')
@@ -187,11 +208,11 @@ class App:
     async def _read(self, request):
         # Not a list of the parts: a client that sends bytes one by one would make it
         # forty times as large as the body.
-        body = io.BytesIO()
+        body, most = io.BytesIO(), _most_bytes(request.headers, self.limits)
         try:
             async with asyncio.timeout(self.limits.request_timeout_s):
                 async for part in request.stream():
-                    if body.tell() + len(part) > self.limits.max_bytes:
+                    if body.tell() + len(part) > most:
                         raise HTTPException(413, _too_large(self.limits))
                     body.write(part)
         except TimeoutError as error:
@@ -279,15 +300,16 @@ def _describe(predictor, name, limits):
 
 def _check_headers(headers, limits):
     """Refuses by the headers alone, before anything of the body is read."""
-    if headers.get('content-type', '').lower().startswith('multipart/'):
-        raise HTTPException(
-            415,
-            "forms are not read: send the image itself as the body, with curl's "
-            '--data-binary @photo.jpg',
-        )
     length = headers.get('content-length', '0')
-    if length.isascii() and length.isdigit() and int(length) > limits.max_bytes:
+    most = _most_bytes(headers, limits)
+    if length.isascii() and length.isdigit() and int(length) > most:
         raise HTTPException(413, _too_large(limits))
+
+
+def _most_bytes(headers, limits):
+    """Of a body: a form has more than the image."""
+    form = forms.is_form(headers.get('content-type', ''))
+    return limits.max_bytes + forms.OVERHEAD_BYTES * form
 
 
 def _too_large(limits):

@@ -16,7 +16,7 @@ import urllib.parse
 import prometheus_client
 from PIL import Image
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from flax_densenet.errors import UserError
 
@@ -71,6 +71,79 @@ class Limits:
         return int(self.max_megabytes * 1e6)
 
 
+@dataclasses.dataclass(frozen=True)
+class Access:
+    """By which names and below which path the server is reached.
+
+    Attributes:
+      loopback: only programs of this machine can connect, and only names of it are
+        answered to, beside `allowed_hosts`.
+      allowed_hosts: other names, as a proxy passes them on: `hub.example.org`,
+        `*.example.org`, or `*` for all. Where there are any, no other is answered to,
+        whatever the address.
+      root_path: what a proxy puts before the paths, as `/models/one`, or nothing.
+    """
+
+    loopback: bool = True
+    allowed_hosts: tuple[str, ...] = ()
+    root_path: str = ''
+
+    def __post_init__(self):
+        hosts = tuple(_clean_host(name) for name in self.allowed_hosts)
+        object.__setattr__(self, 'allowed_hosts', tuple(filter(None, hosts)))
+        path = self.root_path.strip()
+        if '?' in path or '#' in path or '://' in path or not path.isprintable():
+            raise UserError(
+                f'--root_path={self.root_path} is no path; give what the proxy puts '
+                'before /predict, as --root_path=/models/one'
+            )
+        parts = [part for part in path.split('/') if part]
+        object.__setattr__(self, 'root_path', ''.join(f'/{part}' for part in parts))
+
+    def is_allowed(self, host: str) -> bool:
+        """Whether a request with this `Host` header is answered.
+
+        >>> proxied = Access(allowed_hosts=('*.example.org',))
+        >>> proxied.is_allowed('hub.Example.org:8000'), proxied.is_allowed('localhost')
+        (True, True)
+        >>> proxied.is_allowed('example.net')
+        False
+        """
+        if not self.loopback and not self.allowed_hosts:
+            return True
+        return bool(_LOCAL.fullmatch(host)) or self.is_named(host)
+
+    def is_named(self, host: str) -> bool:
+        """Whether `allowed_hosts` has a name, with or without its port."""
+        host = host.lower()
+        bare = re.sub(r':\d*$', '', host)
+        return any(
+            name in ('*', host, bare)
+            or (name.startswith('*.') and bare.endswith(name[1:]))
+            for name in self.allowed_hosts
+        )
+
+    def path_below(self, path: str) -> str:
+        """A request's path without `root_path`, whether or not the proxy took it off.
+
+        >>> [Access(root_path='a/').path_below(path) for path in ('/a/x', '/x', '/a')]
+        ['/x', '/x', '']
+        """
+        if path == self.root_path or path.startswith(self.root_path + '/'):
+            return path[len(self.root_path) :]
+        return path
+
+
+def _clean_host(text):
+    name = text.strip().lower().rstrip('.')
+    if not re.fullmatch(r'(\*|(\*\.)?[^\s*/?#@,]+)?', name):
+        raise UserError(
+            f'--allowed_hosts={text} is no host name; give names as hub.example.org or '
+            '*.example.org, separated by commas, without http:// and path'
+        )
+    return name
+
+
 class Metrics:
     """What `/metrics` tells, in Prometheus' text format."""
 
@@ -107,10 +180,10 @@ class Metrics:
 class RequestGuard:
     """Around the routes: who may ask, every answer's headers, counts, leftovers."""
 
-    def __init__(self, routes, *, figures, loopback):
+    def __init__(self, routes, *, figures, access):
         self._routes = routes
         self._figures = figures
-        self._loopback = loopback
+        self._access = access
 
     async def __call__(self, scope, receive, send):
         if scope['type'] != 'http':
@@ -140,26 +213,48 @@ class RequestGuard:
                 message = {'type': 'http.response.body', 'body': b''}
             await send(message)
 
+        # Below a path that a proxy adds, every address is as without it.
+        path = self._access.path_below(scope['path'])
         refusal = self._refusal(scope['method'], headers)
         app = self._routes
+        if not path:  # the page's addresses are relative to a folder
+            path, folder = '/', scope['path'].rpartition('/')[2] + '/'
+            app = Response(None, 307, {'Location': urllib.parse.quote(folder)})
         if refusal:
             app = JSONResponse({'error': refusal}, 403)
         try:
-            await app(scope, receive_part, send_part)
+            await app({**scope, 'path': path}, receive_part, send_part)
         finally:
-            path = scope['path'] if scope['path'] in PATHS else 'other'
+            path = path if path in PATHS else 'other'
             self._figures.requests.labels(path, status).inc()
             self._figures.seconds.labels(path).observe(time.monotonic() - started)
 
     def _refusal(self, method, headers):
         host, origin = headers.get('host', ''), headers.get('origin')
-        if self._loopback and not _LOCAL.fullmatch(host):
-            return f'{host[:80]!r} is not a name of this machine; use localhost'
+        if not self._access.is_allowed(host):
+            return (
+                f'{host[:80]!r} is not a name of this machine; use localhost, or start '
+                'the server with --allowed_hosts and the name that a proxy passes on'
+            )
         if method in ('GET', 'HEAD'):  # no other origin can read the answer
             return None
         site = headers.get('sec-fetch-site')
         if site is None:
-            own = origin is None or urllib.parse.urlsplit(origin).netloc == host
+            own = origin is None or self._is_own(origin, host)
         else:
             own = site in ('same-origin', 'none')
-        return None if own else 'pages of other sites may not use this server'
+        if own:
+            return None
+        return (
+            'pages of other sites may not use this server; if this is the name of its '
+            'proxy, start it with --allowed_hosts and that name'
+        )
+
+    def _is_own(self, origin, host):
+        try:
+            name = urllib.parse.urlsplit(origin).netloc
+        except ValueError:
+            return False
+        if '*' in self._access.allowed_hosts:  # of the header Host; no page is named
+            return name == host
+        return bool(name) and (name == host or self._access.is_named(name))

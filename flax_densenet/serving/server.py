@@ -14,11 +14,16 @@ import signal
 import socket
 import sys
 import time
+import typing
 import warnings
+from collections.abc import Sequence
 
 from PIL import Image
 
 from flax_densenet.errors import UserError
+
+if typing.TYPE_CHECKING:
+    from flax_densenet.serving import guard
 
 # Connections that wait to be accepted.
 _BACKLOG = 1024
@@ -35,6 +40,7 @@ def check_installed():
     try:
         import hypercorn  # noqa: F401
         import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import starlette  # noqa: F401
     except ImportError as error:
         raise UserError(
@@ -97,7 +103,14 @@ def address_of(listener: socket.socket) -> str:
     return f'http://[{host}]:{port}' if ':' in host else f'http://{host}:{port}'
 
 
-def run(trained, listener: socket.socket, *, name: str, limits):
+def run(
+    trained,
+    listener: socket.socket,
+    *,
+    name: str,
+    limits,
+    access: 'guard.Access | None' = None,
+):
     """Serves until SIGINT or SIGTERM, then finishes what it has.
 
     Args:
@@ -105,7 +118,9 @@ def run(trained, listener: socket.socket, *, name: str, limits):
       listener: of `listen`; closed at the end.
       name: of the model, for people.
       limits: a `guard.Limits`.
+      access: of `make_access`; without it, of no proxy.
     """
+    access = access or make_access(listener, (), '')
     stop = asyncio.Event()
 
     async def main():
@@ -113,19 +128,39 @@ def run(trained, listener: socket.socket, *, name: str, limits):
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
         address = address_of(listener)
-        print(_welcome(name, address, is_loopback(listener)), flush=True)
-        await serve(trained, listener, name=name, limits=limits, stop=stop)
+        print(_welcome(name, address, access), flush=True)
+        await serve(
+            trained, listener, name=name, limits=limits, stop=stop, access=access
+        )
         print('stopped', flush=True)
 
     asyncio.run(main())
 
 
-def _welcome(name, address, loopback):
+def make_access(
+    listener: socket.socket, allowed_hosts: Sequence[str], root_path: str
+) -> 'guard.Access':
+    """Who may ask, by the address of the socket and what the flags say.
+
+    Raises:
+      UserError: what they say is no host name or no path.
+    """
+    from flax_densenet.serving import guard
+
+    names = [name for text in allowed_hosts for name in text.split(',')]
+    return guard.Access(is_loopback(listener), tuple(names), root_path)
+
+
+def _welcome(name, address, access):
     lines = [
         f'serving {name} at {address} (Ctrl-C ends it)',
         f"  curl --data-binary @photo.jpg '{address}/predict?top=3'",
     ]
-    if not loopback:
+    if access.root_path:
+        lines.append(f'  behind a proxy: its page is at {access.root_path}/')
+    if access.allowed_hosts:
+        lines.append(f'  answers to {", ".join(access.allowed_hosts)} and localhost')
+    if not access.loopback:
         lines.append(
             'warning: whoever reaches this machine can use it: there is no password '
             'and no encryption; --host=127.0.0.1 is for this machine alone'
@@ -175,7 +210,13 @@ def _make_config(listener):
 
 
 async def serve(
-    trained, listener: socket.socket, *, name: str, limits, stop: asyncio.Event
+    trained,
+    listener: socket.socket,
+    *,
+    name: str,
+    limits,
+    stop: asyncio.Event,
+    access: 'guard.Access | None' = None,
 ):
     """Serves until `stop` is set; `run` without the signals."""
     import hypercorn.asyncio
@@ -185,7 +226,8 @@ async def serve(
     asyncio.get_running_loop().set_exception_handler(_make_error_handler())
     # The limit on pixels says it better, as an error.
     warnings.simplefilter('ignore', Image.DecompressionBombWarning)
-    app = app_lib.App(trained, name=name, limits=limits, loopback=is_loopback(listener))
+    access = access or make_access(listener, (), '')
+    app = app_lib.App(trained, name=name, limits=limits, access=access)
     server = asyncio.create_task(
         hypercorn.asyncio.serve(
             app.asgi, _make_config(listener), shutdown_trigger=stop.wait

@@ -321,6 +321,8 @@ def test_mistakes(workdir):
     assert line.startswith('error: --config.data.image_size: --mode=serve takes it')
     line = launch(f'--workdir={workdir}', '--max_requests=-1')
     assert line == 'error: --max_requests=-1 must be above 0'
+    line = launch(f'--workdir={workdir}', '--port=0', '--allowed_hosts=http://a')
+    assert line.startswith('error: --allowed_hosts=http://a is no host name;')
 
 
 @pytest.fixture(scope='module')

@@ -8,6 +8,7 @@ import dataclasses
 import http.client
 import io
 import json
+import re
 import socket
 import sys
 import threading
@@ -31,6 +32,7 @@ from helpers.reference import formula_variables
 pytest.importorskip('starlette')
 pytest.importorskip('hypercorn')
 pytest.importorskip('prometheus_client')
+pytest.importorskip('python_multipart')
 
 
 # What a page must not take for its own.
@@ -70,17 +72,23 @@ def make_trained():
 
 
 @contextlib.contextmanager
-def running(trained, *, wait_until_ready=True, **limits):
+def running(trained, *, wait_until_ready=True, hosts=(), root_path='', **limits):
     """Serves in a thread; gives the port."""
     listener = server.listen('127.0.0.1', 0)
     port = listener.getsockname()[1]
+    access = server.make_access(listener, hosts, root_path)
     started = concurrent.futures.Future()
 
     async def main():
         stop = asyncio.Event()
         started.set_result((asyncio.get_running_loop(), stop))
         await server.serve(
-            trained, listener, name='bugs', limits=guard.Limits(**limits), stop=stop
+            trained,
+            listener,
+            name='bugs',
+            limits=guard.Limits(**limits),
+            stop=stop,
+            access=access,
         )
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -291,7 +299,7 @@ MULTIPART = {'Content-Type': 'multipart/form-data; boundary=x'}
         ('/predict', b'', {}, 400, 'the body is empty'),
         ('/predict', b'a text', {}, 415, 'the file is not an image (JPEG, PNG'),
         ('/predict', JPEG[: len(JPEG) // 2], {}, 415, 'the file cannot be decoded'),
-        ('/predict', JPEG, {'headers': MULTIPART}, 415, '--data-binary @photo.jpg'),
+        ('/predict', JPEG, {'headers': MULTIPART}, 400, 'the form cannot be used'),
         ('/predict?top=0', JPEG, {}, 400, 'top=0 must be a number from 1 on'),
         ('/predict?top=x', JPEG, {}, 400, 'top=x must be a number'),
         ('/predict?top=' + '9' * 5000, JPEG, {}, 400, 'must be a number'),
@@ -302,6 +310,7 @@ MULTIPART = {'Content-Type': 'multipart/form-data; boundary=x'}
         ('/predict?tops=3', JPEG, {}, 400, 'tops= is not known; there are top,'),
         ('/', None, {'headers': {'Host': 'evil.example'}}, 403, 'use localhost'),
         ('/', None, {'headers': {'Host': 'localhost.evil.example'}}, 403, 'localhost'),
+        ('/', None, {'headers': {'Host': 'hub.example'}}, 403, '--allowed_hosts'),
         ('/predict', JPEG, {'headers': {'Origin': 'null'}}, 403, 'other sites'),
         (
             '/predict',
@@ -515,9 +524,200 @@ def test_open_to_others(trained, monkeypatch):
     """On other addresses any name is answered, and a warning says what that means."""
     with server.listen('0.0.0.0', 0) as listener:
         assert not server.is_loopback(listener)
-        told = server._welcome('bugs', server.address_of(listener), False)
+        access = server.make_access(listener, (), '')
+        told = server._welcome('bugs', server.address_of(listener), access)
     assert 'warning: whoever reaches this machine' in told
-    assert 'warning' not in server._welcome('bugs', 'http://127.0.0.1:1', True)
+    told = server._welcome('bugs', 'http://127.0.0.1:1', guard.Access())
+    assert 'warning' not in told
     monkeypatch.setattr(server, 'is_loopback', lambda listener: False)
     with running(trained) as port:
         assert ask(port, '/health', headers={'Host': 'a.example'}).status == 200
+
+
+def test_addresses_of_the_page_are_relative(port):
+    text = ask(port, '/').body.decode()
+    assert not re.search(r"""(href|src|action)=["']?/|fetch\(["'`]/""", text)
+    assert [f'<a href="{name}">' in text for name in ('model', 'health')] == [True] * 2
+
+
+@pytest.fixture(scope='module')
+def proxied_port(trained):
+    hosts = ('Hub.Example.org, *.lab.example', 'other.example:8443')
+    with running(trained, hosts=hosts, root_path='user/one/') as port:
+        yield port
+
+
+@pytest.mark.parametrize(
+    ('host', 'status'),
+    [
+        ('hub.example.org', 200),
+        ('HUB.example.org:443', 200),
+        ('a.lab.example', 200),
+        ('a.b.lab.example:1', 200),
+        ('other.example:8443', 200),
+        ('localhost', 200),
+        ('127.0.0.1:8000', 200),
+        ('other.example', 403),
+        ('lab.example.evil.example', 403),
+        ('evil-lab.example', 403),
+        ('hub.example.org.evil.example', 403),
+        ('', 403),
+    ],
+)
+def test_allowed_hosts(proxied_port, host, status):
+    assert ask(proxied_port, '/health', headers={'Host': host}).status == status
+
+
+def test_allowed_hosts_on_all_addresses(trained, monkeypatch):
+    """Where some are named, no other is answered to."""
+    monkeypatch.setattr(server, 'is_loopback', lambda listener: False)
+    with running(trained, hosts=('hub.example',)) as port:
+        for host, status in ('hub.example', 200), ('a.example', 403):
+            assert ask(port, '/health', headers={'Host': host}).status == status
+
+
+@pytest.mark.parametrize(
+    ('origin', 'status'),
+    [
+        ('https://hub.example.org', 200),  # the proxy put localhost as Host
+        ('https://evil.example', 403),
+        ('null', 403),
+        ('http://[', 403),
+    ],
+)
+def test_origin_behind_a_proxy(proxied_port, origin, status):
+    assert ask(proxied_port, '/predict', JPEG, headers={'Origin': origin}).status == (
+        status
+    )
+
+
+def test_every_host_is_not_every_page():
+    access = guard.Access(allowed_hosts=('*',))
+    assert access.is_allowed('any.example')
+    around = guard.RequestGuard(None, figures=None, access=access)
+    assert around._is_own('https://a.example', 'a.example')
+    assert not around._is_own('https://evil.example', 'a.example')
+
+
+def test_root_path(proxied_port):
+    """Whether or not the proxy takes its path off; metrics count the same path."""
+    for path in '/health', '/user/one/health':
+        assert ask(proxied_port, path).json == {'status': 'ok'}
+    assert ask(proxied_port, '/user/one/predict', JPEG).status == 200
+    assert 'What does the model see' in ask(proxied_port, '/user/one/').body.decode()
+    answer = ask(proxied_port, '/user/one')
+    assert (answer.status, answer.headers['Location']) == (307, 'one/')
+    assert ask(proxied_port, '/user/onehealth').status == 404
+    counted = ask(proxied_port, '/user/one/metrics').body.decode()
+    assert 'requests_total{path="/health",status="200"}' in counted
+
+
+@pytest.mark.parametrize('text', ['http://a.example', 'a b', 'a/b', '*a', 'a@b'])
+def test_what_is_no_host(text):
+    with pytest.raises(UserError, match=re.escape(f'--allowed_hosts={text} is no')):
+        guard.Access(allowed_hosts=(text,))
+
+
+@pytest.mark.parametrize('text', ['https://a.example/x', '/x?y', 'x#y', 'a\nb'])
+def test_what_is_no_root_path(text):
+    with pytest.raises(UserError, match='--root_path='):
+        guard.Access(root_path=text)
+    assert guard.Access(root_path='/').root_path == ''
+
+
+def test_welcome_behind_a_proxy():
+    access = guard.Access(allowed_hosts=('hub.example',), root_path='/user/one')
+    told = server._welcome('bugs', 'http://127.0.0.1:1', access)
+    assert 'its page is at /user/one/' in told
+    assert 'answers to hub.example and localhost' in told
+
+
+def form_of(*parts, boundary='x1'):
+    """A browser's form; a part is (name, bytes) or (name, file name, bytes)."""
+    body = b''
+    for name, *file, content in parts:
+        extra = f'; filename="{file[0]}"' if file else ''
+        body += (
+            f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{extra}'
+            '\r\n\r\n'
+        ).encode()
+        body += content + b'\r\n'
+    return body + f'--{boundary}--\r\n'.encode()
+
+
+FORM = {'Content-Type': 'multipart/form-data; boundary=x1'}
+
+
+@pytest.mark.parametrize('name', ['image', 'file', 'größe'])
+def test_form(port, name):
+    body = form_of((name, 'photo 1.jpg', JPEG))
+    told = ask(port, '/predict?top=3', body, headers=FORM)
+    assert told.json == ask(port, '/predict?top=3', JPEG).json
+
+
+def test_form_with_options(port):
+    """Fields are options; the address counts more; an empty second file is none."""
+    body = form_of(('top', b'2'), ('image', 'a.jpg', JPEG), ('more', '', b''))
+    assert len(ask(port, '/predict', body, headers=FORM).json['predictions']) == 2
+    told = ask(port, '/predict?top=1&explain=map', body, headers=FORM).json
+    assert len(told['predictions']) == 1 and told['map']
+
+
+@pytest.mark.parametrize(
+    ('body', 'headers', 'status', 'message'),
+    [
+        (form_of(('top', b'2')), FORM, 400, 'it has no file; send one, as with curl'),
+        (form_of(('a', 'a', JPEG), ('b', 'b', JPEG)), FORM, 400, 'it has 2 files'),
+        (form_of(('a', 'a.jpg', b'')), FORM, 400, 'the file in the form is empty'),
+        (form_of(('a', 'a.jpg', b'text')), FORM, 415, 'the file is not an image'),
+        (form_of(('a', 'a', JPEG), ('top', b'0')), FORM, 400, 'top=0 must be'),
+        (form_of(('a', 'a', JPEG), ('b', b'0')), FORM, 400, 'b= is not known'),
+        (form_of(('image', b'x' * 2000)), FORM, 400, 'send the image as a file'),
+        (form_of(*[(f'a{i}', b'x') for i in range(30)]), FORM, 400, 'more than 16'),
+        (form_of(('a', 'a', JPEG))[:-20], FORM, 400, 'it is cut off'),
+        (
+            form_of(('a', 'a', JPEG)).replace(b' name="a";', b''),
+            FORM,
+            400,
+            'cannot be parsed',
+        ),
+        (JPEG, FORM, 400, 'cannot be parsed'),
+        (b'', FORM, 400, 'the body is empty'),
+        (JPEG, {'Content-Type': 'multipart/form-data'}, 400, 'has no boundary'),
+        (JPEG, {'Content-Type': 'multipart/mixed; boundary=x'}, 400, 'must be multi'),
+    ],
+)
+def test_forms_that_cannot_be_used(port, body, headers, status, message):
+    answer = ask(port, '/predict', body, headers=headers)
+    assert answer.status == status
+    assert message in answer.json['error']
+    assert len(answer.body) < 400
+
+
+def test_damaged_forms_are_one_line(port):
+    """Whatever bytes come: an answer with a reason, or the prediction."""
+    rng = np.random.default_rng(0)
+    whole = form_of(('top', b'2'), ('image', 'a.jpg', JPEG[:300]))
+    for _ in range(150):
+        body = bytearray(whole)
+        for place in rng.integers(0, len(body), rng.integers(1, 6)):
+            body[place] = rng.integers(0, 256)
+        answer = ask(port, '/predict', bytes(body[rng.integers(0, 9) :]), headers=FORM)
+        assert answer.status in (400, 415) and answer.json['error']
+
+
+def test_large_form(strict_port):
+    for length in 101_000, 130_000:
+        body = form_of(('a', 'a', b'x' * length))
+        assert ask(strict_port, '/predict', body, headers=FORM).status == 413
+    assert half_form_is_refused(strict_port)
+
+
+def half_form_is_refused(port):
+    """By its length alone, before a byte of it came."""
+    head = b'POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999999\r\n'
+    head += b'Content-Type: multipart/form-data; boundary=x\r\n\r\n'
+    with socket.create_connection(('127.0.0.1', port), timeout=60) as connection:
+        connection.sendall(head)
+        connection.shutdown(socket.SHUT_WR)
+        return answer_of(connection).status == 413

@@ -16,6 +16,7 @@ from collections import Counter
 import numpy as np
 
 from flax_densenet.errors import UserError
+from flax_densenet.system import paths
 
 _NAME_COLUMNS = ('image', 'image index', 'filename', 'file', 'path', 'image_id', 'name')
 _GROUP_COLUMNS = (
@@ -62,6 +63,7 @@ def read(path: str) -> Labels:
     """
     field = f'data.labels={path}'
     try:
+        path = paths.resolve(path, 'data.labels=')
         with open(path, newline='', encoding='utf-8-sig') as file:
             reader = csv.reader(file)
             rows = [(reader.line_num, row) for row in reader if any(row)]

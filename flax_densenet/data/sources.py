@@ -12,6 +12,7 @@ import numpy as np
 from flax_densenet.data import label_table, listing, readers, tar, tfds_source
 from flax_densenet.data.packed import reader as packed_reader
 from flax_densenet.errors import UserError, printable
+from flax_densenet.system import paths as paths_lib
 
 
 def _find_digits(name, **_):
@@ -30,7 +31,7 @@ def _find_digits(name, **_):
 
 
 def _find_folder(name, *, bad_images, labels, **_):
-    root = os.path.expanduser(name)
+    root = paths_lib.resolve(name, 'data.source=folder:')
     field = f'data.source=folder:{name}'
     if not name or not os.path.isdir(root):
         raise UserError(

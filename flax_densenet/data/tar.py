@@ -16,6 +16,7 @@ import numpy as np
 
 from flax_densenet.data import images, listing, readers
 from flax_densenet.errors import UserError, printable
+from flax_densenet.system import paths
 
 CLASSES_FILE = 'classes.txt'
 _LABELS = ('cls', 'json')
@@ -90,7 +91,8 @@ def load(name: str) -> tuple[TarReader, list[str], int | None]:
     Raises:
       UserError: there are none, one is damaged, or a sample has no image or label.
     """
-    field, path = f'data.source=tar:{name}', os.path.expanduser(name)
+    field = f'data.source=tar:{name}'
+    path = paths.resolve(name, 'data.source=tar:')
     parts = _find_tars(field, name, path)
     tars = [tar for part in parts for tar in part]
     with concurrent.futures.ThreadPoolExecutor() as pool:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 
 from flax_densenet.data import images
 from flax_densenet.errors import UserError
+from flax_densenet.system import paths
 
 STDIN = '-'
 
@@ -69,11 +70,19 @@ def count(patterns: Iterable[str]) -> int | None:
 
 
 def _is_name(pattern):
-    path = os.path.expanduser(pattern)
+    path = paths.expand(pattern)
     if pattern == STDIN or os.path.isdir(path):
         return False
     # With a bracket in it, it is a name all the same where there is such a file.
     return os.path.lexists(path) or not glob.has_magic(path)
+
+
+def _resolve(pattern):
+    """What is expanded stands for itself; in a pattern `$` may too."""
+    path = paths.expand(pattern)
+    if glob.has_magic(path) and '://' not in path:
+        return path
+    return paths.resolve(pattern, '--files=')
 
 
 def _find_one(pattern):
@@ -81,7 +90,7 @@ def _find_one(pattern):
         raise UserError('--files= names nothing; give a file, a folder or a pattern')
     if pattern == STDIN:
         return _from_stdin()
-    path = os.path.expanduser(pattern)
+    path = _resolve(pattern)
     if os.path.isdir(path):
         return _from_folder(path, pattern)
     if _is_name(pattern):

@@ -27,6 +27,7 @@ from flax_densenet.data import images
 from flax_densenet.errors import UserError
 from flax_densenet.inference import programs
 from flax_densenet.inference.prediction import Explanation, Prediction
+from flax_densenet.system import paths
 from flax_densenet.weights import trained as trained_lib
 
 
@@ -253,7 +254,7 @@ def load_trained(
     Raises:
       UserError: there is no such file or folder, or it holds no trained model.
     """
-    path = os.path.expanduser(os.fspath(path))
+    path = paths.resolve(path, 'the model ')
     if not os.path.exists(path):
         raise UserError(
             f'{path}: there is no such file or folder; give the folder of a run or a '

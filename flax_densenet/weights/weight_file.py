@@ -21,6 +21,7 @@ from flax import traverse_util
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.errors import UserError, list_first, printable
 from flax_densenet.models import factory, initialization, network
+from flax_densenet.system import paths
 from flax_densenet.weights import (
     architecture,
     keras_files,
@@ -108,7 +109,7 @@ def load(path: str) -> Weights:
       UserError: the file is not whole, holds neither a DenseNet nor an RDNet, or has
         arrays that are missing, not expected or of another shape.
     """
-    path = os.path.expanduser(path)
+    path = paths.resolve(path, 'init_from=')
     if os.path.isdir(path):
         return (_load_folder if is_weights(path) else _load_run)(path)
     kind = _kind(path)
@@ -126,7 +127,7 @@ def load(path: str) -> Weights:
 
 def is_weights(path: str) -> bool:
     """Whether this is a file or a folder as on the Hub, and not that of a run."""
-    path = os.path.expanduser(path)
+    path = paths.expand(path)
     return os.path.isfile(path) or timm_config.is_folder(path)
 
 

@@ -28,6 +28,7 @@ from flax_densenet.data.packed import manifest as manifest_lib
 from flax_densenet.data.packed import records
 from flax_densenet.data.packed.manifest import REMEDY
 from flax_densenet.errors import UserError
+from flax_densenet.system import paths
 
 INDEX = 'index.safetensors'
 _HASH = 16
@@ -226,7 +227,7 @@ def load(name: str) -> PackedReader:
       UserError: something of it is missing, cut short or damaged. Damage within a shard
         shows as its image is read, or by `verify`.
     """
-    folder = os.path.expanduser(name)
+    folder = paths.resolve(name, 'data.source=packed:')
     if not name or not os.path.isfile(os.path.join(folder, manifest_lib.FILE)):
         raise UserError(
             f'data.source=packed:{name}: there is no {manifest_lib.FILE}; give '

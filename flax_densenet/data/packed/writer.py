@@ -27,6 +27,7 @@ from flax_densenet.data.packed import reader as packed_reader
 from flax_densenet.data.packed import records
 from flax_densenet.errors import UserError, printable
 from flax_densenet.system import atomic, lock
+from flax_densenet.system import paths as paths_lib
 
 PROGRESS, SKIPPED = 'progress.jsonl', 'skipped.txt'
 KINDS = ('folder', 'tar')
@@ -68,7 +69,7 @@ def pack(
         raise UserError(f'data.labels={labels} needs data.source=folder:PATH')
     _check_out(out)
     found = sources.SOURCES[kind](name, bad_images=bad_images, labels=labels)
-    stored = pack_plan.Images(found, os.path.expanduser(name), options)
+    stored = pack_plan.Images(found, paths_lib.expand(name), options)
     with lock.hold(out, flag='--out', doing='packs'):
         return _Packer(source, out, stored).run(threads)
 

@@ -1,0 +1,136 @@
+"""Paths as people write them lead to one place, everywhere."""
+
+import csv
+import os
+import pathlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from flax_densenet.data import dataset, label_table
+from flax_densenet.errors import UserError
+from flax_densenet.inference import input_files
+from flax_densenet.inference import predictor as predictor_lib
+from flax_densenet.system import paths
+from flax_densenet.weights import weight_file
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home folder with photos; the working folder is another."""
+    home, here = tmp_path / 'home', tmp_path / 'here'
+    here.mkdir()
+    for name in ('a', 'b'):
+        folder = home / 'photos' / name
+        folder.mkdir(parents=True)
+        for i in range(3):
+            pixels = np.full((8, 8, 3), 20 * i + len(name), np.uint8)
+            Image.fromarray(pixels).save(folder / f'{i}.png')
+    monkeypatch.setenv('HOME', str(home))
+    monkeypatch.setenv('PHOTOS', str(home / 'photos'))
+    monkeypatch.setenv('TILDE', '~')
+    monkeypatch.delenv('NOWHERE', raising=False)
+    monkeypatch.chdir(here)
+    return home
+
+
+SPELLINGS = (
+    '~/photos',
+    '$HOME/photos',
+    '${HOME}/photos',
+    '$PHOTOS',
+    '$PHOTOS/',
+    '$TILDE/photos',
+    '~/photos/../photos',
+    '../home/photos',
+    'file://{home}/photos',
+    'file://localhost{home}/photos',
+    'FILE:{home}/photos',
+)
+
+
+@pytest.mark.parametrize('text', SPELLINGS)
+def test_one_place(home, text):
+    text = text.replace('{home}', str(home))
+    found = paths.resolve(text, '--out=')
+    assert os.path.realpath(found) == str(home / 'photos')
+    source = dataset.load_source(f'folder:{text}', image_size=8)
+    assert source.class_names == ('a', 'b')
+    assert len(list(input_files.find([text]))) == 6
+    assert len(list(input_files.find([text + '/*/0.png']))) == 2
+    real = f'folder:{home}/photos'
+    assert paths.real_source(f'folder:{text}') == real
+    assert paths.real_source(paths.resolve_source(f'folder:{text}')) == real
+
+
+def test_what_is_not_there_yet(home):
+    assert paths.resolve('~/new/run', '--workdir=') == str(home / 'new/run')
+    assert paths.resolve('new/$HOME', '--workdir=') == f'new/{home}'
+    assert paths.resolve('', '--workdir=') == ''
+    assert paths.resolve(pathlib.Path('~'), '--workdir=') == str(home)
+
+
+@pytest.mark.parametrize('name', ['$NOWHERE', '~', '~me', 'a$HOME', 'gs:'])
+def test_what_exists_is_taken_by_its_name(home, name):
+    pathlib.Path(name).mkdir()
+    assert paths.resolve(name, '--out=') == name
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('gs://b/run', '--out=gs://b/run: gs:// is not supported; use a local path'),
+        ('s3://b/run', 's3:// is not supported; use a local path, or mount'),
+        ('S3://b/run', 's3:// is not supported'),
+        ('gs:/b/run', 'gs:// is not supported'),
+        ('abfs://b/run', 'abfs:// is not supported'),
+        ('hdfs://b/run', 'hdfs:// is not supported'),
+        ('http://a.example/x.png', 'http:// is not supported; download it first'),
+        ('https://a.example/x', 'https:// is not supported; download it first'),
+        ('file://other.example/x', 'only files of this machine are read'),
+        ('~nobody-of-this-name/x', 'no home folder is known for ~nobody-of-this-name'),
+        ('$NOWHERE/x', 'the environment has no variable NOWHERE; set it or'),
+        ('a/${NOWHERE}', 'the environment has no variable NOWHERE'),
+    ],
+)
+def test_refused(home, text, message):
+    with pytest.raises(UserError) as refusal:
+        paths.resolve(text, '--out=')
+    assert message in str(refusal.value)
+
+
+ADDRESSES = ('gs://b/x', 's3://b/x', 'https://a.example/x')
+
+
+@pytest.mark.parametrize('address', ADDRESSES)
+def test_addresses_are_one_line_everywhere(home, address):
+    """Whatever takes a path says so, and makes no folder called gs:."""
+    for refused in (
+        lambda: dataset.load_source(f'folder:{address}', image_size=8),
+        lambda: dataset.load_source(f'tar:{address}', image_size=8),
+        lambda: dataset.load_source(f'packed:{address}', image_size=8),
+        lambda: label_table.read(address),
+        lambda: weight_file.load(address),
+        lambda: predictor_lib.load_trained(address),
+        lambda: input_files.check([address]),
+        lambda: input_files.check([address + '/*.png']),
+    ):
+        with pytest.raises(UserError, match='is not supported; '):
+            refused()
+    assert os.listdir() == []
+
+
+def test_table_in_the_home_folder(home):
+    with open(home / 'labels.csv', 'w', newline='') as file:
+        rows = [[f'{c}/{i}.png', i % 2] for c in 'ab' for i in range(3)]
+        csv.writer(file).writerows([['image', 'sick'], *rows])
+    for text in ('~/labels.csv', '$HOME/labels.csv', f'file://{home}/labels.csv'):
+        assert len(label_table.read(text).images) == 6
+
+
+def test_names_in_lists_and_patterns_stay(home):
+    """A pattern may hold a dollar; what stands in files of names is no shell's."""
+    pathlib.Path('$x').mkdir()
+    Image.new('RGB', (4, 4)).save('$x/a$NOWHERE.png')
+    assert list(input_files.find(['$x/*$NOWHERE.png'])) == ['$x/a$NOWHERE.png']

@@ -122,6 +122,39 @@ class CachedExamples(Examples):
         return {'image': self._images[position], 'label': label}
 
 
+class Numbered:
+    """Examples, or features of them, with `position`: which one each is."""
+
+    def __init__(self, examples):
+        self.examples = examples
+
+    @property
+    def preparation(self):
+        return self.examples.preparation
+
+    @property
+    def labels(self):
+        return self.examples.labels
+
+    def at_size(self, size):
+        return Numbered(self.examples.at_size(size))
+
+    def as_pictures(self):
+        return Numbered(self.examples.as_pictures())
+
+    def name(self, position):
+        return self.examples.name(position)
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __repr__(self):
+        return repr(self.examples)
+
+    def __getitem__(self, position):
+        return self.examples[position] | {'position': np.int32(position)}
+
+
 class Relabeled(Examples):
     """Examples whose label `i` becomes `new_labels[i]`.
 

@@ -135,10 +135,10 @@ def train_batches(
         examples, batch_size, augment, workers, balance, color_jitter, policy
     )
     count, hosts = len(examples), jax.process_count()
-    found = isinstance(examples, dataset.Examples)
-    changes = _Augment(augment, color_jitter, policy, found and examples.preparation)
-    skip = bad_images == 'skip' and found
-    if found and geometry.crop in changes.functions:
+    preparation = _preparation_of(examples)
+    changes = _Augment(augment, color_jitter, policy, preparation)
+    skip = bad_images == 'skip' and preparation is not None
+    if preparation is not None and geometry.crop in changes.functions:
         examples = examples.as_pictures()
     source = unreadable.SubstituteUnreadable(examples) if skip else examples
     if balance == 'sampler':
@@ -162,6 +162,11 @@ def train_batches(
     return unreadable.CountedBatches(batches) if skip else batches
 
 
+def _preparation_of(examples):
+    """How images are prepared; None for what is not read from images (features)."""
+    return getattr(examples, 'preparation', None)
+
+
 def eval_batches(
     examples: dataset.Examples,
     *,
@@ -180,7 +185,7 @@ def eval_batches(
       An iterator of `{'image': uint8 [n, S, S, 3], 'label': int32 [n],
       'mask': float32 [n]}`; the last batch is filled up with rows of mask 0.
     """
-    skip = bad_images == 'skip' and isinstance(examples, dataset.Examples)
+    skip = bad_images == 'skip' and _preparation_of(examples) is not None
     hosts = jax.process_count()
     steps = -(-len(examples) // batch_size)
     stream = grain.MapDataset.range(steps * batch_size)

@@ -26,6 +26,8 @@ class FeatureExamples:
     A map of one place, as images are of many.
     """
 
+    preparation = None  # there are no images to prepare
+
     def __init__(self, features, labels):
         self.features = features
         self.labels = labels
@@ -41,19 +43,6 @@ class FeatureExamples:
             'features': self.features[position, None, None],
             'label': self.labels[position],
         }
-
-
-class _Numbered:
-    """Examples that say which they are."""
-
-    def __init__(self, examples):
-        self.examples = examples
-
-    def __len__(self):
-        return len(self.examples)
-
-    def __getitem__(self, position):
-        return self.examples[position] | {'position': np.int32(position)}
 
 
 def check_cache(name: str):
@@ -131,7 +120,7 @@ def cache_features(
     start, parts = time.perf_counter(), []
     for examples in (source.train, source.test):
         batches = pipeline.eval_batches(
-            _Numbered(examples), batch_size=batch_size, **loading
+            dataset.Numbered(examples), batch_size=batch_size, **loading
         )
         parts.append(_collect(compute, variables, batches, len(examples), mesh))
         batches.close()

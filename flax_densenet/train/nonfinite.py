@@ -73,35 +73,6 @@ class NonFiniteGuard:
         )
 
 
-class _Numbered(dataset.Examples):
-    """Examples that say which they are."""
-
-    def __init__(self, examples):
-        self._examples = examples
-
-    def __getattr__(self, name):
-        return getattr(self._examples, name)
-
-    def __len__(self):
-        return len(self._examples)
-
-    def __repr__(self):
-        return repr(self._examples)
-
-    @property
-    def labels(self):
-        return self._examples.labels
-
-    def at_size(self, size):
-        return _Numbered(self._examples.at_size(size))
-
-    def as_pictures(self):
-        return _Numbered(self._examples.as_pictures())
-
-    def __getitem__(self, position):
-        return self._examples[position] | {'position': np.int32(position)}
-
-
 def save_dump(
     run: training_run.TrainingRun, state: step.TrainState, number: int, epoch: int
 ):
@@ -186,7 +157,7 @@ def _batch_of(run, number):
     On several hosts it is this host's part.
     """
     source = run.features or run.source
-    source = dataclasses.replace(source, train=_Numbered(source.train))
+    source = dataclasses.replace(source, train=dataset.Numbered(source.train))
     batches = training_run.train_batches(run, source, number - 1, workers=0)
     try:
         return next(batches)

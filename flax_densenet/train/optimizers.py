@@ -49,7 +49,8 @@ def make_schedule(
     if schedule == 'one_cycle':
         return _one_cycle(learning_rate, warmup or round(0.3 * total), total)
     if schedule == 'cosine':
-        after = optax.cosine_decay_schedule(learning_rate, total - warmup)
+        # A warm-up may round to all steps of a short run; optax refuses 0.
+        after = optax.cosine_decay_schedule(learning_rate, max(total - warmup, 1))
     elif schedule == 'steps':
         drops = {round(share * total) - warmup: 0.1 for share in drop_at}
         after = optax.piecewise_constant_schedule(learning_rate, drops)

@@ -66,20 +66,21 @@ def new_state(
     multi_label: bool = False,
     average=None,
 ) -> TrainState:
-    """The state before the first step, on the host; compiles nothing.
+    """The state before the first step, on the host.
 
     Args:
       variables: `{'params', 'batch_stats'}`.
       multi_label: an image can have several labels.
       average: of `ema.start`, or None.
     """
-    # Optimizers begin with zeros.
-    shapes = jax.eval_shape(optimizer.init, variables['params'])
+    # Compiled, since most states do not depend on the parameters: then XLA makes a few
+    # constants, where each operation by itself would go through all parameters.
+    opt_state = jax.device_get(jax.jit(optimizer.init)(variables['params']))
     return TrainState(
         step=np.zeros((), np.int32),
         params=variables['params'],
         batch_stats=variables['batch_stats'],
-        opt_state=jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes),
+        opt_state=opt_state,
         running=new_running(np.float32 if multi_label else np.int32),
         average=average,
     )

@@ -145,6 +145,19 @@ def examples_at(run: TrainingRun, source: dataset.Source, start: int):
     return source.train if run.features else source.train.at_size(size)
 
 
+def example_shapes(run: TrainingRun, start: int) -> dict[str, tuple]:
+    """Shape and dtype of an example's arrays behind `start` steps; reads no image."""
+    shapes = {'label': ((), np.int32), 'epoch': ((), np.int32)}
+    if run.source.multi_label:
+        shapes['label'] = (len(run.source.class_names),), np.float32
+    if run.features:
+        features = run.features.train.features
+        return shapes | {'features': ((1, 1, features.shape[1]), features.dtype)}
+    preparation = examples_at(run, run.source, start).preparation
+    side = preparation.size
+    return shapes | {'image': ((side, side, preparation.channels), np.uint8)}
+
+
 def train_batches(run: TrainingRun, source: dataset.Source, start: int, **loading):
     """The batches of the training part from a step on; see `pipeline.train_batches`.
 
@@ -198,11 +211,9 @@ def compile_step(run: TrainingRun, state: step.TrainState, frozen: int, start: i
             (parts, rows[0] // parts),
             mesh_lib.split_micro_batches(run.mesh),
         )
-    example = examples_at(run, run.features or run.source, start)[0]
-    example |= {'epoch': np.int32(0)}
     batch = {
-        name: jax.ShapeDtypeStruct((*rows, *value.shape), value.dtype, sharding=by_rows)
-        for name, value in example.items()
+        name: jax.ShapeDtypeStruct((*rows, *shape), dtype, sharding=by_rows)
+        for name, (shape, dtype) in example_shapes(run, start).items()
     }
     train_step = step.make_train_step(
         run.module,

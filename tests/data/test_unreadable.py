@@ -139,7 +139,7 @@ def test_evaluation_leaves_them_out(source, monkeypatch):
 def test_features_are_of_all_images(source):
     """A run begins with them; it can begin again without the file."""
     lose(source.train, [1])
-    batches = pipeline.eval_batches(feature_cache._Numbered(source.train), batch_size=8)
+    batches = pipeline.eval_batches(dataset.Numbered(source.train), batch_size=8)
     with pytest.raises(UserError, match='is not there'):
         list(batches)
 

@@ -9,7 +9,7 @@ import pytest
 from flax_densenet import UserError
 from flax_densenet.data import dataset, pipeline, unreadable
 from flax_densenet.evaluation import evaluate
-from flax_densenet.train import feature_cache, fit, loop
+from flax_densenet.train import fit, loop, prepare, step, training_run
 from helpers.runs import tiny_config, write_images
 
 
@@ -142,6 +142,47 @@ def test_features_are_of_all_images(source):
     batches = pipeline.eval_batches(dataset.Numbered(source.train), batch_size=8)
     with pytest.raises(UserError, match='is not there'):
         list(batches)
+
+
+@pytest.mark.parametrize('labels', [False, True])
+def test_a_step_is_compiled_without_an_image(tmp_path, monkeypatch, labels):
+    """What is compiled for is what batches have; it is known when none can be read."""
+    photos = write_images(tmp_path / 'photos', {'ants': 20, 'bees': 20}, size=(8, 8))
+    fields = {
+        'data.source': f'folder:{photos}',
+        'data.bad_images': 'skip',
+        'data.size_schedule': ((0.5, 4),),
+        'data.batch_size': 8,
+    }
+    if labels:
+        paths = sorted(photos.glob('*/*'))
+        rows = [
+            f'{path.relative_to(photos)},{n % 2},{n % 3 > 0:d}\n'
+            for n, path in enumerate(paths)
+        ]
+        table = tmp_path / 'labels.csv'
+        table.write_text('image,red,round\n' + ''.join(rows))
+        fields['data.labels'] = str(table)
+    run = prepare.prepare(tiny_config(**fields), str(tmp_path / 'run'))
+    first = run.source.train
+    steps = {
+        start: training_run.examples_at(run, run.source, start) for start in (0, 4)
+    }
+    examples = {start: there[0] for start, there in steps.items()}
+    lose(first, range(len(first)))
+    compiled = []
+    monkeypatch.setattr(
+        step, 'compile_train_step', lambda *arguments: compiled.append(arguments[2])
+    )
+    for start, example in examples.items():
+        training_run.compile_step(run, None, 0, start)
+        batch = compiled.pop()
+        example = example | {'epoch': np.int32(0)}
+        assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
+            name: ((8, *np.shape(value)), value.dtype)
+            for name, value in example.items()
+        }
+    assert examples[0]['image'].shape != examples[4]['image'].shape
 
 
 def test_what_is_said(source):

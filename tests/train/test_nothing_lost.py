@@ -18,7 +18,13 @@ from flax_densenet.data import dataset, pipeline
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.system import atomic, lock, signals
 from flax_densenet.train import announce, fit, optimizers, phases, prepare, step
-from helpers.runs import assert_equal_bits, read_records, tiny_config
+from helpers.runs import (
+    assert_equal_bits,
+    make_weights,
+    read_records,
+    tiny_config,
+    write_images,
+)
 
 
 @pytest.mark.parametrize(
@@ -226,6 +232,33 @@ def test_stop_and_skip(tmp_path, monkeypatch, capsys):
     assert layer['parameters']['nonfinite'] == layer['gradients']['nonfinite'] == 0
     assert layer['parameters']['min'] < 0 < layer['parameters']['max']
     assert 'batch norm' in dump['layers']['norm5/mean']
+
+
+def test_a_probe_on_cached_features_that_overflows(tmp_path):
+    """Ends with the line and the dump of any other run; the batch is of features."""
+    photos = write_images(tmp_path / 'photos', {'ants': 20, 'bees': 20, 'cats': 20})
+    fields = {
+        'data.source': f'folder:{photos}',
+        'data.batch_size': 8,
+        'optimizer.learning_rate': 3e38,
+        'train.epochs': 6,
+        'train.freeze': 'backbone',
+    }
+    config = tiny_config(**fields) | {
+        'init_from': make_weights(tmp_path / 'w.safetensors')
+    }
+    workdir = tmp_path / 'run'
+    with pytest.raises(UserError, match=r'step \d+, .*not finite; .*nonfinite.json'):
+        fit.fit(config, str(workdir))
+    dump = json.loads((workdir / 'nonfinite.json').read_text())
+    assert len(dump['examples']) == 8
+    for example in dump['examples']:
+        assert example['name'].startswith(str(photos))
+    with np.load(workdir / 'nonfinite.npz', allow_pickle=False) as arrays:
+        assert arrays['features'].shape[:3] == (8, 1, 1)
+        assert sorted(arrays['position']) == sorted(
+            example['position'] for example in dump['examples']
+        )
 
 
 def test_batches_of_one_are_said(tmp_path, capsys):

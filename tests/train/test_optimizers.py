@@ -10,7 +10,7 @@ import pytest
 from flax_densenet import UserError
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.distributed import zero
-from flax_densenet.train import finetune, optimizers
+from flax_densenet.train import finetune, optimizers, step
 
 PARAMS = {
     'a': {'kernel': np.float32([[1.0, -2.0, 0.5], [0.25, 3.0, -1.0]])},
@@ -143,6 +143,34 @@ def test_one_cycle(total, warmup):
     expected = end + (start - end) * (1 + np.cos(np.pi * share)) / 2
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
     assert found.max() == pytest.approx(0.5) and found[0] == pytest.approx(0.02)
+
+
+def test_cosine_after_a_warm_up_of_all_steps():
+    """Of 5 steps 4.5 rise, rounded to 4 or to all; both are schedules."""
+    fields = dict(learning_rate=0.5, schedule='cosine', drop_at=(), epochs=1)
+    for share, rates in ((0.9, [0.1, 0.2, 0.3, 0.4, 0.5]), (0.98, None)):
+        schedule = optimizers.make_schedule(
+            **fields, warmup_epochs=share, steps_per_epoch=5.0
+        )
+        found = [float(schedule(count)) for count in range(5)]
+        rates = rates or [n * 0.5 / 6 for n in range(1, 6)]
+        np.testing.assert_allclose(found, rates, rtol=1e-5)
+
+
+def test_the_first_state_is_the_optimizers_own():
+    """Numbers that are not 0, with and without the parameters in them."""
+    optimizer = optax.chain(
+        optax.inject_hyperparams(optax.sgd)(learning_rate=0.25),
+        optax.contrib.schedule_free(optax.adam(0.1), 0.1),
+    )
+    variables = {'params': PARAMS, 'batch_stats': {}}
+    found = step.new_state(variables, optimizer).opt_state
+    expected = optimizer.init(PARAMS)
+    assert found[0].hyperparams['learning_rate'] == 0.25
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert isinstance(one, np.ndarray) and one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize(

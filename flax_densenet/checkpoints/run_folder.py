@@ -12,6 +12,8 @@ from flax_densenet.errors import UserError
 
 METRICS_FILE, CONFIG_FILE = 'metrics.jsonl', 'config.json'
 ENVIRONMENT_FILE = 'environment.json'
+# What fields of `config.json` were called in earlier versions, by section.
+_FORMER_NAMES = {'data': {'colour_jitter': 'color_jitter'}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,9 @@ def load_run(workdir: str) -> RunRecord:
         _parse(workdir, name, _read(workdir, name) or '{}')
         for name in (CONFIG_FILE, ENVIRONMENT_FILE)
     )
+    for section, names in _FORMER_NAMES.items():
+        for old in names.keys() & config.get(section, {}).keys():
+            config[section][names[old]] = config[section].pop(old)
     name = os.path.basename(os.path.abspath(workdir))
     return RunRecord(name, records, config, environment)
 

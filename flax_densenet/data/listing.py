@@ -7,11 +7,11 @@ hold the images of all others.
 
 import concurrent.futures
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from tqdm import tqdm
 
-from flax_densenet.data import images
+from flax_densenet.data import images, notes
 from flax_densenet.errors import UserError
 
 _LEFT_BEHIND = (
@@ -31,46 +31,65 @@ def class_folders(root: str) -> list[str]:
     above = _above(root) | {_identity(root)}
     return sorted(
         entry.name
-        for entry in _scan(root)
+        for entry in scan(root)
         if _is_folder(entry)
-        and not _is_hidden(entry.name)
+        and not is_hidden(entry.name)
         and not (entry.is_symlink() and _identity(entry.path) in above)
     )
 
 
-def image_files(root: str) -> list[str]:
+def image_files(root: str, passed: notes.Passed | None = None) -> list[str]:
     """Paths of the image files in a folder and below, by their extension, sorted.
 
     Names that are not UTF-8 come as Python's `surrogateescape` has them, with which
     they can be opened.
 
+    Args:
+      passed: counts what is passed over.
+
     Raises:
       UserError: a folder cannot be read.
     """
+    passed = passed or notes.Passed()
     seen, left, found = _above(root), [root], []
     while left:
         folder = left.pop()
         identity = _identity(folder)
         if identity in seen:
+            passed.links += 1
             continue
         seen.add(identity)
         inside = []
-        for entry in _scan(folder):
-            if _is_hidden(entry.name):
+        for entry in scan(folder):
+            if is_hidden(entry.name):
                 continue
             if _is_folder(entry):
                 inside.append(entry.path)
             # A link to nowhere or a pipe is found to be bad when files are checked.
-            elif os.path.splitext(entry.name)[1].lower() in images.EXTENSIONS:
+            elif is_image_name(entry.name):
                 found.append(entry.path)
+                passed.nested += folder != root
+            else:
+                passed.add_file(entry.name)
         left += sorted(inside, reverse=True)
     return sorted(found)
 
 
-def _scan(folder):
+def is_image_name(name: str) -> bool:
+    """Whether a file is taken for an image by the ending of its name."""
+    return os.path.splitext(name)[1].lower() in images.EXTENSIONS
+
+
+def scan(folder: str) -> list[os.DirEntry]:
+    """What a folder holds, with a `UserError` if it cannot be read."""
+    return list(entries(folder))
+
+
+def entries(folder: str) -> Iterator[os.DirEntry]:
+    """`scan` without a list, so that a search can end early."""
     try:
-        with os.scandir(folder) as entries:
-            return list(entries)
+        with os.scandir(folder) as found:
+            yield from found
     except OSError as error:
         raise UserError(
             f'{folder}: the folder cannot be read ({error.strerror}); make it readable '
@@ -78,7 +97,8 @@ def _scan(folder):
         ) from error
 
 
-def _is_hidden(name):
+def is_hidden(name: str) -> bool:
+    """Whether a name is hidden or one of those that systems leave behind."""
     return name.startswith('.') or name in _LEFT_BEHIND
 
 

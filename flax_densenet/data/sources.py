@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from flax_densenet.data import label_table, listing, readers, tar, tfds_source
+from flax_densenet.data import folders, label_table, listing, readers, tar, tfds_source
 from flax_densenet.data.packed import reader as packed_reader
 from flax_densenet.errors import UserError, printable
 from flax_densenet.system import paths as paths_lib
@@ -40,72 +40,7 @@ def _find_folder(name, *, bad_images, labels, **_):
         )
     if labels:
         return _find_labeled(field, root, labels, bad_images)
-    inside = listing.class_folders(root)
-    train = next((name for name in tar.TRAIN if name in inside), None)
-    test = next((name for name in tar.TEST if name in inside), None)
-    parts = [root]
-    if train is not None and test is not None:
-        parts = [os.path.join(root, train), os.path.join(root, test)]
-    names = _class_names(field, parts)
-    paths, labels, first_test = _list_files(field, parts, names)
-    bad = listing.check_files(paths, bad_images)
-    good = np.array([i for i in range(len(paths)) if i not in bad], np.int64)
-    counts = np.bincount(labels[good[good < first_test]], minlength=len(names))
-    if not counts.all():
-        raise UserError(
-            f'{field}: no image of the folder {names[counts.argmin()]} can be read; '
-            'mend them or remove it'
-        )
-    return readers.Listing(
-        readers.FileReader(paths, labels, root),
-        [printable(name) for name in names],
-        good[good < first_test],
-        good[good >= first_test] if len(parts) > 1 else None,
-        tuple(f'{paths[i]} {reason}' for i, reason in bad.items()),
-    )
-
-
-def _class_names(field, parts):
-    """The classes' folders, those of the training part."""
-    names = listing.class_folders(parts[0])
-    if len(names) < 2:
-        found = f'one class only ({names[0]})' if names else 'no class folders'
-        raise UserError(
-            f'{field}: has {found}; make a folder of images for each of at least '
-            'two classes'
-        )
-    for part in parts[1:]:
-        extra = sorted(set(listing.class_folders(part)) - set(names))
-        if extra:
-            test, train = os.path.basename(part), os.path.basename(parts[0])
-            raise UserError(
-                f'{field}: class {extra[0]} is in {test} but not in {train}; add it '
-                'there or remove it'
-            )
-    return names
-
-
-def _list_files(field, parts, names):
-    """Paths, labels int32 `[N]`, and the index of the first path of the test part."""
-    paths, labels, sizes = [], [], []
-    for part in parts:
-        before = len(paths)
-        for label, name in enumerate(names):
-            folder = os.path.join(part, name)
-            if part is not parts[0] and not os.path.isdir(folder):
-                continue  # a class of which nothing is tested
-            files = listing.image_files(folder)
-            if not files and part is parts[0]:
-                raise UserError(
-                    f'{field}: the folder {name} holds no images; add some or remove it'
-                )
-            paths += files
-            labels.append(np.full(len(files), label, np.int32))
-        sizes.append(len(paths) - before)
-    if not sizes[-1]:
-        test = os.path.basename(parts[-1])
-        raise UserError(f'{field}: the folder {test} holds no images')
-    return paths, np.concatenate(labels), sizes[0]
+    return folders.find(name, bad_images=bad_images)
 
 
 def _find_labeled(field, root, table, bad_images):

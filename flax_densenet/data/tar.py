@@ -14,7 +14,7 @@ import tarfile
 
 import numpy as np
 
-from flax_densenet.data import images, listing, readers
+from flax_densenet.data import images, listing, notes, parts, readers
 from flax_densenet.errors import UserError, printable
 from flax_densenet.system import paths
 
@@ -24,7 +24,6 @@ _LABELS = ('cls', 'json')
 _FIELDS = ('label', 'cls', 'class', 'class_name')
 _END = 1024
 _MAX_LABEL_BYTES, _MAX_CLASSES = 2**20, 100_000
-TRAIN, TEST = ('train', 'training'), ('val', 'valid', 'validation', 'test')
 
 
 @dataclasses.dataclass
@@ -93,23 +92,28 @@ def load(name: str) -> tuple[TarReader, list[str], int | None]:
     """
     field = f'data.source=tar:{name}'
     path = paths.resolve(name, 'data.source=tar:')
-    parts = _find_tars(field, name, path)
-    tars = [tar for part in parts for tar in part]
+    by_part = _find_tars(field, name, path)
+    tars = [tar for inside in by_part for tar in inside]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         found = list(pool.map(_scan, tars))
+    first_test = sum(len(inside) for inside in found[: len(by_part[0])])
+    which = np.repeat(np.arange(len(tars), dtype=np.int32), [len(s) for s in found])
     samples = [sample for inside in found for sample in inside]
+    if len(by_part) == 1 and (order := _order_by_part(field, samples)):
+        first_test = order.pop()
+        samples, which = [samples[i] for i in order], which[order]
+        by_part = [tars, tars]
     root = path if os.path.isdir(path) else os.path.dirname(path)
     labels, names = _number(field, [s.label for s in samples], root)
     reader = TarReader(
         tars,
-        np.repeat(np.arange(len(tars), dtype=np.int32), [len(s) for s in found]),
+        which,
         np.array([(s.offset, s.size) for s in samples], np.int64).reshape(-1, 2),
         [sample.name for sample in samples],
         labels,
         root,
     )
-    first_test = sum(len(inside) for inside in found[: len(parts[0])])
-    return reader, names, first_test if len(parts) > 1 else None
+    return reader, names, first_test if len(by_part) > 1 else None
 
 
 def _find_tars(field, name, path):
@@ -118,29 +122,88 @@ def _find_tars(field, name, path):
         raise UserError(f'{field}: there is no such folder or tar file')
     if not os.path.isdir(path):
         return [[path]]
-    inside = listing.class_folders(path)
-    folders = [next((n for n in names if n in inside), None) for names in (TRAIN, TEST)]
-    if None not in folders:
-        parts = [_tars_of(os.path.join(path, folder)) for folder in folders]
-    else:
-        tars = _tars_of(path)
-        words = [
-            set(re.split(r'[^a-z]+', os.path.basename(tar).lower())) for tar in tars
-        ]
-        parts = [
-            [tar for tar, said in zip(tars, words, strict=True) if said & set(names)]
-            for names in (TRAIN, TEST)
-        ]
-        if not all(parts):
-            parts = [tars]
-        elif sum(map(len, parts)) != len(tars):
+    inside = parts.by_role(listing.class_folders(path))
+    folders = {
+        part: tars
+        for part, (name, *_) in inside.items()
+        if part in parts.USED and (tars := _tars_of(os.path.join(path, name)))
+    }
+    if len(folders) > 1 and parts.TRAIN in folders:
+        if unclear := [p for p in folders if not parts.is_clear(p, inside[p])]:
             raise UserError(
-                f'{field}: some tars are called train, some val and some neither; put '
-                'them into the folders train and val'
+                f'{field}: {" and ".join(inside[unclear[0]][:3])} all look like the '
+                f'part {unclear[0]}; join them, or move all but one elsewhere'
             )
-    if not all(parts):
+        return _choose(field, folders)
+    tars = _tars_of(path)
+    if not tars:
         raise UserError(f'{field}: holds no .tar files (uncompressed ones)')
-    return parts
+    passed = notes.Passed()
+    for entry in listing.scan(path):
+        known = listing.is_hidden(entry.name) or entry.name == CLASSES_FILE
+        if not known and entry.path not in tars and os.path.isfile(entry.path):
+            passed.add_file(entry.name)
+    if passed.line():
+        notes.say(f'{field}: {passed.line()}')
+    by_part = {}
+    for tar in tars:
+        by_part.setdefault(_role_of_tar(tar), []).append(tar)
+    if parts.TRAIN not in by_part or not {parts.VAL, parts.TEST} & set(by_part):
+        return [tars]
+    if None in by_part:
+        raise UserError(
+            f'{field}: some tars are called train, some val and some neither; put '
+            'them into the folders train and val'
+        )
+    return _choose(field, by_part)
+
+
+def _role_of_tar(path):
+    """The part that the words of a tar's name tell of; None for none or several."""
+    words = re.split(r'[^a-z]+', os.path.basename(path).lower())
+    roles = {parts.role(word) for word in words if word} & set(parts.USED)
+    return roles.pop() if len(roles) == 1 else None
+
+
+def _choose(field, by_part):
+    """The tars to train on and those that choose; a test part is set aside."""
+    held_out = by_part.get(parts.VAL) or by_part[parts.TEST]
+    if parts.VAL in by_part and parts.TEST in by_part:
+        notes.say(
+            f'{field}: {len(by_part[parts.TRAIN])} tars to train on, {len(held_out)} '
+            f'of val choose the best epoch, {len(by_part[parts.TEST])} of test are set '
+            'aside (to measure it: --mode=eval with data.source=tar: and its path)'
+        )
+    return [by_part[parts.TRAIN], held_out]
+
+
+def _order_by_part(field, samples):
+    """Of samples in folders called train and val: their order, then the first of val.
+
+    None where the folders within the tars are no parts.
+    """
+    tops = [sample.name.removeprefix('./').split('/') for sample in samples]
+    names = {top[0] for top in tops if len(top) > 1}
+    if len(names) == 1 and all(len(top) > 2 for top in tops):
+        tops = [top[1:] for top in tops]
+        names = {top[0] for top in tops}
+    roles = parts.by_role(names)
+    role_of = {name: part for part, same in roles.items() for name in same}
+    if parts.TRAIN not in roles or not {parts.VAL, parts.TEST} & set(roles):
+        return None
+    if any(len(top) < 2 or top[0] not in role_of for top in tops):
+        return None
+    held_out = parts.VAL if parts.VAL in roles else parts.TEST
+    order = [i for i, top in enumerate(tops) if role_of[top[0]] == parts.TRAIN]
+    first_test = len(order)
+    order += [i for i, top in enumerate(tops) if role_of[top[0]] == held_out]
+    aside = len(samples) - len(order)
+    notes.say(
+        f'{field}: the folders within are parts: {first_test} images to train on, '
+        f'{len(order) - first_test} of {held_out}, which chooses the best epoch'
+        + (f'; {aside} of other parts are set aside' if aside else '')
+    )
+    return [*order, first_test]
 
 
 def _tars_of(folder):

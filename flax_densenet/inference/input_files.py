@@ -12,8 +12,8 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator
 
-from flax_densenet.data import images
-from flax_densenet.errors import UserError
+from flax_densenet.data import images, notes
+from flax_densenet.errors import UserError, printable
 from flax_densenet.system import paths
 
 STDIN = '-'
@@ -107,14 +107,23 @@ def _from_stdin():
 
 
 def _from_pattern(path, pattern):
-    names = (
-        name
-        for name in _expand(path)
-        if _is_image_name(name)
-        and '__MACOSX' not in name.split(os.sep)
-        and _is_file(functools.partial(os.stat, name))
-    )
+    names = _images_of_pattern(path, pattern)
     return _at_least_one(names, f'--files={pattern} matches no image; {_LOOKED_FOR}')
+
+
+def _images_of_pattern(path, pattern):
+    found, passed = False, notes.Passed()
+    for name in _expand(path):
+        hidden = '__MACOSX' in name.split(os.sep)
+        if hidden or not _is_file(functools.partial(os.stat, name)):
+            continue
+        if _is_image_name(name):
+            found = True
+            yield name
+        elif not os.path.isdir(name):
+            passed.add_file(name)
+    if found:
+        _tell(pattern, passed)
 
 
 def _expand(path):
@@ -152,13 +161,33 @@ def _from_folder(path, pattern):
         raise UserError(
             f'--files={pattern}: the folder cannot be listed ({error.strerror})'
         ) from error
-    names = (
-        name
-        for kind, name in _walk(path)
+    passed = notes.Passed()
+    names = _images_below(path, pattern, passed)
+    first = list(itertools.islice(names, 1))
+    if not first:
+        held = f' but {passed.files()}' if passed.endings else ''
+        raise UserError(f'--files={pattern} holds no image{held}; {_LOOKED_FOR}')
+    return itertools.chain(first, names)
+
+
+def _images_below(path, pattern, passed):
+    """Images below a folder; where there are any, tells at the end of other files."""
+    found = False
+    for kind, name in _walk(path):
         # What cannot be looked into becomes a row with the reason, as bad files do.
-        if kind == 'unlisted' or (kind == 'file' and _is_image_name(name))
-    )
-    return _at_least_one(names, f'--files={pattern} holds no image; {_LOOKED_FOR}')
+        if kind == 'unlisted' or (kind == 'file' and _is_image_name(name)):
+            found = True
+            yield name
+        elif kind == 'file':
+            passed.add_file(name)
+    if found:
+        _tell(pattern, passed)
+
+
+def _tell(pattern, passed):
+    """Not among the answers, which may be read by a program."""
+    if passed.line():
+        print(printable(f'--files={pattern}: {passed.line()}'), file=sys.stderr)
 
 
 _LOOKED_FOR = (

@@ -85,7 +85,13 @@ def test_images_and_labels(jpegs, kind, named, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'names', [('train/1.tar', 'val/1.tar'), ('in-train-0.tar', 'in-validation-0.tar')]
+    'names',
+    [
+        ('train/1.tar', 'val/1.tar'),
+        ('in-train-0.tar', 'in-validation-0.tar'),
+        ('Training Set/1.tar', 'dev_set/1.tar'),
+        ('x-TRAINING-0.tar', 'x-TestSet-0.tar'),
+    ],
 )
 def test_parts(jpegs, names, tmp_path):
     write_tar(tmp_path / names[0], samples(jpegs, [0, 1] * 4))
@@ -96,6 +102,35 @@ def test_parts(jpegs, names, tmp_path):
     assert source.test.labels.tolist() == [1, 0, 1]
     made = pack_writer.pack(f'tar:{tmp_path}', str(tmp_path / 'packed'))
     assert (made.count('train'), made.count('test')) == (8, 3)
+
+
+def test_three_parts(jpegs, tmp_path, capsys):
+    for place in ('{}/1.tar', 'x-{}-0.tar'):
+        root = tmp_path / place[0]
+        write_tar(root / place.format('train'), samples(jpegs, [0, 1] * 4))
+        write_tar(root / place.format('test'), samples(jpegs[8:], [1]))
+        write_tar(root / place.format('val'), samples(jpegs[9:], [1, 0, 1]))
+        source = load(root)
+        assert source.test.labels.tolist() == [1, 0, 1]
+        assert 'of test are set aside' in capsys.readouterr().out
+
+
+def test_parts_within_a_tar(jpegs, tmp_path, capsys):
+    members = {}
+    for name, chosen in (('test', [1]), ('train', [0, 1] * 2), ('val', [1, 0])):
+        inside = samples(jpegs, chosen)
+        members |= {f'set/{name}/{key}': value for key, value in inside.items()}
+    write_tar(tmp_path / 'all.tar', members)
+    source = load(tmp_path / 'all.tar')
+    assert source.train.labels.tolist() == [0, 1, 0, 1]
+    assert source.test.labels.tolist() == [1, 0] and source.has_test
+    assert [source.test.name(i)[-13:] for i in (0, 1)] == [
+        'val/00000.jpg',
+        'val/00001.jpg',
+    ]
+    assert '2 of val, which chooses the best epoch; 1 of other' in (
+        capsys.readouterr().out
+    )
 
 
 def test_nothing_is_written(jpegs, tmp_path):

@@ -138,3 +138,12 @@ def test_no_more_is_listed_than_is_needed(tree, pattern, tenth, monkeypatch):
     names = list(itertools.islice(input_files.find([pattern]), 10))
     assert os.path.normpath(names[-1]) == f'folder{tenth:02}/x.jpg'
     assert len(listed) < 30
+
+
+@pytest.mark.parametrize('pattern', ['z', 'z/*', 'z/**/*'])
+def test_files_passed_over_are_counted(tree, pattern, capsys):
+    for number in range(3):
+        (tree / 'z' / f'{number}.psd').write_bytes(b'x')
+    assert 'z/1.jpg' in found(pattern)
+    said = capsys.readouterr()
+    assert f'--files={pattern}: passed over 3 .psd' in said.err and not said.out

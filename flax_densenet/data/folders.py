@@ -1,0 +1,361 @@
+"""Finds classes and parts in a folder of images: `PATH/[PART/]CLASS/*`."""
+
+import dataclasses
+import os
+
+import numpy as np
+
+from flax_densenet.data import listing, notes, parts, readers
+from flax_densenet.errors import UserError, printable
+from flax_densenet.system import paths as paths_lib
+
+# Files of a run or a pack, by which the folder of one is told from a class.
+_RESULTS = ('metrics.jsonl', 'checksums.json', 'sweep.json', 'pack.json')
+_RESULTS_DEPTH = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Which folders hold the classes.
+
+    Attributes:
+      train: holds the folders of the classes to train on.
+      held_out: holds those that are measured after each epoch; None: no such part.
+      aside: holds those of a test part that stays untouched; None: no such part.
+      lines: what was recognized or left out, for the user.
+    """
+
+    train: str
+    held_out: str | None = None
+    aside: str | None = None
+    lines: tuple[str, ...] = ()
+
+
+def find(name: str, *, bad_images: str) -> readers.Listing:
+    """Lists the images of `data.source=folder:NAME` by class.
+
+    Raises:
+      UserError: there is no such folder, its folders are no classes, or a class has no
+        image that can be read.
+    """
+    field = f'data.source=folder:{name}'
+    root = paths_lib.resolve(name, 'data.source=folder:')
+    layout = find_layout(field, root)
+    names = _class_names(field, layout)
+    passed = notes.Passed()
+    paths, labels, first_test = _list_files(field, layout, names, passed)
+    bad = listing.check_files(paths, bad_images)
+    good = np.array([i for i in range(len(paths)) if i not in bad], np.int64)
+    train, test = good[good < first_test], good[good >= first_test]
+    counts = np.bincount(labels[train], minlength=len(names))
+    if not counts.all():
+        raise UserError(
+            f'{field}: no image of the folder {names[counts.argmin()]} can be read; '
+            'mend them or remove it'
+        )
+    _add_stray_files(root, layout, names, passed)
+    for line in layout.lines:
+        notes.say(f'{field}: {line}')
+    if passed.line():
+        notes.say(f'{field}: {passed.line()}')
+    if layout.held_out is not None:
+        _say_parts(field, layout, len(train), len(test))
+        missing = [
+            name
+            for label, name in enumerate(names)
+            if not (labels[first_test:] == label).any()
+        ]
+        if missing:
+            notes.say(
+                f'{field}: {os.path.basename(layout.held_out)} has no images of '
+                f'{len(missing)} of {len(names)} classes ({_first(missing)})'
+            )
+    return readers.Listing(
+        readers.FileReader(paths, labels, root),
+        [printable(name) for name in names],
+        train,
+        test if layout.held_out is not None else None,
+        tuple(f'{paths[i]} {reason}' for i, reason in bad.items()),
+    )
+
+
+def _say_parts(field, layout, train, test):
+    held_out = os.path.basename(layout.held_out)
+    line = (
+        f'{field}: {train} images in {os.path.basename(layout.train)} to train on, '
+        f'{test} in {held_out}, which chooses the best epoch'
+    )
+    if layout.aside is not None:
+        count = len(listing.image_files(layout.aside))
+        line += (
+            f', {count} in {os.path.basename(layout.aside)}, which is set aside (to '
+            f'measure it: --mode=eval --config.data.source=folder:{layout.aside})'
+        )
+    notes.say(line)
+
+
+def _first(names, most=5):
+    return ', '.join(names[:most]) + (', ...' if len(names) > most else '')
+
+
+def find_layout(field: str, root: str) -> Layout:
+    """Recognizes the parts of a set in a folder; see `Layout`.
+
+    Raises:
+      UserError: the folders are neither classes nor parts with one of each kind.
+    """
+    lines = []
+    root, inside = _below_single_folders(root, lines)
+    roles = parts.by_role(inside)
+    chosen = {}
+    for part, names in roles.items():
+        chosen[part] = names[0]
+    flat = {
+        part: os.path.join(root, name)
+        for part, name in chosen.items()
+        if part != parts.TRAIN and _is_flat(os.path.join(root, name))
+    }
+    train = chosen.get(parts.TRAIN)
+    if train is None:
+        if len(roles) and sum(map(len, roles.values())) == len(inside) > 1:
+            raise UserError(
+                f'{field}: its folders ({_first(inside)}) look like parts of a set, '
+                'not like classes, and none is called train; call one so, or rename '
+                'the classes'
+            )
+        return _of_classes(field, root, inside, lines)
+    others = [part for part in (parts.VAL, parts.TEST) if part in chosen]
+    folder = _inner(os.path.join(root, train), lines)
+    if not others:
+        # A class of this name, unless it holds what can only be classes.
+        looks = len(listing.class_folders(folder)) > 1 and not _has_images(folder)
+        if not looks or parts.OTHER not in chosen:
+            if looks:
+                raise UserError(
+                    f'{field}: {train} holds folders as if it were a part to train on, '
+                    f'beside {_first([n for n in inside if n != train])}; give '
+                    f'folder:{folder}, or rename it if it is a class'
+                )
+            return _of_classes(field, root, inside, lines)
+    for part in (parts.TRAIN, *others):
+        if not parts.is_clear(part, roles[part]):
+            raise UserError(
+                f'{field}: {" and ".join(roles[part][:3])} all look like the part '
+                f'{part}; join them, or move all but one elsewhere'
+            )
+    if _is_flat(folder):
+        raise UserError(
+            f'{field}: {train} holds images but no folders of classes; make one for '
+            'each class, or give a table of their classes as data.labels'
+        )
+    found = [part for part in others if part not in flat]
+    held_out, *more = found or [None]
+    used = {train, *(chosen[part] for part in found)}
+    for part in flat:
+        if part in others:
+            used.add(chosen[part])
+            lines.append(
+                f'{chosen[part]} is left out: its images lie directly in it, without '
+                'folders of classes'
+            )
+    left = [name for name in inside if name not in used]
+    if left:
+        lines.append(f'left out beside the parts: the folders {_first(left)}')
+    if held_out is None:
+        lines.append(f'{train} is split into images to train on and to test on')
+    _check_same_folders(field, folder, listing.class_folders(folder))
+    return Layout(
+        folder,
+        held_out and _inner(os.path.join(root, chosen[held_out]), lines),
+        _inner(os.path.join(root, chosen[more[0]]), lines) if more else None,
+        tuple(lines),
+    )
+
+
+def _of_classes(field, root, inside, lines):
+    """The layout of a folder whose folders are the classes."""
+    _check_same_folders(field, root, inside)
+    name = os.path.basename(os.path.abspath(root))
+    if parts.role(name) is not None:
+        above = os.path.dirname(os.path.abspath(root))
+        beside = parts.by_role(listing.class_folders(above))
+        other = [
+            names[0]
+            for part, names in beside.items()
+            if part in parts.USED and name not in names
+        ]
+        if other and parts.role(name) == parts.TRAIN:
+            lines.append(
+                f'beside {name} there is {_first(other)}, which is not looked at; give '
+                f'folder:{above} to use these parts'
+            )
+    return Layout(root, lines=tuple(lines))
+
+
+def _check_same_folders(field, root, names):
+    """Raises where each folder of classes holds the same folders, two or more."""
+    if len(names) < 2:
+        return
+    inside = listing.class_folders(os.path.join(root, names[0]))
+    if len(inside) < 2:
+        return
+    for name in names[1:]:
+        if listing.class_folders(os.path.join(root, name)) != inside:
+            return
+    what = 'parts' if any(map(parts.role, inside)) else 'folders'
+    raise UserError(
+        f'{field}: all of its folders ({_first(names)}) hold the same {what} '
+        f'({_first(inside)}), so they are hardly the classes; give one of them as '
+        'folder:PATH, lay parts out as PATH/train/CLASS and PATH/val/CLASS, or, if '
+        'they are the classes, move their images up into them'
+    )
+
+
+def _below_single_folders(root, lines):
+    """Goes down where a folder holds nothing but one folder of folders."""
+    while True:
+        inside = [
+            name for name in listing.class_folders(root) if not _is_run(root, name)
+        ]
+        gone = set(listing.class_folders(root)) - set(inside)
+        if gone:
+            lines.append(
+                f'left out: {_first(sorted(gone))}, a folder of results of this program'
+            )
+        if len(inside) != 1 or _has_images(root):
+            return root, inside
+        below = os.path.join(root, inside[0])
+        deeper = listing.class_folders(below)
+        if len(deeper) < 2 and not (
+            len(deeper) == 1 and listing.class_folders(os.path.join(below, deeper[0]))
+        ):
+            return root, inside
+        lines.append(f'holds one folder only, whose folders are taken: {below}')
+        root = below
+
+
+def _inner(folder, lines):
+    """The folder of classes of a part, as `seg_train/seg_train`."""
+    while True:
+        inside = listing.class_folders(folder)
+        if len(inside) != 1 or _has_images(folder):
+            return folder
+        below = os.path.join(folder, inside[0])
+        same = parts.plain_case(inside[0]) == parts.plain_case(os.path.basename(folder))
+        if not same and len(listing.class_folders(below)) < 2:
+            return folder
+        lines.append(f'the classes of {folder} are in {below}')
+        folder = below
+
+
+def _has_images(folder):
+    """Whether images lie directly in a folder."""
+    return any(
+        listing.is_image_name(entry.name) and not listing.is_hidden(entry.name)
+        for entry in listing.entries(folder)
+    )
+
+
+def _is_flat(folder):
+    """Whether a part holds images, but no folder of them."""
+    folder = _inner(folder, [])
+    inside = listing.class_folders(folder)
+    if len(inside) == 1 and not _has_images(folder):
+        # test/images/*.jpg
+        return parts.role(f'{inside[0]}train') == parts.TRAIN and bool(
+            listing.image_files(folder)
+        )
+    return not inside and _has_images(folder)
+
+
+def _is_run(root, name):
+    """Whether a folder holds results of this program: a run, runs or a pack."""
+    level = [os.path.join(root, name)]
+    for depth in range(_RESULTS_DEPTH + 1):
+        for folder in level:
+            if any(os.path.exists(os.path.join(folder, file)) for file in _RESULTS):
+                return True
+        if depth == _RESULTS_DEPTH or any(map(_has_images, level)):
+            return False
+        level = [os.path.join(f, n) for f in level for n in listing.class_folders(f)]
+    return False
+
+
+def _class_names(field, layout):
+    """The classes' folders, those of the training part."""
+    names = [
+        name
+        for name in listing.class_folders(layout.train)
+        if not _is_run(layout.train, name)
+    ]
+    if len(names) < 2:
+        found = f'one class only ({names[0]})' if names else 'no class folders'
+        raise UserError(
+            f'{field}: has {found}; make a folder of images for each of at least '
+            'two classes'
+        )
+    for part in (layout.held_out, layout.aside):
+        if part is not None:
+            _compare_classes(field, layout.train, names, part)
+    return names
+
+
+def _compare_classes(field, train, names, part):
+    """Raises where a part has a class that the training part has not."""
+    extra = sorted(set(listing.class_folders(part)) - set(names))
+    if not extra:
+        return
+    train, test = os.path.basename(train), os.path.basename(part)
+    plain = {parts.plain_case(name): name for name in names}
+    similar = plain.get(parts.plain_case(extra[0]))
+    if similar is not None:
+        raise UserError(
+            f'{field}: class {extra[0]!r} of {test} is written {similar!r} in {train}; '
+            'rename one of the folders'
+        )
+    raise UserError(
+        f'{field}: class {extra[0]} is in {test} but not in {train}; add it '
+        'there or remove it'
+    )
+
+
+def _list_files(field, layout, names, passed):
+    """Paths, labels int32 `[N]`, and the index of the first path of the test part."""
+    paths, labels, sizes = [], [], []
+    for part in (layout.train, layout.held_out):
+        if part is None:
+            continue
+        before = len(paths)
+        for label, name in enumerate(names):
+            folder = os.path.join(part, name)
+            if part is not layout.train and not os.path.isdir(folder):
+                continue  # a class of which nothing is tested
+            here = notes.Passed()
+            files = listing.image_files(folder, here)
+            passed.join(here)
+            if not files and part is layout.train:
+                held = f' but {here.files()}' if here.endings else ''
+                raise UserError(
+                    f'{field}: the folder {name} holds no images{held}; add some or '
+                    'remove it'
+                    + (f' (read are {notes.read_endings()})' if held else '')
+                )
+            paths += files
+            labels.append(np.full(len(files), label, np.int32))
+        sizes.append(len(paths) - before)
+    if not sizes[-1]:
+        test = os.path.basename(layout.held_out)
+        raise UserError(f'{field}: the folder {test} holds no images')
+    return paths, np.concatenate(labels), sizes[0]
+
+
+def _add_stray_files(root, layout, names, passed):
+    """Counts the files that lie beside the folders of classes and parts."""
+    for folder in {root, layout.train, layout.held_out} - {None}:
+        for entry in listing.scan(folder):
+            if listing.is_hidden(entry.name) or not os.path.isfile(entry.path):
+                continue
+            if listing.is_image_name(entry.name):
+                passed.beside += 1
+            else:
+                passed.add_file(entry.name)

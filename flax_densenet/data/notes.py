@@ -1,0 +1,93 @@
+"""What the data's loaders tell while they list a source: one line for each guess."""
+
+import collections
+import os
+
+from flax_densenet.data import images
+from flax_densenet.errors import printable
+
+_REMEDIES = {
+    'convert them to JPEG or PNG': (
+        '.heic .heif .hif .psd .svg .xcf .ai .eps .pdf .emf .wmf .exr .hdr .jxl .jxr '
+        '.djvu .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .raw'
+    ),
+    'convert them to 16-bit PNG or TIFF': (
+        '.dcm .dicom .nii .mha .mhd .nrrd .npy .npz .mat .fits .fit .czi .nd2 .svs '
+        '.ndpi .mrxs .lif .h5 .hdf5'
+    ),
+    'extract their frames': '.mp4 .mov .avi .mkv .webm .m4v .mpg .mpeg',
+    'unpack them': '.zip .tar .gz .tgz .bz2 .xz .7z .rar',
+}
+_NO_ENDING = 'no ending'
+_REMEDY_OF = {
+    ending: remedy
+    for remedy, endings in _REMEDIES.items()
+    for ending in endings.split()
+} | {_NO_ENDING: 'give them the ending of their format'}
+
+
+def say(line: str):
+    """Prints a line about the data, whatever the names in it hold."""
+    print(printable(line), flush=True)
+
+
+class Passed:
+    """Counts what a search for images passes over.
+
+    Attributes:
+      endings: files by the ending of their names.
+      links: links that lead nowhere or back to a folder that was listed.
+      nested: images in folders below the folder that was searched.
+      beside: images beside the folders of classes, which are of no class.
+    """
+
+    def __init__(self):
+        self.endings = collections.Counter()
+        self.links = self.nested = self.beside = 0
+
+    def add_file(self, name: str):
+        """Counts a file that is no image by its name."""
+        self.endings[os.path.splitext(name)[1].lower() or _NO_ENDING] += 1
+
+    def join(self, other: 'Passed'):
+        """Adds what another one counted."""
+        self.endings.update(other.endings)
+        self.links += other.links
+        self.nested += other.nested
+        self.beside += other.beside
+
+    def files(self, most: int = 12) -> str:
+        """The files by ending, most frequent first, as `20 .heic (...), 3 .txt`."""
+        # The remedy for a kind of file stands once, behind the last of its endings.
+        found = sorted(self.endings.items(), key=lambda item: (-item[1], item[0]))
+        said = [f'{count} {ending}' for ending, count in found[:most]]
+        if len(found) > most:
+            rest = sum(count for _, count in found[most:])
+            said.append(f'{rest} of {len(found) - most} other endings')
+        remedies = {}
+        for ending, _ in found[:most]:
+            if ending in _REMEDY_OF:
+                remedies.setdefault(_REMEDY_OF[ending], []).append(ending)
+        told = '; '.join(f'{", ".join(e)}: {r}' for r, e in remedies.items())
+        return ', '.join(said) + (f' ({told})' if told else '')
+
+    def line(self) -> str:
+        """One line about everything that was counted; empty if there was nothing."""
+        parts = []
+        if self.endings:
+            parts.append(f'passed over {self.files()}')
+        if self.beside:
+            parts.append(f'{self.beside} images lie in no folder of a class')
+        if self.links:
+            parts.append(f'not followed {self.links} links that lead nowhere or back')
+        if self.nested:
+            parts.append(
+                f'{self.nested} images are in folders below those of the classes and '
+                'count as theirs'
+            )
+        return '; '.join(parts)
+
+
+def read_endings() -> str:
+    """The endings of names that are taken for images."""
+    return ', '.join(sorted(images.EXTENSIONS))

@@ -1,0 +1,83 @@
+"""Names of parts: which folder, tar or row is to train on, to choose by or to test.
+
+Names are compared without case, digits and separators, and without words that data
+sets put before or behind them: `seg_train`, `Training Set`, `val2017`, `test-images`.
+"""
+
+import re
+from collections.abc import Iterable
+
+TRAIN, VAL, TEST, OTHER = 'train', 'val', 'test', 'other'
+USED = (TRAIN, VAL, TEST)
+_WORDS = {
+    TRAIN: 'train training trn',
+    VAL: 'val valid vali validation validate validating valset dev devel development',
+    TEST: 'test testing tst eval evaluation evaluate holdout heldout',
+    OTHER: 'pred prediction predictions predict submission inference unlabeled '
+    'unlabelled unlabel unsup unsupervised extra',
+}
+_ROLE_OF = {word: role for role, words in _WORDS.items() for word in words.split()}
+_BEFORE = (
+    'seg|segmented|img|imgs|image|images|picture|pictures|photo|photos|pic|pics|data|'
+    'dataset|the|my|split|splits|part|subset|phase|set|ilsvrc|imagenet|cropped|resized|'
+    'cls|official|is|in|full|small|final|new'
+)
+_BEHIND = (
+    'set|sets|data|dataset|images|image|imgs|img|pictures|photos|photo|pics|split|part|'
+    'subset|phase|folder|dir|files|samples|examples|cropped|resized|jpg|jpeg|png|small|'
+    'full|final|new|all|v|px|x|labeled|labelled|cls'
+)
+_PATTERN = re.compile(
+    rf'(?:{_BEFORE})*?({"|".join(sorted(_ROLE_OF, key=len, reverse=True))})'
+    rf'(?:{_BEHIND})*'
+)
+# As they were always taken, before any other spelling.
+PLAIN = {TRAIN: ('train', 'training'), VAL: ('val', 'valid', 'validation')}
+PLAIN[TEST] = ('test',)
+
+
+def role(name: str) -> str | None:
+    """`train`, `val`, `test`, `other` (for no use here), or None for any other name.
+
+    >>> [role(n) for n in ('seg_train', 'Validation Set', 'TESTING', 'cat', 'trains')]
+    ['train', 'val', 'test', None, None]
+    """
+    letters = re.sub(r'[\W\d_]+', '', name).lower()
+    found = _PATTERN.fullmatch(letters)
+    return _ROLE_OF[found[1]] if found else None
+
+
+def by_role(names: Iterable[str]) -> dict[str, list[str]]:
+    """`{role: names}` of the names that have one, the plainest spelling first.
+
+    Words that are the same in several names are left out: of `birds_train` and
+    `birds_test` it is the rest that tells the part.
+    """
+    found, shared = {}, {}
+    for name in sorted(names):
+        if (part := role(name)) is not None:
+            found.setdefault(part, []).append(name)
+            continue
+        words = [word for word in re.split(r'[\W\d_]+', name.lower()) if word]
+        for place in {0, len(words) - 1} if len(words) > 1 else ():
+            if part := _ROLE_OF.get(words[place]):
+                rest = tuple(words[:place] + words[place + 1 :])
+                shared.setdefault(rest, []).append((part, name))
+    for same in shared.values():
+        if {TRAIN} < {part for part, _ in same}:
+            for part, name in same:
+                found.setdefault(part, []).append(name)
+    for part, same in found.items():
+        plain = PLAIN.get(part, ())
+        same.sort(key=lambda n: plain.index(n) if n in plain else len(plain))
+    return found
+
+
+def is_clear(part: str, names: list[str]) -> bool:
+    """Whether the first of a part's names stands before the others as the plainest."""
+    return len(names) == 1 or names[0] in PLAIN.get(part, ())
+
+
+def plain_case(name: str) -> str:
+    """A name without what differs by accident only: case, blanks, `_` and `-`."""
+    return re.sub(r'[\s_-]+', '', name).casefold()

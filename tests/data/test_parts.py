@@ -1,0 +1,156 @@
+"""Parts of a set under all names that people give them; classes that are none."""
+
+import pytest
+
+from flax_densenet import UserError
+from flax_densenet.data import dataset, parts
+from helpers.runs import write_images
+
+
+def load(folder, **fields):
+    return dataset.load_source(f'folder:{folder}', **{'image_size': 8, **fields})
+
+
+def counts(source):
+    return len(source.train), len(source.test), source.has_test
+
+
+def write(folder, **classes):
+    return write_images(folder, classes or {'a': 3, 'b': 2}, size=(8, 8))
+
+
+@pytest.mark.parametrize(
+    ('role', 'names'),
+    [
+        (
+            'train',
+            'train Train TRAINING train_set seg_train training-set train2017 TrainData '
+            'images_train train_images Train_v2 trn ILSVRC2012_img_train data.train',
+        ),
+        (
+            'val',
+            'val valid Validation validate dev VAL_SET images-val seg_val val2017 '
+            'development validset',
+        ),
+        ('test', 'test Testing test_set TestImages seg_test eval test-224 evaluation'),
+        ('other', 'seg_pred predict unlabeled'),
+        (None, 'cat trains test_tube valley devil latest a 0 raintree contest'),
+    ],
+)
+def test_roles(role, names):
+    assert {name: parts.role(name) for name in names.split()} == dict.fromkeys(
+        names.split(), role
+    )
+
+
+@pytest.mark.parametrize(
+    ('train', 'held_out'),
+    [
+        ('Training', 'Testing'),
+        ('TRAIN', 'VAL'),
+        ('train_set', 'dev_set'),
+        ('seg_train/seg_train', 'seg_test/seg_test'),
+        ('birds-train', 'birds-valid'),
+        ('asl_alphabet_train/asl_alphabet_train', 'asl_alphabet_test'),
+        ('train/images', 'validate/images'),
+        ('archive/train', 'archive/test'),
+        ('a/b/Train Set', 'a/b/Test Set'),
+    ],
+)
+def test_parts_of_many_names(train, held_out, tmp_path, capsys):
+    write(tmp_path / train, a=3, b=2)
+    write(tmp_path / held_out, a=1, b=1)
+    source = load(tmp_path)
+    assert source.class_names == ('a', 'b') and counts(source) == (5, 2, True)
+    out = capsys.readouterr().out
+    assert '5 images in ' in out and '2 in ' in out and 'chooses the best' in out
+
+
+def test_three_parts(tmp_path, capsys):
+    write(tmp_path / 'train', a=6, b=6)
+    write(tmp_path / 'Validation', a=2, b=1)
+    write(tmp_path / 'test', a=4, b=4)
+    (tmp_path / 'extra').mkdir()
+    source = load(tmp_path)
+    assert counts(source) == (12, 3, True)
+    assert '/Validation/' in source.test.name(0)
+    out = capsys.readouterr().out
+    assert '3 in Validation' in out and '8 in test, which is set aside' in out
+    assert 'left out beside the parts: the folders extra' in out
+
+
+def test_a_part_without_classes(tmp_path, capsys):
+    write(tmp_path / 'train', a=6, b=6)
+    write(tmp_path, test=5)
+    write(tmp_path / 'pred', images=3)
+    source = load(tmp_path)
+    assert not source.has_test and len(source.train) + len(source.test) == 12
+    assert 'test is left out: its images lie directly in it' in capsys.readouterr().out
+    write(tmp_path / 'val', a=2)
+    assert counts(load(tmp_path)) == (12, 2, True)
+    assert 'val has no images of 1 of 2 classes (b)' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('folders', 'message'),
+    [
+        (('val/a', 'val/b', 'test/a', 'test/b'), r'\(test, val\) look like parts'),
+        (('one/a', 'one/b', 'two/a', 'two/b'), r'\(one, two\) hold the same folders'),
+        (('a/train', 'a/val', 'b/train', 'b/val'), 'hold the same parts .train, val'),
+        (('train_1/a', 'train_2/a', 'test/a'), 'train_1 and train_2 all look like'),
+        (('train/a', 'train/b', 'photos/c'), 'train holds folders as if it were a'),
+        (('train', 'val/a', 'val/b'), 'train holds images but no folders of classes'),
+        (('train/a', 'train/b', 'val/A', 'val/b'), "'A' of val is written 'a' in"),
+        (('train/a b', 'train/c', 'val/a_b', 'val/c'), "'a_b' of val is written"),
+    ],
+)
+def test_folders_that_are_no_classes(folders, message, tmp_path):
+    for folder in folders:
+        write((tmp_path / folder).parent, **{(tmp_path / folder).name: 2})
+    with pytest.raises(UserError, match=message):
+        load(tmp_path)
+
+
+def test_classes_that_look_like_little(tmp_path, capsys):
+    """One class called train, and folders below classes that differ: as before."""
+    write(tmp_path, train=5, plane=5)
+    write(tmp_path / 'plane', left=1, right=1)
+    assert load(tmp_path).class_names == ('plane', 'train')
+    assert '2 images are in folders below' in capsys.readouterr().out
+
+
+def test_one_part_alone_tells_of_the_others(tmp_path, capsys):
+    write(tmp_path / 'train', a=5, b=5)
+    write(tmp_path / 'test', a=1, b=1)
+    load(tmp_path / 'train')
+    assert 'beside train there is test, which is not looked at' in (
+        capsys.readouterr().out
+    )
+
+
+def test_results_are_no_class(tmp_path, capsys):
+    write(tmp_path, a=5, b=5)
+    (tmp_path / 'ckpt' / 'run').mkdir(parents=True)
+    (tmp_path / 'ckpt' / 'run' / 'metrics.jsonl').write_text('')
+    (tmp_path / 'ckpt' / 'run' / 'samples.png').write_bytes(b'')
+    assert load(tmp_path).class_names == ('a', 'b')
+    assert 'left out: ckpt, a folder of results' in capsys.readouterr().out
+
+
+def test_files_passed_over_are_counted(tmp_path, capsys):
+    write(tmp_path, a=5, b=5)
+    for number in range(3):
+        (tmp_path / 'a' / f'{number}.psd').write_bytes(b'x')
+    (tmp_path / 'b' / 'notes').write_text('x')
+    (tmp_path / 'b' / 'x.zip').write_text('x')
+    (tmp_path / 'labels.csv').write_text('x')
+    (tmp_path / 'z.png').write_bytes(b'')
+    load(tmp_path)
+    out = capsys.readouterr().out
+    assert 'passed over 3 .psd, 1 .csv, 1 .zip, 1 no ending' in out
+    assert '.psd: convert them to JPEG or PNG' in out and '.zip: unpack them' in out
+    assert '1 images lie in no folder of a class' in out
+    (tmp_path / 'c').mkdir()
+    (tmp_path / 'c' / '1.psd').write_bytes(b'x')
+    with pytest.raises(UserError, match='the folder c holds no images but 1 .psd'):
+        load(tmp_path)

@@ -1,6 +1,8 @@
 """The one exception for mistakes that a user can mend, and names fit for its line."""
 
+import contextlib
 import errno
+import importlib.util
 from collections.abc import Sequence
 
 # A path or a value may be of any length; the remedy stands at the end.
@@ -23,6 +25,45 @@ class UserError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(_shorten(printable(message)))
+
+
+class MissingExtraError(UserError):
+    """A package of an extra (`pip install 'flax_densenet[EXTRA]'`) is not installed."""
+
+
+@contextlib.contextmanager
+def extra(name: str, what: str):
+    """For the imports of an optional package: a missing one names its extra.
+
+        with errors.extra('report', 'report.html'):
+            import jinja2
+
+    Args:
+      name: the extra in `pyproject.toml`.
+      what: what needs it: a file, a command or a field.
+
+    Raises:
+      MissingExtraError: an import failed.
+    """
+    try:
+        yield
+    except ImportError as error:
+        package = (error.name or str(error)).partition('.')[0]
+        raise MissingExtraError(
+            f"{what} needs {package}: pip install 'flax_densenet[{name}]'"
+        ) from error
+
+
+def is_installed(*packages: str) -> bool:
+    """Whether all packages can be imported; imports none.
+
+    >>> is_installed('numpy'), is_installed('numpy', 'no_such_package')
+    (True, False)
+    """
+    try:
+        return all(importlib.util.find_spec(name) is not None for name in packages)
+    except (ImportError, ValueError):
+        return False
 
 
 def printable(text: str) -> str:

@@ -12,6 +12,7 @@ import re
 import shlex
 from typing import Any
 
+from flax_densenet import errors
 from flax_densenet._version import __version__
 from flax_densenet.errors import UserError, printable
 from flax_densenet.export import model_card_facts
@@ -188,6 +189,12 @@ def _license_id(license):
     if license is None:
         return 'unknown'
     return license.lower() if license.lower() in _LICENSES else 'other'
+
+
+def check_installed():
+    """Raises where the extra `export`, which renders the card, is missing."""
+    with errors.extra('export', 'the model card'):
+        import jinja2  # noqa: F401
 
 
 def _environment():

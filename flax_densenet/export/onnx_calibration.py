@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_densenet.errors import UserError
+from flax_densenet import errors
 from flax_densenet.export import onnx_network
 from flax_densenet.models import densenet
 
@@ -65,13 +65,8 @@ def start(made) -> Any:
     Raises:
       UserError: it is not installed.
     """
-    try:
+    with errors.extra('export', '--precision=int8'):
         import onnxruntime
-    except ImportError as error:
-        raise UserError(
-            '--precision=int8 is calibrated by ONNX Runtime: '
-            "pip install 'flax_densenet[export]'"
-        ) from error
     providers = ['CPUExecutionProvider']
     return onnxruntime.InferenceSession(made.SerializeToString(), providers=providers)
 

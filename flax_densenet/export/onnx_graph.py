@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_densenet.errors import UserError
+from flax_densenet import errors
 from flax_densenet.export import precision as precision_lib
 
 # The oldest operator set with LayerNormalization, read by runtimes since 2022.
@@ -103,13 +103,9 @@ class Graph:
 
 
 def import_onnx() -> Any:
-    """The package `onnx`, or a UserError that says how to get it."""
-    try:
+    """The package `onnx`, or a UserError that names its extra."""
+    with errors.extra('export', '--format=onnx'):
         import onnx
         import onnx.helper
         import onnx.numpy_helper
-    except ImportError as error:
-        raise UserError(
-            "--format=onnx needs onnx: pip install 'flax_densenet[export]'"
-        ) from error
     return onnx

@@ -42,6 +42,7 @@ class Release:
         folder = os.path.dirname(os.path.abspath(out))
         if not os.path.isdir(folder):
             raise UserError(f'--out={out}: there is no folder {folder}; make it first')
+        model_card.check_installed()
         if self.options.precision == 'int8':
             onnx_int8.check(self.trained.module, self.trained.metadata)
         if self.file_format == 'onnx':

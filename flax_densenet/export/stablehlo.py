@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_densenet import errors
 from flax_densenet.errors import UserError
 from flax_densenet.export import precision as precision_lib
 from flax_densenet.inference import programs
@@ -71,7 +72,7 @@ def save(
         takes, instead of only the model's own S; see `Network.takes_any_size`.
 
     Raises:
-      UserError: the package `flatbuffers` is missing, an argument is not known or not
+      UserError: the extra `export` is not installed, an argument is not known or not
         possible, or a kernel has values that float16 cannot hold.
     """
     _check_installed()
@@ -141,13 +142,8 @@ def _version(text):
 
 
 def _check_installed():
-    try:
+    with errors.extra('export', '--format=stablehlo'):
         import flatbuffers  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            '--format=stablehlo needs the package flatbuffers: '
-            "pip install 'flax_densenet[export]'"
-        ) from error
 
 
 def _export(trained, inputs, precision, any_size=False):

@@ -79,9 +79,11 @@ def picture(image: np.ndarray, cam: np.ndarray, caption: str) -> Image.Image:
 
 @functools.cache
 def _font():
-    """DejaVu Sans of matplotlib: Pillow's own font has few letters beyond ASCII."""
-    import matplotlib  # 0.2 s, and only where a picture is made
-
+    """DejaVu Sans of matplotlib, if installed: Pillow's own has only basic letters."""
+    try:
+        import matplotlib  # 0.2 s, and only where a picture is made
+    except ImportError:
+        return ImageFont.load_default(_LETTERS)
     path = os.path.join(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf')
     return ImageFont.truetype(path, _LETTERS)
 

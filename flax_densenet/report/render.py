@@ -10,6 +10,7 @@ import importlib.resources
 import json
 import os
 
+from flax_densenet import errors
 from flax_densenet.errors import UserError
 from flax_densenet.system import atomic
 
@@ -24,6 +25,17 @@ def figure(value: float | None) -> str:
     return '-' if value is None else f'{value:.3f}'
 
 
+def check_installed(what: str):
+    """Raises where the packages of the extra `report` are missing.
+
+    Args:
+      what: the file that needs them.
+    """
+    with errors.extra('report', what):
+        import jinja2  # noqa: F401
+        import plotly  # noqa: F401
+
+
 def save_page(path, template, charts, **values):
     """Renders a page beside its place and moves it there, so that it is whole.
 
@@ -36,6 +48,7 @@ def save_page(path, template, charts, **values):
     Raises:
       UserError: the page cannot be written.
     """
+    check_installed(os.path.basename(path))
     import jinja2
     import markupsafe
     from plotly.offline import get_plotlyjs

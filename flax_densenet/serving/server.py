@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
+from flax_densenet import errors
 from flax_densenet.errors import UserError
 
 if typing.TYPE_CHECKING:
@@ -37,16 +38,12 @@ _LEAVE_S = 4.0
 
 def check_installed():
     """Raises where the packages of the extra `serve` are missing."""
-    try:
+    with errors.extra('serve', 'serve'):
         import hypercorn  # noqa: F401
+        import jinja2  # noqa: F401
         import prometheus_client  # noqa: F401
         import python_multipart  # noqa: F401
         import starlette  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f'--mode=serve needs the package {error.name}: '
-            "pip install 'flax_densenet[serve]'"
-        ) from error
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -11,6 +11,7 @@ import sqlite3
 import warnings
 from typing import Any
 
+from flax_densenet import errors
 from flax_densenet.errors import UserError
 
 PRUNERS = ('none', 'median', 'halving')
@@ -20,13 +21,8 @@ ENOUGH = 10  # finished trials, with fewer of which an importance is chance
 
 
 def _optuna():
-    try:
+    with errors.extra('sweep', 'sweep'):
         import optuna
-    except ImportError as error:
-        raise UserError(
-            f'--mode=sweep needs the package {error.name}: '
-            "pip install 'flax_densenet[sweep]'"
-        ) from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 

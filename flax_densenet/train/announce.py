@@ -2,6 +2,7 @@
 
 import jax
 
+from flax_densenet import errors
 from flax_densenet.data import class_balance
 from flax_densenet.train import progressive_resizing, training_run
 
@@ -24,7 +25,29 @@ def announce(run: training_run.TrainingRun):
         print(f'images to train on: {growing}', flush=True)
     if str(run.plan):
         print(run.plan, flush=True)
+    if missing := describe_missing(run.config['train']):
+        print(missing, flush=True)
     _print_balance(run)
+
+
+def describe_missing(fields) -> str:
+    """Which files a run does not write as their extras are not installed, or ''.
+
+    Args:
+      fields: those of `config.train`.
+    """
+    files = {'report': [], 'tensorboard': []}
+    if not errors.is_installed('matplotlib'):
+        files['report'] += ['curves.png', 'samples.png']
+    if fields['report'] and not errors.is_installed('jinja2', 'plotly'):
+        files['report'].append('report.html')
+    if fields['tensorboard'] and not errors.is_installed('tensorboardX'):
+        files['tensorboard'].append('TensorBoard events')
+    extras = ','.join(extra for extra, missing in files.items() if missing)
+    if not extras:
+        return ''
+    names = ', '.join(file for missing in files.values() for file in missing)
+    return f"not written: {names}; they need pip install 'flax_densenet[{extras}]'"
 
 
 def _print_balance(run):

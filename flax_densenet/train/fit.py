@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from flax_densenet import errors
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.checkpoints import run_folder
 from flax_densenet.checkpoints import writer as checkpoint_writer
@@ -131,13 +132,16 @@ def _lock(workdir):
 def _finish(run, records, *, anew):
     """Draws the curves, writes the report, and returns the best record."""
     best = max(records, key=checkpoint_reader.rank)
-    if mesh.is_writer():
+    drawn = errors.is_installed('matplotlib')
+    if mesh.is_writer() and drawn:
         plots.save_curves(run.workdir, records)
     written = _save_report(run, anew=anew)
     if mesh.is_writer():
+        pictures = ['curves.png', 'samples.png'] if drawn else ['metrics.jsonl']
+        *names, last = ['checkpoints', *written, *pictures]
         print(
             f'best: epoch {best["epoch"]}, Test_acc: {best["test_accuracy"]:.1%}; '
-            f'checkpoints, {written}curves.png and samples.png are in {run.workdir}',
+            f'{", ".join(names)} and {last} are in {run.workdir}',
             flush=True,
         )
     return best
@@ -147,13 +151,15 @@ def _save_report(run, *, anew):
     """Writes the page of the best checkpoint; a failure takes nothing from the run.
 
     Returns:
-      Its name with a comma, or nothing.
+      Its name in a list, or an empty one.
     """
     there = os.path.exists(os.path.join(run.workdir, page.REPORT_FILE))
     if there and not anew:
-        return f'{page.REPORT_FILE}, '
-    if not run.config['train']['report']:
-        return ''
+        return [page.REPORT_FILE]
+    if not run.config['train']['report'] or not processes.broadcast(
+        'report', lambda: errors.is_installed('jinja2', 'plotly')
+    ):
+        return []
     fields, source = run.config['data'], run.source
     try:
         trained = trained_lib.load_trained(run.workdir, 'best', mesh=run.mesh)
@@ -167,8 +173,8 @@ def _save_report(run, *, anew):
         page.save_report(run.workdir, trained, source, found)
     except UserError as error:
         print(f'no {page.REPORT_FILE}: {error}; --mode=report tries again', flush=True)
-        return ''
-    return f'{page.REPORT_FILE}, '
+        return []
+    return [page.REPORT_FILE]
 
 
 def _train(work: loop.Loop, state, epochs_done, ends_after):
@@ -207,9 +213,10 @@ def _train(work: loop.Loop, state, epochs_done, ends_after):
 
 
 def _open_board(run, start):
+    wanted = run.config['train']['tensorboard'] and mesh.is_writer()
     return tensorboard.open_writer(
         run.workdir,
-        enabled=run.config['train']['tensorboard'] and mesh.is_writer(),
+        enabled=wanted and errors.is_installed('tensorboardX'),
         start=start,
         steps_per_epoch=len(run.source.train) / run.config['data']['batch_size'],
     )
@@ -322,7 +329,7 @@ def _write_lines(path, lines):
 
 
 def _save_samples(run, shown):
-    if not mesh.is_writer():
+    if not mesh.is_writer() or not errors.is_installed('matplotlib'):
         return
     if sys.platform.startswith('linux'):  # there this is about the thread alone
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

@@ -26,6 +26,7 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
+from flax_densenet import errors
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.distributed import mesh
 from flax_densenet.errors import UserError
@@ -90,9 +91,14 @@ def find(config, workdir: str, *, steps: int = 100) -> dict[str, Any]:
     if mesh.is_writer():
         with open(os.path.join(workdir, FILE), 'w') as file:
             json.dump(result, file, indent=2)
-        figure = plots.plot_rates(rates, losses, means, result['suggestion'])
-        figure.savefig(os.path.join(workdir, PICTURE), dpi=110)
-        print(_format(result, workdir), flush=True)
+        where = f'{FILE} is in {workdir}'
+        if errors.is_installed('matplotlib'):
+            figure = plots.plot_rates(rates, losses, means, result['suggestion'])
+            figure.savefig(os.path.join(workdir, PICTURE), dpi=110)
+            where = f'{PICTURE} and {FILE} are in {workdir}'
+        else:
+            print(f"no {PICTURE}: it needs pip install 'flax_densenet[report]'")
+        print(_format(result, where), flush=True)
     return result
 
 
@@ -211,8 +217,7 @@ def _lowest(means):
     return first + int(np.argmin(means[first:]))
 
 
-def _format(result, workdir):
-    where = f'{PICTURE} and {FILE} are in {workdir}'
+def _format(result, where):
     stopped = f'; {result["stopped"]} at ' if result['stopped'] else ''
     if stopped:
         stopped += f'{result["learning_rate"][-1]:.1e}'

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_densenet.errors import UserError
+from flax_densenet import errors
 
 SIGNATURE = b'\x89HDF\r\n\x1a\n'
 # DenseNet-264 with its optimizer state takes 0.4 GB.
@@ -26,12 +26,8 @@ def open_file(file: Any):
     Raises:
       UserError: h5py is not installed.
     """
-    try:
+    with errors.extra('keras', 'a Keras file'):
         import h5py
-    except ImportError as error:
-        raise UserError(
-            "Keras files need h5py: pip install 'flax_densenet[keras]'"
-        ) from error
     return h5py.File(file, 'r')
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from flax_densenet import errors
 from flax_densenet.errors import UserError
 from flax_densenet.weights import hdf5, keras_config, keras_layers
 
@@ -237,16 +238,11 @@ def _make_network(module, channels):
     """keras.applications' DenseNet for images of any size; random weights."""
     # Keras reads it at import, and would look for TensorFlow.
     os.environ.setdefault('KERAS_BACKEND', 'jax')
-    try:
+    with errors.extra('keras', '--format=keras'):
         import keras
 
         # The public functions have three lists of blocks, this one takes any.
         from keras.src.applications.densenet import DenseNet
-    except ImportError as error:
-        raise UserError(
-            f'writing a Keras file needs keras ({error}): pip install '
-            "'flax_densenet[keras]'"
-        ) from error
     depth = 2 * sum(module.block_sizes) + 5
     return DenseNet(
         list(module.block_sizes),

@@ -25,6 +25,8 @@ CALLS |= {
 METHODS = {'extractall', 'extract', 'load_model', 'import_module', 'unpack_archive'}
 # Each with its reason.
 ALLOWED = {
+    # Whether a package of an extra is installed.
+    'flax_densenet/errors.py': {'importlib'},
     # Its classes are inert records; `find_class` decides, see test_weight_file.py.
     'flax_densenet/weights/torch_pickle.py': {'pickle'},
     # Raises pickle's error; reads instructions, makes no objects.

@@ -227,6 +227,7 @@ def load(name: str) -> PackedReader:
       UserError: something of it is missing, cut short or damaged. Damage within a shard
         shows as its image is read, or by `verify`.
     """
+    records.check_installed()
     folder = paths.resolve(name, 'data.source=packed:')
     if not name or not os.path.isfile(os.path.join(folder, manifest_lib.FILE)):
         raise UserError(

@@ -7,12 +7,21 @@ import resource
 import threading
 from typing import Any
 
+from flax_densenet import errors
+
 # Records one by one, as random access needs them; images are compressed already.
 WRITER_OPTIONS = 'group_size:1,uncompressed'
 # Threads of its own, one record at a time, would only cost.
 _READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'
 _BUFFER = 8192
 _AHEAD = 2**23  # bytes
+
+
+def check_installed():
+    """Raises where the packages of the extra `packed` are missing."""
+    with errors.extra('packed', 'packed data'):
+        import msgpack  # noqa: F401
+        from array_record.python import array_record_module  # noqa: F401
 
 
 def records(path: str):

@@ -67,6 +67,7 @@ def pack(
         )
     if labels and kind != 'folder':
         raise UserError(f'data.labels={labels} needs data.source=folder:PATH')
+    records.check_installed()
     _check_out(out)
     found = sources.SOURCES[kind](name, bad_images=bad_images, labels=labels)
     stored = pack_plan.Images(found, paths_lib.expand(name), options)

@@ -1,194 +1,269 @@
-"""Every field of the program, once, with its unit and effect; recipes override it.
+"""All settings, each with its type, default and meaning; recipes change the defaults.
 
-`python launch.py` without --config takes this one: DenseNet-121 on scikit-learn's
-handwritten digits.
+`python launch.py` without --config uses this file: DenseNet-121 on scikit-learn's
+handwritten digits. `python launch.py settings` prints the comments below: a comment
+describes the field under it, or in front of it.
 """
 
 from ml_collections import ConfigDict, config_dict
 
 
 def get_config() -> ConfigDict:
-    # None leaves a field open: as init_from's weights have it, else the variant's own.
+    # None leaves a field open: init_from's weights decide, else the variant.
     optional = config_dict.placeholder
     config = ConfigDict()
-    # Start from these weights: a file of torch (.pth), safetensors or Keras (.h5,
-    # .keras), a folder as the Hugging Face Hub has them (config.json and
-    # model.safetensors), or the workdir of a run. A checkpoint in --workdir comes
-    # first. The classifier starts anew where the classes differ.
+
+    # Start from these weights: a file of PyTorch (.pth), safetensors or Keras (.h5,
+    # .keras), a folder of the Hugging Face Hub (config.json and model.safetensors), or
+    # the folder of a run. A checkpoint in --workdir comes first. The classifier starts
+    # from random values if the classes differ.
     config.init_from = ''
 
+    # The network. A field that is not set is as in init_from, else as the variant has
+    # it.
     config.model = ConfigDict()
-    # densenet121, 161, 169, 201, 264, densenetblur121d, densenet264d, or
-    # [B-|C-|BC-]L<depth>k<growth rate>, or rdnet_tiny, small, base, large; None: as
-    # init_from has it, else densenet121.
+    # densenet121, densenet161, densenet169, densenet201, densenet264, densenetblur121d,
+    # densenet264d, [B-|C-|BC-]L<depth>k<growth rate> such as BC-L100k12, or rdnet_tiny,
+    # rdnet_small, rdnet_base, rdnet_large. If not set: as in init_from, else
+    # densenet121.
     config.model.variant = optional(str)
-    config.model.growth_rate = optional(int)  # feature maps that a layer adds
-    config.model.block_sizes = optional(tuple)  # layers of each block, '(6,12,24,16)'
-    config.model.bottleneck = optional(int)  # 1x1 width in growth rates; 0: no 1x1
-    config.model.compression = optional(float)  # share that a transition keeps
-    # imagenet (7x7/2, pool), deep (3x3/2, 3x3, 3x3, pool) or cifar (3x3)
+    # Feature maps that each layer adds. DenseNet only.
+    config.model.growth_rate = optional(int)
+    # Layers of each block, '(6,12,24,16)'.
+    config.model.block_sizes = optional(tuple)
+    # Width of the 1x1 convolutions, in growth rates. 0: no 1x1 convolutions.
+    config.model.bottleneck = optional(int)
+    # Share of the feature maps that a transition keeps.
+    config.model.compression = optional(float)
+    # First layers: imagenet (7x7 with stride 2, then pooling), deep (three 3x3, then
+    # pooling) or cifar (3x3). DenseNet only.
     config.model.stem = optional(str)
+    # Feature maps after the stem.
     config.model.stem_features = optional(int)
-    config.model.blur_pool = optional(bool)  # the stem's pooling blurs where it halves
+    # Blur where the stem halves the resolution. DenseNet only.
+    config.model.blur_pool = optional(bool)
+    # Share of values to drop in training.
     config.model.dropout_rate = 0.0
-    # conv3x3 (each of a block, as PyTorch's ports) or every_conv (also the 1x1 and the
-    # transitions', as the authors' code; with the plain layers, which are slower).
+    # Where to drop: conv3x3 (after each 3x3 convolution of a block, as in PyTorch's
+    # versions) or every_conv (also after the 1x1 and in the transitions, as in the
+    # authors' code; slower, with the plain layers). DenseNet only.
     config.model.dropout_after = optional(str)
-    # Share of images that the last layer's new maps are left out of in training
-    # (stochastic depth); falls evenly to 0 in the first. On CPUs by kernel=xla: slower.
+    # Stochastic depth: share of images for which the last layer's new maps are left out
+    # in training; falls evenly to 0 in the first layer. On CPUs it needs kernel=xla,
+    # which is slower.
     config.model.drop_path_rate = optional(float)
-    config.model.epsilon = optional(float)  # in batch norm, added to the variance; 1e-5
-    # Share of the running statistics kept at each step; 0.9, Keras has 0.99.
+    # Added to the variance in batch norm. Usually 1e-5.
+    config.model.epsilon = optional(float)
+    # Share of batch norm's running statistics to keep at each step. PyTorch's is 0.9,
+    # Keras' 0.99. DenseNet only.
     config.model.momentum = optional(float)
-    # Running variance as torch (True) or as Keras (False).
+    # Batch norm's running variance is unbiased, as in PyTorch; False as in Keras.
+    # DenseNet only.
     config.model.unbiased_variance = optional(bool)
-    config.model.dtype = 'float32'  # of activations; or bfloat16
-    config.model.padding = optional(str)  # torch, or same, as TensorFlow pads
-    config.model.initializer = 'he_fan_in'  # he_fan_out, glorot_normal
-    config.model.fast = True  # the fast dense block; False: plain layers
-    config.model.kernel = 'auto'  # of the fast block: native (C++, CPU), xla, auto
-    # none keeps activations, block computes them again: less memory; with the fast
-    # block, by xla, also faster, and its default. RDNet's is none.
+    # Precision of activations: float32 or bfloat16.
+    config.model.dtype = 'float32'
+    # torch, or same, as in TensorFlow. DenseNet only.
+    config.model.padding = optional(str)
+    # Initial kernels: he_fan_in, he_fan_out or glorot_normal.
+    config.model.initializer = 'he_fan_in'
+    # Use the fast dense block; False uses plain layers. DenseNet only.
+    config.model.fast = True
+    # Implementation of the fast dense block: native (C++, for CPUs), xla, or auto.
+    # DenseNet only.
+    config.model.kernel = 'auto'
+    # none keeps activations for the gradient; block recomputes them, which saves
+    # memory. With the fast dense block on xla, block is also faster, and its default;
+    # RDNet's default is none.
     config.model.remat = optional(str)
-    # Batch norm's statistics in training: 0 of the global batch (of a micro-batch, with
-    # train.accumulate_steps); n of each n consecutive rows of it; -1 of the rows of
-    # each device, which then exchange none. The running ones are averages over groups.
+    # Images that batch norm in training takes its statistics of. 0: the global batch,
+    # or a micro-batch with train.accumulate_steps. n: each n consecutive images. -1:
+    # the images of each device, which then exchange nothing. The running statistics
+    # are averages over these groups. DenseNet only.
     config.model.batch_norm_group = 0
-    # Of RDNet alone, as growth_rate, stem, blur_pool, dropout_after, momentum,
-    # unbiased_variance, padding, fast, kernel and batch_norm_group are of DenseNet.
-    config.model.growth_rates = optional(tuple)  # feature maps of a layer, by block
-    config.model.halvings = optional(tuple)  # transitions that halve, counted from 1
-    config.model.squeeze_blocks = optional(tuple)  # with squeeze-excitation, from 1
-    config.model.layer_scale = optional(float)  # first factor of a layer; 0: none
-    config.model.patch_size = optional(int)  # pixels, of the stem's patches
+    # Feature maps that each layer adds, by block. RDNet only.
+    config.model.growth_rates = optional(tuple)
+    # Transitions that halve the resolution, counted from 1. RDNet only.
+    config.model.halvings = optional(tuple)
+    # Blocks with squeeze-and-excitation, counted from 1. RDNet only.
+    config.model.squeeze_blocks = optional(tuple)
+    # Initial scale of each layer's output. 0: no scale. RDNet only.
+    config.model.layer_scale = optional(float)
+    # Width of the stem's patches in pixels. RDNet only.
+    config.model.patch_size = optional(int)
 
+    # The images, how they are prepared, and how they are loaded.
     config.data = ConfigDict()
-    # digits, folder:PATH (PATH/CLASS/* or PATH/{train,val}/CLASS/*), packed:DIR (made
-    # by --mode=pack), tar:PATH (webdataset's shards) or tfds:NAME[:CONFIG].
+    # digits; folder:PATH (PATH/CLASS/* or PATH/{train,val}/CLASS/*); packed:FOLDER
+    # (made by the command pack); tar:PATH (webdataset shards); or tfds:NAME[:CONFIG].
     config.data.source = 'digits'
-    # Table (CSV) of several labels an image, for folder:PATH, whose images it names: a
-    # column for each label with 1, 0 or nothing (not known);
-    # flax_densenet/data/label_table.py.
+    # CSV table with several labels per image, for the images of folder:PATH: a column
+    # for each label with 1, 0 or nothing (not known). The accepted forms are described
+    # in flax_densenet/data/label_table.py.
     config.data.labels = ''
-    # How an image is prepared; None (0) leaves it to init_from's weights, else to the
-    # value named first.
-    config.data.image_size = 0  # pixels a side; digits 32, others 224
-    config.data.resize = optional(str)  # stretch, or crop: a square in the center
-    config.data.crop_fraction = optional(float)  # 1.0; its share of the shorter side
-    config.data.interpolation = optional(str)  # bilinear, bicubic
-    config.data.channels = 0  # 3 for color, 1 for gray
-    # (image / 255 - mean) / std, a number for each channel; ImageNet's.
+    # Width and height in pixels. 0: as in init_from, else 32 for digits and 224 for
+    # other sources.
+    config.data.image_size = 0
+    # stretch, or crop: the square in the center. If not set: as in init_from, else
+    # stretch.
+    config.data.resize = optional(str)
+    # Share of the shorter side that resize=crop keeps. If not set: as in init_from,
+    # else 1.0.
+    config.data.crop_fraction = optional(float)
+    # bilinear or bicubic. If not set: as in init_from, else bilinear.
+    config.data.interpolation = optional(str)
+    # 3 for color, 1 for grayscale. 0: as in init_from, else 3.
+    config.data.channels = 0
+    # Subtracted from the image, whose values are 0 to 1: one number per channel. If not
+    # set: as in init_from, else ImageNet's.
     config.data.mean = optional(tuple)
+    # The image is divided by it after data.mean: one number per channel. If not set: as
+    # in init_from, else ImageNet's.
     config.data.std = optional(tuple)
-    config.data.batch_size = 32  # images of a step, over all devices and hosts
-    config.data.test_fraction = 0.2  # split off where the source has no test part
-    config.data.split_seed = 0  # of that split
-    # What is done to training images, in this order; samples.png shows it.
-    # flip, shift_flip (CIFAR), crop_flip (ImageNet): a part of the whole photograph
+    # Images per step, over all devices and hosts.
+    config.data.batch_size = 32
+    # Share of the images to split off for testing if the source has no test part.
+    config.data.test_fraction = 0.2
+    # Seed of that split.
+    config.data.split_seed = 0
+    # Random crops and flips of training images: none, flip, shift_flip (as for CIFAR)
+    # or crop_flip (as for ImageNet). samples.png in the run's folder shows them.
     config.data.augment = 'none'
-    # Brightness, contrast, saturation and hue, '(0.4,0.4,0.4,0.1)': factors from 1 - x
-    # to 1 + x, the hue turns by so much of the circle; 0.4 alone is of the first three.
+    # Random changes of brightness, contrast, saturation and hue, such as
+    # '(0.4,0.4,0.4,0.1)': factors from 1 - x to 1 + x; the hue turns by up to this
+    # share of the color wheel. A single number is for the first three. Applied after
+    # data.augment.
     config.data.color_jitter = ()
-    # trivialaugment (one operation, of any strength), randaugment (two of strength 9 of
-    # 30) or randaugment-N-M: turned, sheared, moved, recolored, as torchvision does.
+    # Random operations such as rotation and shear, as in torchvision: none,
+    # trivialaugment (one, of any strength), randaugment (two, of strength 9 of 30) or
+    # randaugment-N-M. Applied after data.color_jitter.
     config.data.policy = 'none'
-    config.data.erase = 0.0  # share of images that a box is erased from
-    # Images in pairs of a batch, over each other (mixup) or a box of one in the other
-    # (CutMix), with both labels in the loss: alpha of the shares' Beta(alpha, alpha),
-    # 0.2 (mixup), 1.0 (CutMix), 0 for none; with both, each batch has one of them. The
-    # training accuracy counts the label with the larger share.
+    # Share of training images in which a random box is erased.
+    config.data.erase = 0.0
+    # Blend pairs of training images and their labels: alpha of the Beta(alpha, alpha)
+    # distribution of the shares, such as 0.2. 0: off. If data.cutmix is also set, each
+    # batch uses one of the two. Training accuracy counts the label with the larger
+    # share.
     config.data.mixup = 0.0
+    # Paste a box of one training image into another and mix their labels: alpha as for
+    # data.mixup, such as 1.0. 0: off.
     config.data.cutmix = 0.0
-    # Smaller images at first, '((0.5,16),(0.8,24))': 16 pixels a side for half of the
-    # epochs, 24 up to 80 % of them, then image_size, at which all tests are.
+    # Smaller images at first: '((0.5,16),(0.8,24))' trains with 16 pixels for the first
+    # half of the epochs, then 24 until 80% of them, then data.image_size. Tests always
+    # use data.image_size.
     config.data.size_schedule = ()
-    # Classes of different sizes: sampler draws all equally often (an epoch has as many
-    # images as before), loss weighs all classes alike in the gradient; none of both.
+    # For classes of different sizes: none; sampler draws all classes equally often (an
+    # epoch keeps its number of images); or loss gives all classes equal weight.
     config.data.balance = 'none'
-    # What a trained model sees of an image: none, the image; flip, also its mirror
-    # image, and probabilities are the mean of both, in twice the time. Of --mode=eval,
-    # report and predict, which can change it, and of serve; not of the test after each
-    # epoch, which chooses the best one.
+    # Test-time augmentation: none, or flip, which also looks at the mirrored image and
+    # averages the probabilities, in twice the time. Used by eval, report and predict,
+    # which can change it, and by serve; not by the test after each epoch.
     config.data.tta = 'none'
-    config.data.bad_images = 'error'  # or skip: leaves them out and lists them
-    # The same image in training and test: report tells of it, drop leaves it out of
-    # training, ignore does not look; a split of ours keeps copies on one side.
+    # Images that cannot be read: error stops; skip leaves them out and lists them.
+    config.data.bad_images = 'error'
+    # Images that are in both training and test: report prints a warning, drop leaves
+    # them out of training, ignore does not look for them. A split made by this program
+    # keeps copies of an image on the same side.
     config.data.duplicates = 'report'
-    # memory: keeps images as they are resized, up to the limit; the parts of crop_flip
-    # are then cut from these.
+    # none, or memory: keep the resized images in memory, up to data.cache_limit_gib.
+    # augment=crop_flip then crops the resized images.
     config.data.cache = 'none'
+    # Limit of data.cache and of train.cache_features, in GiB.
     config.data.cache_limit_gib = 4.0
-    config.data.threads = 4  # decoding threads, where workers is 0
-    config.data.workers = 0  # decoding processes, for many cores
-    config.data.tfds_dir = optional(str)  # where TFDS keeps its sets; None: its own
-    config.data.tfds_train = ''  # its splits to train on, 'train+extra'; '': train
+    # Threads that decode images, if data.workers is 0.
+    config.data.threads = 4
+    # Processes that decode images, for machines with many cores.
+    config.data.workers = 0
+    # Folder where TFDS keeps its data sets. If not set: TFDS' own default.
+    config.data.tfds_dir = optional(str)
+    # TFDS splits to train on, such as 'train+extra'. Empty: train.
+    config.data.tfds_train = ''
 
+    # The optimizer and its learning rate.
     config.optimizer = ConfigDict()
-    config.optimizer.name = 'adam'  # adamw, sgd (Nesterov), lamb (large batches)
-    config.optimizer.learning_rate = 1e-4  # the highest of the schedule
-    # cosine (to 0), steps (/10, below), or one_cycle: up from 1/25 over warmup_epochs
-    # (0: over 0.3 of training), then down to nearly 0.
+    # adam, adamw, sgd (with Nesterov momentum) or lamb (for large batches).
+    config.optimizer.name = 'adam'
+    # The highest learning rate of the schedule.
+    config.optimizer.learning_rate = 1e-4
+    # constant; cosine, down to 0; steps, a tenth at each of optimizer.drop_at; or
+    # one_cycle: up from 1/25 during warmup_epochs (0: during 30% of training), then
+    # down to nearly 0.
     config.optimizer.schedule = 'constant'
-    config.optimizer.drop_at = (0.5, 0.75)  # shares of training where steps divides
-    config.optimizer.warmup_epochs = 0.0  # the rate rises from 0 over these
-    config.optimizer.momentum = 0.9  # of sgd
-    config.optimizer.weight_decay = 0.0  # decoupled with adamw and lamb
-    # What weight decay is of: all parameters, as in the paper, or kernels, which leaves
-    # out norms and biases; lamb's trust ratio is of the same.
+    # Shares of training at which schedule=steps divides the rate by 10.
+    config.optimizer.drop_at = (0.5, 0.75)
+    # Epochs during which the learning rate rises from 0.
+    config.optimizer.warmup_epochs = 0.0
+    # Momentum of sgd.
+    config.optimizer.momentum = 0.9
+    # Weight decay; decoupled for adamw and lamb.
+    config.optimizer.weight_decay = 0.0
+    # What weight decay and lamb's trust ratio apply to: all parameters, as in the
+    # paper, or kernels, which leaves out norms and biases.
     config.optimizer.decay = 'all'
-    config.optimizer.l2_penalty = 0.0  # times the squares of kernels, in the loss
-    config.optimizer.gradient_clip = 0.0  # longest gradient, over all; 0: any length
-    # Each device keeps its part of the optimizer's state (ZeRO-1) and not all of it:
-    # of Adam's 8 bytes for each parameter a share; the updates are exchanged instead.
+    # Adds this times the squared kernels to the loss.
+    config.optimizer.l2_penalty = 0.0
+    # Largest norm of the gradient. 0: no limit.
+    config.optimizer.gradient_clip = 0.0
+    # ZeRO-1: each device keeps a part of the optimizer's state instead of all of it (8
+    # bytes per parameter for adam), and the devices exchange updates.
     config.optimizer.shard_state = False
-
     # Each stage (stem, dense blocks with their transitions, classifier) learns at this
-    # share of the next one's rate: at 0.8 the last block at 0.8, the one before 0.64.
+    # share of the next stage's rate: with 0.8, the last block at 0.8 of the
+    # classifier's rate, the one before at 0.64.
     config.optimizer.layer_decay = 1.0
-    config.optimizer.head_multiplier = 1.0  # of the classifier's learning rate
+    # Factor of the classifier's learning rate.
+    config.optimizer.head_multiplier = 1.0
 
+    # The training run.
     config.train = ConfigDict()
+    # Number of epochs.
     config.train.epochs = 40
-    # Micro-batches that a step takes data.batch_size in, one after another, in about
-    # the memory of one; batch norm takes the statistics of each. One update a step.
+    # Micro-batches per step, processed one after another: data.batch_size images in
+    # about the memory of one micro-batch, and one update per step. Batch norm takes the
+    # statistics of each micro-batch.
     config.train.accumulate_steps = 1
-    # What the gradient is of: cross_entropy; focal, which weighs down what is right
-    # already (arXiv 1708.02002); bce, a sigmoid for each class (arXiv 2110.00476),
-    # though answers stay the softmax's. With data.labels the first and the last are the
-    # same. train_loss and test_loss, by which runs and epochs are compared, stay the
-    # plain cross-entropy.
+    # Loss to minimize: cross_entropy; focal, which gives less weight to images that are
+    # right already (arXiv 1708.02002); or bce, a sigmoid per class (arXiv 2110.00476),
+    # though predictions remain a softmax. With data.labels, cross_entropy and bce are
+    # the same. The reported train_loss and test_loss are always the cross-entropy.
     config.train.loss = 'cross_entropy'
-    config.train.focal_gamma = 2.0  # of focal; 0 makes it cross_entropy
-    # Share of the target that goes evenly to all classes, 0.1; of several labels each
-    # moves by half of it towards a half.
+    # Exponent of loss=focal. 0 is the same as cross_entropy.
+    config.train.focal_gamma = 2.0
+    # Share of the target to spread evenly over all classes, such as 0.1. With
+    # data.labels, each label moves toward 0.5 by half of it.
     config.train.label_smoothing = 0.0
-    # Share that an average of parameters and batch norm statistics keeps at each step,
-    # 0.999, at first at most (1 + steps) / (10 + steps); 0: none. The averaged model is
-    # what is tested, kept, reported and exported; training goes on with its own values.
+    # Keep an exponential moving average of parameters and batch norm statistics, with
+    # this decay per step, such as 0.999 (at first at most (1 + steps) / (10 + steps)).
+    # The average is what is tested, saved as best, and exported. 0: off.
     config.train.ema = 0.0
-    # Ends after so many epochs in a row without a better one (by which the best
-    # checkpoint is chosen); 0: never. The schedule is that of all epochs.
+    # Stop after this many epochs in a row without improvement. 0: never. The schedule
+    # stays that of all epochs.
     config.train.patience = 0
-    config.train.seed = 0  # of parameters, order, augmentation and dropout
-    # What keeps its parameters and batch norm statistics: none, backbone (all but the
-    # classifier) or denseblock2 (from the stem to this block and its transition).
+    # Seed of parameters, order, augmentation and dropout.
+    config.train.seed = 0
+    # Parameters and batch norm statistics that stay fixed: none; backbone, all but the
+    # classifier; or a block such as denseblock2, everything up to and including its
+    # transition.
     config.train.freeze = 'none'
-    config.train.head_warmup_epochs = 0  # these train the classifier alone, then freeze
-    # auto: a frozen backbone's features are computed once and kept in memory, where no
-    # field of data changes the images and up to data.cache_limit_gib; off: in each
-    # epoch.
+    # Epochs at the start that train only the classifier; train.freeze applies after
+    # them.
+    config.train.head_warmup_epochs = 0
+    # auto: the features of a frozen backbone are computed once and kept in memory, if
+    # no setting changes the images randomly and they fit data.cache_limit_gib. off:
+    # compute them in each epoch.
     config.train.cache_features = 'auto'
-    # Saves within epochs too: '500 steps', '10 minutes'; nothing: at their ends alone.
+    # Also save within epochs, such as '500 steps' or '10 minutes'. Empty: only after
+    # each epoch.
     config.train.checkpoint_every = ''
-    # A loss or gradient that is not finite: stop shows where it came up and ends the
-    # run; skip leaves the step out, at most 10 in a row and 10 or 1 % of an epoch.
+    # If the loss or gradient is not finite: stop shows where it first appeared and ends
+    # the run; skip leaves out the step, at most 10 in a row and 10 or 1% of an epoch.
     config.train.on_nonfinite = 'stop'
-    # On GPUs, bit for bit the same result each time, for some of the speed; on CPUs it
-    # always is.
+    # On GPUs, give bit for bit the same result each time, at some cost in speed. CPUs
+    # always do.
     config.train.deterministic = False
-    # Figures, samples and fields for `tensorboard --logdir ckpt`, in the run's folder.
+    # Write metrics, samples and settings for `tensorboard --logdir ckpt`.
     config.train.tensorboard = True
-    # Ends with report.html, a page on the best checkpoint; --mode=report makes it too.
+    # Write report.html about the best checkpoint at the end. The command report writes
+    # it too.
     config.train.report = True
     return config
 

@@ -2,11 +2,9 @@
 
 import dataclasses
 import io
-import logging
 import os
 import stat
 import struct
-import warnings
 import zlib
 
 import numpy as np
@@ -44,11 +42,6 @@ _BROKEN = (
     zlib.error,
     UserWarning,  # where a program's filters make warnings errors
 )
-# Pillow warns of odd fields in EXIF and TIFF, and of every image of more than 89
-# million pixels; of a set of photographs that would fill the screen.
-warnings.filterwarnings('ignore', category=UserWarning, module=r'PIL\.')
-warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
-logging.getLogger('PIL').setLevel(logging.CRITICAL)
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -21,6 +21,7 @@ from PIL import Image
 from flax_densenet.data import class_balance, dataset, unreadable
 from flax_densenet.data.augment import color, geometry, policies
 from flax_densenet.errors import UserError
+from flax_densenet.system import process
 
 
 class _Augment(grain.transforms.RandomMap):
@@ -238,13 +239,14 @@ def _iterate(stream, threads, workers):
     if workers:
         stream = stream.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
-            worker_init_fn=_end_with_parent,
+            worker_init_fn=_set_up_worker,
         )
     return iter(stream)
 
 
-def _end_with_parent(*_):
-    """Ends a decoding process where training is killed, which grain would not do."""
+def _set_up_worker(*_):
+    """Ends a decoding process if training is killed, which grain would not do."""
+    process.quiet_pillow()
 
     def wait():
         multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,12 @@ from flax_densenet.data import dataset
 from flax_densenet.distributed import mesh
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import evaluate, metrics
+from flax_densenet.models import tta as tta_lib
 from flax_densenet.system import atomic
 from flax_densenet.weights import trained as trained_lib
 
 EVAL_FILE, PREDICTIONS_FILE = 'eval.json', 'predictions.csv'
+EVAL_VERSION = 2  # of the fields of eval.json; files of version 1 do not have it
 LIKELIEST = 10  # that predictions.csv names where there are very many classes
 ROWS = 40  # classes that the table lists; more would scroll the totals away
 
@@ -72,6 +75,48 @@ class Results:
     def name(self, row: int) -> str:
         """The file of an image, or its place in its data set."""
         return self.examples.name(row)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Which model was measured on which data: the first fields of `eval.json`.
+
+    Attributes:
+      data: the data source, as in `config.data.source`.
+      epoch: of the checkpoint, counted from 1; None if the model is not a checkpoint.
+      step: of the checkpoint, or None.
+      tta: test-time augmentation, as in `config.data.tta`.
+      weights: path of the weights if the model is not a checkpoint, else None.
+    """
+
+    data: str
+    epoch: int | None
+    step: int | None
+    tta: str = 'none'
+    weights: str | None = None
+
+    @property
+    def model(self) -> str:
+        """The model in words, for a line of text."""
+        if self.step is not None:
+            which = f'best checkpoint: epoch {self.epoch}, step {self.step}'
+        else:
+            which = f'weights of {self.weights}' if self.weights else 'imported weights'
+        return which + tta_lib.describe(self.tta)
+
+
+def describe(
+    trained: trained_lib.Trained, data: str, *, weights: str | None = None
+) -> Measured:
+    """What a model that is measured on `data` is.
+
+    Args:
+      weights: where it was loaded from; kept if it is not a checkpoint.
+    """
+    tta = tta_lib.of_metadata(trained.metadata)
+    if trained.step is None:
+        return Measured(data, None, None, tta, weights)
+    return Measured(data, trained.metadata['epoch'], trained.step, tta)
 
 
 def find_examples(
@@ -140,11 +185,8 @@ def of_data(
     return source, collect(trained, examples, names, **loading), trained_on
 
 
-def save(folder: str, results: Results, about: dict[str, Any]):
-    """Writes `eval.json` (figures) and `predictions.csv` (a row for each image).
-
-    Args:
-      about: what was measured on what; the first fields of `eval.json`.
+def save(folder: str, results: Results, measured: Measured):
+    """Writes `eval.json` (metrics) and `predictions.csv` (a row for each image).
 
     Raises:
       UserError: the folder cannot be written.
@@ -155,6 +197,7 @@ def save(folder: str, results: Results, about: dict[str, Any]):
     try:
         os.makedirs(folder, exist_ok=True)
         with atomic.replacing(path) as file:
+            about = {'version': EVAL_VERSION} | dataclasses.asdict(measured)
             json.dump(about | results.figures, file, indent=1)
             file.write('\n')
         path = os.path.join(folder, PREDICTIONS_FILE)
@@ -166,6 +209,50 @@ def save(folder: str, results: Results, about: dict[str, Any]):
         raise UserError(
             f'{path} cannot be written ({error.strerror}); use another --workdir'
         ) from error
+
+
+def load(folder: str) -> tuple[Measured, dict[str, Any]] | None:
+    """What `save` wrote to `eval.json`, also by earlier versions.
+
+    Returns:
+      What was measured, and all fields of the file; None if there is no such file.
+
+    Raises:
+      UserError: the file cannot be read or is not one that `save` writes.
+    """
+    path = os.path.join(folder, EVAL_FILE)
+    try:
+        with open(path, encoding='utf-8') as file:
+            found = json.load(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f'{path} cannot be read ({error}); run eval again') from error
+    try:
+        if 'version' not in found:
+            return _read_version_1(found), found
+        names = [field.name for field in dataclasses.fields(Measured)]
+        return Measured(**{name: found[name] for name in names}), found
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(
+            f'{path} is not what eval writes ({error!r}); run eval again'
+        ) from error
+
+
+# In version 1 the model was a sentence.
+_CHECKPOINT_1 = re.compile(r'best checkpoint: epoch (\d+), step (\d+)(, .*)?')
+_WEIGHTS_1 = re.compile(r'(?:weights of (.*?)|imported weights)(, each image seen .*)?')
+
+
+def _read_version_1(found):
+    data, model = found['data'], found['model']
+    if match := _CHECKPOINT_1.fullmatch(model):
+        epoch, step, mirrored = match.groups()
+        return Measured(data, int(epoch), int(step), 'flip' if mirrored else 'none')
+    if match := _WEIGHTS_1.fullmatch(model):
+        weights, mirrored = match.groups()
+        return Measured(data, None, None, 'flip' if mirrored else 'none', weights)
+    raise ValueError(f'model={model}')
 
 
 def _rows(results):

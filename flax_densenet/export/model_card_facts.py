@@ -4,9 +4,7 @@ Nothing is measured here. What is not known is None or left out, so that the car
 say so.
 """
 
-import json
 import os
-import re
 from typing import Any
 
 from flax_densenet.checkpoints import run_folder
@@ -57,7 +55,6 @@ _RECIPE = {
     'model.drop_path_rate': 0,
     'model.dtype': 'float32',
 }
-_BEST = re.compile(r'best checkpoint: epoch (\d+), step (\d+)(.*)')
 
 
 def describe_model(trained: trained_lib.Trained) -> dict[str, Any]:
@@ -162,39 +159,20 @@ def describe_metrics(
     Raises:
       UserError: `eval.json` is not what evaluation writes.
     """
-    found = _load_eval(trained, workdir)
-    if found is None:
+    loaded = results.load(workdir) if workdir and trained.step is not None else None
+    if loaded is None or loaded[0].step != trained.step:  # training went on
         return _of_checkpoint(trained)
-    path = os.path.join(workdir, results.EVAL_FILE)
     try:
-        return _of_eval(trained, found)
+        return _of_eval(trained, *loaded)
     except (KeyError, TypeError, ValueError, IndexError) as error:
+        path = os.path.join(workdir, results.EVAL_FILE)
         raise UserError(
-            f'{path} is not what --mode=eval writes ({error!r}); run it again'
+            f'{path} is not what eval writes ({error!r}); run eval again'
         ) from error
 
 
-def _load_eval(trained, workdir):
-    """`eval.json` where it is of this checkpoint."""
-    path = workdir and os.path.join(workdir, results.EVAL_FILE)
-    if not path or trained.step is None or not os.path.exists(path):
-        return None
-    try:
-        with open(path, encoding='utf-8') as file:
-            found = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f'{path} cannot be read ({error}); run --mode=eval') from error
-    said = found.get('model') if isinstance(found, dict) else None
-    match = _BEST.fullmatch(said) if isinstance(said, str) else None
-    if match is None:
-        raise UserError(f'{path} is not what --mode=eval writes; run it again')
-    if int(match[2]) != trained.step:  # training went on
-        return None
-    return found | {'mirrored': bool(match[3])}
-
-
-def _of_eval(trained, found):
-    own = found['data'] == trained.metadata['data'].get('source')
+def _of_eval(trained, measured, found):
+    own = measured.data == trained.metadata['data'].get('source')
     rows = [_row(found, 'accuracy', found['accuracy_interval'])]
     if found['top5'] is not None:
         right = round(found['top5'] * found['count'])
@@ -214,10 +192,10 @@ def _of_eval(trained, found):
     if len(classes) > results.ROWS:
         shown = sorted(classes, key=lambda row: row['f1'])[: results.ROWS]
     return {
-        'source': found['data'],
+        'source': measured.data,
         'own': own,
         'count': found['count'],
-        'mirrored': found['mirrored'],
+        'mirrored': measured.tta == 'flip',
         'accuracy': found['accuracy'],
         'rows': [row for row in rows if row[1] is not None],
         'classes': [_with_intervals(row) for row in shown],

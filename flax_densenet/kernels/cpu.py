@@ -134,40 +134,11 @@ def panel() -> tuple[int, int]:
     return tuple((ctypes.c_int * 2).in_dll(_LIBRARIES[0], 'flax_densenet_panel'))
 
 
-def keep_memory() -> bool:
-    """Lets glibc keep the memory of a step for the next one; call before any step.
+def load_ahead():
+    """Starts `load` in a thread, if computation is on the CPU.
 
-    By default each large buffer goes back to the system at once and comes back as
-    pages of zeros, one fault for each 4 KiB: some 15 % of a training step of
-    DenseNet-121 on two cores. Leaves a user's own settings (`GLIBC_TUNABLES`,
-    `MALLOC_*`) alone; `FLAX_DENSENET_KEEP_MEMORY=0` switches it off.
-
-    Returns:
-      Whether anything was set.
+    The first time, it compiles for some seconds; started here, it is ready when the
+    data is.
     """
-    own = os.environ.get('GLIBC_TUNABLES') or any(
-        name.startswith('MALLOC_') for name in os.environ
-    )
-    if own or os.environ.get('FLAX_DENSENET_KEEP_MEMORY') == '0':
-        return False
-    if not sys.platform.startswith('linux'):
-        return False
-    try:
-        libc = ctypes.CDLL(None)
-        mallopt = libc.mallopt
-    except (AttributeError, OSError):  # not glibc
-        return False
-    mmap_threshold, trim_threshold, arena_max, most = -3, -1, -8, 2**31 - 1
-    # One arena: the others cannot grow beyond 64 MiB and would map each buffer.
-    done = all(
-        mallopt(name, value)
-        for name, value in (
-            (arena_max, 1),
-            (trim_threshold, most),
-            (mmap_threshold, most),
-        )
-    )
-    # Else a step begins before the memory of the one before it is free, takes new
-    # memory, and the heap keeps both: up to 3.2 instead of 2.1 GiB for the 121.
-    jax.config.update('jax_cpu_enable_async_dispatch', False)
-    return done
+    if jax.default_backend() == 'cpu':
+        threading.Thread(target=load, daemon=True).start()

@@ -10,7 +10,6 @@ from flax_densenet.data import dataset
 from flax_densenet.distributed import mesh
 from flax_densenet.evaluation import metrics, results
 from flax_densenet.inference import predictor as predictor_lib
-from flax_densenet.models import tta
 from flax_densenet.report import gallery, plots, render
 from flax_densenet.weights import trained as trained_lib
 
@@ -28,6 +27,7 @@ def save_report(
     found: results.Results,
     *,
     trained_on: bool = True,
+    weights: str | None = None,
 ) -> str:
     """Writes `report.html`, and `eval.json` and `predictions.csv` beside it.
 
@@ -37,6 +37,7 @@ def save_report(
       source: of the data, for its training images where the model is trained on it.
       found: what the model says of the test images.
       trained_on: False for other data than the model's own.
+      weights: where the model was loaded from, if it is not a checkpoint.
 
     Returns:
       The page's path.
@@ -45,8 +46,9 @@ def save_report(
       UserError: the folder cannot be written.
     """
     run = run_folder.load_run(workdir)
-    about = _describe_model(trained, run)
-    results.save(workdir, found, {'data': source.name, 'model': about['which']})
+    measured = results.describe(trained, source.name, weights=weights)
+    about = _describe_model(trained, measured)
+    results.save(workdir, found, measured)
     # Small batches: the maps are few, and a CPU compiles for them in the same time.
     predictor = predictor_lib.Predictor(trained, batch_size=6)
     pictures = {}
@@ -96,15 +98,11 @@ def _charts(run, found):
     }, pairs
 
 
-def _describe_model(trained, run):
+def _describe_model(trained, measured):
     metadata = trained.metadata
-    which = 'imported weights'
-    if trained.step is not None:
-        which = f'best checkpoint: epoch {metadata["epoch"]}, step {trained.step}'
-    which += tta.describe(tta.of_metadata(metadata))
     return {
         'variant': metadata['model'].get('variant') or 'DenseNet',
-        'which': which,
+        'which': measured.model,
         'image_size': metadata['image_size'],
         'made': datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
     }

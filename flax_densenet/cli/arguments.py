@@ -1,0 +1,65 @@
+"""Positional arguments as flags: `photos/` is `--config.data.source=folder:photos/`."""
+
+import os
+import pathlib
+
+from flax_densenet.errors import UserError
+
+_KINDS = ('digits', 'folder', 'packed', 'tar', 'tfds')
+
+
+def place_data(positionals: list[str]) -> list[tuple[str, str]]:
+    """`[PHOTOS]` of train, lr_find and sweep, on the first recipe by default."""
+    check_count(positionals, 'PHOTOS')
+    return [('config', 'densenet121'), ('config.data.source', source(positionals[0]))]
+
+
+def place_model(positionals: list[str]) -> list[tuple[str, str]]:
+    """`MODEL`: the folder of a run, weights, or a folder of the Hub."""
+    check_count(positionals, 'MODEL')
+    return [('workdir', positionals[0])]
+
+
+def place_model_and_data(positionals: list[str]) -> list[tuple[str, str]]:
+    """`MODEL [PHOTOS]`."""
+    check_count(positionals, 'MODEL', 'PHOTOS')
+    model, *photos = positionals
+    placed = place_measured(model)
+    return placed + [('config.data.source', source(name)) for name in photos]
+
+
+def place_measured(model: str) -> list[tuple[str, str]]:
+    """A model that files are written for: next to a run, else into a new folder."""
+    if not os.path.isfile(os.path.expanduser(model)):
+        return [('workdir', model)]
+    folder = f'{pathlib.PurePath(model).stem}-eval'
+    return [('config.init_from', model), ('workdir', os.path.join('ckpt', folder))]
+
+
+def check_count(positionals: list[str], *names: str):
+    """Raises if there are more arguments than names."""
+    if len(positionals) > len(names):
+        raise UserError(
+            f'{positionals[len(names)]}: too many arguments; the arguments are '
+            f'{" ".join(names)}, and flags start with --'
+        )
+
+
+def source(name: str) -> str:
+    """A folder of images, a packed folder, tar files or a source as data.source.
+
+    Raises:
+      UserError: there is no such folder or file.
+    """
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        packed = os.path.isfile(os.path.join(path, 'pack.json'))
+        return f'{"packed" if packed else "folder"}:{path}'
+    if path.endswith('.tar'):
+        return f'tar:{path}'
+    if name.partition(':')[0] in _KINDS:
+        return name
+    raise UserError(
+        f'{name}: there is no such folder; name a folder of images (PHOTOS/CLASS/*), '
+        'a packed folder, tar files, or a source such as tfds:cifar10'
+    )

@@ -1,0 +1,276 @@
+"""Arguments -> an `Invocation`: which command, its flags and its settings.
+
+absl and ml_collections parse the values. Before them, this brings the arguments into
+the one form that both take (`--name=value`, the recipe first), gives positional
+arguments their names, and words the mistakes.
+"""
+
+import dataclasses
+import difflib
+import os
+
+from absl import flags as absl_flags
+from ml_collections import ConfigDict, config_flags
+
+from flax_densenet.cli import options, recipes
+from flax_densenet.errors import UserError
+
+_TRUE_FALSE = ('true', 'false', 'True', 'False')
+
+
+@dataclasses.dataclass(frozen=True)
+class _Given:
+    """A flag as it was given; `value` is None for a boolean one without a value."""
+
+    name: str
+    value: str | None
+
+    def __str__(self):
+        return f'--{self.name}' + ('' if self.value is None else f'={self.value}')
+
+
+def parse(argv: list[str], commands: dict[str, options.Command]) -> options.Invocation:
+    """Parses a command line.
+
+    Args:
+      argv: the program and its arguments.
+      commands: by name; the first is the default.
+
+    Raises:
+      UserError: a mistake, in one line.
+    """
+    fields = _field_kinds()
+    arguments = _expand_flag_files(argv[1:])
+    given, positionals = _split(arguments, commands, fields)
+    command, positionals = _find_command(given, positionals, commands)
+    given = [flag for flag in given if flag.name != 'mode']
+    for flag in given:
+        _check_name(flag.name, command, commands, fields)
+    given += _place(command, given, positionals)
+    values = absl_flags.FlagValues()
+    for flag in dict.fromkeys(command.all_flags().values()):
+        flag.define(values)
+    recipe, settings = None, []
+    if command.fields:
+        recipe, settings = _parse_settings(values, given)
+    rest = [str(flag) for flag in given if not _is_setting(flag.name)]
+    _call_absl(values, [*settings, *rest], recipe)
+    return options.Invocation(
+        command,
+        values,
+        recipe,
+        tuple(str(flag) for flag in given if _is_setting(flag.name)),
+        tuple(positionals),
+    )
+
+
+def _field_kinds():
+    """Type by full name of every field of configs/base.py."""
+    config, found = recipes.load_base(), {}
+    for name in config:
+        if isinstance(config[name], ConfigDict):
+            kinds = {f'{name}.{f}': config[name].get_type(f) for f in config[name]}
+            found |= kinds
+        else:
+            found[name] = config.get_type(name)
+    return found
+
+
+def _expand_flag_files(arguments):
+    """Replaces `--flagfile=FILE` by the flags in the file."""
+    try:
+        values = absl_flags.FlagValues()
+        return values.read_flags_from_files(arguments, force_gnu=True)
+    except absl_flags.Error as error:
+        raise UserError(' '.join(str(error).split())) from error
+
+
+def _is_setting(name):
+    return name == 'config' or name.startswith(('config.', 'noconfig.'))
+
+
+def _split(arguments, commands, fields):
+    """Flags and positional arguments, told apart by the flags of all commands."""
+    known = {'mode': options.Flag('mode', '')}
+    for command in commands.values():
+        known |= command.all_flags()
+    given, positionals, rest = [], [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == '--':
+            positionals += rest
+            break
+        if not argument.startswith('-') or argument == '-':
+            positionals.append(argument)
+            continue
+        name, equals, value = argument.lstrip('-').partition('=')
+        if equals:
+            given.append(_Given(name, value))
+            continue
+        field = name.removeprefix('config.')
+        kind = fields.get(field) if field != name else None
+        if kind is bool or (name in known and known[name].kind is bool):
+            value = rest.pop(0) if rest[:1] and rest[0] in _TRUE_FALSE else None
+        elif kind or name == 'config' or name in known:
+            if not rest:
+                raise UserError(f'--{name} needs a value: --{name}=VALUE')
+            value = rest.pop(0)
+        else:  # --noNAME, or unknown
+            value = None
+        given.append(_Given(name, value))
+    return given, positionals
+
+
+def _find_command(given, positionals, commands):
+    """The command, and the positional arguments that are left."""
+    default = next(iter(commands))
+    modes = [flag.value for flag in given if flag.name == 'mode']
+    if modes:
+        name = modes[-1]
+        if name not in commands:
+            raise UserError(f'--mode={name} is not known; {_suggest(name, commands)}')
+        if positionals[:1] and positionals[0] in commands:
+            first = positionals.pop(0)
+            if first != name:
+                raise UserError(f'both {first} and --mode={name}; give one command')
+        return commands[name], positionals
+    if not positionals:
+        return commands[default], positionals
+    name = positionals[0]
+    if name not in commands:
+        hint = _suggest(name, commands)
+        if os.path.exists(name):
+            hint = f'the command comes first, as in `train {name}`; {hint}'
+        raise UserError(f'{name} is not a command; {hint}')
+    return commands[name], positionals[1:]
+
+
+def _suggest(name, known):
+    close = difflib.get_close_matches(name, known, 1)
+    hint = f'did you mean {close[0]}? ' if close else ''
+    return f'{hint}The commands are {", ".join(known)}'
+
+
+def _check_name(name, command, commands, fields):
+    """Raises for a flag that the command does not have."""
+    if _is_setting(name):
+        if not command.fields:
+            raise UserError(f'--{name}: {command.name} has no settings')
+        if field := name.partition('.')[2]:
+            _check_field(field, fields)
+        return
+    own = command.all_flags()
+    bare = name.removeprefix('no')
+    if name in own or (bare in own and own[bare].kind is bool):
+        return
+    others = [c.name for c in commands.values() if name in c.all_flags()]
+    if not others:
+        others = [c.name for c in commands.values() if bare in c.all_flags()]
+    if others:
+        raise UserError(
+            f'--{name} is a flag of {_join(others)}; {command.name} does not take it'
+        )
+    raise UserError(
+        f'--{name} is not a flag of {command.name}; '
+        + _suggest_flag(name, own, fields)
+        + f'see `{command.name} --help`'
+    )
+
+
+def _join(names):
+    if len(names) == 1:
+        return names[0]
+    return f'{", ".join(names[:-1])} and {names[-1]}'
+
+
+def _suggest_flag(name, own, fields):
+    """Of flags and settings the one that was probably meant."""
+    known = {flag: f'--{flag}' for flag in ('config', 'mode', 'help', *own)}
+    known |= {field: f'--config.{field}' for field in fields}
+    last = {field.rpartition('.')[2]: f'--config.{field}' for field in fields}
+    plain = name.replace('-', '_')
+    close = difflib.get_close_matches(plain, known, 1, 0.75)
+    if close:
+        return f'did you mean {known[close[0]]}? '
+    close = difflib.get_close_matches(plain, last, 1, 0.75)
+    return f'did you mean {last[close[0]]}? ' if close else ''
+
+
+def check_field(field: str):
+    """Raises for a setting that configs/base.py does not have."""
+    _check_field(field, _field_kinds())
+
+
+def _check_field(field, fields):
+    if field in fields:
+        return
+    close = difflib.get_close_matches(field, fields, 1)
+    if not close:  # of another section
+        last = {known.rpartition('.')[2]: known for known in fields}
+        close = difflib.get_close_matches(field.rpartition('.')[2], last, 1, 0.8)
+        close = [last[found] for found in close]
+    section = [n for n in fields if n.startswith(field.partition('.')[0] + '.')]
+    raise UserError(
+        f'--config.{field} is not a field; '
+        + (f'did you mean {close[0]}? ' if close else '')
+        + f'There are {", ".join(section or fields)}'
+    )
+
+
+def _place(command, given, positionals):
+    """Positional arguments as the flags that they stand for."""
+    if not positionals:
+        return []
+    if command.place is None:
+        raise UserError(
+            f'{positionals[0]}: {command.name} takes no arguments but flags, which '
+            'start with --'
+        )
+    names = {flag.name for flag in given}
+    placed = []
+    for name, value in command.place(positionals):
+        # A recipe may be given with the data that it is for.
+        if name == 'config' and name in names:
+            continue
+        if name in names:
+            hint = ''
+            if name == 'files':  # the shell may have expanded the pattern
+                hint = "; put a pattern in quotes: --files='photos/*.jpg'"
+            raise UserError(
+                f'{value} is not needed with --{name}: give the argument or the flag, '
+                f'not both{hint}'
+            )
+        placed.append(_Given(name, value))
+    return placed
+
+
+def _parse_settings(values, given):
+    """The recipe, and the arguments for ml_collections."""
+    named = [flag.value for flag in given if flag.name == 'config']
+    recipe = recipes.find(named[-1]) if named else None
+    file = recipe or recipes.find('base')
+    recipes.provide_configs(recipe)
+    fields = [str(f) for f in given if _is_setting(f.name) and f.name != 'config']
+    settings = [f'--config={file.file_and_argument}', *fields]
+    config_flags.DEFINE_config_file(
+        'config', None, '', flag_values=values, sys_argv=['', *settings]
+    )
+    return recipe, settings
+
+
+def _call_absl(values, arguments, recipe):
+    """Parses the values; a wrong one is a UserError of one line."""
+    try:
+        left = values(['', *arguments])
+    except (absl_flags.Error, TypeError, ValueError) as error:
+        said = str(error).strip()
+        if 'Traceback' in said:  # of a recipe that raised
+            *before, said = said.splitlines()
+            if said.startswith('ValueError: '):  # its argument, which it refuses
+                said = said.removeprefix('ValueError: ')
+            elif place := [line for line in before if line.startswith('  File ')]:
+                said = f'{said} ({place[-1]})'
+            said = f'--config={recipe.text if recipe else "base"}: {said}'
+        raise UserError(' '.join(said.removeprefix('flag ').split())) from error
+    if len(left) > 1:  # no known case; absl would ignore it
+        raise UserError(f'{left[1]} is not a flag')

@@ -1,0 +1,24 @@
+"""The table of commands."""
+
+from flax_densenet.cli import (
+    evaluate,
+    export,
+    lr_find,
+    pack,
+    predict,
+    report,
+    serve,
+    settings,
+    summary,
+    sweep,
+    train,
+)
+
+# In the order of --help; the first is the default.
+COMMANDS = {
+    module.COMMAND.name: module.COMMAND
+    for module in (
+        *(train, evaluate, report, predict, export, serve),
+        *(sweep, lr_find, pack, summary, settings),
+    )
+}

@@ -1,0 +1,40 @@
+"""`eval`: measures a trained model on labeled images."""
+
+from flax_densenet.cli import arguments, options, trained_model
+
+
+def run(invocation: options.Invocation):
+    """Prints the metrics; writes `eval.json` and `predictions.csv`."""
+    from flax_densenet.evaluation import results
+
+    workdir = invocation.workdir
+    trained, path, fields = trained_model.load(invocation, workdir)
+    source, found, trained_on = results.of_data(trained, path, fields)
+    measured = results.describe(trained, fields['source'], weights=path)
+    what = 'test images' if source.has_test or trained_on else 'images'
+    where = f'{len(found.labels)} {what} of {fields["source"]}, {measured.model}'
+    results.save(workdir, found, measured)
+    print(results.format_metrics_table(found, where))
+    print(f'{results.EVAL_FILE} and {results.PREDICTIONS_FILE} are in {workdir}')
+
+
+COMMAND = options.Command(
+    'eval',
+    'Measure a trained model: accuracy, F1, AUROC and calibration.',
+    run,
+    usage='MODEL [PHOTOS]',
+    details=(
+        'MODEL is the folder of a run or a file of weights. The best checkpoint is '
+        "measured on the run's own test images or, if you name other data with PHOTOS, "
+        '--config.data.source or a recipe, on that data. The classes are matched by '
+        'name. Writes eval.json and predictions.csv.',
+    ),
+    examples=(
+        ("the run's own test images", 'eval ckpt/birds'),
+        ('other images', 'eval ckpt/birds other_photos'),
+        ('also look at mirrored images', 'eval ckpt/birds --config.data.tta=flip'),
+    ),
+    flags={'Model': (options.WORKDIR,)} | options.SEVERAL_PROCESSES,
+    place=arguments.place_model_and_data,
+    fields='Only init_from and the fields of data.* apply; the rest is the model.',
+)

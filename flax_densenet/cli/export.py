@@ -1,0 +1,149 @@
+"""`export`: writes a trained model to a file for another program."""
+
+from flax_densenet.cli import arguments, options, trained_model
+from flax_densenet.errors import UserError
+
+
+def run(invocation: options.Invocation):
+    """Writes the best checkpoint, or weights of init_from, and verifies the file."""
+    from flax_densenet.export import formats, release
+    from flax_densenet.weights import trained as trained_lib
+
+    flags = invocation.flags
+    if not flags.out:
+        raise UserError('export needs the file to write: export MODEL FILE')
+    file_format = flags.format or _format_of(flags.out)
+    settings = formats.Options(flags.inputs, flags.precision, license=flags.license)
+    formats.check_format(flags.out, file_format, settings)
+    path = trained_model.find(invocation)
+    trained_model.check_fields(invocation, path, 'data.')
+    trained = trained_lib.load_trained(path, 'best')
+    shipped = release.Release(
+        trained,
+        None if trained.step is None else path,
+        file_format,
+        settings,
+        flags.data_license,
+    )
+    shipped.check(flags.out)
+    facts = release.run(flags.out, shipped, _samples(invocation, path, trained))
+    print(f'{flags.out}: the model of {path}')
+    for name, value in facts:
+        print(f'  {name}: {value}')
+
+
+def _format_of(out):
+    """The format of a file by its ending."""
+    from flax_densenet.export import formats
+
+    endings = {
+        ending: name
+        for name, known in formats.FORMATS.items()
+        for ending in known.endings
+        if ending
+    }
+    for ending, name in endings.items():
+        if out.endswith(ending):
+            return name
+    raise UserError(
+        f'{out}: no format has this ending; use one of {", ".join(endings)}, or '
+        '--format=huggingface for a folder'
+    )
+
+
+def _samples(invocation, path, trained):
+    """Images to verify the file on: --files, the run's own, or scikit-learn's."""
+    from flax_densenet.export import sample_images
+    from flax_densenet.weights import trained as trained_lib
+
+    integers = invocation.flags.precision == 'int8'
+    preparation = trained_lib.preparation_of(trained.metadata)
+    if invocation.flags.files:
+        return sample_images.of_files(invocation.flags.files, preparation)
+    fields, place = trained_model.data_fields(invocation, trained.metadata)
+    try:
+        if 'source' in trained.metadata['data'] or place:
+            return sample_images.of_data(trained, path, fields, whole=integers)
+    except UserError:
+        set_here = any(name.startswith('data.') for name in invocation.overrides)
+        if set_here or place or integers:
+            raise
+    if integers:
+        raise UserError(
+            '--precision=int8 needs images, to find the range of each feature map: '
+            'add --config.data.source=folder:PHOTOS or --files=PATTERN'
+        )
+    return sample_images.of_library(preparation)
+
+
+def _place(positionals):
+    arguments.check_count(positionals, 'MODEL', 'FILE')
+    return list(zip(('workdir', 'out'), positionals, strict=False))
+
+
+COMMAND = options.Command(
+    'export',
+    'Write a trained model as ONNX, PyTorch, Keras, StableHLO, safetensors or a Hub '
+    'folder.',
+    run,
+    usage='MODEL FILE',
+    details=(
+        'MODEL is the folder of a run or a file of weights. The format follows from '
+        'the ending of FILE unless --format names it: .onnx, .safetensors, .pth or .pt '
+        '(torch), .keras or .h5 (keras), .stablehlo. The file is opened in the program '
+        'it is for and compared with the model before it takes its name. A model card '
+        'is written with it.',
+    ),
+    examples=(
+        ('ONNX', 'export ckpt/birds birds.onnx'),
+        ('ONNX in 8-bit integers', 'export ckpt/birds birds.onnx --precision=int8'),
+        (
+            'a folder for the Hugging Face Hub',
+            'export ckpt/birds birds --format=huggingface --license=mit',
+        ),
+    ),
+    flags={
+        'Model': (options.WORKDIR,),
+        'Output': (
+            options.Flag('out', 'File or folder to write.', value='FILE'),
+            options.Flag(
+                'format',
+                'safetensors, torch, keras, onnx, stablehlo or huggingface (a folder).',
+                value='FORMAT',
+                default_text='by the ending of FILE',
+            ),
+            options.Flag(
+                'inputs',
+                'Input type: images (uint8, outputs probabilities) or normalized '
+                '(float, outputs logits).',
+                value='TYPE',
+                default_text='images for onnx and stablehlo, else normalized',
+            ),
+            options.Flag(
+                'precision',
+                'Precision of the stored weights: float32; float16 or bfloat16, half '
+                'the size; or int8, which also computes in integers (onnx).',
+                default='float32',
+                value='TYPE',
+            ),
+        ),
+        'Verification': (
+            options.Flag(
+                'files',
+                'Images to verify the file on, as a file, folder or pattern. Can be '
+                'given several times.',
+                kind=list,
+                value='FILES',
+                default_text="the run's own images",
+            ),
+        ),
+        'Model card': (
+            options.Flag(
+                'license', 'License of the weights, such as cc-by-4.0.', value='NAME'
+            ),
+            options.Flag('data_license', 'License of the data.', value='NAME'),
+        ),
+    },
+    place=_place,
+    fields='Only init_from and the fields of data.* apply, for the images to verify on.',
+)

@@ -1,0 +1,101 @@
+"""`main`: one command, its exit status, and what it prints if it fails."""
+
+import os
+import sys
+
+from flax_densenet import errors
+from flax_densenet.cli import command_line, commands, help_text
+from flax_densenet.distributed import processes
+from flax_densenet.errors import UserError
+
+
+def entry():
+    """The program `flax-densenet`, also `launch.py`."""
+    with processes.Defects():
+        status = main(sys.argv)
+    sys.exit(status)
+
+
+def main(argv: list[str]) -> int:
+    """Runs a command; returns the exit status.
+
+    0 on success and 1 if `predict` could not read some files. A user's mistake and a
+    full disk or memory are one line on standard error and 2; Ctrl-C gives 130, SIGTERM
+    143, and a reader that went away (`| head`) 141, as in a shell. With several
+    processes, all of them end with the line and the status of the first that fails; if
+    one dies, the others end with 2.
+
+    Args:
+      argv: the program's name and its arguments.
+    """
+    # Names of files need not be text; a line about one must not end the run.
+    if hasattr(sys.stdout, 'reconfigure'):
+        sys.stdout.reconfigure(errors='backslashreplace')
+    status, line = 0, ''
+    try:
+        status = _run(argv) or 0
+        if sys.stdout is not None:  # closed by the caller
+            sys.stdout.flush()
+    except UserError as error:
+        status, line = 2, f'error: {error}'
+    except KeyboardInterrupt as stopped:
+        status = getattr(stopped, 'exit_status', 130)
+        line = str(stopped) or 'interrupted'
+    except BrokenPipeError:
+        # What is still to be flushed at the end must not fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        processes.end(141, 'the reader of standard output went away')
+        return 141
+    except (MemoryError, OSError, RuntimeError) as error:
+        if (said := errors.explain_system_error(error)) is None:
+            raise
+        status, line = 2, f'error: {said}'
+    if line and (processes.is_first() or line.startswith('error: ')):
+        print(line, file=sys.stderr)
+    processes.end(status, line)
+    return status
+
+
+def _run(argv):
+    text = help_text.find(argv, commands.COMMANDS)
+    if text is not None:
+        print(text)
+        return 0
+    invocation = command_line.parse(argv, commands.COMMANDS)
+    if invocation.command.fields:
+        join_processes(invocation.flags)
+        set_up(invocation)
+    return invocation.command.run(invocation)
+
+
+def join_processes(flags):
+    """Becomes one of several processes, with --distributed."""
+    if 'distributed' not in flags:
+        return
+    if flags.distributed:
+        processes.start(
+            coordinator_address=flags.coordinator_address,
+            num_processes=flags.num_processes,
+            process_id=flags.process_id,
+            initialization_timeout=flags.initialization_timeout,
+            heartbeat_timeout_seconds=flags.heartbeat_timeout_seconds,
+        )
+        return
+    for name in ('coordinator_address', 'num_processes', 'process_id'):
+        if flags[name].value is not None:
+            raise UserError(f'--{name} needs --distributed')
+
+
+def set_up(invocation):
+    """Prepares the process, before JAX starts."""
+    from flax_densenet.kernels import cpu as cpu_kernels
+    from flax_densenet.system import process
+
+    name = invocation.command.name
+    trains = name in ('train', 'sweep')
+    process.set_up(
+        cache=cpu_kernels.cache_folder() / 'xla',
+        deterministic=trains and invocation.config.train.deterministic,
+    )
+    if name not in ('summary', 'export', 'pack'):
+        cpu_kernels.load_ahead()

@@ -1,0 +1,179 @@
+"""Commands and their flags as data: what is parsed, checked and shown by --help."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags as absl_flags
+from ml_collections import ConfigDict, config_flags
+
+from flax_densenet.cli import recipes
+
+_DEFINE = {
+    str: absl_flags.DEFINE_string,
+    int: absl_flags.DEFINE_integer,
+    float: absl_flags.DEFINE_float,
+    bool: absl_flags.DEFINE_bool,
+    list: absl_flags.DEFINE_multi_string,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One flag of a command.
+
+    Attributes:
+      help: shown by --help.
+      kind: str, int, float, bool, or list for a flag that can be given several times.
+      value: placeholder for its value in --help.
+      default_text: shown instead of the default where that is None or empty.
+      alias: another name.
+    """
+
+    name: str
+    help: str
+    kind: type = str
+    default: Any = None
+    value: str = ''
+    default_text: str = ''
+    alias: str = ''
+
+    def define(self, values: absl_flags.FlagValues):
+        """Adds the flag to absl's."""
+        default = [] if self.kind is list else self.default
+        _DEFINE[self.kind](self.name, default, self.help, flag_values=values)
+        if self.alias:
+            absl_flags.DEFINE_alias(self.alias, self.name, flag_values=values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One command.
+
+    Attributes:
+      summary: one line for the list of commands.
+      run: carries it out; returns the exit status, None for 0.
+      usage: its arguments, as `MODEL FILES...`.
+      details: paragraphs for --help.
+      examples: (what it does, arguments) for --help.
+      flags: by group.
+      place: turns positional arguments into (flag, value) pairs; None if there are
+        none.
+      fields: which settings (`--config.FIELD=VALUE`) matter, for --help; empty if
+        the command has no settings.
+    """
+
+    name: str
+    summary: str
+    run: Callable[['Invocation'], int | None]
+    usage: str = ''
+    details: tuple[str, ...] = ()
+    examples: tuple[tuple[str, str], ...] = ()
+    flags: dict[str, tuple[Flag, ...]] = dataclasses.field(default_factory=dict)
+    place: Callable[[list[str]], list[tuple[str, str]]] | None = None
+    fields: str = ''
+
+    def all_flags(self) -> dict[str, Flag]:
+        """By name and by alias."""
+        found = {}
+        for flag in (flag for group in self.flags.values() for flag in group):
+            found[flag.name] = flag
+            if flag.alias:
+                found[flag.alias] = flag
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Invocation:
+    """A command with its parsed arguments.
+
+    Attributes:
+      flags: values of the command's flags, as attributes.
+      recipe: what --config named; None if it was not given.
+      config_arguments: `--config=...` and `--config.FIELD=...` as given.
+      positionals: arguments that are not flags.
+    """
+
+    command: Command
+    flags: absl_flags.FlagValues
+    recipe: recipes.Recipe | None
+    config_arguments: tuple[str, ...]
+    positionals: tuple[str, ...]
+
+    @property
+    def config(self) -> ConfigDict:
+        """The recipe with the fields that were set."""
+        return self.flags.config
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """`config` as nested dicts of plain values."""
+        return to_dict(self.config)
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Fields set on the command line, by full name."""
+        return config_flags.get_override_values(self.flags['config'])
+
+    @property
+    def workdir(self) -> str:
+        """--workdir, by default ckpt/ and the name of the recipe."""
+        return self.flags.workdir or default_workdir(self.recipe)
+
+
+def default_workdir(recipe: recipes.Recipe | None) -> str:
+    """ckpt/ and the name of the recipe."""
+    name = pathlib.Path(recipe.path).stem if recipe else 'base'
+    return str(pathlib.Path('ckpt', name))
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """A ConfigDict as nested dicts of plain values; tuples stay tuples."""
+    return {
+        name: dict(value) if isinstance(value, dict) else value
+        for name, value in config.to_dict().items()
+    }
+
+
+WORKDIR = Flag(
+    'workdir',
+    'Folder of the run, with its checkpoints, metrics and report.',
+    value='FOLDER',
+    default_text='ckpt/NAME, with the name of the recipe',
+)
+CLUSTER = (
+    Flag(
+        'distributed',
+        'This is one of several processes, one per machine or GPU. They find each '
+        'other through Cloud TPU, Open MPI 5 (needs mpi4py), Slurm, or Kubernetes '
+        '(Indexed Job or JobSet; needs the package kubernetes). Anywhere else, give '
+        'the next three flags. Under Slurm and Open MPI each process uses one GPU.',
+        kind=bool,
+        default=False,
+    ),
+    Flag(
+        'coordinator_address',
+        'Address of process 0, the same for all processes.',
+        value='HOST:PORT',
+        default_text='$JAX_COORDINATOR_ADDRESS',
+        alias='coordinator',
+    ),
+    Flag('num_processes', 'Number of processes.', kind=int, value='N'),
+    Flag('process_id', 'Index of this process, from 0.', kind=int, value='N'),
+    Flag(
+        'initialization_timeout',
+        'Seconds to wait for all processes to start.',
+        kind=int,
+        default=300,
+        value='SECONDS',
+    ),
+    Flag(
+        'heartbeat_timeout_seconds',
+        'If a process does not respond for this many seconds, the others stop.',
+        kind=int,
+        default=30,
+        value='SECONDS',
+    ),
+)
+SEVERAL_PROCESSES = {'Several processes (docs/scaling.md)': CLUSTER}

@@ -1,0 +1,142 @@
+"""`predict`: classes and probabilities for image files."""
+
+from flax_densenet.cli import arguments, options, trained_model
+from flax_densenet.distributed import processes
+from flax_densenet.errors import UserError
+
+
+def run(invocation: options.Invocation) -> int:
+    """Predicts; exit status 1 if some of the files could not be read."""
+    from flax_densenet.distributed import mesh as mesh_lib
+    from flax_densenet.inference import multi_process, predictor
+
+    flags, data = invocation.flags, invocation.fields['data']
+    path = trained_model.find(invocation)
+    trained_model.check_fields(
+        invocation, path, 'data.batch_size', 'data.threads', 'data.tta'
+    )
+    for name in ('batch_size', 'threads'):
+        if data[name] < 1:
+            raise UserError(f'data.{name}={data[name]} must be at least 1')
+    if not flags.files:
+        raise UserError('predict needs images: predict MODEL FILES...')
+    if flags.explain_class is not None and not flags.explain:
+        raise UserError('--explain_class needs --explain=FOLDER')
+
+    def load():
+        # Of several processes each predicts with its own devices.
+        mesh, tta = mesh_lib.make_local_mesh(), invocation.overrides.get('data.tta')
+        return predictor.load_trained(
+            path, batch_size=data['batch_size'], mesh=mesh, tta=tta
+        )
+
+    if processes.is_first():
+        failed = _write(flags, load, data['threads'])
+    else:
+        model, named = load(), flags.explain_class
+        multi_process.serve(
+            model,
+            threads=data['threads'],
+            features=bool(flags.features),
+            cams=bool(flags.explain),
+            cam_class=-1 if named is None else model.class_index(named),
+        )
+        failed = 0
+    return 1 if processes.broadcast('failed', lambda: failed) else 0
+
+
+def _write(flags, load, threads):
+    """Returns how many files could not be read."""
+    from flax_densenet.inference import input_files, multi_process
+    from flax_densenet.inference import outputs as outputs_lib
+
+    input_files.check(flags.files)
+    places = dict(explain=flags.explain, features=flags.features)
+    with outputs_lib.Outputs(
+        out=flags.out, form=flags.format, top=flags.top, **places
+    ) as outputs:
+        model = load()
+        if processes.count() > 1:
+            model = multi_process.MultiProcessPredictor(model)
+        return outputs_lib.run(
+            model,
+            input_files.find(flags.files, leave_out=flags.explain),
+            outputs,
+            threads=threads,
+            class_name=flags.explain_class,
+            total=input_files.count(flags.files),
+        )
+
+
+def _place(positionals):
+    model, *files = positionals
+    return arguments.place_model([model]) + [('files', name) for name in files]
+
+
+COMMAND = options.Command(
+    'predict',
+    'Predict the classes of image files.',
+    run,
+    usage='MODEL FILES...',
+    details=(
+        'MODEL is the folder of a run, a file of weights or a folder of the Hugging '
+        'Face Hub. FILES are images, folders (searched for images at any depth), '
+        "patterns such as 'photos/**/*.jpg', or - to read names from standard input. "
+        'The exit status is 1 if some files could not be read; the rest are predicted.',
+    ),
+    examples=(
+        ('a table on the screen', 'predict ckpt/birds photos more.jpg'),
+        ('a CSV file', 'predict ckpt/birds photos --out=birds.csv --top=1'),
+        ('heat maps (Grad-CAM)', 'predict ckpt/birds photos --explain=maps'),
+        ('weights from elsewhere', 'predict densenet121.pth photos'),
+    ),
+    flags={
+        'Model and images': (
+            options.WORKDIR,
+            options.Flag(
+                'files',
+                'Image, folder, pattern, or - for names on standard input. Can be given '
+                'several times.',
+                kind=list,
+                value='FILES',
+            ),
+        ),
+        'Output': (
+            options.Flag(
+                'out',
+                'File for the predictions.',
+                value='FILE',
+                default_text='the screen',
+            ),
+            options.Flag(
+                'format',
+                'table, csv or jsonl.',
+                value='FORMAT',
+                default_text='by the ending of --out, else table',
+            ),
+            options.Flag(
+                'top', 'Classes to list per image.', kind=int, default=5, value='N'
+            ),
+            options.Flag(
+                'explain',
+                'Folder for a picture per image that shows where the class is seen '
+                '(Grad-CAM).',
+                value='FOLDER',
+            ),
+            options.Flag(
+                'explain_class',
+                'Class that --explain looks for.',
+                value='CLASS',
+                default_text='the predicted class',
+            ),
+            options.Flag(
+                'features',
+                'File for the features of each image, .npz or .safetensors.',
+                value='FILE',
+            ),
+        ),
+    }
+    | options.SEVERAL_PROCESSES,
+    place=_place,
+    fields='Only init_from, data.batch_size, data.threads and data.tta apply.',
+)

@@ -1,0 +1,88 @@
+"""`report`: the page of a run or a sweep, or one that compares several runs."""
+
+import os
+
+from flax_densenet.cli import arguments, options, trained_model
+from flax_densenet.distributed import processes
+
+
+def run(invocation: options.Invocation):
+    """Writes `report.html`, `sweep.html` or `compare.html`."""
+    from flax_densenet.report import compare
+    from flax_densenet.sweeps import page as sweep_page
+    from flax_densenet.sweeps import record as sweep_record
+
+    names = invocation.flags.workdir or [options.default_workdir(invocation.recipe)]
+    workdirs = [folder for name in names for folder in compare.find_runs(name)]
+    if len(workdirs) == 1 and sweep_record.is_sweep(workdirs[0]):
+        sweep_page.save(workdirs[0], sweep_record.load(workdirs[0]))
+        path = os.path.join(workdirs[0], sweep_page.FILE)
+        print(f'{path}: open it in a browser')
+        return
+    if len(workdirs) > 1:
+        if not processes.is_first():
+            return
+        folder = os.path.dirname(workdirs[0].rstrip(os.sep))
+        path = invocation.flags.out or os.path.join(folder, compare.FILE)
+        compare.save(workdirs, path)
+        print(f'{path}: {len(workdirs)} runs compared')
+        return
+    _report_on_run(invocation, workdirs[0])
+
+
+def _report_on_run(invocation, workdir):
+    from flax_densenet.evaluation import results
+    from flax_densenet.report import page
+
+    trained, path, fields = trained_model.load(invocation, workdir)
+    source, found, trained_on = results.of_data(trained, path, fields)
+    path = page.save_report(
+        workdir, trained, source, found, trained_on=trained_on, weights=path
+    )
+    print(f'{path}: open it in a browser')
+
+
+def _place(positionals):
+    if len(positionals) == 1:
+        return arguments.place_measured(positionals[0])
+    return [('workdir', name) for name in positionals]
+
+
+COMMAND = options.Command(
+    'report',
+    'Write the page of a run or a sweep, or compare several runs.',
+    run,
+    usage='RUN...',
+    details=(
+        'For one RUN, measures its best checkpoint and writes report.html into its '
+        'folder. For a sweep, writes sweep.html. For several runs, or a pattern such as '
+        "'ckpt/*', writes compare.html, which shows their curves and settings together.",
+    ),
+    examples=(
+        ('the report of one run', 'report ckpt/birds'),
+        ('compare runs', 'report ckpt/a ckpt/b --out=compare.html'),
+    ),
+    flags={
+        'Runs': (
+            options.Flag(
+                'workdir',
+                'Folder of a run, several separated by commas, or a pattern. Can be '
+                'given several times.',
+                kind=list,
+                value='RUN',
+                default_text='ckpt/NAME, with the name of the recipe',
+            ),
+        ),
+        'Output': (
+            options.Flag(
+                'out',
+                'File of the page that compares several runs.',
+                value='FILE',
+                default_text='compare.html in the folder of the runs',
+            ),
+        ),
+    }
+    | options.SEVERAL_PROCESSES,
+    place=_place,
+    fields='Only init_from and the fields of data.* apply; the rest is the model.',
+)

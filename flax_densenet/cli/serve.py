@@ -1,0 +1,97 @@
+"""`serve`: answers requests over HTTP, with a page to drop images on."""
+
+import pathlib
+
+from flax_densenet.cli import arguments, options, trained_model
+
+
+def run(invocation: options.Invocation):
+    """Serves the best checkpoint, or init_from's weights, until it is stopped."""
+    import jax
+
+    from flax_densenet.distributed import mesh as mesh_lib
+    from flax_densenet.serving import guard, server
+    from flax_densenet.weights import trained as trained_lib
+
+    path = trained_model.find(invocation)
+    trained_model.check_fields(invocation, path)
+    server.check_installed()
+
+    flags = invocation.flags
+    names = [flag.name for flag in _LIMITS]
+    limits = guard.Limits(**{name: getattr(flags, name) for name in names})
+    # Before the model is loaded, since a port may be taken.
+    listener = server.listen(flags.host, flags.port)
+    # One device: a batch of a few images does not divide over several.
+    mesh = mesh_lib.make_mesh(jax.local_devices()[:1])
+    trained = trained_lib.load_trained(path, 'best', mesh=mesh)
+    name = pathlib.Path(path).resolve().name
+    server.run(trained, listener, name=name, limits=limits)
+
+
+_LIMITS = (
+    options.Flag(
+        'max_megabytes',
+        'Largest file to accept, in MB.',
+        kind=float,
+        default=20.0,
+        value='MB',
+    ),
+    options.Flag(
+        'max_megapixels',
+        'Largest image to decode, in megapixels.',
+        kind=float,
+        default=64.0,
+        value='MP',
+    ),
+    options.Flag(
+        'max_requests',
+        'Images to receive and process at the same time.',
+        kind=int,
+        default=32,
+        value='N',
+    ),
+    options.Flag(
+        'request_timeout_s',
+        'Seconds for an image to arrive.',
+        kind=float,
+        default=30.0,
+        value='SECONDS',
+    ),
+)
+COMMAND = options.Command(
+    'serve',
+    'Serve a trained model over HTTP, with a web page.',
+    run,
+    usage='MODEL',
+    details=(
+        'MODEL is the folder of a run, a file of weights or a folder of the Hugging '
+        'Face Hub. The page, the API and /metrics for Prometheus are described in the '
+        'README. Needs the extra: pip install "flax_densenet[serve]".',
+    ),
+    examples=(
+        ('on this machine, port 8000', 'serve ckpt/birds'),
+        ('for other machines as well', 'serve ckpt/birds --host=0.0.0.0 --port=80'),
+    ),
+    flags={
+        'Model': (options.WORKDIR,),
+        'Address': (
+            options.Flag(
+                'host',
+                'Address to listen on. 127.0.0.1 accepts only this machine.',
+                default='127.0.0.1',
+                value='ADDRESS',
+            ),
+            options.Flag(
+                'port',
+                'Port to listen on; 0 picks a free one.',
+                kind=int,
+                default=8000,
+                value='PORT',
+            ),
+        ),
+        'Limits': _LIMITS,
+    },
+    place=arguments.place_model,
+    fields='Only init_from applies.',
+)

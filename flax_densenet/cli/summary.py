@@ -1,0 +1,58 @@
+"""`summary`: the layers, parameters and operations of a model."""
+
+import os
+
+from flax_densenet.cli import arguments, options
+
+
+def run(invocation: options.Invocation):
+    """Prints a table of the layers."""
+    from flax_densenet.data import dataset
+    from flax_densenet.models import factory, summary
+    from flax_densenet.train import finetune
+    from flax_densenet.weights import transfer, weight_file
+
+    config = invocation.fields
+    found = weight_file.load(config['init_from']) if config['init_from'] else None
+    fields = transfer.resolve_model(config['model'], found)
+    images = transfer.resolve_data(config['data'], found)
+    size = images['image_size']
+    if not size:
+        kind = images['source'].partition(':')[0]
+        size = dataset.DEFAULT_IMAGE_SIZES.get(kind, 224)
+    # A summary reads no data, so there are 1000 classes unless there are weights.
+    classes = found.num_classes if found else 1000
+    module = factory.create_model(num_classes=classes, **fields)
+    plan = finetune.make_plan(module, **finetune.plan_fields(config))
+    shape = (size, size, images['channels'])
+    print(f'{fields["variant"]} with {classes} classes')
+    print(summary.format_summary(module, shape, rates=plan.rates))
+    if str(plan):
+        print(plan)
+
+
+def _place(positionals):
+    arguments.check_count(positionals, 'MODEL')
+    name = positionals[0]
+    if os.path.exists(os.path.expanduser(name)):
+        return [('config.init_from', name)]
+    return [('config.model.variant', name)]
+
+
+COMMAND = options.Command(
+    'summary',
+    'Print the layers, parameters and operations of a model.',
+    run,
+    usage='[MODEL]',
+    details=(
+        'MODEL is a variant such as densenet121 or BC-L100k12, the folder of a run, or '
+        'a file of weights. Without it, the model of the recipe is shown.',
+    ),
+    examples=(
+        ('a variant', 'summary densenet161'),
+        ('a recipe', 'summary --config=cifar'),
+        ('at another size', 'summary densenet121 --config.data.image_size=320'),
+    ),
+    place=_place,
+    fields='The settings of the model and data.image_size apply.',
+)

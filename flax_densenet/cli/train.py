@@ -1,0 +1,41 @@
+"""`train`: trains a model, or resumes training."""
+
+from flax_densenet.cli import arguments, options
+
+
+def run(invocation: options.Invocation):
+    """Trains in the run's folder."""
+    from flax_densenet.system import signals
+    from flax_densenet.train import fit
+
+    with signals.stop_gently() as stop:
+        fit.fit(invocation.fields, invocation.workdir, stop=stop)
+
+
+COMMAND = options.Command(
+    'train',
+    'Train a model on labeled images, or resume training.',
+    run,
+    usage='[PHOTOS]',
+    details=(
+        'PHOTOS is a folder with one subfolder of images per class (PHOTOS/CLASS/*) or '
+        'PHOTOS/{train,val}/CLASS/*. It can also be a folder made by `pack`, tar files '
+        'of webdataset, or a source such as tfds:cifar10; see `settings data.source`. '
+        'Without --config, PHOTOS trains the recipe densenet121.',
+        'Run the same command again to resume after an interruption.',
+    ),
+    examples=(
+        ('DenseNet-121 on your own images', 'train photos'),
+        (
+            'a recipe with augmentation, for 30 epochs',
+            'train --config=folder:photos --config.train.epochs=30',
+        ),
+        (
+            'start from trained weights',
+            'train photos --config=finetune:densenet121.pth --workdir=ckpt/birds',
+        ),
+    ),
+    flags={'Output': (options.WORKDIR,)} | options.SEVERAL_PROCESSES,
+    place=arguments.place_data,
+    fields='All settings apply.',
+)

@@ -1,0 +1,134 @@
+"""What the commands that use a trained model share: which one, and on which data."""
+
+import os
+from typing import Any
+
+from flax_densenet.cli import options
+from flax_densenet.errors import UserError
+
+# Fields that say which images there are; the model decides how they are prepared.
+_WHICH = ('source', 'labels', 'tfds_dir', 'tfds_train', 'test_fraction', 'split_seed')
+
+
+def find(invocation: options.Invocation, workdir: str | None = None) -> str:
+    """The run's folder if it holds a checkpoint, else the weights of init_from.
+
+    Raises:
+      UserError: there is neither.
+    """
+    from flax_densenet.checkpoints import reader as checkpoint_reader
+    from flax_densenet.weights import weight_file
+
+    workdir = workdir or invocation.workdir
+    start = invocation.fields['init_from']
+    if start and not checkpoint_reader.has_checkpoint(workdir):
+        if not os.path.exists(os.path.expanduser(start)):
+            raise UserError(f'--config.init_from={start}: there is no such file')
+        return start
+    if not weight_file.is_weights(workdir):
+        checkpoint_reader.find_step(workdir, 'latest')  # raises if there is none
+    return workdir
+
+
+def check_fields(invocation: options.Invocation, path: str, *allowed: str):
+    """Raises if a field is set that the trained model has decided.
+
+    Args:
+      allowed: fields, or sections as `data.`; init_from always is.
+    """
+    for name in invocation.overrides:
+        if not name.startswith(('init_from', *allowed)):
+            hint = ''
+            if allowed:
+                shown = [n + '*' if n.endswith('.') else n for n in allowed]
+                *first, last = shown
+                shown = f'{", ".join(first)} and {last}' if first else last
+                hint = f'; only {shown} fields can be set'
+            raise UserError(
+                f'--config.{name}: {invocation.command.name} takes it from {path}{hint}'
+            )
+
+
+def data_fields(
+    invocation: options.Invocation, metadata: dict[str, Any]
+) -> tuple[dict[str, Any], str]:
+    """Fields of `config.data` to use a trained model with, and where the data is from.
+
+    Fields set on the command line come first. A recipe given with --config that names
+    other data than the model was trained on decides which images there are. All else is
+    as in training.
+
+    Returns:
+      The fields; `--config.data.source`, `--config`, or '' for the model's own data.
+    """
+    given = invocation.fields['data']
+    chosen = {
+        name.removeprefix('data.'): value
+        for name, value in invocation.overrides.items()
+        if name.startswith('data.')
+    }
+    own = metadata['data']
+    fields = {**given, **own}
+    place = ''
+    if 'source' in chosen or 'labels' in chosen:
+        place = f'--config.data.{"source" if "source" in chosen else "labels"}'
+    elif _names_other_data(invocation, own):
+        place = '--config'
+        fields |= {name: given[name] for name in _WHICH}
+    fields |= chosen
+    fields['image_size'] = fields['image_size'] or metadata['image_size']
+    return fields, place
+
+
+def _names_other_data(invocation, own):
+    """Whether a recipe sets its data, and it is not what the model was trained on."""
+    if invocation.recipe is None or 'source' not in own:
+        return False
+    from flax_densenet.cli import recipes
+
+    given, usual = invocation.fields['data'], recipes.load_base().data
+    if given['source'] == usual.source and given['labels'] == usual.labels:
+        return False
+    same = _resolve(given['source']) == _resolve(own['source'])
+    return not (same and _resolve_path(given['labels']) == _resolve_path(own['labels']))
+
+
+def _resolve(source):
+    """A source with its path in one spelling."""
+    kind, colon, path = source.partition(':')
+    return f'{kind}{colon}{_resolve_path(path)}' if kind != 'tfds' else source
+
+
+def _resolve_path(path):
+    return path and os.path.realpath(os.path.expanduser(path))
+
+
+def describe_choice(fields: dict[str, Any], place: str, own: dict[str, Any]) -> str:
+    """The line that says which data is measured, if it is not the model's own."""
+    return (
+        f'evaluating on {_name(fields)} (from {place}); the model was trained on '
+        f'{_name(own)}'
+    )
+
+
+def _name(fields):
+    source = fields.get('source') or 'unknown data'
+    labels = fields.get('labels')
+    return f'{source} with {labels}' if labels else source
+
+
+def load(invocation: options.Invocation, workdir: str):
+    """A trained model, where it is from, and the data fields to measure it with."""
+    from flax_densenet.distributed import mesh as mesh_lib
+    from flax_densenet.weights import trained as trained_lib
+
+    path = find(invocation, workdir)
+    check_fields(invocation, path, 'data.')
+    mesh = mesh_lib.make_mesh()
+    trained = trained_lib.load_trained(path, 'best', mesh=mesh)
+    own = trained.metadata['data']
+    fields, place = data_fields(invocation, trained.metadata)
+    mesh_lib.check_batch_size(fields['batch_size'], mesh)
+    if place and _name(fields) != _name(own):
+        print(describe_choice(fields, place, own), flush=True)
+    return trained.with_tta(fields['tta']), path, fields

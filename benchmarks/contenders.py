@@ -76,9 +76,9 @@ def make_ours(task, **fields):
 
 def _ours(task, **fields):
     from flax_densenet import create_model, init_variables
-    from flax_densenet.kernels import cpu as cpu_kernels
+    from flax_densenet.system import process
 
-    cpu_kernels.keep_memory()  # as launch.py does
+    process.keep_memory()  # as launch.py does
     import jax
 
     if task == 'infer' and not fields:

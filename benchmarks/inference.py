@@ -31,9 +31,9 @@ TURN = {1: 48, 16: 96}
 
 def make_ours(batch):
     """What `Predictor` runs, from the host and back to it."""
-    from flax_densenet.kernels import cpu as cpu_kernels
+    from flax_densenet.system import process
 
-    cpu_kernels.keep_memory()  # as launch.py does
+    process.keep_memory()  # as launch.py does
     from benchmarks import prediction
 
     predictor = prediction.make_predictor(batch)

@@ -18,7 +18,7 @@ from flax_densenet import create_model, init_variables
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.inference import input_files
 from flax_densenet.inference import predictor as predictor_lib
-from flax_densenet.kernels import cpu as cpu_kernels
+from flax_densenet.system import process
 from flax_densenet.weights import trained as trained_lib
 
 BATCH, THREADS = 16, 4
@@ -66,7 +66,7 @@ def main():
     parser.add_argument('--rounds', type=int, default=6)
     parser.add_argument('--images', type=int, default=96)
     options = parser.parse_args()
-    cpu_kernels.keep_memory()
+    process.keep_memory()
     predictor = make_predictor()
     paths = list(input_files.find([str(options.folder)]))[: options.images]
     rates(predictor, paths[:BATCH])  # compiles

@@ -15,9 +15,9 @@ import sys
 import tempfile
 
 from benchmarks import contenders
-from flax_densenet.kernels import cpu as cpu_kernels
+from flax_densenet.system import process
 
-cpu_kernels.keep_memory()
+process.keep_memory()
 import jax  # noqa: E402
 
 STEPS = 4

@@ -81,7 +81,7 @@ def _expand_flag_files(arguments):
     try:
         values = absl_flags.FlagValues()
         return values.read_flags_from_files(arguments, force_gnu=True)
-    except absl_flags.Error as error:
+    except (absl_flags.Error, OSError, ValueError) as error:
         raise UserError(' '.join(str(error).split())) from error
 
 
@@ -147,8 +147,8 @@ def _find_command(given, positionals, commands):
 
 def _suggest(name, known):
     close = difflib.get_close_matches(name, known, 1)
-    hint = f'did you mean {close[0]}? ' if close else ''
-    return f'{hint}The commands are {", ".join(known)}'
+    hint = f'did you mean {close[0]}? The' if close else 'the'
+    return f'{hint} commands are {", ".join(known)}'
 
 
 def _check_name(name, command, commands, fields):
@@ -213,7 +213,7 @@ def _check_field(field, fields):
     raise UserError(
         f'--config.{field} is not a field; '
         + (f'did you mean {close[0]}? ' if close else '')
-        + f'There are {", ".join(section or fields)}'
+        + f'The fields are {", ".join(section or fields)}'
     )
 
 
@@ -232,13 +232,13 @@ def _place(command, given, positionals):
         # A recipe may be given with the data that it is for.
         if name == 'config' and name in names:
             continue
-        if name in names:
+        same = {name, 'config.init_from'} if name == 'workdir' else {name}
+        if both := sorted(same & names):
             hint = ''
-            if name == 'files':  # the shell may have expanded the pattern
+            if 'files' in names:  # the shell may have expanded the pattern
                 hint = "; put a pattern in quotes: --files='photos/*.jpg'"
             raise UserError(
-                f'{value} is not needed with --{name}: give the argument or the flag, '
-                f'not both{hint}'
+                f'{value} and --{both[0]} mean the same; give one of them{hint}'
             )
         placed.append(_Given(name, value))
     return placed

@@ -36,5 +36,5 @@ COMMAND = options.Command(
     ),
     flags={'Model': (options.WORKDIR,)} | options.SEVERAL_PROCESSES,
     place=arguments.place_model_and_data,
-    fields='Only init_from and the fields of data.* apply; the rest is the model.',
+    fields='Only init_from and data.* apply; the model has the rest.',
 )

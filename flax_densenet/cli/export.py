@@ -145,5 +145,5 @@ COMMAND = options.Command(
         ),
     },
     place=_place,
-    fields='Only init_from and the fields of data.* apply, for the images to verify on.',
+    fields='Only init_from and data.* apply, for the images to verify on.',
 )

@@ -7,9 +7,7 @@ def run(invocation: options.Invocation):
     """Raises the learning rate step by step; prints and plots the losses."""
     from flax_densenet.train import lr_finder
 
-    lr_finder.find(
-        invocation.fields, invocation.workdir, steps=invocation.flags.steps
-    )
+    lr_finder.find(invocation.fields, invocation.workdir, steps=invocation.flags.steps)
 
 
 COMMAND = options.Command(
@@ -18,8 +16,8 @@ COMMAND = options.Command(
     run,
     usage='[PHOTOS]',
     details=(
-        'Trains a copy of the model while the learning rate grows, and suggests a rate. '
-        'The run itself is not changed. Writes lr_find.png and lr_find.json.',
+        'Trains a copy of the model while the learning rate grows, and suggests a '
+        'rate. The run itself is not changed. Writes lr_find.png and lr_find.json.',
     ),
     examples=(
         ('for a recipe', 'lr_find --config=folder:photos'),

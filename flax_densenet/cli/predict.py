@@ -95,8 +95,8 @@ COMMAND = options.Command(
             options.WORKDIR,
             options.Flag(
                 'files',
-                'Image, folder, pattern, or - for names on standard input. Can be given '
-                'several times.',
+                'Image, folder, pattern, or - for names on standard input. Can be '
+                'given several times.',
                 kind=list,
                 value='FILES',
             ),

@@ -55,8 +55,8 @@ COMMAND = options.Command(
     usage='RUN...',
     details=(
         'For one RUN, measures its best checkpoint and writes report.html into its '
-        'folder. For a sweep, writes sweep.html. For several runs, or a pattern such as '
-        "'ckpt/*', writes compare.html, which shows their curves and settings together.",
+        'folder. For a sweep, writes sweep.html. For several runs, or a pattern such '
+        "as 'ckpt/*', writes compare.html, which shows their curves and settings.",
     ),
     examples=(
         ('the report of one run', 'report ckpt/birds'),
@@ -84,5 +84,5 @@ COMMAND = options.Command(
     }
     | options.SEVERAL_PROCESSES,
     place=_place,
-    fields='Only init_from and the fields of data.* apply; the rest is the model.',
+    fields='Only init_from and data.* apply; the model has the rest.',
 )

@@ -93,9 +93,12 @@ def describe(words: list[str]) -> str:
     lines = []
     if not words:
         lines += [
-            'All settings, with their types and defaults. A recipe changes defaults;',
-            '--config.NAME=VALUE sets one, as in --config.optimizer.learning_rate=1e-3.',
-            'Values of type tuple need quotes: --config.data.color_jitter="(0.4,0.4,0.4)".',
+            help_text.wrap(
+                'All settings, with their types and defaults. Recipes change defaults; '
+                '--config.NAME=VALUE sets one, as in --config.train.epochs=20. Values '
+                "of type tuple need quotes: --config.model.block_sizes='(6,6)'.",
+                '',
+            ),
             '',
         ]
     for setting in shown:
@@ -108,7 +111,9 @@ def describe(words: list[str]) -> str:
 
 def _format(setting):
     default = setting.default
-    shown = 'not set' if default is None else 'empty' if default in ('', ()) else default
+    shown = (
+        'not set' if default is None else 'empty' if default in ('', ()) else default
+    )
     name = f'  {setting.name}  ({setting.kind.__name__}, default: {shown})'
     return [name, help_text.wrap(setting.text, '      '), '']
 

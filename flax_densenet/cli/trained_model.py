@@ -40,10 +40,10 @@ def check_fields(invocation: options.Invocation, path: str, *allowed: str):
         if not name.startswith(('init_from', *allowed)):
             hint = ''
             if allowed:
-                shown = [n + '*' if n.endswith('.') else n for n in allowed]
+                shown = [f'{n}* fields' if n.endswith('.') else n for n in allowed]
                 *first, last = shown
                 shown = f'{", ".join(first)} and {last}' if first else last
-                hint = f'; only {shown} fields can be set'
+                hint = f'; only {shown} can be set'
             raise UserError(
                 f'--config.{name}: {invocation.command.name} takes it from {path}{hint}'
             )

@@ -1,6 +1,7 @@
 """The command line as a user meets it."""
 
 import csv
+import dataclasses
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 
 from flax_densenet import load_trained
+from flax_densenet.cli import commands
+from flax_densenet.cli import main as program
 from flax_densenet.inference import feature_files
 from flax_densenet.train import fit
 from helpers.paths import ROOT
@@ -42,19 +45,13 @@ def launch(*arguments, cwd=ROOT):
 
 @pytest.fixture
 def main(monkeypatch, capfd):
-    """`launch.main` in this process: status, standard output and standard error."""
-    from absl.testing import flagsaver
-
-    import launch as program
-
+    """`main.main` in this process: status, standard output and standard error."""
     # Its settings are of a whole process, and other tests run in this one.
-    monkeypatch.setattr(program, '_set_up_jax', lambda: None)
+    monkeypatch.setattr(program, 'set_up', lambda invocation: None)
 
     def run(*arguments):
-        monkeypatch.setattr('sys.argv', sys.argv)  # the program changes it
         capfd.readouterr()  # what was before
-        with flagsaver.flagsaver():
-            status = program.main(['launch.py', *map(str, arguments)])
+        status = program.main(['launch.py', *map(str, arguments)])
         return status, *capfd.readouterr()
 
     return run
@@ -96,7 +93,7 @@ def test_train_and_evaluate(main, tmp_path):
     shutil.copytree(tmp_path / 'run', tmp_path / 'runs' / 'b')
     done = main('--mode=report', f'--workdir={tmp_path}/runs/*')
     page = f'{tmp_path}/runs/compare.html'
-    assert done == (0, f'{page}: 2 runs beside each other\n', '')
+    assert done == (0, f'{page}: 2 runs compared\n', '')
 
 
 @pytest.mark.slow
@@ -116,7 +113,7 @@ def test_other_weights_and_data(main, tmp_path):
     assert (status, err) == (0, '')
     assert out.startswith(f'Test_acc{figures} (360 test images of digits')
     assert out.splitlines()[0].endswith(f'weights of {file})')
-    status, out, err = main('--mode=summary', *start)
+    status, out, err = main('--mode=summary', start[0])
     assert 'BC-L10k4 with 10 classes' in out
 
     # Other data, with some of the classes: all of it is used.
@@ -159,17 +156,20 @@ def test_summary(main, arguments, size):
             'configs/cifar.py:40_12,x: x is not known; use 40_12 or 40_12,code',
         ),
         (['--config=configs/none.py'], '--config=configs/none.py: there is no such'),
-        (['--mode=dance'], '--mode=dance is not known; use train, eval'),
-        (['--color=red'], "Unknown command line flag 'color'"),
-        (['photos'], 'photos is not a flag'),
+        (['--mode=dance'], '--mode=dance is not known; the commands are train, eval'),
+        (['--color=red'], '--color is not a flag of train'),
+        (['photos'], 'photos is not a command; the commands are'),
         (['--config.data.source=folder:/none'], 'there is no such folder'),
         (['--mode=eval', '--workdir=/none'], '--workdir=/none holds no checkpoint'),
         (['--mode=report', '--workdir=/none/*'], 'no folder of a run has such a name'),
         (['--mode=report', '--workdir=/a,/b'], '--workdir=/a holds no run with a'),
         (['--config.init_from=/none.pth'], 'init_from=/none.pth: there is no such'),
-        (['--mode=export'], '--mode=export needs --out=FILE'),
+        (['--mode=export'], 'export needs the file to write: export MODEL FILE'),
         (['--mode=lr_find', '--steps=3'], '--steps=3 are too few; use 40 or more'),
-        (['--sweep=train.seed=0,1'], '--sweep needs --mode=sweep'),
+        (
+            ['--sweep=train.seed=0,1'],
+            '--sweep is a flag of sweep; train does',
+        ),
         (['--mode=sweep'], '--mode=sweep needs --sweep=FIELD=VALUE,VALUE'),
         (
             ['--mode=sweep', '--sweep=optimizer.learning_rat=1,2'],
@@ -203,11 +203,15 @@ def test_summary(main, arguments, size):
         ),
         (
             ['--mode=sweep', '--sweep=train.seed=0', '--distributed'],
-            '--distributed: --mode=sweep is one process',
+            'lr_find; sweep does not take it',
         ),
         (
-            ['--mode=export', '--out=x.pth'],
+            ['--mode=export', '--out=x.pth', '--format=safetensors'],
             '--out=x.pth: a file of --format=safetensors ends with .safetensors',
+        ),
+        (
+            ['export', '--out=x.bin'],
+            'x.bin: no format has this ending; use one of .safetensors, .pth',
         ),
     ],
 )
@@ -330,7 +334,7 @@ def test_predict(main, weights, tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ([], '--mode=predict needs --files=NAME'),
+        ([], 'predict needs images: predict MODEL FILES...'),
         (['--files=none/*.jpg'], '--files=none/*.jpg matches no image'),
         (['--files=x', '--config.data.batch_size=0'], 'data.batch_size=0 must be at'),
         (['--files=x', '--config.data.threads=0'], 'data.threads=0 must be at least 1'),
@@ -338,12 +342,12 @@ def test_predict(main, weights, tmp_path):
             ['--files=x', '--config.data.image_size=9'],
             'only data.batch_size, data.threads and data.tta can',
         ),
-        (['--files=x', '--config.model.fast=0'], '--config.model.fast: --mode=predict'),
+        (['--files=x', '--config.model.fast=0'], '--config.model.fast: predict takes'),
         (['--files=x', '--top=0'], '--top=0 must be at least 1'),
         (['--files=x', '--format=torch'], 'use table, csv, jsonl'),
         (['--files=x', '--features=x.txt'], 'ends with .npz or .safetensors'),
         (['--files=x', '--explain_class=a'], '--explain_class needs --explain=FOLDER'),
-        (['--files=x', '--num_processes=2'], 'its like need --distributed'),
+        (['--files=x', '--num_processes=2'], '--num_processes needs --distributed'),
         (['--files', 'a.jpg', 'b.jpg'], "in quotes: --files='photos/*.jpg'"),
         (['--files=x', '--config.init_from=none'], 'init_from=none: there is no such'),
         (
@@ -369,12 +373,12 @@ def test_mistakes_of_predict(main, weights, tmp_path, arguments, message):
 
 def test_stopped(main, monkeypatch):
     """Ctrl-C is one word and the status that a shell would give it."""
-    import launch as program
 
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(program.MODES, 'summary', interrupt)
+    summary = dataclasses.replace(commands.COMMANDS['summary'], run=interrupt)
+    monkeypatch.setitem(commands.COMMANDS, 'summary', summary)
     assert main('--mode=summary') == (130, '', 'interrupted\n')
 
 

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 
 from flax_densenet import UserError
+from flax_densenet.cli import command_line
+from flax_densenet.cli import main as cli
 from flax_densenet.data import dataset, listing, sources
 from flax_densenet.errors import printable
 from flax_densenet.train import fit, prepare
@@ -193,25 +195,22 @@ def test_a_name_of_two_lines_in_the_list(folder, tmp_path):
 
 
 def test_the_line_of_an_error_is_one_line(strange_folder, monkeypatch, capsys):
-    sys.path.insert(0, str(ROOT))
-    import launch
+    def parse(*_):
+        load(strange_folder)
 
-    monkeypatch.setattr(launch, '_parse', lambda argv: load(strange_folder))
-    assert launch.main(['launch.py']) == 2
+    monkeypatch.setattr(command_line, 'parse', parse)
+    assert cli.main(['launch.py']) == 2
     error = capsys.readouterr().err
     assert error.count('\n') == 1 and r'latin \xe9\xff' in error
 
 
 def test_output_of_any_name(monkeypatch):
     """What prints a raw name, in a terminal of UTF-8 or less, does not end the run."""
-    sys.path.insert(0, str(ROOT))
-    import launch
-
     for encoding in ('utf-8', 'ascii'):
         stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
         monkeypatch.setattr(sys, 'stdout', stream)
         monkeypatch.setattr(sys, 'stderr', io.StringIO())
-        launch.main(['launch.py', 'nonsense'])
+        assert cli.main(['launch.py', 'nonsense']) == 2
         print('größe \udcff', file=stream)
         assert stream.flush() is None
 

@@ -15,6 +15,8 @@ from flax_densenet.evaluation import evaluate, metrics, results
 from flax_densenet.weights import trained as trained_lib
 from helpers.runs import tiny_trained, write_images
 
+MEASURED = results.Measured('here', 6, 270, 'flip')
+
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
@@ -30,7 +32,7 @@ def run(tmp_path_factory):
 
 def test_files_equal_scikit_learn(run, tmp_path):
     trained, found, _ = run
-    results.save(str(tmp_path / 'new'), found, {'data': 'here'})
+    results.save(str(tmp_path / 'new'), found, MEASURED)
     with open(tmp_path / 'new' / 'eval.json') as file:
         figures = json.load(file)
     with open(tmp_path / 'new' / 'predictions.csv', newline='') as file:
@@ -108,7 +110,7 @@ def test_several_labels(tmp_path):
     each = np.log1p(np.exp([[-2, -1], [-3, 0], [0.5, -0.5]]))
     loss = (each[0].mean() + each[1, 0] + each[2].mean()) / 3
     assert found.figures['loss'] == pytest.approx(loss)
-    results.save(str(tmp_path), found, {})
+    results.save(str(tmp_path), found, MEASURED)
     with open(tmp_path / 'predictions.csv', newline='') as file:
         rows = list(csv.DictReader(file))
     assert [row['true'] for row in rows] == ['a', '', 'b']
@@ -131,7 +133,7 @@ def test_unusable(run, tmp_path):
     trained, found, _ = run
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='cannot be written .*; use another --workdir'):
-        results.save(str(tmp_path / 'file'), found, {})
+        results.save(str(tmp_path / 'file'), found, MEASURED)
     kernel = trained.variables['params']['classifier']['kernel']
     nothing = {'kernel': np.full(kernel.shape, np.nan, 'f4'), 'bias': np.zeros(3, 'f4')}
     broken = {
@@ -152,7 +154,7 @@ def test_very_many_classes_stay_small(tmp_path):
     names = tuple(f'c{number}' for number in range(classes))
     examples = types.SimpleNamespace(name='{}.jpg'.format)
     found = results.Results(examples, names, logits, labels)
-    results.save(str(tmp_path), found, {})
+    results.save(str(tmp_path), found, MEASURED)
     figures = json.loads((tmp_path / 'eval.json').read_text())
     assert figures['confusion'] is None
     wrong = [[t, s, 1] for t, s in zip(labels, logits.argmax(-1), strict=True) if t - s]

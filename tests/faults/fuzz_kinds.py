@@ -11,7 +11,6 @@ import pathlib
 import pickle
 import re
 import shutil
-import sys
 import tempfile
 
 from faults import fuzz_bytes, fuzz_seeds
@@ -280,19 +279,11 @@ class Flags(Kind):
     def run(self, raw, path):
         from flax_densenet.train import prepare
 
-        launch = _import_launch()
+        parser, commands = _import_parser()
         arguments = raw.decode(errors='surrogateescape').split('\n\n')
         arguments = [argument for argument in arguments if argument not in _LEAVES]
-        known = launch.flags.FLAGS
-        known.unparse_flags()
-        for name in [name for name in known if name.startswith('config.')]:
-            delattr(known, name)
-        saved = sys.argv
-        try:
-            launch._parse(['launch.py', f'--workdir={path}-none', *arguments])
-        finally:
-            sys.argv = saved
-        prepare.prepare(launch._plain(launch._CONFIG.value), f'{path}-none')
+        argv = ['launch.py', f'--workdir={path}-none', *arguments]
+        prepare.prepare(parser.parse(argv, commands).fields, f'{path}-none')
 
 
 # Print a help page and leave, as they should.
@@ -300,15 +291,14 @@ _LEAVES = {'--help', '-help', '-?', '--helpfull', '--helpshort', '--version'}
 
 
 @functools.cache
-def _import_launch():
+def _import_parser():
     from sklearn import datasets
 
     # 40 ms a time, of which there are thousands.
     datasets.load_digits = functools.cache(datasets.load_digits)
-    sys.path.insert(0, str(fuzz_seeds.ROOT))
-    import launch
+    from flax_densenet.cli import command_line, commands
 
-    return launch
+    return command_line, commands.COMMANDS
 
 
 KINDS = {

@@ -13,6 +13,7 @@ from flax_densenet import UserError, create_model, init_variables
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.kernels import cpu as cpu_kernels
 from flax_densenet.kernels import dense_block, xla_block
+from flax_densenet.system import process
 from flax_densenet.train import fit
 from helpers.blocks import error, inputs, make, require_native
 from helpers.runs import tiny_config
@@ -422,7 +423,7 @@ def test_memory_settings_leave_a_users_own_alone(monkeypatch):
     }.items():
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
-            assert cpu_kernels.keep_memory() is False
+            assert process.keep_memory() is False
 
 
 @pytest.mark.slow

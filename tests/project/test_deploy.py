@@ -58,7 +58,10 @@ def test_launch_knows_the_flags(documents):
     """Parsed by launch.py itself, as process 3 of the job gets them."""
     args = documents[1]['spec']['template']['spec']['containers'][0]['args']
     args = [arg.replace('$(JOB_COMPLETION_INDEX)', '3') for arg in args]
-    code = 'import sys, launch; launch._parse(sys.argv); print(launch._WORKDIR.value)'
+    code = (
+        'import sys; from flax_densenet.cli import command_line, commands; '
+        'print(command_line.parse(sys.argv, commands.COMMANDS).workdir)'
+    )
     done = subprocess.run(
         [sys.executable, '-c', code, *args], capture_output=True, text=True, cwd=ROOT
     )

@@ -33,6 +33,8 @@ ALLOWED = {
     'flax_densenet/weights/pickle_guard.py': {'pickle'},
     # The compiler, and the library that it made, in the user's own cache.
     'flax_densenet/kernels/cpu.py': {'subprocess', 'ctypes'},
+    # mallopt, of the C library.
+    'flax_densenet/system/process.py': {'ctypes'},
     # git, asked for the commit; the versions of packages.
     'flax_densenet/system/environment.py': {'subprocess', 'importlib'},
     # Ends the decoding processes.

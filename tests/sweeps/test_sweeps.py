@@ -13,9 +13,10 @@ import types
 
 import pytest
 
-import launch
 from configs import base
 from flax_densenet.checkpoints import run_folder
+from flax_densenet.cli import options as cli_options
+from flax_densenet.cli import sweep as sweep_command
 from flax_densenet.errors import UserError
 from flax_densenet.report import page
 from flax_densenet.sweeps import optuna_study, space
@@ -171,10 +172,10 @@ def start(workdir, *flags, epochs=3, **options):
     for name in [name for name in options if '.' in name]:
         config.update_from_flattened_dict({name: options.pop(name)})
     return sweep_runner.run(
-        launch._plain(config),
+        cli_options.to_dict(config),
         str(workdir),
         list(flags),
-        override=functools.partial(launch._override, config),
+        override=functools.partial(sweep_command.override, config),
         **options,
     )
 
@@ -515,8 +516,10 @@ def test_data_is_looked_through_once(monkeypatch):
         (['data.image_size=8,12', 'data.augment=none,flip'], 2),
     ):
         looked.clear()
-        override = functools.partial(launch._override, config)
-        sweep_plan.Plan(launch._plain(config), flags, override, None, 'none').check()
+        override = functools.partial(sweep_command.override, config)
+        sweep_plan.Plan(
+            cli_options.to_dict(config), flags, override, None, 'none'
+        ).check()
         assert len(looked) == count
 
 

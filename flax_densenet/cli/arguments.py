@@ -4,6 +4,7 @@ import os
 import pathlib
 
 from flax_densenet.errors import UserError
+from flax_densenet.system import paths
 
 _KINDS = ('digits', 'folder', 'packed', 'tar', 'tfds')
 
@@ -30,7 +31,7 @@ def place_model_and_data(positionals: list[str]) -> list[tuple[str, str]]:
 
 def place_measured(model: str) -> list[tuple[str, str]]:
     """A model that files are written for: next to a run, else into a new folder."""
-    if not os.path.isfile(os.path.expanduser(model)):
+    if not os.path.isfile(paths.expand(model)):
         return [('workdir', model)]
     folder = f'{pathlib.PurePath(model).stem}-eval'
     return [('config.init_from', model), ('workdir', os.path.join('ckpt', folder))]
@@ -51,7 +52,7 @@ def source(name: str) -> str:
     Raises:
       UserError: there is no such folder or file.
     """
-    path = os.path.expanduser(name)
+    path = paths.expand(name)
     if os.path.isdir(path):
         packed = os.path.isfile(os.path.join(path, 'pack.json'))
         return f'{"packed" if packed else "folder"}:{path}'

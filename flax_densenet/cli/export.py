@@ -9,12 +9,12 @@ def run(invocation: options.Invocation):
     from flax_densenet.export import formats, release
     from flax_densenet.weights import trained as trained_lib
 
-    flags = invocation.flags
-    if not flags.out:
+    flags, out = invocation.flags, invocation.path('out')
+    if not out:
         raise UserError('export needs the file to write: export MODEL FILE')
-    file_format = flags.format or _format_of(flags.out)
+    file_format = flags.format or _format_of(out)
     settings = formats.Options(flags.inputs, flags.precision, license=flags.license)
-    formats.check_format(flags.out, file_format, settings)
+    formats.check_format(out, file_format, settings)
     path = trained_model.find(invocation)
     trained_model.check_fields(invocation, path, 'data.')
     trained = trained_lib.load_trained(path, 'best')
@@ -25,9 +25,9 @@ def run(invocation: options.Invocation):
         settings,
         flags.data_license,
     )
-    shipped.check(flags.out)
-    facts = release.run(flags.out, shipped, _samples(invocation, path, trained))
-    print(f'{flags.out}: the model of {path}')
+    shipped.check(out)
+    facts = release.run(out, shipped, _samples(invocation, path, trained))
+    print(f'{out}: the model of {path}')
     for name, value in facts:
         print(f'  {name}: {value}')
 

@@ -165,7 +165,7 @@ def _flag(flag):
         name += f'={flag.value or "VALUE"}'
     if flag.alias:
         name += f', --{flag.alias}'
-    if flag.default_text or flag.default not in (None, False):
+    if flag.default_text or flag.default not in (None, False, ''):
         text = f'{flag.help} Default: {flag.default_text or flag.default}.'
     else:
         text = flag.help

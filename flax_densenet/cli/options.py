@@ -9,6 +9,7 @@ from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
 from flax_densenet.cli import recipes
+from flax_densenet.system import paths
 
 _DEFINE = {
     str: absl_flags.DEFINE_string,
@@ -119,7 +120,14 @@ class Invocation:
     @property
     def workdir(self) -> str:
         """--workdir, by default ckpt/ and the name of the recipe."""
-        return self.flags.workdir or default_workdir(self.recipe)
+        if self.flags.workdir:
+            return paths.resolve(self.flags.workdir, '--workdir=')
+        return default_workdir(self.recipe)
+
+    def path(self, flag: str) -> str | None:
+        """The value of a flag that is a path, resolved; None if it was not given."""
+        value = self.flags[flag].value
+        return value and paths.resolve(value, f'--{flag}=')
 
 
 def default_workdir(recipe: recipes.Recipe | None) -> str:

@@ -19,12 +19,13 @@ def run(invocation: options.Invocation):
                 'be set'
             )
     fields, flags = invocation.fields['data'], invocation.flags
+    out = invocation.path('out')
     kind, _, name = fields['source'].partition(':')
-    if kind == 'packed' and not flags.out:
+    if kind == 'packed' and not out:
         intact = manifest.describe(pack_writer.verify(name))
         print(f'{name}: all files are intact; {intact}')
         return
-    if not flags.out:
+    if not out:
         raise UserError('pack needs the folder to write: pack PHOTOS FOLDER')
     if not 1 <= fields['threads'] <= 1024:
         raise UserError(f'data.threads={fields["threads"]} must be from 1 to 1024')
@@ -36,12 +37,12 @@ def run(invocation: options.Invocation):
     packing = pack_plan.Options(**{name: getattr(flags, name) for name in names})
     made = pack_writer.pack(
         fields['source'],
-        flags.out,
+        out,
         options=packing,
         **{name: fields[name] for name in ('labels', 'bad_images', 'threads')},
     )
-    print(f'{flags.out}: {manifest.describe(made)}')
-    print(f'use it with --config.data.source=packed:{flags.out}')
+    print(f'{out}: {manifest.describe(made)}')
+    print(f'use it with --config.data.source=packed:{out}')
 
 
 def _place(positionals):

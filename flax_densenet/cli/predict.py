@@ -31,7 +31,7 @@ def run(invocation: options.Invocation) -> int:
         )
 
     if processes.is_first():
-        failed = _write(flags, load, data['threads'])
+        failed = _write(invocation, load, data['threads'])
     else:
         model, named = load(), flags.explain_class
         multi_process.serve(
@@ -45,22 +45,21 @@ def run(invocation: options.Invocation) -> int:
     return 1 if processes.broadcast('failed', lambda: failed) else 0
 
 
-def _write(flags, load, threads):
+def _write(invocation, load, threads):
     """Returns how many files could not be read."""
     from flax_densenet.inference import input_files, multi_process
     from flax_densenet.inference import outputs as outputs_lib
 
+    flags = invocation.flags
     input_files.check(flags.files)
-    places = dict(explain=flags.explain, features=flags.features)
-    with outputs_lib.Outputs(
-        out=flags.out, form=flags.format, top=flags.top, **places
-    ) as outputs:
+    places = {name: invocation.path(name) for name in ('out', 'explain', 'features')}
+    with outputs_lib.Outputs(form=flags.format, top=flags.top, **places) as outputs:
         model = load()
         if processes.count() > 1:
             model = multi_process.MultiProcessPredictor(model)
         return outputs_lib.run(
             model,
-            input_files.find(flags.files, leave_out=flags.explain),
+            input_files.find(flags.files, leave_out=places['explain']),
             outputs,
             threads=threads,
             class_name=flags.explain_class,

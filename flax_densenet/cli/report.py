@@ -23,7 +23,7 @@ def run(invocation: options.Invocation):
         if not processes.is_first():
             return
         folder = os.path.dirname(workdirs[0].rstrip(os.sep))
-        path = invocation.flags.out or os.path.join(folder, compare.FILE)
+        path = invocation.path('out') or os.path.join(folder, compare.FILE)
         compare.save(workdirs, path)
         print(f'{path}: {len(workdirs)} runs compared')
         return

@@ -22,11 +22,12 @@ def run(invocation: options.Invocation):
     limits = guard.Limits(**{name: getattr(flags, name) for name in names})
     # Before the model is loaded, since a port may be taken.
     listener = server.listen(flags.host, flags.port)
+    access = server.make_access(listener, flags.allowed_hosts, flags.root_path)
     # One device: a batch of a few images does not divide over several.
     mesh = mesh_lib.make_mesh(jax.local_devices()[:1])
     trained = trained_lib.load_trained(path, 'best', mesh=mesh)
     name = pathlib.Path(path).resolve().name
-    server.run(trained, listener, name=name, limits=limits)
+    server.run(trained, listener, name=name, limits=limits, access=access)
 
 
 _LIMITS = (
@@ -88,6 +89,21 @@ COMMAND = options.Command(
                 kind=int,
                 default=8000,
                 value='PORT',
+            ),
+        ),
+        'Behind a proxy': (
+            options.Flag(
+                'allowed_hosts',
+                'Host names that a proxy passes on, such as hub.example.org or '
+                '*.example.org, separated by commas.',
+                kind=list,
+                value='NAMES',
+            ),
+            options.Flag(
+                'root_path',
+                'What a proxy puts before the paths.',
+                default='',
+                value='PATH',
             ),
         ),
         'Limits': _LIMITS,

@@ -3,6 +3,7 @@
 import os
 
 from flax_densenet.cli import arguments, options
+from flax_densenet.system import paths
 
 
 def run(invocation: options.Invocation):
@@ -34,7 +35,7 @@ def run(invocation: options.Invocation):
 def _place(positionals):
     arguments.check_count(positionals, 'MODEL')
     name = positionals[0]
-    if os.path.exists(os.path.expanduser(name)):
+    if os.path.exists(paths.expand(name)):
         return [('config.init_from', name)]
     return [('config.model.variant', name)]
 

@@ -19,7 +19,7 @@ def run(invocation: options.Invocation):
     shared = copy.deepcopy(invocation.config)
     if 'train.report' not in invocation.overrides:  # a page per run takes some seconds
         shared.train.report = False
-    workdir = flags.workdir or f'{invocation.workdir}-sweep'
+    workdir = invocation.path('workdir') or f'{invocation.workdir}-sweep'
     with signals.stop_gently() as stop:
         sweep_runner.run(
             options.to_dict(shared),

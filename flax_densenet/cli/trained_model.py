@@ -5,6 +5,7 @@ from typing import Any
 
 from flax_densenet.cli import options
 from flax_densenet.errors import UserError
+from flax_densenet.system import paths
 
 # Fields that say which images there are; the model decides how they are prepared.
 _WHICH = ('source', 'labels', 'tfds_dir', 'tfds_train', 'test_fraction', 'split_seed')
@@ -22,7 +23,7 @@ def find(invocation: options.Invocation, workdir: str | None = None) -> str:
     workdir = workdir or invocation.workdir
     start = invocation.fields['init_from']
     if start and not checkpoint_reader.has_checkpoint(workdir):
-        if not os.path.exists(os.path.expanduser(start)):
+        if not os.path.exists(paths.expand(start)):
             raise UserError(f'--config.init_from={start}: there is no such file')
         return start
     if not weight_file.is_weights(workdir):
@@ -89,18 +90,13 @@ def _names_other_data(invocation, own):
     given, usual = invocation.fields['data'], recipes.load_base().data
     if given['source'] == usual.source and given['labels'] == usual.labels:
         return False
-    same = _resolve(given['source']) == _resolve(own['source'])
-    return not (same and _resolve_path(given['labels']) == _resolve_path(own['labels']))
+    return _resolve(given) != _resolve(own)
 
 
-def _resolve(source):
-    """A source with its path in one spelling."""
-    kind, colon, path = source.partition(':')
-    return f'{kind}{colon}{_resolve_path(path)}' if kind != 'tfds' else source
-
-
-def _resolve_path(path):
-    return path and os.path.realpath(os.path.expanduser(path))
+def _resolve(fields):
+    labels = fields.get('labels') or ''
+    source = paths.real_source(fields['source'])
+    return source, labels and os.path.realpath(paths.expand(labels))
 
 
 def describe_choice(fields: dict[str, Any], place: str, own: dict[str, Any]) -> str:

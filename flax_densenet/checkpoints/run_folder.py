@@ -47,8 +47,9 @@ def load_run(workdir: str) -> RunRecord:
         for name in (CONFIG_FILE, ENVIRONMENT_FILE)
     )
     for section, names in _FORMER_NAMES.items():
-        for old in names.keys() & config.get(section, {}).keys():
-            config[section][names[old]] = config[section].pop(old)
+        fields = config[section] if section in config else {}
+        for old in names.keys() & fields.keys():
+            fields[names[old]] = fields.pop(old)
     name = os.path.basename(os.path.abspath(workdir))
     return RunRecord(name, records, config, environment)
 

@@ -4,6 +4,7 @@ import ast
 import importlib
 import itertools
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -38,6 +39,8 @@ IMPORTS = {
     'settings report',
     'sweeps': 'train report checkpoints system',
 }
+# Whose files and functions are of some length at most.
+LIMITED = ('flax_densenet', 'benchmarks')
 RECIPES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
 
 
@@ -62,6 +65,60 @@ def test_packages_import_only_what_lies_below(package):
     for path in files:
         used = set(imports(path)) - {'errors', '_version', package}
         assert used <= allowed, path
+
+
+def test_all_packages_are_in_the_table():
+    """Besides those that may import everything."""
+    found = {path.stem for path in PACKAGE.iterdir() if path.suffix in ('', '.py')}
+    assert found - {'__pycache__'} - IMPORTS.keys() <= {
+        *('__init__', '__main__', '_version', 'errors', 'cli', 'configs'),
+    }
+
+
+def code_lines(function, lines):
+    """How many there are without docstrings, comments and blank lines."""
+    strings = [
+        range(node.lineno, node.end_lineno + 1)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    ]
+    return sum(
+        not any(number in one for one in strings)
+        and not re.match(r'\s*(#|$)', lines[number - 1])
+        for number in range(function.lineno, function.end_lineno + 1)
+    )
+
+
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@pytest.mark.parametrize('folder', LIMITED)
+def test_files_and_functions_are_short(folder):
+    """450 lines, and 70 of code; the C++ kernel is one file."""
+    found = sorted((ROOT / folder).rglob('*.py'))
+    assert found
+    for path in found:
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 450, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, FUNCTIONS):
+                assert code_lines(node, lines) <= 70, (path, node.name)
+
+
+def test_tests_share_what_is_in_helpers():
+    """None imports another file of tests, nor a conftest."""
+    files = {path.stem for path in (ROOT / 'tests').rglob('test_*.py')} | {'conftest'}
+    for path in (ROOT / 'tests').rglob('*.py'):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [f'{node.module}.{alias.name}' for alias in node.names]
+            else:
+                continue
+            assert not files & {part for name in names for part in name.split('.')}, (
+                path
+            )
 
 
 def test_no_config_below_the_door():

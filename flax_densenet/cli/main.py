@@ -89,7 +89,7 @@ def join_processes(flags):
 def set_up(invocation):
     """Prepares the process, before JAX starts."""
     from flax_densenet.kernels import cpu as cpu_kernels
-    from flax_densenet.system import process
+    from flax_densenet.system import platforms, process
 
     name = invocation.command.name
     trains = name in ('train', 'sweep')
@@ -97,5 +97,9 @@ def set_up(invocation):
         cache=cpu_kernels.cache_folder() / 'xla',
         deterministic=trains and invocation.config.train.deterministic,
     )
-    if name not in ('summary', 'export', 'pack'):
+    if name == 'pack':
+        return
+    if platforms.is_chosen():  # told before anything is read
+        platforms.check_devices()
+    if name not in ('summary', 'export'):
         cpu_kernels.load_ahead()

@@ -16,7 +16,7 @@ import numpy as np
 
 from flax_densenet.data import images, listing, notes, parts, readers
 from flax_densenet.errors import UserError, printable
-from flax_densenet.system import paths
+from flax_densenet.system import paths, platforms
 
 CLASSES_FILE = 'classes.txt'
 _LABELS = ('cls', 'json')
@@ -45,7 +45,7 @@ class TarReader(readers.Reader):
         offset, size = self.places[index].tolist()
         try:
             with open(path, 'rb') as file:
-                content = os.pread(file.fileno(), size, offset)
+                content = platforms.read_at(file, size, offset)
         except OSError as error:
             raise UserError(f'{path} cannot be read ({error.strerror})') from error
         if len(content) != size:
@@ -270,7 +270,7 @@ def _sample(path, file, key, inside) -> _Sample:
     member = inside[kind]
     if member.size > _MAX_LABEL_BYTES:
         raise UserError(f'{path}: {member.name} is too large to be a label')
-    content = os.pread(file.fileno(), member.size, member.offset_data)
+    content = platforms.read_at(file, member.size, member.offset_data)
     image = inside[kinds[0]]
     label = _label(path, member.name, kind, content)
     return _Sample(image.name, image.offset_data, image.size, label)

@@ -50,7 +50,11 @@ def use_native(kernel: str, x, layers=None, *, dropout: bool = False) -> bool:
     if reason is None:
         reason = cpu_kernels.load()
         if reason and kernel == 'auto':
-            _log_once(f'the dense block runs without its CPU kernel: {reason}')
+            _log_once(
+                f'the dense block runs without its CPU kernel: {reason}; training and '
+                'prediction are about three times slower'
+                + ('; install g++ or set CXX' if 'compiler' in reason else '')
+            )
     if reason and kernel == 'native':
         raise UserError(f'model.kernel=native cannot be used: {reason}; use auto')
     return reason is None

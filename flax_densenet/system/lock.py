@@ -6,7 +6,6 @@ that a crash leaves nothing to remove.
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 
@@ -53,9 +52,24 @@ def hold(workdir: str, *, flag: str = '--workdir', doing: str = 'trains'):
         yield
 
 
+def _lock(file):
+    """Raises OSError where another process holds it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        import msvcrt
+
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError(*error.args) from error
+        return
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _take(file, folder, doing):
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file)
     except BlockingIOError as error:
         file.seek(0)
         who = file.read(200) or 'another process'

@@ -2,8 +2,6 @@
 
 import collections
 import dataclasses
-import resource
-import sys
 import time
 from typing import Any
 
@@ -14,7 +12,7 @@ from flax_densenet.checkpoints import writer as checkpoint_writer
 from flax_densenet.checkpoints.reader import Checkpoint
 from flax_densenet.distributed import agreement as agreement_lib
 from flax_densenet.distributed import processes, zero
-from flax_densenet.system import signals
+from flax_densenet.system import platforms, signals
 from flax_densenet.train import ema, nonfinite, step, tensorboard, training_run
 
 
@@ -212,15 +210,9 @@ def peak_memory_gib() -> float:
     stats = jax.local_devices()[0].memory_stats()
     if stats and 'peak_bytes_in_use' in stats:
         return stats['peak_bytes_in_use'] / 2**30
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return platforms.peak_memory_bytes() / 2**30
 
 
 def memory_gib() -> float:
     """What this process has in memory now; its peak where the system does not tell."""
-    try:
-        with open('/proc/self/statm') as file:
-            return int(file.read().split()[1]) * resource.getpagesize() / 2**30
-    except OSError:
-        unit = 1 if sys.platform == 'darwin' else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return platforms.memory_bytes() / 2**30

@@ -3,11 +3,11 @@
 import collections
 import contextlib
 import os
-import resource
 import threading
 from typing import Any
 
 from flax_densenet import errors
+from flax_densenet.system import platforms
 
 # Records one by one, as random access needs them; images are compressed already.
 WRITER_OPTIONS = 'group_size:1,uncompressed'
@@ -66,8 +66,8 @@ class Pool:
         self._open: dict[int, Any] = collections.OrderedDict()
         self._ahead = None
         # The rest is for the program's other files.
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._most = 4096 if files < 0 else max(16, min(4096, files - 256))
+        files = platforms.max_open_files()
+        self._most = 4096 if files is None else max(16, min(4096, files - 256))
 
     def read(self, shard: int, position: int) -> bytes:
         """Raises RuntimeError or ValueError where it cannot."""

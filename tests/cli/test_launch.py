@@ -15,9 +15,9 @@ import pytest
 
 from flax_densenet import load_trained
 from flax_densenet.cli import commands
-from flax_densenet.cli import main as program
 from flax_densenet.inference import feature_files
 from flax_densenet.train import fit
+from helpers import commands as helper
 from helpers.paths import ROOT
 from helpers.runs import make_weights, tiny_config, write_images
 
@@ -45,16 +45,7 @@ def launch(*arguments, cwd=ROOT):
 
 @pytest.fixture
 def main(monkeypatch, capfd):
-    """`main.main` in this process: status, standard output and standard error."""
-    # Its settings are of a whole process, and other tests run in this one.
-    monkeypatch.setattr(program, 'set_up', lambda invocation: None)
-
-    def run(*arguments):
-        capfd.readouterr()  # what was before
-        status = program.main(['launch.py', *map(str, arguments)])
-        return status, *capfd.readouterr()
-
-    return run
+    return helper.make_main(monkeypatch, capfd)
 
 
 def one_line_error(status, out, err):

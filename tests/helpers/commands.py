@@ -1,22 +1,16 @@
 """The command line, in this process."""
 
-import sys
-
-from absl.testing import flagsaver
+from flax_densenet.cli import main as cli
 
 
 def make_main(monkeypatch, capfd):
-    """`launch.main` as a function: status, standard output and standard error."""
-    import launch
-
+    """`main.main` as a function: status, standard output and standard error."""
     # Its settings are of a whole process, and other tests run in this one.
-    monkeypatch.setattr(launch, '_set_up_jax', lambda: None)
+    monkeypatch.setattr(cli, 'set_up', lambda invocation: None)
 
     def run(*arguments):
-        monkeypatch.setattr('sys.argv', sys.argv)  # the program changes it
         capfd.readouterr()  # what was before
-        with flagsaver.flagsaver():
-            status = launch.main(['launch.py', *map(str, arguments)])
+        status = cli.main(['launch.py', *map(str, arguments)])
         return status, *capfd.readouterr()
 
     return run

@@ -47,7 +47,9 @@ def load_run(workdir: str) -> RunRecord:
         for name in (CONFIG_FILE, ENVIRONMENT_FILE)
     )
     for section, names in _FORMER_NAMES.items():
-        fields = config[section] if section in config else {}
+        if section not in config:
+            continue
+        fields = config[section]
         for old in names.keys() & fields.keys():
             fields[names[old]] = fields.pop(old)
     name = os.path.basename(os.path.abspath(workdir))

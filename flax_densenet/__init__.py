@@ -1,29 +1,90 @@
-"""DenseNet for JAX: models, training, evaluation, prediction."""
+"""DenseNet for JAX: models, training, evaluation, prediction, export.
 
+The names in `__all__` and what they return are the public API; everything else may
+change between versions. They are imported when they are first used.
+
+>>> import flax_densenet
+>>> model = flax_densenet.create_model('densenet121', num_classes=10)
+"""
+
+import importlib
+import types
 from typing import TYPE_CHECKING
 
 from flax_densenet._version import __version__
-from flax_densenet.errors import UserError
-from flax_densenet.models.factory import VARIANTS, create_model
-from flax_densenet.models.initialization import init_variables
 
 if TYPE_CHECKING:
-    from flax_densenet.inference.predictor import load_trained
+    from flax_densenet.api import (
+        evaluate,
+        export,
+        get_config,
+        list_models,
+        load,
+        train,
+    )
+    from flax_densenet.errors import UserError
+    from flax_densenet.inference.predictor import Predictor
+    from flax_densenet.inference.predictor import load_trained as load_trained
+    from flax_densenet.models.densenet import DenseNet
+    from flax_densenet.models.factory import VARIANTS as VARIANTS
+    from flax_densenet.models.factory import create_model
+    from flax_densenet.models.initialization import init_variables
+    from flax_densenet.models.rdnet import RDNet
 
 __all__ = [
-    'VARIANTS',
+    'DenseNet',
+    'Predictor',
+    'RDNet',
     'UserError',
     '__version__',
     'create_model',
+    'evaluate',
+    'export',
+    'get_config',
     'init_variables',
-    'load_trained',
+    'list_models',
+    'load',
+    'train',
 ]
+
+_PLACES = {
+    'DenseNet': 'models.densenet',
+    'Predictor': 'inference.predictor',
+    'RDNet': 'models.rdnet',
+    'UserError': 'errors',
+    'create_model': 'models.factory',
+    'evaluate': 'api',
+    'get_config': 'api',
+    'init_variables': 'models.initialization',
+    'list_models': 'api',
+    'load': 'api',
+    # Former names of `list_models` and `load`.
+    'VARIANTS': 'models.factory',
+    'load_trained': 'inference.predictor',
+}
 
 
 def __getattr__(name):
-    """`load_trained` when it is asked for: models alone need no checkpoints."""
-    if name != 'load_trained':
+    if name not in _PLACES:
         raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    from flax_densenet.inference.predictor import load_trained
+    module = importlib.import_module(f'{__name__}.{_PLACES[name]}')
+    globals()[name] = value = getattr(module, name)
+    return value
 
-    return load_trained
+
+def __dir__():
+    return sorted({*globals(), *_PLACES})
+
+
+class _CallablePackage(types.ModuleType):
+    """A package with the name of a public function, which calling it calls."""
+
+    def __call__(self, *args, **kwargs):
+        from flax_densenet import api
+
+        return getattr(api, self.__name__.rpartition('.')[2])(*args, **kwargs)
+
+
+# An import of flax_densenet.train.fit makes `flax_densenet.train` the package.
+for _name in ('export', 'train'):
+    importlib.import_module(f'{__name__}.{_name}').__class__ = _CallablePackage

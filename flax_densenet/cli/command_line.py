@@ -258,6 +258,18 @@ def _parse_settings(values, given):
     return recipe, settings
 
 
+def load_config(text: str) -> ConfigDict:
+    """The settings of a recipe, `PATH[:ARGUMENT]` or `NAME[:ARGUMENT]`.
+
+    Raises:
+      UserError: there is no such recipe, or it raises an error.
+    """
+    values = absl_flags.FlagValues()
+    recipe, settings = _parse_settings(values, [_Given('config', text)])
+    _call_absl(values, settings, recipe)
+    return values.config
+
+
 def _call_absl(values, arguments, recipe):
     """Parses the values; a wrong one is a UserError of one line."""
     try:

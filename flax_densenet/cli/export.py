@@ -12,7 +12,7 @@ def run(invocation: options.Invocation):
     flags, out = invocation.flags, invocation.path('out')
     if not out:
         raise UserError('export needs the file to write: export MODEL FILE')
-    file_format = flags.format or _format_of(out)
+    file_format = flags.format or formats.by_ending(out)
     settings = formats.Options(flags.inputs, flags.precision, license=flags.license)
     formats.check_format(out, file_format, settings)
     path = trained_model.find(invocation)
@@ -32,48 +32,25 @@ def run(invocation: options.Invocation):
         print(f'  {name}: {value}')
 
 
-def _format_of(out):
-    """The format of a file by its ending."""
-    from flax_densenet.export import formats
-
-    endings = {
-        ending: name
-        for name, known in formats.FORMATS.items()
-        for ending in known.endings
-        if ending
-    }
-    for ending, name in endings.items():
-        if out.endswith(ending):
-            return name
-    raise UserError(
-        f'{out}: no format has this ending; use one of {", ".join(endings)}, or '
-        '--format=huggingface for a folder'
-    )
-
-
 def _samples(invocation, path, trained):
     """Images to verify the file on: --files, the run's own, or scikit-learn's."""
     from flax_densenet.export import sample_images
     from flax_densenet.weights import trained as trained_lib
 
-    integers = invocation.flags.precision == 'int8'
-    preparation = trained_lib.preparation_of(trained.metadata)
     if invocation.flags.files:
+        preparation = trained_lib.preparation_of(trained.metadata)
         return sample_images.of_files(invocation.flags.files, preparation)
     fields, place = trained_model.data_fields(invocation, trained.metadata)
-    try:
-        if 'source' in trained.metadata['data'] or place:
-            return sample_images.of_data(trained, path, fields, whole=integers)
-    except UserError:
-        set_here = any(name.startswith('data.') for name in invocation.overrides)
-        if set_here or place or integers:
-            raise
-    if integers:
-        raise UserError(
-            '--precision=int8 needs images, to find the range of each feature map: '
-            'add --config.data.source=folder:PHOTOS or --files=PATTERN'
-        )
-    return sample_images.of_library(preparation)
+    if 'source' not in trained.metadata['data'] and not place:
+        fields['source'] = ''
+    set_here = any(name.startswith('data.') for name in invocation.overrides)
+    return sample_images.of_model(
+        trained,
+        path,
+        fields,
+        integers=invocation.flags.precision == 'int8',
+        required=bool(set_here or place),
+    )
 
 
 def _place(positionals):

@@ -225,6 +225,30 @@ FORMATS = {
 }
 
 
+def by_ending(path: str) -> str:
+    """The format of a file by its ending.
+
+    >>> by_ending('birds.weights.h5')
+    'keras'
+
+    Raises:
+      UserError: no format has it.
+    """
+    endings = {
+        ending: name
+        for name, known in FORMATS.items()
+        for ending in known.endings
+        if ending
+    }
+    for ending, name in endings.items():
+        if path.endswith(ending):
+            return name
+    raise UserError(
+        f'{path}: no format has this ending; use one of {", ".join(endings)}, or '
+        '--format=huggingface for a folder'
+    )
+
+
 def save(
     path: str,
     trained: trained_lib.Trained,

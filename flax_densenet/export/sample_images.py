@@ -87,6 +87,39 @@ def of_data(
     )
 
 
+def of_model(
+    trained: trained_lib.Trained,
+    path: str,
+    fields: dict[str, Any],
+    *,
+    integers: bool = False,
+    required: bool = False,
+) -> Samples:
+    """Images of a model's data or, if it has none that can be read, of scikit-learn.
+
+    Args:
+      path: of the model, for messages.
+      fields: those of `config.data`, with an empty `source` if there is none.
+      integers: an int8 file has to be calibrated on images of the model's kind.
+      required: the data was named by the user, so that it must be readable.
+
+    Raises:
+      UserError: images that are needed are missing, or the data does not fit the model.
+    """
+    try:
+        if fields['source']:
+            return of_data(trained, path, fields, whole=integers)
+    except UserError:
+        if required or integers:
+            raise
+    if integers:
+        raise UserError(
+            '--precision=int8 needs images, to find the range of each feature map: '
+            'add --config.data.source=folder:PHOTOS or --files=PATTERN'
+        )
+    return of_library(trained_lib.preparation_of(trained.metadata))
+
+
 def of_library(preparation: images_lib.Preparation) -> Samples:
     """Parts of the two photographs that come with scikit-learn."""
     from sklearn.datasets import load_sample_images

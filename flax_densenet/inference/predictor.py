@@ -39,17 +39,25 @@ class Predictor:
     the model's own training prepared them.
     """
 
-    def __init__(self, trained: trained_lib.Trained, batch_size: int = 32):
+    def __init__(
+        self,
+        trained: trained_lib.Trained,
+        batch_size: int = 32,
+        *,
+        path: str | None = None,
+    ):
         """Compiles nothing yet.
 
         Args:
           trained: see `trained.load_trained`.
           batch_size: images that are computed at a time, at most.
+          path: where it was loaded from.
         """
         if batch_size < 1:
             raise UserError(f'batch_size={batch_size} must be at least 1')
         metadata = trained.metadata
         self.trained = trained
+        self.path = path
         self.batch_size = batch_size
         self.multi_label = bool(metadata.get('multi_label'))
         self.preparation = trained_lib.preparation_of(metadata)
@@ -261,4 +269,6 @@ def load_trained(
             'file of weights'
         )
     trained = trained_lib.load_trained(path, 'best', mesh=mesh)
-    return Predictor(trained if tta is None else trained.with_tta(tta), batch_size)
+    if tta is not None:
+        trained = trained.with_tta(tta)
+    return Predictor(trained, batch_size, path=path)

@@ -1,0 +1,366 @@
+"""The functions of the public API: `flax_densenet.train`, `load`, `evaluate`, `export`.
+
+    import flax_densenet
+
+    config = flax_densenet.get_config('folder:photos')
+    config.train.epochs = 10
+    result = flax_densenet.train(config, 'ckpt/photos')
+    print(result.best['test_accuracy'])
+    model = flax_densenet.load('ckpt/photos')
+    print(model.predict('new.jpg')[0].label)
+    flax_densenet.export(model, 'photos.onnx')
+
+They do what the commands of the same names do, and nothing to the process: they install
+no signal handlers and set no environment variables. For the command's speed, call
+`flax_densenet.system.process.set_up()` before anything else.
+"""
+
+import dataclasses
+import fnmatch
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from flax_densenet.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from ml_collections import ConfigDict
+
+    from flax_densenet.inference.predictor import Predictor
+
+    Model = Predictor | str | os.PathLike[str]
+    Config = ConfigDict | Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns.
+
+    Attributes:
+      workdir: the folder of the run; `load` takes it.
+      best: the record of the best epoch: `epoch` (from 1), `step`, `train_accuracy`
+        and `test_accuracy` (shares, 0 to 1), `train_loss` and `test_loss` (nats),
+        `learning_rate`, `images_per_second`, and more.
+      records: those of all epochs, in order: the lines of `metrics.jsonl`.
+    """
+
+    workdir: str
+    best: dict[str, Any]
+    records: list[dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` returns: N images, C classes.
+
+    Attributes:
+      metrics: what `eval.json` holds: `count`, `accuracy` (0 to 1) and its 95% interval
+        `accuracy_interval`, `loss` (nats), `top5` (None for five classes or fewer),
+        `macro` (means over the classes of precision, recall, f1 and auroc), `classes`
+        (the same for each class, with its name and support), `confusion`
+        (`[actual][predicted]`) and `calibration`.
+      class_names: C names.
+      names: N names: the file of each image, or its place in the data set.
+      labels: int32 `[N]`. With several labels per image, float32 `[N, C]` of 0, 1 and
+        NaN (unknown).
+      probabilities: float64 `[N, C]`.
+    """
+
+    metrics: dict[str, Any]
+    class_names: tuple[str, ...]
+    names: tuple[str, ...]
+    labels: 'np.ndarray'
+    probabilities: 'np.ndarray'
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images whose most likely class is the actual one, 0 to 1."""
+        return self.metrics['accuracy']
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy, in nats."""
+        return self.metrics['loss']
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportResult:
+    """What `export` returns.
+
+    Attributes:
+      path: the file, or the folder.
+      format: as given, or found by the ending of the file.
+      facts: text by name: size, precision, and how close each runtime came.
+    """
+
+    path: str
+    format: str
+    facts: dict[str, str]
+
+
+def list_models(pattern: str = '*') -> list[str]:
+    """Names that `create_model` and `config.model.variant` take.
+
+    Besides these, `[B-|C-|BC-]L<depth>k<growth rate>` names the small-image networks of
+    the paper (arXiv 1608.06993, section 3).
+
+    >>> list_models('densenet1*')
+    ['densenet121', 'densenet161', 'densenet169']
+
+    Args:
+      pattern: as for file names, with `*` and `?`.
+    """
+    from flax_densenet.models import factory
+
+    return fnmatch.filter(factory.VARIANTS, pattern)
+
+
+def get_config(
+    name: str | os.PathLike[str] = 'densenet121', argument: str | None = None
+) -> 'ConfigDict':
+    """The settings of a recipe, to change and to train with.
+
+    >>> config = get_config('cifar', 'quick')
+    >>> config.train.epochs
+    13
+
+    Args:
+      name: of a recipe that comes with the package (`densenet121`, `folder`, `cifar`,
+        ...; `base` has only the defaults), or the path of a Python file with a function
+        `get_config`; `NAME:ARGUMENT` also gives the argument.
+      argument: for the recipe: `folder` takes the folder of images, `finetune` the
+        weights, `cifar` the model.
+
+    Returns:
+      A ConfigDict with all fields, see `configs/base.py`. It is locked: assigning to a
+      field that does not exist raises an AttributeError.
+
+    Raises:
+      UserError: there is no such recipe, or it does not take the argument.
+    """
+    from flax_densenet.cli import command_line
+
+    text = os.fspath(name)
+    return command_line.load_config(text if argument is None else f'{text}:{argument}')
+
+
+def load(
+    path: str | os.PathLike[str], *, batch_size: int = 32, tta: str | None = None
+) -> 'Predictor':
+    """Loads a trained model, to predict, explain or extract features.
+
+    Args:
+      path: a run's folder, whose best checkpoint is taken; a file of weights
+        (torchvision, timm, Keras, safetensors); or a folder as on the Hugging Face Hub.
+      batch_size: images computed at a time, at most.
+      tta: test-time augmentation, `none` or `flip`; by default as in training.
+
+    Raises:
+      UserError: there is no such file or folder, or it holds no trained model.
+    """
+    from flax_densenet.inference import predictor
+
+    return predictor.load_trained(path, batch_size=batch_size, tta=tta)
+
+
+def train(config: 'Config', workdir: str | os.PathLike[str]) -> TrainResult:
+    """Trains a model; run it again with the same arguments to resume.
+
+    After each epoch the model is evaluated, and the latest and the best checkpoint are
+    kept. Writes what the command `train` writes, curves and report included; the report
+    needs `pip install 'flax_densenet[report]'`.
+
+    Args:
+      config: of `get_config`, or a mapping of some of its fields: `{'data': {'source':
+        'folder:photos'}}`; the others have their defaults.
+      workdir: the folder of the run; created if it does not exist.
+
+    Raises:
+      UserError: a field, the data or the folder cannot be used, or the loss is not
+        finite.
+    """
+    from flax_densenet.checkpoints import reader, run_folder
+    from flax_densenet.train import fit
+
+    workdir = os.fspath(workdir)
+    fit.fit(_fields(config), workdir)
+    records = run_folder.load_run(workdir).records
+    return TrainResult(workdir, max(records, key=reader.rank), records)
+
+
+def evaluate(
+    model: 'Model',
+    data: 'str | os.PathLike[str] | tuple[np.ndarray, np.ndarray] | None' = None,
+    *,
+    labels: str = '',
+    batch_size: int = 32,
+) -> Evaluation:
+    """Measures a trained model on labeled images; writes nothing.
+
+    Args:
+      model: of `load`, or what `load` takes.
+      data: a folder of images (`photos/CLASS/*`), any other data source
+        (`packed:FOLDER`, `tfds:NAME`, ...), or arrays: images uint8 `[N, H, W, 3]` or
+        `[N, H, W, 1]`, and labels int `[N]` in the order of the model's classes, or
+        float `[N, C]` of 0, 1 and NaN. By default the test images of the run. Of other
+        data, the test part is used, or everything if there is none; classes are matched
+        by name.
+      labels: a table of several labels per image, for a folder of images.
+      batch_size: images computed at a time; the number of devices divides it.
+
+    Raises:
+      UserError: the data cannot be read or does not fit the model.
+    """
+    from flax_densenet.distributed import mesh
+    from flax_densenet.evaluation import results
+
+    predictor = _predictor(model)
+    trained, path = predictor.trained, predictor.path or 'the model'
+    mesh.check_batch_size(batch_size, trained.mesh)
+    if isinstance(data, tuple):
+        examples = _array_examples(predictor, *data)
+        found = results.collect(
+            trained,
+            examples,
+            predictor.class_names,
+            batch_size=batch_size,
+            threads=4,
+            workers=0,
+        )
+    else:
+        fields = _data_fields(trained, data, labels) | {'batch_size': batch_size}
+        if not fields['source']:
+            raise UserError(f'{path} does not say what it was trained on: pass data')
+        _, found, _ = results.of_data(trained, path, fields)
+    return Evaluation(
+        metrics=found.figures,
+        class_names=found.class_names,
+        names=tuple(found.name(row) for row in range(len(found.labels))),
+        labels=found.labels,
+        probabilities=found.probabilities,
+    )
+
+
+def export(
+    model: 'Model',
+    file: str | os.PathLike[str],
+    format: str | None = None,
+    *,
+    precision: str = 'float32',
+    inputs: str | None = None,
+    images: str | os.PathLike[str] | Sequence[str] = (),
+    license: str | None = None,
+    data_license: str | None = None,
+) -> ExportResult:
+    """Writes a trained model for another program, once that program agrees with it.
+
+    A model card is written with the file. What was there stays if anything fails.
+
+    Args:
+      model: of `load`, or what `load` takes.
+      file: to write, or the folder (huggingface).
+      format: `safetensors`, `torch`, `keras`, `onnx`, `stablehlo` or `huggingface`; by
+        default by the ending of the file.
+      precision: of the stored weights: `float32`, `float16` or `bfloat16`; `int8`
+        (onnx) also computes in integers.
+      inputs: `images` (uint8 in, probabilities out) or `normalized` (float in, logits
+        out); by default images for onnx and stablehlo.
+      images: files, folders and patterns to verify the file on; by default images of
+        the run's data, or two photographs of scikit-learn.
+      license, data_license: of the weights and of the data, for the card: `cc-by-4.0`.
+
+    Raises:
+      UserError: the format cannot hold the model, a package is missing, the file cannot
+        be written, or a program computes something else.
+    """
+    from flax_densenet.export import formats, release, sample_images
+    from flax_densenet.weights import trained as trained_lib
+
+    file, predictor = os.fspath(file), _predictor(model)
+    trained, path = predictor.trained, predictor.path or 'the model'
+    file_format = format or formats.by_ending(file)
+    shipped = release.Release(
+        trained,
+        None if trained.step is None else predictor.path,
+        file_format,
+        formats.Options(inputs, precision, license=license),
+        data_license,
+    )
+    shipped.check(file)
+    if images:
+        patterns = [os.fspath(images)] if _is_path(images) else list(images)
+        preparation = trained_lib.preparation_of(trained.metadata)
+        samples = sample_images.of_files(patterns, preparation)
+    else:
+        samples = sample_images.of_model(
+            trained, path, _data_fields(trained), integers=precision == 'int8'
+        )
+    facts = release.run(file, shipped, samples)
+    return ExportResult(file, file_format, dict(facts))
+
+
+def _is_path(value):
+    return isinstance(value, str | os.PathLike)
+
+
+def _predictor(model):
+    return load(model) if _is_path(model) else model
+
+
+def _fields(config):
+    """All fields as nested dicts of plain values; tuples stay tuples."""
+    from flax_densenet.checkpoints import run_folder
+    from flax_densenet.cli import command_line
+
+    given = config.to_dict() if hasattr(config, 'to_dict') else dict(config)
+    complete = get_config('base')
+    for name, value in run_folder.flatten(given).items():
+        command_line.check_field(name)
+        try:
+            complete.update_from_flattened_dict({name: value})
+        except (TypeError, ValueError) as error:
+            raise UserError(f'{name}={value!r}: {error}') from error
+    return {
+        name: dict(value) if isinstance(value, dict) else value
+        for name, value in complete.to_dict().items()
+    }
+
+
+def _data_fields(trained, data=None, labels=''):
+    """Fields of `config.data` to measure a model with, on its own data by default."""
+    from flax_densenet.cli import arguments
+
+    fields = {**_fields({})['data'], **trained.metadata['data']}
+    fields['image_size'] = fields['image_size'] or trained.metadata['image_size']
+    if data is not None:
+        fields |= {'source': arguments.source(os.fspath(data)), 'labels': labels}
+    elif 'source' not in trained.metadata['data']:
+        fields['source'] = ''
+    return fields
+
+
+def _array_examples(predictor, images, labels):
+    import numpy as np
+
+    from flax_densenet.data import dataset, readers
+
+    images, labels = np.asarray(images), np.asarray(labels)
+    classes = len(predictor.class_names)
+    if images.dtype != np.uint8 or images.ndim != 4 or not len(images):
+        raise UserError(
+            f'images: an array of {images.dtype} {list(images.shape)}; give uint8 '
+            '[N, H, W, 3] or [N, H, W, 1]'
+        )
+    several = predictor.multi_label
+    if labels.shape != ((len(images), classes) if several else (len(images),)):
+        raise UserError(
+            f'labels: an array of shape {list(labels.shape)}; the images need '
+            + (f'[{len(images)}, {classes}]' if several else f'[{len(images)}]')
+        )
+    if not several and not np.isin(labels, np.arange(classes)).all():
+        raise UserError(f'labels: must be integers from 0 to {classes - 1}')
+    reader = readers.ArrayReader(
+        images, labels.astype(np.float32 if several else np.int32)
+    )
+    return dataset.Examples(reader, np.arange(len(images)), predictor.preparation)

@@ -100,6 +100,19 @@ def get_config() -> ConfigDict:
     # for each label with 1, 0 or nothing (not known). The accepted forms are described
     # in flax_densenet/data/label_table.py.
     config.data.labels = ''
+    # What the table holds: several labels of an image (labels), one class of each image
+    # (classes), or auto, which prints what it found.
+    config.data.label_kind = 'auto'
+    # Columns of the labels or of the class, "('cat','dog')". (): they are found.
+    config.data.label_columns = ()
+    # Meaning of an empty cell of a label: unknown, negative or positive.
+    config.data.blank_labels = 'unknown'
+    # Meaning of -1 in a cell of a label: unknown, negative or positive.
+    config.data.uncertain_labels = 'unknown'
+    # Images of one group are not split between training and test: auto (the column of
+    # patients in the table, else paths such as patient001/ if there is a table),
+    # column:NAME, path, path:REGEX (the group is its first group), or none.
+    config.data.groups = 'auto'
     # Width and height in pixels. 0: as in init_from, else 32 for digits and 224 for
     # other sources.
     config.data.image_size = 0

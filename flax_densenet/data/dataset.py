@@ -17,7 +17,7 @@ import functools
 import numpy as np
 
 from flax_densenet.data import duplicates as duplicates_lib
-from flax_densenet.data import images, readers, sources, splits
+from flax_densenet.data import images, label_table, readers, sources, splits
 from flax_densenet.errors import UserError
 
 BAD_IMAGES = ('error', 'skip')
@@ -219,6 +219,11 @@ def load_source(
     source: str,
     *,
     labels: str = '',
+    label_kind: str = 'auto',
+    label_columns: tuple[str, ...] = (),
+    blank_labels: str = 'unknown',
+    uncertain_labels: str = 'unknown',
+    groups: str = 'auto',
     image_size: int = 0,
     resize: str = 'stretch',
     crop_fraction: float = 1.0,
@@ -240,6 +245,9 @@ def load_source(
         (`PATH/CLASS/*`, or `PATH/{train,val}/CLASS/*`), `packed:DIR` (made by
         `--mode=pack`), `tar:PATH` (see `tars`) or `tfds:NAME[:CONFIG]`.
       labels: a table of labels for the images of a `folder:`, see `labels`.
+      label_kind, label_columns, groups, blank_labels, uncertain_labels: of the table,
+        see `label_table.Options`; `groups` is also `path` or `path:REGEX`, where paths
+        tell whose image each is.
       image_size: side in pixels to which images are resized; 0 for the source's own.
       resize, crop_fraction, interpolation, channels: see `images.Preparation`.
       test_fraction: share of the images that is split off for the test, evenly over
@@ -280,6 +288,9 @@ def load_source(
         tfds_dir=tfds_dir,
         tfds_train=tfds_train,
         labels=labels,
+        table=label_table.Options(
+            label_kind, tuple(label_columns), groups, blank_labels, uncertain_labels
+        ),
     )
     split = splits.find_splits(found, test_fraction, split_seed, duplicates)
     train, test = split.train, split.test

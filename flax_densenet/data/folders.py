@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 
-from flax_densenet.data import listing, notes, parts, readers
+from flax_densenet.data import cells, labeled, listing, notes, parts, readers
 from flax_densenet.errors import UserError, printable
 from flax_densenet.system import paths as paths_lib
 
@@ -31,7 +31,7 @@ class Layout:
     lines: tuple[str, ...] = ()
 
 
-def find(name: str, *, bad_images: str) -> readers.Listing:
+def find(name: str, *, bad_images: str, groups: str = 'auto') -> readers.Listing:
     """Lists the images of `data.source=folder:NAME` by class.
 
     Raises:
@@ -70,13 +70,38 @@ def find(name: str, *, bad_images: str) -> readers.Listing:
                 f'{field}: {os.path.basename(layout.held_out)} has no images of '
                 f'{len(missing)} of {len(names)} classes ({_first(missing)})'
             )
+    owners = None
+    if layout.held_out is None:
+        owners = _find_groups(field, paths, root, groups)
     return readers.Listing(
         readers.FileReader(paths, labels, root),
         [printable(name) for name in names],
         train,
         test if layout.held_out is not None else None,
         tuple(f'{paths[i]} {reason}' for i, reason in bad.items()),
+        owners,
     )
+
+
+def _find_groups(field, paths, root, groups):
+    """Whose image each is, where it was asked for; else only a line where paths tell.
+
+    A split of images one by one that is known stays as it is.
+    """
+    if groups.startswith('column:'):
+        raise UserError(f'data.groups={groups} needs a table, data.labels')
+    below = [os.path.relpath(path, root) for path in paths]
+    if groups.startswith('path'):
+        return labeled.find_groups(field, below, groups)
+    owners = cells.owners(below) if groups == 'auto' else None
+    if owners is not None:
+        notes.say(
+            f'{field}: paths tell whose image each is ({owners[0]}, ...: '
+            f'{len(set(owners))} groups), and images are split one by one; '
+            'data.groups=path keeps those of one group on one side, data.groups=none '
+            'ends this line'
+        )
+    return None
 
 
 def _say_parts(field, layout, train, test):

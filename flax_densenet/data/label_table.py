@@ -1,37 +1,93 @@
-"""Tables of labels: which images have which of several labels (CSV).
+"""Tables of labels: which images have which labels, or which class (CSV).
 
-One row an image. A column with the image's name (`image`, `filename`, `Image Index`,
-...; else the first), and a column of 0 and 1 for each label; empty, `nan` and -1 (said
-of uncertain ones) are not known. Or one column `Finding Labels` with names between
-bars, as the NIH's chest X-rays have it. Images of one `Patient ID` (or `patient`,
-`subject`, `group`) never go to both sides of a split; a column `split` of train and
-test decides it.
+One row an image. A column names the image (`image`, `filename`, `Image Index`, `id`,
+...). The others can be
+
+* a column for each of several labels, of 1 and 0 (also yes and no, TRUE and FALSE);
+  empty cells, NA and -1 (of uncertain ones) are not known, or what the options say;
+* one column of names between bars, as `Finding Labels` of the NIH's chest X-rays;
+* one column `label`, `class`, `diagnosis`, ... with the class of each image, by name or
+  number.
+
+Images of one patient (`Patient ID`, `subject_id`, `lesion_id`, ...) never go to both
+sides of a split; a column of train, val and test decides it.
 """
 
-import csv
 import dataclasses
-import hashlib
+import re
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 
+from flax_densenet.data import cells as cells_lib
+from flax_densenet.data import parts as parts_lib
+from flax_densenet.data import table_columns, table_text
 from flax_densenet.errors import UserError
-from flax_densenet.system import paths
 
-_NAME_COLUMNS = ('image', 'image index', 'filename', 'file', 'path', 'image_id', 'name')
-_GROUP_COLUMNS = (
-    'patient',
-    'patient id',
-    'patient_id',
-    'patientid',
-    'subject',
-    'group',
+KINDS = ('auto', 'labels', 'classes')
+MEANINGS = ('unknown', 'negative', 'positive')
+_words = str.split
+_LIST_KEYS = _words(
+    'findinglabels findings labels label tags classes diagnoses categories'
 )
-_LISTS = 'finding labels'
-_NOTHING = 'No Finding'
-_VALUES = {'': np.nan, 'nan': np.nan, '-1': np.nan, '-1.0': np.nan}
-_VALUES |= {'0': 0.0, '0.0': 0.0, '1': 1.0, '1.0': 1.0}
-_PARTS = {'train': 0, 'training': 0, 'test': 1, 'val': 1, 'valid': 1, 'validation': 1}
+_CLASS_KEYS = _words(
+    'label labels class classes classname classid category categoryname target '
+    'diagnosis dx species breed level grade y kind type variety disease severity '
+    'groundtruth gt labelname tag'
+)
+_NOTHING = 'no finding'
+_ODD = 0.05  # share of cells up to which odd ones are mistakes in a column of labels
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a table is read.
+
+    Attributes:
+      kind: `labels` for several labels an image, `classes` for one class each, `auto`.
+      columns: those of the labels or the class; empty: they are found.
+      groups: `column:NAME`, `none`, or anything else to find the column.
+      blank, uncertain: what a missing cell and -1 mean: unknown, negative, positive.
+    """
+
+    kind: str = 'auto'
+    columns: tuple[str, ...] = ()
+    groups: str = 'auto'
+    blank: str = 'unknown'
+    uncertain: str = 'unknown'
+
+    def __post_init__(self):
+        for field, value, valid in (
+            ('label_kind', self.kind, KINDS),
+            ('blank_labels', self.blank, MEANINGS),
+            ('uncertain_labels', self.uncertain, MEANINGS),
+        ):
+            if value not in valid:
+                raise UserError(
+                    f'data.{field}={value} is not known; use {", ".join(valid)}'
+                )
+        check_groups(self.groups)
+
+
+def check_groups(groups: str) -> re.Pattern | None:
+    """The pattern of `path:REGEX`, None for the other values of `data.groups`.
+
+    Raises:
+      UserError: another value.
+    """
+    kind, _, value = groups.partition(':')
+    if kind == 'path' and value:
+        try:
+            return re.compile(value)
+        except re.error as error:
+            raise UserError(f'data.groups={groups}: {error}') from error
+    if groups not in ('auto', 'none', 'path') and not (kind == 'column' and value):
+        raise UserError(
+            f'data.groups={groups} is not known; use auto, none, column:NAME, path or '
+            'path:REGEX'
+        )
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +96,13 @@ class Labels:
 
     Attributes:
       images: names of the images, N of them.
-      names: of the labels, L of them.
-      values: float32 `[N, L]` of 0, 1 and NaN.
+      names: of the labels, L of them, or of the classes.
+      values: float32 `[N, L]` of 0, 1 and NaN, or int32 `[N]`, the classes.
       groups: int64 `[N]`, whose image it is, or None.
-      parts: int64 `[N]`, 0 to train on and 1 to test on, or None.
+      parts: int64 `[N]`, 0 to train on, 1 to choose and 2 to test by, 3 for no use; or
+        None.
       ignored: columns that were taken for none of these.
+      notes: what was guessed, a line each.
     """
 
     images: list[str]
@@ -53,93 +111,277 @@ class Labels:
     groups: np.ndarray | None
     parts: np.ndarray | None
     ignored: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
-def read(path: str) -> Labels:
+def read(
+    path: str,
+    options: Options | None = None,
+    is_image: Callable[[str], bool] | None = None,
+) -> Labels:
     """Reads a CSV file.
+
+    Args:
+      is_image: whether there is an image of a name.
 
     Raises:
       UserError: the file cannot be read, names an image twice, or has no labels.
     """
     field = f'data.labels={path}'
-    try:
-        path = paths.resolve(path, 'data.labels=')
-        with open(path, newline='', encoding='utf-8-sig') as file:
-            reader = csv.reader(file)
-            rows = [(reader.line_num, row) for row in reader if any(row)]
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f'{field} is no text in UTF-8 (byte {error.start}); save it as CSV in UTF-8'
-        ) from error
-    except (OSError, csv.Error) as error:
-        reason = getattr(error, 'strerror', None) or error
-        raise UserError(f'{field} cannot be read ({reason})') from error
-    if len(rows) < 2:
-        raise UserError(f'{field} has no rows under its heading')
-    rows = [(line, [cell.strip() for cell in row]) for line, row in rows]
-    heading, rows = rows[0][1], rows[1:]
-    if len(heading) == 1:
-        raise UserError(f'{field} has one column; commas must separate the cells')
-    # Of columns without a name, as of a comma at the end of each line, none is used.
-    twice = next((name for name, n in Counter(heading).items() if name and n > 1), None)
-    if twice is not None:
-        raise UserError(f'{field}: the column {twice} is there twice; rename one')
-    for line, row in rows:
-        if len(row) != len(heading):
-            raise UserError(
-                f'{field}: line {line} has {len(row)} cells, the heading {len(heading)}'
-            )
-        if any('\0' in cell for cell in row):
-            raise UserError(f'{field}: line {line} holds a zero byte; it is no text')
-    cells = zip(*(row for _, row in rows), strict=True)
-    return _take(field, dict(zip(heading, cells, strict=True)))
+    table = table_text.read(path, field, is_image)
+    return _Reading(field, table, options or Options(), is_image).take()
 
 
-def _take(field, columns):
-    lower = {name.lower(): name for name in columns}
-    images = next((lower[n] for n in _NAME_COLUMNS if n in lower), next(iter(columns)))
-    group = next((lower[n] for n in _GROUP_COLUMNS if n in lower), None)
-    split = lower.get('split')
-    left = [name for name in columns if name not in (images, group, split, '')]
-    twice = next((x for x, n in Counter(columns[images]).items() if n > 1), None)
-    if twice is not None:
-        raise UserError(f'{field}: the image {twice} is there more than once')
-    if _LISTS in lower:
-        lists = [cell.split('|') for cell in columns[lower[_LISTS]]]
-        names = sorted({name for found in lists for name in found} - {_NOTHING, ''})
-        values = [[float(name in found) for name in names] for found in lists]
-        used = {lower[_LISTS]}
-    else:
-        names = [n for n in left if all(c.lower() in _VALUES for c in columns[n])]
-        values = [[_VALUES[c.lower()] for c in columns[n]] for n in names]
-        values = list(zip(*values, strict=True))
-        used = set(names)
-    if not names:
-        found = ', '.join(columns)
-        raise UserError(
-            f'{field}: no column holds only 0, 1 and empty cells; it has {found[:200]}'
+class _Reading(table_columns.Columns):
+    """A table while its columns are told apart."""
+
+    def __init__(self, field, table, options, is_image):
+        super().__init__(field, table, is_image)
+        self.options = options
+
+    def take(self) -> Labels:
+        images = self.find_images()
+        twice = next(
+            (x for x, n in Counter(self.columns[images]).items() if n > 1), None
         )
-    return Labels(
-        images=list(columns[images]),
-        names=tuple(names),
-        values=np.array(values, np.float32),
-        groups=None if group is None else _number(columns[group]),
-        parts=None if split is None else _parts(field, columns[split]),
-        ignored=tuple(name for name in left if name not in used),
-    )
+        if twice is not None:
+            raise UserError(f'{self.field}: the image {twice} is there more than once')
+        split, parts = self.find_split(images)
+        group = self.find_group({images, split}, self.options.groups)
+        left = [
+            name
+            for name in self.columns
+            if name not in (images, group, split) and not self.is_index(name)
+        ]
+        found = self._find_labels(left)
+        used, names, values = found
+        return Labels(
+            images=list(self.columns[images]),
+            names=tuple(names),
+            values=values,
+            groups=None if group is None else cells_lib.hash_names(self.columns[group]),
+            parts=parts,
+            ignored=tuple(name for name in left if name not in used),
+            notes=tuple(self.notes),
+        )
 
+    def _find_labels(self, left):
+        """The used columns, the names of labels or classes, and the values."""
+        kind, chosen = self.options.kind, list(self.options.columns)
+        absent = [name for name in chosen if name not in self.columns]
+        if absent:
+            raise UserError(
+                f'data.label_columns: {self.field} has no column {absent[0]}; it has '
+                f'{", ".join(self.columns)[:200]}'
+            )
+        among = chosen or left
+        if kind != 'classes' and (name := self._find_list(among, bool(chosen))):
+            return self._take_list(name)
+        binary, odd = self._find_binary(among)
+        if kind == 'labels' or (chosen and len(chosen) > 1 and kind == 'auto'):
+            self._check_odd(among if chosen else odd, odd)
+            return self._take_binary(binary)
+        classes = [n for n in among if chosen or self.keys[n] in _CLASS_KEYS]
+        if kind == 'classes':
+            return self._take_classes(classes, binary, among)
+        named = [name for name in classes if name not in binary and name not in odd]
+        if not chosen:
+            named = [name for name in named if not self._is_unique(name)]
+        if binary and named:
+            raise UserError(
+                f'{self.field}: {named[0]} holds classes and {binary[0]} yes and no; '
+                'set data.label_kind=classes or data.label_kind=labels'
+            )
+        self._check_odd(odd, odd)
+        if binary:
+            return self._take_binary(binary)
+        if not named and len(among) == 1:
+            named = among
+        return self._take_classes(named, binary, among)
 
-def _number(cells):
-    """A number of each name that does not depend on what other names there are."""
-    known = {
-        cell: hashlib.blake2b(cell.encode(), digest_size=8).digest()
-        for cell in set(cells)
-    }
-    return np.frombuffer(b''.join(known[cell] for cell in cells), '>i8').astype('i8')
+    def _is_unique(self, name):
+        cells = self.columns[name]
+        return len(cells) > 4 and len(set(cells)) == len(cells)
 
+    def _find_list(self, among, chosen):
+        for name in among:
+            if name.lower() == 'finding labels':
+                return name
+            bars = any('|' in cell for cell in self.columns[name])
+            if bars and (chosen or self.keys[name] in _LIST_KEYS):
+                return name
+        return None
 
-def _parts(field, cells):
-    wrong = next((cell for cell in cells if cell.lower() not in _PARTS), None)
-    if wrong is not None:
-        raise UserError(f'{field}: split={wrong} is not known; use train and test')
-    return np.array([_PARTS[cell.lower()] for cell in cells])
+    def _take_list(self, column):
+        rows = [
+            [label.strip() for label in cell.split('|')]
+            for cell in self.columns[column]
+        ]
+        names = sorted({n for row in rows for n in row})
+        names = [n for n in names if n and n.lower() != _NOTHING]
+        if not names:
+            raise UserError(f'{self.field}: the column {column} names no label')
+        self._check_spelling(column, names)
+        values = np.array([[float(n in row) for n in names] for row in rows], 'f4')
+        blank = sum(not cell for cell in self.columns[column])
+        self._say_counts(names, values)
+        if blank:
+            self.notes.append(f'{blank} blank cells of {column} are read as no label')
+        return {column}, names, values
+
+    def _find_binary(self, among):
+        """Columns of yes and no, and `{column: odd cells}` of those nearly so."""
+        binary, nearly = [], {}
+        for name in among:
+            cells = self.columns[name]
+            values, odd = cells_lib.yes_or_no(cells)
+            if not odd and not cells_lib.says_nothing(cells):
+                binary.append(name)
+                continue
+            told = sum(v in (0.0, 1.0) for v in values)
+            few = len(odd) <= max(1, _ODD * len(cells))
+            if odd and few and told >= 4 * len(odd):
+                nearly[name] = odd
+        return binary, nearly
+
+    def _check_odd(self, columns, odd):
+        for name in columns:
+            if name in odd:
+                rows = odd[name]
+            else:
+                rows = cells_lib.yes_or_no(self.columns[name])[1]
+            if rows:
+                cell = self.columns[name][rows[0]]
+                more = f' ({len(rows)} such cells)' if len(rows) > 1 else ''
+                raise UserError(
+                    f'{self.field}: line {self.lines[rows[0]]}, column {name}: '
+                    f'{cell!r} is neither yes nor no{more}; write 1, 0 or nothing, or '
+                    'name the columns of the labels as data.label_columns'
+                )
+
+    def _take_binary(self, names):
+        if not names:
+            raise self._no_labels()
+        raw = [cells_lib.yes_or_no(self.columns[name])[0] for name in names]
+        values = np.array(raw, np.float32).T
+        blank, uncertain = np.isnan(values), values == -1
+        meaning = dict(unknown=np.nan, negative=0.0, positive=1.0)
+        values[blank] = meaning[self.options.blank]
+        values[uncertain] = meaning[self.options.uncertain]
+        self._say_counts(names, values)
+        for what, where, field, value in (
+            ('empty cells', blank, 'blank_labels', self.options.blank),
+            ('cells of -1', uncertain, 'uncertain_labels', self.options.uncertain),
+        ):
+            if where.any():
+                self.notes.append(
+                    f'{int(where.sum())} {what} are read as {value}; data.{field} is '
+                    f'one of {", ".join(MEANINGS)}'
+                )
+        if len(names) == 1:
+            self.notes.append(
+                f'{names[0]} is taken as one yes/no label (a sigmoid), not as two '
+                'classes; data.label_kind=classes makes classes of it'
+            )
+        elif (np.nansum(values, -1) == 1).all() and not np.isnan(values).any():
+            self.notes.append(
+                'each image has exactly one of the labels; data.label_kind=classes '
+                'makes classes of them'
+            )
+        return set(names), names, values
+
+    def _say_counts(self, names, values, most=20):
+        """For each label how many images have it, have it not, or are not known."""
+        said = []
+        for name, column in list(zip(names, values.T, strict=True))[:most]:
+            yes, no = int((column == 1).sum()), int((column == 0).sum())
+            said.append(f'{name} {yes}/{no}/{len(column) - yes - no}')
+        more = ', ...' if len(names) > most else ''
+        self.notes.append(f'positive/negative/unknown: {", ".join(said)}{more}')
+
+    def _take_classes(self, named, binary, among):
+        if len(named) > 1:
+            whole = [n for n in named if self.keys[n] in ('label', 'class', 'target')]
+            if len(whole) != 1:
+                raise UserError(
+                    f'{self.field}: {" and ".join(named[:3])} may all be the class; '
+                    'name one as data.label_columns'
+                )
+            named = whole
+        if not named and len(binary) > 1:
+            return self._take_one_hot(binary)
+        if not named:
+            named = binary
+        if not named:
+            raise self._no_labels()
+        column = named[0]
+        cells = self.columns[column]
+        row = next((i for i, c in enumerate(cells) if cells_lib.is_missing(c)), None)
+        if row is not None:
+            raise UserError(
+                f'{self.field}: line {self.lines[row]}, column {column}: '
+                f'{cells[row]!r} is no class; fill it in or remove the row'
+            )
+        cells, names = self._class_names(column, cells)
+        place = {name: index for index, name in enumerate(names)}
+        values = np.array([place[cell] for cell in cells], np.int32)
+        counts = np.bincount(values)
+        said = [f'{n} {c}' for n, c in zip(names[:20], counts[:20], strict=True)]
+        more = ', ...' if len(names) > 20 else ''
+        self.notes.append(
+            f'the column {column} is taken as the one class of each image: '
+            f'{", ".join(said)}{more}; data.label_kind=labels reads several labels'
+        )
+        return {column}, names, values
+
+    def _class_names(self, column, cells):
+        """Cells, numbers without decimals, and the names in their order."""
+        numbers = {cell: cells_lib.number(cell) for cell in set(cells)}
+        if None not in numbers.values():
+            broken = next((c for c, n in numbers.items() if n != int(n)), None)
+            if broken is not None:
+                raise UserError(
+                    f'{self.field}: the column {column} holds numbers as {broken}, '
+                    'which are no classes'
+                )
+            cells = [str(int(numbers[cell])) for cell in cells]
+            names = sorted(set(cells), key=int)
+        else:
+            names = sorted(set(cells))
+        self._check_spelling(column, names)
+        named = self.keys[column] in _CLASS_KEYS or column in self.options.columns
+        most = len(cells) - 1 if named else len(cells) / 2
+        if len(names) < 2 or (len(cells) > 4 and len(names) > most):
+            raise UserError(
+                f'{self.field}: the column {column} has {len(names)} different values '
+                f'for {len(cells)} images: no column holds only 0, 1 and empty cells, '
+                'or classes; name it as data.label_columns'
+            )
+        return cells, names
+
+    def _check_spelling(self, column, names):
+        plain = {}
+        for name in names:
+            other = plain.setdefault(parts_lib.plain_case(name), name)
+            if other != name:
+                raise UserError(
+                    f'{self.field}: {other!r} and {name!r} of the column {column} '
+                    'differ only in case or blanks; write them alike'
+                )
+
+    def _take_one_hot(self, names):
+        values = np.array([cells_lib.yes_or_no(self.columns[n])[0] for n in names]).T
+        wrong = np.flatnonzero((values == 1).sum(-1) != 1)
+        if len(wrong):
+            raise UserError(
+                f'{self.field}: line {self.lines[wrong[0]]} has not exactly one of the '
+                'labels, so these are no classes; set data.label_kind=labels'
+            )
+        return set(names), names, np.argmax(values == 1, -1).astype(np.int32)
+
+    def _no_labels(self):
+        return UserError(
+            f'{self.field}: no column holds only 0, 1 and empty cells, and none called '
+            f'label or class the classes; it has {", ".join(self.columns)[:200]}; name '
+            'the right one as data.label_columns'
+        )

@@ -39,11 +39,12 @@ class Passed:
       links: links that lead nowhere or back to a folder that was listed.
       nested: images in folders below the folder that was searched.
       beside: images beside the folders of classes, which are of no class.
+      unnamed: images that a table does not name.
     """
 
     def __init__(self):
         self.endings = collections.Counter()
-        self.links = self.nested = self.beside = 0
+        self.links = self.nested = self.beside = self.unnamed = 0
 
     def add_file(self, name: str):
         """Counts a file that is no image by its name."""
@@ -78,6 +79,8 @@ class Passed:
             parts.append(f'passed over {self.files()}')
         if self.beside:
             parts.append(f'{self.beside} images lie in no folder of a class')
+        if self.unnamed:
+            parts.append(f'{self.unnamed} images are not in the table')
         if self.links:
             parts.append(f'not followed {self.links} links that lead nowhere or back')
         if self.nested:

@@ -9,9 +9,17 @@ from collections.abc import Callable
 
 import numpy as np
 
-from flax_densenet.data import folders, label_table, listing, readers, tar, tfds_source
+from flax_densenet.data import (
+    folders,
+    label_table,
+    labeled,
+    listing,
+    readers,
+    tar,
+    tfds_source,
+)
 from flax_densenet.data.packed import reader as packed_reader
-from flax_densenet.errors import UserError, printable
+from flax_densenet.errors import UserError
 from flax_densenet.system import paths as paths_lib
 
 
@@ -30,7 +38,7 @@ def _find_digits(name, **_):
     )
 
 
-def _find_folder(name, *, bad_images, labels, **_):
+def _find_folder(name, *, bad_images, labels, table=None, **_):
     root = paths_lib.resolve(name, 'data.source=folder:')
     field = f'data.source=folder:{name}'
     if not name or not os.path.isdir(root):
@@ -38,61 +46,10 @@ def _find_folder(name, *, bad_images, labels, **_):
             f'{field}: there is no such folder; give one that holds a folder of images '
             'for each class'
         )
+    table = table or label_table.Options()
     if labels:
-        return _find_labeled(field, root, labels, bad_images)
-    return folders.find(name, bad_images=bad_images)
-
-
-def _find_labeled(field, root, table, bad_images):
-    """The images of a folder that a table of labels names, by path or by name."""
-    found = label_table.read(table)
-    by_name, twice = {}, set()
-    for path in listing.image_files(root):
-        by_name[os.path.relpath(path, root)] = path
-        name = os.path.basename(path)
-        if by_name.setdefault(name, path) != path:
-            twice.add(name)
-    paths = [by_name.get(os.path.normpath(name)) for name in found.images]
-    absent = [n for n, path in zip(found.images, paths, strict=True) if path is None]
-    if absent and bad_images != 'skip':
-        raise UserError(
-            f'data.labels={table}: {len(absent)} of its {len(paths)} images are not in '
-            f'{root}, the first is {absent[0]}; add them, or set data.bad_images=skip'
-        )
-    unclear = next((name for name in found.images if name in twice), None)
-    if unclear:
-        raise UserError(
-            f'{field}: {unclear} is in several folders; name it in {table} by its path '
-            f'below {root}'
-        )
-    there = [index for index, path in enumerate(paths) if path is not None]
-    paths = [paths[index] for index in there]
-    bad = listing.check_files(paths, bad_images)
-    good = np.array([i for i in range(len(paths)) if i not in bad], np.int64)
-    skipped = [f'{name} is not there' for name in absent]
-    skipped += [f'{paths[i]} {reason}' for i, reason in bad.items()]
-    print(
-        f'data.labels={table}: {len(found.names)} labels '
-        f'({printable(", ".join(found.names[:20]))}) of {len(good)} images'
-        + (
-            f'; not used: {printable(", ".join(found.ignored))}'
-            if found.ignored
-            else ''
-        ),
-        flush=True,
-    )
-    train, test = good, None
-    if found.parts is not None:
-        part = found.parts[there][good]
-        train, test = good[part == 0], good[part == 1]
-    return readers.Listing(
-        readers.FileReader(paths, found.values[there], root),
-        list(found.names),
-        train,
-        test,
-        tuple(skipped),
-        None if found.groups is None else found.groups[there],
-    )
+        return labeled.find(field, root, labels, bad_images=bad_images, options=table)
+    return folders.find(name, bad_images=bad_images, groups=table.groups)
 
 
 def _find_tar(name, *, bad_images, **_):

@@ -60,6 +60,8 @@ def _split(found, test_fraction, seed):
         groups = found.groups
         keys = found.reader.keys(found.train) if groups is None else groups[found.train]
         return _split_groups(found.train, keys, test_size, seed)
+    if found.groups is not None:
+        return _split_groups(found.train, found.groups[found.train], test_size, seed)
     keys = found.reader.keys(found.train)
     if keys is None:
         order = np.random.default_rng(seed).permutation(len(found.train))

@@ -1,0 +1,107 @@
+"""What the cells of a table mean: yes, no, not known, a class, a group, a part."""
+
+import hashlib
+import re
+
+import numpy as np
+
+from flax_densenet.data import parts
+
+_UNCERTAIN = -1.0
+_MISSING = frozenset(
+    ('', 'nan', 'na', 'n/a', '#n/a', '<na>', 'n.a.', 'null', 'none', 'nil', '-', '--')
+    + ('?', '.', 'missing', 'unknown', 'undefined')
+)
+_WORDS = {
+    **dict.fromkeys(('true', 'yes', 'positive', 'pos', 'present'), 1.0),
+    **dict.fromkeys(('false', 'no', 'negative', 'neg', 'absent'), 0.0),
+}
+# Letters tell something only where both are there: F alone may be a sex.
+_LETTERS = ({'y': 1.0, 'n': 0.0}, {'t': 1.0, 'f': 0.0})
+# What was always read as not known: a column of nothing else is a label as well.
+_PLAIN_MISSING = frozenset(('', 'nan'))
+
+
+def key(name: str) -> str:
+    """The name of a column without case, blanks and other signs."""
+    return re.sub(r'[\W_]+', '', name).lower()
+
+
+def is_missing(cell: str) -> bool:
+    """Whether a cell says that nothing is known."""
+    return cell.strip().lower() in _MISSING
+
+
+def number(cell: str) -> float | None:
+    """A number, also with a comma in place of the point; None for anything else."""
+    try:
+        value = float(cell.replace(',', '.', 1))
+    except ValueError:
+        return None
+    return value if np.isfinite(value) else None
+
+
+def yes_or_no(cells) -> tuple[list[float | None], list[int]]:
+    """1, 0, -1 (uncertain) or NaN (missing) of each cell, and the odd ones' indices."""
+    known = {}
+    words = {cell.lower() for cell in cells}
+    letters = next((pair for pair in _LETTERS if set(pair) <= words), {})
+    for cell in set(cells):
+        low = cell.lower()
+        value = _WORDS.get(low, letters.get(low))
+        if low in _MISSING:
+            value = np.nan
+        elif value is None and (found := number(cell)) in (0.0, 1.0, _UNCERTAIN):
+            value = found
+        known[cell] = value
+    values = [known[cell] for cell in cells]
+    return values, [i for i, value in enumerate(values) if value is None]
+
+
+def says_nothing(cells) -> bool:
+    """Whether all cells are missing, some by a word for it."""
+    found = {cell.lower() for cell in cells}
+    return found <= _MISSING and not found <= _PLAIN_MISSING
+
+
+def hash_names(names) -> np.ndarray:
+    """int64 `[N]`: a number of each name that no other name has a part in."""
+    known = {
+        name: hashlib.blake2b(name.encode(), digest_size=8).digest()
+        for name in set(names)
+    }
+    return np.frombuffer(b''.join(known[name] for name in names), '>i8').astype('i8')
+
+
+def roles(cells) -> list[str | None]:
+    """The part that each cell names, or None."""
+    known = {cell: parts.role(cell) for cell in set(cells)}
+    return [known[cell] for cell in cells]
+
+
+# Whose image it is, by the folder or the beginning of the file's name.
+_OWNERS = re.compile(
+    r'(?:^|[/_. -])((?:patient|pat|subject|subj|sub|case|person|participant|animal|'
+    r'mouse|lesion|specimen|slide|donor|individual|proband|pid)[ _-]?\d+|p\d{6,})'
+    r'(?=[/_. -]|$)',
+    re.IGNORECASE,
+)
+
+
+def owners(paths, pattern: re.Pattern | None = None) -> list[str] | None:
+    """Whose image each is, by its path, as `patient00007/study1/view1.png`.
+
+    Args:
+      pattern: finds it; its first group, or all of it where it has none.
+
+    Returns:
+      None if not every path tells, all tell the same, or each another one.
+    """
+    pattern, found = pattern or _OWNERS, []
+    for path in paths:
+        match = pattern.search(path)
+        if match is None:
+            return None
+        found.append(match[1 if pattern.groups else 0] or '')
+    different = len(set(found))
+    return found if 1 < different < len(found) else None

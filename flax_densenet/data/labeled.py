@@ -1,0 +1,217 @@
+"""Images of a folder that a table of labels names, however it writes their names."""
+
+import os
+
+import numpy as np
+
+from flax_densenet.data import cells, label_table, listing, notes, readers
+from flax_densenet.errors import UserError, printable
+
+_TWICE = ''  # in place of a path: several files have the name
+
+
+def find(
+    field: str, root: str, table: str, *, bad_images: str, options: label_table.Options
+) -> readers.Listing:
+    """Lists the images of `data.labels=TABLE` below a folder.
+
+    Args:
+      field: how messages call the source.
+
+    Raises:
+      UserError: the table cannot be read or names images that are not there.
+    """
+    passed = notes.Passed()
+    names = _Names(root, listing.image_files(root, passed))
+    passed.nested = 0  # a table names its images wherever they are
+    found = label_table.read(table, options, names.has)
+    label = f'data.labels={table}'
+    kept = np.arange(len(found.images))
+    if found.parts is not None:
+        kept = np.flatnonzero(found.parts < 2)
+    wanted = [found.images[i] for i in kept]
+    paths, how = names.find(wanted)
+    absent = [n for n, path in zip(wanted, paths, strict=True) if path is None]
+    if absent and bad_images != 'skip':
+        raise UserError(
+            f'{label}: {len(absent)} of its {len(paths)} images are not in '
+            f'{root}, the first is {absent[0]}; add them, or set data.bad_images=skip'
+            + (f' ({passed.line()})' if passed.line() else '')
+        )
+    unclear = next((n for n, p in zip(wanted, paths, strict=True) if p == _TWICE), None)
+    if unclear is not None:
+        raise UserError(
+            f'{field}: {unclear} is in several folders; name it in {table} by its path '
+            f'below {root}'
+        )
+    there = [index for index, path in enumerate(paths) if path is not None]
+    kept, paths = kept[there], [paths[index] for index in there]
+    bad = listing.check_files(paths, bad_images)
+    good = np.array([i for i in range(len(paths)) if i not in bad], np.int64)
+    skipped = [f'{name} is not there' for name in absent]
+    skipped += [f'{paths[i]} {reason}' for i, reason in bad.items()]
+    classes = found.values.ndim == 1
+    notes.say(
+        f'{label}: {len(found.names)} {"classes" if classes else "labels"} '
+        f'({printable(", ".join(found.names[:20]))}) of {len(good)} images'
+        + (
+            f'; not used: {printable(", ".join(found.ignored))}'
+            if found.ignored
+            else ''
+        )
+    )
+    for line in (*found.notes, *how):
+        notes.say(f'{label}: {line}')
+    unnamed = len(names) - len(set(paths))
+    if unnamed:
+        passed.unnamed = unnamed
+    if passed.line():
+        notes.say(f'{field}: {passed.line()}')
+    train, test = good, None
+    if found.parts is not None:
+        part = found.parts[kept][good]
+        train, test = good[part == 0], good[part == 1]
+    groups = None if found.groups is None else found.groups[kept]
+    if groups is None and test is None:
+        groups = find_groups(label, names.below(paths), options.groups)
+    return readers.Listing(
+        readers.FileReader(paths, found.values[kept], root),
+        list(found.names),
+        train,
+        test,
+        tuple(skipped),
+        groups,
+    )
+
+
+def find_groups(label: str, below: list[str], groups: str) -> np.ndarray | None:
+    """int64 `[N]`, whose image each is by its path, or None; says what it found.
+
+    Args:
+      below: the images' paths below the source's folder.
+      groups: `data.groups`.
+
+    Raises:
+      UserError: a pattern that the user gave does not tell of every image.
+    """
+    pattern = label_table.check_groups(groups)
+    if groups == 'none' or groups.startswith('column:'):
+        return None
+    owners = cells.owners(below, pattern)
+    if owners is None:
+        if groups.startswith('path'):
+            raise UserError(
+                f'data.groups={groups}: not every path tells of a group, all of the '
+                f'same, or each of another; the first path is {below[0]}'
+            )
+        return None
+    notes.say(
+        f'{label}: images of one {owners[0]!r}, as their paths tell '
+        f'({len(set(owners))} groups), stay on one side of the split; data.groups=none '
+        'splits image by image'
+    )
+    return cells.hash_names(owners)
+
+
+class _Names:
+    """The files below a folder by the names that a table may give them."""
+
+    def __init__(self, root, paths):
+        self._root, self._paths = root, paths
+        self._by_name = {}
+        for path in paths:
+            self._by_name[os.path.relpath(path, root)] = path
+        for path in paths:
+            name = os.path.basename(path)
+            if self._by_name.setdefault(name, path) != path:
+                self._by_name[name] = _TWICE
+        self._tails = {}
+
+    def __len__(self):
+        return len(self._paths)
+
+    def below(self, paths):
+        """Paths as they are below the folder."""
+        return [os.path.relpath(path, self._root) for path in paths]
+
+    def has(self, name) -> bool:
+        """Whether a name is one of a file, as it is or nearly so."""
+        if not name:
+            return False
+        if os.path.normpath(name) in self._by_name:
+            return True
+        tail = _plain(name)[-1:]
+        return any(self._tail(tail, *kind) is not None for kind in _KINDS[:3])
+
+    def find(self, names):
+        """The path of each name, None where there is none, and what was done for it."""
+        paths = [self._by_name.get(os.path.normpath(name)) for name in names]
+        if any(path is not None for path in paths) or not names:
+            return paths, []
+        split = [_plain(name) for name in names]
+        shared = os.path.commonprefix(split)
+        shared = min(len(shared), min(map(len, split)) - 1)
+        best = paths, []
+        for kind in _KINDS:
+            for drop in range(shared + 1):
+                found = [self._tail(name[drop:], *kind) for name in split]
+                count = sum(path is not None for path in found)
+                if count > sum(path is not None for path in best[0]):
+                    best = found, [self._how(names, found, split[0][:drop], kind)]
+                if count == len(names):
+                    return best
+        return best
+
+    def _how(self, names, found, dropped, kind):
+        index = next(i for i, path in enumerate(found) if path is not None)
+        said = [text for text, is_on in zip(_SAID, kind, strict=True) if is_on]
+        if dropped:
+            said.insert(0, f'{"/".join(dropped)}/ at their beginning is left out')
+        return (
+            f'its names are not those of the files: {names[index]} is taken for '
+            f'{found[index] or "several files"}'
+            + (f' ({", ".join(said)})' if said else '')
+        )
+
+    def _tail(self, name, *kind):
+        """The file whose path ends with these folders and this name."""
+        if kind not in self._tails:
+            self._tails[kind] = tails = {}
+            for path in self._paths:
+                whole = _plain(os.path.relpath(path, self._root))
+                for place in range(len(whole)):
+                    end = _key(whole[place:], *kind)
+                    if end is not None and tails.setdefault(end, path) != path:
+                        tails[end] = _TWICE
+        key = _key(name, *kind)
+        return None if key is None else self._tails[kind].get(key)
+
+
+_SAID = ('endings are left out', 'case is left out', 'zeros before a number too')
+# Without ending, in any case, as a number: from the nearest to the farthest.
+_KINDS = (
+    (False, False, False),
+    (True, False, False),
+    (True, True, False),
+    (True, True, True),
+)
+
+
+def _plain(name):
+    """A path's parts, also of Windows and without a drive."""
+    parts = name.replace('\\', '/').split('/')
+    return [part for part in parts if part not in ('', '.')] or ['']
+
+
+def _key(parts, no_ending, no_case, as_number):
+    name = '/'.join(parts)
+    if no_ending and listing.is_image_name(name):
+        name = os.path.splitext(name)[0]
+    if no_case:
+        name = name.lower()
+    if as_number:
+        folder, _, base = name.rpartition('/')
+        if not base.isascii() or not base.isdecimal():
+            return None
+        name = f'{folder}/{int(base)}'
+    return name

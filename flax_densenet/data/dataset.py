@@ -293,17 +293,8 @@ def load_source(
         ),
     )
     split = splits.find_splits(found, test_fraction, split_seed, duplicates)
-    train, test = split.train, split.test
-    if not len(train) or not len(test):
-        copies = ' (copies of an image count as one)' if split.lines else ''
-        raise UserError(
-            f'data.source={source}: {len(train)} images to train on and {len(test)} to '
-            f'test on are too few{copies}; add images, or a folder of test images '
-            '(PATH/train and PATH/val)'
-        )
-    if split.summary:
-        print(split.summary, flush=True)
-    parts = [Examples(found.reader, indices, preparation) for indices in (train, test)]
+    _check_counts(source, split)
+    parts = [Examples(found.reader, x, preparation) for x in (split.train, split.test)]
     if cache == 'memory':
         _check_cache(sum(map(len, parts)), preparation, cache_limit_gib)
         parts = [CachedExamples(part) for part in parts]
@@ -317,6 +308,19 @@ def load_source(
         skipped=found.skipped,
         duplicates=split.lines,
     )
+
+
+def _check_counts(source, split):
+    train, test = len(split.train), len(split.test)
+    if not train or not test:
+        copies = ' (copies of an image count as one)' if split.lines else ''
+        raise UserError(
+            f'data.source={source}: {train} images to train on and {test} to '
+            f'test on are too few{copies}; add images, or a folder of test images '
+            '(PATH/train and PATH/val)'
+        )
+    if split.summary:
+        print(split.summary, flush=True)
 
 
 def _check_preparation(preparation):

@@ -70,6 +70,17 @@ class Options:
         check_groups(self.groups)
 
 
+def options_of(fields) -> Options:
+    """The options in the fields of `config.data`."""
+    return Options(
+        fields['label_kind'],
+        tuple(fields['label_columns']),
+        fields['groups'],
+        fields['blank_labels'],
+        fields['uncertain_labels'],
+    )
+
+
 def check_groups(groups: str) -> re.Pattern | None:
     """The pattern of `path:REGEX`, None for the other values of `data.groups`.
 

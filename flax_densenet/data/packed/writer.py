@@ -20,7 +20,7 @@ import numpy as np
 import safetensors.numpy
 from tqdm import tqdm
 
-from flax_densenet.data import sources
+from flax_densenet.data import label_table, sources
 from flax_densenet.data.packed import manifest as manifest_lib
 from flax_densenet.data.packed import plan as pack_plan
 from flax_densenet.data.packed import reader as packed_reader
@@ -44,6 +44,7 @@ def pack(
     *,
     labels: str = '',
     bad_images: str = 'error',
+    table: label_table.Options | None = None,
     threads: int = 4,
     options: pack_plan.Options | None = None,
 ) -> manifest_lib.Manifest:
@@ -53,6 +54,7 @@ def pack(
       source: `folder:PATH` or `tar:PATH`, as of `dataset.load_source`.
       out: folder, new or of a pack of the same images.
       labels, bad_images: as of `dataset.load_source`.
+      table: how the table of labels is read.
       threads: shards that are written at a time.
 
     Raises:
@@ -69,7 +71,9 @@ def pack(
         raise UserError(f'data.labels={labels} needs data.source=folder:PATH')
     records.check_installed()
     _check_out(out)
-    found = sources.SOURCES[kind](name, bad_images=bad_images, labels=labels)
+    found = sources.SOURCES[kind](
+        name, bad_images=bad_images, labels=labels, table=table
+    )
     stored = pack_plan.Images(found, paths_lib.expand(name), options)
     with lock.hold(out, flag='--out', doing='packs'):
         return _Packer(source, out, stored).run(threads)

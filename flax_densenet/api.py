@@ -19,7 +19,7 @@ import dataclasses
 import fnmatch
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flax_densenet.errors import UserError
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     from flax_densenet.inference.predictor import Predictor
 
-    Model = Predictor | str | os.PathLike[str]
-    Config = ConfigDict | Mapping[str, Any]
+    Model: TypeAlias = Predictor | str | os.PathLike[str]
+    Config: TypeAlias = ConfigDict | Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +289,11 @@ def export(
     )
     shipped.check(file)
     if images:
-        patterns = [os.fspath(images)] if _is_path(images) else list(images)
+        patterns: Sequence[str]
+        if isinstance(images, Sequence) and not isinstance(images, str):
+            patterns = images
+        else:
+            patterns = [os.fspath(images)]
         preparation = trained_lib.preparation_of(trained.metadata)
         samples = sample_images.of_files(patterns, preparation)
     else:

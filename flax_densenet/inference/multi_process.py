@@ -9,7 +9,7 @@ import collections
 import io
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,9 @@ class MultiProcessPredictor:
         self.feature_size = model.feature_size
         self.class_index = model.class_index
 
-    def stream(self, files: Iterable[str], **options) -> Iterator[Prediction]:
+    def stream(
+        self, files: Iterable[str], **options
+    ) -> Generator[Prediction, None, None]:
         """As `predictor.Predictor.stream`, in the order of the files."""
         pieces = _Pieces(files, self._model.batch_size)
         own = self._model.stream(pieces.own(), **options)
@@ -58,7 +60,7 @@ def serve(model: predictor.Predictor, **options):
     Args:
       **options: of `predictor.Predictor.stream`, as the first process has them.
     """
-    sizes = collections.deque()
+    sizes: collections.deque[tuple[int, int]] = collections.deque()
 
     def names():
         for number in itertools.count(processes.index(), processes.count()):
@@ -118,7 +120,7 @@ def _pack(rows: list[Prediction]) -> bytes:
         {'path': row.path, 'error': row.error, 'cam_class': row.cam_class}
         for row in rows
     ]
-    arrays = {
+    arrays: dict[str, Any] = {
         name: np.stack([getattr(row, name) for row in rows if row.error is None])
         for name in _ARRAYS
         if any(getattr(row, name) is not None for row in rows)

@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterable
+from typing import Any
 
 from tqdm import tqdm
 
@@ -196,7 +197,7 @@ class Outputs:
             raise UserError(f'--out and --features are both {out}; name two files')
         self.top, self.explain, self.features = top, bool(explain), bool(features)
         self._unfinished = contextlib.ExitStack()
-        self._writers = []
+        self._writers: list[Any] = []
         with self._unfinished as stack:
             for make, place in ((_Features, features), (_Pictures, explain)):
                 if place:

@@ -111,8 +111,9 @@ class Prediction:
     @property
     def explanation(self) -> Explanation | None:
         """What `cam` shows; None where no map was asked for, or for an error."""
-        if self.cam is None:
+        if self.cam is None or self.cam_class is None:
             return None
+        assert self.probabilities is not None and self.image is not None
         return Explanation(
             self.path,
             self.class_names[self.cam_class],

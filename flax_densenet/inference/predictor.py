@@ -17,7 +17,7 @@ import difflib
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -180,7 +180,7 @@ class Predictor:
         features: bool = False,
         cams: bool = False,
         cam_class: int = -1,
-    ) -> Iterator[Prediction]:
+    ) -> Generator[Prediction, None, None]:
         """Predictions in the order of the files, each as soon as its batch is done.
 
         A file that cannot be read gives a `Prediction` with its error, and the others

@@ -18,6 +18,7 @@ put nothing in its place and would say so.
 import functools
 import threading
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -108,8 +109,9 @@ class Programs:
         smaller = (size for size in SIZES if size < batch_size)
         self.sizes = tuple(sorted({1, *smaller, batch_size}))
         self._trained = trained
-        self._compiled, self._lock = {}, threading.Lock()
-        self._put_off = set()
+        self._compiled: dict[Any, Any] = {}
+        self._lock = threading.Lock()
+        self._put_off: set[Any] = set()
 
     @functools.cached_property
     def _arrays(self):

@@ -199,8 +199,8 @@ class DenseNet(network.Network):
         self.check_image_size(x.shape[-3:-1])
         grouped = 0 < self.batch_norm_group != x.shape[0]
         if train and grouped and not self.is_initializing():
-            live = {name for stage in self.stages()[frozen:] for name in stage}
-            return ghost_batch_norm.pyramid(self, x, frozen, live)
+            names = {name for stage in self.stages()[frozen:] for name in stage}
+            return ghost_batch_norm.pyramid(self, x, frozen, names)
         x = self._stem(x.astype(self.dtype), train and frozen < 1)
         outputs = []
         for number in range(1, len(self.block_sizes) + 1):

@@ -99,17 +99,21 @@ _KINDS = {
 
 
 def create_model(variant: str, *, num_classes: int, **fields) -> network.Network:
-    """Makes the network named `variant`, with any of its fields overridden.
+    """Makes a DenseNet (arXiv 1608.06993) or an RDNet (arXiv 2403.19588) by name.
 
     Args:
-      variant: a key of `VARIANTS`, or any `L<depth>k<growth>` with `B-`, `C-` or
-        `BC-` before it (`cifar_fields`).
-      num_classes: width of the classifier, 0 for pooled features.
-      **fields: fields of `DenseNet` or, of an `rdnet_*`, of `rdnet.RDNet`; None takes
-        the variant's own.
+      variant: a name of `list_models`, or any `L<depth>k<growth rate>` with `B-`, `C-`
+        or `BC-` before it (`cifar_fields`).
+      num_classes: width of the classifier; 0 for none: the outputs are the pooled
+        features.
+      **fields: fields of `DenseNet` or `RDNet` that differ from the variant's; None
+        keeps the variant's own.
 
     Returns:
-      The module: `model.apply(variables, images, train=False)`.
+      A Flax Linen module. With `variables` of `init_variables` or of trained weights,
+      `model.apply(variables, images)` maps images, float `[N, H, W, C]` and normalized,
+      to logits float32 `[N, num_classes]`. In training, `model.apply(variables, images,
+      train=True, mutable=['batch_stats'])` also returns the updated statistics.
 
     Raises:
       UserError: no such variant or field, or a value that no such network can have.

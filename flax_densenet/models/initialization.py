@@ -34,7 +34,9 @@ def with_statistics(variables: dict[str, Any]) -> dict[str, Any]:
     return {'params': variables['params'], 'batch_stats': {}} | variables
 
 
-def init_variables(model: network.Network, seed: int, *, channels: int = 3):
+def init_variables(
+    model: network.Network, seed: int, *, channels: int = 3
+) -> dict[str, Any]:
     """Makes `{'params', 'batch_stats'}` from `seed`, without compiling the network.
 
     `model.init` compiles or runs every layer, 13 to 32 s for the 121 on two CPU
@@ -44,11 +46,12 @@ def init_variables(model: network.Network, seed: int, *, channels: int = 3):
 
     Args:
       model: of `create_model`.
-      seed: a whole number of at most 64 bits.
-      channels: of the images.
+      seed: an integer of at most 64 bits.
+      channels: of the images: 3 for color, 1 for gray.
 
     Returns:
-      Host (numpy) arrays, float32, or float64 with `dtype='float64'`.
+      `{'params': ..., 'batch_stats': ...}` of host (numpy) arrays, float32, or float64
+      with `dtype='float64'`; `batch_stats` is empty without batch norm.
     """
     shapes, fields = variable_shapes(model, channels=channels), model.fields()
 

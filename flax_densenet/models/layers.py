@@ -244,13 +244,13 @@ class DenseBlock(nn.Module):
         if not train:
             del options['remat']
             return dense_block.block_eval(x, layers, **options), None
-        keys, path_keys = zip(*keys, strict=True)
+        block_keys, path_keys = zip(*keys, strict=True)
         x, (mean, var), inner = dense_block.block_train(
             x,
             layers,
             **options,
             dropout_rate=module.dropout_rate,
-            keys=keys,
+            keys=block_keys,
             path_rates=self.drop_path_rates,
             path_keys=path_keys,
         )

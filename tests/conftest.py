@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import tempfile
 
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -18,20 +19,32 @@ if 'FLAX_DENSENET_TEST_CACHE' not in os.environ:
     os.environ['FLAX_DENSENET_TEST_CACHE'] = _cache.name
 os.environ['JAX_COMPILATION_CACHE_DIR'] = os.environ['FLAX_DENSENET_TEST_CACHE']
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+# So is the bytecode of what tests and the programs they start import, where Python is
+# told to write none beside the sources.
+if sys.dont_write_bytecode:
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = os.path.join(
+        os.environ['FLAX_DENSENET_TEST_CACHE'], 'bytecode'
+    )
+    os.environ['PYTHONPYCACHEPREFIX'] = sys.pycache_prefix
+    os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
 
 # What a shell starts in the background ignores Ctrl-C, and so would the programs that
 # tests start to interrupt them.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-import jax
 import pytest
-from PIL import Image
-
-from flax_densenet.report import plots
 
 pytest.register_assert_rewrite('helpers', 'faults')
-jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+def pytest_collection(session):
+    """JAX is strict; it is not imported where others run the tests (pytest-xdist)."""
+    if os.environ.get('PYTEST_XDIST_WORKER') or not session.config.option.numprocesses:
+        import jax
+
+        jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +52,9 @@ def _without_pictures(request, monkeypatch):
     """Drawing takes a third of a small run; those marked `drawn` do it."""
     if request.node.get_closest_marker('drawn'):
         return
+    from PIL import Image
+
+    from flax_densenet.report import plots
 
     def save_samples(workdir, *_, **__):
         Image.new('RGB', (1, 1)).save(os.path.join(workdir, 'samples.png'))

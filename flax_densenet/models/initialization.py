@@ -1,5 +1,6 @@
 """First values of parameters and batch norm statistics."""
 
+import functools
 import math
 import zlib
 from typing import Any
@@ -20,10 +21,16 @@ def variable_shapes(model: network.Network, *, channels: int = 3):
     Args:
       channels: of the images.
     """
+    # Tracing 121 random draws would take half of the time.
+    shapes = _trace_shapes(model.clone(initializer=None), channels)
+    return jax.tree.map(lambda leaf: leaf, shapes)  # in dicts of the caller's own
+
+
+@functools.lru_cache(maxsize=16)
+def _trace_shapes(model, channels):
+    """Traced once, as models are loaded, drawn and counted with the same shapes."""
     side = model.smallest_image_size()
     image = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
-    # Tracing 121 random draws would take half of the time.
-    model = model.clone(initializer=None)
     # The key inside, else a program that makes it is compiled.
     init = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)
     return with_statistics(init)

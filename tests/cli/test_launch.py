@@ -70,9 +70,9 @@ def test_train_and_evaluate(main, tmp_path):
         key=lambda line: float(line.split('Test_acc: ')[1].split('%')[0]),
     )
     figures = best.split('Test_acc')[1].split(', Lr')[0]
-    done = launch('--mode=eval', workdir)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f'Test_acc{figures} (360 test images of digits')
+    status, out, _ = main('--mode=eval', workdir)
+    assert status == 0
+    assert out.startswith(f'Test_acc{figures} (360 test images of digits')
 
     files = ('report.html', 'eval.json', 'predictions.csv', 'environment.json')
     assert all((tmp_path / 'run' / name).exists() for name in files)

@@ -42,39 +42,44 @@ ALONE = """
 import json, sys, zipfile
 import numpy as np
 from jax import export
-path, images, out = sys.argv[1:]
-program = export.deserialize(bytearray(open(path, 'rb').read()))
-images = np.load(images)
-found = [np.asarray(program.call(images[:n])) for n in (2, len(images))]
+images, out, *paths = sys.argv[1:]
+images, found = np.load(images), []
+for path in paths:
+    program = export.deserialize(bytearray(open(path, 'rb').read()))
+    found += [np.asarray(program.call(images[:n])) for n in (2, len(images))]
+    names = json.loads(zipfile.ZipFile(path).read('metadata.json'))['class_names']
+    print(names, any(name.startswith('flax_densenet') for name in sys.modules))
 np.savez(out, *found)
-names = json.loads(zipfile.ZipFile(path).read('metadata.json'))['class_names']
-print(names, any(name.startswith('flax_densenet') for name in sys.modules))
 """
 
 
-def run_alone(path, images, folder, python=sys.executable):
+def run_alone(paths, images, folder, python=sys.executable):
+    """In one process; for each file, of two and of all images, and what it prints."""
     np.save(folder / 'images.npy', images)
-    command = [python, '-c', ALONE, path, folder / 'images.npy', folder / 'out.npz']
+    command = [python, '-c', ALONE, folder / 'images.npy', folder / 'out.npz', *paths]
     done = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, cwd=folder
     )
     assert done.returncode == 0, done.stderr
     with np.load(folder / 'out.npz') as found:
-        return [found['arr_0'], found['arr_1']], done.stdout
+        arrays = [found[f'arr_{n}'] for n in range(2 * len(paths))]
+    return [arrays[n : n + 2] for n in range(0, len(arrays), 2)], done.stdout
 
 
-@pytest.mark.parametrize('tta', ['none', 'flip'])
-def test_a_fresh_process_agrees(model, photos, tmp_path, tta):
-    model = model.with_tta(tta)
-    path = tmp_path / 'x.stablehlo'
-    stablehlo.save(str(path), model)
-    found, said = run_alone(path, photos, tmp_path)
-    assert said == f'{model.metadata["class_names"]} False\n'
-    expected = predictor_lib.Predictor(model, 8).compute(photos)[0]
-    assert np.ptp(expected, 0).max() > 1e-3
-    for rows in found:
-        assert rows.dtype == np.float32
-        np.testing.assert_allclose(rows, expected[: len(rows)], rtol=1e-4, atol=1e-6)
+def test_a_fresh_process_agrees(model, photos, tmp_path):
+    models = [model.with_tta(tta) for tta in ('none', 'flip')]
+    paths = [tmp_path / f'{n}.stablehlo' for n in range(len(models))]
+    for one, path in zip(models, paths, strict=True):
+        stablehlo.save(str(path), one)
+    found, said = run_alone(paths, photos, tmp_path)
+    assert said == f'{model.metadata["class_names"]} False\n' * 2
+    for one, pair in zip(models, found, strict=True):
+        expected = predictor_lib.Predictor(one, 8).compute(photos)[0]
+        assert np.ptp(expected, 0).max() > 1e-3
+        for rows in pair:
+            assert rows.dtype == np.float32
+            wanted = expected[: len(rows)]
+            np.testing.assert_allclose(rows, wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_load(model, photos, tmp_path):
@@ -189,7 +194,7 @@ def test_densenet121(tmp_path):
     predictor = predictor_lib.Predictor(model, 4)
     images = np.stack([predictor.load(str(photo)) for photo in photos])
     stablehlo.save(str(tmp_path / 'x.stablehlo'), model)
-    found, _ = run_alone(tmp_path / 'x.stablehlo', images, tmp_path)
+    (found,), _ = run_alone([tmp_path / 'x.stablehlo'], images, tmp_path)
     expected = predictor.compute(images)[0]
     for rows in found:
         np.testing.assert_allclose(rows, expected[: len(rows)], rtol=1e-3, atol=1e-6)

@@ -13,6 +13,7 @@ memory than a few batches.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -217,6 +218,7 @@ DEFAULT_IMAGE_SIZES = dict(digits=32, folder=224, packed=224, tar=224, tfds=224)
 
 def load_source(
     source: str,
+    known_classes: Sequence[str] | None = None,
     *,
     labels: str = '',
     label_kind: str = 'auto',
@@ -244,6 +246,8 @@ def load_source(
       source: `digits` (scikit-learn's handwritten digits), `folder:PATH`
         (`PATH/CLASS/*`, or `PATH/{train,val}/CLASS/*`), `packed:DIR` (made by
         `--mode=pack`), `tar:PATH` (see `tars`) or `tfds:NAME[:CONFIG]`.
+      known_classes: of a trained model that is to be measured; then one class and one
+        image are enough, and a part may be empty.
       labels: a table of labels for the images of a `folder:`, see `labels`.
       label_kind, label_columns, groups, blank_labels, uncertain_labels: of the table,
         see `label_table.Options`; `groups` is also `path` or `path:REGEX`, where paths
@@ -291,9 +295,11 @@ def load_source(
         table=label_table.Options(
             label_kind, tuple(label_columns), groups, blank_labels, uncertain_labels
         ),
+        known_classes=known_classes,
     )
     split = splits.find_splits(found, test_fraction, split_seed, duplicates)
-    _check_counts(source, split)
+    if known_classes is None:
+        _check_counts(source, split)
     parts = [Examples(found.reader, x, preparation) for x in (split.train, split.test)]
     if cache == 'memory':
         _check_cache(sum(map(len, parts)), preparation, cache_limit_gib)

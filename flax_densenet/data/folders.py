@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -31,8 +32,17 @@ class Layout:
     lines: tuple[str, ...] = ()
 
 
-def find(name: str, *, bad_images: str, groups: str = 'auto') -> readers.Listing:
+def find(
+    name: str,
+    *,
+    bad_images: str,
+    groups: str = 'auto',
+    known_classes: Sequence[str] | None = None,
+) -> readers.Listing:
     """Lists the images of `data.source=folder:NAME` by class.
+
+    Args:
+      known_classes: of a trained model, for which one class is enough.
 
     Raises:
       UserError: there is no such folder, its folders are no classes, or a class has no
@@ -41,7 +51,7 @@ def find(name: str, *, bad_images: str, groups: str = 'auto') -> readers.Listing
     field = f'data.source=folder:{name}'
     root = paths_lib.resolve(name, 'data.source=folder:')
     layout = find_layout(field, root)
-    names = _class_names(field, layout)
+    names = _class_names(field, layout, 1 if known_classes else 2)
     passed = notes.Passed()
     paths, labels, first_test = _list_files(field, layout, names, passed)
     bad = listing.check_files(paths, bad_images)
@@ -306,14 +316,14 @@ def _is_run(root, name):
     return False
 
 
-def _class_names(field, layout):
+def _class_names(field, layout, least):
     """The classes' folders, those of the training part."""
     names = [
         name
         for name in listing.class_folders(layout.train)
         if not _is_run(layout.train, name)
     ]
-    if len(names) < 2:
+    if len(names) < least:
         found = f'one class only ({names[0]})' if names else 'no class folders'
         raise UserError(
             f'{field}: has {found}; make a folder of images for each of at least '

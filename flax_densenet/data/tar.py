@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tarfile
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -73,7 +74,9 @@ class _Sample:
     label: int | str
 
 
-def load(name: str) -> tuple[TarReader, list[str], int | None]:
+def load(
+    name: str, known_classes: Sequence[str] | None = None
+) -> tuple[TarReader, list[str], int | None]:
     """Lists the images of the tar files of a folder, or of one.
 
     Labels are numbers (names of classes then stand in `classes.txt`, one a line, where
@@ -104,7 +107,7 @@ def load(name: str) -> tuple[TarReader, list[str], int | None]:
         samples, which = [samples[i] for i in order], which[order]
         by_part = [tars, tars]
     root = path if os.path.isdir(path) else os.path.dirname(path)
-    labels, names = _number(field, [s.label for s in samples], root)
+    labels, names = _number(field, [s.label for s in samples], root, known_classes)
     reader = TarReader(
         tars,
         which,
@@ -299,7 +302,7 @@ def _label(path, name, kind, content) -> int | str:
     )
 
 
-def _number(field, labels, root):
+def _number(field, labels, root, known_classes=None):
     """Labels int32 `[N]` and the classes' names."""
     kinds = {type(label) for label in labels}
     if len(kinds) > 1:
@@ -310,7 +313,7 @@ def _number(field, labels, root):
         labels = [number[label] for label in labels]
     else:
         names = _read_names(field, root, max(labels, default=-1) + 1)
-    if len(names) < 2:
+    if len(names) < (1 if known_classes else 2):
         raise UserError(f'{field}: has {len(names)} classes; at least two are needed')
     return np.array(labels, np.int32), [printable(name) for name in names]
 

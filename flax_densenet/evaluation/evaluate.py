@@ -9,9 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 from flax_densenet import losses as losses_lib
-from flax_densenet.data import dataset, pipeline, unreadable
+from flax_densenet.data import dataset, notes, pipeline, unreadable
+from flax_densenet.data import parts as parts_lib
 from flax_densenet.distributed import mesh as mesh_lib
-from flax_densenet.errors import UserError
+from flax_densenet.errors import UserError, list_first
 from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.models import densenet
 from flax_densenet.models import tta as tta_lib
@@ -244,12 +245,19 @@ def match_classes(
                 f'data.source has {len(names)} classes, the weights {count} without '
                 'names: they cannot be matched'
             )
+        notes.say(
+            'the weights have no names of classes: their outputs are taken for the '
+            f'classes of the data in this order: {list_first(names)}'
+        )
         return examples
     unknown = [name for name in names if name not in trained_names]
     if unknown:
+        plain = {parts_lib.plain_case(name): name for name in trained_names}
+        similar = plain.get(parts_lib.plain_case(unknown[0]))
         raise UserError(
             f'data.source: class {unknown[0]} is not one of those that the model was '
-            f'trained on ({", ".join(trained_names)}); rename or remove it'
+            f'trained on ({list_first(trained_names)}); rename '
+            + (f'it to {similar}' if similar else 'or remove it')
         )
     if tuple(names) == tuple(trained_names):
         return examples

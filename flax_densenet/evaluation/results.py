@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_densenet.data import dataset
+from flax_densenet.data import dataset, identity, notes
 from flax_densenet.distributed import mesh
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import evaluate, metrics
@@ -139,7 +139,9 @@ def find_examples(
       UserError: the data cannot be read or does not fit the model.
     """
     source = dataset.load_source(
-        fields['source'], **{n: fields[n] for n in dataset.load_source.__kwdefaults__}
+        fields['source'],
+        trained.class_names,
+        **{n: fields[n] for n in dataset.load_source.__kwdefaults__},
     )
     if source.multi_label != trained.metadata.get('multi_label', source.multi_label):
         raise UserError(
@@ -147,10 +149,19 @@ def find_examples(
             + ('on one class' if source.multi_label else 'with a table of labels')
             + ' for each image'
         )
-    examples = source.test
-    trained_on = fields['source'] == trained.metadata['data'].get('source')
+    relation = identity.compare(trained.metadata, source)
+    examples, trained_on = source.test, relation.own
     if not source.has_test and not trained_on:
         examples = dataset.join(source.train, source.test)
+    if not len(examples):
+        raise UserError(
+            f'data.source={fields["source"]}: no images are left to measure on: all '
+            f'{len(source.train)} were trained on'
+        )
+    lines = relation.line, identity.find_trained_on(trained.metadata, examples)
+    for line in filter(None, lines):
+        if mesh.is_writer():
+            notes.say(line)
     examples = evaluate.match_classes(
         examples,
         source.class_names,

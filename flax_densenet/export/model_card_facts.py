@@ -11,6 +11,7 @@ from flax_densenet.checkpoints import run_folder
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import metrics, results
 from flax_densenet.models import factory, tta
+from flax_densenet.system import paths
 from flax_densenet.weights import timm_network
 from flax_densenet.weights import trained as trained_lib
 
@@ -172,7 +173,8 @@ def describe_metrics(
 
 
 def _of_eval(trained, measured, found):
-    own = measured.data == trained.metadata['data'].get('source')
+    before = trained.metadata['data'].get('source')
+    own = bool(before) and paths.real_source(measured.data) == paths.real_source(before)
     rows = [_row(found, 'accuracy', found['accuracy_interval'])]
     if found['top5'] is not None:
         right = round(found['top5'] * found['count'])

@@ -3,7 +3,7 @@
 from typing import Any
 
 from flax_densenet.checkpoints import reader as checkpoint_reader
-from flax_densenet.data import dataset, pipeline
+from flax_densenet.data import dataset, identity, pipeline
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.errors import UserError
 from flax_densenet.models import factory, ghost_batch_norm
@@ -34,6 +34,7 @@ def make_metadata(config, source: dataset.Source) -> dict[str, Any]:
         'data': dict(config['data']),
         'multi_label': source.multi_label,
         'images': {'train': len(source.train), 'test': len(source.test)},
+        'identity': identity.describe(source.train, source.test),
     }
 
 

@@ -1,0 +1,217 @@
+"""Whether data is that which a model was trained on, wherever it is now.
+
+A checkpoint keeps the checksum of the images' names below their folder and, of some
+training images, the hash of what is in them. So a moved copy is known again, other data
+of the same names is not taken for it, and training images are found among others.
+"""
+
+import dataclasses
+import hashlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.data import readers
+from flax_densenet.system import paths
+
+# Training images that a checkpoint remembers; of fewer, all.
+SAMPLE = 256
+_END = 4096
+_DIGEST = 8
+
+
+def describe(train, test) -> dict[str, Any]:
+    """What a checkpoint keeps of its images; JSON can hold it.
+
+    Args:
+      train, test: `dataset.Examples` of one source.
+
+    Returns:
+      `names`, a checksum, and `sample`, a list of (hash of the name, bytes, hash of
+      the content); both are empty if images have no names.
+    """
+    keys = train.reader.keys(train.indices)
+    if keys is None:
+        return {'names': '', 'sample': []}
+    hashes = [_digest(key) for key in keys]
+    sample = []
+    for place in sorted(range(len(hashes)), key=hashes.__getitem__)[:SAMPLE]:
+        found = _content(train.reader, int(train.indices[place]))
+        if found is not None:
+            sample.append([hashes[place], *found])
+    return {'names': checksum(train, test), 'sample': sample}
+
+
+def checksum(train, test) -> str:
+    """Of the names of both parts; empty if images have none."""
+    total = hashlib.sha256()
+    for examples in (train, test):
+        keys = examples.reader.keys(examples.indices)
+        if keys is None:
+            return ''
+        total.update(b'\0'.join(keys))
+        total.update(b'\1')
+    return total.hexdigest()[:16]
+
+
+def _digest(content):
+    return hashlib.blake2b(content, digest_size=_DIGEST).hexdigest()
+
+
+def _content(reader: readers.Reader, index):
+    """Bytes of an image and the hash of both ends of it; None if it cannot be read."""
+    try:
+        raw = reader[index]
+        if isinstance(raw, str):
+            with open(raw, 'rb') as file:
+                size = os.fstat(file.fileno()).st_size
+                ends = file.read(_END)
+                file.seek(max(size - _END, len(ends)))
+                ends += file.read(_END)
+        else:
+            raw = raw.tobytes() if isinstance(raw, np.ndarray) else bytes(raw)
+            size = len(raw)
+            ends = raw[:_END] + raw[max(size - _END, min(size, _END)) :]
+    except (OSError, ValueError, RuntimeError):  # an image that is gone or damaged
+        return None
+    return size, _digest(ends)
+
+
+@dataclasses.dataclass(frozen=True)
+class Relation:
+    """How a source relates to the one that a model was trained on.
+
+    Attributes:
+      own: it is the same data, so that its test part was not trained on.
+      line: what was found out, for the user; empty if there is nothing to say.
+    """
+
+    own: bool
+    line: str = ''
+
+
+def compare(saved: Mapping[str, Any], source) -> Relation:
+    """Compares a `dataset.Source` with that of a checkpoint.
+
+    Args:
+      saved: the checkpoint's metadata.
+    """
+    before = saved.get('data', {}).get('source') or ''
+    same_place = bool(before) and (
+        source.name == before
+        or paths.real_source(source.name) == paths.real_source(before)
+    )
+    known = saved.get('identity') or {}
+    sample = known.get('sample') or []
+    if not sample:
+        return _compare_counts(saved, source, same_place)
+    there, same = _find_again(sample, source)
+    if known['names'] == checksum(source.train, source.test) and same == len(sample):
+        if same_place:
+            return Relation(True)
+        return Relation(
+            True,
+            f'data.source={source.name} has the same images as {before}, which the '
+            'model was trained on: names and content agree',
+        )
+    if same_place and same:
+        return Relation(True, f'{_changed(saved, source)}{_lost(sample, there, same)}')
+    if same_place:
+        return Relation(
+            False,
+            f'data.source={source.name} holds other images than those that the model '
+            'was trained on there',
+        )
+    return Relation(False)
+
+
+def _compare_counts(saved, source, same_place):
+    """What can be said of a checkpoint that remembers no images."""
+    counts = saved.get('images')
+    now = {'train': len(source.train), 'test': len(source.test)}
+    if same_place:
+        changed = bool(counts) and counts != now
+        return Relation(True, _changed(saved, source) if changed else '')
+    keys = source.train.reader.keys(source.train.indices[:1])
+    if (
+        keys is not None
+        and counts == now
+        and list(saved.get('class_names') or ()) == (list(source.class_names))
+    ):
+        return Relation(
+            False,
+            f'data.source={source.name} has as many images of the same classes as the '
+            'data that the model was trained on; if it is a copy of that, the figures '
+            'are of training images: the checkpoint is of a version that cannot tell',
+        )
+    return Relation(False)
+
+
+def _find_again(sample, source):
+    """How many of the sample's names there are, and with the same content."""
+    places = {}
+    for examples in (source.train, source.test):
+        keys = examples.reader.keys(examples.indices) or ()
+        for key, index in zip(keys, examples.indices, strict=False):
+            places[_digest(key)] = examples.reader, int(index)
+    found = [
+        (places[key], size, digest) for key, size, digest in sample if key in places
+    ]
+    same = sum(_content(*place) == (size, digest) for place, size, digest in found)
+    return len(found), same
+
+
+def _changed(saved, source):
+    line = f'data.source={source.name} has changed since training: '
+    if counts := saved.get('images'):
+        line += (
+            f'{counts["train"]} images to train on and {counts["test"]} to test on '
+            f'before, {len(source.train)} and {len(source.test)} now'
+        )
+    return line
+
+
+def _lost(sample, there, same):
+    if same == len(sample):
+        return ''
+    return (
+        f'; of {len(sample)} training images that the checkpoint remembers '
+        f'{len(sample) - there} are gone and {there - same} have another content'
+    )
+
+
+def find_trained_on(saved: Mapping[str, Any], examples) -> str:
+    """A line if there are training images among those that are to be measured.
+
+    Args:
+      saved: the checkpoint's metadata.
+      examples: `dataset.Examples`.
+    """
+    sample = (saved.get('identity') or {}).get('sample') or []
+    wanted = {(size, digest) for _, size, digest in sample}
+    sizes = {size for size, _ in wanted}
+    if not wanted:
+        return ''
+    found = set()
+    for index in examples.indices:
+        if _size(examples.reader, int(index)) in sizes | {None}:
+            content = _content(examples.reader, int(index))
+            if content in wanted:
+                found.add(content)
+    if not found:
+        return ''
+    return (
+        f'warning: training images are among the {len(examples)} images: '
+        f'{len(found)} of {len(wanted)} that the checkpoint remembers; the figures '
+        'are better than on images that the model has not seen'
+    )
+
+
+def _size(reader, index):
+    """Bytes of an image; None if the reader does not tell without reading it."""
+    try:
+        return reader.stat(index)[0]
+    except (NotImplementedError, ValueError):
+        return None

@@ -300,6 +300,8 @@ def load_source(
     split = splits.find_splits(found, test_fraction, split_seed, duplicates)
     if known_classes is None:
         _check_counts(source, split)
+    if split.summary:
+        print(split.summary, flush=True)
     parts = [Examples(found.reader, x, preparation) for x in (split.train, split.test)]
     if cache == 'memory':
         _check_cache(sum(map(len, parts)), preparation, cache_limit_gib)
@@ -325,8 +327,6 @@ def _check_counts(source, split):
             f'test on are too few{copies}; add images, or a folder of test images '
             '(PATH/train and PATH/val)'
         )
-    if split.summary:
-        print(split.summary, flush=True)
 
 
 def _check_preparation(preparation):

@@ -61,6 +61,19 @@ def test_classes_are_matched_by_name(tmp_path):
     assert same is source.train
     with pytest.raises(UserError, match='class wasps is not one of those'):
         evaluate.match_classes(source.train, source.class_names, names[:3])
+    with pytest.raises(UserError, match='class bees is not .* rename it to Bees'):
+        evaluate.match_classes(source.train, ('bees',), ('Ants', 'Bees'))
+
+
+def test_classes_without_names_are_told(tmp_path, capsys):
+    photos = write_images(tmp_path, {'bees': 5, 'wasps': 5})
+    source = dataset.load_source(f'folder:{photos}', image_size=8)
+    assert evaluate.match_classes(source.train, ('b', 'w'), None, count=2) is (
+        source.train
+    )
+    assert 'are taken for the classes of the data in this order: b, w' in (
+        capsys.readouterr().out
+    )
 
 
 def test_format():

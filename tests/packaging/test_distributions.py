@@ -1,0 +1,187 @@
+"""The wheel and the source distribution: what they hold, and that they work installed.
+
+Each is installed into an environment of its own, outside the repository, that finds all
+other packages where these tests find them.
+"""
+
+import email
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import zipfile
+
+import pytest
+from PIL import Image
+
+from helpers.paths import ROOT
+
+PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+BUILD = (
+    'import sys; from setuptools import build_meta; '
+    'getattr(build_meta, sys.argv[1])(sys.argv[2])'
+)
+IMPORT_ALL = """
+import importlib, pathlib, sys
+import flax_densenet
+root = pathlib.Path(flax_densenet.__file__).parent
+assert sys.prefix in str(root), root
+names = []
+for path in sorted(root.rglob('*.py')):
+    parts = path.relative_to(root.parent).with_suffix('').parts
+    names.append('.'.join(parts).removesuffix('.__init__'))
+for name in names:
+    if not name.endswith('__main__'):
+        importlib.import_module(name)
+print(len(names))
+"""
+TINY = (
+    *('--config.model.variant=BC-L10k4', '--config.data.image_size=8'),
+    *('--config.data.batch_size=700', '--config.train.epochs=1'),
+)
+
+
+def run(*command, cwd):
+    """Output of a program that sees no checkout."""
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory):
+    """Folder with the sdist, the wheel of the checkout, and that of the sdist."""
+    folder = tmp_path_factory.mktemp('built')
+    checkout = folder / 'checkout'
+    for name in ('flax_densenet', 'configs', 'tests'):
+        ignored = shutil.ignore_patterns('__pycache__', 'data')
+        if name != 'tests':
+            ignored = shutil.ignore_patterns('__pycache__')
+        shutil.copytree(ROOT / name, checkout / name, ignore=ignored)
+    for name in ('pyproject.toml', 'README.md', 'LICENSE', 'MANIFEST.in', 'launch.py'):
+        shutil.copy(ROOT / name, checkout)
+    run(sys.executable, '-c', BUILD, 'build_sdist', folder, cwd=checkout)
+    run(sys.executable, '-c', BUILD, 'build_wheel', folder / 'wheel', cwd=checkout)
+    (sdist,) = folder.glob('*.tar.gz')
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter='data')
+    unpacked = folder / sdist.name.removesuffix('.tar.gz')
+    run(sys.executable, '-c', BUILD, 'build_wheel', folder / 'sdist', cwd=unpacked)
+    return folder
+
+
+def wheel_of(built, kind):
+    (wheel,) = (built / kind).glob('*.whl')
+    return wheel
+
+
+def files_of(wheel):
+    """Content by name, without the list of the files."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = (name for name in archive.namelist() if not name.endswith('RECORD'))
+        return {name: archive.read(name) for name in names}
+
+
+def test_wheel_holds_the_package_and_the_recipes(built):
+    found = files_of(wheel_of(built, 'wheel'))
+    code = {name for name in found if '.dist-info/' not in name}
+    package = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / 'flax_densenet').rglob('*')
+        if path.is_file() and '__pycache__' not in path.parts
+    }
+    recipes = {f'flax_densenet/configs/{p.name}' for p in (ROOT / 'configs').glob('*')}
+    recipes -= {'flax_densenet/configs/__pycache__'}
+    # In a checkout, this one stands for the top-level folder.
+    assert code == package - {'flax_densenet/configs/__init__.py'} | recipes
+    assert {'flax_densenet/py.typed', 'flax_densenet/kernels/cpu_kernels.cc'} <= code
+
+
+def test_wheel_of_the_source_distribution_is_the_same(built):
+    assert files_of(wheel_of(built, 'sdist')) == files_of(wheel_of(built, 'wheel'))
+
+
+def test_source_distribution_has_no_tests(built):
+    (sdist,) = built.glob('*.tar.gz')
+    with tarfile.open(sdist) as archive:
+        names = {name.partition('/')[2] for name in archive.getnames()}
+    assert {'LICENSE', 'README.md', 'pyproject.toml', 'configs/base.py'} <= names
+    assert not any(name.startswith('tests') for name in names)
+
+
+def test_metadata(built):
+    files = files_of(wheel_of(built, 'wheel'))
+    (name,) = (name for name in files if name.endswith('.dist-info/METADATA'))
+    metadata = email.message_from_bytes(files[name])
+    assert metadata['License-Expression'] == 'Apache-2.0'
+    assert metadata['Author'] == 'flax_densenet contributors'
+    assert metadata['Keywords'] and metadata['Project-URL'] and metadata['Summary']
+    assert metadata['Description-Content-Type'] == 'text/markdown'
+    license = files[name.replace('METADATA', 'licenses/LICENSE')].decode()
+    assert 'Apache License' in license and 'END OF TERMS AND CONDITIONS' in license
+    entry_points = files[name.replace('METADATA', 'entry_points.txt')].decode()
+    assert 'flax-densenet = flax_densenet.cli.main:entry' in entry_points
+
+
+def test_all_has_every_extra():
+    """But for TensorFlow, and for the packages of tests."""
+    extras = PROJECT['optional-dependencies']
+    text = ' '.join(extras['all'])
+    for name in extras.keys() - {'all', 'test', 'prepare'}:
+        assert name in text
+    core = ' '.join(PROJECT['dependencies'])
+    for name in ('matplotlib', 'plotly', 'jinja2', 'tensorboardX', 'optuna', 'onnx'):
+        assert name not in core
+
+
+@pytest.fixture(scope='module', params=['wheel', 'sdist'])
+def installed(request, built, tmp_path_factory):
+    """`bin` of an environment with nothing but the distribution and its packages."""
+    root = tmp_path_factory.mktemp(request.param) / 'venv'
+    run(sys.executable, '-m', 'venv', '--without-pip', root, cwd=root.parent)
+    python = root / 'bin' / 'python'
+    site = run(
+        *(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'),
+        cwd=root,
+    )
+    # A line of a .pth file adds a folder, without the .pth files in it.
+    paths = {sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}
+    pathlib.Path(site.strip(), 'others.pth').write_text('\n'.join(paths) + '\n')
+    wheel = wheel_of(built, request.param)
+    pip = (sys.executable, '-m', 'pip', '--python', python)
+    run(*pip, 'install', '-q', '--no-deps', '--no-index', wheel, cwd=root)
+    return root / 'bin'
+
+
+@pytest.mark.slow
+def test_every_module_can_be_imported(installed, tmp_path):
+    count = int(run(installed / 'python', '-c', IMPORT_ALL, cwd=tmp_path))
+    assert count > 150
+
+
+@pytest.mark.slow
+def test_command_trains_predicts_and_reports(installed, tmp_path):
+    command = installed / 'flax-densenet'
+    out = run(command, 'train', '--config=densenet121', *TINY, cwd=tmp_path)
+    assert 'Epoch:  1.' in out and 'ckpt/densenet121' in out
+    Image.new('RGB', (20, 20)).save(tmp_path / 'black.png')
+    out = run(command, 'predict', 'ckpt/densenet121', 'black.png', cwd=tmp_path)
+    assert 'black.png' in out
+    page = tmp_path / 'ckpt' / 'densenet121' / 'report.html'
+    page.unlink()
+    run(command, 'report', 'ckpt/densenet121', cwd=tmp_path)
+    assert page.stat().st_size > 2**20
+    assert (page.parent / 'curves.png').exists()
+
+
+@pytest.mark.slow
+def test_python_m_and_the_interface(installed, tmp_path):
+    python = installed / 'python'
+    assert 'predict' in run(python, '-m', 'flax_densenet', '--help', cwd=tmp_path)
+    code = 'import flax_densenet as d; print(d.get_config("cifar:quick").train.epochs)'
+    assert run(python, '-c', code, cwd=tmp_path) == '13\n'

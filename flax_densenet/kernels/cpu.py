@@ -1,8 +1,8 @@
 """Builds `cpu_kernels.cc` with the machine's C++ compiler, once, and calls it.
 
-The result is kept in the user's cache folder under a name made of the source, the
-compiler's flags, JAX's version and the processor, so nothing stale is ever loaded.
-Without a compiler the dense block runs through XLA alone, some three times slower.
+The library is kept in the user's cache folder. Its name is a hash of the source, the
+compiler's flags, the JAX version and the processor, so a stale one is never loaded.
+Without a compiler the dense block runs through XLA, about three times slower.
 """
 
 import concurrent.futures
@@ -24,7 +24,7 @@ import numpy as np
 
 _SOURCE = pathlib.Path(__file__).with_name('cpu_kernels.cc')
 _FLAGS = ['-std=c++17', '-O3', '-ffp-contract=fast', '-fno-math-errno', '-shared']
-# What is compiled into one file; the two take about as long.
+# The handlers in each file; both files take about the same time to compile.
 _PARTS = (
     (
         'DenseBlockForwardTrain',
@@ -42,13 +42,13 @@ _LIBRARIES: list[ctypes.CDLL] = []
 
 
 def cache_folder() -> pathlib.Path:
-    """Where compiled code is kept: `$XDG_CACHE_HOME` or ~/.cache, /flax_densenet."""
+    """The folder of compiled code: `flax_densenet` in `$XDG_CACHE_HOME` or ~/.cache."""
     base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     return pathlib.Path(base) / 'flax_densenet'
 
 
 def _processor():
-    """What decides which instructions `-march=native` means."""
+    """A text that determines the instructions of `-march=native`."""
     try:
         lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
     except OSError:
@@ -59,10 +59,13 @@ def _processor():
 
 
 def load() -> str | None:
-    """Makes the kernels ready to be called; None, or the reason why they cannot be.
+    """Builds and loads the kernels.
 
-    May be called from a thread ahead of time: the first call takes seconds, a second
-    one waits for it.
+    The first call takes seconds. It can be made from a thread ahead of time; a second
+    call waits for it.
+
+    Returns:
+      None, or the reason why the kernels cannot be used.
     """
     with _LOCK:
         return _load()
@@ -88,7 +91,7 @@ def _load():
 
 
 def _build(part):
-    """The library of one part: from the cache, else compiled."""
+    """Path of the library of one part, compiled unless it is in the cache."""
     named = os.environ.get('CXX')
     compiler = shutil.which(named) if named else None
     compiler = compiler or next(filter(None, map(shutil.which, ('c++', 'g++'))), None)
@@ -114,12 +117,12 @@ def _build(part):
         if done.returncode:
             errors = [x for x in done.stderr.splitlines() if 'error' in x]
             raise OSError(f'{compiler} failed: {(errors or ["unknown"])[0]}')
-        os.replace(output, target)  # whole or not at all, also with two at once
+        os.replace(output, target)  # atomic, even if two processes build it
     return target
 
 
 def call(name: str, result_shapes, *args, epsilon: float | None = None, **sizes: int):
-    """Calls a handler of `cpu_kernels.cc`; arrays are float32 but where it says so."""
+    """Calls a handler of `cpu_kernels.cc`."""
     function = jax.ffi.ffi_call(
         f'flax_densenet_{name}', result_shapes, vmap_method='sequential'
     )
@@ -130,7 +133,7 @@ def call(name: str, result_shapes, *args, epsilon: float | None = None, **sizes:
 
 
 def panel() -> tuple[int, int]:
-    """Columns of a panel of weights, and numbers of a vector register; after `load`."""
+    """Columns of a panel of weights, and floats of a vector register. Needs `load`."""
     return tuple((ctypes.c_int * 2).in_dll(_LIBRARIES[0], 'flax_densenet_panel'))
 
 

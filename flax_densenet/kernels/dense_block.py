@@ -1,12 +1,12 @@
-"""The fast dense block: pure functions with the results of the plain layers.
+"""The fast dense block: pure functions with the same results as the plain layers.
 
-A dense layer is `conv3x3(relu(norm2(conv1x1(relu(norm1(x))))))`, joined to `x`. A
-plain implementation spends its time reading the growing `x`. Four facts save most of
-it:
+A dense layer is `conv3x3(relu(norm2(conv1x1(relu(norm1(x))))))`, concatenated to `x`. A
+plain implementation spends most of its time reading the growing `x`. Four facts avoid
+most of that:
 
-1. Batch statistics are born once. Channel c of `x` has the same batch mean and
+1. Batch statistics are computed once. Channel c of `x` has the same batch mean and
    variance in every later layer; only that layer's scale and bias differ. They are
-   taken when the channel is made, and their gradients, added up over the layers, are
+   computed when the channel is made, and their gradients, summed over the layers, are
    applied once:
 
        norm1 of layer l:  (x - mean) * a_l + bias_l,   a_l = scale_l / sqrt(var + eps)
@@ -14,16 +14,16 @@ it:
        d var  = -1/2 (var + eps)^(-3/2) sum_l scale_l * sum(d_l * (x - mean))
        d x   +=  d mean / n  +  d var * 2 (x - mean) / n
 
-   where d_l is the gradient behind norm1 of layer l. The mean is taken off before the
-   multiplication, so a mean far from zero costs no digits.
+   where d_l is the gradient after norm1 of layer l. The mean is subtracted before the
+   multiplication, so that a mean far from zero costs no precision.
 2. Memory is linear in the depth: a block keeps its output, the statistics, and each
-   layer's 1x1 output; `relu(norm1(x))`, of quadratic size, is computed again.
-3. A 1x1 convolution is a matrix product, in a form that is fast in all directions.
+   layer's 1x1 output. `relu(norm1(x))`, whose size is quadratic, is recomputed.
+3. A 1x1 convolution is a matrix product, which is fast forward and backward.
 4. Average pooling and a 1x1 convolution commute, so a transition pools first.
 
-There are two implementations: `kernel='native'` is one call per block and direction
-into `cpu_kernels.cc`, for float32 on one CPU device; `kernel='xla'` is JAX alone, for
-everything else. Inference alone, of a model that trains no more, has `folded`.
+There are two implementations: `native_block` (C++, float32 on one CPU device) and
+`xla_block` (JAX only, everywhere). For inference with a trained model, see
+`models.folded`.
 """
 
 import functools
@@ -37,10 +37,16 @@ KERNELS = ('auto', 'native', 'xla')
 
 
 def use_native(kernel: str, x, layers=None, *, dropout: bool = False) -> bool:
-    """Whether a block, or without `layers` the stem, runs in `cpu_kernels.cc`.
+    """Whether the C++ kernel computes a block or, without `layers`, the stem.
+
+    Args:
+      kernel: one of `KERNELS`.
+      x: the input, of which only the dtype matters.
+      layers: sequence of `Layer`.
+      dropout: whether the block drops values or layers.
 
     Raises:
-      UserError: `kernel='native'` where it cannot be.
+      UserError: `kernel='native'`, but the kernel cannot be used.
     """
     if kernel == 'xla':
         return False
@@ -82,15 +88,19 @@ def block_train(
 
     Args:
       x: `[N, H, W, C0]`.
-      layers: sequence of `Layer`; running statistics are not read.
-      remat: compute `relu(norm1(x))` again in the backward pass instead of keeping it;
-        the native kernel always does.
-      keys: a random key for each layer, needed where `dropout_rate` is above 0.
-      path_rates: for each layer the share of images that its maps are left out of.
-      path_keys: a random key for each layer, needed where its rate is above 0.
+      layers: sequence of `Layer`; its running statistics are not used.
+      epsilon: added to variances.
+      dtype: of the activations.
+      kernel: one of `KERNELS`.
+      remat: recompute `relu(norm1(x))` in the backward pass instead of keeping it. The
+        native kernel always does.
+      dropout_rate: share of values to drop after each 3x3 convolution.
+      keys: a random key for each layer, needed if `dropout_rate` is above 0.
+      path_rates: for each layer, the share of images for which its maps are dropped.
+      path_keys: a random key for each layer whose rate is above 0.
 
     Returns:
-      Features `[N, H, W, C0 + L * G]`; their batch (mean, var); for each layer the
+      Features `[N, H, W, C0 + L * G]`; their batch (mean, var); and for each layer the
       batch (mean, var) of norm2's input, or None without bottleneck.
     """
     layers = tuple(layers)
@@ -122,16 +132,16 @@ def block_eval(x, layers, *, epsilon, dtype, kernel='auto'):
 
 
 def stem(x, norm, *, epsilon, dtype, padding, kernel='auto'):
-    """Batch norm, ReLU, 3x3 max pooling of stride 2, behind the stem's convolution.
+    """Batch norm, ReLU and 3x3 max pooling of stride 2, after the stem's convolution.
 
     Args:
       x: `[N, H, W, C]`.
-      norm: (mean, var, scale, bias), each `[C]`; None for mean and var takes the
-        batch's, as in training.
+      norm: (mean, var, scale, bias), each `[C]`. In training mean and var are None, and
+        the batch's are used.
       padding: ((top, bottom), (left, right)) of the pooling.
 
     Returns:
-      `[N, H', W', C]`, and the batch (mean, var), or None where they were given.
+      `[N, H', W', C]`, and the batch (mean, var), or None if they were given.
     """
     mean, var, scale, bias = norm
     if use_native(kernel, x):
@@ -139,14 +149,15 @@ def stem(x, norm, *, epsilon, dtype, padding, kernel='auto'):
             return native_block.stem_eval(x, *norm, epsilon, padding), None
         y, mean, var = native_block.stem_train(x, scale, bias, epsilon, padding)
         return y, (mean, var)
-    found = None
+    statistics = None
     if mean is None:
-        mean, var = found = xla_block.statistics(x)
-    return xla_block.stem(x, mean, var, scale, bias, epsilon, padding, dtype), found
+        mean, var = statistics = xla_block.statistics(x)
+    y = xla_block.stem(x, mean, var, scale, bias, epsilon, padding, dtype)
+    return y, statistics
 
 
 def transition(x, norm, kernel, *, epsilon, dtype):
-    """Batch norm, ReLU, 2x2 mean, 1x1 convolution: `[N, H, W, C]` to a quarter.
+    """Batch norm, ReLU, 2x2 mean, 1x1 convolution: to `[N, H // 2, W // 2, F]`.
 
     Args:
       norm: (mean, var, scale, bias), each `[C]`.

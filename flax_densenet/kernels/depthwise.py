@@ -1,9 +1,9 @@
-"""Depthwise convolution: each channel with a kernel of its own.
+"""Depthwise convolution: each channel has its own kernel.
 
-On CPUs XLA has no quick one. Here rows of the kernel are applied one after the other,
-each as shifted sums that XLA joins to one pass over the image. With a 7x7 kernel on
-two CPU cores, forward and both gradients are each about 7 times as fast as with XLA's
-convolution on `[4, 56, 56, 128]`, more on smaller maps of more channels.
+XLA's is slow on CPUs. Here the rows of the kernel are applied one after the other, each
+as a sum of shifted images that XLA fuses into one pass. With a 7x7 kernel and two CPU
+cores, the forward pass and both gradients are about 7 times as fast as XLA's
+convolution on `[4, 56, 56, 128]`, and more on smaller maps with more channels.
 
 >>> import jax.numpy as jnp
 >>> depthwise(jnp.ones((1, 4, 4, 2)), jnp.ones((3, 3, 1, 2)))[0, :, :, 0].tolist()[0]
@@ -18,7 +18,7 @@ from jax import lax
 def depthwise(x, kernel):
     """Images `[N, H, W, C]` with kernels `[K, K, 1, C]`, K odd, to `[N, H, W, C]`.
 
-    What is outside the image counts as 0, K // 2 pixels on each side.
+    The image is padded with K // 2 zeros on each side.
     """
     if jax.default_backend() == 'cpu':
         return _by_rows(x, kernel)
@@ -54,7 +54,7 @@ def _by_rows(x, kernel):
 
 
 def _pad(x, size):
-    """The image with its margin, in float32 or wider, and the shape of a weight."""
+    """The padded image, in float32 or wider, and the shape of a weight."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     margin = (size // 2, size // 2)
     return jnp.pad(wide, ((0, 0), margin, margin, (0, 0))), (1, 1, 1, x.shape[-1])
@@ -75,7 +75,7 @@ def _backward(saved, gradient):
         shifted = lax.dynamic_slice(padded, start, x.shape)
         return None, (shifted * wide).sum((0, 1, 2))
 
-    # One after the other: no slower than seven in a program, and sooner compiled.
+    # One after the other: as fast as seven at a time, and compiled sooner.
     _, of_kernel = lax.scan(of_place, None, jnp.arange(size**2))
     of_kernel = of_kernel.reshape(kernel.shape).astype(kernel.dtype)
     return _by_rows(gradient, kernel[::-1, ::-1]), of_kernel

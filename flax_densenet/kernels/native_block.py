@@ -35,7 +35,7 @@ def why_not_block(layers, dropout: bool) -> str | None:
 
 
 def parameters(layer):
-    """In the order in which the native kernel takes and returns them."""
+    """Parameters of a `Layer` in the order of the kernel's arguments and results."""
     return (
         layer.scale1,
         layer.bias1,
@@ -84,8 +84,8 @@ def _train_forward(x, layers, epsilon):
 
 def _train_backward(epsilon, residuals, gradients):
     saved, layers = residuals
-    # Statistics inside of the layers go to running averages only, so no gradient
-    # comes back for them.
+    # Statistics inside the layers are only used for running averages, so they have no
+    # gradient.
     features_gradient, mean_gradient, var_gradient, _, _ = gradients
     features, _, _, hidden, _, _ = saved
     channels = layers[0][0].shape[0]
@@ -130,7 +130,7 @@ def evaluate(x, layers, epsilon):
 
 
 def _evaluate_backward(epsilon, saved, gradient):
-    # Rare (explanations of a prediction), so XLA computes it.
+    # Rare (explanations of predictions), so XLA computes it.
     xla = functools.partial(xla_block.evaluate, epsilon=epsilon, dtype=jnp.float32)
     return jax.vjp(xla, *saved)[1](gradient)
 
@@ -142,7 +142,7 @@ evaluate.defvjp(
 
 
 def _stem_options(x, padding):
-    """Shape of the pooled map, and attributes of the native calls."""
+    """Shape of the pooled map, and attributes of the calls."""
     sizes = [
         (n + sum(pad) - 3) // 2 + 1
         for n, pad in zip(x.shape[1:3], padding, strict=True)
@@ -176,7 +176,7 @@ def _stem_train_forward(x, scale, bias, epsilon, padding):
 
 
 def _stem_train_backward(epsilon, padding, saved, gradients):
-    # The statistics go to running averages only.
+    # The statistics are only used for running averages.
     x, scale, bias, *_ = saved
     return tuple(
         cpu_kernels.call(

@@ -1,8 +1,8 @@
-"""The native kernels for inference alone: how their arrays are packed, and their calls.
+"""Native kernels for inference: packs their arrays and calls them.
 
-A block's weights are one vector in the order in which `cpu_kernels.cc` reads them, so
-nothing is packed in a call, and a program has a few arguments instead of six hundred. A
-call computes a block with the transition behind it, whose result is all it writes.
+The weights of a block are one vector in the order in which `cpu_kernels.cc` reads them,
+so a call packs nothing, and a program has a few arguments instead of six hundred. One
+call computes a block and the transition after it, and writes only the result.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 
 from flax_densenet.kernels import cpu as cpu_kernels
 
-_LINE = 16  # floats of a cache line; each part begins on one
+_LINE = 16  # floats in a cache line; each array starts on one
 
 
 class _Packer:
@@ -30,7 +30,7 @@ class _Packer:
             self.add(norm[name])
 
     def add_kernel(self, kernel):
-        """`[rows, columns]`, in panels of so many columns."""
+        """A matrix `[rows, columns]`, in panels of `_columns` columns."""
         if missing := -kernel.shape[1] % self._lanes:
             kernel = np.pad(kernel, ((0, 0), (0, missing)))
         starts = range(0, kernel.shape[1], self._columns)
@@ -42,11 +42,12 @@ class _Packer:
 
 
 def pack_block(layers, tail: dict[str, Any]) -> np.ndarray:
-    """The vector of `block`; the kernels are loaded.
+    """The weights of `block` as one vector. Needs `cpu.load`.
 
     Args:
       layers: of `folded.fold`, with bottleneck, numpy float32.
-      tail: `mean`, `a`, `bias` of the norm behind it; of a transition its `kernel` too.
+      tail: `mean`, `a` and `bias` of the norm after the block, and the `kernel` of a
+        transition.
     """
     packer = _Packer()
     for layer in layers:
@@ -63,16 +64,18 @@ def pack_block(layers, tail: dict[str, Any]) -> np.ndarray:
 
 
 def block(x, packed, *, layers: int, bottleneck: int, growth: int, features: int):
-    """A dense block, and the transition or the norm behind it.
+    """A dense block, and the transition or norm after it.
 
     Args:
       x: float32 `[N, H, W, C]`.
       packed: of `pack_block`.
-      bottleneck: channels inside of a layer; growth: those that it adds.
-      features: those behind the transition; 0 where there is none.
+      layers: number of layers.
+      bottleneck: channels inside a layer.
+      growth: channels that a layer adds.
+      features: output channels of the transition; 0 for the last block, which has none.
 
     Returns:
-      `[N, H // 2, W // 2, features]`, or, normalized, `[N, H, W, C + layers * growth]`.
+      `[N, H // 2, W // 2, features]` or, normalized, `[N, H, W, C + layers * growth]`.
     """
     count, height, width, channels = x.shape
     shape = (count, height, width, channels + layers * growth)
@@ -91,7 +94,7 @@ def block(x, packed, *, layers: int, bottleneck: int, growth: int, features: int
 
 
 def pack_stem(conv: dict[str, Any]) -> np.ndarray:
-    """The vector of `stem`, of a folded 7x7 `kernel` and its `bias`."""
+    """The weights of `stem`, a folded 7x7 `kernel` and its `bias`, as one vector."""
     packer, kernel = _Packer(), conv['kernel']
     packer.add_kernel(kernel.reshape(-1, kernel.shape[-1]))
     packer.add(conv['bias'])
@@ -102,11 +105,12 @@ def stem(x, packed, *, features: int, padding, pool_padding):
     """7x7 convolution of stride 2, 3x3 max pooling of stride 2, bias, ReLU.
 
     Args:
-      x: float32 `[N, H, W, C]`, C 1 or 3.
+      x: float32 `[N, H, W, C]`, where C is 1 or 3.
       packed: of `pack_stem`.
-      features: channels of the result.
-      padding, pool_padding: ((top, bottom), (left, right)), of the convolution and,
-        given the convolution's (height, width), of the pooling.
+      features: output channels.
+      padding: ((top, bottom), (left, right)) of the convolution.
+      pool_padding: a function of the convolution's (height, width) that returns the
+        same for the pooling.
 
     Returns:
       `[N, H', W', features]`.

@@ -23,10 +23,10 @@ class Layer:
     """Variables of one dense layer; without bottleneck the `2` fields are None.
 
     Attributes:
-      scale1, bias1, mean1, var1: of norm1, [C].
-      kernel1: [1, 1, C, M], or [3, 3, C, G] without bottleneck.
-      scale2, bias2, mean2, var2: of norm2, [M].
-      kernel2: [3, 3, M, G].
+      scale1, bias1, mean1, var1: of norm1, `[C]`.
+      kernel1: `[1, 1, C, M]`, or `[3, 3, C, G]` without bottleneck.
+      scale2, bias2, mean2, var2: of norm2, `[M]`.
+      kernel2: `[3, 3, M, G]`.
     """
 
     scale1: Any
@@ -44,8 +44,8 @@ class Layer:
 def statistics(x):
     """Mean and biased variance of each channel of `[N, H, W, C]`, in float32 or wider.
 
-    Two passes: deviations from a first mean, whose own mean then mends both figures.
-    In one pass the variance of a channel with a large mean would be lost.
+    In two passes: the mean of the deviations from a first mean corrects both results.
+    A single pass would lose the variance of a channel with a large mean.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     middle = lax.stop_gradient(x.mean((0, 1, 2)))
@@ -69,8 +69,8 @@ def normalize_relu(x, mean, var, scale, bias, epsilon, dtype):
 def product(x, kernel):
     """1x1 convolution: `[N, H, W, C]`, `[C, M]` -> `[N, H, W, M]`.
 
-    The weight gradient is formed as (g^T x)^T: on two CPU cores 131 to 166 GFLOP/s
-    where the gradient of a convolution reaches 13 to 55.
+    The weight gradient is computed as (g^T x)^T: 131 to 166 GFLOP/s on two CPU cores,
+    while the gradient of a convolution reaches 13 to 55.
     """
     return lax.dot_general(x, kernel, (((3,), (0,)), ((), ())))
 
@@ -99,7 +99,7 @@ def train(
     hidden = _hidden
     if remat:
         # Without prevent_cse XLA merges the two computations and saves nothing: 3,092
-        # MB of temporary memory for a step of the 121 (batch 16) instead of 1,928.
+        # instead of 1,928 MB of temporary memory for a step of DenseNet-121 (batch 16).
         hidden = jax.checkpoint(_hidden, static_argnums=(4, 5), prevent_cse=True)
     mean, var = statistics(x)
     inner = []
@@ -148,7 +148,7 @@ def stem(x, mean, var, scale, bias, epsilon, padding, dtype):
     y = normalize_relu(x, mean, var, scale, bias, epsilon, dtype)
     return lax.reduce_window(
         y,
-        np.array(-np.inf, y.dtype),  # a constant, else it has no gradient
+        np.array(-np.inf, y.dtype),  # must be a constant to have a gradient
         lax.max,
         (1, 3, 3, 1),
         (1, 2, 2, 1),
@@ -157,16 +157,16 @@ def stem(x, mean, var, scale, bias, epsilon, padding, dtype):
 
 
 def drop_out(x, key, rate):
-    """Sets a share `rate` of the values to 0 and divides the others by what is left."""
+    """Dropout: sets a share `rate` of the values to 0, scales the others up."""
     return _drop(x, key, rate, x.shape)
 
 
 def drop_path(x, key, rate):
-    """The same with all values of an image, `[N, H, W, C]`: stochastic depth."""
+    """Stochastic depth: drops all values of an image of `[N, H, W, C]` together."""
     return _drop(x, key, rate, (x.shape[0], 1, 1, 1))
 
 
 def _drop(x, key, rate, shape):
-    # In float32 always, so that the choice does not depend on the precision.
+    # Always in float32, so that the choice does not depend on the precision.
     keep = jax.random.uniform(key, shape, jnp.float32) >= rate
     return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))

@@ -31,35 +31,38 @@ class DenseNet(network.Network):
         first of stride 2, the first two with half of the maps) or `cifar` (3x3
         alone).
       stem_features: feature maps of the stem.
-      blur_pool: the stem's pooling has stride 1 and a blur (`layers.blur_pool`) halves;
-        not with the `cifar` stem, which does not pool.
-      dropout_rate: share dropped in training.
-      dropout_after: `conv3x3`, each 3x3 convolution of a dense block, as the PyTorch
-        ports do; or `every_conv`, also each 1x1 one and each transition's, as the
-        authors' Torch code does; then, with a rate above 0, the layers are plain.
-      drop_path_rate: share of images that the last dense layer's new maps are left out
-        of in training (stochastic depth), the others' scaled up for it; it falls
-        evenly to 0 in the first layer (`layers.drop_path_rates`).
+      blur_pool: the stem's pooling has stride 1, and a blur (`layers.blur_pool`) halves
+        the size instead. Not possible with the `cifar` stem, which does not pool.
+      dropout_rate: share of values dropped in training.
+      dropout_after: where values are dropped: `conv3x3`, after each 3x3 convolution of
+        a dense block, like the PyTorch ports; or `every_conv`, also after each 1x1
+        convolution and in transitions, like the authors' Torch code. `every_conv` with
+        a rate above 0 uses the plain layers.
+      drop_path_rate: in training, share of images for which the new feature maps of
+        the last dense layer are dropped (stochastic depth); the maps of the others are
+        scaled up. The rate falls linearly to 0 at the first layer
+        (`layers.drop_path_rates`).
       epsilon: added to the variance in batch norm.
       momentum: share of the running average that batch norm keeps at each step.
-      unbiased_variance: running variances are unbiased (torch) or not (Keras).
-      dtype: of activations; parameters, statistics and logits are float32 (all
-        float64 with `float64`, which needs `jax_enable_x64`).
-      padding: `torch` (symmetric) or `same` (TensorFlow's: more at the end) for
-        convolutions and the max pooling; they differ where the stride is 2.
-      initializer: of convolution kernels, a key of `INITIALIZERS`.
-      fast: dense blocks and transitions as `dense_block` computes them; False for the
-        plain layers, with the same variables and, up to rounding, the same results.
-      kernel: of the fast block: `native` (C++, float32 on one CPU device), `xla`, or
-        `auto`: native where it can be.
-      remat: `block` computes activations again in the backward pass of the fast block
-        by XLA, `none` keeps them; native always computes them again.
-      batch_norm_group: in training, batch norm takes the statistics of each so many
-        consecutive rows; the running ones move once, to the average over the groups of
-        the groups' means and variances. 0: of all rows at once. -1: of a device's rows,
-        for which the training step puts in their number (`ghost_batch_norm.resolve`);
-        the module
-        by itself takes all rows that it is given.
+      unbiased_variance: whether running variances are unbiased (PyTorch) or biased
+        (Keras).
+      dtype: of the activations. Parameters, statistics and logits are float32; with
+        `float64`, which needs `jax_enable_x64`, everything is float64.
+      padding: of convolutions and max pooling: `torch` (symmetric) or `same`
+        (TensorFlow's, which pads more at the end). They differ if the stride is 2.
+      initializer: of convolution kernels, a key of `factory.INITIALIZERS`.
+      fast: compute dense blocks and transitions with `kernels.dense_block`. False uses
+        the plain layers, which have the same variables and, up to rounding, the same
+        results.
+      kernel: implementation of the fast block: `native` (C++, float32 on one CPU
+        device), `xla`, or `auto`: native if possible.
+      remat: `block` recomputes activations in the backward pass of the XLA fast block;
+        `none` keeps them. The native kernel always recomputes.
+      batch_norm_group: in training, number of consecutive rows over which batch norm
+        computes its statistics. The running statistics move once per step, to the
+        average of the groups' means and variances. 0: all rows. -1: the rows of one
+        device; the training step replaces it with their number
+        (`ghost_batch_norm.resolve`), and the module itself uses all rows.
     """
 
     family = 'densenet'
@@ -148,7 +151,7 @@ class DenseNet(network.Network):
             )
 
     def _stem(self, x, train):
-        """Convolutions and pooling in front of the first dense block."""
+        """The convolutions and the pooling before the first dense block."""
         x, norm = self.conv0(x), None
         if self.stem == 'imagenet':
             norm = self.norm0
@@ -338,7 +341,7 @@ def _make_layer(module, conv, kernel, norm):
 
 
 def _add_stem(module, conv, norm):
-    """Convolutions and norms in front of the first dense block, in `setup`."""
+    """Adds the stem's convolutions and norms; part of `setup`."""
     if module.stem == 'imagenet':
         module.conv0 = conv(module.stem_features, (7, 7), strides=2)
         module.norm0 = norm()

@@ -1,7 +1,7 @@
-"""DenseNet (Huang et al., arXiv 1608.06993) as Flax Linen modules.
+"""Networks by name: `create_model`, and the table of published variants.
 
-The variable tree carries torchvision's names (`denseblock1/denselayer1/norm1`, ...),
-so published weights map onto it by one rule.
+Variables have torchvision's names (`denseblock1/denselayer1/norm1`, ...), so that
+published weights map onto them by one rule.
 
 >>> from flax_densenet import create_model, init_variables
 >>> import jax.numpy as jnp
@@ -23,7 +23,7 @@ from flax_densenet.errors import UserError
 from flax_densenet.models import densenet, network, rdnet
 from flax_densenet.models import layers as layers_lib
 
-# Paper, table 1. 264 is the paper's fifth ImageNet model (figure 3); torchvision
+# Table 1 of the paper. 264 is the paper's fifth ImageNet model (figure 3); torchvision
 # has no weights for it.
 _IMAGENET = {
     'densenet121': dict(growth_rate=32, block_sizes=(6, 12, 24, 16)),
@@ -51,7 +51,7 @@ def cifar_fields(name: str) -> dict[str, Any] | None:
         classifier, so L - 4 is a multiple of 3, with bottleneck of 6.
 
     Returns:
-      Fields of `DenseNet`, or None where the name is not of this form.
+      Fields of `DenseNet`, or None if the name does not have this form.
 
     Raises:
       UserError: no network of three equal blocks has this depth.
@@ -85,8 +85,8 @@ VARIANTS = _IMAGENET | {name: cifar_fields(name) for name in _CIFAR} | rdnet.VAR
 NETWORKS = (densenet.DenseNet, rdnet.RDNet)
 INITIALIZERS = layers_lib.INITIALIZERS
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
-# Whoever asks for more made a mistake, or means harm: it would take the machine's
-# memory and hours. DenseNet-264 has 130 layers and 33 million parameters.
+# More than that is a mistake or an attack: it would take all memory, and hours.
+# DenseNet-264 has 130 layers and 33 million parameters.
 MOST_LAYERS = 500
 MOST_PARAMETERS = 2**31
 _KINDS = {
@@ -116,7 +116,7 @@ def create_model(variant: str, *, num_classes: int, **fields) -> network.Network
       train=True, mutable=['batch_stats'])` also returns the updated statistics.
 
     Raises:
-      UserError: no such variant or field, or a value that no such network can have.
+      UserError: an unknown variant or field, or an invalid value.
     """
     kind, defaults = _find_variant(variant)
     chosen = _choose_fields(kind, variant, fields)
@@ -126,7 +126,7 @@ def create_model(variant: str, *, num_classes: int, **fields) -> network.Network
 
 
 def _find_variant(variant):
-    """The class of a variant, and its fields."""
+    """The class of a variant and its fields."""
     if not isinstance(variant, str):
         raise UserError(f'model.variant={variant!r} must be a name, as densenet121')
     if variant in rdnet.VARIANTS:
@@ -147,7 +147,7 @@ def _find_variant(variant):
 
 
 def field_defaults(kind) -> dict[str, Any]:
-    """Fields of `DenseNet` or `RDNet` and their defaults (None where there is none)."""
+    """Fields of `DenseNet` or `RDNet` with their defaults; None if there is none."""
     return {
         field.name: None if field.default is dataclasses.MISSING else field.default
         for field in dataclasses.fields(kind)
@@ -156,9 +156,10 @@ def field_defaults(kind) -> dict[str, Any]:
 
 
 def _choose_fields(kind, variant, fields):
-    """Those of `fields` that say something, all of them fields of `kind`.
+    """The values in `fields` that were set, all of them fields of `kind`.
 
-    A config has the fields of all networks; what is left there as it was says nothing.
+    A config has the fields of all networks. A field of another network is ignored if
+    it has its default.
     """
     known, chosen = field_defaults(kind), {}
     others = {k: v for one in NETWORKS for k, v in field_defaults(one).items()}
@@ -180,24 +181,25 @@ def _choose_fields(kind, variant, fields):
 
 
 def _check_kinds(model):
-    """Raises for a field that holds something else than it is declared for."""
+    """Raises if the value of a field is not of its declared type."""
     for field in dataclasses.fields(model):
         if field.name in ('parent', 'name'):
             continue
         kind = getattr(field.type, '__name__', None) or str(field.type)
-        kind, said = _KINDS['Sequence[int]' if 'Sequence' in str(field.type) else kind]
+        kind = 'Sequence[int]' if 'Sequence' in str(field.type) else kind
+        kind, meaning = _KINDS[kind]
         value = getattr(model, field.name)
-        # True would be a 1, a text a row of letters.
+        # True would pass as 1, a string as a sequence.
         if (
             not isinstance(value, kind)
             or (kind is not bool and isinstance(value, bool))
             or (kind is Sequence and isinstance(value, str))
         ):
-            raise UserError(f'model.{field.name}={value!r} must be {said}')
+            raise UserError(f'model.{field.name}={value!r} must be {meaning}')
 
 
 def _check_size(model):
-    """Raises for a network of absurd size, before anything is as large."""
+    """Raises for a network of absurd size before anything is allocated."""
     layers = sum(model.block_sizes)
     if layers > MOST_LAYERS:
         raise UserError(

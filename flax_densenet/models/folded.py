@@ -1,14 +1,14 @@
-"""A DenseNet for inference alone: what does not depend on the image is computed once.
+"""Networks for inference, with batch norm folded into the convolutions.
 
 A dense layer is `conv3x3(relu(norm2(conv1x1(relu(norm1(x))))))`. With running
-statistics a norm is `(x - mean) * a + bias`, `a = scale / sqrt(var + epsilon)`; behind
-a convolution it is that convolution with another kernel and a bias:
+statistics a norm is `(x - mean) * a + bias`, `a = scale / sqrt(var + epsilon)`. After a
+convolution it is the same convolution with another kernel and a bias:
 
     norm(conv(x, kernel)) = conv(x, kernel * a) + (bias - mean * a)
 
-So the stem's norms and each norm2 disappear; a norm in front of a ReLU stays. Up to
-rounding the results are those of the module's `features`, which the tests compare.
-There are few operations left, which are quickly traced, and no layer's modules.
+So the stem's norms and each norm2 disappear; a norm before its convolution stays. Up to
+rounding, the results are those of the module's `features`. Few operations are left, and
+no Linen modules, so the program is traced quickly.
 
 >>> import jax.numpy as jnp
 >>> from flax_densenet import create_model, init_variables
@@ -32,16 +32,17 @@ from flax_densenet.models.network import Network
 
 
 def fold(module: Network, variables) -> dict[str, Any]:
-    """The arrays of `features`, on the host.
+    """Folds a network's variables into the arrays that `features` takes.
 
     Args:
       variables: `{'params', 'batch_stats'}`.
 
     Returns:
-      `stem`: its convolutions; `blocks`: for each its `layers` and its `tail`, the
-      transition or the last norm; either `packed` where the native kernel computes it;
-      `head`: variables behind the features. float32, float64 with `dtype='float64'`. Of
-      RDNet, which has nothing to fold, its `variables` and its `head`.
+      Host arrays, float32 (float64 with `dtype='float64'`): `stem`, its convolutions;
+      `blocks`, for each its `layers` and its `tail` (the transition or the last norm);
+      `head`, the variables after the features. The stem and the blocks are `packed` if
+      the native kernel computes them. A network without batch norm has nothing to
+      fold: its `variables` and its `head`.
     """
     variables = jax.tree.map(np.asarray, variables)
     params, stats = variables['params'], variables.get('batch_stats', {})
@@ -51,12 +52,12 @@ def fold(module: Network, variables) -> dict[str, Any]:
     stem, blocks = _fold_stem(module, params, stats), []
     for number, size in enumerate(module.block_sizes, start=1):
         name = f'denseblock{number}'
-        found = [
+        layers = [
             _fold_layer(module, params[name][layer], stats[name][layer])
             for layer in (f'denselayer{n}' for n in range(1, size + 1))
         ]
         blocks.append(
-            {'layers': found, 'tail': _fold_tail(module, params, stats, number)}
+            {'layers': layers, 'tail': _fold_tail(module, params, stats, number)}
         )
     if _is_native(module, blocks[0]['layers'][0]):
         blocks = [{'packed': packed_inference.pack_block(**block)} for block in blocks]
@@ -112,7 +113,7 @@ def _norm(module, params, averages):
 
 
 def _join(conv, norm):
-    """A convolution that does the norm behind it as well."""
+    """A convolution joined with the norm after it."""
     bias = norm['bias'] - norm['mean'].astype(np.float64) * norm['a']
     return {
         'kernel': conv['kernel'] * norm['a'].reshape(1, 1, 1, -1),
@@ -121,7 +122,7 @@ def _join(conv, norm):
 
 
 def features(module: Network, folded, images):
-    """As the module's `features`: images `[N, H, W, C]`, normalized, to `[N, h, w, F]`.
+    """Normalized images `[N, H, W, C]` to the last feature map, `[N, h, w, F]`.
 
     Raises:
       UserError: the images are smaller than `smallest_image_size`.
@@ -157,7 +158,7 @@ def _native_block(module, x, packed, size, last):
 
 
 def logits(module: Network, folded, images):
-    """As the module itself: normalized images `[N, H, W, C]` to `[N, num_classes]`."""
+    """Normalized images `[N, H, W, C]` to logits `[N, num_classes]`."""
     maps = features(module, folded, images)
     return module.apply(folded['head'], maps, method='head')
 
@@ -207,7 +208,7 @@ def _stem(module, convs, x):
     x = conv(x, convs[0]['kernel'], 2)
     for before, after in itertools.pairwise(convs):
         x = conv(_biased_relu(x, before), after['kernel'])
-    # The largest first: what bias and ReLU do to all of a channel keeps the order.
+    # Pooling comes first: bias and ReLU keep the order of the values in a channel.
     stride = 1 if module.blur_pool else 2
     padding = ((1, 1), (1, 1))
     if not module.blur_pool:
@@ -224,19 +225,19 @@ def _stem(module, convs, x):
     return layers_lib.blur_pool(x) if module.blur_pool else x
 
 
-_AROUND = ((1, 1), (1, 1))  # of a 3x3 convolution
+_SAME_3X3 = ((1, 1), (1, 1))
 
 
 def _dense_layer(x, layer):
     y = jax.nn.relu(_normalize(x, layer['norm1'])).astype(x.dtype)
     if 'conv2' not in layer:
-        return _conv(y, layer['conv1']['kernel'], _AROUND)
+        return _conv(y, layer['conv1']['kernel'], _SAME_3X3)
     y = xla_block.product(y, layer['conv1']['kernel'].astype(x.dtype)[0, 0])
-    return _conv(_biased_relu(y, layer['conv1']), layer['conv2']['kernel'], _AROUND)
+    return _conv(_biased_relu(y, layer['conv1']), layer['conv2']['kernel'], _SAME_3X3)
 
 
 def _transition(x, arrays):
-    """The mean of 2x2 in front of the 1x1 convolution, which leaves it a quarter."""
+    """Pools before the 1x1 convolution, which leaves it a quarter of the work."""
     y = jax.nn.relu(_normalize(x, arrays)).astype(x.dtype)
     height, width = (n // 2 * 2 for n in y.shape[1:3])
     y = y[:, :height, :width]

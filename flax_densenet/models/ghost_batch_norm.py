@@ -1,12 +1,11 @@
 """Batch statistics of groups of rows instead of the whole batch ("ghost" batch norm).
 
-Statistics over all devices are exchanged in each batch norm, forward and backward; of
-a device's own rows they need no exchange. Small groups also act as a regularizer
-(Hoffer et al., "Train longer, generalize better", 2017,
+Statistics of the whole batch are exchanged between devices in every batch norm, forward
+and backward; statistics of a device's own rows need no exchange. Small groups also act
+as a regularizer (Hoffer et al., "Train longer, generalize better", 2017,
 https://arxiv.org/abs/1705.08741, section 4).
 
-A forward pass of a group is the model's own, mapped over the groups, so that whatever
-computes the layers needs to know nothing of it.
+The model's own forward pass is mapped over the groups, so the layers need no change.
 
 >>> resolve(-1, rows=32, devices=4), resolve(8, rows=32, devices=8)
 (8, 8)
@@ -21,17 +20,17 @@ DEVICE = -1
 
 
 def resolve(group: int, *, rows: int, devices: int, accumulate_steps: int = 1) -> int:
-    """The rows of a group of `model.batch_norm_group`; 0 for all rows.
+    """Number of rows in a group for a value of `model.batch_norm_group`; 0: all rows.
 
     Args:
-      group: 0, a number of rows, or -1: those of one device.
-      rows: of the global batch.
-      devices: that the rows are spread over.
-      accumulate_steps: micro-batches that the batch is taken in, each with statistics
-        of its own.
+      group: 0, a number of rows, or -1 for the rows of one device.
+      rows: rows of the global batch.
+      devices: number of devices that share the rows.
+      accumulate_steps: number of micro-batches, each with its own statistics.
 
     Raises:
-      UserError: groups would not divide the rows, or would share devices in part.
+      UserError: the groups do not divide the rows, or a group would cover parts of
+        devices.
     """
     rows //= accumulate_steps
     own = rows // devices
@@ -57,22 +56,22 @@ def resolve(group: int, *, rows: int, devices: int, accumulate_steps: int = 1) -
 
 
 def pyramid(module, x, frozen: int, live):
-    """`module.pyramid` in training, with the statistics of each group of rows.
+    """`module.pyramid` in training, with separate statistics for each group of rows.
 
-    `batch_stats` moves once: to the average over the groups of where each group by
-    itself would have moved it.
+    `batch_stats` moves once: to the average of the values that each group by itself
+    would have moved it to.
 
     Args:
       module: a bound `DenseNet` with `batch_norm_group` above 0.
-      x: `[N, H, W, C]`; the groups are of consecutive rows.
-      frozen: see `DenseNet.__call__`.
-      live: names of the module's parts that are not frozen.
+      x: `[N, H, W, C]`; a group is consecutive rows.
+      frozen: see `Network.__call__`.
+      live: names of the submodules that are not frozen.
 
     Returns:
       The output of each dense block, `[N, H', W', F]`.
 
     Raises:
-      UserError: the rows are not whole groups.
+      UserError: the group size does not divide the rows.
     """
     rows, group = x.shape[0], module.batch_norm_group
     if rows % group:
@@ -102,9 +101,9 @@ def pyramid(module, x, frozen: int, live):
         x.reshape(count, group, *x.shape[1:]), jnp.arange(count)
     )
     if module.is_mutable_collection('batch_stats'):
-        for name, found in updated['batch_stats'].items():
+        for name, value in updated['batch_stats'].items():
             # An average of equal values may differ from them in the last digit.
             if name in live:
-                found = jax.tree.map(lambda leaf: leaf.mean(0), found)
-                module.put_variable('batch_stats', name, found)
+                value = jax.tree.map(lambda leaf: leaf.mean(0), value)
+                module.put_variable('batch_stats', name, value)
     return [y.reshape(rows, *y.shape[2:]) for y in outputs]

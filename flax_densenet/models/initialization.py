@@ -1,4 +1,4 @@
-"""First values of parameters and batch norm statistics."""
+"""Initial values of parameters and batch norm statistics."""
 
 import functools
 import math
@@ -14,12 +14,12 @@ from flax_densenet.models import factory, layers, network
 
 
 def variable_shapes(model: network.Network, *, channels: int = 3):
-    """Shapes and dtypes of `{'params', 'batch_stats'}`; computes and compiles nothing.
+    """Shapes and dtypes of `{'params', 'batch_stats'}`; compiles nothing.
 
-    Without batch norm `batch_stats` is there, and empty.
+    `batch_stats` is empty for a network without batch norm.
 
     Args:
-      channels: of the images.
+      channels: number of image channels.
     """
     # Tracing 121 random draws would take half of the time.
     shapes = _trace_shapes(model.clone(initializer=None), channels)
@@ -31,30 +31,30 @@ def _trace_shapes(model, channels):
     """Traced once, as models are loaded, drawn and counted with the same shapes."""
     side = model.smallest_image_size()
     image = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
-    # The key inside, else a program that makes it is compiled.
+    # The key is made inside; otherwise a program that makes it would be compiled.
     init = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)
     return with_statistics(init)
 
 
 def with_statistics(variables: dict[str, Any]) -> dict[str, Any]:
-    """Variables with `batch_stats`, empty where the network has no batch norm."""
+    """Variables with `batch_stats`, which is empty without batch norm."""
     return {'params': variables['params'], 'batch_stats': {}} | variables
 
 
 def init_variables(
     model: network.Network, seed: int, *, channels: int = 3
 ) -> dict[str, Any]:
-    """Makes `{'params', 'batch_stats'}` from `seed`, without compiling the network.
+    """Makes `{'params', 'batch_stats'}` from a seed, without compiling the network.
 
-    `model.init` compiles or runs every layer, 13 to 32 s for the 121 on two CPU
-    cores; this asks it for shapes only and draws each kernel with numpy, from a
-    generator keyed by the seed and the variable's path. So a layer's values do not
-    depend on which others exist, on the device, or on the version of JAX.
+    `model.init` compiles or runs every layer, which takes 13 to 32 s for DenseNet-121
+    on two CPU cores. This function traces it for the shapes only and draws each kernel
+    with numpy, from a generator keyed by the seed and the variable's path. So the
+    values of a layer do not depend on other layers, the device or the JAX version.
 
     Args:
-      model: of `create_model`.
+      model: a network of `create_model`.
       seed: an integer of at most 64 bits.
-      channels: of the images: 3 for color, 1 for gray.
+      channels: number of image channels, 3 for color, 1 for gray.
 
     Returns:
       `{'params': ..., 'batch_stats': ...}` of host (numpy) arrays, float32, or float64

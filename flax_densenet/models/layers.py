@@ -1,7 +1,7 @@
-"""The parts of a DenseNet as Linen modules: norms, layers, blocks, transitions.
+"""The components of a DenseNet: norms, dense layers, dense blocks, transitions.
 
-The plain ones are the specification; with `fast` a block declares the same variables
-and lets `dense_block` compute.
+The plain modules are the specification. With `fast`, a block declares the same
+variables and computes with `kernels.dense_block`.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ from jax import lax
 
 from flax_densenet.kernels import dense_block, xla_block
 
-# (scale, fan, distribution) of jax.nn.initializers.variance_scaling. He et al.,
-# arXiv 1502.01852: fan-in is the paper's reference [10], fan-out is what its Torch
-# code does; Glorot normal is Keras' (truncated at two standard deviations).
+# (scale, fan, distribution) of jax.nn.initializers.variance_scaling. He et al., arXiv
+# 1502.01852: fan-in is what the DenseNet paper cites (reference [10]), fan-out what its
+# Torch code does. Glorot normal is Keras' (truncated at two standard deviations).
 INITIALIZERS = {
     'he_fan_in': (2.0, 'fan_in', 'normal'),
     'he_fan_out': (2.0, 'fan_out', 'normal'),
@@ -28,7 +28,7 @@ CLASSIFIER_INITIALIZER = (1 / 3, 'fan_in', 'uniform')
 
 
 def initializers(name: str | None):
-    """Of kernels and of the classifier; None: zeros, where only shapes are wanted."""
+    """Initializers of convolutions and of the classifier; zeros for None."""
     if name is None:
         return nn.initializers.zeros, nn.initializers.zeros
     scaling = nn.initializers.variance_scaling
@@ -36,10 +36,10 @@ def initializers(name: str | None):
 
 
 def parameter(module, name, init, shape, dtype):
-    """`module.param`, quicker to trace where the value is there already.
+    """`module.param`, but faster to trace if the value exists.
 
     Linen traces the initializer of each parameter in each call, to compare shapes: a
-    quarter of the time that tracing a training step of the 121 takes.
+    quarter of the time that it takes to trace a training step of DenseNet-121.
     """
     if module.is_initializing() or not module.has_variable('params', name):
         return module.param(name, init, shape, dtype)
@@ -50,15 +50,15 @@ def parameter(module, name, init, shape, dtype):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalization over all axes but the last, with torch's or Keras' variance.
+    """Batch normalization over all axes but the last, like PyTorch's or Keras'.
 
-    Linen's own stores the biased variance in the running average and has no choice;
-    torch stores the unbiased one. Statistics are taken in float32 or wider, in two
-    passes, so that a mean far from zero costs no digits.
+    Linen's `BatchNorm` always averages the biased variance; PyTorch averages the
+    unbiased one. Statistics are computed in float32 or wider, in two passes, so that a
+    mean far from zero costs no precision.
 
     Attributes:
-      momentum: share of the old running average that is kept at each step (torch's
-        momentum 0.1 is 0.9 here).
+      momentum: share of the running average that is kept at each step (PyTorch's
+        momentum of 0.1 is 0.9 here).
       unbiased: the running variance is the batch's times n / (n - 1).
     """
 
@@ -70,7 +70,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def declare(self, channels: int):
-        """scale, bias and the variables of the running mean and var, each `[C]`."""
+        """Scale, bias, and variables of the running mean and variance, each `[C]`."""
         shape, dtype = (channels,), self.param_dtype
         return (
             parameter(self, 'scale', nn.initializers.ones, shape, dtype),
@@ -80,7 +80,7 @@ class BatchNorm(nn.Module):
         )
 
     def update(self, averages, statistics, count: int):
-        """Moves the running averages towards the batch's, of `count` values."""
+        """Moves the running averages towards the statistics of `count` values."""
         if self.is_initializing() or not self.is_mutable_collection('batch_stats'):
             return
         factor = count / max(count - 1, 1) if self.unbiased else 1.0
@@ -88,17 +88,16 @@ class BatchNorm(nn.Module):
         for average, value, scale in zip(
             averages, statistics, (1, factor), strict=True
         ):
-            # lax: a training step has some 240 of these, jnp takes twice as long to
-            # trace them.
+            # A training step has about 240 of these; jnp takes twice as long to trace.
             old = lax.mul(average.value, np.asarray(keep, value.dtype))
             new = np.asarray((1 - keep) * scale, value.dtype)
             average.value = lax.add(old, lax.mul(lax.stop_gradient(value), new))
 
     def __call__(self, x, train: bool = False, statistics=None):
-        """[N, H, W, C] -> the same; in training updates `batch_stats` where mutable.
+        """Normalizes `[N, H, W, C]`; in training, updates `batch_stats` if mutable.
 
         Args:
-          statistics: batch (mean, var) where they are known already.
+          statistics: (mean, var) of the batch if they are already known.
         """
         scale, bias, *averages = self.declare(x.shape[-1])
         if train:
@@ -114,7 +113,7 @@ class BatchNorm(nn.Module):
 
 
 class Kernel(nn.Module):
-    """The kernel of a convolution, by itself."""
+    """The kernel of a convolution, without the convolution."""
 
     kernel_init: Any
     param_dtype: Any
@@ -125,13 +124,13 @@ class Kernel(nn.Module):
 
 
 class DenseLayer(nn.Module):
-    """H_l of the paper (section 3): the layer's new feature maps, not yet joined.
+    """H_l of the paper (section 3): new feature maps, not yet concatenated.
 
-    The specification of what `DenseBlock` with `fast` computes for all its layers.
+    This is the specification of the layers of a fast `DenseBlock`.
 
     Attributes:
-      drop_bottleneck: drops out after the 1x1 convolution as well.
-      drop_path_rate: share of images that get zeros in training.
+      drop_bottleneck: whether dropout also follows the 1x1 convolution.
+      drop_path_rate: in training, share of images whose new maps are zero.
     """
 
     growth_rate: int
@@ -165,7 +164,7 @@ class DenseLayer(nn.Module):
 
 
 class DenseLayerVariables(nn.Module):
-    """The variables of a `DenseLayer`, under the same names, without computing."""
+    """Declares the variables of a `DenseLayer`, and computes nothing."""
 
     growth_rate: int
     bottleneck: int
@@ -176,9 +175,9 @@ class DenseLayerVariables(nn.Module):
 
     @nn.compact
     def __call__(self, channels: int, train: bool):
-        """Returns the `xla_block.Layer`, its norms with their averages, two keys.
+        """Returns an `xla_block.Layer`, its norms with their averages, and two keys.
 
-        The keys are of dropout and of stochastic depth, None where nothing drops.
+        The random keys are for dropout and stochastic depth; None if its rate is 0.
         """
         growth, norm1 = self.growth_rate, self.norm(name='norm1')
         scale, bias, *averages1 = norm1.declare(channels)
@@ -211,12 +210,14 @@ class DenseLayerVariables(nn.Module):
 
 
 class DenseBlock(nn.Module):
-    """x_l = H_l([x_0, ..., x_(l-1)]) (equation 2), all of them joined at the end.
+    """x_l = H_l([x_0, ..., x_(l-1)]) (equation 2), concatenated.
 
-    Returns the features and, from `fast` in training, their batch statistics.
+    Returns the features and, in training with `fast`, their batch statistics.
 
     Attributes:
-      drop_path_rates: of each layer; see `drop_path_rates`.
+      drop_path_rates: one for each layer, see the function `drop_path_rates`.
+      layer: constructor of a layer.
+      fast: options of `dense_block`; None for the plain layers.
     """
 
     drop_path_rates: Sequence[float]
@@ -257,19 +258,19 @@ class DenseBlock(nn.Module):
         count = x.size // x.shape[-1]
         for layer, norm, of_norm2 in zip(layers, norms, inner, strict=True):
             width = layer.scale1.shape[0]
-            for (module, averages), found in zip(
+            for (module, averages), values in zip(
                 norm, ((mean[:width], var[:width]), of_norm2), strict=False
             ):
-                module.update(averages, found, count)
+                module.update(averages, values, count)
         return x, (mean, var)
 
 
 def drop_path_rates(rate: float, block_sizes: Sequence[int]) -> list[tuple[float, ...]]:
-    """The share of images that each layer of each block leaves out in training.
+    """The rate of stochastic depth for each layer of each block.
 
-    Stochastic depth with its linear rule (Huang et al., arXiv 1603.09382, section 3),
-    from 0 in the first layer to `rate` in the last, of the new maps of a dense layer,
-    as "DenseNets Reloaded" (arXiv 2403.19588) and timm have it.
+    The rates rise linearly from 0 at the first layer to `rate` at the last (Huang et
+    al., arXiv 1603.09382, section 3). As in "DenseNets Reloaded" (arXiv 2403.19588) and
+    timm, the new maps of a dense layer are dropped.
 
     >>> drop_path_rates(0.5, (1, 2))
     [(0.0,), (0.25, 0.5)]
@@ -283,10 +284,10 @@ def drop_path_rates(rate: float, block_sizes: Sequence[int]) -> list[tuple[float
 
 
 def blur_pool(x):
-    """Blurs with [1, 2, 1] x [1, 2, 1] / 16 and halves, `[N, H, W, C]`.
+    """Blurs `[N, H, W, C]` with [1, 2, 1] x [1, 2, 1] / 16 and halves height and width.
 
-    Zhang, arXiv 1904.11486, at the place of a stride: what is near the edge is
-    mirrored. Sides are rounded up.
+    It takes the place of a stride of 2 (Zhang, arXiv 1904.11486). Edges are mirrored,
+    and odd sides round up.
     """
     for axis in (1, 2):
         margin = [(1, 1) if n == axis else (0, 0) for n in range(4)]
@@ -303,7 +304,7 @@ class Transition(nn.Module):
     """Batch norm, ReLU, 1x1 convolution, 2x2 average pooling (section 3).
 
     Attributes:
-      dropout_rate: share dropped after the convolution; of the plain one alone.
+      dropout_rate: share dropped after the convolution; only without `fast`.
     """
 
     features: int

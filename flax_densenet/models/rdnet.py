@@ -1,14 +1,15 @@
 """RDNet (Kim et al., "DenseNets Reloaded", arXiv 2403.19588) as Flax Linen modules.
 
-Dense connections with the parts of today's networks: a patch stem, wide layers of a
-7x7 depthwise convolution between few transitions, layer norm, GELU, layer scale, and
-squeeze-excitation in the later blocks. `factory.create_model('rdnet_tiny', ...)` makes
-one. There is no batch norm, so `batch_stats` is empty.
+Dense connections with the components of modern networks: a patch stem, wide layers
+with a 7x7 depthwise convolution, few transitions, layer norm, GELU, layer scale, and
+squeeze-excitation in the later blocks. Make one with
+`factory.create_model('rdnet_tiny', ...)`. There is no batch norm, so `batch_stats` is
+empty.
 
-Parts have DenseNet's names, so that what freezes, counts or replaces parts knows them:
-`conv0, norm0, denseblock1/denselayer1/{conv1, norm1, conv2, conv3, gate, gamma},
-transition1/{norm, conv}, norm, classifier`. A block is what the paper calls a stage,
-without the transition in front of it.
+Submodules have the same names as in DenseNet, so that code that freezes, counts or
+replaces them works for both: `conv0, norm0, denseblock1/denselayer1/{conv1, norm1,
+conv2, conv3, gate, gamma}, transition1/{norm, conv}, norm, classifier`. A block is what
+the paper calls a stage, without the transition before it.
 """
 
 import functools
@@ -29,7 +30,7 @@ KERNEL_SIZE = 7  # of the depthwise convolutions
 
 
 def _variant(stem_features, growth_rates, halvings):
-    """Three layers a block, squeeze-excitation from the third block on."""
+    """Three layers per block, squeeze-excitation from the third block on."""
     count = len(growth_rates)
     return dict(
         stem_features=stem_features,
@@ -40,7 +41,7 @@ def _variant(stem_features, growth_rates, halvings):
     )
 
 
-# Widths as in the published weights.
+# Widths of the published weights.
 VARIANTS = {
     'rdnet_tiny': _variant(64, [64, 104, *[128] * 4, 224], (1, 2, 6)),
     'rdnet_small': _variant(72, [64, *[128] * 8, 240, 240], (1, 2, 9)),
@@ -55,26 +56,25 @@ class RDNet(network.Network):
     Attributes:
       num_classes: width of the classifier; 0 for none: the model then returns the
         pooled and normalized features.
-      growth_rates: feature maps that each layer adds, a number for each block.
+      growth_rates: feature maps that each layer adds, one number for each block.
       block_sizes: layers of each block.
-      halvings: numbers of the transitions that halve height and width; 1 is the one
-        behind the first block. The others only mix channels.
+      halvings: numbers of the transitions that halve height and width, counted from 1
+        after the first block. The others only mix channels.
       squeeze_blocks: numbers of the blocks with (effective) squeeze-excitation.
-      bottleneck: width inside a layer, in the layer's input channels.
+      bottleneck: width inside a layer, as a multiple of the layer's input channels.
       compression: share of the feature maps that a transition keeps.
-      layer_scale: first value of the factors on each layer's maps; 0: no factors.
-      patch_size: pixels, side of the stem's patches.
+      layer_scale: initial value of the factors that scale each layer's maps; 0: none.
+      patch_size: side of the stem's patches, in pixels.
       stem_features: feature maps of the stem.
-      dropout_rate: share of values dropped from each layer's maps.
-      drop_path_rate: share of images for which the last layer's maps are dropped in
-        training (stochastic depth); in the layers before it the share falls evenly, to
-        0 in the first.
+      dropout_rate: share of values dropped from each layer's maps in training.
+      drop_path_rate: in training, share of images for which the maps of the last layer
+        are dropped (stochastic depth). The rate falls linearly to 0 at the first layer.
       epsilon: added to the variance in layer norm.
-      dtype: of activations; parameters and logits are float32 (all float64 with
-        `float64`, which needs `jax_enable_x64`).
+      dtype: of the activations. Parameters and logits are float32; with `float64`,
+        which needs `jax_enable_x64`, everything is float64.
       initializer: of convolution kernels, a key of `factory.INITIALIZERS`.
-      remat: `block` computes the inside of each layer again in the backward pass,
-        `none` keeps it: less memory, but slower.
+      remat: `block` recomputes the inside of each layer in the backward pass, which
+        takes less memory and more time; `none` keeps it.
     """
 
     family = 'rdnet'
@@ -248,7 +248,7 @@ class RDNet(network.Network):
 
 
 class Conv(nn.Module):
-    """Convolution with bias; patches that do not overlap, or 1x1."""
+    """A convolution with bias, of patches that do not overlap or 1x1."""
 
     features: int
     size: int
@@ -273,7 +273,7 @@ class Conv(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """7x7 over each channel by itself, with bias."""
+    """A 7x7 depthwise convolution with bias."""
 
     kernel_init: Any
     dtype: Any
@@ -294,7 +294,7 @@ def _kernel_and_bias(module, shape):
 
 
 class DenseLayer(nn.Module):
-    """A layer's new feature maps, not yet joined."""
+    """The new feature maps of a layer, not yet concatenated to its input."""
 
     growth_rate: int
     bottleneck: int
@@ -329,13 +329,13 @@ class DenseLayer(nn.Module):
 
 
 def _drop(module, x, rate, shape):
-    """Zeros a share of the values, or of the images where `shape` says so."""
+    """Drops a share of the values, or of the images, depending on `shape`."""
     kept = jax.random.bernoulli(module.make_rng('dropout'), 1 - rate, shape)
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
 
 class DenseBlock(nn.Module):
-    """All outputs of its layers joined to its input; each sees those before it."""
+    """Each layer sees the input and the outputs of all layers before it."""
 
     drop_path_rates: Sequence[float]  # of each layer
     layer: Any
@@ -349,7 +349,7 @@ class DenseBlock(nn.Module):
 
 
 class Transition(nn.Module):
-    """Layer norm, then a convolution that mixes channels, 2x2 where it halves."""
+    """Layer norm and a convolution: 2x2 if it halves the size, otherwise 1x1."""
 
     features: int
     size: int
@@ -363,12 +363,12 @@ class Transition(nn.Module):
 
 
 def inner_features(channels: int, bottleneck: int) -> int:
-    """Width inside a layer of so many input channels: a multiple of 8."""
+    """Width inside a layer with this many input channels: a multiple of 8."""
     return channels * bottleneck // 8 * 8
 
 
 def transition_features(model: RDNet) -> list[int]:
-    """Channels at the input of each block: the stem's, then what transitions keep."""
+    """Input channels of each block: the stem's, then those that transitions keep."""
     channels = [model.stem_features]
     parts = zip(model.growth_rates, model.block_sizes, strict=True)
     for growth, size in list(parts)[:-1]:

@@ -1,4 +1,4 @@
-"""The table of a network: parameters, multiply-adds and output shapes by layer."""
+"""A table of a network: output shapes, parameters and multiply-adds by block."""
 
 import jax
 import numpy as np
@@ -8,16 +8,16 @@ from flax_densenet.models import initialization, network
 
 
 def count_model(module: network.Network, image_shape):
-    """Output shape, parameters and multiply-adds of the model's parts, in order.
+    """Output shape, parameters and multiply-adds of each submodule, in order.
 
     Args:
       image_shape: (H, W, C).
 
     Returns:
-      `[(part, output shape [H, W, C] or [C], parameters, multiply-adds), ...]`.
-      Multiply-adds are those of convolutions and the classifier for one image.
+      `[(name, output shape [H, W, C] or [C], parameters, multiply-adds), ...]`.
+      Multiply-adds are those of convolutions and the classifier, for one image.
     """
-    # The plain layers compute with modules, which can be counted.
+    # The plain layers are submodules, which can be intercepted.
     module = module.plain()
     parts: dict[str, list] = {}
 
@@ -26,7 +26,7 @@ def count_model(module: network.Network, image_shape):
         path = context.module.path
         if context.method_name == '__call__' and path:
             part = parts.setdefault(path[0], [None, 0, 0])
-            # A block returns the statistics beside its features.
+            # A block returns its features and their statistics.
             part[0] = (output[0] if isinstance(output, tuple) else output).shape[1:]
             own = context.module.variables.get('params', {})
             arrays = [leaf for leaf in own.values() if not isinstance(leaf, dict)]
@@ -48,8 +48,8 @@ def format_summary(module: network.Network, image_shape, *, rates=None) -> str:
     """A table per block of output shape, parameters and GMACs, with totals.
 
     Args:
-      rates: `finetune.make_rates`; where a part is frozen or has a learning rate of
-        its own, a column tells them, and a line the parameters that train.
+      rates: of `finetune.make_rates`. If some are not 1, the table has a column of
+        learning rates and a line with the number of trained parameters.
     """
     rows = count_model(module, image_shape)
     shape = 'x'.join(map(str, image_shape))

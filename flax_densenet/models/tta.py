@@ -1,7 +1,7 @@
-"""Test-time augmentation: a model's answer from several views of an image.
+"""Test-time augmentation: predictions averaged over several views of an image.
 
-Probabilities are averaged and given back as logits, so that whatever takes logits needs
-to know nothing of it.
+The mean probabilities are returned as logits, so code that takes logits needs no
+change.
 
 >>> import jax.numpy as jnp
 >>> views = jnp.log(jnp.array([[[0.9, 0.1]], [[0.5, 0.5]]]))
@@ -22,23 +22,23 @@ VIEWS = ('none', 'flip')
 
 
 def check(tta: str):
-    """Raises for a value that `data.tta` does not have."""
+    """Raises `UserError` for an invalid value of `data.tta`."""
     if tta not in VIEWS:
         raise UserError(f'data.tta={tta} is not known; use {", ".join(VIEWS)}')
 
 
 def of_metadata(metadata: dict[str, Any]) -> str:
-    """`data.tta` of a trained model; none for those that do not say."""
+    """`data.tta` of a trained model; `none` if its metadata has no such field."""
     return metadata['data'].get('tta') or 'none'
 
 
 def describe(tta: str) -> str:
-    """What a line about figures adds for it."""
+    """The words that a line of metrics adds for it; empty for `none`."""
     return ', each image seen mirrored as well' if tta == 'flip' else ''
 
 
 def images_of(images, tta: str):
-    """The views of images `[N, H, W, C]`, the images themselves first."""
+    """The views of images `[N, H, W, C]`; the first is the images themselves."""
     return [images, images[:, :, ::-1]] if tta == 'flip' else [images]
 
 
@@ -47,7 +47,7 @@ def mean_logits(views, *, multi_label: bool):
 
     Args:
       views: logits `[V, N, C]`.
-      multi_label: probabilities are a sigmoid's for each label, else the softmax's.
+      multi_label: probabilities are sigmoids of each label; otherwise a softmax.
     """
     if multi_label:
         positive, negative = (

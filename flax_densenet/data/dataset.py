@@ -84,7 +84,7 @@ class Examples:
             image = self._prepare(raw)
         except UserError as error:
             raise UserError(
-                f'{self.reader.name(index)} {error}: mend or remove it, or set '
+                f'{self.reader.name(index)} {error}: fix or remove it, or set '
                 'data.bad_images=skip'
             ) from error
         return {'image': image, 'label': self.reader.labels[index]}

@@ -174,7 +174,7 @@ def check_files(
                 pool.shutdown(cancel_futures=True)
                 index, reason = found[0]
                 raise UserError(
-                    f'{name(index)} {reason}: mend or remove it, or set '
+                    f'{name(index)} {reason}: fix or remove it, or set '
                     'data.bad_images=skip'
                 )
             bad.update(found)

@@ -50,7 +50,7 @@ class TarReader(readers.Reader):
         except OSError as error:
             raise UserError(f'{path} cannot be read ({error.strerror})') from error
         if len(content) != size:
-            raise UserError(f'{path} is cut short since it was listed; bring it again')
+            raise UserError(f'{path} is cut short since it was listed; copy it again')
         return content
 
     def keys(self, indices):
@@ -233,13 +233,13 @@ def _scan(path) -> list[_Sample]:
             # Two empty blocks; without them it may end between two images.
             file.seek(-min(size, _END), os.SEEK_END)
             if file.read() != bytes(_END):
-                raise UserError(f'{path} has no end of a tar file; bring it again')
+                raise UserError(f'{path} has no end of a tar file; copy it again')
             return [_sample(path, file, key, inside) for key, inside in found.items()]
     except (tarfile.TarError, EOFError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f'{path} is no whole uncompressed tar file ({error}); bring it again'
+            f'{path} is not a valid uncompressed tar file ({error}); copy it again'
         ) from error
     except OSError as error:
         raise UserError(f'{path} cannot be read ({error.strerror})') from error
@@ -252,7 +252,7 @@ def _add(path, size, member, found):
     if not member.isreg() or member.issparse():
         raise UserError(f'{path}: {member.name} is no plain file; pack it as one')
     if not 0 <= member.offset_data <= member.offset_data + member.size <= size:
-        raise UserError(f'{path} is cut short within {member.name}; bring it again')
+        raise UserError(f'{path} is cut short within {member.name}; copy it again')
     key, _, kind = base.partition('.')
     key, kind = f'{folder}/{key}' if folder else key, kind.lower()
     if kind in found[key]:

@@ -120,7 +120,7 @@ def load(path: str) -> tuple[Callable[[Any], jax.Array], dict[str, Any]]:
         raise UserError(f'{path}: there is no such file') from error
     except (OSError, ValueError, KeyError, zipfile.BadZipFile, RecursionError) as error:
         raise UserError(
-            f'{path} is not a whole file of --format=stablehlo ({error})'
+            f'{path} is not a valid file of --format=stablehlo ({error})'
         ) from error
     from jax import export
 

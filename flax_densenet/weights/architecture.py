@@ -7,7 +7,7 @@ from flax_densenet.errors import UserError, list_first
 from flax_densenet.models import factory
 from flax_densenet.weights import rdnet_names
 
-# Fields of all networks that the arrays themselves determine.
+# All fields of networks that the shapes of the arrays determine.
 FIELDS = tuple(
     dict.fromkeys(
         name for kind in factory.NETWORKS for name in kind.architecture_fields
@@ -16,10 +16,18 @@ FIELDS = tuple(
 
 
 def find_fields(path, arrays):
-    """The model's fields that the arrays tell (`FIELDS`), and a variant."""
+    """The variant and `FIELDS` of a network, from the shapes of its arrays.
+
+    Args:
+      path: of the file, for error messages.
+      arrays: by our names.
+
+    Raises:
+      UserError: the arrays are not those of a network.
+    """
     if rdnet_names.is_rdnet(arrays):
         fields = rdnet_names.find_fields(path, arrays)
-        # Not one of `FIELDS`, as its value, once training went on, is not told.
+        # It is not in `FIELDS`, because its value cannot be told after training.
         scaled = 'params/denseblock1/denselayer1/gamma' in arrays
         others = {} if scaled else {'layer_scale': 0.0}
         return _name_variant(fields, 'rdnet_tiny') | others
@@ -35,9 +43,9 @@ def find_fields(path, arrays):
     outer = arrays.get(layer + 'conv2/kernel', inner)
     blocks = tuple(sizes.get(number, 0) for number in range(1, len(sizes) + 1))
     known = [first, last, inner, outer]
-    # Two arrays a layer at least: else a single name could tell of a million layers.
-    whole = all(blocks) and 2 * sum(blocks) <= len(arrays)
-    if any(a is None or a.ndim != 4 or not a.size for a in known) or not whole:
+    # At least two arrays per layer; otherwise one name could claim a million layers.
+    is_complete = all(blocks) and 2 * sum(blocks) <= len(arrays)
+    if any(a is None or a.ndim != 4 or not a.size for a in known) or not is_complete:
         names = sorted(arrays)
         raise UserError(
             f'{path} holds no DenseNet: it has {len(names)} arrays, such as '
@@ -52,14 +60,14 @@ def find_fields(path, arrays):
         stem='imagenet' if first.shape[0] == 7 else 'cifar',
         stem_features=last.shape[3],
     )
-    # Whether its pooling blurs has no array; it does in timm's variant of this shape.
+    # No array tells whether its pooling blurs. It does in timm's variant of this shape.
     if last is not first:
         fields['stem'] = 'deep'
     return _name_variant(fields, 'densenet121')
 
 
 def _name_variant(fields, otherwise):
-    """The variant of these fields alone, or another one with them."""
+    """The variant with exactly these fields, or `otherwise` with these fields."""
     for variant in factory.VARIANTS:
         if of_variant(variant) == fields:
             return {'variant': variant}
@@ -67,13 +75,13 @@ def _name_variant(fields, otherwise):
 
 
 def of_variant(variant: str, **overrides) -> dict[str, Any]:
-    """`FIELDS` of a variant, with the overrides that are not None."""
+    """The `FIELDS` of a variant, some of them overridden."""
     module = factory.create_model(variant, num_classes=1, **overrides)
     return module.architecture()
 
 
 def _find_compression(arrays, blocks, channels, growth):
-    """The share that every transition keeps; a plain number where there is one."""
+    """The share of channels that all transitions keep, a round number if possible."""
     pairs = []
     for number, size in enumerate(blocks[:-1], start=1):
         channels += size * growth

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def with_channels(preprocessing: dict[str, Any], channels: int) -> dict[str, Any]:
-    """Preprocessing for images of another number of channels: one mean for all."""
+    """Preprocessing for another number of channels, which all get the mean values."""
     if len(preprocessing['mean']) == channels:
         return preprocessing | {'channels': channels}
     return preprocessing | {
@@ -17,11 +17,11 @@ def with_channels(preprocessing: dict[str, Any], channels: int) -> dict[str, Any
 
 
 def convert_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
-    """The first kernel `[H, W, C, F]` for another number of channels, as timm does.
+    """Converts the first kernel `[H, W, C, F]` to other image channels, like timm.
 
-    To one channel: the sum over the old ones, so a gray image gives what its three
-    equal channels gave. From one, or to any other number: repeated, and divided so
-    that equal channels give the same sum.
+    To one channel: the sum over the old ones, so that a gray image gives the same
+    result as three equal channels. To any other number: repeated and scaled, so that
+    equal channels give the same result.
     """
     old = kernel.shape[2]
     if channels == old:

@@ -1,8 +1,8 @@
-"""HDF5 files of other people, read without going anywhere else.
+"""Reads HDF5 files that may be hostile.
 
-Such a file can name other files (external links, external storage, virtual data
-sets), point back into itself without end, and declare arrays far larger than it is.
-None of this is needed to keep weights, so all of it is refused before a value is read.
+Such a file can refer to other files (external links, external storage, virtual
+datasets), contain endless loops of groups, and declare arrays far larger than itself.
+Weights need none of this, so all of it is refused before a value is read.
 """
 
 from typing import Any
@@ -12,16 +12,16 @@ import numpy as np
 from flax_densenet import errors
 
 SIGNATURE = b'\x89HDF\r\n\x1a\n'
-# DenseNet-264 with its optimizer state takes 0.4 GB.
+# In bytes. DenseNet-264 with its optimizer state takes 0.4 GB.
 LARGEST = 2**33
-# Weights hardly compress; an array of nothing but fill values stores 0 bytes.
+# Weights hardly compress; an array of only fill values stores 0 bytes.
 EXPANSION = 100
 _SMALL = 2**20
 _DEEPEST, _MOST = 24, 100_000
 
 
 def open_file(file: Any):
-    """Opens a path or a binary file object as an `h5py.File`, to read.
+    """Opens a path or a binary file object as an `h5py.File` for reading.
 
     Raises:
       UserError: h5py is not installed.
@@ -32,10 +32,10 @@ def open_file(file: Any):
 
 
 def walk(root) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All data sets and all groups below a group, by their paths in it; reads none.
+    """Lists all datasets and groups below a group by their paths; reads no values.
 
     Raises:
-      ValueError: a link to another place or file, or more than a file of weights has.
+      ValueError: there is a link, or more than any weight file has.
     """
     import h5py
 
@@ -56,16 +56,16 @@ def walk(root) -> tuple[dict[str, Any], dict[str, Any]]:
             else:
                 raise ValueError(f'{path} is neither a group nor an array')
             if path.count('/') > _DEEPEST or len(datasets) + len(groups) > _MOST:
-                raise ValueError(f'its groups have no end, {path[:60]}...')
+                raise ValueError(f'its groups never end, {path[:60]}...')
     return datasets, groups
 
 
 def load(datasets: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Reads arrays: floating-point numbers of any width as float32, others as are.
+    """Reads arrays; floating-point numbers of any width become float32.
 
     Raises:
-      ValueError: values outside the file, no numbers, or an absurd size. Nothing has
-        been read then.
+      ValueError: values are in another file, are not numbers, or are absurdly many.
+        Nothing is read then.
     """
     total = 0
     for path, dataset in datasets.items():
@@ -86,7 +86,7 @@ def _is_number(dataset):
 
 
 def _is_bfloat16(dataset):
-    # HDF5 has no such type: h5py writes two opaque bytes, and reads them as these.
+    # HDF5 has no such type; h5py writes and reads two opaque bytes.
     return dataset.dtype == np.dtype('V2')
 
 

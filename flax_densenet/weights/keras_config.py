@@ -1,6 +1,6 @@
-"""The configuration in Keras' files -> fields of DenseNet.
+"""Fields of DenseNet from the configuration in Keras' files.
 
-Read as the JSON that it is: nothing is made from it, so no code of a file runs.
+The configuration is only read as JSON, so no code in a file is run.
 
 >>> from flax_densenet.weights import keras_config
 >>> layer = '{"class_name": "BatchNormalization", "config": {"epsilon": 1e-3}}'
@@ -19,37 +19,38 @@ EPSILON = 1.001e-5  # of every batch norm in keras.applications and keras-hub
 
 
 def list_objects(text: str | bytes) -> list[tuple[str, dict[str, Any]]]:
-    """[(class_name, config)] of all objects in Keras' JSON, at whatever depth."""
-    found, waiting = [], [json.loads(text)]
+    """[(class_name, config)] of all objects in Keras' JSON, at any depth."""
+    objects, waiting = [], [json.loads(text)]
     while waiting:
         node = waiting.pop()
         if isinstance(node, dict):
             if isinstance(node.get('config'), dict):
-                found.append((str(node.get('class_name')), node['config']))
+                objects.append((str(node.get('class_name')), node['config']))
             node = list(node.values())
         waiting += node if isinstance(node, list) else ()
-    return found
+    return objects
 
 
 def fields_of(path: str, objects, groups, *, is_hub: bool) -> dict[str, Any]:
-    """Fields of `DenseNet` that a file implies: all that no array shows.
+    """Fields of `DenseNet` that a file implies and that no array depends on.
+
+    Warns of layers that change the images.
 
     Args:
-      path: the file, for messages.
-      objects: `list_objects` of its configuration; empty where it has none.
-      groups: paths and names of its layers, those without arrays too.
-      is_hub: it is a network of keras-hub.
+      path: of the file, for error messages.
+      objects: `list_objects` of its configuration; empty if it has none.
+      groups: paths and names of its layers, including those without arrays.
+      is_hub: whether it is a network of keras-hub.
 
     Raises:
-      UserError: DenseNet computes something else. A warning tells of layers that
-        change the images.
+      UserError: the network is not a DenseNet.
     """
     _check_objects(path, objects)
     return _numbers(path, objects) | {'padding': _padding(objects, groups, is_hub)}
 
 
 def _check_objects(path, objects):
-    """Refuses another head, tells of layers without arrays before the network."""
+    """Refuses other heads; warns of layers without arrays before the network."""
     for name, settings in objects:
         if name == 'GlobalMaxPooling2D' or settings.get('pooling') == 'max':
             raise UserError(
@@ -58,9 +59,9 @@ def _check_objects(path, objects):
             )
         if name in ('Rescaling', 'Lambda'):
             numbers = {k: settings[k] for k in ('scale', 'offset') if k in settings}
-            said = f'{name} {numbers}' if numbers else name
+            layer = f'{name} {numbers}' if numbers else name
             warnings.warn(
-                f'{path}: its layer {said} is left out; if it prepares images, '
+                f'{path}: its layer {layer} is left out; if it prepares images, '
                 'give data.mean and data.std that do the same',
                 stacklevel=2,
             )
@@ -84,7 +85,7 @@ def _numbers(path, objects):
 
 
 def _padding(objects, groups, is_hub):
-    """`torch` where the stem is padded by layers of its own, as keras.applications."""
+    """`torch` if the stem has padding layers, as in keras.applications."""
     for name, settings in objects:
         if name == 'Conv2D' and list(settings.get('kernel_size', ())) == [7, 7]:
             return 'same' if settings.get('padding') == 'same' else 'torch'

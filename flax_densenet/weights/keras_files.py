@@ -1,9 +1,9 @@
-"""Keras' files of DenseNet weights: read into our names, written from a model.
+"""Reads and writes DenseNet weights in Keras' files.
 
-Read are files of keras.applications and of keras-hub, of the network alone or with
-one Dense layer behind it: `.weights.h5` and `.keras` of Keras 3, `.h5` of any Keras,
-`task.weights.h5` of a preset. No code of a file runs: only its arrays and the numbers
-in its configuration are looked at.
+It reads files of keras.applications and keras-hub, of the network alone or with one
+Dense layer after it: `.weights.h5` and `.keras` of Keras 3, `.h5` of any Keras,
+`task.weights.h5` of a preset. No code in a file is run: only its arrays and the numbers
+in its configuration are read.
 
 >>> from flax_densenet.weights import keras_files
 >>> keras_files.is_keras_file(keras_files.__file__)
@@ -25,7 +25,7 @@ from flax_densenet.errors import UserError
 from flax_densenet.weights import hdf5, keras_config, keras_layers
 
 _WEIGHTS = 'model.weights.h5'
-# What stands beside the weights of a preset.
+# The configuration next to the weights of a preset.
 _BESIDE = {_WEIGHTS: 'config.json', 'task.weights.h5': 'task.json'}
 _ARCHIVE_STARTS = (b'metadata.json', b'config.json')
 _LARGEST_CONFIG = 2**26
@@ -34,7 +34,7 @@ _TRAINING = re.compile(
     r'(optimizer|optimizer_weights|_?metrics|_?compile_metrics|_?loss_tracker)/'
     r'|(.*/)?_?(seed|random)_generator[^/]*/'
 )
-# What keras.applications has built in; DenseNet's other fields are free or checked.
+# Fixed in keras.applications; the other fields of DenseNet are free or checked.
 _FIXED = {
     'growth_rate': 32,
     'bottleneck': 4,
@@ -48,15 +48,14 @@ _FIXED = {
 
 @contextlib.contextmanager
 def _reading(path):
-    """What goes wrong inside becomes `PATH is not a whole Keras file (reason)`."""
+    """Turns errors into `PATH is not a valid Keras file (reason)`."""
     try:
         yield
     except UserError:
         raise
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f'{path} is not a file') from error
-    # What h5py and zipfile raise for broken files, in one way or another, and hdf5
-    # for refused ones.
+    # What h5py and zipfile raise for corrupt files, and hdf5 for those that it refuses.
     except (
         OSError,
         EOFError,
@@ -70,11 +69,11 @@ def _reading(path):
         zipfile.BadZipFile,
     ) as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
-        raise UserError(f'{path} is not a whole Keras file ({reason})') from error
+        raise UserError(f'{path} is not a valid Keras file ({reason})') from error
 
 
 def is_keras_file(path: str) -> bool:
-    """Whether a file is HDF5 or a `.keras` archive, by its content; needs no h5py."""
+    """Whether the content of a file is HDF5 or a `.keras` archive; needs no h5py."""
     try:
         with open(path, 'rb') as file:
             start = file.read(64)
@@ -85,7 +84,7 @@ def is_keras_file(path: str) -> bool:
     except OSError:
         return False
     except (zipfile.BadZipFile, NotImplementedError, ValueError):
-        # Cut short: the list of names stands at the end, the first name here.
+        # Truncated: the list of names is at the end, the first name here.
         return start[30:].startswith(_ARCHIVE_STARTS)
 
 
@@ -94,33 +93,33 @@ def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
 
     Args:
       path: a file that `is_keras_file` recognizes. `task.weights.h5` of a preset is
-      joined
-        with the `model.weights.h5` beside it.
+        read together with the `model.weights.h5` next to it.
 
     Returns:
-      (arrays, fields, family): `{'params/conv0/kernel': float32 [7, 7, 3, 64], ...}`,
-      kernels as `[H, W, in, out]` or `[in, out]`, where entries that are not
-      understood keep their path in the file; `{field of DenseNet: value}` as the file
-      implies; 'keras' or 'keras_hub'. The state of an optimizer is left out.
+      arrays: `{'params/conv0/kernel': float32 [7, 7, 3, 64], ...}`, with kernels
+        `[H, W, in, out]` or `[in, out]`. Unknown arrays keep their path in the file;
+        the state of an optimizer is left out.
+      fields: fields of `DenseNet` that the file implies.
+      family: `keras` or `keras_hub`.
 
     Raises:
-      UserError: the file is broken or refers to other files, h5py is missing, or the
-        network is none that DenseNet can be.
+      UserError: the file is corrupt or refers to other files, h5py is missing, or the
+        network is not a DenseNet.
     """
-    found, groups, objects = _read_file(path)
+    entries, groups, objects = _read_file(path)
     beside = os.path.join(os.path.dirname(path), _WEIGHTS)
     if os.path.basename(path) == 'task.weights.h5' and os.path.exists(beside):
         more, more_groups, more_objects = _read_file(beside)
-        found += [(name, f'{_WEIGHTS}/{key}', array) for name, key, array in more]
+        entries += [(name, f'{_WEIGHTS}/{key}', array) for name, key, array in more]
         groups |= more_groups
         objects += more_objects
     arrays = {}
-    for name, key, array in found:
-        # A second network in the same file is not understood either.
+    for name, key, array in entries:
+        # The arrays of a second network in the same file are unknown, too.
         name = key if name is None or name in arrays else name
         arrays[name] = array
     if not arrays:
-        raise UserError(f'{path} is not a whole Keras file (it holds no layers)')
+        raise UserError(f'{path} is not a valid Keras file (it holds no layers)')
     is_hub = any(name == 'DenseNetBackbone' for name, _ in objects)
     is_hub |= any(map(keras_layers.is_of_hub, groups))
     is_hub |= any('dense_net_backbone' in group for group in groups)
@@ -130,7 +129,7 @@ def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
 
 
 def _read_file(path):
-    """[(our path or None, the file's, array)], all groups, [(class, config)]."""
+    """[(our name or None, path in the file, array)], groups, [(class, config)]."""
     with _reading(path), contextlib.ExitStack() as stack:
         objects, content = [], path
         if zipfile.is_zipfile(path):
@@ -150,16 +149,16 @@ def _read_file(path):
         layers = keras_layers.list_layers(arrays, groups)
         names = {layer.name for layer in layers} | set(groups)
     modules = keras_layers.find_modules(layers, arrays)
-    found = []
+    entries = []
     for layer, module in zip(layers, modules, strict=True):
         for role, key in layer.keys.items():
             name = keras_layers.path_of(module, role) if module else None
-            found.append((name, key, arrays[key]))
-    return found, names, objects
+            entries.append((name, key, arrays[key]))
+    return entries, names, objects
 
 
 def _member(archive, name, largest):
-    """A file of a .keras archive, unless it is larger than it can be."""
+    """A file in a .keras archive, unless it is too large to be real."""
     info = archive.getinfo(name)
     limit = max(2**20, hdf5.EXPANSION * info.compress_size)
     if info.file_size > min(largest, limit):
@@ -168,7 +167,7 @@ def _member(archive, name, largest):
 
 
 def _objects_beside(path):
-    """Those of the JSON file beside the weights of a preset, none for other files."""
+    """Objects in the JSON file next to the weights of a preset; empty otherwise."""
     folder, name = os.path.split(path)
     try:
         with open(os.path.join(folder, _BESIDE.get(name, '')), 'rb') as file:
@@ -178,23 +177,23 @@ def _objects_beside(path):
 
 
 def write(path: str, module, variables):
-    """Writes a model that keras.applications' DenseNet has, with its weights.
+    """Writes a model for keras.applications' DenseNet.
 
-    Both then compute the same logits; Keras puts a softmax behind its classifier,
-    unless made with `classifier_activation=None`. Values are stored as float32. Where
-    epsilon is not Keras' 1.001e-5, variances (and the scale of those near 0) are
-    changed so that they come to the same.
+    Both compute the same logits; Keras adds a softmax after its classifier, unless it
+    is made with `classifier_activation=None`. Values are stored as float32. If epsilon
+    is not Keras' 1.001e-5, variances (and the scales of those near 0) are changed so
+    that the results stay the same.
 
     Args:
       path: `.weights.h5` (weights), `.keras` or `.h5` (model and weights). Keras loads
-        each by `load_weights` and `DenseNet121(weights=path, classes=...)`, the last
-        two by `keras.models.load_model` also.
+        all of them with `load_weights` and `DenseNet121(weights=path, classes=...)`,
+        the last two also with `keras.models.load_model`.
       module: `DenseNet`; without a classifier it becomes `include_top=False`.
       variables: `{'params', 'batch_stats'}`.
 
     Raises:
       UserError: keras is missing, keras.applications has no such network, or the file
-        cannot be written. A file that was there is then as it was.
+        cannot be written. An existing file then stays as it was.
     """
     if not path.endswith(('.keras', '.h5')):
         raise UserError(f'{path}: Keras files end in .keras, .weights.h5 or .h5')
@@ -207,7 +206,7 @@ def write(path: str, module, variables):
             layer.set_weights(_weights(name, arrays, module.epsilon))
     folder, name = os.path.split(path)
     try:
-        # Keras goes by the ending, so the name stays.
+        # Keras decides by the ending, so the name stays.
         with tempfile.TemporaryDirectory(dir=folder or '.') as temporary:
             written = os.path.join(temporary, name)
             if name.endswith('.weights.h5'):
@@ -235,8 +234,8 @@ def _check_fields(path, module):
 
 
 def _make_network(module, channels):
-    """keras.applications' DenseNet for images of any size; random weights."""
-    # Keras reads it at import, and would look for TensorFlow.
+    """keras.applications' DenseNet with random weights, for images of any size."""
+    # Keras reads it at import; otherwise it would look for TensorFlow.
     os.environ.setdefault('KERAS_BACKEND', 'jax')
     with errors.extra('keras', '--format=keras'):
         import keras
@@ -264,13 +263,13 @@ def _weights(module, arrays, epsilon):
         return values
     scale, bias, mean, var = (np.asarray(value, np.float64) for value in values)
     moved = np.maximum(var + (epsilon - keras_config.EPSILON), 0)
-    # 1 but where 0 is the least that the variance can be.
+    # It changes only where the variance would fall below 0.
     scale = scale * np.sqrt((moved + keras_config.EPSILON) / (var + epsilon))
     return [value.astype(np.float32) for value in (scale, bias, mean, moved)]
 
 
 def _flatten(tree, prefix=''):
-    """Nested dicts -> {'params/conv0/kernel': numpy float32 array, ...}."""
+    """Nested dicts to `{'params/conv0/kernel': numpy float32 array, ...}`."""
     arrays = {}
     for name, child in tree.items():
         path = f'{prefix}{name}'

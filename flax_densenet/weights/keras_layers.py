@@ -1,7 +1,7 @@
-"""Layers as Keras' files list them -> the modules of a DenseNet.
+"""Matches the layers in Keras' files with the submodules of a DenseNet.
 
-Layers are known by their names, those of keras.applications and of keras-hub; where
-Keras numbered them automatically, by the order of the kernels.
+Layers are recognized by the names of keras.applications and keras-hub or, if Keras
+numbered them automatically, by the order of the kernels.
 
 >>> from flax_densenet.weights import keras_layers
 >>> keras_layers.module_of('conv2_block1_0_bn')
@@ -16,8 +16,8 @@ import re
 
 import numpy as np
 
-# The first part of a layer's name: keras.applications counts the stem as the first of
-# five stages, keras-hub counts dense blocks as we do.
+# keras.applications counts the stem as the first of five stages; keras-hub counts dense
+# blocks as we do.
 _DENSE_LAYER = re.compile(r'(conv|stack)(\d+)_block(\d+)_(\d_(?:bn|conv))')
 _TRANSITION = re.compile(r'(pool|transition)(\d+)_(bn|conv)')
 _PARTS = {
@@ -46,10 +46,13 @@ WEIGHTS = ('kernel', 'bias')
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One layer: where in the file, its name, and `{Keras' role: path of the array}`.
+    """A layer in a file.
 
-    A role is the name of a variable in Keras, such as `kernel` or `moving_mean`, or
-    what the file calls it where it is none that we know.
+    Attributes:
+      place: path in the file.
+      name: of the layer.
+      keys: path of each array by its role, the name of a variable in Keras such as
+        `kernel` or `moving_mean`, or another name that the file has for it.
     """
 
     place: str
@@ -58,14 +61,14 @@ class Layer:
 
     @property
     def scope(self) -> str:
-        """The model that the layer is in; '' for all in files of before Keras 3."""
+        """The model that the layer is in; '' in files of Keras before 3."""
         parts = self.place.split('/')
         return '/'.join(parts[:-2]) if parts[-1] == 'vars' else ''
 
 
 def module_of(name: str) -> str | None:
-    """A layer's name in Keras -> the path of our module, None where it has none."""
-    # Older files call the stem `conv1/conv`; before the last slash stand models.
+    """The path of our submodule for a layer's name in Keras; None if there is none."""
+    # Older files call the stem `conv1/conv`; models precede the last slash.
     name = re.sub(r'(?:^|.*/)conv1/(conv|bn)$', r'conv1_\1', name).rpartition('/')[2]
     if match := _DENSE_LAYER.fullmatch(name):
         kind, block, layer, part = match.groups()
@@ -80,12 +83,12 @@ def module_of(name: str) -> str | None:
 
 
 def is_of_hub(name: str) -> bool:
-    """Whether a layer's name is one that keras-hub gives and keras.applications not."""
+    """Whether a layer's name is one of keras-hub, and not of keras.applications."""
     return bool(re.match(r'(.*/)?(stack\d+_block|transition\d+_)', name))
 
 
 def path_of(module: str, role: str) -> str | None:
-    """('conv0', 'kernel') -> 'params/conv0/kernel'; None for a role we do not have."""
+    """('conv0', 'kernel') to 'params/conv0/kernel'; None for an unknown role."""
     if role not in _LEAVES:
         return None
     collection, leaf = _LEAVES[role]
@@ -93,11 +96,11 @@ def path_of(module: str, role: str) -> str | None:
 
 
 def list_layers(arrays: dict[str, np.ndarray], groups) -> list[Layer]:
-    """Layers of a file, in the order of the network as far as the file tells it.
+    """The layers of a file, in the network's order if the file has it.
 
     Args:
       arrays: by their paths in the file.
-      groups: all `h5py.Group` of the file, by their paths; `''` is the file.
+      groups: each `h5py.Group` of the file by its path; `''` is the file itself.
     """
     places = {}
     for key in arrays:
@@ -118,7 +121,7 @@ def list_layers(arrays: dict[str, np.ndarray], groups) -> list[Layer]:
 
 
 def _roles(dims):
-    """Names for numbered variables, by their shapes; None where none fits."""
+    """Roles of numbered variables, by their ranks; None if none fit."""
     if dims == [1, 1, 1, 1]:
         return NORM
     if dims in ([4], [2], [4, 1], [2, 1]):
@@ -127,7 +130,7 @@ def _roles(dims):
 
 
 def _order(groups):
-    """Sort key: as the file lists its layers, then by number: conv2d_2, conv2d_10."""
+    """Sort key: the file's list of layers, then numbers (conv2d_2 before conv2d_10)."""
     root = 'model_weights' if 'model_weights' in groups else ''
     names = _attribute(groups[root], 'layer_names')
     position = {f'{root}/{n}' if root else n: i for i, n in enumerate(names)}
@@ -144,7 +147,7 @@ def _order(groups):
 
 
 def _attribute(group, name):
-    """A list of names; Keras cuts one above 64 KB into name0, name1, ..."""
+    """A list of names; Keras splits one above 64 KB into name0, name1, ..."""
     numbered = (f'{name}{number}' for number in itertools.count())
     chunks = itertools.takewhile(lambda chunk: chunk in group.attrs, numbered)
     chunks = [name] if name in group.attrs else list(chunks)
@@ -153,17 +156,17 @@ def _attribute(group, name):
 
 
 def find_modules(layers: list[Layer], arrays: dict[str, np.ndarray]):
-    """Our module for each layer, None for those that DenseNet does not have.
+    """Our submodule for each layer; None for layers that DenseNet does not have.
 
-    A Dense layer that is the only one is the classifier, whatever its name is.
+    The only Dense layer is the classifier, whatever its name.
     """
-    found = [module_of(layer.name) for layer in layers]
-    if not any(module and module.startswith('denseblock') for module in found):
-        found = _modules_by_order(layers, arrays)
+    modules = [module_of(layer.name) for layer in layers]
+    if not any(module and module.startswith('denseblock') for module in modules):
+        modules = _modules_by_order(layers, arrays)
     dense = [i for i, layer in enumerate(layers) if len(_kernel(layer, arrays)) == 2]
     if len(dense) == 1:
-        found[dense[0]] = 'classifier'
-    return found
+        modules[dense[0]] = 'classifier'
+    return modules
 
 
 def _kernel(layer, arrays):
@@ -171,10 +174,10 @@ def _kernel(layer, arrays):
 
 
 def _modules_by_order(layers, arrays):
-    """1x1 then 3x3 is a dense layer, 1x1 alone a transition; all None otherwise."""
-    found = [None] * len(layers)
+    """1x1 then 3x3 is a dense layer, a single 1x1 a transition; otherwise all None."""
+    by_layer = [None] * len(layers)
     convs = [i for i, layer in enumerate(layers) if len(_kernel(layer, arrays)) == 4]
-    # A batch norm in the head of a model around the network comes first in its file.
+    # A batch norm in the head of an enclosing model comes first in its file.
     inside = layers[convs[0]].scope if convs else ''
     convs = [i for i in convs if layers[i].scope == inside]
     norms = [
@@ -184,15 +187,15 @@ def _modules_by_order(layers, arrays):
     ]
     names = _names_by_size([_kernel(layers[i], arrays)[:2] for i in convs])
     if names is None or len(norms) < len(names[1]):
-        return found
+        return by_layer
     for places, modules in zip((convs, norms), names, strict=True):
         for place, module in zip(places, modules, strict=False):
-            found[place] = module
-    return found
+            by_layer[place] = module
+    return by_layer
 
 
 def _names_by_size(sizes):
-    """Modules of all convolutions and of all norms; None for another network."""
+    """Submodules of all convolutions and norms; None for other networks."""
     convs, norms, block, number = ['conv0'], ['norm0'], 1, 0
     while len(convs) < len(sizes):
         following = sizes[len(convs) : len(convs) + 2]

@@ -1,8 +1,8 @@
-"""What a checkpoint says of its model, checked before any of it is used.
+"""Checks the metadata of a checkpoint before any of it is used.
 
-The JSON of a checkpoint, or of a safetensors file of ours, may come from a stranger or
-from a disk that failed. What the program relies on is looked at here, once; the
-model's own fields are checked where it is made (`factory.create_model`).
+The JSON of a checkpoint or of one of our safetensors files may come from a stranger, or
+from a failing disk. Everything that the program relies on is checked here, once, except
+the model's fields, which `factory.create_model` checks.
 """
 
 import math
@@ -13,39 +13,40 @@ from flax_densenet.data import images
 from flax_densenet.errors import UserError
 from flax_densenet.models import tta
 
-LARGEST_IMAGE = 2**16  # pixels a side
+LARGEST_IMAGE = 2**16  # side in pixels
 MOST_CLASSES = 10**6
 
 
 def load(workdir: str, step: int) -> dict[str, Any]:
-    """The metadata of a checkpoint, as `prepare.make_metadata` made it.
+    """Loads the metadata of a checkpoint, as `prepare.make_metadata` makes it.
 
     Raises:
-      UserError: it cannot be read, or is not what this program writes.
+      UserError: it cannot be read, or this program did not write it.
     """
-    found = checkpoint_reader.load_json(workdir, step, 'metadata')
+    metadata = checkpoint_reader.load_json(workdir, step, 'metadata')
     place = f'the checkpoint {step} of {workdir}'
-    return check(place, found)
+    return check(place, metadata)
 
 
 def check(place: str, metadata: Any, *, named: bool = True) -> dict[str, Any]:
-    """Returns metadata in which the program finds what it looks for.
+    """Returns `metadata` if it has everything that the program needs.
 
     Args:
-      place: where it is from, for the message.
-      named: `class_names` are there; in exports of imported weights they can be null.
+      place: where it comes from, for error messages.
+      named: whether `class_names` are required. In exports of imported weights they can
+        be null.
 
     Raises:
-      UserError: a part is missing or of another kind.
+      UserError: a field is missing or has an invalid value.
     """
     _check_parts(place, '', {'': metadata}, {'': _is_object})
     parts = dict(_PARTS)
     if not named and metadata.get('class_names', 0) is None:
         del parts['class_names']
     _check_parts(place, '', metadata, parts)
-    # What was left open is there as null, or absent.
+    # Fields that were left open are null or absent.
     known = {k: v for k, v in metadata['data'].items() if v is not None}
-    if 'images' in metadata:  # runs of older versions did not count them
+    if 'images' in metadata:  # older versions did not count them
         _check_parts(place, '', metadata, {'images': _are_counts})
     _check_parts(place, 'data.', known, {k: _DATA[k] for k in _DATA if k in known})
     for fields in (metadata, {**metadata, **known}):
@@ -54,13 +55,13 @@ def check(place: str, metadata: Any, *, named: bool = True) -> dict[str, Any]:
     return metadata
 
 
-def _check_parts(place, prefix, found, wanted):
+def _check_parts(place, prefix, fields, wanted):
     for name, is_good in wanted.items():
-        if not is_good(found.get(name)):
-            value = 'missing' if name not in found else repr(found[name])[:60]
+        if not is_good(fields.get(name)):
+            value = 'missing' if name not in fields else repr(fields[name])[:60]
             raise UserError(
                 f'{place}: its metadata is not that of a trained model '
-                f'({prefix}{name or "all of it"} is {value}); use a copy that is whole'
+                f'({prefix}{name or "all of it"} is {value}); use an intact copy'
             )
 
 

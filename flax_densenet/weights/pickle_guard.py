@@ -1,8 +1,8 @@
-"""Looks through a pickle before it is read, for what would harm whoever reads it.
+"""Checks a pickle before it is loaded, for data that would exhaust memory or stack.
 
-No code runs here or there: `torch_files` decides what a pickle may name. But plain data
-harms too. A memo's place of 2^31 makes the reader take 32 GB for the table up to it; a
-tuple in a tuple, a million deep, overflows the stack of the machine when it is hashed.
+`torch_pickle` decides which names a pickle may use, so no code runs. But plain data can
+do harm, too: a memo index of 2^31 makes the reader allocate a table of 32 GB, and
+tuples nested a million deep overflow the stack when they are hashed.
 
 >>> import io, pickle
 >>> check(io.BytesIO(pickle.dumps({'weight': [1, 2]})))
@@ -14,31 +14,31 @@ _pickle.UnpicklingError: its table of objects would have 2147483647 places
 import pickle
 import pickletools
 
-_DEEPEST = 500  # containers inside one another; networks of torch have some 30
+_DEEPEST = 500  # nested containers; networks in torch have about 30
 _MOST_STEPS = 10_000_000
 _PUTS = {'PUT', 'BINPUT', 'LONG_BINPUT'}
 _GETS = {'GET', 'BINGET', 'LONG_BINGET'}
-# These leave something that holds what they take from the stack.
+# These push an object that contains what they pop.
 _HOLDERS = {'TUPLE', 'TUPLE1', 'TUPLE2', 'TUPLE3', 'LIST', 'DICT', 'FROZENSET'}
 _HOLDERS |= {'REDUCE', 'NEWOBJ', 'NEWOBJ_EX', 'OBJ', 'INST', 'BUILD'}
 _MARK = -1
 
 
 def check(file):
-    """Reads one pickle without making its objects; the file is then where it was.
+    """Scans one pickle without making its objects, and rewinds the file.
 
     Raises:
-      pickle.UnpicklingError: it would take memory or stack without end.
-      ValueError: it is not whole.
+      pickle.UnpicklingError: it would exhaust memory or stack.
+      ValueError: it is truncated.
     """
     start = file.tell()
     stack, memo = [], {}
     for steps, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if steps > _MOST_STEPS:
-            raise pickle.UnpicklingError('it has no end')
+            raise pickle.UnpicklingError('it never ends')
         if opcode.name in _PUTS or opcode.name == 'MEMOIZE':
             place = len(memo) if argument is None else int(argument)
-            # Picklers count from 0, and some leave places out.
+            # Picklers count from 0; some leave gaps.
             if place > 2 * steps + 1000:
                 raise pickle.UnpicklingError(
                     f'its table of objects would have {place} places'
@@ -52,7 +52,7 @@ def check(file):
 
 
 def _move(opcode, stack):
-    """What an instruction does to the stack, of which only depths are kept."""
+    """Applies an instruction to the stack, which holds only nesting depths."""
     if opcode.name == 'MARK':
         stack.append(_MARK)
         return

@@ -1,9 +1,9 @@
-"""timm's names and layouts of RDNet's arrays, and ours.
+"""Array names and layouts of RDNet: timm's to ours and back.
 
     dense_stages.1.2.dense_block0.layers.layers.2.weight    block 2, layer 1, `conv2`
-    dense_stages.1.0.bias                                   the norm in front of it
+    dense_stages.1.0.bias                                   the norm before it
 
-Files of the paper's authors have the same names with `stem.stem.` for `stem.`.
+Files of the paper's authors have `stem.stem.` instead of `stem.`.
 """
 
 import re
@@ -13,7 +13,7 @@ import numpy as np
 
 from flax_densenet.errors import UserError
 
-EPSILON = 1e-6  # of layer norm in timm; it does not stand in the files
+EPSILON = 1e-6  # of layer norm in timm; files do not have it
 _MARK = re.compile(r'(.*?)dense_stages\.0\.0\.dense_block0\.layers\.layers\.0\.weight')
 _LAYER = re.compile(
     r'dense_stages\.(\d{1,4})\.([02])\.dense_block(\d{1,4})\.(gamma|layers\.layers\..+)'
@@ -39,32 +39,32 @@ _LAYOUTS_BACK = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
 
 
 def find_prefix(arrays) -> str | None:
-    """What stands before timm's names, often nothing; None: this is no RDNet."""
+    """The prefix of timm's names, often empty; None if this is not an RDNet."""
     return next((found[1] for key in arrays if (found := _MARK.fullmatch(key))), None)
 
 
 def is_rdnet(arrays) -> bool:
-    """Whether arrays under our names are those of an RDNet."""
+    """Whether arrays with our names are those of an RDNet."""
     names = ('conv3/kernel', 'conv3/bias', 'gamma')
     return any(f'params/denseblock1/denselayer1/{name}' in arrays for name in names)
 
 
 def rename(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
-    """timm's names and layouts to ours; what is not understood keeps its name.
+    """Renames and transposes timm's arrays; unknown ones keep their names.
 
     Takes the arrays out of `arrays`, so that none is in memory twice.
     """
-    found = {}
+    renamed = {}
     for key in list(arrays):
         array = arrays.pop(key)
         name = key.removeprefix(prefix).replace('stem.stem.', 'stem.')
         target = _our_name(name, array.ndim)
         if target is None or array.ndim not in _LAYOUTS:
-            found[key] = array
+            renamed[key] = array
         else:
             layout = _LAYOUTS[array.ndim]
-            found[target] = np.ascontiguousarray(array.transpose(layout))
-    return found
+            renamed[target] = np.ascontiguousarray(array.transpose(layout))
+    return renamed
 
 
 def _our_name(name, rank):
@@ -93,7 +93,7 @@ def _our_name(name, rank):
 
 
 def torch_key(name: str) -> str:
-    """params/denseblock1/denselayer1/conv1/kernel -> timm's key; else `name`."""
+    """Our name of an array to timm's key; other names stay as they are."""
     place = name.removeprefix('params/')
     leaf = ''
     if not place.endswith('/gamma'):
@@ -124,26 +124,31 @@ def torch_arrays(module, flat: dict[str, Any]) -> dict[str, np.ndarray]:
       flat: `{'params/conv0/kernel': array, ...}`.
 
     Raises:
-      UserError: the model's epsilon is not timm's, which would compute otherwise.
+      UserError: the model's epsilon is not timm's, so timm would compute something
+        else.
     """
     if module.epsilon != EPSILON:
         raise UserError(
             f"model.epsilon={module.epsilon:g}: timm's RDNet has {EPSILON:g}, so it "
             'would compute something else from these weights; keep the workdir'
         )
-    found = {}
+    renamed = {}
     for name, array in flat.items():
         array = np.asarray(array, np.float32)
         layout = _LAYOUTS_BACK[array.ndim]
-        found[torch_key(name)] = np.ascontiguousarray(array.transpose(layout))
-    return dict(sorted(found.items()))
+        renamed[torch_key(name)] = np.ascontiguousarray(array.transpose(layout))
+    return dict(sorted(renamed.items()))
 
 
 def find_fields(path: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Fields of `rdnet.RDNet` that arrays under our names tell.
+    """Fields of `RDNet` that the shapes of its arrays determine.
+
+    Args:
+      path: of the file, for error messages.
+      arrays: by our names.
 
     Raises:
-      UserError: blocks or layers are missing, or a kernel is none.
+      UserError: blocks, layers or kernels are missing.
     """
     layers, squeezed = {}, set()
     for name in arrays:
@@ -152,10 +157,10 @@ def find_fields(path: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
             layers[block] = max(layers.get(block, 0), layer)
             if match[3] == 'gate/kernel':
                 squeezed.add(block)
-    # Five arrays a layer at least: else a name could tell of a million layers.
+    # At least five arrays per layer; otherwise one name could claim a million layers.
     blocks = [layers.get(number, 0) for number in range(1, len(layers) + 1)]
     if not all(blocks) or 5 * sum(blocks) > len(arrays):
-        raise UserError(f'{path} holds no whole RDNet: blocks of {blocks} layers')
+        raise UserError(f'{path} holds an incomplete RDNet: blocks of {blocks} layers')
     first = _kernel(path, arrays, 'conv0')
     growth = [
         _kernel(path, arrays, f'denseblock{number}/denselayer1/conv3')[3]
@@ -178,16 +183,18 @@ def find_fields(path: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _kernel(path, arrays, place):
-    """Shape of a convolution's kernel."""
+    """The shape of a convolution's kernel."""
     name = f'params/{place}{"/conv" if place.startswith("transition") else ""}/kernel'
-    found = arrays.get(name)
-    if found is None or found.ndim != 4 or not found.size:
-        raise UserError(f'{path} holds no whole RDNet: {torch_key(name)} is missing')
-    return found.shape
+    kernel = arrays.get(name)
+    if kernel is None or kernel.ndim != 4 or not kernel.size:
+        raise UserError(
+            f'{path} holds an incomplete RDNet: {torch_key(name)} is missing'
+        )
+    return kernel.shape
 
 
 def _find_compression(transitions):
-    """The share of its input that every transition keeps, in multiples of 8."""
+    """The share of channels that all transitions keep, rounded to multiples of 8."""
     pairs = [(shape[2], shape[3]) for shape in transitions]
     for guess in (0.5, 1.0, *(n / 20 for n in range(1, 20))):
         if all(int(before * guess / 8) * 8 == after for before, after in pairs):

@@ -1,9 +1,9 @@
-"""config.json of timm's models on the Hugging Face Hub, from our fields and back.
+"""Reads and writes timm's config.json, as models on the Hugging Face Hub have it.
 
-timm makes the network of `architecture` and `model_args` and prepares images as
-`pretrained_cfg` says. What this program knows beyond that stands under `flax_densenet`,
-which timm leaves alone. A config of a stranger is looked at here, once, before anything
-of it is used.
+timm builds the network from `architecture` and `model_args` and prepares images
+according to `pretrained_cfg`. Everything else that this program knows of a model is
+under `flax_densenet`, which timm ignores. A config is checked here before any of it is
+used, since it may come from a stranger.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ from flax_densenet.weights import timm_network
 CONFIG_FILE = 'config.json'
 WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')
 OURS = 'flax_densenet'  # key of our metadata
-_RUN_FILE = 'environment.json'  # of a run, whose folder has a config.json too
+_RUN_FILE = 'environment.json'  # in run folders, which have a config.json too
 _LARGEST = 2**27  # bytes
 _CROPS = {'crop': 'center', 'stretch': 'squash'}  # ours: timm's
-# Of timm's arguments: those that no array shows, with the value that our networks have.
+# Arguments of timm that no array depends on, with the values that our networks have.
 _FIXED = {
     'global_pool': 'avg',
     'act_layer': None,
@@ -38,15 +38,15 @@ _FIXED = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What config.json says, checked.
+    """The content of a config.json, checked.
 
     Attributes:
-      variant: of the model; None where there is our metadata, which says more.
-      arguments: of its network in timm (`timm_network.arguments`).
-      num_classes: None where it does not say.
-      class_names: None where it does not say, or not of every class.
-      preprocessing: as `weight_file.Weights.preprocessing`.
-      metadata: of a run of ours; None of timm's models.
+      variant: of the network; None if there is metadata of ours, which has more.
+      arguments: of timm's class (`timm_network.arguments`).
+      num_classes: None if the file does not have it.
+      class_names: None if the file does not have them, or not all of them.
+      preprocessing: like `weight_file.Weights.preprocessing`.
+      metadata: of one of our runs; None for timm's models.
     """
 
     variant: str | None
@@ -58,7 +58,7 @@ class Config:
 
 
 def is_folder(path: str) -> bool:
-    """Whether a folder is one as the Hub has them, and not that of a run."""
+    """Whether this is a folder of the Hub, and not the folder of a run."""
     return (
         os.path.isfile(os.path.join(path, CONFIG_FILE))
         and not os.path.exists(os.path.join(path, _RUN_FILE))
@@ -67,7 +67,7 @@ def is_folder(path: str) -> bool:
 
 
 def find_weights(folder: str) -> str:
-    """The file of weights in a folder.
+    """The path of the weight file in a folder.
 
     Raises:
       UserError: there is none.
@@ -94,10 +94,12 @@ def make(
 
     Args:
       metadata: of the run; `class_names` can be None.
-      num_features: F of the classifier's input.
+      preparation: of the images.
+      num_features: width of the classifier's input.
+      license: of the weights.
     """
     channels, size = preparation.channels, preparation.size
-    # A name that timm does not know: some networks that it lacks have the same arrays.
+    # timm does not know this name: it lacks some networks that have the same arrays.
     unknown = f'flax_densenet/{metadata["model"].get("variant")}'
     name, arguments = timm_network.find(module, channels=channels) or (unknown, {})
     first, last = timm_network.FIRST_AND_LAST[module.family]
@@ -133,82 +135,82 @@ def make(
 
 
 def read(path: str) -> dict[str, Any]:
-    """The JSON object of a file.
+    """Reads the JSON object in a file.
 
     Raises:
-      UserError: it holds something else.
+      UserError: the file cannot be read or has something else in it.
     """
     try:
         if os.path.getsize(path) > _LARGEST:
             raise UserError(f'{path} is far too large to describe a model')
         with open(path, encoding='utf-8') as file:
-            found = json.load(file)
+            content = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
         reason = getattr(error, 'strerror', None) or error
         raise UserError(
-            f'{path} is no JSON ({reason}); use a copy that is whole'
-        ) from (error)
-    if not isinstance(found, dict):
-        raise UserError(f'{path} holds no JSON object; use a copy that is whole')
-    return found
+            f'{path} is not valid JSON ({reason}); use an intact copy'
+        ) from error
+    if not isinstance(content, dict):
+        raise UserError(f'{path} holds no JSON object; use an intact copy')
+    return content
 
 
 def load(folder: str) -> Config:
     """Reads and checks the config of a folder.
 
     Raises:
-      UserError: it is no JSON, of a network that is not known here, or says something
-        that no such network or no preparation of images here can have.
+      UserError: it is not JSON, or it describes a network or a preparation of images
+        that this program does not have.
     """
     path = os.path.join(folder, CONFIG_FILE)
-    found = read(path)
-    # Old ones have all in one object.
-    settings = found.get('pretrained_cfg', found)
+    content = read(path)
+    # Old files have everything in one object.
+    settings = content.get('pretrained_cfg', content)
     if not isinstance(settings, dict):
         raise _wrong(path, 'pretrained_cfg', settings, 'an object')
-    num_classes = _find(found, settings, 'num_classes')
+    num_classes = _find(content, settings, 'num_classes')
     if num_classes is not None and not _is_count(num_classes):
         raise _wrong(path, 'num_classes', num_classes, 'a whole number')
     variant, arguments = None, {}
-    if (metadata := found.get(OURS)) is None:
-        variant, arguments = _network(path, found)
+    if (metadata := content.get(OURS)) is None:
+        variant, arguments = _network(path, content)
     else:
         metadata_lib.check(path, metadata, named=False)
     return Config(
         variant=variant,
         arguments=arguments,
         num_classes=num_classes,
-        class_names=_class_names(path, found, settings, num_classes),
+        class_names=_class_names(path, content, settings, num_classes),
         preprocessing=preprocessing_of(path, settings),
         metadata=metadata,
     )
 
 
-def _find(found, settings, name):
-    value = found.get(name)
+def _find(content, settings, name):
+    value = content.get(name)
     return settings.get(name) if value is None else value
 
 
 def _wrong(path, name, value, wanted):
-    said = 'missing' if value is None else repr(value)[:60]
-    return UserError(f'{path}: {name} is {said}; this program reads {wanted} there')
+    stated = 'missing' if value is None else repr(value)[:60]
+    return UserError(f'{path}: {name} is {stated}; this program reads {wanted} there')
 
 
 def _is_count(value):
     return type(value) is int and 0 <= value <= metadata_lib.MOST_CLASSES
 
 
-def _network(path, found):
-    """Our name of the architecture, and all of its arguments."""
-    name = found.get('architecture')
+def _network(path, content):
+    """Our name of the architecture, and timm's arguments for it."""
+    name = content.get('architecture')
     variant = name.partition('.')[0].removeprefix('tv_') if _is_text(name) else ''
     try:
         module = factory.create_model(variant, num_classes=1)
     except UserError as error:
         raise _wrong(path, 'architecture', name, ', '.join(factory.VARIANTS)) from error
-    given = found.get('model_args')
+    given = content.get('model_args')
     if given is None:
         given = {}
     if not isinstance(given, dict):
@@ -219,7 +221,7 @@ def _network(path, found):
             raise _wrong(path, f'model_args.{key}', given[key], wanted)
     own = timm_network.arguments(module)
     known = {key: value for key, value in given.items() if key in own}
-    if 'ls_init_value' in known:  # only whether there are such factors matters
+    if 'ls_init_value' in known:  # only whether there are factors matters
         known['ls_init_value'] = 1e-6 if known['ls_init_value'] else 0.0
     return variant, own | known
 
@@ -228,9 +230,9 @@ def _is_text(value):
     return isinstance(value, str) and len(value) < 200
 
 
-def _class_names(path, found, settings, num_classes):
-    """A list of names, or names by number as text."""
-    names = _find(found, settings, 'label_names')
+def _class_names(path, content, settings, num_classes):
+    """The class names, from a list or from a dict with numbers as keys."""
+    names = _find(content, settings, 'label_names')
     if names is None or num_classes is None:
         return None
     if isinstance(names, dict):
@@ -248,13 +250,14 @@ def _class_names(path, found, settings, num_classes):
 
 
 def preprocessing_of(path: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `config.data` that prepare images as `pretrained_cfg` says.
+    """Fields of `config.data` that prepare images like `pretrained_cfg`.
 
     Args:
-      path: of the config, for messages.
+      path: of the config, for error messages.
+      settings: the content of `pretrained_cfg`.
 
     Raises:
-      UserError: this program cannot prepare them so.
+      UserError: this program cannot prepare images like that.
     """
     usual = {
         'crop_pct': 0.875,
@@ -331,47 +334,47 @@ _PREPARATION = {
 
 
 def check_fits(folder: str, config: Config, module: network.Network):
-    """Raises where the weights are not those of the network that the config names."""
-    found = timm_network.arguments(module)
-    said = config.arguments | {'num_classes': config.num_classes}
-    found = {key: found.get(key, 'none') for key in config.arguments} | {
+    """Raises `UserError` if the weights do not fit the network in the config."""
+    arguments = timm_network.arguments(module)
+    stated = config.arguments | {'num_classes': config.num_classes}
+    actual = {key: arguments.get(key, 'none') for key in config.arguments} | {
         'num_classes': module.num_classes
     }
     _compare(
         folder,
-        {key: value for key, value in said.items() if value is not None},
-        found,
+        {key: value for key, value in stated.items() if value is not None},
+        actual,
         'the weights beside it have',
         'use files that belong together',
     )
 
 
 def check_agrees(folder: str, config: Config, class_names, preprocessing):
-    """Raises where timm is told something else than we are.
+    """Raises `UserError` if timm's part of the config disagrees with ours.
 
     Args:
-      class_names, preprocessing: of the config's metadata.
+      class_names, preprocessing: of our metadata in the config.
     """
-    said = dict(config.preprocessing)
+    stated = dict(config.preprocessing)
     if preprocessing['resize'] == 'stretch':
-        del said['crop_fraction']  # says nothing
+        del stated['crop_fraction']  # has no effect
     if config.class_names is not None:
-        said['label_names'] = config.class_names
+        stated['label_names'] = config.class_names
     _compare(
         folder,
-        said,
+        stated,
         preprocessing | {'label_names': class_names},
         f'under {OURS} it says',
         'make both the same',
     )
 
 
-def _compare(folder, said, found, where, remedy):
-    wrong = [key for key, value in said.items() if value != found[key]]
+def _compare(folder, stated, actual, where, remedy):
+    wrong = [key for key, value in stated.items() if value != actual[key]]
     if wrong:
         path = os.path.join(folder, CONFIG_FILE)
         one, other = (
             ', '.join(f'{key}={repr(side[key])[:80]}' for key in wrong)
-            for side in (said, found)
+            for side in (stated, actual)
         )
         raise UserError(f'{path} says {one}; {where} {other}: {remedy}')

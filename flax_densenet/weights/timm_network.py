@@ -1,4 +1,4 @@
-"""What timm calls a network of ours: its name there, and its arguments.
+"""The name and arguments of our networks in timm.
 
 >>> from flax_densenet.models import factory
 >>> from flax_densenet.weights import timm_network
@@ -22,10 +22,10 @@ _DENSENETS = {
 
 
 def find(module: network.Network, *, channels: int = 3):
-    """timm's name and arguments of a network.
+    """The network's name and arguments in timm.
 
     Returns:
-      `(architecture, model_args)`, or None where timm has no such network.
+      `(architecture, model_args)`, or None if timm has no such network.
     """
     names, ours = _NAMES[module.family](module), arguments(module)
     if not names:
@@ -52,7 +52,7 @@ def _densenet_names(module):
 
 
 def arguments(module: network.Network) -> dict[str, Any]:
-    """All arguments of timm's class that the network's arrays depend on."""
+    """The arguments of timm's class that the network's arrays depend on."""
     return _ARGUMENTS[module.family](module)
 
 
@@ -82,8 +82,8 @@ def _rdnet_arguments(module):
     }
 
 
-# By `Network.family`: the networks of timm that differ from this one in `arguments` at
-# most, and those arguments.
+# By `Network.family`: timm's networks that differ from a module only in `arguments`,
+# and those arguments.
 _NAMES = {'densenet': _densenet_names, 'rdnet': lambda module: tuple(rdnet.VARIANTS)}
 _ARGUMENTS = {'densenet': _densenet_arguments, 'rdnet': _rdnet_arguments}
 # By `Network.family`: timm's names of the first convolution and of the classifier.

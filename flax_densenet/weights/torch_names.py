@@ -1,4 +1,4 @@
-"""torchvision's names and layouts of arrays, and ours.
+"""Array names and layouts: torchvision's to ours and back.
 
 features.denseblock1.denselayer1.norm1.weight    torchvision
 params/denseblock1/denselayer1/norm1/scale       ours
@@ -28,7 +28,13 @@ _TORCH_LEAVES = {ours: k for k, ranks in _LEAVES.items() for ours in ranks.value
 
 
 def rename(arrays):
-    """torch's keys and layouts to ours; what is not understood keeps its name."""
+    """Renames and transposes torchvision's arrays; unknown ones keep their names.
+
+    Takes the arrays out of `arrays`, so that none is in memory twice.
+
+    Returns:
+      The arrays by our names, and facts that the file has besides them.
+    """
     if (prefix := rdnet_names.find_prefix(arrays)) is not None:
         return rdnet_names.rename(arrays, prefix), {}
     prefix = next(
@@ -36,7 +42,7 @@ def rename(arrays):
          if k.endswith('features.conv0.weight')),
         '',
     )  # fmt: skip
-    found, extra, heads = {}, {}, []
+    renamed, extra, heads = {}, {}, []
     for key in list(arrays):
         array = arrays.pop(key)
         name = _OLD_NAMES.sub(r'\1\2', key.removeprefix(prefix))
@@ -53,18 +59,18 @@ def rename(arrays):
             heads.append(place)
             place = 'classifier'
         elif not name.startswith('features.') or not target:
-            found[key] = array
+            renamed[key] = array
             continue
         collection, leaf = target
         parts = place.removeprefix('features.').split('.')
-        found['/'.join((collection, *parts, leaf))] = from_torch_layout(array)
+        renamed['/'.join((collection, *parts, leaf))] = from_torch_layout(array)
     if len(set(heads)) > 1:
         raise UserError(f'the weights have two heads: {", ".join(sorted(set(heads)))}')
-    return found, extra
+    return renamed, extra
 
 
 def torch_key(name: str) -> str:
-    """params/denseblock1/denselayer1/norm1/scale -> torchvision's key; else `name`."""
+    """Our name of an array to torchvision's key; other names stay as they are."""
     collection, *place, leaf = name.split('/') if name.count('/') else ('', name)
     if (collection, leaf) not in _TORCH_LEAVES:
         return name
@@ -80,7 +86,7 @@ def from_torch_layout(array: np.ndarray) -> np.ndarray:
 
 
 def to_torch_layout(array: np.ndarray) -> np.ndarray:
-    """The other way round: H, W, I, O -> O, I, H, W."""
+    """H, W, I, O -> O, I, H, W; I, O -> O, I; a contiguous array."""
     return np.ascontiguousarray(
         array.transpose({4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[array.ndim])
     )

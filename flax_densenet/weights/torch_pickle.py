@@ -1,10 +1,9 @@
-"""Reads torch's weight files without torch, and runs no code that a file names.
+"""Reads PyTorch's weight files without PyTorch, and runs no code that a file names.
 
-A `.pth` file is a pickle, which could call any function when it is read. Here each name
-in it either stands in a short list of ours (tensors, storages, plain containers) or
-becomes an inert record of what the file says; any other ends the reading. So whole
-pickled modules of torch, torchvision and torchxrayvision are read as well, from their
-records.
+A `.pth` file is a pickle, which could call any function when it is loaded. Here each
+name in it is either in a short allowlist (tensors, storages, plain containers) or
+becomes an inert record; all other names are refused. The records are enough to read
+pickled modules of torch, torchvision and torchxrayvision.
 """
 
 import collections
@@ -27,8 +26,8 @@ import numpy as np
 from flax_densenet.errors import UserError
 from flax_densenet.weights import pickle_guard
 
-# torch stores arrays as they are. A member that swells by more is no file of weights,
-# nor is one whose arrays, many of them of the same storage, are so much larger than it.
+# torch stores arrays uncompressed. A file that expands more than this is not a weight
+# file, nor is one whose arrays, sharing storages, are that much larger than the file.
 _EXPANSION = 20
 _SMALL = 2**24
 _MOST_OBJECTS = 200_000
@@ -45,7 +44,7 @@ _DTYPES = {
     'BoolStorage': np.bool_,
 }
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-# Classes whose instances are kept as records; their code is never looked up.
+# Classes whose instances become records; their code is never looked up.
 _RECORDS = re.compile(
     r'(torch\.nn|torch\.optim|torchvision\.models|torchxrayvision|timm|argparse|'
     r'torch|numpy|pathlib|collections|builtins|_codecs)(\..*)?'
@@ -65,7 +64,7 @@ class _Storage:
     dtype: Any
     key: str
     count: int
-    data: np.ndarray | None = None  # of legacy files, which hold it behind the pickle
+    data: np.ndarray | None = None  # of legacy files, which have it after the pickle
 
 
 @dataclasses.dataclass
@@ -77,7 +76,7 @@ class _Tensor:
 
 
 class _Record:
-    """An object of the file as data: what it is called, and what it is made of."""
+    """An object in the file as plain data: its class name and its fields."""
 
     name = ''
 
@@ -95,7 +94,7 @@ class _Record:
         if isinstance(state, dict):
             self.fields.update(state)
 
-    # What a pickle does to containers.
+    # What pickles do with containers.
     def __setitem__(self, key, value):
         self.fields[key] = value
 
@@ -119,7 +118,7 @@ def _rebuild_tensor(storage, offset, shape, strides, *_):
     last = int(offset) + sum(
         (n - 1) * s for n, s in zip(shape, strides, strict=True) if n
     )
-    # More elements than are stored would be a tensor that repeats itself without end.
+    # More elements than are stored: a tensor that repeats itself endlessly.
     fits = math.prod(shape) <= storage.count and last < max(storage.count, 1)
     if int(offset) < 0 or min((*shape, *strides, 0)) < 0 or not fits:
         raise pickle.UnpicklingError('a tensor that goes beyond its storage')
@@ -159,8 +158,8 @@ class _Unpickler(pickle.Unpickler):
             return self._record(name, f'{module}.{name}')
         raise UserError(
             f'{self._what} needs {module}.{name}, which a file of weights does not; '
-            'nothing of it was run. Where you trust it, load it in torch and save the '
-            'weights alone: torch.save(model.state_dict(), FILE)'
+            'none of it was run. If you trust the file, load it in torch and save '
+            'only the weights: torch.save(model.state_dict(), FILE)'
         )
 
     def _record(self, name, whole_name):
@@ -180,18 +179,18 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read(path: str) -> Any:
-    """What was saved, with each tensor as a numpy array.
+    """Reads what `torch.save` has saved, with each tensor as a numpy array.
 
     Args:
-      path: a file of `torch.save`, of either format: the zip archive of torch 1.6 and
-        later, or the row of pickles before it.
+      path: a file of either format: the zip archive since torch 1.6, or the sequence
+        of pickles before.
 
     Returns:
       Containers as they were saved (tuples as lists), float16 and bfloat16 as float32,
-      modules that were pickled whole as `Module`.
+      pickled modules as `Module`.
 
     Raises:
-      UserError: the file is not whole, is of another kind, or needs code to be read.
+      UserError: the file is corrupt, of another kind, or needs code to be read.
     """
     try:
         if zipfile.is_zipfile(path):
@@ -208,16 +207,16 @@ def read(path: str) -> Any:
         if isinstance(error, UserError):
             raise
         reason = ' '.join(str(error).split()) or type(error).__name__
-        raise UserError(f'{path} is not a whole torch file ({reason})') from error
+        raise UserError(f'{path} is not a valid torch file ({reason})') from error
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A module that was pickled whole.
+    """A pickled module.
 
     Attributes:
-      name: of its class, with its module.
-      arrays: as `state_dict()` would name them.
+      name: qualified name of its class.
+      arrays: with the names of `state_dict()`.
       attributes: plain values of the outermost module.
     """
 
@@ -251,7 +250,7 @@ def _read_archive(path, archive):
 
 
 def _read_member(archive, name):
-    """A member of the archive, unless it is a bomb."""
+    """A member of the archive, unless it is a decompression bomb."""
     entry = archive.getinfo(name)
     if entry.file_size > max(_SMALL, _EXPANSION * entry.compress_size):
         raise pickle.UnpicklingError(f'{name} of {entry.file_size} bytes is too large')
@@ -289,10 +288,10 @@ def _read_legacy(path, file):
 
 
 class _Resolver:
-    """Puts arrays in the place of tensors.
+    """Replaces tensors with arrays.
 
-    Lists of lists of the same list can be few in the file and without number here, and
-    so can tensors of the same storage; both are counted.
+    Nested lists of the same list can be small in a file and huge here, and so can
+    tensors that share a storage; both are counted.
     """
 
     def __init__(self, load_storage, file_size):
@@ -304,7 +303,7 @@ class _Resolver:
         self._objects -= 1
         self._bytes -= size
         if self._objects < 0 or self._bytes < 0:
-            raise pickle.UnpicklingError('it holds far more than it is large')
+            raise pickle.UnpicklingError('it holds far more than its size')
 
     def resolve(self, value):
         self._count()

@@ -1,6 +1,6 @@
-"""Trained models, with all that is needed to use them: of runs and of files of weights.
+"""Trained models with everything that is needed to use them: of runs and weight files.
 
-By itself so that whoever predicts waits for no readers of training data.
+This module does not import the readers of training data, so prediction starts quickly.
 """
 
 import dataclasses
@@ -13,33 +13,33 @@ from flax_densenet.data import images
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.distributed import processes
 from flax_densenet.errors import UserError
-from flax_densenet.models import densenet, factory, initialization
+from flax_densenet.models import factory, initialization, network
 from flax_densenet.models import tta as tta_lib
 from flax_densenet.weights import metadata as metadata_lib
 from flax_densenet.weights import weight_file
 
 
 def normalize(batch, *, mean, std):
-    """uint8 `[N, H, W, 3]` to float32 `(images / 255 - mean) / std`, on the device."""
-    # Double precision only in the division of constants, which numpy would do anyhow.
+    """uint8 images `[N, H, W, C]` to float32 `(images / 255 - mean) / std`."""
     mean, std = (jnp.asarray(v, jnp.float32).reshape(1, 1, 1, -1) for v in (mean, std))
     return (batch.astype(jnp.float32) / 255 - mean) / std
 
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """A trained model with what it needs to be used.
+    """A trained model with everything that is needed to use it.
 
     Attributes:
-      module: the DenseNet.
+      module: the network.
       variables: `{'params', 'batch_stats'}`, replicated over `mesh`.
-      metadata: as `prepare.make_metadata` wrote it; of imported weights `class_names`
-        can be None.
+      metadata: as `prepare.make_metadata` makes it. `class_names` can be None for
+        imported weights.
       metrics: test accuracy and loss when it was saved; empty for imported weights.
-      step: of the checkpoint; None for imported weights.
+      step: step of the checkpoint; None for imported weights.
+      mesh: the devices.
     """
 
-    module: densenet.DenseNet
+    module: network.Network
     variables: Any
     metadata: dict[str, Any]
     metrics: dict[str, float]
@@ -47,26 +47,28 @@ class Trained:
     mesh: Any
 
     def with_tta(self, tta: str) -> 'Trained':
-        """The same with another `data.tta`."""
+        """The same model with another value of `data.tta`."""
         tta_lib.check(tta)
         fields = self.metadata['data'] | {'tta': tta}
         return dataclasses.replace(self, metadata=self.metadata | {'data': fields})
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """None where imported weights do not name their classes."""
+        """The names of the classes; None if imported weights do not name them."""
         names = self.metadata['class_names']
         return None if names is None else tuple(names)
 
 
 def load_trained(workdir: str, which: str = 'best', *, mesh=None) -> Trained:
-    """Rebuilds the `best` or the `latest` model of a run; needs no config file.
+    """Loads the `best` or the `latest` model of a run, without its config file.
 
     Args:
-      workdir: of the run, or a file or folder of weights (see `weight_file.load`).
+      workdir: the run's folder, or a file or folder of weights (`weight_file.load`).
+      which: `best` or `latest`; of a run only.
+      mesh: the devices; None for all.
 
     Raises:
-      UserError: the workdir holds no (whole) checkpoint, or the file no weights.
+      UserError: there is no intact checkpoint in the folder, or no weights in the file.
     """
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
     if weight_file.is_weights(workdir):
@@ -96,26 +98,25 @@ def load_trained(workdir: str, which: str = 'best', *, mesh=None) -> Trained:
 
 
 def _from_file(path, mesh):
-    found = weight_file.load(path)
-    if not found.num_classes:
+    weights = weight_file.load(path)
+    if not weights.num_classes:
         raise UserError(f'{path} has no classifier: train one, with init_from={path}')
-    preparation = {**found.preprocessing, **found.metadata.get('data', {})}
-    # Whether probabilities are of one class or of each label; left out where the file
-    # does not tell. How many images it was trained and tested on also.
+    preparation = {**weights.preprocessing, **weights.metadata.get('data', {})}
+    # Facts that only some files have.
     more = {}
-    if 'multi_label' in found.metadata or found.family == 'torchxrayvision':
-        more['multi_label'] = found.metadata.get('multi_label', True)
-    if 'images' in found.metadata:
-        more['images'] = found.metadata['images']
+    if 'multi_label' in weights.metadata or weights.family == 'torchxrayvision':
+        more['multi_label'] = weights.metadata.get('multi_label', True)
+    if 'images' in weights.metadata:
+        more['images'] = weights.metadata['images']
     return Trained(
-        module=found.module,
-        variables=mesh_lib.replicate(found.variables, mesh),
+        module=weights.module,
+        variables=mesh_lib.replicate(weights.variables, mesh),
         metadata={
-            'model': found.fields,
-            'class_names': found.class_names and list(found.class_names),
-            'image_size': found.preprocessing['image_size'],
-            'mean': list(found.preprocessing['mean']),
-            'std': list(found.preprocessing['std']),
+            'model': weights.fields,
+            'class_names': weights.class_names and list(weights.class_names),
+            'image_size': weights.preprocessing['image_size'],
+            'mean': list(weights.preprocessing['mean']),
+            'std': list(weights.preprocessing['std']),
             'data': preparation,
             **more,
         },
@@ -126,7 +127,7 @@ def _from_file(path, mesh):
 
 
 def preparation_of(metadata: dict[str, Any]) -> images.Preparation:
-    """How images are prepared for the model of this metadata."""
+    """How to prepare images for the model with this metadata."""
     fields = metadata['data']
     default = images.Preparation()
     return images.Preparation(

@@ -1,7 +1,7 @@
-"""Weights from files: torchvision, timm (RDNet too), torchxrayvision, Keras, ours.
+"""Loads weight files of torchvision, timm, torchxrayvision, Keras and this package.
 
-What a file is, is told by its content. Each array in it is accounted for: one that is
-missing, not expected or of another shape stops the load, and the error lists them all.
+The content of a file decides its kind, not its name. Every array is accounted for: if
+some are missing, unexpected or of another shape, an error lists them all.
 
     weights = load('densenet121.pth')
     logits = weights.module.apply(weights.variables, images)
@@ -37,7 +37,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 METADATA = 'flax_densenet'  # key of our JSON in a safetensors file
 _NESTED = ('state_dict_ema', 'model_ema', 'state_dict', 'model_state_dict', 'model')
-# How each family prepares images; what a range means stands in configs/base.py.
+# How each family prepares images; configs/base.py explains the fields.
 _TORCHVISION = dict(
     image_size=224,
     resize='crop',
@@ -51,7 +51,7 @@ PREPROCESSING = {
     'torchvision': _TORCHVISION,
     'timm': _TORCHVISION | dict(interpolation='bicubic'),
     'rdnet': _TORCHVISION | dict(interpolation='bicubic', crop_fraction=0.9),
-    # x / 255 to -1024 ... 1024: (x / 255 - 0.5) * 2048.
+    # 0 to 255 becomes -1024 to 1024: (x / 255 - 0.5) * 2048.
     'torchxrayvision': dict(
         image_size=224,
         resize='crop',
@@ -71,14 +71,14 @@ class Weights:
     """The content of a weight file.
 
     Attributes:
-      path: of the file or run.
+      path: of the file, the folder or the run.
       family: a key of `PREPROCESSING`, or `flax_densenet`.
-      variables: `{'params', 'batch_stats'}` of numpy arrays, in our tree.
-      fields: of the model: variant and all that the file decides.
-      num_classes: width of the classifier; 0 where the file has none.
-      preprocessing: fields of `config.data` that prepare images as for these weights.
-      class_names: where the file knows them.
-      metadata: of a run of ours, else what else the file says.
+      variables: `{'params', 'batch_stats'}`, numpy arrays by our names.
+      fields: arguments of `create_model`: the variant, and what differs from it.
+      num_classes: width of the classifier; 0 if the file has none.
+      preprocessing: fields of `config.data` that prepare images for these weights.
+      class_names: None if the file does not have them.
+      metadata: of one of our runs; otherwise other facts in the file.
     """
 
     path: str
@@ -97,17 +97,16 @@ class Weights:
 
 
 def load(path: str) -> Weights:
-    """Reads weights and what belongs to them.
+    """Loads weights with their architecture and preprocessing.
 
     Args:
-      path: a file of torch (`.pth`, `.pt`, `.pth.tar`), safetensors or Keras (`.h5`,
-        `.weights.h5`, `.keras`), a folder as the Hugging Face Hub has them, or the
-        workdir of a run, of which the best checkpoint is taken. Names of files do not
-        matter, contents do.
+      path: a file of PyTorch (`.pth`, `.pt`, `.pth.tar`), safetensors or Keras (`.h5`,
+        `.weights.h5`, `.keras`), a folder of the Hugging Face Hub, or the folder of a
+        run, whose best checkpoint is used. Names of files do not matter.
 
     Raises:
-      UserError: the file is not whole, holds neither a DenseNet nor an RDNet, or has
-        arrays that are missing, not expected or of another shape.
+      UserError: the file is corrupt, holds neither a DenseNet nor an RDNet, or arrays
+        are missing, unexpected or of another shape.
     """
     path = paths.resolve(path, 'init_from=')
     if os.path.isdir(path):
@@ -126,30 +125,32 @@ def load(path: str) -> Weights:
 
 
 def is_weights(path: str) -> bool:
-    """Whether this is a file or a folder as on the Hub, and not that of a run."""
+    """Whether this is a file or a folder of the Hub, and not the folder of a run."""
     path = paths.expand(path)
     return os.path.isfile(path) or timm_config.is_folder(path)
 
 
 def _load_folder(folder):
-    """Weights of timm's or of ours, as its config.json says."""
+    """Weights of timm or of this package, as their config.json describes them."""
     config = timm_config.load(folder)
-    found = load(timm_config.find_weights(folder))
+    weights = load(timm_config.find_weights(folder))
     if config.metadata is not None:
-        if found.metadata != config.metadata:
-            found = _with_metadata(folder, found, config.metadata)
-        timm_config.check_agrees(folder, config, found.class_names, found.preprocessing)
-        return dataclasses.replace(found, path=folder)
-    timm_config.check_fits(folder, config, found.module)
-    fields = dict(found.fields)
+        if weights.metadata != config.metadata:
+            weights = _with_metadata(folder, weights, config.metadata)
+        timm_config.check_agrees(
+            folder, config, weights.class_names, weights.preprocessing
+        )
+        return dataclasses.replace(weights, path=folder)
+    timm_config.check_fits(folder, config, weights.module)
+    fields = dict(weights.fields)
     # No array tells whether pooling blurs.
     blurs = factory.VARIANTS.get(config.variant, {}).get('blur_pool', False)
-    if found.module.fields().get('blur_pool', blurs) != blurs:
+    if weights.module.fields().get('blur_pool', blurs) != blurs:
         fields['blur_pool'] = blurs
     return dataclasses.replace(
-        found,
+        weights,
         path=folder,
-        family='rdnet' if found.family == 'rdnet' else 'timm',
+        family='rdnet' if weights.family == 'rdnet' else 'timm',
         fields=fields,
         preprocessing=config.preprocessing,
         class_names=config.class_names,
@@ -157,7 +158,7 @@ def _load_folder(folder):
 
 
 def _with_metadata(path, found, ours):
-    """Weights of a file with the metadata that stands beside it."""
+    """The weights of a file with the metadata of the config.json next to it."""
     arrays = traverse_util.flatten_dict(found.variables, sep='/')
     weights = _make(
         path, 'flax_densenet', arrays, to_tuples(ours['model']), ours['class_names']
@@ -184,7 +185,7 @@ def _kind(path):
         return 'torch'
     if start == b'version https://':
         raise UserError(
-            f'{path} is not the weights but a pointer of Git LFS to them; bring them '
+            f'{path} is not the weights but a Git LFS pointer to them; download them '
             'with: git lfs pull'
         )
     raise UserError(
@@ -194,7 +195,7 @@ def _kind(path):
 
 
 def _load_torch(path, saved):
-    """State dictionaries, nested or not, and modules that were pickled whole."""
+    """State dicts, nested or not, and pickled modules."""
     place = 'the file'
     for name in _NESTED if isinstance(saved, dict) else ():
         if isinstance(saved.get(name), dict | torch_pickle.Module):
@@ -205,7 +206,7 @@ def _load_torch(path, saved):
         saved, attributes = saved.arrays, saved.attributes
     if not isinstance(saved, dict):
         raise UserError(f'{path} holds a {type(saved).__name__}, no weights')
-    # Taken out one by one, here and in `_rename`, so that no array is in memory twice.
+    # Taken out one by one, here and in `rename`, so that no array is in memory twice.
     is_array = {k: isinstance(v, np.ndarray) for k, v in saved.items()}
     arrays = {str(k): saved.pop(k) for k, is_one in is_array.items() if is_one}
     others = list(map(str, saved))
@@ -227,9 +228,9 @@ def _from_torch_arrays(path, arrays, attributes):
     gray = first is not None and first.ndim == 4 and first.shape[2] == 1
     if gray and (extra or (head is not None and head.shape[-1] == 18)):
         family = 'torchxrayvision'
-    elif found := _timm_sidecar(path):
+    elif sidecar := _timm_sidecar(path):
         family = family if family == 'rdnet' else 'timm'
-        preprocessing = found
+        preprocessing = sidecar
     names = attributes.get('pathologies') or attributes.get('targets')
     if head is None or not isinstance(names, list) or len(names) != head.shape[-1]:
         names = None
@@ -241,11 +242,11 @@ def _from_torch_arrays(path, arrays, attributes):
 
 
 def _timm_sidecar(path):
-    """How images are prepared, from the config.json that the Hub keeps beside."""
+    """Preprocessing from the config.json next to a file of the Hub."""
     config = os.path.join(os.path.dirname(path), timm_config.CONFIG_FILE)
     try:
         settings = timm_config.read(config).get('pretrained_cfg')
-        # A run has a file of this name too.
+        # A run has a file with this name, too.
         if isinstance(settings, dict):
             return timm_config.preprocessing_of(config, settings)
     except UserError:
@@ -265,7 +266,7 @@ def _load_safetensors(path):
         *(LookupError, AttributeError, OverflowError),
     ) as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
-        raise UserError(f'{path} is not a whole safetensors file ({reason})') from error
+        raise UserError(f'{path} is not a valid safetensors file ({reason})') from error
     if METADATA not in metadata:
         return _from_torch_arrays(path, arrays, {})
     try:
@@ -318,12 +319,12 @@ def _preprocessing_of(metadata):
 
 
 def to_tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    """JSON's lists back to the tuples that hashable modules need."""
+    """Converts JSON's lists to tuples, which make modules hashable."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 def _make(path, family, arrays, fields, names=None):
-    """Checks every array against the architecture that they tell."""
+    """Checks every array against the architecture, and makes `Weights` of them."""
     fields = architecture.find_fields(path, arrays) | fields
     head = arrays.get('params/classifier/kernel')
     num_classes = 0 if head is None else head.shape[-1]
@@ -358,7 +359,7 @@ def _make(path, family, arrays, fields, names=None):
 
 
 def _check_arrays(path, arrays, wanted, show):
-    """Raises where an array is missing, not expected, or of another shape or kind."""
+    """Raises if an array is missing, unexpected, or of another shape or dtype."""
     lists = {
         'missing': sorted(map(show, wanted.keys() - arrays.keys())),
         'unexpected': sorted(map(show, arrays.keys() - wanted.keys())),
@@ -367,7 +368,7 @@ def _check_arrays(path, arrays, wanted, show):
             for name in sorted(wanted.keys() & arrays.keys())
             if arrays[name].shape != wanted[name].shape
         ],
-        # Quantized ones mean something else than their numbers.
+        # The numbers of quantized arrays mean something else.
         'not of floating point': [
             f'{show(name)} {arrays[name].dtype}'
             for name in sorted(wanted.keys() & arrays.keys())

@@ -61,7 +61,7 @@ def test_links_to_files(folder):
     (folder / 'ants' / 'link.jpg').symlink_to(folder / 'ants' / '000.jpg')
     assert len(names(load(folder))) == 11
     (folder / 'ants' / 'lost.jpg').symlink_to(folder / 'nowhere')
-    with pytest.raises(UserError, match='lost.jpg is not there: mend or remove it'):
+    with pytest.raises(UserError, match='lost.jpg is not there: fix or remove it'):
         load(folder)
     source = load(folder, bad_images='skip')
     assert source.skipped == (f'{folder}/ants/lost.jpg is not there',)

@@ -200,10 +200,10 @@ def test_damaged_tars(jpegs, tmp_path):
     path = write_tar(tmp_path / 'x.tar', samples(jpegs, [0, 1] * 6))
     whole = path.read_bytes()
     path.write_bytes(whole[:1000])
-    with pytest.raises(UserError, match='x.tar is cut short within 00000.jpg; bring'):
+    with pytest.raises(UserError, match='x.tar is cut short within 00000.jpg; copy'):
         load(tmp_path)
     path.write_bytes(b'no tar' * 500)
-    with pytest.raises(UserError, match='x.tar is no whole uncompressed tar file'):
+    with pytest.raises(UserError, match='x.tar is not a valid uncompressed tar file'):
         load(tmp_path)
     path.unlink()
     with pytest.raises(UserError, match='holds no .tar files'):
@@ -250,5 +250,5 @@ def test_cut_between_two_images(jpegs, tmp_path):
     with tarfile.open(path) as tar:
         end = tar.getmember('00009.jpg').offset
     path.write_bytes(path.read_bytes()[:end])
-    with pytest.raises(UserError, match='a.tar has no end of a tar file; bring it'):
+    with pytest.raises(UserError, match='a.tar has no end of a tar file; copy it'):
         tar_lib.load(str(path))

@@ -43,7 +43,7 @@ def test_with_error_a_lost_file_ends_the_run_by_name(source):
     ):
         with pytest.raises(UserError) as raised:
             take(batches, 9)
-        message = 'is not there: mend or remove it, or set data.bad_images=skip'
+        message = 'is not there: fix or remove it, or set data.bad_images=skip'
         assert str(raised.value) == f'{name} {message}'
 
 

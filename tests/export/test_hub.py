@@ -264,10 +264,10 @@ def test_wrong_configs(place, value, message, tmp_path):
 @pytest.mark.parametrize(
     ('text', 'message'),
     [
-        ('', 'config.json is no JSON'),
-        ('{"architecture": ', 'config.json is no JSON'),
-        ('\udcff', 'config.json is no JSON'),
-        ('[' * 100_000, 'config.json is no JSON'),
+        ('', 'config.json is not valid JSON'),
+        ('{"architecture": ', 'config.json is not valid JSON'),
+        ('\udcff', 'config.json is not valid JSON'),
+        ('[' * 100_000, 'config.json is not valid JSON'),
         ('[]', 'config.json holds no JSON object'),
         ('{}', 'architecture is missing'),
         (
@@ -291,7 +291,7 @@ def test_folders_that_are_not_whole(tmp_path):
     folder = pathlib.Path(write_timm(tmp_path / 'timm'))
     path = folder / 'model.safetensors'
     path.write_text('version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n')
-    with pytest.raises(UserError, match='a pointer of Git LFS .* git lfs pull'):
+    with pytest.raises(UserError, match='a Git LFS pointer .* git lfs pull'):
         weight_file.load(str(folder))
     path.unlink()
     with pytest.raises(UserError, match='no model.safetensors or pytorch_model.bin'):

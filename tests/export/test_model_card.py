@@ -166,7 +166,7 @@ def test_files_of_a_run_that_are_none(name, tmp_path):
             model_card.render(trained(), workdir=str(tmp_path))
     (tmp_path / name).write_text('[1, 2}')
     with pytest.raises(
-        UserError, match=f'{name} (is no JSON|cannot be read)'
+        UserError, match=f'{name} (is not valid JSON|cannot be read)'
     ) as caught:
         model_card.render(trained(), workdir=str(tmp_path))
     assert '\n' not in str(caught.value)

@@ -151,7 +151,7 @@ def test_mistakes(model, tmp_path, monkeypatch):
     with pytest.raises(UserError, match='there is no such file'):
         stablehlo.load(str(path))
     path.write_bytes(b'no program')
-    with pytest.raises(UserError, match='is not a whole file of --format=stablehlo'):
+    with pytest.raises(UserError, match='is not a valid file of --format=stablehlo'):
         stablehlo.load(str(path))
     with zipfile.ZipFile(path, 'a') as archive:
         archive.writestr('metadata.json', json.dumps({'written_with_jax': '9.9'}))
@@ -172,7 +172,7 @@ def test_cut_short(model, tmp_path):
     stablehlo.save(str(path), model)
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(UserError, match='is not a whole file'):
+    with pytest.raises(UserError, match='is not a valid file'):
         stablehlo.load(str(path))
 
 

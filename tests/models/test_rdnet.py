@@ -334,21 +334,24 @@ def test_names_there_and_back():
         ),
         (
             {'dense_stages.1.1.weight': None},
-            'no whole RDNet: dense_stages.1.1.weight is missing',
+            'an incomplete RDNet: dense_stages.1.1.weight is missing',
         ),
         (
             {'dense_stages.900.2.dense_block900.gamma': np.zeros(8)},
-            'holds no whole RDNet: blocks of',
+            'holds an incomplete RDNet: blocks of',
         ),
         (
             {'dense_stages.0.0.dense_block900.gamma': np.zeros(8)},
-            r'holds no whole RDNet: blocks of \[901, 1\] layers',
+            r'holds an incomplete RDNet: blocks of \[901, 1\] layers',
         ),
         (
             {'dense_stages.0.0.dense_block0.layers.layers.4.weight': np.zeros(8)},
-            'no whole RDNet: .*layers.4.weight is missing',
+            'an incomplete RDNet: .*layers.4.weight is missing',
         ),
-        ({'stem.0.weight': np.zeros((8, 3, 0, 0))}, 'no whole RDNet: stem.0.weight'),
+        (
+            {'stem.0.weight': np.zeros((8, 3, 0, 0))},
+            'an incomplete RDNet: stem.0.weight',
+        ),
         (
             {'head.fc.weight': np.zeros((0, 24, 1))},
             'unexpected: head.fc.bias, head.fc.weight',

@@ -123,7 +123,7 @@ def test_cut_files(torchvision, tmp_path):
         whole = path.read_bytes()
         for share in (0.1, 0.5, 0.9, 0.999):
             path.write_bytes(whole[: int(share * len(whole))])
-            with pytest.raises(UserError, match='not a whole torch file'):
+            with pytest.raises(UserError, match='not a valid torch file'):
                 weight_file.load(str(path))
 
 

@@ -260,11 +260,11 @@ def test_a_run_from_weights(tmp_path, capsys):
         (b'', 'holds no weights'),
         (b'some text that is long enough', 'holds no weights'),
         (b'\x89PNG\r\n\x1a\n' + bytes(40), 'holds no weights'),
-        (struct.pack('<Q', 500) + b'{"a": ', 'is not a whole safetensors file'),
-        (struct.pack('<Q', 1 << 60) + b'{"a": ', 'is not a whole safetensors file'),
-        (b'\x80\x02' + b'garbage', 'is not a whole torch file'),
+        (struct.pack('<Q', 500) + b'{"a": ', 'is not a valid safetensors file'),
+        (struct.pack('<Q', 1 << 60) + b'{"a": ', 'is not a valid safetensors file'),
+        (b'\x80\x02' + b'garbage', 'is not a valid torch file'),
         (pickle.dumps({'a': 1}, 2), 'not one of torch.save'),
-        (b'PK\x03\x04' + bytes(40), 'is not a whole torch file'),
+        (b'PK\x03\x04' + bytes(40), 'is not a valid torch file'),
     ],
 )
 def test_files_that_hold_no_weights(content, message, tmp_path):
@@ -312,7 +312,7 @@ def test_nothing_runs_from_a_file(archive, tmp_path):
         magic = pickle.dumps(torch_pickle._LEGACY_MAGIC, 2)
         rest = pickle.dumps(1001, 2) + pickle.dumps({}, 2)
         (tmp_path / 'evil.pth').write_bytes(magic + rest + pickled)
-    with pytest.raises(UserError, match=r'needs \w+\.mkdir, .* nothing of it was run'):
+    with pytest.raises(UserError, match=r'needs \w+\.mkdir, .* none of it was run'):
         weight_file.load(path)
     assert not (tmp_path / 'made').exists()
     pickle.loads(pickled)  # the trap is a real one

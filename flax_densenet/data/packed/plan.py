@@ -101,7 +101,7 @@ class Images:
             reason = str(error)
         if reason:
             raise UserError(
-                f'{self.reader.name(index)} {reason}: mend or remove it, or set '
+                f'{self.reader.name(index)} {reason}: fix or remove it, or set '
                 'data.bad_images=skip; the same command goes on with the shards that '
                 'are whole'
             )

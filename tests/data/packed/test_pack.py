@@ -354,7 +354,7 @@ def flip(path, place):
 def test_a_flipped_byte_is_found(out):
     path = out / 'train-00001.array_record'
     flip(path, path.read_bytes().index(b'\xff\xd8') + 300)
-    message = r'train-00001.array_record: image 0 cannot be read .*damaged: bring it'
+    message = r'train-00001.array_record: image 0 cannot be read .*damaged: copy it'
     first = packed_reader.load(str(out)).manifest.shards[0].count
     with pytest.raises(UserError, match=message) as error:
         packed_reader.load(str(out))[first]

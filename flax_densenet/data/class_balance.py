@@ -1,4 +1,4 @@
-"""Classes of very different sizes: drawn evenly, or weighed in the loss.
+"""Balances classes of different sizes, by sampling or by weights in the loss.
 
 >>> import numpy as np
 >>> labels = np.array([0] * 6 + [1] * 2)
@@ -13,22 +13,22 @@ import numpy as np
 from grain import experimental
 
 BALANCES = ('none', 'sampler', 'loss')
-# From this ratio on of the largest class to the smallest, a line says so.
+# Ratio of the largest to the smallest class from which a warning is printed.
 _HEAVY = 10
-# From here on index_shuffle is faster than an order of all; for few it takes 1 ms.
+# Above this, index_shuffle, which takes 1 ms, is faster than a permutation.
 _MANY = 10_000
 
 
 class Draws:
-    """Which example stands where in a stream that draws all classes equally often.
+    """A stream of examples in which all classes are equally frequent.
 
-    The n-th draw of the stream is of class n mod C, so an epoch has each class equally
-    often, but for one; of a class, each image comes once before any comes again, in an
-    order of its own each time. A function of the seed and the place alone.
+    The n-th draw is of class n mod C, so the classes' counts in an epoch differ by at
+    most one. Every image of a class is drawn once before any is drawn again, in a
+    new order each time. The stream is a function of the seed and the position only.
     """
 
     def __init__(self, labels, seed: int):
-        """Args: labels int `[N]`, classes without an image are left out; seed."""
+        """Draws from labels int `[N]`; classes without images are never drawn."""
         labels = np.asarray(labels)
         self._order = np.argsort(labels, kind='stable')
         self._counts = np.bincount(labels)
@@ -37,7 +37,7 @@ class Draws:
         self._seed = seed
 
     def __call__(self, epoch: int, slot: int) -> int:
-        """The example's position, from 0 to N - 1, of a slot in 0 to N - 1."""
+        """The example, 0 to N - 1, at a place of an epoch, 0 to N - 1."""
         number = int(epoch) * len(self._order) + int(slot)
         turn, place = divmod(number, len(self._classes))
         label = int(self._classes[place])
@@ -48,7 +48,7 @@ class Draws:
 
 
 def _shuffled(place, count, seed):
-    """Where a place from 0 to `count` - 1 goes in an order of its own by each seed."""
+    """The image of a place, 0 to `count` - 1, in the random order of a seed."""
     if count < _MANY:
         return np.random.default_rng(seed).permutation(count)[place]
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -56,13 +56,13 @@ def _shuffled(place, count, seed):
 
 
 def class_weights(labels, num_classes: int) -> np.ndarray:
-    """Of each class's images in the loss: all classes weigh alike, images 1 on average.
+    """Weights of the images in the loss with which all classes count equally.
 
     Args:
       labels: int `[N]`.
 
     Returns:
-      float32 `[num_classes]`; 0 for a class without an image.
+      float32 `[num_classes]`, on average 1 per image; 0 for a class without images.
     """
     counts = np.bincount(labels, minlength=num_classes)
     share = len(labels) / np.count_nonzero(counts)
@@ -70,7 +70,7 @@ def class_weights(labels, num_classes: int) -> np.ndarray:
 
 
 def describe(labels, class_names, balance: str) -> str:
-    """What the classes' sizes mean for a run, in a line; empty where it needs no word.
+    """One line about what the sizes of the classes mean for a run; empty if nothing.
 
     Args:
       labels: int `[N]` of the training images.

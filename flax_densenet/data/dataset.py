@@ -1,8 +1,7 @@
 """Sources of labeled images with random access; `pipeline` makes batches of them.
 
-A source has `train` and `test` examples with random access; images are decoded when
-asked for, inside grain's threads or processes, so a set of any size takes no more
-memory than a few batches.
+A source has `train` and `test` examples. Images are decoded when they are needed, in
+grain's threads or processes, so a set of any size takes the memory of a few batches.
 
 >>> source = load_source('digits', image_size=16)
 >>> len(source.train), len(source.test), source.class_names[:3]
@@ -29,7 +28,7 @@ _GIB = 2**30
 class Examples:
     """A random-access sequence of `{'image': uint8 [S, S, C], 'label': int32}`.
 
-    With several labels an image, `label` is float32 `[L]` of 0, 1 and NaN (not known).
+    If images have several labels, `label` is float32 `[L]` of 0, 1 and NaN (unknown).
     """
 
     def __init__(
@@ -53,10 +52,10 @@ class Examples:
         return Examples(self.reader, self.indices, preparation)
 
     def as_pictures(self) -> 'Examples':
-        """The same with `image` as Pillow's, RGB and of its own size.
+        """The same examples, whose `image` is Pillow's, RGB and of its own size.
 
-        For random crops, which so have the detail of the whole photograph and are
-        resized once. Where resized images are kept in memory they stay as they are.
+        Random crops then have the detail of the photograph and are resized once.
+        Examples that are cached in memory stay resized.
         """
         examples = Examples(self.reader, self.indices, self.preparation)
         examples._pictures = True
@@ -70,11 +69,11 @@ class Examples:
 
     @functools.cached_property
     def labels(self) -> np.ndarray:
-        """int32 `[len(self)]`, without decoding any image."""
+        """int32 `[N]` or float32 `[N, L]`; decodes no image."""
         return self.reader.labels[self.indices]
 
     def name(self, position: int) -> str:
-        """The file of an example, or its place in its data set."""
+        """The file of an example, or its place in the data set."""
         return self.reader.name(int(self.indices[position]))
 
     def __getitem__(self, position):
@@ -99,7 +98,7 @@ class Examples:
 
 
 class CachedExamples(Examples):
-    """Examples that keep each decoded, resized image in memory once it was read."""
+    """Examples that keep decoded and resized images in memory."""
 
     def __init__(self, examples: Examples):
         super().__init__(examples.reader, examples.indices, examples.preparation)
@@ -108,7 +107,7 @@ class CachedExamples(Examples):
         self._known = np.zeros(len(self), bool)
 
     def at_size(self, size):
-        """The same, which keeps those of that size."""
+        """The same examples at another size, with their own cache."""
         examples = super().at_size(size)
         return self if examples is self else CachedExamples(examples)
 
@@ -159,8 +158,8 @@ class Numbered:
 class Relabeled(Examples):
     """Examples whose label `i` becomes `new_labels[i]`.
 
-    With several labels an image: label `new_labels[i]` is the old label `i`, the
-    others are not known.
+    If images have several labels, label `new_labels[i]` is the old label `i`, and the
+    others are unknown.
     """
 
     def __init__(self, examples: Examples, new_labels, count: int):
@@ -196,10 +195,10 @@ class Source:
     """Training and test examples of the same classes.
 
     Attributes:
-      multi_label: an image can have several labels; `class_names` are theirs.
-      has_test: the set came with a test part; else `test` was split off by us.
-      skipped: bad files left out, each with its reason.
-      duplicates: groups of files of the same content, see `duplicates.Parts`.
+      multi_label: images can have several labels, whose names are `class_names`.
+      has_test: the source has a test part; otherwise `test` was split off.
+      skipped: unreadable files that were left out, each with the reason.
+      duplicates: groups of files with the same content, see `duplicates.Parts`.
     """
 
     name: str
@@ -212,7 +211,7 @@ class Source:
     duplicates: tuple[str, ...] = ()
 
 
-# Side in pixels where data.image_size is 0.
+# Side in pixels if data.image_size is 0.
 DEFAULT_IMAGE_SIZES = dict(digits=32, folder=224, packed=224, tar=224, tfds=224)
 
 
@@ -240,33 +239,35 @@ def load_source(
     tfds_dir: str | None = None,
     tfds_train: str = '',
 ) -> Source:
-    """Finds the images and labels of a data source; decodes none of them.
+    """Finds the images and labels of a data source; decodes no images.
 
     Args:
       source: `digits` (scikit-learn's handwritten digits), `folder:PATH`
-        (`PATH/CLASS/*`, or `PATH/{train,val}/CLASS/*`), `packed:DIR` (made by
-        `--mode=pack`), `tar:PATH` (see `tars`) or `tfds:NAME[:CONFIG]`.
-      known_classes: of a trained model that is to be measured; then one class and one
-        image are enough, and a part may be empty.
-      labels: a table of labels for the images of a `folder:`, see `labels`.
+        (`PATH/CLASS/*` or `PATH/{train,val}/CLASS/*`), `packed:DIR` (made by
+        `--mode=pack`), `tar:PATH` (see `tar`) or `tfds:NAME[:CONFIG]`.
+      known_classes: the classes of a trained model that is to be evaluated. Then one
+        class and one image are enough, and a part can be empty.
+      labels: a table of labels for the images of a `folder:`, see `label_table`.
       label_kind, label_columns, groups, blank_labels, uncertain_labels: of the table,
-        see `label_table.Options`; `groups` is also `path` or `path:REGEX`, where paths
-        tell whose image each is.
-      image_size: side in pixels to which images are resized; 0 for the source's own.
+        see `label_table.Options`. `groups` can also be `path` or `path:REGEX`, if the
+        paths have the groups of the images.
+      image_size: side in pixels of the resized images; 0 for the source's default.
       resize, crop_fraction, interpolation, channels: see `images.Preparation`.
-      test_fraction: share of the images that is split off for the test, evenly over
-        the classes, where the source has no test part of its own.
-      split_seed: of that split.
-      bad_images: `error` ends at a file that is no whole image, `skip` leaves it out.
-      duplicates: of files of the same content in both parts: `report` tells of them,
-        `drop` leaves them out of training, `ignore` does not look. A split of ours has
-        copies on one side, unless `ignore`.
-      cache: `memory` keeps decoded images of up to `cache_limit_gib` in memory.
-      tfds_dir: where TFDS keeps its sets; None for its default.
-      tfds_train: splits of a TFDS set to train on, joined by `+`; empty: `train`.
+      test_fraction: share of each class that is split off for the test, if the source
+        has no test part.
+      split_seed: seed of that split.
+      bad_images: `error` stops at a file that is not an intact image; `skip` leaves it
+        out.
+      duplicates: what to do with files of the same content in both parts: `report`
+        reports them, `drop` leaves them out of training, `ignore` does not look for
+        them. A split of ours keeps copies in one part, unless `ignore`.
+      cache: `memory` keeps decoded images in memory; `none` does not.
+      cache_limit_gib: the most memory for that, in GiB.
+      tfds_dir: the folder of TFDS; None for its default.
+      tfds_train: splits of a TFDS set to train on, joined by `+`; empty for `train`.
 
     Raises:
-      UserError: for everything that is wrong with the fields or the files.
+      UserError: a field or a file is invalid.
     """
     kind, _, name = source.partition(':')
     if kind not in sources.SOURCES:
@@ -286,7 +287,7 @@ def load_source(
     duplicates_lib.check(duplicates, kind)
     if labels and kind != 'folder':
         raise UserError(f'data.labels={labels} needs data.source=folder:PATH')
-    found = sources.SOURCES[kind](
+    listing = sources.SOURCES[kind](
         name,
         bad_images=bad_images,
         tfds_dir=tfds_dir,
@@ -297,23 +298,25 @@ def load_source(
         ),
         known_classes=known_classes,
     )
-    split = splits.find_splits(found, test_fraction, split_seed, duplicates)
+    split = splits.find_splits(listing, test_fraction, split_seed, duplicates)
     if known_classes is None:
         _check_counts(source, split)
     if split.summary:
         print(split.summary, flush=True)
-    parts = [Examples(found.reader, x, preparation) for x in (split.train, split.test)]
+    parts = [
+        Examples(listing.reader, x, preparation) for x in (split.train, split.test)
+    ]
     if cache == 'memory':
         _check_cache(sum(map(len, parts)), preparation, cache_limit_gib)
         parts = [CachedExamples(part) for part in parts]
     return Source(
         name=source,
-        class_names=tuple(found.class_names),
+        class_names=tuple(listing.class_names),
         train=parts[0],
         test=parts[1],
-        has_test=found.test is not None,
-        multi_label=found.multi_label,
-        skipped=found.skipped,
+        has_test=listing.test is not None,
+        multi_label=listing.multi_label,
+        skipped=listing.skipped,
         duplicates=split.lines,
     )
 
@@ -349,7 +352,7 @@ def _check_fields(test_fraction, bad_images, cache):
 
 
 def check_choice(field: str, value, valid):
-    """Raises `UserError` where a field of `config.data` has none of its values."""
+    """Raises `UserError` if a field of `config.data` has none of its valid values."""
     if value not in valid:
         choices = ', '.join(map(str, valid))
         raise UserError(f'data.{field}={value} is not known; use {choices}')
@@ -368,6 +371,6 @@ def _check_cache(count, preparation, limit_gib):
 
 
 def join(first: Examples, second: Examples) -> Examples:
-    """The examples of two parts of one source, in the source's order."""
+    """The examples of both parts of a source, in the source's order."""
     indices = np.sort(np.concatenate([first.indices, second.indices]))
     return Examples(first.reader, indices, first.preparation)

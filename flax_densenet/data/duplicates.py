@@ -1,7 +1,7 @@
-"""Files of the same content: an image to train on that is in the test as well.
+"""Finds files with the same content, such as training images that are also test images.
 
-Found by size, then by a hash of both ends, then by a hash of the whole, so that of a
-set without copies little is read.
+Files are compared by size, then by a hash of both ends, then by a hash of everything,
+so little is read from a set without copies.
 """
 
 import concurrent.futures
@@ -16,22 +16,20 @@ from flax_densenet.errors import UserError, printable
 
 DUPLICATES = ('report', 'drop', 'ignore')
 FILE = 'duplicates.txt'
-# Bytes of each end: photographs differ there, uncompressed pictures may not.
+# Bytes of each end. Photographs differ there; uncompressed images may not.
 _END = 4096
 _CHUNK = 256
 
 
 def find(paths: list[str], indices) -> list[list[int]]:
-    """Groups of files that are the same byte by byte.
-
-    Files that cannot be read are in none.
+    """Finds groups of identical files. Files that cannot be read are in no group.
 
     Args:
-      paths: of files.
+      paths: of all files.
       indices: which of them to compare.
 
     Returns:
-      Lists of two indices and more, each in order.
+      Sorted groups of two or more sorted indices.
     """
     indices = [int(index) for index in indices]
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -42,19 +40,19 @@ def find(paths: list[str], indices) -> list[list[int]]:
 
 
 def _divide(groups, key: Callable[[int], Hashable], pool) -> list[list[int]]:
-    """The parts of groups whose members have the same key, those of two and more."""
+    """Splits groups by the key of their members; keeps parts of two or more."""
     members = [index for group in groups for index in group]
     chunks = [members[i : i + _CHUNK] for i in range(0, len(members), _CHUNK)]
     keys = pool.map(lambda chunk: [key(index) for index in chunk], chunks)
-    keys = [found for chunk in keys for found in chunk]
+    keys = [value for chunk in keys for value in chunk]
     parts: dict[Hashable, list[int]] = {}
     place = 0
     for number, group in enumerate(groups):
         for index in group:
-            found = keys[place]
+            value = keys[place]
             place += 1
-            if found is not None:
-                parts.setdefault((number, found), []).append(index)
+            if value is not None:
+                parts.setdefault((number, value), []).append(index)
     return [part for part in parts.values() if len(part) > 1]
 
 
@@ -79,7 +77,7 @@ def _ends(path):
 def _whole(path):
     try:
         with open(path, 'rb') as file:
-            # Both ends of a file of two ends were compared already.
+            # The ends of such a small file, which were compared, are all of it.
             if os.fstat(file.fileno()).st_size <= 2 * _END:
                 return b''
             return hashlib.file_digest(file, 'blake2b').digest()
@@ -89,12 +87,13 @@ def _whole(path):
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """A source's two parts after its copies were seen to.
+    """The two parts of a source after its copies were handled.
 
     Attributes:
-      train, test: indices int64, in order.
-      lines: every group of copies: where they are, then their paths between tabs.
-      summary: what they mean for the run, in a line; empty where they do no harm.
+      train, test: sorted int64 indices.
+      lines: a line for each group of copies: which parts they are in, then their paths,
+        separated by tabs.
+      summary: one line about what they mean for the run; empty if they do no harm.
     """
 
     train: np.ndarray
@@ -113,33 +112,33 @@ def resolve(
     duplicates: str,
     ours: bool,
 ) -> Parts:
-    """Sees to the copies among the images of two parts.
+    """Handles the copies among the images of two parts.
 
     Args:
-      groups: the copies, as of `find`.
-      name: of the image at an index.
+      groups: the copies, from `find`.
+      name: the name of the image at an index.
       labels: int `[N]` or float `[N, L]` of all images.
       train, test: indices.
-      duplicates: `drop` leaves training images out that are in the test as well,
-        `report` only tells of them.
-      ours: the split was drawn at random, image by image; then the copies of an image
-        go to the side of the first of them, and none is in both.
+      duplicates: `drop` removes training images that are also test images; `report`
+        only reports them.
+      ours: the split was drawn at random, image by image. Then the copies of an image
+        move to the part of the first one, so none is in both.
     """
-    said, moved = [], 0
+    notes, moved = [], 0
     if ours and groups:
         train, test, moved = _keep_together(groups, train, test)
     if moved:
-        said.append(f'{moved} copies of images went to the side of the first of them')
+        notes.append(f'{moved} copies of images went to the side of the first of them')
     in_train = np.zeros(len(labels), bool)
     in_train[train] = True
     shared = [group for group in groups if len(set(in_train[group].tolist())) > 1]
     if shared:
-        said.append(_report_shared(shared, in_train, name, duplicates))
+        notes.append(_report_shared(shared, in_train, name, duplicates))
     labels = np.nan_to_num(labels, nan=-1)
     unclear = [group for group in groups if len(np.unique(labels[group], axis=0)) > 1]
     if unclear:
         one, other = _two_of(unclear[0], labels)
-        said.append(
+        notes.append(
             f'{len(unclear)} images are in several classes at once ({name(one)} is '
             f'{name(other)})'
         )
@@ -147,11 +146,11 @@ def resolve(
     if duplicates == 'drop':
         both = np.array(sum(shared, []), np.int64)
         train = np.setdiff1d(train, both)
-    return Parts(train, test, tuple(lines), printable('; '.join(said)))
+    return Parts(train, test, tuple(lines), printable('; '.join(notes)))
 
 
 def _keep_together(groups, train, test):
-    """The parts with each group on the side of its first, and how many moved."""
+    """Moves each group to the part of its first image; returns how many moved, too."""
     place = dict.fromkeys(train.tolist(), 0) | dict.fromkeys(test.tolist(), 1)
     moved = 0
     for group in groups:
@@ -175,7 +174,7 @@ def _report_shared(shared, in_train, name, duplicates):
 
 
 def _two_of(group, values):
-    """Two of a group whose values differ, the lower value first."""
+    """Two members of a group with different values, the lower value first."""
     order = sorted(group, key=lambda index: np.atleast_1d(values[index]).tolist())
     return order[0], order[-1]
 
@@ -191,7 +190,7 @@ def _line(group, in_train, labels, name):
 
 
 def check(duplicates: str, kind: str):
-    """Raises for a value that `data.duplicates` does not have, or not for this source.
+    """Raises `UserError` for an invalid `data.duplicates`, or one invalid for a source.
 
     Args:
       kind: of the source: `folder`, ...

@@ -1,4 +1,4 @@
-"""One image file of any common kind -> one uint8 array of the wanted size."""
+"""Decodes and resizes image files of all common formats to uint8 arrays."""
 
 import dataclasses
 import io
@@ -12,9 +12,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from flax_densenet.errors import UserError
 
-# The formats that are tried, whatever the file is called. Not Pillow's whole list:
-# some of the rest start other programs (EPS) or hold no photographs. The JPEG reader
-# also takes the stereo files (MPO) that some cameras write as .jpg.
+# The formats that are tried, whatever the file's name. Pillow has more, but some start
+# other programs (EPS) or hold no photographs. The JPEG reader also reads the stereo
+# files (MPO) that some cameras write as .jpg.
 FORMATS = ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'TIFF')
 EXTENSIONS = frozenset(
     ('.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.gif', '.webp', '.bmp', '.dib')
@@ -25,8 +25,7 @@ INTERPOLATIONS = {
     'bilinear': Image.Resampling.BILINEAR,
     'bicubic': Image.Resampling.BICUBIC,
 }
-# What Pillow raises for files that are broken, in one way or another; found by damaging
-# files of all formats at random.
+# What Pillow raises for corrupt files; found by damaging files at random.
 _BROKEN = (
     UnidentifiedImageError,
     OSError,
@@ -40,7 +39,7 @@ _BROKEN = (
     NotImplementedError,
     struct.error,
     zlib.error,
-    UserWarning,  # where a program's filters make warnings errors
+    UserWarning,  # if the program's filters turn warnings into errors
 )
 
 _UPRIGHT = {
@@ -52,28 +51,28 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Above so many pixels an image is made smaller before anything else: 200 MB of copies.
+# Images with more pixels are first made smaller: their copies would take 200 MB.
 _LARGE = 16 * 10**6
 _STRIP = 10**6  # pixels
-_LARGEST_FACTOR = 64  # of each side; Pillow divides by products above 2**12 inexactly
-_LONGEST_JPEG = 65500  # pixels of a side
+_LARGEST_FACTOR = 64  # per side; Pillow is inexact for products above 2**12
+_LONGEST_JPEG = 65500  # side in pixels
 
 
 class TooManyPixels(UserError):
-    """An image whose header tells of more pixels than are allowed."""
+    """The header of an image has more pixels than are allowed."""
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode to RGB: as a viewer shows it on a white page.
+    """Converts any mode to RGB, as a viewer would show it on a white page.
 
-    16-bit gray is divided by 257 (Pillow alone would clip it at 255), transparent
-    pixels are laid over white (Pillow alone would show what hides behind them).
+    16-bit gray is divided by 257 (Pillow would clip it at 255), and transparent pixels
+    are composited over white (Pillow would show their hidden colors).
     """
     if image.mode.startswith('I'):  # 16-bit gray, some of it read as 32-bit
         gray = np.asarray(image).astype(np.int64)
         gray = np.clip(gray, 0, 65535) // 257
         return Image.fromarray(gray.astype(np.uint8)).convert('RGB')
-    if image.mode == 'F':  # TIFF of floats: 0 to 1, else 0 to 255
+    if image.mode == 'F':  # TIFF with floats: from 0 to 1, otherwise from 0 to 255
         gray = np.nan_to_num(np.asarray(image))
         gray = np.clip(gray * (255 if gray.max(initial=0) <= 1 else 1), 0, 255)
         return Image.fromarray(gray.round().astype(np.uint8)).convert('RGB')
@@ -86,13 +85,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """How an image becomes the square that a model takes.
+    """How to make the square image that a model takes.
 
     Attributes:
-      size: side of the square in pixels; 0 leaves the image's own shape.
-      resize: `stretch` takes the whole image, `crop` a square in its center.
-      crop_fraction: of `crop`: side of that square, as a share of the shorter side of
-        the image; torchvision's and timm's 224 of 256 is 0.875.
+      size: side of the square in pixels; 0 keeps the image's own shape.
+      resize: `stretch` uses the entire image, `crop` a square in its center.
+      crop_fraction: side of that square as a share of the image's shorter side, for
+        `crop`. It is 0.875 (224 of 256) in torchvision and timm.
       interpolation: `bilinear` or `bicubic`, both with antialiasing.
       channels: 3 for color, 1 for gray.
     """
@@ -104,7 +103,7 @@ class Preparation:
     channels: int = 3
 
     def decode_size(self) -> int:
-        """Shorter side from which on an image is not enlarged."""
+        """The shorter side in pixels that an image needs so that it is not enlarged."""
         return int(self.size / self.crop_fraction)
 
     def apply(self, image: Image.Image) -> np.ndarray:
@@ -116,7 +115,7 @@ class Preparation:
         return np.asarray(image)
 
     def apply_to_part(self, image: Image.Image, box) -> Image.Image:
-        """The part (left, top, right, bottom) of an RGB image, RGB or L, resized."""
+        """Resizes the part (left, top, right, bottom) of an RGB image; RGB or L."""
         image = image.resize(
             (self.size, self.size), INTERPOLATIONS[self.interpolation], box=box
         )
@@ -127,12 +126,12 @@ class Preparation:
         size = self.size
         if self.resize == 'stretch':
             return image.resize((size, size), filter_)
-        # As torchvision's Resize and CenterCrop round: the shorter side to a whole
-        # number, the longer one cut down, the middle to the nearest even number.
+        # Rounds like torchvision's Resize and CenterCrop: the shorter side to an
+        # integer, the longer one down, the offset to the nearest even number.
         short, side = min(image.size), self.decode_size()
         shape = [side if n == short else int(side * n / short) for n in image.size]
         left, top = (round((n - size) / 2) for n in shape)
-        # Only what is kept is computed.
+        # Only the part that is kept is computed.
         scale = [n / m for n, m in zip(image.size, shape, strict=True)]
         box = (
             left * scale[0],
@@ -146,37 +145,38 @@ class Preparation:
 def load_image(
     file, preparation: Preparation, *, max_pixels: int | None = None
 ) -> np.ndarray:
-    """Reads the first frame of an image, upright.
+    """Reads the first frame of an image and turns it upright.
 
-    An image whose EXIF data cannot be read is taken as it lies.
+    If the EXIF data cannot be read, the image is not turned.
 
     Args:
       file: a path, or the bytes of the file.
-      max_pixels: most pixels of an image that is decoded; by default Pillow's bound
-        holds, 179 million. Decoding takes up to 4 bytes a pixel, so 0.7 GB; of a JPEG,
-        which is decoded at a fraction of its size, much less.
+      preparation: how to resize it.
+      max_pixels: the most pixels of an image that is decoded; by default Pillow's limit
+        of 179 million. Decoding takes up to 4 bytes per pixel, so 0.7 GB; much less for
+        a JPEG, which is decoded at a fraction of its size.
 
     Returns:
       uint8 `[size, size, channels]`.
 
     Raises:
-      TooManyPixels: the header tells of more; nothing was decoded.
-      UserError: with the reason, where the file is no image or is cut short.
+      TooManyPixels: the header has more pixels; nothing was decoded.
+      UserError: the reason why the file is not an image, or is truncated.
     """
     least = 2 * preparation.decode_size()
     return _load(file, least, preparation.resize, preparation.apply, max_pixels)
 
 
 def load_picture(file, preparation: Preparation) -> Image.Image:
-    """`load_image` without resizing: RGB, of its own size or four times the wanted one.
+    """`load_image` without resizing: RGB, of its own size or four times the target.
 
-    So a part of a quarter of each side still has all pixels that are needed.
+    So a crop of a quarter of each side still has enough pixels.
     """
     return _load(file, 4 * preparation.size, None, lambda image: image)
 
 
 def _load(file, least, resize, finish, max_pixels=None):
-    """`finish` of the upright RGB image in a file; see `_shrink` for the rest."""
+    """Applies `finish` to the upright RGB image in a file; `least`: see `_shrink`."""
     try:
         with _open(file) as image:
             pixels = image.width * image.height
@@ -185,14 +185,14 @@ def _load(file, least, resize, finish, max_pixels=None):
                     _too_many(f'{pixels / 1e6:.3g} million', max_pixels)
                 )
             if least and image.format in ('JPEG', 'MPO'):
-                # Decode at a half, a quarter or an eighth where the result still has
-                # at least twice the wanted size: no visible difference, much less work.
+                # Decode at a half, a quarter or an eighth if the result still has at
+                # least twice the target: much less work without a visible difference.
                 image.draft(None, (least, least))
             return finish(_upright(image, least, resize))
     except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        # The warning is raised where a program's filters make warnings errors.
+        # Programs can turn the warning into an error.
         most = 2 * Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
         raise TooManyPixels(_too_many('too many', most)) from error
     except _BROKEN as error:
@@ -200,16 +200,18 @@ def _load(file, least, resize, finish, max_pixels=None):
 
 
 def make_smaller(file: str | bytes, side: int, *, quality: int) -> bytes:
-    """An image file whose shorter side is at most `side` pixels.
+    """Makes an image file whose shorter side is at most `side` pixels.
 
-    One that is no longer, or so long that no JPEG holds it, stays as it is, byte by
-    byte; else it becomes an upright RGB JPEG, shrunk as `load_image` does it.
+    A smaller image, or one that is too long for a JPEG, is returned unchanged. Others
+    become an upright RGB JPEG, resized like in `load_image`.
 
     Args:
-      quality: of the JPEG, from 1 to 100; color at half the resolution.
+      file: a path, or the bytes of the file.
+      side: in pixels.
+      quality: of the JPEG, from 1 to 100. Color has half the resolution.
 
     Raises:
-      UserError: as `load_image`.
+      UserError: see `load_image`.
     """
     try:
         with _open(file) as image:
@@ -245,10 +247,10 @@ def _content(file):
 
 
 def prepare_image(image: Image.Image, preparation: Preparation) -> np.ndarray:
-    """`load_image` for an image that Pillow has opened or made; it stays as it is.
+    """`load_image` for an image of Pillow, which is not changed.
 
     Raises:
-      UserError: as `load_image`, where its file is read only now.
+      UserError: see `load_image`; Pillow may read the file only now.
     """
     try:
         least = 2 * preparation.decode_size()
@@ -258,7 +260,7 @@ def prepare_image(image: Image.Image, preparation: Preparation) -> np.ndarray:
 
 
 def _upright(image, least, resize=None):
-    """An opened image as RGB; a very large one is made smaller: see `_shrink`."""
+    """An open image as upright RGB; a very large one is made smaller by `_shrink`."""
     image.load()
     turn = _find_turn(image)
     image = to_rgb(_shrink(image, least, resize))
@@ -266,29 +268,29 @@ def _upright(image, least, resize=None):
 
 
 def _open(file):
-    """An image of which only the header was read."""
+    """Opens an image and reads only its header."""
     if isinstance(file, bytes):
         return Image.open(io.BytesIO(file), formats=FORMATS)
-    # To open a named pipe would wait for ever.
+    # Opening a named pipe would block forever.
     if not stat.S_ISREG(os.stat(file).st_mode):
         raise UserError('is not a file')
     return Image.open(file, formats=FORMATS)
 
 
 def _find_turn(image):
-    """What turns an image upright by its EXIF data, of which no more is read."""
+    """The transposition that turns an image upright, by its EXIF data; or None."""
     try:
         return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except _BROKEN:  # a broken note beside pixels that were read
+    except _BROKEN:  # corrupt EXIF data, but intact pixels
         return None
 
 
 def _shrink(image, least, resize):
-    """A very large image as RGB, at whole fractions of its sides, not below `least`.
+    """Reduces a very large image to RGB with integer factors, not below `least` pixels.
 
-    For `stretch` each side has a fraction of its own, for `crop` only the middle of a
-    long image is kept, for None the image keeps its shape. Changing the mode copies an
-    image several times; in strips of a million pixels that takes no memory to speak of.
+    For `stretch` each side has its own factor, for `crop` only the middle of a long
+    image is kept, for None the image keeps its shape. Converting the mode copies an
+    image several times; strips of a million pixels need little memory.
     """
     if not least or image.width * image.height <= _LARGE:
         return image
@@ -300,10 +302,10 @@ def _shrink(image, least, resize):
     if factors == [1, 1]:
         return image
     across, down = factors
-    # What does not fill a whole pixel is left out, the same on both sides.
+    # Pixels that do not fill a block are cut off, equally on both sides.
     width, height = (n // factor for n, factor in zip(image.size, factors, strict=True))
     left, top = (n % factor // 2 for n, factor in zip(image.size, factors, strict=True))
-    if image.mode == 'F':  # its range is that of the whole image
+    if image.mode == 'F':  # its range depends on the entire image
         box = (left, top, left + width * across, top + height * down)
         return image.reduce((across, down), box)
     small = Image.new('RGB', (width, height))
@@ -316,10 +318,10 @@ def _shrink(image, least, resize):
 
 
 def _cut_ends(image):
-    """The middle of an image that is more than four times as long as wide or high.
+    """Cuts an image to at most four times its shorter side, equally at both ends.
 
-    Four times as long, so that a square in the center and the pixels around it that
-    resizing takes in are all there; as much goes on both sides.
+    Four times, so that the square in the center and all surrounding pixels that affect
+    its resizing are kept.
     """
     short = min(image.size)
     cut = [max(0, (n - 4 * short) // 2) for n in image.size]
@@ -335,7 +337,7 @@ def prepare_array(image: np.ndarray, preparation: Preparation) -> np.ndarray:
 
 
 def to_picture(image: np.ndarray) -> Image.Image:
-    """The same array as an RGB image."""
+    """An array as an RGB image."""
     if image.ndim == 3 and image.shape[-1] == 1:
         image = image[..., 0]
     return to_rgb(Image.fromarray(image))
@@ -352,17 +354,17 @@ def _reason(error):
         return f'is not an image ({", ".join(FORMATS)})'
     if isinstance(error, OSError) and error.strerror:
         return f'cannot be read ({error.strerror})'
-    said = ' '.join(str(error).split())[:100] or type(error).__name__
-    return f'cannot be decoded ({said})'
+    reason = ' '.join(str(error).split())[:100] or type(error).__name__
+    return f'cannot be decoded ({reason})'
 
 
 def check_image(file: str | bytes, *, decode: bool) -> str | None:
-    """Why a file is no whole image, or None.
+    """Why a file is not an intact image, or None if it is.
 
     Args:
-      file: its path, or its bytes.
-      decode: True decodes it. False reads its first bytes and its last, some 0.1 ms,
-        and decodes only where its format's end mark is not at its end.
+      file: a path, or the bytes of the file.
+      decode: True decodes the image. False reads its first and last bytes, which takes
+        about 0.1 ms, and decodes it only if the end marker of its format is missing.
     """
     try:
         if not decode:

@@ -109,8 +109,8 @@ class FileReader(Reader):
         return duplicates.find(self.paths, indices)
 
     def stat(self, index):
-        found = stat_file(self.paths[index])
-        return found.st_size, found.st_mtime_ns
+        status = stat_file(self.paths[index])
+        return status.st_size, status.st_mtime_ns
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,13 @@ from flax_densenet.errors import UserError
 
 @dataclasses.dataclass
 class TfdsReader(readers.Reader):
-    """One or two splits of a TFDS set: encoded images, each read when asked for."""
+    """Splits of a TFDS set, the last one for test if there is one: encoded images.
+
+    Attributes:
+      parts: data sources of the splits, with random access.
+      features: names of the image and the label in an example.
+      names: of the splits.
+    """
 
     parts: list[Any]
     features: tuple[str, str]
@@ -44,7 +50,7 @@ class TfdsReader(readers.Reader):
 
 
 class _TfdsLabels:
-    """Labels of a `TfdsReader` by index or index array, read when asked for."""
+    """Labels of a `TfdsReader` by index or index array, read when needed."""
 
     ndim = 1
 

@@ -1,7 +1,7 @@
-"""Images that were there when training started and cannot be read later on.
+"""Handles images that were readable when training started and no longer are.
 
-With `data.bad_images=skip` such a one does not end the run: in training the next image
-that can be read stands for it, in evaluation it is left out. Both are counted.
+With `data.bad_images=skip` they do not end the run: training uses the next readable
+image instead, evaluation leaves them out. Both are counted.
 """
 
 import collections
@@ -10,15 +10,16 @@ import numpy as np
 
 from flax_densenet.errors import UserError
 
-# After so many in a row it is the disk, not the files.
+# If this many in a row fail, it is the disk, not the files.
 _MOST = 100
 
 
 class SubstituteUnreadable:
-    """Examples with `unread`: -1, or the position of the one that this stands for.
+    """Examples in which the next readable image replaces an unreadable one.
 
-    Which one stands in depends on what can be read, on nothing else, so a run stays
-    reproducible as far as its files do.
+    They have a field `unread`: -1, or the position of the image that was replaced. The
+    substitute depends only on which files are readable, so a run stays reproducible if
+    its files do not change.
     """
 
     def __init__(self, examples):
@@ -31,7 +32,7 @@ class SubstituteUnreadable:
         return repr(self.examples)
 
     def __getitem__(self, position):
-        """Raises UserError where a hundred images in a row cannot be read."""
+        """Raises `UserError` if a hundred images in a row cannot be read."""
         count = len(self.examples)
         for step in range(min(_MOST, count)):
             try:
@@ -42,12 +43,12 @@ class SubstituteUnreadable:
         raise UserError(
             f'{self.examples.name(position)} and the {min(_MOST, count) - 1} images '
             'after it cannot be read any more; make their folder readable and run '
-            'the same command again, which goes on from the last checkpoint'
+            'the same command again, which resumes from the last checkpoint'
         )
 
 
 class CountedBatches:
-    """An iterator of batches of `SubstituteUnreadable` that keeps account of them.
+    """An iterator of batches of `SubstituteUnreadable` that counts the replaced images.
 
     Attributes:
       unread: how often each position could not be read.
@@ -71,11 +72,11 @@ class CountedBatches:
 
 
 def describe(unread, examples, what: str) -> str:
-    """The line for the end of an epoch; empty where everything was read.
+    """The line to print at the end of an epoch; empty if everything was read.
 
     Args:
-      unread: positions in `examples`, as of `CountedBatches`.
-      what: became of them.
+      unread: positions in `examples`, from `CountedBatches`.
+      what: what happened instead, such as `left out`.
     """
     if not unread:
         return ''

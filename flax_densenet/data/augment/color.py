@@ -1,6 +1,6 @@
-"""Random changes of a training image's colors, as torchvision's ColorJitter.
+"""Random changes of the colors of training images, like torchvision's ColorJitter.
 
-Images are Pillow's, RGB or L (gray), and stay as they are; the results are new ones.
+Images are Pillow's, RGB or L (gray). They are not changed; the results are new images.
 
 >>> image = Image.new('RGB', (4, 3), (200, 100, 50))
 >>> adjust_hue(image, 1 / 3).getpixel((0, 0))
@@ -20,12 +20,12 @@ from flax_densenet.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Strengths:
-    """How much `jitter` changes at most.
+    """The largest changes of `jitter`.
 
     Attributes:
-      brightness, contrast, saturation: factors are drawn evenly from 1 - x (not below
-        0) to 1 + x.
-      hue: shifts are drawn evenly from -x to x; 1 is the whole circle of colors.
+      brightness, contrast, saturation: factors are uniform from 1 - x (at least 0) to
+        1 + x.
+      hue: shifts are uniform from -x to x, where 1 is a full turn of the color wheel.
     """
 
     brightness: float = 0.0
@@ -35,19 +35,19 @@ class Strengths:
 
 
 def parse(value) -> Strengths | None:
-    """The strengths that `data.color_jitter` names; None where it changes nothing.
+    """The strengths of a value of `data.color_jitter`; None if it changes nothing.
 
     Args:
-      value: `()`, `(x,)` for brightness, contrast and saturation alike (as timm's
-        `color_jitter=x`), or three or four numbers, the fourth of the hue.
+      value: `()`, `(x,)` for brightness, contrast and saturation (like timm's
+        `color_jitter=x`), or three or four numbers, of which the fourth is the hue.
 
     Raises:
       UserError: it is none of these, or out of range.
     """
-    found = tuple(value) if isinstance(value, list | tuple) else (value,)
-    right = len(found) in (0, 1, 3, 4) and all(
+    values = tuple(value) if isinstance(value, list | tuple) else (value,)
+    right = len(values) in (0, 1, 3, 4) and all(
         isinstance(x, numbers.Real) and 0 <= x <= most
-        for x, most in zip(found, (10, 10, 10, 0.5), strict=False)
+        for x, most in zip(values, (10, 10, 10, 0.5), strict=False)
     )
     if not right:
         raise UserError(
@@ -55,9 +55,9 @@ def parse(value) -> Strengths | None:
             "saturation alike, or all three and the hue, '(0.4,0.4,0.4,0.1)': from 0 "
             'to 10, the hue to 0.5'
         )
-    if not any(found):
+    if not any(values):
         return None
-    return Strengths(*(found * 3 if len(found) == 1 else found))
+    return Strengths(*(values * 3 if len(values) == 1 else values))
 
 
 def jitter(image: Image.Image, rng, strengths: Strengths) -> Image.Image:
@@ -82,15 +82,14 @@ def adjust_contrast(image: Image.Image, factor: float) -> Image.Image:
 
 
 def adjust_saturation(image: Image.Image, factor: float) -> Image.Image:
-    """0 is gray, 1 the image itself; of gray images nothing changes."""
+    """0 is gray, 1 the image itself; gray images do not change."""
     return image if image.mode == 'L' else ImageEnhance.Color(image).enhance(factor)
 
 
 def adjust_hue(image: Image.Image, shift: float) -> Image.Image:
-    """Turns colors by a share of the circle; gray ones stay as they are.
+    """Turns colors by a share of the color wheel; gray images do not change.
 
-    Not by way of Pillow's HSV, which takes three times as long and rounds hue and
-    saturation to 8 bits in between.
+    Pillow's HSV would take three times as long and round hue and saturation to 8 bits.
     """
     if image.mode == 'L':
         return image
@@ -102,17 +101,17 @@ def adjust_hue(image: Image.Image, shift: float) -> Image.Image:
     return Image.fromarray(turned.reshape(image.height, image.width, 3))
 
 
-# So many pixels at a time stay in the processor's cache: twice as fast as all at once.
+# Pixels at a time that stay in the processor's cache: twice as fast as all at once.
 _STRIP = 2**14
 
 
 def _turn(pixels, shift, out):
-    """Hue of uint8 `[n, 3]` into `out`."""
+    """Writes uint8 `[n, 3]` with a shifted hue to `out`."""
     red, green, blue = (pixels[:, band].astype(np.float32) for band in range(3))
     highest = np.maximum(np.maximum(red, green), blue)
     lowest = np.minimum(np.minimum(red, green), blue)
     chroma = highest - lowest
-    # The place on the circle in sixths: red 0, green 2, blue 4.
+    # The place on the color wheel in sixths: red 0, green 2, blue 4.
     place = red - green + 4 * chroma
     np.copyto(place, blue - red + 2 * chroma, where=green == highest)
     np.copyto(place, green - blue, where=red == highest)
@@ -120,7 +119,7 @@ def _turn(pixels, shift, out):
     place += np.float32(6 * shift)
     place -= 6 * np.floor(place / 6)
     lowest += np.float32(0.5)  # to round
-    # Of the chroma each band has a share: a trapezium around its own color.
+    # The share of each band in the chroma is a trapezoid around its color.
     for band, share in enumerate(
         (np.abs(place - 3) - 1, 2 - np.abs(place - 2), 2 - np.abs(place - 4))
     ):
@@ -129,7 +128,7 @@ def _turn(pixels, shift, out):
         out[:, band] = share * chroma + lowest
 
 
-# Strength, function, what changes nothing.
+# Strength, function, and the value that changes nothing.
 _OPERATIONS = (
     ('brightness', adjust_brightness, 1),
     ('contrast', adjust_contrast, 1),

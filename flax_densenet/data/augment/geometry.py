@@ -1,4 +1,4 @@
-"""Random changes to a training image, and the named recipes made of them.
+"""Random changes of the geometry of training images, and recipes of them.
 
 Each function takes an image uint8 `[H, W, C]` and a numpy Generator and returns an
 image of the same shape and type. `flip` also takes one of Pillow's.
@@ -16,7 +16,7 @@ from PIL import Image
 
 
 def flip(image, rng):
-    """Mirrors left and right, half of the time."""
+    """Mirrors left and right, with a probability of a half."""
     if rng.random() >= 0.5:
         return image
     if isinstance(image, Image.Image):
@@ -25,9 +25,9 @@ def flip(image, rng):
 
 
 def shift(image, rng):
-    """Shifts by up to an eighth of the side (4 of 32 pixels), with zeros around.
+    """Shifts by up to an eighth of the side (4 of 32 pixels) and pads with zeros.
 
-    The paper's augmentation of CIFAR (section 4.1), together with `flip`.
+    With `flip`, this is the paper's augmentation of CIFAR (section 4.1).
     """
     height, width = image.shape[:2]
     most = (height // 8, width // 8)
@@ -37,7 +37,7 @@ def shift(image, rng):
 
 
 def crop(image, rng):
-    """A random part (8 to 100 % of the area, sides 3:4 to 4:3) at the full size.
+    """A random part (8 to 100% of the area, aspect 3:4 to 4:3) at the full size.
 
     The random-resized crop of Szegedy et al., arXiv 1409.4842, section 6.
     """
@@ -48,7 +48,7 @@ def crop(image, rng):
 
 
 def crop_part(size, rng):
-    """Where `crop` cuts from an image of (width, height): left, top, right, bottom."""
+    """The box of `crop` in an image of (width, height): left, top, right, bottom."""
     width, height = size
     for _ in range(10):
         area = height * width * rng.uniform(0.08, 1.0)
@@ -63,12 +63,12 @@ def crop_part(size, rng):
 
 
 def as_picture(image: np.ndarray) -> Image.Image:
-    """RGB, or L (gray) of one channel."""
+    """uint8 `[H, W, C]` as Pillow's image: RGB, or L (gray) for one channel."""
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
 def to_array(picture: Image.Image) -> np.ndarray:
-    """uint8 `[H, W, C]`."""
+    """Pillow's image as uint8 `[H, W, C]`."""
     return np.asarray(picture).reshape(picture.height, picture.width, -1)
 
 

@@ -1,18 +1,17 @@
-"""Random erasing, mixup and CutMix, on the device within the step.
+"""Random erasing, mixup and CutMix, on the device within the training step.
 
 Random erasing (https://arxiv.org/abs/1708.04896) covers a box of an image with the mean
 color. mixup (https://arxiv.org/abs/1710.09412) and CutMix
-(https://arxiv.org/abs/1905.04899) then put a partner from the same batch into each
-image, over all of it or into a box. An image's loss is the mean of the losses by its
-own label and its partner's, with the image's weights (`blend`), so any loss of images
-and labels will do.
+(https://arxiv.org/abs/1905.04899) then blend a partner from the same batch into each
+image, everywhere or in a box. The loss of an image is the weighted mean of the losses
+by its own and its partner's label (`blend`), so it works with any loss.
 
-Everything is a function of the key and the whole batch, whatever devices it lies on.
+Everything is a function of the key and the global batch, whatever the devices.
 
 >>> images = jnp.zeros((4, 8, 8, 3), jnp.uint8)
 >>> mixing = Mixing(mixup=0.2)
->>> found = mix(images, jax.random.key(0), mixing, mean=(0.5, 0.5, 0.5))
->>> found.images.shape, found.images.dtype, found.partners.shape, found.weights.shape
+>>> mixed = mix(images, jax.random.key(0), mixing, mean=(0.5, 0.5, 0.5))
+>>> mixed.images.shape, mixed.images.dtype, mixed.partners.shape, mixed.weights.shape
 ((4, 8, 8, 3), dtype('float32'), (4,), (4,))
 """
 
@@ -26,23 +25,23 @@ import numpy as np
 
 from flax_densenet.errors import UserError
 
-# Of random erasing: share of the area and height to width, as torchvision and timm.
+# Random erasing: share of the area, and aspect ratio; as in torchvision and timm.
 ERASE_SCALE, ERASE_RATIO = (0.02, 0.33), (0.3, 3.3)
-_TRIES = 10  # of boxes, until one fits into the image; as torchvision
-# Random ones for each image: area and shape of each try, whether, and where (2).
+_TRIES = 10  # until a box fits into the image; as in torchvision
+# Random numbers per image: area and aspect of each try, the decision, the place (2).
 _NUMBERS = 2 * _TRIES + 3
-# Of the step's key, whose other numbers are micro-batches (`step.make_gradients`).
+# Folded into the step's key; other numbers are micro-batches (`step.make_gradients`).
 _KEY = 2**32 - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-    """What `mix` does; of 0 nothing.
+    """What `mix` does. A value of 0 turns it off.
 
     Attributes:
-      erase: share of the images that a box is erased from.
-      mixup, cutmix: alpha of Beta(alpha, alpha), from which the share that an image
-        keeps is drawn, one for a batch. With both, each batch has one of them, evenly.
+      erase: share of the images in which a box is erased.
+      mixup, cutmix: alpha of Beta(alpha, alpha), from which the share that images keep
+        is drawn, once per batch. With both, each batch uses one of them, equally often.
     """
 
     erase: float = 0.0
@@ -63,8 +62,8 @@ class Mixed(NamedTuple):
 
     Attributes:
       images: float32 `[N, H, W, C]`, from 0 to 255.
-      partners: int32 `[N]`, of each image the row that was put into it.
-      weights: float32 `[N]`, the share that is its own.
+      partners: int32 `[N]`, the row that was blended into each image.
+      weights: float32 `[N]`, the share of the image itself.
     """
 
     images: Any
@@ -76,15 +75,16 @@ def from_fields(*, erase: float, mixup: float, cutmix: float, rows: int) -> Mixi
     """Checks the fields of `config.data`.
 
     Args:
+      erase, mixup, cutmix: the fields.
       rows: of a micro-batch, over all devices.
 
     Raises:
-      UserError: a value is out of range, or a row has no other to be mixed with.
+      UserError: a value is out of range, or a batch has only one row to mix.
     """
     if not 0 <= erase <= 1:
         raise UserError(f'data.erase={erase} is a probability: use 0 to 1')
     for name, alpha in (('mixup', mixup), ('cutmix', cutmix)):
-        # Below, a share is 0 or 1 in float32, above, a half: a slip of the keyboard.
+        # Below, shares are 0 or 1 in float32; above, a half. It must be a typo.
         if alpha != 0 and not 0.01 <= alpha <= 100:
             raise UserError(
                 f'data.{name}={alpha} is the alpha of Beta(alpha, alpha): use 0.01 to '
@@ -103,15 +103,16 @@ def mix(images, key, mixing: Mixing, *, mean) -> Mixed:
     """Erases boxes and mixes pairs.
 
     Args:
-      images: uint8 `[N, H, W, C]`, a whole (micro-)batch.
-      key: of the step (and the micro-batch); other uses of it stay apart.
-      mean: `[C]`, of 0 to 1: the color of boxes, 0 after the normalization.
+      images: uint8 `[N, H, W, C]`, a (micro-)batch over all devices.
+      key: random key of the step (and micro-batch); a constant is folded in.
+      mixing: what to do.
+      mean: `[C]`, from 0 to 1: the color of boxes, which is 0 once normalized.
     """
     count, height, width, _ = images.shape
-    # As few draws as can be: each takes half a second to compile on a CPU.
+    # As few draws as possible: each takes half a second to compile on a CPU.
     key = jax.random.fold_in(key, _KEY)
     numbers = jax.random.uniform(key, (5,), jnp.float32)
-    # Rows move between devices as they are, in a quarter of float32's bytes.
+    # Rows move between devices as uint8, a quarter of the bytes of float32.
     partners = other = None
     if mixing.pairs:
         shift = 1 + (numbers[0] * (count - 1)).astype(jnp.int32)
@@ -160,7 +161,7 @@ def draw_boxes(numbers, height: int, width: int, probability: float):
 
 
 def inside(boxes, height: int, width: int):
-    """bool `[N, H, W]`: what lies in boxes `[N, 4]` of top, left, bottom, right."""
+    """Pixels in boxes `[N, 4]` of top, left, bottom, right: bool `[N, H, W]`."""
     top, left, bottom, right = (boxes[:, n, None] for n in range(4))
     y, x = jnp.arange(height)[None], jnp.arange(width)[None]
     rows, columns = (top <= y) & (y < bottom), (left <= x) & (x < right)
@@ -168,7 +169,7 @@ def inside(boxes, height: int, width: int):
 
 
 def draw_shares(numbers, height: int, width: int, mixing: Mixing):
-    """What all images of a batch keep: the share, and by pixel float32 `[H, W]`.
+    """The share that the images of a batch keep, and the same by pixel, `[H, W]`.
 
     Args:
       numbers: from 0 to 1, at least four.
@@ -187,13 +188,13 @@ def draw_shares(numbers, height: int, width: int, mixing: Mixing):
 
 
 def cut_box(center, share, height: int, width: int):
-    """CutMix's box, int32 `[4]`: sides are sqrt(1 - share) of the image's.
+    """CutMix's box, int32 `[4]`, with sides of sqrt(1 - share) times the image's.
 
-    Its center lies anywhere and what hangs over is cut off, so the box may be smaller:
-    the share that counts is that of its pixels.
+    Its center can be anywhere, and parts outside the image are cut off. So the box can
+    be smaller, and the share of its pixels is what counts.
 
     Args:
-      center: shares of the height and the width.
+      center: from 0 to 1, as shares of height and width.
     """
     side = jnp.array([height, width])
     center = (center * side).astype(jnp.int32)
@@ -203,9 +204,9 @@ def cut_box(center, share, height: int, width: int):
 
 
 def _from_beta(uniform, alpha):
-    """Beta(alpha, alpha) of a number from 0 to 1, by a table of its quantiles.
+    """Beta(alpha, alpha) from a uniform number, with a table of quantiles.
 
-    `jax.random.beta` is a loop that ends by chance, for which a GPU asks its host.
+    `jax.random.beta` is a loop of random length, for which a GPU waits for its host.
     """
     from scipy import special
 
@@ -215,12 +216,14 @@ def _from_beta(uniform, alpha):
 
 
 def blend(own, others, weights):
-    """What a mixture's loss is, by an image's own label and by its partner's.
+    """The loss of mixed images, from the losses by both labels.
+
+    Losses become weighted means. An image counts as correct if it is correct by the
+    label with the larger weight.
 
     Args:
-      own, others: `(loss, weighted loss, correct)` of each image, by its own label and
-        by its partner's: losses become weighted means, and an image counts as right
-        where it is so by the label with the larger weight.
+      own: `(loss, weighted loss, correct)`, each `[N]`, by the images' own labels.
+      others: the same by their partners' labels.
       weights: `Mixed.weights`.
     """
     *losses, correct = own

@@ -1,8 +1,9 @@
-"""Policies that draw changes of a training image: RandAugment and TrivialAugment.
+"""Augmentation policies: RandAugment and TrivialAugment.
 
-RandAugment (https://arxiv.org/abs/1909.13719) takes N operations, each at the magnitude
-M of 30; TrivialAugment (https://arxiv.org/abs/2103.10158, its wide space) takes one, at
-any magnitude. Operations, ranges, nearest pixels and black corners are torchvision's.
+RandAugment (https://arxiv.org/abs/1909.13719) applies N operations with magnitude M of
+30; TrivialAugment (https://arxiv.org/abs/2103.10158, its wide space) applies one, with
+a random magnitude. Operations, ranges, nearest-pixel sampling and black corners are
+torchvision's.
 Images are Pillow's, RGB or L (gray).
 
 >>> policy = parse('randaugment-2-9')
@@ -28,12 +29,12 @@ _MOST_OPERATIONS = 14
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """What `apply` draws.
+    """The policy that `apply` follows.
 
     Attributes:
-      count: operations, one after another.
-      magnitude: of each, from 0 to 30; None draws it.
-      wide: TrivialAugment's ranges in place of RandAugment's.
+      count: number of operations, applied one after another.
+      magnitude: of each operation, from 0 to 30; None for a random one.
+      wide: use TrivialAugment's ranges instead of RandAugment's.
     """
 
     count: int
@@ -42,7 +43,7 @@ class Policy:
 
 
 def parse(name: str) -> Policy | None:
-    """The policy that `data.policy` names; None for `none`.
+    """The policy of a value of `data.policy`; None for `none`.
 
     Raises:
       UserError: there is no such policy.
@@ -51,9 +52,9 @@ def parse(name: str) -> Policy | None:
         return None
     if name == 'trivialaugment':
         return Policy(1, None, wide=True)
-    found = re.fullmatch(r'randaugment(?:-(\d{1,3})-(\d{1,3}))?', str(name))
-    if found:
-        count, magnitude = (int(x) for x in (found[1] or 2, found[2] or 9))
+    match = re.fullmatch(r'randaugment(?:-(\d{1,3})-(\d{1,3}))?', str(name))
+    if match:
+        count, magnitude = (int(x) for x in (match[1] or 2, match[2] or 9))
         if 1 <= count <= _MOST_OPERATIONS and magnitude < _BINS:
             return Policy(count, magnitude, wide=False)
     raise UserError(
@@ -64,7 +65,7 @@ def parse(name: str) -> Policy | None:
 
 
 def apply(image: Image.Image, rng, policy: Policy) -> Image.Image:
-    """The image after the operations that are drawn; the given one stays as it is."""
+    """Applies random operations to an image, which is not changed itself."""
     for _ in range(policy.count):
         operation = OPERATIONS[_NAMES[rng.integers(len(_NAMES))]]
         place = policy.magnitude
@@ -92,12 +93,12 @@ def shear_y(image, amount):
 
 
 def translate_x(image, amount):
-    """Moves right, by the whole part of `amount` pixels."""
+    """Moves right by `amount` pixels, rounded towards 0."""
     return _affine(image, 1, 0, -int(amount), 0, 1, 0)
 
 
 def translate_y(image, amount):
-    """Moves down, by the whole part of `amount` pixels."""
+    """Moves down by `amount` pixels, rounded towards 0."""
     return _affine(image, 1, 0, 0, 0, 1, -int(amount))
 
 
@@ -126,7 +127,7 @@ def _up_to(narrow, wide):
 
 
 def _pixels(axis):
-    """RandAugment's share of the side, TrivialAugment's pixels."""
+    """RandAugment has shares of the side, TrivialAugment pixels."""
 
     def amount(level, image, is_wide):
         return level * (32 if is_wide else 150 / 331 * image.size[axis])
@@ -135,12 +136,12 @@ def _pixels(axis):
 
 
 def _bits(level, _, is_wide):
-    # As torch and numpy round: a half to the even number.
+    # Rounds like torch and numpy: halves to the even number.
     return 8 - round(level * (6 if is_wide else 4))
 
 
 def _by_factor(function):
-    """An operation whose amount is what its factor differs from 1 by."""
+    """An operation with a factor of 1 + amount."""
     return Operation(
         lambda image, amount: function(image, 1 + amount), _up_to(0.9, 0.99), True
     )
@@ -162,7 +163,7 @@ OPERATIONS = {
     'contrast': _by_factor(color.adjust_contrast),
     'sharpness': _by_factor(adjust_sharpness),
     'posterize': Operation(ImageOps.posterize, _bits, False),
-    # What is as bright as this or brighter is inverted.
+    # Values from this on are inverted.
     'solarize': Operation(
         ImageOps.solarize, lambda level, *_: 255 * (1 - level), False
     ),

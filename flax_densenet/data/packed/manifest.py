@@ -1,4 +1,4 @@
-"""The manifest of a pack: which files there are, and that they are whole."""
+"""The manifest of a pack: its files, and their checksums."""
 
 import dataclasses
 import hashlib
@@ -16,24 +16,24 @@ _MAX_BYTES = 2**28
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """A file of images: `count` of a part, with its size in bytes and its SHA-256."""
+    """A file with `count` images of a part, its size in bytes and its SHA-256."""
 
     file: str
     part: str
     count: int
     bytes: int
     sha256: str
-    fingerprint: str  # of what it was made from
+    fingerprint: str  # of the images that it was made from
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What `pack.json` says.
+    """The content of `pack.json`.
 
     Attributes:
-      source: `data.source` that was packed.
-      has_test: the source had a test part.
-      shorter_side: to which images were made smaller, in pixels; 0 for none.
+      source: the `data.source` that was packed.
+      has_test: whether the source had a test part.
+      shorter_side: in pixels, to which larger images were reduced; 0 if they were not.
     """
 
     source: str
@@ -46,11 +46,11 @@ class Manifest:
     shards: tuple[Shard, ...]
 
     def count(self, part: str) -> int:
-        """Images of a part."""
+        """Number of images in a part."""
         return sum(shard.count for shard in self.shards if shard.part == part)
 
     def to_json(self) -> str:
-        """The text of `pack.json`, the same for the same pack."""
+        """The text of `pack.json`; equal packs have equal texts."""
         fields = {'format': FORMAT, 'version': VERSION} | dataclasses.asdict(self)
         counts = {part: self.count(part) for part in PARTS}
         return json.dumps(fields | {'images': counts}, indent=1) + '\n'
@@ -60,35 +60,37 @@ def load(folder: str) -> Manifest:
     """Reads and checks `pack.json`.
 
     Raises:
-      UserError: it is not there, cannot be read or says what no pack says.
+      UserError: it is missing, cannot be read or is invalid.
     """
     path = os.path.join(folder, FILE)
     try:
         if os.path.getsize(path) > _MAX_BYTES:
             raise UserError(f'{path} is too large to be a manifest; {REMEDY}')
         with open(path, encoding='utf-8') as file:
-            found = json.load(file)
+            content = json.load(file)
     except OSError as error:
         raise UserError(f'{path} cannot be read ({error.strerror})') from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f'{path} is damaged (no JSON); {REMEDY}') from error
+        raise UserError(f'{path} is damaged (not JSON); {REMEDY}') from error
     try:
-        return _to_manifest(found)
+        return _to_manifest(content)
     except (KeyError, TypeError, ValueError) as error:
-        said = f'no {error}' if isinstance(error, KeyError) else error
-        raise UserError(f'{path} is damaged or of another program ({said})') from error
+        reason = f'no {error}' if isinstance(error, KeyError) else error
+        raise UserError(
+            f'{path} is damaged or of another program ({reason})'
+        ) from error
 
 
-def _to_manifest(found) -> Manifest:
-    """Raises KeyError, TypeError or ValueError where it is none of ours."""
-    if not isinstance(found, dict) or found.get('format') != FORMAT:
+def _to_manifest(content) -> Manifest:
+    """Raises KeyError, TypeError or ValueError if it is not a manifest of ours."""
+    if not isinstance(content, dict) or content.get('format') != FORMAT:
         raise ValueError(f'no {FORMAT}')
-    if found['version'] != VERSION:
-        raise ValueError(f'version {found["version"]}; this program reads {VERSION}')
+    if content['version'] != VERSION:
+        raise ValueError(f'version {content["version"]}; this program reads {VERSION}')
     fields = {}
     for field in dataclasses.fields(Manifest):
         kind = {'class_names': list, 'shards': list}.get(field.name, field.type)
-        fields[field.name] = _typed(found, field.name, kind)
+        fields[field.name] = _typed(content, field.name, kind)
     names = fields['class_names'] = tuple(fields['class_names'])
     if not names or not all(isinstance(name, str) for name in names):
         raise ValueError('no class names')
@@ -101,12 +103,12 @@ def _to_manifest(found) -> Manifest:
     return Manifest(**fields)
 
 
-def to_shard(found) -> Shard:
-    """Raises KeyError, TypeError or ValueError where JSON holds no shard."""
-    if not isinstance(found, dict):
+def to_shard(content) -> Shard:
+    """Raises KeyError, TypeError or ValueError if the JSON is not a shard."""
+    if not isinstance(content, dict):
         raise ValueError('no shards')
     fields = {
-        field.name: _typed(found, field.name, field.type)
+        field.name: _typed(content, field.name, field.type)
         for field in dataclasses.fields(Shard)
     }
     shard = Shard(**fields)
@@ -118,15 +120,15 @@ def to_shard(found) -> Shard:
     return shard
 
 
-def _typed(found, name, kind):
-    value = found[name]
+def _typed(content, name, kind):
+    value = content[name]
     if type(value) is not kind:  # True would pass for an int
         raise TypeError(f'{name} is no {kind.__name__}')
     return value
 
 
 def check_size(path: str, expected: int):
-    """Raises UserError where a file is missing or of another size."""
+    """Raises `UserError` if a file is missing or has another size."""
     try:
         size = os.path.getsize(path)
     except OSError as error:
@@ -135,7 +137,7 @@ def check_size(path: str, expected: int):
         ) from error
     if size != expected:
         raise UserError(
-            f'{path} has {size} bytes in place of {expected}: cut short or of another '
+            f'{path} has {size} bytes instead of {expected}: cut short or of another '
             f'pack; {REMEDY}'
         )
 
@@ -154,7 +156,7 @@ def sha256(path: str) -> str:
 
 
 def describe(manifest: Manifest) -> str:
-    """A line on what a pack holds."""
+    """One line about the content of a pack."""
     size = sum(shard.bytes for shard in manifest.shards)
     parts = f'{manifest.count("train")} images'
     if manifest.has_test:

@@ -1,4 +1,4 @@
-"""Which images go to which shard of a pack, and what is stored of each."""
+"""Plans the shards of a pack, and makes the record of each image."""
 
 import dataclasses
 import hashlib
@@ -13,20 +13,19 @@ from flax_densenet.errors import UserError
 
 SUFFIX = '.array_record'
 _MIB = 2**20
-# Each read of a record takes 1 us more for every 800 of its shard.
+# A read takes 1 us more for every 800 records in its shard.
 _MOST = 2048
-_SAMPLE = 32  # images by which the sizes of smaller ones are estimated
+_SAMPLE = 32  # images from which the packed size is estimated
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What `--mode=pack` takes.
+    """Options of `--mode=pack`.
 
     Attributes:
-      shard_mib: MiB from which on a shard is full; its last image may be beyond. With
-        2048 images one is full as well.
-      max_side: pixels; an image whose shorter side is longer is made so small and saved
-        as JPEG. 0 keeps the bytes of every file.
+      shard_mib: size in MiB at which a shard is full. It is also full with 2048 images.
+      max_side: in pixels. An image with a longer shorter side is reduced to it and
+        saved as JPEG. 0 keeps all files as they are.
       quality: of that JPEG, from 1 to 100.
     """
 
@@ -46,7 +45,7 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A shard to be: which images of the reader it holds."""
+    """A shard to write, and the indices of its images."""
 
     file: str
     part: str
@@ -55,20 +54,20 @@ class Job:
 
 
 class Images:
-    """The images of a source as they are packed."""
+    """The images of a source, and how they are packed."""
 
-    def __init__(self, found: readers.Listing, root: str, options: Options):
-        self.found, self.options = found, options
-        self.reader = found.reader
+    def __init__(self, listing: readers.Listing, root: str, options: Options):
+        self.listing, self.options = listing, options
+        self.reader = listing.reader
         self._root = root if os.path.isdir(root) else os.path.dirname(root)
 
     def name(self, index) -> bytes:
-        """The file's name below the source's folder."""
+        """Path of an image's file below the source's folder."""
         return os.fsencode(os.path.relpath(self.reader.name(index), self._root))
 
     def identity(self, index, changed):
-        """All that the record of an image depends on."""
-        groups, options = self.found.groups, self.options
+        """Everything that the record of an image depends on."""
+        groups, options = self.listing.groups, self.options
         return (
             manifest.VERSION,
             self.name(index),
@@ -79,10 +78,10 @@ class Images:
         )
 
     def record(self, index) -> bytes:
-        """The record of an image, which was decoded to see that it is whole.
+        """The record of an image, which is decoded to check it.
 
         Raises:
-          UserError: it is not.
+          UserError: it cannot be read or decoded.
         """
         try:
             raw = self.reader[index]
@@ -102,8 +101,7 @@ class Images:
         if reason:
             raise UserError(
                 f'{self.reader.name(index)} {reason}: fix or remove it, or set '
-                'data.bad_images=skip; the same command goes on with the shards that '
-                'are whole'
+                'data.bad_images=skip; then run the same command to resume'
             )
         return packed_reader.to_record(
             image,
@@ -114,14 +112,14 @@ class Images:
 
 
 def plan(stored: Images) -> tuple[list[Job], float]:
-    """Divides the images of a source into shards, those to train on first.
+    """Divides the images of a source into shards, training images first.
 
     Returns:
-      The shards, and about how many bytes they will take.
+      The shards, and an estimate of their size in bytes.
     """
     ratio, jobs, total = _estimate(stored), [], 0.0
     for part in manifest.PARTS:
-        indices = getattr(stored.found, part)
+        indices = getattr(stored.listing, part)
         indices = [] if indices is None else indices.tolist()
         number, group, size, facts = 0, [], 0.0, hashlib.sha256()
         for index in indices:
@@ -139,10 +137,10 @@ def plan(stored: Images) -> tuple[list[Job], float]:
 
 
 def _estimate(stored) -> float:
-    """Bytes of a packed image for each of its file's, by a sample."""
+    """The ratio of packed to original bytes, from a sample."""
     if not stored.options.max_side:
         return 1.0
-    every = stored.found.train
+    every = stored.listing.train
     sample = every[:: max(1, len(every) // _SAMPLE)][:_SAMPLE].tolist()
     before = sum(stored.reader.stat(index)[0] for index in sample)
     return sum(len(stored.record(index)) for index in sample) / before

@@ -1,18 +1,17 @@
-"""Packed images: ArrayRecord shards with an index, as `--mode=pack` writes them.
+"""Reads packed images: ArrayRecord shards with an index, as `--mode=pack` writes them.
 
-A folder of a pack holds
+The folder of a pack has
 
 - `pack.json`, the manifest: classes, parts, and size and SHA-256 of all other files;
-- `index.safetensors`: of each image its label, the name and a hash of the file that it
-  came from, and whose image it is, so that labels, names and copies are known without
-  reading an image;
-- `train-00000.array_record`, ...: one image a record, a msgpack map of the encoded
-  image, label, name and hash, which is whole by itself (any other program can read it).
+- `index.safetensors`: the label of each image, the name and a hash of its original
+  file, and its group, so that labels, names and copies are known without reading
+  images;
+- `train-00000.array_record`, ...: a record per image, a msgpack map of the encoded
+  image, label, name and hash, which other programs can read, too.
 
-Images stand in the source's order, those of the test part last. Reading one takes one
-read at a place that the shard's own index tells, where a file of its own takes a walk
-through folders first. ArrayRecord keeps a hash of each record, which is checked at each
-read.
+Images are in the source's order, those of the test part last. The index of a shard has
+the offset of each image, so reading one takes a single read, while a separate file also
+takes a walk through folders. ArrayRecord checks a hash of each record at each read.
 """
 
 import bisect
@@ -35,17 +34,17 @@ _HASH = 16
 
 
 def hash_file(content: bytes) -> bytes:
-    """The 16 bytes that tell copies of an image file from others."""
+    """A hash of 16 bytes that identifies copies of an image file."""
     return hashlib.blake2b(content, digest_size=_HASH).digest()
 
 
 def to_record(image: bytes, label, name: bytes, source: bytes) -> bytes:
-    """One image as a record.
+    """Encodes an image as a record.
 
     Args:
       image: the encoded image.
       label: int32, or float32 `[L]`.
-      name: of the file it came from, below its source's folder.
+      name: path of the original file below the source's folder.
       source: `hash_file` of that file.
     """
     import msgpack
@@ -57,40 +56,40 @@ def to_record(image: bytes, label, name: bytes, source: bytes) -> bytes:
 
 
 def from_record(record: bytes) -> dict[str, Any]:
-    """`image`, `label`, `name` and `source` of a record, all as `to_record` had them.
+    """Decodes a record: `image`, `label`, `name` and `source` as of `to_record`.
 
     Raises:
-      ValueError: it is none of ours.
+      ValueError: it is not one of our records.
     """
     import msgpack
 
     try:
-        found = msgpack.unpackb(record)
+        fields = msgpack.unpackb(record)
     except (msgpack.UnpackException, ValueError, TypeError) as error:
         raise ValueError('no msgpack map') from error
     kinds = {'image': bytes, 'label': (int, bytes), 'name': bytes, 'source': bytes}
-    if not isinstance(found, dict) or found.keys() != kinds.keys():
+    if not isinstance(fields, dict) or fields.keys() != kinds.keys():
         raise ValueError('no image with its label, name and source')
     for name, kind in kinds.items():
-        if not isinstance(found[name], kind):
+        if not isinstance(fields[name], kind):
             raise ValueError(f'a {name} of another kind')
-    if len(found['source']) != _HASH:
+    if len(fields['source']) != _HASH:
         raise ValueError('a source of another length')
-    if isinstance(found['label'], bytes):
-        found['label'] = np.frombuffer(found['label'], '<f4')
-    return found
+    if isinstance(fields['label'], bytes):
+        fields['label'] = np.frombuffer(fields['label'], '<f4')
+    return fields
 
 
 class PackedReader(readers.Reader):
-    """Images of a pack by their place: encoded bytes, as the source's file had them.
+    """The images of a pack: encoded bytes.
 
-    Can be used by several threads at once and be sent to other processes, each of which
-    opens its own files. At rest it holds the labels (4 bytes an image); an open shard
-    has 8 bytes an image and a buffer.
+    It can be used by several threads and sent to other processes, which open their own
+    files. It keeps the labels in memory (4 bytes per image), and for each open shard 8
+    bytes per image and a buffer.
 
     Attributes:
       labels: int32 `[N]`, or float32 `[N, L]`.
-      groups: int64 `[N]`, whose image it is, or None.
+      groups: int64 `[N]`, the group of each image; or None.
     """
 
     def __init__(self, folder: str, manifest: manifest_lib.Manifest):
@@ -117,30 +116,30 @@ class PackedReader(readers.Reader):
         return self.read(index)['image']
 
     def read(self, index: int) -> dict[str, Any]:
-        """The record of an image, see `from_record`.
+        """Reads the record of an image, see `from_record`.
 
         Raises:
-          UserError: it cannot be read whole, naming the shard.
+          UserError: it cannot be read; names the shard.
         """
         index = int(index)
         number = bisect.bisect_right(self._ends, index)
         shard = self.manifest.shards[number]
         position = index - self._ends[number] + shard.count
         try:
-            found = from_record(self._pool.read(number, position))
-            if not _same(found['label'], self.labels[index]):
+            fields = from_record(self._pool.read(number, position))
+            if not _same(fields['label'], self.labels[index]):
                 raise ValueError("its label is not the index's: of another pack")
         except (RuntimeError, ValueError, OSError) as error:
-            said = ' '.join(str(error).split())[:120]
+            reason = ' '.join(str(error).split())[:120]
             path = os.path.join(self.folder, shard.file)
             raise UserError(
-                f'{path}: image {position} cannot be read ({said}); the shard is '
+                f'{path}: image {position} cannot be read ({reason}); the shard is '
                 f'damaged: {REMEDY}, or set data.bad_images=skip'
             ) from error
-        return found
+        return fields
 
     def name(self, index: int) -> str:
-        """The file that an image came from, below its source's folder."""
+        """Path of the original file of an image, below its source's folder."""
         tensors = self._tensors()
         first, end = tensors.get_slice('name_ends')[index : index + 2].tolist()
         names = tensors.get_slice('names')
@@ -148,7 +147,6 @@ class PackedReader(readers.Reader):
         return os.fsdecode(names[first:end].tobytes())
 
     def keys(self, indices) -> list[bytes]:
-        """As of the files that they came from, by which these are split."""
         names = self._tensors().get_tensor('names').tobytes()
         ends = self._tensors().get_tensor('name_ends')
         good = np.all(ends[1:] >= ends[:-1]) and ends[0] >= 0 and ends[-1] <= len(names)
@@ -158,7 +156,6 @@ class PackedReader(readers.Reader):
         return [names[first:end] for first, end in places]
 
     def copies(self, indices) -> list[list[int]]:
-        """Groups of two and more of `indices` that came from the same file content."""
         hashes = self._tensors().get_tensor('sources')
         self._check(
             'sources', hashes.dtype == np.uint8 and hashes.shape[1:] == (_HASH,)
@@ -174,7 +171,7 @@ class PackedReader(readers.Reader):
         )
 
     def _tensors(self):
-        """The index file, of which only what is asked for is read."""
+        """The index file, from which single tensors can be read."""
         if self._index is None:
             import safetensors
 
@@ -221,18 +218,18 @@ def _same(label, expected):
 
 
 def load(name: str) -> PackedReader:
-    """Opens a pack: reads manifest and index, sees that all shards are there.
+    """Opens a pack: reads its manifest and index, checks the sizes of the shards.
 
     Raises:
-      UserError: something of it is missing, cut short or damaged. Damage within a shard
-        shows as its image is read, or by `verify`.
+      UserError: a file is missing, truncated or damaged. Damage inside a shard is found
+        when the image is read, or by `writer.verify`.
     """
     records.check_installed()
     folder = paths.resolve(name, 'data.source=packed:')
     if not name or not os.path.isfile(os.path.join(folder, manifest_lib.FILE)):
         raise UserError(
             f'data.source=packed:{name}: there is no {manifest_lib.FILE}; give '
-            'a folder that --mode=pack has made to its end'
+            'a folder that --mode=pack has completed'
         )
     manifest = manifest_lib.load(folder)
     for shard in manifest.shards:

@@ -11,7 +11,7 @@ from flax_densenet.system import platforms
 
 # Records one by one, as random access needs them; images are compressed already.
 WRITER_OPTIONS = 'group_size:1,uncompressed'
-# Threads of its own, one record at a time, would only cost.
+# One record at a time gains nothing from more threads.
 _READER_OPTIONS = 'readahead_buffer_size:0,max_parallelism:0'
 _BUFFER = 8192
 _AHEAD = 2**23  # bytes
@@ -25,7 +25,7 @@ def check_installed():
 
 
 def records(path: str):
-    """The records of a shard in order.
+    """Yields the records of a shard in order.
 
     Raises:
       RuntimeError: it is damaged.
@@ -37,19 +37,19 @@ def records(path: str):
         for _ in range(reader.num_records()):
             yield reader.read()
     finally:
-        with contextlib.suppress(RuntimeError):  # said before
+        with contextlib.suppress(RuntimeError):  # was raised before
             reader.close()
 
 
 class Pool:
-    """Files that are opened when they are needed, for any number of threads.
+    """ArrayRecord files that are opened when needed, for any number of threads.
 
-    As the first record is read, files that together fit into half of the free memory
-    are read ahead beside it, front to back: for a disk that is a fraction of the work
-    of reading small pieces all over it.
+    The first read also starts a thread that reads all files sequentially, if they fit
+    into half of the free memory. For a disk that is far less work than small reads.
 
     Args:
-      paths, counts: the files, and how many records each has.
+      paths: of the files.
+      counts: number of records in each.
     """
 
     def __init__(self, paths: list[str], counts: list[int]):
@@ -62,7 +62,7 @@ class Pool:
     def __setstate__(self, state):
         self.__dict__.update(state)
         self._lock = threading.Lock()
-        # By shard, the one that was used last at the end.
+        # By shard, the most recently used last.
         self._open: dict[int, Any] = collections.OrderedDict()
         self._ahead = None
         # The rest is for the program's other files.
@@ -70,8 +70,8 @@ class Pool:
         self._most = 4096 if files is None else max(16, min(4096, files - 256))
 
     def read(self, shard: int, position: int) -> bytes:
-        """Raises RuntimeError or ValueError where it cannot."""
-        # A list of places, since that read lets other threads run; `seek` does not.
+        """Reads a record; raises RuntimeError or ValueError if it cannot."""
+        # Reading a list releases the GIL; `seek` does not.
         return self._reader(shard).read([position])[0]
 
     def _reader(self, shard):
@@ -95,7 +95,7 @@ class Pool:
         if not reader.ok() or reader.num_records() != self._counts[shard]:
             raise ValueError(f'it does not hold {self._counts[shard]} records')
         with self._lock:
-            # What leaves is closed as the last thread that reads from it is through.
+            # An evicted file is closed when the last thread has read from it.
             self._open[shard] = reader
             if len(self._open) > self._most:
                 self._open.popitem(last=False)
@@ -103,8 +103,8 @@ class Pool:
 
 
 def _read_ahead(paths):
-    """Has the system read files that fit into its memory."""
-    with contextlib.suppress(OSError):  # whoever needs the file will meet it again
+    """Makes the system cache the files, if they fit into its memory."""
+    with contextlib.suppress(OSError):  # readers of the file will get the error, too
         if sum(map(os.path.getsize, paths)) > _free_memory() / 2:
             return
         for path in paths:
@@ -112,12 +112,12 @@ def _read_ahead(paths):
                 handle = file.fileno()
                 for start in range(0, os.fstat(handle).st_size, _AHEAD):
                     os.posix_fadvise(handle, start, _AHEAD, os.POSIX_FADV_WILLNEED)
-                    # Waits for the piece before, so that others get their turn too.
+                    # Waits for the previous piece, so that others get their turn.
                     os.pread(handle, 1, max(0, start - 1))
 
 
 def _free_memory() -> int:
-    """Bytes that can be had without taking them from a program; 0 where unknown."""
+    """Bytes of available memory; 0 if unknown."""
     if hasattr(os, 'posix_fadvise') and os.path.exists('/proc/meminfo'):
         with open('/proc/meminfo') as file:
             for line in file:

@@ -1,9 +1,9 @@
-"""Packs images into ArrayRecord shards: `--mode=pack`; `packed` has what comes out.
+"""Packs images into ArrayRecord shards (`--mode=pack`); `reader` describes the format.
 
-The images are divided into shards by their sizes, before anything is written, so that
-the same images give the same files whatever the number of threads. A shard is written
-beside its place, moved there once it is on the disk, and read back before it is noted
-as whole; a pack that was killed goes on with the shards that are.
+The images are divided into shards by their sizes before anything is written, so the
+same images give the same files, whatever the number of threads. A shard is written to a
+temporary file, moved into place, and read back before it is recorded as complete. A
+pack that was interrupted resumes with the complete shards.
 """
 
 import concurrent.futures
@@ -48,17 +48,18 @@ def pack(
     threads: int = 4,
     options: pack_plan.Options | None = None,
 ) -> manifest_lib.Manifest:
-    """Packs a source into a folder, or goes on where a pack of it was ended.
+    """Packs a source into a folder, or resumes an interrupted pack.
 
     Args:
-      source: `folder:PATH` or `tar:PATH`, as of `dataset.load_source`.
-      out: folder, new or of a pack of the same images.
-      labels, bad_images: as of `dataset.load_source`.
-      table: how the table of labels is read.
-      threads: shards that are written at a time.
+      source: `folder:PATH` or `tar:PATH`, see `dataset.load_source`.
+      out: a new folder, or that of a pack of the same images.
+      labels, bad_images: see `dataset.load_source`.
+      table: how to read the table of labels.
+      threads: number of shards that are written at a time.
+      options: sizes of shards and images.
 
     Raises:
-      UserError: the source, the folder or an image cannot be used; the disk is full.
+      UserError: the source, the folder or an image cannot be used, or the disk is full.
     """
     options = options or pack_plan.Options()
     kind, _, name = source.partition(':')
@@ -71,10 +72,10 @@ def pack(
         raise UserError(f'data.labels={labels} needs data.source=folder:PATH')
     records.check_installed()
     _check_out(out)
-    found = sources.SOURCES[kind](
+    listing = sources.SOURCES[kind](
         name, bad_images=bad_images, labels=labels, table=table
     )
-    stored = pack_plan.Images(found, paths_lib.expand(name), options)
+    stored = pack_plan.Images(listing, paths_lib.expand(name), options)
     with lock.hold(out, flag='--out', doing='packs'):
         return _Packer(source, out, stored).run(threads)
 
@@ -86,15 +87,15 @@ def verify(name: str) -> manifest_lib.Manifest:
       name: the folder, as in `data.source=packed:NAME`.
 
     Raises:
-      UserError: naming the first file that is not as it was written.
+      UserError: a file is damaged; names the first one.
     """
     reader = packed_reader.load(name)
     shards = reader.manifest.shards
     paths = [os.path.join(reader.folder, shard.file) for shard in shards]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         sums = pool.map(manifest_lib.sha256, paths)
-        for shard, path, found in zip(shards, paths, sums, strict=True):
-            if found != shard.sha256:
+        for shard, path, actual in zip(shards, paths, sums, strict=True):
+            if actual != shard.sha256:
                 pool.shutdown(cancel_futures=True)
                 raise UserError(
                     f'{path} is damaged (its SHA-256 is another); {manifest_lib.REMEDY}'
@@ -103,7 +104,7 @@ def verify(name: str) -> manifest_lib.Manifest:
 
 
 def _check_out(out):
-    """Raises for a folder that holds what no pack has written."""
+    """Raises `UserError` for a folder with other files than those of a pack."""
     try:
         inside = set(os.listdir(out)) if os.path.lexists(out) else set()
     except OSError as error:
@@ -116,31 +117,34 @@ def _check_out(out):
 
 
 class _Packer:
-    """One pack: which shards there are to be, which are whole, and the rest written."""
+    """Writes one pack: plans its shards, finds complete ones, writes the others."""
 
     def __init__(self, source: str, out: str, stored: pack_plan.Images):
         self.source, self.out, self.images = source, out, stored
-        self.found = stored.found
+        self.listing = stored.listing
         self._stop, self._noting = threading.Event(), threading.Lock()
-        # By shard, what the index needs of its records: hashes and names.
+        # By shard: hashes and names of its records, for the index.
         self._read: dict[str, tuple[np.ndarray, list[bytes]]] = {}
 
     def run(self, threads) -> manifest_lib.Manifest:
         for name in os.listdir(self.out):
-            # Of one that was killed.
+            # From an interrupted pack.
             if name.startswith('.') and name.endswith('.part'):
                 os.unlink(os.path.join(self.out, name))
         jobs, size = pack_plan.plan(self.images)
         self._check_space(size)
-        whole = self._find_whole(jobs, threads)
-        left = [job for job in jobs if job.file not in whole]
-        if whole:
+        complete = self._find_complete(jobs, threads)
+        left = [job for job in jobs if job.file not in complete]
+        if complete:
             print(
-                f'{self.out}: {len(whole)} of {len(jobs)} shards are whole', flush=True
+                f'{self.out}: {len(complete)} of {len(jobs)} shards are complete',
+                flush=True,
             )
         try:
-            whole |= self._write_all(left, threads, sum(len(j.indices) for j in jobs))
-            return self._finish(jobs, [whole[job.file] for job in jobs])
+            complete |= self._write_all(
+                left, threads, sum(len(j.indices) for j in jobs)
+            )
+            return self._finish(jobs, [complete[job.file] for job in jobs])
         except OSError as error:
             raise _explain(error, self.out) from error
 
@@ -158,8 +162,8 @@ class _Packer:
                 '--max_side'
             )
 
-    def _find_whole(self, jobs, threads) -> dict[str, manifest_lib.Shard]:
-        """The shards that an earlier pack of the same images has left, by file."""
+    def _find_complete(self, jobs, threads) -> dict[str, manifest_lib.Shard]:
+        """The complete shards of an earlier pack of the same images, by file."""
         noted = _read_progress(os.path.join(self.out, PROGRESS))
         done = os.path.exists(os.path.join(self.out, manifest_lib.FILE))
         if done:
@@ -171,7 +175,7 @@ class _Packer:
                 )
             noted |= {shard.file: shard for shard in shards}
 
-        def is_whole(job):
+        def is_valid(job):
             shard = noted.get(job.file)
             path = os.path.join(self.out, job.file)
             if shard is None or shard.fingerprint != job.fingerprint:
@@ -182,11 +186,13 @@ class _Packer:
             return True
 
         with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-            kept = zip(jobs, pool.map(is_whole, jobs), strict=True)
-            return {job.file: noted[job.file] for job, whole in kept if whole}
+            kept = zip(jobs, pool.map(is_valid, jobs), strict=True)
+            return {
+                job.file: noted[job.file] for job, is_complete in kept if is_complete
+            }
 
     def _write_all(self, jobs, threads, total) -> dict[str, manifest_lib.Shard]:
-        """Writes shards, and notes each as it is whole."""
+        """Writes shards, and records each one that is complete."""
         written = {}
         done = total - sum(len(job.indices) for job in jobs)
         with (
@@ -201,7 +207,7 @@ class _Packer:
             concurrent.futures.ThreadPoolExecutor(threads) as pool,
         ):
             futures = [pool.submit(self._write, job, progress, notes) for job in jobs]
-            notes.write('\n')  # ends a line that was cut short by a kill
+            notes.write('\n')  # ends a line that was cut short
             try:
                 for future in concurrent.futures.as_completed(futures):
                     shard = future.result()
@@ -212,7 +218,7 @@ class _Packer:
         return written
 
     def _write(self, job, progress, notes) -> manifest_lib.Shard:
-        """Writes one shard, reads it back and notes it."""
+        """Writes a shard, reads it back and records it."""
         from array_record.python import array_record_module
 
         path = os.path.join(self.out, job.file)
@@ -229,12 +235,13 @@ class _Packer:
                 os.fsync(file.fileno())
             os.replace(part, path)
             atomic.sync_folder(self.out)
-        except RuntimeError as error:  # of the writer, whatever the reason was
+        except RuntimeError as error:  # of the writer, for any reason
             full = os.strerror(errno.ENOSPC) in str(error)
-            said = ' '.join(str(error).split())[:200]
-            raise OSError(errno.ENOSPC if full else errno.EIO, said, part) from error
+            reason = ' '.join(str(error).split())[:200]
+            code = errno.ENOSPC if full else errno.EIO
+            raise OSError(code, reason, part) from error
         finally:
-            with contextlib.suppress(OSError):  # moved, or never made
+            with contextlib.suppress(OSError):  # moved, or never written
                 os.unlink(part)
         self._read_back(job)
         shard = manifest_lib.Shard(
@@ -252,15 +259,15 @@ class _Packer:
         return shard
 
     def _read_back(self, job):
-        """Sees that a shard's records are those of its images; keeps what they say."""
+        """Checks that a shard has the records of its images; keeps hashes and names."""
         path, names, hashes = os.path.join(self.out, job.file), [], []
         try:
             for index, record in zip(job.indices, records.records(path), strict=True):
-                found = packed_reader.from_record(record)
-                names.append(found['name'])
-                hashes.append(found['source'])
-                if found['name'] != self.images.name(index):
-                    raise ValueError(f'{os.fsdecode(found["name"])} in another place')
+                fields = packed_reader.from_record(record)
+                names.append(fields['name'])
+                hashes.append(fields['source'])
+                if fields['name'] != self.images.name(index):
+                    raise ValueError(f'{os.fsdecode(fields["name"])} in another place')
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f'{path} was written and cannot be read back ({error}); the disk may '
@@ -270,7 +277,7 @@ class _Packer:
         self._read[job.file] = hashes, names
 
     def _finish(self, jobs, shards) -> manifest_lib.Manifest:
-        """Writes the index, then the manifest, which makes the folder a pack."""
+        """Writes the index and then the manifest, which completes the pack."""
         order = np.concatenate([job.indices for job in jobs])
         names = [name for job in jobs for name in self._read[job.file][1]]
         tensors = {
@@ -279,18 +286,18 @@ class _Packer:
             'names': np.frombuffer(b''.join(names), np.uint8),
             'name_ends': np.cumsum([0, *map(len, names)], dtype=np.int64),
         }
-        if self.found.groups is not None:
-            tensors['groups'] = self.found.groups[order].astype(np.int64)
+        if self.listing.groups is not None:
+            tensors['groups'] = self.listing.groups[order].astype(np.int64)
         index = safetensors.numpy.save(tensors)
         self._save(packed_reader.INDEX, index)
-        if self.found.skipped:
-            lines = ''.join(f'{printable(line)}\n' for line in self.found.skipped)
+        if self.listing.skipped:
+            lines = ''.join(f'{printable(line)}\n' for line in self.listing.skipped)
             self._save(SKIPPED, lines.encode())
         manifest = manifest_lib.Manifest(
             source=printable(self.source),
-            class_names=tuple(self.found.class_names),
-            multi_label=self.found.multi_label,
-            has_test=self.found.test is not None,
+            class_names=tuple(self.listing.class_names),
+            multi_label=self.listing.multi_label,
+            has_test=self.listing.test is not None,
             shorter_side=self.images.options.max_side,
             index_bytes=len(index),
             index_sha256=hashlib.sha256(index).hexdigest(),
@@ -298,7 +305,7 @@ class _Packer:
         )
         self._save(manifest_lib.FILE, manifest.to_json().encode())
         expected = {shard.file for shard in shards}
-        for name in os.listdir(self.out):  # also shards of an earlier plan
+        for name in os.listdir(self.out):  # including shards of an earlier plan
             if name == PROGRESS or (
                 name.endswith(pack_plan.SUFFIX) and name not in expected
             ):
@@ -311,7 +318,7 @@ class _Packer:
 
 
 def _read_progress(path) -> dict[str, manifest_lib.Shard]:
-    """The shards that were noted as whole; a line cut short by a kill is none."""
+    """The shards that were recorded as complete; ignores truncated lines."""
     noted = {}
     with contextlib.suppress(FileNotFoundError), open(path, 'rb') as file:
         for line in file:
@@ -322,13 +329,13 @@ def _read_progress(path) -> dict[str, manifest_lib.Shard]:
 
 
 def _explain(error, out):
-    """One line on a disk that is full, or fails."""
+    """One line about a disk that is full or fails."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
-            f'--out={out}: the disk is full; free some space, and the same command '
-            'goes on with the shards that are whole'
+            f'--out={out}: the disk is full; free some space, and run the same '
+            'command to resume'
         )
     return UserError(
-        f'--out={out} cannot be written ({error.strerror}); mend that, and the same '
-        'command goes on with the shards that are whole'
+        f'--out={out} cannot be written ({error.strerror}); fix that, and run the '
+        'same command to resume'
     )

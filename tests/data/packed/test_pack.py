@@ -406,8 +406,8 @@ def test_shards_of_another_pack(folder, out, tmp_path):
         ('index.safetensors', os.unlink, 'index.safetensors cannot be read .No such'),
         ('index.safetensors', lambda p: flip(p, 200), 'its SHA-256 is another'),
         ('pack.json', os.unlink, 'there is no pack.json'),
-        ('pack.json', lambda p: os.truncate(p, 300), r'is damaged \(no JSON\)'),
-        ('pack.json', lambda p: p.write_text('[' * 10**5), r'is damaged \(no JSON\)'),
+        ('pack.json', lambda p: os.truncate(p, 300), r'is damaged \(not JSON\)'),
+        ('pack.json', lambda p: p.write_text('[' * 10**5), r'is damaged \(not JSON\)'),
         ('pack.json', lambda p: p.write_text('{"format": 1}'), 'of another program'),
     ],
 )

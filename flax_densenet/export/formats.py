@@ -1,10 +1,9 @@
-"""Trained models as single files: for other frameworks, runtimes, and for ourselves.
+"""Writes trained models to files for other frameworks, for runtimes, and for JAX.
 
-As a folder for the Hugging Face Hub also, see `hub`.
+`hub` writes folders for the Hugging Face Hub.
 
-A batch norm adds its own small number to the variance before the root. Where that is
-another one in the program that is to read the file, the difference is added to the
-variances, so the file computes what the model does.
+If the program that reads a file has another batch norm epsilon than the model, the
+difference is added to the variances, so the file computes the same as the model.
 """
 
 import dataclasses
@@ -26,13 +25,13 @@ _TORCH_EPSILON = 1e-5
 
 
 def torch_arrays(module, variables) -> dict[str, np.ndarray]:
-    """torchvision's `state_dict`, of RDNet timm's: keys, layouts, epsilon, float32.
+    """The `state_dict` of torchvision's model, or of timm's RDNet, in float32.
 
     Args:
       variables: `{'params', 'batch_stats'}`.
 
     Raises:
-      UserError: the model pads as torchvision does not, or its epsilon is so much
+      UserError: the model pads differently from torchvision, or its epsilon is so much
         smaller that a variance would be negative.
     """
     flat = traverse_util.flatten_dict(variables, sep='/')
@@ -42,11 +41,11 @@ def torch_arrays(module, variables) -> dict[str, np.ndarray]:
 def _densenet_arrays(module, flat):
     if module.padding != 'torch' and module.stem != 'cifar':
         raise UserError(
-            f'model.padding={module.padding}: torchvision and timm pad otherwise, so '
-            'they would compute something else from these weights; use --format=keras '
+            f'model.padding={module.padding}: torchvision and timm pad differently, so '
+            'they would compute something else with these weights; use --format=keras '
             'or keep the workdir'
         )
-    found = {}
+    arrays = {}
     for name, array in flat.items():
         array = torch_names.to_torch_layout(np.asarray(array, np.float32))
         if name.endswith('/var') and module.epsilon != _TORCH_EPSILON:
@@ -57,11 +56,11 @@ def _densenet_arrays(module, flat):
                     f'{module.epsilon:g} a variance would be below 0'
                 )
         key = torch_names.torch_key(name)
-        found[key] = array
+        arrays[key] = array
         if key.endswith('.running_mean'):
             place = key.removesuffix('.running_mean')
-            found[f'{place}.num_batches_tracked'] = np.array(0, np.int64)
-    return dict(sorted(found.items()))
+            arrays[f'{place}.num_batches_tracked'] = np.array(0, np.int64)
+    return dict(sorted(arrays.items()))
 
 
 # By `Network.family`.
@@ -97,13 +96,13 @@ def _write_safetensors(path, trained, options):
         _stored(torch_arrays(trained.module, trained.variables), options),
         {weight_file.METADATA: json.dumps(metadata), 'format': 'pt'},
     )
-    # Its own `save_file` makes files that nobody else may read.
+    # `save_file` makes files that only their owner can read.
     with open(path, 'wb') as file:
         file.write(content)
 
 
 def _stored(arrays, options):
-    """Kernels in the wanted precision; norms and biases are small and stay."""
+    """Converts kernels to the requested precision; norms and biases are small."""
     if options.precision == 'float32':
         return arrays
     return {
@@ -136,7 +135,7 @@ def _write_onnx(path, trained, options):
 
 
 def _write_stablehlo(path, trained, options):
-    plain = trained.with_tta('none')  # as in all other files
+    plain = trained.with_tta('none')  # like all other files
     stablehlo.save(
         path,
         plain,
@@ -155,14 +154,14 @@ def _write_huggingface(folder, trained, options):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a model is written.
+    """Options of an export.
 
     Attributes:
       inputs: `images` (uint8 in, probabilities out) or `normalized` (floats in, logits
-        out); None for the format's first.
-      precision: of stored weights, a key of the format's; `int8` computes in integers.
-      calibration: of `int8`: uint8 batches `[N, S, S, C]` of images as they will come.
-      license: of the weights, for what says so.
+        out); None for the format's default.
+      precision: of the stored weights; `int8` also computes in integers.
+      calibration: for `int8`: typical images, uint8 batches `[N, S, S, C]`.
+      license: of the weights, for formats that store it.
     """
 
     inputs: str | None = None
@@ -173,15 +172,15 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """A kind of file.
+    """A file format.
 
     Attributes:
-      write: called with path, `trained.Trained` and Options.
-      endings: of the file's name.
-      inputs: that its models can have; the first is the usual one.
-      precisions: that its weights can have.
-      runtimes: keys of `runtimes.RUNTIMES` that can run it.
-      channels_first: normalized floats go in as `[N, C, H, W]`.
+      write: a function of the path, a `Trained` and `Options`.
+      endings: valid endings of the file's name.
+      inputs: valid kinds of input; the first is the default.
+      precisions: valid precisions of the weights.
+      runtimes: keys of `runtimes.RUNTIMES` that can run the file.
+      channels_first: normalized images are `[N, C, H, W]`.
     """
 
     write: Callable[[str, trained_lib.Trained, Options], None]
@@ -257,17 +256,19 @@ def save(
     *,
     verify: Callable[[str], None] = lambda part: None,
 ):
-    """Writes a trained model to one file, whole or not at all.
+    """Writes a trained model to a file, atomically.
 
     Args:
-      path: its name ends as the format's names do; replaced where it is there.
-      file_format: a key of FORMATS. `torch` and `safetensors` are taken by
-        torchvision's and timm's `load_state_dict(strict=True)`, the latter also by
-        `weight_file.load` with all that this project knows of the model; `keras` by
-        `keras.applications`; `onnx` by ONNX Runtime and others; `stablehlo` by JAX;
+      path: must end like the format's files; an existing file is replaced.
+      trained: the model.
+      file_format: a key of `FORMATS`. `torch` and `safetensors` work with
+        `load_state_dict(strict=True)` in torchvision and timm; `weight_file.load` reads
+        `safetensors` with all metadata of the model; `keras` is for
+        `keras.applications`, `onnx` for ONNX Runtime and others, `stablehlo` for JAX;
         `huggingface` is a folder.
-      verify: called with the file before it takes its place; what it raises leaves
-        what was there.
+      options: inputs, precision and others.
+      verify: called with the new file before it is moved into place. If it raises, the
+        existing file stays.
 
     Raises:
       UserError: the format cannot hold the model, or the file cannot be written.
@@ -292,7 +293,7 @@ def save(
 
 
 def check_format(path: str, file_format: str, options: Options | None = None):
-    """Raises where the format is not known or has no such option, or for the name."""
+    """Raises `UserError` for an unknown format or option, or an invalid file name."""
     if file_format not in FORMATS:
         raise UserError(
             f'--format={file_format} is not known; use {", ".join(FORMATS)}'

@@ -1,12 +1,12 @@
-"""Folders as the Hugging Face Hub has them: what timm loads, and all that we know.
+"""Writes folders for the Hugging Face Hub, which timm can load.
 
-    config.json         for timm, and our own metadata
-    model.safetensors   the weights, under timm's names
+    config.json         for timm, with our metadata
+    model.safetensors   the weights, with timm's names
     README.md           the model card, with the header that the Hub reads
 
-`timm.create_model('local-dir:FOLDER', pretrained=True)` gives the same logits, and
-`weight_file.load(FOLDER)` what was saved. `huggingface_hub` can upload the folder as
-it is.
+`timm.create_model('local-dir:FOLDER', pretrained=True)` computes the same logits, and
+`weight_file.load(FOLDER)` reads the model with its metadata. `huggingface_hub` can
+upload the folder.
 """
 
 import dataclasses
@@ -36,11 +36,11 @@ def write(
     """Makes a folder with the three files.
 
     Args:
-      folder: not there yet.
-      write_weights: called with a path and `trained`; writes a safetensors file of ours
-        there.
-      readme: the model card; by default one without the run's workdir.
-      license: of the weights, for config.json and that card.
+      folder: a new folder.
+      trained: the model.
+      write_weights: called with a path and `trained`; writes our safetensors file.
+      readme: the model card; by default one without facts of the run's folder.
+      license: of the weights, for config.json and the default card.
 
     Raises:
       UserError: the format cannot hold the model.
@@ -66,7 +66,7 @@ def write(
 
 
 def _resolved_fields(trained):
-    """A trained model that says of every field how images are prepared."""
+    """The model with all fields of its preparation of images in the metadata."""
     preparation = trained_lib.preparation_of(trained.metadata)
     names = ('resize', 'crop_fraction', 'interpolation', 'channels')
     fields = {name: getattr(preparation, name) for name in names}
@@ -75,7 +75,7 @@ def _resolved_fields(trained):
 
 
 def _metadata_of(path) -> dict[str, Any]:
-    """What was embedded in a file of ours."""
+    """The metadata in one of our safetensors files."""
     import safetensors
 
     with safetensors.safe_open(path, 'numpy') as file:
@@ -87,16 +87,16 @@ def _num_features(trained):
 
 
 def check(folder: str):
-    """Raises where a folder is there that `place` would not replace.
+    """Checks that a folder does not exist, or that an export may replace it.
 
     Raises:
-      UserError: it holds something that this program did not write.
+      UserError: it has content that this program did not write.
     """
     if not os.path.lexists(folder):
         return
     remedy = 'use another --out'
     if os.path.islink(folder) or not os.path.isdir(folder):
-        raise UserError(f'--out={folder} is there, and no folder; {remedy}')
+        raise UserError(f'--out={folder} exists and is not a folder; {remedy}')
     names = sorted(os.listdir(folder))
     for name in names:
         if name not in FILES:
@@ -112,18 +112,19 @@ def check(folder: str):
 
 
 def place(made: str, path: str):
-    """Moves a file or folder that was made to its place, over one of before.
+    """Moves a new file or folder into place, and replaces an existing one.
 
     Args:
-      made: on the same disk, in a folder that will be removed.
+      made: path of the new one, on the same disk, in a folder that will be removed.
+      path: where it belongs.
 
     Raises:
-      OSError: it cannot be moved; what was there is there again.
+      OSError: it cannot be moved; the existing one stays.
     """
     if not os.path.isdir(made) or not os.path.isdir(path):
         os.replace(made, path)
         return
-    # A folder cannot take the place of one that is not empty.
+    # A folder cannot replace one that is not empty.
     before = os.path.join(tempfile.mkdtemp(dir=os.path.dirname(made)), 'before')
     os.rename(path, before)
     try:

@@ -1,9 +1,8 @@
-"""Model cards: one Markdown file that says what a model is, can do and cannot.
+"""Writes model cards: Markdown files about what a model is, can do and cannot do.
 
-`MODEL_CARD.md` lies beside an exported file, `README.md`, with the header that the
-Hugging Face Hub reads, in a folder for it. Both come of `templates/card.md.jinja`.
-What is
-not known the card says is not known.
+An exported file gets `MODEL_CARD.md` next to it; a folder for the Hugging Face Hub gets
+`README.md` with the header that the Hub reads. Both are made from
+`templates/card.md.jinja`. The card states which facts are unknown.
 """
 
 import json
@@ -21,10 +20,10 @@ from flax_densenet.system import atomic, environment
 from flax_densenet.weights import trained as trained_lib
 
 FILE, HUB_FILE = 'MODEL_CARD.md', 'README.md'
-# Whoever edits a card takes this line out, and it stays.
+# Users who edit a card remove this line to keep it.
 MARKER = '<!-- flax_densenet wrote this card; an export replaces it while this line '
 MARKER += 'is here. -->'
-NAMES = 200  # of classes, that a card lists
+NAMES = 200  # the most class names in a card
 _ODD = re.compile(r'[`|\\]|^\s|\s$|\s\s')
 _TITLES = {
     'accuracy': 'Accuracy',
@@ -44,7 +43,7 @@ FORMATS = {
     'stablehlo': 'StableHLO of jax.export',
     'huggingface': 'folder for the Hugging Face Hub',
 }
-# Of the Hub's names for licenses; what is not among them is its `other`.
+# The Hub's names of licenses; all others are `other`.
 _LICENSES = (
     *('apache-2.0', 'mit', 'bsd', 'bsd-2-clause', 'bsd-3-clause', 'isc', 'mpl-2.0'),
     *('gpl-2.0', 'gpl-3.0', 'agpl-3.0', 'lgpl-2.1', 'lgpl-3.0', 'epl-2.0', 'eupl-1.2'),
@@ -69,22 +68,23 @@ def render(
     """The card of a model, as Markdown.
 
     Args:
-      workdir: of the run, for figures and the recipe; None where there is none.
-      facts: `(name, value)` of the export: precision, differences found, accuracy.
-        Where one is `('inputs', 'normalized')`, ONNX and StableHLO take normalized
-        images, else uint8 ones.
-      file: the exported file, or folder, that the card lies beside, or in.
+      trained: the model.
+      workdir: folder of the run, for metrics and the recipe; None if there is none.
+      facts: `(name, value)` of the export: precision, differences, accuracy. With
+        `('inputs', 'normalized')`, ONNX and StableHLO take normalized images, otherwise
+        uint8 images.
+      file: the exported file, or the folder for the Hub.
       file_format: a key of `FORMATS`.
-      license: of the weights; None is unknown.
-      data_license: of the data; None is unknown.
-      hub: with the header that the Hub reads; `file_format` is then `huggingface`.
+      license: of the weights; None if unknown.
+      data_license: of the data; None if unknown.
+      hub: add the header that the Hub reads; `file_format` is then `huggingface`.
 
     Raises:
-      UserError: the workdir holds files that are not those of a run.
+      UserError: files in the workdir are not those of a run.
     """
     model = model_card_facts.describe_model(trained)
     run = model_card_facts.describe_run(trained, workdir)
-    figures = model_card_facts.describe_metrics(trained, workdir)
+    metrics = model_card_facts.describe_metrics(trained, workdir)
     count = model['num_classes']
     network = model['family']['name'] if model['changes'] else model['variant']
     title = f'{network} for {count} '
@@ -93,12 +93,12 @@ def render(
     key = 'huggingface' if hub else file_format
     facts = [(str(one), str(other)) for one, other in facts]
     values = {
-        'header': _header(title, model, figures, license) if hub else '',
+        'header': _header(title, model, metrics, license) if hub else '',
         'title': title,
         'model': model,
         'size': model['preparation'].size,
         'run': run,
-        'figures': figures,
+        'metrics': metrics,
         'license': license,
         'data_license': data_license,
         'file': printable(name) if name else None,
@@ -113,7 +113,7 @@ def render(
 
 
 def _code_of(model, name, key, normalized):
-    """What the lines of code are made of."""
+    """Values for the code examples."""
     library, torch_model = 'torchvision', f'torchvision.models.{model["torchvision"]}'
     if model['torchvision'] is None and model['timm']:
         architecture, arguments = model['timm']
@@ -143,7 +143,7 @@ def _keras_model(model):
     public = ('densenet121', 'densenet169', 'densenet201')
     if model['variant'] in public and not model['changes']:
         return f'keras.applications.DenseNet{model["variant"][-3:]}({options}'
-    # The public functions have three lists of blocks, this one takes any.
+    # The public functions have fixed lists of blocks; this one takes any.
     return (
         'keras.src.applications.densenet.DenseNet('
         f'{list(model["block_sizes"])}, {options}'
@@ -151,15 +151,15 @@ def _keras_model(model):
 
 
 def _versions(run):
-    """`(name, at the export, in training)`; None where it is not known."""
+    """`(name, version at export, version in training)`; None if unknown."""
     now = {'flax_densenet': __version__} | environment.versions()
     before = run['environment']
     names = (*now, *(name for name in ('device', 'commit') if before.get(name)))
     return [(name, now.get(name), before.get(name)) for name in names]
 
 
-def _header(title, model, figures, license):
-    """YAML; JSON is a part of it."""
+def _header(title, model, metrics, license):
+    """The YAML header; its values are JSON, which is a subset of YAML."""
     made = {'license': _license_id(license)}
     if made['license'] == 'other' and license.lower() != 'other':
         made['license_name'] = printable(license)
@@ -170,9 +170,9 @@ def _header(title, model, figures, license):
         'tags': ['image-classification', family, 'flax', 'jax', 'flax_densenet']
         + ['timm'] * bool(model['timm']),
     }
-    if figures:
-        source = printable(figures['source'] or 'unknown')
-        accuracy = {'type': 'accuracy', 'value': figures['accuracy']}
+    if metrics:
+        source = printable(metrics['source'] or 'unknown')
+        accuracy = {'type': 'accuracy', 'value': metrics['accuracy']}
         result = {
             'task': {'type': 'image-classification'},
             'dataset': {'name': source, 'type': source},
@@ -200,7 +200,7 @@ def check_installed():
 def _environment():
     import jinja2
 
-    # Markdown and no HTML: what comes from elsewhere goes through `code` or `text`.
+    # Markdown, not HTML: untrusted text goes through `code` or `text`.
     made = jinja2.Environment(
         loader=jinja2.PackageLoader('flax_densenet.export'),
         autoescape=False,
@@ -240,40 +240,41 @@ def _interval(pair):
 
 
 def code(value: Any) -> str:
-    """Any text as code in a line or a cell of Markdown, whatever is in it.
+    """Formats any text as inline code of Markdown, in a line or a table cell.
 
     >>> print(code('golden_retriever <b>'), code('a|b'))
     `golden_retriever <b>` <code>a&#124;b</code>
     """
-    said = printable(str(value))
-    if said and not _ODD.search(said):
-        return f'`{said}`'
-    # No sign is left that Markdown or a table could take for its own.
-    signs = (c if c.isalnum() else f'&#{ord(c)};' for c in said)
+    content = printable(str(value))
+    if content and not _ODD.search(content):
+        return f'`{content}`'
+    # Escapes every character that could have a meaning in Markdown or a table.
+    signs = (c if c.isalnum() else f'&#{ord(c)};' for c in content)
     return f'<code>{"".join(signs)}</code>'
 
 
 def text(value: Any) -> str:
-    """Any text as text of Markdown.
+    """Escapes any text for Markdown.
 
     >>> print(text('1 < 2 *and* |'))
     1 \\< 2 \\*and\\* \\|
     """
-    said = re.sub(r'[\\`*{}\[\]<>#|~$&@^!]|\b_|_\b', r'\\\g<0>', printable(str(value)))
-    # What would become a link or a picture.
-    return re.sub(r':(?=//|\w+:)|(?<=www)\.', r'\\\g<0>', said)
+    content = printable(str(value))
+    content = re.sub(r'[\\`*{}\[\]<>#|~$&@^!]|\b_|_\b', r'\\\g<0>', content)
+    # Prevents links and images.
+    return re.sub(r':(?=//|\w+:)|(?<=www)\.', r'\\\g<0>', content)
 
 
 def path_beside(file: str) -> str:
-    """Where the card of an exported file is."""
+    """Path of the card for an exported file."""
     return os.path.join(os.path.dirname(os.path.abspath(file)), FILE)
 
 
 def check(path: str):
-    """Raises where a file is there that this program did not write.
+    """Checks that there is no file, or one that this program wrote.
 
     Raises:
-      UserError: it has another author, or cannot be read.
+      UserError: the file has another author, or cannot be read.
     """
     try:
         with open(path, encoding='utf-8', errors='replace') as file:
@@ -284,16 +285,16 @@ def check(path: str):
         raise UserError(f'{path} cannot be read ({error.strerror})') from error
     if not ours:
         raise UserError(
-            f'{path} is there and not of this program, or was edited to stay; move it '
-            'or use another --out'
+            f'{path} exists and was not written by this program, or was edited; move '
+            'it or use another --out'
         )
 
 
 def save(path: str, text: str):
-    """Writes a card, whole or not at all, over none but ours.
+    """Writes a card atomically, but does not overwrite files of others.
 
     Raises:
-      UserError: see `check`; or it cannot be written.
+      UserError: see `check`; or the card cannot be written.
     """
     check(path)
     try:

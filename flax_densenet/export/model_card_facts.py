@@ -1,7 +1,7 @@
-"""What a model card says of a model: facts of its metadata and of its run's folder.
+"""Facts for a model card, from a model's metadata and the folder of its run.
 
-Nothing is measured here. What is not known is None or left out, so that the card can
-say so.
+Nothing is measured here. Unknown facts are None or left out, so that the card can say
+that they are unknown.
 """
 
 import os
@@ -21,8 +21,8 @@ _FAMILIES = {
     'rdnet': ('RDNet', 'DenseNets Reloaded', '2403.19588'),
 }
 _TORCHVISION = ('densenet121', 'densenet161', 'densenet169', 'densenet201')
-FEW = 30  # images of a class, below which a line warns
-# Fields of the run's config that the recipe names; those that are as here are left out.
+FEW = 30  # images per class, below which the card has a warning
+# Fields of the config in the recipe; those with these values are left out.
 _RECIPE = {
     'optimizer.name': None,
     'optimizer.learning_rate': None,
@@ -59,7 +59,7 @@ _RECIPE = {
 
 
 def describe_model(trained: trained_lib.Trained) -> dict[str, Any]:
-    """The network and what goes in and comes out."""
+    """Facts about the network, its inputs and its outputs."""
     metadata, module = trained.metadata, trained.module
     channels = len(metadata['mean'])
     family = _FAMILIES[module.family]
@@ -83,7 +83,7 @@ def describe_model(trained: trained_lib.Trained) -> dict[str, Any]:
 
 
 def _changes(module, variant):
-    """Fields of the network that are not those of its variant."""
+    """Fields of the network that differ from its variant."""
     if not variant:
         return {}
     usual = factory.create_model(variant, num_classes=module.num_classes).fields()
@@ -93,12 +93,12 @@ def _changes(module, variant):
 
 
 def _torchvision(module, channels):
-    """`densenet121(num_classes=3)`, or what makes the network otherwise, or None."""
-    found = timm_network.find(module, channels=channels)
+    """Code that makes the network in torchvision, or None if it cannot."""
+    timm_name = timm_network.find(module, channels=channels)
     has_class = module.fields().get('stem') == 'imagenet'
-    if found is None or channels != 3 or not has_class:
+    if timm_name is None or channels != 3 or not has_class:
         return None
-    name, changed = found
+    name, changed = timm_name
     if name in _TORCHVISION and not changed:
         return f'{name}(num_classes={module.num_classes})'
     return (
@@ -110,7 +110,7 @@ def _torchvision(module, channels):
 
 
 def describe_run(trained: trained_lib.Trained, workdir: str | None) -> dict[str, Any]:
-    """How it was trained: data, recipe, versions.
+    """Facts about the training: data, recipe, versions.
 
     Raises:
       UserError: the workdir holds files that are not those of a run.
@@ -138,7 +138,7 @@ def describe_run(trained: trained_lib.Trained, workdir: str | None) -> dict[str,
         'source': metadata['data'].get('source'),
         'images': metadata.get('images'),
         'recipe': recipe if trained_here else {},
-        # Where it was on that machine is nobody's business.
+        # Its folder on that machine is private.
         'started_from': os.path.basename(fields.get('init_from') or '') or None,
         'epoch': metadata.get('epoch') if trained.step is not None else None,
         'epochs_taken': len(run.records) or None,
@@ -223,26 +223,26 @@ def _with_intervals(row):
 
 
 def _of_checkpoint(trained):
-    found = trained.metrics
-    if 'test_accuracy' not in found:
+    saved = trained.metrics
+    if 'test_accuracy' not in saved:
         return None
     metadata = trained.metadata
     count = (metadata.get('images') or {}).get('test')
     if count:
-        count -= int(found.get('test_unread', 0))
+        count -= int(saved.get('test_unread', 0))
     interval = None
     if count and not metadata.get('multi_label'):
-        interval = metrics.wilson(round(found['test_accuracy'] * count), count)
-    rows = [('accuracy', found['test_accuracy'], interval)]
+        interval = metrics.wilson(round(saved['test_accuracy'] * count), count)
+    rows = [('accuracy', saved['test_accuracy'], interval)]
     for name, key in (('auroc', 'test_mean_auroc'), ('loss', 'test_loss')):
-        if found.get(key) is not None:
-            rows.append((name, found[key], None))
+        if saved.get(key) is not None:
+            rows.append((name, saved[key], None))
     return {
         'source': metadata['data'].get('source'),
         'own': True,
         'count': count,
         'mirrored': False,
-        'accuracy': found['test_accuracy'],
+        'accuracy': saved['test_accuracy'],
         'rows': rows,
         'classes': [],
         'hidden': 0,

@@ -1,4 +1,4 @@
-"""The range of each feature map over images, which integers are to stand for."""
+"""Finds the range of each feature map over images, for 8-bit quantization."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -8,19 +8,19 @@ import numpy as np
 
 from flax_densenet import errors
 from flax_densenet.export import onnx_network
-from flax_densenet.models import densenet
+from flax_densenet.models import network
 
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """Lowest and highest value of each feature map, float64 `[C]`."""
+    """The lowest and highest value of each feature map, float64 `[C]`."""
 
     low: np.ndarray
     high: np.ndarray
 
     @property
     def width(self) -> np.ndarray:
-        """1 where a map has one value only, which any unit can hold."""
+        """`high - low`, or 1 for a map with a single value."""
         width = self.high - self.low
         return np.where(width > 0, width, 1.0)
 
@@ -32,24 +32,34 @@ class Bounds:
 
 
 def calibrate(
-    module: densenet.DenseNet, variables, metadata, batches: Iterable[np.ndarray]
+    module: network.Network, variables, metadata, batches: Iterable[np.ndarray]
 ) -> tuple[dict[str, Bounds], np.ndarray]:
-    """Bounds of all feature maps over images, by the names of `onnx_model`'s nodes.
+    """Finds the bounds of all feature maps over images.
+
+    Args:
+      module: the network.
+      variables: `{'params', 'batch_stats'}`.
+      metadata: of the model.
+      batches: uint8 images `[N, H, W, C]`.
 
     Returns:
-      The bounds, and the mean logits `[num_classes]`.
+      The bounds by the names of `onnx_network`'s nodes, and the mean logits
+      `[num_classes]`.
+
+    Raises:
+      UserError: ONNX Runtime is not installed.
     """
     made = onnx_network.make(module, variables, metadata)
     names = _observed(made.graph)
     _add_outputs(made.graph, names)
-    session, found = start(made), []
+    session, rows = start(made), []
     outputs = [f'{name}.{end}' for name in names for end in ('low', 'high')]
     outputs.append('classifier')
     for batch in batches:
         values = session.run(outputs, {'image': batch})
-        found.append([value.reshape(len(batch), -1) for value in values])
+        rows.append([value.reshape(len(batch), -1) for value in values])
     values = dict(
-        zip(outputs, map(np.concatenate, zip(*found, strict=True)), strict=True)
+        zip(outputs, map(np.concatenate, zip(*rows, strict=True)), strict=True)
     )
     values = {name: np.float64(value) for name, value in values.items()}
     bounds = {
@@ -60,7 +70,7 @@ def calibrate(
 
 
 def start(made) -> Any:
-    """A session of ONNX Runtime with an `onnx.ModelProto`.
+    """Starts a session of ONNX Runtime with an `onnx.ModelProto`.
 
     Raises:
       UserError: it is not installed.
@@ -72,7 +82,7 @@ def start(made) -> Any:
 
 
 def _observed(graph):
-    """What is stored as bytes: convolutions, or the ReLU that follows one."""
+    """Outputs that are stored as bytes: convolutions, or the ReLU after one."""
     followed = {
         node.input[0]: node.output[0] for node in graph.node if node.op_type == 'Relu'
     }
@@ -81,7 +91,7 @@ def _observed(graph):
 
 
 def _add_outputs(graph, names):
-    """Each image's extremes of each feature map, and its logits."""
+    """Adds outputs: the extremes of each feature map by image, and the logits."""
     from onnx import TensorProto, helper
 
     def add(output):

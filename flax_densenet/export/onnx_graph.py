@@ -1,4 +1,4 @@
-"""ONNX models node by node: nodes, weights, and what a file says of itself."""
+"""Builds ONNX models from nodes and weights."""
 
 from typing import Any
 
@@ -9,16 +9,16 @@ from flax_densenet.export import precision as precision_lib
 
 # The oldest operator set with LayerNormalization, read by runtimes since 2022.
 OPSET, IR_VERSION = 17, 8
-# Smaller arrays (biases, factors) stay float32: nothing to be gained.
+# Smaller arrays (biases, factors) stay float32; they would save nothing.
 _SMALL = 1024
 
 
 class Graph:
-    """Nodes and weights in the making; `model` makes the file's content of them.
+    """A graph to which nodes and weights are added; `model` completes it.
 
     Args:
-      precision: of stored weights, see `half`. Runtimes make float32 of them when they
-        load the file.
+      precision: of the stored weights, one of `precision.PRECISIONS`. Runtimes convert
+        them to float32 when they load the file.
     """
 
     def __init__(self, precision: str = 'float32'):
@@ -30,8 +30,9 @@ class Graph:
         """Adds a node with one output; returns the output's name.
 
         Args:
-          inputs: names of other outputs, arrays, or '' for one left out.
-          attributes: of the operator; `name` is the node's.
+          operator: its type.
+          inputs: names of other outputs, arrays, or '' for an omitted input.
+          attributes: of the operator; `name` is the name of the node.
         """
         name = self._name(attributes.pop('name', operator))
         inputs = [
@@ -45,7 +46,7 @@ class Graph:
         return name
 
     def constant(self, array: np.ndarray, name: str) -> str:
-        """An array in the file, in `precision` where it is of floats and large."""
+        """Adds an array, in `precision` if it is large; returns its name."""
         name, array = self._name(name), np.asarray(array, order='C')
         if array.dtype == np.float64:
             array = array.astype(np.float32)
@@ -69,10 +70,9 @@ class Graph:
         """The `onnx.ModelProto`.
 
         Args:
-          inputs: name to (numpy dtype, shape); a text in a shape is a size that is
-            free.
+          inputs: (numpy dtype, shape) by name. A string in a shape is a free size.
           outputs: the same.
-          metadata: texts by name, kept in the file.
+          metadata: strings by name, stored in the file.
         """
         helper = self._onnx.helper
         inputs, outputs = (
@@ -97,13 +97,13 @@ class Graph:
         return made
 
     def _name(self, wanted):
-        """The name, with a number behind it where it is taken."""
+        """A unique name: `wanted`, with a number if it is taken."""
         count = self._used[wanted] = self._used.get(wanted, 0) + 1
         return wanted if count == 1 else self._name(f'{wanted}.{count}')
 
 
 def import_onnx() -> Any:
-    """The package `onnx`, or a UserError that names its extra."""
+    """Imports `onnx`; raises `UserError` if its extra is not installed."""
     with errors.extra('export', '--format=onnx'):
         import onnx
         import onnx.helper

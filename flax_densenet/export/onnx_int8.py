@@ -1,19 +1,18 @@
-"""DenseNets with bottlenecks as ONNX models of 8-bit integers.
+"""DenseNets with bottlenecks as ONNX models in 8-bit integers.
 
-Every feature map is stored as `255 * (x - low) / (high - low)` in a byte, with bounds
-of its own, found on images (calibration). The bounds go into the convolutions on both
-sides, so a dense block's feature maps all have the same unit and are joined without
-being converted. In that unit batch norm and ReLU are a subtraction that stops at 0,
+Every feature map is stored in a byte as `255 * (x - low) / (high - low)`, with its own
+bounds from images (calibration). The bounds are folded into the convolutions before and
+after, so all feature maps of a dense block have the same unit and are concatenated
+without conversion. In that unit, batch norm and ReLU are a saturating subtraction,
 
     relu(a x + b) = a relu(x - t),  t = -b / a,
 
-the factor `a` is part of the 1x1 convolution behind it, and the whole network is made
-of integer convolutions, subtractions and joins. Runtimes read it as float operators
-between QuantizeLinear and DequantizeLinear and join those themselves.
+and the factor `a` is folded into the next 1x1 convolution. So the network consists of
+integer convolutions, subtractions and concatenations. In the file they are float
+operators between QuantizeLinear and DequantizeLinear, which runtimes fuse.
 
-Kernels have 7 bits: on processors without instructions for 8-bit products, sums of two
-products of a byte with 8 bits may not fit into 16 bits, and results would depend on the
-processor.
+Kernels have 7 bits: on processors without 8-bit dot products, the sum of two 8-bit
+products may not fit into 16 bits, and results would depend on the processor.
 """
 
 from collections.abc import Sequence
@@ -27,12 +26,12 @@ from flax_densenet.export.onnx_calibration import Bounds
 from flax_densenet.export.onnx_graph import Graph
 from flax_densenet.models import network
 
-_STEPS = 255  # of a feature map's byte
+_STEPS = 255  # of a feature map
 _KERNEL_STEPS = 63
 
 
 def check(module: network.Network, metadata: dict[str, Any]):
-    """Raises for a network without the bottlenecks that offsets are folded into."""
+    """Raises `UserError` for a network without the bottlenecks that folding needs."""
     if not module.has_batch_norm or not module.bottleneck:
         raise UserError(
             f'--precision=int8: {metadata["model"]["variant"]} has no bottleneck; use '
@@ -48,16 +47,20 @@ def make(
     *,
     inputs: str = 'images',
 ) -> Any:
-    """The `onnx.ModelProto` in integers; inputs and outputs as of `onnx_network.make`.
+    """The `onnx.ModelProto` in integers; inputs and outputs as in `onnx_network.make`.
 
-    Rounding moves the logits of all images a little in one direction; the classifier's
-    bias takes back what it is on average.
+    Rounding shifts the logits of all images a little; the classifier's bias corrects
+    the average shift.
 
     Args:
-      batches: uint8 images `[N, H, W, C]` to calibrate with, as the model gets them.
+      module: the network.
+      variables: `{'params', 'batch_stats'}`.
+      metadata: of the run.
+      batches: resized uint8 images `[N, H, W, C]` for calibration.
+      inputs: one of `onnx_network.INPUTS`.
 
     Raises:
-      UserError: the network has no bottleneck, or ONNX Runtime is missing.
+      UserError: the network has no bottleneck, or ONNX Runtime is not installed.
     """
     check(module, metadata)
     bounds, wanted = onnx_calibration.calibrate(module, variables, metadata, batches)
@@ -67,38 +70,38 @@ def make(
         graph, logits = _network(module, net, metadata, bounds, inputs, shift)
         return onnx_network.finish(graph, logits, module, metadata, inputs)
 
-    session, found = onnx_calibration.start(build('normalized')), []
+    session, outputs = onnx_calibration.start(build('normalized')), []
     mean, std = (np.float32(metadata[name]) for name in ('mean', 'std'))
     for batch in batches:
         images = (batch / np.float32(255) - mean) / std
-        found += session.run(None, {'input': images.transpose(0, 3, 1, 2)})
-    return build(inputs, wanted - np.concatenate(found).mean(0))
+        outputs += session.run(None, {'input': images.transpose(0, 3, 1, 2)})
+    return build(inputs, wanted - np.concatenate(outputs).mean(0))
 
 
 def _network(module, net, metadata, bounds, inputs, shift):
-    """The graph, and the name of its logits, to which `shift` is added."""
+    """The graph and the name of its logits, to which `shift` is added."""
     graph = _Quantized(bounds)
     x, divisor = onnx_network.take_images(graph, metadata, inputs)
-    # Bounds are of images less their mean, as they are taken in where they are images.
+    # Bounds are those of images minus their mean, in the units of uint8 images.
     std = 255 * np.float64(metadata['std'])
     x, unit = _image(graph, x, std if divisor is None else 1.0)
-    x, found = _stem(graph, x, unit, module, net['stem'], divisor)
+    x, x_bounds = _stem(graph, x, unit, module, net['stem'], divisor)
     for number, block in enumerate(net['blocks'], start=1):
         for place, layer in enumerate(block['layers'], start=1):
             name = f'denseblock{number}.denselayer{place}'
-            y, of_y = _dense_layer(graph, x, found, layer, name)
+            y, of_y = _dense_layer(graph, x, x_bounds, layer, name)
             x = graph.add('Concat', x, y, axis=1, name=f'{name}.joined')
-            found = found.join(of_y)
+            x_bounds = x_bounds.join(of_y)
         if 'kernel' in block['tail']:
             name = f'transition{number}'
-            x, found = _transition(graph, x, found, block['tail'], name)
+            x, x_bounds = _transition(graph, x, x_bounds, block['tail'], name)
     classifier = net['head']['params']['classifier']
     arrays = classifier['kernel'], classifier['bias'] + shift
-    return graph, _classify(graph, x, found, block['tail'], *arrays)
+    return graph, _classify(graph, x, x_bounds, block['tail'], *arrays)
 
 
 class _Quantized(Graph):
-    """A graph whose feature maps are bytes."""
+    """A graph with feature maps in bytes."""
 
     def __init__(self, bounds):
         super().__init__()
@@ -110,42 +113,42 @@ class _Quantized(Graph):
         return self.add('QuantizeLinear', x, self._unit, self._zero, name=name)
 
     def value(self, x, name):
-        """The bytes as numbers from 0 to 1."""
+        """Bytes as numbers from 0 to 1."""
         return self.add('DequantizeLinear', x, self._unit, self._zero, name=name)
 
     def conv(self, x, kernel, bias, name, *, unit=1 / _STEPS, **options):
-        """A convolution of integers, from values to values.
+        """Adds an integer convolution, from values to values.
 
         Args:
           kernel: float64 `[K, K, C, F]`.
           bias: float64 `[F]`.
-          unit: of the input's steps.
+          unit: size of a step of the input.
         """
         step = np.abs(kernel).max((0, 1, 2)) / _KERNEL_STEPS
         step = np.where(step > 0, step, 1.0).astype(np.float32)
-        whole = np.rint(kernel / step).astype(np.int8).transpose(3, 2, 0, 1)
-        whole = self.constant(whole, f'{name}.kernel')
+        integers = np.rint(kernel / step).astype(np.int8).transpose(3, 2, 0, 1)
+        stored = self.constant(integers, f'{name}.kernel')
         kernel_value = self.add(
-            'DequantizeLinear', whole, step, axis=0, name=f'{name}.kernel.value'
+            'DequantizeLinear', stored, step, axis=0, name=f'{name}.kernel.value'
         )
         of_bias = np.float32(unit) * step
         limit = 2**31 - 1
-        whole = np.rint(np.clip(bias / of_bias.astype(np.float64), -limit, limit))
-        whole = self.constant(whole.astype(np.int32), f'{name}.bias')
+        integers = np.rint(np.clip(bias / of_bias.astype(np.float64), -limit, limit))
+        stored = self.constant(integers.astype(np.int32), f'{name}.bias')
         bias_value = self.add(
-            'DequantizeLinear', whole, of_bias, axis=0, name=f'{name}.bias.value'
+            'DequantizeLinear', stored, of_bias, axis=0, name=f'{name}.bias.value'
         )
         return self.add('Conv', x, kernel_value, bias_value, name=name, **options)
 
 
 def _into(kernel, bias, bounds):
-    """A convolution whose output has the unit of its bounds."""
+    """Kernel and bias of a convolution whose output is in the unit of its bounds."""
     bias = np.zeros(kernel.shape[-1]) if bias is None else np.float64(bias)
     return np.float64(kernel) / bounds.width, (bias - bounds.low) / bounds.width
 
 
 def _above_zero(bounds):
-    """Bounds behind a ReLU, whose 0 has to stay 0: it is what pads."""
+    """Bounds after a ReLU, whose 0 must stay 0, because it is the padding."""
     return Bounds(np.zeros_like(bounds.high), bounds.high)
 
 
@@ -159,28 +162,28 @@ def _options(kernel, strides=1, padding='torch'):
 
 def _stem(graph, x, unit, module, convs, divisor):
     """Bytes of the stem's feature maps, and their bounds."""
-    found = None
+    bounds = None
     for number, part in enumerate(convs):
         name, kernel = f'conv{number}', np.float64(part['kernel'])
-        kernel = onnx_network.divided(kernel, divisor) if found is None else kernel
-        if found is not None:
-            kernel = kernel * found.width.reshape(1, 1, -1, 1)
+        kernel = onnx_network.divided(kernel, divisor) if bounds is None else kernel
+        if bounds is not None:
+            kernel = kernel * bounds.width.reshape(1, 1, -1, 1)
         if 'bias' not in part:
-            found = graph.bounds[name]
+            bounds = graph.bounds[name]
         else:
-            found = _above_zero(graph.bounds[f'relu{number}'])
+            bounds = _above_zero(graph.bounds[f'relu{number}'])
         strides = onnx_network.stem_strides(module, number)
         options = _options(kernel, strides, module.padding)
-        kernel, bias = _into(kernel, part.get('bias'), found)
+        kernel, bias = _into(kernel, part.get('bias'), bounds)
         x = graph.conv(x, kernel, bias, name, unit=unit, **options)
         x, unit = graph.quantized(x, f'{name}.bytes'), 1 / _STEPS
         if number + 1 < len(convs):
             x = graph.value(x, f'{name}.value')
-    return _pool(graph, x, module), found
+    return _pool(graph, x, module), bounds
 
 
 def _image(graph, x, divided_by):
-    """The image in steps of its whole range; returns its value and the step."""
+    """Quantizes the image over its full range; returns its value and the step."""
     bounds = graph.bounds['centered']
     low = min((bounds.low / divided_by).min(), 0)
     high = max((bounds.high / divided_by).max(), 0)
@@ -196,17 +199,17 @@ def _pool(graph, x, module):
     if module.blur_pool:
         x = graph.value(x, 'pool0.value')
         return graph.quantized(onnx_network.pool(graph, x, module), 'pool0.bytes')
-    return onnx_network.pool(graph, x, module)  # a maximum, of bytes as they are
+    return onnx_network.pool(graph, x, module)  # the maximum of bytes
 
 
 def _thresholds(norm, bounds):
-    """relu(norm) of bytes: thresholds and factors behind them, and constants.
+    """relu(norm) of bytes as thresholds, factors and constants.
 
     Returns:
-      steps: int `[C]` to take off, 0 to 255.
+      steps: int `[C]` to subtract, 0 to 255.
       factor: of `relu(x - steps)`, in units of 1.
-      direct: factor of `x` itself, 0 where it is not needed.
-      constant: what is left.
+      direct: factor of `x` itself; 0 if not needed.
+      constant: the remaining summand.
     """
     scale, bias = onnx_network.affine(norm)
     a, b = scale * bounds.width, scale * bounds.low + bias
@@ -238,10 +241,9 @@ def _subtract(graph, x, steps, name):
 
 
 def _norm_relu(graph, x, norm, bounds, name):
-    """Bytes behind norm and ReLU, their factors and the constant of each map.
+    """Bytes after norm and ReLU, with the factors and the constant of each map.
 
-    Falling ones that do not stay on one side of 0 are `a x + |a| relu(x - t)`, so they
-    are there twice.
+    Decreasing ones that cross 0 are `a x + |a| relu(x - t)`, so they appear twice.
     """
     steps, factor, direct, constant = _thresholds(norm, bounds)
     y = _subtract(graph, x, steps, name)
@@ -254,7 +256,7 @@ def _norm_relu(graph, x, norm, bounds, name):
 
 
 def _product(kernel, factor, constant, twice):
-    """A 1x1 kernel `[1, 1, C, F]` behind `_norm_relu`, and what it adds."""
+    """A 1x1 kernel `[1, 1, C, F]` for the output of `_norm_relu`, and its bias."""
     kernel = np.float64(kernel)
     added = constant @ kernel[0, 0]
     if twice is not None:
@@ -271,24 +273,24 @@ def _dense_layer(graph, x, bounds, layer, name):
     y = graph.value(y, f'{name}.norm1.relu')
     y = graph.conv(y, kernel, bias, f'{name}.conv1', **_options(kernel))
     y = graph.value(graph.quantized(y, f'{name}.conv1.bytes'), f'{name}.relu2')
-    found = graph.bounds[f'{name}.conv2']
+    y_bounds = graph.bounds[f'{name}.conv2']
     kernel = np.float64(second['kernel']) * inner.width.reshape(1, 1, -1, 1)
-    kernel, bias = _into(kernel, None, found)
+    kernel, bias = _into(kernel, None, y_bounds)
     y = graph.conv(y, kernel, bias, f'{name}.conv2', **_options(kernel))
-    return graph.quantized(y, f'{name}.bytes'), found
+    return graph.quantized(y, f'{name}.bytes'), y_bounds
 
 
 def _transition(graph, x, bounds, tail, name):
     y, *parts = _norm_relu(graph, x, tail, bounds, f'{name}.norm')
     kernel, added = _product(tail['kernel'], *parts)
-    found = graph.bounds[f'{name}.conv']
-    kernel, bias = _into(kernel, added, found)
+    y_bounds = graph.bounds[f'{name}.conv']
+    kernel, bias = _into(kernel, added, y_bounds)
     y = graph.value(y, f'{name}.norm.relu')
     halves = {'kernel_shape': (2, 2), 'strides': (2, 2)}
     y = graph.add('AveragePool', y, **halves, name=f'{name}.pool')
     y = graph.value(graph.quantized(y, f'{name}.pool.bytes'), f'{name}.pool.value')
     y = graph.conv(y, kernel, bias, f'{name}.conv', **_options(kernel))
-    return graph.quantized(y, f'{name}.bytes'), found
+    return graph.quantized(y, f'{name}.bytes'), y_bounds
 
 
 def _classify(graph, x, bounds, norm, kernel, bias):

@@ -1,7 +1,7 @@
 """DenseNet and RDNet as ONNX models.
 
-An ONNX graph has images as `[N, C, H, W]`, so kernels are turned to `[F, C, K, K]`.
-Batch, height and width are free.
+Feature maps in ONNX are `[N, C, H, W]`, so kernels are transposed to `[F, C, K, K]`.
+Batch size, height and width are free.
 """
 
 import json
@@ -14,9 +14,9 @@ from flax_densenet.export.onnx_graph import Graph
 from flax_densenet.models import folded, network, rdnet
 from flax_densenet.weights import trained
 
-# What goes in and what comes out. `images`: uint8 `[N, H, W, C]`, red first, as
-# decoded and resized, to probabilities. `normalized`: float32 `[N, C, H, W]`, mean and
-# std taken off, to logits, as torchvision's own.
+# `images`: uint8 RGB `[N, H, W, C]`, decoded and resized, to probabilities.
+# `normalized`: float32 `[N, C, H, W]`, normalized with mean and std, to logits, like
+# torchvision.
 INPUTS = ('images', 'normalized')
 
 
@@ -31,11 +31,12 @@ def make(
     """The `onnx.ModelProto` of a trained network.
 
     Args:
+      module: the network.
       variables: `{'params', 'batch_stats'}`.
-      metadata: of the run (`prepare.make_metadata`); labels and preprocessing are kept
-        in the file, see `properties`.
-      inputs: one of INPUTS.
-      precision: of stored weights, see `onnx_graph.Graph`.
+      metadata: of the run (`prepare.make_metadata`). Labels and preprocessing are
+        stored in the file, see `properties`.
+      inputs: one of `INPUTS`.
+      precision: of the stored weights, see `onnx_graph.Graph`.
     """
     graph = Graph(precision)
     x, divisor = take_images(graph, metadata, inputs)
@@ -44,7 +45,7 @@ def make(
 
 
 def fold(module: network.Network, variables) -> dict[str, Any]:
-    """`folded.fold`, as arrays of the network alone."""
+    """`folded.fold`, without packing for the native kernel."""
     return folded.fold(module.clone(fast=False), variables)
 
 
@@ -55,10 +56,10 @@ def affine(norm) -> tuple[np.ndarray, np.ndarray]:
 
 
 def take_images(graph, metadata, inputs) -> tuple[str, np.ndarray | None]:
-    """The first convolution's input, and what its kernel is still to be divided by.
+    """The input of the first convolution, and the divisor of its kernel.
 
-    Of images the mean is taken off here, so that padding by 0 stays right; the
-    division by 255 and std goes into the kernel.
+    The mean of images is subtracted here, so that padding with 0 is right. The division
+    by 255 and std becomes part of the kernel.
     """
     if inputs == 'normalized':
         return 'input', None
@@ -70,7 +71,7 @@ def take_images(graph, metadata, inputs) -> tuple[str, np.ndarray | None]:
 
 
 def finish(graph, logits, module, metadata, inputs) -> Any:
-    """Gives inputs and outputs their names; returns the `onnx.ModelProto`."""
+    """Adds the output and completes the graph; returns the `onnx.ModelProto`."""
     channels, classes = len(metadata['mean']), module.num_classes
     if inputs == 'normalized':
         taken = {'input': (np.float32, ('batch', channels, 'height', 'width'))}
@@ -86,9 +87,9 @@ def finish(graph, logits, module, metadata, inputs) -> Any:
 
 
 def properties(module: network.Network, metadata: dict[str, Any]) -> dict[str, str]:
-    """What a file says of its model: texts by name, JSON where they are lists.
+    """The metadata of a file: strings by name, with lists as JSON.
 
-    `labels`, `image_size` (pixels a side), `channels`, `resize`, `crop_fraction` and
+    `labels`, `image_size` (side in pixels), `channels`, `resize`, `crop_fraction` and
     `interpolation` (`images.Preparation`), `mean`, `std`, `multi_label`, `variant`.
     """
     preparation = trained.preparation_of(metadata)
@@ -108,7 +109,7 @@ def properties(module: network.Network, metadata: dict[str, Any]) -> dict[str, s
 
 
 def conv(graph, x, kernel, bias=None, *, strides=1, padding='torch', **options):
-    """A convolution of an `[H, W, C, F]` kernel, padded as the network does."""
+    """Adds a convolution with a kernel `[H, W, C, F]` and the network's padding."""
     size = kernel.shape[0]
     pads = {'pads': (size // 2,) * 4}
     if padding == 'same' and strides > 1:
@@ -119,7 +120,7 @@ def conv(graph, x, kernel, bias=None, *, strides=1, padding='torch', **options):
 
 
 def divided(kernel, divisor):
-    """The first kernel `[H, W, C, F]` for images that are yet to be divided."""
+    """The first kernel `[H, W, C, F]` for images that were not divided."""
     return kernel if divisor is None else kernel / divisor.reshape(1, 1, -1, 1)
 
 
@@ -147,7 +148,7 @@ def _densenet(graph, x, module, variables, divisor):
 
 
 def stem_strides(module: network.Network, number: int) -> int:
-    """Of the stem's convolution of this number, from 0."""
+    """The stride of one of the stem's convolutions, counted from 0."""
     return 1 if number or module.stem == 'cifar' else 2
 
 
@@ -164,7 +165,7 @@ def _stem(graph, x, module, convs, divisor):
 
 
 def pool(graph, x, module):
-    """The stem's pooling, where it has one."""
+    """The stem's pooling, if it has one."""
     if module.stem == 'cifar':
         return x
     window = {'kernel_shape': (3, 3), 'name': 'pool0'}
@@ -182,14 +183,14 @@ def pool(graph, x, module):
 
 
 def classify(graph, x, kernel, bias):
-    """Mean over all positions, and the classifier."""
+    """The mean over all positions, and the classifier."""
     x = graph.add('GlobalAveragePool', x, name='mean')
     x = graph.add('Flatten', x, name='pooled')
     return graph.add('Gemm', x, kernel, bias, name='classifier')
 
 
 def _affine_relu(graph, x, norm, name):
-    """As a BatchNormalization, which runtimes know how to join with the ReLU."""
+    """A BatchNormalization and a ReLU, which runtimes fuse."""
     scale, bias = affine(norm)
     statistics = np.zeros_like(scale), np.ones_like(scale)
     x = graph.add(
@@ -203,7 +204,7 @@ def _affine_relu(graph, x, norm, name):
 
 
 def _rdnet(graph, x, module, variables, divisor):
-    """Its dense layers, each `[N, C, H, W]` but for the products inside."""
+    """RDNet with maps `[N, C, H, W]`, except for the products inside layers."""
     params = variables['params']
     stem = params['conv0']
     kernel = divided(np.float32(stem['kernel']), divisor)
@@ -230,7 +231,7 @@ def _rdnet(graph, x, module, variables, divisor):
 
 
 def _patches(graph, x, kernel, bias, name):
-    """A convolution of windows that do not overlap."""
+    """A convolution with windows that do not overlap."""
     size = kernel.shape[0]
     arrays = kernel.transpose(3, 2, 0, 1), np.float32(bias)
     sizes = {'kernel_shape': (size, size), 'strides': (size, size)}
@@ -263,7 +264,7 @@ def _rdnet_layer(graph, x, layer, epsilon, name):
     arrays = (np.float32(layer['gate'][key]) for key in ('kernel', 'bias'))
     gate = conv(graph, mean, *arrays, name=f'{name}.gate')
     gate = graph.add('HardSigmoid', gate, alpha=1 / 6, beta=0.5, name=f'{name}.open')
-    # One position an image, so gamma is cheaper here than on the maps.
+    # One position per image, so gamma is cheaper here than on the maps.
     gate = graph.add('Mul', gate, gamma.reshape(-1, 1, 1), name=f'{name}.gamma')
     return graph.add('Mul', y, gate, name=f'{name}.gated')
 
@@ -276,7 +277,7 @@ def _product(graph, x, params, name, scale=1):
 
 
 def _gelu(graph, x, name):
-    """By the error function; runtimes know these five nodes and join them."""
+    """GELU with the error function, in five nodes that runtimes fuse."""
     y = graph.add('Div', x, np.float32(math.sqrt(2)), name=f'{name}.scaled')
     y = graph.add('Erf', y, name=f'{name}.erf')
     y = graph.add('Add', y, np.float32(1), name=f'{name}.shifted')
@@ -297,5 +298,5 @@ def _normalize(graph, x, params, epsilon, name='norm'):
     return graph.add('LayerNormalization', x, *arrays, **options)
 
 
-# How each `Network.family` becomes nodes, from the images to the logits.
+# Functions that add the nodes of a network, by `Network.family`.
 _NETWORKS = {'densenet': _densenet, 'rdnet': _rdnet}

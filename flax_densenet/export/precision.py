@@ -1,6 +1,7 @@
-"""Weights stored in 16 bits, to be computed with as float32.
+"""Stores weights in 16 bits, for computation in float32.
 
-Half of the file; what reads it makes float32 of them again, so it is as fast as before.
+This halves the file. Programs convert the weights to float32 when they load it, so the
+speed is the same.
 """
 
 import numpy as np
@@ -11,10 +12,12 @@ PRECISIONS = ('float32', 'float16', 'bfloat16')
 
 
 def convert(array: np.ndarray, precision: str, name: str) -> np.ndarray:
-    """The array in another precision, one of PRECISIONS.
+    """Converts an array to another precision, one of `PRECISIONS`.
 
     Args:
-      name: of the array, for the message.
+      array: float32 or float64.
+      precision: one of `PRECISIONS`.
+      name: of the array, for error messages.
 
     Raises:
       UserError: a value is too large for float16.

@@ -1,4 +1,4 @@
-"""From a trained model to a file that was tried, with its card beside it."""
+"""Exports a trained model: writes the file, verifies it, and writes its model card."""
 
 import dataclasses
 import os
@@ -20,14 +20,14 @@ from flax_densenet.weights import trained as trained_lib
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-    """What is released, and what its card says besides.
+    """What to export, and facts for its card.
 
     Attributes:
       trained: the model.
-      workdir: of the run that it is from, or None.
+      workdir: folder of its run, or None.
       file_format: a key of `formats.FORMATS`.
-      options: without `calibration`, which is of the samples.
-      data_license: of the data, where it is known.
+      options: of the export, without `calibration`, which the samples have.
+      data_license: license of the data; None if unknown.
     """
 
     trained: trained_lib.Trained
@@ -37,7 +37,7 @@ class Release:
     data_license: str | None = None
 
     def check(self, out: str):
-        """Raises `UserError` for what cannot be, before anything takes time."""
+        """Raises `UserError` if the export is impossible, before the long work."""
         formats.check_format(out, self.file_format, self.options)
         folder = os.path.dirname(os.path.abspath(out))
         if not os.path.isdir(folder):
@@ -67,17 +67,19 @@ class Release:
 def run(
     out: str, release: Release, samples: sample_images.Samples
 ) -> list[tuple[str, str]]:
-    """Exports, once every runtime that is installed agrees with the model.
+    """Exports a model if all installed runtimes agree with it.
 
     Args:
-      out: the file, or folder.
+      out: the file, or the folder.
+      release: what to export.
+      samples: images on which to compare the file with the model.
 
     Returns:
-      What is to be told of the file, by name: its size, runtimes, differences, and
-      accuracy before and after where labels are known.
+      Facts of the file as `(name, value)`: its size, the runtimes and their
+      differences, and the accuracy before and after if labels are known.
 
     Raises:
-      UserError: it cannot be written, or a runtime says otherwise; then what was there
+      UserError: it cannot be written, or a runtime disagrees; an existing file then
         stays.
     """
     release.check(out)
@@ -92,7 +94,7 @@ def run(
     facts = []
 
     def try_out(part):
-        found = verify.check(
+        verifications = verify.check(
             part,
             trained,
             samples.images,
@@ -103,8 +105,10 @@ def run(
             nchw=known.channels_first,
         )
         facts.extend(_describe(part, file_format, options))
-        facts.extend((one.runtime, f'{one.away}, {samples.where}') for one in found)
-        outputs, precision = found[0].outputs, options.precision
+        facts.extend(
+            (one.runtime, f'{one.away}, {samples.where}') for one in verifications
+        )
+        outputs, precision = verifications[0].outputs, options.precision
         facts.extend(_agreement(expected, outputs, samples.labels, precision))
         if file_format == 'huggingface':
             path = os.path.join(part, model_card.HUB_FILE)
@@ -117,7 +121,7 @@ def run(
 
 
 def _in_float32(trained):
-    """The model with activations in float32, as all files have them."""
+    """The model with float32 activations, which all files have."""
     variables = trained.variables
     if trained.module.dtype == 'float64':
         variables = jax.tree.map(lambda array: array.astype(np.float32), variables)
@@ -145,12 +149,12 @@ def _size(path):
 
 
 def _agreement(expected, outputs, labels, precision):
-    """What rounding did to the accuracy; without labels, how often both agree."""
+    """The effect of rounding on the accuracy or, without labels, on the predictions."""
     if precision == 'float32':
         return
     before, after = expected.argmax(-1), outputs.argmax(-1)
     if labels is not None:
-        accuracy = [100 * np.mean(said == labels) for said in (before, after)]
+        accuracy = [100 * np.mean(classes == labels) for classes in (before, after)]
         yield (
             'accuracy',
             f'{accuracy[0]:.2f} % of {len(labels)} images before, {accuracy[1]:.2f} % '

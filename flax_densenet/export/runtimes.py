@@ -1,7 +1,7 @@
-"""Exported files in the programs that they are for, each in a process of its own.
+"""Runs exported files in the programs that they are made for, in separate processes.
 
-A process that wrote a file can read it with what it still remembers; a fresh one has
-the file alone. So each file is tried before it is handed out (`verify`).
+The process that wrote a file could succeed because of state that it still has; a new
+process has only the file.
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ def _onnxruntime(path, about) -> Callable[[np.ndarray], np.ndarray]:
 def _openvino(path, about):
     import openvino
 
-    # As float32 also on processors that could do with less.
+    # Use float32 even on processors with lower-precision arithmetic.
     options = {'INFERENCE_PRECISION_HINT': 'f32'}
     compiled = openvino.Core().compile_model(path, 'CPU', options)
     return lambda images: next(iter(compiled(images).values()))
@@ -40,10 +40,10 @@ def _ours(path, about):
 
     from flax_densenet.weights import trained
 
-    found = trained.load_trained(path)
-    # As the other runtimes compute, whatever the run was trained in.
-    apply = jax.jit(found.module.clone(dtype='float32').apply)
-    return lambda images: np.asarray(apply(found.variables, images))
+    model = trained.load_trained(path)
+    # Like the other runtimes, whatever the run was trained in.
+    apply = jax.jit(model.module.clone(dtype='float32').apply)
+    return lambda images: np.asarray(apply(model.variables, images))
 
 
 def _jax(path, about):
@@ -77,7 +77,9 @@ def _keras(path, about):
 
     if path.endswith('.keras'):
         network = keras.models.load_model(path, compile=False)
-        network.layers[-1].activation = keras.activations.linear  # else probabilities
+        network.layers[
+            -1
+        ].activation = keras.activations.linear  # instead of probabilities
     else:
         channels = about['channels']
         network = DenseNet(
@@ -91,7 +93,7 @@ def _keras(path, about):
     return lambda images: network.predict(images, verbose=0)
 
 
-# name: (what runs a file, the packages that it needs).
+# By name: (function that loads a file, packages that it needs).
 RUNTIMES = {
     'onnxruntime': (_onnxruntime, ('onnxruntime',)),
     'openvino': (_openvino, ('openvino',)),
@@ -103,28 +105,30 @@ RUNTIMES = {
 
 
 def is_installed(name: str) -> bool:
-    """Whether a runtime's packages are there; imports none of them."""
+    """Whether a runtime's packages are installed; imports none of them."""
     return all(importlib.util.find_spec(package) for package in RUNTIMES[name][1])
 
 
 def run(
     name: str, path: str, images: np.ndarray, about: dict[str, Any]
 ) -> tuple[np.ndarray | None, str]:
-    """What a file says of images, in a fresh process.
+    """Runs a file on images, in a new process.
 
     Args:
-      images: what the model takes, along axis 0: the first by itself, so that there are
-        at least two batch sizes.
+      name: a key of `RUNTIMES`.
+      path: of the file.
+      images: inputs along axis 0. The first one is run separately, so that there are at
+        least two batch sizes.
       about: the network's fields, its `family`, and the images' `channels`.
 
     Returns:
-      The outputs along axis 0 and an empty text; or None and what went wrong.
+      The outputs along axis 0 and an empty string; or None and the error.
     """
     with tempfile.TemporaryDirectory() as folder:
         places = [os.path.join(folder, f'{what}.npy') for what in ('images', 'outputs')]
         np.save(places[0], images)
-        # As a file, not a module: the package would be imported, JAX and all. -P keeps
-        # its folder, whose modules have short names, from being searched.
+        # Run as a file, because a module would import the package with JAX. -P keeps
+        # its folder, whose modules have short names, out of the search path.
         command = [sys.executable, '-P', os.path.abspath(__file__), name, path, *places]
         root = os.path.abspath(os.path.join(os.path.dirname(__file__), '../..'))
         before = os.environ.get('PYTHONPATH')
@@ -137,8 +141,8 @@ def run(
             env=os.environ | {'PYTHONPATH': search, 'JAX_PLATFORMS': 'cpu'},
         )
         if done.returncode:
-            said = done.stderr.strip().splitlines() or [f'status {done.returncode}']
-            return None, said[-1]
+            lines = done.stderr.strip().splitlines() or [f'status {done.returncode}']
+            return None, lines[-1]
         return np.load(places[1]), ''
 
 
@@ -147,8 +151,8 @@ def main(name, path, images, outputs, about):
     compute = RUNTIMES[name][0](path, json.loads(about))
     batches = [images[:1]]
     batches += [images[n : n + _BATCH] for n in range(1, len(images), _BATCH)]
-    found = [np.asarray(compute(batch), np.float32) for batch in batches]
-    np.save(outputs, np.concatenate(found))
+    outputs_by_batch = [np.asarray(compute(batch), np.float32) for batch in batches]
+    np.save(outputs, np.concatenate(outputs_by_batch))
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""Real images to try an exported model on: those that it was trained for, or others."""
+"""Real images with which to verify an exported model."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from flax_densenet.evaluation import results
 from flax_densenet.inference import input_files
 from flax_densenet.weights import trained as trained_lib
 
-# An int8 export with so many CIFAR-10 images took 18 s on two cores, the small network
-# of `configs/cifar.py:quick`.
+# An int8 export with this many CIFAR-10 images took 18 s on two cores, with the small
+# network of `configs/cifar.py:quick`.
 MOST = 1000
 CALIBRATION = 256
 _FEW = 17
@@ -21,13 +21,13 @@ _FEW = 17
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Images as the model sees them, uint8 `[N, S, S, C]`.
+    """Images as the model takes them, uint8 `[N, S, S, C]`.
 
     Attributes:
-      images: to compare on.
-      labels: int32 `[N]` of these, or None where they are not known or several.
-      calibration: others, of the training images where there are such.
-      where: what they are, for a message.
+      images: to compare the file and the model on.
+      labels: int32 `[N]`; None if unknown, or if an image has several.
+      calibration: images for calibration, from the training images if there are any.
+      where: a description of the images, for messages.
     """
 
     images: np.ndarray
@@ -39,43 +39,44 @@ class Samples:
 def of_files(
     patterns: Sequence[str], preparation: images_lib.Preparation, *, most: int = MOST
 ) -> Samples:
-    """Images of files, folders and patterns, without labels.
+    """Loads images from files, folders and patterns, without labels.
 
     Raises:
       UserError: there are none, or one cannot be read.
     """
     input_files.check(patterns)
-    found = []
+    loaded = []
     for path in input_files.find(patterns):
         try:
-            found.append(images_lib.load_image(path, preparation))
+            loaded.append(images_lib.load_image(path, preparation))
         except UserError as error:
             raise UserError(f'--files: {path} {error}') from error
-        if len(found) == most:
+        if len(loaded) == most:
             break
-    stacked = np.stack(found)
-    where = f'{len(found)} images of {", ".join(patterns)}'
+    stacked = np.stack(loaded)
+    where = f'{len(loaded)} images of {", ".join(patterns)}'
     return Samples(stacked, None, stacked[:CALIBRATION], where)
 
 
 def of_data(
-    trained: trained_lib.Trained, path: str, fields: dict[str, Any], *, whole: bool
+    trained: trained_lib.Trained, path: str, fields: dict[str, Any], *, thorough: bool
 ) -> Samples:
-    """Test images of a data source to compare on, training images to calibrate with.
+    """Loads test images of a data source, and training images for calibration.
 
     Args:
-      path: of the model, for messages.
-      fields: those of `config.data`.
-      whole: up to MOST images; else a few.
+      trained: the model.
+      path: of the model, for error messages.
+      fields: of `config.data`.
+      thorough: load up to MOST images; otherwise a few.
 
     Raises:
-      UserError: as of `results.find_examples`.
+      UserError: see `results.find_examples`.
     """
     source, examples, _, _ = results.find_examples(trained, path, fields)
-    chosen = _spread(len(examples), MOST if whole else _FEW)
+    chosen = _spread(len(examples), MOST if thorough else _FEW)
     taken = [examples[n] for n in chosen]
     training = source.train if len(source.train) else source.test
-    places = _spread(len(training), CALIBRATION if whole else 1)
+    places = _spread(len(training), CALIBRATION if thorough else 1)
     labels = np.array([one['label'] for one in taken])
     share = f' of {len(examples)}' if len(taken) < len(examples) else ''
     where = f'{len(taken)}{share} test images of {fields["source"]}'
@@ -121,25 +122,25 @@ def of_model(
 
 
 def of_library(preparation: images_lib.Preparation) -> Samples:
-    """Parts of the two photographs that come with scikit-learn."""
+    """Crops of the two photographs that come with scikit-learn."""
     from sklearn.datasets import load_sample_images
 
-    found = []
+    crops = []
     for photograph in load_sample_images().images:
         height, width, _ = photograph.shape
         for top, left in ((0, 0), (0, width // 2), (height // 3, width // 4)):
             part = photograph[top : top + height // 2, left : left + width // 2]
-            found.append(images_lib.prepare_array(part, preparation))
-    stacked = np.stack(found)
-    where = f'{len(found)} parts of the photographs of scikit-learn'
+            crops.append(images_lib.prepare_array(part, preparation))
+    stacked = np.stack(crops)
+    where = f'{len(crops)} parts of the photographs of scikit-learn'
     return Samples(stacked, None, stacked, where)
 
 
 def _spread(count, most):
-    """At most so many places, evenly over all, so that all classes come."""
+    """At most this many indices, evenly spread, so that all classes are included."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int))
 
 
 def batches(stack: np.ndarray, size: int = 16):
-    """The images, 16 at a time."""
+    """Splits images `[N, S, S, C]` into batches."""
     return [stack[start : start + size] for start in range(0, len(stack), size)]

@@ -1,21 +1,21 @@
-"""A trained model as one StableHLO program: JAX runs it without this package.
+"""Exports a trained model as a StableHLO program, which JAX runs without this package.
 
     from jax import export
 
     program = export.deserialize(open('birds.stablehlo', 'rb').read())
     probabilities = program.call(images)  # uint8 [n, 224, 224, 3]
 
-The file is what `jax.export` writes, parameters included, and behind it a zip archive
-with `metadata.json`: the classes' names and how images are prepared. Readers of the
-first part ignore what follows, readers of zip archives what comes before.
+The file is what `jax.export` writes, including the parameters, followed by a zip
+archive with `metadata.json`: the class names and how to prepare images. Readers of the
+first part ignore what follows; readers of zip archives ignore what precedes.
 
     json.loads(zipfile.ZipFile('birds.stablehlo').read('metadata.json'))['class_names']
 
-JAX reads such files for at least six months after they are written, with its newer
-releases, and with releases that were up to three weeks old then; older ones often
-refuse them. For longer keep the run, or a file of weights (`export`), and write anew.
-A file holds arithmetic alone, which can read no files and start no programs, but it may
-take all time and memory of the machine: load files of people whom you trust.
+Newer JAX releases read such a file for at least six months, and so do releases up to
+three weeks older than the one that wrote it; older ones often refuse it. To keep a
+model for longer, keep the run or a weight file and export it again. A file contains
+only arithmetic: it cannot read files or start programs, but it can use all time and
+memory of the machine, so only load files that you trust.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ from flax_densenet.weights.trained import Trained
 INPUTS = ('images', 'normalized')
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 METADATA = 'metadata.json'
-# Of the names of a million classes there are 16 MB or so.
+# In bytes. The names of a million classes take about 16 MB.
 _MOST_METADATA = 2**26
 _WINDOW = (
     'read by the JAX that wrote it, by newer releases for at least 6 months, and by '
@@ -57,23 +57,25 @@ def save(
     precision: str = 'float32',
     any_size: bool = False,
 ):
-    """Writes a trained model to one file, whole or not at all.
+    """Writes a trained model to a file, atomically.
 
     The program takes any number of images at a time and runs on CPUs, GPUs and TPUs.
 
     Args:
+      path: of the file.
+      trained: the model.
       inputs: `images`: uint8 `[N, S, S, C]`, 0 to 255, to probabilities float32
         `[N, num_classes]`, with the model's normalization and test-time augmentation;
         `normalized`: float32 `[N, S, S, C]`, `(image / 255 - mean) / std`, to logits
         float32 `[N, num_classes]`.
-      precision: in which kernels are stored; `bfloat16` and `float16` halve the file,
-        and lose digits. The arithmetic stays the model's (`model.dtype`).
+      precision: of the stored kernels; `bfloat16` and `float16` halve the file and lose
+        digits. The arithmetic is still the model's (`model.dtype`).
       any_size: the program takes images of any height and width that the network
         takes, instead of only the model's own S; see `Network.takes_any_size`.
 
     Raises:
-      UserError: the extra `export` is not installed, an argument is not known or not
-        possible, or a kernel has values that float16 cannot hold.
+      UserError: the extra `export` is not installed, an argument is invalid, or a
+        kernel has values that float16 cannot represent.
     """
     _check_installed()
     for name, value, known in (
@@ -84,7 +86,7 @@ def save(
             raise UserError(f'{name}={value} is not known; use {", ".join(known)}')
     if any_size and not trained.module.takes_any_size():
         raise UserError(
-            'any_size=True: not of RDNet, nor with model.padding=same; leave it out'
+            'any_size=True is not possible for RDNet or with model.padding=same'
         )
     program = _export(trained, inputs, precision, any_size).serialize()
     metadata = _describe(trained, inputs, precision) | {'any_size': any_size}
@@ -95,16 +97,16 @@ def save(
 
 
 def load(path: str) -> tuple[Callable[[Any], jax.Array], dict[str, Any]]:
-    """A file of `save`: what computes, and its metadata.
+    """Loads a file of `save`.
 
     Returns:
-      A function of images as the metadata's `inputs` says, compiled for each number of
-      them; the metadata of the model, with `inputs`, `precision`, `written_with_jax`,
-      `written_on` and `compatibility`.
+      A function of images in the form of the metadata's `inputs`, compiled for each
+      number of images; and the metadata of the model, with `inputs`, `precision`,
+      `written_with_jax`, `written_on` and `compatibility`.
 
     Raises:
-      UserError: there is no such file, it is no such file or not whole, it was written
-        by another JAX than this one reads, or `flatbuffers` is missing.
+      UserError: the file does not exist or is corrupt, this JAX cannot read it, or
+        `flatbuffers` is not installed.
     """
     _check_installed()
     try:
@@ -113,7 +115,7 @@ def load(path: str) -> tuple[Callable[[Any], jax.Array], dict[str, Any]]:
                 raise ValueError(f'{METADATA} is too large')
             metadata = json.loads(archive.read(METADATA))
         if not isinstance(metadata, dict):
-            raise ValueError(f'{METADATA} is no object')
+            raise ValueError(f'{METADATA} is not an object')
         with open(path, 'rb') as file:
             content = file.read()
     except FileNotFoundError as error:
@@ -128,8 +130,8 @@ def load(path: str) -> tuple[Callable[[Any], jax.Array], dict[str, Any]]:
     try:
         program = export.deserialize(bytearray(content))
         if _version(written_with) > _version(jax.__version__):
-            program.mlir_module()  # takes seconds, and raises where it is too new
-    except Exception as error:  # of flatbuffers and of MLIR, of many kinds
+            program.mlir_module()  # takes seconds; raises if it is too new
+    except Exception as error:  # flatbuffers and MLIR raise many kinds
         raise UserError(
             f'{path} cannot be read by JAX {jax.__version__}: it was written with JAX '
             f'{written_with}, and is {_WINDOW}'
@@ -151,7 +153,7 @@ def _export(trained, inputs, precision, any_size=False):
 
     module, metadata = trained.module, trained.metadata
     if 'kernel' in module.fields():
-        module = module.clone(kernel='xla')  # nobody else has the native one
+        module = module.clone(kernel='xla')  # only this package has the native kernel
     options = programs.options_of(trained)
     stored = _store(folded.fold(module, trained.variables), precision)
 
@@ -184,7 +186,7 @@ def _export(trained, inputs, precision, any_size=False):
 
 @contextlib.contextmanager
 def _without_places():
-    """Else the program has the names of this machine's folders, line by line."""
+    """Keeps source locations, with the folders of this machine, out of the program."""
     before = jax.config.jax_traceback_in_locations_limit
     jax.config.update('jax_traceback_in_locations_limit', 0)
     try:
@@ -194,7 +196,7 @@ def _without_places():
 
 
 def _store(arrays, precision):
-    """Kernels in fewer bytes; vectors, which are few, as they are."""
+    """Converts kernels to `precision`; vectors are small and stay."""
 
     def store(array):
         small = precision == 'float32' or np.ndim(array) < 2

@@ -1,7 +1,7 @@
-"""DenseNet and RDNet in torch from a state dict and the network's fields.
+"""DenseNet and RDNet in PyTorch, from a state dict and the network's fields.
 
-torchvision and timm have classes for the networks that they know; these compute any of
-this project's, to verify what was exported.
+torchvision and timm have classes for some of our networks. These functions compute all
+of them, to verify exported files.
 """
 
 from typing import Any
@@ -10,10 +10,10 @@ from flax_densenet.weights import rdnet_names
 
 
 def make(state: dict[str, Any], about: dict[str, Any]):
-    """A function of float32 images `[N, C, H, W]` to logits, both of torch.
+    """A function of normalized float32 images `[N, C, H, W]` to logits, as tensors.
 
     Args:
-      state: tensors in any precision, by torchvision's keys, of RDNet by timm's.
+      state: tensors in any precision, by torchvision's keys, or timm's for RDNet.
       about: the network's fields, and its `family`.
     """
     import torch

@@ -1,4 +1,4 @@
-"""Whether an exported file says the same as the model it was made from."""
+"""Verifies that an exported file computes the same as its model."""
 
 import dataclasses
 from typing import Any
@@ -11,21 +11,21 @@ from flax_densenet.evaluation import evaluate, metrics
 from flax_densenet.export import runtimes
 from flax_densenet.weights import trained as trained_lib
 
-# Largest difference that is let through: of probabilities, or of logits as a share of
-# the largest. Measured on small networks: 6e-7, 4e-4 and 4e-3. Of int8 the mean
-# difference of probabilities counts, since single ones near a border may differ.
+# The largest accepted difference of probabilities, or of logits relative to the
+# largest. Measured on small networks: 6e-7, 4e-4 and 4e-3. For int8 the mean difference
+# counts, since single predictions near a decision boundary may differ.
 BOUNDS = {'float32': 1e-4, 'float16': 0.01, 'bfloat16': 0.05, 'int8': 0.05}
 
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """What a runtime made of a file.
+    """How a file in a runtime compares with the model.
 
     Attributes:
       runtime: its name.
       outputs: float32 `[N, num_classes]`.
-      largest: difference to the model's, of logits as a share of the largest.
-      mean: of the differences.
+      largest: the largest difference; of logits, relative to the largest logit.
+      mean: the mean difference.
     """
 
     runtime: str
@@ -42,9 +42,11 @@ class Verification:
 def compute(
     trained: trained_lib.Trained, images: np.ndarray, inputs: str
 ) -> np.ndarray:
-    """What the model says of uint8 images `[N, S, S, C]`, float32 `[N, num_classes]`.
+    """The model's outputs, float32 `[N, num_classes]`.
 
     Args:
+      trained: the model.
+      images: uint8 `[N, S, S, C]`.
       inputs: `images` for probabilities, `normalized` for logits.
     """
     module, metadata = trained.module, trained.metadata
@@ -67,7 +69,7 @@ def compute(
 
 
 def as_inputs(images: np.ndarray, metadata: dict[str, Any], inputs: str, *, nchw: bool):
-    """uint8 images `[N, S, S, C]` as a file takes them (see `onnx_network.INPUTS`)."""
+    """Converts uint8 images `[N, S, S, C]` to one of `onnx_network.INPUTS`."""
     if inputs == 'images':
         return images
     options = {name: tuple(metadata[name]) for name in ('mean', 'std')}
@@ -86,17 +88,21 @@ def check(
     precision: str,
     nchw: bool,
 ) -> list[Verification]:
-    """Runs a file in each of the runtimes that are installed.
+    """Runs a file in all installed runtimes and compares the results.
 
     Args:
+      path: of the file.
+      trained: the model.
       images: uint8 `[N, S, S, C]`.
-      expected: of `compute`.
-      names: of `runtimes.RUNTIMES`.
-      nchw: floats go in as `[N, C, H, W]`.
+      expected: the output of `compute`.
+      names: keys of `runtimes.RUNTIMES` that can run the file.
+      inputs: `images` or `normalized`.
+      precision: of the file, a key of `BOUNDS`.
+      nchw: normalized images are `[N, C, H, W]`.
 
     Raises:
-      UserError: none is installed, one cannot run the file, or what it says differs by
-        more than BOUNDS.
+      UserError: no runtime is installed, one cannot run the file, or a difference is
+        larger than `BOUNDS`.
     """
     installed = [name for name in names if runtimes.is_installed(name)]
     if not installed:
@@ -109,13 +115,13 @@ def check(
         'family': trained.module.family,
         'channels': images.shape[-1],
     }
-    found = []
+    verifications = []
     for name in installed:
         outputs, reason = runtimes.run(name, path, given, about)
         if outputs is None:
             raise UserError(f'nothing was exported: {name} cannot run it ({reason})')
-        found.append(_compare(name, outputs, expected, inputs, precision))
-    return found
+        verifications.append(_compare(name, outputs, expected, inputs, precision))
+    return verifications
 
 
 def _compare(name, outputs, expected, inputs, precision):
@@ -126,11 +132,11 @@ def _compare(name, outputs, expected, inputs, precision):
         )
     scale = max(1.0, np.abs(expected).max()) if inputs == 'normalized' else 1.0
     away = np.abs(outputs - expected) / scale
-    found = Verification(name, outputs, float(away.max()), float(away.mean()))
-    decides = found.mean if precision == 'int8' else found.largest
-    if not decides <= BOUNDS[precision]:  # also where the model's own are NaN
+    verification = Verification(name, outputs, float(away.max()), float(away.mean()))
+    decides = verification.mean if precision == 'int8' else verification.largest
+    if not decides <= BOUNDS[precision]:  # also if the model's outputs are NaN
         raise UserError(
             f'nothing was exported: in {name} it differs from the model by '
             f'{decides:.2g}, more than {BOUNDS[precision]:g} for {precision}'
         )
-    return found
+    return verification

@@ -368,7 +368,7 @@ def test_what_is_there_already(tmp_path):
         formats.save(str(out), trained, 'huggingface')
     (out / 'notes.txt').unlink()
     (out / 'README.md').write_text('my own words')
-    with pytest.raises(UserError, match='README.md is there and not of this program'):
+    with pytest.raises(UserError, match='README.md exists and was not written by'):
         formats.save(str(out), trained, 'huggingface')
     write_timm(tmp_path / 'timm')
     with pytest.raises(UserError, match='was not exported by this program'):
@@ -376,7 +376,7 @@ def test_what_is_there_already(tmp_path):
     (tmp_path / 'file').write_text('x')
     (tmp_path / 'link').symlink_to(out)
     for name in ('file', 'link'):
-        with pytest.raises(UserError, match='is there, and no folder'):
+        with pytest.raises(UserError, match='exists and is not a folder'):
             formats.save(str(tmp_path / name), trained, 'huggingface')
     assert sorted(p.name for p in out.iterdir()) == FILES
 

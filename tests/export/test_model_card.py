@@ -115,9 +115,9 @@ def test_a_checkpoint_alone():
     said = model_card.render(trained())
     low, high = metrics.wilson(180, 200)
     assert f'**90.0 %** (95 % interval {low * 100:.1f} to {high * 100:.1f} %)' in said
-    assert 'come with `--mode=eval`' in said
-    assert 'calibration) was not measured' in said
-    assert 'The recipe is not known here' in said
+    assert 'run `--mode=eval` before' in said
+    assert 'calibration was not measured' in said
+    assert 'The recipe is unknown' in said
     metadata = {k: v for k, v in trained().metadata.items() if k != 'images'}
     said = model_card.render(dataclasses.replace(trained(), metadata=metadata))
     assert '**90.0 %** on the test images' in said
@@ -134,10 +134,10 @@ def test_nothing_known():
         assert part in said
     code = 'torchvision.models.DenseNet(growth_rate=4, block_config=(2, 3), '
     assert code + 'num_init_features=8, bn_size=2, num_classes=5)' in said
-    assert '| growth_rate | `4`, other than' in said and '# DenseNet for 5' in said
+    assert '| growth_rate | `4`, different from' in said and '# DenseNet for 5' in said
     nameless = found.metadata | {'class_names': None}
     said = model_card.render(dataclasses.replace(found, metadata=nameless))
-    assert 'The names of the 5 classes are not known here' in said
+    assert 'The names of the 5 classes are unknown' in said
 
 
 def test_figures_of_another_checkpoint_or_data(tmp_path):
@@ -147,13 +147,13 @@ def test_figures_of_another_checkpoint_or_data(tmp_path):
     said = model_card.render(trained(), workdir=str(tmp_path))
     assert f'**{figures["accuracy"] * 100:.1f} %**' in said
     assert 'On 200 images of `folder:mine`.' in said
-    assert 'flatters' not in said
+    assert 'optimistic' not in said
 
 
 def test_several_labels():
     said = model_card.render(trained(multi_label=True))
-    assert 'gives a probability for each of 2 labels' in said
-    assert '| Labels right |' in said and 'which a sigmoid makes' in said
+    assert 'predicts a probability for each of 2 labels' in said
+    assert '| Labels right |' in said and 'which a sigmoid turns' in said
     assert 'interval' not in said.split('## Model')[0]
 
 
@@ -267,7 +267,7 @@ def test_a_card_of_somebody_else_stays(tmp_path):
     model_card.save(path, text + '\n')
     edited = (text + '\nmine').replace(model_card.MARKER, '')
     (tmp_path / 'MODEL_CARD.md').write_text(edited)
-    with pytest.raises(UserError, match='MODEL_CARD.md is there and not of this'):
+    with pytest.raises(UserError, match='MODEL_CARD.md exists and was not'):
         model_card.save(path, text)
     assert (tmp_path / 'MODEL_CARD.md').read_text() == edited
     with pytest.raises(UserError, match='cannot be read'):

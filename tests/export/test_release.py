@@ -134,7 +134,7 @@ def test_card(trained, samples, tmp_path):
     assert 'largest difference' in text and 'x.onnx' in text and 'mit' in text.lower()
     beside.write_text('mine')
     path.unlink()
-    with pytest.raises(UserError, match='MODEL_CARD.md is there and not of this'):
+    with pytest.raises(UserError, match='MODEL_CARD.md exists and was not'):
         run(str(path), trained, 'onnx', formats.Options(), samples)
     assert beside.read_text() == 'mine' and not path.exists()
 

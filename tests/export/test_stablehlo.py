@@ -159,7 +159,7 @@ def test_mistakes(model, tmp_path, monkeypatch):
         stablehlo.load(str(path))
     with zipfile.ZipFile(path, 'w') as archive:
         archive.writestr('metadata.json', '[]')
-    with pytest.raises(UserError, match='metadata.json is no object'):
+    with pytest.raises(UserError, match='metadata.json is not an object'):
         stablehlo.load(str(path))
     monkeypatch.setitem(sys.modules, 'flatbuffers', None)
     for call in (stablehlo.load, lambda path: stablehlo.save(path, model)):

@@ -1,8 +1,8 @@
-"""Which image files a folder holds, whatever its names, links and rights are.
+"""Lists the image files in a folder, whatever its names, links and permissions are.
 
-Hidden files and folders, and those that systems leave behind, are no images. Links are
-followed, each folder once; links to a folder above are not, since a class would then
-hold the images of all others.
+Hidden files and folders, and those that operating systems create, are skipped. Links
+are followed, but each folder is visited once; links to a parent folder are not
+followed, since a class would then contain the images of all others.
 """
 
 import concurrent.futures
@@ -18,7 +18,7 @@ _LEFT_BEHIND = (
     *('__MACOSX', '@eaDir', '#recycle', '$RECYCLE.BIN'),
     *('System Volume Information', 'lost+found'),
 )
-# Paths that a thread checks at a time: a million futures would take a gigabyte.
+# Paths per task of a thread; a million futures would take a gigabyte.
 _CHUNK = 256
 
 
@@ -39,10 +39,9 @@ def class_folders(root: str) -> list[str]:
 
 
 def image_files(root: str, passed: notes.Passed | None = None) -> list[str]:
-    """Paths of the image files in a folder and below, by their extension, sorted.
+    """Sorted paths of the image files in a folder and below, found by extension.
 
-    Names that are not UTF-8 come as Python's `surrogateescape` has them, with which
-    they can be opened.
+    Names that are not UTF-8 are decoded with `surrogateescape`, so they can be opened.
 
     Args:
       passed: counts what is passed over.
@@ -51,7 +50,7 @@ def image_files(root: str, passed: notes.Passed | None = None) -> list[str]:
       UserError: a folder cannot be read.
     """
     passed = passed or notes.Passed()
-    seen, left, found = _above(root), [root], []
+    seen, left, paths = _above(root), [root], []
     while left:
         folder = left.pop()
         identity = _identity(folder)
@@ -65,14 +64,14 @@ def image_files(root: str, passed: notes.Passed | None = None) -> list[str]:
                 continue
             if _is_folder(entry):
                 inside.append(entry.path)
-            # A link to nowhere or a pipe is found to be bad when files are checked.
+            # Dangling links and pipes are reported when the files are checked.
             elif is_image_name(entry.name):
-                found.append(entry.path)
+                paths.append(entry.path)
                 passed.nested += folder != root
             else:
                 passed.add_file(entry.name)
         left += sorted(inside, reverse=True)
-    return sorted(found)
+    return sorted(paths)
 
 
 def is_image_name(name: str) -> bool:
@@ -110,22 +109,22 @@ def _is_folder(entry):
 
 
 def _identity(path):
-    """What is the same for all paths of a folder."""
+    """A value that is the same for all paths of a folder."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError as error:
         raise UserError(f'{path} cannot be read ({error.strerror})') from error
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _above(root):
-    """The identities of the folders that hold a folder, by its path and its target."""
-    found = set()
+    """Identities of the parent folders of a path, and of the path it resolves to."""
+    identities = set()
     for path in {os.path.abspath(root), os.path.realpath(root)}:
         while (parent := os.path.dirname(path)) != path:
             path = parent
-            found.add(_identity(path))
-    return found
+            identities.add(_identity(path))
+    return identities
 
 
 def check_files(
@@ -134,30 +133,30 @@ def check_files(
     *,
     name: Callable[[int], str] | None = None,
 ) -> dict[int, str]:
-    """`{index: reason}` of the bad files.
+    """Finds unreadable files: `{index: reason}`.
 
     Args:
       files: paths, or a reader of their bytes.
-      name: of the file at an index, for the message; its path by default.
-      bad_images: `skip` decodes every file, so that training never meets a bad one;
-        `error` looks at each file's first and last bytes, and what that does not find
-        is met, and named, when the image is decoded.
+      bad_images: `skip` decodes every file, so that training never sees a bad one.
+        `error` only looks at the first and last bytes of each file; other damage is
+        found, and named, when the image is decoded.
+      name: of the file at an index, for error messages; its path by default.
 
     Raises:
-      UserError: with `error`, of the first bad file.
+      UserError: with `error`, for the first bad file.
     """
     skip, bad = bad_images == 'skip', {}
     name = name or files.__getitem__
 
     def check(start):
-        found = []
+        reasons = []
         for index in range(start, min(start + _CHUNK, len(files))):
             reason = images.check_image(files[index], decode=skip)
             if reason:
-                found.append((index, reason))
+                reasons.append((index, reason))
                 if not skip:
                     break
-        return found
+        return reasons
 
     progress = tqdm(
         total=len(files),
@@ -168,14 +167,14 @@ def check_files(
         delay=1,
     )
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, progress:
-        for found in pool.map(check, range(0, len(files), _CHUNK)):
+        for reasons in pool.map(check, range(0, len(files), _CHUNK)):
             progress.update(_CHUNK)
-            if found and not skip:
+            if reasons and not skip:
                 pool.shutdown(cancel_futures=True)
-                index, reason = found[0]
+                index, reason = reasons[0]
                 raise UserError(
                     f'{name(index)} {reason}: fix or remove it, or set '
                     'data.bad_images=skip'
                 )
-            bad.update(found)
+            bad.update(reasons)
     return bad

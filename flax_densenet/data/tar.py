@@ -1,7 +1,7 @@
-"""Images in tar files, as webdataset writes them: `key.jpg` beside `key.cls`.
+"""Reads images from tar files like webdataset's: `key.jpg` next to `key.cls`.
 
-Only the headers of the files are read, once; an image is then read at its place.
-Nothing is ever extracted, so that a name within a tar is no more than a name.
+The headers are read once; images are then read at their offsets. Nothing is ever
+extracted, so the names in a tar cannot do any harm.
 """
 
 import collections
@@ -21,7 +21,7 @@ from flax_densenet.system import paths, platforms
 
 CLASSES_FILE = 'classes.txt'
 _LABELS = ('cls', 'json')
-# What a sample's JSON may call its class.
+# Fields of a sample's JSON that can hold the class.
 _FIELDS = ('label', 'cls', 'class', 'class_name')
 _END = 1024
 _MAX_LABEL_BYTES, _MAX_CLASSES = 2**20, 100_000
@@ -62,8 +62,8 @@ class TarReader(readers.Reader):
 
     def stat(self, index):
         offset, size = self.places[index].tolist()
-        found = readers.stat_file(self.tars[self.which[index]])
-        return size, (offset, found.st_size, found.st_mtime_ns)
+        status = readers.stat_file(self.tars[self.which[index]])
+        return size, (offset, status.st_size, status.st_mtime_ns)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,18 +77,17 @@ class _Sample:
 def load(
     name: str, known_classes: Sequence[str] | None = None
 ) -> tuple[TarReader, list[str], int | None]:
-    """Lists the images of the tar files of a folder, or of one.
+    """Lists the images of one tar file, or of all tar files in a folder.
 
-    Labels are numbers (names of classes then stand in `classes.txt`, one a line, where
-    they have any) or the classes' names.
+    Labels are numbers, whose names can be in `classes.txt`, one per line; or names.
 
     Args:
-      name: `FOLDER/*.tar`'s folder, `FOLDER/{train,val}/*.tar`'s, or a tar file. Tars
-        called `...train...` and `...val...` are parts as well.
+      name: a tar file, or a folder with `*.tar` or `{train,val}/*.tar`. Tars with
+        `train` and `val` in their names are also the two parts.
 
     Returns:
-      The reader, the class names, and the index of the first image of the test part or
-      None where there is no such part.
+      The reader, the class names, and the index of the first test image, or None if
+      there is no test part.
 
     Raises:
       UserError: there are none, one is damaged, or a sample has no image or label.
@@ -98,10 +97,10 @@ def load(
     by_part = _find_tars(field, name, path)
     tars = [tar for inside in by_part for tar in inside]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        found = list(pool.map(_scan, tars))
-    first_test = sum(len(inside) for inside in found[: len(by_part[0])])
-    which = np.repeat(np.arange(len(tars), dtype=np.int32), [len(s) for s in found])
-    samples = [sample for inside in found for sample in inside]
+        by_tar = list(pool.map(_scan, tars))
+    first_test = sum(len(inside) for inside in by_tar[: len(by_part[0])])
+    which = np.repeat(np.arange(len(tars), dtype=np.int32), [len(s) for s in by_tar])
+    samples = [sample for inside in by_tar for sample in inside]
     if len(by_part) == 1 and (order := _order_by_part(field, samples)):
         first_test = order.pop()
         samples, which = [samples[i] for i in order], which[order]
@@ -120,7 +119,7 @@ def load(
 
 
 def _find_tars(field, name, path):
-    """The tar files of the training part, and those of the test part if any."""
+    """The tar files of the training part and, if there is one, of the test part."""
     if not name or not os.path.exists(path):
         raise UserError(f'{field}: there is no such folder or tar file')
     if not os.path.isdir(path):
@@ -222,19 +221,19 @@ def _tars_of(folder):
 
 
 def _scan(path) -> list[_Sample]:
-    """The samples of a tar in its order."""
-    found = collections.defaultdict(dict)
+    """The samples of a tar, in its order."""
+    samples = collections.defaultdict(dict)
     try:
         size = os.path.getsize(path)
         with tarfile.open(path, 'r:') as tar:
             for member in tar:
-                _add(path, size, member, found)
+                _add(path, size, member, samples)
         with open(path, 'rb') as file:
-            # Two empty blocks; without them it may end between two images.
+            # Without two empty blocks, the file may end between two images.
             file.seek(-min(size, _END), os.SEEK_END)
             if file.read() != bytes(_END):
                 raise UserError(f'{path} has no end of a tar file; copy it again')
-            return [_sample(path, file, key, inside) for key, inside in found.items()]
+            return [_sample(path, file, key, inside) for key, inside in samples.items()]
     except (tarfile.TarError, EOFError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -245,19 +244,19 @@ def _scan(path) -> list[_Sample]:
         raise UserError(f'{path} cannot be read ({error.strerror})') from error
 
 
-def _add(path, size, member, found):
+def _add(path, size, member, samples):
     folder, _, base = member.name.rpartition('/')
     if member.isdir() or base.startswith('.'):
         return
     if not member.isreg() or member.issparse():
-        raise UserError(f'{path}: {member.name} is no plain file; pack it as one')
+        raise UserError(f'{path}: {member.name} is not a regular file; pack it as one')
     if not 0 <= member.offset_data <= member.offset_data + member.size <= size:
         raise UserError(f'{path} is cut short within {member.name}; copy it again')
     key, _, kind = base.partition('.')
     key, kind = f'{folder}/{key}' if folder else key, kind.lower()
-    if kind in found[key]:
+    if kind in samples[key]:
         raise UserError(f'{path}: {member.name} is there twice; remove one')
-    found[key][kind] = member
+    samples[key][kind] = member
 
 
 def _sample(path, file, key, inside) -> _Sample:
@@ -280,7 +279,7 @@ def _sample(path, file, key, inside) -> _Sample:
 
 
 def _label(path, name, kind, content) -> int | str:
-    """The number or name of a class that a `.cls` or `.json` holds."""
+    """The number or name of the class in a `.cls` or `.json` file."""
     try:
         label = content.decode().strip()
         if kind == 'json':
@@ -319,7 +318,7 @@ def _number(field, labels, root, known_classes=None):
 
 
 def _read_names(field, root, count):
-    """The names of `classes.txt`, else the numbers."""
+    """The names in `classes.txt`; without the file, the numbers."""
     path = os.path.join(root, CLASSES_FILE)
     if not os.path.exists(path):
         return [str(number) for number in range(count)]

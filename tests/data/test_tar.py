@@ -176,7 +176,7 @@ def link(name):
         ({'a.jpg': b'x', 'a.json': b'{"label": true}'}, 'a.json names no class'),
         ({'a.jpg': b'x', 'a.json': b'[' * 10**5}, 'a.json cannot be read as a label'),
         ({'a.jpg': b'x', 'a.cls': b' ' * 2**21}, 'a.cls is too large to be a label'),
-        ({'a.jpg': link('a.jpg'), 'a.cls': b'1'}, 'a.jpg is no plain file'),
+        ({'a.jpg': link('a.jpg'), 'a.cls': b'1'}, 'a.jpg is not a regular file'),
         ({'a.jpg': b'x', 'a.cls': b'0'}, 'has 1 classes; at least two'),
         ({}, 'has 0 classes; at least two'),
         (

@@ -39,7 +39,7 @@ def samples(trained):
         'source': 'digits',
         'image_size': 16,
     }
-    return sample_images.of_data(trained, 'here', fields, whole=True)
+    return sample_images.of_data(trained, 'here', fields, thorough=True)
 
 
 def run(path, trained, file_format, options, samples):

@@ -401,7 +401,7 @@ def test_shards_of_another_pack(folder, out, tmp_path):
         (
             'train-00002.array_record',
             lambda p: os.truncate(p, 900),
-            '900 bytes in plac',
+            '900 bytes instead',
         ),
         ('index.safetensors', os.unlink, 'index.safetensors cannot be read .No such'),
         ('index.safetensors', lambda p: flip(p, 200), 'its SHA-256 is another'),

@@ -1,12 +1,12 @@
-"""Figures of a classifier from its probabilities: what `eval` and the report show.
+"""Metrics of a classifier, which `eval` and the report show.
 
-scikit-learn and scipy do the work; by hand is only what they lack: the calibration
-error, and the temperature that mends it (Guo et al., arXiv 1706.04599).
+scikit-learn and scipy compute most of them. They lack the calibration error, and the
+temperature that corrects it (Guo et al., arXiv 1706.04599).
 
 >>> import numpy as np
 >>> logits = np.log([[0.8, 0.2], [0.6, 0.4], [0.3, 0.7]])
->>> figures = measure(logits, np.array([0, 1, 1]), ('ants', 'bees'))
->>> round(figures['accuracy'], 3), figures['confusion']
+>>> metrics = measure(logits, np.array([0, 1, 1]), ('ants', 'bees'))
+>>> round(metrics['accuracy'], 3), metrics['confusion']
 (0.667, [[1, 0], [1, 1]])
 """
 
@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-WIDE = 1000  # classes; of more, all pairs or all probabilities fill no useful file
-_CHUNK = 2**22  # numbers in double precision at a time
+WIDE = 1000  # classes; with more, files of all pairs or probabilities are useless
+_CHUNK = 2**22  # float64 numbers at a time
 BINS = 15  # of the reliability diagram
-CURVE_POINTS = 60  # of an ROC curve, enough for a page's width
+CURVE_POINTS = 60  # of an ROC curve, enough for the width of a page
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -41,14 +41,14 @@ def _chunks(logits):
 
 
 def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Probabilities of labels that do not exclude each other, in float64."""
+    """Probabilities of independent labels, in float64."""
     from scipy import special
 
     return special.expit(np.asarray(logits, np.float64))
 
 
 def measure(logits: np.ndarray, labels: np.ndarray, class_names) -> dict[str, Any]:
-    """Figures of a classifier of one class an image.
+    """Metrics of a classifier with one class per image.
 
     Args:
       logits: `[N, C]`.
@@ -56,11 +56,11 @@ def measure(logits: np.ndarray, labels: np.ndarray, class_names) -> dict[str, An
       class_names: C names.
 
     Returns:
-      What JSON can hold: count, accuracy and its 95 % interval (Wilson's), loss in
-      nats, top5 where there are more than five classes, `classes` (name, precision,
-      recall, f1, support, auroc), macro averages, `confusion` `[true][predicted]`, or
-      None of more than `WIDE` classes, `confused` (those pairs that there are: true,
-      predicted, count), calibration before and after temperature scaling.
+      Values for JSON: `count`, `accuracy` and its 95% interval (Wilson's), `loss` in
+      nats, `top5` if there are more than five classes, `classes` (name, precision,
+      recall, f1, support, auroc), `macro` averages, `confusion` `[true][predicted]` or
+      None with more than `WIDE` classes, `confused` (pairs that occur: true, predicted,
+      count), and `calibration` before and after temperature scaling.
     """
     from sklearn import metrics as sklearn_metrics
 
@@ -104,16 +104,17 @@ def measure(logits: np.ndarray, labels: np.ndarray, class_names) -> dict[str, An
 
 
 def measure_labels(logits: np.ndarray, labels: np.ndarray, names) -> dict[str, Any]:
-    """Figures where an image can have several labels.
+    """Metrics if an image can have several labels.
 
     Args:
       logits: `[N, L]`.
-      labels: `[N, L]` of 0, 1 and NaN (not known, left out).
+      labels: `[N, L]` of 0, 1 and NaN (unknown, left out).
+      names: L names.
 
     Returns:
-      count, the share of an image's known labels that are right at a probability of a
-      half, averaged over images, with its 95 % interval; loss, macro averages, and
-      `classes` as in `measure`; support is the number of images that have the label.
+      The keys of `measure`. The accuracy is the share of an image's known labels that
+      are correct at a probability of a half, averaged over images; support is the
+      number of images with the label.
     """
     from sklearn import metrics as sklearn_metrics
 
@@ -127,7 +128,7 @@ def measure_labels(logits: np.ndarray, labels: np.ndarray, names) -> dict[str, A
         row = dict(zip(('precision', 'recall', 'f1'), map(float, scores), strict=False))
         row |= {'support': int(true.sum()), 'auroc': area(true, probability)}
         rows.append({'name': str(name)} | row)
-    # As in training (`losses.measure`): of each image the share of its known labels.
+    # As in training (`losses.measure`): the share of the known labels of each image.
     number = np.maximum(known.sum(-1), 1)
     wrong = known & ((probabilities > 0.5) != (labels > 0.5))
     right = 1 - wrong.sum(-1) / number
@@ -151,9 +152,9 @@ def measure_labels(logits: np.ndarray, labels: np.ndarray, names) -> dict[str, A
 
 
 def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int):
-    """Images by true and predicted class: a sparse int64 matrix `[C, C]` of scipy.
+    """Counts images by true and predicted class: scipy's sparse int64 matrix `[C, C]`.
 
-    Of 10,000 classes nearly all of the hundred million pairs are empty.
+    With 10,000 classes, nearly all of the hundred million pairs are empty.
     """
     from scipy import sparse
 
@@ -165,19 +166,19 @@ def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int):
 
 
 def count_confused(matrix) -> list[list[int]]:
-    """`[true, predicted, count]` of the pairs of different classes, most first."""
+    """`[true, predicted, count]` of pairs of different classes, most frequent first."""
     pairs = matrix.tocoo()
-    true, said = pairs.coords
+    true, predicted = pairs.coords
     order = np.argsort(-pairs.data, kind='stable')
     return [
-        [int(true[i]), int(said[i]), int(pairs.data[i])]
+        [int(true[i]), int(predicted[i]), int(pairs.data[i])]
         for i in order
-        if true[i] != said[i]
+        if true[i] != predicted[i]
     ]
 
 
 def wilson(right: int, count: int) -> list[float] | None:
-    """95 % interval of a share (Wilson's)."""
+    """Wilson's 95% interval of a share; None without images."""
     from scipy import stats
 
     if not count:
@@ -187,7 +188,7 @@ def wilson(right: int, count: int) -> list[float] | None:
 
 
 def _normal_interval(values):
-    """95 % interval of a mean; the images are independent, an image's labels not."""
+    """95% interval of a mean over images, whose labels are not independent."""
     if len(values) < 2:
         return None
     middle = float(values.mean())
@@ -215,7 +216,7 @@ def _top(probabilities, labels, most):
 
 
 def area(true: np.ndarray, score: np.ndarray) -> float | None:
-    """Area under the ROC curve; None where `true` has one value only."""
+    """Area under the ROC curve; None if `true` has only one value."""
     from sklearn import metrics as sklearn_metrics
 
     if true.all() or not true.any():
@@ -224,13 +225,13 @@ def area(true: np.ndarray, score: np.ndarray) -> float | None:
 
 
 def mean(values) -> float | None:
-    """Mean of the values that there are."""
+    """Mean of the values that are not None; None if there are none."""
     values = [value for value in values if value is not None]
     return float(np.mean(values)) if values else None
 
 
 def roc(true: np.ndarray, probability: np.ndarray) -> dict[str, list[float]] | None:
-    """An ROC curve of at most `CURVE_POINTS` points; None without both kinds."""
+    """An ROC curve with at most `CURVE_POINTS` points; None with only one class."""
     from sklearn import metrics as sklearn_metrics
 
     if not len(true) or true.all() or not true.any():
@@ -249,21 +250,25 @@ def roc(true: np.ndarray, probability: np.ndarray) -> dict[str, list[float]] | N
 def calibrate(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Expected calibration error before and after the best temperature.
 
-    The temperature T minimizes the cross-entropy of logits / T on these same images:
-    with one number fitted, that is close to what new images would give.
+    The temperature T minimizes the cross-entropy of logits / T on the same images. It
+    is a single number, so the result is close to that on new images.
+
+    Args:
+      logits: `[N, C]`.
+      labels: int `[N]`.
 
     Returns:
-      `{'temperature', 'before', 'after'}`; the latter two with `error` and `bins`, of
-      which each has confidence, accuracy and count.
+      `{'temperature', 'before', 'after'}`; the latter two have `error` and `bins`, each
+      with confidence, accuracy and count.
     """
     from scipy import optimize
 
-    found = optimize.minimize_scalar(
+    solution = optimize.minimize_scalar(
         lambda log_t: _losses(logits, labels, np.exp(log_t)).mean(),
         bounds=(-3, 3),
         method='bounded',
     )
-    temperature = float(np.exp(found.x))
+    temperature = float(np.exp(solution.x))
     return {
         'temperature': temperature,
         'before': reliability(*_predictions(logits, labels, 1.0)),
@@ -272,7 +277,7 @@ def calibrate(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
 
 
 def _predictions(logits, labels, temperature):
-    """The likeliest class's probability, and whether it is right, of each image."""
+    """The highest probability of each image, and whether it is correct."""
     confidence, right = np.empty(len(labels)), np.empty(len(labels), bool)
     for rows in _chunks(logits):
         probabilities = softmax(logits[rows], temperature)
@@ -282,11 +287,11 @@ def _predictions(logits, labels, temperature):
 
 
 def reliability(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
-    """Bins of confidence, and the mean distance of accuracy and confidence in them.
+    """Bins of confidence, and the mean gap between accuracy and confidence.
 
     Args:
-      confidence: `[N]`, the probability of what is predicted.
-      right: bool `[N]`.
+      confidence: `[N]`, the probability of the predicted class.
+      right: bool `[N]`, whether it is correct.
     """
     places = np.minimum((confidence * BINS).astype(int), BINS - 1)
     bins, error = [], 0.0
@@ -304,7 +309,7 @@ def reliability(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
 
 
 def auroc(logits: np.ndarray, labels: np.ndarray) -> list[float | None]:
-    """Area under the ROC curve of each label; None where all known ones are alike.
+    """Area under the ROC curve of each label; None if all known values are equal.
 
     Args:
       logits: `[N, L]`.
@@ -318,5 +323,5 @@ def auroc(logits: np.ndarray, labels: np.ndarray) -> list[float | None]:
 
 
 def mean_auroc(areas: list[float | None]) -> float | None:
-    """Mean of the areas that there are."""
+    """Mean of the areas that are not None; None if there are none."""
     return mean(areas)

@@ -1,7 +1,7 @@
-"""Features of any number of images in one file, written as they come.
+"""Writes the features of any number of images to a file, row by row.
 
-Both kinds of file say at their start how long they are. So rows and names wait in
-temporary files beside the output, which need no memory, and are copied at the end.
+Both formats store the number of rows at the start of the file. So rows and names are
+first written to temporary files next to the output, and copied at the end.
 """
 
 import errno
@@ -19,19 +19,19 @@ ENDINGS = ('.npz', '.safetensors')
 
 
 class Writer:
-    """Features float32 `[N, F]` and the N paths they are of.
+    """Writes features float32 `[N, F]` and the N paths of their images.
 
     `np.load(path)` has them as `features` and `paths`. A safetensors file has
-    `features` and, as `paths`, the names' bytes, each with a zero byte behind it;
-    `read` makes strings of them.
+    `features`, and `paths` as bytes, each path followed by a zero byte; `read` returns
+    strings.
     """
 
     def __init__(self, path: str):
         """Opens the temporary files.
 
         Raises:
-          UserError: the name ends with none of `ENDINGS`.
-          OSError: nothing can be written there.
+          UserError: the name has none of the `ENDINGS`.
+          OSError: the file cannot be written.
         """
         check_name(path)
         if os.path.exists(path) and not os.path.isfile(path):
@@ -50,10 +50,10 @@ class Writer:
         self.count += 1
 
     def finish(self, size: int):
-        """Makes the file; it gets its name when it is complete.
+        """Writes the file, which gets its name when it is complete.
 
         Args:
-          size: F, for a file without rows.
+          size: the number of features F, for a file without rows.
         """
         self._rows.seek(0)
         self._names.seek(0)
@@ -68,13 +68,13 @@ class Writer:
         self.close()
 
     def close(self):
-        """Forgets what was written; harmless after `finish`."""
+        """Discards the temporary files; harmless after `finish`."""
         self._rows.close()
         self._names.close()
 
 
 def check_name(path: str):
-    """Raises `UserError` where the ending is none of `ENDINGS`."""
+    """Raises `UserError` if the name has none of the `ENDINGS`."""
     if not path.endswith(ENDINGS):
         raise UserError(
             f'--features={path}: the name of the file ends with {" or ".join(ENDINGS)}'
@@ -82,23 +82,23 @@ def check_name(path: str):
 
 
 def read(path: str) -> tuple[np.ndarray, list[str]]:
-    """Features float32 `[N, F]` and their paths, of either kind of file."""
+    """Reads features float32 `[N, F]` and their paths from either kind of file."""
     check_name(path)
     if path.endswith('.npz'):
-        with np.load(path) as found:
-            return found['features'], found['paths'].tolist()
+        with np.load(path) as arrays:
+            return arrays['features'], arrays['paths'].tolist()
     from safetensors import numpy as safetensors
 
-    found = safetensors.load_file(path)
-    return found['features'], [
-        os.fsdecode(name) for name in found['paths'].tobytes().split(b'\0')[:-1]
+    arrays = safetensors.load_file(path)
+    return arrays['features'], [
+        os.fsdecode(name) for name in arrays['paths'].tobytes().split(b'\0')[:-1]
     ]
 
 
 def _write_npz(path, shape, longest, rows, names):
     header = np.lib.format.write_array_header_1_0
     kind = dict(fortran_order=False)
-    # Names are padded to the longest one, so they are compressed; numbers do not gain.
+    # Names are padded to the longest one, so compress them; numbers gain nothing.
     with zipfile.ZipFile(path, 'w', compresslevel=1) as file:
         with file.open('features.npy', 'w', force_zip64=True) as entry:
             header(entry, kind | {'descr': '<f4', 'shape': shape})
@@ -113,7 +113,7 @@ def _write_npz(path, shape, longest, rows, names):
 
 
 def _write_safetensors(path, shape, longest, rows, names):
-    """Length of the header, header, arrays: github.com/huggingface/safetensors."""
+    """Length of the header, header, arrays; see github.com/huggingface/safetensors."""
     middle = 4 * shape[0] * shape[1]
     end = middle + os.fstat(names.fileno()).st_size
     header = {
@@ -125,7 +125,7 @@ def _write_safetensors(path, shape, longest, rows, names):
         },
     }
     text = json.dumps(header).encode()
-    text += b' ' * (-len(text) % 8)  # so that numbers lie at multiples of 8
+    text += b' ' * (-len(text) % 8)  # so that numbers are aligned to 8 bytes
     with open(path, 'wb') as file:
         file.write(len(text).to_bytes(8, 'little') + text)
         shutil.copyfileobj(rows, file)
@@ -133,7 +133,7 @@ def _write_safetensors(path, shape, longest, rows, names):
 
 
 def _split(file):
-    """Names with a zero byte behind each, a block at a time."""
+    """Reads zero-terminated names, a block at a time."""
     rest = b''
     for block in iter(lambda: file.read(1 << 16), b''):
         *names, rest = (rest + block).split(b'\0')

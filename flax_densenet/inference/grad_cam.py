@@ -1,8 +1,8 @@
-"""Grad-CAM: which parts of an image speak for a class (Selvaraju et al., 1610.02391).
+"""Grad-CAM: the parts of an image that support a class (Selvaraju et al., 1610.02391).
 
-The maps A are the model's `features` (behind the last batch norm). Their weights are
-the gradients of the class's logit, averaged over the positions (equation 1); the map
-shown is the ReLU of their weighted sum (equation 2).
+The maps A are the model's `features` (after the last norm). Their weights are the
+gradients of the class's logit, averaged over all positions (equation 1). The result is
+the ReLU of their weighted sum (equation 2).
 """
 
 import functools
@@ -10,34 +10,35 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from flax_densenet.models import densenet
+from flax_densenet.models import network
 
 
 @functools.partial(jax.jit, static_argnames='module')
-def grad_cam(variables, images, classes, *, module: densenet.DenseNet):
-    """Logits, and the map of one class for each image.
+def grad_cam(variables, images, classes, *, module: network.Network):
+    """Computes logits, and a map of one class for each image.
 
     Args:
       variables: `{'params', 'batch_stats'}`.
-      images: float32 `[N, H, W, C]`, normalized.
-      classes: int32 `[N]`; -1 takes the class with the highest logit.
+      images: normalized float32 `[N, H, W, C]`.
+      classes: int32 `[N]`; -1 for the class with the highest logit.
+      module: the network.
 
     Returns:
-      logits `[N, num_classes]`, maps float32 `[N, h, w]`, 0 or above, not scaled.
+      Logits `[N, num_classes]`, and maps float32 `[N, h, w]`, not negative, not scaled.
     """
     features = module.apply(variables, images, method='features')
     return from_features(variables, features, classes, module=module)
 
 
-def from_features(variables, features, classes, *, module: densenet.DenseNet):
-    """`grad_cam` for images whose maps `[N, h, w, F]` are computed already."""
+def from_features(variables, features, classes, *, module: network.Network):
+    """`grad_cam` for images whose features `[N, h, w, F]` are already computed."""
     features = features.astype(jnp.float32)
 
     def of_class(features):
         logits = module.apply(variables, features, method='head')
         chosen = jnp.where(classes < 0, logits.argmax(-1), classes)
         picked = jnp.take_along_axis(logits, chosen[:, None], 1)
-        # Each image's logit depends on its own features alone.
+        # The logit of an image depends only on its own features.
         return picked.sum(), logits
 
     gradients, logits = jax.grad(of_class, has_aux=True)(features)

@@ -1,7 +1,7 @@
-"""Which files are meant by names, folders, patterns and a list on standard input.
+"""Finds image files by names, folders, patterns, and a list on standard input.
 
-Nothing is listed before it is needed and no list outlives its folder, so a million
-files take no more memory than a thousand.
+Folders are listed when they are needed, one at a time, so a million files take no more
+memory than a thousand.
 """
 
 import functools
@@ -20,10 +20,10 @@ STDIN = '-'
 
 
 def check(patterns: Iterable[str]):
-    """Raises where a pattern or a folder holds no image; lists no more than it must.
+    """Checks that each pattern and folder has images; lists as little as possible.
 
-    A name that is not there passes: it becomes a row with its error, like any file
-    that cannot be read. So does a list on standard input, which is not touched here.
+    Missing files are not errors: they become rows with an error, like all files that
+    cannot be read. Standard input is not read here.
 
     Raises:
       UserError: nothing matches, a folder cannot be listed, or `-` is given twice.
@@ -39,22 +39,22 @@ def check(patterns: Iterable[str]):
 
 
 def find(patterns: Iterable[str], *, leave_out: str | None = None) -> Iterator[str]:
-    """Paths of image files, in the order of the patterns, sorted within a folder.
+    """Yields paths of image files in the order of the patterns, sorted by folder.
 
     Args:
-      patterns: each one of
-        a file's name, taken as it is;
-        a folder: the images in it and below, by the names in `images.EXTENSIONS`,
-        without hidden files and folders and without `__MACOSX`;
-        a pattern with `*`, `?`, `[...]` or `**` (folders of any depth): the images
-        that match, hidden ones only where the pattern itself names the dot; folders
-        that cannot be listed are passed by, as a shell does;
-        `-`: names on standard input, one a line.
-      leave_out: a folder whose files are not returned, though they match: where
-        results are written while the search goes on.
+      patterns: each is
+        the name of a file;
+        a folder, for all images in it and below, found by `images.EXTENSIONS`, without
+        hidden files and folders and without `__MACOSX`;
+        a pattern with `*`, `?`, `[...]` or `**` (folders of any depth), for all images
+        that match. Hidden files only match an explicit dot, and folders that cannot be
+        listed are skipped, as in a shell;
+        or `-`, for names on standard input, one per line.
+      leave_out: a folder whose files are skipped, because results are written there
+        during the search.
 
     Raises:
-      UserError: as `check`, when the search comes to that pattern.
+      UserError: see `check`; raised when the search reaches the pattern.
     """
     results = None if leave_out is None else os.path.realpath(leave_out) + os.sep
     for pattern in patterns:
@@ -64,7 +64,7 @@ def find(patterns: Iterable[str], *, leave_out: str | None = None) -> Iterator[s
 
 
 def count(patterns: Iterable[str]) -> int | None:
-    """How many files the patterns mean, where their number alone tells it."""
+    """The number of files if all patterns are names; otherwise None."""
     patterns = list(patterns)
     return len(patterns) if all(_is_name(pattern) for pattern in patterns) else None
 
@@ -73,7 +73,7 @@ def _is_name(pattern):
     path = paths.expand(pattern)
     if pattern == STDIN or os.path.isdir(path):
         return False
-    # With a bracket in it, it is a name all the same where there is such a file.
+    # A name with a bracket is a name if such a file exists.
     return os.path.lexists(path) or not glob.has_magic(path)
 
 
@@ -99,7 +99,7 @@ def _find_one(pattern):
 
 
 def _from_stdin():
-    """Names as the bytes that they are, whatever the locale takes them for."""
+    """Names on standard input, as bytes, whatever the locale."""
     lines = sys.stdin.buffer
     names = (os.fsdecode(line.rstrip(b'\r\n')) for line in lines)
     names = filter(None, names)
@@ -127,10 +127,10 @@ def _images_of_pattern(path, pattern):
 
 
 def _expand(path):
-    """`glob.iglob`, but sorted within a folder and without going round in links.
+    """`glob.iglob`, but sorted by folder, and without following loops of links.
 
-    Of glob's own `**` a link to a folder above it makes forty copies of each file, two
-    such links 2 ** 40.
+    With glob's own `**`, a link to a parent folder makes forty copies of each file, and
+    two such links make 2 ** 40.
     """
     parts = path.split(os.sep)
     if '**' not in parts:
@@ -145,7 +145,7 @@ def _expand(path):
     for root in _expand(head) if glob.has_magic(head) else [head]:
         if not os.path.isdir(root or os.curdir):
             continue
-        # Without a root, names are to start as the pattern does, not with ./
+        # Without a root, names start like the pattern, not with ./
         cut = '' if root else os.curdir + os.sep
         below = _walk(root or os.curdir)
         for kind, found in itertools.chain([('folder', root)], below):
@@ -174,7 +174,7 @@ def _images_below(path, pattern, passed):
     """Images below a folder; where there are any, tells at the end of other files."""
     found = False
     for kind, name in _walk(path):
-        # What cannot be looked into becomes a row with the reason, as bad files do.
+        # Folders that cannot be listed become rows with an error, like bad files.
         if kind == 'unlisted' or (kind == 'file' and _is_image_name(name)):
             found = True
             yield name
@@ -197,7 +197,7 @@ _LOOKED_FOR = (
 
 
 def _at_least_one(names, message):
-    """The names; a UserError where there are none. Looks at the first at once."""
+    """The names; reads the first one, and raises `UserError` if there is none."""
     first = list(itertools.islice(names, 1))
     if not first:
         raise UserError(message)
@@ -205,11 +205,10 @@ def _at_least_one(names, message):
 
 
 def _walk(root):
-    """What is below a folder, depth first and sorted: `(kind, path)`.
+    """Yields `(kind, path)` of everything below a folder, depth first and sorted.
 
-    Kinds are file, folder and unlisted: a folder that cannot be looked into. A link
-    that leads back to a folder above it is not followed; hidden files and folders and
-    `__MACOSX` are left out.
+    A kind is `file`, `folder` or `unlisted` (a folder that cannot be listed). Hidden
+    files and folders, `__MACOSX`, and links to parent folders are skipped.
     """
     stack, above = [iter(_entries(root) or ())], [_identity(root)]
     while stack:
@@ -228,7 +227,7 @@ def _walk(root):
 
 
 def _entries(folder):
-    """Sorted, but for hidden ones; None where the folder cannot be listed."""
+    """Sorted entries without hidden ones; None if the folder cannot be listed."""
     try:
         with os.scandir(folder) as entries:
             shown = [entry for entry in entries if not entry.name.startswith('.')]
@@ -239,23 +238,23 @@ def _entries(folder):
 
 def _identity(path):
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return path
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _is_folder(entry):
     try:
         return entry.is_dir()
-    except OSError:  # behind a link that may not be followed
+    except OSError:  # a link that must not be followed
         return False
 
 
 def _is_file(get_status):
-    """False for folders, and for pipes and devices, which would wait for ever.
+    """False for folders, and for pipes and devices, which would block forever.
 
-    True for what cannot be told, as a dead link: reading it then gives the reason.
+    True if it is unknown, as for a dead link: reading it gives the reason.
     """
     try:
         return stat.S_ISREG(get_status().st_mode)

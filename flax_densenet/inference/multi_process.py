@@ -1,8 +1,8 @@
-"""Predictions by several processes: each takes some files, the first writes all rows.
+"""Predictions by several processes, of which the first one writes all rows.
 
-The first process lists the files and hands out pieces of a batch's size in turn through
-the cluster's store, so that what is listed is listed once, whatever changes meanwhile;
-the others send back what they found. Nothing is exchanged between devices.
+The first process lists the files once and distributes pieces of a batch's size in turn
+through the cluster's key-value store; the others send back their predictions. Devices
+exchange nothing.
 """
 
 import collections
@@ -18,17 +18,16 @@ from flax_densenet.distributed import processes
 from flax_densenet.inference import predictor
 from flax_densenet.inference.prediction import Prediction
 
-# Pieces that each process has been given and has not sent back: two that its threads
-# read, and one to go on with meanwhile.
+# Pieces that a process has received and not sent back: two that its threads read, and
+# others to continue with.
 _AHEAD = 4
 _ARRAYS = ('probabilities', 'features', 'image', 'cam')
 
 
 class MultiProcessPredictor:
-    """A `predictor.Predictor` of this process's devices that works with the others.
+    """A `Predictor` on the first process that works with those of the others.
 
-    All that `outputs.run` asks of a model. On the first process; the others
-    `serve` it.
+    It has everything that `outputs.run` needs. The other processes call `serve`.
     """
 
     def __init__(self, model: predictor.Predictor):
@@ -40,7 +39,7 @@ class MultiProcessPredictor:
     def stream(
         self, files: Iterable[str], **options
     ) -> Generator[Prediction, None, None]:
-        """As `predictor.Predictor.stream`, in the order of the files."""
+        """`Predictor.stream` over all processes, in the order of the files."""
         pieces = _Pieces(files, self._model.batch_size)
         own = self._model.stream(pieces.own(), **options)
         for number in itertools.count():
@@ -55,10 +54,11 @@ class MultiProcessPredictor:
 
 
 def serve(model: predictor.Predictor, **options):
-    """Predicts the pieces that the first process gives to this one, until it ends.
+    """Predicts the pieces that the first process sends to this one, until the end.
 
     Args:
-      **options: of `predictor.Predictor.stream`, as the first process has them.
+      model: of this process.
+      **options: of `Predictor.stream`, the same as on the first process.
     """
     sizes: collections.deque[tuple[int, int]] = collections.deque()
 
@@ -70,17 +70,17 @@ def serve(model: predictor.Predictor, **options):
             sizes.append((number, len(piece)))
             yield from piece
 
-    found = model.stream(names(), **options)
-    while rows := list(itertools.islice(found, 1)):
+    predictions = model.stream(names(), **options)
+    while rows := list(itertools.islice(predictions, 1)):
         number, size = sizes.popleft()
-        rows += itertools.islice(found, size - 1)
+        rows += itertools.islice(predictions, size - 1)
         processes.kv_set(f'rows/{number}', _pack(rows))
 
 
 class _Pieces:
-    """Files in pieces, of which the first process keeps its own.
+    """Divides the files into pieces, of which the first process keeps its own.
 
-    Listed no further than is needed to keep all processes busy.
+    Files are only listed as far as needed to keep all processes busy.
     """
 
     def __init__(self, files, batch_size):
@@ -89,13 +89,13 @@ class _Pieces:
         self._sizes, self._own = [], collections.deque()
 
     def size(self, number):
-        """Files of a piece; 0 behind the last one."""
+        """Number of files in a piece; 0 after the last one."""
         while len(self._sizes) <= number + _AHEAD * processes.count():
             self._hand_out()
         return self._sizes[number]
 
     def own(self):
-        """Names of the first process's pieces."""
+        """Yields the names in the first process's pieces."""
         for number in itertools.count(0, processes.count()):
             while len(self._sizes) <= number:
                 self._hand_out()
@@ -110,12 +110,12 @@ class _Pieces:
         if number % processes.count() == 0:
             self._own.append(piece)
         elif number < processes.count() or self._sizes[number - processes.count()]:
-            # Names need not be UTF-8; JSON has their bytes as \\udcXX.
+            # Names need not be UTF-8; JSON escapes such bytes as \\udcXX.
             processes.kv_set(f'names/{number}', json.dumps(piece).encode())
 
 
 def _pack(rows: list[Prediction]) -> bytes:
-    """Of a piece, without anything that would run when it is read."""
+    """Encodes the predictions of a piece without pickle."""
     plain: list[dict[str, Any]] = [
         {'path': row.path, 'error': row.error, 'cam_class': row.cam_class}
         for row in rows
@@ -132,9 +132,9 @@ def _pack(rows: list[Prediction]) -> bytes:
 
 
 def _unpack(content, class_names):
-    with np.load(io.BytesIO(content)) as found:
-        plain = json.loads(found['plain'].tobytes())
-        arrays = {name: iter(found[name]) for name in _ARRAYS if name in found}
+    with np.load(io.BytesIO(content)) as saved:
+        plain = json.loads(saved['plain'].tobytes())
+        arrays = {name: iter(saved[name]) for name in _ARRAYS if name in saved}
     for row in plain:
         if row['error'] is not None:
             yield Prediction(row['path'], error=row['error'])

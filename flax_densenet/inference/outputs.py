@@ -1,8 +1,8 @@
-"""Predictions to the screen and to files, each row as soon as it is known.
+"""Writes predictions to the screen and to files, row by row.
 
-Nothing is kept but the row at hand: what has to be known as a whole (an array's length)
-waits in a temporary file beside the output. An output gets its name when it is
-complete; until then it is called NAME.part.
+Only the current row is in memory; arrays whose length must be known first go to a
+temporary file next to the output. An output gets its name when it is complete; until
+then its name is NAME.part.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from flax_densenet.inference.prediction import Prediction
 
 @contextlib.contextmanager
 def _failing_as(what):
-    """A full disk and the like as one line; a closed pipe stays what it is."""
+    """Turns errors such as a full disk into one line; a closed pipe stays an error."""
     try:
         yield
     except BrokenPipeError:
@@ -34,14 +34,14 @@ def _failing_as(what):
 
 
 class _Rows:
-    """`--format` to `--out`, or to standard output.
+    """Writes rows in `--format` to `--out` or standard output.
 
-    Text is UTF-8 with a path's own bytes, whatever the locale is.
+    Text is UTF-8 with the bytes of paths, whatever the locale.
     """
 
     def __init__(self, path, form):
         self.form, self.part = form, None
-        # Rows, and the bytes that they take: at once, as a signal may come at any time.
+        # Rows and their bytes, set together, since a signal can come at any time.
         self.done = 0, 0
         self.what = 'standard output' if path is None else f'--out={path}'
         with _failing_as(self.what):
@@ -64,10 +64,10 @@ class _Rows:
             make = row_formats.FORMATS[self.form]
             self.write_row = make(self.file, model.class_names, top)
 
-    def write(self, found):
+    def write(self, prediction):
         with _failing_as(self.what):
-            self.write_row(found)
-            self.file.flush()  # whoever reads along, or after a stop, has whole rows
+            self.write_row(prediction)
+            self.file.flush()  # so that readers always see complete rows
             self.done = self.done[0] + 1, self.file.buffer.tell() if self.part else 0
 
     def finish(self):
@@ -78,7 +78,7 @@ class _Rows:
         self.part = None
 
     def give_up(self):
-        """What is done of hours of work stays, by another name."""
+        """Keeps the finished rows under another name."""
         count, size = self.done
         with contextlib.suppress(OSError):
             self.file.close()
@@ -91,7 +91,7 @@ class _Rows:
 
 
 class _Pictures:
-    """`--explain`: a JPEG for each image, named by its row and its file."""
+    """Writes a JPEG per image for `--explain`, named by its row and its file."""
 
     def __init__(self, folder):
         self.folder, self.what, self.row = folder, f'--explain={folder}', 0
@@ -102,35 +102,35 @@ class _Pictures:
                 raise UserError(
                     f'{self.what} holds files already; name a new or an empty folder'
                 )
-            # Found out here, not after the first batch.
+            # Fails here, not after the first batch.
             tempfile.TemporaryFile(dir=folder).close()
 
     def start(self, model, top):
         pass
 
-    def write(self, found):
+    def write(self, prediction):
         self.row += 1
-        if found.error:
+        if prediction.error:
             return
-        # Of the file only letters and digits (of any language) and no more than fit
-        # into 255 bytes: nothing that could lead out of the folder.
-        stem = os.fsencode(os.path.splitext(os.path.basename(found.path))[0])
+        # Only letters and digits (of any language), so that the name cannot leave the
+        # folder, and no more than fit into 255 bytes.
+        stem = os.fsencode(os.path.splitext(os.path.basename(prediction.path))[0])
         stem = re.sub(r'[^\w-]+', '_', stem.decode('utf-8', 'replace'))[:48]
         with _failing_as(self.what):
             name = f'{self.row:06}_{stem}.jpg'
-            found.explanation.save(os.path.join(self.folder, name))
+            prediction.explanation.save(os.path.join(self.folder, name))
 
     def finish(self):
         pass
 
     def give_up(self):
         if self.made:
-            with contextlib.suppress(OSError):  # it holds pictures
+            with contextlib.suppress(OSError):  # it has pictures
                 os.rmdir(self.folder)
 
 
 class _Features:
-    """`--features`: of the images that could be read."""
+    """Writes the features of the readable images for `--features`."""
 
     def __init__(self, path):
         self.what = f'--features={path}'
@@ -140,10 +140,10 @@ class _Features:
     def start(self, model, top):
         self.size = model.feature_size
 
-    def write(self, found):
-        if found.error is None:
+    def write(self, prediction):
+        if prediction.error is None:
             with _failing_as(self.what):
-                self.writer.write(found.path, found.features)
+                self.writer.write(prediction.path, prediction.features)
 
     def finish(self):
         with _failing_as(self.what):
@@ -154,11 +154,12 @@ class _Features:
 
 
 class Outputs:
-    """Where predictions go; a context that completes the files or leaves them.
+    """The outputs of a prediction: a context that completes or discards the files.
 
     Attributes:
-      explain, features: whether maps and features are wanted.
-      on_screen: whether a person sees the rows as they come.
+      explain: whether Grad-CAM maps are needed.
+      features: whether features are needed.
+      on_screen: whether rows are printed to a terminal.
     """
 
     def __init__(
@@ -170,18 +171,18 @@ class Outputs:
         explain: str | None = None,
         features: str | None = None,
     ):
-        """Checks all and opens all, so that nothing of it fails after long work.
+        """Checks and opens everything, so that errors come before the long work.
 
         Args:
-          out: file of the rows; None: standard output.
-          form: a key of `row_formats.FORMATS`; None: by the ending of `out`, else
-          `table`.
-          top: classes of a row, the most likely first.
+          out: file of the rows; None for standard output.
+          form: a key of `row_formats.FORMATS`; None to use the ending of `out`, or
+            `table`.
+          top: number of classes in a row, the most likely first.
           explain: a new or empty folder for a picture of each image.
-          features: a file of all features (see `feature_files`).
+          features: a file for all features (see `feature_files`).
 
         Raises:
-          UserError: a value that cannot be used, or a place that cannot be written.
+          UserError: an argument is invalid, or an output cannot be written.
         """
         form = form or {'.csv': 'csv', '.jsonl': 'jsonl'}.get(
             os.path.splitext(out or '')[1], 'table'
@@ -221,14 +222,14 @@ class Outputs:
                 self._unfinished.pop_all()
 
     def start(self, model):
-        """Writes what stands before the rows."""
+        """Writes what precedes the rows."""
         for writer in self._writers:
             writer.start(model, min(self.top, len(model.class_names)))
 
-    def write(self, found: Prediction):
-        """One image's row, picture and features."""
+    def write(self, prediction: Prediction):
+        """Writes the row, the picture and the features of an image."""
         for writer in self._writers:
-            writer.write(found)
+            writer.write(prediction)
 
 
 def run(
@@ -240,20 +241,22 @@ def run(
     class_name: str | None = None,
     total: int | None = None,
 ) -> int:
-    """Predicts for files and writes all that is wanted of them.
+    """Predicts files and writes all outputs.
 
     Args:
-      paths: of image files, taken as they are needed.
-      threads: that read and decode.
-      class_name: what pictures explain; by default each image's most likely class.
-      total: how many paths there are, where it is known; for the progress bar.
+      model: the model.
+      paths: of image files, read as they are needed.
+      outputs: where to write.
+      threads: number of threads that read and decode.
+      class_name: the class that pictures explain; by default each image's most likely.
+      total: number of paths if it is known, for the progress bar.
 
     Returns:
-      How many files could not be read; a last line on standard error says it too.
+      The number of unreadable files, which is also printed to standard error.
     """
     cam_class = -1 if class_name is None else model.class_index(class_name)
     paths = iter(paths)
-    first = list(itertools.islice(paths, 1))  # an error here comes before any row
+    first = list(itertools.islice(paths, 1))  # an error here precedes all rows
     outputs.start(model)
     stream = model.stream(
         itertools.chain(first, paths),
@@ -263,16 +266,16 @@ def run(
         cam_class=cam_class,
     )
     count = failed = 0
-    # No bar where stderr is a file (None), nor where the rows themselves are seen.
+    # No bar if stderr is a file (None), or if the rows are on the screen.
     quiet = outputs.on_screen or None
     with (
         contextlib.closing(stream),
         tqdm(total=total, unit=' images', disable=quiet, leave=False) as bar,
     ):
-        for found in stream:
-            outputs.write(found)
+        for prediction in stream:
+            outputs.write(prediction)
             count += 1
-            failed += found.error is not None
+            failed += prediction.error is not None
             bar.update()
     if failed:
         left_out = ', and features are of the others' if outputs.features else ''

@@ -1,4 +1,4 @@
-"""Class activation maps laid over the images that they explain."""
+"""Draws class activation maps over their images."""
 
 import functools
 import os
@@ -6,8 +6,8 @@ import os
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Points of a color map from dark blue over green to yellow, seen alike by the color
-# blind (viridis, CC0).
+# A color map from dark blue over green to yellow that suits color-blind people
+# (viridis, CC0).
 _COLORS = np.array(
     [
         (68, 1, 84), (71, 44, 122), (59, 81, 139), (44, 113, 142), (33, 144, 141),
@@ -18,7 +18,7 @@ _COLORS = np.array(
 
 
 def _color(cam, shape, strength):
-    """Colors `[H, W, 3]` of a map, and their share `[H, W, 1]`."""
+    """Colors `[H, W, 3]` of a map, and their opacity `[H, W, 1]`."""
     height, width = shape
     cam = np.asarray(cam, np.float32)
     cam = cam / max(float(cam.max()), 1e-12)
@@ -32,12 +32,12 @@ def _color(cam, shape, strength):
 
 
 def overlay(image: np.ndarray, cam: np.ndarray, *, strength: float = 0.55):
-    """A map laid over its image.
+    """Draws a map over its image.
 
     Args:
       image: uint8 `[H, W, 3]` or `[H, W, 1]`.
-      cam: `[h, w]`; its highest value gets the brightest color.
-      strength: share of the colors where the map is highest.
+      cam: `[h, w]`; the highest value gets the brightest color.
+      strength: opacity of the colors at the highest value.
 
     Returns:
       uint8 `[H, W, 3]`.
@@ -48,17 +48,17 @@ def overlay(image: np.ndarray, cam: np.ndarray, *, strength: float = 0.55):
     return mixed.round().astype(np.uint8)
 
 
-# Pixels: a panel's side at least, the caption's strip, its letters, the gap.
+# In pixels: smallest side of a panel, height of the caption, its font, the gap.
 _PANEL, _STRIP, _LETTERS, _GAP = 224, 30, 16, 6
 
 
 def picture(image: np.ndarray, cam: np.ndarray, caption: str) -> Image.Image:
-    """An image beside its overlay, under a caption: readable without the program.
+    """An image next to its overlay, with a caption.
 
     Args:
-      image: uint8 `[H, W, 3]` or `[H, W, 1]`; small ones are shown enlarged.
+      image: uint8 `[H, W, 3]` or `[H, W, 1]`; a small one is enlarged.
       cam: `[h, w]`.
-      caption: one line; what does not fit is cut off.
+      caption: one line, cut off if it does not fit.
 
     Returns:
       An RGB image.
@@ -79,9 +79,9 @@ def picture(image: np.ndarray, cam: np.ndarray, caption: str) -> Image.Image:
 
 @functools.cache
 def _font():
-    """DejaVu Sans of matplotlib, if installed: Pillow's own has only basic letters."""
+    """DejaVu Sans of matplotlib if installed; Pillow's font has only basic letters."""
     try:
-        import matplotlib  # 0.2 s, and only where a picture is made
+        import matplotlib  # takes 0.2 s, and is only needed for pictures
     except ImportError:
         return ImageFont.load_default(_LETTERS)
     path = os.path.join(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf')
@@ -89,12 +89,12 @@ def _font():
 
 
 def layer(cam: np.ndarray, shape: tuple[int, int], *, strength: float = 0.7):
-    """A map to be laid over an image by who shows it: `overlay`'s colors and alpha.
+    """A transparent layer for programs that draw the map over the image themselves.
 
     Args:
-      cam: `[h, w]`, as `overlay` takes it.
+      cam: `[h, w]`; the highest value gets the brightest color.
       shape: (H, W) of the result.
-      strength: opacity where the map is highest.
+      strength: opacity at the highest value.
 
     Returns:
       uint8 `[H, W, 4]`, RGBA, transparent where the map is 0.

@@ -1,4 +1,4 @@
-"""What a model says of an image: probabilities, features, and where it looked."""
+"""The prediction for an image: probabilities, features and an explanation."""
 
 import dataclasses
 import io
@@ -11,7 +11,7 @@ from flax_densenet.inference import overlay as overlay_lib
 
 
 class ClassProbability(NamedTuple):
-    """A class and its probability, 0 to 1."""
+    """A class and its probability, from 0 to 1."""
 
     class_name: str
     probability: float
@@ -19,14 +19,14 @@ class ClassProbability(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Explanation:
-    """Where in an image a model sees a class (Grad-CAM); a notebook shows its picture.
+    """The parts of an image that support a class (Grad-CAM); notebooks draw it.
 
     Attributes:
       path: of the file, as it was given.
-      class_name: what was looked for.
-      probability: of that class, 0 to 1.
-      image: uint8 `[S, S, C]`, as the model saw it.
-      cam: float32 `[h, w]`, 0 or above: how much each place speaks for the class.
+      class_name: the class.
+      probability: of the class, from 0 to 1.
+      image: uint8 `[S, S, C]`, as prepared for the model.
+      cam: float32 `[h, w]`, not negative: how much each position supports the class.
     """
 
     path: str
@@ -37,17 +37,17 @@ class Explanation:
 
     @property
     def overlay(self) -> np.ndarray:
-        """The map laid over the image, uint8 `[S, S, 3]`."""
+        """The map drawn over the image, uint8 `[S, S, 3]`."""
         return overlay_lib.overlay(self.image, self.cam)
 
     @property
     def picture(self) -> Image.Image:
-        """Image and overlay side by side, under class and probability."""
+        """The image next to the overlay, with class and probability as caption."""
         caption = f'{self.class_name}  {self.probability:.1%}'
         return overlay_lib.picture(self.image, self.cam, caption)
 
     def save(self, path):
-        """Writes the picture; the name's ending (`.jpg`, `.png`) tells the format."""
+        """Writes the picture in the format of the file's ending (`.jpg`, `.png`)."""
         self.picture.save(path)
 
     def __repr__(self):
@@ -61,19 +61,18 @@ class Explanation:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a model says of one image.
+    """The prediction for one image.
 
     Attributes:
-      path: of the file, as it was given; `image 3` for the fourth of images given as
-        pixels or bytes.
-      probabilities: float32 `[num_classes]`; None where the file is no image.
-      error: why the file could not be read, else None.
-      features: pooled features `[F]`, where asked for.
-      image: uint8 `[S, S, C]`, as the model saw it, where a map was asked for.
-      cam: Grad-CAM `[h, w]` of the most likely class or of the one that was named,
-        where asked for.
+      path: of the file, as it was given; `image 3` for the fourth of several images
+        given as pixels or bytes.
+      probabilities: float32 `[num_classes]`; None if the file could not be read.
+      error: why the file could not be read, or None.
+      features: pooled features `[F]` if requested.
+      image: uint8 `[S, S, C]`, as prepared for the model, if a map was requested.
+      cam: Grad-CAM `[h, w]` of the most likely or the requested class, if requested.
       class_names: of the probabilities.
-      cam_class: whose map `cam` is, an index.
+      cam_class: index of the class of `cam`.
     """
 
     path: str
@@ -87,18 +86,19 @@ class Prediction:
 
     @property
     def label(self) -> str | None:
-        """The most likely class; of several labels the most likely one. None: error."""
+        """The most likely class or label; None if there is an error."""
         return None if self.probabilities is None else self.top(1)[0].class_name
 
     @property
     def probability(self) -> float | None:
-        """Of `label`, 0 to 1; None where there is an error."""
+        """The probability of `label`, from 0 to 1; None if there is an error."""
         return None if self.probabilities is None else self.top(1)[0].probability
 
     def top(self, k: int = 5) -> list[ClassProbability]:
-        """The k most likely classes or fewer, the likeliest first; `[]` for an error.
+        """The k most likely classes, or all if there are fewer, most likely first.
 
-        Of several labels an image, each has a probability of its own.
+        The list is empty if there is an error. If images have several labels, each
+        label has its own probability.
         """
         if self.probabilities is None:
             return []
@@ -110,7 +110,7 @@ class Prediction:
 
     @property
     def explanation(self) -> Explanation | None:
-        """What `cam` shows; None where no map was asked for, or for an error."""
+        """The explanation; None without a requested map, or if there is an error."""
         if self.cam is None or self.cam_class is None:
             return None
         assert self.probabilities is not None and self.image is not None
@@ -123,5 +123,5 @@ class Prediction:
         )
 
     def __repr__(self):
-        said = self.error or f'{self.label} {self.probability:.1%}'
-        return f'<{self.path!r}: {said}>'
+        result = self.error or f'{self.label} {self.probability:.1%}'
+        return f'<{self.path!r}: {result}>'

@@ -1,15 +1,15 @@
-"""Predictions for images that nobody has labeled.
+"""Predicts the classes of images.
 
     from flax_densenet import load_trained
 
     model = load_trained('ckpt/birds')
-    for found in model.predict(['a.jpg', 'b.jpg']):
-        print(found.path, found.label, found.probability)
+    for prediction in model.predict(['a.jpg', 'b.jpg']):
+        print(prediction.path, prediction.label, prediction.probability)
     model.explain('a.jpg')[0].save('why.png')
 
-Files are read by threads while the device computes, in a few batch sizes that are
-compiled when they are first wanted (`compiled`); no more than a few batches are in
-memory, however many files there are.
+Threads read files while the device computes. Programs for a few batch sizes are
+compiled when they are first needed (`programs`). Only a few batches are in memory,
+however many files there are.
 """
 
 import concurrent.futures
@@ -32,11 +32,18 @@ from flax_densenet.weights import trained as trained_lib
 
 
 class Predictor:
-    """A trained model, compiled when it is used; may be used from many threads.
+    """A trained model, compiled when it is used. It can be used from many threads.
 
-    Images are given as files' names, `pathlib` paths, files' bytes, Pillow images or
-    uint8 arrays `[H, W]`, `[H, W, 1]` or `[H, W, 3]`, of any size: they are prepared as
-    the model's own training prepared them.
+    Images are file names, `pathlib` paths, the bytes of files, Pillow images, or uint8
+    arrays `[H, W]`, `[H, W, 1]` or `[H, W, 3]`, of any size. They are prepared in the
+    same way as in training.
+
+    Attributes:
+      trained: the model with its metadata.
+      batch_size: the largest number of images that are computed at a time.
+      multi_label: whether an image can have several labels.
+      preparation: how images are prepared.
+      programs: the compiled programs.
     """
 
     def __init__(
@@ -50,8 +57,8 @@ class Predictor:
 
         Args:
           trained: see `trained.load_trained`.
-          batch_size: images that are computed at a time, at most.
-          path: where it was loaded from.
+          batch_size: the largest number of images that are computed at a time.
+          path: where the model was loaded from.
         """
         if batch_size < 1:
             raise UserError(f'batch_size={batch_size} must be at least 1')
@@ -65,17 +72,17 @@ class Predictor:
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
-        """Numbers where imported weights have no names."""
+        """The names of the classes; numbers if imported weights have no names."""
         names = self.trained.class_names
         return names or tuple(map(str, range(self.trained.module.num_classes)))
 
     @property
     def feature_size(self) -> int:
-        """F, the number of pooled features."""
+        """The number of pooled features, F."""
         return self.trained.variables['params']['classifier']['kernel'].shape[0]
 
     def class_index(self, name: str) -> int:
-        """The place of a class; a UserError says which there are."""
+        """The index of a class; raises `UserError`, which lists the classes."""
         if name in self.class_names:
             return self.class_names.index(name)
         near = difflib.get_close_matches(name, self.class_names, 1)
@@ -88,43 +95,49 @@ class Predictor:
         )
 
     def predict(self, files, *, errors: str = 'raise') -> list[Prediction]:
-        """Predictions for one image or for some, in their order.
+        """Predicts one image or several.
 
         Args:
-          files: an image (see the class), or an iterable of them.
-          errors: `raise`, or `return`: a file that cannot be read is a `Prediction`
-            with its `error`.
+          files: an image (see the class), or an iterable of images.
+          errors: `raise`, or `return` to get a `Prediction` with an `error` for a file
+            that cannot be read.
+
+        Returns:
+          Predictions in the order of the images.
 
         Raises:
-          UserError: the first file that cannot be read, by name.
+          UserError: a file cannot be read; names the first one.
         """
         return self._collect(files, errors)
 
     def explain(
         self, files, class_name: str | None = None, *, errors: str = 'raise'
     ) -> list[Explanation | None]:
-        """Grad-CAM of one image or of some: where they speak for a class.
+        """Explains the predictions for one image or several with Grad-CAM.
 
         Args:
-          class_name: the class; by default each image's most likely one.
-          errors: as of `predict`; `return` gives None for such a file.
+          files: an image (see the class), or an iterable of images.
+          class_name: the class to explain; by default each image's most likely one.
+          errors: see `predict`; with `return`, such a file gives None.
 
         Raises:
-          UserError: no such class, or a file that cannot be read.
+          UserError: an unknown class, or a file cannot be read.
         """
         index = -1 if class_name is None else self.class_index(class_name)
-        found = self._collect(files, errors, cams=True, cam_class=index)
-        return [one.explanation for one in found]
+        predictions = self._collect(files, errors, cams=True, cam_class=index)
+        return [one.explanation for one in predictions]
 
     def features(self, files) -> np.ndarray:
-        """Pooled features float32 `[N, F]` of one image or of some: the classifier's
-        input.
+        """Pooled features of images, the classifier's input: float32 `[N, F]`.
+
+        Args:
+          files: an image (see the class), or an iterable of images.
 
         Raises:
-          UserError: a file that cannot be read, by name.
+          UserError: a file cannot be read.
         """
-        found = self._collect(files, 'raise', features=True)
-        rows = [one.features for one in found]
+        predictions = self._collect(files, 'raise', features=True)
+        rows = [one.features for one in predictions]
         return np.stack(rows) if rows else np.zeros((0, self.feature_size), np.float32)
 
     def _collect(self, files, errors, **options):
@@ -133,21 +146,22 @@ class Predictor:
         one = isinstance(files, str | os.PathLike | bytes | Image.Image)
         if one or (isinstance(files, np.ndarray) and files.ndim < 4):
             files = [files]
-        found = []
+        predictions = []
         for prediction in self.stream(files, **options):
             if prediction.error and errors == 'raise':
                 raise UserError(f'{prediction.path} {prediction.error}')
-            found.append(prediction)
-        return found
+            predictions.append(prediction)
+        return predictions
 
     def load(self, file, *, max_pixels: int | None = None) -> np.ndarray:
-        """An image (see the class) as the model sees it, uint8 `[S, S, C]`.
+        """Prepares an image (see the class) for the model: uint8 `[S, S, C]`.
 
         Args:
-          max_pixels: of a file; larger images are refused before they are decoded.
+          file: the image.
+          max_pixels: files with more pixels are refused before they are decoded.
 
         Raises:
-          UserError: with the reason, where it is no image or is cut short.
+          UserError: the reason why it is not an image, or is truncated.
         """
         if isinstance(file, np.ndarray):
             shape = file.shape
@@ -165,11 +179,11 @@ class Predictor:
         return images.load_image(file, self.preparation, max_pixels=max_pixels)
 
     def compute(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities `[n, num_classes]` and features `[n, F]` of uint8 images."""
+        """Probabilities `[N, num_classes]` and features `[N, F]` of prepared images."""
         return self.programs(batch)[:2]
 
     def cams(self, batch: np.ndarray, classes=None) -> np.ndarray:
-        """Grad-CAM maps `[n, h, w]`, of the most likely classes or of `classes`."""
+        """Grad-CAM maps `[N, h, w]` of the most likely classes, or of `classes`."""
         return self.programs(batch, -1 if classes is None else classes)[2]
 
     def stream(
@@ -181,31 +195,30 @@ class Predictor:
         cams: bool = False,
         cam_class: int = -1,
     ) -> Generator[Prediction, None, None]:
-        """Predictions in the order of the files, each as soon as its batch is done.
+        """Yields predictions in the order of the files, batch by batch.
 
-        A file that cannot be read gives a `Prediction` with its error, and the others
-        go on.
+        A file that cannot be read gives a `Prediction` with an error.
 
         Args:
-          files: images (see the class); no more are taken than two batches ahead.
-          threads: that read and decode.
-          features: also pooled features.
-          cams: also images and Grad-CAM maps, of `cam_class` or, where that is -1, of
-            each image's most likely class.
+          files: images (see the class), read at most two batches ahead.
+          threads: number of threads that read and decode.
+          features: whether to return pooled features.
+          cams: whether to return prepared images and Grad-CAM maps.
+          cam_class: the class of the maps; -1 for each image's most likely class.
         """
         for chunk in self._read(files, threads):
             good = [image for _, image in chunk if not isinstance(image, str)]
-            found: Iterator[Any] = iter(())
+            results: Iterator[Any] = iter(())
             if good:
                 batch = np.stack(good)
                 parts = self.programs(batch, cam_class if cams else None)
                 maps = itertools.repeat(None) if parts[2] is None else parts[2]
-                found = zip(*parts[:2], good, maps, strict=False)
+                results = zip(*parts[:2], good, maps, strict=False)
             for path, image in chunk:
                 if isinstance(image, str):
                     yield Prediction(path, error=image)
                     continue
-                row, feature, image, cam = next(found)
+                row, feature, image, cam = next(results)
                 if not np.isfinite(row).all():
                     yield Prediction(path, error='gets no number from this model (NaN)')
                     continue
@@ -221,7 +234,7 @@ class Predictor:
                 )
 
     def _read(self, files, threads):
-        """Lists of (path, image or error), a batch ahead of the device."""
+        """Yields batches of (path, image or error), one batch ahead of the device."""
         files = enumerate(files)
 
         def read(index, file):
@@ -250,17 +263,17 @@ class Predictor:
 def load_trained(
     path, *, batch_size: int = 32, mesh=None, tta: str | None = None
 ) -> Predictor:
-    """A trained model, ready to predict.
+    """Loads a trained model for prediction.
 
     Args:
-      path: the folder of a run, whose best checkpoint is taken, or a file or folder of
+      path: the folder of a run, whose best checkpoint is used, or a file or folder of
         weights (see `weight_file.load`).
-      batch_size: images that are computed at a time, at most.
-      mesh: of the devices to use, by default all.
-      tta: in place of the run's `data.tta`.
+      batch_size: the largest number of images that are computed at a time.
+      mesh: the devices to use; None for all.
+      tta: test-time augmentation, instead of the run's `data.tta`.
 
     Raises:
-      UserError: there is no such file or folder, or it holds no trained model.
+      UserError: the file or folder does not exist, or has no trained model.
     """
     path = paths.resolve(path, 'the model ')
     if not os.path.exists(path):

@@ -1,17 +1,17 @@
-"""Inference compiled ahead of time: a program for each of a few batch sizes.
+"""Compiles inference programs for a few batch sizes.
 
     programs = Programs(trained, batch_size=32)
     probabilities, features, _ = programs(images)
 
-Nothing is traced while images wait, and a single image is not computed as 32. What the
-images do not decide is computed once, when the programs are made (`folded`).
+Nothing is traced while images wait, and a single image is not computed as 32. Whatever
+does not depend on the images is computed once (`folded`).
 
-The buffer of the images is not donated: no result has its shape and type, so XLA could
-put nothing in its place and would say so.
+The buffer of the images is not donated, since no result has its shape and dtype; XLA
+would warn about it.
 
->>> split(9, (1, 4, 16))  # one after the other, in these sizes
+>>> split(9, (1, 4, 16))  # three programs, one after the other
 [4, 4, 1]
->>> split(13, (1, 4, 16))  # filled up, where that costs a third at most
+>>> split(13, (1, 4, 16))  # padded if that adds at most a third
 [16]
 """
 
@@ -30,16 +30,16 @@ from flax_densenet.models import folded
 from flax_densenet.models import tta as tta_lib
 from flax_densenet.weights.trained import Trained, normalize
 
-# On a CPU sixteen take sixteen times as long as one, on a GPU hardly longer.
+# On a CPU, sixteen take sixteen times as long as one; on a GPU hardly longer.
 SIZES = (1, 4, 16)
 
 
 def split(count: int, sizes: Sequence[int]) -> list[int]:
-    """The batch sizes in which `count` images are computed.
+    """The batch sizes with which to compute `count` images.
 
     Args:
-      count: of images, at least 1.
-      sizes: compiled batch sizes, ascending, the first of them 1.
+      count: number of images, at least 1.
+      sizes: available batch sizes, ascending; the first one is 1.
     """
     chosen = []
     while count > 0:
@@ -51,16 +51,18 @@ def split(count: int, sizes: Sequence[int]) -> list[int]:
 def predict_probabilities(
     module, arrays, images, classes=None, *, mean, std, tta, multi_label
 ):
-    """What a model says of images: the function that is compiled.
+    """The function that is compiled: predictions for images.
 
     Args:
+      module: the network.
       arrays: of `folded.fold`.
       images: uint8 `[N, H, W, C]`.
-      classes: int32 `[N]`, of the maps; -1 takes the likeliest.
+      classes: int32 `[N]`, the classes of the maps; -1 for the most likely one.
+      mean, std, tta, multi_label: see `options_of`.
 
     Returns:
       Probabilities `[N, num_classes]` and pooled features `[N, F]`, float32, and
-      Grad-CAM maps `[N, h, w]`, None without `classes`.
+      Grad-CAM maps `[N, h, w]`, or None without `classes`.
     """
     images = normalize(images, mean=mean, std=std)
     images, *others = tta_lib.images_of(images, tta)
@@ -68,21 +70,21 @@ def predict_probabilities(
     pooled = module.apply(head, maps, method='pool').astype(jnp.float32)
     logits = module.apply(head, maps, method='head').astype(jnp.float32)
     if others:
-        seen = [folded.logits(module, arrays, view) for view in others]
-        found = jnp.stack([logits, *(one.astype(jnp.float32) for one in seen)])
-        logits = tta_lib.mean_logits(found, multi_label=multi_label)
+        more = [folded.logits(module, arrays, view) for view in others]
+        views = jnp.stack([logits, *(one.astype(jnp.float32) for one in more)])
+        logits = tta_lib.mean_logits(views, multi_label=multi_label)
     probabilities = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
     if classes is None:
         return probabilities, pooled, None
-    # By probabilities, which can be equal where logits are not, so that the map is of
-    # the class that the host takes for the likeliest.
+    # By probabilities, which can be equal where logits are not, so that the map is that
+    # of the class that the host considers the most likely.
     classes = jnp.where(classes < 0, probabilities.argmax(-1), classes)
     _, cams = grad_cam.from_features(head, maps, classes, module=module)
     return probabilities, pooled, cams
 
 
 def options_of(trained: Trained) -> dict:
-    """Of `predict_probabilities`, beside module and arrays."""
+    """The keyword arguments of `predict_probabilities` for a trained model."""
     metadata = trained.metadata
     return {
         'mean': tuple(metadata['mean']),
@@ -93,18 +95,19 @@ def options_of(trained: Trained) -> dict:
 
 
 class Programs:
-    """A trained model's inference; may be called from many threads.
+    """The inference programs of a trained model. Can be called from many threads.
 
     Attributes:
-      sizes: batch sizes, ascending, the first of them 1. Each is compiled when it is
-        wanted, by what JAX's persistent cache has of it where that is set up.
+      sizes: batch sizes, ascending; the first one is 1. Each program is compiled when
+        it is first needed, or read from JAX's persistent cache if that is enabled.
     """
 
     def __init__(self, trained: Trained, batch_size: int):
         """Compiles nothing yet.
 
         Args:
-          batch_size: the largest of the sizes; more images are computed in several.
+          trained: the model.
+          batch_size: the largest size; more images are computed in several batches.
         """
         smaller = (size for size in SIZES if size < batch_size)
         self.sizes = tuple(sorted({1, *smaller, batch_size}))
@@ -115,14 +118,16 @@ class Programs:
 
     @functools.cached_property
     def _arrays(self):
-        found = folded.fold(self._trained.module, self._trained.variables)
-        return mesh_lib.replicate(found, self._trained.mesh)
+        arrays = folded.fold(self._trained.module, self._trained.variables)
+        return mesh_lib.replicate(arrays, self._trained.mesh)
 
     def compile(self, size: int, maps: bool = False, shape=None):
-        """The program of a batch size, without Grad-CAM or with it.
+        """The program for a batch size, compiled if needed.
 
         Args:
-          shape: (height, width, channels) of the images; by default the model's own.
+          size: number of images.
+          maps: whether it computes Grad-CAM maps.
+          shape: (height, width, channels) of the images; by default the model's.
         """
         if shape is None:
             metadata = self._trained.metadata
@@ -144,17 +149,18 @@ class Programs:
         return jax.jit(function).lower(self._arrays, *given).compile()
 
     def _sharding(self, size):
-        """Each device its rows where they divide, else all of them on each."""
+        """Splits the rows over the devices if they divide them, else replicates them."""
         mesh = self._trained.mesh
         if mesh.is_multi_process or size % mesh.size:
             return mesh_lib.replicated(mesh)
         return mesh_lib.split_rows(mesh)
 
     def __call__(self, images: np.ndarray, classes=None):
-        """`predict_probabilities` of numpy images uint8 `[n, H, W, C]`, n > 0.
+        """`predict_probabilities` for numpy images uint8 `[N, H, W, C]`, N > 0.
 
         Args:
-          classes: an index for all, or one for each image, where maps are wanted.
+          images: prepared images.
+          classes: to get maps, a class index for all images, or one for each.
         """
         given, parts, start = [images], [], 0
         if classes is not None:
@@ -176,14 +182,14 @@ class Programs:
             filled = mesh_lib.replicate(filled, mesh)
         else:
             filled = mesh_lib.to_global(filled, mesh)
-        found = program(self._arrays, *filled)
-        return [None if part is None else np.asarray(part)[:count] for part in found]
+        results = program(self._arrays, *filled)
+        return [None if part is None else np.asarray(part)[:count] for part in results]
 
     def _plan(self, count, maps, shape):
-        """Sizes to compute in: those of `split`, or one that is there already.
+        """The sizes of `split`, or a larger one that is already compiled.
 
-        Compiling takes longer than computing some images for nothing. So what was not
-        wanted before, as the end of a list of files, is filled up where it can be.
+        Compiling takes longer than computing some padding. So a size that was not
+        needed before, such as the end of a list of files, is padded if possible.
         """
         wanted = split(count, self.sizes)
         missing = {(size, maps, shape) for size in wanted} - self._compiled.keys()

@@ -1,9 +1,9 @@
-"""Predictions as text: a table to read, CSV and JSON lines for programs.
+"""Formats predictions as text: a table for people, CSV and JSON lines for programs.
 
-Each form is a function `make(out, class_names, top)` that writes what stands before the
-rows and returns `write(prediction)`. No name of a file can break a row: a line feed in
-it is quoted (CSV) or escaped, and bytes that are no UTF-8 come through as they are in
-CSV, as Python's `\\udcXX` in JSON and as `\\xXX` in the table.
+Each format is a function `make(out, class_names, top)` that writes the heading and
+returns `write(prediction)`. File names cannot break a row: a line feed is quoted (CSV)
+or escaped, and bytes that are not UTF-8 stay as they are in CSV, become Python's
+`\\udcXX` in JSON and `\\xXX` in the table.
 """
 
 import csv
@@ -15,23 +15,23 @@ from typing import Any
 from flax_densenet.errors import printable
 from flax_densenet.inference.prediction import Prediction
 
-# Of a table: characters of a line, of the widest column of classes and of one's path.
+# In a table: characters per line, and the most in the columns of classes and paths.
 _LINE, _CLASS, _PATH = 96, 32, 60
 _NUMBER = 7
 
 
 def _make_table(out, class_names, top):
-    """One line for each class; the path stands on an image's first."""
+    """A table with a line for each class, and the path on the first line of an image."""
     names = [printable(name) for name in class_names]
     wide = min(max(_width(name) for name in [*names, 'class']), _CLASS)
     path_wide = min(_LINE - wide - _NUMBER - 4, _PATH)
     out.write(f'{"path":<{path_wide}}  {"class":<{wide}}  {"prob.":>{_NUMBER}}\n')
 
-    def write(found: Prediction):
-        path = _pad(_clip_start(printable(found.path), path_wide), path_wide)
-        if found.error:
-            out.write(f'{path}  error: {printable(found.error)}\n')
-        for likely in found.top(top):
+    def write(prediction: Prediction):
+        path = _pad(_clip_start(printable(prediction.path), path_wide), path_wide)
+        if prediction.error:
+            out.write(f'{path}  error: {printable(prediction.error)}\n')
+        for likely in prediction.top(top):
             name = _pad(_clip_end(printable(likely.class_name), wide), wide)
             share = f'{likely.probability * 100:.1f} %'
             out.write(f'{path}  {name}  {share:>{_NUMBER}}\n')
@@ -45,28 +45,30 @@ def _make_csv(out, class_names, top):
     pairs = [(f'class{n}', f'probability{n}') for n in range(1, top + 1)]
     rows.writerow(['path', 'error', *(name for pair in pairs for name in pair)])
 
-    def write(found: Prediction):
+    def write(prediction: Prediction):
         cells = [
             cell
-            for likely in found.top(top)
+            for likely in prediction.top(top)
             for cell in (likely.class_name, _rounded(likely.probability))
         ]
-        rows.writerow([found.path, found.error, *cells, *[''] * (2 * top - len(cells))])
+        rows.writerow(
+            [prediction.path, prediction.error, *cells, *[''] * (2 * top - len(cells))]
+        )
 
     return write
 
 
 def _make_jsonl(out, class_names, top):
-    def write(found: Prediction):
-        row: dict[str, Any] = {'path': found.path}
-        if found.error:
-            row['error'] = found.error
+    def write(prediction: Prediction):
+        row: dict[str, Any] = {'path': prediction.path}
+        if prediction.error:
+            row['error'] = prediction.error
         else:
             row['classes'] = [
                 {'class': name, 'probability': _rounded(probability)}
-                for name, probability in found.top(top)
+                for name, probability in prediction.top(top)
             ]
-        # ASCII: a byte of a name that is no UTF-8 becomes \udcXX, as Python has it.
+        # ASCII: bytes of names that are not UTF-8 become \udcXX, as in Python.
         out.write(json.dumps(row) + '\n')
 
     return write
@@ -80,7 +82,7 @@ FORMATS: dict[str, Callable] = {
 
 
 def _rounded(probability):
-    """Six digits, which is what float32 has to offer."""
+    """Rounds to six digits, the precision of float32."""
     return float(f'{probability:.6g}')
 
 
@@ -105,7 +107,7 @@ def _clip_end(text, width):
 
 
 def _clip_start(text, width):
-    """A path's end tells more than its start."""
+    """Cuts off the start, because the end of a path says more."""
     if _width(text) <= width:
         return text
     while _width(text) > width - 1:

@@ -15,7 +15,7 @@ from typing import Any
 from flax_densenet.errors import printable
 from flax_densenet.inference.prediction import Prediction
 
-# In a table: characters per line, and the most in the columns of classes and paths.
+# Characters of a line in a table, and at most in its columns of classes and paths.
 _LINE, _CLASS, _PATH = 96, 32, 60
 _NUMBER = 7
 

@@ -172,33 +172,33 @@ def describe_metrics(
         ) from error
 
 
-def _of_eval(trained, measured, found):
+def _of_eval(trained, measured, values):
     before = trained.metadata['data'].get('source')
     own = bool(before) and paths.real_source(measured.data) == paths.real_source(before)
-    rows = [_row(found, 'accuracy', found['accuracy_interval'])]
-    if found['top5'] is not None:
-        right = round(found['top5'] * found['count'])
-        rows.append(_row(found, 'top5', metrics.wilson(right, found['count'])))
-    macro = found['macro']
+    rows = [_row(values, 'accuracy', values['accuracy_interval'])]
+    if values['top5'] is not None:
+        right = round(values['top5'] * values['count'])
+        rows.append(_row(values, 'top5', metrics.wilson(right, values['count'])))
+    macro = values['macro']
     rows += [_row(macro, name) for name in ('precision', 'recall', 'f1', 'auroc')]
-    rows.append(_row(found, 'loss'))
-    calibration = found['calibration']
+    rows.append(_row(values, 'loss'))
+    calibration = values['calibration']
     if calibration:
         calibration = {
             'temperature': calibration['temperature'],
             'before': calibration['before']['error'],
             'after': calibration['after']['error'],
         }
-    classes = found['classes']
+    classes = values['classes']
     shown = classes
     if len(classes) > results.ROWS:
         shown = sorted(classes, key=lambda row: row['f1'])[: results.ROWS]
     return {
         'source': measured.data,
         'own': own,
-        'count': found['count'],
+        'count': values['count'],
         'mirrored': measured.tta == 'flip',
-        'accuracy': found['accuracy'],
+        'accuracy': values['accuracy'],
         'rows': [row for row in rows if row[1] is not None],
         'classes': [_with_intervals(row) for row in shown],
         'hidden': len(classes) - len(shown),
@@ -207,18 +207,18 @@ def _of_eval(trained, measured, found):
     }
 
 
-def _row(figures, name, interval=None):
-    return name, figures[name], interval
+def _row(values, name, interval=None):
+    return name, values[name], interval
 
 
 def _with_intervals(row):
     """A class with intervals of its recall and precision."""
     right = round(row['recall'] * row['support'])
-    # How often it was said follows from the share of that which is right.
-    said = round(right / row['precision']) if row['precision'] else 0
+    # The number of predictions of the class follows from its precision.
+    predicted = round(right / row['precision']) if row['precision'] else 0
     return row | {
         'recall_interval': metrics.wilson(right, row['support']),
-        'precision_interval': metrics.wilson(right, said),
+        'precision_interval': metrics.wilson(right, predicted),
     }
 
 

@@ -112,17 +112,17 @@ def _from_pattern(path, pattern):
 
 
 def _images_of_pattern(path, pattern):
-    found, passed = False, notes.Passed()
+    matched, passed = False, notes.Passed()
     for name in _expand(path):
         hidden = '__MACOSX' in name.split(os.sep)
         if hidden or not _is_file(functools.partial(os.stat, name)):
             continue
         if _is_image_name(name):
-            found = True
+            matched = True
             yield name
         elif not os.path.isdir(name):
             passed.add_file(name)
-    if found:
+    if matched:
         _tell(pattern, passed)
 
 
@@ -148,9 +148,9 @@ def _expand(path):
         # Without a root, names start like the pattern, not with ./
         cut = '' if root else os.curdir + os.sep
         below = _walk(root or os.curdir)
-        for kind, found in itertools.chain([('folder', root)], below):
+        for kind, child in itertools.chain([('folder', root)], below):
             if kind == 'folder':
-                folder = glob.escape(found.removeprefix(cut))
+                folder = glob.escape(child.removeprefix(cut))
                 yield from _expand(os.path.join(folder, *tail or ['*']))
 
 
@@ -172,15 +172,15 @@ def _from_folder(path, pattern):
 
 def _images_below(path, pattern, passed):
     """Images below a folder; where there are any, tells at the end of other files."""
-    found = False
+    matched = False
     for kind, name in _walk(path):
         # Folders that cannot be listed become rows with an error, like bad files.
         if kind == 'unlisted' or (kind == 'file' and _is_image_name(name)):
-            found = True
+            matched = True
             yield name
         elif kind == 'file':
             passed.add_file(name)
-    if found:
+    if matched:
         _tell(pattern, passed)
 
 

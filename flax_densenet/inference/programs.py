@@ -149,7 +149,7 @@ class Programs:
         return jax.jit(function).lower(self._arrays, *given).compile()
 
     def _sharding(self, size):
-        """Splits the rows over the devices if that is possible, else replicates them."""
+        """Splits the rows over the devices if possible, otherwise replicates them."""
         mesh = self._trained.mesh
         if mesh.is_multi_process or size % mesh.size:
             return mesh_lib.replicated(mesh)

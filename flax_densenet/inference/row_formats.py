@@ -21,7 +21,7 @@ _NUMBER = 7
 
 
 def _make_table(out, class_names, top):
-    """A table with a line for each class, and the path on the first line of an image."""
+    """A table with a line per class, and the path on the first line of an image."""
     names = [printable(name) for name in class_names]
     wide = min(max(_width(name) for name in [*names, 'class']), _CLASS)
     path_wide = min(_LINE - wide - _NUMBER - 4, _PATH)

@@ -157,9 +157,9 @@ def _load_folder(folder):
     )
 
 
-def _with_metadata(path, found, ours):
+def _with_metadata(path, file_weights, ours):
     """The weights of a file with the metadata of the config.json next to it."""
-    arrays = traverse_util.flatten_dict(found.variables, sep='/')
+    arrays = traverse_util.flatten_dict(file_weights.variables, sep='/')
     weights = _make(
         path, 'flax_densenet', arrays, to_tuples(ours['model']), ours['class_names']
     )

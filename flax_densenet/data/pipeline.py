@@ -1,7 +1,7 @@
-"""Batches of examples that depend on the seed and the step alone, through grain.
+"""Makes batches of examples with grain, as a function of the seed and the step.
 
 Images are decoded in grain's threads or processes when a batch needs them, so a set of
-any size takes no more memory than a few batches.
+any size takes the memory of a few batches.
 
 >>> source = dataset.load_source('digits', image_size=16)
 >>> batch = next(iter(train_batches(source.train, batch_size=8, seed=0)))
@@ -25,7 +25,7 @@ from flax_densenet.system import process
 
 
 class _Augment(grain.transforms.RandomMap):
-    """What is done to one training image, an array or, to be cropped, a picture."""
+    """Augments a training image: an array or, for random crops, a Pillow image."""
 
     def __init__(self, recipe, color_jitter, policy, preparation=None):
         self.functions = geometry.RECIPES[recipe]
@@ -67,7 +67,7 @@ def check_train_batches(
     color_jitter=(),
     policy: str = 'none',
 ):
-    """Raises the errors of `train_batches`, without starting any thread."""
+    """Raises the errors of `train_batches` without starting threads."""
     if batch_size > len(examples):
         raise UserError(
             f'data.batch_size={batch_size} is larger than the {len(examples)} images '
@@ -79,7 +79,7 @@ def check_train_batches(
     dataset.check_choice('balance', balance, class_balance.BALANCES)
     if balance != 'none' and np.ndim(examples.labels) == 2:
         raise UserError(
-            f'data.balance={balance} needs one class an image; with data.labels use '
+            f'data.balance={balance} needs one class per image; with data.labels use '
             'data.balance=none'
         )
     if workers and isinstance(examples, dataset.CachedExamples):
@@ -100,37 +100,39 @@ def train_batches(
     policy: str = 'none',
     balance: str = 'none',
     bad_images: str = 'error',
-    parts: int = 1,
+    micro_batches: int = 1,
     threads: int = 4,
     workers: int = 0,
 ):
-    """An endless stream of full batches, a function of the seed and the step alone.
+    """An endless stream of full batches, a function of the seed and the step.
 
-    Each epoch goes through the examples once, in an order of its own. Where the
-    batch size does not divide them, a batch holds the end of one epoch and the start
-    of the next, so batch norm always sees a full batch; `epoch` says which is which.
+    Each epoch goes through the examples once, in a new order. If the batch size does
+    not divide them, a batch has the end of one epoch and the start of the next, so
+    batch norm always sees a full batch; `epoch` tells them apart.
 
     Args:
-      batch_size: over all hosts; this host's share comes out.
+      examples: to train on.
+      batch_size: over all hosts; the iterator returns this host's share.
+      seed: of the order and the augmentation.
       start: step at which to start.
-      augment, color_jitter, policy: a key of `geometry.RECIPES`, what `color.parse`
-        and what `policies.parse` take; one after another, in this order.
-      balance: `sampler` draws the classes equally often, see `class_balance.Draws`; an
-      epoch
-        has as many images as without.
-      bad_images: `skip` puts the next image in the place of one that cannot be read
-        any more; the iterator is then a `unreadable.CountedBatches`, which counts them.
-      parts: that the batch of all hosts is taken in, one after another
-        (`mesh.to_global`); each is spread over all hosts.
-      threads: decoding threads; each makes a whole batch.
-      workers: decoding processes instead of threads, 0 for none.
+      augment: a key of `geometry.RECIPES`, which is applied first.
+      color_jitter: a value for `color.parse`.
+      policy: a value for `policies.parse`.
+      balance: `sampler` draws all classes equally often, see `class_balance.Draws`. The
+        number of images in an epoch stays the same.
+      bad_images: `skip` replaces an image that can no longer be read with the next one.
+        The iterator is then an `unreadable.CountedBatches`, which counts them.
+      micro_batches: number of micro-batches in a batch (`mesh.to_global`); each is
+        spread over all hosts.
+      threads: decoding threads, each of which makes entire batches.
+      workers: decoding processes instead of threads; 0 for none.
 
     Returns:
-      An iterator of `{'image': uint8 [n, S, S, 3], 'label': int32 [n],
-      'epoch': int32 [n]}`, to be closed after use; epochs count from 0.
+      An iterator of `{'image': uint8 [n, S, S, C], 'label': int32 [n],
+      'epoch': int32 [n]}`, to be closed after use. Epochs count from 0.
 
     Raises:
-      UserError: fewer examples than rows of a batch; an unknown recipe.
+      UserError: fewer examples than a batch has rows, or an unknown recipe.
     """
     check_train_batches(
         examples, batch_size, augment, workers, balance, color_jitter, policy
@@ -153,11 +155,11 @@ def train_batches(
     stream = stream.map_with_index(
         lambda position, example: example | {'epoch': np.int32(position // count)}
     )
-    # The host's share is taken last, so that the stream does not depend on how many
-    # hosts there are.
+    # The host's share is taken last, so that the stream does not depend on the number
+    # of hosts.
     if changes:
         stream = stream.random_map(changes)
-    stream = _own_rows(stream, batch_size // parts)
+    stream = _own_rows(stream, batch_size // micro_batches)
     stream = stream.batch(batch_size // hosts, drop_remainder=True)
     batches = _iterate(stream[start:], threads, workers)
     return unreadable.CountedBatches(batches) if skip else batches
@@ -176,15 +178,18 @@ def eval_batches(
     threads: int = 4,
     workers: int = 0,
 ):
-    """Every example once, in order, in batches of one shape on every host.
+    """Every example once, in order, in batches of the same shape on every host.
 
     Args:
-      bad_images: `skip` gives mask 0 to an image that cannot be read any more; the
-        iterator is then a `unreadable.CountedBatches`, which counts them.
+      examples: to evaluate on.
+      batch_size: over all hosts.
+      bad_images: `skip` gives mask 0 to an image that can no longer be read. The
+        iterator is then an `unreadable.CountedBatches`, which counts them.
+      threads, workers: see `train_batches`.
 
     Returns:
-      An iterator of `{'image': uint8 [n, S, S, 3], 'label': int32 [n],
-      'mask': float32 [n]}`; the last batch is filled up with rows of mask 0.
+      An iterator of `{'image': uint8 [n, S, S, C], 'label': int32 [n],
+      'mask': float32 [n]}`. The last batch is padded with rows of mask 0.
     """
     skip = bad_images == 'skip' and _preparation_of(examples) is not None
     hosts = jax.process_count()
@@ -198,10 +203,10 @@ def eval_batches(
 
 
 def _own_rows(stream, batch_size):
-    """Of each batch this host's rows, side by side, which no other host reads.
+    """This host's rows of each batch, which no other host reads.
 
-    So the batch of all hosts has its rows in the stream's order, however many there
-    are: each example gets the same dropout, and each result its own example.
+    They are consecutive, so the global batch has its rows in the stream's order,
+    whatever the number of hosts: each example gets the same dropout.
     """
     hosts = jax.process_count()
     if hosts == 1:

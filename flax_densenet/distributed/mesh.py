@@ -32,7 +32,7 @@ def split_rows(mesh: Mesh) -> NamedSharding:
 
 
 def split_micro_batches(mesh: Mesh) -> NamedSharding:
-    """The sharding of `[parts, rows, ...]`: rows spread over the devices."""
+    """The sharding of `[micro_batches, rows, ...]`: rows spread over the devices."""
     return NamedSharding(mesh, PartitionSpec(None, 'data'))
 
 
@@ -46,20 +46,24 @@ def replicate(tree, mesh: Mesh):
     )
 
 
-def to_global(batch, mesh: Mesh, parts: int = 1):
+def to_global(batch, mesh: Mesh, micro_batches: int = 1):
     """This host's rows of a batch (numpy) to one array over all hosts' devices.
 
     Args:
-      parts: micro-batches that the batch is taken in, one after another; above 1 the
-        arrays are `[parts, N / parts, ...]`, and each part is spread over all devices.
-        The parts hold consecutive rows of the batch, whatever devices there are, so
-        none has to move between devices when its turn comes.
+      batch: arrays `[n, ...]`.
+      mesh: of the devices.
+      micro_batches: number of micro-batches. Above 1 the arrays become
+        `[micro_batches, N / micro_batches, ...]`, and each micro-batch is spread over
+        all devices. A micro-batch is consecutive rows of the batch, whatever the
+        devices, so no rows have to move between devices.
     """
-    if parts == 1:
+    if micro_batches == 1:
         sharding = split_rows(mesh)
     else:
         sharding = split_micro_batches(mesh)
-        batch = jax.tree.map(lambda x: x.reshape(parts, -1, *x.shape[1:]), batch)
+        batch = jax.tree.map(
+            lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch
+        )
     # Meant, though of several processes' arrays JAX takes it for an oversight.
     with jax.transfer_guard_host_to_device('allow'):
         return jax.tree.map(

@@ -174,7 +174,7 @@ def train_batches(run: TrainingRun, source: dataset.Source, start: int, **loadin
         start=start,
         **{name: fields[name] for name in CHANGE_FIELDS},
         bad_images=fields['bad_images'],
-        parts=run.accumulate_steps,
+        micro_batches=run.accumulate_steps,
         **run.loading | loading,
     )
 

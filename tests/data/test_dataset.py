@@ -254,7 +254,7 @@ def test_hosts_share_the_same_stream(folder, monkeypatch):
 def test_hosts_share_each_part_of_a_batch(folder, monkeypatch):
     """With two parts a batch each part's rows are the same, however many hosts."""
     source = load(folder)
-    settings = dict(batch_size=8, seed=1, parts=2)
+    settings = dict(batch_size=8, seed=1, micro_batches=2)
     one = take(pipeline.train_batches(source.train, **settings), 3)
     monkeypatch.setattr(pipeline.jax, 'process_count', lambda: 2)
     shares = []

@@ -255,7 +255,7 @@ def _add(path, size, member, samples):
     key, _, kind = base.partition('.')
     key, kind = f'{folder}/{key}' if folder else key, kind.lower()
     if kind in samples[key]:
-        raise UserError(f'{path}: {member.name} is there twice; remove one')
+        raise UserError(f'{path}: {member.name} appears twice; remove one')
     samples[key][kind] = member
 
 

@@ -78,7 +78,7 @@ def _is_name(pattern):
 
 
 def _resolve(pattern):
-    """What is expanded stands for itself; in a pattern `$` may too."""
+    """Resolves a path; in a pattern, `$` can also stand for itself."""
     path = paths.expand(pattern)
     if glob.has_magic(path) and '://' not in path:
         return path
@@ -171,7 +171,7 @@ def _from_folder(path, pattern):
 
 
 def _images_below(path, pattern, passed):
-    """Images below a folder; where there are any, tells at the end of other files."""
+    """Yields images below a folder; then reports other files if there are images."""
     matched = False
     for kind, name in _walk(path):
         # Folders that cannot be listed become rows with an error, like bad files.
@@ -192,7 +192,7 @@ def _tell(pattern, passed):
 
 _LOOKED_FOR = (
     f'looked for names ending with {", ".join(sorted(images.EXTENSIONS))}; a file of '
-    'another name can be given by itself'
+    'give files with other names explicitly'
 )
 
 

@@ -107,9 +107,9 @@ def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
         network is not a DenseNet.
     """
     entries, groups, objects = _read_file(path)
-    beside = os.path.join(os.path.dirname(path), _WEIGHTS)
-    if os.path.basename(path) == 'task.weights.h5' and os.path.exists(beside):
-        more, more_groups, more_objects = _read_file(beside)
+    neighbor = os.path.join(os.path.dirname(path), _WEIGHTS)
+    if os.path.basename(path) == 'task.weights.h5' and os.path.exists(neighbor):
+        more, more_groups, more_objects = _read_file(neighbor)
         entries += [(name, f'{_WEIGHTS}/{key}', array) for name, key, array in more]
         groups |= more_groups
         objects += more_objects

@@ -77,8 +77,8 @@ def find_weights(folder: str) -> str:
         if os.path.isfile(path):
             return path
     raise UserError(
-        f'{folder} has a {CONFIG_FILE} but no {" or ".join(WEIGHT_FILES)}; use a copy '
-        'that is whole'
+        f'{folder} has a {CONFIG_FILE} but no {" or ".join(WEIGHT_FILES)}; use an '
+        'intact copy'
     )
 
 
@@ -344,7 +344,7 @@ def check_fits(folder: str, config: Config, module: network.Network):
         folder,
         {key: value for key, value in stated.items() if value is not None},
         actual,
-        'the weights beside it have',
+        'the weights next to it have',
         'use files that belong together',
     )
 

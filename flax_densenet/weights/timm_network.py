@@ -72,7 +72,7 @@ def _rdnet_arguments(module):
         'growth_rates': list(module.growth_rates),
         'num_blocks_list': list(module.block_sizes),
         'block_type': [kinds[n in module.squeeze_blocks] for n in numbers],
-        # Of the transition in front of each block.
+        # About the transition before each block.
         'is_downsample_block': [None, *(n in module.halvings for n in numbers[:-1])],
         'bottleneck_width_ratio': float(module.bottleneck),
         'transition_compression_ratio': float(module.compression),

@@ -331,7 +331,7 @@ def _make(path, family, arrays, fields, names=None):
     if names and len(names) != num_classes:
         raise UserError(
             f'{path} names {len(names)} classes, its classifier has {num_classes}; use '
-            'a copy that is whole'
+            'an intact copy'
         )
     module = factory.create_model(num_classes=num_classes, **fields)
     channels = arrays['params/conv0/kernel'].shape[2]

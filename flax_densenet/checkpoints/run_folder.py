@@ -61,7 +61,7 @@ def _parse(workdir, name, text):
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f'{os.path.join(workdir, name)} is no JSON ({error})'
+            f'{os.path.join(workdir, name)} is not valid JSON ({error})'
         ) from error
     if not isinstance(found, dict):
         raise UserError(f'{os.path.join(workdir, name)} holds no JSON object')

@@ -73,7 +73,7 @@ def test_all_that_a_run_tells(tmp_path):
         f'**{share * 100:.1f} %** (95 % interval {between}) on 200 test images of',
         '1,234 images to train on, 200 to test on',
         '`ants`,\n`bees`\n',
-        'the best of 8 by these same test images',
+        'the best of 8 on these same test images',
         '| `optimizer.learning_rate` | `0.003` |',
         '| `train.label_smoothing` | `0.1` |',
         'started from other weights, `densenet121.pth`',
@@ -82,7 +82,7 @@ def test_all_that_a_run_tells(tmp_path):
         r'| Largest difference | 1e-3 \| \<b\> |',
         'expected calibration error',
         "onnxruntime.InferenceSession('insects.onnx')",
-        'Resize to 40 pixels on the shorter side',
+        'Resize the shorter side to 40 pixels',
         '| python | ',
         '| device | - | H100 |',
     ):
@@ -127,7 +127,7 @@ def test_nothing_known():
     found = dataclasses.replace(trained_of(*tiny()), metrics={}, step=None)
     said = model_card.render(found, file_format='torch', file='x.pth')
     for part in (
-        'None are known',
+        'Unknown: the weights came',
         'What it was trained on is not known',
         'recipe is not',
     ):

@@ -78,7 +78,7 @@ def test_all_that_a_run_tells(tmp_path):
         '| `train.label_smoothing` | `0.1` |',
         'started from other weights, `densenet121.pth`',
         '| License of the weights | MIT |',
-        '| License of the data | unknown: none was given |',
+        '| License of the data | unknown |',
         r'| Largest difference | 1e-3 \| \<b\> |',
         'expected calibration error',
         "onnxruntime.InferenceSession('insects.onnx')",
@@ -128,8 +128,8 @@ def test_nothing_known():
     said = model_card.render(found, file_format='torch', file='x.pth')
     for part in (
         'Unknown: the weights came',
-        'What it was trained on is not known',
-        'recipe is not',
+        'Its training data is unknown',
+        'recipe is unknown',
     ):
         assert part in said
     code = 'torchvision.models.DenseNet(growth_rate=4, block_config=(2, 3), '

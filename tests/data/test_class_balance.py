@@ -212,5 +212,5 @@ def test_what_cannot_be_balanced(source):
         np.zeros((4, 2)), np.zeros((4, 3), np.float32)
     )
     for value in ('sampler', 'loss'):
-        with pytest.raises(UserError, match=f'{value} needs one class an image'):
+        with pytest.raises(UserError, match=f'{value} needs one class per image'):
             pipeline.check_train_batches(several, 4, 'none', 0, value)

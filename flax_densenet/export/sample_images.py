@@ -109,7 +109,7 @@ def of_model(
     """
     try:
         if fields['source']:
-            return of_data(trained, path, fields, whole=integers)
+            return of_data(trained, path, fields, thorough=integers)
     except UserError:
         if required or integers:
             raise

@@ -12,7 +12,6 @@ from flax_densenet.evaluation import evaluate, results
 from flax_densenet.evaluation.metrics import sigmoid, softmax
 from flax_densenet.inference import predictor
 from flax_densenet.models import tta
-from flax_densenet.report import page
 from flax_densenet.weights import trained as trained_lib
 from helpers.runs import tiny_trained, write_images
 
@@ -77,9 +76,7 @@ def test_evaluation_and_prediction_agree(source, trained):
     np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-6)
     plain = results.collect(trained, source.test, source.class_names, batch_size=4)
     assert not np.allclose(plain.probabilities, found.probabilities, rtol=1e-3)
-    which = page._describe_model(flipped, page.run_folder.RunRecord('x', [], {}, {}))[
-        'which'
-    ]
+    which = results.describe(flipped, 'digits').model
     assert which.endswith(', each image seen mirrored as well')
 
 

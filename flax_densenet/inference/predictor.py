@@ -1,8 +1,8 @@
 """Predicts the classes of images.
 
-    from flax_densenet import load_trained
+    import flax_densenet
 
-    model = load_trained('ckpt/birds')
+    model = flax_densenet.load('ckpt/birds')
     for prediction in model.predict(['a.jpg', 'b.jpg']):
         print(prediction.path, prediction.label, prediction.probability)
     model.explain('a.jpg')[0].save('why.png')

@@ -267,5 +267,5 @@ def test_the_package_is_light():
     )
     expected = '[]\nflax_densenet.inference.predictor True\n[]\n'
     assert done.stdout == expected, done.stderr
-    with pytest.raises(AttributeError, match="no attribute 'load'"):
-        flax_densenet.load()
+    with pytest.raises(AttributeError, match="no attribute 'loaded'"):
+        flax_densenet.loaded()

@@ -40,8 +40,10 @@ def find(argv: list[str], commands: dict[str, options.Command]) -> str | None:
         if name == 'version' and not equals:
             return f'flax_densenet {__version__}'
         if name in _HELP:
-            named = [topic] if equals else _commands_in(arguments, commands)
-            return _topic(program, named, [], commands)
+            if equals:
+                return _topic(program, [topic], [], commands)
+            named = _command_in(arguments, commands)
+            return _command(program, named) if named else _overview(program, commands)
     return None
 
 
@@ -70,10 +72,9 @@ def wrap(text: str, indent: str, first: str | None = None) -> str:
     )
 
 
-def _commands_in(arguments, commands):
-    found = [a.partition('=')[2] for a in arguments if a.lstrip('-')[:5] == 'mode=']
-    found += [a for a in arguments if a in commands]
-    return found[:1]
+def _command_in(arguments, commands):
+    found = [a.lstrip('-').removeprefix('mode=') for a in arguments]
+    return next((commands[name] for name in found if name in commands), None)
 
 
 def _topic(program, topic, rest, commands):
@@ -148,7 +149,11 @@ def _command(program, command):
 
 
 def _format_examples(program, examples):
-    lines = [f'  {program} {arguments}' for _, arguments in examples]
+    lines = [
+        # As a shell takes it on several lines.
+        wrap(f'{program} {arguments}', '      ', '  ').replace('\n', ' \\\n')
+        for _, arguments in examples
+    ]
     pad = max(map(len, lines)) + 2
     notes = [note for note, _ in examples]
     if all(pad + len(note) + 2 <= width() for note in notes):
@@ -165,7 +170,8 @@ def _flag(flag):
         name += f'={flag.value or "VALUE"}'
     if flag.alias:
         name += f', --{flag.alias}'
-    if flag.default_text or flag.default not in (None, False, ''):
+    shown = flag.kind is not bool and flag.default not in (None, '')
+    if flag.default_text or shown:
         text = f'{flag.help} Default: {flag.default_text or flag.default}.'
     else:
         text = flag.help

@@ -173,3 +173,34 @@ def test_very_many_classes_stay_small(tmp_path):
         assert row['true'] == names[labels[number]]
         true = probabilities[number, labels[number]]
         assert float(row['probability_of_true']) == pytest.approx(true, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    'measured',
+    [
+        MEASURED,
+        results.Measured('digits', None, None, 'none', 'x.pth'),
+        results.Measured('digits', None, None, 'flip'),
+    ],
+)
+def test_what_was_measured_comes_back(measured, run, tmp_path):
+    _, found, _ = run
+    results.save(str(tmp_path), found, measured)
+    loaded, fields = results.load(str(tmp_path))
+    assert loaded == measured and fields['count'] == 18
+    # As earlier versions wrote it: a sentence.
+    old = {
+        n: v for n, v in fields.items() if n not in vars(measured) and n != 'version'
+    }
+    old |= {'data': measured.data, 'model': measured.model}
+    (tmp_path / 'eval.json').write_text(json.dumps(old))
+    loaded, fields = results.load(str(tmp_path))
+    assert loaded == measured and fields['accuracy'] == found.figures['accuracy']
+
+
+def test_no_file_and_a_file_of_something_else(tmp_path):
+    assert results.load(str(tmp_path)) is None
+    for text in ('{', '[]', '3', '{"data": "x"}', '{"data": "x", "model": "y"}'):
+        (tmp_path / 'eval.json').write_text(text)
+        with pytest.raises(UserError, match=r'eval.json .* run eval again'):
+            results.load(str(tmp_path))

@@ -1,0 +1,86 @@
+"""Which data eval and report measure on, and what they say of it."""
+
+import json
+import shutil
+
+import pytest
+
+from flax_densenet.cli import command_line, commands, trained_model
+from helpers import commands as helper
+from helpers.paths import ROOT
+from helpers.runs import write_images
+
+OWN = {'source': 'folder:photos', 'labels': '', 'split_seed': 5, 'image_size': 8}
+OWN |= {'test_fraction': 0.3, 'batch_size': 4}
+
+
+def choose(*arguments, own=OWN):
+    argv = ['launch.py', 'eval', *arguments]
+    found = command_line.parse(argv, commands.COMMANDS)
+    metadata = {'data': own, 'image_size': 8}
+    return trained_model.data_fields(found, metadata)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'source', 'place'),
+    [
+        ([], 'folder:photos', ''),
+        # What sets no data, or the same in another spelling.
+        (['--config=densenet121'], 'folder:photos', ''),
+        (['--config=folder:./photos/'], 'folder:photos', ''),
+        (['--config=folder:others'], 'folder:others', '--config'),
+        (['--config=chexnet:photos'], 'folder:photos', '--config'),
+        (
+            ['--config=folder:others', '--config.data.source=digits'],
+            'digits',
+            '--config.data.source',
+        ),
+        (['--config.data.source=digits'], 'digits', '--config.data.source'),
+        (['--config.data.labels=x.csv'], 'folder:photos', '--config.data.labels'),
+        (['--config.data.tta=flip'], 'folder:photos', ''),
+    ],
+)
+def test_which_data_wins(arguments, source, place):
+    fields, found = choose(*arguments)
+    assert (fields['source'], found) == (source, place)
+    assert fields['image_size'] == 8
+    # Another split of the same images would have training images in it.
+    assert fields['split_seed'] == (0 if place == '--config' else 5)
+
+
+def test_labels_come_with_the_recipe():
+    fields, _ = choose('--config=chexnet:photos')
+    assert fields['labels'] == 'labels.csv'
+
+
+def test_a_model_without_data_takes_the_recipes():
+    fields, place = choose('--config=folder:others', own={'batch_size': 4})
+    assert (fields['source'], place) == ('folder:others', '')
+
+
+def test_eval_says_which_data_it_is(monkeypatch, capfd, tmp_path):
+    """A recipe with other data is measured and named; eval.json has it too."""
+    run = helper.make_main(monkeypatch, capfd)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / 'tests' / 'data' / 'v0' / 'run', 'run')
+    write_images(tmp_path / 'others', {'3': 4, '8': 5})
+    status, out, err = run('eval', 'run', '--config=folder:others')
+    assert (status, err) == (0, '')
+    line, table = out.splitlines()[:2]
+    assert line == (
+        'evaluating on folder:others (from --config); the model was trained on digits'
+    )
+    assert '(9 images of folder:others, best checkpoint: epoch 5, step 113)' in table
+    found = json.loads((tmp_path / 'run' / 'eval.json').read_text())
+    expected = {'version': 2, 'data': 'folder:others', 'epoch': 5, 'step': 113}
+    assert expected | {'tta': 'none', 'weights': None, 'count': 9} == {
+        name: found[name] for name in (*expected, 'tta', 'weights', 'count')
+    }
+    status, out, err = run('eval', 'run', 'others', '--config.data.tta=flip')
+    assert (status, err) == (0, '') and out.startswith(
+        'evaluating on folder:others (from --config.data.source); the model was'
+    )
+    assert json.loads((tmp_path / 'run' / 'eval.json').read_text())['tta'] == 'flip'
+    status, out, err = run('eval', 'run')
+    assert (status, err) == (0, '') and 'evaluating' not in out
+    assert out.startswith('Test_acc') and '(360 test images of digits, best' in out

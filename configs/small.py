@@ -1,7 +1,7 @@
 """Some hundreds of photographs and no trained weights: a small network, in minutes.
 
   python launch.py --config=configs/small.py:PATH
-  python launch.py --mode=sweep --config=configs/small.py:PATH --sweep=train.seed=0,1,2
+  python launch.py sweep --config=configs/small.py:PATH --sweep=train.seed=0,1,2
 
 with PATH/CLASS/* (a fifth is split off for the test) or PATH/{train,val}/CLASS/*.
 DenseNet-BC of 0.3 million parameters at 96 pixels, where DenseNet-121 would have eight

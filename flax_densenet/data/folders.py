@@ -124,7 +124,7 @@ def _say_parts(field, layout, train, test):
         count = len(listing.image_files(layout.aside))
         line += (
             f', {count} in {os.path.basename(layout.aside)}, which is set aside (to '
-            f'measure it: --mode=eval --config.data.source=folder:{layout.aside})'
+            f'measure it: eval --config.data.source=folder:{layout.aside})'
         )
     notes.say(line)
 

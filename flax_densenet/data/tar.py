@@ -174,7 +174,7 @@ def _choose(field, by_part):
         notes.say(
             f'{field}: {len(by_part[parts.TRAIN])} tars to train on, {len(held_out)} '
             f'of val choose the best epoch, {len(by_part[parts.TEST])} of test are set '
-            'aside (to measure it: --mode=eval with data.source=tar: and its path)'
+            'aside (to measure it: eval with data.source=tar: and its path)'
         )
     return [by_part[parts.TRAIN], held_out]
 

@@ -122,8 +122,7 @@ def _code_of(model, name, key, normalized):
         library, torch_model = 'timm', f'timm.create_model({architecture!r}, {more})'
     start = shlex.quote(printable(name or 'FOLDER'))
     return {
-        'command': f'python launch.py --mode=predict --config.init_from={start} '
-        "--files='photos/**/*.jpg'",
+        'command': f'flax-densenet predict {start} photos',
         'torch_library': library,
         'torch_model': torch_model,
         'file_literal': ascii(name or 'FOLDER'),

@@ -189,7 +189,7 @@ class Outputs:
         )
         if form not in row_formats.FORMATS:
             raise UserError(
-                f'--format={form} is not one of --mode=predict; use '
+                f'--format={form} is not one of predict; use '
                 f'{", ".join(row_formats.FORMATS)}'
             )
         if top < 1:

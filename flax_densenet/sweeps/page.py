@@ -1,6 +1,6 @@
 """`sweep.html`: a sweep on one page, and its last words on the terminal.
 
-Both are made of `sweep.json` alone, so `--mode=report` makes them on any machine.
+Both are made of `sweep.json` alone, so `report` makes them on any machine.
 """
 
 import datetime
@@ -11,6 +11,7 @@ from flax_densenet.report import render
 from flax_densenet.sweeps import record as sweep_record
 from flax_densenet.sweeps import space
 from flax_densenet.sweeps import table as sweep_table
+from flax_densenet.system import program
 
 FILE = 'sweep.html'
 
@@ -116,11 +117,10 @@ def _commands(workdir, kept, row):
     again += [f'--config.{name}={text}' for name, text in fields.items()]
     found = [
         ('train it again', [*again, '--workdir=ckpt/best']),
-        ('a page on its best run', ['--mode=report', f'--workdir={run}']),
+        ('a page on its best run', ['report', run]),
     ]
     return [
-        (what, ['python', 'launch.py', *map(shlex.quote, parts)])
-        for what, parts in found
+        (what, [*program.words(), *map(shlex.quote, parts)]) for what, parts in found
     ]
 
 

@@ -104,7 +104,7 @@ def parse(flags: list[str]) -> Space:
     """
     if not flags:
         raise UserError(
-            '--mode=sweep needs --sweep=FIELD=VALUE,VALUE, as '
+            'sweep needs --sweep=FIELD=VALUE,VALUE, as '
             "--sweep='optimizer.learning_rate=0.03,0.1'"
         )
     axes, seeds, seen = [], (), set()

@@ -172,7 +172,10 @@ def _save_report(run, *, anew):
         )
         page.save_report(run.workdir, trained, source, found)
     except UserError as error:
-        print(f'no {page.REPORT_FILE}: {error}; --mode=report tries again', flush=True)
+        print(
+            f'no {page.REPORT_FILE}: {error}; the command report tries again',
+            flush=True,
+        )
         return []
     return [page.REPORT_FILE]
 

@@ -161,7 +161,7 @@ def test_summary(main, arguments, size):
             ['--sweep=train.seed=0,1'],
             '--sweep is a flag of sweep; train does',
         ),
-        (['--mode=sweep'], '--mode=sweep needs --sweep=FIELD=VALUE,VALUE'),
+        (['--mode=sweep'], 'sweep needs --sweep=FIELD=VALUE,VALUE'),
         (
             ['--mode=sweep', '--sweep=optimizer.learning_rat=1,2'],
             '--sweep: optimizer.learning_rat is not a field; did you mean optimizer.l',

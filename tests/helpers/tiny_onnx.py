@@ -1,4 +1,4 @@
-"""Small .onnx files such as `--mode=export` writes, for the examples that read them."""
+"""Small .onnx files such as `export` writes, for the examples that read them."""
 
 import json
 import pathlib

@@ -318,7 +318,7 @@ def test_mistakes(workdir):
         assert line.startswith(f'error: --port={port} is taken by another program;')
     assert 'holds no checkpoint' in launch('--workdir=/none', '--port=0')
     line = launch(f'--workdir={workdir}', '--config.data.image_size=9')
-    assert line.startswith('error: --config.data.image_size: --mode=serve takes it')
+    assert line.startswith('error: --config.data.image_size: serve takes it')
     line = launch(f'--workdir={workdir}', '--max_requests=-1')
     assert line == 'error: --max_requests=-1 must be above 0'
     line = launch(f'--workdir={workdir}', '--port=0', '--allowed_hosts=http://a')

@@ -173,7 +173,7 @@ def _save_report(run, *, anew):
         page.save_report(run.workdir, trained, source, found)
     except UserError as error:
         print(
-            f'no {page.REPORT_FILE}: {error}; the command report tries again',
+            f'no {page.REPORT_FILE}: {error}; try: report RUN',
             flush=True,
         )
         return []

@@ -244,7 +244,7 @@ def load_source(
     Args:
       source: `digits` (scikit-learn's handwritten digits), `folder:PATH`
         (`PATH/CLASS/*` or `PATH/{train,val}/CLASS/*`), `packed:DIR` (made by
-        `--mode=pack`), `tar:PATH` (see `tar`) or `tfds:NAME[:CONFIG]`.
+        `pack`), `tar:PATH` (see `tar`) or `tfds:NAME[:CONFIG]`.
       known_classes: the classes of a trained model that is to be evaluated. Then one
         class and one image are enough, and a part can be empty.
       labels: a table of labels for the images of a `folder:`, see `label_table`.

@@ -115,7 +115,7 @@ def test_a_checkpoint_alone():
     said = model_card.render(trained())
     low, high = metrics.wilson(180, 200)
     assert f'**90.0 %** (95 % interval {low * 100:.1f} to {high * 100:.1f} %)' in said
-    assert 'run `--mode=eval` before' in said
+    assert 'run `flax-densenet eval` before' in said
     assert 'calibration was not measured' in said
     assert 'The recipe is unknown' in said
     metadata = {k: v for k, v in trained().metadata.items() if k != 'images'}

@@ -10,7 +10,7 @@ from flax_densenet.errors import UserError, printable
 FILE = 'pack.json'
 FORMAT, VERSION = 'flax_densenet pack', 1
 PARTS = ('train', 'test')
-REMEDY = 'copy it again, or recreate it with --mode=pack'
+REMEDY = 'copy it again, or recreate it with pack'
 _MAX_BYTES = 2**28
 
 

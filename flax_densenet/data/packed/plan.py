@@ -20,7 +20,7 @@ _SAMPLE = 32  # images from which the packed size is estimated
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of `--mode=pack`.
+    """Options of `pack`.
 
     Attributes:
       shard_mib: size in MiB at which a shard is full. It is also full with 2048 images.

@@ -1,4 +1,4 @@
-"""Reads packed images: ArrayRecord shards with an index, as `--mode=pack` writes them.
+"""Reads packed images: ArrayRecord shards with an index, as `pack` writes them.
 
 The folder of a pack has
 
@@ -229,7 +229,7 @@ def load(name: str) -> PackedReader:
     if not name or not os.path.isfile(os.path.join(folder, manifest_lib.FILE)):
         raise UserError(
             f'data.source=packed:{name}: there is no {manifest_lib.FILE}; give '
-            'a folder that --mode=pack has completed'
+            'a folder that pack has completed'
         )
     manifest = manifest_lib.load(folder)
     for shard in manifest.shards:

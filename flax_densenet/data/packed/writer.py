@@ -1,4 +1,4 @@
-"""Packs images into ArrayRecord shards (`--mode=pack`); `reader` describes the format.
+"""Packs images into ArrayRecord shards (`pack`); `reader` describes the format.
 
 The images are divided into shards by their sizes before anything is written, so the
 same images give the same files, whatever the number of threads. A shard is written to a
@@ -65,7 +65,7 @@ def pack(
     kind, _, name = source.partition(':')
     if kind not in KINDS:
         raise UserError(
-            f'data.source={source}: --mode=pack takes folder:PATH or tar:PATH'
+            f'data.source={source}: pack takes folder:PATH or tar:PATH'
             + ('; TFDS keeps its sets in shards already' if kind == 'tfds' else '')
         )
     if labels and kind != 'folder':

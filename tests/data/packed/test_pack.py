@@ -248,7 +248,7 @@ def test_a_pack_that_was_ended_goes_on(folder, out, tmp_path, monkeypatch, capsy
     assert there >= {'progress.jsonl', 'train-00000.array_record'}
     assert 'pack.json' not in there and not any('.part' in name for name in there)
     with pytest.raises(
-        UserError, match='there is no pack.json; give a folder that the'
+        UserError, match='there is no pack.json; give a folder that pack'
     ):
         load(f'packed:{again}')
     # What a kill may leave besides: a half shard, a shard that was not noted, half a

@@ -1,25 +1,21 @@
 """Decodes and resizes image files of all common formats to uint8 arrays."""
 
 import dataclasses
+import functools
 import io
 import os
-import stat
 import struct
 import zlib
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from flax_densenet.data import image_formats
 from flax_densenet.errors import UserError
 
-# The formats that are tried, whatever the file's name. Pillow has more, but some start
-# other programs (EPS) or hold no photographs. The JPEG reader also reads the stereo
-# files (MPO) that some cameras write as .jpg.
-FORMATS = ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'TIFF')
-EXTENSIONS = frozenset(
-    ('.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.gif', '.webp', '.bmp', '.dib')
-    + ('.tif', '.tiff')
-)
+# The formats that are tried, whatever the file is called, and the endings of names.
+FORMATS = image_formats.FORMATS
+EXTENSIONS = image_formats.EXTENSIONS
 RESIZES = ('stretch', 'crop')
 INTERPOLATIONS = {
     'bilinear': Image.Resampling.BILINEAR,
@@ -36,7 +32,7 @@ _BROKEN = (
     ArithmeticError,
     TypeError,
     MemoryError,
-    NotImplementedError,
+    RuntimeError,
     struct.error,
     zlib.error,
     UserWarning,  # if the program's filters turn warnings into errors
@@ -175,15 +171,40 @@ def load_picture(file, preparation: Preparation) -> Image.Image:
     return _load(file, 4 * preparation.size, None, lambda image: image)
 
 
+def _without_png_text(read):
+    """Reads a PNG again without its texts where Pillow gives it up for them."""
+
+    @functools.wraps(read)
+    def read_twice(file, *args, **options):
+        try:
+            return read(file, *args, **options)
+        except UserError as error:
+            if not image_formats.is_text_limit(error):
+                raise
+        try:
+            slim = image_formats.without_text(file)
+        except _BROKEN as error:
+            raise UserError(_reason(error)) from error
+        return read(slim, *args, **options)
+
+    return read_twice
+
+
+def _check_pixels(image, file, most=None):
+    """Raises where a header tells of more pixels than are decoded."""
+    pixels = image_formats.count_pixels(image, file)
+    bound = image_formats.most_pixels(image)
+    most = bound if most is None else min(most, bound)
+    if pixels > most:
+        raise TooManyPixels(_too_many(f'{pixels / 1e6:.3g} million', most))
+
+
+@_without_png_text
 def _load(file, least, resize, finish, max_pixels=None):
     """Applies `finish` to the upright RGB image in a file; `least`: see `_shrink`."""
     try:
-        with _open(file) as image:
-            pixels = image.width * image.height
-            if max_pixels is not None and pixels > max_pixels:
-                raise TooManyPixels(
-                    _too_many(f'{pixels / 1e6:.3g} million', max_pixels)
-                )
+        with image_formats.open_file(file) as image:
+            _check_pixels(image, file, max_pixels)
             if least and image.format in ('JPEG', 'MPO'):
                 # Decode at a half, a quarter or an eighth if the result still has at
                 # least twice the target: much less work without a visible difference.
@@ -199,6 +220,7 @@ def _load(file, least, resize, finish, max_pixels=None):
         raise UserError(_reason(error)) from error
 
 
+@_without_png_text
 def make_smaller(file: str | bytes, side: int, *, quality: int) -> bytes:
     """Makes an image file whose shorter side is at most `side` pixels.
 
@@ -214,14 +236,15 @@ def make_smaller(file: str | bytes, side: int, *, quality: int) -> bytes:
       UserError: see `load_image`.
     """
     try:
-        with _open(file) as image:
+        with image_formats.open_file(file) as image:
+            _check_pixels(image, file)
             if min(image.size) <= side:
-                return _content(file)
+                return image_formats.read_all(file)
             if image.format in ('JPEG', 'MPO'):
                 image.draft(None, (2 * side,) * 2)
             longest = max(image.size) * side / min(image.size)
             if longest > _LONGEST_JPEG:
-                return _content(file)
+                return image_formats.read_all(file)
             image = _upright(image, 2 * side)
         short = min(image.size)
         shape = [max(1, round(n * side / short)) for n in image.size]
@@ -237,13 +260,6 @@ def make_smaller(file: str | bytes, side: int, *, quality: int) -> bytes:
         ) from error
     except _BROKEN as error:
         raise UserError(_reason(error)) from error
-
-
-def _content(file):
-    if isinstance(file, bytes):
-        return file
-    with open(file, 'rb') as opened:
-        return opened.read()
 
 
 def prepare_image(image: Image.Image, preparation: Preparation) -> np.ndarray:
@@ -265,16 +281,6 @@ def _upright(image, least, resize=None):
     turn = _find_turn(image)
     image = to_rgb(_shrink(image, least, resize))
     return image if turn is None else image.transpose(turn)
-
-
-def _open(file):
-    """Opens an image and reads only its header."""
-    if isinstance(file, bytes):
-        return Image.open(io.BytesIO(file), formats=FORMATS)
-    # Opening a named pipe would block forever.
-    if not stat.S_ISREG(os.stat(file).st_mode):
-        raise UserError('is not a file')
-    return Image.open(file, formats=FORMATS)
 
 
 def _find_turn(image):
@@ -367,18 +373,28 @@ def check_image(file: str | bytes, *, decode: bool) -> str | None:
         about 0.1 ms, and decodes it only if the end marker of its format is missing.
     """
     try:
+        _check(file, decode)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@_without_png_text
+def _check(file, decode):
+    try:
         if not decode:
-            with _open(file) as image:
+            with image_formats.open_file(file) as image:
                 decode = not _has_end_mark(file, image.format)
         if decode:
             load_image(file, Preparation(8))  # JPEG is fastest at a small size
-    except UserError as error:
-        return str(error)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return _too_many('too many', 2 * Image.MAX_IMAGE_PIXELS)
+    except UserError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise TooManyPixels(
+            _too_many('too many', 2 * Image.MAX_IMAGE_PIXELS)
+        ) from error
     except _BROKEN as error:
-        return _reason(error)
-    return None
+        raise UserError(_reason(error)) from error
 
 
 def _has_end_mark(file, image_format):

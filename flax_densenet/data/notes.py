@@ -7,8 +7,9 @@ from flax_densenet.data import images
 from flax_densenet.errors import printable
 
 _REMEDIES = {
+    "pip install 'flax_densenet[heic]' reads them": '.heic .heif .hif .heics',
     'convert them to JPEG or PNG': (
-        '.heic .heif .hif .psd .svg .xcf .ai .eps .pdf .emf .wmf .exr .hdr .jxl .jxr '
+        '.psd .svg .xcf .ai .eps .pdf .emf .wmf .exr .hdr .jxl .jxr '
         '.djvu .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .raw'
     ),
     'convert them to 16-bit PNG or TIFF': (

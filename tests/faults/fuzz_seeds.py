@@ -17,7 +17,7 @@ from unittest import mock
 
 import numpy as np
 from flax import traverse_util
-from PIL import Image
+from PIL import Image, features
 
 from flax_densenet import create_model, init_variables
 from flax_densenet.export import formats
@@ -86,7 +86,15 @@ def images() -> dict[str, list[bytes]]:
             (color.convert('1'), dict(compression='group4')),
             *((deep, {}), (color.convert('F'), {}), (color.convert('CMYK'), {})),
         ],
+        'PPM': [(color, {}), (color.convert('L'), {}), (deep, {})],
+        'TGA': [(color, {}), (color, dict(compression='tga_rle'))],
+        'ICO': [(color.resize((16, 16)), dict(sizes=[(16, 16)]))],
+        'QOI': [(color, {})],
+        'SGI': [(color, {})],
     }
+    for kind, feature in (('AVIF', 'avif'), ('JPEG2000', 'jpg_2000')):
+        if features.check(feature):
+            wanted[kind] = [(color, {}), (alpha, {})]
     found = {}
     for kind, pictures in wanted.items():
         for picture, fields in pictures:

@@ -1,0 +1,164 @@
+"""Which formats of images are read, and how a file is opened without decoding it."""
+
+import importlib
+import importlib.util
+import io
+import os
+import stat
+import struct
+
+from PIL import Image, features
+
+from flax_densenet.errors import UserError
+
+# Not Pillow's whole list: some of the rest start other programs (EPS) or hold no
+# photographs. The JPEG reader also takes the stereo files (MPO) that some cameras write
+# as .jpg.
+_ALWAYS = ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'TIFF', 'PPM', 'ICO', 'QOI', 'SGI')
+_ENDINGS = {
+    'JPEG': ('.jpg', '.jpeg', '.jpe', '.jfif', '.mpo'),
+    'PNG': ('.png', '.apng'),
+    'GIF': ('.gif',),
+    'WEBP': ('.webp',),
+    'BMP': ('.bmp', '.dib'),
+    'TIFF': ('.tif', '.tiff'),
+    'PPM': ('.ppm', '.pgm', '.pbm', '.pnm', '.pfm'),
+    'ICO': ('.ico',),
+    'QOI': ('.qoi',),
+    'SGI': ('.sgi',),
+    'TGA': ('.tga', '.vda', '.icb', '.vst'),
+    'AVIF': ('.avif', '.avifs'),
+    'JPEG2000': ('.jp2', '.j2k', '.j2c', '.jpc', '.jpx', '.jpf'),
+    'HEIF': ('.heic', '.heif', '.hif', '.heics'),
+}
+_MODULES = {'AVIF': 'avif', 'JPEG2000': 'jpg_2000'}
+# Pixels, of formats whose decoders take 12 bytes a pixel and more; others take 4.
+_MOST = {'AVIF': 60 * 10**6, 'JPEG2000': 60 * 10**6, 'HEIF': 60 * 10**6}
+_PNG_START = b'\x89PNG\r\n\x1a\n'
+_MOST_PNG_TEXT = 2**20
+_MOST_ICONS = 64
+
+
+def _has_heif():
+    """Whether HEIF can be read; registers its reader with Pillow."""
+    if importlib.util.find_spec('pillow_heif') is None:
+        return False
+    try:
+        heif = importlib.import_module('pillow_heif')
+        heif.register_heif_opener(thumbnails=False)
+    except (ImportError, OSError):  # a wheel that does not fit this machine
+        return False
+    return True
+
+
+FORMATS = (
+    *_ALWAYS,
+    *(name for name, module in _MODULES.items() if features.check(module)),
+    *(['HEIF'] if _has_heif() else []),
+    'TGA',  # the last one, since its files have no mark at their beginning
+)
+EXTENSIONS = frozenset(ending for name in FORMATS for ending in _ENDINGS[name])
+HEIF_ENDINGS = _ENDINGS['HEIF']
+
+
+def open_file(file: str | bytes) -> Image.Image:
+    """An image of which only the header was read.
+
+    Raises:
+      UserError: it is no file; Pillow's errors where it is no image.
+    """
+    if not isinstance(file, bytes) and not stat.S_ISREG(os.stat(file).st_mode):
+        raise UserError('is not a file')  # to open a named pipe would wait for ever
+    start = read_start(file, 18)
+    formats = FORMATS if _may_be_tga(start) else FORMATS[:-1]
+    return Image.open(
+        io.BytesIO(file) if isinstance(file, bytes) else file, 'r', formats
+    )
+
+
+def read_start(file: str | bytes, count: int) -> bytes:
+    """The first bytes of a file."""
+    if isinstance(file, bytes):
+        return file[:count]
+    with open(file, 'rb') as opened:
+        return opened.read(count)
+
+
+def read_all(file: str | bytes) -> bytes:
+    """All bytes of a file."""
+    if isinstance(file, bytes):
+        return file
+    with open(file, 'rb') as opened:
+        return opened.read()
+
+
+def count_pixels(image: Image.Image, file: str | bytes) -> int:
+    """How many pixels decoding a file that was opened makes at most."""
+    if image.format != 'ICO':
+        return image.width * image.height
+    return max(image.width * image.height, _count_icon_pixels(file))
+
+
+def most_pixels(image: Image.Image) -> int:
+    """How many pixels are decoded of an image of this format."""
+    return _MOST.get(image.format, 2 * (Image.MAX_IMAGE_PIXELS or 2**62))
+
+
+def _may_be_tga(start):
+    """Whether a file has a header that no other file is likely to have."""
+    if len(start) < 18:
+        return False
+    _, has_map, kind, first, length, depth, _, _, wide, high, bits, more = (
+        struct.unpack('<BBBHHBHHHHBB', start)
+    )
+    if kind not in (1, 2, 3, 9, 10, 11) or not wide or not high or more & 0xC0:
+        return False
+    if kind in (1, 9):
+        return has_map == 1 and bits == 8 and depth in (16, 24, 32) and length > 0
+    return (has_map, first, length, depth) == (0, 0, 0, 0) and bits in (8, 16, 24, 32)
+
+
+def _count_icon_pixels(file):
+    """Of an icon the most pixels that one of its images tells of, whatever its list."""
+    content, most = read_all(file), 0
+    count = struct.unpack_from('<H', content, 4)[0]
+    for place in range(6, 6 + 16 * min(count, _MOST_ICONS), 16):
+        if place + 16 > len(content):
+            break
+        offset = struct.unpack_from('<I', content, place + 12)[0]
+        inside = content[offset : offset + 26]
+        if len(inside) < 26:
+            continue
+        form, start = ('>II', 16) if inside.startswith(_PNG_START) else ('<ii', 4)
+        wide, high = struct.unpack_from(form, inside, start)
+        most = max(most, abs(wide) * abs(high))
+    return most
+
+
+def is_text_limit(error: Exception) -> bool:
+    """Whether Pillow gave up a PNG for what lies beside its pixels."""
+    said = str(error)
+    return 'PngImagePlugin.MAX_TEXT' in said or 'used in text chunks' in said
+
+
+def without_text(file: str | bytes) -> bytes:
+    """A PNG without its texts and its color profile; other content as it is.
+
+    Orientation may be in an uncompressed text (XMP), which stays if it is short.
+    """
+    content = read_all(file)
+    if not content.startswith(_PNG_START):
+        return content
+    kept, place, text = [_PNG_START], len(_PNG_START), 0
+    while place + 8 <= len(content):
+        size, kind = struct.unpack_from('>I4s', content, place)
+        end = place + 12 + size
+        is_short = kind == b'iTXt' and text + size < _MOST_PNG_TEXT
+        packed = b'\0\1' in content[place + 8 : place + 8 + min(size, 82)]
+        if kind not in (b'iCCP', b'zTXt', b'tEXt', b'iTXt') or (
+            is_short and not packed
+        ):
+            kept.append(content[place:end])
+            text += size if kind == b'iTXt' else 0
+        place = end
+    return b''.join(kept)

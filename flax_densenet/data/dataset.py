@@ -270,11 +270,7 @@ def load_source(
       UserError: a field or a file is invalid.
     """
     kind, _, name = source.partition(':')
-    if kind not in sources.SOURCES:
-        raise UserError(
-            f'data.source={source} is not known; use digits, folder:PATH, '
-            'packed:DIR, tar:PATH or tfds:NAME[:CONFIG]'
-        )
+    _check_kind(source, kind)
     preparation = images.Preparation(
         image_size or DEFAULT_IMAGE_SIZES[kind],
         resize,
@@ -303,12 +299,7 @@ def load_source(
         _check_counts(source, split)
     if split.summary:
         print(split.summary, flush=True)
-    parts = [
-        Examples(listing.reader, x, preparation) for x in (split.train, split.test)
-    ]
-    if cache == 'memory':
-        _check_cache(sum(map(len, parts)), preparation, cache_limit_gib)
-        parts = [CachedExamples(part) for part in parts]
+    parts = _make_parts(listing, split, preparation, cache, cache_limit_gib)
     return Source(
         name=source,
         class_names=tuple(listing.class_names),
@@ -319,6 +310,25 @@ def load_source(
         skipped=listing.skipped,
         duplicates=split.lines,
     )
+
+
+def _make_parts(listing, split, preparation, cache, limit_gib):
+    """The training and the test examples, with a cache if asked for."""
+    parts = [
+        Examples(listing.reader, x, preparation) for x in (split.train, split.test)
+    ]
+    if cache == 'memory':
+        _check_cache(sum(map(len, parts)), preparation, limit_gib)
+        parts = [CachedExamples(part) for part in parts]
+    return parts
+
+
+def _check_kind(source, kind):
+    if kind not in sources.SOURCES:
+        raise UserError(
+            f'data.source={source} is not known; use digits, folder:PATH, '
+            'packed:DIR, tar:PATH or tfds:NAME[:CONFIG]'
+        )
 
 
 def _check_counts(source, split):

@@ -127,7 +127,8 @@ def test_other_weights_and_data(main, tmp_path):
     ],
 )
 def test_summary(main, arguments, size):
-    status, out, err = main('--mode=summary', *arguments)
+    small = '--config.model.block_sizes=(1,1,1)'
+    status, out, err = main('--mode=summary', *arguments, small)
     assert (status, err) == (0, '')
     assert size in out
 

@@ -11,6 +11,7 @@ from configs import base
 from flax_densenet import create_model, init_variables
 from flax_densenet.data import pipeline
 from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.train import training_run
 from flax_densenet.weights import trained as trained_lib
 
 # Whatever could depend on where a run was stopped is switched on.
@@ -157,3 +158,18 @@ def stop_after(monkeypatch, steps):
         return Batches()
 
     monkeypatch.setattr(pipeline, 'train_batches', train_batches)
+
+
+def reuse_steps(monkeypatch):
+    """Runs of the same settings on the same devices have one compiled step."""
+    compile_step, made = training_run.compile_step, {}
+
+    def reuse(run, state, frozen, start=0):
+        shapes = training_run.example_shapes(run, start)
+        settings = json.dumps(run.config, sort_keys=True, default=str)
+        key = run.module, run.mesh, frozen, settings, str(shapes)
+        if key not in made:
+            made[key] = compile_step(run, state, frozen, start)
+        return made[key]
+
+    monkeypatch.setattr(training_run, 'compile_step', reuse)

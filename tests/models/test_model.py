@@ -43,8 +43,9 @@ def test_every_variant_has_a_count():
     assert PARAMETERS.keys() == VARIANTS.keys()
 
 
-# Those of hundreds of layers take seconds each to lay out.
+# Those of hundreds of layers take seconds each to lay out, others are of the same kind.
 LARGE = ('densenet264', 'densenet264d', 'BC-L250k24', 'BC-L190k40')
+LARGE += ('densenet169', 'densenet201', 'L100k12', 'L100k24')
 LARGE += ('rdnet_small', 'rdnet_base', 'rdnet_large')
 
 
@@ -116,9 +117,13 @@ def test_seeds_and_paths_differ():
     assert not np.array_equal(kernel, elsewhere)
 
 
-@pytest.mark.parametrize('variant', ['densenet121', 'BC-L100k12'])
-def test_smallest_image(variant):
-    module = create_model(variant, num_classes=4)
+@pytest.mark.parametrize(
+    ('variant', 'sizes'), [('densenet121', (1, 1, 1, 1)), ('BC-L100k12', (2, 2, 2))]
+)
+def test_smallest_image(variant, sizes):
+    module = create_model(variant, num_classes=4, block_sizes=sizes)
+    whole = create_model(variant, num_classes=4)
+    assert module.smallest_image_size() == whole.smallest_image_size()
     size = module.smallest_image_size()
     shape = jax.eval_shape(
         lambda x: module.init_with_output(jax.random.key(0), x)[0],

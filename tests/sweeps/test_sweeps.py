@@ -1,5 +1,6 @@
 """Sweeps: what the flags mean, what is kept when, and what a table says."""
 
+import copy
 import csv
 import functools
 import json
@@ -146,9 +147,25 @@ class Objective:
                 break
 
 
+@functools.cache
+def _migrations():
+    """Those of Optuna's tables, which are imported anew for each storage."""
+    from alembic import config, script
+    from optuna.storages import _rdb
+
+    options = config.Config()
+    folder = pathlib.Path(_rdb.__file__).parent / 'alembic'
+    options.set_main_option('script_location', str(folder))
+    return script.ScriptDirectory.from_config(options)
+
+
 @pytest.fixture
 def objective(monkeypatch):
     """A sweep's runs are `Objective`s; everything else is as it is."""
+    from alembic import script
+
+    made = _migrations()
+    monkeypatch.setattr(script.ScriptDirectory, 'from_config', lambda _: made)
 
     def use(figure):
         made = Objective(figure)
@@ -171,11 +188,17 @@ def start(workdir, *flags, epochs=3, **options):
     config.train.epochs = epochs
     for name in [name for name in options if '.' in name]:
         config.update_from_flattened_dict({name: options.pop(name)})
+
+    # Some 20 ms, which a sweep asks for many times.
+    @functools.cache
+    def override(*fields):
+        return sweep_command.override(config, dict(fields))
+
     return sweep_runner.run(
         cli_options.to_dict(config),
         str(workdir),
         list(flags),
-        override=functools.partial(sweep_command.override, config),
+        override=lambda fields: copy.deepcopy(override(*fields.items())),
         **options,
     )
 

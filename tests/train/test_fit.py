@@ -21,6 +21,7 @@ from helpers.runs import (
     assert_equal_bits,
     final_arrays,
     read_records,
+    reuse_steps,
     stop_after,
     tiny_config,
     write_images,
@@ -33,6 +34,7 @@ LINE = re.compile(
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys):
+    reuse_steps(monkeypatch)
     config = tiny_config(**HARD)
     fit.fit(config, str(tmp_path / 'whole'))
     whole_lines = [x for x in capsys.readouterr().out.splitlines() if 'Epoch' in x]

@@ -8,10 +8,11 @@ from flax_densenet.distributed import processes
 
 def run(invocation: options.Invocation):
     """Writes `report.html`, `sweep.html` or `compare.html`."""
-    from flax_densenet.report import compare
+    from flax_densenet.report import compare, render
     from flax_densenet.sweeps import page as sweep_page
     from flax_densenet.sweeps import record as sweep_record
 
+    render.check_installed('report')
     names = invocation.flags.workdir or [options.default_workdir(invocation.recipe)]
     workdirs = [folder for name in names for folder in compare.find_runs(name)]
     if len(workdirs) == 1 and sweep_record.is_sweep(workdirs[0]):

@@ -10,12 +10,13 @@ def run(invocation: options.Invocation):
     import jax
 
     from flax_densenet.distributed import mesh as mesh_lib
-    from flax_densenet.serving import guard, server
+    from flax_densenet.serving import server
     from flax_densenet.weights import trained as trained_lib
 
     path = trained_model.find(invocation)
     trained_model.check_fields(invocation, path)
     server.check_installed()
+    from flax_densenet.serving import guard
 
     flags = invocation.flags
     names = [flag.name for flag in _LIMITS]

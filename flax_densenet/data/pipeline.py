@@ -16,6 +16,7 @@ import threading
 import grain
 import jax
 import numpy as np
+from absl import flags
 from PIL import Image
 
 from flax_densenet.data import class_balance, dataset, unreadable
@@ -242,6 +243,8 @@ def _iterate(stream, threads, workers):
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4)
     stream = stream.to_iter_dataset(options)
     if workers:
+        if not flags.FLAGS.is_parsed():  # by a program without absl; grain reads some
+            flags.FLAGS.mark_as_parsed()
         stream = stream.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
             worker_init_fn=_set_up_worker,

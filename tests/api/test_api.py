@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import subprocess
 import sys
 
@@ -158,6 +159,26 @@ def test_package_and_function_have_one_name(trained):
 
     assert flax_densenet.train.fit is fit and flax_densenet.export.formats is formats
     assert flax_densenet.train(SMALL, trained.workdir) == trained
+
+
+@pytest.mark.slow
+def test_train_with_decoding_processes_needs_no_absl(tmp_path):
+    """grain's processes read flags of absl, which no program but a command parses."""
+    (tmp_path / 'program.py').write_text(
+        'import flax_densenet\n\n'
+        'if __name__ == "__main__":\n'
+        f'    config = {SMALL | {"data": SMALL["data"] | {"workers": 1}}}\n'
+        '    config["train"] |= {"report": False, "epochs": 1}\n'
+        '    print(flax_densenet.train(config, "run").best["epoch"])\n'
+    )
+    done = subprocess.run(
+        [sys.executable, 'program.py'],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+    )
+    assert done.stdout.endswith('\n1\n'), done.stderr
 
 
 def test_load(model, trained):

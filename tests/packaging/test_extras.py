@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from flax_densenet import errors
+from flax_densenet.cli import main, trained_model
 from flax_densenet.data import dataset
 from flax_densenet.data.packed import writer as pack_writer
 from flax_densenet.errors import MissingExtraError
@@ -14,6 +15,8 @@ from flax_densenet.inference import overlay
 from flax_densenet.report import plots, render
 from flax_densenet.sweeps import optuna_study
 from flax_densenet.train import announce
+from flax_densenet.weights import trained
+from helpers import runs
 from helpers.paths import ROOT
 
 # What no package of the core needs: grain needs array_record, orbax prometheus_client.
@@ -57,6 +60,32 @@ def test_pages_need_the_report_extra(monkeypatch, tmp_path, name):
     hide(monkeypatch, name)
     with pytest.raises(MissingExtraError, match=rf'report\.html needs {name}.*report'):
         render.save_page(tmp_path / 'report.html', 'report.html', {})
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'hidden', 'line'),
+    [
+        (('report', 'run'), 'plotly', 'report needs plotly'),
+        (('serve', 'run'), 'starlette', 'serve needs starlette'),
+        (('sweep', '--sweep=train.seed=0,1'), 'optuna', 'sweep needs optuna'),
+        (('export', 'run', 'x.onnx'), 'jinja2', 'the model card needs jinja2'),
+        (('export', 'run', 'x.onnx'), 'onnx', '--format=onnx needs onnx'),
+    ],
+)
+def test_commands_name_their_extra(
+    monkeypatch, tmp_path, capsys, arguments, hidden, line
+):
+    """Before they look for the data, one line and exit status 2."""
+    hide(monkeypatch, hidden)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(main, 'set_up', lambda invocation: None)
+    monkeypatch.setattr(trained_model, 'find', lambda invocation: 'run')
+    model = runs.tiny_trained(dataset.load_source('digits', image_size=8))
+    monkeypatch.setattr(trained, 'load_trained', lambda *_, **__: model)
+    assert main.main(['flax-densenet', *arguments]) == 2
+    extra = arguments[0]
+    expected = f"error: {line}: pip install 'flax_densenet[{extra}]'\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_plots_need_the_report_extra(monkeypatch):

@@ -142,6 +142,7 @@ def test_line_of_files_not_written(monkeypatch, hidden, fields, line):
     assert announce.describe_missing(fields) == expected
 
 
+@pytest.mark.slow
 def test_core_alone_trains(tmp_path):
     """In its own process; one line says what is not written."""
     code = 'import launch; sys.exit(launch.main(sys.argv))'

@@ -36,7 +36,7 @@ def make_ours(folder):
     metadata = trained.metadata
     arguments = trained.module, trained.variables, metadata
     onnx.save(onnx_network.make(*arguments, inputs='normalized'), folder / 'ours.onnx')
-    samples = sample_images.of_library(trained_lib.preparation_of(metadata))
+    samples = sample_images.from_library(trained_lib.preparation_of(metadata))
     made = onnx_int8.make(*arguments, [samples.images], inputs='normalized')
     onnx.save(made, folder / 'int8.onnx')
 

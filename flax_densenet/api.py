@@ -295,9 +295,9 @@ def export(
         else:
             patterns = [os.fspath(images)]
         preparation = trained_lib.preparation_of(trained.metadata)
-        samples = sample_images.of_files(patterns, preparation)
+        samples = sample_images.from_files(patterns, preparation)
     else:
-        samples = sample_images.of_model(
+        samples = sample_images.from_model(
             trained, path, _data_fields(trained), integers=precision == 'int8'
         )
     facts = release.run(file, shipped, samples)

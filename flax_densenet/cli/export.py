@@ -39,12 +39,12 @@ def _samples(invocation, path, trained):
 
     if invocation.flags.files:
         preparation = trained_lib.preparation_of(trained.metadata)
-        return sample_images.of_files(invocation.flags.files, preparation)
+        return sample_images.from_files(invocation.flags.files, preparation)
     fields, place = trained_model.data_fields(invocation, trained.metadata)
     if 'source' not in trained.metadata['data'] and not place:
         fields['source'] = ''
     set_here = any(name.startswith('data.') for name in invocation.overrides)
-    return sample_images.of_model(
+    return sample_images.from_model(
         trained,
         path,
         fields,

@@ -36,12 +36,12 @@ def forward(module, variables, batch, *, mean, std, mutable=False, **options):
 
 
 def forward_views(module, variables, batch, *, tta, multi_label, **options):
-    """`forward` of the images' views (`tta.images_of`), averaged to one."""
+    """`forward` of the images' views (`tta.views_of`), averaged to one."""
     if tta == 'none':
         return forward(module, variables, batch, **options)
     found = [
         forward(module, variables, batch | {'image': images}, **options)
-        for images in tta_lib.images_of(batch['image'], tta)
+        for images in tta_lib.views_of(batch['image'], tta)
     ]
     return tta_lib.mean_logits(jnp.stack(found), multi_label=multi_label)
 
@@ -167,7 +167,7 @@ def compute_logits(
         mesh=trained.mesh,
         mean=tuple(metadata['mean']),
         std=tuple(metadata['std']),
-        tta=tta_lib.of_metadata(metadata),
+        tta=tta_lib.from_metadata(metadata),
         threads=threads,
         workers=workers,
     )

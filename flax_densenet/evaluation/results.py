@@ -113,7 +113,7 @@ def describe(
     Args:
       weights: where it was loaded from; kept if it is not a checkpoint.
     """
-    tta = tta_lib.of_metadata(trained.metadata)
+    tta = tta_lib.from_metadata(trained.metadata)
     if trained.step is None:
         return Measured(data, None, None, tta, weights)
     return Measured(data, trained.metadata['epoch'], trained.step, tta)

@@ -264,7 +264,7 @@ def text(value: Any) -> str:
     return re.sub(r':(?=//|\w+:)|(?<=www)\.', r'\\\g<0>', content)
 
 
-def path_beside(file: str) -> str:
+def path_for(file: str) -> str:
     """Path of the card for an exported file."""
     return os.path.join(os.path.dirname(os.path.abspath(file)), FILE)
 

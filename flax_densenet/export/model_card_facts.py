@@ -76,7 +76,7 @@ def describe_model(trained: trained_lib.Trained) -> dict[str, Any]:
         'preparation': trained_lib.preparation_of(metadata),
         'mean': list(metadata['mean']),
         'std': list(metadata['std']),
-        'mirrored': tta.of_metadata(metadata) == 'flip',
+        'mirrored': tta.from_metadata(metadata) == 'flip',
         'timm': timm_network.find(module, channels=channels),
         'torchvision': _torchvision(module, channels),
     }

@@ -48,7 +48,7 @@ class Release:
         if self.file_format == 'onnx':
             onnx_graph.import_onnx()
         if self.file_format != 'huggingface':
-            model_card.check(model_card.path_beside(out))
+            model_card.check(model_card.path_for(out))
 
     def card(self, out: str, facts) -> str:
         """The card, as Markdown."""
@@ -106,7 +106,8 @@ def run(
         )
         facts.extend(_describe(part, file_format, options))
         facts.extend(
-            (one.runtime, f'{one.away}, {samples.where}') for one in verifications
+            (one.runtime, f'{one.differences}, {samples.where}')
+            for one in verifications
         )
         outputs, precision = verifications[0].outputs, options.precision
         facts.extend(_agreement(expected, outputs, samples.labels, precision))
@@ -116,7 +117,7 @@ def run(
 
     formats.save(out, trained, file_format, options, verify=try_out)
     if file_format != 'huggingface':
-        model_card.save(model_card.path_beside(out), release.card(out, facts))
+        model_card.save(model_card.path_for(out), release.card(out, facts))
     return facts
 
 

@@ -36,7 +36,7 @@ class Samples:
     where: str
 
 
-def of_files(
+def from_files(
     patterns: Sequence[str], preparation: images_lib.Preparation, *, most: int = MOST
 ) -> Samples:
     """Loads images from files, folders and patterns, without labels.
@@ -58,7 +58,7 @@ def of_files(
     return Samples(stacked, None, stacked[:CALIBRATION], where)
 
 
-def of_data(
+def from_data(
     trained: trained_lib.Trained, path: str, fields: dict[str, Any], *, thorough: bool
 ) -> Samples:
     """Loads test images of a data source, and training images for calibration.
@@ -88,7 +88,7 @@ def of_data(
     )
 
 
-def of_model(
+def from_model(
     trained: trained_lib.Trained,
     path: str,
     fields: dict[str, Any],
@@ -109,7 +109,7 @@ def of_model(
     """
     try:
         if fields['source']:
-            return of_data(trained, path, fields, thorough=integers)
+            return from_data(trained, path, fields, thorough=integers)
     except UserError:
         if required or integers:
             raise
@@ -118,10 +118,10 @@ def of_model(
             '--precision=int8 needs images, to find the range of each feature map: '
             'add --config.data.source=folder:PHOTOS or --files=PATTERN'
         )
-    return of_library(trained_lib.preparation_of(trained.metadata))
+    return from_library(trained_lib.preparation_of(trained.metadata))
 
 
-def of_library(preparation: images_lib.Preparation) -> Samples:
+def from_library(preparation: images_lib.Preparation) -> Samples:
     """Crops of the two photographs that come with scikit-learn."""
     from sklearn.datasets import load_sample_images
 

@@ -34,7 +34,7 @@ class Verification:
     mean: float
 
     @property
-    def away(self) -> str:
+    def differences(self) -> str:
         """The differences, in words."""
         return f'largest difference {self.largest:.1e}, mean {self.mean:.1e}'
 

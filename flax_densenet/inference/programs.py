@@ -65,7 +65,7 @@ def predict_probabilities(
       Grad-CAM maps `[N, h, w]`, or None without `classes`.
     """
     images = normalize(images, mean=mean, std=std)
-    images, *others = tta_lib.images_of(images, tta)
+    images, *others = tta_lib.views_of(images, tta)
     maps, head = folded.features(module, arrays, images), arrays['head']
     pooled = module.apply(head, maps, method='pool').astype(jnp.float32)
     logits = module.apply(head, maps, method='head').astype(jnp.float32)
@@ -89,7 +89,7 @@ def options_of(trained: Trained) -> dict:
     return {
         'mean': tuple(metadata['mean']),
         'std': tuple(metadata['std']),
-        'tta': tta_lib.of_metadata(metadata),
+        'tta': tta_lib.from_metadata(metadata),
         'multi_label': bool(metadata.get('multi_label')),
     }
 

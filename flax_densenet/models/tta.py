@@ -27,7 +27,7 @@ def check(tta: str):
         raise UserError(f'data.tta={tta} is not known; use {", ".join(VIEWS)}')
 
 
-def of_metadata(metadata: dict[str, Any]) -> str:
+def from_metadata(metadata: dict[str, Any]) -> str:
     """`data.tta` of a trained model; `none` if its metadata has no such field."""
     return metadata['data'].get('tta') or 'none'
 
@@ -37,7 +37,7 @@ def describe(tta: str) -> str:
     return ', each image seen mirrored as well' if tta == 'flip' else ''
 
 
-def images_of(images, tta: str):
+def views_of(images, tta: str):
     """The views of images `[N, H, W, C]`; the first is the images themselves."""
     return [images, images[:, :, ::-1]] if tta == 'flip' else [images]
 

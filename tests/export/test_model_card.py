@@ -259,7 +259,7 @@ def test_header_of_the_hub(tmp_path):
 
 
 def test_a_card_of_somebody_else_stays(tmp_path):
-    path = model_card.path_beside(str(tmp_path / 'x.onnx'))
+    path = model_card.path_for(str(tmp_path / 'x.onnx'))
     assert path == str(tmp_path / 'MODEL_CARD.md')
     text = model_card.render(trained())
     model_card.check(path)

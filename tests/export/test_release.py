@@ -39,7 +39,7 @@ def samples(trained):
         'source': 'digits',
         'image_size': 16,
     }
-    return sample_images.of_data(trained, 'here', fields, thorough=True)
+    return sample_images.from_data(trained, 'here', fields, thorough=True)
 
 
 def run(path, trained, file_format, options, samples):
@@ -56,7 +56,7 @@ def test_samples(samples, trained):
     new = [image for image in samples.calibration if image.tobytes() not in seen]
     assert len(new) > 250
     assert len(np.unique(samples.labels)) == 10
-    few = sample_images.of_library(trained_lib.preparation_of(trained.metadata))
+    few = sample_images.from_library(trained_lib.preparation_of(trained.metadata))
     assert few.images.shape == (6, 16, 16, 3) and few.labels is None
 
 
@@ -92,7 +92,7 @@ def test_release(file_format, ending, precision, trained, samples, tmp_path):
 @pytest.mark.parametrize('file_format', ['onnx', 'stablehlo'])
 def test_code_of_cards(file_format, inputs, trained, tmp_path, monkeypatch, capsys):
     """As it stands on the card, beside the file and a photograph."""
-    few = sample_images.of_library(trained_lib.preparation_of(trained.metadata))
+    few = sample_images.from_library(trained_lib.preparation_of(trained.metadata))
     options = formats.Options(inputs)
     run(str(tmp_path / f'x.{file_format}'), trained, file_format, options, few)
     text = (tmp_path / 'MODEL_CARD.md').read_text()
@@ -243,7 +243,7 @@ def test_runtimes_of_others(file_format, ending, variant, fields, tmp_path):
     mesh = mesh_lib.make_mesh()
     variables = init_variables(module, 0)
     trained = trained_lib.Trained(module, variables, metadata, {}, None, mesh)
-    few = sample_images.of_library(trained_lib.preparation_of(metadata))
+    few = sample_images.from_library(trained_lib.preparation_of(metadata))
     path = str(tmp_path / f'x{ending}')
     for precision in ('float32', 'bfloat16') if ending == '.pth' else ('float32',):
         options = formats.Options(precision=precision)
@@ -266,7 +266,7 @@ def test_mistakes(tmp_path, trained):
     (tmp_path / 'a.jpg').write_text('no image')
     preparation = trained_lib.preparation_of(trained.metadata)
     with pytest.raises(UserError, match=r'--files: .*a\.jpg'):
-        sample_images.of_files([str(tmp_path / 'a.jpg')], preparation)
+        sample_images.from_files([str(tmp_path / 'a.jpg')], preparation)
 
 
 def test_logits_and_probabilities(trained, samples):
@@ -285,5 +285,5 @@ def test_of_files(tmp_path):
     trained = trained_lib.load_trained(path)
     write_images(tmp_path / 'photos', {'a': 3})
     preparation = trained_lib.preparation_of(trained.metadata)
-    found = sample_images.of_files([str(tmp_path / 'photos')], preparation)
+    found = sample_images.from_files([str(tmp_path / 'photos')], preparation)
     assert found.images.shape == (3, 12, 12, 3)

@@ -90,8 +90,8 @@ def test_several_labels(source, trained):
 
 
 def test_what_does_not_say_has_none(trained):
-    assert tta.of_metadata(trained.metadata) == 'none'
-    assert tta.of_metadata({'data': {'tta': None}}) == 'none'
+    assert tta.from_metadata(trained.metadata) == 'none'
+    assert tta.from_metadata({'data': {'tta': None}}) == 'none'
     assert tta.describe('none') == ''
     with pytest.raises(UserError, match='data.tta=ten is not known; use none, flip'):
         trained.with_tta('ten')

@@ -29,20 +29,25 @@ run: .venv/installed
 		--config.optimizer.learning_rate=1e-3 --config.optimizer.schedule=cosine \
 		--config.train.epochs=6
 
-test: .venv/installed lint
-	$(BIN)/python -m pytest -q
+LINT = $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# Lint runs beside the tests, whose first and last seconds leave a core idle.
+test: .venv/installed
+	@( $(LINT) ) >.venv/lint.log 2>&1 & lint=$$!; \
+	$(BIN)/python -m pytest -q; tests=$$?; \
+	wait $$lint; lint=$$?; cat .venv/lint.log; exit $$((tests | lint))
 
 test-slow: .venv/installed .venv-peers/installed
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile -m 'slow or faults'
-	$(PEERS)/python -m pytest -q -m 'slow or not slow' $(BESIDE_PEERS)
-	$(PEERS)/python -m pytest -q -m slow tests/export/test_release.py -k runtimes_of_others
-	$(PEERS)/python -m pytest -q -m faults $(KERAS_FAULTS)
+	$(BIN)/python -m pytest -q -n 3 -m 'slow or faults'
+	$(PEERS)/python -m pytest -q -m 'slow or not slow' $(BESIDE_PEERS) $(KERAS_FAULTS) \
+		tests/export/test_release.py::test_runtimes_of_others
 
 BESIDE_PEERS = tests/data/augment/test_torchvision.py tests/train/test_torch_training.py \
 	tests/weights/test_keras_files.py tests/weights/test_timm.py tests/weights/test_torch.py
 
 # Keras' files, whose HDF5 library is there.
-KERAS_FAULTS = tests/faults/test_fuzz.py -k 'hdf5 or keras'
+KERAS_FAULTS = 'tests/faults/test_fuzz.py::test_fuzz[hdf5]' \
+	'tests/faults/test_fuzz.py::test_fuzz[keras]'
 
 faults: .venv/installed .venv-peers/installed
 	FAULTS=full $(BIN)/python -m pytest -q -rP -m faults -n 2 tests/faults
@@ -78,9 +83,7 @@ web:
 	npm --prefix examples/web run build
 
 lint: .venv/installed
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(LINT)
 
 .venv/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 with venv is needed"; \

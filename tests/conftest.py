@@ -47,6 +47,19 @@ def pytest_collection(session):
         jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
+# Files with tests of many seconds.
+_LONG = {
+    *('test_launch', 'test_fit', 'test_devices', 'test_sweeps', 'test_extras'),
+    *('test_kills', 'test_disks', 'test_processes', 'test_serve_process'),
+    *('test_notebooks', 'test_reference', 'test_recipes', 'test_web', 'test_api'),
+}
+
+
+def pytest_collection_modifyitems(items):
+    """They come first: else one may go on when the other processes have ended."""
+    items.sort(key=lambda item: item.path.stem not in _LONG)
+
+
 @pytest.fixture(autouse=True)
 def _without_pictures(request, monkeypatch):
     """Drawing takes a third of a small run; those marked `drawn` do it."""

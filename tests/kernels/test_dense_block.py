@@ -67,6 +67,12 @@ def run(module, variables, images, *, rows=None):
 
 
 @functools.cache
+def run_plain(block, size=(13, 22)):
+    """What several tests compare with."""
+    return run(make(block, fast=False), *inputs(block, size))
+
+
+@functools.cache
 def exact(block, size=(13, 22), dropout=0.0, count=2):
     """The plain layers in float64."""
     variables, images = inputs(block, size, count)
@@ -121,7 +127,7 @@ def test_contract(kernel, block):
     if kernel == 'native':
         require_native()
     variables, images = inputs(block)
-    plain = run(make(block, fast=False), variables, images)
+    plain = run_plain(block)
     fast = run(make(block, kernel=kernel), variables, images)
     assert jax.tree.structure(plain) == jax.tree.structure(fast)
     assert jax.tree.map(np.shape, plain) == jax.tree.map(np.shape, fast)
@@ -139,7 +145,7 @@ def test_sizes(size):
     """The native kernel's bands and register tiles end inside of any image."""
     require_native()
     variables, images = inputs('BC', size)
-    plain = run(make('BC', fast=False), variables, images)
+    plain = run_plain('BC', size)
     fast = run(make('BC', kernel='native'), variables, images)
     assert_as_good(fast, plain, exact('BC', size))
 
@@ -253,7 +259,7 @@ def test_bfloat16():
 def test_without_remat():
     variables, images = inputs('BC')
     found = run(make('BC', kernel='xla', remat='none'), variables, images)
-    assert_as_good(found, run(make('BC', fast=False), variables, images), exact('BC'))
+    assert_as_good(found, run_plain('BC'), exact('BC'))
 
 
 def test_four_devices():

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from flax_densenet import settings
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.errors import UserError
 
@@ -53,7 +54,7 @@ def load_run(workdir: str) -> RunRecord:
         for old in names.keys() & fields.keys():
             fields[names[old]] = fields.pop(old)
     name = os.path.basename(os.path.abspath(workdir))
-    return RunRecord(name, records, config, environment)
+    return RunRecord(name, records, settings.with_current_names(config), environment)
 
 
 def _parse(workdir, name, text):

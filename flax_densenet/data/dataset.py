@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from flax_densenet import settings
 from flax_densenet.data import duplicates as duplicates_lib
 from flax_densenet.data import images, label_table, readers, sources, splits
 from flax_densenet.errors import UserError
@@ -340,6 +341,14 @@ def _check_counts(source, split):
             f'test on are too few{copies}; add images, or a folder of test images '
             '(PATH/train and PATH/val)'
         )
+
+
+def from_settings(
+    data: settings.SourceSettings, preparation: settings.PreparationSettings
+) -> Source:
+    """`load_source` with the fields of the settings; preparation is resolved."""
+    prepared = {k: v for k, v in vars(preparation).items() if k not in ('mean', 'std')}
+    return load_source(**vars(data), **prepared)
 
 
 def _check_preparation(preparation):

@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from flax_densenet import settings
 from flax_densenet.errors import UserError
 from flax_densenet.models import densenet, network, rdnet
 from flax_densenet.models import layers as layers_lib
@@ -123,6 +124,13 @@ def create_model(variant: str, *, num_classes: int, **fields) -> network.Network
     model = kind(num_classes=num_classes, **(defaults | chosen))
     _check_fields(model)
     return model
+
+
+def from_settings(
+    model: settings.ModelSettings, *, num_classes: int
+) -> network.Network:
+    """`create_model` with the fields of the settings."""
+    return create_model(num_classes=num_classes, **vars(model))
 
 
 def _find_variant(variant):

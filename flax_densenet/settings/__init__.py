@@ -1,1 +1,45 @@
-"""Typed settings."""
+"""All settings of the program, typed; `from_config` makes them of a ConfigDict."""
+
+from flax_densenet.settings.config import (
+    RENAMED,
+    SECTIONS,
+    flatten,
+    from_config,
+    from_saved,
+    to_config,
+    with_current_names,
+)
+from flax_densenet.settings.fields import (
+    AugmentationSettings,
+    EvaluationSettings,
+    LoaderSettings,
+    LossSettings,
+    ModelSettings,
+    OptimizerSettings,
+    PreparationSettings,
+    ScheduleSettings,
+    Settings,
+    SourceSettings,
+    TrainingSettings,
+)
+
+__all__ = [
+    'RENAMED',
+    'SECTIONS',
+    'AugmentationSettings',
+    'EvaluationSettings',
+    'LoaderSettings',
+    'LossSettings',
+    'ModelSettings',
+    'OptimizerSettings',
+    'PreparationSettings',
+    'ScheduleSettings',
+    'Settings',
+    'SourceSettings',
+    'TrainingSettings',
+    'flatten',
+    'from_config',
+    'from_saved',
+    'to_config',
+    'with_current_names',
+]

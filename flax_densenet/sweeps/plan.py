@@ -5,7 +5,7 @@ import json
 import math
 from typing import Any
 
-from flax_densenet.checkpoints import run_folder
+from flax_densenet import settings as settings_lib
 from flax_densenet.errors import UserError
 from flax_densenet.sweeps import space
 from flax_densenet.train import prepare
@@ -32,8 +32,8 @@ class Plan:
       parameters: of a search, as `optuna_study.Tuner` takes them.
     """
 
-    def __init__(self, config, flags, override, trials, prune):
-        self.config, self.override = config, override
+    def __init__(self, settings, flags, override, trials, prune):
+        self.settings, self._override = settings_lib.from_config(settings), override
         self.trials, self.prune = trials, prune
         self.space = space.parse(flags)
         if trials is None and self.space.ranges:
@@ -52,7 +52,7 @@ class Plan:
                 'same train.epochs; leave one of the two out'
             )
         self.values = {}  # of fields and texts that were looked up
-        seeds = self.space.seeds or (str(config['train']['seed']),)
+        seeds = self.space.seeds or (str(self.settings.train.seed),)
         self.seeds = [self.value(space.SEED, text) for text in seeds]
         self.parameters = {}
         if trials is not None:
@@ -63,12 +63,14 @@ class Plan:
         """Settings of the grid, or to search for."""
         return self.trials or math.prod(len(axis.options) for axis in self.space.axes)
 
+    def override(self, fields: dict[str, str]) -> settings_lib.Settings:
+        """The settings with some fields changed, by name as text."""
+        return settings_lib.from_config(self._override(fields))
+
     def value(self, field: str, text: str):
         """A value as its field has it, and as JSON gives it back."""
         if (field, text) not in self.values:
-            section, _, name = field.rpartition('.')
-            config = self.override({field: text})
-            found = config[section][name] if section else config[name]
+            found = settings_lib.flatten(self.override({field: text}))[field]
             self.values[field, text] = json.loads(json.dumps(found))
         return self.values[field, text]
 
@@ -103,7 +105,7 @@ class Plan:
     def definition(self) -> dict[str, Any]:
         """What the sweep is, as JSON gives it back."""
         swept = {*self.space.fields, space.SEED, *_FREE}
-        shared = run_folder.flatten(self.config)
+        shared = settings_lib.flatten(self.settings)
         axes = []
         for axis in self.space.axes:
             options = [self.values_of(option) for option in axis.options]
@@ -134,19 +136,18 @@ class Plan:
             self.values_of(option)
         first = next(self.space.grid())
         if self.trials is None and self.count <= _CHECKED:
-            settings = list(self.space.grid())
+            grid = list(self.space.grid())
         else:
-            settings = [first | option for option in options]
-        settings += [first | {space.SEED: str(seed)} for seed in self.seeds]
+            grid = [first | option for option in options]
+        grid += [first | {space.SEED: str(seed)} for seed in self.seeds]
         sources = {}
-        for fields in settings:
-            config = self.override(fields)
+        for fields in grid:
+            settings = self.override(fields)
             # Looking through a large folder takes longer than all the rest.
-            found = [config['data'][name] for name in prepare.SOURCE_FIELDS]
-            key = json.dumps([config['init_from'], *found])
+            key = settings.init_from, settings.data, settings.preparation
             try:
                 sources[key] = prepare.prepare(
-                    config, '', resume=False, source=sources.get(key)
+                    settings, '', resume=False, source=sources.get(key)
                 ).source
             except UserError as error:
                 raise UserError(f'--sweep: with {join(fields)}: {error}') from error

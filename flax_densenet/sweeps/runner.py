@@ -15,12 +15,13 @@ others. What a search is told of a setting is the mean over the seeds.
 import gc
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from flax_densenet import errors
+from flax_densenet import settings as settings_lib
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.checkpoints import run_folder
 from flax_densenet.errors import UserError
@@ -37,11 +38,11 @@ _REMEDY = 'use another --workdir, or the same settings'
 
 
 def run(
-    config,
+    settings: settings_lib.Settings | Mapping[str, Any],
     workdir: str,
     flags: list[str],
     *,
-    override: Callable[[dict[str, str]], dict[str, Any]],
+    override: Callable[[dict[str, str]], settings_lib.Settings | Mapping[str, Any]],
     trials: int | None = None,
     prune: str = 'none',
     retry: bool = False,
@@ -51,10 +52,10 @@ def run(
     """Trains all settings, and ends with the table, `sweep.csv` and `sweep.html`.
 
     Args:
-      config: a mapping of the fields of `configs/base.py`, of what all runs share.
+      settings: what all runs share; of `settings.from_config`, or a config.
       workdir: folder of the sweep; made where absent, and locked meanwhile.
       flags: of `--sweep`, see `space`.
-      override: gives the config with some fields changed, by name as text; raises
+      override: gives the settings with some fields changed, by name as text; raises
         `UserError` for what a field cannot be.
       trials: settings to search for; None for the grid of all values.
       prune: of `optuna_study.PRUNERS`.
@@ -71,7 +72,8 @@ def run(
     """
     optuna_study.check(prune)
     _check_workdir(workdir)
-    plan = sweep_plan.Plan(config, flags, override, trials, prune)
+    settings = settings_lib.from_config(settings)
+    plan = sweep_plan.Plan(settings, flags, override, trials, prune)
     plan.check()
     checkpoint_reader.make_workdir(workdir)
     with lock.hold(workdir, doing='runs a sweep'):
@@ -79,7 +81,7 @@ def run(
         optuna = optuna_study.Tuner(
             os.path.join(workdir, optuna_study.FILE),
             plan.parameters,
-            optuna_study.make_pruner(prune, config['train']['epochs']),
+            optuna_study.make_pruner(prune, settings.train.epochs),
             seed=plan.seeds[0],
         )
         try:
@@ -218,16 +220,16 @@ class _Sweep:
         folder = os.path.join(self.workdir, name)
         fields = setting.fields | {space.SEED: str(seed)}
         print(f'{name} of {self.plan.count}: {sweep_plan.join(fields)}', flush=True)
-        config = self.plan.override(fields)
+        settings = self.plan.override(fields)
         watch = _Watch(
             self.tuner,
             setting.number,
-            epochs=config['train']['epochs'],
+            epochs=settings.train.epochs,
             asks=not setting.runs,
         )
         # Epochs that were finished when the process was killed, and not told.
         if not any(map(watch, run_folder.load_run(folder).records)):
-            fit.fit(config, folder, stop=self.stop, ends_after=watch)
+            fit.fit(settings, folder, stop=self.stop, ends_after=watch)
         records = run_folder.load_run(folder).records
         best = max(records, key=checkpoint_reader.rank)
         if best.get('test_mean_auroc') is not None:

@@ -11,14 +11,14 @@ def announce(run: training_run.TrainingRun):
     """Prints what is trained on what."""
     side = run.source.train.image_size
     print(
-        f'{run.config["model"]["variant"]}: {len(run.source.train)} images to train '
+        f'{run.settings.model.variant}: {len(run.source.train)} images to train '
         f'on, {len(run.source.test)} to test on, {len(run.source.class_names)} '
         f'classes, {side}x{side}; {run.mesh.size} {jax.default_backend()} device(s)',
         flush=True,
     )
     growing = progressive_resizing.describe(
-        progressive_resizing.parse(run.config['data']['size_schedule']),
-        epochs=run.config['train']['epochs'],
+        progressive_resizing.parse(run.settings.augmentation.size_schedule),
+        epochs=run.settings.train.epochs,
         last=side,
     )
     if growing:
@@ -51,7 +51,7 @@ def describe_missing(fields) -> str:
 
 
 def _print_balance(run):
-    said, train = run.config['data']['balance'], run.source.train
+    said, train = run.settings.loader.balance, run.source.train
     # TFDS has to read each image for its label.
     at_hand = train.reader.labels_in_memory
     if run.source.multi_label or (said == 'none' and not at_hand):
@@ -84,12 +84,12 @@ def _warn_of_few_values(run):
 
 def _rows_of_statistics(run):
     """How many images batch norm sees at a time, the fields for it, a remedy."""
-    rows, parts = run.config['data']['batch_size'], run.accumulate_steps
+    rows, parts = run.batch_size, run.accumulate_steps
     said = [f'data.batch_size={rows}']
     if parts > 1:
         said.append(f'train.accumulate_steps={parts}')
     if run.module.batch_norm_group:
         rows = parts * run.module.batch_norm_group
-        said.append(f'model.batch_norm_group={run.config["model"]["batch_norm_group"]}')
+        said.append(f'model.batch_norm_group={run.settings.model.batch_norm_group}')
     remedy = 'use larger ' + ('groups' if run.module.batch_norm_group else 'batches')
     return rows // parts, ', '.join(said), remedy

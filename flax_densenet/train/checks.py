@@ -1,11 +1,11 @@
 """Checks of settings, and of a run against its checkpoints and other processes."""
 
 import hashlib
-import json
 import math
 import os
 
 from flax_densenet import losses
+from flax_densenet import settings as settings_lib
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.checkpoints import writer as checkpoint_writer
 from flax_densenet.data.augment import mixing
@@ -15,52 +15,48 @@ from flax_densenet.models import tta
 from flax_densenet.train import ema, feature_cache, training_run
 
 ON_NONFINITE = ('stop', 'skip')
-# What runs had before the field was there.
-_MODEL_DEFAULTS = {'batch_norm_group': 0}
+_HOW = ('fast', 'kernel', 'remat')  # of a model: how, not what is computed
 
 
-def check_same_run(workdir: str, metadata):
-    """Raises where the workdir holds a run of another model, other classes or seed."""
+def check_same_run(workdir: str, run: training_run.TrainingRun):
+    """Raises where the workdir holds a run of another model, other classes or data."""
     latest = checkpoint_reader.find_latest(workdir)
     saved = checkpoint_reader.load_json(workdir, latest, 'metadata')
     remedy = 'use another --workdir, or the same settings'
-    saved_names, names = saved['class_names'], metadata['class_names']
+    saved_names, names = saved['class_names'], list(run.source.class_names)
     if saved_names != names:
         raise UserError(
             f'--workdir={workdir} holds a run on {len(saved_names)} classes '
             f'({_shorten(saved_names)}), data.source has {len(names)} '
             f'({_shorten(names)}); {remedy}'
         )
-    # Through JSON, since a tuple comes back from it as a list.
-    model_fields = json.loads(json.dumps(metadata['model']))
-    for name, value in model_fields.items():
-        if name in ('fast', 'kernel', 'remat'):  # how, not what is computed
-            continue
-        before = saved['model'].get(name, _MODEL_DEFAULTS.get(name))
-        if before != value:
+    before, now = (
+        settings_lib.flatten(one)
+        for one in (settings_lib.from_saved(saved), run.settings)
+    )
+    for name in _decisive(run.settings):
+        if before[name] != now[name]:
+            end = ''
+            if name.startswith('train.'):
+                end = f', or start from it: --config.init_from={workdir}'
             raise UserError(
-                f'--workdir={workdir} holds a run with model.{name}='
-                f'{before}, not {value}; {remedy}'
+                f'--workdir={workdir} holds a run with {name}={_listed(before[name])}, '
+                f'not {_listed(now[name])}; {remedy}{end}'
             )
-    data_fields = json.loads(json.dumps(metadata['data']))
-    for name in (
-        *('batch_size', 'source', 'labels', 'split_seed', 'test_fraction'),
-        *('image_size', 'resize', 'crop_fraction', 'interpolation', 'channels'),
-        *('mean', 'std'),
-    ):
-        before = saved['data'].get(name)
-        if before != data_fields[name]:
-            raise UserError(
-                f'--workdir={workdir} holds a run with data.{name}={before}, not '
-                f'{data_fields[name]}; {remedy}'
-            )
-    for name, default in training_run.PHASE_FIELDS.items():
-        before, now = saved.get('train', {}).get(name, default), metadata['train'][name]
-        if before != now:
-            raise UserError(
-                f'--workdir={workdir} holds a run with train.{name}={before}, not '
-                f'{now}; {remedy}, or start from it: --config.init_from={workdir}'
-            )
+
+
+def _decisive(settings):
+    """Names of the settings that a checkpoint goes on with alone."""
+    yield from (f'model.{name}' for name in vars(settings.model) if name not in _HOW)
+    data = 'batch_size', 'source', 'labels', 'split_seed', 'test_fraction'
+    yield from (f'data.{name}' for name in (*data, *vars(settings.preparation)))
+    # The state depends on them.
+    yield from ('train.freeze', 'train.head_warmup_epochs', 'train.ema')
+
+
+def _listed(value):
+    """A value as JSON has it: a list for a tuple."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _shorten(names, most=5):
@@ -76,12 +72,8 @@ def check_same_everywhere(run: training_run.TrainingRun):
     """
     if processes.count() == 1:
         return
-    fields = {
-        f'{section}.{name}': value
-        for section, values in run.config.items()
-        if isinstance(values, dict)
-        for name, value in values.items()
-    }
+    fields = settings_lib.flatten(run.settings)
+    del fields['init_from']  # of no matter behind a checkpoint
     latest = None
     if checkpoint_reader.has_checkpoint(run.workdir):
         latest = checkpoint_reader.find_all(run.workdir)[-1].name
@@ -110,47 +102,49 @@ def _checksum(source):
     return total.hexdigest()[:12]
 
 
-# What is above is a slip of the keyboard, and would take all memory or never end.
-_RANGES = (
-    ('data', 'threads', 1, 1024),
-    ('data', 'workers', 0, 1024),
-    ('train', 'epochs', 1, 10**6),
-    ('train', 'seed', 0, 2**63 - 1),
-    ('train', 'accumulate_steps', 1, 10**6),
-    ('train', 'patience', 0, 10**6),
-)
+def _check_ranges(settings):
+    """More is a slip of the keyboard, and would take all memory or never end."""
+    loader, train = settings.loader, settings.train
+    for name, value, least, most in (
+        ('data.threads', loader.threads, 1, 1024),
+        ('data.workers', loader.workers, 0, 1024),
+        ('train.epochs', train.epochs, 1, 10**6),
+        ('train.seed', train.seed, 0, 2**63 - 1),
+        ('train.accumulate_steps', train.accumulate_steps, 1, 10**6),
+        ('train.patience', train.patience, 0, 10**6),
+    ):
+        if not least <= value <= most:
+            raise UserError(f'{name}={value} must be from {least} to {most}')
 
 
-def check_fields(config):
-    """Raises for values that are wrong whatever the data is."""
-    fields = config['data']
-    for name in ('mean', 'std'):
-        if len(fields[name]) != fields['channels']:
+def check_settings(settings: settings_lib.Settings):
+    """Raises for values that are wrong whatever the data is; no field is open."""
+    preparation, train = settings.preparation, settings.train
+    for name, values in preparation.normalization.items():
+        if len(values) != preparation.channels:
             raise UserError(
-                f'data.{name}={fields[name]} needs a number for each of '
-                f'{fields["channels"]} channels'
+                f'data.{name}={values} needs a number for each of '
+                f'{preparation.channels} channels'
             )
-    if min(fields['std']) <= 0:
-        raise UserError(f'data.std={fields["std"]} must be above 0')
-    for section, name, least, most in _RANGES:
-        if not least <= (value := config[section][name]) <= most:
-            raise UserError(f'{section}.{name}={value} must be from {least} to {most}')
-    mixing.from_fields(
-        **{name: fields[name] for name in training_run.MIXING_FIELDS},
-        rows=fields['batch_size'] // config['train']['accumulate_steps'],
+    if min(preparation.std) <= 0:
+        raise UserError(f'data.std={preparation.std} must be above 0')
+    _check_ranges(settings)
+    mixing.from_settings(
+        settings.augmentation,
+        rows=settings.loader.batch_size // train.accumulate_steps,
     )
-    feature_cache.check_cache(config['train']['cache_features'])
-    losses.make_loss(
-        **{name: config['train'][name] for name in training_run.LOSS_FIELDS}
-    )
-    ema.check_decay(config['train']['ema'])
-    tta.check(fields['tta'])
-    checkpoint_writer.parse_every(config['train']['checkpoint_every'])
-    if (choice := config['train']['on_nonfinite']) not in ON_NONFINITE:
+    feature_cache.check_cache(train.cache_features)
+    losses.make_loss(**vars(settings.loss))
+    ema.check_decay(train.ema)
+    tta.check(settings.evaluation.tta)
+    checkpoint_writer.parse_every(train.checkpoint_every)
+    if train.on_nonfinite not in ON_NONFINITE:
         raise UserError(
-            f'train.on_nonfinite={choice} is not known; use {", ".join(ON_NONFINITE)}'
+            f'train.on_nonfinite={train.on_nonfinite} is not known; use '
+            + ', '.join(ON_NONFINITE)
         )
-    if not 0 <= (clip := config['optimizer']['gradient_clip']) < math.inf:
+    clip = settings.optimizer.gradient_clip
+    if not 0 <= clip < math.inf:
         raise UserError(
             f'optimizer.gradient_clip={clip:g} must be a length above 0, or 0 for any'
         )

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from flax_densenet import settings
 from flax_densenet.data import dataset, pipeline
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.errors import UserError
@@ -16,8 +17,6 @@ from flax_densenet.models import densenet, initialization
 
 CACHES = ('auto', 'off')
 _GIB = 2**30
-_CHANGES = ('augment', 'color_jitter', 'policy', 'erase', 'mixup', 'cutmix')
-_CHANGES += ('size_schedule',)
 
 
 class FeatureExamples:
@@ -53,12 +52,12 @@ def check_cache(name: str):
         )
 
 
-def list_changes(fields) -> list[str]:
-    """The fields of `config.data` by which training images change, as NAME=VALUE."""
+def list_changes(augmentation: settings.AugmentationSettings) -> list[str]:
+    """The settings by which training images change, as data.NAME=VALUE."""
     return [
-        f'data.{name}={fields[name]}'
-        for name in _CHANGES
-        if fields[name] not in ('none', 0, ())
+        f'data.{name}={value}'
+        for name, value in vars(augmentation).items()
+        if value not in ('none', 0, ())
     ]
 
 

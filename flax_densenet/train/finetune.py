@@ -12,18 +12,13 @@ what follows it, the head.
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import optax
 
+from flax_densenet import settings as settings_lib
 from flax_densenet.errors import UserError
 from flax_densenet.models import network
-
-_PLAN_FIELDS = {
-    'train': ('epochs', 'freeze', 'head_warmup_epochs'),
-    'optimizer': ('layer_decay', 'head_multiplier'),
-}
 
 
 def count_frozen(module: network.Network, freeze: str) -> int:
@@ -111,13 +106,23 @@ class Plan:
         return '; '.join(parts)
 
 
-def plan_fields(config) -> dict[str, Any]:
-    """Those fields of a config that `make_plan` takes."""
-    return {
-        name: config[section][name]
-        for section, names in _PLAN_FIELDS.items()
-        for name in names
-    }
+def plan_of(
+    module: network.Network,
+    settings: settings_lib.Settings,
+    *,
+    has_weights: bool = True,
+) -> Plan:
+    """`make_plan` with the fields of the settings."""
+    train, optimizer = settings.train, settings.optimizer
+    return make_plan(
+        module,
+        epochs=train.epochs,
+        freeze=train.freeze,
+        head_warmup_epochs=train.head_warmup_epochs,
+        layer_decay=optimizer.layer_decay,
+        head_multiplier=optimizer.head_multiplier,
+        has_weights=has_weights,
+    )
 
 
 def make_plan(

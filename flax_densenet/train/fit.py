@@ -1,4 +1,4 @@
-"""Training: from a config to checkpoints, one line per epoch, and curves.
+"""Training: from settings to checkpoints, one line per epoch, and curves.
 
 The data's position is a function of the step counter as well (see `step`), so a
 checkpoint needs nothing but arrays, and the same command again goes on where it was.
@@ -10,13 +10,14 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent import futures
 from typing import Any
 
 import jax
 
 from flax_densenet import errors
+from flax_densenet import settings as settings_lib
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.checkpoints import run_folder
 from flax_densenet.checkpoints import writer as checkpoint_writer
@@ -44,7 +45,7 @@ _IN_LINE = {ord('\n'): '\\n', ord('\r'): '\\r'}  # of file names
 
 
 def fit(
-    config,
+    settings: settings_lib.Settings | Mapping[str, Any],
     workdir: str,
     *,
     stop: signals.Stop | None = None,
@@ -53,10 +54,10 @@ def fit(
     """Trains, evaluates after each epoch, and keeps the latest and best checkpoints.
 
     The state comes from the latest whole checkpoint in `workdir`, else from
-    `config.init_from`, else from `train.seed`, in this order.
+    `init_from`, else from `train.seed`, in this order.
 
     Args:
-      config: a mapping of the fields of `configs/base.py`.
+      settings: of `settings.from_config`, or a config that it takes.
       workdir: folder of the run; made where absent, and locked meanwhile.
       stop: of `signals.stop_gently`, for signals to end it after a saved step. Without
         it a KeyboardInterrupt goes through, and the checkpoints stay as they are.
@@ -73,13 +74,13 @@ def fit(
     """
     if mesh.is_writer():
         lock.check(workdir)  # before the data is looked through
-    run = prepare.prepare(config, workdir)
+    run = prepare.prepare(settings, workdir)
     if checkpoint_reader.has_checkpoint(workdir):
-        checks.check_same_run(workdir, run.metadata)
+        checks.check_same_run(workdir, run)
     checks.check_same_everywhere(run)
     with _lock(workdir), checkpoint_writer.open_saver(workdir) as saver:
         state, metadata = _start(run)
-        epochs, epochs_done = run.config['train']['epochs'], metadata['epoch']
+        epochs, epochs_done = run.settings.train.epochs, metadata['epoch']
         records = _keep_records(run, epochs_done)
         left = epochs_done < epochs and not _should_stop(run, records)
         if left:
@@ -88,7 +89,7 @@ def fit(
             run.features = training_run.cache_features(run, state)
             with _open_board(run, int(state.step)) as shown:
                 every = checkpoint_writer.parse_every(
-                    run.config['train']['checkpoint_every']
+                    run.settings.train.checkpoint_every
                 )
                 work = loop.Loop(
                     run,
@@ -115,14 +116,13 @@ def fit(
 
 
 def _should_stop(run, records):
-    fields = run.config['train']
     return early_stopping.should_stop(
-        records, fields['patience'], head_epochs=run.plan.head_epochs
+        records, run.settings.train.patience, head_epochs=run.plan.head_epochs
     )
 
 
 def _describe_early_stop(run, records):
-    return early_stopping.describe(records, run.config['train']['patience'])
+    return early_stopping.describe(records, run.settings.train.patience)
 
 
 def _lock(workdir):
@@ -156,11 +156,11 @@ def _save_report(run, *, anew):
     there = os.path.exists(os.path.join(run.workdir, page.REPORT_FILE))
     if there and not anew:
         return [page.REPORT_FILE]
-    if not run.config['train']['report'] or not processes.broadcast(
+    if not run.settings.train.report or not processes.broadcast(
         'report', lambda: errors.is_installed('jinja2', 'plotly')
     ):
         return []
-    fields, source = run.config['data'], run.source
+    loader, source = run.settings.loader, run.source
     try:
         trained = trained_lib.load_trained(run.workdir, 'best', mesh=run.mesh)
         found = results.collect(
@@ -168,7 +168,8 @@ def _save_report(run, *, anew):
             source.test,
             source.class_names,
             batch_size=run.part_size,
-            **{name: fields[name] for name in ('threads', 'workers')},
+            threads=loader.threads,
+            workers=loader.workers,
         )
         page.save_report(run.workdir, trained, source, found)
     except UserError as error:
@@ -183,8 +184,8 @@ def _save_report(run, *, anew):
 def _train(work: loop.Loop, state, epochs_done, ends_after):
     """Takes the epochs that are left, adding the record of each to the others."""
     run, shown, records = work.run, work.shown, work.records
-    epochs = run.config['train']['epochs']
-    shown.add_config(run.config)
+    epochs = run.settings.train.epochs
+    shown.add_config(settings_lib.to_config(run.settings))
     # A second of drawing, for which the first step need not wait.
     with phases.open_phase(run) as phase, futures.ThreadPoolExecutor(1) as beside:
         phase.enter(state, epochs_done + 1)
@@ -216,12 +217,12 @@ def _train(work: loop.Loop, state, epochs_done, ends_after):
 
 
 def _open_board(run, start):
-    wanted = run.config['train']['tensorboard'] and mesh.is_writer()
+    wanted = run.settings.train.tensorboard and mesh.is_writer()
     return tensorboard.open_writer(
         run.workdir,
         enabled=wanted and errors.is_installed('tensorboardX'),
         start=start,
-        steps_per_epoch=len(run.source.train) / run.config['data']['batch_size'],
+        steps_per_epoch=len(run.source.train) / run.batch_size,
     )
 
 
@@ -308,7 +309,7 @@ def _write_run_files(run):
     if not mesh.is_writer():
         return
     with atomic.replacing(os.path.join(run.workdir, run_folder.CONFIG_FILE)) as file:
-        json.dump(run.config, file, indent=2)
+        json.dump(settings_lib.to_config(run.settings), file, indent=2)
     path = os.path.join(run.workdir, run_folder.ENVIRONMENT_FILE)
     with atomic.replacing(path) as file:
         json.dump(environment.describe(), file, indent=2)
@@ -367,7 +368,7 @@ def _test(work, state, record):
         (run.features or run.source).test,
         batch_size=run.part_size,
         mesh=run.mesh,
-        bad_images=run.config['data']['bad_images'],
+        bad_images=run.settings.data.bad_images,
         between=lambda: work.stop_if_asked(
             state, record['step'], record['epoch'], record['skipped_steps']
         ),
@@ -376,7 +377,7 @@ def _test(work, state, record):
     )
     found = {'test_accuracy': metrics['accuracy'], 'test_loss': metrics['loss']}
     left_out = metrics.get('unread', [])
-    if run.config['data']['bad_images'] == 'skip':
+    if run.settings.data.bad_images == 'skip':
         left_out = _of_all('left out', left_out)
     if left_out:
         found['test_unread'] = len(left_out)

@@ -144,7 +144,7 @@ def take_epoch(loop: Loop, compiled, state, batches, epoch: int):
       UserError: a step gave no finite numbers, or a save failed for good.
     """
     run = loop.run
-    count, rows = len(run.source.train), run.config['data']['batch_size']
+    count, rows = len(run.source.train), run.batch_size
     first, before = int(state.step), step.last_step_of_epoch(epoch - 1, count, rows)
     last = step.last_step_of_epoch(epoch, count, rows)
     guard = nonfinite.NonFiniteGuard(run, epoch, last - before, loop.skipped)
@@ -154,7 +154,7 @@ def take_epoch(loop: Loop, compiled, state, batches, epoch: int):
     ahead = 0 if jax.default_backend() == 'cpu' else 1
     bar = tqdm(
         total=(last - first) * rows,
-        desc=f'epoch {epoch}/{run.config["train"]["epochs"]}',
+        desc=f'epoch {epoch}/{run.settings.train.epochs}',
         unit=' images',
         leave=False,
         disable=None,  # no bar where stderr is a file

@@ -19,6 +19,7 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ import optax
 from tqdm import tqdm
 
 from flax_densenet import errors
+from flax_densenet import settings as settings_lib
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.distributed import mesh
 from flax_densenet.errors import UserError
@@ -39,7 +41,12 @@ FILE, PICTURE = 'lr_find.json', 'lr_find.png'
 _DIVERGED = 4.0  # times the lowest mean
 
 
-def find(config, workdir: str, *, steps: int = 100) -> dict[str, Any]:
+def find(
+    settings: settings_lib.Settings | Mapping[str, Any],
+    workdir: str,
+    *,
+    steps: int = 100,
+) -> dict[str, Any]:
     """Runs the test and writes `lr_find.json` and `lr_find.png` into the workdir.
 
     Steps, batches, augmentation and optimizer are those that training would begin with
@@ -49,7 +56,7 @@ def find(config, workdir: str, *, steps: int = 100) -> dict[str, Any]:
     training; the shares of the rate that parts have stay as they are.
 
     Args:
-      config: a mapping of the fields of `configs/base.py`.
+      settings: of `settings.from_config`, or a config that it takes.
       workdir: folder of the two files; made where absent.
       steps: of the test, from `LOWEST` to `HIGHEST`, whatever the epoch's length. A
         hundred are twelve for each factor of 10; small or noisy sets need some more.
@@ -65,7 +72,7 @@ def find(config, workdir: str, *, steps: int = 100) -> dict[str, Any]:
     """
     if steps < MIN_STEPS:
         raise UserError(f'--steps={steps} are too few; use {MIN_STEPS} or more')
-    run = _prepare(config, workdir, steps)
+    run = _prepare(settings, workdir, steps)
     checkpoint_reader.make_workdir(workdir)
     announce.announce(run)
     print(
@@ -102,12 +109,12 @@ def find(config, workdir: str, *, steps: int = 100) -> dict[str, Any]:
     return result
 
 
-def _prepare(config, workdir, steps):
+def _prepare(settings, workdir, steps):
     """A run as training has it, but for the learning rate and the head's warm-up."""
-    run = prepare.prepare(config, workdir, resume=False)
+    run = prepare.prepare(settings, workdir, resume=False)
     plan, schedule = dataclasses.replace(run.plan, head_epochs=0), make_schedule(steps)
     optimizer = prepare.make_optimizer(
-        run.config, plan, schedule, run.mesh, head_steps=0
+        run.settings, plan, schedule, run.mesh, head_steps=0
     )
     return dataclasses.replace(run, plan=plan, schedule=schedule, optimizer=optimizer)
 

@@ -52,10 +52,9 @@ class NonFiniteGuard:
         if np.isfinite(loss):
             self._in_a_row = 0
             return
-        config = self._run.config
         self._in_a_row += 1
         self.skipped += 1
-        skip = config['train']['on_nonfinite'] == 'skip'
+        skip = self._run.settings.train.on_nonfinite == 'skip'
         if skip and self._in_a_row <= IN_A_ROW and self.skipped <= self._most:
             return
         with jax.transfer_guard('allow'):
@@ -89,18 +88,8 @@ def save_dump(
     """
     batch = run.place_batch(_batch_of(run, number))
     positions = batch.pop('position')
-    frozen = run.plan.frozen_in(epoch)
-    differentiate = step.make_gradients(
-        run.module,
-        seed=run.config['train']['seed'],
-        l2_penalty=run.config['optimizer']['l2_penalty'],
-        frozen=frozen,
-        class_weights=training_run.class_weights(run),
-        mix=run.mixing,
-        accumulate_steps=run.accumulate_steps,
-        loss=run.loss,
-        **run.preprocessing,
-    )
+    options = run.step_options(run.plan.frozen_in(epoch))
+    differentiate = step.make_gradients(run.module, options)
 
     def look(state, batch):
         # The counter went on; the dropout key depends on it.

@@ -1,7 +1,9 @@
-"""What a run works with, from its config: data, model, schedule and optimizer."""
+"""What a run works with, from its settings: data, model, schedule and optimizer."""
 
+from collections.abc import Mapping
 from typing import Any
 
+from flax_densenet import settings as settings_lib
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.data import dataset, identity, pipeline
 from flax_densenet.distributed import mesh as mesh_lib
@@ -17,78 +19,87 @@ from flax_densenet.train import (
 )
 from flax_densenet.weights import metadata, transfer, weight_file
 
-_SCHEDULE_FIELDS = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
-_OPTIMIZER_FIELDS = ('name', 'momentum', 'weight_decay', 'decay')
-# Of config.data, those by which it is found; the others say how it is used.
-SOURCE_FIELDS = ('source', *dataset.load_source.__kwdefaults__)
 
-
-def make_metadata(config, source: dataset.Source) -> dict[str, Any]:
+def make_metadata(
+    settings: settings_lib.Settings, source: dataset.Source
+) -> dict[str, Any]:
     """What evaluation and prediction need beside the arrays; JSON can hold it."""
+    config, train = settings_lib.to_config(settings), settings.train
     return {
-        'model': dict(config['model']),
+        'model': config['model'],
         'class_names': list(source.class_names),
         'image_size': source.train.image_size,
-        'mean': list(config['data']['mean']),
-        'std': list(config['data']['std']),
-        'data': dict(config['data']),
+        'mean': list(settings.preparation.mean),
+        'std': list(settings.preparation.std),
+        'data': config['data'],
         'multi_label': source.multi_label,
         'images': {'train': len(source.train), 'test': len(source.test)},
         'identity': identity.describe(source.train, source.test),
+        # Of `train` what the state depends on.
+        'train': {
+            'freeze': train.freeze,
+            'head_warmup_epochs': train.head_warmup_epochs,
+            'ema': train.ema,
+        },
     }
 
 
 def prepare(
-    config, workdir: str, *, resume: bool = True, source: dataset.Source | None = None
+    settings: settings_lib.Settings | Mapping[str, Any],
+    workdir: str,
+    *,
+    resume: bool = True,
+    source: dataset.Source | None = None,
 ) -> training_run.TrainingRun:
-    """Checks all fields and finds the data: all that can fail before compilation.
+    """Checks all settings and finds the data: all that can fail before compilation.
 
     Args:
-      config: a mapping of the fields of `configs/base.py`.
+      settings: of `settings.from_config`, or a config that it takes.
       workdir: folder of the run; a checkpoint there comes before `init_from`.
       resume: False where such a checkpoint plays no part.
-      source: of `load_source` for these fields, where it was looked through already.
+      source: of these settings, where it was looked through already.
 
     Raises:
       UserError: a field, the data or the weights cannot be used.
     """
     resume = resume and checkpoint_reader.has_checkpoint(workdir)
-    config, weights = resolve_config(config, workdir if resume else None)
-    checks.check_fields(config)
-    fields = config['data']
-    batch_size = fields['batch_size']
-    mesh = mesh_lib.make_mesh()
-    mesh_lib.check_batch_size(batch_size, mesh, config['train']['accumulate_steps'])
-    module = factory.create_model(num_classes=2, **config['model'])
-    plan = finetune.make_plan(
-        module,
-        **finetune.plan_fields(config),
+    settings = settings_lib.from_config(settings)
+    settings, weights = resolve(settings, workdir if resume else None)
+    checks.check_settings(settings)
+    batch_size, mesh = settings.loader.batch_size, mesh_lib.make_mesh()
+    mesh_lib.check_batch_size(batch_size, mesh, settings.train.accumulate_steps)
+    plan = finetune.plan_of(
+        factory.from_settings(settings.model, num_classes=2),
+        settings,
         has_weights=weights is not None or resume,
     )
-    source = source or load_source(config)
-    module = _make_module(config, len(source.class_names), mesh)
+    source = source or dataset.from_settings(settings.data, settings.preparation)
+    module = _make_module(settings, len(source.class_names), mesh)
     module.check_image_size((source.train.image_size,) * 2)
-    progressive_resizing.check(fields['size_schedule'], module)
+    progressive_resizing.check(settings.augmentation.size_schedule, module)
     pipeline.check_train_batches(
         source.train,
         batch_size,
-        workers=fields['workers'],
-        **{name: fields[name] for name in training_run.CHANGE_FIELDS},
+        settings.augmentation.augment,
+        settings.loader.workers,
+        settings.loader.balance,
+        settings.augmentation.color_jitter,
+        settings.augmentation.policy,
     )
     schedule = optimizers.make_schedule(
-        **{name: config['optimizer'][name] for name in _SCHEDULE_FIELDS},
-        epochs=config['train']['epochs'],
+        **vars(settings.schedule),
+        epochs=settings.train.epochs,
         steps_per_epoch=len(source.train) / batch_size,
     )
     return training_run.TrainingRun(
-        config=config,
+        settings=settings,
         workdir=workdir,
         source=source,
         module=module,
         mesh=mesh,
         schedule=schedule,
         optimizer=make_optimizer(
-            config,
+            settings,
             plan,
             schedule,
             mesh,
@@ -96,77 +107,74 @@ def prepare(
                 plan.head_epochs, len(source.train), batch_size
             ),
         ),
-        metadata=make_metadata(config, source)
-        | {
-            'train': {name: config['train'][name] for name in training_run.PHASE_FIELDS}
-        },
+        metadata=make_metadata(settings, source),
         weights=weights,
         plan=plan,
     )
 
 
-def load_source(config) -> dataset.Source:
-    """The data of a config whose open fields are filled in."""
-    return dataset.load_source(**{name: config['data'][name] for name in SOURCE_FIELDS})
-
-
-def _make_module(config, num_classes, mesh):
+def _make_module(settings, num_classes, mesh):
     """The model, its `batch_norm_group` as a number of rows."""
-    module = factory.create_model(num_classes=num_classes, **config['model'])
+    module = factory.from_settings(settings.model, num_classes=num_classes)
     if not module.has_batch_norm:
         return module
     group = ghost_batch_norm.resolve(
         module.batch_norm_group,
-        rows=config['data']['batch_size'],
+        rows=settings.loader.batch_size,
         devices=mesh.size,
-        accumulate_steps=config['train']['accumulate_steps'],
+        accumulate_steps=settings.train.accumulate_steps,
     )
     return module.clone(batch_norm_group=group)
 
 
-def make_optimizer(config, plan: finetune.Plan, schedule, mesh, *, head_steps: int):
-    """The optimizer of the config's fields, at the plan's shares of `schedule`.
+def make_optimizer(
+    settings: settings_lib.Settings,
+    plan: finetune.Plan,
+    schedule,
+    mesh,
+    *,
+    head_steps: int,
+):
+    """The optimizer of the settings, at the plan's shares of `schedule`.
 
     Args:
       schedule: learning rate by step of training.
       mesh: over which `optimizer.shard_state` spreads its state.
       head_steps: for so many steps, from the first, the head trains alone.
     """
-    fields = {name: config['optimizer'][name] for name in _OPTIMIZER_FIELDS}
+    optimizer = settings.optimizer
     # One device has all of it anyhow.
-    shard = config['optimizer']['shard_state'] and mesh.size > 1
-    fields['shard_over'] = mesh if shard else None
+    shard = optimizer.shard_state and mesh.size > 1
     return finetune.make_optimizer(
         lambda first: optimizers.make_optimizer(
-            lambda count: schedule(first + count), **fields
+            lambda count: schedule(first + count),
+            name=optimizer.name,
+            momentum=optimizer.momentum,
+            weight_decay=optimizer.weight_decay,
+            decay=optimizer.decay,
+            shard_over=mesh if shard else None,
         ),
         plan.rates,
         head_steps=head_steps,
     )
 
 
-def resolve_config(config, workdir):
-    """The config with its open fields filled in, and the weights to start from.
+def resolve(
+    settings: settings_lib.Settings, workdir: str | None
+) -> tuple[settings_lib.Settings, weight_file.Weights | None]:
+    """The settings with their open fields filled in, and the weights to start from.
 
     Args:
       workdir: of the checkpoint that the run goes on from, or None.
     """
-    saved, weights = None, None
-    if workdir:
+    if workdir:  # a run that goes on needs its weights' file no more
         latest = checkpoint_reader.find_latest(workdir)
-        saved = metadata.load(workdir, latest)
-    elif config['init_from']:
+        saved = settings_lib.from_saved(metadata.load(workdir, latest))
+        return transfer.resolve_from_checkpoint(settings, saved), None
+    weights = None
+    if settings.init_from:
         try:
-            weights = weight_file.load(config['init_from'])
+            weights = weight_file.load(settings.init_from)
         except UserError as error:
             raise UserError(f'init_from={error}') from error
-    config = {n: dict(v) if isinstance(v, dict) else v for n, v in config.items()}
-    for name, settle in (
-        ('model', transfer.resolve_model),
-        ('data', transfer.resolve_data),
-    ):
-        if saved:  # a run that goes on needs its weights' file no more
-            config[name] = transfer.resolve_from_checkpoint(config[name], saved[name])
-        else:
-            config[name] = settle(config[name], weights)
-    return config, weights
+    return transfer.resolve(settings, weights), weights

@@ -21,7 +21,7 @@ def save(run: training_run.TrainingRun):
         run.workdir,
         _first_part(run, batch),
         run.source.class_names,
-        changes=feature_cache.list_changes(run.config['data']),
+        changes=feature_cache.list_changes(run.settings.augmentation),
         **run.preprocessing,
     )
 
@@ -35,7 +35,7 @@ def _first_part(run, batch):
     batch = {name: x[: len(x) // parts] for name, x in batch.items()}
     if not run.mixing:
         return batch
-    key = step.step_key(run.config['train']['seed'], 0)
+    key = step.step_key(run.settings.train.seed, 0)
     key = key if parts == 1 else jax.random.fold_in(key, 0)
     mean = run.preprocessing['mean']
     mix = jax.jit(functools.partial(mixing.mix, mixing=run.mixing, mean=mean))

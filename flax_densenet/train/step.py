@@ -4,7 +4,9 @@ The step counter is the only clock: the learning rate and the dropout key are
 functions of it, so a resumed run goes on as if it had not stopped.
 """
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -119,21 +121,43 @@ def _kernel_penalty(params):
     )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class StepOptions:
+    """What a training step does besides the model and the optimizer.
+
+    Attributes:
+      mean, std: `[C]`, by which images are normalized.
+      seed: of dropout and mixing.
+      l2_penalty: times the squares of kernels, in the loss.
+      gradient_clip: a longer gradient is shortened to this norm, over all parameters;
+        0 for none.
+      frozen: how many of the model's stages stay as they are. Only the parameters
+        behind them are differentiated, so nothing is computed backward through the
+        others, and only these reach the optimizer and the penalty.
+      class_weights: float `[C]`, of each class's images in the loss; None: all 1.
+      mix: erases boxes and mixes the images of a (micro-)batch, by the step's key.
+      accumulate_steps: micro-batches of the batch, see `make_gradients`.
+      loss: what the gradient is of.
+      ema: decay of the state's average, where it has one.
+    """
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    seed: int = 0
+    l2_penalty: float = 0.0
+    gradient_clip: float = 0.0
+    frozen: int = 0
+    class_weights: Any = None
+    mix: mixing.Mixing | None = None
+    accumulate_steps: int = 1
+    loss: losses_lib.Loss = losses_lib.CROSS_ENTROPY
+    ema: float = 0.0
+
+
 def make_train_step(
     module: network.Network,
     optimizer: optax.GradientTransformation,
-    *,
-    mean,
-    std,
-    seed: int = 0,
-    l2_penalty: float = 0.0,
-    gradient_clip: float = 0.0,
-    frozen: int = 0,
-    class_weights=None,
-    mix: mixing.Mixing | None = None,
-    accumulate_steps: int = 1,
-    loss: losses_lib.Loss = losses_lib.CROSS_ENTROPY,
-    ema: float = 0.0,
+    options: StepOptions,
 ):
     """Makes `(state, batch) -> (state, loss)`, a pure function of the global batch.
 
@@ -144,32 +168,10 @@ def make_train_step(
     Where the loss or the gradient's norm is not finite, the step leaves parameters,
     statistics, their average and the optimizer as they were, counts none of the batch,
     and the loss that it reports is not finite either.
-
-    Args:
-      gradient_clip: a longer gradient is shortened to this norm, over all parameters;
-        0 for none.
-      frozen: how many of `Network.stages` stay as they are. Only the parameters behind
-        them are differentiated, so nothing is computed backward through the others,
-        and only these reach the optimizer and the penalty.
-      class_weights: float `[C]`, of each class's images in the loss; None: all 1.
-      mix: erases boxes and mixes the images of a (micro-)batch, by the step's key.
-      accumulate_steps: micro-batches of the batch, see `make_gradients`.
-      loss: what the gradient is of.
-      ema: decay of the state's average, where it has one.
     """
-    differentiate = make_gradients(
-        module,
-        mean=mean,
-        std=std,
-        seed=seed,
-        l2_penalty=l2_penalty,
-        frozen=frozen,
-        class_weights=class_weights,
-        mix=mix,
-        accumulate_steps=accumulate_steps,
-        loss=loss,
-    )
-    advance = _make_advance(optimizer, live=_live_parts(module, frozen), ema=ema)
+    differentiate = make_gradients(module, options)
+    live = _live_parts(module, options.frozen)
+    advance = _make_advance(optimizer, live=live, ema=options.ema)
 
     def train_step(state: TrainState, batch):
         gradients, (losses, correct, batch_stats) = differentiate(state, batch)
@@ -177,8 +179,8 @@ def make_train_step(
         norm = jnp.linalg.norm(flatten_util.ravel_pytree(gradients)[0])
         reported = losses.mean()
         finite = jnp.isfinite(norm) & jnp.isfinite(reported)
-        if gradient_clip:
-            scale = jnp.minimum(1, gradient_clip / norm)
+        if options.gradient_clip:
+            scale = jnp.minimum(1, options.gradient_clip / norm)
             gradients = jax.tree.map(lambda leaf: leaf * scale, gradients)
         counted = jnp.full(correct.shape, finite, jnp.int32)
         sums = (
@@ -198,7 +200,7 @@ def _make_advance(optimizer, *, live, ema):
 
     Args:
       live: names of the model's parts that train.
-      ema: see `make_train_step`.
+      ema: see `StepOptions`.
     """
 
     def advance(state, gradients, batch_stats, finite):
@@ -238,39 +240,25 @@ def _only_if(condition, advance, old):
     return jax.tree.map(functools.partial(jax.lax.select, condition), advance(old), old)
 
 
-def make_gradients(
-    module: network.Network,
-    *,
-    mean,
-    std,
-    seed: int,
-    l2_penalty: float,
-    frozen: int,
-    class_weights=None,
-    mix: mixing.Mixing | None = None,
-    accumulate_steps: int = 1,
-    loss: losses_lib.Loss = losses_lib.CROSS_ENTROPY,
-):
+def make_gradients(module: network.Network, options: StepOptions):
     """Makes `(state, batch) -> (gradients, (losses, correct, batch_stats))`.
 
     Gradients are of the parameters behind the `frozen` first of `Network.stages`;
-    losses
-    and correct are of each row (`losses.measure`, whatever `loss` is); `batch_stats`
-    are the new ones.
+    losses and correct are of each row (`losses.measure`, whatever `loss` is);
+    `batch_stats` are the new ones.
 
-    Args:
-      accumulate_steps: above 1 the arrays of the batch are `[accumulate_steps, rows,
-        ...]`, as `mesh.to_global` makes them, and so are losses and correct. One
-        micro-batch after another is computed, in the memory of one; the gradient is
-        that of the mean loss over all rows. Each has batch statistics (and a dropout
-        key) of its own, and the running ones move once, to the average of where each
-        would have moved them: the same as `DenseNet.batch_norm_group` of its rows.
+    With `accumulate_steps` above 1 the arrays of the batch are `[accumulate_steps,
+    rows, ...]`, as `mesh.to_global` makes them, and so are losses and correct. One
+    micro-batch after another is computed, in the memory of one; the gradient is that of
+    the mean loss over all rows. Each has batch statistics (and a dropout key) of its
+    own, and the running ones move once, to the average of where each would have moved
+    them: the same as `DenseNet.batch_norm_group` of its rows.
     """
-    live = _live_parts(module, frozen)
+    live, mix = _live_parts(module, options.frozen), options.mix
 
     def gradients_of(state: TrainState, batch):
-        key = step_key(seed, state.step)
-        if accumulate_steps == 1:
+        key = step_key(options.seed, state.step)
+        if options.accumulate_steps == 1:
             return of_rows(state, batch, key)
 
         def of_part(number, part):
@@ -282,7 +270,7 @@ def make_gradients(
         trained = {name: state.params[name] for name in state.params if name in live}
         labels, mixed = batch['label'], None
         if mix and 'image' in batch:
-            mixed = mixing.mix(batch['image'], key, mix, mean=mean)
+            mixed = mixing.mix(batch['image'], key, mix, mean=options.mean)
             batch = batch | {'image': mixed.images}
 
         def loss_of(params):
@@ -290,22 +278,20 @@ def make_gradients(
                 module,
                 {'params': state.params | params, 'batch_stats': state.batch_stats},
                 batch,
-                mean=mean,
-                std=std,
+                mean=options.mean,
+                std=options.std,
                 mutable=['batch_stats'],
                 train=True,
-                frozen=frozen,
+                frozen=options.frozen,
                 rngs={'dropout': key},
             )
 
             def measure(labels):
                 losses, correct = losses_lib.measure(logits, labels)
-                learned = loss.losses(logits, labels)
-                return (
-                    losses,
-                    losses_lib.apply_class_weights(learned, labels, class_weights),
-                    correct,
+                learned = losses_lib.apply_class_weights(
+                    options.loss.losses(logits, labels), labels, options.class_weights
                 )
+                return losses, learned, correct
 
             results = measure(labels)
             if mixed and mix.pairs:
@@ -313,8 +299,8 @@ def make_gradients(
                 results = mixing.blend(results, others, mixed.weights)
             losses, learned, correct = results
             total = learned.mean()
-            if l2_penalty:
-                total += l2_penalty * _kernel_penalty(params)
+            if options.l2_penalty:
+                total += options.l2_penalty * _kernel_penalty(params)
             return total, (losses, correct, updated['batch_stats'])
 
         return jax.grad(loss_of, has_aux=True)(trained)

@@ -1,4 +1,4 @@
-"""What a run works with, from its config: checked fields, data, model and optimizer.
+"""What a run works with, from its settings: data, model and optimizer.
 
 Training and whatever else takes training steps (`lr_find`) prepare through this, so
 that they mean the same by the same fields.
@@ -13,6 +13,7 @@ import numpy as np
 import optax
 
 from flax_densenet import losses
+from flax_densenet import settings as settings_lib
 from flax_densenet.data import class_balance, dataset, pipeline
 from flax_densenet.data.augment import mixing as mixing_lib
 from flax_densenet.distributed import mesh as mesh_lib
@@ -21,26 +22,20 @@ from flax_densenet.models import initialization, network
 from flax_densenet.train import ema, feature_cache, finetune, progressive_resizing, step
 from flax_densenet.weights import transfer, weight_file
 
-LOSS_FIELDS = ('loss', 'label_smoothing', 'focal_gamma')
-CHANGE_FIELDS = ('augment', 'color_jitter', 'policy', 'balance')
-MIXING_FIELDS = ('erase', 'mixup', 'cutmix')
-# The state depends on them; with their defaults.
-PHASE_FIELDS = {'freeze': 'none', 'head_warmup_epochs': 0, 'ema': 0.0}
-
 
 @dataclasses.dataclass
 class TrainingRun:
     """What one call of `fit.fit` works with.
 
     Attributes:
-      config: with its open fields filled in.
+      settings: with their open fields filled in.
       schedule: learning rate by step.
       weights: to start from, of `init_from`; None where a checkpoint or the seed gives
         them.
       features: in place of the images, where `cache_features` kept some.
     """
 
-    config: dict[str, Any]
+    settings: settings_lib.Settings
     workdir: str
     source: dataset.Source
     module: network.Network
@@ -55,7 +50,7 @@ class TrainingRun:
     def new_state(self, variables):
         """The state before the first step, on the host."""
         average = None
-        if self.config['train']['ema']:
+        if self.settings.train.ema:
             live = [name for name, rate in self.plan.rates.items() if rate]
             average = ema.start(variables, live)
         return step.new_state(
@@ -66,42 +61,55 @@ class TrainingRun:
         )
 
     @property
-    def loss(self):
-        """What the gradient is of."""
-        return losses.make_loss(
-            **{name: self.config['train'][name] for name in LOSS_FIELDS}
-        )
+    def batch_size(self) -> int:
+        """Images of a step, over all devices and hosts."""
+        return self.settings.loader.batch_size
 
     @property
-    def accumulate_steps(self):
+    def accumulate_steps(self) -> int:
         """Micro-batches of a step."""
-        return self.config['train']['accumulate_steps']
+        return self.settings.train.accumulate_steps
 
     @property
     def mixing(self) -> mixing_lib.Mixing:
         """What is done to the images of a micro-batch on the device."""
-        fields = {name: self.config['data'][name] for name in MIXING_FIELDS}
-        return mixing_lib.from_fields(**fields, rows=self.part_size)
+        return mixing_lib.from_settings(self.settings.augmentation, rows=self.part_size)
+
+    def step_options(self, frozen: int) -> step.StepOptions:
+        """What a step does while the first `frozen` stages stay as they are."""
+        train, optimizer = self.settings.train, self.settings.optimizer
+        return step.StepOptions(
+            **self.preprocessing,
+            seed=train.seed,
+            l2_penalty=optimizer.l2_penalty,
+            gradient_clip=optimizer.gradient_clip,
+            frozen=frozen,
+            class_weights=class_weights(self),
+            mix=self.mixing,
+            accumulate_steps=train.accumulate_steps,
+            loss=losses.make_loss(**vars(self.settings.loss)),
+            ema=train.ema,
+        )
 
     def size_in(self, epoch: int) -> int:
         """Pixels a side of the training images in an epoch, counted from 1."""
         return progressive_resizing.size_in(
-            progressive_resizing.parse(self.config['data']['size_schedule']),
+            progressive_resizing.parse(self.settings.augmentation.size_schedule),
             epoch,
-            epochs=self.config['train']['epochs'],
+            epochs=self.settings.train.epochs,
             last=self.source.train.image_size,
         )
 
     def size_at(self, start: int) -> int:
         """The same for the step behind the first `start` ones."""
-        count, rows = len(self.source.train), self.config['data']['batch_size']
+        count, rows = len(self.source.train), self.batch_size
         # The first epoch with steps behind them (`step.last_step_of_epoch`).
         return self.size_in(start * rows // count + 1)
 
     @property
     def part_size(self):
         """Rows that are computed at a time, over all devices; in evaluation too."""
-        return self.config['data']['batch_size'] // self.accumulate_steps
+        return self.batch_size // self.accumulate_steps
 
     def place_state(self, state):
         """A state on the host, the same on all hosts, to the devices."""
@@ -116,22 +124,23 @@ class TrainingRun:
     @property
     def preprocessing(self):
         """How the model normalizes images."""
-        return {name: tuple(self.config['data'][name]) for name in ('mean', 'std')}
+        return self.settings.preparation.normalization
 
     @property
     def loading(self):
         """How batches are read."""
-        fields = {name: self.config['data'][name] for name in ('threads', 'workers')}
+        loader = self.settings.loader
         # Each process would get a copy of the features.
-        return fields | {'workers': 0} if self.features else fields
+        workers = 0 if self.features else loader.workers
+        return {'threads': loader.threads, 'workers': workers}
 
 
 def first_variables(run: TrainingRun):
     """`{'params', 'batch_stats'}` on the host, of `init_from` or of the seed."""
     variables = initialization.init_variables(
         run.module,
-        seed=run.config['train']['seed'],
-        channels=run.config['data']['channels'],
+        seed=run.settings.train.seed,
+        channels=run.settings.preparation.channels,
     )
     if run.weights is None:
         return variables
@@ -166,14 +175,17 @@ def train_batches(run: TrainingRun, source: dataset.Source, start: int, **loadin
     Args:
       **loading: in place of the run's own way to read.
     """
-    fields = run.config['data']
+    augmentation = run.settings.augmentation
     return pipeline.train_batches(
         examples_at(run, source, start),
-        batch_size=fields['batch_size'],
-        seed=run.config['train']['seed'],
+        batch_size=run.batch_size,
+        seed=run.settings.train.seed,
         start=start,
-        **{name: fields[name] for name in CHANGE_FIELDS},
-        bad_images=fields['bad_images'],
+        augment=augmentation.augment,
+        color_jitter=augmentation.color_jitter,
+        policy=augmentation.policy,
+        balance=run.settings.loader.balance,
+        bad_images=run.settings.data.bad_images,
         micro_batches=run.accumulate_steps,
         **run.loading | loading,
     )
@@ -181,15 +193,14 @@ def train_batches(run: TrainingRun, source: dataset.Source, start: int, **loadin
 
 def cache_features(run: TrainingRun, state: step.TrainState) -> dataset.Source | None:
     """The source with features in place of images that are always the same."""
-    if not run.plan.head_only or run.config['train']['cache_features'] == 'off':
+    if not run.plan.head_only or run.settings.train.cache_features == 'off':
         return None
-    fields = run.config['data']
     return feature_cache.cache_features(
         run.module,
         {'params': state.params, 'batch_stats': state.batch_stats},
         run.source,
-        changes=feature_cache.list_changes(fields),
-        limit_gib=fields['cache_limit_gib'],
+        changes=feature_cache.list_changes(run.settings.augmentation),
+        limit_gib=run.settings.data.cache_limit_gib,
         batch_size=run.part_size,
         mesh=run.mesh,
         **run.preprocessing,
@@ -204,7 +215,7 @@ def compile_step(run: TrainingRun, state: step.TrainState, frozen: int, start: i
       frozen: how many of `Network.stages` stay as they are.
       start: steps that were taken; the images' size may depend on them.
     """
-    rows, parts = (run.config['data']['batch_size'],), run.accumulate_steps
+    rows, parts = (run.batch_size,), run.accumulate_steps
     by_rows = mesh_lib.split_rows(run.mesh)
     if parts > 1:
         rows, by_rows = (
@@ -216,18 +227,7 @@ def compile_step(run: TrainingRun, state: step.TrainState, frozen: int, start: i
         for name, (shape, dtype) in example_shapes(run, start).items()
     }
     train_step = step.make_train_step(
-        run.module,
-        run.optimizer,
-        seed=run.config['train']['seed'],
-        l2_penalty=run.config['optimizer']['l2_penalty'],
-        gradient_clip=run.config['optimizer']['gradient_clip'],
-        frozen=frozen,
-        class_weights=class_weights(run),
-        mix=run.mixing,
-        accumulate_steps=parts,
-        loss=run.loss,
-        ema=run.config['train']['ema'],
-        **run.preprocessing,
+        run.module, run.optimizer, run.step_options(frozen)
     )
     start = time.perf_counter()
     compiled = step.compile_train_step(train_step, state, batch, run.mesh)
@@ -237,7 +237,7 @@ def compile_step(run: TrainingRun, state: step.TrainState, frozen: int, start: i
 
 def class_weights(run):
     """Of `data.balance=loss`, else None."""
-    if run.config['data']['balance'] != 'loss':
+    if run.settings.loader.balance != 'loss':
         return None
     return class_balance.class_weights(
         run.source.train.labels, len(run.source.class_names)

@@ -6,17 +6,20 @@ architecture is an error that says both; of other fields the config's is taken, 
 line says so.
 """
 
+import dataclasses
+import logging
 from typing import Any
 
 import numpy as np
 from flax import traverse_util
 
+from flax_densenet import settings as settings_lib
 from flax_densenet.errors import UserError, list_first, printable
 from flax_densenet.weights import architecture, weight_file
 from flax_densenet.weights import channels as channels_lib
 
 _VARIANT = 'densenet121'
-_PREPROCESSING = dict(
+_PREPARATION = dict(
     image_size=0,
     resize='stretch',
     crop_fraction=1.0,
@@ -25,34 +28,66 @@ _PREPROCESSING = dict(
     mean=weight_file.IMAGENET_MEAN,
     std=weight_file.IMAGENET_STD,
 )
+_LOGGER = logging.getLogger(__name__)
+
+
+def resolve(
+    settings: settings_lib.Settings, weights: weight_file.Weights | None
+) -> settings_lib.Settings:
+    """The settings with the open fields of the model and the preparation filled in.
+
+    Raises:
+      UserError: as of `resolve_model` and `resolve_preparation`.
+    """
+    return dataclasses.replace(
+        settings,
+        model=resolve_model(settings.model, weights),
+        preparation=resolve_preparation(settings.preparation, weights),
+    )
+
+
+def resolve_from_checkpoint(
+    settings: settings_lib.Settings, saved: settings_lib.Settings
+) -> settings_lib.Settings:
+    """The settings with those that are open as they were saved with a run."""
+    return dataclasses.replace(
+        settings,
+        model=_fill(settings.model, saved.model),
+        preparation=_fill(settings.preparation, saved.preparation),
+    )
+
+
+def _fill(fields, saved):
+    is_open = {k: v for k, v in vars(saved).items() if _is_open(k, getattr(fields, k))}
+    return dataclasses.replace(fields, **is_open)
 
 
 def _is_open(name, value):
     return value is None or (name in ('image_size', 'channels') and value == 0)
 
 
-def resolve_from_checkpoint(
-    fields: dict[str, Any], saved: dict[str, Any]
-) -> dict[str, Any]:
-    """Fields with those that are open as they were saved with a run."""
-    saved = weight_file.to_tuples(saved)
-    return {
-        name: saved.get(name, value) if _is_open(name, value) else value
-        for name, value in fields.items()
-    }
-
-
 def resolve_model(
-    fields: dict[str, Any], weights: weight_file.Weights | None
-) -> dict[str, Any]:
-    """The model's fields, those that are open filled in.
+    model: settings_lib.ModelSettings, weights: weight_file.Weights | None
+) -> settings_lib.ModelSettings:
+    """The model's settings, those that are open filled in.
 
     Raises:
       UserError: the config's architecture is not the weights'.
     """
-    given = {name: value for name, value in fields.items() if value is not None}
+    given = {name: value for name, value in vars(model).items() if value is not None}
     if weights is None:
-        return {**fields, 'variant': given.get('variant', _VARIANT)}
+        return dataclasses.replace(model, variant=given.get('variant', _VARIANT))
+    _check_architecture(given, weights)
+    theirs = weights.fields
+    for name in ('epsilon', 'padding'):
+        if name in theirs and given.get(name, theirs[name]) != theirs[name]:
+            _log_choice(weights, f'model.{name}', given[name], theirs[name])
+    ours = {name: value for name, value in given.items() if name != 'variant'}
+    return dataclasses.replace(model, **{**theirs, **ours})
+
+
+def _check_architecture(given, weights):
+    """Raises where fields of the config say another network than the weights are of."""
     theirs = architecture.of_variant(**_architecture_fields(weights.fields))
     ours = {k: v for k, v in given.items() if k in architecture.FIELDS}
     if 'variant' in given:
@@ -74,11 +109,6 @@ def resolve_model(
             f'init_from={weights.path} holds a {weights.fields["variant"]} with '
             f'{says}; the config says {config}: leave {wrong} out, or use other weights'
         )
-    found = dict(weights.fields)
-    for name in ('epsilon', 'padding'):
-        if name in found and given.get(name, found[name]) != found[name]:
-            _print_choice(weights, f'model.{name}', given[name], found[name])
-    return fields | found | {k: v for k, v in given.items() if k != 'variant'}
 
 
 def _architecture_fields(fields):
@@ -90,29 +120,35 @@ def _plain(value):
     return tuple(value) if isinstance(value, list | tuple) else value
 
 
-def resolve_data(
-    fields: dict[str, Any], weights: weight_file.Weights | None
-) -> dict[str, Any]:
-    """The fields of `config.data`, those about the images' preparation filled in."""
-    wanted = _PREPROCESSING if weights is None else weights.preprocessing
-    if fields['channels'] not in (0, 1, 3):
-        raise UserError(f'data.channels={fields["channels"]} is not known; use 1, 3')
-    if fields['channels']:
-        wanted = channels_lib.with_channels(wanted, fields['channels'])
-    settled = dict(fields)
+def resolve_preparation(
+    preparation: settings_lib.PreparationSettings,
+    weights: weight_file.Weights | None,
+) -> settings_lib.PreparationSettings:
+    """How images are prepared, the open fields filled in.
+
+    Raises:
+      UserError: `data.channels` is not known.
+    """
+    wanted = _PREPARATION if weights is None else weights.preprocessing
+    channels = preparation.channels
+    if channels not in (0, 1, 3):
+        raise UserError(f'data.channels={channels} is not known; use 1, 3')
+    if channels:
+        wanted = channels_lib.with_channels(wanted, channels)
+    filled = {}
     for name, value in wanted.items():
-        if _is_open(name, settled[name]):
-            settled[name] = value
-        elif weights is not None and _plain(settled[name]) != _plain(value):
-            _print_choice(weights, f'data.{name}', settled[name], value)
-    return settled
+        ours = getattr(preparation, name)
+        if _is_open(name, ours):
+            filled[name] = value
+        elif weights is not None and _plain(ours) != _plain(value):
+            _log_choice(weights, f'data.{name}', ours, value)
+    return dataclasses.replace(preparation, **filled)
 
 
-def _print_choice(weights, name, ours, theirs):
-    print(
+def _log_choice(weights, name, ours, theirs):
+    _LOGGER.info(
         f'{weights.path}: made with {name}={_plain(theirs)}; the config says '
-        f'{_plain(ours)}, which is taken',
-        flush=True,
+        f'{_plain(ours)}, which is taken'
     )
 
 
@@ -137,16 +173,15 @@ def first_variables(
     reason = _other_classes(weights, class_names)
     heads = [name for name in wanted if name.startswith('params/classifier/')]
     if reason:
-        print(f'{weights.path}: {reason}: the classifier starts anew', flush=True)
+        _LOGGER.info(f'{weights.path}: {reason}: the classifier starts anew')
         flat = {k: v for k, v in flat.items() if '/classifier/' not in k}
         flat |= {name: wanted[name] for name in heads}
     first = 'params/conv0/kernel'
     channels, old = wanted[first].shape[2], flat[first].shape[2]
     if channels != old:
-        print(
+        _LOGGER.info(
             f'{weights.path}: made for images of {old} channel(s); its first '
-            f'convolution is converted to {channels}',
-            flush=True,
+            f'convolution is converted to {channels}'
         )
         flat[first] = channels_lib.convert_channels(flat[first], channels)
     wrong = sorted(

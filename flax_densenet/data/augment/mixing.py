@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flax_densenet import settings
 from flax_densenet.errors import UserError
 
 # Random erasing: share of the area, and aspect ratio; as in torchvision and timm.
@@ -71,8 +72,8 @@ class Mixed(NamedTuple):
     weights: Any
 
 
-def from_fields(*, erase: float, mixup: float, cutmix: float, rows: int) -> Mixing:
-    """Checks the fields of `config.data`.
+def from_settings(augmentation: settings.AugmentationSettings, *, rows: int) -> Mixing:
+    """Checks the settings that say what is done to batches.
 
     Args:
       erase, mixup, cutmix: the fields.
@@ -81,6 +82,7 @@ def from_fields(*, erase: float, mixup: float, cutmix: float, rows: int) -> Mixi
     Raises:
       UserError: a value is out of range, or a batch has only one row to mix.
     """
+    erase, mixup, cutmix = augmentation.erase, augmentation.mixup, augmentation.cutmix
     if not 0 <= erase <= 1:
         raise UserError(f'data.erase={erase} is a probability: use 0 to 1')
     for name, alpha in (('mixup', mixup), ('cutmix', cutmix)):

@@ -7,7 +7,7 @@ import optax
 import pytest
 from scipy import stats
 
-from flax_densenet import create_model, init_variables
+from flax_densenet import create_model, init_variables, settings
 from flax_densenet.data.augment import mixing
 from flax_densenet.data.augment.mixing import Mixing
 from flax_densenet.distributed import mesh as mesh_lib
@@ -238,7 +238,8 @@ def test_the_larger_share_counts_as_right_or_wrong():
 )
 def test_values_that_are_refused(fields, message):
     with pytest.raises(UserError, match=message):
-        mixing.from_fields(**{'erase': 0, 'mixup': 0, 'cutmix': 0, 'rows': 8} | fields)
+        rows = fields.pop('rows', 8)
+        mixing.from_settings(settings.AugmentationSettings(**fields), rows=rows)
 
 
 EVERYTHING = {

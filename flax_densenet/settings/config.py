@@ -1,0 +1,179 @@
+"""Settings from a config and back: the one place where fields are read by name.
+
+A config is what `configs/base.py` makes, or a mapping of the same shape:
+`{'init_from': ..., 'model': {...}, 'data': {...}, 'optimizer': {...}, 'train': {...}}`.
+
+>>> settings = from_config({'data': {'batch_size': 64}})
+>>> settings.loader.batch_size, settings.train.epochs
+(64, 40)
+>>> to_config(settings)['data']['batch_size']
+64
+"""
+
+import dataclasses
+import difflib
+import logging
+import numbers
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax_densenet.errors import UserError
+from flax_densenet.settings.fields import Settings
+
+# Section of a config -> the groups of `Settings` that share its fields.
+SECTIONS = {
+    'model': ('model',),
+    'data': ('data', 'preparation', 'augmentation', 'loader', 'evaluation'),
+    'optimizer': ('optimizer', 'schedule'),
+    'train': ('train', 'loss'),
+}
+# Earlier names of fields, which are still read.
+RENAMED = {'data.colour_jitter': 'data.color_jitter'}
+
+_LOGGER = logging.getLogger(__name__)
+_GROUPS = {field.name: field.type for field in dataclasses.fields(Settings)}
+# 'data.batch_size' -> the group and the type of the field.
+_FIELDS = {
+    f'{section}.{name}': (group, kind)
+    for section, groups in SECTIONS.items()
+    for group in groups
+    for name, kind in typing.get_type_hints(_GROUPS[group]).items()
+}
+_KINDS = {
+    bool: 'True or False',
+    int: 'a whole number',
+    float: 'a number',
+    str: 'text',
+    tuple: "values in brackets, as '(1,2)'",
+}
+
+
+def from_config(config: Settings | Mapping[str, Any] | Any) -> Settings:
+    """Checks names and types of the fields of a config.
+
+    Args:
+      config: a ConfigDict or a mapping as above; what it leaves out has its default.
+        `Settings` are returned as they are.
+
+    Raises:
+      UserError: a field has no such name, or a value is of another type.
+    """
+    if isinstance(config, Settings):
+        return config
+    return _from_fields(_flat(config), _raise_unknown, _LOGGER.warning)
+
+
+def from_saved(saved: Mapping[str, Any]) -> Settings:
+    """Settings that were saved with a run: `config.json`, or a checkpoint's metadata.
+
+    Fields that the file does not have get their defaults, which is what they were
+    before the field existed. What is not a field is left out.
+
+    Raises:
+      UserError: a value is of another type.
+    """
+    known = {name: saved[name] for name in ('init_from', *SECTIONS) if name in saved}
+    return _from_fields(_flat(known), lambda name: None, lambda *notice: None)
+
+
+def to_config(settings: Settings) -> dict[str, Any]:
+    """The nested dict that `from_config` takes, sorted by name; JSON can hold it."""
+    found: dict[str, Any] = {'init_from': settings.init_from}
+    for section, groups in SECTIONS.items():
+        fields: dict[str, Any] = {}
+        for group in groups:
+            fields |= vars(getattr(settings, group))
+        found[section] = dict(sorted(fields.items()))
+    return dict(sorted(found.items()))
+
+
+def flatten(settings: Settings) -> dict[str, Any]:
+    """`{'data.batch_size': 32, ...}`: every field by the name of its flag."""
+    return dict(_flat(to_config(settings)))
+
+
+def with_current_names(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved config with the fields under the names that they have now."""
+    found = dict(config)
+    for old, new in RENAMED.items():
+        section, _, name = old.partition('.')
+        fields = found.get(section)
+        if isinstance(fields, dict) and name in fields:
+            fields = dict(fields)
+            fields.setdefault(new.partition('.')[2], fields.pop(name))
+            found[section] = fields
+    return found
+
+
+def _flat(config):
+    """Pairs of `section.name`, or the name of what is in no section, and value."""
+    for section, fields in config.items():
+        if section not in SECTIONS:
+            yield section, fields
+        elif not hasattr(fields, 'items'):
+            raise UserError(f'{section}={fields!r} must be a section of fields')
+        else:
+            yield from ((f'{section}.{name}', value) for name, value in fields.items())
+
+
+def _from_fields(
+    pairs, reject: Callable[[str], None], notify: Callable[..., None]
+) -> Settings:
+    given = dict(pairs)
+    for old, new in RENAMED.items():
+        if old not in given:
+            continue
+        value = given.pop(old)
+        notify('warning: %s is now called %s; the old name still works', old, new)
+        # A default stands there under the new name where a recipe sets the old one.
+        if new not in given or not given[new]:
+            given[new] = value
+    groups: dict[str, dict[str, Any]] = {}
+    top = {}
+    for name, value in given.items():
+        if name == 'init_from':
+            top[name] = _convert(name, value, str)
+        elif name in _FIELDS:
+            group, kind = _FIELDS[name]
+            field = name.partition('.')[2]
+            groups.setdefault(group, {})[field] = _convert(name, value, kind)
+        else:
+            reject(name)
+    return Settings(
+        **top, **{group: _GROUPS[group](**fields) for group, fields in groups.items()}
+    )
+
+
+def _raise_unknown(name):
+    known = ['init_from', *_FIELDS]
+    close = difflib.get_close_matches(name, known, 1)
+    section = [field for field in known if field.startswith(name.split('.')[0] + '.')]
+    raise UserError(
+        f'{name} is not a field; '
+        + (f'did you mean {close[0]}? ' if close else '')
+        + f'There are {", ".join(section or known)}'
+    )
+
+
+def _convert(name, value, kind):
+    """The value as its field's type has it: tuples for lists, floats for integers."""
+    if isinstance(kind, types.UnionType):  # with None
+        if value is None:
+            return None
+        kind = typing.get_args(kind)[0]
+    kind = typing.get_origin(kind) or kind
+    if kind is tuple and isinstance(value, list | tuple):
+        return _to_tuple(value)
+    accepted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+    # True would be a 1.
+    if not isinstance(value, accepted) or (
+        isinstance(value, bool) and kind is not bool
+    ):
+        raise UserError(f'{name}={value!r} must be {_KINDS[kind]}')
+    return kind(value)
+
+
+def _to_tuple(value):
+    return tuple(_to_tuple(v) if isinstance(v, list | tuple) else v for v in value)

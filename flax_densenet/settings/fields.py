@@ -1,0 +1,183 @@
+"""All settings as frozen dataclasses, grouped by who uses them.
+
+Names, types and defaults are those of `configs/base.py`, which documents each field
+once; a test keeps the two in step. None leaves a field open: it is taken from the
+weights that a run starts from, or else it is the default of the model variant.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """The network: what `models.factory.create_model` takes, but for the classes."""
+
+    variant: str | None = None
+    growth_rate: int | None = None
+    block_sizes: tuple[int, ...] | None = None
+    bottleneck: int | None = None
+    compression: float | None = None
+    stem: str | None = None
+    stem_features: int | None = None
+    blur_pool: bool | None = None
+    dropout_rate: float = 0.0
+    dropout_after: str | None = None
+    drop_path_rate: float | None = None
+    epsilon: float | None = None
+    momentum: float | None = None
+    unbiased_variance: bool | None = None
+    dtype: str = 'float32'
+    padding: str | None = None
+    initializer: str = 'he_fan_in'
+    fast: bool = True
+    kernel: str = 'auto'
+    remat: str | None = None
+    batch_norm_group: int = 0
+    growth_rates: tuple[int, ...] | None = None
+    halvings: tuple[int, ...] | None = None
+    squeeze_blocks: tuple[int, ...] | None = None
+    layer_scale: float | None = None
+    patch_size: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceSettings:
+    """Which images there are and how they are split: `data.dataset.load_source`."""
+
+    source: str = 'digits'
+    labels: str = ''
+    test_fraction: float = 0.2
+    split_seed: int = 0
+    bad_images: str = 'error'
+    duplicates: str = 'report'
+    cache: str = 'none'
+    cache_limit_gib: float = 4.0
+    tfds_dir: str | None = None
+    tfds_train: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparationSettings:
+    """How an image becomes the network's input; saved with the model."""
+
+    image_size: int = 0
+    resize: str | None = None
+    crop_fraction: float | None = None
+    interpolation: str | None = None
+    channels: int = 0
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+
+    @property
+    def normalization(self) -> dict[str, tuple[float, ...]]:
+        """`mean` and `std` by name; both are resolved."""
+        return {'mean': tuple(self.mean or ()), 'std': tuple(self.std or ())}
+
+
+@dataclasses.dataclass(frozen=True)
+class AugmentationSettings:
+    """What changes the training images, in this order."""
+
+    augment: str = 'none'
+    color_jitter: tuple[float, ...] = ()
+    policy: str = 'none'
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    size_schedule: tuple = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class LoaderSettings:
+    """How batches are drawn and read."""
+
+    batch_size: int = 32
+    balance: str = 'none'
+    threads: int = 4
+    workers: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """What a trained model sees of an image."""
+
+    tta: str = 'none'
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """How gradients become updates."""
+
+    name: str = 'adam'
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    decay: str = 'all'
+    l2_penalty: float = 0.0
+    gradient_clip: float = 0.0
+    shard_state: bool = False
+    layer_decay: float = 1.0
+    head_multiplier: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ScheduleSettings:
+    """The learning rate by step."""
+
+    learning_rate: float = 1e-4
+    schedule: str = 'constant'
+    drop_at: tuple[float, ...] = (0.5, 0.75)
+    warmup_epochs: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSettings:
+    """What the gradient is of."""
+
+    loss: str = 'cross_entropy'
+    focal_gamma: float = 2.0
+    label_smoothing: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings:
+    """The run itself: how long, what trains when, what is kept and shown."""
+
+    epochs: int = 40
+    accumulate_steps: int = 1
+    ema: float = 0.0
+    patience: int = 0
+    seed: int = 0
+    freeze: str = 'none'
+    head_warmup_epochs: int = 0
+    cache_features: str = 'auto'
+    checkpoint_every: str = ''
+    on_nonfinite: str = 'stop'
+    deterministic: bool = False
+    tensorboard: bool = True
+    report: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All settings of the program.
+
+    Make them with `settings.from_config`; change them with `dataclasses.replace`.
+
+    Attributes:
+      init_from: weights to start from: a file, a folder or a run; empty for none.
+      data: section `data` of a config, with the five groups after it.
+      optimizer: section `optimizer`, with `schedule`.
+      train: section `train`, with `loss`.
+    """
+
+    init_from: str = ''
+    model: ModelSettings = ModelSettings()
+    data: SourceSettings = SourceSettings()
+    preparation: PreparationSettings = PreparationSettings()
+    augmentation: AugmentationSettings = AugmentationSettings()
+    loader: LoaderSettings = LoaderSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    train: TrainingSettings = TrainingSettings()
+    loss: LossSettings = LossSettings()

@@ -67,7 +67,7 @@ def make_ours(task, **fields):
     }
     rows = mesh_lib.to_global(rows, mesh)
     train_step = step_lib.make_train_step(
-        module, optimizer, mean=(0.5,) * 3, std=(0.25,) * 3
+        module, optimizer, step_lib.StepOptions(mean=(0.5,) * 3, std=(0.25,) * 3)
     )
     compiled = step_lib.compile_train_step(train_step, state, rows, mesh)
     jax.block_until_ready(state)

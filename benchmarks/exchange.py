@@ -90,9 +90,9 @@ def make_step(
         step.make_train_step(
             module,
             update,
-            mean=(0.5,) * 3,
-            std=(0.25,) * 3,
-            accumulate_steps=accumulate_steps,
+            step.StepOptions(
+                mean=(0.5,) * 3, std=(0.25,) * 3, accumulate_steps=accumulate_steps
+            ),
         ),
         jax.tree.map(shape_of, state, layout),
         jax.tree.map(lambda leaf: shape_of(leaf, by_rows), images),

@@ -88,7 +88,9 @@ def compile_step(spec, device):
         'label': np.zeros(spec.batch, np.int32),
         'epoch': np.zeros(spec.batch, np.int32),
     }
-    train = step.make_train_step(module, optimizer, mean=(0.5,) * 3, std=(0.25,) * 3)
+    train = step.make_train_step(
+        module, optimizer, step.StepOptions(mean=(0.5,) * 3, std=(0.25,) * 3)
+    )
     where = jax.sharding.SingleDeviceSharding(device)
     arguments = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),

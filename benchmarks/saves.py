@@ -37,7 +37,9 @@ def _prepare(size, batch):
         'epoch': np.zeros(batch, np.int32),
     }
     rows = mesh_lib.to_global(rows, mesh)
-    train_step = step.make_train_step(module, optimizer, mean=(0.5,) * 3, std=(1,) * 3)
+    train_step = step.make_train_step(
+        module, optimizer, step.StepOptions(mean=(0.5,) * 3, std=(1,) * 3)
+    )
     return step.compile_train_step(train_step, state, rows, mesh), state, rows
 
 

@@ -52,7 +52,9 @@ def _prepare(variant, size, batch, group):
         'epoch': np.zeros(share, np.int32),
     }
     batch = mesh_lib.to_global(batch, mesh)
-    train_step = step.make_train_step(module, optimizer, mean=(0.5,) * 3, std=(1,) * 3)
+    train_step = step.make_train_step(
+        module, optimizer, step.StepOptions(mean=(0.5,) * 3, std=(1,) * 3)
+    )
     return step.compile_train_step(train_step, state, batch, mesh), state, batch
 
 

@@ -36,7 +36,10 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 
 import pytest
 
+from flax_densenet.system import logs
+
 pytest.register_assert_rewrite('helpers', 'faults')
+logs.show_messages()  # as the commands do; tests read what is printed
 
 
 def pytest_collection(session):

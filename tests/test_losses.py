@@ -107,12 +107,14 @@ def test_the_gradient_is_of_it():
     batch = {'features': features[:, None, None], 'label': CLASSES}
     differentiate = step.make_gradients(
         module,
-        mean=(0.5,) * 3,
-        std=(0.5,) * 3,
-        seed=0,
-        l2_penalty=0.0,
-        frozen=len(module.stages()) - 1,
-        loss=losses_lib.Loss('bce', label_smoothing=0.2),
+        step.StepOptions(
+            mean=(0.5,) * 3,
+            std=(0.5,) * 3,
+            seed=0,
+            l2_penalty=0.0,
+            frozen=len(module.stages()) - 1,
+            loss=losses_lib.Loss('bce', label_smoothing=0.2),
+        ),
     )
     state = step.new_state(variables, optax.sgd(0.1))
     gradients, (reported, _, _) = jax.jit(differentiate)(state, batch)

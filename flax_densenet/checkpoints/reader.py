@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import logging
 import math
 import numbers
 import os
@@ -27,6 +28,8 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from flax_densenet.errors import UserError
+
+_LOGGER = logging.getLogger(__name__)
 
 FOLDER = 'checkpoints'
 # Weights hardly compress; the state of an optimizer begins with zeros, which do.
@@ -183,7 +186,7 @@ def _look_at(folder, inode):
     """What is wrong with a checkpoint, or nothing; looked for once by a program."""
     reason = check(folder)
     if reason:
-        print(f'warning: bad checkpoint {folder}: {reason}; not used', flush=True)
+        _LOGGER.warning(f'warning: bad checkpoint {folder}: {reason}; not used')
     return reason
 
 
@@ -243,7 +246,7 @@ def set_aside(workdir: str):
                 number += 1
                 new = os.path.join(workdir, FOLDER, f'{_BAD}{found.name}-{number}')
             os.rename(old, new)
-            print(f'moved to {new}; remove it when you like', flush=True)
+            _LOGGER.info(f'moved to {new}; remove it when you like')
 
 
 def load_json(workdir: str, which: Checkpoint | int, item: str) -> Any:

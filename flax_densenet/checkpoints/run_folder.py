@@ -13,8 +13,6 @@ from flax_densenet.errors import UserError
 
 METRICS_FILE, CONFIG_FILE = 'metrics.jsonl', 'config.json'
 ENVIRONMENT_FILE = 'environment.json'
-# What fields of `config.json` were called in earlier versions, by section.
-_FORMER_NAMES = {'data': {'colour_jitter': 'color_jitter'}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +45,6 @@ def load_run(workdir: str) -> RunRecord:
         _parse(workdir, name, _read(workdir, name) or '{}')
         for name in (CONFIG_FILE, ENVIRONMENT_FILE)
     )
-    for section, names in _FORMER_NAMES.items():
-        if section not in config:
-            continue
-        fields = config[section]
-        for old in names.keys() & fields.keys():
-            fields[names[old]] = fields.pop(old)
     name = os.path.basename(os.path.abspath(workdir))
     return RunRecord(name, records, settings.with_current_names(config), environment)
 

@@ -33,6 +33,8 @@ from flax_densenet.distributed import mesh, processes
 from flax_densenet.errors import UserError
 from flax_densenet.system import atomic
 
+_LOGGER = logging.getLogger(__name__)
+
 # A full disk may be emptied, a network disk come back; then the run ends.
 PAUSES_SECONDS = (1.0, 5.0, 20.0)
 _PART = 'tmp-'
@@ -236,10 +238,9 @@ def _save_or_retry(workdir, which, arrays, texts, lines):
                     f'be saved ({reason}); mend that, and the same command goes on '
                     'from the last one that was'
                 ) from error
-            print(
+            _LOGGER.warning(
                 f'warning: saving step {which.step} failed ({reason}); again in '
-                f'{pause:g} s',
-                flush=True,
+                f'{pause:g} s'
             )
             time.sleep(pause)
 
@@ -260,7 +261,7 @@ def _save(workdir, which, arrays, texts):
     """One checkpoint, complete with its name or not at all."""
     folder = os.path.abspath(os.path.join(workdir, checkpoint_reader.FOLDER))
     if not os.path.isdir(folder):
-        print(f'warning: {folder} was gone; made anew', flush=True)
+        _LOGGER.warning(f'warning: {folder} was gone; made anew')
         os.makedirs(folder)
     part = os.path.join(folder, _PART + which.name)
     final = os.path.abspath(checkpoint_reader.folder_of(workdir, which))

@@ -12,6 +12,7 @@ import os
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
+from flax_densenet import settings
 from flax_densenet.cli import options, recipes
 from flax_densenet.errors import UserError
 
@@ -50,11 +51,11 @@ def parse(argv: list[str], commands: dict[str, options.Command]) -> options.Invo
     values = absl_flags.FlagValues()
     for flag in dict.fromkeys(command.all_flags().values()):
         flag.define(values)
-    recipe, settings = None, []
+    recipe, fields = None, []
     if command.fields:
-        recipe, settings = _parse_settings(values, given)
+        recipe, fields = _parse_settings(values, given)
     rest = [str(flag) for flag in given if not _is_setting(flag.name)]
-    _call_absl(values, [*settings, *rest], recipe)
+    _call_absl(values, [*fields, *rest], recipe)
     return options.Invocation(
         command,
         values,
@@ -104,6 +105,8 @@ def _split(arguments, commands, fields):
             positionals.append(argument)
             continue
         name, equals, value = argument.lstrip('-').partition('=')
+        if name.startswith('config.'):
+            name = f'config.{settings.current_name(name.removeprefix("config."))}'
         if equals:
             given.append(_Given(name, value))
             continue
@@ -251,11 +254,11 @@ def _parse_settings(values, given):
     file = recipe or recipes.find('base')
     recipes.provide_configs(recipe)
     fields = [str(f) for f in given if _is_setting(f.name) and f.name != 'config']
-    settings = [f'--config={file.file_and_argument}', *fields]
+    fields = [f'--config={file.file_and_argument}', *fields]
     config_flags.DEFINE_config_file(
-        'config', None, '', flag_values=values, sys_argv=['', *settings]
+        'config', None, '', flag_values=values, sys_argv=['', *fields]
     )
-    return recipe, settings
+    return recipe, fields
 
 
 def load_config(text: str) -> ConfigDict:

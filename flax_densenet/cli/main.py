@@ -7,6 +7,7 @@ from flax_densenet import errors
 from flax_densenet.cli import command_line, commands, help_text
 from flax_densenet.distributed import processes
 from flax_densenet.errors import UserError
+from flax_densenet.system import logs
 
 
 def entry():
@@ -61,6 +62,7 @@ def _run(argv):
     if text is not None:
         print(text)
         return 0
+    logs.show_messages()
     invocation = command_line.parse(argv, commands.COMMANDS)
     if invocation.command.fields:
         join_processes(invocation.flags)

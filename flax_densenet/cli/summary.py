@@ -8,6 +8,7 @@ from flax_densenet.system import paths
 
 def run(invocation: options.Invocation):
     """Prints a table of the layers."""
+    from flax_densenet import settings as settings_lib
     from flax_densenet.data import dataset
     from flax_densenet.models import factory, summary
     from flax_densenet.train import finetune
@@ -15,18 +16,17 @@ def run(invocation: options.Invocation):
 
     config = invocation.fields
     found = weight_file.load(config['init_from']) if config['init_from'] else None
-    fields = transfer.resolve_model(config['model'], found)
-    images = transfer.resolve_data(config['data'], found)
-    size = images['image_size']
+    settings = transfer.resolve(settings_lib.from_config(config), found)
+    size = settings.preparation.image_size
     if not size:
-        kind = images['source'].partition(':')[0]
+        kind = settings.data.source.partition(':')[0]
         size = dataset.DEFAULT_IMAGE_SIZES.get(kind, 224)
     # A summary reads no data, so there are 1000 classes unless there are weights.
     classes = found.num_classes if found else 1000
-    module = factory.create_model(num_classes=classes, **fields)
-    plan = finetune.make_plan(module, **finetune.plan_fields(config))
-    shape = (size, size, images['channels'])
-    print(f'{fields["variant"]} with {classes} classes')
+    module = factory.from_settings(settings.model, num_classes=classes)
+    plan = finetune.plan_of(module, settings)
+    shape = (size, size, settings.preparation.channels)
+    print(f'{settings.model.variant} with {classes} classes')
     print(summary.format_summary(module, shape, rates=plan.rates))
     if str(plan):
         print(plan)

@@ -12,6 +12,7 @@ grain's threads or processes, so a set of any size takes the memory of a few bat
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,8 @@ from flax_densenet import settings
 from flax_densenet.data import duplicates as duplicates_lib
 from flax_densenet.data import images, label_table, readers, sources, splits
 from flax_densenet.errors import UserError
+
+_LOGGER = logging.getLogger(__name__)
 
 BAD_IMAGES = ('error', 'skip')
 CACHES = ('none', 'memory')
@@ -299,7 +302,7 @@ def load_source(
     if known_classes is None:
         _check_counts(source, split)
     if split.summary:
-        print(split.summary, flush=True)
+        _LOGGER.info(split.summary)
     parts = _make_parts(listing, split, preparation, cache, cache_limit_gib)
     return Source(
         name=source,
@@ -386,7 +389,7 @@ def _check_cache(count, preparation, limit_gib):
             f'more than data.cache_limit_gib={limit_gib:g}; raise it or use '
             'data.cache=none'
         )
-    print(f'data.cache=memory: {count} decoded images take {need:.2f} GiB', flush=True)
+    _LOGGER.info(f'data.cache=memory: {count} decoded images take {need:.2f} GiB')
 
 
 def join(first: Examples, second: Examples) -> Examples:

@@ -1,10 +1,13 @@
 """What the data's loaders tell while they list a source: one line for each guess."""
 
 import collections
+import logging
 import os
 
 from flax_densenet.data import images
 from flax_densenet.errors import printable
+
+_LOGGER = logging.getLogger(__name__)
 
 _REMEDIES = {
     "pip install 'flax_densenet[heic]' reads them": '.heic .heif .hif .heics',
@@ -29,7 +32,7 @@ _REMEDY_OF = {
 
 def say(line: str):
     """Prints a line about the data, whatever the names in it hold."""
-    print(printable(line), flush=True)
+    _LOGGER.info(printable(line))
 
 
 class Passed:

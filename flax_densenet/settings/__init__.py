@@ -3,6 +3,7 @@
 from flax_densenet.settings.config import (
     RENAMED,
     SECTIONS,
+    current_name,
     flatten,
     from_config,
     from_saved,
@@ -37,6 +38,7 @@ __all__ = [
     'Settings',
     'SourceSettings',
     'TrainingSettings',
+    'current_name',
     'flatten',
     'from_config',
     'from_saved',

@@ -62,7 +62,12 @@ def from_config(config: Settings | Mapping[str, Any] | Any) -> Settings:
     """
     if isinstance(config, Settings):
         return config
-    return _from_fields(_flat(config), _raise_unknown, _LOGGER.warning)
+    given = dict(_flat(config))
+    for old in RENAMED.keys() & given.keys():
+        value, new = given.pop(old), current_name(old)
+        # If a recipe sets the old name, the new one is there too, with its default.
+        given[new] = given.get(new) or value
+    return _from_fields(given, _raise_unknown)
 
 
 def from_saved(saved: Mapping[str, Any]) -> Settings:
@@ -75,7 +80,7 @@ def from_saved(saved: Mapping[str, Any]) -> Settings:
       UserError: a value is of another type.
     """
     known = {name: saved[name] for name in ('init_from', *SECTIONS) if name in saved}
-    return _from_fields(_flat(known), lambda name: None, lambda *notice: None)
+    return _from_fields(dict(_flat(with_current_names(known))), lambda name: None)
 
 
 def to_config(settings: Settings) -> dict[str, Any]:
@@ -94,6 +99,16 @@ def flatten(settings: Settings) -> dict[str, Any]:
     return dict(_flat(to_config(settings)))
 
 
+def current_name(name: str) -> str:
+    """The name that a field has now; a former one is reported in a line."""
+    if name not in RENAMED:
+        return name
+    _LOGGER.warning(
+        f'warning: {name} is now called {RENAMED[name]}; the old name still works'
+    )
+    return RENAMED[name]
+
+
 def with_current_names(config: Mapping[str, Any]) -> dict[str, Any]:
     """A saved config with the fields under the names that they have now."""
     found = dict(config)
@@ -101,9 +116,9 @@ def with_current_names(config: Mapping[str, Any]) -> dict[str, Any]:
         section, _, name = old.partition('.')
         fields = found.get(section)
         if isinstance(fields, dict) and name in fields:
-            fields = dict(fields)
-            fields.setdefault(new.partition('.')[2], fields.pop(name))
-            found[section] = fields
+            value, now = fields[name], new.partition('.')[2]
+            fields = {k: v for k, v in fields.items() if k != name}
+            found[section] = fields | {now: fields.get(now) or value}
     return found
 
 
@@ -118,18 +133,7 @@ def _flat(config):
             yield from ((f'{section}.{name}', value) for name, value in fields.items())
 
 
-def _from_fields(
-    pairs, reject: Callable[[str], None], notify: Callable[..., None]
-) -> Settings:
-    given = dict(pairs)
-    for old, new in RENAMED.items():
-        if old not in given:
-            continue
-        value = given.pop(old)
-        notify('warning: %s is now called %s; the old name still works', old, new)
-        # A default stands there under the new name where a recipe sets the old one.
-        if new not in given or not given[new]:
-            given[new] = value
+def _from_fields(given: dict[str, Any], reject: Callable[[str], None]) -> Settings:
     groups: dict[str, dict[str, Any]] = {}
     top = {}
     for name, value in given.items():

@@ -14,6 +14,7 @@ others. What a search is told of a setting is the mean over the seeds.
 
 import gc
 import itertools
+import logging
 import os
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,6 +33,8 @@ from flax_densenet.sweeps import record as sweep_record
 from flax_densenet.sweeps import table as sweep_table
 from flax_densenet.system import lock, signals
 from flax_densenet.train import fit
+
+_LOGGER = logging.getLogger(__name__)
 
 _REPEATS = 50  # of settings that were there already, after which a search ends
 _REMEDY = 'use another --workdir, or the same settings'
@@ -92,7 +95,7 @@ def run(
         finally:
             optuna.close()
         rows = sweep_page.save(workdir, kept)
-    print(sweep_page.format_end(workdir, kept, rows), flush=True)
+    _LOGGER.info(sweep_page.format_end(workdir, kept, rows))
     if all(row.setting.state == 'failed' for row in rows):
         raise UserError(
             f'all {len(rows)} settings failed, the first one so: {kept.settings[0].why}'
@@ -178,10 +181,9 @@ class _Sweep:
                 continue
             self.tuner.finish(number, _mean(known[0]))
             if next(repeats) == _REPEATS:
-                print(
+                _LOGGER.info(
                     f'the search ends with {len(self.book.settings)} settings: '
-                    f'{_REPEATS} suggestions in a row were among them already',
-                    flush=True,
+                    f'{_REPEATS} suggestions in a row were among them already'
                 )
                 return
 
@@ -200,7 +202,7 @@ class _Sweep:
                 self.train_run(setting, seed)
             except (UserError, MemoryError, RuntimeError) as error:
                 setting.why, setting.state = _why_failed(error), 'failed'
-                print(f'{setting} failed: {setting.why}', flush=True)
+                _LOGGER.info(f'{setting} failed: {setting.why}')
             finally:
                 # Or each run would leave its compiled programs in memory.
                 jax.clear_caches()
@@ -219,7 +221,7 @@ class _Sweep:
         name = self.book.folder(setting, seed)
         folder = os.path.join(self.workdir, name)
         fields = setting.fields | {space.SEED: str(seed)}
-        print(f'{name} of {self.plan.count}: {sweep_plan.join(fields)}', flush=True)
+        _LOGGER.info(f'{name} of {self.plan.count}: {sweep_plan.join(fields)}')
         settings = self.plan.override(fields)
         watch = _Watch(
             self.tuner,
@@ -242,7 +244,7 @@ class _Sweep:
         )
         if watch.pruned:
             setting.state = 'pruned'
-            print(f'{setting}: pruned after epoch {len(records)}', flush=True)
+            _LOGGER.info(f'{setting}: pruned after epoch {len(records)}')
 
     def tell(self, setting):
         """Tells Optuna what came of a setting."""

@@ -6,10 +6,13 @@ that a crash leaves nothing to remove.
 
 import contextlib
 import errno
+import logging
 import os
 import socket
 
 from flax_densenet.errors import UserError
+
+_LOGGER = logging.getLogger(__name__)
 
 FILE = '.lock'
 # Of file systems that have no such locks (some of the network).
@@ -80,8 +83,7 @@ def _take(file, folder, doing):
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        print(
+        _LOGGER.warning(
             f'warning: no lock can be had on {folder} ({error.strerror}): start no '
-            'second process there',
-            flush=True,
+            'second process there'
         )

@@ -1,20 +1,23 @@
 """The lines that a run prints before it starts."""
 
+import logging
+
 import jax
 
-from flax_densenet import errors
+from flax_densenet import errors, settings
 from flax_densenet.data import class_balance
 from flax_densenet.train import progressive_resizing, training_run
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def announce(run: training_run.TrainingRun):
     """Prints what is trained on what."""
     side = run.source.train.image_size
-    print(
+    _LOGGER.info(
         f'{run.settings.model.variant}: {len(run.source.train)} images to train '
         f'on, {len(run.source.test)} to test on, {len(run.source.class_names)} '
-        f'classes, {side}x{side}; {run.mesh.size} {jax.default_backend()} device(s)',
-        flush=True,
+        f'classes, {side}x{side}; {run.mesh.size} {jax.default_backend()} device(s)'
     )
     growing = progressive_resizing.describe(
         progressive_resizing.parse(run.settings.augmentation.size_schedule),
@@ -22,26 +25,22 @@ def announce(run: training_run.TrainingRun):
         last=side,
     )
     if growing:
-        print(f'images to train on: {growing}', flush=True)
+        _LOGGER.info(f'images to train on: {growing}')
     if str(run.plan):
-        print(run.plan, flush=True)
-    if missing := describe_missing(run.config['train']):
-        print(missing, flush=True)
+        _LOGGER.info(run.plan)
+    if missing := describe_missing(run.settings.train):
+        _LOGGER.info(missing)
     _print_balance(run)
 
 
-def describe_missing(fields) -> str:
-    """Which files a run does not write as their extras are not installed, or ''.
-
-    Args:
-      fields: those of `config.train`.
-    """
+def describe_missing(train: settings.TrainingSettings) -> str:
+    """Which files a run does not write as their extras are not installed, or ''."""
     files = {'report': [], 'tensorboard': []}
     if not errors.is_installed('matplotlib'):
         files['report'] += ['curves.png', 'samples.png']
-    if fields['report'] and not errors.is_installed('jinja2', 'plotly'):
+    if train.report and not errors.is_installed('jinja2', 'plotly'):
         files['report'].append('report.html')
-    if fields['tensorboard'] and not errors.is_installed('tensorboardX'):
+    if train.tensorboard and not errors.is_installed('tensorboardX'):
         files['tensorboard'].append('TensorBoard events')
     extras = ','.join(extra for extra, missing in files.items() if missing)
     if not extras:
@@ -58,7 +57,7 @@ def _print_balance(run):
         return
     line = class_balance.describe(train.labels, run.source.class_names, said)
     if line:
-        print(line, flush=True)
+        _LOGGER.info(line)
     if not run.plan.head_only and run.module.has_batch_norm:
         _warn_of_few_values(run)
 
@@ -68,17 +67,15 @@ def _warn_of_few_values(run):
     rows, said, remedy = _rows_of_statistics(run)
     side = run.module.last_map_side(run.size_in(1))
     if rows == side == 1:
-        print(
+        _LOGGER.warning(
             f'warning: {said}: the last batch norms see one value of each '
             'feature, which leaves only their biases: nothing can be learned; '
-            f'{remedy}',
-            flush=True,
+            f'{remedy}'
         )
     elif rows == 1:
-        print(
+        _LOGGER.warning(
             f'warning: {said}: batch norm sees one image at a time, by '
-            f'which its running statistics say little; {remedy}',
-            flush=True,
+            f'which its running statistics say little; {remedy}'
         )
 
 

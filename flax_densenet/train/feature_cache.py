@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import time
 
 import jax
@@ -14,6 +15,8 @@ from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import evaluate
 from flax_densenet.models import densenet, initialization
+
+_LOGGER = logging.getLogger(__name__)
 
 CACHES = ('auto', 'off')
 _GIB = 2**30
@@ -107,7 +110,7 @@ def cache_features(
     """
     reason = _why_not(module, source, changes, limit_gib)
     if reason:
-        print(f'each epoch computes the features again: {reason}', flush=True)
+        _LOGGER.info(f'each epoch computes the features again: {reason}')
         return None
     backbone = module.clone(num_classes=0)
 
@@ -123,11 +126,10 @@ def cache_features(
         )
         parts.append(_collect(compute, variables, batches, len(examples), mesh))
         batches.close()
-    print(
+    _LOGGER.info(
         f'features of {sum(map(len, parts))} images, {parts[0].features.shape[1]} '
         f'each, computed in {time.perf_counter() - start:.1f} s; the classifier '
-        'trains on them',
-        flush=True,
+        'trains on them'
     )
     return dataclasses.replace(source, train=parts[0], test=parts[1])
 

@@ -7,6 +7,7 @@ checkpoint needs nothing but arrays, and the same command again goes on where it
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import sys
 import threading
@@ -40,6 +41,8 @@ from flax_densenet.train import (
     training_run,
 )
 from flax_densenet.weights import trained as trained_lib
+
+_LOGGER = logging.getLogger(__name__)
 
 _IN_LINE = {ord('\n'): '\\n', ord('\r'): '\\r'}  # of file names
 
@@ -103,12 +106,12 @@ def fit(
                 )
                 _train(work, state, epochs_done, ends_after)
         elif epochs_done < epochs:
-            print(
+            _LOGGER.info(
                 f'{workdir} has stopped {_describe_early_stop(run, records)}; '
                 'nothing to train'
             )
         else:
-            print(f'{workdir} has its {epochs} epochs already; nothing to train')
+            _LOGGER.info(f'{workdir} has its {epochs} epochs already; nothing to train')
         del state  # the report needs the memory for the best one
         saver.wait()
         processes.barrier('trained')  # all are to find the same best checkpoint
@@ -139,10 +142,9 @@ def _finish(run, records, *, anew):
     if mesh.is_writer():
         pictures = ['curves.png', 'samples.png'] if drawn else ['metrics.jsonl']
         *names, last = ['checkpoints', *written, *pictures]
-        print(
+        _LOGGER.info(
             f'best: epoch {best["epoch"]}, Test_acc: {best["test_accuracy"]:.1%}; '
-            f'{", ".join(names)} and {last} are in {run.workdir}',
-            flush=True,
+            f'{", ".join(names)} and {last} are in {run.workdir}'
         )
     return best
 
@@ -173,10 +175,7 @@ def _save_report(run, *, anew):
         )
         page.save_report(run.workdir, trained, source, found)
     except UserError as error:
-        print(
-            f'no {page.REPORT_FILE}: {error}; try: report RUN',
-            flush=True,
-        )
+        _LOGGER.info(f'no {page.REPORT_FILE}: {error}; try: report RUN')
         return []
     return [page.REPORT_FILE]
 
@@ -203,13 +202,13 @@ def _train(work: loop.Loop, state, epochs_done, ends_after):
                 # First, since a resumed run hides what comes after its checkpoint.
                 shown.add_epoch(record, max(records, key=checkpoint_reader.rank))
                 work.save_epoch(state)
-                print(format_epoch(record), flush=True)
+                _LOGGER.info(format_epoch(record))
                 if work.agree(record['step'])[0]:
                     work.wait_for_saved()
                     raise work.stop.stopped(f'epoch {epoch} is saved')
                 ended = ends_after(record)
                 if _should_stop(run, records):
-                    print(f'stopped {_describe_early_stop(run, records)}', flush=True)
+                    _LOGGER.info(f'stopped {_describe_early_stop(run, records)}')
                     ended = True
                 if ended:
                     break
@@ -270,7 +269,7 @@ def _start(run):
     place = f'after epoch {metadata["epoch"]}'
     if not latest.finished:
         place = f'in epoch {metadata["epoch"] + 1}, after step {latest.step},'
-    print(f'going on {place} in {run.workdir}', flush=True)
+    _LOGGER.info(f'going on {place} in {run.workdir}')
     restored = loop.from_items(**items)
     return _spread(run, restored, state), metadata
 
@@ -317,12 +316,12 @@ def _write_run_files(run):
     path = os.path.join(run.workdir, 'skipped_images.txt')
     if skipped:
         _write_lines(path, skipped)
-        print(f'skipped {len(skipped)} bad images, listed in {path}', flush=True)
+        _LOGGER.info(f'skipped {len(skipped)} bad images, listed in {path}')
     copies = run.source.duplicates
     path = os.path.join(run.workdir, 'duplicates.txt')
     if copies:
         _write_lines(path, copies)
-        print(f'{len(copies)} images have copies, listed in {path}', flush=True)
+        _LOGGER.info(f'{len(copies)} images have copies, listed in {path}')
 
 
 def _write_lines(path, lines):
@@ -348,7 +347,7 @@ def _report_unread(run, batches, record):
     found = _of_all('unread', batches.unread)
     if found:
         what = 'the next ones stand in for them'
-        print(unreadable.describe(found, run.source.train, what), flush=True)
+        _LOGGER.info(unreadable.describe(found, run.source.train, what))
         record['train_unread'] = len(found)
     batches.unread.clear()
 
@@ -382,7 +381,7 @@ def _test(work, state, record):
     if left_out:
         found['test_unread'] = len(left_out)
         line = 'left out of the test'
-        print(unreadable.describe(left_out, run.source.test, line), flush=True)
+        _LOGGER.info(unreadable.describe(left_out, run.source.test, line))
     if run.source.multi_label:
         found['test_mean_auroc'] = metrics['mean_auroc']
         names = run.source.class_names

@@ -17,6 +17,7 @@ minimum moved 1.2 to 2.1 times between seeds, once 4.4 times.
 
 import dataclasses
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -34,6 +35,8 @@ from flax_densenet.distributed import mesh
 from flax_densenet.errors import UserError
 from flax_densenet.report import plots
 from flax_densenet.train import announce, prepare, training_run
+
+_LOGGER = logging.getLogger(__name__)
 
 LOWEST, HIGHEST = 1e-7, 10.0
 MIN_STEPS = 40  # with fewer, noise passes for a fall
@@ -75,10 +78,9 @@ def find(
     run = _prepare(settings, workdir, steps)
     checkpoint_reader.make_workdir(workdir)
     announce.announce(run)
-    print(
+    _LOGGER.info(
         f'range test of {steps} steps, learning rates from {LOWEST:g} to {HIGHEST:g}, '
-        'starting as a new run would',
-        flush=True,
+        'starting as a new run would'
     )
     losses, stopped = _measure(run, steps)
     if len(losses) <= _first(steps):
@@ -104,8 +106,8 @@ def find(
             figure.savefig(os.path.join(workdir, PICTURE), dpi=110)
             where = f'{PICTURE} and {FILE} are in {workdir}'
         else:
-            print(f"no {PICTURE}: it needs pip install 'flax_densenet[report]'")
-        print(_format(result, where), flush=True)
+            _LOGGER.info(f"no {PICTURE}: it needs pip install 'flax_densenet[report]'")
+        _LOGGER.info(_format(result, where))
     return result
 
 

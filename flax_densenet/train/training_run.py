@@ -5,6 +5,7 @@ that they mean the same by the same fields.
 """
 
 import dataclasses
+import logging
 import time
 from typing import Any
 
@@ -21,6 +22,8 @@ from flax_densenet.distributed import zero
 from flax_densenet.models import initialization, network
 from flax_densenet.train import ema, feature_cache, finetune, progressive_resizing, step
 from flax_densenet.weights import transfer, weight_file
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -231,7 +234,7 @@ def compile_step(run: TrainingRun, state: step.TrainState, frozen: int, start: i
     )
     start = time.perf_counter()
     compiled = step.compile_train_step(train_step, state, batch, run.mesh)
-    print(f'compiled in {time.perf_counter() - start:.1f} s', flush=True)
+    _LOGGER.info(f'compiled in {time.perf_counter() - start:.1f} s')
     return compiled
 
 

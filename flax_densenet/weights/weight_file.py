@@ -10,6 +10,7 @@ some are missing, unexpected or of another shape, an error lists them all.
 import dataclasses
 import functools
 import json
+import logging
 import os
 import warnings
 from typing import Any
@@ -32,6 +33,8 @@ from flax_densenet.weights import (
 )
 from flax_densenet.weights import channels as channels_lib
 from flax_densenet.weights import metadata as metadata_lib
+
+_LOGGER = logging.getLogger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -117,7 +120,7 @@ def load(path: str) -> Weights:
             warnings.simplefilter('always', UserWarning)
             arrays, fields, family = keras_files.read(path)
         for note in notes:
-            print(printable(str(note.message)), flush=True)
+            _LOGGER.warning(printable(str(note.message)))
         return _make(path, family, arrays, fields)
     if kind == 'safetensors':
         return _load_safetensors(path)

@@ -8,11 +8,11 @@ import numpy as np
 import optax
 import pytest
 
-from flax_densenet import UserError, create_model, init_variables
+from flax_densenet import UserError, create_model, init_variables, settings
 from flax_densenet import losses as losses_lib
 from flax_densenet.data import class_balance, dataset, pipeline
 from flax_densenet.train import announce, feature_cache, finetune, step, training_run
-from helpers.runs import tiny_config, write_images
+from helpers.runs import change_settings, tiny_config, write_images
 
 COUNTS = {'ants': 30, 'bees': 3, 'wasps': 1}
 
@@ -134,10 +134,12 @@ def test_weights_act_through_the_gradient():
         take = step.make_train_step(
             module,
             optimizer,
-            mean=(0.5,) * 3,
-            std=(0.5,) * 3,
-            frozen=len(module.stages()) - 1,
-            class_weights=weights,
+            step.StepOptions(
+                mean=(0.5,) * 3,
+                std=(0.5,) * 3,
+                frozen=len(module.stages()) - 1,
+                class_weights=weights,
+            ),
         )
         state = step.new_state(variables, optimizer)
         state, loss = take(state, jax.tree.map(lambda leaf: leaf[rows], batch))
@@ -172,13 +174,13 @@ def test_what_is_said(source, value, line, capsys):
 
 
 def run_of(source, value, **fields):
-    config = tiny_config(**{'data.balance': value})
+    made = settings.from_config(tiny_config(**{'data.balance': value}))
     nothing = dict.fromkeys(training_run.TrainingRun.__dataclass_fields__) | {
         'source': source
     }
     plan = finetune.Plan(rates={}, frozen=0, head_epochs=0, stages=[('classifier',)])
     return training_run.TrainingRun(
-        **nothing | {'config': config, 'plan': plan} | fields
+        **nothing | {'settings': made, 'plan': plan} | fields
     )
 
 
@@ -198,7 +200,7 @@ def test_the_step_gets_the_weights(source):
 def test_a_run_draws_evenly(source):
     for value, expected in (('none', [60, 6, 2]), ('sampler', [23, 23, 22])):
         run = run_of(source, value)
-        run.config['data']['batch_size'] = 34
+        change_settings(run, **{'data.batch_size': 34})
         batches = training_run.train_batches(run, source, 0)
         labels = np.concatenate([next(batches)['label'] for _ in range(2)])
         batches.close()

@@ -17,7 +17,7 @@ import pytest
 
 from configs import base
 from faults import fuzz_seeds
-from flax_densenet import UserError, create_model
+from flax_densenet import UserError, create_model, settings
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.checkpoints import run_folder
 from flax_densenet.data import dataset
@@ -330,18 +330,18 @@ def test_a_file_of_a_run_that_is_no_object(name, tmp_path):
 )
 def test_numbers_of_absurd_size(section, name, value):
     config = base.get_config().to_dict()
-    config['data'] = transfer.resolve_data(config['data'], None)
-    checks.check_fields(config)
+    checks.check_settings(transfer.resolve(settings.from_config(config), None))
     config[section][name] = value
+    wrong = transfer.resolve(settings.from_config(config), None)
     with pytest.raises(UserError, match=f'{section}.{name}={value} must be from'):
-        checks.check_fields(config)
+        checks.check_settings(wrong)
 
 
 def test_channels_of_absurd_number():
     """Each would be a number of the mean, 16 GB of them."""
-    fields = base.get_config().to_dict()['data'] | {'channels': 2**31}
+    preparation = settings.PreparationSettings(channels=2**31)
     with pytest.raises(UserError, match='data.channels=2147483648 is not known'):
-        transfer.resolve_data(fields, None)
+        transfer.resolve_preparation(preparation, None)
 
 
 @pytest.mark.parametrize('field', [{'split_seed': -1}, {'image_size': 10**9}])

@@ -115,13 +115,15 @@ def take(
     train_step = step.make_train_step(
         module,
         optimizer,
-        mean=(0.5, 0.4, 0.3),
-        std=(0.2, 0.25, 0.3),
-        l2_penalty=1e-3,
-        gradient_clip=0.5,
-        class_weights=None if labels else [1.0, 2.0, np.nan if bad else 0.5],
-        accumulate_steps=accumulate_steps,
-        frozen=frozen,
+        step.StepOptions(
+            mean=(0.5, 0.4, 0.3),
+            std=(0.2, 0.25, 0.3),
+            l2_penalty=1e-3,
+            gradient_clip=0.5,
+            class_weights=None if labels else [1.0, 2.0, np.nan if bad else 0.5],
+            accumulate_steps=accumulate_steps,
+            frozen=frozen,
+        ),
     )
     compiled, losses = None, []
     for number in range(STEPS):

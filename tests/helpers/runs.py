@@ -9,6 +9,7 @@ from PIL import Image
 
 from configs import base
 from flax_densenet import create_model, init_variables
+from flax_densenet import settings as settings_lib
 from flax_densenet.data import pipeline
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.train import training_run
@@ -64,6 +65,15 @@ def tiny_config(**overrides):
     config.train.report = False
     config.update_from_flattened_dict(overrides)
     return plain(config)
+
+
+def change_settings(run, **fields):
+    """Changes settings of a prepared run, by name."""
+    config = settings_lib.to_config(run.settings)
+    for field, value in fields.items():
+        section, _, name = field.partition('.')
+        config[section][name] = value
+    run.settings = settings_lib.from_config(config)
 
 
 def tiny_trained(source, *, seed=0, **metadata):

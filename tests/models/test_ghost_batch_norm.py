@@ -12,7 +12,7 @@ from flax_densenet import UserError, create_model, init_variables
 from flax_densenet.kernels import cpu as cpu_kernels
 from flax_densenet.models import ghost_batch_norm
 from flax_densenet.train import announce, checks, fit, prepare, step
-from helpers.runs import tiny_config
+from helpers.runs import change_settings, tiny_config
 
 GROUP, COUNT = 2, 3
 IMAGES = np.random.default_rng(0).standard_normal((6, 8, 8, 3), np.float32)
@@ -109,7 +109,7 @@ def test_groups_and_parts_drop_out_differently(drops):
     assert not np.allclose(logits[:3], logits[3:])
     options = dict(seed=0, l2_penalty=0.0, frozen=0, accumulate_steps=2)
     differentiate = step.make_gradients(
-        make(**fields), mean=(0.5,) * 3, std=(0.2,) * 3, **options
+        make(**fields), step.StepOptions(mean=(0.5,) * 3, std=(0.2,) * 3, **options)
     )
     batch = {
         'image': np.uint8(30 * np.abs(images)).reshape(2, 3, *images.shape[1:]),
@@ -190,10 +190,10 @@ def test_a_run_of_before_the_field(tmp_path, monkeypatch):
     monkeypatch.setattr(checks.checkpoint_reader, 'find_latest', lambda workdir: None)
     saved = json.loads(json.dumps(saved))
     monkeypatch.setattr(checks.checkpoint_reader, 'load_json', lambda *place: saved)
-    checks.check_same_run('there', run.metadata)
-    run.metadata['model']['batch_norm_group'] = 4
+    checks.check_same_run('there', run)
+    change_settings(run, **{'model.batch_norm_group': 4})
     with pytest.raises(UserError, match='a run with model.batch_norm_group=0, not 4'):
-        checks.check_same_run('there', run.metadata)
+        checks.check_same_run('there', run)
 
 
 @pytest.mark.parametrize(

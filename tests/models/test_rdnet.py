@@ -18,7 +18,8 @@ from flax_densenet.evaluation import evaluate
 from flax_densenet.export import formats
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.kernels import depthwise
-from flax_densenet.models import layers, summary
+from flax_densenet.models import factory, layers, summary
+from flax_densenet.settings import ModelSettings
 from flax_densenet.train import announce, finetune, fit, prepare
 from flax_densenet.weights import rdnet_names, transfer, weight_file
 from flax_densenet.weights import trained as trained_lib
@@ -371,22 +372,21 @@ def test_files_that_are_not_whole(change, message):
 def test_weights_and_config_that_differ(trained):
     workdir, _ = trained
     found = weight_file.load(workdir)
-    open_fields = dict.fromkeys(('growth_rate', 'stem_features'))
-    settled = transfer.resolve_model({'variant': None} | open_fields, found)
-    assert create_model(num_classes=10, **settled) == found.module
+    settled = transfer.resolve_model(ModelSettings(), found)
+    assert factory.from_settings(settled, num_classes=10) == found.module
     for fields, message in (
         (
             {'variant': 'densenet121'},
             'holds a rdnet_tiny; the config says model.variant=',
         ),
         (
-            {'variant': None, 'growth_rate': 12},
+            {'growth_rate': 12},
             'config says model.growth_rate=12: leave',
         ),
-        ({'variant': None, 'stem_features': 12}, 'with stem_features=8; the config'),
+        ({'stem_features': 12}, 'with stem_features=8; the config'),
     ):
         with pytest.raises(UserError, match=message):
-            transfer.resolve_model(fields, found)
+            transfer.resolve_model(ModelSettings(**fields), found)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from flax_densenet import errors
+from flax_densenet import errors, settings
 from flax_densenet.cli import main, trained_model
 from flax_densenet.data import dataset
 from flax_densenet.data.packed import writer as pack_writer
@@ -138,8 +138,8 @@ def test_line_of_files_not_written(monkeypatch, hidden, fields, line):
         expected = (
             f"not written: {names}; they need pip install 'flax_densenet{extras}'"
         )
-    fields = {'report': True, 'tensorboard': True} | fields
-    assert announce.describe_missing(fields) == expected
+    train = settings.TrainingSettings(**fields)
+    assert announce.describe_missing(train) == expected
 
 
 @pytest.mark.slow

@@ -11,10 +11,9 @@ import sys
 import pytest
 
 from configs import base
-from flax_densenet import create_model
-from flax_densenet.data import dataset
-from flax_densenet.models import densenet, factory, rdnet
-from flax_densenet.train import optimizers
+from flax_densenet import settings
+from flax_densenet.models import factory
+from flax_densenet.train import finetune, optimizers, prepare
 from flax_densenet.weights import transfer
 from helpers.paths import ROOT
 
@@ -28,8 +27,8 @@ IMPORTS = {
     'losses': '',
     'models': 'kernels settings',
     'data': 'system settings',
-    'checkpoints': 'distributed system',
-    'weights': 'models data checkpoints distributed system',
+    'checkpoints': 'distributed system settings',
+    'weights': 'settings models data checkpoints distributed system',
     'evaluation': 'weights models data losses distributed system',
     'inference': 'weights models data distributed system',
     'report': 'evaluation inference weights models data checkpoints distributed system',
@@ -37,7 +36,7 @@ IMPORTS = {
     'export': 'report evaluation inference weights models data checkpoints system',
     'train': 'evaluation weights models data losses checkpoints distributed system '
     'settings report',
-    'sweeps': 'train report checkpoints system',
+    'sweeps': 'settings train report checkpoints system',
 }
 # Whose files and functions are of some length at most.
 LIMITED = ('flax_densenet', 'benchmarks')
@@ -152,49 +151,29 @@ def fields(config, prefix=''):
 @pytest.mark.parametrize('name', RECIPES)
 def test_recipes(name):
     """Only fields of base; a model and an optimizer come out; the page says how."""
-    module = importlib.import_module(f'configs.{name}')
-    config = module.get_config()
+    recipe = importlib.import_module(f'configs.{name}')
+    config = recipe.get_config()
     assert set(fields(config)) == set(fields(base.get_config()))
-    assert 'python launch.py' in module.__doc__
-    assert create_model(num_classes=2, **transfer.resolve_model(config.model, None))
-    kwargs = dict(config.optimizer)
-    ours = ('l2_penalty', 'layer_decay', 'head_multiplier', 'gradient_clip')
-    for field in (*ours, 'shard_state'):
-        kwargs.pop(field)
-    names = ('learning_rate', 'schedule', 'drop_at', 'warmup_epochs')
+    assert 'python launch.py' in recipe.__doc__
+    made = transfer.resolve(settings.from_config(config), None)
+    module = factory.from_settings(made.model, num_classes=2)
     schedule = optimizers.make_schedule(
-        **{n: kwargs.pop(n) for n in names},
-        epochs=config.train.epochs,
-        steps_per_epoch=10.0,
+        **vars(made.schedule), epochs=made.train.epochs, steps_per_epoch=10.0
     )
-    assert optimizers.make_optimizer(schedule, **kwargs)
-
-
-def test_base_has_each_field_of_the_functions():
-    """A field that a function gained and base.py forgot would be out of reach."""
-    config = base.get_config()
-    skip = {'num_classes'}
-    known = {
-        name
-        for network in (densenet.DenseNet, rdnet.RDNet)
-        for name in factory.field_defaults(network)
-    }
-    assert set(config.model) == {'variant'} | known - skip
-    loading = {'source', 'batch_size', 'mean', 'std', 'augment', 'threads', 'workers'}
-    loading |= {'balance', 'color_jitter', 'policy', 'erase', 'mixup', 'cutmix', 'tta'}
-    loading |= {'size_schedule'}
-    assert set(config.data) == loading | set(dataset.load_source.__kwdefaults__)
+    plan = finetune.make_plan(module, epochs=1)
+    assert prepare.make_optimizer(made, plan, schedule, None, head_steps=0)
 
 
 def test_birds():
     """The recipe to reproduce, field by field."""
     config = importlib.import_module('configs.birds').get_config()
-    assert transfer.resolve_model(config.model, None)['variant'] == 'densenet121'
+    settled = transfer.resolve(settings.from_config(config), None)
+    assert settled.model.variant == 'densenet121'
     assert config.data.source == 'folder:data/bird_photos'
     assert (config.data.batch_size, config.train.epochs) == (4, 40)
-    settled = transfer.resolve_data(config.data, None)
-    assert settled['mean'] == (0.485, 0.456, 0.406)
-    assert (settled['resize'], settled['channels']) == ('stretch', 3)
+    settled = settled.preparation
+    assert settled.mean == (0.485, 0.456, 0.406)
+    assert (settled.resize, settled.channels) == ('stretch', 3)
     assert config.optimizer.learning_rate == 1e-4
     config = importlib.import_module('configs.birds_tf').get_config()
     assert config.model.padding == 'same'

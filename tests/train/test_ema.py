@@ -54,7 +54,7 @@ def test_by_hand(devices):
         step.new_state(variables, optimizer, average=first), mesh
     )
     train_step = step.make_train_step(
-        module, optimizer, mean=MEAN, std=STD, frozen=1, ema=DECAY
+        module, optimizer, step.StepOptions(mean=MEAN, std=STD, frozen=1, ema=DECAY)
     )
     batch = mesh_lib.to_global(make_batch(0, size=8), mesh)
     compiled = step.compile_train_step(train_step, state, batch, mesh)

@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 
-from configs import base
 from flax_densenet import UserError, create_model, init_variables
 from flax_densenet.data import dataset
 from flax_densenet.distributed import mesh as mesh_lib
@@ -18,7 +17,6 @@ from flax_densenet.train import (
     fit,
     optimizers,
     step,
-    training_run,
 )
 from flax_densenet.weights import trained as trained_lib
 from helpers.blocks import require_native
@@ -58,7 +56,9 @@ def take_steps(frozen):
     mesh, variables = mesh_lib.make_mesh(), init_variables(module, 0)
     state = mesh_lib.replicate(step.new_state(variables, optimizer), mesh)
     train_step = step.make_train_step(
-        module, optimizer, mean=MEAN, std=STD, l2_penalty=0.1, frozen=frozen
+        module,
+        optimizer,
+        step.StepOptions(mean=MEAN, std=STD, l2_penalty=0.1, frozen=frozen),
     )
     batch = mesh_lib.to_global(make_batch(0), mesh)
     compiled = step.compile_train_step(train_step, state, batch, mesh)
@@ -106,7 +106,7 @@ def test_frozen_blocks_have_no_backward_call():
     calls = {}
     for frozen in (0, 2, 3, 4):
         train_step = step.make_train_step(
-            module, optimizer, mean=MEAN, std=STD, frozen=frozen
+            module, optimizer, step.StepOptions(mean=MEAN, std=STD, frozen=frozen)
         )
         text = jax.jit(train_step).lower(state, make_batch(0)).as_text()
         calls[frozen] = [
@@ -417,15 +417,3 @@ def test_summary():
         module, (32, 32, 3), rates=finetune.make_rates(module)
     )
     assert plain == summary.format_summary(module, (32, 32, 3))
-
-
-def test_base_has_each_field():
-    sections = base.get_config()
-    plan = set(finetune.make_plan.__kwdefaults__) - {'has_weights'}
-    assert plan < set(sections.train) | set(sections.optimizer)
-    for section, names in finetune._PLAN_FIELDS.items():
-        assert set(names) <= set(sections[section])
-    rest = {'epochs', 'seed', 'cache_features', 'tensorboard', 'report'}
-    rest |= {'checkpoint_every', 'on_nonfinite', 'deterministic', 'accumulate_steps'}
-    rest |= {'patience', *training_run.LOSS_FIELDS}
-    assert set(sections.train) == rest | set(training_run.PHASE_FIELDS)

@@ -20,6 +20,7 @@ from flax_densenet.system import atomic, lock, signals
 from flax_densenet.train import announce, fit, optimizers, phases, prepare, step
 from helpers.runs import (
     assert_equal_bits,
+    change_settings,
     make_weights,
     read_records,
     tiny_config,
@@ -156,7 +157,7 @@ def steps():
         lambda count: 1.0, name='sgd', momentum=0.0, weight_decay=0.0
     )
     train_step = step.make_train_step(
-        module, optimizer, mean=MEAN, std=STD, gradient_clip=0.01
+        module, optimizer, step.StepOptions(mean=MEAN, std=STD, gradient_clip=0.01)
     )
     mesh = mesh_lib.make_mesh(jax.devices()[:1])
     state = mesh_lib.replicate(
@@ -265,7 +266,7 @@ def test_batches_of_one_are_said(tmp_path, capsys):
     run = prepare.prepare(
         tiny_config(**{'data.image_size': 4, 'data.batch_size': 4}), str(tmp_path)
     )
-    run.config['data']['batch_size'] = 1
+    change_settings(run, **{'data.batch_size': 1})
     announce.announce(run)
     assert 'the last batch norms see one value' in capsys.readouterr().out
 

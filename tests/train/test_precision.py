@@ -38,8 +38,12 @@ def trace(dtype, **fields):
         'epoch': np.zeros(8, np.int32),
     }
     options = dict(mean=(0.5,) * 3, std=(0.2,) * 3, l2_penalty=0.1)
-    take = step.make_train_step(module, optimizer, gradient_clip=1.0, **options)
-    differentiate = step.make_gradients(module, seed=0, frozen=0, **options)
+    take = step.make_train_step(
+        module, optimizer, step.StepOptions(gradient_clip=1.0, **options)
+    )
+    differentiate = step.make_gradients(
+        module, step.StepOptions(seed=0, frozen=0, **options)
+    )
     program, results = jax.make_jaxpr(take, return_shape=True)(state, batch)
     return program, results, jax.eval_shape(differentiate, state, batch)
 

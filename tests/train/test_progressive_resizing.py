@@ -68,7 +68,7 @@ def run(tmp_path_factory):
 
 
 def test_the_step_alone_tells_the_size(run):
-    count, rows = len(run.source.train), run.config['data']['batch_size']
+    count, rows = len(run.source.train), run.batch_size
     assert count % rows  # epochs end inside of batches
     last = step.last_step_of_epoch(4, count, rows)
     found = [run.size_at(start) for start in range(last)]

@@ -29,7 +29,9 @@ def run(devices, steps=3, **fields):
     module = create_model('BC-L10k4', num_classes=3, **fields)
     optimizer = optax.sgd(0.1)
     mesh, state = make_state(module, optimizer, devices)
-    train_step = step.make_train_step(module, optimizer, mean=MEAN, std=STD)
+    train_step = step.make_train_step(
+        module, optimizer, step.StepOptions(mean=MEAN, std=STD)
+    )
     compiled = None
     for seed in range(steps):
         batch = mesh_lib.to_global(make_batch(seed), mesh)
@@ -70,7 +72,9 @@ def test_the_state_is_donated():
     module = create_model('BC-L10k4', num_classes=3)
     optimizer = optax.adam(1e-3)
     mesh, state = make_state(module, optimizer)
-    train_step = step.make_train_step(module, optimizer, mean=MEAN, std=STD)
+    train_step = step.make_train_step(
+        module, optimizer, step.StepOptions(mean=MEAN, std=STD)
+    )
     batch = mesh_lib.to_global(make_batch(0), mesh)
     compiled = step.compile_train_step(train_step, state, batch, mesh)
     compiled(state, batch)
@@ -142,7 +146,7 @@ def test_loss_is_what_it_says():
     gradient = jax.jit(jax.grad(loss_of))(params, penalty)
     expected = jax.tree.map(lambda p, g: p - g, params, gradient)
     train_step = step.make_train_step(
-        module, optimizer, mean=MEAN, std=STD, l2_penalty=penalty
+        module, optimizer, step.StepOptions(mean=MEAN, std=STD, l2_penalty=penalty)
     )
     state, loss = jax.jit(train_step)(state, batch)
     assert float(loss) == pytest.approx(float(jax.jit(loss_of)(params, 0.0)), rel=1e-5)
@@ -228,7 +232,9 @@ def test_dropout_changes_with_the_step():
     module = create_model('BC-L10k4', num_classes=3, dropout_rate=0.5)
     optimizer = optax.sgd(0.0)
     _, state = make_state(module, optimizer, jax.devices()[:1])
-    train_step = jax.jit(step.make_train_step(module, optimizer, mean=MEAN, std=STD))
+    train_step = jax.jit(
+        step.make_train_step(module, optimizer, step.StepOptions(mean=MEAN, std=STD))
+    )
     losses = [
         float(train_step(state.replace(step=jnp.int32(number)), make_batch(0))[1])
         for number in (0, 0, 1)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from flax_densenet import create_model, load_trained
+from flax_densenet import load_trained
 from flax_densenet.errors import UserError
 from flax_densenet.export import formats
 from flax_densenet.weights import trained, weight_file
@@ -270,15 +270,17 @@ def test_chest_x_rays(whole, torchvision, tmp_path):
 
 @pytest.mark.slow
 def test_a_161_is_no_121(torchvision, tmp_path):
+    from flax_densenet.models import factory
+    from flax_densenet.settings import ModelSettings
     from flax_densenet.weights import transfer
 
     model = torchvision.models.densenet161(weights=None)
     torch.save(model.state_dict(), tmp_path / 'x.pth')
     found = weight_file.load(str(tmp_path / 'x.pth'))
     with pytest.raises(UserError, match='holds a densenet161 with growth_rate=48'):
-        transfer.resolve_model({'variant': 'densenet121'}, found)
-    settled = transfer.resolve_model({'variant': None}, found)
-    assert create_model(num_classes=1000, **settled) == found.module
+        transfer.resolve_model(ModelSettings(variant='densenet121'), found)
+    settled = transfer.resolve_model(ModelSettings(), found)
+    assert factory.from_settings(settled, num_classes=1000) == found.module
 
 
 @pytest.mark.slow

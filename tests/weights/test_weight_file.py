@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from flax_densenet import UserError, create_model
+from flax_densenet import UserError, settings
 from flax_densenet.export import formats
+from flax_densenet.models import factory
 from flax_densenet.train import fit
 from flax_densenet.weights import channels as channels_lib
 from flax_densenet.weights import torch_names, torch_pickle, transfer, weight_file
@@ -150,7 +151,7 @@ def test_an_unusual_compression(tmp_path):
 def test_config_and_weights_disagree(tmp_path):
     path = write_safetensors(tmp_path / 'x', state_dict())
     found = weight_file.load(path)
-    fields = tiny_config()['model'] | {'variant': 'densenet161'}
+    fields = settings.ModelSettings(variant='densenet161')
     with pytest.raises(UserError) as caught:
         transfer.resolve_model(fields, found)
     for part in (
@@ -160,25 +161,24 @@ def test_config_and_weights_disagree(tmp_path):
         'variant out',
     ):
         assert part in str(caught.value)
-    fields = tiny_config()['model'] | {'variant': None}
-    settled = transfer.resolve_model(fields, found)
-    assert create_model(num_classes=5, **settled) == found.module
+    settled = transfer.resolve_model(settings.ModelSettings(), found)
+    assert factory.from_settings(settled, num_classes=5) == found.module
     with pytest.raises(UserError, match='bottleneck=2; the config says bottleneck=4'):
-        transfer.resolve_model(fields | {'bottleneck': 4}, found)
+        transfer.resolve_model(settings.ModelSettings(bottleneck=4), found)
 
 
 def test_preprocessing_comes_with_the_weights(tmp_path, capsys):
     path = write_safetensors(tmp_path / 'x', state_dict())
     found = weight_file.load(path)
-    fields = tiny_config()['data'] | {'image_size': 0}
-    settled = transfer.resolve_data(fields, found)
+    settled = transfer.resolve_preparation(settings.PreparationSettings(), found)
     wanted = dict(
         image_size=224, resize='crop', crop_fraction=0.875, interpolation='bilinear',
         channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
     )  # fmt: skip
-    assert {name: settled[name] for name in wanted} == wanted
+    assert vars(settled) == wanted
     assert capsys.readouterr().out == ''
-    transfer.resolve_data(fields | {'std': (1.0, 1.0, 1.0)}, found)
+    given = settings.PreparationSettings(std=(1.0, 1.0, 1.0))
+    transfer.resolve_preparation(given, found)
     assert (
         'made with data.std=(0.229, 0.224, 0.225); the config says (1.0, 1.0, 1.0)'
         in (capsys.readouterr().out)

@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
 import threading
@@ -28,6 +29,8 @@ from flax_densenet.data.packed import records
 from flax_densenet.errors import UserError, printable
 from flax_densenet.system import atomic, lock
 from flax_densenet.system import paths as paths_lib
+
+_LOGGER = logging.getLogger(__name__)
 
 PROGRESS, SKIPPED = 'progress.jsonl', 'skipped.txt'
 KINDS = ('folder', 'tar')
@@ -136,9 +139,8 @@ class _Packer:
         complete = self._find_complete(jobs, threads)
         left = [job for job in jobs if job.file not in complete]
         if complete:
-            print(
-                f'{self.out}: {len(complete)} of {len(jobs)} shards are complete',
-                flush=True,
+            _LOGGER.info(
+                f'{self.out}: {len(complete)} of {len(jobs)} shards are complete'
             )
         try:
             complete |= self._write_all(

@@ -120,14 +120,16 @@ def gradients_of(labels, fields, *, parts=1, classes=3, **options):
     module = create_model('L7k2', num_classes=classes, block_sizes=(1,), kernel='xla')
     differentiate = step.make_gradients(
         module,
-        mean=MEAN,
-        std=STD,
-        seed=0,
-        l2_penalty=0.0,
-        frozen=0,
-        mix=fields,
-        accumulate_steps=parts,
-        **options,
+        step.StepOptions(
+            mean=MEAN,
+            std=STD,
+            seed=0,
+            l2_penalty=0.0,
+            frozen=0,
+            mix=fields,
+            accumulate_steps=parts,
+            **options,
+        ),
     )
     state = step.new_state(init_variables(module, 0), optax.sgd(0.1))
     batch = {'image': IMAGES, 'label': labels}

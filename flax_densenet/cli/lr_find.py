@@ -1,13 +1,26 @@
 """`lr_find`: which learning rates make sense for a model and data."""
 
+from flax_densenet import errors
 from flax_densenet.cli import arguments, options
 
 
 def run(invocation: options.Invocation):
     """Raises the learning rate step by step; prints and plots the losses."""
+    from flax_densenet.distributed import mesh
+    from flax_densenet.report import plots
     from flax_densenet.train import lr_finder
 
-    lr_finder.find(invocation.fields, invocation.workdir, steps=invocation.flags.steps)
+    workdir = invocation.workdir
+    result = lr_finder.find(invocation.fields, workdir, steps=invocation.flags.steps)
+    if not mesh.is_writer():
+        return
+    where = f'{lr_finder.FILE} is in {workdir}'
+    if errors.is_installed('matplotlib'):
+        picture = plots.save_rates(workdir, result)
+        where = f'{picture} and {lr_finder.FILE} are in {workdir}'
+    else:
+        print(f"no {plots.RATES_FILE}: it needs pip install 'flax_densenet[report]'")
+    print(f'{lr_finder.describe(result)}; {where}', flush=True)
 
 
 COMMAND = options.Command(

@@ -5,11 +5,20 @@ from flax_densenet.cli import arguments, options
 
 def run(invocation: options.Invocation):
     """Trains in the run's folder."""
+    from flax_densenet import settings
+    from flax_densenet.report import finished, plots
     from flax_densenet.system import signals
     from flax_densenet.train import fit
 
+    workdir = invocation.workdir
     with signals.stop_gently() as stop:
-        fit.fit(invocation.fields, invocation.workdir, stop=stop)
+        result = fit.fit(
+            settings.from_config(invocation.fields),
+            workdir,
+            stop=stop,
+            save_samples=plots.save_samples,
+        )
+        finished.write(workdir, **result.report_options())
 
 
 COMMAND = options.Command(

@@ -11,6 +11,7 @@ from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.system import atomic
 from flax_densenet.weights import trained
 
+RATES_FILE = 'lr_find.png'
 _TRAIN, _TEST, _BEST = '#1f77b4', '#d95f02', '#555555'
 
 
@@ -63,6 +64,14 @@ def save_curves(workdir: str, records):
     """Writes `curves.png`."""
     with atomic.replacing(os.path.join(workdir, 'curves.png'), 'wb') as file:
         plot_curves(records).savefig(file, format='png', dpi=110)
+
+
+def save_rates(workdir: str, result) -> str:
+    """Writes `lr_find.png`, of what `train.lr_finder.find` returned; its name."""
+    columns = (result[name] for name in ('learning_rate', 'loss', 'mean'))
+    figure = plot_rates(*columns, result['suggestion'])
+    figure.savefig(os.path.join(workdir, RATES_FILE), dpi=110)
+    return RATES_FILE
 
 
 def plot_rates(rates, losses, means, suggestion):

@@ -26,6 +26,7 @@ from flax_densenet import settings as settings_lib
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.checkpoints import run_folder
 from flax_densenet.errors import UserError
+from flax_densenet.report import finished, plots
 from flax_densenet.sweeps import optuna_study, space
 from flax_densenet.sweeps import page as sweep_page
 from flax_densenet.sweeps import plan as sweep_plan
@@ -231,7 +232,14 @@ class _Sweep:
         )
         # Epochs that were finished when the process was killed, and not told.
         if not any(map(watch, run_folder.load_run(folder).records)):
-            fit.fit(settings, folder, stop=self.stop, ends_after=watch)
+            result = fit.fit(
+                settings,
+                folder,
+                stop=self.stop,
+                ends_after=watch,
+                save_samples=plots.save_samples,
+            )
+            finished.write(folder, **result.report_options())
         records = run_folder.load_run(folder).records
         best = max(records, key=checkpoint_reader.rank)
         if best.get('test_mean_auroc') is not None:

@@ -25,8 +25,7 @@ from flax_densenet.checkpoints import writer as checkpoint_writer
 from flax_densenet.data import unreadable
 from flax_densenet.distributed import agreement, mesh, processes, zero
 from flax_densenet.errors import UserError
-from flax_densenet.evaluation import evaluate, results
-from flax_densenet.report import page, plots
+from flax_densenet.evaluation import evaluate
 from flax_densenet.system import atomic, environment, lock, signals
 from flax_densenet.train import (
     announce,
@@ -40,11 +39,41 @@ from flax_densenet.train import (
     tensorboard,
     training_run,
 )
-from flax_densenet.weights import trained as trained_lib
 
 _LOGGER = logging.getLogger(__name__)
 
 _IN_LINE = {ord('\n'): '\\n', ord('\r'): '\\r'}  # of file names
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """A run that has ended.
+
+    Attributes:
+      best: the record of the best epoch, as in `metrics.jsonl`.
+      records: of all epochs.
+      run: what it worked with: settings, data, model, devices.
+      trained: False if all epochs were there before.
+    """
+
+    best: dict[str, Any]
+    records: list[dict[str, Any]]
+    run: training_run.TrainingRun
+    trained: bool
+
+    def report_options(self) -> dict[str, Any]:
+        """Arguments of `report.finished.write` after the folder."""
+        run = self.run
+        return {
+            'records': self.records,
+            'source': run.source,
+            'report': run.settings.train.report,
+            'renew': self.trained,
+            'mesh': run.mesh,
+            'batch_size': run.part_size,
+            'threads': run.settings.loader.threads,
+            'workers': run.settings.loader.workers,
+        }
 
 
 def fit(
@@ -53,7 +82,8 @@ def fit(
     *,
     stop: signals.Stop | None = None,
     ends_after: Callable[[dict[str, Any]], bool] = lambda record: False,
-) -> dict[str, Any]:
+    save_samples: Callable[..., None] | None = None,
+) -> FitResult:
     """Trains, evaluates after each epoch, and keeps the latest and best checkpoints.
 
     The state comes from the latest whole checkpoint in `workdir`, else from
@@ -66,9 +96,11 @@ def fit(
         it a KeyboardInterrupt goes through, and the checkpoints stay as they are.
       ends_after: called with the record of each epoch; True ends the run there, as its
         last epoch would. The same call again would go on.
+      save_samples: draws the training images of the first step, as
+        `report.plots.save_samples`; called in a thread of its own when training starts.
 
     Returns:
-      The record of the best epoch, as in `metrics.jsonl`.
+      The records and what they are of.
 
     Raises:
       UserError: a field, the data or the workdir cannot be used, saving failed for
@@ -104,7 +136,7 @@ def fit(
                     agreement.Agreement(run.mesh),
                     skipped=metadata.get('skipped_steps', 0),
                 )
-                _train(work, state, epochs_done, ends_after)
+                _train(work, state, epochs_done, ends_after, save_samples)
         elif epochs_done < epochs:
             _LOGGER.info(
                 f'{workdir} has stopped {_describe_early_stop(run, records)}; '
@@ -112,10 +144,9 @@ def fit(
             )
         else:
             _LOGGER.info(f'{workdir} has its {epochs} epochs already; nothing to train')
-        del state  # the report needs the memory for the best one
         saver.wait()
         processes.barrier('trained')  # all are to find the same best checkpoint
-        return _finish(run, records, anew=left)
+        return FitResult(max(records, key=checkpoint_reader.rank), records, run, left)
 
 
 def _should_stop(run, records):
@@ -132,55 +163,7 @@ def _lock(workdir):
     return lock.hold(workdir) if mesh.is_writer() else contextlib.nullcontext()
 
 
-def _finish(run, records, *, anew):
-    """Draws the curves, writes the report, and returns the best record."""
-    best = max(records, key=checkpoint_reader.rank)
-    drawn = errors.is_installed('matplotlib')
-    if mesh.is_writer() and drawn:
-        plots.save_curves(run.workdir, records)
-    written = _save_report(run, anew=anew)
-    if mesh.is_writer():
-        pictures = ['curves.png', 'samples.png'] if drawn else ['metrics.jsonl']
-        *names, last = ['checkpoints', *written, *pictures]
-        _LOGGER.info(
-            f'best: epoch {best["epoch"]}, Test_acc: {best["test_accuracy"]:.1%}; '
-            f'{", ".join(names)} and {last} are in {run.workdir}'
-        )
-    return best
-
-
-def _save_report(run, *, anew):
-    """Writes the page of the best checkpoint; a failure takes nothing from the run.
-
-    Returns:
-      Its name in a list, or an empty one.
-    """
-    there = os.path.exists(os.path.join(run.workdir, page.REPORT_FILE))
-    if there and not anew:
-        return [page.REPORT_FILE]
-    if not run.settings.train.report or not processes.broadcast(
-        'report', lambda: errors.is_installed('jinja2', 'plotly')
-    ):
-        return []
-    loader, source = run.settings.loader, run.source
-    try:
-        trained = trained_lib.load_trained(run.workdir, 'best', mesh=run.mesh)
-        found = results.collect(
-            trained,
-            source.test,
-            source.class_names,
-            batch_size=run.part_size,
-            threads=loader.threads,
-            workers=loader.workers,
-        )
-        page.save_report(run.workdir, trained, source, found)
-    except UserError as error:
-        _LOGGER.info(f'no {page.REPORT_FILE}: {error}; try: report RUN')
-        return []
-    return [page.REPORT_FILE]
-
-
-def _train(work: loop.Loop, state, epochs_done, ends_after):
+def _train(work: loop.Loop, state, epochs_done, ends_after, save_samples):
     """Takes the epochs that are left, adding the record of each to the others."""
     run, shown, records = work.run, work.shown, work.records
     epochs = run.settings.train.epochs
@@ -188,7 +171,7 @@ def _train(work: loop.Loop, state, epochs_done, ends_after):
     # A second of drawing, for which the first step need not wait.
     with phases.open_phase(run) as phase, futures.ThreadPoolExecutor(1) as beside:
         phase.enter(state, epochs_done + 1)
-        drawn = beside.submit(_save_samples, run, shown)
+        drawn = beside.submit(_save_samples, run, shown, save_samples)
         with work.stop.busy():
             for epoch in range(epochs_done + 1, epochs + 1):
                 phase.enter(state, epoch)
@@ -331,12 +314,12 @@ def _write_lines(path, lines):
         file.writelines(line.translate(_IN_LINE) + '\n' for line in lines)
 
 
-def _save_samples(run, shown):
-    if not mesh.is_writer() or not errors.is_installed('matplotlib'):
+def _save_samples(run, shown, save):
+    if save is None or not mesh.is_writer() or not errors.is_installed('matplotlib'):
         return
     if sys.platform.startswith('linux'):  # there this is about the thread alone
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-    sample_grid.save(run)
+    sample_grid.save(run, save)
     shown.add_picture('samples', os.path.join(run.workdir, 'samples.png'))
 
 

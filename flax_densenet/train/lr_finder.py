@@ -28,19 +28,17 @@ import numpy as np
 import optax
 from tqdm import tqdm
 
-from flax_densenet import errors
 from flax_densenet import settings as settings_lib
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.distributed import mesh
 from flax_densenet.errors import UserError
-from flax_densenet.report import plots
 from flax_densenet.train import announce, prepare, training_run
 
 _LOGGER = logging.getLogger(__name__)
 
 LOWEST, HIGHEST = 1e-7, 10.0
 MIN_STEPS = 40  # with fewer, noise passes for a fall
-FILE, PICTURE = 'lr_find.json', 'lr_find.png'
+FILE = 'lr_find.json'
 _DIVERGED = 4.0  # times the lowest mean
 
 
@@ -50,7 +48,7 @@ def find(
     *,
     steps: int = 100,
 ) -> dict[str, Any]:
-    """Runs the test and writes `lr_find.json` and `lr_find.png` into the workdir.
+    """Runs the test and writes `lr_find.json` into the workdir.
 
     Steps, batches, augmentation and optimizer are those that training would begin with
     (`train.seed`, `init_from`); the state is dropped and checkpoints in the workdir are
@@ -60,7 +58,7 @@ def find(
 
     Args:
       settings: of `settings.from_config`, or a config that it takes.
-      workdir: folder of the two files; made where absent.
+      workdir: folder of the file; made where absent.
       steps: of the test, from `LOWEST` to `HIGHEST`, whatever the epoch's length. A
         hundred are twelve for each factor of 10; small or noisy sets need some more.
 
@@ -100,14 +98,6 @@ def find(
     if mesh.is_writer():
         with open(os.path.join(workdir, FILE), 'w') as file:
             json.dump(result, file, indent=2)
-        where = f'{FILE} is in {workdir}'
-        if errors.is_installed('matplotlib'):
-            figure = plots.plot_rates(rates, losses, means, result['suggestion'])
-            figure.savefig(os.path.join(workdir, PICTURE), dpi=110)
-            where = f'{PICTURE} and {FILE} are in {workdir}'
-        else:
-            _LOGGER.info(f"no {PICTURE}: it needs pip install 'flax_densenet[report]'")
-        _LOGGER.info(_format(result, where))
     return result
 
 
@@ -226,16 +216,17 @@ def _lowest(means):
     return first + int(np.argmin(means[first:]))
 
 
-def _format(result, where):
+def describe(result: dict[str, Any]) -> str:
+    """The suggestion of `find` in words."""
     stopped = f'; {result["stopped"]} at ' if result['stopped'] else ''
     if stopped:
         stopped += f'{result["learning_rate"][-1]:.1e}'
     if result['suggestion'] is None:
         return (
             'no suggestion: the loss fell by no more than its noise; try more --steps, '
-            f'unless what is trained fits already{stopped}; {where}'
+            f'unless what is trained fits already{stopped}'
         )
     return (
         f'suggested: --config.optimizer.learning_rate={result["suggestion"]:g} (a '
-        f'tenth of the rate with the lowest mean loss){stopped}; {where}'
+        f'tenth of the rate with the lowest mean loss){stopped}'
     )

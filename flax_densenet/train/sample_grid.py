@@ -1,23 +1,27 @@
 """`samples.png`: the first training images, with all that is done to them."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import numpy as np
 
 from flax_densenet.data.augment import mixing
-from flax_densenet.report import plots
 from flax_densenet.train import feature_cache, step, training_run
 
 
-def save(run: training_run.TrainingRun):
-    """Draws the images of the first step into the run's folder."""
+def save(run: training_run.TrainingRun, save_samples: Callable[..., None]):
+    """Draws the images of the first step into the run's folder.
+
+    Args:
+      save_samples: as `report.plots.save_samples`.
+    """
     batches = training_run.train_batches(run, run.source, 0)
     try:
         batch = next(batches)
     finally:
         batches.close()
-    plots.save_samples(
+    save_samples(
         run.workdir,
         _first_part(run, batch),
         run.source.class_names,

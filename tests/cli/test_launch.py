@@ -16,7 +16,7 @@ import pytest
 from flax_densenet import load_trained
 from flax_densenet.cli import commands
 from flax_densenet.inference import feature_files
-from flax_densenet.train import fit
+from flax_densenet.train import fit, lr_finder
 from helpers import commands as helper
 from helpers.paths import ROOT
 from helpers.runs import make_weights, tiny_config, write_images
@@ -46,6 +46,29 @@ def launch(*arguments, cwd=ROOT):
 @pytest.fixture
 def main(monkeypatch, capfd):
     return helper.make_main(monkeypatch, capfd)
+
+
+def test_lr_find_writes_and_says_where(main, tmp_path, monkeypatch):
+    result = {'suggestion': 0.01, 'stopped': None, 'mean': [2.0, 1.0]}
+    result |= {'learning_rate': [0.01, 0.1], 'loss': [2.0, 1.0]}
+    monkeypatch.setattr(lr_finder, 'find', lambda fields, workdir, steps: result)
+    done = main('lr_find', f'--workdir={tmp_path}')
+    assert done == (
+        0,
+        'suggested: --config.optimizer.learning_rate=0.01 (a tenth of the rate with '
+        f'the lowest mean loss); lr_find.png and lr_find.json are in {tmp_path}\n',
+        '',
+    )
+    assert (tmp_path / 'lr_find.png').read_bytes()[:4] == b'\x89PNG'
+
+
+def test_a_former_name_of_a_field(main, tmp_path):
+    done = main('summary', '--config.data.colour_jitter=(0.4,)', 'BC-L10k4')
+    assert done[0] == 0, done
+    assert done[1].startswith(
+        'warning: data.colour_jitter is now called data.color_jitter; the old name '
+        'still works\nBC-L10k4 with 1000 classes\n'
+    )
 
 
 def one_line_error(status, out, err):

@@ -217,7 +217,7 @@ def test_a_run(table, tmp_path, capsys):
             'data.batch_size': 32, 'train.epochs': 6, 'optimizer.learning_rate': 1e-2,
         }
     )  # fmt: skip
-    best = fit.fit(config, str(tmp_path / 'run'))
+    best = fit.fit(config, str(tmp_path / 'run')).best
     out = capsys.readouterr().out
     assert f'data.labels={path}: 2 labels (red, blue) of 120 images' in out
     assert f'Test_auroc: {best["test_mean_auroc"]:.3f}, Lr' in out

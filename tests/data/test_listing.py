@@ -19,7 +19,7 @@ from flax_densenet.data import dataset, listing, sources
 from flax_densenet.errors import printable
 from flax_densenet.train import fit, prepare
 from helpers.paths import ROOT
-from helpers.runs import tiny_config, write_images
+from helpers.runs import tiny_config, train_with_pages, write_images
 
 
 def load(folder, **fields):
@@ -175,7 +175,7 @@ def test_names_of_any_bytes(strange_folder, tmp_path, capsys):
         }
     )
     run = tmp_path / 'run'
-    fit.fit(config, str(run))
+    train_with_pages(config, run)
     skipped = (run / 'skipped_images.txt').read_bytes()
     assert skipped.count(b'\n') == 1
     path, _, reason = skipped.partition(b' cannot be decoded')

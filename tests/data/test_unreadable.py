@@ -203,7 +203,7 @@ def test_a_run_goes_on(tmp_path, monkeypatch, capsys):
             'train.epochs': 3,
         }
     )
-    whole = fit.fit(config, str(tmp_path / 'whole'))
+    whole = fit.fit(config, str(tmp_path / 'whole')).best
     real = loop.take_epoch
 
     def lose_some(work, *args):

@@ -12,7 +12,8 @@ from flax_densenet import create_model, init_variables
 from flax_densenet import settings as settings_lib
 from flax_densenet.data import pipeline
 from flax_densenet.distributed import mesh as mesh_lib
-from flax_densenet.train import training_run
+from flax_densenet.report import finished, plots
+from flax_densenet.train import fit, training_run
 from flax_densenet.weights import trained as trained_lib
 
 # Whatever could depend on where a run was stopped is switched on.
@@ -65,6 +66,13 @@ def tiny_config(**overrides):
     config.train.report = False
     config.update_from_flattened_dict(overrides)
     return plain(config)
+
+
+def train_with_pages(config, workdir):
+    """Trains and writes pictures and the report, as the command does."""
+    result = fit.fit(config, str(workdir), save_samples=plots.save_samples)
+    finished.write(str(workdir), **result.report_options())
+    return result
 
 
 def change_settings(run, **fields):

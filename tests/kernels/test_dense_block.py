@@ -442,6 +442,6 @@ def test_training_with_the_native_kernel(tmp_path, monkeypatch):
     records = {}
     for kernel in ('native', 'xla'):
         config = tiny_config(**{'model.kernel': kernel, 'train.epochs': 1})
-        records[kernel] = fit.fit(config, str(tmp_path / kernel))
+        records[kernel] = fit.fit(config, str(tmp_path / kernel)).best
     for name in ('train_loss', 'test_loss'):
         assert records['native'][name] == pytest.approx(records['xla'][name], rel=1e-3)

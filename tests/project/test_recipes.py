@@ -179,7 +179,7 @@ def test_two_steps(name, argument, tmp_path):
         config['optimizer']['warmup_epochs'], 0.5
     )
     config['train'] |= {'epochs': 1, 'tensorboard': False, 'report': False}
-    best = fit.fit(config, str(tmp_path / 'run'))
+    best = fit.fit(config, str(tmp_path / 'run')).best
     assert best['epoch'] == 1 and np.isfinite(best['train_loss'])
     assert best['train_count'] == 16
 

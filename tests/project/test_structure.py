@@ -35,7 +35,7 @@ IMPORTS = {
     'serving': 'inference data',
     'export': 'report evaluation inference weights models data checkpoints system',
     'train': 'evaluation weights models data losses checkpoints distributed system '
-    'settings report',
+    'settings',
     'sweeps': 'settings train report checkpoints system',
 }
 # Whose files and functions are of some length at most.

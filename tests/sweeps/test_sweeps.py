@@ -128,15 +128,14 @@ class Objective:
         if len(self.events) == self.dies_at:
             raise KeyboardInterrupt(name)
 
-    def fit(self, config, folder, *, stop=None, ends_after):
+    def fit(self, settings, folder, *, stop=None, ends_after, save_samples):
         path = pathlib.Path(folder, 'metrics.jsonl')
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         done = len(path.read_text().splitlines())
-        for epoch in range(done + 1, config['train']['epochs'] + 1):
-            figure = self.figure(
-                config['optimizer']['learning_rate'], config['train']['seed'], epoch
-            )
+        train, rate = settings.train, settings.schedule.learning_rate
+        for epoch in range(done + 1, train.epochs + 1):
+            figure = self.figure(rate, train.seed, epoch)
             record = {'epoch': epoch, 'test_accuracy': figure, 'test_loss': 1 - figure}
             record['seconds'] = 60
             self.happens('epoch')
@@ -145,6 +144,7 @@ class Objective:
             self.trained[folder] = self.trained.get(folder, 0) + 1
             if ends_after(record):
                 break
+        return types.SimpleNamespace(report_options=dict)
 
 
 @functools.cache
@@ -170,6 +170,7 @@ def objective(monkeypatch):
     def use(figure):
         made = Objective(figure)
         monkeypatch.setattr(fit_lib, 'fit', made.fit)
+        monkeypatch.setattr(sweep_runner.finished, 'write', lambda folder: None)
         prepared = types.SimpleNamespace(source=None)
         monkeypatch.setattr(sweep_plan.prepare, 'prepare', lambda *_, **__: prepared)
         monkeypatch.setattr(sweep_runner.jax, 'clear_caches', lambda: None)

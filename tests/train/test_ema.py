@@ -171,13 +171,13 @@ def test_a_resumed_run_with_everything_is_the_uninterrupted_one(
 
     monkeypatch.setattr(fit, '_test', script)
     early = 'stopped early after epoch 4: none is better than epoch 2 (train.patience=2'
-    best = fit.fit(config, str(tmp_path / 'whole'))
+    best = fit.fit(config, str(tmp_path / 'whole')).best
     assert best['epoch'] == 2 and early in capsys.readouterr().out
     with monkeypatch.context() as patch:
         stop_after(patch, 14)  # in the middle of epoch 3
         with pytest.raises(Stopped):
             fit.fit(config, str(tmp_path / 'parts'))
-    assert fit.fit(config, str(tmp_path / 'parts'))['epoch'] == 2
+    assert fit.fit(config, str(tmp_path / 'parts')).best['epoch'] == 2
     out = capsys.readouterr().out
     assert 'going on after epoch 2' in out and early in out
     (number, whole), (_, parts) = (

@@ -271,7 +271,7 @@ def test_head_warmup_and_resuming(pretrained, tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def reads(monkeypatch):
-    """Positions of the images that are read, but for samples.png."""
+    """Positions of the images that are read."""
     positions, get = [], dataset.Examples.__getitem__
 
     def read(self, position):
@@ -279,7 +279,6 @@ def reads(monkeypatch):
         return get(self, position)
 
     monkeypatch.setattr(dataset.Examples, '__getitem__', read)
-    monkeypatch.setattr(fit, '_save_samples', lambda run, shown: None)
     return positions
 
 

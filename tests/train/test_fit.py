@@ -24,6 +24,7 @@ from helpers.runs import (
     reuse_steps,
     stop_after,
     tiny_config,
+    train_with_pages,
     write_images,
 )
 
@@ -87,7 +88,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys):
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp('trained')
     config = tiny_config(**{'train.epochs': 4, 'data.image_size': 8})
-    return workdir, config, fit.fit(config, str(workdir))
+    return workdir, config, train_with_pages(config, workdir).best
 
 
 @pytest.mark.drawn
@@ -111,7 +112,8 @@ def test_what_a_run_leaves(trained, capsys):
     assert steps == {best['step'], *(record['step'] for record in records[-2:])}
     assert not any(workdir.glob('events*'))  # of train.tensorboard=False
     # The same command again finds nothing to do.
-    assert fit.fit(config, str(workdir)) == best
+    again = fit.fit(config, str(workdir))
+    assert again.best == best and again.records == records and not again.trained
     assert 'has its 4 epochs already' in capsys.readouterr().out
 
 

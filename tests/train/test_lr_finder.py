@@ -18,7 +18,7 @@ from helpers.runs import tiny_config
 TINY = {'model.block_sizes': (1, 1)}
 
 
-def test_a_range_test(tmp_path, capsys):
+def test_a_range_test(tmp_path):
     # A checkpoint that is there is neither read, which would fail, nor changed.
     metadata = tmp_path / 'checkpoints' / '5' / 'metadata' / 'metadata'
     metadata.parent.mkdir(parents=True)
@@ -26,10 +26,11 @@ def test_a_range_test(tmp_path, capsys):
     found = lr_finder.find(tiny_config(**TINY), str(tmp_path), steps=40)
 
     assert sorted(path.name for path in tmp_path.rglob('*')) == [
-        *('5', 'checkpoints', 'lr_find.json', 'lr_find.png', 'metadata', 'metadata')
+        *('5', 'checkpoints', 'lr_find.json', 'metadata', 'metadata')
     ]
     assert metadata.read_text() == '{'
     assert json.loads((tmp_path / 'lr_find.json').read_text()) == found
+    assert plots.save_rates(str(tmp_path), found) == 'lr_find.png'
     assert (tmp_path / 'lr_find.png').read_bytes()[:4] == b'\x89PNG'
     assert len(found['loss']) == len(found['mean']) == len(found['learning_rate']) == 40
     assert found['learning_rate'][0] == 1e-7
@@ -39,10 +40,10 @@ def test_a_range_test(tmp_path, capsys):
     # With half of it and twice of it digits of 8x8 train well in four epochs.
     assert 3e-3 < found['suggestion'] < 0.3
     assert found['suggestion'] == pytest.approx(found['lowest_at'] / 10, rel=0.05)
-    last = capsys.readouterr().out.splitlines()[-1]
     flag = f'--config.optimizer.learning_rate={found["suggestion"]:g}'
-    assert last.startswith(f'suggested: {flag} (')
-    assert last.endswith(f'lr_find.png and lr_find.json are in {tmp_path}')
+    assert lr_finder.describe(found) == (
+        f'suggested: {flag} (a tenth of the rate with the lowest mean loss)'
+    )
 
 
 def test_rates_grow_by_one_factor():
@@ -70,7 +71,7 @@ def fake_losses(monkeypatch, losses):
     return seen
 
 
-def test_it_stops_where_the_loss_diverges(tmp_path, monkeypatch, capsys):
+def test_it_stops_where_the_loss_diverges(tmp_path, monkeypatch):
     losses = [*np.linspace(2.4, 2.3, 20), *np.linspace(2.3, 0.5, 10), *[100.0] * 70]
     fake_losses(monkeypatch, losses)
     found = lr_finder.find(tiny_config(**TINY), str(tmp_path))
@@ -79,7 +80,7 @@ def test_it_stops_where_the_loss_diverges(tmp_path, monkeypatch, capsys):
     rates = lr_finder.make_rates(100)
     assert found['learning_rate'] == rates[:31].tolist()
     assert found['suggestion'] == pytest.approx(rates[29] / 10, rel=0.05)
-    assert f'; the loss diverged at {rates[30]:.1e}; ' in capsys.readouterr().out
+    assert lr_finder.describe(found).endswith(f'; the loss diverged at {rates[30]:.1e}')
 
 
 @pytest.mark.parametrize('wrong', [math.nan, math.inf])
@@ -101,14 +102,13 @@ def test_a_loss_that_diverges_at_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_no_suggestion_where_nothing_falls(tmp_path, monkeypatch, capsys):
+def test_no_suggestion_where_nothing_falls(tmp_path, monkeypatch):
     noise = 2.3 + 0.1 * np.random.default_rng(0).standard_normal(100)
     fake_losses(monkeypatch, noise)
     found = lr_finder.find(tiny_config(**TINY), str(tmp_path))
     assert found['suggestion'] is None
-    assert (
+    assert lr_finder.describe(found).startswith(
         'no suggestion: the loss fell by no more than its noise'
-        in capsys.readouterr().out
     )
     # Of weights that fit already, four times the lowest loss is noise.
     losses = 0.02 * np.random.default_rng(0).random(100)

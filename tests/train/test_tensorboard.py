@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_densenet.train import fit, tensorboard
-from helpers.runs import Stopped, read_records, stop_after, tiny_config
+from flax_densenet.train import tensorboard
+from helpers.runs import (
+    Stopped,
+    read_records,
+    stop_after,
+    tiny_config,
+    train_with_pages,
+)
 
 pytestmark = pytest.mark.drawn
 
@@ -41,7 +47,7 @@ def test_a_resumed_run_is_shown_once(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         stop_after(patch, 18)
         with pytest.raises(Stopped):
-            fit.fit(config, str(tmp_path))
+            train_with_pages(config, tmp_path)
     events = read(tmp_path)
     before = steps(events, 'loss/step')
     assert before == [*range(1, max(before) + 1)]
@@ -54,7 +60,7 @@ def test_a_resumed_run_is_shown_once(tmp_path, monkeypatch):
     assert fields['data.mean'].string_value == '(0.485, 0.456, 0.406)'
     assert fields['model.fast'].bool_value is True
 
-    fit.fit(config, str(tmp_path))
+    train_with_pages(config, tmp_path)
     events = read(tmp_path)
     assert steps(events, 'loss/step') == [*range(1, 24)]
     records = read_records(tmp_path)

@@ -18,6 +18,7 @@ from configs import base
 from flax_densenet.checkpoints import run_folder
 from flax_densenet.cli import options as cli_options
 from flax_densenet.cli import sweep as sweep_command
+from flax_densenet.data import dataset
 from flax_densenet.errors import UserError
 from flax_densenet.report import page
 from flax_densenet.sweeps import optuna_study, space
@@ -527,9 +528,9 @@ def test_a_damaged_record(tmp_path, damage):
 
 
 def test_data_is_looked_through_once(monkeypatch):
-    looked, load = [], sweep_plan.prepare.load_source
+    looked, load = [], dataset.from_settings
     monkeypatch.setattr(
-        sweep_plan.prepare, 'load_source', lambda c: looked.append(0) or load(c)
+        dataset, 'from_settings', lambda *groups: looked.append(0) or load(*groups)
     )
     config = base.get_config()
     config.update_from_flattened_dict(
@@ -560,7 +561,7 @@ def test_a_run_that_ends_early(tmp_path):
         told.append(record['epoch'])
         return True
 
-    assert fit_lib.fit(config, str(tmp_path), ends_after=ends)['epoch'] == 1
+    assert fit_lib.fit(config, str(tmp_path), ends_after=ends).best['epoch'] == 1
     lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
     assert (told, len(lines)) == ([1], 1)
     fit_lib.fit(config, str(tmp_path), ends_after=ends)

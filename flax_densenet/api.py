@@ -180,13 +180,16 @@ def train(config: 'Config', workdir: str | os.PathLike[str]) -> TrainResult:
       UserError: a field, the data or the folder cannot be used, or the loss is not
         finite.
     """
-    from flax_densenet.checkpoints import reader, run_folder
+    from flax_densenet import settings
+    from flax_densenet.report import finished, plots
     from flax_densenet.train import fit
 
     workdir = os.fspath(workdir)
-    fit.fit(_fields(config), workdir)
-    records = run_folder.load_run(workdir).records
-    return TrainResult(workdir, max(records, key=reader.rank), records)
+    result = fit.fit(
+        settings.from_config(config), workdir, save_samples=plots.save_samples
+    )
+    finished.write(workdir, **result.report_options())
+    return TrainResult(workdir, result.best, result.records)
 
 
 def evaluate(
@@ -229,10 +232,10 @@ def evaluate(
             workers=0,
         )
     else:
-        fields = _data_fields(trained, data, labels) | {'batch_size': batch_size}
-        if not fields['source']:
+        settings = _data_settings(trained, data, labels, batch_size=batch_size)
+        if not settings.data.source:
             raise UserError(f'{path} does not say what it was trained on: pass data')
-        _, found, _ = results.of_data(trained, path, fields)
+        _, found, _ = results.of_data(trained, path, settings)
     return Evaluation(
         metrics=found.figures,
         class_names=found.class_names,
@@ -298,7 +301,7 @@ def export(
         samples = sample_images.from_files(patterns, preparation)
     else:
         samples = sample_images.from_model(
-            trained, path, _data_fields(trained), integers=precision == 'int8'
+            trained, path, _data_settings(trained), integers=precision == 'int8'
         )
     facts = release.run(file, shipped, samples)
     return ExportResult(file, file_format, dict(facts))
@@ -312,36 +315,16 @@ def _predictor(model):
     return load(model) if _is_path(model) else model
 
 
-def _fields(config):
-    """All fields as nested dicts of plain values; tuples stay tuples."""
-    from flax_densenet.checkpoints import run_folder
-    from flax_densenet.cli import command_line
-
-    given = config.to_dict() if hasattr(config, 'to_dict') else dict(config)
-    complete = get_config('base')
-    for name, value in run_folder.flatten(given).items():
-        command_line.check_field(name)
-        try:
-            complete.update_from_flattened_dict({name: value})
-        except (TypeError, ValueError) as error:
-            raise UserError(f'{name}={value!r}: {error}') from error
-    return {
-        name: dict(value) if isinstance(value, dict) else value
-        for name, value in complete.to_dict().items()
-    }
-
-
-def _data_fields(trained, data=None, labels=''):
-    """Fields of `config.data` to measure a model with, on its own data by default."""
+def _data_settings(trained, data=None, labels='', **changes):
+    """Settings to measure a model with, on its own data by default."""
+    from flax_densenet import settings
     from flax_densenet.cli import arguments
 
-    fields = {**_fields({})['data'], **trained.metadata['data']}
-    fields['image_size'] = fields['image_size'] or trained.metadata['image_size']
+    fields = {'source': '', **trained.metadata['data'], **changes}
+    fields['image_size'] = fields.get('image_size') or trained.metadata['image_size']
     if data is not None:
         fields |= {'source': arguments.source(os.fspath(data)), 'labels': labels}
-    elif 'source' not in trained.metadata['data']:
-        fields['source'] = ''
-    return fields
+    return settings.from_saved({'data': fields})
 
 
 def _array_examples(predictor, images, labels):

@@ -8,11 +8,11 @@ def run(invocation: options.Invocation):
     from flax_densenet.evaluation import results
 
     workdir = invocation.workdir
-    trained, path, fields = trained_model.load(invocation, workdir)
-    source, found, trained_on = results.of_data(trained, path, fields)
-    measured = results.describe(trained, fields['source'], weights=path)
+    trained, path, settings = trained_model.load(invocation, workdir)
+    source, found, trained_on = results.of_data(trained, path, settings)
+    measured = results.describe(trained, settings.data.source, weights=path)
     what = 'test images' if source.has_test or trained_on else 'images'
-    where = f'{len(found.labels)} {what} of {fields["source"]}, {measured.model}'
+    where = f'{len(found.labels)} {what} of {settings.data.source}, {measured.model}'
     results.save(workdir, found, measured)
     print(results.format_metrics_table(found, where))
     print(f'{results.EVAL_FILE} and {results.PREDICTIONS_FILE} are in {workdir}')

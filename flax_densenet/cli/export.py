@@ -1,5 +1,7 @@
 """`export`: writes a trained model to a file for another program."""
 
+import dataclasses
+
 from flax_densenet.cli import arguments, options, trained_model
 from flax_densenet.errors import UserError
 
@@ -40,14 +42,16 @@ def _samples(invocation, path, trained):
     if invocation.flags.files:
         preparation = trained_lib.preparation_of(trained.metadata)
         return sample_images.from_files(invocation.flags.files, preparation)
-    fields, place = trained_model.data_fields(invocation, trained.metadata)
+    settings, place = trained_model.data_settings(invocation, trained.metadata)
     if 'source' not in trained.metadata['data'] and not place:
-        fields['source'] = ''
+        settings = dataclasses.replace(
+            settings, data=dataclasses.replace(settings.data, source='')
+        )
     set_here = any(name.startswith('data.') for name in invocation.overrides)
     return sample_images.from_model(
         trained,
         path,
-        fields,
+        settings,
         integers=invocation.flags.precision == 'int8',
         required=bool(set_here or place),
     )

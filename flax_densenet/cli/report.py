@@ -35,8 +35,8 @@ def _report_on_run(invocation, workdir):
     from flax_densenet.evaluation import results
     from flax_densenet.report import page
 
-    trained, path, fields = trained_model.load(invocation, workdir)
-    source, found, trained_on = results.of_data(trained, path, fields)
+    trained, path, settings = trained_model.load(invocation, workdir)
+    source, found, trained_on = results.of_data(trained, path, settings)
     path = page.save_report(
         workdir, trained, source, found, trained_on=trained_on, weights=path
     )

@@ -3,6 +3,7 @@
 import os
 from typing import Any
 
+from flax_densenet import settings
 from flax_densenet.cli import options
 from flax_densenet.errors import UserError
 from flax_densenet.system import paths
@@ -50,17 +51,17 @@ def check_fields(invocation: options.Invocation, path: str, *allowed: str):
             )
 
 
-def data_fields(
+def data_settings(
     invocation: options.Invocation, metadata: dict[str, Any]
-) -> tuple[dict[str, Any], str]:
-    """Fields of `config.data` to use a trained model with, and where the data is from.
+) -> tuple[settings.Settings, str]:
+    """Settings of the data to use a trained model with, and where the data is from.
 
     Fields set on the command line come first. A recipe given with --config that names
     other data than the model was trained on decides which images there are. All else is
     as in training.
 
     Returns:
-      The fields; `--config.data.source`, `--config`, or '' for the model's own data.
+      The settings; `--config.data.source`, `--config`, or '' for the model's own data.
     """
     given = invocation.fields['data']
     chosen = {
@@ -78,7 +79,7 @@ def data_fields(
         fields |= {name: given[name] for name in _WHICH}
     fields |= chosen
     fields['image_size'] = fields['image_size'] or metadata['image_size']
-    return fields, place
+    return settings.from_saved({'data': fields}), place
 
 
 def _names_other_data(invocation, own):
@@ -99,10 +100,12 @@ def _resolve(fields):
     return source, labels and os.path.realpath(paths.expand(labels))
 
 
-def describe_choice(fields: dict[str, Any], place: str, own: dict[str, Any]) -> str:
+def describe_choice(
+    data: settings.SourceSettings, place: str, own: dict[str, Any]
+) -> str:
     """The line that says which data is measured, if it is not the model's own."""
     return (
-        f'evaluating on {_name(fields)} (from {place}); the model was trained on '
+        f'evaluating on {_name(vars(data))} (from {place}); the model was trained on '
         f'{_name(own)}'
     )
 
@@ -114,7 +117,7 @@ def _name(fields):
 
 
 def load(invocation: options.Invocation, workdir: str):
-    """A trained model, where it is from, and the data fields to measure it with."""
+    """A trained model, where it is from, and the settings to measure it with."""
     from flax_densenet.distributed import mesh as mesh_lib
     from flax_densenet.weights import trained as trained_lib
 
@@ -123,8 +126,8 @@ def load(invocation: options.Invocation, workdir: str):
     mesh = mesh_lib.make_mesh()
     trained = trained_lib.load_trained(path, 'best', mesh=mesh)
     own = trained.metadata['data']
-    fields, place = data_fields(invocation, trained.metadata)
-    mesh_lib.check_batch_size(fields['batch_size'], mesh)
-    if place and _name(fields) != _name(own):
-        print(describe_choice(fields, place, own), flush=True)
-    return trained.with_tta(fields['tta']), path, fields
+    found, place = data_settings(invocation, trained.metadata)
+    mesh_lib.check_batch_size(found.loader.batch_size, mesh)
+    if place and _name(vars(found.data)) != _name(own):
+        print(describe_choice(found.data, place, own), flush=True)
+    return trained.with_tta(found.evaluation.tta), path, found

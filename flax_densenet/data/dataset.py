@@ -347,11 +347,14 @@ def _check_counts(source, split):
 
 
 def from_settings(
-    data: settings.SourceSettings, preparation: settings.PreparationSettings
+    data: settings.SourceSettings,
+    preparation: settings.PreparationSettings,
+    known_classes: Sequence[str] | None = None,
 ) -> Source:
     """`load_source` with the fields of the settings; preparation is resolved."""
-    prepared = {k: v for k, v in vars(preparation).items() if k not in ('mean', 'std')}
-    return load_source(**vars(data), **prepared)
+    fields = vars(data) | vars(preparation)
+    fields = {k: v for k, v in fields.items() if k not in ('source', 'mean', 'std')}
+    return load_source(data.source, known_classes, **fields)
 
 
 def _check_preparation(preparation):

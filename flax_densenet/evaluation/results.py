@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from flax_densenet import settings as settings_lib
 from flax_densenet.data import dataset, identity, notes
 from flax_densenet.distributed import mesh
 from flax_densenet.errors import UserError
@@ -120,7 +121,7 @@ def describe(
 
 
 def find_examples(
-    trained: trained_lib.Trained, path: str, fields: dict[str, Any]
+    trained: trained_lib.Trained, path: str, settings: settings_lib.Settings
 ) -> tuple[dataset.Source, dataset.Examples, tuple[str, ...], bool]:
     """The labeled images to measure a model on.
 
@@ -129,7 +130,7 @@ def find_examples(
 
     Args:
       path: of the model, for messages.
-      fields: those of `config.data`.
+      settings: which data, and how it is prepared.
 
     Returns:
       The source; its examples, with labels as the model numbers its classes; the class
@@ -138,14 +139,12 @@ def find_examples(
     Raises:
       UserError: the data cannot be read or does not fit the model.
     """
-    source = dataset.load_source(
-        fields['source'],
-        trained.class_names,
-        **{n: fields[n] for n in dataset.load_source.__kwdefaults__},
+    source = dataset.from_settings(
+        settings.data, settings.preparation, trained.class_names
     )
     if source.multi_label != trained.metadata.get('multi_label', source.multi_label):
         raise UserError(
-            f'data.labels={fields["labels"]}: the model of {path} was trained '
+            f'data.labels={settings.data.labels}: the model of {path} was trained '
             + ('on one class' if source.multi_label else 'with a table of labels')
             + ' for each image'
         )
@@ -155,7 +154,7 @@ def find_examples(
         examples = dataset.join(source.train, source.test)
     if not len(examples):
         raise UserError(
-            f'data.source={fields["source"]}: no images are left to measure on: all '
+            f'data.source={settings.data.source}: no images are left to measure on: all '
             f'{len(source.train)} were trained on'
         )
     lines = relation.line, identity.find_trained_on(trained.metadata, examples)
@@ -184,16 +183,24 @@ def collect(
 
 
 def of_data(
-    trained: trained_lib.Trained, path: str, fields: dict[str, Any]
+    trained: trained_lib.Trained, path: str, settings: settings_lib.Settings
 ) -> tuple[dataset.Source, Results, bool]:
     """`find_examples` and `collect` in one.
 
     Returns:
       The source, what the model says of its images, and whether it was trained on it.
     """
-    source, examples, names, trained_on = find_examples(trained, path, fields)
-    loading = {name: fields[name] for name in ('batch_size', 'threads', 'workers')}
-    return source, collect(trained, examples, names, **loading), trained_on
+    source, examples, names, trained_on = find_examples(trained, path, settings)
+    loader = settings.loader
+    found = collect(
+        trained,
+        examples,
+        names,
+        batch_size=loader.batch_size,
+        threads=loader.threads,
+        workers=loader.workers,
+    )
+    return source, found, trained_on
 
 
 def save(folder: str, results: Results, measured: Measured):

@@ -2,10 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
+from flax_densenet import settings as settings_lib
 from flax_densenet.data import images as images_lib
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import results
@@ -59,27 +59,31 @@ def from_files(
 
 
 def from_data(
-    trained: trained_lib.Trained, path: str, fields: dict[str, Any], *, thorough: bool
+    trained: trained_lib.Trained,
+    path: str,
+    settings: settings_lib.Settings,
+    *,
+    thorough: bool,
 ) -> Samples:
     """Loads test images of a data source, and training images for calibration.
 
     Args:
       trained: the model.
       path: of the model, for error messages.
-      fields: of `config.data`.
+      settings: which data, and how it is prepared.
       thorough: load up to MOST images; otherwise a few.
 
     Raises:
       UserError: see `results.find_examples`.
     """
-    source, examples, _, _ = results.find_examples(trained, path, fields)
+    source, examples, _, _ = results.find_examples(trained, path, settings)
     chosen = _spread(len(examples), MOST if thorough else _FEW)
     taken = [examples[n] for n in chosen]
     training = source.train if len(source.train) else source.test
     places = _spread(len(training), CALIBRATION if thorough else 1)
     labels = np.array([one['label'] for one in taken])
     share = f' of {len(examples)}' if len(taken) < len(examples) else ''
-    where = f'{len(taken)}{share} test images of {fields["source"]}'
+    where = f'{len(taken)}{share} test images of {settings.data.source}'
     return Samples(
         np.stack([one['image'] for one in taken]),
         labels if labels.ndim == 1 else None,
@@ -91,7 +95,7 @@ def from_data(
 def from_model(
     trained: trained_lib.Trained,
     path: str,
-    fields: dict[str, Any],
+    settings: settings_lib.Settings,
     *,
     integers: bool = False,
     required: bool = False,
@@ -100,7 +104,7 @@ def from_model(
 
     Args:
       path: of the model, for messages.
-      fields: those of `config.data`, with an empty `source` if there is none.
+      settings: of the data, with an empty `source` if there is none.
       integers: an int8 file has to be calibrated on images of the model's kind.
       required: the data was named by the user, so that it must be readable.
 
@@ -108,8 +112,8 @@ def from_model(
       UserError: images that are needed are missing, or the data does not fit the model.
     """
     try:
-        if fields['source']:
-            return from_data(trained, path, fields, thorough=integers)
+        if settings.data.source:
+            return from_data(trained, path, settings, thorough=integers)
     except UserError:
         if required or integers:
             raise

@@ -1,6 +1,7 @@
 """Figures and files of an evaluation, against scikit-learn on the same predictions."""
 
 import csv
+import dataclasses
 import json
 import types
 
@@ -9,10 +10,11 @@ import pytest
 from scipy import special
 from sklearn import metrics as sklearn_metrics
 
-from flax_densenet import UserError
+from flax_densenet import UserError, settings
 from flax_densenet.data import dataset
 from flax_densenet.evaluation import evaluate, metrics, results
 from flax_densenet.weights import trained as trained_lib
+from flax_densenet.weights import transfer
 from helpers.runs import tiny_trained, write_images
 
 MEASURED = results.Measured('here', 6, 270, 'flip')
@@ -24,10 +26,11 @@ def run(tmp_path_factory):
     photos = write_images(folder / 'photos', {'ants': 40, 'bees': 30, 'wasps': 20})
     fields = {'source': f'folder:{photos}', 'image_size': 8}
     trained = tiny_trained(dataset.load_source(**fields))
-    fields = dataset.load_source.__kwdefaults__ | fields
-    source, examples, names, trained_on = results.find_examples(trained, 'run', fields)
+    made = settings.from_config({'data': fields})
+    made = transfer.resolve(made, None)
+    source, examples, names, trained_on = results.find_examples(trained, 'run', made)
     assert trained_on and len(examples) == len(source.test) == 18
-    return trained, results.collect(trained, examples, names, batch_size=16), fields
+    return trained, results.collect(trained, examples, names, batch_size=16), made
 
 
 def test_files_equal_scikit_learn(run, tmp_path):
@@ -120,10 +123,11 @@ def test_several_labels(tmp_path):
 
 
 def test_other_data(run, tmp_path):
-    trained, _, fields = run
+    trained, _, made = run
     photos = write_images(tmp_path / 'photos', {'bees': 4, 'wasps': 5})
-    fields = fields | {'source': f'folder:{photos}'}
-    _, examples, names, trained_on = results.find_examples(trained, 'run', fields)
+    data = dataclasses.replace(made.data, source=f'folder:{photos}')
+    made = dataclasses.replace(made, data=data)
+    _, examples, names, trained_on = results.find_examples(trained, 'run', made)
     assert not trained_on and len(examples) == 9
     assert names == ('ants', 'bees', 'wasps') and set(examples.labels) == {1, 2}
     assert isinstance(examples, dataset.Examples)

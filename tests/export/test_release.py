@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from flax_densenet import create_model, init_variables
+from flax_densenet import create_model, init_variables, settings
 from flax_densenet.data import dataset
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.errors import UserError
@@ -20,6 +20,7 @@ from flax_densenet.export import (
     verify,
 )
 from flax_densenet.weights import trained as trained_lib
+from flax_densenet.weights import transfer
 from helpers.runs import make_weights, tiny_trained, write_images
 
 pytest.importorskip('onnx')
@@ -34,12 +35,9 @@ def trained():
 
 @pytest.fixture(scope='module')
 def samples(trained):
-    fields = {name: None for name in dataset.load_source.__kwdefaults__}
-    fields |= dataset.load_source.__kwdefaults__ | {
-        'source': 'digits',
-        'image_size': 16,
-    }
-    return sample_images.from_data(trained, 'here', fields, thorough=True)
+    made = settings.from_config({'data': {'source': 'digits', 'image_size': 16}})
+    made = transfer.resolve(made, None)
+    return sample_images.from_data(trained, 'here', made, thorough=True)
 
 
 def run(path, trained, file_format, options, samples):

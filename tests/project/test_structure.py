@@ -29,11 +29,12 @@ IMPORTS = {
     'data': 'system settings',
     'checkpoints': 'distributed system settings',
     'weights': 'settings models data checkpoints distributed system',
-    'evaluation': 'weights models data losses distributed system',
+    'evaluation': 'settings weights models data losses distributed system',
     'inference': 'weights models data distributed system',
     'report': 'evaluation inference weights models data checkpoints distributed system',
     'serving': 'inference data',
-    'export': 'report evaluation inference weights models data checkpoints system',
+    'export': 'settings report evaluation inference weights models data checkpoints '
+    'system',
     'train': 'evaluation weights models data losses checkpoints distributed system '
     'settings',
     'sweeps': 'settings train report checkpoints system',

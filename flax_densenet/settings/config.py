@@ -125,12 +125,12 @@ def with_current_names(config: Mapping[str, Any]) -> dict[str, Any]:
 def _flat(config):
     """Pairs of `section.name`, or the name of what is in no section, and value."""
     for section, fields in config.items():
-        if section not in SECTIONS:
-            yield section, fields
-        elif not hasattr(fields, 'items'):
+        if hasattr(fields, 'items'):
+            yield from ((f'{section}.{name}', value) for name, value in fields.items())
+        elif section in SECTIONS:
             raise UserError(f'{section}={fields!r} must be a section of fields')
         else:
-            yield from ((f'{section}.{name}', value) for name, value in fields.items())
+            yield section, fields
 
 
 def _from_fields(given: dict[str, Any], reject: Callable[[str], None]) -> Settings:
@@ -154,10 +154,11 @@ def _raise_unknown(name):
     known = ['init_from', *_FIELDS]
     close = difflib.get_close_matches(name, known, 1)
     section = [field for field in known if field.startswith(name.split('.')[0] + '.')]
+    shown = section or ['init_from', *(f'{name}.*' for name in SECTIONS)]
     raise UserError(
         f'{name} is not a field; '
         + (f'did you mean {close[0]}? ' if close else '')
-        + f'There are {", ".join(section or known)}'
+        + f'There are {", ".join(shown)}'
     )
 
 

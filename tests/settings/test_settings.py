@@ -89,7 +89,14 @@ def test_the_same_keys_are_saved_as_before():
             {'data': {'batchsize': 4}},
             'data.batchsize is not a field; did you mean data.batch_size',
         ),
-        ({'trian': {'epochs': 4}}, 'trian is not a field'),
+        (
+            {'trian': {'epochs': 4}},
+            'trian.epochs is not a field; did you mean train.epochs',
+        ),
+        (
+            {'epochs': 4},
+            r'epochs is not a field; .*There are init_from, model\.\*, data',
+        ),
         ({'model': 'densenet121'}, "model='densenet121' must be a section"),
         ({'data': {'batch_size': '4'}}, "data.batch_size='4' must be a whole number"),
         ({'data': {'batch_size': 4.0}}, 'data.batch_size=4.0 must be a whole number'),

@@ -129,13 +129,12 @@ def test_the_gradient_is_of_it():
 def test_a_run_takes_the_fields(monkeypatch, tmp_path):
     fields = {'train.loss': 'focal', 'train.label_smoothing': 0.1, 'train.ema': 0.9}
     run = prepare.prepare(tiny_config(**fields), str(tmp_path))
-    found = {}
-    monkeypatch.setattr(
-        step, 'make_train_step', lambda *_, **options: found.update(options)
-    )
+    found = []
+    monkeypatch.setattr(step, 'make_train_step', lambda *given: found.append(given[2]))
     monkeypatch.setattr(step, 'compile_train_step', lambda *_: None)
     training_run.compile_step(run, None, 0)
-    assert (found['loss'], found['ema']) == (losses_lib.Loss('focal', 0.1, 2.0), 0.9)
+    (options,) = found
+    assert (options.loss, options.ema) == (losses_lib.Loss('focal', 0.1, 2.0), 0.9)
 
 
 FIELDS = dict(loss='focal', label_smoothing=0.1, focal_gamma=2.0)

@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_densenet import UserError
+from flax_densenet import UserError, settings
 from flax_densenet.cli import command_line
 from flax_densenet.cli import main as cli
 from flax_densenet.data import dataset, listing, sources
 from flax_densenet.errors import printable
 from flax_densenet.train import fit, prepare
+from flax_densenet.weights import transfer
 from helpers.paths import ROOT
 from helpers.runs import tiny_config, train_with_pages, write_images
 
@@ -152,11 +153,11 @@ def test_printable():
 
 
 def test_class_names_of_any_bytes(strange_folder):
-    config = tiny_config(**{'data.mean': (0.5,) * 3, 'data.std': (0.5,) * 3})
+    made = transfer.resolve(settings.from_config(tiny_config()), None)
     source = load(strange_folder, bad_images='skip')
     expected = sorted(printable(os.fsdecode(name)) for name in (*NAMES, b'x'))
     assert sorted(source.class_names) == expected
-    saved = json.dumps(prepare.make_metadata(config, source), ensure_ascii=False)
+    saved = json.dumps(prepare.make_metadata(made, source), ensure_ascii=False)
     assert sorted(json.loads(saved.encode())['class_names']) == expected
 
 

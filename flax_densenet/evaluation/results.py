@@ -154,8 +154,8 @@ def find_examples(
         examples = dataset.join(source.train, source.test)
     if not len(examples):
         raise UserError(
-            f'data.source={settings.data.source}: no images are left to measure on: all '
-            f'{len(source.train)} were trained on'
+            f'data.source={settings.data.source}: no images are left to measure on: '
+            f'all {len(source.train)} were trained on'
         )
     lines = relation.line, identity.find_trained_on(trained.metadata, examples)
     for line in filter(None, lines):

@@ -46,6 +46,11 @@ class SourceSettings:
 
     source: str = 'digits'
     labels: str = ''
+    label_kind: str = 'auto'
+    label_columns: tuple[str, ...] = ()
+    blank_labels: str = 'unknown'
+    uncertain_labels: str = 'unknown'
+    groups: str = 'auto'
     test_fraction: float = 0.2
     split_seed: int = 0
     bad_images: str = 'error'

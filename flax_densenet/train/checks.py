@@ -48,7 +48,7 @@ def check_same_run(workdir: str, run: training_run.TrainingRun):
 def _decisive(settings):
     """Names of the settings that a checkpoint goes on with alone."""
     yield from (f'model.{name}' for name in vars(settings.model) if name not in _HOW)
-    data = 'batch_size', 'source', 'labels', 'split_seed', 'test_fraction'
+    data = 'batch_size', 'split_seed', 'test_fraction'
     yield from (f'data.{name}' for name in (*data, *vars(settings.preparation)))
     # The state depends on them.
     yield from ('train.freeze', 'train.head_warmup_epochs', 'train.ema')

@@ -22,7 +22,7 @@ from flax_densenet import settings as settings_lib
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.checkpoints import run_folder
 from flax_densenet.checkpoints import writer as checkpoint_writer
-from flax_densenet.data import unreadable
+from flax_densenet.data import notes, unreadable
 from flax_densenet.distributed import agreement, mesh, processes, zero
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import evaluate
@@ -35,6 +35,7 @@ from flax_densenet.train import (
     loop,
     phases,
     prepare,
+    resume,
     sample_grid,
     tensorboard,
     training_run,
@@ -110,11 +111,17 @@ def fit(
     if mesh.is_writer():
         lock.check(workdir)  # before the data is looked through
     run = prepare.prepare(settings, workdir)
+    changes = ()
     if checkpoint_reader.has_checkpoint(workdir):
         checks.check_same_run(workdir, run)
+        config = settings_lib.to_config(run.settings)
+        changes = resume.check(workdir, run.source, config)
     checks.check_same_everywhere(run)
     with _lock(workdir), checkpoint_writer.open_saver(workdir) as saver:
         state, metadata = _start(run)
+        if mesh.is_writer():
+            for line in changes:
+                notes.say(line)
         epochs, epochs_done = run.settings.train.epochs, metadata['epoch']
         records = _keep_records(run, epochs_done)
         left = epochs_done < epochs and not _should_stop(run, records)
@@ -244,11 +251,8 @@ def _start(run):
             **loop.checkpoint_items(state),
         )
     except ValueError as error:
-        raise UserError(
-            f'--workdir={run.workdir}: the state of step {latest.step} is not one of '
-            f'these settings ({" ".join(str(error).split())[:200]}); use those of '
-            f'{run_folder.CONFIG_FILE}, or another --workdir'
-        ) from error
+        changes = resume.find_changes(run.workdir, settings_lib.to_config(run.settings))
+        raise resume.explain_other_state(run.workdir, latest.step, changes) from error
     place = f'after epoch {metadata["epoch"]}'
     if not latest.finished:
         place = f'in epoch {metadata["epoch"] + 1}, after step {latest.step},'

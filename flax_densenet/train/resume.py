@@ -1,0 +1,194 @@
+"""A run that goes on: whether its data is still the same, and what else has changed."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.checkpoints import run_folder
+from flax_densenet.data import dataset, identity
+from flax_densenet.errors import UserError
+from flax_densenet.system import paths
+
+# How, not what is computed or shown; `checks` and `check_data` look at the others.
+_NO_MATTER = (
+    *('data.threads', 'data.workers', 'data.cache', 'data.cache_limit_gib'),
+    *('data.source', 'data.labels', 'data.tfds_dir', 'init_from'),
+    *('model.fast', 'model.kernel', 'model.remat'),
+    *('train.report', 'train.tensorboard', 'train.checkpoint_every'),
+    'train.cache_features',
+)
+# What the schedule of the learning rate follows.
+_SCHEDULE = (
+    *('train.epochs', 'optimizer.learning_rate', 'optimizer.schedule'),
+    *('optimizer.drop_at', 'optimizer.warmup_epochs'),
+)
+
+
+def check(workdir: str, source: dataset.Source, config: Mapping[str, Any]) -> list[str]:
+    """Finds out what is different from the last start of a run, in a line each.
+
+    Args:
+      config: nested fields, with none left open.
+
+    Raises:
+      UserError: the run cannot go on with this data.
+    """
+    latest = checkpoint_reader.find_latest(workdir)
+    saved = checkpoint_reader.load_json(workdir, latest, 'metadata')
+    labels = config['data'].get('labels') or ''
+    lines = (
+        check_data(workdir, saved, source, labels),
+        describe_changes(find_changes(workdir, config)),
+    )
+    return [line for line in lines if line]
+
+
+def check_data(
+    workdir: str, saved: Mapping[str, Any], source: dataset.Source, labels: str
+) -> str:
+    """Compares the images with those of the checkpoint.
+
+    Data that moved is the same data; so is data of which some images were replaced.
+    Where their number is another, the epochs of before and after would not be the same.
+
+    Args:
+      saved: metadata of the checkpoint.
+      labels: `data.labels`.
+
+    Returns:
+      A line about what is different; empty where nothing is.
+
+    Raises:
+      UserError: the run cannot go on with these images.
+    """
+    before = saved['data'].get('source') or ''
+    new_run = (
+        f'start another run from its weights: --config.init_from={workdir} and another '
+        '--workdir'
+    )
+    relation = identity.compare(saved, source)
+    same_names = _has_same_names(saved, source)
+    moved = not _is_same_place(before, source.name)
+    if (
+        not relation.own
+        and not same_names
+        and not _may_have_moved(saved, source, before)
+    ):
+        raise UserError(
+            f'--workdir={workdir} holds a run with data.source={before}, not '
+            f'{source.name}, and these are other images; give the data of the run (if '
+            f'it moved to another place, a link from there will do), or {new_run}'
+        )
+    counts, now = saved.get('images'), _count(source)
+    if counts and counts != now:
+        raise UserError(
+            f'--workdir={workdir} holds a run on {counts["train"]} images to train on '
+            f'and {counts["test"]} to test on, data.source={source.name} has '
+            f'{now["train"]} and {now["test"]}: images were added or removed; bring '
+            f'the data back as it was, or {new_run}'
+        )
+    _check_labels(workdir, saved['data'].get('labels') or '', labels, new_run)
+    if moved:
+        return f'the data has moved from {before} to {source.name}; the run goes on'
+    known = (saved.get('identity') or {}).get('names')
+    if known and (not same_names or not relation.own):
+        return (
+            f'data.source={source.name} has as many images as before, but not the '
+            'same ones; the run goes on with those of now'
+        )
+    return ''
+
+
+def _count(source):
+    return {'train': len(source.train), 'test': len(source.test)}
+
+
+def _has_same_names(saved, source):
+    known = (saved.get('identity') or {}).get('names')
+    return bool(known) and known == identity.checksum(source.train, source.test)
+
+
+def _is_same_place(before, now):
+    return before == now or paths.real_source(before) == paths.real_source(now)
+
+
+def _may_have_moved(saved, source, before):
+    """Of a checkpoint that remembers no images: by their numbers, and a place left."""
+    if (saved.get('identity') or {}).get('names'):
+        return False
+    kind, _, name = before.partition(':')
+    gone = kind in paths.SOURCE_KINDS and not os.path.exists(paths.expand(name))
+    same_kind = kind == source.name.partition(':')[0]
+    return gone and same_kind and saved.get('images') == _count(source)
+
+
+def _check_labels(workdir, before, now, new_run):
+    """Raises for another table of labels, but for one that moved."""
+    if before == now:
+        return
+    if before and now:
+        one, other = (os.path.realpath(paths.expand(path)) for path in (before, now))
+        if one == other or not os.path.exists(one):
+            return
+    raise UserError(
+        f'--workdir={workdir} holds a run with data.labels={before}, not {now}; give '
+        f'the table of the run, or {new_run}'
+    )
+
+
+def find_changes(workdir: str, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Settings that matter and are others than at the last start, by name.
+
+    Args:
+      config: nested fields, as in `config.json`.
+
+    Returns:
+      What each was, and what it is now.
+    """
+    before = run_folder.flatten(run_folder.load_run(workdir).config)
+    now = run_folder.flatten(dict(config))
+    return {
+        name: (before[name], value)
+        for name, value in now.items()
+        if name in before
+        and name not in _NO_MATTER
+        and _plain(before[name]) != _plain(value)
+    }
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
+    """The line about settings that a run goes on with; empty for none."""
+    if not changes:
+        return ''
+    shown = ', '.join(
+        f'{name}={_plain(now)} (before {_plain(before)})'
+        for name, (before, now) in changes.items()
+    )
+    line = f'going on with other settings: {shown}'
+    if any(name in _SCHEDULE for name in changes):
+        line += '; epochs count on, and the learning rate is that of the new schedule'
+    return line
+
+
+def explain_other_state(
+    workdir: str, step: int, changes: Mapping[str, tuple[Any, Any]]
+) -> UserError:
+    """The error where a checkpoint's arrays are not those of the settings."""
+    named = {
+        name: pair
+        for name, pair in changes.items()
+        if name.startswith(('optimizer.', 'train.', 'model.')) and name not in _SCHEDULE
+    }
+    why = f'those of {run_folder.CONFIG_FILE}'
+    if named:
+        why = ', '.join(f'{name}={_plain(old)}' for name, (old, _) in named.items())
+    return UserError(
+        f'--workdir={workdir}: the state of step {step} does not fit these settings; '
+        f'go on with {why}, or start another run from its weights: '
+        f'--config.init_from={workdir} and another --workdir'
+    )

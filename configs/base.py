@@ -113,6 +113,9 @@ def get_config() -> ConfigDict:
     # patients in the table, else paths such as patient001/ if there is a table),
     # column:NAME, path, path:REGEX (the group is its first group), or none.
     config.data.groups = 'auto'
+    # Values of images with more than 8 bits that become black and white, '(0,4095)'. If
+    # not set: found from the images and printed. (): 0 to 65535.
+    config.data.window = optional(tuple)
     # Width and height in pixels. 0: as in init_from, else 32 for digits and 224 for
     # other sources.
     config.data.image_size = 0

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from flax_densenet import settings
+from flax_densenet.data import deep, images, label_table, readers, sources, splits
 from flax_densenet.data import duplicates as duplicates_lib
-from flax_densenet.data import images, label_table, readers, sources, splits
 from flax_densenet.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
@@ -234,6 +234,7 @@ def load_source(
     crop_fraction: float = 1.0,
     interpolation: str = 'bilinear',
     channels: int = 3,
+    window: tuple[float, float] | None = None,
     test_fraction: float = 0.2,
     split_seed: int = 0,
     bad_images: str = 'error',
@@ -256,7 +257,7 @@ def load_source(
         see `label_table.Options`. `groups` can also be `path` or `path:REGEX`, if the
         paths have the groups of the images.
       image_size: side in pixels of the resized images; 0 for the source's default.
-      resize, crop_fraction, interpolation, channels: see `images.Preparation`.
+      resize, crop_fraction, interpolation, channels, window: see `images.Preparation`.
       test_fraction: share of each class that is split off for the test, if the source
         has no test part.
       split_seed: seed of that split.
@@ -281,6 +282,7 @@ def load_source(
         crop_fraction,
         interpolation,
         channels,
+        deep.check(window),
     )
     _check_preparation(preparation)
     _check_fields(test_fraction, bad_images, cache)
@@ -303,6 +305,8 @@ def load_source(
         _check_counts(source, split)
     if split.summary:
         _LOGGER.info(split.summary)
+    if window is None:
+        preparation = _with_window(preparation, listing.reader, split.train)
     parts = _make_parts(listing, split, preparation, cache, cache_limit_gib)
     return Source(
         name=source,
@@ -314,6 +318,11 @@ def load_source(
         skipped=listing.skipped,
         duplicates=split.lines,
     )
+
+
+def _with_window(preparation, reader, indices):
+    window = deep.find_window(reader, indices)
+    return dataclasses.replace(preparation, window=window)
 
 
 def _make_parts(listing, split, preparation, cache, limit_gib):

@@ -22,7 +22,7 @@ INTERPOLATIONS = {
     'bicubic': Image.Resampling.BICUBIC,
 }
 # What Pillow raises for corrupt files; found by damaging files at random.
-_BROKEN = (
+BROKEN = (
     UnidentifiedImageError,
     OSError,
     SyntaxError,
@@ -48,7 +48,7 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 # Images with more pixels are first made smaller: their copies would take 200 MB.
-_LARGE = 16 * 10**6
+LARGE = 16 * 10**6
 _STRIP = 10**6  # pixels
 _LARGEST_FACTOR = 64  # per side; Pillow is inexact for products above 2**12
 _LONGEST_JPEG = 65500  # side in pixels
@@ -58,12 +58,22 @@ class TooManyPixels(UserError):
     """The header of an image has more pixels than are allowed."""
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(
+    image: Image.Image, window: tuple[float, float] | None = None
+) -> Image.Image:
     """Converts any mode to RGB, as a viewer would show it on a white page.
 
     16-bit gray is divided by 257 (Pillow would clip it at 255), and transparent pixels
     are composited over white (Pillow would show their hidden colors).
+
+    Args:
+      window: values of 16-bit, 32-bit and float gray that become black and white.
     """
+    if window is not None and (image.mode.startswith('I') or image.mode == 'F'):
+        low, high = window
+        gray = np.nan_to_num(np.asarray(image).astype(np.float32))
+        gray = np.clip((gray - low) * (255 / (high - low)), 0, 255)
+        return Image.fromarray(gray.round().astype(np.uint8)).convert('RGB')
     if image.mode.startswith('I'):  # 16-bit gray, some of it read as 32-bit
         gray = np.asarray(image).astype(np.int64)
         gray = np.clip(gray, 0, 65535) // 257
@@ -89,6 +99,8 @@ class Preparation:
       crop_fraction: side of that square as a share of the image's shorter side, for
         `crop`. It is 0.875 (224 of 256) in torchvision and timm.
       interpolation: `bilinear` or `bicubic`, both with antialiasing.
+      window: values of images of more than 8 bits that become black and white; None:
+        16 bits are from 0 to 65535, floats from 0 to 1 or to 255.
       channels: 3 for color, 1 for gray.
     """
 
@@ -97,6 +109,7 @@ class Preparation:
     crop_fraction: float = 1.0
     interpolation: str = 'bilinear'
     channels: int = 3
+    window: tuple[float, float] | None = None
 
     def decode_size(self) -> int:
         """The shorter side in pixels that an image needs so that it is not enlarged."""
@@ -160,7 +173,14 @@ def load_image(
       UserError: the reason why the file is not an image, or is truncated.
     """
     least = 2 * preparation.decode_size()
-    return _load(file, least, preparation.resize, preparation.apply, max_pixels)
+    return _load(
+        file,
+        least,
+        preparation.resize,
+        preparation.apply,
+        max_pixels,
+        preparation.window,
+    )
 
 
 def load_picture(file, preparation: Preparation) -> Image.Image:
@@ -168,7 +188,13 @@ def load_picture(file, preparation: Preparation) -> Image.Image:
 
     So a crop of a quarter of each side still has enough pixels.
     """
-    return _load(file, 4 * preparation.size, None, lambda image: image)
+    return _load(
+        file,
+        4 * preparation.size,
+        None,
+        lambda image: image,
+        window=preparation.window,
+    )
 
 
 def _without_png_text(read):
@@ -183,7 +209,7 @@ def _without_png_text(read):
                 raise
         try:
             slim = image_formats.without_text(file)
-        except _BROKEN as error:
+        except BROKEN as error:
             raise UserError(_reason(error)) from error
         return read(slim, *args, **options)
 
@@ -200,7 +226,7 @@ def _check_pixels(image, file, most=None):
 
 
 @_without_png_text
-def _load(file, least, resize, finish, max_pixels=None):
+def _load(file, least, resize, finish, max_pixels=None, window=None):
     """Applies `finish` to the upright RGB image in a file; `least`: see `_shrink`."""
     try:
         with image_formats.open_file(file) as image:
@@ -209,14 +235,14 @@ def _load(file, least, resize, finish, max_pixels=None):
                 # Decode at a half, a quarter or an eighth if the result still has at
                 # least twice the target: much less work without a visible difference.
                 image.draft(None, (least, least))
-            return finish(_upright(image, least, resize))
+            return finish(_upright(image, least, resize, window))
     except UserError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # Programs can turn the warning into an error.
         most = 2 * Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
         raise TooManyPixels(_too_many('too many', most)) from error
-    except _BROKEN as error:
+    except BROKEN as error:
         raise UserError(_reason(error)) from error
 
 
@@ -238,7 +264,7 @@ def make_smaller(file: str | bytes, side: int, *, quality: int) -> bytes:
     try:
         with image_formats.open_file(file) as image:
             _check_pixels(image, file)
-            if min(image.size) <= side:
+            if min(image.size) <= side or _is_deep(image):
                 return image_formats.read_all(file)
             if image.format in ('JPEG', 'MPO'):
                 image.draft(None, (2 * side,) * 2)
@@ -258,7 +284,7 @@ def make_smaller(file: str | bytes, side: int, *, quality: int) -> bytes:
         raise TooManyPixels(
             _too_many('too many', 2 * Image.MAX_IMAGE_PIXELS)
         ) from error
-    except _BROKEN as error:
+    except BROKEN as error:
         raise UserError(_reason(error)) from error
 
 
@@ -270,35 +296,42 @@ def prepare_image(image: Image.Image, preparation: Preparation) -> np.ndarray:
     """
     try:
         least = 2 * preparation.decode_size()
-        return preparation.apply(_upright(image, least, preparation.resize))
-    except _BROKEN as error:
+        return preparation.apply(
+            _upright(image, least, preparation.resize, preparation.window)
+        )
+    except BROKEN as error:
         raise UserError(_reason(error)) from error
 
 
-def _upright(image, least, resize=None):
+def _upright(image, least, resize=None, window=None):
     """An open image as upright RGB; a very large one is made smaller by `_shrink`."""
     image.load()
     turn = _find_turn(image)
-    image = to_rgb(_shrink(image, least, resize))
+    image = to_rgb(_shrink(image, least, resize, window), window)
     return image if turn is None else image.transpose(turn)
+
+
+def _is_deep(image):
+    """Whether a JPEG would lose values, of which a window may be wanted."""
+    return image.mode.startswith('I') or image.mode == 'F'
 
 
 def _find_turn(image):
     """The transposition that turns an image upright, by its EXIF data; or None."""
     try:
         return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
-    except _BROKEN:  # corrupt EXIF data, but intact pixels
+    except BROKEN:  # corrupt EXIF data, but intact pixels
         return None
 
 
-def _shrink(image, least, resize):
+def _shrink(image, least, resize, window=None):
     """Reduces a very large image to RGB with integer factors, not below `least` pixels.
 
     For `stretch` each side has its own factor, for `crop` only the middle of a long
     image is kept, for None the image keeps its shape. Converting the mode copies an
     image several times; strips of a million pixels need little memory.
     """
-    if not least or image.width * image.height <= _LARGE:
+    if not least or image.width * image.height <= LARGE:
         return image
     if resize == 'crop':
         image = _cut_ends(image)
@@ -319,7 +352,7 @@ def _shrink(image, least, resize):
     for row in range(0, height, rows):
         above, below = row * down, min(row + rows, height) * down
         strip = image.crop((left, top + above, left + width * across, top + below))
-        small.paste(to_rgb(strip).reduce((across, down)), (0, row))
+        small.paste(to_rgb(strip, window).reduce((across, down)), (0, row))
     return small
 
 
@@ -393,7 +426,7 @@ def _check(file, decode):
         raise TooManyPixels(
             _too_many('too many', 2 * Image.MAX_IMAGE_PIXELS)
         ) from error
-    except _BROKEN as error:
+    except BROKEN as error:
         raise UserError(_reason(error)) from error
 
 

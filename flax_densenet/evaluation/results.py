@@ -139,9 +139,11 @@ def find_examples(
     Raises:
       UserError: the data cannot be read or does not fit the model.
     """
-    source = dataset.from_settings(
-        settings.data, settings.preparation, trained.class_names
+    # The model's window, whatever the images are.
+    preparation = dataclasses.replace(
+        settings.preparation, window=settings.preparation.window or ()
     )
+    source = dataset.from_settings(settings.data, preparation, trained.class_names)
     if source.multi_label != trained.metadata.get('multi_label', source.multi_label):
         raise UserError(
             f'data.labels={settings.data.labels}: the model of {path} was trained '

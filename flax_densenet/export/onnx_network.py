@@ -105,6 +105,7 @@ def properties(module: network.Network, metadata: dict[str, Any]) -> dict[str, s
         'std': json.dumps(list(metadata['std'])),
         'multi_label': json.dumps(bool(metadata.get('multi_label'))),
         'variant': metadata['model']['variant'],
+        **({'window': json.dumps(preparation.window)} if preparation.window else {}),
     }
 
 

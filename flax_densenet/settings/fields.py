@@ -72,6 +72,7 @@ class PreparationSettings:
     channels: int = 0
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    window: tuple[float, ...] | None = None
 
     @property
     def normalization(self) -> dict[str, tuple[float, ...]]:

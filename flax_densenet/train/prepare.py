@@ -1,5 +1,6 @@
 """What a run works with, from its settings: data, model, schedule and optimizer."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,6 +75,12 @@ def prepare(
         has_weights=weights is not None or resume,
     )
     source = source or dataset.from_settings(settings.data, settings.preparation)
+    # As it was found, so that the model always sees images of this range.
+    window = source.train.preparation.window or ()
+    settings = dataclasses.replace(
+        settings,
+        preparation=dataclasses.replace(settings.preparation, window=window),
+    )
     module = _make_module(settings, len(source.class_names), mesh)
     module.check_image_size((source.train.image_size,) * 2)
     progressive_resizing.check(settings.augmentation.size_schedule, module)
@@ -170,6 +177,9 @@ def resolve(
     if workdir:  # a run that goes on needs its weights' file no more
         latest = checkpoint_reader.find_latest(workdir)
         saved = settings_lib.from_saved(metadata.load(workdir, latest))
+        if saved.preparation.window is None:  # from before there were windows
+            preparation = dataclasses.replace(saved.preparation, window=())
+            saved = dataclasses.replace(saved, preparation=preparation)
         return transfer.resolve_from_checkpoint(settings, saved), None
     weights = None
     if settings.init_from:

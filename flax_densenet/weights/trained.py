@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from flax_densenet.checkpoints import reader as checkpoint_reader
-from flax_densenet.data import images
+from flax_densenet.data import deep, images
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.distributed import processes
 from flax_densenet.errors import UserError
@@ -136,4 +136,5 @@ def preparation_of(metadata: dict[str, Any]) -> images.Preparation:
         fields.get('crop_fraction') or default.crop_fraction,
         fields.get('interpolation') or default.interpolation,
         len(metadata['mean']),
+        deep.check(fields.get('window')),
     )

@@ -214,7 +214,7 @@ def test_very_large_images_are_made_smaller_first(mode, monkeypatch):
         image = smooth.convert(mode)
     file = encode(image, 'TIFF' if mode in ('CMYK', 'F') else 'PNG')
     whole = load(file).astype(int)
-    monkeypatch.setattr(images, '_LARGE', 1000)
+    monkeypatch.setattr(images, 'LARGE', 1000)
     monkeypatch.setattr(images, '_STRIP', 20_000)
     sizes = []
     apply = images.Preparation.apply
@@ -240,7 +240,7 @@ def test_very_long_images_are_made_smaller_first(resize, turn, monkeypatch):
     file = encode(image, 'TIFF', exif=exif)
     preparation = images.Preparation(8, resize=resize)
     whole = images.load_image(file, preparation).astype(int)
-    monkeypatch.setattr(images, '_LARGE', 1000)
+    monkeypatch.setattr(images, 'LARGE', 1000)
     seen, to_rgb = [], images.to_rgb
     monkeypatch.setattr(
         images, 'to_rgb', lambda image: seen.append(image.size) or to_rgb(image)

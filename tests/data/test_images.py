@@ -257,9 +257,9 @@ def test_jpegs_are_decoded_at_a_fraction_of_their_size(
     file = encode(image, image_format)
     sizes, upright = [], images._upright
 
-    def spy(image, least, resize):
+    def spy(image, *arguments):
         sizes.append(image.size)
-        return upright(image, least, resize)
+        return upright(image, *arguments)
 
     monkeypatch.setattr(images, '_upright', spy)
     found = load_image(file, size).astype(int)

@@ -243,7 +243,7 @@ def test_very_long_images_are_made_smaller_first(resize, turn, monkeypatch):
     monkeypatch.setattr(images, 'LARGE', 1000)
     seen, to_rgb = [], images.to_rgb
     monkeypatch.setattr(
-        images, 'to_rgb', lambda image: seen.append(image.size) or to_rgb(image)
+        images, 'to_rgb', lambda image, *w: seen.append(image.size) or to_rgb(image, *w)
     )
     found = images.load_image(file, preparation).astype(int)
     # Of `crop` the rest goes first, of `stretch` it is made smaller first.

@@ -34,6 +34,8 @@ def check_same_run(workdir: str, run: training_run.TrainingRun):
         settings_lib.flatten(one)
         for one in (settings_lib.from_saved(saved), run.settings)
     )
+    # Runs from before there were windows had none.
+    before['data.window'] = before['data.window'] or ()
     for name in _decisive(run.settings):
         if before[name] != now[name]:
             end = ''

@@ -184,8 +184,7 @@ def reuse_steps(monkeypatch):
 
     def reuse(run, state, frozen, start=0):
         shapes = training_run.example_shapes(run, start)
-        settings = json.dumps(run.config, sort_keys=True, default=str)
-        key = run.module, run.mesh, frozen, settings, str(shapes)
+        key = run.module, run.mesh, frozen, run.settings, str(shapes)
         if key not in made:
             made[key] = compile_step(run, state, frozen, start)
         return made[key]

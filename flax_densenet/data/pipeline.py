@@ -172,7 +172,7 @@ def _preparation_of(examples):
 
 
 def eval_batches(
-    examples: dataset.Examples,
+    examples: dataset.Examples | dataset.Numbered,
     *,
     batch_size: int,
     bad_images: str = 'error',

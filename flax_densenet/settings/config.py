@@ -33,7 +33,9 @@ SECTIONS = {
 RENAMED = {'data.colour_jitter': 'data.color_jitter'}
 
 _LOGGER = logging.getLogger(__name__)
-_GROUPS = {field.name: field.type for field in dataclasses.fields(Settings)}
+_GROUPS: dict[str, Any] = {
+    field.name: field.type for field in dataclasses.fields(Settings)
+}
 # 'data.batch_size' -> the group and the type of the field.
 _FIELDS = {
     f'{section}.{name}': (group, kind)

@@ -35,7 +35,7 @@ def announce(run: training_run.TrainingRun):
 
 def describe_missing(train: settings.TrainingSettings) -> str:
     """Which files a run does not write as their extras are not installed, or ''."""
-    files = {'report': [], 'tensorboard': []}
+    files: dict[str, list[str]] = {'report': [], 'tensorboard': []}
     if not errors.is_installed('matplotlib'):
         files['report'] += ['curves.png', 'samples.png']
     if train.report and not errors.is_installed('jinja2', 'plotly'):

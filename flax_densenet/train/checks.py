@@ -128,7 +128,7 @@ def check_settings(settings: settings_lib.Settings):
                 f'data.{name}={values} needs a number for each of '
                 f'{preparation.channels} channels'
             )
-    if min(preparation.std) <= 0:
+    if min(preparation.normalization['std']) <= 0:
         raise UserError(f'data.std={preparation.std} must be above 0')
     _check_ranges(settings)
     mixing.from_settings(

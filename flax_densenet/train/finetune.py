@@ -62,7 +62,8 @@ def make_rates(
             f'optimizer.head_multiplier={head_multiplier:g} must be above 0; '
             'train.freeze keeps parts as they are'
         )
-    frozen, rates, stages = count_frozen(module, freeze), {}, module.stages()
+    frozen, stages = count_frozen(module, freeze), module.stages()
+    rates: dict[str, float] = {}
     for depth, names in enumerate(stages):
         rate = layer_decay ** (len(stages) - 1 - depth) if depth >= frozen else 0.0
         rates |= dict.fromkeys(names, rate)

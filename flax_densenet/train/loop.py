@@ -68,9 +68,9 @@ class Loop:
         """
         since = time.monotonic() - self.saved_at
         by_clock = processes.is_first() and self.every.due(since)
-        signum, by_clock = self.agreement.exchange(self.stop.signum, int(by_clock))
+        signum, due = self.agreement.exchange(self.stop.signum, int(by_clock))
         self.stop.agreed = signum
-        return bool(signum), bool(by_clock) or self.every.due_at(number)
+        return bool(signum), bool(due) or self.every.due_at(number)
 
     def stop_if_asked(self, state, number: int, epoch: int, skipped: int):
         """Saves and raises `signals.Stopped` where a signal came; all have to ask."""

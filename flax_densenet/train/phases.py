@@ -19,7 +19,8 @@ class Phase:
 
     def __init__(self, run: training_run.TrainingRun):
         self._run = run
-        self._frozen = self._size = None
+        self._frozen: int | None = None
+        self._size: int | None = None
         self.batches = self.compiled = None
 
     def enter(self, state, epoch: int):

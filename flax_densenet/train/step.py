@@ -183,13 +183,15 @@ def make_train_step(
             scale = jnp.minimum(1, options.gradient_clip / norm)
             gradients = jax.tree.map(lambda leaf: leaf * scale, gradients)
         counted = jnp.full(correct.shape, finite, jnp.int32)
-        sums = (
+        losses, correct = (
             jnp.where(finite, values, jnp.zeros_like(values))
             for values in (losses, correct)
         )
-        running = _add_to_running(state.running, batch['epoch'], *sums, counted)
+        running = _add_to_running(
+            state.running, batch['epoch'], losses, correct, counted
+        )
         state = advance(state, gradients, batch_stats, finite)
-        state = state.replace(step=state.step + 1, running=running)
+        state = dataclasses.replace(state, step=state.step + 1, running=running)
         return state, jnp.where(finite, reported, jnp.nan)
 
     return train_step

@@ -159,11 +159,12 @@ def examples_at(run: TrainingRun, source: dataset.Source, start: int):
 
 def example_shapes(run: TrainingRun, start: int) -> dict[str, tuple]:
     """Shape and dtype of an example's arrays behind `start` steps; reads no image."""
-    shapes = {'label': ((), np.int32), 'epoch': ((), np.int32)}
+    shapes: dict[str, Any] = {'label': ((), np.int32), 'epoch': ((), np.int32)}
     if run.source.multi_label:
         shapes['label'] = (len(run.source.class_names),), np.float32
     if run.features:
-        features = run.features.train.features
+        train: Any = run.features.train
+        features = train.features
         return shapes | {'features': ((1, 1, features.shape[1]), features.dtype)}
     preparation = examples_at(run, run.source, start).preparation
     side = preparation.size
@@ -218,13 +219,11 @@ def compile_step(run: TrainingRun, state: step.TrainState, frozen: int, start: i
       frozen: how many of `Network.stages` stay as they are.
       start: steps that were taken; the images' size may depend on them.
     """
-    rows, parts = (run.batch_size,), run.accumulate_steps
-    by_rows = mesh_lib.split_rows(run.mesh)
+    parts, by_rows = run.accumulate_steps, mesh_lib.split_rows(run.mesh)
+    rows: tuple[int, ...] = (run.batch_size,)
     if parts > 1:
-        rows, by_rows = (
-            (parts, rows[0] // parts),
-            mesh_lib.split_micro_batches(run.mesh),
-        )
+        rows = parts, run.batch_size // parts
+        by_rows = mesh_lib.split_micro_batches(run.mesh)
     batch = {
         name: jax.ShapeDtypeStruct((*rows, *shape), dtype, sharding=by_rows)
         for name, (shape, dtype) in example_shapes(run, start).items()
@@ -232,9 +231,9 @@ def compile_step(run: TrainingRun, state: step.TrainState, frozen: int, start: i
     train_step = step.make_train_step(
         run.module, run.optimizer, run.step_options(frozen)
     )
-    start = time.perf_counter()
+    began = time.perf_counter()
     compiled = step.compile_train_step(train_step, state, batch, run.mesh)
-    _LOGGER.info(f'compiled in {time.perf_counter() - start:.1f} s')
+    _LOGGER.info(f'compiled in {time.perf_counter() - began:.1f} s')
     return compiled
 
 

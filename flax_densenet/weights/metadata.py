@@ -17,7 +17,7 @@ LARGEST_IMAGE = 2**16  # side in pixels
 MOST_CLASSES = 10**6
 
 
-def load(workdir: str, step: int) -> dict[str, Any]:
+def load(workdir: str, step: checkpoint_reader.Checkpoint) -> dict[str, Any]:
     """Loads the metadata of a checkpoint, as `prepare.make_metadata` makes it.
 
     Raises:

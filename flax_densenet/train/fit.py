@@ -111,7 +111,7 @@ def fit(
     if mesh.is_writer():
         lock.check(workdir)  # before the data is looked through
     run = prepare.prepare(settings, workdir)
-    changes = ()
+    changes: list[str] = []
     if checkpoint_reader.has_checkpoint(workdir):
         checks.check_same_run(workdir, run)
         config = settings_lib.to_config(run.settings)

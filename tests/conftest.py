@@ -52,7 +52,14 @@ def pytest_collection(session):
 
 # Files with tests of many seconds.
 _LONG = {
-    *('test_launch', 'test_fit', 'test_devices', 'test_sweeps', 'test_extras'),
+    *(
+        'test_launch',
+        'test_fit',
+        'test_devices',
+        'test_runner',
+        'test_whole_sweeps',
+        'test_extras',
+    ),
     *('test_kills', 'test_disks', 'test_processes', 'test_serve_process'),
     *('test_notebooks', 'test_reference', 'test_recipes', 'test_web', 'test_api'),
 }

@@ -2,14 +2,11 @@
 
 import base64
 import contextlib
-import functools
-import http.server
 import io
 import json
 import pathlib
 import shutil
 import subprocess
-import threading
 
 import numpy as np
 import pytest
@@ -54,30 +51,6 @@ def built(tmp_path_factory):
     return folder
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder; the server notes what was asked for."""
-
-    def end_headers(self):
-        for name, value in self.server.headers.items():
-            self.send_header(name, value)
-        super().end_headers()
-
-    def log_message(self, *_):
-        self.server.asked.append(self.requestline)
-
-
-@contextlib.contextmanager
-def served(folder, headers):
-    handler = functools.partial(Handler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
-        server.asked, server.headers = [], headers
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
 @pytest.fixture(scope='module')
 def chromium():
     with browsers.launched(sync_api) as browser:
@@ -96,7 +69,7 @@ def opened(chromium, built, tmp_path):
             shutil.copy(model, folder / 'model.onnx')
         said, asked = [], []
         with (
-            served(folder, dict(headers)) as server,
+            browsers.served(folder, dict(headers)) as server,
             contextlib.closing(chromium.new_context(**options)) as context,
         ):
             own = f'http://127.0.0.1:{server.server_port}/'

@@ -1,7 +1,10 @@
 """A Chromium that looks for nobody, for tests of pages."""
 
 import contextlib
+import functools
+import http.server
 import shutil
+import threading
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))),
@@ -27,3 +30,27 @@ def launched(sync_api):
         options = {'executable_path': CHROMIUM, 'args': list(_FLAGS)}
         with contextlib.closing(playwright.chromium.launch(**options)) as browser:
             yield browser
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder; the server notes what was asked for."""
+
+    def end_headers(self):
+        for name, value in self.server.headers.items():
+            self.send_header(name, value)
+        super().end_headers()
+
+    def log_message(self, *_):
+        self.server.asked.append(self.requestline)
+
+
+@contextlib.contextmanager
+def served(folder, headers):
+    handler = functools.partial(Handler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        server.asked, server.headers = [], headers
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()

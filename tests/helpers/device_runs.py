@@ -133,8 +133,16 @@ def take(
             compiled = step.compile_train_step(train_step, state, batch, mesh)
         state, loss = compiled(state, batch)
         losses.append(float(loss))
+    info = _describe(compiled, state, losses, before, mesh)
+    state = state.replace(opt_state=zero.replicated(state.opt_state))
+    names = 'params', 'batch_stats', 'opt_state', 'running'
+    return jax.device_get({name: getattr(state, name) for name in names}), info
+
+
+def _describe(compiled, state, losses, before, mesh):
+    """Figures of the program and its arrays; `before`: the statistics at first."""
     text = compiled.as_text()
-    info = {
+    return {
         'loss': losses,
         'temporary': compiled.memory_analysis().temp_size_in_bytes,
         'exchange': exchange.count(text),
@@ -164,9 +172,6 @@ def take(
             for device in mesh.devices.flat
         ],
     }
-    state = state.replace(opt_state=zero.replicated(state.opt_state))
-    names = 'params', 'batch_stats', 'opt_state', 'running'
-    return jax.device_get({name: getattr(state, name) for name in names}), info
 
 
 def main(out, *names):

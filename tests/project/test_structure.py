@@ -40,7 +40,7 @@ IMPORTS = {
     'sweeps': 'settings train report checkpoints system',
 }
 # Whose files and functions are of some length at most.
-LIMITED = ('flax_densenet', 'benchmarks')
+LIMITED = ('flax_densenet', 'benchmarks', 'tests', 'examples')
 RECIPES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
 
 

@@ -7,122 +7,35 @@ import os
 import sys
 import zipfile
 
-import jax
 import numpy as np
 import pytest
 from flax import traverse_util
 
 from flax_densenet import create_model
 from flax_densenet.errors import UserError
-from flax_densenet.models.initialization import variable_shapes
 from flax_densenet.weights import hdf5, keras_files, keras_layers, weight_file
+from helpers.keras_networks import (
+    BLOCKS,
+    ENDINGS,
+    KERAS_FIELDS,
+    assert_equal,
+    equal_arrays,
+    images,
+    make_keras,
+    ours,
+    run_keras,
+    run_ours,
+    save,
+    scramble,
+)
 
-# Read by Keras when it is imported, in the tests that need it.
-os.environ.setdefault('KERAS_BACKEND', 'jax')
-# Two layers in some blocks; with 16 kernels, conv2d_10 sorts before conv2d_2 as text.
-BLOCKS = (1, 2, 1, 2)
+pytestmark = pytest.mark.usefixtures('keras_promotes_ranks')
+
 FULL = {
     'DenseNet121': (6, 12, 24, 16),
     'DenseNet169': (6, 12, 32, 32),
     'DenseNet201': (6, 12, 48, 32),
 }
-KERAS_FIELDS = dict(
-    epsilon=1.001e-5, momentum=0.99, unbiased_variance=False, padding='torch'
-)
-ENDINGS = ('.weights.h5', '.keras', '.h5')
-
-
-@pytest.fixture(autouse=True)
-def keras_promotes_ranks():
-    """conftest.py forbids it to us; Keras adds biases that way."""
-    with jax.numpy_rank_promotion('allow'):
-        yield
-
-
-@pytest.fixture
-def h5py():
-    return pytest.importorskip('h5py')
-
-
-@pytest.fixture
-def keras(h5py):
-    return pytest.importorskip('keras')
-
-
-def make_keras(keras, blocks=BLOCKS, *, classes=5, size=None, **fields):
-    from keras.src.applications.densenet import DenseNet
-
-    return scramble(
-        DenseNet(
-            list(blocks),
-            weights=None,
-            include_top=classes > 0,
-            classes=classes or 1000,
-            classifier_activation=None,
-            input_tensor=keras.Input((size, size, 3)),
-            **fields,
-        )
-    )
-
-
-def scramble(network, seed=0):
-    """Random weights and statistics, of a size that keeps the activations."""
-    rng = np.random.default_rng(seed)
-
-    def draw(variable):
-        shape, name = tuple(variable.shape), variable.path.rpartition('/')[2]
-        if name == 'kernel':
-            return rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[:-1]))
-        if name in ('gamma', 'moving_variance'):
-            return rng.uniform(0.5, 1.5, shape)
-        return 0.2 * rng.standard_normal(shape)
-
-    network.set_weights([draw(v).astype(np.float32) for v in network.weights])
-    return network
-
-
-def images(height=97, width=131, channels=3):
-    shape = (2, height, width, channels)
-    return np.random.default_rng(7).standard_normal(shape).astype(np.float32)
-
-
-def run_keras(network, x):
-    return np.asarray(jax.jit(lambda x: network(x, training=False))(x))
-
-
-def run_ours(arrays, fields, x, *, blocks=BLOCKS):
-    classes = arrays.get('params/classifier/bias', np.zeros(0)).size
-    module = create_model(
-        'densenet121', num_classes=classes, block_sizes=blocks, **fields
-    )
-    shapes = traverse_util.flatten_dict(variable_shapes(module), sep='/')
-    assert {k: v.shape for k, v in arrays.items()} == {
-        k: v.shape for k, v in shapes.items()
-    }
-    assert all(array.dtype == np.float32 for array in arrays.values())
-    variables = traverse_util.unflatten_dict(arrays, sep='/')
-    method = None if classes else 'features'
-    return np.asarray(
-        jax.jit(lambda v, x: module.apply(v, x, method=method))(variables, x)
-    )
-
-
-def assert_equal(found, expected):
-    assert found.shape == expected.shape
-    assert expected.std() > 0.01
-    # Measured: at most 1e-6 of the spread, 2e-6 for the full-size networks.
-    assert np.abs(found - expected).max() < 1e-4 * expected.std()
-
-
-def equal_arrays(found, expected):
-    assert found.keys() == expected.keys()
-    for name, array in found.items():
-        np.testing.assert_array_equal(array, expected[name])
-
-
-def save(network, path):
-    (network.save_weights if str(path).endswith('.weights.h5') else network.save)(path)
-    return str(path)
 
 
 def test_names():
@@ -176,84 +89,6 @@ def test_without_the_packages(tmp_path, monkeypatch):
     module, variables = ours()
     with pytest.raises(UserError, match=r"pip install 'flax_densenet\[keras\]'"):
         keras_files.write(str(tmp_path / 'b.h5'), module, variables)
-
-
-def _external_link(h5py, file, elsewhere):
-    file['conv/kernel:0'] = h5py.ExternalLink(str(elsewhere), 'secret')
-
-
-def _soft_link(h5py, file, elsewhere):
-    file['conv/kernel:0'] = h5py.SoftLink('/other')
-
-
-def _external_storage(h5py, file, elsewhere):
-    storage = [(str(elsewhere), 0, 400)]
-    file.create_dataset('conv/kernel:0', (100,), 'f4', external=storage)
-
-
-def _virtual(h5py, file, elsewhere):
-    layout = h5py.VirtualLayout((100,), 'f4')
-    layout[:] = h5py.VirtualSource(str(elsewhere), 'secret', (100,))
-    file.create_virtual_dataset('conv/kernel:0', layout)
-
-
-def _huge(h5py, file, elsewhere):
-    file.create_dataset('conv/kernel:0', (2**20, 2**20), 'f4', chunks=(64, 64))
-
-
-def _endless(h5py, file, elsewhere):
-    file['a/b/c'] = file.create_group('a')
-
-
-def _text(h5py, file, elsewhere):
-    file['conv/kernel:0'] = ['kernel']
-
-
-@pytest.mark.parametrize(
-    ('attack', 'reason'),
-    [
-        (_external_link, 'conv/kernel:0 is a link'),
-        (_soft_link, 'conv/kernel:0 is a link'),
-        (_external_storage, 'conv/kernel:0 keeps its values in another file'),
-        (_virtual, 'conv/kernel:0 keeps its values in another file'),
-        (_huge, 'is too large for it'),
-        (_endless, 'its groups never end'),
-        (_text, 'holds no numbers'),
-    ],
-)
-def test_nothing_outside_the_file_is_read(h5py, tmp_path, attack, reason):
-    with h5py.File(tmp_path / 'elsewhere.h5', 'w') as file:
-        file['secret'] = np.ones(100, np.float32)
-    with h5py.File(tmp_path / 'a.h5', 'w') as file:
-        attack(h5py, file, tmp_path / 'elsewhere.h5')
-    with pytest.raises(UserError, match='a.h5 is not a valid Keras file') as error:
-        keras_files.read(str(tmp_path / 'a.h5'))
-    assert reason in str(error.value)
-    assert '\n' not in str(error.value)
-
-
-def test_broken_files(keras, tmp_path):
-    network = make_keras(keras, (1, 1, 1, 1))
-    for ending in ENDINGS:
-        save(network, tmp_path / f'whole{ending}')
-        content = (tmp_path / f'whole{ending}').read_bytes()
-        path = tmp_path / f'cut{ending}'
-        for length in (40, len(content) // 2, len(content) - 30):
-            path.write_bytes(content[:length])
-            with pytest.raises(UserError, match='is not a valid Keras file') as error:
-                keras_files.read(str(path))
-            assert '\n' not in str(error.value)
-    with pytest.raises(UserError, match='none.h5 is not a file'):
-        keras_files.read(str(tmp_path / 'none.h5'))
-
-
-def test_archive_of_zeros(h5py, tmp_path):
-    path = str(tmp_path / 'a.keras')
-    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as file:
-        file.writestr('config.json', '{}')
-        file.writestr('model.weights.h5', bytes(2**24))
-    with pytest.raises(UserError, match='16777216 bytes is too large'):
-        keras_files.read(path)
 
 
 @pytest.mark.parametrize('classes', [5, 0])
@@ -512,149 +347,3 @@ def test_keras_hub(hub, tmp_path):
         for name in ('kernel', 'bias'):
             arrays[f'params/classifier/{name}'] = expected[f'params/classifier/{name}']
         equal_arrays(arrays, expected)
-
-
-def ours(num_classes=5, *, seed=0, channels=3, **fields):
-    """A module and random variables for it, norms and statistics included."""
-    fields = dict(block_sizes=BLOCKS, epsilon=1.001e-5) | fields
-    module = create_model('densenet121', num_classes=num_classes, **fields)
-    rng = np.random.default_rng(seed)
-    shapes = traverse_util.flatten_dict(variable_shapes(module, channels=channels))
-    flat = {}
-    for path, leaf in shapes.items():
-        draw = rng.standard_normal(leaf.shape)
-        if path[-1] == 'kernel':
-            flat[path] = draw * np.sqrt(2 / np.prod(leaf.shape[:-1]))
-        else:
-            flat[path] = np.abs(draw) if path[-1] in ('scale', 'var') else 0.2 * draw
-        flat[path] = flat[path].astype(np.float32)
-    return module, traverse_util.unflatten_dict(flat)
-
-
-def logits_of(module, variables, x):
-    found = jax.jit(module.apply)(variables, x)
-    if not module.num_classes:
-        apply = jax.jit(lambda v, x: module.apply(v, x, method='features'))
-        found = np.maximum(apply(variables, x), 0)
-    return np.asarray(found)
-
-
-@pytest.mark.parametrize('ending', ENDINGS)
-@pytest.mark.parametrize('classes', [5, 0])
-def test_write(keras, tmp_path, ending, classes):
-    module, variables = ours(classes)
-    path = str(tmp_path / f'a{ending}')
-    keras_files.write(path, module, variables)
-    arrays, fields, family = keras_files.read(path)
-    assert (fields, family) == (KERAS_FIELDS, 'keras')
-    equal_arrays(arrays, traverse_util.flatten_dict(variables, sep='/'))
-    assert os.listdir(tmp_path) == [f'a{ending}']
-    x, wanted = images(), None
-    wanted = logits_of(module, variables, x)
-    network = make_keras(keras, classes=classes)
-    network.load_weights(path)
-    assert_equal(run_keras(network, x), wanted)
-    if ending != '.weights.h5':
-        network = keras.models.load_model(path, compile=False)
-        if classes:
-            assert network.layers[-1].activation is keras.activations.softmax
-            network.layers[-1].activation = keras.activations.linear
-        assert_equal(run_keras(network, x), wanted)
-
-
-@pytest.mark.parametrize('epsilon', [1e-5, 1e-3])
-def test_write_another_epsilon(keras, tmp_path, epsilon):
-    """The same function, also where a variance is (next to) nothing."""
-    module, variables = ours(epsilon=epsilon)
-    for path, array in traverse_util.flatten_dict(variables['batch_stats']).items():
-        if path[-1] == 'var':
-            array[:3] = 0.0, 1e-12, 5e-9
-    path = str(tmp_path / 'a.weights.h5')
-    keras_files.write(path, module, variables)
-    network = make_keras(keras)
-    network.load_weights(path)
-    # Features that were constant in training are multiplied by 300: a small input.
-    x = 1e-2 * images()
-    assert_equal(run_keras(network, x), logits_of(module, variables, x))
-    arrays, fields, _ = keras_files.read(path)
-    assert_equal(run_ours(arrays, fields, x), logits_of(module, variables, x))
-
-
-def test_write_gray_images(keras, tmp_path):
-    module, variables = ours(channels=1)
-    path = str(tmp_path / 'a.keras')
-    keras_files.write(path, module, variables)
-    x = images(channels=1)
-    network = keras.models.load_model(path, compile=False)
-    network.layers[-1].activation = keras.activations.linear
-    assert_equal(run_keras(network, x), logits_of(module, variables, x))
-
-
-@pytest.mark.parametrize(
-    ('fields', 'said'),
-    [
-        (dict(growth_rate=48), 'model.growth_rate=48, only with 32'),
-        (dict(bottleneck=0), 'model.bottleneck=0, only with 4'),
-        (dict(compression=1.0), 'model.compression=1.0, only with 0.5'),
-        (dict(stem='cifar'), 'model.stem=cifar, only with imagenet'),
-        (dict(stem_features=96), 'model.stem_features=96, only with 64'),
-        (dict(padding='same'), 'model.padding=same, only with torch'),
-        (dict(block_sizes=(1, 1)), r'model.block_sizes=\(1, 1\), only with four'),
-    ],
-)
-def test_write_refuses(tmp_path, fields, said):
-    module, variables = ours(**fields)
-    with pytest.raises(UserError, match=said + r'.*; \.safetensors and \.pth files'):
-        keras_files.write(str(tmp_path / 'a.keras'), module, variables)
-    assert not os.listdir(tmp_path)
-
-
-def test_write_keeps_the_old_file(keras, tmp_path, monkeypatch):
-    module, variables = ours()
-    (tmp_path / 'a.h5').write_text('old')
-    with pytest.raises(UserError, match='end in .keras, .weights.h5 or .h5'):
-        keras_files.write(str(tmp_path / 'a.txt'), module, variables)
-    with pytest.raises(UserError, match=r'none/a.h5 cannot be written \(No such'):
-        keras_files.write(str(tmp_path / 'none' / 'a.h5'), module, variables)
-
-    def full(network, path):
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(keras.Model, 'save', full)
-    with pytest.raises(UserError, match=r'a.h5 cannot be written \(No space left'):
-        keras_files.write(str(tmp_path / 'a.h5'), module, variables)
-    assert os.listdir(tmp_path) == ['a.h5']
-    assert (tmp_path / 'a.h5').read_text() == 'old'
-
-
-@pytest.mark.parametrize('ending', ENDINGS)
-@pytest.mark.parametrize('several', [False, True])
-def test_code_of_cards(ending, several, keras, tmp_path, monkeypatch):
-    """What a card says to do with a file gives the model's probabilities."""
-    import re
-
-    from PIL import Image
-
-    from flax_densenet import init_variables
-    from flax_densenet.export import formats, model_card
-    from flax_densenet.weights import trained as trained_lib
-
-    fields = {'variant': 'densenet121', 'block_sizes': BLOCKS}
-    module = create_model(num_classes=3, **fields)
-    variables = init_variables(module, 0)
-    metadata = {
-        'model': fields, 'class_names': ['a', 'b', 'c'], 'image_size': 64,
-        'mean': [0.5] * 3, 'std': [0.25] * 3, 'multi_label': several, 'data': {},
-    }  # fmt: skip
-    trained = trained_lib.Trained(module, variables, metadata, {}, None, None)
-    monkeypatch.chdir(tmp_path)
-    formats.save('x' + ending, trained, 'keras')
-    said = model_card.render(trained, file='x' + ending, file_format='keras')
-    photo = np.random.default_rng(2).integers(0, 255, (90, 120, 3), np.uint8)
-    Image.fromarray(photo).save('photo.jpg')
-    names = {'print': lambda found: names.update(found=found)}
-    for block in re.findall(r'```python\n(.*?)```', said, re.S):
-        exec(block, names)
-    logits = module.apply(variables, names['x'][None])
-    expected = jax.nn.sigmoid(logits) if several else jax.nn.softmax(logits)
-    np.testing.assert_allclose(names['found'], expected, atol=1e-4)

@@ -1,27 +1,20 @@
 """Sweeps: what the flags mean, what is kept when, and what a table says."""
 
 import copy
-import csv
 import functools
 import json
 import os
 import pathlib
-import signal
-import subprocess
 import sys
-import time
 import types
 
 import pytest
 
 from configs import base
-from flax_densenet.checkpoints import run_folder
 from flax_densenet.cli import options as cli_options
 from flax_densenet.cli import sweep as sweep_command
-from flax_densenet.data import dataset
 from flax_densenet.errors import UserError
-from flax_densenet.report import page
-from flax_densenet.sweeps import optuna_study, space
+from flax_densenet.sweeps import optuna_study
 from flax_densenet.sweeps import page as sweep_page
 from flax_densenet.sweeps import plan as sweep_plan
 from flax_densenet.sweeps import record as sweep_record
@@ -29,87 +22,8 @@ from flax_densenet.sweeps import runner as sweep_runner
 from flax_densenet.sweeps import table as sweep_table
 from flax_densenet.system import lock
 from flax_densenet.train import fit as fit_lib
-from helpers.pages import BOOK, make_book
-from helpers.paths import ROOT
-from helpers.runs import tiny_config
 
 RATE = 'optimizer.learning_rate'
-
-
-def test_values():
-    found = space.parse(
-        [
-            'model.block_sizes=(6,6), (6,12,24)',
-            "data.labels='a,b',c,''",
-            'optimizer.name=sgd optimizer.momentum=0.9; optimizer.name=adam',
-            'train.seed=3,4',
-        ]
-    )
-    assert found.seeds == ('3', '4')
-    sizes, labels, sets = (axis.options for axis in found.axes)
-    assert [row['model.block_sizes'] for row in sizes] == ['(6,6)', '(6,12,24)']
-    assert [row['data.labels'] for row in labels] == ['a,b', 'c', '']
-    assert sets == (
-        {'optimizer.name': 'sgd', 'optimizer.momentum': '0.9'},
-        {'optimizer.name': 'adam'},
-    )
-    assert len(list(found.grid())) == 2 * 3 * 2
-    assert found.fields[-2:] == ('optimizer.name', 'optimizer.momentum')
-
-
-def test_sets_of_a_file(tmp_path):
-    file = tmp_path / 'sets.txt'
-    file.write_text("# two\na.x=1  a.y='1, 2'\n\na.x=2\n")
-    (axis,) = space.parse([f'@{file}']).axes
-    assert axis.options == ({'a.x': '1', 'a.y': '1, 2'}, {'a.x': '2'})
-
-
-@pytest.mark.parametrize(
-    ('text', 'log'),
-    [
-        ('1e-4..1e-1', True),
-        ('0.1..0.5:linear', False),
-        ('0..0.5', False),
-        ('1..64', False),
-        ('1..64:log', True),
-        ('-2..2', False),
-    ],
-)
-def test_ranges(text, log):
-    (axis,) = space.parse([f'a.x={text}']).axes
-    assert isinstance(axis, space.Range) and axis.log == log
-    assert [axis.low, axis.high] == text.partition(':')[0].split('..')
-
-
-def test_paths_are_no_ranges():
-    (axis,) = space.parse(['data.source=folder:../photos']).axes
-    assert axis.options == ({'data.source': 'folder:../photos'},)
-
-
-@pytest.mark.parametrize(
-    ('flags', 'message'),
-    [
-        ([], 'needs --sweep=FIELD=VALUE,VALUE'),
-        (['a'], '--sweep=a needs the form'),
-        (['a=1,,2'], 'a value is empty'),
-        (['a='], 'a value is empty'),
-        (['a=1,2,1'], 'a=1 comes twice'),
-        (['a=1', 'a=2'], 'a has another --sweep already'),
-        (['a=1 b=2; a=1,3'], 'needs the form FIELD=VALUE, a value each'),
-        (['a=2..1'], 'from a number to a higher one'),
-        (['a=1..inf'], 'from a number to a higher one'),
-        (['a=1..2:cubic'], 'use 1..2:log or 1..2:linear'),
-        (['a=0..1:log'], 'starts above 0'),
-        (['@none'], 'the file cannot be read'),
-        (['train.seed=0..3'], 'seeds are a list'),
-        (['train.seed=0 a=1; train.seed=1'], 'a flag of its own'),
-        (['train.deterministic=True,False'], 'of the whole process'),
-    ],
-)
-def test_what_cannot_be_read(flags, message):
-    with pytest.raises(UserError, match=None) as error:
-        space.parse(flags)
-    assert message in str(error.value)
 
 
 class Objective:
@@ -465,166 +379,3 @@ def test_places(objective, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"pip install 'flax_densenet\[sweep\]'"):
         start(tmp_path / 'c', flag)
     assert not (tmp_path / 'c').exists()
-
-
-def test_table():
-    rows = sweep_table.make_rows(make_book(**BOOK))
-    assert [row.setting.state for row in rows] == [
-        *('done', 'done', 'training', 'pruned', 'failed')
-    ]
-    first, second = rows[:2]
-    assert (first.mean, first.best, first.best_seed) == (pytest.approx(0.675), 0.7, '0')
-    assert second.mean == pytest.approx(0.6)
-    assert second.spread == pytest.approx(0.02**0.5)
-    text = sweep_table.format_rows(make_book(**BOOK), rows).splitlines()
-    assert text[0].split() == [
-        *('trial', 'learning_rate', 'mean', 'spread', 'best', 'seeds', 'state')
-    ]
-    assert text[2].split('  ')[0] == '001' and '60.0 %  14.1 %  70.0 %' in text[2]
-    pruned = next(line for line in text if 'pruned at epoch 1' in line)
-    assert pruned.split()[-10:-4] == ['90.0', '%', '-', '90.0', '%', '1']
-    assert text[-1] == 'trial 004 failed: not <finite>'
-
-
-def test_page(tmp_path):
-    """It comes from sweep.json alone, and shows what that says as text."""
-    make_book(**BOOK).save(str(tmp_path))
-    kept = sweep_record.load(str(tmp_path))
-    rows = sweep_page.save(str(tmp_path), kept)
-    text = (tmp_path / sweep_page.FILE).read_text()
-    body = text[text.index('<body>') : text.index('<script type')]
-    assert '<b>' not in body.replace('<small>', '').partition('headline')[0]
-    assert '&lt;/script&gt;&lt;b&gt;' in body and 'not &lt;finite&gt;' in body
-    assert 'flatters' in body and 'pruned at epoch 1' in body
-    assert 'behind it by less than seeds' in body.lower()
-    assert '&#39;--config=configs/cifar.py:&lt;b&gt;&#39;' in body
-    with open(tmp_path / sweep_table.FILE, newline='') as file:
-        table = list(csv.DictReader(file))
-    assert [row['trial'] for row in table] == [
-        os.path.basename(row.folder) for row in rows
-    ]
-    assert table[0]['mean'] == '0.675' and table[0]['spread'] == '0.0353553'
-    assert table[-1]['why'] == 'not <finite>' and table[-1]['mean'] == ''
-
-
-@pytest.mark.parametrize(
-    'damage',
-    [
-        lambda text: text[:40],
-        lambda text: '[]',
-        lambda text: text.replace('"settings"', '"set"'),
-        lambda text: text.replace('0.65', '"x"'),
-        lambda text: text.replace('"done"', '"fine"'),
-        lambda text: text.replace('"axes"', '"axe"'),
-        lambda text: text.replace('"best_epoch": 1', '"best_epoch": 7'),
-    ],
-)
-def test_a_damaged_record(tmp_path, damage):
-    make_book(**BOOK).save(str(tmp_path))
-    file = tmp_path / sweep_record.FILE
-    file.write_text(damage(file.read_text()))
-    with pytest.raises(UserError, match='sweep.json is no record of a sweep'):
-        sweep_record.load(str(tmp_path))
-
-
-def test_data_is_looked_through_once(monkeypatch):
-    looked, load = [], dataset.from_settings
-    monkeypatch.setattr(
-        dataset, 'from_settings', lambda *groups: looked.append(0) or load(*groups)
-    )
-    config = base.get_config()
-    config.update_from_flattened_dict(
-        {'model.variant': 'BC-L10k4', 'data.image_size': 8}
-    )
-    for flags, count in (
-        ([f'{RATE}=1e-4,1e-3', 'data.batch_size=32,64'], 1),
-        (['data.image_size=8,12', 'data.augment=none,flip'], 2),
-    ):
-        looked.clear()
-        override = functools.partial(sweep_command.override, config)
-        sweep_plan.Plan(
-            cli_options.to_dict(config), flags, override, None, 'none'
-        ).check()
-        assert len(looked) == count
-
-
-TINY = {'model.block_sizes': (1, 1)}  # as others, which compiled it
-
-
-@pytest.mark.slow
-def test_a_run_that_ends_early(tmp_path):
-    """`ends_after` is told each epoch; the same call goes on from there."""
-    told = []
-    config = tiny_config(**TINY)
-
-    def ends(record):
-        told.append(record['epoch'])
-        return True
-
-    assert fit_lib.fit(config, str(tmp_path), ends_after=ends).best['epoch'] == 1
-    lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
-    assert (told, len(lines)) == ([1], 1)
-    fit_lib.fit(config, str(tmp_path), ends_after=ends)
-    lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
-    assert (told, len(lines)) == ([1, 2], 2)
-
-
-FLAGS = [
-    '--mode=sweep',
-    '--config.model.variant=BC-L10k4',
-    '--config.model.block_sizes=(1,)',
-    '--config.data.image_size=8',
-    '--config.data.batch_size=128',
-    '--config.train.epochs=2',
-    f'--sweep={RATE}=3e-3,1e-2',
-    '--sweep=train.seed=0,1',
-]
-
-
-def command(workdir):
-    launcher = [sys.executable, str(ROOT / 'launch.py')]
-    return [*launcher, *FLAGS, f'--workdir={workdir}']
-
-
-def results(workdir):
-    with open(workdir / sweep_table.FILE, newline='') as file:
-        return [row | {'seconds': ''} for row in csv.DictReader(file)]
-
-
-@pytest.mark.slow
-def test_killed(tmp_path):
-    """Killed and interrupted, the same command comes to the same table and weights."""
-    done = subprocess.run(command(tmp_path / 'whole'), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert f'{RATE}' not in done.stderr and 'Traceback' not in done.stderr
-    whole = results(tmp_path / 'whole')
-    assert [row['seeds'] for row in whole] == ['2', '2']
-    workdir = tmp_path / 's'
-    marks = ('001/seed1/checkpoints', signal.SIGKILL), ('002/seed0', signal.SIGINT)
-    for mark, signum in marks:
-        with subprocess.Popen(
-            command(workdir), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        ) as running:
-            deadline = time.monotonic() + 120
-            while not (workdir / 'trials' / mark).exists():
-                assert time.monotonic() < deadline and running.poll() is None
-                time.sleep(0.02)
-            running.send_signal(signum)
-            err = running.communicate(timeout=60)[1].decode()
-        assert running.returncode == {signal.SIGKILL: -9, signal.SIGINT: 130}[signum], (
-            err
-        )
-        if signum == signal.SIGINT:
-            assert 'the same command goes on from there' in err
-            assert 'Traceback' not in err
-    done = subprocess.run(command(workdir), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert results(workdir) == whole
-    for name in ('001/seed1', '002/seed0'):
-        one, other = (
-            run_folder.load_run(str(folder / 'trials' / name)).records
-            for folder in (tmp_path / 'whole', workdir)
-        )
-        assert [r['test_loss'] for r in one] == [r['test_loss'] for r in other]
-        assert len(one) == 2
-        assert not (workdir / 'trials' / name / page.REPORT_FILE).exists()

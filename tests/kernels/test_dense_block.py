@@ -20,14 +20,13 @@ from helpers.runs import tiny_config
 
 # The slow ones, and all with dropout, bfloat16, four devices: `make test-slow`.
 CONTRACTS = [
-    ('xla', 'plain'),
     ('xla', 'BC'),
     ('native', 'BC'),
     ('native', 'imagenet'),
     *(
         pytest.param(kernel, block, marks=pytest.mark.slow)
         for kernel, block in (
-            *(('xla', 'B'), ('xla', 'C'), ('xla', 'imagenet')),
+            *(('xla', 'plain'), ('xla', 'B'), ('xla', 'C'), ('xla', 'imagenet')),
             *(('native', 'same padding'), ('native', 'wide')),
         )
     ),
@@ -334,7 +333,9 @@ def test_native_is_deterministic():
         jax.tree.map(np.testing.assert_array_equal, runs[0], other)
 
 
-@pytest.mark.parametrize('kernel', ['xla', 'native'])
+@pytest.mark.parametrize(
+    'kernel', [pytest.param('xla', marks=pytest.mark.slow), 'native']
+)
 def test_gradient_in_evaluation(kernel):
     """As explanations of a prediction need it."""
     if kernel == 'native':

@@ -276,9 +276,24 @@ def test_summary():
     assert row[3] == inner * positions
 
 
-def test_weights_and_config_that_differ(trained):
-    workdir, _ = trained
-    found = weight_file.load(workdir)
+@pytest.fixture
+def weights(tmp_path):
+    """A file, in less time than a run."""
+    path, module = str(tmp_path / 'x.safetensors'), tiny(num_classes=10)
+    metadata = {'model': {'variant': 'rdnet_tiny'} | TINY | {'layer_scale': 0.5}}
+    metadata |= {'class_names': [f'class {n}' for n in range(10)], 'image_size': 8}
+    metadata |= {'mean': [0.5] * 3, 'std': [0.25] * 3, 'data': {}}
+    model = trained_lib.Trained(module, shaken(module), metadata, {}, 1, None)
+    formats.save(path, model, 'safetensors')
+    return path
+
+
+@pytest.mark.parametrize(
+    'kind', ['weights', pytest.param('trained', marks=pytest.mark.slow)]
+)
+def test_weights_and_config_that_differ(kind, request):
+    path = request.getfixturevalue(kind)
+    found = weight_file.load(path if kind == 'weights' else path[0])
     settled = transfer.resolve_model(ModelSettings(), found)
     assert factory.from_settings(settled, num_classes=10) == found.module
     for fields, message in (

@@ -9,7 +9,12 @@ from flax_densenet import create_model, init_variables
 from flax_densenet.train import fit, optimizers, step
 from helpers.runs import read_records, tiny_config
 
-WAYS = [{}, {'fast': False}, {'remat': 'none'}, {'batch_norm_group': 2}]
+WAYS = [
+    {},
+    {'batch_norm_group': 2},
+    pytest.param({'fast': False}, marks=pytest.mark.slow),
+    pytest.param({'remat': 'none'}, marks=pytest.mark.slow),
+]
 
 
 def equations(jaxpr):

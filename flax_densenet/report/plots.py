@@ -166,15 +166,16 @@ def save_samples(
     if images.shape[-1] == 1:
         images = images.repeat(3, -1)
     titles = _titles(batch, class_names)[:most]
-    # Letters that the font lacks show as boxes; a warning for each helps nobody.
-    warnings.filterwarnings('ignore', message='Glyph', category=UserWarning)
     heading = ', '.join(change.removeprefix('data.') for change in changes)
     if heading:
         heading = f'training images of the first step as the model sees them: {heading}'
         heading = textwrap.fill(heading, 90)
-    figure = plot_samples(images, titles, heading=heading)
-    with atomic.replacing(os.path.join(workdir, 'samples.png'), 'wb') as file:
-        figure.savefig(file, format='png', dpi=110)
+    with warnings.catch_warnings():
+        # Letters that the font lacks show as boxes; a warning for each helps nobody.
+        warnings.filterwarnings('ignore', message='Glyph', category=UserWarning)
+        figure = plot_samples(images, titles, heading=heading)
+        with atomic.replacing(os.path.join(workdir, 'samples.png'), 'wb') as file:
+            figure.savefig(file, format='png', dpi=110)
 
 
 def _titles(batch, class_names):

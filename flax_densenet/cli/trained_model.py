@@ -9,7 +9,11 @@ from flax_densenet.errors import UserError
 from flax_densenet.system import paths
 
 # Fields that say which images there are; the model decides how they are prepared.
-_WHICH = ('source', 'labels', 'tfds_dir', 'tfds_train', 'test_fraction', 'split_seed')
+_WHICH = (
+    *('source', 'labels', 'label_kind', 'label_columns', 'blank_labels'),
+    *('uncertain_labels', 'groups', 'test_fraction', 'split_seed'),
+    *('tfds_dir', 'tfds_train'),
+)
 
 
 def find(invocation: options.Invocation, workdir: str | None = None) -> str:

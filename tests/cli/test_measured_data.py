@@ -18,7 +18,7 @@ def choose(*arguments, own=OWN):
     argv = ['launch.py', 'eval', *arguments]
     found = command_line.parse(argv, commands.COMMANDS)
     metadata = {'data': own, 'image_size': 8}
-    return trained_model.data_fields(found, metadata)
+    return trained_model.data_settings(found, metadata)
 
 
 @pytest.mark.parametrize(
@@ -41,21 +41,21 @@ def choose(*arguments, own=OWN):
     ],
 )
 def test_which_data_wins(arguments, source, place):
-    fields, found = choose(*arguments)
-    assert (fields['source'], found) == (source, place)
-    assert fields['image_size'] == 8
+    settings, found = choose(*arguments)
+    assert (settings.data.source, found) == (source, place)
+    assert settings.preparation.image_size == 8
     # Another split of the same images would have training images in it.
-    assert fields['split_seed'] == (0 if place == '--config' else 5)
+    assert settings.data.split_seed == (0 if place == '--config' else 5)
 
 
 def test_labels_come_with_the_recipe():
-    fields, _ = choose('--config=chexnet:photos')
-    assert fields['labels'] == 'labels.csv'
+    settings, _ = choose('--config=chexnet:photos')
+    assert settings.data.labels == 'labels.csv'
 
 
 def test_a_model_without_data_takes_the_recipes():
-    fields, place = choose('--config=folder:others', own={'batch_size': 4})
-    assert (fields['source'], place) == ('folder:others', '')
+    settings, place = choose('--config=folder:others', own={'batch_size': 4})
+    assert (settings.data.source, place) == ('folder:others', '')
 
 
 def test_eval_says_which_data_it_is(monkeypatch, capfd, tmp_path):

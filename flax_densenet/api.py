@@ -146,7 +146,13 @@ def get_config(
 
 
 def load(
-    path: str | os.PathLike[str], *, batch_size: int = 32, tta: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    batch_size: int = 32,
+    tta: str | None = None,
+    class_names: Sequence[str] | str | os.PathLike[str] | None = None,
+    outputs: str | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> 'Predictor':
     """Loads a trained model, to predict, explain or extract features.
 
@@ -155,13 +161,26 @@ def load(
         (torchvision, timm, Keras, safetensors); or a folder as on the Hugging Face Hub.
       batch_size: images computed at a time, at most.
       tta: test-time augmentation, `none` or `flip`; by default as in training.
+      class_names: in the order of the outputs, or a file of them, for weights that do
+        not name them. A network with one output takes two: negative and positive.
+      outputs: `softmax`, `sigmoid` or `none`; by default as in the weights, or softmax.
+      data: how images are prepared, for weights that do not say it: `mean`, `std`,
+        `image_size`, `resize`, `crop_fraction`, `interpolation`, `channels`.
 
     Raises:
-      UserError: there is no such file or folder, or it holds no trained model.
+      UserError: there is no such file or folder, it holds no trained model, or an
+        argument does not fit it.
     """
     from flax_densenet.inference import predictor
 
-    return predictor.load_trained(path, batch_size=batch_size, tta=tta)
+    return predictor.load_trained(
+        path,
+        batch_size=batch_size,
+        tta=tta,
+        class_names=class_names,
+        outputs=outputs,
+        data=data,
+    )
 
 
 def train(config: 'Config', workdir: str | os.PathLike[str]) -> TrainResult:

@@ -34,7 +34,7 @@ COMMAND = options.Command(
         ('other images', 'eval ckpt/birds other_photos'),
         ('also look at mirrored images', 'eval ckpt/birds --config.data.tta=flip'),
     ),
-    flags={'Model': (options.WORKDIR,)} | options.SEVERAL_PROCESSES,
+    flags={'Model': (options.WORKDIR, *options.OF_WEIGHTS)} | options.SEVERAL_PROCESSES,
     place=arguments.place_model_and_data,
     fields='Only init_from and data.* apply; the model has the rest.',
 )

@@ -19,7 +19,9 @@ def run(invocation: options.Invocation):
     formats.check_format(out, file_format, settings)
     path = trained_model.find(invocation)
     trained_model.check_fields(invocation, path, 'data.')
-    trained = trained_lib.load_trained(path, 'best')
+    chosen = trained_model.choices(invocation, binary=False)
+    trained = trained_lib.load_trained(path, 'best', choices=chosen)
+    trained.notes.tell()
     shipped = release.Release(
         trained,
         None if trained.step is None else path,
@@ -84,7 +86,7 @@ COMMAND = options.Command(
         ),
     ),
     flags={
-        'Model': (options.WORKDIR,),
+        'Model': (options.WORKDIR, *options.OF_WEIGHTS),
         'Output': (
             options.Flag('out', 'File or folder to write.', value='FILE'),
             options.Flag(

@@ -150,6 +150,23 @@ WORKDIR = Flag(
     value='FOLDER',
     default_text='ckpt/NAME, with the name of the recipe',
 )
+OF_WEIGHTS = (
+    Flag(
+        'class_names',
+        'Class names in the order of the outputs, for weights that do not name them: '
+        'A,B,... or a file with a name per line or a JSON list or object. A network '
+        'with one output takes two: negative and positive.',
+        value='NAMES',
+        default_text='as in the weights',
+    ),
+    Flag(
+        'outputs',
+        'What the outputs are: softmax (one class per image), sigmoid (each class by '
+        'itself) or none (shown as they are).',
+        value='KIND',
+        default_text='as in the weights, else softmax',
+    ),
+)
 CLUSTER = (
     Flag(
         'distributed',

@@ -12,8 +12,12 @@ def run(invocation: options.Invocation) -> int:
 
     flags, data = invocation.flags, invocation.fields['data']
     path = trained_model.find(invocation)
+    chosen = trained_model.choices(invocation)
     trained_model.check_fields(
-        invocation, path, 'data.batch_size', 'data.threads', 'data.tta'
+        invocation,
+        path,
+        *('data.batch_size', 'data.threads', 'data.tta'),
+        *(f'data.{name}' for name in chosen.data),
     )
     for name in ('batch_size', 'threads'):
         if data[name] < 1:
@@ -27,7 +31,13 @@ def run(invocation: options.Invocation) -> int:
         # Of several processes each predicts with its own devices.
         mesh, tta = mesh_lib.make_local_mesh(), invocation.overrides.get('data.tta')
         return predictor.load_trained(
-            path, batch_size=data['batch_size'], mesh=mesh, tta=tta
+            path,
+            batch_size=data['batch_size'],
+            mesh=mesh,
+            tta=tta,
+            class_names=chosen.class_names,
+            outputs=chosen.outputs,
+            data=chosen.data,
         )
 
     if processes.is_first():
@@ -92,6 +102,7 @@ COMMAND = options.Command(
     flags={
         'Model and images': (
             options.WORKDIR,
+            *options.OF_WEIGHTS,
             options.Flag(
                 'files',
                 'Image, folder, pattern, or - for names on standard input. Can be '
@@ -137,5 +148,8 @@ COMMAND = options.Command(
     }
     | options.SEVERAL_PROCESSES,
     place=_place,
-    fields='Only init_from, data.batch_size, data.threads and data.tta apply.',
+    fields='Only init_from, data.batch_size, data.threads and data.tta apply; for '
+    'weights that do not say how images are prepared, also data.mean, data.std, '
+    'data.image_size, data.resize, data.crop_fraction, data.interpolation and '
+    'data.channels.',
 )

@@ -73,6 +73,7 @@ COMMAND = options.Command(
                 value='RUN',
                 default_text='ckpt/NAME, with the name of the recipe',
             ),
+            *options.OF_WEIGHTS,
         ),
         'Output': (
             options.Flag(

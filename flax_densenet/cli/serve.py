@@ -14,7 +14,9 @@ def run(invocation: options.Invocation):
     from flax_densenet.weights import trained as trained_lib
 
     path = trained_model.find(invocation)
-    trained_model.check_fields(invocation, path)
+    chosen = trained_model.choices(invocation)
+    allowed = [f'data.{name}' for name in chosen.data]
+    trained_model.check_fields(invocation, path, *allowed)
     server.check_installed()
     from flax_densenet.serving import guard
 
@@ -26,7 +28,8 @@ def run(invocation: options.Invocation):
     access = server.make_access(listener, flags.allowed_hosts, flags.root_path)
     # One device: a batch of a few images does not divide over several.
     mesh = mesh_lib.make_mesh(jax.local_devices()[:1])
-    trained = trained_lib.load_trained(path, 'best', mesh=mesh)
+    trained = trained_lib.load_trained(path, 'best', mesh=mesh, choices=chosen)
+    trained.notes.tell()
     name = pathlib.Path(path).resolve().name
     server.run(trained, listener, name=name, limits=limits, access=access)
 
@@ -76,7 +79,7 @@ COMMAND = options.Command(
         ('for other machines as well', 'serve ckpt/birds --host=0.0.0.0 --port=80'),
     ),
     flags={
-        'Model': (options.WORKDIR,),
+        'Model': (options.WORKDIR, *options.OF_WEIGHTS),
         'Address': (
             options.Flag(
                 'host',
@@ -110,5 +113,7 @@ COMMAND = options.Command(
         'Limits': _LIMITS,
     },
     place=arguments.place_model,
-    fields='Only init_from applies.',
+    fields='Only init_from applies, and for weights that do not say how images are '
+    'prepared data.mean, data.std, data.image_size, data.resize, data.crop_fraction, '
+    'data.interpolation and data.channels.',
 )

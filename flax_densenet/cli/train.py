@@ -9,12 +9,16 @@ def run(invocation: options.Invocation):
     from flax_densenet.report import finished, plots
     from flax_densenet.system import signals
     from flax_densenet.train import fit
+    from flax_densenet.weights import heads
 
     workdir = invocation.workdir
+    names = invocation.flags.class_names
+    names = names and heads.read_names(names)
     with signals.stop_gently() as stop:
         result = fit.fit(
             settings.from_config(invocation.fields),
             workdir,
+            class_names=names,
             stop=stop,
             save_samples=plots.save_samples,
         )
@@ -44,7 +48,11 @@ COMMAND = options.Command(
             'train photos --config=finetune:densenet121.pth --workdir=ckpt/birds',
         ),
     ),
-    flags={'Output': (options.WORKDIR,)} | options.SEVERAL_PROCESSES,
+    flags={
+        'Output': (options.WORKDIR,),
+        'Weights to start from': options.OF_WEIGHTS[:1],
+    }
+    | options.SEVERAL_PROCESSES,
     place=arguments.place_data,
     fields='All settings apply.',
 )

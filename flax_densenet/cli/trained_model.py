@@ -55,6 +55,25 @@ def check_fields(invocation: options.Invocation, path: str, *allowed: str):
             )
 
 
+def choices(invocation: options.Invocation, **more):
+    """What the user says of weights that do not say it themselves.
+
+    Args:
+      **more: fields of `choices.Choices`.
+    """
+    from flax_densenet.weights import choices as choices_lib
+
+    chosen = {
+        name: invocation.overrides[f'data.{name}']
+        for name in choices_lib.PREPARATION
+        if f'data.{name}' in invocation.overrides
+    }
+    names, outputs = (
+        invocation.flags[name].value for name in ('class_names', 'outputs')
+    )
+    return choices_lib.make(names, outputs, chosen, **more)
+
+
 def data_settings(
     invocation: options.Invocation, metadata: dict[str, Any]
 ) -> tuple[settings.Settings, str]:
@@ -128,7 +147,8 @@ def load(invocation: options.Invocation, workdir: str):
     path = find(invocation, workdir)
     check_fields(invocation, path, 'data.')
     mesh = mesh_lib.make_mesh()
-    trained = trained_lib.load_trained(path, 'best', mesh=mesh)
+    chosen = choices(invocation, own_data=True)
+    trained = trained_lib.load_trained(path, 'best', mesh=mesh, choices=chosen)
     own = trained.metadata['data']
     found, place = data_settings(invocation, trained.metadata)
     mesh_lib.check_batch_size(found.loader.batch_size, mesh)

@@ -243,7 +243,8 @@ def match_classes(
         if len(names) != count:
             raise UserError(
                 f'data.source has {len(names)} classes, the weights {count} without '
-                'names: they cannot be matched'
+                'names: they cannot be matched; name them with --class_names=FILE or '
+                'A,B,...'
             )
         notes.say(
             'the weights have no names of classes: their outputs are taken for the '

@@ -47,6 +47,20 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return special.expit(np.asarray(logits, np.float64))
 
 
+def log_sigmoid(logits: np.ndarray) -> np.ndarray:
+    """Logarithm of `sigmoid`, in float64."""
+    from scipy import special
+
+    return special.log_expit(np.asarray(logits, np.float64))
+
+
+def activate(logits: np.ndarray, outputs: str) -> np.ndarray:
+    """What `outputs` (softmax, sigmoid or none) makes of logits, in float64."""
+    if outputs == 'none':
+        return np.asarray(logits, np.float64)
+    return {'softmax': softmax, 'sigmoid': sigmoid}[outputs](logits)
+
+
 def measure(logits: np.ndarray, labels: np.ndarray, class_names) -> dict[str, Any]:
     """Metrics of a classifier with one class per image.
 

@@ -21,6 +21,7 @@ from flax_densenet.errors import UserError
 from flax_densenet.evaluation import evaluate, metrics
 from flax_densenet.models import tta as tta_lib
 from flax_densenet.system import atomic
+from flax_densenet.weights import heads
 from flax_densenet.weights import trained as trained_lib
 
 EVAL_FILE, PREDICTIONS_FILE = 'eval.json', 'predictions.csv'
@@ -39,12 +40,15 @@ class Results:
       logits: float32 `[N, C]`.
       labels: int32 `[N]`; float32 `[N, C]` of 0, 1 and NaN (not known) where an image
         can have several.
+      outputs: what makes probabilities of logits, `softmax` or `sigmoid`; by default
+        as the labels are.
     """
 
     examples: dataset.Examples
     class_names: tuple[str, ...]
     logits: np.ndarray
     labels: np.ndarray
+    outputs: str | None = None
 
     @property
     def multi_label(self) -> bool:
@@ -54,8 +58,8 @@ class Results:
     @functools.cached_property
     def probabilities(self) -> np.ndarray:
         """float64 `[N, C]`: softmax, or the sigmoid of each label."""
-        of = metrics.sigmoid if self.multi_label else metrics.softmax
-        return of(self.logits)
+        usual = 'sigmoid' if self.multi_label else 'softmax'
+        return metrics.activate(self.logits, self.outputs or usual)
 
     @functools.cached_property
     def said(self) -> np.ndarray:
@@ -70,8 +74,12 @@ class Results:
     @functools.cached_property
     def figures(self) -> dict[str, Any]:
         """See `metrics.measure` and `metrics.measure_labels`."""
-        measure = metrics.measure_labels if self.multi_label else metrics.measure
-        return measure(self.logits, self.labels, self.class_names)
+        if self.multi_label:
+            return metrics.measure_labels(self.logits, self.labels, self.class_names)
+        logits = self.logits
+        if self.outputs == 'sigmoid':  # as shares of their sum
+            logits = metrics.log_sigmoid(logits)
+        return metrics.measure(logits, self.labels, self.class_names)
 
     def name(self, row: int) -> str:
         """The file of an image, or its place in its data set."""
@@ -144,7 +152,9 @@ def find_examples(
         settings.preparation, window=settings.preparation.window or ()
     )
     source = dataset.from_settings(settings.data, preparation, trained.class_names)
-    if source.multi_label != trained.metadata.get('multi_label', source.multi_label):
+    said = trained.metadata.get('multi_label', source.multi_label)
+    sigmoids = said and trained.is_imported  # can tell one class from the others too
+    if source.multi_label != said and not sigmoids and trained.known is None:
         raise UserError(
             f'data.labels={settings.data.labels}: the model of {path} was trained '
             + ('on one class' if source.multi_label else 'with a table of labels')
@@ -163,13 +173,38 @@ def find_examples(
     for line in filter(None, lines):
         if mesh.is_writer():
             notes.say(line)
+    names = pair_names(trained, path, source)
     examples = evaluate.match_classes(
-        examples,
-        source.class_names,
-        trained.class_names,
-        count=trained.module.num_classes,
+        examples, source.class_names, names, count=trained.module.num_classes
     )
-    return source, examples, trained.class_names or source.class_names, trained_on
+    trained.notes.tell()
+    return source, examples, names or source.class_names, trained_on
+
+
+def pair_names(
+    trained: trained_lib.Trained, path: str, source: dataset.Source
+) -> tuple[str, ...] | None:
+    """The model's class names as the data has them; None: they are the data's.
+
+    Names that are only assumed count where the data has the same; else the outputs are
+    taken in the data's order, and a line says so.
+
+    Args:
+      path: of the model, for messages.
+    """
+    names, found = trained.class_names, source.class_names
+    if source.multi_label:
+        trained.notes.pop('outputs', None)  # the data says it
+    if trained.known is not None:
+        for names in trained.known.all_names:
+            if set(found) <= set(names):
+                return names
+        names = None
+    if names is None:
+        trained.notes.pop('names', None)
+        if len(found) == trained.module.num_classes:
+            trained.notes['names'] = heads.describe_order(path, found)
+    return names
 
 
 def collect(
@@ -181,7 +216,12 @@ def collect(
       **loading: `batch_size`, `threads` and `workers` of `evaluate.compute_logits`.
     """
     logits, labels = evaluate.compute_logits(trained, examples, **loading)
-    return Results(examples, tuple(class_names), logits, labels)
+    outputs = None
+    if trained.is_imported and labels.ndim == 1:
+        # Sigmoids that were assumed with names, which the data does not have, are not.
+        assumed = trained.known and tuple(class_names) not in trained.known.all_names
+        outputs = None if assumed else trained.outputs
+    return Results(examples, tuple(class_names), logits, labels, outputs)
 
 
 def of_data(
@@ -192,6 +232,11 @@ def of_data(
     Returns:
       The source, what the model says of its images, and whether it was trained on it.
     """
+    if trained.outputs == heads.NONE:
+        raise UserError(
+            f'--outputs=none: the outputs of {path} are no probabilities, so there is '
+            'nothing to measure; use softmax or sigmoid'
+        )
     source, examples, names, trained_on = find_examples(trained, path, settings)
     loader = settings.loader
     found = collect(

@@ -12,7 +12,7 @@ import numpy as np
 
 from flax_densenet.export.onnx_graph import Graph
 from flax_densenet.models import folded, network, rdnet
-from flax_densenet.weights import trained
+from flax_densenet.weights import heads, trained
 
 # `images`: uint8 RGB `[N, H, W, C]`, decoded and resized, to probabilities.
 # `normalized`: float32 `[N, C, H, W]`, normalized with mean and std, to logits, like
@@ -70,6 +70,13 @@ def take_images(graph, metadata, inputs) -> tuple[str, np.ndarray | None]:
     return x, 255 * std
 
 
+_ACTIVATIONS = {
+    heads.SOFTMAX: ('Softmax', {'axis': -1}),
+    heads.SIGMOID: ('Sigmoid', {}),
+    heads.NONE: ('Identity', {}),
+}
+
+
 def finish(graph, logits, module, metadata, inputs) -> Any:
     """Adds the output and completes the graph; returns the `onnx.ModelProto`."""
     channels, classes = len(metadata['mean']), module.num_classes
@@ -78,10 +85,8 @@ def finish(graph, logits, module, metadata, inputs) -> Any:
         output = graph.add('Identity', logits, name='logits')
     else:
         taken = {'image': (np.uint8, ('batch', 'height', 'width', channels))}
-        if metadata.get('multi_label'):
-            output = graph.add('Sigmoid', logits, name='probabilities')
-        else:
-            output = graph.add('Softmax', logits, axis=-1, name='probabilities')
+        node, options = _ACTIVATIONS[trained.outputs_of(metadata)]
+        output = graph.add(node, logits, **options, name='probabilities')
     given = {output: (np.float32, ('batch', classes))}
     return graph.model(taken, given, properties(module, metadata))
 
@@ -90,11 +95,14 @@ def properties(module: network.Network, metadata: dict[str, Any]) -> dict[str, s
     """The metadata of a file: strings by name, with lists as JSON.
 
     `labels`, `image_size` (side in pixels), `channels`, `resize`, `crop_fraction` and
-    `interpolation` (`images.Preparation`), `mean`, `std`, `multi_label`, `variant`.
+    `interpolation` (`images.Preparation`), `mean`, `std`, `multi_label`, `variant`;
+    `outputs` if the outputs are neither a softmax nor sigmoids.
     """
     preparation = trained.preparation_of(metadata)
     names = metadata['class_names'] or [str(n) for n in range(module.num_classes)]
-    return {
+    outputs = trained.outputs_of(metadata)
+    more = {'outputs': outputs} if outputs == heads.NONE else {}
+    return more | {
         'labels': json.dumps(list(names)),
         'image_size': str(preparation.size),
         'channels': str(preparation.channels),

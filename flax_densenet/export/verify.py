@@ -64,8 +64,7 @@ def compute(
     logits = np.concatenate(rows).astype(np.float32)
     if inputs == 'normalized':
         return logits
-    of = metrics.sigmoid if metadata.get('multi_label') else metrics.softmax
-    return of(logits).astype(np.float32)
+    return metrics.activate(logits, trained.outputs).astype(np.float32)
 
 
 def as_inputs(images: np.ndarray, metadata: dict[str, Any], inputs: str, *, nchw: bool):

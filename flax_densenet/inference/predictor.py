@@ -17,7 +17,7 @@ import difflib
 import functools
 import itertools
 import os
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,7 @@ from flax_densenet.errors import UserError
 from flax_densenet.inference import programs
 from flax_densenet.inference.prediction import Explanation, Prediction
 from flax_densenet.system import paths
+from flax_densenet.weights import choices as choices_lib
 from flax_densenet.weights import trained as trained_lib
 
 
@@ -261,7 +262,14 @@ class Predictor:
 
 
 def load_trained(
-    path, *, batch_size: int = 32, mesh=None, tta: str | None = None
+    path,
+    *,
+    batch_size: int = 32,
+    mesh=None,
+    tta: str | None = None,
+    class_names: Sequence[str] | str | os.PathLike[str] | None = None,
+    outputs: str | None = None,
+    data: Mapping[str, Any] | None = None,
 ) -> Predictor:
     """Loads a trained model for prediction.
 
@@ -271,6 +279,11 @@ def load_trained(
       batch_size: the largest number of images that are computed at a time.
       mesh: the devices to use; None for all.
       tta: test-time augmentation, instead of the run's `data.tta`.
+      class_names: in the order of the outputs, or a file of them. A network with one
+        output takes two: negative and positive.
+      outputs: `softmax`, `sigmoid` or `none`; by default as in the weights, or softmax.
+      data: how images are prepared, for weights that do not say it: `mean`, `std`,
+        `image_size`, `resize`, `crop_fraction`, `interpolation`, `channels`.
 
     Raises:
       UserError: the file or folder does not exist, or has no trained model.
@@ -281,7 +294,9 @@ def load_trained(
             f'{path}: there is no such file or folder; give the folder of a run or a '
             'file of weights'
         )
-    trained = trained_lib.load_trained(path, 'best', mesh=mesh)
+    choices = choices_lib.make(class_names, outputs, data)
+    trained = trained_lib.load_trained(path, 'best', mesh=mesh, choices=choices)
+    trained.notes.tell()
     if tta is not None:
         trained = trained.with_tta(tta)
     return Predictor(trained, batch_size, path=path)

@@ -28,6 +28,7 @@ from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.inference import grad_cam
 from flax_densenet.models import folded
 from flax_densenet.models import tta as tta_lib
+from flax_densenet.weights import heads
 from flax_densenet.weights.trained import Trained, normalize
 
 # On a CPU, sixteen take sixteen times as long as one; on a GPU hardly longer.
@@ -49,7 +50,15 @@ def split(count: int, sizes: Sequence[int]) -> list[int]:
 
 
 def predict_probabilities(
-    module, arrays, images, classes=None, *, mean, std, tta, multi_label
+    module,
+    arrays,
+    images,
+    classes=None,
+    *,
+    mean,
+    std,
+    tta,
+    outputs,
 ):
     """The function that is compiled: predictions for images.
 
@@ -58,7 +67,7 @@ def predict_probabilities(
       arrays: of `folded.fold`.
       images: uint8 `[N, H, W, C]`.
       classes: int32 `[N]`, the classes of the maps; -1 for the most likely one.
-      mean, std, tta, multi_label: see `options_of`.
+      mean, std, tta, outputs: see `options_of`.
 
     Returns:
       Probabilities `[N, num_classes]` and pooled features `[N, F]`, float32, and
@@ -72,8 +81,8 @@ def predict_probabilities(
     if others:
         more = [folded.logits(module, arrays, view) for view in others]
         views = jnp.stack([logits, *(one.astype(jnp.float32) for one in more)])
-        logits = tta_lib.mean_logits(views, multi_label=multi_label)
-    probabilities = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
+        logits = _mean_of_views(views, outputs)
+    probabilities = _ACTIVATIONS[outputs](logits)
     if classes is None:
         return probabilities, pooled, None
     # By probabilities, which can be equal where logits are not, so that the map is that
@@ -83,6 +92,19 @@ def predict_probabilities(
     return probabilities, pooled, cams
 
 
+_ACTIVATIONS = {
+    heads.SOFTMAX: jax.nn.softmax,
+    heads.SIGMOID: jax.nn.sigmoid,
+    heads.NONE: lambda logits: logits,
+}
+
+
+def _mean_of_views(found, outputs):
+    if outputs == heads.NONE:
+        return found.mean(0)
+    return tta_lib.mean_logits(found, multi_label=outputs == heads.SIGMOID)
+
+
 def options_of(trained: Trained) -> dict:
     """The keyword arguments of `predict_probabilities` for a trained model."""
     metadata = trained.metadata
@@ -90,7 +112,7 @@ def options_of(trained: Trained) -> dict:
         'mean': tuple(metadata['mean']),
         'std': tuple(metadata['std']),
         'tta': tta_lib.from_metadata(metadata),
-        'multi_label': bool(metadata.get('multi_label')),
+        'outputs': trained.outputs,
     }
 
 

@@ -81,6 +81,7 @@ def fit(
     settings: settings_lib.Settings | Mapping[str, Any],
     workdir: str,
     *,
+    class_names: tuple[str, ...] | None = None,
     stop: signals.Stop | None = None,
     ends_after: Callable[[dict[str, Any]], bool] = lambda record: False,
     save_samples: Callable[..., None] | None = None,
@@ -93,6 +94,7 @@ def fit(
     Args:
       settings: of `settings.from_config`, or a config that it takes.
       workdir: folder of the run; made where absent, and locked meanwhile.
+      class_names: of the outputs of `init_from`, where it does not name them.
       stop: of `signals.stop_gently`, for signals to end it after a saved step. Without
         it a KeyboardInterrupt goes through, and the checkpoints stay as they are.
       ends_after: called with the record of each epoch; True ends the run there, as its
@@ -110,7 +112,7 @@ def fit(
     """
     if mesh.is_writer():
         lock.check(workdir)  # before the data is looked through
-    run = prepare.prepare(settings, workdir)
+    run = prepare.prepare(settings, workdir, class_names=class_names)
     changes: list[str] = []
     if checkpoint_reader.has_checkpoint(workdir):
         checks.check_same_run(workdir, run)

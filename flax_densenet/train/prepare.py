@@ -51,6 +51,7 @@ def prepare(
     *,
     resume: bool = True,
     source: dataset.Source | None = None,
+    class_names: tuple[str, ...] | None = None,
 ) -> training_run.TrainingRun:
     """Checks all settings and finds the data: all that can fail before compilation.
 
@@ -59,13 +60,16 @@ def prepare(
       workdir: folder of the run; a checkpoint there comes before `init_from`.
       resume: False where such a checkpoint plays no part.
       source: of these settings, where it was looked through already.
+      class_names: of the outputs of `init_from`, if it does not name them.
 
     Raises:
       UserError: a field, the data or the weights cannot be used.
     """
     resume = resume and checkpoint_reader.has_checkpoint(workdir)
     settings = settings_lib.from_config(settings)
-    settings, weights = resolve(settings, workdir if resume else None)
+    if class_names and not (resume or settings.init_from):
+        raise UserError('--class_names needs weights: --config.init_from=FILE')
+    settings, weights = resolve(settings, workdir if resume else None, class_names)
     checks.check_settings(settings)
     batch_size, mesh = settings.loader.batch_size, mesh_lib.make_mesh()
     mesh_lib.check_batch_size(batch_size, mesh, settings.train.accumulate_steps)
@@ -167,7 +171,9 @@ def make_optimizer(
 
 
 def resolve(
-    settings: settings_lib.Settings, workdir: str | None
+    settings: settings_lib.Settings,
+    workdir: str | None,
+    class_names: tuple[str, ...] | None = None,
 ) -> tuple[settings_lib.Settings, weight_file.Weights | None]:
     """The settings with their open fields filled in, and the weights to start from.
 
@@ -187,4 +193,5 @@ def resolve(
             weights = weight_file.load(settings.init_from)
         except UserError as error:
             raise UserError(f'init_from={error}') from error
+        weights = transfer.settle(weights, vars(settings.preparation), class_names)
     return transfer.resolve(settings, weights), weights

@@ -10,7 +10,6 @@ The configuration is only read as JSON, so no code in a file is run.
 
 import json
 import re
-import warnings
 from typing import Any
 
 from flax_densenet.errors import UserError
@@ -50,20 +49,12 @@ def fields_of(path: str, objects, groups, *, is_hub: bool) -> dict[str, Any]:
 
 
 def _check_objects(path, objects):
-    """Refuses other heads; warns of layers without arrays before the network."""
+    """Refuses other heads."""
     for name, settings in objects:
         if name == 'GlobalMaxPooling2D' or settings.get('pooling') == 'max':
             raise UserError(
                 f'{path}: its classifier takes the maximum over the image; only the '
                 'mean (GlobalAveragePooling2D) can be read'
-            )
-        if name in ('Rescaling', 'Lambda'):
-            numbers = {k: settings[k] for k in ('scale', 'offset') if k in settings}
-            layer = f'{name} {numbers}' if numbers else name
-            warnings.warn(
-                f'{path}: its layer {layer} is left out; if it prepares images, '
-                'give data.mean and data.std that do the same',
-                stacklevel=2,
             )
 
 

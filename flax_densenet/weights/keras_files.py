@@ -11,6 +11,7 @@ False
 """
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
@@ -22,7 +23,7 @@ import numpy as np
 
 from flax_densenet import errors
 from flax_densenet.errors import UserError
-from flax_densenet.weights import hdf5, keras_config, keras_layers
+from flax_densenet.weights import hdf5, keras_config, keras_head, keras_layers
 
 _WEIGHTS = 'model.weights.h5'
 # The configuration next to the weights of a preset.
@@ -88,6 +89,21 @@ def is_keras_file(path: str) -> bool:
         return start[30:].startswith(_ARCHIVE_STARTS)
 
 
+@dataclasses.dataclass(frozen=True)
+class Content:
+    """A Keras file of a DenseNet.
+
+    Attributes:
+      arrays, fields, family: as of `read`.
+      around: what the configuration says around the network.
+    """
+
+    arrays: dict[str, np.ndarray]
+    fields: dict[str, Any]
+    family: str
+    around: keras_head.Found
+
+
 def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
     """Reads a Keras file of a DenseNet.
 
@@ -106,6 +122,12 @@ def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
       UserError: the file is corrupt or refers to other files, h5py is missing, or the
         network is not a DenseNet.
     """
+    content = read_content(path)
+    return content.arrays, content.fields, content.family
+
+
+def read_content(path: str) -> Content:
+    """Reads a Keras file like `read`, with what is around the network."""
     entries, groups, objects = _read_file(path)
     neighbor = os.path.join(os.path.dirname(path), _WEIGHTS)
     if os.path.basename(path) == 'task.weights.h5' and os.path.exists(neighbor):
@@ -125,7 +147,11 @@ def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
     is_hub |= any('dense_net_backbone' in group for group in groups)
     with _reading(path):
         fields = keras_config.fields_of(path, objects, groups, is_hub=is_hub)
-    return arrays, fields, 'keras_hub' if is_hub else 'keras'
+        config = objects[0][1] if objects else {}
+        around = keras_head.read(config, {key: array for _, key, array in entries})
+    for key in around.used:
+        arrays.pop(key, None)
+    return Content(arrays, fields, 'keras_hub' if is_hub else 'keras', around)
 
 
 def _read_file(path):

@@ -4,16 +4,17 @@ features.denseblock1.denselayer1.norm1.weight    torchvision
 params/denseblock1/denselayer1/norm1/scale       ours
 """
 
+import dataclasses
+import logging
 import math
-import re
+from typing import Any
 
 import numpy as np
 
 from flax_densenet.errors import UserError
-from flax_densenet.weights import rdnet_names
+from flax_densenet.weights import rdnet_names, torch_matcher
 
-_HEADS = ('classifier', 'classifier.0', 'classifier.1', 'fc', 'head', 'head.fc')
-_OLD_NAMES = re.compile(r'(denselayer\d+\.(?:norm|conv))\.(\d)(?=\.)')
+_LOGGER = logging.getLogger(__name__)
 _LEAVES = {
     'weight': {
         4: ('params', 'kernel'),
@@ -27,46 +28,79 @@ _LEAVES = {
 _TORCH_LEAVES = {ours: k for k, ranks in _LEAVES.items() for ours in ranks.values()}
 
 
-def rename(arrays):
-    """Renames and transposes torchvision's arrays; unknown ones keep their names.
+@dataclasses.dataclass(frozen=True)
+class Renamed:
+    """Arrays of a torch file under our names.
 
-    Takes the arrays out of `arrays`, so that none is in memory twice.
+    Attributes:
+      arrays: in our layouts; what is not understood keeps its name.
+      extra: what else the file says, such as `operating_points`.
+      head: layers of a head that is not one Linear, which is left out.
+      preparation: `mean` and `std`, where the file has them as arrays.
+    """
 
-    Returns:
-      The arrays by our names, and facts that the file has besides them.
+    arrays: dict[str, np.ndarray]
+    extra: dict[str, Any]
+    head: tuple[str, ...] = ()
+    preparation: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
+
+
+def rename(path: str, arrays: dict[str, np.ndarray]) -> Renamed:
+    """torch's keys and layouts to ours; takes the arrays out of `arrays`.
+
+    Args:
+      path: of the file, for messages.
+
+    Raises:
+      UserError: it holds several networks or heads.
     """
     if (prefix := rdnet_names.find_prefix(arrays)) is not None:
-        return rdnet_names.rename(arrays, prefix), {}
-    prefix = next(
-        (k[: -len('features.conv0.weight')] for k in arrays
-         if k.endswith('features.conv0.weight')),
-        '',
-    )  # fmt: skip
-    renamed, extra, heads = {}, {}, []
-    for key in list(arrays):
+        keys = torch_matcher.of_rdnet(path, arrays, prefix)
+        chosen = {name: arrays.pop(key) for name, key in keys.items()}
+        return Renamed(rdnet_names.rename(chosen, ''), {})
+    found, extra = {}, {}
+    for key in [key for key in arrays if key.rpartition('.')[2] == 'op_threshs']:
+        # torchxrayvision's operating points
+        extra['operating_points'] = [
+            None if math.isnan(x) else x for x in np.ravel(arrays.pop(key)).tolist()
+        ]
+    match = torch_matcher.match(path, arrays)
+    preparation = _read_means(path, arrays, match.means)
+    for name, key in match.keys.items():
         array = arrays.pop(key)
-        name = _OLD_NAMES.sub(r'\1\2', key.removeprefix(prefix))
         place, _, leaf = name.rpartition('.')
         if leaf == 'num_batches_tracked':
             continue
-        if name == 'op_threshs':  # torchxrayvision's operating points
-            extra['operating_points'] = [
-                None if math.isnan(x) else x for x in np.ravel(array).tolist()
-            ]
-            continue
         target = _LEAVES.get(leaf, {}).get(array.ndim)
-        if place in _HEADS and target:
-            heads.append(place)
-            place = 'classifier'
-        elif not name.startswith('features.') or not target:
-            renamed[key] = array
+        if place != 'classifier' and not name.startswith('features.'):
+            target = None
+        if not target:
+            found[key] = array
             continue
         collection, leaf = target
         parts = place.removeprefix('features.').split('.')
-        renamed['/'.join((collection, *parts, leaf))] = from_torch_layout(array)
-    if len(set(heads)) > 1:
-        raise UserError(f'the weights have two heads: {", ".join(sorted(set(heads)))}')
-    return renamed, extra
+        found['/'.join((collection, *parts, leaf))] = from_torch_layout(array)
+    return Renamed(found, extra, match.head, preparation)
+
+
+def _read_means(path, arrays, keys):
+    """`mean` and `std` of images of 0 to 1, from arrays in front of the network."""
+    if keys is None:
+        return {}
+    mean, std = (np.ravel(arrays[key]).astype(float) for key in keys)
+    scale = 255 if mean.max() > 2 or std.max() > 2 else 1
+    count = max(len(mean), len(std))
+    mean, std = (
+        tuple(float(f'{x:.7g}') for x in np.resize(v / scale, count))
+        for v in (mean, std)
+    )
+    if not min(std) > 0:
+        raise UserError(f'{path}: {keys[1]} has a value that is not above 0')
+    _LOGGER.warning(
+        '%s: its arrays %s and %s are taken for data.mean=%s and data.std=%s',
+        *(path, *keys, mean, std),
+    )
+    return {'mean': mean, 'std': std}
 
 
 def torch_key(name: str) -> str:

@@ -2,8 +2,10 @@
 
 A `.pth` file is a pickle, which could call any function when it is loaded. Here each
 name in it is either in a short allowlist (tensors, storages, plain containers) or
-becomes an inert record; all other names are refused. The records are enough to read
-pickled modules of torch, torchvision and torchxrayvision.
+becomes an inert record, which holds data and computes nothing. The records are enough
+to read pickled modules of torch, torchvision, MONAI and torchxrayvision, and settings
+of unknown classes next to the weights do no harm. A file that names functions that
+start programs or change files is refused.
 """
 
 import collections
@@ -44,19 +46,32 @@ _DTYPES = {
     'BoolStorage': np.bool_,
 }
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-# Classes whose instances become records; their code is never looked up.
-_RECORDS = re.compile(
-    r'(torch\.nn|torch\.optim|torchvision\.models|torchxrayvision|timm|argparse|'
-    r'torch|numpy|pathlib|collections|builtins|_codecs)(\..*)?'
+# Modules whose networks compute what their arrays say.
+_NETWORKS = re.compile(
+    r'(torch\.nn|torchvision\.models|torchxrayvision|timm|monai\.networks)\..*'
 )
-_BUILTIN_RECORDS = {
-    'builtins': {'set', 'frozenset', 'slice', 'range', 'complex', 'bytearray'},
-    'torch': {'Size', 'device', 'dtype', 'float32', 'float64', 'float16', 'int64'},
-    'collections': {'defaultdict', 'Counter', 'deque'},
-    '_codecs': {'encode'},
-    'pathlib': {'PosixPath', 'WindowsPath', 'Path', 'PurePath'},
-    'argparse': {'Namespace'},
+# No weights need these; a file that names one is an attack.
+_HARMFUL = {
+    'os': None,
+    'posix': None,
+    'nt': None,
+    'subprocess': None,
+    'sys': None,
+    'shutil': None,
+    'runpy': None,
+    'pty': None,
+    'socket': None,
+    'ctypes': None,
+    'importlib': None,
+    'webbrowser': None,
+    'code': None,
+    'multiprocessing': None,
+    'builtins': {
+        *('eval', 'exec', 'compile', '__import__', 'open', 'input', 'breakpoint'),
+        *('getattr', 'setattr', 'delattr', 'globals', 'locals', 'vars'),
+    },
 }
+_MOST_CLASSES = 2000
 
 
 @dataclasses.dataclass(eq=False)
@@ -75,8 +90,13 @@ class _Tensor:
     strides: tuple[int, ...]
 
 
-class _Record:
-    """An object in the file as plain data: its class name and its fields."""
+class Record:
+    """An object in the file as plain data.
+
+    Attributes:
+      name: of its class or of the function that made it, with its module.
+      fields: by name.
+    """
 
     name = ''
 
@@ -125,12 +145,20 @@ def _rebuild_tensor(storage, offset, shape, strides, *_):
     return _Tensor(storage, int(offset), shape, strides)
 
 
+def _rebuild_from_type(function, kind, arguments, state):
+    """Of a subclass of tensor, as fastai's."""
+    if function not in _KNOWN.values():
+        raise pickle.UnpicklingError('a tensor of an unknown kind')
+    return function(*arguments)
+
+
 _KNOWN = {
     ('collections', 'OrderedDict'): collections.OrderedDict,
     ('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,
     ('torch._utils', '_rebuild_tensor'): _rebuild_tensor,
     ('torch._utils', '_rebuild_parameter'): lambda data, *_: data,
     ('torch._utils', '_rebuild_parameter_with_state'): lambda data, *_: data,
+    ('torch._tensor', '_rebuild_from_type_v2'): _rebuild_from_type,
 }
 
 
@@ -152,30 +180,38 @@ class _Unpickler(pickle.Unpickler):
             return _KNOWN[module, name]
         if module == 'torch' and name in _DTYPES:
             return self._record(name, name)
-        allowed = _RECORDS.fullmatch(module)
-        narrow = _BUILTIN_RECORDS.get(module)
-        if allowed and (narrow is None or name in narrow):
-            return self._record(name, f'{module}.{name}')
-        raise UserError(
-            f'{self._what} needs {module}.{name}, which a file of weights does not; '
-            'none of it was run. If you trust the file, load it in torch and save '
-            'only the weights: torch.save(model.state_dict(), FILE)'
-        )
+        harmful = _HARMFUL.get(module.partition('.')[0], ())
+        if harmful is None or name in harmful:
+            raise refusal(self._what, f'{module}.{name}')
+        return self._record(name, f'{module}.{name}')
 
     def _record(self, name, whole_name):
         # A class takes 1 KB, and a file can name one a million times.
         if whole_name not in self._classes:
-            made = type(name, (_Record,), {'name': whole_name})
+            if len(self._classes) >= _MOST_CLASSES:
+                raise pickle.UnpicklingError('it names too many classes')
+            made = type(name, (Record,), {'name': whole_name})
             self._classes[whole_name] = made
         return self._classes[whole_name]
 
     def persistent_load(self, saved):
+        if saved[0] == 'module':  # a class with its source, before torch 1.6
+            return saved[1]
         kind, storage_type, key, _, count, *view = saved
         name = getattr(storage_type, 'name', '')
         if kind != 'storage' or name not in _DTYPES or (view and view[0] is not None):
             raise pickle.UnpicklingError(f'a storage of an unknown kind ({name})')
         storage = _Storage(_DTYPES[name], str(key), int(count))
         return self.storages.setdefault(storage.key, storage)
+
+
+def refusal(path: str, name: str) -> UserError:
+    """The error for weights that something of another project has to make."""
+    return UserError(
+        f'{path} needs {name}, which a file of weights does not; none of it was run. '
+        'If you trust the file, load it in torch and save only the weights: '
+        'torch.save(model.state_dict(), FILE)'
+    )
 
 
 def read(path: str) -> Any:
@@ -187,7 +223,7 @@ def read(path: str) -> Any:
 
     Returns:
       Containers as they were saved (tuples as lists), float16 and bfloat16 as float32,
-      pickled modules as `Module`.
+      pickled modules as `Module`, other objects as `Record`.
 
     Raises:
       UserError: the file is corrupt, of another kind, or needs code to be read.
@@ -218,11 +254,19 @@ class Module:
       name: qualified name of its class.
       arrays: with the names of `state_dict()`.
       attributes: plain values of the outermost module.
+      layers: classes of all modules inside, by the names of the modules, in order.
     """
 
     name: str
     arrays: dict[str, np.ndarray]
     attributes: dict[str, Any]
+    layers: dict[str, str]
+
+    @property
+    def foreign(self) -> str | None:
+        """The first class that may compute anything; None if all are known."""
+        names = [self.name, *self.layers.values()]
+        return next((name for name in names if not _NETWORKS.fullmatch(name)), None)
 
 
 def _read_archive(path, archive):
@@ -313,7 +357,7 @@ class _Resolver:
             return {key: self.resolve(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self.resolve(item) for item in value]
-        if isinstance(value, _Record) and '_modules' in value.fields:
+        if isinstance(value, Record) and '_modules' in value.fields:
             return Module(
                 value.name,
                 dict(self._module_arrays(value, '')),
@@ -322,6 +366,7 @@ class _Resolver:
                     for key, item in value.fields.items()
                     if isinstance(item, str | int | float | list | tuple)
                 },
+                dict(self._module_layers(value, '')),
             )
         return value
 
@@ -344,5 +389,12 @@ class _Resolver:
                 if isinstance(value, _Tensor):
                     yield prefix + name, self._array(value)
         for name, inner in (module.fields.get('_modules') or {}).items():
-            if isinstance(inner, _Record):
+            if isinstance(inner, Record):
                 yield from self._module_arrays(inner, f'{prefix}{name}.')
+
+    def _module_layers(self, module, prefix):
+        self._count()
+        for name, inner in (module.fields.get('_modules') or {}).items():
+            if isinstance(inner, Record):
+                yield f'{prefix}{name}', inner.name
+                yield from self._module_layers(inner, f'{prefix}{name}.')

@@ -12,11 +12,12 @@ from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.data import deep, images
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.distributed import processes
-from flax_densenet.errors import UserError
+from flax_densenet.errors import UserError, list_first
 from flax_densenet.models import factory, initialization, network
 from flax_densenet.models import tta as tta_lib
+from flax_densenet.weights import choices as choices_lib
+from flax_densenet.weights import heads, weight_file
 from flax_densenet.weights import metadata as metadata_lib
-from flax_densenet.weights import weight_file
 
 
 def normalize(batch, *, mean, std):
@@ -37,6 +38,9 @@ class Trained:
       metrics: test accuracy and loss when it was saved; empty for imported weights.
       step: step of the checkpoint; None for imported weights.
       mesh: the devices.
+      known: the known head that the class names are from, if they are assumed.
+      notes: lines about assumptions that were not printed yet.
+      is_imported: whether the weights are of another program.
     """
 
     module: network.Network
@@ -45,6 +49,9 @@ class Trained:
     metrics: dict[str, float]
     step: int | None
     mesh: Any
+    known: heads.KnownHead | None = None
+    notes: choices_lib.Notes = dataclasses.field(default_factory=choices_lib.Notes)
+    is_imported: bool = False
 
     def with_tta(self, tta: str) -> 'Trained':
         """The same model with another value of `data.tta`."""
@@ -58,21 +65,40 @@ class Trained:
         names = self.metadata['class_names']
         return None if names is None else tuple(names)
 
+    @property
+    def outputs(self) -> str:
+        """What makes probabilities of logits, one of `heads.OUTPUTS`."""
+        return outputs_of(self.metadata)
 
-def load_trained(workdir: str, which: str = 'best', *, mesh=None) -> Trained:
+
+def outputs_of(metadata: dict[str, Any]) -> str:
+    """`Trained.outputs` of this metadata."""
+    usual = heads.SIGMOID if metadata.get('multi_label') else heads.SOFTMAX
+    return metadata.get('outputs') or usual
+
+
+def load_trained(
+    workdir: str,
+    which: str = 'best',
+    *,
+    mesh=None,
+    choices: choices_lib.Choices = choices_lib.NO_CHOICES,
+) -> Trained:
     """Loads the `best` or the `latest` model of a run, without its config file.
 
     Args:
       workdir: the run's folder, or a file or folder of weights (`weight_file.load`).
       which: `best` or `latest`; of a run only.
       mesh: the devices; None for all.
+      choices: what the user says of the weights.
 
     Raises:
       UserError: there is no intact checkpoint in the folder, or no weights in the file.
     """
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
     if weight_file.is_weights(workdir):
-        return _from_file(workdir, mesh)
+        return _from_file(workdir, mesh, choices)
+    _check_own(workdir, choices)
     step = processes.broadcast(
         'step', lambda: checkpoint_reader.find_step(workdir, which)
     )
@@ -90,39 +116,83 @@ def load_trained(workdir: str, which: str = 'best', *, mesh=None) -> Trained:
     return Trained(
         module=module,
         variables=mesh_lib.replicate(restored['model'], mesh),
-        metadata=metadata,
+        metadata=_chosen(workdir, metadata, module.num_classes, choices),
         metrics=checkpoint_reader.load_json(workdir, step, 'metrics'),
         step=step,
         mesh=mesh,
     )
 
 
-def _from_file(path, mesh):
+def _check_own(path, choices):
+    """Raises for choices that our own metadata has made."""
+    for name in choices.data:
+        if name in ('mean', 'std', 'channels') or not choices.own_data:
+            raise UserError(
+                f'data.{name}: {path} says itself how its images are prepared; '
+                'the field can be set for weights that do not'
+            )
+
+
+def _chosen(path, metadata, count, choices):
+    """Metadata of ours with the names and outputs that were chosen."""
+    if choices.class_names:
+        choices_lib.check_count(path, choices.class_names, count)
+        metadata = metadata | {'class_names': list(choices.class_names)}
+    if choices.outputs:
+        metadata = {k: v for k, v in metadata.items() if k != 'outputs'}
+    return metadata | _describe_outputs(choices.outputs)
+
+
+def _describe_outputs(outputs):
+    """Of metadata; nothing where it is not known."""
+    several = {heads.SIGMOID: True, heads.SOFTMAX: False}
+    if outputs in several:
+        return {'multi_label': several[outputs]}
+    return {'outputs': outputs} if outputs else {}
+
+
+def _from_file(path, mesh, choices):
     weights = weight_file.load(path)
+    if weights.head:
+        raise UserError(
+            f'{path}: its head has several layers ({list_first(weights.head)}), which '
+            'only its own program can compute; train a new classifier on the rest: '
+            f'train PHOTOS --config.init_from={path}'
+        )
     if not weights.num_classes:
         raise UserError(f'{path} has no classifier: train one, with init_from={path}')
-    preparation = {**weights.preprocessing, **weights.metadata.get('data', {})}
-    # Facts that only some files have.
-    more = {}
-    if 'multi_label' in weights.metadata or weights.family == 'torchxrayvision':
-        more['multi_label'] = weights.metadata.get('multi_label', True)
-    if 'images' in weights.metadata:
-        more['images'] = weights.metadata['images']
+    more, known, notes, is_own = {}, None, choices_lib.Notes(), weights.is_own
+    if weights.is_own:
+        _check_own(path, choices)
+        # Left out where the file does not tell.
+        keys = {'multi_label', 'outputs', 'images'} & weights.metadata.keys()
+        more = {key: weights.metadata[key] for key in keys}
+        names = weights.class_names
+    else:
+        settled = choices_lib.settle(weights, choices)
+        weights, names, known = settled.weights, settled.class_names, settled.known
+        more, notes = _describe_outputs(settled.outputs), settled.notes
+    metadata = {
+        'model': weights.fields,
+        'class_names': names and list(names),
+        'image_size': weights.preprocessing['image_size'],
+        'mean': list(weights.preprocessing['mean']),
+        'std': list(weights.preprocessing['std']),
+        'data': {**weights.preprocessing, **weights.metadata.get('data', {})},
+        **more,
+    }
+    if weights.is_own:
+        metadata = _chosen(path, metadata, weights.num_classes, choices)
     return Trained(
         module=weights.module,
         variables=mesh_lib.replicate(weights.variables, mesh),
-        metadata={
-            'model': weights.fields,
-            'class_names': weights.class_names and list(weights.class_names),
-            'image_size': weights.preprocessing['image_size'],
-            'mean': list(weights.preprocessing['mean']),
-            'std': list(weights.preprocessing['std']),
-            'data': preparation,
-            **more,
-        },
+        metadata=metadata,
         metrics={},
         step=None,
         mesh=mesh,
+        known=known,
+        notes=notes,
+        is_imported=not is_own,
     )
 
 

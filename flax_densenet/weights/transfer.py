@@ -15,8 +15,9 @@ from flax import traverse_util
 
 from flax_densenet import settings as settings_lib
 from flax_densenet.errors import UserError, list_first, printable
-from flax_densenet.weights import architecture, weight_file
+from flax_densenet.weights import architecture, heads, weight_file
 from flax_densenet.weights import channels as channels_lib
+from flax_densenet.weights import choices as choices_lib
 
 _VARIANT = 'densenet121'
 _PREPARATION = dict(
@@ -64,6 +65,36 @@ def _fill(fields, saved):
 
 def _is_open(name, value):
     return value is None or (name in ('image_size', 'channels') and value == 0)
+
+
+def settle(
+    weights: weight_file.Weights, fields: dict[str, Any], class_names=None
+) -> weight_file.Weights:
+    """Weights to train from, with the names of their outputs where they are given.
+
+    A line tells which preparation of images is assumed.
+
+    Args:
+      fields: of `PreparationSettings`.
+      class_names: in the order of the outputs, or None.
+
+    Raises:
+      UserError: there are not as many names as outputs, or the file prepares images in
+        a way that cannot be read.
+    """
+    if class_names:
+        choices_lib.check_count(weights.path, class_names, weights.num_classes)
+        weights = dataclasses.replace(weights, class_names=tuple(class_names))
+    if weights.is_own:
+        return weights
+    names = choices_lib.PREPARATION
+    chosen = {n: fields[n] for n in names if not _is_open(n, fields[n])}
+    choices_lib.check_read(weights, chosen)
+    settled = weights.preprocessing | chosen
+    line = choices_lib.describe_preparation(weights, chosen, settled)
+    if line:
+        _LOGGER.warning(line)
+    return weights
 
 
 def resolve_model(
@@ -168,6 +199,7 @@ def first_variables(
     Returns:
       `{'params', 'batch_stats'}` of numpy arrays.
     """
+    weights = _pair(weights, tuple(class_names))
     flat = traverse_util.flatten_dict(weights.variables, sep='/')
     wanted = traverse_util.flatten_dict(fresh, sep='/')
     reason = _other_classes(weights, class_names)
@@ -200,9 +232,45 @@ def first_variables(
     return {'batch_stats': {}} | made  # none without batch norm
 
 
+def _pair(weights, names):
+    """Weights whose outputs are in the run's order, where they have the same classes.
+
+    A line says so where the weights do not name them.
+    """
+    count = weights.num_classes
+    if weights.is_own or count != len(names) or count < 2:
+        return weights
+    theirs = weights.class_names
+    if theirs is None:
+        channels = weights.preprocessing['channels']
+        known = heads.find_known(count, channels=channels)
+        for assumed in known.all_names if known else ():
+            if set(assumed) == set(names):
+                _LOGGER.warning(
+                    f'{weights.path} does not name its outputs; {known.what} are '
+                    'assumed; --class_names=FILE or A,B,... gives others'
+                )
+                theirs = assumed
+    if theirs is None:
+        _LOGGER.warning(heads.describe_order(weights.path, names))
+        return weights
+    if theirs == names or set(theirs) != set(names):
+        return weights
+    order = np.array([theirs.index(name) for name in names])
+    params = dict(weights.variables['params'])
+    params['classifier'] = {
+        name: array[..., order] for name, array in params['classifier'].items()
+    }
+    return dataclasses.replace(
+        weights, variables=weights.variables | {'params': params}, class_names=names
+    )
+
+
 def _other_classes(weights, class_names):
     """Why the head cannot be kept, or None."""
     count = len(class_names)
+    if weights.head:
+        return f'its head has several layers ({list_first(weights.head)})'
     if not weights.num_classes:
         return 'it has no classifier'
     if weights.num_classes != count:

@@ -10,9 +10,7 @@ some are missing, unexpected or of another shape, an error lists them all.
 import dataclasses
 import functools
 import json
-import logging
 import os
-import warnings
 from typing import Any
 
 import jax
@@ -20,26 +18,26 @@ import numpy as np
 from flax import traverse_util
 
 from flax_densenet.checkpoints import reader as checkpoint_reader
-from flax_densenet.errors import UserError, list_first, printable
+from flax_densenet.errors import UserError, list_first
 from flax_densenet.models import factory, initialization, network
 from flax_densenet.system import paths
 from flax_densenet.weights import (
     architecture,
+    heads,
     keras_files,
+    keras_head,
     rdnet_names,
     timm_config,
+    torch_content,
     torch_names,
     torch_pickle,
 )
 from flax_densenet.weights import channels as channels_lib
 from flax_densenet.weights import metadata as metadata_lib
 
-_LOGGER = logging.getLogger(__name__)
-
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 METADATA = 'flax_densenet'  # key of our JSON in a safetensors file
-_NESTED = ('state_dict_ema', 'model_ema', 'state_dict', 'model_state_dict', 'model')
 # How each family prepares images; configs/base.py explains the fields.
 _TORCHVISION = dict(
     image_size=224,
@@ -67,6 +65,8 @@ PREPROCESSING = {
     'keras': _TORCHVISION | dict(resize='stretch', crop_fraction=1.0),
     'keras_hub': _TORCHVISION | dict(resize='stretch', crop_fraction=1.0),
 }
+# In words.
+FAMILIES = {'rdnet': 'RDNet', 'keras': 'Keras', 'keras_hub': 'Keras'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,10 @@ class Weights:
       preprocessing: fields of `config.data` that prepare images for these weights.
       class_names: None if the file does not have them.
       metadata: of one of our runs; otherwise other facts in the file.
+      outputs: one of `heads.OUTPUTS`; None if the file does not say.
+      prepared: fields of `preprocessing` that are from the file.
+      unread: a layer that prepares images in a way that cannot be read, or ''.
+      head: layers of a head that is not a single Linear and was left out.
     """
 
     path: str
@@ -92,6 +96,15 @@ class Weights:
     preprocessing: dict[str, Any]
     class_names: tuple[str, ...] | None = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
+    outputs: str | None = None
+    prepared: frozenset[str] = frozenset()
+    unread: str = ''
+    head: tuple[str, ...] = ()
+
+    @property
+    def is_own(self) -> bool:
+        """Whether this program wrote them, with all that it knows of them."""
+        return self.family == 'flax_densenet'
 
     @functools.cached_property
     def module(self) -> network.Network:
@@ -116,15 +129,11 @@ def load(path: str) -> Weights:
         return (_load_folder if is_weights(path) else _load_run)(path)
     kind = _kind(path)
     if kind == 'keras':
-        with warnings.catch_warnings(record=True) as notes:
-            warnings.simplefilter('always', UserWarning)
-            arrays, fields, family = keras_files.read(path)
-        for note in notes:
-            _LOGGER.warning(printable(str(note.message)))
-        return _make(path, family, arrays, fields)
+        return _from_keras(path, keras_files.read_content(path))
     if kind == 'safetensors':
         return _load_safetensors(path)
-    return _load_torch(path, torch_pickle.read(path))
+    content = torch_content.find(path, torch_pickle.read(path))
+    return _from_torch(path, content)
 
 
 def is_weights(path: str) -> bool:
@@ -156,7 +165,8 @@ def _load_folder(folder):
         family='rdnet' if weights.family == 'rdnet' else 'timm',
         fields=fields,
         preprocessing=config.preprocessing,
-        class_names=config.class_names,
+        prepared=frozenset(config.preprocessing),
+        class_names=config.class_names or weights.class_names,
     )
 
 
@@ -197,31 +207,27 @@ def _kind(path):
     )
 
 
-def _load_torch(path, saved):
-    """State dicts, nested or not, and pickled modules."""
-    place = 'the file'
-    for name in _NESTED if isinstance(saved, dict) else ():
-        if isinstance(saved.get(name), dict | torch_pickle.Module):
-            saved, place = saved[name], name
-            break
-    attributes = {}
-    if isinstance(saved, torch_pickle.Module):
-        saved, attributes = saved.arrays, saved.attributes
-    if not isinstance(saved, dict):
-        raise UserError(f'{path} holds a {type(saved).__name__}, no weights')
-    # Taken out one by one, here and in `rename`, so that no array is in memory twice.
-    is_array = {k: isinstance(v, np.ndarray) for k, v in saved.items()}
-    arrays = {str(k): saved.pop(k) for k, is_one in is_array.items() if is_one}
-    others = list(map(str, saved))
-    if not arrays:
-        raise UserError(f'{path} holds no arrays in {place}')
-    if others:
-        raise UserError(f'{path}: {place} holds {others[0]}, which is no array')
-    return _from_torch_arrays(path, arrays, attributes)
+def _from_keras(path, content):
+    arrays, head = keras_head.split_head(content.arrays)
+    weights = _make(path, content.family, arrays, content.fields)
+    around = content.around
+    prepared = dict(around.preparation)
+    channels = weights.preprocessing['channels']
+    for name in prepared.keys() & {'mean', 'std'}:
+        prepared[name] = prepared[name][:channels]
+    return dataclasses.replace(
+        weights,
+        preprocessing=weights.preprocessing | prepared,
+        prepared=frozenset(prepared),
+        unread=around.unread,
+        outputs=around.outputs,
+        head=head,
+    )
 
 
-def _from_torch_arrays(path, arrays, attributes):
-    arrays, extra = torch_names.rename(arrays)
+def _from_torch(path, content):
+    renamed = torch_names.rename(path, content.arrays)
+    arrays = renamed.arrays
     family, preprocessing = 'torchvision', None
     first, head = (arrays.get(f'params/{n}/kernel') for n in ('conv0', 'classifier'))
     if rdnet_names.is_rdnet(arrays):
@@ -229,19 +235,36 @@ def _from_torch_arrays(path, arrays, attributes):
     elif 'params/conv1/kernel' in arrays:  # a deep stem, which torchvision lacks
         family = 'timm'
     gray = first is not None and first.ndim == 4 and first.shape[2] == 1
-    if gray and (extra or (head is not None and head.shape[-1] == 18)):
+    if gray and (renamed.extra or (head is not None and head.shape[-1] == 18)):
         family = 'torchxrayvision'
     elif sidecar := _timm_sidecar(path):
         family = family if family == 'rdnet' else 'timm'
         preprocessing = sidecar
-    names = attributes.get('pathologies') or attributes.get('targets')
-    if head is None or not isinstance(names, list) or len(names) != head.shape[-1]:
-        names = None
-    weights = _make(path, family, arrays, {}, names)
-    if preprocessing:
-        merged = weights.preprocessing | preprocessing
-        weights = dataclasses.replace(weights, preprocessing=merged)
-    return dataclasses.replace(weights, metadata=extra)
+    other_head = renamed.head or content.head
+    if other_head:
+        arrays = {k: v for k, v in arrays.items() if '/classifier/' not in k}
+        head = None
+    weights = _make(path, family, arrays, {})
+    names = _choose_names(content.class_names, weights.num_classes)
+    prepared = preprocessing or renamed.preparation
+    outputs = content.outputs
+    if family == 'torchxrayvision':
+        outputs = outputs or heads.SIGMOID
+    return dataclasses.replace(
+        weights,
+        metadata=renamed.extra,
+        class_names=names,
+        outputs=outputs,
+        preprocessing=weights.preprocessing | prepared,
+        prepared=frozenset(prepared),
+        head=other_head,
+    )
+
+
+def _choose_names(found, count):
+    """Of lists of names the one for so many outputs; one output may have two."""
+    fitting = [n for n in found if len(n) == count or (count == 1 and len(n) == 2)]
+    return fitting[0] if fitting else None
 
 
 def _timm_sidecar(path):
@@ -271,14 +294,15 @@ def _load_safetensors(path):
         reason = ' '.join(str(error).split()) or type(error).__name__
         raise UserError(f'{path} is not a valid safetensors file ({reason})') from error
     if METADATA not in metadata:
-        return _from_torch_arrays(path, arrays, {})
+        names = torch_content.names_of_metadata(metadata)
+        return _from_torch(path, torch_content.Content(arrays, names))
     try:
         ours = json.loads(metadata[METADATA])
     except (ValueError, RecursionError) as error:
         raise UserError(f'{path}: its metadata is not ours ({error!r})') from error
     metadata_lib.check(path, ours, named=False)
     fields, names = to_tuples(ours['model']), ours['class_names']
-    arrays, _ = torch_names.rename(arrays)
+    arrays = torch_names.rename(path, arrays).arrays
     weights = _make(path, 'flax_densenet', arrays, fields, names)
     return dataclasses.replace(
         weights, preprocessing=_preprocessing_of(ours), metadata=ours

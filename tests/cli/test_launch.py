@@ -355,7 +355,7 @@ def test_predict(main, weights, tmp_path):
         (['--files=x', '--config.data.threads=0'], 'data.threads=0 must be at least 1'),
         (
             ['--files=x', '--config.data.image_size=9'],
-            'only data.batch_size, data.threads and data.tta can',
+            'says itself how its images are prepared',
         ),
         (['--files=x', '--config.model.fast=0'], '--config.model.fast: predict takes'),
         (['--files=x', '--top=0'], '--top=0 must be at least 1'),

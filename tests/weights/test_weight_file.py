@@ -78,7 +78,7 @@ def test_another_epsilon_goes_into_the_variances():
     expected = variables['batch_stats']['norm0']['var'] + np.float32(1e-3 - 1e-5)
     np.testing.assert_array_equal(arrays[key], expected)
     images = np.random.default_rng(0).standard_normal((2, 40, 40, 3)).astype('f4')
-    renamed, _ = torch_names.rename(arrays)
+    renamed = torch_names.rename('x', arrays).arrays
     plain = module.clone(epsilon=1e-5)
     expected = module.apply(variables, images)
     found = plain.apply(traverse_util.unflatten_dict(renamed, sep='/'), images)

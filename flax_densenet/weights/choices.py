@@ -1,0 +1,306 @@
+"""What a user says of weights that do not say it themselves, and what is assumed else.
+
+Class names, whether outputs are a softmax or sigmoids, and how images are prepared:
+each comes from the user, else from the file, else from the number of outputs where that
+is a well-known one (`heads.find_known`), else it is assumed. A line says what was
+assumed and which setting changes it.
+"""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.data import images
+from flax_densenet.errors import UserError
+from flax_densenet.weights import channels as channels_lib
+from flax_densenet.weights import heads, weight_file
+
+_LOGGER = logging.getLogger(__name__)
+PREPARATION = (
+    'image_size',
+    'resize',
+    'crop_fraction',
+    'interpolation',
+    'channels',
+    'mean',
+    'std',
+)
+_OF_NAMES = '--class_names=FILE or A,B,...'
+_OF_OUTPUTS = '--outputs=sigmoid, softmax or none'
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What the user says of weights.
+
+    Attributes:
+      class_names: in the order of the outputs; of one output also two names, negative
+        and positive.
+      outputs: one of `heads.OUTPUTS`.
+      data: fields of `config.data` of PREPARATION.
+      binary: a network of one output and two classes gets two outputs, whose softmax is
+        its sigmoid.
+      own_data: models of this program take fields that resize images as well.
+    """
+
+    class_names: tuple[str, ...] | None = None
+    outputs: str | None = None
+    data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    binary: bool = True
+    own_data: bool = False
+
+    def __post_init__(self):
+        if self.outputs not in (None, *heads.OUTPUTS):
+            raise UserError(
+                f'--outputs={self.outputs} is not known; use {", ".join(heads.OUTPUTS)}'
+            )
+
+
+NO_CHOICES = Choices()
+
+
+def make(class_names=None, outputs=None, data=None, **options) -> Choices:
+    """Choices of a Python caller, checked.
+
+    Args:
+      class_names: names, or text as `heads.read_names` takes it.
+
+    Raises:
+      UserError: a name is there twice, or a field is not one of PREPARATION.
+    """
+    if isinstance(class_names, str | os.PathLike):
+        class_names = heads.read_names(os.fspath(class_names))
+    elif class_names is not None:
+        class_names = tuple(map(str, class_names))
+        heads.check_names('class_names', class_names)
+    for name in data or {}:
+        if name not in PREPARATION:
+            raise UserError(f'data: {name} is not one of {", ".join(PREPARATION)}')
+    return Choices(class_names, outputs, data or {}, **options)
+
+
+class Notes(dict):
+    """Lines about what was assumed, by what they are about; `tell` says each once."""
+
+    def tell(self):
+        """Logs the lines that were not logged yet."""
+        for name in list(self):
+            _LOGGER.warning(self.pop(name))
+
+
+@dataclasses.dataclass(frozen=True)
+class Settled:
+    """Weights about which nothing is open.
+
+    Attributes:
+      weights: with the preparation of images, with as many channels as chosen.
+      class_names: None where nobody names them.
+      outputs: one of `heads.OUTPUTS`, None where softmax is only assumed.
+      known: what the names are from, where that is the number of outputs.
+      notes: what was assumed.
+    """
+
+    weights: weight_file.Weights
+    class_names: tuple[str, ...] | None
+    outputs: str | None
+    known: heads.KnownHead | None
+    notes: Notes
+
+
+def settle(weights: weight_file.Weights, choices: Choices) -> Settled:
+    """Answers what weights of other programs leave open.
+
+    Raises:
+      UserError: a choice does not fit the weights, or the weights prepare images in a
+        way that could not be read and data.mean and data.std are not chosen.
+    """
+    notes, path, count = Notes(), weights.path, weights.num_classes
+    if choices.outputs == heads.SOFTMAX and count == 1:
+        raise UserError(
+            f'--outputs=softmax: {path} has one output, of which a softmax is always 1;'
+            ' use sigmoid'
+        )
+    names = choices.class_names or weights.class_names
+    outputs, known = choices.outputs or weights.outputs, None
+    check_count(path, names, count)
+    if names is None and count > 1:
+        known = heads.find_known(count, channels=weights.preprocessing['channels'])
+        names, line = _describe_names(path, count, known, outputs)
+        notes['names'] = line
+        outputs = outputs or (known and known.outputs)
+    if outputs is None and count > 1:
+        notes['outputs'] = (
+            f'{path} does not say whether its outputs exclude each other; a softmax '
+            f'over them is assumed; to change it: {_OF_OUTPUTS}'
+        )
+    if count == 1:
+        outputs = outputs or heads.SIGMOID
+        if names is None and outputs != heads.NONE:
+            known = heads.KnownHead('', heads.BINARY, heads.SOFTMAX)
+            names = heads.BINARY
+            notes['names'] = (
+                f'{path} has one output; its sigmoid is taken for the probability of '
+                f'{names[1]}, the rest for {names[0]}; to name both: '
+                '--class_names=A,B; for another meaning: --outputs=none'
+            )
+    weights = prepare(weights, choices.data, notes)
+    if count == 1 and names and len(names) == 2:
+        if outputs == heads.NONE:
+            raise UserError(
+                f'--outputs=none: {path} has one output, which needs one class name'
+            )
+        if choices.binary or known is None:
+            weights, outputs = _split_output(weights), heads.SOFTMAX
+        else:
+            names = names[1:]
+    return Settled(weights, names, outputs, known, notes)
+
+
+def check_count(path: str, names, count: int):
+    """Raises if names are not as many as outputs; of one output there may be two."""
+    if names is None or len(names) == count or (count == 1 and len(names) == 2):
+        return
+    raise UserError(
+        f'--class_names: {len(names)} names, but {path} has {count} '
+        f'output{"s" * (count > 1)}; give a name for each'
+    )
+
+
+def _describe_names(path, count, known, outputs):
+    if known is None:
+        return None, (
+            f'{path} does not name its classes, so they are numbered from 0; to name '
+            f'them: {_OF_NAMES}'
+        )
+    first = ', '.join(known.class_names[:3])
+    each = 'a softmax' if known.outputs == heads.SOFTMAX else 'each with a sigmoid'
+    said = f'{known.what} ({first}, ...)' + ('' if outputs else f', {each},')
+    remedy = _OF_NAMES if outputs else f'{_OF_NAMES}; {_OF_OUTPUTS}'
+    return known.class_names, (
+        f'{path} does not name its {count} outputs; {said} are assumed; to change it: '
+        f'{remedy}'
+    )
+
+
+def _split_output(weights):
+    """The head with two outputs, half of the one and its negative.
+
+    The softmax of -z/2 and z/2 is the sigmoid of z, to the last bit of the sum.
+    """
+    params = dict(weights.variables['params'])
+    head = {name: array / 2 for name, array in params['classifier'].items()}
+    params['classifier'] = {
+        'kernel': _join(-head['kernel'], head['kernel']),
+        'bias': _join(-head['bias'], head['bias']),
+    }
+    variables = weights.variables | {'params': params}
+    return dataclasses.replace(weights, variables=variables, num_classes=2)
+
+
+def _join(first, second):
+    return np.concatenate([first, second], axis=-1)
+
+
+def prepare(
+    weights: weight_file.Weights, chosen: Mapping[str, Any], notes: Notes
+) -> weight_file.Weights:
+    """Weights with the chosen preparation of images; a note tells what is assumed.
+
+    Raises:
+      UserError: a field has a value that cannot be used.
+    """
+    chosen = {
+        name: value
+        for name, value in chosen.items()
+        if value is not None and (value or name not in ('channels', 'image_size'))
+    }
+    check_read(weights, chosen)
+    settled = dict(weights.preprocessing)
+    channels = chosen.get('channels') or settled['channels']
+    if channels != settled['channels']:
+        settled = channels_lib.with_channels(settled, channels)
+        weights = _with_channels(weights, channels)
+    settled |= chosen
+    _check(settled)
+    line = describe_preparation(weights, chosen, settled)
+    if line:
+        notes['preparation'] = line
+    return dataclasses.replace(weights, preprocessing=settled)
+
+
+def check_read(weights: weight_file.Weights, chosen: Mapping[str, Any]):
+    """Raises if the file prepares images in a way that could not be read."""
+    if weights.unread and not (chosen.get('mean') and chosen.get('std')):
+        raise UserError(
+            f'{weights.path}: {weights.unread} prepares images in a way that cannot be '
+            'read; give data.mean and data.std that do the same to images of 0 to 1'
+        )
+
+
+def describe_preparation(
+    weights: weight_file.Weights,
+    chosen: Mapping[str, Any],
+    settled: Mapping[str, Any],
+) -> str | None:
+    """The line about fields that neither the file nor the user says; None: no such."""
+    assumed = [
+        name
+        for name in PREPARATION
+        if name not in chosen and name not in weights.prepared and name != 'channels'
+    ]
+    if not assumed:
+        return None
+    said = ', '.join(f'{name}={_short(settled[name])}' for name in assumed)
+    family = weight_file.FAMILIES.get(weights.family, weights.family)
+    return (
+        f'{weights.path} does not say how images are prepared; as usual with {family}, '
+        f'{said} are assumed; to change it: --config.data.{assumed[-1]}=... and so on'
+    )
+
+
+def _short(value):
+    return f'{value}'.replace(' ', '')
+
+
+def _with_channels(weights, channels):
+    params = dict(weights.variables['params'])
+    first = dict(params['conv0'])
+    first['kernel'] = channels_lib.convert_channels(first['kernel'], channels)
+    params['conv0'] = first
+    return dataclasses.replace(
+        weights, variables=weights.variables | {'params': params}
+    )
+
+
+def _check(fields):
+    known = {'resize': images.RESIZES, 'interpolation': tuple(images.INTERPOLATIONS)}
+    for name, values in known.items():
+        if fields[name] not in values:
+            raise UserError(
+                f'data.{name}={fields[name]} is not known; use {", ".join(values)}'
+            )
+    if fields['channels'] not in (1, 3):
+        raise UserError(f'data.channels={fields["channels"]} is not known; use 1, 3')
+    if not 0 < fields['image_size'] <= 2**16:
+        raise UserError(
+            f'data.image_size={fields["image_size"]} must be from 1 to {2**16}'
+        )
+    if not 0 < fields['crop_fraction'] <= 1:
+        raise UserError(
+            f'data.crop_fraction={fields["crop_fraction"]} must be above 0, at most 1'
+        )
+    for name in ('mean', 'std'):
+        numbers = fields[name]
+        if len(numbers) != fields['channels'] or not all(
+            isinstance(number, int | float) for number in numbers
+        ):
+            raise UserError(
+                f'data.{name}={_short(numbers)}: give a number for each of '
+                f'{fields["channels"]} channels'
+            )
+    if min(fields['std']) <= 0:
+        raise UserError(f'data.std={_short(fields["std"])} must be above 0')

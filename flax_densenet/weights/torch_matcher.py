@@ -1,0 +1,365 @@
+"""Finds a DenseNet among the arrays of a torch file, by its structure.
+
+Whatever stands in front of its names, and of whatever else the file has arrays: a loss,
+metrics, an optimizer, a moving average of the same network.
+
+>>> plain_key('net._orig_mod.features.denseblock1.denselayer2.layers.norm.1.weight')
+'net.features.denseblock1.denselayer2.norm1.weight'
+"""
+
+import collections
+import dataclasses
+import logging
+import os
+import re
+
+import numpy as np
+
+from flax_densenet.errors import UserError, list_first, printable
+
+_LOGGER = logging.getLogger(__name__)
+_WRAPPERS = re.compile(
+    r'(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.'
+)
+_OLD_NAMES = re.compile(r'(denselayer\d+\.(?:norm|conv))\.(\d)(?=\.)')
+_INNER = re.compile(r'(denselayer\d+)\.layers\.')
+_START = re.compile(r'((?:.*?\.)?)denseblock\d+\.denselayer\d+\..+')
+_NUMBERED = re.compile(r'((?:.*?\.)?)(\d{1,3})\.denselayer\d+\..+')
+_BODY = re.compile(r'(?:conv\d|norm\d|denseblock\d+|transition\d+)\..+')
+HEADS = (
+    *('classifier', 'classifier.0', 'classifier.1', 'class_layers.out'),
+    *('fc', 'head', 'head.fc'),
+)
+# Words of what is no part of a network, wherever they stand.
+_BESIDE = re.compile(
+    r'criterion\w*|\w*loss(es)?(_\w+)?|\w*metrics?(_\w+)?|\w*(auroc|auc|accuracy|acc|'
+    r'precision|recall|f1|confusion\w*|calibration_error|specificity)\d*|optimizers?|'
+    r'optim|\w*scheduler\w*|n_averaged|\w*pos_weight|class_weights?|op_threshs'
+)
+_AVERAGE = re.compile(r'(.*_)?(ema|swa|averaged|average|avg|shadow)(_.*)?')
+_MEANS = {'mean', 'mu', 'pixel_mean', 'image_mean'}
+_STDS = {'std', 'sigma', 'pixel_std', 'image_std'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Match:
+    """A network among arrays.
+
+    Attributes:
+      keys: `{our torch key: key in the file}`, of all that belongs to the network:
+        `features.conv0.weight`, `classifier.bias`; what is not understood as it is.
+      head: names of the layers of a head that is not one Linear; empty for others.
+      means: keys of arrays that look like the mean and std of images.
+    """
+
+    keys: dict[str, str]
+    head: tuple[str, ...] = ()
+    means: tuple[str, str] | None = None
+
+
+def plain_key(key: str) -> str:
+    """A key without the names of wrappers, and with today's names of layers."""
+    key = _INNER.sub(r'\1.', _WRAPPERS.sub('', key))
+    return _OLD_NAMES.sub(r'\1\2', key)
+
+
+def match(path: str, arrays: dict[str, np.ndarray]) -> Match:
+    """The network in a file; lines tell of what is left out.
+
+    Args:
+      path: of the file, for messages.
+      arrays: by the file's keys.
+
+    Raises:
+      UserError: there are several networks or heads, and nothing says which to take.
+    """
+    plain = {}
+    for key in arrays:
+        name = plain_key(key)
+        plain[name if name not in plain else key] = key
+    plain = _name_numbered(plain, arrays)
+    starts = _find_starts(plain)
+    if not starts:
+        return Match(plain)
+    start = _choose(path, starts, plain, arrays)
+    return _Network(path, start, starts, plain, arrays).match()
+
+
+def _find_starts(plain):
+    """What stands in front of dense blocks, `features.` included, of each network."""
+    found = (_START.fullmatch(name) for name in plain)
+    return tuple(dict.fromkeys(one[1] for one in found if one))
+
+
+def _name_numbered(plain, arrays):
+    """Children of a Sequential get their names: 0, 1, 4 are conv0, norm0, a block."""
+    found = [(name, _NUMBERED.fullmatch(name)) for name in plain]
+    starts = dict.fromkeys(one[1] for _, one in found if one)
+    for start in starts:
+        if any(name.startswith(f'{start}denseblock') for name in plain):
+            continue
+        names = _names_of_numbers(start, plain, arrays)
+        if names is None:
+            continue
+        plain = {
+            _replace_number(name, start, names): key for name, key in plain.items()
+        }
+    return plain
+
+
+def _replace_number(name, start, names):
+    if not name.startswith(start):
+        return name
+    number, _, rest = name.removeprefix(start).partition('.')
+    return f'{start}{names[number]}.{rest}' if number in names else name
+
+
+def _names_of_numbers(start, plain, arrays):
+    """`{'0': 'conv0', ...}` of a Sequential; None if it is no DenseNet's."""
+    children = collections.defaultdict(dict)
+    for name, key in plain.items():
+        number, _, rest = name.removeprefix(start).partition('.')
+        if name.startswith(start) and number.isdecimal():
+            children[int(number)][rest] = arrays[key]
+    names, block = {}, 0
+    for number in sorted(children):
+        inside = children[number]
+        if any(name.startswith('denselayer') for name in inside):
+            block += 1
+            names[number] = f'denseblock{block}'
+        elif 'conv.weight' in inside:
+            names[number] = f'transition{block}'
+        elif 'running_mean' in inside:
+            names[number] = 'norm0' if not block else 'norm5'
+        elif getattr(inside.get('weight'), 'ndim', 0) == 4 and not block:
+            names[number] = 'conv0'
+    given = list(names.values())
+    if len(set(given)) < len(given) or 'conv0' not in given:
+        return None
+    return {str(number): name for number, name in names.items()}
+
+
+def _is_average(start):
+    return any(_AVERAGE.fullmatch(part.lower()) for part in start.split('.'))
+
+
+def _choose(path, starts, plain, arrays):
+    """Of several copies the moving average, or any where all are the same."""
+    if len(starts) == 1:
+        return starts[0]
+    names = ' and '.join(printable(start or '(no prefix)') for start in starts[:4])
+    averages = [start for start in starts if _is_average(start)]
+    if len(averages) == 1:
+        _LOGGER.warning(
+            '%s holds the network %s, as %s; the moving average %s is taken; save the '
+            'other alone to use it',
+            path,
+            'twice' if len(starts) == 2 else f'{len(starts)} times',
+            names,
+            averages[0],
+        )
+        return averages[0]
+    parts = [_part(start, plain, arrays) for start in starts]
+    if all(_same(parts[0], part) for part in parts[1:]):
+        _LOGGER.warning('%s holds the same network as %s; one is taken', path, names)
+        return starts[0]
+    raise UserError(
+        f'{path} holds {len(starts)} networks, as {names}; choose one and save it '
+        'alone: torch.save(model.NAME.state_dict(), FILE)'
+    )
+
+
+def _part(start, plain, arrays):
+    return {
+        name.removeprefix(start): arrays[key]
+        for name, key in plain.items()
+        if name.startswith(start) and _BODY.fullmatch(name.removeprefix(start))
+    }
+
+
+def _same(one, other):
+    return one.keys() == other.keys() and all(
+        np.array_equal(one[name], other[name]) for name in one
+    )
+
+
+class _Network:
+    """One network of a file, its head, and what else is around it."""
+
+    def __init__(self, path, start, starts, plain, arrays):
+        self._path, self._start, self._starts = path, start, starts
+        self._plain, self._arrays = plain, arrays
+        self._keys, self._head = {}, ()
+        self._width = self._find_width()
+
+    def _array(self, name):
+        return self._arrays[self._plain[name]]
+
+    def _find_width(self):
+        """Features behind the body, where its last norm is there."""
+        name = f'{self._start}norm5.weight'
+        if name in self._plain and getattr(self._array(name), 'ndim', 0) == 1:
+            return len(self._array(name))
+        return None
+
+    def match(self):
+        inside, around, beside = [], [], []
+        for name in self._plain:
+            rest = name.removeprefix(self._start)
+            mine = name.startswith(self._start)
+            if mine and (self._start.endswith('features.') or _BODY.fullmatch(rest)):
+                inside.append(name)
+            elif self._is_of_copy(name) or _is_beside(name):
+                beside.append(name)
+            else:
+                around.append(name)
+        for name in inside:
+            key = f'features.{name.removeprefix(self._start)}'
+            self._keys[key] = self._plain[name]
+        means, around = self._take_means(around)
+        root = self._start.removesuffix('features.')
+        scope, taken = self._find_head(root, around)
+        for name in around:
+            # Those of a network that has a name of its own are another's.
+            if name not in taken and name.startswith(scope):
+                self._keys[name] = self._plain[name]
+            elif name not in taken:
+                beside.append(name)
+        _tell(self._path, beside)
+        return Match(self._keys, self._head, means)
+
+    def _is_of_copy(self, name):
+        return any(
+            _is_of_other(name, self._start, start)
+            for start in self._starts
+            if start != self._start
+        )
+
+    def _take_means(self, around):
+        """The mean and std of a layer that prepares images, in front of the network."""
+        found = {}
+        for name in around:
+            leaf = name.rpartition('.')[2]
+            if leaf in _MEANS | _STDS and np.size(self._array(name)) in (1, 3):
+                found.setdefault('mean' if leaf in _MEANS else 'std', []).append(name)
+        if {kind: len(names) for kind, names in found.items()} != {'mean': 1, 'std': 1}:
+            return None, around
+        names = found['mean'][0], found['std'][0]
+        keys = tuple(self._plain[name] for name in names)
+        return keys, [name for name in around if name not in names]
+
+    def _find_head(self, root, around):
+        """The innermost part that holds the network and a Linear behind it.
+
+        Returns:
+          The part's prefix, and the names that are the head's.
+        """
+        scope = root
+        while not any(n.startswith(scope) and self._is_linear(n) for n in around):
+            if not scope:
+                return root, set()
+            scope = scope.rstrip('.').rpartition('.')[0]
+            scope += '.' if scope else ''
+        inner = [name for name in around if name.startswith(scope)]
+        linear = [name for name in inner if self._is_linear(name)]
+        fitting = [n for n in linear if self._array(n).shape[1] == self._width]
+        if len({_place(name) for name in fitting}) > 1:
+            places = ', '.join(sorted(map(_place, fitting)))
+            raise UserError(f'{self._path}: the weights have two heads: {places}')
+        # What takes the outputs of these is a part of the head, wherever it is.
+        widths = {self._array(name).shape[0] for name in linear} | {self._width}
+        outer = [
+            name
+            for name in around
+            if name not in inner
+            and self._is_linear(name)
+            and self._array(name).shape[1] in widths
+        ]
+        place = _place(linear[0])
+        known = place.removeprefix(scope) in HEADS
+        norms = [n for n in inner if f'{_place(n)}.running_mean' in self._plain]
+        if len(linear) == 1 and (known or fitting) and not norms and not outer:
+            found = {name for name in inner if _place(name) == place}
+            for name in found:
+                leaf = name.rpartition('.')[2]
+                self._keys[f'classifier.{leaf}'] = self._plain[name]
+            return scope, found
+        return scope, self._take_layers(scope, around, [*linear, *norms, *outer])
+
+    def _take_layers(self, scope, around, layers):
+        """Notes the layers of a head that is not read; all names of it."""
+
+        def parent(name):
+            return name.removeprefix(scope).partition('.')[0]
+
+        parents = {parent(name) for name in layers if name.startswith(scope)}
+        places = {_place(name) for name in layers}
+        self._head = tuple(sorted(places))
+        return {
+            name
+            for name in around
+            if _place(name) in places
+            or (name.startswith(scope) and parent(name) in parents)
+        }
+
+    def _is_linear(self, name):
+        return name.endswith('weight') and getattr(self._array(name), 'ndim', 0) == 2
+
+
+def _tell(path, names):
+    quiet = ('num_batches_tracked', 'op_threshs')
+    names = [name for name in names if not name.endswith(quiet)]
+    if names:
+        _LOGGER.warning(
+            '%s: %d arrays that are no part of the network are left out: %s',
+            path,
+            len(names),
+            printable(list_first(sorted(names))),
+        )
+
+
+def _place(name):
+    return name.rpartition('.')[0]
+
+
+def _is_beside(name):
+    if name.endswith('num_batches_tracked'):
+        return False
+    return any(_BESIDE.fullmatch(part.lower()) for part in name.split('.'))
+
+
+def _is_of_other(name, start, other):
+    """Whether a name belongs to the network at `other` and not to that at `start`.
+
+    >>> _is_of_other('fc.weight', 'ema.features.', 'features.')
+    True
+    >>> _is_of_other('a.fc.weight', 'b.net.features.', 'a.net.features.')
+    True
+    """
+    mine, theirs = start.split('.'), other.split('.')
+    depth = len(os.path.commonprefix([mine, theirs]))
+    common = ''.join(f'{part}.' for part in mine[:depth])
+    mine, theirs = (
+        f'{common}{parts[depth]}.' if parts[depth] not in ('features', '') else None
+        for parts in (mine, theirs)
+    )
+    if theirs is not None:
+        return name.startswith(theirs)
+    return name.startswith(common) and not (mine and name.startswith(mine))
+
+
+def of_rdnet(path: str, arrays: dict[str, np.ndarray], prefix: str) -> dict[str, str]:
+    """`{timm's key: key in the file}` of an RDNet; a line tells of what is left out.
+
+    Args:
+      path: of the file, for messages.
+      prefix: of `rdnet_names.find_prefix`.
+    """
+    keys, beside = {}, []
+    for key in arrays:
+        if not key.startswith(prefix) or _is_beside(key.removeprefix(prefix)):
+            beside.append(key)
+        else:
+            keys[key.removeprefix(prefix)] = key
+    _tell(path, beside)
+    return keys

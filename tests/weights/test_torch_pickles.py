@@ -1,0 +1,217 @@
+"""Pickles of whole networks and of other projects' settings, written without torch."""
+
+import collections
+import io
+import logging
+import pickle
+import re
+import sys
+import types
+import zipfile
+
+import numpy as np
+import pytest
+
+from flax_densenet.errors import UserError
+from flax_densenet.weights import choices, weight_file
+from helpers.weight_files import assert_same, state_dict, tiny
+
+ARRAYS = state_dict()
+
+
+@pytest.fixture
+def lines(caplog):
+    caplog.set_level(logging.INFO, 'flax_densenet')
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
+def renamed(pattern, new, arrays=ARRAYS):
+    return {re.sub(pattern, new, name): array for name, array in arrays.items()}
+
+
+class _Tensor:
+    def __init__(self, array):
+        self.array = np.ascontiguousarray(array)
+
+    def __reduce_ex__(self, protocol):
+        strides = tuple(n // self.array.itemsize for n in self.array.strides)
+        rebuild = sys.modules['torch._utils']._rebuild_tensor_v2
+        return rebuild, (
+            _Storage(self.array),
+            0,
+            self.array.shape,
+            strides,
+            False,
+            None,
+        )
+
+
+class _Storage:
+    def __init__(self, array):
+        self.array = array
+
+
+def save_torch(path, content, *, sources=False):
+    """`torch.save` of before 1.6 (with `sources`) or of today, without torch."""
+    kinds = {'f': 'FloatStorage', 'i': 'LongStorage'}
+    storages = []
+    modules = [sys.modules[name] for name in FAKES if '.modules.' in name]
+    classes = [
+        kind
+        for one in modules
+        if sources
+        for kind in vars(one).values()
+        if isinstance(kind, type)
+    ]
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, value):
+            if (
+                isinstance(value, type) and value in classes
+            ):  # with its source, the first time
+                classes.remove(value)
+                return 'module', value, 'file.py', 'source'
+            if not isinstance(value, _Storage):
+                return None
+            storages.append(value.array)
+            kind = getattr(sys.modules['torch'], kinds[value.array.dtype.kind])
+            view = [None] if sources else []
+            return (
+                'storage',
+                kind,
+                str(len(storages) - 1),
+                'cpu',
+                value.array.size,
+                *view,
+            )
+
+    def dump(value):
+        file = io.BytesIO()
+        Pickler(file, 2).dump(value)
+        return file.getvalue()
+
+    pickled = dump(content)
+    if not sources:
+        with zipfile.ZipFile(path, 'w') as archive:
+            archive.writestr('x/data.pkl', pickled)
+            for number, array in enumerate(storages):
+                archive.writestr(f'x/data/{number}', array.tobytes())
+        return str(path)
+    magic = pickle.dumps(0x1950A86A20F9469CFC6C, 2)
+    keys = pickle.dumps([str(number) for number in range(len(storages))], 2)
+    rest = [np.int64(array.size).tobytes() + array.tobytes() for array in storages]
+    head = magic + pickle.dumps(1001, 2) + pickle.dumps({}, 2)
+    path.write_bytes(head + pickled + keys + b''.join(rest))
+    return str(path)
+
+
+FAKES = {
+    'torch': ['FloatStorage', 'LongStorage'],
+    'torch._utils': [],
+    'torch.nn.modules.container': ['Sequential'],
+    'torch.nn.modules.linear': ['Linear'],
+    'torch.nn.modules.activation': ['Sigmoid', 'Tanh'],
+    'torchvision.models.densenet': ['DenseNet', '_Part'],
+    'proj': ['Settings', 'Net'],
+}
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """Modules that a pickle can name; reading it must not need them."""
+    made = {}
+    for module in ('torch.nn', 'torch.nn.modules', 'torchvision', 'torchvision.models'):
+        monkeypatch.setitem(sys.modules, module, types.ModuleType(module))
+    for module, names in FAKES.items():
+        fake = types.ModuleType(module)
+        for name in names:
+            setattr(fake, name, type(name, (), {'__module__': module}))
+            made[name] = getattr(fake, name)
+        monkeypatch.setitem(sys.modules, module, fake)
+
+    def _rebuild_tensor_v2():
+        raise AssertionError('ran')
+
+    _rebuild_tensor_v2.__module__ = 'torch._utils'
+    _rebuild_tensor_v2.__qualname__ = '_rebuild_tensor_v2'
+    sys.modules['torch._utils']._rebuild_tensor_v2 = _rebuild_tensor_v2
+    return types.SimpleNamespace(**made)
+
+
+def tensors(arrays=ARRAYS):
+    return collections.OrderedDict((k, _Tensor(v)) for k, v in arrays.items())
+
+
+def pickled_module(kinds, arrays, *, outer, last=()):
+    """A tree of modules with these arrays; `last` come behind the classifier."""
+    root = outer()
+    root.__dict__.update(_parameters={}, _buffers={}, _modules={}, training=False)
+    for name, array in arrays.items():
+        *parts, leaf = name.split('.')
+        place = root
+        for depth, part in enumerate(parts, start=1):
+            kind = kinds._Part
+            if parts[:depth] in (['classifier'], ['classifier', '0']):
+                kind = kinds.Linear if depth == len(parts) else kinds.Sequential
+            if part not in place._modules:
+                inner = kind()
+                inner.__dict__.update(_parameters={}, _buffers={}, _modules={})
+                place._modules[part] = inner
+            place = place._modules[part]
+        place._parameters[leaf] = _Tensor(array)
+    for number, kind in enumerate(last, start=1):
+        inner = kind()
+        inner.__dict__.update(_parameters={}, _buffers={}, _modules={})
+        root._modules['classifier']._modules[str(number)] = inner
+    return root
+
+
+@pytest.mark.parametrize('sources', [False, True])
+@pytest.mark.parametrize('nested', [False, True])
+def test_whole_modules(sources, nested, fakes, tmp_path):
+    arrays = renamed('^classifier', 'classifier.0')
+    last = (fakes.Sigmoid,)
+    module = pickled_module(fakes, arrays, outer=fakes.DenseNet, last=last)
+    content = {'model': module, 'epoch': 3} if nested else module
+    path = save_torch(tmp_path / 'x.pth', content, sources=sources)
+    found = weight_file.load(path)
+    assert_same(found.variables, tiny()[1])
+    assert found.outputs == 'sigmoid'
+    settled = choices.settle(found, choices.NO_CHOICES)
+    assert settled.outputs == 'sigmoid' and 'outputs' not in settled.notes
+    module = pickled_module(fakes, arrays, outer=fakes.DenseNet, last=(fakes.Tanh,))
+    found = weight_file.load(save_torch(tmp_path / 'y.pth', module, sources=sources))
+    assert found.head == ('classifier.1 (Tanh)',)
+    module = pickled_module(fakes, arrays, outer=fakes.Net)
+    with pytest.raises(UserError, match=r'needs proj.Net, .* none of it was run'):
+        weight_file.load(save_torch(tmp_path / 'z.pth', module, sources=sources))
+
+
+def test_settings_of_unknown_classes(fakes, tmp_path):
+    settings = fakes.Settings()
+    settings.__dict__.update(lr=0.1)
+    content = {
+        'state_dict': tensors(renamed('^', 'model.')),
+        'hyper_parameters': {'all': settings, 'kind': fakes.Settings},
+        'class_to_idx': {name: 4 - n for n, name in enumerate('abcde')},
+    }
+    found = weight_file.load(save_torch(tmp_path / 'x.ckpt', content))
+    assert_same(found.variables, tiny()[1])
+    assert found.class_names == tuple('edcba')
+    content['state_dict']['model.features.norm0.bias'] = settings
+    path = save_torch(tmp_path / 'x.ckpt', content)
+    with pytest.raises(
+        UserError, match=r'model.features.norm0.bias, which is no array'
+    ):
+        weight_file.load(path)
+    content['state_dict'] = settings
+    with pytest.raises(UserError, match=r'needs proj.Settings'):
+        weight_file.load(save_torch(tmp_path / 'x.ckpt', content))
+
+
+def test_an_average_beside_the_weights(fakes, tmp_path, lines):
+    zeros = {name: np.zeros_like(array) for name, array in ARRAYS.items()}
+    content = {'state_dict': tensors(zeros), 'state_dict_ema': tensors()}
+    found = weight_file.load(save_torch(tmp_path / 'x.ckpt', content))
+    assert_same(found.variables, tiny()[1])
+    assert 'the moving average state_dict_ema is taken' in lines()[0]

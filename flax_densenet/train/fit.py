@@ -116,8 +116,7 @@ def fit(
     changes: list[str] = []
     if checkpoint_reader.has_checkpoint(workdir):
         checks.check_same_run(workdir, run)
-        config = settings_lib.to_config(run.settings)
-        changes = resume.check(workdir, run.source, config)
+        changes = resume.check(workdir, run.source, run.settings)
     checks.check_same_everywhere(run)
     with _lock(workdir), checkpoint_writer.open_saver(workdir) as saver:
         state, metadata = _start(run)
@@ -253,7 +252,7 @@ def _start(run):
             **loop.checkpoint_items(state),
         )
     except ValueError as error:
-        changes = resume.find_changes(run.workdir, settings_lib.to_config(run.settings))
+        changes = resume.find_changes(run.workdir, run.settings)
         raise resume.explain_other_state(run.workdir, latest.step, changes) from error
     place = f'after epoch {metadata["epoch"]}'
     if not latest.finished:

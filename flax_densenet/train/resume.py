@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from flax_densenet import settings as settings_lib
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.checkpoints import run_folder
 from flax_densenet.data import dataset, identity
@@ -25,21 +26,22 @@ _SCHEDULE = (
 )
 
 
-def check(workdir: str, source: dataset.Source, config: Mapping[str, Any]) -> list[str]:
+def check(
+    workdir: str, source: dataset.Source, settings: settings_lib.Settings
+) -> list[str]:
     """Finds out what is different from the last start of a run, in a line each.
 
     Args:
-      config: nested fields, with none left open.
+      settings: with no field left open.
 
     Raises:
       UserError: the run cannot go on with this data.
     """
     latest = checkpoint_reader.find_latest(workdir)
     saved = checkpoint_reader.load_json(workdir, latest, 'metadata')
-    labels = config['data'].get('labels') or ''
     lines = (
-        check_data(workdir, saved, source, labels),
-        describe_changes(find_changes(workdir, config)),
+        check_data(workdir, saved, source, settings.data.labels),
+        describe_changes(find_changes(workdir, settings)),
     )
     return [line for line in lines if line]
 
@@ -137,17 +139,16 @@ def _check_labels(workdir, before, now, new_run):
     )
 
 
-def find_changes(workdir: str, config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def find_changes(
+    workdir: str, settings: settings_lib.Settings
+) -> dict[str, tuple[Any, Any]]:
     """Settings that matter and are others than at the last start, by name.
-
-    Args:
-      config: nested fields, as in `config.json`.
 
     Returns:
       What each was, and what it is now.
     """
     before = run_folder.flatten(run_folder.load_run(workdir).config)
-    now = run_folder.flatten(dict(config))
+    now = settings_lib.flatten(settings)
     return {
         name: (before[name], value)
         for name, value in now.items()

@@ -219,10 +219,11 @@ def test_output_of_any_name(monkeypatch):
 WORKERS = """
 import sys
 from absl import flags
-from flax_densenet import data, pipeline
+from flax_densenet.data import dataset, pipeline
 if __name__ == '__main__':
     flags.FLAGS(sys.argv[:1])
-    source = data.load_source('folder:' + sys.argv[1], image_size=8, bad_images='skip')
+    photos = 'folder:' + sys.argv[1]
+    source = dataset.load_source(photos, image_size=8, bad_images='skip')
     found = []
     for workers in (0, 1):
         batches = pipeline.train_batches(

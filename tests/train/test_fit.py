@@ -268,10 +268,10 @@ def test_processes_give_the_stream_of_threads(tmp_path):
     script.write_text(
         'import sys\n'
         'from absl import flags\n'
-        'from flax_densenet import data, pipeline\n'
+        'from flax_densenet.data import dataset, pipeline\n'
         'if __name__ == "__main__":\n'
         '    flags.FLAGS(sys.argv[:1])\n'
-        '    source = data.load_source("digits", image_size=8)\n'
+        '    source = dataset.load_source("digits", image_size=8)\n'
         '    streams = []\n'
         '    for workers in (0, 2):\n'
         '        stream = pipeline.train_batches(source.train, batch_size=16, seed=1,\n'

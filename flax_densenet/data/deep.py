@@ -44,9 +44,10 @@ def find_window(reader, indices) -> tuple[float, float] | None:
     if not reader.labels_in_memory or not len(indices):
         return None  # to read an image is slow
     sample = np.unique(np.linspace(0, len(indices) - 1, _HEADERS).astype(int))
-    deep = [i for i in (int(indices[place]) for place in sample) if _is_deep(reader[i])]
+    looked_at = (int(indices[place]) for place in sample)
+    deep = [index for index in looked_at if _is_deep(_read(reader, index))]
     chosen = deep[:: max(1, len(deep) // _DECODED)]
-    values = [found for i in chosen if (found := _values(reader[i])) is not None]
+    values = [found for i in chosen if (found := _values(_read(reader, i))) is not None]
     if not values:
         return None
     kinds = {found.dtype.kind for found in values}
@@ -76,9 +77,17 @@ def find_window(reader, indices) -> tuple[float, float] | None:
     return window
 
 
+def _read(reader, index):
+    """An image as the reader has it; None if it is damaged, which training tells."""
+    try:
+        return reader[index]
+    except UserError:
+        return None
+
+
 def _is_deep(raw):
     """Whether the header of an image tells of more than 8 bits."""
-    if isinstance(raw, np.ndarray):
+    if raw is None or isinstance(raw, np.ndarray):
         return False
     try:
         with image_formats.open_file(raw) as image:
@@ -88,6 +97,7 @@ def _is_deep(raw):
 
 
 def _values(raw):
+    """The values of an image, without what is no number; None if there are none."""
     try:
         with image_formats.open_file(raw) as image:
             if image.width * image.height > images.LARGE:

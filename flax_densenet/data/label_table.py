@@ -24,6 +24,7 @@ from flax_densenet.data import cells as cells_lib
 from flax_densenet.data import parts as parts_lib
 from flax_densenet.data import table_columns, table_text
 from flax_densenet.errors import UserError
+from flax_densenet.system import paths
 
 KINDS = ('auto', 'labels', 'classes')
 MEANINGS = ('unknown', 'negative', 'positive')
@@ -139,6 +140,7 @@ def read(
       UserError: the file cannot be read, names an image twice, or has no labels.
     """
     field = f'data.labels={path}'
+    path = paths.resolve(path, 'data.labels=')
     table = table_text.read(path, field, is_image)
     return _Reading(field, table, options or Options(), is_image).take()
 

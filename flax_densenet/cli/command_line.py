@@ -286,6 +286,8 @@ def _call_absl(values, arguments, recipe):
             elif place := [line for line in before if line.startswith('  File ')]:
                 said = f'{said} ({place[-1]})'
             said = f'--config={recipe.text if recipe else "base"}: {said}'
+        if 'config.data.image_size=' in said and ',' in said:
+            said += '; images are square: give one side, as 224'
         raise UserError(' '.join(said.removeprefix('flag ').split())) from error
     if len(left) > 1:  # no known case; absl would ignore it
         raise UserError(f'{left[1]} is not a flag')

@@ -6,22 +6,37 @@ standard error, as of any other package; `show_messages` prints all of it.
 """
 
 import logging
+import sys
 
 ROOT = 'flax_densenet'
 
 
 class _Printer(logging.Handler):
-    """Prints each message as a line of standard output, whatever that is then."""
+    """Prints each message as a line of standard output, whatever that is then.
+
+    Attributes:
+      to_errors: to standard error instead, as rows for programs go to the other.
+    """
+
+    to_errors = False
 
     def emit(self, record):
         # Not through `handleError`: a reader that went away ends the program.
-        print(record.getMessage(), flush=True)
+        file = sys.stderr if self.to_errors else sys.stdout
+        print(record.getMessage(), file=file, flush=True)
 
 
-def show_messages():
-    """Prints progress and warnings to standard output, as the commands do."""
+def show_messages(*, to_errors: bool = False):
+    """Prints progress and warnings, as the commands do.
+
+    Args:
+      to_errors: to standard error instead of standard output.
+    """
     logger = logging.getLogger(ROOT)
     if not any(isinstance(handler, _Printer) for handler in logger.handlers):
         logger.addHandler(_Printer())
+    for handler in logger.handlers:
+        if isinstance(handler, _Printer):
+            handler.to_errors = to_errors
     logger.setLevel(logging.INFO)
     logger.propagate = False  # absl would print them once more

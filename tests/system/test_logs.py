@@ -37,3 +37,11 @@ def test_a_command_prints_all_of_it_once():
     out, err = said(before)
     assert out == '100 % of it\nwarning: look at it\n'
     assert err == 'WARNING:another:of another\n'
+
+
+def test_rows_for_programs_are_left_alone():
+    before = 'from flax_densenet.system import logs\n'
+    before += 'logs.show_messages()\nlogs.show_messages(to_errors=True)'
+    out, err = said(before)
+    assert out == ''
+    assert err == '100 % of it\nwarning: look at it\nof another\n'

@@ -1,7 +1,5 @@
 """Which formats of images are read, and how a file is opened without decoding it."""
 
-import importlib
-import importlib.util
 import io
 import os
 import stat
@@ -41,13 +39,11 @@ _MOST_ICONS = 64
 
 def _has_heif():
     """Whether HEIF can be read; registers its reader with Pillow."""
-    if importlib.util.find_spec('pillow_heif') is None:
-        return False
     try:
-        heif = importlib.import_module('pillow_heif')
-        heif.register_heif_opener(thumbnails=False)
-    except (ImportError, OSError):  # a wheel that does not fit this machine
+        import pillow_heif
+    except (ImportError, OSError):  # not installed, or a wheel for another machine
         return False
+    pillow_heif.register_heif_opener(thumbnails=False)
     return True
 
 

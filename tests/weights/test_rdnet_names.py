@@ -6,7 +6,7 @@ import pytest
 from flax import traverse_util
 
 from flax_densenet import UserError, create_model, init_variables
-from flax_densenet.weights import rdnet_names, weight_file
+from flax_densenet.weights import rdnet_names, torch_content, weight_file
 from helpers.rdnets import shaken, tiny
 
 
@@ -22,8 +22,8 @@ def test_names_there_and_back():
     )  # fmt: skip
     assert arrays['dense_stages.0.0.dense_block0.layers.layers.5.fc.bias'].shape == (8,)
     assert arrays['dense_stages.1.1.weight'].shape == (8, 16, 2, 2)
-    found = weight_file._from_torch_arrays(
-        'x', {'m.' + k: v for k, v in arrays.items()}, {}
+    found = weight_file._from_torch(
+        'x', torch_content.find('x', {'m.' + k: v for k, v in arrays.items()})
     )
     assert found.family == 'rdnet' and found.module == module.clone(layer_scale=1e-6)
     jax.tree.map(np.testing.assert_array_equal, found.variables, variables)
@@ -73,7 +73,7 @@ def test_files_that_are_not_whole(change, message):
     )
     arrays = {k: v for k, v in (arrays | change).items() if v is not None}
     with pytest.raises(UserError, match=message):
-        weight_file._from_torch_arrays('x', arrays, {})
+        weight_file._from_torch('x', torch_content.find('x', arrays))
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def test_preprocessing_comes_with_the_weights(tmp_path, capsys):
     settled = transfer.resolve_preparation(settings.PreparationSettings(), found)
     wanted = dict(
         image_size=224, resize='crop', crop_fraction=0.875, interpolation='bilinear',
-        channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225),
+        channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), window=None,
     )  # fmt: skip
     assert vars(settled) == wanted
     assert capsys.readouterr().out == ''

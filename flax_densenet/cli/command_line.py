@@ -278,16 +278,16 @@ def _call_absl(values, arguments, recipe):
     try:
         left = values(['', *arguments])
     except (absl_flags.Error, TypeError, ValueError) as error:
-        said = str(error).strip()
-        if 'Traceback' in said:  # of a recipe that raised
-            *before, said = said.splitlines()
-            if said.startswith('ValueError: '):  # its argument, which it refuses
-                said = said.removeprefix('ValueError: ')
+        message = str(error).strip()
+        if 'Traceback' in message:  # of a recipe that raised
+            *before, message = message.splitlines()
+            if message.startswith('ValueError: '):  # its argument, which it refuses
+                message = message.removeprefix('ValueError: ')
             elif place := [line for line in before if line.startswith('  File ')]:
-                said = f'{said} ({place[-1]})'
-            said = f'--config={recipe.text if recipe else "base"}: {said}'
-        if 'config.data.image_size=' in said and ',' in said:
-            said += '; images are square: give one side, as 224'
-        raise UserError(' '.join(said.removeprefix('flag ').split())) from error
+                message = f'{message} ({place[-1]})'
+            message = f'--config={recipe.text if recipe else "base"}: {message}'
+        if 'config.data.image_size=' in message and ',' in message:
+            message += '; images are square: give one side, as 224'
+        raise UserError(' '.join(message.removeprefix('flag ').split())) from error
     if len(left) > 1:  # no known case; absl would ignore it
         raise UserError(f'{left[1]} is not a flag')

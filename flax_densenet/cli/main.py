@@ -48,9 +48,9 @@ def main(argv: list[str]) -> int:
         processes.end(141, 'the reader of standard output went away')
         return 141
     except (MemoryError, OSError, RuntimeError) as error:
-        if (said := errors.explain_system_error(error)) is None:
+        if (message := errors.explain_system_error(error)) is None:
             raise
-        status, line = 2, f'error: {said}'
+        status, line = 2, f'error: {message}'
     if line and (processes.is_first() or line.startswith('error: ')):
         print(line, file=sys.stderr)
     processes.end(status, line)

@@ -46,8 +46,8 @@ def override(config: ConfigDict, fields: dict[str, str]):
         )
         values(['', *given])
     except (absl_flags.Error, TypeError, ValueError) as error:  # UserError is one too
-        said = ' '.join(str(error).removeprefix('flag ').split())
-        raise UserError(f'--sweep: {said.replace("--config.", "")}') from error
+        message = ' '.join(str(error).removeprefix('flag ').split())
+        raise UserError(f'--sweep: {message.replace("--config.", "")}') from error
     return options.to_dict(config)
 
 

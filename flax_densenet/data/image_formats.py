@@ -133,8 +133,8 @@ def _count_icon_pixels(file):
 
 def is_text_limit(error: Exception) -> bool:
     """Whether Pillow gave up a PNG for what lies beside its pixels."""
-    said = str(error)
-    return 'PngImagePlugin.MAX_TEXT' in said or 'used in text chunks' in said
+    message = str(error)
+    return 'PngImagePlugin.MAX_TEXT' in message or 'used in text chunks' in message
 
 
 def without_text(file: str | bytes) -> bytes:

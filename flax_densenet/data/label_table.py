@@ -305,12 +305,12 @@ class _Reading(table_columns.Columns):
 
     def _say_counts(self, names, values, most=20):
         """For each label how many images have it, have it not, or are not known."""
-        said = []
+        pieces = []
         for name, column in list(zip(names, values.T, strict=True))[:most]:
             yes, no = int((column == 1).sum()), int((column == 0).sum())
-            said.append(f'{name} {yes}/{no}/{len(column) - yes - no}')
+            pieces.append(f'{name} {yes}/{no}/{len(column) - yes - no}')
         more = ', ...' if len(names) > most else ''
-        self.notes.append(f'positive/negative/unknown: {", ".join(said)}{more}')
+        self.notes.append(f'positive/negative/unknown: {", ".join(pieces)}{more}')
 
     def _take_classes(self, named, binary, among):
         if len(named) > 1:
@@ -339,11 +339,11 @@ class _Reading(table_columns.Columns):
         place = {name: index for index, name in enumerate(names)}
         values = np.array([place[cell] for cell in cells], np.int32)
         counts = np.bincount(values)
-        said = [f'{n} {c}' for n, c in zip(names[:20], counts[:20], strict=True)]
+        pieces = [f'{n} {c}' for n, c in zip(names[:20], counts[:20], strict=True)]
         more = ', ...' if len(names) > 20 else ''
         self.notes.append(
             f'the column {column} is taken as the one class of each image: '
-            f'{", ".join(said)}{more}; data.label_kind=labels reads several labels'
+            f'{", ".join(pieces)}{more}; data.label_kind=labels reads several labels'
         )
         return {column}, names, values
 

@@ -164,13 +164,13 @@ class _Names:
 
     def _how(self, names, found, dropped, kind):
         index = next(i for i, path in enumerate(found) if path is not None)
-        said = [text for text, is_on in zip(_SAID, kind, strict=True) if is_on]
+        pieces = [text for text, is_on in zip(_SAID, kind, strict=True) if is_on]
         if dropped:
-            said.insert(0, f'{"/".join(dropped)}/ at their beginning is left out')
+            pieces.insert(0, f'{"/".join(dropped)}/ at their beginning is left out')
         return (
             f'its names are not those of the files: {names[index]} is taken for '
             f'{found[index] or "several files"}'
-            + (f' ({", ".join(said)})' if said else '')
+            + (f' ({", ".join(pieces)})' if pieces else '')
         )
 
     def _tail(self, name, *kind):

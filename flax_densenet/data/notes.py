@@ -65,16 +65,16 @@ class Passed:
         """The files by ending, most frequent first, as `20 .heic (...), 3 .txt`."""
         # The remedy for a kind of file stands once, behind the last of its endings.
         found = sorted(self.endings.items(), key=lambda item: (-item[1], item[0]))
-        said = [f'{count} {ending}' for ending, count in found[:most]]
+        pieces = [f'{count} {ending}' for ending, count in found[:most]]
         if len(found) > most:
             rest = sum(count for _, count in found[most:])
-            said.append(f'{rest} of {len(found) - most} other endings')
+            pieces.append(f'{rest} of {len(found) - most} other endings')
         remedies = {}
         for ending, _ in found[:most]:
             if ending in _REMEDY_OF:
                 remedies.setdefault(_REMEDY_OF[ending], []).append(ending)
         told = '; '.join(f'{", ".join(e)}: {r}' for r, e in remedies.items())
-        return ', '.join(said) + (f' ({told})' if told else '')
+        return ', '.join(pieces) + (f' ({told})' if told else '')
 
     def line(self) -> str:
         """One line about everything that was counted; empty if there was nothing."""

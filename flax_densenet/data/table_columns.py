@@ -135,16 +135,16 @@ class Columns:
         number = dict(_NUMBER_OF)
         if parts_lib.VAL not in counts:
             number[parts_lib.TEST] = 1
-        said = [f'{counts[parts_lib.TRAIN]} images to train on']
+        pieces = [f'{counts[parts_lib.TRAIN]} images to train on']
         for part in (parts_lib.VAL, parts_lib.TEST):
             if counts[part]:
                 what = 'which chooses the best epoch'
                 if number[part] == 2:
                     what = 'which is set aside and not used'
-                said.append(f'{counts[part]} of {part}, {what}')
+                pieces.append(f'{counts[part]} of {part}, {what}')
         if counts[parts_lib.OTHER]:
-            said.append(f'{counts[parts_lib.OTHER]} of other parts, left out')
-        self.notes.append(f'by its column {name}: {"; ".join(said)}')
+            pieces.append(f'{counts[parts_lib.OTHER]} of other parts, left out')
+        self.notes.append(f'by its column {name}: {"; ".join(pieces)}')
         return np.array([number.get(role, _UNUSED) for role in roles])
 
     def find_group(self, taken, options):

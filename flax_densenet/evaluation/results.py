@@ -1,4 +1,4 @@
-"""What a model says of labeled images, kept whole: figures, a table, two files.
+"""The outputs of a model for labeled images: metrics, a table, two files.
 
 `evaluate.evaluate` sums a loss while training goes on; this keeps every logit, from
 which `eval.json`, `predictions.csv` and the report page are made.
@@ -18,7 +18,8 @@ from flax_densenet import settings as settings_lib
 from flax_densenet.data import dataset, identity, notes
 from flax_densenet.distributed import mesh
 from flax_densenet.errors import UserError
-from flax_densenet.evaluation import evaluate, metrics
+from flax_densenet.evaluation import evaluate
+from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.models import tta as tta_lib
 from flax_densenet.system import atomic
 from flax_densenet.weights import heads
@@ -59,27 +60,29 @@ class Results:
     def probabilities(self) -> np.ndarray:
         """float64 `[N, C]`: softmax, or the sigmoid of each label."""
         usual = 'sigmoid' if self.multi_label else 'softmax'
-        return metrics.activate(self.logits, self.outputs or usual)
+        return metrics_lib.activate(self.logits, self.outputs or usual)
 
     @functools.cached_property
-    def said(self) -> np.ndarray:
+    def predicted(self) -> np.ndarray:
         """int64 `[N]`: the likeliest class of each image."""
         return self.probabilities.argmax(-1)
 
     @functools.cached_property
-    def sure(self) -> np.ndarray:
+    def confidence(self) -> np.ndarray:
         """float64 `[N]`: its probability."""
         return self.probabilities.max(-1)
 
     @functools.cached_property
-    def figures(self) -> dict[str, Any]:
+    def metrics(self) -> dict[str, Any]:
         """See `metrics.measure` and `metrics.measure_labels`."""
         if self.multi_label:
-            return metrics.measure_labels(self.logits, self.labels, self.class_names)
+            return metrics_lib.measure_labels(
+                self.logits, self.labels, self.class_names
+            )
         logits = self.logits
         if self.outputs == 'sigmoid':  # as shares of their sum
-            logits = metrics.log_sigmoid(logits)
-        return metrics.measure(logits, self.labels, self.class_names)
+            logits = metrics_lib.log_sigmoid(logits)
+        return metrics_lib.measure(logits, self.labels, self.class_names)
 
     def name(self, row: int) -> str:
         """The file of an image, or its place in its data set."""
@@ -152,9 +155,14 @@ def find_examples(
         settings.preparation, window=settings.preparation.window or ()
     )
     source = dataset.from_settings(settings.data, preparation, trained.class_names)
-    said = trained.metadata.get('multi_label', source.multi_label)
-    sigmoids = said and trained.is_imported  # can tell one class from the others too
-    if source.multi_label != said and not sigmoids and trained.known is None:
+    trained_on_several = trained.metadata.get('multi_label', source.multi_label)
+    # Imported sigmoids can also tell one class from the others.
+    sigmoids = trained_on_several and trained.is_imported
+    if (
+        source.multi_label != trained_on_several
+        and not sigmoids
+        and trained.known is None
+    ):
         raise UserError(
             f'data.labels={settings.data.labels}: the model of {path} was trained '
             + ('on one class' if source.multi_label else 'with a table of labels')
@@ -263,7 +271,7 @@ def save(folder: str, results: Results, measured: Measured):
         os.makedirs(folder, exist_ok=True)
         with atomic.replacing(path) as file:
             about = {'version': EVAL_VERSION} | dataclasses.asdict(measured)
-            json.dump(about | results.figures, file, indent=1)
+            json.dump(about | results.metrics, file, indent=1)
             file.write('\n')
         path = os.path.join(folder, PREDICTIONS_FILE)
         # Names that are not UTF-8 go out as the bytes that they are.
@@ -326,7 +334,7 @@ def _rows(results):
     Of more than `metrics.WIDE` classes the likeliest ones: all would be gigabytes.
     """
     names, several = results.class_names, results.multi_label
-    if len(names) > metrics.WIDE and not several:
+    if len(names) > metrics_lib.WIDE and not several:
         yield from _rows_of_likeliest(results)
         return
     known = [f'true_{name}' for name in names] if several else []
@@ -339,14 +347,20 @@ def _rows(results):
         zip(results.labels, results.probabilities, strict=True)
     ):
         if several:
-            true, said = (
+            actual, predicted = (
                 ';'.join(names[c] for c in np.flatnonzero(chosen))
                 for chosen in (label == 1, line > 0.5)
             )
             known = ['' if np.isnan(value) else int(value) for value in label]
         else:
-            true, said = names[label], names[line.argmax()]
-        yield [results.name(row), true, said, *known, *(f'{p:.6g}' for p in line)]
+            actual, predicted = names[label], names[line.argmax()]
+        yield [
+            results.name(row),
+            actual,
+            predicted,
+            *known,
+            *(f'{p:.6g}' for p in line),
+        ]
 
 
 def _rows_of_likeliest(results):
@@ -359,40 +373,40 @@ def _rows_of_likeliest(results):
         best = np.argpartition(-line, LIKELIEST)[:LIKELIEST]
         best = best[np.argsort(-line[best], kind='stable')]
         cells = (cell for c in best for cell in (names[c], f'{line[c]:.6g}'))
-        true = names[label], names[results.said[row]], f'{line[label]:.6g}'
+        true = names[label], names[results.predicted[row]], f'{line[label]:.6g}'
         yield [results.name(row), *true, *cells]
 
 
 def format_metrics_table(results: Results, where: str) -> str:
-    """The figures as lines: totals, then a table of classes.
+    """The metrics as lines: totals, then a table of classes.
 
     Of more than `ROWS` classes, those with the lowest F1.
 
     Args:
       where: `360 test images of digits, best checkpoint: epoch 6, step 270`.
     """
-    figures = results.figures
-    total = {name: figures[name] for name in ('accuracy', 'loss')}
+    metrics = results.metrics
+    total = {name: metrics[name] for name in ('accuracy', 'loss')}
     if results.multi_label:
-        total['mean_auroc'] = figures['macro']['auroc']
+        total['mean_auroc'] = metrics['macro']['auroc']
     lines = [f'{evaluate.format_metrics("Test", total)} ({where})']
-    if figures['accuracy_interval']:
-        low, high = figures['accuracy_interval']
+    if metrics['accuracy_interval']:
+        low, high = metrics['accuracy_interval']
         lines.append(f'accuracy: 95 % interval {low * 100:.1f} to {high * 100:.1f} %')
-    if figures['top5'] is not None:
-        lines[-1] += f'; right class among the first 5: {figures["top5"] * 100:.1f} %'
-    calibration = figures['calibration']
+    if metrics['top5'] is not None:
+        lines[-1] += f'; right class among the first 5: {metrics["top5"] * 100:.1f} %'
+    calibration = metrics['calibration']
     if calibration:
         lines.append(
             f'calibration error: {calibration["before"]["error"] * 100:.1f} %, '
             f'{calibration["after"]["error"] * 100:.1f} % at the temperature '
             f'{calibration["temperature"]:.2f}'
         )
-    return '\n'.join(lines + _format_classes(figures))
+    return '\n'.join(lines + _format_classes(metrics))
 
 
-def _format_classes(figures):
-    rows, hidden = figures['classes'], 0
+def _format_classes(metrics):
+    rows, hidden = metrics['classes'], 0
     if len(rows) > ROWS:
         hidden = len(rows) - ROWS
         rows = sorted(rows, key=lambda row: row['f1'])[:ROWS]
@@ -401,7 +415,7 @@ def _format_classes(figures):
     columns = ('precision', 'recall', 'f1', 'auroc')
     head = f'{"class":<{width}}  precision  recall      F1   AUROC  images'
     lines = [head]
-    total = figures['macro'] | {'name': 'mean of classes', 'support': figures['count']}
+    total = metrics['macro'] | {'name': 'mean of classes', 'support': metrics['count']}
     for row in [*rows, total]:
         name = row['name'] if len(row['name']) <= 40 else row['name'][:39] + '…'
         cells = zip((9, 6, 6, 6), (row[c] for c in columns), strict=True)

@@ -47,15 +47,16 @@ def pick_mistakes(found: results.Results, most: int) -> list[dict[str, Any]]:
     """The wrong answers with the highest probability, the worst first.
 
     Returns:
-      For each `row`, `said` and `true` (classes) and `probability`. With several
-      labels an image `true` equals `said`, and `present` tells whether it is there.
+      For each `row`, `predicted` and `true` (classes) and `probability`. With several
+      labels per image `true` equals `predicted`, and `present` tells whether it is
+      there.
     """
     if found.multi_label:
         known = ~np.isnan(found.labels)
         wrong = known & ((found.probabilities > 0.5) != (found.labels > 0.5))
         return _label_rows(found, wrong, np.abs(found.probabilities - 0.5), most)
-    rows = np.flatnonzero(found.said != found.labels)
-    order = np.argsort(-found.sure[rows], kind='stable')
+    rows = np.flatnonzero(found.predicted != found.labels)
+    order = np.argsort(-found.confidence[rows], kind='stable')
     return _class_rows(found, rows[order][:most])
 
 
@@ -79,13 +80,13 @@ def _two_best(row):
 
 
 def _class_rows(found, rows):
-    said = found.said
+    predicted = found.predicted
     return [
         {
             'row': int(row),
-            'said': int(said[row]),
+            'predicted': int(predicted[row]),
             'true': int(found.labels[row]),
-            'probability': float(found.sure[row]),
+            'probability': float(found.confidence[row]),
             'true_probability': float(found.probabilities[row, found.labels[row]]),
         }
         for row in rows
@@ -98,7 +99,7 @@ def _label_rows(found, wanted, order, most):
     return [
         {
             'row': int(row),
-            'said': int(label),
+            'predicted': int(label),
             'true': int(label),
             'present': bool(found.labels[row, label] > 0.5),
             'probability': float(found.probabilities[row, label]),
@@ -112,7 +113,7 @@ def add_pictures(
     found: results.Results,
     predictor: predictor_lib.Predictor,
 ):
-    """Adds `image`, `said_map` and, for another true class, `true_map` to each row.
+    """Adds `image`, `predicted_map` and, if it was a mistake, `true_map` to each row.
 
     Every host has to call it, as the maps are computed on all devices.
     """
@@ -122,13 +123,13 @@ def add_pictures(
         batch = np.stack([found.examples[row['row']]['image'] for row in part])
         maps = {
             kind: predictor.cams(batch, [row[kind] for row in part])
-            for kind in ('said', 'true')
+            for kind in ('predicted', 'true')
         }
         for place, (row, image) in enumerate(zip(part, batch, strict=True)):
             row['image'] = to_uri(image, PICTURE)
             row['name'] = found.name(row['row'])
             for kind, cams in maps.items():
-                if kind == 'said' or row['true'] != row['said']:
+                if kind == 'predicted' or row['true'] != row['predicted']:
                     laid = overlay.overlay(image, cams[place])
                     row[f'{kind}_map'] = to_uri(laid, PICTURE)
 
@@ -146,13 +147,13 @@ def make_cells(found: results.Results, classes) -> dict[str, list[dict[str, Any]
       `{'true,predicted': [{'name', 'probability', 'image'}, ...]}`.
     """
     inside = set(map(int, classes))
-    said, sure = found.said, found.sure
+    predicted, confidence = found.predicted, found.confidence
     cells: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for row in np.argsort(-sure, kind='stable').tolist():
-        place = int(found.labels[row]), int(said[row])
+    for row in np.argsort(-confidence, kind='stable').tolist():
+        place = int(found.labels[row]), int(predicted[row])
         cell = cells.setdefault(place, [])
         if inside.issuperset(place) and len(cell) < CELL_IMAGES:
-            cell.append({'row': row, 'probability': round(float(sure[row]), 4)})
+            cell.append({'row': row, 'probability': round(float(confidence[row]), 4)})
     left = CELL_BYTES
     for item in _in_turn(cells):
         item['name'] = found.name(item['row'])
@@ -161,10 +162,10 @@ def make_cells(found: results.Results, classes) -> dict[str, list[dict[str, Any]
             item['image'] = to_uri(image, THUMBNAIL)
             left -= len(item['image'])
     return {
-        f'{true},{said}': [
+        f'{true},{predicted}': [
             {key: value for key, value in item.items() if key != 'row'} for item in cell
         ]
-        for (true, said), cell in cells.items()
+        for (true, predicted), cell in cells.items()
         if cell
     }
 

@@ -8,7 +8,8 @@ import numpy as np
 from flax_densenet.checkpoints import run_folder
 from flax_densenet.data import dataset
 from flax_densenet.distributed import mesh
-from flax_densenet.evaluation import metrics, results
+from flax_densenet.evaluation import metrics as metrics_lib
+from flax_densenet.evaluation import results
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.report import gallery, plots, render
 from flax_densenet.weights import trained as trained_lib
@@ -73,7 +74,7 @@ def _text(run, trained, source, found, trained_on):
     return {
         'name': run.name,
         'data_name': source.name,
-        'figures': found.figures,
+        'metrics': found.metrics,
         'headline': _headline(found),
         'multi_label': found.multi_label,
         'class_names': found.class_names,
@@ -91,7 +92,7 @@ def _charts(run, found):
     pairs = confusion.pop('pairs') if confusion else []
     return {
         'curves': run_folder.curves(run.records),
-        'calibration': found.figures['calibration'],
+        'calibration': found.metrics['calibration'],
         'roc': _roc(found),
         'confusion': confusion,
         'names': found.class_names,
@@ -110,30 +111,30 @@ def _describe_model(trained, measured):
 
 def _headline(found):
     """The few numbers at the top: name, value, and what is to be known of it."""
-    figures = found.figures
-    note = f'on {figures["count"]:,} test images'
-    if figures['accuracy_interval']:
-        low, high = figures['accuracy_interval']
+    metrics = found.metrics
+    note = f'on {metrics["count"]:,} test images'
+    if metrics['accuracy_interval']:
+        low, high = metrics['accuracy_interval']
         note = f'95 % interval {low * 100:.1f} to {high * 100:.1f} %, {note}'
-    rows = [('Accuracy', render.percent(figures['accuracy']), note)]
+    rows = [('Accuracy', render.percent(metrics['accuracy']), note)]
     if found.multi_label:
         rows[0] = ('Labels right', rows[0][1], note)
-    if figures['top5'] is not None:
+    if metrics['top5'] is not None:
         rows.append(
             (
                 'Top 5',
-                render.percent(figures['top5']),
+                render.percent(metrics['top5']),
                 'right class among the first five',
             )
         )
-    macro = figures['macro']
+    macro = metrics['macro']
     if macro['auroc'] is not None:
         rows.append(('AUROC', f'{macro["auroc"]:.3f}', 'mean of the classes'))
     if macro['f1'] is not None:
         rows.append(('F1', f'{macro["f1"]:.3f}', 'mean of the classes'))
-    rows.append(('Loss', f'{figures["loss"]:.3f}', 'cross-entropy, nats'))
-    if figures['calibration']:
-        error = figures['calibration']['before']['error']
+    rows.append(('Loss', f'{metrics["loss"]:.3f}', 'cross-entropy, nats'))
+    if metrics['calibration']:
+        error = metrics['calibration']['before']['error']
         rows.append(
             ('Calibration error', render.percent(error), 'the lower the better')
         )
@@ -211,34 +212,37 @@ def _leaves(tree):
 
 def _caption(row, names):
     """A mistake's or an uncertain image's row with what stands below it."""
-    said = names[row['said']]
+    predicted = names[row['predicted']]
     probability = render.percent(row['probability'])
     if 'present' in row:
         is_there = 'has it' if row['present'] else 'does not have it'
-        return row | {'said': said, 'text': f'{said}: {probability}, but {is_there}'}
+        return row | {
+            'predicted': predicted,
+            'text': f'{predicted}: {probability}, but {is_there}',
+        }
     return row | {
-        'said': said,
+        'predicted': predicted,
         'true': names[row['true']],
         'probability': probability,
         'true_probability': render.percent(row['true_probability']),
-        'right': row['true'] == row['said'],
+        'right': row['true'] == row['predicted'],
     }
 
 
 def _roc(found):
     """Curves of one class against the rest, the worst first."""
     rows = []
-    classes = found.figures['classes']
+    classes = found.metrics['classes']
     there = [place for place, row in enumerate(classes) if row['auroc'] is not None]
     for place in sorted(there, key=lambda place: classes[place]['auroc'])[:CLASSES]:
         row = classes[place]
         if found.multi_label:
             known = ~np.isnan(found.labels[:, place])
             true = found.labels[known, place] > 0.5
-            curve = metrics.roc(true, found.probabilities[known, place])
+            curve = metrics_lib.roc(true, found.probabilities[known, place])
         else:
             true = found.labels == place
-            curve = metrics.roc(true, found.probabilities[:, place])
+            curve = metrics_lib.roc(true, found.probabilities[:, place])
         rows.append({'name': row['name'], 'auroc': round(row['auroc'], 4), **curve})
     return rows
 
@@ -247,26 +251,27 @@ def _confusion(found):
     """The matrix, of the classes with most mistakes where there are very many."""
     if found.multi_label:
         return None
-    count = len(found.class_names)
-    matrix = metrics.confusion(found.labels, found.said, count)
+    names = found.class_names
+    count = len(names)
+    matrix = metrics_lib.confusion(found.labels, found.predicted, count)
     support = matrix.sum(1)
     mistakes = support + matrix.sum(0) - 2 * matrix.diagonal()
     kept = np.sort(np.argsort(-mistakes, kind='stable')[:CLASSES])
     inside = set(kept.tolist())
     confused = [
-        (true, said, number)
-        for true, said, number in found.figures['confused']
-        if true in inside and said in inside
+        (true, predicted, number)
+        for true, predicted, number in found.metrics['confused']
+        if true in inside and predicted in inside
     ]
     pairs = [
         {
             'true': true,
-            'said': said,
-            'text': f'{found.class_names[true]} taken for {found.class_names[said]}',
+            'predicted': predicted,
+            'text': f'{names[true]} taken for {names[predicted]}',
             'count': number,
             'of': int(support[true]),
         }
-        for true, said, number in confused[:PAIRS]
+        for true, predicted, number in confused[:PAIRS]
     ]
     return {
         'kept': kept.tolist(),

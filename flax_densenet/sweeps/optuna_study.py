@@ -119,9 +119,9 @@ class Tuner:
             raise self._unusable(error) from error
 
     def _unusable(self, error):
-        said = str(getattr(error, '__cause__', None) or error).splitlines()[0]
+        message = str(getattr(error, '__cause__', None) or error).splitlines()[0]
         return UserError(
-            f'{self._path} cannot be used ({said}); bring it back from a copy, or use '
+            f'{self._path} cannot be used ({message}); restore it from a copy, or use '
             'another --workdir'
         )
 

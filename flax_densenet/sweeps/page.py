@@ -128,9 +128,9 @@ def _curves(kept, row):
     """What the page draws of a setting by epoch."""
     short = dict(zip(kept.fields, kept.short_fields, strict=True))
     fields = row.setting.fields.items()
-    said = [f'{short[name]}={text}' for name, text in fields]
+    texts = [f'{short[name]}={text}' for name, text in fields]
     return {
-        'name': ' '.join([os.path.basename(row.folder), *said]),
+        'name': ' '.join([os.path.basename(row.folder), *texts]),
         'state': row.setting.state,
         'figures': [run.figures for run in row.setting.runs.values()],
     }

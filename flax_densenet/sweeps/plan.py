@@ -165,10 +165,10 @@ def find_difference(old, new):
             return f'with {name}={before}, not {now}'
     before, now = ([axis['fields'] for axis in x['axes']] for x in (old, new))
     if sorted(before) != sorted(now):
-        said = [
+        texts = [
             '; '.join(' '.join(f) for f in x) or 'seeds alone' for x in (before, now)
         ]
-        return f'over {said[0]}, not {said[1]}'
+        return f'over {texts[0]}, not {texts[1]}'
     for name in ('search', 'prune'):
         if old[name] != new[name]:
             flag = '--trials' if name == 'search' else '--prune'

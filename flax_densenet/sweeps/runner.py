@@ -118,12 +118,12 @@ def _open_book(workdir, plan, arguments):
         return sweep_record.SweepRecord(definition, arguments)
     kept = sweep_record.load(workdir)
     try:
-        said = sweep_plan.find_difference(kept.definition, definition)
+        message = sweep_plan.find_difference(kept.definition, definition)
     except (LookupError, TypeError, AttributeError) as error:
         path = os.path.join(workdir, sweep_record.FILE)
         raise UserError(f'{path} is no record of a sweep ({error})') from error
-    if said:
-        raise UserError(f'--workdir={workdir} holds a sweep {said}; {_REMEDY}')
+    if message:
+        raise UserError(f'--workdir={workdir} holds a sweep {message}; {_REMEDY}')
     if plan.trials is not None and plan.trials < len(kept.settings):
         raise UserError(
             f'--workdir={workdir} holds a sweep of {len(kept.settings)} trials, more '
@@ -289,6 +289,6 @@ def _why_failed(error):
         if isinstance(error.__cause__, OSError) or str(error).startswith('--workdir='):
             raise error
         return str(error)
-    if (said := errors.explain_system_error(error)) is None:
+    if (message := errors.explain_system_error(error)) is None:
         raise error
-    return said.partition('; the same command')[0]
+    return message.partition('; the same command')[0]

@@ -153,8 +153,10 @@ def _read_lines(flag):
         with open(flag[1:], encoding='utf-8') as file:
             lines = [line.strip() for line in file]
     except (OSError, UnicodeDecodeError) as error:
-        said = getattr(error, 'strerror', None) or error
-        raise UserError(f'--sweep={flag}: the file cannot be read ({said})') from error
+        message = getattr(error, 'strerror', None) or error
+        raise UserError(
+            f'--sweep={flag}: the file cannot be read ({message})'
+        ) from error
     return [line for line in lines if line and not line.startswith('#')]
 
 
@@ -205,8 +207,8 @@ def _parse_range(flag, name, text):
 def _no_repeats(flag, options):
     for place, option in enumerate(options):
         if option in options[:place]:
-            said = ' '.join(f'{name}={text}' for name, text in option.items())
-            raise UserError(f'--sweep={flag}: {said} comes twice')
+            message = ' '.join(f'{name}={text}' for name, text in option.items())
+            raise UserError(f'--sweep={flag}: {message} comes twice')
     return tuple(options)
 
 

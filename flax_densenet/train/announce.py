@@ -50,12 +50,12 @@ def describe_missing(train: settings.TrainingSettings) -> str:
 
 
 def _print_balance(run):
-    said, train = run.settings.loader.balance, run.source.train
+    balance, train = run.settings.loader.balance, run.source.train
     # TFDS has to read each image for its label.
     at_hand = train.reader.labels_in_memory
-    if run.source.multi_label or (said == 'none' and not at_hand):
+    if run.source.multi_label or (balance == 'none' and not at_hand):
         return
-    line = class_balance.describe(train.labels, run.source.class_names, said)
+    line = class_balance.describe(train.labels, run.source.class_names, balance)
     if line:
         _LOGGER.info(line)
     if not run.plan.head_only and run.module.has_batch_norm:
@@ -64,17 +64,17 @@ def _print_balance(run):
 
 def _warn_of_few_values(run):
     """Batch norm learns little from one image, and nothing from one value."""
-    rows, said, remedy = _rows_of_statistics(run)
+    rows, fields, remedy = _rows_of_statistics(run)
     side = run.module.last_map_side(run.size_in(1))
     if rows == side == 1:
         _LOGGER.warning(
-            f'warning: {said}: the last batch norms see one value of each '
+            f'warning: {fields}: the last batch norms see one value of each '
             'feature, which leaves only their biases: nothing can be learned; '
             f'{remedy}'
         )
     elif rows == 1:
         _LOGGER.warning(
-            f'warning: {said}: batch norm sees one image at a time, by '
+            f'warning: {fields}: batch norm sees one image at a time, by '
             f'which its running statistics say little; {remedy}'
         )
 
@@ -82,11 +82,11 @@ def _warn_of_few_values(run):
 def _rows_of_statistics(run):
     """How many images batch norm sees at a time, the fields for it, a remedy."""
     rows, parts = run.batch_size, run.accumulate_steps
-    said = [f'data.batch_size={rows}']
+    fields = [f'data.batch_size={rows}']
     if parts > 1:
-        said.append(f'train.accumulate_steps={parts}')
+        fields.append(f'train.accumulate_steps={parts}')
     if run.module.batch_norm_group:
         rows = parts * run.module.batch_norm_group
-        said.append(f'model.batch_norm_group={run.settings.model.batch_norm_group}')
+        fields.append(f'model.batch_norm_group={run.settings.model.batch_norm_group}')
     remedy = 'use larger ' + ('groups' if run.module.batch_norm_group else 'batches')
-    return rows // parts, ', '.join(said), remedy
+    return rows // parts, ', '.join(fields), remedy

@@ -178,11 +178,11 @@ def _describe_names(path, count, known, outputs):
         )
     first = ', '.join(known.class_names[:3])
     each = 'a softmax' if known.outputs == heads.SOFTMAX else 'each with a sigmoid'
-    said = f'{known.what} ({first}, ...)' + ('' if outputs else f', {each},')
+    assumption = f'{known.what} ({first}, ...)' + ('' if outputs else f', {each},')
     remedy = _OF_NAMES if outputs else f'{_OF_NAMES}; {_OF_OUTPUTS}'
     return known.class_names, (
-        f'{path} does not name its {count} outputs; {said} are assumed; to change it: '
-        f'{remedy}'
+        f'{path} does not name its {count} outputs; {assumption} are assumed; '
+        f'to change it: {remedy}'
     )
 
 
@@ -254,11 +254,12 @@ def describe_preparation(
     ]
     if not assumed:
         return None
-    said = ', '.join(f'{name}={_short(settled[name])}' for name in assumed)
+    assumption = ', '.join(f'{name}={_short(settled[name])}' for name in assumed)
     family = weight_file.FAMILIES.get(weights.family, weights.family)
     return (
         f'{weights.path} does not say how images are prepared; as usual with {family}, '
-        f'{said} are assumed; to change it: --config.data.{assumed[-1]}=... and so on'
+        f'{assumption} are assumed; to change it: --config.data.{assumed[-1]}=... '
+        'and so on'
     )
 
 

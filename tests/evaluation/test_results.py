@@ -81,8 +81,8 @@ def test_same_figures_as_training(run):
         mean=tuple(trained.metadata['mean']),
         std=tuple(trained.metadata['std']),
     )
-    assert found.figures['accuracy'] == sums['accuracy']
-    assert found.figures['loss'] == pytest.approx(sums['loss'], rel=1e-5)
+    assert found.metrics['accuracy'] == sums['accuracy']
+    assert found.metrics['loss'] == pytest.approx(sums['loss'], rel=1e-5)
 
 
 def test_table(run):
@@ -109,10 +109,10 @@ def test_several_labels(tmp_path):
     labels = np.array([[1, 0], [0, np.nan], [0, 1]], np.float32)
     examples = type('Named', (), {'name': lambda self, row: f'{row}.png'})()
     found = results.Results(examples, ('a', 'b'), logits, labels)
-    assert found.figures['accuracy'] == pytest.approx((1 + 1 + 0.5) / 3)
+    assert found.metrics['accuracy'] == pytest.approx((1 + 1 + 0.5) / 3)
     each = np.log1p(np.exp([[-2, -1], [-3, 0], [0.5, -0.5]]))
     loss = (each[0].mean() + each[1, 0] + each[2].mean()) / 3
-    assert found.figures['loss'] == pytest.approx(loss)
+    assert found.metrics['loss'] == pytest.approx(loss)
     results.save(str(tmp_path), found, MEASURED)
     with open(tmp_path / 'predictions.csv', newline='') as file:
         rows = list(csv.DictReader(file))
@@ -199,7 +199,7 @@ def test_what_was_measured_comes_back(measured, run, tmp_path):
     old |= {'data': measured.data, 'model': measured.model}
     (tmp_path / 'eval.json').write_text(json.dumps(old))
     loaded, fields = results.load(str(tmp_path))
-    assert loaded == measured and fields['accuracy'] == found.figures['accuracy']
+    assert loaded == measured and fields['accuracy'] == found.metrics['accuracy']
 
 
 def test_no_file_and_a_file_of_something_else(tmp_path):

@@ -70,7 +70,7 @@ def test_evaluation_and_prediction_agree(source, trained):
     found = results.collect(flipped, source.test, source.class_names, batch_size=4)
     np.testing.assert_allclose(found.probabilities, expected, rtol=1e-4, atol=1e-6)
     loss = -np.log(expected[np.arange(len(labels)), labels]).mean()
-    assert found.figures['loss'] == pytest.approx(loss, rel=1e-4)
+    assert found.metrics['loss'] == pytest.approx(loss, rel=1e-4)
     model = predictor.Predictor(flipped, batch_size=4)
     rows = np.concatenate([model.compute(images[n : n + 4])[0] for n in (0, 4, 8)])
     np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-6)

@@ -66,7 +66,7 @@ def test_tables_sort(chromium, report):
                 tab.click(head)
                 names = tab.locator('#class-table tbody td:first-child')
                 names = names.all_text_contents()
-                values = {row['name']: row[key] for row in found.figures['classes']}
+                values = {row['name']: row[key] for row in found.metrics['classes']}
                 ordered = [values[name] for name in names]
                 assert ordered == sorted(ordered, reverse=turn)
         sort = tab.get_attribute('#class-table th:nth-child(5)', 'aria-sort')
@@ -75,7 +75,7 @@ def test_tables_sort(chromium, report):
 
 def test_cells_open(chromium, report):
     path, found = report
-    matrix = np.array(found.figures['confusion'])
+    matrix = np.array(found.metrics['confusion'])
     true, said = np.unravel_index(matrix.argmax(), matrix.shape)
     with opened(chromium, path) as tab:
         # Where the cell is drawn, by the chart's own axes.
@@ -107,7 +107,7 @@ def test_cells_open(chromium, report):
         tab.locator('.pairs button').first.press('Enter')
         assert 'but the model says' in tab.text_content('#cell h3')
         tab.select_option('#cell-true', label=names[0])
-        tab.select_option('#cell-said', label=names[0])
+        tab.select_option('#cell-predicted', label=names[0])
         assert tab.text_content('#cell h3').startswith(f'{names[0]}, and the model')
 
 

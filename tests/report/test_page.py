@@ -53,7 +53,7 @@ def test_page(made):
     text, found, source, workdir = made
     elements = Elements(text)
     said = ' '.join(' '.join(elements.text[:2000]).split())
-    assert f'{found.figures["accuracy"] * 100:.1f} %' in said
+    assert f'{found.metrics["accuracy"] * 100:.1f} %' in said
     assert 'Training time 1:30:00' in said and 'A <fast> chip × 4' in said
     assert 'epoch 3, step 7' in said
     # A class name with HTML in it is text, in the tables as in the charts' numbers.
@@ -82,8 +82,8 @@ def test_page(made):
         matrix[true, predicted] = len(cell)
         assert all(item['image'].startswith('data:image/webp') for item in cell)
         assert all(f'/{source.class_names[true]}/' in item['name'] for item in cell)
-    assert matrix.tolist() == found.figures['confusion']
-    assert charts['confusion']['matrix'] == found.figures['confusion']
+    assert matrix.tolist() == found.metrics['confusion']
+    assert charts['confusion']['matrix'] == found.metrics['confusion']
 
 
 def test_mistakes_are_the_surest():
@@ -91,7 +91,9 @@ def test_mistakes_are_the_surest():
     said = found.probabilities.argmax(-1)
     rows = gallery.pick_mistakes(found, 10)
     picked = [row['row'] for row in rows]
-    assert all(row['true'] == found.labels[row['row']] != row['said'] for row in rows)
+    assert all(
+        row['true'] == found.labels[row['row']] != row['predicted'] for row in rows
+    )
     wrong = np.flatnonzero(said != found.labels)
     expected = wrong[np.argsort(-found.probabilities.max(-1)[wrong])][:10]
     assert picked == expected.tolist()
@@ -106,12 +108,12 @@ def test_mistakes_of_several_labels():
     labels = np.array([[0, 0], [np.nan, 1], [1, 0]], np.float32)
     found = results.Results([], ('a', 'b'), logits, labels)
     rows = gallery.pick_mistakes(found, 9)
-    assert [(r['row'], r['said'], r['present']) for r in rows] == [
+    assert [(r['row'], r['predicted'], r['present']) for r in rows] == [
         (0, 0, False),
         (2, 1, False),
     ]
     rows = gallery.pick_uncertain(found, 2)
-    assert [(r['row'], r['said']) for r in rows] == [(2, 1), (2, 0)]
+    assert [(r['row'], r['predicted']) for r in rows] == [(2, 1), (2, 0)]
 
 
 def test_many_classes_stay_small(monkeypatch):
@@ -119,7 +121,7 @@ def test_many_classes_stay_small(monkeypatch):
     monkeypatch.setattr(gallery, 'CELL_BYTES', 100_000)
     confusion = page._confusion(found)
     assert len(confusion['kept']) == len(confusion['matrix']) == page.CLASSES
-    matrix = np.array(found.figures['confusion'])
+    matrix = np.array(found.metrics['confusion'])
     mistakes = matrix.sum(0) + matrix.sum(1) - 2 * np.diag(matrix)
     left_out = np.delete(mistakes, confusion['kept'])
     assert mistakes[confusion['kept']].min() >= left_out.max() > 0

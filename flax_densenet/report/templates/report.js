@@ -109,7 +109,7 @@ if (charts.confusion) {
   }
   matrix.on('plotly_click', event => open(c.kept[event.points[0].y], c.kept[event.points[0].x]));
   for (const button of document.querySelectorAll('.pairs button')) {
-    button.addEventListener('click', () => open(Number(button.dataset.true), Number(button.dataset.said)));
+    button.addEventListener('click', () => open(Number(button.dataset.true), Number(button.dataset.predicted)));
   }
   for (const button of document.querySelectorAll('.choice button')) {
     button.addEventListener('click', () => {
@@ -118,19 +118,19 @@ if (charts.confusion) {
       redraw();
     });
   }
-  const pick = { true: document.getElementById('cell-true'), said: document.getElementById('cell-said') };
+  const pick = { true: document.getElementById('cell-true'), predicted: document.getElementById('cell-predicted') };
   for (const select of Object.values(pick)) {
     c.kept.forEach((place, row) => select.add(new Option(names[row], place)));
-    select.addEventListener('change', () => open(Number(pick.true.value), Number(pick.said.value)));
+    select.addEventListener('change', () => open(Number(pick.true.value), Number(pick.predicted.value)));
   }
 
-  function open(trueClass, said) {
+  function open(trueClass, predicted) {
     const cell = document.getElementById('cell');
-    const row = c.kept.indexOf(trueClass), column = c.kept.indexOf(said);
+    const row = c.kept.indexOf(trueClass), column = c.kept.indexOf(predicted);
     const count = c.matrix[row][column];
-    const items = c.cells[trueClass + ',' + said] || [];
+    const items = c.cells[trueClass + ',' + predicted] || [];
     const head = document.createElement('h3');
-    const right = trueClass === said;
+    const right = trueClass === predicted;
     head.textContent = right ? `${names[row]}, and the model says so: ${count} images`
       : `${names[row]}, but the model says ${names[column]}: ${count} images`;
     if (count === 1) head.textContent = head.textContent.replace(/images$/, 'image');
@@ -162,7 +162,7 @@ if (charts.confusion) {
       cell.append(more);
     }
     pick.true.value = trueClass;
-    pick.said.value = said;
+    pick.predicted.value = predicted;
     cell.scrollIntoView({ block: 'nearest' });
   }
 }

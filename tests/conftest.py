@@ -71,6 +71,12 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True)
+def _messages_on_standard_output():
+    """`predict` in an earlier test sent them to standard error."""
+    logs.show_messages()
+
+
+@pytest.fixture(autouse=True)
 def _without_pictures(request, monkeypatch):
     """Drawing takes a third of a small run; those marked `drawn` do it."""
     if request.node.get_closest_marker('drawn'):

@@ -27,11 +27,13 @@ There are two implementations: `native_block` (C++, float32 on one CPU device) a
 """
 
 import functools
-import sys
+import logging
 
 from flax_densenet.errors import UserError
 from flax_densenet.kernels import cpu as cpu_kernels
 from flax_densenet.kernels import native_block, xla_block
+
+_LOGGER = logging.getLogger(__name__)
 
 KERNELS = ('auto', 'native', 'xla')
 
@@ -68,7 +70,7 @@ def use_native(kernel: str, x, layers=None, *, dropout: bool = False) -> bool:
 
 @functools.cache
 def _log_once(text):
-    print(text, file=sys.stderr, flush=True)
+    _LOGGER.warning(text)
 
 
 def block_train(

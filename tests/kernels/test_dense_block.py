@@ -404,7 +404,7 @@ def test_without_a_compiler(monkeypatch, capsys):
     variables, images = inputs('BC')
     for _ in range(2):
         make('BC').apply(variables, images)
-    assert capsys.readouterr().err == (
+    assert capsys.readouterr().out == (
         'the dense block runs without its CPU kernel: no C++ compiler (c++, g++ or '
         '$CXX) is installed; training and prediction are about three times slower; '
         'install g++ or set CXX\n'

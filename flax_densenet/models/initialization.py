@@ -21,8 +21,11 @@ def variable_shapes(model: network.Network, *, channels: int = 3):
     Args:
       channels: number of image channels.
     """
+    # Fields may be lists, as JSON has them, which cannot be keys of the cache.
+    hashable = {k: tuple(v) for k, v in model.fields().items() if isinstance(v, list)}
     # Tracing 121 random draws would take half of the time.
-    shapes = _trace_shapes(model.clone(initializer=None), channels)
+    model = model.clone(initializer=None, **hashable)
+    shapes = _trace_shapes(model, channels)
     return jax.tree.map(lambda leaf: leaf, shapes)  # in dicts of the caller's own
 
 

@@ -178,7 +178,7 @@ def test_train_with_decoding_processes_needs_no_absl(tmp_path):
         cwd=tmp_path,
         env=os.environ | {'PYTHONPATH': str(ROOT)},
     )
-    assert done.stdout.endswith('\n1\n'), done.stderr
+    assert (done.returncode, done.stdout) == (0, '1\n'), done.stderr
 
 
 def test_load(model, trained):

@@ -265,6 +265,8 @@ package = types.ModuleType('flax_densenet')
 package.__path__ = ['flax_densenet']
 sys.modules['flax_densenet'] = package
 from flax_densenet.data import images
+from flax_densenet.system import process
+process.quiet_pillow()
 for path in sys.argv[1:]:
     for decode in (False, True):
         images.check_image(path, decode=decode)

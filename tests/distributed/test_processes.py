@@ -239,13 +239,13 @@ def test_elastic(tmp_path):
 COUNTS = """
 import json, os, sys
 import launch
-from flax_densenet import data
+from flax_densenet.data import dataset
 names = open(os.environ['COUNTS'] + sys.argv[4][-1], 'w')
-get = data.Examples.__getitem__
+get = dataset.Examples.__getitem__
 def count(self, position):
     print(self.name(int(position)), file=names, flush=True)
     return get(self, position)
-data.Examples.__getitem__ = count
+dataset.Examples.__getitem__ = count
 sys.exit(launch.main(sys.argv))
 """
 

@@ -83,14 +83,15 @@ def test_a_disk_that_fills_up(forks, whole, tmp_path, monkeypatch):
 SAVES = """
 import sys, types
 import numpy as np
-from flax_densenet import UserError, checkpoint, saving
-saving.PAUSES_SECONDS = ()
-saving.shutil.disk_usage = lambda folder: types.SimpleNamespace(free=1 << 40)
+from flax_densenet import UserError
+from flax_densenet.checkpoints import reader, writer
+writer.PAUSES_SECONDS = ()
+writer.shutil.disk_usage = lambda folder: types.SimpleNamespace(free=1 << 40)
 arrays = {f'{number}': np.random.rand(1000).astype('f4') for number in range(200)}
 for folder in sys.argv[1:]:
     try:
-        with saving.open_saver(folder) as saver:
-            saver.save(checkpoint.Checkpoint(1, False), model=arrays, train=arrays,
+        with writer.open_saver(folder) as saver:
+            saver.save(reader.Checkpoint(1, False), model=arrays, train=arrays,
                        metadata={}, records=[])
         print('saved')
     except UserError as error:

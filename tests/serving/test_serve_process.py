@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from flax_densenet.data import image_formats
 from helpers import browsers
 from helpers.paths import ROOT
 from helpers.runs import write_images
@@ -318,7 +319,8 @@ def test_mistakes(workdir):
         assert line.startswith(f'error: --port={port} is taken by another program;')
     assert 'holds no checkpoint' in launch('--workdir=/none', '--port=0')
     line = launch(f'--workdir={workdir}', '--config.data.image_size=9')
-    assert line.startswith('error: --config.data.image_size: serve takes it')
+    assert line.startswith('error: data.image_size: ')
+    assert 'says itself how its images are prepared' in line
     line = launch(f'--workdir={workdir}', '--max_requests=-1')
     assert line == 'error: --max_requests=-1 must be above 0'
     line = launch(f'--workdir={workdir}', '--port=0', '--allowed_hosts=http://a')
@@ -397,7 +399,7 @@ def test_page_in_a_browser(workdir, browser, tmp_path):
         page.wait_for_selector('#error:not([hidden])')
         assert page.inner_text('#error') == (
             'This picture cannot be used: the file is not an image '
-            '(JPEG, PNG, GIF, WEBP, BMP, TIFF).'
+            f'({", ".join(image_formats.FORMATS)}).'
         )
         assert not page.locator('#result').is_visible()
         drop(page, bytes(21_000_000), 'big.jpg')

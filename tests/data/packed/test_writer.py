@@ -93,15 +93,15 @@ def test_a_pack_of_other_images_stays(folder, out, tmp_path):
 PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[3])
-from flax_densenet import pack, shards
-record = shards.Images.record
+from flax_densenet.data.packed import plan, writer
+record = plan.Images.record
 def slow(self, index):
     import time
     time.sleep(0.02)
     return record(self, index)
-shards.Images.record = slow
-options = shards.Options(shard_mib=0.003)
-pack.pack('folder:' + sys.argv[1], sys.argv[2], options=options, threads=2)
+plan.Images.record = slow
+options = plan.Options(shard_mib=0.003)
+writer.pack('folder:' + sys.argv[1], sys.argv[2], options=options, threads=2)
 """
 
 

@@ -13,7 +13,13 @@ from flax import traverse_util
 
 from flax_densenet import create_model
 from flax_densenet.errors import UserError
-from flax_densenet.weights import hdf5, keras_files, keras_layers, weight_file
+from flax_densenet.weights import (
+    choices,
+    hdf5,
+    keras_files,
+    keras_layers,
+    weight_file,
+)
 from helpers.keras_networks import (
     BLOCKS,
     ENDINGS,
@@ -235,8 +241,10 @@ def test_lambda_does_not_run(keras, tmp_path):
     network = keras.Sequential([keras.Input((32, 32, 3)), code, base])
     path = save(network, tmp_path / 'a.keras')
     marker.unlink()  # It ran while the network was made.
-    with pytest.warns(UserWarning, match='its layer Lambda is left out'):
-        assert len(keras_files.read(path)[0]) == 64
+    assert len(keras_files.read(path)[0]) == 64
+    # What it does to images cannot be known, so nothing is assumed.
+    with pytest.raises(UserError, match=r'its layer \w+ \(Lambda\) prepares images in'):
+        choices.check_read(weight_file.load(path), {})
     assert not marker.exists()
 
 

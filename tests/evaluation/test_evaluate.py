@@ -9,6 +9,7 @@ from flax_densenet.data import dataset
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.evaluation import evaluate
 from flax_densenet.weights import trained
+from helpers.networks import compiled
 from helpers.runs import write_images
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -43,7 +44,7 @@ def test_figures(batch_size, devices, tmp_path):
     )
     images = np.stack([examples[i]['image'] for i in range(22)])
     normal = ((images / 255 - MEAN) / STD).astype(np.float32)
-    logits = np.asarray(module.apply(variables, normal), np.float64)
+    logits = np.asarray(compiled(module)(variables, normal), np.float64)
     losses = np.log(np.exp(logits).sum(-1)) - logits[np.arange(22), examples.labels]
     assert found['count'] == 22
     assert found['accuracy'] == (logits.argmax(-1) == examples.labels).mean()

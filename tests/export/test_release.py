@@ -21,6 +21,7 @@ from flax_densenet.export import (
 )
 from flax_densenet.weights import trained as trained_lib
 from flax_densenet.weights import transfer
+from helpers.networks import compiled
 from helpers.runs import make_weights, tiny_trained, write_images
 
 pytest.importorskip('onnx')
@@ -272,7 +273,7 @@ def test_logits_and_probabilities(trained, samples):
     given = verify.as_inputs(
         samples.images[:20], trained.metadata, 'normalized', nchw=False
     )
-    wanted = trained.module.apply(trained.variables, given)
+    wanted = compiled(trained.module)(trained.variables, given)
     np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-5)
     found = verify.compute(trained, samples.images[:20], 'images')
     np.testing.assert_allclose(found.sum(-1), 1, rtol=1e-6)

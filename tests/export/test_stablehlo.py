@@ -18,6 +18,7 @@ from flax_densenet.export import stablehlo
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.kernels import cpu as cpu_kernels
 from flax_densenet.weights import trained
+from helpers.networks import compiled
 from helpers.paths import shared
 from helpers.runs import tiny_trained, write_images
 
@@ -95,7 +96,7 @@ def test_load(model, photos, tmp_path):
     assert '6 months' in metadata['compatibility']
     assert trained.preparation_of(metadata) == trained.preparation_of(model.metadata)
     pixels = trained.normalize(photos, mean=metadata['mean'], std=metadata['std'])
-    expected = model.module.apply(jax.device_get(model.variables), pixels)
+    expected = compiled(model.module)(jax.device_get(model.variables), pixels)
     for count in (1, 7):
         found = function(pixels[:count])
         np.testing.assert_allclose(found, expected[:count], rtol=1e-4, atol=1e-5)
@@ -128,7 +129,7 @@ def test_any_size(model, tmp_path):
     assert metadata['any_size']
     for shape in ((2, 12, 12, 3), (1, 17, 9, 3)):
         pixels = np.random.default_rng(0).standard_normal(shape, np.float32)
-        expected = model.module.apply(jax.device_get(model.variables), pixels)
+        expected = compiled(model.module)(jax.device_get(model.variables), pixels)
         np.testing.assert_allclose(function(pixels), expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match='shapes'):
         function(np.zeros((1, 3, 9, 3), np.float32))

@@ -7,6 +7,7 @@ import pytest
 
 from flax_densenet import create_model, init_variables
 from flax_densenet.inference import grad_cam, overlay
+from helpers.networks import compiled
 
 
 @pytest.fixture(scope='module')
@@ -32,17 +33,18 @@ def test_by_finite_differences(case):
         classes = np.full(2, chosen, np.int32)
         logits, found = grad_cam.grad_cam(variables, images, classes, module=module)
         cams.append(np.asarray(found))
-    np.testing.assert_allclose(logits, module.apply(variables, images), rtol=1e-5)
+    np.testing.assert_allclose(logits, compiled(module)(variables, images), rtol=1e-5)
     with jax.enable_x64(True):
         double = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), variables)
         wide = module.clone(dtype='float64', kernel='xla')
-        features = wide.apply(double, jnp.asarray(images), method='features')
+        images = jnp.asarray(images)
+        features = compiled(wide, method='features')(double, images)
+        head = compiled(wide, method='head')
         _, height, width, channels = features.shape
         weights, step = [], 1e-6
         for k in range(channels):
             up, down = (
-                wide.apply(double, features.at[..., k].add(sign * step), method='head')
-                for sign in (1, -1)
+                head(double, features.at[..., k].add(sign * step)) for sign in (1, -1)
             )
             weights.append((up - down) / (2 * step * height * width))
         weights = jnp.stack(weights, -1)  # [N, classes, channels]

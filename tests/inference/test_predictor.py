@@ -17,6 +17,7 @@ from flax_densenet.inference import grad_cam, overlay
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.train import fit
 from flax_densenet.weights import trained as trained_lib
+from helpers.networks import compiled
 from helpers.paths import ROOT
 from helpers.runs import make_weights, tiny_config, write_images
 
@@ -51,7 +52,7 @@ def test_predictions(predictor):
     normalized = trained_lib.normalize(
         pixels, mean=metadata['mean'], std=metadata['std']
     )
-    logits = model.trained.module.apply(model.trained.variables, normalized)
+    logits = compiled(model.trained.module)(model.trained.variables, normalized)
     expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     probabilities = np.stack([f.probabilities for f in found])
     np.testing.assert_allclose(probabilities, expected, atol=1e-5)
@@ -237,7 +238,7 @@ def test_several_labels(tmp_path, multi_label):
     batch = trained_lib.normalize(np.full((1, 12, 12, 3), 200, np.uint8), mean=[0.5] *
     3,
                                std=[0.2] * 3)  # fmt: skip
-    logits = model.trained.module.apply(model.trained.variables, batch)[0]
+    logits = compiled(model.trained.module)(model.trained.variables, batch)[0]
     expected = jax.nn.sigmoid(logits) if multi_label else jax.nn.softmax(logits)
     np.testing.assert_allclose(found.probabilities, expected, atol=1e-5)
     values = [one.probability for one in found.top(3)]

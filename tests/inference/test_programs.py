@@ -13,6 +13,7 @@ from flax_densenet.inference import grad_cam
 from flax_densenet.inference import programs as programs_lib
 from flax_densenet.weights import trained
 from helpers.blocks import require_native
+from helpers.networks import compiled
 from helpers.runs import tiny_trained
 
 
@@ -31,11 +32,11 @@ def expected(model, images):
     options = {name: model.metadata[name] for name in ('mean', 'std')}
     pixels = trained.normalize(images, **options)
     module, variables = model.module, jax.device_get(model.variables)
-    maps = module.apply(variables, pixels, method='features')
-    pooled = module.apply(variables, maps, method='pool')
+    maps = compiled(module, method='features')(variables, pixels)
+    pooled = compiled(module, method='pool')(variables, maps)
     ones = np.ones(len(images), np.int32)
     _, cams = grad_cam.grad_cam(variables, pixels, ones, module=module)
-    logits = module.apply(variables, pixels)
+    logits = compiled(module)(variables, pixels)
     return jax.nn.softmax(logits), pooled, cams
 
 

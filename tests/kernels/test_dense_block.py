@@ -16,6 +16,7 @@ from flax_densenet.kernels import dense_block, xla_block
 from flax_densenet.system import process
 from flax_densenet.train import fit
 from helpers.blocks import error, inputs, make, require_native
+from helpers.networks import compiled
 from helpers.runs import tiny_config
 
 # The slow ones, and all with dropout, bfloat16, four devices: `make test-slow`.
@@ -344,7 +345,8 @@ def test_gradient_in_evaluation(kernel):
 
     def gradient(**fields):
         module = make('imagenet', **fields)
-        return jax.grad(lambda x: module.apply(variables, x)[:, 1].sum())(images)
+        logits = compiled(module)
+        return jax.grad(lambda x: logits(variables, x)[:, 1].sum())(images)
 
     expected = gradient(fast=False)
     assert error(gradient(kernel=kernel), expected) < 1e-5
@@ -403,14 +405,14 @@ def test_without_a_compiler(monkeypatch, capsys):
     dense_block._log_once.cache_clear()
     variables, images = inputs('BC')
     for _ in range(2):
-        make('BC').apply(variables, images)
+        jax.eval_shape(make('BC').apply, variables, images)
     assert capsys.readouterr().out == (
         'the dense block runs without its CPU kernel: no C++ compiler (c++, g++ or '
         '$CXX) is installed; training and prediction are about three times slower; '
         'install g++ or set CXX\n'
     )
     with pytest.raises(UserError, match=r'no C\+\+ compiler'):
-        make('BC', kernel='native').apply(variables, images)
+        jax.eval_shape(make('BC', kernel='native').apply, variables, images)
 
 
 def test_a_broken_compiler(monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ from flax import traverse_util
 
 from flax_densenet import VARIANTS, UserError, create_model, init_variables
 from flax_densenet.models import factory, initialization, layers
+from helpers.networks import compiled
 
 # Of the paper's and torchvision's models; 1000 classes, the CIFAR ones 10.
 PARAMETERS = {
@@ -162,7 +163,7 @@ def test_paddings_differ_only_in_place():
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
     variables = init_variables(tiny(), 0)
     torch, same = (
-        tiny(padding=name).apply(variables, images) for name in ('torch', 'same')
+        compiled(tiny(padding=name))(variables, images) for name in ('torch', 'same')
     )
     assert torch.shape == same.shape
     assert not np.allclose(torch, same)
@@ -188,15 +189,14 @@ def test_dtype_bfloat16():
     module = tiny(dtype='bfloat16')
     variables = init_variables(module, 0)
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
-    features = module.apply(variables, images, method='features')
-    logits, updated = module.apply(
-        variables, images, train=True, mutable=['batch_stats']
-    )
+    features = compiled(module, method='features')(variables, images)
+    training = dict(train=True, mutable=['batch_stats'])
+    logits, updated = compiled(module, **training)(variables, images)
     assert features.dtype == jnp.bfloat16
     assert logits.dtype == jnp.float32
     leaves = jax.tree.leaves((variables, updated))
     assert {leaf.dtype for leaf in leaves} == {np.dtype('float32')}
-    exact = tiny().apply(variables, images, train=True, mutable=['batch_stats'])[0]
+    exact = compiled(tiny(), **training)(variables, images)[0]
     assert not np.array_equal(logits, exact)
     np.testing.assert_allclose(logits, exact, atol=0.1)
 
@@ -218,7 +218,7 @@ def test_dropout_acts_in_training_only():
     np.testing.assert_array_equal(run(1), run(1))
     assert not np.allclose(run(1), run(2))
     np.testing.assert_array_equal(
-        module.apply(variables, images), tiny().apply(variables, images)
+        compiled(module)(variables, images), compiled(tiny())(variables, images)
     )
 
 

@@ -10,6 +10,7 @@ import pytest
 from flax_densenet import UserError, create_model, init_variables
 from flax_densenet.kernels import xla_block
 from flax_densenet.train import fit
+from helpers.networks import compiled
 from helpers.paths import ROOT
 from helpers.runs import plain, write_images
 
@@ -124,7 +125,7 @@ def test_where_values_drop_out():
     variables = init_variables(code, 0)
     images = np.ones((2, 16, 16, 3), np.float32)
     np.testing.assert_allclose(
-        code.apply(variables, images), ports.apply(variables, images), rtol=1e-6
+        compiled(code)(variables, images), compiled(ports)(variables, images), rtol=1e-6
     )
 
 

@@ -20,6 +20,7 @@ from flax_densenet.train import (
 )
 from flax_densenet.weights import trained as trained_lib
 from helpers.blocks import require_native
+from helpers.networks import compiled
 from helpers.runs import (
     Stopped,
     assert_equal_bits,
@@ -126,10 +127,8 @@ def test_frozen_stages_compute_as_in_evaluation(fast):
 
     def pyramid(train, frozen):
         rngs = {'dropout': jax.random.key(0)} if frozen < 4 else None
-        return module.apply(
-            variables, images, train, frozen, rngs=rngs, method='pyramid',
-            mutable=['batch_stats'],
-        )[0]  # fmt: skip
+        options = dict(train=train, frozen=frozen, rngs=rngs, mutable=['batch_stats'])
+        return compiled(module, method='pyramid', **options)(variables, images)[0]
 
     evaluated = pyramid(False, 0)
     for frozen in (0, 2, 4):

@@ -17,6 +17,7 @@ from flax_densenet.train import fit
 from flax_densenet.weights import channels as channels_lib
 from flax_densenet.weights import torch_names, torch_pickle, transfer, weight_file
 from flax_densenet.weights import trained as trained_lib
+from helpers.networks import compiled
 from helpers.paths import shared
 from helpers.runs import tiny_config
 from helpers.weight_files import (
@@ -50,7 +51,7 @@ def test_reference_files(name, tmp_path):
     assert found.preprocessing['crop_fraction'] == 0.875
     reference = np.load(shared('reference/tiny_torchvision_logits.npz'))
     images = np.random.default_rng(2026).standard_normal((2, 64, 64, 3))
-    logits = found.module.apply(found.variables, images.astype(np.float32))
+    logits = compiled(found.module)(found.variables, images.astype(np.float32))
     expected = reference['logits']
     assert np.abs(logits - expected).max() < 1e-5 * expected.std()
 
@@ -80,8 +81,9 @@ def test_another_epsilon_goes_into_the_variances():
     images = np.random.default_rng(0).standard_normal((2, 40, 40, 3)).astype('f4')
     renamed = torch_names.rename('x', arrays).arrays
     plain = module.clone(epsilon=1e-5)
-    expected = module.apply(variables, images)
-    found = plain.apply(traverse_util.unflatten_dict(renamed, sep='/'), images)
+    expected = compiled(module)(variables, images)
+    renamed = traverse_util.unflatten_dict(renamed, sep='/')
+    found = compiled(plain)(renamed, images)
     assert np.abs(found - expected).max() < 1e-5 * expected.std()
     low = flat(variables) | {'batch_stats/norm0/var': np.zeros(8, np.float32)}
     low = traverse_util.unflatten_dict(low, sep='/')

@@ -13,6 +13,7 @@ devices wait for.
 import contextlib
 import itertools
 import json
+import logging
 import os
 import re
 import signal
@@ -33,6 +34,8 @@ _EVER = 2**31 - 1  # milliseconds, some 24 days
 _PULSE_SECONDS = 2.0
 _GRACE_SECONDS = 5.0  # to end in one's own way, for what all processes meet
 _PREFIX = 'flax_densenet'
+
+_LOGGER = logging.getLogger(__name__)
 
 _member = None
 
@@ -377,7 +380,7 @@ class _Member:
     def _leave(self, status, line, *, meeting=True):
         if not self._last.acquire(blocking=False):
             return
-        print(line, file=sys.stderr, flush=True)
+        _LOGGER.error('%s', line)
         self._part(status, meeting=meeting)
 
     def leave(self, status, line):

@@ -7,6 +7,7 @@ memory than a thousand.
 import functools
 import glob
 import itertools
+import logging
 import os
 import stat
 import sys
@@ -15,6 +16,8 @@ from collections.abc import Iterable, Iterator
 from flax_densenet.data import images, notes
 from flax_densenet.errors import UserError, printable
 from flax_densenet.system import paths
+
+_LOGGER = logging.getLogger(__name__)
 
 STDIN = '-'
 
@@ -187,7 +190,7 @@ def _images_below(path, pattern, passed):
 def _tell(pattern, passed):
     """Not among the answers, which may be read by a program."""
     if passed.line():
-        print(printable(f'--files={pattern}: {passed.line()}'), file=sys.stderr)
+        _LOGGER.warning('%s', printable(f'--files={pattern}: {passed.line()}'))
 
 
 _LOOKED_FOR = (

@@ -7,6 +7,7 @@ then its name is NAME.part.
 
 import contextlib
 import itertools
+import logging
 import os
 import re
 import sys
@@ -19,6 +20,8 @@ from tqdm import tqdm
 from flax_densenet.errors import UserError
 from flax_densenet.inference import feature_files, predictor, row_formats
 from flax_densenet.inference.prediction import Prediction
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -85,7 +88,7 @@ class _Rows:
         if self.part and count:
             with contextlib.suppress(OSError):
                 os.truncate(self.part, size)
-            print(f'{self.part} has the {count} rows so far', file=sys.stderr)
+            _LOGGER.warning('%s has the %d rows so far', self.part, count)
         elif self.part:
             os.unlink(self.part)
 
@@ -279,5 +282,5 @@ def run(
             bar.update()
     if failed:
         left_out = ', and features are of the others' if outputs.features else ''
-        print(f'{failed} of {count} files could not be read{left_out}', file=sys.stderr)
+        _LOGGER.warning('%d of %d files could not be read%s', failed, count, left_out)
     return failed

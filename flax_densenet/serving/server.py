@@ -9,19 +9,18 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
+import logging
 import math
 import signal
 import socket
-import sys
 import time
 import typing
-import warnings
 from collections.abc import Sequence
-
-from PIL import Image
 
 from flax_densenet import errors
 from flax_densenet.errors import UserError
+
+_LOGGER = logging.getLogger(__name__)
 
 if typing.TYPE_CHECKING:
     from flax_densenet.serving import guard
@@ -125,11 +124,11 @@ def run(
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
         address = address_of(listener)
-        print(_welcome(name, address, access), flush=True)
+        _LOGGER.info('%s', _welcome(name, address, access))
         await serve(
             trained, listener, name=name, limits=limits, stop=stop, access=access
         )
-        print('stopped', flush=True)
+        _LOGGER.info('stopped')
 
     asyncio.run(main())
 
@@ -180,10 +179,8 @@ def _make_error_handler():
             loop.default_exception_handler(context)
         elif time.monotonic() > told + 60:
             told = time.monotonic()
-            print(
-                'warning: too many connections; some wait (ulimit -n raises the limit)',
-                file=sys.stderr,
-                flush=True,
+            _LOGGER.warning(
+                'warning: too many connections; some wait (ulimit -n raises the limit)'
             )
 
     return handle
@@ -221,8 +218,6 @@ async def serve(
     from flax_densenet.serving import app as app_lib
 
     asyncio.get_running_loop().set_exception_handler(_make_error_handler())
-    # The limit on pixels says it better, as an error.
-    warnings.simplefilter('ignore', Image.DecompressionBombWarning)
     access = access or make_access(listener, (), '')
     app = app_lib.App(trained, name=name, limits=limits, access=access)
     server = asyncio.create_task(
@@ -237,7 +232,7 @@ async def serve(
         await asyncio.wait({server, stopping, warming}, return_when='FIRST_COMPLETED')
         if warming.done():
             warming.result()  # what went wrong with it ends the server
-            print(f'ready after {time.monotonic() - started:.1f} s', flush=True)
+            _LOGGER.info('ready after %.1f s', time.monotonic() - started)
             await asyncio.wait({server, stopping}, return_when='FIRST_COMPLETED')
     finally:
         stop.set()

@@ -1,8 +1,9 @@
 """What the package has to say while it works, through `logging`.
 
-Progress is logged at the level INFO and warnings at WARNING, to loggers below
-`flax_densenet`. A program that uses the package as a library sees the warnings on
-standard error, as of any other package; `show_messages` prints all of it.
+Progress is logged at the level INFO, warnings at WARNING and what ends the process at
+ERROR, to loggers below `flax_densenet`. A program that uses the package as a library
+sees warnings and errors on standard error, as of any other package; `show_messages`
+prints everything.
 """
 
 import logging
@@ -12,17 +13,21 @@ ROOT = 'flax_densenet'
 
 
 class _Printer(logging.Handler):
-    """Prints each message as a line of standard output, whatever that is then.
+    """Prints each message as a line, errors to standard error.
 
     Attributes:
-      to_errors: to standard error instead, as rows for programs go to the other.
+      to_errors: everything to standard error, because standard output has the rows.
     """
 
     to_errors = False
 
     def emit(self, record):
         # Not through `handleError`: a reader that went away ends the program.
-        file = sys.stderr if self.to_errors else sys.stdout
+        file = (
+            sys.stderr
+            if self.to_errors or record.levelno >= logging.ERROR
+            else sys.stdout
+        )
         print(record.getMessage(), file=file, flush=True)
 
 

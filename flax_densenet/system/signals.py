@@ -7,11 +7,14 @@ would not act on it before a compilation of a minute is over.
 """
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+
+_LOGGER = logging.getLogger(__name__)
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # What an exception may take to end what is in the way of it.
@@ -85,15 +88,13 @@ class Stop:
                 self._leave()
             heard, self.signum = True, signum
             doing = 'finishing this step and saving; ' if self._busy else ''
-            print(
-                f'\n{signal.Signals(signum).name}: {doing}once more leaves at once',
-                file=sys.stderr,
-                flush=True,
+            _LOGGER.error(
+                '\n%s: %sonce more leaves at once', signal.Signals(signum).name, doing
             )
             if not self._busy and not self._over.wait(_PATIENCE_SECONDS):
                 if self._busy:  # the first step had begun; it will save
                     continue
-                print(self.stopped('all that was trained is saved'), file=sys.stderr)
+                _LOGGER.error('%s', self.stopped('all that was trained is saved'))
                 self._leave()
 
     def _leave(self):

@@ -14,6 +14,7 @@ from flax_densenet import UserError
 from flax_densenet.inference import feature_files, row_formats
 from flax_densenet.inference import outputs as outputs_lib
 from flax_densenet.inference.prediction import Prediction
+from flax_densenet.system import logs
 
 ODD = ('new\nline.jpg', 'a "quote", \'s\'.jpg', 'bytes \udcff\udcc3.jpg', '写真.jpg')
 NAMES = ('ants', 'bees', 'wasps')
@@ -161,6 +162,7 @@ def test_all_outputs(tmp_path, capfd):
     paths += ['/' + 'long' * 62 + '.jpg', 'p/..']
     places = {'out': 'rows.jsonl', 'features': 'f.npz', 'explain': 'new/pictures'}
     places = {name: str(tmp_path / place) for name, place in places.items()}
+    logs.show_messages(to_errors=True)  # as the command does
     assert run(paths, **places, top=9) == 1
     out, err = capfd.readouterr()
     assert out == ''
@@ -209,7 +211,7 @@ def test_what_is_done_stays(tmp_path, capfd, stop):
         run(['a.jpg', 'b.jpg', 'stop'], Model(stop), **places)
     assert (tmp_path / 'x.csv').read_text() == 'before'
     assert len((tmp_path / 'x.csv.part').read_text().splitlines()) == 3
-    assert 'x.csv.part has the 2 rows so far' in capfd.readouterr().err
+    assert 'x.csv.part has the 2 rows so far' in capfd.readouterr().out
     assert len(os.listdir(tmp_path / 'pictures')) == 2
     assert not (tmp_path / 'f.npz').exists()
 
@@ -233,7 +235,7 @@ def test_stopped_behind_a_row(tmp_path, capfd, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(['a.jpg', 'b.jpg', 'c.jpg'], out=str(tmp_path / 'x.csv'))
     assert len((tmp_path / 'x.csv.part').read_text().splitlines()) == 3
-    assert 'x.csv.part has the 2 rows so far' in capfd.readouterr().err
+    assert 'x.csv.part has the 2 rows so far' in capfd.readouterr().out
 
 
 def test_nothing_stays_of_nothing(tmp_path, capfd):

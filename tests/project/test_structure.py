@@ -107,6 +107,16 @@ def test_files_and_functions_are_short(folder):
                 assert code_lines(node, lines) <= 70, (path, node.name)
 
 
+def test_the_library_prints_nothing():
+    """Commands print; below them messages go through logging."""
+    for path in PACKAGE.rglob('*.py'):
+        if path.parent.name == 'cli' or path == PACKAGE / 'system' / 'logs.py':
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id != 'print', (path, node.lineno)
+
+
 def test_tests_share_what_is_in_helpers():
     """None imports another file of tests, nor a conftest."""
     files = {path.stem for path in (ROOT / 'tests').rglob('test_*.py')} | {'conftest'}

@@ -39,6 +39,14 @@ def test_a_command_prints_all_of_it_once():
     assert err == 'WARNING:another:of another\n'
 
 
+def test_a_command_prints_errors_to_standard_error():
+    before = 'from flax_densenet.system import logs\nlogs.show_messages()\n'
+    before += "logging.getLogger('flax_densenet.x').error('error: over')"
+    out, err = said(before)
+    assert out == '100 % of it\nwarning: look at it\n'
+    assert err == 'error: over\nof another\n'
+
+
 def test_rows_for_programs_are_left_alone():
     before = 'from flax_densenet.system import logs\n'
     before += 'logs.show_messages()\nlogs.show_messages(to_errors=True)'

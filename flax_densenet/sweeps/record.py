@@ -10,6 +10,7 @@ import os
 from typing import Any
 
 from flax_densenet.errors import UserError
+from flax_densenet.settings import RENAMED
 from flax_densenet.system import atomic
 
 FILE, TRIALS = 'sweep.json', 'trials'
@@ -119,7 +120,7 @@ def load(workdir: str) -> SweepRecord:
     path = os.path.join(workdir, FILE)
     try:
         with open(path, encoding='utf-8') as file:
-            book = SweepRecord(**json.load(file))
+            book = SweepRecord(**_with_current_names(json.load(file)))
         book.settings = [_setting(fields) for fields in book.settings]
         _check(book)
     except OSError as error:
@@ -127,6 +128,18 @@ def load(workdir: str) -> SweepRecord:
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
         raise UserError(f'{path} is no record of a sweep ({e})') from e
     return book
+
+
+def _with_current_names(saved):
+    """Fields of a config under the names that they have now, wherever they occur."""
+    if isinstance(saved, dict):
+        return {
+            RENAMED.get(name, name): _with_current_names(value)
+            for name, value in saved.items()
+        }
+    if isinstance(saved, list):
+        return [_with_current_names(value) for value in saved]
+    return RENAMED.get(saved, saved) if isinstance(saved, str) else saved
 
 
 def _setting(fields):

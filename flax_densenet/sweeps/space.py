@@ -21,6 +21,7 @@ import itertools
 import math
 from collections.abc import Iterator
 
+from flax_densenet import settings
 from flax_densenet.errors import UserError
 
 SEED = 'train.seed'
@@ -138,7 +139,7 @@ def _parse_axis(flag):
     name, equals, text = flag.partition('=')
     if not equals or not name:
         raise UserError(f'--sweep={flag} needs the form FIELD=VALUE,VALUE')
-    values = _split(text, ',')
+    name, values = settings.current_name(name), _split(text, ',')
     if len(values) == 1 and (found := _parse_range(flag, name, values[0])):
         return found
     if not all(values):
@@ -173,7 +174,7 @@ def _parse_sets(flag, lines):
                     f'--sweep={flag}: {word} needs the form FIELD=VALUE, a value each, '
                     'those with blanks or commas in quotes'
                 )
-            option[name] = _unquote(text)
+            option[settings.current_name(name)] = _unquote(text)
         options.append(option)
     if not options:
         raise UserError(f'--sweep={flag} names no field')

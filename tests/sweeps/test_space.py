@@ -3,7 +3,7 @@
 import pytest
 
 from flax_densenet.errors import UserError
-from flax_densenet.sweeps import space
+from flax_densenet.sweeps import record, space
 
 
 def test_values():
@@ -54,6 +54,27 @@ def test_ranges(text, log):
 def test_paths_are_no_ranges():
     (axis,) = space.parse(['data.source=folder:../photos']).axes
     assert axis.options == ({'data.source': 'folder:../photos'},)
+
+
+def test_former_names_of_fields(caplog):
+    flags = ['data.colour_jitter=0,0.4', 'train.epochs=1 data.colour_jitter=0.2; a=1']
+    axes = space.parse(flags[:1]).axes + space.parse(flags[1:]).axes
+    assert [axis.fields for axis in axes] == [
+        ('data.color_jitter',),
+        ('train.epochs', 'data.color_jitter', 'a'),
+    ]
+    assert 'data.colour_jitter is now called data.color_jitter' in caplog.text
+
+
+def test_records_with_former_names(tmp_path):
+    definition = {'axes': [{'fields': ['data.colour_jitter']}]}
+    values = {'data.colour_jitter': '0.4'}
+    setting = {'fields': values, 'values': values, 'number': 0}
+    saved = record.SweepRecord(definition, [], settings=[setting])
+    saved.save(str(tmp_path))
+    read = record.load(str(tmp_path))
+    assert read.fields == ['data.color_jitter']
+    assert read.settings[0].fields == {'data.color_jitter': '0.4'}
 
 
 @pytest.mark.parametrize(

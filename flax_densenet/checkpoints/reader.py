@@ -64,12 +64,13 @@ def rank(metrics: dict[str, float]) -> tuple[float, float]:
 
     A value that is not a number comes last; unsorted, it could displace the best.
     """
-    accuracy, loss = metrics.get('test_accuracy'), metrics.get('test_loss')
-    if metrics.get('test_mean_auroc') is not None:
-        accuracy = metrics['test_mean_auroc']
+    accuracy = metrics.get('test_mean_auroc')
+    if accuracy is None:
+        accuracy = metrics.get('test_accuracy')
+    loss = metrics.get('test_loss')
     return (
-        accuracy if _is_finite(accuracy) else -math.inf,
-        -loss if _is_finite(loss) else -math.inf,
+        accuracy if accuracy is not None and _is_finite(accuracy) else -math.inf,
+        -loss if loss is not None and _is_finite(loss) else -math.inf,
     )
 
 

@@ -91,7 +91,7 @@ def curves(records: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def flatten(config: dict[str, Any], prefix: str = '') -> dict[str, Any]:
     """`{'model.variant': ...}` of nested fields."""
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):
             fields |= flatten(value, f'{prefix}{name}.')

@@ -66,14 +66,14 @@ def parse_every(text: str) -> Every:
     """
     if not text.strip():
         return Every()
-    found = re.fullmatch(r'\s*(\d+(?:\.\d+)?)\s*(steps?|minutes?)\s*', text)
-    number = float(found[1]) if found else 0.0
-    if not number or (found[2].startswith('step') and not number.is_integer()):
+    form = re.fullmatch(r'\s*(\d+(?:\.\d+)?)\s*(steps?|minutes?)\s*', text)
+    number, unit = (float(form[1]), form[2]) if form else (0.0, '')
+    if not number or (unit.startswith('step') and not number.is_integer()):
         raise UserError(
             f"train.checkpoint_every={text} is not known; use '500 steps', "
             "'10 minutes', or nothing for epochs alone"
         )
-    if found[2].startswith('step'):
+    if unit.startswith('step'):
         return Every(steps=int(number))
     return Every(seconds=60 * number)
 
@@ -88,7 +88,7 @@ class Saver:
     def __init__(self, workdir: str):
         self._workdir = workdir
         self._pool = futures.ThreadPoolExecutor(1, 'saver')
-        self._pending = None
+        self._pending: futures.Future | None = None
 
     def save(
         self,
@@ -121,7 +121,7 @@ class Saver:
         if which.finished:
             numeric = {
                 name: float(value)
-                for name, value in metrics.items()
+                for name, value in (metrics or {}).items()
                 if isinstance(value, numbers.Real)
             }
             texts['metrics'] = json.dumps(numeric)

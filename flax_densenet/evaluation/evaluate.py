@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +91,9 @@ def evaluate(
       were left out; of several labels an image also `auroc`,
       a list with None where a label has one value only, and its mean `mean_auroc`.
     """
-    sums, seen, left_out = [], [], []
+    sums: list[Any] = []
+    seen: list[Any] = []
+    left_out: list[int] = []
     steps = _eval_steps(
         module,
         variables,
@@ -120,7 +123,7 @@ def evaluate(
             total[name] += float(value)
     if total['count'] != len(examples) and bad_images != 'skip':
         raise AssertionError(f'{total["count"]} of {len(examples)} examples counted')
-    metrics = {
+    metrics: dict[str, Any] = {
         'accuracy': total['correct'] / total['count'],
         'loss': total['loss'] / total['count'],
         'count': int(total['count']),
@@ -128,8 +131,9 @@ def evaluate(
     if left_out:
         metrics['unread'] = left_out
     if seen:
-        parts = zip(*seen, strict=True)
-        logits, labels, mask = (np.concatenate(part) for part in parts)
+        logits, labels, mask = (
+            np.concatenate(part) for part in zip(*seen, strict=True)
+        )
         areas = metrics_lib.auroc(logits[mask > 0], labels[mask > 0])
         metrics |= {'auroc': areas, 'mean_auroc': metrics_lib.mean_auroc(areas)}
     return metrics

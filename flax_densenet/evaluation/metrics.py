@@ -139,7 +139,9 @@ def measure_labels(logits: np.ndarray, labels: np.ndarray, names) -> dict[str, A
         scores = sklearn_metrics.precision_recall_fscore_support(
             true, probability > 0.5, average='binary', zero_division=0
         )
-        row = dict(zip(('precision', 'recall', 'f1'), map(float, scores), strict=False))
+        row: dict[str, Any] = dict(
+            zip(('precision', 'recall', 'f1'), map(float, scores), strict=False)
+        )
         row |= {'support': int(true.sum()), 'auroc': area(true, probability)}
         rows.append({'name': str(name)} | row)
     # As in training (`losses.measure`): the share of the known labels of each image.
@@ -312,7 +314,7 @@ def reliability(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
     for place in range(BINS):
         inside = places == place
         count = int(inside.sum())
-        row = {'count': count, 'confidence': None, 'accuracy': None}
+        row: dict[str, Any] = {'count': count, 'confidence': None, 'accuracy': None}
         if count:
             row['confidence'] = float(confidence[inside].mean())
             row['accuracy'] = float(right[inside].mean())

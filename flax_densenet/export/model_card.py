@@ -103,7 +103,7 @@ def render(
         'data_license': data_license,
         'file': printable(name) if name else None,
         'format_key': key,
-        'format': FORMATS.get(key, key),
+        'format': FORMATS.get(key, key) if key else None,
         'facts': facts,
         'versions': _versions(run),
     } | _code_of(model, name, key, ('inputs', 'normalized') in facts)

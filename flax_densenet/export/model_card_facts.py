@@ -23,7 +23,7 @@ _FAMILIES = {
 _TORCHVISION = ('densenet121', 'densenet161', 'densenet169', 'densenet201')
 FEW = 30  # images per class, below which the card has a warning
 # Fields of the config in the recipe; those with these values are left out.
-_RECIPE = {
+_RECIPE: dict[str, Any] = {
     'optimizer.name': None,
     'optimizer.learning_rate': None,
     'optimizer.schedule': None,
@@ -160,7 +160,9 @@ def describe_metrics(
     Raises:
       UserError: `eval.json` is not what evaluation writes.
     """
-    loaded = results.load(workdir) if workdir and trained.step is not None else None
+    if not workdir or trained.step is None:
+        return _of_checkpoint(trained)
+    loaded = results.load(workdir)
     if loaded is None or loaded[0].step != trained.step:  # training went on
         return _of_checkpoint(trained)
     try:

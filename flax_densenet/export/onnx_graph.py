@@ -24,7 +24,9 @@ class Graph:
     def __init__(self, precision: str = 'float32'):
         self._onnx = import_onnx()
         self._precision = precision
-        self._nodes, self._weights, self._used = [], [], {}
+        self._nodes: list[Any] = []
+        self._weights: list[Any] = []
+        self._used: dict[str, int] = {}
 
     def add(self, operator: str, *inputs: str | np.ndarray, **attributes: Any) -> str:
         """Adds a node with one output; returns the output's name.
@@ -35,12 +37,12 @@ class Graph:
           attributes: of the operator; `name` is the name of the node.
         """
         name = self._name(attributes.pop('name', operator))
-        inputs = [
+        names = [
             one if isinstance(one, str) else self.constant(one, f'{name}.{number}')
             for number, one in enumerate(inputs)
         ]
         node = self._onnx.helper.make_node(
-            operator, inputs, [name], name=name, **attributes
+            operator, names, [name], name=name, **attributes
         )
         self._nodes.append(node)
         return name
@@ -75,7 +77,7 @@ class Graph:
           metadata: strings by name, stored in the file.
         """
         helper = self._onnx.helper
-        inputs, outputs = (
+        described = [
             [
                 helper.make_tensor_value_info(
                     name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), shape
@@ -83,9 +85,9 @@ class Graph:
                 for name, (dtype, shape) in values.items()
             ]
             for values in (inputs, outputs)
-        )
+        ]
         graph = helper.make_graph(
-            self._nodes, 'flax_densenet', inputs, outputs, self._weights
+            self._nodes, 'flax_densenet', *described, self._weights
         )
         made = helper.make_model(
             graph,

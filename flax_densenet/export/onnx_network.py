@@ -51,7 +51,7 @@ def fold(module: network.Network, variables) -> dict[str, Any]:
 
 def affine(norm) -> tuple[np.ndarray, np.ndarray]:
     """Factor and bias, float64 `[C]`, of a norm of `folded.fold`."""
-    scale = np.float64(norm['a'])
+    scale = np.asarray(norm['a'], np.float64)
     return scale, norm['bias'] - norm['mean'] * scale
 
 
@@ -63,7 +63,7 @@ def take_images(graph, metadata, inputs) -> tuple[str, np.ndarray | None]:
     """
     if inputs == 'normalized':
         return 'input', None
-    mean, std = (np.float32(metadata[name]) for name in ('mean', 'std'))
+    mean, std = (np.asarray(metadata[name], np.float32) for name in ('mean', 'std'))
     x = graph.add('Transpose', 'image', perm=(0, 3, 1, 2), name='channels_first')
     x = graph.add('Cast', x, to=1, name='float32')
     x = graph.add('Sub', x, (255 * mean).reshape(1, -1, 1, 1), name='centered')
@@ -80,6 +80,7 @@ _ACTIVATIONS = {
 def finish(graph, logits, module, metadata, inputs) -> Any:
     """Adds the output and completes the graph; returns the `onnx.ModelProto`."""
     channels, classes = len(metadata['mean']), module.num_classes
+    taken: dict[str, tuple]
     if inputs == 'normalized':
         taken = {'input': (np.float32, ('batch', channels, 'height', 'width'))}
         output = graph.add('Identity', logits, name='logits')

@@ -85,12 +85,13 @@ def run(
     release.check(out)
     trained, file_format = _in_float32(release.trained), release.file_format
     known = formats.FORMATS[file_format]
+    inputs = release.options.inputs or known.inputs[0]
     options = dataclasses.replace(
         release.options,
-        inputs=release.options.inputs or known.inputs[0],
+        inputs=inputs,
         calibration=sample_images.batches(samples.calibration),
     )
-    expected = verify.compute(trained, samples.images, options.inputs)
+    expected = verify.compute(trained, samples.images, inputs)
     facts = []
 
     def try_out(part):

@@ -224,6 +224,10 @@ FORMATS = {
 }
 
 
+# Formats for classes of other packages, which have one layer on the mean.
+_USUAL_HEADS = ('torch', 'keras', 'huggingface')
+
+
 def by_ending(path: str) -> str:
     """The format of a file by its ending.
 
@@ -275,6 +279,7 @@ def save(
     """
     options = options or Options()
     check_format(path, file_format, options)
+    check_head(trained.module, file_format)
     written = FORMATS[file_format]
     if options.inputs is None:
         options = dataclasses.replace(options, inputs=written.inputs[0])
@@ -290,6 +295,16 @@ def save(
         raise UserError(
             f'--out={path} cannot be written ({error.strerror or error})'
         ) from error
+
+
+def check_head(module, file_format: str):
+    """Raises `UserError` if a network's head has no place in a format."""
+    if not module.has_usual_head() and file_format in _USUAL_HEADS:
+        raise UserError(
+            f'--format={file_format}: the network has a head of several layers or '
+            'another pooling, which the networks there lack; use --format=safetensors, '
+            'onnx or stablehlo'
+        )
 
 
 def check_format(path: str, file_format: str, options: Options | None = None):

@@ -87,7 +87,7 @@ def _changes(module, variant):
     if not variant:
         return {}
     usual = factory.create_model(variant, num_classes=module.num_classes).fields()
-    names = (*module.architecture_fields, 'blur_pool', 'padding')
+    names = (*module.architecture_fields, 'blur_pool', 'padding', *module.head_fields)
     fields = module.fields()
     return {n: fields[n] for n in names if n in fields and fields[n] != usual[n]}
 

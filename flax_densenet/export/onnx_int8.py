@@ -37,6 +37,11 @@ def check(module: network.Network, metadata: dict[str, Any]):
             f'--precision=int8: {metadata["model"]["variant"]} has no bottleneck; use '
             'float16 or bfloat16'
         )
+    if not module.has_usual_head():
+        raise UserError(
+            '--precision=int8: only a head of one layer on the mean can be computed in '
+            'integers; use float16 or bfloat16'
+        )
 
 
 def make(
@@ -297,4 +302,5 @@ def _classify(graph, x, bounds, norm, kernel, bias):
     y, *parts = _norm_relu(graph, x, norm, bounds, 'norm5')
     kernel, added = _product(kernel[None, None], *parts)
     arrays = np.float32(kernel[0, 0]), np.float32(bias + added)
-    return onnx_network.classify(graph, graph.value(y, 'norm5.relu'), *arrays)
+    y = onnx_network.pool_mean(graph, graph.value(y, 'norm5.relu'))
+    return onnx_network.classify(graph, y, *arrays)

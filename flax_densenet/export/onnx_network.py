@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flax_densenet.export.onnx_graph import Graph
-from flax_densenet.models import folded, network, rdnet
+from flax_densenet.models import folded, layers, network, rdnet
 from flax_densenet.weights import heads, trained
 
 # `images`: uint8 RGB `[N, H, W, C]`, decoded and resized, to probabilities.
@@ -152,9 +152,14 @@ def _densenet(graph, x, module, variables, divisor):
             halves = {'kernel_shape': (2, 2), 'strides': (2, 2)}
             x = graph.add('AveragePool', x, **halves, name=f'{name}.pool')
             x = conv(graph, x, tail['kernel'], name=f'{name}.conv')
-    x = _affine_relu(graph, x, tail, 'norm5')
-    classifier = net['head']['params']['classifier']
-    return classify(graph, x, classifier['kernel'], classifier['bias'])
+    x = _affine(graph, x, tail, 'norm5', relu=module.last_relu)
+    x = _pool(graph, x, module.pooling)
+    classifier = layers.linear_layers(net['head']['params']['classifier'])
+    for number, layer in enumerate(classifier[:-1], start=1):
+        name = f'classifier.layer{number}'
+        x = graph.add('Gemm', x, layer['kernel'], layer['bias'], name=name)
+        x = graph.add('Relu', x, name=f'{name}.relu')
+    return classify(graph, x, **classifier[-1])
 
 
 def stem_strides(module: network.Network, number: int) -> int:
@@ -192,15 +197,33 @@ def pool(graph, x, module):
     return graph.add('Conv', x, blur, group=len(blur), strides=(2, 2), name='blur')
 
 
-def classify(graph, x, kernel, bias):
-    """The mean over all positions, and the classifier."""
+def pool_mean(graph, x):
+    """The mean over all positions."""
     x = graph.add('GlobalAveragePool', x, name='mean')
-    x = graph.add('Flatten', x, name='pooled')
+    return graph.add('Flatten', x, name='pooled')
+
+
+def _pool(graph, x, pooling):
+    if pooling == 'mean':
+        return pool_mean(graph, x)
+    largest = graph.add('GlobalMaxPool', x, name='max')
+    if pooling == 'max_mean':
+        mean = graph.add('GlobalAveragePool', x, name='mean')
+        largest = graph.add('Concat', largest, mean, axis=1, name='max_mean')
+    return graph.add('Flatten', largest, name='pooled')
+
+
+def classify(graph, x, kernel, bias):
+    """The last layer of the classifier."""
     return graph.add('Gemm', x, kernel, bias, name='classifier')
 
 
 def _affine_relu(graph, x, norm, name):
-    """A BatchNormalization and a ReLU, which runtimes fuse."""
+    return _affine(graph, x, norm, name, relu=True)
+
+
+def _affine(graph, x, norm, name, *, relu):
+    """A BatchNormalization and maybe a ReLU, which runtimes fuse."""
     scale, bias = affine(norm)
     statistics = np.zeros_like(scale), np.ones_like(scale)
     x = graph.add(
@@ -210,7 +233,7 @@ def _affine_relu(graph, x, norm, name):
         epsilon=0.0,
         name=name,
     )
-    return graph.add('Relu', x, name=f'{name}.relu')
+    return graph.add('Relu', x, name=f'{name}.relu') if relu else x
 
 
 def _rdnet(graph, x, module, variables, divisor):

@@ -39,6 +39,7 @@ class Release:
     def check(self, out: str):
         """Raises `UserError` if the export is impossible, before the long work."""
         formats.check_format(out, self.file_format, self.options)
+        formats.check_head(self.trained.module, self.file_format)
         folder = os.path.dirname(os.path.abspath(out))
         if not os.path.isdir(folder):
             raise UserError(f'--out={out}: there is no folder {folder}; make it first')

@@ -38,9 +38,21 @@ class _DenseNet:
             if number < last:
                 x = self._norm_relu(x, f'transition{number}.norm')
                 x = functional.avg_pool2d(self._conv(x, f'transition{number}.conv'), 2)
-        x = self._norm_relu(x, 'norm5').mean((2, 3))
-        weight, bias = (self._state[f'classifier.{n}'] for n in ('weight', 'bias'))
-        return functional.linear(x, weight, bias)
+        x = self._pool(self._norm_relu(x, 'norm5', self._about['last_relu']))
+        for number, _ in enumerate(self._about['hidden']):
+            x = functional.relu(functional.linear(x, *self._linear(f'.{2 * number}')))
+        place = f'.{2 * len(self._about["hidden"])}' if self._about['hidden'] else ''
+        return functional.linear(x, *self._linear(place))
+
+    def _linear(self, place):
+        return [self._state[f'classifier{place}.{n}'] for n in ('weight', 'bias')]
+
+    def _pool(self, x):
+        import torch
+
+        largest, mean = x.amax((2, 3)), x.mean((2, 3))
+        found = {'mean': [mean], 'max': [largest], 'max_mean': [largest, mean]}
+        return torch.cat(found[self._about['pooling']], 1)
 
     def _stem(self, x):
         from torch.nn import functional
@@ -76,7 +88,7 @@ class _DenseNet:
             x, weight, stride=stride, padding=weight.shape[-1] // 2
         )
 
-    def _norm_relu(self, x, name):
+    def _norm_relu(self, x, name, relu=True):
         from torch.nn import functional
 
         mean, var, weight, bias = (
@@ -84,7 +96,7 @@ class _DenseNet:
             for part in ('running_mean', 'running_var', 'weight', 'bias')
         )
         x = functional.batch_norm(x, mean, var, weight, bias, eps=1e-5)
-        return functional.relu(x)
+        return functional.relu(x) if relu else x
 
 
 class _RDNet:

@@ -27,6 +27,7 @@ from flax_densenet.data import images
 from flax_densenet.errors import UserError
 from flax_densenet.inference import programs
 from flax_densenet.inference.prediction import Explanation, Prediction
+from flax_densenet.models import layers
 from flax_densenet.system import paths
 from flax_densenet.weights import choices as choices_lib
 from flax_densenet.weights import trained as trained_lib
@@ -80,7 +81,8 @@ class Predictor:
     @property
     def feature_size(self) -> int:
         """The number of pooled features, F."""
-        return self.trained.variables['params']['classifier']['kernel'].shape[0]
+        classifier = self.trained.variables['params']['classifier']
+        return layers.linear_layers(classifier)[0]['kernel'].shape[0]
 
     def class_index(self, name: str) -> int:
         """The index of a class; raises `UserError`, which lists the classes."""

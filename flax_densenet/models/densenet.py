@@ -13,6 +13,7 @@ from flax_densenet.models import ghost_batch_norm, layers, network
 
 STEMS = ('imagenet', 'deep', 'cifar')
 PADDINGS = ('torch', 'same')
+POOLINGS = ('mean', 'max', 'max_mean')
 
 
 class DenseNet(network.Network):
@@ -63,6 +64,10 @@ class DenseNet(network.Network):
         average of the groups' means and variances. 0: all rows. -1: the rows of one
         device; the training step replaces it with their number
         (`ghost_batch_norm.resolve`), and the module itself uses all rows.
+      hidden: widths of linear layers in front of the classifier, each with a ReLU after
+        it.
+      pooling: `mean` over all positions, `max`, or `max_mean`: both, in this order.
+      last_relu: a ReLU comes between the last norm and the pooling.
     """
 
     family = 'densenet'
@@ -72,6 +77,7 @@ class DenseNet(network.Network):
         'stem_features',
     )
     growth_field = 'growth_rate'
+    head_fields = ('hidden', 'pooling', 'last_relu')
 
     growth_rate: int
     block_sizes: Sequence[int]
@@ -93,6 +99,9 @@ class DenseNet(network.Network):
     kernel: str = 'auto'
     remat: str = 'block'
     batch_norm_group: int = 0
+    hidden: Sequence[int] = ()
+    pooling: str = 'mean'
+    last_relu: bool = True
 
     def setup(self):
         param_dtype = jnp.float64 if self.dtype == 'float64' else jnp.float32
@@ -143,11 +152,16 @@ class DenseNet(network.Network):
                 setattr(self, f'transition{number}', transition(channels))
         self.norm5 = norm()
         if self.num_classes:
-            self.classifier = nn.Dense(
-                self.num_classes,
+            linear = functools.partial(
+                nn.Dense,
                 dtype=param_dtype,
                 param_dtype=param_dtype,
                 kernel_init=classifier_init,
+            )
+            self.classifier = (
+                layers.Perceptron((*self.hidden, self.num_classes), linear)
+                if self.hidden
+                else linear(self.num_classes)
             )
 
     def _stem(self, x, train):
@@ -188,9 +202,17 @@ class DenseNet(network.Network):
         return y
 
     def pool(self, x):
-        """ReLU and the mean over all positions, to float32 `[N, F]`."""
-        x = nn.relu(x)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
+        """ReLU and the mean over all positions, to float32 `[N, F]`.
+
+        The maximum or both with another `pooling`.
+        """
+        x = nn.relu(x) if self.last_relu else x
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.pooling == 'mean':
+            return x.mean((1, 2))
+        if self.pooling == 'max':
+            return x.max((1, 2))
+        return jnp.concatenate([x.max((1, 2)), x.mean((1, 2))], -1)
 
     def pyramid(self, x, train: bool = False, frozen: int = 0):
         """Images to the output of each dense block, a list from fine to coarse.
@@ -231,6 +253,10 @@ class DenseNet(network.Network):
     @nn.nowrap
     def plain(self):
         return self.clone(fast=False)
+
+    @nn.nowrap
+    def has_usual_head(self):
+        return not self.hidden and self.pooling == 'mean' and self.last_relu
 
     @nn.nowrap
     def smallest_image_size(self):
@@ -279,7 +305,12 @@ class DenseNet(network.Network):
                 shrunk = int(features * self.compression)
                 count += 2 * features + features * shrunk
                 features = shrunk
-        return count + 2 * features + (features + 1) * self.num_classes
+        count += 2 * features
+        features *= 2 if self.pooling == 'max_mean' else 1
+        for width in (*self.hidden, self.num_classes):
+            count += (features + 1) * width
+            features = width
+        return count
 
     @nn.nowrap
     def check_fields(self):
@@ -287,6 +318,7 @@ class DenseNet(network.Network):
             self,
             stem=STEMS,
             padding=PADDINGS,
+            pooling=POOLINGS,
             kernel=dense_block.KERNELS,
             dropout_after=('conv3x3', 'every_conv'),
         )
@@ -297,6 +329,7 @@ class DenseNet(network.Network):
             stem_features=self.stem_features >= 1 + (self.stem == 'deep'),
             momentum=0 <= self.momentum < 1,
             batch_norm_group=self.batch_norm_group >= ghost_batch_norm.DEVICE,
+            hidden=all(type(n) is int and n > 0 for n in self.hidden),
         )
         if self.blur_pool and self.stem == 'cifar':
             raise UserError(

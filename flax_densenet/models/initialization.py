@@ -68,7 +68,7 @@ def init_variables(
     def draw(path, leaf):
         if path[-1] == 'kernel':
             rule = factory.INITIALIZERS[model.initializer]
-            if path[-2] == 'classifier':
+            if 'classifier' in path:
                 rule = layers.CLASSIFIER_INITIALIZER
             key = [seed, zlib.crc32('/'.join(path).encode())]
             generator = np.random.Generator(np.random.Philox(key=key))

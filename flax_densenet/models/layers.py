@@ -4,7 +4,7 @@ The plain modules are the specification. With `fast`, a block declares the same
 variables and computes with `kernels.dense_block`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -33,6 +33,36 @@ def initializers(name: str | None):
         return nn.initializers.zeros, nn.initializers.zeros
     scaling = nn.initializers.variance_scaling
     return scaling(*INITIALIZERS[name]), scaling(*CLASSIFIER_INITIALIZER)
+
+
+class Perceptron(nn.Module):
+    """Linear layers with a ReLU between each two: `layer1`, `layer2`, ...
+
+    Attributes:
+      widths: of the layers.
+      linear: makes a layer from its width.
+    """
+
+    widths: Sequence[int]
+    linear: Callable[..., nn.Module]
+
+    @nn.compact
+    def __call__(self, x):
+        for number, width in enumerate(self.widths, start=1):
+            x = nn.relu(x) if number > 1 else x
+            x = self.linear(width, name=f'layer{number}')(x)
+        return x
+
+
+def linear_layers(classifier: dict[str, Any]) -> list[dict[str, Any]]:
+    """`{'kernel', 'bias'}` of each linear layer of a classifier, in order.
+
+    Args:
+      classifier: the parameters of a Dense layer or of a `Perceptron`.
+    """
+    if 'kernel' in classifier:
+        return [classifier]
+    return [classifier[f'layer{n}'] for n in range(1, len(classifier) + 1)]
 
 
 def parameter(module, name, init, shape, dtype):

@@ -29,6 +29,8 @@ class Network(nn.Module):
       has_batch_norm: whether the images of a batch affect each other in training.
       architecture_fields: names of the fields that set the shapes of the variables.
       growth_field: name of the field with the growth rate or rates.
+      head_fields: names of the fields that describe the heads of weights from
+        elsewhere. They are no settings: training makes a head of one layer.
     """
 
     num_classes: int
@@ -37,6 +39,7 @@ class Network(nn.Module):
     has_batch_norm: ClassVar[bool]
     architecture_fields: ClassVar[tuple[str, ...]]
     growth_field: ClassVar[str]
+    head_fields: ClassVar[tuple[str, ...]] = ()
 
     def __call__(self, x, train: bool = False, frozen: int = 0):
         """Normalized images `[N, H, W, C]` to logits `[N, num_classes]`.
@@ -140,6 +143,11 @@ class Network(nn.Module):
             for field in dataclasses.fields(self)
             if field.name not in ('parent', 'name')
         }
+
+    @nn.nowrap
+    def has_usual_head(self) -> bool:
+        """Whether the head is one layer on the mean, as in all published networks."""
+        return True
 
     @nn.nowrap
     def architecture(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from flax_densenet.data import images
 from flax_densenet.errors import UserError
+from flax_densenet.models import layers
 from flax_densenet.weights import channels as channels_lib
 from flax_densenet.weights import heads, weight_file
 
@@ -192,17 +193,13 @@ def _split_output(weights):
     The softmax of -z/2 and z/2 is the sigmoid of z, to the last bit of the sum.
     """
     params = dict(weights.variables['params'])
-    head = {name: array / 2 for name, array in params['classifier'].items()}
-    params['classifier'] = {
-        'kernel': _join(-head['kernel'], head['kernel']),
-        'bias': _join(-head['bias'], head['bias']),
-    }
+    *others, last = layers.linear_layers(params['classifier'])
+    half = {name: array / 2 for name, array in last.items()}
+    both = {name: np.concatenate([-half[name], half[name]], -1) for name in half}
+    named = {f'layer{n}': layer for n, layer in enumerate([*others, both], start=1)}
+    params['classifier'] = named if others else both
     variables = weights.variables | {'params': params}
     return dataclasses.replace(weights, variables=variables, num_classes=2)
-
-
-def _join(first, second):
-    return np.concatenate([first, second], axis=-1)
 
 
 def prepare(

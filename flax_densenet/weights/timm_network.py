@@ -43,6 +43,7 @@ def find(module: network.Network, *, channels: int = 3):
 def _densenet_names(module):
     if (
         module.padding != 'torch'
+        or not module.has_usual_head()
         or module.compression != 0.5
         or module.bottleneck < 1
         or module.stem_features != 2 * module.growth_rate

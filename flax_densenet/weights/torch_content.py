@@ -45,12 +45,15 @@ class Content:
       class_names: lists of names that stand beside them.
       outputs: one of `heads.OUTPUTS`, where the file tells.
       head: layers behind the classifier that compute something else.
+      classes: of the modules by their names, of the outermost by '', where the file
+        holds a whole model.
     """
 
     arrays: dict[str, np.ndarray]
     class_names: tuple[tuple[str, ...], ...] = ()
     outputs: str | None = None
     head: tuple[str, ...] = ()
+    classes: dict[str, str] | None = None
 
 
 def find(path: str, saved: Any) -> Content:
@@ -76,12 +79,13 @@ def find(path: str, saved: Any) -> Content:
             )
         saved, place = saved[name], name
         beside.append(saved)
-    outputs, head = None, ()
+    outputs, head, classes = None, (), None
     if isinstance(saved, torch_pickle.Module):
         if saved.foreign:
             raise torch_pickle.refusal(path, saved.foreign)
         outputs, head = _read_layers(saved)
         beside.append(saved.attributes)
+        classes = {'': saved.name, **saved.layers}
         saved = saved.arrays
     if isinstance(saved, torch_pickle.Record):
         raise torch_pickle.refusal(path, saved.name)
@@ -97,7 +101,7 @@ def find(path: str, saved: Any) -> Content:
         raise UserError(f'{path} holds no arrays in {place}')
     if others:
         raise UserError(f'{path}: {place} holds {others[0]}, which is no array')
-    return Content(arrays, names, outputs, head)
+    return Content(arrays, names, outputs, head, classes)
 
 
 def names_of_metadata(metadata: dict[str, str]) -> tuple[tuple[str, ...], ...]:

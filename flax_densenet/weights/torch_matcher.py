@@ -48,13 +48,20 @@ class Match:
     Attributes:
       keys: `{our torch key: key in the file}`, of all that belongs to the network:
         `features.conv0.weight`, `classifier.bias`; what is not understood as it is.
-      head: names of the layers of a head that is not one Linear; empty for others.
+      head: `{name without wrappers: key in the file}` of the arrays of a head that is
+        not one Linear; empty for others.
+      body: what stands in front of the network's names, as `net.features.`.
+      width: features behind the network, None where its last norm is not there.
+      place: name of the one Linear behind it, '' for none.
       means: keys of arrays that look like the mean and std of images.
     """
 
     keys: dict[str, str]
-    head: tuple[str, ...] = ()
+    head: dict[str, str] = dataclasses.field(default_factory=dict)
     means: tuple[str, str] | None = None
+    body: str = ''
+    width: int | None = None
+    place: str = ''
 
 
 def plain_key(key: str) -> str:
@@ -189,7 +196,7 @@ class _Network:
     def __init__(self, path, start, starts, plain, arrays):
         self._path, self._start, self._starts = path, start, starts
         self._plain, self._arrays = plain, arrays
-        self._keys, self._head = {}, ()
+        self._keys, self._head, self._head_place = {}, {}, ''
         self._width = self._find_width()
 
     def _array(self, name):
@@ -226,7 +233,9 @@ class _Network:
             elif name not in taken:
                 beside.append(name)
         _tell(self._path, beside)
-        return Match(self._keys, self._head, means)
+        return Match(
+            self._keys, self._head, means, self._start, self._width, self._head_place
+        )
 
     def _is_of_copy(self, name):
         return any(
@@ -280,6 +289,7 @@ class _Network:
         norms = [n for n in inner if f'{_place(n)}.running_mean' in self._plain]
         if len(linear) == 1 and (known or fitting) and not norms and not outer:
             found = {name for name in inner if _place(name) == place}
+            self._head_place = place
             for name in found:
                 leaf = name.rpartition('.')[2]
                 self._keys[f'classifier.{leaf}'] = self._plain[name]
@@ -287,20 +297,21 @@ class _Network:
         return scope, self._take_layers(scope, around, [*linear, *norms, *outer])
 
     def _take_layers(self, scope, around, layers):
-        """Notes the layers of a head that is not read; all names of it."""
+        """Notes the layers of a head that is not one Linear; all names of it."""
 
         def parent(name):
             return name.removeprefix(scope).partition('.')[0]
 
         parents = {parent(name) for name in layers if name.startswith(scope)}
         places = {_place(name) for name in layers}
-        self._head = tuple(sorted(places))
-        return {
+        taken = {
             name
             for name in around
             if _place(name) in places
             or (name.startswith(scope) and parent(name) in parents)
         }
+        self._head = {name: self._plain[name] for name in around if name in taken}
+        return taken
 
     def _is_linear(self, name):
         return name.endswith('weight') and getattr(self._array(name), 'ndim', 0) == 2

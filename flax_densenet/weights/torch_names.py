@@ -7,12 +7,18 @@ params/denseblock1/denselayer1/norm1/scale       ours
 import dataclasses
 import logging
 import math
+import re
 from typing import Any
 
 import numpy as np
 
 from flax_densenet.errors import UserError
-from flax_densenet.weights import rdnet_names, torch_matcher
+from flax_densenet.weights import (
+    head_layers,
+    rdnet_names,
+    torch_head,
+    torch_matcher,
+)
 
 _LOGGER = logging.getLogger(__name__)
 _LEAVES = {
@@ -25,6 +31,7 @@ _LEAVES = {
     'running_mean': {1: ('batch_stats', 'mean')},
     'running_var': {1: ('batch_stats', 'var')},
 }
+_CLASSIFIER = re.compile(r'classifier/layer(\d+)')
 _TORCH_LEAVES = {ours: k for k, ranks in _LEAVES.items() for ours in ranks.values()}
 
 
@@ -35,21 +42,36 @@ class Renamed:
     Attributes:
       arrays: in our layouts; what is not understood keeps its name.
       extra: what else the file says, such as `operating_points`.
-      head: layers of a head that is not one Linear, which is left out.
+      head: layers of a head that cannot be read, which is left out.
+      reason: why it cannot.
+      fields: of `DenseNet`, as the head has them.
+      guess: a line about what of the head is a guess; '' for nothing.
       preparation: `mean` and `std`, where the file has them as arrays.
     """
 
     arrays: dict[str, np.ndarray]
     extra: dict[str, Any]
     head: tuple[str, ...] = ()
+    reason: str = ''
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    guess: str = ''
     preparation: dict[str, tuple[float, ...]] = dataclasses.field(default_factory=dict)
 
 
-def rename(path: str, arrays: dict[str, np.ndarray]) -> Renamed:
+def rename(
+    path: str,
+    arrays: dict[str, np.ndarray],
+    classes: dict[str, str] | None = None,
+    *,
+    own: bool = False,
+) -> Renamed:
     """torch's keys and layouts to ours; takes the arrays out of `arrays`.
 
     Args:
       path: of the file, for messages.
+      classes: of the modules by their names, where they are pickled.
+      own: this program wrote the file, so that its metadata says how the features are
+        pooled.
 
     Raises:
       UserError: it holds several networks or heads.
@@ -80,7 +102,34 @@ def rename(path: str, arrays: dict[str, np.ndarray]) -> Renamed:
         collection, leaf = target
         parts = place.removeprefix('features.').split('.')
         found['/'.join((collection, *parts, leaf))] = from_torch_layout(array)
-    return Renamed(found, extra, match.head, preparation)
+    renamed = Renamed(found, extra, preparation=preparation)
+    if own:
+        match = dataclasses.replace(match, width=None)
+    return _with_head(renamed, arrays, match, classes)
+
+
+def _with_head(renamed, arrays, match, classes):
+    """Adds a head that is not one Linear, or what says that a Linear is the head."""
+    try:
+        if match.place:
+            head = torch_head.read_front(match.place, match.body, classes)
+        elif match.head:
+            head = torch_head.read(
+                {name: arrays[key] for name, key in match.head.items()},
+                width=match.width,
+                body=match.body,
+                classes=classes,
+            )
+        else:
+            return renamed
+    except head_layers.Unreadable as error:
+        names = match.head or [f'{match.place}.weight']
+        layers = tuple(dict.fromkeys(name.rpartition('.')[0] for name in names))
+        return dataclasses.replace(renamed, head=layers, reason=str(error))
+    made = renamed.arrays | head.arrays
+    return dataclasses.replace(
+        renamed, arrays=made, fields=head.fields, guess=head.guess
+    )
 
 
 def _read_means(path, arrays, keys):
@@ -108,6 +157,9 @@ def torch_key(name: str) -> str:
     collection, *place, leaf = name.split('/') if name.count('/') else ('', name)
     if (collection, leaf) not in _TORCH_LEAVES:
         return name
+    if match := _CLASSIFIER.fullmatch('/'.join(place)):
+        # Of a Sequential with a ReLU between each two.
+        return f'classifier.{2 * int(match[1]) - 2}.{_TORCH_LEAVES[collection, leaf]}'
     prefix = [] if place == ['classifier'] else ['features']
     return '.'.join([*prefix, *place, _TORCH_LEAVES[collection, leaf]])
 

@@ -155,9 +155,9 @@ def _from_file(path, mesh, choices):
     weights = weight_file.load(path)
     if weights.head:
         raise UserError(
-            f'{path}: its head has several layers ({list_first(weights.head)}), which '
-            'only its own program can compute; train a new classifier on the rest: '
-            f'train PHOTOS --config.init_from={path}'
+            f'{path}: its head has several layers ({list_first(weights.head)}) that '
+            f'cannot be computed ({weights.head_reason}); train a new classifier on the '
+            f'rest: train PHOTOS --config.init_from={path}'
         )
     if not weights.num_classes:
         raise UserError(f'{path} has no classifier: train one, with init_from={path}')
@@ -169,9 +169,11 @@ def _from_file(path, mesh, choices):
         more = {key: weights.metadata[key] for key in keys}
         names = weights.class_names
     else:
+        notes |= {'head': line for line in weights.notes}
         settled = choices_lib.settle(weights, choices)
         weights, names, known = settled.weights, settled.class_names, settled.known
-        more, notes = _describe_outputs(settled.outputs), settled.notes
+        more = _describe_outputs(settled.outputs)
+        notes |= settled.notes
     metadata = {
         'model': weights.fields,
         'class_names': names and list(names),

@@ -109,7 +109,8 @@ def resolve_model(
     if weights is None:
         return dataclasses.replace(model, variant=given.get('variant', _VARIANT))
     _check_architecture(given, weights)
-    theirs = weights.fields
+    others = weights.module.head_fields
+    theirs = {k: v for k, v in weights.fields.items() if k not in others}
     for name in ('epsilon', 'padding'):
         if name in theirs and given.get(name, theirs[name]) != theirs[name]:
             _log_choice(weights, f'model.{name}', given[name], theirs[name])
@@ -240,6 +241,8 @@ def _pair(weights, names):
     count = weights.num_classes
     if weights.is_own or count != len(names) or count < 2:
         return weights
+    if not weights.module.has_usual_head():
+        return weights  # the head is not kept
     theirs = weights.class_names
     if theirs is None:
         channels = weights.preprocessing['channels']
@@ -273,6 +276,8 @@ def _other_classes(weights, class_names):
         return f'its head has several layers ({list_first(weights.head)})'
     if not weights.num_classes:
         return 'it has no classifier'
+    if not weights.module.has_usual_head():
+        return 'its head is not one layer on the mean over all positions'
     if weights.num_classes != count:
         return f'{weights.num_classes} classes there, {count} here'
     if weights.class_names and tuple(weights.class_names) != tuple(class_names):

@@ -23,6 +23,7 @@ from flax_densenet.models import factory, initialization, network
 from flax_densenet.system import paths
 from flax_densenet.weights import (
     architecture,
+    head_layers,
     heads,
     keras_files,
     keras_head,
@@ -85,7 +86,9 @@ class Weights:
       outputs: one of `heads.OUTPUTS`; None if the file does not say.
       prepared: fields of `preprocessing` that are from the file.
       unread: a layer that prepares images in a way that cannot be read, or ''.
-      head: layers of a head that is not a single Linear and was left out.
+      head: layers of a head that cannot be computed and was left out.
+      head_reason: why it cannot.
+      notes: lines about guesses.
     """
 
     path: str
@@ -100,6 +103,8 @@ class Weights:
     prepared: frozenset[str] = frozenset()
     unread: str = ''
     head: tuple[str, ...] = ()
+    head_reason: str = ''
+    notes: tuple[str, ...] = ()
 
     @property
     def is_own(self) -> bool:
@@ -226,7 +231,7 @@ def _from_keras(path, content):
 
 
 def _from_torch(path, content):
-    renamed = torch_names.rename(path, content.arrays)
+    renamed = torch_names.rename(path, content.arrays, content.classes)
     arrays = renamed.arrays
     family, preprocessing = 'torchvision', None
     first, head = (arrays.get(f'params/{n}/kernel') for n in ('conv0', 'classifier'))
@@ -240,11 +245,10 @@ def _from_torch(path, content):
     elif sidecar := _timm_sidecar(path):
         family = family if family == 'rdnet' else 'timm'
         preprocessing = sidecar
-    other_head = renamed.head or content.head
+    other_head, reason = renamed.head or content.head, renamed.reason
     if other_head:
         arrays = {k: v for k, v in arrays.items() if '/classifier/' not in k}
-        head = None
-    weights = _make(path, family, arrays, {})
+    weights = _make(path, family, arrays, {} if other_head else renamed.fields)
     names = _choose_names(content.class_names, weights.num_classes)
     prepared = preprocessing or renamed.preparation
     outputs = content.outputs
@@ -258,6 +262,8 @@ def _from_torch(path, content):
         preprocessing=weights.preprocessing | prepared,
         prepared=frozenset(prepared),
         head=other_head,
+        head_reason=reason or 'one of them computes something else',
+        notes=(f'{path}: {renamed.guess}',) if renamed.guess else (),
     )
 
 
@@ -302,7 +308,7 @@ def _load_safetensors(path):
         raise UserError(f'{path}: its metadata is not ours ({error!r})') from error
     metadata_lib.check(path, ours, named=False)
     fields, names = to_tuples(ours['model']), ours['class_names']
-    arrays = torch_names.rename(path, arrays).arrays
+    arrays = torch_names.rename(path, arrays, own=True).arrays
     weights = _make(path, 'flax_densenet', arrays, fields, names)
     return dataclasses.replace(
         weights, preprocessing=_preprocessing_of(ours), metadata=ours
@@ -353,8 +359,9 @@ def to_tuples(fields: dict[str, Any]) -> dict[str, Any]:
 def _make(path, family, arrays, fields, names=None):
     """Checks every array against the architecture, and makes `Weights` of them."""
     fields = architecture.find_fields(path, arrays) | fields
-    head = arrays.get('params/classifier/kernel')
-    num_classes = 0 if head is None else head.shape[-1]
+    *hidden, num_classes = head_layers.widths_of(arrays) or (0,)
+    if hidden:
+        fields['hidden'] = tuple(hidden)
     if names and len(names) != num_classes:
         raise UserError(
             f'{path} names {len(names)} classes, its classifier has {num_classes}; use '

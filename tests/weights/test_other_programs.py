@@ -114,38 +114,18 @@ def test_two_networks(tmp_path, lines):
     assert 'holds the same network' in lines()[0]
 
 
-def two_layers(where='classifier'):
-    arrays = {k: v for k, v in ARRAYS.items() if 'classifier' not in k}
-    width = ARRAYS['classifier.weight'].shape[1]
-    return arrays | {
-        f'{where}.0.weight': np.ones((16, width), np.float32),
-        f'{where}.0.bias': np.zeros(16, np.float32),
-        f'{where}.3.weight': np.ones((5, 16), np.float32),
-        f'{where}.3.bias': np.zeros(5, np.float32),
-    }
-
-
-def fastai():
-    arrays = renamed(r'^features\.', '0.0.', two_layers('1'))
-    width = 2 * ARRAYS['classifier.weight'].shape[1]  # the mean and the maximum
-    arrays['1.0.weight'] = np.ones((16, width), np.float32)
-    norm = ('weight', 'bias', 'running_mean', 'running_var')
-    return arrays | {f'1.2.{leaf}': np.ones(width, np.float32) for leaf in norm}
-
-
 def chained():
     """A Linear behind a whole DenseNet, which has a classifier."""
     more = {'1.weight': np.ones((2, 5), np.float32), '1.bias': np.ones(2, np.float32)}
     return renamed('^', '0.') | more
 
 
-@pytest.mark.parametrize('make', [two_layers, fastai, chained])
-def test_heads_of_several_layers(make, tmp_path, lines):
+def test_a_head_that_cannot_be_computed(tmp_path, lines):
     """The rest can be trained; whoever predicts is told."""
-    path = written(tmp_path, make())
+    path = written(tmp_path, chained())
     found = weight_file.load(path)
     assert found.num_classes == 0 and len(found.head) > 1
-    with pytest.raises(UserError, match='its head has several layers'):
+    with pytest.raises(UserError, match='its head has several layers.*different mod'):
         trained_lib.load_trained(path)
     fresh = tiny(num_classes=2)[1]
     made = transfer.first_variables(found, fresh, ('a', 'b'))

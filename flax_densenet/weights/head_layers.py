@@ -1,0 +1,139 @@
+"""Heads of several layers, reduced to linear layers with a ReLU between each two.
+
+At inference, dropout does nothing, batch norm is a part of the linear layer beside it,
+and two linear layers without a ReLU between them are one. What is left is what
+`models.layers.Perceptron` computes.
+
+>>> import numpy as np
+>>> one, two = Linear(np.ones((4, 3)), np.zeros(3)), Linear(np.ones((3, 2)), None)
+>>> [kernel.shape for kernel, _ in reduce([one, RELU, two])]
+[(4, 3), (3, 2)]
+>>> [kernel.shape for kernel, _ in reduce([one, two])]
+[(4, 2)]
+"""
+
+import dataclasses
+
+import numpy as np
+
+
+class Unreadable(Exception):
+    """What the head computes cannot be told, or is something else; says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A kernel `[in, out]` and a bias `[out]` or None."""
+
+    kernel: np.ndarray
+    bias: np.ndarray | None
+
+    def __str__(self):
+        return f'Linear({self.kernel.shape[0]}, {self.kernel.shape[1]})'
+
+
+@dataclasses.dataclass(frozen=True)
+class Norm:
+    """Batch norm with running statistics."""
+
+    scale: np.ndarray
+    bias: np.ndarray
+    mean: np.ndarray
+    var: np.ndarray
+    epsilon: float
+
+    def __str__(self):
+        return f'BatchNorm({len(self.mean)})'
+
+    def affine(self):
+        """Factor and shift, float64 `[C]`."""
+        factor = self.scale / np.sqrt(np.float64(self.var) + self.epsilon)
+        return factor, self.bias - self.mean * factor
+
+
+class _Relu:
+    def __str__(self):
+        return 'ReLU'
+
+
+RELU = _Relu()
+
+
+def describe(layers) -> str:
+    """`Linear(1024, 512), ReLU, Linear(512, 2)`."""
+    return ', '.join(map(str, layers))
+
+
+def reduce(layers) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The linear layers, float32, with a ReLU between each two.
+
+    Args:
+      layers: of `Linear`, `Norm` and `RELU`.
+
+    Raises:
+      Unreadable: they do not fit together, or cannot be reduced.
+    """
+    made: list = []  # [kernel, bias] in double precision
+    waiting, width, rectified = None, None, True
+    for layer in layers:
+        if layer is RELU:
+            if waiting is not None:
+                raise Unreadable('a ReLU directly behind a batch norm')
+            rectified = True
+            continue
+        size = layer.kernel.shape[0] if isinstance(layer, Linear) else len(layer.mean)
+        if width not in (None, size):
+            raise Unreadable(f'{layer} behind {width} outputs')
+        if isinstance(layer, Linear):
+            kernel, bias = _absorb(layer, waiting)
+            if rectified:
+                made.append([kernel, bias])
+            else:
+                made[-1] = [made[-1][0] @ kernel, made[-1][1] @ kernel + bias]
+            waiting, rectified, width = None, False, kernel.shape[1]
+            continue
+        factor, shift = layer.affine()
+        if not rectified:
+            made[-1] = [made[-1][0] * factor, made[-1][1] * factor + shift]
+        elif waiting is None:
+            waiting = factor, shift
+        else:
+            waiting = waiting[0] * factor, waiting[1] * factor + shift
+        width = size
+    if not made or rectified or waiting is not None:
+        raise Unreadable('its last layer is no linear one')
+    return [(np.float32(kernel), np.float32(bias)) for kernel, bias in made]
+
+
+def _absorb(linear, waiting):
+    kernel = np.float64(linear.kernel)
+    bias = np.zeros(kernel.shape[1]) if linear.bias is None else np.float64(linear.bias)
+    if waiting is None:
+        return kernel, bias
+    factor, shift = waiting
+    return kernel * factor[:, None], bias + shift @ kernel
+
+
+def arrays_of(layers) -> dict[str, np.ndarray]:
+    """Arrays by our names, of the layers of `reduce`."""
+    if len(layers) == 1:
+        names = ['params/classifier']
+    else:
+        names = [f'params/classifier/layer{n}' for n in range(1, len(layers) + 1)]
+    return {
+        f'{name}/{leaf}': array
+        for name, layer in zip(names, layers, strict=True)
+        for leaf, array in zip(('kernel', 'bias'), layer, strict=True)
+    }
+
+
+def widths_of(arrays: dict[str, np.ndarray]) -> tuple[int, ...]:
+    """Widths of the layers of a classifier among arrays by our names; () for none."""
+    if 'params/classifier/kernel' in arrays:
+        return (arrays['params/classifier/kernel'].shape[-1],)
+    widths: list[int] = []
+    while (
+        kernel := arrays.get(f'params/classifier/layer{len(widths) + 1}/kernel')
+    ) is not None:
+        widths.append(kernel.shape[-1])
+    return tuple(widths)

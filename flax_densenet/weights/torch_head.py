@@ -1,0 +1,283 @@
+"""Reads heads of several layers in torch files.
+
+A state dict has the arrays of layers and the layers' names. ReLU and Dropout have no
+arrays; numbers in names tell that something is there (`classifier.0`, `classifier.3`),
+pickled modules tell what. What is a guess is said in one line.
+"""
+
+import dataclasses
+import itertools
+import re
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.weights import head_layers
+from flax_densenet.weights.head_layers import RELU, Linear, Norm, Unreadable
+
+_EPSILON = 1e-5  # of batch norm in torch
+_NORM = {'weight', 'bias', 'running_mean', 'running_var'}
+_NOTHING = {'Dropout', 'AlphaDropout', 'Identity', 'Flatten', 'Sequential'}
+_LAST = {'Sigmoid', 'Softmax', 'LogSoftmax', 'Dropout', 'Identity', 'Flatten'}
+_MOST_LAYERS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """What a head computes.
+
+    Attributes:
+      arrays: by our names.
+      fields: of `DenseNet`.
+      guess: what the file does not tell, for a line; '' for nothing.
+    """
+
+    arrays: dict[str, np.ndarray]
+    fields: dict[str, Any]
+    guess: str = ''
+
+
+def read(
+    arrays: dict[str, np.ndarray],
+    *,
+    width: int | None,
+    body: str,
+    classes: dict[str, str] | None = None,
+) -> Head:
+    """The head of a network.
+
+    Args:
+      arrays: of the head by their names in the file, without the names of wrappers.
+      width: of the features behind the body.
+      body: what stands in front of the names of the body, as `0.0.`.
+      classes: of all modules by their names, where they are pickled; of the outermost
+        by ''.
+
+    Raises:
+      Unreadable: it computes something else, or nobody can tell what.
+    """
+    places = _layers_by_place(arrays)
+    parents = {place.rpartition('.')[0] for place in places}
+    if len(parents) > 1:
+        raise Unreadable(f'{" and ".join(sorted(places)[:2])} are in different modules')
+    parent = parents.pop()
+    prefix = f'{parent}.' if parent else ''
+    found = {place.removeprefix(prefix): layer for place, layer in places.items()}
+    if classes is not None:
+        layers, guesses = _of_classes(found, prefix, classes), []
+    elif all(name.isdecimal() for name in found):
+        by_number = {int(name): layer for name, layer in found.items()}
+        layers, guesses = _of_numbers(dict(sorted(by_number.items())))
+    else:
+        layers, guesses = _of_names(found, width)
+    fields, more = _front(layers, width, body, prefix, found, classes)
+    guesses += more
+    linear = [name for name, layer in found.items() if isinstance(layer, Linear)]
+    without = [name for name in linear if found[name].bias is None]
+    if without:
+        guesses.append(f'no bias in {", ".join(prefix + name for name in without)}')
+    if any(isinstance(layer, Norm) for layer in layers) and classes is None:
+        guesses.append(f'epsilon is {_EPSILON:g}')
+    reduced = head_layers.reduce(layers)
+    guess = '; '.join(guesses)
+    if guess:
+        guess = f'its head is taken for {head_layers.describe(layers)}: {guess}'
+    hidden = tuple(kernel.shape[1] for kernel, _ in reduced[:-1])
+    fields |= {'hidden': hidden} if hidden else {}
+    return Head(head_layers.arrays_of(reduced), fields, guess)
+
+
+def read_front(place: str, body: str, classes: dict[str, str] | None = None) -> Head:
+    """What comes between the body and a head of one Linear, which is at `place`.
+
+    Raises:
+      Unreadable: something that the network does not have.
+    """
+    parent, _, name = place.rpartition('.')
+    prefix = f'{parent}.' if parent else ''
+    child = _child_of(body, prefix)
+    if not child:
+        return Head({}, {})
+    fields, guesses = _beside_body(child, prefix, {name: None}, classes)
+    guess = f'its head is taken for one Linear: {guesses[0]}' if guesses else ''
+    return Head({}, fields, guess)
+
+
+def _layers_by_place(arrays):
+    places: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in arrays.items():
+        place, _, leaf = name.rpartition('.')
+        if leaf != 'num_batches_tracked':
+            places.setdefault(place, {})[leaf] = array
+    return {place: _layer(place, leaves) for place, leaves in places.items()}
+
+
+def _layer(place, leaves):
+    ranks = {leaf: array.ndim for leaf, array in leaves.items()}
+    floats = all(array.dtype.kind in 'fV' for array in leaves.values())
+    if ranks in ({'weight': 2}, {'weight': 2, 'bias': 1}) and floats:
+        weight = np.asarray(leaves['weight'], np.float64)
+        return Linear(weight.T, leaves.get('bias'))
+    if ranks == dict.fromkeys(_NORM, 1) and floats:
+        parts = [
+            np.asarray(leaves[leaf], np.float64)
+            for leaf in ('weight', 'bias', 'running_mean', 'running_var')
+        ]
+        return Norm(*parts, _EPSILON)
+    raise Unreadable(f'{place} is neither a Linear nor a BatchNorm')
+
+
+def _of_classes(found, prefix, classes):
+    """Of pickled modules, which tell everything."""
+    layers, left = [], dict(found)
+    for name, kind in _children(prefix, classes):
+        if name in left:
+            layers.append(left.pop(name))
+        elif kind == 'ReLU' and layers:
+            layers.append(RELU)
+        elif layers and kind not in _NOTHING and (left or kind not in _LAST):
+            raise Unreadable(f'{prefix}{name} is a {kind}')
+    if left:
+        raise Unreadable(f'{prefix}{next(iter(left))} is not among its modules')
+    return layers
+
+
+def _children(prefix, classes):
+    """Names and classes of what is directly in a Sequential."""
+    kind = classes.get(prefix.removesuffix('.'), 'module of unknown class')
+    # A DenseNet whose classifier is one layer.
+    if not kind.endswith(('.Sequential', '.DenseNet')):
+        raise Unreadable(f'{prefix.removesuffix(".") or "it"} is a {kind}')
+    for place, inner in classes.items():
+        name = place.removeprefix(prefix)
+        if place.startswith(prefix) and name and '.' not in name:
+            yield name, inner.rpartition('.')[2]
+
+
+def _of_numbers(found):
+    """Of a Sequential: a gap in the numbers is a layer without arrays."""
+    layers, guesses = [], []
+    linear = None  # number of the last Linear
+    for number, layer in found.items():
+        if isinstance(layer, Linear):
+            if linear is not None:
+                layers += _between(found, linear, number, guesses)
+            else:
+                layers += [one for n, one in found.items() if n < number]
+            layers.append(layer)
+            linear = number
+    if linear is None:
+        raise Unreadable('it has no Linear layer')
+    behind = [n for n in found if n > linear]
+    if behind and behind != [linear + 1]:
+        raise Unreadable(f'nothing tells what comes between {linear} and {behind[0]}')
+    layers += [found[n] for n in behind]
+    return layers, _say(guesses)
+
+
+def _between(found, first, second, guesses):
+    """What comes between two Linear layers: norms, and where something is, a ReLU."""
+    norms = [n for n in found if first < n < second]
+    if second - first - 1 == len(norms):
+        return [found[n] for n in norms]
+    guesses.append(f'{first} and {second}')
+    if not norms:
+        return [RELU]
+    if len(norms) > 1:
+        raise Unreadable(f'nothing tells where the ReLU between {guesses[-1]} is')
+    before, after = norms[0] > first + 1, second > norms[0] + 1
+    # `Linear, ReLU, BatchNorm, Dropout, Linear` is fastai's; numbers start with the
+    # pooling there.
+    if before and after and (min(found), first, norms[0], second) != (2, 4, 6, 8):
+        raise Unreadable(f'nothing tells where the ReLU between {guesses[-1]} is')
+    norm = found[norms[0]]
+    return [RELU, norm] if before else [norm, RELU]
+
+
+def _of_names(found, width):
+    """Layers with names of their own: their widths have to tell the order."""
+    if any(isinstance(layer, Norm) for layer in found.values()):
+        raise Unreadable('nothing tells in which order its layers come')
+    if len(found) > _MOST_LAYERS:
+        raise Unreadable(f'it has {len(found)} layers')
+    orders = [
+        order
+        for order in itertools.permutations(found)
+        if _fits([found[name] for name in order], width)
+    ]
+    if len(orders) != 1:
+        raise Unreadable('nothing tells in which order its layers come')
+    layers = []
+    for name in orders[0]:
+        layers += [RELU, found[name]] if layers else [found[name]]
+    return layers, _say([' and '.join(pair) for pair in itertools.pairwise(orders[0])])
+
+
+def _fits(layers, width):
+    for layer in layers:
+        if layer.kernel.shape[0] not in (width, None):
+            return False
+        width = layer.kernel.shape[1]
+    return True
+
+
+def _say(pairs):
+    return [f'a ReLU between {", ".join(pairs)}'] if pairs else []
+
+
+def _front(layers, width, body, prefix, found, classes):
+    """Fields of DenseNet about what comes in front of the head, and guesses."""
+    first = layers[0]
+    inputs = first.kernel.shape[0] if isinstance(first, Linear) else len(first.mean)
+    # fastai cuts torchvision's network behind the last norm, and its head starts with
+    # the pooling and a Flatten.
+    if (
+        re.fullmatch(r'(.*\.)?0\.(0\.)?', body)
+        and prefix.split('.')[-2:-1] == ['1']
+        and isinstance(found.get('2'), Norm)
+        and inputs in (width, 2 * (width or 0))
+    ):
+        fields = {'last_relu': False}
+        if inputs == width:
+            return fields, ['as in fastai, no ReLU before the pooling']
+        line = 'as in fastai, maximum and mean without a ReLU before'
+        return fields | {'pooling': 'max_mean'}, [line]
+    if width is not None and inputs != width:
+        raise Unreadable(f'it takes {inputs} inputs, the network has {width} features')
+    child = _child_of(body, prefix)
+    return _beside_body(child, prefix, found, classes) if child else ({}, [])
+
+
+def _child_of(body, prefix):
+    """The number of the body in a Sequential that holds the head, too, or ''."""
+    child = body.removeprefix(prefix).partition('.')[0]
+    return child if body.startswith(prefix) and child.isdecimal() else ''
+
+
+def _beside_body(child, prefix, found, classes):
+    """Of a Sequential that holds the body and the head."""
+    if classes is not None:
+        return _pooling_of(child, prefix, found, classes), []
+    if not all(name.isdecimal() for name in found):
+        return {}, []
+    gap = min(map(int, found)) - int(child) - 1
+    if gap == 2:
+        return {'last_relu': False}, ['no ReLU between the last norm and the pooling']
+    return {}, ['a ReLU between the last norm and the pooling']
+
+
+def _pooling_of(child, prefix, found, classes):
+    fields = {'last_relu': False}
+    children = [name for name, _ in _children(prefix, classes)]
+    for name, kind in _children(prefix, classes):
+        if children.index(name) <= children.index(child):
+            continue
+        if name in found:
+            return {k: v for k, v in fields.items() if (k, v) != ('last_relu', True)}
+        if kind == 'ReLU' and 'pooling' not in fields:
+            fields['last_relu'] = True
+        elif kind in ('AdaptiveAvgPool2d', 'AdaptiveMaxPool2d'):
+            fields['pooling'] = 'mean' if 'Avg' in kind else 'max'
+        elif kind not in _NOTHING:
+            raise Unreadable(f'{prefix}{name} is a {kind}')
+    raise Unreadable('its layers come in another order')

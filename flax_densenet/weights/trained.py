@@ -156,8 +156,8 @@ def _from_file(path, mesh, choices):
     if weights.head:
         raise UserError(
             f'{path}: its head has several layers ({list_first(weights.head)}) that '
-            f'cannot be computed ({weights.head_reason}); train a new classifier on the '
-            f'rest: train PHOTOS --config.init_from={path}'
+            f'cannot be computed ({weights.head_reason}); train a new classifier on '
+            f'the rest: train PHOTOS --config.init_from={path}'
         )
     if not weights.num_classes:
         raise UserError(f'{path} has no classifier: train one, with init_from={path}')
@@ -169,7 +169,8 @@ def _from_file(path, mesh, choices):
         more = {key: weights.metadata[key] for key in keys}
         names = weights.class_names
     else:
-        notes |= {'head': line for line in weights.notes}
+        if weights.notes:
+            notes['head'] = '; '.join(weights.notes)
         settled = choices_lib.settle(weights, choices)
         weights, names, known = settled.weights, settled.class_names, settled.known
         more = _describe_outputs(settled.outputs)

@@ -116,14 +116,14 @@ def get_config() -> ConfigDict:
     # Values of images with more than 8 bits that become black and white, '(0,4095)'. If
     # not set: found from the images and printed. (): 0 to 65535.
     config.data.window = optional(tuple)
-    # Width and height in pixels. 0: as in init_from, else 32 for digits and 224 for
-    # other sources.
-    config.data.image_size = 0
-    # stretch, or crop: the square in the center. If not set: as in init_from, else
-    # stretch.
+    # Pixels: one number for a square, or height and width, '(100,50)'. 0: as in
+    # init_from, else 32 for digits and 224 for other sources.
+    config.data.image_size = config_dict.FieldReference(0, field_type=object)
+    # stretch, or crop: the largest part in the center with the shape of
+    # data.image_size. If not set: as in init_from, else stretch.
     config.data.resize = optional(str)
-    # Share of the shorter side that resize=crop keeps. If not set: as in init_from,
-    # else 1.0.
+    # Share of that part's height and width that resize=crop keeps. If not set: as in
+    # init_from, else 1.0.
     config.data.crop_fraction = optional(float)
     # bilinear or bicubic. If not set: as in init_from, else bilinear.
     config.data.interpolation = optional(str)
@@ -164,8 +164,9 @@ def get_config() -> ConfigDict:
     # data.mixup, such as 1.0. 0: off.
     config.data.cutmix = 0.0
     # Smaller images at first: '((0.5,16),(0.8,24))' trains with 16 pixels for the first
-    # half of the epochs, then 24 until 80% of them, then data.image_size. Tests always
-    # use data.image_size.
+    # half of the epochs, then 24 until 80% of them, then data.image_size. If that is
+    # not square, each size is height and width, '((0.5,(16,8)),)'. Tests always use
+    # data.image_size.
     config.data.size_schedule = ()
     # For classes of different sizes: none; sampler draws all classes equally often (an
     # epoch keeps its number of images); or loss gives all classes equal weight.

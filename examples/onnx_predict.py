@@ -18,29 +18,30 @@ WAY = ('image_size', 'channels', 'resize', 'crop_fraction', 'interpolation')
 
 
 def prepare(file, meta):
-    """An image file as the model takes it: uint8 `[1, size, size, channels]`."""
-    size, box = int(meta['image_size']), None
-    side = int(size / float(meta['crop_fraction']))
+    """An image file as the model takes it: uint8 `[1, height, width, channels]`."""
+    sides, box = [int(n) for n in meta['image_size'].split(',')], None
+    size = sides[-1], sides[0]  # width and height
+    whole = [int(n / float(meta['crop_fraction'])) for n in size]
     with Image.open(file) as image:
-        image.draft(None, (2 * side, 2 * side))  # large JPEG: at a half, a quarter, ...
+        image.draft(None, [2 * n for n in whole])  # large JPEG: at a half, a quarter
         image = ImageOps.exif_transpose(image)
     if image.has_transparency_data:
         image = image.convert('RGBA')
         page = Image.new('RGBA', image.size, 'white')
         image = Image.alpha_composite(page, image)
     image = image.convert('RGB')
-    if meta['resize'] == 'crop':  # a square in the middle, else the whole image
-        short = min(image.size)
-        shape = [side if n == short else int(side * n / short) for n in image.size]
-        start = [round((n - size) / 2) for n in shape]
+    if meta['resize'] == 'crop':  # a part in the middle, else the whole image
+        limit = int(whole[0] * image.height < whole[1] * image.width)
+        shape = [int(whole[limit] * n / image.size[limit]) for n in image.size]
+        start = [round((n - m) / 2) for n, m in zip(shape, size, strict=True)]
         scale = [n / m for n, m in zip(image.size, shape, strict=True)]
-        ends = start + [n + size for n in start]
+        ends = start + [n + m for n, m in zip(start, size, strict=True)]
         box = [n * m for n, m in zip(ends, scale * 2, strict=True)]
-    if image.size != (size, size):
+    if image.size != size:
         filter_ = Image.Resampling[meta['interpolation'].upper()]
-        image = image.resize((size, size), filter_, box)
+        image = image.resize(size, filter_, box)
     pixels = np.asarray(image.convert('L') if meta['channels'] == '1' else image)
-    return pixels.reshape(1, size, size, -1)
+    return pixels.reshape(1, size[1], size[0], -1)
 
 
 def main(model, *files):

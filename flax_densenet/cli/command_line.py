@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 from flax_densenet import settings
 from flax_densenet.cli import options, recipes
 from flax_densenet.errors import UserError
+from flax_densenet.settings import sizes
 
 _TRUE_FALSE = ('true', 'false', 'True', 'False')
 
@@ -253,12 +254,22 @@ def _parse_settings(values, given):
     recipe = recipes.find(named[-1]) if named else None
     file = recipe or recipes.find('base')
     recipes.provide_configs(recipe)
-    fields = [str(f) for f in given if _is_setting(f.name) and f.name != 'config']
+    fields = [
+        str(_with_size(f)) for f in given if _is_setting(f.name) and f.name != 'config'
+    ]
     fields = [f'--config={file.file_and_argument}', *fields]
     config_flags.DEFINE_config_file(
         'config', None, '', flag_values=values, sys_argv=['', *fields]
     )
     return recipe, fields
+
+
+def _with_size(flag):
+    """A flag with its value as ml_collections reads it, if it is a size."""
+    if flag.name != 'config.data.image_size' or flag.value is None:
+        return flag
+    size = sizes.parse(flag.value, f'--{flag.name}')
+    return _Given(flag.name, sizes.plain(size))
 
 
 def load_config(text: str) -> ConfigDict:
@@ -286,8 +297,6 @@ def _call_absl(values, arguments, recipe):
             elif place := [line for line in before if line.startswith('  File ')]:
                 message = f'{message} ({place[-1]})'
             message = f'--config={recipe.text if recipe else "base"}: {message}'
-        if 'config.data.image_size=' in message and ',' in message:
-            message += '; images are square: give one side, as 224'
         raise UserError(' '.join(message.removeprefix('flag ').split())) from error
     if len(left) > 1:  # no known case; absl would ignore it
         raise UserError(f'{left[1]} is not a flag')

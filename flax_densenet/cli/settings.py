@@ -15,6 +15,9 @@ from ml_collections import ConfigDict
 from flax_densenet.cli import help_text, options, recipes
 from flax_densenet.errors import UserError
 
+# Types that have no name for users: of data.image_size.
+_KINDS = {object: 'int or tuple'}
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
@@ -114,7 +117,8 @@ def _format(setting):
     shown = (
         'not set' if default is None else 'empty' if default in ('', ()) else default
     )
-    name = f'  {setting.name}  ({setting.kind.__name__}, default: {shown})'
+    kind = _KINDS.get(setting.kind, setting.kind.__name__)
+    name = f'  {setting.name}  ({kind}, default: {shown})'
     return [name, help_text.wrap(setting.text, '      '), '']
 
 

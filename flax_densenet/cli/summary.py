@@ -11,6 +11,7 @@ def run(invocation: options.Invocation):
     from flax_densenet import settings as settings_lib
     from flax_densenet.data import dataset
     from flax_densenet.models import factory, summary
+    from flax_densenet.settings import sizes
     from flax_densenet.train import finetune
     from flax_densenet.weights import transfer, weight_file
 
@@ -25,7 +26,7 @@ def run(invocation: options.Invocation):
     classes = found.num_classes if found else 1000
     module = factory.from_settings(settings.model, num_classes=classes)
     plan = finetune.plan_of(module, settings)
-    shape = (size, size, settings.preparation.channels)
+    shape = (*sizes.pair(size), settings.preparation.channels)
     print(f'{settings.model.variant} with {classes} classes')
     print(summary.format_summary(module, shape, rates=plan.rates))
     if str(plan):

@@ -21,6 +21,7 @@ from flax_densenet import settings
 from flax_densenet.data import deep, images, label_table, readers, sources, splits
 from flax_densenet.data import duplicates as duplicates_lib
 from flax_densenet.errors import UserError
+from flax_densenet.settings import sizes
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ _GIB = 2**30
 
 
 class Examples:
-    """A random-access sequence of `{'image': uint8 [S, S, C], 'label': int32}`.
+    """A random-access sequence of `{'image': uint8 [H, W, C], 'label': int32}`.
 
     If images have several labels, `label` is float32 `[L]` of 0, 1 and NaN (unknown).
     """
@@ -44,12 +45,12 @@ class Examples:
         self._pictures = False
 
     @property
-    def image_size(self) -> int:
-        """Side in pixels."""
+    def image_size(self) -> sizes.Size:
+        """In pixels."""
         return self.preparation.size
 
-    def at_size(self, size: int) -> 'Examples':
-        """The same images with another side in pixels."""
+    def at_size(self, size: sizes.Size) -> 'Examples':
+        """The same images at another size."""
         if size == self.image_size:
             return self
         preparation = dataclasses.replace(self.preparation, size=size)
@@ -106,7 +107,7 @@ class CachedExamples(Examples):
 
     def __init__(self, examples: Examples):
         super().__init__(examples.reader, examples.indices, examples.preparation)
-        shape = len(self), self.image_size, self.image_size, self.preparation.channels
+        shape = len(self), *self.preparation.shape, self.preparation.channels
         self._images = np.empty(shape, np.uint8)
         self._known = np.zeros(len(self), bool)
 
@@ -215,7 +216,7 @@ class Source:
     duplicates: tuple[str, ...] = ()
 
 
-# Side in pixels if data.image_size is 0.
+# In pixels, if data.image_size is 0.
 DEFAULT_IMAGE_SIZES = dict(digits=32, folder=224, packed=224, tar=224, tfds=224)
 
 
@@ -229,7 +230,7 @@ def load_source(
     blank_labels: str = 'unknown',
     uncertain_labels: str = 'unknown',
     groups: str = 'auto',
-    image_size: int = 0,
+    image_size: sizes.Size = 0,
     resize: str = 'stretch',
     crop_fraction: float = 1.0,
     interpolation: str = 'bilinear',
@@ -256,7 +257,8 @@ def load_source(
       label_kind, label_columns, groups, blank_labels, uncertain_labels: of the table,
         see `label_table.Options`. `groups` can also be `path` or `path:REGEX`, if the
         paths have the groups of the images.
-      image_size: side in pixels of the resized images; 0 for the source's default.
+      image_size: pixels of the resized images: a side, or (height, width); 0 for the
+        source's default.
       resize, crop_fraction, interpolation, channels, window: see `images.Preparation`.
       test_fraction: share of each class that is split off for the test, if the source
         has no test part.
@@ -277,7 +279,7 @@ def load_source(
     kind, _, name = source.partition(':')
     _check_kind(source, kind)
     preparation = images.Preparation(
-        image_size or DEFAULT_IMAGE_SIZES[kind],
+        sizes.parse(image_size) or DEFAULT_IMAGE_SIZES[kind],
         resize,
         crop_fraction,
         interpolation,
@@ -370,8 +372,7 @@ def _check_preparation(preparation):
     check_choice('resize', preparation.resize, images.RESIZES)
     check_choice('interpolation', preparation.interpolation, images.INTERPOLATIONS)
     check_choice('channels', preparation.channels, (1, 3))
-    if not 0 <= preparation.size <= 2**16:
-        raise UserError(f'data.image_size={preparation.size} must be from 0 to {2**16}')
+    sizes.check(preparation.size, least=0 if isinstance(preparation.size, int) else 1)
     if not 0 < preparation.crop_fraction <= 1:
         raise UserError(
             f'data.crop_fraction={preparation.crop_fraction} must be above 0, at most 1'
@@ -393,12 +394,12 @@ def check_choice(field: str, value, valid):
 
 
 def _check_cache(count, preparation, limit_gib):
-    size = preparation.size
-    need = count * size * size * preparation.channels / _GIB
+    height, width = preparation.shape
+    need = count * height * width * preparation.channels / _GIB
     if need > limit_gib:
         raise UserError(
-            f'data.cache=memory: {count} images of {size}x{size} take {need:.2f} GiB, '
-            f'more than data.cache_limit_gib={limit_gib:g}; raise it or use '
+            f'data.cache=memory: {count} images of {height}x{width} take {need:.2f} '
+            f'GiB, more than data.cache_limit_gib={limit_gib:g}; raise it or use '
             'data.cache=none'
         )
     _LOGGER.info(f'data.cache=memory: {count} decoded images take {need:.2f} GiB')

@@ -1,6 +1,5 @@
 """Decodes and resizes image files of all common formats to uint8 arrays."""
 
-import dataclasses
 import functools
 import io
 import os
@@ -11,16 +10,15 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from flax_densenet.data import image_formats
+from flax_densenet.data import preparation as preparation_lib
 from flax_densenet.errors import UserError
 
 # The formats that are tried, whatever the file is called, and the endings of names.
 FORMATS = image_formats.FORMATS
 EXTENSIONS = image_formats.EXTENSIONS
-RESIZES = ('stretch', 'crop')
-INTERPOLATIONS = {
-    'bilinear': Image.Resampling.BILINEAR,
-    'bicubic': Image.Resampling.BICUBIC,
-}
+RESIZES = preparation_lib.RESIZES
+INTERPOLATIONS = preparation_lib.INTERPOLATIONS
+Preparation = preparation_lib.Preparation
 # What Pillow raises for corrupt files; found by damaging files at random.
 BROKEN = (
     UnidentifiedImageError,
@@ -89,68 +87,6 @@ def to_rgb(
     return image if image.mode == 'RGB' else image.convert('RGB')
 
 
-@dataclasses.dataclass(frozen=True)
-class Preparation:
-    """How to make the square image that a model takes.
-
-    Attributes:
-      size: side of the square in pixels; 0 keeps the image's own shape.
-      resize: `stretch` uses the entire image, `crop` a square in its center.
-      crop_fraction: side of that square as a share of the image's shorter side, for
-        `crop`. It is 0.875 (224 of 256) in torchvision and timm.
-      interpolation: `bilinear` or `bicubic`, both with antialiasing.
-      window: values of images of more than 8 bits that become black and white; None:
-        16 bits are from 0 to 65535, floats from 0 to 1 or to 255.
-      channels: 3 for color, 1 for gray.
-    """
-
-    size: int = 0
-    resize: str = 'stretch'
-    crop_fraction: float = 1.0
-    interpolation: str = 'bilinear'
-    channels: int = 3
-    window: tuple[float, float] | None = None
-
-    def decode_size(self) -> int:
-        """The shorter side in pixels that an image needs so that it is not enlarged."""
-        return int(self.size / self.crop_fraction)
-
-    def apply(self, image: Image.Image) -> np.ndarray:
-        """An RGB image to uint8 `[size, size, channels]`."""
-        if self.size and image.size != (self.size, self.size):
-            image = self._resize(image)
-        if self.channels == 1:
-            return np.asarray(image.convert('L'))[..., None]
-        return np.asarray(image)
-
-    def apply_to_part(self, image: Image.Image, box) -> Image.Image:
-        """Resizes the part (left, top, right, bottom) of an RGB image; RGB or L."""
-        image = image.resize(
-            (self.size, self.size), INTERPOLATIONS[self.interpolation], box=box
-        )
-        return image.convert('L') if self.channels == 1 else image
-
-    def _resize(self, image):
-        filter_ = INTERPOLATIONS[self.interpolation]
-        size = self.size
-        if self.resize == 'stretch':
-            return image.resize((size, size), filter_)
-        # Rounds like torchvision's Resize and CenterCrop: the shorter side to an
-        # integer, the longer one down, the offset to the nearest even number.
-        short, side = min(image.size), self.decode_size()
-        shape = [side if n == short else int(side * n / short) for n in image.size]
-        left, top = (round((n - size) / 2) for n in shape)
-        # Only the part that is kept is computed.
-        scale = [n / m for n, m in zip(image.size, shape, strict=True)]
-        box = (
-            left * scale[0],
-            top * scale[1],
-            (left + size) * scale[0],
-            (top + size) * scale[1],
-        )
-        return image.resize((size, size), filter_, box=box)
-
-
 def load_image(
     file, preparation: Preparation, *, max_pixels: int | None = None
 ) -> np.ndarray:
@@ -166,16 +102,15 @@ def load_image(
         a JPEG, which is decoded at a fraction of its size.
 
     Returns:
-      uint8 `[size, size, channels]`.
+      uint8 `[height, width, channels]`.
 
     Raises:
       TooManyPixels: the header has more pixels; nothing was decoded.
       UserError: the reason why the file is not an image, or is truncated.
     """
-    least = 2 * preparation.decode_size()
     return _load(
         file,
-        least,
+        preparation.least(),
         preparation.resize,
         preparation.apply,
         max_pixels,
@@ -188,9 +123,10 @@ def load_picture(file, preparation: Preparation) -> Image.Image:
 
     So a crop of a quarter of each side still has enough pixels.
     """
+    height, width = preparation.shape
     return _load(
         file,
-        4 * preparation.size,
+        (4 * width, 4 * height) if preparation.size else None,
         None,
         lambda image: image,
         window=preparation.window,
@@ -234,7 +170,7 @@ def _load(file, least, resize, finish, max_pixels=None, window=None):
             if least and image.format in ('JPEG', 'MPO'):
                 # Decode at a half, a quarter or an eighth if the result still has at
                 # least twice the target: much less work without a visible difference.
-                image.draft(None, (least, least))
+                image.draft(None, least)
             return finish(_upright(image, least, resize, window))
     except UserError:
         raise
@@ -271,7 +207,7 @@ def make_smaller(file: str | bytes, side: int, *, quality: int) -> bytes:
             longest = max(image.size) * side / min(image.size)
             if longest > _LONGEST_JPEG:
                 return image_formats.read_all(file)
-            image = _upright(image, 2 * side)
+            image = _upright(image, (2 * side,) * 2)
         short = min(image.size)
         shape = [max(1, round(n * side / short)) for n in image.size]
         out = io.BytesIO()
@@ -295,7 +231,7 @@ def prepare_image(image: Image.Image, preparation: Preparation) -> np.ndarray:
       UserError: see `load_image`; Pillow may read the file only now.
     """
     try:
-        least = 2 * preparation.decode_size()
+        least = preparation.least()
         return preparation.apply(
             _upright(image, least, preparation.resize, preparation.window)
         )
@@ -325,7 +261,7 @@ def _find_turn(image):
 
 
 def _shrink(image, least, resize, window=None):
-    """Reduces a very large image to RGB with integer factors, not below `least` pixels.
+    """Reduces a very large image to RGB with integer factors, not below `least`.
 
     For `stretch` each side has its own factor, for `crop` only the middle of a long
     image is kept, for None the image keeps its shape. Converting the mode copies an
@@ -334,8 +270,11 @@ def _shrink(image, least, resize, window=None):
     if not least or image.width * image.height <= LARGE:
         return image
     if resize == 'crop':
-        image = _cut_ends(image)
-    factors = [min(max(1, n // least), _LARGEST_FACTOR) for n in image.size]
+        image = _cut_ends(image, least)
+    factors = [
+        min(max(1, n // m), _LARGEST_FACTOR)
+        for n, m in zip(image.size, least, strict=True)
+    ]
     if resize != 'stretch':
         factors = [min(factors)] * 2
     if factors == [1, 1]:
@@ -356,14 +295,17 @@ def _shrink(image, least, resize, window=None):
     return small
 
 
-def _cut_ends(image):
-    """Cuts an image to at most four times its shorter side, equally at both ends.
+def _cut_ends(image, least):
+    """Cuts an image to at most four times the part with the shape of `least`.
 
-    Four times, so that the square in the center and all surrounding pixels that affect
-    its resizing are kept.
+    Equally at both ends. Four times, so that this part in the center and all
+    surrounding pixels that affect its resizing are kept.
     """
-    short = min(image.size)
-    cut = [max(0, (n - 4 * short) // 2) for n in image.size]
+    most = (
+        4 * image.height * least[0] // least[1],
+        4 * image.width * least[1] // least[0],
+    )
+    cut = [max(0, (n - m) // 2) for n, m in zip(image.size, most, strict=True)]
     if not any(cut):
         return image
     (width, height), (left, top) = image.size, cut

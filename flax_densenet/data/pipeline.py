@@ -40,7 +40,8 @@ class _Augment(grain.transforms.RandomMap):
     def random_map(self, example, rng):
         image, functions = example['image'], self.functions
         if isinstance(image, Image.Image):
-            box = geometry.crop_part(image.size, rng)
+            height, width = self.preparation.shape
+            box = geometry.crop_part(image.size, rng, aspect=width / height)
             image = self.preparation.apply_to_part(image, box)
             functions = [f for f in functions if f is not geometry.crop]
         for function in functions:
@@ -129,7 +130,7 @@ def train_batches(
       workers: decoding processes instead of threads; 0 for none.
 
     Returns:
-      An iterator of `{'image': uint8 [n, S, S, C], 'label': int32 [n],
+      An iterator of `{'image': uint8 [n, H, W, C], 'label': int32 [n],
       'epoch': int32 [n]}`, to be closed after use. Epochs count from 0.
 
     Raises:
@@ -189,7 +190,7 @@ def eval_batches(
       threads, workers: see `train_batches`.
 
     Returns:
-      An iterator of `{'image': uint8 [n, S, S, C], 'label': int32 [n],
+      An iterator of `{'image': uint8 [n, H, W, C], 'label': int32 [n],
       'mask': float32 [n]}`. The last batch is padded with rows of mask 0.
     """
     skip = bad_images == 'skip' and _preparation_of(examples) is not None

@@ -160,7 +160,7 @@ class Options:
       inputs: `images` (uint8 in, probabilities out) or `normalized` (floats in, logits
         out); None for the format's default.
       precision: of the stored weights; `int8` also computes in integers.
-      calibration: for `int8`: typical images, uint8 batches `[N, S, S, C]`.
+      calibration: for `int8`: typical images, uint8 batches `[N, H, W, C]`.
       license: of the weights, for formats that store it.
     """
 

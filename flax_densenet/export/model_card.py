@@ -96,7 +96,9 @@ def render(
         'header': _header(title, model, metrics, license) if hub else '',
         'title': title,
         'model': model,
-        'size': model['preparation'].size,
+        'size': model['preparation'].shape_text.replace('x', ' x '),
+        'height': model['preparation'].shape[0],
+        'width': model['preparation'].shape[1],
         'run': run,
         'metrics': metrics,
         'license': license,
@@ -134,10 +136,10 @@ def _code_of(model, name, key, normalized):
 
 
 def _keras_model(model):
-    size, channels = model['preparation'].size, model['channels']
+    (height, width), channels = model['preparation'].shape, model['channels']
     options = (
         f'weights=None, classes={model["num_classes"]}, '
-        f'input_tensor=keras.Input(({size}, {size}, {channels})))'
+        f'input_tensor=keras.Input(({height}, {width}, {channels})))'
     )
     public = ('densenet121', 'densenet169', 'densenet201')
     if model['variant'] in public and not model['changes']:

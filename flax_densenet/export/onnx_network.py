@@ -12,6 +12,7 @@ import numpy as np
 
 from flax_densenet.export.onnx_graph import Graph
 from flax_densenet.models import folded, layers, network, rdnet
+from flax_densenet.settings import sizes
 from flax_densenet.weights import heads, trained
 
 # `images`: uint8 RGB `[N, H, W, C]`, decoded and resized, to probabilities.
@@ -95,9 +96,10 @@ def finish(graph, logits, module, metadata, inputs) -> Any:
 def properties(module: network.Network, metadata: dict[str, Any]) -> dict[str, str]:
     """The metadata of a file: strings by name, with lists as JSON.
 
-    `labels`, `image_size` (side in pixels), `channels`, `resize`, `crop_fraction` and
-    `interpolation` (`images.Preparation`), `mean`, `std`, `multi_label`, `variant`;
-    `outputs` if the outputs are neither a softmax nor sigmoids.
+    `labels`, `image_size` (side in pixels, or `HEIGHT,WIDTH`), `channels`, `resize`,
+    `crop_fraction` and `interpolation` (`images.Preparation`), `mean`, `std`,
+    `multi_label`, `variant`; `outputs` if the outputs are neither a softmax nor
+    sigmoids.
     """
     preparation = trained.preparation_of(metadata)
     names = metadata['class_names'] or [str(n) for n in range(module.num_classes)]
@@ -105,7 +107,7 @@ def properties(module: network.Network, metadata: dict[str, Any]) -> dict[str, s
     more = {'outputs': outputs} if outputs == heads.NONE else {}
     return more | {
         'labels': json.dumps(list(names)),
-        'image_size': str(preparation.size),
+        'image_size': sizes.plain(preparation.size).strip('()'),
         'channels': str(preparation.channels),
         'resize': preparation.resize,
         'crop_fraction': str(preparation.crop_fraction),

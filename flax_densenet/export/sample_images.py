@@ -21,7 +21,7 @@ _FEW = 17
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Images as the model takes them, uint8 `[N, S, S, C]`.
+    """Images as the model takes them, uint8 `[N, H, W, C]`.
 
     Attributes:
       images: to compare the file and the model on.
@@ -146,5 +146,5 @@ def _spread(count, most):
 
 
 def batches(stack: np.ndarray, size: int = 16):
-    """Splits images `[N, S, S, C]` into batches."""
+    """Splits images `[N, H, W, C]` into batches."""
     return [stack[start : start + size] for start in range(0, len(stack), size)]

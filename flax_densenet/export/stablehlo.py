@@ -36,7 +36,7 @@ from flax_densenet.export import precision as precision_lib
 from flax_densenet.inference import programs
 from flax_densenet.models import folded
 from flax_densenet.system import atomic
-from flax_densenet.weights.trained import Trained
+from flax_densenet.weights.trained import Trained, preparation_of
 
 INPUTS = ('images', 'normalized')
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
@@ -64,9 +64,9 @@ def save(
     Args:
       path: of the file.
       trained: the model.
-      inputs: `images`: uint8 `[N, S, S, C]`, 0 to 255, to probabilities float32
+      inputs: `images`: uint8 `[N, H, W, C]`, 0 to 255, to probabilities float32
         `[N, num_classes]`, with the model's normalization and test-time augmentation;
-        `normalized`: float32 `[N, S, S, C]`, `(image / 255 - mean) / std`, to logits
+        `normalized`: float32 `[N, H, W, C]`, `(image / 255 - mean) / std`, to logits
         float32 `[N, num_classes]`.
       precision: of the stored kernels; `bfloat16` and `float16` halve the file and lose
         digits. The arithmetic is still the model's (`model.dtype`).
@@ -170,8 +170,9 @@ def _export(trained, inputs, precision, any_size=False):
         )
         return probabilities
 
-    side, channels = metadata['image_size'], len(metadata['mean'])
-    shape, constraints = f'batch, {side}, {side}, {channels}', ()
+    preparation = preparation_of(metadata)
+    (height, width), channels = preparation.shape, preparation.channels
+    shape, constraints = f'batch, {height}, {width}, {channels}', ()
     if any_size:
         least = module.smallest_image_size()
         shape = f'batch, height, width, {channels}'

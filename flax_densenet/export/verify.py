@@ -46,7 +46,7 @@ def compute(
 
     Args:
       trained: the model.
-      images: uint8 `[N, S, S, C]`.
+      images: uint8 `[N, H, W, C]`.
       inputs: `images` for probabilities, `normalized` for logits.
     """
     module, metadata = trained.module, trained.metadata
@@ -68,7 +68,7 @@ def compute(
 
 
 def as_inputs(images: np.ndarray, metadata: dict[str, Any], inputs: str, *, nchw: bool):
-    """Converts uint8 images `[N, S, S, C]` to one of `onnx_network.INPUTS`."""
+    """Converts uint8 images `[N, H, W, C]` to one of `onnx_network.INPUTS`."""
     if inputs == 'images':
         return images
     options = {name: tuple(metadata[name]) for name in ('mean', 'std')}
@@ -92,7 +92,7 @@ def check(
     Args:
       path: of the file.
       trained: the model.
-      images: uint8 `[N, S, S, C]`.
+      images: uint8 `[N, H, W, C]`.
       expected: the output of `compute`.
       names: keys of `runtimes.RUNTIMES` that can run the file.
       inputs: `images` or `normalized`.

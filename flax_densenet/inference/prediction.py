@@ -25,7 +25,7 @@ class Explanation:
       path: of the file, as it was given.
       class_name: the class.
       probability: of the class, from 0 to 1.
-      image: uint8 `[S, S, C]`, as prepared for the model.
+      image: uint8 `[H, W, C]`, as prepared for the model.
       cam: float32 `[h, w]`, not negative: how much each position supports the class.
     """
 
@@ -69,7 +69,7 @@ class Prediction:
       probabilities: float32 `[num_classes]`; None if the file could not be read.
       error: why the file could not be read, or None.
       features: pooled features `[F]` if requested.
-      image: uint8 `[S, S, C]`, as prepared for the model, if a map was requested.
+      image: uint8 `[H, W, C]`, as prepared for the model, if a map was requested.
       cam: Grad-CAM `[h, w]` of the most likely or the requested class, if requested.
       class_names: of the probabilities.
       cam_class: index of the class of `cam`.

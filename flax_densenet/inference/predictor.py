@@ -157,7 +157,7 @@ class Predictor:
         return predictions
 
     def load(self, file, *, max_pixels: int | None = None) -> np.ndarray:
-        """Prepares an image (see the class) for the model: uint8 `[S, S, C]`.
+        """Prepares an image (see the class) for the model: uint8 `[H, W, C]`.
 
         Args:
           file: the image.

@@ -29,7 +29,7 @@ from flax_densenet.inference import grad_cam
 from flax_densenet.models import folded
 from flax_densenet.models import tta as tta_lib
 from flax_densenet.weights import heads
-from flax_densenet.weights.trained import Trained, normalize
+from flax_densenet.weights.trained import Trained, normalize, preparation_of
 
 # On a CPU, sixteen take sixteen times as long as one; on a GPU hardly longer.
 SIZES = (1, 4, 16)
@@ -152,8 +152,8 @@ class Programs:
           shape: (height, width, channels) of the images; by default the model's.
         """
         if shape is None:
-            metadata = self._trained.metadata
-            shape = (*(metadata['image_size'],) * 2, len(metadata['mean']))
+            preparation = preparation_of(self._trained.metadata)
+            shape = (*preparation.shape, preparation.channels)
         key = size, maps, shape
         with self._lock:
             if key not in self._compiled:

@@ -104,7 +104,7 @@ def _describe_model(trained, measured):
     return {
         'variant': metadata['model'].get('variant') or 'DenseNet',
         'which': measured.model,
-        'image_size': metadata['image_size'],
+        'image_size': trained_lib.preparation_of(metadata).shape_text,
         'made': datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
     }
 

@@ -79,9 +79,8 @@ class Batcher:
 
     async def warm_up(self):
         """Compiles every batch size; `ready` is True afterwards."""
-        metadata = self.predictor.trained.metadata
-        side = metadata['image_size']
-        image = np.zeros((1, side, side, len(metadata['mean'])), np.uint8)
+        preparation = self.predictor.preparation
+        image = np.zeros((1, *preparation.shape, preparation.channels), np.uint8)
         programs = self.predictor.programs
         for size in programs.sizes:
             for classes in (None, MOST_LIKELY):
@@ -97,7 +96,7 @@ class Batcher:
         """What the model says of one image, computed with those that wait.
 
         Args:
-          image: uint8 `[S, S, C]`, as `predict.Predictor.load` gives it.
+          image: uint8 `[H, W, C]`, as `predict.Predictor.load` gives it.
           explain: index of the class whose map is wanted, `MOST_LIKELY`, or None.
         """
         batch = self._open

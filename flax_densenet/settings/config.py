@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from flax_densenet.errors import UserError
+from flax_densenet.settings import sizes
 from flax_densenet.settings.fields import Settings
 
 # Section of a config -> the groups of `Settings` that share its fields.
@@ -166,6 +167,8 @@ def _raise_unknown(name):
 
 def _convert(name, value, kind):
     """The value as its field's type has it: tuples for lists, floats for integers."""
+    if kind == sizes.Size:
+        return sizes.parse(value, name)
     if isinstance(kind, types.UnionType):  # with None
         if value is None:
             return None

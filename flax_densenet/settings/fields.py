@@ -7,6 +7,8 @@ weights that a run starts from, or else it is the default of the model variant.
 
 import dataclasses
 
+from flax_densenet.settings import sizes
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
@@ -65,7 +67,7 @@ class SourceSettings:
 class PreparationSettings:
     """How an image becomes the network's input; saved with the model."""
 
-    image_size: int = 0
+    image_size: sizes.Size = 0
     resize: str | None = None
     crop_fraction: float | None = None
     interpolation: str | None = None

@@ -1,11 +1,13 @@
 """The lines that a run prints before it starts."""
 
 import logging
+import math
 
 import jax
 
 from flax_densenet import errors, settings
 from flax_densenet.data import class_balance
+from flax_densenet.settings import sizes
 from flax_densenet.train import progressive_resizing, training_run
 
 _LOGGER = logging.getLogger(__name__)
@@ -13,16 +15,17 @@ _LOGGER = logging.getLogger(__name__)
 
 def announce(run: training_run.TrainingRun):
     """Prints what is trained on what."""
-    side = run.source.train.image_size
+    size = run.source.train.image_size
     _LOGGER.info(
         f'{run.settings.model.variant}: {len(run.source.train)} images to train '
         f'on, {len(run.source.test)} to test on, {len(run.source.class_names)} '
-        f'classes, {side}x{side}; {run.mesh.size} {jax.default_backend()} device(s)'
+        f'classes, {describe_size(size)}; {run.mesh.size} {jax.default_backend()} '
+        'device(s)'
     )
     growing = progressive_resizing.describe(
         progressive_resizing.parse(run.settings.augmentation.size_schedule),
         epochs=run.settings.train.epochs,
-        last=side,
+        last=size,
     )
     if growing:
         _LOGGER.info(f'images to train on: {growing}')
@@ -31,6 +34,12 @@ def announce(run: training_run.TrainingRun):
     if missing := describe_missing(run.settings.train):
         _LOGGER.info(missing)
     _print_balance(run)
+
+
+def describe_size(size: sizes.Size) -> str:
+    """`32x32`, or `32x16 (height x width)`."""
+    text = sizes.describe(size)
+    return text if isinstance(size, int) else f'{text} (height x width)'
 
 
 def describe_missing(train: settings.TrainingSettings) -> str:
@@ -65,8 +74,8 @@ def _print_balance(run):
 def _warn_of_few_values(run):
     """Batch norm learns little from one image, and nothing from one value."""
     rows, fields, remedy = _rows_of_statistics(run)
-    side = run.module.last_map_side(run.size_in(1))
-    if rows == side == 1:
+    sides = map(run.module.last_map_side, sizes.pair(run.size_in(1)))
+    if rows * math.prod(sides) == 1:
         _LOGGER.warning(
             f'warning: {fields}: the last batch norms see one value of each '
             'feature, which leaves only their biases: nothing can be learned; '

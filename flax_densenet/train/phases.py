@@ -6,6 +6,7 @@ Images grow (`data.size_schedule`), and a head that trained alone is joined by t
 
 import contextlib
 
+from flax_densenet.settings import sizes
 from flax_densenet.train import training_run
 
 
@@ -20,7 +21,7 @@ class Phase:
     def __init__(self, run: training_run.TrainingRun):
         self._run = run
         self._frozen: int | None = None
-        self._size: int | None = None
+        self._size: sizes.Size | None = None
         self.batches = self.compiled = None
 
     def enter(self, state, epoch: int):

@@ -10,6 +10,7 @@ from flax_densenet.data import dataset, identity, pipeline
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.errors import UserError
 from flax_densenet.models import factory, ghost_batch_norm
+from flax_densenet.settings import sizes
 from flax_densenet.train import (
     checks,
     finetune,
@@ -86,8 +87,9 @@ def prepare(
         preparation=dataclasses.replace(settings.preparation, window=window),
     )
     module = _make_module(settings, len(source.class_names), mesh)
-    module.check_image_size((source.train.image_size,) * 2)
-    progressive_resizing.check(settings.augmentation.size_schedule, module)
+    size = source.train.image_size
+    module.check_image_size(sizes.pair(size))
+    progressive_resizing.check(settings.augmentation.size_schedule, module, size)
     pipeline.check_train_batches(
         source.train,
         batch_size,

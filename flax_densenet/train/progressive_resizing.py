@@ -11,8 +11,9 @@ import numbers
 
 from flax_densenet.errors import UserError
 from flax_densenet.models import network
+from flax_densenet.settings import sizes
 
-Schedule = tuple[tuple[float, int], ...]
+Schedule = tuple[tuple[float, sizes.Size], ...]
 
 
 def parse(value) -> Schedule:
@@ -20,21 +21,18 @@ def parse(value) -> Schedule:
 
     Args:
       value: `((share, size), ...)` or, of one, `(share, size)`: up to this share of
-        the epochs images have this many pixels a side; behind the last share they have
-        `data.image_size`.
+        the epochs images have this size, pixels per side or (height, width); behind
+        the last share they have `data.image_size`.
 
     Raises:
       UserError: it is not such a tuple.
     """
-    found = tuple(value)
-    if len(found) == 2 and not isinstance(found[0], list | tuple):
-        found = (found,)
+    found = _pairs(value)
     right = all(
         isinstance(pair, list | tuple)
         and len(pair) == 2
         and isinstance(pair[0], numbers.Real)
-        and isinstance(pair[1], int)
-        and 1 <= pair[1] <= 2**16
+        and _is_size(pair[1])
         for pair in found
     )
     shares = [0, *(pair[0] for pair in found)] if right else []
@@ -42,36 +40,65 @@ def parse(value) -> Schedule:
     if not right or not rising:
         raise UserError(
             f'data.size_schedule={value} must be shares of the epochs, rising up to 1, '
-            "each with the pixels a side that hold until then: '((0.5,16),(0.8,24))'"
+            "each with the pixels per side until then, '((0.5,16),(0.8,24))', or with "
+            "height and width, '((0.5,(16,8)),)'"
         )
-    return tuple((float(share), size) for share, size in found)
+    return tuple((float(share), sizes.parse(size)) for share, size in found)
 
 
-def check(value, module: network.Network):
-    """Raises `UserError` where the model cannot take one of the sizes."""
-    for _, size in parse(value):
+def _pairs(value):
+    """The pairs of share and size; a single one may be given by itself."""
+    found = tuple(value)
+    if len(found) == 2 and not isinstance(found[0], list | tuple):
+        return (found,)
+    return found
+
+
+def _is_size(value):
+    try:
+        sizes.check(sizes.parse(value))
+    except UserError:
+        return False
+    return not isinstance(value, str)
+
+
+def check(value, module: network.Network, last: sizes.Size):
+    """Raises `UserError` where the model cannot take one of the sizes.
+
+    Args:
+      last: `data.image_size`; if it is not square, each size has to be a pair.
+    """
+    for given, (_, size) in zip(_pairs(value), parse(value), strict=True):
+        if isinstance(given[1], int) and not isinstance(last, int):
+            raise UserError(
+                f'data.size_schedule={value}: data.image_size={sizes.plain(last)} is '
+                "not square, so give height and width of each size: '((0.5,(16,8)),)'"
+            )
         try:
-            module.check_image_size((size, size))
+            module.check_image_size(sizes.pair(size))
         except UserError as error:
             raise UserError(f'data.size_schedule={value}: {error}') from error
 
 
-def size_in(schedule: Schedule, epoch: int, *, epochs: int, last: int) -> int:
-    """Pixels a side in an epoch, counted from 1; `last` behind the schedule's end."""
+def size_in(
+    schedule: Schedule, epoch: int, *, epochs: int, last: sizes.Size
+) -> sizes.Size:
+    """The size in an epoch, counted from 1; `last` behind the schedule's end."""
     for share, size in schedule:
         if epoch <= round(share * epochs):
             return size
     return last
 
 
-def describe(schedule: Schedule, *, epochs: int, last: int) -> str:
+def describe(schedule: Schedule, *, epochs: int, last: sizes.Size) -> str:
     """Which sizes there are when, in words; empty where there is one size."""
     parts, begin = [], 0
     for share, size in schedule:
         end = round(share * epochs)
         if end > begin:  # of few epochs a share may have none
-            parts.append(f'{size}x{size} up to epoch {end}')
+            parts.append(f'{sizes.describe(size)} up to epoch {end}')
             begin = end
     if schedule and begin < epochs:
-        parts.append(f'then {last}x{last}' if parts else f'{last}x{last}')
+        shown = sizes.describe(last)
+        parts.append(f'then {shown}' if parts else shown)
     return ', '.join(parts)

@@ -20,6 +20,7 @@ from flax_densenet.data.augment import mixing as mixing_lib
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.distributed import zero
 from flax_densenet.models import initialization, network
+from flax_densenet.settings import sizes
 from flax_densenet.train import ema, feature_cache, finetune, progressive_resizing, step
 from flax_densenet.weights import transfer, weight_file
 
@@ -94,8 +95,8 @@ class TrainingRun:
             ema=train.ema,
         )
 
-    def size_in(self, epoch: int) -> int:
-        """Pixels a side of the training images in an epoch, counted from 1."""
+    def size_in(self, epoch: int) -> sizes.Size:
+        """Size of the training images in an epoch, counted from 1."""
         return progressive_resizing.size_in(
             progressive_resizing.parse(self.settings.augmentation.size_schedule),
             epoch,
@@ -103,7 +104,7 @@ class TrainingRun:
             last=self.source.train.image_size,
         )
 
-    def size_at(self, start: int) -> int:
+    def size_at(self, start: int) -> sizes.Size:
         """The same for the step behind the first `start` ones."""
         count, rows = len(self.source.train), self.batch_size
         # The first epoch with steps behind them (`step.last_step_of_epoch`).
@@ -167,8 +168,8 @@ def example_shapes(run: TrainingRun, start: int) -> dict[str, tuple]:
         features = train.features
         return shapes | {'features': ((1, 1, features.shape[1]), features.dtype)}
     preparation = examples_at(run, run.source, start).preparation
-    side = preparation.size
-    return shapes | {'image': ((side, side, preparation.channels), np.uint8)}
+    shape = *preparation.shape, preparation.channels
+    return shapes | {'image': (shape, np.uint8)}
 
 
 def train_batches(run: TrainingRun, source: dataset.Source, start: int, **loading):

@@ -17,6 +17,7 @@ import numpy as np
 from flax_densenet.data import images
 from flax_densenet.errors import UserError
 from flax_densenet.models import layers
+from flax_densenet.settings import sizes
 from flax_densenet.weights import channels as channels_lib
 from flax_densenet.weights import heads, weight_file
 
@@ -222,6 +223,7 @@ def prepare(
         settled = channels_lib.with_channels(settled, channels)
         weights = _with_channels(weights, channels)
     settled |= chosen
+    settled['image_size'] = sizes.parse(settled['image_size'])
     _check(settled)
     line = describe_preparation(weights, chosen, settled)
     if line:
@@ -283,10 +285,7 @@ def _check(fields):
             )
     if fields['channels'] not in (1, 3):
         raise UserError(f'data.channels={fields["channels"]} is not known; use 1, 3')
-    if not 0 < fields['image_size'] <= 2**16:
-        raise UserError(
-            f'data.image_size={fields["image_size"]} must be from 1 to {2**16}'
-        )
+    sizes.check(fields['image_size'])
     if not 0 < fields['crop_fraction'] <= 1:
         raise UserError(
             f'data.crop_fraction={fields["crop_fraction"]} must be above 0, at most 1'

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from flax_densenet.settings import sizes
 from flax_densenet.weights import heads
 
 # Nothing at inference, or nothing that changes values.
@@ -215,21 +216,21 @@ class _Front:
         shape = settings.get('batch_shape') or settings.get('batch_input_shape')
         if isinstance(shape, list) and len(shape) == 4 and self._size is None:
             height, width = shape[1:3]
-            if type(height) is int and height == width and 0 < height <= 2**16:
-                self._size = height
+            if sizes.are_sides(height, width):
+                self._size = sizes.parse((height, width))
         return True
 
     def _resize(self, settings):
         height, width = settings.get('height'), settings.get('width')
         filters = settings.get('interpolation', 'bilinear')
-        if type(height) is not int or height != width or not 0 < height <= 2**16:
+        if not sizes.are_sides(height, width):
             return False
         if filters not in ('bilinear', 'bicubic') or settings.get(
             'pad_to_aspect_ratio'
         ):
             return False
         self._resized = {
-            'image_size': height,
+            'image_size': sizes.parse((height, width)),
             'resize': 'crop' if settings.get('crop_to_aspect_ratio') else 'stretch',
             'interpolation': filters,
             'crop_fraction': 1.0,

@@ -12,8 +12,8 @@ from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.data import images
 from flax_densenet.errors import UserError
 from flax_densenet.models import tta
+from flax_densenet.settings import sizes
 
-LARGEST_IMAGE = 2**16  # side in pixels
 MOST_CLASSES = 10**6
 
 
@@ -81,8 +81,12 @@ def _are_names(value):
     )
 
 
-def _is_side(value):
-    return type(value) is int and 0 < value <= LARGEST_IMAGE
+def _is_size(value):
+    try:
+        sizes.check(sizes.parse(value))
+    except UserError:
+        return False
+    return type(value) is not str
 
 
 def _are_numbers(value):
@@ -106,7 +110,7 @@ def _is_share(value):
 _PARTS = {
     'model': _is_model,
     'class_names': _are_names,
-    'image_size': _is_side,
+    'image_size': _is_size,
     'mean': _are_numbers,
     'std': _are_numbers,
     'data': _is_object,

@@ -16,6 +16,7 @@ from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.data import images
 from flax_densenet.errors import UserError
 from flax_densenet.models import factory, network
+from flax_densenet.settings import sizes
 from flax_densenet.weights import metadata as metadata_lib
 from flax_densenet.weights import timm_network
 
@@ -98,7 +99,7 @@ def make(
       num_features: width of the classifier's input.
       license: of the weights.
     """
-    channels, size = preparation.channels, preparation.size
+    channels, shape = preparation.channels, preparation.shape
     # timm does not know this name: it lacks some networks that have the same arrays.
     unknown = f'flax_densenet/{metadata["model"].get("variant")}'
     name, arguments = timm_network.find(module, channels=channels) or (unknown, {})
@@ -112,7 +113,7 @@ def make(
         'label_names': metadata['class_names'],
         'model_args': arguments,
         'pretrained_cfg': {
-            'input_size': [channels, size, size],
+            'input_size': [channels, *shape],
             'fixed_input_size': False,
             'interpolation': preparation.interpolation,
             'crop_pct': crop,
@@ -120,7 +121,7 @@ def make(
             'mean': list(metadata['mean']),
             'std': list(metadata['std']),
             'num_classes': module.num_classes,
-            'pool_size': [module.last_map_side(size)] * 2,
+            'pool_size': [module.last_map_side(side) for side in shape],
             'first_conv': first,
             'classifier': last,
             'license': license,
@@ -271,7 +272,7 @@ def preprocessing_of(path: str, settings: dict[str, Any]) -> dict[str, Any]:
     for name, (is_good, wanted) in _PREPARATION.items():
         if not is_good(settings[name]):
             raise _wrong(path, f'pretrained_cfg.{name}', settings[name], wanted)
-    channels, size, _ = settings['input_size']
+    channels, *shape = settings['input_size']
     crop = float(settings['crop_pct'])
     resize = next(o for o, t in _CROPS.items() if t == settings['crop_mode'])
     if resize == 'stretch' and crop != 1:
@@ -282,7 +283,7 @@ def preprocessing_of(path: str, settings: dict[str, Any]) -> dict[str, Any]:
             wanted = f'a number for each of {channels} channels'
             raise _wrong(path, f'pretrained_cfg.{name}', settings[name], wanted)
     return dict(
-        image_size=size,
+        image_size=sizes.parse(shape),
         resize=resize,
         crop_fraction=crop,
         interpolation=settings['interpolation'],
@@ -298,8 +299,7 @@ def _is_size(value):
         and len(value) == 3
         and all(type(n) is int for n in value)
         and value[0] in (1, 3)
-        and value[1] == value[2]
-        and 0 < value[1] <= metadata_lib.LARGEST_IMAGE
+        and all(0 < side <= sizes.LARGEST for side in value[1:])
     )
 
 
@@ -318,7 +318,7 @@ def _is_one_of(names):
 
 
 _PREPARATION = {
-    'input_size': (_is_size, '[1 or 3, SIDE, SIDE]'),
+    'input_size': (_is_size, '[1 or 3, HEIGHT, WIDTH]'),
     'crop_pct': (_is_share, 'a share up to 1'),
     'crop_mode': (_is_one_of(_CROPS.values()), ' or '.join(_CROPS.values())),
     'interpolation': (

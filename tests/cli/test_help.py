@@ -72,8 +72,9 @@ def test_all_settings_are_listed_with_type_and_default(main):
     for name, owner in fields.items():
         kind = owner.get_type(name.rpartition('.')[2]).__name__
         found = re.search(
-            rf'^  {re.escape(name)}  \((\w+), default: (.*)\)$', out, re.M
+            rf'^  {re.escape(name)}  \(([\w ]+), default: (.*)\)$', out, re.M
         )
+        kind = 'int or tuple' if kind == 'object' else kind
         assert found and found[1] == kind, name
         value = owner[name.rpartition('.')[2]]
         if value not in (None, '', ()):

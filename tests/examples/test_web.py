@@ -182,12 +182,15 @@ def test_resizes_as_pillow(tmp_path):
             {'resize': 'crop', 'crop_fraction': 0.875},
             {'resize': 'crop', 'crop_fraction': 0.95, 'interpolation': 'bicubic'},
             {'resize': 'crop', 'channels': 1},
+            {'size': (SIZE, SIZE // 2), 'resize': 'crop', 'crop_fraction': 0.9},
+            {'size': (SIZE // 2, SIZE), 'resize': 'stretch'},
         ):
-            how = images.Preparation(SIZE, **way)
+            how = images.Preparation(**{'size': SIZE, **way})
             image = Image.fromarray(pixels).convert('RGB')
             expected.append(images.prepare_image(image, how).ravel().tolist())
             model = {
-                'size': how.size,
+                'height': how.shape[0],
+                'width': how.shape[1],
                 'resize': how.resize,
                 'cropFraction': how.crop_fraction,
                 'interpolation': how.interpolation,

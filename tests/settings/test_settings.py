@@ -11,6 +11,7 @@ from configs import base
 from flax_densenet import UserError, settings
 from flax_densenet.data import dataset
 from flax_densenet.models import densenet, factory, rdnet
+from flax_densenet.settings import sizes
 from helpers.paths import ROOT
 
 
@@ -41,8 +42,35 @@ def test_base_and_the_dataclasses_have_the_same_fields():
         plain = [k for k in typing.get_args(kinds[name]) if k is not type(None)]
         is_open = type(None) in typing.get_args(kinds[name])
         plain = plain[0] if is_open else kinds[name]
-        assert (typing.get_origin(plain) or plain) is kind, name
+        plain = object if plain == sizes.Size else typing.get_origin(plain) or plain
+        assert plain is kind, name
         assert is_open == (default is None), name
+
+
+@pytest.mark.parametrize(
+    ('value', 'size'),
+    [
+        (32, 32), ('32', 32), ('(32)', 32), ([32, 32], 32), ('32x32', 32),
+        ((32, 16), (32, 16)), ([32, 16], (32, 16)), ('32,16', (32, 16)),
+        ('(32, 16)', (32, 16)), ('[32,16]', (32, 16)), ('32X16', (32, 16)),
+    ],
+)  # fmt: skip
+def test_a_size_is_a_side_or_height_and_width(value, size):
+    made = settings.from_config({'data': {'image_size': value}})
+    assert made.preparation.image_size == size
+    assert type(made.preparation.image_size) is type(size)
+    assert sizes.parse(sizes.plain(size)) == size
+    saved = json.loads(json.dumps(settings.to_config(made)))
+    assert settings.from_saved(saved) == made
+
+
+@pytest.mark.parametrize(
+    'value',
+    [True, 8.5, '8.5', 'x', '', None, (8,), (8, 8, 3), (8, '4'), (True, 8), '-8', {}],
+)
+def test_what_is_no_size_is_refused(value):
+    with pytest.raises(UserError, match=r"data\.image_size=.* as '\(100,50\)'"):
+        settings.from_config({'data': {'image_size': value}})
 
 
 def test_functions_take_the_fields():

@@ -46,9 +46,9 @@ export async function loadClassifier(name, bytes) {
   };
 }
 
-function findFault(session, { size, channels, labels }) {
+function findFault(session, { height, width, channels, labels }) {
   const [input] = session.inputMetadata;
-  const wanted = [1, size, size, channels];
+  const wanted = [1, height, width, channels];
   if (session.inputNames.length !== 1 || input.name !== INPUT) {
     return `its inputs are ${session.inputNames.join(', ')}, not ${INPUT} alone`;
   }
@@ -81,9 +81,10 @@ function describe({ isTensor, type, shape }) {
 }
 
 /** [{label, share}] of all classes, the likeliest first. */
-async function classify(session, { size, channels, labels }, pixels) {
+async function classify(session, { height, width, channels, labels }, pixels) {
+  const shape = [1, height, width, channels];
   // A copy, as what goes to a worker is gone from here.
-  const image = new ort.Tensor('uint8', pixels.slice(), [1, size, size, channels]);
+  const image = new ort.Tensor('uint8', pixels.slice(), shape);
   let shares;
   try {
     shares = (await session.run({ [INPUT]: image }, [OUTPUT]))[OUTPUT].data;

@@ -49,6 +49,12 @@ export function readMetadata(bytes) {
   return found;
 }
 
+// A side in pixels, or `HEIGHT,WIDTH`.
+function readSize(text) {
+  const [height, width = height, ...more] = text.split(',').map(Number);
+  return more.length ? { height: NaN } : { height, width };
+}
+
 /** What the page needs to know of a model, checked; `name` is that of its file. */
 export function readModel(name, bytes) {
   let metadata;
@@ -77,7 +83,7 @@ export function readModel(name, bytes) {
     name,
     bytes: bytes.length,
     labels: get('labels', JSON.parse, (all) => all.length > 0 && all.every(isText)),
-    size: get('image_size', Number, positive),
+    ...get('image_size', readSize, (size) => Object.values(size).every(positive)),
     channels: get('channels', Number, (n) => n === 1 || n === 3),
     resize: get('resize', String, (one) => RESIZES.includes(one)),
     cropFraction: get('crop_fraction', Number, (n) => n > 0 && n <= 1),

@@ -133,7 +133,7 @@ function percent(share) {
 // The picture, in it what the model gets of it, and beside it what that becomes.
 function showPicture(file, { width, height }, pixels) {
   const { model } = classifier;
-  const { size, channels } = model;
+  const { channels } = model;
   URL.revokeObjectURL($('picture').src);
   $('picture').src = URL.createObjectURL(file);
   $('picture').classList.toggle('tiny', width < 128);
@@ -151,10 +151,11 @@ function showPicture(file, { width, height }, pixels) {
   $('square').hidden = whole;
 
   const canvas = $('seen');
-  canvas.width = canvas.height = size;
-  canvas.classList.toggle('tiny', size < 64);
-  const image = new ImageData(size, size);
-  for (let i = 0; i < size * size; i++) {
+  canvas.width = model.width;
+  canvas.height = model.height;
+  canvas.classList.toggle('tiny', Math.min(model.width, model.height) < 64);
+  const image = new ImageData(model.width, model.height);
+  for (let i = 0; i < model.width * model.height; i++) {
     for (let c = 0; c < 3; c++) {
       image.data[4 * i + c] = pixels[channels * i + (c % channels)];
     }
@@ -163,8 +164,8 @@ function showPicture(file, { width, height }, pixels) {
   canvas.getContext('2d').putImageData(image, 0, 0);
   const part = whole ? 'the whole picture' : 'the part in the frame';
   const gray = channels === 1 ? ' in gray' : '';
-  const square = `${size}\u00a0×\u00a0${size}`; // on one line
-  $('meaning').textContent = `The model gets ${part}, as ${square} pixels${gray}.`;
+  const seen = `${model.width}\u00a0×\u00a0${model.height}`; // on one line
+  $('meaning').textContent = `The model gets ${part}, as ${seen} pixels${gray}.`;
 
   const isNew = $('result').hidden;
   $('result').hidden = false;
@@ -188,13 +189,16 @@ function showModel(model) {
     : 'It chooses among these alone, also when the picture shows something else.';
   $('about').textContent = `This model, ${model.variant}, knows ${named}. ${way}`;
   const share = Number((100 * model.cropFraction).toFixed(1));
-  const crop = `a square in the middle, ${share} % of the shorter side`;
+  const isSquare = model.width === model.height;
+  const shape = isSquare ? 'a square' : 'a rectangle';
+  const whole = isSquare ? 'the shorter side' : 'the largest that fits';
+  const crop = `${shape} in the middle, ${share} % of ${whole}`;
   const color = model.channels === 1 ? 'gray' : 'color';
   const facts = {
     File: `${model.name}, ${describeSize(model.bytes)}`,
     Network: model.variant,
     Picture:
-      `${model.size} × ${model.size} pixels, ${color}; ` +
+      `${model.width} × ${model.height} pixels, ${color}; ` +
       `${model.resize === 'crop' ? crop : 'the whole picture'}, ${model.interpolation}`,
     'Runs in': `${describeRuntime()}, on this machine's processor`,
   };

@@ -1,4 +1,4 @@
-// How an image becomes the square that a model takes, in the numbers of
+// How an image becomes the one that a model takes, in the numbers of
 // flax_densenet/images.py. A canvas resizes as its browser likes, so the resizing is
 // done here, as Pillow does it: to the same 8-bit values. Only of images twice as tall
 // as wide they may be one off, as Pillow 13 begins with their columns.
@@ -18,19 +18,23 @@ const BITS = 22; // Pillow's weights are whole numbers, of 2^22
 
 /**
  * The part of an image that the model gets: [left, top, right, bottom] in pixels of the
- * image, with fractions. All of it for `stretch`, a square in its middle for `crop`.
+ * image, with fractions. All of it for `stretch`, a part in its middle for `crop`.
  */
 export function findBox(width, height, model) {
-  const { size, resize, cropFraction } = model;
+  const { resize, cropFraction } = model;
   if (resize === 'stretch') return [0, 0, width, height];
-  const [side, short] = [Math.trunc(size / cropFraction), Math.min(width, height)];
-  const parts = [width, height].map((n) => {
-    const shape = n === short ? side : Math.trunc((side * n) / short);
-    return { start: roundToEven((shape - size) / 2), scale: n / shape };
+  const sides = [width, height];
+  const wanted = [model.width, model.height];
+  const whole = wanted.map((n) => Math.trunc(n / cropFraction));
+  const limit = whole[0] * height < whole[1] * width ? 1 : 0;
+  const parts = sides.map((n, i) => {
+    const shape = Math.trunc((whole[limit] * n) / sides[limit]);
+    const start = roundToEven((shape - wanted[i]) / 2);
+    return { start, end: start + wanted[i], scale: n / shape };
   });
   return [
     ...parts.map(({ start, scale }) => start * scale),
-    ...parts.map(({ start, scale }) => (start + size) * scale),
+    ...parts.map(({ end, scale }) => end * scale),
   ];
 }
 
@@ -39,19 +43,19 @@ export function findBox(width, height, model) {
  *
  * @param {{data: Uint8ClampedArray, width: number, height: number}} image RGBA, opaque.
  * @param {object} model of readModel.
- * @returns {Uint8Array} [size, size, channels]
+ * @returns {Uint8Array} [height, width, channels]
  */
 export function prepare({ data, width, height }, model) {
-  const { size, channels, interpolation } = model;
+  const { channels, interpolation } = model;
   let rgb;
-  if (width === size && height === size) {
+  if (width === model.width && height === model.height) {
     rgb = dropAlpha(data);
   } else {
     const [left, top, right, bottom] = findBox(width, height, model);
     const filter = FILTERS[interpolation];
-    const across = makeTaps(width, left, right, size, filter);
-    const down = makeTaps(height, top, bottom, size, filter);
-    rgb = resizeColumns(resizeRows(data, width, height, across), size, down);
+    const across = makeTaps(width, left, right, model.width, filter);
+    const down = makeTaps(height, top, bottom, model.height, filter);
+    rgb = resizeColumns(resizeRows(data, width, height, across), model.width, down);
   }
   return channels === 1 ? toGray(rgb) : rgb;
 }

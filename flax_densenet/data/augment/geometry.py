@@ -39,20 +39,26 @@ def shift(image, rng):
 def crop(image, rng):
     """A random part (8 to 100% of the area, aspect 3:4 to 4:3) at the full size.
 
-    The random-resized crop of Szegedy et al., arXiv 1409.4842, section 6.
+    The random-resized crop of Szegedy et al., arXiv 1409.4842, section 6. The aspect is
+    relative to that of the image.
     """
     height, width = image.shape[:2]
-    picture, box = as_picture(image), crop_part((width, height), rng)
+    picture = as_picture(image)
+    box = crop_part((width, height), rng, aspect=width / height)
     picture = picture.resize((width, height), Image.Resampling.BILINEAR, box=box)
     return to_array(picture)
 
 
-def crop_part(size, rng):
-    """The box of `crop` in an image of (width, height): left, top, right, bottom."""
+def crop_part(size, rng, *, aspect: float = 1.0):
+    """The box of `crop` in an image of (width, height): left, top, right, bottom.
+
+    Args:
+      aspect: width by height of the image that the part becomes.
+    """
     width, height = size
     for _ in range(10):
         area = height * width * rng.uniform(0.08, 1.0)
-        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3))) * aspect
         new_width = round(math.sqrt(area * ratio))
         new_height = round(math.sqrt(area / ratio))
         if 0 < new_width <= width and 0 < new_height <= height:

@@ -1,0 +1,98 @@
+"""How an image becomes the array that a model takes."""
+
+import dataclasses
+
+import numpy as np
+from PIL import Image
+
+from flax_densenet.settings import sizes
+
+RESIZES = ('stretch', 'crop')
+INTERPOLATIONS = {
+    'bilinear': Image.Resampling.BILINEAR,
+    'bicubic': Image.Resampling.BICUBIC,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preparation:
+    """How to make the image that a model takes.
+
+    Attributes:
+      size: side of a square in pixels, or (height, width); 0 keeps the image's own
+        shape.
+      resize: `stretch` uses the entire image, `crop` the largest part in its center
+        that has the shape of `size`.
+      crop_fraction: share of that part's height and width that is kept, for `crop`. It
+        is 0.875 (224 of 256) in torchvision and timm.
+      interpolation: `bilinear` or `bicubic`, both with antialiasing.
+      window: values of images of more than 8 bits that become black and white; None:
+        16 bits are from 0 to 65535, floats from 0 to 1 or to 255.
+      channels: 3 for color, 1 for gray.
+    """
+
+    size: sizes.Size = 0
+    resize: str = 'stretch'
+    crop_fraction: float = 1.0
+    interpolation: str = 'bilinear'
+    channels: int = 3
+    window: tuple[float, float] | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, 'size', sizes.parse(self.size))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width in pixels; zeros if the image keeps its own."""
+        return sizes.pair(self.size)
+
+    @property
+    def shape_text(self) -> str:
+        """Height x width, as `224x224`."""
+        return sizes.describe(self.size)
+
+    def decode_shape(self) -> tuple[int, int]:
+        """Height and width that an image needs to have so that it is not enlarged."""
+        height, width = self.shape
+        return int(height / self.crop_fraction), int(width / self.crop_fraction)
+
+    def least(self) -> tuple[int, int] | None:
+        """Width and height down to which an image may be reduced before `apply`."""
+        height, width = self.decode_shape()
+        return (2 * width, 2 * height) if self.size else None
+
+    def apply(self, image: Image.Image) -> np.ndarray:
+        """An RGB image to uint8 `[height, width, channels]`."""
+        if self.size and image.size != self.shape[::-1]:
+            image = self._resize(image)
+        if self.channels == 1:
+            return np.asarray(image.convert('L'))[..., None]
+        return np.asarray(image)
+
+    def apply_to_part(self, image: Image.Image, box) -> Image.Image:
+        """Resizes the part (left, top, right, bottom) of an RGB image; RGB or L."""
+        image = image.resize(
+            self.shape[::-1], INTERPOLATIONS[self.interpolation], box=box
+        )
+        return image.convert('L') if self.channels == 1 else image
+
+    def _resize(self, image):
+        filter_, size = INTERPOLATIONS[self.interpolation], self.shape[::-1]
+        if self.resize == 'stretch':
+            return image.resize(size, filter_)
+        # Rounds like torchvision's Resize and CenterCrop: the side that limits (of a
+        # square the shorter one) to an integer, the other one down, the offset to the
+        # nearest even number.
+        enough = self.decode_shape()[::-1]
+        limit = int(enough[0] * image.height < enough[1] * image.width)
+        shape = [int(enough[limit] * n / image.size[limit]) for n in image.size]
+        left, top = (round((n - m) / 2) for n, m in zip(shape, size, strict=True))
+        # Only the part that is kept is computed.
+        scale = [n / m for n, m in zip(image.size, shape, strict=True)]
+        box = (
+            left * scale[0],
+            top * scale[1],
+            (left + size[0]) * scale[0],
+            (top + size[1]) * scale[1],
+        )
+        return image.resize(size, filter_, box=box)

@@ -17,11 +17,10 @@ meta = session.get_modelmeta().custom_metadata_map
 labels = json.loads(meta['labels'])
 height, width = (2 * [int(n) for n in meta['image_size'].split(',')])[:2]
 filter_ = Image.Resampling[meta['interpolation'].upper()]
-whole = int(height / float(meta['crop_fraction']))
 for path in sys.argv[2:]:
     image = ImageOps.exif_transpose(Image.open(path)).convert('RGB')
     if meta['resize'] == 'crop':
-        bleed = (1 - height / whole) / 2  # left out at each edge
+        bleed = (1 - float(meta['crop_fraction'])) / 2  # left out at each edge
         image = ImageOps.fit(image, (width, height), filter_, bleed)
     image = image.resize((width, height), filter_)
     image = image.convert('L' if meta['channels'] == '1' else 'RGB')

@@ -104,9 +104,15 @@ def _describe_model(trained, measured):
     return {
         'variant': metadata['model'].get('variant') or 'DenseNet',
         'which': measured.model,
-        'image_size': trained_lib.preparation_of(metadata).shape_text,
+        'image_size': _describe_size(trained_lib.preparation_of(metadata)),
         'made': datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
     }
+
+
+def _describe_size(preparation):
+    text = preparation.shape_text.replace('x', '×')
+    height, width = preparation.shape
+    return text if height == width else f'{text} (height × width)'
 
 
 def _headline(found):

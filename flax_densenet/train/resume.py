@@ -159,7 +159,10 @@ def find_changes(
 
 
 def _plain(value):
-    return list(value) if isinstance(value, tuple) else value
+    """As JSON has it, with lists for tuples."""
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value
 
 
 def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:

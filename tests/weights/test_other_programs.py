@@ -310,6 +310,16 @@ def test_layers_in_front_of_keras(front, mean, std):
     assert found.preparation['std'] == pytest.approx((std,) * 3)
 
 
+def test_sizes_of_keras():
+    size = {'height': 3, 'width': 4, 'crop_to_aspect_ratio': True}
+    front = [layer('InputLayer', batch_shape=[None, 90, 60, 3])]
+    made = [keras_head.read({'layers': [*front, NETWORK]}, {})]
+    front.append(layer('Resizing', **size))
+    made.append(keras_head.read({'layers': [*front, NETWORK]}, {}))
+    assert [one.preparation['image_size'] for one in made] == [(90, 60), (3, 4)]
+    assert made[1].preparation['resize'] == 'crop'
+
+
 @pytest.mark.parametrize(
     'strange',
     [
@@ -317,7 +327,7 @@ def test_layers_in_front_of_keras(front, mean, std):
         layer('GetItem'),
         layer('Rescaling', scale=-1.0, offset=0),
         layer('Normalization'),
-        layer('Resizing', height=3, width=4),
+        layer('Resizing', height=3, width=4, interpolation='nearest'),
         operation('Power', 2.0),
     ],
 )

@@ -14,9 +14,10 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
 
     # Start from these weights: a file of PyTorch (.pth), safetensors or Keras (.h5,
-    # .keras), a folder of the Hugging Face Hub (config.json and model.safetensors), or
-    # the folder of a run. A checkpoint in --workdir comes first. The classifier starts
-    # from random values if the classes differ.
+    # .keras), a folder of the Hugging Face Hub (config.json and model.safetensors), the
+    # folder of a run, or the name of published weights such as densenet121 or
+    # hf:OWNER/NAME (see the command weights). A checkpoint in --workdir comes first.
+    # The classifier starts from random values if the classes differ.
     config.init_from = ''
 
     # The network. A field that is not set is as in init_from, else as the variant has

@@ -27,9 +27,10 @@ if TYPE_CHECKING:
     from flax_densenet.inference.predictor import load_trained as load_trained
     from flax_densenet.models.densenet import DenseNet
     from flax_densenet.models.factory import VARIANTS as VARIANTS
-    from flax_densenet.models.factory import create_model
     from flax_densenet.models.initialization import init_variables
     from flax_densenet.models.rdnet import RDNet
+    from flax_densenet.weights.create import create_model
+    from flax_densenet.weights.published import list_weights
 
 __all__ = [
     'DenseNet',
@@ -43,6 +44,7 @@ __all__ = [
     'get_config',
     'init_variables',
     'list_models',
+    'list_weights',
     'load',
     'train',
 ]
@@ -52,11 +54,12 @@ _PLACES = {
     'Predictor': 'inference.predictor',
     'RDNet': 'models.rdnet',
     'UserError': 'errors',
-    'create_model': 'models.factory',
+    'create_model': 'weights.create',
     'evaluate': 'api',
     'get_config': 'api',
     'init_variables': 'models.initialization',
     'list_models': 'api',
+    'list_weights': 'weights.published',
     'load': 'api',
     # Former names of `list_models` and `load`.
     'VARIANTS': 'models.factory',

@@ -158,7 +158,9 @@ def load(
 
     Args:
       path: a run's folder, whose best checkpoint is taken; a file of weights
-        (torchvision, timm, Keras, safetensors); or a folder as on the Hugging Face Hub.
+        (torchvision, timm, Keras, safetensors); a folder as on the Hugging Face Hub; or
+        a name of `list_weights`, `hf:OWNER/NAME[@REVISION]` or
+        `https://...#sha256=DIGEST`, which is downloaded once.
       batch_size: images computed at a time, at most.
       tta: test-time augmentation, `none` or `flip`; by default as in training.
       class_names: in the order of the outputs, or a file of them, for weights that do

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 
 from flax_densenet.errors import UserError
 from flax_densenet.system import paths
@@ -31,9 +32,14 @@ def place_model_and_data(positionals: list[str]) -> list[tuple[str, str]]:
 
 def place_measured(model: str) -> list[tuple[str, str]]:
     """A model that files are written for: next to a run, else into a new folder."""
-    if not os.path.isfile(paths.expand(model)):
+    from flax_densenet.weights import published
+
+    if published.is_name(model):
+        folder = re.sub(r'\W+', '-', model.partition('#')[0]) + '-eval'
+    elif os.path.isfile(paths.expand(model)):
+        folder = f'{pathlib.PurePath(model).stem}-eval'
+    else:
         return [('workdir', model)]
-    folder = f'{pathlib.PurePath(model).stem}-eval'
     return [('config.init_from', model), ('workdir', os.path.join('ckpt', folder))]
 
 

@@ -12,6 +12,7 @@ from flax_densenet.cli import (
     summary,
     sweep,
     train,
+    weights,
 )
 
 # In the order of --help; the first is the default.
@@ -19,6 +20,6 @@ COMMANDS = {
     module.COMMAND.name: module.COMMAND
     for module in (
         *(train, evaluate, report, predict, export, serve),
-        *(sweep, lr_find, pack, summary, settings),
+        *(sweep, lr_find, pack, summary, weights, settings),
     )
 }

@@ -121,6 +121,10 @@ class Invocation:
     def workdir(self) -> str:
         """--workdir, by default ckpt/ and the name of the recipe."""
         if self.flags.workdir:
+            from flax_densenet.weights import published
+
+            if self.command.name != 'train' and published.is_name(self.flags.workdir):
+                return self.flags.workdir  # a model in place of a run
             return paths.resolve(self.flags.workdir, '--workdir=')
         return default_workdir(self.recipe)
 

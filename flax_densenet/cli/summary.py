@@ -36,7 +36,8 @@ def run(invocation: options.Invocation):
 def _place(positionals):
     arguments.check_count(positionals, 'MODEL')
     name = positionals[0]
-    if os.path.exists(paths.expand(name)):
+    # The name of a network alone is shown without its weights.
+    if os.path.exists(paths.expand(name)) or ':' in name:
         return [('config.init_from', name)]
     return [('config.model.variant', name)]
 

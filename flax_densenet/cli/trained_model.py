@@ -23,12 +23,12 @@ def find(invocation: options.Invocation, workdir: str | None = None) -> str:
       UserError: there is neither.
     """
     from flax_densenet.checkpoints import reader as checkpoint_reader
-    from flax_densenet.weights import weight_file
+    from flax_densenet.weights import published, weight_file
 
     workdir = workdir or invocation.workdir
     start = invocation.fields['init_from']
     if start and not checkpoint_reader.has_checkpoint(workdir):
-        if not os.path.exists(paths.expand(start)):
+        if not published.is_name(start) and not os.path.exists(paths.expand(start)):
             raise UserError(f'--config.init_from={start}: there is no such file')
         return start
     if not weight_file.is_weights(workdir):

@@ -30,6 +30,7 @@ from flax_densenet.inference.prediction import Explanation, Prediction
 from flax_densenet.models import layers
 from flax_densenet.system import paths
 from flax_densenet.weights import choices as choices_lib
+from flax_densenet.weights import published, weight_file
 from flax_densenet.weights import trained as trained_lib
 
 
@@ -277,7 +278,7 @@ def load_trained(
 
     Args:
       path: the folder of a run, whose best checkpoint is used, or a file or folder of
-        weights (see `weight_file.load`).
+        weights, or a name of published ones (see `weight_file.load`).
       batch_size: the largest number of images that are computed at a time.
       mesh: the devices to use; None for all.
       tta: test-time augmentation, instead of the run's `data.tta`.
@@ -290,11 +291,12 @@ def load_trained(
     Raises:
       UserError: the file or folder does not exist, or has no trained model.
     """
-    path = paths.resolve(path, 'the model ')
-    if not os.path.exists(path):
+    if not published.is_name(path):
+        path = paths.resolve(path, 'the model ')
+    if not weight_file.is_weights(path) and not os.path.exists(path):
         raise UserError(
-            f'{path}: there is no such file or folder; give the folder of a run or a '
-            'file of weights'
+            f'{path}: there is no such file or folder; give the folder of a run, a '
+            'file of weights or the name of published ones'
         )
     choices = choices_lib.make(class_names, outputs, data)
     trained = trained_lib.load_trained(path, 'best', mesh=mesh, choices=choices)

@@ -108,7 +108,7 @@ def resolve_model(
     given = {name: value for name, value in vars(model).items() if value is not None}
     if weights is None:
         return dataclasses.replace(model, variant=given.get('variant', _VARIANT))
-    _check_architecture(given, weights)
+    check_architecture(given, weights)
     others = weights.module.head_fields
     theirs = {k: v for k, v in weights.fields.items() if k not in others}
     for name in ('epsilon', 'padding'):
@@ -118,7 +118,7 @@ def resolve_model(
     return dataclasses.replace(model, **{**theirs, **ours})
 
 
-def _check_architecture(given, weights):
+def check_architecture(given, weights):
     """Raises where fields of the config say another network than the weights are of."""
     theirs = architecture.of_variant(**_architecture_fields(weights.fields))
     ours = {k: v for k, v in given.items() if k in architecture.FIELDS}

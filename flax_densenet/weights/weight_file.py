@@ -27,6 +27,7 @@ from flax_densenet.weights import (
     heads,
     keras_files,
     keras_head,
+    published,
     rdnet_names,
     timm_config,
     torch_content,
@@ -123,12 +124,16 @@ def load(path: str) -> Weights:
     Args:
       path: a file of PyTorch (`.pth`, `.pt`, `.pth.tar`), safetensors or Keras (`.h5`,
         `.weights.h5`, `.keras`), a folder of the Hugging Face Hub, or the folder of a
-        run, whose best checkpoint is used. Names of files do not matter.
+        run, whose best checkpoint is used. Names of files do not matter. Or a name of
+        published weights (`published.is_name`), which are downloaded first.
 
     Raises:
       UserError: the file is corrupt, holds neither a DenseNet nor an RDNet, or arrays
         are missing, unexpected or of another shape.
     """
+    if published.is_name(path):
+        found = published.fetch(path)
+        return found.describe(load(found.path))
     path = paths.resolve(path, 'init_from=')
     if os.path.isdir(path):
         return (_load_folder if is_weights(path) else _load_run)(path)
@@ -142,7 +147,11 @@ def load(path: str) -> Weights:
 
 
 def is_weights(path: str) -> bool:
-    """Whether this is a file or a folder of the Hub, and not the folder of a run."""
+    """Whether this is a file, a folder of the Hub or a name of published weights, and
+    not the folder of a run.
+    """
+    if published.is_name(path):
+        return True
     path = paths.expand(path)
     return os.path.isfile(path) or timm_config.is_folder(path)
 

@@ -37,6 +37,7 @@ def model(trained):
 def test_names():
     assert set(flax_densenet.__all__) == {
         *('create_model', 'init_variables', 'list_models', 'load', 'train'),
+        'list_weights',
         *('evaluate', 'export', 'get_config', 'DenseNet', 'RDNet', 'Predictor'),
         *('UserError', '__version__'),
     }
@@ -54,6 +55,7 @@ def test_names():
     [
         *(api.evaluate, api.export, api.get_config, api.list_models, api.load),
         *(api.train, flax_densenet.create_model, flax_densenet.init_variables),
+        flax_densenet.list_weights,
     ],
 )
 def test_every_argument_is_documented_and_typed(function):

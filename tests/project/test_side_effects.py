@@ -35,8 +35,13 @@ def load(names):
     for name in names:
         importlib.import_module(name)
 
+def refuse(*arguments, **options):
+    print('a connection', arguments)
+
 others, ours = json.loads(sys.argv[1])
 load(others)  # what they do themselves is not ours
+import socket
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
 imported = run(lambda: load(ours))
 from flax_densenet.system import process
 print(json.dumps([imported, run(lambda: process.set_up(deterministic=True))]))

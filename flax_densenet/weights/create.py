@@ -1,0 +1,97 @@
+"""`create_model` of the public API: a network by name, or with trained weights."""
+
+import logging
+import os
+from typing import Any, overload
+
+from flax_densenet.errors import UserError
+from flax_densenet.models import factory, initialization, network
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@overload
+def create_model(
+    variant: str, *, num_classes: int, weights: None = None, **fields: Any
+) -> network.Network: ...
+
+
+@overload
+def create_model(
+    variant: str | None = None,
+    *,
+    num_classes: int | None = None,
+    weights: str | os.PathLike[str],
+    **fields: Any,
+) -> tuple[network.Network, dict[str, Any]]: ...
+
+
+def create_model(
+    variant: str | None = None,
+    *,
+    num_classes: int | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    **fields: Any,
+) -> network.Network | tuple[network.Network, dict[str, Any]]:
+    """Makes a DenseNet (arXiv 1608.06993) or an RDNet (arXiv 2403.19588) by name.
+
+        model = create_model('densenet121', num_classes=10)
+        model, variables = create_model(weights='torchvision:densenet121')
+        model, variables = create_model('densenet121', weights='densenet121',
+                                        num_classes=10)  # with a new classifier
+
+    Args:
+      variant: a name of `list_models`, or any `L<depth>k<growth rate>` with `B-`, `C-`
+        or `BC-` before it. Optional with weights, which have one.
+      num_classes: width of the classifier; 0 for none: the outputs are the pooled
+        features. Optional with weights. If the weights have another number of classes,
+        the classifier starts from random values.
+      weights: a name of `list_weights`, or what else `load` takes.
+      **fields: fields of `DenseNet` or `RDNet` that differ from the variant's; None
+        keeps the variant's own.
+
+    Returns:
+      A Flax Linen module; with weights, the module and its variables. With `variables`
+      of `init_variables` or of weights, `model.apply(variables, images)` maps images,
+      float `[N, H, W, C]` and normalized, to logits float32 `[N, num_classes]`. In
+      training, `model.apply(variables, images, train=True, mutable=['batch_stats'])`
+      also returns the updated statistics.
+
+    Raises:
+      UserError: an unknown variant, field or name of weights, or an invalid value.
+    """
+    if weights is not None:
+        return _with_weights(variant, num_classes, os.fspath(weights), fields)
+    if variant is None or num_classes is None:
+        raise UserError(
+            f'create_model needs a {"variant" if variant is None else "num_classes"}, '
+            'unless there are weights'
+        )
+    return factory.create_model(variant, num_classes=num_classes, **fields)
+
+
+def _with_weights(variant, num_classes, path, fields):
+    """The network of weights and its variables, with a new classifier if need be."""
+    # Networks alone need none of what reads files.
+    from flax_densenet.weights import transfer, weight_file
+
+    found = weight_file.load(path)
+    given = {name: value for name, value in fields.items() if value is not None}
+    named = given if variant is None else given | {'variant': variant}
+    transfer.check_architecture(named, found)
+    count = found.num_classes if num_classes is None else num_classes
+    theirs, params = found.fields, dict(found.variables['params'])
+    if not count or count != found.num_classes:
+        params.pop('classifier', None)
+        others = found.module.head_fields
+        theirs = {name: value for name, value in theirs.items() if name not in others}
+    module = factory.create_model(num_classes=count, **theirs | given)
+    if count and count != found.num_classes:
+        _LOGGER.info(
+            f'{found.path}: {found.num_classes or "no"} classes there, {count} here: '
+            'the classifier starts from random values'
+        )
+        channels = found.preprocessing['channels']
+        fresh = initialization.init_variables(module, seed=0, channels=channels)
+        params['classifier'] = fresh['params']['classifier']
+    return module, found.variables | {'params': params}

@@ -1,0 +1,130 @@
+"""Folders of weights from the Hugging Face Hub, through its own library.
+
+`huggingface_hub` keeps them in its cache and knows its token, `HF_ENDPOINT` and
+`HF_HUB_OFFLINE`.
+"""
+
+import logging
+import os
+import re
+
+from flax_densenet import errors
+from flax_densenet.errors import UserError
+from flax_densenet.weights import download, timm_config
+
+_LOGGER = logging.getLogger(__name__)
+_SHA256 = re.compile('[0-9a-f]{64}')
+
+
+def fetch(repo: str, revision: str | None = None) -> str:
+    """The local folder of a repository: its config.json and its weights, no more.
+
+    Args:
+      repo: `OWNER/NAME`.
+      revision: a branch, a tag or a commit; None for the default branch.
+
+    Raises:
+      UserError: huggingface_hub is not installed, or the files cannot be had.
+    """
+    name = f'hf:{repo}' + (f'@{revision}' if revision else '')
+    with errors.extra('hub', name):
+        import huggingface_hub
+        from huggingface_hub import errors as hub_errors
+
+    def get(file, revision):
+        return huggingface_hub.hf_hub_download(
+            repo,
+            file,
+            revision=revision,
+            library_name='flax_densenet',
+            endpoint=endpoint(),
+        )
+
+    try:
+        folder = os.path.dirname(get(timm_config.CONFIG_FILE, revision))
+        # Of the same commit, if the branch moves meanwhile.
+        commit = os.path.basename(folder)
+        for file in timm_config.WEIGHT_FILES:
+            try:
+                _check_digest(name, get(file, commit))
+                break
+            except hub_errors.LocalEntryNotFoundError:
+                raise
+            except hub_errors.EntryNotFoundError:
+                continue
+        else:
+            wanted = ' or '.join(timm_config.WEIGHT_FILES)
+            raise UserError(f'{name} has a config.json but no {wanted}; use another')
+    except UserError:
+        raise
+    except Exception as error:
+        line = explain(name, repo, error)
+        if line is None:
+            raise
+        raise UserError(line) from error
+    _LOGGER.info(f'{name}: commit {commit[:12]}, in {folder}')
+    return folder
+
+
+def endpoint() -> str:
+    """The address of the Hub: `HF_ENDPOINT`, by default https://huggingface.co."""
+    from huggingface_hub import constants
+
+    # The library reads it once, when it is imported.
+    return os.environ.get('HF_ENDPOINT', '').rstrip('/') or constants.ENDPOINT
+
+
+def _check_digest(name, path):
+    """Raises unless a file has the SHA-256 that is its name in the cache."""
+    known = os.path.basename(os.path.realpath(path))
+    if _SHA256.fullmatch(known) and (found := download.digest(path)) != known:
+        place = os.path.realpath(path)
+        raise UserError(
+            f'{name}: the SHA-256 of {place} is {found}, not that of its name; remove '
+            'it, and the next call downloads it again'
+        )
+
+
+def explain(name: str, repo: str, error: Exception) -> str | None:
+    """The line for an error of huggingface_hub; None for any other error."""
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub_errors
+
+    page = f'{endpoint()}/{repo}'
+    login = '`hf auth login` or the environment variable HF_TOKEN'
+    status = getattr(getattr(error, 'response', None), 'status_code', None)
+    if isinstance(error, hub_errors.GatedRepoError):
+        return f'{name} is gated: accept its terms at {page}, and log in with {login}'
+    if isinstance(error, hub_errors.RepositoryNotFoundError):
+        return (
+            f'{name}: there is no such repository at {endpoint()}, or it is '
+            f'private: log in with {login}'
+        )
+    if isinstance(error, hub_errors.RevisionNotFoundError):
+        return f'{name}: it has no such branch, tag or commit; see {page}'
+    if isinstance(error, hub_errors.HFValidationError):
+        return f'{name}: give hf:OWNER/NAME or hf:OWNER/NAME@REVISION'
+    if isinstance(error, hub_errors.LocalEntryNotFoundError):
+        why = 'it cannot be reached'
+        if download.is_offline():
+            why = f'{download.OFFLINE} forbids to download it'
+        return (
+            f'{name} is not in the cache {constants.HF_HUB_CACHE}, and {why} at '
+            f'{page}; download it elsewhere with `hf download {repo}`, and copy it '
+            'there, or name its folder'
+        )
+    if isinstance(error, hub_errors.EntryNotFoundError):
+        return (
+            f'{name} has no {timm_config.CONFIG_FILE}; only folders of timm and of '
+            'this program can be read'
+        )
+    if isinstance(error, hub_errors.HfHubHTTPError):
+        text = ' '.join(str(error).split())[:200]
+        why = {401: f'log in with {login}', 403: f'log in with {login}'}.get(status)
+        return f'{name}: {page} answers {text}; {why or "try again later"}'
+    if isinstance(error, OSError) or type(error).__module__.startswith(
+        ('httpx', 'httpcore', 'requests', 'urllib3')
+    ):
+        text = ' '.join(str(error).split())[:300] or type(error).__name__
+        return f'{name}: {text}; try again: nothing incomplete is kept'
+    return None

@@ -114,6 +114,11 @@ def get_config() -> ConfigDict:
     # patients in the table, else paths such as patient001/ if there is a table),
     # column:NAME, path, path:REGEX (the group is its first group), or none.
     config.data.groups = 'auto'
+    # Column of data.labels that says which images are for training, validation and
+    # testing: auto (a column of train, val and test, or one named split, fold, ...),
+    # column:NAME, column:NAME=TRAIN,VAL,TEST (the values of the three parts, several
+    # as 0+1+2), or none.
+    config.data.split = 'auto'
     # Values of images with more than 8 bits that become black and white, '(0,4095)'. If
     # not set: found from the images and printed. (): 0 to 65535.
     config.data.window = optional(tuple)

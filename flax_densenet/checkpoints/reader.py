@@ -262,14 +262,28 @@ def load_json(workdir: str, which: Checkpoint | int, item: str) -> Any:
         with open(os.path.join(folder, item, item)) as file:
             found = json.load(file)
         if not isinstance(found, list if item == 'records' else dict):
-            raise ValueError(f'{item} is not what is written there')
+            raise _OtherArrays(f'{item} is not what is written there')
     except (OSError, ValueError, RecursionError) as error:
         raise _not_whole(folder, error) from error
     return found
 
 
+class _OtherArrays(ValueError):
+    """What a checkpoint holds is not what is asked for; said in our words."""
+
+
 def _not_whole(folder, error):
-    reason = ' '.join(str(error).split())[:400] or type(error).__name__
+    """The error of a checkpoint; what libraries say goes to developers alone."""
+    if isinstance(error, _OtherArrays):
+        reason = str(error)
+    elif isinstance(error, OSError) and error.strerror:
+        reason = error.strerror
+        if error.filename:
+            reason = f'{os.path.basename(os.fsdecode(error.filename))}: {reason}'
+    elif isinstance(error, (json.JSONDecodeError, RecursionError, UnicodeDecodeError)):
+        reason = 'its JSON cannot be read'
+    else:
+        reason = 'its arrays cannot be read as those of this model and optimizer'
     return UserError(
         f'the checkpoint {folder} is not whole ({reason}); remove that folder to use '
         'an earlier one'
@@ -331,7 +345,7 @@ def _check_shapes(folder, items):
         for path in stored.keys() | wanted.keys():
             sides = [tuple(np.shape(side.get(path))) for side in (stored, wanted)]
             if path not in stored or path not in wanted or sides[0] != sides[1]:
-                raise ValueError(
+                raise _OtherArrays(
                     f'{"/".join(path)} is {sides[0]} there, and {sides[1]} in the '
                     'model that the metadata tells of'
                 )
@@ -353,5 +367,5 @@ def _check_stored(folder, items):
         for leaf in jax.tree.leaves(items)
     )
     if wanted > max(2**24, _EXPANSION * stored):
-        reason = ValueError(f'its files of {stored} bytes cannot hold {wanted}')
+        reason = _OtherArrays(f'its files of {stored} bytes cannot hold {wanted}')
         raise _not_whole(folder, reason)

@@ -3,7 +3,10 @@
 from flax_densenet.cli import arguments, options
 from flax_densenet.errors import UserError
 
-_TABLE = ('label_kind', 'label_columns', 'blank_labels', 'uncertain_labels', 'groups')
+_TABLE = (
+    *('label_kind', 'label_columns', 'blank_labels', 'uncertain_labels'),
+    *('groups', 'split'),
+)
 _FIELDS = (
     *('data.source', 'data.labels', 'data.bad_images', 'data.threads'),
     *(f'data.{name}' for name in _TABLE),
@@ -12,7 +15,7 @@ _FIELDS = (
 
 def run(invocation: options.Invocation):
     """Packs folder:PATH or tar:PATH into --out; verifies packed:DIR without --out."""
-    from flax_densenet.data import label_table
+    from flax_densenet.data import label_options
     from flax_densenet.data.packed import manifest
     from flax_densenet.data.packed import plan as pack_plan
     from flax_densenet.data.packed import writer as pack_writer
@@ -44,7 +47,7 @@ def run(invocation: options.Invocation):
         fields['source'],
         out,
         options=packing,
-        table=label_table.options_of(fields),
+        table=label_options.options_of(fields),
         **{name: fields[name] for name in ('labels', 'bad_images', 'threads')},
     )
     print(f'{out}: {manifest.describe(made)}')

@@ -17,7 +17,11 @@ _WORDS = {
     **dict.fromkeys(('false', 'no', 'negative', 'neg', 'absent'), 0.0),
 }
 # Letters tell something only where both are there: F alone may be a sex.
-_LETTERS = ({'y': 1.0, 'n': 0.0}, {'t': 1.0, 'f': 0.0})
+_LETTERS = ({'y': 1.0, 'n': 0.0}, {'t': 1.0, 'f': 0.0}, {'+': 1.0, '-': 0.0})
+# Crosses in a column of nothing else but empty cells.
+_MARKS = frozenset('x\u2713\u2714\u2611')
+# Missing values that are also words for a class: `none`, `mild`, `severe`.
+_CLASS_WORDS = frozenset(('none', 'nil', 'unknown', 'undefined', 'missing', 'na'))
 # What was always read as not known: a column of nothing else is a label as well.
 _PLAIN_MISSING = frozenset(('', 'nan'))
 
@@ -30,6 +34,11 @@ def key(name: str) -> str:
 def is_missing(cell: str) -> bool:
     """Whether a cell says that nothing is known."""
     return cell.strip().lower() in _MISSING
+
+
+def may_be_class(cell: str) -> bool:
+    """Whether a cell that `is_missing` can also be the name of a class."""
+    return cell.strip().lower() in _CLASS_WORDS
 
 
 def number(cell: str) -> float | None:
@@ -46,10 +55,12 @@ def yes_or_no(cells) -> tuple[list[float | None], list[int]]:
     known = {}
     words = {cell.lower() for cell in cells}
     letters = next((pair for pair in _LETTERS if set(pair) <= words), {})
+    if words & _MISSING and words - _MISSING and words - _MISSING <= _MARKS:
+        letters = dict.fromkeys(_MARKS, 1.0)
     for cell in set(cells):
         low = cell.lower()
         value = _WORDS.get(low, letters.get(low))
-        if low in _MISSING:
+        if value is None and low in _MISSING:
             value = np.nan
         elif value is None and (found := number(cell)) in (0.0, 1.0, _UNCERTAIN):
             value = found
@@ -86,6 +97,11 @@ _OWNERS = re.compile(
     r'(?=[/_. -]|$)',
     re.IGNORECASE,
 )
+
+
+def is_owner(name: str) -> bool:
+    """Whether a folder is called after a patient, as `patient00007`."""
+    return _OWNERS.match(name) is not None
 
 
 def owners(paths, pattern: re.Pattern | None = None) -> list[str] | None:

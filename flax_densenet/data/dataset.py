@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flax_densenet import settings
-from flax_densenet.data import deep, images, label_table, readers, sources, splits
+from flax_densenet.data import deep, images, label_options, readers, sources, splits
 from flax_densenet.data import duplicates as duplicates_lib
 from flax_densenet.errors import UserError
 from flax_densenet.settings import sizes
@@ -230,6 +230,7 @@ def load_source(
     blank_labels: str = 'unknown',
     uncertain_labels: str = 'unknown',
     groups: str = 'auto',
+    split: str = 'auto',
     image_size: sizes.Size = 0,
     resize: str = 'stretch',
     crop_fraction: float = 1.0,
@@ -254,9 +255,9 @@ def load_source(
       known_classes: the classes of a trained model that is to be evaluated. Then one
         class and one image are enough, and a part can be empty.
       labels: a table of labels for the images of a `folder:`, see `label_table`.
-      label_kind, label_columns, groups, blank_labels, uncertain_labels: of the table,
-        see `label_table.Options`. `groups` can also be `path` or `path:REGEX`, if the
-        paths have the groups of the images.
+      label_kind, label_columns, groups, split, blank_labels, uncertain_labels: of the
+        table, see `label_options.Options`. `groups` can also be `path` or `path:REGEX`,
+        if the paths have the groups of the images.
       image_size: pixels of the resized images: a side, or (height, width); 0 for the
         source's default.
       resize, crop_fraction, interpolation, channels, window: see `images.Preparation`.
@@ -279,12 +280,8 @@ def load_source(
     kind, _, name = source.partition(':')
     _check_kind(source, kind)
     preparation = images.Preparation(
-        sizes.parse(image_size) or DEFAULT_IMAGE_SIZES[kind],
-        resize,
-        crop_fraction,
-        interpolation,
-        channels,
-        deep.check(window),
+        *(sizes.parse(image_size) or DEFAULT_IMAGE_SIZES[kind], resize, crop_fraction),
+        *(interpolation, channels, deep.check(window)),
     )
     _check_preparation(preparation)
     _check_fields(test_fraction, bad_images, cache)
@@ -297,8 +294,10 @@ def load_source(
         tfds_dir=tfds_dir,
         tfds_train=tfds_train,
         labels=labels,
-        table=label_table.Options(
-            label_kind, tuple(label_columns), groups, blank_labels, uncertain_labels
+        table=label_options.Options(
+            *(label_kind, tuple(label_columns), groups),
+            *(blank_labels, uncertain_labels, split),
+            for_training=known_classes is None,
         ),
         known_classes=known_classes,
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -51,7 +52,7 @@ def find(
     field = f'data.source=folder:{name}'
     root = paths_lib.resolve(name, 'data.source=folder:')
     layout = find_layout(field, root)
-    names = _class_names(field, layout, 1 if known_classes else 2)
+    names = _class_names(field, root, layout, 1 if known_classes else 2)
     passed = notes.Passed()
     paths, labels, first_test = _list_files(field, layout, names, passed)
     bad = listing.check_files(paths, bad_images)
@@ -68,8 +69,13 @@ def find(
         notes.say(f'{field}: {line}')
     if passed.line():
         notes.say(f'{field}: {passed.line()}')
+    if similar := parts.find_similar(names):
+        notes.say(
+            f'{field}: the classes {similar[0]!r} and {similar[1]!r} differ only in '
+            'case or spaces; if they are one class, move the images into one folder'
+        )
     if layout.held_out is not None:
-        _say_parts(field, layout, len(train), len(test))
+        _say_parts(field, root, layout, len(train), len(test))
         missing = [
             name
             for label, name in enumerate(names)
@@ -77,9 +83,11 @@ def find(
         ]
         if missing:
             notes.say(
-                f'{field}: {os.path.basename(layout.held_out)} has no images of '
+                f'{field}: {_below(root, layout.held_out)} has no images of '
                 f'{len(missing)} of {len(names)} classes ({_first(missing)})'
             )
+        below = [os.path.relpath(path, root) for path in paths]
+        labeled.say_shared_owners(field, below[:first_test], below[first_test:])
     owners = None
     if layout.held_out is None:
         owners = _find_groups(field, paths, root, groups)
@@ -114,19 +122,23 @@ def _find_groups(field, paths, root, groups):
     return None
 
 
-def _say_parts(field, layout, train, test):
-    held_out = os.path.basename(layout.held_out)
+def _say_parts(field, root, layout, train, test):
     line = (
-        f'{field}: {train} images in {os.path.basename(layout.train)} to train on, '
-        f'{test} in {held_out}, which chooses the best epoch'
+        f'{field}: {train} images in {_below(root, layout.train)} to train on, '
+        f'{test} in {_below(root, layout.held_out)}, which chooses the best epoch'
     )
     if layout.aside is not None:
         count = len(listing.image_files(layout.aside))
         line += (
-            f', {count} in {os.path.basename(layout.aside)}, which is set aside (to '
+            f', {count} in {_below(root, layout.aside)}, which is set aside (to '
             f'measure it: eval --config.data.source=folder:{layout.aside})'
         )
     notes.say(line)
+
+
+def _below(root, folder):
+    """A folder's path below the source's, as messages call it."""
+    return os.path.relpath(folder, root)
 
 
 def _first(names, most=5):
@@ -210,6 +222,7 @@ def find_layout(field: str, root: str) -> Layout:
 def _of_classes(field, root, inside, lines):
     """The layout of a folder whose folders are the classes."""
     _check_same_folders(field, root, inside)
+    _check_no_set(field, root, inside)
     name = os.path.basename(os.path.abspath(root))
     if parts.role(name) is not None:
         above = os.path.dirname(os.path.abspath(root))
@@ -232,7 +245,7 @@ def _check_same_folders(field, root, names):
     if len(names) < 2:
         return
     inside = listing.class_folders(os.path.join(root, names[0]))
-    if len(inside) < 2:
+    if len(inside) < 2 or all(map(cells.is_owner, inside)):
         return
     for name in names[1:]:
         if listing.class_folders(os.path.join(root, name)) != inside:
@@ -244,6 +257,19 @@ def _check_same_folders(field, root, names):
         'folder:PATH, lay parts out as PATH/train/CLASS and PATH/val/CLASS, or, if '
         'they are the classes, move their images up into them'
     )
+
+
+def _check_no_set(field, root, names):
+    """Raises if a folder holds parts as a whole data set does, and others do not."""
+    for name in names:
+        inside = parts.by_role(listing.class_folders(os.path.join(root, name)))
+        if parts.TRAIN in inside and {parts.VAL, parts.TEST} & set(inside):
+            found = [inside[part][0] for part in parts.USED if part in inside]
+            raise UserError(
+                f'{field}: the folder {name} holds parts of a set ({_first(found)}), '
+                f'so it is hardly a class; give folder:{os.path.join(root, name)}, or '
+                'move its images up into it if it is a class'
+            )
 
 
 def _below_single_folders(root, lines):
@@ -316,7 +342,7 @@ def _is_run(root, name):
     return False
 
 
-def _class_names(field, layout, least):
+def _class_names(field, root, layout, least):
     """The classes' folders, those of the training part."""
     names = [
         name
@@ -331,22 +357,24 @@ def _class_names(field, layout, least):
         )
     for part in (layout.held_out, layout.aside):
         if part is not None:
-            _compare_classes(field, layout.train, names, part)
+            _compare_classes(field, root, layout.train, names, part)
     return names
 
 
-def _compare_classes(field, train, names, part):
+def _compare_classes(field, root, train, names, part):
     """Raises where a part has a class that the training part has not."""
     extra = sorted(set(listing.class_folders(part)) - set(names))
     if not extra:
         return
-    train, test = os.path.basename(train), os.path.basename(part)
+    train, test = _below(root, train), _below(root, part)
     plain = {parts.plain_case(name): name for name in names}
     similar = plain.get(parts.plain_case(extra[0]))
     if similar is not None:
+        one, other = (unicodedata.normalize('NFC', n) for n in (similar, extra[0]))
+        how = ' in another Unicode form' if one == other else ''
         raise UserError(
-            f'{field}: class {extra[0]!r} of {test} is written {similar!r} in {train}; '
-            'rename one of the folders'
+            f'{field}: class {extra[0]!r} of {test} is written {similar!r} in {train}'
+            f'{how}; rename one of the folders'
         )
     raise UserError(
         f'{field}: class {extra[0]} is in {test} but not in {train}; add it '

@@ -30,18 +30,23 @@ def describe(train, test) -> dict[str, Any]:
 
     Returns:
       `names`, a checksum, and `sample`, a list of (hash of the name, bytes, hash of
-      the content); both are empty if images have no names.
+      the content); both are empty if images have no names. `labels`, a checksum of the
+      labels in memory, is empty if they are read one by one.
     """
     keys = train.reader.keys(train.indices)
     if keys is None:
-        return {'names': '', 'sample': []}
+        return {'names': '', 'sample': [], 'labels': ''}
     hashes = [_digest(key) for key in keys]
     sample = []
     for place in sorted(range(len(hashes)), key=hashes.__getitem__)[:SAMPLE]:
         found = _content(train.reader, int(train.indices[place]))
         if found is not None:
             sample.append([hashes[place], *found])
-    return {'names': checksum(train, test), 'sample': sample}
+    return {
+        'names': checksum(train, test),
+        'sample': sample,
+        'labels': _label_checksum(train, test),
+    }
 
 
 def checksum(train, test) -> str:
@@ -54,6 +59,37 @@ def checksum(train, test) -> str:
         total.update(b'\0'.join(keys))
         total.update(b'\1')
     return total.hexdigest()[:16]
+
+
+def _label_checksum(train, test):
+    if not train.reader.labels_in_memory:
+        return ''
+    total = hashlib.sha256()
+    for examples in (train, test):
+        # All zeros and all unknown values in one encoding.
+        labels = np.nan_to_num(np.asarray(examples.labels), nan=-1) + 0
+        total.update(np.ascontiguousarray(labels).tobytes())
+    return total.hexdigest()[:16]
+
+
+def has_other_labels(saved: Mapping[str, Any], source) -> bool:
+    """Whether the images are those of a checkpoint, in its parts, but not their labels.
+
+    False for checkpoints that remember none.
+    """
+    known = saved.get('identity') or {}
+    if not known.get('labels') or known['names'] != checksum(source.train, source.test):
+        return False
+    now = _label_checksum(source.train, source.test)
+    return bool(now) and now != known['labels']
+
+
+def find_changed_part(saved: Mapping[str, Any], source) -> int:
+    """How many training images that a checkpoint remembers are test images now."""
+    sample = (saved.get('identity') or {}).get('sample') or []
+    keys = source.test.reader.keys(source.test.indices) if sample else None
+    now = {_digest(key) for key in keys or ()}
+    return sum(name in now for name, *_ in sample)
 
 
 def _digest(content):

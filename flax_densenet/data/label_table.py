@@ -5,101 +5,40 @@ One row an image. A column names the image (`image`, `filename`, `Image Index`, 
 
 * a column for each of several labels, of 1 and 0 (also yes and no, TRUE and FALSE);
   empty cells, NA and -1 (of uncertain ones) are not known, or what the options say;
-* one column of names between bars, as `Finding Labels` of the NIH's chest X-rays;
+* one column of names between bars, as `Finding Labels` of the NIH's chest X-rays, or
+  between semicolons or commas;
 * one column `label`, `class`, `diagnosis`, ... with the class of each image, by name or
   number.
 
 Images of one patient (`Patient ID`, `subject_id`, `lesion_id`, ...) never go to both
-sides of a split; a column of train, val and test decides it.
+sides of a split; a column of train, val and test decides it (see `split_column`).
 """
 
 import dataclasses
-import re
 from collections import Counter
 from collections.abc import Callable
 
 import numpy as np
 
 from flax_densenet.data import cells as cells_lib
+from flax_densenet.data import (
+    label_lists,
+    label_options,
+    split_column,
+    table_columns,
+    table_text,
+)
 from flax_densenet.data import parts as parts_lib
-from flax_densenet.data import table_columns, table_text
 from flax_densenet.errors import UserError
 from flax_densenet.system import paths
 
-KINDS = ('auto', 'labels', 'classes')
-MEANINGS = ('unknown', 'negative', 'positive')
 _words = str.split
-_LIST_KEYS = _words(
-    'findinglabels findings labels label tags classes diagnoses categories'
-)
 _CLASS_KEYS = _words(
     'label labels class classes classname classid category categoryname target '
     'diagnosis dx species breed level grade y kind type variety disease severity '
     'groundtruth gt labelname tag'
 )
-_NOTHING = 'no finding'
 _ODD = 0.05  # share of cells up to which odd ones are mistakes in a column of labels
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How a table is read.
-
-    Attributes:
-      kind: `labels` for several labels an image, `classes` for one class each, `auto`.
-      columns: those of the labels or the class; empty: they are found.
-      groups: `column:NAME`, `none`, or anything else to find the column.
-      blank, uncertain: what a missing cell and -1 mean: unknown, negative, positive.
-    """
-
-    kind: str = 'auto'
-    columns: tuple[str, ...] = ()
-    groups: str = 'auto'
-    blank: str = 'unknown'
-    uncertain: str = 'unknown'
-
-    def __post_init__(self):
-        for field, value, valid in (
-            ('label_kind', self.kind, KINDS),
-            ('blank_labels', self.blank, MEANINGS),
-            ('uncertain_labels', self.uncertain, MEANINGS),
-        ):
-            if value not in valid:
-                raise UserError(
-                    f'data.{field}={value} is not known; use {", ".join(valid)}'
-                )
-        check_groups(self.groups)
-
-
-def options_of(fields) -> Options:
-    """The options in the fields of `config.data`."""
-    return Options(
-        fields['label_kind'],
-        tuple(fields['label_columns']),
-        fields['groups'],
-        fields['blank_labels'],
-        fields['uncertain_labels'],
-    )
-
-
-def check_groups(groups: str) -> re.Pattern | None:
-    """The pattern of `path:REGEX`, None for the other values of `data.groups`.
-
-    Raises:
-      UserError: another value.
-    """
-    kind, _, value = groups.partition(':')
-    if kind == 'path' and value:
-        try:
-            return re.compile(value)
-        except re.error as error:
-            raise UserError(f'data.groups={groups}: {error}') from error
-    if groups not in ('auto', 'none', 'path') and not (kind == 'column' and value):
-        raise UserError(
-            f'data.groups={groups} is not known; use auto, none, column:NAME, path or '
-            'path:REGEX'
-        )
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +67,7 @@ class Labels:
 
 def read(
     path: str,
-    options: Options | None = None,
+    options: label_options.Options | None = None,
     is_image: Callable[[str], bool] | None = None,
 ) -> Labels:
     """Reads a CSV file.
@@ -142,7 +81,7 @@ def read(
     field = f'data.labels={path}'
     path = paths.resolve(path, 'data.labels=')
     table = table_text.read(path, field, is_image)
-    return _Reading(field, table, options or Options(), is_image).take()
+    return _Reading(field, table, options or label_options.Options(), is_image).take()
 
 
 class _Reading(table_columns.Columns):
@@ -151,32 +90,49 @@ class _Reading(table_columns.Columns):
     def __init__(self, field, table, options, is_image):
         super().__init__(field, table, is_image)
         self.options = options
+        self._why_not: dict[str, str] = {}
 
     def take(self) -> Labels:
         images = self.find_images()
-        twice = next(
-            (x for x, n in Counter(self.columns[images]).items() if n > 1), None
-        )
-        if twice is not None:
-            raise UserError(f'{self.field}: the image {twice} is there more than once')
-        split, parts = self.find_split(images)
-        group = self.find_group({images, split}, self.options.groups)
-        left = [
-            name
-            for name in self.columns
-            if name not in (images, group, split) and not self.is_index(name)
-        ]
-        found = self._find_labels(left)
-        used, names, values = found
+        self._check_twice(images)
+        split, parts = split_column.find(self, images, self.options.split)
+        group, groups = self.find_group({images, *split}, self.options.groups, parts)
+        others = {images, group, *split}
+        left = [n for n in self.columns if n not in others and not self.is_index(n)]
+        used, names, values = self._find_labels(self._may_be_labels(left))
+        ignored = [name for name in left if name not in used]
+        self.notes += [self._why_not[n] for n in ignored if n in self._why_not]
         return Labels(
             images=list(self.columns[images]),
             names=tuple(names),
             values=values,
-            groups=None if group is None else cells_lib.hash_names(self.columns[group]),
+            groups=groups,
             parts=parts,
-            ignored=tuple(name for name in left if name not in used),
+            ignored=tuple(ignored),
             notes=tuple(self.notes),
         )
+
+    def _check_twice(self, images):
+        cells = self.columns[images]
+        twice = next((x for x, n in Counter(cells).items() if n > 1), None)
+        if twice is None:
+            return
+        lines = [self.lines[i] for i, cell in enumerate(cells) if cell == twice][:2]
+        raise UserError(
+            f'{self.field}: the image {twice} is there more than once (lines '
+            f'{lines[0]} and {lines[1]}); a table has one row for each image, with a '
+            'column for each of several labels, or their names between bars in one'
+        )
+
+    def _may_be_labels(self, left):
+        """Columns without numbers of folds and patients, unless there are no others."""
+        found = [
+            name
+            for name in left
+            if not split_column.looks_like_parts(self.keys[name], self.columns[name])
+            and not self.is_group(name)
+        ]
+        return found or left
 
     def _find_labels(self, left):
         """The used columns, the names of labels or classes, and the values."""
@@ -188,14 +144,16 @@ class _Reading(table_columns.Columns):
                 f'{", ".join(self.columns)[:200]}'
             )
         among = chosen or left
-        if kind != 'classes' and (name := self._find_list(among, bool(chosen))):
-            return self._take_list(name)
+        if kind != 'classes' and (found := self._find_list(among, bool(chosen))):
+            return self._take_list(*found)
         binary, odd = self._find_binary(among)
         if kind == 'labels' or (chosen and len(chosen) > 1 and kind == 'auto'):
             self._check_odd(among if chosen else odd, odd)
             return self._take_binary(binary)
         classes = [n for n in among if chosen or self.keys[n] in _CLASS_KEYS]
         if kind == 'classes':
+            if not classes and len(among) == 1:
+                classes = among
             return self._take_classes(classes, binary, among)
         named = [name for name in classes if name not in binary and name not in odd]
         if not chosen:
@@ -217,28 +175,29 @@ class _Reading(table_columns.Columns):
         return len(cells) > 4 and len(set(cells)) == len(cells)
 
     def _find_list(self, among, chosen):
+        """A column of lists and what separates their names, or None."""
         for name in among:
-            if name.lower() == 'finding labels':
-                return name
-            bars = any('|' in cell for cell in self.columns[name])
-            if bars and (chosen or self.keys[name] in _LIST_KEYS):
-                return name
+            separator = label_lists.find(
+                name,
+                self.keys[name],
+                self.columns[name],
+                chosen=chosen,
+                several=self.options.kind == 'labels',
+            )
+            if separator:
+                return name, separator
         return None
 
-    def _take_list(self, column):
-        rows = [
-            [label.strip() for label in cell.split('|')]
-            for cell in self.columns[column]
-        ]
-        names = sorted({n for row in rows for n in row})
-        names = [n for n in names if n and n.lower() != _NOTHING]
+    def _take_list(self, column, separator):
+        cells = self.columns[column]
+        names, values = label_lists.read(cells, separator)
         if not names:
             raise UserError(f'{self.field}: the column {column} names no label')
         self._check_spelling(column, names)
-        values = np.array([[float(n in row) for n in names] for row in rows], 'f4')
-        blank = sum(not cell for cell in self.columns[column])
         self._say_counts(names, values)
-        if blank:
+        if line := label_lists.describe(column, separator):
+            self.notes.append(line)
+        if blank := sum(not cell for cell in cells):
             self.notes.append(f'{blank} blank cells of {column} are read as no label')
         return {column}, names, values
 
@@ -255,6 +214,12 @@ class _Reading(table_columns.Columns):
             few = len(odd) <= max(1, _ODD * len(cells))
             if odd and few and told >= 4 * len(odd):
                 nearly[name] = odd
+            elif odd and told > len(odd):
+                self._why_not[name] = (
+                    f'the column {name} is not used: {len(odd)} of its cells are '
+                    f'neither yes nor no, as {cells[odd[0]]!r} in line '
+                    f'{self.lines[odd[0]]}'
+                )
         return binary, nearly
 
     def _check_odd(self, columns, odd):
@@ -281,6 +246,7 @@ class _Reading(table_columns.Columns):
         meaning = dict(unknown=np.nan, negative=0.0, positive=1.0)
         values[blank] = meaning[self.options.blank]
         values[uncertain] = meaning[self.options.uncertain]
+        self._check_negatives(values, blank, uncertain)
         self._say_counts(names, values)
         for what, where, field, value in (
             ('empty cells', blank, 'blank_labels', self.options.blank),
@@ -289,8 +255,9 @@ class _Reading(table_columns.Columns):
             if where.any():
                 self.notes.append(
                     f'{int(where.sum())} {what} are read as {value}; data.{field} is '
-                    f'one of {", ".join(MEANINGS)}'
+                    f'one of {", ".join(label_options.MEANINGS)}'
                 )
+        self.notes += filter(None, map(split_column.describe_label, names))
         if len(names) == 1:
             self.notes.append(
                 f'{names[0]} is taken as one yes/no label (a sigmoid), not as two '
@@ -303,6 +270,21 @@ class _Reading(table_columns.Columns):
             )
         return set(names), names, values
 
+    def _check_negatives(self, values, blank, uncertain):
+        """Raises where no image is without a label, but some may be meant to be."""
+        if not self.options.for_training or (values == 0).any():
+            return
+        for what, where, field in (
+            ('no 0, but cells of -1', uncertain, 'uncertain_labels'),
+            ('no 0, but empty cells', blank, 'blank_labels'),
+        ):
+            if where.any() and np.isnan(values[where]).any():
+                raise UserError(
+                    f'{self.field}: its labels have {what}, which are read as unknown, '
+                    f'so no image is negative; if they mean no, set data.{field}='
+                    'negative'
+                )
+
     def _say_counts(self, names, values, most=20):
         """For each label how many images have it, have it not, or are not known."""
         pieces = []
@@ -311,6 +293,16 @@ class _Reading(table_columns.Columns):
             pieces.append(f'{name} {yes}/{no}/{len(column) - yes - no}')
         more = ', ...' if len(names) > most else ''
         self.notes.append(f'positive/negative/unknown: {", ".join(pieces)}{more}')
+        same = [
+            name
+            for name, column in zip(names, values.T, strict=True)
+            if not ((column == 1).any() and (column == 0).any())
+        ]
+        if same and self.options.for_training:
+            self.notes.append(
+                'labels without a positive or without a negative image cannot be '
+                f'learned: {", ".join(same[:5])}{", ..." if len(same) > 5 else ""}'
+            )
 
     def _take_classes(self, named, binary, among):
         if len(named) > 1:
@@ -329,12 +321,7 @@ class _Reading(table_columns.Columns):
             raise self._no_labels()
         column = named[0]
         cells = self.columns[column]
-        row = next((i for i, c in enumerate(cells) if cells_lib.is_missing(c)), None)
-        if row is not None:
-            raise UserError(
-                f'{self.field}: line {self.lines[row]}, column {column}: '
-                f'{cells[row]!r} is no class; fill it in or remove the row'
-            )
+        self._check_classes(column, cells)
         cells, names = self._class_names(column, cells)
         place = {name: index for index, name in enumerate(names)}
         values = np.array([place[cell] for cell in cells], np.int32)
@@ -346,6 +333,25 @@ class _Reading(table_columns.Columns):
             f'{", ".join(pieces)}{more}; data.label_kind=labels reads several labels'
         )
         return {column}, names, values
+
+    def _check_classes(self, column, cells):
+        """Raises for a cell without a class; `none` is one if the user says classes."""
+        are_words = self.options.kind == 'classes'
+        for row, cell in enumerate(cells):
+            if not cells_lib.is_missing(cell):
+                continue
+            may_be = cells_lib.may_be_class(cell)
+            if may_be and are_words:
+                continue
+            remedy = 'fill it in or remove the row'
+            if may_be:
+                remedy += f'; data.label_kind=classes takes {cell!r} as a class'
+            raise UserError(
+                f'{self.field}: line {self.lines[row]}, column {column}: '
+                f'{cell!r} is no class; {remedy}'
+            )
+        if words := sorted({cell for cell in cells if cells_lib.is_missing(cell)}):
+            self.notes.append(f'{", ".join(words)} is taken as a class')
 
     def _class_names(self, column, cells):
         """Cells, numbers without decimals, and the names in their order."""
@@ -373,14 +379,14 @@ class _Reading(table_columns.Columns):
         return cells, names
 
     def _check_spelling(self, column, names):
-        plain = {}
-        for name in names:
-            other = plain.setdefault(parts_lib.plain_case(name), name)
-            if other != name:
-                raise UserError(
-                    f'{self.field}: {other!r} and {name!r} of the column {column} '
-                    'differ only in case or blanks; write them alike'
-                )
+        similar = parts_lib.find_similar(names)
+        if similar and len(similar[0]) == 1:  # in a set of characters
+            self.notes.append(f'{similar[0]!r} and {similar[1]!r} are two classes')
+        elif similar:
+            raise UserError(
+                f'{self.field}: {similar[0]!r} and {similar[1]!r} of the column '
+                f'{column} differ only in case or blanks; write them alike'
+            )
 
     def _take_one_hot(self, names):
         values = np.array([cells_lib.yes_or_no(self.columns[n])[0] for n in names]).T

@@ -4,14 +4,26 @@ import os
 
 import numpy as np
 
-from flax_densenet.data import cells, label_table, listing, notes, readers
+from flax_densenet.data import (
+    cells,
+    label_options,
+    label_table,
+    listing,
+    notes,
+    readers,
+)
 from flax_densenet.errors import UserError, printable
 
 _TWICE = ''  # in place of a path: several files have the name
 
 
 def find(
-    field: str, root: str, table: str, *, bad_images: str, options: label_table.Options
+    field: str,
+    root: str,
+    table: str,
+    *,
+    bad_images: str,
+    options: label_options.Options,
 ) -> readers.Listing:
     """Lists the images of `data.labels=TABLE` below a folder.
 
@@ -31,6 +43,49 @@ def find(
         kept = np.flatnonzero(found.parts < 2)
     wanted = [found.images[i] for i in kept]
     paths, how = names.find(wanted)
+    absent = _check_paths(field, root, table, wanted, paths, bad_images, passed)
+    there = [index for index, path in enumerate(paths) if path is not None]
+    kept, paths = kept[there], [paths[index] for index in there]
+    bad = listing.check_files(paths, bad_images)
+    good = np.array([i for i in range(len(paths)) if i not in bad], np.int64)
+    skipped = [f'{name} is not there' for name in absent]
+    skipped += [f'{paths[i]} {reason}' for i, reason in bad.items()]
+    _say(label, found, how, len(good))
+    aside = len(found.images) - len(wanted)
+    passed.unnamed = max(0, len(names) - len(set(paths)) - aside)
+    if passed.line():
+        notes.say(f'{field}: {passed.line()}')
+    train, test = good, None
+    if found.parts is not None:
+        part = found.parts[kept][good]
+        train = good[part == 0]
+        if (found.parts == 1).any():
+            test = good[part == 1]
+            if options.for_training and found.values.ndim == 1:
+                _say_missing_classes(label, found, found.values[kept], train, test)
+    groups = None if found.groups is None else found.groups[kept]
+    if groups is None and test is None:
+        groups = find_groups(label, names.below(paths), options.groups)
+    elif groups is None and options.groups != 'none':
+        below = names.below(paths)
+        say_shared_owners(label, [below[i] for i in train], [below[i] for i in test])
+    return readers.Listing(
+        readers.FileReader(paths, found.values[kept], root),
+        list(found.names),
+        train,
+        test,
+        tuple(skipped),
+        groups,
+    )
+
+
+def _check_paths(field, root, table, wanted, paths, bad_images, passed):
+    """The names of images that are not there.
+
+    Raises:
+      UserError: for them, unless they are to be skipped; or a name is not clear.
+    """
+    label = f'data.labels={table}'
     absent = [n for n, path in zip(wanted, paths, strict=True) if path is None]
     if absent and bad_images != 'skip':
         raise UserError(
@@ -44,16 +99,16 @@ def find(
             f'{field}: {unclear} is in several folders; name it in {table} by its path '
             f'below {root}'
         )
-    there = [index for index, path in enumerate(paths) if path is not None]
-    kept, paths = kept[there], [paths[index] for index in there]
-    bad = listing.check_files(paths, bad_images)
-    good = np.array([i for i in range(len(paths)) if i not in bad], np.int64)
-    skipped = [f'{name} is not there' for name in absent]
-    skipped += [f'{paths[i]} {reason}' for i, reason in bad.items()]
+    _check_one_row_each(label, wanted, paths)
+    return absent
+
+
+def _say(label, found, how, count):
+    """The lines about what the table holds and what was guessed."""
     classes = found.values.ndim == 1
     notes.say(
         f'{label}: {len(found.names)} {"classes" if classes else "labels"} '
-        f'({printable(", ".join(found.names[:20]))}) of {len(good)} images'
+        f'({printable(", ".join(found.names[:20]))}) of {count} images'
         + (
             f'; not used: {printable(", ".join(found.ignored))}'
             if found.ignored
@@ -62,26 +117,46 @@ def find(
     )
     for line in (*found.notes, *how):
         notes.say(f'{label}: {line}')
-    unnamed = len(names) - len(set(paths))
-    if unnamed:
-        passed.unnamed = unnamed
-    if passed.line():
-        notes.say(f'{field}: {passed.line()}')
-    train, test = good, None
-    if found.parts is not None:
-        part = found.parts[kept][good]
-        train, test = good[part == 0], good[part == 1]
-    groups = None if found.groups is None else found.groups[kept]
-    if groups is None and test is None:
-        groups = find_groups(label, names.below(paths), options.groups)
-    return readers.Listing(
-        readers.FileReader(paths, found.values[kept], root),
-        list(found.names),
-        train,
-        test,
-        tuple(skipped),
-        groups,
-    )
+
+
+def _check_one_row_each(label, names, paths):
+    """Raises where two rows name one file in two ways."""
+    first = {}
+    for name, path in zip(names, paths, strict=True):
+        if path is not None and first.setdefault(path, name) != name:
+            raise UserError(
+                f'{label}: {first[path]} and {name} are the same file, {path}; remove '
+                'one of the rows'
+            )
+
+
+def _say_missing_classes(label, found, values, train, test):
+    """A warning for classes that no image of the training part has."""
+    missing = np.setdiff1d(values[test], values[train])
+    if len(missing):
+        names = ', '.join(found.names[i] for i in missing[:5])
+        notes.say(
+            f'{label}: warning: {len(missing)} classes have no image to train on, so '
+            f'they cannot be learned: {names}'
+        )
+
+
+def say_shared_owners(label: str, train: list[str], test: list[str]):
+    """Warns if the paths name patients that are in both parts.
+
+    Args:
+      train, test: the images' paths below the source's folder.
+    """
+    owners = cells.owners(train + test)
+    if owners is None:
+        return
+    shared = sorted(set(owners[: len(train)]) & set(owners[len(train) :]))
+    if shared:
+        notes.say(
+            f'{label}: warning: images of {len(shared)} of {len(set(owners))} groups '
+            f'({", ".join(shared[:3])}{", ..." if len(shared) > 3 else ""}), as their '
+            'paths tell, are in both parts, so the metrics are better than on new ones'
+        )
 
 
 def find_groups(label: str, below: list[str], groups: str) -> np.ndarray | None:
@@ -94,7 +169,7 @@ def find_groups(label: str, below: list[str], groups: str) -> np.ndarray | None:
     Raises:
       UserError: a pattern that the user gave does not tell of every image.
     """
-    pattern = label_table.check_groups(groups)
+    pattern = label_options.check_groups(groups)
     if groups == 'none' or groups.startswith('column:'):
         return None
     owners = cells.owners(below, pattern)
@@ -147,7 +222,7 @@ class _Names:
         """The path of each name, None where there is none, and what was done for it."""
         paths = [self._by_name.get(os.path.normpath(name)) for name in names]
         if any(path is not None for path in paths) or not names:
-            return paths, []
+            return self._find_rest(names, paths)
         split = [_plain(name) for name in names]
         shared = os.path.commonprefix(split)
         shared = min(len(shared), min(map(len, split)) - 1)
@@ -161,6 +236,25 @@ class _Names:
                 if count == len(names):
                     return best
         return best
+
+    def _find_rest(self, names, paths):
+        """Looks for single names without their ending or case, as people mix them."""
+        left = [i for i, path in enumerate(paths) if path is None]
+        taken, found = {path for path in paths if path}, []
+        for kind in _KINDS[1:3] if left else ():
+            for i in left:
+                path = self._tail(_plain(names[i]), *kind)
+                if paths[i] is None and path and path not in taken:
+                    paths[i] = path
+                    taken.add(path)
+                    found.append(i)
+        if not found:
+            return paths, []
+        first = min(found)
+        return paths, [
+            f'{len(found)} of its names are not those of the files: {names[first]} is '
+            f'taken for {paths[first]}'
+        ]
 
     def _how(self, names, found, dropped, kind):
         index = next(i for i, path in enumerate(found) if path is not None)
@@ -211,6 +305,8 @@ def _key(parts, no_ending, no_case, as_number):
         name = name.lower()
     if as_number:
         folder, _, base = name.rpartition('/')
+        if base.rstrip('0').endswith('.'):  # 12.0 of a table that pandas wrote
+            base = base.rstrip('0')[:-1]
         if not base.isascii() or not base.isdecimal():
             return None
         name = f'{folder}/{int(base)}'

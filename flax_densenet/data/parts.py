@@ -5,6 +5,7 @@ sets put before or behind them: `seg_train`, `Training Set`, `val2017`, `test-im
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable
 
 TRAIN, VAL, TEST, OTHER = 'train', 'val', 'test', 'other'
@@ -79,5 +80,19 @@ def is_clear(part: str, names: list[str]) -> bool:
 
 
 def plain_case(name: str) -> str:
-    """A name without what differs by accident only: case, blanks, `_` and `-`."""
+    """A name without case, blanks, `_` and `-`, and with accents in one encoding.
+
+    >>> plain_case('Hot_Dog ') == plain_case('hot dog')
+    True
+    """
+    name = unicodedata.normalize('NFKC', name)
     return re.sub(r'[\s_-]+', '', name).casefold()
+
+
+def find_similar(names: Iterable[str]) -> tuple[str, str] | None:
+    """Two names that differ only as `plain_case` says; None if there are none."""
+    plain = {}
+    for name in names:
+        if plain.setdefault(plain_case(name), name) != name:
+            return plain[plain_case(name)], name
+    return None

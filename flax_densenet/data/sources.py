@@ -11,7 +11,7 @@ import numpy as np
 
 from flax_densenet.data import (
     folders,
-    label_table,
+    label_options,
     labeled,
     listing,
     readers,
@@ -46,7 +46,7 @@ def _find_folder(name, *, bad_images, labels, table=None, known_classes=None, **
             f'{field}: there is no such folder; give one that holds a folder of images '
             'for each class'
         )
-    table = table or label_table.Options()
+    table = table or label_options.Options()
     if labels:
         return labeled.find(field, root, labels, bad_images=bad_images, options=table)
     return folders.find(

@@ -1,11 +1,6 @@
 """Which columns of a table name the image, its part and whose image it is."""
 
-from collections import Counter
-
-import numpy as np
-
 from flax_densenet.data import cells as cells_lib
-from flax_densenet.data import parts as parts_lib
 from flax_densenet.errors import UserError
 
 _words = str.split
@@ -18,19 +13,10 @@ _NAME_KEYS = _words(
 _GROUP_KEYS = _words(
     'patient patientid patientname patientno patientnumber subject subjectid '
     'participant participantid person personid individual individualid animal animalid '
-    'mouse mouseid caseid donor donorid lesionid group groupid'
+    'mouse mouseid caseid donor donorid lesionid group groupid mrn pid patno '
+    'patientkey patientmrn subjectno subjectnumber subjectname participantno '
+    'volunteer volunteerid empianon anonpatientid writer writerid'
 )
-_SPLIT_KEYS = _words(
-    'split splits datasplit fold set subset dataset partition phase part usage stage '
-    'splitname traintest trainvaltest'
-)
-_BINARY_SPLITS = {
-    **dict.fromkeys(('istrain', 'istraining', 'intrain'), parts_lib.TRAIN),
-    **dict.fromkeys(('isvalid', 'isval', 'isvalidation'), parts_lib.VAL),
-    **dict.fromkeys(('istest', 'istesting', 'intest'), parts_lib.TEST),
-}
-_NUMBER_OF = {parts_lib.TRAIN: 0, parts_lib.VAL: 1, parts_lib.TEST: 2}
-_UNUSED = 3
 
 
 class Columns:
@@ -79,75 +65,47 @@ class Columns:
             return 0
         return sum(map(self.is_image, set(self.columns[name][:most])))
 
-    def find_split(self, images):
-        """The column of parts and int64 `[N]` of them; None where there is none."""
-        lower = {name.lower(): name for name in self.columns}
-        if 'split' in lower:
-            name = lower['split']
-            roles = cells_lib.roles(self.columns[name])
-            if None in roles:
-                row = roles.index(None)
-                raise UserError(
-                    f'{self.field}: split={self.columns[name][row]} is not known '
-                    f'(line {self.lines[row]}); use train, val and test'
-                )
-            return name, self._number_parts(name, roles)
-        found = []
-        for name in self.columns:
-            if name == images or self.is_index(name):
-                continue
-            roles = cells_lib.roles(self.columns[name])
-            if None not in roles and {parts_lib.TRAIN} < set(roles):
-                found.append((name, roles))
-            elif (part := _BINARY_SPLITS.get(self.keys[name])) is not None:
-                values, odd = cells_lib.yes_or_no(self.columns[name])
-                if not odd and set(values) == {0.0, 1.0}:
-                    found.append((name, self._binary_roles(part, values)))
-            elif self.keys[name] in _SPLIT_KEYS and parts_lib.TRAIN in roles:
-                row = roles.index(None) if None in roles else None
-                if row is not None:
-                    raise UserError(
-                        f'{self.field}: {name}={self.columns[name][row]} is not known '
-                        f'(line {self.lines[row]}); use train, val and test, or rename '
-                        'the column'
-                    )
-        if not found:
+    def find_group(self, taken, options, parts):
+        """The column of groups and int64 `[N]` of them; None where there is none.
+
+        Args:
+          taken: columns that are something else.
+          options: `data.groups`.
+          parts: int64 `[N]` of `split_column.find`, or None.
+        """
+        name = self._group_column(taken, options)
+        if name is None:
             return None, None
-        found.sort(key=lambda item: self.keys[item[0]] not in _SPLIT_KEYS)
-        if len(found) > 1 and found[0][1] != found[1][1]:
-            raise UserError(
-                f'{self.field}: the columns {found[0][0]} and {found[1][0]} both tell '
-                'of parts, and differ; call the right one split'
+        cells = self.columns[name]
+        blank = [i for i, cell in enumerate(cells) if cells_lib.is_missing(cell)]
+        own = {i: f'\0{i}' for i in blank}
+        groups = cells_lib.hash_names([own.get(i, c) for i, c in enumerate(cells)])
+        count = len(set(groups.tolist()))
+        if count == 1:
+            if options.startswith('column:'):
+                raise UserError(
+                    f'data.groups={options}: all images are of one group, which '
+                    'cannot be split; name another column or set data.groups=none'
+                )
+            self.notes.append(
+                f'all images are of one {name}, so they are split image by image'
             )
-        name, roles = found[0]
-        self.notes.append(
-            f'the column {name} is taken as the split; rename it if it is none'
-        )
-        return name, self._number_parts(name, roles)
+            return name, None
+        if parts is None or not (parts == 1).any():
+            self.notes.append(
+                f'images of one {name} ({count} of them) stay on one side of the '
+                'split; data.groups=none splits image by image'
+            )
+        else:
+            self._say_shared(name, groups, parts)
+        if blank:
+            self.notes.append(
+                f'{len(blank)} images have no {name} (line {self.lines[blank[0]]}); '
+                'each counts as a group of its own'
+            )
+        return name, groups
 
-    def _binary_roles(self, part, values):
-        if part == parts_lib.TRAIN:
-            return [parts_lib.TRAIN if value else parts_lib.TEST for value in values]
-        return [part if value else parts_lib.TRAIN for value in values]
-
-    def _number_parts(self, name, roles):
-        counts = Counter(roles)
-        number = dict(_NUMBER_OF)
-        if parts_lib.VAL not in counts:
-            number[parts_lib.TEST] = 1
-        pieces = [f'{counts[parts_lib.TRAIN]} images to train on']
-        for part in (parts_lib.VAL, parts_lib.TEST):
-            if counts[part]:
-                what = 'which chooses the best epoch'
-                if number[part] == 2:
-                    what = 'which is set aside and not used'
-                pieces.append(f'{counts[part]} of {part}, {what}')
-        if counts[parts_lib.OTHER]:
-            pieces.append(f'{counts[parts_lib.OTHER]} of other parts, left out')
-        self.notes.append(f'by its column {name}: {"; ".join(pieces)}')
-        return np.array([number.get(role, _UNUSED) for role in roles])
-
-    def find_group(self, taken, options):
+    def _group_column(self, taken, options):
         if options.startswith('column:'):
             name = options.removeprefix('column:')
             if name not in self.columns:
@@ -155,16 +113,22 @@ class Columns:
                     f'data.groups={options}: the table has no such column; it has '
                     f'{", ".join(self.columns)[:200]}'
                 )
-        elif options == 'auto':
-            by_key = {self.keys[n]: n for n in reversed(self.columns) if n not in taken}
-            name = next((by_key[key] for key in _GROUP_KEYS if key in by_key), None)
-        else:
+            return name
+        if options != 'auto':
             return None
-        if name is None:
-            return None
-        count = len(set(self.columns[name]))
-        self.notes.append(
-            f'images of one {name} ({count} of them) stay on one side of the split; '
-            'data.groups=none splits image by image'
-        )
-        return name
+        by_key = {self.keys[n]: n for n in reversed(self.columns) if n not in taken}
+        return next((by_key[key] for key in _GROUP_KEYS if key in by_key), None)
+
+    def is_group(self, name):
+        """Whether a column is one of patients by its name."""
+        return self.keys[name] in _GROUP_KEYS
+
+    def _say_shared(self, name, groups, parts):
+        """A warning if the table's own parts divide the images of one patient."""
+        sides = [set(groups[parts == part].tolist()) for part in (0, 1)]
+        if shared := sides[0] & sides[1]:
+            self.notes.append(
+                f'warning: {len(shared)} of {len(set(groups.tolist()))} {name} have '
+                "images in both parts of the table's split, so the metrics are better "
+                'than on new ones; data.split=none splits by groups'
+            )

@@ -4,6 +4,7 @@ import codecs
 import csv
 import dataclasses
 import io
+import re
 from collections import Counter
 from collections.abc import Callable
 
@@ -18,8 +19,13 @@ _SEPARATORS = {
     ' ': 'blanks',
 }
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+_UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
+# What Excel reads from a first line such as `sep=;`.
+_SEP_LINE = re.compile(r'"?sep=([,;|\t])"?[,;|\t]*\r?\n')
+_ROW_NAMES = 'row name'
 _BINARY = {b'PK\x03\x04': 'an Excel file or an archive', b'PAR1': 'a Parquet file'}
 _BINARY[b'\xd0\xcf\x11\xe0'] = 'an old Excel file'
+_MARKUP = {'{': 'JSON', '[{': 'JSON', '<': 'HTML or XML'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +54,8 @@ def read(path: str, field: str, is_image: Callable[[str], bool] | None = None) -
     Raises:
       UserError: the file cannot be read or is no table.
     """
-    rows = _rows(field, _text(field, path))
     notes = []
+    rows = _rows(field, _text(field, path), notes)
     heading, body = rows[0][1], rows[1:]
     if any(_names_image(cell, is_image) for cell in heading):
         heading, body = [f'column {n}' for n in range(1, len(heading) + 1)], rows
@@ -90,27 +96,48 @@ def _text(field, path):
     for start, what in _BINARY.items():
         if content.startswith(start):
             raise UserError(f'{field} is {what}; save the table as CSV in UTF-8')
-    encoding = 'utf-16' if content.startswith(_UTF_16) else 'utf-8-sig'
     try:
-        return content.decode(encoding)
+        text = content.decode(_encoding(content))
     except UnicodeDecodeError as error:
         raise UserError(
             f'{field} is no text in UTF-8 (byte {error.start}); save it as CSV in UTF-8'
         ) from error
+    for start, what in _MARKUP.items():
+        if text.lstrip().startswith(start):
+            raise UserError(f'{field} is {what}, not a table; save it as CSV in UTF-8')
+    return text
 
 
-def _rows(field, text):
+def _encoding(content):
+    """By its first bytes; UTF-16 without a mark by the zeros of plain letters."""
+    if content.startswith(_UTF_32):
+        return 'utf-32'
+    if content.startswith(_UTF_16):
+        return 'utf-16'
+    start = content[:200]
+    if len(start) > 3 and b'\0' in start:
+        zeros = [start[side::2].count(0) / len(start[side::2]) for side in (0, 1)]
+        if min(zeros) == 0 and max(zeros) > 0.8:
+            return 'utf-16-be' if zeros[0] else 'utf-16-le'
+    return 'utf-8-sig'
+
+
+def _rows(field, text, notes):
     """`[(line, cells)]` by the first separator that makes rows of one length."""
-    found = None
-    for separator in _SEPARATORS:
+    found, first_line, separators = None, 0, tuple(_SEPARATORS)
+    if match := _SEP_LINE.match(text):
+        text, first_line, separators = text[match.end() :], 1, (match[1],)
+    for separator in separators:
         if separator not in text:
             continue
-        rows = _split(field, text, separator)
-        widths = {len(row) for _, row in rows}
-        if len(rows) > 1 and len(widths) == 1 and widths != {1}:
-            return rows
+        rows = _split(field, text, separator, first_line)
+        for table, note in _readings(rows):
+            widths = {len(row) for _, row in table}
+            if len(table) > 1 and len(widths) == 1 and widths != {1}:
+                notes += note
+                return table
         found = found or rows  # to tell what is wrong with it
-    found = found or _split(field, text, ',')
+    found = found or _split(field, text, ',', first_line)
     if len(found) < 2:
         raise UserError(f'{field} has no rows under its heading')
     if len(found[0][1]) == 1:
@@ -121,14 +148,50 @@ def _rows(field, text):
     return found
 
 
-def _split(field, text, separator):
+def _readings(rows):
+    """Ways to read a table, each with its note, from the plainest on."""
+    yield rows, []
+    for table, note in ((rows, []), _without_comments(rows)):
+        if note:
+            yield table, note
+        if len(table) < 2 or len(table[0][1]) < 2:
+            continue
+        (line, heading), *body = table
+        if any(len(row) != len(heading) + 1 for _, row in body):
+            continue
+        if not any(row[-1] for _, row in body):  # a comma at the end of each row
+            yield [(line, [*heading, '']), *body], note
+        elif _ROW_NAMES not in heading and _are_numbers(body):
+            more = (
+                'its heading has one cell less than its rows, as R writes tables; '
+                f'their first cell is called {_ROW_NAMES!r}'
+            )
+            yield [(line, [_ROW_NAMES, *heading]), *body], [*note, more]
+
+
+def _are_numbers(body):
+    """Whether the first cells are numbers of rows, no two alike."""
+    first = [row[0] for _, row in body]
+    return all(map(str.isdecimal, first)) and len(set(first)) == len(first)
+
+
+def _without_comments(rows):
+    """Rows without the first ones that begin with `#`, and a note if there are any."""
+    count = 0
+    while count < len(rows) and rows[count][1][0].startswith('#'):
+        count += 1
+    note = f'{count} lines at its beginning that start with # are left out'
+    return rows[count:], [note] if count else []
+
+
+def _split(field, text, separator, first_line):
     reader = csv.reader(
         io.StringIO(text, newline=''),
         delimiter=separator,
         skipinitialspace=separator == ' ',
     )
     try:
-        rows = [(reader.line_num, row) for row in reader if any(row)]
+        rows = [(reader.line_num + first_line, row) for row in reader if any(row)]
     except csv.Error as error:
         raise UserError(f'{field} cannot be read ({error})') from error
     return [(line, [cell.strip() for cell in row]) for line, row in rows]

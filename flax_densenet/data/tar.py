@@ -94,11 +94,13 @@ def load(
     """
     field = f'data.source=tar:{name}'
     path = paths.resolve(name, 'data.source=tar:')
-    by_part = _find_tars(field, name, path)
+    by_part, aside = _find_tars(field, name, path)
     tars = [tar for inside in by_part for tar in inside]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         by_tar = list(pool.map(_scan, tars))
     first_test = sum(len(inside) for inside in by_tar[: len(by_part[0])])
+    if len(by_part) > 1:
+        _say_parts(field, path, by_part, aside, [len(inside) for inside in by_tar])
     which = np.repeat(np.arange(len(tars), dtype=np.int32), [len(s) for s in by_tar])
     samples = [sample for inside in by_tar for sample in inside]
     if len(by_part) == 1 and (order := _order_by_part(field, samples)):
@@ -106,7 +108,11 @@ def load(
         samples, which = [samples[i] for i in order], which[order]
         by_part = [tars, tars]
     root = path if os.path.isdir(path) else os.path.dirname(path)
-    labels, names = _number(field, [s.label for s in samples], root, known_classes)
+    place = root
+    if not os.path.exists(os.path.join(root, CLASSES_FILE)) and tars:
+        place = os.path.commonpath(list(map(os.path.dirname, tars)))
+    labels, names = _number(field, [s.label for s in samples], place, known_classes)
+    _check_classes(field, names, labels, first_test if len(by_part) > 1 else None)
     reader = TarReader(
         tars,
         which,
@@ -119,11 +125,16 @@ def load(
 
 
 def _find_tars(field, name, path):
-    """The tar files of the training part and, if there is one, of the test part."""
+    """The tar files of the training part and, if there is one, of the test part.
+
+    Returns:
+      They, and those of a test part that is set aside.
+    """
     if not name or not os.path.exists(path):
         raise UserError(f'{field}: there is no such folder or tar file')
     if not os.path.isdir(path):
-        return [[path]]
+        return [[path]], []
+    path = _below_single_folders(field, path)
     inside = parts.by_role(listing.class_folders(path))
     folders = {
         part: tars
@@ -136,28 +147,54 @@ def _find_tars(field, name, path):
                 f'{field}: {" and ".join(inside[unclear[0]][:3])} all look like the '
                 f'part {unclear[0]}; join them, or move all but one elsewhere'
             )
-        return _choose(field, folders)
+        used = [inside[part][0] for part in folders]
+        left = [
+            name
+            for name in listing.class_folders(path)
+            if name not in used and _tars_of(os.path.join(path, name))
+        ]
+        if left:
+            notes.say(
+                f'{field}: left out beside the parts: the folders {", ".join(left[:5])}'
+            )
+        return _choose(folders)
     tars = _tars_of(path)
-    if not tars:
-        raise UserError(f'{field}: holds no .tar files (uncompressed ones)')
     passed = notes.Passed()
     for entry in listing.scan(path):
         known = listing.is_hidden(entry.name) or entry.name == CLASSES_FILE
         if not known and entry.path not in tars and os.path.isfile(entry.path):
             passed.add_file(entry.name)
+    if not tars:
+        held = f' but {passed.files()}' if passed.endings else ''
+        raise UserError(f'{field}: holds no .tar files (uncompressed ones){held}')
     if passed.line():
         notes.say(f'{field}: {passed.line()}')
     by_part = {}
     for tar in tars:
         by_part.setdefault(_role_of_tar(tar), []).append(tar)
+    if parts.TRAIN not in by_part and {parts.VAL, parts.TEST} == set(by_part):
+        raise UserError(
+            f'{field}: its tars are called val and test, and none train; give the tars '
+            'to train on, or one of the parts alone'
+        )
     if parts.TRAIN not in by_part or not {parts.VAL, parts.TEST} & set(by_part):
-        return [tars]
+        return [tars], []
     if None in by_part:
         raise UserError(
             f'{field}: some tars are called train, some val and some neither; put '
             'them into the folders train and val'
         )
-    return _choose(field, by_part)
+    return _choose(by_part)
+
+
+def _below_single_folders(field, path):
+    """Goes down where a folder holds no tars, but one folder."""
+    while True:
+        inside = listing.class_folders(path)
+        if len(inside) != 1 or _tars_of(path):
+            return path
+        path = os.path.join(path, inside[0])
+        notes.say(f'{field}: holds one folder only, whose tars are taken: {path}')
 
 
 def _role_of_tar(path):
@@ -167,16 +204,59 @@ def _role_of_tar(path):
     return roles.pop() if len(roles) == 1 else None
 
 
-def _choose(field, by_part):
-    """The tars to train on and those that choose; a test part is set aside."""
-    held_out = by_part.get(parts.VAL) or by_part[parts.TEST]
-    if parts.VAL in by_part and parts.TEST in by_part:
-        notes.say(
-            f'{field}: {len(by_part[parts.TRAIN])} tars to train on, {len(held_out)} '
-            f'of val choose the best epoch, {len(by_part[parts.TEST])} of test are set '
-            'aside (to measure it: eval with data.source=tar: and its path)'
+def _choose(by_part):
+    """The tars to train on and those that choose; and a test part set aside."""
+    held_out, aside = by_part.get(parts.VAL), by_part.get(parts.TEST, [])
+    if held_out is None:
+        held_out, aside = aside, []
+    return [by_part[parts.TRAIN], held_out], aside
+
+
+def _say_parts(field, root, by_part, aside, counts):
+    """The line about the parts and their numbers of images.
+
+    Args:
+      counts: images of each tar of both parts.
+    """
+    train = len(by_part[0])
+    shown = [
+        os.path.relpath(tars[0], root) + (', ...' if len(tars) > 1 else '')
+        for tars in (*by_part, aside)
+        if tars
+    ]
+    line = (
+        f'{field}: {sum(counts[:train])} images to train on ({shown[0]}), '
+        f'{sum(counts[train:])} choose the best epoch ({shown[1]})'
+    )
+    if aside:
+        line += (
+            f', {len(aside)} tars of test are set aside ({shown[2]}; to measure them: '
+            'eval --config.data.source=tar:PATH)'
         )
-    return [by_part[parts.TRAIN], held_out]
+    notes.say(line)
+
+
+def _check_classes(field, names, labels, first_test):
+    """Tells of classes that differ in spelling only or are in the test part only."""
+    similar = parts.find_similar(names)
+    if first_test is None:
+        if similar:
+            notes.say(
+                f'{field}: the classes {similar[0]!r} and {similar[1]!r} differ only '
+                'in case or spaces'
+            )
+        return
+    missing = [names[i] for i in np.setdiff1d(labels[first_test:], labels[:first_test])]
+    if similar and set(similar) & set(missing):
+        raise UserError(
+            f'{field}: the class is written {similar[0]!r} in some tars and '
+            f'{similar[1]!r} in others; write it alike'
+        )
+    if missing:
+        notes.say(
+            f'{field}: warning: {len(missing)} classes have no image to train on, so '
+            f'they cannot be learned: {", ".join(missing[:5])}'
+        )
 
 
 def _order_by_part(field, samples):
@@ -246,7 +326,7 @@ def _scan(path) -> list[_Sample]:
 
 def _add(path, size, member, samples):
     folder, _, base = member.name.rpartition('/')
-    if member.isdir() or base.startswith('.'):
+    if member.isdir() or base.startswith('.') or '__MACOSX' in folder.split('/'):
         return
     if not member.isreg() or member.issparse():
         raise UserError(f'{path}: {member.name} is not a regular file; pack it as one')
@@ -268,7 +348,12 @@ def _sample(path, file, key, inside) -> _Sample:
         )
     kind = next((kind for kind in _LABELS if kind in inside), None)
     if kind is None:
-        raise UserError(f'{path}: {key} has no label; add {key}.cls or {key}.json')
+        hint = ''
+        if '/' in key:
+            hint = '; a tar of class folders is read unpacked, as folder:PATH'
+        raise UserError(
+            f'{path}: {key} has no label; add {key}.cls or {key}.json{hint}'
+        )
     member = inside[kind]
     if member.size > _MAX_LABEL_BYTES:
         raise UserError(f'{path}: {member.name} is too large to be a label')

@@ -53,6 +53,7 @@ class SourceSettings:
     blank_labels: str = 'unknown'
     uncertain_labels: str = 'unknown'
     groups: str = 'auto'
+    split: str = 'auto'
     test_fraction: float = 0.2
     split_seed: int = 0
     bad_images: str = 'error'

@@ -23,6 +23,7 @@ def check_same_run(workdir: str, run: training_run.TrainingRun):
     latest = checkpoint_reader.find_latest(workdir)
     saved = checkpoint_reader.load_json(workdir, latest, 'metadata')
     remedy = 'use another --workdir, or the same settings'
+    new_run = f', or start from its weights: --config.init_from={workdir}'
     saved_names, names = saved['class_names'], list(run.source.class_names)
     if saved_names != names:
         raise UserError(
@@ -38,9 +39,8 @@ def check_same_run(workdir: str, run: training_run.TrainingRun):
     before['data.window'] = before['data.window'] or ()
     for name in _decisive(run.settings):
         if before[name] != now[name]:
-            end = ''
-            if name.startswith('train.'):
-                end = f', or start from it: --config.init_from={workdir}'
+            # Of another network the weights would not fit.
+            end = '' if name.startswith('model.') else new_run
             raise UserError(
                 f'--workdir={workdir} holds a run with {name}={_listed(before[name])}, '
                 f'not {_listed(now[name])}; {remedy}{end}'
@@ -50,7 +50,9 @@ def check_same_run(workdir: str, run: training_run.TrainingRun):
 def _decisive(settings):
     """Names of the settings that a checkpoint goes on with alone."""
     yield from (f'model.{name}' for name in vars(settings.model) if name not in _HOW)
-    data = 'batch_size', 'split_seed', 'test_fraction'
+    data = ['batch_size', 'split_seed', 'test_fraction']
+    if settings.data.labels:  # else they change nothing
+        data += ['label_kind', 'label_columns', 'blank_labels', 'uncertain_labels']
     yield from (f'data.{name}' for name in (*data, *vars(settings.preparation)))
     # The state depends on them.
     yield from ('train.freeze', 'train.head_warmup_epochs', 'train.ema')

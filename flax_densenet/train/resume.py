@@ -91,6 +91,18 @@ def check_data(
             f'the data back as it was, or {new_run}'
         )
     _check_labels(workdir, saved['data'].get('labels') or '', labels, new_run)
+    if changed := identity.find_changed_part(saved, source):
+        raise UserError(
+            f'--workdir={workdir} holds a run with another split of data.source='
+            f'{source.name}: {changed} of the training images that the checkpoint '
+            'remembers would be test images; give the same data.groups, data.split, '
+            f'data.duplicates and table, or {new_run}'
+        )
+    if identity.has_other_labels(saved, source):
+        return (
+            f'warning: data.source={source.name} has other labels for the images than '
+            'before; the run goes on with those of now'
+        )
     if moved:
         return f'the data has moved from {before} to {source.name}; the run goes on'
     known = (saved.get('identity') or {}).get('names')

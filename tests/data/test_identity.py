@@ -126,7 +126,7 @@ def test_many_images_are_a_sample(photos, monkeypatch):
 def test_images_without_names():
     source = load('digits')
     saved = saved_by(source)
-    assert saved['identity'] == {'names': '', 'sample': []}
+    assert saved['identity'] == {'names': '', 'sample': [], 'labels': ''}
     assert identity.compare(saved, source) == identity.Relation(True)
     assert identity.find_trained_on(saved, source.train) == ''
 

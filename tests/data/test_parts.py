@@ -102,6 +102,9 @@ def test_a_part_without_classes(tmp_path, capsys):
         (('train', 'val/a', 'val/b'), 'train holds images but no folders of classes'),
         (('train/a', 'train/b', 'val/A', 'val/b'), "'A' of val is written 'a' in"),
         (('train/a b', 'train/c', 'val/a_b', 'val/c'), "'a_b' of val is written"),
+        (('train/e\u0301', 'train/c', 'val/\xe9', 'val/c'), 'another Unicode form'),
+        (('d/train/a', 'd/val/a', 'docs/x'), 'folder d holds parts of a set .train, v'),
+        (('a/train', 'a/test', 'b/train'), 'the folder a holds parts of a set'),
     ],
 )
 def test_folders_that_are_no_classes(folders, message, tmp_path):
@@ -154,3 +157,19 @@ def test_files_passed_over_are_counted(tmp_path, capsys):
     (tmp_path / 'c' / '1.psd').write_bytes(b'x')
     with pytest.raises(UserError, match='the folder c holds no images but 1 .psd'):
         load(tmp_path)
+
+
+def test_classes_that_differ_in_case_are_reported(tmp_path, capsys):
+    write(tmp_path, Cat=3, cat=3, dog=3)
+    assert load(tmp_path).class_names == ('Cat', 'cat', 'dog')
+    assert "the classes 'Cat' and 'cat' differ only in" in capsys.readouterr().out
+
+
+def test_parts_are_named_by_their_paths(tmp_path, capsys):
+    for part, count in ('training', 4), ('validation', 2), ('testing', 1):
+        write(tmp_path / part / 'images', a=count, b=count)
+    load(tmp_path)
+    assert (
+        '8 images in training/images to train on, 4 in validation/images, which '
+        'chooses the best epoch, 2 in testing/images, which is set aside'
+    ) in capsys.readouterr().out

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flax_densenet import UserError
-from flax_densenet.data import dataset, label_table
+from flax_densenet.data import dataset, label_options, label_table
 from helpers.runs import write_images
 
 NAN = np.nan
@@ -13,7 +13,7 @@ NAN = np.nan
 def read(tmp_path, text, **options):
     path = tmp_path / 't.csv'
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    return label_table.read(str(path), label_table.Options(**options))
+    return label_table.read(str(path), label_options.Options(**options))
 
 
 def column(cells, name='a', other=True):

@@ -252,3 +252,60 @@ def test_cut_between_two_images(jpegs, tmp_path):
     path.write_bytes(path.read_bytes()[:end])
     with pytest.raises(UserError, match='a.tar has no end of a tar file; copy it'):
         tar_lib.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ('train', 'held_out'),
+    [
+        ('data/train/0.tar', 'data/val/0.tar'),
+        ('shards/seg_train-0.tar', 'shards/seg_test-0.tar'),
+        ('Training/0.tar', 'Testing/0.tar'),
+        ('my_train_set-000.tar', 'my_val_set-000.tar'),
+    ],
+)
+def test_parts_of_many_names(train, held_out, jpegs, tmp_path, capsys):
+    write_tar(tmp_path / train, samples(jpegs, [0, 1, 0]))
+    write_tar(tmp_path / held_out, samples(jpegs[4:], [1, 0]))
+    source = load(tmp_path)
+    assert (len(source.train), len(source.test), source.has_test) == (3, 2, True)
+    told = f'3 images to train on ({train}), 2 choose the best epoch ({held_out})'
+    assert told in capsys.readouterr().out
+
+
+def test_names_of_classes_one_folder_down(jpegs, tmp_path):
+    for part in 'train', 'val':
+        write_tar(tmp_path / 'x' / part / '0.tar', samples(jpegs, [0, 1]))
+    (tmp_path / 'x' / 'classes.txt').write_text('cat\ndog\n')
+    assert load(tmp_path).class_names == ('cat', 'dog')
+
+
+def test_classes_of_one_part(jpegs, tmp_path, capsys):
+    write_tar(tmp_path / 'train.tar', samples(jpegs, [0, 1]))
+    write_tar(tmp_path / 'val.tar', samples(jpegs[4:], [0, 2]))
+    load(tmp_path)
+    assert 'warning: 1 classes have no image to train on' in capsys.readouterr().out
+    members = {'a.jpg': jpegs[0], 'a.cls': b'Cat', 'b.jpg': jpegs[1], 'b.cls': b'dog'}
+    write_tar(tmp_path / 'train.tar', members)
+    write_tar(tmp_path / 'val.tar', members | {'a.cls': b'cat'})
+    with pytest.raises(UserError, match="written 'Cat' in some tars and 'cat'"):
+        load(tmp_path)
+
+
+def test_tars_that_are_no_set(jpegs, tmp_path, capsys):
+    for name in 'val-0.tar', 'test-0.tar':
+        write_tar(tmp_path / 'a' / name, samples(jpegs, [0, 1]))
+    with pytest.raises(UserError, match='called val and test, and none train'):
+        load(tmp_path / 'a')
+    for name in 'train/0.tar', 'trainval/0.tar', 'val/0.tar':
+        write_tar(tmp_path / 'b' / name, samples(jpegs, [0, 1]))
+    load(tmp_path / 'b')
+    assert 'left out beside the parts: the folders trainval' in capsys.readouterr().out
+    (tmp_path / 'c').mkdir()
+    (tmp_path / 'c' / 'x.tar.gz').write_bytes(b'')
+    with pytest.raises(UserError, match=r'no .tar files .*but 1 .gz .*unpack them'):
+        load(tmp_path / 'c')
+    write_tar(tmp_path / 'd.tar', {'cat/1.jpg': jpegs[0]})
+    with pytest.raises(UserError, match='a tar of class folders is read unpacked'):
+        load(tmp_path / 'd.tar')
+    write_tar(tmp_path / 'e.tar', samples(jpegs, [0, 1, 0]) | {'__MACOSX/0.jpg': b'x'})
+    assert len(load(tmp_path / 'e.tar').train) == 2

@@ -6,9 +6,11 @@ import shutil
 
 import pytest
 
+from flax_densenet import settings as settings_lib
 from flax_densenet.data import dataset, identity, notes
 from flax_densenet.errors import UserError
 from flax_densenet.train import fit, resume
+from helpers.paths import ROOT
 from helpers.runs import read_records, tiny_config, write_images
 
 
@@ -164,3 +166,57 @@ def test_changes_that_matter():
         'going on with other settings: data.augment=False (before True)'
     )
     assert resume.describe_changes({}) == ''
+
+
+def test_another_split_of_the_same_images(photos):
+    """Training images would become test images: another table or other groups."""
+    source = load('folder:photos')
+    saved = saved_by(source)
+    other = dataset.load_source('folder:photos', image_size=8, split_seed=3)
+    with pytest.raises(UserError, match='of the training images .* would be test im'):
+        check(saved, other)
+    assert identity.find_changed_part(saved, source) == 0
+
+
+def test_other_labels_for_the_same_images(photos, tmp_path):
+    def read(odd):
+        names = sorted(os.listdir(photos / 'a'))
+        rows = [f'a/{name},{(i + odd) % 2}' for i, name in enumerate(names)]
+        (tmp_path / 'a.csv').write_text('\n'.join(['image,sick', *rows]))
+        return dataset.load_source('folder:photos', labels='a.csv', image_size=8)
+
+    saved = saved_by(read(0))
+    saved['data']['labels'] = 'a.csv'
+    assert check(saved, read(0), 'a.csv') == ''
+    assert 'has other labels for the images' in check(saved, read(1), 'a.csv')
+    del saved['identity']['labels']  # of a version that kept none
+    assert check(saved, read(1), 'a.csv') == ''
+
+
+@pytest.mark.parametrize(
+    ('field', 'value', 'weights'),
+    [
+        ('data.batch_size', 16, True),
+        ('data.resize', 'crop', True),
+        ('train.ema', 0.5, True),
+        ('model.variant', 'BC-L10k6', False),
+    ],
+)
+def test_settings_of_a_run_that_stay(field, value, weights, photos, tmp_path):
+    """Another one is refused with the remedy: weights go to another network never."""
+    run = tmp_path / 'run'
+    shutil.copytree(ROOT / 'tests' / 'data' / 'v0' / 'run', run)
+    config = json.loads((run / 'config.json').read_text())
+    flat = settings_lib.flatten(settings_lib.from_config(config))
+    config = {
+        section: dict(fields) if isinstance(fields, dict) else fields
+        for section, fields in config.items()
+    }
+    section, _, name = field.partition('.')
+    assert flat[field] != value
+    config[section][name] = value
+    with pytest.raises(UserError) as refusal:
+        fit.fit(config, str(run))
+    said = str(refusal.value)
+    assert f'holds a run with {field}=' in said and 'use another --workdir' in said
+    assert ('or start from its weights: --config.init_from=' in said) == weights

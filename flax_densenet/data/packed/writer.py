@@ -21,7 +21,7 @@ import numpy as np
 import safetensors.numpy
 from tqdm import tqdm
 
-from flax_densenet.data import label_table, sources
+from flax_densenet.data import label_options, sources
 from flax_densenet.data.packed import manifest as manifest_lib
 from flax_densenet.data.packed import plan as pack_plan
 from flax_densenet.data.packed import reader as packed_reader
@@ -47,7 +47,7 @@ def pack(
     *,
     labels: str = '',
     bad_images: str = 'error',
-    table: label_table.Options | None = None,
+    table: label_options.Options | None = None,
     threads: int = 4,
     options: pack_plan.Options | None = None,
 ) -> manifest_lib.Manifest:

@@ -1,0 +1,78 @@
+"""How a table of labels is to be read: the fields of `config.data` about it."""
+
+import dataclasses
+import re
+
+from flax_densenet.data import split_column
+from flax_densenet.errors import UserError
+
+KINDS = ('auto', 'labels', 'classes')
+MEANINGS = ('unknown', 'negative', 'positive')
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a table is read.
+
+    Attributes:
+      kind: `labels` for several labels an image, `classes` for one class each, `auto`.
+      columns: those of the labels or the class; empty: they are found.
+      groups: `column:NAME`, `none`, or anything else to find the column.
+      blank, uncertain: what a missing cell and -1 mean: unknown, negative, positive.
+      split: the column of parts, see `split_column`.
+      for_training: whether a model is to learn from the table; one that is measured
+        needs no negative images.
+    """
+
+    kind: str = 'auto'
+    columns: tuple[str, ...] = ()
+    groups: str = 'auto'
+    blank: str = 'unknown'
+    uncertain: str = 'unknown'
+    split: str = 'auto'
+    for_training: bool = True
+
+    def __post_init__(self):
+        for field, value, valid in (
+            ('label_kind', self.kind, KINDS),
+            ('blank_labels', self.blank, MEANINGS),
+            ('uncertain_labels', self.uncertain, MEANINGS),
+        ):
+            if value not in valid:
+                raise UserError(
+                    f'data.{field}={value} is not known; use {", ".join(valid)}'
+                )
+        check_groups(self.groups)
+        split_column.check(self.split)
+
+
+def options_of(fields) -> Options:
+    """The options in the fields of `config.data`."""
+    return Options(
+        fields['label_kind'],
+        tuple(fields['label_columns']),
+        fields['groups'],
+        fields['blank_labels'],
+        fields['uncertain_labels'],
+        fields['split'],
+    )
+
+
+def check_groups(groups: str) -> re.Pattern | None:
+    """The pattern of `path:REGEX`, None for the other values of `data.groups`.
+
+    Raises:
+      UserError: another value.
+    """
+    kind, _, value = groups.partition(':')
+    if kind == 'path' and value:
+        try:
+            return re.compile(value)
+        except re.error as error:
+            raise UserError(f'data.groups={groups}: {error}') from error
+    if groups not in ('auto', 'none', 'path') and not (kind == 'column' and value):
+        raise UserError(
+            f'data.groups={groups} is not known; use auto, none, column:NAME, path or '
+            'path:REGEX'
+        )
+    return None

@@ -1,0 +1,252 @@
+"""Which rows of a table are for training, for validation and for testing."""
+
+from collections import Counter
+
+import numpy as np
+
+from flax_densenet.data import cells as cells_lib
+from flax_densenet.data import parts as parts_lib
+from flax_densenet.errors import UserError
+
+_words = str.split
+_KEYS = _words(
+    'split splits datasplit fold set subset dataset partition phase part usage stage '
+    'splitname traintest trainvaltest'
+)
+# Of these, numbers are parts or folds and never labels; a stage may be one.
+_NEVER_LABELS = _words(
+    'split splits datasplit fold set subset dataset partition splitname traintest '
+    'trainvaltest foldid kfold foldnumber'
+)
+_MOST_NUMBERS = 20
+_BINARY = {
+    **dict.fromkeys(('istrain', 'istraining', 'intrain'), parts_lib.TRAIN),
+    **dict.fromkeys(('isvalid', 'isval', 'isvalidation'), parts_lib.VAL),
+    **dict.fromkeys(('istest', 'istesting', 'intest'), parts_lib.TEST),
+}
+_NUMBER_OF = {parts_lib.TRAIN: 0, parts_lib.VAL: 1, parts_lib.TEST: 2}
+UNUSED = 3
+
+
+def check(setting: str):
+    """Raises `UserError` for an invalid value of `data.split`."""
+    if setting in ('auto', 'none'):
+        return
+    if not setting.startswith('column:') or setting == 'column:':
+        raise UserError(
+            f'data.split={setting} is not known; use auto, none, column:NAME or '
+            'column:NAME=TRAIN,VAL,TEST'
+        )
+
+
+def find(table, images: str, setting: str) -> tuple[set[str], np.ndarray | None]:
+    """Finds the column of parts.
+
+    Args:
+      table: `table_columns.Columns`.
+      images: the column of the images.
+      setting: `data.split`.
+
+    Returns:
+      The columns that tell of parts, and int64 `[N]` (see `label_table.Labels`), or
+      None.
+    """
+    if setting == 'none':
+        return set(), None
+    if setting.startswith('column:'):
+        return _find_named(table, setting)
+    lower = {name.lower(): name for name in table.columns}
+    if 'split' in lower:
+        name = lower['split']
+        roles = cells_lib.roles(table.columns[name])
+        _check_roles(table, name, roles)
+        return {name}, _number(table, name, roles)
+    found = _find_by_words(table, images) or _find_one_hot(table, images)
+    if not found:
+        _say_unclear(table, images)
+        return set(), None
+    found.sort(key=lambda item: table.keys[item[0][0]] not in _KEYS)
+    if len(found) > 1 and found[0][1] != found[1][1]:
+        raise UserError(
+            f'{table.field}: the columns {found[0][0][0]} and {found[1][0][0]} both '
+            'tell of parts, and differ; name the right one: data.split=column:NAME'
+        )
+    names, roles = found[0]
+    several = len(names) > 1
+    table.notes.append(
+        f'the column{"s" * several} {" and ".join(names)} {"are" if several else "is"} '
+        'taken as the split; data.split=none takes none'
+    )
+    return set(names), _number(table, ' and '.join(names), roles)
+
+
+def describe_label(name: str) -> str:
+    """A line about a label that may tell of parts, as `train`; empty for others."""
+    part = parts_lib.role(name)
+    if part not in parts_lib.USED:
+        return ''
+    return (
+        f'the column {name} is read as a label; if it tells the part, set '
+        f'data.split=column:{name}={"1,0" if part == parts_lib.TRAIN else "0,1"}'
+    )
+
+
+def looks_like_parts(key: str, cells) -> bool:
+    """Whether a column tells of parts or folds by numbers, so that it is no label."""
+    return key in _NEVER_LABELS and _are_few_numbers(cells)
+
+
+def _are_few_numbers(cells):
+    different = {cell for cell in cells if not cells_lib.is_missing(cell)}
+    if not 1 < len(different) <= _MOST_NUMBERS:
+        return False
+    numbers = [cells_lib.number(cell) for cell in different]
+    return all(n is not None and n == int(n) for n in numbers)
+
+
+def _check_roles(table, name, roles):
+    if None not in roles:
+        return
+    row = roles.index(None)
+    remedy = 'use train, val and test'
+    if _are_few_numbers(table.columns[name]):
+        remedy += f', or say which is which: data.split=column:{name}=0,1,2'
+    raise UserError(
+        f'{table.field}: {name}={table.columns[name][row]} is not known '
+        f'(line {table.lines[row]}); {remedy}, or set data.split=none'
+    )
+
+
+def _find_by_words(table, images):
+    """`[((column,), role of each row)]` of the columns that name parts."""
+    found = []
+    for name in table.columns:
+        if name == images or table.is_index(name):
+            continue
+        roles = cells_lib.roles(table.columns[name])
+        if None not in roles and {parts_lib.TRAIN} < set(roles):
+            found.append(((name,), roles))
+        elif (part := _BINARY.get(table.keys[name])) is not None:
+            values, odd = cells_lib.yes_or_no(table.columns[name])
+            if not odd and set(values) == {0.0, 1.0}:
+                found.append(((name,), _binary_roles(part, values)))
+        elif table.keys[name] in _KEYS and parts_lib.TRAIN in roles:
+            _check_roles(table, name, roles)
+            found.append(((name,), roles))
+    return found
+
+
+def _binary_roles(part, values):
+    if part == parts_lib.TRAIN:
+        return [parts_lib.TRAIN if value else parts_lib.TEST for value in values]
+    return [part if value else parts_lib.TRAIN for value in values]
+
+
+def _find_one_hot(table, images):
+    """The same of columns train, val and test, of which each row has one."""
+    names, sides = [], []
+    for name in table.columns:
+        part = parts_lib.role(name) if name != images else None
+        if part not in parts_lib.USED:
+            continue
+        values, odd = cells_lib.yes_or_no(table.columns[name])
+        if odd or not set(values) <= {0.0, 1.0}:
+            return []
+        names.append(name)
+        sides.append((part, values))
+    if len(names) < 2 or len({part for part, _ in sides}) < len(names):
+        return []
+    if parts_lib.TRAIN not in {part for part, _ in sides}:
+        return []
+    rows = zip(*(values for _, values in sides), strict=True)
+    chosen = [[i for i, value in enumerate(row) if value] for row in rows]
+    if any(len(places) != 1 for places in chosen):
+        return []
+    return [(tuple(names), [sides[places[0]][0] for places in chosen])]
+
+
+def _say_unclear(table, images):
+    for name, cells in table.columns.items():
+        if name != images and looks_like_parts(table.keys[name], cells):
+            values = sorted(set(cells))
+            table.notes.append(
+                f'the column {name} holds numbers ({", ".join(values[:5])}'
+                f'{", ..." if len(values) > 5 else ""}) that do not say which part is '
+                'which: it is not used, and a part is split off at random; to use it, '
+                f'name the values of train, val and test: '
+                f'data.split=column:{name}=0,1,2'
+            )
+
+
+def _find_named(table, setting):
+    name, values = setting.removeprefix('column:'), None
+    if name not in table.columns and '=' in name:
+        name, _, values = name.rpartition('=')
+    if name not in table.columns:
+        raise UserError(
+            f'data.split={setting}: the table has no such column; it has '
+            f'{", ".join(table.columns)[:200]}'
+        )
+    cells = table.columns[name]
+    if values is None:
+        roles = cells_lib.roles(cells)
+        _check_roles(table, name, roles)
+    else:
+        roles = _roles_of_values(setting, cells, values)
+    return {name}, _number(table, name, roles)
+
+
+def _roles_of_values(setting, cells, values):
+    """Roles by the user's `TRAIN,VAL,TEST`, each one value or several with `+`."""
+    wanted = values.split(',')
+    if not 2 <= len(wanted) <= 3:
+        raise UserError(
+            f'data.split={setting}: give the values of train and val, or of train, val '
+            'and test, as column:fold=0,1,2 or column:fold=0+1+2,3,4'
+        )
+    role_of = {}
+    for part, text in zip(parts_lib.USED, wanted, strict=False):
+        for value in text.split('+'):
+            if role_of.setdefault(_plain(value), part) != part:
+                raise UserError(f'data.split={setting}: {value} is given for two parts')
+    present = {_plain(cell) for cell in cells}
+    absent = [value for value in role_of if value and value not in present]
+    if absent:
+        raise UserError(
+            f'data.split={setting}: no cell is {absent[0]}; the column holds '
+            f'{", ".join(sorted(present))[:200]}'
+        )
+    return [role_of.get(_plain(cell), parts_lib.OTHER) for cell in cells]
+
+
+def _plain(cell):
+    """A cell as it is compared: 1.0 is 1."""
+    number = cells_lib.number(cell)
+    if number is not None and number == int(number):
+        return str(int(number))
+    return cell.strip().lower()
+
+
+def _number(table, name, roles):
+    counts = Counter(roles)
+    if not counts[parts_lib.TRAIN]:
+        raise UserError(
+            f'{table.field}: no row of its column {name} is of train; set '
+            'data.split=none to split the images at random'
+        )
+    number = dict(_NUMBER_OF)
+    if parts_lib.VAL not in counts:
+        number[parts_lib.TEST] = 1
+    pieces = [f'{counts[parts_lib.TRAIN]} images to train on']
+    for part in (parts_lib.VAL, parts_lib.TEST):
+        if counts[part]:
+            what = 'which chooses the best epoch'
+            if number[part] == 2:
+                what = 'which is set aside and not used'
+            pieces.append(f'{counts[part]} of {part}, {what}')
+    if len(pieces) == 1:
+        pieces.append('none of val or test, so that a part of them is split off')
+    if counts[parts_lib.OTHER]:
+        pieces.append(f'{counts[parts_lib.OTHER]} of other parts, left out')
+    table.notes.append(f'by its column {name}: {"; ".join(pieces)}')
+    return np.array([number.get(role, UNUSED) for role in roles])

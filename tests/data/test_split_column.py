@@ -1,0 +1,150 @@
+"""Columns of a table that tell the part: words, numbers, one column each, a setting."""
+
+import numpy as np
+import pytest
+
+from flax_densenet import UserError
+from flax_densenet.data import dataset, label_options, label_table
+from helpers.runs import write_images
+
+
+def read(tmp_path, columns, rows, **options):
+    """A table of images 0.png, ... and these columns."""
+    lines = [f'{i}.png,' + ','.join(map(str, row)) for i, row in enumerate(rows)]
+    path = tmp_path / 't.csv'
+    path.write_text('\n'.join([f'image,{columns}', *lines]))
+    return label_table.read(str(path), label_options.Options(**options))
+
+
+NUMBERS = [(i % 2, i % 3) for i in range(9)]
+
+
+@pytest.mark.parametrize('name', ['fold', 'Partition', 'set', 'subset', 'dataset'])
+@pytest.mark.parametrize('parts', [2, 3, 5])
+def test_numbers_of_parts_are_no_labels(name, parts, tmp_path):
+    """They do not say which part is which: a line asks, and nothing learns them."""
+    found = read(tmp_path, f'sick,{name}', [(i % 2, i % parts) for i in range(10)])
+    assert (found.names, found.ignored, found.parts) == (('sick',), (name,), None)
+    assert any(f'data.split=column:{name}=0,1,2' in note for note in found.notes)
+    found = read(
+        tmp_path, f'sick,{name}', [(i % 2, i % parts) for i in range(10)], split='none'
+    )
+    assert found.names == ('sick',)
+    assert not any('data.split' in note for note in found.notes)
+
+
+def test_a_column_called_split_is_asked_for(tmp_path):
+    with pytest.raises(UserError, match=r'split=0 .* data.split=column:split=0,1,2'):
+        read(tmp_path, 'sick,split', NUMBERS)
+    assert read(tmp_path, 'sick,split', NUMBERS, split='none').parts is None
+
+
+@pytest.mark.parametrize(
+    ('setting', 'expected'),
+    [
+        ('column:fold=0,1,2', [0, 1, 2]),
+        ('column:fold=2.0,0', [1, 3, 0]),
+        ('column:fold=0+1,2', [0, 0, 1]),
+        ('column:fold=1,,2', None),
+    ],
+)
+def test_values_that_are_named(setting, expected, tmp_path):
+    rows = [(i % 2, f'{i % 3}.0') for i in range(9)]
+    if expected is None:
+        found = read(tmp_path, 'sick,fold', rows, split=setting)
+        assert found.parts.tolist() == [3, 0, 1] * 3
+        return
+    found = read(tmp_path, 'sick,fold', rows, split=setting)
+    assert found.parts.tolist() == expected * 3
+
+
+def test_a_column_that_is_named(tmp_path):
+    rows = [(i % 2, ('train', 'val')[i % 3 == 0], 'train') for i in range(6)]
+    found = read(tmp_path, 'sick,a=b,split', rows, split='column:a=b')
+    assert found.parts.tolist() == [1, 0, 0, 1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ('setting', 'message'),
+    [
+        ('fold', 'data.split=fold is not known; use auto, none, column:NAME'),
+        ('column:', 'is not known'),
+        ('column:x', 'has no such column; it has image, sick, fold'),
+        ('column:fold=0', 'give the values of train and val, or of train'),
+        ('column:fold=0,0', '0 is given for two parts'),
+        ('column:fold=0,7', 'no cell is 7; the column holds 0, 1, 2'),
+        ('column:fold', 'fold=0 is not known'),
+    ],
+)
+def test_settings_that_are_wrong(setting, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, 'sick,fold', NUMBERS, split=setting)
+
+
+def test_a_column_for_each_part(tmp_path):
+    rows = [(i % 2, *np.eye(3, dtype=int)[i % 3]) for i in range(6)]
+    found = read(tmp_path, 'sick,train,Valid,test', rows)
+    assert (found.names, found.parts.tolist()) == (('sick',), [0, 1, 2] * 2)
+    # Vehicles, of which a picture may have several.
+    found = read(tmp_path, 'bus,train,test', [(1, 1, 1), (0, 0, 1), (1, 1, 0)])
+    assert found.names == ('bus', 'train', 'test') and found.parts is None
+    assert any('train is read as a label; if it tells' in n for n in found.notes)
+
+
+def test_rows_of_one_part(tmp_path):
+    found = read(tmp_path, 'sick,split', [(i % 2, 'train') for i in range(4)])
+    assert found.parts.tolist() == [0] * 4
+    assert any('none of val or test' in note for note in found.notes)
+    with pytest.raises(UserError, match='no row of its column split is of train'):
+        read(tmp_path, 'sick,split', [(i % 2, ('val', 'test')[i % 2]) for i in (0, 1)])
+
+
+def test_training_rows_alone_are_split(tmp_path):
+    write_images(tmp_path, {'x': 10}, size=(8, 8))
+    rows = [
+        f'{i:03}.jpg,{i % 2},{"train" if i < 8 else "unlabeled"}' for i in range(10)
+    ]
+    (tmp_path / 't.csv').write_text('\n'.join(['image,sick,split', *rows]))
+    source = dataset.load_source(
+        f'folder:{tmp_path}/x', labels=f'{tmp_path}/t.csv', image_size=8
+    )
+    assert (len(source.train), len(source.test), source.has_test) == (6, 2, False)
+
+
+@pytest.mark.parametrize('setting', ['auto', 'column:who'])
+def test_patients_in_both_parts_are_reported(setting, tmp_path):
+    """The table's own split is taken, with a warning that it divides patients."""
+    name = 'patient' if setting == 'auto' else 'who'
+    rows = [(i % 2, f'p{i // 2}', ('train', 'val')[i % 4 == 0]) for i in range(8)]
+    found = read(tmp_path, f'sick,{name},split', rows, groups=setting)
+    assert any(f'2 of 4 {name} have images in both' in n for n in found.notes)
+    assert not any('stay on one side' in note for note in found.notes)
+    rows = [(i % 2, f'p{i // 2}', ('train', 'val')[i < 4]) for i in range(8)]
+    found = read(tmp_path, f'sick,{name},split', rows, groups=setting)
+    assert not any('in both parts' in note for note in found.notes)
+
+
+def test_patients_without_a_number(tmp_path):
+    """Each is one of its own: all blanks as one patient would be a large group."""
+    rows = [(i % 2, '' if i % 2 else f'p{i // 4}') for i in range(8)]
+    found = read(tmp_path, 'sick,patient_id', rows)
+    assert len(set(found.groups.tolist())) == 6
+    assert any('4 images have no patient_id (line 3)' in n for n in found.notes)
+
+
+def test_one_patient_only(tmp_path):
+    rows = [(i % 2, 'p') for i in range(8)]
+    found = read(tmp_path, 'sick,patient_id', rows)
+    assert found.groups is None
+    assert any('all images are of one patient_id' in note for note in found.notes)
+    with pytest.raises(UserError, match='all images are of one group'):
+        read(tmp_path, 'sick,patient_id', rows, groups='column:patient_id')
+
+
+def test_paths_in_both_parts(tmp_path, capsys):
+    """Classes may hold the same folders, if these are patients."""
+    for place in ('train/a', 'train/b', 'val/a', 'val/b'):
+        folders = {f'patient{i:05}': 2 for i in range(4)}
+        write_images(tmp_path / place, folders, size=(8, 8))
+    dataset.load_source(f'folder:{tmp_path}', image_size=8, duplicates='ignore')
+    assert 'images of 4 of 4 groups (patient00000, ' in capsys.readouterr().out

@@ -105,6 +105,15 @@ def reduce(layers) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(np.float32(kernel), np.float32(bias)) for kernel, bias in made]
 
 
+def fits(layers, width: int | None) -> bool:
+    """Whether each of some linear layers takes the outputs of the one before."""
+    for layer in layers:
+        if width not in (layer.kernel.shape[0], None):
+            return False
+        width = layer.kernel.shape[1]
+    return True
+
+
 def _absorb(linear, waiting):
     kernel = np.float64(linear.kernel)
     bias = np.zeros(kernel.shape[1]) if linear.bias is None else np.float64(linear.bias)

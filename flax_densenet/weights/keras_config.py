@@ -23,6 +23,8 @@ def list_objects(text: str | bytes) -> list[tuple[str, dict[str, Any]]]:
     while waiting:
         node = waiting.pop()
         if isinstance(node, dict):
+            if isinstance(node.get('config'), list):  # a Sequential before Keras 2.2
+                node['config'] = {'layers': node['config']}
             if isinstance(node.get('config'), dict):
                 objects.append((str(node.get('class_name')), node['config']))
             node = list(node.values())
@@ -30,26 +32,29 @@ def list_objects(text: str | bytes) -> list[tuple[str, dict[str, Any]]]:
     return objects
 
 
-def fields_of(path: str, objects, groups, *, is_hub: bool) -> dict[str, Any]:
+def fields_of(
+    path: str, objects, groups, *, is_hub: bool, behind=None
+) -> dict[str, Any]:
     """Fields of `DenseNet` that a file implies and that no array depends on.
-
-    Warns of layers that change the images.
 
     Args:
       path: of the file, for error messages.
       objects: `list_objects` of its configuration; empty if it has none.
       groups: paths and names of its layers, including those without arrays.
       is_hub: whether it is a network of keras-hub.
+      behind: (class, configuration) of the layers of the head, or None.
 
     Raises:
-      UserError: the network is not a DenseNet.
+      UserError: the network is not a DenseNet, or its batch norms differ.
     """
-    _check_objects(path, objects)
-    return _numbers(path, objects) | {'padding': _padding(objects, groups, is_hub)}
+    if behind is None:
+        _check_pooling(path, objects)
+    heads = {settings.get('name') for _, settings in behind or ()}
+    numbers = _numbers(path, objects, heads)
+    return numbers | {'padding': _padding(objects, groups, is_hub)}
 
 
-def _check_objects(path, objects):
-    """Refuses other heads."""
+def _check_pooling(path, objects):
     for name, settings in objects:
         if name == 'GlobalMaxPooling2D' or settings.get('pooling') == 'max':
             raise UserError(
@@ -58,9 +63,14 @@ def _check_objects(path, objects):
             )
 
 
-def _numbers(path, objects):
+def _numbers(path, objects, heads):
     """epsilon, momentum and unbiased_variance."""
-    norms = [settings for name, settings in objects if name == 'BatchNormalization']
+    norms = [
+        settings
+        for name, settings in objects
+        if name == 'BatchNormalization'
+        and (settings.get('name') is None or settings['name'] not in heads)
+    ]
     epsilons = {float(settings.get('epsilon', 1e-3)) for settings in norms} or {EPSILON}
     momenta = {float(settings.get('momentum', 0.99)) for settings in norms}
     if len(epsilons) > 1:

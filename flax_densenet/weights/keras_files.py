@@ -13,6 +13,7 @@ False
 import contextlib
 import dataclasses
 import io
+import logging
 import os
 import re
 import tempfile
@@ -23,8 +24,15 @@ import numpy as np
 
 from flax_densenet import errors
 from flax_densenet.errors import UserError
-from flax_densenet.weights import hdf5, keras_config, keras_head, keras_layers
+from flax_densenet.weights import (
+    hdf5,
+    keras_config,
+    keras_head,
+    keras_layers,
+    keras_tail,
+)
 
+_LOGGER = logging.getLogger(__name__)
 _WEIGHTS = 'model.weights.h5'
 # The configuration next to the weights of a preset.
 _BESIDE = {_WEIGHTS: 'config.json', 'task.weights.h5': 'task.json'}
@@ -96,12 +104,14 @@ class Content:
     Attributes:
       arrays, fields, family: as of `read`.
       around: what the configuration says around the network.
+      tail: what comes behind it.
     """
 
     arrays: dict[str, np.ndarray]
     fields: dict[str, Any]
     family: str
     around: keras_head.Found
+    tail: keras_tail.Tail
 
 
 def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
@@ -128,34 +138,110 @@ def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
 
 def read_content(path: str) -> Content:
     """Reads a Keras file like `read`, with what is around the network."""
-    entries, groups, objects = _read_file(path)
+    layers, groups, objects = _read_file(path)
     neighbor = os.path.join(os.path.dirname(path), _WEIGHTS)
     if os.path.basename(path) == 'task.weights.h5' and os.path.exists(neighbor):
-        more, more_groups, more_objects = _read_file(neighbor)
-        entries += [(name, f'{_WEIGHTS}/{key}', array) for name, key, array in more]
+        more, more_groups, more_objects = _read_file(neighbor, f'{_WEIGHTS}/')
+        layers += more
         groups |= more_groups
         objects += more_objects
-    arrays = {}
-    for name, key, array in entries:
-        # The arrays of a second network in the same file are unknown, too.
-        name = key if name is None or name in arrays else name
-        arrays[name] = array
-    if not arrays:
+    layers = _without_copy(path, layers)
+    if not layers:
         raise UserError(f'{path} is not a valid Keras file (it holds no layers)')
     is_hub = any(name == 'DenseNetBackbone' for name, _ in objects)
     is_hub |= any(map(keras_layers.is_of_hub, groups))
     is_hub |= any('dense_net_backbone' in group for group in groups)
     with _reading(path):
-        fields = keras_config.fields_of(path, objects, groups, is_hub=is_hub)
         config = objects[0][1] if objects else {}
-        around = keras_head.read(config, {key: array for _, key, array in entries})
+        behind = keras_tail.find(config)
+        fields = keras_config.fields_of(
+            path, objects, groups, is_hub=is_hub, behind=behind
+        )
+        by_key = {key: array for one in layers for key, array in one.by_key().items()}
+        around = keras_head.read(config, by_key)
+        tail, used = _read_tail(behind, layers)
+    arrays = _name([one for one in layers if one not in used]) | tail.arrays
     for key in around.used:
         arrays.pop(key, None)
-    return Content(arrays, fields, 'keras_hub' if is_hub else 'keras', around)
+    family = 'keras_hub' if is_hub else 'keras'
+    return Content(arrays, fields | tail.fields, family, around, tail)
 
 
-def _read_file(path):
-    """[(our name or None, path in the file, array)], groups, [(class, config)]."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Placed:
+    """A layer of a file, our submodule for it or None, its arrays by their roles."""
+
+    layer: keras_layers.Layer
+    module: str | None
+    arrays: dict[str, np.ndarray]
+
+    def by_key(self):
+        return {key: self.arrays[role] for role, key in self.layer.keys.items()}
+
+    def is_of_head(self):
+        is_norm = self.arrays.keys() == set(keras_layers.NORM)
+        dense = 'kernel' in self.arrays and self.arrays['kernel'].ndim == 2
+        return self.module in (None, 'classifier') and (is_norm or dense)
+
+
+def _name(layers):
+    arrays = {}
+    for one in layers:
+        for role, key in one.layer.keys.items():
+            name = keras_layers.path_of(one.module, role) if one.module else None
+            # What is there twice is unknown, too.
+            known = name is not None and name not in arrays
+            arrays[name if known else key] = one.arrays[role]
+    return arrays
+
+
+def _without_copy(path, layers):
+    """The layers without those of a second copy of the network."""
+    seen, again = {}, []
+    for one in layers:
+        if one.module is not None and one.module in seen:
+            again.append((seen[one.module], one))
+        else:
+            seen[one.module] = one
+    if not any(one.module.startswith('denseblock') for _, one in again):
+        return layers
+    first, second = (one.layer.place for one in again[0])
+    for one, other in again:
+        if one.arrays.keys() != other.arrays.keys() or not all(
+            np.array_equal(one.arrays[role], other.arrays[role]) for role in one.arrays
+        ):
+            raise UserError(
+                f'{path} holds two networks, with {first} and {second}; choose one and '
+                'save it alone: model.get_layer(NAME).save(FILE)'
+            )
+    _LOGGER.warning(
+        '%s holds the same network twice, with %s and %s; one is taken',
+        *(path, first, second),
+    )
+    copies = [other for _, other in again]
+    return [one for one in layers if one not in copies]
+
+
+def _read_tail(behind, layers):
+    """The head, and the layers that are parts of it."""
+    found = [one for one in layers if one.is_of_head()]
+    body = {one.module: one.arrays for one in layers if one.module}
+    if not any(name.startswith('denseblock') for name in body):
+        return keras_tail.Tail(), []
+    if behind is None and [one.module for one in found] in ([], ['classifier']):
+        return keras_tail.Tail(), []
+    width = len(body['norm5']['gamma']) if 'gamma' in body.get('norm5', {}) else None
+    arrays = {key: array for one in found for key, array in one.by_key().items()}
+    tail = keras_tail.read(behind, [one.layer for one in found], arrays, width)
+    return tail, found
+
+
+def _read_file(path, prefix=''):
+    """Layers, their names and those of groups, [(class, config)].
+
+    Args:
+      prefix: for the paths of arrays.
+    """
     with _reading(path), contextlib.ExitStack() as stack:
         objects, content = [], path
         if zipfile.is_zipfile(path):
@@ -175,12 +261,13 @@ def _read_file(path):
         layers = keras_layers.list_layers(arrays, groups)
         names = {layer.name for layer in layers} | set(groups)
     modules = keras_layers.find_modules(layers, arrays)
-    entries = []
+    placed = []
     for layer, module in zip(layers, modules, strict=True):
-        for role, key in layer.keys.items():
-            name = keras_layers.path_of(module, role) if module else None
-            entries.append((name, key, arrays[key]))
-    return entries, names, objects
+        of_layer = {role: arrays[key] for role, key in layer.keys.items()}
+        keys = {role: f'{prefix}{key}' for role, key in layer.keys.items()}
+        layer = dataclasses.replace(layer, keys=keys)
+        placed.append(_Placed(layer, module, of_layer))
+    return placed, names, objects
 
 
 def _member(archive, name, largest):

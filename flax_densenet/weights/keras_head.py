@@ -15,7 +15,6 @@ layer tells whether outputs are a softmax or sigmoids.
 """
 
 import dataclasses
-import re
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,7 @@ from flax_densenet.settings import sizes
 from flax_densenet.weights import heads
 
 # Nothing at inference, or nothing that changes values.
-_SILENT = {
+SILENT = {
     *('Dropout', 'GaussianNoise', 'Identity', 'Cast', 'RandAugment', 'RandomErasing'),
     *('RandomFlip', 'RandomRotation', 'RandomZoom', 'RandomTranslation', 'AugMix'),
     *('RandomContrast', 'RandomBrightness', 'RandomColorJitter', 'RandomShear'),
@@ -38,8 +37,6 @@ _NETWORK = {
 }
 _MODELS = {'Functional', 'Sequential', 'Model'}
 _ACTIVATIONS = {'sigmoid': heads.SIGMOID, 'softmax': heads.SOFTMAX}
-
-_HEAD_LAYER = re.compile(r'(?:^|/)((?:dense|fc|predictions|batch_normalization)\w*)/')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +65,7 @@ def read(settings: dict[str, Any], arrays: dict[str, np.ndarray]) -> Found:
     """
     layers = settings.get('layers')
     if not isinstance(layers, list):
-        return Found(outputs=_activation(settings))
+        return Found(outputs=activation(settings))
     layers = [layer for layer in layers if isinstance(layer, dict)]
     front = _Front(arrays)
     front.read(layers)
@@ -76,41 +73,28 @@ def read(settings: dict[str, Any], arrays: dict[str, np.ndarray]) -> Found:
     return Found(preparation, front.unread, _outputs(layers), tuple(front.used))
 
 
-def split_head(
-    arrays: dict[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """Takes a head of several layers off a network.
-
-    Args:
-      arrays: by our names; unknown ones by their paths in the file.
-
-    Returns:
-      The arrays without those of the head, and the names of the head's layers; all
-      arrays and nothing if there is no such head.
-    """
-    unknown = [k for k in arrays if not k.startswith(('params/', 'batch_stats/'))]
-    layers = [_HEAD_LAYER.search(key) for key in unknown]
-    if not unknown or not all(layers) or 'params/classifier/kernel' in arrays:
-        return arrays, ()
-    kept = {key: array for key, array in arrays.items() if key not in unknown}
-    return kept, tuple(sorted({layer[1] for layer in layers if layer}))
-
-
-def _activation(settings):
+def activation_name(settings) -> str:
+    """Name of a layer's activation, `linear` where it has none."""
     found = settings.get('activation')
     if isinstance(found, dict):
         found = str(found.get('class_name', '')).lower()
-    return _ACTIVATIONS.get(found) if isinstance(found, str) else None
+    return found if isinstance(found, str) else 'linear'
 
 
-def _class_of(layer):
+def activation(settings) -> str | None:
+    """One of `heads.OUTPUTS`, None for other activations."""
+    return _ACTIVATIONS.get(activation_name(settings))
+
+
+def class_of(layer) -> tuple[str, dict[str, Any]]:
+    """Class and configuration of a layer."""
     settings = layer.get('config')
     return str(layer.get('class_name')), settings if isinstance(settings, dict) else {}
 
 
-def _inner(layer):
+def inner_layers(layer):
     """The layers of a model, None of another layer."""
-    kind, settings = _class_of(layer)
+    kind, settings = class_of(layer)
     inner = settings.get('layers')
     if kind in _MODELS and isinstance(inner, list):
         return [one for one in inner if isinstance(one, dict)]
@@ -118,22 +102,22 @@ def _inner(layer):
 
 
 def _holds_network(layer):
-    inner = _inner(layer)
+    inner = inner_layers(layer)
     if inner is not None:
         return any(_holds_network(one) for one in inner)
-    return _class_of(layer)[0] in _NETWORK
+    return class_of(layer)[0] in _NETWORK
 
 
 def _outputs(layers):
     """By the last layer that is or has an activation."""
     for layer in reversed(layers):
-        kind, settings = _class_of(layer)
-        inner = _inner(layer)
+        kind, settings = class_of(layer)
+        inner = inner_layers(layer)
         if inner is not None:
             return _outputs(inner)
         if kind == 'Softmax':
             return heads.SOFTMAX
-        if found := _activation(settings):
+        if found := activation(settings):
             return found
         if kind in ('Dense', 'Conv2D', 'GlobalAveragePooling2D'):
             break
@@ -153,8 +137,8 @@ class _Front:
     def read(self, layers):
         """Reads until the network comes; True: it came."""
         for layer in layers:
-            kind, settings = _class_of(layer)
-            inner = _inner(layer)
+            kind, settings = class_of(layer)
+            inner = inner_layers(layer)
             if inner is not None and self.read(inner):
                 return True
             if kind in _NETWORK:
@@ -184,7 +168,7 @@ class _Front:
         """One layer; False: it cannot be read."""
         if kind == 'InputLayer':
             return self._read_size(settings)
-        if kind in _SILENT:
+        if kind in SILENT:
             return True
         if kind == 'Resizing':
             return self._resize(settings)

@@ -203,7 +203,7 @@ def _of_names(found, width):
     orders = [
         order
         for order in itertools.permutations(found)
-        if _fits([found[name] for name in order], width)
+        if head_layers.fits([found[name] for name in order], width)
     ]
     if len(orders) != 1:
         raise Unreadable('nothing tells in which order its layers come')
@@ -211,14 +211,6 @@ def _of_names(found, width):
     for name in orders[0]:
         layers += [RELU, found[name]] if layers else [found[name]]
     return layers, _say([' and '.join(pair) for pair in itertools.pairwise(orders[0])])
-
-
-def _fits(layers, width):
-    for layer in layers:
-        if layer.kernel.shape[0] not in (width, None):
-            return False
-        width = layer.kernel.shape[1]
-    return True
 
 
 def _say(pairs):

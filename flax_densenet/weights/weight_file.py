@@ -26,7 +26,6 @@ from flax_densenet.weights import (
     head_layers,
     heads,
     keras_files,
-    keras_head,
     published,
     rdnet_names,
     timm_config,
@@ -222,9 +221,8 @@ def _kind(path):
 
 
 def _from_keras(path, content):
-    arrays, head = keras_head.split_head(content.arrays)
-    weights = _make(path, content.family, arrays, content.fields)
-    around = content.around
+    around, tail = content.around, content.tail
+    weights = _make(path, content.family, content.arrays, content.fields)
     prepared = dict(around.preparation)
     channels = weights.preprocessing['channels']
     for name in prepared.keys() & {'mean', 'std'}:
@@ -235,7 +233,9 @@ def _from_keras(path, content):
         prepared=frozenset(prepared),
         unread=around.unread,
         outputs=around.outputs,
-        head=head,
+        head=tail.layers,
+        head_reason=tail.reason,
+        notes=(f'{path}: {tail.guess}',) if tail.guess else (),
     )
 
 

@@ -3,10 +3,13 @@
 Most need `pip install 'flax_densenet[keras]'` and are skipped without.
 """
 
+import contextlib
+import json
 import os
 import sys
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 from flax import traverse_util
@@ -185,25 +188,111 @@ def test_network_inside_another(keras, tmp_path, ending):
     assert_equal(run_ours(arrays, fields, x), run_keras(network, x))
 
 
-def test_other_heads(keras, tmp_path):
-    layers, base = keras.layers, make_keras(keras, (1, 1, 1, 1), classes=0, size=32)
-
-    def read(*head, start=()):
-        network = keras.Sequential([keras.Input((32, 32, 3)), *start, base, *head])
-        return keras_files.read(save(network, tmp_path / 'a.keras'))[0]
-
-    mean = layers.GlobalAveragePooling2D()
-    arrays = read(mean, layers.Dense(8, 'relu'), layers.BatchNormalization(
-        epsilon=1.001e-5), layers.Dense(4))  # fmt: skip
-    unknown = {name for name in arrays if not name.startswith(('params', 'batch_st'))}
-    assert unknown == {
-        *(f'layers/dense{number}/vars/{i}' for number in ('', '_1') for i in (0, 1)),
-        *(f'layers/batch_normalization/vars/{i}' for i in range(4)),
+def head_of(keras, kind):
+    """Layers of a head, by the name of the test."""
+    layers = keras.layers
+    mean, dense = layers.GlobalAveragePooling2D(), layers.Dense
+    norm = layers.BatchNormalization()  # its epsilon is another than the network's
+    heads = {
+        'two layers': [mean, dense(8, 'relu'), layers.Dropout(0.5), dense(4)],
+        'norms': [mean, norm, dense(8), layers.ReLU(), layers.Dropout(0.5), dense(4)],
+        'norm in between': [mean, dense(8, 'relu'), norm, dense(4), layers.Softmax()],
+        'norm in front of ReLU': [
+            *(mean, dense(8, use_bias=False), norm, layers.Activation('relu')),
+            *(dense(8, 'linear'), dense(6, 'relu'), dense(4, 'sigmoid')),
+        ],
+        'maximum': [layers.GlobalMaxPooling2D(), layers.Flatten(), dense(4)],
     }
-    with pytest.raises(UserError, match='takes the maximum'):
-        read(layers.GlobalMaxPooling2D(), layers.Dense(4))
-    with pytest.raises(UserError, match='several values of epsilon'):
-        read(mean, layers.BatchNormalization())
+    return heads[kind]
+
+
+KINDS = (
+    *('two layers', 'norms', 'norm in between', 'norm in front of ReLU'),
+    'maximum',
+)
+
+
+@pytest.mark.parametrize('ending', ['.keras', '.h5'])
+@pytest.mark.parametrize('kind', KINDS)
+def test_heads_of_several_layers(kind, ending, keras, tmp_path):
+    base = make_keras(keras, (1, 1, 1, 1), classes=0, size=32)
+    network = keras.Sequential([keras.Input((32, 32, 3)), base, *head_of(keras, kind)])
+    scramble(network)
+    found = weight_file.load(save(network, tmp_path / f'a{ending}'))
+    assert not found.head and not found.notes
+    last = {'norm in front of ReLU': 'sigmoid', 'norm in between': 'softmax'}
+    assert found.outputs == last.get(kind)
+    x = images(32, 32)
+    activations = {'sigmoid': jax.nn.sigmoid, 'softmax': jax.nn.softmax}
+    activate = activations.get(found.outputs, lambda x: x)
+    ours = activate(jax.jit(found.module.apply)(found.variables, x))
+    assert_equal(ours, run_keras(network, x))
+
+
+def test_heads_that_are_refused(keras, tmp_path):
+    layers, base = keras.layers, make_keras(keras, (1, 1, 1, 1), classes=0, size=32)
+    mean = layers.GlobalAveragePooling2D
+
+    def read(*head, ending='.keras'):
+        network = keras.Sequential([keras.Input((32, 32, 3)), base, *head])
+        return weight_file.load(save(network, tmp_path / f'a{ending}'))
+
+    refused = {
+        'tanh': [mean(), layers.Dense(8, 'tanh'), layers.Dense(4)],
+        'LayerNorm': [mean(), layers.LayerNormalization(center=False), layers.Dense(4)],
+        'in front of the pooling': [layers.Dense(4), mean()],
+    }
+    for reason, head in refused.items():
+        found = None
+        with contextlib.suppress(UserError):  # arrays that nothing reads
+            found = read(*head)
+        assert found is None or reason in found.head_reason, reason
+        assert found is None or found.num_classes == 0
+    found = read(mean(), layers.Dense(8, 'relu'), layers.Dense(4), ending='.weights.h5')
+    assert 'a ReLU between' in found.notes[0] and found.num_classes == 4
+    found = read(mean(), layers.Dense(8), layers.BatchNormalization(), layers.Dense(4),
+        ending='.weights.h5')  # fmt: skip
+    assert 'nothing tells' in found.head_reason and not found.num_classes
+    # Two outputs, one beside the other.
+    features = mean()(base.output)
+    network = keras.Model(
+        base.input, [layers.Dense(4)(features), layers.Dense(4)(features)]
+    )
+    found = weight_file.load(save(network, tmp_path / 'two.keras'))
+    assert 'takes' in found.head_reason and not found.num_classes
+
+
+def test_a_network_that_is_there_twice(keras, tmp_path, caplog):
+    one, other = (make_keras(keras, (1, 1, 1, 1), classes=0, size=32) for _ in '12')
+    other.name = 'other'
+    given = keras.Input((32, 32, 3))
+    sums = keras.layers.Add()([one(given), other(given)])
+    network = keras.Model(given, keras.layers.GlobalAveragePooling2D()(sums))
+    path = save(network, tmp_path / 'a.weights.h5')
+    arrays = keras_files.read(path)[0]
+    assert 'holds the same network twice' in caplog.text
+    equal_arrays(arrays, keras_files.read(save(one, tmp_path / 'one.keras'))[0])
+    scramble(other, seed=1)
+    with pytest.raises(UserError, match='holds two networks, with .*; choose one'):
+        keras_files.read(save(network, tmp_path / 'a.weights.h5'))
+
+
+def test_a_sequential_whose_configuration_is_a_list(keras, h5py, tmp_path):
+    """As Keras wrote it before 2.2.3."""
+    base = make_keras(keras, (1, 1, 1, 1), classes=0, size=32)
+    layers = [base, keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(4)]
+    front = keras.layers.Rescaling(1 / 127.5, -1.0)
+    network = keras.Sequential([keras.Input((32, 32, 3)), front, *layers])
+    scramble(network)
+    path = save(network, tmp_path / 'a.h5')
+    new = weight_file.load(path)
+    with h5py.File(path, 'r+') as file:
+        config = json.loads(file.attrs['model_config'])
+        config['config'] = config['config']['layers']
+        file.attrs['model_config'] = json.dumps(config)
+    old = weight_file.load(path)
+    assert old.preprocessing == new.preprocessing and 'std' in new.prepared
+    assert old.fields == new.fields and old.num_classes == 4
 
 
 def test_through_the_front_door(keras, tmp_path):

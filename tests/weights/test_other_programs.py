@@ -355,20 +355,6 @@ def test_activations_of_keras(last, outputs):
     assert keras_head.read({'layers': [NETWORK, *last]}, {}).outputs == outputs
 
 
-def test_a_head_of_several_layers_in_keras():
-    arrays = {'params/conv0/kernel': np.ones(1), 'batch_stats/norm0/mean': np.ones(1)}
-    head = {
-        f'layers/{name}/vars/{n}': np.ones(1)
-        for name in ('dense', 'dense_1', 'batch_normalization')
-        for n in range(2)
-    }
-    kept, names = keras_head.split_head(arrays | head)
-    assert kept == arrays and names == ('batch_normalization', 'dense', 'dense_1')
-    for other in ({'params/classifier/kernel': 1}, {'layers/attention/vars/0': 1}):
-        made = arrays | head | other
-        assert keras_head.split_head(made) == (made, ())
-
-
 def test_shuffled_renamed_duplicated_and_dropped_arrays(tmp_path):
     """What loads is the truth, whatever was done to names; all else is refused."""
     rng, loaded = np.random.default_rng(0), 0

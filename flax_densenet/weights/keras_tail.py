@@ -1,0 +1,238 @@
+"""Reads what a Keras model computes behind the network: pooling and layers of a head.
+
+The configuration tells all layers, their activations and their order. A file of arrays
+alone (`.weights.h5`) has no configuration; there, a ReLU behind each Dense layer but
+the last is a guess.
+"""
+
+import dataclasses
+import itertools
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.weights import head_layers, keras_head, keras_layers
+from flax_densenet.weights.head_layers import RELU, Linear, Norm, Unreadable
+
+# The last layer of one of these classes is in front of the network's last norm.
+_BODY = {'Conv2D', 'Concatenate', 'AveragePooling2D', 'DenseNetBackbone'}
+_POOLINGS = {'GlobalAveragePooling2D': 'mean', 'GlobalMaxPooling2D': 'max'}
+_NOTHING = {*keras_head.SILENT, 'InputLayer', 'Flatten', 'SpatialDropout2D'}
+_ENDS = ('softmax', 'sigmoid')
+
+
+@dataclasses.dataclass(frozen=True)
+class Tail:
+    """What comes behind the network.
+
+    Attributes:
+      arrays: of the classifier by our names; empty where there is none.
+      fields: of `DenseNet`.
+      layers: names of the layers of a head that cannot be read.
+      reason: why it cannot.
+      guess: what is a guess, for a line; '' for nothing.
+    """
+
+    arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
+    layers: tuple[str, ...] = ()
+    reason: str = ''
+    guess: str = ''
+
+
+def find(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]] | None:
+    """(class, configuration) of each layer behind the last norm of the network.
+
+    None where the configuration does not tell.
+    """
+    flat = list(_flatten(settings))
+    last = max((n for n, one in enumerate(flat) if one[0] in _BODY), default=None)
+    if last is None:
+        return None
+    behind = flat[last + 1 :]
+    if flat[last][0] == 'DenseNetBackbone':
+        return [('ReLU', {}), *behind]
+    return behind[1:] if behind and behind[0][0] == 'BatchNormalization' else None
+
+
+def _flatten(settings):
+    layers = settings.get('layers')
+    for layer in layers if isinstance(layers, list) else ():
+        if not isinstance(layer, dict):
+            continue
+        kind, inner = keras_head.class_of(layer)
+        if keras_head.inner_layers(layer) is not None:
+            yield from _flatten(inner)
+            yield 'Identity', {'name': inner.get('name')}  # its outputs have this name
+        else:
+            yield kind, inner | {'inputs': _inputs(layer.get('inbound_nodes'))}
+
+
+def _inputs(node):
+    """Names of the layers whose outputs a layer takes."""
+    if isinstance(node, dict):
+        config = node.get('config')
+        history = dict(config).get('keras_history') if isinstance(config, dict) else None
+        if isinstance(history, list) and history:
+            return [history[0]]
+        node = list(node.values())
+    if not isinstance(node, list):
+        return []
+    if len(node) >= 3 and isinstance(node[0], str) and type(node[1]) is int:
+        return [node[0]]  # before Keras 3
+    return [name for inner in node for name in _inputs(inner)]
+
+
+def read(
+    behind: list[tuple[str, dict[str, Any]]] | None,
+    layers: list[keras_layers.Layer],
+    arrays: dict[str, np.ndarray],
+    width: int | None,
+) -> Tail:
+    """The head of a model.
+
+    Args:
+      behind: of `find`.
+      layers: of the file that are no part of the network's body, in its order.
+      arrays: by their paths in the file.
+      width: of the network's features.
+    """
+    names = tuple(layer.name.rpartition('/')[2] for layer in layers)
+    try:
+        if behind is None:
+            return _of_arrays(layers, arrays, width) if layers else Tail()
+        return _of_config(behind, layers, arrays, width)
+    except Unreadable as error:
+        return Tail(layers=names or ('its last layer',), reason=str(error))
+
+
+def _of_config(behind, layers, arrays, width):
+    places = _place(behind, layers)
+    unused = [one.name for one in layers if one not in places.values()]
+    if unused:
+        raise Unreadable(f'{unused[0]} is not in its configuration')
+    sequence, fields, before = [], {'last_relu': False}, None
+    for number, (kind, settings) in enumerate(behind):
+        name = settings.get('name')
+        inputs = settings.get('inputs')
+        if before and inputs and inputs != [before]:
+            raise Unreadable(f'{name} takes {", ".join(inputs)}')
+        before = name
+        activation = keras_head.activation_name(settings)
+        if kind in _POOLINGS and 'pooling' not in fields:
+            fields['pooling'] = _POOLINGS[kind]
+        elif kind in ('Activation', 'ReLU', 'Softmax'):
+            _activate(kind, activation, sequence, fields, settings)
+        elif kind in ('Dense', 'BatchNormalization'):
+            if 'pooling' not in fields:
+                raise Unreadable(f'{name} is in front of the pooling')
+            layer = _layer(kind, settings, places.get(number), arrays)
+            sequence += [layer]
+            if kind == 'Dense' and activation != 'linear':
+                _activate(kind, activation, sequence, fields, settings)
+        elif kind not in _NOTHING or (kind == 'Flatten' and 'pooling' not in fields):
+            raise Unreadable(f'{name or kind} is a {kind}')
+    if not sequence:
+        return Tail(fields=_unusual(fields))
+    return _made(sequence, fields, width)
+
+
+def _unusual(fields):
+    usual = {'last_relu': True, 'pooling': 'mean'}
+    return {k: v for k, v in fields.items() if usual.get(k) != v}
+
+
+def _activate(kind, activation, sequence, fields, settings):
+    kind = {'ReLU': 'relu', 'Softmax': 'softmax'}.get(kind, activation)
+    odd = [settings.get(k) for k in ('max_value', 'negative_slope', 'threshold')]
+    if any(odd) or (kind not in ('relu', 'linear', *_ENDS)):
+        raise Unreadable(f'{settings.get("name")} is a {kind} of another kind')
+    if sequence and sequence[-1] in _ENDS:
+        raise Unreadable(f'a {kind} behind a {sequence[-1]}')
+    if kind in _ENDS:
+        sequence.append(kind)
+    elif kind == 'relu' and sequence:
+        sequence.append(RELU)
+    elif kind == 'relu' and 'pooling' not in fields:
+        fields['last_relu'] = True
+
+
+def _made(sequence, fields, width, guess=''):
+    if sequence[-1] in _ENDS:
+        sequence = sequence[:-1]
+    if any(layer in _ENDS for layer in sequence):
+        raise Unreadable('an activation is in front of a layer')
+    first = sequence[0]
+    inputs = first.kernel.shape[0] if isinstance(first, Linear) else len(first.mean)
+    if width is not None and inputs != width:
+        raise Unreadable(f'it takes {inputs} inputs, the network has {width} features')
+    reduced = head_layers.reduce(sequence)
+    hidden = tuple(kernel.shape[1] for kernel, _ in reduced[:-1])
+    fields = _unusual(fields) | ({'hidden': hidden} if hidden else {})
+    if guess:
+        guess = f'its head is taken for {head_layers.describe(sequence)}: {guess}'
+    return Tail(head_layers.arrays_of(reduced), fields, guess=guess)
+
+
+def _place(behind, layers):
+    """The file's layer of each layer of the configuration, by name, else by order."""
+    wanted = [
+        (n, kind, settings.get('name'))
+        for n, (kind, settings) in enumerate(behind)
+        if kind in ('Dense', 'BatchNormalization')
+    ]
+    by_name = {layer.name.rpartition('/')[2]: layer for layer in layers}
+    if all(name in by_name for _, _, name in wanted):
+        return {n: by_name[name] for n, _, name in wanted}
+    # Before 3.6, Keras 3 numbers layers of a class in the order of the model.
+    placed = {}
+    for kind in ('Dense', 'BatchNormalization'):
+        numbers = [n for n, one, _ in wanted if one == kind]
+        ours = [one for one in layers if ('kernel' in one.keys) == (kind == 'Dense')]
+        if len(numbers) != len(ours):
+            raise Unreadable('its layers have other names than their arrays')
+        placed |= dict(zip(numbers, ours, strict=True))
+    return placed
+
+
+def _layer(kind, settings, layer, arrays):
+    if layer is None:
+        raise Unreadable(f'{settings.get("name")} has no arrays')
+    found = {role: arrays[key] for role, key in layer.keys.items()}
+    if kind == 'Dense':
+        wanted = {'kernel', 'bias'} if settings.get('use_bias', True) else {'kernel'}
+        if found.keys() != wanted or found['kernel'].ndim != 2:
+            raise Unreadable(f'{layer.name} has arrays {", ".join(sorted(found))}')
+        return Linear(found['kernel'], found.get('bias'))
+    return _norm(layer.name, found, float(settings.get('epsilon', 1e-3)))
+
+
+def _norm(name, found, epsilon):
+    if found.keys() != set(keras_layers.NORM):
+        raise Unreadable(f'{name} has arrays {", ".join(sorted(found))}')
+    return Norm(*(found[role] for role in keras_layers.NORM), epsilon)
+
+
+def _of_arrays(layers, arrays, width):
+    """Without a configuration: Dense layers whose widths tell their order."""
+    if not all('kernel' in layer.keys for layer in layers):
+        names = ', '.join(layer.name for layer in layers)
+        raise Unreadable(f'nothing tells in which order {names} come')
+    found = {
+        layer.name.rpartition('/')[2]: _layer(
+            'Dense', {'use_bias': 'bias' in layer.keys}, layer, arrays
+        )
+        for layer in layers
+    }
+    orders = [
+        order
+        for order in itertools.permutations(found)
+        if head_layers.fits([found[name] for name in order], width)
+    ]
+    if len(orders) != 1:
+        raise Unreadable('nothing tells in which order its layers come')
+    sequence = []
+    for name in orders[0]:
+        sequence += [RELU, found[name]] if sequence else [found[name]]
+    pairs = ', '.join(' and '.join(pair) for pair in itertools.pairwise(orders[0]))
+    return _made(sequence, {}, width, f'a ReLU between {pairs}')

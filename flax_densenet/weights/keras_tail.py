@@ -71,8 +71,8 @@ def _flatten(settings):
 def _inputs(node):
     """Names of the layers whose outputs a layer takes."""
     if isinstance(node, dict):
-        config = node.get('config')
-        history = dict(config).get('keras_history') if isinstance(config, dict) else None
+        inner = node.get('config')
+        history = inner.get('keras_history') if isinstance(inner, dict) else None
         if isinstance(history, list) and history:
             return [history[0]]
         node = list(node.values())

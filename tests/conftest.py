@@ -1,5 +1,6 @@
 """Four fake CPU devices, strict JAX, and runs without pictures."""
 
+import gc
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ os.environ['XLA_FLAGS'] = (
     '--xla_force_host_platform_device_count=4'
     # Compiling takes most of the tests' time; their arrays are small.
     ' --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+    ' --xla_cpu_parallel_codegen_split_count=1'
 )
 
 # Many tests compile the same small programs; the workers share what was compiled, and
@@ -35,8 +37,13 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
+from _pytest import doctest
 
 from flax_densenet.system import logs
+
+# Tracing and collecting tests make many objects that stay: looking through them for
+# cycles every 700 new ones takes a seventh of the time.
+gc.set_threshold(100_000, 20, 100)
 
 pytest.register_assert_rewrite('helpers', 'faults')
 logs.show_messages()  # as the commands do; tests read what is printed
@@ -68,6 +75,21 @@ _LONG = {
 def pytest_collection_modifyitems(items):
     """They come first: else one may go on when the other processes have ended."""
     items.sort(key=lambda item: item.path.stem not in _LONG)
+
+
+def pytest_collection_finish():
+    """What was imported stays, and is not looked through again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file(file_path):
+    """Files of tests hold no examples to run; looking for them takes a while."""
+    found = yield
+    if file_path.is_relative_to(os.path.dirname(__file__)):
+        found = [one for one in found if not isinstance(one, doctest.DoctestModule)]
+    return found
 
 
 @pytest.fixture(autouse=True)

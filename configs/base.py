@@ -120,8 +120,13 @@ def get_config() -> ConfigDict:
     # as 0+1+2), or none.
     config.data.split = 'auto'
     # Values of images with more than 8 bits that become black and white, '(0,4095)'. If
-    # not set: found from the images and printed. (): 0 to 65535.
+    # not set: as in init_from, else found from the images and printed. (): 0 to 65535;
+    # DICOM files by their own window.
     config.data.window = optional(tuple)
+    # Bits of the values in image files: 8 reduces all images to 8 bits; 9 to 16 keep
+    # what a file has until it is normalized, and 12 stands for the window (0,4095).
+    # 0: as in init_from, else found from the images.
+    config.data.bit_depth = 0
     # Pixels: one number for a square, or height and width, '(100,50)'. 0: as in
     # init_from, else 32 for digits and 224 for other sources.
     config.data.image_size = config_dict.FieldReference(0, field_type=object)

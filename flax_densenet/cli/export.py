@@ -97,8 +97,8 @@ COMMAND = options.Command(
             ),
             options.Flag(
                 'inputs',
-                'Input type: images (uint8, outputs probabilities) or normalized '
-                '(float, outputs logits).',
+                'Input type: images (uint8, or uint16 if the model keeps more than 8 '
+                'bits; outputs probabilities) or normalized (float, outputs logits).',
                 value='TYPE',
                 default_text='images for onnx and stablehlo, else normalized',
             ),

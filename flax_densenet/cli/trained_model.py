@@ -65,7 +65,7 @@ def choices(invocation: options.Invocation, **more):
 
     chosen = {
         name: invocation.overrides[f'data.{name}']
-        for name in choices_lib.PREPARATION
+        for name in (*choices_lib.PREPARATION, *choices_lib.DEEP)
         if f'data.{name}' in invocation.overrides
     }
     names, outputs = (

@@ -33,7 +33,8 @@ _GIB = 2**30
 class Examples:
     """A random-access sequence of `{'image': uint8 [H, W, C], 'label': int32}`.
 
-    If images have several labels, `label` is float32 `[L]` of 0, 1 and NaN (unknown).
+    Images are uint16 if the preparation keeps more than 8 bits. If images have several
+    labels, `label` is float32 `[L]` of 0, 1 and NaN (unknown).
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Examples:
         return Examples(self.reader, self.indices, preparation)
 
     def as_pictures(self) -> 'Examples':
-        """The same examples, whose `image` is Pillow's, RGB and of its own size.
+        """The same examples, whose `image` is that of `images.load_picture`.
 
         Random crops then have the detail of the photograph and are resized once.
         Examples that are cached in memory stay resized.
@@ -96,7 +97,7 @@ class Examples:
     def _prepare(self, raw):
         if isinstance(raw, np.ndarray):
             if self._pictures:
-                return images.to_picture(raw)
+                return images.to_picture(raw, self.preparation)
             return images.prepare_array(raw, self.preparation)
         load = images.load_picture if self._pictures else images.load_image
         return load(raw, self.preparation)
@@ -108,7 +109,7 @@ class CachedExamples(Examples):
     def __init__(self, examples: Examples):
         super().__init__(examples.reader, examples.indices, examples.preparation)
         shape = len(self), *self.preparation.shape, self.preparation.channels
-        self._images = np.empty(shape, np.uint8)
+        self._images = np.empty(shape, self.preparation.dtype)
         self._known = np.zeros(len(self), bool)
 
     def at_size(self, size):
@@ -237,6 +238,7 @@ def load_source(
     interpolation: str = 'bilinear',
     channels: int = 3,
     window: tuple[float, float] | None = None,
+    bit_depth: int = 0,
     test_fraction: float = 0.2,
     split_seed: int = 0,
     bad_images: str = 'error',
@@ -260,7 +262,8 @@ def load_source(
         if the paths have the groups of the images.
       image_size: pixels of the resized images: a side, or (height, width); 0 for the
         source's default.
-      resize, crop_fraction, interpolation, channels, window: see `images.Preparation`.
+      resize, crop_fraction, interpolation, channels: see `images.Preparation`.
+      window, bit_depth: None and 0 find them in the images, see `deep.resolve`.
       test_fraction: share of each class that is split off for the test, if the source
         has no test part.
       split_seed: seed of that split.
@@ -281,9 +284,9 @@ def load_source(
     _check_kind(source, kind)
     preparation = images.Preparation(
         *(sizes.parse(image_size) or DEFAULT_IMAGE_SIZES[kind], resize, crop_fraction),
-        *(interpolation, channels, deep.check(window)),
+        *(interpolation, channels),
     )
-    _check_preparation(preparation)
+    _check_preparation(preparation, window, bit_depth)
     _check_fields(test_fraction, bad_images, cache)
     duplicates_lib.check(duplicates, kind)
     if labels and kind != 'folder':
@@ -306,8 +309,9 @@ def load_source(
         _check_counts(source, split)
     if split.summary:
         _LOGGER.info(split.summary)
-    if window is None:
-        preparation = _with_window(preparation, listing.reader, split.train)
+    preparation = deep.resolve(
+        preparation, listing.reader, split.train, window=window, bit_depth=bit_depth
+    )
     parts = _make_parts(listing, split, preparation, cache, cache_limit_gib)
     return Source(
         name=source,
@@ -319,11 +323,6 @@ def load_source(
         skipped=listing.skipped,
         duplicates=split.lines,
     )
-
-
-def _with_window(preparation, reader, indices):
-    window = deep.find_window(reader, indices)
-    return dataclasses.replace(preparation, window=window)
 
 
 def _make_parts(listing, split, preparation, cache, limit_gib):
@@ -367,7 +366,9 @@ def from_settings(
     return load_source(data.source, known_classes, **fields)
 
 
-def _check_preparation(preparation):
+def _check_preparation(preparation, window, bit_depth):
+    deep.check(window)
+    deep.check_bit_depth(bit_depth)
     check_choice('resize', preparation.resize, images.RESIZES)
     check_choice('interpolation', preparation.interpolation, images.INTERPOLATIONS)
     check_choice('channels', preparation.channels, (1, 3))
@@ -394,7 +395,8 @@ def check_choice(field: str, value, valid):
 
 def _check_cache(count, preparation, limit_gib):
     height, width = preparation.shape
-    need = count * height * width * preparation.channels / _GIB
+    each = np.dtype(preparation.dtype).itemsize * preparation.channels
+    need = count * height * width * each / _GIB
     if need > limit_gib:
         raise UserError(
             f'data.cache=memory: {count} images of {height}x{width} take {need:.2f} '

@@ -1,14 +1,17 @@
-"""Images of more than 8 bits: which range of values becomes black to white.
+"""Images of more than 8 bits: how many bits there are, and what is black and white.
 
 Files of 16 bits often hold 10, 12 or 14, and those of numbers any range; without a
 window these would be black, or a few gray levels.
 """
 
+import dataclasses
+
 import numpy as np
 
-from flax_densenet.data import image_formats, images, notes
+from flax_densenet.data import deep_color, image_formats, images, notes, upright
 from flax_densenet.errors import UserError
 
+BIT_DEPTHS = (8, 16)  # least and most
 _HEADERS, _DECODED = 64, 16  # files that are looked at
 _BITS = (8, 10, 12, 14)
 _RARE = 0.1  # percent of the values of signed and float images on each side
@@ -34,20 +37,102 @@ def check(window) -> tuple[float, float] | None:
     return low, high
 
 
-def find_window(reader, indices) -> tuple[float, float] | None:
-    """The window of a source's images, with a line about it.
+def check_bit_depth(bit_depth):
+    """Raises `UserError` if `data.bit_depth` is not 0 (to be found) or 8 to 16."""
+    least, most = BIT_DEPTHS
+    if bit_depth and not least <= bit_depth <= most:
+        raise UserError(
+            f'data.bit_depth={bit_depth} must be from {least} to {most}, or 0 to find '
+            'it in the images'
+        )
+
+
+def resolve(
+    preparation: images.Preparation, reader, indices, *, window, bit_depth: int
+) -> images.Preparation:
+    """The preparation with the bit depth and the window of a source's images.
+
+    What is not set is found in the images, with a line about it.
+
+    Args:
+      window: `data.window`: None if it is to be found, `()` for the full range.
+      bit_depth: `data.bit_depth`, 0 if it is to be found.
+    """
+    if window is None and 8 < bit_depth < 16:
+        window = (0, 2**bit_depth - 1)
+    sample = _Sample(reader, indices)
+    if window is None and bit_depth != 16:
+        window = _find_window(sample, keeps=bit_depth != 8)
+    elif window and not sample.deep and sample.looked_at:
+        notes.say(
+            f'data.window={_text(window)} changes nothing: the images have 8 bits'
+        )
+    if not bit_depth:
+        bit_depth = 16 if sample.deep or (window and not sample.looked_at) else 8
+        if bit_depth == 16 and not window:
+            notes.say(
+                'data.bit_depth=16: images have more than 8 bits, which are kept'
+                + (
+                    '; values are shown by the window of each file'
+                    if sample.is_stated
+                    else ''
+                )
+                + '; data.bit_depth=8 reduces them to 8'
+            )
+    return dataclasses.replace(
+        preparation, window=check(window), bit_depth=int(bit_depth)
+    )
+
+
+class _Sample:
+    """Some images of a source.
+
+    Attributes:
+      looked_at: how many headers were read; 0 if reading an image is slow.
+      deep: indices of those with more than 8 bits.
+      is_stated: most of these say themselves how values are shown (DICOM).
+    """
+
+    def __init__(self, reader, indices):
+        self._reader = reader
+        chosen: list[int] = []
+        if reader.labels_in_memory and len(indices):
+            places = np.unique(np.linspace(0, len(indices) - 1, _HEADERS).astype(int))
+            chosen = [int(indices[place]) for place in places]
+        self.looked_at = len(chosen)
+        self.deep: list[int] = []
+        stated = 0
+        for index in chosen:
+            is_deep, is_stated = _look(self._read(index))
+            if is_deep:
+                self.deep.append(index)
+                stated += is_stated
+        self.is_stated = 2 * stated > len(self.deep)
+
+    def values(self):
+        """The values of some of the deep images."""
+        chosen = self.deep[:: max(1, len(self.deep) // _DECODED)]
+        found = (_values(self._read(index)) for index in chosen)
+        return [values for values in found if values is not None]
+
+    def _read(self, index):
+        """An image as the reader has it; None if it is damaged, which is told later."""
+        try:
+            return self._reader[index]
+        except UserError:
+            return None
+
+
+def _find_window(sample, *, keeps):
+    """The window of the deep images of a sample, with a line about it.
 
     Returns:
-      None where images are of 8 bits, or of a full range that needs none: 16 bits,
-      floats from 0 to 1 or to 255.
+      None where there are none, of a full range of 16 bits, or if files have windows of
+      their own.
     """
-    if not reader.labels_in_memory or not len(indices):
-        return None  # to read an image is slow
-    sample = np.unique(np.linspace(0, len(indices) - 1, _HEADERS).astype(int))
-    looked_at = (int(indices[place]) for place in sample)
-    deep = [index for index in looked_at if _is_deep(_read(reader, index))]
-    chosen = deep[:: max(1, len(deep) // _DECODED)]
-    values = [found for i in chosen if (found := _values(_read(reader, i))) is not None]
+    if not sample.deep or sample.is_stated:
+        return None
+    values = sample.values()
     if not values:
         return None
     kinds = {found.dtype.kind for found in values}
@@ -63,48 +148,61 @@ def find_window(reader, indices) -> tuple[float, float] | None:
         if high >= 2**16:
             window, what = (0.0, high), 'images hold values of more than 16 bits'
     elif low >= 0 and high <= 255:
-        return None
+        if not keeps:  # as each image is read then
+            return None
+        top = 1.0 if high <= 1 else 255.0
+        window, what = (0.0, top), f'images hold numbers from 0 to {top:g}'
     else:
         window = tuple(float(x) for x in np.percentile(flat, (_RARE, 100 - _RARE)))
         what = 'images hold signed or float values'
     if not window[0] < window[1]:
         return None
     notes.say(
-        f'data.window=({window[0]:g},{window[1]:g}): {what} ({low:g} to {high:g} in '
+        f'data.window={_text(window)}: {what} ({low:g} to {high:g} in '
         f'{len(values)} of them), so this range becomes black to white and what is '
         'beyond it is clipped; set data.window to change it'
     )
     return window
 
 
-def _read(reader, index):
-    """An image as the reader has it; None if it is damaged, which training tells."""
-    try:
-        return reader[index]
-    except UserError:
-        return None
+def _text(window):
+    return f'({window[0]:g},{window[1]:g})'
 
 
-def _is_deep(raw):
-    """Whether the header of an image tells of more than 8 bits."""
-    if raw is None or isinstance(raw, np.ndarray):
-        return False
+def _look(raw):
+    """Whether an image has more than 8 bits, and says itself how they are shown."""
+    if raw is None:
+        return False, False
+    if isinstance(raw, np.ndarray):
+        return raw.dtype != np.uint8, False
     try:
         with image_formats.open_file(raw) as image:
-            return image.mode.startswith('I') or image.mode == 'F'
-    except images.BROKEN:  # told when it is decoded
-        return False
+            display = image.info.get('display')
+            stated = display is not None and display.is_stated
+            return image_formats.is_deep(image), stated
+    except (UserError, *images.BROKEN):  # told when it is decoded
+        return False, False
 
 
 def _values(raw):
     """The values of an image, without what is no number; None if there are none."""
-    try:
-        with image_formats.open_file(raw) as image:
-            if image.width * image.height > images.LARGE:
-                return None
-            values = np.asarray(image)
-    except images.BROKEN:
-        return None
+    if isinstance(raw, np.ndarray):
+        values = raw
+    else:
+        try:
+            with image_formats.open_file(raw) as image:
+                if image.width * image.height > upright.LARGE:
+                    return None
+                values = _decode(image, raw)
+        except (UserError, *images.BROKEN):
+            return None
     if values.dtype.kind == 'f':
         values = values[np.isfinite(values)]
     return values if values.size else None
+
+
+def _decode(image, raw):
+    if not image_formats.is_deep_color(image):
+        return np.asarray(image)
+    pixels = deep_color.load(image, raw)
+    return pixels.crop((0, 0, *image.size))[0]

@@ -5,8 +5,9 @@ import os
 import stat
 import struct
 
-from PIL import Image, features
+from PIL import Image, UnidentifiedImageError, features
 
+from flax_densenet.data import dicom
 from flax_densenet.errors import UserError
 
 # Not Pillow's whole list: some of the rest start other programs (EPS) or hold no
@@ -28,10 +29,12 @@ _ENDINGS = {
     'AVIF': ('.avif', '.avifs'),
     'JPEG2000': ('.jp2', '.j2k', '.j2c', '.jpc', '.jpx', '.jpf'),
     'HEIF': ('.heic', '.heif', '.hif', '.heics'),
+    'DICOM': dicom.ENDINGS,
 }
 _MODULES = {'AVIF': 'avif', 'JPEG2000': 'jpg_2000'}
 # Pixels, of formats whose decoders take 12 bytes a pixel and more; others take 4.
-_MOST = {'AVIF': 60 * 10**6, 'JPEG2000': 60 * 10**6, 'HEIF': 60 * 10**6}
+_MOST = dict.fromkeys(('AVIF', 'JPEG2000', 'HEIF', 'DICOM'), 60 * 10**6)
+_MOST_DEEP_COLOR = 60 * 10**6  # pixels, of which two images are made
 _PNG_START = b'\x89PNG\r\n\x1a\n'
 _MOST_PNG_TEXT = 2**20
 _MOST_ICONS = 64
@@ -51,10 +54,11 @@ FORMATS = (
     *_ALWAYS,
     *(name for name, module in _MODULES.items() if features.check(module)),
     *(['HEIF'] if _has_heif() else []),
+    *(['DICOM'] if dicom.is_installed() else []),
     'TGA',  # the last one, since its files have no mark at their beginning
 )
 EXTENSIONS = frozenset(ending for name in FORMATS for ending in _ENDINGS[name])
-HEIF_ENDINGS = _ENDINGS['HEIF']
+_PILLOW = tuple(name for name in FORMATS if name != 'DICOM')
 
 
 def open_file(file: str | bytes) -> Image.Image:
@@ -65,11 +69,43 @@ def open_file(file: str | bytes) -> Image.Image:
     """
     if not isinstance(file, bytes) and not stat.S_ISREG(os.stat(file).st_mode):
         raise UserError('is not a file')  # to open a named pipe would wait for ever
-    start = read_start(file, 18)
-    formats = FORMATS if _may_be_tga(start) else FORMATS[:-1]
-    return Image.open(
-        io.BytesIO(file) if isinstance(file, bytes) else file, 'r', formats
-    )
+    start = read_start(file, 132)
+    if dicom.has_mark(start):
+        return dicom.DicomImage(file)
+    formats = _PILLOW if _may_be_tga(start[:18]) else _PILLOW[:-1]
+    opened = io.BytesIO(file) if isinstance(file, bytes) else file
+    try:
+        image = Image.open(opened, 'r', formats)
+    except UnidentifiedImageError:
+        if not start.startswith((b'II*\0', b'MM\0*')):
+            raise
+        raise UserError(_OTHER_TIFF) from None
+    if image.format == 'TIFF':
+        _check_tiff(image)
+    return image
+
+
+_OTHER_TIFF = (
+    'is a damaged TIFF, or one of a kind that is not read (such as color in floats, '
+    '64-bit numbers or more than 4 channels); save it as 8-bit or 16-bit color, or as '
+    'gray of 8 or 16 bits or 32-bit floats'
+)
+
+
+def _check_tiff(image):
+    """Raises for kinds of TIFF that Pillow reads as something else."""
+    tags = image.tag_v2
+    bits, planes = tags.get(258, (1,)), tags.get(284, 1)
+    if planes == 2 and isinstance(bits, tuple) and len(bits) > 1 and bits[0] > 8:
+        raise UserError(
+            'is a 16-bit color TIFF with a plane for each channel, which is not read; '
+            'save it with interleaved channels'
+        )
+    kinds = tags.get(339, (1,))
+    if image.mode == 'L' and isinstance(kinds, tuple) and kinds[0] == 2:
+        raise UserError(
+            'is a TIFF of signed 8-bit values, which is not read; save it with 16 bits'
+        )
 
 
 def read_start(file: str | bytes, count: int) -> bytes:
@@ -97,7 +133,44 @@ def count_pixels(image: Image.Image, file: str | bytes) -> int:
 
 def most_pixels(image: Image.Image) -> int:
     """How many pixels are decoded of an image of this format."""
+    if is_deep_color(image):
+        return _MOST_DEEP_COLOR
     return _MOST.get(image.format, 2 * (Image.MAX_IMAGE_PIXELS or 2**62))
+
+
+def raw_mode(image: Image.Image) -> str:
+    """How the values of a file that was not decoded yet are stored, in Pillow's words.
+
+    Empty if its decoder does not tell.
+    """
+    tiles = getattr(image, 'tile', None)
+    args = tiles[0].args if tiles else ''
+    raw = args[0] if isinstance(args, tuple) and args else args
+    return raw if isinstance(raw, str) else ''
+
+
+def is_deep_color(image: Image.Image) -> bool:
+    """Whether a file that was not decoded yet is in color with 16 bits a channel.
+
+    Only of formats and modes of which `deep_color` reads all bits.
+    """
+    if image.format == 'PPM' and image.mode == 'RGB' and image.tile:
+        tile = image.tile[0]
+        return tile.codec_name == 'ppm' and tile.args[-1] > 255
+    return image.format in ('PNG', 'TIFF') and raw_mode(image).startswith(
+        ('RGB;16', 'RGBA;16', 'RGBa;16', 'LA;16')
+    )
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an open file has more than 8 bits of which all are read."""
+    return image.mode.startswith('I') or image.mode == 'F' or is_deep_color(image)
+
+
+def is_inverted(image: Image.Image) -> bool:
+    """Whether 0 is white in a gray image of more than 8 bits (TIFF)."""
+    tags = getattr(image, 'tag_v2', None)
+    return tags is not None and image.mode != 'RGB' and tags.get(262) == 0
 
 
 def _may_be_tga(start):

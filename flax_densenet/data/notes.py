@@ -4,19 +4,20 @@ import collections
 import logging
 import os
 
-from flax_densenet.data import images
+from flax_densenet.data import dicom, images
 from flax_densenet.errors import printable
 
 _LOGGER = logging.getLogger(__name__)
 
 _REMEDIES = {
     "pip install 'flax_densenet[heic]' reads them": '.heic .heif .hif .heics',
+    "pip install 'flax_densenet[medical]' reads them": ' '.join(dicom.ENDINGS),
     'convert them to JPEG or PNG': (
         '.psd .svg .xcf .ai .eps .pdf .emf .wmf .exr .hdr .jxl .jxr '
         '.djvu .dng .cr2 .cr3 .nef .arw .orf .rw2 .raf .raw'
     ),
     'convert them to 16-bit PNG or TIFF': (
-        '.dcm .dicom .nii .mha .mhd .nrrd .npy .npz .mat .fits .fit .czi .nd2 .svs '
+        '.nii .mha .mhd .nrrd .npy .npz .mat .fits .fit .czi .nd2 .svs '
         '.ndpi .mrxs .lif .h5 .hdf5'
     ),
     'extract their frames': '.mp4 .mov .avi .mkv .webm .m4v .mpg .mpeg',

@@ -19,8 +19,8 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from flax_densenet.data import class_balance, dataset, unreadable
-from flax_densenet.data.augment import color, geometry, policies
+from flax_densenet.data import class_balance, dataset, deep_picture, unreadable
+from flax_densenet.data.augment import color, deep, geometry, policies
 from flax_densenet.errors import UserError
 from flax_densenet.system import process
 
@@ -39,7 +39,7 @@ class _Augment(grain.transforms.RandomMap):
 
     def random_map(self, example, rng):
         image, functions = example['image'], self.functions
-        if isinstance(image, Image.Image):
+        if isinstance(image, Image.Image | deep_picture.DeepPicture):
             height, width = self.preparation.shape
             box = geometry.crop_part(image.size, rng, aspect=width / height)
             image = self.preparation.apply_to_part(image, box)
@@ -53,6 +53,8 @@ class _Augment(grain.transforms.RandomMap):
         return example | {'image': image}
 
     def _change_picture(self, image, rng):
+        if isinstance(image, np.ndarray) and image.dtype == np.uint16:
+            return deep.change(image, rng, self.strengths, self.policy)
         if not isinstance(image, Image.Image):
             image = geometry.as_picture(image)
         if self.strengths:
@@ -130,7 +132,7 @@ def train_batches(
       workers: decoding processes instead of threads; 0 for none.
 
     Returns:
-      An iterator of `{'image': uint8 [n, H, W, C], 'label': int32 [n],
+      An iterator of `{'image': uint8 or uint16 [n, H, W, C], 'label': int32 [n],
       'epoch': int32 [n]}`, to be closed after use. Epochs count from 0.
 
     Raises:
@@ -190,7 +192,7 @@ def eval_batches(
       threads, workers: see `train_batches`.
 
     Returns:
-      An iterator of `{'image': uint8 [n, H, W, C], 'label': int32 [n],
+      An iterator of `{'image': uint8 or uint16 [n, H, W, C], 'label': int32 [n],
       'mask': float32 [n]}`. The last batch is padded with rows of mask 0.
     """
     skip = bad_images == 'skip' and _preparation_of(examples) is not None

@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
+from flax_densenet.data import deep_picture
 from flax_densenet.settings import sizes
 
 RESIZES = ('stretch', 'crop')
@@ -26,9 +27,11 @@ class Preparation:
       crop_fraction: share of that part's height and width that is kept, for `crop`. It
         is 0.875 (224 of 256) in torchvision and timm.
       interpolation: `bilinear` or `bicubic`, both with antialiasing.
+      channels: 3 for color, 1 for gray.
       window: values of images of more than 8 bits that become black and white; None:
         16 bits are from 0 to 65535, floats from 0 to 1 or to 255.
-      channels: 3 for color, 1 for gray.
+      bit_depth: 8 makes uint8 of all images. With 9 to 16 they are uint16 from 0
+        (black) to 65535 (white), and nothing on the way has fewer levels.
     """
 
     size: sizes.Size = 0
@@ -37,9 +40,20 @@ class Preparation:
     interpolation: str = 'bilinear'
     channels: int = 3
     window: tuple[float, float] | None = None
+    bit_depth: int = 8
 
     def __post_init__(self):
         object.__setattr__(self, 'size', sizes.parse(self.size))
+
+    @property
+    def is_deep(self) -> bool:
+        """Whether images keep more than 8 bits."""
+        return self.bit_depth > 8
+
+    @property
+    def dtype(self) -> type[np.generic]:
+        """Of the prepared images."""
+        return np.uint16 if self.is_deep else np.uint8
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -61,19 +75,27 @@ class Preparation:
         height, width = self.decode_shape()
         return (2 * width, 2 * height) if self.size else None
 
-    def apply(self, image: Image.Image) -> np.ndarray:
-        """An RGB image to uint8 `[height, width, channels]`."""
+    def apply(self, image: Image.Image | deep_picture.DeepPicture) -> np.ndarray:
+        """An RGB image to `[height, width, channels]` of `dtype`."""
         if self.size and image.size != self.shape[::-1]:
             image = self._resize(image)
+        if isinstance(image, deep_picture.DeepPicture):
+            return image.to_array(self.channels)
         if self.channels == 1:
             return np.asarray(image.convert('L'))[..., None]
         return np.asarray(image)
 
-    def apply_to_part(self, image: Image.Image, box) -> Image.Image:
-        """Resizes the part (left, top, right, bottom) of an RGB image; RGB or L."""
+    def apply_to_part(self, image, box) -> Image.Image | np.ndarray:
+        """Resizes the part (left, top, right, bottom) of an image of `load_picture`.
+
+        Returns:
+          An image of Pillow, RGB or L; of 16 bits, an array as of `apply`.
+        """
         image = image.resize(
             self.shape[::-1], INTERPOLATIONS[self.interpolation], box=box
         )
+        if isinstance(image, deep_picture.DeepPicture):
+            return image.to_array(self.channels)
         return image.convert('L') if self.channels == 1 else image
 
     def _resize(self, image):

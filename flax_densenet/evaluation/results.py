@@ -150,9 +150,13 @@ def find_examples(
     Raises:
       UserError: the data cannot be read or does not fit the model.
     """
-    # The model's window, whatever the images are.
+    preparation = settings.preparation
+    # The model's window, whatever the images are; weights from elsewhere have none.
+    window = preparation.window
     preparation = dataclasses.replace(
-        settings.preparation, window=settings.preparation.window or ()
+        preparation,
+        window=window if trained.is_imported else window or (),
+        bit_depth=preparation.bit_depth or 8,
     )
     source = dataset.from_settings(settings.data, preparation, trained.class_names)
     trained_on_several = trained.metadata.get('multi_label', source.multi_label)

@@ -68,8 +68,9 @@ def write(
 def _resolved_fields(trained):
     """The model with all fields of its preparation of images in the metadata."""
     preparation = trained_lib.preparation_of(trained.metadata)
-    names = ('resize', 'crop_fraction', 'interpolation', 'channels')
+    names = ('resize', 'crop_fraction', 'interpolation', 'channels', 'bit_depth')
     fields = {name: getattr(preparation, name) for name in names}
+    fields['window'] = list(preparation.window or ())
     data = trained.metadata['data'] | fields
     return dataclasses.replace(trained, metadata=trained.metadata | {'data': data})
 

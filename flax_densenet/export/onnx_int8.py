@@ -25,13 +25,17 @@ from flax_densenet.export import onnx_calibration, onnx_network
 from flax_densenet.export.onnx_calibration import Bounds
 from flax_densenet.export.onnx_graph import Graph
 from flax_densenet.models import network
+from flax_densenet.weights import trained
 
 _STEPS = 255  # of a feature map
 _KERNEL_STEPS = 63
 
 
 def check(module: network.Network, metadata: dict[str, Any]):
-    """Raises `UserError` for a network without the bottlenecks that folding needs."""
+    """Raises `UserError` for a model that cannot be computed in integers.
+
+    Folding needs bottlenecks, and images have to be of 8 bits.
+    """
     if not module.has_batch_norm or not module.bottleneck:
         raise UserError(
             f'--precision=int8: {metadata["model"]["variant"]} has no bottleneck; use '
@@ -41,6 +45,11 @@ def check(module: network.Network, metadata: dict[str, Any]):
         raise UserError(
             '--precision=int8: only a head of one layer on the mean can be computed in '
             'integers; use float16 or bfloat16'
+        )
+    if trained.preparation_of(metadata).is_deep:
+        raise UserError(
+            '--precision=int8 is for images of 8 bits, and this model keeps more '
+            '(data.bit_depth); use float16 or bfloat16'
         )
 
 

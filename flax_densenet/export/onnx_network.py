@@ -15,7 +15,8 @@ from flax_densenet.models import folded, layers, network, rdnet
 from flax_densenet.settings import sizes
 from flax_densenet.weights import heads, trained
 
-# `images`: uint8 RGB `[N, H, W, C]`, decoded and resized, to probabilities.
+# `images`: uint8 RGB `[N, H, W, C]`, decoded and resized, to probabilities; uint16 of a
+# model that keeps more than 8 bits, 0 and 65535 being the ends of its window.
 # `normalized`: float32 `[N, C, H, W]`, normalized with mean and std, to logits, like
 # torchvision.
 INPUTS = ('images', 'normalized')
@@ -60,15 +61,16 @@ def take_images(graph, metadata, inputs) -> tuple[str, np.ndarray | None]:
     """The input of the first convolution, and the divisor of its kernel.
 
     The mean of images is subtracted here, so that padding with 0 is right. The division
-    by 255 and std becomes part of the kernel.
+    by 255 (of uint16, 65535) and std becomes part of the kernel.
     """
     if inputs == 'normalized':
         return 'input', None
+    white = trained.white_of(trained.preparation_of(metadata).dtype)
     mean, std = (np.asarray(metadata[name], np.float32) for name in ('mean', 'std'))
     x = graph.add('Transpose', 'image', perm=(0, 3, 1, 2), name='channels_first')
     x = graph.add('Cast', x, to=1, name='float32')
-    x = graph.add('Sub', x, (255 * mean).reshape(1, -1, 1, 1), name='centered')
-    return x, 255 * std
+    x = graph.add('Sub', x, (white * mean).reshape(1, -1, 1, 1), name='centered')
+    return x, white * std
 
 
 _ACTIVATIONS = {
@@ -86,7 +88,8 @@ def finish(graph, logits, module, metadata, inputs) -> Any:
         taken = {'input': (np.float32, ('batch', channels, 'height', 'width'))}
         output = graph.add('Identity', logits, name='logits')
     else:
-        taken = {'image': (np.uint8, ('batch', 'height', 'width', channels))}
+        dtype = trained.preparation_of(metadata).dtype
+        taken = {'image': (dtype, ('batch', 'height', 'width', channels))}
         node, options = _ACTIVATIONS[trained.outputs_of(metadata)]
         output = graph.add(node, logits, **options, name='probabilities')
     given = {output: (np.float32, ('batch', classes))}
@@ -99,7 +102,7 @@ def properties(module: network.Network, metadata: dict[str, Any]) -> dict[str, s
     `labels`, `image_size` (side in pixels, or `HEIGHT,WIDTH`), `channels`, `resize`,
     `crop_fraction` and `interpolation` (`images.Preparation`), `mean`, `std`,
     `multi_label`, `variant`; `outputs` if the outputs are neither a softmax nor
-    sigmoids.
+    sigmoids; `window` and `bit_depth` if images have more than 8 bits.
     """
     preparation = trained.preparation_of(metadata)
     names = metadata['class_names'] or [str(n) for n in range(module.num_classes)]
@@ -117,6 +120,7 @@ def properties(module: network.Network, metadata: dict[str, Any]) -> dict[str, s
         'multi_label': json.dumps(bool(metadata.get('multi_label'))),
         'variant': metadata['model']['variant'],
         **({'window': json.dumps(preparation.window)} if preparation.window else {}),
+        **({'bit_depth': str(preparation.bit_depth)} if preparation.is_deep else {}),
     }
 
 

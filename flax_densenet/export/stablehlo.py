@@ -36,7 +36,7 @@ from flax_densenet.export import precision as precision_lib
 from flax_densenet.inference import programs
 from flax_densenet.models import folded
 from flax_densenet.system import atomic
-from flax_densenet.weights.trained import Trained, preparation_of
+from flax_densenet.weights import trained as trained_lib
 
 INPUTS = ('images', 'normalized')
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
@@ -51,7 +51,7 @@ _WINDOW = (
 
 def save(
     path: str,
-    trained: Trained,
+    trained: trained_lib.Trained,
     *,
     inputs: str = 'images',
     precision: str = 'float32',
@@ -65,7 +65,8 @@ def save(
       path: of the file.
       trained: the model.
       inputs: `images`: uint8 `[N, H, W, C]`, 0 to 255, to probabilities float32
-        `[N, num_classes]`, with the model's normalization and test-time augmentation;
+        `[N, num_classes]`, with the model's normalization and test-time augmentation
+        (uint16, 0 to 65535, if the model keeps more than 8 bits);
         `normalized`: float32 `[N, H, W, C]`, `(image / 255 - mean) / std`, to logits
         float32 `[N, num_classes]`.
       precision: of the stored kernels; `bfloat16` and `float16` halve the file and lose
@@ -170,7 +171,7 @@ def _export(trained, inputs, precision, any_size=False):
         )
         return probabilities
 
-    preparation = preparation_of(metadata)
+    preparation = trained_lib.preparation_of(metadata)
     (height, width), channels = preparation.shape, preparation.channels
     shape, constraints = f'batch, {height}, {width}, {channels}', ()
     if any_size:
@@ -179,7 +180,7 @@ def _export(trained, inputs, precision, any_size=False):
         constraints = (f'height >= {least}', f'width >= {least}')
     images = jax.ShapeDtypeStruct(
         export.symbolic_shape(shape, constraints=constraints),
-        jnp.uint8 if inputs == 'images' else jnp.float32,
+        preparation.dtype if inputs == 'images' else jnp.float32,
     )
     with _without_places():
         return export.export(jax.jit(function), platforms=PLATFORMS)(images)

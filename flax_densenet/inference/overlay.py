@@ -6,6 +6,8 @@ import os
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from flax_densenet.data import deep_picture
+
 # A color map from dark blue over green to yellow that suits color-blind people
 # (viridis, CC0).
 _COLORS = np.array(
@@ -35,13 +37,14 @@ def overlay(image: np.ndarray, cam: np.ndarray, *, strength: float = 0.55):
     """Draws a map over its image.
 
     Args:
-      image: uint8 `[H, W, 3]` or `[H, W, 1]`.
+      image: uint8 or uint16 `[H, W, 3]` or `[H, W, 1]`.
       cam: `[h, w]`; the highest value gets the brightest color.
       strength: opacity of the colors at the highest value.
 
     Returns:
       uint8 `[H, W, 3]`.
     """
+    image = deep_picture.to_uint8(image)
     image = np.broadcast_to(image, (*image.shape[:2], 3)).astype(np.float32)
     colors, alpha = _color(cam, image.shape[:2], strength)
     mixed = image * (1 - alpha) + colors * alpha
@@ -63,6 +66,7 @@ def picture(image: np.ndarray, cam: np.ndarray, caption: str) -> Image.Image:
     Returns:
       An RGB image.
     """
+    image = deep_picture.to_uint8(image)
     times = max(1, -(-_PANEL // min(image.shape[:2])))
     large = image.repeat(times, 0).repeat(times, 1)
     height, width = large.shape[:2]

@@ -37,9 +37,10 @@ from flax_densenet.weights import trained as trained_lib
 class Predictor:
     """A trained model, compiled when it is used. It can be used from many threads.
 
-    Images are file names, `pathlib` paths, the bytes of files, Pillow images, or uint8
-    arrays `[H, W]`, `[H, W, 1]` or `[H, W, 3]`, of any size. They are prepared in the
-    same way as in training.
+    Images are file names, `pathlib` paths, the bytes of files, Pillow images, or
+    arrays `[H, W]`, `[H, W, 1]` or `[H, W, 3]`, of any size: uint8, or uint16 with the
+    values of images of more than 8 bits. They are prepared in the same way as in
+    training.
 
     Attributes:
       trained: the model with its metadata.
@@ -158,7 +159,7 @@ class Predictor:
         return predictions
 
     def load(self, file, *, max_pixels: int | None = None) -> np.ndarray:
-        """Prepares an image (see the class) for the model: uint8 `[H, W, C]`.
+        """Prepares an image (see the class) for the model: `[H, W, C]`.
 
         Args:
           file: the image.
@@ -170,7 +171,10 @@ class Predictor:
         if isinstance(file, np.ndarray):
             shape = file.shape
             channels = 1 if file.ndim == 2 else shape[-1]
-            if file.dtype != np.uint8 or file.ndim not in (2, 3) or 0 in shape:
+            known = file.dtype == np.uint8 or (
+                file.dtype == np.uint16 and (self.preparation.is_deep or file.ndim == 2)
+            )
+            if not known or file.ndim not in (2, 3) or 0 in shape:
                 raise UserError(
                     f'is an array of {file.dtype} {list(shape)}; give uint8, 0 to 255, '
                     '[H, W] or [H, W, 3]'

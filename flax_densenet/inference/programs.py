@@ -65,7 +65,7 @@ def predict_probabilities(
     Args:
       module: the network.
       arrays: of `folded.fold`.
-      images: uint8 `[N, H, W, C]`.
+      images: uint8 or uint16 `[N, H, W, C]`.
       classes: int32 `[N]`, the classes of the maps; -1 for the most likely one.
       mean, std, tta, outputs: see `options_of`.
 
@@ -162,7 +162,8 @@ class Programs:
 
     def _compile(self, size, maps, shape):
         rows = self._sharding(size)
-        given = [jax.ShapeDtypeStruct((size, *shape), jnp.uint8, sharding=rows)]
+        dtype = preparation_of(self._trained.metadata).dtype
+        given = [jax.ShapeDtypeStruct((size, *shape), dtype, sharding=rows)]
         if maps:
             given.append(jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows))
         function = functools.partial(
@@ -178,7 +179,7 @@ class Programs:
         return mesh_lib.split_rows(mesh)
 
     def __call__(self, images: np.ndarray, classes=None):
-        """`predict_probabilities` for numpy images uint8 `[N, H, W, C]`, N > 0.
+        """`predict_probabilities` for numpy images `[N, H, W, C]`, N > 0.
 
         Args:
           images: prepared images.

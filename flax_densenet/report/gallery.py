@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flax_densenet.data import dataset
+from flax_densenet.data import dataset, deep_picture
 from flax_densenet.evaluation import results
 from flax_densenet.inference import overlay
 from flax_densenet.inference import predictor as predictor_lib
@@ -19,7 +19,8 @@ CELL_BYTES = 3_000_000  # that all cells' images may take in the page
 
 
 def to_uri(image: np.ndarray, side: int) -> str:
-    """uint8 `[H, W, 1 or 3]` as a WebP `data:` address, no side above `side`."""
+    """An image `[H, W, 1 or 3]` as a WebP `data:` address, no side above `side`."""
+    image = deep_picture.to_uint8(image)
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

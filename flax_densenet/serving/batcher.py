@@ -80,7 +80,8 @@ class Batcher:
     async def warm_up(self):
         """Compiles every batch size; `ready` is True afterwards."""
         preparation = self.predictor.preparation
-        image = np.zeros((1, *preparation.shape, preparation.channels), np.uint8)
+        shape = (1, *preparation.shape, preparation.channels)
+        image = np.zeros(shape, preparation.dtype)
         programs = self.predictor.programs
         for size in programs.sizes:
             for classes in (None, MOST_LIKELY):

@@ -76,6 +76,7 @@ class PreparationSettings:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     window: tuple[float, ...] | None = None
+    bit_depth: int = 0
 
     @property
     def normalization(self) -> dict[str, tuple[float, ...]]:

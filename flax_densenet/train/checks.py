@@ -35,8 +35,9 @@ def check_same_run(workdir: str, run: training_run.TrainingRun):
         settings_lib.flatten(one)
         for one in (settings_lib.from_saved(saved), run.settings)
     )
-    # Runs from before there were windows had none.
+    # Runs from before there were windows and bit depths had none, and 8.
     before['data.window'] = before['data.window'] or ()
+    before['data.bit_depth'] = before['data.bit_depth'] or 8
     for name in _decisive(run.settings):
         if before[name] != now[name]:
             # Of another network the weights would not fit.

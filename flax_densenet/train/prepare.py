@@ -81,10 +81,12 @@ def prepare(
     )
     source = source or dataset.from_settings(settings.data, settings.preparation)
     # As it was found, so that the model always sees images of this range.
-    window = source.train.preparation.window or ()
+    seen = source.train.preparation
     settings = dataclasses.replace(
         settings,
-        preparation=dataclasses.replace(settings.preparation, window=window),
+        preparation=dataclasses.replace(
+            settings.preparation, window=seen.window or (), bit_depth=seen.bit_depth
+        ),
     )
     module = _make_module(settings, len(source.class_names), mesh)
     size = source.train.image_size
@@ -172,6 +174,17 @@ def make_optimizer(
     )
 
 
+def with_bits(saved: settings_lib.Settings) -> settings_lib.Settings:
+    """Settings of a run with what was so before there were windows and bit depths."""
+    preparation = saved.preparation
+    preparation = dataclasses.replace(
+        preparation,
+        window=preparation.window or (),
+        bit_depth=preparation.bit_depth or 8,
+    )
+    return dataclasses.replace(saved, preparation=preparation)
+
+
 def resolve(
     settings: settings_lib.Settings,
     workdir: str | None,
@@ -185,9 +198,7 @@ def resolve(
     if workdir:  # a run that goes on needs its weights' file no more
         latest = checkpoint_reader.find_latest(workdir)
         saved = settings_lib.from_saved(metadata.load(workdir, latest))
-        if saved.preparation.window is None:  # from before there were windows
-            preparation = dataclasses.replace(saved.preparation, window=())
-            saved = dataclasses.replace(saved, preparation=preparation)
+        saved = with_bits(saved)
         return transfer.resolve_from_checkpoint(settings, saved), None
     weights = None
     if settings.init_from:

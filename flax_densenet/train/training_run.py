@@ -169,7 +169,7 @@ def example_shapes(run: TrainingRun, start: int) -> dict[str, tuple]:
         return shapes | {'features': ((1, 1, features.shape[1]), features.dtype)}
     preparation = examples_at(run, run.source, start).preparation
     shape = *preparation.shape, preparation.channels
-    return shapes | {'image': (shape, np.uint8)}
+    return shapes | {'image': (shape, preparation.dtype)}
 
 
 def train_batches(run: TrainingRun, source: dataset.Source, start: int, **loading):

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_densenet.data import images
+from flax_densenet.data import deep, images
 from flax_densenet.errors import UserError
 from flax_densenet.models import layers
 from flax_densenet.settings import sizes
@@ -31,6 +31,8 @@ PREPARATION = (
     'mean',
     'std',
 )
+# Of images of more than 8 bits; nothing is assumed about them.
+DEEP = ('window', 'bit_depth')
 _OF_NAMES = '--class_names=FILE or A,B,...'
 _OF_OUTPUTS = '--outputs=sigmoid, softmax or none'
 
@@ -43,7 +45,7 @@ class Choices:
       class_names: in the order of the outputs; of one output also two names, negative
         and positive.
       outputs: one of `heads.OUTPUTS`.
-      data: fields of `config.data` of PREPARATION.
+      data: fields of `config.data` of PREPARATION and DEEP.
       binary: a network of one output and two classes gets two outputs, whose softmax is
         its sigmoid.
       own_data: models of this program take fields that resize images as well.
@@ -72,16 +74,17 @@ def make(class_names=None, outputs=None, data=None, **options) -> Choices:
       class_names: names, or text as `heads.read_names` takes it.
 
     Raises:
-      UserError: a name is there twice, or a field is not one of PREPARATION.
+      UserError: a name is there twice, or a field is not known.
     """
     if isinstance(class_names, str | os.PathLike):
         class_names = heads.read_names(os.fspath(class_names))
     elif class_names is not None:
         class_names = tuple(map(str, class_names))
         heads.check_names('class_names', class_names)
+    known = (*PREPARATION, *DEEP)
     for name in data or {}:
-        if name not in PREPARATION:
-            raise UserError(f'data: {name} is not one of {", ".join(PREPARATION)}')
+        if name not in known:
+            raise UserError(f'data: {name} is not one of {", ".join(known)}')
     return Choices(class_names, outputs, data or {}, **options)
 
 
@@ -214,7 +217,8 @@ def prepare(
     chosen = {
         name: value
         for name, value in chosen.items()
-        if value is not None and (value or name not in ('channels', 'image_size'))
+        if value is not None
+        and (value or name not in ('channels', 'image_size', 'bit_depth'))
     }
     check_read(weights, chosen)
     settled = dict(weights.preprocessing)
@@ -277,6 +281,8 @@ def _with_channels(weights, channels):
 
 
 def _check(fields):
+    deep.check(fields.get('window'))
+    deep.check_bit_depth(fields.get('bit_depth'))
     known = {'resize': images.RESIZES, 'interpolation': tuple(images.INTERPOLATIONS)}
     for name, values in known.items():
         if fields[name] not in values:

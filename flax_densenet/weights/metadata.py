@@ -103,6 +103,21 @@ def _are_counts(value):
     )
 
 
+def _is_window(value):
+    """Two rising numbers, or none."""
+    return value == [] or (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(type(n) in (int, float) and abs(n) < 1e300 for n in value)
+        and value[0] < value[1]
+    )
+
+
+def _is_bit_depth(value):
+    """From 8 to 16; 0 in configs, where it stands for a search."""
+    return type(value) is int and (value == 0 or 8 <= value <= 16)
+
+
 def _is_share(value):
     return type(value) in (int, float) and 0.01 <= value <= 1
 
@@ -124,4 +139,6 @@ _DATA = {
     'tta': lambda value: isinstance(value, str) and value in tta.VIEWS,
     'mean': _are_numbers,
     'std': _are_numbers,
+    'window': _is_window,
+    'bit_depth': _is_bit_depth,
 }

@@ -21,9 +21,19 @@ from flax_densenet.weights import metadata as metadata_lib
 
 
 def normalize(batch, *, mean, std):
-    """uint8 images `[N, H, W, C]` to float32 `(images / 255 - mean) / std`."""
+    """Images `[N, H, W, C]` to float32 `(images / 255 - mean) / std`.
+
+    Args:
+      batch: from 0 to 255; uint16 from 0 to 65535, by which it is divided.
+      mean, std: `[C]`, of images from 0 to 1.
+    """
     mean, std = (jnp.asarray(v, jnp.float32).reshape(1, 1, 1, -1) for v in (mean, std))
-    return (batch.astype(jnp.float32) / 255 - mean) / std
+    return (batch.astype(jnp.float32) / white_of(batch.dtype) - mean) / std
+
+
+def white_of(dtype) -> int:
+    """The value of white in images of this type."""
+    return 65535 if dtype == jnp.uint16 else 255
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +136,8 @@ def load_trained(
 def _check_own(path, choices):
     """Raises for choices that our own metadata has made."""
     for name in choices.data:
-        if name in ('mean', 'std', 'channels') or not choices.own_data:
+        fixed = ('mean', 'std', 'channels', 'bit_depth')
+        if name in fixed or not choices.own_data:
             raise UserError(
                 f'data.{name}: {path} says itself how its images are prepared; '
                 'the field can be set for weights that do not'
@@ -210,4 +221,5 @@ def preparation_of(metadata: dict[str, Any]) -> images.Preparation:
         fields.get('interpolation') or default.interpolation,
         len(metadata['mean']),
         deep.check(fields.get('window')),
+        fields.get('bit_depth') or 8,
     )

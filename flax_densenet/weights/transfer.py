@@ -29,6 +29,7 @@ _PREPARATION = dict(
     mean=weight_file.IMAGENET_MEAN,
     std=weight_file.IMAGENET_STD,
 )
+_ZERO_IS_OPEN = ('image_size', 'channels', 'bit_depth')
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -64,7 +65,7 @@ def _fill(fields, saved):
 
 
 def _is_open(name, value):
-    return value is None or (name in ('image_size', 'channels') and value == 0)
+    return value is None or (name in _ZERO_IS_OPEN and value == 0)
 
 
 def settle(

@@ -356,8 +356,12 @@ def _preprocessing_of(metadata):
         if name in _TORCHVISION and value is not None
     }
     data |= {name: metadata[name] for name in ('image_size', 'mean', 'std')}
-    data = to_tuples(data)
-    return _TORCHVISION | data | {'channels': len(data['mean'])}
+    data = to_tuples(data) | {'channels': len(data['mean'])}
+    # Of models of 8-bit images a new run finds them in its own images.
+    window, bit_depth = (metadata['data'].get(n) for n in ('window', 'bit_depth'))
+    if window or (bit_depth or 8) > 8:
+        data |= {'window': tuple(window or ()), 'bit_depth': bit_depth or 8}
+    return _TORCHVISION | data
 
 
 def to_tuples(fields: dict[str, Any]) -> dict[str, Any]:

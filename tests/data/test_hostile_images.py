@@ -15,7 +15,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from flax_densenet import UserError
-from flax_densenet.data import images
+from flax_densenet.data import images, upright
 from helpers.paths import ROOT
 
 GRID = np.kron(
@@ -214,8 +214,8 @@ def test_very_large_images_are_made_smaller_first(mode, monkeypatch):
         image = smooth.convert(mode)
     file = encode(image, 'TIFF' if mode in ('CMYK', 'F') else 'PNG')
     whole = load(file).astype(int)
-    monkeypatch.setattr(images, 'LARGE', 1000)
-    monkeypatch.setattr(images, '_STRIP', 20_000)
+    monkeypatch.setattr(upright, 'LARGE', 1000)
+    monkeypatch.setattr(upright, 'STRIP', 20_000)
     sizes = []
     apply = images.Preparation.apply
     monkeypatch.setattr(
@@ -240,10 +240,12 @@ def test_very_long_images_are_made_smaller_first(resize, turn, monkeypatch):
     file = encode(image, 'TIFF', exif=exif)
     preparation = images.Preparation(8, resize=resize)
     whole = images.load_image(file, preparation).astype(int)
-    monkeypatch.setattr(images, 'LARGE', 1000)
-    seen, to_rgb = [], images.to_rgb
+    monkeypatch.setattr(upright, 'LARGE', 1000)
+    seen, to_rgb = [], upright.to_rgb
     monkeypatch.setattr(
-        images, 'to_rgb', lambda image, *w: seen.append(image.size) or to_rgb(image, *w)
+        upright,
+        'to_rgb',
+        lambda image, *w: seen.append(image.size) or to_rgb(image, *w),
     )
     found = images.load_image(file, preparation).astype(int)
     # Of `crop` the rest goes first, of `stretch` it is made smaller first.

@@ -255,13 +255,13 @@ def test_jpegs_are_decoded_at_a_fraction_of_their_size(
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
     image = Image.fromarray(noise).resize((800, 600), Image.Resampling.BICUBIC)
     file = encode(image, image_format)
-    sizes, upright = [], images._upright
+    sizes, upright = [], images._render
 
     def spy(image, *arguments):
         sizes.append(image.size)
         return upright(image, *arguments)
 
-    monkeypatch.setattr(images, '_upright', spy)
+    monkeypatch.setattr(images, '_render', spy)
     found = load_image(file, size).astype(int)
     assert sizes == [decoded]
     with Image.open(io.BytesIO(file)) as image:

@@ -60,10 +60,17 @@ def parse(value) -> Strengths | None:
     return Strengths(*(values * 3 if len(values) == 1 else values))
 
 
-def jitter(image: Image.Image, rng, strengths: Strengths) -> Image.Image:
-    """Changes brightness, contrast, saturation and hue, in random order."""
+def jitter(image, rng, strengths: Strengths, *, functions=None):
+    """Changes brightness, contrast, saturation and hue, in random order.
+
+    Args:
+      image: of Pillow.
+      functions: of an image and a factor, by the names of `Strengths`; by default those
+        of this module.
+    """
     for place in rng.permutation(4):
         name, function, center = _OPERATIONS[place]
+        function = functions[name] if functions else function
         most = getattr(strengths, name)
         if most:
             least = center - most if name == 'hue' else max(center - most, 0)
@@ -97,7 +104,7 @@ def adjust_hue(image: Image.Image, shift: float) -> Image.Image:
     turned = np.empty_like(pixels)
     for start in range(0, len(pixels), _STRIP):
         strip = slice(start, start + _STRIP)
-        _turn(pixels[strip], shift, turned[strip])
+        _turn_bytes(pixels[strip], shift, turned[strip])
     return Image.fromarray(turned.reshape(image.height, image.width, 3))
 
 
@@ -105,8 +112,16 @@ def adjust_hue(image: Image.Image, shift: float) -> Image.Image:
 _STRIP = 2**14
 
 
-def _turn(pixels, shift, out):
-    """Writes uint8 `[n, 3]` with a shifted hue to `out`."""
+def _turn_bytes(pixels, shift, out):
+    turn(pixels, shift, out, least=0.5)  # to round
+
+
+def turn(pixels, shift, out, *, least=0.0):
+    """Writes colors `[n, 3]` with a shifted hue to `out`.
+
+    Args:
+      least: is added to each value.
+    """
     red, green, blue = (pixels[:, band].astype(np.float32) for band in range(3))
     highest = np.maximum(np.maximum(red, green), blue)
     lowest = np.minimum(np.minimum(red, green), blue)
@@ -118,7 +133,7 @@ def _turn(pixels, shift, out):
     place /= np.maximum(chroma, 1)
     place += np.float32(6 * shift)
     place -= 6 * np.floor(place / 6)
-    lowest += np.float32(0.5)  # to round
+    lowest += np.float32(least)
     # The share of each band in the chroma is a trapezoid around its color.
     for band, share in enumerate(
         (np.abs(place - 3) - 1, 2 - np.abs(place - 2), 2 - np.abs(place - 4))

@@ -1,7 +1,7 @@
 """Random changes of the geometry of training images, and recipes of them.
 
-Each function takes an image uint8 `[H, W, C]` and a numpy Generator and returns an
-image of the same shape and type. `flip` also takes one of Pillow's.
+Each function takes an image uint8 or uint16 `[H, W, C]` and a numpy Generator and
+returns an image of the same shape and type. `flip` also takes one of Pillow's.
 
 >>> import numpy as np
 >>> image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
@@ -13,6 +13,8 @@ import math
 
 import numpy as np
 from PIL import Image
+
+from flax_densenet.data import deep_picture
 
 
 def flip(image, rng):
@@ -43,9 +45,12 @@ def crop(image, rng):
     relative to that of the image.
     """
     height, width = image.shape[:2]
-    picture = as_picture(image)
     box = crop_part((width, height), rng, aspect=width / height)
-    picture = picture.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    filter_ = Image.Resampling.BILINEAR
+    if image.dtype == np.uint16:
+        deep = deep_picture.DeepPicture.from_array(image)
+        return deep.resize((width, height), filter_, box).to_array(image.shape[-1])
+    picture = as_picture(image).resize((width, height), filter_, box=box)
     return to_array(picture)
 
 

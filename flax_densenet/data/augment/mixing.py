@@ -105,7 +105,7 @@ def mix(images, key, mixing: Mixing, *, mean) -> Mixed:
     """Erases boxes and mixes pairs.
 
     Args:
-      images: uint8 `[N, H, W, C]`, a (micro-)batch over all devices.
+      images: uint8 or uint16 `[N, H, W, C]`, a (micro-)batch over all devices.
       key: random key of the step (and micro-batch); a constant is folded in.
       mixing: what to do.
       mean: `[C]`, from 0 to 1: the color of boxes, which is 0 once normalized.
@@ -119,8 +119,8 @@ def mix(images, key, mixing: Mixing, *, mean) -> Mixed:
     if mixing.pairs:
         shift = 1 + (numbers[0] * (count - 1)).astype(jnp.int32)
         partners = (jnp.arange(count) - shift) % count
-        other = images[partners].astype(jnp.float32)
-    images = images.astype(jnp.float32)
+        other = _to_255(images[partners])
+    images = _to_255(images)
     if mixing.erase:
         by_row = jax.random.fold_in(key, 1)
         by_row = jax.random.uniform(by_row, (count, _NUMBERS), jnp.float32)
@@ -137,6 +137,12 @@ def mix(images, key, mixing: Mixing, *, mean) -> Mixed:
     return Mixed(
         images * own + other * (1 - own), partners, jnp.broadcast_to(share, count)
     )
+
+
+def _to_255(images):
+    """float32 from 0 to 255; the levels between the integers stay."""
+    numbers = images.astype(jnp.float32)
+    return numbers / 257 if images.dtype == jnp.uint16 else numbers
 
 
 def draw_boxes(numbers, height: int, width: int, probability: float):

@@ -64,18 +64,31 @@ def parse(name: str) -> Policy | None:
     )
 
 
-def apply(image: Image.Image, rng, policy: Policy) -> Image.Image:
-    """Applies random operations to an image, which is not changed itself."""
+def apply(image, rng, policy: Policy, *, functions=None):
+    """Applies random operations to an image, which is not changed itself.
+
+    Args:
+      image: of Pillow.
+      functions: of an image and an amount, by the names of `OPERATIONS`; by default
+        those of this module.
+    """
     for _ in range(policy.count):
-        operation = OPERATIONS[_NAMES[rng.integers(len(_NAMES))]]
+        name = _NAMES[rng.integers(len(_NAMES))]
+        operation = OPERATIONS[name]
         place = policy.magnitude
         if place is None:
             place = int(rng.integers(_BINS))
         amount = operation.amount(place / (_BINS - 1), image, policy.wide)
         if operation.signed and rng.random() < 0.5:
             amount = -amount
-        image = operation.function(image, amount)
+        function = functions[name] if functions else operation.function
+        image = function(image, amount)
     return image
+
+
+def _size_of(image):
+    """Width and height of Pillow's image or an array `[H, W, C]`."""
+    return image.size if isinstance(image, Image.Image) else image.shape[1::-1]
 
 
 def _affine(image, *matrix):
@@ -130,7 +143,7 @@ def _pixels(axis):
     """RandAugment has shares of the side, TrivialAugment pixels."""
 
     def amount(level, image, is_wide):
-        return level * (32 if is_wide else 150 / 331 * image.size[axis])
+        return level * (32 if is_wide else 150 / 331 * _size_of(image)[axis])
 
     return amount
 

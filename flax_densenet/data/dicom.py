@@ -1,0 +1,474 @@
+"""Reads the image of a DICOM file: its pixels, and how their values are shown.
+
+Only the elements that describe pixels are parsed. Nothing about the patient, the study
+or the device leaves the file, and errors do not quote values.
+"""
+
+import dataclasses
+import importlib.util
+import io
+import struct
+import zlib
+
+import numpy as np
+from PIL import Image
+
+from flax_densenet.errors import UserError
+
+ENDINGS = ('.dcm', '.dicom', '.dic')
+_MARK, _MARK_AT = b'DICM', 128
+_DEFLATED, _EXPLICIT = b'1.2.840.10008.1.2.1.99', b'1.2.840.10008.1.2.1\0\0\0'
+_RLE, _EXTENDED = '1.2.840.10008.1.2.5', '1.2.840.10008.1.2.4.51'
+# Not in our extra, since its license is the GPL.
+_DECODERS = dict.fromkeys(
+    ('1.2.840.10008.1.2.4.57', '1.2.840.10008.1.2.4.70'),
+    'pylibjpeg pylibjpeg-libjpeg (licensed under the GPL)',
+)
+_MOST_HEADER = 2**16  # bytes of the group that names the transfer syntax
+_MOST_INFLATED = 2**28
+_NUMBERS = {8: np.uint8, 16: np.uint16, 32: np.uint32}
+_SIGNED = {8: np.int8, 16: np.int16, 32: np.int32}
+_KEYWORDS = (
+    'SamplesPerPixel',
+    'PhotometricInterpretation',
+    'NumberOfFrames',
+    'Rows',
+    'Columns',
+    'BitsAllocated',
+    'BitsStored',
+    'HighBit',
+    'PixelRepresentation',
+    'PlanarConfiguration',
+    'RescaleSlope',
+    'RescaleIntercept',
+    'ModalityLUTSequence',
+    'VOILUTSequence',
+    'WindowCenter',
+    'WindowWidth',
+    'VOILUTFunction',
+    'LUTDescriptor',
+    'LUTData',
+    'RedPaletteColorLookupTableDescriptor',
+    'GreenPaletteColorLookupTableDescriptor',
+    'BluePaletteColorLookupTableDescriptor',
+    'RedPaletteColorLookupTableData',
+    'GreenPaletteColorLookupTableData',
+    'BluePaletteColorLookupTableData',
+    'PixelData',
+)
+
+
+def is_installed() -> bool:
+    """Whether pydicom is there; does not import it, which takes time."""
+    return importlib.util.find_spec('pydicom') is not None
+
+
+def has_mark(start: bytes) -> bool:
+    """Whether a file that starts like this is a DICOM file; takes 132 bytes."""
+    return start[_MARK_AT : _MARK_AT + 4] == _MARK
+
+
+@dataclasses.dataclass(frozen=True)
+class Display:
+    """How the values of a gray image become black to white, as the file says.
+
+    Attributes:
+      low, high: the values that become black and white without the next two.
+      window: center and width.
+      function: of the window: LINEAR, LINEAR_EXACT or SIGMOID.
+      table: the VOI LUT: its first input, and its outputs from 0 to 1.
+      inverted: the lowest value is white (MONOCHROME1).
+    """
+
+    low: float
+    high: float
+    window: tuple[float, float] | None = None
+    function: str = 'LINEAR'
+    table: tuple[int, np.ndarray] | None = None
+    inverted: bool = False
+
+    @property
+    def is_stated(self) -> bool:
+        """Whether the file has a window or a table."""
+        return self.window is not None or self.table is not None
+
+    def apply(
+        self, values: np.ndarray, window: tuple[float, float] | None = None
+    ) -> np.ndarray:
+        """float32 from 0 (black) to 1 (white); a window comes before the file's."""
+        values = np.nan_to_num(values.astype(np.float64))
+        if window is not None:
+            shown = (values - window[0]) / (window[1] - window[0])
+        elif self.table is not None:
+            first, outputs = self.table
+            place = np.clip(np.rint(values) - first, 0, len(outputs) - 1)
+            shown = outputs[place.astype(np.int64)]
+        elif self.window is not None:
+            shown = self._by_window(values)
+        else:
+            shown = (values - self.low) / (self.high - self.low)
+        shown = np.clip(shown, 0, 1).astype(np.float32)
+        return 1 - shown if self.inverted else shown
+
+    def _by_window(self, values):
+        """Equations of the standard, part 3, C.11.2.1.2 and C.11.2.1.3."""
+        center, width = self.window
+        if self.function == 'SIGMOID':
+            return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -50, 50)))
+        if self.function == 'LINEAR_EXACT':
+            return (values - center) / width + 0.5
+        if width <= 1:  # a threshold
+            return (values > center - 0.5).astype(np.float32)
+        return (values - (center - 0.5)) / (width - 1) + 0.5
+
+
+class DicomImage(Image.Image):
+    """An open DICOM file, which is decoded when its pixels are needed.
+
+    Gray images have the mode F, values in the modality's unit (such as Hounsfield
+    units), and `info['display']`; others are RGB of 8 bits.
+    """
+
+    format = 'DICOM'
+    format_description = 'DICOM'
+
+    def __init__(self, file: str | bytes):
+        """Reads the header.
+
+        Raises:
+          UserError: it is not one image, or of a kind that is not read.
+        """
+        super().__init__()
+        self._file: str | bytes | None = file
+        _guard(self._open, _read(file, pixels=False))
+
+    def _open(self, header):
+        _check(header)
+        self._size = int(header.Columns), int(header.Rows)
+        self._mode = 'RGB'
+        if str(header.PhotometricInterpretation).startswith('MONOCHROME'):
+            self._mode = 'F'
+            self.info['display'] = _make_display(header)
+
+    def load(self):
+        """Decodes the pixels."""
+        if self._file is not None:
+            file, self._file = self._file, None
+            array = _guard(_decode, _read(file, pixels=True))
+            if array.shape[:2] != self._size[::-1]:
+                raise _refuse('its pixels are not as many as its header says')
+            self.im = Image.fromarray(array).im
+        return super().load()
+
+
+def _check(header):
+    """Raises if a header is not that of one image of a kind that is read."""
+    frames = int(header.get('NumberOfFrames') or 1)
+    if not header.get('Rows') or not header.get('Columns'):
+        raise UserError('is a DICOM file without an image')
+    if frames > 1:
+        raise UserError(
+            f'is a DICOM file of {frames} frames (NumberOfFrames), and one is read; '
+            'save the frame that is wanted as a file of its own'
+        )
+    if header.get('BitsAllocated') not in _NUMBERS:
+        raise _refuse(f'{header.get("BitsAllocated")} bits a value')
+    if not 0 < (header.get('BitsStored') or 0) <= header.BitsAllocated:
+        raise _refuse('no valid BitsStored')
+    if header.get('SamplesPerPixel') not in (1, 3):
+        raise _refuse('no valid SamplesPerPixel')
+    if not header.get('PhotometricInterpretation'):
+        raise _refuse('no PhotometricInterpretation')
+    if header.file_meta.TransferSyntaxUID == _EXTENDED and header.BitsStored > 8:
+        raise _refuse('JPEG Extended with 12 bits')
+
+
+def _refuse(why):
+    return UserError(f'is a DICOM file of a kind that is not read ({why})')
+
+
+def _guard(function, *arguments):
+    """Calls what uses pydicom, whose errors have no base and quote the file."""
+    try:
+        return function(*arguments)
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # of pydicom and its decoders, of any kind
+        raise UserError(
+            f'is a DICOM file that cannot be decoded ({type(error).__name__})'
+        ) from None
+
+
+def _read(file, *, pixels):
+    """The elements of `_KEYWORDS`, without or with the pixels."""
+    try:
+        import pydicom
+    except ImportError:
+        raise UserError(
+            "is a DICOM file, which pip install 'flax_densenet[medical]' reads"
+        ) from None
+    opened = _inflate(file)
+    return _guard(_parse, pydicom, opened, pixels)
+
+
+def _parse(pydicom, opened, pixels):
+    return pydicom.dcmread(
+        opened, specific_tags=list(_KEYWORDS), stop_before_pixels=not pixels
+    )
+
+
+def _inflate(file):
+    """The path or a file in memory, inflated with a bound if it is deflated."""
+    if isinstance(file, bytes):
+        start = file[:_MOST_HEADER]
+    else:
+        with open(file, 'rb') as opened:
+            start = opened.read(_MOST_HEADER)
+    syntax, end = _find_syntax(start)
+    if syntax.rstrip(b'\0 ') != _DEFLATED:
+        return io.BytesIO(file) if isinstance(file, bytes) else file
+    if not isinstance(file, bytes):
+        with open(file, 'rb') as opened:
+            file = opened.read()
+    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        content = inflater.decompress(file[end:], _MOST_INFLATED)
+    except zlib.error:
+        raise UserError('is a DICOM file that cannot be decoded (deflate)') from None
+    if inflater.unconsumed_tail:
+        raise UserError(
+            f'is a deflated DICOM file of more than {_MOST_INFLATED // 2**20} MiB'
+        )
+    return io.BytesIO(start[:end].replace(_DEFLATED, _EXPLICIT) + content)
+
+
+def _find_syntax(start):
+    """The transfer syntax, and where the elements after its group begin.
+
+    Raises:
+      UserError: there is none where the standard has it.
+    """
+    place, syntax = _MARK_AT + 4, b''
+    while start[place : place + 2] == b'\2\0' and place + 12 <= len(start):
+        element, kind = start[place + 2 : place + 4], start[place + 4 : place + 6]
+        if kind in (b'OB', b'OW', b'UN', b'UT', b'SQ'):
+            size = struct.unpack_from('<I', start, place + 8)[0]
+            place += 12
+        else:
+            size = struct.unpack_from('<H', start, place + 6)[0]
+            place += 8
+        if element == b'\x10\0':
+            syntax = start[place : place + size]
+        place += size
+    if not syntax or place > len(start) or not syntax[:4] == b'1.2.':
+        raise _refuse('no valid transfer syntax')
+    return syntax, place
+
+
+def _make_display(header):
+    inverted = header.PhotometricInterpretation == 'MONOCHROME1'
+    modality = _find_table(header, 'ModalityLUTSequence')
+    if modality is not None:
+        low, high = 0.0, 2.0 ** modality[2] - 1
+    else:
+        slope, intercept = _rescale(header)
+        stored, signed = int(header.BitsStored), bool(header.get('PixelRepresentation'))
+        lowest = -(2 ** (stored - 1)) if signed else 0
+        ends = (lowest, lowest + 2**stored - 1)
+        low, high = sorted(end * slope + intercept for end in ends)
+    window = tuple(
+        _first_number(header.get(name)) for name in ('WindowCenter', 'WindowWidth')
+    )
+    table = _find_table(header, 'VOILUTSequence')
+    function = str(header.get('VOILUTFunction') or 'LINEAR').upper()
+    stated = None not in window and np.isfinite(window).all() and window[1] > 0
+    if stated and function not in ('LINEAR', 'LINEAR_EXACT', 'SIGMOID'):
+        raise _refuse('an unknown VOILUTFunction')
+    if not low < high:
+        raise _refuse('no valid RescaleSlope')
+    return Display(
+        low,
+        high,
+        window if stated else None,
+        function,
+        table and (table[0], table[1] / (2.0 ** table[2] - 1)),
+        inverted,
+    )
+
+
+def _first_number(value):
+    """The first of several windows; None if there is none."""
+    if value is None or value == '':
+        return None
+    if isinstance(value, list | tuple) or hasattr(value, '__iter__'):
+        value = next(iter(value), None)
+    return None if value is None else float(value)
+
+
+def _rescale(header):
+    slope = _first_number(header.get('RescaleSlope'))
+    intercept = _first_number(header.get('RescaleIntercept'))
+    slope, intercept = 1.0 if slope is None else slope, intercept or 0.0
+    if not np.isfinite([slope, intercept]).all():
+        raise _refuse('no valid RescaleSlope')
+    return slope, intercept
+
+
+def _find_table(header, name):
+    """First input, outputs and their bits of a table in a sequence, or None."""
+    items = header.get(name)
+    if not items:
+        return None
+    count, first, bits = (int(number) for number in items[0].LUTDescriptor)
+    count, signed = count or 2**16, header.get('PixelRepresentation')
+    first -= 2**16 if signed and first >= 2**15 else 0
+    content = items[0].LUTData
+    if isinstance(content, bytes):
+        kind = '<u2' if len(content) >= 2 * count else 'u1'
+        content = np.frombuffer(content, kind)
+    outputs = np.asarray(content, np.float64)[:count]
+    if not 1 <= bits <= 16 or not len(outputs):
+        raise ValueError
+    return first, outputs, bits
+
+
+def _decode(dataset):
+    """float32 `[H, W]` in the modality's unit, or uint8 `[H, W, 3]`."""
+    from pydicom import pixels
+
+    if 'PixelData' not in dataset:
+        raise UserError('is a DICOM file without an image')
+    syntax = dataset.file_meta.TransferSyntaxUID
+    photometric = str(dataset.PhotometricInterpretation)
+    if syntax == _RLE:
+        values = _decode_rle(dataset)
+        if photometric.startswith('YBR'):
+            values = pixels.convert_color_space(values, photometric, 'RGB')
+    else:
+        if syntax.is_compressed and syntax != _DEFLATED.decode():
+            _check_frame(dataset)
+        values, _ = _decoder(pixels, syntax).as_array(dataset, index=0, raw=False)
+    if photometric == 'PALETTE COLOR':
+        values = pixels.apply_color_lut(values, dataset)
+        bits = 8 * values.dtype.itemsize
+    else:
+        values = _stored_bits(values, dataset)
+        bits = int(dataset.BitsStored)
+    if photometric.startswith('MONOCHROME'):
+        if values.ndim != 2:
+            raise _refuse('gray with several samples a pixel')
+        return _to_unit(values, dataset)
+    if values.ndim != 3 or values.shape[-1] != 3:
+        raise _refuse('color without three samples a pixel')
+    if bits == 8:
+        return values.astype(np.uint8)
+    shown = values.astype(np.float64) * (255 / (2**bits - 1))
+    return np.clip(np.rint(shown), 0, 255).astype(np.uint8)
+
+
+def _decoder(pixels, syntax):
+    try:
+        decoder = pixels.get_decoder(syntax)
+    except NotImplementedError:
+        raise _refuse(f'transfer syntax {syntax.name}') from None
+    if not decoder.is_available:
+        package = _DECODERS.get(str(syntax), "'flax_densenet[medical]'")
+        raise UserError(
+            f'is a DICOM file compressed as {syntax.name.split(",")[0]}, which '
+            f'pip install {package} reads'
+        )
+    return decoder
+
+
+def _stored_bits(values, dataset):
+    """Values without the bits that are not theirs, and with their sign."""
+    allocated, stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
+    if stored == allocated or values.dtype.itemsize * 8 != allocated:
+        return values
+    high = dataset.get('HighBit')
+    high = stored - 1 if high is None else int(high)
+    if not stored - 1 <= high < allocated:
+        raise _refuse('no valid HighBit')
+    signed = dataset.get('PixelRepresentation')
+    values = values.view((_SIGNED if signed else _NUMBERS)[allocated])
+    return (values << (allocated - 1 - high)) >> (allocated - stored)
+
+
+def _to_unit(values, dataset):
+    table = _find_table(dataset, 'ModalityLUTSequence')
+    if table is not None:
+        first, outputs, _ = table
+        place = np.clip(values.astype(np.int64) - first, 0, len(outputs) - 1)
+        return outputs[place].astype(np.float32)
+    slope, intercept = _rescale(dataset)
+    if (slope, intercept) == (1, 0):
+        return values.astype(np.float32)
+    return (values.astype(np.float64) * slope + intercept).astype(np.float32)
+
+
+def _check_frame(dataset):
+    """Raises if compressed pixels are not of the size that was checked."""
+    from pydicom import encaps
+
+    frame = encaps.get_frame(dataset.PixelData, 0, number_of_frames=1)
+    found = _jpeg_shape(frame) or _jpeg2000_shape(frame)
+    wanted = (dataset.Rows, dataset.Columns, dataset.SamplesPerPixel)
+    if found != tuple(map(int, wanted)):
+        raise UserError(
+            'is a DICOM file whose compressed image is not of the size in its header'
+        )
+
+
+def _jpeg_shape(frame):
+    """Height, width and samples of a JPEG or JPEG-LS stream, or None."""
+    place = 2
+    while frame[:2] == b'\xff\xd8' and place + 10 <= len(frame):
+        if frame[place] != 0xFF:
+            return None
+        marker, (size,) = frame[place + 1], struct.unpack_from('>H', frame, place + 2)
+        if marker == 0xFF:  # fill bytes
+            place += 1
+            continue
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (196, 200, 204)):
+            return struct.unpack_from('>HHB', frame, place + 5)
+        place += 2 + size
+    return None
+
+
+def _jpeg2000_shape(frame):
+    """Height, width and samples of a JPEG 2000 stream, or None."""
+    place = frame.find(b'\xff\x4f\xff\x51')
+    if place < 0 or place + 42 > len(frame):
+        return None
+    right, bottom, left, top = struct.unpack_from('>4I', frame, place + 8)
+    return bottom - top, right - left, struct.unpack_from('>H', frame, place + 40)[0]
+
+
+def _decode_rle(dataset):
+    """Decodes run lengths; Pillow's decoder never writes more than the image takes."""
+    from pydicom import encaps
+
+    frame = encaps.get_frame(dataset.PixelData, 0, number_of_frames=1)
+    rows, columns, samples = (
+        int(dataset[name].value) for name in ('Rows', 'Columns', 'SamplesPerPixel')
+    )
+    each = int(dataset.BitsAllocated) // 8
+    count, *offsets = struct.unpack_from('<16I', frame)
+    if count != samples * each or count > 15:
+        raise _refuse('another number of RLE segments')
+    ends = [*offsets[1:count], len(frame)]
+    planes = [
+        np.asarray(
+            Image.frombytes('L', (rows * columns, 1), frame[start:end], 'packbits', 'L')
+        ).reshape(rows, columns)
+        for start, end in zip(offsets[:count], ends, strict=True)
+    ]
+    # Of each sample the highest byte is first.
+    signed = dataset.get('PixelRepresentation')
+    kind = np.dtype((_SIGNED if signed else _NUMBERS)[8 * each]).newbyteorder('>')
+    bands = [
+        np.stack(planes[n : n + each], -1).view(kind)[..., 0]
+        for n in range(0, count, each)
+    ]
+    values = bands[0] if samples == 1 else np.stack(bands, -1)
+    return values.astype(kind.newbyteorder('='))

@@ -42,6 +42,16 @@ class DeepPicture:
         """Width and height in pixels."""
         return self.bands[0].size
 
+    @property
+    def width(self) -> int:
+        """In pixels."""
+        return self.size[0]
+
+    @property
+    def height(self) -> int:
+        """In pixels."""
+        return self.size[1]
+
     def resize(self, size, resample, box=None) -> 'DeepPicture':
         """Like `Image.resize`."""
         return DeepPicture([band.resize(size, resample, box) for band in self.bands])

@@ -4,7 +4,6 @@ Only the elements that describe pixels are parsed. Nothing about the patient, th
 or the device leaves the file, and errors do not quote values.
 """
 
-import dataclasses
 import importlib.util
 import io
 import struct
@@ -13,6 +12,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from flax_densenet.data import dicom_display
 from flax_densenet.errors import UserError
 
 ENDINGS = ('.dcm', '.dicom', '.dic')
@@ -68,60 +68,6 @@ def has_mark(start: bytes) -> bool:
     return start[_MARK_AT : _MARK_AT + 4] == _MARK
 
 
-@dataclasses.dataclass(frozen=True)
-class Display:
-    """How the values of a gray image become black to white, as the file says.
-
-    Attributes:
-      low, high: the values that become black and white without the next two.
-      window: center and width.
-      function: of the window: LINEAR, LINEAR_EXACT or SIGMOID.
-      table: the VOI LUT: its first input, and its outputs from 0 to 1.
-      inverted: the lowest value is white (MONOCHROME1).
-    """
-
-    low: float
-    high: float
-    window: tuple[float, float] | None = None
-    function: str = 'LINEAR'
-    table: tuple[int, np.ndarray] | None = None
-    inverted: bool = False
-
-    @property
-    def is_stated(self) -> bool:
-        """Whether the file has a window or a table."""
-        return self.window is not None or self.table is not None
-
-    def apply(
-        self, values: np.ndarray, window: tuple[float, float] | None = None
-    ) -> np.ndarray:
-        """float32 from 0 (black) to 1 (white); a window comes before the file's."""
-        values = np.nan_to_num(values.astype(np.float64))
-        if window is not None:
-            shown = (values - window[0]) / (window[1] - window[0])
-        elif self.table is not None:
-            first, outputs = self.table
-            place = np.clip(np.rint(values) - first, 0, len(outputs) - 1)
-            shown = outputs[place.astype(np.int64)]
-        elif self.window is not None:
-            shown = self._by_window(values)
-        else:
-            shown = (values - self.low) / (self.high - self.low)
-        shown = np.clip(shown, 0, 1).astype(np.float32)
-        return 1 - shown if self.inverted else shown
-
-    def _by_window(self, values):
-        """Equations of the standard, part 3, C.11.2.1.2 and C.11.2.1.3."""
-        center, width = self.window
-        if self.function == 'SIGMOID':
-            return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -50, 50)))
-        if self.function == 'LINEAR_EXACT':
-            return (values - center) / width + 0.5
-        if width <= 1:  # a threshold
-            return (values > center - 0.5).astype(np.float32)
-        return (values - (center - 0.5)) / (width - 1) + 0.5
-
-
 class DicomImage(Image.Image):
     """An open DICOM file, which is decoded when its pixels are needed.
 
@@ -148,7 +94,7 @@ class DicomImage(Image.Image):
         self._mode = 'RGB'
         if str(header.PhotometricInterpretation).startswith('MONOCHROME'):
             self._mode = 'F'
-            self.info['display'] = _make_display(header)
+            self.info['display'] = dicom_display.make(header)
 
     def load(self):
         """Decodes the pixels."""
@@ -156,7 +102,9 @@ class DicomImage(Image.Image):
             file, self._file = self._file, None
             array = _guard(_decode, _read(file, pixels=True))
             if array.shape[:2] != self._size[::-1]:
-                raise _refuse('its pixels are not as many as its header says')
+                raise dicom_display.refuse(
+                    'its pixels are not as many as its header says'
+                )
             self.im = Image.fromarray(array).im
         return super().load()
 
@@ -172,19 +120,15 @@ def _check(header):
             'save the frame that is wanted as a file of its own'
         )
     if header.get('BitsAllocated') not in _NUMBERS:
-        raise _refuse(f'{header.get("BitsAllocated")} bits a value')
+        raise dicom_display.refuse(f'{header.get("BitsAllocated")} bits a value')
     if not 0 < (header.get('BitsStored') or 0) <= header.BitsAllocated:
-        raise _refuse('no valid BitsStored')
+        raise dicom_display.refuse('no valid BitsStored')
     if header.get('SamplesPerPixel') not in (1, 3):
-        raise _refuse('no valid SamplesPerPixel')
+        raise dicom_display.refuse('no valid SamplesPerPixel')
     if not header.get('PhotometricInterpretation'):
-        raise _refuse('no PhotometricInterpretation')
+        raise dicom_display.refuse('no PhotometricInterpretation')
     if header.file_meta.TransferSyntaxUID == _EXTENDED and header.BitsStored > 8:
-        raise _refuse('JPEG Extended with 12 bits')
-
-
-def _refuse(why):
-    return UserError(f'is a DICOM file of a kind that is not read ({why})')
+        raise dicom_display.refuse('JPEG Extended with 12 bits')
 
 
 def _guard(function, *arguments):
@@ -261,75 +205,8 @@ def _find_syntax(start):
             syntax = start[place : place + size]
         place += size
     if not syntax or place > len(start) or not syntax[:4] == b'1.2.':
-        raise _refuse('no valid transfer syntax')
+        raise dicom_display.refuse('no valid transfer syntax')
     return syntax, place
-
-
-def _make_display(header):
-    inverted = header.PhotometricInterpretation == 'MONOCHROME1'
-    modality = _find_table(header, 'ModalityLUTSequence')
-    if modality is not None:
-        low, high = 0.0, 2.0 ** modality[2] - 1
-    else:
-        slope, intercept = _rescale(header)
-        stored, signed = int(header.BitsStored), bool(header.get('PixelRepresentation'))
-        lowest = -(2 ** (stored - 1)) if signed else 0
-        ends = (lowest, lowest + 2**stored - 1)
-        low, high = sorted(end * slope + intercept for end in ends)
-    window = tuple(
-        _first_number(header.get(name)) for name in ('WindowCenter', 'WindowWidth')
-    )
-    table = _find_table(header, 'VOILUTSequence')
-    function = str(header.get('VOILUTFunction') or 'LINEAR').upper()
-    stated = None not in window and np.isfinite(window).all() and window[1] > 0
-    if stated and function not in ('LINEAR', 'LINEAR_EXACT', 'SIGMOID'):
-        raise _refuse('an unknown VOILUTFunction')
-    if not low < high:
-        raise _refuse('no valid RescaleSlope')
-    return Display(
-        low,
-        high,
-        window if stated else None,
-        function,
-        table and (table[0], table[1] / (2.0 ** table[2] - 1)),
-        inverted,
-    )
-
-
-def _first_number(value):
-    """The first of several windows; None if there is none."""
-    if value is None or value == '':
-        return None
-    if isinstance(value, list | tuple) or hasattr(value, '__iter__'):
-        value = next(iter(value), None)
-    return None if value is None else float(value)
-
-
-def _rescale(header):
-    slope = _first_number(header.get('RescaleSlope'))
-    intercept = _first_number(header.get('RescaleIntercept'))
-    slope, intercept = 1.0 if slope is None else slope, intercept or 0.0
-    if not np.isfinite([slope, intercept]).all():
-        raise _refuse('no valid RescaleSlope')
-    return slope, intercept
-
-
-def _find_table(header, name):
-    """First input, outputs and their bits of a table in a sequence, or None."""
-    items = header.get(name)
-    if not items:
-        return None
-    count, first, bits = (int(number) for number in items[0].LUTDescriptor)
-    count, signed = count or 2**16, header.get('PixelRepresentation')
-    first -= 2**16 if signed and first >= 2**15 else 0
-    content = items[0].LUTData
-    if isinstance(content, bytes):
-        kind = '<u2' if len(content) >= 2 * count else 'u1'
-        content = np.frombuffer(content, kind)
-    outputs = np.asarray(content, np.float64)[:count]
-    if not 1 <= bits <= 16 or not len(outputs):
-        raise ValueError
-    return first, outputs, bits
 
 
 def _decode(dataset):
@@ -356,10 +233,10 @@ def _decode(dataset):
         bits = int(dataset.BitsStored)
     if photometric.startswith('MONOCHROME'):
         if values.ndim != 2:
-            raise _refuse('gray with several samples a pixel')
+            raise dicom_display.refuse('gray with several samples a pixel')
         return _to_unit(values, dataset)
     if values.ndim != 3 or values.shape[-1] != 3:
-        raise _refuse('color without three samples a pixel')
+        raise dicom_display.refuse('color without three samples a pixel')
     if bits == 8:
         return values.astype(np.uint8)
     shown = values.astype(np.float64) * (255 / (2**bits - 1))
@@ -370,7 +247,7 @@ def _decoder(pixels, syntax):
     try:
         decoder = pixels.get_decoder(syntax)
     except NotImplementedError:
-        raise _refuse(f'transfer syntax {syntax.name}') from None
+        raise dicom_display.refuse(f'transfer syntax {syntax.name}') from None
     if not decoder.is_available:
         package = _DECODERS.get(str(syntax), "'flax_densenet[medical]'")
         raise UserError(
@@ -388,19 +265,19 @@ def _stored_bits(values, dataset):
     high = dataset.get('HighBit')
     high = stored - 1 if high is None else int(high)
     if not stored - 1 <= high < allocated:
-        raise _refuse('no valid HighBit')
+        raise dicom_display.refuse('no valid HighBit')
     signed = dataset.get('PixelRepresentation')
     values = values.view((_SIGNED if signed else _NUMBERS)[allocated])
     return (values << (allocated - 1 - high)) >> (allocated - stored)
 
 
 def _to_unit(values, dataset):
-    table = _find_table(dataset, 'ModalityLUTSequence')
+    table = dicom_display.find_table(dataset, 'ModalityLUTSequence')
     if table is not None:
         first, outputs, _ = table
         place = np.clip(values.astype(np.int64) - first, 0, len(outputs) - 1)
         return outputs[place].astype(np.float32)
-    slope, intercept = _rescale(dataset)
+    slope, intercept = dicom_display.find_scale(dataset)
     if (slope, intercept) == (1, 0):
         return values.astype(np.float32)
     return (values.astype(np.float64) * slope + intercept).astype(np.float32)
@@ -455,7 +332,7 @@ def _decode_rle(dataset):
     each = int(dataset.BitsAllocated) // 8
     count, *offsets = struct.unpack_from('<16I', frame)
     if count != samples * each or count > 15:
-        raise _refuse('another number of RLE segments')
+        raise dicom_display.refuse('another number of RLE segments')
     ends = [*offsets[1:count], len(frame)]
     planes = [
         np.asarray(

@@ -275,6 +275,11 @@ def get_config() -> ConfigDict:
     # Epochs at the start that train only the classifier; train.freeze applies after
     # them.
     config.train.head_warmup_epochs = 0
+    # Choose what is left open by the number of training images, for fine-tuning: a
+    # batch size, learning rate, layer decay or number of epochs of 0, a head warm-up or
+    # patience of -1, and a policy or freeze of auto. configs/finetune.py leaves all of
+    # them open for published weights (docs/pretrained.md).
+    config.train.by_count = False
     # auto: the features of a frozen backbone are computed once and kept in memory, if
     # no setting changes the images randomly and they fit data.cache_limit_gib. off:
     # compute them in each epoch.

@@ -48,6 +48,9 @@ def parse(argv: list[str], commands: dict[str, options.Command]) -> options.Invo
     given = [flag for flag in given if flag.name != 'mode']
     for flag in given:
         _check_name(flag.name, command, commands, fields)
+    if command.implied:
+        pairs = command.implied({flag.name: flag.value for flag in given})
+        given += [_Given(*pair) for pair in pairs]
     given += _place(command, given, positionals)
     values = absl_flags.FlagValues()
     for flag in dict.fromkeys(command.all_flags().values()):

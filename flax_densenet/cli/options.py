@@ -61,6 +61,8 @@ class Command:
       flags: by group.
       place: turns positional arguments into (flag, value) pairs; None if there are
         none.
+      implied: pairs of (flag, value) that the given flags, by name, stand for; None if
+        they stand for nothing else.
       fields: which settings (`--config.FIELD=VALUE`) matter, for --help; empty if
         the command has no settings.
     """
@@ -73,6 +75,7 @@ class Command:
     examples: tuple[tuple[str, str], ...] = ()
     flags: dict[str, tuple[Flag, ...]] = dataclasses.field(default_factory=dict)
     place: Callable[[list[str]], list[tuple[str, str]]] | None = None
+    implied: Callable[[dict[str, str | None]], list[tuple[str, str]]] | None = None
     fields: str = ''
 
     def all_flags(self) -> dict[str, Flag]:

@@ -12,12 +12,14 @@ def run(invocation: options.Invocation):
     from flax_densenet.data import dataset
     from flax_densenet.models import factory, summary
     from flax_densenet.settings import sizes
-    from flax_densenet.train import finetune
+    from flax_densenet.train import by_count, finetune
     from flax_densenet.weights import transfer, weight_file
 
     config = invocation.fields
     found = weight_file.load(config['init_from']) if config['init_from'] else None
     settings = transfer.resolve(settings_lib.from_config(config), found)
+    blocks = len(factory.from_settings(settings.model, num_classes=1).block_sizes)
+    settings = by_count.choose(settings, 1000, blocks=blocks)  # images, for example
     size = settings.preparation.image_size
     if not size:
         kind = settings.data.source.partition(':')[0]

@@ -25,6 +25,17 @@ def run(invocation: options.Invocation):
         finished.write(workdir, **result.report_options())
 
 
+def _imply(given):
+    """What --pretrained stands for: a recipe, or weights for the one that is given."""
+    if given.get('pretrained', 'false') in ('false', 'False'):
+        return []
+    variant = given.get('config.model.variant') or 'densenet121'
+    weights = given.get('config.init_from') or variant
+    if 'config' not in given:
+        return [('config', f'finetune:{weights},auto')]
+    return [] if 'config.init_from' in given else [('config.init_from', weights)]
+
+
 COMMAND = options.Command(
     'train',
     'Train a model on labeled images, or resume training.',
@@ -35,6 +46,8 @@ COMMAND = options.Command(
         'PHOTOS/{train,val}/CLASS/*. It can also be a folder made by `pack`, tar files '
         'of webdataset, or a source such as tfds:cifar10; see `settings data.source`. '
         'Without --config, PHOTOS trains the recipe densenet121.',
+        'With --pretrained, training starts from published weights, with settings that '
+        'suit the number of images and are printed (docs/pretrained.md).',
         'Run the same command again to resume after an interruption.',
     ),
     examples=(
@@ -43,16 +56,28 @@ COMMAND = options.Command(
             'a recipe with augmentation, for 30 epochs',
             'train --config=folder:photos --config.train.epochs=30',
         ),
+        ('start from published weights', 'train photos --pretrained'),
         (
-            'start from trained weights',
+            'start from weights of yours',
             'train photos --config=finetune:densenet121.pth --workdir=ckpt/birds',
         ),
     ),
     flags={
         'Output': (options.WORKDIR,),
-        'Weights to start from': options.OF_WEIGHTS[:1],
+        'Weights to start from': (
+            options.Flag(
+                'pretrained',
+                'Fine-tune published weights of model.variant. With --config, the '
+                "recipe's own settings stay; without, those that suit fine-tuning are "
+                'chosen by the number of images.',
+                kind=bool,
+                default=False,
+            ),
+            options.OF_WEIGHTS[0],
+        ),
     }
     | options.SEVERAL_PROCESSES,
     place=arguments.place_data,
+    implied=_imply,
     fields='All settings apply.',
 )

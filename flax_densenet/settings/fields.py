@@ -159,6 +159,7 @@ class TrainingSettings:
     seed: int = 0
     freeze: str = 'none'
     head_warmup_epochs: int = 0
+    by_count: bool = False
     cache_features: str = 'auto'
     checkpoint_every: str = ''
     on_nonfinite: str = 'stop'

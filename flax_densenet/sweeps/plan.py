@@ -51,6 +51,11 @@ class Plan:
                 f'--prune={prune} compares runs epoch by epoch, which are to have the '
                 'same train.epochs; leave one of the two out'
             )
+        if prune != 'none' and not self.settings.train.epochs:
+            raise UserError(
+                f'--prune={prune} compares runs epoch by epoch; say how many there are '
+                'with --config.train.epochs'
+            )
         self.values = {}  # of fields and texts that were looked up
         seeds = self.space.seeds or (str(self.settings.train.seed),)
         self.seeds = [self.value(space.SEED, text) for text in seeds]

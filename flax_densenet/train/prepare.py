@@ -12,6 +12,7 @@ from flax_densenet.errors import UserError
 from flax_densenet.models import factory, ghost_batch_norm
 from flax_densenet.settings import sizes
 from flax_densenet.train import (
+    by_count,
     checks,
     finetune,
     optimizers,
@@ -71,6 +72,8 @@ def prepare(
     if class_names and not (resume or settings.init_from):
         raise UserError('--class_names needs weights: --config.init_from=FILE')
     settings, weights = resolve(settings, workdir if resume else None, class_names)
+    if by_count.find_open(settings):
+        settings, source = _choose(settings, workdir if resume else None, source)
     checks.check_settings(settings)
     batch_size, mesh = settings.loader.batch_size, mesh_lib.make_mesh()
     mesh_lib.check_batch_size(batch_size, mesh, settings.train.accumulate_steps)
@@ -126,6 +129,22 @@ def prepare(
         weights=weights,
         plan=plan,
     )
+
+
+def _choose(settings, workdir, source):
+    """The settings that are open, by the number of training images; and the data.
+
+    Args:
+      workdir: of the checkpoint to go on from, whose number of images counts; or None.
+    """
+    if workdir:
+        saved = metadata.load(workdir, checkpoint_reader.find_latest(workdir))
+        count = saved.get('images', {}).get('train')
+    else:
+        source = source or dataset.from_settings(settings.data, settings.preparation)
+        count = len(source.train)
+    blocks = len(factory.from_settings(settings.model, num_classes=1).block_sizes)
+    return by_count.choose(settings, count or 0, blocks=blocks), source
 
 
 def _make_module(settings, num_classes, mesh):

@@ -17,7 +17,7 @@ import urllib.parse
 from typing import Any
 
 from flax_densenet.errors import UserError
-from flax_densenet.weights import download, heads, hub
+from flax_densenet.weights import download, heads
 
 _LOGGER = logging.getLogger(__name__)
 KINDS = ('torchvision', 'keras', 'xrv', 'hf')
@@ -389,6 +389,8 @@ def fetch(name: str) -> Fetched:
         repo, _, revision = full.removeprefix('hf:').partition('@')
         if not _REPO.fullmatch(full.removeprefix('hf:')):
             raise UserError(f'{name}: give hf:OWNER/NAME or hf:OWNER/NAME@REVISION')
+        from flax_densenet.weights import hub  # which imports JAX
+
         return Fetched(full, hub.fetch(repo, revision or None), entry)
     if entry:
         path = download.fetch(entry.address, checksum=entry.checksum, size=entry.size)

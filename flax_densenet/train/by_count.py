@@ -37,7 +37,8 @@ _TIERS: list[tuple[float, tuple[Any, ...]]] = [
 
 def format_markdown() -> str:
     """The rows of the table in docs/pretrained.md."""
-    rows, before = [], 0
+    rows: list[str] = []
+    before = 0.0
     for most, values in _TIERS:
         chosen = dict(zip(OPEN, values, strict=True))
         frozen = chosen['train.freeze']
@@ -108,7 +109,9 @@ def choose(
     return made
 
 
-def _replace(settings, values):
+def _replace(
+    settings: settings_lib.Settings, values: dict[str, Any]
+) -> settings_lib.Settings:
     config = settings_lib.to_config(settings)
     for name, value in values.items():
         section, _, field = name.partition('.')

@@ -131,7 +131,11 @@ def prepare(
     )
 
 
-def _choose(settings, workdir, source):
+def _choose(
+    settings: settings_lib.Settings,
+    workdir: str | None,
+    source: dataset.Source | None,
+) -> tuple[settings_lib.Settings, dataset.Source | None]:
     """The settings that are open, by the number of training images; and the data.
 
     Args:

@@ -3,7 +3,12 @@
 # make test-slow   runs those, and those beside torch and Keras
 # make faults      kills runs, fills disks and damages files, in full
 # All make .venv first, with the newest Python (3.11 to 3.13) that starts here.
+# JAX=oldest takes the oldest supported version of JAX.
 # make web         the page of examples/web, which needs npm and no .venv
+# make lint        ruff and mypy
+# make docs        the documentation site, in build/site
+# make wheel       the wheel and the source distribution, in dist
+# make dev         everything above in .venv, and git hooks
 
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
 	$$name -c 'import sys, venv, ensurepip; \
@@ -19,10 +24,13 @@ UV_INSTALL = -m uv pip install --quiet --link-mode=copy --python
 # there too, with the oldest JAX that it runs on.
 PEERS = .venv-peers/bin
 
+JAX ?= newest
+PINNED_oldest = jax==0.10.2 jaxlib==0.10.2
+
 # What tests compiled, for the next run of them.
 export FLAX_DENSENET_TEST_CACHE ?= $(CURDIR)/.venv/compiled-tests
 
-.PHONY: web run test test-slow faults lint bench bench-gpu clean
+.PHONY: web run test test-slow faults lint docs wheel dev bench bench-gpu clean
 
 run: .venv/installed
 	$(BIN)/python launch.py --config=configs/densenet121.py --workdir=ckpt/digits \
@@ -92,9 +100,25 @@ lint: .venv/installed
 		exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python $(INSTALL) uv
-	$(BIN)/python $(UV_INSTALL) $(BIN)/python -e '.[test]' \
-		|| $(BIN)/python $(INSTALL) -e '.[test]'
+	$(BIN)/python $(UV_INSTALL) $(BIN)/python -e '.[test]' $(PINNED_$(JAX)) \
+		|| $(BIN)/python $(INSTALL) -e '.[test]' $(PINNED_$(JAX))
+	touch $@
+
+docs: .venv/installed-dev
+	$(BIN)/mkdocs build --strict
+
+wheel: .venv/installed-dev
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+
+dev: .venv/installed-dev
+	@if [ -d .git ]; then $(BIN)/pre-commit install; fi
+
+.venv/installed-dev: .venv/installed
+	$(BIN)/python $(UV_INSTALL) $(BIN)/python -e '.[test,dev]' $(PINNED_$(JAX)) \
+		|| $(BIN)/python $(INSTALL) -e '.[test,dev]' $(PINNED_$(JAX))
 	touch $@
 
 clean:
-	rm -rf .venv .venv-peers
+	rm -rf .venv .venv-peers build dist

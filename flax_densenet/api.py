@@ -292,7 +292,8 @@ def export(
         out); by default images for onnx and stablehlo.
       images: files, folders and patterns to verify the file on; by default images of
         the run's data, or two photographs of scikit-learn.
-      license, data_license: of the weights and of the data, for the card: `cc-by-4.0`.
+      license: of the weights, for the card, such as `cc-by-4.0`.
+      data_license: of the data, for the card.
 
     Raises:
       UserError: the format cannot hold the model, a package is missing, the file cannot

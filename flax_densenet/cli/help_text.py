@@ -43,7 +43,7 @@ def find(argv: list[str], commands: dict[str, options.Command]) -> str | None:
             if equals:
                 return _topic(program, [topic], [], commands)
             named = _command_in(arguments, commands)
-            return _command(program, named) if named else _overview(program, commands)
+            return describe_command(program, named) if named else _overview(program, commands)
     return None
 
 
@@ -91,7 +91,7 @@ def _topic(program, topic, rest, commands):
         raise UserError(
             f'there is no help on {name}; {hint}The topics are {", ".join(commands)}'
         )
-    return _command(program, commands[name])
+    return describe_command(program, commands[name])
 
 
 def _overview(program, commands):
@@ -131,7 +131,8 @@ def _overview(program, commands):
     )
 
 
-def _command(program, command):
+def describe_command(program: str, command: options.Command) -> str:
+    """The help on one command."""
     usage = ' '.join(filter(None, (program, command.name, command.usage)))
     lines = [command.summary, '', 'Usage:', f'  {usage} [FLAGS]', '']
     for paragraph in command.details:

@@ -18,7 +18,7 @@ import functools
 import itertools
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -32,6 +32,9 @@ from flax_densenet.system import paths
 from flax_densenet.weights import choices as choices_lib
 from flax_densenet.weights import published, weight_file
 from flax_densenet.weights import trained as trained_lib
+
+# An image in any of the forms that a `Predictor` reads.
+ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 
 class Predictor:
@@ -99,7 +102,9 @@ class Predictor:
             + (', ...' if len(known) < len(self.class_names) else '')
         )
 
-    def predict(self, files, *, errors: str = 'raise') -> list[Prediction]:
+    def predict(
+        self, files: ImageLike | Iterable[ImageLike], *, errors: str = 'raise'
+    ) -> list[Prediction]:
         """Predicts one image or several.
 
         Args:
@@ -116,7 +121,11 @@ class Predictor:
         return self._collect(files, errors)
 
     def explain(
-        self, files, class_name: str | None = None, *, errors: str = 'raise'
+        self,
+        files: ImageLike | Iterable[ImageLike],
+        class_name: str | None = None,
+        *,
+        errors: str = 'raise',
     ) -> list[Explanation | None]:
         """Explains the predictions for one image or several with Grad-CAM.
 
@@ -132,7 +141,7 @@ class Predictor:
         predictions = self._collect(files, errors, cams=True, cam_class=index)
         return [one.explanation for one in predictions]
 
-    def features(self, files) -> np.ndarray:
+    def features(self, files: ImageLike | Iterable[ImageLike]) -> np.ndarray:
         """Pooled features of images, the classifier's input: float32 `[N, F]`.
 
         Args:
@@ -158,7 +167,7 @@ class Predictor:
             predictions.append(prediction)
         return predictions
 
-    def load(self, file, *, max_pixels: int | None = None) -> np.ndarray:
+    def load(self, file: ImageLike, *, max_pixels: int | None = None) -> np.ndarray:
         """Prepares an image (see the class) for the model: `[H, W, C]`.
 
         Args:

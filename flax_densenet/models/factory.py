@@ -99,7 +99,7 @@ _KINDS = {
 }
 
 
-def create_model(variant: str, *, num_classes: int, **fields) -> network.Network:
+def create_model(variant: str, *, num_classes: int, **fields: Any) -> network.Network:
     """Makes a DenseNet (arXiv 1608.06993) or an RDNet (arXiv 2403.19588) by name.
 
     Args:

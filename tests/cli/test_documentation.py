@@ -15,13 +15,14 @@ def find_commands():
     for path in sorted(path for place in _PLACES for path in ROOT.glob(place)):
         text = path.read_text(encoding='utf-8').replace('\\\\\n', '\\\n')
         text = re.sub(r'\\\n\s*', ' ', text)
-        indented = r'^ +(?:srun )?python launch\.py(?: (.*))?$'
-        quoted = r'`python launch\.py (--[^`]*|[a-z_]+ [^`]*)`'
+        program = r'(?:python launch\.py|flax-densenet)'
+        indented = rf'^ *(?:srun )?{program}(?: (.*))?$'
+        quoted = rf'`{program} (--[^`]*|[a-z_]+ [^`]*)`'
         for pattern in (indented, quoted):
             for found in re.findall(pattern, text, re.M):
                 words = shlex.split(found.replace('\n', ' '), comments=True)
                 words = [word for word in words if word[0] != '$']  # of the shell
-                if words and '...' not in found and 'COMMAND' not in found:
+                if words and not any(mark in found for mark in ('...', 'COMMAND', '--help')):
                     yield path.name, words
 
 
@@ -41,7 +42,7 @@ def test_there_are_many():
 )
 def test_documented(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ('photos', 'imagenet', 'others'):
+    for name in ('photos', 'imagenet', 'others', 'x-rays'):
         (tmp_path / name).mkdir()
     (tmp_path / 'densenet121.pth').touch()
     words = [re.sub(r'\bsweep=@.*', 'sweep=a=1', word) for word in words]

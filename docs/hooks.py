@@ -35,8 +35,8 @@ def make_settings_page() -> str:
     lines = [
         '# Settings',
         '',
-        'Every setting has a default in `configs/base.py`. Recipes change some of them, '
-        'and `--config.NAME=VALUE` changes one for a run:',
+        'Every setting has a default in `configs/base.py`. Recipes change some of '
+        'them, and `--config.NAME=VALUE` changes one for a run:',
         '',
         '```bash',
         'python launch.py train photos --config.train.epochs=20',

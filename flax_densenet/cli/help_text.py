@@ -43,7 +43,9 @@ def find(argv: list[str], commands: dict[str, options.Command]) -> str | None:
             if equals:
                 return _topic(program, [topic], [], commands)
             named = _command_in(arguments, commands)
-            return describe_command(program, named) if named else _overview(program, commands)
+            if named:
+                return describe_command(program, named)
+            return _overview(program, commands)
     return None
 
 

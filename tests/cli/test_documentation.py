@@ -22,7 +22,8 @@ def find_commands():
             for found in re.findall(pattern, text, re.M):
                 words = shlex.split(found.replace('\n', ' '), comments=True)
                 words = [word for word in words if word[0] != '$']  # of the shell
-                if words and not any(mark in found for mark in ('...', 'COMMAND', '--help')):
+                stands_for_others = re.search(r'\.\.\.|COMMAND|--help', found)
+                if words and not stands_for_others:
                     yield path.name, words
 
 

@@ -17,6 +17,8 @@ from flax_densenet.errors import UserError, list_first
 from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.models import densenet
 from flax_densenet.models import tta as tta_lib
+from flax_densenet.weights import operating_points
+from flax_densenet.weights import trained as trained_lib
 from flax_densenet.weights.trained import Trained, normalize
 
 
@@ -156,7 +158,8 @@ def compute_logits(
       batch_size: over all devices, which it must divide over.
 
     Returns:
-      Logits float32 `[N, C]` and labels (int32 `[N]` or float32 `[N, L]`), in the
+      Logits float32 `[N, C]` (whose sigmoids are the scores, if the model has operating
+      points) and labels (int32 `[N]` or float32 `[N, L]`), in the
       examples' order.
 
     Raises:
@@ -187,6 +190,9 @@ def compute_logits(
     if len(logits) != len(examples):
         raise AssertionError(f'{len(logits)} of {len(examples)} examples computed')
     logits = logits.astype(np.float32)
+    points = trained_lib.points_of(metadata)
+    if points is not None:
+        logits = np.float32(operating_points.scale_logits(logits, points))
     if not np.isfinite(logits).all():
         raise UserError(
             'the model gives values that are not finite: its training went wrong, '

@@ -91,9 +91,27 @@ def finish(graph, logits, module, metadata, inputs) -> Any:
         dtype = trained.preparation_of(metadata).dtype
         taken = {'image': (dtype, ('batch', 'height', 'width', channels))}
         node, options = _ACTIVATIONS[trained.outputs_of(metadata)]
-        output = graph.add(node, logits, **options, name='probabilities')
+        points = trained.points_of(metadata)
+        name = 'probabilities' if points is None else 'sigmoids'
+        output = graph.add(node, logits, **options, name=name)
+        if points is not None:
+            output = _scale(graph, output, points)
     given = {output: (np.float32, ('batch', classes))}
     return graph.model(taken, given, properties(module, metadata))
+
+
+def _scale(graph, sigmoids, points):
+    """Scores by operating points (`operating_points.scale`)."""
+    given = np.array([point is not None for point in points])
+    p = np.float32([0.5 if point is None else point for point in points])
+    low = graph.add('Mul', sigmoids, 1 / (2 * p), name='below_points')
+    high = graph.add('Sub', np.float32(1), sigmoids, name='rests')
+    high = graph.add('Mul', high, 1 / (2 * (1 - p)), name='rests_above_points')
+    high = graph.add('Sub', np.float32(1), high, name='above_points')
+    is_low = graph.add('Less', sigmoids, p, name='is_below')
+    scores = graph.add('Where', is_low, low, high, name='scores')
+    half = np.float32(0.5)
+    return graph.add('Where', given, scores, half, name='probabilities')
 
 
 def properties(module: network.Network, metadata: dict[str, Any]) -> dict[str, str]:
@@ -102,12 +120,15 @@ def properties(module: network.Network, metadata: dict[str, Any]) -> dict[str, s
     `labels`, `image_size` (side in pixels, or `HEIGHT,WIDTH`), `channels`, `resize`,
     `crop_fraction` and `interpolation` (`images.Preparation`), `mean`, `std`,
     `multi_label`, `variant`; `outputs` if the outputs are neither a softmax nor
-    sigmoids; `window` and `bit_depth` if images have more than 8 bits.
+    sigmoids; `window` and `bit_depth` if images have more than 8 bits;
+    `operating_points` if they are applied to the probabilities.
     """
     preparation = trained.preparation_of(metadata)
     names = metadata['class_names'] or [str(n) for n in range(module.num_classes)]
     outputs = trained.outputs_of(metadata)
     more = {'outputs': outputs} if outputs == heads.NONE else {}
+    if (points := trained.points_of(metadata)) is not None:
+        more['operating_points'] = json.dumps(points)
     return more | {
         'labels': json.dumps(list(names)),
         'image_size': sizes.plain(preparation.size).strip('()'),

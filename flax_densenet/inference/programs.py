@@ -28,7 +28,8 @@ from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.inference import grad_cam
 from flax_densenet.models import folded
 from flax_densenet.models import tta as tta_lib
-from flax_densenet.weights import heads
+from flax_densenet.weights import heads, operating_points
+from flax_densenet.weights import trained as trained_lib
 from flax_densenet.weights.trained import Trained, normalize, preparation_of
 
 # On a CPU, sixteen take sixteen times as long as one; on a GPU hardly longer.
@@ -59,6 +60,7 @@ def predict_probabilities(
     std,
     tta,
     outputs,
+    points=None,
 ):
     """The function that is compiled: predictions for images.
 
@@ -67,7 +69,7 @@ def predict_probabilities(
       arrays: of `folded.fold`.
       images: uint8 or uint16 `[N, H, W, C]`.
       classes: int32 `[N]`, the classes of the maps; -1 for the most likely one.
-      mean, std, tta, outputs: see `options_of`.
+      mean, std, tta, outputs, points: see `options_of`.
 
     Returns:
       Probabilities `[N, num_classes]` and pooled features `[N, F]`, float32, and
@@ -83,6 +85,8 @@ def predict_probabilities(
         views = jnp.stack([logits, *(one.astype(jnp.float32) for one in more)])
         logits = _mean_of_views(views, outputs)
     probabilities = _ACTIVATIONS[outputs](logits)
+    if points is not None:
+        probabilities = operating_points.scale(probabilities, points, xp=jnp)
     if classes is None:
         return probabilities, pooled, None
     # By probabilities, which can be equal where logits are not, so that the map is that
@@ -113,6 +117,7 @@ def options_of(trained: Trained) -> dict:
         'std': tuple(metadata['std']),
         'tta': tta_lib.from_metadata(metadata),
         'outputs': trained.outputs,
+        'points': trained_lib.points_of(metadata),
     }
 
 

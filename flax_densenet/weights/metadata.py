@@ -44,6 +44,8 @@ def check(place: str, metadata: Any, *, named: bool = True) -> dict[str, Any]:
     if not named and metadata.get('class_names', 0) is None:
         del parts['class_names']
     _check_parts(place, '', metadata, parts)
+    if metadata.get('operating_points') is not None:
+        _check_parts(place, '', metadata, {'operating_points': _are_points})
     # Fields that were left open are null or absent.
     known = {k: v for k, v in metadata['data'].items() if v is not None}
     if 'images' in metadata:  # older versions did not count them
@@ -116,6 +118,12 @@ def _is_window(value):
 def _is_bit_depth(value):
     """From 8 to 16; 0 in configs, where it stands for a search."""
     return type(value) is int and (value == 0 or 8 <= value <= 16)
+
+
+def _are_points(value):
+    return isinstance(value, list) and all(
+        point is None or (type(point) is float and 0 < point < 1) for point in value
+    )
 
 
 def _is_share(value):

@@ -16,7 +16,7 @@ from flax_densenet.errors import UserError, list_first
 from flax_densenet.models import factory, initialization, network
 from flax_densenet.models import tta as tta_lib
 from flax_densenet.weights import choices as choices_lib
-from flax_densenet.weights import heads, weight_file
+from flax_densenet.weights import heads, operating_points, weight_file
 from flax_densenet.weights import metadata as metadata_lib
 
 
@@ -79,6 +79,12 @@ class Trained:
     def outputs(self) -> str:
         """What makes probabilities of logits, one of `heads.OUTPUTS`."""
         return outputs_of(self.metadata)
+
+
+def points_of(metadata: dict[str, Any]) -> tuple[float | None, ...] | None:
+    """Operating points of the outputs (`operating_points.scale`), or None."""
+    points = metadata.get('operating_points')
+    return None if points is None else tuple(points)
 
 
 def outputs_of(metadata: dict[str, Any]) -> str:
@@ -150,7 +156,8 @@ def _chosen(path, metadata, count, choices):
         choices_lib.check_count(path, choices.class_names, count)
         metadata = metadata | {'class_names': list(choices.class_names)}
     if choices.outputs:
-        metadata = {k: v for k, v in metadata.items() if k != 'outputs'}
+        others = ('outputs', 'operating_points')
+        metadata = {k: v for k, v in metadata.items() if k not in others}
     return metadata | _describe_outputs(choices.outputs)
 
 
@@ -176,7 +183,8 @@ def _from_file(path, mesh, choices):
     if weights.is_own:
         _check_own(path, choices)
         # Left out where the file does not tell.
-        keys = {'multi_label', 'outputs', 'images'} & weights.metadata.keys()
+        keys = {'multi_label', 'outputs', 'images', 'operating_points'}
+        keys &= weights.metadata.keys()
         more = {key: weights.metadata[key] for key in keys}
         names = weights.class_names
     else:
@@ -186,6 +194,10 @@ def _from_file(path, mesh, choices):
         weights, names, known = settled.weights, settled.class_names, settled.known
         more = _describe_outputs(settled.outputs)
         notes |= settled.notes
+        points = weights.metadata.get('operating_points')
+        if points and choices.outputs is None:
+            line, more = _describe_points(path, points, weights.num_classes, more)
+            notes['points'] = line
     metadata = {
         'model': weights.fields,
         'class_names': names and list(names),
@@ -208,6 +220,18 @@ def _from_file(path, mesh, choices):
         notes=notes,
         is_imported=not is_own,
     )
+
+
+def _describe_points(path, points, count, more):
+    """A line, and metadata with operating points where they fit."""
+    if len(points) != count:
+        line = f'{path} has {len(points)} operating points for {count} outputs'
+        return f'{line}: they are not applied', more
+    if not all(point is None or 0 < point < 1 for point in points):
+        return f'{path}: its operating points are no numbers from 0 to 1', more
+    return operating_points.describe(path, points), more | {
+        'operating_points': list(points)
+    }
 
 
 def preparation_of(metadata: dict[str, Any]) -> images.Preparation:

@@ -26,6 +26,7 @@ from flax_densenet.weights import (
     head_layers,
     heads,
     keras_files,
+    operating_points,
     published,
     rdnet_names,
     timm_config,
@@ -261,11 +262,13 @@ def _from_torch(path, content):
     names = _choose_names(content.class_names, weights.num_classes)
     prepared = preprocessing or renamed.preparation
     outputs = content.outputs
+    extra = dict(renamed.extra)
     if family == 'torchxrayvision':
         outputs = outputs or heads.SIGMOID
+        extra.setdefault('operating_points', operating_points.of_file(path))
     return dataclasses.replace(
         weights,
-        metadata=renamed.extra,
+        metadata={k: v for k, v in extra.items() if v is not None},
         class_names=names,
         outputs=outputs,
         preprocessing=weights.preprocessing | prepared,

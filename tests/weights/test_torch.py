@@ -12,7 +12,8 @@ import pytest
 from flax_densenet import load_trained
 from flax_densenet.errors import UserError
 from flax_densenet.export import formats
-from flax_densenet.weights import trained, weight_file
+from flax_densenet.inference import predictor
+from flax_densenet.weights import operating_points, trained, weight_file
 
 torch = pytest.importorskip('torch')
 
@@ -252,20 +253,45 @@ def test_chest_x_rays(whole, torchvision, tmp_path):
     model = xrv.models.DenseNet(weights=None, in_channels=1, num_classes=18)
     model = shake(model)
     model.op_threshs = torch.rand(18)
+    model.op_threshs[3] = torch.nan  # a finding that the network does not know
     model.pathologies = [f'finding {n}' for n in range(18)]
     path = str(tmp_path / 'x.pt')
     torch.save(model if whole else model.state_dict(), path)
     found = weight_file.load(path)
     assert found.family == 'torchxrayvision'
     assert found.class_names == (tuple(model.pathologies) if whole else None)
-    model.op_threshs = None  # else its output is moved by them
-    model.apply_sigmoid = False
-    images = np.random.default_rng(1).uniform(-1024, 1024, (2, 224, 224, 1))
-    images = images.astype(np.float32)
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 224, 224, 1), np.uint8)
+    images = xrv.datasets.normalize(pixels.astype(np.float32), 255)
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    scores = predictor.load_trained(path).compute(pixels)[0]
+    raw = predictor.load_trained(path, outputs='sigmoid').compute(pixels)[0]
     with torch.inference_mode():
-        expected = model(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
-    ours = jax.jit(found.module.apply)(found.variables, images)
-    assert np.abs(ours - expected).max() < 1e-4 * expected.std()
+        assert np.abs(scores - model(images).numpy()).max() < 1e-4
+        model.op_threshs = None
+        model.apply_sigmoid = True
+        assert np.abs(raw - model(images).numpy()).max() < 1e-5
+        model.apply_sigmoid = False
+        logits = model(images).numpy()
+    assert np.abs(scores - raw).max() > 0.1 and (scores[:, 3] == 0.5).all()
+    logits_only = predictor.load_trained(path, outputs='none').compute(pixels)[0]
+    assert np.abs(logits_only - logits).max() < 1e-4 * logits.std()
+
+
+@pytest.mark.slow
+def test_operating_points_of_published_files():
+    xrv = pytest.importorskip('torchxrayvision')
+    count = 0
+    for known in {id(one): one for one in xrv.models.model_urls.values()}.values():
+        if 'densenet' not in known['weights_url']:
+            continue
+        points = operating_points.of_file(known['weights_url'])
+        theirs = torch.tensor(known['op_threshs'])
+        sigmoids = torch.rand(50, 18)
+        expected = xrv.models.op_norm(sigmoids, theirs).numpy()
+        ours = operating_points.scale(sigmoids.numpy(), points)
+        assert np.abs(ours - expected).max() < 1e-5
+        count += 1
+    assert count == 7
 
 
 @pytest.mark.slow

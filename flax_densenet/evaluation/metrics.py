@@ -17,7 +17,7 @@ import numpy as np
 WIDE = 1000  # classes; with more, files of all pairs or probabilities are useless
 _CHUNK = 2**22  # float64 numbers at a time
 BINS = 15  # of the reliability diagram
-CURVE_POINTS = 60  # of an ROC curve, enough for the width of a page
+CURVE_POINTS = 400  # of an ROC curve; with fewer corners it keeps them all
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -72,7 +72,9 @@ def measure(logits: np.ndarray, labels: np.ndarray, class_names) -> dict[str, An
     Returns:
       Values for JSON: `count`, `accuracy` and its 95% interval (Wilson's), `loss` in
       nats, `top5` if there are more than five classes, `classes` (name, precision,
-      recall, f1, support, auroc), `macro` averages, `confusion` `[true][predicted]` or
+      recall, f1, support, auroc; None where there is nothing to divide by, such as the
+      precision of a class that is never predicted), `macro` averages of the values that
+      there are, `confusion` `[true][predicted]` or
       None with more than `WIDE` classes, `confused` (pairs that occur: true, predicted,
       count), and `calibration` before and after temperature scaling.
     """
@@ -83,7 +85,7 @@ def measure(logits: np.ndarray, labels: np.ndarray, class_names) -> dict[str, An
     predicted = probabilities.argmax(-1)
     right = predicted == labels
     precision, recall, f1, support = sklearn_metrics.precision_recall_fscore_support(
-        labels, predicted, labels=classes, zero_division=0
+        labels, predicted, labels=classes, zero_division=np.nan
     )
     areas = [area(labels == c, probabilities[:, c]) for c in classes]
     there = support > 0
@@ -95,21 +97,21 @@ def measure(logits: np.ndarray, labels: np.ndarray, class_names) -> dict[str, An
         'loss': float(_losses(logits, labels).mean()),
         'top5': _top(probabilities, labels, 5) if len(class_names) > 5 else None,
         'macro': {
-            'precision': float(precision[there].mean()),
-            'recall': float(recall[there].mean()),
-            'f1': float(f1[there].mean()),
+            'precision': mean(_defined(precision[there])),
+            'recall': mean(_defined(recall[there])),
+            'f1': mean(_defined(f1[there])),
             'auroc': mean(areas),
         },
         'classes': [
             {
                 'name': str(class_names[c]),
-                'precision': float(precision[c]),
-                'recall': float(recall[c]),
-                'f1': float(f1[c]),
+                **dict(zip(('precision', 'recall', 'f1'), scores, strict=True)),
                 'support': int(support[c]),
                 'auroc': areas[c],
             }
-            for c in classes
+            for c, scores in enumerate(
+                zip(*map(_defined, (precision, recall, f1)), strict=True)
+            )
         ],
         'confusion': matrix.toarray().tolist() if len(classes) <= WIDE else None,
         'confused': count_confused(matrix),
@@ -137,10 +139,11 @@ def measure_labels(logits: np.ndarray, labels: np.ndarray, names) -> dict[str, A
     for c, name in enumerate(names):
         true, probability = labels[known[:, c], c] > 0.5, probabilities[known[:, c], c]
         scores = sklearn_metrics.precision_recall_fscore_support(
-            true, probability > 0.5, average='binary', zero_division=0
+            true, probability > 0.5, average='binary', zero_division=np.nan
         )
+        scores = _defined(scores[:3])
         row: dict[str, Any] = dict(
-            zip(('precision', 'recall', 'f1'), map(float, scores), strict=False)
+            zip(('precision', 'recall', 'f1'), scores, strict=True)
         )
         row |= {'support': int(true.sum()), 'auroc': area(true, probability)}
         rows.append({'name': str(name)} | row)
@@ -165,6 +168,29 @@ def measure_labels(logits: np.ndarray, labels: np.ndarray, names) -> dict[str, A
         'confused': None,
         'calibration': None,
     }
+
+
+def _defined(values):
+    """Floats, None for what is not defined."""
+    return [None if np.isnan(value) else float(value) for value in values]
+
+
+def majority(metrics: dict[str, Any]) -> tuple[str, float] | None:
+    """The most frequent class, and the accuracy of always predicting it.
+
+    Args:
+      metrics: of `measure`; None for those of `measure_labels`.
+    """
+    if metrics['calibration'] is None or not metrics['count']:
+        return None
+    largest = max(metrics['classes'], key=lambda row: row['support'])
+    return largest['name'], largest['support'] / metrics['count']
+
+
+def temperature_helps(calibration: dict[str, Any]) -> bool:
+    """Whether temperature scaling lowers the calibration error, as it is shown."""
+    before, after = (calibration[name]['error'] for name in ('before', 'after'))
+    return round(after, 3) < round(before, 3)
 
 
 def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int):
@@ -246,17 +272,27 @@ def mean(values) -> float | None:
     return float(np.mean(values)) if values else None
 
 
-def roc(true: np.ndarray, probability: np.ndarray) -> dict[str, list[float]] | None:
-    """An ROC curve with at most `CURVE_POINTS` points; None with only one class."""
+def roc(
+    true: np.ndarray, probability: np.ndarray, *, points: int = CURVE_POINTS
+) -> dict[str, list[float]] | None:
+    """An ROC curve: straight between its points, which are all of its corners.
+
+    Args:
+      points: with more corners than that, so many along the curve.
+
+    Returns:
+      None with only one class.
+    """
     from sklearn import metrics as sklearn_metrics
 
     if not len(true) or true.all() or not true.any():
         return None
     false_rate, true_rate, _ = sklearn_metrics.roc_curve(true, probability)
-    # Evenly along the curve, whose length is at most 2.
-    length = false_rate + true_rate
-    wanted = np.linspace(0, length[-1], CURVE_POINTS)
-    keep = np.unique(np.searchsorted(length, wanted).clip(0, len(length) - 1))
+    keep = np.arange(len(true_rate))
+    if len(keep) > points:  # evenly along the curve, whose length is at most 2
+        length = false_rate + true_rate
+        wanted = np.linspace(0, length[-1], points)
+        keep = np.unique(np.searchsorted(length, wanted).clip(0, len(length) - 1))
     return {
         'false_positive_rate': np.round(false_rate[keep], 4).tolist(),
         'true_positive_rate': np.round(true_rate[keep], 4).tolist(),
@@ -314,7 +350,7 @@ def reliability(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
     for place in range(BINS):
         inside = places == place
         count = int(inside.sum())
-        row: dict[str, Any] = {'count': count, 'confidence': None, 'accuracy': None}
+        row = {'count': count, 'confidence': None, 'accuracy': None}
         if count:
             row['confidence'] = float(confidence[inside].mean())
             row['accuracy'] = float(right[inside].mean())

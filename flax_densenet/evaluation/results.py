@@ -396,16 +396,23 @@ def format_metrics_table(results: Results, where: str) -> str:
     lines = [f'{evaluate.format_metrics("Test", total)} ({where})']
     if metrics['accuracy_interval']:
         low, high = metrics['accuracy_interval']
-        lines.append(f'accuracy: 95 % interval {low * 100:.1f} to {high * 100:.1f} %')
+        lines.append(f'accuracy: 95% interval {low * 100:.1f}% to {high * 100:.1f}%')
     if metrics['top5'] is not None:
-        lines[-1] += f'; right class among the first 5: {metrics["top5"] * 100:.1f} %'
+        lines[-1] += f'; top-5 accuracy {metrics["top5"] * 100:.1f}%'
+    if baseline := metrics_lib.majority(metrics):
+        lines.append(
+            f'baselines: always {baseline[0]} {baseline[1] * 100:.1f}%, chance '
+            f'{100 / len(results.class_names):.1f}%'
+        )
     calibration = metrics['calibration']
     if calibration:
-        lines.append(
-            f'calibration error: {calibration["before"]["error"] * 100:.1f} %, '
-            f'{calibration["after"]["error"] * 100:.1f} % at the temperature '
-            f'{calibration["temperature"]:.2f}'
-        )
+        line = f'calibration error: {calibration["before"]["error"] * 100:.1f}%'
+        if metrics_lib.temperature_helps(calibration):
+            line += (
+                f'; {calibration["after"]["error"] * 100:.1f}% with a temperature of '
+                f'{calibration["temperature"]:.2f}'
+            )
+        lines.append(line)
     return '\n'.join(lines + _format_classes(metrics))
 
 
@@ -413,7 +420,7 @@ def _format_classes(metrics):
     rows, hidden = metrics['classes'], 0
     if len(rows) > ROWS:
         hidden = len(rows) - ROWS
-        rows = sorted(rows, key=lambda row: row['f1'])[:ROWS]
+        rows = sorted(rows, key=lambda row: row['f1'] or 0)[:ROWS]
     width = min(max(len(row['name']) for row in rows), 40)
     width = max(width, len('mean of classes'))
     columns = ('precision', 'recall', 'f1', 'auroc')

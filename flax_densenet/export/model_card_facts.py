@@ -194,7 +194,7 @@ def _of_eval(trained, measured, values):
     classes = values['classes']
     shown = classes
     if len(classes) > results.ROWS:
-        shown = sorted(classes, key=lambda row: row['f1'])[: results.ROWS]
+        shown = sorted(classes, key=lambda row: row['f1'] or 0)[: results.ROWS]
     return {
         'source': measured.data,
         'own': own,
@@ -215,7 +215,7 @@ def _row(values, name, interval=None):
 
 def _with_intervals(row):
     """A class with intervals of its recall and precision."""
-    right = round(row['recall'] * row['support'])
+    right = round((row['recall'] or 0) * row['support'])
     # The number of predictions of the class follows from its precision.
     predicted = round(right / row['precision']) if row['precision'] else 0
     return row | {

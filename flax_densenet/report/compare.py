@@ -1,15 +1,23 @@
 """`compare.html`: several runs in one page, their curves and where they differ."""
 
+import datetime
 import glob
 import json
 import os
+from typing import Any
 
+from flax_densenet import settings
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.checkpoints import run_folder
+from flax_densenet.data import images
 from flax_densenet.errors import UserError
-from flax_densenet.report import page, render
+from flax_densenet.evaluation import results
+from flax_densenet.models import factory, naming
+from flax_densenet.report import charts, diagnosis, gallery, page, paired, render
 
 FILE = 'compare.html'
+CLASSES, IMAGES = 40, 40  # rows of these tables
+_SIGNIFICANT = 0.05
 
 
 def find_runs(names: str) -> list[str]:
@@ -39,7 +47,7 @@ def _is_run(folder):
 
 
 def save(workdirs: list[str], path: str):
-    """Writes a page that lays the curves of several runs over each other.
+    """Writes a page that compares runs: metrics, curves, classes, images, settings.
 
     Args:
       path: of the page.
@@ -54,46 +62,158 @@ def save(workdirs: list[str], path: str):
                 f'--workdir={workdir} holds no run with a finished epoch; leave it '
                 'out, or train there first'
             )
-    names = _short_names(workdirs)
-    fields = [run_folder.flatten(run.config) for run in runs]
-    every = sorted(set().union(*fields))
-    differing = [
-        (field, [row.get(field, '') for row in fields])
-        for field in every
-        if len({json.dumps(row.get(field)) for row in fields}) > 1
-    ]
     folder = os.path.dirname(os.path.abspath(path))
+    names = _short_names(workdirs)
     rows = [
         {'name': name, **_summarize(run, workdir, folder)}
         for name, run, workdir in zip(names, runs, workdirs, strict=True)
     ]
-    charts = {
-        'runs': [
-            {'name': name, 'curves': run_folder.curves(run.records)}
-            for name, run in zip(names, runs, strict=True)
-        ]
-    }
+    # The best of the data that most runs have in common comes first.
+    rows.sort(key=lambda row: checkpoint_reader.rank(row['best']), reverse=True)
+    groups = _group(rows)
+    together = groups[0]
+    _compare_with_best(together)
     values = {
-        'rows': rows,
-        'differing': differing,
-        'names': names,
+        'rows': [row for group in groups for row in group],
+        'together': len(together),
+        'groups': [
+            (group[0]['data'], [row['name'] for row in group]) for group in groups
+        ],
+        'charts': charts.compared(
+            [{'name': r['name'], 'curves': r['curves']} for g in groups for r in g]
+        ),
+        'names': [row['name'] for row in together],
+        'classes': _compare_classes(together),
+        'disagreements': _find_images(together),
+        'differing': _differing(rows),
+        'columns': [row['name'] for row in rows],
         'areas': any('test_mean_auroc' in row['best'] for row in rows),
+        'made': datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
     }
-    render.save_page(path, 'compare.html', charts, **values)
+    render.save_page(path, 'compare.html', {}, **values)
 
 
 def _summarize(run, workdir, folder):
     """A run's row of the table, with a link from `folder` to its own page."""
     own = os.path.join(os.path.abspath(workdir), page.REPORT_FILE)
-    return {
+    best = max(run.records, key=checkpoint_reader.rank)
+    finished = os.path.getmtime(os.path.join(workdir, run_folder.METRICS_FILE))
+    seconds = sum(row['seconds'] for row in run.records)
+    row = {
         'link': os.path.relpath(own, folder) if os.path.exists(own) else '',
-        'best': max(run.records, key=checkpoint_reader.rank),
+        'best': best,
+        'curves': run_folder.curves(run.records),
+        'fields': run_folder.flatten(run.config),
         'epochs': len(run.records),
-        'hours': sum(row['seconds'] for row in run.records) / 3600,
+        'diverged': diagnosis.has_diverged(best['test_loss']),
+        'time': str(datetime.timedelta(seconds=round(seconds))),
         'speed': run_folder.median(run.records, 'images_per_second'),
         'memory': max(row['peak_memory_gib'] for row in run.records),
         'device': run.environment.get('device', ''),
+        'date': f'{datetime.datetime.fromtimestamp(finished):%Y-%m-%d %H:%M}',
+        'metrics': None,
+        'versus': '',
+        'images': [],
     }
+    loaded = results.load(workdir)
+    # Metrics of other data, or of an earlier checkpoint, are left out.
+    if loaded and loaded[0].step == best.get('step'):
+        row['metrics'] = loaded[1]
+        row['predictions'] = paired.load(workdir)
+    row['data'] = _describe_data(row)
+    row['network'] = _describe_network(run, row['metrics'])
+    return row
+
+
+def _describe_data(row):
+    """What a run was tested on; runs with the same can be compared."""
+    fields, metrics = row['fields'], row['metrics']
+    source = fields.get('data.source', 'unknown data')
+    if metrics is None:
+        return f'{source} (not measured: report RUN measures it)'
+    counts = f'{metrics["count"]:,} test images, {len(metrics["classes"])} classes'
+    return f'{metrics["data"]}: {counts}'
+
+
+def _describe_network(run, metrics):
+    variant = run_folder.flatten(run.config).get('model.variant', '')
+    if metrics is None:
+        return variant
+    try:
+        chosen = settings.from_saved(run.config)
+        count = len(metrics['classes'])
+        module = factory.from_settings(chosen.model, num_classes=count)
+        channels = chosen.preparation.channels or 3
+        return naming.describe(module, chosen.model.variant, channels=channels)
+    except UserError:
+        return variant
+
+
+def _group(rows):
+    """Lists of rows that were tested on the same images, the largest first."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        tested = frozenset(row.get('predictions') or ())
+        groups.setdefault((row['data'], tested), []).append(row)
+    return sorted(groups.values(), key=lambda group: -len(group))
+
+
+def _compare_with_best(rows):
+    """Adds to each row how likely its distance to the best one is chance."""
+    best = rows[0]
+    best['versus'] = 'best'
+    for row in rows[1:]:
+        metrics = row['metrics']
+        if metrics is None or metrics['confusion'] is None and not metrics['confused']:
+            continue
+        chance = paired.mcnemar(best['predictions'], row['predictions'])
+        told = 'p < 0.001' if chance < 0.001 else f'p = {chance:.3f}'
+        if chance >= _SIGNIFICANT:
+            told += ', not significant'
+        row['versus'] = told
+
+
+def _compare_classes(rows):
+    """F1 of each class and run, the classes in which runs differ most first."""
+    if len(rows) < 2 or any(row['metrics'] is None for row in rows):
+        return []
+    by_run = [
+        {one['name']: one['f1'] for one in row['metrics']['classes']} for row in rows
+    ]
+    found = []
+    for name in by_run[0]:
+        values = [one.get(name) for one in by_run]
+        known = [value for value in values if value is not None]
+        spread = max(known) - min(known) if known else 0
+        found.append({'name': name, 'values': values, 'spread': spread})
+    return sorted(found, key=lambda row: -row['spread'])[:CLASSES]
+
+
+def _find_images(rows):
+    """Images on which the runs disagree, with small pictures where files are there."""
+    if len(rows) < 2 or not all(row.get('predictions') for row in rows):
+        return []
+    found = paired.find_disagreements([row['predictions'] for row in rows], IMAGES)
+    for row in found:
+        row['image'] = None
+        if os.path.isfile(row['name']):
+            try:
+                image = images.load_image(row['name'], images.Preparation(96, 'crop'))
+                row['image'] = gallery.to_uri(image, 96)
+            except UserError:  # it was damaged since
+                continue
+    return found
+
+
+def _differing(rows):
+    """`(setting, values)` of those that are not the same in all runs."""
+    fields = [row['fields'] for row in rows]
+    every = sorted(set().union(*fields))
+    return [
+        (field, [row.get(field, '') for row in fields])
+        for field in every
+        if len({json.dumps(row.get(field)) for row in fields}) > 1
+    ]
 
 
 def _short_names(workdirs):

@@ -50,7 +50,7 @@ def write(
     if os.path.exists(os.path.join(workdir, page.REPORT_FILE)) and not renew:
         written = [page.REPORT_FILE]
     elif report and processes.broadcast(
-        'report', lambda: errors.is_installed('jinja2', 'plotly')
+        'report', lambda: errors.is_installed('jinja2')
     ):
         loading = {'batch_size': batch_size, 'threads': threads, 'workers': workers}
         written = _save_report(workdir, source, mesh, loading)

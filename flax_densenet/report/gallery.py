@@ -12,19 +12,25 @@ from flax_densenet.data import dataset, deep_picture
 from flax_densenet.evaluation import results
 from flax_densenet.inference import overlay
 from flax_densenet.inference import predictor as predictor_lib
+from flax_densenet.report import render
 
-THUMBNAIL, PICTURE = 72, 176  # sides in pixels, of a cell's image and of a mistake's
+# Sides in pixels: of a cell's image, of a map, of an original, and of the smallest map.
+THUMBNAIL, PICTURE, LARGE, SMALLEST = 112, 240, 448, 128
 CELL_IMAGES = 24  # of a cell of the confusion matrix
 CELL_BYTES = 3_000_000  # that all cells' images may take in the page
 
 
-def to_uri(image: np.ndarray, side: int) -> str:
-    """An image `[H, W, 1 or 3]` as a WebP `data:` address, no side above `side`."""
+def to_uri(image: np.ndarray, side: int, *, strong: bool = False) -> str:
+    """An image `[H, W, 1 or 3]` as a WebP `data:` address, no side above `side`.
+
+    Args:
+      strong: allow no more loss than maps with their steep colors can have.
+    """
     image = deep_picture.to_uint8(image)
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.convert('RGB').save(buffer, 'WEBP', quality=78, method=4)
+    picture.convert('RGB').save(buffer, 'WEBP', quality=85 if strong else 78, method=4)
     return f'data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}'
 
 
@@ -114,11 +120,16 @@ def add_pictures(
     found: results.Results,
     predictor: predictor_lib.Predictor,
 ):
-    """Adds `image`, `predicted_map` and, if it was a mistake, `true_map` to each row.
+    """Adds `image`, `name` and `maps` to each row.
+
+    `maps` are of the predicted class and, where it was a mistake, of the true one: each
+    `kind`, `image` and `share`, its highest value as a share of the higher of both. All
+    are of the original image; what the model does not see of it is darkened.
 
     Every host has to call it, as the maps are computed on all devices.
     """
     size = predictor.batch_size
+    originals = originals_of(found.examples)
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         batch = np.stack([found.examples[row['row']]['image'] for row in part])
@@ -126,17 +137,85 @@ def add_pictures(
             kind: predictor.cams(batch, [row[kind] for row in part])
             for kind in ('predicted', 'true')
         }
-        for place, (row, image) in enumerate(zip(part, batch, strict=True)):
-            row['image'] = to_uri(image, PICTURE)
+        for place, row in enumerate(part):
+            cams = {kind: values[place] for kind, values in maps.items()}
+            if row['true'] == row['predicted']:
+                del cams['true']
             row['name'] = found.name(row['row'])
-            for kind, cams in maps.items():
-                if kind == 'predicted' or row['true'] != row['predicted']:
-                    laid = overlay.overlay(image, cams[place])
-                    row[f'{kind}_map'] = to_uri(laid, PICTURE)
+            image, box = originals(row['row'])
+            row['image'] = to_uri(image, LARGE)
+            row['maps'] = _draw_maps(image, box, cams)
+
+
+def _draw_maps(image, box, cams):
+    """The maps on a common scale."""
+    top = max(float(cam.max()) for cam in cams.values())
+    scale = min(1.0, PICTURE / max(image.shape[:2]))
+    small = _resize(image, scale)
+    box = tuple(side * scale for side in box)
+    return [
+        {
+            'kind': kind,
+            'share': float(cam.max()) / top if top > 0 else 0.0,
+            'image': to_uri(
+                overlay.overlay(small, cam, top=top, box=box), PICTURE, strong=True
+            ),
+        }
+        for kind, cam in cams.items()
+    ]
+
+
+def _resize(image, scale):
+    """At least `SMALLEST` pixels a side, so that a map on a tiny image is smooth."""
+    picture = Image.fromarray(image)
+    scale = max(scale, min(SMALLEST / max(image.shape[:2]), 16))
+    size = tuple(max(1, round(n * scale)) for n in picture.size)
+    kind = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+    return np.asarray(picture.resize(size, kind))
+
+
+def originals_of(examples: dataset.Examples):
+    """A function from positions to originals and what the model sees of them.
+
+    Returns:
+      Of a position: uint8 `[H, W, 3]`, upright, and the part (left, top, right, bottom)
+      of it in pixels. Of sets that keep no originals, the images as the model gets
+      them.
+    """
+    pictures = examples.as_pictures()
+
+    def load(position):
+        picture = pictures[position]['image']
+        if isinstance(picture, deep_picture.DeepPicture):
+            picture = deep_picture.to_uint8(picture.to_array(3))
+            picture = Image.fromarray(picture)
+        if not isinstance(picture, Image.Image):
+            image = deep_picture.to_uint8(np.asarray(picture))
+            image = np.broadcast_to(image, (*image.shape[:2], 3))
+            return np.ascontiguousarray(image), (0, 0, *image.shape[1::-1])
+        box = _seen_part(examples.preparation, picture.size)
+        scale = min(1.0, LARGE / max(picture.size))
+        if scale < 1:
+            size = tuple(max(1, round(n * scale)) for n in picture.size)
+            picture = picture.resize(size, Image.Resampling.LANCZOS)
+        return np.asarray(picture.convert('RGB')), tuple(x * scale for x in box)
+
+    return load
+
+
+def _seen_part(preparation, size):
+    """The part of an image that the model sees: left, top, right, bottom in pixels."""
+    width, height = size
+    if preparation.resize == 'stretch' or not preparation.size:
+        return 0.0, 0.0, float(width), float(height)
+    rows, columns = preparation.shape
+    unit = preparation.crop_fraction * min(width / columns, height / rows)
+    left, top = (width - unit * columns) / 2, (height - unit * rows) / 2
+    return left, top, width - left, height - top
 
 
 def make_cells(found: results.Results, classes) -> dict[str, list[dict[str, Any]]]:
-    """Images of the cells of a confusion matrix, the surest answers first.
+    """Images of the cells of a confusion matrix, the most confident predictions first.
 
     Pictures go to all cells in turn, those of mistakes first, until they take
     `CELL_BYTES`; the rest is named only.
@@ -145,16 +224,9 @@ def make_cells(found: results.Results, classes) -> dict[str, list[dict[str, Any]
       classes: that the matrix has.
 
     Returns:
-      `{'true,predicted': [{'name', 'probability', 'image'}, ...]}`.
+      `{'true,predicted': [{'row', 'name', 'probability', 'image'}, ...]}`.
     """
-    inside = set(map(int, classes))
-    predicted, confidence = found.predicted, found.confidence
-    cells: dict[tuple[int, int], list[dict[str, Any]]] = {}
-    for row in np.argsort(-confidence, kind='stable').tolist():
-        place = int(found.labels[row]), int(predicted[row])
-        cell = cells.setdefault(place, [])
-        if inside.issuperset(place) and len(cell) < CELL_IMAGES:
-            cell.append({'row': row, 'probability': round(float(confidence[row]), 4)})
+    cells = _rows_of_cells(found, classes)
     left = CELL_BYTES
     for item in _in_turn(cells):
         item['name'] = found.name(item['row'])
@@ -163,12 +235,37 @@ def make_cells(found: results.Results, classes) -> dict[str, list[dict[str, Any]
             item['image'] = to_uri(image, THUMBNAIL)
             left -= len(item['image'])
     return {
-        f'{true},{predicted}': [
-            {key: value for key, value in item.items() if key != 'row'} for item in cell
-        ]
-        for (true, predicted), cell in cells.items()
-        if cell
+        f'{true},{predicted}': cell for (true, predicted), cell in cells.items() if cell
     }
+
+
+def pick_in_cells(found: results.Results, classes, *, most: int, known) -> list[dict]:
+    """Mistakes in the cells of a confusion matrix, as of `pick_mistakes`.
+
+    Args:
+      classes: that the matrix has.
+      most: how many, the same number of each cell as far as possible.
+      known: rows that are left out.
+    """
+    rows = [
+        item['row']
+        for item in _in_turn(_rows_of_cells(found, classes))
+        if found.labels[item['row']] != found.predicted[item['row']]
+    ]
+    return _class_rows(found, [row for row in rows if row not in known][:most])
+
+
+def _rows_of_cells(found, classes):
+    inside = set(map(int, classes))
+    predicted, confidence = found.predicted, found.confidence
+    cells: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for row in np.argsort(-confidence, kind='stable').tolist():
+        place = int(found.labels[row]), int(predicted[row])
+        cell = cells.setdefault(place, [])
+        if inside.issuperset(place) and len(cell) < CELL_IMAGES:
+            shown = render.probability(float(confidence[row]))
+            cell.append({'row': row, 'probability': shown})
+    return cells
 
 
 def _in_turn(cells) -> Iterator[dict[str, Any]]:

@@ -2,22 +2,30 @@
 
 import datetime
 import os
+import shlex
 
 import numpy as np
 
+from flax_densenet import settings
 from flax_densenet.checkpoints import run_folder
-from flax_densenet.data import dataset
+from flax_densenet.data import dataset, images
 from flax_densenet.distributed import mesh
 from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.evaluation import results
 from flax_densenet.inference import predictor as predictor_lib
-from flax_densenet.report import gallery, plots, render
+from flax_densenet.models import naming
+from flax_densenet.report import charts, diagnosis, gallery, headline, plots, render
+from flax_densenet.report import matrix as matrix_lib
+from flax_densenet.system import program
 from flax_densenet.weights import trained as trained_lib
+from flax_densenet.weights import weight_file
 
 REPORT_FILE = 'report.html'
 SAMPLES, MISTAKES = 24, 18  # images of these sections
 CLASSES = 100  # that the confusion matrix and the ROC chart show at most
 PAIRS = 12  # of classes that are confused most
+CELL_MAPS = 24  # images of cells that get maps besides those of the other sections
+_POINTS = 60  # of each ROC curve where there are many
 _TFDS_LABELS = 20_000  # each has to be read from the disk
 
 
@@ -48,64 +56,93 @@ def save_report(
     """
     run = run_folder.load_run(workdir)
     measured = results.describe(trained, source.name, weights=weights)
-    about = _describe_model(trained, measured)
     results.save(workdir, found, measured)
     # Small batches: the maps are few, and a CPU compiles for them in the same time.
     predictor = predictor_lib.Predictor(trained, batch_size=6)
-    pictures = {}
-    for name, pick in (
-        ('mistakes', gallery.pick_mistakes),
-        ('uncertain', gallery.pick_uncertain),
-    ):
-        pictures[name] = pick(found, MISTAKES)
-        gallery.add_pictures(pictures[name], found, predictor)
+    kept = _kept_classes(found)
+    pictures = _pick_pictures(found, kept)
+    for rows in pictures.values():
+        gallery.add_pictures(rows, found, predictor)
+        for row in rows:
+            row |= _caption(row, found.class_names)
     path = os.path.join(workdir, REPORT_FILE)
     if mesh.is_writer():
-        values = about | _text(run, trained, source, found, trained_on)
-        for kind, rows in pictures.items():
-            values[kind] = [_caption(row, found.class_names) for row in rows]
-        charts, pairs = _charts(run, found)
-        render.save_page(path, 'report.html', charts, pairs=pairs, **values)
+        values = _describe(workdir, run, trained, source, found, measured, trained_on)
+        confusion = _confusion(found, kept)
+        data = {
+            'names': found.class_names,
+            'confusion': confusion,
+            'extra': {row['row']: row for row in pictures.pop('extra')},
+        }
+        render.save_page(
+            path, 'report.html', data, confusion=confusion, **values, **pictures
+        )
     return path
 
 
-def _text(run, trained, source, found, trained_on):
+def _pick_pictures(found, kept):
+    """The rows of images that get maps, by section; `extra` are those of cells."""
+    pictures = {
+        'mistakes': gallery.pick_mistakes(found, MISTAKES),
+        'uncertain': gallery.pick_uncertain(found, MISTAKES),
+        'extra': [],
+    }
+    if kept is not None:
+        known = {row['row'] for rows in pictures.values() for row in rows}
+        pictures['extra'] = gallery.pick_in_cells(
+            found, kept, most=CELL_MAPS, known=known
+        )
+    return pictures
+
+
+def _describe(workdir, run, trained, source, found, measured, trained_on):
     """What the page says without a script."""
+    metadata = trained.metadata
+    labels = None
+    if trained_on and _reads_labels(source.train):
+        labels = source.train.labels
+    fields = run_folder.flatten(run.config)
+    warnings = []
+    if trained_on:
+        warnings = diagnosis.check_data(
+            source,
+            labels=labels,
+            duplicates=fields.get('data.duplicates', 'report'),
+            balance=fields.get('data.balance', 'none'),
+        )
+    curves = run_folder.curves(run.records)
+    calibration = found.metrics['calibration']
+    scaled = bool(calibration) and metrics_lib.temperature_helps(calibration)
     return {
         'name': run.name,
+        'network': naming.describe(
+            trained.module,
+            metadata['model'].get('variant'),
+            channels=len(metadata['mean']),
+        ),
+        'which': measured.model,
+        'cropped': metadata['data'].get('resize') == 'crop',
+        'image_size': _describe_size(trained_lib.preparation_of(metadata)),
+        'made': datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
         'data_name': source.name,
         'metrics': found.metrics,
-        'headline': _headline(found),
+        'headline': headline.rows(found),
+        'selection': headline.selection(run.records, measured, trained_on),
         'multi_label': found.multi_label,
         'class_names': found.class_names,
         'counts': _counts(source, found, trained_on),
         'samples': _samples(source if trained_on else None, found),
-        'trained': bool(run.records),
-        'facts': _facts(run, trained),
-        'fields': run_folder.flatten(run.config),
-    }
-
-
-def _charts(run, found):
-    """What the scripts draw, and the pairs of classes that are confused most."""
-    confusion = _confusion(found)
-    pairs = confusion.pop('pairs') if confusion else []
-    return {
-        'curves': run_folder.curves(run.records),
-        'calibration': found.metrics['calibration'],
+        'curves': charts.training(curves) if curves else [],
+        'diagnosis': diagnosis.diagnose_curves(run.records),
+        'warnings': warnings,
+        'reliability': calibration and charts.reliability(calibration, scaled=scaled),
+        'scaled': scaled,
         'roc': _roc(found),
-        'confusion': confusion,
-        'names': found.class_names,
-    }, pairs
-
-
-def _describe_model(trained, measured):
-    metadata = trained.metadata
-    return {
-        'variant': metadata['model'].get('variant') or 'DenseNet',
-        'which': measured.model,
-        'image_size': _describe_size(trained_lib.preparation_of(metadata)),
-        'made': datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
+        'facts': _facts(run),
+        'command_line': run.environment.get('command'),
+        'steps': _next_steps(workdir),
+        'fields': fields,
+        'changed': _changed(fields),
     }
 
 
@@ -115,36 +152,44 @@ def _describe_size(preparation):
     return text if height == width else f'{text} (height × width)'
 
 
-def _headline(found):
-    """The few numbers at the top: name, value, and what is to be known of it."""
-    metrics = found.metrics
-    note = f'on {metrics["count"]:,} test images'
-    if metrics['accuracy_interval']:
-        low, high = metrics['accuracy_interval']
-        note = f'95 % interval {low * 100:.1f} to {high * 100:.1f} %, {note}'
-    rows = [('Accuracy', render.percent(metrics['accuracy']), note)]
-    if found.multi_label:
-        rows[0] = ('Labels right', rows[0][1], note)
-    if metrics['top5'] is not None:
-        rows.append(
-            (
-                'Top 5',
-                render.percent(metrics['top5']),
-                'right class among the first five',
-            )
+def _next_steps(workdir):
+    """Commands for what one does with a trained model, `[(what, command)]`."""
+    folder = shlex.quote(workdir)
+    return [
+        (what, ' '.join([*program.words(), *parts]))
+        for what, parts in (
+            ('Predict the classes of other images', ['predict', folder, 'PHOTOS']),
+            ('Try it in a browser', ['serve', folder]),
+            ('Measure it on other labeled images', ['eval', folder, 'PHOTOS']),
+            ('Export it for other programs', ['export', folder, '--out=model.onnx']),
+            ('Compare it with other runs', ['report', folder, 'OTHER_RUN']),
         )
-    macro = metrics['macro']
-    if macro['auroc'] is not None:
-        rows.append(('AUROC', f'{macro["auroc"]:.3f}', 'mean of the classes'))
-    if macro['f1'] is not None:
-        rows.append(('F1', f'{macro["f1"]:.3f}', 'mean of the classes'))
-    rows.append(('Loss', f'{metrics["loss"]:.3f}', 'cross-entropy, nats'))
-    if metrics['calibration']:
-        error = metrics['calibration']['before']['error']
-        rows.append(
-            ('Calibration error', render.percent(error), 'the lower the better')
-        )
-    return rows
+    ]
+
+
+def _changed(fields):
+    """The settings that differ from their defaults."""
+    usual = run_folder.flatten(settings.to_config(settings.from_config({})))
+    # A run fills these in if they are left open.
+    filled = vars(images.Preparation()) | {
+        'window': [],
+        'mean': weight_file.IMAGENET_MEAN,
+        'std': weight_file.IMAGENET_STD,
+    }
+    usual |= {
+        f'data.{name}': value
+        for name, value in filled.items()
+        if usual.get(f'data.{name}', True) in (None, 0, '', ())
+    }
+
+    def plain(value):
+        return list(value) if isinstance(value, tuple) else value
+
+    return {
+        name: value
+        for name, value in fields.items()
+        if plain(value) != plain(usual.get(name))
+    }
 
 
 def _counts(source, found, trained_on):
@@ -184,7 +229,7 @@ def _samples(source, found):
     ]
 
 
-def _facts(run, trained):
+def _facts(run):
     """What it was trained with and what that took, by name."""
     facts, environment = {}, run.environment
     if run.records:
@@ -194,95 +239,116 @@ def _facts(run, trained):
         speed = run_folder.median(run.records, 'images_per_second')
         facts['Training speed'] = f'{speed:,.1f} images/s (median epoch)'
         waited = run_folder.median(run.records, 'input_wait_share')
-        facts['Waiting for input'] = f'{waited * 100:.1f} % of the time'
+        facts['Waiting for input'] = f'{render.percent(waited)} of the time'
         peak = max(row['peak_memory_gib'] for row in run.records)
         facts['Peak memory'] = f'{peak:.2f} GiB'
     if environment:
         many = environment['devices']
         facts['Device'] = environment['device'] + (f' × {many}' if many > 1 else '')
-        names = ('system', 'python', 'jax', 'flax', 'commit')
-        facts |= {n.capitalize(): environment[n] for n in names if environment.get(n)}
-    variables = trained.variables['params']
-    count = sum(leaf.size for leaf in _leaves(variables))
-    facts['Parameters'] = f'{count:,}'
+        named = {'system': 'System', 'python': 'Python', 'jax': 'JAX', 'flax': 'Flax'}
+        facts |= {
+            title: environment[name]
+            for name, title in named.items()
+            if environment.get(name)
+        }
+        if commit := environment.get('commit'):
+            edited = ', with local changes' if commit.endswith('+') else ''
+            facts['Code'] = f'commit {commit[:10]}{edited}'
     return facts
 
 
-def _leaves(tree):
-    for value in tree.values():
-        if hasattr(value, 'items'):
-            yield from _leaves(value)
-        else:
-            yield value
-
-
 def _caption(row, names):
-    """A mistake's or an uncertain image's row with what stands below it."""
-    predicted = names[row['predicted']]
-    probability = render.percent(row['probability'])
+    """What stands below an image: `heading`, whether it is `right`, `captions`."""
+    predicted, true = names[row['predicted']], names[row['true']]
+    probability = render.probability(row['probability'])
     if 'present' in row:
-        is_there = 'has it' if row['present'] else 'does not have it'
-        return row | {
-            'predicted': predicted,
-            'text': f'{predicted}: {probability}, but {is_there}',
-        }
-    return row | {
-        'predicted': predicted,
-        'true': names[row['true']],
-        'probability': probability,
-        'true_probability': render.percent(row['true_probability']),
-        'right': row['true'] == row['predicted'],
-    }
+        says, there = row['probability'] > 0.5, row['present']
+        verdict = {
+            (True, True): 'present, correct',
+            (False, False): 'absent, correct',
+            (True, False): 'absent: false positive',
+            (False, True): 'present: missed',
+        }[says, there]
+        heading = f'{predicted} {probability}: {verdict}'
+        right = says == there
+    else:
+        right = row['true'] == row['predicted']
+        heading = f'Predicted {predicted} ({probability})'
+        heading += ', correct' if right else f', actual {true}'
+        if not right:
+            heading += f' ({render.probability(row["true_probability"])})'
+    for one in row['maps']:
+        name = names[row[one['kind']]]
+        one['caption'] = f'Evidence for {name}'
+        if one['share'] == 0:
+            one['caption'] = f'No evidence for {name}'
+        elif one['share'] < 0.995:
+            one['caption'] += f' ({one["share"]:.0%} as strong)'
+    return {'heading': heading, 'right': right}
 
 
 def _roc(found):
-    """Curves of one class against the rest, the worst first."""
+    """Curves of one class against the rest, the worst first, and their number."""
     rows = []
     classes = found.metrics['classes']
     there = [place for place, row in enumerate(classes) if row['auroc'] is not None]
-    for place in sorted(there, key=lambda place: classes[place]['auroc'])[:CLASSES]:
+    chosen = sorted(there, key=lambda place: classes[place]['auroc'])[:CLASSES]
+    points = metrics_lib.CURVE_POINTS if len(chosen) <= 10 else _POINTS
+    for place in chosen:
         row = classes[place]
         if found.multi_label:
             known = ~np.isnan(found.labels[:, place])
             true = found.labels[known, place] > 0.5
-            curve = metrics_lib.roc(true, found.probabilities[known, place])
+            probability = found.probabilities[known, place]
         else:
             true = found.labels == place
-            curve = metrics_lib.roc(true, found.probabilities[:, place])
-        rows.append({'name': row['name'], 'auroc': round(row['auroc'], 4), **curve})
-    return rows
+            probability = found.probabilities[:, place]
+        curve = metrics_lib.roc(true, probability, points=points)
+        rows.append({'name': row['name'], 'auroc': row['auroc'], **curve})
+    return {
+        'chart': charts.roc(rows) if rows else '',
+        'names': [
+            f'{row["name"]} ({render.figure(row["auroc"])})'
+            for row in rows[: len(rows) if len(rows) > 10 else 0]
+        ],
+    }
 
 
-def _confusion(found):
-    """The matrix, of the classes with most mistakes where there are very many."""
+def _kept_classes(found):
+    """Those that the confusion matrix shows; None where there is no matrix."""
     if found.multi_label:
         return None
+    matrix = metrics_lib.confusion(
+        found.labels, found.predicted, len(found.class_names)
+    )
+    mistakes = matrix.sum(1) + matrix.sum(0) - 2 * matrix.diagonal()
+    return np.sort(np.argsort(-mistakes, kind='stable')[:CLASSES])
+
+
+def _confusion(found, kept):
+    """The matrix, of the classes with most mistakes where there are very many."""
+    if kept is None:
+        return None
     names = found.class_names
-    count = len(names)
-    matrix = metrics_lib.confusion(found.labels, found.predicted, count)
-    support = matrix.sum(1)
-    mistakes = support + matrix.sum(0) - 2 * matrix.diagonal()
-    kept = np.sort(np.argsort(-mistakes, kind='stable')[:CLASSES])
+    matrix = metrics_lib.confusion(found.labels, found.predicted, len(names))
     inside = set(kept.tolist())
-    confused = [
-        (true, predicted, number)
-        for true, predicted, number in found.metrics['confused']
-        if true in inside and predicted in inside
-    ]
+    support = matrix.sum(1)
     pairs = [
         {
             'true': true,
             'predicted': predicted,
-            'text': f'{names[true]} taken for {names[predicted]}',
+            'text': f'{names[true]} predicted as {names[predicted]}',
             'count': number,
             'of': int(support[true]),
         }
-        for true, predicted, number in confused[:PAIRS]
+        for true, predicted, number in found.metrics['confused']
+        if true in inside and predicted in inside
     ]
+    counts = matrix[kept][:, kept].toarray()
     return {
         'kept': kept.tolist(),
-        'all': count,
-        'matrix': matrix[kept][:, kept].toarray().tolist(),
+        'matrix': counts.tolist(),
+        'chart': matrix_lib.draw(counts, [names[c] for c in kept], kept.tolist()),
         'cells': gallery.make_cells(found, kept),
-        'pairs': pairs,
+        'pairs': pairs[:PAIRS],
     }

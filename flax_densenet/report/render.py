@@ -1,9 +1,9 @@
 """One HTML file of a template in `templates/`, with all that it needs inside.
 
-The page holds its pictures, plotly's library and its numbers; it asks no host for
-anything, and a policy in its head forbids it to. What is text stands in it as HTML, so
-it reads and prints without JavaScript; the scripts draw the charts, sort the tables and
-open the cells of the confusion matrix.
+The page holds its pictures, charts and numbers; it asks no host for anything, and a
+policy in its head forbids it to. Text is HTML and charts are SVG, so it reads and
+prints without JavaScript; the scripts sort the tables, show what the pointer is on, and
+open images.
 """
 
 import importlib.resources
@@ -15,14 +15,27 @@ from flax_densenet.errors import UserError
 from flax_densenet.system import atomic
 
 
-def percent(share: float) -> str:
-    """0.123 as `12.3 %`."""
-    return f'{share * 100:.1f} %'
+def percent(share: float | None) -> str:
+    """0.123 as `12.3%`; a dash where there is none."""
+    return '-' if share is None else f'{share * 100:.1f}%'
+
+
+def probability(share: float) -> str:
+    """As `percent`, but never certain: `>99.9%` or `<0.1%`.
+
+    >>> probability(0.99999), probability(0.5)
+    ('>99.9%', '50.0%')
+    """
+    if 0.9995 <= share < 1:
+        return '>99.9%'
+    return '<0.1%' if 0 < share < 0.0005 else percent(share)
 
 
 def figure(value: float | None) -> str:
-    """`0.843`; a dash where there is none."""
-    return '-' if value is None else f'{value:.3f}'
+    """`0.843`, `6.1e+11`; a dash where there is none."""
+    if value is None:
+        return '-'
+    return f'{value:.3f}' if abs(value) < 1e4 else f'{value:.2g}'
 
 
 def check_installed(what: str):
@@ -33,16 +46,15 @@ def check_installed(what: str):
     """
     with errors.extra('report', what):
         import jinja2  # noqa: F401
-        import plotly  # noqa: F401
 
 
-def save_page(path, template, charts, **values):
+def save_page(path, template, data, **values):
     """Renders a page beside its place and moves it there, so that it is whole.
 
     Args:
       path: of the page.
       template: in `templates/`, with a script of the same name.
-      charts: what the scripts draw; JSON can hold it.
+      data: what the scripts read; JSON can hold it.
       **values: of the template.
 
     Raises:
@@ -51,7 +63,6 @@ def save_page(path, template, charts, **values):
     check_installed(os.path.basename(path))
     import jinja2
     import markupsafe
-    from plotly.offline import get_plotlyjs
 
     pages = importlib.resources.files('flax_densenet.report') / 'templates'
 
@@ -65,15 +76,19 @@ def save_page(path, template, charts, **values):
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {'percent': percent, 'figure': figure}
+    environment.filters |= {
+        'percent': percent,
+        'probability': probability,
+        'figure': figure,
+        'markup': markupsafe.Markup,
+    }
     # Inside a script element only this could end it.
-    numbers = json.dumps(charts, separators=(',', ':')).replace('<', '\\u003c')
+    numbers = json.dumps(data, separators=(',', ':')).replace('<', '\\u003c')
     page = environment.get_template(template).render(
         style=text('style.css'),
         script=text(template.replace('.html', '.js')),
-        common=text('charts.js'),
-        plotly=markupsafe.Markup(get_plotlyjs()),
-        charts=markupsafe.Markup(numbers),
+        common=text('page.js'),
+        data=markupsafe.Markup(numbers),
         **values,
     )
     try:

@@ -7,7 +7,8 @@ import datetime
 import os
 import shlex
 
-from flax_densenet.report import render
+from flax_densenet.report import charts, render
+from flax_densenet.report import page as report_page
 from flax_densenet.sweeps import record as sweep_record
 from flax_densenet.sweeps import space
 from flax_densenet.sweeps import table as sweep_table
@@ -27,18 +28,28 @@ def save(workdir: str, kept: sweep_record.SweepRecord) -> list[sweep_table.Row]:
     """
     rows = sweep_table.make_rows(kept)
     slices = [_slice(rows, name) for name in kept.fields]
-    charts = {
-        'figure': kept.figure,
-        'runs': [_curves(kept, row) for row in rows],
-        'fields': [found for found in slices if len(set(found['values'])) > 1],
-        'importances': kept.importances,
-    }
+    slices = [found for found in slices if len(set(found['values'])) > 1]
+    shares = kept.figure == 'test accuracy'
+    unit = kept.figure[0].upper() + kept.figure[1:]
     best = _best(rows)
+    chart, clipped = _draw_curves(kept, rows, unit, shares)
     render.save_page(
         os.path.join(workdir, FILE),
         'sweep.html',
-        charts,
+        {},
         rows=rows,
+        links={row.folder: _link(workdir, row) for row in rows},
+        curves=chart,
+        clipped=clipped,
+        slices=[
+            charts.figure(
+                found['name'],
+                charts.scatter(found, unit=unit, percent=shares),
+                id=f'field{place}',
+            )
+            for place, found in enumerate(slices)
+        ],
+        importances=kept.importances,
         name=os.path.basename(os.path.abspath(workdir)),
         fields=kept.fields,
         figure_name=kept.figure,
@@ -48,7 +59,6 @@ def save(workdir: str, kept: sweep_record.SweepRecord) -> list[sweep_table.Row]:
         counts=[(state, _count(rows, state)) for state in sweep_record.STATES],
         best=best,
         close=_close(rows),
-        slices=[found['name'] for found in charts['fields']],
         commands=_commands(workdir, kept, best) if best else [],
         made=datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
     )
@@ -67,12 +77,15 @@ def format_end(
             spread = f' ± {sweep_table.show(best.spread, kept.figure)}'
         lines.append(
             f'best: {str(best.setting) or "the only setting"}: {kept.figure} '
-            f'{sweep_table.show(best.mean, kept.figure)}{spread} of {best.count} '
+            f'{sweep_table.show(best.mean, kept.figure)}{spread} over {best.count} '
             + ('seed' if best.count == 1 else 'seeds')
         )
         if close := _close(rows):
             lines.append(close)
-        lines.append('chosen by the test images, which flatters: measure it on others')
+        lines.append(
+            'chosen on the test images, so these metrics are optimistic: measure it on '
+            'other images'
+        )
         for what, parts in _commands(workdir, kept, best):
             lines.append(f'{what}: {" ".join(parts)}')
     if failed := _count(rows, 'failed'):
@@ -100,14 +113,15 @@ def _close(rows):
         return ''
     return (
         f'trial {os.path.basename(done[1].folder)} is behind it by less than seeds '
-        'differ: the two may be as good as each other'
+        'differ: the two may be equally good'
     )
 
 
 def _commands(workdir, kept, row):
     """What to do with the best setting, `[(what, parts of a command)]`."""
     run = os.path.join(workdir, row.folder, f'seed{row.best_seed}')
-    fields = row.setting.fields | {space.SEED: row.best_seed}
+    # Not the best seed, whose luck would not repeat on other images.
+    fields = {k: v for k, v in row.setting.fields.items() if k != space.SEED}
     # A tuple that is given twice would be both, one behind the other.
     again = [
         part
@@ -116,24 +130,68 @@ def _commands(workdir, kept, row):
     ]
     again += [f'--config.{name}={text}' for name, text in fields.items()]
     found = [
-        ('train it again', [*again, '--workdir=ckpt/best']),
-        ('a page on its best run', ['report', run]),
+        ('train this setting', [*again, '--workdir=ckpt/best']),
+        ('write a report on its best run', ['report', run]),
     ]
     return [
         (what, [*program.words(), *map(shlex.quote, parts)]) for what, parts in found
     ]
 
 
-def _curves(kept, row):
-    """What the page draws of a setting by epoch."""
+def _link(workdir, row):
+    """A page or picture of a setting's best run, relative to the sweep's; or ''."""
+    for name in (report_page.REPORT_FILE, 'curves.png'):
+        path = f'{row.folder}/seed{row.best_seed}/{name}'
+        if row.best_seed and os.path.isfile(os.path.join(workdir, path)):
+            return path
+    return ''
+
+
+_COLORED = 8  # settings that have a color of their own
+
+
+def _draw_curves(kept, rows, unit, shares):
+    """The chart of all runs by epoch, and whether its axis leaves out their start."""
     short = dict(zip(kept.fields, kept.short_fields, strict=True))
-    fields = row.setting.fields.items()
-    texts = [f'{short[name]}={text}' for name, text in fields]
-    return {
-        'name': ' '.join([os.path.basename(row.folder), *texts]),
-        'state': row.setting.state,
-        'figures': [run.figures for run in row.setting.runs.values()],
-    }
+    lines, named = [], []
+    for place, row in enumerate(rows):
+        texts = [f'{short[name]}={text}' for name, text in row.setting.fields.items()]
+        name = ' '.join([os.path.basename(row.folder), *texts])
+        style = f's{place}' if place < _COLORED else 'faint'
+        if row.setting.runs and place < _COLORED:
+            named.append((style, name))
+        for seed, run in row.setting.runs.items():
+            line = {'name': f'{name}, seed {seed}', 'style': style, 'group': name}
+            line |= {'x': list(range(1, len(run.figures) + 1)), 'y': run.figures}
+            line['dashed'] = row.setting.state == 'pruned'
+            lines.append(line | {'muted': place >= _COLORED})
+    if not lines:
+        return '', False
+    low = _low_of(rows)
+    # The best last, so that it lies on top.
+    chart = charts.by_epoch(
+        lines[::-1],
+        title=unit,
+        unit=unit,
+        percent=shares,
+        low=low,
+        width=720,
+        height=340,
+    )
+    below = charts.legend(named, button=True)
+    return charts.figure(unit, chart, below, id='curves'), low is not None
+
+
+def _low_of(rows):
+    """Where the axis begins: long runs differ little at their end and rise far."""
+    finished = [
+        run.figures
+        for row in rows
+        if row.setting.state == 'done'
+        for run in row.setting.runs.values()
+        if len(run.figures) >= 12
+    ]
+    return min((f[len(f) // 4] for f in finished), default=None)
 
 
 def _slice(rows, name):

@@ -222,7 +222,7 @@ class _Sweep:
         name = self.book.folder(setting, seed)
         folder = os.path.join(self.workdir, name)
         fields = setting.fields | {space.SEED: str(seed)}
-        _LOGGER.info(f'{name} of {self.plan.count}: {sweep_plan.join(fields)}')
+        _LOGGER.info(f'{self.progress()} in {name}: {sweep_plan.join(fields)}')
         settings = self.plan.override(fields)
         watch = _Watch(
             self.tuner,
@@ -253,6 +253,23 @@ class _Sweep:
         if watch.pruned:
             setting.state = 'pruned'
             _LOGGER.info(f'{setting}: pruned after epoch {len(records)}')
+
+    def progress(self):
+        """`run 4 of 6, about 12 min left`, by the time of the runs before."""
+        runs = [run for one in self.book.settings for run in one.runs.values()]
+        total = self.plan.count * len(self.plan.seeds)
+        # Settings that were pruned or failed have no other seeds.
+        total -= sum(
+            len(self.plan.seeds) - len(one.runs)
+            for one in self.book.settings
+            if one.state in ('pruned', 'failed')
+        )
+        line = f'run {len(runs) + 1} of {total}'
+        if runs:
+            mean = sum(run.seconds for run in runs) / len(runs)
+            minutes = mean * (total - len(runs)) / 60
+            line += f', about {max(round(minutes), 1)} min left'
+        return line
 
     def tell(self, setting):
         """Tells Optuna what came of a setting."""

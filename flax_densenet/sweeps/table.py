@@ -5,7 +5,7 @@ import dataclasses
 import os
 import statistics
 
-from flax_densenet.report import render
+from flax_densenet.report import diagnosis, render
 from flax_densenet.sweeps import record as sweep_record
 from flax_densenet.system import atomic
 
@@ -39,10 +39,17 @@ class Row:
     seconds: float = 0.0
 
     @property
+    def diverged(self) -> bool:
+        """Whether the runs' loss grew beyond all bounds."""
+        return self.setting.state == 'done' and diagnosis.has_diverged(self.loss)
+
+    @property
     def state(self) -> str:
         """For people."""
         if self.setting.state == 'pruned':
             return f'pruned at epoch {self.epochs}'
+        if self.diverged:
+            return 'diverged'
         return {'training': 'unfinished'}.get(self.setting.state, self.setting.state)
 
 
@@ -83,7 +90,7 @@ def _row(kept, setting):
 
 
 def show(figure: float | None, name: str) -> str:
-    """`95.3 %`, an AUROC as `0.953`; a dash where there is none."""
+    """`95.3%`, an AUROC as `0.953`; a dash where there is none."""
     if figure is None:
         return '-'
     return render.percent(figure) if name == 'test accuracy' else f'{figure:.3f}'

@@ -47,7 +47,7 @@ def describe_missing(train: settings.TrainingSettings) -> str:
     files: dict[str, list[str]] = {'report': [], 'tensorboard': []}
     if not errors.is_installed('matplotlib'):
         files['report'] += ['curves.png', 'samples.png']
-    if train.report and not errors.is_installed('jinja2', 'plotly'):
+    if train.report and not errors.is_installed('jinja2'):
         files['report'].append('report.html')
     if train.tensorboard and not errors.is_installed('tensorboardX'):
         files['tensorboard'].append('TensorBoard events')

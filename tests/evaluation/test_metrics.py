@@ -32,14 +32,19 @@ def test_beside_scikit_learn(case):
     for number, row in enumerate(found['classes'][:6]):
         theirs = report[str(number)]
         assert row['name'] == NAMES[number]
-        assert (row['precision'], row['recall'], row['f1'], row['support']) == (
+        # Without a prediction there is no precision, where scikit-learn has 0.
+        assert (row['precision'] is None) == (number not in predicted)
+        scores = row['precision'] or 0, row['recall'], row['f1'], row['support']
+        assert scores == (
             pytest.approx(
                 (theirs['precision'], theirs['recall'], theirs['f1-score'],
                  theirs['support'])
             )
         )  # fmt: skip
     assert found['classes'][6] | {'precision': 0} == {
-        'name': 'g', 'precision': 0, 'recall': 0, 'f1': 0, 'support': 0, 'auroc': None,
+        'name': 'g', 'precision': 0, 'recall': None,
+        'f1': 0.0 if 6 in predicted else None,
+        'support': 0, 'auroc': None,
     }  # fmt: skip
     matrix = sklearn_metrics.confusion_matrix(labels, predicted, labels=range(7))
     assert found['confusion'] == matrix.tolist()

@@ -63,7 +63,7 @@ def test_files_equal_scikit_learn(run, tmp_path):
     for key, values in zip(
         ('precision', 'recall', 'f1', 'support'), expected, strict=True
     ):
-        found_values = [row[key] for row in figures['classes']]
+        found_values = [row[key] or 0 for row in figures['classes']]
         np.testing.assert_allclose(found_values, values)
     area = sklearn_metrics.roc_auc_score(true, probabilities, multi_class='ovr')
     assert figures['macro']['auroc'] == pytest.approx(area, abs=1e-4)
@@ -90,8 +90,12 @@ def test_table(run):
     text = results.format_metrics_table(found, '18 test images')
     lines = text.splitlines()
     assert lines[0].startswith('Test_acc: ') and lines[0].endswith('(18 test images)')
-    assert '95 % interval' in lines[1] and 'calibration error' in lines[2]
-    assert [line.split()[0] for line in lines[4:7]] == ['ants', 'bees', 'wasps']
+    assert '95% interval' in lines[1] and 'calibration error' in lines[3]
+    largest = max(found.metrics['classes'], key=lambda row: row['support'])
+    share = largest['support'] / 18 * 100
+    baseline = f'baselines: always {largest["name"]} {share:.1f}%, chance 33.3%'
+    assert lines[2] == baseline
+    assert [line.split()[0] for line in lines[5:8]] == ['ants', 'bees', 'wasps']
     assert max(map(len, lines)) <= 90
     many = results.Results(
         found.examples,
@@ -100,7 +104,7 @@ def test_table(run):
         np.arange(200) % 60,
     )
     lines = results.format_metrics_table(many, '').splitlines()
-    assert len(lines) == 3 + 1 + results.ROWS + 1 + 1
+    assert len(lines) == 4 + 1 + results.ROWS + 1 + 1
     assert '(20 classes with a higher F1: see eval.json)' in lines
 
 

@@ -6,6 +6,9 @@ import http.server
 import shutil
 import threading
 
+from helpers.paths import ROOT
+
+AXE = ROOT / 'examples' / 'web' / 'node_modules' / 'axe-core' / 'axe.min.js'
 CHROMIUM = next(
     filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))),
     None,
@@ -30,6 +33,17 @@ def launched(sync_api):
         options = {'executable_path': CHROMIUM, 'args': list(_FLAGS)}
         with contextlib.closing(playwright.chromium.launch(**options)) as browser:
             yield browser
+
+
+def violations(tab):
+    """What axe-core finds wrong on a page, each as a line."""
+    tab.evaluate(AXE.read_text('utf-8'))  # not bound by the page's policy
+    found = tab.evaluate('axe.run().then(told => told.violations)')
+    return [
+        f'{one["id"]} ({one["impact"]}): {node["html"][:200]} {node["failureSummary"]}'
+        for one in found
+        for node in one['nodes'][:3]
+    ]
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):

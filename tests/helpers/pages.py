@@ -48,6 +48,9 @@ def many(classes=120, count=4000, size=8):
         def __getitem__(self, position):
             return {'image': np.full((size, size, 3), position % 256, np.uint8)}
 
+        def as_pictures(self):
+            return self
+
         def name(self, position):
             return f'image {position}'
 

@@ -135,7 +135,7 @@ def test_all_has_every_extra():
     for name in extras.keys() - {'all', 'test', 'prepare'}:
         assert name in text
     core = ' '.join(PROJECT['dependencies'])
-    for name in ('matplotlib', 'plotly', 'jinja2', 'tensorboardX', 'optuna', 'onnx'):
+    for name in ('matplotlib', 'jinja2', 'tensorboardX', 'optuna', 'onnx'):
         assert name not in core
 
 

@@ -21,7 +21,7 @@ from helpers.paths import ROOT
 
 # What no package of the core needs: grain needs array_record, orbax prometheus_client.
 OPTIONAL = (
-    *('matplotlib', 'plotly', 'jinja2', 'tensorboardX', 'optuna', 'starlette'),
+    *('matplotlib', 'jinja2', 'tensorboardX', 'optuna', 'starlette'),
     *('hypercorn', 'onnx', 'onnxruntime', 'flatbuffers', 'keras', 'h5py'),
 )
 # An entry of None is how Python itself notes a module that cannot be imported.
@@ -55,7 +55,7 @@ def test_missing_package_names_its_extra(monkeypatch):
     assert not errors.is_installed('optuna') and errors.is_installed('numpy')
 
 
-@pytest.mark.parametrize('name', ['jinja2', 'plotly'])
+@pytest.mark.parametrize('name', ['jinja2'])
 def test_pages_need_the_report_extra(monkeypatch, tmp_path, name):
     hide(monkeypatch, name)
     with pytest.raises(MissingExtraError, match=rf'report\.html needs {name}.*report'):
@@ -65,7 +65,7 @@ def test_pages_need_the_report_extra(monkeypatch, tmp_path, name):
 @pytest.mark.parametrize(
     ('arguments', 'hidden', 'line'),
     [
-        (('report', 'run'), 'plotly', 'report needs plotly'),
+        (('report', 'run'), 'jinja2', 'report needs jinja2'),
         (('serve', 'run'), 'starlette', 'serve needs starlette'),
         (('sweep', '--sweep=train.seed=0,1'), 'optuna', 'sweep needs optuna'),
         (('export', 'run', 'x.onnx'), 'jinja2', 'the model card needs jinja2'),
@@ -118,8 +118,8 @@ def test_captions_without_matplotlib(monkeypatch):
     [
         ((), {}, ''),
         (('matplotlib',), {}, 'curves.png, samples.png; [report]'),
-        (('plotly',), {}, 'report.html; [report]'),
-        (('plotly',), {'report': False}, ''),
+        (('jinja2',), {}, 'report.html; [report]'),
+        (('jinja2',), {'report': False}, ''),
         (('tensorboardX',), {}, 'TensorBoard events; [tensorboard]'),
         (('tensorboardX',), {'tensorboard': False}, ''),
         (

@@ -31,7 +31,8 @@ IMPORTS = {
     'weights': 'settings models data checkpoints distributed system',
     'evaluation': 'settings weights models data losses distributed system',
     'inference': 'weights models data distributed system',
-    'report': 'evaluation inference weights models data checkpoints distributed system',
+    'report': 'settings evaluation inference weights models data checkpoints '
+    'distributed system',
     'serving': 'inference data',
     'export': 'settings report evaluation inference weights models data checkpoints '
     'system',
@@ -144,7 +145,7 @@ def test_heavy_packages_are_imported_where_needed():
     code = (
         'import sys, flax_densenet.sweeps.runner; '
         'heavy = {"torch", "keras", "tensorflow", "tensorflow_datasets", "sklearn", '
-        '"matplotlib", "plotly", "jinja2", "tensorboardX", "optuna"}; '
+        '"matplotlib", "jinja2", "tensorboardX", "optuna"}; '
         'print(sorted(heavy & set(sys.modules)))'
     )
     done = subprocess.run(

@@ -4,6 +4,7 @@ import html.parser
 import json
 import os
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -53,13 +54,14 @@ def test_page(made):
     text, found, source, workdir = made
     elements = Elements(text)
     said = ' '.join(' '.join(elements.text[:2000]).split())
-    assert f'{found.metrics["accuracy"] * 100:.1f} %' in said
+    assert f'{found.metrics["accuracy"] * 100:.1f}%' in said
     assert 'Training time 1:30:00' in said and 'A <fast> chip × 4' in said
     assert 'epoch 3, step 7' in said
     # A class name with HTML in it is text, in the tables as in the charts' numbers.
     assert '<b>&"bees"' in said
-    before = text[: text.index('plotly.js')]
+    before = text[: text.index('<script')]
     assert '<b>&"' not in before and '&lt;b&gt;&amp;&#34;bees&#34;' in before
+    assert len(re.sub(r'data:image/[^"]+', '', text)) < 400_000
     rows = [row for row in elements.tags if row[0] == 'img']
     assert len(rows) > 24 and all(row[1]['src'].startswith('data:') for row in rows)
     assert all('alt' in attributes for _, attributes in rows)
@@ -69,11 +71,11 @@ def test_page(made):
         ['config.json', 'environment.json', 'eval.json', 'metrics.jsonl']
         + ['predictions.csv', 'report.html']
     )
-    start = text.index('id="charts">') + len('id="charts">')
+    start = text.index('id="page-data">') + len('id="page-data">')
     raw = text[start : text.index('</script>', start)]
     assert '<' not in raw  # which could end the element
+    assert 'best: epoch 2' in before and 'Epoch 3\nTraining: 50.0%' in before
     charts = json.loads(raw)
-    assert charts['curves']['best'] == 2 and charts['curves']['epoch'] == [1, 2, 3]
     assert charts['names'] == list(source.class_names)
     cells = charts['confusion']['cells']
     matrix = np.zeros((3, 3), int)
@@ -119,7 +121,7 @@ def test_mistakes_of_several_labels():
 def test_many_classes_stay_small(monkeypatch):
     found = many()
     monkeypatch.setattr(gallery, 'CELL_BYTES', 100_000)
-    confusion = page._confusion(found)
+    confusion = page._confusion(found, page._kept_classes(found))
     assert len(confusion['kept']) == len(confusion['matrix']) == page.CLASSES
     matrix = np.array(found.metrics['confusion'])
     mistakes = matrix.sum(0) + matrix.sum(1) - 2 * np.diag(matrix)
@@ -134,9 +136,10 @@ def test_many_classes_stay_small(monkeypatch):
     taken = [len(item.get('image', '')) for cell in cells.values() for item in cell]
     assert 100_000 <= sum(taken) < 100_000 + max(taken)
     assert max(map(len, cells.values())) <= gallery.CELL_IMAGES
-    surest = [item['probability'] for item in max(cells.values(), key=len)]
-    assert surest == sorted(surest, reverse=True)
-    assert len(page._roc(found)) == page.CLASSES
+    shown = [item['row'] for item in max(cells.values(), key=len)]
+    ordered = found.confidence[shown].tolist()
+    assert ordered == sorted(ordered, reverse=True)
+    assert page._roc(found)['chart'].count('<title>class ') == page.CLASSES
 
 
 def test_samples_of_all_classes():
@@ -153,8 +156,8 @@ def test_no_training_to_show(made, tmp_path):
         str(tmp_path / 'new'), trained, source, found, trained_on=False
     )
     text = read(path)
-    assert 'id="training"' not in text and 'To train on' not in text
-    assert 'Parameters' in text
+    assert 'id="training"' not in text and '<th>Training</th>' not in text
+    assert 'parameters. Data: ' in text
 
 
 def test_comparison(tmp_path):
@@ -176,6 +179,7 @@ def test_comparison(tmp_path):
 def test_page_that_cannot_be_written(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='cannot be written .*; use another --workdir'):
-        values = {'rows': [], 'differing': [], 'names': [], 'areas': False}
+        values = dict.fromkeys(('rows', 'differing', 'names', 'groups', 'charts'), [])
+        values |= dict.fromkeys(('classes', 'disagreements', 'columns'), [])
         path = str(tmp_path / 'file' / 'x.html')
-        render.save_page(path, 'compare.html', {'runs': []}, **values)
+        render.save_page(path, 'compare.html', {}, areas=False, made='', **values)

@@ -142,7 +142,7 @@ def test_a_grid_with_seeds(objective, tmp_path, capsys):
     assert first.folder == 'trials/002'
     assert set(made.trained.values()) == {3} and len(made.trained) == 9
     out = capsys.readouterr().out
-    assert f'best: {RATE}=0.3: test accuracy 91.0 % ± 1.0 % of 3 seeds' in out
+    assert f'best: {RATE}=0.3: test accuracy 91.0% ± 1.0% over 3 seeds' in out
     # The same command again trains nothing, and says the same.
     again = objective(by_rate)
     assert table(start(tmp_path / 's', *flags)) == table(rows)

@@ -1,168 +1,124 @@
 'use strict';
-const accent = () => color('accent');
-const second = () => color('second');
-
-if (charts.curves) {
-  const c = charts.curves;
-  const pair = name => ['train', 'test'].filter(part => c[part + '_' + name]).map(part => ({
-    name: part === 'train' ? 'training' : 'test', x: c.epoch, y: c[part + '_' + name],
-    color: part === 'train' ? accent : second,
-  }));
-  const shares = pair('accuracy').map(line => ({ ...line, y: percent(line.y) }));
-  curves('accuracy', shares, c.best, 'accuracy, %', { unit: ' %' });
-  curves('loss', pair('loss'), c.best, 'cross-entropy', {});
-  curves('rate', [{ name: 'learning rate', x: c.epoch, y: c.learning_rate, color: accent }], c.best,
-    'learning rate', { layout: { showlegend: false, yaxis: rateAxis([c.learning_rate]) } });
-  if (c.test_mean_auroc) {
-    curves('auroc', [{ name: 'test', x: c.epoch, y: c.test_mean_auroc, color: second }], c.best,
-      'mean AUROC', { layout: { showlegend: false } });
+// The images of a row of predictions.csv, from its card on the page or from the data.
+function contents(row) {
+  const card = document.querySelector(`.card[data-row="${row}"]`);
+  if (card) {
+    return {
+      heading: card.querySelector('b').textContent, path: card.dataset.path,
+      panels: [...card.querySelectorAll('.panel')].map(panel => ({
+        image: panel.querySelector('img').src, caption: panel.querySelector('small').textContent })),
+    };
   }
+  const extra = data.extra[row];
+  return extra && {
+    heading: extra.heading, path: extra.name,
+    panels: [{ image: extra.image, caption: 'Original' }, ...extra.maps],
+  };
 }
 
-if (charts.calibration) {
-  const bins = name => charts.calibration[name].bins.filter(bin => bin.count);
-  draw('reliability', () => ({
-    data: [
-      { type: 'scatter', mode: 'lines', x: [0, 1], y: [0, 1], name: 'as sure as right',
-        line: { color: color('soft'), dash: 'dot', width: 1 }, hoverinfo: 'skip' },
-      ...[['before', 'as it is', second], ['after', 'with temperature', accent]].map(([key, name, of]) => ({
-        type: 'scatter', mode: 'lines+markers', name,
-        x: bins(key).map(bin => bin.confidence), y: bins(key).map(bin => bin.accuracy),
-        customdata: bins(key).map(bin => bin.count),
-        marker: { color: of(), size: bins(key).map(bin => 5 + 9 * Math.sqrt(bin.count / total(key))) },
-        line: { color: of(), width: 2 },
-        hovertemplate: 'sure %{x:.1%}, right %{y:.1%}, %{customdata} images',
-      })),
-    ],
-    layout: {
-      xaxis: { title: { text: 'how sure the model is' }, range: [0, 1.02], tickformat: '.0%' },
-      yaxis: { title: { text: 'how often it is right' }, range: [0, 1.02], tickformat: '.0%' },
-    },
+const box = document.getElementById('box');
+let opened = { list: [], place: 0 };
+
+// list: what contents() gives; the arrow keys go through it.
+function enlarge(list, place) {
+  opened = { list, place: (place + list.length) % list.length };
+  const item = list[opened.place];
+  document.getElementById('box-heading').textContent = item.heading;
+  document.getElementById('box-path').textContent = item.path;
+  document.getElementById('box-copy').dataset.copy = item.path;
+  document.getElementById('box-panels').replaceChildren(...item.panels.map(panel => {
+    const image = make('img', { src: panel.image, alt: panel.caption });
+    sharpen(image);
+    return make('div', { className: 'panel' }, image, make('small', {}, panel.caption));
   }));
-  function total(key) { return charts.calibration[key].bins.reduce((sum, bin) => sum + bin.count, 0); }
+  if (!box.open) box.showModal();
+}
+for (const button of box.querySelectorAll('[data-move]')) {
+  button.addEventListener('click', () => enlarge(opened.list, opened.place + Number(button.dataset.move)));
+}
+box.querySelector('[data-close]').addEventListener('click', () => box.close());
+box.addEventListener('click', event => { if (event.target === box) box.close(); });
+box.addEventListener('keydown', event => {
+  const move = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (move) enlarge(opened.list, opened.place + move);
+});
+for (const card of document.querySelectorAll('.card')) {
+  card.querySelector('.zoom').addEventListener('click', () => {
+    const all = [...card.parentElement.querySelectorAll('.card')];
+    enlarge(all.map(one => contents(one.dataset.row)), all.indexOf(card));
+  });
 }
 
-if (charts.roc.length) {
-  const few = charts.roc.length <= 10;
-  const palette = ['#1f77b4', '#d95f02', '#2a9d6f', '#b5478f', '#8c6d1f', '#6a5acd', '#c0392b', '#17889b', '#7f7f7f', '#557a1f'];
-  let chosen = few ? null : charts.roc[0].name;
-  const choice = document.getElementById('roc-class');
-  const show = draw('roc', () => ({
-    data: [
-      { type: 'scatter', mode: 'lines', x: [0, 1], y: [0, 1], showlegend: false, hoverinfo: 'skip',
-        line: { color: color('soft'), dash: 'dot', width: 1 } },
-      ...charts.roc.map((row, place) => {
-        const on = few || row.name === chosen;
-        return {
-          type: 'scatter', mode: 'lines', name: `${row.name} (${row.auroc.toFixed(3)})`, showlegend: on,
-          x: row.false_positive_rate, y: row.true_positive_rate, opacity: on ? 1 : 0.35,
-          line: { color: few ? palette[place] : on ? second() : color('soft'), width: on ? 2 : 1 },
-          hovertemplate: 'found %{y:.1%}, false alarms %{x:.1%}',
-        };
-      }),
-    ],
-    layout: {
-      xaxis: { title: { text: 'others taken for it (false positive rate)' }, range: [-0.01, 1.01], tickformat: '.0%' },
-      yaxis: { title: { text: 'found (true positive rate)' }, range: [0, 1.02], tickformat: '.0%' },
-      legend: { orientation: 'v', x: 1, xanchor: 'right', y: 0.02, yanchor: 'bottom', bgcolor: 'rgba(0,0,0,0)' },
-    },
-  }));
-  if (show && choice && !few) {
-    for (const row of charts.roc) choice.add(new Option(`${row.name} (${row.auroc.toFixed(3)})`, row.name));
-    choice.closest('p').hidden = false;
-    choice.addEventListener('change', () => { chosen = choice.value; redraw(); });
-  }
+const highlight = document.getElementById('roc-class');
+if (highlight) {
+  highlight.addEventListener('change', () => {
+    for (const line of document.querySelectorAll('#roc g[data-group]')) {
+      const on = line.dataset.group === highlight.value;
+      line.classList.toggle('chosen', on);
+      if (on) line.parentElement.append(line);
+    }
+  });
 }
 
-if (charts.confusion) {
-  const c = charts.confusion;
-  const names = c.kept.map(place => charts.names[place]);
-  const short = names.map(name => name.length > 18 ? name.slice(0, 17) + '…' : name);
-  let shares = true;
-  const rows = c.matrix.map(row => Math.max(row.reduce((sum, count) => sum + count, 0), 1));
-  const few = names.length <= 20;
-  const places = names.map((_, place) => place);
-  // On a phone's width names below the columns would leave no room for them.
-  const labeled = few && (window.innerWidth > 560 || names.length <= 4);
-  const matrix = draw('confusion', () => ({
-    data: [{
-      type: 'heatmap', x: places, y: places, z: c.matrix.map((row, y) => row.map(count => count / rows[y])),
-      customdata: c.matrix.map((row, y) => row.map((count, x) => [names[y], names[x], count])),
-      text: c.matrix.map((row, y) => row.map(count => !count ? '' : shares ? Math.round(count / rows[y] * 100) : count)),
-      texttemplate: few ? '%{text}' : '', zmin: 0, zmax: 1, xgap: few ? 1 : 0, ygap: few ? 1 : 0,
-      colorscale: [[0, color('card')], [0.001, mix(0.08)], [1, accent()]], showscale: false,
-      hovertemplate: 'is %{customdata[0]}<br>said %{customdata[1]}<br>%{customdata[2]} images, %{z:.1%} of the row<extra></extra>',
-    }],
-    layout: {
-      margin: { l: 40, r: 8, t: 8, b: 40 },
-      xaxis: { title: { text: 'what the model says' }, tickvals: places, ticktext: short, showticklabels: labeled,
-        showgrid: false, zeroline: false, constrain: 'domain', tickangle: Math.max(...short.map(name => name.length)) > 4 ? -45 : 0 },
-      yaxis: { title: { text: 'what it is' }, tickvals: places, ticktext: short, showticklabels: few,
-        autorange: 'reversed', showgrid: false, zeroline: false, scaleanchor: 'x', constrain: 'domain' },
-    },
-  }));
-  // The accent color over the card, as one opaque color.
-  function mix(share) {
-    const read = name => color(name).match(/[0-9a-f]{2}/gi).map(part => parseInt(part, 16));
-    const [over, under] = [read('accent'), read('card')];
-    return 'rgb(' + over.map((value, i) => Math.round(value * share + under[i] * (1 - share))) + ')';
-  }
-  matrix.on('plotly_click', event => open(c.kept[event.points[0].y], c.kept[event.points[0].x]));
-  for (const button of document.querySelectorAll('.pairs button')) {
-    button.addEventListener('click', () => open(Number(button.dataset.true), Number(button.dataset.predicted)));
-  }
-  for (const button of document.querySelectorAll('.choice button')) {
-    button.addEventListener('click', () => {
-      shares = button.value === 'shares';
-      for (const other of document.querySelectorAll('.choice button')) other.ariaPressed = String(other === button);
-      redraw();
-    });
-  }
+if (data.confusion) {
+  const c = data.confusion, names = c.kept.map(place => data.names[place]);
+  const matrix = document.getElementById('confusion');
   const pick = { true: document.getElementById('cell-true'), predicted: document.getElementById('cell-predicted') };
   for (const select of Object.values(pick)) {
     c.kept.forEach((place, row) => select.add(new Option(names[row], place)));
     select.addEventListener('change', () => open(Number(pick.true.value), Number(pick.predicted.value)));
   }
+  for (const button of document.querySelectorAll('[data-cell]')) {
+    button.addEventListener('click', () => open(...button.dataset.cell.split(',').map(Number)));
+  }
+  if (matrix.tagName === 'svg') {
+    matrix.addEventListener('click', event => {
+      const area = matrix.getBoundingClientRect();
+      const at = (value, start, size) => Math.min(c.kept.length - 1, Math.floor((value - start) / size * c.kept.length));
+      open(c.kept[at(event.clientY, area.top, area.height)], c.kept[at(event.clientX, area.left, area.width)]);
+    });
+  }
+  for (const button of document.querySelectorAll('.choice button')) {
+    button.addEventListener('click', () => {
+      matrix.classList.toggle('shares', button.value === 'shares');
+      for (const other of document.querySelectorAll('.choice button')) other.ariaPressed = String(other === button);
+    });
+  }
 
-  function open(trueClass, predicted) {
+  function open(trueClass, predicted, quiet) {
     const cell = document.getElementById('cell');
     const row = c.kept.indexOf(trueClass), column = c.kept.indexOf(predicted);
-    const count = c.matrix[row][column];
-    const items = c.cells[trueClass + ',' + predicted] || [];
-    const head = document.createElement('h3');
-    const right = trueClass === predicted;
-    head.textContent = right ? `${names[row]}, and the model says so: ${count} images`
-      : `${names[row]}, but the model says ${names[column]}: ${count} images`;
-    if (count === 1) head.textContent = head.textContent.replace(/images$/, 'image');
-    const grid = document.createElement('div');
-    grid.className = 'grid';
-    for (const item of items) {
-      const figure = document.createElement('figure');
+    const count = c.matrix[row][column], items = c.cells[trueClass + ',' + predicted] || [];
+    const images = `${count.toLocaleString('en')} image${count === 1 ? '' : 's'}`;
+    const title = trueClass === predicted ? `${names[row]}, predicted correctly`
+      : `Actual ${names[row]}, predicted ${names[column]}`;
+    const shown = items.map(item => contents(item.row) || {
+      heading: `${title} (${item.probability})`, path: item.name,
+      panels: item.image ? [{ image: item.image, caption: 'As the network sees it' }] : [],
+    });
+    const grid = make('div', { className: 'grid' }, ...items.map((item, place) => {
+      const button = make('button', { type: 'button', className: 'zoom', title: item.name });
+      button.ariaLabel = 'Enlarge ' + item.name;
       if (item.image) {
-        const image = new Image();
-        image.src = item.image;
-        image.alt = item.name;
-        image.addEventListener('load', () => image.classList.toggle('small', image.naturalWidth < 64));
-        figure.append(image);
-      }
-      const caption = document.createElement('figcaption');
-      const name = document.createElement('span');
-      name.className = 'name';
-      name.textContent = item.name.split('/').pop();
-      caption.append(`${(item.probability * 100).toFixed(1)} %`, name);
-      caption.title = item.name;
-      figure.append(caption);
-      grid.append(figure);
-    }
-    cell.replaceChildren(head, grid);
+        const image = make('img', { src: item.image, alt: item.name });
+        sharpen(image);
+        button.append(image);
+      } else button.append(item.name.split('/').pop());
+      button.addEventListener('click', () => enlarge(shown, place));
+      return make('figure', {}, button, make('figcaption', { title: item.name }, item.probability,
+        make('span', { className: 'path' }, item.name.split('/').pop())));
+    }));
+    cell.replaceChildren(make('h3', {}, `${title}: ${images}`), grid);
     if (items.length < count) {
-      const more = document.createElement('p');
-      more.className = 'soft';
-      more.textContent = `The ${items.length} surest answers; predictions.csv has all.`;
-      cell.append(more);
+      cell.append(make('p', { className: 'soft' }, `The ${items.length} most confident; predictions.csv has all.`));
     }
     pick.true.value = trueClass;
     pick.predicted.value = predicted;
-    cell.scrollIntoView({ block: 'nearest' });
+    for (const button of document.querySelectorAll('[data-cell]')) {
+      button.ariaPressed = String(button.dataset.cell === `${trueClass},${predicted}`);
+    }
+    if (!quiet) cell.scrollIntoView({ block: 'nearest' });
   }
+  const first = c.pairs[0];
+  if (first) open(first.true, first.predicted, true); else open(c.kept[0], c.kept[0], true);
 }

@@ -1,0 +1,367 @@
+"""The charts of the pages, as SVG with legends as HTML text."""
+
+import dataclasses
+import html
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.report import render
+from flax_densenet.report.svg import Axis, Plot, format_number
+
+SHARES = tuple((n / 5, f'{n * 20}%') for n in range(6))
+# Of a record's columns: prefix, name in legends, style.
+_PARTS = ('train', 'Training', 's0'), ('test', 'Test', 's1')
+_MOST_DOTS, _MOST_TIPS = 60, 300
+
+
+def legend(rows, *, button: bool = False) -> str:
+    """A list of colors and names beside a chart.
+
+    Args:
+      rows: `(style, name)`; a style with `dashed` gets a dashed stroke.
+      button: whether a click hides the lines of that group.
+    """
+    items = []
+    for style, name in rows:
+        inside = f'<i class="swatch {style}"></i>{html.escape(name)}'
+        if button:
+            group = html.escape(name, quote=True)
+            inside = (
+                f'<button type="button" aria-pressed="true" data-group="{group}">'
+                f'{inside}</button>'
+            )
+        items.append(f'<li>{inside}</li>')
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def figure(title: str, plot: Plot | str, below: str = '', *, id: str = '') -> str:
+    """A chart with its title, and what stands below it."""
+    name = f' id="{id}"' if id else ''
+    return (
+        f'<figure class="chart"{name}><figcaption>{html.escape(title)}</figcaption>'
+        f'{plot}{below}</figure>'
+    )
+
+
+def by_epoch(
+    lines: Sequence[dict[str, Any]],
+    *,
+    title: str,
+    unit: str,
+    percent: bool = False,
+    low: float | None = None,
+    high: float | None = None,
+    best: int | None = None,
+    width: int = 440,
+    height: int = 290,
+) -> Plot:
+    """Lines over the epochs.
+
+    Args:
+      lines: each with `name`, `style`, `x` (epochs), `y`, and where wanted `group`,
+        `dashed`, `muted` (left out of what a pointer reads).
+      percent: the values are shares.
+      low, high: ends of the axis; by default of the values.
+      best: an epoch to mark.
+    """
+    finite = [y for line in lines for y in line['y'] if _is_finite(y)] or [0, 1]
+    low = min(finite) if low is None else low
+    high = max(finite) if high is None else high
+    room = 0.06 * (high - low) or 0.05 * abs(high) or 1
+    last = max((x for line in lines for x in line['x']), default=1)
+    ends = (max(low - room, 0) if low >= 0 else low - room), high + room
+    ticks: tuple[tuple[float, str], ...] = ()
+    if percent:
+        scaled = Axis('', ends[0] * 100, ends[1] * 100).marks()
+        ticks = tuple((value / 100, f'{text}%') for value, text in scaled)
+    plot = Plot(
+        Axis('Epoch', min(1, last), max(last, 2), whole=True),
+        Axis(unit, *ends, ticks=ticks),
+        label=f'{title} by epoch',
+        width=width,
+        height=height,
+    )
+    for line in lines:
+        inside = [
+            y if _is_finite(y) and ends[0] <= y <= ends[1] else None for y in line['y']
+        ]
+        plot.line(
+            line['x'],
+            inside,
+            line['style'],
+            group=line.get('group', ''),
+            dashed=line.get('dashed', False),
+            dots=len(line['x']) <= _MOST_DOTS and not line.get('muted'),
+        )
+    if best is not None:
+        plot.mark(best, f'best: epoch {best}')
+    told = [line for line in lines if not line.get('muted')]
+    if told:
+        plot.tips(*_tips(told, percent))
+    return plot
+
+
+def _is_finite(value):
+    return value is not None and math.isfinite(value)
+
+
+def _tips(lines, percent):
+    epochs = sorted({x for line in lines for x in line['x']})
+    epochs = epochs[:: max(1, -(-len(epochs) // _MOST_TIPS))]
+    values = [dict(zip(line['x'], line['y'], strict=True)) for line in lines]
+    texts = []
+    for epoch in epochs:
+        rows = [f'Epoch {epoch}']
+        for line, row in zip(lines, values, strict=True):
+            value = row.get(epoch)
+            if value is not None:
+                text = render.percent(value) if percent else format_number(value)
+                rows.append(f'{line["name"]}: {text}')
+        texts.append('\n'.join(rows))
+    return epochs, texts
+
+
+def training(curves: dict[str, Any]) -> list[str]:
+    """The charts of a run: accuracy, loss, mean AUROC if there is one, learning rate.
+
+    Args:
+      curves: of `run_folder.curves`.
+    """
+    epochs, best = curves['epoch'], curves['best']
+
+    def pair(name):
+        return [
+            {'name': part, 'style': style, 'x': epochs, 'y': curves[f'{key}_{name}']}
+            for key, part, style in (
+                ('train', 'Training', 's0'),
+                ('test', 'Test', 's1'),
+            )
+            if f'{key}_{name}' in curves
+        ]
+
+    both = legend([(style, name) for _, name, style in _PARTS])
+    made = [
+        figure(
+            'Accuracy',
+            by_epoch(
+                pair('accuracy'),
+                title='Training and test accuracy',
+                unit='Accuracy',
+                percent=True,
+                best=best,
+            ),
+            both,
+            id='accuracy',
+        ),
+        figure(
+            'Loss',
+            by_epoch(
+                pair('loss'),
+                title='Training and test loss',
+                unit='Cross-entropy, nats',
+                best=best,
+            ),
+            both,
+            id='loss',
+        ),
+    ]
+    if 'test_mean_auroc' in curves:
+        chart = by_epoch(
+            pair('mean_auroc'), title='Mean test AUROC', unit='Mean AUROC', best=best
+        )
+        made.append(figure('Mean AUROC', chart, id='auroc'))
+    rates = curves['learning_rate']
+    line = {'name': 'Learning rate', 'style': 's0', 'x': epochs, 'y': rates}
+    chart = by_epoch(
+        [line], title='Learning rate', unit='Learning rate', low=0, height=190
+    )
+    made.append(figure('Learning rate', chart, id='rate'))
+    return made
+
+
+def reliability(calibration: dict[str, Any], *, scaled: bool) -> str:
+    """A reliability diagram over a histogram of the images.
+
+    Args:
+      calibration: of `metrics.calibrate`.
+      scaled: whether the curve after temperature scaling is drawn, too.
+    """
+    x = Axis('Confidence (probability of the predicted class)', 0, 1, SHARES)
+    plot = Plot(
+        x, Axis('Accuracy', 0, 1, SHARES), label='Reliability diagram', height=300
+    )
+    plot.line([0, 1], [0, 1], 'soft', dashed=True, title='Perfect calibration')
+    rows = [('soft dashed', 'Perfect calibration'), ('s1', 'This model')]
+    kinds = [('before', 's1')]
+    if scaled:
+        kinds.append(('after', 's0'))
+        rows.append(('s0', f'With temperature {calibration["temperature"]:.2f}'))
+    for key, style in kinds:
+        bins = [row for row in calibration[key]['bins'] if row['count']]
+        total = sum(row['count'] for row in bins)
+        xs, ys = ([row[name] for row in bins] for name in ('confidence', 'accuracy'))
+        plot.line(xs, ys, style)
+        plot.points(
+            xs,
+            ys,
+            style,
+            sizes=[round(2.5 + 6 * (row['count'] / total) ** 0.5, 1) for row in bins],
+            titles=[
+                f'{row["count"]:,} images: confidence '
+                f'{render.percent(row["confidence"])}, accuracy '
+                f'{render.percent(row["accuracy"])}'
+                for row in bins
+            ],
+        )
+    return f'{plot}{_histogram(x, calibration["before"]["bins"])}{legend(rows)}'
+
+
+def _histogram(x, bins):
+    """How many images each bin has, below the diagram."""
+    counts = [row['count'] for row in bins]
+    edges = [n / len(bins) for n in range(len(bins) + 1)]
+    most = max(counts)
+    plot = Plot(
+        Axis('', 0, 1, SHARES),
+        Axis('Images', 0, most, ((0, '0'), (most, f'{most:,}'))),
+        label='Test images by confidence',
+        height=120,
+    )
+    texts = [
+        f'{count:,} images with a confidence of {low:.0%} to {high:.0%}'
+        for low, high, count in zip(edges, edges[1:], counts, strict=False)
+    ]
+    plot.bars(edges, counts, 'soft', titles=texts)
+    return plot
+
+
+def roc(rows: Sequence[dict[str, Any]], *, colored: int = 10) -> str:
+    """ROC curves with a legend below.
+
+    Args:
+      rows: `name`, `auroc` and the points of `metrics.roc`, the worst first.
+      colored: with more curves than that, all but the first three are gray.
+    """
+    plot = Plot(
+        Axis('False positive rate', 0, 1, SHARES),
+        Axis('True positive rate', 0, 1, SHARES),
+        label='ROC curves',
+        height=424,
+    )
+    plot.line([0, 1], [0, 1], 'soft', dashed=True, title='Chance')
+    shown = len(rows) if len(rows) <= colored else 3
+    styles = [f's{place}' if place < shown else 'faint' for place in range(len(rows))]
+    named = [f'{row["name"]} ({render.figure(row["auroc"])})' for row in rows]
+    for row, style, name in reversed(list(zip(rows, styles, named, strict=True))):
+        points = row['false_positive_rate'], row['true_positive_rate']
+        plot.line(*points, style, title=name, group=name)
+    below = legend(list(zip(styles, named, strict=True))[:shown])
+    return f'{plot}{below}'
+
+
+def scatter(field: dict[str, Any], *, unit: str, percent: bool) -> Plot:
+    """The results of a sweep's settings over one field.
+
+    Args:
+      field: `name`, `values`, `figures`, `spreads`, `names`, `done` and `log`.
+    """
+    values, figures = field['values'], np.asarray(field['figures'], float)
+    spreads = np.asarray(field['spreads'], float)
+    scale = 100 if percent else 1
+    low, high = (figures - spreads).min(), (figures + spreads).max()
+    room = 0.08 * (high - low) or 0.02
+    if isinstance(values[0], str):
+        kinds = list(dict.fromkeys(values))
+        xs = [kinds.index(value) for value in values]
+        ticks = tuple((n, _clip(kind)) for n, kind in enumerate(kinds))
+        x = Axis(field['name'], -0.5, len(kinds) - 0.5, ticks)
+    else:
+        xs, ends = values, (min(values), max(values))
+        factor = (ends[1] / ends[0]) ** 0.06 if field['log'] else 1
+        pad = 0 if field['log'] else 0.06 * (ends[1] - ends[0]) or 1
+        x = Axis(
+            field['name'],
+            ends[0] / factor - pad,
+            ends[1] * factor + pad,
+            log=field['log'],
+        )
+    y = Axis(unit, (low - room) * scale, (high + room) * scale)
+    if percent:
+        ticks = tuple((value, f'{text}%') for value, text in y.marks())
+        y = dataclasses.replace(y, ticks=ticks)
+    plot = Plot(x, y, label=f'{unit} by {field["name"]}')
+    for done, style in ((True, 's0'), (False, 'soft hollow')):
+        at = [n for n, there in enumerate(field['done']) if there == done]
+        plot.points(
+            [xs[n] for n in at],
+            [figures[n] * scale for n in at],
+            style,
+            errors=[spreads[n] * scale if done else 0 for n in at],
+            titles=[
+                f'Trial {field["names"][n]}: {values[n]}\n{figures[n] * scale:.4g}'
+                + '%' * percent
+                for n in at
+            ],
+        )
+    return plot
+
+
+def _clip(text, most=14):
+    return text if len(text) <= most else text[: most - 1] + '…'
+
+
+def compared(runs: Sequence[dict[str, Any]]) -> list[str]:
+    """Accuracy, loss and learning rate of several runs.
+
+    Args:
+      runs: `name` and `curves` (`run_folder.curves`) of each.
+    """
+    names = [(f's{n % 10}', run['name']) for n, run in enumerate(runs)]
+    below = legend(names, button=True)
+
+    def lines(column, *, dashed=False):
+        return [
+            {
+                'name': run['name'] + (', training' if dashed else ''),
+                'group': run['name'],
+                'style': style,
+                'x': run['curves']['epoch'],
+                'y': run['curves'][column],
+                'dashed': dashed,
+            }
+            for (style, _), run in zip(names, runs, strict=True)
+            if column in run['curves']
+        ]
+
+    made = []
+    for title, column, options in (
+        ('Accuracy', 'accuracy', {'unit': 'Accuracy', 'percent': True}),
+        ('Loss', 'loss', {'unit': 'Cross-entropy, nats'}),
+    ):
+        both = lines(f'test_{column}') + lines(f'train_{column}', dashed=True)
+        options |= {'low': None, 'high': None}
+        if column == 'loss':
+            options['high'] = _high_of(both)
+        chart = by_epoch(both, title=title, **options)
+        made.append(figure(title, chart, below, id=column))
+    chart = by_epoch(
+        lines('learning_rate'),
+        title='Learning rate',
+        unit='Learning rate',
+        low=0,
+        height=190,
+    )
+    made.append(figure('Learning rate', chart, below, id='rate'))
+    return made
+
+
+def _high_of(lines):
+    """The top of a loss axis: one run that diverged must not flatten the others."""
+    tops = sorted(
+        max(filter(_is_finite, line['y']), default=0) for line in lines if line['y']
+    )
+    middle = tops[len(tops) // 2] if tops else 1
+    return min(tops[-1], 4 * middle) if tops else None

@@ -1,0 +1,83 @@
+"""The few numbers at the top of a report, and what is to be known of them."""
+
+from flax_densenet.evaluation import metrics as metrics_lib
+from flax_densenet.report import render
+
+
+def rows(found) -> list[tuple[str, str, list[str]]]:
+    """Name, value and notes of each number, the most important first.
+
+    Args:
+      found: an `evaluation.results.Results`.
+    """
+    metrics = found.metrics
+    macro = metrics['macro']
+    what = 'labels' if found.multi_label else 'classes'
+    accuracy = _accuracy(found)
+    made = [] if found.multi_label else [accuracy]
+    if macro['auroc'] is not None:
+        notes = [f'mean of the {what}', 'chance: 0.500']
+        made.append(('Mean AUROC', render.figure(macro['auroc']), notes))
+    if found.multi_label:
+        made.append(accuracy)
+    if metrics['top5'] is not None:
+        made.append(
+            (
+                'Top-5 accuracy',
+                render.percent(metrics['top5']),
+                ['actual class among the five most likely'],
+            )
+        )
+    if macro['f1'] is not None:
+        made.append(('F1', render.figure(macro['f1']), [f'mean of the {what}']))
+    made.append(('Loss', render.figure(metrics['loss']), ['cross-entropy, nats']))
+    if metrics['calibration']:
+        error = metrics['calibration']['before']['error']
+        notes = ['confidence minus accuracy, on average']
+        made.append(('Calibration error', render.percent(error), notes))
+    return made
+
+
+def _accuracy(found):
+    metrics = found.metrics
+    count = metrics['count']
+    notes = []
+    if metrics['accuracy_interval']:
+        low, high = map(render.percent, metrics['accuracy_interval'])
+        notes.append(f'95% interval: {low} to {high}')
+    title = f'Accuracy on {count:,} test image{"" if count == 1 else "s"}'
+    if found.multi_label:
+        title = f'Label accuracy on {count:,} test image{"" if count == 1 else "s"}'
+        notes.append('share of labels predicted correctly at 50%')
+    elif baseline := metrics_lib.majority(metrics):
+        notes.append(
+            f'baselines: {render.percent(baseline[1])} for always “{baseline[0]}”, '
+            f'{render.percent(1 / len(found.class_names))} by chance'
+        )
+    return title, render.percent(metrics['accuracy']), notes
+
+
+def selection(records, measured, trained_on: bool) -> str:
+    """A sentence on whether the images of the metrics also chose the model.
+
+    Args:
+      records: of the run.
+      measured: an `evaluation.results.Measured`.
+      trained_on: whether these are test images of the run's own data.
+    """
+    if measured.step is None:
+        return ''
+    if not trained_on:
+        return (
+            'These images are from other data than the run was trained and tested on.'
+        )
+    if len(records) < 2:
+        return ''
+    what = 'accuracy'
+    if any(record.get('test_mean_auroc') is not None for record in records):
+        what = 'mean AUROC'
+    return (
+        f'Epoch {measured.epoch} of {len(records)} was chosen for its {what} on these '
+        'same test images, which makes the metrics optimistic: expect somewhat lower '
+        'ones on new images.'
+    )

@@ -350,7 +350,7 @@ def reliability(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
     for place in range(BINS):
         inside = places == place
         count = int(inside.sum())
-        row = {'count': count, 'confidence': None, 'accuracy': None}
+        row: dict[str, Any] = {'count': count, 'confidence': None, 'accuracy': None}
         if count:
             row['confidence'] = float(confidence[inside].mean())
             row['accuracy'] = float(right[inside].mean())

@@ -27,7 +27,7 @@ NAMES = 200  # the most class names in a card
 _ODD = re.compile(r'[`|\\]|^\s|\s$|\s\s')
 _TITLES = {
     'accuracy': 'Accuracy',
-    'top5': 'Right class among the first five',
+    'top5': 'Top-5 accuracy',
     'precision': 'Precision, mean of classes',
     'recall': 'Recall, mean of classes',
     'f1': 'F1, mean of classes',
@@ -85,10 +85,7 @@ def render(
     model = model_card_facts.describe_model(trained)
     run = model_card_facts.describe_run(trained, workdir)
     metrics = model_card_facts.describe_metrics(trained, workdir)
-    count = model['num_classes']
-    network = model['family']['name'] if model['changes'] else model['variant']
-    title = f'{network} for {count} '
-    title += 'labels' if model['multi_label'] else 'classes'
+    title = _title(model)
     name = os.path.basename(os.path.abspath(file)) if file else None
     key = 'huggingface' if hub else file_format
     facts = [(str(one), str(other)) for one, other in facts]
@@ -114,6 +111,16 @@ def render(
     )
 
 
+def _title(model):
+    """The network and, if there are only a few, the classes."""
+    network = model['family']['name'] if model['changes'] else model['variant']
+    names, count = model['class_names'] or (), model['num_classes']
+    if 1 < len(names) <= 4 and sum(map(len, names)) <= 60:
+        return f'{network} for {", ".join(names[:-1])} and {names[-1]}'
+    what = 'labels' if model['multi_label'] else 'classes'
+    return f'{network} for {count} {what}'
+
+
 def _code_of(model, name, key, normalized):
     """Values for the code examples."""
     library, torch_model = 'torchvision', f'torchvision.models.{model["torchvision"]}'
@@ -131,6 +138,7 @@ def _code_of(model, name, key, normalized):
         'weights_alone': bool(name and name.endswith('.weights.h5')),
         'keras_model': _keras_model(model),
         'normalized': normalized,
+        'takes_pixels': key in ('onnx', 'stablehlo') and not normalized,
         'gives_logits': normalized or key not in ('onnx', 'stablehlo', 'keras'),
     }
 
@@ -176,7 +184,7 @@ def _header(title, model, metrics, license):
         accuracy = {'type': 'accuracy', 'value': metrics['accuracy']}
         result = {
             'task': {'type': 'image-classification'},
-            'dataset': {'name': source, 'type': source},
+            'dataset': {'name': source, 'type': _dataset_id(source)},
             'metrics': [accuracy],
         }
         made['model-index'] = [{'name': title, 'results': [result]}]
@@ -184,6 +192,11 @@ def _header(title, model, metrics, license):
         f'{key}: {json.dumps(value, ensure_ascii=False)}' for key, value in made.items()
     ]
     return '\n'.join(['---', *lines, '---', '', ''])
+
+
+def _dataset_id(source):
+    """A name as the Hub takes one: letters, digits, `-`, `_` and `.`."""
+    return re.sub(r'[^A-Za-z0-9._-]+', '-', source).strip('-.') or 'unknown'
 
 
 def _license_id(license):
@@ -231,13 +244,13 @@ def _environment():
 
 def _row_title(name, multi_label):
     if multi_label and name == 'accuracy':
-        return 'Labels right'
+        return 'Label accuracy'
     return _TITLES[name].replace('classes', 'labels' if multi_label else 'classes')
 
 
 def _interval(pair):
     low, high = pair
-    return f'{low * 100:.1f} to {high * 100:.1f} %'
+    return f'{low * 100:.1f}% to {high * 100:.1f}%'
 
 
 def code(value: Any) -> str:

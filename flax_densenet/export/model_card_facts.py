@@ -109,6 +109,20 @@ def _torchvision(module, channels):
     )
 
 
+def public_source(source: str | None) -> str | None:
+    """A data source without the folders that it lies in, which are private.
+
+    >>> public_source('folder:/home/somebody/photos/birds')
+    'folder:birds'
+    """
+    if not source:
+        return None
+    kind, colon, path = source.partition(':')
+    if kind not in ('folder', 'packed', 'tar') or not colon:
+        return source
+    return f'{kind}:{os.path.basename(os.path.normpath(path))}'
+
+
 def describe_run(trained: trained_lib.Trained, workdir: str | None) -> dict[str, Any]:
     """Facts about the training: data, recipe, versions.
 
@@ -135,7 +149,7 @@ def describe_run(trained: trained_lib.Trained, workdir: str | None) -> dict[str,
         recipe['optimizer.drop_at'] = fields.get('optimizer.drop_at')
     trained_here = any(name.startswith('optimizer.') for name in recipe)
     return {
-        'source': metadata['data'].get('source'),
+        'source': public_source(metadata['data'].get('source')),
         'images': metadata.get('images'),
         'recipe': recipe if trained_here else {},
         # Its folder on that machine is private.
@@ -188,6 +202,7 @@ def _of_eval(trained, measured, values):
     if calibration:
         calibration = {
             'temperature': calibration['temperature'],
+            'helps': metrics.temperature_helps(calibration),
             'before': calibration['before']['error'],
             'after': calibration['after']['error'],
         }
@@ -196,7 +211,7 @@ def _of_eval(trained, measured, values):
     if len(classes) > results.ROWS:
         shown = sorted(classes, key=lambda row: row['f1'] or 0)[: results.ROWS]
     return {
-        'source': measured.data,
+        'source': public_source(measured.data),
         'own': own,
         'count': values['count'],
         'mirrored': measured.tta == 'flip',
@@ -240,7 +255,7 @@ def _of_checkpoint(trained):
         if saved.get(key) is not None:
             rows.append((name, saved[key], None))
     return {
-        'source': metadata['data'].get('source'),
+        'source': public_source(metadata['data'].get('source')),
         'own': True,
         'count': count,
         'mirrored': False,

@@ -68,9 +68,9 @@ def test_all_that_a_run_tells(tmp_path):
         license='MIT',
     )
     share, (low, high) = figures['accuracy'], figures['accuracy_interval']
-    between = f'{low:.1%} to {high:.1%}'.replace('% to', ' to').replace('%', ' %')
+    between = f'{low:.1%} to {high:.1%}'
     for part in (
-        f'**{share * 100:.1f} %** (95 % interval {between}) on 200 test images of',
+        f'**{share:.1%}** (95% interval {between}) on 200 test images of',
         '1,234 images to train on, 200 to test on',
         '`ants`,\n`bees`\n',
         'the best of 8 on these same test images',
@@ -93,10 +93,29 @@ def test_all_that_a_run_tells(tmp_path):
     bees = figures['classes'][1]
     low, high = metrics.wilson(round(bees['recall'] * bees['support']), bees['support'])
     (line,) = re.findall(r'\| `bees` \|.*', said)
-    assert (
-        f'{bees["recall"] * 100:.1f} % ({low * 100:.1f} to {high * 100:.1f} %)' in line
-    )
+    assert f'{bees["recall"]:.1%} ({low:.1%} to {high:.1%})' in line
     assert line.endswith(f' {bees["support"]} |')
+
+
+def test_preparation_fits_the_file():
+    """A file that normalizes by itself is not given normalized pixels."""
+    options = {'file': 'x.onnx', 'file_format': 'onnx'}
+    said = model_card.render(trained(), **options)
+    assert 'normalization is inside the file' in said
+    assert 'mean' not in said.split('## Preparing')[1].split('## Use')[0]
+    assert '{taken.name: pixels[None]}' in said
+    said = model_card.render(trained(), facts=[('inputs', 'normalized')], **options)
+    assert 'inside the file' not in said and '/ 255 - [0.5, 0.5, 0.5]' in said
+
+
+def test_title_and_source_are_public():
+    data = {'source': 'folder:/home/somebody/photos/birds'}
+    said = model_card.render(trained(data=data), hub=True, license='mit')
+    assert '# BC-L10k4 for ants and bees\n' in said
+    assert 'somebody' not in said and '`folder:birds`' in said
+    assert '"type": "folder-birds"' in said and 'pip install flax_densenet' in said
+    many = model_card.render(trained(tuple(map(str, range(9)))))
+    assert many.startswith('# BC-L10k4 for 9 classes\n')
 
 
 def test_precision_counts_what_was_said(tmp_path):
@@ -105,22 +124,20 @@ def test_precision_counts_what_was_said(tmp_path):
     said = model_card.render(trained(), workdir=str(tmp_path))
     right, wrong = figures['confusion'][0][0], figures['confusion'][1][0]
     low, high = metrics.wilson(right, right + wrong)
-    assert (
-        f'| `ants` | {right / (right + wrong) * 100:.1f} % ({low * 100:.1f} to' in said
-    )
+    assert f'| `ants` | {right / (right + wrong):.1%} ({low:.1%} to' in said
 
 
 def test_a_checkpoint_alone():
     """Its own accuracy, an interval by the number of test images, no classes."""
     said = model_card.render(trained())
     low, high = metrics.wilson(180, 200)
-    assert f'**90.0 %** (95 % interval {low * 100:.1f} to {high * 100:.1f} %)' in said
+    assert f'**90.0%** (95% interval {low:.1%} to {high:.1%})' in said
     assert 'run `flax-densenet eval` before' in said
     assert 'calibration was not measured' in said
     assert 'The recipe is unknown' in said
     metadata = {k: v for k, v in trained().metadata.items() if k != 'images'}
     said = model_card.render(dataclasses.replace(trained(), metadata=metadata))
-    assert '**90.0 %** on the test images' in said
+    assert '**90.0%** on the test images' in said
 
 
 def test_nothing_known():
@@ -142,10 +159,10 @@ def test_nothing_known():
 
 def test_figures_of_another_checkpoint_or_data(tmp_path):
     write_run(tmp_path, step=27)
-    assert '**90.0 %**' in model_card.render(trained(), workdir=str(tmp_path))
+    assert '**90.0%**' in model_card.render(trained(), workdir=str(tmp_path))
     figures = write_run(tmp_path, source='folder:mine')
     said = model_card.render(trained(), workdir=str(tmp_path))
-    assert f'**{figures["accuracy"] * 100:.1f} %**' in said
+    assert f'**{figures["accuracy"]:.1%}**' in said
     assert 'On 200 images of `folder:mine`.' in said
     assert 'optimistic' not in said
 
@@ -153,7 +170,7 @@ def test_figures_of_another_checkpoint_or_data(tmp_path):
 def test_several_labels():
     said = model_card.render(trained(multi_label=True))
     assert 'predicts a probability for each of 2 labels' in said
-    assert '| Labels right |' in said and 'which a sigmoid turns' in said
+    assert '| Label accuracy |' in said and 'which a sigmoid turns' in said
     assert 'interval' not in said.split('## Model')[0]
 
 

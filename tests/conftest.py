@@ -83,6 +83,12 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    forks = sys.modules.get('helpers.forks')
+    if forks:
+        forks.stop()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collect_file(file_path):
     """Files of tests hold no examples to run; looking for them takes a while."""
@@ -90,6 +96,17 @@ def pytest_collect_file(file_path):
     if file_path.is_relative_to(os.path.dirname(__file__)):
         found = [one for one in found if not isinstance(one, doctest.DoctestModule)]
     return found
+
+
+@pytest.fixture(scope='session')
+def digits_run(tmp_path_factory):
+    """What `train` returned of a run on the digits of four epochs (helpers.shared).
+
+    Its folder is this process's; what changes it takes a copy.
+    """
+    from helpers import shared
+
+    return shared.digits_run(tmp_path_factory)
 
 
 @pytest.fixture(autouse=True)

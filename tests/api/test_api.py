@@ -14,24 +14,12 @@ from flax_densenet import api
 from flax_densenet.errors import UserError
 from helpers.paths import ROOT
 from helpers.runs import write_images
-
-SMALL = {
-    'model': {'variant': 'BC-L10k4'},
-    'data': {'image_size': 8, 'batch_size': 128},
-    'optimizer': {'learning_rate': 3e-3},
-    'train': {'epochs': 2, 'tensorboard': False},
-}
+from helpers.shared import DIGITS
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    """A run on the digits, as `train` returns it."""
-    return flax_densenet.train(SMALL, tmp_path_factory.mktemp('api') / 'digits')
-
-
-@pytest.fixture(scope='module')
-def model(trained):
-    return flax_densenet.load(trained.workdir, batch_size=8)
+def model(digits_run):
+    return flax_densenet.load(digits_run.workdir, batch_size=8)
 
 
 def test_names():
@@ -111,29 +99,29 @@ def test_get_config(tmp_path):
         flax_densenet.get_config('cifar', '40_12,x')
 
 
-def test_train_returns_the_records(trained):
-    lines = (ROOT / trained.workdir / 'metrics.jsonl').read_text().splitlines()
-    assert trained.records == [json.loads(line) for line in lines]
-    assert [record['epoch'] for record in trained.records] == [1, 2]
-    assert trained.best in trained.records
-    assert trained.best['test_accuracy'] == max(
-        record['test_accuracy'] for record in trained.records
+def test_train_returns_the_records(digits_run):
+    lines = (ROOT / digits_run.workdir / 'metrics.jsonl').read_text().splitlines()
+    assert digits_run.records == [json.loads(line) for line in lines]
+    assert [record['epoch'] for record in digits_run.records] == [1, 2, 3, 4]
+    assert digits_run.best in digits_run.records
+    assert digits_run.best['test_accuracy'] == max(
+        record['test_accuracy'] for record in digits_run.records
     )
 
 
-def test_train_writes_the_report_and_resumes(trained, capsys):
-    made = {path.name for path in (ROOT / trained.workdir).iterdir()}
+def test_train_writes_the_report_and_resumes(digits_run, capsys):
+    made = {path.name for path in (ROOT / digits_run.workdir).iterdir()}
     assert {'report.html', 'eval.json', 'checkpoints', 'config.json'} <= made
-    again = flax_densenet.train(SMALL, trained.workdir)
-    assert again == trained
+    again = flax_densenet.train(DIGITS, digits_run.workdir)
+    assert again == digits_run
     assert 'nothing to train' in capsys.readouterr().out
 
 
-def test_train_takes_a_config_dict(trained, capsys):
+def test_train_takes_a_config_dict(digits_run, capsys):
     config = flax_densenet.get_config('base')
-    for section, fields in SMALL.items():
+    for section, fields in DIGITS.items():
         config[section].update(fields)
-    assert flax_densenet.train(config, trained.workdir) == trained
+    assert flax_densenet.train(config, digits_run.workdir) == digits_run
     capsys.readouterr()
 
 
@@ -154,13 +142,13 @@ def test_train_refuses(config, line, tmp_path):
         flax_densenet.train(config, tmp_path / 'run')
 
 
-def test_package_and_function_have_one_name(trained):
+def test_package_and_function_have_one_name(digits_run):
     """Whether or not its modules were imported before."""
     from flax_densenet.export import formats
     from flax_densenet.train import fit
 
     assert flax_densenet.train.fit is fit and flax_densenet.export.formats is formats
-    assert flax_densenet.train(SMALL, trained.workdir) == trained
+    assert flax_densenet.train(DIGITS, digits_run.workdir) == digits_run
 
 
 @pytest.mark.slow
@@ -169,7 +157,7 @@ def test_train_with_decoding_processes_needs_no_absl(tmp_path):
     (tmp_path / 'program.py').write_text(
         'import flax_densenet\n\n'
         'if __name__ == "__main__":\n'
-        f'    config = {SMALL | {"data": SMALL["data"] | {"workers": 1}}}\n'
+        f'    config = {DIGITS | {"data": DIGITS["data"] | {"workers": 1}}}\n'
         '    config["train"] |= {"report": False, "epochs": 1}\n'
         '    print(flax_densenet.train(config, "run").best["epoch"])\n'
     )
@@ -183,21 +171,21 @@ def test_train_with_decoding_processes_needs_no_absl(tmp_path):
     assert (done.returncode, done.stdout) == (0, '1\n'), done.stderr
 
 
-def test_load(model, trained):
+def test_load(model, digits_run):
     assert isinstance(model, flax_densenet.Predictor)
     assert isinstance(model.trained.module, flax_densenet.DenseNet)
-    assert (model.path, model.batch_size) == (trained.workdir, 8)
+    assert (model.path, model.batch_size) == (digits_run.workdir, 8)
     found = model.predict(np.zeros((8, 8), np.uint8))
     assert found[0].label in model.class_names
     with pytest.raises(UserError, match='no such file or folder'):
         flax_densenet.load('nowhere')
 
 
-def test_evaluate_measures_the_test_images(model, trained):
+def test_evaluate_measures_the_test_images(model, digits_run):
     found = flax_densenet.evaluate(model, batch_size=128)
-    assert found.accuracy == pytest.approx(trained.best['test_accuracy'])
-    assert found.loss == pytest.approx(trained.best['test_loss'], rel=1e-4)
-    saved = json.loads((ROOT / trained.workdir / 'eval.json').read_text())
+    assert found.accuracy == pytest.approx(digits_run.best['test_accuracy'])
+    assert found.loss == pytest.approx(digits_run.best['test_loss'], rel=1e-4)
+    saved = json.loads((ROOT / digits_run.workdir / 'eval.json').read_text())
     assert found.metrics == {name: saved[name] for name in found.metrics}
     assert found.probabilities.shape == (len(found.labels), len(found.class_names))
     assert (found.probabilities.argmax(-1) == found.labels).mean() == found.accuracy
@@ -215,9 +203,9 @@ def test_evaluate_takes_arrays(model):
     np.testing.assert_array_equal(found.probabilities, own.probabilities)
 
 
-def test_evaluate_takes_folders(trained, tmp_path):
+def test_evaluate_takes_folders(digits_run, tmp_path):
     folder = write_images(tmp_path / 'more', {'3': 4, '7': 4})
-    found = flax_densenet.evaluate(trained.workdir, folder, batch_size=4)
+    found = flax_densenet.evaluate(digits_run.workdir, folder, batch_size=4)
     assert sorted(found.labels) == [3] * 4 + [7] * 4
     assert all(name.endswith('.jpg') for name in found.names)
     assert found.metrics['count'] == 8

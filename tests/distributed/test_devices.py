@@ -6,15 +6,13 @@ runs that differ in their statistics are some 1e-2 apart (`test_choices_differ`)
 
 import json
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
 from benchmarks import exchange
+from helpers import forks
 from helpers.device_runs import RUNS
-from helpers.paths import ROOT
 
 BOUND = 1e-12
 QUICK = ('one', 'eight', 'groups of 8', 'own rows', 'parts of 8 in shards')
@@ -35,13 +33,10 @@ PAIRS = [
 def start(out, names):
     """The runs of these names in a program of its own, with eight devices."""
     flags = os.environ['XLA_FLAGS'].replace('device_count=4', 'device_count=8')
-    script = str(ROOT / 'tests' / 'helpers' / 'device_runs.py')
-    done = subprocess.run(
-        [sys.executable, script, str(out), *names],
-        env=os.environ
-        | {'XLA_FLAGS': flags, 'JAX_ENABLE_X64': '1', 'PYTHONPATH': str(ROOT)},
-        capture_output=True,
-        text=True,
+    done = forks.run(
+        'import sys; from helpers import device_runs; device_runs.main(*sys.argv[1:])',
+        *(out, *names),
+        environment={'XLA_FLAGS': flags, 'JAX_ENABLE_X64': '1'},
     )
     assert done.returncode == 0, done.stderr
     arrays, found = np.load(f'{out}.npz'), {name: {} for name in names}

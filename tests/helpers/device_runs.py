@@ -1,14 +1,12 @@
 """Steps of training on some of eight fake devices, in double precision.
 
-`python tests/helpers/device_runs.py OUT NAME...` takes the runs of these names in
-`RUNS` and writes their states to OUT.npz and what else there is to know to OUT.json. A
-program of its own, since the number of fake devices and double precision are for a
-whole process.
+`main(OUT, NAME, ...)` takes the runs of these names in `RUNS` and writes their states to
+OUT.npz and what else there is to know to OUT.json. It needs a process of its own, since
+the number of fake devices and double precision are for a whole one.
 """
 
 import json
 import os
-import sys
 
 import jax
 import numpy as np
@@ -176,6 +174,7 @@ def _describe(compiled, state, losses, before, mesh):
 
 def main(out, *names):
     """Writes the arrays under NAME/KIND/..."""
+    assert os.environ['JAX_ENABLE_X64'] == '1'
     arrays, infos = {}, {}
     for name in names:
         trees, infos[name] = take(**RUNS[name.removesuffix(' again')])
@@ -185,8 +184,3 @@ def main(out, *names):
     np.savez(out + '.npz', **arrays)
     with open(out + '.json', 'w') as file:
         json.dump(infos, file)
-
-
-if __name__ == '__main__':
-    assert os.environ['JAX_ENABLE_X64'] == '1'
-    main(*sys.argv[1:])

@@ -58,6 +58,7 @@ def tiny_config(**overrides):
     """configs/base.py with a network that compiles in seconds, on 8x8 digits."""
     config = base.get_config()
     config.model.variant = 'BC-L10k4'
+    config.model.block_sizes = (1, 1)
     config.data.image_size = 8
     config.data.batch_size = 128
     config.optimizer.learning_rate = 3e-3

@@ -99,22 +99,26 @@ def objective(monkeypatch):
     return use
 
 
-def start(workdir, *flags, epochs=3, **options):
+def config_of(options):
     config = base.get_config()
-    config.train.epochs = epochs
-    for name in [name for name in options if '.' in name]:
-        config.update_from_flattened_dict({name: options.pop(name)})
+    config.update_from_flattened_dict(dict(options))
+    return config
 
-    # Some 20 ms, which a sweep asks for many times.
-    @functools.cache
-    def override(*fields):
-        return sweep_command.override(config, dict(fields))
 
+@functools.cache
+def override(options, fields):
+    """Some 20 ms, which a sweep asks for many times."""
+    return sweep_command.override(config_of(options), dict(fields))
+
+
+def start(workdir, *flags, epochs=3, **options):
+    chosen = {name: options.pop(name) for name in [*options] if '.' in name}
+    chosen = tuple({'train.epochs': epochs, **chosen}.items())
     return sweep_runner.run(
-        cli_options.to_dict(config),
+        cli_options.to_dict(config_of(chosen)),
         str(workdir),
         list(flags),
-        override=lambda fields: copy.deepcopy(override(*fields.items())),
+        override=lambda fields: copy.deepcopy(override(chosen, tuple(fields.items()))),
         **options,
     )
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 from flax_densenet.errors import UserError
 from flax_densenet.system import lock, platforms
+from helpers import forks
 from helpers.paths import ROOT
 from helpers.runs import make_weights
 
@@ -25,11 +26,17 @@ else:
 """
 
 
-def run(code, **environment):
+def run(code):
+    """In a fresh process: it is about what is imported."""
     done = subprocess.run(
-        [sys.executable, '-c', code],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment},
-    )  # fmt: skip
+        [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def check(**environment):
+    done = forks.run(CHECK, cwd=ROOT, environment=environment)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -51,7 +58,7 @@ def run(code, **environment):
     ],
 )
 def test_devices_that_are_not_there(name, value, message):
-    told = run(CHECK, **{name: value})
+    told = check(**{name: value})
     assert told.startswith(f'{name}={value}: not available')
     assert message in told and 'cpu' in told
     assert told.count('\n') == 1
@@ -59,7 +66,7 @@ def test_devices_that_are_not_there(name, value, message):
 
 @pytest.mark.parametrize('value', ['cuda', pytest.param('gpu', marks=pytest.mark.slow)])
 def test_no_gpu(value):
-    told = run(CHECK, JAX_PLATFORMS=value)
+    told = check(JAX_PLATFORMS=value)
     if told == 'fine\n':
         pytest.skip('there is one')
     assert told.startswith(f'JAX_PLATFORMS={value}: not available')
@@ -72,7 +79,7 @@ def test_no_gpu(value):
     [*(pytest.param(v, marks=pytest.mark.slow) for v in ('cpu', '')), 'cuda,cpu'],
 )
 def test_devices_that_are_there(value):
-    assert run(CHECK, JAX_PLATFORMS=value) == 'fine\n'
+    assert check(JAX_PLATFORMS=value) == 'fine\n'
 
 
 WINDOWS = """

@@ -40,6 +40,7 @@ STAGES = [
     {'classifier'},
 ]
 SIZE = {'data.image_size': 8, 'data.batch_size': 100, 'data.test_fraction': 0.7}
+SIZE |= {'model.block_sizes': (1, 1, 1)}
 
 
 def equal_leaves(one, other):
@@ -397,7 +398,7 @@ def test_where_features_are_not_cached(changes, limit, reason, capsys):
 )
 def test_mistakes(overrides, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        fit.fit(tiny_config(**overrides), str(tmp_path / 'run'))
+        fit.fit(tiny_config(**SIZE, **overrides), str(tmp_path / 'run'))
     assert not (tmp_path / 'run').exists()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 
 import jax
@@ -24,10 +25,15 @@ from helpers.runs import (
     reuse_steps,
     stop_after,
     tiny_config,
-    train_with_pages,
     write_images,
 )
 
+# Those of `digits_run`.
+FOUR_EPOCHS = {
+    'optimizer.learning_rate': 1e-2,
+    'train.epochs': 4,
+    'train.report': True,
+}
 LINE = re.compile(
     r'Epoch: [ \d]\d\. Train_acc: \d+\.\d%, Train_loss: \d+\.\d{3}, '
     r'Test_acc: \d+\.\d%, Test_loss: \d+\.\d{3}, Lr: \d\.\d\dE-\d\d'
@@ -85,13 +91,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys):
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp('trained')
-    config = tiny_config(**{'train.epochs': 4, 'data.image_size': 8})
-    return workdir, config, train_with_pages(config, workdir).best
+def trained(digits_run):
+    workdir = pathlib.Path(digits_run.workdir)
+    return workdir, tiny_config(**FOUR_EPOCHS), digits_run.best
 
 
-@pytest.mark.drawn
 def test_what_a_run_leaves(trained, capsys):
     workdir, config, best = trained
     records = read_records(workdir)
@@ -165,7 +169,7 @@ def test_the_best_checkpoint_evaluates_to_what_was_saved(trained):
 )
 def test_a_workdir_of_another_run(trained, overrides, message):
     workdir, _, _ = trained
-    config = tiny_config(**{'train.epochs': 4, 'data.image_size': 8} | overrides)
+    config = tiny_config(**FOUR_EPOCHS | overrides)
     before = sorted(path.name for path in workdir.rglob('*'))
     with pytest.raises(UserError, match=message):
         fit.fit(config, str(workdir))
@@ -230,7 +234,7 @@ def test_bad_images_are_listed(tmp_path, capsys):
     [
         ({'data.batch_size': 98}, '98 does not divide over 4 devices; use 96 or 100'),
         ({'data.batch_size': 3}, 'does not divide over 4 devices; use 4'),
-        ({'data.image_size': 3}, 'images of 3x3 are too small'),
+        ({'data.image_size': 1}, 'images of 1x1 are too small'),
         ({'data.std': (1.0, 0.0, 1.0)}, 'data.std'),
         ({'data.mean': (1.0,)}, 'needs a number for each of 3 channels'),
         ({'data.threads': 0}, 'data.threads=0'),

@@ -1,8 +1,8 @@
 """Steps of training on some of eight fake devices, in double precision.
 
-`main(OUT, NAME, ...)` takes the runs of these names in `RUNS` and writes their states to
-OUT.npz and what else there is to know to OUT.json. It needs a process of its own, since
-the number of fake devices and double precision are for a whole one.
+`main(OUT, NAME, ...)` takes the runs of these names in `RUNS` and writes their states
+to OUT.npz and what else there is to know to OUT.json. It needs a process of its own,
+since the number of fake devices and double precision are for a whole one.
 """
 
 import json

@@ -181,7 +181,7 @@ def test_batches(channels, augment):
         ({'data.cutmix': -1.0}, 'data.cutmix=-1.0 is the alpha'),
         ({'data.size_schedule': (0.5, 0)}, 'data.size_schedule='),
         (
-            {'data.size_schedule': (0.5, 2), 'model.variant': 'BC-L10k4'},
+            {'data.size_schedule': (0.5, 2), 'model.block_sizes': (1, 1, 1)},
             r'data.size_schedule=\(0.5, 2\): images of 2x2 are too small',
         ),
     ],

@@ -129,3 +129,21 @@ def _without_pictures(request, monkeypatch):
 
     monkeypatch.setattr(plots, 'save_samples', save_samples)
     monkeypatch.setattr(plots, 'save_curves', lambda workdir, records: None)
+
+
+@pytest.fixture(scope='session')
+def _file_host():
+    from helpers import file_hosts
+
+    host = file_hosts.Host()
+    yield host
+    host.close()
+
+
+@pytest.fixture
+def host(_file_host, tmp_path, monkeypatch):
+    """Hosts of files and the Hub, on this machine; caches in the test's folder."""
+    from helpers import file_hosts
+
+    _file_host.clear()
+    return file_hosts.use(_file_host, tmp_path, monkeypatch)

@@ -6,6 +6,7 @@ from flax_densenet.cli import (
     lr_find,
     pack,
     predict,
+    push,
     report,
     serve,
     settings,
@@ -19,7 +20,7 @@ from flax_densenet.cli import (
 COMMANDS = {
     module.COMMAND.name: module.COMMAND
     for module in (
-        *(train, evaluate, report, predict, export, serve),
+        *(train, evaluate, report, predict, export, push, serve),
         *(sweep, lr_find, pack, summary, weights, settings),
     )
 }

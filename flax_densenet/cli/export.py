@@ -1,7 +1,5 @@
 """`export`: writes a trained model to a file for another program."""
 
-import dataclasses
-
 from flax_densenet.cli import arguments, options, trained_model
 from flax_densenet.errors import UserError
 
@@ -30,33 +28,13 @@ def run(invocation: options.Invocation):
         flags.data_license,
     )
     shipped.check(out)
-    facts = release.run(out, shipped, _samples(invocation, path, trained))
+    samples = trained_model.verification_samples(
+        invocation, path, trained, integers=flags.precision == 'int8'
+    )
+    facts = release.run(out, shipped, samples)
     print(f'{out}: the model of {path}')
     for name, value in facts:
         print(f'  {name}: {value}')
-
-
-def _samples(invocation, path, trained):
-    """Images to verify the file on: --files, the run's own, or scikit-learn's."""
-    from flax_densenet.export import sample_images
-    from flax_densenet.weights import trained as trained_lib
-
-    if invocation.flags.files:
-        preparation = trained_lib.preparation_of(trained.metadata)
-        return sample_images.from_files(invocation.flags.files, preparation)
-    settings, place = trained_model.data_settings(invocation, trained.metadata)
-    if 'source' not in trained.metadata['data'] and not place:
-        settings = dataclasses.replace(
-            settings, data=dataclasses.replace(settings.data, source='')
-        )
-    set_here = any(name.startswith('data.') for name in invocation.overrides)
-    return sample_images.from_model(
-        trained,
-        path,
-        settings,
-        integers=invocation.flags.precision == 'int8',
-        required=bool(set_here or place),
-    )
 
 
 def _place(positionals):
@@ -110,22 +88,8 @@ COMMAND = options.Command(
                 value='TYPE',
             ),
         ),
-        'Verification': (
-            options.Flag(
-                'files',
-                'Images to verify the file on, as a file, folder or pattern. Can be '
-                'given several times.',
-                kind=list,
-                value='FILES',
-                default_text="the run's own images",
-            ),
-        ),
-        'Model card': (
-            options.Flag(
-                'license', 'License of the weights, such as cc-by-4.0.', value='NAME'
-            ),
-            options.Flag('data_license', 'License of the data.', value='NAME'),
-        ),
+        'Verification': (options.VERIFICATION_FILES,),
+        'Model card': options.LICENSES,
     },
     place=_place,
     fields='Only init_from and data.* apply, for the images to verify on.',

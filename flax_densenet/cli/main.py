@@ -105,5 +105,5 @@ def set_up(invocation):
         return
     if platforms.is_chosen():  # told before anything is read
         platforms.check_devices()
-    if name not in ('summary', 'export'):
+    if name not in ('summary', 'export', 'push'):
         cpu_kernels.load_ahead()

@@ -174,6 +174,18 @@ OF_WEIGHTS = (
         default_text='as in the weights, else softmax',
     ),
 )
+VERIFICATION_FILES = Flag(
+    'files',
+    'Images to verify the file on, as a file, folder or pattern. Can be given several '
+    'times.',
+    kind=list,
+    value='FILES',
+    default_text="the run's own images",
+)
+LICENSES = (
+    Flag('license', 'License of the weights, such as cc-by-4.0.', value='NAME'),
+    Flag('data_license', 'License of the data.', value='NAME'),
+)
 CLUSTER = (
     Flag(
         'distributed',

@@ -1,5 +1,6 @@
 """What the commands that use a trained model share: which one, and on which data."""
 
+import dataclasses
 import os
 from typing import Any
 
@@ -137,6 +138,35 @@ def _name(fields):
     source = fields.get('source') or 'unknown data'
     labels = fields.get('labels')
     return f'{source} with {labels}' if labels else source
+
+
+def verification_samples(
+    invocation: options.Invocation, path: str, trained, *, integers: bool = False
+):
+    """Images to verify a file on: --files, the run's own, or scikit-learn's.
+
+    Args:
+      integers: the file computes in integers, which are calibrated on the images.
+    """
+    from flax_densenet.export import sample_images
+    from flax_densenet.weights import trained as trained_lib
+
+    if invocation.flags.files:
+        preparation = trained_lib.preparation_of(trained.metadata)
+        return sample_images.from_files(invocation.flags.files, preparation)
+    found, place = data_settings(invocation, trained.metadata)
+    if 'source' not in trained.metadata['data'] and not place:
+        found = dataclasses.replace(
+            found, data=dataclasses.replace(found.data, source='')
+        )
+    set_here = any(name.startswith('data.') for name in invocation.overrides)
+    return sample_images.from_model(
+        trained,
+        path,
+        found,
+        integers=integers,
+        required=bool(set_here or place),
+    )
 
 
 def load(invocation: options.Invocation, workdir: str):

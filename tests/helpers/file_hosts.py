@@ -47,7 +47,7 @@ class Host:
 
     def __init__(self):
         self.files, self.requests, self.hub = {}, [], {}
-        self.repos, self.commits = {}, []
+        self.repos, self.stored, self.commits = {}, {}, []
         handler = type('Handler', (_Handler,), {'host': self})
         self._server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
         self._server.daemon_threads = True
@@ -62,7 +62,8 @@ class Host:
 
     def clear(self):
         """Forgets files and requests."""
-        for kept in (self.files, self.requests, self.hub, self.repos, self.commits):
+        stores = self.files, self.hub, self.repos, self.stored
+        for kept in (*stores, self.requests, self.commits):
             kept.clear()
 
     def put(self, path, content=b'', **how) -> str:
@@ -216,7 +217,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             return self._send(401, b'{"error": "Invalid username or password."}')
         if asked.get('organization') == 'others':
             return self._send(403, b'{"error": "You have no rights to create this."}')
-        self.host.repos[name] = asked
+        private = asked.get('private') or asked.get('visibility') == 'private'
+        self.host.repos[name] = bool(private)
         return self._json({'url': f'{self.host.url}/{name}', 'name': name, 'id': '1'})
 
     def _preupload(self, name, revision):
@@ -246,7 +248,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _store(self, digest):
         assert hashlib.sha256(self.body).hexdigest() == digest
-        self.host.repos.setdefault('lfs', {})[digest] = self.body
+        self.host.stored[digest] = self.body
         return self._send(200)
 
     def _commit(self, name, revision):
@@ -257,7 +259,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if line['key'] == 'file':
                 files[value['path']] = base64.b64decode(value['content'])
             elif line['key'] == 'lfsFile':
-                files[value['path']] = self.host.repos['lfs'][value['oid']]
+                files[value['path']] = self.host.stored[value['oid']]
         self.host.commits.append((name, files))
         return self._json(
             {
@@ -272,7 +274,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._json({'warnings': [], 'errors': []})
 
     def _info(self, name):
-        return self._json({'id': name, 'modelId': name, 'sha': COMMIT, 'siblings': []})
+        if name not in self.host.repos:
+            return self._send(404, b'no', X_Error_Code='RepoNotFound')
+        private = self.host.repos[name]
+        about = {'id': name, 'modelId': name, 'sha': COMMIT, 'siblings': []}
+        return self._json(about | {'private': private})
 
     def _whoami(self):
         return self._json({'name': 'me', 'type': 'user', 'orgs': []})

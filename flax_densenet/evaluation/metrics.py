@@ -130,13 +130,18 @@ def measure_labels(logits: np.ndarray, labels: np.ndarray, names) -> dict[str, A
     Returns:
       The keys of `measure`. The accuracy is the share of an image's known labels that
       are correct at a probability of a half, averaged over images; support is the
-      number of images with the label.
+      number of images with the label. A label that is known of no image counts 0 and
+      is left out of the means.
     """
     from sklearn import metrics as sklearn_metrics
 
     probabilities, known = sigmoid(logits), ~np.isnan(labels)
     rows = []
     for c, name in enumerate(names):
+        if not known[:, c].any():
+            zeros: dict[str, Any] = dict.fromkeys(('precision', 'recall', 'f1'), 0.0)
+            rows.append({'name': str(name)} | zeros | {'support': 0, 'auroc': None})
+            continue
         true, probability = labels[known[:, c], c] > 0.5, probabilities[known[:, c], c]
         scores = sklearn_metrics.precision_recall_fscore_support(
             true, probability > 0.5, average='binary', zero_division=np.nan
@@ -160,7 +165,7 @@ def measure_labels(logits: np.ndarray, labels: np.ndarray, names) -> dict[str, A
         'loss': float(losses.mean()),
         'top5': None,
         'macro': {
-            name: mean([row[name] for row in rows])
+            name: mean([rows[c][name] for c in np.flatnonzero(known.any(0))])
             for name in ('precision', 'recall', 'f1', 'auroc')
         },
         'classes': rows,

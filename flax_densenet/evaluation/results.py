@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from flax_densenet import settings as settings_lib
-from flax_densenet.data import dataset, identity, notes
+from flax_densenet.data import dataset
 from flax_densenet.distributed import mesh
 from flax_densenet.errors import UserError
-from flax_densenet.evaluation import evaluate
+from flax_densenet.evaluation import evaluate, measured_data
 from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.models import tta as tta_lib
 from flax_densenet.system import atomic
@@ -131,94 +131,6 @@ def describe(
     return Measured(data, trained.metadata['epoch'], trained.step, tta)
 
 
-def find_examples(
-    trained: trained_lib.Trained, path: str, settings: settings_lib.Settings
-) -> tuple[dataset.Source, dataset.Examples, tuple[str, ...], bool]:
-    """The labeled images to measure a model on.
-
-    The test part of the data that it was trained on; of other data, all images where
-    there is no test part, since none of them was trained on.
-
-    Args:
-      path: of the model, for messages.
-      settings: which data, and how it is prepared.
-
-    Returns:
-      The source; its examples, with labels as the model numbers its classes; the class
-      names; whether the model was trained on this data.
-
-    Raises:
-      UserError: the data cannot be read or does not fit the model.
-    """
-    preparation = settings.preparation
-    # The model's window, whatever the images are; weights from elsewhere have none.
-    window = preparation.window
-    preparation = dataclasses.replace(
-        preparation,
-        window=window if trained.is_imported else window or (),
-        bit_depth=preparation.bit_depth or 8,
-    )
-    source = dataset.from_settings(settings.data, preparation, trained.class_names)
-    trained_on_several = trained.metadata.get('multi_label', source.multi_label)
-    # Imported sigmoids can also tell one class from the others.
-    sigmoids = trained_on_several and trained.is_imported
-    if (
-        source.multi_label != trained_on_several
-        and not sigmoids
-        and trained.known is None
-    ):
-        raise UserError(
-            f'data.labels={settings.data.labels}: the model of {path} was trained '
-            + ('on one class' if source.multi_label else 'with a table of labels')
-            + ' for each image'
-        )
-    relation = identity.compare(trained.metadata, source)
-    examples, trained_on = source.test, relation.own
-    if not source.has_test and not trained_on:
-        examples = dataset.join(source.train, source.test)
-    if not len(examples):
-        raise UserError(
-            f'data.source={settings.data.source}: no images are left to measure on: '
-            f'all {len(source.train)} were trained on'
-        )
-    lines = relation.line, identity.find_trained_on(trained.metadata, examples)
-    for line in filter(None, lines):
-        if mesh.is_writer():
-            notes.say(line)
-    names = pair_names(trained, path, source)
-    examples = evaluate.match_classes(
-        examples, source.class_names, names, count=trained.module.num_classes
-    )
-    trained.notes.tell()
-    return source, examples, names or source.class_names, trained_on
-
-
-def pair_names(
-    trained: trained_lib.Trained, path: str, source: dataset.Source
-) -> tuple[str, ...] | None:
-    """The model's class names as the data has them; None: they are the data's.
-
-    Names that are only assumed count where the data has the same; else the outputs are
-    taken in the data's order, and a line says so.
-
-    Args:
-      path: of the model, for messages.
-    """
-    names, found = trained.class_names, source.class_names
-    if source.multi_label:
-        trained.notes.pop('outputs', None)  # the data says it
-    if trained.known is not None:
-        for names in trained.known.all_names:
-            if set(found) <= set(names):
-                return names
-        names = None
-    if names is None:
-        trained.notes.pop('names', None)
-        if len(found) == trained.module.num_classes:
-            trained.notes['names'] = heads.describe_order(path, found)
-    return names
-
-
 def collect(
     trained: trained_lib.Trained, examples: dataset.Examples, class_names, **loading
 ) -> Results:
@@ -239,7 +151,7 @@ def collect(
 def of_data(
     trained: trained_lib.Trained, path: str, settings: settings_lib.Settings
 ) -> tuple[dataset.Source, Results, bool]:
-    """`find_examples` and `collect` in one.
+    """`measured_data.find_examples` and `collect` in one.
 
     Returns:
       The source, what the model says of its images, and whether it was trained on it.
@@ -249,7 +161,9 @@ def of_data(
             f'--outputs=none: the outputs of {path} are no probabilities, so there is '
             'nothing to measure; use softmax or sigmoid'
         )
-    source, examples, names, trained_on = find_examples(trained, path, settings)
+    source, examples, names, trained_on = measured_data.find_examples(
+        trained, path, settings
+    )
     loader = settings.loader
     found = collect(
         trained,

@@ -8,7 +8,7 @@ import numpy as np
 from flax_densenet import settings as settings_lib
 from flax_densenet.data import images as images_lib
 from flax_densenet.errors import UserError
-from flax_densenet.evaluation import results
+from flax_densenet.evaluation import measured_data
 from flax_densenet.inference import input_files
 from flax_densenet.weights import trained as trained_lib
 
@@ -74,9 +74,9 @@ def from_data(
       thorough: load up to MOST images; otherwise a few.
 
     Raises:
-      UserError: see `results.find_examples`.
+      UserError: see `measured_data.find_examples`.
     """
-    source, examples, _, _ = results.find_examples(trained, path, settings)
+    source, examples, _, _ = measured_data.find_examples(trained, path, settings)
     chosen = _spread(len(examples), MOST if thorough else _FEW)
     taken = [examples[n] for n in chosen]
     training = source.train if len(source.train) else source.test

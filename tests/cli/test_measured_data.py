@@ -84,3 +84,41 @@ def test_eval_says_which_data_it_is(monkeypatch, capfd, tmp_path):
     status, out, err = run('eval', 'run')
     assert (status, err) == (0, '') and 'evaluating' not in out
     assert out.startswith('Test_acc') and '(360 test images of digits, best' in out
+
+
+def read_eval(folder):
+    return json.loads((folder / 'eval.json').read_text())
+
+
+@pytest.fixture
+def digits(tmp_path, monkeypatch):
+    """A run of ten classes, images of three of them, and a table to write."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / 'tests' / 'data' / 'v0' / 'run', 'run')
+    write_images(tmp_path, {'new': 10})
+
+    def write(labels, heading='image,label'):
+        rows = [f'{i:03}.jpg,{label}' for i, label in enumerate(labels)]
+        (tmp_path / 't.csv').write_text('\n'.join([heading, *rows]))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ('labels', 'count'), [(['3'] * 10, 10), (['0', '1'] * 4, 8), (['9', '3'], 2)]
+)
+def test_tables_of_few_classes(labels, count, digits, monkeypatch, capfd, tmp_path):
+    """One class, two called 0 and 1, one image of each: for a model it is enough."""
+    digits(labels)
+    run = helper.make_main(monkeypatch, capfd)
+    status, out, err = run('eval', 'run', 'new', '--config.data.labels=t.csv')
+    assert (status, err) == (0, '')
+    assert read_eval(tmp_path / 'run')['count'] == count
+    assert f'{len(set(labels))} classes' in out
+
+
+def test_a_class_of_a_table_in_another_case(digits, monkeypatch, capfd):
+    digits(['cat', 'dog'])
+    run = helper.make_main(monkeypatch, capfd)
+    status, _, err = run('eval', 'run', 'new', '--config.data.labels=t.csv')
+    assert status == 2 and 'class cat is not one of those that the model was' in err

@@ -12,7 +12,7 @@ from sklearn import metrics as sklearn_metrics
 
 from flax_densenet import UserError, settings
 from flax_densenet.data import dataset
-from flax_densenet.evaluation import evaluate, metrics, results
+from flax_densenet.evaluation import evaluate, measured_data, metrics, results
 from flax_densenet.weights import trained as trained_lib
 from flax_densenet.weights import transfer
 from helpers.runs import tiny_trained, write_images
@@ -28,7 +28,9 @@ def run(tmp_path_factory):
     trained = tiny_trained(dataset.load_source(**fields))
     made = settings.from_config({'data': fields})
     made = transfer.resolve(made, None)
-    source, examples, names, trained_on = results.find_examples(trained, 'run', made)
+    source, examples, names, trained_on = measured_data.find_examples(
+        trained, 'run', made
+    )
     assert trained_on and len(examples) == len(source.test) == 18
     return trained, results.collect(trained, examples, names, batch_size=16), made
 
@@ -131,7 +133,7 @@ def test_other_data(run, tmp_path):
     photos = write_images(tmp_path / 'photos', {'bees': 4, 'wasps': 5})
     data = dataclasses.replace(made.data, source=f'folder:{photos}')
     made = dataclasses.replace(made, data=data)
-    _, examples, names, trained_on = results.find_examples(trained, 'run', made)
+    _, examples, names, trained_on = measured_data.find_examples(trained, 'run', made)
     assert not trained_on and len(examples) == 9
     assert names == ('ants', 'bees', 'wasps') and set(examples.labels) == {1, 2}
     assert isinstance(examples, dataset.Examples)
@@ -212,3 +214,40 @@ def test_no_file_and_a_file_of_something_else(tmp_path):
         (tmp_path / 'eval.json').write_text(text)
         with pytest.raises(UserError, match=r'eval.json .* run eval again'):
             results.load(str(tmp_path))
+
+
+def test_labels_that_are_known_of_no_image():
+    """They count in no mean; images without any known label are told of."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(20, 2)).astype(np.float32)
+    labels = np.full((20, 2), np.nan, np.float32)
+    labels[:, 1] = rng.integers(0, 2, 20)
+    both, alone = (
+        metrics.measure_labels(logits[:, chosen], labels[:, chosen], names)
+        for chosen, names in (([0, 1], 'ab'), ([1], 'b'))
+    )
+    assert both['macro'] == alone['macro'] and both['loss'] == alone['loss']
+    assert both['classes'][0]['support'] == 0 and both['classes'][0]['auroc'] is None
+
+
+@pytest.mark.parametrize(
+    ('cells', 'expected'),
+    [
+        (['1,0', ',1'], []),
+        (['1,', '0,'], ['1 of 2 labels are known of no image and left out']),
+        (['1,0', ','], ['1 of 2 images have no known label']),
+        ([',', ','], None),
+    ],
+)
+def test_what_is_known_is_told(cells, expected, monkeypatch):
+    values = [[float(x) if x else np.nan for x in cell.split(',')] for cell in cells]
+    lines = []
+    monkeypatch.setattr(measured_data.notes, 'say', lines.append)
+    made = settings.from_config({'data': {'labels': 't.csv'}})
+    if expected is None:
+        with pytest.raises(UserError, match='no label of the model is known of any'):
+            measured_data._check_known(made, np.array(values), ('a', 'b'))
+        return
+    measured_data._check_known(made, np.array(values), ('a', 'b'))
+    assert len(lines) == len(expected)
+    assert all(text in line for text, line in zip(expected, lines, strict=True))

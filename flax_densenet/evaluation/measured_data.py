@@ -1,0 +1,145 @@
+"""Which labeled images a trained model is measured on, and what is known of them."""
+
+import dataclasses
+
+import numpy as np
+
+from flax_densenet import settings as settings_lib
+from flax_densenet.data import dataset, identity, notes
+from flax_densenet.distributed import mesh
+from flax_densenet.errors import UserError, list_first
+from flax_densenet.evaluation import evaluate
+from flax_densenet.weights import heads
+from flax_densenet.weights import trained as trained_lib
+
+
+def find_examples(
+    trained: trained_lib.Trained, path: str, settings: settings_lib.Settings
+) -> tuple[dataset.Source, dataset.Examples, tuple[str, ...], bool]:
+    """The labeled images to measure a model on.
+
+    The test part of the data that it was trained on; of other data, all images where
+    there is no test part, since none of them was trained on.
+
+    Args:
+      path: of the model, for messages.
+      settings: which data, and how it is prepared.
+
+    Returns:
+      The source; its examples, with labels as the model numbers its classes; the class
+      names; whether the model was trained on this data.
+
+    Raises:
+      UserError: the data cannot be read or does not fit the model.
+    """
+    preparation = settings.preparation
+    # The model's window, whatever the images are; weights from elsewhere have none.
+    window = preparation.window
+    preparation = dataclasses.replace(
+        preparation,
+        window=window if trained.is_imported else window or (),
+        bit_depth=preparation.bit_depth or 8,
+    )
+    data = _of_kind(trained, settings.data)
+    source = dataset.from_settings(data, preparation, trained.class_names)
+    trained_on_several = trained.metadata.get('multi_label', source.multi_label)
+    # Imported sigmoids can also tell one class from the others.
+    sigmoids = trained_on_several and trained.is_imported
+    if (
+        source.multi_label != trained_on_several
+        and not sigmoids
+        and trained.known is None
+    ):
+        raise UserError(
+            f'data.labels={settings.data.labels}: the model of {path} was trained '
+            + ('on one class' if source.multi_label else 'with a table of labels')
+            + ' for each image'
+        )
+    relation = identity.compare(trained.metadata, source)
+    examples, trained_on = source.test, relation.own
+    if not source.has_test and not trained_on:
+        examples = dataset.join(source.train, source.test)
+    if not len(examples):
+        raise UserError(
+            f'data.source={settings.data.source}: no images are left to measure on: '
+            f'all {len(source.train)} were trained on'
+        )
+    lines = relation.line, identity.find_trained_on(trained.metadata, examples)
+    for line in filter(None, lines):
+        if mesh.is_writer():
+            notes.say(line)
+    names = pair_names(trained, path, source)
+    examples = evaluate.match_classes(
+        examples, source.class_names, names, count=trained.module.num_classes
+    )
+    if source.multi_label and source.train.reader.labels_in_memory:
+        _check_known(settings, examples.labels, names or source.class_names)
+    trained.notes.tell()
+    return source, examples, names or source.class_names, trained_on
+
+
+def _check_known(settings, labels, names):
+    """Tells of labels and images of which nothing is known.
+
+    Raises:
+      UserError: nothing is known at all.
+    """
+    known = ~np.isnan(labels)
+    if not known.any():
+        raise UserError(
+            f'data.labels={settings.data.labels}: no label of the model is known of '
+            'any image, so there is nothing to measure'
+        )
+    unknown = [
+        name for name, is_known in zip(names, known.any(0), strict=True) if not is_known
+    ]
+    nothing = int((~known.any(1)).sum())
+    if not mesh.is_writer():
+        return
+    if unknown:
+        notes.say(
+            f'{len(unknown)} of {len(names)} labels are known of no image and left out '
+            f'of the means: {list_first(unknown)}'
+        )
+    if nothing:
+        notes.say(
+            f'warning: {nothing} of {len(labels)} images have no known label; they '
+            'count as right with a loss of 0, as in training'
+        )
+
+
+def _of_kind(trained, data):
+    """The data's settings; a table for a model of classes holds classes.
+
+    Among its images may be only two of them, called 0 and 1.
+    """
+    of_classes = trained.metadata.get('multi_label') is False and trained.known is None
+    if data.labels and data.label_kind == 'auto' and of_classes:
+        return dataclasses.replace(data, label_kind='classes')
+    return data
+
+
+def pair_names(
+    trained: trained_lib.Trained, path: str, source: dataset.Source
+) -> tuple[str, ...] | None:
+    """The model's class names as the data has them; None: they are the data's.
+
+    Names that are only assumed count where the data has the same; else the outputs are
+    taken in the data's order, and a line says so.
+
+    Args:
+      path: of the model, for messages.
+    """
+    names, found = trained.class_names, source.class_names
+    if source.multi_label:
+        trained.notes.pop('outputs', None)  # the data says it
+    if trained.known is not None:
+        for names in trained.known.all_names:
+            if set(found) <= set(names):
+                return names
+        names = None
+    if names is None:
+        trained.notes.pop('names', None)
+        if len(found) == trained.module.num_classes:
+            trained.notes['names'] = heads.describe_order(path, found)
+    return names

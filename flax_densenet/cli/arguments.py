@@ -66,6 +66,7 @@ def source(name: str) -> str:
         return f'tar:{path}'
     if name.partition(':')[0] in _KINDS:
         return name
+    paths.resolve(name, '')  # says what is wrong with an address or a variable
     raise UserError(
         f'{name}: there is no such folder; name a folder of images (PHOTOS/CLASS/*), '
         'a packed folder, tar files, or a source such as tfds:cifar10'

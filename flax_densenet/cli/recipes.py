@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from flax_densenet import configs
 from flax_densenet.errors import UserError
+from flax_densenet.system import paths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,20 +64,25 @@ def find(text: str) -> Recipe:
       UserError: there is no such recipe.
     """
     path, colon, argument = text.partition(':')
+    if len(path) == 1 and argument[:1] in ('/', '\\'):  # a drive of Windows
+        below, colon, argument = argument.partition(':')
+        path = f'{path}:{below}'
+    elif argument.startswith('//'):
+        paths.resolve(text, '--config=')  # an address
     for candidate in _candidates(path):
         if os.path.isfile(candidate):
             return Recipe(text, candidate, argument if colon else None)
     close = difflib.get_close_matches(pathlib.Path(path).stem, names(), 1)
-    hint = f'did you mean {close[0]}? ' if close else ''
+    hint = f'did you mean {close[0]}? The' if close else 'the'
     raise UserError(
-        f'--config={path}: there is no such recipe; {hint}'
-        f'The recipes in {folder()} are {", ".join(names())}'
+        f'--config={path}: there is no such recipe; {hint} '
+        f'recipes in {folder()} are {", ".join(names())}'
     )
 
 
 def _candidates(path):
     yield path
-    yield os.path.expanduser(path)
+    yield paths.expand(path)
     within = pathlib.PurePath(path)
     if within.is_absolute() or '..' in within.parts or '\0' in path:
         return

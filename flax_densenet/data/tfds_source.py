@@ -9,6 +9,7 @@ import numpy as np
 
 from flax_densenet.data import readers
 from flax_densenet.errors import UserError
+from flax_densenet.system import paths
 
 
 @dataclasses.dataclass
@@ -77,6 +78,7 @@ def find(name: str, *, tfds_dir: str | None, tfds_train: str, **_) -> readers.Li
     import tensorflow_datasets as tfds  # 1 s, and only here
 
     field = f'data.source=tfds:{name}'
+    tfds_dir = tfds_dir and paths.resolve(tfds_dir, 'data.tfds_dir=')
     builder_name = name.replace(':', '/', 1)
     try:
         builder = tfds.builder(builder_name, data_dir=tfds_dir)

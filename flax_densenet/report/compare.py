@@ -14,6 +14,7 @@ from flax_densenet.errors import UserError
 from flax_densenet.evaluation import results
 from flax_densenet.models import factory, naming
 from flax_densenet.report import charts, diagnosis, gallery, page, paired, render
+from flax_densenet.system import paths
 
 FILE = 'compare.html'
 CLASSES, IMAGES = 40, 40  # rows of these tables
@@ -28,10 +29,11 @@ def find_runs(names: str) -> list[str]:
     Raises:
       UserError: a pattern matches no folder of a run.
     """
-    if os.path.isdir(names):  # a comma or a star of its own name
-        return [names]
+    if os.path.isdir(paths.expand(names)):  # a comma or a star of its own name
+        return [paths.resolve(names, '--workdir=')]
     found = []
-    for name in names.split(','):
+    for text in names.split(','):
+        name = paths.resolve(text, '--workdir=')
         if not glob.has_magic(name):
             found.append(name)
             continue

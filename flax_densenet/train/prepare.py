@@ -228,6 +228,8 @@ def resolve(
         try:
             weights = weight_file.load(settings.init_from)
         except UserError as error:
-            raise UserError(f'init_from={error}') from error
+            text = str(error)
+            field = '' if text.startswith('init_from=') else 'init_from='
+            raise UserError(f'{field}{text}') from error
         weights = transfer.settle(weights, vars(settings.preparation), class_names)
     return transfer.resolve(settings, weights), weights

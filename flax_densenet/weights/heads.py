@@ -151,6 +151,7 @@ def read_names(text: str) -> tuple[str, ...]:
     elif ',' in text or not re.search(r'[/\\]|\.(txt|json|csv)$', text):
         names = tuple(name.strip() for name in text.split(','))
     else:
+        paths.resolve(text, '--class_names=')  # says what is wrong with an address
         raise UserError(f'--class_names={text}: there is no such file')
     check_names(f'--class_names={text}', names)
     return names

@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_densenet.data import dataset, label_table
+from flax_densenet.cli import arguments, recipes
+from flax_densenet.data import dataset, label_table, tfds_source
 from flax_densenet.errors import UserError
 from flax_densenet.inference import input_files
 from flax_densenet.inference import predictor as predictor_lib
+from flax_densenet.report import compare
 from flax_densenet.system import paths
-from flax_densenet.weights import weight_file
+from flax_densenet.weights import heads, weight_file
 
 
 @pytest.fixture
@@ -100,6 +102,26 @@ def test_refused(home, text, message):
     assert message in str(refusal.value)
 
 
+def test_flags_of_the_commands(home):
+    """Runs to compare, names of classes, recipes and folders as arguments."""
+    for name in 'one', 'two':
+        (home / name).mkdir()
+        (home / name / 'metrics.jsonl').write_text('')
+    (home / 'names.txt').write_text('cat\ndog\n')
+    (home / 'mine.py').write_text('def get_config():\n    pass\n')
+    for start in '~', '$HOME', f'file://{home}':
+        assert compare.find_runs(f'{start}/one') == [str(home / 'one')]
+        assert compare.find_runs(f'{start}/one,{start}/two') == [
+            str(home / name) for name in ('one', 'two')
+        ]
+        assert compare.find_runs(f'{start}/*o*e') == [str(home / 'one')]
+        assert heads.read_names(f'{start}/names.txt') == ('cat', 'dog')
+        assert arguments.source(f'{start}/photos') == f'folder:{home}/photos'
+    for start in '~', '$HOME':
+        found = recipes.find(f'{start}/mine.py:a:b')
+        assert (found.path, found.argument) == (str(home / 'mine.py'), 'a:b')
+
+
 ADDRESSES = ('gs://b/x', 's3://b/x', 'https://a.example/x')
 
 
@@ -111,13 +133,20 @@ def test_addresses_are_one_line_everywhere(home, address):
         lambda: dataset.load_source(f'tar:{address}', image_size=8),
         lambda: dataset.load_source(f'packed:{address}', image_size=8),
         lambda: label_table.read(address),
-        lambda: weight_file.load(address),
         lambda: predictor_lib.load_trained(address),
         lambda: input_files.check([address]),
         lambda: input_files.check([address + '/*.png']),
+        lambda: arguments.source(address),
+        lambda: compare.find_runs(address),
+        lambda: heads.read_names(f'{address}.txt'),
+        lambda: recipes.find(f'{address}.py:quick'),
+        lambda: tfds_source.find('mnist', tfds_dir=address, tfds_train=''),
     ):
         with pytest.raises(UserError, match='is not supported; '):
             refused()
+    # Weights are loaded from https with a checksum (see `published`).
+    with pytest.raises(UserError, match=r'is not supported; |#sha256='):
+        weight_file.load(address)
     assert os.listdir() == []
 
 

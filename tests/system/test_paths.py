@@ -133,7 +133,6 @@ def test_addresses_are_one_line_everywhere(home, address):
         lambda: dataset.load_source(f'tar:{address}', image_size=8),
         lambda: dataset.load_source(f'packed:{address}', image_size=8),
         lambda: label_table.read(address),
-        lambda: predictor_lib.load_trained(address),
         lambda: input_files.check([address]),
         lambda: input_files.check([address + '/*.png']),
         lambda: arguments.source(address),
@@ -145,8 +144,9 @@ def test_addresses_are_one_line_everywhere(home, address):
         with pytest.raises(UserError, match='is not supported; '):
             refused()
     # Weights are loaded from https with a checksum (see `published`).
-    with pytest.raises(UserError, match=r'is not supported; |#sha256='):
-        weight_file.load(address)
+    for load in weight_file.load, predictor_lib.load_trained:
+        with pytest.raises(UserError, match=r'is not supported; |#sha256='):
+            load(address)
     assert os.listdir() == []
 
 

@@ -138,7 +138,9 @@ def get_config() -> ConfigDict:
     config.data.crop_fraction = optional(float)
     # bilinear or bicubic. If not set: as in init_from, else bilinear.
     config.data.interpolation = optional(str)
-    # 3 for color, 1 for grayscale. 0: as in init_from, else 3.
+    # 3 for color, 1 for grayscale: images are converted. Any other number keeps the
+    # channels of the files, which must have as many: 2 for gray with transparency, 4
+    # for RGBA, or the bands of TIFF files. 0: as in init_from, else 3.
     config.data.channels = 0
     # Subtracted from the image, whose values are 0 to 1: one number per channel. If not
     # set: as in init_from, else ImageNet's.

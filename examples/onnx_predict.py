@@ -51,6 +51,8 @@ def main(model, *files):
         meta = session.get_modelmeta().custom_metadata_map
         labels = json.loads(meta['labels'])
         [meta[name] for name in WAY]
+        if meta['channels'] not in ('1', '3'):
+            raise ValueError(f'images of {meta["channels"]} channels are not read here')
         taken = [(one.name, one.type) for one in session.get_inputs()]
         if taken != [('image', 'tensor(uint8)')]:
             raise ValueError(f'takes {taken}, not a uint8 image')

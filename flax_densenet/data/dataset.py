@@ -18,7 +18,15 @@ from collections.abc import Sequence
 import numpy as np
 
 from flax_densenet import settings
-from flax_densenet.data import deep, images, label_options, readers, sources, splits
+from flax_densenet.data import (
+    bands,
+    deep,
+    images,
+    label_options,
+    readers,
+    sources,
+    splits,
+)
 from flax_densenet.data import duplicates as duplicates_lib
 from flax_densenet.errors import UserError
 from flax_densenet.settings import sizes
@@ -303,6 +311,7 @@ def load_source(
             for_training=known_classes is None,
         ),
         known_classes=known_classes,
+        channels=channels,
     )
     split = splits.find_splits(listing, test_fraction, split_seed, duplicates)
     if known_classes is None:
@@ -371,7 +380,7 @@ def _check_preparation(preparation, window, bit_depth):
     deep.check_bit_depth(bit_depth)
     check_choice('resize', preparation.resize, images.RESIZES)
     check_choice('interpolation', preparation.interpolation, images.INTERPOLATIONS)
-    check_choice('channels', preparation.channels, (1, 3))
+    bands.check_count(preparation.channels)
     sizes.check(preparation.size, least=0 if isinstance(preparation.size, int) else 1)
     if not 0 < preparation.crop_fraction <= 1:
         raise UserError(

@@ -4,11 +4,12 @@ Files of 16 bits often hold 10, 12 or 14, and those of numbers any range; withou
 window these would be black, or a few gray levels.
 """
 
+import contextlib
 import dataclasses
 
 import numpy as np
 
-from flax_densenet.data import deep_color, image_formats, images, notes, upright
+from flax_densenet.data import bands, deep_color, image_formats, images, notes, upright
 from flax_densenet.errors import UserError
 
 BIT_DEPTHS = (8, 16)  # least and most
@@ -58,6 +59,8 @@ def resolve(
       window: `data.window`: None if it is to be found, `()` for the full range.
       bit_depth: `data.bit_depth`, 0 if it is to be found.
     """
+    if bands.are_kept(preparation.channels):
+        return _resolve_bands(preparation, reader, indices, window, bit_depth)
     if window is None and 8 < bit_depth < 16:
         window = (0, 2**bit_depth - 1)
     sample = _Sample(reader, indices)
@@ -79,6 +82,21 @@ def resolve(
                 )
                 + '; data.bit_depth=8 reduces them to 8'
             )
+    return dataclasses.replace(
+        preparation, window=check(window), bit_depth=int(bit_depth)
+    )
+
+
+def _resolve_bands(preparation, reader, indices, window, bit_depth):
+    """Of images that keep their channels; the first one tells the type of values."""
+    dtype = np.dtype(np.uint8)
+    if len(indices):
+        raw = reader[int(indices[0])]
+        with contextlib.suppress(images.BROKEN):  # told when it is decoded
+            dtype = bands.find_dtype(raw, preparation.channels)
+    if dtype != np.uint8 and window is None:
+        raise UserError(f'the images have {dtype} values: {bands.NEEDS_WINDOW}')
+    bit_depth = bit_depth or (8 if dtype == np.uint8 else 16)
     return dataclasses.replace(
         preparation, window=check(window), bit_depth=int(bit_depth)
     )

@@ -39,11 +39,13 @@ def find(
     bad_images: str,
     groups: str = 'auto',
     known_classes: Sequence[str] | None = None,
+    channels: int = 3,
 ) -> readers.Listing:
     """Lists the images of `data.source=folder:NAME` by class.
 
     Args:
       known_classes: of a trained model, for which one class is enough.
+      channels: of the images, see `images.Preparation`.
 
     Raises:
       UserError: there is no such folder, its folders are no classes, or a class has no
@@ -55,7 +57,7 @@ def find(
     names = _class_names(field, root, layout, 1 if known_classes else 2)
     passed = notes.Passed()
     paths, labels, first_test = _list_files(field, layout, names, passed)
-    bad = listing.check_files(paths, bad_images)
+    bad = listing.check_files(paths, bad_images, channels=channels)
     good = np.array([i for i in range(len(paths)) if i not in bad], np.int64)
     train, test = good[good < first_test], good[good >= first_test]
     counts = np.bincount(labels[train], minlength=len(names))

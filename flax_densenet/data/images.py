@@ -7,7 +7,7 @@ import os
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from flax_densenet.data import deep_picture, image_formats, upright
+from flax_densenet.data import bands, deep_picture, image_formats, upright
 from flax_densenet.data import preparation as preparation_lib
 from flax_densenet.errors import UserError
 
@@ -95,7 +95,10 @@ def _check_pixels(image, file, most=None):
 @_without_png_text
 def _load(file, preparation, least, resize, max_pixels=None):
     """The upright picture in a file; `least` and `resize`: see `upright.plan`."""
+    channels = preparation.channels
     try:
+        if bands.are_kept(channels) and bands.needs_tifffile(file, channels):
+            return _read_tiff(file, preparation, max_pixels)
         with image_formats.open_file(file) as image:
             _check_pixels(image, file, max_pixels)
             if least and image.format in ('JPEG', 'MPO'):
@@ -110,11 +113,19 @@ def _load(file, preparation, least, resize, max_pixels=None):
         most = 2 * Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
         raise TooManyPixels(_too_many('too many', most)) from error
     except BROKEN as error:
-        raise UserError(_reason(error)) from error
+        raise UserError(_reason(error, file)) from error
+
+
+def _read_tiff(file, preparation, max_pixels=None):
+    most = max_pixels or 2 * (Image.MAX_IMAGE_PIXELS or 2**62)
+    values = bands.read_tiff(file, preparation.channels, most_pixels=most)
+    return to_picture(values, preparation)
 
 
 def _render(image, file, preparation, least, resize):
     window = preparation.window
+    if bands.are_kept(preparation.channels):
+        return to_picture(bands.render(image, preparation.channels), preparation)
     if preparation.is_deep:
         return deep_picture.render(image, file, least, resize, window)
     return upright.render(image, least, resize, window)
@@ -174,12 +185,16 @@ def prepare_image(image: Image.Image, preparation: Preparation) -> np.ndarray:
         return preparation.apply(
             _render(image, None, preparation, least, preparation.resize)
         )
+    except UserError:
+        raise
     except BROKEN as error:
         raise UserError(_reason(error)) from error
 
 
 def prepare_array(image: np.ndarray, preparation: Preparation) -> np.ndarray:
     """`load_image` for an array `[H, W]`, `[H, W, 1]` or `[H, W, 3]`.
+
+    If the preparation keeps other channels: `[H, W, C]` with as many.
 
     Args:
       image: uint8 from 0 to 255, or the values of an image of more than 8 bits.
@@ -189,8 +204,15 @@ def prepare_array(image: np.ndarray, preparation: Preparation) -> np.ndarray:
 
 def to_picture(
     image: np.ndarray, preparation: Preparation | None = None
-) -> Image.Image | deep_picture.DeepPicture:
-    """An array as an image: RGB, or of 16 bits as the preparation says."""
+) -> Image.Image | deep_picture.DeepPicture | bands.BandPicture:
+    """An array as an image: RGB, or of 16 bits or channels as the preparation says."""
+    if preparation is not None and bands.are_kept(preparation.channels):
+        return bands.to_picture(
+            image,
+            preparation.channels,
+            window=preparation.window,
+            deep=preparation.is_deep,
+        )
     if preparation is not None and preparation.is_deep:
         return deep_picture.from_values(image, preparation.window)
     if image.ndim == 3 and image.shape[-1] == 1:
@@ -202,10 +224,15 @@ def _too_many(count, most):
     return f'has {count} pixels; at most {most / 1e6:.3g} million are read'
 
 
-def _reason(error):
+def _reason(error, file=None):
     if isinstance(error, FileNotFoundError):
         return 'is not there'
     if isinstance(error, UnidentifiedImageError):
+        if file is not None and bands.is_tiff(file):
+            return (
+                'is a TIFF that is not read as color or gray; to read its bands as '
+                'they are, set data.channels to their number'
+            )
         return f'is not an image ({", ".join(FORMATS)})'
     if isinstance(error, OSError) and error.strerror:
         return f'cannot be read ({error.strerror})'
@@ -213,16 +240,20 @@ def _reason(error):
     return f'cannot be decoded ({reason})'
 
 
-def check_image(file: str | bytes, *, decode: bool) -> str | None:
+def check_image(file: str | bytes, *, decode: bool, channels: int = 3) -> str | None:
     """Why a file is not an intact image, or None if it is.
 
     Args:
       file: a path, or the bytes of the file.
       decode: True decodes the image. False reads its first and last bytes, which takes
         about 0.1 ms, and decodes it only if the end marker of its format is missing.
+      channels: see `Preparation`; if they are kept, the file must have as many.
     """
     try:
-        _check(file, decode)
+        if bands.are_kept(channels):
+            _check_bands(file, decode, channels)
+        else:
+            _check(file, decode)
     except UserError as error:
         return str(error)
     return None
@@ -243,6 +274,24 @@ def _check(file, decode):
         raise TooManyPixels(
             _too_many('too many', 2 * Image.MAX_IMAGE_PIXELS)
         ) from error
+    except BROKEN as error:
+        raise UserError(_reason(error, file)) from error
+
+
+@_without_png_text
+def _check_bands(file, decode, channels):
+    try:
+        if bands.needs_tifffile(file, channels):
+            bands.read_tiff(
+                file, channels, most_pixels=2 * Image.MAX_IMAGE_PIXELS, decode=decode
+            )
+        elif decode:
+            load_image(file, Preparation(8, channels=channels))
+        else:
+            with image_formats.open_file(file) as image:
+                bands.check_mode(image, channels)
+    except UserError:
+        raise
     except BROKEN as error:
         raise UserError(_reason(error)) from error
 

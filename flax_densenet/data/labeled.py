@@ -24,11 +24,13 @@ def find(
     *,
     bad_images: str,
     options: label_options.Options,
+    channels: int = 3,
 ) -> readers.Listing:
     """Lists the images of `data.labels=TABLE` below a folder.
 
     Args:
       field: how messages call the source.
+      channels: of the images, see `images.Preparation`.
 
     Raises:
       UserError: the table cannot be read or names images that are not there.
@@ -46,7 +48,7 @@ def find(
     absent = _check_paths(field, root, table, wanted, paths, bad_images, passed)
     there = [index for index, path in enumerate(paths) if path is not None]
     kept, paths = kept[there], [paths[index] for index in there]
-    bad = listing.check_files(paths, bad_images)
+    bad = listing.check_files(paths, bad_images, channels=channels)
     good = np.array([i for i in range(len(paths)) if i not in bad], np.int64)
     skipped = [f'{name} is not there' for name in absent]
     skipped += [f'{paths[i]} {reason}' for i, reason in bad.items()]

@@ -132,6 +132,7 @@ def check_files(
     bad_images: str,
     *,
     name: Callable[[int], str] | None = None,
+    channels: int = 3,
 ) -> dict[int, str]:
     """Finds unreadable files: `{index: reason}`.
 
@@ -141,6 +142,7 @@ def check_files(
         `error` only looks at the first and last bytes of each file; other damage is
         found, and named, when the image is decoded.
       name: of the file at an index, for error messages; its path by default.
+      channels: of the images, see `images.Preparation`.
 
     Raises:
       UserError: with `error`, for the first bad file.
@@ -151,7 +153,7 @@ def check_files(
     def check(start):
         reasons = []
         for index in range(start, min(start + _CHUNK, len(files))):
-            reason = images.check_image(files[index], decode=skip)
+            reason = images.check_image(files[index], decode=skip, channels=channels)
             if reason:
                 reasons.append((index, reason))
                 if not skip:

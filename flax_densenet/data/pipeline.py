@@ -19,14 +19,14 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from flax_densenet.data import class_balance, dataset, deep_picture, unreadable
+from flax_densenet.data import bands, class_balance, dataset, unreadable
 from flax_densenet.data.augment import color, deep, geometry, policies
 from flax_densenet.errors import UserError
 from flax_densenet.system import process
 
 
 class _Augment(grain.transforms.RandomMap):
-    """Augments a training image: an array or, for random crops, a Pillow image."""
+    """Augments a training image: an array or, for random crops, a picture."""
 
     def __init__(self, recipe, color_jitter, policy, preparation=None):
         self.functions = geometry.RECIPES[recipe]
@@ -39,7 +39,7 @@ class _Augment(grain.transforms.RandomMap):
 
     def random_map(self, example, rng):
         image, functions = example['image'], self.functions
-        if isinstance(image, Image.Image | deep_picture.DeepPicture):
+        if not isinstance(image, np.ndarray):
             height, width = self.preparation.shape
             box = geometry.crop_part(image.size, rng, aspect=width / height)
             image = self.preparation.apply_to_part(image, box)
@@ -78,8 +78,17 @@ def check_train_batches(
             'to train on; use a smaller one'
         )
     dataset.check_choice('augment', augment, geometry.RECIPES)
-    color.parse(color_jitter)
-    policies.parse(policy)
+    changes = {
+        'color_jitter': color.parse(color_jitter),
+        'policy': policies.parse(policy),
+    }
+    preparation = _preparation_of(examples)
+    for name, change in changes.items():
+        if change and preparation and bands.are_kept(preparation.channels):
+            raise UserError(
+                f'data.{name} needs images in color or gray, not '
+                f'data.channels={preparation.channels}'
+            )
     dataset.check_choice('balance', balance, class_balance.BALANCES)
     if balance != 'none' and np.ndim(examples.labels) == 2:
         raise UserError(

@@ -5,7 +5,6 @@ import dataclasses
 import numpy as np
 from PIL import Image
 
-from flax_densenet.data import deep_picture
 from flax_densenet.settings import sizes
 
 RESIZES = ('stretch', 'crop')
@@ -27,7 +26,7 @@ class Preparation:
       crop_fraction: share of that part's height and width that is kept, for `crop`. It
         is 0.875 (224 of 256) in torchvision and timm.
       interpolation: `bilinear` or `bicubic`, both with antialiasing.
-      channels: 3 for color, 1 for gray.
+      channels: 3 for color, 1 for gray; any other number keeps those of the file.
       window: values of images of more than 8 bits that become black and white; None:
         16 bits are from 0 to 65535, floats from 0 to 1 or to 255.
       bit_depth: 8 makes uint8 of all images. With 9 to 16 they are uint16 from 0
@@ -75,11 +74,11 @@ class Preparation:
         height, width = self.decode_shape()
         return (2 * width, 2 * height) if self.size else None
 
-    def apply(self, image: Image.Image | deep_picture.DeepPicture) -> np.ndarray:
-        """An RGB image to `[height, width, channels]` of `dtype`."""
+    def apply(self, image) -> np.ndarray:
+        """An image of `images.load_picture` to `[height, width, channels]`."""
         if self.size and image.size != self.shape[::-1]:
             image = self._resize(image)
-        if isinstance(image, deep_picture.DeepPicture):
+        if not isinstance(image, Image.Image):
             return image.to_array(self.channels)
         if self.channels == 1:
             return np.asarray(image.convert('L'))[..., None]
@@ -89,12 +88,13 @@ class Preparation:
         """Resizes the part (left, top, right, bottom) of an image of `load_picture`.
 
         Returns:
-          An image of Pillow, RGB or L; of 16 bits, an array as of `apply`.
+          An image of Pillow, RGB or L; of 16 bits or other channels, an array as of
+          `apply`.
         """
         image = image.resize(
             self.shape[::-1], INTERPOLATIONS[self.interpolation], box=box
         )
-        if isinstance(image, deep_picture.DeepPicture):
+        if not isinstance(image, Image.Image):
             return image.to_array(self.channels)
         return image.convert('L') if self.channels == 1 else image
 

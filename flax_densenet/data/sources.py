@@ -38,7 +38,9 @@ def _find_digits(name, **_):
     )
 
 
-def _find_folder(name, *, bad_images, labels, table=None, known_classes=None, **_):
+def _find_folder(
+    name, *, bad_images, labels, table=None, known_classes=None, channels=3, **_
+):
     root = paths_lib.resolve(name, 'data.source=folder:')
     field = f'data.source=folder:{name}'
     if not name or not os.path.isdir(root):
@@ -48,18 +50,26 @@ def _find_folder(name, *, bad_images, labels, table=None, known_classes=None, **
         )
     table = table or label_options.Options()
     if labels:
-        return labeled.find(field, root, labels, bad_images=bad_images, options=table)
+        return labeled.find(
+            field,
+            root,
+            labels,
+            bad_images=bad_images,
+            options=table,
+            channels=channels,
+        )
     return folders.find(
         name,
         bad_images=bad_images,
         groups=table.groups,
         known_classes=known_classes,
+        channels=channels,
     )
 
 
-def _find_tar(name, *, bad_images, known_classes=None, **_):
+def _find_tar(name, *, bad_images, known_classes=None, channels=3, **_):
     reader, names, first_test = tar.load(name, known_classes)
-    bad = listing.check_files(reader, bad_images, name=reader.name)
+    bad = listing.check_files(reader, bad_images, name=reader.name, channels=channels)
     good = np.array([i for i in range(len(reader)) if i not in bad], np.int64)
     rest = None if first_test is None else good[good >= first_test]
     return readers.Listing(

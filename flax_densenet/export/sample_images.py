@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from flax_densenet import settings as settings_lib
+from flax_densenet.data import bands
 from flax_densenet.data import images as images_lib
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import measured_data
@@ -134,6 +135,8 @@ def from_library(preparation: images_lib.Preparation) -> Samples:
         height, width, _ = photograph.shape
         for top, left in ((0, 0), (0, width // 2), (height // 3, width // 4)):
             part = photograph[top : top + height // 2, left : left + width // 2]
+            if bands.are_kept(preparation.channels):  # those of the photograph in turn
+                part = part[..., np.arange(preparation.channels) % 3]
             crops.append(images_lib.prepare_array(part, preparation))
     stacked = np.stack(crops)
     where = f'{len(crops)} parts of the photographs of scikit-learn'

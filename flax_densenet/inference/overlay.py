@@ -6,7 +6,7 @@ import os
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from flax_densenet.data import deep_picture
+from flax_densenet.data import bands, deep_picture
 
 # From purple over magenta to nearly white: hues that are rare in photographs, of rising
 # brightness, so that they can be told apart without color.
@@ -41,7 +41,7 @@ def overlay(
     """Draws a map over its image.
 
     Args:
-      image: uint8 or uint16 `[H, W, 3]` or `[H, W, 1]`.
+      image: uint8 or uint16 `[H, W, C]`; see `bands.to_visible`.
       cam: `[h, w]`.
       strength: opacity of the colors at the highest value.
       top: the value that gets the brightest color, so that maps of several classes can
@@ -53,7 +53,7 @@ def overlay(
       uint8 `[H, W, 3]`.
     """
     image = deep_picture.to_uint8(image)
-    image = np.broadcast_to(image, (*image.shape[:2], 3)).astype(np.float32)
+    image = bands.to_visible(image).astype(np.float32)
     height, width = image.shape[:2]
     left, above, right, below = map(round, box or (0, 0, width, height))
     mixed = image * 0.45
@@ -87,7 +87,7 @@ def picture(image: np.ndarray, cam: np.ndarray, caption: str) -> Image.Image:
     while caption and font.getlength(caption) > page.width - 2 * _GAP:
         caption = caption.removesuffix('…')[:-1] + '…' if len(caption) > 1 else ''
     ImageDraw.Draw(page).text((_GAP, _STRIP / 2), caption, 'black', font, anchor='lm')
-    plain = np.broadcast_to(large, (height, width, 3))
+    plain = bands.to_visible(large)
     page.paste(Image.fromarray(np.ascontiguousarray(plain)), (0, _STRIP))
     page.paste(Image.fromarray(overlay(large, cam)), (width + _GAP, _STRIP))
     return page

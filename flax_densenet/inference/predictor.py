@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from flax_densenet.data import images
+from flax_densenet.data import bands, images
 from flax_densenet.errors import UserError
 from flax_densenet.inference import programs
 from flax_densenet.inference.prediction import Explanation, Prediction
@@ -42,7 +42,8 @@ class Predictor:
 
     Images are file names, `pathlib` paths, the bytes of files, Pillow images, or
     arrays `[H, W]`, `[H, W, 1]` or `[H, W, 3]`, of any size: uint8, or uint16 with the
-    values of images of more than 8 bits. They are prepared in the same way as in
+    values of images of more than 8 bits. A model of 2, 4 or more channels takes arrays
+    `[H, W, C]`, and files, with as many. Images are prepared in the same way as in
     training.
 
     Attributes:
@@ -179,16 +180,19 @@ class Predictor:
         """
         if isinstance(file, np.ndarray):
             shape = file.shape
-            channels = 1 if file.ndim == 2 else shape[-1]
+            channels, wanted = 1 if file.ndim == 2 else shape[-1], '[H, W] or [H, W, 3]'
+            kept = self.preparation.channels
+            if bands.are_kept(kept):
+                wanted = f'[H, W, {kept}]'
             known = file.dtype == np.uint8 or (
                 file.dtype == np.uint16 and (self.preparation.is_deep or file.ndim == 2)
             )
             if not known or file.ndim not in (2, 3) or 0 in shape:
                 raise UserError(
                     f'is an array of {file.dtype} {list(shape)}; give uint8, 0 to 255, '
-                    '[H, W] or [H, W, 3]'
+                    + wanted
                 )
-            if channels not in (1, 3, 4):
+            if not bands.are_kept(kept) and channels not in (1, 3, 4):
                 raise UserError(f'has {channels} channels; give 1 or 3')
             return images.prepare_array(file, self.preparation)
         if isinstance(file, Image.Image):

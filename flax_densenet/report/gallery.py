@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flax_densenet.data import dataset, deep_picture
+from flax_densenet.data import bands, dataset, deep_picture
 from flax_densenet.evaluation import results
 from flax_densenet.inference import overlay
 from flax_densenet.inference import predictor as predictor_lib
@@ -21,13 +21,14 @@ CELL_BYTES = 3_000_000  # that all cells' images may take in the page
 
 
 def to_uri(image: np.ndarray, side: int, *, strong: bool = False) -> str:
-    """An image `[H, W, 1 or 3]` as a WebP `data:` address, no side above `side`.
+    """An image `[H, W, C]` as a WebP `data:` address, no side above `side`.
 
     Args:
       strong: allow no more loss than maps with their steep colors can have.
     """
     image = deep_picture.to_uint8(image)
-    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    shown = image[..., 0] if image.shape[-1] == 1 else bands.to_visible(image)
+    picture = Image.fromarray(shown)
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     picture.convert('RGB').save(buffer, 'WEBP', quality=85 if strong else 78, method=4)

@@ -8,6 +8,7 @@ import numpy as np
 
 from flax_densenet import errors
 from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.data import bands
 from flax_densenet.system import atomic
 from flax_densenet.weights import trained
 
@@ -163,8 +164,7 @@ def save_samples(
     seen = trained.normalize(batch['image'][:most], mean=mean, std=std)
     seen = np.asarray(seen) * np.asarray(std) + np.asarray(mean)
     images = np.clip(np.round(seen * 255), 0, 255).astype(np.uint8)
-    if images.shape[-1] == 1:
-        images = images.repeat(3, -1)
+    images = bands.to_visible(images)
     titles = _titles(batch, class_names)[:most]
     heading = ', '.join(change.removeprefix('data.') for change in changes)
     if heading:

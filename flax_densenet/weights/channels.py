@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+from flax_densenet.errors import UserError
+
 
 def with_channels(preprocessing: dict[str, Any], channels: int) -> dict[str, Any]:
     """Preprocessing for another number of channels, which all get the mean values."""
@@ -16,16 +18,36 @@ def with_channels(preprocessing: dict[str, Any], channels: int) -> dict[str, Any
     }
 
 
+def describe_conversion(old: int, channels: int) -> str:
+    """What `convert_channels` does, in words."""
+    if channels == 1:
+        how = 'summed over the channels'
+    else:
+        how = f'repeated and multiplied by {old}/{channels}'
+    return (
+        f'made for images of {old} channel{"s" * (old > 1)}; for '
+        f'data.channels={channels} its first convolution is {how}'
+    )
+
+
 def convert_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
     """Converts the first kernel `[H, W, C, F]` to other image channels, like timm.
 
     To one channel: the sum over the old ones, so that a gray image gives the same
     result as three equal channels. To any other number: repeated and scaled, so that
     equal channels give the same result.
+
+    Raises:
+      UserError: the old channels are neither gray nor color.
     """
     old = kernel.shape[2]
     if channels == old:
         return kernel
+    if old not in (1, 3):
+        raise UserError(
+            f'data.channels={channels}: the weights are for images of {old} channels, '
+            f'and what these are is not known; use data.channels={old}'
+        )
     if channels == 1:
         return kernel.sum(2, keepdims=True)
     repeated = np.tile(kernel, (1, 1, -(-channels // old), 1))[:, :, :channels]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_densenet.data import deep, images
+from flax_densenet.data import bands, deep, images
 from flax_densenet.errors import UserError
 from flax_densenet.models import layers
 from flax_densenet.settings import sizes
@@ -224,8 +224,11 @@ def prepare(
     settled = dict(weights.preprocessing)
     channels = chosen.get('channels') or settled['channels']
     if channels != settled['channels']:
+        bands.check_count(channels)
+        weights, old = _with_channels(weights, channels), settled['channels']
+        line = channels_lib.describe_conversion(old, channels)
+        notes['channels'] = f'{weights.path}: {line}'
         settled = channels_lib.with_channels(settled, channels)
-        weights = _with_channels(weights, channels)
     settled |= chosen
     settled['image_size'] = sizes.parse(settled['image_size'])
     _check(settled)
@@ -289,8 +292,7 @@ def _check(fields):
             raise UserError(
                 f'data.{name}={fields[name]} is not known; use {", ".join(values)}'
             )
-    if fields['channels'] not in (1, 3):
-        raise UserError(f'data.channels={fields["channels"]} is not known; use 1, 3')
+    bands.check_count(fields['channels'])
     sizes.check(fields['image_size'])
     if not 0 < fields['crop_fraction'] <= 1:
         raise UserError(

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from flax_densenet.checkpoints import reader as checkpoint_reader
-from flax_densenet.data import images
+from flax_densenet.data import bands, images
 from flax_densenet.errors import UserError
 from flax_densenet.models import tta
 from flax_densenet.settings import sizes
@@ -94,7 +94,7 @@ def _is_size(value):
 def _are_numbers(value):
     return (
         isinstance(value, list)
-        and len(value) in (1, 3)
+        and 1 <= len(value) <= bands.MOST
         and all(type(n) in (int, float) and math.isfinite(n) for n in value)
     )
 

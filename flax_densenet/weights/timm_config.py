@@ -13,7 +13,7 @@ import os
 from typing import Any
 
 from flax_densenet.checkpoints import reader as checkpoint_reader
-from flax_densenet.data import images
+from flax_densenet.data import bands, images
 from flax_densenet.errors import UserError
 from flax_densenet.models import factory, network
 from flax_densenet.settings import sizes
@@ -298,7 +298,7 @@ def _is_size(value):
         isinstance(value, list)
         and len(value) == 3
         and all(type(n) is int for n in value)
-        and value[0] in (1, 3)
+        and 1 <= value[0] <= bands.MOST
         and all(0 < side <= sizes.LARGEST for side in value[1:])
     )
 
@@ -318,7 +318,7 @@ def _is_one_of(names):
 
 
 _PREPARATION = {
-    'input_size': (_is_size, '[1 or 3, HEIGHT, WIDTH]'),
+    'input_size': (_is_size, '[CHANNELS, HEIGHT, WIDTH]'),
     'crop_pct': (_is_share, 'a share up to 1'),
     'crop_mode': (_is_one_of(_CROPS.values()), ' or '.join(_CROPS.values())),
     'interpolation': (

@@ -14,6 +14,7 @@ import numpy as np
 from flax import traverse_util
 
 from flax_densenet import settings as settings_lib
+from flax_densenet.data import bands
 from flax_densenet.errors import UserError, list_first, printable
 from flax_densenet.weights import architecture, heads, weight_file
 from flax_densenet.weights import channels as channels_lib
@@ -164,10 +165,11 @@ def resolve_preparation(
     """
     wanted = _PREPARATION if weights is None else weights.preprocessing
     channels = preparation.channels
-    if channels not in (0, 1, 3):
-        raise UserError(f'data.channels={channels} is not known; use 1, 3')
     if channels:
+        bands.check_count(channels)
         wanted = channels_lib.with_channels(wanted, channels)
+    if weights is None and bands.are_kept(wanted['channels']):
+        _tell_assumed(preparation, wanted)
     filled = {}
     for name, value in wanted.items():
         ours = getattr(preparation, name)
@@ -176,6 +178,18 @@ def resolve_preparation(
         elif weights is not None and _plain(ours) != _plain(value):
             _log_choice(weights, f'data.{name}', ours, value)
     return dataclasses.replace(preparation, **filled)
+
+
+def _tell_assumed(preparation, wanted):
+    """Nothing is known of channels that are neither gray nor color."""
+    assumed = [name for name in ('mean', 'std') if getattr(preparation, name) is None]
+    if assumed:
+        shown = ' and '.join(f'data.{name}={wanted[name][0]:.3g}' for name in assumed)
+        _LOGGER.warning(
+            f'{shown} {"are" if len(assumed) > 1 else "is"} assumed for each of '
+            f'{wanted["channels"]} channels, as on average with ImageNet; to change '
+            f'it: --config.{shown.partition("=")[0]}=... and so on'
+        )
 
 
 def _log_choice(weights, name, ours, theirs):
@@ -213,11 +227,10 @@ def first_variables(
     first = 'params/conv0/kernel'
     channels, old = wanted[first].shape[2], flat[first].shape[2]
     if channels != old:
-        _LOGGER.info(
-            f'{weights.path}: made for images of {old} channel(s); its first '
-            f'convolution is converted to {channels}'
-        )
         flat[first] = channels_lib.convert_channels(flat[first], channels)
+        _LOGGER.info(
+            f'{weights.path}: {channels_lib.describe_conversion(old, channels)}'
+        )
     wrong = sorted(
         name
         for name in flat.keys() | wanted.keys()

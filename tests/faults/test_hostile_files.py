@@ -340,7 +340,7 @@ def test_numbers_of_absurd_size(section, name, value):
 def test_channels_of_absurd_number():
     """Each would be a number of the mean, 16 GB of them."""
     preparation = settings.PreparationSettings(channels=2**31)
-    with pytest.raises(UserError, match='data.channels=2147483648 is not known'):
+    with pytest.raises(UserError, match='data.channels=2147483648 must be from 1'):
         transfer.resolve_preparation(preparation, None)
 
 

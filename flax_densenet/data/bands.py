@@ -1,0 +1,224 @@
+"""Images whose channels are neither gray nor color: read as they are, without colors.
+
+`data.channels` of 1 and 3 convert every image to gray or color. Any other number keeps
+the channels of the file, which must have as many: gray and transparency (2), RGBA (4),
+or the bands of a TIFF.
+"""
+
+import io
+import math
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from flax_densenet import errors
+from flax_densenet.data import deep_picture, image_formats, upright
+from flax_densenet.errors import UserError
+
+MOST = 256  # channels
+NEEDS_WINDOW = (
+    "set data.window to the values that become black and white, as '(0,10000)'; '()' "
+    'is the full range of 16 bits'
+)
+_MODES = {2: ('LA', 'La'), 4: ('RGBA', 'RGBa')}
+_PLAIN = {'La': 'LA', 'RGBa': 'RGBA'}  # colors not multiplied by transparency
+_TIFF = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
+
+
+def are_kept(channels: int) -> bool:
+    """Whether images keep their channels, and are not converted to gray or color."""
+    return channels not in (1, 3)
+
+
+def check_count(channels) -> None:
+    """Raises `UserError` for values that `data.channels` cannot have."""
+    if type(channels) is not int or not 1 <= channels <= MOST:
+        raise UserError(
+            f'data.channels={channels} must be from 1 to {MOST}: 1 for gray, 3 for '
+            'color, another number for files with as many'
+        )
+
+
+def to_visible(image: np.ndarray) -> np.ndarray:
+    """Images `[..., H, W, C]` as RGB: the first three channels, else the first one."""
+    chosen = [0, 1, 2] if image.shape[-1] > 2 else [0, 0, 0]
+    return image[..., chosen]
+
+
+class BandPicture:
+    """An image of any number of channels that resizes as those of Pillow do.
+
+    Attributes:
+      array: uint8 `[H, W, C]`.
+    """
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        return self.width, self.height
+
+    @property
+    def width(self) -> int:
+        """In pixels."""
+        return self.array.shape[1]
+
+    @property
+    def height(self) -> int:
+        """In pixels."""
+        return self.array.shape[0]
+
+    def to_array(self, channels: int) -> np.ndarray:
+        """uint8 `[H, W, C]`."""
+        return self.array
+
+    def resize(self, size, resample, box=None) -> 'BandPicture':
+        """Each channel by itself, as `Image.resize`."""
+        parts = [
+            np.asarray(
+                Image.fromarray(np.ascontiguousarray(self.array[..., band])).resize(
+                    size, resample, box=box
+                )
+            )
+            for band in range(self.array.shape[-1])
+        ]
+        return BandPicture(np.stack(parts, -1))
+
+
+def render(image: Image.Image, channels: int) -> np.ndarray:
+    """An open image of Pillow, upright, as an array `[H, W, C]`.
+
+    Raises:
+      UserError: it has another number of channels.
+    """
+    check_mode(image, channels)
+    image.load()
+    turn = upright.find_turn(image)
+    if 'transparency' in image.info:
+        image = image.convert('LA' if channels == 2 else 'RGBA')
+    plain = _PLAIN.get(image.mode)
+    image = image.convert(plain) if plain else image
+    return np.asarray(image if turn is None else image.transpose(turn))
+
+
+def check_mode(image: Image.Image, channels: int):
+    """Raises `UserError` if an open image of Pillow has other channels."""
+    mode = image.mode
+    if 'transparency' in image.info:
+        mode = 'LA' if mode in ('1', 'L') else 'RGBA'
+    if mode in _MODES.get(channels, ()):
+        if image_formats.is_deep_color(image):
+            raise UserError(
+                f'has 16 bits per channel, of which {channels} channels are only read '
+                'from TIFF files'
+            )
+        return
+    count = 3 if mode == 'P' else len(image.getbands())
+    raise _other_count(count, mode, channels)
+
+
+def _other_count(count, kind, channels):
+    plural = 's' * (count > 1)
+    return UserError(
+        f'has {count} channel{plural} ({kind}), not the {channels} of '
+        f'data.channels={channels}'
+    )
+
+
+def to_picture(
+    values: np.ndarray,
+    channels: int,
+    *,
+    window: tuple[float, float] | None = None,
+    deep: bool = False,
+) -> BandPicture | deep_picture.DeepPicture:
+    """An array `[H, W, C]`, of uint8 or with a window of its values, as a picture.
+
+    Args:
+      deep: keeps 16 bits.
+
+    Raises:
+      UserError: it has another shape, or values that need a window.
+    """
+    if values.ndim != 3 or values.shape[-1] != channels:
+        count = 1 if values.ndim == 2 else values.shape[-1]
+        raise _other_count(count, f'shape {list(values.shape)}', channels)
+    is_short = values.dtype in (np.uint8, np.uint16)
+    if deep and (window is not None or is_short):
+        return deep_picture.from_values(values, window)
+    if values.dtype != np.uint8:
+        if window is None:
+            raise UserError(f'has {values.dtype} values: {NEEDS_WINDOW}')
+        values = deep_picture.scale(values, window) * (255 / deep_picture.FULL)
+        values = np.rint(values).astype(np.uint8)
+    return BandPicture(np.ascontiguousarray(values))
+
+
+def needs_tifffile(file: str | bytes, channels: int) -> bool:
+    """Whether a file is a TIFF with bands that Pillow does not read."""
+    try:
+        with image_formats.open_file(file) as image:
+            known = image.mode in _MODES.get(channels, ())
+            return image.format == 'TIFF' and not (
+                known and not image_formats.is_deep_color(image)
+            )
+    except (UnidentifiedImageError, SyntaxError):
+        return is_tiff(file)
+
+
+def is_tiff(file: str | bytes) -> bool:
+    """Whether a file starts as a TIFF does."""
+    return image_formats.read_start(file, 4) in _TIFF
+
+
+def read_tiff(
+    file: str | bytes, channels: int, *, most_pixels: int, decode: bool = True
+) -> np.ndarray:
+    """The bands of a TIFF `[H, W, C]`: samples of its pixels, or pages of one size.
+
+    Args:
+      most_pixels: of four channels; with more channels as much fewer.
+      decode: False reads and checks the header alone, and returns nothing of it.
+
+    Raises:
+      UserError: it has another number of bands, too many pixels, or tifffile is not
+        installed.
+    """
+    with _open_tiff(file, channels) as tiff:
+        series = tiff.series[0]
+        axes, shape = series.axes, series.shape
+        other = [n for n, name in enumerate(axes) if name not in 'YX' and shape[n] > 1]
+        count = math.prod(shape[n] for n in other)
+        if len(other) != 1 or count != channels or not {'Y', 'X'} <= set(axes):
+            kind = f'a TIFF of {" x ".join(map(str, shape))}'
+            raise _other_count(count, kind, channels)
+        if math.prod(shape) > 4 * most_pixels:
+            raise UserError(
+                f'has {math.prod(shape) / 1e6:.3g} million values; at most '
+                f'{4 * most_pixels / 1e6:.3g} million are read'
+            )
+        if not decode:
+            return np.zeros((0, 0, channels), series.dtype)
+        values = series.asarray()
+    order = [axes.index('Y'), axes.index('X'), other[0]]
+    rest = [n for n in range(len(axes)) if n not in order]  # of length 1
+    values = values.transpose(*order, *rest)
+    return values.reshape(values.shape[:3])
+
+
+def _open_tiff(file, channels):
+    with errors.extra('tiff', f'a TIFF with data.channels={channels}'):
+        import tifffile
+    return tifffile.TiffFile(io.BytesIO(file) if isinstance(file, bytes) else file)
+
+
+def find_dtype(raw: str | bytes | np.ndarray, channels: int) -> np.dtype:
+    """Type of the values of an image, by its header."""
+    if isinstance(raw, np.ndarray):
+        return raw.dtype
+    if not needs_tifffile(raw, channels):
+        return np.dtype(np.uint8)
+    with _open_tiff(raw, channels) as tiff:
+        return np.dtype(tiff.series[0].dtype)

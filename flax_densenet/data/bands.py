@@ -22,7 +22,7 @@ NEEDS_WINDOW = (
 )
 _MODES = {2: ('LA', 'La'), 4: ('RGBA', 'RGBa')}
 _PLAIN = {'La': 'LA', 'RGBa': 'RGBA'}  # colors not multiplied by transparency
-_TIFF = (b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')
+_BIG_TIFF = (b'II+\0', b'MM\0+')
 
 
 def are_kept(channels: int) -> bool:
@@ -164,13 +164,10 @@ def needs_tifffile(file: str | bytes, channels: int) -> bool:
             return image.format == 'TIFF' and not (
                 known and not image_formats.is_deep_color(image)
             )
-    except (UnidentifiedImageError, SyntaxError):
-        return is_tiff(file)
-
-
-def is_tiff(file: str | bytes) -> bool:
-    """Whether a file starts as a TIFF does."""
-    return image_formats.read_start(file, 4) in _TIFF
+    except image_formats.OtherTiffError:
+        return True
+    except UnidentifiedImageError:
+        return image_formats.read_start(file, 4) in _BIG_TIFF
 
 
 def read_tiff(

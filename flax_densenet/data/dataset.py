@@ -288,8 +288,7 @@ def load_source(
     Raises:
       UserError: a field or a file is invalid.
     """
-    kind, _, name = source.partition(':')
-    _check_kind(source, kind)
+    kind, name = _check_kind(source)
     preparation = images.Preparation(
         *(sizes.parse(image_size) or DEFAULT_IMAGE_SIZES[kind], resize, crop_fraction),
         *(interpolation, channels),
@@ -345,12 +344,14 @@ def _make_parts(listing, split, preparation, cache, limit_gib):
     return parts
 
 
-def _check_kind(source, kind):
+def _check_kind(source):
+    kind, _, name = source.partition(':')
     if kind not in sources.SOURCES:
         raise UserError(
             f'data.source={source} is not known; use digits, folder:PATH, '
             'packed:DIR, tar:PATH or tfds:NAME[:CONFIG]'
         )
+    return kind, name
 
 
 def _check_counts(source, split):

@@ -61,6 +61,10 @@ EXTENSIONS = frozenset(ending for name in FORMATS for ending in _ENDINGS[name])
 _PILLOW = tuple(name for name in FORMATS if name != 'DICOM')
 
 
+class OtherTiffError(UserError):
+    """A TIFF of a kind that Pillow does not read."""
+
+
 def open_file(file: str | bytes) -> Image.Image:
     """An image of which only the header was read.
 
@@ -79,16 +83,16 @@ def open_file(file: str | bytes) -> Image.Image:
     except UnidentifiedImageError:
         if not start.startswith((b'II*\0', b'MM\0*')):
             raise
-        raise UserError(_OTHER_TIFF) from None
+        raise OtherTiffError(_OTHER_TIFF) from None
     if image.format == 'TIFF':
         _check_tiff(image)
     return image
 
 
 _OTHER_TIFF = (
-    'is a damaged TIFF, or one of a kind that is not read (such as color in floats, '
-    '64-bit numbers or more than 4 channels); save it as 8-bit or 16-bit color, or as '
-    'gray of 8 or 16 bits or 32-bit floats'
+    'is a damaged TIFF, or one of a kind that is not read (such as color in floats or '
+    'more than 4 channels); save it with 8 or 16 bits, or set data.channels to keep '
+    'its bands'
 )
 
 
@@ -97,13 +101,13 @@ def _check_tiff(image):
     tags = image.tag_v2
     bits, planes = tags.get(258, (1,)), tags.get(284, 1)
     if planes == 2 and isinstance(bits, tuple) and len(bits) > 1 and bits[0] > 8:
-        raise UserError(
+        raise OtherTiffError(
             'is a 16-bit color TIFF with a plane for each channel, which is not read; '
             'save it with interleaved channels'
         )
     kinds = tags.get(339, (1,))
     if image.mode == 'L' and isinstance(kinds, tuple) and kinds[0] == 2:
-        raise UserError(
+        raise OtherTiffError(
             'is a TIFF of signed 8-bit values, which is not read; save it with 16 bits'
         )
 

@@ -113,7 +113,7 @@ def _load(file, preparation, least, resize, max_pixels=None):
         most = 2 * Image.MAX_IMAGE_PIXELS if max_pixels is None else max_pixels
         raise TooManyPixels(_too_many('too many', most)) from error
     except BROKEN as error:
-        raise UserError(_reason(error, file)) from error
+        raise UserError(_reason(error)) from error
 
 
 def _read_tiff(file, preparation, max_pixels=None):
@@ -224,15 +224,10 @@ def _too_many(count, most):
     return f'has {count} pixels; at most {most / 1e6:.3g} million are read'
 
 
-def _reason(error, file=None):
+def _reason(error):
     if isinstance(error, FileNotFoundError):
         return 'is not there'
     if isinstance(error, UnidentifiedImageError):
-        if file is not None and bands.is_tiff(file):
-            return (
-                'is a TIFF that is not read as color or gray; to read its bands as '
-                'they are, set data.channels to their number'
-            )
         return f'is not an image ({", ".join(FORMATS)})'
     if isinstance(error, OSError) and error.strerror:
         return f'cannot be read ({error.strerror})'
@@ -275,7 +270,7 @@ def _check(file, decode):
             _too_many('too many', 2 * Image.MAX_IMAGE_PIXELS)
         ) from error
     except BROKEN as error:
-        raise UserError(_reason(error, file)) from error
+        raise UserError(_reason(error)) from error
 
 
 @_without_png_text

@@ -189,7 +189,7 @@ def test_files_are_checked_before_training(rgba):
 
 def test_a_tiff_of_bands_is_no_image_in_color():
     content = tiff(PIXELS, planarconfig='contig')
-    with pytest.raises(UserError, match='set data.channels to their number'):
+    with pytest.raises(UserError, match='set data.channels to keep its bands$'):
         images.load_image(content, how(3))
 
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from flax_densenet import UserError
-from flax_densenet.data import dataset, images, pipeline
+from flax_densenet.data import dataset, images, pipeline, upright
 from flax_densenet.data.augment import geometry
 from helpers.runs import write_images
 
@@ -48,7 +48,7 @@ def test_a_very_large_image_is_reduced_without_losing_the_part(resize, monkeypat
     image = smooth(128, 1536)
     how = images.Preparation((8, 96), resize)
     wanted = images.prepare_image(image, how).astype(int)
-    monkeypatch.setattr(images, 'LARGE', 10**4)
+    monkeypatch.setattr(upright, 'LARGE', 10**4)
     found = images.prepare_image(image, how)
     assert (found != wanted).any() and np.abs(found - wanted).max() <= 3
 

@@ -42,7 +42,7 @@ def check_count(channels) -> None:
 def to_visible(image: np.ndarray) -> np.ndarray:
     """Images `[..., H, W, C]` as RGB: the first three channels, else the first one."""
     chosen = [0, 1, 2] if image.shape[-1] > 2 else [0, 0, 0]
-    return image[..., chosen]
+    return np.ascontiguousarray(image[..., chosen])
 
 
 class BandPicture:

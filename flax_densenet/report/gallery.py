@@ -183,17 +183,17 @@ def originals_of(examples: dataset.Examples):
       of it in pixels. Of sets that keep no originals, the images as the model gets
       them.
     """
-    pictures = examples.as_pictures()
+    pictures, channels = examples.as_pictures(), examples.preparation.channels
+    channels = channels if bands.are_kept(channels) else 3
 
     def load(position):
         picture = pictures[position]['image']
-        if isinstance(picture, deep_picture.DeepPicture):
-            picture = deep_picture.to_uint8(picture.to_array(3))
-            picture = Image.fromarray(picture)
-        if not isinstance(picture, Image.Image):
-            image = deep_picture.to_uint8(np.asarray(picture))
-            image = np.broadcast_to(image, (*image.shape[:2], 3))
+        if isinstance(picture, np.ndarray):
+            image = bands.to_visible(deep_picture.to_uint8(picture))
             return np.ascontiguousarray(image), (0, 0, *image.shape[1::-1])
+        if not isinstance(picture, Image.Image):
+            array = deep_picture.to_uint8(picture.to_array(channels))
+            picture = Image.fromarray(bands.to_visible(array))
         box = _seen_part(examples.preparation, picture.size)
         scale = min(1.0, LARGE / max(picture.size))
         if scale < 1:

@@ -32,6 +32,7 @@ def config_of(photos, **fields):
         **{
             'data.source': f'folder:{photos}',
             'data.channels': 4,
+            'model.block_sizes': None,
             'data.batch_size': 8,
             'train.epochs': 1,
             **fields,

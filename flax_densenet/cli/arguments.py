@@ -59,6 +59,8 @@ def source(name: str) -> str:
       UserError: there is no such folder or file.
     """
     path = paths.expand(name)
+    if ':' in name and name.partition(':')[0] in _KINDS:
+        return name
     if os.path.isdir(path):
         packed = os.path.isfile(os.path.join(path, 'pack.json'))
         return f'{"packed" if packed else "folder"}:{path}'

@@ -4,8 +4,10 @@ Only the elements that describe pixels are parsed. Nothing about the patient, th
 or the device leaves the file, and errors do not quote values.
 """
 
+import functools
 import importlib.util
 import io
+import logging
 import struct
 import zlib
 
@@ -17,6 +19,7 @@ from flax_densenet.errors import UserError
 
 ENDINGS = ('.dcm', '.dicom', '.dic')
 _MARK, _MARK_AT = b'DICM', 128
+MARKED = _MARK_AT + len(_MARK)  # bytes until the mark's end
 _DEFLATED, _EXPLICIT = b'1.2.840.10008.1.2.1.99', b'1.2.840.10008.1.2.1\0\0\0'
 _RLE, _EXTENDED = '1.2.840.10008.1.2.5', '1.2.840.10008.1.2.4.51'
 # Not in our extra, since its license is the GPL.
@@ -58,13 +61,14 @@ _KEYWORDS = (
 )
 
 
+@functools.cache
 def is_installed() -> bool:
     """Whether pydicom is there; does not import it, which takes time."""
     return importlib.util.find_spec('pydicom') is not None
 
 
 def has_mark(start: bytes) -> bool:
-    """Whether a file that starts like this is a DICOM file; takes 132 bytes."""
+    """Whether a file whose first MARKED bytes are these is a DICOM file."""
     return start[_MARK_AT : _MARK_AT + 4] == _MARK
 
 
@@ -145,14 +149,21 @@ def _guard(function, *arguments):
 
 def _read(file, *, pixels):
     """The elements of `_KEYWORDS`, without or with the pixels."""
+    opened = _inflate(file)
+    return _guard(_parse, _import_pydicom(), opened, pixels)
+
+
+def _import_pydicom():
     try:
         import pydicom
     except ImportError:
         raise UserError(
             "is a DICOM file, which pip install 'flax_densenet[medical]' reads"
         ) from None
-    opened = _inflate(file)
-    return _guard(_parse, pydicom, opened, pixels)
+    logger = logging.getLogger('pydicom')
+    if logger.level == logging.NOTSET:  # it quotes elements, with tracebacks
+        logger.setLevel(logging.CRITICAL)
+    return pydicom
 
 
 def _parse(pydicom, opened, pixels):

@@ -314,7 +314,7 @@ def _inner(folder, lines):
 def _has_images(folder):
     """Whether images lie directly in a folder."""
     return any(
-        listing.is_image_name(entry.name) and not listing.is_hidden(entry.name)
+        not listing.is_hidden(entry.name) and listing.is_image_file(entry.path)
         for entry in listing.entries(folder)
     )
 
@@ -420,7 +420,7 @@ def _add_stray_files(root, layout, names, passed):
         for entry in listing.scan(folder):
             if listing.is_hidden(entry.name) or not os.path.isfile(entry.path):
                 continue
-            if listing.is_image_name(entry.name):
+            if listing.is_image_file(entry.path):
                 passed.beside += 1
             else:
                 passed.add_file(entry.name)

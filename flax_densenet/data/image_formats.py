@@ -73,7 +73,7 @@ def open_file(file: str | bytes) -> Image.Image:
     """
     if not isinstance(file, bytes) and not stat.S_ISREG(os.stat(file).st_mode):
         raise UserError('is not a file')  # to open a named pipe would wait for ever
-    start = read_start(file, 132)
+    start = read_start(file, dicom.MARKED)
     if dicom.has_mark(start):
         return dicom.DicomImage(file)
     formats = _PILLOW if _may_be_tga(start[:18]) else _PILLOW[:-1]

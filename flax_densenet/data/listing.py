@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from tqdm import tqdm
 
-from flax_densenet.data import images, notes
+from flax_densenet.data import dicom, image_formats, images, notes
 from flax_densenet.errors import UserError
 
 _LEFT_BEHIND = (
@@ -65,7 +65,7 @@ def image_files(root: str, passed: notes.Passed | None = None) -> list[str]:
             if _is_folder(entry):
                 inside.append(entry.path)
             # Dangling links and pipes are reported when the files are checked.
-            elif is_image_name(entry.name):
+            elif is_image_file(entry.path):
                 paths.append(entry.path)
                 passed.nested += folder != root
             else:
@@ -77,6 +77,24 @@ def image_files(root: str, passed: notes.Passed | None = None) -> list[str]:
 def is_image_name(name: str) -> bool:
     """Whether a file is taken for an image by the ending of its name."""
     return os.path.splitext(name)[1].lower() in images.EXTENSIONS
+
+
+def is_image_file(path: str) -> bool:
+    """Whether a file is taken for an image: by its ending, or DICOM without one.
+
+    Scanners and archives name DICOM files by numbers, `IM0001` or `1.2.840.113619.2`.
+    """
+    if is_image_name(path):
+        return True
+    ending = os.path.splitext(path)[1]
+    if (ending and not ending[1:].isdigit()) or not dicom.is_installed():
+        return False
+    try:
+        return os.path.isfile(path) and dicom.has_mark(
+            image_formats.read_start(path, dicom.MARKED)
+        )
+    except OSError:
+        return False
 
 
 def scan(folder: str) -> list[os.DirEntry]:

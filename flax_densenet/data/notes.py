@@ -63,9 +63,15 @@ class Passed:
         self.beside += other.beside
 
     def files(self, most: int = 12) -> str:
-        """The files by ending, most frequent first, as `20 .heic (...), 3 .txt`."""
-        # The remedy for a kind of file stands once, behind the last of its endings.
-        found = sorted(self.endings.items(), key=lambda item: (-item[1], item[0]))
+        """The files by ending, as `20 .heic, 3 .txt (.heic: ...)`.
+
+        Those that can become images first, however many endings they have.
+        """
+        found = sorted(
+            self.endings.items(),
+            key=lambda item: (item[0] not in _REMEDY_OF, -item[1], item[0]),
+        )
+        most = max(most, sum(ending in _REMEDY_OF for ending in self.endings))
         pieces = [f'{count} {ending}' for ending, count in found[:most]]
         if len(found) > most:
             rest = sum(count for _, count in found[most:])

@@ -13,7 +13,7 @@ import stat
 import sys
 from collections.abc import Iterable, Iterator
 
-from flax_densenet.data import images, notes
+from flax_densenet.data import images, listing, notes
 from flax_densenet.errors import UserError, printable
 from flax_densenet.system import paths
 
@@ -120,7 +120,7 @@ def _images_of_pattern(path, pattern):
         hidden = '__MACOSX' in name.split(os.sep)
         if hidden or not _is_file(functools.partial(os.stat, name)):
             continue
-        if _is_image_name(name):
+        if listing.is_image_file(name):
             matched = True
             yield name
         elif not os.path.isdir(name):
@@ -178,7 +178,7 @@ def _images_below(path, pattern, passed):
     matched = False
     for kind, name in _walk(path):
         # Folders that cannot be listed become rows with an error, like bad files.
-        if kind == 'unlisted' or (kind == 'file' and _is_image_name(name)):
+        if kind == 'unlisted' or (kind == 'file' and listing.is_image_file(name)):
             matched = True
             yield name
         elif kind == 'file':
@@ -263,7 +263,3 @@ def _is_file(get_status):
         return stat.S_ISREG(get_status().st_mode)
     except OSError:
         return True
-
-
-def _is_image_name(name):
-    return os.path.splitext(name)[1].lower() in images.EXTENSIONS

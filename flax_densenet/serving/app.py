@@ -286,6 +286,8 @@ def _describe(predictor, name, limits):
         'channels': preparation.channels,
         'resize': preparation.resize,
         'crop_fraction': preparation.crop_fraction,
+        'window': preparation.window,
+        'bit_depth': preparation.bit_depth,
         'epoch': trained.metadata.get('epoch'),
         'step': trained.step,
         'figures': {

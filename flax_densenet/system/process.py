@@ -38,16 +38,17 @@ def set_up(*, cache: pathlib.Path | None = None, deterministic: bool = False):
 
 
 def quiet_pillow():
-    """Silences Pillow's warnings and log lines about odd files.
+    """Silences warnings of Pillow and pydicom about odd files, and Pillow's log.
 
     It warns of unusual fields in EXIF and TIFF and of every image of more than 89
     million pixels, which would fill the screen for a large set of photographs. Files
-    that cannot be read are reported by this package.
+    that cannot be read are reported by this package. pydicom's may quote a file.
     """
     from PIL import Image
 
     warnings.filterwarnings('ignore', category=UserWarning, module=r'PIL\.')
     warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)
+    warnings.filterwarnings('ignore', category=UserWarning, module=r'pydicom\.')
     logging.getLogger('PIL').setLevel(logging.CRITICAL)
 
 

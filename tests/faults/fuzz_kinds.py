@@ -75,6 +75,7 @@ class Images(Kind):
             images.Preparation(0),
             images.Preparation(24, 'crop', 0.875, 'bicubic', 1),
         ]
+        self._deep = images.Preparation(16, window=(0, 999), bit_depth=12)
 
     def make(self, rng):
         raw = super().make(rng)
@@ -87,6 +88,30 @@ class Images(Kind):
         for preparation in self._preparations[: 1 + len(raw) % 3]:
             found = images.load_image(raw, preparation)
         assert found.dtype == 'u1' and found.ndim == 3
+        if len(raw) % 3:
+            found = images.load_image(raw, self._deep)
+            assert found.dtype == 'u2' and found.shape == (16, 16, 3)
+
+
+class Dicom(Images):
+    """DICOM files: headers, tables, and pixels in the syntaxes that are read."""
+
+    tokens = (
+        *(b'\x28\0\x10\0US\x02\0\xff\xff', b'\x28\0\x11\0US\x02\0\xff\xff'),
+        *(b'\x28\0\0\1US\x02\0 \0', b'\x28\0\x02\0US\x02\0\x03\0', b'DICM'),
+        *(b'\x28\0\x10\0', b'\x28\0\x30\x50', b'\xe0\x7f\x10\0', b'\xfe\xff\0\xe0'),
+        *(b'\xfe\xff\xdd\xe0\0\0\0\0', b'\xff\xff\xff\xff', b'SQ\0\0', b'OW\0\0'),
+        *(b'MONOCHROME1 ', b'PALETTE COLOR ', b'YBR_FULL_422', b'1e308', b'nan', b'-0'),
+        *(b'1.2.840.10008.1.2.1.99', b'1.2.840.10008.1.2.5\0', b'1.2.840.10008.1.2.2'),
+        *(b'\xff\xd8\xff\xf7', b'\xff\x4f\xff\x51', b'\x28\0\x08\0IS\x02\0' + b'99'),
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.seeds = fuzz_seeds.dicom_files()
+
+    def make(self, rng):
+        return fuzz_bytes.damage(rng, self.seeds, self.tokens)
 
 
 class TorchZip(Kind):
@@ -304,7 +329,17 @@ def _import_parser():
 KINDS = {
     re.sub(r'(?<!^)(?=[A-Z])', '_', cls.__name__).lower(): cls
     for cls in (
-        *(Images, TorchZip, TorchLegacy, Safetensors, Hdf5, Keras, Labels, Flags),
+        *(
+            Images,
+            Dicom,
+            TorchZip,
+            TorchLegacy,
+            Safetensors,
+            Hdf5,
+            Keras,
+            Labels,
+            Flags,
+        ),
         Metadata,
     )
 }

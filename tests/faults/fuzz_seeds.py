@@ -20,9 +20,11 @@ from flax import traverse_util
 from PIL import Image, features
 
 from flax_densenet import create_model, init_variables
+from flax_densenet.data import images as images_lib
 from flax_densenet.export import formats
 from flax_densenet.weights import trained as trained_lib
 from flax_densenet.weights import weight_file
+from helpers import deep_images, dicoms
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SHARED = pathlib.Path(os.environ.get('FLAX_DENSENET_SHARED', ROOT.parent / 'shared'))
@@ -95,13 +97,70 @@ def images() -> dict[str, list[bytes]]:
     for kind, feature in (('AVIF', 'avif'), ('JPEG2000', 'jpg_2000')):
         if features.check(feature):
             wanted[kind] = [(color, {}), (alpha, {})]
+    if 'HEIF' in images_lib.FORMATS:
+        wanted['HEIF'] = [(color, dict(quality=50)), (alpha, dict(exif=exif))]
     found = {}
     for kind, pictures in wanted.items():
         for picture, fields in pictures:
             out = io.BytesIO()
             picture.save(out, kind, **fields)
             found.setdefault(kind, []).append(out.getvalue())
-    return found
+    return found | {'of 16 bits': _deep_images(rng)}
+
+
+def _deep_images(rng) -> list[bytes]:
+    """What Pillow cannot write."""
+    values = rng.integers(0, 65536, (11, 13, 4)).astype(np.uint16)
+    return [
+        *(deep_images.png(values[..., :n]) for n in (2, 3, 4)),
+        deep_images.tiff(values[..., :3]),
+        deep_images.tiff(values, order='>', packed=True),
+        deep_images.tiff(values[..., :1].astype(np.int16), packed=True),
+        deep_images.tiff(values[..., :1].astype(np.float32), order='>'),
+        b'P6\n13 11\n65535\n' + values[..., :3].astype('>u2').tobytes(),
+    ]
+
+
+def dicom_files() -> list[bytes]:
+    """Gray and color, in the transfer syntaxes that are read."""
+    from pydicom import uid
+
+    rng = np.random.default_rng(0)
+    gray = rng.integers(0, 4096, (11, 14)).astype(np.int16)
+    byte = rng.integers(0, 256, (11, 14), np.uint8)
+    color = rng.integers(0, 256, (10, 12, 3), np.uint8)
+    window = dict(WindowCenter=900, WindowWidth=[800, 90], RescaleSlope=2)
+    tables = dict(
+        ModalityLUTSequence=dicoms.sequence(40, 3, 12, range(40)),
+        VOILUTSequence=dicoms.sequence(40, 3, 12, range(40)),
+    )
+    frames = {
+        uid.JPEGBaseline8Bit: ('JPEG', {}),
+        uid.JPEG2000Lossless: ('JPEG2000', {}),
+    }
+    made = [
+        dicoms.make(gray, RescaleIntercept=-1024, **window),
+        dicoms.make(byte, PhotometricInterpretation='MONOCHROME1', **tables),
+        dicoms.make(gray, syntax=uid.ImplicitVRLittleEndian, **tables),
+        dicoms.make(color),
+        dicoms.make(color, PhotometricInterpretation='YBR_FULL'),
+        dicoms.make(
+            gray, VOILUTFunction='SIGMOID', BitsStored=12, HighBit=11, **window
+        ),
+    ]
+    for pixels in (gray.view(np.uint16), color):
+        frame = dicoms.run_lengths(pixels)
+        made.append(dicoms.make(pixels, syntax=uid.RLELossless, frame=frame))
+    for syntax, (kind, options) in frames.items():
+        for pixels in (byte, color):
+            out = io.BytesIO()
+            Image.fromarray(pixels).save(out, kind, **options)
+            made.append(dicoms.make(pixels, syntax=syntax, frame=out.getvalue()))
+    import jpeg_ls
+
+    frame = jpeg_ls.encode_array(gray.view(np.uint16))
+    made.append(dicoms.make(gray, syntax=uid.JPEGLSLossless, frame=bytes(frame)))
+    return [*made, dicoms.deflate(made[0])]
 
 
 class _Storage:

@@ -1,6 +1,6 @@
 """Damaged input of every kind ends in a result or in one clear line.
 
-In full (`make faults`) 107,800 inputs, else a few thousand. Input that fails is
+In full (`make faults`) 117,800 inputs, else a few thousand. Input that fails is
 kept, and pytest's message says where; `fuzz_engine.py KIND --first=NUMBER --count=1`
 makes it again.
 """
@@ -19,6 +19,7 @@ from flax_densenet import UserError
 # kind: inputs in full, and else.
 COUNTS = {
     'images': (60_000, 1500),
+    'dicom': (10_000, 400),
     'torch_zip': (3_000, 100),
     'torch_legacy': (9_000, 200),
     'safetensors': (5_000, 150),

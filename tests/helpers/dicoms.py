@@ -1,6 +1,7 @@
 """Small DICOM files."""
 
 import io
+import zlib
 
 import numpy as np
 import pydicom
@@ -46,6 +47,18 @@ def make(pixels: np.ndarray, *, syntax=uid.ExplicitVRLittleEndian, frame=None, *
     out = io.BytesIO()
     pydicom.dcmwrite(out, made, enforce_file_format=True)
     return out.getvalue()
+
+
+def deflate(file: bytes) -> bytes:
+    """A file of explicit little endian in the deflated transfer syntax."""
+    name = str(uid.ExplicitVRLittleEndian).encode() + b'\0'
+    place = file.index(name) - 4
+    end = file.index(b'\x08\0\x16\0', place)
+    deflated = str(uid.DeflatedExplicitVRLittleEndian).encode()
+    head = file[: place + 2] + len(deflated).to_bytes(2, 'little') + deflated
+    rest = file[place + 4 + len(name) : end]
+    packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    return head + rest + packer.compress(file[end:]) + packer.flush()
 
 
 def sequence(count, first, bits, values):

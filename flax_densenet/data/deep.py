@@ -64,6 +64,12 @@ def resolve(
     if window is None and 8 < bit_depth < 16:
         window = (0, 2**bit_depth - 1)
     sample = _Sample(reader, indices)
+    if sample.pages:
+        notes.say(
+            f'{sample.pages} of {sample.looked_at} images that were looked at are TIFF '
+            'files of several pages, of which the first is read; save others as files '
+            'of their own'
+        )
     if window is None and bit_depth != 16:
         window = _find_window(sample, keeps=bit_depth != 8)
     elif window and not sample.deep and sample.looked_at:
@@ -109,6 +115,7 @@ class _Sample:
       looked_at: how many headers were read; 0 if reading an image is slow.
       deep: indices of those with more than 8 bits.
       is_stated: most of these say themselves how values are shown (DICOM).
+      pages: how many are TIFF files of several pages.
     """
 
     def __init__(self, reader, indices):
@@ -119,12 +126,14 @@ class _Sample:
             chosen = [int(indices[place]) for place in places]
         self.looked_at = len(chosen)
         self.deep: list[int] = []
-        stated = 0
+        self.pages = stated = 0
         for index in chosen:
-            is_deep, is_stated = _look(self._read(index))
+            raw = self._read(index)
+            is_deep, is_stated = _look(raw)
             if is_deep:
                 self.deep.append(index)
                 stated += is_stated
+            self.pages += _has_pages(raw)
         self.is_stated = 2 * stated > len(self.deep)
 
     def values(self):
@@ -200,6 +209,19 @@ def _look(raw):
             return image_formats.is_deep(image), stated
     except (UserError, *images.BROKEN):  # told when it is decoded
         return False, False
+
+
+def _has_pages(raw):
+    """Whether an image is a TIFF of several pages."""
+    if raw is None or isinstance(raw, np.ndarray):
+        return False
+    try:
+        if image_formats.read_start(raw, 2) not in (b'II', b'MM'):
+            return False
+        with image_formats.open_file(raw) as image:
+            return bool(getattr(image, 'is_animated', False))
+    except (UserError, *images.BROKEN):
+        return False
 
 
 def _values(raw):

@@ -135,6 +135,40 @@ def _check(header):
         raise dicom_display.refuse('JPEG Extended with 12 bits')
 
 
+def keep_pixels(file: str | bytes) -> bytes:
+    """A DICOM file with the elements that describe pixels alone, for packs.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    return _guard(_write, _read(file, pixels=True))
+
+
+def _write(dataset):
+    from pydicom import dataset as dataset_lib
+    from pydicom import uid
+
+    made = dataset_lib.Dataset()
+    for element in dataset:
+        if element.keyword not in _KEYWORDS:
+            continue
+        if element.VR == 'SQ':
+            for item in element.value:
+                for inside in [x for x in item if x.keyword not in _KEYWORDS]:
+                    del item[inside.tag]
+        made.add(element)
+    syntax = dataset.file_meta.TransferSyntaxUID
+    made.file_meta = dataset_lib.FileMetaDataset()
+    made.file_meta.TransferSyntaxUID = (
+        uid.ExplicitVRLittleEndian if syntax == _DEFLATED.decode() else syntax
+    )
+    made.SOPClassUID = uid.SecondaryCaptureImageStorage
+    made.SOPInstanceUID = '2.25.0'  # the same for all, so that packs are the same
+    out = io.BytesIO()
+    dataset_lib.Dataset.save_as(made, out, enforce_file_format=True)
+    return out.getvalue()
+
+
 def _guard(function, *arguments):
     """Calls what uses pydicom, whose errors have no base and quote the file."""
     try:

@@ -237,6 +237,20 @@ def test_augmented_batches_keep_16_bits(tmp_path):
         assert (batch % 257 != 0).mean() > 0.5  # no levels of 8 bits
 
 
+def test_tiffs_of_several_pages_are_reported(tmp_path, capsys):
+    source = write(tmp_path / 'x', 0, 255, 'uint8', 'tif')
+    load(source)
+    assert 'several pages' not in capsys.readouterr().out
+    pages = [Image.new('L', (8, 8), n) for n in (10, 200)]
+    pages[0].save(
+        tmp_path / 'x' / 'a' / '0.tif', save_all=True, append_images=pages[1:]
+    )
+    train = load(source).train
+    assert '1 of 9 images that were looked at are TIFF' in capsys.readouterr().out
+    places = [i for i in range(len(train)) if train.name(i).endswith('a/0.tif')]
+    assert (train[places[0]]['image'] == 10).all()
+
+
 def test_uint8_of_uint16_for_display():
     values = np.array([0, 128, 129, 257, 65535, 65406], np.uint16)
     assert deep_picture.to_uint8(values).tolist() == [0, 0, 1, 1, 255, 254]

@@ -13,7 +13,9 @@ from pydicom import pixels as pixels_lib
 from pydicom import uid
 
 from flax_densenet import UserError
-from flax_densenet.data import dataset, dicom, image_formats, images, notes
+from flax_densenet.data import dataset, dicom, image_formats, images, listing, notes
+from flax_densenet.data.packed import writer
+from flax_densenet.inference import input_files
 from helpers import dicoms
 
 DEEP = images.Preparation(bit_depth=16)
@@ -220,6 +222,21 @@ def test_folders_of_files_with_and_without_windows(tmp_path, capsys):
     assert found[0]['image'].dtype == np.uint16 and np.ptp(found[0]['image']) > 20_000
 
 
+def test_files_without_endings(tmp_path, monkeypatch):
+    """As scanners and archives name them; other files need an ending."""
+    files = {name: dicoms.make(CT) for name in ('IM0001', '1.2.840.113619.2', 'x.txt')}
+    files['photo'] = dicoms.make(CT)[128:]
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    passed = notes.Passed()
+    found = listing.image_files(str(tmp_path), passed)
+    assert [os.path.basename(path) for path in found] == ['1.2.840.113619.2', 'IM0001']
+    assert passed.endings == {'.txt': 1, 'no ending': 1}
+    assert sorted(input_files.find([str(tmp_path)])) == found
+    monkeypatch.setattr(dicom, 'is_installed', lambda: False)
+    assert not listing.image_files(str(tmp_path))
+
+
 def test_nothing_of_the_patient_is_told(tmp_path, caplog, capsys):
     caplog.set_level(logging.DEBUG)
     file = dicoms.make(CT)
@@ -233,6 +250,31 @@ def test_nothing_of_the_patient_is_told(tmp_path, caplog, capsys):
         assert 'Invented' not in reason and 'invented' not in reason
     out = capsys.readouterr()
     assert 'nvented' not in caplog.text + out.out + out.err
+
+
+def test_packs_hold_pixels_alone(tmp_path):
+    table = dicoms.sequence(256, -100, 12, range(0, 4096, 16))
+    table[0].LUTExplanation = dicoms.PATIENT
+    for name, tags in (('a', dict(VOILUTSequence=table)), ('b', dict(WindowWidth=90))):
+        (tmp_path / 'in' / name).mkdir(parents=True)
+        for n in range(3):
+            file = dicoms.make(CT + np.int16(n), WindowCenter=n, **tags)
+            assert dicoms.PATIENT.encode() in file
+            (tmp_path / 'in' / name / f'{n}.dcm').write_bytes(file)
+    writer.pack(f'folder:{tmp_path / "in"}', str(tmp_path / 'out'))
+    for path in (tmp_path / 'out').rglob('*'):
+        assert not path.is_file() or b'nvented' not in path.read_bytes()
+    before, after = (
+        dataset.load_source(f'{kind}:{tmp_path / folder}', image_size=8)
+        for kind, folder in (('folder', 'in'), ('packed', 'out'))
+    )
+    assert after.train.preparation == before.train.preparation
+    assert len(after.train) > 3
+    for one, other in zip(before.train, after.train, strict=True):
+        np.testing.assert_array_equal(one['image'], other['image'])
+    plain = dicoms.make(CT)
+    for file in (plain, dicoms.deflate(plain)):
+        np.testing.assert_array_equal(load(dicom.keep_pixels(file)), load(plain))
 
 
 def test_without_the_extra(monkeypatch):

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 
-from flax_densenet.data import images, readers
+from flax_densenet.data import dicom, images, readers
 from flax_densenet.data.packed import manifest
 from flax_densenet.data.packed import reader as packed_reader
 from flax_densenet.errors import UserError
@@ -93,6 +93,8 @@ class Images:
                 image = images.make_smaller(
                     raw, self.options.max_side, quality=self.options.quality
                 )
+            if dicom.has_mark(image[: dicom.MARKED]):
+                image = dicom.keep_pixels(image)
             reason = images.check_image(image, decode=True)
         except OSError as error:
             reason = f'cannot be read ({error.strerror})'

@@ -4,8 +4,6 @@ Only the elements that describe pixels are parsed. Nothing about the patient, th
 or the device leaves the file, and errors do not quote values.
 """
 
-import functools
-import importlib.util
 import io
 import logging
 import struct
@@ -14,6 +12,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
+from flax_densenet import errors
 from flax_densenet.data import dicom_display
 from flax_densenet.errors import UserError
 
@@ -61,10 +60,9 @@ _KEYWORDS = (
 )
 
 
-@functools.cache
 def is_installed() -> bool:
     """Whether pydicom is there; does not import it, which takes time."""
-    return importlib.util.find_spec('pydicom') is not None
+    return errors.is_installed('pydicom')
 
 
 def has_mark(start: bytes) -> bool:

@@ -90,9 +90,9 @@ def open_file(file: str | bytes) -> Image.Image:
 
 
 _OTHER_TIFF = (
-    'is a damaged TIFF, or one of a kind that is not read (such as color in floats or '
-    'more than 4 channels); save it with 8 or 16 bits, or set data.channels to keep '
-    'its bands'
+    'is a damaged TIFF, or one of a kind that is not read (such as color in floats, '
+    '64-bit numbers or more than 4 channels); save it with 8 or 16 bits, or set '
+    'data.channels to keep its bands'
 )
 
 

@@ -1,12 +1,15 @@
-"""Inference beside other programs: DenseNet-121, 224x224, float32, two threads.
+"""Inference beside other programs: DenseNet-121, 224x224, two threads.
 
   python -m benchmarks.inference --batch=16 --batch=1 --rounds=7
 
 Contenders are processes that take turns (`sidebyside`); ratios are of a round each.
 *ours* is what `Predictor` runs, from uint8 images in the host's memory to probabilities
 there, so normalization and softmax are its work too; the others get normalized floats
-in their own memory and give logits. Prints a table and, last, a line of JSON. What they
-say while they prepare (torch.compile takes minutes, the first time) goes to stderr.
+in their own memory and give logits. *openvino* runs our own ONNX file. Names that end
+in `bf16` compute in bfloat16, all others in float32. The processor time of an image is
+measured too: it changes less while other programs run. Prints a table and, last, a line
+of JSON. What they say while they prepare (torch.compile takes minutes, the first time)
+goes to stderr.
 """
 
 import argparse
@@ -14,7 +17,10 @@ import dataclasses
 import json
 import os
 import pathlib
+import resource
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -29,20 +35,24 @@ SIZE, THREADS = 224, 2
 TURN = {1: 48, 16: 96}
 
 
-def make_ours(batch):
+def make_ours(batch, precision='float32'):
     """What `Predictor` runs, from the host and back to it."""
     from flax_densenet.system import process
 
     process.keep_memory()  # as launch.py does
     from benchmarks import prediction
 
-    predictor = prediction.make_predictor(batch)
+    predictor = prediction.make_predictor(batch, precision)
     shape = (batch, SIZE, SIZE, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     return lambda: predictor.compute(images)
 
 
-def _torch(batch, wrap=lambda model: model):
+def make_ours_bf16(batch):
+    return make_ours(batch, 'bfloat16')
+
+
+def _torch(batch, wrap=lambda model: model, bfloat16=False):
     import torch
 
     from benchmarks import torch_models
@@ -54,10 +64,41 @@ def _torch(batch, wrap=lambda model: model):
     images = images.to(memory_format=torch.channels_last)
 
     def step():
-        with torch.inference_mode():
+        with (
+            torch.inference_mode(),
+            torch.autocast('cpu', torch.bfloat16, enabled=bfloat16),
+        ):
             model(images)
 
     return step
+
+
+def _torch_bf16(batch):
+    return _torch(batch, bfloat16=True)
+
+
+def _openvino(batch, hint='f32'):
+    """Our ONNX file; bf16 is OpenVINO's own choice on processors that have it."""
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, 'ours.onnx')
+        script = f'from benchmarks import onnx; onnx.make_float32({path!r})'
+        subprocess.run([_ours_python(), '-c', script], check=True, cwd=ROOT)
+        options = {'INFERENCE_PRECISION_HINT': hint, 'INFERENCE_NUM_THREADS': THREADS}
+        compiled = openvino.Core().compile_model(path, 'CPU', options)
+    shape = (batch, 3, SIZE, SIZE)
+    images = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    return lambda: compiled(images)
+
+
+def _openvino_bf16(batch):
+    return _openvino(batch, 'bf16')
+
+
+def _ours_python():
+    """The environment with JAX 0.12, which is not that of the peers."""
+    return os.environ.get('OURS', sys.executable)
 
 
 def _torch_compile(batch):
@@ -90,7 +131,11 @@ class Contender:
 
 CONTENDERS = {
     'ours': Contender(make_ours, sys.executable),
+    'ours_bf16': Contender(make_ours_bf16, sys.executable),
     'torch': Contender(_torch),
+    'torch_bf16': Contender(_torch_bf16),
+    'openvino': Contender(_openvino),
+    'openvino_bf16': Contender(_openvino_bf16),
     'torch_compile': Contender(_torch_compile),
     'torch_frozen': Contender(_torch_frozen),
 }
@@ -106,34 +151,62 @@ def _serve(name, batch):
     count = -(-TURN.get(batch, 96) // batch)
 
     def measure():
-        start = time.perf_counter()
+        start, before = time.perf_counter(), _processor_seconds()
         for _ in range(count):
             step()
         seconds = time.perf_counter() - start
-        return {'images_per_second': count * batch / seconds}
+        used = _processor_seconds() - before
+        return {
+            'images_per_second': count * batch / seconds,
+            'processor_ms': used * 1e3 / (count * batch),
+        }
 
     sidebyside.serve(measure)
 
 
+def _processor_seconds():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_utime
+
+
 def measure(names, batch: int, rounds: int):
-    """`{name: [images/s of each round]}`."""
+    """`{name: {'images_per_second' or 'processor_ms': [of each round]}}`."""
     command = ['-m', 'benchmarks.inference', f'--batch={batch}', '--serve']
     contenders = {
         name: sidebyside.Contender(
-            [CONTENDERS[name].python, *command, name], OMP_NUM_THREADS=str(THREADS)
+            [CONTENDERS[name].python, *command, name],
+            OMP_NUM_THREADS=str(THREADS),
+            OURS=sys.executable,
         )
         for name in names
     }
     found = sidebyside.alternate(contenders, rounds)
     for contender in contenders.values():
         contender.close()
-    return {name: figures['images_per_second'] for name, figures in found.items()}
+    return found
 
 
 def _format(summary, digits):
     return '{median:.{d}f} ({lowest:.{d}f} to {highest:.{d}f})'.format(
         **summary, d=digits
     )
+
+
+def _report(batch, found):
+    """Prints a table; returns its medians by name."""
+    print(f'batch {batch}: images/s, processor ms/image, and ours / it, round by round')
+    medians = {}
+    for name, metrics in found.items():
+        values = metrics['images_per_second']
+        line = f'  {name:<14}{_format(sidebyside.summarize(values), 2)}'
+        line += f'   {_format(sidebyside.summarize(metrics["processor_ms"]), 1)}'
+        ours = 'ours_bf16' if name.endswith('bf16') else 'ours'
+        if name != ours and ours in found:
+            ratio = sidebyside.ratio(found[ours]['images_per_second'], values)
+            line += f'   {_format(ratio, 3)}'
+            medians[f'batch{batch}_{ours}_vs_{name}'] = round(ratio['median'], 3)
+        medians[f'batch{batch}_{name}'] = round(np.median(values), 2)
+        print(line, flush=True)
+    return medians
 
 
 def main():
@@ -149,16 +222,7 @@ def main():
     medians = {}
     for batch in batches:
         found = measure(options.only, batch, options.rounds)
-        print(f'batch {batch}: images/s, and how much faster ours is, round by round')
-        for name, values in found.items():
-            line = f'  {name:<14}{_format(sidebyside.summarize(values), 2)}'
-            if name != 'ours' and 'ours' in found:
-                ratio = sidebyside.ratio(found['ours'], values)
-                line += f'   {_format(ratio, 3)}'
-                medians[f'batch{batch}_vs_{name}'] = round(ratio['median'], 3)
-            else:
-                medians[f'batch{batch}_{name}'] = round(np.median(values), 2)
-            print(line, flush=True)
+        medians |= _report(batch, found)
     print(json.dumps(medians))
     return None
 

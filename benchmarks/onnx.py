@@ -24,6 +24,18 @@ PEERS = os.environ.get('PEERS', str(ROOT / '.venv-peers/bin/python'))
 THREADS = 2
 
 
+def make_float32(path):
+    """Our float32 file of normalized images."""
+    import onnx
+
+    from benchmarks import prediction
+    from flax_densenet.export import onnx_network
+
+    trained = prediction.make_predictor().trained
+    arguments = trained.module, trained.variables, trained.metadata
+    onnx.save(onnx_network.make(*arguments, inputs='normalized'), path)
+
+
 def make_ours(folder):
     """`ours.onnx` and `int8.onnx`, calibrated on photographs of scikit-learn."""
     import onnx

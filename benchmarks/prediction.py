@@ -24,7 +24,7 @@ from flax_densenet.weights import trained as trained_lib
 BATCH, THREADS = 16, 4
 
 
-def make_predictor(batch_size=BATCH):
+def make_predictor(batch_size=BATCH, precision='float32'):
     """DenseNet-121 at 224x224; its first parameters compute as fast as others."""
     module = create_model('densenet121', num_classes=1000)
     mesh = mesh_lib.make_mesh()
@@ -38,7 +38,7 @@ def make_predictor(batch_size=BATCH):
     }
     variables = mesh_lib.replicate(init_variables(module, 0), mesh)
     trained = trained_lib.Trained(module, variables, metadata, {}, None, mesh)
-    return predictor_lib.Predictor(trained, batch_size)
+    return predictor_lib.Predictor(trained, batch_size, precision=precision)
 
 
 def rates(predictor, paths):

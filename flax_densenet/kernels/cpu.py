@@ -1,4 +1,4 @@
-"""Builds `cpu_kernels.cc` with the machine's C++ compiler, once, and calls it.
+"""Builds the C++ kernels with the machine's compiler, once, and calls them.
 
 The library is kept in the user's cache folder. Its name is a hash of the source, the
 compiler's flags, the JAX version and the processor, so a stale one is never loaded.
@@ -7,6 +7,7 @@ Without a compiler the dense block runs through XLA, about three times slower.
 
 import concurrent.futures
 import ctypes
+import dataclasses
 import functools
 import hashlib
 import os
@@ -22,23 +23,46 @@ import jax
 import jaxlib
 import numpy as np
 
-_SOURCE = pathlib.Path(__file__).with_name('cpu_kernels.cc')
+_FOLDER = pathlib.Path(__file__).parent
 _FLAGS = ['-std=c++17', '-O3', '-ffp-contract=fast', '-fno-math-errno', '-shared']
-# The handlers in each file; both files take about the same time to compile.
-_PARTS = (
-    (
-        'DenseBlockForwardTrain',
-        'DenseBlockForwardEval',
-        'DenseBlockForwardPacked',
-        'StemForwardPacked',
-        'StemForwardTrain',
-        'StemForwardEval',
-        'StemBackwardTrain',
+
+
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """A library: its source, its handlers, and what is defined to compile it."""
+
+    source: str
+    handlers: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+
+
+# Two parts that take about the same time to compile.
+_FLOAT32 = (
+    _Part(
+        'cpu_kernels.cc',
+        (
+            'DenseBlockForwardTrain',
+            'DenseBlockForwardEval',
+            'DenseBlockForwardPacked',
+            'StemForwardPacked',
+            'StemForwardTrain',
+            'StemForwardEval',
+            'StemBackwardTrain',
+        ),
+        ('-DFLAX_DENSENET_PART=0',),
     ),
-    ('DenseBlockBackward',),
+    _Part('cpu_kernels.cc', ('DenseBlockBackward',), ('-DFLAX_DENSENET_PART=1',)),
 )
+_BFLOAT16 = (
+    _Part(
+        'cpu_bf16_inference.cc',
+        ('DenseBlockForwardPackedBfloat16', 'StemForwardPackedBfloat16'),
+    ),
+)
+# How bfloat16 is multiplied, in the order of `Path` in cpu_bf16.h; see `bfloat16_path`.
+BFLOAT16_PATHS = ('amx', 'avx512', 'portable', 'emulated')
 _LOCK = threading.Lock()
-_LIBRARIES: list[ctypes.CDLL] = []
+_LIBRARIES: dict[tuple[_Part, ...], list[ctypes.CDLL]] = {}
 
 
 def cache_folder() -> pathlib.Path:
@@ -58,8 +82,8 @@ def _processor():
     )
 
 
-def load() -> str | None:
-    """Builds and loads the kernels.
+def load(dtype: str = 'float32') -> str | None:
+    """Builds and loads the kernels that compute in `dtype`, float32 or bfloat16.
 
     The first call takes seconds. It can be made from a thread ahead of time; a second
     call waits for it.
@@ -68,26 +92,59 @@ def load() -> str | None:
       None, or the reason why the kernels cannot be used.
     """
     with _LOCK:
-        return _load()
+        return _load() if dtype == 'float32' else _load_bfloat16()
 
 
 @functools.cache
 def _load():
+    return _load_parts(_FLOAT32)
+
+
+@functools.cache
+def _load_bfloat16():
+    return _load_parts(_BFLOAT16)
+
+
+def _load_parts(parts):
     if os.environ.get('FLAX_DENSENET_CPU_KERNELS') == '0':
         return 'FLAX_DENSENET_CPU_KERNELS=0'
     try:
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            files = list(pool.map(_build, range(len(_PARTS))))
+            files = list(pool.map(_build, parts))
         libraries = [ctypes.CDLL(str(file)) for file in files]
     except (OSError, subprocess.SubprocessError) as error:
         return ' '.join(str(error).split())
-    _LIBRARIES[:] = libraries
-    for library, names in zip(libraries, _PARTS, strict=True):
-        for name in names:
+    _LIBRARIES[parts] = libraries
+    for library, part in zip(libraries, parts, strict=True):
+        for name in part.handlers:
             handler = jax.ffi.pycapsule(getattr(library, name))
             target = f'flax_densenet_{name}'
             jax.ffi.register_ffi_target(target, handler, platform='cpu')
     return None
+
+
+def bfloat16_path(path: str | None = None) -> str:
+    """How bfloat16 is multiplied, one of `BFLOAT16_PATHS`. Needs `load('bfloat16')`.
+
+    `amx` and `avx512` (AVX512-BF16) are instructions of the processor, `portable`
+    widens to float32. The fastest one is chosen, or the one in $FLAX_DENSENET_BFLOAT16.
+
+    Args:
+      path: for tests, the one to use from now on; `emulated` computes what `amx` does
+        without its instructions.
+
+    Raises:
+      ValueError: the processor does not have it.
+    """
+    if path is not None and path not in BFLOAT16_PATHS:
+        raise ValueError(f'{path} is none of {", ".join(BFLOAT16_PATHS)}')
+    wanted = -1 if path is None else BFLOAT16_PATHS.index(path)
+    used = {
+        library.flax_densenet_bfloat16_path(wanted) for library in _LIBRARIES[_BFLOAT16]
+    }
+    if used == {-1}:
+        raise ValueError(f'this processor has no {path}')
+    return BFLOAT16_PATHS[used.pop()]
 
 
 def _build(part):
@@ -97,11 +154,13 @@ def _build(part):
     compiler = compiler or next(filter(None, map(shutil.which, ('c++', 'g++'))), None)
     if compiler is None:
         raise OSError('no C++ compiler (c++, g++ or $CXX) is installed')
-    flags = [*_FLAGS, f'-DFLAX_DENSENET_PART={part}']
+    flags = [*_FLAGS, *part.flags]
     key = [repr(flags), compiler, jaxlib.__version__, _processor()]
-    key = b'\0'.join([_SOURCE.read_bytes(), *(text.encode() for text in key)])
+    sources = [_FOLDER / part.source, *sorted(_FOLDER.glob('*.h'))]
+    key = [source.read_bytes() for source in sources] + [text.encode() for text in key]
     folder = cache_folder() / 'kernels'
-    target = folder / f'{hashlib.sha256(key).hexdigest()[:24]}.so'
+    name = hashlib.sha256(b'\0'.join(key)).hexdigest()[:24]
+    target = folder / f'{name}.so'
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,7 +171,7 @@ def _build(part):
         if sys.platform != 'win32':
             command.append('-fPIC')
         done = subprocess.run(
-            [*command, str(_SOURCE), '-o', output], capture_output=True, text=True
+            [*command, str(sources[0]), '-o', output], capture_output=True, text=True
         )
         if done.returncode:
             errors = [x for x in done.stderr.splitlines() if 'error' in x]
@@ -122,7 +181,7 @@ def _build(part):
 
 
 def call(name: str, result_shapes, *args, epsilon: float | None = None, **sizes: int):
-    """Calls a handler of `cpu_kernels.cc`."""
+    """Calls a handler of the C++ kernels."""
     function = jax.ffi.ffi_call(
         f'flax_densenet_{name}', result_shapes, vmap_method='sequential'
     )
@@ -134,7 +193,8 @@ def call(name: str, result_shapes, *args, epsilon: float | None = None, **sizes:
 
 def panel() -> tuple[int, int]:
     """Columns of a panel of weights, and floats of a vector register. Needs `load`."""
-    return tuple((ctypes.c_int * 2).in_dll(_LIBRARIES[0], 'flax_densenet_panel'))
+    library = _LIBRARIES[_FLOAT32][0]
+    return tuple((ctypes.c_int * 2).in_dll(library, 'flax_densenet_panel'))
 
 
 def load_ahead():

@@ -14,16 +14,12 @@
 // on one machine are the same bit for bit in every run.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
-#include <functional>
-#include <memory>
-#include <mutex>
 #include <vector>
 
+#include "cpu_parallel.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -147,40 +143,6 @@ int width(int n) {
   }
 Product rows_of(int w) { EACH_WIDTH(rows) }
 Product columns_of(int w) { EACH_WIDTH(columns) }
-
-// f(0), ..., f(parts - 1) on the pool. The caller takes parts too and never waits for
-// one that has not begun, so a pool whose threads all wait here cannot lock up.
-void parallel(ffi::ThreadPool& pool, int parts, std::function<void(int)> f) {
-  if (parts == 1) return f(0);
-  struct State {
-    std::function<void(int)> f;
-    int parts;
-    std::atomic<int> next{0}, done{0};
-    std::mutex mutex;
-    std::condition_variable all;
-    void work() {
-      for (int i; (i = next++) < parts;) {
-        f(i);
-        if (++done == parts) {
-          std::lock_guard<std::mutex> lock(mutex);
-          all.notify_all();
-        }
-      }
-    }
-  };
-  auto state = std::make_shared<State>();
-  state->f = std::move(f);
-  state->parts = parts;
-  for (int i = 1; i < parts; ++i) pool.Schedule([state] { state->work(); });
-  state->work();
-  for (int spin = 0; spin < 20000 && state->done < parts; ++spin) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#endif
-  }
-  std::unique_lock<std::mutex> lock(state->mutex);
-  state->all.wait(lock, [&] { return state->done == parts; });
-}
 
 // Count, mean and sum of squared deviations of some channels, merged exactly (Chan,
 // Golub, LeVeque 1979): safe where the mean is large beside the spread.

@@ -38,7 +38,9 @@ _LOGGER = logging.getLogger(__name__)
 KERNELS = ('auto', 'native', 'xla')
 
 
-def use_native(kernel: str, x, layers=None, *, dropout: bool = False) -> bool:
+def use_native(
+    kernel: str, x, layers=None, *, dropout: bool = False, packed: bool = False
+) -> bool:
     """Whether the C++ kernel computes a block or, without `layers`, the stem.
 
     Args:
@@ -46,17 +48,19 @@ def use_native(kernel: str, x, layers=None, *, dropout: bool = False) -> bool:
       x: the input, of which only the dtype matters.
       layers: sequence of `Layer`.
       dropout: whether the block drops values or layers.
+      packed: whether it is for inference with a folded network, in bfloat16 too.
 
     Raises:
       UserError: `kernel='native'`, but the kernel cannot be used.
     """
     if kernel == 'xla':
         return False
-    reason = native_block.why_not(x, one_device=kernel == 'auto')
+    dtypes = ('float32', 'bfloat16') if packed else ('float32',)
+    reason = native_block.why_not(x, one_device=kernel == 'auto', dtypes=dtypes)
     if reason is None and layers is not None:
         reason = native_block.why_not_block(layers, dropout)
     if reason is None:
-        reason = cpu_kernels.load()
+        reason = cpu_kernels.load(str(x.dtype))
         if reason and kernel == 'auto':
             _log_once(
                 f'the dense block runs without its CPU kernel: {reason}; training and '

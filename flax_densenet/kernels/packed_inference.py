@@ -101,19 +101,14 @@ def pack_stem(conv: dict[str, Any]) -> np.ndarray:
     return packer.join()
 
 
-def stem(x, packed, *, features: int, padding, pool_padding):
-    """7x7 convolution of stride 2, 3x3 max pooling of stride 2, bias, ReLU.
+def stem_sizes(x, padding, pool_padding) -> tuple[tuple[int, int], dict[str, int]]:
+    """The (height, width) of the stem's result, and the attributes of its call.
 
     Args:
-      x: float32 `[N, H, W, C]`, where C is 1 or 3.
-      packed: of `pack_stem`.
-      features: output channels.
+      x: the images `[N, H, W, C]`.
       padding: ((top, bottom), (left, right)) of the convolution.
       pool_padding: a function of the convolution's (height, width) that returns the
         same for the pooling.
-
-    Returns:
-      `[N, H', W', features]`.
     """
 
     def sizes_of(sizes, padding, window):
@@ -122,16 +117,33 @@ def stem(x, packed, *, features: int, padding, pool_padding):
 
     height, width = sizes_of(x.shape[1:3], padding, 7)
     pool_padding = pool_padding((height, width))
-    shape = (x.shape[0], *sizes_of((height, width), pool_padding, 3), features)
+    attributes = {
+        'height': height,
+        'width': width,
+        'low_h': padding[0][0],
+        'low_w': padding[1][0],
+        'pool_low_h': pool_padding[0][0],
+        'pool_low_w': pool_padding[1][0],
+    }
+    return tuple(sizes_of((height, width), pool_padding, 3)), attributes
+
+
+def stem(x, packed, *, features: int, size: tuple[int, int], **sizes: int):
+    """7x7 convolution of stride 2, 3x3 max pooling of stride 2, bias, ReLU.
+
+    Args:
+      x: float32 `[N, H, W, C]`, where C is 1 or 3.
+      packed: of `pack_stem`.
+      features: output channels.
+      size, sizes: of `stem_sizes`.
+
+    Returns:
+      `[N, *size, features]`.
+    """
     return cpu_kernels.call(
         'StemForwardPacked',
-        [jax.ShapeDtypeStruct(shape, jnp.float32)],
-        x,
+        [jax.ShapeDtypeStruct((x.shape[0], *size, features), jnp.float32)],
+        x.astype(jnp.float32),
         packed,
-        height=height,
-        width=width,
-        low_h=padding[0][0],
-        low_w=padding[1][0],
-        pool_low_h=pool_padding[0][0],
-        pool_low_w=pool_padding[1][0],
+        **sizes,
     )[0]

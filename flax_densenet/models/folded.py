@@ -26,7 +26,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from flax_densenet.kernels import dense_block, packed_inference, xla_block
+from flax_densenet.kernels import (
+    dense_block,
+    packed_bfloat16,
+    packed_inference,
+    xla_block,
+)
 from flax_densenet.models import layers as layers_lib
 from flax_densenet.models.network import Network
 
@@ -60,10 +65,11 @@ def fold(module: Network, variables) -> dict[str, Any]:
             {'layers': layers, 'tail': _fold_tail(module, params, stats, number)}
         )
     if _is_native(module, blocks[0]['layers'][0]):
-        blocks = [{'packed': packed_inference.pack_block(**block)} for block in blocks]
+        packing = _packing(module)
+        blocks = [{'packed': packing.pack_block(**block)} for block in blocks]
         channels = stem[0]['kernel'].shape[2]
         if module.stem == 'imagenet' and not module.blur_pool and channels in (1, 3):
-            stem = {'packed': packed_inference.pack_stem(stem[0])}
+            stem = {'packed': packing.pack_stem(stem[0])}
     return {'stem': stem, 'blocks': blocks, 'head': {'params': head}}
 
 
@@ -98,7 +104,13 @@ def _is_native(module, layer):
     x = jax.ShapeDtypeStruct((), module.dtype)
     kernel2 = layer.get('conv2', {}).get('kernel')
     layers = [xla_block.Layer(None, None, None, None, None, kernel2=kernel2)]
-    return dense_block.use_native(module.kernel, x, layers)
+    return dense_block.use_native(module.kernel, x, layers, packed=True)
+
+
+def _packing(module):
+    if module.dtype == 'bfloat16':
+        return packed_bfloat16
+    return packed_inference
 
 
 def _norm(module, params, averages):
@@ -130,7 +142,7 @@ def features(module: Network, folded, images):
     if 'variables' in folded:
         return module.apply(folded['variables'], images, method='features')
     module.check_image_size(images.shape[1:3])
-    x = _stem(module, folded['stem'], images.astype(module.dtype))
+    x = _stem(module, folded['stem'], images)
     for size, block in zip(module.block_sizes, folded['blocks'], strict=True):
         last = block is folded['blocks'][-1]
         if 'packed' in block:
@@ -147,7 +159,7 @@ def features(module: Network, folded, images):
 def _native_block(module, x, packed, size, last):
     growth = module.growth_rate
     channels = x.shape[-1] + size * growth
-    return packed_inference.block(
+    return _packing(module).block(
         x,
         packed,
         layers=size,
@@ -195,16 +207,17 @@ def _stem(module, convs, x):
         padding = _padding(module, x.shape[1:3], kernel.shape[0], stride)
         return _conv(x, kernel, padding, stride)
 
+    if 'packed' in convs:
+        size, sizes = packed_inference.stem_sizes(
+            x,
+            _padding(module, x.shape[1:3], 7, 2),
+            lambda sizes: _padding(module, sizes, 3, 2),
+        )
+        packed, features = convs['packed'], module.stem_features
+        return _packing(module).stem(x, packed, features=features, size=size, **sizes)
+    x = x.astype(module.dtype)
     if module.stem == 'cifar':
         return conv(x, convs[0]['kernel'])
-    if 'packed' in convs:
-        return packed_inference.stem(
-            x,
-            convs['packed'],
-            features=module.stem_features,
-            padding=_padding(module, x.shape[1:3], 7, 2),
-            pool_padding=lambda sizes: _padding(module, sizes, 3, 2),
-        )
     x = conv(x, convs[0]['kernel'], 2)
     for before, after in itertools.pairwise(convs):
         x = conv(_biased_relu(x, before), after['kernel'])

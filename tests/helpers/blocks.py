@@ -31,8 +31,8 @@ BLOCKS = {
 }
 
 
-def require_native():
-    reason = cpu_kernels.load()
+def require_native(dtype='float32'):
+    reason = cpu_kernels.load(dtype)
     if reason:
         pytest.skip(f'the CPU kernel cannot be built here: {reason}')
 

@@ -1,0 +1,123 @@
+"""Native kernels for inference in bfloat16: packs their arrays and calls them.
+
+Like `packed_inference`, with two vectors for each block: float32 for the norms and
+biases, bfloat16 for the weights. A matrix is stored in tiles of 32 rows and 16 columns,
+each as 16 rows of 16 pairs, the operand of the processor's dot products.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_densenet.kernels import cpu as cpu_kernels
+
+_DEPTH, _COLUMNS = 32, 16  # of a tile
+
+
+def _fill(array, multiple, axis):
+    """Zeros up to a multiple."""
+    missing = [(0, 0)] * array.ndim
+    missing[axis] = (0, -array.shape[axis] % multiple)
+    return np.pad(array, missing)
+
+
+def tiles(kernel: np.ndarray) -> np.ndarray:
+    """Matrices `[..., rows, columns]`, one after the other, to a vector of tiles.
+
+    Each matrix is filled up with zeros to whole tiles. Two tiles that are neighbors in
+    a row form a panel; a panel has its tiles of all rows one after the other.
+    """
+    kernel = _fill(_fill(kernel, _DEPTH, -2), _COLUMNS, -1)
+    columns = kernel.shape[-1]
+    pairs = kernel.reshape(-1, _DEPTH // 2, 2, columns // _COLUMNS, _COLUMNS)
+    by_tile = pairs.transpose(0, 3, 1, 4, 2)  # step, tile, pair of rows, column, row
+    panels = [by_tile[:, n : n + 2].ravel() for n in range(0, by_tile.shape[1], 2)]
+    return np.concatenate(panels).astype(jnp.bfloat16)
+
+
+class _Packer:
+    def __init__(self):
+        self._vectors, self._weights = [], []
+
+    def add(self, array):
+        self._vectors.append(_fill(np.ravel(array), _DEPTH, 0))
+
+    def add_norm(self, norm):
+        """x * a + b."""
+        self.add(norm['a'])
+        mean = norm['mean'].astype(np.float64)
+        self.add((norm['bias'] - mean * norm['a']).astype(np.float32))
+
+    def add_kernel(self, kernel):
+        self._weights.append(tiles(kernel))
+
+    def join(self):
+        weights = self._weights or [np.zeros(0, jnp.bfloat16)]
+        return {
+            'vectors': np.concatenate(self._vectors),
+            'weights': np.concatenate(weights),
+        }
+
+
+def pack_block(layers, tail: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The weights of `block`.
+
+    Args:
+      layers: of `folded.fold`, with bottleneck, numpy float32.
+      tail: `mean`, `a` and `bias` of the norm after the block, and the `kernel` of a
+        transition.
+    """
+    packer = _Packer()
+    for layer in layers:
+        packer.add_norm(layer['norm1'])
+        packer.add(layer['conv1']['bias'])
+        # The columns of the 1x1 are the rows of the 3x3's matrices.
+        packer.add_kernel(_fill(layer['conv1']['kernel'][0, 0], _DEPTH, 1))
+        packer.add_kernel(layer['conv2']['kernel'])
+    packer.add_norm(tail)
+    if 'kernel' in tail:
+        packer.add_kernel(tail['kernel'][0, 0])
+    return packer.join()
+
+
+def block(x, packed, *, layers: int, bottleneck: int, growth: int, features: int):
+    """`packed_inference.block` in bfloat16."""
+    count, height, width, channels = x.shape
+    shape = (count, height, width, channels + layers * growth)
+    if features:
+        shape = (count, height // 2, width // 2, features)
+    return cpu_kernels.call(
+        'DenseBlockForwardPackedBfloat16',
+        [jax.ShapeDtypeStruct(shape, jnp.bfloat16)],
+        x.astype(jnp.bfloat16),
+        packed['vectors'],
+        packed['weights'],
+        layers=layers,
+        bottleneck=bottleneck,
+        growth=growth,
+        features=features,
+    )[0]
+
+
+def pack_stem(conv: dict[str, Any]) -> dict[str, np.ndarray]:
+    """The weights of `stem`: a folded 7x7 `kernel` of 1 or 3 channels; its `bias`."""
+    packer, kernel = _Packer(), conv['kernel']
+    packer.add(conv['bias'])
+    # A row of the window is one step.
+    packer.add_kernel(kernel.reshape(7, -1, kernel.shape[-1]))
+    return packer.join()
+
+
+def stem(x, packed, *, features: int, size: tuple[int, int], **sizes: int):
+    """`packed_inference.stem`, from float32 to bfloat16."""
+    shape = (x.shape[0], *size, features)
+    return cpu_kernels.call(
+        'StemForwardPackedBfloat16',
+        [jax.ShapeDtypeStruct(shape, jnp.bfloat16)],
+        x.astype(jnp.float32),
+        packed['vectors'],
+        packed['weights'],
+        **sizes,
+    )[0]

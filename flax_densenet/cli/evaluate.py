@@ -5,11 +5,13 @@ from flax_densenet.cli import arguments, options, trained_model
 
 def run(invocation: options.Invocation):
     """Prints the metrics; writes `eval.json` and `predictions.csv`."""
-    from flax_densenet.evaluation import results
+    from flax_densenet.evaluation import precisions, results
 
     workdir = invocation.workdir
     trained, path, settings = trained_model.load(invocation, workdir)
-    source, found, trained_on = results.of_data(trained, path, settings)
+    trained, source, found, trained_on = precisions.of_data(
+        trained, path, settings, invocation.flags.precision
+    )
     measured = results.describe(trained, settings.data.source, weights=path)
     what = 'test images' if source.has_test or trained_on else 'images'
     where = f'{len(found.labels)} {what} of {settings.data.source}, {measured.model}'
@@ -34,7 +36,8 @@ COMMAND = options.Command(
         ('other images', 'eval ckpt/birds other_photos'),
         ('also look at mirrored images', 'eval ckpt/birds --config.data.tta=flip'),
     ),
-    flags={'Model': (options.WORKDIR, *options.OF_WEIGHTS)} | options.SEVERAL_PROCESSES,
+    flags={'Model': (options.WORKDIR, *options.OF_WEIGHTS, options.MEASURED_PRECISION)}
+    | options.SEVERAL_PROCESSES,
     place=arguments.place_model_and_data,
     fields='Only init_from and data.* apply; the model has the rest.',
 )

@@ -186,6 +186,22 @@ LICENSES = (
     Flag('license', 'License of the weights, such as cc-by-4.0.', value='NAME'),
     Flag('data_license', 'License of the data.', value='NAME'),
 )
+MEASURED_PRECISION = Flag(
+    'precision',
+    'In which the model computes: float32, bfloat16, or auto, which measures both, '
+    'uses bfloat16 if it costs at most 0.1 points, and keeps that for predict and '
+    'serve.',
+    value='PRECISION',
+    default_text="the model's own",
+)
+PRECISION = Flag(
+    'precision',
+    'In which the model computes: float32, bfloat16, or auto, which uses bfloat16 if '
+    'it is faster here and eval or report with --precision=auto has measured that it '
+    'costs at most 0.1 points.',
+    value='PRECISION',
+    default_text='auto',
+)
 CLUSTER = (
     Flag(
         'distributed',

@@ -38,6 +38,7 @@ def run(invocation: options.Invocation) -> int:
             class_names=chosen.class_names,
             outputs=chosen.outputs,
             data=chosen.data,
+            precision=flags.precision,
         )
 
     if processes.is_first():
@@ -103,6 +104,7 @@ COMMAND = options.Command(
         'Model and images': (
             options.WORKDIR,
             *options.OF_WEIGHTS,
+            options.PRECISION,
             options.Flag(
                 'files',
                 'Image, folder, pattern, or - for names on standard input. Can be '

@@ -32,11 +32,13 @@ def run(invocation: options.Invocation):
 
 
 def _report_on_run(invocation, workdir):
-    from flax_densenet.evaluation import results
+    from flax_densenet.evaluation import precisions
     from flax_densenet.report import page
 
     trained, path, settings = trained_model.load(invocation, workdir)
-    source, found, trained_on = results.of_data(trained, path, settings)
+    trained, source, found, trained_on = precisions.of_data(
+        trained, path, settings, invocation.flags.precision
+    )
     path = page.save_report(
         workdir, trained, source, found, trained_on=trained_on, weights=path
     )
@@ -74,6 +76,7 @@ COMMAND = options.Command(
                 default_text='ckpt/NAME, with the name of the recipe',
             ),
             *options.OF_WEIGHTS,
+            options.MEASURED_PRECISION,
         ),
         'Output': (
             options.Flag(

@@ -18,9 +18,11 @@ def run(invocation: options.Invocation):
     allowed = [f'data.{name}' for name in chosen.data]
     trained_model.check_fields(invocation, path, *allowed)
     server.check_installed()
+    from flax_densenet.inference import precision as precision_lib
     from flax_densenet.serving import guard
 
     flags = invocation.flags
+    precision_lib.check(flags.precision)
     names = [flag.name for flag in _LIMITS]
     limits = guard.Limits(**{name: getattr(flags, name) for name in names})
     # Before the model is loaded, since a port may be taken.
@@ -29,6 +31,7 @@ def run(invocation: options.Invocation):
     # One device: a batch of a few images does not divide over several.
     mesh = mesh_lib.make_mesh(jax.local_devices()[:1])
     trained = trained_lib.load_trained(path, 'best', mesh=mesh, choices=chosen)
+    trained = precision_lib.resolve(trained, path, flags.precision)
     trained.notes.tell()
     name = pathlib.Path(path).resolve().name
     server.run(trained, listener, name=name, limits=limits, access=access)
@@ -79,7 +82,7 @@ COMMAND = options.Command(
         ('for other machines as well', 'serve ckpt/birds --host=0.0.0.0 --port=80'),
     ),
     flags={
-        'Model': (options.WORKDIR, *options.OF_WEIGHTS),
+        'Model': (options.WORKDIR, *options.OF_WEIGHTS, options.PRECISION),
         'Address': (
             options.Flag(
                 'host',

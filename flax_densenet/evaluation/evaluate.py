@@ -1,5 +1,6 @@
 """Trained models, measured on labeled images."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,7 @@ from flax_densenet.data import parts as parts_lib
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.errors import UserError, list_first
 from flax_densenet.evaluation import metrics as metrics_lib
-from flax_densenet.models import densenet
+from flax_densenet.models import densenet, folded, network
 from flax_densenet.models import tta as tta_lib
 from flax_densenet.weights import operating_points
 from flax_densenet.weights import trained as trained_lib
@@ -166,9 +167,13 @@ def compute_logits(
       UserError: a logit is not finite.
     """
     metadata, parts = trained.metadata, []
+    module, variables = trained.module, trained.variables
+    if trained.precision == 'bfloat16':  # as `Predictor` computes
+        arrays = folded.fold(module, variables)
+        module, variables = _Folded(module), mesh_lib.replicate(arrays, trained.mesh)
     steps = _eval_steps(
-        trained.module,
-        trained.variables,
+        module,
+        variables,
         examples,
         batch_size=batch_size,
         mesh=trained.mesh,
@@ -199,6 +204,16 @@ def compute_logits(
             'start again with a lower optimizer.learning_rate'
         )
     return logits, labels
+
+
+@dataclasses.dataclass(frozen=True)
+class _Folded:
+    """A network whose variables are those of `folded.fold`."""
+
+    module: network.Network
+
+    def apply(self, arrays, images, *, mutable):
+        return folded.logits(self.module, arrays, images)
 
 
 def _eval_steps(

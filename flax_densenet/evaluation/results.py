@@ -99,6 +99,7 @@ class Measured:
       step: of the checkpoint, or None.
       tta: test-time augmentation, as in `config.data.tta`.
       weights: path of the weights if the model is not a checkpoint, else None.
+      precision: in which it computed if that was chosen; empty for its own.
     """
 
     data: str
@@ -106,6 +107,7 @@ class Measured:
     step: int | None
     tta: str = 'none'
     weights: str | None = None
+    precision: str = ''
 
     @property
     def model(self) -> str:
@@ -114,7 +116,8 @@ class Measured:
             which = f'best checkpoint: epoch {self.epoch}, step {self.step}'
         else:
             which = f'weights of {self.weights}' if self.weights else 'imported weights'
-        return which + tta_lib.describe(self.tta)
+        which += tta_lib.describe(self.tta)
+        return f'{which}, in {self.precision}' if self.precision else which
 
 
 def describe(
@@ -125,10 +128,11 @@ def describe(
     Args:
       weights: where it was loaded from; kept if it is not a checkpoint.
     """
-    tta = tta_lib.from_metadata(trained.metadata)
+    tta, precision = tta_lib.from_metadata(trained.metadata), trained.precision
     if trained.step is None:
-        return Measured(data, None, None, tta, weights)
-    return Measured(data, trained.metadata['epoch'], trained.step, tta)
+        return Measured(data, None, None, tta, weights, precision)
+    epoch = trained.metadata['epoch']
+    return Measured(data, epoch, trained.step, tta, precision=precision)
 
 
 def collect(
@@ -189,6 +193,8 @@ def save(folder: str, results: Results, measured: Measured):
         os.makedirs(folder, exist_ok=True)
         with atomic.replacing(path) as file:
             about = {'version': EVAL_VERSION} | dataclasses.asdict(measured)
+            if not measured.precision:
+                del about['precision']
             json.dump(about | results.metrics, file, indent=1)
             file.write('\n')
         path = os.path.join(folder, PREDICTIONS_FILE)
@@ -223,7 +229,8 @@ def load(folder: str) -> tuple[Measured, dict[str, Any]] | None:
         if 'version' not in found:
             return _read_version_1(found), found
         names = [field.name for field in dataclasses.fields(Measured)]
-        return Measured(**{name: found[name] for name in names}), found
+        known = {'precision': ''} | found
+        return Measured(**{name: known[name] for name in names}), found
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(
             f'{path} is not what eval writes ({error!r}); run eval again'

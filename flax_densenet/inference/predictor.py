@@ -25,6 +25,7 @@ from PIL import Image
 
 from flax_densenet.data import bands, images
 from flax_densenet.errors import UserError
+from flax_densenet.inference import precision as precision_lib
 from flax_densenet.inference import programs
 from flax_densenet.inference.prediction import Explanation, Prediction
 from flax_densenet.models import layers
@@ -48,6 +49,7 @@ class Predictor:
 
     Attributes:
       trained: the model with its metadata.
+      in_use: the model as it computes; `trained`, or that in another precision.
       batch_size: the largest number of images that are computed at a time.
       multi_label: whether an image can have several labels.
       preparation: how images are prepared.
@@ -60,6 +62,7 @@ class Predictor:
         batch_size: int = 32,
         *,
         path: str | None = None,
+        precision: str | None = None,
     ):
         """Compiles nothing yet.
 
@@ -67,6 +70,11 @@ class Predictor:
           trained: see `trained.load_trained`.
           batch_size: the largest number of images that are computed at a time.
           path: where the model was loaded from.
+          precision: `float32`, `bfloat16` or `auto`, see `inference.precision`; None
+            is `auto` that says nothing if it changes nothing.
+
+        Raises:
+          UserError: an unknown precision, or `batch_size` is below 1.
         """
         if batch_size < 1:
             raise UserError(f'batch_size={batch_size} must be at least 1')
@@ -76,7 +84,9 @@ class Predictor:
         self.batch_size = batch_size
         self.multi_label = bool(metadata.get('multi_label'))
         self.preparation = trained_lib.preparation_of(metadata)
-        self.programs = programs.Programs(trained, batch_size)
+        self.in_use = precision_lib.resolve(trained, path, precision)
+        trained.notes.tell()
+        self.programs = programs.Programs(self.in_use, batch_size)
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -290,6 +300,7 @@ def load_trained(
     class_names: Sequence[str] | str | os.PathLike[str] | None = None,
     outputs: str | None = None,
     data: Mapping[str, Any] | None = None,
+    precision: str | None = None,
 ) -> Predictor:
     """Loads a trained model for prediction.
 
@@ -304,6 +315,8 @@ def load_trained(
       outputs: `softmax`, `sigmoid` or `none`; by default as in the weights, or softmax.
       data: how images are prepared, for weights that do not say it: `mean`, `std`,
         `image_size`, `resize`, `crop_fraction`, `interpolation`, `channels`.
+      precision: `float32`, `bfloat16` or `auto` (see `inference.precision`); None is
+        `auto` that says nothing if it changes nothing.
 
     Raises:
       UserError: the file or folder does not exist, or has no trained model.
@@ -315,9 +328,9 @@ def load_trained(
             f'{path}: there is no such file or folder; give the folder of a run, a '
             'file of weights or the name of published ones'
         )
+    precision_lib.check(precision)
     choices = choices_lib.make(class_names, outputs, data)
     trained = trained_lib.load_trained(path, 'best', mesh=mesh, choices=choices)
-    trained.notes.tell()
     if tta is not None:
         trained = trained.with_tta(tta)
-    return Predictor(trained, batch_size, path=path)
+    return Predictor(trained, batch_size, path=path, precision=precision)

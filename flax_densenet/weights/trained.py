@@ -51,6 +51,8 @@ class Trained:
       known: the known head that the class names are from, if they are assumed.
       notes: lines about assumptions that were not printed yet.
       is_imported: whether the weights are of another program.
+      precision: `float32` or `bfloat16` if it was chosen (`inference.precision`); empty
+        for the module's own.
     """
 
     module: network.Network
@@ -62,6 +64,7 @@ class Trained:
     known: heads.KnownHead | None = None
     notes: choices_lib.Notes = dataclasses.field(default_factory=choices_lib.Notes)
     is_imported: bool = False
+    precision: str = ''
 
     def with_tta(self, tta: str) -> 'Trained':
         """The same model with another value of `data.tta`."""

@@ -1,0 +1,69 @@
+"""Measures a trained model in the precision that was chosen, or in both."""
+
+from flax_densenet import settings as settings_lib
+from flax_densenet.data import notes
+from flax_densenet.distributed import mesh
+from flax_densenet.evaluation import results
+from flax_densenet.inference import precision as precision_lib
+from flax_densenet.weights import trained as trained_lib
+
+
+def of_data(
+    trained: trained_lib.Trained,
+    path: str,
+    settings: settings_lib.Settings,
+    precision: str | None,
+):
+    """`results.of_data` in a precision.
+
+    `auto` measures float32 and bfloat16 if bfloat16 is faster here, keeps the
+    measurement for `predict` and `serve`, and goes on with bfloat16 if it is as
+    accurate.
+
+    Args:
+      precision: one of `precision.CHOICES`; None for the model's own.
+
+    Returns:
+      The model as it was measured, and what `results.of_data` returns.
+
+    Raises:
+      UserError: an unknown precision, or as `results.of_data`.
+    """
+    precision_lib.check(precision)
+    if precision == 'auto':
+        return _both(trained, path, settings)
+    if precision:
+        trained = precision_lib.to(trained, precision)
+    return trained, *results.of_data(trained, path, settings)
+
+
+def _both(trained, path, settings):
+    if reason := precision_lib.slow_reason(trained.module):
+        _say(f'measuring in {trained.module.dtype} alone: {reason}')
+        return trained, *results.of_data(trained, path, settings)
+    models = {name: precision_lib.to(trained, name) for name in ('float32', 'bfloat16')}
+    source, found, trained_on = results.of_data(models['float32'], path, settings)
+    loader = settings.loader
+    again = results.collect(
+        models['bfloat16'],
+        found.examples,
+        found.class_names,
+        batch_size=loader.batch_size,
+        threads=loader.threads,
+        workers=loader.workers,
+    )
+    measured = {'float32': found, 'bfloat16': again}
+    metrics = {name: result.metrics for name, result in measured.items()}
+    record = precision_lib.make_record(trained, metrics)
+    precision_lib.save(path, record)
+    chosen = 'bfloat16' if precision_lib.is_accurate(record) else 'float32'
+    line = f'bfloat16: {precision_lib.describe(record)}; using {chosen}'
+    if trained.step is not None:
+        line += ', and so do predict and serve unless --precision is given'
+    _say(line)
+    return models[chosen], source, measured[chosen], trained_on
+
+
+def _say(line):
+    if mesh.is_writer():
+        notes.say(line)

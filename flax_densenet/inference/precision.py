@@ -1,0 +1,162 @@
+"""The precision in which a trained model computes: float32 or bfloat16.
+
+bfloat16 keeps 8 bits of each number instead of 24 and is several times faster on
+processors with instructions for it. `auto` uses it only if `eval` or `report` has
+measured, with `--precision=auto`, that it costs at most 0.1 points of accuracy. The
+measurement is kept in `precision.json` in the folder of the run, for one checkpoint.
+"""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import jax
+
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.errors import UserError
+from flax_densenet.kernels import cpu as cpu_kernels
+from flax_densenet.system import atomic
+from flax_densenet.weights.trained import Trained
+
+CHOICES = ('auto', 'bfloat16', 'float32')
+FILE = 'precision.json'
+MARGIN = 0.001  # of accuracy, a share
+
+
+def check(precision: str | None):
+    """Raises `UserError` unless it is None or one of CHOICES."""
+    if precision not in (None, *CHOICES):
+        raise UserError(
+            f'--precision={precision} is not known; use {", ".join(CHOICES)}'
+        )
+
+
+def resolve(trained: Trained, path: str | None, precision: str | None) -> Trained:
+    """The model as it computes in a precision; adds a line to its notes.
+
+    Args:
+      path: where it was loaded from.
+      precision: one of CHOICES. None is `auto` that says nothing if it changes nothing.
+
+    Raises:
+      UserError: an unknown precision.
+    """
+    check(precision)
+    if precision is None and trained.precision:
+        return trained  # it was chosen before
+    if precision in ('float32', 'bfloat16'):
+        return to(trained, precision)
+    record = load(trained, path)
+    if record is None:
+        reason = 'bfloat16 was not measured for it; eval --precision=auto does that'
+    elif not is_accurate(record):
+        reason = f'bfloat16 is less accurate: {describe(record)}'
+    else:
+        reason = slow_reason(trained.module)
+    if reason is None:
+        trained = to(trained, 'bfloat16')
+        trained.notes['precision'] = (
+            f'computing in bfloat16, measured as accurate ({describe(record)}); '
+            '--precision=float32 changes that'
+        )
+    elif precision:
+        trained.notes['precision'] = f'computing in {trained.module.dtype}: {reason}'
+    return trained
+
+
+def to(trained: Trained, precision: str) -> Trained:
+    """The model as it computes in float32 or bfloat16.
+
+    Its notes get a line if bfloat16 is not faster here.
+    """
+    module = trained.module.clone(dtype=precision)
+    reason = slow_reason(module) if precision == 'bfloat16' else None
+    if reason:
+        trained.notes['precision'] = f'bfloat16 is slower here than float32: {reason}'
+    return dataclasses.replace(trained, module=module, precision=precision)
+
+
+def slow_reason(module) -> str | None:
+    """Why bfloat16 is no faster than float32 for a network here; None if it is."""
+    if jax.default_backend() != 'cpu':
+        return None
+    fields = module.fields()
+    if 'kernel' not in fields or not module.bottleneck or not module.fast:
+        return 'there is no CPU kernel in bfloat16 for this network'
+    if module.kernel == 'xla' or (module.kernel == 'auto' and jax.device_count() > 1):
+        return 'the CPU kernel is not used'
+    if reason := cpu_kernels.load('bfloat16'):
+        return reason
+    if cpu_kernels.bfloat16_path() not in ('amx', 'avx512'):
+        return 'this processor has no instructions for it (AMX or AVX512-BF16)'
+    return None
+
+
+def is_accurate(record: dict[str, Any]) -> bool:
+    """Whether bfloat16 costs at most 0.1 points."""
+    return record['bfloat16'] >= record['float32'] - MARGIN
+
+
+def describe(record: dict[str, Any]) -> str:
+    """`accuracy 93.30%, float32 93.28%`"""
+    ours, theirs = (100 * record[name] for name in ('bfloat16', 'float32'))
+    return f'{record["metric"]} {ours:.2f}%, float32 {theirs:.2f}%'
+
+
+def make_record(trained: Trained, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The record of a measurement.
+
+    Args:
+      metrics: of `results.Results`, of the same images in float32 and bfloat16.
+    """
+    areas = [found['macro'].get('auroc') for found in metrics.values()]
+    # Of several labels an image, the accuracy hardly changes whatever is computed.
+    several = bool(trained.metadata.get('multi_label')) and None not in areas
+    values = {
+        name: found['macro']['auroc'] if several else found['accuracy']
+        for name, found in metrics.items()
+    }
+    about = {'step': trained.step, 'count': metrics['float32']['count']}
+    return about | {'metric': 'AUROC' if several else 'accuracy'} | values
+
+
+def save(path: str, record: dict[str, Any]):
+    """Writes the record into the folder of a run; nothing for other weights."""
+    if record['step'] is None or not mesh_lib.is_writer():
+        return
+    try:
+        with atomic.replacing(os.path.join(path, FILE)) as file:
+            json.dump(record, file, indent=1)
+            file.write('\n')
+    except OSError as error:
+        raise UserError(
+            f'{path}/{FILE} cannot be written ({error.strerror}); use '
+            '--precision=float32 or bfloat16'
+        ) from error
+
+
+def load(trained: Trained, path: str | None) -> dict[str, Any] | None:
+    """The record for this checkpoint; None if there is none.
+
+    Raises:
+      UserError: the file is there and is not what `save` writes.
+    """
+    if trained.step is None or path is None:
+        return None
+    name = os.path.join(path, FILE)
+    try:
+        with open(name, encoding='utf-8') as file:
+            record = json.load(file)
+        complete = all(
+            isinstance(record[key], float | int) for key in ('float32', 'bfloat16')
+        )
+        if not complete or not isinstance(record['metric'], str):
+            raise ValueError('numbers expected')
+        return record if record['step'] == trained.step else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f'{name} cannot be read ({error}); delete it, or run eval --precision=auto'
+        ) from error

@@ -18,8 +18,8 @@ def run(invocation: options.Invocation):
     allowed = [f'data.{name}' for name in chosen.data]
     trained_model.check_fields(invocation, path, *allowed)
     server.check_installed()
-    from flax_densenet.inference import precision as precision_lib
     from flax_densenet.serving import guard
+    from flax_densenet.weights import precision as precision_lib
 
     flags = invocation.flags
     precision_lib.check(flags.precision)

@@ -4,7 +4,8 @@ from flax_densenet import settings as settings_lib
 from flax_densenet.data import notes
 from flax_densenet.distributed import mesh
 from flax_densenet.evaluation import results
-from flax_densenet.inference import precision as precision_lib
+from flax_densenet.models import folded
+from flax_densenet.weights import precision as precision_lib
 from flax_densenet.weights import trained as trained_lib
 
 
@@ -38,7 +39,7 @@ def of_data(
 
 
 def _both(trained, path, settings):
-    if reason := precision_lib.slow_reason(trained.module):
+    if reason := folded.why_bfloat16_is_slow(trained.module):
         _say(f'measuring in {trained.module.dtype} alone: {reason}')
         return trained, *results.of_data(trained, path, settings)
     models = {name: precision_lib.to(trained, name) for name in ('float32', 'bfloat16')}

@@ -25,12 +25,12 @@ from PIL import Image
 
 from flax_densenet.data import bands, images
 from flax_densenet.errors import UserError
-from flax_densenet.inference import precision as precision_lib
 from flax_densenet.inference import programs
 from flax_densenet.inference.prediction import Explanation, Prediction
 from flax_densenet.models import layers
 from flax_densenet.system import paths
 from flax_densenet.weights import choices as choices_lib
+from flax_densenet.weights import precision as precision_lib
 from flax_densenet.weights import published, weight_file
 from flax_densenet.weights import trained as trained_lib
 
@@ -70,7 +70,7 @@ class Predictor:
           trained: see `trained.load_trained`.
           batch_size: the largest number of images that are computed at a time.
           path: where the model was loaded from.
-          precision: `float32`, `bfloat16` or `auto`, see `inference.precision`; None
+          precision: `float32`, `bfloat16` or `auto`, see `weights.precision`; None
             is `auto` that says nothing if it changes nothing.
 
         Raises:
@@ -315,7 +315,7 @@ def load_trained(
       outputs: `softmax`, `sigmoid` or `none`; by default as in the weights, or softmax.
       data: how images are prepared, for weights that do not say it: `mean`, `std`,
         `image_size`, `resize`, `crop_fraction`, `interpolation`, `channels`.
-      precision: `float32`, `bfloat16` or `auto` (see `inference.precision`); None is
+      precision: `float32`, `bfloat16` or `auto` (see `weights.precision`); None is
         `auto` that says nothing if it changes nothing.
 
     Raises:

@@ -78,8 +78,23 @@ def _processor():
     except OSError:
         return platform.platform()
     return '\n'.join(
-        sorted({line for line in lines if line.startswith(('model name', 'flags'))})
+        sorted(
+            {
+                line
+                for line in lines
+                if line.startswith(('vendor_id', 'model name', 'flags'))
+            }
+        )
     )
+
+
+def vendor() -> str:
+    """The maker of the processor, as `GenuineIntel`; empty if it is not known."""
+    for line in _processor().splitlines():
+        name, _, value = line.partition(':')
+        if name.strip() == 'vendor_id':
+            return value.strip()
+    return ''
 
 
 def load(dtype: str = 'float32') -> str | None:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from flax_densenet.kernels import cpu as cpu_kernels
 from flax_densenet.kernels import (
     dense_block,
     packed_bfloat16,
@@ -105,6 +106,25 @@ def _is_native(module, layer):
     kernel2 = layer.get('conv2', {}).get('kernel')
     layers = [xla_block.Layer(None, None, None, None, None, kernel2=kernel2)]
     return dense_block.use_native(module.kernel, x, layers, packed=True)
+
+
+def why_bfloat16_is_slow(module: Network) -> str | None:
+    """Why bfloat16 is no faster than float32 for a network here; None if it is."""
+    if jax.default_backend() != 'cpu':
+        return None
+    fields = module.fields()
+    if 'kernel' not in fields or not module.bottleneck or not module.fast:
+        return 'there is no CPU kernel in bfloat16 for this network'
+    if module.kernel == 'xla' or (module.kernel == 'auto' and jax.device_count() > 1):
+        return 'the CPU kernel is not used'
+    if reason := cpu_kernels.load('bfloat16'):
+        return reason
+    path = cpu_kernels.bfloat16_path()
+    if path == 'avx512' and cpu_kernels.vendor() == 'GenuineIntel':
+        return "this processor's AVX512-BF16 is no faster than float32"
+    if path not in ('amx', 'avx512'):
+        return 'this processor has no instructions for it (AMX or AVX512-BF16)'
+    return None
 
 
 def _packing(module):

@@ -51,7 +51,7 @@ class Trained:
       known: the known head that the class names are from, if they are assumed.
       notes: lines about assumptions that were not printed yet.
       is_imported: whether the weights are of another program.
-      precision: `float32` or `bfloat16` if it was chosen (`inference.precision`); empty
+      precision: `float32` or `bfloat16` if it was chosen (`weights.precision`); empty
         for the module's own.
     """
 

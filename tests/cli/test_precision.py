@@ -9,9 +9,9 @@ import pytest
 
 from flax_densenet import UserError
 from flax_densenet.distributed import mesh as mesh_lib
-from flax_densenet.inference import precision as precision_lib
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.kernels import cpu as cpu_kernels
+from flax_densenet.weights import precision as precision_lib
 from flax_densenet.weights import trained as trained_lib
 from helpers import commands as helper
 from helpers.blocks import require_native
@@ -66,6 +66,11 @@ def test_what_auto_takes(run, monkeypatch):
     write(run, 0.95, 0.95, step=112)
     assert choose(None) == ('float32', '')  # another checkpoint
     write(run, 0.95, 0.95)
+    monkeypatch.setattr(cpu_kernels, 'bfloat16_path', lambda: 'avx512')
+    monkeypatch.setattr(cpu_kernels, 'vendor', lambda: 'AuthenticAMD')
+    assert choose(None)[0] == 'bfloat16'
+    monkeypatch.setattr(cpu_kernels, 'vendor', lambda: 'GenuineIntel')
+    assert 'is no faster than float32' in choose('auto')[1]
     monkeypatch.setattr(cpu_kernels, 'bfloat16_path', lambda: 'portable')
     assert choose(None) == ('float32', '')
     assert 'has no instructions for it' in choose('auto')[1]

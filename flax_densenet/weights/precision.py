@@ -11,11 +11,9 @@ import json
 import os
 from typing import Any
 
-import jax
-
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.errors import UserError
-from flax_densenet.kernels import cpu as cpu_kernels
+from flax_densenet.models import folded
 from flax_densenet.system import atomic
 from flax_densenet.weights.trained import Trained
 
@@ -53,7 +51,7 @@ def resolve(trained: Trained, path: str | None, precision: str | None) -> Traine
     elif not is_accurate(record):
         reason = f'bfloat16 is less accurate: {describe(record)}'
     else:
-        reason = slow_reason(trained.module)
+        reason = folded.why_bfloat16_is_slow(trained.module)
     if reason is None:
         trained = to(trained, 'bfloat16')
         trained.notes['precision'] = (
@@ -71,26 +69,10 @@ def to(trained: Trained, precision: str) -> Trained:
     Its notes get a line if bfloat16 is not faster here.
     """
     module = trained.module.clone(dtype=precision)
-    reason = slow_reason(module) if precision == 'bfloat16' else None
+    reason = folded.why_bfloat16_is_slow(module) if precision == 'bfloat16' else None
     if reason:
         trained.notes['precision'] = f'bfloat16 is slower here than float32: {reason}'
     return dataclasses.replace(trained, module=module, precision=precision)
-
-
-def slow_reason(module) -> str | None:
-    """Why bfloat16 is no faster than float32 for a network here; None if it is."""
-    if jax.default_backend() != 'cpu':
-        return None
-    fields = module.fields()
-    if 'kernel' not in fields or not module.bottleneck or not module.fast:
-        return 'there is no CPU kernel in bfloat16 for this network'
-    if module.kernel == 'xla' or (module.kernel == 'auto' and jax.device_count() > 1):
-        return 'the CPU kernel is not used'
-    if reason := cpu_kernels.load('bfloat16'):
-        return reason
-    if cpu_kernels.bfloat16_path() not in ('amx', 'avx512'):
-        return 'this processor has no instructions for it (AMX or AVX512-BF16)'
-    return None
 
 
 def is_accurate(record: dict[str, Any]) -> bool:

@@ -77,15 +77,8 @@ def _processor():
         lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
     except OSError:
         return platform.platform()
-    return '\n'.join(
-        sorted(
-            {
-                line
-                for line in lines
-                if line.startswith(('vendor_id', 'model name', 'flags'))
-            }
-        )
-    )
+    told = ('vendor_id', 'model name', 'flags')
+    return '\n'.join(sorted({line for line in lines if line.startswith(told)}))
 
 
 def vendor() -> str:

@@ -104,12 +104,12 @@ def explain_system_error(error: Exception) -> str | None:
         return (
             f'out of memory ({text[:160] or "MemoryError"}): use a smaller '
             'data.batch_size or data.image_size, model.remat=block or '
-            'model.dtype=bfloat16; the same command goes on from the last checkpoint'
+            'model.dtype=bfloat16, then run the same command to resume'
         )
     if isinstance(error, OSError) and error.errno in _DISK:
         return (
-            f'{error.filename or "a file"}: {error.strerror}; mend that, and the same '
-            'command goes on from the last checkpoint'
+            f'{error.filename or "a file"}: {error.strerror}; fix that, then run '
+            'the same command to resume from the last checkpoint'
         )
     return None
 

@@ -159,8 +159,8 @@ def _none_left(workdir):
             'from there'
         )
     return UserError(
-        f'--workdir={workdir}: none of its checkpoints is whole; bring one back from a '
-        f'copy, or remove {os.path.join(workdir, FOLDER)} to start anew'
+        f'--workdir={workdir}: none of its checkpoints is intact; restore one from a '
+        f'backup, or remove {os.path.join(workdir, FOLDER)} to start over'
     )
 
 
@@ -215,7 +215,7 @@ def check(folder: str) -> str:
             return f'{CHECKSUMS_FILE} was changed'
         for name, expected in sums.items():
             if checksum(os.path.join(folder, name)) != expected:
-                return f'{name} is not what was saved'
+                return f'{name} does not match its checksum'
     except (ValueError, AttributeError, TypeError):
         return f'{CHECKSUMS_FILE} was changed'
     except OSError as error:
@@ -247,7 +247,7 @@ def set_aside(workdir: str):
                 number += 1
                 new = os.path.join(workdir, FOLDER, f'{_BAD}{found.name}-{number}')
             os.rename(old, new)
-            _LOGGER.info(f'moved to {new}; remove it when you like')
+            _LOGGER.info(f'moved to {new}; it can be deleted')
 
 
 def load_json(workdir: str, which: Checkpoint | int, item: str) -> Any:
@@ -285,7 +285,7 @@ def _not_whole(folder, error):
     else:
         reason = 'its arrays cannot be read as those of this model and optimizer'
     return UserError(
-        f'the checkpoint {folder} is not whole ({reason}); remove that folder to use '
+        f'the checkpoint {folder} is not intact ({reason}); remove that folder to use '
         'an earlier one'
     )
 

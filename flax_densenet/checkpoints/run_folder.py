@@ -57,7 +57,7 @@ def _parse(workdir, name, text):
             f'{os.path.join(workdir, name)} is not valid JSON ({error})'
         ) from error
     if not isinstance(found, dict):
-        raise UserError(f'{os.path.join(workdir, name)} holds no JSON object')
+        raise UserError(f'{os.path.join(workdir, name)} is not a JSON object')
     return found
 
 

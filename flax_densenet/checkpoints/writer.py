@@ -235,12 +235,12 @@ def _save_or_retry(workdir, which, arrays, texts, lines):
             if pause is None:
                 raise UserError(
                     f'--workdir={workdir}: the checkpoint of step {which.step} cannot '
-                    f'be saved ({reason}); mend that, and the same command goes on '
-                    'from the last one that was'
+                    f'be saved ({reason}); fix that, then run the same command to '
+                    'resume from the last checkpoint'
                 ) from error
             _LOGGER.warning(
-                f'warning: saving step {which.step} failed ({reason}); again in '
-                f'{pause:g} s'
+                f'warning: saving step {which.step} failed ({reason}); trying '
+                f'again in {pause:g} s'
             )
             time.sleep(pause)
 
@@ -261,7 +261,7 @@ def _save(workdir, which, arrays, texts):
     """One checkpoint, complete with its name or not at all."""
     folder = os.path.abspath(os.path.join(workdir, checkpoint_reader.FOLDER))
     if not os.path.isdir(folder):
-        _LOGGER.warning(f'warning: {folder} was gone; made anew')
+        _LOGGER.warning(f'warning: {folder} was missing and has been recreated')
         os.makedirs(folder)
     part = os.path.join(folder, _PART + which.name)
     final = os.path.abspath(checkpoint_reader.folder_of(workdir, which))

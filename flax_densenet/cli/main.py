@@ -45,7 +45,7 @@ def main(argv: list[str]) -> int:
     except BrokenPipeError:
         # What is still to be flushed at the end must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        processes.end(141, 'the reader of standard output went away')
+        processes.end(141, 'the reader of standard output closed it')
         return 141
     except (MemoryError, OSError, RuntimeError) as error:
         if (message := errors.explain_system_error(error)) is None:

@@ -64,7 +64,7 @@ def find(
     if not counts.all():
         raise UserError(
             f'{field}: no image of the folder {names[counts.argmin()]} can be read; '
-            'mend them or remove it'
+            'fix them or remove the folder'
         )
     _add_stray_files(root, layout, names, passed)
     for line in layout.lines:

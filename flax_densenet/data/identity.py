@@ -179,8 +179,8 @@ def _compare_counts(saved, source, same_place):
         return Relation(
             False,
             f'data.source={source.name} has as many images of the same classes as the '
-            'data that the model was trained on; if it is a copy of that, the figures '
-            'are of training images: the checkpoint is of a version that cannot tell',
+            'data that the model was trained on; if it is a copy of that, the metrics '
+            'are of training images; the checkpoint is of a version that cannot tell',
         )
     return Relation(False)
 
@@ -213,7 +213,7 @@ def _lost(sample, there, same):
     if same == len(sample):
         return ''
     return (
-        f'; of {len(sample)} training images that the checkpoint remembers '
+        f'; of {len(sample)} training images whose checksums the checkpoint has '
         f'{len(sample) - there} are gone and {there - same} have another content'
     )
 
@@ -240,8 +240,8 @@ def find_trained_on(saved: Mapping[str, Any], examples) -> str:
         return ''
     return (
         f'warning: training images are among the {len(examples)} images: '
-        f'{len(found)} of {len(wanted)} that the checkpoint remembers; the figures '
-        'are better than on images that the model has not seen'
+        f'{len(found)} of {len(wanted)} whose checksums the checkpoint '
+        'has, so the metrics are better than on new images'
     )
 
 

@@ -348,7 +348,7 @@ class _Reading(table_columns.Columns):
                 remedy += f'; data.label_kind=classes takes {cell!r} as a class'
             raise UserError(
                 f'{self.field}: line {self.lines[row]}, column {column}: '
-                f'{cell!r} is no class; {remedy}'
+                f'{cell!r} is not a class; {remedy}'
             )
         if words := sorted({cell for cell in cells if cells_lib.is_missing(cell)}):
             self.notes.append(f'{", ".join(words)} is taken as a class')
@@ -361,7 +361,7 @@ class _Reading(table_columns.Columns):
             if broken is not None:
                 raise UserError(
                     f'{self.field}: the column {column} holds numbers as {broken}, '
-                    'which are no classes'
+                    'which are not classes'
                 )
             cells = [str(int(numbers[cell])) for cell in cells]
             names = sorted(set(cells), key=int)
@@ -396,7 +396,7 @@ class _Reading(table_columns.Columns):
         if len(wrong):
             raise UserError(
                 f'{self.field}: line {self.lines[wrong[0]]} has not exactly one of the '
-                'labels, so these are no classes; set data.label_kind=labels'
+                'labels, so these are not classes; set data.label_kind=labels'
             )
         return set(names), names, np.argmax(values == 1, -1).astype(np.int32)
 

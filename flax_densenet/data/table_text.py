@@ -60,7 +60,8 @@ def read(path: str, field: str, is_image: Callable[[str], bool] | None = None) -
     if any(_names_image(cell, is_image) for cell in heading):
         heading, body = [f'column {n}' for n in range(1, len(heading) + 1)], rows
         notes.append(
-            'its first line is no heading but names an image; the columns are called '
+            'its first line is not a heading: it names an image; the columns are '
+            'called '
             f'{", ".join(heading[:4])}{", ..." if len(heading) > 4 else ""}'
         )
     if not body:
@@ -75,7 +76,7 @@ def read(path: str, field: str, is_image: Callable[[str], bool] | None = None) -
                 f'{field}: line {line} has {len(row)} cells, the heading {len(heading)}'
             )
         if any('\0' in cell for cell in row):
-            raise UserError(f'{field}: line {line} holds a zero byte; it is no text')
+            raise UserError(f'{field}: line {line} holds a zero byte; it is not text')
     cells = zip(*(row for _, row in body), strict=True)
     columns = dict(zip(heading, cells, strict=True))
     return Table(columns, [line for line, _ in body], notes)
@@ -100,7 +101,8 @@ def _text(field, path):
         text = content.decode(_encoding(content))
     except UnicodeDecodeError as error:
         raise UserError(
-            f'{field} is no text in UTF-8 (byte {error.start}); save it as CSV in UTF-8'
+            f'{field} is not text in UTF-8 (byte {error.start}); save it as CSV in '
+            'UTF-8'
         ) from error
     for start, what in _MARKUP.items():
         if text.lstrip().startswith(start):

@@ -380,7 +380,7 @@ def _label(path, name, kind, content) -> int | str:
     if isinstance(label, str) and label:
         return label
     raise UserError(
-        f'{path}: {name} names no class; it needs a number from 0 to '
+        f'{path}: {name} names no class; give a number from 0 to '
         f'{_MAX_CLASSES - 1} or a name'
         + (f' in its field {_FIELDS[0]}' if kind == 'json' else '')
     )

@@ -18,7 +18,8 @@ import signal
 import sys
 
 GO_ON = (
-    'the same command, with any number of processes, goes on from the last checkpoint'
+    'run the same command, with any number of processes, to resume from the last '
+    'checkpoint'
 )
 _FATAL = b'JAX distributed service detected fatal errors'
 _PORT = b'Failed to add port to server'
@@ -35,11 +36,11 @@ def explain(text: str) -> str:
 
     >>> explain('UNAVAILABLE: The following tasks are unhealthy:\\n1\\nThe tasks')
     ... # doctest: +ELLIPSIS
-    'process 1 stopped answering; start all processes again: the same command...'
+    'process 1 stopped responding; start all processes again: the same command...'
     """
     if 'Failed to add port' in text:
         return (
-            "the coordinator's port is taken; choose another one (--coordinator or "
+            "the coordinator's port is in use; choose another one (--coordinator or "
             'JAX_COORDINATOR_PORT)'
         )
     if 'Unexpected task' in text:
@@ -54,10 +55,10 @@ def explain(text: str) -> str:
             '--process_id, and look at --coordinator and at firewalls'
         )
     numbers = re.search(r'unhealthy[^\n]*\n((?:\s*[\w/:]*\d+\n)+)', text)
-    who = 'process 0 is gone, or the network to it'
+    who = 'process 0 has ended, or the network to it is down'
     if numbers:
         found = re.findall(r'(\d+)\n', numbers[1])
-        who = f'process {", ".join(found)} stopped answering'
+        who = f'process {", ".join(found)} stopped responding'
     return f'{who}; start all processes again: {GO_ON}'
 
 

@@ -91,7 +91,7 @@ def _check_port(address):
             probe.bind(('', port))
         except OSError as error:
             raise UserError(
-                f'--coordinator={address}: the port cannot be had ({error.strerror}); '
+                f'--coordinator={address}: the port cannot be used ({error.strerror}); '
                 'choose another one'
             ) from error
 
@@ -329,7 +329,7 @@ class _Member:
                     self._end(self._who(text))
                 # The first process is gone; C++ has to say something of it first.
                 elif not self._told and not self._over.wait(_GRACE_SECONDS):
-                    self._end('process 0 is gone, or the network to it')
+                    self._end('process 0 has ended, or the network to it is down')
                 return
             self._pulses, self._late = number + 1, 0.0
             if self._over.wait(_PULSE_SECONDS):
@@ -342,7 +342,7 @@ class _Member:
         while not self._over.wait(1.0):
             self._late += 1.0
             if self._late > self._timeout + 2 * _GRACE_SECONDS + _PULSE_SECONDS:
-                self._end('process 0 stopped answering, or the network to it')
+                self._end('process 0 stopped responding, or the network to it is down')
 
     def _listen(self):
         """Waits for the reason of a process that ended too early."""
@@ -350,7 +350,7 @@ class _Member:
             found = json.loads(self.take('ended', delete=False))
         except RuntimeError:  # the first process is gone, and with it the store
             if not self._over.wait(_GRACE_SECONDS):
-                self._end('process 0 is gone, or the network to it')
+                self._end('process 0 has ended, or the network to it is down')
             return
         self._told = True
         # A signal that all have agreed on ends this one too, once its own turn comes.
@@ -365,13 +365,13 @@ class _Member:
         """Which processes did not come to a barrier, of its error."""
         found = re.search(r'timed out task names:\s*((?:\S*\d+\s+)+)', text)
         if not found:
-            return 'a process is gone, or the network to it'
+            return 'a process has ended, or the network to it is down'
         names = []
         for number in re.findall(r'(\d+)\s', found[1])[:8]:
             key = f'{_PREFIX}/host/{number}'
             host = self.client.blocking_key_value_get_bytes(key, 1000).decode()
             names.append(f'{number} ({host})')
-        return f'process {", ".join(names)} stopped answering for {self._timeout} s'
+        return f'process {", ".join(names)} stopped responding for {self._timeout} s'
 
     def _end(self, what):
         line = f'error: {what}; start all processes again: {native_errors.GO_ON}'

@@ -337,7 +337,7 @@ class DenseNet(network.Network):
             )
         if self.kernel == 'native' and self.dropout_after == 'every_conv':
             raise UserError(
-                'model.kernel=native cannot drop out: use auto with '
+                'model.kernel=native has no such dropout: use auto with '
                 'model.dropout_after=every_conv'
             )
         if self.kernel == 'native' and self.drop_path_rate:

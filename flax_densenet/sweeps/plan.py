@@ -48,8 +48,8 @@ class Plan:
             )
         if prune != 'none' and 'train.epochs' in self.space.fields:
             raise UserError(
-                f'--prune={prune} compares runs epoch by epoch, which are to have the '
-                'same train.epochs; leave one of the two out'
+                f'--prune={prune} compares runs epoch by epoch, so they need the same '
+                'train.epochs; leave out one of the two'
             )
         if prune != 'none' and not self.settings.train.epochs:
             raise UserError(
@@ -86,8 +86,8 @@ class Plan:
         ends = [self.value(axis.field, text) for text in (axis.low, axis.high)]
         if not all(type(end) in (int, float) for end in ends):
             raise UserError(
-                f'--sweep={axis.field}={axis.low}..{axis.high}: the field is no '
-                'number; name its values, with commas between them'
+                f'--sweep={axis.field}={axis.low}..{axis.high}: the field is not '
+                'a number; list its values, separated by commas'
             )
         return name, (*ends, axis.log)
 

@@ -126,7 +126,7 @@ def load(workdir: str) -> SweepRecord:
     except OSError as error:
         raise UserError(f'{path} cannot be read ({error.strerror})') from error
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
-        raise UserError(f'{path} is no record of a sweep ({e})') from e
+        raise UserError(f'{path} is not a record of a sweep ({e})') from e
     return book
 
 

@@ -72,7 +72,7 @@ def run(
 
     Raises:
       UserError: a field, a value or the workdir cannot be used, or all settings failed.
-      signals.Stopped: `stop` was asked; all that was trained is saved.
+      signals.Stopped: `stop` was asked; training so far is saved.
     """
     optuna_study.check(prune)
     _check_workdir(workdir)
@@ -99,7 +99,7 @@ def run(
     _LOGGER.info(sweep_page.format_end(workdir, kept, rows))
     if all(row.setting.state == 'failed' for row in rows):
         raise UserError(
-            f'all {len(rows)} settings failed, the first one so: {kept.settings[0].why}'
+            f'all {len(rows)} settings failed, the first with: {kept.settings[0].why}'
         )
     return rows
 
@@ -121,7 +121,7 @@ def _open_book(workdir, plan, arguments):
         message = sweep_plan.find_difference(kept.definition, definition)
     except (LookupError, TypeError, AttributeError) as error:
         path = os.path.join(workdir, sweep_record.FILE)
-        raise UserError(f'{path} is no record of a sweep ({error})') from error
+        raise UserError(f'{path} is not a record of a sweep ({error})') from error
     if message:
         raise UserError(f'--workdir={workdir} holds a sweep {message}; {_REMEDY}')
     if plan.trials is not None and plan.trials < len(kept.settings):
@@ -184,7 +184,7 @@ class _Sweep:
             if next(repeats) == _REPEATS:
                 _LOGGER.info(
                     f'the search ends with {len(self.book.settings)} settings: '
-                    f'{_REPEATS} suggestions in a row were among them already'
+                    f'{_REPEATS} suggestions in a row were already among them'
                 )
                 return
 

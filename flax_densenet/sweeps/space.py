@@ -113,10 +113,10 @@ def parse(flags: list[str]) -> Space:
         axis = _parse_axis(flag)
         for name in axis.fields:
             if name in seen:
-                raise UserError(f'--sweep={flag}: {name} has another --sweep already')
+                raise UserError(f'--sweep={flag}: {name} is already in another --sweep')
             if name in _WHOLE_PROCESS:
                 raise UserError(
-                    f'--sweep={flag}: {name} is of the whole process; give it as '
+                    f'--sweep={flag}: {name} applies to the whole process; set it with '
                     f'--config.{name}'
                 )
             seen.add(name)
@@ -171,8 +171,8 @@ def _parse_sets(flag, lines):
                 continue
             if not equals or not name or not text or len(_split(text, ',')) > 1:
                 raise UserError(
-                    f'--sweep={flag}: {word} needs the form FIELD=VALUE, a value each, '
-                    'those with blanks or commas in quotes'
+                    f'--sweep={flag}: {word} needs the form FIELD=VALUE with one '
+                    'value, in quotes if it has blanks or commas'
                 )
             option[settings.current_name(name)] = _unquote(text)
         options.append(option)
@@ -192,7 +192,9 @@ def _parse_range(flag, name, text):
     if not dots:
         return None
     if not numbers[0] < numbers[1] < math.inf or math.isinf(numbers[0]):
-        raise UserError(f'--sweep={flag}: a range goes from a number to a higher one')
+        raise UserError(
+            f'--sweep={flag}: a range must go from a lower to a higher number'
+        )
     if scale not in ('', 'log', 'linear'):
         raise UserError(
             f'--sweep={flag}: {scale} is not known; use {ends}:log or {ends}:linear'

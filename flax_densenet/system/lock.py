@@ -84,6 +84,6 @@ def _take(file, folder, doing):
         if error.errno not in _NO_LOCKS:
             raise
         _LOGGER.warning(
-            f'warning: no lock can be had on {folder} ({error.strerror}): start no '
-            'second process there'
+            f'warning: cannot lock {folder} ({error.strerror}): do not '
+            'start a second process there'
         )

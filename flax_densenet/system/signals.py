@@ -62,7 +62,7 @@ class Stop:
         finally:
             self._busy = False
         if self.asked:
-            raise self.stopped('all that was trained is saved')
+            raise self.stopped('training so far is saved')
 
     def stopped(self, what: str) -> Stopped:
         """The exception to raise.
@@ -70,13 +70,13 @@ class Stop:
         Args:
           what: what is saved.
         """
-        how = f'{what}; the same command goes on from there'
+        how = f'{what}; run the same command to resume'
         return Stopped(self.agreed or self.signum, how)
 
     def _handle(self, signum, frame):
         self.signum = self.signum or signum
         if not self._busy:
-            raise self.stopped('all that was trained is saved')
+            raise self.stopped('training so far is saved')
 
     def _watch(self, reader):
         """Reads a byte for each signal, in a thread of its own; 0 ends it."""
@@ -89,12 +89,14 @@ class Stop:
             heard, self.signum = True, signum
             doing = 'finishing this step and saving; ' if self._busy else ''
             _LOGGER.error(
-                '\n%s: %sonce more leaves at once', signal.Signals(signum).name, doing
+                '\n%s: %sa second signal exits at once',
+                signal.Signals(signum).name,
+                doing,
             )
             if not self._busy and not self._over.wait(_PATIENCE_SECONDS):
                 if self._busy:  # the first step had begun; it will save
                     continue
-                _LOGGER.error('%s', self.stopped('all that was trained is saved'))
+                _LOGGER.error('%s', self.stopped('training so far is saved'))
                 self._leave()
 
     def _leave(self):

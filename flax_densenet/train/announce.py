@@ -78,13 +78,13 @@ def _warn_of_few_values(run):
     if rows * math.prod(sides) == 1:
         _LOGGER.warning(
             f'warning: {fields}: the last batch norms see one value of each '
-            'feature, which leaves only their biases: nothing can be learned; '
+            'feature, which leaves only their biases, so nothing can be learned; '
             f'{remedy}'
         )
     elif rows == 1:
         _LOGGER.warning(
-            f'warning: {fields}: batch norm sees one image at a time, by '
-            f'which its running statistics say little; {remedy}'
+            f'warning: {fields}: batch norm sees one image at a time, '
+            f'so its running statistics are unreliable; {remedy}'
         )
 
 

@@ -108,7 +108,7 @@ def fit(
     Raises:
       UserError: a field, the data or the workdir cannot be used, saving failed for
         good, or the loss is no longer finite.
-      signals.Stopped: `stop` was asked; all that was trained is saved.
+      signals.Stopped: `stop` was asked; training so far is saved.
     """
     if mesh.is_writer():
         lock.check(workdir)  # before the data is looked through
@@ -151,7 +151,7 @@ def fit(
                 'nothing to train'
             )
         else:
-            _LOGGER.info(f'{workdir} has its {epochs} epochs already; nothing to train')
+            _LOGGER.info(f'{workdir} has its {epochs} epochs; nothing to train')
         saver.wait()
         processes.barrier('trained')  # all are to find the same best checkpoint
         return FitResult(max(records, key=checkpoint_reader.rank), records, run, left)
@@ -257,7 +257,7 @@ def _start(run):
     place = f'after epoch {metadata["epoch"]}'
     if not latest.finished:
         place = f'in epoch {metadata["epoch"] + 1}, after step {latest.step},'
-    _LOGGER.info(f'going on {place} in {run.workdir}')
+    _LOGGER.info(f'resuming {place} in {run.workdir}')
     restored = loop.from_items(**items)
     return _spread(run, restored, state), metadata
 

@@ -80,7 +80,7 @@ def check_data(
         raise UserError(
             f'--workdir={workdir} holds a run with data.source={before}, not '
             f'{source.name}, and these are other images; give the data of the run (if '
-            f'it moved to another place, a link from there will do), or {new_run}'
+            f'it moved to another place, link to it from there), or {new_run}'
         )
     counts, now = saved.get('images'), _count(source)
     if counts and counts != now:
@@ -101,15 +101,15 @@ def check_data(
     if identity.has_other_labels(saved, source):
         return (
             f'warning: data.source={source.name} has other labels for the images than '
-            'before; the run goes on with those of now'
+            'before; the run continues with the current ones'
         )
     if moved:
-        return f'the data has moved from {before} to {source.name}; the run goes on'
+        return f'the data has moved from {before} to {source.name}; the run continues'
     known = (saved.get('identity') or {}).get('names')
     if known and (not same_names or not relation.own):
         return (
             f'data.source={source.name} has as many images as before, but not the '
-            'same ones; the run goes on with those of now'
+            'same ones; the run continues with the current ones'
         )
     return ''
 
@@ -185,9 +185,11 @@ def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
         f'{name}={_plain(now)} (before {_plain(before)})'
         for name, (before, now) in changes.items()
     )
-    line = f'going on with other settings: {shown}'
+    line = f'resuming with other settings: {shown}'
     if any(name in _SCHEDULE for name in changes):
-        line += '; epochs count on, and the learning rate is that of the new schedule'
+        line += (
+            '; epoch numbers continue, and the learning rate follows the new schedule'
+        )
     return line
 
 

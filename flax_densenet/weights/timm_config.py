@@ -154,7 +154,7 @@ def read(path: str) -> dict[str, Any]:
             f'{path} is not valid JSON ({reason}); use an intact copy'
         ) from error
     if not isinstance(content, dict):
-        raise UserError(f'{path} holds no JSON object; use an intact copy')
+        raise UserError(f'{path} is not a JSON object; use an intact copy')
     return content
 
 

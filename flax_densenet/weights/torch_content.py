@@ -100,7 +100,7 @@ def find(path: str, saved: Any) -> Content:
     if not arrays:
         raise UserError(f'{path} holds no arrays in {place}')
     if others:
-        raise UserError(f'{path}: {place} holds {others[0]}, which is no array')
+        raise UserError(f'{path}: {place} holds {others[0]}, which is not an array')
     return Content(arrays, names, outputs, head, classes)
 
 

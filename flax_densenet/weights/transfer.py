@@ -204,7 +204,7 @@ def first_variables(
 ) -> dict[str, Any]:
     """The weights' variables as the start of a run.
 
-    Two things may differ, and a line says so: the head, which starts anew where the
+    Two things may differ, and a line says so: the head, which starts new where the
     classes are others, and the number of channels of the images (see
     `channels_lib.convert_channels`).
 
@@ -221,7 +221,7 @@ def first_variables(
     reason = _other_classes(weights, class_names)
     heads = [name for name in wanted if name.startswith('params/classifier/')]
     if reason:
-        _LOGGER.info(f'{weights.path}: {reason}: the classifier starts anew')
+        _LOGGER.info(f'{weights.path}: {reason}: the classifier starts new')
         flat = {k: v for k, v in flat.items() if '/classifier/' not in k}
         flat |= {name: wanted[name] for name in heads}
     first = 'params/conv0/kernel'

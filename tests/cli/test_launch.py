@@ -205,7 +205,7 @@ def test_summary(main, arguments, size):
         ),
         (
             ['--mode=sweep', '--sweep=model.variant=1..2', '--trials=2'],
-            'the field is no number; name its values',
+            'the field is not a number; list its values',
         ),
         (['--mode=sweep', '--sweep=train.seed=0', '--trials=2'], 'needs a field to'),
         (

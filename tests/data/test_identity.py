@@ -101,7 +101,7 @@ def test_training_images_among_others(photos, tmp_path):
     saved = saved_by(source)
     assert identity.find_trained_on(saved, source.test) == ''
     line = identity.find_trained_on(saved, source.train)
-    assert '19 of 19 that the checkpoint remembers' in line
+    assert '19 of 19 whose checksums the checkpoint has' in line
     # Under other names, in another split, in a tar-like pack: by what is in them.
     write_images(tmp_path / 'new', {'a': 5, 'b': 5}, seed=3)
     shutil.copy(source.train.name(3), 'new/a/renamed.png')

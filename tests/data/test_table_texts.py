@@ -49,7 +49,7 @@ def test_lines_of_a_table(text, note, tmp_path):
         ('<html>\n<body>\n', 'is HTML or XML, not a table'),
         (b'PK\x03\x04', 'is an Excel file'),
         ('image,a\nx.png,1,1\ny.png,1,0\n', 'line 2 has 3 cells, the heading 2'),
-        ('image,größe\nx.png,1\n'.encode('latin-1'), 'is no text in UTF-8'),
+        ('image,größe\nx.png,1\n'.encode('latin-1'), 'is not text in UTF-8'),
         ('image,a\nx.png,1\nx.png,0\n', r'x.png is there more than once \(lines 2 and'),
     ],
 )

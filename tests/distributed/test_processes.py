@@ -168,7 +168,9 @@ def test_an_abort_of_the_cluster_is_one_line_and_2(fatal):
         assert done.returncode == 2
         assert done.stdout == 'to stdout\n'
         assert len(lines) == 3
-        assert lines[2].startswith('error: process 0 is gone, or the network to it; ')
+        assert lines[2].startswith(
+            'error: process 0 has ended, or the network to it is down; '
+        )
     else:
         assert done.returncode == -signal.SIGABRT
         assert len(lines) == 2
@@ -218,7 +220,7 @@ def test_elastic(tmp_path):
         two.kill(1)
         assert two.wait(60) == [2, -signal.SIGKILL]
         error = two.error(0)
-        assert re.match(r'error: process 1 (\(.*\) )?stopped answering', error)
+        assert re.match(r'error: process 1 (\(.*\) )?stopped responding', error)
         assert 'goes on from the last checkpoint' in error and error.count('\n') == 1
         assert f'after step {first},' in two.out(0) or 'after epoch' in two.out(0)
     second = step_saved(workdir)
@@ -310,10 +312,10 @@ def test_one_that_fails_or_hangs_ends_the_others(tmp_path):
         killed.kill(0)
         hangs.kill(1, signal.SIGSTOP)
         assert killed.wait(60) == [-signal.SIGKILL, 2]
-        line = 'error: process 0 is gone, or the network to it; start all processes'
+        line = 'error: process 0 has ended, or the network to it is down; start all processes'
         assert killed.error(1).startswith(line) and killed.error(1).count('\n') == 1
         assert hangs.processes[0].wait(60) == 2
-        assert re.match(r'error: process 1 .*stopped answering', hangs.error(0))
+        assert re.match(r'error: process 1 .*stopped responding', hangs.error(0))
         assert hangs.error(0).count('\n') == 1
     for workdir in workdirs[:2]:
         latest = checkpoint_reader.find_all(str(workdir))[-1]

@@ -231,7 +231,7 @@ def test_wrong_configs(place, value, message, tmp_path):
         ('{"architecture": ', 'config.json is not valid JSON'),
         ('\udcff', 'config.json is not valid JSON'),
         ('[' * 100_000, 'config.json is not valid JSON'),
-        ('[]', 'config.json holds no JSON object'),
+        ('[]', 'config.json is not a JSON object'),
         ('{}', 'architecture is missing'),
         (
             '{"architectures": ["ResNet"], "model_type": "resnet"}',

@@ -62,7 +62,7 @@ def test_a_disk_that_fills_up(forks, whole, tmp_path, monkeypatch):
         lines = training.text.splitlines()
         assert status == 2, training.text
         assert lines[-1].startswith('error: '), training.text
-        assert 'No space left' in lines[-1] and 'goes on from the last' in lines[-1]
+        assert 'No space left' in lines[-1] and 'resume from the last' in lines[-1]
         assert sum('again in' in line for line in lines) == 3
         assert 'Traceback' not in training.text
         latest = checkpoint_reader.find_latest(str(disk / 'run'))
@@ -151,7 +151,7 @@ def test_a_folder_that_vanishes(forks, tmp_path):
     training.kill(15)
     assert training.wait() == 143, training.text
     training = forks.start(tmp_path / 'run', **{'train.epochs': 500})
-    training.wait_for('going on')
+    training.wait_for('resuming')
     training.kill(9)
     training.wait()
 
@@ -211,7 +211,7 @@ def test_a_bad_checkpoint_is_left_out(whole, tmp_path, damage, capsys):
     fit.fit(fields_of(TINY), str(workdir))
     out = capsys.readouterr().out
     assert f'warning: bad checkpoint {newest}: ' in out
-    assert 'going on in epoch 5, after step 26,' in out
+    assert 'resuming in epoch 5, after step 26,' in out
     assert (workdir / 'checkpoints' / 'bad-27').is_dir()
     assert checkpoint_reader.check(str(newest)) == ''
     assert final_arrays(workdir)[0] == 27
@@ -227,7 +227,7 @@ def test_none_is_whole(whole, tmp_path):
         lambda: fit.fit(fields_of(TINY), str(workdir)),
         lambda: trained.load_trained(str(workdir)),
     ):
-        with pytest.raises(UserError, match='none of its checkpoints is whole'):
+        with pytest.raises(UserError, match='none of its checkpoints is intact'):
             call()
 
 

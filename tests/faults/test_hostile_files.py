@@ -229,7 +229,7 @@ def test_metadata_of_a_run(run):
     other = {'variant': 'BC-L16k4'}
     for value in (made | {'model': other}, made | {'class_names': ['a', 'b']}):
         write_item(run, 'metadata', value)
-        with pytest.raises(UserError, match='in the model that the metadata tells of'):
+        with pytest.raises(UserError, match='in the model that the metadata describes'):
             trained.load_trained(run)
     write_item(run, 'metadata', made)
     assert trained.load_trained(run).class_names == ('class 0', 'class 1', 'class 2')

@@ -71,7 +71,7 @@ def test_kills(forks, whole, tmp_path):
             if left:
                 kill_somewhere(training, workdir, draw, in_save=left % 2)
             status = training.wait()
-            resumed += re.findall(r'going on \w+ epoch \d(.*) in /', training.text)
+            resumed += re.findall(r'resuming \w+ epoch \d(.*) in /', training.text)
             if status:
                 assert status == -signal.SIGKILL, training.text
                 left -= 1
@@ -192,6 +192,6 @@ def test_the_second_training_of_a_folder_is_refused(forks, tmp_path):
     training.kill(signal.SIGKILL)
     training.wait()
     training = forks.start(tmp_path / 'run', **{'train.epochs': 500})
-    training.wait_for('going on')  # a crash leaves no lock
+    training.wait_for('resuming')  # a crash leaves no lock
     training.kill(signal.SIGKILL)
     training.wait()

@@ -211,7 +211,7 @@ def test_a_run_goes_on(trained, tmp_path, capsys):
     workdir, config = trained
     more = config | {'train': config['train'] | {'epochs': 3}}
     fit.fit(more, workdir)
-    assert 'going on after epoch 2' in capsys.readouterr().out
+    assert 'resuming after epoch 2' in capsys.readouterr().out
     assert checkpoint_reader.find_latest(workdir).step == 44
     other = config | {'model': config['model'] | {'layer_scale': 0.1}}
     with pytest.raises(UserError, match='holds a run with model.layer_scale=0.5'):
@@ -246,7 +246,7 @@ def test_fine_tuning(trained, tmp_path, capsys):
     fit.fit(config, str(tmp_path / 'run'))
     out = capsys.readouterr().out
     assert 'frozen: conv0 to norm' in out and 'features of 24 images, 16 each' in out
-    assert 'the classifier starts anew' in out
+    assert 'the classifier starts new' in out
     records = read_records(tmp_path / 'run')
     ours = trained_lib.load_trained(str(tmp_path / 'run'))
     theirs = trained_lib.load_trained(workdir)

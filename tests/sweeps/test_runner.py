@@ -338,7 +338,7 @@ def test_all_fail(objective, tmp_path):
         raise UserError('no')
 
     objective(figure)
-    with pytest.raises(UserError, match='all 2 settings failed, the first one so: no'):
+    with pytest.raises(UserError, match='all 2 settings failed, the first with: no'):
         start(tmp_path / 's', f'{RATE}=0.1,0.2')
 
 

@@ -179,7 +179,7 @@ def test_a_resumed_run_with_everything_is_the_uninterrupted_one(
             fit.fit(config, str(tmp_path / 'parts'))
     assert fit.fit(config, str(tmp_path / 'parts')).best['epoch'] == 2
     out = capsys.readouterr().out
-    assert 'going on after epoch 2' in out and early in out
+    assert 'resuming after epoch 2' in out and early in out
     (number, whole), (_, parts) = (
         final_arrays(tmp_path / name) for name in ('whole', 'parts')
     )

@@ -255,7 +255,7 @@ def test_head_warmup_and_resuming(pretrained, tmp_path, monkeypatch, capsys):
     fit_in_parts(config, parts, monkeypatch, 8)  # in epoch 2: the head's
     assert 'compiled in' in capsys.readouterr().out
     fit_in_parts(config, parts, monkeypatch, 9)  # in epoch 3, the first of the rest
-    assert 'going on after epoch 1' in capsys.readouterr().out
+    assert 'resuming after epoch 1' in capsys.readouterr().out
     step_, arrays = final_arrays(parts)
     assert step_ == 11 and changed(arrays['model']) == {'classifier'}
     # The optimizer's state has other parts with another setting.
@@ -263,7 +263,7 @@ def test_head_warmup_and_resuming(pretrained, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match='freeze=denseblock1, not none; use another'):
         fit.fit(other, str(parts))
     fit.fit(config | {'init_from': ''}, str(parts))  # the checkpoint has weights
-    assert 'going on after epoch 2' in capsys.readouterr().out
+    assert 'resuming after epoch 2' in capsys.readouterr().out
     step_, arrays = final_arrays(parts)
     assert step_ == 22 and changed(arrays['model']) == set().union(*STAGES[2:])
     assert_equal_bits(arrays, final_arrays(tmp_path / 'whole')[1])
@@ -321,7 +321,7 @@ def test_cached_features_change_nothing(
 
     fit_in_parts(config, tmp_path / 'parts', monkeypatch, 8)  # in epoch 2
     fit.fit(config, str(tmp_path / 'parts'))
-    assert 'going on after epoch 1' in capsys.readouterr().out
+    assert 'resuming after epoch 1' in capsys.readouterr().out
     assert_equal_bits(arrays, final_arrays(tmp_path / 'parts')[1])
 
 

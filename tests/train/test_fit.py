@@ -59,8 +59,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys):
     lines += capsys.readouterr().out.splitlines()
     # The figures of the epochs too, those that began before a stop included.
     assert [line for line in lines if 'Epoch' in line] == whole_lines
-    assert [line for line in lines if 'going on after epoch' in line] == [
-        f'going on after epoch {epoch} in {tmp_path}/parts' for epoch in (2, 3)
+    assert [line for line in lines if 'resuming after epoch' in line] == [
+        f'resuming after epoch {epoch} in {tmp_path}/parts' for epoch in (2, 3)
     ]
 
     (step, arrays), (other_step, other) = (
@@ -203,7 +203,7 @@ def test_init_from_a_run(trained, tmp_path, capsys):
     photos = write_images(tmp_path / 'photos', {'ants': 80, 'bees': 80})
     config['data']['source'] = f'folder:{photos}'
     fit.fit(config, str(tmp_path / 'other'))
-    assert '10 classes there, 2 here: the classifier starts anew' in (
+    assert '10 classes there, 2 here: the classifier starts new' in (
         capsys.readouterr().out
     )
     config['model']['growth_rate'] = 6

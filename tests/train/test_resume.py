@@ -65,7 +65,8 @@ def test_data_that_moved(photos, remembers):
     os.rename('photos', 'moved')
     line = check(saved, load('folder:moved'))
     assert (
-        line == 'the data has moved from folder:photos to folder:moved; the run goes on'
+        line
+        == 'the data has moved from folder:photos to folder:moved; the run continues'
     )
 
 
@@ -74,7 +75,7 @@ def test_a_copy_beside_the_old_place(photos):
     shutil.copytree('photos', 'copy')
     assert 'has moved' in check(saved, load('folder:copy'))
     del saved['identity']  # it cannot be told what it is
-    with pytest.raises(UserError, match='a link from there will do'):
+    with pytest.raises(UserError, match='link to it from there'):
         check(saved, load('folder:copy'))
 
 
@@ -148,7 +149,7 @@ def test_a_run_whose_data_and_settings_change(photos, tmp_path, monkeypatch):
     with pytest.raises(UserError) as refusal:
         fit.fit(config_of(3, **here, **{'optimizer.name': other}), workdir)
     said = str(refusal.value)
-    assert 'does not fit these settings; go on with optimizer.name=' in said
+    assert 'does not fit these settings; resume with optimizer.name=' in said
     assert '--config.init_from=' in said
     assert 'orbax' not in said.lower() and 'ShapeDtype' not in said
 
@@ -163,7 +164,7 @@ def test_a_run_whose_data_and_settings_change(photos, tmp_path, monkeypatch):
 def test_changes_that_matter():
     changes = {'data.augment': (True, False)}
     assert resume.describe_changes(changes) == (
-        'going on with other settings: data.augment=False (before True)'
+        'resuming with other settings: data.augment=False (before True)'
     )
     assert resume.describe_changes({}) == ''
 

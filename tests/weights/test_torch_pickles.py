@@ -201,7 +201,7 @@ def test_settings_of_unknown_classes(fakes, tmp_path):
     content['state_dict']['model.features.norm0.bias'] = settings
     path = save_torch(tmp_path / 'x.ckpt', content)
     with pytest.raises(
-        UserError, match=r'model.features.norm0.bias, which is no array'
+        UserError, match=r'model.features.norm0.bias, which is not an array'
     ):
         weight_file.load(path)
     content['state_dict'] = settings

@@ -241,7 +241,7 @@ def test_a_run_from_weights(tmp_path, capsys):
     workdir = str(tmp_path / 'run')
     fit.fit(config, workdir)
     out = capsys.readouterr().out
-    assert f'{path}: 5 classes there, 10 here: the classifier starts anew' in out
+    assert f'{path}: 5 classes there, 10 here: the classifier starts new' in out
     assert 'images of 3 channel(s); its first convolution is converted to 1' in out
     assert 'made with data.image_size=224; the config says 16, which is taken' in out
     loaded = trained_lib.load_trained(workdir)
@@ -253,7 +253,7 @@ def test_a_run_from_weights(tmp_path, capsys):
     config['train']['epochs'] = 2
     (tmp_path / 'x').unlink()
     fit.fit(config, workdir)
-    assert 'going on after epoch 1' in capsys.readouterr().out
+    assert 'resuming after epoch 1' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

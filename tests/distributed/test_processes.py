@@ -221,7 +221,7 @@ def test_elastic(tmp_path):
         assert two.wait(60) == [2, -signal.SIGKILL]
         error = two.error(0)
         assert re.match(r'error: process 1 (\(.*\) )?stopped responding', error)
-        assert 'goes on from the last checkpoint' in error and error.count('\n') == 1
+        assert 'resume from the last checkpoint' in error and error.count('\n') == 1
         assert f'after step {first},' in two.out(0) or 'after epoch' in two.out(0)
     second = step_saved(workdir)
     assert first + 4 <= second < 27

@@ -87,14 +87,14 @@ def test_records_with_former_names(tmp_path):
         (['a=1,2,1'], 'a=1 comes twice'),
         (['a=1', 'a=2'], 'a is already in another --sweep'),
         (['a=1 b=2; a=1,3'], 'needs the form FIELD=VALUE with one value'),
-        (['a=2..1'], 'from a number to a higher one'),
-        (['a=1..inf'], 'from a number to a higher one'),
+        (['a=2..1'], 'from a lower to a higher number'),
+        (['a=1..inf'], 'from a lower to a higher number'),
         (['a=1..2:cubic'], 'use 1..2:log or 1..2:linear'),
         (['a=0..1:log'], 'starts above 0'),
         (['@none'], 'the file cannot be read'),
         (['train.seed=0..3'], 'seeds are a list'),
         (['train.seed=0 a=1; train.seed=1'], 'a flag of its own'),
-        (['train.deterministic=True,False'], 'of the whole process'),
+        (['train.deterministic=True,False'], 'applies to the whole process'),
     ],
 )
 def test_what_cannot_be_read(flags, message):

@@ -68,5 +68,5 @@ def test_a_damaged_record(tmp_path, damage):
     make_book(**BOOK).save(str(tmp_path))
     file = tmp_path / sweep_record.FILE
     file.write_text(damage(file.read_text()))
-    with pytest.raises(UserError, match='sweep.json is no record of a sweep'):
+    with pytest.raises(UserError, match='sweep.json is not a record of a sweep'):
         sweep_record.load(str(tmp_path))

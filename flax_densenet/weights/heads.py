@@ -197,6 +197,8 @@ def order_names(found) -> tuple[str, ...] | None:
     if isinstance(found, dict):
         if all(type(number) is int for number in found.values()):
             found = {number: name for name, number in found.items()}
+        if all(type(name) is int for name in found.values()):
+            found = {number: str(name) for number, name in found.items()}
         try:
             found = {int(number): name for number, name in found.items()}
         except (TypeError, ValueError):

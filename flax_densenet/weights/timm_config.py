@@ -22,6 +22,7 @@ from flax_densenet.weights import timm_network
 
 CONFIG_FILE = 'config.json'
 WEIGHT_FILES = ('model.safetensors', 'pytorch_model.bin')
+_INDEX_FILE = 'model.safetensors.index.json'  # of a file in several parts
 OURS = 'flax_densenet'  # key of our metadata
 _RUN_FILE = 'environment.json'  # in run folders, which have a config.json too
 _LARGEST = 2**27  # bytes
@@ -73,7 +74,7 @@ def find_weights(folder: str) -> str:
     Raises:
       UserError: there is none.
     """
-    for name in WEIGHT_FILES:
+    for name in (*WEIGHT_FILES, _INDEX_FILE):
         path = os.path.join(folder, name)
         if os.path.isfile(path):
             return path

@@ -1,5 +1,6 @@
 """What a torch file holds beside arrays: which state dict, class names, activations."""
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -9,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from flax_densenet.errors import UserError
-from flax_densenet.weights import heads, torch_pickle
+from flax_densenet.errors import UserError, list_first, printable
+from flax_densenet.weights import heads, torch_matcher, torch_pickle
 
 _LOGGER = logging.getLogger(__name__)
 # Where trainers keep the weights, the moving average first.
@@ -30,6 +31,7 @@ _ACTIVATIONS = {
     'Softmax': heads.SOFTMAX,
     'LogSoftmax': heads.SOFTMAX,
 }
+_MOST, _DEEPEST = 1000, 3  # of settings that are searched
 _BODY = re.compile(
     r'(^|\.)(features|denseblock\d+|transition\d+|(conv|norm|relu|pool)\d)(\.|$)'
 )
@@ -47,6 +49,7 @@ class Content:
       head: layers behind the classifier that compute something else.
       classes: of the modules by their names, of the outermost by '', where the file
         holds a whole model.
+      note: a line about the names, '' for none.
     """
 
     arrays: dict[str, np.ndarray]
@@ -54,6 +57,7 @@ class Content:
     outputs: str | None = None
     head: tuple[str, ...] = ()
     classes: dict[str, str] | None = None
+    note: str = ''
 
 
 def find(path: str, saved: Any) -> Content:
@@ -79,6 +83,9 @@ def find(path: str, saved: Any) -> Content:
             )
         saved, place = saved[name], name
         beside.append(saved)
+    if not _holds_network(saved):
+        saved, place, more = _search(path, beside[0]) or (saved, place, [])
+        beside += more
     outputs, head, classes = None, (), None
     if isinstance(saved, torch_pickle.Module):
         if saved.foreign:
@@ -91,7 +98,7 @@ def find(path: str, saved: Any) -> Content:
         raise torch_pickle.refusal(path, saved.name)
     if not isinstance(saved, dict):
         raise UserError(f'{path} holds a {type(saved).__name__}, no weights')
-    names = _find_names(beside)
+    names, note = _find_names(beside)
     # Taken out one by one, here and in `torch_names.rename`, so that no array is in
     # memory twice.
     is_array = {k: isinstance(v, np.ndarray) for k, v in saved.items()}
@@ -99,9 +106,59 @@ def find(path: str, saved: Any) -> Content:
     others = [name for name in map(str, saved) if name not in _NAMES]
     if not arrays:
         raise UserError(f'{path} holds no arrays in {place}')
+    if inside := [name for name in others if '.' in name]:
+        raise UserError(f'{path}: {place} holds {inside[0]}, which is not an array')
     if others:
-        raise UserError(f'{path}: {place} holds {others[0]}, which is not an array')
-    return Content(arrays, names, outputs, head, classes)
+        _LOGGER.warning(
+            '%s: what is not an array is left out: %s',
+            *(path, printable(list_first(sorted(others)))),
+        )
+    return Content(arrays, names, outputs, head, classes, note)
+
+
+def _holds_network(saved):
+    if isinstance(saved, torch_pickle.Module | torch_pickle.Record):
+        return True
+    return isinstance(saved, dict) and any(
+        isinstance(value, np.ndarray) and torch_matcher.is_of_network(str(key))
+        for key, value in saved.items()
+    )
+
+
+def _search(path, saved):
+    """A state dict under a key of any name: it, its place, all dicts around it."""
+    found, waiting = [], [(saved, '', [])]
+    while waiting and len(found) < _MOST:
+        value, place, around = waiting.pop(0)
+        if _holds_network(value) and not isinstance(value, torch_pickle.Record):
+            found.append((value, place, around))
+            continue
+        if place.count('.') > _DEEPEST:
+            continue
+        inner = value.items() if isinstance(value, dict) else ()
+        inner = enumerate(value) if isinstance(value, list) else inner
+        for key, one in list(inner)[:_MOST]:
+            if isinstance(one, dict | list | torch_pickle.Module):
+                waiting.append((one, f'{place}.{key}', [*around, value]))
+    if not found:
+        return None
+    averages = [one for one in found if torch_matcher.is_average(one[1].lower())]
+    chosen = averages if len(averages) == 1 else found
+    places = ' and '.join(printable(one[1].strip('.')) for one in found[:4])
+    if len(chosen) > 1:
+        raise UserError(
+            f'{path} holds {len(found)} networks, as {places}; choose one and save it '
+            "alone: torch.save(torch.load(FILE)['KEY'], NEW)"
+        )
+    value, place, around = chosen[0]
+    place = printable(place.strip('.'))
+    if len(found) > 1:
+        _LOGGER.warning(
+            '%s holds networks as %s; the moving average %s is taken; save the other '
+            'alone to use it',
+            *(path, places, place),
+        )
+    return value, place, [one for one in (*around, value) if isinstance(one, dict)]
 
 
 def names_of_metadata(metadata: dict[str, str]) -> tuple[tuple[str, ...], ...]:
@@ -110,7 +167,7 @@ def names_of_metadata(metadata: dict[str, str]) -> tuple[tuple[str, ...], ...]:
     for name in _NAMES:
         with contextlib.suppress(ValueError, RecursionError, KeyError):
             parts[name] = json.loads(metadata[name])
-    return _find_names([parts])
+    return _find_names([parts])[0]
 
 
 def _is_state(value):
@@ -128,18 +185,48 @@ def _find_nested(saved):
 
 
 def _find_names(beside):
-    """All lists of names in dicts around the weights."""
-    found, waiting = [], [part for part in beside if isinstance(part, dict)]
+    """All lists of names in dicts around the weights, and a line if they differ."""
+    found = {}  # where each list is
+    waiting = [part for part in beside if isinstance(part, dict)]
     for part in list(waiting):
         for name in _SETTINGS:
-            inner = part.get(name)
-            inner = inner.fields if isinstance(inner, torch_pickle.Record) else inner
-            waiting += [inner] if isinstance(inner, dict) else []
+            waiting += _settings(part.get(name))
     for part in waiting:
         for name in _NAMES:
-            names = heads.order_names(_fill(part.get(name)))
-            found += [names] if names else []
-    return tuple(dict.fromkeys(found))
+            names = heads.order_names(_fill(_plain(part.get(name))))
+            if names:
+                found.setdefault(names, name)
+    lengths = collections.Counter(map(len, found))
+    several = [names for names in found if lengths[len(names)] > 1]
+    note = ''
+    if several:
+        lists = ' and '.join(
+            f'{found[names]} ({list_first(names, 3)})' for names in several[:2]
+        )
+        note = (
+            f'it names its classes in two ways, {printable(lists)}; the first is '
+            'taken; to give others: --class_names=FILE or A,B,...'
+        )
+    return tuple(found), note
+
+
+def _settings(value, depth=0):
+    """The dicts in settings, at any depth that is usual."""
+    value = value.fields if isinstance(value, torch_pickle.Record) else value
+    if not isinstance(value, dict) or depth > _DEEPEST:
+        return []
+    inner = [_settings(one, depth + 1) for one in list(value.values())[:_MOST]]
+    return [value, *(one for part in inner for one in part)]
+
+
+def _plain(names):
+    """Numbers in tensors as numbers."""
+    if isinstance(names, dict):
+        return {_plain(key): _plain(value) for key, value in names.items()}
+    is_number = isinstance(names, np.ndarray) and names.size == 1
+    if is_number and names.dtype.kind in 'iu':
+        return int(names.reshape(()))
+    return names
 
 
 def _fill(names):

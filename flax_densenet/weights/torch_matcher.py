@@ -16,6 +16,7 @@ import re
 import numpy as np
 
 from flax_densenet.errors import UserError, list_first, printable
+from flax_densenet.weights import rdnet_names
 
 _LOGGER = logging.getLogger(__name__)
 _WRAPPERS = re.compile(
@@ -92,6 +93,16 @@ def match(path: str, arrays: dict[str, np.ndarray]) -> Match:
     return _Network(path, start, starts, plain, arrays).match()
 
 
+def is_of_network(key: str) -> bool:
+    """Whether a key is one of a dense layer, whatever stands in front of it."""
+    name = plain_key(key)
+    return bool(
+        _START.fullmatch(name)
+        or _NUMBERED.fullmatch(name)
+        or rdnet_names.find_prefix([key]) is not None
+    )
+
+
 def _find_starts(plain):
     """What stands in front of dense blocks, `features.` included, of each network."""
     found = (_START.fullmatch(name) for name in plain)
@@ -146,7 +157,8 @@ def _names_of_numbers(start, plain, arrays):
     return {str(number): name for number, name in names.items()}
 
 
-def _is_average(start):
+def is_average(start: str) -> bool:
+    """Whether what stands in front of names is that of a moving average."""
     return any(_AVERAGE.fullmatch(part.lower()) for part in start.split('.'))
 
 
@@ -155,7 +167,7 @@ def _choose(path, starts, plain, arrays):
     if len(starts) == 1:
         return starts[0]
     names = ' and '.join(printable(start or '(no prefix)') for start in starts[:4])
-    averages = [start for start in starts if _is_average(start)]
+    averages = [start for start in starts if is_average(start)]
     if len(averages) == 1:
         _LOGGER.warning(
             '%s holds the network %s, as %s; the moving average %s is taken; save the '

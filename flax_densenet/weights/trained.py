@@ -178,7 +178,7 @@ def _from_file(path, mesh, choices):
         raise UserError(
             f'{path}: its head has several layers ({list_first(weights.head)}) that '
             f'cannot be computed ({weights.head_reason}); train a new classifier on '
-            f'the rest: train PHOTOS --config.init_from={path}'
+            f'the rest: train PHOTOS --config=finetune:{path}'
         )
     if not weights.num_classes:
         raise UserError(f'{path} has no classifier: train one, with init_from={path}')

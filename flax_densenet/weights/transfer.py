@@ -89,6 +89,9 @@ def settle(
         weights = dataclasses.replace(weights, class_names=tuple(class_names))
     if weights.is_own:
         return weights
+    if weights.module.has_usual_head():  # others start anew
+        for line in weights.notes:
+            _LOGGER.warning(line)
     names = choices_lib.PREPARATION
     chosen = {n: fields[n] for n in names if not _is_open(n, fields[n])}
     choices_lib.check_read(weights, chosen)

@@ -29,6 +29,7 @@ from flax_densenet.weights import (
     operating_points,
     published,
     rdnet_names,
+    safetensors_files,
     timm_config,
     torch_content,
     torch_names,
@@ -122,10 +123,11 @@ def load(path: str) -> Weights:
     """Loads weights with their architecture and preprocessing.
 
     Args:
-      path: a file of PyTorch (`.pth`, `.pt`, `.pth.tar`), safetensors or Keras (`.h5`,
-        `.weights.h5`, `.keras`), a folder of the Hugging Face Hub, or the folder of a
-        run, whose best checkpoint is used. Names of files do not matter. Or a name of
-        published weights (`published.is_name`), which are downloaded first.
+      path: a file of PyTorch (`.pth`, `.pt`, `.pth.tar`), safetensors (or its index,
+        `.safetensors.index.json`) or Keras (`.h5`, `.weights.h5`, `.keras`), a folder
+        of the Hugging Face Hub, or the folder of a run, whose best checkpoint is used.
+        Names of files do not matter. Or a name of published weights
+        (`published.is_name`), which are downloaded first.
 
     Raises:
       UserError: the file is corrupt, holds neither a DenseNet nor an RDNet, or arrays
@@ -206,6 +208,8 @@ def _kind(path):
         raise UserError(f'{path} cannot be read ({reason})') from error
     if keras_files.is_keras_file(path):
         return 'keras'
+    if safetensors_files.is_index(path):
+        return 'safetensors'
     if len(start) > 8 and start[8:9] == b'{':
         return 'safetensors'
     if start[:4] == b'PK\x03\x04' or start[:1] == b'\x80':
@@ -275,7 +279,7 @@ def _from_torch(path, content):
         prepared=frozenset(prepared),
         head=other_head,
         head_reason=reason or 'one of them computes something else',
-        notes=(f'{path}: {renamed.guess}',) if renamed.guess else (),
+        notes=tuple(f'{path}: {one}' for one in (renamed.guess, content.note) if one),
     )
 
 
@@ -299,18 +303,7 @@ def _timm_sidecar(path):
 
 
 def _load_safetensors(path):
-    import safetensors
-
-    try:
-        with safetensors.safe_open(path, 'numpy') as file:
-            metadata = file.metadata() or {}
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (
-        *(safetensors.SafetensorError, OSError, TypeError, ValueError, MemoryError),
-        *(LookupError, AttributeError, OverflowError),
-    ) as error:
-        reason = ' '.join(str(error).split()) or type(error).__name__
-        raise UserError(f'{path} is not a valid safetensors file ({reason})') from error
+    metadata, arrays = safetensors_files.read(path)
     if METADATA not in metadata:
         names = torch_content.names_of_metadata(metadata)
         return _from_torch(path, torch_content.Content(arrays, names))

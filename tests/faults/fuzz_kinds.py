@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 
-from faults import fuzz_bytes, fuzz_seeds
+from faults import fuzz_arrays, fuzz_bytes, fuzz_seeds
 from flax_densenet.data import images, label_table
 from flax_densenet.weights import trained, weight_file
 
@@ -155,6 +155,26 @@ class Safetensors(Kind):
         if rng.random() < 0.6:
             return fuzz_bytes.damage_safetensors(rng, self.seeds)
         return super().make(rng)
+
+
+class Arrays(Kind):
+    """Intact files whose arrays were shuffled, renamed, duplicated or dropped."""
+
+    def __init__(self):
+        self.seeds = [_to_safetensors(one) for one in fuzz_arrays.networks().values()]
+
+    def make(self, rng):
+        arrays = rng.choice(list(fuzz_arrays.networks().values()))
+        return _to_safetensors(fuzz_arrays.change(rng, arrays))
+
+    def read(self, path):
+        return fuzz_arrays.check(path)
+
+
+def _to_safetensors(arrays):
+    from safetensors import numpy as safetensors
+
+    return safetensors.save(arrays)
 
 
 class Hdf5(Kind):
@@ -329,17 +349,7 @@ def _import_parser():
 KINDS = {
     re.sub(r'(?<!^)(?=[A-Z])', '_', cls.__name__).lower(): cls
     for cls in (
-        *(
-            Images,
-            Dicom,
-            TorchZip,
-            TorchLegacy,
-            Safetensors,
-            Hdf5,
-            Keras,
-            Labels,
-            Flags,
-        ),
-        Metadata,
+        *(Images, Dicom, TorchZip, TorchLegacy, Safetensors, Arrays, Hdf5, Keras),
+        *(Labels, Flags, Metadata),
     )
 }

@@ -23,6 +23,7 @@ COUNTS = {
     'torch_zip': (3_000, 100),
     'torch_legacy': (9_000, 200),
     'safetensors': (5_000, 150),
+    'arrays': (10_000, 300),
     'hdf5': (3_000, 100),
     'keras': (2_000, 80),
     'labels': (20_000, 800),

@@ -176,6 +176,7 @@ def test_preprocessing_comes_with_the_weights(tmp_path, capsys):
     wanted = dict(
         image_size=224, resize='crop', crop_fraction=0.875, interpolation='bilinear',
         channels=3, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), window=None,
+        bit_depth=0,
     )  # fmt: skip
     assert vars(settled) == wanted
     assert capsys.readouterr().out == ''

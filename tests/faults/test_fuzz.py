@@ -1,6 +1,6 @@
 """Damaged input of every kind ends in a result or in one clear line.
 
-In full (`make faults`) 117,800 inputs, else a few thousand. Input that fails is
+In full (`make faults`) 127,800 inputs, else a few thousand. Input that fails is
 kept, and pytest's message says where; `fuzz_engine.py KIND --first=NUMBER --count=1`
 makes it again.
 """

@@ -95,7 +95,9 @@ def get_config() -> ConfigDict:
     # The images, how they are prepared, and how they are loaded.
     config.data = ConfigDict()
     # digits; folder:PATH (PATH/CLASS/* or PATH/{train,val}/CLASS/*); packed:FOLDER
-    # (made by the command pack); tar:PATH (webdataset shards); or tfds:NAME[:CONFIG].
+    # (made by the command pack); tar:PATH (webdataset shards); hf:NAME[:CONFIG[:SPLIT]]
+    # (a data set of the Hugging Face Hub); parquet:FOLDER (files of that kind); or
+    # tfds:NAME[:CONFIG].
     config.data.source = 'digits'
     # CSV table with several labels per image, for the images of folder:PATH: a column
     # for each label with 1, 0 or nothing (not known). The accepted forms are described
@@ -104,7 +106,8 @@ def get_config() -> ConfigDict:
     # What the table holds: several labels of an image (labels), one class of each image
     # (classes), or auto, which prints what it found.
     config.data.label_kind = 'auto'
-    # Columns of the labels or of the class, "('cat','dog')". (): they are found.
+    # Columns of the labels or of the class, "('cat','dog')". (): they are found. For
+    # hf: and parquet:, the one column of the label.
     config.data.label_columns = ()
     # Meaning of an empty cell of a label: unknown, negative or positive.
     config.data.blank_labels = 'unknown'

@@ -7,7 +7,7 @@ import re
 from flax_densenet.errors import UserError
 from flax_densenet.system import paths
 
-_KINDS = ('digits', 'folder', 'packed', 'tar', 'tfds')
+_KINDS = ('digits', 'folder', 'hf', 'packed', 'parquet', 'tar', 'tfds')
 
 
 def place_data(positionals: list[str]) -> list[tuple[str, str]]:
@@ -63,7 +63,12 @@ def source(name: str) -> str:
         return name
     if os.path.isdir(path):
         packed = os.path.isfile(os.path.join(path, 'pack.json'))
-        return f'{"packed" if packed else "folder"}:{path}'
+        if packed:
+            return f'packed:{path}'
+        tables = any(_glob(path, p) for p in ('*.parquet', '*/*.parquet'))
+        return f'{"parquet" if tables else "folder"}:{path}'
+    if path.endswith('.parquet'):
+        return f'parquet:{path}'
     if path.endswith('.tar'):
         return f'tar:{path}'
     if name.partition(':')[0] in _KINDS:
@@ -71,5 +76,9 @@ def source(name: str) -> str:
     paths.resolve(name, '')  # says what is wrong with an address or a variable
     raise UserError(
         f'{name}: there is no such folder; name a folder of images (PHOTOS/CLASS/*), '
-        'a packed folder, tar files, or a source such as tfds:cifar10'
+        'a packed folder, tar or parquet files, or a source such as hf:cifar10'
     )
+
+
+def _glob(folder, pattern):
+    return next(iter(pathlib.Path(folder).glob(pattern)), None)

@@ -226,7 +226,7 @@ class Source:
 
 
 # In pixels, if data.image_size is 0.
-DEFAULT_IMAGE_SIZES = dict(digits=32, folder=224, packed=224, tar=224, tfds=224)
+DEFAULT_IMAGE_SIZES = dict.fromkeys(sources.SOURCES, 224) | dict(digits=32)
 
 
 def load_source(
@@ -261,7 +261,8 @@ def load_source(
     Args:
       source: `digits` (scikit-learn's handwritten digits), `folder:PATH`
         (`PATH/CLASS/*` or `PATH/{train,val}/CLASS/*`), `packed:DIR` (made by
-        `pack`), `tar:PATH` (see `tar`) or `tfds:NAME[:CONFIG]`.
+        `pack`), `tar:PATH` (see `tar`), `tfds:NAME[:CONFIG]`, `parquet:FOLDER` or
+        `hf:NAME[:CONFIG[:SPLIT]]` (of the Hugging Face Hub).
       known_classes: the classes of a trained model that is to be evaluated. Then one
         class and one image are enough, and a part can be empty.
       labels: a table of labels for the images of a `folder:`, see `label_table`.
@@ -349,7 +350,8 @@ def _check_kind(source):
     if kind not in sources.SOURCES:
         raise UserError(
             f'data.source={source} is not known; use digits, folder:PATH, '
-            'packed:DIR, tar:PATH or tfds:NAME[:CONFIG]'
+            'packed:DIR, tar:PATH, parquet:FOLDER, hf:NAME[:CONFIG] or '
+            'tfds:NAME[:CONFIG]'
         )
     return kind, name
 

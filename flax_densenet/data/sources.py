@@ -11,6 +11,7 @@ import numpy as np
 
 from flax_densenet.data import (
     folders,
+    hub_source,
     label_options,
     labeled,
     listing,
@@ -93,7 +94,9 @@ def _find_packed(name, **_):
 SOURCES: dict[str, Callable[..., readers.Listing]] = {
     'digits': _find_digits,
     'folder': _find_folder,
+    'hf': hub_source.find,
     'packed': _find_packed,
+    'parquet': hub_source.find_parquet,
     'tar': _find_tar,
     'tfds': tfds_source.find,
 }

@@ -12,7 +12,7 @@ import urllib.request
 from flax_densenet.errors import UserError
 
 # What stands before a path in `data.source`; the name of a TFDS set is no path.
-SOURCE_KINDS = ('folder', 'tar', 'packed')
+SOURCE_KINDS = ('folder', 'tar', 'packed', 'parquet')
 # One letter is a drive of Windows.
 _URL = re.compile(r'([a-z][a-z0-9+.-]+)://', re.IGNORECASE)
 # Programs that clean up paths make one slash of two.

@@ -124,7 +124,7 @@ def test_bad_folders(prepare, message, tmp_path):
 @pytest.mark.parametrize(
     ('source', 'fields', 'message'),
     [
-        ('cifar', {}, 'use digits, folder:PATH, packed:DIR, tar:PATH or tfds'),
+        ('cifar', {}, 'use digits, folder:PATH, packed:DIR, tar:PATH, parquet'),
         ('digits:big', {}, 'digits takes no name'),
         ('folder:', {}, 'there is no such folder'),
         ('tfds:no_such_set', {}, 'TFDS has no such set'),

@@ -1,0 +1,250 @@
+"""Images and labels in Arrow tables, as the `datasets` library writes them.
+
+The columns are found by their features, which the schema's metadata describe: one
+`Image`, and one `ClassLabel` or list of `ClassLabel`.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.data import notes, readers
+from flax_densenet.errors import UserError, list_first
+
+_LABEL_NAMES = ('label', 'labels', 'class', 'target')
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """The columns that are used.
+
+    Attributes:
+      image, label: their names.
+      names: of the classes; None for those of the values, in order.
+      several: an image can have several labels.
+    """
+
+    image: str
+    label: str
+    names: tuple[str, ...] | None
+    several: bool
+
+
+def find_columns(field: str, schema: Any, chosen: tuple[str, ...]) -> Columns:
+    """The image and the label column of a table.
+
+    Args:
+      field: how messages call the source.
+      schema: of Arrow.
+      chosen: `data.label_columns`.
+
+    Raises:
+      UserError: there is no image, or not one label.
+    """
+    features = _features(schema)
+    images = [n for n, f in features.items() if _kind(f) == 'Image']
+    if not images:  # files that another program wrote
+        images = [n for n in schema.names if _holds_images(schema.field(n).type)]
+    if len(images) != 1:
+        raise UserError(
+            f'{field}: has {len(images)} image columns '
+            f'({list_first(schema.names)}); only sets with one can be used'
+        )
+    labels = {n: _class_names(f) for n, f in features.items() if _class_names(f)}
+    if chosen:
+        if len(chosen) != 1 or chosen[0] not in schema.names:
+            raise UserError(
+                f'data.label_columns={chosen}: {field} has the columns '
+                f'{list_first(schema.names)}; name one of them'
+            )
+        label = chosen[0]
+    elif labels:
+        label = _only(field, list(labels))
+    else:
+        plain = [n for n in schema.names if n != images[0] and n in _LABEL_NAMES]
+        if not plain:
+            raise UserError(
+                f'{field}: has no class labels ({list_first(schema.names)}); '
+                'name their column with data.label_columns="(\'NAME\',)"'
+            )
+        label = _only(field, plain)
+        notes.say(
+            f'{field}: the classes are the values of its column {label}, which has no '
+            'names for them'
+        )
+    several = _is_list(schema.field(label).type)
+    return Columns(images[0], label, labels.get(label), several)
+
+
+def _only(field, names):
+    if len(names) > 1:
+        raise UserError(
+            f'{field}: has {len(names)} columns of labels ({", ".join(names)}); choose '
+            f'one with data.label_columns="(\'{names[0]}\',)"'
+        )
+    return names[0]
+
+
+def _features(schema):
+    """What the `datasets` library says of each column."""
+    try:
+        about = json.loads((schema.metadata or {})[b'huggingface'])
+        found = about['info']['features']
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _kind(feature):
+    return feature.get('_type') if isinstance(feature, dict) else None
+
+
+def _class_names(feature):
+    """Of a `ClassLabel` or a list of them, else None."""
+    if _kind(feature) in ('Sequence', 'List', 'LargeList'):
+        feature = feature.get('feature')
+    elif isinstance(feature, list) and len(feature) == 1:
+        feature = feature[0]
+    names = feature.get('names') if _kind(feature) == 'ClassLabel' else None
+    if isinstance(names, list) and names and all(isinstance(n, str) for n in names):
+        return tuple(names)
+    return None
+
+
+def _holds_images(kind):
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return kind.get_field_index('bytes') >= 0 and kind.get_field_index('path') >= 0
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _is_list(kind):
+    import pyarrow as pa
+
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+@dataclasses.dataclass
+class ArrowReader(readers.Reader):
+    """Images in files of Arrow's stream format, which are mapped into memory.
+
+    Attributes:
+      files: of each split.
+      splits: their names.
+      columns: which hold the images and the labels.
+      folders: images may be files below them; others are refused.
+    """
+
+    files: list[list[str]]
+    splits: list[str]
+    columns: Columns
+    folders: tuple[str, ...] = ()
+    labels: np.ndarray = dataclasses.field(init=False)
+    class_names: tuple[str, ...] = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        values = [v for t in self._tables for v in t.column('label').to_pylist()]
+        self.class_names, self.labels = _number(values, self.columns)
+
+    def __getstate__(self):
+        """Other processes map the files themselves."""
+        return {k: v for k, v in vars(self).items() if not k.startswith('_')}
+
+    @functools.cached_property
+    def _tables(self):
+        return [_open(files, self.columns) for files in self.files]
+
+    @property
+    def counts(self) -> list[int]:
+        """Images of each split."""
+        return [len(table) for table in self._tables]
+
+    def _place(self, index):
+        for split, table in zip(self.splits, self._tables, strict=True):
+            if index < len(table):
+                return split, table, index
+            index -= len(table)
+        raise IndexError(index)
+
+    def __getitem__(self, index):
+        _, table, row = self._place(int(index))
+        content = table.column('bytes')[row].as_py()
+        if content is not None:
+            return content
+        path = table.column('path')[row].as_py() or ''
+        real = os.path.realpath(path)
+        if any(real.startswith(os.path.join(f, '')) for f in self.folders):
+            return real
+        raise UserError(
+            'has no bytes, and its path is not below the folder of the data set'
+        )
+
+    def keys(self, indices):
+        places = (self._place(int(index)) for index in indices)
+        return [f'{split}[{row}]'.encode() for split, _, row in places]
+
+    def name(self, index):
+        split, table, row = self._place(int(index))
+        path = table.column('path')[row].as_py()
+        return f'{split}[{row}]' + (f' ({os.path.basename(path)})' if path else '')
+
+
+def _open(files, columns):
+    """One table of the columns `bytes`, `path` and `label`."""
+    import pyarrow as pa
+    from pyarrow import compute
+
+    tables = []
+    for file in files:
+        with pa.memory_map(file) as source:
+            tables.append(
+                pa.ipc.open_stream(source)
+                .read_all()
+                .select([columns.image, columns.label])
+                .replace_schema_metadata(None)
+            )
+    table = pa.concat_tables(tables)
+    images = table.column(columns.image)
+    if pa.types.is_struct(images.type):
+        content = compute.struct_field(images, 'bytes')
+        path = compute.struct_field(images, 'path')
+    else:
+        content, path = images, pa.chunked_array([pa.nulls(len(table), pa.string())])
+    return pa.table(
+        {'bytes': content, 'path': path, 'label': table.column(columns.label)}
+    )
+
+
+def _number(values, columns):
+    """The class names, and labels by number: `[N]`, or `[N, L]` of 0 and 1."""
+    names = columns.names
+    if columns.several:
+        if names is None:
+            names = tuple(sorted({str(v) for row in values for v in row or ()}))
+            values = [[names.index(str(v)) for v in row or ()] for row in values]
+        labels = np.zeros((len(values), len(names)), np.float32)
+        for row, numbers in enumerate(values):
+            if numbers is None:
+                labels[row] = np.nan
+            for number in numbers or ():
+                labels[row, _check(number, names)] = 1
+        return names, labels
+    if names is None:
+        known = [v for v in values if v is not None]
+        names = tuple(map(str, sorted(set(known))))
+        values = [-1 if v is None else names.index(str(v)) for v in values]
+    numbers = [-1 if v is None else v for v in values]
+    return names, np.array(
+        [n if n == -1 else _check(n, names) for n in numbers], np.int32
+    )
+
+
+def _check(number, names):
+    if not isinstance(number, int) or not 0 <= number < len(names):
+        raise UserError(f'a label is {number!r}, but there are {len(names)} classes')
+    return number

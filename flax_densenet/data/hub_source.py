@@ -1,0 +1,247 @@
+"""Data sets of the Hugging Face Hub, and folders of parquet files in their layout."""
+
+import collections
+import hashlib
+import os
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from flax_densenet import errors
+from flax_densenet.data import arrow_reader, label_options, notes, parts, readers
+from flax_densenet.errors import UserError, list_first
+from flax_densenet.system import atomic
+from flax_densenet.system import paths as paths_lib
+
+_NAME = re.compile(r'[\w.-]+(/[\w.-]+)?')
+_SHARD = re.compile(r'(.+?)[-_.]\d+(?:-of-\d+)?(?:-[0-9a-f]+)?')
+
+
+def find(
+    name: str,
+    *,
+    table: label_options.Options | None = None,
+    known_classes: Any = None,
+    **_,
+) -> readers.Listing:
+    """Finds the images of a data set on the Hub; downloads it once.
+
+    Args:
+      name: `DATASET[:CONFIG[:SPLIT]]`, as `cifar100`, `OWNER/NAME:CONFIG` or
+        `OWNER/NAME::test`. No code of a data set is run.
+      table: of which `columns` names the label.
+
+    Raises:
+      UserError: there is no such set, or it has not one image and one label.
+    """
+    field = f'data.source=hf:{name}'
+    dataset, _, rest = name.partition(':')
+    config, _, split = rest.partition(':')
+    if os.path.isdir(dataset):
+        raise UserError(
+            f'{field}: {dataset} is a folder here; for its parquet files give '
+            f'data.source=parquet:{dataset}'
+        )
+    if not _NAME.fullmatch(dataset):
+        raise UserError(f'{field}: give hf:OWNER/NAME, or hf:OWNER/NAME:CONFIG')
+    files = _load(field, dataset, config or None)
+    return _listing(field, files, split, table, known_classes, _cache_folders())
+
+
+def _load(field, dataset, config):
+    """Files of Arrow's stream format of each split, by the `datasets` library."""
+    with errors.extra('datasets', field):
+        import datasets
+    try:
+        found = datasets.load_dataset(dataset, config)
+    except Exception as error:
+        line = _explain(field, error)
+        if line is None:
+            raise
+        raise UserError(line) from error
+    return {
+        split: [file['filename'] for file in part.cache_files]
+        for split, part in found.items()
+    }
+
+
+def _cache_folders():
+    import datasets
+    from huggingface_hub import constants
+
+    folders = datasets.config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE
+    return tuple(os.path.realpath(folder) for folder in folders)
+
+
+def _explain(field, error):
+    """The line for an error of the library; None for any other error."""
+    text = ' '.join(str(error).split())[:400]
+    if 'scripts are no longer supported' in text:
+        return (
+            f'{field}: consists of a program, which is not run; use a copy of it in '
+            'parquet, such as the branch refs/convert/parquet'
+        )
+    if isinstance(error, ValueError | OSError) or type(error).__module__.startswith(
+        ('datasets', 'huggingface_hub', 'httpx', 'requests')
+    ):
+        return f'{field}: cannot be loaded ({text or type(error).__name__})'
+    return None
+
+
+def find_parquet(
+    name: str,
+    *,
+    table: label_options.Options | None = None,
+    known_classes: Any = None,
+    **_,
+) -> readers.Listing:
+    """Finds the images of a folder of parquet files.
+
+    Their splits are told by their names (`train-00000-of-00002.parquet`) or folders.
+    They are copied once into Arrow files, which can be read at any place.
+
+    Args:
+      name: the folder, or one file.
+
+    Raises:
+      UserError: there is no such folder, or its files have not one image and one label.
+    """
+    field = f'data.source=parquet:{name}'
+    root = pathlib.Path(paths_lib.resolve(name, 'data.source=parquet:'))
+    found = [root] if root.is_file() else sorted(root.rglob('*.parquet'))
+    if not found:
+        raise UserError(f'{field}: there are no parquet files')
+    splits = collections.defaultdict(list)
+    for path in found:
+        splits[_split_of(path, root)].append(path)
+    chosen = table.columns if table else ()
+    files = {
+        split: [_to_arrow(field, of_split, chosen)]
+        for split, of_split in splits.items()
+    }
+    return _listing(field, files, '', table, known_classes, ())
+
+
+def _split_of(path, root):
+    """The split of a file, by its name or by a folder around it."""
+    stem = path.stem
+    if shard := _SHARD.fullmatch(stem):
+        stem = shard[1]
+    if parts.role(stem):
+        return stem
+    inside = path.relative_to(root).parts[:-1] if path != root else ()
+    return next((part for part in reversed(inside) if parts.role(part)), 'train')
+
+
+def _to_arrow(field, paths, chosen):
+    """A file in Arrow's stream format of the used columns of parquet files."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    key = hashlib.sha256(repr(chosen).encode())
+    for path in paths:
+        about = path.stat()
+        key.update(f'{path.resolve()}{about.st_size}{about.st_mtime_ns}'.encode())
+    base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+    place = os.path.join(base, 'flax_densenet', 'parquet', f'{key.hexdigest()}.arrow')
+    try:
+        schema = parquet.read_schema(paths[0])
+        columns = arrow_reader.find_columns(field, schema, chosen)
+        if os.path.isfile(place):
+            return place
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        used = pa.schema(
+            [schema.field(columns.image), schema.field(columns.label)], schema.metadata
+        )
+        notes.say(f'{field}: copied to {place}, from which it is read')
+        with (
+            atomic.replacing(place, 'wb') as file,
+            pa.ipc.new_stream(file, used) as writer,
+        ):
+            for path in paths:
+                with parquet.ParquetFile(path) as source:
+                    for batch in source.iter_batches(256, columns=used.names):
+                        writer.write_table(
+                            pa.table(batch).select(used.names).cast(used)
+                        )
+    except (pa.ArrowException, OSError, KeyError) as error:
+        reason = ' '.join(str(error).split())[:300]
+        raise UserError(
+            f'{field}: the files of {paths[0].name} cannot be read together ({reason})'
+        ) from error
+    return place
+
+
+def _listing(field, files, split, table, known_classes, folders):
+    """The listing of splits, by their parts."""
+    chosen = table.columns if table else ()
+    if split:
+        if split not in files:
+            raise UserError(f'{field}: it has the splits {", ".join(files)}')
+        files = {split: files[split]}
+    roles = {name: parts.role(name) for name in files}
+    train = [n for n, role in roles.items() if role == parts.TRAIN] or list(files)[:1]
+    schema = _schema_of(files[train[0]][0])
+    columns = arrow_reader.find_columns(field, schema, chosen)
+    held_out = [n for n in files if n not in train and _is_labeled(files[n], columns)]
+    by_role = {role: [n for n in held_out if roles[n] == role] for role in parts.USED}
+    tested = (by_role[parts.VAL] or by_role[parts.TEST])[:1]
+    used = train + tested
+    reader = _make_reader(field, [files[n] for n in used], used, columns, folders)
+    starts = np.cumsum([0, *reader.counts])
+    labeled = np.arange(starts[-1])
+    if not columns.several:
+        labeled = labeled[reader.labels != -1]
+    if missing := starts[-1] - len(labeled):
+        notes.say(f'{field}: {missing} images without a label are left out')
+    first_test = starts[len(train)]
+    aside = [n for n in files if n not in used]
+    line = f'{field}: trains on {"+".join(train)}'
+    if tested:
+        line += f', tests on {tested[0]}'
+    if aside:
+        line += f'; not used: {list_first(aside)}'
+        if not field.startswith('data.source=parquet'):
+            line += f'; to measure on it: hf:DATASET:CONFIG:{aside[0]}'
+    notes.say(line)
+    if len(reader.class_names) < (1 if known_classes else 2):
+        raise UserError(f'{field}: has {len(reader.class_names)} class; two are needed')
+    return readers.Listing(
+        reader,
+        list(reader.class_names),
+        labeled[labeled < first_test],
+        labeled[labeled >= first_test] if tested else None,
+    )
+
+
+def _make_reader(field, files, splits, columns, folders):
+    try:
+        return arrow_reader.ArrowReader(files, splits, columns, folders)
+    except UserError as error:
+        raise UserError(f'{field}: {error}') from error
+
+
+def _schema_of(file):
+    import pyarrow as pa
+
+    with pa.memory_map(file) as source:
+        return pa.ipc.open_stream(source).schema
+
+
+def _is_labeled(files, columns):
+    """Whether a split has the columns, and a label: hidden ones are -1 in all rows."""
+    names = _schema_of(files[0]).names
+    if columns.image not in names or columns.label not in names:
+        return False
+    if columns.several:
+        return True
+    import pyarrow as pa
+
+    for file in files:
+        with pa.memory_map(file) as source:
+            values = pa.ipc.open_stream(source).read_all().column(columns.label)
+            if any(v not in (-1, None) for v in values.to_pylist()):
+                return True
+    return False

@@ -1,0 +1,233 @@
+"""Parquet files as the datasets library writes them, read by it and without it."""
+
+import io
+import pickle
+
+import pytest
+from PIL import Image
+
+from flax_densenet.cli import arguments
+from flax_densenet.data import arrow_reader, dataset, hub_source
+from flax_densenet.errors import UserError
+
+datasets = pytest.importorskip('datasets')
+
+NAMES = ['ants', 'bees']
+
+
+@pytest.fixture(autouse=True)
+def _caches(tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    datasets.disable_progress_bars()
+
+
+def png(value):
+    file = io.BytesIO()
+    Image.new('RGB', (4, 4), (value, 0, 255 - value)).save(file, 'PNG')
+    return file.getvalue()
+
+
+def rows(count, first=0, label=lambda n: n % 2):
+    return {
+        'image': [{'bytes': png(first + n), 'path': f'{n}.png'} for n in range(count)],
+        'label': [label(n) for n in range(count)],
+    }
+
+
+def write(path, columns, **features):
+    """A parquet file with an image column and others."""
+    features = features or {'label': datasets.ClassLabel(names=NAMES)}
+    made = datasets.Dataset.from_dict(
+        columns, features=datasets.Features({'image': datasets.Image(), **features})
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made.to_parquet(str(path), batch_size=3)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / 'photos'
+    write(root / 'data' / 'train-00000-of-00002.parquet', rows(7))
+    write(root / 'data' / 'train-00001-of-00002.parquet', rows(4, first=7))
+    write(root / 'data' / 'test-00000-of-00001.parquet', rows(5, first=100))
+    return root
+
+
+def pixels(part):
+    """The red of each image, which tells which it is."""
+    return [int(part[n]['image'][0, 0, 0]) for n in range(len(part))]
+
+
+def check_all(source):
+    assert source.class_names == ('ants', 'bees') and source.has_test
+    assert pixels(source.train) == list(range(11))
+    assert pixels(source.test) == list(range(100, 105))
+    assert source.test.labels.tolist() == [0, 1, 0, 1, 0]
+    assert source.train.reader.name(12) == 'test[1] (1.png)'
+
+
+def test_folder_of_parquet_files(folder, capfd):
+    source = dataset.load_source(f'parquet:{folder}', image_size=4)
+    check_all(source)
+    lines = capfd.readouterr().out
+    assert 'trains on train, tests on test' in lines and 'copied to' in lines
+    dataset.load_source(f'parquet:{folder}', image_size=4)
+    assert 'copied to' not in capfd.readouterr().out
+    write(folder / 'data' / 'train-00001-of-00002.parquet', rows(2, first=50))
+    source = dataset.load_source(f'parquet:{folder}', image_size=4)
+    assert pixels(source.train)[7:] == [50, 51]
+
+
+def test_set_of_the_library(folder, monkeypatch, tmp_path):
+    """As `datasets.load_dataset` gives it, from files in place of the Hub's."""
+    load, asked = datasets.load_dataset, []
+
+    def load_dataset(name, config):
+        asked.append((name, config))
+        return load(str(folder), cache_dir=str(tmp_path / 'library'))
+
+    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+    source = dataset.load_source('hf:me/insects:small', image_size=4)
+    check_all(source)
+    assert asked == [('me/insects', 'small')]
+    # Other processes open the files themselves.
+    copy = pickle.loads(pickle.dumps(source.train.reader))
+    assert copy[12] == source.train.reader[12] and copy.labels.shape == (16,)
+    found = dataset.load_source('hf:me/insects::test', NAMES, image_size=4)
+    assert len(found.train) + len(found.test) == 5
+    with pytest.raises(UserError, match='it has the splits train, test'):
+        dataset.load_source('hf:me/insects::val', image_size=4)
+
+
+def test_several_labels(tmp_path):
+    many = datasets.List(datasets.ClassLabel(names=['a', 'b', 'c']))
+    labels = [[0], [], [0, 2], [1], [2, 1], [0]]
+    columns = {'image': rows(6)['image'], 'tags': labels}
+    write(tmp_path / 'train.parquet', columns, tags=many)
+    source = dataset.load_source(
+        f'parquet:{tmp_path}', image_size=4, test_fraction=0.34
+    )
+    assert source.multi_label and source.class_names == ('a', 'b', 'c')
+    reader = source.train.reader
+    assert reader.labels[:3].tolist() == [[1, 0, 0], [0, 0, 0], [1, 0, 1]]
+
+
+def test_validation_and_hidden_labels(tmp_path, capfd):
+    """The validation part is tested on; what has no labels is not used."""
+    write(tmp_path / 'train.parquet', rows(4, label=lambda n: n % 2 if n else -1))
+    write(tmp_path / 'validation.parquet', rows(2, first=50))
+    write(tmp_path / 'test.parquet', rows(2, first=90, label=lambda n: -1))
+    source = dataset.load_source(f'parquet:{tmp_path}', image_size=4)
+    assert pixels(source.train) == [1, 2, 3] and pixels(source.test) == [50, 51]
+    lines = capfd.readouterr().out
+    assert '1 images without a label are left out' in lines
+    assert 'tests on validation; not used: test' in lines
+
+
+def test_files_of_other_programs(tmp_path, capfd):
+    """Without the library's metadata: bytes, and values for classes."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    table = pa.table(
+        {'img': [png(n) for n in range(6)], 'label': ['x', 'y', 'x', 'y', 'x', 'y']}
+    )
+    parquet.write_table(table, tmp_path / 'data.parquet')
+    source = dataset.load_source(f'parquet:{tmp_path}/data.parquet', image_size=4)
+    assert source.class_names == ('x', 'y')
+    assert 'the values of its column label' in capfd.readouterr().out
+
+
+def test_choice_of_the_label(tmp_path):
+    kinds = {
+        'fine': datasets.ClassLabel(names=['f0', 'f1', 'f2']),
+        'coarse': datasets.ClassLabel(names=['c0', 'c1']),
+    }
+    columns = {'image': rows(6)['image'], 'fine': [0, 1, 2] * 2, 'coarse': [0, 1] * 3}
+    write(tmp_path / 'train.parquet', columns, **kinds)
+    source = f'parquet:{tmp_path}'
+    with pytest.raises(UserError, match='2 columns of labels .*label_columns="'):
+        dataset.load_source(source, image_size=4)
+    found = dataset.load_source(source, image_size=4, label_columns=('coarse',))
+    assert found.class_names == ('c0', 'c1')
+    with pytest.raises(UserError, match='name one of them'):
+        dataset.load_source(source, image_size=4, label_columns=('other',))
+
+
+def test_images_elsewhere_are_not_read(tmp_path):
+    """A path in a stranger's file leads nowhere outside of the data set."""
+    secret = tmp_path / 'secret.png'
+    secret.write_bytes(png(1))
+    columns = rows(4)
+    columns['image'][2] = {'bytes': None, 'path': str(secret)}
+    write(tmp_path / 'photos' / 'train.parquet', columns)
+    listing = hub_source.find_parquet(str(tmp_path / 'photos'))
+    with pytest.raises(UserError, match='not below the folder of the data set'):
+        listing.reader[2]
+    reader = listing.reader
+    files = arrow_reader.ArrowReader(
+        *(reader.files, reader.splits, reader.columns, (str(tmp_path),))
+    )
+    assert files[2] == str(secret)
+
+
+@pytest.mark.parametrize(
+    ('columns', 'features', 'line'),
+    [
+        ({'label': [0, 1]}, {}, 'has no class labels|0 image columns'),
+        (
+            {'image': [None] * 2, 'other': [None] * 2, 'label': [0, 1]},
+            {'other': 'image', 'label': 'class'},
+            'has 2 image columns',
+        ),
+        (
+            {'image': [None] * 2, 'score': [0.5, 1.0]},
+            {'score': 'float'},
+            'no class lab',
+        ),
+    ],
+)
+def test_unfit_columns(columns, features, line, tmp_path):
+    kinds = {
+        'image': datasets.Image(),
+        'class': datasets.ClassLabel(names=NAMES),
+        'float': datasets.Value('float32'),
+    }
+    features = {name: kinds[kind] for name, kind in features.items()}
+    if 'image' not in columns:
+        datasets.Dataset.from_dict(columns).to_parquet(str(tmp_path / 'a.parquet'))
+    else:
+        write(tmp_path / 'a.parquet', columns, **features)
+    with pytest.raises(UserError, match=line):
+        dataset.load_source(f'parquet:{tmp_path}', image_size=4)
+
+
+def test_mistakes(tmp_path, monkeypatch):
+    def fail(line, source):
+        with pytest.raises(UserError, match=line) as caught:
+            dataset.load_source(source)
+        assert '\n' not in str(caught.value)
+
+    fail('there are no parquet files', f'parquet:{tmp_path}')
+    fail('give data.source=parquet:', f'hf:{tmp_path}')
+    fail('give hf:OWNER/NAME', 'hf:a/b/c')
+    (tmp_path / 'train.parquet').write_bytes(b'PAR1 and no more')
+    fail('cannot be read together', f'parquet:{tmp_path}')
+    errors = {
+        'scripts': RuntimeError('Dataset scripts are no longer supported, but found a'),
+        'absent': datasets.exceptions.DatasetNotFoundError("Dataset 'x' doesn't exist"),
+        'network': ConnectionError("Couldn't reach 'x' on the Hub"),
+    }
+
+    def load_dataset(name, config):
+        raise errors[name]
+
+    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+    fail('consists of a program, which is not run', 'hf:scripts')
+    fail("cannot be loaded .*doesn't exist", 'hf:absent')
+    fail("cannot be loaded .*Couldn't reach", 'hf:network')
+
+
+def test_arguments(folder):
+    assert arguments.source(str(folder)) == f'parquet:{folder}'
+    assert arguments.source('hf:me/insects') == 'hf:me/insects'

@@ -185,7 +185,9 @@ def get_config() -> ConfigDict:
     # data.image_size.
     config.data.size_schedule = ()
     # For classes of different sizes: none; sampler draws all classes equally often (an
-    # epoch keeps its number of images); or loss gives all classes equal weight.
+    # epoch keeps its number of images); or loss gives all classes equal weight. With
+    # data.labels, sampler draws positives of each label, and images without any,
+    # equally often; instead of loss use train.pos_weight=auto.
     config.data.balance = 'none'
     # Test-time augmentation: none, or flip, which also looks at the mirrored image and
     # averages the probabilities, in twice the time. Used by eval, report and predict,
@@ -264,6 +266,11 @@ def get_config() -> ConfigDict:
     # Share of the target to spread evenly over all classes, such as 0.1. With
     # data.labels, each label moves toward 0.5 by half of it.
     config.train.label_smoothing = 0.0
+    # With data.labels, how much more a positive counts in the loss than a negative:
+    # nothing for equally; auto for negatives / positives of each label in the training
+    # images (up to 100); a number for all labels, such as '5'; or NAME=NUMBER,... for
+    # some of them, such as 'mass=10,effusion=2'.
+    config.train.pos_weight = ''
     # Keep an exponential moving average of parameters and batch norm statistics, with
     # this decay per step, such as 0.999 (at first at most (1 + steps) / (10 + steps)).
     # The average is what is tested, saved as best, and exported. 0: off.

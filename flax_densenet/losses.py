@@ -47,11 +47,14 @@ class Loss:
         all classes; with several labels that is `cross_entropy`.
       label_smoothing: from 0 to below 1.
       focal_gamma: 0 or above; at 0 `focal` is `cross_entropy`.
+      pos_weight: with several labels, factors `[L]` on the loss of positives, as in
+        torch's BCEWithLogitsLoss; empty for none.
     """
 
     name: str = 'cross_entropy'
     label_smoothing: float = 0.0
     focal_gamma: float = 2.0
+    pos_weight: tuple[float, ...] = ()
 
     def losses(self, logits, labels):
         """Of each row, float `[N]`.
@@ -70,6 +73,12 @@ class Loss:
             each = optax.sigmoid_focal_loss(logits, target, gamma=self.focal_gamma)
         else:
             each = optax.sigmoid_binary_cross_entropy(logits, target)
+        if self.pos_weight:
+            weight = jnp.asarray(self.pos_weight, logits.dtype)[None]
+            if self.name == 'focal':
+                each = each * (1 + (weight - 1) * target)
+            else:
+                each = each + (weight - 1) * target * jax.nn.softplus(-logits)
         return _mean_of_known(each, known)
 
     def _of_classes(self, logits, labels):
@@ -91,8 +100,17 @@ class Loss:
 CROSS_ENTROPY = Loss()
 
 
-def make_loss(*, loss: str, label_smoothing: float, focal_gamma: float) -> Loss:
+def make_loss(
+    *,
+    loss: str,
+    label_smoothing: float,
+    focal_gamma: float,
+    pos_weight: tuple[float, ...] = (),
+) -> Loss:
     """The loss of the fields of `config.train`.
+
+    Args:
+      pos_weight: see `Loss`.
 
     Raises:
       UserError: one of them is out of range.
@@ -108,7 +126,7 @@ def make_loss(*, loss: str, label_smoothing: float, focal_gamma: float) -> Loss:
         raise UserError(
             f'train.focal_gamma={focal_gamma:g} must be 0 or above; the paper has 2'
         )
-    return Loss(loss, label_smoothing, focal_gamma)
+    return Loss(loss, label_smoothing, focal_gamma, pos_weight)
 
 
 def measure(logits, labels):

@@ -71,6 +71,28 @@ def test_several_labels_an_image(smoothing):
         np.testing.assert_allclose(found, rows, rtol=1e-5, atol=1e-6)
 
 
+def test_positives_weigh_more():
+    """As in torch's BCEWithLogitsLoss: w * y * log(p) + (1 - y) * log(1 - p)."""
+    weight = np.resize([3.0, 0.5, 1.0], SEVERAL.shape[1])
+    known, q = ~np.isnan(SEVERAL), sigmoid(LOGITS)
+    target = np.where(known, SEVERAL, 0)
+    each = -(weight * target * np.log(q) + (1 - target) * np.log(1 - q))
+    expected = np.where(known, each, 0).sum(-1) / np.maximum(known.sum(-1), 1)
+    loss = losses_lib.Loss(pos_weight=tuple(weight))
+    found = loss.losses(LOGITS, SEVERAL)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    plain = losses_lib.Loss(pos_weight=(1.0,) * len(weight)).losses(LOGITS, SEVERAL)
+    np.testing.assert_allclose(
+        plain, losses_lib.Loss().losses(LOGITS, SEVERAL), rtol=1e-6
+    )
+    focal = losses_lib.Loss('focal', pos_weight=tuple(weight)).losses(LOGITS, SEVERAL)
+    each = np.where(target > 0, weight, 1) * -(
+        target * (1 - q) ** 2 * np.log(q) + (1 - target) * q**2 * np.log(1 - q)
+    )
+    expected = np.where(known, each, 0).sum(-1) / np.maximum(known.sum(-1), 1)
+    np.testing.assert_allclose(focal, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize('name', losses_lib.LOSSES)
 def test_gradients_are_finite_where_an_answer_is_sure(name):
     logits = jnp.array([[90.0, -90.0, 0.0], [-90.0, 90.0, 0.0]])

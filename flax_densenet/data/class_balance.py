@@ -9,12 +9,19 @@
 [0.6666666865348816, 2.0]
 """
 
+import difflib
+import math
+
 import numpy as np
 from grain import experimental
+
+from flax_densenet.errors import UserError, list_first
 
 BALANCES = ('none', 'sampler', 'loss')
 # Ratio of the largest to the smallest class from which a warning is printed.
 _HEAVY = 10
+# Largest weight of positives that is taken from the counts.
+_HEAVIEST = 100.0
 # Above this, index_shuffle, which takes 1 ms, is faster than a permutation.
 _MANY = 10_000
 
@@ -25,26 +32,46 @@ class Draws:
     The n-th draw is of class n mod C, so the classes' counts in an epoch differ by at
     most one. Every image of a class is drawn once before any is drawn again, in a
     new order each time. The stream is a function of the seed and the position only.
+
+    With several labels per image, the positives of each label are a class, and the
+    images without any positive one more. An image with two labels is in two of them.
     """
 
     def __init__(self, labels, seed: int):
-        """Draws from labels int `[N]`; classes without images are never drawn."""
+        """Makes the stream; classes without images are never drawn.
+
+        Args:
+          labels: int `[N]`, or float `[N, L]` of 0, 1 and NaN.
+          seed: of the order.
+        """
         labels = np.asarray(labels)
-        self._order = np.argsort(labels, kind='stable')
-        self._counts = np.bincount(labels)
+        self._total = len(labels)
+        if labels.ndim == 2:
+            groups = [np.flatnonzero(group) for group in _label_groups(labels)]
+            self._order = np.concatenate(groups)
+            self._counts = np.array([len(group) for group in groups])
+        else:
+            self._order = np.argsort(labels, kind='stable')
+            self._counts = np.bincount(labels)
         self._starts = np.cumsum(self._counts) - self._counts
         self._classes = np.flatnonzero(self._counts)
         self._seed = seed
 
     def __call__(self, epoch: int, slot: int) -> int:
         """The example, 0 to N - 1, at a place of an epoch, 0 to N - 1."""
-        number = int(epoch) * len(self._order) + int(slot)
+        number = int(epoch) * self._total + int(slot)
         turn, place = divmod(number, len(self._classes))
         label = int(self._classes[place])
         count = int(self._counts[label])
         round_, place = divmod(turn, count)
         place = _shuffled(place, count, [self._seed, label, round_])
         return int(self._order[self._starts[label] + place])
+
+
+def _label_groups(labels):
+    """Of each label its positives, and the images without any: bool `[L + 1, N]`."""
+    positive = labels > 0.5
+    return np.concatenate([positive, ~positive.any(1, keepdims=True)], 1).T
 
 
 def _shuffled(place, count, seed):
@@ -67,6 +94,64 @@ def class_weights(labels, num_classes: int) -> np.ndarray:
     counts = np.bincount(labels, minlength=num_classes)
     share = len(labels) / np.count_nonzero(counts)
     return np.where(counts, share / np.maximum(counts, 1), 0).astype(np.float32)
+
+
+def positive_weights(text: str, labels, names) -> tuple[float, ...]:
+    """The weights of positives in the loss, one for each label; empty for none.
+
+    Args:
+      text: `train.pos_weight`.
+      labels: float `[N, L]` of 0, 1 and NaN, of the training images.
+      names: of the labels.
+
+    Raises:
+      UserError: the text has another form, or names an unknown label.
+    """
+    if not text.strip():
+        return ()
+    if text.strip() == 'auto':
+        positive, negative = (labels > 0.5).sum(0), (labels <= 0.5).sum(0)
+        ratios = negative / np.maximum(positive, 1)
+        return tuple(float(x) for x in np.clip(ratios, 1 / _HEAVIEST, _HEAVIEST))
+    weights = dict.fromkeys(names, 1.0)
+    for part in text.split(','):
+        name, equals, number = (piece.strip() for piece in part.rpartition('='))
+        if equals and name not in weights:
+            close = difflib.get_close_matches(name, weights, 1)
+            hint = f'did you mean {close[0]}? ' if close else ''
+            raise UserError(
+                f'train.pos_weight={text}: {name} is not a label; {hint}'
+                f'The labels are {list_first(names)}'
+            )
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+        if not 0 < weight < math.inf or (not equals and ',' in text):
+            raise UserError(
+                f'train.pos_weight={text} is not known; use auto, a number above 0 for '
+                'all labels, or NAME=NUMBER,...'
+            )
+        weights |= {name: weight} if equals else dict.fromkeys(names, weight)
+    return tuple(weights.values())
+
+
+def describe_positive_weights(weights: tuple[float, ...], names, text: str) -> str:
+    """One line with the weights of some labels."""
+    pairs = [f'{n} {w:.3g}' for n, w in zip(names, weights, strict=True)]
+    return f'train.pos_weight={text}: a positive weighs {list_first(pairs, 8)}'
+
+
+def describe_label_draws(labels, names) -> str:
+    """One line about `data.balance=sampler` with several labels per image."""
+    counts = [int(group.sum()) for group in _label_groups(np.asarray(labels))]
+    pairs = [
+        f'{name} {count}' for name, count in zip([*names, 'none'], counts, strict=True)
+    ]
+    return (
+        f'data.balance=sampler: draws each label, and images without any, equally '
+        f'often (training images: {list_first(pairs, 8)})'
+    )
 
 
 def describe(labels, class_names, balance: str) -> str:

@@ -90,10 +90,10 @@ def check_train_batches(
                 f'data.channels={preparation.channels}'
             )
     dataset.check_choice('balance', balance, class_balance.BALANCES)
-    if balance != 'none' and np.ndim(examples.labels) == 2:
+    if balance == 'loss' and np.ndim(examples.labels) == 2:
         raise UserError(
-            f'data.balance={balance} needs one class per image; with data.labels use '
-            'data.balance=none'
+            'data.balance=loss needs one class per image; with several labels use '
+            'train.pos_weight=auto, or data.balance=sampler'
         )
     if workers and isinstance(examples, dataset.CachedExamples):
         raise UserError(

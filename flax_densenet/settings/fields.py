@@ -146,6 +146,7 @@ class LossSettings:
     loss: str = 'cross_entropy'
     focal_gamma: float = 2.0
     label_smoothing: float = 0.0
+    pos_weight: str = ''
 
 
 @dataclasses.dataclass(frozen=True)

@@ -62,13 +62,31 @@ def _print_balance(run):
     balance, train = run.settings.loader.balance, run.source.train
     # TFDS has to read each image for its label.
     at_hand = train.reader.labels_in_memory
-    if run.source.multi_label or (balance == 'none' and not at_hand):
+    if run.source.multi_label:
+        _print_label_balance(run)
+        return
+    if balance == 'none' and not at_hand:
         return
     line = class_balance.describe(train.labels, run.source.class_names, balance)
     if line:
         _LOGGER.info(line)
     if not run.plan.head_only and run.module.has_batch_norm:
         _warn_of_few_values(run)
+
+
+def _print_label_balance(run):
+    source, text = run.source, run.settings.loss.pos_weight
+    if run.settings.loader.balance == 'sampler':
+        _LOGGER.info(
+            class_balance.describe_label_draws(source.train.labels, source.class_names)
+        )
+    weights = class_balance.positive_weights(
+        text, source.train.labels, source.class_names
+    )
+    if weights:
+        _LOGGER.info(
+            class_balance.describe_positive_weights(weights, source.class_names, text)
+        )
 
 
 def _warn_of_few_values(run):

@@ -139,7 +139,7 @@ def check_settings(settings: settings_lib.Settings):
         rows=settings.loader.batch_size // train.accumulate_steps,
     )
     feature_cache.check_cache(train.cache_features)
-    losses.make_loss(**vars(settings.loss))
+    losses.make_loss(**vars(settings.loss) | {'pos_weight': ()})
     ema.check_decay(train.ema)
     tta.check(settings.evaluation.tta)
     checkpoint_writer.parse_every(train.checkpoint_every)

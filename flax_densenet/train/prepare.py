@@ -104,6 +104,7 @@ def prepare(
         settings.augmentation.color_jitter,
         settings.augmentation.policy,
     )
+    training_run.make_loss(settings, source)  # its errors come before long work
     schedule = optimizers.make_schedule(
         **vars(settings.schedule),
         epochs=settings.train.epochs,

@@ -19,6 +19,7 @@ from flax_densenet.data import class_balance, dataset, pipeline
 from flax_densenet.data.augment import mixing as mixing_lib
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.distributed import zero
+from flax_densenet.errors import UserError
 from flax_densenet.models import initialization, network
 from flax_densenet.settings import sizes
 from flax_densenet.train import ema, feature_cache, finetune, progressive_resizing, step
@@ -91,7 +92,7 @@ class TrainingRun:
             class_weights=class_weights(self),
             mix=self.mixing,
             accumulate_steps=train.accumulate_steps,
-            loss=losses.make_loss(**vars(self.settings.loss)),
+            loss=make_loss(self.settings, self.source),
             ema=train.ema,
         )
 
@@ -236,6 +237,26 @@ def compile_step(run: TrainingRun, state: step.TrainState, frozen: int, start: i
     compiled = step.compile_train_step(train_step, state, batch, run.mesh)
     _LOGGER.info(f'compiled in {time.perf_counter() - began:.1f} s')
     return compiled
+
+
+def make_loss(settings, source) -> losses.Loss:
+    """The loss of a run.
+
+    Raises:
+      UserError: a field of it has a wrong value.
+    """
+    text = settings.loss.pos_weight
+    if text.strip() and not source.multi_label:
+        raise UserError(
+            f'train.pos_weight={text} is for several labels per image; for one class '
+            'per image use data.balance=loss'
+        )
+    weights: tuple[float, ...] = ()
+    if source.multi_label:
+        weights = class_balance.positive_weights(
+            text, source.train.labels, source.class_names
+        )
+    return losses.make_loss(**vars(settings.loss) | {'pos_weight': weights})
 
 
 def class_weights(run):

@@ -11,7 +11,14 @@ import pytest
 from flax_densenet import UserError, create_model, init_variables, settings
 from flax_densenet import losses as losses_lib
 from flax_densenet.data import class_balance, dataset, pipeline
-from flax_densenet.train import announce, feature_cache, finetune, step, training_run
+from flax_densenet.train import (
+    announce,
+    feature_cache,
+    finetune,
+    prepare,
+    step,
+    training_run,
+)
 from helpers.runs import change_settings, tiny_config, write_images
 
 COUNTS = {'ants': 30, 'bees': 3, 'wasps': 1}
@@ -213,6 +220,84 @@ def test_what_cannot_be_balanced(source):
     several = feature_cache.FeatureExamples(
         np.zeros((4, 2)), np.zeros((4, 3), np.float32)
     )
-    for value in ('sampler', 'loss'):
-        with pytest.raises(UserError, match=f'{value} needs one class per image'):
-            pipeline.check_train_batches(several, 4, 'none', 0, value)
+    pipeline.check_train_batches(several, 4, 'none', 0, 'sampler')
+    with pytest.raises(UserError, match='loss needs one class .* train.pos_weight'):
+        pipeline.check_train_batches(several, 4, 'none', 0, 'loss')
+
+
+# Mass is rare, effusion common, and one cell is unknown.
+SEVERAL = np.array([[1, 0]] * 2 + [[0, 1]] * 5 + [[np.nan, 0]] + [[0, 0]] * 2)
+NAMES = ('mass', 'effusion')
+
+
+def test_draws_of_several_labels():
+    """Each label's positives, and images without any, come equally often."""
+    draws = class_balance.Draws(SEVERAL, seed=0)
+    drawn = [draws(epoch, slot) for epoch in range(9) for slot in range(10)]
+    groups = [
+        'none' if not (row > 0.5).any() else NAMES[int(np.nanargmax(row))]
+        for row in SEVERAL[drawn]
+    ]
+    assert {group: groups.count(group) for group in set(groups)} == {
+        **dict.fromkeys(NAMES, 30),
+        'none': 30,
+    }
+    assert set(drawn) == set(range(10))
+    line = class_balance.describe_label_draws(SEVERAL, NAMES)
+    assert line.endswith('(training images: mass 2, effusion 5, none 3)')
+
+
+@pytest.mark.parametrize(
+    ('text', 'weights'),
+    [
+        ('', ()),
+        ('auto', (3.5, 1.0)),  # 7 and 5 negatives to 2 and 5 positives
+        ('5', (5, 5)),
+        ('mass=10', (10, 1)),
+        ('effusion=2, mass = 0.5', (0.5, 2)),
+    ],
+)
+def test_weights_of_positives(text, weights):
+    assert class_balance.positive_weights(text, SEVERAL, NAMES) == weights
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('mas=2', 'did you mean mass?'),
+        ('car', 'a number above 0'),
+        ('-1', 'a number above 0'),
+        ('mass=inf', 'a number above 0'),
+        ('2,3', 'a number above 0'),
+    ],
+)
+def test_weights_that_cannot_be_read(text, message):
+    with pytest.raises(UserError) as error:
+        class_balance.positive_weights(text, SEVERAL, NAMES)
+    assert f'train.pos_weight={text}' in str(error.value)
+    assert message in str(error.value)
+
+
+def test_a_run_weighs_positives_and_draws_labels(tmp_path, caplog):
+    folder = write_images(tmp_path, {'x': 12}, size=(8, 8))
+    names = [f'x/{n:03}.jpg,{int(n < 4)},{int(n % 2)}' for n in range(12)]
+    table = tmp_path / 'labels.csv'
+    table.write_text('\n'.join(['image,mass,effusion', *names]))
+    fields = {
+        **{'data.source': f'folder:{folder}', 'data.labels': str(table)},
+        **{'data.balance': 'sampler', 'data.batch_size': 4},
+        'train.pos_weight': 'mass=4',
+    }
+    run = prepare.prepare(tiny_config(**fields), str(tmp_path / 'run'))
+    assert run.step_options(0).loss.pos_weight == (4.0, 1.0)
+    with caplog.at_level('INFO'):
+        announce.announce(run)
+    assert (
+        'train.pos_weight=mass=4: a positive weighs mass 4, effusion 1' in caplog.text
+    )
+    assert 'data.balance=sampler: draws each label' in caplog.text
+
+
+def test_weights_of_positives_need_labels(tmp_path):
+    with pytest.raises(UserError, match='for one class per image use data.balance'):
+        prepare.prepare(tiny_config(**{'train.pos_weight': 'auto'}), str(tmp_path))

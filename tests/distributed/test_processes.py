@@ -312,7 +312,10 @@ def test_one_that_fails_or_hangs_ends_the_others(tmp_path):
         killed.kill(0)
         hangs.kill(1, signal.SIGSTOP)
         assert killed.wait(60) == [-signal.SIGKILL, 2]
-        line = 'error: process 0 has ended, or the network to it is down; start all processes'
+        line = (
+            'error: process 0 has ended, or the network to it is down; start all '
+            'processes'
+        )
         assert killed.error(1).startswith(line) and killed.error(1).count('\n') == 1
         assert hangs.processes[0].wait(60) == 2
         assert re.match(r'error: process 1 .*stopped responding', hangs.error(0))

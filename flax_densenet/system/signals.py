@@ -114,7 +114,8 @@ def stop_gently():
     """
     stop = Stop()
     reader, writer = os.pipe()
-    os.set_blocking(writer, False)
+    if hasattr(os, 'set_blocking'):  # on Windows from Python 3.12 on
+        os.set_blocking(writer, False)
     before = {signum: signal.signal(signum, stop._handle) for signum in _SIGNALS}
     wakeup = signal.set_wakeup_fd(writer)
     watcher = threading.Thread(target=stop._watch, args=[reader], daemon=True)
@@ -122,13 +123,16 @@ def stop_gently():
     # A terminal's Ctrl-C reaches the decoding processes too. They inherit this mask and
     # go on, since the step that is to be finished may need them. The watcher, which
     # started before, takes the signal.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    has_masks = hasattr(signal, 'pthread_sigmask')  # Windows does not
+    if has_masks:
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     try:
         yield stop
     finally:
         stop._busy = True  # nothing is raised any more
         stop._over.set()
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if has_masks:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.set_wakeup_fd(wakeup)
         for signum, handler in before.items():
             signal.signal(signum, handler)

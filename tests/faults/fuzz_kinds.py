@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 
-from faults import fuzz_arrays, fuzz_bytes, fuzz_seeds
+from faults import fuzz_arrays, fuzz_bytes, fuzz_seeds, fuzz_tables
 from flax_densenet.data import images, label_table
 from flax_densenet.weights import trained, weight_file
 
@@ -350,6 +350,6 @@ KINDS = {
     re.sub(r'(?<!^)(?=[A-Z])', '_', cls.__name__).lower(): cls
     for cls in (
         *(Images, Dicom, TorchZip, TorchLegacy, Safetensors, Arrays, Hdf5, Keras),
-        *(Labels, Flags, Metadata),
+        *(Labels, Flags, Metadata, fuzz_tables.Tables),
     )
 }

@@ -384,6 +384,28 @@ LABELS = [
 ]
 
 
+def _table(heading, cells, *, separator=',', count=12, name='{:03}.png'):
+    """A table of the images of `fuzz_tables`; `cells(i)` are those of a row."""
+    rows = [[name.format(i), *map(str, cells(i))] for i in range(count)]
+    rows = [heading.split(), *rows] if heading else rows
+    return '\n'.join(separator.join(row) for row in rows)
+
+
+TABLES = [
+    _table('image sick mass', lambda i: (i % 2, i % 3 % 2)).encode(),
+    _table('image label', lambda i: (('cat', 'dog')[i % 2],)).encode('utf-16'),
+    _table('id grade', lambda i: (i % 3,), separator=';', name='{:03}').encode(),
+    _table('', lambda i: (i % 2, ('1', '')[i % 3 > 1]), separator='\t').encode(),
+    _table(
+        'path patient_id a split',
+        lambda i: (f'p{i // 3}', (1, 0, -1)[i % 3], ('train', 'val')[i > 8]),
+        name='x/{:03}.png',
+    ).encode('utf-8-sig'),
+    _table('file labels Fold', lambda i: (('a|b', 'a', '')[i % 3], i % 3)).encode(),
+    _table('image a train test', lambda i: (i % 2, int(i < 9), int(i > 8))).encode(),
+]
+
+
 def make_run(folder: str) -> str:
     """The workdir of a run with one checkpoint, without its checksums.
 

@@ -1,6 +1,6 @@
 """Damaged input of every kind ends in a result or in one clear line.
 
-In full (`make faults`) 127,800 inputs, else a few thousand. Input that fails is
+In full (`make faults`) 139,800 inputs, else a few thousand. Input that fails is
 kept, and pytest's message says where; `fuzz_engine.py KIND --first=NUMBER --count=1`
 makes it again.
 """
@@ -13,7 +13,7 @@ import random
 import pytest
 from PIL import Image, UnidentifiedImageError
 
-from faults import fuzz_bytes, fuzz_engine, fuzz_kinds
+from faults import fuzz_bytes, fuzz_engine, fuzz_kinds, fuzz_tables
 from flax_densenet import UserError
 
 # kind: inputs in full, and else.
@@ -29,6 +29,7 @@ COUNTS = {
     'labels': (20_000, 800),
     'flags': (5_000, 150),
     'metadata': (800, 25),
+    'tables': (12_000, 300),
 }
 
 
@@ -109,7 +110,11 @@ def test_a_dead_child_is_seen(monkeypatch, tmp_path):
 
 
 def test_inputs_can_be_made_again():
-    for kind in (fuzz_kinds.Labels(), fuzz_kinds.Metadata()):
+    for kind in (
+        fuzz_kinds.Labels(),
+        fuzz_kinds.Metadata(),
+        fuzz_tables.Tables(),
+    ):
         made = [kind.make(random.Random(f'{n}')) for n in range(400)]
         again = [kind.make(random.Random(f'{n}')) for n in range(400)]
         assert made == again and len(set(made)) > 300

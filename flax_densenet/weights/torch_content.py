@@ -35,6 +35,11 @@ _MOST, _DEEPEST = 1000, 3  # of settings that are searched
 _BODY = re.compile(
     r'(^|\.)(features|denseblock\d+|transition\d+|(conv|norm|relu|pool)\d)(\.|$)'
 )
+# In the body of a network it would compute something else without another array.
+_OTHER_LAYER = re.compile(
+    r'torch\.nn\.modules\.(activation\.(?!ReLU$).*|pooling\.(?!MaxPool2d$|AvgPool2d$|'
+    r'Adaptive).*|padding\..*|upsampling\..*)'
+)
 _SILENT = ('Dropout', 'Identity', 'Flatten', 'Linear', *_ACTIVATIONS)
 
 
@@ -90,7 +95,7 @@ def find(path: str, saved: Any) -> Content:
     if isinstance(saved, torch_pickle.Module):
         if saved.foreign:
             raise torch_pickle.refusal(path, saved.foreign)
-        outputs, head = _read_layers(saved)
+        outputs, head = _read_layers(path, saved)
         beside.append(saved.attributes)
         classes = {'': saved.name, **saved.layers}
         saved = saved.arrays
@@ -236,12 +241,17 @@ def _fill(names):
     return [f'output {n}' if name == '' else name for n, name in enumerate(names)]
 
 
-def _read_layers(module):
+def _read_layers(path, module):
     """The activation behind the classifier, and layers that change its outputs."""
     behind, head = False, []
     outputs = None
     for name, kind in module.layers.items():
         if _BODY.search(name):
+            if _OTHER_LAYER.fullmatch(kind):
+                raise UserError(
+                    f'{path}: its {name} is a {kind.rpartition(".")[2]}, which no '
+                    'DenseNet has; none of its layers can be left out'
+                )
             continue
         kind = kind.rpartition('.')[2]
         if kind == 'Linear':

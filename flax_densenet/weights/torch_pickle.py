@@ -64,12 +64,7 @@ _HARMFUL = {
     'ctypes': None,
     'importlib': None,
     'webbrowser': None,
-    'code': None,
-    'multiprocessing': None,
-    'builtins': {
-        *('eval', 'exec', 'compile', '__import__', 'open', 'input', 'breakpoint'),
-        *('getattr', 'setattr', 'delattr', 'globals', 'locals', 'vars'),
-    },
+    'builtins': {'eval', 'exec', 'compile', '__import__', 'open', 'breakpoint'},
 }
 _MOST_CLASSES = 2000
 
@@ -147,18 +142,42 @@ def _rebuild_tensor(storage, offset, shape, strides, *_):
 
 def _rebuild_from_type(function, kind, arguments, state):
     """Of a subclass of tensor, as fastai's."""
-    if function not in _KNOWN.values():
+    if function not in (_TENSOR, _PARAMETER):
         raise pickle.UnpicklingError('a tensor of an unknown kind')
     return function(*arguments)
 
 
+class _Callable:
+    """A function that a pickle can call and not change.
+
+    Pickles can set attributes of what they name: a plain function would keep other
+    defaults for all later files.
+    """
+
+    __slots__ = ('_function',)
+
+    def __init__(self, function):
+        object.__setattr__(self, '_function', function)
+
+    def __call__(self, *arguments):
+        return self._function(*arguments)
+
+    def __setattr__(self, name, value):
+        raise pickle.UnpicklingError('it changes what it should only call')
+
+    def __setstate__(self, state):
+        raise pickle.UnpicklingError('it changes what it should only call')
+
+
+_TENSOR = _Callable(_rebuild_tensor)
+_PARAMETER = _Callable(lambda data, *_: data)
 _KNOWN = {
     ('collections', 'OrderedDict'): collections.OrderedDict,
-    ('torch._utils', '_rebuild_tensor_v2'): _rebuild_tensor,
-    ('torch._utils', '_rebuild_tensor'): _rebuild_tensor,
-    ('torch._utils', '_rebuild_parameter'): lambda data, *_: data,
-    ('torch._utils', '_rebuild_parameter_with_state'): lambda data, *_: data,
-    ('torch._tensor', '_rebuild_from_type_v2'): _rebuild_from_type,
+    ('torch._utils', '_rebuild_tensor_v2'): _TENSOR,
+    ('torch._utils', '_rebuild_tensor'): _TENSOR,
+    ('torch._utils', '_rebuild_parameter'): _PARAMETER,
+    ('torch._utils', '_rebuild_parameter_with_state'): _PARAMETER,
+    ('torch._tensor', '_rebuild_from_type_v2'): _Callable(_rebuild_from_type),
 }
 
 

@@ -11,11 +11,13 @@ import pathlib
 import pickle
 import re
 import shutil
+import sys
 import tempfile
 
 from faults import fuzz_arrays, fuzz_bytes, fuzz_seeds, fuzz_tables
 from flax_densenet.data import images, label_table
-from flax_densenet.weights import trained, weight_file
+from flax_densenet.errors import UserError
+from flax_densenet.weights import torch_pickle, trained, weight_file
 
 _PICKLE_TOKENS = (
     *(b'ctorch\nFloatStorage\n', b'ctorch._utils\n_rebuild_tensor_v2\n'),
@@ -28,6 +30,8 @@ _PICKLE_TOKENS = (
     *(b'q\0', b'h\0', b'r\xff\xff\xff\x7f', b'\x8a\xff' + b'\x7f' * 255),
     *(b'\x8b\xff\xff\xff\x7f', b'B\xff\xff\xff\x7f', b'X\xff\xff\xff\x7f'),
     *(b'\x8e' + b'\xff' * 7 + b'\x7f', b'J\xff\xff\xff\x7f', b'K\x01\x85', b'N\x85'),
+    *(b'}X\x0c\0\0\0__defaults__K\x07\x85sb', b'b', b'\x86b', b'\x92', b'\x8c\0'),
+    *(b'cbuiltins\ngetattr\n', b'csubprocess\nPopen\n', b'ccode\ninteract\n'),
     *(b'I99999999999999999999\n', b'F1e999\n', b'L1\n', b'\x80\x05', b'\x80\xff'),
     *(bytes([code]) for code in b'RbQPsue\x81\x93\x94.02\x86\x87}\x97\x98io'),
 )
@@ -114,12 +118,50 @@ class Dicom(Images):
         return fuzz_bytes.damage(rng, self.seeds, self.tokens)
 
 
-class TorchZip(Kind):
-    """The zip archives of torch.save."""
+_FORBIDDEN = re.compile(
+    r'os\.(system|exec|posix_spawn|fork|remove|rename|rmdir|mkdir|chmod|chown|link|'
+    r'symlink|truncate|putenv|startfile).*|subprocess\..*|socket\..*|shutil\..*|'
+    r'ctypes\..*|pty\..*|webbrowser\..*|code\..*|exec|compile|import'
+)
+
+
+class _Torch(Kind):
+    """Pickles: nothing of them may run, nor stay for the next file."""
 
     tokens = _PICKLE_TOKENS
 
     def __init__(self):
+        self._reading = False
+        sys.addaudithook(self._forbid)  # for the life of the child process
+
+    def _forbid(self, event, arguments):
+        if self._reading and _FORBIDDEN.fullmatch(event):
+            raise AssertionError(f'{event} ran: {arguments!r}'[:200])
+
+    def read(self, path):
+        before = self._state()
+        self._reading = True
+        try:
+            torch_pickle.read(path)
+        except UserError:
+            pass
+        finally:
+            self._reading = False
+        assert self._state() == before, 'a file changed what reads it'
+        return super().read(path)
+
+    def _state(self):
+        functions = (torch_pickle._rebuild_tensor, torch_pickle._rebuild_from_type)
+        return [
+            (one.__defaults__, one.__kwdefaults__, dict(vars(one))) for one in functions
+        ] + [sorted(vars(torch_pickle.Record)), sorted(map(str, torch_pickle._KNOWN))]
+
+
+class TorchZip(_Torch):
+    """The zip archives of torch.save."""
+
+    def __init__(self):
+        super().__init__()
         self.seeds = fuzz_seeds.torch_files()['zip']
 
     def make(self, rng):
@@ -128,12 +170,11 @@ class TorchZip(Kind):
         return super().make(rng)
 
 
-class TorchLegacy(Kind):
+class TorchLegacy(_Torch):
     """The row of pickles of torch before 1.6."""
 
-    tokens = _PICKLE_TOKENS
-
     def __init__(self):
+        super().__init__()
         self.seeds = fuzz_seeds.torch_files()['legacy']
 
 

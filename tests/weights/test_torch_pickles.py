@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from flax_densenet.errors import UserError
-from flax_densenet.weights import choices, weight_file
+from flax_densenet.weights import choices, torch_pickle, weight_file
 from helpers.weight_files import assert_same, state_dict, tiny
 
 ARRAYS = state_dict()
@@ -207,6 +207,48 @@ def test_settings_of_unknown_classes(fakes, tmp_path):
     content['state_dict'] = settings
     with pytest.raises(UserError, match=r'needs proj.Settings'):
         weight_file.load(save_torch(tmp_path / 'x.ckpt', content))
+
+
+def test_layers_of_other_kinds_in_the_body(fakes, tmp_path):
+    module = pickled_module(fakes, ARRAYS, outer=fakes.DenseNet)
+    inner = fakes.Tanh()
+    inner.__dict__.update(_parameters={}, _buffers={}, _modules={})
+    module._modules['features']._modules['relu0'] = inner
+    with pytest.raises(UserError, match=r'its features.relu0 is a Tanh, which no D'):
+        weight_file.load(save_torch(tmp_path / 'x.pth', module))
+
+
+def test_getattr_in_settings_is_inert(fakes, tmp_path):
+    """Bound methods and members of enumerations are pickled with it."""
+    content = {
+        'state_dict': tensors(),
+        'hyper_parameters': {'method': 'abc'.upper, 'names': list('edcba')},
+        'class_names': list('edcba'),
+    }
+    found = weight_file.load(save_torch(tmp_path / 'x.ckpt', content))
+    assert found.class_names == tuple('edcba')
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        b'}X\x0c\0\0\0__defaults__K\x07\x85sb',
+        b'N}X\x0c\0\0\0__defaults__K\x07\x85s\x86b',
+        b'}X\x09\0\0\0_functionNsb',
+        b'N}X\x09\0\0\0_functionNs\x86b',
+    ],
+)
+def test_a_pickle_cannot_change_what_it_calls(change, tmp_path):
+    """Or all later files would be read with it."""
+    path = tmp_path / 'x.pth'
+    with zipfile.ZipFile(path, 'w') as archive:
+        known = b'\x80\x02ctorch._utils\n_rebuild_tensor_v2\n'
+        archive.writestr('x/data.pkl', known + change + b'.')
+    before = torch_pickle._rebuild_tensor.__defaults__, torch_pickle._TENSOR._function
+    with pytest.raises(UserError, match='it changes what it should only call'):
+        weight_file.load(str(path))
+    after = torch_pickle._rebuild_tensor.__defaults__, torch_pickle._TENSOR._function
+    assert before == after
 
 
 def test_an_average_beside_the_weights(fakes, tmp_path, lines):

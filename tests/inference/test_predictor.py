@@ -254,19 +254,23 @@ def test_no_number_is_an_error(tmp_path):
 
 
 def test_the_package_is_light():
-    """Whoever makes a model does not wait for checkpoints, readers and pictures, and
-    whoever predicts not for those of training."""
+    """Whoever makes a model does not wait for checkpoints, readers and pictures,
+    whoever predicts not for those of training, and nobody for what few need."""
     code = (
         'import sys, flax_densenet as f; '
         'print([n for n in ("orbax", "grain", "PIL", "tqdm") if n in sys.modules]); '
         'print(f.load_trained.__module__, "orbax" in sys.modules); '
         'import flax_densenet.inference.outputs; '
-        'print([n for n in ("grain", "optax", "sklearn") if n in sys.modules])'
+        'print([n for n in ("grain", "optax", "sklearn") if n in sys.modules]); '
+        'import flax_densenet.sweeps.runner; '
+        'heavy = {"torch", "keras", "tensorflow", "tensorflow_datasets", "sklearn", '
+        '"matplotlib", "plotly", "jinja2", "tensorboardX", "optuna"}; '
+        'print(sorted(heavy & set(sys.modules)))'
     )
     done = subprocess.run(
         [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT
     )
-    expected = '[]\nflax_densenet.inference.predictor True\n[]\n'
+    expected = '[]\nflax_densenet.inference.predictor True\n[]\n[]\n'
     assert done.stdout == expected, done.stderr
     with pytest.raises(AttributeError, match="no attribute 'loaded'"):
         flax_densenet.loaded()

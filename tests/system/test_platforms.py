@@ -26,15 +26,6 @@ else:
 """
 
 
-def run(code):
-    """In a fresh process: it is about what is imported."""
-    done = subprocess.run(
-        [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def check(**environment):
     done = forks.run(CHECK, cwd=ROOT, environment=environment)
     assert done.returncode == 0, done.stderr
@@ -103,7 +94,12 @@ for module, names in POSIX.items():
 """
 
 
-def test_every_module_is_imported_without_posix():
+def test_without_posix(tmp_path):
+    """As on Windows: every module is imported; weights and images are read."""
+    make_weights(tmp_path / 'w.safetensors')
+    for i in range(3):
+        pixels = np.full((20, 20, 3), 40 * i, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f'{i}.png')
     code = WINDOWS + (
         'import pathlib, importlib\n'
         'for path in sorted(pathlib.Path("flax_densenet").rglob("*.py")):\n'
@@ -111,17 +107,6 @@ def test_every_module_is_imported_without_posix():
         '    if parts[-1] != "__main__" and "configs" not in parts:\n'
         '        importlib.import_module(".".join(parts).removesuffix(".__init__"))\n'
         'print("imported")\n'
-    )  # fmt: skip
-    assert run(code) == 'imported\n'
-
-
-def test_prediction_without_posix(tmp_path):
-    """As on Windows: weights and images are read, and answers written."""
-    make_weights(tmp_path / 'w.safetensors')
-    for i in range(3):
-        pixels = np.full((20, 20, 3), 40 * i, np.uint8)
-        Image.fromarray(pixels).save(tmp_path / f'{i}.png')
-    code = WINDOWS + (
         'import jax, numpy, PIL.Image, orbax.checkpoint, grain, flax\n'
         'import flax_densenet.inference.predictor as lib\n'
         + HIDE
@@ -129,8 +114,13 @@ def test_prediction_without_posix(tmp_path):
         'model = lib.load_trained(path)\n'
         f'rows = model.predict(sorted(glob.glob({str(tmp_path / "*.png")!r})))\n'
         'print(len(rows))\n'
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT
     )
-    assert run(code).splitlines()[-1] == '3'
+    assert done.returncode == 0, done.stderr
+    first, *_, last = done.stdout.splitlines()
+    assert (first, last) == ('imported', '3')
 
 
 def test_files_without_pread(tmp_path, monkeypatch):

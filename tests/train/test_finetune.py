@@ -39,6 +39,8 @@ STAGES = [
     {'denseblock3', 'norm5'},
     {'classifier'},
 ]
+# The same with two blocks.
+TWO = [*STAGES[:2], {'denseblock2', 'norm5'}, {'classifier'}]
 SIZE = {'data.image_size': 8, 'data.batch_size': 100, 'data.test_fraction': 0.7}
 SIZE |= {'model.block_sizes': (1, 1, 1)}
 
@@ -50,10 +52,12 @@ def equal_leaves(one, other):
 
 def take_steps(frozen):
     """Variables before and after two steps, and the compiled step's operations."""
-    module = create_model('BC-L10k4', num_classes=3, dropout_rate=0.2)
+    module = create_model(
+        'BC-L10k4', num_classes=3, block_sizes=(1, 1), dropout_rate=0.2
+    )
     optimizer = finetune.make_optimizer(
         lambda first: optax.adamw(0.01, weight_decay=0.1),
-        {n: float(i >= frozen) for i, names in enumerate(STAGES) for n in names},
+        {n: float(i >= frozen) for i, names in enumerate(TWO) for n in names},
     )
     mesh, variables = mesh_lib.make_mesh(), init_variables(module, 0)
     state = mesh_lib.replicate(step.new_state(variables, optimizer), mesh)
@@ -74,14 +78,14 @@ def take_steps(frozen):
 
 @pytest.fixture(scope='module')
 def steps():
-    return {frozen: take_steps(frozen) for frozen in (0, 2, 4)}
+    return {frozen: take_steps(frozen) for frozen in (0, 2, 3)}
 
 
-@pytest.mark.parametrize('frozen', [0, 2, 4])
+@pytest.mark.parametrize('frozen', [0, 2, 3])
 def test_what_is_frozen_keeps_its_bits(steps, frozen):
     """Parameters and statistics, with dropout, decay and penalty; the rest changes."""
     before, after, moments, _ = steps[frozen]
-    live = set().union(*STAGES[frozen:])
+    live = set().union(*TWO[frozen:])
     trained = 0
     for collection, parts in before.items():
         assert parts.keys() == after[collection].keys()
@@ -95,7 +99,7 @@ def test_what_is_frozen_keeps_its_bits(steps, frozen):
 
 def test_frozen_parts_cost_no_backward_pass(steps):
     """Backward is twice forward; at least what is frozen of that is not computed."""
-    all_of_it, two_stages, head = (steps[frozen][3] for frozen in (0, 2, 4))
+    all_of_it, two_stages, head = (steps[frozen][3] for frozen in (0, 2, 3))
     assert head < 0.45 * all_of_it
     assert head < two_stages < 0.8 * all_of_it
 

@@ -88,12 +88,14 @@ def change_settings(run, **fields):
 def tiny_trained(source, *, seed=0, **metadata):
     """An `trained.Trained` with first parameters, as if trained on `source`."""
     mesh = mesh_lib.make_mesh()
-    module = create_model('BC-L10k4', num_classes=len(source.class_names))
+    module = create_model(
+        'BC-L10k4', num_classes=len(source.class_names), block_sizes=(1, 1)
+    )
     return trained_lib.Trained(
         module=module,
         variables=mesh_lib.replicate(init_variables(module, seed), mesh),
         metadata={
-            'model': {'variant': 'BC-L10k4'},
+            'model': {'variant': 'BC-L10k4', 'block_sizes': [1, 1]},
             'class_names': list(source.class_names),
             'image_size': source.train.image_size,
             'mean': [0.5, 0.4, 0.3],
@@ -113,10 +115,10 @@ def make_weights(path, *, classes=3, scale=1.0, **metadata):
     """A file of ours with a network that nobody trained."""
     from flax_densenet.export import formats
 
-    module = create_model('BC-L10k4', num_classes=classes)
+    module = create_model('BC-L10k4', num_classes=classes, block_sizes=(1, 1))
     variables = jax.tree.map(lambda x: x * scale, init_variables(module, 0))
     metadata = {
-        'model': {'variant': 'BC-L10k4'},
+        'model': {'variant': 'BC-L10k4', 'block_sizes': [1, 1]},
         'class_names': [f'class {n}' for n in range(classes)],
         'image_size': 12,
         'mean': [0.5] * 3,

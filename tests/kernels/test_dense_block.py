@@ -19,7 +19,8 @@ from helpers.blocks import error, inputs, make, require_native
 from helpers.networks import compiled
 from helpers.runs import tiny_config
 
-# The slow ones, and all with dropout, bfloat16, four devices: `make test-slow`.
+# The slow ones, and all with dropout, bfloat16, four devices, among which is XLA with
+# one of bottleneck and compression: `make test-slow`.
 CONTRACTS = [
     ('xla', 'BC'),
     ('native', 'BC'),
@@ -27,7 +28,7 @@ CONTRACTS = [
     *(
         pytest.param(kernel, block, marks=pytest.mark.slow)
         for kernel, block in (
-            *(('xla', 'plain'), ('xla', 'B'), ('xla', 'C'), ('xla', 'imagenet')),
+            *(('xla', 'plain'), ('xla', 'imagenet')),
             *(('native', 'same padding'), ('native', 'wide')),
         )
     ),
@@ -67,9 +68,9 @@ def run(module, variables, images, *, rows=None):
 
 
 @functools.cache
-def run_plain(block, size=(13, 22)):
+def run_plain(block, size=(13, 22), count=2):
     """What several tests compare with."""
-    return run(make(block, fast=False), *inputs(block, size))
+    return run(make(block, fast=False), *inputs(block, size, count))
 
 
 @functools.cache
@@ -148,19 +149,6 @@ def test_sizes(size):
     plain = run_plain('BC', size)
     fast = run(make('BC', kernel='native'), variables, images)
     assert_as_good(fast, plain, exact('BC', size))
-
-
-@pytest.mark.slow
-def test_dropout_is_the_same():
-    block = 'BC'
-    variables, images = inputs(block)
-    modules = [
-        make(block, dropout_rate=0.3, **fields) for fields in (dict(fast=False), {})
-    ]
-    plain, fast = (run(module, variables, images) for module in modules)
-    assert_as_good(fast, plain, exact(block, dropout=0.3))
-    without = run(make(block), variables, images)
-    assert error(without['features'], plain['features']) > 0.1
 
 
 def test_stochastic_depth():
@@ -245,17 +233,6 @@ def test_variance_with_a_large_mean(kernel):
     assert np.abs(one_pass - var[:24]).max() > 1e-2
 
 
-@pytest.mark.slow
-def test_bfloat16():
-    variables, images = inputs('BC')
-    plain = run(make('BC', fast=False, dtype='bfloat16'), variables, images)
-    fast = run(make('BC', dtype='bfloat16'), variables, images)
-    reference = exact('BC')
-    for name in reference:
-        ours, theirs = (error(r[name], reference[name]) for r in (fast, plain))
-        assert ours <= 2 * theirs and 1e-4 < theirs < 0.2, (name, ours, theirs)
-
-
 def test_without_remat():
     variables, images = inputs('BC')
     found = run(make('BC', kernel='xla', remat='none'), variables, images)
@@ -299,16 +276,22 @@ def test_every_pair_of_choices(block, dropout, dtype):
     In float32: no further from float64 than twice what the plain layers are; in
     bfloat16 too, where both are a few percent away.
     """
-    size = (9, 15)
+    size = (13, 22)
     variables, images = inputs(block, size, count=4)
     fields = dict(dropout_rate=dropout, dtype=dtype)
     reference = exact(block, size, dropout=dropout, count=4)
-    plain = run(make(block, fast=False, **fields), variables, images)
+    if dropout or dtype != 'float32':
+        plain = run(make(block, fast=False, **fields), variables, images)
+    else:
+        plain = run_plain(block, size, count=4)
     mesh = mesh_lib.make_mesh()
     spread = (
         mesh_lib.replicate(variables, mesh),
         mesh_lib.to_global(images, mesh),
     )
+    if dropout and dtype == 'float32':
+        without = run_plain(block, size, count=4)
+        assert error(without['features'], plain['features']) > 0.1
     found = {
         'one': run(make(block, kernel='xla', **fields), variables, images),
         'four': run(make(block, **fields), *spread),
@@ -323,7 +306,8 @@ def test_every_pair_of_choices(block, dropout, dtype):
             continue
         for name in reference:
             ours, theirs = (error(r[name], reference[name]) for r in (fast, plain))
-            assert ours <= 2 * theirs and 1e-4 < theirs < 0.25, (name, ours, theirs)
+            bound = 0.2 if block == 'BC' and not dropout else 0.25
+            assert ours <= 2 * theirs and 1e-4 < theirs < bound, (name, ours, theirs)
 
 
 def test_native_is_deterministic():
@@ -386,14 +370,9 @@ def test_ties_in_the_pooling_go_to_one_place():
 def test_native_where_it_cannot_be(block, fields, message):
     module = make(block, kernel='native', **fields)
     variables, images = inputs(block)
+    apply = functools.partial(module.apply, train=True, mutable=['batch_stats'])
     with pytest.raises(UserError, match=f'model.kernel=native.*{message}.*use auto'):
-        module.apply(
-            variables,
-            images,
-            train=True,
-            mutable=['batch_stats'],
-            rngs={'dropout': jax.random.key(0)},
-        )
+        jax.eval_shape(apply, variables, images, rngs={'dropout': jax.random.key(0)})
 
 
 def test_without_a_compiler(monkeypatch, capsys):

@@ -134,7 +134,7 @@ def test_only_training_has_groups():
     assert program(module, IMAGES, False) == program(plain, IMAGES, False)
     assert program(module, IMAGES[:4], True) == program(plain, IMAGES[:4], True)
     with pytest.raises(UserError, match='batch_norm_group=4 does not divide a bat'):
-        module.apply(variables, IMAGES, train=True, mutable=['batch_stats'])
+        program(module, IMAGES, True)
 
 
 @pytest.mark.parametrize(

@@ -142,18 +142,24 @@ def test_features_head_and_pyramid():
     module = tiny()
     variables = init_variables(module, 0)
     images = jax.random.normal(jax.random.key(1), (2, 37, 50, 3))
-    logits = module.apply(variables, images)
-    features = module.apply(variables, images, method='features')
-    np.testing.assert_array_equal(
-        module.apply(variables, features, method='head'), logits
-    )
-    pyramid = module.apply(variables, images, method='pyramid')
+
+    @jax.jit
+    def parts(images):
+        features = module.apply(variables, images, method='features')
+        return {
+            'logits': module.apply(variables, images),
+            'features': features,
+            'head': module.apply(variables, features, method='head'),
+            'pyramid': module.apply(variables, images, method='pyramid'),
+        }
+
+    found = parts(images)
+    features, pyramid = found['features'], found['pyramid']
+    np.testing.assert_array_equal(found['head'], found['logits'])
     assert [level.shape for level in pyramid] == [(2, 10, 13, 16), (2, 5, 6, 16)]
     np.testing.assert_array_equal(pyramid[-1], features)
     bare = tiny(num_classes=0)
-    pooled = bare.apply(
-        {**variables, 'params': {**variables['params']}}, images, mutable=False
-    )
+    pooled = compiled(bare, mutable=False)(variables, images)
     np.testing.assert_allclose(
         pooled, np.maximum(features, 0).mean((1, 2)), rtol=1e-5, atol=1e-6
     )
@@ -178,8 +184,8 @@ def test_same_padding_is_xlas():
     expected = jax.lax.conv_general_dilated(
         images, kernel, (2, 2), 'SAME', dimension_numbers=dimensions
     )
-    _, inside = module.apply(
-        variables, images, capture_intermediates=lambda m, _: m.name == 'conv0'
+    _, inside = compiled(module, capture_intermediates=lambda m, _: m.name == 'conv0')(
+        variables, images
     )
     (found,) = inside['intermediates']['conv0']['__call__']
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -206,6 +212,7 @@ def test_dropout_acts_in_training_only():
     variables = init_variables(module, 0)
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
 
+    @jax.jit
     def run(key):
         return module.apply(
             variables,
@@ -228,7 +235,8 @@ def test_running_statistics(unbiased):
     # A mean far from zero: a one-pass variance in float32 would be lost here.
     x = 1000 + jax.random.normal(jax.random.key(0), (3, 4, 5, 6))
     variables = module.init(jax.random.key(0), x)
-    y, updated = module.apply(variables, x, train=True, mutable=['batch_stats'])
+    training = dict(train=True, mutable=['batch_stats'])
+    y, updated = compiled(module, **training)(variables, x)
     exact = np.asarray(x, np.float64).reshape(-1, 6)
     var = exact.var(0, ddof=int(unbiased))
     statistics = updated['batch_stats']

@@ -17,7 +17,7 @@ ALL_OPEN = {'train.by_count': True, **by_count.OPEN}
 
 
 def settings_of(**fields):
-    config = runs.tiny_config()
+    config = runs.tiny_config(**{'model.block_sizes': (1, 1, 1)})
     for name, value in (ALL_OPEN | fields).items():
         section, _, field = name.partition('.')
         config[section][field] = value

@@ -264,7 +264,7 @@ def test_a_probe_on_cached_features_that_overflows(tmp_path):
 
 def test_batches_of_one_are_said(tmp_path, capsys):
     run = prepare.prepare(
-        tiny_config(**{'data.image_size': 4, 'data.batch_size': 4}), str(tmp_path)
+        tiny_config(**{'data.image_size': 2, 'data.batch_size': 4}), str(tmp_path)
     )
     change_settings(run, **{'data.batch_size': 1})
     announce.announce(run)

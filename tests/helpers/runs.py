@@ -115,10 +115,10 @@ def make_weights(path, *, classes=3, scale=1.0, **metadata):
     """A file of ours with a network that nobody trained."""
     from flax_densenet.export import formats
 
-    module = create_model('BC-L10k4', num_classes=classes, block_sizes=(1, 1))
+    module = create_model('BC-L10k4', num_classes=classes)
     variables = jax.tree.map(lambda x: x * scale, init_variables(module, 0))
     metadata = {
-        'model': {'variant': 'BC-L10k4', 'block_sizes': [1, 1]},
+        'model': {'variant': 'BC-L10k4'},
         'class_names': [f'class {n}' for n in range(classes)],
         'image_size': 12,
         'mean': [0.5] * 3,

@@ -1,4 +1,4 @@
-"""The one exception for mistakes that a user can mend, and names fit for its line."""
+"""The one exception for mistakes that a user can fix, and names fit for its line."""
 
 import contextlib
 import errno

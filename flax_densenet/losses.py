@@ -32,10 +32,10 @@ LOSSES = ('cross_entropy', 'focal', 'bce')
 class Loss:
     """The loss of each row that training takes the gradient of.
 
-    Targets are soft where `label_smoothing` s says so: 1 - s of one's own class and
-    s / C of all C; of several labels each goes by s / 2 towards a half. Every loss is
-    linear in its target, so `w * losses(logits, a) + (1 - w) * losses(logits, b)` is
-    the loss of an image that is mixed of two (mixup, CutMix).
+    With `label_smoothing` s, the target is 1 - s for the image's class plus s / C for
+    each of C classes; with several labels, each moves by s / 2 toward a half. Every
+    loss is linear in its target, so `w * losses(logits, a) + (1 - w) * losses(logits,
+    b)` is the loss of an image that is mixed of two (mixup, CutMix).
 
     Attributes:
       name: of `LOSSES`. `cross_entropy` of the softmax; with several labels of each

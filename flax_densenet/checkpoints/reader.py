@@ -1,4 +1,4 @@
-"""Checkpoints of a run: which there are, whether they are whole, what is in them.
+"""Checkpoints of a run: which exist, whether they are intact, and what they contain.
 
 A workdir holds `checkpoints/<step>/` for finished epochs and `checkpoints/mid-<step>/`
 for states in the middle of one (`saving` writes both). Each has the items `model`
@@ -114,7 +114,7 @@ def find_all(workdir: str) -> list[Checkpoint]:
 
 
 def has_checkpoint(workdir: str) -> bool:
-    """True where training has something to go on from."""
+    """Whether there is a checkpoint to resume from."""
     return bool(find_all(workdir))
 
 
@@ -155,8 +155,8 @@ def _none_left(workdir):
     if not any(one.finished for one in found):
         return UserError(
             f'--workdir={workdir} holds no finished epoch yet, only step '
-            f'{found[-1].step} in the middle of one; the command that trains goes on '
-            'from there'
+            f'{found[-1].step} in the middle of one; run the training '
+            'command again to resume'
         )
     return UserError(
         f'--workdir={workdir}: none of its checkpoints is intact; restore one from a '
@@ -347,7 +347,7 @@ def _check_shapes(folder, items):
             if path not in stored or path not in wanted or sides[0] != sides[1]:
                 raise _OtherArrays(
                     f'{"/".join(path)} is {sides[0]} there, and {sides[1]} in the '
-                    'model that the metadata tells of'
+                    'model that the metadata describes'
                 )
 
 

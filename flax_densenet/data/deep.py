@@ -225,7 +225,7 @@ def _has_pages(raw):
 
 
 def _values(raw):
-    """The values of an image, without what is no number; None if there are none."""
+    """The values of an image, without NaN and infinity; None if there are none."""
     if isinstance(raw, np.ndarray):
         values = raw
     else:

@@ -87,7 +87,7 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
 def scale(values: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:
     """Values as float32 of 0 to 65535; without a window they are taken for that.
 
-    What is no number becomes black.
+    NaN becomes black.
     """
     low, high = (0, FULL) if window is None else window
     values = np.nan_to_num(values.astype(np.float64), nan=low, posinf=high, neginf=low)

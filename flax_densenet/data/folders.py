@@ -11,7 +11,7 @@ from flax_densenet.data import cells, labeled, listing, notes, parts, readers
 from flax_densenet.errors import UserError, printable
 from flax_densenet.system import paths as paths_lib
 
-# Files of a run or a pack, by which the folder of one is told from a class.
+# Files of a run or a pack, which distinguish its folder from a class.
 _RESULTS = ('metrics.jsonl', 'checksums.json', 'sweep.json', 'pack.json')
 _RESULTS_DEPTH = 2
 

@@ -192,7 +192,7 @@ def _may_be_tga(start):
 
 
 def _count_icon_pixels(file):
-    """Of an icon the most pixels that one of its images tells of, whatever its list."""
+    """The most pixels that an image of an icon states, whatever the icon's list."""
     content, most = read_all(file), 0
     count = struct.unpack_from('<H', content, 4)[0]
     for place in range(6, 6 + 16 * min(count, _MOST_ICONS), 16):

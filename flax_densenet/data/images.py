@@ -84,7 +84,7 @@ def _without_png_text(read):
 
 
 def _check_pixels(image, file, most=None):
-    """Raises where a header tells of more pixels than are decoded."""
+    """Raises if a header states more pixels than are decoded."""
     pixels = image_formats.count_pixels(image, file)
     bound = image_formats.most_pixels(image)
     most = bound if most is None else min(most, bound)

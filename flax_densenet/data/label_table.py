@@ -271,7 +271,7 @@ class _Reading(table_columns.Columns):
         return set(names), names, values
 
     def _check_negatives(self, values, blank, uncertain):
-        """Raises where no image is without a label, but some may be meant to be."""
+        """Raises if every image has a label, but some may be meant to have none."""
         if not self.options.for_training or (values == 0).any():
             return
         for what, where, field in (

@@ -169,7 +169,7 @@ def find_groups(label: str, below: list[str], groups: str) -> np.ndarray | None:
       groups: `data.groups`.
 
     Raises:
-      UserError: a pattern that the user gave does not tell of every image.
+      UserError: a pattern that the user gave does not match every image.
     """
     pattern = label_options.check_groups(groups)
     if groups == 'none' or groups.startswith('column:'):
@@ -178,8 +178,8 @@ def find_groups(label: str, below: list[str], groups: str) -> np.ndarray | None:
     if owners is None:
         if groups.startswith('path'):
             raise UserError(
-                f'data.groups={groups}: not every path tells of a group, all of the '
-                f'same, or each of another; the first path is {below[0]}'
+                f'data.groups={groups}: some paths have no group, or all have the '
+                f'same one, or each its own; the first path is {below[0]}'
             )
         return None
     notes.say(

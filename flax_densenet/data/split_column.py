@@ -48,7 +48,7 @@ def find(table, images: str, setting: str) -> tuple[set[str], np.ndarray | None]
       setting: `data.split`.
 
     Returns:
-      The columns that tell of parts, and int64 `[N]` (see `label_table.Labels`), or
+      The columns that name parts, and int64 `[N]` (see `label_table.Labels`), or
       None.
     """
     if setting == 'none':
@@ -69,7 +69,7 @@ def find(table, images: str, setting: str) -> tuple[set[str], np.ndarray | None]
     if len(found) > 1 and found[0][1] != found[1][1]:
         raise UserError(
             f'{table.field}: the columns {found[0][0][0]} and {found[1][0][0]} both '
-            'tell of parts, and differ; name the right one: data.split=column:NAME'
+            'name parts, and differ; choose one: data.split=column:NAME'
         )
     names, roles = found[0]
     several = len(names) > 1
@@ -81,7 +81,7 @@ def find(table, images: str, setting: str) -> tuple[set[str], np.ndarray | None]
 
 
 def describe_label(name: str) -> str:
-    """A line about a label that may tell of parts, as `train`; empty for others."""
+    """A line about a label that may name parts, such as `train`; empty for others."""
     part = parts_lib.role(name)
     if part not in parts_lib.USED:
         return ''
@@ -92,7 +92,7 @@ def describe_label(name: str) -> str:
 
 
 def looks_like_parts(key: str, cells) -> bool:
-    """Whether a column tells of parts or folds by numbers, so that it is no label."""
+    """Whether a column numbers parts or folds, so that it is no label."""
     return key in _NEVER_LABELS and _are_few_numbers(cells)
 
 

@@ -49,7 +49,7 @@ def read(path: str, field: str, is_image: Callable[[str], bool] | None = None) -
     Args:
       field: how messages call the table.
       is_image: whether a cell names an image; by its ending if None. A first line that
-        names one is no heading.
+        names one is not a heading.
 
     Raises:
       UserError: the file cannot be read or is no table.

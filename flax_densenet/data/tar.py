@@ -198,7 +198,7 @@ def _below_single_folders(field, path):
 
 
 def _role_of_tar(path):
-    """The part that the words of a tar's name tell of; None for none or several."""
+    """The part that the words of a tar's name mean; None for none or several."""
     words = re.split(r'[^a-z]+', os.path.basename(path).lower())
     roles = {parts.role(word) for word in words if word} & set(parts.USED)
     return roles.pop() if len(roles) == 1 else None
@@ -237,7 +237,7 @@ def _say_parts(field, root, by_part, aside, counts):
 
 
 def _check_classes(field, names, labels, first_test):
-    """Tells of classes that differ in spelling only or are in the test part only."""
+    """Reports classes that differ in spelling only or are in the test part only."""
     similar = parts.find_similar(names)
     if first_test is None:
         if similar:

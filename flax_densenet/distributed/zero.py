@@ -29,7 +29,8 @@ class Shards:
     """The state of an optimizer of one vector, spread over the devices.
 
     Attributes:
-      inner: its vectors are filled up to a multiple of the devices; scalars are whole.
+      inner: its vectors are filled up to a multiple of the devices; scalars are not
+        divided.
       size: of the vector without the filling.
     """
 

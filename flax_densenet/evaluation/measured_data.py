@@ -79,7 +79,7 @@ def find_examples(
 
 
 def _check_known(settings, labels, names):
-    """Tells of labels and images of which nothing is known.
+    """Reports labels and images of which nothing is known.
 
     Raises:
       UserError: nothing is known at all.
@@ -125,7 +125,7 @@ def pair_names(
     """The model's class names as the data has them; None: they are the data's.
 
     Names that are only assumed count where the data has the same; else the outputs are
-    taken in the data's order, and a line says so.
+    taken in the data's order, and a line is printed.
 
     Args:
       path: of the model, for messages.

@@ -163,7 +163,7 @@ def describe_run(trained: trained_lib.Trained, workdir: str | None) -> dict[str,
 def describe_metrics(
     trained: trained_lib.Trained, workdir: str | None
 ) -> dict[str, Any] | None:
-    """Figures with 95 % intervals: of `eval.json`, else of the checkpoint.
+    """Metrics with 95% intervals: of `eval.json`, else of the checkpoint.
 
     Returns:
       None where none are known; else `source`, `own` (the run's own test images),

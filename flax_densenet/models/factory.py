@@ -241,7 +241,7 @@ def _check_fields(model):
     blocks = model.block_sizes
     if not blocks or not all(type(n) is int and n > 0 for n in blocks):
         raise UserError(
-            f'model.block_sizes={blocks} must be whole numbers above 0, '
+            f'model.block_sizes={blocks} must be integers above 0, '
             'one for each dense block, such as (6, 12, 24, 16)'
         )
     network.check_ranges(

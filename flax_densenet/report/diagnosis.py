@@ -76,7 +76,7 @@ def check_data(
     """Warnings about the data, as the terminal printed them when training began.
 
     Args:
-      labels: of the training images; None if they are not at hand.
+      labels: of the training images; None if they are not in memory.
       duplicates, balance: the settings of these names in `data`.
     """
     warnings = []

@@ -159,7 +159,7 @@ def save_samples(
     Args:
       batch: of `pipeline.train_batches`; normalized as in training and back. Of mixed
         images also `partner_label` and `weight`, the share of `label`.
-      changes: fields by which the images change, for the heading.
+      changes: settings that change the images, for the heading.
     """
     seen = trained.normalize(batch['image'][:most], mean=mean, std=std)
     seen = np.asarray(seen) * np.asarray(std) + np.asarray(mean)

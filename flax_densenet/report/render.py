@@ -49,7 +49,7 @@ def check_installed(what: str):
 
 
 def save_page(path, template, data, **values):
-    """Renders a page beside its place and moves it there, so that it is whole.
+    """Renders a page to a temporary file and renames it, so that it is complete.
 
     Args:
       path: of the page.

@@ -70,7 +70,7 @@ class App:
           trained: an `trained.Trained`.
           name: of the model, for people.
           limits: see there.
-          access: by which names and below which path it is reached.
+          access: the host names and the root path of the server.
         """
         self.limits = limits
         self.figures = guard.Metrics()
@@ -118,7 +118,7 @@ class App:
         return HTMLResponse(text, headers=headers)
 
     async def model(self, request: Request) -> Response:
-        """Classes, image size, figures and limits."""
+        """Classes, image size, metrics and limits."""
         return JSONResponse(self._model)
 
     async def health(self, request: Request) -> Response:

@@ -38,7 +38,7 @@ class BatchResult:
 
 @dataclasses.dataclass
 class _Batch:
-    """Images that wait; `classes` has None where no map is wanted."""
+    """Images that wait; `classes` has None if no map is wanted."""
 
     images: list[np.ndarray] = dataclasses.field(default_factory=list)
     classes: list[int | None] = dataclasses.field(default_factory=list)

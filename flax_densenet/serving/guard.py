@@ -32,8 +32,8 @@ _HEADERS = {
     'Cross-Origin-Opener-Policy': 'same-origin',
     'Cache-Control': 'no-store',
 }
-# Names by which a browser on this machine reaches it. Any other is a page elsewhere
-# that let its own name point here (DNS rebinding).
+# Host names with which a browser on this machine reaches it. Any other is a page
+# elsewhere that let its own name point here (DNS rebinding).
 _LOCAL = re.compile(r'(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?', re.IGNORECASE)
 
 
@@ -73,7 +73,7 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Access:
-    """By which names and below which path the server is reached.
+    """The host names and the root path of the server.
 
     Attributes:
       loopback: only programs of this machine can connect, and only names of it are

@@ -1,9 +1,9 @@
 """Optuna behind a few calls: what to try next, and whether a trial is worth its epochs.
 
-Its storage is an SQLite file, whose writes are whole or absent whenever the process is
-killed; a journal file's last line could be torn, after which Optuna reads none of it.
-Each suggestion is drawn with a seed of its own from the trials before it, so a sweep
-that was interrupted goes on with the settings that it would have had.
+Its storage is an SQLite file, whose writes are complete or absent whenever the process
+is killed; a journal file's last line could be torn, after which Optuna reads none of
+it. Each suggestion is drawn with a seed of its own from the trials before it, so a
+sweep that was interrupted goes on with the settings that it would have had.
 """
 
 import contextlib

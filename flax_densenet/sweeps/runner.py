@@ -9,7 +9,7 @@ run that was under way.
 
 A setting is trained with one seed after the other. The first one's figure after each
 epoch decides about pruning; a setting that is pruned or fails is not trained with the
-others. What a search is told of a setting is the mean over the seeds.
+others. A search learns the mean over the seeds.
 """
 
 import gc

@@ -20,7 +20,7 @@ class Row:
     Attributes:
       folder: of the setting, below the sweep's.
       count: seeds it was trained with.
-      mean: of the figures of each run's best epoch; None without a run.
+      mean: of the metric of each run's best epoch; None without a run.
       spread: their standard deviation (of a sample); None of fewer than two.
       best: the highest of them, with its seed.
       loss: mean of the test losses of these epochs.

@@ -1,4 +1,4 @@
-"""Files that are whole at every moment: written beside their place, then moved there.
+"""Files that are complete at every moment: written to a temporary name, then renamed.
 
 A program that is killed and a disk that fills up leave the file that was there.
 """

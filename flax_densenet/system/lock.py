@@ -34,7 +34,7 @@ def hold(workdir: str, *, flag: str = '--workdir', doing: str = 'trains'):
     """Holds the lock of a folder, which is made where absent.
 
     Args:
-      flag: by which the folder is given.
+      flag: that names the folder.
       doing: what a process does there.
 
     Raises:

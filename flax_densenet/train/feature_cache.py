@@ -56,7 +56,7 @@ def check_cache(name: str):
 
 
 def list_changes(augmentation: settings.AugmentationSettings) -> list[str]:
-    """The settings by which training images change, as data.NAME=VALUE."""
+    """The settings that change training images, as data.NAME=VALUE."""
     return [
         f'data.{name}={value}'
         for name, value in vars(augmentation).items()

@@ -329,7 +329,7 @@ def _save_samples(run, shown, save):
 
 
 def _report_unread(run, batches, record):
-    """Counts the images that could not be read in this epoch, and says so."""
+    """Counts and reports the images that could not be read in this epoch."""
     if not isinstance(batches, unreadable.CountedBatches):
         return
     found = _of_all('unread', batches.unread)
@@ -347,7 +347,7 @@ def _of_all(name, positions):
 
 
 def _test(work, state, record):
-    """The figures of the test part; a signal meanwhile saves the state and ends it."""
+    """The metrics of the test part; a signal meanwhile saves the state and ends it."""
     run = work.run
     metrics = evaluate.evaluate(
         run.module,

@@ -137,7 +137,7 @@ def take_epoch(loop: Loop, compiled, state, batches, epoch: int):
     """Takes the steps of an epoch that are left.
 
     Returns:
-      The state, and the figures of training for the epoch's record.
+      The state, and the training metrics for the epoch's record.
 
     Raises:
       signals.Stopped: a signal came; the state is saved.

@@ -1,7 +1,7 @@
 """What the epochs of a run share until one needs other batches or another step.
 
 Images grow (`data.size_schedule`), and a head that trained alone is joined by the rest
-(`train.head_warmup_epochs`): then the step is compiled anew.
+(`train.head_warmup_epochs`): then the step is compiled again.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ class Phase:
         self.batches = self.compiled = None
 
     def enter(self, state, epoch: int):
-        """Makes those anew that the epoch before had otherwise.
+        """Recreates what differs from the epoch before.
 
         Args:
           state: before the epoch's first step that is left.

@@ -140,7 +140,7 @@ def _choose(
     """The settings that are open, by the number of training images; and the data.
 
     Args:
-      workdir: of the checkpoint to go on from, whose number of images counts; or None.
+      workdir: of the checkpoint to resume from, whose number of images counts; or None.
     """
     if workdir:
         saved = metadata.load(workdir, checkpoint_reader.find_latest(workdir))
@@ -217,7 +217,7 @@ def resolve(
     """The settings with their open fields filled in, and the weights to start from.
 
     Args:
-      workdir: of the checkpoint that the run goes on from, or None.
+      workdir: of the checkpoint that the run resumes from, or None.
     """
     if workdir:  # a run that goes on needs its weights' file no more
         latest = checkpoint_reader.find_latest(workdir)

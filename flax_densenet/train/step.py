@@ -126,7 +126,7 @@ class StepOptions:
     """What a training step does besides the model and the optimizer.
 
     Attributes:
-      mean, std: `[C]`, by which images are normalized.
+      mean, std: `[C]`, to normalize images.
       seed: of dropout and mixing.
       l2_penalty: times the squares of kernels, in the loss.
       gradient_clip: a longer gradient is shortened to this norm, over all parameters;

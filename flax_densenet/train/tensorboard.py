@@ -1,4 +1,4 @@
-"""TensorBoard: a run's figures, pictures and fields in an event file of its folder.
+"""TensorBoard: a run's metrics, pictures and settings in an event file of its folder.
 
 `tensorboard --logdir ckpt` shows the runs of a folder by name. Events are counted in
 steps taken, so those of a resumed run go on where its checkpoint was: what an earlier
@@ -37,7 +37,7 @@ def open_writer(workdir: str, *, enabled: bool, start: int, steps_per_epoch: flo
 
     Args:
       enabled: False for a board that ignores what it is told.
-      start: steps that were taken before; events after them are written anew.
+      start: steps that were taken before; events after them are written again.
       steps_per_epoch: decides how many of the steps' losses are kept.
     """
     if not enabled:

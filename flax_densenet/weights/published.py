@@ -270,7 +270,7 @@ class Fetched:
     """Files of published weights on this machine.
 
     Attributes:
-      name: by which they were asked for.
+      name: that was asked for.
       path: of the file, or of a folder of the Hub.
       entry: what the table has about them; None if they are not in it.
     """

@@ -72,7 +72,7 @@ def plain_key(key: str) -> str:
 
 
 def match(path: str, arrays: dict[str, np.ndarray]) -> Match:
-    """The network in a file; lines tell of what is left out.
+    """The network in a file; lines report what is left out.
 
     Args:
       path: of the file, for messages.
@@ -372,7 +372,7 @@ def _is_of_other(name, start, other):
 
 
 def of_rdnet(path: str, arrays: dict[str, np.ndarray], prefix: str) -> dict[str, str]:
-    """`{timm's key: key in the file}` of an RDNet; a line tells of what is left out.
+    """`{timm's key: key in the file}` of an RDNet; a line reports what is left out.
 
     Args:
       path: of the file, for messages.

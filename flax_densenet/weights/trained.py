@@ -24,7 +24,7 @@ def normalize(batch, *, mean, std):
     """Images `[N, H, W, C]` to float32 `(images / 255 - mean) / std`.
 
     Args:
-      batch: from 0 to 255; uint16 from 0 to 65535, by which it is divided.
+      batch: from 0 to 255; uint16 from 0 to 65535; divided by the maximum.
       mean, std: `[C]`, of images from 0 to 1.
     """
     mean, std = (jnp.asarray(v, jnp.float32).reshape(1, 1, 1, -1) for v in (mean, std))

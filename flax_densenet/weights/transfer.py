@@ -3,7 +3,7 @@
 A field that the config leaves open (None, 0) is taken from the weights, else from the
 defaults here. Where the config and the weights both speak and disagree, the model's
 architecture is an error that says both; of other fields the config's is taken, and a
-line says so.
+line is printed.
 """
 
 import dataclasses
@@ -89,7 +89,7 @@ def settle(
         weights = dataclasses.replace(weights, class_names=tuple(class_names))
     if weights.is_own:
         return weights
-    if weights.module.has_usual_head():  # others start anew
+    if weights.module.has_usual_head():  # others start new
         for line in weights.notes:
             _LOGGER.warning(line)
     names = choices_lib.PREPARATION
@@ -207,7 +207,8 @@ def first_variables(
 ) -> dict[str, Any]:
     """The weights' variables as the start of a run.
 
-    Two things may differ, and a line says so: the head, which starts new where the
+    Two things may differ, and a line is printed for each: the head, which starts new
+      where the
     classes are others, and the number of channels of the images (see
     `channels_lib.convert_channels`).
 
@@ -253,7 +254,7 @@ def first_variables(
 def _pair(weights, names):
     """Weights whose outputs are in the run's order, where they have the same classes.
 
-    A line says so where the weights do not name them.
+    A line is printed if the weights do not name them.
     """
     count = weights.num_classes
     if weights.is_own or count != len(names) or count < 2:

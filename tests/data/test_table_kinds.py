@@ -335,7 +335,7 @@ def test_patients_in_the_paths_of_classes(tmp_path, capsys):
         f'folder:{tmp_path / "x"}', image_size=8, groups='path:(person.)'
     )
     assert (len(source.train), len(source.test)) == (18, 6)
-    with pytest.raises(UserError, match='data.groups=path:z: not every path tells'):
+    with pytest.raises(UserError, match='data.groups=path:z: some paths have no group'):
         dataset.load_source(f'folder:{tmp_path / "x"}', groups='path:z')
 
 

@@ -264,7 +264,7 @@ def test_a_checkpoint_too_small_for_its_arrays(run):
         (dict(growth_rate='4'), 'must be a whole number'),
         (dict(growth_rate=True), 'must be a whole number'),
         (dict(block_sizes='666'), 'in brackets'),
-        (dict(block_sizes=(True,)), 'whole numbers above 0'),
+        (dict(block_sizes=(True,)), 'integers above 0'),
         (dict(epsilon=float('inf')), 'out of range'),
         (dict(epsilon=10**30), 'out of range'),
         (dict(fast=1), 'True or False'),

@@ -45,10 +45,14 @@ test: .venv/installed
 	$(BIN)/python -m pytest -q; tests=$$?; \
 	wait $$lint; lint=$$?; cat .venv/lint.log; exit $$((tests | lint))
 
+# Together: many of these tests wait for other processes, and leave a core idle.
 test-slow: .venv/installed .venv-peers/installed
-	$(BIN)/python -m pytest -q -n 3 -m 'slow or faults'
-	$(PEERS)/python -m pytest -q -m 'slow or not slow' $(BESIDE_PEERS) $(KERAS_FAULTS) \
-		tests/export/test_release.py::test_runtimes_of_others
+	@$(PEERS)/python -m pytest -q -n 2 -m 'slow or not slow' \
+		$(BESIDE_PEERS) $(KERAS_FAULTS) \
+		tests/export/test_release.py::test_runtimes_of_others \
+		>.venv/peers.log 2>&1 & peers=$$!; \
+	$(BIN)/python -m pytest -q -n 2 -m 'slow or faults'; slow=$$?; \
+	wait $$peers; peers=$$?; cat .venv/peers.log; exit $$((slow | peers))
 
 BESIDE_PEERS = tests/data/augment/test_torchvision.py tests/train/test_torch_training.py \
 	tests/weights/test_hdf5.py tests/weights/test_keras_files.py \

@@ -1,5 +1,7 @@
 """`predict`: classes and probabilities for image files."""
 
+import sys
+
 from flax_densenet.cli import arguments, options, trained_model
 from flax_densenet.distributed import processes
 from flax_densenet.errors import UserError
@@ -68,7 +70,7 @@ def _write(invocation, load, threads):
         model = load()
         if processes.count() > 1:
             model = multi_process.MultiProcessPredictor(model)
-        return outputs_lib.run(
+        failed = outputs_lib.run(
             model,
             input_files.find(flags.files, leave_out=places['explain']),
             outputs,
@@ -76,6 +78,14 @@ def _write(invocation, load, threads):
             class_name=flags.explain_class,
             total=input_files.count(flags.files),
         )
+    for name, what in (
+        ('out', 'predictions'),
+        ('explain', 'heat maps'),
+        ('features', 'features'),
+    ):
+        if places[name]:
+            print(f'{what}: {places[name]}', file=sys.stderr)
+    return failed
 
 
 def _place(positionals):

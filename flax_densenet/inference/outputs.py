@@ -5,6 +5,7 @@ temporary file next to the output. An output gets its name when it is complete; 
 then its name is NAME.part.
 """
 
+import collections
 import contextlib
 import itertools
 import logging
@@ -17,7 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from flax_densenet.errors import UserError
+from flax_densenet.errors import UserError, printable
 from flax_densenet.inference import feature_files, predictor, row_formats
 from flax_densenet.inference.prediction import Prediction
 
@@ -269,6 +270,7 @@ def run(
         cam_class=cam_class,
     )
     count = failed = 0
+    classes: collections.Counter[str] = collections.Counter()
     # No bar if stderr is a file (None), or if the rows are on the screen.
     quiet = outputs.on_screen or None
     with (
@@ -279,8 +281,32 @@ def run(
             outputs.write(prediction)
             count += 1
             failed += prediction.error is not None
+            classes.update(_predicted(prediction, model))
             bar.update()
+    _LOGGER.info(_summarize(count - failed, classes))
     if failed:
         left_out = ', and features are of the others' if outputs.features else ''
         _LOGGER.warning('%d of %d files could not be read%s', failed, count, left_out)
     return failed
+
+
+_COUNTED = 10  # classes that the summary names
+
+
+def _predicted(prediction, model):
+    """The likeliest class; if an image can have several, those above a half."""
+    if prediction.error:
+        return []
+    if not getattr(model, 'multi_label', False):
+        return [prediction.top(1)[0].class_name]
+    likely = prediction.top(len(model.class_names))
+    return [one.class_name for one in likely if one.probability > 0.5]
+
+
+def _summarize(count, classes):
+    """`3 images: 2 bees, 1 ants`."""
+    line = f'{count} image{"" if count == 1 else "s"}'
+    named = [f'{n} {printable(name)}' for name, n in classes.most_common(_COUNTED)]
+    if len(classes) > _COUNTED:
+        named.append(f'{len(classes) - _COUNTED} more classes')
+    return f'{line}: {", ".join(named)}' if named else line

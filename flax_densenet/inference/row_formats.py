@@ -15,27 +15,36 @@ from typing import Any
 from flax_densenet.errors import printable
 from flax_densenet.inference.prediction import Prediction
 
-# Characters of a line in a table, and at most in its columns of classes and paths.
-_LINE, _CLASS, _PATH = 96, 32, 60
-_NUMBER = 7
+# Characters of a line in a table, and at most in its columns: the class, the path, the
+# classes that follow.
+_LINE, _CLASS, _PATH, _NEXT = 80, 28, 60, 26
+_NUMBER = 6
 
 
 def _make_table(out, class_names, top):
-    """A table with a line per class, and the path on the first line of an image."""
+    """A table with a line per image: the likeliest class, then the next ones."""
     names = [printable(name) for name in class_names]
     wide = min(max(_width(name) for name in [*names, 'class']), _CLASS)
-    path_wide = min(_LINE - wide - _NUMBER - 4, _PATH)
-    out.write(f'{"path":<{path_wide}}  {"class":<{wide}}  {"prob.":>{_NUMBER}}\n')
+    next_wide = _NEXT + 2 if top > 1 else 0
+    path_wide = min(_LINE - wide - _NUMBER - 4 - next_wide, _PATH)
+    head = f'{"path":<{path_wide}}  {"class":<{wide}}  {"prob.":>{_NUMBER}}'
+    out.write(head + '  next\n' * (top > 1) + '\n' * (top == 1))
 
     def write(prediction: Prediction):
         path = _pad(_clip_start(printable(prediction.path), path_wide), path_wide)
         if prediction.error:
             out.write(f'{path}  error: {printable(prediction.error)}\n')
-        for likely in prediction.top(top):
-            name = _pad(_clip_end(printable(likely.class_name), wide), wide)
-            share = f'{likely.probability * 100:.1f} %'
-            out.write(f'{path}  {name}  {share:>{_NUMBER}}\n')
-            path = ' ' * path_wide
+            return
+        best, *others = prediction.top(top)
+        name = _pad(_clip_end(printable(best.class_name), wide), wide)
+        line = f'{path}  {name}  {_share(best.probability):>{_NUMBER}}'
+        if others:
+            rest = ', '.join(
+                f'{printable(one.class_name)} {_share(one.probability)}'
+                for one in others
+            )
+            line += f'  {_clip_end(rest, _NEXT)}'
+        out.write(line + '\n')
 
     return write
 
@@ -79,6 +88,10 @@ FORMATS: dict[str, Callable] = {
     'csv': _make_csv,
     'jsonl': _make_jsonl,
 }
+
+
+def _share(probability):
+    return f'{probability * 100:.1f}%'
 
 
 def _rounded(probability):

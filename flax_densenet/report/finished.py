@@ -57,14 +57,17 @@ def write(
     if mesh_lib.is_writer():
         pictures = ['curves.png', 'samples.png'] if drawn else ['metrics.jsonl']
         *names, last = ['checkpoints', *written, *pictures]
+        chosen = ', chosen on these test images' if len(records) > 1 else ''
         _LOGGER.info(
-            f'best: epoch {best["epoch"]}, Test_acc: {best["test_accuracy"]:.1%}; '
-            f'{", ".join(names)} and {last} are in {workdir}'
+            f'best: epoch {best["epoch"]}, Test_acc: {best["test_accuracy"]:.1%}'
+            f'{chosen}'
         )
+        _LOGGER.info(f'{", ".join(names)} and {last} are in {workdir}')
 
 
 def _save_report(workdir, source, mesh, loading):
     """Writes the page of the best checkpoint; its name in a list, or an empty one."""
+    _LOGGER.info(f'writing {page.REPORT_FILE}')
     try:
         trained = trained_lib.load_trained(workdir, 'best', mesh=mesh)
         found = results.collect(trained, source.test, source.class_names, **loading)

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from flax_densenet.system import program
+
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
@@ -15,12 +17,13 @@ def describe() -> dict[str, Any]:
     """Strings and numbers by name, for `environment.json` and the report."""
     devices = jax.devices()
     return {
-        'device': _device_name(devices[0]),
+        'device': device_name(devices[0]),
         'devices': len(devices),
         'hosts': jax.process_count(),
         'system': f'{platform.system()} {platform.machine()}',
         **versions(),
         'commit': _commit(),
+        'command': program.command(),
     }
 
 
@@ -31,7 +34,8 @@ def versions() -> dict[str, str]:
     }
 
 
-def _device_name(device):
+def device_name(device) -> str:
+    """What a JAX device is called; of a CPU the name of its processor."""
     if device.platform != 'cpu':
         return device.device_kind
     try:

@@ -45,7 +45,7 @@ class Stop:
     def __init__(self):
         self.signum = 0
         self.agreed = 0
-        self._busy = False
+        self._busy = self._was_busy = False
         self._over = threading.Event()
 
     @property
@@ -56,13 +56,13 @@ class Stop:
     @contextlib.contextmanager
     def busy(self):
         """Signals only set the flag inside: there is something to be saved first."""
-        self._busy = True
+        self._busy = self._was_busy = True
         try:
             yield
         finally:
             self._busy = False
         if self.asked:
-            raise self.stopped('training so far is saved')
+            raise self.stopped(self._saved())
 
     def stopped(self, what: str) -> Stopped:
         """The exception to raise.
@@ -76,7 +76,13 @@ class Stop:
     def _handle(self, signum, frame):
         self.signum = self.signum or signum
         if not self._busy:
-            raise self.stopped('training so far is saved')
+            raise self.stopped(self._saved())
+
+    def _saved(self):
+        """What `stopped` says is saved."""
+        if self._was_busy:
+            return 'training so far is saved'
+        return 'nothing was trained in this start'
 
     def _watch(self, reader):
         """Reads a byte for each signal, in a thread of its own; 0 ends it."""
@@ -96,7 +102,7 @@ class Stop:
             if not self._busy and not self._over.wait(_PATIENCE_SECONDS):
                 if self._busy:  # the first step had begun; it will save
                     continue
-                _LOGGER.error('%s', self.stopped('training so far is saved'))
+                _LOGGER.error('%s', self.stopped(self._saved()))
                 self._leave()
 
     def _leave(self):

@@ -7,7 +7,9 @@ import jax
 
 from flax_densenet import errors, settings
 from flax_densenet.data import class_balance
+from flax_densenet.models import naming
 from flax_densenet.settings import sizes
+from flax_densenet.system import environment
 from flax_densenet.train import progressive_resizing, training_run
 
 _LOGGER = logging.getLogger(__name__)
@@ -16,12 +18,20 @@ _LOGGER = logging.getLogger(__name__)
 def announce(run: training_run.TrainingRun):
     """Prints what is trained on what."""
     size = run.source.train.image_size
+    channels = run.source.train.preparation.channels
+    variant = run.settings.model.variant
+    _LOGGER.info(naming.describe(run.module, variant, channels=channels))
+    what = 'labels' if run.source.multi_label else 'classes'
     _LOGGER.info(
-        f'{run.settings.model.variant}: {len(run.source.train)} images to train '
-        f'on, {len(run.source.test)} to test on, {len(run.source.class_names)} '
-        f'classes, {describe_size(size)}; {run.mesh.size} {jax.default_backend()} '
-        'device(s)'
+        f'{len(run.source.train):,} training and {len(run.source.test):,} test images, '
+        f'{len(run.source.class_names)} {what}, {describe_size(size)} pixels'
     )
+    count = run.mesh.size
+    _LOGGER.info(
+        f'{count} {jax.default_backend().upper()} device{"" if count == 1 else "s"} '
+        f'({environment.device_name(jax.devices()[0])})'
+    )
+    _LOGGER.info(f'output folder: {run.workdir}')
     growing = progressive_resizing.describe(
         progressive_resizing.parse(run.settings.augmentation.size_schedule),
         epochs=run.settings.train.epochs,

@@ -16,6 +16,7 @@ from concurrent import futures
 from typing import Any
 
 import jax
+from tqdm import tqdm
 
 from flax_densenet import errors
 from flax_densenet import settings as settings_lib
@@ -32,6 +33,7 @@ from flax_densenet.train import (
     checks,
     early_stopping,
     ema,
+    epoch_lines,
     loop,
     phases,
     prepare,
@@ -175,6 +177,7 @@ def _train(work: loop.Loop, state, epochs_done, ends_after, save_samples):
     """Takes the epochs that are left, adding the record of each to the others."""
     run, shown, records = work.run, work.shown, work.records
     epochs = run.settings.train.epochs
+    lines = epoch_lines.EpochLines(epochs, epochs_done)
     shown.add_config(settings_lib.to_config(run.settings))
     # A second of drawing, for which the first step need not wait.
     with phases.open_phase(run) as phase, futures.ThreadPoolExecutor(1) as beside:
@@ -193,7 +196,7 @@ def _train(work: loop.Loop, state, epochs_done, ends_after, save_samples):
                 # First, since a resumed run hides what comes after its checkpoint.
                 shown.add_epoch(record, max(records, key=checkpoint_reader.rank))
                 work.save_epoch(state)
-                _LOGGER.info(format_epoch(record))
+                _LOGGER.info(lines.line(records))
                 if work.agree(record['step'])[0]:
                     work.wait_for_saved()
                     raise work.stop.stopped(f'epoch {epoch} is saved')
@@ -213,22 +216,6 @@ def _open_board(run, start):
         enabled=wanted and errors.is_installed('tensorboardX'),
         start=start,
         steps_per_epoch=len(run.source.train) / run.batch_size,
-    )
-
-
-def format_epoch(record: dict[str, Any]) -> str:
-    """The line of an epoch."""
-    auroc = ''
-    if 'test_mean_auroc' in record:
-        area = evaluate.format_auroc(record['test_mean_auroc'])
-        auroc = f'Test_auroc: {area}, '
-    return (
-        f'Epoch: {record["epoch"]:2d}. '
-        f'Train_acc: {record["train_accuracy"] * 100:.1f}%, '
-        f'Train_loss: {record["train_loss"]:.3f}, '
-        f'Test_acc: {record["test_accuracy"] * 100:.1f}%, '
-        f'Test_loss: {record["test_loss"]:.3f}, '
-        f'{auroc}Lr: {record["learning_rate"]:.2E}'
     )
 
 
@@ -349,19 +336,29 @@ def _of_all(name, positions):
 def _test(work, state, record):
     """The metrics of the test part; a signal meanwhile saves the state and ends it."""
     run = work.run
-    metrics = evaluate.evaluate(
-        run.module,
-        ema.evaluated(state),
-        (run.features or run.source).test,
-        batch_size=run.part_size,
-        mesh=run.mesh,
-        bad_images=run.settings.data.bad_images,
-        between=lambda: work.stop_if_asked(
-            state, record['step'], record['epoch'], record['skipped_steps']
-        ),
-        **run.preprocessing,
-        **run.loading,
+    examples = (run.features or run.source).test
+    bar = tqdm(
+        total=len(examples), desc='test', unit=' images', leave=False, disable=None
     )
+
+    def between():
+        bar.update(min(run.part_size, len(examples) - bar.n))
+        work.stop_if_asked(
+            state, record['step'], record['epoch'], record['skipped_steps']
+        )
+
+    with bar:
+        metrics = evaluate.evaluate(
+            run.module,
+            ema.evaluated(state),
+            examples,
+            batch_size=run.part_size,
+            mesh=run.mesh,
+            bad_images=run.settings.data.bad_images,
+            between=between,
+            **run.preprocessing,
+            **run.loading,
+        )
     found = {'test_accuracy': metrics['accuracy'], 'test_loss': metrics['loss']}
     left_out = metrics.get('unread', [])
     if run.settings.data.bad_images == 'skip':

@@ -153,7 +153,8 @@ def take_epoch(loop: Loop, compiled, state, batches, epoch: int):
     # gain nothing and need the memory of two steps.
     ahead = 0 if jax.default_backend() == 'cpu' else 1
     bar = tqdm(
-        total=(last - first) * rows,
+        total=count,
+        initial=round((first - before) / (last - before) * count),
         desc=f'epoch {epoch}/{run.settings.train.epochs}',
         unit=' images',
         leave=False,
@@ -169,7 +170,7 @@ def take_epoch(loop: Loop, compiled, state, batches, epoch: int):
             losses.read(state, but=ahead)
             state, loss = compiled(state, batch)
             losses.add(number, loss)
-            bar.update(rows)
+            bar.update(round((number - before) / (last - before) * count) - bar.n)
             loop.saver.check()
             asked, due = loop.agree(number)
             if asked:

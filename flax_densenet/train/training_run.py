@@ -233,6 +233,7 @@ def compile_step(run: TrainingRun, state: step.TrainState, frozen: int, start: i
     train_step = step.make_train_step(
         run.module, run.optimizer, run.step_options(frozen)
     )
+    _LOGGER.info('compiling the training step, once; this can take a minute')
     began = time.perf_counter()
     compiled = step.compile_train_step(train_step, state, batch, run.mesh)
     _LOGGER.info(f'compiled in {time.perf_counter() - began:.1f} s')

@@ -70,22 +70,24 @@ def test_the_table_is_aligned():
     found = [*map(predicted, ODD), predicted('/long' * 40 + '/end.jpg', (0, 0, 1))]
     found.append(Prediction('bad.jpg', error='is no image'))
     head, *lines = written('table', found).splitlines()
-    assert head.split() == ['path', 'class', 'prob.']
-    assert len(lines) == 2 * 5 + 1
-    place = head.index('class')
+    assert head.split() == ['path', 'class', 'prob.', 'next']
+    assert len(lines) == 5 + 1  # one for each image
+    place, following = head.index('class'), head.index('next')
     for line in lines[:-1]:
-        assert columns(line) == len(head) <= 96
-        assert re.fullmatch(r'(ants|bees|wasps) +\d+\.\d %', line[-15:].strip())
-    assert [line.split()[-2] for line in lines[:2]] == ['70.0', '25.0']
+        assert columns(line) <= 80
+        wide = columns(line) - len(line)  # of its letters of two columns
+        rest = line[place - wide :]
+        assert re.match(r'(ants|bees|wasps) +\d+\.\d%  (ants|bees|wasps) ', rest)
+    assert lines[0].split()[-4:] == ['bees', '70.0%', 'ants', '25.0%']
+    assert lines[0][following:] == 'ants 25.0%'
     assert lines[0].startswith(r'new\nline.jpg ')
-    assert lines[4].startswith(r'bytes \xff\xc3.jpg ')
-    assert lines[8].startswith('…') and '/end.jpg  wasps' in lines[8]
-    assert lines[1][:place].strip() == ''
+    assert lines[2].startswith(r'bytes \xff\xc3.jpg ')
+    assert lines[4].startswith('…') and '/end.jpg  wasps' in lines[4]
     assert lines[-1][place:] == 'error: is no image'
     names = ('x' * 50, 'b', 'c')
     long = Prediction('p', np.array([1, 0, 0], 'f4'), class_names=names)
     head, line = written('table', [long], 1, names).splitlines()
-    assert len(head) == len(line) == 96 and 'x' * 31 + '…  100.0 %' in line
+    assert len(head) == len(line) == 80 and 'x' * 27 + '…  100.0%' in line
 
 
 @pytest.mark.parametrize('ending', feature_files.ENDINGS)
@@ -166,7 +168,8 @@ def test_all_outputs(tmp_path, capfd):
     assert run(paths, **places, top=9) == 1
     out, err = capfd.readouterr()
     assert out == ''
-    assert err == '1 of 8 files could not be read, and features are of the others\n'
+    told = '1 of 8 files could not be read, and features are of the others'
+    assert err == f'7 images: 7 bees\n{told}\n'
     lines = (tmp_path / 'rows.jsonl').read_text().splitlines()
     assert [json.loads(line)['path'] for line in lines] == paths
     assert len(json.loads(lines[0])['classes']) == 3  # of the 9, as many as there are

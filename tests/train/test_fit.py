@@ -13,7 +13,7 @@ from flax_densenet import UserError
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.data import dataset
 from flax_densenet.evaluation import evaluate
-from flax_densenet.train import fit
+from flax_densenet.train import epoch_lines, fit
 from flax_densenet.weights import trained as trained_lib
 from helpers.paths import ROOT
 from helpers.runs import (
@@ -101,7 +101,7 @@ def test_what_a_run_leaves(trained, capsys):
     records = read_records(workdir)
     assert [record['epoch'] for record in records] == [1, 2, 3, 4]
     for record in records:
-        assert LINE.fullmatch(fit.format_epoch(record))
+        assert LINE.fullmatch(epoch_lines.format_epoch(record))
     assert best == max(records, key=lambda r: (r['test_accuracy'], -r['test_loss']))
     assert best['test_accuracy'] > 0.5  # it learns
     saved = json.loads((workdir / 'config.json').read_text())
@@ -131,7 +131,7 @@ def test_the_line_is_exact():
         'test_loss': 0.27,
         'learning_rate': 1e-4,
     }
-    assert fit.format_epoch(record) == (
+    assert epoch_lines.format_epoch(record) == (
         'Epoch:  1. Train_acc: 71.4%, Train_loss: 0.903, Test_acc: 93.3%, '
         'Test_loss: 0.270, Lr: 1.00E-04'
     )

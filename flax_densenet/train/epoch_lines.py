@@ -1,0 +1,85 @@
+"""The line of an epoch: one form for files, an aligned table on a terminal."""
+
+import time
+from typing import Any
+
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.evaluation import evaluate
+from flax_densenet.system import terminal
+
+
+def format_epoch(record: dict[str, Any]) -> str:
+    """The line of an epoch in logs and files."""
+    auroc = ''
+    if 'test_mean_auroc' in record:
+        area = evaluate.format_auroc(record['test_mean_auroc'])
+        auroc = f'Test_auroc: {area}, '
+    return (
+        f'Epoch: {record["epoch"]:2d}. '
+        f'Train_acc: {record["train_accuracy"] * 100:.1f}%, '
+        f'Train_loss: {record["train_loss"]:.3f}, '
+        f'Test_acc: {record["test_accuracy"] * 100:.1f}%, '
+        f'Test_loss: {record["test_loss"]:.3f}, '
+        f'{auroc}Lr: {record["learning_rate"]:.2E}'
+    )
+
+
+class EpochLines:
+    """Lines of the epochs of a run, in the order in which they end.
+
+    Args:
+      epochs: of the run.
+      done: epochs that an earlier start took.
+    """
+
+    def __init__(self, epochs: int, done: int):
+        self._epochs, self._done = epochs, done
+        self._began = time.monotonic()
+        self._headed = False
+
+    def line(self, records: list[dict[str, Any]]) -> str:
+        """The line of the last record; on a terminal a row, at first with a heading.
+
+        Rows have at most 80 columns; `*` marks the best epoch so far.
+        """
+        record = records[-1]
+        if not terminal.is_interactive():
+            return format_epoch(record)
+        areas = 'test_mean_auroc' in record
+        heading = '' if self._headed else terminal.paint(_heading(areas), 'bold') + '\n'
+        self._headed = True
+        best = max(records, key=checkpoint_reader.rank) is record
+        row = _row(record, self._epochs, best, self._left(record['epoch']), areas)
+        return heading + (terminal.paint(row, 'green') if best else row)
+
+    def _left(self, epoch):
+        """Time that the epochs that are left will take."""
+        if epoch >= self._epochs:
+            return ''
+        each = (time.monotonic() - self._began) / max(epoch - self._done, 1)
+        return terminal.format_duration(each * (self._epochs - epoch))
+
+
+def _heading(areas):
+    auroc = f'{"AUROC":>7}' if areas else ''
+    return (
+        f'  {"epoch":>9}  {"train acc":>9} {"loss":>8}  {"test acc":>9} {"loss":>8}'
+        f'{auroc}  {"rate":>8}  {"time left":>10}'
+    )
+
+
+def _row(record, epochs, best, left, areas):
+    auroc = ''
+    if areas:
+        auroc = f'{evaluate.format_auroc(record["test_mean_auroc"]):>7}'
+    number = f'{record["epoch"]}/{epochs}'
+    return (
+        f'{"*" if best else " "} {number:>9}'
+        f'  {record["train_accuracy"] * 100:>8.1f}% {_loss(record["train_loss"]):>8}'
+        f'  {record["test_accuracy"] * 100:>8.1f}% {_loss(record["test_loss"]):>8}'
+        f'{auroc}  {record["learning_rate"]:>8.1E}  {left:>10}'
+    )
+
+
+def _loss(value):
+    return f'{value:.3f}' if abs(value) < 1e4 else f'{value:.1e}'

@@ -35,6 +35,7 @@ from starlette.routing import Route
 from flax_densenet.data import images
 from flax_densenet.errors import UserError
 from flax_densenet.inference import overlay
+from flax_densenet.models import naming
 from flax_densenet.serving import batcher, forms, guard
 
 EXPLAIN = {'': '', '0': '', '1': 'overlay', 'overlay': 'overlay', 'map': 'map'}
@@ -224,7 +225,7 @@ class App:
         except ClientDisconnect as error:
             raise HTTPException(400, 'the client left') from error
         if not body.tell():
-            raise HTTPException(400, 'the body is empty: send the bytes of an image')
+            raise HTTPException(400, 'the file is empty')
         return body.getvalue()
 
     async def _load(self, body):
@@ -282,6 +283,11 @@ def _describe(predictor, name, limits):
         'classes': list(predictor.class_names),
         'multi_label': predictor.multi_label,
         'variant': trained.metadata['model'].get('variant'),
+        'network': naming.describe(
+            trained.module,
+            trained.metadata['model'].get('variant'),
+            channels=preparation.channels,
+        ),
         'image_size': preparation.size,
         'channels': preparation.channels,
         'resize': preparation.resize,

@@ -177,11 +177,11 @@ def _train(work: loop.Loop, state, epochs_done, ends_after, save_samples):
     """Takes the epochs that are left, adding the record of each to the others."""
     run, shown, records = work.run, work.shown, work.records
     epochs = run.settings.train.epochs
-    lines = epoch_lines.EpochLines(epochs, epochs_done)
     shown.add_config(settings_lib.to_config(run.settings))
     # A second of drawing, for which the first step need not wait.
     with phases.open_phase(run) as phase, futures.ThreadPoolExecutor(1) as beside:
         phase.enter(state, epochs_done + 1)
+        lines = epoch_lines.EpochLines(epochs, epochs_done)  # their clock starts
         drawn = beside.submit(_save_samples, run, shown, save_samples)
         with work.stop.busy():
             for epoch in range(epochs_done + 1, epochs + 1):

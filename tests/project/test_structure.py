@@ -31,7 +31,7 @@ IMPORTS = {
     'inference': 'weights models data distributed system',
     'report': 'settings evaluation inference weights models data checkpoints '
     'distributed system',
-    'serving': 'inference data',
+    'serving': 'inference models data',
     'export': 'settings report evaluation inference weights models data checkpoints '
     'system',
     'train': 'evaluation weights models data losses checkpoints distributed system '

@@ -47,7 +47,7 @@ def test_form_with_options(port):
             'cannot be parsed',
         ),
         (JPEG, FORM, 400, 'cannot be parsed'),
-        (b'', FORM, 400, 'the body is empty'),
+        (b'', FORM, 400, 'the file is empty'),
         (JPEG, {'Content-Type': 'multipart/form-data'}, 400, 'has no boundary'),
         (JPEG, {'Content-Type': 'multipart/mixed; boundary=x'}, 400, 'must be multi'),
     ],

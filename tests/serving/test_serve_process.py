@@ -6,6 +6,7 @@
 import base64
 import concurrent.futures
 import contextlib
+import csv
 import http.client
 import io
 import json
@@ -337,10 +338,12 @@ def browser():
 
 
 DROP = """
-([data, name]) => {
-  const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+(files) => {
   const carried = new DataTransfer();
-  carried.items.add(new File([bytes], name));
+  for (const [name, data] of Object.entries(files)) {
+    const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+    carried.items.add(new File([bytes], name));
+  }
   document.body.dispatchEvent(
     new DragEvent('drop', { dataTransfer: carried, bubbles: true, cancelable: true }));
 }
@@ -348,7 +351,12 @@ DROP = """
 
 
 def drop(page, body, name):
-    page.evaluate(DROP, [base64.b64encode(body).decode(), name])
+    drop_all(page, {name: body})
+
+
+def drop_all(page, files):
+    carried = {name: base64.b64encode(body).decode() for name, body in files.items()}
+    page.evaluate(DROP, carried)
 
 
 def test_page_in_a_browser(workdir, browser, tmp_path):
@@ -383,6 +391,32 @@ def test_page_in_a_browser(workdir, browser, tmp_path):
         )
         page.screenshot(path=str(tmp_path / 'light.png'))
 
+        # Several at once: a row for each, counts, a file for a table.
+        drop_all(page, {'a.jpg': photo.read_bytes(), 'empty.jpg': b''})
+        page.wait_for_selector('#rows .bad')
+        page.wait_for_selector('#batch-title:text-is("2 images")')
+        cells = page.locator('#rows tr td:nth-child(3)').all_inner_texts()
+        assert cells == [expected[0]['class'], 'the file is empty']
+        assert page.inner_text('#counts') == f'1 {expected[0]["class"]}, 1 not readable'
+        with page.expect_download() as download:
+            page.click('#download')
+        table = pathlib.Path(download.value.path()).read_text('utf-8-sig')
+        rows_of_table = list(csv.DictReader(table.splitlines()))
+        assert [row['error'] for row in rows_of_table] == ['', 'the file is empty']
+        best = rows_of_table[0][f'probability_{expected[0]["class"]}']
+        assert float(best) == pytest.approx(expected[0]['probability'], rel=1e-4)
+        assert not page.locator('#result').is_visible()
+        page.click('#rows button >> nth=0')  # back to one
+        page.wait_for_selector('#result:not([hidden]):not(.waiting) li')
+        # A decision needs the probability that one asks for.
+        page.locator('#threshold').fill('99')
+        assert page.inner_text('#verdict').startswith('Undecided: ')
+        page.locator('#threshold').fill('0')
+        assert page.inner_text('#verdict').startswith('Predicted ')
+        if browsers.AXE.exists():
+            assert browsers.violations(page) == []
+        page.click('#clear')
+
         # By keyboard: another class's map, then no map.
         first = layer.get_attribute('src')
         rows.nth(1).locator('button').focus()
@@ -398,7 +432,7 @@ def test_page_in_a_browser(workdir, browser, tmp_path):
         drop(page, b'no image', 'bee.jpg')
         page.wait_for_selector('#error:not([hidden])')
         assert page.inner_text('#error') == (
-            'This picture cannot be used: the file is not an image '
+            'This image cannot be used: the file is not an image '
             f'({", ".join(image_formats.FORMATS)}).'
         )
         assert not page.locator('#result').is_visible()

@@ -34,7 +34,7 @@ def test_page(port):
     assert text.count('<script') == text.count(f'nonce="{nonce}">') - 1 == 2
     assert nonce not in ask(port, '/').body.decode()
     assert '&lt;/script&gt;&lt;b&gt;' in text and '</script><b>' not in text
-    assert '87.5 % right' in text
+    assert '87.5% on the test images' in text
     assert '//' not in text.replace('// ', '')  # nothing is asked of another host
     assert answer.headers['X-Content-Type-Options'] == 'nosniff'
     assert 'Access-Control-Allow-Origin' not in answer.headers
@@ -135,7 +135,7 @@ def test_batches(trained, expected):
         ('/none', None, {}, 404, '/none is not here; there are /, /predict'),
         ('/predict', None, {}, 405, '/predict takes POST, not GET'),
         ('/model', b'x', {}, 405, '/model takes GET, HEAD, not POST'),
-        ('/predict', b'', {}, 400, 'the body is empty'),
+        ('/predict', b'', {}, 400, 'the file is empty'),
         ('/predict', b'a text', {}, 415, 'the file is not an image (JPEG, PNG'),
         ('/predict', JPEG[: len(JPEG) // 2], {}, 415, 'the file cannot be decoded'),
         ('/predict', JPEG, {'headers': MULTIPART}, 400, 'the form cannot be used'),

@@ -1,5 +1,6 @@
 """A Chromium that looks for nobody, for tests of pages."""
 
+import base64
 import contextlib
 import functools
 import http.server
@@ -44,6 +45,30 @@ def violations(tab):
         for one in found
         for node in one['nodes'][:3]
     ]
+
+
+_DROP = """
+(files) => {
+  const carried = new DataTransfer();
+  for (const [name, data] of Object.entries(files)) {
+    const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+    carried.items.add(new File([bytes], name));
+  }
+  document.body.dispatchEvent(
+    new DragEvent('drop', { dataTransfer: carried, bubbles: true, cancelable: true }));
+}
+"""
+
+
+def drop(page, body, name):
+    """Drops a file on a page."""
+    drop_all(page, {name: body})
+
+
+def drop_all(page, files):
+    """Drops files, `{name: bytes}`."""
+    carried = {name: base64.b64encode(body).decode() for name, body in files.items()}
+    page.evaluate(_DROP, carried)
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):

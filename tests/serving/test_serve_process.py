@@ -3,7 +3,6 @@
 `python -m pytest -m slow tests/serving/test_serve_process.py`
 """
 
-import base64
 import concurrent.futures
 import contextlib
 import csv
@@ -337,28 +336,6 @@ def browser():
         yield browser
 
 
-DROP = """
-(files) => {
-  const carried = new DataTransfer();
-  for (const [name, data] of Object.entries(files)) {
-    const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
-    carried.items.add(new File([bytes], name));
-  }
-  document.body.dispatchEvent(
-    new DragEvent('drop', { dataTransfer: carried, bubbles: true, cancelable: true }));
-}
-"""
-
-
-def drop(page, body, name):
-    drop_all(page, {name: body})
-
-
-def drop_all(page, files):
-    carried = {name: base64.b64encode(body).decode() for name, body in files.items()}
-    page.evaluate(DROP, carried)
-
-
 def test_page_in_a_browser(workdir, browser, tmp_path):
     photo = workdir.parent / 'photos' / 'bees' / '000.jpg'
     with started(workdir) as server:
@@ -371,7 +348,7 @@ def test_page_in_a_browser(workdir, browser, tmp_path):
         page.goto(own)
         assert 'ants <red>, bees and flies' in page.inner_text('main')
 
-        drop(page, photo.read_bytes(), 'bee.jpg')
+        browsers.drop(page, photo.read_bytes(), 'bee.jpg')
         page.wait_for_selector('#result:not([hidden]):not(.waiting) li')
         expected = server.ask('/predict', photo.read_bytes())[1]['predictions']
         rows = page.locator('#classes li')
@@ -392,7 +369,7 @@ def test_page_in_a_browser(workdir, browser, tmp_path):
         page.screenshot(path=str(tmp_path / 'light.png'))
 
         # Several at once: a row for each, counts, a file for a table.
-        drop_all(page, {'a.jpg': photo.read_bytes(), 'empty.jpg': b''})
+        browsers.drop_all(page, {'a.jpg': photo.read_bytes(), 'empty.jpg': b''})
         page.wait_for_selector('#rows .bad')
         page.wait_for_selector('#batch-title:text-is("2 images")')
         cells = page.locator('#rows tr td:nth-child(3)').all_inner_texts()
@@ -429,14 +406,14 @@ def test_page_in_a_browser(workdir, browser, tmp_path):
         assert not layer.is_visible()
 
         assert said == []
-        drop(page, b'no image', 'bee.jpg')
+        browsers.drop(page, b'no image', 'bee.jpg')
         page.wait_for_selector('#error:not([hidden])')
         assert page.inner_text('#error') == (
             'This image cannot be used: the file is not an image '
             f'({", ".join(image_formats.FORMATS)}).'
         )
         assert not page.locator('#result').is_visible()
-        drop(page, bytes(21_000_000), 'big.jpg')
+        browsers.drop(page, bytes(21_000_000), 'big.jpg')
         assert 'is larger than 20 MB' in page.inner_text('#error')
 
         # A browser that cannot show the file shows what the server made of it.

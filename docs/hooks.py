@@ -50,7 +50,8 @@ def make_settings_page() -> str:
         section = setting.name.rpartition('.')[0]
         if section != current:
             current = section
-            lines += [f'## {section}', '', sections.get(section, ''), '']
+            if section:
+                lines += [f'## {section}', '', sections.get(section, ''), '']
         default = {None: 'not set', '': 'empty', (): 'empty'}.get(
             setting.default, f'`{setting.default}`'
         )

@@ -171,6 +171,12 @@ def is_deep(image: Image.Image) -> bool:
     return image.mode.startswith('I') or image.mode == 'F' or is_deep_color(image)
 
 
+def has_more_than_8_bits(file: str | bytes) -> bool:
+    """`is_deep` for a file that can be read."""
+    with open_file(file) as image:
+        return is_deep(image)
+
+
 def is_inverted(image: Image.Image) -> bool:
     """Whether 0 is white in a gray image of more than 8 bits (TIFF)."""
     tags = getattr(image, 'tag_v2', None)

@@ -16,6 +16,7 @@ import concurrent.futures
 import difflib
 import functools
 import itertools
+import logging
 import os
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -23,7 +24,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from flax_densenet.data import bands, images
+from flax_densenet.data import bands, image_formats, images
 from flax_densenet.errors import UserError
 from flax_densenet.inference import programs
 from flax_densenet.inference.prediction import Explanation, Prediction
@@ -34,6 +35,8 @@ from flax_densenet.weights import precision as precision_lib
 from flax_densenet.weights import published, weight_file
 from flax_densenet.weights import trained as trained_lib
 
+_LOGGER = logging.getLogger(__name__)
+_DARK = 64  # of 255
 # An image in any of the forms that a `Predictor` reads.
 ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
@@ -81,6 +84,7 @@ class Predictor:
         metadata = trained.metadata
         self.trained = trained
         self.path = path
+        self._told_of_dark = False
         self.batch_size = batch_size
         self.multi_label = bool(metadata.get('multi_label'))
         self.preparation = trained_lib.preparation_of(metadata)
@@ -207,7 +211,24 @@ class Predictor:
             return images.prepare_array(file, self.preparation)
         if isinstance(file, Image.Image):
             return images.prepare_image(file, self.preparation)
-        return images.load_image(file, self.preparation, max_pixels=max_pixels)
+        image = images.load_image(file, self.preparation, max_pixels=max_pixels)
+        if image.max(initial=0) < _DARK and not self._told_of_dark:
+            self._tell_of_dark(file)
+        return image
+
+    def _tell_of_dark(self, file):
+        """Warns once of 12-bit images and the like that are black without a window."""
+        if self.preparation.is_deep or self.preparation.window:
+            return
+        if image_formats.has_more_than_8_bits(file):
+            self._told_of_dark = True
+            name = 'an image' if isinstance(file, bytes) else os.fspath(file)
+            _LOGGER.warning(
+                f'warning: {name} has more than 8 bits but uses a small part of them, '
+                'so the model sees it nearly black; weights from elsewhere take '
+                "data.window, as --config.data.window='(0,4095)', and a model that is "
+                'trained on such images finds it'
+            )
 
     def compute(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Probabilities `[N, num_classes]` and features `[N, F]` of prepared images."""

@@ -1,5 +1,6 @@
 """Images of more than 8 bits keep their levels; window and depth are found and kept."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -8,8 +9,9 @@ from PIL import Image
 
 from flax_densenet import UserError
 from flax_densenet.data import dataset, deep, deep_picture, images, pipeline, upright
+from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.weights import trained
-from helpers import deep_images
+from helpers import deep_images, runs
 
 DEEP = images.Preparation(bit_depth=16)
 
@@ -249,6 +251,23 @@ def test_tiffs_of_several_pages_are_reported(tmp_path, capsys):
     assert '1 of 9 images that were looked at are TIFF' in capsys.readouterr().out
     places = [i for i in range(len(train)) if train.name(i).endswith('a/0.tif')]
     assert (train[places[0]]['image'] == 10).all()
+
+
+def test_predictions_of_dark_images_are_reported_once(tmp_path, caplog):
+    """Weights of 8-bit images, which see 12 bits as black; a window helps."""
+    weights = runs.make_weights(tmp_path / 'x.safetensors')
+    values = noise(12, 12, 1) // 20
+    paths = [tmp_path / f'{n}.png' for n in range(3)]
+    for path in paths[:2]:
+        path.write_bytes(deep_images.png(values))
+    Image.new('RGB', (12, 12), (9, 9, 9)).save(paths[2])  # dark, of 8 bits
+    model = predictor_lib.Predictor(trained.load_trained(weights), 4)
+    assert model.load(str(paths[2])).max() == 9 and not caplog.text
+    for path in paths:
+        assert model.load(str(path)).max() < 20
+    assert caplog.text.count('nearly black') == 1 and '0.png' in caplog.text
+    shown = dataclasses.replace(model.preparation, window=(0, 4095))
+    assert images.load_image(str(paths[0]), shown).max() > 150
 
 
 def test_uint8_of_uint16_for_display():

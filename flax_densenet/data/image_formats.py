@@ -7,7 +7,7 @@ import struct
 
 from PIL import Image, UnidentifiedImageError, features
 
-from flax_densenet.data import dicom
+from flax_densenet.data import dicom, other_files
 from flax_densenet.errors import UserError
 
 # Not Pillow's whole list: some of the rest start other programs (EPS) or hold no
@@ -81,9 +81,12 @@ def open_file(file: str | bytes) -> Image.Image:
     try:
         image = Image.open(opened, 'r', formats)
     except UnidentifiedImageError:
-        if not start.startswith((b'II*\0', b'MM\0*')):
+        if start.startswith((b'II*\0', b'MM\0*')):
+            raise OtherTiffError(_OTHER_TIFF) from None
+        reason = other_files.describe(start, FORMATS)
+        if reason is None:
             raise
-        raise OtherTiffError(_OTHER_TIFF) from None
+        raise UserError(reason) from None
     if image.format == 'TIFF':
         _check_tiff(image)
     return image

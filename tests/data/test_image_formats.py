@@ -13,7 +13,7 @@ import pytest
 from PIL import Image, PngImagePlugin, features
 
 from flax_densenet import UserError
-from flax_densenet.data import dataset, images
+from flax_densenet.data import dataset, images, other_files
 from helpers.paths import ROOT
 
 GRID = np.kron(
@@ -205,3 +205,29 @@ def test_heif():
         env=os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), *sys.path])},
     )
     assert made.stdout == 'read\n', made.stderr
+
+
+@pytest.mark.parametrize(
+    ('start', 'reason'),
+    [
+        (b'%PDF-1.7', 'a PDF; convert it'),
+        (b'8BPS\0\1', 'a Photoshop file'),
+        (b'PK\3\4', 'a zip archive; unpack it'),
+        (b'\0\0\0\x20ftypisom', 'a video; extract its frames'),
+        (b'<!doctype HTML><html>', 'a web page'),
+        (b'version https://git-lfs.github.com/spec/v1', 'git lfs pull'),
+        (b'\x89HDF\r\n', 'an HDF5 file'),
+    ],
+)
+def test_files_of_other_kinds_are_named(start, reason):
+    """Whatever they are called: all say that they are not an image."""
+    for decode in (False, True):
+        told = images.check_image(start + bytes(200), decode=decode)
+        assert told.startswith('is not an image but') and reason in told
+
+
+def test_heic_without_its_extra_names_it():
+    start = b'\0\0\0\x18ftypheic'
+    told = other_files.describe(start, ('JPEG',))
+    assert "pip install 'flax_densenet[heic]'" in told
+    assert other_files.describe(start, ('JPEG', 'HEIF')) is None

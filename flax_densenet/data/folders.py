@@ -12,7 +12,10 @@ from flax_densenet.errors import UserError, printable
 from flax_densenet.system import paths as paths_lib
 
 # Files of a run or a pack, which distinguish its folder from a class.
-_RESULTS = ('metrics.jsonl', 'checksums.json', 'sweep.json', 'pack.json')
+_RESULTS = (
+    *('metrics.jsonl', 'checksums.json', 'sweep.json', 'pack.json', 'eval.json'),
+    *('lr_find.json', 'environment.json', 'nonfinite.json'),
+)
 _RESULTS_DEPTH = 2
 
 

@@ -131,13 +131,23 @@ def test_one_part_alone_tells_of_the_others(tmp_path, capsys):
     )
 
 
-def test_results_are_no_class(tmp_path, capsys):
+@pytest.mark.parametrize(
+    'file',
+    [
+        *('ckpt/run/metrics.jsonl', 'run/metrics.jsonl', 'ckpt/w-eval/eval.json'),
+        *('ckpt/run/lr_find.json', 'sweep/sweep.json', 'packed/pack.json'),
+        'ckpt/run/environment.json',
+    ],
+)
+def test_results_are_no_class(file, tmp_path, capsys):
     write(tmp_path, a=5, b=5)
-    (tmp_path / 'ckpt' / 'run').mkdir(parents=True)
-    (tmp_path / 'ckpt' / 'run' / 'metrics.jsonl').write_text('')
-    (tmp_path / 'ckpt' / 'run' / 'samples.png').write_bytes(b'')
+    path = tmp_path / file
+    path.parent.mkdir(parents=True)
+    path.write_text('')
+    path.with_name('samples.png').write_bytes(b'')
     assert load(tmp_path).class_names == ('a', 'b')
-    assert 'left out: ckpt, a folder of results' in capsys.readouterr().out
+    top = file.partition('/')[0]
+    assert f'left out: {top}, a folder of results' in capsys.readouterr().out
 
 
 def test_files_passed_over_are_counted(tmp_path, capsys):
@@ -150,7 +160,7 @@ def test_files_passed_over_are_counted(tmp_path, capsys):
     (tmp_path / 'z.png').write_bytes(b'')
     load(tmp_path)
     out = capsys.readouterr().out
-    assert 'passed over 3 .psd, 1 .csv, 1 .zip, 1 no ending' in out
+    assert 'passed over 3 .psd, 1 .zip, 1 no ending, 1 .csv' in out
     assert '.psd: convert them to JPEG or PNG' in out and '.zip: unpack them' in out
     assert '1 images lie in no folder of a class' in out
     (tmp_path / 'c').mkdir()

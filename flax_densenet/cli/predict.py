@@ -37,10 +37,8 @@ def run(invocation: options.Invocation) -> int:
             batch_size=data['batch_size'],
             mesh=mesh,
             tta=tta,
-            class_names=chosen.class_names,
-            outputs=chosen.outputs,
-            data=chosen.data,
             precision=flags.precision,
+            choices=chosen,
         )
 
     if processes.is_first():

@@ -72,7 +72,11 @@ def choices(invocation: options.Invocation, **more):
     names, outputs = (
         invocation.flags[name].value for name in ('class_names', 'outputs')
     )
-    return choices_lib.make(names, outputs, chosen, **more)
+    recipe = {}
+    if invocation.recipe:
+        data = invocation.fields['data']
+        recipe = {name: data[name] for name in choices_lib.PREPARATION}
+    return choices_lib.make(names, outputs, chosen, recipe=recipe, **more)
 
 
 def data_settings(

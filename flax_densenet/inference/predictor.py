@@ -322,6 +322,7 @@ def load_trained(
     outputs: str | None = None,
     data: Mapping[str, Any] | None = None,
     precision: str | None = None,
+    choices: choices_lib.Choices | None = None,
 ) -> Predictor:
     """Loads a trained model for prediction.
 
@@ -338,6 +339,7 @@ def load_trained(
         `image_size`, `resize`, `crop_fraction`, `interpolation`, `channels`.
       precision: `float32`, `bfloat16` or `auto` (see `weights.precision`); None is
         `auto` that says nothing if it changes nothing.
+      choices: in place of `class_names`, `outputs` and `data`.
 
     Raises:
       UserError: the file or folder does not exist, or has no trained model.
@@ -350,7 +352,7 @@ def load_trained(
             'file of weights or the name of published ones'
         )
     precision_lib.check(precision)
-    choices = choices_lib.make(class_names, outputs, data)
+    choices = choices or choices_lib.make(class_names, outputs, data)
     trained = trained_lib.load_trained(path, 'best', mesh=mesh, choices=choices)
     if tta is not None:
         trained = trained.with_tta(tta)

@@ -18,6 +18,22 @@ def with_channels(preprocessing: dict[str, Any], channels: int) -> dict[str, Any
     }
 
 
+def fit_means(prepared: dict[str, Any], channels: int) -> dict[str, Any] | None:
+    """Fields that were read, with a mean and std for each channel.
+
+    Returns:
+      None if there are other numbers than channels.
+    """
+    fitted = dict(prepared)
+    for name in prepared.keys() & {'mean', 'std'}:
+        numbers = prepared[name]
+        if len(set(numbers)) == 1:
+            fitted[name] = tuple(numbers[:1]) * channels
+        elif len(numbers) != channels:
+            return None
+    return fitted
+
+
 def describe_conversion(old: int, channels: int) -> str:
     """What `convert_channels` does, in words."""
     if channels == 1:

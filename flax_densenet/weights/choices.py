@@ -49,6 +49,8 @@ class Choices:
       binary: a network of one output and two classes gets two outputs, whose softmax is
         its sigmoid.
       own_data: models of this program take fields that resize images as well.
+      recipe: fields of a recipe, which hold where neither `data` nor the file says
+        anything.
     """
 
     class_names: tuple[str, ...] | None = None
@@ -56,6 +58,7 @@ class Choices:
     data: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     binary: bool = True
     own_data: bool = False
+    recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.outputs not in (None, *heads.OUTPUTS):
@@ -152,7 +155,7 @@ def settle(weights: weight_file.Weights, choices: Choices) -> Settled:
                 f'{names[1]}, the rest for {names[0]}; to name both: '
                 '--class_names=A,B; for another meaning: --outputs=none'
             )
-    weights = prepare(weights, choices.data, notes)
+    weights = prepare(weights, choices.data, notes, choices.recipe)
     if count == 1 and names and len(names) == 2:
         if outputs == heads.NONE:
             raise UserError(
@@ -207,19 +210,29 @@ def _split_output(weights):
 
 
 def prepare(
-    weights: weight_file.Weights, chosen: Mapping[str, Any], notes: Notes
+    weights: weight_file.Weights,
+    chosen: Mapping[str, Any],
+    notes: Notes,
+    recipe: Mapping[str, Any] | None = None,
 ) -> weight_file.Weights:
     """Weights with the chosen preparation of images; a note tells what is assumed.
+
+    Args:
+      recipe: fields that are taken where neither `chosen` nor the file has them.
 
     Raises:
       UserError: a field has a value that cannot be used.
     """
-    chosen = {
+    chosen = _closed(chosen)
+    more = {
         name: value
-        for name, value in chosen.items()
-        if value is not None
-        and (value or name not in ('channels', 'image_size', 'bit_depth'))
+        for name, value in _closed(recipe or {}).items()
+        if name not in chosen and name not in weights.prepared
     }
+    if more:
+        shown = ', '.join(f'data.{name}={_short(more[name])}' for name in more)
+        notes['recipe'] = f'{weights.path}: {shown} of the recipe'
+    chosen = more | chosen
     check_read(weights, chosen)
     settled = dict(weights.preprocessing)
     channels = chosen.get('channels') or settled['channels']
@@ -230,12 +243,36 @@ def prepare(
         notes['channels'] = f'{weights.path}: {line}'
         settled = channels_lib.with_channels(settled, channels)
     settled |= chosen
-    settled['image_size'] = sizes.parse(settled['image_size'])
     _check(settled)
+    check_crop(chosen, settled['resize'])
+    weights.module.check_image_size(sizes.pair(settled['image_size']))
     line = describe_preparation(weights, chosen, settled)
     if line:
         notes['preparation'] = line
     return dataclasses.replace(weights, preprocessing=settled)
+
+
+def _closed(fields):
+    """Fields that have a value; 0 leaves a number open."""
+    numbers = 'channels', 'image_size', 'bit_depth'
+    found = {
+        name: value
+        for name, value in fields.items()
+        if value is not None and (value or name not in numbers)
+    }
+    if 'image_size' in found:
+        found['image_size'] = sizes.parse(found['image_size'])
+    return found
+
+
+def check_crop(chosen: Mapping[str, Any], resize: str):
+    """Raises if a field is set that has no effect: `crop_fraction` without a crop."""
+    share = chosen.get('crop_fraction')
+    if share not in (None, 1) and resize != 'crop':
+        raise UserError(
+            f'data.crop_fraction={share} has no effect with data.resize={resize}; add '
+            'data.resize=crop'
+        )
 
 
 def check_read(weights: weight_file.Weights, chosen: Mapping[str, Any]):

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from flax_densenet.data import bands
 from flax_densenet.settings import sizes
 from flax_densenet.weights import heads
 
@@ -190,6 +191,8 @@ class _Front:
     def _move(self, factor, shift):
         if factor is None or shift is None:
             return False
+        if len({len(v) for v in (factor, shift, self._factor, self._shift)} - {1}) > 1:
+            return False
         self._changed = True
         self._shift = self._shift * factor + shift
         self._factor = self._factor * factor
@@ -257,7 +260,8 @@ def _number(value):
         found = np.ravel(np.asarray(value, dtype=float))
     except (TypeError, ValueError):
         return None
-    return found if len(found) in (1, 3) and np.isfinite(found).all() else None
+    is_short = 1 <= len(found) <= bands.MOST
+    return found if is_short and np.isfinite(found).all() else None
 
 
 def _constant(layer):

@@ -334,8 +334,19 @@ _PREPARATION = {
 }
 
 
-def check_fits(folder: str, config: Config, module: network.Network):
-    """Raises `UserError` if the weights do not fit the network in the config."""
+def check_fits(folder: str, config: Config, module: network.Network, channels: int):
+    """Raises `UserError` if the weights do not fit the network in the config.
+
+    Args:
+      channels: of the images that the weights are for.
+    """
+    _compare(
+        folder,
+        {'channels': config.preprocessing['channels']},
+        {'channels': channels},
+        'the weights next to it have',
+        'use files that belong together',
+    )
     arguments = timm_network.arguments(module)
     stated = config.arguments | {'num_classes': config.num_classes}
     actual = {key: arguments.get(key, 'none') for key in config.arguments} | {

@@ -15,6 +15,7 @@ import re
 
 import numpy as np
 
+from flax_densenet.data import bands
 from flax_densenet.errors import UserError, list_first, printable
 from flax_densenet.weights import rdnet_names
 
@@ -261,13 +262,17 @@ class _Network:
         found = {}
         for name in around:
             leaf = name.rpartition('.')[2]
-            if leaf in _MEANS | _STDS and np.size(self._array(name)) in (1, 3):
+            if leaf in _MEANS | _STDS and self._is_short(name):
                 found.setdefault('mean' if leaf in _MEANS else 'std', []).append(name)
         if {kind: len(names) for kind, names in found.items()} != {'mean': 1, 'std': 1}:
             return None, around
         names = found['mean'][0], found['std'][0]
         keys = tuple(self._plain[name] for name in names)
         return keys, [name for name in around if name not in names]
+
+    def _is_short(self, name):
+        """Whether an array may be of a number for each channel."""
+        return 1 <= np.size(self._array(name)) <= bands.MOST
 
     def _find_head(self, root, around):
         """The innermost part that holds the network and a Linear behind it.

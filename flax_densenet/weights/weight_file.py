@@ -169,7 +169,8 @@ def _load_folder(folder):
             folder, config, weights.class_names, weights.preprocessing
         )
         return dataclasses.replace(weights, path=folder)
-    timm_config.check_fits(folder, config, weights.module)
+    channels = weights.preprocessing['channels']
+    timm_config.check_fits(folder, config, weights.module, channels)
     fields = dict(weights.fields)
     # No array tells whether pooling blurs.
     blurs = factory.VARIANTS.get(config.variant, {}).get('blur_pool', False)
@@ -228,20 +229,27 @@ def _kind(path):
 def _from_keras(path, content):
     around, tail = content.around, content.tail
     weights = _make(path, content.family, content.arrays, content.fields)
-    prepared = dict(around.preparation)
-    channels = weights.preprocessing['channels']
-    for name in prepared.keys() & {'mean', 'std'}:
-        prepared[name] = prepared[name][:channels]
+    prepared, unread = _fit_means(weights, around.preparation)
     return dataclasses.replace(
         weights,
         preprocessing=weights.preprocessing | prepared,
         prepared=frozenset(prepared),
-        unread=around.unread,
+        unread=around.unread or unread,
         outputs=around.outputs,
         head=tail.layers,
         head_reason=tail.reason,
         notes=(f'{path}: {tail.guess}',) if tail.guess else (),
     )
+
+
+def _fit_means(weights, prepared):
+    """Fields that were read, and what of them cannot be used, or ''."""
+    channels = weights.preprocessing['channels']
+    fitted = channels_lib.fit_means(prepared, channels)
+    if fitted is None:
+        kept = {k: v for k, v in prepared.items() if k not in ('mean', 'std')}
+        return kept, f'its mean and std, which are not for {channels} channels,'
+    return fitted, ''
 
 
 def _from_torch(path, content):
@@ -264,7 +272,9 @@ def _from_torch(path, content):
         arrays = {k: v for k, v in arrays.items() if '/classifier/' not in k}
     weights = _make(path, family, arrays, {} if other_head else renamed.fields)
     names = _choose_names(content.class_names, weights.num_classes)
-    prepared = preprocessing or renamed.preparation
+    if preprocessing and preprocessing['channels'] != weights.preprocessing['channels']:
+        preprocessing = None  # it is of other weights
+    prepared, unread = _fit_means(weights, preprocessing or renamed.preparation)
     outputs = content.outputs
     extra = dict(renamed.extra)
     if family == 'torchxrayvision':
@@ -277,6 +287,7 @@ def _from_torch(path, content):
         outputs=outputs,
         preprocessing=weights.preprocessing | prepared,
         prepared=frozenset(prepared),
+        unread=unread,
         head=other_head,
         head_reason=reason or 'one of them computes something else',
         notes=tuple(f'{path}: {one}' for one in (renamed.guess, content.note) if one),

@@ -93,6 +93,8 @@ def finish(graph, logits, module, metadata, inputs) -> Any:
         node, options = _ACTIVATIONS[trained.outputs_of(metadata)]
         points = trained.points_of(metadata)
         name = 'probabilities' if points is None else 'sigmoids'
+        if node == 'Identity':
+            name = 'outputs'
         output = graph.add(node, logits, **options, name=name)
         if points is not None:
             output = _scale(graph, output, points)

@@ -34,6 +34,7 @@ class MultiProcessPredictor:
         self._model = model
         self.class_names = model.class_names
         self.feature_size = model.feature_size
+        self.value_name = model.value_name
         self.class_index = model.class_index
 
     def stream(
@@ -117,7 +118,12 @@ class _Pieces:
 def _pack(rows: list[Prediction]) -> bytes:
     """Encodes the predictions of a piece without pickle."""
     plain: list[dict[str, Any]] = [
-        {'path': row.path, 'error': row.error, 'cam_class': row.cam_class}
+        {
+            'path': row.path,
+            'error': row.error,
+            'cam_class': row.cam_class,
+            'is_probability': row.is_probability,
+        }
         for row in rows
     ]
     arrays: dict[str, Any] = {
@@ -145,4 +151,5 @@ def _unpack(content, class_names):
             **values,
             class_names=class_names,
             cam_class=row['cam_class'],
+            is_probability=row['is_probability'],
         )

@@ -66,7 +66,7 @@ class _Rows:
     def start(self, model, top):
         with _failing_as(self.what):
             make = row_formats.FORMATS[self.form]
-            self.write_row = make(self.file, model.class_names, top)
+            self.write_row = make(self.file, model.class_names, top, model.value_name)
 
     def write(self, prediction):
         with _failing_as(self.what):

@@ -17,6 +17,10 @@ class ClassProbability(NamedTuple):
     probability: float
 
 
+def _format(value, is_probability):
+    return f'{value:.1%}' if is_probability else f'{value:.4g}'
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Explanation:
     """The parts of an image that support a class (Grad-CAM); notebooks draw it.
@@ -26,6 +30,7 @@ class Explanation:
       class_name: the class.
       probability: of the class, from 0 to 1.
       image: uint8 `[H, W, C]`, as prepared for the model.
+      is_probability: False where `probability` is an output as it is.
       cam: float32 `[h, w]`, not negative: how much each position supports the class.
     """
 
@@ -34,6 +39,7 @@ class Explanation:
     probability: float
     image: np.ndarray
     cam: np.ndarray
+    is_probability: bool = True
 
     @property
     def overlay(self) -> np.ndarray:
@@ -43,7 +49,7 @@ class Explanation:
     @property
     def picture(self) -> Image.Image:
         """The image next to the overlay, with class and probability as caption."""
-        caption = f'{self.class_name}  {self.probability:.1%}'
+        caption = f'{self.class_name}  {_format(self.probability, self.is_probability)}'
         return overlay_lib.picture(self.image, self.cam, caption)
 
     def save(self, path):
@@ -51,7 +57,8 @@ class Explanation:
         self.picture.save(path)
 
     def __repr__(self):
-        return f'<{self.path!r}: {self.class_name} {self.probability:.1%}, explained>'
+        value = _format(self.probability, self.is_probability)
+        return f'<{self.path!r}: {self.class_name} {value}, explained>'
 
     def _repr_png_(self):
         file = io.BytesIO()
@@ -73,6 +80,8 @@ class Prediction:
       cam: Grad-CAM `[h, w]` of the most likely or the requested class, if requested.
       class_names: of the probabilities.
       cam_class: index of the class of `cam`.
+      is_probability: False for a model with `outputs='none'`: what is called
+        probabilities here are its outputs as they are.
     """
 
     path: str
@@ -83,6 +92,7 @@ class Prediction:
     cam: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
     cam_class: int | None = None
+    is_probability: bool = True
 
     @property
     def label(self) -> str | None:
@@ -120,8 +130,11 @@ class Prediction:
             float(self.probabilities[self.cam_class]),
             self.image,
             self.cam,
+            self.is_probability,
         )
 
     def __repr__(self):
-        result = self.error or f'{self.label} {self.probability:.1%}'
+        result = self.error
+        if not result:
+            result = f'{self.label} {_format(self.probability, self.is_probability)}'
         return f'<{self.path!r}: {result}>'

@@ -31,8 +31,8 @@ from flax_densenet.inference.prediction import Explanation, Prediction
 from flax_densenet.models import layers
 from flax_densenet.system import paths
 from flax_densenet.weights import choices as choices_lib
+from flax_densenet.weights import heads, published, weight_file
 from flax_densenet.weights import precision as precision_lib
-from flax_densenet.weights import published, weight_file
 from flax_densenet.weights import trained as trained_lib
 
 _LOGGER = logging.getLogger(__name__)
@@ -97,6 +97,11 @@ class Predictor:
         """The names of the classes; numbers if imported weights have no names."""
         names = self.trained.class_names
         return names or tuple(map(str, range(self.trained.module.num_classes)))
+
+    @property
+    def value_name(self) -> str:
+        """What the outputs are: `probability`, or `value` with `outputs='none'`."""
+        return 'value' if self.trained.outputs == heads.NONE else 'probability'
 
     @property
     def feature_size(self) -> int:
@@ -283,6 +288,7 @@ class Predictor:
                     cam=cam,
                     class_names=self.class_names,
                     cam_class=chosen if cams else None,
+                    is_probability=self.trained.outputs != heads.NONE,
                 )
 
     def _read(self, files, threads):

@@ -1,7 +1,8 @@
 """Formats predictions as text: a table for people, CSV and JSON lines for programs.
 
-Each format is a function `make(out, class_names, top)` that writes the heading and
-returns `write(prediction)`. File names cannot break a row: a line feed is quoted (CSV)
+Each format is a function `make(out, class_names, top, value)` that writes the heading
+and returns `write(prediction)`; `value` says what the numbers are, `probability` or
+`value`. File names cannot break a row: a line feed is quoted (CSV)
 or escaped, and bytes that are not UTF-8 stay as they are in CSV, become Python's
 `\\udcXX` in JSON and `\\xXX` in the table.
 """
@@ -21,13 +22,14 @@ _LINE, _CLASS, _PATH, _NEXT = 80, 28, 60, 26
 _NUMBER = 6
 
 
-def _make_table(out, class_names, top):
+def _make_table(out, class_names, top, value='probability'):
     """A table with a line per image: the likeliest class, then the next ones."""
     names = [printable(name) for name in class_names]
     wide = min(max(_width(name) for name in [*names, 'class']), _CLASS)
     next_wide = _NEXT + 2 if top > 1 else 0
     path_wide = min(_LINE - wide - _NUMBER - 4 - next_wide, _PATH)
-    head = f'{"path":<{path_wide}}  {"class":<{wide}}  {"prob.":>{_NUMBER}}'
+    title, show = ('prob.', _share) if value == 'probability' else (value, _plain)
+    head = f'{"path":<{path_wide}}  {"class":<{wide}}  {title:>{_NUMBER}}'
     out.write(head + '  next\n' * (top > 1) + '\n' * (top == 1))
 
     def write(prediction: Prediction):
@@ -37,10 +39,10 @@ def _make_table(out, class_names, top):
             return
         best, *others = prediction.top(top)
         name = _pad(_clip_end(printable(best.class_name), wide), wide)
-        line = f'{path}  {name}  {_share(best.probability):>{_NUMBER}}'
+        line = f'{path}  {name}  {show(best.probability):>{_NUMBER}}'
         if others:
             rest = ', '.join(
-                f'{printable(one.class_name)} {_share(one.probability)}'
+                f'{printable(one.class_name)} {show(one.probability)}'
                 for one in others
             )
             line += f'  {_clip_end(rest, _NEXT)}'
@@ -49,9 +51,9 @@ def _make_table(out, class_names, top):
     return write
 
 
-def _make_csv(out, class_names, top):
+def _make_csv(out, class_names, top, value='probability'):
     rows = csv.writer(out, lineterminator='\n')
-    pairs = [(f'class{n}', f'probability{n}') for n in range(1, top + 1)]
+    pairs = [(f'class{n}', f'{value}{n}') for n in range(1, top + 1)]
     rows.writerow(['path', 'error', *(name for pair in pairs for name in pair)])
 
     def write(prediction: Prediction):
@@ -67,14 +69,14 @@ def _make_csv(out, class_names, top):
     return write
 
 
-def _make_jsonl(out, class_names, top):
+def _make_jsonl(out, class_names, top, value='probability'):
     def write(prediction: Prediction):
         row: dict[str, Any] = {'path': prediction.path}
         if prediction.error:
             row['error'] = prediction.error
         else:
             row['classes'] = [
-                {'class': name, 'probability': _rounded(probability)}
+                {'class': name, value: _rounded(probability)}
                 for name, probability in prediction.top(top)
             ]
         # ASCII: bytes of names that are not UTF-8 become \udcXX, as in Python.
@@ -92,6 +94,10 @@ FORMATS: dict[str, Callable] = {
 
 def _share(probability):
     return f'{probability * 100:.1f}%'
+
+
+def _plain(value):
+    return f'{value:.4g}'
 
 
 def _rounded(probability):

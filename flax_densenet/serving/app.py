@@ -257,9 +257,10 @@ class App:
                 500, 'the model answers with no numbers: its training diverged'
             )
         order = np.argsort(-probabilities, kind='stable')
+        value = self._predictor.value_name
         told = {
             'predictions': [
-                {'class': names[i], 'probability': float(probabilities[i])}
+                {'class': names[i], value: float(probabilities[i])}
                 for i in order[: wanted.top]
             ]
         }
@@ -282,6 +283,7 @@ def _describe(predictor, name, limits):
         'name': name,
         'classes': list(predictor.class_names),
         'multi_label': predictor.multi_label,
+        'value': predictor.value_name,
         'variant': trained.metadata['model'].get('variant'),
         'network': naming.describe(
             trained.module,

@@ -55,6 +55,22 @@ def test_json_parses_back():
     assert lines[-1] == {'path': 'bad.jpg', 'error': 'is\nbad'}
 
 
+def test_values_are_not_called_probabilities():
+    found = [predicted('x', (-3.25, 7.5, 0), is_probability=False)]
+
+    def text(form):
+        out = io.StringIO()
+        row_formats.FORMATS[form](out, NAMES, 2, 'value')(found[0])
+        return out.getvalue()
+
+    head, first = text('table').splitlines()
+    assert head.split() == ['path', 'class', 'value', 'next']
+    assert first.split() == ['x', 'bees', '7.5', 'wasps', '0']
+    assert text('csv').splitlines()[0] == 'path,error,class1,value1,class2,value2'
+    assert json.loads(text('jsonl'))['classes'][0] == {'class': 'bees', 'value': 7.5}
+    assert repr(found[0]) == "<'x': bees 7.5>"
+
+
 def test_small_probabilities_stay_numbers():
     (line,) = written('jsonl', [predicted('x', (1.25e-9, 1, 1 / 3))], 3).splitlines()
     values = [row['probability'] for row in json.loads(line)['classes']]
@@ -130,6 +146,7 @@ class Model:
     """Instead of a `Predictor`: no network."""
 
     class_names = NAMES
+    value_name = 'probability'
     feature_size = 2
 
     def __init__(self, stop=None):

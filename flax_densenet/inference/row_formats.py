@@ -42,8 +42,7 @@ def _make_table(out, class_names, top, value='probability'):
         line = f'{path}  {name}  {show(best.probability):>{_NUMBER}}'
         if others:
             rest = ', '.join(
-                f'{printable(one.class_name)} {show(one.probability)}'
-                for one in others
+                f'{printable(one.class_name)} {show(one.probability)}' for one in others
             )
             line += f'  {_clip_end(rest, _NEXT)}'
         out.write(line + '\n')

@@ -19,6 +19,9 @@ _NO_MATTER = (
     *('train.report', 'train.tensorboard', 'train.checkpoint_every'),
     'train.cache_features',
 )
+# An image that was replaced by another one can move its neighbors at the boundary of
+# a random split.
+_FEW = 2
 # What the schedule of the learning rate follows.
 _SCHEDULE = (
     *('train.epochs', 'optimizer.learning_rate', 'optimizer.schedule'),
@@ -91,7 +94,8 @@ def check_data(
             f'the data back as it was, or {new_run}'
         )
     _check_labels(workdir, saved['data'].get('labels') or '', labels, new_run)
-    if changed := identity.find_changed_part(saved, source):
+    changed = identity.find_changed_part(saved, source)
+    if changed > _FEW:
         raise UserError(
             f'--workdir={workdir} holds a run with another split of data.source='
             f'{source.name}: {changed} of the training images that the checkpoint '
@@ -110,6 +114,7 @@ def check_data(
         return (
             f'data.source={source.name} has as many images as before, but not the '
             'same ones; the run continues with the current ones'
+            + (f'; {changed} training images are test images now' if changed else '')
         )
     return ''
 
@@ -207,6 +212,6 @@ def explain_other_state(
         why = ', '.join(f'{name}={_plain(old)}' for name, (old, _) in named.items())
     return UserError(
         f'--workdir={workdir}: the state of step {step} does not fit these settings; '
-        f'go on with {why}, or start another run from its weights: '
+        f'resume with {why}, or start another run from its weights: '
         f'--config.init_from={workdir} and another --workdir'
     )

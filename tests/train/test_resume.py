@@ -1,5 +1,6 @@
 """A run goes on after its data moved; changed data and settings are told or refused."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -177,6 +178,20 @@ def test_another_split_of_the_same_images(photos):
     with pytest.raises(UserError, match='of the training images .* would be test im'):
         check(saved, other)
     assert identity.find_changed_part(saved, source) == 0
+
+
+def test_a_split_that_changed_a_little(photos, monkeypatch):
+    """One image at the boundary is told of; the run goes on."""
+    source = load('folder:photos')
+    saved = saved_by(source)
+    train, test = source.train.indices.copy(), source.test.indices.copy()
+    train[0], test[0] = test[0], train[0]
+    other = dataclasses.replace(
+        source,
+        train=dataset.Examples(source.train.reader, train, source.train.preparation),
+        test=dataset.Examples(source.test.reader, test, source.test.preparation),
+    )
+    assert '; 1 training images are test images now' in check(saved, other)
 
 
 def test_other_labels_for_the_same_images(photos, tmp_path):

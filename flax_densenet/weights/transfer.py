@@ -180,7 +180,13 @@ def resolve_preparation(
             filled[name] = value
         elif weights is not None and _plain(ours) != _plain(value):
             _log_choice(weights, f'data.{name}', ours, value)
-    return dataclasses.replace(preparation, **filled)
+    settled = dataclasses.replace(preparation, **filled)
+    if preparation.crop_fraction not in (None, 1) and settled.resize != 'crop':
+        _LOGGER.warning(
+            f'data.crop_fraction={preparation.crop_fraction} changes nothing with '
+            f'data.resize={settled.resize}; set data.resize=crop to use it'
+        )
+    return settled
 
 
 def _tell_assumed(preparation, wanted):

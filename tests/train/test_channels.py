@@ -76,6 +76,14 @@ def test_what_is_assumed_of_other_channels(photos, tmp_path, capfd):
         prepare.prepare(config_of(photos, **{'data.std': (0.2,)}), str(tmp_path))
 
 
+def test_a_share_of_no_crop(photos, tmp_path, capfd):
+    for resize, expected in (('stretch', True), ('crop', False)):
+        fields = {'data.crop_fraction': 0.5, 'data.resize': resize}
+        prepare.prepare(config_of(photos, **fields), str(tmp_path))
+        said = 'data.crop_fraction=0.5 changes nothing' in capfd.readouterr().out
+        assert said == expected
+
+
 @pytest.mark.parametrize(('old', 'new'), [(3, 1), (3, 2), (3, 4), (3, 7), (1, 3)])
 def test_equal_channels_give_the_same(old, new):
     """As timm's adapt_input_conv; of colors in turn, the sum is kept."""

@@ -307,6 +307,9 @@ def get_config() -> ConfigDict:
     config.train.deterministic = False
     # Write metrics, samples and settings for `tensorboard --logdir ckpt`.
     config.train.tensorboard = True
+    # Experiment trackers that follow the run, such as 'wandb,mlflow': wandb, mlflow,
+    # trackio. Without a login they write to this machine (docs/train.md).
+    config.train.trackers = ''
     # Write report.html about the best checkpoint at the end. The command report writes
     # it too.
     config.train.report = True

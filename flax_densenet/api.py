@@ -216,6 +216,7 @@ def train(config: 'Config', workdir: str | os.PathLike[str]) -> TrainResult:
         settings.from_config(config), workdir, save_samples=plots.save_samples
     )
     finished.write(workdir, **result.report_options())
+    result.send_files()
     return TrainResult(workdir, result.best, result.records)
 
 

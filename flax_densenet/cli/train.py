@@ -23,6 +23,7 @@ def run(invocation: options.Invocation):
             save_samples=plots.save_samples,
         )
         finished.write(workdir, **result.report_options())
+        result.send_files()
 
 
 def _imply(given):

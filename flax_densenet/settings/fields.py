@@ -166,6 +166,7 @@ class TrainingSettings:
     on_nonfinite: str = 'stop'
     deterministic: bool = False
     tensorboard: bool = True
+    trackers: str = ''
     report: bool = True
 
 

@@ -240,6 +240,7 @@ class _Sweep:
                 save_samples=plots.save_samples,
             )
             finished.write(folder, **result.report_options())
+            result.send_files()
         records = run_folder.load_run(folder).records
         best = max(records, key=checkpoint_reader.rank)
         if best.get('test_mean_auroc') is not None:

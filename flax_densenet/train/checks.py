@@ -12,7 +12,7 @@ from flax_densenet.data.augment import mixing
 from flax_densenet.distributed import processes
 from flax_densenet.errors import UserError
 from flax_densenet.models import tta
-from flax_densenet.train import ema, feature_cache, training_run
+from flax_densenet.train import ema, feature_cache, trackers, training_run
 
 ON_NONFINITE = ('stop', 'skip')
 _HOW = ('fast', 'kernel', 'remat')  # of a model: how, not what is computed
@@ -134,6 +134,7 @@ def check_settings(settings: settings_lib.Settings):
     if min(preparation.normalization['std']) <= 0:
         raise UserError(f'data.std={preparation.std} must be above 0')
     _check_ranges(settings)
+    trackers.parse(train.trackers)
     mixing.from_settings(
         settings.augmentation,
         rows=settings.loader.batch_size // train.accumulate_steps,

@@ -40,6 +40,7 @@ from flax_densenet.train import (
     resume,
     sample_grid,
     tensorboard,
+    trackers,
     training_run,
 )
 
@@ -77,6 +78,11 @@ class FitResult:
             'threads': run.settings.loader.threads,
             'workers': run.settings.loader.workers,
         }
+
+    def send_files(self):
+        """Sends the report and the best checkpoint to `train.trackers`, if any."""
+        if self.trained:
+            trackers.send_files(self.run.workdir, *_tracking(self.run))
 
 
 def fit(
@@ -132,7 +138,10 @@ def fit(
             _write_run_files(run)
             announce.announce(run)
             run.features = training_run.cache_features(run, state)
-            with _open_board(run, int(state.step)) as shown:
+            with (
+                _open_board(run, int(state.step)) as shown,
+                trackers.open_trackers(workdir, *_tracking(run)) as tracked,
+            ):
                 every = checkpoint_writer.parse_every(
                     run.settings.train.checkpoint_every
                 )
@@ -146,7 +155,7 @@ def fit(
                     agreement.Agreement(run.mesh),
                     skipped=metadata.get('skipped_steps', 0),
                 )
-                _train(work, state, epochs_done, ends_after, save_samples)
+                _train(work, state, epochs_done, ends_after, save_samples, tracked)
         elif epochs_done < epochs:
             _LOGGER.info(
                 f'{workdir} has stopped {_describe_early_stop(run, records)}; '
@@ -173,7 +182,7 @@ def _lock(workdir):
     return lock.hold(workdir) if mesh.is_writer() else contextlib.nullcontext()
 
 
-def _train(work: loop.Loop, state, epochs_done, ends_after, save_samples):
+def _train(work: loop.Loop, state, epochs_done, ends_after, save_samples, tracked):
     """Takes the epochs that are left, adding the record of each to the others."""
     run, shown, records = work.run, work.shown, work.records
     epochs = run.settings.train.epochs
@@ -195,6 +204,7 @@ def _train(work: loop.Loop, state, epochs_done, ends_after, save_samples):
                 records.append(record)
                 # First, since a resumed run hides what comes after its checkpoint.
                 shown.add_epoch(record, max(records, key=checkpoint_reader.rank))
+                tracked.call('log', record['step'], trackers.metrics_of(record))
                 work.save_epoch(state)
                 _LOGGER.info(lines.line(records))
                 if work.agree(record['step'])[0]:
@@ -207,6 +217,12 @@ def _train(work: loop.Loop, state, epochs_done, ends_after, save_samples):
                 if ended:
                     break
         shown.add_end()
+
+
+def _tracking(run):
+    """Names of trackers, and what they are told of the settings."""
+    names = trackers.parse(run.settings.train.trackers) if mesh.is_writer() else []
+    return names, tensorboard.flatten(settings_lib.to_config(run.settings))
 
 
 def _open_board(run, start):

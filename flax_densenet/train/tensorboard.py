@@ -9,12 +9,13 @@ import contextlib
 import json
 import os
 import time
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 # Tag -> field of an epoch's record. What should be in one row of charts has one prefix.
-_SCALARS = {
+SCALARS = {
     'accuracy/train': 'train_accuracy',
     'accuracy/test': 'test_accuracy',
     'loss/train': 'train_loss',
@@ -91,7 +92,7 @@ class TensorBoardWriter:
         self._write(self._first, summary=summary.text('config', text))
         # With tensorboardX's list of the experiment TensorBoard would not look for
         # itself which fields differ.
-        _, start, _ = summary.hparams(_flatten(config), {})
+        _, start, _ = summary.hparams(flatten(config), {})
         self._write(self._first, summary=start)
 
     def add_picture(self, tag: str, path: str):
@@ -118,7 +119,7 @@ class TensorBoardWriter:
           best: the record of the best epoch.
         """
         step = record['step']
-        for tag, name in _SCALARS.items():
+        for tag, name in SCALARS.items():
             self._add(tag, record.get(name), step)
         for name, area in record.get('test_auroc', {}).items():
             self._add(f'auroc/{name}', area, step)
@@ -148,7 +149,7 @@ class TensorBoardWriter:
         self._events.flush()
 
 
-def _flatten(config):
+def flatten(config: dict[str, Any]) -> dict[str, Any]:
     """`{'section.field': value}` of values that hyperparameters can have."""
     flat = {}
     for section, fields in config.items():

@@ -1,0 +1,241 @@
+"""Trackers follow a run, take nothing from it when they fail, and are the real ones."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from flax_densenet import errors
+from flax_densenet.errors import UserError
+from flax_densenet.train import fit, tensorboard, trackers
+from helpers.runs import tiny_config
+
+CONFIG = {'train.epochs': 2, 'model.variant': 'densenet121', 'data.mean': '(0.5,)'}
+
+NAMES = ('wandb', 'mlflow', 'trackio')
+
+
+class Fake:
+    """A tracker that notes its calls; `fails` names a method that raises."""
+
+    calls: list
+    fails = ''
+
+    def __getattr__(self, name):
+        if name not in ('start', 'log', 'send', 'finish'):
+            raise AttributeError(name)
+
+        def call(*arguments):
+            self.calls.append((name, *arguments))
+            if name == self.fails:
+                raise ConnectionError('the network\nis down')
+            return 'run-1'
+
+        return call
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    monkeypatch.setattr(Fake, 'calls', [], raising=False)
+    monkeypatch.setitem(trackers.TRACKERS, 'wandb', Fake)
+    monkeypatch.setattr(
+        errors, 'is_installed', lambda *names: 'tensorboardX' not in names
+    )
+    return Fake
+
+
+def test_names(fake, monkeypatch):
+    assert trackers.parse(' wandb ,mlflow,wandb') == ['wandb', 'mlflow']
+    with pytest.raises(UserError, match='comet is not known; use some of wandb,mlflow'):
+        trackers.parse('wandb,comet')
+    monkeypatch.setattr(errors, 'is_installed', lambda *names: False)
+    with pytest.raises(UserError, match=r"pip install 'flax_densenet\[mlflow\]'"):
+        trackers.parse('mlflow')
+
+
+def test_a_run_is_followed_and_continued(fake, tmp_path):
+    config = tiny_config(**{'train.trackers': 'wandb', 'train.epochs': 1})
+    folder = tmp_path / 'digits'
+    result = fit.fit(config, str(folder))
+    names = [call[0] for call in fake.calls]
+    assert names == ['start', 'log', 'finish']
+    about, step, metrics = fake.calls[0][1], *fake.calls[1][1:]
+    assert (about.name, about.group, about.identity) == ('digits', '', None)
+    assert about.config['train.epochs'] == 1 and about.config['data.source'] == 'digits'
+    record = json.loads((folder / 'metrics.jsonl').read_text())
+    assert step == record['step'] and metrics['epoch'] == 1
+    assert metrics['accuracy/test'] == record['test_accuracy']
+    assert fake.calls[2] == ('finish', False)
+    fake.calls.clear()
+    result.send_files()
+    assert [call[0] for call in fake.calls] == ['start', 'send', 'finish']
+    assert fake.calls[0][1].identity == 'run-1'
+    files, best = fake.calls[1][1:]
+    assert {'config.json', 'metrics.jsonl'} <= set(map(os.path.basename, files))
+    assert os.path.isdir(best) and os.path.dirname(best) == str(folder / 'checkpoints')
+    fake.calls.clear()
+    dataclasses.replace(result, trained=False).send_files()  # they were sent before
+    assert not fake.calls
+
+
+@pytest.mark.parametrize('method', ['start', 'log', 'finish'])
+def test_failures_end_nothing(method, fake, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(fake, 'fails', method)
+    with trackers.open_trackers(str(tmp_path), ['wandb'], CONFIG) as tracked:
+        tracked.call('log', 1, {'a': 1.0})
+        tracked.call('log', 2, {'a': 1.0})
+    line = capfd.readouterr().out
+    assert line.count('warning: wandb failed (the network is down) and gets') == 1
+    counts = {'start': 1, 'log': 2, 'finish': 4}
+    assert len(fake.calls) == counts[method]
+
+
+def test_an_error_of_the_run_is_told(fake, tmp_path):
+    with (
+        pytest.raises(KeyError),
+        trackers.open_trackers(str(tmp_path), ['wandb'], CONFIG),
+    ):
+        raise KeyError
+    assert fake.calls[-1] == ('finish', True)
+
+
+def test_runs_of_a_sweep_are_grouped(fake, tmp_path):
+    folder = tmp_path / 'sweep' / 'trials' / '001' / 'seed0'
+    folder.mkdir(parents=True)
+    (tmp_path / 'sweep' / 'sweep.json').write_text('{}')
+    with trackers.open_trackers(str(folder), ['wandb'], CONFIG):
+        about = fake.calls[0][1]
+    assert (about.name, about.group) == ('trials/001/seed0', 'sweep')
+
+
+def test_metrics_have_the_names_of_tensorboard():
+    record = dict.fromkeys(tensorboard.SCALARS.values(), 0.5)
+    record |= {'epoch': 3, 'test_auroc': {'cat': 0.9}, 'memory_gib': None}
+    found = trackers.metrics_of(record)
+    assert found['auroc/cat'] == 0.9 and found['epoch'] == 3
+    assert found.keys() - {'auroc/cat', 'epoch'} == tensorboard.SCALARS.keys() - {
+        'speed/memory_gib'
+    }
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """The folder of a run of a sweep; the user's home is empty."""
+    folder = tmp_path / 'sweep' / 'trials' / '001' / 'seed0'
+    (folder / 'checkpoints' / '8').mkdir(parents=True)
+    (folder / 'checkpoints' / '8' / 'arrays.bin').write_bytes(b'arrays')
+    (folder / 'report.html').write_text('report')
+    (tmp_path / 'sweep' / 'sweep.json').write_text('{}')
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    (tmp_path / 'home').mkdir()
+    for name in ('WANDB_API_KEY', 'WANDB_MODE', 'MLFLOW_TRACKING_URI'):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+def follow(name, folder):
+    """Two stretches of a run, then its files."""
+    for step, loss in ((4, 1.5), (8, 0.5)):
+        with trackers.open_trackers(str(folder), [name], CONFIG) as tracked:
+            tracked.call('log', step, {'loss/test': loss})
+            assert tracked._trackers, 'it failed'
+    with trackers.open_trackers(str(folder), [name], CONFIG) as tracked:
+        tracked.call(
+            'send', [str(folder / 'report.html')], str(folder / 'checkpoints' / '8')
+        )
+        assert tracked._trackers, 'it failed'
+    return json.loads((folder / trackers.FILE).read_text())[name]
+
+
+def check_mlflow(client, identity):
+    found = client.get_run(identity)
+    assert found.info.status == 'FINISHED'
+    assert found.data.params == {k: str(v) for k, v in CONFIG.items()}
+    history = client.get_metric_history(identity, 'loss/test')
+    assert [(m.step, m.value) for m in history] == [(4, 1.5), (8, 0.5)]
+    assert {f.path for f in client.list_artifacts(identity)} == {'best', 'report.html'}
+    parent = client.get_run(found.data.tags['mlflow.parentRunId'])
+    assert parent.info.run_name == 'sweep'
+
+
+@pytest.mark.slow
+def test_mlflow_without_a_server(run, tmp_path):
+    mlflow = pytest.importorskip('mlflow')
+    identity = follow('mlflow', run)
+    client = mlflow.MlflowClient(tracking_uri=f'sqlite:///{tmp_path}/mlflow.db')
+    check_mlflow(client, identity)
+    kept = tmp_path / 'mlartifacts' / identity / 'artifacts' / 'best' / 'arrays.bin'
+    assert kept.read_bytes() == b'arrays'
+
+
+@pytest.mark.slow
+def test_mlflow_with_a_server(run, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip('mlflow')
+    port = 20000 + os.getpid() % 10000
+    address = f'http://127.0.0.1:{port}'
+    server = subprocess.Popen(
+        [
+            *(sys.executable, '-m', 'mlflow', 'server', '--port', str(port)),
+            *('--backend-store-uri', f'sqlite:///{tmp_path}/server.db'),
+            *('--artifacts-destination', str(tmp_path / 'server'), '--workers', '1'),
+        ],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        import requests
+
+        for _ in range(240):
+            try:
+                requests.get(f'{address}/health', timeout=2).raise_for_status()
+                break
+            except requests.RequestException:
+                time.sleep(0.5)
+        monkeypatch.setenv('MLFLOW_TRACKING_URI', address)
+        identity = follow('mlflow', run)
+        check_mlflow(mlflow.MlflowClient(tracking_uri=address), identity)
+        assert list((tmp_path / 'server').rglob('arrays.bin'))
+        assert not (tmp_path / 'mlflow.db').exists()
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.mark.slow
+def test_wandb_offline(run):
+    pytest.importorskip('wandb')
+    identity = follow('wandb', run)
+    stretches = sorted((run / 'wandb').glob(f'offline-run-*-{identity}'))
+    assert len(stretches) == 3
+    logs = [next(folder.glob('*.wandb')).read_bytes() for folder in stretches]
+    assert b'loss/test' in logs[0] and b'loss/test' in logs[1]
+    assert b'report.html' in logs[2] and b'arrays.bin' in logs[2]
+    assert b'sweep' in logs[0]
+
+
+@pytest.mark.slow
+def test_trackio_on_this_machine(run, tmp_path):
+    """In a process of its own, since Trackio finds its folder when it is imported."""
+    pytest.importorskip('trackio')
+    code = (
+        'import sys, pathlib; sys.path[:0] = sys.argv[2:]; '
+        'from tests.train import test_trackers as t; '
+        't.follow("trackio", pathlib.Path(sys.argv[1]))'
+    )
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, '-c', code, run, root, root / 'tests'],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    kept = list((tmp_path / 'home').rglob('arrays.bin'))
+    assert len(kept) == 1 and re.search('trackio', str(kept[0]))
+    assert list((tmp_path / 'home').rglob('report.html'))

@@ -132,14 +132,8 @@ def test_all_has_every_extra():
     """But for TensorFlow, the packages of tests, and trackers, which bring many."""
     extras = PROJECT['optional-dependencies']
     text = ' '.join(extras['all'])
-    for name in extras.keys() - {
-        'all',
-        'test',
-        'prepare',
-        'wandb',
-        'mlflow',
-        'trackio',
-    }:
+    apart = {'all', 'test', 'dev', 'prepare', 'wandb', 'mlflow', 'trackio'}
+    for name in extras.keys() - apart:
         assert name in text
     core = ' '.join(PROJECT['dependencies'])
     for name in ('matplotlib', 'jinja2', 'tensorboardX', 'optuna', 'onnx'):

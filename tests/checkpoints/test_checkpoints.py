@@ -58,6 +58,8 @@ def test_no_checkpoint(tmp_path):
     assert not checkpoint_reader.has_checkpoint(str(tmp_path))
     with pytest.raises(UserError, match='holds no checkpoint; train there first'):
         checkpoint_reader.find_step(str(tmp_path), 'best')
+    with pytest.raises(UserError, match='no checkpoint: there is no such file or fold'):
+        checkpoint_reader.find_step(str(tmp_path / 'birds.pth'), 'best')
 
 
 def test_an_unfinished_checkpoint_is_none(workdir):
@@ -67,5 +69,5 @@ def test_an_unfinished_checkpoint_is_none(workdir):
 
 def test_unreadable_metadata(workdir):
     (workdir / 'checkpoints' / '50' / 'metadata' / 'metadata').write_text('{"numb')
-    with pytest.raises(UserError, match='checkpoints/50 is not whole'):
+    with pytest.raises(UserError, match='checkpoints/50 is not intact'):
         checkpoint_reader.load_json(str(workdir), 50, 'metadata')

@@ -305,8 +305,14 @@ def test_predict(main, weights, tmp_path):
     files = [f'--files={photos}', f'--files={photos}/*/000.jpg', '--files=none.jpg']
     places = [f'--explain={tmp_path}/pictures', f'--features={tmp_path}/f.npz']
     done = main(*model, *files, '--out', tmp_path / 'x.csv', '--top=2', *places)
-    last = '2 of 11 files could not be read, and features are of the others\n'
-    assert done == (1, '', last)
+    assert done[:2] == (1, '')
+    assert done[2].splitlines() == [
+        '9 images: 9 class 2',
+        '2 of 11 files could not be read, and features are of the others',
+        f'predictions: {tmp_path}/x.csv',
+        f'heat maps: {tmp_path}/pictures',
+        f'features: {tmp_path}/f.npz',
+    ]
     with open(tmp_path / 'x.csv', newline='', errors='surrogateescape') as file:
         rows = list(csv.DictReader(file))
     names = [*(f'a/00{n}.jpg' for n in range(3)), 'b/000.jpg', 'b/001.jpg', 'bad.jpg']
@@ -335,7 +341,8 @@ def test_predict(main, weights, tmp_path):
     done = main(
         *model, alone, f'--files={photos}/**/0*.jpg', place, '--explain_class=class 1'
     )
-    assert done[0] == 0 and done[2] == ''
+    assert done[0] == 0
+    assert done[2] == f'5 images: 5 class 2\nheat maps: {photos}/a/why\n'
     assert done[1].split()[:3] == ['path', 'class', 'prob.']
     assert len(done[1].splitlines()) == 1 + 5 * 3
     assert len(list((photos / 'a/why').iterdir())) == 5
@@ -367,7 +374,7 @@ def test_predict(main, weights, tmp_path):
         (['--files=x', '--config.init_from=none'], 'init_from=none: there is no such'),
         (
             ['--files=x', '--config.init_from='],
-            'holds no checkpoint; train',
+            'holds no checkpoint: there is no such file',
         ),
         (
             ['--files=x', '--explain={}/new', '--explain_class=claas 2'],

@@ -33,7 +33,7 @@ def run(invocation: options.Invocation):
 
 def _report_on_run(invocation, workdir):
     from flax_densenet.evaluation import precisions
-    from flax_densenet.report import page
+    from flax_densenet.report import figures, page
 
     trained, path, settings = trained_model.load(invocation, workdir)
     trained, source, found, trained_on = precisions.of_data(
@@ -43,6 +43,10 @@ def _report_on_run(invocation, workdir):
         workdir, trained, source, found, trained_on=trained_on, weights=path
     )
     print(f'{path}: open it in a browser')
+    folder = invocation.path('figures')
+    if folder and processes.is_first():
+        names = figures.save(folder, workdir, found)
+        print(f'{folder}: {", ".join(names)}')
 
 
 def _place(positionals):
@@ -63,6 +67,7 @@ COMMAND = options.Command(
     ),
     examples=(
         ('the report of one run', 'report ckpt/birds'),
+        ('figures for a paper', 'report ckpt/birds --figures=figures'),
         ('compare runs', 'report ckpt/a ckpt/b --out=compare.html'),
     ),
     flags={
@@ -84,6 +89,12 @@ COMMAND = options.Command(
                 'File of the page that compares several runs.',
                 value='FILE',
                 default_text='compare.html in the folder of the runs',
+            ),
+            options.Flag(
+                'figures',
+                'Folder for figures of one run for a paper, SVG and PDF: curves, '
+                'confusion matrix, ROC curves and reliability diagram.',
+                value='FOLDER',
             ),
         ),
     }

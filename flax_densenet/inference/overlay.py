@@ -1,12 +1,12 @@
 """Draws class activation maps over their images."""
 
 import functools
-import os
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from flax_densenet.data import bands, deep_picture
+from flax_densenet.system import fonts
 
 # From purple over magenta to nearly white: hues that are rare in photographs, of rising
 # brightness, so that they can be told apart without color.
@@ -83,7 +83,7 @@ def picture(image: np.ndarray, cam: np.ndarray, caption: str) -> Image.Image:
     large = image.repeat(times, 0).repeat(times, 1)
     height, width = large.shape[:2]
     page = Image.new('RGB', (2 * width + _GAP, height + _STRIP), 'white')
-    font = _font()
+    font = _font(caption)
     while caption and font.getlength(caption) > page.width - 2 * _GAP:
         caption = caption.removesuffix('…')[:-1] + '…' if len(caption) > 1 else ''
     ImageDraw.Draw(page).text((_GAP, _STRIP / 2), caption, 'black', font, anchor='lm')
@@ -93,15 +93,14 @@ def picture(image: np.ndarray, cam: np.ndarray, caption: str) -> Image.Image:
     return page
 
 
-@functools.cache
-def _font():
-    """DejaVu Sans of matplotlib if installed; Pillow's font has only basic letters."""
+@functools.lru_cache(256)
+def _font(text):
+    """A font with the letters of a text; without matplotlib only basic letters."""
     try:
-        import matplotlib  # takes 0.2 s, and is only needed for pictures
+        path, number = fonts.best_file(text)  # 0.2 s, and only needed for pictures
     except ImportError:
         return ImageFont.load_default(_LETTERS)
-    path = os.path.join(matplotlib.get_data_path(), 'fonts', 'ttf', 'DejaVuSans.ttf')
-    return ImageFont.truetype(path, _LETTERS)
+    return ImageFont.truetype(path, _LETTERS, index=number)
 
 
 def layer(cam: np.ndarray, shape: tuple[int, int], *, strength: float = 0.7):

@@ -9,52 +9,55 @@ import numpy as np
 from flax_densenet import errors
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.data import bands
-from flax_densenet.system import atomic
+from flax_densenet.system import atomic, fonts
 from flax_densenet.weights import trained
 
 RATES_FILE = 'lr_find.png'
-_TRAIN, _TEST, _BEST = '#1f77b4', '#d95f02', '#555555'
+TRAIN, TEST, _BEST = '#1f77b4', '#d95f02', '#555555'
 
 
-def _new_figure(width, height):
+def new_figure(width: float, height: float):
+    """An empty matplotlib figure, in inches, whose parts make room for each other."""
     with errors.extra('report', 'a plot'):  # 0.5 s, and only where one is made
         from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout='constrained')
 
 
-def plot_curves(records):
+def plot_curves(records, *, size: tuple[float, float] = (11, 4.2)):
     """Accuracy and loss by epoch, training and test, the best epoch marked.
 
     Args:
       records: the lines of `metrics.jsonl`, in their order.
+      size: of the figure in inches.
 
     Returns:
       A matplotlib figure of two panels side by side.
     """
-    figure = _new_figure(11, 4.2)
+    figure = new_figure(*size)
     best = max(records, key=checkpoint_reader.rank)
     epochs = [record['epoch'] for record in records]
     panels = zip(figure.subplots(1, 2), ('accuracy', 'loss'), (100, 1), strict=True)
     for axes, name, scale in panels:
-        for part, color in (('train', _TRAIN), ('test', _TEST)):
-            values = [record[f'{part}_{name}'] * scale for record in records]
+        for part, color in (('training', TRAIN), ('test', TEST)):
+            key = {'training': 'train'}.get(part, part)
+            values = [record[f'{key}_{name}'] * scale for record in records]
             axes.plot(epochs, values, color=color, marker='o', markersize=3, label=part)
         value = best[f'test_{name}'] * scale
-        text = f'{value:.1f} %' if name == 'accuracy' else f'{value:.3f}'
+        text = f'{value:.1f}%' if name == 'accuracy' else f'{value:.3f}'
         axes.axvline(best['epoch'], color=_BEST, linestyle=':', linewidth=1)
         axes.plot(
             [best['epoch']],
             [value],
             marker='*',
             markersize=14,
-            color=_TEST,
+            color=TEST,
             linestyle='none',
             label=f'best epoch ({best["epoch"]}): test {text}',
         )
         axes.set_title(name.capitalize())
-        axes.set_xlabel('epoch')
-        axes.set_ylabel('accuracy, %' if name == 'accuracy' else 'cross-entropy')
+        axes.set_xlabel('Epoch')
+        axes.set_ylabel('Accuracy, %' if name == 'accuracy' else 'Cross-entropy, nats')
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend()
@@ -82,14 +85,14 @@ def plot_rates(rates, losses, means, suggestion):
       rates, losses, means: `[steps]` each; the loss of a step and its running mean.
       suggestion: a learning rate, or None.
     """
-    figure = _new_figure(7, 4.2)
+    figure = new_figure(7, 4.2)
     axes = figure.subplots()
-    axes.plot(rates, losses, color=_TRAIN, alpha=0.35, linewidth=1, label='loss')
-    axes.plot(rates, means, color=_TRAIN, label='mean')
+    axes.plot(rates, losses, color=TRAIN, alpha=0.35, linewidth=1, label='loss')
+    axes.plot(rates, means, color=TRAIN, label='mean')
     if suggestion is not None:
         axes.axvline(
             suggestion,
-            color=_TEST,
+            color=TEST,
             linestyle='--',
             label=f'suggested: {suggestion:g}',
         )
@@ -109,13 +112,13 @@ def plot_samples(images, titles, *, columns: int = 8, heading: str = ''):
     """A grid of images uint8 `[N, H, W, 3]`, each with its title."""
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    figure = _new_figure(1.5 * columns, 1.75 * rows)
+    figure = new_figure(1.5 * columns, 1.75 * rows)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid:
         axes.axis('off')
     for axes, image, title in zip(grid, images, titles, strict=False):
         axes.imshow(image, interpolation='nearest')
-        lines = '\n'.join(map(_clip, title.split('\n')))
+        lines = '\n'.join(map(clip, title.split('\n')))
         axes.set_title(lines, fontsize=9, parse_math=False)
     if heading:
         figure.suptitle(heading, fontsize=10, parse_math=False)
@@ -140,14 +143,15 @@ def mixed_title(label, partner, weight, class_names) -> str:
     text = f'{names[0]}{shares[0]} + {names[1]}{shares[1]}'
     if len(text) <= _TITLE:
         return text
-    first = _clip(names[0], _TITLE - len(shares[0])) + shares[0]
-    return f'{first}\n+ {_clip(names[1], _TITLE - 2 - len(shares[1]))}{shares[1]}'
+    first = clip(names[0], _TITLE - len(shares[0])) + shares[0]
+    return f'{first}\n+ {clip(names[1], _TITLE - 2 - len(shares[1]))}{shares[1]}'
 
 
 _TITLE = 18  # letters over an image
 
 
-def _clip(title, most=_TITLE):
+def clip(title: str, most: int = _TITLE) -> str:
+    """A name of at most so many letters."""
     return title if len(title) <= most else title[: most - 1] + '…'
 
 
@@ -170,12 +174,20 @@ def save_samples(
     if heading:
         heading = f'training images of the first step as the model sees them: {heading}'
         heading = textwrap.fill(heading, 90)
-    with warnings.catch_warnings():
-        # Letters that the font lacks show as boxes; a warning for each helps nobody.
+    with fonts_for([*titles, heading]), warnings.catch_warnings():
+        # Letters that no font has show as boxes; a warning for each helps nobody.
         warnings.filterwarnings('ignore', message='Glyph', category=UserWarning)
         figure = plot_samples(images, titles, heading=heading)
         with atomic.replacing(os.path.join(workdir, 'samples.png'), 'wb') as file:
             figure.savefig(file, format='png', dpi=110)
+
+
+def fonts_for(texts):
+    """A context in which matplotlib has fonts for all letters."""
+    with errors.extra('report', 'a plot'):
+        import matplotlib as mpl
+
+    return mpl.rc_context({'font.family': fonts.families(texts)})
 
 
 def _titles(batch, class_names):

@@ -108,7 +108,7 @@ def test_captions_without_matplotlib(monkeypatch):
     hide(monkeypatch, 'matplotlib')
     overlay._font.cache_clear()
     try:
-        assert overlay._font().getlength('ants 76.1%') > 0
+        assert overlay._font('ants').getlength('ants 76.1%') > 0
     finally:
         overlay._font.cache_clear()
 

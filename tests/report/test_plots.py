@@ -27,7 +27,7 @@ def test_curves():
     assert [axes.get_title() for axes in figure.axes] == ['Accuracy', 'Loss']
     lines = {line.get_label(): line for line in accuracy.get_lines()}
     np.testing.assert_allclose(lines['test'].get_ydata(), [50, 80, 60])
-    best = lines['best epoch (2): test 80.0 %']
+    best = lines['best epoch (2): test 80.0%']
     assert (best.get_xdata(), best.get_ydata()) == ([2], [80])
     assert any('best epoch (2)' in line.get_label() for line in loss.get_lines())
 

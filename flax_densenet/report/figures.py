@@ -1,0 +1,183 @@
+"""Figures for papers: curves, confusion matrix, ROC and reliability as SVG and PDF.
+
+One column wide, with fonts that have the letters of the classes' names.
+"""
+
+import os
+
+import numpy as np
+
+from flax_densenet import errors
+from flax_densenet.checkpoints import run_folder
+from flax_densenet.errors import UserError
+from flax_densenet.evaluation import metrics as metrics_lib
+from flax_densenet.report import plots, render
+from flax_densenet.system import atomic, fonts
+
+ENDINGS = ('svg', 'pdf')
+_COLUMN = 3.5  # inches, of two on a page
+_NAMED = 30  # classes; a larger matrix has no room for their names
+_CURVES = 8  # ROC curves with a color; of more classes the mean alone
+
+
+def save(folder: str, workdir: str, found) -> list[str]:
+    """Writes all figures of a run.
+
+    Args:
+      folder: made where absent.
+      workdir: of the run, for its curves; they are left out if it was not trained here.
+      found: an `evaluation.results.Results`.
+
+    Returns:
+      Names of the files.
+
+    Raises:
+      UserError: the folder cannot be written.
+      MissingExtraError: matplotlib is not installed.
+    """
+    with errors.extra('report', '--figures'):
+        import matplotlib as mpl
+
+    records = run_folder.load_run(workdir).records
+    # Text stays text, to be edited and found; fonts go into the PDF whole.
+    options = {
+        'font.family': fonts.families(found.class_names),
+        'font.size': 8,
+        'svg.fonttype': 'none',
+        'pdf.fonttype': 42,
+        'axes.spines.top': False,
+        'axes.spines.right': False,
+    }
+    names = []
+    with mpl.rc_context(options):
+        made = {'curves': plots.plot_curves(records, size=(7, 2.8))} if records else {}
+        if not found.multi_label:
+            made['confusion'] = plot_confusion(found)
+        made['roc'] = plot_roc(found)
+        if found.metrics['calibration']:
+            made['reliability'] = plot_reliability(found.metrics['calibration'])
+        for name, figure in made.items():
+            for ending in ENDINGS:
+                _save(figure, os.path.join(folder, f'{name}.{ending}'))
+                names.append(f'{name}.{ending}')
+    return names
+
+
+def _save(figure, path):
+    try:
+        os.makedirs(os.path.dirname(path) or '.', exist_ok=True)
+        with atomic.replacing(path, 'wb') as file:
+            # No date, so that the same run gives the same bytes.
+            key = 'Date' if path.endswith('svg') else 'CreationDate'
+            figure.savefig(file, format=path[-3:], metadata={key: None})
+    except OSError as error:
+        raise UserError(f'{path} cannot be written ({error.strerror})') from error
+
+
+def plot_confusion(found):
+    """Confusion matrix, shares of each row; counts in the cells where they fit."""
+    names = found.class_names
+    count = len(names)
+    matrix = metrics_lib.confusion(found.labels, found.predicted, count).toarray()
+    shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
+    short = [plots.clip(name, 24) for name in names]
+    # Room for each name: nothing overlaps.
+    side = max(_COLUMN, 0.2 * count + 0.075 * max(map(len, short)) + 1.1)
+    figure = plots.new_figure(*((side, side) if count <= _NAMED else (5, 5)))
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap='Blues', vmin=0, vmax=1)
+    bar = figure.colorbar(image, ax=axes, shrink=0.7, label='Share of the actual class')
+    bar.outline.set_visible(False)
+    axes.set_xlabel('Predicted class')
+    axes.set_ylabel('Actual class')
+    if count <= _NAMED:
+        flat = max(map(len, short)) * count <= 24
+        axes.set_xticks(
+            range(count), short, rotation=0 if flat else 90, parse_math=False, size=8
+        )
+        axes.set_yticks(range(count), short, parse_math=False, size=8)
+        size = 8 if count <= 10 else 5
+        for row, column in zip(*np.nonzero(matrix), strict=True):
+            color = 'white' if shares[row, column] > 0.55 else 'black'
+            text = str(matrix[row, column])
+            axes.text(
+                *(column, row, text), ha='center', va='center', color=color, size=size
+            )
+    return figure
+
+
+def plot_roc(found):
+    """ROC curves of the classes; of many, their mean over false positive rates."""
+    figure = plots.new_figure(_COLUMN, _COLUMN)
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], color='gray', linestyle=':', linewidth=1)
+    curves = [row for row in map(_curve, *_columns(found)) if row]
+    grid = np.linspace(0, 1, 400)
+    for name, false, true, area in curves:
+        if len(curves) <= _CURVES:
+            axes.plot(false, true, label=f'{plots.clip(name, 24)} ({area:.3f})')
+        else:
+            axes.plot(false, true, color='lightgray', linewidth=0.5)
+    if len(curves) > _CURVES:
+        mean = np.mean(
+            [np.interp(grid, false, true) for _, false, true, _ in curves], 0
+        )
+        area = np.mean([area for *_, area in curves])
+        label = f'mean of {len(curves)} classes ({area:.3f})'
+        axes.plot([0, *grid], [0, *mean], color=plots.TEST, label=label)
+    axes.set_xlabel('False positive rate')
+    axes.set_ylabel('True positive rate')
+    axes.set_aspect('equal')
+    if curves:
+        legend = figure.legend(
+            loc='outside lower center', ncols=2, frameon=False, fontsize=7
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    return figure
+
+
+def _columns(found):
+    names, count = found.class_names, len(found.class_names)
+    if found.multi_label:
+        labels = list(found.labels.T)
+    else:
+        labels = [np.where(found.labels == c, 1.0, 0.0) for c in range(count)]
+    return names, labels, list(found.probabilities.T)
+
+
+def _curve(name, labels, probabilities):
+    known = ~np.isnan(labels)
+    true = labels[known] > 0.5
+    curve = metrics_lib.roc(true, probabilities[known])
+    if curve is None:
+        return None
+    area = metrics_lib.area(true, probabilities[known])
+    return name, curve['false_positive_rate'], curve['true_positive_rate'], area
+
+
+def plot_reliability(calibration):
+    """Accuracy over confidence, with the number of images in each bin below."""
+    figure = plots.new_figure(_COLUMN, 3.9)
+    axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    axes.plot([0, 1], [0, 1], color='gray', linestyle=':', linewidth=1)
+    bins = [row for row in calibration['before']['bins'] if row['count']]
+    error = render.percent(calibration['before']['error'])
+    axes.plot(
+        [row['confidence'] for row in bins],
+        [row['accuracy'] for row in bins],
+        marker='o',
+        markersize=3,
+        color=plots.TEST,
+        label=f'calibration error {error}',
+    )
+    axes.set_ylabel('Accuracy')
+    axes.set_ylim(0, 1.02)
+    axes.legend(frameon=False)
+    number = len(calibration['before']['bins'])
+    edges = np.linspace(0, 1, number + 1)
+    heights = [row['count'] for row in calibration['before']['bins']]
+    counts.bar(edges[:-1], heights, width=1 / number, align='edge', color='darkgray')
+    counts.set_xlabel('Confidence')
+    counts.set_ylabel('Images')
+    return figure

@@ -282,7 +282,10 @@ def _decode(dataset):
         raise dicom_display.refuse('color without three samples a pixel')
     if bits == 8:
         return values.astype(np.uint8)
-    shown = values.astype(np.float64) * (255 / (2**bits - 1))
+    if bits <= 16:
+        shown = np.rint(np.arange(2**bits) * (255 / (2**bits - 1))).astype(np.uint8)
+        return shown[np.clip(values, 0, 2**bits - 1)]
+    shown = values.astype(np.float32) * np.float32(255 / (2**bits - 1))
     return np.clip(np.rint(shown), 0, 255).astype(np.uint8)
 
 
@@ -323,7 +326,10 @@ def _to_unit(values, dataset):
     slope, intercept = dicom_display.find_scale(dataset)
     if (slope, intercept) == (1, 0):
         return values.astype(np.float32)
-    return (values.astype(np.float64) * slope + intercept).astype(np.float32)
+    values = values.astype(np.float32)
+    values *= slope
+    values += intercept
+    return values
 
 
 def _check_frame(dataset):

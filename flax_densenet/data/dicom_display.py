@@ -38,7 +38,7 @@ class Display:
         self, values: np.ndarray, window: tuple[float, float] | None = None
     ) -> np.ndarray:
         """float32 from 0 (black) to 1 (white); a window comes before the file's."""
-        values = np.nan_to_num(values.astype(np.float64))
+        values = np.nan_to_num(values.astype(np.float32))
         if window is not None:
             shown = (values - window[0]) / (window[1] - window[0])
         elif self.table is not None:

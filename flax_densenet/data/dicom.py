@@ -148,8 +148,6 @@ def _write(dataset):
 
     made = dataset_lib.Dataset()
     for element in dataset:
-        if element.keyword not in _KEYWORDS:
-            continue
         if element.VR == 'SQ':
             for item in element.value:
                 for inside in [x for x in item if x.keyword not in _KEYWORDS]:

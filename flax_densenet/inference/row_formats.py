@@ -23,7 +23,11 @@ _NUMBER = 6
 
 
 def _make_table(out, class_names, top, value='probability'):
-    """A table with a line per image: the likeliest class, then the next ones."""
+    """A table with a line per image: the likeliest class, then the next ones.
+
+    On a terminal, long texts are cut off to fit its line; files and pipes get them all.
+    """
+    clip_start, clip_end = (_clip_start, _clip_end) if out.isatty() else (_all, _all)
     names = [printable(name) for name in class_names]
     wide = min(max(_width(name) for name in [*names, 'class']), _CLASS)
     next_wide = _NEXT + 2 if top > 1 else 0
@@ -33,18 +37,18 @@ def _make_table(out, class_names, top, value='probability'):
     out.write(head + '  next\n' * (top > 1) + '\n' * (top == 1))
 
     def write(prediction: Prediction):
-        path = _pad(_clip_start(printable(prediction.path), path_wide), path_wide)
+        path = _pad(clip_start(printable(prediction.path), path_wide), path_wide)
         if prediction.error:
             out.write(f'{path}  error: {printable(prediction.error)}\n')
             return
         best, *others = prediction.top(top)
-        name = _pad(_clip_end(printable(best.class_name), wide), wide)
+        name = _pad(clip_end(printable(best.class_name), wide), wide)
         line = f'{path}  {name}  {show(best.probability):>{_NUMBER}}'
         if others:
             rest = ', '.join(
                 f'{printable(one.class_name)} {show(one.probability)}' for one in others
             )
-            line += f'  {_clip_end(rest, _NEXT)}'
+            line += f'  {clip_end(rest, _NEXT)}'
         out.write(line + '\n')
 
     return write
@@ -114,6 +118,10 @@ def _width(text):
 
 def _pad(text, width):
     return text + ' ' * (width - _width(text))
+
+
+def _all(text, width):
+    return text
 
 
 def _clip_end(text, width):

@@ -25,8 +25,9 @@ def predicted(path, probabilities=(0.25, 0.7, 0.05), **fields):
     return Prediction(path, values, class_names=NAMES, **fields)
 
 
-def written(form, found, top=2, names=NAMES):
+def written(form, found, top=2, names=NAMES, *, screen=True):
     out = io.StringIO()
+    out.isatty = lambda: screen
     write = row_formats.FORMATS[form](out, names, top)
     for one in found:
         write(one)
@@ -104,6 +105,14 @@ def test_the_table_is_aligned():
     long = Prediction('p', np.array([1, 0, 0], 'f4'), class_names=names)
     head, line = written('table', [long], 1, names).splitlines()
     assert len(head) == len(line) == 80 and 'x' * 27 + '…  100.0%' in line
+
+
+def test_a_table_for_a_file_or_a_pipe_is_not_cut():
+    path = '/long' * 40 + '/end.jpg'
+    names = ('x' * 50, 'y' * 40, 'z')
+    long = Prediction(path, np.array([0.7, 0.3, 0], 'f4'), class_names=names)
+    _, line = written('table', [long], 2, names, screen=False).splitlines()
+    assert line.split() == [path, names[0], '70.0%', names[1], '30.0%']
 
 
 @pytest.mark.parametrize('ending', feature_files.ENDINGS)

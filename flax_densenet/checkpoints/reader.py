@@ -149,8 +149,8 @@ def _none_left(workdir):
     if not os.path.exists(workdir):
         return UserError(
             f'--workdir={workdir} holds no checkpoint: there is no such file or '
-            'folder; train there first, or name a run, a file of weights, or published weights '
-            '(the command weights lists them)'
+            'folder; train there first, or name a run, a file of weights, or published '
+            'weights (the command weights lists them)'
         )
     found = find_all(workdir)
     if not found:

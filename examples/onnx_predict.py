@@ -32,7 +32,8 @@ def prepare(file, meta):
     image = image.convert('RGB')
     if meta['resize'] == 'crop':  # a part in the middle, else the whole image
         limit = int(whole[0] * image.height < whole[1] * image.width)
-        shape = [int(whole[limit] * n / image.size[limit]) for n in image.size]
+        to_whole = int if whole[0] == whole[1] else round
+        shape = [to_whole(whole[limit] * n / image.size[limit]) for n in image.size]
         start = [round((n - m) / 2) for n, m in zip(shape, size, strict=True)]
         scale = [n / m for n, m in zip(image.size, shape, strict=True)]
         ends = start + [n + m for n, m in zip(start, size, strict=True)]

@@ -102,12 +102,14 @@ class Preparation:
         filter_, size = INTERPOLATIONS[self.interpolation], self.shape[::-1]
         if self.resize == 'stretch':
             return image.resize(size, filter_)
-        # Rounds like torchvision's Resize and CenterCrop: the side that limits (of a
+        # Rounds like Resize and CenterCrop of torchvision: the side that limits (of a
         # square the shorter one) to an integer, the other one down, the offset to the
-        # nearest even number.
+        # nearest even number. If `size` is not square, timm's ResizeKeepRatio rounds
+        # the other one.
         enough = self.decode_shape()[::-1]
         limit = int(enough[0] * image.height < enough[1] * image.width)
-        shape = [int(enough[limit] * n / image.size[limit]) for n in image.size]
+        to_whole = int if enough[0] == enough[1] else round
+        shape = [to_whole(enough[limit] * n / image.size[limit]) for n in image.size]
         left, top = (round((n - m) / 2) for n, m in zip(shape, size, strict=True))
         # Only the part that is kept is computed.
         scale = [n / m for n, m in zip(image.size, shape, strict=True)]

@@ -24,7 +24,7 @@ def test_crop_covers_the_shape_and_cuts_the_center(shape, fraction):
     image, size = smooth(*shape), (64, 32)
     large = [int(n / fraction) for n in size]
     ratio = min(shape[0] / large[0], shape[1] / large[1])
-    height, width = (int(n / ratio + 1e-9) for n in shape)
+    height, width = (round(n / ratio) for n in shape)
     whole = image.resize((width, height), Image.Resampling.BILINEAR)
     left, top = round((width - 32) / 2), round((height - 64) / 2)
     wanted = np.asarray(whole.crop((left, top, left + 32, top + 64)), int)

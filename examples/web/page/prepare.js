@@ -28,7 +28,8 @@ export function findBox(width, height, model) {
   const whole = wanted.map((n) => Math.trunc(n / cropFraction));
   const limit = whole[0] * height < whole[1] * width ? 1 : 0;
   const parts = sides.map((n, i) => {
-    const shape = Math.trunc((whole[limit] * n) / sides[limit]);
+    const exact = (whole[limit] * n) / sides[limit];
+    const shape = whole[0] === whole[1] ? Math.trunc(exact) : roundToEven(exact);
     const start = roundToEven((shape - wanted[i]) / 2);
     return { start, end: start + wanted[i], scale: n / shape };
   });

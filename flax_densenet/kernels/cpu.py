@@ -58,6 +58,10 @@ _BFLOAT16 = (
         'cpu_bf16_inference.cc',
         ('DenseBlockForwardPackedBfloat16', 'StemForwardPackedBfloat16'),
     ),
+    _Part(
+        'cpu_bf16_training.cc',
+        ('DenseBlockForwardTrainBfloat16', 'DenseBlockBackwardBfloat16'),
+    ),
 )
 # How bfloat16 is multiplied, in the order of `Path` in cpu_bf16.h; see `bfloat16_path`.
 BFLOAT16_PATHS = ('amx', 'avx512', 'portable', 'emulated')
@@ -153,6 +157,18 @@ def bfloat16_path(path: str | None = None) -> str:
     if used == {-1}:
         raise ValueError(f'this processor has no {path}')
     return BFLOAT16_PATHS[used.pop()]
+
+
+def why_bfloat16_is_slow() -> str | None:
+    """Why the kernels in bfloat16 are no faster than in float32; None if they are."""
+    if reason := load('bfloat16'):
+        return reason
+    path = bfloat16_path()
+    if path == 'avx512' and vendor() == 'GenuineIntel':
+        return "this processor's AVX512-BF16 is no faster than float32"
+    if path not in ('amx', 'avx512'):
+        return 'this processor has no instructions for it (AMX or AVX512-BF16)'
+    return None
 
 
 def _build(part):

@@ -16,6 +16,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -286,6 +287,39 @@ void multiply_portable(const Product& p) {
   }
 }
 
+// ---- what inference and training share
+
+template <class T>
+T* room(std::vector<T>& scratch, size_t n) {
+  if (scratch.size() < n) scratch.resize(n);
+  return scratch.data();
+}
+
+// Weights [steps][columns / 32][2][TILE], in panels of two tiles, the last one of one
+// where that is enough.
+struct Weights {
+  const bf16* data;
+  int steps, tiles;
+  int panels() const { return (tiles + 1) / 2; }
+  int tiles_of(int panel) const { return std::min(2, tiles - 2 * panel); }
+  const bf16* panel(int i) const { return data + (size_t)i * 2 * steps * TILE; }
+};
+
+// relu(x * a + b) of one chunk of `n` pixels.
+FD_INLINE void normalize(const bf16* x, int n, const float* a, const float* b, bf16* y) {
+  const F a0 = load(a), a1 = load(a + 16), b0 = load(b), b1 = load(b + 16);
+  for (int i = 0; i < n; ++i, x += DEPTH, y += DEPTH)
+    store(y, relu(narrow(widen(x) * a0 + b0, widen(x + 16) * a1 + b1)));
+}
+
+inline void store_part(bf16* to, S v, int n) {
+  if (n >= DEPTH) {
+    store(to, v);
+  } else {
+    std::memcpy(to, &v, sizeof(bf16) * n);
+  }
+}
+
 // ---- which path
 
 enum Path { AMX, AVX512, PORTABLE, EMULATED, PATHS };
@@ -375,5 +409,15 @@ struct TileConfig {
 };
 
 }  // namespace
+
+// The path in use; -1 where the processor lacks the one that is asked for by number.
+#define FLAX_DENSENET_BFLOAT16_PATH                      \
+  extern "C" int flax_densenet_bfloat16_path(int path) { \
+    if (path >= 0) {                                     \
+      if (path >= PATHS || !has_path(path)) return -1;   \
+      current_path() = path;                             \
+    }                                                    \
+    return current_path();                               \
+  }
 
 #endif  // FLAX_DENSENET_CPU_BF16_H_

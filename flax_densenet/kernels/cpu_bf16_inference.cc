@@ -23,22 +23,6 @@ constexpr int PT = 2 * ROWS;           // pixels of a product
 constexpr int64_t BAND = 192 * 1024;   // bytes of a padded band
 constexpr int64_t TURN = 1024 * 1024;  // bytes of the features of one turn
 
-template <class T>
-T* room(std::vector<T>& scratch, size_t n) {
-  if (scratch.size() < n) scratch.resize(n);
-  return scratch.data();
-}
-
-// Weights [steps][columns / 32][2][TILE], in panels of two tiles, the last one of one
-// where that is enough.
-struct Weights {
-  const bf16* data;
-  int steps, tiles;
-  int panels() const { return (tiles + 1) / 2; }
-  int tiles_of(int panel) const { return std::min(2, tiles - 2 * panel); }
-  const bf16* panel(int i) const { return data + (size_t)i * 2 * steps * TILE; }
-};
-
 // Reads what packed_bfloat16.py wrote.
 struct Packed {
   const float* vectors;
@@ -82,13 +66,6 @@ struct Scratch {
   std::vector<int32_t> chunk_steps, tap_steps, place;
   alignas(64) float sums[PT * 2 * COLUMNS];
 };
-
-// relu(x * a + b) of one chunk of `n` pixels.
-FD_INLINE void normalize(const bf16* x, int n, const float* a, const float* b, bf16* y) {
-  const F a0 = load(a), a1 = load(a + 16), b0 = load(b), b1 = load(b + 16);
-  for (int i = 0; i < n; ++i, x += DEPTH, y += DEPTH)
-    store(y, relu(narrow(widen(x) * a0 + b0, widen(x + 16) * a1 + b1)));
-}
 
 // The band's place of each pixel of `images` images of `rows` rows, from row -1 on.
 void set_places(const Block& s, int images, int rows, Scratch& t) {
@@ -228,14 +205,6 @@ void clear(const Block& s, bf16* X, int length) {
 // [pixels, C0] to chunks.
 void copy_input(const Block& s, const bf16* x, int n, bf16* X, int length) {
   for (int i = 0; i < n; ++i, x += s.C0) scatter(x, s.C0, 0, X, length, i);
-}
-
-void store_part(bf16* to, S v, int n) {
-  if (n >= DEPTH) {
-    store(to, v);
-  } else {
-    std::memcpy(to, &v, sizeof(bf16) * n);
-  }
 }
 
 // The last norm of the pixels p to `last`: out [pixels, Ct].
@@ -566,11 +535,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(StemForwardPackedBfloat16, StemPacked,
                                   .Arg<BF>()
                                   .Ret<BF>());
 
-// The path in use; -1 where the processor lacks the one that is asked for by number.
-extern "C" int flax_densenet_bfloat16_path(int path) {
-  if (path >= 0) {
-    if (path >= PATHS || !has_path(path)) return -1;
-    current_path() = path;
-  }
-  return current_path();
-}
+FLAX_DENSENET_BFLOAT16_PATH

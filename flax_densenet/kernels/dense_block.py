@@ -21,17 +21,19 @@ most of that:
 3. A 1x1 convolution is a matrix product, which is fast forward and backward.
 4. Average pooling and a 1x1 convolution commute, so a transition pools first.
 
-There are two implementations: `native_block` (C++, float32 on one CPU device) and
-`xla_block` (JAX only, everywhere). For inference with a trained model, see
+There are two implementations: `native_block` (C++ on one CPU device, in bfloat16 by
+`native_bfloat16`) and `xla_block` (JAX only, everywhere). For inference with a trained model, see
 `models.folded`.
 """
 
 import functools
 import logging
 
+import jax.numpy as jnp
+
 from flax_densenet.errors import UserError
 from flax_densenet.kernels import cpu as cpu_kernels
-from flax_densenet.kernels import native_block, xla_block
+from flax_densenet.kernels import native_bfloat16, native_block, xla_block
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ KERNELS = ('auto', 'native', 'xla')
 
 
 def use_native(
-    kernel: str, x, layers=None, *, dropout: bool = False, packed: bool = False
+    kernel: str, x, layers=None, *, dropout: bool = False, load: str = 'float32'
 ) -> bool:
     """Whether the C++ kernel computes a block or, without `layers`, the stem.
 
@@ -48,19 +50,18 @@ def use_native(
       x: the input, of which only the dtype matters.
       layers: sequence of `Layer`.
       dropout: whether the block drops values or layers.
-      packed: whether it is for inference with a folded network, in bfloat16 too.
+      load: the kernels that are needed, `float32` or `bfloat16`.
 
     Raises:
       UserError: `kernel='native'`, but the kernel cannot be used.
     """
     if kernel == 'xla':
         return False
-    dtypes = ('float32', 'bfloat16') if packed else ('float32',)
-    reason = native_block.why_not(x, one_device=kernel == 'auto', dtypes=dtypes)
+    reason = native_block.why_not(x, one_device=kernel == 'auto')
     if reason is None and layers is not None:
         reason = native_block.why_not_block(layers, dropout)
     if reason is None:
-        reason = cpu_kernels.load(str(x.dtype))
+        reason = cpu_kernels.load(load)
         if reason and kernel == 'auto':
             _log_once(
                 f'the dense block runs without its CPU kernel: {reason}; training and '
@@ -114,7 +115,10 @@ def block_train(
     dropout = max(dropout_rate, *path_rates) > 0
     if use_native(kernel, x, layers, dropout=dropout):
         trained = [native_block.parameters(layer) for layer in layers]
-        features, mean, var, mean2, var2 = native_block.train(x, trained, epsilon)
+        train = native_block.train
+        if x.dtype == jnp.bfloat16:
+            train = _train_bfloat16
+        features, mean, var, mean2, var2 = train(x, trained, epsilon)
         return features, (mean, var), list(zip(mean2, var2, strict=True))
     return xla_block.train(
         x,
@@ -129,11 +133,25 @@ def block_train(
     )
 
 
+def _train_bfloat16(x, trained, epsilon):
+    if reason := cpu_kernels.why_bfloat16_is_slow():
+        _log_once(
+            f'model.dtype=bfloat16: {reason}, so the dense blocks compute in float32'
+        )
+        features, *statistics = native_block.train(_widen(x), trained, epsilon)
+        return features.astype(x.dtype), *statistics
+    return native_bfloat16.train(x, trained, epsilon)
+
+
+def _widen(x):
+    return x.astype(jnp.float32)
+
+
 def block_eval(x, layers, *, epsilon, dtype, kernel='auto'):
     """A dense block in evaluation, with running statistics: `[N, H, W, C0 + L * G]`."""
     layers = tuple(layers)
     if use_native(kernel, x, layers, dropout=False):
-        return native_block.evaluate(x, layers, epsilon)
+        return native_block.evaluate(_widen(x), layers, epsilon).astype(x.dtype)
     return xla_block.evaluate(x, layers, epsilon, dtype)
 
 
@@ -151,10 +169,12 @@ def stem(x, norm, *, epsilon, dtype, padding, kernel='auto'):
     """
     mean, var, scale, bias = norm
     if use_native(kernel, x):
+        wide = _widen(x)
         if mean is not None:
-            return native_block.stem_eval(x, *norm, epsilon, padding), None
-        y, mean, var = native_block.stem_train(x, scale, bias, epsilon, padding)
-        return y, (mean, var)
+            y = native_block.stem_eval(wide, *norm, epsilon, padding)
+            return y.astype(x.dtype), None
+        y, mean, var = native_block.stem_train(wide, scale, bias, epsilon, padding)
+        return y.astype(x.dtype), (mean, var)
     statistics = None
     if mean is None:
         mean, var = statistics = xla_block.statistics(x)
@@ -162,15 +182,20 @@ def stem(x, norm, *, epsilon, dtype, padding, kernel='auto'):
     return y, statistics
 
 
-def transition(x, norm, kernel, *, epsilon, dtype):
+def transition(x, norm, weights, *, epsilon, dtype, kernel='auto'):
     """Batch norm, ReLU, 2x2 mean, 1x1 convolution: to `[N, H // 2, W // 2, F]`.
 
     Args:
       norm: (mean, var, scale, bias), each `[C]`.
-      kernel: `[1, 1, C, F]`.
+      weights: `[1, 1, C, F]`.
+      kernel: one of `KERNELS`. XLA computes it, but where the blocks are native it
+        computes in float32, in which it is faster on CPUs.
     """
+    if dtype == jnp.bfloat16 and use_native(kernel, x):
+        wide = transition(x, norm, weights, epsilon=epsilon, dtype=jnp.float32)
+        return wide.astype(dtype)
     y = xla_block.normalize_relu(x, *norm, epsilon, dtype)
     height, width = (n // 2 * 2 for n in y.shape[1:3])
     y = y[:, :height, :width]
     shape = (y.shape[0], height // 2, 2, width // 2, 2, y.shape[3])
-    return xla_block.product(y.reshape(shape).mean((2, 4)), kernel.astype(dtype)[0, 0])
+    return xla_block.product(y.reshape(shape).mean((2, 4)), weights.astype(dtype)[0, 0])

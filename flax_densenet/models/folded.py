@@ -105,7 +105,8 @@ def _is_native(module, layer):
     x = jax.ShapeDtypeStruct((), module.dtype)
     kernel2 = layer.get('conv2', {}).get('kernel')
     layers = [xla_block.Layer(None, None, None, None, None, kernel2=kernel2)]
-    return dense_block.use_native(module.kernel, x, layers, packed=True)
+    load = 'bfloat16' if module.dtype == 'bfloat16' else 'float32'
+    return dense_block.use_native(module.kernel, x, layers, load=load)
 
 
 def why_bfloat16_is_slow(module: Network) -> str | None:
@@ -117,14 +118,7 @@ def why_bfloat16_is_slow(module: Network) -> str | None:
         return 'there is no CPU kernel in bfloat16 for this network'
     if module.kernel == 'xla' or (module.kernel == 'auto' and jax.device_count() > 1):
         return 'the CPU kernel is not used'
-    if reason := cpu_kernels.load('bfloat16'):
-        return reason
-    path = cpu_kernels.bfloat16_path()
-    if path == 'avx512' and cpu_kernels.vendor() == 'GenuineIntel':
-        return "this processor's AVX512-BF16 is no faster than float32"
-    if path not in ('amx', 'avx512'):
-        return 'this processor has no instructions for it (AMX or AVX512-BF16)'
-    return None
+    return cpu_kernels.why_bfloat16_is_slow()
 
 
 def _packing(module):

@@ -367,4 +367,5 @@ class Transition(nn.Module):
             kernel,
             epsilon=self.fast['epsilon'],
             dtype=self.fast['dtype'],
+            kernel=self.fast['kernel'],
         )

@@ -364,7 +364,6 @@ def test_ties_in_the_pooling_go_to_one_place():
     [
         ('plain', {}, 'for layers with a bottleneck'),
         ('BC', {'dropout_rate': 0.1}, 'it has no dropout'),
-        ('BC', {'dtype': 'bfloat16'}, 'computes in float32, not bfloat16'),
     ],
 )
 def test_native_where_it_cannot_be(block, fields, message):

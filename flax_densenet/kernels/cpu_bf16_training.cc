@@ -1,0 +1,812 @@
+// A dense block in training in bfloat16, forward and backward.
+//
+// The mathematics stands in dense_block.py. Features, the 1x1s' outputs and the operands
+// of all products are bfloat16; sums, statistics, the gradients of features and all
+// parameters are float32. The gradients of weights are products over pixels: one operand
+// is transposed, the other interleaved in pairs of pixels, 32 pixels at a time.
+//
+// Work is cut into one contiguous part per thread, and parts are added in their order,
+// so results on one machine are the same bit for bit in every run.
+
+#include <cmath>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "cpu_bf16.h"
+#include "cpu_parallel.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+constexpr int PT = 2 * ROWS;          // pixels of a product
+constexpr int PB = 256;               // pixels of a step of the 1x1's weight gradient
+constexpr int64_t BAND = 192 * 1024;  // bytes of a padded band
+constexpr int CHUNK = DEPTH;          // channels of a chunk
+
+bf16 narrow_one(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  if (v != v) return (bits >> 16) | 0x40;
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+// The tiles of one or more matrices one above the other; see `Weights`.
+struct Tiled {
+  std::vector<bf16> data;
+  int steps = 0, tiles = 0;
+  void reset(int all_steps, int columns) {
+    steps = all_steps, tiles = (columns + COLUMNS - 1) / COLUMNS;
+    data.assign((size_t)steps * tiles * TILE, 0);
+  }
+  // w [rows, columns], or its transpose, from `step` on.
+  void set(int step, const float* w, int rows, int columns, int ld, bool transposed) {
+    for (int k = 0; k < rows; ++k)
+      for (int n = 0; n < columns; ++n) {
+        const int panel = n / (2 * COLUMNS), nt = std::min(2, tiles - 2 * panel);
+        const size_t at = (size_t)panel * 2 * steps * TILE +
+                          (size_t)(step + k / DEPTH) * nt * TILE +
+                          n / COLUMNS % 2 * TILE + k % DEPTH / 2 * 2 * COLUMNS +
+                          n % COLUMNS * 2 + k % 2;
+        data[at] = narrow_one(transposed ? w[(size_t)n * ld + k] : w[(size_t)k * ld + n]);
+      }
+  }
+  Weights view() const { return {data.data(), steps, tiles}; }
+};
+
+// x * a + b, filled up with zeros to whole chunks.
+struct Affine {
+  std::vector<float> a, b, mean, rstd;
+  void from(const float* scale, const float* bias, const float* m, const float* v, int n,
+            float epsilon) {
+    const int wide = up(n, CHUNK);
+    a.assign(wide, 0), b.assign(wide, 0), mean.assign(wide, 0), rstd.assign(wide, 0);
+    for (int c = 0; c < n; ++c) {
+      rstd[c] = 1.0f / std::sqrt(v[c] + epsilon);
+      a[c] = scale[c] * rstd[c];
+      b[c] = (float)(bias[c] - (double)m[c] * a[c]);
+      mean[c] = m[c];
+    }
+  }
+};
+
+// Sums of x - shift and of its square, whose shift is the mean of the first pixels: safe
+// where the mean is large beside the spread.
+struct Moments {
+  double count = 0;
+  std::vector<float> shift;
+  std::vector<double> s1, s2;
+  bool fresh = true;
+  explicit Moments(int n = 0) : shift(up(n, CHUNK)), s1(up(n, CHUNK)), s2(up(n, CHUNK)) {}
+
+  // `n` pixels of one chunk that are `ld` values apart; `count` is the caller's.
+  FD_INLINE void add(const bf16* x, int n, int64_t ld, int c) {
+    if (fresh) {
+      F low = {}, high = {};
+      for (int i = 0; i < n; ++i) low += widen(x + i * ld), high += widen(x + i * ld + 16);
+      store(&shift[c], low * (1.0f / n)), store(&shift[c] + 16, high * (1.0f / n));
+    }
+    const F m0 = load(&shift[c]), m1 = load(&shift[c] + 16);
+    F p0 = {}, p1 = {}, q0 = {}, q1 = {};
+    for (int i = 0; i < n; ++i) {
+      const F d0 = widen(x + i * ld) - m0, d1 = widen(x + i * ld + 16) - m1;
+      p0 += d0, p1 += d1, q0 += d0 * d0, q1 += d1 * d1;
+    }
+    for (int v = 0; v < 16; ++v) {
+      s1[c + v] += p0[v], s1[c + 16 + v] += p1[v];
+      s2[c + v] += q0[v], s2[c + 16 + v] += q1[v];
+    }
+  }
+};
+
+// Merged exactly (Chan, Golub, LeVeque 1979).
+void finish_moments(const std::vector<Moments>& parts, int n, float* mean, float* var) {
+  for (int c = 0; c < n; ++c) {
+    double count = 0, all = 0, m2 = 0;
+    for (const Moments& p : parts) {
+      if (p.count == 0) continue;
+      const double rest = p.s1[c] / p.count, delta = p.shift[c] + rest - all;
+      const double total = count + p.count;
+      m2 += p.s2[c] - p.s1[c] * rest + delta * delta * (count * p.count / total);
+      all += delta * (p.count / total);
+      count = total;
+    }
+    mean[c] = (float)all;
+    var[c] = (float)std::max(0.0, m2 / count);
+  }
+}
+
+struct Block {
+  int N, H, W, C0, L, G, M, T;
+  int64_t P;
+  int Ct, mid, grown, line, image;  // chunks of the bottleneck and of the growth
+  int rows, bands, group, units;    // rows of a band, bands of an image, images of a unit
+  int C(int l) const { return C0 + l * G; }
+  int positions(int r) const { return (r + 2) * line + 2 + 2 * PT; }
+  int64_t pixel(int t) const { return P * t / T; }
+  int unit(int t) const { return (int)((int64_t)units * t / T); }
+  int slot() const { return positions(rows); }
+  int places() const { return group * slot(); }
+
+  Block(int n, int h, int w, int c0, int layers, int growth, int bottleneck, int threads)
+      : N(n), H(h), W(w), C0(c0), L(layers), G(growth), M(bottleneck) {
+    P = (int64_t)N * H * W;
+    Ct = C0 + L * G, mid = steps_of(M), grown = steps_of(G);
+    line = W + 1, image = H * W;
+    const int64_t fit = BAND / (2LL * CHUNK * mid * line) - 2;
+    bands = (int)((H + std::max<int64_t>(fit, 1) - 1) / std::max<int64_t>(fit, 1));
+    bands = std::max(bands, std::min(H, (threads + N - 1) / N));
+    rows = (H + bands - 1) / bands;
+    bands = (H + rows - 1) / rows;
+    group = 1;
+    if (bands == 1) {
+      const int64_t images = BAND / (2LL * CHUNK * mid * positions(H));
+      group = (int)std::max<int64_t>(1, std::min<int64_t>(images, (N + threads - 1) / threads));
+    }
+    units = bands > 1 ? N * bands : (N + group - 1) / group;
+    T = std::max(1, std::min(threads, units));
+  }
+};
+
+// One image's rows, or a few whole images.
+struct Unit {
+  int first, images, r0, count;
+  Unit(const Block& s, int u) {
+    if (s.bands > 1) {
+      first = u / s.bands, images = 1, r0 = u % s.bands * s.rows;
+      count = std::min(s.H, r0 + s.rows) - r0;
+    } else {
+      first = u * s.group, images = std::min(s.group, s.N - first), r0 = 0, count = s.H;
+    }
+  }
+};
+
+struct Scratch {
+  std::vector<bf16> y, z, zt, dg, dgv, dh, dhv;
+  std::vector<int32_t> chunk_steps, tap_steps, grad_steps, pixel_steps;
+  std::vector<float> dw;
+  std::vector<double> s1, s2;
+  alignas(64) float sums[PT * 2 * COLUMNS];
+  alignas(64) bf16 patch[PT * CHUNK];
+  void reset(size_t weights, int channels) {
+    dw.assign(weights, 0.0f);
+    s1.assign(up(channels, CHUNK), 0.0), s2.assign(up(channels, CHUNK), 0.0);
+  }
+};
+
+// Fills a band with a border of zeros: fill(to, pixel) writes one chunk of one pixel.
+template <class Fill>
+FD_INLINE void load_band(const Block& s, const Unit& unit, bf16* chunk, Fill fill) {
+  std::memset(chunk, 0, sizeof(bf16) * CHUNK * s.places());
+  for (int n = 0; n < unit.images; ++n)
+    for (int r = std::max(0, unit.r0 - 1); r < std::min(s.H, unit.r0 + unit.count + 1); ++r) {
+      bf16* to = chunk + ((size_t)n * s.slot() + (r - unit.r0 + 1) * s.line + 1) * CHUNK;
+      const int64_t p = ((int64_t)(unit.first + n) * s.H + r) * s.W;
+      for (int x = 0; x < s.W; ++x) fill(to + (size_t)x * CHUNK, p + x);
+    }
+}
+
+// relu(norm2(h)) of a band; h is [chunks][P][32].
+void load_z(const Block& s, const Unit& unit, const bf16* h, const Affine& f, bf16* z) {
+  for (int k = 0; k < s.mid; ++k) {
+    const bf16* hk = h + (size_t)k * s.P * CHUNK;
+    const F a0 = load(&f.a[k * CHUNK]), a1 = load(&f.a[k * CHUNK] + 16);
+    const F b0 = load(&f.b[k * CHUNK]), b1 = load(&f.b[k * CHUNK] + 16);
+    load_band(s, unit, z + (size_t)k * s.places() * CHUNK, [&](bf16* to, int64_t p) {
+      const bf16* x = hk + p * CHUNK;
+      store(to, relu(narrow(widen(x) * a0 + b0, widen(x + 16) * a1 + b1)));
+    });
+  }
+}
+
+// A chunk of a pixel's features; what is beyond the last channel is zero.
+FD_INLINE void load_part(const bf16* x, int n, bf16* to) {
+  if (n >= CHUNK) {
+    std::memcpy(to, x, sizeof(bf16) * CHUNK);
+  } else {
+    std::memset(to, 0, sizeof(bf16) * CHUNK);
+    std::memcpy(to, x, sizeof(bf16) * n);
+  }
+}
+
+// relu(norm1(x)) of a chunk of `n` pixels to rows of 32.
+FD_INLINE void load_y(const Block& s, const bf16* X, int64_t p, int n, int k, int C,
+                      const Affine& f, bf16* y) {
+  const bf16* x = X + p * s.Ct + k * CHUNK;
+  const F a0 = load(&f.a[k * CHUNK]), a1 = load(&f.a[k * CHUNK] + 16);
+  const F b0 = load(&f.b[k * CHUNK]), b1 = load(&f.b[k * CHUNK] + 16);
+  const int valid = C - k * CHUNK;
+  for (int i = 0; i < n; ++i, x += s.Ct, y += CHUNK) {
+    alignas(64) bf16 part[CHUNK];
+    const bf16* from = x;
+    if (valid < CHUNK) load_part(x, valid, part), from = part;
+    store(y, relu(narrow(widen(from) * a0 + b0, widen(from + 16) * a1 + b1)));
+  }
+}
+
+void set_steps(const Block& s, Scratch& t) {
+  const int chunks = steps_of(s.Ct);
+  room(t.chunk_steps, std::max(chunks, s.mid));
+  for (int k = 0; k < (int)t.chunk_steps.size(); ++k) t.chunk_steps[k] = k * PT * CHUNK;
+  room(t.tap_steps, 9 * s.mid);
+  room(t.grad_steps, 9 * s.grown);
+  for (int tap = 0; tap < 9; ++tap) {
+    const int shift = tap / 3 * s.line + tap % 3;
+    for (int k = 0; k < s.mid; ++k)
+      t.tap_steps[tap * s.mid + k] = (k * s.places() + shift) * CHUNK;
+    for (int k = 0; k < s.grown; ++k)
+      t.grad_steps[tap * s.grown + k] = (k * s.places() + shift) * CHUNK;
+  }
+  const int most = std::max(PB, up(s.places(), PT)) / PT + 1;
+  room(t.pixel_steps, most);
+  for (int i = 0; i < most; ++i) t.pixel_steps[i] = i * PT;
+}
+
+// The 1x1 of some pixels: h as it comes out, and its moments.
+void forward_1x1(const Block& s, int64_t first, int64_t last, const bf16* X, int C,
+                 const Affine& f, const Weights& w, bf16* h, Moments& moments,
+                 Scratch& t) {
+  const Multipliers& multiply = multipliers();
+  const int chunks = steps_of(C);
+  bf16* y = room(t.y, (size_t)steps_of(s.Ct) * PT * CHUNK);
+  for (int64_t p = first; p < last; p += PT) {
+    const int n = (int)std::min<int64_t>(PT, last - p);
+    for (int k = 0; k < chunks; ++k) load_y(s, X, p, n, k, C, f, y + (size_t)k * PT * CHUNK);
+    for (int j = 0; j < s.mid; ++j) {
+      multiply({y, t.chunk_steps.data(), 2 * CHUNK, w.panel(j), chunks, t.sums, PT},
+               n > ROWS ? 2 : 1, 2);
+      bf16* to = h + ((size_t)j * s.P + p) * CHUNK;
+      for (int i = 0; i < n; ++i) {
+        const float* c = t.sums + i * PT;
+        store(to + (size_t)i * CHUNK, narrow(load(c), load(c + 16)));
+      }
+      moments.add(to, n, CHUNK, j * CHUNK);
+    }
+    moments.count += n;
+    moments.fresh = false;
+  }
+}
+
+// Calls put(sums, pixel) for each pixel of a unit and each panel of columns j.
+template <class Begin, class Put>
+FD_INLINE void shifted_products(const Block& s, const Unit& unit, const bf16* band,
+                                const int32_t* steps, const Weights& w, int j, Scratch& t,
+                                Begin begin, Put put) {
+  const Multipliers& multiply = multipliers();
+  const int end = unit.count * s.line - 1, nt = w.tiles_of(j);
+  for (int image = 0; image < unit.images; ++image) {
+    const int64_t p0 = ((int64_t)(unit.first + image) * s.H + unit.r0) * s.W;
+    for (int q = 0; q < end; q += PT) {
+      const int n = std::min(PT, end - q);
+      multiply({band + ((size_t)image * s.slot() + q) * CHUNK, steps, 2 * CHUNK,
+                w.panel(j), w.steps, t.sums, PT},
+               n > ROWS ? 2 : 1, nt);
+      begin();
+      for (int i = 0; i < n; ++i) {
+        const int row = (q + i) / s.line, column = (q + i) % s.line;
+        if (column < s.W) put(t.sums + i * PT, p0 + (int64_t)row * s.W + column);
+      }
+    }
+  }
+}
+
+// The 3x3 of some units, into its place in X, and its moments.
+void forward_3x3(const Block& s, int first, int last, bf16* X, int C, const bf16* h,
+                 const Affine& f, const Weights& w, Moments& moments, Scratch& t) {
+  bf16* z = room(t.z, (size_t)s.mid * s.places() * CHUNK);
+  for (int u = first; u < last; ++u) {
+    const Unit unit(s, u);
+    load_z(s, unit, h, f, z);
+    for (int j = 0; j < s.grown; ++j) {
+      const int width = std::min(CHUNK, s.G - j * CHUNK);
+      shifted_products(
+          s, unit, z, t.tap_steps.data(), w, j, t, [] {},
+          [&](const float* sums, int64_t p) {
+            store_part(X + p * s.Ct + C + j * CHUNK, narrow(load(sums), load(sums + 16)),
+                       width);
+          });
+    }
+    for (int image = 0; image < unit.images; ++image) {
+      const int64_t p0 = ((int64_t)(unit.first + image) * s.H + unit.r0) * s.W;
+      const int count = unit.count * s.W;
+      for (int i = 0; i < count; i += PT) {
+        const int n = std::min(PT, count - i);
+        for (int j = 0; j < s.grown; ++j) {
+          for (int k = 0; k < n; ++k)
+            load_part(X + (p0 + i + k) * s.Ct + C + j * CHUNK, s.G - j * CHUNK,
+                      t.patch + k * CHUNK);
+          moments.add(t.patch, n, CHUNK, j * CHUNK);
+        }
+        moments.count += n;
+        moments.fresh = false;
+      }
+    }
+  }
+}
+
+struct Parameters {
+  const float *scale1, *bias1, *w1, *scale2, *bias2, *w2;
+};
+
+std::vector<Parameters> parameters_of(ffi::RemainingArgs& args, int layers) {
+  std::vector<Parameters> all(layers);
+  for (int l = 0; l < layers; ++l) {
+    auto at = [&](int i) {
+      return args.get<ffi::Buffer<ffi::F32>>(l * 6 + i)->typed_data();
+    };
+    all[l] = {at(0), at(1), at(2), at(3), at(4), at(5)};
+  }
+  return all;
+}
+
+using BF = ffi::Buffer<ffi::BF16>;
+using FL = ffi::Buffer<ffi::F32>;
+
+// x, then per layer scale1, bias1, w1, scale2, bias2, w2
+// -> X [N, H, W, Ct], mean, var [Ct], h [L, chunks, P, 32], mean2, var2 [L, M]
+ffi::Error Forward(ffi::ThreadPool pool, float epsilon, BF x, ffi::RemainingArgs args,
+                   ffi::ResultBuffer<ffi::BF16> X, ffi::ResultBuffer<ffi::F32> mean,
+                   ffi::ResultBuffer<ffi::F32> var, ffi::ResultBuffer<ffi::BF16> h,
+                   ffi::ResultBuffer<ffi::F32> mean2, ffi::ResultBuffer<ffi::F32> var2) {
+  const auto d = x.dimensions();
+  const int L = (int)mean2->dimensions()[0], M = (int)mean2->dimensions()[1];
+  const int G = (int)(X->dimensions()[3] - d[3]) / L;
+  const Block s(d[0], d[1], d[2], d[3], L, G, M, (int)pool.num_threads());
+  bf16* out = X->typed_data();
+  float *m = mean->typed_data(), *v = var->typed_data();
+  std::vector<Scratch> scratch(s.T);
+  std::vector<Tiled> w1(L), w2(L);
+  const std::vector<Parameters> weights = parameters_of(args, L);
+  Crew crew(pool, s.T);
+  std::vector<Moments> parts(s.T, Moments(s.C0));
+  crew.run([&](int t) {
+    set_steps(s, scratch[t]);
+    for (int64_t p = s.pixel(t); p < s.pixel(t + 1); p += PT) {
+      const int n = (int)std::min<int64_t>(PT, s.pixel(t + 1) - p);
+      for (int i = 0; i < n; ++i)
+        std::memcpy(out + (p + i) * s.Ct, x.typed_data() + (p + i) * s.C0,
+                    sizeof(bf16) * s.C0);
+      for (int k = 0; k < steps_of(s.C0); ++k) {
+        for (int i = 0; i < n; ++i)
+          load_part(x.typed_data() + (p + i) * s.C0 + k * CHUNK, s.C0 - k * CHUNK,
+                    scratch[t].patch + i * CHUNK);
+        parts[t].add(scratch[t].patch, n, CHUNK, k * CHUNK);
+      }
+      parts[t].count += n;
+      parts[t].fresh = false;
+    }
+    for (int l = t; l < L; l += s.T) {
+      w1[l].reset(steps_of(s.C(l)), up(M, 2 * COLUMNS));
+      w1[l].set(0, weights[l].w1, s.C(l), M, M, false);
+      w2[l].reset(9 * s.mid, G);
+      for (int tap = 0; tap < 9; ++tap)
+        w2[l].set(tap * s.mid, weights[l].w2 + (size_t)tap * M * G, M, G, G, false);
+    }
+  });
+  finish_moments(parts, s.C0, m, v);
+  for (int l = 0; l < L; ++l) {
+    const Parameters& w = weights[l];
+    const int C = s.C(l);
+    float *m2 = mean2->typed_data() + l * M, *v2 = var2->typed_data() + l * M;
+    bf16* hl = h->typed_data() + (size_t)l * s.mid * s.P * CHUNK;
+    Affine f1, f2;
+    f1.from(w.scale1, w.bias1, m, v, C, epsilon);
+    parts.assign(s.T, Moments(M));
+    crew.run([&](int t) {
+      const TileConfig tiles;
+      forward_1x1(s, s.pixel(t), s.pixel(t + 1), out, C, f1, w1[l].view(), hl, parts[t],
+                  scratch[t]);
+    });
+    finish_moments(parts, M, m2, v2);
+    f2.from(w.scale2, w.bias2, m2, v2, M, epsilon);
+    parts.assign(s.T, Moments(G));
+    crew.run([&](int t) {
+      const TileConfig tiles;
+      forward_3x3(s, s.unit(t), s.unit(t + 1), out, C, hl, f2, w2[l].view(), parts[t],
+                  scratch[t]);
+    });
+    finish_moments(parts, G, m + C, v + C);
+  }
+  return ffi::Error::Success();
+}
+
+// ---- backward
+
+FD_INLINE U shuffle(U a, U b, U from) {
+#if defined(__clang__)
+  U out;
+  for (int j = 0; j < 16; ++j) out[j] = from[j] < 16 ? a[from[j]] : b[from[j] - 16];
+  return out;
+#else
+  return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// v[i][j] of 16 rows becomes v[j][i].
+FD_INLINE void transpose(U (&v)[16]) {
+#pragma GCC unroll 4
+  for (int s = 8; s > 0; s /= 2) {
+    U first, second;
+    for (int j = 0; j < 16; ++j) {
+      first[j] = j & s ? 16 + j - s : j;
+      second[j] = j & s ? 16 + j : j + s;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      if (i & s) continue;
+      const U a = v[i], b = v[i + s];
+      v[i] = shuffle(a, b, first);
+      v[i + s] = shuffle(a, b, second);
+    }
+  }
+}
+
+// 32 rows of 32 values in pairs of rows: pairs[half][r][c] = (x[2r][c], x[2r + 1][c]).
+FD_INLINE U pair(const bf16* x, int r, int half) {
+  const H low = *reinterpret_cast<const HU*>(x + 2 * r * CHUNK + 16 * half);
+  const H high = *reinterpret_cast<const HU*>(x + (2 * r + 1) * CHUNK + 16 * half);
+  return __builtin_convertvector(low, U) | __builtin_convertvector(high, U) << 16;
+}
+
+// The transpose of 32 x 32 values; rows of `to` are `ld` values apart.
+void transpose_patch(const bf16* x, bf16* to, int64_t ld) {
+  for (int half = 0; half < 2; ++half) {
+    U v[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; ++r) v[r] = pair(x, r, half);
+    transpose(v);
+#pragma GCC unroll 16
+    for (int c = 0; c < 16; ++c) std::memcpy(to + (16 * half + c) * ld, &v[c], 64);
+  }
+}
+
+// The second operand of a product over 32 pixels, two tiles.
+void interleave_patch(const bf16* x, bf16* to) {
+  for (int half = 0; half < 2; ++half)
+    for (int r = 0; r < 16; ++r) {
+      const U v = pair(x, r, half);
+      std::memcpy(to + half * TILE + r * 2 * COLUMNS, &v, 64);
+    }
+}
+
+// Adds 32 x 32 sums to a matrix whose rows are `ld` apart.
+FD_INLINE void add_sums(const float* sums, float* to, int64_t ld) {
+  for (int r = 0; r < PT; ++r, to += ld, sums += PT) {
+    store(to, load(to) + load(sums));
+    store(to + 16, load(to + 16) + load(sums + 16));
+  }
+}
+
+FD_INLINE void add_to(double* s, F v) {
+  for (int i = 0; i < 16; ++i) s[i] += v[i];
+}
+
+// Gradient of the layer's new channels, the share of their statistics included.
+struct NewGradient {
+  const bf16* X;
+  const float* gX;
+  std::vector<float> k0, k1;  // of x: k0 + k1 * x
+  int C, Ct, G;
+  NewGradient(const Block& s, const bf16* x, const float* g, int c0, int n,
+              const std::vector<double>& gm, const std::vector<double>& gv,
+              const float* mean)
+      : X(x), gX(g), k0(up(n, CHUNK)), k1(up(n, CHUNK)), C(c0), Ct(s.Ct), G(n) {
+    for (int c = 0; c < n; ++c) {
+      const double slope = 2 * gv[C + c] / s.P;
+      k0[c] = (float)(gm[C + c] / s.P - slope * mean[C + c]);
+      k1[c] = (float)slope;
+    }
+  }
+  FD_INLINE S at(int64_t p, int k) const {
+    const int valid = G - k * CHUNK;
+    const bf16* x = X + p * Ct + C + k * CHUNK;
+    const float* g = gX + p * Ct + C + k * CHUNK;
+    alignas(64) bf16 part[CHUNK];
+    alignas(64) float gradient[CHUNK];
+    if (valid < CHUNK) {
+      load_part(x, valid, part);
+      std::memset(gradient, 0, sizeof gradient);
+      std::memcpy(gradient, g, sizeof(float) * valid);
+      x = part, g = gradient;
+    }
+    const float *c0 = &k0[k * CHUNK], *c1 = &k1[k * CHUNK];
+    return narrow(load(g) + load(c0) + load(c1) * widen(x),
+                  load(g + 16) + load(c0 + 16) + load(c1 + 16) * widen(x + 16));
+  }
+};
+
+// dw2 [9][mid * 32][grown * 32] += z(pixel + tap)^T dg(pixel) over a unit's own rows.
+void outer_3x3(const Block& s, const Unit& unit, Scratch& t) {
+  const Multipliers& multiply = multipliers();
+  const int places = s.places(), own = unit.count * s.line;
+  const int64_t ld = up(places, PT) + 3 * PT;
+  bf16* zt = room(t.zt, (size_t)s.mid * CHUNK * ld);
+  for (int k = 0; k < s.mid; ++k)
+    for (int q = 0; q + PT <= places; q += PT)
+      transpose_patch(t.z.data() + ((size_t)k * places + q) * CHUNK,
+                      zt + (size_t)k * CHUNK * ld + q, ld);
+  // The places from the first pixel on, up to the end of the last image's own rows.
+  const int all = (unit.images - 1) * s.slot() + own, steps = (all + PT - 1) / PT;
+  bf16* dgv = room(t.dgv, (size_t)s.grown * steps * 2 * TILE);
+  for (int j = 0; j < s.grown; ++j)
+    for (int i = 0; i < steps; ++i) {
+      const bf16* from =
+          t.dg.data() + ((size_t)j * places + s.line + 1 + i * PT) * CHUNK;
+      const int valid = std::min(PT, all - i * PT);
+      std::memcpy(t.patch, from, sizeof(bf16) * valid * CHUNK);
+      std::memset(t.patch + valid * CHUNK, 0, sizeof(bf16) * (PT - valid) * CHUNK);
+      interleave_patch(t.patch, dgv + ((size_t)j * steps + i) * 2 * TILE);
+    }
+  const int64_t width = s.grown * CHUNK;
+  for (int tap = 0; tap < 9; ++tap)
+    for (int k = 0; k < s.mid; ++k)
+      for (int j = 0; j < s.grown; ++j) {
+        multiply({zt + (size_t)k * CHUNK * ld + tap / 3 * s.line + tap % 3,
+                  t.pixel_steps.data(), 2 * ld, dgv + (size_t)j * steps * 2 * TILE, steps,
+                  t.sums, PT},
+                 2, 2);
+        add_sums(t.sums, t.dw.data() + ((size_t)tap * s.mid + k) * CHUNK * width + j * CHUNK,
+                 width);
+      }
+}
+
+// Back through the 3x3 and norm2's ReLU: dz [chunks][P][32], the sums over it, dw2.
+void backward_3x3(const Block& s, int part, const NewGradient& g, const bf16* h,
+                  const Affine& f2, const Weights& w2t, bf16* dz, Scratch& t) {
+  const size_t places = s.places();
+  bf16* z = room(t.z, s.mid * places * CHUNK);
+  bf16* dg = room(t.dg, s.grown * places * CHUNK);
+  t.reset((size_t)9 * s.mid * CHUNK * s.grown * CHUNK, s.M);
+  for (int u = s.unit(part); u < s.unit(part + 1); ++u) {
+    const Unit unit(s, u);
+    load_z(s, unit, h, f2, z);
+    for (int k = 0; k < s.grown; ++k)
+      load_band(s, unit, dg + k * places * CHUNK,
+                [&](bf16* to, int64_t p) { store(to, g.at(p, k)); });
+    outer_3x3(s, unit, t);
+    for (int j = 0; j < s.mid; ++j) {
+      const int c = j * CHUNK;
+      const F a0 = load(&f2.a[c]), a1 = load(&f2.a[c] + 16), b0 = load(&f2.b[c]),
+              b1 = load(&f2.b[c] + 16), m0 = load(&f2.mean[c]),
+              m1 = load(&f2.mean[c] + 16), zero = {};
+      F p0 = {}, p1 = {}, q0 = {}, q1 = {};
+      const auto flush = [&] {
+        add_to(&t.s1[c], p0), add_to(&t.s1[c] + 16, p1);
+        add_to(&t.s2[c], q0), add_to(&t.s2[c] + 16, q1);
+        p0 = p1 = q0 = q1 = F{};
+      };
+      shifted_products(s, unit, dg, t.grad_steps.data(), w2t, j, t, flush,
+                       [&](const float* sums, int64_t p) {
+                         const bf16* x = h + ((size_t)j * s.P + p) * CHUNK;
+                         const F x0 = widen(x), x1 = widen(x + 16);
+                         const F d0 = x0 * a0 + b0 > zero ? load(sums) : zero;
+                         const F d1 = x1 * a1 + b1 > zero ? load(sums + 16) : zero;
+                         p0 += d0, p1 += d1, q0 += d0 * (x0 - m0), q1 += d1 * (x1 - m1);
+                         store(dz + ((size_t)j * s.P + p) * CHUNK, narrow(d0, d1));
+                       });
+      flush();
+    }
+  }
+}
+
+// Back through norm2, the 1x1 and norm1's ReLU: added to gX, with dw1 [C, mid * 32].
+// The gradient of the 1x1's output is dz * a + h * slope + rest.
+void backward_1x1(const Block& s, int part, const bf16* X, float* gX, int C,
+                  const Affine& f1, const Weights& w1t, const bf16* dz, const bf16* h,
+                  const Affine& f2, const std::vector<float>& slope,
+                  const std::vector<float>& rest, Scratch& t) {
+  const Multipliers& multiply = multipliers();
+  const int chunks = steps_of(C);
+  const int64_t ld = PB + PT, width = s.mid * CHUNK;
+  bf16* yt = room(t.y, (size_t)steps_of(s.Ct) * CHUNK * ld);
+  bf16* dh = room(t.dh, (size_t)s.mid * PB * CHUNK);
+  bf16* dhv = room(t.dhv, (size_t)s.mid * PB / PT * 2 * TILE);
+  t.reset((size_t)chunks * CHUNK * width, C);
+  std::vector<int32_t> dh_steps(s.mid);
+  for (int k = 0; k < s.mid; ++k) dh_steps[k] = k * PB * CHUNK;
+  for (int64_t p = s.pixel(part); p < s.pixel(part + 1); p += PB) {
+    const int n = (int)std::min<int64_t>(PB, s.pixel(part + 1) - p);
+    const int steps = (n + PT - 1) / PT, all = steps * PT;
+    for (int k = 0; k < s.mid; ++k) {
+      const int c = k * CHUNK;
+      const F a0 = load(&f2.a[c]), a1 = load(&f2.a[c] + 16), e0 = load(&slope[c]),
+              e1 = load(&slope[c] + 16), r0 = load(&rest[c]), r1 = load(&rest[c] + 16);
+      bf16* to = dh + (size_t)k * PB * CHUNK;
+      for (int i = 0; i < n; ++i, to += CHUNK) {
+        const size_t at = ((size_t)k * s.P + p + i) * CHUNK;
+        store(to, narrow(widen(dz + at) * a0 + widen(h + at) * e0 + r0,
+                         widen(dz + at + 16) * a1 + widen(h + at + 16) * e1 + r1));
+      }
+      std::memset(to, 0, sizeof(bf16) * (all - n) * CHUNK);
+      for (int i = 0; i < steps; ++i)
+        interleave_patch(dh + ((size_t)k * PB + i * PT) * CHUNK,
+                         dhv + ((size_t)k * steps + i) * 2 * TILE);
+    }
+    for (int k = 0; k < chunks; ++k) {
+      for (int i = 0; i < steps; ++i) {
+        const int count = std::min(PT, n - i * PT);
+        load_y(s, X, p + i * PT, count, k, C, f1, t.patch);
+        std::memset(t.patch + count * CHUNK, 0, sizeof(bf16) * (PT - count) * CHUNK);
+        transpose_patch(t.patch, yt + (size_t)k * CHUNK * ld + i * PT, ld);
+      }
+      for (int j = 0; j < s.mid; ++j) {
+        multiply({yt + (size_t)k * CHUNK * ld, t.pixel_steps.data(), 2 * ld,
+                  dhv + (size_t)j * steps * 2 * TILE, steps, t.sums, PT},
+                 2, 2);
+        add_sums(t.sums, t.dw.data() + (size_t)k * CHUNK * width + j * CHUNK, width);
+      }
+    }
+    for (int k = 0; k < chunks; ++k) {
+      const int c = k * CHUNK, valid = C - c;
+      const F a0 = load(&f1.a[c]), a1 = load(&f1.a[c] + 16), b0 = load(&f1.b[c]),
+              b1 = load(&f1.b[c] + 16), m0 = load(&f1.mean[c]),
+              m1 = load(&f1.mean[c] + 16), zero = {};
+      F p0 = {}, p1 = {}, q0 = {}, q1 = {};
+      for (int i = 0; i < n; i += PT) {
+        const int count = std::min(PT, n - i);
+        multiply({dh + (size_t)i * CHUNK, dh_steps.data(), 2 * CHUNK, w1t.panel(k), s.mid,
+                  t.sums, PT},
+                 count > ROWS ? 2 : 1, w1t.tiles_of(k));
+        for (int r = 0; r < count; ++r) {
+          const bf16* x = X + (p + i + r) * s.Ct + c;
+          float* g = gX + (p + i + r) * s.Ct + c;
+          alignas(64) bf16 values[CHUNK];
+          if (valid < CHUNK) load_part(x, valid, values), x = values;
+          const float* sums = t.sums + r * PT;
+          const F x0 = widen(x), x1 = widen(x + 16);
+          const F d0 = x0 * a0 + b0 > zero ? load(sums) : zero;
+          const F d1 = x1 * a1 + b1 > zero ? load(sums + 16) : zero;
+          p0 += d0, p1 += d1, q0 += d0 * (x0 - m0), q1 += d1 * (x1 - m1);
+          if (valid >= CHUNK) {
+            store(g, load(g) + a0 * d0), store(g + 16, load(g + 16) + a1 * d1);
+          } else {
+            alignas(64) float both[CHUNK];
+            store(both, a0 * d0), store(both + 16, a1 * d1);
+            for (int v = 0; v < valid; ++v) g[v] += both[v];
+          }
+        }
+      }
+      add_to(&t.s1[c], p0), add_to(&t.s1[c] + 16, p1);
+      add_to(&t.s2[c], q0), add_to(&t.s2[c] + 16, q1);
+    }
+  }
+}
+
+void add_parts(std::vector<Scratch>& parts) {
+  for (size_t t = 1; t < parts.size(); ++t) {
+    for (size_t i = 0; i < parts[0].dw.size(); ++i) parts[0].dw[i] += parts[t].dw[i];
+    for (size_t c = 0; c < parts[0].s1.size(); ++c) {
+      parts[0].s1[c] += parts[t].s1[c];
+      parts[0].s2[c] += parts[t].s2[c];
+    }
+  }
+}
+
+// X, mean, var, h, mean2, var2, gX, gmean, gvar, then the layers' weights as forward
+// -> gx [N, H, W, C0], room for gX in float32 and for one layer's dz, then per layer
+//    dscale1, dbias1, dw1, dscale2, dbias2, dw2
+ffi::Error Backward(ffi::ThreadPool pool, float epsilon, BF X, FL mean, FL var, BF h,
+                    FL mean2, FL var2, BF gX, FL gmean, FL gvar, ffi::RemainingArgs args,
+                    ffi::ResultBuffer<ffi::BF16> gx, ffi::ResultBuffer<ffi::F32> work,
+                    ffi::ResultBuffer<ffi::BF16> dz, ffi::RemainingRets rets) {
+  const auto d = gx->dimensions();
+  const int L = (int)mean2.dimensions()[0], M = (int)mean2.dimensions()[1];
+  const int G = (int)(X.dimensions()[3] - d[3]) / L;
+  const Block s(d[0], d[1], d[2], d[3], L, G, M, (int)pool.num_threads());
+  const bf16* x = X.typed_data();
+  float* g = work->typed_data();
+  std::vector<Scratch> scratch(s.T);
+  std::vector<Tiled> w1t(L), w2t(L);
+  const std::vector<Parameters> weights = parameters_of(args, L);
+  Crew crew(pool, s.T);
+  crew.run([&](int t) {
+    set_steps(s, scratch[t]);
+    for (int64_t i = s.pixel(t) * s.Ct; i < s.pixel(t + 1) * s.Ct; ++i)
+      g[i] = widen_one(gX.typed_data()[i]);
+    for (int l = t; l < L; l += s.T) {
+      w1t[l].reset(s.mid, up(s.C(l), 2 * COLUMNS));
+      w1t[l].set(0, weights[l].w1, M, s.C(l), M, true);
+      w2t[l].reset(9 * s.grown, up(M, 2 * COLUMNS));
+      for (int tap = 0; tap < 9; ++tap)  // the other way round
+        w2t[l].set(tap * s.grown, weights[l].w2 + (size_t)(8 - tap) * M * G, G, M, G, true);
+    }
+  });
+  // Gradients with respect to the shared statistics, added up over the layers.
+  std::vector<double> gm(gmean.typed_data(), gmean.typed_data() + s.Ct);
+  std::vector<double> gv(gvar.typed_data(), gvar.typed_data() + s.Ct);
+  for (int l = L - 1; l >= 0; --l) {
+    const Parameters& w = weights[l];
+    const int C = s.C(l), wide = s.mid * CHUNK;
+    auto out = [&](int i) {
+      return (*rets.get<ffi::Buffer<ffi::F32>>(l * 6 + i))->typed_data();
+    };
+    const bf16* hl = h.typed_data() + (size_t)l * s.mid * s.P * CHUNK;
+    const float *m = mean.typed_data(), *v = var.typed_data();
+    Affine f1, f2;
+    f1.from(w.scale1, w.bias1, m, v, C, epsilon);
+    f2.from(w.scale2, w.bias2, mean2.typed_data() + l * M, var2.typed_data() + l * M, M,
+            epsilon);
+    const NewGradient fresh(s, x, g, C, G, gm, gv, m);
+    crew.run([&](int t) {
+      const TileConfig tiles;
+      backward_3x3(s, t, fresh, hl, f2, w2t[l].view(), dz->typed_data(), scratch[t]);
+    });
+    add_parts(scratch);
+    for (int tap = 0; tap < 9; ++tap)
+      for (int i = 0; i < M; ++i)
+        std::memcpy(out(5) + ((size_t)tap * M + i) * G,
+                    scratch[0].dw.data() +
+                        ((size_t)tap * wide + i) * s.grown * CHUNK,
+                    sizeof(float) * G);
+    std::vector<float> slope(wide), rest(wide);
+    for (int k = 0; k < M; ++k) {
+      const double s1 = scratch[0].s1[k], s2 = scratch[0].s2[k], r = f2.rstd[k];
+      out(3)[k] = (float)(s2 * r);
+      out(4)[k] = (float)s1;
+      const double e1 = f2.a[k] * r * r * s2 / s.P;
+      slope[k] = (float)-e1;
+      rest[k] = (float)(e1 * f2.mean[k] - f2.a[k] * s1 / s.P);
+    }
+    crew.run([&](int t) {
+      const TileConfig tiles;
+      backward_1x1(s, t, x, g, C, f1, w1t[l].view(), dz->typed_data(), hl, f2, slope,
+                   rest, scratch[t]);
+    });
+    add_parts(scratch);
+    for (int c = 0; c < C; ++c) {
+      std::memcpy(out(2) + (size_t)c * M, scratch[0].dw.data() + (size_t)c * wide,
+                  sizeof(float) * M);
+      const double s1 = scratch[0].s1[c], s2 = scratch[0].s2[c], r = f1.rstd[c];
+      out(0)[c] = (float)(s2 * r);
+      out(1)[c] = (float)s1;
+      gm[c] -= f1.a[c] * s1;
+      gv[c] -= 0.5 * w.scale1[c] * r * r * r * s2;
+    }
+  }
+  const NewGradient input(s, x, g, 0, s.C0, gm, gv, mean.typed_data());
+  crew.run([&](int t) {
+    for (int64_t p = s.pixel(t); p < s.pixel(t + 1); ++p)
+      for (int k = 0; k < steps_of(s.C0); ++k)
+        store_part(gx->typed_data() + p * s.C0 + k * CHUNK, input.at(p, k),
+                   s.C0 - k * CHUNK);
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseBlockForwardTrainBfloat16, Forward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<float>("epsilon")
+                                  .Arg<BF>()
+                                  .RemainingArgs()
+                                  .Ret<BF>()
+                                  .Ret<FL>()
+                                  .Ret<FL>()
+                                  .Ret<BF>()
+                                  .Ret<FL>()
+                                  .Ret<FL>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseBlockBackwardBfloat16, Backward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<float>("epsilon")
+                                  .Arg<BF>()
+                                  .Arg<FL>()
+                                  .Arg<FL>()
+                                  .Arg<BF>()
+                                  .Arg<FL>()
+                                  .Arg<FL>()
+                                  .Arg<BF>()
+                                  .Arg<FL>()
+                                  .Arg<FL>()
+                                  .RemainingArgs()
+                                  .Ret<BF>()
+                                  .Ret<FL>()
+                                  .Ret<BF>()
+                                  .RemainingRets());
+
+FLAX_DENSENET_BFLOAT16_PATH

@@ -1,0 +1,151 @@
+"""A dense block in training in bfloat16: as close to float64 as XLA's, in all ways."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from flax_densenet.kernels import cpu as cpu_kernels
+from flax_densenet.kernels import dense_block, native_bfloat16, xla_block
+from helpers.blocks import error, inputs, make, require_native
+
+
+def layers_of(channels, bottleneck, growth, count):
+    rng = np.random.default_rng(0)
+
+    def normal(*shape, scale=1.0, shift=0.0):
+        return (shift + scale * rng.standard_normal(shape)).astype(np.float32)
+
+    layers = []
+    for wide in range(channels, channels + count * growth, growth):
+        one = (normal(wide, scale=0.3, shift=1), normal(wide, scale=0.3))
+        two = (normal(bottleneck, scale=0.3, shift=1), normal(bottleneck, scale=0.3))
+        kernel1 = normal(1, 1, wide, bottleneck, scale=(2 / wide) ** 0.5)
+        kernel2 = normal(3, 3, bottleneck, growth, scale=(2 / bottleneck) ** 0.5 / 3)
+        layers.append((*one, kernel1, *two, kernel2))
+    return layers
+
+
+def by_xla(x, layers, epsilon, dtype):
+    fields = ('scale1', 'bias1', 'kernel1', 'scale2', 'bias2', 'kernel2')
+    features, (mean, var), inner = xla_block.train(
+        x,
+        [
+            xla_block.Layer(
+                mean1=None, var1=None, **dict(zip(fields, one, strict=True))
+            )
+            for one in layers
+        ],
+        epsilon=epsilon,
+        dtype=dtype,
+        remat=False,
+        dropout_rate=0.0,
+        keys=None,
+        path_rates=(0.0,) * len(layers),
+        path_keys=None,
+    )
+    mean2, var2 = (jnp.stack(parts) for parts in zip(*inner, strict=True))
+    return features, mean, var, mean2, var2
+
+
+def with_gradients(train):
+    """A function of x and layers: outputs and gradients, statistics' share included."""
+
+    def loss(x, layers):
+        found = train(x, layers)
+        features, mean, var, *_ = found
+        wide = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+        weights = np.sin(np.arange(features.size)).reshape(features.shape)
+        more = (mean * np.arange(mean.size) + var * 3).sum() * 0.1
+        return (wide * weights).sum() + more, found
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+
+def named(found):
+    (_, (features, mean, var, mean2, var2)), (of_x, of_layers) = found
+    names = ('scale1', 'bias1', 'kernel1', 'scale2', 'bias2', 'kernel2')
+    gradients = dict(zip(names, zip(*of_layers, strict=True), strict=True))
+    statistics = {'mean': (mean, mean2), 'var': (var, var2)}
+    return {'features': features, 'x': of_x} | statistics | gradients
+
+
+@pytest.mark.parametrize(
+    ('shape', 'bottleneck', 'growth', 'count'),
+    [
+        ((3, 7, 9, 24), 48, 12, 2),  # groups of images, chunks that are not full
+        pytest.param((2, 40, 58, 64), 128, 32, 2, marks=pytest.mark.slow),  # bands
+        pytest.param((5, 14, 14, 96), 192, 48, 2, marks=pytest.mark.slow),
+        pytest.param((1, 5, 3, 16), 16, 8, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_each_path_is_as_good_as_xla(shape, bottleneck, growth, count):
+    require_native('bfloat16')
+    layers = layers_of(shape[3], bottleneck, growth, count)
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.standard_normal(shape) + 3, jnp.bfloat16)
+    with jax.enable_x64(True):
+        train = functools.partial(by_xla, epsilon=1e-5, dtype=jnp.float64)
+        double = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), layers)
+        exact = with_gradients(train)(jnp.asarray(x, jnp.float64), double)
+        exact = jax.tree.map(np.asarray, named(exact))
+    train = functools.partial(by_xla, epsilon=1e-5, dtype=jnp.bfloat16)
+    theirs = named(with_gradients(train)(x, layers))
+    ours = with_gradients(lambda x, layers: native_bfloat16.train(x, layers, 1e-5))
+    usual, found = cpu_kernels.bfloat16_path(), {}
+    try:
+        for path in cpu_kernels.BFLOAT16_PATHS:
+            if path == 'emulated' and shape[1] > 30:
+                continue
+            try:
+                cpu_kernels.bfloat16_path(path)
+            except ValueError:
+                continue
+            found[path] = named(ours(x, layers))
+            again = named(ours(x, layers))
+            jax.tree.map(np.testing.assert_array_equal, found[path], again)
+    finally:
+        cpu_kernels.bfloat16_path(usual)
+    assert {'portable'} <= found.keys()
+    for name, expected in exact.items():
+        limit = 1.5 * error(theirs[name], expected)
+        assert limit < 0.3, name
+        for path, one in found.items():
+            assert error(one[name], expected) <= max(limit, 2e-6), (path, name)
+            assert error(one[name], found['portable'][name]) <= limit, (path, name)
+
+
+def lowered(kernel):
+    variables, images = inputs('BC')
+    module = make('BC', kernel=kernel, dtype='bfloat16')
+
+    def loss(params):
+        features, _ = module.apply(
+            {**variables, 'params': params},
+            images,
+            train=True,
+            mutable=['batch_stats'],
+            method='features',
+        )
+        return features.astype(jnp.float32).sum()
+
+    return jax.jit(jax.grad(loss)).lower(variables['params']).as_text()
+
+
+def test_float32_where_the_processor_has_no_instructions(monkeypatch, capsys):
+    """The blocks are never slower than in float32, and a line tells."""
+    require_native('bfloat16')
+    monkeypatch.setattr(cpu_kernels, 'why_bfloat16_is_slow', lambda: None)
+    text = lowered('native')
+    for name in ('DenseBlockForwardTrainBfloat16', 'DenseBlockBackwardBfloat16'):
+        assert text.count(name) >= 2
+    assert capsys.readouterr().out == ''
+    monkeypatch.setattr(cpu_kernels, 'why_bfloat16_is_slow', lambda: 'it is old')
+    dense_block._log_once.cache_clear()
+    text = lowered('native')
+    assert 'TrainBfloat16' not in text and 'DenseBlockForwardTrain' in text
+    assert capsys.readouterr().out == (
+        'model.dtype=bfloat16: it is old, so the dense blocks compute in float32\n'
+    )

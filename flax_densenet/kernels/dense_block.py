@@ -21,9 +21,9 @@ most of that:
 3. A 1x1 convolution is a matrix product, which is fast forward and backward.
 4. Average pooling and a 1x1 convolution commute, so a transition pools first.
 
-There are two implementations: `native_block` (C++ on one CPU device, in bfloat16 by
-`native_bfloat16`) and `xla_block` (JAX only, everywhere). For inference with a trained model, see
-`models.folded`.
+There are two implementations: `native_block` (C++ on one CPU device; `native_bfloat16`
+in bfloat16) and `xla_block` (JAX only, everywhere). For inference with a trained model,
+see `models.folded`.
 """
 
 import functools

@@ -22,7 +22,7 @@ _FAMILIES = (
 
 
 def families(texts: Iterable[str]) -> list[str]:
-    """Names of fonts for matplotlib, by which all letters are found if any has them.
+    """Names of fonts for matplotlib: together they have all letters, if any font does.
 
     Args:
       texts: all that is to be drawn.

@@ -327,8 +327,9 @@ def _save_samples(run, shown, save):
         return
     if sys.platform.startswith('linux'):  # there this is about the thread alone
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
-    sample_grid.save(run, save)
+    images = sample_grid.save(run, save)
     shown.add_picture('samples', os.path.join(run.workdir, 'samples.png'))
+    shown.add_images('training_images', images)
 
 
 def _report_unread(run, batches, record):

@@ -6,28 +6,41 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from flax_densenet.data import bands, deep_picture
 from flax_densenet.data.augment import mixing
 from flax_densenet.train import feature_cache, step, training_run
 
+SINGLE = 8  # images that are shown one by one
 
-def save(run: training_run.TrainingRun, save_samples: Callable[..., None]):
+
+def save(
+    run: training_run.TrainingRun, save_samples: Callable[..., None]
+) -> np.ndarray:
     """Draws the images of the first step into the run's folder.
 
     Args:
       save_samples: as `report.plots.save_samples`.
+
+    Returns:
+      The first `SINGLE` of them, uint8 `[N, H, W, 3]`.
     """
     batches = training_run.train_batches(run, run.source, 0)
     try:
         batch = next(batches)
     finally:
         batches.close()
+    batch = _first_part(run, batch)
     save_samples(
         run.workdir,
-        _first_part(run, batch),
+        batch,
         run.source.class_names,
         changes=feature_cache.list_changes(run.settings.augmentation),
         **run.preprocessing,
     )
+    images = batch['image'][:SINGLE]
+    if images.dtype != np.uint16:  # mixed ones may lie between two values
+        images = np.clip(np.rint(images), 0, 255).astype(np.uint8)
+    return bands.to_visible(deep_picture.to_uint8(images))
 
 
 def _first_part(run, batch):

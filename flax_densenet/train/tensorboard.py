@@ -27,6 +27,13 @@ SCALARS = {
     'speed/peak_memory_gib': 'peak_memory_gib',
     'speed/memory_gib': 'memory_gib',
 }
+# Charts of TensorBoard's tab "Custom scalars", with lines over each other.
+_TOGETHER = {
+    'Training and test': {
+        'Accuracy': ['Multiline', ['accuracy/train', 'accuracy/test']],
+        'Loss': ['Multiline', ['loss/train', 'loss/test']],
+    }
+}
 _BEST = ('test_accuracy', 'test_loss', 'test_mean_auroc')
 # Of `loss/step`: enough to see a curve. TensorBoard keeps a thousand of a series.
 _LOSSES_AN_EPOCH = 20
@@ -94,6 +101,7 @@ class TensorBoardWriter:
         # itself which fields differ.
         _, start, _ = summary.hparams(flatten(config), {})
         self._write(self._first, summary=start)
+        self._write(self._first, summary=summary.custom_scalars(_TOGETHER))
 
     def add_picture(self, tag: str, path: str):
         """Shows an image file."""
@@ -105,6 +113,16 @@ class TensorBoardWriter:
             pixels = np.asarray(image.convert('RGB'))
         shown = summary.image(tag, pixels, dataformats='HWC')
         self._write(self._first, summary=shown)
+
+    def add_images(self, tag: str, images):
+        """Shows images uint8 `[N, H, W, 3]`, each at its full size."""
+        if self._events is None:
+            return
+        from tensorboardX import summary
+
+        for number, image in enumerate(images):
+            shown = summary.image(f'{tag}/{number}', image, dataformats='HWC')
+            self._write(self._first, summary=shown)
 
     def add_loss(self, step: int, loss: float):
         """Tells the loss of a step, from 1; one of some is written."""

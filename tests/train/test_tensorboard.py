@@ -102,6 +102,26 @@ def test_what_was_told_can_be_read_at_once(tmp_path):
     assert 'accuracy/train' not in events.Tags()['scalars']
 
 
+def test_charts_together_and_single_images(tmp_path):
+    images = np.zeros((2, 5, 7, 3), np.uint8)
+    images[1, :, :, 2] = 200
+    with tensorboard.open_writer(
+        str(tmp_path), enabled=True, start=0, steps_per_epoch=1
+    ) as shown:
+        shown.add_config({'data': {'source': 'digits'}})
+        shown.add_images('training_images', images)
+    events = event_accumulator.EventAccumulator(str(tmp_path))
+    events.Reload()
+    (chart,) = events.Tensors('custom_scalars__config__')
+    text = chart.tensor_proto.string_val[0]
+    for tag in (b'accuracy/train', b'accuracy/test', b'loss/train', b'loss/test'):
+        assert tag in text
+    (one,) = events.Images('training_images/1')
+    assert (one.width, one.height) == (7, 5)
+    with Image.open(io.BytesIO(one.encoded_image_string)) as image:
+        np.testing.assert_array_equal(np.asarray(image.convert('RGB')), images[1])
+
+
 def test_the_best_and_the_labels(tmp_path):
     record = {'test_accuracy': 0.5, 'test_loss': 2.0, 'test_mean_auroc': 0.75}
     areas = {'ants': 0.75, 'bees': None}

@@ -220,7 +220,7 @@ def _train(work: loop.Loop, state, epochs_done, ends_after, save_samples, tracke
 
 
 def _tracking(run):
-    """Names of trackers, and what they are told of the settings."""
+    """Names of trackers, and what they log of the settings."""
     names = trackers.parse(run.settings.train.trackers) if mesh.is_writer() else []
     return names, tensorboard.flatten(settings_lib.to_config(run.settings))
 

@@ -262,7 +262,7 @@ def parse(text: str) -> list[str]:
 
 
 def metrics_of(record: dict[str, Any]) -> dict[str, float]:
-    """What trackers are told of an epoch, by the names that TensorBoard shows."""
+    """What trackers log of an epoch, by the names that TensorBoard shows."""
     found = {tag: record.get(name) for tag, name in tensorboard.SCALARS.items()}
     found |= {f'auroc/{k}': v for k, v in record.get('test_auroc', {}).items()}
     found['epoch'] = record['epoch']

@@ -264,12 +264,12 @@ def test_many_files_are_checked_in_chunks(folder, monkeypatch):
 def test_many_files(tmp_path):
     """Listed and split in seconds, in little memory; links to one file."""
     write_images(tmp_path, {'0': 1, '1': 1}, size=(8, 8))
-    for number in range(40_000):
+    for number in range(10_000):
         folder = tmp_path / str(number % 2)
         os.link(folder / '000.jpg', folder / f'{number}.jpg')
     start = time.perf_counter()
     files = sum(len(listing.image_files(str(tmp_path / c))) for c in '01')
-    assert files == 40_002 and time.perf_counter() - start < 2
+    assert files == 10_002 and time.perf_counter() - start < 0.5
     tracemalloc.start()
     found = sources.SOURCES['folder'](str(tmp_path), bad_images='error', labels='')
     assert tracemalloc.get_traced_memory()[0] < 250 * len(found.reader.paths)

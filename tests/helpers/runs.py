@@ -58,7 +58,6 @@ def tiny_config(**overrides):
     """configs/base.py with a network that compiles in seconds, on 8x8 digits."""
     config = base.get_config()
     config.model.variant = 'BC-L10k4'
-    config.model.block_sizes = (1, 1)
     config.data.image_size = 8
     config.data.batch_size = 128
     config.optimizer.learning_rate = 3e-3
@@ -66,6 +65,9 @@ def tiny_config(**overrides):
     config.train.tensorboard = False
     config.train.report = False
     config.update_from_flattened_dict(overrides)
+    # Not where the network is that of other weights.
+    if config.model.variant is not None and 'model.block_sizes' not in overrides:
+        config.model.block_sizes = (1, 1)
     return plain(config)
 
 

@@ -16,6 +16,7 @@ from helpers.runs import (
     assert_equal_bits,
     final_arrays,
     read_records,
+    reuse_steps,
     stop_after,
     tiny_config,
 )
@@ -163,6 +164,7 @@ def test_a_resumed_run_with_everything_is_the_uninterrupted_one(
     tmp_path, monkeypatch, capsys
 ):
     """It stops early too: of 9 epochs the second is made the best, so 4 are enough."""
+    reuse_steps(monkeypatch)
     config, measure = tiny_config(**EVERYTHING), fit._test
 
     def script(work, state, record):
@@ -248,6 +250,7 @@ def first(tmp_path_factory):
                                     {'train.head_warmup_epochs': 1}])  # fmt: skip
 def test_average_of_a_head(fields, first, tmp_path, monkeypatch):
     """On features kept in memory, or for one epoch before all trains; resumed."""
+    reuse_steps(monkeypatch)
     config = tiny_config(**HEAD | fields)
     config['init_from'] = str(first)
     fit.fit(config, str(tmp_path / 'whole'))

@@ -32,7 +32,7 @@ def equations(jaxpr):
 def trace(dtype, **fields):
     """A step's program, and the shapes and types of what it returns."""
     fields |= {'dtype': dtype, 'kernel': 'xla'}
-    module = create_model('BC-L10k4', num_classes=3, **fields)
+    module = create_model('BC-L10k4', num_classes=3, block_sizes=(1, 1), **fields)
     optimizer = optimizers.make_optimizer(
         0.1, name='adam', momentum=0, weight_decay=0.1
     )
@@ -97,6 +97,7 @@ def test_bfloat16_learns_as_float32(tmp_path):
     records = []
     for dtype in ('float32', 'bfloat16'):
         fields = {'model.dtype': dtype, 'data.batch_size': 32, 'train.epochs': 6}
+        fields |= {'model.block_sizes': (1, 1, 1)}
         fit.fit(tiny_config(**fields), str(tmp_path / dtype))
         records.append(read_records(tmp_path / dtype))
     for one, other in zip(*records, strict=True):

@@ -19,6 +19,7 @@ from helpers.runs import (
     Stopped,
     assert_equal_bits,
     final_arrays,
+    reuse_steps,
     stop_after,
     tiny_config,
 )
@@ -268,6 +269,7 @@ def test_a_resumed_run_with_everything_on(tmp_path, monkeypatch, devices, stops)
     monkeypatch.setattr(
         mesh_lib, 'make_mesh', lambda _=None: make_mesh(jax.devices()[:devices])
     )
+    reuse_steps(monkeypatch)
     config = tiny_config(**EVERYTHING)
     fit.fit(config, str(tmp_path / 'whole'))
     for steps in stops:  # of one size; an epoch has 5.6

@@ -21,6 +21,7 @@ from helpers.runs import (
     Stopped,
     assert_equal_bits,
     final_arrays,
+    reuse_steps,
     stop_after,
     tiny_config,
     write_images,
@@ -148,6 +149,7 @@ def test_decoding_processes(folder, out):
 def test_a_resumed_training_of_a_pack_is_that_of_its_folder(
     folder, out, tmp_path, monkeypatch
 ):
+    reuse_steps(monkeypatch)
     fields = {'data.batch_size': 8, 'data.augment': 'shift_flip', 'train.epochs': 4}
     whole = tiny_config(**{'data.source': f'folder:{folder}'}, **fields)
     fit.fit(whole, str(tmp_path / 'whole'))

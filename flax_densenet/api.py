@@ -363,8 +363,8 @@ def _array_examples(predictor, images, labels):
 
     images, labels = np.asarray(images), np.asarray(labels)
     classes = len(predictor.class_names)
-    dtypes = {np.uint8, predictor.preparation.dtype}
-    if images.dtype not in dtypes or images.ndim != 4 or not len(images):
+    dtypes = np.uint8, predictor.preparation.dtype
+    if images.dtype not in map(np.dtype, dtypes) or images.ndim != 4 or not len(images):
         raise UserError(
             f'images: an array of {images.dtype} {list(images.shape)}; give uint8 '
             '[N, H, W, 3] or [N, H, W, 1]'

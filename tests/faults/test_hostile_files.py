@@ -219,7 +219,7 @@ def test_metadata_of_a_run(run):
     for value in (made | {'mean': 3}, [], 'x', DEEP, '{"a"', {}):
         write_item(run, 'metadata', value)
         for read in (weight_file.load, trained.load_trained):
-            with pytest.raises(UserError, match='checkpoint .* (metadata|not whole)'):
+            with pytest.raises(UserError, match='checkpoint .* (metadata|not intact)'):
                 read(run)
     # What the arrays do not fit.
     absurd = made | {'model': {'variant': 'L99999997k1'}}
@@ -316,7 +316,7 @@ def test_other_files_of_a_run(name, raw, tmp_path):
 @pytest.mark.parametrize('name', ['config.json', 'environment.json'])
 def test_a_file_of_a_run_that_is_no_object(name, tmp_path):
     (tmp_path / name).write_text('[1]')
-    with pytest.raises(UserError, match='no JSON object'):
+    with pytest.raises(UserError, match='not a JSON object'):
         run_folder.load_run(str(tmp_path))
 
 

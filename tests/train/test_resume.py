@@ -141,7 +141,7 @@ def test_a_run_whose_data_and_settings_change(photos, tmp_path, monkeypatch):
     assert 'the data has moved from folder:photos to folder:moved/' in told
     assert 'train.epochs=2 (before 1)' in told
     assert 'optimizer.learning_rate=0.0001 (before 0.003)' in told
-    assert 'the learning rate is that of the new schedule' in told
+    assert 'the learning rate follows the new schedule' in told
     steps = [record['step'] for record in read_records(tmp_path / 'run')]
     assert len(steps) == 2 and steps[0] < steps[1]
 

@@ -125,14 +125,13 @@ class _Reading(table_columns.Columns):
         )
 
     def _may_be_labels(self, left):
-        """Columns without numbers of folds and patients, unless there are no others."""
-        found = [
+        """Columns that do not hold numbers of folds or patients."""
+        return [
             name
             for name in left
             if not split_column.looks_like_parts(self.keys[name], self.columns[name])
             and not self.is_group(name)
         ]
-        return found or left
 
     def _find_labels(self, left):
         """The used columns, the names of labels or classes, and the values."""

@@ -108,13 +108,22 @@ def _check_roles(table, name, roles):
     if None not in roles:
         return
     row = roles.index(None)
-    remedy = 'use train, val and test'
-    if _are_few_numbers(table.columns[name]):
-        remedy += f', or say which is which: data.split=column:{name}=0,1,2'
+    cells = table.columns[name]
     raise UserError(
-        f'{table.field}: {name}={table.columns[name][row]} is not known '
-        f'(line {table.lines[row]}); {remedy}, or set data.split=none'
+        f'{table.field}: {name}={cells[row]} is not known (line {table.lines[row]}); '
+        f'use train, val and test, or say which is which: {_example(name, cells)}, or '
+        'set data.split=none'
     )
+
+
+def _example(name, cells):
+    """How the user names the values, with those of the column if there are few."""
+    values = sorted({cell for cell in cells if not cells_lib.is_missing(cell)})
+    if _are_few_numbers(cells) or not 2 <= len(values) <= 3:
+        values = (
+            ['0', '1', '2'] if _are_few_numbers(cells) else ['TRAIN', 'VAL', 'TEST']
+        )
+    return f'data.split=column:{name}={",".join(values)}'
 
 
 def _find_by_words(table, images):
@@ -167,14 +176,16 @@ def _find_one_hot(table, images):
 
 def _say_unclear(table, images):
     for name, cells in table.columns.items():
-        if name != images and looks_like_parts(table.keys[name], cells):
-            values = sorted(set(cells))
+        values = sorted(set(cells))
+        if name == images or table.keys[name] not in _NEVER_LABELS:
+            continue
+        if 2 <= len(values) <= _MOST_NUMBERS:
             table.notes.append(
-                f'the column {name} holds numbers ({", ".join(values[:5])}'
-                f'{", ..." if len(values) > 5 else ""}) that do not say which part is '
+                f'the values of the column {name} ({", ".join(values[:5])}'
+                f'{", ..." if len(values) > 5 else ""}) do not say which part is '
                 'which: it is not used, and a part is split off at random; to use it, '
-                f'name the values of train, val and test: '
-                f'data.split=column:{name}=0,1,2'
+                'give its values of train, val and test, such as '
+                f'{_example(name, cells)}'
             )
 
 

@@ -8,11 +8,11 @@ from flax_densenet.data import dataset, label_options, label_table
 from helpers.runs import write_images
 
 
-def read(tmp_path, columns, rows, **options):
+def read(tmp_path, heading, rows, **options):
     """A table of images 0.png, ... and these columns."""
     lines = [f'{i}.png,' + ','.join(map(str, row)) for i, row in enumerate(rows)]
     path = tmp_path / 't.csv'
-    path.write_text('\n'.join([f'image,{columns}', *lines]))
+    path.write_text('\n'.join([f'image,{heading}', *lines]))
     return label_table.read(str(path), label_options.Options(**options))
 
 
@@ -31,6 +31,36 @@ def test_numbers_of_parts_are_no_labels(name, parts, tmp_path):
     )
     assert found.names == ('sick',)
     assert not any('data.split' in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ('name', 'values', 'told'),
+    [
+        ('data_split', ['TR', 'VA'], 'data.split=column:data_split=TR,VA'),
+        ('Dataset', ['NIH', 'MIMIC', 'Chex'], 'column:Dataset=Chex,MIMIC,NIH'),
+        ('fold', list('abcd'), 'column:fold=TRAIN,VAL,TEST'),
+    ],
+)
+def test_words_that_are_not_known(name, values, told, tmp_path):
+    rows = [(i % 2, values[i % len(values)]) for i in range(8)]
+    found = read(tmp_path, f'sick,{name}', rows)
+    assert found.names == ('sick',) and any(told in note for note in found.notes)
+
+
+def test_words_beside_train_are_asked_for(tmp_path):
+    rows = [(i % 2, ('Training', 'Public', 'Private')[i % 3]) for i in range(9)]
+    setting = 'column:Usage=Training,Public,Private'
+    with pytest.raises(UserError, match='Usage=Public is not known .line 3.; .*='):
+        read(tmp_path, 'sick,Usage', rows)
+    found = read(tmp_path, 'sick,Usage', rows, split=setting)
+    assert found.parts.tolist() == [0, 1, 2] * 3
+
+
+def test_a_column_of_parts_alone_is_no_label(tmp_path):
+    with pytest.raises(UserError, match='as data.label_columns'):
+        read(tmp_path, 'set', [(i % 2,) for i in range(6)])
+    found = read(tmp_path, 'set', [(i % 2,) for i in range(6)], columns=('set',))
+    assert found.names == ('set',)
 
 
 def test_a_column_called_split_is_asked_for(tmp_path):

@@ -130,7 +130,7 @@ def test_one_of_several_columns(tmp_path):
         ),
         (
             column(['cat', '', 'dog', 'dog', 'cat'], 'label', False),
-            "line 3.*'' is no cl",
+            "line 3.*'' is not a cl",
         ),
         (
             column(['cat', 'NA', 'dog', 'dog'], 'label', False),
@@ -194,7 +194,7 @@ def test_no_heading(tmp_path):
     found = read(tmp_path, 'x.png,1,0\ny.png,0,1\nz.png,0,1\n')
     assert found.images == ['x.png', 'y.png', 'z.png']
     assert found.names == ('column 2', 'column 3')
-    assert 'its first line is no heading' in found.notes[0]
+    assert 'its first line is not a heading' in found.notes[0]
     found = read(tmp_path, 'x/1.jpg cat\ny/2.jpg dog\nx/3.jpg cat\ny/4.jpg dog\n')
     assert (found.names, found.values.tolist()) == (('cat', 'dog'), [0, 1, 0, 1])
 

@@ -114,7 +114,7 @@ def test_words_for_nothing_as_classes(tmp_path):
     found = read(tmp_path, text, kind='classes')
     assert found.names == ('mild', 'none', 'severe')
     text = cells(['none', '', 'severe', 'none'], names='severity')
-    with pytest.raises(UserError, match="line 3, column severity: '' is no class"):
+    with pytest.raises(UserError, match="line 3, column severity: '' is not a class"):
         read(tmp_path, text, kind='classes')
 
 

@@ -165,7 +165,7 @@ def link(name):
         ({'a.jpg': b'x'}, 'a has no label; add a.cls or a.json'),
         ({'a.cls': b'1'}, r'a has 0 images \(cls\); each key needs one'),
         ({'a.jpg': b'x', 'a.png': b'x', 'a.cls': b'1'}, 'a has 2 images'),
-        ({'a.jpg': b'x', 'a.cls': b''}, 'a.cls names no class; it needs a number'),
+        ({'a.jpg': b'x', 'a.cls': b''}, 'a.cls names no class; give a number'),
         ({'a.jpg': b'x', 'a.cls': b'\xff'}, 'a.cls cannot be read as a label'),
         ({'a.jpg': b'x', 'a.cls': b'9' * 5000}, 'a.cls cannot be read as a label'),
         ({'a.jpg': b'x', 'a.cls': b'1000000'}, 'a.cls names no class'),

@@ -2,8 +2,9 @@
 
   python -m benchmarks.contenders NAME TASK
 
-NAME: ours, linen (the plain layers), torch, torch_contiguous, keras. TASK: train, infer
-(DenseNet-121, batch 16, 224x224, float32) or cifar (training BC-L100k12, batch 64,
+NAME: ours, linen (the plain layers), torch, torch_contiguous, keras; ours_bf16 and
+torch_bf16 (autocast) compute in bfloat16, all others in float32. TASK: train, infer
+(DenseNet-121, batch 16, 224x224) or cifar (training BC-L100k12, batch 64,
 32x32). Data are random and on the device: decoding is measured by `decode`.
 """
 
@@ -102,7 +103,18 @@ def _ours(task, **fields):
     return _serve(task, step)
 
 
-def _torch(task, channels_last=True):
+def _ours_bf16(task):
+    if task != 'infer':
+        return _ours(task, dtype='bfloat16')
+    from flax_densenet.system import process
+
+    process.keep_memory()  # as launch.py does
+    from benchmarks import inference
+
+    return _serve(task, inference.make_ours_bf16(SHAPES[task][0]))
+
+
+def _torch(task, channels_last=True, bfloat16=False):
     import torch
 
     from benchmarks import torch_models
@@ -117,11 +129,15 @@ def _torch(task, channels_last=True):
     model = model.to(memory_format=layout)
     images = torch.randn(batch, 3, size, size).to(memory_format=layout)
     labels = torch.randint(0, classes, (batch,))
+
+    def autocast():
+        return torch.autocast('cpu', torch.bfloat16, enabled=bfloat16)
+
     if task == 'infer':
         model.eval()
 
         def step():
-            with torch.inference_mode():
+            with torch.inference_mode(), autocast():
                 model(images)
 
         return _serve(task, step)
@@ -129,7 +145,8 @@ def _torch(task, channels_last=True):
 
     def step():
         optimizer.zero_grad(set_to_none=True)
-        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        with autocast():
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
         loss.backward()
         optimizer.step()
 
@@ -156,6 +173,8 @@ CONTENDERS = {
     'ours': _ours,
     'linen': lambda task: _ours(task, fast=False),
     'torch': _torch,
+    'ours_bf16': _ours_bf16,
+    'torch_bf16': lambda task: _torch(task, bfloat16=True),
     'torch_contiguous': lambda task: _torch(task, channels_last=False),
     'keras': _keras,
 }

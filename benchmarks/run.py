@@ -25,11 +25,21 @@ PEERS = str(ROOT / '.venv-peers' / 'bin' / 'python')
 ROUNDS = int(os.environ.get('ROUNDS', 7))
 # task -> contenders that run beside each other
 TASKS = {
-    'train': ('ours', 'torch', 'torch_contiguous', 'linen', 'keras'),
-    'infer': ('ours', 'torch', 'torch_contiguous', 'linen', 'keras'),
+    'train': (
+        *('ours', 'torch', 'torch_contiguous', 'linen', 'keras'),
+        *('ours_bf16', 'torch_bf16'),
+    ),
+    'infer': (
+        *('ours', 'torch', 'torch_contiguous', 'linen', 'keras'),
+        *('ours_bf16', 'torch_bf16'),
+    ),
     'cifar': ('ours', 'torch', 'linen'),
 }
+# Of `ours`; of a peer in bfloat16 those of `ours_bf16`.
 RATIOS = {  # name -> task, figure, peer
+    'train_bf16_vs_torch_bf16': ('train', 'images_per_second', 'torch_bf16'),
+    'memory_bf16_vs_torch_bf16': ('train', 'peak_gib', 'torch_bf16'),
+    'inference_bf16_vs_torch_bf16': ('infer', 'images_per_second', 'torch_bf16'),
     'train_vs_torch': ('train', 'images_per_second', 'torch'),
     'train_vs_linen': ('train', 'images_per_second', 'linen'),
     'train_vs_keras': ('train', 'images_per_second', 'keras'),
@@ -42,7 +52,7 @@ RATIOS = {  # name -> task, figure, peer
 
 
 def _command(name, task):
-    python = sys.executable if name in ('ours', 'linen') else PEERS
+    python = sys.executable if name in ('ours', 'ours_bf16', 'linen') else PEERS
     return [python, '-m', 'benchmarks.contenders', name, task]
 
 
@@ -117,7 +127,8 @@ def main():
     ratios = {}
     for name, (task, figure, peer) in RATIOS.items():
         found = tables[task]
-        ratios[name] = sidebyside.ratio(found['ours'][figure], found[peer][figure])
+        ours = 'ours_bf16' if peer.endswith('bf16') else 'ours'
+        ratios[name] = sidebyside.ratio(found[ours][figure], found[peer][figure])
         medians[name] = round(ratios[name]['median'], 3)
     starts = measure_start()
     for name, values in starts.items():
@@ -161,8 +172,8 @@ def _machine():
 def _write_table(tables, ratios, depth):
     """Replaces what stands between the marks of docs/benchmarks.md."""
     titles = {
-        'train': 'Training step, DenseNet-121, batch 16, 224x224, float32, Adam',
-        'infer': 'Inference, DenseNet-121, batch 16, 224x224, float32',
+        'train': 'Training step, DenseNet-121, batch 16, 224x224, Adam',
+        'infer': 'Inference, DenseNet-121, batch 16, 224x224',
         'cifar': 'Training step, BC-L100k12, batch 64, 32x32, float32, Adam',
     }
     out = [f'{_machine()}; `make bench`, {ROUNDS} alternating rounds.', '']

@@ -33,14 +33,9 @@ TINY = [
 ]
 
 
-def launch(*arguments, cwd=ROOT):
-    return subprocess.run(
-        [sys.executable, str(ROOT / 'launch.py'), *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        timeout=300,
-    )
+def launch(*arguments):
+    command = [sys.executable, str(ROOT / 'launch.py'), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture

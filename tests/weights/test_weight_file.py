@@ -243,7 +243,7 @@ def test_a_run_from_weights(tmp_path, capsys):
     fit.fit(config, workdir)
     out = capsys.readouterr().out
     assert f'{path}: 5 classes there, 10 here: the classifier starts new' in out
-    assert 'images of 3 channel(s); its first convolution is converted to 1' in out
+    assert 'made for images of 3 channels; for data.channels=1 its first ' in out
     assert 'made with data.image_size=224; the config says 16, which is taken' in out
     loaded = trained_lib.load_trained(workdir)
     assert loaded.metadata['data']['mean'] == pytest.approx([0.449])

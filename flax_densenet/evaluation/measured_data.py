@@ -134,10 +134,9 @@ def pair_names(
     if source.multi_label:
         trained.notes.pop('outputs', None)  # the data says it
     if trained.known is not None:
-        for names in trained.known.all_names:
-            if set(found) <= set(names):
-                return names
-        names = None
+        names = trained.known.spelled_as(found)
+        if names is not None:
+            return names
     if names is None:
         trained.notes.pop('names', None)
         if len(found) == trained.module.num_classes:

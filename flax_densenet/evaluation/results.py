@@ -147,7 +147,7 @@ def collect(
     outputs = None
     if trained.is_imported and labels.ndim == 1:
         # Sigmoids that were assumed with names, which the data does not have, are not.
-        assumed = trained.known and tuple(class_names) not in trained.known.all_names
+        assumed = trained.known and not trained.known.spelled_as(class_names)
         outputs = None if assumed else trained.outputs
     return Results(examples, tuple(class_names), logits, labels, outputs)
 

@@ -84,6 +84,32 @@ class KnownHead:
         """All names of the classes, the usual ones first."""
         return self.class_names, *self.others
 
+    def spelled_as(self, names) -> tuple[str, ...] | None:
+        """All names of the classes, some as data spells them; None for other classes.
+
+        Case, spaces, underscores and synonyms behind a comma do not matter.
+
+        >>> find_known(1000, channels=3).spelled_as(['great_white_shark'])[2]
+        'great_white_shark'
+        """
+        for known in self.all_names:
+            if set(names) <= set(known):
+                return known
+        # ImageNet has a Cardigan and a cardigan.
+        for plain in (_plain, lambda name: _plain(name).casefold()):
+            given = {plain(name): name for name in names}
+            for known in self.all_names:
+                keys = [plain(name) for name in known]
+                count = collections.Counter(keys)
+                if len(given) == len(names) and all(count[key] == 1 for key in given):
+                    pairs = zip(keys, known, strict=True)
+                    return tuple(given.get(key, name) for key, name in pairs)
+        return None
+
+
+def _plain(name):
+    return re.sub(r'[\W_]+', '', name.partition(',')[0])
+
 
 @functools.cache
 def _read_imagenet():

@@ -271,13 +271,12 @@ def _pair(weights, names):
     if theirs is None:
         channels = weights.preprocessing['channels']
         known = heads.find_known(count, channels=channels)
-        for assumed in known.all_names if known else ():
-            if set(assumed) == set(names):
-                _LOGGER.warning(
-                    f'{weights.path} does not name its outputs; {known.what} are '
-                    'assumed; --class_names=FILE or A,B,... gives others'
-                )
-                theirs = assumed
+        theirs = known.spelled_as(names) if known else None
+        if theirs:
+            _LOGGER.warning(
+                f'{weights.path} does not name its outputs; {known.what} are '
+                'assumed; --class_names=FILE or A,B,... gives others'
+            )
     if theirs is None:
         _LOGGER.warning(heads.describe_order(weights.path, names))
         return weights

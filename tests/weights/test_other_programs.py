@@ -228,6 +228,23 @@ def test_known_numbers_of_outputs(count, channels, first, outputs, tmp_path):
     assert other.known is None and 'names' not in other.notes
 
 
+def test_known_names_in_the_spelling_of_data(tmp_path, lines):
+    """A folder for each class of ImageNet, in the words of other lists."""
+    known = heads.find_known(1000, channels=3)
+    theirs = [f'{name.replace(" ", "_")}, synonym' for name in known.class_names]
+    assert known.spelled_as(theirs[::-1]) == tuple(theirs)
+    assert known.spelled_as(['n01484850']) == known.others[0]
+    assert known.spelled_as(['great_white_shark', 'TENCH'])[:2] == ('TENCH', 'goldfish')
+    assert known.spelled_as(['tench', 'house']) is None
+    assert known.spelled_as(['tench', 'Tench']) is None
+    found = weight_file.load(written(tmp_path, state_dict(num_classes=1000)))
+    names = tuple(sorted(theirs))
+    made = transfer.first_variables(found, tiny(num_classes=1000)[1], names)
+    order = [theirs.index(name) for name in names]
+    kernel = found.variables['params']['classifier']['kernel'][:, order]
+    np.testing.assert_array_equal(made['params']['classifier']['kernel'], kernel)
+
+
 def test_files_of_names(tmp_path):
     path = tmp_path / 'names.txt'
     path.write_text('b c\na, of a kind\n')

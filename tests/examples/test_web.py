@@ -169,10 +169,11 @@ def rotate(photo, path):
 def test_resizes_as_pillow(tmp_path):
     """To the bit: both rules and filters, larger and smaller, wide, gray.
 
-    Not very tall ones: there Pillow 13 begins with the columns, older ones with rows.
+    Not very tall ones, and to one level if the result is not square: there Pillow 13
+    begins with the columns, older ones with rows.
     """
     rng = np.random.default_rng(0)
-    cases, expected = [], []
+    cases, expected, bounds = [], [], []
     for height, width in ((90, 61), (61, 90), (20, 17), (32, 32), (33, 40), (33, 257)):
         pixels = rng.integers(0, 256, (height, width, 4), np.uint8)
         pixels[..., 3] = 255
@@ -187,7 +188,8 @@ def test_resizes_as_pillow(tmp_path):
         ):
             how = images.Preparation(**{'size': SIZE, **way})
             image = Image.fromarray(pixels).convert('RGB')
-            expected.append(images.prepare_image(image, how).ravel().tolist())
+            expected.append(images.prepare_image(image, how).ravel().astype(int))
+            bounds.append(how.shape[0] != how.shape[1])
             model = {
                 'height': how.shape[0],
                 'width': how.shape[1],
@@ -209,7 +211,10 @@ def test_resizes_as_pillow(tmp_path):
     given = json.dumps(cases)
     done = subprocess.run(command, input=given, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == expected
+    for found, wanted, most in zip(
+        json.loads(done.stdout), expected, bounds, strict=True
+    ):
+        assert len(found) == len(wanted) and np.abs(wanted - found).max() <= most
 
 
 def test_the_same_pixels(opened, photo, tmp_path):

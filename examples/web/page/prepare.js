@@ -1,7 +1,8 @@
 // How an image becomes the one that a model takes, in the numbers of
 // flax_densenet/images.py. A canvas resizes as its browser likes, so the resizing is
-// done here, as Pillow does it: to the same 8-bit values. Only of images twice as tall
-// as wide they may be one off, as Pillow 13 begins with their columns.
+// done here, as Pillow does it: to the same 8-bit values. Where Pillow 13 begins with the
+// columns (images twice as tall as wide, results that are not square) they may be one
+// off.
 
 const FILTERS = {
   bilinear: { reach: 1, weight: (x) => Math.max(0, 1 - Math.abs(x)) },

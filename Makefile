@@ -56,8 +56,8 @@ test-slow: .venv/installed .venv-peers/installed
 
 BESIDE_PEERS = tests/data/augment/test_torchvision.py tests/train/test_torch_training.py \
 	tests/weights/test_hdf5.py tests/weights/test_keras_files.py \
-	tests/weights/test_keras_writing.py tests/weights/test_timm.py \
-	tests/weights/test_torch.py
+	tests/weights/test_keras_writing.py tests/weights/test_published_peers.py \
+	tests/weights/test_timm.py tests/weights/test_torch.py
 
 # Keras' files, whose HDF5 library is there.
 KERAS_FAULTS = 'tests/faults/test_fuzz.py::test_fuzz[hdf5]' \

@@ -1,0 +1,148 @@
+"""Published names with files that the real libraries write, at full size.
+
+The files have the published names and layouts, and random weights. Each is served,
+loaded by its name, and its fingerprint compared with that of the library's own outputs.
+"""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+
+from flax_densenet.data import images
+from flax_densenet.inference import check
+from flax_densenet.weights import download, published
+from helpers import file_hosts
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def serve(host, monkeypatch, tmp_path):
+    """Serves a file under the published name of an entry, and gives its fingerprint."""
+
+    def put(name, content, logits):
+        entry = published.find(name)
+        file = entry.address.rpartition('/')[2]
+        (tmp_path / file).write_bytes(content)
+        digits = download.digest(tmp_path / file)
+        changed = dataclasses.replace(
+            entry,
+            address=host.put(f'/{file}', content),
+            checksum=download.Checksum('sha256', digits),
+            fingerprint=check.fingerprint(logits),
+        )
+        table = [changed if e.name == name else e for e in published.TABLE]
+        monkeypatch.setattr(published, 'TABLE', published.WeightsTable(table))
+        # About what is published.
+        size = entry.size or 4 * entry.parameters
+        assert 0.95 < len(content) / size < 1.1
+        return changed
+
+    return put
+
+
+def photo(name):
+    """The photograph as the table says, float32 `[1, S, S, C]`."""
+    entry = published.find(name)
+    fields = dict(entry.preparation)
+    mean, std = (np.array(fields.pop(key), np.float32) for key in ('mean', 'std'))
+    pixels = check.load_photo(images.Preparation(fields.pop('image_size'), **fields))
+    return ((pixels / np.float32(255) - mean) / std)[None].astype(np.float32)
+
+
+def assert_verified(name, top=5):
+    found = check.verify(name)
+    assert found.agrees, found
+    assert len(found.top) == top and 'verified: the published file' in str(found)
+    other = tuple(number + 0.02 * found.found[-1] for number in found.found)
+    assert not check.is_same(other, found.found)
+    return found
+
+
+@pytest.fixture(scope='module')
+def torch():
+    torch = pytest.importorskip('torch')
+    from benchmarks import torch_models
+
+    torch_models.import_torchvision()
+    return torch
+
+
+def run(torch, model, name):
+    """A file of the model as published, and its outputs for the photograph."""
+    batch = torch.from_numpy(photo(name)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        return model.eval()(batch).numpy()[0]
+
+
+def stir(torch, model):
+    """Statistics and weights that are not those of a new network."""
+    torch.manual_seed(0)
+    for key, array in model.state_dict().items():
+        if key.endswith('running_mean'):
+            array.normal_(0, 0.1)
+        elif key.endswith('running_var'):
+            array.uniform_(0.5, 1.5)
+    return model
+
+
+def saved(torch, content):
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
+def test_torchvision(torch, serve):
+    """With the old names (`norm.1`) that the published files have."""
+    models = pytest.importorskip('torchvision.models')
+    name = 'torchvision:densenet121'
+    model = stir(torch, models.densenet121(weights=None))
+    logits = run(torch, model, name)
+    arrays = {
+        key.replace('.norm1.', '.norm.1.')
+        .replace('.norm2.', '.norm.2.')
+        .replace('.conv1.', '.conv.1.')
+        .replace('.conv2.', '.conv.2.'): array
+        for key, array in model.state_dict().items()
+        if 'num_batches_tracked' not in key
+    }
+    assert any('.norm.1.' in key for key in arrays)
+    serve(name, saved(torch, arrays), logits)
+    found = assert_verified(name)
+    assert found.top[0][0] in published.find(name).class_names
+
+
+def test_torchxrayvision(torch, serve):
+    """A pickled network, as published."""
+    models = pytest.importorskip('torchxrayvision.models')
+    name = 'xrv:densenet121-res224-nih'
+    model = stir(torch, models.DenseNet(num_classes=18, in_channels=1))
+    logits = run(torch, model, name)
+    serve(name, saved(torch, model), logits)
+    found = assert_verified(name)
+    assert any('(not trained)' in label for label in published.find(name).class_names)
+    assert all(0 <= share <= 1 for _, share in found.top)
+
+
+def test_timm(torch, host, monkeypatch, tmp_path):
+    """A folder of the Hub as timm saves it, through huggingface_hub."""
+    timm = pytest.importorskip('timm')
+    from timm.models import _hub
+
+    name = 'hf:timm/densenet121.ra_in1k'
+    model = stir(torch, timm.create_model('densenet121.ra_in1k', pretrained=False))
+    logits = run(torch, model, name)
+    _hub.save_for_hf(model, tmp_path / 'saved', safe_serialization=True)
+    files = {p.name: p.read_bytes() for p in (tmp_path / 'saved').iterdir()}
+    host.put_repo('timm/densenet121.ra_in1k', files)
+    table = [
+        dataclasses.replace(e, fingerprint=check.fingerprint(logits))
+        if e.name == name
+        else e
+        for e in published.TABLE
+    ]
+    monkeypatch.setattr(published, 'TABLE', published.WeightsTable(table))
+    assert_verified(name)
+    assert file_hosts.COMMIT and host.count('GET', '/timm/') == 2

@@ -19,7 +19,7 @@ from helpers.tiny_onnx import LABELS, SIZE, probabilities, write_onnx
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
-sync_api = pytest.importorskip('playwright.sync_api')
+pytest.importorskip('playwright')
 WEB = ROOT / 'examples' / 'web'
 NODE = shutil.which('node')
 pytestmark = [
@@ -53,7 +53,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def chromium():
-    with browsers.launched(sync_api) as browser:
+    with browsers.launched() as browser:
         yield browser
 
 

@@ -28,8 +28,10 @@ _FLAGS = (
 
 
 @contextlib.contextmanager
-def launched(sync_api):
-    """The browser, of playwright's `sync_api`."""
+def launched():
+    """The browser, by playwright, whose import takes half a second."""
+    from playwright import sync_api
+
     with sync_api.sync_playwright() as playwright:
         options = {'executable_path': CHROMIUM, 'args': list(_FLAGS)}
         with contextlib.closing(playwright.chromium.launch(**options)) as browser:

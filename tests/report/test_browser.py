@@ -13,7 +13,7 @@ from helpers import browsers
 from helpers.pages import BOOK, make_book, many, write_run
 from helpers.runs import tiny_trained, write_images
 
-sync_api = pytest.importorskip('playwright.sync_api')
+pytest.importorskip('playwright')
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(browsers.CHROMIUM is None, reason='chromium is not installed'),
@@ -22,7 +22,7 @@ pytestmark = [
 
 @pytest.fixture(scope='module')
 def chromium():
-    with browsers.launched(sync_api) as browser:
+    with browsers.launched() as browser:
         yield browser
 
 

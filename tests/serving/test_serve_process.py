@@ -329,10 +329,10 @@ def test_mistakes(workdir):
 
 @pytest.fixture(scope='module')
 def browser():
-    sync_api = pytest.importorskip('playwright.sync_api')
+    pytest.importorskip('playwright')
     if not browsers.CHROMIUM:
         pytest.skip('chromium is not here')
-    with browsers.launched(sync_api) as browser:
+    with browsers.launched() as browser:
         yield browser
 
 

@@ -151,9 +151,9 @@ def add_pictures(
 def _draw_maps(image, box, cams):
     """The maps on a common scale."""
     top = max(float(cam.max()) for cam in cams.values())
-    scale = min(1.0, PICTURE / max(image.shape[:2]))
-    small = _resize(image, scale)
-    box = tuple(side * scale for side in box)
+    small = _resize(image, min(1.0, PICTURE / max(image.shape[:2])))
+    scale = small.shape[1] / image.shape[1], small.shape[0] / image.shape[0]
+    box = tuple(side * scale[place % 2] for place, side in enumerate(box))
     return [
         {
             'kind': kind,

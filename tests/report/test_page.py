@@ -142,6 +142,25 @@ def test_many_classes_stay_small(monkeypatch):
     assert page._roc(found)['chart'].count('<title>class ') == page.CLASSES
 
 
+@pytest.mark.parametrize('size', [(30, 40), (300, 500)])
+def test_maps_cover_what_the_model_sees(monkeypatch, size):
+    """Also of images that are enlarged or reduced for the page."""
+    boxes = []
+
+    def overlay(image, cam, *, top, box):
+        boxes.append((image.shape[:2], box))
+        return image
+
+    monkeypatch.setattr(gallery.overlay, 'overlay', overlay)
+    image = np.zeros((*size, 3), np.uint8)
+    cams = {'predicted': np.ones((2, 2)), 'true': np.full((2, 2), 0.5)}
+    maps = gallery._draw_maps(image, (0, 0, size[1] / 2, size[0]), cams)
+    assert [one['share'] for one in maps] == [1.0, 0.5]
+    for (height, width), box in boxes:
+        assert max(height, width) >= gallery.SMALLEST
+        assert box == pytest.approx((0, 0, width / 2, height))
+
+
 def test_samples_of_all_classes():
     labels = np.array([0] * 50 + [1] * 3 + [2] * 50)
     picked = gallery.pick_samples(None, labels, 12)

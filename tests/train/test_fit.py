@@ -119,7 +119,7 @@ def test_what_a_run_leaves(trained, capsys):
     # The same command again finds nothing to do.
     again = fit.fit(config, str(workdir))
     assert again.best == best and again.records == records and not again.trained
-    assert 'has its 4 epochs already' in capsys.readouterr().out
+    assert 'has its 4 epochs; nothing to train' in capsys.readouterr().out
 
 
 def test_the_line_is_exact():

@@ -21,6 +21,7 @@ _MARK, _MARK_AT = b'DICM', 128
 MARKED = _MARK_AT + len(_MARK)  # bytes until the mark's end
 _DEFLATED, _EXPLICIT = b'1.2.840.10008.1.2.1.99', b'1.2.840.10008.1.2.1\0\0\0'
 _RLE, _EXTENDED = '1.2.840.10008.1.2.5', '1.2.840.10008.1.2.4.51'
+_JP2 = b'\0\0\0\x0cjP  '  # the beginning of a file around a JPEG 2000 stream
 # Not in our extra, since its license is the GPL.
 _DECODERS = dict.fromkeys(
     ('1.2.840.10008.1.2.4.57', '1.2.840.10008.1.2.4.70'),
@@ -335,12 +336,28 @@ def _check_frame(dataset):
     from pydicom import encaps
 
     frame = encaps.get_frame(dataset.PixelData, 0, number_of_frames=1)
+    _check_boxes(frame)
     found = _jpeg_shape(frame) or _jpeg2000_shape(frame)
     wanted = (dataset.Rows, dataset.Columns, dataset.SamplesPerPixel)
     if found != tuple(map(int, wanted)):
         raise UserError(
             'is a DICOM file whose compressed image is not of the size in its header'
         )
+
+
+def _check_boxes(frame):
+    """Raises for boxes of a JP2 file that do not lead to the next one.
+
+    pydicom would step over a box of length 0 forever.
+    """
+    place = 12
+    while frame.startswith(_JP2) and place < len(frame):
+        if frame[place + 4 : place + 8] == b'jp2c':
+            return
+        size = int.from_bytes(frame[place : place + 4], 'big')
+        if size < 8:
+            raise UserError('is a DICOM file with a damaged JPEG 2000 image')
+        place += size
 
 
 def _jpeg_shape(frame):

@@ -284,3 +284,14 @@ def test_without_the_extra(monkeypatch):
     passed = notes.Passed()
     passed.add_file('x.dcm')
     assert 'flax_densenet[medical]' in passed.line()
+
+
+@pytest.mark.parametrize('size', [0, 1, 7])
+def test_boxes_that_lead_nowhere(size):
+    """pydicom would step over a box without a length forever."""
+    start = b'\0\0\0\x0cjP  \r\n\x87\n'
+    box = size.to_bytes(4, 'big') + b'free'
+    with pytest.raises(UserError, match='damaged JPEG 2000 image'):
+        dicom._check_boxes(start + box + bytes(20))
+    dicom._check_boxes(start + (8).to_bytes(4, 'big') + b'free' + bytes(4) + b'jp2c')
+    dicom._check_boxes(b'\xff\x4f\xff\x51' + bytes(20))

@@ -5,6 +5,7 @@ the channels of the file, which must have as many: gray and transparency (2), RG
 or the bands of a TIFF.
 """
 
+import contextlib
 import io
 import math
 
@@ -205,10 +206,16 @@ def read_tiff(
     return values.reshape(values.shape[:3])
 
 
+@contextlib.contextmanager
 def _open_tiff(file, channels):
     with errors.extra('tiff', f'a TIFF with data.channels={channels}'):
         import tifffile
-    return tifffile.TiffFile(io.BytesIO(file) if isinstance(file, bytes) else file)
+    source = io.BytesIO(file) if isinstance(file, bytes) else file
+    try:
+        with tifffile.TiffFile(source) as tiff:
+            yield tiff
+    except AssertionError as error:
+        raise UserError('is a damaged TIFF') from error
 
 
 def find_dtype(raw: str | bytes | np.ndarray, channels: int) -> np.dtype:

@@ -187,6 +187,19 @@ def test_files_are_checked_before_training(rgba):
             dataset.load_source(f'folder:{rgba}', channels=channels)
 
 
+def test_damaged_bands():
+    """Each is read, or refused in one line."""
+    rng, content = np.random.default_rng(0), tiff(PIXELS, planarconfig='contig')
+    for _ in range(150):
+        broken = bytearray(content)
+        for place in rng.integers(0, 300, 3):
+            broken[place] = rng.integers(256)
+        try:
+            images.load_image(bytes(broken), how(7))
+        except UserError as error:
+            assert '\n' not in str(error)
+
+
 def test_a_tiff_of_bands_is_no_image_in_color():
     content = tiff(PIXELS, planarconfig='contig')
     with pytest.raises(UserError, match='set data.channels to keep its bands$'):

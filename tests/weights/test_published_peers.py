@@ -6,6 +6,8 @@ loaded by its name, and its fingerprint compared with that of the library's own 
 
 import dataclasses
 import io
+import os
+import pathlib
 
 import numpy as np
 import pytest
@@ -146,3 +148,21 @@ def test_timm(torch, host, monkeypatch, tmp_path):
     monkeypatch.setattr(published, 'TABLE', published.WeightsTable(table))
     assert_verified(name)
     assert file_hosts.COMMIT and host.count('GET', '/timm/') == 2
+
+
+def test_keras_without_top(serve, tmp_path):
+    pytest.importorskip('h5py')
+    os.environ.setdefault('KERAS_BACKEND', 'jax')
+    keras = pytest.importorskip('keras')
+    import jax
+
+    name = 'keras:densenet121-notop'
+    with jax.numpy_rank_promotion('allow'):
+        model = keras.applications.DenseNet121(
+            weights=None, include_top=False, pooling='avg'
+        )
+        outputs = np.asarray(model(photo(name)))[0]
+    path = tmp_path / 'written.weights.h5'
+    model.save_weights(path)
+    serve(name, pathlib.Path(path).read_bytes(), outputs)
+    assert_verified(name, top=0)

@@ -59,7 +59,7 @@ class Objective:
             self.trained[folder] = self.trained.get(folder, 0) + 1
             if ends_after(record):
                 break
-        return types.SimpleNamespace(report_options=dict)
+        return types.SimpleNamespace(report_options=dict, send_files=lambda: None)
 
 
 @functools.cache

@@ -167,10 +167,12 @@ def compute_logits(
       UserError: a logit is not finite.
     """
     metadata, parts = trained.metadata, []
-    module, variables = trained.module, trained.variables
+    module: network.Network | _Folded = trained.module
+    variables = trained.variables
     if trained.precision == 'bfloat16':  # as `Predictor` computes
-        arrays = folded.fold(module, variables)
-        module, variables = _Folded(module), mesh_lib.replicate(arrays, trained.mesh)
+        arrays = folded.fold(trained.module, variables)
+        module = _Folded(trained.module)
+        variables = mesh_lib.replicate(arrays, trained.mesh)
     steps = _eval_steps(
         module,
         variables,

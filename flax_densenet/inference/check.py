@@ -8,7 +8,7 @@ import dataclasses
 
 import jax
 import numpy as np
-from scipy import special
+import scipy.special
 
 from flax_densenet.data import images
 from flax_densenet.weights import heads, published, weight_file
@@ -107,7 +107,7 @@ def verify(name: str) -> Check:
 def _top(weights, logits):
     names = weights.class_names or tuple(map(str, range(len(logits))))
     if weights.outputs == heads.SIGMOID:
-        shares = special.expit(logits.astype(np.float64))
+        shares = scipy.special.expit(logits.astype(np.float64))
     else:
         shares = np.exp(logits - logits.max(), dtype=np.float64)
         shares /= shares.sum()

@@ -118,7 +118,12 @@ def test_going_on(old, main):
 def test_evaluation_again(name, old, main):
     """Of the run's own images: the settings of its data are those of then."""
     main('--mode=eval', f'--workdir={name}')
-    assert_holds(json.loads((old / name / 'eval.json').read_text()), figures(name))
+    found, expected = json.loads((old / name / 'eval.json').read_text()), figures(name)
+    if name == 'labels_run':  # no label is ever predicted, so precision is undefined
+        assert found['macro'].pop('precision') is None
+        expected = expected | {'macro': dict(expected['macro'])}
+        assert expected['macro'].pop('precision') == 0.0  # as it was
+    assert_holds(found, expected)
 
 
 def figures(name):

@@ -186,8 +186,9 @@ def test_two_steps(name, argument, tmp_path):
 
 
 def test_each_recipe_is_told_of():
-    """In the README and, with its command, in docs/recipes.md."""
-    for place in ('README.md', 'docs/recipes.md'):
-        text = (ROOT / place).read_text()
+    """In the list of docs/options.md and, with its command, in docs/recipes.md."""
+    places = {'options': r'^\| .*`{}[`:]', 'recipes': r'configs/{}\.py'}
+    for place, pattern in places.items():
+        text = (ROOT / 'docs' / f'{place}.md').read_text()
         for name in RECIPES:
-            assert re.search(rf'configs/{name}\.py', text), (place, name)
+            assert re.search(pattern.format(name), text, re.M), (place, name)

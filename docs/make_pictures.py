@@ -15,7 +15,8 @@ from playwright import sync_api
 
 DOCS = pathlib.Path(__file__).resolve().parent
 IMAGES = DOCS / 'images'
-WIDTH, HEIGHT = 1280, 760
+WIDTH, HEIGHT = 1280, 960
+SECTION_HEIGHT = 700
 NAMES = {
     'ours': 'flax_densenet',
     'torch': 'PyTorch',
@@ -49,8 +50,10 @@ def take_sections(page):
         ('Most confident mistakes', 'mistakes'),
     ):
         section = page.locator('section', has=page.get_by_role('heading', name=heading))
-        if section.count():
-            section.first.screenshot(path=IMAGES / f'{name}.png')
+        box = section.first.bounding_box()
+        box['height'] = min(box['height'], SECTION_HEIGHT)
+        path = IMAGES / f'{name}.jpg'
+        page.screenshot(path=path, clip=box, full_page=True, type='jpeg', quality=80)
 
 
 def draw_benchmark():

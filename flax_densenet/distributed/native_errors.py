@@ -36,7 +36,7 @@ def explain(text: str) -> str:
 
     >>> explain('UNAVAILABLE: The following tasks are unhealthy:\\n1\\nThe tasks')
     ... # doctest: +ELLIPSIS
-    'process 1 stopped responding; start all processes again: the same command...'
+    'process 1 stopped responding; start all processes again: run the same command...'
     """
     if 'Failed to add port' in text:
         return (

@@ -240,8 +240,8 @@ TRACKERS: dict[str, Callable[[], Tracker]] = {
 def parse(text: str) -> list[str]:
     """The names in `train.trackers`.
 
-    >>> parse('wandb, mlflow'), parse('')
-    (['wandb', 'mlflow'], [])
+    >>> parse('')
+    []
 
     Raises:
       UserError: one is not known, or its package is not installed.

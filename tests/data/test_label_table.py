@@ -70,8 +70,8 @@ def test_bad_tables(text, message, tmp_path):
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
-        (b'image,a\nx.png,1\n\xff.png,0\n', r'no text in UTF-8 \(byte 16\); save it'),
-        ('image,a\nx.png,1\n'.encode('utf-16')[:-1], 'no text in UTF-8'),
+        (b'image,a\nx.png,1\n\xff.png,0\n', r'not text in UTF-8 \(byte 16\); save it'),
+        ('image,a\nx.png,1\n'.encode('utf-16')[:-1], 'not text in UTF-8'),
         (b'PK\x03\x04' + bytes(50), 'is an Excel file or an archive; save the table'),
         (b'image,a\nx\0.png,1\n', 'line 2 holds a zero byte|line contains NUL'),
         (b'image,a\n' + b'x' * 200_000 + b',1\n', 'cannot be read .field larger than'),
@@ -81,7 +81,7 @@ def test_bad_tables(text, message, tmp_path):
         (b'image,a\n\n\nx.png,1\ny.png\n', 'line 5 has 1 cells, the heading 2'),
         (b'image,a\n"x\n.png",1\ny.png\n', 'line 4 has 1 cells, the heading 2'),
         (b'image,a\n"x.png,1\ny.png,1\n', 'has 1 cells'),
-        (b'\x89PNG\r\n\x1a\n' + bytes(range(256)), 'no text in UTF-8 .byte 0'),
+        (b'\x89PNG\r\n\x1a\n' + bytes(range(256)), 'not text in UTF-8 .byte 0'),
         (b'image,' + b'a,' * 300 + b'\nx' + b',7' * 300 + b',\n', 'the column a is'),
     ],
 )

@@ -100,7 +100,7 @@ def test_a_taken_port():
         taken.bind(('', 0))
         taken.listen()
         address = f'127.0.0.1:{taken.getsockname()[1]}'
-        with pytest.raises(UserError, match='port cannot be had .*choose another'):
+        with pytest.raises(UserError, match='port cannot be used .*choose another'):
             processes_lib.check(address, 2, 0)
         assert (
             processes_lib.check(address, 2, 1) == address
@@ -121,11 +121,11 @@ def test_alone_there_is_nothing_to_wait_for():
 @pytest.mark.parametrize(
     ('said', 'line'),
     [
-        ('Failed to add port to server: No address', 'port is taken'),
+        ('Failed to add port to server: No address', 'port is in use'),
         ('INVALID_ARGUMENT: Unexpected task registered with task=3', '--process_id'),
         ('DEADLINE_EXCEEDED\n\nRPC: /x.CoordinationService/RegisterTask', 'not all'),
         ('unhealthy (stopped sending heartbeats):\n1\n2\nThe tasks', 'process 1, 2 st'),
-        ('UNAVAILABLE: Failed to send RPC', 'process 0 is gone'),
+        ('UNAVAILABLE: Failed to send RPC', 'process 0 has ended'),
     ],
 )
 def test_what_cpp_says_is_one_line(said, line):

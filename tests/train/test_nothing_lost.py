@@ -91,7 +91,9 @@ def test_signals_ask_and_handlers_come_back():
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     mask, count = signal.pthread_sigmask(signal.SIG_BLOCK, []), threading.active_count()
     with (
-        pytest.raises(signals.Stopped, match='stopped by SIGTERM: all that') as raised,
+        pytest.raises(
+            signals.Stopped, match='stopped by SIGTERM: training so far is'
+        ) as raised,
         signals.stop_gently() as stop,
         stop.busy(),
     ):
@@ -244,6 +246,7 @@ def test_a_probe_on_cached_features_that_overflows(tmp_path):
         'optimizer.learning_rate': 3e38,
         'train.epochs': 6,
         'train.freeze': 'backbone',
+        'model.block_sizes': None,
     }
     config = tiny_config(**fields) | {
         'init_from': make_weights(tmp_path / 'w.safetensors')

@@ -380,7 +380,8 @@ LABELS = [
     + b''.join(b'%d.png,p%d,%d,\n' % (n, n // 2, n % 2) for n in range(9)),
     'Image Index,Finding Labels,Patient ID\r\n1.png,Mass|Näh,1\r\n'
     '2.png,No Finding,2\r\n3.png,Mass,2\r\n'.encode('utf-8-sig'),
-    b'path,split,a\n"a, b.jpg",train,1\n"c\n.jpg",test,-1\nd.jpg,val,nan\n',
+    b'path,split,a\n"a, b.jpg",train,1\n"c\n.jpg",test,-1\nd.jpg,val,nan\n'
+    b'e.jpg,train,0\n',
 ]
 
 

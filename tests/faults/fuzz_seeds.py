@@ -24,7 +24,7 @@ from flax_densenet.data import images as images_lib
 from flax_densenet.export import formats
 from flax_densenet.weights import trained as trained_lib
 from flax_densenet.weights import weight_file
-from helpers import deep_images, dicoms
+from helpers import deep_images
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SHARED = pathlib.Path(os.environ.get('FLAX_DENSENET_SHARED', ROOT.parent / 'shared'))
@@ -122,8 +122,10 @@ def _deep_images(rng) -> list[bytes]:
 
 
 def dicom_files() -> list[bytes]:
-    """Gray and color, in the transfer syntaxes that are read."""
+    """Gray and color, in the transfer syntaxes that are read; needs pydicom."""
     from pydicom import uid
+
+    from helpers import dicoms
 
     rng = np.random.default_rng(0)
     gray = rng.integers(0, 4096, (11, 14)).astype(np.int16)

@@ -3,7 +3,7 @@
 Each run is an ordinary one, of `fit.fit`, in `trials/<trial>/seed<seed>/` of the
 sweep's folder. `sweep.json` (see `book`) keeps what came of each, Optuna's storage what
 its search and its pruning have to know. Both are behind the run's own checkpoints at
-every moment, so the same command goes on wherever it was interrupted: it takes finished
+every moment, so the same command resumes wherever it was interrupted: it takes finished
 runs as they are, asks again about epochs of which Optuna had not heard, and resumes the
 run that was under way.
 

@@ -263,7 +263,7 @@ def test_sweep(main, tmp_path):
     status, out, err = done
     assert (status, err) == (0, '')
     assert 'trial 001 failed: step ' in out
-    again = out.partition('train it again: ')[2].splitlines()[0]
+    again = out.partition('train this setting: ')[2].splitlines()[0]
     assert again.startswith(f'python launch.py {TINY[0]}') and '(1,1)' not in again
     assert "'--config.model.block_sizes=(1,)'" in again
     assert f'sweep.html and sweep.csv are in {tmp_path}/s' in out

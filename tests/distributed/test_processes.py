@@ -210,7 +210,7 @@ def test_elastic(tmp_path):
         first = step_saved(workdir)
         line = (
             rf'stopped by SIGTERM: (step {first}, in epoch \d,|epoch \d) is saved; '
-            r'the same command goes on from there\n'
+            r'run the same command to resume\n'
         )
         assert re.fullmatch(line, four.error(0))
         assert [four.error(n) for n in (1, 2)] == ['', '']
@@ -353,7 +353,7 @@ def test_every_image_counts_once(tmp_path):
         with predicting, evaluating:
             assert predicting.wait() == [1] * count, predicting.error(0)
             assert evaluating.wait() == [0] * count, evaluating.error(0)
-            assert predicting.error(0).startswith('1 of 33 files could not be read')
+            assert '\n1 of 33 files could not be read' in predicting.error(0)
             assert [predicting.error(n) for n in range(1, count)] == [''] * (count - 1)
         with out.open(newline='') as file:
             rows = list(csv.reader(file))

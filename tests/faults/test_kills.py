@@ -101,8 +101,8 @@ def test_signals(forks, whole, tmp_path, signum, status, every):
     last = training.text.splitlines()[-1]
     name = signal.Signals(signum).name
     found = re.fullmatch(
-        rf'stopped by {name}: step (\d+), in epoch \d, is saved; the same command goes '
-        r'on from there',
+        rf'stopped by {name}: step (\d+), in epoch \d, is saved; run the same '
+        r'command to resume',
         last,
     )
     assert found, training.text

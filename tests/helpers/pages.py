@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 
+from flax_densenet.data import images
 from flax_densenet.evaluation import results
 from flax_densenet.sweeps import record as sweep_record
 
@@ -45,6 +46,8 @@ def many(classes=120, count=4000, size=8):
     logits[np.arange(count), labels] += 2
 
     class Images(list):
+        preparation = images.Preparation(size)
+
         def __getitem__(self, position):
             return {'image': np.full((size, size, 3), position % 256, np.uint8)}
 

@@ -112,7 +112,7 @@ def test_killed(tmp_path):
             err
         )
         if signum == signal.SIGINT:
-            assert 'the same command goes on from there' in err
+            assert 'run the same command to resume' in err
             assert 'Traceback' not in err
     done = subprocess.run(command(workdir), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

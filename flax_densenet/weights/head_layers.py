@@ -13,8 +13,12 @@ and two linear layers without a ReLU between them are one. What is left is what
 """
 
 import dataclasses
+import itertools
 
 import numpy as np
+
+# Orders of more layers are too many to try.
+_MOST_LAYERS = 8
 
 
 class Unreadable(Exception):
@@ -112,6 +116,28 @@ def fits(layers, width: int | None) -> bool:
             return False
         width = layer.kernel.shape[1]
     return True
+
+
+def find_order(layers: dict[str, Linear], width: int | None) -> tuple[str, ...]:
+    """The one order in which each linear layer takes the outputs of the one before.
+
+    Args:
+      layers: by name.
+      width: of the features that the first one takes; None if it is not known.
+
+    Raises:
+      Unreadable: there are too many layers, or no order or several fit.
+    """
+    if len(layers) > _MOST_LAYERS:
+        raise Unreadable(f'it has {len(layers)} layers')
+    orders = [
+        order
+        for order in itertools.permutations(layers)
+        if fits([layers[name] for name in order], width)
+    ]
+    if len(orders) != 1:
+        raise Unreadable('nothing tells in which order its layers come')
+    return orders[0]
 
 
 def _absorb(linear, waiting):

@@ -224,15 +224,9 @@ def _of_arrays(layers, arrays, width):
         )
         for layer in layers
     }
-    orders = [
-        order
-        for order in itertools.permutations(found)
-        if head_layers.fits([found[name] for name in order], width)
-    ]
-    if len(orders) != 1:
-        raise Unreadable('nothing tells in which order its layers come')
+    order = head_layers.find_order(found, width)
     sequence = []
-    for name in orders[0]:
+    for name in order:
         sequence += [RELU, found[name]] if sequence else [found[name]]
-    pairs = ', '.join(' and '.join(pair) for pair in itertools.pairwise(orders[0]))
+    pairs = ', '.join(' and '.join(pair) for pair in itertools.pairwise(order))
     return _made(sequence, {}, width, f'a ReLU between {pairs}')

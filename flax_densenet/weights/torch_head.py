@@ -19,7 +19,6 @@ _EPSILON = 1e-5  # of batch norm in torch
 _NORM = {'weight', 'bias', 'running_mean', 'running_var'}
 _NOTHING = {'Dropout', 'AlphaDropout', 'Identity', 'Flatten', 'Sequential'}
 _LAST = {'Sigmoid', 'Softmax', 'LogSoftmax', 'Dropout', 'Identity', 'Flatten'}
-_MOST_LAYERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,19 +197,11 @@ def _of_names(found, width):
     """Layers with names of their own: their widths have to tell the order."""
     if any(isinstance(layer, Norm) for layer in found.values()):
         raise Unreadable('nothing tells in which order its layers come')
-    if len(found) > _MOST_LAYERS:
-        raise Unreadable(f'it has {len(found)} layers')
-    orders = [
-        order
-        for order in itertools.permutations(found)
-        if head_layers.fits([found[name] for name in order], width)
-    ]
-    if len(orders) != 1:
-        raise Unreadable('nothing tells in which order its layers come')
+    order = head_layers.find_order(found, width)
     layers = []
-    for name in orders[0]:
+    for name in order:
         layers += [RELU, found[name]] if layers else [found[name]]
-    return layers, _say([' and '.join(pair) for pair in itertools.pairwise(orders[0])])
+    return layers, _say([' and '.join(pair) for pair in itertools.pairwise(order)])
 
 
 def _say(pairs):

@@ -263,3 +263,17 @@ def test_pickled_modules_tell_all_layers():
         torch_head.read(
             arrays, width=WIDTH, body='features.', classes=classes_of(*kinds)
         )
+
+
+def test_the_order_of_layers_is_bounded():
+    """A file with many layers of one width would have factorially many orders."""
+    layers = {
+        f'dense_{n}': head_layers.Linear(np.ones((4, 4)), None) for n in range(20)
+    }
+    with pytest.raises(head_layers.Unreadable, match='it has 20 layers'):
+        head_layers.find_order(layers, 4)
+    few = {
+        'out': head_layers.Linear(np.ones((3, 2)), None),
+        'hidden': head_layers.Linear(np.ones((4, 3)), None),
+    }
+    assert head_layers.find_order(few, 4) == ('hidden', 'out')

@@ -60,6 +60,13 @@ def resolve(trained: Trained, path: str | None, precision: str | None) -> Traine
         )
     elif precision:
         trained.notes['precision'] = f'computing in {trained.module.dtype}: {reason}'
+    elif trained.module.dtype == 'bfloat16':  # as it was trained
+        slow = folded.why_bfloat16_is_slow(trained.module)
+        if slow:
+            trained.notes['precision'] = (
+                f'computing in bfloat16, slower here than float32: {slow}; '
+                '--precision=float32 changes that'
+            )
     return trained
 
 

@@ -1,5 +1,6 @@
 """`--precision`: what computes in bfloat16, when, and what is printed about it."""
 
+import dataclasses
 import json
 import shutil
 
@@ -11,9 +12,11 @@ from flax_densenet import UserError
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.kernels import cpu as cpu_kernels
+from flax_densenet.models import folded
 from flax_densenet.weights import precision as precision_lib
 from flax_densenet.weights import trained as trained_lib
 from helpers import commands as helper
+from helpers import servers
 from helpers.blocks import require_native
 from helpers.paths import ROOT
 from helpers.runs import write_images
@@ -109,3 +112,15 @@ def test_eval_measures_both_and_predict_follows(run, monkeypatch, capfd):
     }
     np.testing.assert_array_equal(rows[None], rows['bfloat16'])
     assert 0 < np.abs(rows['bfloat16'] - rows['float32']).max() < 0.1
+
+
+def test_a_model_trained_in_bfloat16_on_a_slow_processor(monkeypatch):
+    """It computes as it was trained, and a line names the faster precision."""
+    trained = servers.make_trained()
+    module = trained.module.clone(dtype='bfloat16')
+    trained = dataclasses.replace(trained, module=module)
+    monkeypatch.setattr(folded, 'why_bfloat16_is_slow', lambda module: 'no AMX')
+    resolved = precision_lib.resolve(trained, None, None)
+    assert resolved.module.dtype == 'bfloat16'
+    assert 'slower here than float32: no AMX' in resolved.notes['precision']
+    assert '--precision=float32' in resolved.notes['precision']

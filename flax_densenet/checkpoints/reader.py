@@ -27,6 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from flax_densenet.checkpoints import epoch_records
 from flax_densenet.errors import UserError
 
 _LOGGER = logging.getLogger(__name__)
@@ -57,17 +58,18 @@ class Checkpoint:
 
 
 def rank(metrics: dict[str, float]) -> tuple[float, float]:
-    """Sorts checkpoints and epochs: by test accuracy, then by lower test loss.
+    """Sorts checkpoints and epochs: by accuracy, then by lower loss.
 
-    With several labels an image by their mean area under the ROC curve: the share of
-    labels that are right says little where most are absent.
+    Both are of the images that choose, see `epoch_records`. With several labels an
+    image by their mean area under the ROC curve: the share of labels that are right
+    says little where most are absent.
 
     A value that is not a number comes last; unsorted, it could displace the best.
     """
-    accuracy = metrics.get('test_mean_auroc')
+    accuracy = epoch_records.get(metrics, 'mean_auroc')
     if accuracy is None:
-        accuracy = metrics.get('test_accuracy')
-    loss = metrics.get('test_loss')
+        accuracy = epoch_records.get(metrics, 'accuracy')
+    loss = epoch_records.get(metrics, 'loss')
     return (
         accuracy if accuracy is not None and _is_finite(accuracy) else -math.inf,
         -loss if loss is not None and _is_finite(loss) else -math.inf,

@@ -86,6 +86,12 @@ class Examples:
         """int32 `[N]` or float32 `[N, L]`; decodes no image."""
         return self.reader.labels[self.indices]
 
+    @property
+    def groups(self) -> np.ndarray | None:
+        """int64 `[N]`: whose image each is (patients, sites); None if it is unknown."""
+        groups = self.reader.groups
+        return None if groups is None else groups[self.indices]
+
     def name(self, position: int) -> str:
         """The file of an example, or its place in the data set."""
         return self.reader.name(int(self.indices[position]))
@@ -206,9 +212,12 @@ class Relabeled(Examples):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Training and test examples of the same classes.
+    """Training, validation and test examples of the same classes.
 
     Attributes:
+      test: measured once at the end if there are validation examples; otherwise after
+        each epoch.
+      val: choose the best epoch; None if the source has only two parts.
       multi_label: images can have several labels, whose names are `class_names`.
       has_test: the source has a test part; otherwise `test` was split off.
       skipped: unreadable files that were left out, each with the reason.
@@ -223,6 +232,18 @@ class Source:
     multi_label: bool = False
     skipped: tuple[str, ...] = ()
     duplicates: tuple[str, ...] = ()
+    val: Examples | None = None
+
+    @property
+    def selection(self) -> Examples:
+        """The examples that choose the best epoch: `val`, or `test` if it is None."""
+        return self.test if self.val is None else self.val
+
+    @property
+    def parts(self) -> dict[str, Examples]:
+        """`train`, `val` if there is one, and `test`, by name."""
+        found = {'train': self.train, 'val': self.val, 'test': self.test}
+        return {name: part for name, part in found.items() if part is not None}
 
 
 # In pixels, if data.image_size is 0.
@@ -336,6 +357,8 @@ def load_source(
 
 def _make_parts(listing, split, preparation, cache, limit_gib):
     """The training and the test examples, with a cache if asked for."""
+    if listing.groups is not None:
+        listing.reader.groups = listing.groups
     parts = [
         Examples(listing.reader, x, preparation) for x in (split.train, split.test)
     ]

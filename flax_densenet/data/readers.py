@@ -23,10 +23,12 @@ class Reader:
         (not known) if an image can have several labels.
       labels_in_memory: `labels` is an array. Otherwise every label is read from the
         source when it is asked for.
+      groups: int64 `[N]`, whose image each is; None if it is unknown.
     """
 
     labels: Any
     labels_in_memory = True
+    groups: np.ndarray | None = None
 
     def __getitem__(self, index: int) -> str | bytes | np.ndarray:
         """An image: the path of its file, its encoded bytes, or uint8 `[H, W, C]`."""

@@ -51,6 +51,8 @@ class Choices:
       own_data: models of this program take fields that resize images as well.
       recipe: fields of a recipe, which hold where neither `data` nor the file says
         anything.
+      raw: leave out what was fitted after training (`decisions`): calibration,
+        thresholds and so on.
     """
 
     class_names: tuple[str, ...] | None = None
@@ -59,6 +61,7 @@ class Choices:
     binary: bool = True
     own_data: bool = False
     recipe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    raw: bool = False
 
     def __post_init__(self):
         if self.outputs not in (None, *heads.OUTPUTS):

@@ -15,7 +15,9 @@ from flax_densenet.distributed import processes
 from flax_densenet.errors import UserError, list_first
 from flax_densenet.models import factory, initialization, network
 from flax_densenet.models import tta as tta_lib
+from flax_densenet.weights import calibration as calibration_lib
 from flax_densenet.weights import choices as choices_lib
+from flax_densenet.weights import decisions as decisions_lib
 from flax_densenet.weights import heads, operating_points, weight_file
 from flax_densenet.weights import metadata as metadata_lib
 
@@ -53,6 +55,7 @@ class Trained:
       is_imported: whether the weights are of another program.
       precision: `float32` or `bfloat16` if it was chosen (`weights.precision`); empty
         for the module's own.
+      decisions: what was fitted after training; None if there is nothing.
     """
 
     module: network.Network
@@ -65,6 +68,7 @@ class Trained:
     notes: choices_lib.Notes = dataclasses.field(default_factory=choices_lib.Notes)
     is_imported: bool = False
     precision: str = ''
+    decisions: decisions_lib.Decisions | None = None
 
     def with_tta(self, tta: str) -> 'Trained':
         """The same model with another value of `data.tta`."""
@@ -82,6 +86,16 @@ class Trained:
     def outputs(self) -> str:
         """What makes probabilities of logits, one of `heads.OUTPUTS`."""
         return outputs_of(self.metadata)
+
+    @property
+    def calibration(self) -> calibration_lib.Calibration | None:
+        """What is to be done to the logits; None if nothing is."""
+        found = self.decisions and self.decisions.calibration
+        return found if found and found.changes and not found.folded else None
+
+    def without_decisions(self) -> 'Trained':
+        """The same model without what was fitted after training."""
+        return dataclasses.replace(self, decisions=None)
 
 
 def points_of(metadata: dict[str, Any]) -> tuple[float | None, ...] | None:
@@ -132,7 +146,7 @@ def load_trained(
         sharding=None,
         model=initialization.variable_shapes(module, channels=len(metadata['mean'])),
     )
-    return Trained(
+    trained = Trained(
         module=module,
         variables=mesh_lib.replicate(restored['model'], mesh),
         metadata=_chosen(workdir, metadata, module.num_classes, choices),
@@ -140,6 +154,32 @@ def load_trained(
         step=step,
         mesh=mesh,
     )
+    return _with_decisions(trained, workdir, restored['model'], choices)
+
+
+def _with_decisions(trained, folder, variables, choices):
+    """The model with what was fitted for it, unless the user wants other outputs."""
+    if choices.raw:
+        return trained
+    found = decisions_lib.load(folder, trained.module.num_classes)
+    if found is None:
+        return trained
+    path, remedy = f'{folder}/{decisions_lib.FILE}', 'run calibrate to fit them again'
+    if found.step != trained.step or found.model != decisions_lib.fingerprint(
+        variables
+    ):
+        trained.notes['decisions'] = (
+            f'{path} is of another checkpoint (step {found.step}, not {trained.step}): '
+            f'its calibration and thresholds are not applied; {remedy}'
+        )
+        return trained
+    if choices.outputs:
+        trained.notes['decisions'] = (
+            f'--outputs={choices.outputs}: the calibration and thresholds of {path} '
+            'are not applied'
+        )
+        return trained
+    return dataclasses.replace(trained, decisions=found)
 
 
 def _check_own(path, choices):

@@ -1,0 +1,130 @@
+"""Calibration of probabilities: what is done to logits before a softmax or sigmoids.
+
+    calibrated = scale * logits + bias
+
+A temperature T (Guo et al., arXiv 1706.04599) is a scale of 1 / T; Platt scaling of a
+label has a scale and a bias of its own. Both are linear, so that exported files have
+them in the last layer of the classifier.
+
+>>> import numpy as np
+>>> half = Calibration(('temperature',), (0.5,), (0.0,))
+>>> half.apply(np.array([[2.0, 0.0]])).tolist()
+[[1.0, 0.0]]
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.models import layers
+from flax_densenet.weights import decision_entry
+
+METHODS = ('none', 'temperature', 'platt')
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration(decision_entry.Entry):
+    """How logits are calibrated.
+
+    Attributes:
+      methods: one of METHODS for all classes; of several labels, for each label.
+      scale: one for all classes, or for each label.
+      bias: of as many numbers.
+      notes: lines about what was fitted and what was left alone.
+      folded: whether the classifier of the weights has it already, as in exported
+        files.
+    """
+
+    methods: tuple[str, ...]
+    scale: tuple[float, ...]
+    bias: tuple[float, ...]
+    notes: tuple[str, ...] = ()
+    folded: bool = False
+
+    def check(self, classes: int):
+        """Raises `ValueError` with what is wrong."""
+        if len(self.methods) not in (1, classes):
+            raise ValueError(f'methods has {len(self.methods)} values')
+        if not len(self.methods) == len(self.scale) == len(self.bias):
+            raise ValueError('methods, scale and bias differ in length')
+        for method in self.methods:
+            if method not in METHODS:
+                raise ValueError(f'{method!r:.60} is no method')
+        # Below or above that, a probability would be 0, 1 or a half.
+        if not all(1e-3 <= value <= 1e3 for value in self.scale):
+            raise ValueError('scale is out of range')
+        if not all(abs(value) <= 1e3 for value in self.bias):
+            raise ValueError('bias is out of range')
+
+    @property
+    def changes(self) -> bool:
+        """Whether it changes anything; False if nothing helped."""
+        return any(method != 'none' for method in self.methods)
+
+    @property
+    def temperature(self) -> float | None:
+        """The temperature of all classes; None if each label has its own numbers."""
+        return 1 / self.scale[0] if len(self.scale) == 1 else None
+
+    def apply(self, logits, *, xp=np):
+        """Calibrated logits `[..., C]`, in their own precision; float64 stays.
+
+        Args:
+          xp: `numpy`, or `jax.numpy` for its arrays.
+        """
+        logits = xp.asarray(logits)
+        scale, bias = (np.asarray(v, logits.dtype) for v in (self.scale, self.bias))
+        return logits * scale + bias
+
+    def fold(self, variables: dict[str, Any]) -> dict[str, Any]:
+        """Variables whose classifier has the calibration in its last layer.
+
+        Args:
+          variables: `{'params', 'batch_stats'}` as numpy or JAX arrays.
+        """
+        return _with_last_layer(variables, self.scale, self.bias)
+
+    def unfold(self, variables: dict[str, Any]) -> dict[str, Any]:
+        """The inverse of `fold`."""
+        scale = [1 / value for value in self.scale]
+        bias = [-b * s for b, s in zip(self.bias, scale, strict=True)]
+        return _with_last_layer(variables, scale, bias)
+
+
+def _with_last_layer(variables, scale, bias):
+    params = dict(variables['params'])
+    classifier = params['classifier']
+    *others, last = layers.linear_layers(classifier)
+    scale, bias = np.float64(scale), np.float64(bias)
+    kernel, old = (np.asarray(last[name]) for name in ('kernel', 'bias'))
+    last = dict(last) | {
+        'kernel': (kernel * scale).astype(kernel.dtype),
+        'bias': (old * scale + bias).astype(old.dtype),
+    }
+    params['classifier'] = (
+        dict(classifier) | {f'layer{len(others) + 1}': last} if others else last
+    )
+    return dict(variables) | {'params': params}
+
+
+def describe(calibration: Calibration) -> str:
+    """How probabilities are calibrated, in words.
+
+    >>> describe(Calibration(('temperature',), (0.5,), (0.0,)))
+    'temperature 2.00'
+    """
+    if not calibration.changes:
+        return 'not calibrated'
+    if calibration.temperature is not None:
+        return f'temperature {calibration.temperature:.2f}'
+    counts = [
+        f'{calibration.methods.count(method)} {word}'
+        for method, word in (
+            ('platt', 'with Platt scaling'),
+            ('temperature', 'with a temperature'),
+            ('none', 'left as they are'),
+        )
+        if method in calibration.methods
+    ]
+    return f'of {len(calibration.methods)} labels {", ".join(counts)}'

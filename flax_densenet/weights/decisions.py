@@ -1,0 +1,221 @@
+"""What was fitted on labeled images after training: how outputs become decisions.
+
+`decisions.json` in the folder of a run, with arrays in `decisions.safetensors`, belongs
+to one checkpoint. It holds entries: the calibration of the probabilities, thresholds,
+and whatever else is in `ENTRIES`.
+
+A new kind of entry is a subclass of `decision_entry.Entry`, a field of `Decisions` and
+a line in `ENTRIES`. Files may come from a stranger, so that everything in them is
+checked.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.errors import UserError
+from flax_densenet.models import layers
+from flax_densenet.system import atomic
+from flax_densenet.weights import calibration as calibration_lib
+from flax_densenet.weights import decision_entry, safetensors_files
+from flax_densenet.weights import thresholds as thresholds_lib
+
+FILE, ARRAYS_FILE = 'decisions.json', 'decisions.safetensors'
+VERSION = 1
+_LARGEST = 2**26  # bytes of decisions.json
+_LARGEST_ARRAYS = 2**31  # bytes of decisions.safetensors
+# By the name of the field of `Decisions`, which is the name in files.
+ENTRIES: dict[str, type[decision_entry.Entry]] = {
+    'calibration': calibration_lib.Calibration,
+    'thresholds': thresholds_lib.Thresholds,
+}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Decisions:
+    """What was fitted for one model.
+
+    Attributes:
+      step: of the checkpoint; None for weights that are no checkpoint.
+      model: `fingerprint` of the model.
+      classes: number of its outputs.
+      data: the data source, as in `data.source`.
+      part: which part of it was fitted on: `val`, `test` or `all`.
+      count: number of images.
+      calibration: of the probabilities; None if it was not fitted.
+      thresholds: None if they were not chosen.
+    """
+
+    step: int | None
+    model: str
+    classes: int
+    data: str
+    part: str
+    count: int
+    calibration: calibration_lib.Calibration | None = None
+    thresholds: thresholds_lib.Thresholds | None = None
+
+    @property
+    def where(self) -> str:
+        """What it was fitted on, in words: `360 test images of digits`."""
+        part = {'val': 'validation ', 'test': 'test '}.get(self.part, '')
+        return f'{self.count:,} {part}image{"" if self.count == 1 else "s"} of ' + (
+            self.data or 'unknown data'
+        )
+
+    def to_files(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Values for JSON, and arrays by `ENTRY.FIELD`."""
+        plain: dict[str, Any] = {'version': VERSION}
+        arrays: dict[str, np.ndarray] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, decision_entry.Entry):
+                plain[field.name], found = value.to_files()
+                arrays |= {f'{field.name}.{key}': found[key] for key in found}
+            elif field.name not in ENTRIES:
+                plain[field.name] = value
+        return plain, arrays
+
+
+def from_files(
+    place: str, plain: Any, arrays: dict[str, np.ndarray], classes: int
+) -> Decisions:
+    """What `Decisions.to_files` gave, checked.
+
+    Args:
+      place: where it comes from, for error messages.
+      classes: number of the model's outputs.
+
+    Raises:
+      UserError: a field is missing or has an invalid value.
+    """
+    found: dict[str, Any] = {}
+    name = 'all of it'
+    try:
+        if not isinstance(plain, dict):
+            raise ValueError('it is no object')
+        for name, is_good in _FIELDS.items():
+            if not is_good(plain.get(name)):
+                raise ValueError(f'{plain.get(name)!r:.60}')
+        name = 'classes'
+        if plain['classes'] != classes:
+            raise ValueError(f'{plain["classes"]}, and the model has {classes}')
+        for name, kind in ENTRIES.items():
+            if plain.get(name) is None:
+                continue
+            own = {
+                key.removeprefix(f'{name}.'): array
+                for key, array in arrays.items()
+                if key.startswith(f'{name}.')
+            }
+            found[name] = kind.from_files(plain[name], own)
+            found[name].check(classes)
+    except ValueError as error:
+        raise UserError(
+            f'{place} is not what this program writes ({name}: {error}); delete it, or '
+            'run calibrate'
+        ) from error
+    return Decisions(**{key: plain[key] for key in _FIELDS if key != 'version'}, **found)
+
+
+def fingerprint(variables: dict[str, Any]) -> str:
+    """Tells models apart: a hash of the last layer of the classifier."""
+    last = layers.linear_layers(variables['params']['classifier'])[-1]
+    made = hashlib.sha256()
+    for name in ('kernel', 'bias'):
+        made.update(np.ascontiguousarray(np.asarray(last[name], np.float32)).tobytes())
+    return made.hexdigest()[:32]
+
+
+def save(folder: str, decisions: Decisions):
+    """Writes both files; without arrays only one.
+
+    A program that is killed in between leaves files that `load` tells apart.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    from safetensors import numpy as safetensors
+
+    plain, arrays = decisions.to_files()
+    path, of_arrays = (os.path.join(folder, name) for name in (FILE, ARRAYS_FILE))
+    try:
+        if arrays:
+            arrays = {key: np.ascontiguousarray(arrays[key]) for key in arrays}
+            content = safetensors.save(arrays)
+            plain['arrays'] = hashlib.sha256(content).hexdigest()
+            with atomic.replacing(of_arrays, 'wb') as file:
+                file.write(content)
+        with atomic.replacing(path) as file:
+            json.dump(plain, file, indent=1)
+            file.write('\n')
+        if not arrays and os.path.exists(of_arrays):
+            os.unlink(of_arrays)
+    except OSError as error:
+        raise UserError(f'{path} cannot be written ({error.strerror})') from error
+
+
+def load(folder: str, classes: int) -> Decisions | None:
+    """Reads what `save` wrote; None if there is nothing.
+
+    Args:
+      classes: number of the model's outputs.
+
+    Raises:
+      UserError: a file cannot be read, or is not what `save` writes.
+    """
+    path = os.path.join(folder, FILE)
+    try:
+        if os.path.getsize(path) > _LARGEST:
+            raise ValueError('it is too large')
+        with open(path, encoding='utf-8') as file:
+            plain = json.load(file)
+        arrays = {}
+        if isinstance(plain, dict) and plain.get('arrays') is not None:
+            arrays = _load_arrays(os.path.join(folder, ARRAYS_FILE), plain['arrays'])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, 'strerror', None) or error
+        raise UserError(
+            f'{path} cannot be read ({reason}); delete it, or run calibrate'
+        ) from error
+    return from_files(path, plain, arrays, classes)
+
+
+def _load_arrays(path, digest):
+    name = os.path.basename(path)
+    if not os.path.isfile(path):
+        raise ValueError(f'{name} is missing')
+    if os.path.getsize(path) > _LARGEST_ARRAYS:
+        raise ValueError(f'{name} is too large')
+    made = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while part := file.read(2**20):
+            made.update(part)
+    if made.hexdigest() != digest:
+        raise ValueError(f'{name} belongs to another file')
+    return safetensors_files.read(path)[1]
+
+
+def _is_text(most):
+    return lambda value: isinstance(value, str) and len(value) <= most
+
+
+def _is_count(value):
+    return type(value) is int and 0 <= value < 2**53
+
+
+_FIELDS = {
+    'version': lambda value: value == VERSION,
+    'step': lambda value: value is None or _is_count(value),
+    'model': _is_text(64),
+    'classes': _is_count,
+    'data': _is_text(10_000),
+    'part': lambda value: value in ('val', 'test', 'all'),
+    'count': _is_count,
+}

@@ -1,0 +1,37 @@
+"""Thresholds of probabilities: from which on a label or a class counts as positive."""
+
+import dataclasses
+
+import numpy as np
+
+from flax_densenet.weights import decision_entry
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Thresholds(decision_entry.Entry):
+    """A threshold for each label or class, of calibrated probabilities.
+
+    With two classes of which an image has one, only the positive class has one. A class
+    is positive if its probability is above its threshold.
+
+    Attributes:
+      rule: by which they were chosen, as in `train.threshold`.
+      values: from 0 to 1 for each class; None for a class without one.
+      notes: lines about what was chosen and what was left alone.
+    """
+
+    rule: str
+    values: tuple[float | None, ...]
+    notes: tuple[str, ...] = ()
+
+    def check(self, classes: int):
+        """Raises `ValueError` with what is wrong."""
+        if len(self.values) != classes:
+            raise ValueError(f'there are {len(self.values)} values')
+        if not all(value is None or 0 <= value <= 1 for value in self.values):
+            raise ValueError('a value is not from 0 to 1')
+
+    def positive(self, probabilities) -> np.ndarray:
+        """Which classes are positive: bool `[..., C]` of probabilities `[..., C]`."""
+        limits = [2.0 if value is None else value for value in self.values]
+        return np.asarray(probabilities) > np.array(limits)

@@ -142,26 +142,40 @@ def evaluate(
     return metrics
 
 
-def compute_logits(
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What a trained model computes of labeled images, on every host.
+
+    Attributes:
+      logits: float32 `[N, C]`, of the network itself: neither calibrated nor scaled by
+        operating points.
+      labels: int32 `[N]` or float32 `[N, L]`.
+      features: pooled features, float32 `[N, F]`, if they were asked for.
+    """
+
+    logits: np.ndarray
+    labels: np.ndarray
+    features: np.ndarray | None = None
+
+
+def compute_outputs(
     trained: Trained,
     examples: dataset.Examples,
     *,
     batch_size: int,
     threads: int = 4,
     workers: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """What a trained model says of labeled images, on every host.
+    features: bool = False,
+) -> Outputs:
+    """What a trained model computes of labeled images, in the examples' order.
 
     With the test-time augmentation of its metadata (`views`), which `evaluate` is
     without.
 
     Args:
       batch_size: over all devices, which it must divide over.
-
-    Returns:
-      Logits float32 `[N, C]` (whose sigmoids are the scores, if the model has operating
-      points) and labels (int32 `[N]` or float32 `[N, L]`), in the
-      examples' order.
+      features: whether pooled features are wanted as well, in the same pass; of the
+        images themselves, not of other views of them.
 
     Raises:
       UserError: a logit is not finite.
@@ -182,30 +196,71 @@ def compute_logits(
         mean=tuple(metadata['mean']),
         std=tuple(metadata['std']),
         tta=tta_lib.from_metadata(metadata),
+        step=_features_step if features else eval_step,
         threads=threads,
         workers=workers,
     )
     with tqdm(total=len(examples), desc='test', leave=False, disable=None) as bar:
-        for _, logits, batch in steps:
-            logits, labels, mask = (
-                mesh_lib.gather(part)
-                for part in (logits, batch['label'], batch['mask'])
-            )
-            parts.append((logits[mask > 0], labels[mask > 0]))
+        for pooled, logits, batch in steps:
+            made = logits, batch['label'], *([pooled] if features else [])
+            mask = mesh_lib.gather(batch['mask']) > 0
+            parts.append([mesh_lib.gather(part)[mask] for part in made])
             bar.update(len(parts[-1][0]))
-    logits, labels = (np.concatenate(part) for part in zip(*parts, strict=True))
+    logits, labels, *more = (np.concatenate(part) for part in zip(*parts, strict=True))
     if len(logits) != len(examples):
         raise AssertionError(f'{len(logits)} of {len(examples)} examples computed')
     logits = logits.astype(np.float32)
-    points = trained_lib.points_of(metadata)
-    if points is not None:
-        logits = np.float32(operating_points.scale_logits(logits, points))
     if not np.isfinite(logits).all():
         raise UserError(
             'the model gives values that are not finite: its training went wrong, '
             'start again with a lower optimizer.learning_rate'
         )
-    return logits, labels
+    return Outputs(logits, labels, *more)
+
+
+@functools.partial(jax.jit, static_argnames=('module', 'mean', 'std', 'tta'))
+def _features_step(variables, batch, *, module, mean, std, tta='none'):
+    """Pooled features of a batch of images, and the logits."""
+    pooled, logits = [], []
+    for view in tta_lib.views_of(batch['image'], tta):
+        images = normalize(view, mean=mean, std=std)
+        pooled.append(module.apply(variables, images, method=_pool, mutable=False))
+        made = module.apply(variables, pooled[-1], method='classify', mutable=False)
+        logits.append(made)
+    several = batch['label'].ndim == 2
+    if len(logits) > 1:
+        logits = [tta_lib.mean_logits(jnp.stack(logits), multi_label=several)]
+    return pooled[0].astype(jnp.float32), logits[0]
+
+
+def _pool(module, images):
+    return module.pool(module.features(images))
+
+
+def finish_logits(trained: Trained, logits: np.ndarray) -> np.ndarray:
+    """Logits float32 `[N, C]` as predictions have them, of those of the network.
+
+    Calibrated, if the model has a calibration; else their sigmoids are the scores, if
+    it has operating points.
+    """
+    if trained.calibration:
+        return trained.calibration.apply(np.float64(logits)).astype(np.float32)
+    points = trained_lib.points_of(trained.metadata)
+    if points is not None:
+        return operating_points.scale_logits(logits, points).astype(np.float32)
+    return logits
+
+
+def compute_logits(
+    trained: Trained, examples: dataset.Examples, **loading
+) -> tuple[np.ndarray, np.ndarray]:
+    """`finish_logits` of `compute_outputs`, and the labels.
+
+    Args:
+      **loading: as of `compute_outputs`.
+    """
+    found = compute_outputs(trained, examples, **loading)
+    return finish_logits(trained, found.logits), found.labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,8 +269,13 @@ class _Folded:
 
     module: network.Network
 
-    def apply(self, arrays, images, *, mutable):
-        return folded.logits(self.module, arrays, images)
+    def apply(self, arrays, images, *, mutable, method=None):
+        if method is None:
+            return folded.logits(self.module, arrays, images)
+        maps = images  # of `classify`: pooled features
+        if method is _pool:
+            method, maps = 'pool', folded.features(self.module, arrays, images)
+        return self.module.apply(arrays['head'], maps, method=method)
 
 
 def _eval_steps(
@@ -227,12 +287,14 @@ def _eval_steps(
     mean,
     std,
     tta='none',
+    step=eval_step,
     left_out=None,
     **loading,
 ):
     """Yields sums, logits and the batch, of each batch in turn.
 
     Args:
+      step: `eval_step`, or another whose first result comes in place of the sums.
       left_out: a list that gets the positions of the images that were left out.
       **loading: of `pipeline.eval_batches`.
     """
@@ -240,7 +302,7 @@ def _eval_steps(
     try:
         for batch in batches:
             batch = mesh_lib.to_global(batch, mesh)
-            sums, logits = eval_step(
+            sums, logits = step(
                 variables, batch, module=module, mean=mean, std=std, tta=tta
             )
             yield sums, logits, batch

@@ -22,6 +22,7 @@ from flax_densenet.evaluation import evaluate, measured_data
 from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.models import tta as tta_lib
 from flax_densenet.system import atomic
+from flax_densenet.weights import decisions as decisions_lib
 from flax_densenet.weights import heads
 from flax_densenet.weights import trained as trained_lib
 
@@ -43,6 +44,8 @@ class Results:
         can have several.
       outputs: what makes probabilities of logits, `softmax` or `sigmoid`; by default
         as the labels are.
+      raw_logits: those before calibration; None if `logits` are not calibrated.
+      decisions: what was fitted for the model; None if there is nothing.
     """
 
     examples: dataset.Examples
@@ -50,6 +53,8 @@ class Results:
     logits: np.ndarray
     labels: np.ndarray
     outputs: str | None = None
+    raw_logits: np.ndarray | None = None
+    decisions: decisions_lib.Decisions | None = None
 
     @property
     def multi_label(self) -> bool:
@@ -143,13 +148,31 @@ def collect(
     Args:
       **loading: `batch_size`, `threads` and `workers` of `evaluate.compute_logits`.
     """
-    logits, labels = evaluate.compute_logits(trained, examples, **loading)
+    computed = evaluate.compute_outputs(trained, examples, **loading)
+    return from_outputs(trained, examples, class_names, computed)
+
+
+def from_outputs(
+    trained: trained_lib.Trained,
+    examples: dataset.Examples,
+    class_names,
+    computed: evaluate.Outputs,
+) -> Results:
+    """The results of what the network computed of images, with its decisions."""
     outputs = None
-    if trained.is_imported and labels.ndim == 1:
+    if trained.is_imported and computed.labels.ndim == 1:
         # Sigmoids that were assumed with names, which the data does not have, are not.
         assumed = trained.known and not trained.known.spelled_as(class_names)
         outputs = None if assumed else trained.outputs
-    return Results(examples, tuple(class_names), logits, labels, outputs)
+    return Results(
+        examples,
+        tuple(class_names),
+        evaluate.finish_logits(trained, computed.logits),
+        computed.labels,
+        outputs,
+        raw_logits=computed.logits if trained.calibration else None,
+        decisions=trained.decisions,
+    )
 
 
 def of_data(

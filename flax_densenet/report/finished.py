@@ -10,8 +10,10 @@ from flax_densenet.data import dataset
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.distributed import processes
 from flax_densenet.errors import UserError
-from flax_densenet.evaluation import results
+from flax_densenet.evaluation import fitting, results
+from flax_densenet.evaluation import selection as selection_lib
 from flax_densenet.report import page, plots
+from flax_densenet.weights import choices as choices_lib
 from flax_densenet.weights import trained as trained_lib
 
 _LOGGER = logging.getLogger(__name__)
@@ -28,8 +30,9 @@ def write(
     batch_size: int,
     threads: int,
     workers: int,
+    rules: selection_lib.Rules | None = None,
 ):
-    """Draws the curves, writes the report, and logs what is in the folder.
+    """Fits decisions, draws the curves, writes the report, and logs what is there.
 
     Every host has to call it; one writes. A report that cannot be written is reported
     in a line, and takes nothing from the run.
@@ -41,19 +44,23 @@ def write(
       renew: False if a report that is there still holds.
       batch_size: of the evaluation, over all devices of the mesh.
       threads, workers: as of `data.pipeline.eval_batches`.
+      rules: what to fit of the selection part after training; None for nothing.
     """
     best = max(records, key=checkpoint_reader.rank)
     drawn = errors.is_installed('matplotlib')
     if mesh_lib.is_writer() and drawn:
         plots.save_curves(workdir, records)
+    loading = {'batch_size': batch_size, 'threads': threads, 'workers': workers}
+    selection = None
+    if rules is not None and renew and fitting.FITTERS:
+        selection = _fit(workdir, source, mesh, loading, rules)
     written = []
     if os.path.exists(os.path.join(workdir, page.REPORT_FILE)) and not renew:
         written = [page.REPORT_FILE]
     elif report and processes.broadcast(
         'report', lambda: errors.is_installed('jinja2')
     ):
-        loading = {'batch_size': batch_size, 'threads': threads, 'workers': workers}
-        written = _save_report(workdir, source, mesh, loading)
+        written = _save_report(workdir, source, mesh, loading, selection)
     if mesh_lib.is_writer():
         pictures = ['curves.png', 'samples.png'] if drawn else ['metrics.jsonl']
         *names, last = ['checkpoints', *written, *pictures]
@@ -65,12 +72,30 @@ def write(
         _LOGGER.info(f'{", ".join(names)} and {last} are in {workdir}')
 
 
-def _save_report(workdir, source, mesh, loading):
+def _fit(workdir, source, mesh, loading, rules):
+    """Fits and saves decisions; what the model computed, None if it failed."""
+    try:
+        trained = trained_lib.load_trained(
+            workdir, 'best', mesh=mesh, choices=choices_lib.Choices(raw=True)
+        )
+        selection = selection_lib.select(trained, source, **loading)
+        fitting.save(workdir, fitting.fit(selection, rules))
+    except UserError as error:
+        _LOGGER.info(f'not calibrated: {error}; try: calibrate RUN')
+        return None
+    return selection
+
+
+def _save_report(workdir, source, mesh, loading, selection):
     """Writes the page of the best checkpoint; its name in a list, or an empty one."""
     _LOGGER.info(f'writing {page.REPORT_FILE}')
     try:
         trained = trained_lib.load_trained(workdir, 'best', mesh=mesh)
-        found = results.collect(trained, source.test, source.class_names, **loading)
+        names = source.class_names
+        if selection is not None and selection.examples is source.test:
+            found = results.from_outputs(trained, source.test, names, selection.outputs)
+        else:
+            found = results.collect(trained, source.test, names, **loading)
         page.save_report(workdir, trained, source, found)
     except UserError as error:
         _LOGGER.info(f'no {page.REPORT_FILE}: {error}; try: report RUN')

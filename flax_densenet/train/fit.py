@@ -26,7 +26,7 @@ from flax_densenet.checkpoints import writer as checkpoint_writer
 from flax_densenet.data import notes, unreadable
 from flax_densenet.distributed import agreement, mesh, processes, zero
 from flax_densenet.errors import UserError
-from flax_densenet.evaluation import evaluate
+from flax_densenet.evaluation import evaluate, selection
 from flax_densenet.system import atomic, environment, lock, signals
 from flax_densenet.train import (
     announce,
@@ -77,6 +77,7 @@ class FitResult:
             'batch_size': run.part_size,
             'threads': run.settings.loader.threads,
             'workers': run.settings.loader.workers,
+            'rules': selection.Rules(),
         }
 
     def send_files(self):

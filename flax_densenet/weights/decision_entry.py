@@ -49,7 +49,7 @@ class Entry:
           ValueError: a field is missing or has another type.
         """
         if not isinstance(plain, dict):
-            raise ValueError('it is no object')
+            raise ValueError('it must be an object')
         found = {}
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
@@ -68,7 +68,7 @@ class Entry:
 def _convert(name, value, kind):
     if kind is np.ndarray:
         if value.dtype not in (np.float32, np.float64) or not np.isfinite(value).all():
-            raise ValueError(f'{name} is no array of finite floats')
+            raise ValueError(f'{name} must be finite floats')
         return value
     if typing.get_origin(kind) is tuple:
         if not isinstance(value, list | tuple):

@@ -97,7 +97,7 @@ def from_files(
     name = 'all of it'
     try:
         if not isinstance(plain, dict):
-            raise ValueError('it is no object')
+            raise ValueError('it must be an object')
         for name, is_good in _FIELDS.items():
             if not is_good(plain.get(name)):
                 raise ValueError(f'{plain.get(name)!r:.60}')
@@ -119,7 +119,9 @@ def from_files(
             f'{place} is not what this program writes ({name}: {error}); delete it, or '
             'run calibrate'
         ) from error
-    return Decisions(**{key: plain[key] for key in _FIELDS if key != 'version'}, **found)
+    return Decisions(
+        **{key: plain[key] for key in _FIELDS if key != 'version'}, **found
+    )
 
 
 def fingerprint(variables: dict[str, Any]) -> str:

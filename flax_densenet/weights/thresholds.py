@@ -15,7 +15,7 @@ class Thresholds(decision_entry.Entry):
     is positive if its probability is above its threshold.
 
     Attributes:
-      rule: by which they were chosen, as in `train.threshold`.
+      rule: how they were chosen, as in `train.threshold`.
       values: from 0 to 1 for each class; None for a class without one.
       notes: lines about what was chosen and what was left alone.
     """

@@ -1,0 +1,117 @@
+"""The images that may choose, and what a model computes of them.
+
+What is fitted of them (`fitting`) needs their logits, and maybe their pooled features;
+both are computed once.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.data import dataset
+from flax_densenet.evaluation import evaluate
+from flax_densenet.weights import trained as trained_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What is to be fitted.
+
+    Attributes:
+      calibrate: whether probabilities are calibrated if that helps.
+      threshold: rule for thresholds, as `train.threshold`; empty for none.
+      positive_class: of two classes; empty for the second.
+    """
+
+    calibrate: bool = True
+    threshold: str = ''
+    positive_class: str = ''
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Selection:
+    """The images that may choose, and what the model computes of them.
+
+    Attributes:
+      trained: the model, without decisions.
+      class_names: C names.
+      data: name of the data source.
+      part: `val`, `test` or `all`: which part of it the images are.
+      examples: the images.
+      train: the training images; None if they are not known.
+      outputs: of the model for `examples`: logits `[N, C]` and labels.
+      loading: `batch_size`, `threads` and `workers` of `evaluate.compute_outputs`.
+    """
+
+    trained: trained_lib.Trained
+    class_names: tuple[str, ...]
+    data: str
+    part: str
+    examples: dataset.Examples
+    train: dataset.Examples | None
+    outputs: evaluate.Outputs
+    loading: dict[str, Any]
+
+    @property
+    def logits(self) -> np.ndarray:
+        """float32 `[N, C]`, not calibrated."""
+        return self.outputs.logits
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int32 `[N]`, or float32 `[N, C]` of 0, 1 and NaN (not known)."""
+        return self.outputs.labels
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image can have several labels."""
+        return self.labels.ndim == 2
+
+    @functools.cached_property
+    def features(self) -> np.ndarray:
+        """Pooled features, float32 `[N, F]`; another pass if `select` was without."""
+        if self.outputs.features is not None:
+            return self.outputs.features
+        return self.features_of(self.examples)
+
+    def features_of(self, examples: dataset.Examples) -> np.ndarray:
+        """Pooled features of other images, such as some of `train`."""
+        found = evaluate.compute_outputs(
+            self.trained, examples, features=True, **self.loading
+        ).features
+        assert found is not None
+        return found
+
+
+def select(
+    trained: trained_lib.Trained,
+    source: dataset.Source,
+    *,
+    features: bool = False,
+    **loading,
+) -> Selection:
+    """The part of a source that may choose: the validation part, else the test part.
+
+    Args:
+      trained: the model; decisions that it has are left out.
+      source: with the classes of the model, in its order.
+      features: whether pooled features are wanted as well.
+      **loading: `batch_size`, `threads` and `workers` of `evaluate.compute_outputs`.
+    """
+    trained = trained.without_decisions()
+    part = 'test' if source.val is None else 'val'
+    outputs = evaluate.compute_outputs(
+        trained, source.selection, features=features, **loading
+    )
+    return Selection(
+        trained,
+        tuple(source.class_names),
+        source.name,
+        part,
+        source.selection,
+        source.train,
+        outputs,
+        loading,
+    )

@@ -236,4 +236,6 @@ CLUSTER = (
         value='SECONDS',
     ),
 )
-SEVERAL_PROCESSES = {'Several processes (docs/scaling.md)': CLUSTER}
+SEVERAL_PROCESSES: dict[str, tuple[Flag, ...]] = {
+    'Several processes (docs/scaling.md)': CLUSTER
+}

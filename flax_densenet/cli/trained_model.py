@@ -47,8 +47,9 @@ def check_fields(invocation: options.Invocation, path: str, *allowed: str):
         if not name.startswith(('init_from', *allowed)):
             hint = ''
             if allowed:
-                shown = [f'{n}* fields' if n.endswith('.') else n for n in allowed]
-                *first, last = shown
+                *first, last = (
+                    f'{n}* fields' if n.endswith('.') else n for n in allowed
+                )
                 shown = f'{", ".join(first)} and {last}' if first else last
                 hint = f'; only {shown} can be set'
             raise UserError(

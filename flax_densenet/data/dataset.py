@@ -334,15 +334,15 @@ def load_source(
         known_classes=known_classes,
         channels=channels,
     )
-    split = splits.find_splits(listing, test_fraction, split_seed, duplicates)
+    divided = splits.find_splits(listing, test_fraction, split_seed, duplicates)
     if known_classes is None:
-        _check_counts(source, split)
-    if split.summary:
-        _LOGGER.info(split.summary)
+        _check_counts(source, divided)
+    if divided.summary:
+        _LOGGER.info(divided.summary)
     preparation = deep.resolve(
-        preparation, listing.reader, split.train, window=window, bit_depth=bit_depth
+        preparation, listing.reader, divided.train, window=window, bit_depth=bit_depth
     )
-    parts = _make_parts(listing, split, preparation, cache, cache_limit_gib)
+    parts = _make_parts(listing, divided, preparation, cache, cache_limit_gib)
     return Source(
         name=source,
         class_names=tuple(listing.class_names),
@@ -351,7 +351,7 @@ def load_source(
         has_test=listing.test is not None,
         multi_label=listing.multi_label,
         skipped=listing.skipped,
-        duplicates=split.lines,
+        duplicates=divided.lines,
     )
 
 

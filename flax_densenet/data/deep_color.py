@@ -41,7 +41,7 @@ class DeepColor:
         if values.shape[-1] == 3:
             return values, None
         opacity = values[..., 3:].astype(np.float32) / 65535
-        color = values[..., :3]
+        color: np.ndarray = values[..., :3]
         if self.high.mode == 'RGBa':  # colors are multiplied by the opacity
             color = color / np.maximum(opacity, 1 / 65535)
         return color, opacity

@@ -35,8 +35,12 @@ def find(paths: list[str], indices) -> list[list[int]]:
     with concurrent.futures.ThreadPoolExecutor() as pool:
         groups = [indices]
         for key in (_size, _ends, _whole):
-            groups = _divide(groups, lambda index, key=key: key(paths[index]), pool)
+            groups = _divide(groups, _of_paths(key, paths), pool)
     return sorted(groups)
+
+
+def _of_paths(key, paths):
+    return lambda index: key(paths[index])
 
 
 def _divide(groups, key: Callable[[int], Hashable], pool) -> list[list[int]]:

@@ -156,7 +156,7 @@ def find_layout(field: str, root: str) -> Layout:
     Raises:
       UserError: the folders are neither classes nor parts with one of each kind.
     """
-    lines = []
+    lines: list[str] = []
     root, inside = _below_single_folders(root, lines)
     roles = parts.by_role(inside)
     chosen = {}
@@ -201,7 +201,7 @@ def find_layout(field: str, root: str) -> Layout:
             'each class, or give a table of their classes as data.labels'
         )
     found = [part for part in others if part not in flat]
-    held_out, *more = found or [None]
+    held_out, more = (found[0] if found else None), found[1:]
     used = {train, *(chosen[part] for part in found)}
     for part in flat:
         if part in others:

@@ -24,7 +24,7 @@ def find(
     *,
     table: label_options.Options | None = None,
     known_classes: Any = None,
-    **_,
+    **_unused,
 ) -> readers.Listing:
     """Finds the images of a data set on the Hub; downloads it once.
 

@@ -142,7 +142,7 @@ def most_pixels(image: Image.Image) -> int:
     """How many pixels are decoded of an image of this format."""
     if is_deep_color(image):
         return _MOST_DEEP_COLOR
-    return _MOST.get(image.format, 2 * (Image.MAX_IMAGE_PIXELS or 2**62))
+    return _MOST.get(image.format or '', 2 * (Image.MAX_IMAGE_PIXELS or 2**62))
 
 
 def raw_mode(image: Image.Image) -> str:
@@ -161,8 +161,9 @@ def is_deep_color(image: Image.Image) -> bool:
 
     Only of formats and modes of which `deep_color` reads all bits.
     """
-    if image.format == 'PPM' and image.mode == 'RGB' and image.tile:
-        tile = image.tile[0]
+    tiles = getattr(image, 'tile', None)
+    if image.format == 'PPM' and image.mode == 'RGB' and tiles:
+        tile = tiles[0]
         return tile.codec_name == 'ppm' and tile.args[-1] > 255
     return image.format in ('PNG', 'TIFF') and raw_mode(image).startswith(
         ('RGB;16', 'RGBA;16', 'RGBa;16', 'LA;16')

@@ -168,7 +168,7 @@ def make_smaller(file: str | bytes, side: int, *, quality: int) -> bytes:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise TooManyPixels(
-            _too_many('too many', 2 * Image.MAX_IMAGE_PIXELS)
+            _too_many('too many', 2 * (Image.MAX_IMAGE_PIXELS or 0))
         ) from error
     except BROKEN as error:
         raise UserError(_reason(error)) from error
@@ -217,7 +217,8 @@ def to_picture(
         return deep_picture.from_values(image, preparation.window)
     if image.ndim == 3 and image.shape[-1] == 1:
         image = image[..., 0]
-    return upright.to_rgb(Image.fromarray(image), preparation and preparation.window)
+    window = preparation.window if preparation else None
+    return upright.to_rgb(Image.fromarray(image), window)
 
 
 def _too_many(count, most):

@@ -68,7 +68,7 @@ def find(
     groups = None if found.groups is None else found.groups[kept]
     if groups is None and test is None:
         groups = find_groups(label, names.below(paths), options.groups)
-    elif groups is None and options.groups != 'none':
+    elif groups is None and test is not None and options.groups != 'none':
         below = names.below(paths)
         say_shared_owners(label, [below[i] for i in train], [below[i] for i in test])
     return readers.Listing(

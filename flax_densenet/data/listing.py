@@ -166,7 +166,7 @@ def check_files(
       UserError: with `error`, for the first bad file.
     """
     skip, bad = bad_images == 'skip', {}
-    name = name or files.__getitem__
+    name_of = name or files.__getitem__
 
     def check(start):
         reasons = []
@@ -193,7 +193,7 @@ def check_files(
                 pool.shutdown(cancel_futures=True)
                 index, reason = reasons[0]
                 raise UserError(
-                    f'{name(index)} {reason}: fix or remove it, or set '
+                    f'{name_of(index)} {reason}: fix or remove it, or set '
                     'data.bad_images=skip'
                 )
             bad.update(reasons)

@@ -76,7 +76,7 @@ class Passed:
         if len(found) > most:
             rest = sum(count for _, count in found[most:])
             pieces.append(f'{rest} of {len(found) - most} other endings')
-        remedies = {}
+        remedies: dict[str, list[str]] = {}
         for ending, _ in found[:most]:
             if ending in _REMEDY_OF:
                 remedies.setdefault(_REMEDY_OF[ending], []).append(ending)

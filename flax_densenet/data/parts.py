@@ -54,7 +54,8 @@ def by_role(names: Iterable[str]) -> dict[str, list[str]]:
     Words that are the same in several names are left out: of `birds_train` and
     `birds_test` it is the rest that tells the part.
     """
-    found, shared = {}, {}
+    found: dict[str, list[str]] = {}
+    shared: dict[tuple[str, ...], list[tuple[str, str]]] = {}
     for name in sorted(names):
         if (part := role(name)) is not None:
             found.setdefault(part, []).append(name)
@@ -68,9 +69,9 @@ def by_role(names: Iterable[str]) -> dict[str, list[str]]:
         if {TRAIN} < {part for part, _ in same}:
             for part, name in same:
                 found.setdefault(part, []).append(name)
-    for part, same in found.items():
+    for part, spellings in found.items():
         plain = PLAIN.get(part, ())
-        same.sort(key=lambda n: plain.index(n) if n in plain else len(plain))
+        spellings.sort(key=lambda n: plain.index(n) if n in plain else len(plain))
     return found
 
 
@@ -91,7 +92,7 @@ def plain_case(name: str) -> str:
 
 def find_similar(names: Iterable[str]) -> tuple[str, str] | None:
     """Two names that differ only as `plain_case` says; None if there are none."""
-    plain = {}
+    plain: dict[str, str] = {}
     for name in names:
         if plain.setdefault(plain_case(name), name) != name:
             return plain[plain_case(name)], name

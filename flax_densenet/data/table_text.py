@@ -54,7 +54,7 @@ def read(path: str, field: str, is_image: Callable[[str], bool] | None = None) -
     Raises:
       UserError: the file cannot be read or is no table.
     """
-    notes = []
+    notes: list[str] = []
     rows = _rows(field, _text(field, path), notes)
     heading, body = rows[0][1], rows[1:]
     if any(_names_image(cell, is_image) for cell in heading):

@@ -302,7 +302,7 @@ def _tars_of(folder):
 
 def _scan(path) -> list[_Sample]:
     """The samples of a tar, in its order."""
-    samples = collections.defaultdict(dict)
+    samples: dict[str, dict] = collections.defaultdict(dict)
     try:
         size = os.path.getsize(path)
         with tarfile.open(path, 'r:') as tar:

@@ -150,21 +150,18 @@ def plan(
             4 * size[1] * least[0] // least[1],
             4 * size[0] * least[1] // least[0],
         )
-        cut = tuple(max(0, (n - m) // 2) for n, m in zip(size, most, strict=True))
-        size = tuple(n - 2 * m for n, m in zip(size, cut, strict=True))
-    factors = [
+        cut = max(0, (size[0] - most[0]) // 2), max(0, (size[1] - most[1]) // 2)
+        size = size[0] - 2 * cut[0], size[1] - 2 * cut[1]
+    across, down = (
         min(max(1, n // m), _LARGEST_FACTOR) for n, m in zip(size, least, strict=True)
-    ]
+    )
     if resize != 'stretch':
-        factors = [min(factors)] * 2
-    if factors == [1, 1]:
+        across = down = min(across, down)
+    if across == down == 1:
         return Reduction(cut, size) if any(cut) else None
     # Pixels that do not fill a block are cut off, equally on both sides.
-    pairs = list(zip(size, factors, strict=True))
-    corner = tuple(
-        start + n % factor // 2 for start, (n, factor) in zip(cut, pairs, strict=True)
-    )
-    return Reduction(corner, tuple(n // factor for n, factor in pairs), tuple(factors))
+    corner = cut[0] + size[0] % across // 2, cut[1] + size[1] % down // 2
+    return Reduction(corner, (size[0] // across, size[1] // down), (across, down))
 
 
 def _shrink(image, least, resize, window):

@@ -229,11 +229,13 @@ def check_same(name: str, values: dict[str, Any]):
 
 def kv_set(key: str, value: bytes):
     """Into the store that all processes see."""
+    assert _member is not None
     _member.put(key, value)
 
 
 def kv_get(key: str, *, delete: bool = True) -> bytes:
     """What another process put there; waits for it."""
+    assert _member is not None
     return _member.take(key, delete=delete)
 
 

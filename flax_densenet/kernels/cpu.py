@@ -209,7 +209,9 @@ def call(name: str, result_shapes, *args, epsilon: float | None = None, **sizes:
     function = jax.ffi.ffi_call(
         f'flax_densenet_{name}', result_shapes, vmap_method='sequential'
     )
-    attributes = {name: np.int64(size) for name, size in sizes.items()}
+    attributes: dict[str, np.number] = {
+        name: np.int64(size) for name, size in sizes.items()
+    }
     if epsilon is not None:
         attributes['epsilon'] = np.float32(epsilon)
     return function(*args, **attributes)

@@ -290,8 +290,8 @@ def scatter(field: dict[str, Any], *, unit: str, percent: bool) -> Plot:
         )
     y = Axis(unit, (low - room) * scale, (high + room) * scale)
     if percent:
-        ticks = tuple((value, f'{text}%') for value, text in y.marks())
-        y = dataclasses.replace(y, ticks=ticks)
+        percents = tuple((tick, f'{text}%') for tick, text in y.marks())
+        y = dataclasses.replace(y, ticks=percents)
     plot = Plot(x, y, label=f'{unit} by {field["name"]}')
     for done, style in ((True, 's0'), (False, 'soft hollow')):
         at = [n for n, there in enumerate(field['done']) if there == done]
@@ -342,10 +342,8 @@ def compared(runs: Sequence[dict[str, Any]]) -> list[str]:
         ('Loss', 'loss', {'unit': 'Cross-entropy, nats'}),
     ):
         both = lines(f'test_{column}') + lines(f'train_{column}', dashed=True)
-        options |= {'low': None, 'high': None}
-        if column == 'loss':
-            options['high'] = _high_of(both)
-        chart = by_epoch(both, title=title, **options)
+        high = _high_of(both) if column == 'loss' else None
+        chart = by_epoch(both, title=title, low=None, high=high, **options)
         made.append(figure(title, chart, below, id=column))
     chart = by_epoch(
         lines('learning_rate'),

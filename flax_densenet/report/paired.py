@@ -67,11 +67,15 @@ def find_disagreements(runs: list[Predictions], most: int) -> list[dict[str, Any
     Returns:
       `name`, `actual` and `predicted`, of each run, with `wrong`, how many are.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, (actual, _) in runs[0].items():
         predicted = [run[name][1] for run in runs]
         if len(set(predicted)) > 1:
             wrong = sum(one != actual for one in predicted)
-            row = {'name': name, 'actual': actual, 'predicted': predicted}
+            row: dict[str, Any] = {
+                'name': name,
+                'actual': actual,
+                'predicted': predicted,
+            }
             rows.append(row | {'wrong': wrong})
     return sorted(rows, key=lambda row: (-row['wrong'], row['name']))[:most]

@@ -72,8 +72,8 @@ def save_curves(workdir: str, records):
 
 def save_rates(workdir: str, result) -> str:
     """Writes `lr_find.png`, of what `train.lr_finder.find` returned; its name."""
-    columns = (result[name] for name in ('learning_rate', 'loss', 'mean'))
-    figure = plot_rates(*columns, result['suggestion'])
+    rates, losses, means = (result[name] for name in ('learning_rate', 'loss', 'mean'))
+    figure = plot_rates(rates, losses, means, result['suggestion'])
     figure.savefig(os.path.join(workdir, RATES_FILE), dpi=110)
     return RATES_FILE
 

@@ -111,7 +111,9 @@ class Batcher:
             batch.full.set()
             self._open = None
         # Shielded, since a client that leaves must not end the others' batch.
-        return (await asyncio.shield(batch.answers))[place]
+        answers = batch.answers
+        assert answers is not None  # set where the batch was made
+        return (await asyncio.shield(answers))[place]
 
     def close(self):
         """Ends the thread once it has computed what it is at."""

@@ -5,6 +5,7 @@ bytes, and here in parts.
 """
 
 import dataclasses
+from typing import Any
 
 from python_multipart import exceptions, multipart
 
@@ -51,7 +52,9 @@ def parse(content_type: str, body: bytes) -> Form:
         raise FormError('it must be multipart/form-data')
     if not options.get(b'boundary'):
         raise FormError('its header Content-Type has no boundary')
-    files, fields, ended = [], {}, []
+    files: list[Any] = []
+    fields: dict[str, str] = {}
+    ended: list[bool] = []
 
     def check_count():
         if len(files) + len(fields) >= _MAX_PARTS:

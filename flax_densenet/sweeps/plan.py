@@ -11,9 +11,11 @@ from flax_densenet.sweeps import space
 from flax_densenet.train import prepare
 
 # How something is computed, kept or shown, not what comes of it.
-_FREE = ('data.threads', 'data.workers', 'data.cache', 'data.cache_limit_gib')
-_FREE += ('train.checkpoint_every', 'train.tensorboard', 'train.report')
-_FREE += ('model.fast', 'model.kernel', 'model.remat')
+_FREE = (
+    *('data.threads', 'data.workers', 'data.cache', 'data.cache_limit_gib'),
+    *('train.checkpoint_every', 'train.tensorboard', 'train.report'),
+    *('model.fast', 'model.kernel', 'model.remat'),
+)
 _LEFT_OUT = 'which is left out; values can only be added'
 _CHECKED = 200  # settings of a grid that are all prepared before the first is trained
 
@@ -93,7 +95,7 @@ class Plan:
 
     def fields_of(self, parameters: dict[str, Any]) -> dict[str, str]:
         """The fields, as text, of a setting that was searched for."""
-        fields = {}
+        fields: dict[str, str] = {}
         for axis in self.space.axes:
             value = parameters[' '.join(axis.fields)]
             if isinstance(axis, space.Choices):
@@ -114,18 +116,18 @@ class Plan:
         axes = []
         for axis in self.space.axes:
             options = [self.values_of(option) for option in axis.options]
-            found = {'fields': list(axis.fields), 'options': options}
+            found: dict[str, Any] = {'fields': list(axis.fields), 'options': options}
             if isinstance(axis, space.Range):
                 found['range'] = 'log' if axis.log else 'linear'
             axes.append(found)
-        found = {
+        sweep = {
             'config': {n: value for n, value in shared.items() if n not in swept},
             'axes': axes,
             'seeds': self.seeds,
             'search': self.trials is not None,
             'prune': self.prune,
         }
-        return json.loads(json.dumps(found))
+        return json.loads(json.dumps(sweep))
 
     def check(self):
         """Prepares settings without training them: all that is wrong shows now.

@@ -136,13 +136,14 @@ def settle(weights: weight_file.Weights, choices: Choices) -> Settled:
             ' use sigmoid'
         )
     names = choices.class_names or weights.class_names
-    outputs, known = choices.outputs or weights.outputs, None
+    outputs: str | None = choices.outputs or weights.outputs
+    known = None
     check_count(path, names, count)
     if names is None and count > 1:
         known = heads.find_known(count, channels=weights.preprocessing['channels'])
         names, line = _describe_names(path, count, known, outputs)
         notes['names'] = line
-        outputs = outputs or (known and known.outputs)
+        outputs = outputs or (known.outputs if known else None)
     if outputs is None and count > 1:
         notes['outputs'] = (
             f'{path} does not say whether its outputs exclude each other; a softmax '
@@ -235,7 +236,7 @@ def prepare(
     if more:
         shown = ', '.join(f'data.{name}={_short(more[name])}' for name in more)
         notes['recipe'] = f'{weights.path}: {shown} of the recipe'
-    chosen = more | chosen
+    chosen = {**more, **chosen}
     check_read(weights, chosen)
     settled = dict(weights.preprocessing)
     channels = chosen.get('channels') or settled['channels']
@@ -249,9 +250,8 @@ def prepare(
     _check(settled)
     check_crop(chosen, settled['resize'])
     weights.module.check_image_size(sizes.pair(settled['image_size']))
-    line = describe_preparation(weights, chosen, settled)
-    if line:
-        notes['preparation'] = line
+    if told := describe_preparation(weights, chosen, settled):
+        notes['preparation'] = told
     return dataclasses.replace(weights, preprocessing=settled)
 
 

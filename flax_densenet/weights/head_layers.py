@@ -106,7 +106,9 @@ def reduce(layers) -> list[tuple[np.ndarray, np.ndarray]]:
         width = size
     if not made or rectified or waiting is not None:
         raise Unreadable('its last layer is no linear one')
-    return [(np.float32(kernel), np.float32(bias)) for kernel, bias in made]
+    return [
+        (kernel.astype(np.float32), bias.astype(np.float32)) for kernel, bias in made
+    ]
 
 
 def fits(layers, width: int | None) -> bool:

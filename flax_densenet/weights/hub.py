@@ -120,8 +120,8 @@ def explain(name: str, repo: str, error: Exception) -> str | None:
         )
     if isinstance(error, hub_errors.HfHubHTTPError):
         text = ' '.join(str(error).split())[:200]
-        why = {401: f'log in with {login}', 403: f'log in with {login}'}.get(status)
-        return f'{name}: {page} answers {text}; {why or "try again later"}'
+        why = f'log in with {login}' if status in (401, 403) else 'try again later'
+        return f'{name}: {page} answers {text}; {why}'
     if isinstance(error, OSError) or type(error).__module__.startswith(
         ('httpx', 'httpcore', 'requests', 'urllib3')
     ):

@@ -102,7 +102,7 @@ def list_layers(arrays: dict[str, np.ndarray], groups) -> list[Layer]:
       arrays: by their paths in the file.
       groups: each `h5py.Group` of the file by its path; `''` is the file itself.
     """
-    places = {}
+    places: dict[str, list[str]] = {}
     for key in arrays:
         place, _, leaf = key.rpartition('/')
         places.setdefault(place, []).append(leaf)

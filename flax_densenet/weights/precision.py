@@ -46,13 +46,14 @@ def resolve(trained: Trained, path: str | None, precision: str | None) -> Traine
     if precision in ('float32', 'bfloat16'):
         return to(trained, precision)
     record = load(trained, path)
+    reason: str | None
     if record is None:
         reason = 'bfloat16 was not measured for it; eval --precision=auto does that'
     elif not is_accurate(record):
         reason = f'bfloat16 is less accurate: {describe(record)}'
     else:
         reason = folded.why_bfloat16_is_slow(trained.module)
-    if reason is None:
+    if record is not None and reason is None:
         trained = to(trained, 'bfloat16')
         trained.notes['precision'] = (
             f'computing in bfloat16, measured as accurate ({describe(record)}); '

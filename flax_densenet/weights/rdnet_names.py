@@ -98,8 +98,8 @@ def torch_key(name: str) -> str:
     leaf = ''
     if not place.endswith('/gamma'):
         place, _, leaf = place.rpartition('/')
-        leaf = {'kernel': '.weight', 'scale': '.weight', 'bias': '.bias'}.get(leaf)
-        if leaf is None:
+        leaf = {'kernel': '.weight', 'scale': '.weight', 'bias': '.bias'}.get(leaf, '')
+        if not leaf:
             return name
     ends = {ours: theirs for theirs, ours in _ENDS.items()}
     if place in ends:
@@ -150,7 +150,8 @@ def find_fields(path: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
     Raises:
       UserError: blocks, layers or kernels are missing.
     """
-    layers, squeezed = {}, set()
+    layers: dict[int, int] = {}
+    squeezed = set()
     for name in arrays:
         if match := _OUR_LAYER.fullmatch(name.removeprefix('params/')):
             block, layer = int(match[1]), int(match[2])

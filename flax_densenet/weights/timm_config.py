@@ -261,7 +261,7 @@ def preprocessing_of(path: str, settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
       UserError: this program cannot prepare images like that.
     """
-    usual = {
+    usual: dict[str, Any] = {
         'crop_pct': 0.875,
         'crop_mode': 'center',
         'interpolation': 'bicubic',

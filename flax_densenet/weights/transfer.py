@@ -96,9 +96,8 @@ def settle(
     chosen = {n: fields[n] for n in names if not _is_open(n, fields[n])}
     choices_lib.check_read(weights, chosen)
     settled = weights.preprocessing | chosen
-    line = choices_lib.describe_preparation(weights, chosen, settled)
-    if line:
-        _LOGGER.warning(line)
+    if told := choices_lib.describe_preparation(weights, chosen, settled):
+        _LOGGER.warning(told)
     return weights
 
 
@@ -166,14 +165,14 @@ def resolve_preparation(
     Raises:
       UserError: `data.channels` is not known.
     """
-    wanted = _PREPARATION if weights is None else weights.preprocessing
+    wanted: dict[str, Any] = _PREPARATION if weights is None else weights.preprocessing
     channels = preparation.channels
     if channels:
         bands.check_count(channels)
         wanted = channels_lib.with_channels(wanted, channels)
     if weights is None and bands.are_kept(wanted['channels']):
         _tell_assumed(preparation, wanted)
-    filled = {}
+    filled: dict[str, Any] = {}
     for name, value in wanted.items():
         ours = getattr(preparation, name)
         if _is_open(name, ours):

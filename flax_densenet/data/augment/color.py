@@ -46,7 +46,7 @@ def parse(value) -> Strengths | None:
     """
     values = tuple(value) if isinstance(value, list | tuple) else (value,)
     right = len(values) in (0, 1, 3, 4) and all(
-        isinstance(x, numbers.Real) and 0 <= x <= most
+        isinstance(x, numbers.Real) and 0 <= float(x) <= most
         for x, most in zip(values, (10, 10, 10, 0.5), strict=False)
     )
     if not right:

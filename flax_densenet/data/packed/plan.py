@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import os
+from typing import Any
 
 import numpy as np
 
@@ -84,7 +85,7 @@ class Images:
           UserError: it cannot be read or decoded.
         """
         try:
-            raw = self.reader[index]
+            raw: Any = self.reader[index]
             if isinstance(raw, str):
                 with open(raw, 'rb') as file:
                     raw = file.read()

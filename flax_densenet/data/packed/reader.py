@@ -67,7 +67,12 @@ def from_record(record: bytes) -> dict[str, Any]:
         fields = msgpack.unpackb(record)
     except (msgpack.UnpackException, ValueError, TypeError) as error:
         raise ValueError('no msgpack map') from error
-    kinds = {'image': bytes, 'label': (int, bytes), 'name': bytes, 'source': bytes}
+    kinds: dict[str, Any] = {
+        'image': bytes,
+        'label': (int, bytes),
+        'name': bytes,
+        'source': bytes,
+    }
     if not isinstance(fields, dict) or fields.keys() != kinds.keys():
         raise ValueError('no image with its label, name and source')
     for name, kind in kinds.items():

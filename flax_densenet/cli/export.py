@@ -66,7 +66,7 @@ COMMAND = options.Command(
     flags={
         'Model': (options.WORKDIR, *options.OF_WEIGHTS),
         'Output': (
-            options.Flag('out', 'File or folder to write.', value='FILE'),
+            options.Flag('out', 'File or folder to write.', value='FILE', is_path=True),
             options.Flag(
                 'format',
                 'safetensors, torch, keras, onnx, stablehlo or huggingface (a folder).',

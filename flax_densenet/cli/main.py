@@ -64,6 +64,7 @@ def _run(argv):
         return 0
     logs.show_messages()
     invocation = command_line.parse(argv, commands.COMMANDS)
+    invocation.check_paths()
     if invocation.command.name == 'predict':  # whose rows go to standard output
         logs.show_messages(to_errors=True)
     if invocation.command.fields:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict, config_flags
 from flax_densenet.cli import recipes
 from flax_densenet.system import paths
 
+_PATH_FIELDS = {'data.labels', 'data.tfds_dir'}
 _DEFINE = {
     str: absl_flags.DEFINE_string,
     int: absl_flags.DEFINE_integer,
@@ -30,6 +31,7 @@ class Flag:
       value: placeholder for its value in --help.
       default_text: shown instead of the default where that is None or empty.
       alias: another name.
+      is_path: its value is a local path, which is checked before anything else.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Flag:
     value: str = ''
     default_text: str = ''
     alias: str = ''
+    is_path: bool = False
 
     def define(self, values: absl_flags.FlagValues):
         """Adds the flag to absl's."""
@@ -136,6 +139,25 @@ class Invocation:
         value = self.flags[flag].value
         return value and paths.resolve(value, f'--{flag}=')
 
+    def check_paths(self):
+        """Raises `UserError` for a path that leads nowhere, before the long work.
+
+        An address of a bucket, or a user or a variable that does not exist.
+        """
+        for flag in self.command.all_flags().values():
+            if flag.is_path and flag.kind is list:
+                for text in self.flags[flag.name].value:
+                    for one in text.split(','):
+                        paths.resolve(one, f'--{flag.name}=')
+            elif flag.is_path and flag.name == 'workdir':
+                _ = self.workdir
+            elif flag.is_path:
+                self.path(flag.name)
+        fields = self.overrides if self.command.fields else {}
+        for name in _PATH_FIELDS & fields.keys():
+            paths.resolve(fields[name] or '', f'{name}=')
+        paths.resolve_source(fields.get('data.source') or '')
+
 
 def default_workdir(recipe: recipes.Recipe | None) -> str:
     """ckpt/ and the name of the recipe."""
@@ -156,6 +178,7 @@ WORKDIR = Flag(
     'Folder of the run, with its checkpoints, metrics and report.',
     value='FOLDER',
     default_text='ckpt/NAME, with the name of the recipe',
+    is_path=True,
 )
 OF_WEIGHTS = (
     Flag(

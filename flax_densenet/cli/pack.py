@@ -101,7 +101,7 @@ COMMAND = options.Command(
     ),
     flags={
         'Output': (
-            options.Flag('out', 'Folder to write.', value='FOLDER'),
+            options.Flag('out', 'Folder to write.', value='FOLDER', is_path=True),
             *_PACKING,
         ),
     },

@@ -127,6 +127,7 @@ COMMAND = options.Command(
                 'File for the predictions.',
                 value='FILE',
                 default_text='the screen',
+                is_path=True,
             ),
             options.Flag(
                 'format',
@@ -142,6 +143,7 @@ COMMAND = options.Command(
                 'Folder for a picture per image that shows where the class is seen '
                 '(Grad-CAM).',
                 value='FOLDER',
+                is_path=True,
             ),
             options.Flag(
                 'explain_class',
@@ -153,6 +155,7 @@ COMMAND = options.Command(
                 'features',
                 'File for the features of each image, .npz or .safetensors.',
                 value='FILE',
+                is_path=True,
             ),
         ),
     }

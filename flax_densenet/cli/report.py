@@ -4,6 +4,7 @@ import os
 
 from flax_densenet.cli import arguments, options, trained_model
 from flax_densenet.distributed import processes
+from flax_densenet.errors import UserError
 
 
 def run(invocation: options.Invocation):
@@ -15,20 +16,36 @@ def run(invocation: options.Invocation):
     render.check_installed('report')
     names = invocation.flags.workdir or [options.default_workdir(invocation.recipe)]
     workdirs = [folder for name in names for folder in compare.find_runs(name)]
+    out = invocation.path('out')
     if len(workdirs) == 1 and sweep_record.is_sweep(workdirs[0]):
-        sweep_page.save(workdirs[0], sweep_record.load(workdirs[0]))
-        path = os.path.join(workdirs[0], sweep_page.FILE)
+        _check_of_one(invocation, 'a sweep')
+        path = out or os.path.join(workdirs[0], sweep_page.FILE)
+        sweep_page.save(workdirs[0], sweep_record.load(workdirs[0]), path)
         print(f'{path}: open it in a browser')
         return
     if len(workdirs) > 1:
+        _check_of_one(invocation, 'several runs')
         if not processes.is_first():
             return
         folder = os.path.dirname(workdirs[0].rstrip(os.sep))
-        path = invocation.path('out') or os.path.join(folder, compare.FILE)
+        path = out or os.path.join(folder, compare.FILE)
         compare.save(workdirs, path)
         print(f'{path}: {len(workdirs)} runs compared')
         return
     _report_on_run(invocation, workdirs[0])
+
+
+def _check_of_one(invocation, what):
+    """Raises for what only the page of one run takes."""
+    set_here = [f'--config.{name}' for name in invocation.overrides]
+    for name in ('figures', 'precision', 'class_names', 'outputs'):
+        if invocation.flags[name].value:
+            set_here.append(f'--{name}')
+    if set_here:
+        raise UserError(
+            f'{set_here[0]} is for the report of one run, and this is one of {what}; '
+            'leave it out, or name one run'
+        )
 
 
 def _report_on_run(invocation, workdir):
@@ -40,7 +57,10 @@ def _report_on_run(invocation, workdir):
         trained, path, settings, invocation.flags.precision
     )
     path = page.save_report(
-        workdir, trained, source, found, trained_on=trained_on, weights=path
+        *(workdir, trained, source, found),
+        path=invocation.path('out'),
+        trained_on=trained_on,
+        weights=path,
     )
     print(f'{path}: open it in a browser')
     folder = invocation.path('figures')
@@ -79,6 +99,7 @@ COMMAND = options.Command(
                 kind=list,
                 value='RUN',
                 default_text='ckpt/NAME, with the name of the recipe',
+                is_path=True,
             ),
             *options.OF_WEIGHTS,
             options.MEASURED_PRECISION,
@@ -86,15 +107,18 @@ COMMAND = options.Command(
         'Output': (
             options.Flag(
                 'out',
-                'File of the page that compares several runs.',
+                'File of the page.',
                 value='FILE',
-                default_text='compare.html in the folder of the runs',
+                default_text='report.html or sweep.html in the folder of the run or '
+                'sweep, compare.html beside several runs',
+                is_path=True,
             ),
             options.Flag(
                 'figures',
                 'Folder for figures of one run for a paper, SVG and PDF: curves, '
                 'confusion matrix, ROC curves and reliability diagram.',
                 value='FOLDER',
+                is_path=True,
             ),
         ),
     }

@@ -110,6 +110,7 @@ COMMAND = options.Command(
                 'Folder of the sweep.',
                 value='FOLDER',
                 default_text='ckpt/NAME-sweep, with the name of the recipe',
+                is_path=True,
             ),
         ),
     },

@@ -10,12 +10,8 @@ import numpy as np
 from flax_densenet.data import cells, labeled, listing, notes, parts, readers
 from flax_densenet.errors import UserError, printable
 from flax_densenet.system import paths as paths_lib
+from flax_densenet.system import result_folders
 
-# Files of a run or a pack, which distinguish its folder from a class.
-_RESULTS = (
-    *('metrics.jsonl', 'checksums.json', 'sweep.json', 'pack.json', 'eval.json'),
-    *('lr_find.json', 'environment.json', 'nonfinite.json'),
-)
 _RESULTS_DEPTH = 2
 
 
@@ -286,7 +282,7 @@ def _below_single_folders(root, lines):
         gone = set(listing.class_folders(root)) - set(inside)
         if gone:
             lines.append(
-                f'left out: {_first(sorted(gone))}, a folder of results of this program'
+                f'left out: {_first(sorted(gone))}, with results of this program'
             )
         if len(inside) != 1 or _has_images(root):
             return root, inside
@@ -337,10 +333,11 @@ def _is_flat(folder):
 def _is_run(root, name):
     """Whether a folder holds results of this program: a run, runs or a pack."""
     level = [os.path.join(root, name)]
+    if result_folders.is_part_of_run(level[0]):
+        return True
     for depth in range(_RESULTS_DEPTH + 1):
-        for folder in level:
-            if any(os.path.exists(os.path.join(folder, file)) for file in _RESULTS):
-                return True
+        if any(map(result_folders.has_results, level)):
+            return True
         if depth == _RESULTS_DEPTH or any(map(_has_images, level)):
             return False
         level = [os.path.join(f, n) for f in level for n in listing.class_folders(f)]
@@ -369,6 +366,7 @@ def _class_names(field, root, layout, least):
 def _compare_classes(field, root, train, names, part):
     """Raises where a part has a class that the training part has not."""
     extra = sorted(set(listing.class_folders(part)) - set(names))
+    extra = [name for name in extra if not _is_run(part, name)]
     if not extra:
         return
     train, test = _below(root, train), _below(root, part)

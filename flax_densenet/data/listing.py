@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from flax_densenet.data import dicom, image_formats, images, notes
 from flax_densenet.errors import UserError
+from flax_densenet.system import result_folders
 
 _LEFT_BEHIND = (
     *('__MACOSX', '@eaDir', '#recycle', '$RECYCLE.BIN'),
@@ -41,6 +42,8 @@ def class_folders(root: str) -> list[str]:
 def image_files(root: str, passed: notes.Passed | None = None) -> list[str]:
     """Sorted paths of the image files in a folder and below, found by extension.
 
+    Folders below it that hold results of this program are left out.
+
     Names that are not UTF-8 are decoded with `surrogateescape`, so they can be opened.
 
     Args:
@@ -58,8 +61,11 @@ def image_files(root: str, passed: notes.Passed | None = None) -> list[str]:
             passed.links += 1
             continue
         seen.add(identity)
-        inside = []
-        for entry in scan(folder):
+        inside, found = [], scan(folder)
+        if folder != root and result_folders.is_result(entry.name for entry in found):
+            passed.results.append(folder)
+            continue
+        for entry in found:
             if is_hidden(entry.name):
                 continue
             if _is_folder(entry):

@@ -5,7 +5,7 @@ import logging
 import os
 
 from flax_densenet.data import dicom, images
-from flax_densenet.errors import printable
+from flax_densenet.errors import list_first, printable
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -45,11 +45,13 @@ class Passed:
       nested: images in folders below the folder that was searched.
       beside: images beside the folders of classes, which are of no class.
       unnamed: images that a table does not name.
+      results: folders with results of this program.
     """
 
     def __init__(self):
         self.endings = collections.Counter()
         self.links = self.nested = self.beside = self.unnamed = 0
+        self.results = []
 
     def add_file(self, name: str):
         """Counts a file that is no image by its name."""
@@ -61,6 +63,7 @@ class Passed:
         self.links += other.links
         self.nested += other.nested
         self.beside += other.beside
+        self.results += other.results
 
     def files(self, most: int = 12) -> str:
         """The files by ending, as `20 .heic, 3 .txt (.heic: ...)`.
@@ -92,6 +95,10 @@ class Passed:
             parts.append(f'{self.beside} images lie in no folder of a class')
         if self.unnamed:
             parts.append(f'{self.unnamed} images are not in the table')
+        if self.results:
+            parts.append(
+                f'left out {list_first(self.results)}, with results of this program'
+            )
         if self.links:
             parts.append(f'not followed {self.links} links that lead nowhere or back')
         if self.nested:

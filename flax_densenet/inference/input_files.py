@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 
 from flax_densenet.data import images, listing, notes
 from flax_densenet.errors import UserError, printable
-from flax_densenet.system import paths
+from flax_densenet.system import paths, result_folders
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ def _from_folder(path, pattern):
 
 
 def _images_below(path, pattern, passed):
-    """Yields images below a folder; then reports other files if there are images."""
+    """Yields images below a folder; then reports what was passed over, if any are."""
     matched = False
     for kind, name in _walk(path):
         # Folders that cannot be listed become rows with an error, like bad files.
@@ -183,6 +183,8 @@ def _images_below(path, pattern, passed):
             yield name
         elif kind == 'file':
             passed.add_file(name)
+        elif kind == 'results':
+            passed.results.append(name)
     if matched:
         _tell(pattern, passed)
 
@@ -194,7 +196,7 @@ def _tell(pattern, passed):
 
 
 _LOOKED_FOR = (
-    f'looked for names ending with {", ".join(sorted(images.EXTENSIONS))}; a file of '
+    f'looked for names ending with {", ".join(sorted(images.EXTENSIONS))}; '
     'give files with other names explicitly'
 )
 
@@ -210,8 +212,9 @@ def _at_least_one(names, message):
 def _walk(root):
     """Yields `(kind, path)` of everything below a folder, depth first and sorted.
 
-    A kind is `file`, `folder` or `unlisted` (a folder that cannot be listed). Hidden
-    files and folders, `__MACOSX`, and links to parent folders are skipped.
+    A kind is `file`, `folder`, `unlisted` (a folder that cannot be listed) or `results`
+    (one of this program's, in which no image is looked for). Hidden files and folders,
+    `__MACOSX`, and links to parent folders are skipped.
     """
     stack, above = [iter(_entries(root) or ())], [_identity(root)]
     while stack:
@@ -222,6 +225,8 @@ def _walk(root):
         elif not _is_folder(entry):
             if _is_file(entry.stat):
                 yield 'file', entry.path
+        elif result_folders.has_results(entry.path):
+            yield 'results', entry.path
         elif entry.name != '__MACOSX' and _identity(entry.path) not in above:
             inside = _entries(entry.path)
             yield 'unlisted' if inside is None else 'folder', entry.path

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from flax_densenet.errors import UserError, printable
 from flax_densenet.inference import feature_files, predictor, row_formats
 from flax_densenet.inference.prediction import Prediction
+from flax_densenet.system import result_folders
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -102,12 +103,13 @@ class _Pictures:
         self.made = not os.path.exists(folder)
         with _failing_as(self.what):
             os.makedirs(folder, exist_ok=True)
-            if os.listdir(folder):
+            if set(os.listdir(folder)) - {result_folders.MARK}:
                 raise UserError(
                     f'{self.what} holds files already; name a new or an empty folder'
                 )
             # Fails here, not after the first batch.
             tempfile.TemporaryFile(dir=folder).close()
+            result_folders.mark(folder)  # no class of a later training
 
     def start(self, model, top):
         pass
@@ -128,9 +130,11 @@ class _Pictures:
         pass
 
     def give_up(self):
-        if self.made:
-            with contextlib.suppress(OSError):  # it has pictures
-                os.rmdir(self.folder)
+        with contextlib.suppress(OSError):
+            if set(os.listdir(self.folder)) <= {result_folders.MARK}:
+                result_folders.clear_mark(self.folder)
+                if self.made:
+                    os.rmdir(self.folder)
 
 
 class _Features:

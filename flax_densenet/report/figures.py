@@ -12,7 +12,7 @@ from flax_densenet.checkpoints import run_folder
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.report import plots, render
-from flax_densenet.system import atomic, fonts
+from flax_densenet.system import atomic, fonts, result_folders
 
 ENDINGS = ('svg', 'pdf')
 _COLUMN = 3.5  # inches, of two on a page
@@ -49,6 +49,7 @@ def save(folder: str, workdir: str, found) -> list[str]:
         'axes.spines.right': False,
     }
     names = []
+    new = not os.path.isdir(folder) or not os.listdir(folder)
     with mpl.rc_context(options):
         made = {'curves': plots.plot_curves(records, size=(7, 2.8))} if records else {}
         if not found.multi_label:
@@ -60,6 +61,8 @@ def save(folder: str, workdir: str, found) -> list[str]:
             for ending in ENDINGS:
                 _save(figure, os.path.join(folder, f'{name}.{ending}'))
                 names.append(f'{name}.{ending}')
+    if new:
+        result_folders.mark(folder)  # no class of a later training
     return names
 
 

@@ -35,16 +35,18 @@ def save_report(
     source: dataset.Source,
     found: results.Results,
     *,
+    path: str | None = None,
     trained_on: bool = True,
     weights: str | None = None,
 ) -> str:
-    """Writes `report.html`, and `eval.json` and `predictions.csv` beside it.
+    """Writes `report.html`, and `eval.json` and `predictions.csv` in the run's folder.
 
     Every host has to call it; one writes.
 
     Args:
       source: of the data, for its training images where the model is trained on it.
       found: what the model says of the test images.
+      path: of the page; None for `report.html` in the run's folder.
       trained_on: False for other data than the model's own.
       weights: where the model was loaded from, if it is not a checkpoint.
 
@@ -65,7 +67,7 @@ def save_report(
         gallery.add_pictures(rows, found, predictor)
         for row in rows:
             row |= _caption(row, found.class_names)
-    path = os.path.join(workdir, REPORT_FILE)
+    path = path or os.path.join(workdir, REPORT_FILE)
     if mesh.is_writer():
         values = _describe(workdir, run, trained, source, found, measured, trained_on)
         confusion = _confusion(found, kept)

@@ -5,6 +5,7 @@ Both are made of `sweep.json` alone, so `report` makes them on any machine.
 
 import datetime
 import os
+import pathlib
 import shlex
 
 from flax_densenet.report import charts, render
@@ -17,8 +18,13 @@ from flax_densenet.system import program
 FILE = 'sweep.html'
 
 
-def save(workdir: str, kept: sweep_record.SweepRecord) -> list[sweep_table.Row]:
-    """Writes the page, and `sweep.csv` beside it.
+def save(
+    workdir: str, kept: sweep_record.SweepRecord, path: str | None = None
+) -> list[sweep_table.Row]:
+    """Writes the page, and `sweep.csv` into the sweep's folder.
+
+    Args:
+      path: of the page; None for `sweep.html` in the sweep's folder.
 
     Returns:
       The rows of the table, the best first.
@@ -33,12 +39,14 @@ def save(workdir: str, kept: sweep_record.SweepRecord) -> list[sweep_table.Row]:
     unit = kept.figure[0].upper() + kept.figure[1:]
     best = _best(rows)
     chart, clipped = _draw_curves(kept, rows, unit, shares)
+    path = path or os.path.join(workdir, FILE)
+    folder = os.path.dirname(os.path.abspath(path))
     render.save_page(
-        os.path.join(workdir, FILE),
+        path,
         'sweep.html',
         {},
         rows=rows,
-        links={row.folder: _link(workdir, row) for row in rows},
+        links={row.folder: _link(workdir, row, folder) for row in rows},
         curves=chart,
         clipped=clipped,
         slices=[
@@ -138,12 +146,12 @@ def _commands(workdir, kept, row):
     ]
 
 
-def _link(workdir, row):
-    """A page or picture of a setting's best run, relative to the sweep's; or ''."""
+def _link(workdir, row, folder):
+    """A page or picture of a setting's best run, relative to a folder; or ''."""
     for name in (report_page.REPORT_FILE, 'curves.png'):
-        path = f'{row.folder}/seed{row.best_seed}/{name}'
-        if row.best_seed and os.path.isfile(os.path.join(workdir, path)):
-            return path
+        path = os.path.join(workdir, row.folder, f'seed{row.best_seed}', name)
+        if row.best_seed and os.path.isfile(path):
+            return pathlib.PurePath(os.path.relpath(path, folder)).as_posix()
     return ''
 
 

@@ -23,6 +23,7 @@ from collections.abc import Iterator
 
 from flax_densenet import settings
 from flax_densenet.errors import UserError
+from flax_densenet.system import paths
 
 SEED = 'train.seed'
 _WHOLE_PROCESS = ('train.deterministic',)
@@ -150,8 +151,9 @@ def _parse_axis(flag):
 
 
 def _read_lines(flag):
+    path = paths.resolve(flag[1:], '--sweep=@')
     try:
-        with open(flag[1:], encoding='utf-8') as file:
+        with open(path, encoding='utf-8') as file:
             lines = [line.strip() for line in file]
     except (OSError, UnicodeDecodeError) as error:
         message = getattr(error, 'strerror', None) or error

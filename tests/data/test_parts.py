@@ -4,6 +4,7 @@ import pytest
 
 from flax_densenet import UserError
 from flax_densenet.data import dataset, parts
+from flax_densenet.system import result_folders
 from helpers.runs import write_images
 
 
@@ -136,7 +137,7 @@ def test_one_part_alone_tells_of_the_others(tmp_path, capsys):
     [
         *('ckpt/run/metrics.jsonl', 'run/metrics.jsonl', 'ckpt/w-eval/eval.json'),
         *('ckpt/run/lr_find.json', 'sweep/sweep.json', 'packed/pack.json'),
-        'ckpt/run/environment.json',
+        *('ckpt/run/environment.json', 'maps/.flax_densenet'),
     ],
 )
 def test_results_are_no_class(file, tmp_path, capsys):
@@ -147,7 +148,36 @@ def test_results_are_no_class(file, tmp_path, capsys):
     path.with_name('samples.png').write_bytes(b'')
     assert load(tmp_path).class_names == ('a', 'b')
     top = file.partition('/')[0]
-    assert f'left out: {top}, a folder of results' in capsys.readouterr().out
+    assert f'left out: {top}, with results' in capsys.readouterr().out
+
+
+def test_results_in_a_class_and_in_the_folder_of_a_run(tmp_path, capsys):
+    """`predict photos/a --explain=photos/a/maps`, `train photos --workdir=photos`."""
+    write(tmp_path, a=5, b=5)
+    write(tmp_path / 'a' / 'maps', more=3)
+    result_folders.mark(str(tmp_path / 'a' / 'maps'))
+    (tmp_path / 'metrics.jsonl').write_text('')
+    for name in ('checkpoints', 'events', 'wandb', 'hub'):
+        (tmp_path / name).mkdir()
+    for name in ('config.json', 'model.safetensors'):
+        (tmp_path / 'hub' / name).write_text('')
+    source = load(tmp_path)
+    assert source.class_names == ('a', 'b')
+    assert len(source.train) + len(source.test) == 10
+    said = capsys.readouterr().out
+    assert 'left out: checkpoints, events, hub, wandb, with results' in said
+    assert f'left out {tmp_path}/a/maps, with results' in said
+
+
+def test_a_class_is_no_part_of_a_run_elsewhere(tmp_path):
+    write(tmp_path, events=5, b=5)
+    assert load(tmp_path).class_names == ('b', 'events')
+
+
+def test_results_beside_the_classes_of_a_part(tmp_path):
+    write(tmp_path, **{'train/a': 3, 'train/b': 3, 'val/a': 2, 'val/maps': 2})
+    result_folders.mark(str(tmp_path / 'val' / 'maps'))
+    assert len(load(tmp_path).test) == 2
 
 
 def test_files_passed_over_are_counted(tmp_path, capsys):

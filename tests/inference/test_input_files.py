@@ -8,6 +8,7 @@ import pytest
 
 from flax_densenet import UserError
 from flax_densenet.inference import input_files
+from flax_densenet.system import result_folders
 
 
 @pytest.fixture
@@ -122,6 +123,16 @@ def test_results_are_left_out(tree):
     for pattern in ('.', '**/*'):
         names = found(pattern, leave_out=str(tree / 'z/../z'))
         assert 'z/' not in ' '.join(names) and len(names) == 4
+
+
+@pytest.mark.parametrize('pattern', ['.', '**/*'])
+def test_results_of_another_time_are_left_out(tree, pattern, capsys):
+    result_folders.mark(str(tree / 'z'))
+    names = found(pattern)
+    assert 'z/' not in ' '.join(names) and len(names) == 4
+    if pattern == '.':
+        assert 'left out ./z, with results of this program' in capsys.readouterr().out
+    assert 'z/1.jpg' in found('z')  # asked for by name
 
 
 @pytest.mark.parametrize(('pattern', 'tenth'), [('.', 6), ('**/*.jpg', 7)])

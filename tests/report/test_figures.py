@@ -12,7 +12,7 @@ from flax_densenet import UserError
 from flax_densenet.evaluation import results
 from flax_densenet.inference import overlay
 from flax_densenet.report import figures, plots
-from flax_densenet.system import fonts
+from flax_densenet.system import fonts, result_folders
 from helpers.pages import write_run
 
 NAMES = ('蜜蜂', 'ミツバチ', '꿀벌', 'نحلة', 'मधुमक्खी', 'пчёлы', '$b_1$ <i> & x')
@@ -47,6 +47,11 @@ def test_files(tmp_path):
     again = tmp_path / 'again'
     figures.save(str(again), str(tmp_path / 'run'), found(NAMES))
     assert (again / 'roc.pdf').read_bytes() == (tmp_path / 'out/roc.pdf').read_bytes()
+    # No class of a later training; a folder of the user's own may be one.
+    assert result_folders.has_results(str(again))
+    (again / result_folders.MARK).unlink()
+    figures.save(str(again), str(tmp_path / 'run'), found(NAMES))
+    assert not result_folders.has_results(str(again))
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='cannot be written'):
         figures.save(str(tmp_path / 'file'), str(tmp_path / 'run'), found(NAMES))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_densenet.cli import arguments, recipes
+from flax_densenet.cli import arguments, main, recipes
 from flax_densenet.data import dataset, label_table, tfds_source
 from flax_densenet.errors import UserError
 from flax_densenet.inference import input_files
@@ -148,6 +148,38 @@ def test_addresses_are_one_line_everywhere(home, address):
         with pytest.raises(UserError, match=r'is not supported; |#sha256='):
             load(address)
     assert os.listdir() == []
+
+
+@pytest.mark.parametrize('address', ['gs://b/x', '~nobody-of-this-name/x', '$NOWHERE'])
+@pytest.mark.parametrize(
+    'command',
+    [
+        *('train {} --workdir=run', 'train photos --workdir={}', 'lr_find {}'),
+        *('train photos --config.data.labels={}', 'lr_find photos --workdir={}'),
+        *('train tfds:x --config.data.tfds_dir={}', 'sweep photos --workdir={}'),
+        *('train folder:{}', 'train tar:{}', 'train packed:{}', 'train parquet:{}'),
+        *('eval {}', 'eval run {}', 'report {}', 'report run --out={}'),
+        *('report run --figures={}', 'report run run --out={}', 'predict {} photos'),
+        *('predict run photos --out={}', 'predict run photos --explain={}'),
+        *('predict run photos --features={}', 'export {} x.onnx', 'export run {}'),
+        *('serve {}', 'push {} me/x --yes', 'pack {} packed', 'pack photos {}'),
+    ],
+)
+def test_flags_that_lead_nowhere_end_before_anything_else(
+    home, command, address, monkeypatch, capsys
+):
+    """Before JAX starts or a file is read; `run` need not exist."""
+    monkeypatch.setattr(main, 'set_up', lambda invocation: pytest.fail('too late'))
+    (home.parent / 'here' / 'photos').mkdir()
+    words = [word.replace('{}', address) for word in command.split()]
+    assert main.main(['launch.py', *words]) == 2
+    told = capsys.readouterr().err.strip()
+    assert told.startswith('error: ') and address in told and '\n' not in told
+    assert any(
+        reason in told
+        for reason in ('gs:// is not supp', 'no home folder', 'has no variable NOWH')
+    )
+    assert os.listdir() == ['photos']
 
 
 def test_table_in_the_home_folder(home):

@@ -57,9 +57,10 @@ class Evaluation:
     Attributes:
       metrics: what `eval.json` holds: `count`, `accuracy` (0 to 1) and its 95% interval
         `accuracy_interval`, `loss` (nats), `top5` (None for five classes or fewer),
-        `macro` (means over the classes of precision, recall, f1 and auroc), `classes`
-        (the same for each class, with its name and support), `confusion`
-        (`[actual][predicted]`) and `calibration`.
+        `macro` (means over the classes of precision, recall, specificity, f1, auroc and
+        average_precision, and balanced_accuracy), `classes` (the same for each class,
+        with its name and support), `intervals` (95% intervals of both, and of how many
+        `units` they are), `confusion` (`[actual][predicted]`) and `calibration`.
       class_names: C names.
       names: N names: the file of each image, or its place in the data set.
       labels: int32 `[N]`. With several labels per image, float32 `[N, C]` of 0, 1 and

@@ -1,11 +1,11 @@
 """Bootstrap: how much a metric varies with the choice of the test images.
 
 Images are drawn again with replacement, and the metric is computed of each such
-resample; 95% of the values are between the ends of the percentile interval (Efron and
-Tibshirani, An Introduction to the Bootstrap, 1993). Where images belong to groups, as
-those of one patient do, whole groups are drawn: images of one patient are alike, and
-intervals that take them for independent are too short (Field and Welsh, 2007).
-`scipy.stats.bootstrap` knows no groups, and sorts the images of each resample anew.
+resample; how these values spread is how the metric would spread over other test sets
+(Efron and Tibshirani, An Introduction to the Bootstrap, 1993). Where images belong to
+groups, as those of one patient do, whole groups are drawn: images of one patient are
+alike, and intervals that take them for independent are too short (Field and Welsh,
+2007). `scipy.stats.bootstrap` knows no groups, and sorts the images of each resample.
 
 >>> import numpy as np
 >>> weights = np.concatenate(list(draw(5, resamples=3)), -1)
@@ -74,38 +74,85 @@ def _join(parts):
     }
 
 
-def percentiles(values: np.ndarray, level: float = 0.95) -> np.ndarray:
-    """The ends of the percentile interval, as `np.nanpercentile` has them.
+def interval(values: np.ndarray, found: np.ndarray, level: float = 0.95) -> np.ndarray:
+    """Bias-corrected percentile intervals.
+
+    Resamples hold images twice, which moves some metrics: average precision up, F1 with
+    many classes down. That bias is measured and taken off, from the resamples and, as
+    the sample is biased against its population alike, from the center. What is left is
+    skewness, for which the percentiles are moved (Efron, JASA 1987, without the
+    acceleration). `tests/evaluation/test_coverage.py` measures how often the intervals
+    hold the true value.
 
     Args:
-      values: `[..., B]`; NaN where a resample does not define the metric.
+      values: `[..., B]`, of the resamples; NaN where one does not define the metric.
+      found: `[...]`, of the images themselves, which an interval always holds.
 
     Returns:
-      `[..., 2]`; NaN where fewer than half of the resamples define it.
+      `[..., 2]`; NaN where fewer than half of the resamples define the metric.
     """
-    values = np.sort(values, -1)  # NaN at the end
+    from scipy import special
+
+    values, known, shift = _centered(values, found)
+    skew = _skew(values, found + shift, known)
+    margin = special.ndtri((1 + level) / 2)
+    shares = (special.ndtr(2 * skew + sign * margin) for sign in (-1, 1))
+    ends = np.stack([_quantile(values, known, share) for share in shares], -1)
+    ends = ends - 2 * shift[..., None]
+    ends[..., 0] = np.minimum(ends[..., 0], found)
+    ends[..., 1] = np.maximum(ends[..., 1], found)
+    ends[known * 2 < values.shape[-1]] = np.nan
+    return ends
+
+
+def _centered(values, found):
+    """Sorted values, NaN at the end; how many are known; how far their mean is off."""
+    values = np.sort(values, -1)
     known = (~np.isnan(values)).sum(-1)
-    ends = []
-    for share in ((1 - level) / 2, (1 + level) / 2):
-        place = share * np.maximum(known - 1, 0)
-        below = np.floor(place).astype(int)
-        above = np.minimum(below + 1, np.maximum(known - 1, 0))
-        low, high = (
-            np.take_along_axis(values, index[..., None], -1)[..., 0]
-            for index in (below, above)
-        )
-        ends.append(low + (place - below) * (high - low))
-    found = np.stack(ends, -1)
-    found[known * 2 < values.shape[-1]] = np.nan
-    return found
+    total = np.nansum(values, -1)
+    return values, known, total / np.maximum(known, 1) - found
 
 
-def p_value(differences: np.ndarray) -> float:
+def _skew(values, middle, known):
+    """How far the median is from the mean, in standard deviations of a normal."""
+    from scipy import special
+
+    middle = np.asarray(middle)[..., None]
+    below = (values < middle).sum(-1) + (values == middle).sum(-1) / 2
+    share = below / np.maximum(known, 1)
+    return special.ndtri(np.clip(share, 0.1, 0.9))
+
+
+def _quantile(values, known, share):
+    """Of sorted values, between the two nearest; as `np.quantile` has it."""
+    place = share * np.maximum(known - 1, 0)
+    below = np.floor(place).astype(int)
+    above = np.minimum(below + 1, np.maximum(known - 1, 0))
+    low, high = (
+        np.take_along_axis(values, np.asarray(index)[..., None], -1)[..., 0]
+        for index in (below, above)
+    )
+    return low + (place - below) * (high - low)
+
+
+def p_value(values: np.ndarray, found: float) -> float:
     """How likely a difference at least this far from 0 is by chance, two-sided.
 
+    Below 0.05 where `interval` does not hold 0.
+
     Args:
-      differences: `[B]`, of the resamples.
+      values: `[B]`, differences of the resamples.
+      found: of the images themselves.
     """
-    known = differences[~np.isnan(differences)]
-    beyond = min((known <= 0).sum(), (known >= 0).sum())
-    return float(min(1.0, 2 * (beyond + 1) / (len(known) + 1)))
+    from scipy import special
+
+    values, known, shift = _centered(values, found)
+    count, least = int(known), 2 / (values.shape[-1] + 1)
+    if not count or (values[:count] == 0).all():
+        return 1.0
+    zero = 2 * shift  # where 0 lies among values that are not shifted
+    below = (values < zero).sum() + (values == zero).sum() / 2
+    share = np.clip(below / count, 0.5 / count, 1 - 0.5 / count)
+    place = special.ndtri(share) - 2 * _skew(values, found + shift, known)
+    tail = float(special.ndtr(-abs(place)))
+    return min(1.0, max(least, 2 * tail))

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from flax_densenet.evaluation import bootstrap, delong, weighted
-from flax_densenet.evaluation import metrics as metrics_lib
 
 # Images, times classes, times resamples of areas under curves: some 15 s on one core.
 WORK = 10**9
@@ -48,7 +47,8 @@ def measure(
     ranked = resamples >= _FEWEST_RESAMPLES
     resamples = resamples if ranked else bootstrap.RESAMPLES
     metrics = weighted.Weighted(labels, scores, predicted=predicted, ranked=ranked)
-    found = metrics.measure(np.ones((count, 1), np.float32))
+    one_each = np.ones((count, 1), np.float32)
+    found = metrics.measure(one_each)
     values = _pick(found, lambda array: array[..., 0])
     units = count if groups is None else len(np.unique(groups))
     about = {
@@ -62,25 +62,35 @@ def measure(
     drawn = bootstrap.replicate(
         metrics.measure, count, groups=groups, resamples=resamples, seed=seed
     )
-    ends = _pick(drawn, bootstrap.percentiles)
+    ends = _ends(drawn, values)
     if not ranked and count * classes <= _MOST_RANKS:
         _add_areas(ends, labels, scores, groups)
     places = None if groups is None else np.unique(groups, return_inverse=True)[1]
-    _correct(ends, values, labels, _positive(labels, scores, predicted), places)
+    if predicted is None:
+        predicted = scores > 0.5 if labels.ndim == 2 else scores.argmax(-1)
+    counts = [number[:, 0] for number in metrics.counts(one_each)]
+    _correct(ends, values, counts, labels, predicted, places)
+    if places is None or not ends['accuracy'][0] < ends['accuracy'][1]:
+        # The accuracy of labels, a mean of shares, has that of `measure_labels`.
+        several = labels.ndim == 2
+        ends['accuracy'] = _wilson(np.nan if several else values['accuracy'], units)
     return about | {'intervals': _tidy(ends, pairs=True)}
-
-
-def _positive(labels, scores, predicted):
-    """Which classes are predicted: bool `[N, C]`, or int `[N]`."""
-    if predicted is not None:
-        return predicted
-    return scores > 0.5 if labels.ndim == 2 else scores.argmax(-1)
 
 
 def _pick(found, change):
     return {
         name: _pick(value, change) if isinstance(value, dict) else change(value)
         for name, value in found.items()
+    }
+
+
+def _ends(drawn, values):
+    """Intervals of each metric, which are shares."""
+    return {
+        name: _ends(value, values[name])
+        if isinstance(value, dict)
+        else bootstrap.interval(value, values[name]).clip(0, 1)
+        for name, value in drawn.items()
     }
 
 
@@ -115,58 +125,70 @@ def _known(labels, c):
     return np.arange(len(labels)), labels == c
 
 
-def _correct(ends, values, labels, predicted, places):
-    """Intervals where resamples tell too little: shares, few images, perfect values."""
-    rows = ends['classes']
-    for c in range(len(rows['f1'])):
-        known, true = _known(labels, c)
-        says = predicted[known, c] if labels.ndim == 2 else predicted == c
-        own = None if places is None else places[known]
-        for name, among, right in (
-            ('recall', true, says),
-            ('precision', says, true),
-            ('specificity', ~true, ~says),
-        ):
-            flat = not rows[name][c, 0] < rows[name][c, 1]
-            if own is None or flat:
-                rows[name][c] = _share(among, right, own)
-        kinds = [_units(chosen, own) for chosen in (true, ~true)]
-        if min(kinds) < LEAST:
-            for name in ('f1', *weighted.RANKED):
-                if name in rows:
-                    rows[name][c] = np.nan
-            continue
-        if values['classes']['f1'][c] in (0, 1):
-            low, high = _share(true | says, true & says, own)
-            rows['f1'][c] = 2 * low / (1 + low), 2 * high / (1 + high)
-        if 'auroc' in rows and values['classes']['auroc'][c] in (0, 1):
-            rows['auroc'][c] = delong.bound(values['classes']['auroc'][c], *kinds)
+def _correct(ends, values, counts, labels, positive, places):
+    """Intervals where resamples tell too little: shares, few images, perfect values.
+
+    Args:
+      counts: of `weighted.Weighted.counts`, of all images: `[C]` each.
+      positive: predicted classes, `[N, L]` or `[N]`.
+      places: the number of each image's group, or None.
+    """
+    hits, true, predicted, known = counts
+    rows, found = ends['classes'], values['classes']
+    shares = {
+        'recall': (hits, true, 'true'),
+        'precision': (hits, predicted, 'says'),
+        'specificity': (known - true - predicted + hits, known - true, 'false'),
+    }
+    units = dict(true=true, says=predicted, false=known - true, either=true)
+    if places is not None:
+        units = _count_units(labels, positive, places, len(hits))
+    for name, (right, total, among) in shares.items():
+        flat = ~(rows[name][:, 0] < rows[name][:, 1])
+        if places is None:
+            flat[:] = True
+        with np.errstate(invalid='ignore', divide='ignore'):
+            wilson = _wilson(right / total, units[among])
+        rows[name][flat] = wilson[flat]
+    either = true + predicted - hits if places is None else units['either']
+    with np.errstate(invalid='ignore', divide='ignore'):
+        both = _wilson(hits / (true + predicted - hits), either)
+    flat = np.isin(found['f1'], (0, 1))
+    rows['f1'][flat] = (2 * both / (1 + both))[flat]
+    if 'auroc' in rows and 'auroc' in found:
+        for c in np.flatnonzero(np.isin(found['auroc'], (0, 1))):
+            kinds = units['true'][c], units['false'][c]
+            rows['auroc'][c] = delong.bound(found['auroc'][c], *kinds)
+    few = np.minimum(units['true'], units['false']) < LEAST
+    for name in ('f1', *weighted.RANKED):
+        if name in rows:
+            rows[name][few] = np.nan
     for name, interval in ends['macro'].items():
         if not interval[0] < interval[1]:  # every resample is perfect
             ends['macro'][name] = np.array([np.nan, np.nan])
-    if places is None or not ends['accuracy'][0] < ends['accuracy'][1]:
-        ends['accuracy'] = _accuracy(labels, predicted, places)
 
 
-def _units(chosen, places):
-    return int(chosen.sum()) if places is None else len(np.unique(places[chosen]))
+def _count_units(labels, positive, places, classes):
+    """How many groups have images of each kind, by class."""
+    units = {name: np.zeros(classes) for name in ('true', 'says', 'false', 'either')}
+    for c in range(classes):
+        known, true = _known(labels, c)
+        says = positive[known, c] if labels.ndim == 2 else positive == c
+        own = places[known]
+        kinds = dict(true=true, says=says, false=~true, either=true | says)
+        for name, chosen in kinds.items():
+            units[name][c] = len(np.unique(own[chosen]))
+    return units
 
 
-def _share(among, right, places):
-    """Wilson's interval; with groups, as if each of them were one image."""
-    total = int(among.sum())
-    if not total:
-        return np.nan, np.nan
-    share = int((among & right).sum()) / total
-    units = _units(among, places)
-    return metrics_lib.wilson(round(share * units), units)
-
-
-def _accuracy(labels, predicted, places):
-    if labels.ndim == 2:
-        return np.array([np.nan, np.nan])  # that of `metrics.measure_labels`
-    right = labels == predicted
-    return np.array(_share(np.ones(len(right), bool), right, places))
+def _wilson(share, count):
+    """Wilson's 95% intervals of shares of so many: `[..., 2]`."""
+    z = 1.959963984540054
+    share, count = np.asarray(share, float), np.asarray(count, float)
+    middle = share + z**2 / (2 * count)
+    spread = z * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
+    ends = np.stack([middle - spread, middle + spread], -1)
+    return (ends / (1 + z**2 / count)[..., None]).clip(0, 1)
 
 
 def _tidy(found, *, pairs=False):
@@ -193,3 +215,44 @@ def _plain(value, pairs):
     if np.isnan(value).any():
         return None
     return [float(end) for end in value] if pairs else float(value)
+
+
+def extend(
+    metrics: dict[str, Any], labels, scores, groups: np.ndarray | None = None
+) -> dict[str, Any]:
+    """Metrics of `metrics.measure` with what they lack, and with all intervals.
+
+    Adds specificity and average precision to `macro` and to each of `classes`,
+    `balanced_accuracy` to `macro`, and `intervals`: what `measure` says of the
+    resamples, with `macro` and `classes`; None with fewer than two images. With groups,
+    `accuracy_interval` is that of groups.
+    """
+    if not len(labels):
+        return metrics | {'intervals': None}
+    found = measure(labels, scores, groups=groups)
+    values, ends = found.pop('values'), found.pop('intervals')
+    names = 'specificity', 'average_precision'
+    more = {name: values['macro'].get(name) for name in (*names, 'balanced_accuracy')}
+    extended = metrics | {
+        'macro': metrics['macro'] | more,
+        'classes': [
+            row | {name: value.get(name) for name in names}
+            for row, value in zip(metrics['classes'], values['classes'], strict=True)
+        ],
+        'intervals': None,
+    }
+    if ends is None:
+        return extended
+    if groups is not None and ends['accuracy']:
+        extended['accuracy_interval'] = ends['accuracy']
+    chosen = {name: ends[name] for name in ('macro', 'classes')}
+    return extended | {'intervals': found | chosen}
+
+
+def describe(intervals: dict[str, Any]) -> str:
+    """How intervals were found: `bootstrap of 153 images`.
+
+    Args:
+      intervals: `intervals` of `extend`.
+    """
+    return f'bootstrap of {intervals["unit_count"]:,} {intervals["units"]}'

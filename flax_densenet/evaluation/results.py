@@ -18,7 +18,7 @@ from flax_densenet import settings as settings_lib
 from flax_densenet.data import dataset
 from flax_densenet.distributed import mesh
 from flax_densenet.errors import UserError
-from flax_densenet.evaluation import evaluate, measured_data
+from flax_densenet.evaluation import evaluate, intervals, measured_data
 from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.models import tta as tta_lib
 from flax_densenet.system import atomic
@@ -79,15 +79,22 @@ class Results:
 
     @functools.cached_property
     def metrics(self) -> dict[str, Any]:
-        """See `metrics.measure` and `metrics.measure_labels`."""
+        """See `metrics.measure`, `metrics.measure_labels` and `intervals.extend`."""
         if self.multi_label:
-            return metrics_lib.measure_labels(
+            metrics = metrics_lib.measure_labels(
                 self.logits, self.labels, self.class_names
             )
-        logits = self.logits
-        if self.outputs == 'sigmoid':  # as shares of their sum
-            logits = metrics_lib.log_sigmoid(logits)
-        return metrics_lib.measure(logits, self.labels, self.class_names)
+        else:
+            logits = self.logits
+            if self.outputs == 'sigmoid':  # as shares of their sum
+                logits = metrics_lib.log_sigmoid(logits)
+            metrics = metrics_lib.measure(logits, self.labels, self.class_names)
+        return intervals.extend(metrics, self.labels, self.probabilities, self.groups)
+
+    @property
+    def groups(self) -> np.ndarray | None:
+        """int64 `[N]`: whose image each is; None if that is unknown."""
+        return getattr(self.examples, 'groups', None)
 
     def name(self, row: int) -> str:
         """The file of an image, or its place in its data set."""
@@ -357,7 +364,41 @@ def format_metrics_table(results: Results, where: str) -> str:
                 f'{calibration["temperature"]:.2f}'
             )
         lines.append(line)
+    lines += _format_intervals(metrics)
     return '\n'.join(lines + _format_classes(metrics))
+
+
+# Of a metric's mean over classes: its key and its name in the table.
+_MEANS = {
+    'balanced_accuracy': 'balanced accuracy',
+    'f1': 'F1',
+    'auroc': 'AUROC',
+    'average_precision': 'average precision',
+}
+
+
+def _format_intervals(metrics):
+    """A line with the intervals of the means."""
+    found = metrics['intervals']
+    told = [
+        f'{name} {metrics["macro"][key]:.3f} ({ends[0]:.3f} to {ends[1]:.3f})'
+        for key, name in _MEANS.items()
+        if found and (ends := found['macro'].get(key))
+    ]
+    if not told:
+        return []
+    return [f'means, 95% intervals by {intervals.describe(found)}:', *_wrap(told)]
+
+
+def _wrap(pieces, width=88):
+    """The pieces as indented lines."""
+    lines = []
+    for piece in pieces:
+        if lines and len(lines[-1]) + len(piece) + 2 <= width:
+            lines[-1] += f', {piece}'
+        else:
+            lines.append(f'  {piece}')
+    return lines
 
 
 def _format_classes(metrics):

@@ -106,7 +106,9 @@ class Weighted:
             self._prepare_classes(labels, predicted)
         self._rankings: list[Ranking | None] = []
         if ranked:
-            self._rankings = [self._rank(labels, scores, c) for c in range(self._classes)]
+            self._rankings = [
+                self._rank(labels, scores, c) for c in range(self._classes)
+            ]
 
     def _prepare_classes(self, labels, predicted):
         rows, size = np.arange(self._count), (self._classes, self._count)
@@ -123,7 +125,12 @@ class Weighted:
         self._right = (1 - wrong / np.maximum(known.sum(-1), 1)).astype(np.float32)
         self._hits, self._true, self._predicted, self._known = (
             np.ascontiguousarray(chosen.T, np.float32)
-            for chosen in (known & true & predicted, known & true, known & predicted, known)
+            for chosen in (
+                known & true & predicted,
+                known & true,
+                known & predicted,
+                known,
+            )
         )
 
     def _rank(self, labels, scores, c):
@@ -136,6 +143,21 @@ class Weighted:
             return None
         return Ranking(true, scores[rows, c], rows, self._count)
 
+    def counts(self, weights: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Images of each class: found, actual, predicted and of which it is known.
+
+        Returns:
+          float64 `[C, B]` four times.
+        """
+        hits, true, predicted = (
+            np.asarray(matrix @ weights, np.float64)
+            for matrix in (self._hits, self._true, self._predicted)
+        )
+        if self._known is not None:
+            return hits, true, predicted, np.asarray(self._known @ weights, np.float64)
+        total = weights.sum(0, dtype=np.float64)
+        return hits, true, predicted, np.broadcast_to(total, hits.shape)
+
     def measure(self, weights: np.ndarray) -> dict[str, Any]:
         """The metrics of each weighting.
 
@@ -147,12 +169,8 @@ class Weighted:
           `macro` with their means and `balanced_accuracy`, `[B]`. NaN where a metric
           is not defined; means are of the classes that a weighting has.
         """
-        hits, true, predicted = (
-            np.asarray(matrix @ weights, np.float64)
-            for matrix in (self._hits, self._true, self._predicted)
-        )
+        hits, true, predicted, known = self.counts(weights)
         total = weights.sum(0, dtype=np.float64)
-        known = total if self._known is None else np.float64(self._known @ weights)
         with np.errstate(divide='ignore', invalid='ignore'):
             classes = {
                 'precision': hits / predicted,

@@ -97,7 +97,9 @@ def test_table(run):
     share = largest['support'] / 18 * 100
     baseline = f'baselines: always {largest["name"]} {share:.1f}%, chance 33.3%'
     assert lines[2] == baseline
-    assert [line.split()[0] for line in lines[5:8]] == ['ants', 'bees', 'wasps']
+    assert lines[4].startswith('means, 95% intervals by bootstrap of 18 images')
+    assert lines[-5].startswith('class ')
+    assert [line.split()[0] for line in lines[-4:-1]] == ['ants', 'bees', 'wasps']
     assert max(map(len, lines)) <= 90
     many = results.Results(
         found.examples,
@@ -106,7 +108,8 @@ def test_table(run):
         np.arange(200) % 60,
     )
     lines = results.format_metrics_table(many, '').splitlines()
-    assert len(lines) == 4 + 1 + results.ROWS + 1 + 1
+    means = 3
+    assert len(lines) == 4 + means + 1 + results.ROWS + 1 + 1
     assert '(20 classes with a higher F1: see eval.json)' in lines
 
 

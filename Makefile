@@ -54,7 +54,8 @@ test-slow: .venv/installed .venv-peers/installed
 	$(BIN)/python -m pytest -q -n 2 -m 'slow or faults'; slow=$$?; \
 	wait $$peers; peers=$$?; cat .venv/peers.log; exit $$((slow | peers))
 
-BESIDE_PEERS = tests/data/augment/test_torchvision.py tests/train/test_torch_training.py \
+BESIDE_PEERS = tests/data/augment/test_torchvision.py \
+	tests/inference/test_explain_torch.py tests/train/test_torch_training.py \
 	tests/weights/test_hdf5.py tests/weights/test_keras_files.py \
 	tests/weights/test_keras_writing.py tests/weights/test_published_peers.py \
 	tests/weights/test_timm.py tests/weights/test_torch.py
@@ -89,7 +90,7 @@ bench-gpu:
 	$(PEERS)/python $(UV_INSTALL) $(PEERS)/python -r benchmarks/peers.txt -e '.[test]' \
 		|| $(PEERS)/python $(INSTALL) -r benchmarks/peers.txt -e '.[test]'
 	$(PEERS)/python $(INSTALL) --no-deps \
-		torchvision==0.28.0 timm torchxrayvision
+		torchvision==0.28.0 timm torchxrayvision captum grad-cam ttach
 	touch $@
 
 web:

@@ -9,6 +9,7 @@ from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
 from flax_densenet.cli import recipes
+from flax_densenet.errors import UserError
 from flax_densenet.system import paths
 
 _PATH_FIELDS = {'data.labels', 'data.tfds_dir'}
@@ -205,6 +206,30 @@ VERIFICATION_FILES = Flag(
     value='FILES',
     default_text="the run's own images",
 )
+EXPLAIN = (
+    Flag(
+        'explain_method',
+        'How maps are made: gradcam, gradcam++, hirescam, layercam (finer); or, '
+        'slower, occlusion or integrated_gradients.',
+        value='METHOD',
+        default_text='gradcam',
+    ),
+    Flag(
+        'explain_steps',
+        'Steps of integrated_gradients; more are more exact.',
+        kind=int,
+        value='N',
+        default_text='32',
+    ),
+    Flag(
+        'explain_patches',
+        'Patches of occlusion along the shorter side; they overlap by half, so 7 look '
+        'at 169 versions of a square image.',
+        kind=int,
+        value='N',
+        default_text='7',
+    ),
+)
 LICENSES = (
     Flag('license', 'License of the weights, such as cc-by-4.0.', value='NAME'),
     Flag('data_license', 'License of the data.', value='NAME'),
@@ -262,3 +287,25 @@ CLUSTER = (
 SEVERAL_PROCESSES: dict[str, tuple[Flag, ...]] = {
     'Several processes (docs/scaling.md)': CLUSTER
 }
+
+
+def explain_options(invocation: Invocation, needs: str = ''):
+    """The `explain.Options` of the flags in `EXPLAIN`.
+
+    Args:
+      needs: a flag without which they have no effect, as `explain`.
+
+    Raises:
+      UserError: they have no effect, or a value is out of range.
+    """
+    from flax_densenet.inference import explain
+
+    names = [flag.name for flag in EXPLAIN]
+    values = [invocation.flags[name].value for name in names]
+    for name, value in zip(names, values, strict=True):
+        if needs and value is not None and not invocation.flags[needs].value:
+            raise UserError(f'--{name} needs --{needs}=FOLDER')
+    method, steps, patches = values
+    first, second, third = (f'--{name}' for name in names)
+    shown = first, second, third
+    return explain.make(method, steps=steps, patches=patches, names=shown)

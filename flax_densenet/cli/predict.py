@@ -28,6 +28,7 @@ def run(invocation: options.Invocation) -> int:
         raise UserError('predict needs images: predict MODEL FILES...')
     if flags.explain_class is not None and not flags.explain:
         raise UserError('--explain_class needs --explain=FOLDER')
+    how = options.explain_options(invocation, needs='explain')
 
     def load():
         # Of several processes each predicts with its own devices.
@@ -42,7 +43,7 @@ def run(invocation: options.Invocation) -> int:
         )
 
     if processes.is_first():
-        failed = _write(invocation, load, data['threads'])
+        failed = _write(invocation, load, data['threads'], how)
     else:
         model, named = load(), flags.explain_class
         multi_process.serve(
@@ -51,12 +52,13 @@ def run(invocation: options.Invocation) -> int:
             features=bool(flags.features),
             cams=bool(flags.explain),
             cam_class=-1 if named is None else model.class_index(named),
+            how=how,
         )
         failed = 0
     return 1 if processes.broadcast('failed', lambda: failed) else 0
 
 
-def _write(invocation, load, threads):
+def _write(invocation, load, threads, how):
     """Returns how many files could not be read."""
     from flax_densenet.inference import input_files, multi_process
     from flax_densenet.inference import outputs as outputs_lib
@@ -74,6 +76,7 @@ def _write(invocation, load, threads):
             outputs,
             threads=threads,
             class_name=flags.explain_class,
+            how=how,
             total=input_files.count(flags.files),
         )
     for name, what in (
@@ -106,6 +109,10 @@ COMMAND = options.Command(
         ('a table on the screen', 'predict ckpt/birds photos more.jpg'),
         ('a CSV file', 'predict ckpt/birds photos --out=birds.csv --top=1'),
         ('heat maps (Grad-CAM)', 'predict ckpt/birds photos --explain=maps'),
+        (
+            'finer heat maps',
+            'predict ckpt/birds photos --explain=maps --explain_method=layercam',
+        ),
         ('weights from elsewhere', 'predict densenet121.pth photos'),
     ),
     flags={
@@ -140,8 +147,7 @@ COMMAND = options.Command(
             ),
             options.Flag(
                 'explain',
-                'Folder for a picture per image that shows where the class is seen '
-                '(Grad-CAM).',
+                'Folder for a picture per image that shows where the class is seen.',
                 value='FOLDER',
                 is_path=True,
             ),
@@ -151,6 +157,7 @@ COMMAND = options.Command(
                 value='CLASS',
                 default_text='the predicted class',
             ),
+            *options.EXPLAIN,
             options.Flag(
                 'features',
                 'File for the features of each image, .npz or .safetensors.',

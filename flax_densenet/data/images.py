@@ -191,6 +191,22 @@ def prepare_image(image: Image.Image, preparation: Preparation) -> np.ndarray:
         raise UserError(_reason(error)) from error
 
 
+def picture_of(
+    image: Image.Image, preparation: Preparation
+) -> Image.Image | deep_picture.DeepPicture:
+    """`load_picture` for an image of Pillow, which is not changed.
+
+    Raises:
+      UserError: see `load_image`; Pillow may read the file only now.
+    """
+    try:
+        return _render(image, None, preparation, None, None)
+    except UserError:
+        raise
+    except BROKEN as error:
+        raise UserError(_reason(error)) from error
+
+
 def prepare_array(image: np.ndarray, preparation: Preparation) -> np.ndarray:
     """`load_image` for an array `[H, W]`, `[H, W, 1]` or `[H, W, 3]`.
 

@@ -123,6 +123,8 @@ def _pack(rows: list[Prediction]) -> bytes:
             'error': row.error,
             'cam_class': row.cam_class,
             'is_probability': row.is_probability,
+            'box': row.box,
+            'method': row.method,
         }
         for row in rows
     ]
@@ -131,6 +133,10 @@ def _pack(rows: list[Prediction]) -> bytes:
         for name in _ARRAYS
         if any(getattr(row, name) is not None for row in rows)
     }
+    # Each has its own size.
+    for place, row in enumerate(rows):
+        if row.original is not None:
+            arrays[f'original{place}'] = row.original
     buffer = io.BytesIO()
     text = np.frombuffer(json.dumps(plain).encode(), np.uint8)
     np.savez(buffer, plain=text, **arrays)
@@ -141,7 +147,11 @@ def _unpack(content, class_names):
     with np.load(io.BytesIO(content)) as saved:
         plain = json.loads(saved['plain'].tobytes())
         arrays = {name: iter(saved[name]) for name in _ARRAYS if name in saved}
-    for row in plain:
+        originals = [
+            saved[name] if (name := f'original{place}') in saved else None
+            for place in range(len(plain))
+        ]
+    for row, original in zip(plain, originals, strict=True):
         if row['error'] is not None:
             yield Prediction(row['path'], error=row['error'])
             continue
@@ -152,4 +162,7 @@ def _unpack(content, class_names):
             class_names=class_names,
             cam_class=row['cam_class'],
             is_probability=row['is_probability'],
+            original=original,
+            box=row['box'] and tuple(row['box']),
+            method=row['method'],
         )

@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from flax_densenet.errors import UserError, printable
+from flax_densenet.inference import explain as explain_lib
 from flax_densenet.inference import feature_files, predictor, row_formats
 from flax_densenet.inference.prediction import Prediction
 from flax_densenet.system import result_folders
@@ -165,7 +166,7 @@ class Outputs:
     """The outputs of a prediction: a context that completes or discards the files.
 
     Attributes:
-      explain: whether Grad-CAM maps are needed.
+      explain: whether maps are needed.
       features: whether features are needed.
       on_screen: whether rows are printed to a terminal.
     """
@@ -247,6 +248,7 @@ def run(
     *,
     threads: int = 4,
     class_name: str | None = None,
+    how: explain_lib.Options = explain_lib.DEFAULT,
     total: int | None = None,
 ) -> int:
     """Predicts files and writes all outputs.
@@ -257,6 +259,7 @@ def run(
       outputs: where to write.
       threads: number of threads that read and decode.
       class_name: the class that pictures explain; by default each image's most likely.
+      how: the method that explains it.
       total: number of paths if it is known, for the progress bar.
 
     Returns:
@@ -272,6 +275,7 @@ def run(
         features=outputs.features,
         cams=outputs.explain,
         cam_class=cam_class,
+        how=how,
     )
     count = failed = 0
     classes: collections.Counter[str] = collections.Counter()

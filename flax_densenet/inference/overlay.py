@@ -67,13 +67,20 @@ def overlay(
 _PANEL, _STRIP, _LETTERS, _GAP = 224, 30, 16, 6
 
 
-def picture(image: np.ndarray, cam: np.ndarray, caption: str) -> Image.Image:
+def picture(
+    image: np.ndarray,
+    cam: np.ndarray,
+    caption: str,
+    *,
+    box: tuple[float, float, float, float] | None = None,
+) -> Image.Image:
     """An image next to its overlay, with a caption.
 
     Args:
       image: uint8 `[H, W, 3]` or `[H, W, 1]`; a small one is enlarged.
       cam: `[h, w]`.
       caption: one line, cut off if it does not fit.
+      box: see `overlay`.
 
     Returns:
       An RGB image.
@@ -89,7 +96,9 @@ def picture(image: np.ndarray, cam: np.ndarray, caption: str) -> Image.Image:
     ImageDraw.Draw(page).text((_GAP, _STRIP / 2), caption, 'black', font, anchor='lm')
     plain = bands.to_visible(large)
     page.paste(Image.fromarray(np.ascontiguousarray(plain)), (0, _STRIP))
-    page.paste(Image.fromarray(overlay(large, cam)), (width + _GAP, _STRIP))
+    scaled = box and (times * box[0], times * box[1], times * box[2], times * box[3])
+    drawn = overlay(large, cam, box=scaled)
+    page.paste(Image.fromarray(drawn), (width + _GAP, _STRIP))
     return page
 
 

@@ -23,7 +23,7 @@ def _format(value, is_probability):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Explanation:
-    """The parts of an image that support a class (Grad-CAM); notebooks draw it.
+    """The parts of an image that support a class; notebooks draw it.
 
     Attributes:
       path: of the file, as it was given.
@@ -31,7 +31,12 @@ class Explanation:
       probability: of the class, from 0 to 1.
       image: uint8 `[H, W, C]`, as prepared for the model.
       is_probability: False where `probability` is an output as it is.
-      cam: float32 `[h, w]`, not negative: how much each position supports the class.
+      cam: float32 `[h, w]`, not negative: how much each position of the part that the
+        model sees supports the class.
+      original: uint8 `[H, W, 3]`, the image before it was cropped and resized, no side
+        above 768 pixels; None if it is not kept.
+      box: the part of `original` that the model sees: left, top, right, bottom, pixels.
+      method: what made the map, as a person reads it, with its options.
     """
 
     path: str
@@ -40,17 +45,27 @@ class Explanation:
     image: np.ndarray
     cam: np.ndarray
     is_probability: bool = True
+    original: np.ndarray | None = None
+    box: tuple[float, float, float, float] | None = None
+    method: str = 'Grad-CAM'
 
     @property
     def overlay(self) -> np.ndarray:
-        """The map drawn over the image, uint8 `[S, S, 3]`."""
+        """The map drawn over the prepared image, uint8 `[H, W, 3]`."""
         return overlay_lib.overlay(self.image, self.cam)
 
     @property
     def picture(self) -> Image.Image:
-        """The image next to the overlay, with class and probability as caption."""
+        """The original next to the map on it; the caption has class and probability.
+
+        What the model does not see of it is darkened.
+        """
         caption = f'{self.class_name}  {_format(self.probability, self.is_probability)}'
-        return overlay_lib.picture(self.image, self.cam, caption)
+        image = self.image if self.original is None else self.original
+        box = None if self.original is None else self.box
+        if self.method != 'Grad-CAM':
+            caption += f'  ({self.method})'
+        return overlay_lib.picture(image, self.cam, caption, box=box)
 
     def save(self, path):
         """Writes the picture in the format of the file's ending (`.jpg`, `.png`)."""
@@ -77,11 +92,12 @@ class Prediction:
       error: why the file could not be read, or None.
       features: pooled features `[F]` if requested.
       image: uint8 `[H, W, C]`, as prepared for the model, if a map was requested.
-      cam: Grad-CAM `[h, w]` of the most likely or the requested class, if requested.
+      cam: map `[h, w]` of the most likely or the requested class, if requested.
       class_names: of the probabilities.
       cam_class: index of the class of `cam`.
       is_probability: False for a model with `outputs='none'`: what is called
         probabilities here are its outputs as they are.
+      original, box, method: see `Explanation`, if a map was requested.
     """
 
     path: str
@@ -93,6 +109,9 @@ class Prediction:
     class_names: tuple[str, ...] = ()
     cam_class: int | None = None
     is_probability: bool = True
+    original: np.ndarray | None = None
+    box: tuple[float, float, float, float] | None = None
+    method: str = 'Grad-CAM'
 
     @property
     def label(self) -> str | None:
@@ -131,6 +150,9 @@ class Prediction:
             self.image,
             self.cam,
             self.is_probability,
+            self.original,
+            self.box,
+            self.method,
         )
 
     def __repr__(self):

@@ -26,7 +26,8 @@ from PIL import Image
 
 from flax_densenet.data import bands, image_formats, images
 from flax_densenet.errors import UserError
-from flax_densenet.inference import programs
+from flax_densenet.inference import explain as explain_lib
+from flax_densenet.inference import originals, perturbation, programs
 from flax_densenet.inference.prediction import Explanation, Prediction
 from flax_densenet.models import layers
 from flax_densenet.system import paths
@@ -91,6 +92,7 @@ class Predictor:
         self.in_use = precision_lib.resolve(trained, path, precision)
         trained.notes.tell()
         self.programs = programs.Programs(self.in_use, batch_size)
+        self.perturbations = perturbation.Perturbations(self.in_use)
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -145,20 +147,29 @@ class Predictor:
         files: ImageLike | Iterable[ImageLike],
         class_name: str | None = None,
         *,
+        method: str = explain_lib.GRADCAM,
+        steps: int | None = None,
+        patches: int | None = None,
         errors: str = 'raise',
     ) -> list[Explanation | None]:
-        """Explains the predictions for one image or several with Grad-CAM.
+        """Explains the predictions for one image or several.
 
         Args:
           files: an image (see the class), or an iterable of images.
           class_name: the class to explain; by default each image's most likely one.
+          method: `gradcam`, `gradcam++`, `hirescam`, `layercam`; or, slower,
+            `occlusion` or `integrated_gradients`. All explain the class's logit, of the
+            image as it is, without test-time augmentation.
+          steps: of `integrated_gradients`, by default 32.
+          patches: of `occlusion` along the shorter side, by default 7.
           errors: see `predict`; with `return`, such a file gives None.
 
         Raises:
-          UserError: an unknown class, or a file cannot be read.
+          UserError: an unknown class or method, or a file cannot be read.
         """
         index = -1 if class_name is None else self.class_index(class_name)
-        predictions = self._collect(files, errors, cams=True, cam_class=index)
+        how = explain_lib.make(method, steps=steps, patches=patches)
+        predictions = self._collect(files, errors, cams=True, cam_class=index, how=how)
         return [one.explanation for one in predictions]
 
     def features(self, files: ImageLike | Iterable[ImageLike]) -> np.ndarray:
@@ -239,9 +250,36 @@ class Predictor:
         """Probabilities `[N, num_classes]` and features `[N, F]` of prepared images."""
         return self.programs(batch)[:2]
 
-    def cams(self, batch: np.ndarray, classes=None) -> np.ndarray:
-        """Grad-CAM maps `[N, h, w]` of the most likely classes, or of `classes`."""
-        return self.programs(batch, -1 if classes is None else classes)[2]
+    def cams(
+        self,
+        batch: np.ndarray,
+        classes=None,
+        how: explain_lib.Options = explain_lib.DEFAULT,
+    ) -> np.ndarray:
+        """Maps `[N, h, w]` of the most likely classes, or of `classes`."""
+        maps = self.compute_maps(batch, -1 if classes is None else classes, how)[2]
+        return np.stack(list(maps))
+
+    def compute_maps(
+        self, batch: np.ndarray, classes, how: explain_lib.Options
+    ) -> tuple[np.ndarray, np.ndarray, Iterable[np.ndarray]]:
+        """`compute`, and the maps of one class or one for each image.
+
+        Args:
+          batch: prepared images `[N, H, W, C]`.
+          classes: a class or one for each; -1 for the most likely.
+          how: the method. A slow one computes each map when it is taken.
+        """
+        if not how.is_slow:
+            return self.programs(batch, classes, how.method)
+        rows, features, _ = self.programs(batch)
+        classes = np.broadcast_to(classes, len(batch))
+        chosen = np.where(classes < 0, rows.argmax(-1), classes).tolist()
+        maps = (
+            self.perturbations.map_of(image, of, how)
+            for image, of in zip(batch, chosen, strict=True)
+        )
+        return rows, features, maps
 
     def stream(
         self,
@@ -251,6 +289,7 @@ class Predictor:
         features: bool = False,
         cams: bool = False,
         cam_class: int = -1,
+        how: explain_lib.Options = explain_lib.DEFAULT,
     ) -> Generator[Prediction, None, None]:
         """Yields predictions in the order of the files, batch by batch.
 
@@ -260,18 +299,22 @@ class Predictor:
           files: images (see the class), read at most two batches ahead.
           threads: number of threads that read and decode.
           features: whether to return pooled features.
-          cams: whether to return prepared images and Grad-CAM maps.
+          cams: whether to return prepared images, originals and maps.
           cam_class: the class of the maps; -1 for each image's most likely class.
+          how: the method of the maps.
         """
-        for chunk in self._read(files, threads):
-            good = [image for _, image in chunk if not isinstance(image, str)]
+        for chunk in self._read(files, threads, with_originals=cams):
+            good = [image for _, image, _ in chunk if not isinstance(image, str)]
             results: Iterator[Any] = iter(())
             if good:
                 batch = np.stack(good)
-                parts = self.programs(batch, cam_class if cams else None)
-                maps = itertools.repeat(None) if parts[2] is None else parts[2]
-                results = zip(*parts[:2], good, maps, strict=False)
-            for path, image in chunk:
+                maps: Iterable[Any] = itertools.repeat(None)
+                if cams:
+                    *parts, maps = self.compute_maps(batch, cam_class, how)
+                else:
+                    parts = list(self.programs(batch)[:2])
+                results = zip(*parts, good, maps, strict=False)
+            for path, image, (original, box) in chunk:
                 if isinstance(image, str):
                     yield Prediction(path, error=image)
                     continue
@@ -289,19 +332,29 @@ class Predictor:
                     class_names=self.class_names,
                     cam_class=chosen if cams else None,
                     is_probability=self.trained.outputs != heads.NONE,
+                    original=original,
+                    box=box,
+                    method=how.describe(),
                 )
 
-    def _read(self, files, threads):
-        """Yields batches of (path, image or error), one batch ahead of the device."""
+    def _read(self, files, threads, with_originals):
+        """Yields batches of (path, image or error, original and its seen part).
+
+        They are one batch ahead of the device.
+        """
         files = enumerate(files)
 
         def read(index, file):
             named = isinstance(file, str | os.PathLike)
             path = os.fspath(file) if named else f'image {index}'
+            shown = None, None
             try:
-                return path, self.load(file)
+                image = self.load(file)
+                if with_originals:
+                    shown = originals.load(file, self.preparation)
+                return path, image, shown
             except UserError as error:
-                return path, str(error)
+                return path, str(error), shown
 
         pool = concurrent.futures.ThreadPoolExecutor(threads)
         try:

@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_densenet.distributed import mesh as mesh_lib
-from flax_densenet.inference import grad_cam
+from flax_densenet.inference import cams as cams_lib
+from flax_densenet.inference import explain
 from flax_densenet.models import folded
 from flax_densenet.models import tta as tta_lib
 from flax_densenet.weights import heads, operating_points
@@ -61,6 +62,7 @@ def predict_probabilities(
     tta,
     outputs,
     points=None,
+    method=explain.GRADCAM,
 ):
     """The function that is compiled: predictions for images.
 
@@ -70,14 +72,20 @@ def predict_probabilities(
       images: uint8 or uint16 `[N, H, W, C]`.
       classes: int32 `[N]`, the classes of the maps; -1 for the most likely one.
       mean, std, tta, outputs, points: see `options_of`.
+      method: of the maps, a quick one of `explain.METHODS`.
 
     Returns:
       Probabilities `[N, num_classes]` and pooled features `[N, F]`, float32, and
-      Grad-CAM maps `[N, h, w]`, or None without `classes`.
+      maps `[N, h, w]`, or None without `classes`.
     """
     images = normalize(images, mean=mean, std=std)
     images, *others = tta_lib.views_of(images, tta)
-    maps, head = folded.features(module, arrays, images), arrays['head']
+    head, finish = arrays['head'], None
+    if method == 'layercam':
+        layer, finish = folded.before_last_halving(module, arrays, images)
+        maps = finish(layer)
+    else:
+        maps = folded.features(module, arrays, images)
     pooled = module.apply(head, maps, method='pool').astype(jnp.float32)
     logits = module.apply(head, maps, method='head').astype(jnp.float32)
     if others:
@@ -92,7 +100,15 @@ def predict_probabilities(
     # By probabilities, which can be equal where logits are not, so that the map is that
     # of the class that the host considers the most likely.
     classes = jnp.where(classes < 0, probabilities.argmax(-1), classes)
-    _, cams = grad_cam.from_features(head, maps, classes, module=module)
+    if finish is None:
+        cams = cams_lib.from_features(module, head, maps, classes, method=method)
+    else:
+        cams = cams_lib.of_layer(
+            layer,
+            lambda layer: module.apply(head, finish(layer), method='head'),
+            classes,
+            method=method,
+        )
     return probabilities, pooled, cams
 
 
@@ -145,15 +161,24 @@ class Programs:
 
     @functools.cached_property
     def _arrays(self):
-        arrays = folded.fold(self._trained.module, self._trained.variables)
+        return self._fold(self._trained.module)
+
+    @functools.cached_property
+    def _plain_arrays(self):
+        """For maps whose gradients go through dense blocks."""
+        module = folded.differentiable(self._trained.module)
+        return self._arrays if module == self._trained.module else self._fold(module)
+
+    def _fold(self, module):
+        arrays = folded.fold(module, self._trained.variables)
         return mesh_lib.replicate(arrays, self._trained.mesh)
 
-    def compile(self, size: int, maps: bool = False, shape=None):
+    def compile(self, size: int, maps: str = '', shape=None):
         """The program for a batch size, compiled if needed.
 
         Args:
           size: number of images.
-          maps: whether it computes Grad-CAM maps.
+          maps: method of the maps that it computes, see `explain.METHODS`; '' for none.
           shape: (height, width, channels) of the images; by default the model's.
         """
         if shape is None:
@@ -171,10 +196,16 @@ class Programs:
         given = [jax.ShapeDtypeStruct((size, *shape), dtype, sharding=rows)]
         if maps:
             given.append(jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows))
-        function = functools.partial(
-            predict_probabilities, self._trained.module, **options_of(self._trained)
-        )
-        return jax.jit(function).lower(self._arrays, *given).compile()
+        module, options = self._trained.module, options_of(self._trained)
+        if maps == 'layercam':
+            module = folded.differentiable(module)
+        if maps:
+            options['method'] = maps
+        function = functools.partial(predict_probabilities, module, **options)
+        return jax.jit(function).lower(self._arrays_of(maps), *given).compile()
+
+    def _arrays_of(self, maps):
+        return self._plain_arrays if maps == 'layercam' else self._arrays
 
     def _sharding(self, size):
         """Splits the rows over the devices if possible, otherwise replicates them."""
@@ -183,25 +214,28 @@ class Programs:
             return mesh_lib.replicated(mesh)
         return mesh_lib.split_rows(mesh)
 
-    def __call__(self, images: np.ndarray, classes=None):
+    def __call__(self, images: np.ndarray, classes=None, method: str = explain.GRADCAM):
         """`predict_probabilities` for numpy images `[N, H, W, C]`, N > 0.
 
         Args:
           images: prepared images.
           classes: to get maps, a class index for all images, or one for each.
+          method: of the maps, a quick one of `explain.METHODS`.
         """
         given, parts, start = [images], [], 0
+        maps = '' if classes is None else method
         if classes is not None:
             classes = np.asarray(classes, np.int32)
             given.append(np.broadcast_to(classes, len(images)))
-        for size in self._plan(len(images), len(given) > 1, images.shape[1:]):
-            parts.append(self._run(size, [x[start : start + size] for x in given]))
+        for size in self._plan(len(images), maps, images.shape[1:]):
+            batch = [x[start : start + size] for x in given]
+            parts.append(self._run(size, batch, maps))
             start += size
         joined = zip(*parts, strict=True)
         return tuple(None if one[0] is None else np.concatenate(one) for one in joined)
 
-    def _run(self, size, given):
-        count, maps, shape = len(given[0]), len(given) > 1, given[0].shape[1:]
+    def _run(self, size, given, maps):
+        count, shape = len(given[0]), given[0].shape[1:]
         program = self.compile(size, maps, shape)
         missing = size - count
         filled = [np.concatenate([x, np.repeat(x[-1:], missing, 0)]) for x in given]
@@ -210,7 +244,7 @@ class Programs:
             filled = mesh_lib.replicate(filled, mesh)
         else:
             filled = mesh_lib.to_global(filled, mesh)
-        results = program(self._arrays, *filled)
+        results = program(self._arrays_of(maps), *filled)
         return [None if part is None else np.asarray(part)[:count] for part in results]
 
     def _plan(self, count, maps, shape):

@@ -147,6 +147,12 @@ def _join(conv, norm):
     }
 
 
+def differentiable(module: Network) -> Network:
+    """The network whose folded arrays `features` can be differentiated with."""
+    # The native kernel for inference has no gradient.
+    return module.clone(kernel='xla') if 'kernel' in module.fields() else module
+
+
 def features(module: Network, folded, images):
     """Normalized images `[N, H, W, C]` to the last feature map, `[N, h, w, F]`.
 
@@ -155,18 +161,66 @@ def features(module: Network, folded, images):
     """
     if 'variables' in folded:
         return module.apply(folded['variables'], images, method='features')
+    x = _first_blocks(module, folded, images)
+    return _last_block(module, folded, x)
+
+
+def before_last_halving(module: Network, folded, images):
+    """The feature map that is halved last, and the way from it to the last one.
+
+    Of DenseNets it is that of the last transition, after its ReLU; of RDNet the output
+    of the block before it. A network that halves nowhere has its last map alone.
+
+    Args:
+      folded: of `fold` for the module of `differentiable`.
+
+    Returns:
+      `[N, h, w, F]`, and a function from it to what `features` returns.
+    """
+    if 'variables' in folded:
+        variables = folded['variables']
+        x, number = module.apply(variables, images, method='before_last_halving')
+
+        def finish(x):
+            return module.apply(variables, x, number, method='features_after')
+
+        return x, finish
+    if len(folded['blocks']) == 1:
+        return features(module, folded, images), lambda x: x
+    tail = folded['blocks'][-2]['tail']
+    x = _first_blocks(module, folded, images, tails=len(folded['blocks']) - 2)
+    x = jax.nn.relu(_normalize(x, tail)).astype(x.dtype)
+    return x, lambda x: _last_block(module, folded, _mix_and_pool(x, tail))
+
+
+def _first_blocks(module, folded, images, tails=None):
+    """The stem and all blocks but the last.
+
+    Args:
+      tails: how many transitions follow; None for all.
+    """
     module.check_image_size(images.shape[1:3])
     x = _stem(module, folded['stem'], images)
-    for size, block in zip(module.block_sizes, folded['blocks'], strict=True):
-        last = block is folded['blocks'][-1]
-        if 'packed' in block:
-            x = _native_block(module, x, block['packed'], size, last)
-            continue
-        for layer in block['layers']:
-            x = jnp.concatenate([x, _dense_layer(x, layer)], -1)
-        if last:
-            return _normalize(x, block['tail']).astype(x.dtype)
-        x = _transition(x, block['tail'])
+    sizes = zip(module.block_sizes, folded['blocks'][:-1], strict=False)
+    for number, (size, block) in enumerate(sizes):
+        x = _block(module, x, block, size)
+        if 'packed' not in block and number != tails:
+            x = _transition(x, block['tail'])
+    return x
+
+
+def _last_block(module, folded, x):
+    block = folded['blocks'][-1]
+    x = _block(module, x, block, module.block_sizes[-1], last=True)
+    return x if 'packed' in block else _normalize(x, block['tail']).astype(x.dtype)
+
+
+def _block(module, x, block, size, last=False):
+    """A dense block; if it is packed, with what follows it."""
+    if 'packed' in block:
+        return _native_block(module, x, block['packed'], size, last)
+    for layer in block['layers']:
+        x = jnp.concatenate([x, _dense_layer(x, layer)], -1)
     return x
 
 
@@ -265,8 +319,11 @@ def _dense_layer(x, layer):
 
 def _transition(x, arrays):
     """Pools before the 1x1 convolution, which leaves it a quarter of the work."""
-    y = jax.nn.relu(_normalize(x, arrays)).astype(x.dtype)
+    return _mix_and_pool(jax.nn.relu(_normalize(x, arrays)).astype(x.dtype), arrays)
+
+
+def _mix_and_pool(y, arrays):
     height, width = (n // 2 * 2 for n in y.shape[1:3])
     y = y[:, :height, :width]
     y = y.reshape(y.shape[0], height // 2, 2, width // 2, 2, y.shape[3]).mean((2, 4))
-    return xla_block.product(y, arrays['kernel'].astype(x.dtype)[0, 0])
+    return xla_block.product(y, arrays['kernel'].astype(y.dtype)[0, 0])

@@ -158,14 +158,31 @@ class RDNet(network.Network):
         """
         self.check_image_size(x.shape[-3:-1])
         x = self.norm0(self.conv0(x.astype(self.dtype)))
+        return self._blocks(x, train, frozen)
+
+    def _blocks(self, x, train=False, frozen=0, *, first=1):
+        """The last output of each size, from a block on."""
         outputs, count = [], len(self.block_sizes)
-        for number in range(1, count + 1):
+        for number in range(first, count + 1):
             x = getattr(self, f'denseblock{number}')(x, train and frozen <= number)
             if number == count or number in self.halvings:
                 outputs.append(x)
             if number < count:
                 x = getattr(self, f'transition{number}')(x)
         return outputs
+
+    def before_last_halving(self, x):
+        """Images to the feature map that is halved last, and its block's number."""
+        if not self.halvings:
+            return self.features(x), len(self.block_sizes)
+        return self.pyramid(x)[-2], max(self.halvings)
+
+    def features_after(self, x, number: int):
+        """The output of a dense block to the last feature map."""
+        if number == len(self.block_sizes):
+            return x
+        x = getattr(self, f'transition{number}')(x)
+        return self._blocks(x, first=number + 1)[-1]
 
     @nn.nowrap
     def stages(self):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from flax_densenet.data import bands, dataset, deep_picture
 from flax_densenet.evaluation import results
-from flax_densenet.inference import overlay
+from flax_densenet.inference import originals, overlay
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.report import render
 
@@ -183,36 +183,16 @@ def originals_of(examples: dataset.Examples):
       of it in pixels. Of sets that keep no originals, the images as the model gets
       them.
     """
-    pictures, channels = examples.as_pictures(), examples.preparation.channels
-    channels = channels if bands.are_kept(channels) else 3
+    pictures = examples.as_pictures()
 
     def load(position):
         picture = pictures[position]['image']
         if isinstance(picture, np.ndarray):
             image = bands.to_visible(deep_picture.to_uint8(picture))
             return np.ascontiguousarray(image), (0, 0, *image.shape[1::-1])
-        if not isinstance(picture, Image.Image):
-            array = deep_picture.to_uint8(picture.to_array(channels))
-            picture = Image.fromarray(bands.to_visible(array))
-        box = _seen_part(examples.preparation, picture.size)
-        scale = min(1.0, LARGE / max(picture.size))
-        if scale < 1:
-            size = tuple(max(1, round(n * scale)) for n in picture.size)
-            picture = picture.resize(size, Image.Resampling.LANCZOS)
-        return np.asarray(picture.convert('RGB')), tuple(x * scale for x in box)
+        return originals.show(picture, examples.preparation, side=LARGE)
 
     return load
-
-
-def _seen_part(preparation, size):
-    """The part of an image that the model sees: left, top, right, bottom in pixels."""
-    width, height = size
-    if preparation.resize == 'stretch' or not preparation.size:
-        return 0.0, 0.0, float(width), float(height)
-    rows, columns = preparation.shape
-    unit = preparation.crop_fraction * min(width / columns, height / rows)
-    left, top = (width - unit * columns) / 2, (height - unit * rows) / 2
-    return left, top, width - left, height - top
 
 
 def make_cells(found: results.Results, classes) -> dict[str, list[dict[str, Any]]]:

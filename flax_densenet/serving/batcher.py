@@ -9,11 +9,11 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from flax_densenet.inference import explain as explain_lib
 from flax_densenet.inference import predictor
 
 # Images that are computed at a time, at most.
@@ -29,7 +29,7 @@ class BatchResult:
 
     Attributes:
       probabilities: float32 `[num_classes]`.
-      cam: Grad-CAM `[h, w]`, where asked for.
+      cam: map `[h, w]`, where asked for.
     """
 
     probabilities: np.ndarray
@@ -42,6 +42,7 @@ class _Batch:
 
     images: list[np.ndarray] = dataclasses.field(default_factory=list)
     classes: list[int | None] = dataclasses.field(default_factory=list)
+    how: list[explain_lib.Options] = dataclasses.field(default_factory=list)
     full: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
     answers: asyncio.Task | None = None
 
@@ -59,6 +60,7 @@ class Batcher:
         batch_size: int,
         wait_s: float = WAIT_S,
         on_batch: Callable[[int], None] = lambda count: None,
+        explain: Sequence[explain_lib.Options] = (explain_lib.DEFAULT,),
     ):
         """Compiles nothing yet.
 
@@ -68,8 +70,10 @@ class Batcher:
           wait_s: seconds that an image waits for others while the device is idle.
           on_batch: called with the number of images of each batch before it is
             computed, on the thread of the event loop.
+          explain: the methods of maps, the usual one first.
         """
         self.ready = False
+        self._explain = tuple(explain)
         self.predictor = predictor.Predictor(trained, batch_size)
         self._wait_s = wait_s
         self._on_batch = on_batch
@@ -78,27 +82,40 @@ class Batcher:
         self._device = concurrent.futures.ThreadPoolExecutor(1, 'device')
 
     async def warm_up(self):
-        """Compiles every batch size; `ready` is True afterwards."""
+        """Compiles every batch size; `ready` is True afterwards.
+
+        Methods besides the usual one are compiled for one image.
+        """
         preparation = self.predictor.preparation
         shape = (1, *preparation.shape, preparation.channels)
         image = np.zeros(shape, preparation.dtype)
         programs = self.predictor.programs
+        usual, *others = self._explain
         for size in programs.sizes:
-            for classes in (None, MOST_LIKELY):
-                compile_it = functools.partial(programs.compile, size)
-                await self._on_device(compile_it, classes is not None)
-                # The first run takes memory, which later ones find there.
-                await self._on_device(programs, np.repeat(image, size, 0), classes)
+            batch = np.repeat(image, size, 0)
+            await self._on_device(programs.compile, size)
+            # The first run takes memory, which later ones find there.
+            await self._on_device(programs, batch)
+            if not usual.is_slow:
+                await self._on_device(programs.compile, size, usual.method)
+                await self._on_device(programs, batch, MOST_LIKELY, usual.method)
+        for how in (usual, *others) if usual.is_slow else others:
+            await self._on_device(self.predictor.cams, image, MOST_LIKELY, how)
         self.ready = True
 
     async def predict(
-        self, image: np.ndarray, *, explain: int | None = None
+        self,
+        image: np.ndarray,
+        *,
+        explain: int | None = None,
+        how: explain_lib.Options = explain_lib.DEFAULT,
     ) -> BatchResult:
         """What the model says of one image, computed with those that wait.
 
         Args:
           image: uint8 `[H, W, C]`, as `predict.Predictor.load` gives it.
           explain: index of the class whose map is wanted, `MOST_LIKELY`, or None.
+          how: the method of the map.
         """
         batch = self._open
         if batch is None:
@@ -107,6 +124,7 @@ class Batcher:
         place = len(batch.images)
         batch.images.append(image)
         batch.classes.append(explain)
+        batch.how.append(how)
         if len(batch.images) == self.predictor.batch_size:
             batch.full.set()
             self._open = None
@@ -136,20 +154,18 @@ class Batcher:
     def _compute(self, batch):
         """Those with a map and those without apart: maps cost nothing to the others."""
         answers = [None] * len(batch.images)
-        for explained in (False, True):
-            places = [
-                place
-                for place, of in enumerate(batch.classes)
-                if (of is not None) == explained
-            ]
-            if not places:
-                continue
+        kinds = [
+            None if of is None else how
+            for of, how in zip(batch.classes, batch.how, strict=True)
+        ]
+        for kind in dict.fromkeys(kinds):
+            places = [place for place, other in enumerate(kinds) if other == kind]
             images = np.stack([batch.images[place] for place in places])
-            if explained:
-                classes = [batch.classes[place] for place in places]
-                rows, _, cams = self.predictor.programs(images, classes)
-            else:
+            if kind is None:
                 rows, cams = self.predictor.compute(images)[0], [None] * len(places)
+            else:
+                classes = [batch.classes[place] for place in places]
+                rows, _, cams = self.predictor.compute_maps(images, classes, kind)
             for place, row, cam in zip(places, rows, cams, strict=True):
                 answers[place] = BatchResult(row, cam)
         return answers

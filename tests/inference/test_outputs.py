@@ -164,7 +164,7 @@ class Model:
     def class_index(self, name):
         return NAMES.index(name)
 
-    def stream(self, paths, *, threads, features, cams, cam_class):
+    def stream(self, paths, *, threads, features, cams, cam_class, how):
         for path in paths:
             if path == 'stop':
                 raise self.stop

@@ -215,10 +215,11 @@ def test_explanations(predictor, tmp_path):
     best = max(ants + bees, key=lambda one: one.cam.max())
     assert best.cam.max() > 0
     picture = best.picture
-    assert picture.size == (2 * 228 + 6, 228 + 30)  # 12 pixels, 19 times as large
-    left = np.asarray(picture)[30:, :228]
-    np.testing.assert_array_equal(left[::19, ::19], best.image)
-    right = np.asarray(picture)[30:, 234:]
+    assert picture.size == (2 * 320 + 6, 240 + 30)  # of the file, 8 times as large
+    left = np.asarray(picture)[30:, :320]
+    with Image.open(best.path) as photo:
+        np.testing.assert_array_equal(left[::8, ::8], photo)
+    right = np.asarray(picture)[30:, 326:]
     np.testing.assert_array_equal(right, overlay.overlay(left, best.cam))
     assert best.overlay.shape == (12, 12, 3)
     assert np.asarray(picture)[:30].min() < 100  # letters

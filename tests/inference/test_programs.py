@@ -78,21 +78,21 @@ def test_what_is_compiled_when(model, monkeypatch):
     monkeypatch.setattr(programs_lib.Programs, '_compile', compile_one)
     programs = programs_lib.Programs(model, 8)
     images = images_of(model, 8)
-    assert programs(images)[0].shape == (8, 10) and made == [(8, False)]
+    assert programs(images)[0].shape == (8, 10) and made == [(8, '')]
     first = programs(images[:1])  # filled up
-    assert made == [(8, False)]
+    assert made == [(8, '')]
     again = programs(images[:1])
-    assert made == [(8, False), (1, False)]
+    assert made == [(8, ''), (1, '')]
     assert_same(first[:2], again[:2])
     programs(images[:3])
     assert len(made) == 2
     programs(images[:3], -1)  # with maps there is none to fill up
-    assert made[2:] == [(4, True)]
+    assert made[2:] == [(4, 'gradcam')]
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         tasks = [pool.submit(programs, images[:4]) for _ in range(8)]
         for task in tasks:
             assert_same(task.result()[:2], [part[:4] for part in programs(images)[:2]])
-    assert made.count((4, False)) == 1
+    assert made.count((4, '')) == 1
 
 
 def test_other_sides(model):

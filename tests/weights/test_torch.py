@@ -1,7 +1,6 @@
 """Beside the real torchvision, timm and torchxrayvision: `make test-slow` has them."""
 
 import argparse
-import importlib.util
 import resource
 import time
 
@@ -14,40 +13,15 @@ from flax_densenet.errors import UserError
 from flax_densenet.export import formats
 from flax_densenet.inference import predictor
 from flax_densenet.weights import operating_points, trained, weight_file
+from helpers import torch_networks
+from helpers.torch_networks import shake, small
 
 torch = pytest.importorskip('torch')
 
 
 @pytest.fixture(scope='module')
 def torchvision():
-    if importlib.util.find_spec('torchvision') is None:
-        pytest.skip('torchvision is not installed')
-    from benchmarks import torch_models
-
-    return torch_models.import_torchvision()
-
-
-def shake(model):
-    """Random statistics and scales, so that none of them could be left out."""
-    generator = torch.Generator().manual_seed(0)
-
-    def uniform(like, low, high):
-        return torch.rand(like.shape, generator=generator) * (high - low) + low
-
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.weight.copy_(uniform(module.weight, 0.5, 1.5))
-                module.bias.copy_(uniform(module.bias, -0.3, 0.3))
-                module.running_mean.copy_(uniform(module.bias, -0.3, 0.3))
-                module.running_var.copy_(uniform(module.bias, 0.5, 1.5))
-    return model.eval()
-
-
-def small(torchvision, **fields):
-    fields = dict(growth_rate=8, block_config=(2, 2), num_init_features=16) | fields
-    torch.manual_seed(0)
-    return shake(torchvision.models.DenseNet(**fields))
+    return torch_networks.import_torchvision()
 
 
 def assert_same_function(model, found, size=(64, 64), channels=3):

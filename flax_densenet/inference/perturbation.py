@@ -1,0 +1,190 @@
+"""Explanations that compute an image many times: occlusion, integrated gradients.
+
+Normalized images are 0 where their pixels have the mean color of the training images:
+that is what hides a patch, and where the path of integrated gradients starts.
+
+* Occlusion (Zeiler and Fergus, 1311.2901): patches that overlap by half. A pixel has
+  the mean, over the patches that cover it, of what the class's logit loses.
+* Integrated gradients (Sundararajan et al., 1703.01365, equation 1): the image times
+  the mean gradient of the logit on the straight path to it, by Gauss-Legendre
+  quadrature. The sum over all pixels and channels is what the logit gains.
+
+Of both only what supports the class is kept: negative values become 0.
+"""
+
+import functools
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.inference import explain
+from flax_densenet.models import folded
+from flax_densenet.weights.trained import Trained, normalize, preparation_of
+
+# Variants of an image that are computed at a time; gradients keep all activations.
+_FORWARD, _BACKWARD = 16, 8
+
+
+def occluded_logits(module, arrays, image, chosen, tops, lefts, sides, *, mean, std):
+    """Logits `[B]` of a class with a patch hidden.
+
+    Args:
+      arrays: of `folded.fold`.
+      image: prepared, `[H, W, C]`.
+      chosen: int32, the class.
+      tops, lefts: int32 `[B]`, corners of the patches; outside nothing is hidden.
+      sides: int32 `[2]`, the patches' height and width.
+    """
+    pixels = normalize(image[None], mean=mean, std=std)
+    rows, columns = (jnp.arange(n) for n in image.shape[:2])
+    inside = _covers(rows, tops, sides[0])[:, :, None]
+    inside = inside & _covers(columns, lefts, sides[1])[:, None, :]
+    pixels = jnp.where(inside[..., None], 0, pixels)
+    return folded.logits(module, arrays, pixels)[:, chosen].astype(jnp.float32)
+
+
+def _covers(places, starts, side):
+    places, starts = places[None], starts[:, None]
+    return (places >= starts) & (places < starts + side)
+
+
+def weighted_gradients(module, arrays, image, chosen, places, weights, *, mean, std):
+    """The image times a weighted sum of gradients, summed over channels: `[H, W]`.
+
+    Args:
+      places: float32 `[B]`, shares of the way from the mean color to the image.
+      weights: float32 `[B]`, of the gradients there.
+    """
+    pixels = normalize(image[None], mean=mean, std=std)
+
+    def of_class(pixels):
+        return folded.logits(module, arrays, pixels)[:, chosen].sum()
+
+    path = places.reshape(-1, 1, 1, 1).astype(pixels.dtype) * pixels
+    gradients = jax.grad(of_class)(path)
+    total = (weights.reshape(-1, 1, 1, 1) * gradients).sum(0)
+    return (pixels[0] * total).sum(-1).astype(jnp.float32)
+
+
+class Perturbations:
+    """The programs of one trained model. Can be called from many threads."""
+
+    def __init__(self, trained: Trained):
+        """Compiles nothing yet."""
+        self._trained = trained
+        self._compiled: dict[Any, Any] = {}
+        self._lock = threading.Lock()
+
+    def map_of(
+        self, image: np.ndarray, chosen: int, options: explain.Options
+    ) -> np.ndarray:
+        """The map of a class for a prepared image `[H, W, C]`: float32 `[H, W]`."""
+        made = {'occlusion': self.occlusion, 'integrated_gradients': self.integrate}
+        signed = made[options.method](image, chosen, options)
+        return np.maximum(signed, 0)
+
+    def occlusion(self, image, chosen, options) -> np.ndarray:
+        """What each pixel adds to the logit, with its sign: float32 `[H, W]`."""
+        height, width = image.shape[:2]
+        side = max(1, -(-min(height, width) // options.patches))
+        stride = max(1, side // 2)
+        tops, lefts = (_starts(n, side, stride) for n in (height, width))
+        corners = [(top, left) for top in tops for left in lefts]
+        # At the last one nothing is hidden.
+        places = np.array([*corners, (height, width)], np.int32)
+        logits = self._run(
+            occluded_logits, image, chosen, list(places.T), (side, side), _FORWARD
+        )
+        lost = logits[-1] - logits[:-1]
+        total, count = np.zeros((2, height, width))
+        for (top, left), value in zip(corners, lost, strict=True):
+            patch = np.s_[top : top + side, left : left + side]
+            total[patch] += value
+            count[patch] += 1
+        return (total / count).astype(np.float32)
+
+    def integrate(self, image, chosen, options) -> np.ndarray:
+        """What each pixel adds to the logit, with its sign: float32 `[H, W]`."""
+        nodes, weights = np.polynomial.legendre.leggauss(options.steps)
+        given = [(nodes + 1) / 2, weights / 2]
+        given = [values.astype(np.float32) for values in given]
+        parts = self._run(weighted_gradients, image, chosen, given, (), _BACKWARD)
+        return parts.sum(0)
+
+    def _run(self, function, image, chosen, variants, sides, size):
+        """The results of a program for all variants, a batch at a time."""
+        devices = self._split()
+        size *= devices
+        more = (np.array(sides, np.int32),) if sides else ()
+        program = self._program(function, image.shape, size, bool(sides))
+        arrays, mesh = self._arrays[function is weighted_gradients], self._trained.mesh
+        common = mesh_lib.replicate((image, np.int32(chosen), *more), mesh)
+        found = []
+        for start in range(0, len(variants[0]), size):
+            batch = [values[start : start + size] for values in variants]
+            count = len(batch[0])
+            fill = [np.zeros(size - count, values.dtype) for values in batch]
+            batch = [np.concatenate(pair) for pair in zip(batch, fill, strict=True)]
+            if devices > 1:
+                batch = mesh_lib.to_global(batch, mesh)
+            else:
+                batch = mesh_lib.replicate(batch, mesh)
+            result = program(arrays, *common[:2], *batch, *common[2:])
+            found.append(np.asarray(result)[: count if result.ndim == 1 else None])
+        return np.concatenate(found) if found[0].ndim == 1 else np.stack(found)
+
+    @functools.cached_property
+    def _arrays(self):
+        """To predict with, and to differentiate, which the native kernel cannot."""
+        module, variables = self._trained.module, self._trained.variables
+        plain = folded.differentiable(module)
+        arrays = [folded.fold(module, variables)]
+        arrays.append(folded.fold(plain, variables) if plain != module else arrays[0])
+        return mesh_lib.replicate(arrays, self._trained.mesh)
+
+    def _split(self):
+        """Over how many devices variants are divided; processes compute all of them."""
+        mesh = self._trained.mesh
+        return 1 if mesh.is_multi_process else mesh.size
+
+    def _program(self, function, shape, size, has_sides):
+        key = function, shape, size
+        with self._lock:
+            if key not in self._compiled:
+                self._compiled[key] = self._compile(function, shape, size, has_sides)
+            return self._compiled[key]
+
+    def _compile(self, function, shape, size, has_sides):
+        mesh, metadata = self._trained.mesh, self._trained.metadata
+        whole = mesh_lib.replicated(mesh)
+        rows = mesh_lib.split_rows(mesh) if self._split() > 1 else whole
+        dtype = jnp.int32 if has_sides else jnp.float32
+        backward = function is weighted_gradients
+        module = self._trained.module
+        program = functools.partial(
+            function,
+            folded.differentiable(module) if backward else module,
+            mean=tuple(metadata['mean']),
+            std=tuple(metadata['std']),
+        )
+
+        def struct(shape, dtype, sharding=whole):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+        given = [
+            struct(shape, preparation_of(metadata).dtype),
+            struct((), jnp.int32),
+            *[struct((size,), dtype, rows)] * 2,
+        ]
+        given += [struct((2,), jnp.int32)] * has_sides
+        compiled = jax.jit(program, out_shardings=whole)
+        return compiled.lower(self._arrays[backward], *given).compile()
+
+
+def _starts(length, side, stride):
+    """Where patches start along a side, as in captum: the last may be cut off."""
+    return range(0, max(0, -(-(length - side) // stride)) * stride + 1, stride)

@@ -310,6 +310,17 @@ def get_config() -> ConfigDict:
     # Experiment trackers that follow the run, such as 'wandb,mlflow': wandb, mlflow,
     # trackio. Without a login they write to this machine (docs/train.md).
     config.train.trackers = ''
+    # After training, learn what usual images look like, so that predictions also say
+    # how unlike the training images an image is (docs/unusual.md): mahalanobis
+    # (distance to the nearest class), neighbor (distance to training images), energy
+    # (of the outputs alone) or off. auto: mahalanobis.
+    config.train.unusual = 'auto'
+    # Share of the validation images that count as usual; the others, and images that
+    # are as far from the training images, are marked as unusual.
+    config.train.unusual_share = 0.95
+    # Training images to look at for that, at most. Of many classes, ten of each, up to
+    # 10,000. It takes as long as predicting that many images.
+    config.train.unusual_images = 2000
     # Write report.html about the best checkpoint at the end. The command report writes
     # it too.
     config.train.report = True

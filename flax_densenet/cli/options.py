@@ -250,6 +250,13 @@ PRECISION = Flag(
     value='PRECISION',
     default_text='auto',
 )
+COVERAGE = Flag(
+    'coverage',
+    'Also list the classes that contain the true one for this share of images like the '
+    'validation images, such as 0.9 (conformal sets; docs/unusual.md).',
+    kind=float,
+    value='SHARE',
+)
 CLUSTER = (
     Flag(
         'distributed',

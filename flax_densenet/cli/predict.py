@@ -66,7 +66,9 @@ def _write(invocation, load, threads, how):
     flags = invocation.flags
     input_files.check(flags.files)
     places = {name: invocation.path(name) for name in ('out', 'explain', 'features')}
-    with outputs_lib.Outputs(form=flags.format, top=flags.top, **places) as outputs:
+    with outputs_lib.Outputs(
+        form=flags.format, top=flags.top, coverage=flags.coverage, **places
+    ) as outputs:
         model = load()
         if processes.count() > 1:
             model = multi_process.MultiProcessPredictor(model)
@@ -108,6 +110,7 @@ COMMAND = options.Command(
     examples=(
         ('a table on the screen', 'predict ckpt/birds photos more.jpg'),
         ('a CSV file', 'predict ckpt/birds photos --out=birds.csv --top=1'),
+        ('sets of classes, right for 90%', 'predict ckpt/birds photos --coverage=0.9'),
         ('heat maps (Grad-CAM)', 'predict ckpt/birds photos --explain=maps'),
         (
             'finer heat maps',
@@ -145,6 +148,7 @@ COMMAND = options.Command(
             options.Flag(
                 'top', 'Classes to list per image.', kind=int, default=5, value='N'
             ),
+            options.COVERAGE,
             options.Flag(
                 'explain',
                 'Folder for a picture per image that shows where the class is seen.',

@@ -166,6 +166,7 @@ def compute_outputs(
     threads: int = 4,
     workers: int = 0,
     features: bool = False,
+    title: str = 'test',
 ) -> Outputs:
     """What a trained model computes of labeled images, in the examples' order.
 
@@ -176,6 +177,7 @@ def compute_outputs(
       batch_size: over all devices, which it must divide over.
       features: whether pooled features are wanted as well, in the same pass; of the
         images themselves, not of other views of them.
+      title: of the progress bar.
 
     Raises:
       UserError: a logit is not finite.
@@ -200,7 +202,7 @@ def compute_outputs(
         threads=threads,
         workers=workers,
     )
-    with tqdm(total=len(examples), desc='test', leave=False, disable=None) as bar:
+    with tqdm(total=len(examples), desc=title, leave=False, disable=None) as bar:
         for pooled, logits, batch in steps:
             made = logits, batch['label'], *([pooled] if features else [])
             mask = mesh_lib.gather(batch['mask']) > 0

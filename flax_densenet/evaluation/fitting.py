@@ -14,6 +14,7 @@ from typing import Any
 
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.distributed import processes
+from flax_densenet.evaluation import conformal, unusual
 from flax_densenet.evaluation import selection as selection_lib
 from flax_densenet.weights import decision_entry
 from flax_densenet.weights import decisions as decisions_lib
@@ -24,7 +25,10 @@ Fitter = Callable[
     [selection_lib.Selection, selection_lib.Rules, decisions_lib.Decisions],
     decision_entry.Entry | None,
 ]
-FITTERS: dict[str, Fitter] = {}
+FITTERS: dict[str, Fitter] = {
+    'unusual': unusual.fit_entry,
+    'sets': conformal.fit_entry,
+}
 
 
 def fit(

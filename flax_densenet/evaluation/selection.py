@@ -23,11 +23,22 @@ class Rules:
       calibrate: whether probabilities are calibrated if that helps.
       threshold: rule for thresholds, as `train.threshold`; empty for none.
       positive_class: of two classes; empty for the second.
+      unusual: how to score unusual images, as `train.unusual`; `off` for not at all.
+      unusual_share: of these images that count as usual.
+      unusual_images: training images to look at, at most.
     """
 
     calibrate: bool = True
     threshold: str = ''
     positive_class: str = ''
+    unusual: str = 'auto'
+    unusual_share: float = 0.95
+    unusual_images: int = 2000
+
+    @property
+    def need_features(self) -> bool:
+        """Whether something is fitted of pooled features."""
+        return self.unusual not in ('off', 'energy')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,11 +89,15 @@ class Selection:
 
     def features_of(self, examples: dataset.Examples) -> np.ndarray:
         """Pooled features of other images, such as some of `train`."""
-        found = evaluate.compute_outputs(
-            self.trained, examples, features=True, **self.loading
-        ).features
+        found = self.outputs_of(examples).features
         assert found is not None
         return found
+
+    def outputs_of(self, examples: dataset.Examples) -> evaluate.Outputs:
+        """Logits, labels and pooled features of other images."""
+        return evaluate.compute_outputs(
+            self.trained, examples, features=True, title='features', **self.loading
+        )
 
 
 def select(

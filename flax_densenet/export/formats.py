@@ -125,12 +125,11 @@ def _write_keras(path, trained, options):
 
 def _write_onnx(path, trained, options):
     arguments = trained.module, trained.variables, trained.metadata
+    more = {'inputs': options.inputs, 'decisions': trained.decisions}
     if options.precision == 'int8':
-        made = onnx_int8.make(*arguments, options.calibration, inputs=options.inputs)
+        made = onnx_int8.make(*arguments, options.calibration, **more)
     else:
-        made = onnx_network.make(
-            *arguments, inputs=options.inputs, precision=options.precision
-        )
+        made = onnx_network.make(*arguments, precision=options.precision, **more)
     onnx_graph.import_onnx().save(made, path)
 
 

@@ -79,6 +79,8 @@ def describe_model(trained: trained_lib.Trained) -> dict[str, Any]:
         'mirrored': tta.from_metadata(metadata) == 'flip',
         'timm': timm_network.find(module, channels=channels),
         'torchvision': _torchvision(module, channels),
+        'unusual': trained.decisions and trained.decisions.unusual,
+        'sets': trained.decisions and trained.decisions.sets,
     }
 
 

@@ -29,20 +29,23 @@ class Graph:
         self._used: dict[str, int] = {}
 
     def add(self, operator: str, *inputs: str | np.ndarray, **attributes: Any) -> str:
-        """Adds a node with one output; returns the output's name.
+        """Adds a node; returns the name of its (first) output.
 
         Args:
           operator: its type.
           inputs: names of other outputs, arrays, or '' for an omitted input.
-          attributes: of the operator; `name` is the name of the node.
+          attributes: of the operator; `name` is the name of the node, `outputs` the
+            number of its outputs, if it has several.
         """
         name = self._name(attributes.pop('name', operator))
+        made = [name, *map(str, range(1, attributes.pop('outputs', 1)))]
+        made[1:] = [self._name(f'{name}.output{number}') for number in made[1:]]
         names = [
             one if isinstance(one, str) else self.constant(one, f'{name}.{number}')
             for number, one in enumerate(inputs)
         ]
         node = self._onnx.helper.make_node(
-            operator, names, [name], name=name, **attributes
+            operator, names, made, name=name, **attributes
         )
         self._nodes.append(node)
         return name

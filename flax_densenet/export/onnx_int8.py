@@ -25,6 +25,7 @@ from flax_densenet.export import onnx_calibration, onnx_network
 from flax_densenet.export.onnx_calibration import Bounds
 from flax_densenet.export.onnx_graph import Graph
 from flax_densenet.models import network
+from flax_densenet.weights import decisions as decisions_lib
 from flax_densenet.weights import trained
 
 _STEPS = 255  # of a feature map
@@ -60,6 +61,7 @@ def make(
     batches: Sequence[np.ndarray],
     *,
     inputs: str = 'images',
+    decisions: decisions_lib.Decisions | None = None,
 ) -> Any:
     """The `onnx.ModelProto` in integers; inputs and outputs as in `onnx_network.make`.
 
@@ -72,6 +74,7 @@ def make(
       metadata: of the run.
       batches: resized uint8 images `[N, H, W, C]` for calibration.
       inputs: one of `onnx_network.INPUTS`.
+      decisions: see `onnx_network.make`.
 
     Raises:
       UserError: the network has no bottleneck, or ONNX Runtime is not installed.
@@ -81,19 +84,22 @@ def make(
     net = onnx_network.fold(module, variables)
 
     def build(inputs, shift=0.0):
-        graph, logits = _network(module, net, metadata, bounds, inputs, shift)
-        return onnx_network.finish(graph, logits, module, metadata, inputs)
+        graph, pooled, logits = _network(module, net, metadata, bounds, inputs, shift)
+        return onnx_network.finish(
+            graph, logits, module, metadata, inputs, pooled=pooled, decisions=decisions
+        )
 
     session, outputs = onnx_calibration.start(build('normalized')), []
     mean, std = (np.float32(metadata[name]) for name in ('mean', 'std'))
     for batch in batches:
         images = (batch / np.float32(255) - mean) / std
-        outputs += session.run(None, {'input': images.transpose(0, 3, 1, 2)})
+        given = {'input': images.transpose(0, 3, 1, 2)}
+        outputs += session.run(['logits'], given)
     return build(inputs, wanted - np.concatenate(outputs).mean(0))
 
 
 def _network(module, net, metadata, bounds, inputs, shift):
-    """The graph and the name of its logits, to which `shift` is added."""
+    """The graph, its pooled features and its logits, to which `shift` is added."""
     graph = _Quantized(bounds)
     x, divisor = onnx_network.take_images(graph, metadata, inputs)
     # Bounds are those of images minus their mean, in the units of uint8 images.
@@ -111,7 +117,7 @@ def _network(module, net, metadata, bounds, inputs, shift):
             x, x_bounds = _transition(graph, x, x_bounds, block['tail'], name)
     classifier = net['head']['params']['classifier']
     arrays = classifier['kernel'], classifier['bias'] + shift
-    return graph, _classify(graph, x, x_bounds, block['tail'], *arrays)
+    return graph, *_classify(graph, x, x_bounds, block['tail'], *arrays)
 
 
 class _Quantized(Graph):
@@ -312,4 +318,9 @@ def _classify(graph, x, bounds, norm, kernel, bias):
     kernel, added = _product(kernel[None, None], *parts)
     arrays = np.float32(kernel[0, 0]), np.float32(bias + added)
     y = onnx_network.pool_mean(graph, graph.value(y, 'norm5.relu'))
-    return onnx_network.classify(graph, y, *arrays)
+    # The features themselves; runtimes leave them out if nothing needs them.
+    one_to_one, added = _product(np.eye(len(norm['mean']))[None, None], *parts)
+    factors = np.float32(one_to_one[0, 0].diagonal()[None])
+    pooled = graph.add('Mul', y, factors, name='pooled.factors')
+    pooled = graph.add('Add', pooled, np.float32(added)[None], name='pooled.features')
+    return pooled, onnx_network.classify(graph, y, *arrays)

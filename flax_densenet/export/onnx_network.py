@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from flax_densenet.export import onnx_unusual
 from flax_densenet.export.onnx_graph import Graph
 from flax_densenet.models import folded, layers, network, rdnet
 from flax_densenet.settings import sizes
+from flax_densenet.weights import decisions as decisions_lib
 from flax_densenet.weights import heads, trained
 
 # `images`: uint8 RGB `[N, H, W, C]`, decoded and resized, to probabilities; uint16 of a
@@ -29,6 +31,7 @@ def make(
     *,
     inputs: str = 'images',
     precision: str = 'float32',
+    decisions: decisions_lib.Decisions | None = None,
 ) -> Any:
     """The `onnx.ModelProto` of a trained network.
 
@@ -39,11 +42,15 @@ def make(
         stored in the file, see `properties`.
       inputs: one of `INPUTS`.
       precision: of the stored weights, see `onnx_graph.Graph`.
+      decisions: what was fitted after training. With a score of unusual images the file
+        has a second output `unusual`, float32 `[N]`.
     """
     graph = Graph(precision)
     x, divisor = take_images(graph, metadata, inputs)
-    logits = _NETWORKS[module.family](graph, x, module, variables, divisor)
-    return finish(graph, logits, module, metadata, inputs)
+    pooled, logits = _NETWORKS[module.family](graph, x, module, variables, divisor)
+    return finish(
+        graph, logits, module, metadata, inputs, pooled=pooled, decisions=decisions
+    )
 
 
 def fold(module: network.Network, variables) -> dict[str, Any]:
@@ -80,10 +87,13 @@ _ACTIVATIONS = {
 }
 
 
-def finish(graph, logits, module, metadata, inputs) -> Any:
-    """Adds the output and completes the graph; returns the `onnx.ModelProto`."""
+def finish(
+    graph, logits, module, metadata, inputs, *, pooled=None, decisions=None
+) -> Any:
+    """Adds the outputs and completes the graph; returns the `onnx.ModelProto`."""
     channels, classes = len(metadata['mean']), module.num_classes
     taken: dict[str, tuple]
+    given: dict[str, tuple]
     if inputs == 'normalized':
         taken = {'input': (np.float32, ('batch', channels, 'height', 'width'))}
         output = graph.add('Identity', logits, name='logits')
@@ -99,7 +109,10 @@ def finish(graph, logits, module, metadata, inputs) -> Any:
         if points is not None:
             output = _scale(graph, output, points)
     given = {output: (np.float32, ('batch', classes))}
-    return graph.model(taken, given, properties(module, metadata))
+    if decisions is not None and decisions.unusual is not None:
+        score = onnx_unusual.add(graph, decisions.unusual, pooled, logits)
+        given[score] = np.float32, ('batch',)
+    return graph.model(taken, given, properties(module, metadata, decisions))
 
 
 def _scale(graph, sigmoids, points):
@@ -116,14 +129,21 @@ def _scale(graph, sigmoids, points):
     return graph.add('Where', given, scores, half, name='probabilities')
 
 
-def properties(module: network.Network, metadata: dict[str, Any]) -> dict[str, str]:
+def properties(
+    module: network.Network,
+    metadata: dict[str, Any],
+    decisions: decisions_lib.Decisions | None = None,
+) -> dict[str, str]:
     """The metadata of a file: strings by name, with lists as JSON.
 
     `labels`, `image_size` (side in pixels, or `HEIGHT,WIDTH`), `channels`, `resize`,
     `crop_fraction` and `interpolation` (`images.Preparation`), `mean`, `std`,
     `multi_label`, `variant`; `outputs` if the outputs are neither a softmax nor
     sigmoids; `window` and `bit_depth` if images have more than 8 bits;
-    `operating_points` if they are applied to the probabilities.
+    `operating_points` if they are applied to the probabilities; `set_thresholds` if
+    there are conformal sets: by coverage, the lowest probability of a class in a set
+    (of several labels, of each). If images have one class, the likeliest is in the set
+    in any case.
     """
     preparation = trained.preparation_of(metadata)
     names = metadata['class_names'] or [str(n) for n in range(module.num_classes)]
@@ -131,6 +151,9 @@ def properties(module: network.Network, metadata: dict[str, Any]) -> dict[str, s
     more = {'outputs': outputs} if outputs == heads.NONE else {}
     if (points := trained.points_of(metadata)) is not None:
         more['operating_points'] = json.dumps(points)
+    if decisions is not None and decisions.sets is not None:
+        found = decisions.sets.table()
+        more['set_thresholds'] = json.dumps(found)
     return more | {
         'labels': json.dumps(list(names)),
         'image_size': sizes.plain(preparation.size).strip('()'),
@@ -182,13 +205,13 @@ def _densenet(graph, x, module, variables, divisor):
             x = graph.add('AveragePool', x, **halves, name=f'{name}.pool')
             x = conv(graph, x, tail['kernel'], name=f'{name}.conv')
     x = _affine(graph, x, tail, 'norm5', relu=module.last_relu)
-    x = _pool(graph, x, module.pooling)
+    pooled = x = _pool(graph, x, module.pooling)
     classifier = layers.linear_layers(net['head']['params']['classifier'])
     for number, layer in enumerate(classifier[:-1], start=1):
         name = f'classifier.layer{number}'
         x = graph.add('Gemm', x, layer['kernel'], layer['bias'], name=name)
         x = graph.add('Relu', x, name=f'{name}.relu')
-    return classify(graph, x, **classifier[-1])
+    return pooled, classify(graph, x, **classifier[-1])
 
 
 def stem_strides(module: network.Network, number: int) -> int:
@@ -289,7 +312,7 @@ def _rdnet(graph, x, module, variables, divisor):
     x = _normalize(graph, graph.add('Flatten', x), params['norm'], module.epsilon)
     classifier = params['classifier']
     arrays = (np.float32(classifier[name]) for name in ('kernel', 'bias'))
-    return graph.add('Gemm', x, *arrays, name='classifier')
+    return x, graph.add('Gemm', x, *arrays, name='classifier')
 
 
 def _patches(graph, x, kernel, bias, name):
@@ -360,5 +383,6 @@ def _normalize(graph, x, params, epsilon, name='norm'):
     return graph.add('LayerNormalization', x, *arrays, **options)
 
 
-# Functions that add the nodes of a network, by `Network.family`.
+# Functions that add the nodes of a network and return the names of its pooled features
+# and its logits, by `Network.family`.
 _NETWORKS = {'densenet': _densenet, 'rdnet': _rdnet}

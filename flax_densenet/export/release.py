@@ -93,6 +93,7 @@ def run(
         calibration=sample_images.batches(samples.calibration),
     )
     expected = verify.compute(trained, samples.images, inputs)
+    unusual = verify.compute_unusual(trained, samples.images)
     facts = []
 
     def try_out(part):
@@ -105,6 +106,7 @@ def run(
             inputs=options.inputs,
             precision=options.precision,
             nchw=known.channels_first,
+            unusual=unusual,
         )
         facts.extend(_describe(part, file_format, options))
         facts.extend(

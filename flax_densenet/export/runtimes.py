@@ -23,7 +23,13 @@ def _onnxruntime(path, about) -> Callable[[np.ndarray], np.ndarray]:
 
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     name = session.get_inputs()[0].name
-    return lambda images: session.run(None, {name: images})[0]
+    return lambda images: _joined(session.run(None, {name: images}))
+
+
+def _joined(outputs):
+    """Outputs `[N, C]`, with a score `[N]` as the last column if there is one."""
+    outputs = [np.asarray(one, np.float32) for one in outputs]
+    return np.concatenate([one.reshape(len(one), -1) for one in outputs], -1)
 
 
 def _openvino(path, about):
@@ -32,7 +38,7 @@ def _openvino(path, about):
     # Use float32 even on processors with lower-precision arithmetic.
     options = {'INFERENCE_PRECISION_HINT': 'f32'}
     compiled = openvino.Core().compile_model(path, 'CPU', options)
-    return lambda images: next(iter(compiled(images).values()))
+    return lambda images: _joined(compiled(images).values())
 
 
 def _ours(path, about):
@@ -51,7 +57,12 @@ def _jax(path, about):
 
     with open(path, 'rb') as file:
         program = export.deserialize(bytearray(file.read()))
-    return lambda images: np.asarray(program.call(images))
+
+    def compute(images):
+        found = program.call(images)
+        return _joined(found if isinstance(found, list | tuple) else [found])
+
+    return compute
 
 
 def _torch(path, about):
@@ -122,7 +133,8 @@ def run(
       about: the network's fields, its `family`, and the images' `channels`.
 
     Returns:
-      The outputs along axis 0 and an empty string; or None and the error.
+      The outputs along axis 0, with the score of unusual images as the last column if
+      the file has it, and an empty string; or None and the error.
     """
     with tempfile.TemporaryDirectory() as folder:
         places = [os.path.join(folder, f'{what}.npy') for what in ('images', 'outputs')]

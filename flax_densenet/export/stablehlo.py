@@ -5,6 +5,9 @@
     program = export.deserialize(open('birds.stablehlo', 'rb').read())
     probabilities = program.call(images)  # uint8 [n, 224, 224, 3]
 
+With a score of unusual images, the program returns `(probabilities, unusual)`;
+`results` in `metadata.json` names what it returns.
+
 The file is what `jax.export` writes, including the parameters, followed by a zip
 archive with `metadata.json`: the class names and how to prepare images. Readers of the
 first part ignore what follows; readers of zip archives ignore what precedes.
@@ -69,6 +72,8 @@ def save(
         (uint16, 0 to 65535, if the model keeps more than 8 bits);
         `normalized`: float32 `[N, H, W, C]`, `(image / 255 - mean) / std`, to logits
         float32 `[N, num_classes]`.
+        If the model has a score of unusual images, a tuple with the score, float32
+        `[N]`, as the second part.
       precision: of the stored kernels; `bfloat16` and `float16` halve the file and lose
         digits. The arithmetic is still the model's (`model.dtype`).
       any_size: the program takes images of any height and width that the network
@@ -102,8 +107,10 @@ def load(path: str) -> tuple[Callable[[Any], jax.Array], dict[str, Any]]:
 
     Returns:
       A function of images in the form of the metadata's `inputs`, compiled for each
-      number of images; and the metadata of the model, with `inputs`, `precision`,
-      `written_with_jax`, `written_on` and `compatibility`.
+      number of images; and the metadata of the model, with `inputs`, `results` (what
+      the function returns: of one name an array, of two a tuple), `precision`,
+      `written_with_jax`, `written_on` and `compatibility`, and `set_thresholds` as in
+      ONNX files if there are conformal sets.
 
     Raises:
       UserError: the file does not exist or is corrupt, this JAX cannot read it, or
@@ -157,6 +164,8 @@ def _export(trained, inputs, precision, any_size=False):
         module = module.clone(kernel='xla')  # only this package has the native kernel
     options = programs.options_of(trained)
     stored = _store(folded.fold(module, trained.variables), precision)
+    stored |= programs.arrays_of(trained)
+    score = options['unusual']
 
     def widen(array):
         wide = jnp.promote_types(array.dtype, jnp.float32)
@@ -164,12 +173,22 @@ def _export(trained, inputs, precision, any_size=False):
 
     def function(images):
         arrays = jax.tree.map(widen, stored)
-        if inputs == 'normalized':
-            return folded.logits(module, arrays, images).astype(jnp.float32)
-        probabilities, *_ = programs.predict_probabilities(
-            module, arrays, images, **options
+        if inputs == 'images':
+            found = programs.predict_probabilities(module, arrays, images, **options)
+            return (
+                found.probabilities
+                if score is None
+                else (found.probabilities, found.unusual)
+            )
+        maps = folded.features(module, arrays, images)
+        pooled, logits = (
+            module.apply(arrays['head'], maps, method=name).astype(jnp.float32)
+            for name in ('pool', 'head')
         )
-        return probabilities
+        if score is None:
+            return logits
+        known = score.with_arrays(arrays['unusual'])
+        return logits, known.score(pooled, logits, xp=jnp)
 
     preparation = trained_lib.preparation_of(metadata)
     (height, width), channels = preparation.shape, preparation.channels
@@ -208,10 +227,21 @@ def _store(arrays, precision):
 
 
 def _describe(trained, inputs, precision):
-    return trained.metadata | {
-        'inputs': inputs,
-        'precision': precision,
-        'written_with_jax': jax.__version__,
-        'written_on': datetime.date.today().isoformat(),
-        'compatibility': _WINDOW,
-    }
+    decisions, more = trained.decisions, {}
+    results = ['probabilities' if inputs == 'images' else 'logits']
+    if decisions and decisions.unusual:
+        results.append('unusual')
+    if decisions and decisions.sets:
+        more['set_thresholds'] = decisions.sets.table()
+    return (
+        trained.metadata
+        | more
+        | {
+            'inputs': inputs,
+            'results': results,
+            'precision': precision,
+            'written_with_jax': jax.__version__,
+            'written_on': datetime.date.today().isoformat(),
+            'compatibility': _WINDOW,
+        }
+    )

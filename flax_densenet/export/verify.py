@@ -9,12 +9,16 @@ import numpy as np
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import evaluate, metrics
 from flax_densenet.export import runtimes
+from flax_densenet.inference import programs
 from flax_densenet.weights import trained as trained_lib
 
 # The largest accepted difference of probabilities, or of logits relative to the
 # largest. Measured on small networks: 6e-7, 4e-4 and 4e-3. For int8 the mean difference
 # counts, since single predictions near a decision boundary may differ.
 BOUNDS = {'float32': 1e-4, 'float16': 0.01, 'bfloat16': 0.05, 'int8': 0.05}
+# Of the score of unusual images, relative to scores above 1. Integers move it more, and
+# there its difference is reported alone.
+UNUSUAL_BOUNDS = {'float32': 1e-2, 'float16': 0.1, 'bfloat16': 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +30,23 @@ class Verification:
       outputs: float32 `[N, num_classes]`.
       largest: the largest difference; of logits, relative to the largest logit.
       mean: the mean difference.
+      unusual: the largest difference of the score of unusual images; None if the file
+        has none.
     """
 
     runtime: str
     outputs: np.ndarray
     largest: float
     mean: float
+    unusual: float | None = None
 
     @property
     def differences(self) -> str:
         """The differences, in words."""
-        return f'largest difference {self.largest:.1e}, mean {self.mean:.1e}'
+        text = f'largest difference {self.largest:.1e}, mean {self.mean:.1e}'
+        if self.unusual is not None:
+            text += f', of the score of unusual images {self.unusual:.1e}'
+        return text
 
 
 def compute(
@@ -67,6 +77,19 @@ def compute(
     return metrics.activate(logits, trained.outputs).astype(np.float32)
 
 
+def compute_unusual(
+    trained: trained_lib.Trained, images: np.ndarray
+) -> np.ndarray | None:
+    """The model's score of unusual images, float32 `[N]`; None if it has none.
+
+    Args:
+      images: uint8 `[N, H, W, C]`.
+    """
+    if not trained.decisions or not trained.decisions.unusual:
+        return None
+    return programs.Programs(trained, 16)(images).unusual
+
+
 def as_inputs(images: np.ndarray, metadata: dict[str, Any], inputs: str, *, nchw: bool):
     """Converts uint8 images `[N, H, W, C]` to one of `onnx_network.INPUTS`."""
     if inputs == 'images':
@@ -86,6 +109,7 @@ def check(
     inputs: str,
     precision: str,
     nchw: bool,
+    unusual: np.ndarray | None = None,
 ) -> list[Verification]:
     """Runs a file in all installed runtimes and compares the results.
 
@@ -98,6 +122,7 @@ def check(
       inputs: `images` or `normalized`.
       precision: of the file, a key of `BOUNDS`.
       nchw: normalized images are `[N, C, H, W]`.
+      unusual: the output of `compute_unusual`, for files that have the score.
 
     Raises:
       UserError: no runtime is installed, one cannot run the file, or a difference is
@@ -119,8 +144,28 @@ def check(
         outputs, reason = runtimes.run(name, path, given, about)
         if outputs is None:
             raise UserError(f'nothing was exported: {name} cannot run it ({reason})')
-        verifications.append(_compare(name, outputs, expected, inputs, precision))
+        score = None
+        if unusual is not None and outputs.shape[1] == expected.shape[1] + 1:
+            outputs, score = outputs[:, :-1], outputs[:, -1]
+        verification = _compare(name, outputs, expected, inputs, precision)
+        if score is not None:
+            verification = _compare_score(verification, score, unusual, precision)
+        verifications.append(verification)
     return verifications
+
+
+def _compare_score(verification, score, expected, precision):
+    """The same with the difference of scores, which is an error if it is large."""
+    away = np.abs(score - expected) / np.maximum(1, np.abs(expected))
+    largest = float(away.max())
+    bound = UNUSUAL_BOUNDS.get(precision, np.inf)
+    if not np.isfinite(score).all() or not largest <= bound:
+        raise UserError(
+            f'nothing was exported: in {verification.runtime} the score of unusual '
+            f'images differs from the model by {largest:.2g}, more than {bound:g} for '
+            f'{precision}; train.unusual=off leaves it out'
+        )
+    return dataclasses.replace(verification, unusual=largest)
 
 
 def _compare(name, outputs, expected, inputs, precision):

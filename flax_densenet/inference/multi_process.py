@@ -36,6 +36,9 @@ class MultiProcessPredictor:
         self.feature_size = model.feature_size
         self.value_name = model.value_name
         self.class_index = model.class_index
+        self.scores_unusual = model.scores_unusual
+        self.check_coverage = model.check_coverage
+        self.sets = model.sets
 
     def stream(
         self, files: Iterable[str], **options
@@ -51,7 +54,8 @@ class MultiProcessPredictor:
             if who == 0:
                 yield from itertools.islice(own, size)
             else:
-                yield from _unpack(processes.kv_get(f'rows/{number}'), self.class_names)
+                rows = processes.kv_get(f'rows/{number}')
+                yield from _unpack(rows, self.class_names, self.sets)
 
 
 def serve(model: predictor.Predictor, **options):
@@ -125,6 +129,7 @@ def _pack(rows: list[Prediction]) -> bytes:
             'is_probability': row.is_probability,
             'box': row.box,
             'method': row.method,
+            'unusual': row.unusual,
         }
         for row in rows
     ]
@@ -143,7 +148,7 @@ def _pack(rows: list[Prediction]) -> bytes:
     return buffer.getvalue()
 
 
-def _unpack(content, class_names):
+def _unpack(content, class_names, sets):
     with np.load(io.BytesIO(content)) as saved:
         plain = json.loads(saved['plain'].tobytes())
         arrays = {name: iter(saved[name]) for name in _ARRAYS if name in saved}
@@ -165,4 +170,6 @@ def _unpack(content, class_names):
             original=original,
             box=row['box'] and tuple(row['box']),
             method=row['method'],
+            unusual=row['unusual'],
+            sets=sets,
         )

@@ -23,6 +23,7 @@ from flax_densenet.inference import explain as explain_lib
 from flax_densenet.inference import feature_files, predictor, row_formats
 from flax_densenet.inference.prediction import Prediction
 from flax_densenet.system import result_folders
+from flax_densenet.weights import conformal
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -45,8 +46,8 @@ class _Rows:
     Text is UTF-8 with the bytes of paths, whatever the locale.
     """
 
-    def __init__(self, path, form):
-        self.form, self.part = form, None
+    def __init__(self, path, form, coverage):
+        self.form, self.coverage, self.part = form, coverage, None
         # Rows and their bytes, set together, since a signal can come at any time.
         self.done = 0, 0
         self.what = 'standard output' if path is None else f'--out={path}'
@@ -68,7 +69,14 @@ class _Rows:
     def start(self, model, top):
         with _failing_as(self.what):
             make = row_formats.FORMATS[self.form]
-            self.write_row = make(self.file, model.class_names, top, model.value_name)
+            self.write_row = make(
+                self.file,
+                model.class_names,
+                top,
+                model.value_name,
+                unusual=model.scores_unusual,
+                coverage=self.coverage,
+            )
 
     def write(self, prediction):
         with _failing_as(self.what):
@@ -179,6 +187,7 @@ class Outputs:
         top: int = 5,
         explain: str | None = None,
         features: str | None = None,
+        coverage: float | None = None,
     ):
         """Checks and opens everything, so that errors come before the long work.
 
@@ -189,6 +198,7 @@ class Outputs:
           top: number of classes in a row, the most likely first.
           explain: a new or empty folder for a picture of each image.
           features: a file for all features (see `feature_files`).
+          coverage: to list the classes of `Prediction.classes`.
 
         Raises:
           UserError: an argument is invalid, or an output cannot be written.
@@ -205,6 +215,9 @@ class Outputs:
             raise UserError(f'--top={top} must be at least 1')
         if features and out and os.path.realpath(features) == os.path.realpath(out):
             raise UserError(f'--out and --features are both {out}; name two files')
+        if coverage is not None:
+            conformal.check_coverage(coverage)
+        self.coverage = coverage
         self.top, self.explain, self.features = top, bool(explain), bool(features)
         self._unfinished = contextlib.ExitStack()
         self._writers: list[Any] = []
@@ -212,7 +225,7 @@ class Outputs:
             for make, place in ((_Features, features), (_Pictures, explain)):
                 if place:
                     self._add(make(place))
-            self._add(_Rows(out, form))
+            self._add(_Rows(out, form, coverage))
             self.on_screen = out is None and sys.stdout.isatty()
             self._unfinished = stack.pop_all()
 
@@ -231,7 +244,13 @@ class Outputs:
                 self._unfinished.pop_all()
 
     def start(self, model):
-        """Writes what precedes the rows."""
+        """Writes what precedes the rows.
+
+        Raises:
+          UserError: the model has no sets of classes for a coverage.
+        """
+        if self.coverage is not None:
+            model.check_coverage(self.coverage)
         for writer in self._writers:
             writer.start(model, min(self.top, len(model.class_names)))
 
@@ -277,7 +296,7 @@ def run(
         cam_class=cam_class,
         how=how,
     )
-    count = failed = 0
+    count = failed = unusual = 0
     classes: collections.Counter[str] = collections.Counter()
     # No bar if stderr is a file (None), or if the rows are on the screen.
     quiet = outputs.on_screen or None
@@ -289,9 +308,16 @@ def run(
             outputs.write(prediction)
             count += 1
             failed += prediction.error is not None
+            unusual += prediction.is_unusual or False
             classes.update(_predicted(prediction, model))
             bar.update()
     _LOGGER.info(_summarize(count - failed, classes))
+    if unusual:
+        _LOGGER.warning(
+            f'{unusual} of {count - failed} images '
+            f'{"does" if unusual == 1 else "do"} not look like the training images '
+            '(unusual above 1): their classes mean little'
+        )
     if failed:
         left_out = ', and features are of the others' if outputs.features else ''
         _LOGGER.warning('%d of %d files could not be read%s', failed, count, left_out)

@@ -7,7 +7,14 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from flax_densenet.errors import UserError
 from flax_densenet.inference import overlay as overlay_lib
+from flax_densenet.weights import conformal
+
+NO_SETS = (
+    'the model has no sets of classes for a coverage: they are fitted after training; '
+    'the command calibrate fits them for a model that has none'
+)
 
 
 class ClassProbability(NamedTuple):
@@ -95,6 +102,10 @@ class Prediction:
       cam: map `[h, w]` of the most likely or the requested class, if requested.
       class_names: of the probabilities.
       cam_class: index of the class of `cam`.
+      unusual: how unlike the training images it is: 0 for an image in the middle of the
+        validation images, above 1 for one beyond nearly all of them; None if the model
+        was not trained with `train.unusual`.
+      sets: what the model knows of sets of classes, for `classes`; None if nothing.
       is_probability: False for a model with `outputs='none'`: what is called
         probabilities here are its outputs as they are.
       original, box, method: see `Explanation`, if a map was requested.
@@ -112,6 +123,45 @@ class Prediction:
     original: np.ndarray | None = None
     box: tuple[float, float, float, float] | None = None
     method: str = 'Grad-CAM'
+    unusual: float | None = None
+    sets: conformal.ConformalSets | None = None
+
+    @property
+    def is_unusual(self) -> bool | None:
+        """Whether it does not look like the training images: `unusual` is above 1.
+
+        None if there is no score.
+        """
+        return None if self.unusual is None else self.unusual > 1
+
+    def classes(self, coverage: float = 0.9) -> list[ClassProbability]:
+        """Classes that contain the true one with a probability of `coverage`.
+
+        The likeliest comes first. Of a hundred images like the validation images, at
+        least ninety have their true class among these if coverage is 0.9 (split
+        conformal prediction, see `weights.conformal`). If images have several labels,
+        each label of an image is among these with that probability.
+
+        Args:
+          coverage: between 0 and 1.
+
+        Returns:
+          An empty list if there is an error.
+
+        Raises:
+          UserError: the model has no such sets, or coverage is not between 0 and 1.
+        """
+        if self.probabilities is None:
+            return []
+        if self.sets is None:
+            raise UserError(NO_SETS)
+        inside = self.sets.contains(self.probabilities[None], coverage)[0]
+        ordered = np.argsort(-self.probabilities, kind='stable')
+        return [
+            ClassProbability(self.class_names[i], float(self.probabilities[i]))
+            for i in ordered
+            if inside[i]
+        ]
 
     @property
     def label(self) -> str | None:

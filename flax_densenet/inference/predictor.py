@@ -28,11 +28,12 @@ from flax_densenet.data import bands, image_formats, images
 from flax_densenet.errors import UserError
 from flax_densenet.inference import explain as explain_lib
 from flax_densenet.inference import originals, perturbation, programs
+from flax_densenet.inference import prediction as prediction_lib
 from flax_densenet.inference.prediction import Explanation, Prediction
 from flax_densenet.models import layers
 from flax_densenet.system import paths
 from flax_densenet.weights import choices as choices_lib
-from flax_densenet.weights import heads, published, weight_file
+from flax_densenet.weights import conformal, heads, published, weight_file
 from flax_densenet.weights import precision as precision_lib
 from flax_densenet.weights import trained as trained_lib
 
@@ -104,6 +105,28 @@ class Predictor:
     def value_name(self) -> str:
         """What the outputs are: `probability`, or `value` with `outputs='none'`."""
         return 'value' if self.trained.outputs == heads.NONE else 'probability'
+
+    @property
+    def scores_unusual(self) -> bool:
+        """Whether predictions say how unlike the training images an image is."""
+        return bool(self.trained.decisions and self.trained.decisions.unusual)
+
+    @property
+    def sets(self) -> conformal.ConformalSets | None:
+        """What `Prediction.classes` needs; None if the model has nothing."""
+        found = self.trained.decisions
+        return None if found is None else found.sets
+
+    def check_coverage(self, coverage: float):
+        """Reports a coverage that the validation images were too few for.
+
+        Raises:
+          UserError: there are no sets of classes, or it is not between 0 and 1.
+        """
+        if self.sets is None:
+            raise UserError(f'--coverage={coverage:g}: {prediction_lib.NO_SETS}')
+        if line := self.sets.warn(coverage, self.class_names):
+            _LOGGER.warning(f'warning: {line}')
 
     @property
     def feature_size(self) -> int:
@@ -257,13 +280,14 @@ class Predictor:
         how: explain_lib.Options = explain_lib.DEFAULT,
     ) -> np.ndarray:
         """Maps `[N, h, w]` of the most likely classes, or of `classes`."""
-        maps = self.compute_maps(batch, -1 if classes is None else classes, how)[2]
+        classes = -1 if classes is None else classes
+        maps = self.compute_maps(batch, classes, how).cams
         return np.stack(list(maps))
 
     def compute_maps(
         self, batch: np.ndarray, classes, how: explain_lib.Options
-    ) -> tuple[np.ndarray, np.ndarray, Iterable[np.ndarray]]:
-        """`compute`, and the maps of one class or one for each image.
+    ) -> programs.Computed:
+        """What is computed of images, with maps of one class or one for each image.
 
         Args:
           batch: prepared images `[N, H, W, C]`.
@@ -272,14 +296,14 @@ class Predictor:
         """
         if not how.is_slow:
             return self.programs(batch, classes, how.method)
-        rows, features, _ = self.programs(batch)
+        found = self.programs(batch)
         classes = np.broadcast_to(classes, len(batch))
-        chosen = np.where(classes < 0, rows.argmax(-1), classes).tolist()
+        chosen = np.where(classes < 0, found.probabilities.argmax(-1), classes).tolist()
         maps = (
             self.perturbations.map_of(image, of, how)
             for image, of in zip(batch, chosen, strict=True)
         )
-        return rows, features, maps
+        return found._replace(cams=maps)
 
     def stream(
         self,
@@ -308,17 +332,20 @@ class Predictor:
             results: Iterator[Any] = iter(())
             if good:
                 batch = np.stack(good)
-                maps: Iterable[Any] = itertools.repeat(None)
                 if cams:
-                    *parts, maps = self.compute_maps(batch, cam_class, how)
+                    found = self.compute_maps(batch, cam_class, how)
+                    maps: Iterable[Any] = found.cams
                 else:
-                    parts = list(self.programs(batch)[:2])
-                results = zip(*parts, good, maps, strict=False)
+                    found, maps = self.programs(batch), itertools.repeat(None)
+                scores = itertools.repeat(None)
+                if found.unusual is not None:
+                    scores = found.unusual.tolist()
+                results = zip(*found[:2], good, maps, scores, strict=False)
             for path, image, (original, box) in chunk:
                 if isinstance(image, str):
                     yield Prediction(path, error=image)
                     continue
-                row, feature, image, cam = next(results)
+                row, feature, image, cam, score = next(results)
                 if not np.isfinite(row).all():
                     yield Prediction(path, error='gets no number from this model (NaN)')
                     continue
@@ -335,6 +362,8 @@ class Predictor:
                     original=original,
                     box=box,
                     method=how.describe(),
+                    unusual=score,
+                    sets=self.sets,
                 )
 
     def _read(self, files, threads, with_originals):

@@ -1,7 +1,7 @@
 """Compiles inference programs for a few batch sizes.
 
     programs = Programs(trained, batch_size=32)
-    probabilities, features, _ = programs(images)
+    probabilities = programs(images).probabilities
 
 Nothing is traced while images wait, and a single image is not computed as 32. Whatever
 does not depend on the images is computed once (`folded`).
@@ -18,7 +18,7 @@ would warn about it.
 import functools
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +51,23 @@ def split(count: int, sizes: Sequence[int]) -> list[int]:
     return chosen
 
 
+class Computed(NamedTuple):
+    """What is computed of N images.
+
+    Attributes:
+      probabilities: float32 `[N, num_classes]`.
+      features: pooled features, float32 `[N, F]`.
+      cams: Grad-CAM maps `[N, h, w]`; None if no classes were given.
+      unusual: how unlike the training images, float32 `[N]` (`weights.unusual`); None
+        if the model has no score.
+    """
+
+    probabilities: Any
+    features: Any
+    cams: Any
+    unusual: Any
+
+
 def predict_probabilities(
     module,
     arrays,
@@ -63,20 +80,17 @@ def predict_probabilities(
     outputs,
     points=None,
     method=explain.GRADCAM,
+    unusual=None,
 ):
     """The function that is compiled: predictions for images.
 
     Args:
       module: the network.
-      arrays: of `folded.fold`.
+      arrays: of `folded.fold` and `arrays_of`.
       images: uint8 or uint16 `[N, H, W, C]`.
       classes: int32 `[N]`, the classes of the maps; -1 for the most likely one.
-      mean, std, tta, outputs, points: see `options_of`.
+      mean, std, tta, outputs, points, unusual: see `options_of`.
       method: of the maps, a quick one of `explain.METHODS`.
-
-    Returns:
-      Probabilities `[N, num_classes]` and pooled features `[N, F]`, float32, and
-      maps `[N, h, w]`, or None without `classes`.
     """
     images = normalize(images, mean=mean, std=std)
     images, *others = tta_lib.views_of(images, tta)
@@ -92,11 +106,15 @@ def predict_probabilities(
         more = [folded.logits(module, arrays, view) for view in others]
         views = jnp.stack([logits, *(one.astype(jnp.float32) for one in more)])
         logits = _mean_of_views(views, outputs)
+    score = None
+    if unusual is not None:
+        unusual = unusual.with_arrays(arrays['unusual'])
+        score = unusual.score(pooled, logits, xp=jnp)
     probabilities = _ACTIVATIONS[outputs](logits)
     if points is not None:
         probabilities = operating_points.scale(probabilities, points, xp=jnp)
     if classes is None:
-        return probabilities, pooled, None
+        return Computed(probabilities, pooled, None, score)
     # By probabilities, which can be equal where logits are not, so that the map is that
     # of the class that the host considers the most likely.
     classes = jnp.where(classes < 0, probabilities.argmax(-1), classes)
@@ -109,7 +127,7 @@ def predict_probabilities(
             classes,
             method=method,
         )
-    return probabilities, pooled, cams
+    return Computed(probabilities, pooled, cams, score)
 
 
 _ACTIVATIONS = {
@@ -134,7 +152,14 @@ def options_of(trained: Trained) -> dict:
         'tta': tta_lib.from_metadata(metadata),
         'outputs': trained.outputs,
         'points': trained_lib.points_of(metadata),
+        'unusual': trained.decisions and trained.decisions.unusual,
     }
+
+
+def arrays_of(trained: Trained) -> dict[str, Any]:
+    """What `predict_probabilities` needs besides the arrays of `folded.fold`."""
+    unusual = trained.decisions and trained.decisions.unusual
+    return {'unusual': unusual.arrays()} if unusual else {}
 
 
 class Programs:
@@ -171,6 +196,7 @@ class Programs:
 
     def _fold(self, module):
         arrays = folded.fold(module, self._trained.variables)
+        arrays |= arrays_of(self._trained)
         return mesh_lib.replicate(arrays, self._trained.mesh)
 
     def compile(self, size: int, maps: str = '', shape=None):
@@ -232,7 +258,9 @@ class Programs:
             parts.append(self._run(size, batch, maps))
             start += size
         joined = zip(*parts, strict=True)
-        return tuple(None if one[0] is None else np.concatenate(one) for one in joined)
+        return Computed(
+            *(None if one[0] is None else np.concatenate(one) for one in joined)
+        )
 
     def _run(self, size, given, maps):
         count, shape = len(given[0]), given[0].shape[1:]

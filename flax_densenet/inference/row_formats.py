@@ -2,9 +2,10 @@
 
 Each format is a function `make(out, class_names, top, value)` that writes the heading
 and returns `write(prediction)`; `value` says what the numbers are, `probability` or
-`value`. File names cannot break a row: a line feed is quoted (CSV)
-or escaped, and bytes that are not UTF-8 stay as they are in CSV, become Python's
-`\\udcXX` in JSON and `\\xXX` in the table.
+`value`. With `unusual=True` there is a column of that score, and with `coverage` one of
+the classes of `Prediction.classes`. File names cannot break a row: a line feed is
+quoted (CSV) or escaped, and bytes that are not UTF-8 stay as they are in CSV, become
+Python's `\\udcXX` in JSON and `\\xXX` in the table.
 """
 
 import csv
@@ -20,21 +21,30 @@ from flax_densenet.inference.prediction import Prediction
 # classes that follow.
 _LINE, _CLASS, _PATH, _NEXT = 80, 28, 60, 26
 _NUMBER = 6
+_UNUSUAL = 'unusual'
 
 
-def _make_table(out, class_names, top, value='probability'):
+def _make_table(
+    out, class_names, top, value='probability', *, unusual=False, coverage=None
+):
     """A table with a line per image: the likeliest class, then the next ones.
 
-    On a terminal, long texts are cut off to fit its line; files and pipes get them all.
+    With a coverage, those that are in the set. The score of unusual images is shown if
+    they are unusual. On a terminal, long texts are cut off to fit its line; files and
+    pipes get them all.
     """
     clip_start, clip_end = (_clip_start, _clip_end) if out.isatty() else (_all, _all)
     names = [printable(name) for name in class_names]
     wide = min(max(_width(name) for name in [*names, 'class']), _CLASS)
-    next_wide = _NEXT + 2 if top > 1 else 0
-    path_wide = min(_LINE - wide - _NUMBER - 4 - next_wide, _PATH)
+    has_next = top > 1 or coverage
+    next_wide = _NEXT + 2 if has_next else 0
+    score_wide = len(_UNUSUAL) + 2 if unusual else 0
+    path_wide = min(_LINE - wide - _NUMBER - 4 - next_wide - score_wide, _PATH)
     title, show = ('prob.', _share) if value == 'probability' else (value, _plain)
     head = f'{"path":<{path_wide}}  {"class":<{wide}}  {title:>{_NUMBER}}'
-    out.write(head + '  next\n' * (top > 1) + '\n' * (top == 1))
+    head += f'  {_UNUSUAL}' * unusual
+    more = f'also in the set of {coverage:.4g}' if coverage else 'next'
+    out.write(head + f'  {more}' * bool(has_next) + '\n')
 
     def write(prediction: Prediction):
         path = _pad(clip_start(printable(prediction.path), path_wide), path_wide)
@@ -44,20 +54,29 @@ def _make_table(out, class_names, top, value='probability'):
         best, *others = prediction.top(top)
         name = _pad(clip_end(printable(best.class_name), wide), wide)
         line = f'{path}  {name}  {show(best.probability):>{_NUMBER}}'
+        if unusual:
+            score = f'{prediction.unusual:.1f}' if prediction.is_unusual else ''
+            line += f'  {score:>{len(_UNUSUAL)}}'
+        if coverage:
+            inside = prediction.classes(coverage)
+            others = [one for one in inside if one.class_name != best.class_name]
         if others:
             rest = ', '.join(
                 f'{printable(one.class_name)} {show(one.probability)}' for one in others
             )
             line += f'  {clip_end(rest, _NEXT)}'
-        out.write(line + '\n')
+        out.write(line.rstrip() + '\n')
 
     return write
 
 
-def _make_csv(out, class_names, top, value='probability'):
+def _make_csv(
+    out, class_names, top, value='probability', *, unusual=False, coverage=None
+):
     rows = csv.writer(out, lineterminator='\n')
     pairs = [(f'class{n}', f'{value}{n}') for n in range(1, top + 1)]
-    rows.writerow(['path', 'error', *(name for pair in pairs for name in pair)])
+    more = ['unusual'] * unusual + ['set'] * bool(coverage)
+    rows.writerow(['path', 'error', *(name for pair in pairs for name in pair), *more])
 
     def write(prediction: Prediction):
         cells = [
@@ -65,14 +84,21 @@ def _make_csv(out, class_names, top, value='probability'):
             for likely in prediction.top(top)
             for cell in (likely.class_name, _rounded(likely.probability))
         ]
-        rows.writerow(
-            [prediction.path, prediction.error, *cells, *[''] * (2 * top - len(cells))]
-        )
+        cells += [''] * (2 * top - len(cells))
+        if unusual:
+            score = prediction.unusual
+            cells.append('' if score is None else _rounded(score))
+        if coverage:
+            inside = prediction.classes(coverage)
+            cells.append(';'.join(one.class_name for one in inside))
+        rows.writerow([prediction.path, prediction.error, *cells])
 
     return write
 
 
-def _make_jsonl(out, class_names, top, value='probability'):
+def _make_jsonl(
+    out, class_names, top, value='probability', *, unusual=False, coverage=None
+):
     def write(prediction: Prediction):
         row: dict[str, Any] = {'path': prediction.path}
         if prediction.error:
@@ -82,6 +108,11 @@ def _make_jsonl(out, class_names, top, value='probability'):
                 {'class': name, value: _rounded(probability)}
                 for name, probability in prediction.top(top)
             ]
+            if unusual:
+                row['unusual'] = _rounded(prediction.unusual)
+                row['is_unusual'] = prediction.is_unusual
+            if coverage:
+                row['set'] = [one.class_name for one in prediction.classes(coverage)]
         # ASCII: bytes of names that are not UTF-8 become \udcXX, as in Python.
         out.write(json.dumps(row) + '\n')
 

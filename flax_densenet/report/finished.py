@@ -78,7 +78,9 @@ def _fit(workdir, source, mesh, loading, rules):
         trained = trained_lib.load_trained(
             workdir, 'best', mesh=mesh, choices=choices_lib.Choices(raw=True)
         )
-        selection = selection_lib.select(trained, source, **loading)
+        selection = selection_lib.select(
+            trained, source, features=rules.need_features, **loading
+        )
         fitting.save(workdir, fitting.fit(selection, rules))
     except UserError as error:
         _LOGGER.info(f'not calibrated: {error}; try: calibrate RUN')

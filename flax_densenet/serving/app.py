@@ -34,7 +34,7 @@ from starlette.routing import Route
 
 from flax_densenet.data import images
 from flax_densenet.errors import UserError
-from flax_densenet.inference import overlay
+from flax_densenet.inference import overlay, prediction
 from flax_densenet.models import naming
 from flax_densenet.serving import batcher, forms, guard
 
@@ -52,11 +52,15 @@ _POLICY = (
 
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
-    """The query of /predict: how many classes, which picture, the map of which."""
+    """The query of /predict: how many classes, which picture, the map of which.
+
+    With a coverage, also the classes that contain the true one with that probability.
+    """
 
     top: int
     picture: str
     of: int | None
+    coverage: float | None = None
 
 
 class App:
@@ -170,7 +174,7 @@ class App:
         return form
 
     def _parse_query(self, query):
-        known = ('top', 'explain', 'class')
+        known = ('top', 'explain', 'class', 'coverage')
         for name in query:
             if name not in known:
                 raise HTTPException(
@@ -192,7 +196,19 @@ class App:
             if query['class'] not in names:
                 raise HTTPException(400, _unknown_class(query['class'], names))
             of = names.index(query['class'])
-        return _Wanted(int(top), picture, of)
+        return _Wanted(int(top), picture, of, self._parse_coverage(query))
+
+    def _parse_coverage(self, query):
+        if 'coverage' not in query:
+            return None
+        text = query['coverage']
+        if not re.fullmatch(r'0?\.[0-9]{1,6}', text) or not float(text):
+            raise HTTPException(
+                400, f'coverage={text[:20]} must be between 0 and 1, such as 0.9'
+            )
+        if self._predictor.sets is None:
+            raise HTTPException(400, f'coverage={text}: {prediction.NO_SETS}')
+        return float(text)
 
     @contextlib.contextmanager
     def _slot(self):
@@ -264,6 +280,12 @@ class App:
                 for i in order[: wanted.top]
             ]
         }
+        if answer.unusual is not None:
+            told['unusual'] = answer.unusual
+            told['is_unusual'] = answer.unusual > 1
+        if wanted.coverage is not None:
+            inside = self._predictor.sets.contains(probabilities[None], wanted.coverage)
+            told['set'] = [names[i] for i in order if inside[0, i]]
         if wanted.of is not None:
             of = order[0] if wanted.of == batcher.MOST_LIKELY else wanted.of
             told['explained'] = names[of]
@@ -284,6 +306,8 @@ def _describe(predictor, name, limits):
         'classes': list(predictor.class_names),
         'multi_label': predictor.multi_label,
         'value': predictor.value_name,
+        'unusual': _describe_unusual(predictor),
+        'sets': None if predictor.sets is None else list(predictor.sets.counts),
         'variant': trained.metadata['model'].get('variant'),
         'network': naming.describe(
             trained.module,
@@ -305,6 +329,20 @@ def _describe(predictor, name, limits):
             if name.startswith('test_') and math.isfinite(value)
         },
         'limits': dataclasses.asdict(limits),
+    }
+
+
+def _describe_unusual(predictor):
+    """How images are scored, without the arrays; None if they are not."""
+    if not predictor.scores_unusual:
+        return None
+    found = predictor.trained.decisions.unusual
+    return {
+        'method': found.method,
+        'limit': 1.0,
+        'usual_share': found.share,
+        'training_images': found.train_count,
+        'validation_images': found.val_count,
     }
 
 

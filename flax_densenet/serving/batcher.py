@@ -9,6 +9,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -30,10 +31,12 @@ class BatchResult:
     Attributes:
       probabilities: float32 `[num_classes]`.
       cam: map `[h, w]`, where asked for.
+      unusual: how unlike the training images it is; None if the model has no score.
     """
 
     probabilities: np.ndarray
     cam: np.ndarray | None = None
+    unusual: float | None = None
 
 
 @dataclasses.dataclass
@@ -162,10 +165,15 @@ class Batcher:
             places = [place for place, other in enumerate(kinds) if other == kind]
             images = np.stack([batch.images[place] for place in places])
             if kind is None:
-                rows, cams = self.predictor.compute(images)[0], [None] * len(places)
+                found = self.predictor.programs(images)
             else:
                 classes = [batch.classes[place] for place in places]
-                rows, _, cams = self.predictor.compute_maps(images, classes, kind)
-            for place, row, cam in zip(places, rows, cams, strict=True):
-                answers[place] = BatchResult(row, cam)
+                found = self.predictor.compute_maps(images, classes, kind)
+            cams = itertools.repeat(None) if found.cams is None else found.cams
+            for row, (place, cam) in enumerate(zip(places, cams, strict=False)):
+                answers[place] = BatchResult(
+                    found.probabilities[row],
+                    cam,
+                    None if found.unusual is None else float(found.unusual[row]),
+                )
         return answers

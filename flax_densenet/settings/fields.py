@@ -167,6 +167,9 @@ class TrainingSettings:
     deterministic: bool = False
     tensorboard: bool = True
     trackers: str = ''
+    unusual: str = 'auto'
+    unusual_share: float = 0.95
+    unusual_images: int = 2000
     report: bool = True
 
 

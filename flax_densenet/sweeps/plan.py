@@ -14,6 +14,7 @@ from flax_densenet.train import prepare
 _FREE = (
     *('data.threads', 'data.workers', 'data.cache', 'data.cache_limit_gib'),
     *('train.checkpoint_every', 'train.tensorboard', 'train.report'),
+    *('train.unusual', 'train.unusual_share', 'train.unusual_images'),
     *('model.fast', 'model.kernel', 'model.remat'),
 )
 _LEFT_OUT = 'which is left out; values can only be added'

@@ -11,6 +11,7 @@ from flax_densenet.checkpoints import writer as checkpoint_writer
 from flax_densenet.data.augment import mixing
 from flax_densenet.distributed import processes
 from flax_densenet.errors import UserError
+from flax_densenet.evaluation import unusual
 from flax_densenet.models import tta
 from flax_densenet.train import ema, feature_cache, trackers, training_run
 
@@ -143,6 +144,9 @@ def check_settings(settings: settings_lib.Settings):
     losses.make_loss(**vars(settings.loss) | {'pos_weight': ()})
     ema.check_decay(train.ema)
     tta.check(settings.evaluation.tta)
+    unusual.check_settings(
+        train.unusual, share=train.unusual_share, images=train.unusual_images
+    )
     checkpoint_writer.parse_every(train.checkpoint_every)
     if train.on_nonfinite not in ON_NONFINITE:
         raise UserError(

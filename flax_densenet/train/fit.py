@@ -77,7 +77,11 @@ class FitResult:
             'batch_size': run.part_size,
             'threads': run.settings.loader.threads,
             'workers': run.settings.loader.workers,
-            'rules': selection.Rules(),
+            'rules': selection.Rules(
+                unusual=run.settings.train.unusual,
+                unusual_share=run.settings.train.unusual_share,
+                unusual_images=run.settings.train.unusual_images,
+            ),
         }
 
     def send_files(self):

@@ -17,6 +17,7 @@ _NO_MATTER = (
     *('data.source', 'data.labels', 'data.tfds_dir', 'init_from'),
     *('model.fast', 'model.kernel', 'model.remat'),
     *('train.report', 'train.tensorboard', 'train.checkpoint_every'),
+    *('train.unusual', 'train.unusual_share', 'train.unusual_images'),
     'train.cache_features',
 )
 # An image that was replaced by another one can move its neighbors at the boundary of

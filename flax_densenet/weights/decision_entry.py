@@ -12,13 +12,16 @@ from typing import Any, Self
 
 import numpy as np
 
+_FLOATS = (np.float16, np.float32, np.float64)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Entry:
     """One thing that was fitted; subclasses are frozen dataclasses.
 
     Fields are of type `bool`, `int`, `float`, `str`, tuples of one of them (such as
-    `tuple[float | None, ...]`), or `np.ndarray`, which is float32 or float64.
+    `tuple[float | None, ...]`), or `np.ndarray`, which is float16, float32
+    or float64.
     """
 
     def check(self, classes: int):
@@ -67,7 +70,7 @@ class Entry:
 
 def _convert(name, value, kind):
     if kind is np.ndarray:
-        if value.dtype not in (np.float32, np.float64) or not np.isfinite(value).all():
+        if value.dtype not in _FLOATS or not np.isfinite(value).all():
             raise ValueError(f'{name} must be finite floats')
         return value
     if typing.get_origin(kind) is tuple:

@@ -21,8 +21,9 @@ from flax_densenet.errors import UserError
 from flax_densenet.models import layers
 from flax_densenet.system import atomic
 from flax_densenet.weights import calibration as calibration_lib
-from flax_densenet.weights import decision_entry, safetensors_files
+from flax_densenet.weights import conformal, decision_entry, safetensors_files
 from flax_densenet.weights import thresholds as thresholds_lib
+from flax_densenet.weights import unusual as unusual_lib
 
 FILE, ARRAYS_FILE = 'decisions.json', 'decisions.safetensors'
 VERSION = 1
@@ -32,6 +33,8 @@ _LARGEST_ARRAYS = 2**31  # bytes of decisions.safetensors
 ENTRIES: dict[str, type[decision_entry.Entry]] = {
     'calibration': calibration_lib.Calibration,
     'thresholds': thresholds_lib.Thresholds,
+    'unusual': unusual_lib.Unusual,
+    'sets': conformal.ConformalSets,
 }
 
 
@@ -48,6 +51,8 @@ class Decisions:
       count: number of images.
       calibration: of the probabilities; None if it was not fitted.
       thresholds: None if they were not chosen.
+      unusual: how unlike the training images an image is; None if it was not fitted.
+      sets: sets of classes with a chosen coverage; None if they were not fitted.
     """
 
     step: int | None
@@ -58,6 +63,8 @@ class Decisions:
     count: int
     calibration: calibration_lib.Calibration | None = None
     thresholds: thresholds_lib.Thresholds | None = None
+    unusual: unusual_lib.Unusual | None = None
+    sets: conformal.ConformalSets | None = None
 
     @property
     def where(self) -> str:

@@ -18,6 +18,7 @@ from flax_densenet.export import stablehlo
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.kernels import cpu as cpu_kernels
 from flax_densenet.weights import trained
+from helpers.decided import decide
 from helpers.networks import compiled
 from helpers.paths import shared
 from helpers.runs import tiny_trained, write_images
@@ -108,6 +109,28 @@ def test_load(model, photos, tmp_path):
     # No kernel of ours, and no folder of this machine.
     assert 'flax_densenet' not in program.mlir_module()
     assert b'folded.py' not in content and b'site-packages' not in content
+
+
+def test_score_of_unusual_images(model, photos, tmp_path):
+    """A second result, of images and of normalized ones; metadata names it."""
+    plain = predictor_lib.Predictor(model, 8).programs(photos)
+    made = decide(plain.features, np.log(plain.probabilities), classes=10)
+    model = dataclasses.replace(model, decisions=made)
+    wanted = made.unusual.score(plain.features, None)
+    assert np.ptp(wanted) > 0.1
+    path = str(tmp_path / 'x.stablehlo')
+    for inputs, results in (('images', 'probabilities'), ('normalized', 'logits')):
+        stablehlo.save(path, model, inputs=inputs)
+        function, metadata = stablehlo.load(path)
+        assert metadata['results'] == [results, 'unusual']
+        assert set(metadata['set_thresholds']) >= {'0.9', '0.99'}
+        given = photos
+        if inputs == 'normalized':
+            ways = {name: metadata[name] for name in ('mean', 'std')}
+            given = trained.normalize(photos, **ways)
+        first, score = function(given)
+        assert first.shape == (7, 10)
+        np.testing.assert_allclose(score, wanted, atol=1e-3 * np.ptp(wanted) + 1e-4)
 
 
 @pytest.mark.parametrize('precision', ['bfloat16', 'float16'])

@@ -15,6 +15,7 @@ from flax_densenet.inference import feature_files, row_formats
 from flax_densenet.inference import outputs as outputs_lib
 from flax_densenet.inference.prediction import Prediction
 from flax_densenet.system import logs
+from flax_densenet.weights import conformal
 
 ODD = ('new\nline.jpg', 'a "quote", \'s\'.jpg', 'bytes \udcff\udcc3.jpg', '写真.jpg')
 NAMES = ('ants', 'bees', 'wasps')
@@ -157,6 +158,7 @@ class Model:
     class_names = NAMES
     value_name = 'probability'
     feature_size = 2
+    scores_unusual = False
 
     def __init__(self, stop=None):
         self.stop = stop
@@ -178,6 +180,23 @@ class Model:
                 cam=np.ones((2, 2), 'f4') if cams else None,
                 cam_class=max(cam_class, 0) if cams else None,
             )
+
+
+class ModelWithSets(Model):
+    """One that was trained with `train.unusual`, on 19 validation images."""
+
+    scores_unusual = True
+
+    def check_coverage(self, coverage):
+        pass
+
+    def stream(self, paths, **options):
+        sets = conformal.ConformalSets((19,), np.float32([0.02] + [0.24] * 18))
+        for place, path in enumerate(paths):
+            if path == 'bad':
+                yield Prediction(path, error='is bad')
+                continue
+            yield predicted(path, unusual=place - 0.5, sets=sets)
 
 
 def run(paths, model=None, *, class_name=None, **places):
@@ -211,6 +230,43 @@ def test_all_outputs(tmp_path, capfd):
     with Image.open(tmp_path / 'new/pictures' / pictures[0]) as image:
         assert (image.format, image.size) == ('JPEG', (224 * 2 + 6, 224 + 30))
     assert sorted(os.listdir(tmp_path)) == ['f.npz', 'new', 'rows.jsonl']
+
+
+def test_unusual_images_and_sets(tmp_path, capfd):
+    """In all forms; a table shows the score of those that are unusual."""
+    paths, found = ['a', 'b', 'c', 'bad'], {}
+    logs.show_messages(to_errors=True)
+    for name in ('rows.csv', 'rows.jsonl', 'rows'):
+        path = tmp_path / name
+        run(paths, ModelWithSets(), out=str(path), top=1, coverage=0.9)
+        found[name] = path.read_text().splitlines()
+    err = capfd.readouterr().err
+    assert err.count('1 of 3 images does not look like the training images') == 3
+    assert found['rows.csv'] == [
+        'path,error,class1,probability1,unusual,set',
+        'a,,bees,0.7,-0.5,bees;ants',
+        'b,,bees,0.7,0.5,bees;ants',
+        'c,,bees,0.7,1.5,bees;ants',
+        'bad,is bad,,,,',
+    ]
+    first, second, third, fourth = map(json.loads, found['rows.jsonl'])
+    assert (first['unusual'], first['is_unusual']) == (-0.5, False)
+    assert (third['unusual'], third['is_unusual']) == (1.5, True)
+    assert second['set'] == ['bees', 'ants'] and 'set' not in fourth
+    table = [re.split('  +', line) for line in found['rows']]
+    assert table[0][1:] == ['class', 'prob.', 'unusual', 'also in the set of 0.9']
+    assert table[1][1:] == ['bees', '70.0%', 'ants 25.0%']
+    assert table[3][1:] == ['bees', '70.0%', '1.5', 'ants 25.0%']
+    assert '  error: is bad' in found['rows'][4]
+
+
+def test_a_coverage_without_sets():
+    """Of a prediction, and of a command before anything is computed."""
+    with pytest.raises(UserError, match='command calibrate fits them'):
+        predicted('a').classes(0.9)
+    assert Prediction('a', error='is bad').classes(0.9) == []
+    with pytest.raises(UserError, match='coverage=90 must be between 0 and 1'):
+        outputs_lib.Outputs(coverage=90)
 
 
 def test_standard_output(capfd):
@@ -250,7 +306,7 @@ def test_stopped_behind_a_row(tmp_path, capfd, monkeypatch):
     """A row that is in the file and was not counted yet is taken out again."""
     make = row_formats.FORMATS['csv']
 
-    def make_stopping(file, *options):
+    def make_stopping(file, *options, **columns):
         write = make(file, *options)
 
         def write_row(found):

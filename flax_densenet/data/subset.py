@@ -1,0 +1,29 @@
+"""Some of the images of a data source."""
+
+import numpy as np
+
+from flax_densenet.data import dataset
+
+
+class Subset(dataset.Examples):
+    """Some of other examples, without a copy of what these keep in memory."""
+
+    def __init__(self, examples: dataset.Examples, positions):
+        super().__init__(
+            examples.reader, examples.indices[positions], examples.preparation
+        )
+        self._examples = examples
+        self._positions = np.asarray(positions, np.int64)
+
+    def at_size(self, size):
+        return Subset(self._examples.at_size(size), self._positions)
+
+    def as_pictures(self):
+        return Subset(self._examples.as_pictures(), self._positions)
+
+    @property
+    def labels(self):
+        return self._examples.labels[self._positions]
+
+    def __getitem__(self, position):
+        return self._examples[int(self._positions[position])]

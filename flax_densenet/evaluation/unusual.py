@@ -1,0 +1,254 @@
+"""Fits how unusual an image is (`weights.unusual`), and measures such scores."""
+
+import dataclasses
+import logging
+import math
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.data import subset
+from flax_densenet.errors import UserError
+from flax_densenet.evaluation import selection as selection_lib
+from flax_densenet.weights import decisions as decisions_lib
+from flax_densenet.weights import unusual as unusual_lib
+
+_LOGGER = logging.getLogger(__name__)
+
+# Of the directions that whitening treats one by one, and the bytes of neighbors.
+_DIRECTIONS = 256
+_MOST_BYTES = 6_000_000
+_MOST_FLOAT32 = 250_000  # numbers that are stored in full
+_MOST_CLASSES = 2000
+_ROWS = 1000
+NEIGHBOR = 10  # of a sample of training images
+PER_CLASS = 10  # training images that are looked at, at least
+
+
+def check_settings(method: str, *, share: float, images: int):
+    """Raises for values that `train.unusual*` cannot have."""
+    known = 'auto', *unusual_lib.METHODS, 'off'
+    if method not in known:
+        raise UserError(f'train.unusual={method} is not known; use {", ".join(known)}')
+    if not 0.5 <= share < 1:
+        raise UserError(
+            f'train.unusual_share={share:g} must be from 0.5 to below 1, such as 0.95 '
+            'for 95% of the validation images'
+        )
+    if images < 1:
+        raise UserError(f'train.unusual_images={images} must be at least 1')
+
+
+def fit_entry(
+    selection: selection_lib.Selection,
+    rules: selection_lib.Rules,
+    made: decisions_lib.Decisions,
+) -> unusual_lib.Unusual | None:
+    """The score for what the selection part chooses (`fitting.FITTERS`)."""
+    method = unusual_lib.DEFAULT if rules.unusual == 'auto' else rules.unusual
+    if method == 'off':
+        return None
+    count = len(selection.labels)
+    given: dict[str, Any] = {'features': np.zeros((0, 0))}
+    given['val_features'] = np.zeros((count, 0))
+    labels = selection.labels
+    if method != 'energy':
+        if selection.train is None or not len(selection.train):
+            _LOGGER.info(
+                f'no score of unusual images: unusual={method} needs the training '
+                'images, which are not known; energy does not'
+            )
+            return None
+        train = _sample_of(selection.train, rules.unusual_images)
+        try:
+            found = selection.outputs_of(train)
+        except UserError as error:
+            _LOGGER.info(f'no score of unusual images: {error}')
+            return None
+        given = {'features': found.features, 'val_features': selection.features}
+        labels = found.labels
+    if not all(np.isfinite(array).all() for array in given.values()):
+        _LOGGER.info('no score of unusual images: features are not finite')
+        return None
+    entry = fit(
+        method,
+        labels=labels,
+        val_logits=selection.logits,
+        share=rules.unusual_share,
+        **given,
+    )
+    need = math.ceil(entry.share / (1 - entry.share) - 1e-9)
+    few = f' (few: {need} would hold that share)' if count < need else ''
+    of = f'{entry.train_count:,} training and ' if entry.train_count else ''
+    _LOGGER.info(
+        f'unusual images: scored by {method}, fitted on {of}{count:,} {selection.part} '
+        f'images; {entry.share:g} of the latter are usual{few}'
+    )
+    return entry
+
+
+def _sample_of(train, most):
+    labels = train.labels if train.reader.labels_in_memory else None
+    return subset.Subset(train, sample(labels, len(train), most))
+
+
+def sample(labels: np.ndarray | None, count: int, most: int, *, seed: int = 0):
+    """Positions of the training images to fit on, int64, ascending.
+
+    Of each class in turn, so that rare classes are among them; at random where labels
+    are not known beforehand.
+
+    Args:
+      labels: int `[N]` or float `[N, L]`, or None.
+      count: number of images, N.
+      most: how many to choose at most, but `PER_CLASS` of each class up to 10,000.
+    """
+    order = np.random.default_rng(seed).permutation(count)
+    if labels is not None and labels.ndim == 1 and len(labels):
+        classes = int(labels.max()) + 1
+        most = max(most, min(PER_CLASS * classes, 10_000))
+        by_class = order[np.argsort(labels[order], kind='stable')]
+        sizes = np.bincount(labels, minlength=classes)
+        starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
+        turn = np.arange(count) - starts  # which of its class an image is
+        order = by_class[np.argsort(turn, kind='stable')]
+    return np.sort(order[:most])
+
+
+def fit(
+    method: str,
+    *,
+    features: np.ndarray,
+    labels: np.ndarray,
+    val_features: np.ndarray,
+    val_logits: np.ndarray,
+    share: float = 0.95,
+) -> unusual_lib.Unusual:
+    """Fits a score.
+
+    Args:
+      method: one of `unusual.METHODS`.
+      features, labels: of training images: `[N, F]`; int `[N]` or float `[N, L]`.
+      val_features, val_logits: of validation images; logits before any calibration.
+      share: of the validation images that are below the limit. A new image of the same
+        kind is beyond it with a probability of at most 1 - share, provided there are at
+        least share / (1 - share) validation images.
+    """
+    several = labels.ndim == 2
+    fields: dict[str, Any] = {'several': several}
+    if method == 'neighbor':
+        fields |= _neighbors(features)
+    elif method == 'mahalanobis':
+        fields |= _gaussians(features, None if several else labels)
+    given = unusual_lib.Unusual(
+        method=method,
+        middle=0.0,
+        limit=1.0,
+        share=share,
+        train_count=len(features),
+        val_count=len(val_features),
+        **fields,
+    )
+    # With the arrays as they are stored, so that rounding is part of the limit.
+    plain = np.sort(compute(given.plain, val_features, val_logits))
+    place = math.ceil((len(plain) + 1) * share - 1e-9)
+    middle, limit = float(np.median(plain)), float(plain[min(place, len(plain)) - 1])
+    if not middle < limit:  # one image, or all alike
+        limit = middle + max(abs(middle), 1.0) * 1e-3
+    return dataclasses.replace(given, middle=middle, limit=limit)
+
+
+def compute(score, features: np.ndarray, logits: np.ndarray) -> np.ndarray:
+    """`score(features, logits)` in parts, which bounds the memory: float64 `[N]`.
+
+    Args:
+      score: `Unusual.plain` or `Unusual.score`.
+    """
+    starts = range(0, len(features), _ROWS)
+    parts = [score(features[n : n + _ROWS], logits[n : n + _ROWS]) for n in starts]
+    return np.concatenate(parts).astype(np.float64)
+
+
+def _compact(array):
+    """Arrays of many numbers as float16, if it has such large ones."""
+    is_small = array.size <= _MOST_FLOAT32 or np.abs(array).max() > 6e4
+    return array.astype(np.float32 if is_small else np.float16)
+
+
+def _neighbors(features):
+    most = max(_MOST_BYTES // (2 * features.shape[1]), 1)
+    chosen = features
+    if len(features) > most:
+        rows = np.random.default_rng(0).permutation(len(features))[:most]
+        chosen = features[np.sort(rows)]
+    chosen = np.float32(chosen)
+    length = np.linalg.norm(chosen, axis=-1, keepdims=True)
+    chosen = chosen / np.maximum(length, 1e-12)
+    neighbor = max(1, min(NEIGHBOR, len(chosen) // 20))
+    return {'references': _compact(chosen), 'neighbor': neighbor}
+
+
+def _gaussians(features, labels):
+    """Whitening by the covariance within classes, and the whitened class means.
+
+    The covariance is Ledoit and Wolf's, which exists with fewer images than features.
+    Beyond its `_DIRECTIONS` largest axes, which are treated one by one, all others
+    have their mean variance.
+    """
+    from scipy import linalg
+    from sklearn import covariance
+
+    features = np.float64(features)
+    if labels is None or labels.max(initial=0) >= _MOST_CLASSES:
+        means = features.mean(0, keepdims=True)
+        centered = features - means
+    else:
+        known, places = np.unique(labels, return_inverse=True)
+        means = np.zeros((len(known), features.shape[1]))
+        np.add.at(means, places, features)
+        means /= np.bincount(places)[:, None]
+        centered = features - means[places]
+    matrix, _ = covariance.ledoit_wolf(centered, assume_centered=True)
+    size = len(matrix)
+    rank = min(_DIRECTIONS, size - 1)
+    values, vectors = linalg.eigh(matrix, subset_by_index=(size - rank, size - 1))
+    rest = (np.trace(matrix) - values.sum()) / (size - rank)
+    rest = max(rest, 1e-6 * np.trace(matrix) / size, 1e-12)
+    # Along other axes x / sqrt(rest); along these x / sqrt(value).
+    gains = np.sqrt(rest / np.maximum(values, rest * 1e-6)) - 1
+    found = {
+        'mean': np.float32(features.mean(0)),
+        'directions': _compact(vectors.T),
+        'gains': np.float32(gains),
+        'scale': float(1 / np.sqrt(rest)),
+    }
+    whiten = unusual_lib.Unusual('mahalanobis', 0.0, 1.0, 0.5, 0, 0, **found)
+    return found | {'references': _compact(whiten.whiten(np.float32(means)))}
+
+
+def measure(known: np.ndarray, others: np.ndarray) -> dict[str, float | int]:
+    """How well scores tell images of the classes from images of none of them.
+
+    Args:
+      known: scores `[N]` of images of the classes.
+      others: scores `[M]` of images that show none of the classes.
+
+    Returns:
+      `auroc`: how often an image of none has the higher score; `fpr95`: the share of
+      images of none that are accepted by the limit that accepts 95% of the known ones;
+      `flagged_known` and `flagged_others`: shares beyond the stored limit; `known` and
+      `others`, their numbers.
+    """
+    from sklearn import metrics
+
+    labels = np.repeat([0, 1], [len(known), len(others)])
+    scores = np.concatenate([known, others])
+    accepted = np.sort(known)[math.ceil(0.95 * len(known)) - 1]
+    return {
+        'auroc': float(metrics.roc_auc_score(labels, scores)),
+        'fpr95': float((others <= accepted).mean()),
+        'flagged_known': float((known > 1).mean()),
+        'flagged_others': float((others > 1).mean()),
+        'known': len(known),
+        'others': len(others),
+    }

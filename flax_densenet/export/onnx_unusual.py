@@ -1,0 +1,78 @@
+"""The score of unusual images (`weights.unusual`) as nodes of an ONNX graph."""
+
+import numpy as np
+
+from flax_densenet.export.onnx_graph import Graph
+from flax_densenet.weights import unusual as unusual_lib
+
+OUTPUT = 'unusual'
+
+
+def add(graph: Graph, score: unusual_lib.Unusual, pooled: str, logits: str) -> str:
+    """Adds the score; returns the name of its output, float32 `[N]`.
+
+    Args:
+      pooled: the pooled features, `[N, F]`.
+      logits: before any calibration, `[N, C]`.
+    """
+    if score.method == 'energy':
+        plain = _energy(graph, logits, several=score.several)
+    else:
+        points = _points(graph, score, pooled)
+        plain = _distance(graph, points, score.references, score.neighbor)
+    plain = graph.add(
+        'Sub', plain, np.array(score.middle, np.float32), name='above_middle'
+    )
+    scale = np.array(1 / (score.limit - score.middle), np.float32)
+    return graph.add('Mul', plain, scale, name=OUTPUT)
+
+
+def _energy(graph, logits, *, several):
+    if several:
+        found = graph.add('Softplus', logits, name='softplus')
+        found = _sum(graph, found, 'softplus.sum', keepdims=0)
+    else:
+        found = graph.add(
+            'ReduceLogSumExp', logits, axes=(-1,), keepdims=0, name='logsumexp'
+        )
+    return graph.add('Neg', found, name='energy')
+
+
+def _points(graph, score, pooled):
+    if score.method == 'neighbor':
+        return graph.add('LpNormalization', pooled, axis=-1, p=2, name='of_length_1')
+    centered = graph.add('Sub', pooled, score.mean[None], name='features.centered')
+    directions = np.float32(score.directions)
+    along = graph.add('MatMul', centered, directions.T, name='features.along')
+    along = graph.add('Mul', along, score.gains[None], name='features.gains')
+    along = graph.add('MatMul', along, directions, name='features.back')
+    whitened = graph.add('Add', centered, along, name='features.whitened')
+    return graph.add('Mul', whitened, np.float32(score.scale), name='features.scaled')
+
+
+def _distance(graph, points, references, neighbor):
+    references = np.float32(references)
+    squares = graph.add('Mul', points, points, name='features.squares')
+    squares = _sum(graph, squares, 'features.length', keepdims=1)
+    lengths = (references * references).sum(-1)[None]
+    squares = graph.add('Add', squares, lengths, name='lengths')
+    products = graph.add('MatMul', points, -2 * references.T, name='products')
+    squares = graph.add('Add', squares, products, name='squares')
+    if neighbor > 1:
+        count = np.array([neighbor])
+        squares = graph.add(
+            'TopK', squares, count, largest=0, outputs=2, name='neighbors'
+        )
+        nearest = graph.add(
+            'ReduceMax', squares, axes=(-1,), keepdims=0, name='neighbor'
+        )
+    else:
+        nearest = graph.add(
+            'ReduceMin', squares, axes=(-1,), keepdims=0, name='nearest'
+        )
+    nearest = graph.add('Max', nearest, np.float32(0), name='nearest.positive')
+    return graph.add('Sqrt', nearest, name='distance')
+
+
+def _sum(graph, x, name, *, keepdims):
+    return graph.add('ReduceSum', x, np.array([-1]), keepdims=keepdims, name=name)

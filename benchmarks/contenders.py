@@ -4,8 +4,9 @@
 
 NAME: ours, linen (the plain layers), torch, torch_contiguous, keras; ours_bf16 and
 torch_bf16 (autocast) compute in bfloat16, all others in float32. TASK: train, infer
-(DenseNet-121, batch 16, 224x224) or cifar (training BC-L100k12, batch 64,
-32x32). Data are random and on the device: decoding is measured by `decode`.
+(DenseNet-121, batch 16, 224x224), cifar or cifar_plain (training BC-L100k12, or
+L40k12 with dropout, batch 64, 32x32). Data are random and on the device: decoding is
+measured by `decode`.
 """
 
 import resource
@@ -16,8 +17,18 @@ import numpy as np
 
 from benchmarks import sidebyside
 
-SHAPES = {'train': (16, 224, 1000), 'infer': (16, 224, 1000), 'cifar': (64, 32, 10)}
-STEPS = {'train': 2, 'infer': 4, 'cifar': 4}
+SHAPES = {
+    'train': (16, 224, 1000),
+    'infer': (16, 224, 1000),
+    'cifar': (64, 32, 10),
+    'cifar_plain': (64, 32, 10),
+}
+STEPS = {'train': 2, 'infer': 4, 'cifar': 4, 'cifar_plain': 4}
+# task -> name and fields of its model
+MODELS = {
+    'cifar': ('BC-L100k12', {}),
+    'cifar_plain': ('L40k12', {'dropout_rate': 0.2}),
+}
 
 
 def _peak_gib():
@@ -52,8 +63,8 @@ def make_ours(task, **fields):
     from flax_densenet.train import step as step_lib
 
     batch, size, classes = SHAPES[task]
-    variant = 'BC-L100k12' if task == 'cifar' else 'densenet121'
-    module = create_model(variant, num_classes=classes, **fields)
+    variant, own = MODELS.get(task, ('densenet121', {}))
+    module = create_model(variant, num_classes=classes, **own | fields)
     optimizer = optimizers.make_optimizer(
         1e-4, name='adam', momentum=0.0, weight_decay=0.0
     )
@@ -123,6 +134,8 @@ def _torch(task, channels_last=True, bfloat16=False):
     batch, size, classes = SHAPES[task]
     if task == 'cifar':
         model = torch_models.make_cifar(100, 12)
+    elif task == 'cifar_plain':
+        model = torch_models.make_cifar_plain(40, 12, dropout=0.2)
     else:
         model = torch_models.import_torchvision().models.densenet121(weights=None)
     layout = torch.channels_last if channels_last else torch.contiguous_format

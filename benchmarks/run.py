@@ -34,6 +34,7 @@ TASKS = {
         *('ours_bf16', 'torch_bf16'),
     ),
     'cifar': ('ours', 'torch', 'linen'),
+    'cifar_plain': ('ours', 'torch', 'linen'),
 }
 # Of `ours`; of a peer in bfloat16 those of `ours_bf16`.
 RATIOS = {  # name -> task, figure, peer
@@ -48,6 +49,7 @@ RATIOS = {  # name -> task, figure, peer
     'inference_vs_torch': ('infer', 'images_per_second', 'torch'),
     'inference_vs_linen': ('infer', 'images_per_second', 'linen'),
     'cifar_train_vs_torch': ('cifar', 'images_per_second', 'torch'),
+    'cifar_plain_train_vs_torch': ('cifar_plain', 'images_per_second', 'torch'),
 }
 
 
@@ -175,6 +177,9 @@ def _write_table(tables, ratios, depth):
         'train': 'Training step, DenseNet-121, batch 16, 224x224, Adam',
         'infer': 'Inference, DenseNet-121, batch 16, 224x224',
         'cifar': 'Training step, BC-L100k12, batch 64, 32x32, float32, Adam',
+        'cifar_plain': (
+            'Training step, L40k12 with dropout, batch 64, 32x32, float32, Adam'
+        ),
     }
     out = [f'{_machine()}; `make bench`, {ROUNDS} alternating rounds.', '']
     for task, found in tables.items():

@@ -43,3 +43,32 @@ def make_cifar(depth: int, growth_rate: int):
     for name in ('norm0', 'relu0', 'pool0'):
         delattr(model.features, name)
     return model
+
+
+class _PlainLayer(torch.nn.Module):
+    """Norm, ReLU, 3x3 convolution, dropout, concatenated to the input."""
+
+    def __init__(self, channels, growth_rate, dropout):
+        super().__init__()
+        self.norm = torch.nn.BatchNorm2d(channels)
+        self.conv = torch.nn.Conv2d(channels, growth_rate, 3, padding=1, bias=False)
+        self.dropout = torch.nn.Dropout(dropout)
+
+    def forward(self, x):
+        y = self.conv(torch.nn.functional.relu(self.norm(x), inplace=True))
+        return torch.cat([x, self.dropout(y)], 1)
+
+
+def make_cifar_plain(depth: int, growth_rate: int, *, dropout: float):
+    """DenseNet for 32x32 images without bottleneck and compression, as the paper's."""
+    nn, channels = torch.nn, 16
+    parts = [nn.Conv2d(3, channels, 3, padding=1, bias=False)]
+    for block in range(3):
+        for _ in range((depth - 4) // 3):
+            parts.append(_PlainLayer(channels, growth_rate, dropout))
+            channels += growth_rate
+        parts += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+        if block < 2:
+            parts += [nn.Conv2d(channels, channels, 1, bias=False), nn.AvgPool2d(2)]
+    parts += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)]
+    return nn.Sequential(*parts)

@@ -48,6 +48,7 @@ _FLOAT32 = (
             'StemForwardTrain',
             'StemForwardEval',
             'StemBackwardTrain',
+            'DropoutKeep',
         ),
         ('-DFLAX_DENSENET_PART=0',),
     ),
@@ -204,17 +205,16 @@ def _build(part):
     return target
 
 
-def call(name: str, result_shapes, *args, epsilon: float | None = None, **sizes: int):
-    """Calls a handler of the C++ kernels."""
+def call(name: str, result_shapes, *args, **attributes: int | float):
+    """Calls a handler of the C++ kernels, with int64 and float32 attributes."""
     function = jax.ffi.ffi_call(
         f'flax_densenet_{name}', result_shapes, vmap_method='sequential'
     )
-    attributes: dict[str, np.number] = {
-        name: np.int64(size) for name, size in sizes.items()
+    typed: dict[str, np.number] = {
+        name: np.int64(value) if isinstance(value, int) else np.float32(value)
+        for name, value in attributes.items()
     }
-    if epsilon is not None:
-        attributes['epsilon'] = np.float32(epsilon)
-    return function(*args, **attributes)
+    return function(*args, **typed)
 
 
 def panel() -> tuple[int, int]:

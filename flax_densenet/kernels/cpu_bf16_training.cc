@@ -5,6 +5,9 @@
 // parameters are float32. The gradients of weights are products over pixels: one operand
 // is transposed, the other interleaved in pairs of pixels, 32 pixels at a time.
 //
+// A layer without bottleneck is one product, too, with the columns of all nine taps: a
+// pixel's C features by [C, 9 * G], whose results are added up over the pixels around.
+//
 // Work is cut into one contiguous part per thread, and parts are added in their order,
 // so results on one machine are the same bit for bit in every run.
 
@@ -24,6 +27,7 @@ namespace {
 constexpr int PT = 2 * ROWS;          // pixels of a product
 constexpr int PB = 256;               // pixels of a step of the 1x1's weight gradient
 constexpr int64_t BAND = 192 * 1024;  // bytes of a padded band
+constexpr int64_t PLAIN_BAND = 640 * 1024;  // the same, of sums
 constexpr int CHUNK = DEPTH;          // channels of a chunk
 
 bf16 narrow_one(float v) {
@@ -121,27 +125,32 @@ void finish_moments(const std::vector<Moments>& parts, int n, float* mean, float
 struct Block {
   int N, H, W, C0, L, G, M, T;
   int64_t P;
+  bool plain;                       // no bottleneck; M is 9 * G
   int Ct, mid, grown, line, image;  // chunks of the bottleneck and of the growth
   int rows, bands, group, units;    // rows of a band, bands of an image, images of a unit
   int C(int l) const { return C0 + l * G; }
   int positions(int r) const { return (r + 2) * line + 2 + 2 * PT; }
   int64_t pixel(int t) const { return P * t / T; }
   int unit(int t) const { return (int)((int64_t)units * t / T); }
+  int sums() const { return up(M, COLUMNS); }  // of all taps of a pixel
   int slot() const { return positions(rows); }
   int places() const { return group * slot(); }
 
   Block(int n, int h, int w, int c0, int layers, int growth, int bottleneck, int threads)
-      : N(n), H(h), W(w), C0(c0), L(layers), G(growth), M(bottleneck) {
+      : N(n), H(h), W(w), C0(c0), L(layers), G(growth), plain(bottleneck == 0) {
+    M = plain ? 9 * G : bottleneck;
     P = (int64_t)N * H * W;
     Ct = C0 + L * G, mid = steps_of(M), grown = steps_of(G);
     line = W + 1, image = H * W;
-    const int64_t fit = BAND / (2LL * CHUNK * mid * line) - 2;
+    const int64_t fit =
+        (plain ? PLAIN_BAND / (4LL * sums() * (W + 2)) : BAND / (2LL * CHUNK * mid * line)) -
+        2;
     bands = (int)((H + std::max<int64_t>(fit, 1) - 1) / std::max<int64_t>(fit, 1));
     bands = std::max(bands, std::min(H, (threads + N - 1) / N));
     rows = (H + bands - 1) / bands;
     bands = (H + rows - 1) / rows;
     group = 1;
-    if (bands == 1) {
+    if (bands == 1 && !plain) {
       const int64_t images = BAND / (2LL * CHUNK * mid * positions(H));
       group = (int)std::max<int64_t>(1, std::min<int64_t>(images, (N + threads - 1) / threads));
     }
@@ -163,10 +172,34 @@ struct Unit {
   }
 };
 
+// What dropout and stochastic depth leave of a layer's new channels, as a factor.
+struct Drop {
+  const uint8_t* mask = nullptr;  // [P, G], 1 where a value stays
+  const float* images = nullptr;  // [N], the factor of each image
+  float scale = 1;                // of the values that stay
+  int G = 0;
+  int64_t image = 1;              // pixels
+  bool any() const { return mask || images; }
+  // Of a chunk's low and high half.
+  FD_INLINE void apply(int64_t p, int c, F& low, F& high) const {
+    if (!any()) return;
+    const float all = images ? scale * images[p / image] : scale;
+    low *= all, high *= all;
+    if (!mask) return;
+    uint8_t kept[CHUNK] = {};
+    std::memcpy(kept, mask + p * G + c, std::min(CHUNK, G - c));
+    typedef uint8_t B __attribute__((vector_size(16)));
+    B halves[2];
+    std::memcpy(halves, kept, sizeof kept);
+    low *= __builtin_convertvector(halves[0], F);
+    high *= __builtin_convertvector(halves[1], F);
+  }
+};
+
 struct Scratch {
   std::vector<bf16> y, z, zt, dg, dgv, dh, dhv;
   std::vector<int32_t> chunk_steps, tap_steps, grad_steps, pixel_steps;
-  std::vector<float> dw;
+  std::vector<float> dw, taps;
   std::vector<double> s1, s2;
   alignas(64) float sums[PT * 2 * COLUMNS];
   alignas(64) bf16 patch[PT * CHUNK];
@@ -292,9 +325,26 @@ FD_INLINE void shifted_products(const Block& s, const Unit& unit, const bf16* ba
   }
 }
 
+// Adds the moments of `count` pixels' new channels.
+void add_moments(const Block& s, const bf16* X, int64_t p0, int count, int C,
+                 Moments& moments, Scratch& t) {
+  for (int i = 0; i < count; i += PT) {
+    const int n = std::min(PT, count - i);
+    for (int j = 0; j < s.grown; ++j) {
+      for (int k = 0; k < n; ++k)
+        load_part(X + (p0 + i + k) * s.Ct + C + j * CHUNK, s.G - j * CHUNK,
+                  t.patch + k * CHUNK);
+      moments.add(t.patch, n, CHUNK, j * CHUNK);
+    }
+    moments.count += n;
+    moments.fresh = false;
+  }
+}
+
 // The 3x3 of some units, into its place in X, and its moments.
 void forward_3x3(const Block& s, int first, int last, bf16* X, int C, const bf16* h,
-                 const Affine& f, const Weights& w, Moments& moments, Scratch& t) {
+                 const Affine& f, const Weights& w, const Drop& drop, Moments& moments,
+                 Scratch& t) {
   bf16* z = room(t.z, (size_t)s.mid * s.places() * CHUNK);
   for (int u = first; u < last; ++u) {
     const Unit unit(s, u);
@@ -304,25 +354,64 @@ void forward_3x3(const Block& s, int first, int last, bf16* X, int C, const bf16
       shifted_products(
           s, unit, z, t.tap_steps.data(), w, j, t, [] {},
           [&](const float* sums, int64_t p) {
-            store_part(X + p * s.Ct + C + j * CHUNK, narrow(load(sums), load(sums + 16)),
-                       width);
+            F low = load(sums), high = load(sums + 16);
+            drop.apply(p, j * CHUNK, low, high);
+            store_part(X + p * s.Ct + C + j * CHUNK, narrow(low, high), width);
           });
     }
     for (int image = 0; image < unit.images; ++image) {
       const int64_t p0 = ((int64_t)(unit.first + image) * s.H + unit.r0) * s.W;
-      const int count = unit.count * s.W;
-      for (int i = 0; i < count; i += PT) {
-        const int n = std::min(PT, count - i);
-        for (int j = 0; j < s.grown; ++j) {
-          for (int k = 0; k < n; ++k)
-            load_part(X + (p0 + i + k) * s.Ct + C + j * CHUNK, s.G - j * CHUNK,
-                      t.patch + k * CHUNK);
-          moments.add(t.patch, n, CHUNK, j * CHUNK);
+      add_moments(s, X, p0, unit.count * s.W, C, moments, t);
+    }
+  }
+}
+
+// One layer without bottleneck for some units, into its place in X. `w` is [C, 9 * G].
+void forward_plain(const Block& s, int first, int last, bf16* X, int C, const Affine& f,
+                   const Weights& w, const Drop& drop, Moments& moments, Scratch& t) {
+  const Multipliers& multiply = multipliers();
+  const int line = s.W + 2, ld = s.sums(), chunks = steps_of(C);
+  const size_t row = (size_t)line * ld;
+  float* taps = room(t.taps, (s.rows + 2) * row + 2 * CHUNK);
+  bf16* y = room(t.y, (size_t)steps_of(s.Ct) * PT * CHUNK);
+  for (int u = first; u < last; ++u) {
+    const Unit unit(s, u);
+    const int r0 = unit.r0, r1 = r0 + unit.count;
+    // Of the rows around the band, too; there are none outside of the image.
+    const int top = std::max(0, r0 - 1), bottom = std::min(s.H, r1 + 1);
+    const int64_t image = (int64_t)unit.first * s.H * s.W;
+    std::memset(taps, 0, sizeof(float) * (unit.count + 2) * row);
+    for (int q = top * s.W; q < bottom * s.W; q += PT) {
+      const int n = std::min(PT, bottom * s.W - q);
+      for (int k = 0; k < chunks; ++k)
+        load_y(s, X, image + q, n, k, C, f, y + (size_t)k * PT * CHUNK);
+      for (int j = 0; j < w.panels(); ++j) {
+        const int nt = w.tiles_of(j);
+        multiply({y, t.chunk_steps.data(), 2 * CHUNK, w.panel(j), chunks, t.sums, PT},
+                 n > ROWS ? 2 : 1, nt);
+        for (int i = 0; i < n; ++i) {
+          const int r = (q + i) / s.W, x = (q + i) % s.W;
+          float* to = taps + (r - r0 + 1) * row + (x + 1) * ld + j * 2 * COLUMNS;
+          store(to, load(t.sums + i * PT));
+          if (nt > 1) store(to + COLUMNS, load(t.sums + i * PT + COLUMNS));
         }
-        moments.count += n;
-        moments.fresh = false;
       }
     }
+    for (int r = r0; r < r1; ++r)
+      for (int x = 0; x < s.W; ++x) {
+        const float* from = taps + (r - r0) * row + x * ld;
+        const int64_t p = image + r * s.W + x;
+        for (int g = 0; g < s.G; g += CHUNK) {
+          F low = {}, high = {};
+          for (int tap = 0; tap < 9; ++tap) {
+            const float* at = from + tap / 3 * row + tap % 3 * ld + tap * s.G + g;
+            low += load(at), high += load(at + COLUMNS);
+          }
+          drop.apply(p, g, low, high);
+          store_part(X + p * s.Ct + C + g, narrow(low, high), std::min(CHUNK, s.G - g));
+        }
+      }
+    add_moments(s, X, image + r0 * s.W, unit.count * s.W, C, moments, t);
   }
 }
 
@@ -330,26 +419,60 @@ struct Parameters {
   const float *scale1, *bias1, *w1, *scale2, *bias2, *w2;
 };
 
-std::vector<Parameters> parameters_of(ffi::RemainingArgs& args, int layers) {
-  std::vector<Parameters> all(layers);
-  for (int l = 0; l < layers; ++l) {
+std::vector<Parameters> parameters_of(const Block& s, ffi::RemainingArgs& args) {
+  const int stride = s.plain ? 3 : 6;
+  std::vector<Parameters> all(s.L);
+  for (int l = 0; l < s.L; ++l) {
     auto at = [&](int i) {
-      return args.get<ffi::Buffer<ffi::F32>>(l * 6 + i)->typed_data();
+      return args.get<ffi::Buffer<ffi::F32>>(l * stride + i)->typed_data();
     };
-    all[l] = {at(0), at(1), at(2), at(3), at(4), at(5)};
+    all[l] = {at(0), at(1), at(2)};
+    if (!s.plain) all[l].scale2 = at(3), all[l].bias2 = at(4), all[l].w2 = at(5);
   }
   return all;
 }
 
+// The weights in front of a layer's product: those of its 1x1, or without bottleneck
+// the nine taps of the 3x3 [3, 3, C, G] side by side.
+struct Front {
+  std::vector<float> own;
+  const float* w;  // [C, M]
+  Front(const Block& s, int C, const float* w1) : w(w1) {
+    if (!s.plain) return;
+    own.resize((size_t)C * s.M);
+    w = own.data();
+    for (int tap = 0; tap < 9; ++tap)
+      for (int c = 0; c < C; ++c)
+        std::memcpy(own.data() + (size_t)c * s.M + tap * s.G,
+                    w1 + ((size_t)tap * C + c) * s.G, sizeof(float) * s.G);
+  }
+};
+
 using BF = ffi::Buffer<ffi::BF16>;
 using FL = ffi::Buffer<ffi::F32>;
 
-// x, then per layer scale1, bias1, w1, scale2, bias2, w2
+using U8 = ffi::Buffer<ffi::U8>;
+
+// `mask` [L, N, H, W, G] and `images` [L, N], each empty where nothing drops.
+Drop drop_of(const Block& s, int l, float rate, const U8& mask, const FL& images) {
+  Drop drop;
+  drop.G = s.G, drop.image = s.image;
+  if (mask.element_count()) {
+    drop.mask = mask.typed_data() + l * s.P * s.G;
+    drop.scale = 1.0f / (1.0f - rate);
+  }
+  if (images.element_count()) drop.images = images.typed_data() + (size_t)l * s.N;
+  return drop;
+}
+
+// x, mask, images, then per layer scale1, bias1, w1, scale2, bias2, w2
 // -> X [N, H, W, Ct], mean, var [Ct], h [L, chunks, P, 32], mean2, var2 [L, M]
-ffi::Error Forward(ffi::ThreadPool pool, float epsilon, BF x, ffi::RemainingArgs args,
-                   ffi::ResultBuffer<ffi::BF16> X, ffi::ResultBuffer<ffi::F32> mean,
-                   ffi::ResultBuffer<ffi::F32> var, ffi::ResultBuffer<ffi::BF16> h,
-                   ffi::ResultBuffer<ffi::F32> mean2, ffi::ResultBuffer<ffi::F32> var2) {
+// Without bottleneck a layer is scale1, bias1, w [3, 3, C, G], and M is 0.
+ffi::Error Forward(ffi::ThreadPool pool, float epsilon, float rate, BF x, U8 mask,
+                   FL images, ffi::RemainingArgs args, ffi::ResultBuffer<ffi::BF16> X,
+                   ffi::ResultBuffer<ffi::F32> mean, ffi::ResultBuffer<ffi::F32> var,
+                   ffi::ResultBuffer<ffi::BF16> h, ffi::ResultBuffer<ffi::F32> mean2,
+                   ffi::ResultBuffer<ffi::F32> var2) {
   const auto d = x.dimensions();
   const int L = (int)mean2->dimensions()[0], M = (int)mean2->dimensions()[1];
   const int G = (int)(X->dimensions()[3] - d[3]) / L;
@@ -358,7 +481,7 @@ ffi::Error Forward(ffi::ThreadPool pool, float epsilon, BF x, ffi::RemainingArgs
   float *m = mean->typed_data(), *v = var->typed_data();
   std::vector<Scratch> scratch(s.T);
   std::vector<Tiled> w1(L), w2(L);
-  const std::vector<Parameters> weights = parameters_of(args, L);
+  const std::vector<Parameters> weights = parameters_of(s, args);
   Crew crew(pool, s.T);
   std::vector<Moments> parts(s.T, Moments(s.C0));
   crew.run([&](int t) {
@@ -378,8 +501,9 @@ ffi::Error Forward(ffi::ThreadPool pool, float epsilon, BF x, ffi::RemainingArgs
       parts[t].fresh = false;
     }
     for (int l = t; l < L; l += s.T) {
-      w1[l].reset(steps_of(s.C(l)), up(M, 2 * COLUMNS));
-      w1[l].set(0, weights[l].w1, s.C(l), M, M, false);
+      w1[l].reset(steps_of(s.C(l)), s.plain ? s.M : up(M, 2 * COLUMNS));
+      w1[l].set(0, Front(s, s.C(l), weights[l].w1).w, s.C(l), s.M, s.M, false);
+      if (s.plain) continue;
       w2[l].reset(9 * s.mid, G);
       for (int tap = 0; tap < 9; ++tap)
         w2[l].set(tap * s.mid, weights[l].w2 + (size_t)tap * M * G, M, G, G, false);
@@ -393,6 +517,17 @@ ffi::Error Forward(ffi::ThreadPool pool, float epsilon, BF x, ffi::RemainingArgs
     bf16* hl = h->typed_data() + (size_t)l * s.mid * s.P * CHUNK;
     Affine f1, f2;
     f1.from(w.scale1, w.bias1, m, v, C, epsilon);
+    const Drop drop = drop_of(s, l, rate, mask, images);
+    if (s.plain) {
+      parts.assign(s.T, Moments(G));
+      crew.run([&](int t) {
+        const TileConfig tiles;
+        forward_plain(s, s.unit(t), s.unit(t + 1), out, C, f1, w1[l].view(), drop,
+                      parts[t], scratch[t]);
+      });
+      finish_moments(parts, G, m + C, v + C);
+      continue;
+    }
     parts.assign(s.T, Moments(M));
     crew.run([&](int t) {
       const TileConfig tiles;
@@ -404,8 +539,8 @@ ffi::Error Forward(ffi::ThreadPool pool, float epsilon, BF x, ffi::RemainingArgs
     parts.assign(s.T, Moments(G));
     crew.run([&](int t) {
       const TileConfig tiles;
-      forward_3x3(s, s.unit(t), s.unit(t + 1), out, C, hl, f2, w2[l].view(), parts[t],
-                  scratch[t]);
+      forward_3x3(s, s.unit(t), s.unit(t + 1), out, C, hl, f2, w2[l].view(), drop,
+                  parts[t], scratch[t]);
     });
     finish_moments(parts, G, m + C, v + C);
   }
@@ -487,12 +622,13 @@ FD_INLINE void add_to(double* s, F v) {
 struct NewGradient {
   const bf16* X;
   const float* gX;
+  Drop drop;
   std::vector<float> k0, k1;  // of x: k0 + k1 * x
   int C, Ct, G;
   NewGradient(const Block& s, const bf16* x, const float* g, int c0, int n,
               const std::vector<double>& gm, const std::vector<double>& gv,
-              const float* mean)
-      : X(x), gX(g), k0(up(n, CHUNK)), k1(up(n, CHUNK)), C(c0), Ct(s.Ct), G(n) {
+              const float* mean, const Drop& dropped)
+      : X(x), gX(g), drop(dropped), k0(up(n, CHUNK)), k1(up(n, CHUNK)), C(c0), Ct(s.Ct), G(n) {
     for (int c = 0; c < n; ++c) {
       const double slope = 2 * gv[C + c] / s.P;
       k0[c] = (float)(gm[C + c] / s.P - slope * mean[C + c]);
@@ -512,8 +648,10 @@ struct NewGradient {
       x = part, g = gradient;
     }
     const float *c0 = &k0[k * CHUNK], *c1 = &k1[k * CHUNK];
-    return narrow(load(g) + load(c0) + load(c1) * widen(x),
-                  load(g + 16) + load(c0 + 16) + load(c1 + 16) * widen(x + 16));
+    F low = load(g) + load(c0) + load(c1) * widen(x);
+    F high = load(g + 16) + load(c0 + 16) + load(c1 + 16) * widen(x + 16);
+    drop.apply(p, k * CHUNK, low, high);
+    return narrow(low, high);
   }
 };
 
@@ -591,12 +729,56 @@ void backward_3x3(const Block& s, int part, const NewGradient& g, const bf16* h,
   }
 }
 
-// Back through norm2, the 1x1 and norm1's ReLU: added to gX, with dw1 [C, mid * 32].
-// The gradient of the 1x1's output is dz * a + h * slope + rest.
-void backward_1x1(const Block& s, int part, const bf16* X, float* gX, int C,
-                  const Affine& f1, const Weights& w1t, const bf16* dz, const bf16* h,
-                  const Affine& f2, const std::vector<float>& slope,
-                  const std::vector<float>& rest, Scratch& t) {
+// Back through norm2, for `n` pixels: the gradient of the 1x1's output, which is
+// dz * a + h * slope + rest, to dh [mid][PB][32].
+void gradient_of_hidden(const Block& s, int64_t p, int n, const bf16* dz, const bf16* h,
+                        const Affine& f2, const std::vector<float>& slope,
+                        const std::vector<float>& rest, bf16* dh) {
+  for (int k = 0; k < s.mid; ++k) {
+    const int c = k * CHUNK;
+    const F a0 = load(&f2.a[c]), a1 = load(&f2.a[c] + 16), e0 = load(&slope[c]),
+            e1 = load(&slope[c] + 16), r0 = load(&rest[c]), r1 = load(&rest[c] + 16);
+    bf16* to = dh + (size_t)k * PB * CHUNK;
+    for (int i = 0; i < n; ++i, to += CHUNK) {
+      const size_t at = ((size_t)k * s.P + p + i) * CHUNK;
+      store(to, narrow(widen(dz + at) * a0 + widen(h + at) * e0 + r0,
+                       widen(dz + at + 16) * a1 + widen(h + at + 16) * e1 + r1));
+    }
+  }
+}
+
+// Without bottleneck: the new channels' gradient dg [chunks][P][32] around each of `n`
+// pixels. What is stored beyond a tap's G is overwritten by the next one.
+void gradient_of_taps(const Block& s, int64_t p, int n, const bf16* dg, bf16* dh) {
+  bf16 row[9 * 2 * CHUNK + 2 * CHUNK];
+  int x = (int)(p % s.W), y = (int)(p / s.W % s.H);
+  for (int i = 0; i < n; ++i, ++p) {
+    for (int tap = 0; tap < 9; ++tap) {
+      const int dy = 1 - tap / 3, dx = 1 - tap % 3;
+      const bool inside = y + dy >= 0 && y + dy < s.H && x + dx >= 0 && x + dx < s.W;
+      const bf16* from = dg + (p + dy * s.W + dx) * CHUNK;
+      for (int k = 0; k < s.grown; ++k, from += s.P * CHUNK) {
+        bf16* to = row + tap * s.G + k * CHUNK;
+        if (inside) {
+          std::memcpy(to, from, sizeof(bf16) * CHUNK);
+        } else {
+          std::memset(to, 0, sizeof(bf16) * CHUNK);
+        }
+      }
+    }
+    std::memset(row + s.M, 0, sizeof(bf16) * CHUNK);
+    for (int k = 0; k < s.mid; ++k)
+      std::memcpy(dh + ((size_t)k * PB + i) * CHUNK, row + k * CHUNK,
+                  sizeof(bf16) * CHUNK);
+    if (++x == s.W) x = 0, y = y + 1 == s.H ? 0 : y + 1;
+  }
+}
+
+// Back through the product in front and norm1's ReLU: added to gX, with dw [C, mid * 32].
+// fill(p, n, dh) writes the gradient of the product of `n` pixels.
+template <class Fill>
+void backward_front(const Block& s, int part, const bf16* X, float* gX, int C,
+                    const Affine& f1, const Weights& w1t, Scratch& t, Fill fill) {
   const Multipliers& multiply = multipliers();
   const int chunks = steps_of(C);
   const int64_t ld = PB + PT, width = s.mid * CHUNK;
@@ -609,17 +791,9 @@ void backward_1x1(const Block& s, int part, const bf16* X, float* gX, int C,
   for (int64_t p = s.pixel(part); p < s.pixel(part + 1); p += PB) {
     const int n = (int)std::min<int64_t>(PB, s.pixel(part + 1) - p);
     const int steps = (n + PT - 1) / PT, all = steps * PT;
+    fill(p, n, dh);
     for (int k = 0; k < s.mid; ++k) {
-      const int c = k * CHUNK;
-      const F a0 = load(&f2.a[c]), a1 = load(&f2.a[c] + 16), e0 = load(&slope[c]),
-              e1 = load(&slope[c] + 16), r0 = load(&rest[c]), r1 = load(&rest[c] + 16);
-      bf16* to = dh + (size_t)k * PB * CHUNK;
-      for (int i = 0; i < n; ++i, to += CHUNK) {
-        const size_t at = ((size_t)k * s.P + p + i) * CHUNK;
-        store(to, narrow(widen(dz + at) * a0 + widen(h + at) * e0 + r0,
-                         widen(dz + at + 16) * a1 + widen(h + at + 16) * e1 + r1));
-      }
-      std::memset(to, 0, sizeof(bf16) * (all - n) * CHUNK);
+      std::memset(dh + ((size_t)k * PB + n) * CHUNK, 0, sizeof(bf16) * (all - n) * CHUNK);
       for (int i = 0; i < steps; ++i)
         interleave_patch(dh + ((size_t)k * PB + i * PT) * CHUNK,
                          dhv + ((size_t)k * steps + i) * 2 * TILE);
@@ -684,11 +858,12 @@ void add_parts(std::vector<Scratch>& parts) {
   }
 }
 
-// X, mean, var, h, mean2, var2, gX, gmean, gvar, then the layers' weights as forward
-// -> gx [N, H, W, C0], room for gX in float32 and for one layer's dz, then per layer
-//    dscale1, dbias1, dw1, dscale2, dbias2, dw2
-ffi::Error Backward(ffi::ThreadPool pool, float epsilon, BF X, FL mean, FL var, BF h,
-                    FL mean2, FL var2, BF gX, FL gmean, FL gvar, ffi::RemainingArgs args,
+// X, mean, var, h, mean2, var2, mask, images, gX, gmean, gvar, then the layers' weights
+// as forward -> gx [N, H, W, C0], room for gX in float32 and for one layer's dz (without
+// bottleneck dg [chunks, P, 32]), then per layer dscale1, dbias1, dw1, dscale2, dbias2,
+// dw2
+ffi::Error Backward(ffi::ThreadPool pool, float epsilon, float rate, BF X, FL mean,
+                    FL var, BF h, FL mean2, FL var2, U8 mask, FL images, BF gX, FL gmean, FL gvar, ffi::RemainingArgs args,
                     ffi::ResultBuffer<ffi::BF16> gx, ffi::ResultBuffer<ffi::F32> work,
                     ffi::ResultBuffer<ffi::BF16> dz, ffi::RemainingRets rets) {
   const auto d = gx->dimensions();
@@ -699,7 +874,7 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, BF X, FL mean, FL var, 
   float* g = work->typed_data();
   std::vector<Scratch> scratch(s.T);
   std::vector<Tiled> w1t(L), w2t(L);
-  const std::vector<Parameters> weights = parameters_of(args, L);
+  const std::vector<Parameters> weights = parameters_of(s, args);
   Crew crew(pool, s.T);
   crew.run([&](int t) {
     set_steps(s, scratch[t]);
@@ -707,7 +882,8 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, BF X, FL mean, FL var, 
       g[i] = widen_one(gX.typed_data()[i]);
     for (int l = t; l < L; l += s.T) {
       w1t[l].reset(s.mid, up(s.C(l), 2 * COLUMNS));
-      w1t[l].set(0, weights[l].w1, M, s.C(l), M, true);
+      w1t[l].set(0, Front(s, s.C(l), weights[l].w1).w, s.M, s.C(l), s.M, true);
+      if (s.plain) continue;
       w2t[l].reset(9 * s.grown, up(M, 2 * COLUMNS));
       for (int tap = 0; tap < 9; ++tap)  // the other way round
         w2t[l].set(tap * s.grown, weights[l].w2 + (size_t)(8 - tap) * M * G, G, M, G, true);
@@ -716,48 +892,72 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, BF X, FL mean, FL var, 
   // Gradients with respect to the shared statistics, added up over the layers.
   std::vector<double> gm(gmean.typed_data(), gmean.typed_data() + s.Ct);
   std::vector<double> gv(gvar.typed_data(), gvar.typed_data() + s.Ct);
+  const float *m = mean.typed_data(), *v = var.typed_data();
+  const int stride = s.plain ? 3 : 6, wide = s.mid * CHUNK;
   for (int l = L - 1; l >= 0; --l) {
     const Parameters& w = weights[l];
-    const int C = s.C(l), wide = s.mid * CHUNK;
+    const int C = s.C(l);
     auto out = [&](int i) {
-      return (*rets.get<ffi::Buffer<ffi::F32>>(l * 6 + i))->typed_data();
+      return (*rets.get<ffi::Buffer<ffi::F32>>(l * stride + i))->typed_data();
     };
-    const bf16* hl = h.typed_data() + (size_t)l * s.mid * s.P * CHUNK;
-    const float *m = mean.typed_data(), *v = var.typed_data();
-    Affine f1, f2;
+    Affine f1;
     f1.from(w.scale1, w.bias1, m, v, C, epsilon);
-    f2.from(w.scale2, w.bias2, mean2.typed_data() + l * M, var2.typed_data() + l * M, M,
-            epsilon);
-    const NewGradient fresh(s, x, g, C, G, gm, gv, m);
-    crew.run([&](int t) {
-      const TileConfig tiles;
-      backward_3x3(s, t, fresh, hl, f2, w2t[l].view(), dz->typed_data(), scratch[t]);
-    });
-    add_parts(scratch);
-    for (int tap = 0; tap < 9; ++tap)
-      for (int i = 0; i < M; ++i)
-        std::memcpy(out(5) + ((size_t)tap * M + i) * G,
-                    scratch[0].dw.data() +
-                        ((size_t)tap * wide + i) * s.grown * CHUNK,
-                    sizeof(float) * G);
-    std::vector<float> slope(wide), rest(wide);
-    for (int k = 0; k < M; ++k) {
-      const double s1 = scratch[0].s1[k], s2 = scratch[0].s2[k], r = f2.rstd[k];
-      out(3)[k] = (float)(s2 * r);
-      out(4)[k] = (float)s1;
-      const double e1 = f2.a[k] * r * r * s2 / s.P;
-      slope[k] = (float)-e1;
-      rest[k] = (float)(e1 * f2.mean[k] - f2.a[k] * s1 / s.P);
+    const NewGradient fresh(s, x, g, C, G, gm, gv, m, drop_of(s, l, rate, mask, images));
+    if (s.plain) {
+      bf16* dg = dz->typed_data();
+      crew.run([&](int t) {
+        for (int64_t p = s.pixel(t); p < s.pixel(t + 1); ++p)
+          for (int k = 0; k < s.grown; ++k)
+            store(dg + (k * s.P + p) * CHUNK, fresh.at(p, k));
+      });
+      crew.run([&](int t) {
+        const TileConfig tiles;
+        backward_front(s, t, x, g, C, f1, w1t[l].view(), scratch[t],
+                       [&](int64_t p, int n, bf16* dh) {
+                         gradient_of_taps(s, p, n, dg, dh);
+                       });
+      });
+    } else {
+      const bf16* hl = h.typed_data() + (size_t)l * s.mid * s.P * CHUNK;
+      Affine f2;
+      f2.from(w.scale2, w.bias2, mean2.typed_data() + l * M, var2.typed_data() + l * M,
+              M, epsilon);
+      crew.run([&](int t) {
+        const TileConfig tiles;
+        backward_3x3(s, t, fresh, hl, f2, w2t[l].view(), dz->typed_data(), scratch[t]);
+      });
+      add_parts(scratch);
+      for (int tap = 0; tap < 9; ++tap)
+        for (int i = 0; i < M; ++i)
+          std::memcpy(
+              out(5) + ((size_t)tap * M + i) * G,
+              scratch[0].dw.data() + ((size_t)tap * wide + i) * s.grown * CHUNK,
+              sizeof(float) * G);
+      std::vector<float> slope(wide), rest(wide);
+      for (int k = 0; k < M; ++k) {
+        const double s1 = scratch[0].s1[k], s2 = scratch[0].s2[k], r = f2.rstd[k];
+        out(3)[k] = (float)(s2 * r);
+        out(4)[k] = (float)s1;
+        const double e1 = f2.a[k] * r * r * s2 / s.P;
+        slope[k] = (float)-e1;
+        rest[k] = (float)(e1 * f2.mean[k] - f2.a[k] * s1 / s.P);
+      }
+      crew.run([&](int t) {
+        const TileConfig tiles;
+        backward_front(s, t, x, g, C, f1, w1t[l].view(), scratch[t],
+                       [&](int64_t p, int n, bf16* dh) {
+                         gradient_of_hidden(s, p, n, dz->typed_data(), hl, f2, slope,
+                                            rest, dh);
+                       });
+      });
     }
-    crew.run([&](int t) {
-      const TileConfig tiles;
-      backward_1x1(s, t, x, g, C, f1, w1t[l].view(), dz->typed_data(), hl, f2, slope,
-                   rest, scratch[t]);
-    });
     add_parts(scratch);
+    const int taps = s.plain ? 9 : 1, each = s.M / taps;  // dw1 is [taps, C, each]
     for (int c = 0; c < C; ++c) {
-      std::memcpy(out(2) + (size_t)c * M, scratch[0].dw.data() + (size_t)c * wide,
-                  sizeof(float) * M);
+      for (int tap = 0; tap < taps; ++tap)
+        std::memcpy(out(2) + ((size_t)tap * C + c) * each,
+                    scratch[0].dw.data() + (size_t)c * wide + tap * each,
+                    sizeof(float) * each);
       const double s1 = scratch[0].s1[c], s2 = scratch[0].s2[c], r = f1.rstd[c];
       out(0)[c] = (float)(s2 * r);
       out(1)[c] = (float)s1;
@@ -765,7 +965,7 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, BF X, FL mean, FL var, 
       gv[c] -= 0.5 * w.scale1[c] * r * r * r * s2;
     }
   }
-  const NewGradient input(s, x, g, 0, s.C0, gm, gv, mean.typed_data());
+  const NewGradient input(s, x, g, 0, s.C0, gm, gv, m, {});
   crew.run([&](int t) {
     for (int64_t p = s.pixel(t); p < s.pixel(t + 1); ++p)
       for (int k = 0; k < steps_of(s.C0); ++k)
@@ -781,7 +981,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseBlockForwardTrainBfloat16, Forward,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<float>("epsilon")
+                                  .Attr<float>("rate")
                                   .Arg<BF>()
+                                  .Arg<U8>()
+                                  .Arg<FL>()
                                   .RemainingArgs()
                                   .Ret<BF>()
                                   .Ret<FL>()
@@ -794,11 +997,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseBlockBackwardBfloat16, Backward,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<float>("epsilon")
+                                  .Attr<float>("rate")
                                   .Arg<BF>()
                                   .Arg<FL>()
                                   .Arg<FL>()
                                   .Arg<BF>()
                                   .Arg<FL>()
+                                  .Arg<FL>()
+                                  .Arg<U8>()
                                   .Arg<FL>()
                                   .Arg<BF>()
                                   .Arg<FL>()

@@ -9,6 +9,9 @@
 // evaluation a thread takes a few images through all layers of a block, so that their
 // features stay in its cache, and for inference alone through the transition as well.
 //
+// A layer without bottleneck is one product, too, with the columns of all nine taps: a
+// pixel's C features by [C, 9 * G], whose results are added up over the pixels around.
+//
 // All products go through `micro`, a register tile of MR x (NV * VL) sums. Work is cut
 // into one contiguous part per thread, and parts are added in their order, so results
 // on one machine are the same bit for bit in every run.
@@ -18,6 +21,10 @@
 #include <cstdint>
 #include <cstring>
 #include <vector>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 #include "cpu_parallel.h"
 #include "xla/ffi/api/ffi.h"
@@ -38,6 +45,7 @@ constexpr int KC = 256;         // channels of a chunk of the 1x1's input
 constexpr int PT = 8 * MR;      // pixels of a tile of the 1x1
 constexpr int KP = 64;          // pixels of a step of the 3x3's weight gradient
 constexpr int64_t BAND = 480 * 1024;  // bytes of a padded band, to stay in L2
+constexpr int64_t PLAIN_BAND = 640 * 1024;  // the same, of sums
 constexpr int64_t TURN = 2048 * 1024; // bytes of the features of one turn in evaluation
 constexpr int LINE = 16;              // floats of a cache line
 
@@ -48,16 +56,35 @@ inline V load(const float* p) { return *reinterpret_cast<const VU*>(p); }
 inline void store(float* p, V v) { *reinterpret_cast<VU*>(p) = v; }
 inline V load(const float* p, int n) {
   if (n >= VL) return load(p);
+#if defined(__AVX512F__)
+  return (V)_mm512_maskz_loadu_ps((__mmask16)((1 << n) - 1), p);
+#endif
   V v = {};
   std::memcpy(&v, p, sizeof(float) * n);
   return v;
 }
 inline void store(float* p, V v, int n) {
-  if (n >= VL) {
-    store(p, v);
+  if (n >= VL) return store(p, v);
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, (__mmask16)((1 << n) - 1), (__m512)v);
+#else
+  std::memcpy(p, &v, sizeof(float) * n);
+#endif
+}
+typedef int32_t VI __attribute__((vector_size(VL * 4)));
+typedef uint8_t VB __attribute__((vector_size(VL)));
+inline VI load_index(const uint8_t* p, int lanes) {
+  VB v = {};
+  if (lanes >= VL) {
+    std::memcpy(&v, p, VL);
   } else {
-    std::memcpy(p, &v, sizeof(float) * n);
+    for (int i = 0; i < lanes; ++i) v[i] = p[i];
   }
+  return __builtin_convertvector(v, VI);
+}
+inline void store_index(uint8_t* p, VI v, int lanes) {
+  const VB b = __builtin_convertvector(v, VB);
+  std::memcpy(p, &b, lanes);
 }
 inline V relu(V v) {
   V zero = {};
@@ -188,18 +215,21 @@ struct Block {
   int N, H, W, C0, L, G, M, T;
   int64_t P;
   int Ct;          // channels of the block's output
+  bool plain;      // no bottleneck; M is 9 * G
   int wm, wg;      // scratch widths of the bottleneck and of the growth
   int bands, rb;   // bands of an image, rows of a band
   int units;
   int C(int l) const { return C0 + l * G; }
 
   Block(int n, int h, int w, int c0, int layers, int growth, int bottleneck, int threads)
-      : N(n), H(h), W(w), C0(c0), L(layers), G(growth), M(bottleneck) {
+      : N(n), H(h), W(w), C0(c0), L(layers), G(growth), plain(bottleneck == 0) {
+    M = plain ? 9 * G : bottleneck;
     P = (int64_t)N * H * W;
     Ct = C0 + L * G;
     wm = width(M);
     wg = width(G);
-    const int64_t fit = BAND / (4LL * wm * (W + 2)) - 2;
+    const int64_t row = 4LL * (plain ? up(M, VL) : wm) * (W + 2);
+    const int64_t fit = (plain ? PLAIN_BAND : BAND) / row - 2;
     bands = (int)((H + std::max<int64_t>(fit, 1) - 1) / std::max<int64_t>(fit, 1));
     // Of a few images every thread gets a part all the same.
     bands = std::max(bands, std::min(H, (threads + N - 1) / N));
@@ -317,6 +347,21 @@ void load_z(const Block& s, int unit, const float* h, const Affine* f, float* z)
   });
 }
 
+// What dropout and stochastic depth leave of a layer's new channels, as a factor.
+struct Drop {
+  const uint8_t* mask = nullptr;   // [P, G], 1 where a value stays
+  const float* images = nullptr;   // [N], the factor of each image
+  float scale = 1;                 // of the values that stay
+  int G = 0;
+  int64_t image = 1;               // pixels
+  bool any() const { return mask || images; }
+  V at(int64_t p, int c, int lanes) const {
+    const V all = V{} + (images ? scale * images[p / image] : scale);
+    if (!mask) return all;
+    return all * __builtin_convertvector(load_index(mask + p * G + c, lanes), V);
+  }
+};
+
 struct Weights {
   const float *scale1, *bias1, *w1, *scale2, *bias2, *w2;
 };
@@ -393,7 +438,7 @@ Convolution convolve_of(int w) { EACH_WIDTH(convolve) }
 
 // The 3x3 convolution of one layer for some bands, into its place in X.
 void forward_3x3(const Block& s, int first, int last, float* X, int C, const float* h,
-                 const Affine* f2, const Panels* w2, Moments* moments,
+                 const Affine* f2, const Panels* w2, const Drop& drop, Moments* moments,
                  std::vector<float>& scratch) {
   const int line = s.W + 2;
   const size_t padded = (size_t)s.padded_rows() * s.wm;
@@ -417,15 +462,71 @@ void forward_3x3(const Block& s, int first, int last, float* X, int C, const flo
         for (int r = 0; r < MR && q + r < count * line; ++r) {
           const int x = (q + r) % line;
           if (x >= s.W) continue;  // the border of zeros
-          float* out = X + (p0 + (q + r) / line * s.W + x) * s.Ct + C;
-          for (int v = 0; v < wide && j + v < s.G; v += VL)
-            store(out + j + v, load(c + r * NR + v), std::min(VL, s.G - j - v));
+          const int64_t p = p0 + (q + r) / line * s.W + x;
+          float* out = X + p * s.Ct + C;
+          for (int v = 0; v < wide && j + v < s.G; v += VL) {
+            const int lanes = std::min(VL, s.G - j - v);
+            V sum = load(c + r * NR + v);
+            if (drop.any()) sum *= drop.at(p, j + v, lanes);
+            store(out + j + v, sum, lanes);
+          }
         }
       }
     }
     if (moments) {
       for (int r = 0; r < count; ++r)
         moments->add(X + (p0 + (int64_t)r * s.W) * s.Ct + C, s.W, s.Ct);
+    }
+  }
+}
+
+// One layer without bottleneck for some bands, into its place in X. `w` is [C, 9 * G].
+void forward_plain(const Block& s, int first, int last, float* X, int C,
+                   const Affine& f1, const Panels& w, const Drop& drop,
+                   Moments* moments, std::vector<float>& scratch) {
+  const int line = s.W + 2, ld = up(s.M, VL);
+  const size_t sums = (size_t)(s.rb + 2) * line * ld + NR;
+  float* taps = room(scratch, sums + tile_size(C) + (size_t)MR * NR);
+  float *y = taps + sums, *c = y + tile_size(C);
+  float* to[PT];
+  for (int u = first; u < last; ++u) {
+    const int n = u / s.bands, r0 = u % s.bands * s.rb;
+    const int r1 = std::min(s.H, r0 + s.rb);
+    // Of the rows around the band, too; there are none outside of the image.
+    const int top = std::max(0, r0 - 1), bottom = std::min(s.H, r1 + 1);
+    const size_t row = (size_t)line * ld;
+    if (top == r0) std::memset(taps, 0, sizeof(float) * row);
+    if (bottom == r1)
+      std::memset(taps + (r1 - r0 + 1) * row, 0, sizeof(float) * row);
+    for (int r = top; r < bottom; ++r) {
+      float* begin = taps + (r - r0 + 1) * row;
+      std::memset(begin, 0, sizeof(float) * ld);
+      std::memset(begin + row - ld, 0, sizeof(float) * ld);
+    }
+    const int64_t image = (int64_t)n * s.H * s.W;
+    for (int q = top * s.W; q < bottom * s.W; q += PT) {
+      const int count = std::min(PT, bottom * s.W - q);
+      for (int i = 0; i < count; ++i)
+        to[i] = taps + ((q + i) / s.W - r0 + 1) * row + ((q + i) % s.W + 1) * ld;
+      load_tile(s, X, image + q, count, C, f1, y);
+      multiply(y, count, C, w, s.M, c,
+               [&](int i, int j, V value, int) { store(to[i] + j, value); });
+    }
+    for (int r = r0; r < r1; ++r) {
+      for (int x = 0; x < s.W; ++x) {
+        const float* from = taps + (r - r0) * row + x * ld;
+        const int64_t p = image + r * s.W + x;
+        for (int g = 0; g < s.G; g += VL) {
+          const int lanes = std::min(VL, s.G - g);
+          V sum = {};
+          for (int tap = 0; tap < 9; ++tap)
+            sum += load(from + tap / 3 * row + tap % 3 * ld + tap * s.G + g);
+          if (drop.any()) sum *= drop.at(p, g, lanes);
+          store(X + p * s.Ct + C + g, sum, lanes);
+        }
+      }
+      if (moments)
+        moments->add(X + (image + r * s.W) * s.Ct + C, s.W, s.Ct);
     }
   }
 }
@@ -451,17 +552,34 @@ void finish_moments(std::vector<Moments>& parts, int n, float* mean, float* var)
   }
 }
 
-std::vector<Weights> weights_of(ffi::RemainingArgs& args, size_t first, int layers,
-                                int stride) {
-  std::vector<Weights> all(layers);
-  for (int l = 0; l < layers; ++l) {
+// Of each layer `stride` arguments, of which the first are these.
+std::vector<Weights> weights_of(const Block& s, ffi::RemainingArgs& args, int stride) {
+  std::vector<Weights> all(s.L);
+  for (int l = 0; l < s.L; ++l) {
     auto at = [&](int i) {
-      return args.get<ffi::Buffer<ffi::F32>>(first + l * stride + i)->typed_data();
+      return args.get<ffi::Buffer<ffi::F32>>(l * stride + i)->typed_data();
     };
-    all[l] = {at(0), at(1), at(2), at(3), at(4), at(5)};
+    all[l] = {at(0), at(1), at(2)};
+    if (!s.plain) all[l].scale2 = at(3), all[l].bias2 = at(4), all[l].w2 = at(5);
   }
   return all;
 }
+
+// The weights in front of a layer's product: those of its 1x1, or without bottleneck
+// the nine taps of the 3x3 [3, 3, C, G] side by side.
+struct Front {
+  std::vector<float> own;
+  const float* w;  // [C, M]
+  Front(const Block& s, int C, const float* w1) : w(w1) {
+    if (!s.plain) return;
+    own.resize((size_t)C * s.M);
+    w = own.data();
+    for (int tap = 0; tap < 9; ++tap)
+      for (int c = 0; c < C; ++c)
+        std::memcpy(own.data() + (size_t)c * s.M + tap * s.G,
+                    w1 + ((size_t)tap * C + c) * s.G, sizeof(float) * s.G);
+  }
+};
 
 std::vector<Panels> pack_3x3(const Block& s, const float* w2, bool transpose) {
   std::vector<Panels> panels(9);
@@ -482,10 +600,25 @@ ffi::Error check(const Block& s) {
   return ffi::Error::InvalidArgument("dense block: too wide for the CPU kernel");
 }
 
-// x, then per layer scale1, bias1, w1, scale2, bias2, w2
+// `mask` [L, N, H, W, G] and `images` [L, N], each empty where nothing drops.
+Drop drop_of(const Block& s, int l, float rate, const ffi::Buffer<ffi::U8>& mask,
+             const ffi::Buffer<ffi::F32>& images) {
+  Drop drop;
+  drop.G = s.G, drop.image = (int64_t)s.H * s.W;
+  if (mask.element_count()) {
+    drop.mask = mask.typed_data() + l * s.P * s.G;
+    drop.scale = 1.0f / (1.0f - rate);
+  }
+  if (images.element_count()) drop.images = images.typed_data() + (size_t)l * s.N;
+  return drop;
+}
+
+// x, mask, images, then per layer scale1, bias1, w1, scale2, bias2, w2
 // -> X [N, H, W, Ct], mean, var [Ct], h [L, P, M], mean2, var2 [L, M]
-ffi::Error ForwardTrain(ffi::ThreadPool pool, float epsilon, ffi::Buffer<ffi::F32> x,
-                        ffi::RemainingArgs args, ffi::ResultBuffer<ffi::F32> X,
+// Without bottleneck a layer is scale1, bias1, w [3, 3, C, G], and M is 0.
+ffi::Error ForwardTrain(ffi::ThreadPool pool, float epsilon, float rate,
+                        ffi::Buffer<ffi::F32> x, ffi::Buffer<ffi::U8> mask,
+                        ffi::Buffer<ffi::F32> images, ffi::RemainingArgs args, ffi::ResultBuffer<ffi::F32> X,
                         ffi::ResultBuffer<ffi::F32> mean,
                         ffi::ResultBuffer<ffi::F32> var, ffi::ResultBuffer<ffi::F32> h,
                         ffi::ResultBuffer<ffi::F32> mean2,
@@ -502,16 +635,29 @@ ffi::Error ForwardTrain(ffi::ThreadPool pool, float epsilon, ffi::Buffer<ffi::F3
     finish_moments(parts, s.C0, m, v);
   }
   std::vector<std::vector<float>> scratch(s.T);
-  const std::vector<Weights> weights = weights_of(args, 0, L, 6);
+  const std::vector<Weights> weights = weights_of(s, args, s.plain ? 3 : 6);
   for (int l = 0; l < L; ++l) {
     const Weights& w = weights[l];
     const int C = s.C(l);
+    const Drop drop = drop_of(s, l, rate, mask, images);
+    const Front front(s, C, w.w1);
+    Panels w1;
+    w1.pack(front.w, C, s.M, s.M, false);
+    if (s.plain) {
+      Affine f1;
+      f1.from(w.scale1, w.bias1, m, v, C, epsilon);
+      std::vector<Moments> parts(s.T, Moments(G));
+      parallel(pool, s.T, [&](int t) {
+        forward_plain(s, s.unit(t), s.unit(t + 1), out, C, f1, w1, drop, &parts[t],
+                      scratch[t]);
+      });
+      finish_moments(parts, G, m + C, v + C);
+      continue;
+    }
     float *m2 = mean2->typed_data() + l * M, *v2 = var2->typed_data() + l * M;
     float* hl = h->typed_data() + (int64_t)l * s.P * M;
     Affine f1, f2;
     f1.from(w.scale1, w.bias1, m, v, C, epsilon);
-    Panels w1;
-    w1.pack(w.w1, C, M, M, false);
     std::vector<Moments> parts(s.T, Moments(M));
     parallel(pool, s.T, [&](int t) {
       forward_1x1(s, s.pixel(t), s.pixel(t + 1), out, C, f1, w1, nullptr, hl,
@@ -522,8 +668,8 @@ ffi::Error ForwardTrain(ffi::ThreadPool pool, float epsilon, ffi::Buffer<ffi::F3
     const std::vector<Panels> w2 = pack_3x3(s, w.w2, false);
     parts.assign(s.T, Moments(G));
     parallel(pool, s.T, [&](int t) {
-      forward_3x3(s, s.unit(t), s.unit(t + 1), out, C, hl, &f2, w2.data(), &parts[t],
-                  scratch[t]);
+      forward_3x3(s, s.unit(t), s.unit(t + 1), out, C, hl, &f2, w2.data(), drop,
+                  &parts[t], scratch[t]);
     });
     finish_moments(parts, G, m + C, v + C);
   }
@@ -601,18 +747,25 @@ void forward_eval(const Block& s, ffi::ThreadPool& pool, int threads, const floa
   if (s.N < threads) {
     thread_local std::vector<float> features, hidden;
     float* X = tail ? room(features, s.P * s.Ct) : out;
-    float* h = room(hidden, s.P * s.M);
+    float* h = room(hidden, s.plain ? 0 : s.P * s.M);
     std::vector<std::vector<float>> scratch(s.T);
     copy_input(s, pool, x, X, nullptr);
     for (int l = 0; l < s.L; ++l) {
       const EvalLayer& layer = layers[l];
+      if (s.plain) {
+        parallel(pool, s.T, [&](int t) {
+          forward_plain(s, s.unit(t), s.unit(t + 1), X, s.C(l), layer.f1, layer.w1, {},
+                        nullptr, scratch[t]);
+        });
+        continue;
+      }
       parallel(pool, s.T, [&](int t) {
         forward_1x1(s, s.pixel(t), s.pixel(t + 1), X, s.C(l), layer.f1, layer.w1,
                     &layer.f2, h, nullptr, scratch[t]);
       });
       parallel(pool, s.T, [&](int t) {
         forward_3x3(s, s.unit(t), s.unit(t + 1), X, s.C(l), h, nullptr,
-                    layer.w2.data(), nullptr, scratch[t]);
+                    layer.w2.data(), {}, nullptr, scratch[t]);
       });
     }
     const int64_t all = s.N * image_out;
@@ -625,49 +778,56 @@ void forward_eval(const Block& s, ffi::ThreadPool& pool, int threads, const floa
   const int64_t fit = TURN / (4 * image * s.Ct);
   const int turn = std::max(1, (int)std::min<int64_t>(fit, (s.N + threads - 1) / threads));
   // A block of these images alone, so that there is room for them only.
-  const Block one(turn, s.H, s.W, s.C0, s.L, s.G, s.M, 1);
+  const Block one(turn, s.H, s.W, s.C0, s.L, s.G, s.plain ? 0 : s.M, 1);
   parallel(pool, (s.N + turn - 1) / turn, [&](int i) {
     thread_local std::vector<float> scratch, features, hidden;
     const int64_t first = (int64_t)i * turn, count = std::min<int64_t>(turn, s.N - first);
     float* to = out + first * image_out * channels;
     float* X = tail ? room(features, one.P * s.Ct) : to;
-    float* h = room(hidden, one.P * s.M);
+    float* h = room(hidden, s.plain ? 0 : one.P * s.M);
     const float* in = x + first * image * s.C0;
     for (int64_t p = 0; p < count * image; ++p)
       std::memcpy(X + p * s.Ct, in + p * s.C0, sizeof(float) * s.C0);
     for (int l = 0; l < s.L; ++l) {
       const EvalLayer& layer = layers[l];
+      if (s.plain) {
+        forward_plain(one, 0, count * one.bands, X, s.C(l), layer.f1, layer.w1, {},
+                      nullptr, scratch);
+        continue;
+      }
       forward_1x1(one, 0, count * image, X, s.C(l), layer.f1, layer.w1, &layer.f2, h,
                   nullptr, scratch);
       forward_3x3(one, 0, count * one.bands, X, s.C(l), h, nullptr, layer.w2.data(),
-                  nullptr, scratch);
+                  {}, nullptr, scratch);
     }
     if (tail) finish(one, 0, count * image_out, X, *tail, to, scratch);
   });
 }
 
-// x, then per layer scale1, bias1, w1, scale2, bias2, w2, mean1, var1, mean2, var2
-// -> X [N, H, W, Ct]
+// x, then per layer scale1, bias1, w1, scale2, bias2, w2, mean1, var1, mean2, var2,
+// without bottleneck scale1, bias1, w, mean1, var1 -> X [N, H, W, Ct]
 ffi::Error ForwardEval(ffi::ThreadPool pool, float epsilon, ffi::Buffer<ffi::F32> x,
                        ffi::RemainingArgs args, ffi::ResultBuffer<ffi::F32> X) {
-  const auto d = x.dimensions();
-  const int L = (int)args.size() / 10;
-  const int G = (int)(X->dimensions()[3] - d[3]) / L;
-  const int M = (int)args.get<ffi::Buffer<ffi::F32>>(2)->dimensions()[3];
+  const auto d = x.dimensions(), kernel = args.get<ffi::Buffer<ffi::F32>>(2)->dimensions();
+  const bool plain = kernel[0] == 3;
+  const int stride = plain ? 5 : 10, L = (int)args.size() / stride;
+  const int G = (int)(X->dimensions()[3] - d[3]) / L, M = plain ? 0 : (int)kernel[3];
   const int threads = pool.num_threads();
   const Block s(d[0], d[1], d[2], d[3], L, G, M, threads);
   if (ffi::Error error = check(s); error.failure()) return error;
   std::vector<EvalLayer> layers(L);
-  const std::vector<Weights> weights = weights_of(args, 0, L, 10);
+  const std::vector<Weights> weights = weights_of(s, args, stride);
   parallel(pool, L, [&](int l) {
     const Weights& w = weights[l];
     auto at = [&](int i) {
-      return args.get<ffi::Buffer<ffi::F32>>(l * 10 + i)->typed_data();
+      return args.get<ffi::Buffer<ffi::F32>>(l * stride + i)->typed_data();
     };
+    const int first = plain ? 3 : 6;
     EvalLayer& layer = layers[l];
-    layer.f1.from(w.scale1, w.bias1, at(6), at(7), s.C(l), epsilon);
+    layer.f1.from(w.scale1, w.bias1, at(first), at(first + 1), s.C(l), epsilon);
+    layer.w1.pack(Front(s, s.C(l), w.w1).w, s.C(l), s.M, s.M, false);
+    if (plain) return;
     layer.f2.from(w.scale2, w.bias2, at(8), at(9), M, epsilon);
-    layer.w1.pack(w.w1, s.C(l), M, M, false);
     layer.w2 = pack_3x3(s, w.w2, false);
   });
   forward_eval(s, pool, threads, x.typed_data(), layers, nullptr, X->typed_data());
@@ -751,11 +911,23 @@ void add_sums(std::vector<Sums>& parts) {
 struct NewGradient {
   const float *X, *gX;
   std::vector<float> k0, k1, mean;
-  int C, Ct, G;
+  Drop drop;
+  int C, Ct;
+  NewGradient(const Block& s, const float* x, const float* g, int first, int count,
+              const std::vector<double>& gm, const std::vector<double>& gv,
+              const float* means, const Drop& dropped)
+      : X(x), gX(g), mean(means + first, means + first + count), drop(dropped),
+        C(first), Ct(s.Ct) {
+    for (int c = first; c < first + count; ++c) {
+      k0.push_back((float)(gm[c] / s.P));
+      k1.push_back((float)(2 * gv[c] / s.P));
+    }
+  }
   V at(int64_t p, int c, int lanes) const {
     const V x = load(X + p * Ct + C + c, lanes);
-    return load(gX + p * Ct + C + c, lanes) + load(&k0[c], lanes) +
-           load(&k1[c], lanes) * (x - load(&mean[c], lanes));
+    const V g = load(gX + p * Ct + C + c, lanes) + load(&k0[c], lanes) +
+                load(&k1[c], lanes) * (x - load(&mean[c], lanes));
+    return drop.any() ? g * drop.at(p, c, lanes) : g;
   }
 };
 
@@ -825,12 +997,44 @@ void backward_3x3(const Block& s, int t, const NewGradient& g, const float* h,
   }
 }
 
-// Back through norm2, the 1x1 and norm1's ReLU: added to gX, with dw [M, C].
-void backward_1x1(const Block& s, int t, const float* X, float* gX, int C,
-                  const Affine& f1, const Panels& w1t, const float* dz, const float* h,
-                  const Affine& f2, const std::vector<float>& e0,
-                  const std::vector<float>& e1, Sums& sums,
-                  std::vector<float>& scratch) {
+// Back through norm2, for `n` pixels: the gradient of the 1x1's output to rows of wm.
+void gradient_of_hidden(const Block& s, int64_t p, int n, const float* dz,
+                        const float* h, const Affine& f2, const std::vector<float>& e0,
+                        const std::vector<float>& e1, float* dh) {
+  for (int i = 0; i < n; ++i)
+    for (int k = 0; k < s.M; k += VL) {
+      const int lanes = std::min(VL, s.M - k);
+      const int64_t at = (p + i) * s.M + k;
+      const V e = load(h + at, lanes) - load(&f2.mean[k], lanes);
+      store(dh + (size_t)i * s.wm + k,
+            load(&f2.a[k], lanes) * load(dz + at, lanes) - load(&e0[k], lanes) -
+                load(&e1[k], lanes) * e,
+            std::min(VL, s.wm - k));
+    }
+}
+
+// Without bottleneck: the new channels' gradient dg [P, G] around each of `n` pixels.
+// What is stored beyond a tap's G is overwritten by the next tap or the next row.
+void gradient_of_taps(const Block& s, int64_t p, int n, const float* dg, float* dh) {
+  int x = (int)(p % s.W), y = (int)(p / s.W % s.H);
+  for (int i = 0; i < n; ++i, ++p, dh += s.wm) {
+    for (int tap = 0; tap < 9; ++tap) {
+      const int dy = 1 - tap / 3, dx = 1 - tap % 3;
+      const bool inside = y + dy >= 0 && y + dy < s.H && x + dx >= 0 && x + dx < s.W;
+      const float* from = dg + (p + dy * s.W + dx) * s.G;
+      for (int g = 0; g < s.G; g += VL)
+        store(dh + tap * s.G + g, inside ? load(from + g, std::min(VL, s.G - g)) : V{});
+    }
+    if (++x == s.W) x = 0, y = y + 1 == s.H ? 0 : y + 1;
+  }
+}
+
+// Back through the product in front and norm1's ReLU: added to gX, with dw [M, C].
+// fill(p, n, dh) writes the gradient of the product of `n` pixels.
+template <class F>
+void backward_front(const Block& s, int t, const float* X, float* gX, int C,
+                    const Affine& f1, const Panels& w1t, Sums& sums,
+                    std::vector<float>& scratch, F fill) {
   const int nc = up(C, VL);
   const size_t ysize = tile_size(C);
   scratch.assign(ysize + (size_t)PT * s.wm + (size_t)PT * NR, 0.0f);
@@ -840,16 +1044,7 @@ void backward_1x1(const Block& s, int t, const float* X, float* gX, int C,
   for (int64_t p = s.pixel(t); p < s.pixel(t + 1); p += PT) {
     const int n = (int)std::min<int64_t>(PT, s.pixel(t + 1) - p);
     load_tile(s, X, p, n, C, f1, y);
-    for (int i = 0; i < n; ++i)
-      for (int k = 0; k < s.M; k += VL) {
-        const int lanes = std::min(VL, s.M - k);
-        const int64_t at = (p + i) * s.M + k;
-        const V e = load(h + at, lanes) - load(&f2.mean[k], lanes);
-        store(dh + (size_t)i * s.wm + k,
-              load(&f2.a[k], lanes) * load(dz + at, lanes) - load(&e0[k], lanes) -
-                  load(&e1[k], lanes) * e,
-              std::min(VL, s.wm - k));
-      }
+    fill(p, n, dh);
     // Transposed, so that a panel of y stays in L1 while all of dh passes by.
     for (int j = 0; j < nc; j += NR)
       for (int i = 0; i < s.M; i += MW)
@@ -879,13 +1074,35 @@ void backward_1x1(const Block& s, int t, const float* X, float* gX, int C,
   }
 }
 
-// X, mean, var, h, mean2, var2, gX, gmean, gvar, then the layers' weights as forward
-// -> gx [N, H, W, C0], room for gX and for one layer's dz [P, M], then per layer
-//    dscale1, dbias1, dw1, dscale2, dbias2, dw2
-ffi::Error Backward(ffi::ThreadPool pool, float epsilon, ffi::Buffer<ffi::F32> X,
+// Back through one layer without bottleneck; dg is room for [P, G].
+void backward_plain(const Block& s, ffi::ThreadPool& pool, const float* X, float* gX,
+                    int C, const NewGradient& fresh, const Affine& f1, const Panels& w1t,
+                    float* dg, std::vector<Sums>& sums,
+                    std::vector<std::vector<float>>& scratch) {
+  parallel(pool, s.T, [&](int t) {
+    for (int64_t p = s.pixel(t); p < s.pixel(t + 1); ++p)
+      for (int g = 0; g < s.G; g += VL) {
+        const int lanes = std::min(VL, s.G - g);
+        store(dg + p * s.G + g, fresh.at(p, g, lanes), lanes);
+      }
+  });
+  parallel(pool, s.T, [&](int t) {
+    backward_front(s, t, X, gX, C, f1, w1t, sums[t], scratch[t],
+                   [&](int64_t p, int n, float* dh) {
+                     gradient_of_taps(s, p, n, dg, dh);
+                   });
+  });
+}
+
+// X, mean, var, h, mean2, var2, mask, images, gX, gmean, gvar, then the layers' weights
+// as forward -> gx [N, H, W, C0], room for gX and for one layer's dz [P, M] (without
+// bottleneck dg [P, G]), then per layer dscale1, dbias1, dw1, dscale2, dbias2, dw2
+ffi::Error Backward(ffi::ThreadPool pool, float epsilon, float rate,
+                    ffi::Buffer<ffi::F32> X,
                     ffi::Buffer<ffi::F32> mean, ffi::Buffer<ffi::F32> var,
                     ffi::Buffer<ffi::F32> h, ffi::Buffer<ffi::F32> mean2,
-                    ffi::Buffer<ffi::F32> var2, ffi::Buffer<ffi::F32> gX,
+                    ffi::Buffer<ffi::F32> var2, ffi::Buffer<ffi::U8> mask,
+                    ffi::Buffer<ffi::F32> images, ffi::Buffer<ffi::F32> gX,
                     ffi::Buffer<ffi::F32> gmean, ffi::Buffer<ffi::F32> gvar,
                     ffi::RemainingArgs args, ffi::ResultBuffer<ffi::F32> gx,
                     ffi::ResultBuffer<ffi::F32> work, ffi::ResultBuffer<ffi::F32> dz,
@@ -906,58 +1123,61 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, ffi::Buffer<ffi::F32> X
   std::vector<double> gv(gvar.typed_data(), gvar.typed_data() + s.Ct);
   std::vector<std::vector<float>> scratch(s.T);
   std::vector<Sums> sums(s.T);
-  const std::vector<Weights> weights = weights_of(args, 0, L, 6);
+  const float *m = mean.typed_data(), *v = var.typed_data();
+  const int stride = s.plain ? 3 : 6;
+  const std::vector<Weights> weights = weights_of(s, args, stride);
   for (int l = L - 1; l >= 0; --l) {
     const Weights& w = weights[l];
-    const int C = s.C(l);
+    const int C = s.C(l), nc = up(C, VL);
     auto out = [&](int i) {
-      return (*rets.get<ffi::Buffer<ffi::F32>>(l * 6 + i))->typed_data();
+      return (*rets.get<ffi::Buffer<ffi::F32>>(l * stride + i))->typed_data();
     };
-    const float* hl = h.typed_data() + (int64_t)l * s.P * M;
-    const float *m = mean.typed_data(), *v = var.typed_data();
-    Affine f1, f2;
+    Affine f1;
     f1.from(w.scale1, w.bias1, m, v, C, epsilon);
-    f2.from(w.scale2, w.bias2, mean2.typed_data() + l * M, var2.typed_data() + l * M, M,
-            epsilon);
-    NewGradient fresh{x, g, {}, {}, {}, C, s.Ct, G};
-    for (int c = C; c < C + G; ++c) {
-      fresh.k0.push_back((float)(gm[c] / s.P));
-      fresh.k1.push_back((float)(2 * gv[c] / s.P));
-      fresh.mean.push_back(m[c]);
-    }
-    const std::vector<Panels> w2t = pack_3x3(s, w.w2, true);
-    parallel(pool, s.T, [&](int t) {
-      backward_3x3(s, t, fresh, hl, f2, w2t, dz->typed_data(), sums[t], scratch[t]);
-    });
-    add_sums(sums);
-    {
+    const NewGradient fresh(s, x, g, C, G, gm, gv, m, drop_of(s, l, rate, mask, images));
+    Panels w1t;
+    w1t.pack(Front(s, C, w.w1).w, s.M, C, s.M, true);
+    if (s.plain) {
+      backward_plain(s, pool, x, g, C, fresh, f1, w1t, dz->typed_data(), sums, scratch);
+    } else {
+      const float* hl = h.typed_data() + (int64_t)l * s.P * M;
+      Affine f2;
+      f2.from(w.scale2, w.bias2, mean2.typed_data() + l * M, var2.typed_data() + l * M,
+              M, epsilon);
+      const std::vector<Panels> w2t = pack_3x3(s, w.w2, true);
+      parallel(pool, s.T, [&](int t) {
+        backward_3x3(s, t, fresh, hl, f2, w2t, dz->typed_data(), sums[t], scratch[t]);
+      });
+      add_sums(sums);
       const int n16 = up(G, VL), m8 = up(M, MW);
-      float* dw2 = out(5);
       for (int tap = 0; tap < 9; ++tap)
         for (int i = 0; i < M; ++i)
-          std::memcpy(dw2 + ((size_t)tap * M + i) * G,
+          std::memcpy(out(5) + ((size_t)tap * M + i) * G,
                       sums[0].dw.data() + ((size_t)tap * m8 + i) * n16, 4 * G);
+      std::vector<float> e0(M), e1(M);
+      for (int k = 0; k < M; ++k) {
+        const double s1 = sums[0].s1[k], s2 = sums[0].s2[k], r = f2.rstd[k];
+        out(3)[k] = (float)(s2 * r);
+        out(4)[k] = (float)s1;
+        e0[k] = (float)(f2.a[k] * s1 / s.P);
+        e1[k] = (float)(f2.a[k] * r * r * s2 / s.P);
+      }
+      parallel(pool, s.T, [&](int t) {
+        backward_front(s, t, x, g, C, f1, w1t, sums[t], scratch[t],
+                       [&](int64_t p, int n, float* dh) {
+                         gradient_of_hidden(s, p, n, dz->typed_data(), hl, f2, e0, e1, dh);
+                       });
+      });
     }
-    std::vector<float> e0(M), e1(M);
-    for (int k = 0; k < M; ++k) {
-      const double s1 = sums[0].s1[k], s2 = sums[0].s2[k], r = f2.rstd[k];
-      out(3)[k] = (float)(s2 * r);
-      out(4)[k] = (float)s1;
-      e0[k] = (float)(f2.a[k] * s1 / s.P);
-      e1[k] = (float)(f2.a[k] * r * r * s2 / s.P);
-    }
-    Panels w1t;
-    w1t.pack(w.w1, M, C, M, true);
-    parallel(pool, s.T, [&](int t) {
-      backward_1x1(s, t, x, g, C, f1, w1t, dz->typed_data(), hl, f2, e0, e1, sums[t],
-                   scratch[t]);
-    });
     add_sums(sums);
-    const int nc = up(C, VL);
-    float* dw1 = out(2);
+    float* dw1 = out(2);  // [C, M], or [9, C, G]
+    const int taps = s.plain ? 9 : 1, each = s.M / taps;
     parallel(pool, s.T, [&](int t) {
-      for (int i = C * t / s.T; i < C * (t + 1) / s.T; ++i)
-        for (int k = 0; k < M; ++k) dw1[i * M + k] = sums[0].dw[(size_t)k * nc + i];
+      for (int tap = 0; tap < taps; ++tap)
+        for (int i = C * t / s.T; i < C * (t + 1) / s.T; ++i)
+          for (int k = 0; k < each; ++k)
+            dw1[((size_t)tap * C + i) * each + k] =
+                sums[0].dw[(size_t)(tap * each + k) * nc + i];
     });
     for (int c = 0; c < C; ++c) {
       const double s1 = sums[0].s1[c], s2 = sums[0].s2[c], r = f1.rstd[c];
@@ -967,12 +1187,7 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, ffi::Buffer<ffi::F32> X
       gv[c] -= 0.5 * w.scale1[c] * r * r * r * s2;
     }
   }
-  NewGradient input{x, g, {}, {}, {}, 0, s.Ct, s.C0};
-  for (int c = 0; c < s.C0; ++c) {
-    input.k0.push_back((float)(gm[c] / s.P));
-    input.k1.push_back((float)(2 * gv[c] / s.P));
-    input.mean.push_back(mean.typed_data()[c]);
-  }
+  const NewGradient input(s, x, g, 0, s.C0, gm, gv, m, {});
   parallel(pool, s.T, [&](int t) {
     for (int64_t p = s.pixel(t); p < s.pixel(t + 1); ++p)
       for (int c = 0; c < s.C0; c += VL) {
@@ -995,18 +1210,6 @@ struct Stem {
   int out_row(int t) const { return (int)((int64_t)N * H2 * t / T); }
   int in_row(int t) const { return (int)((int64_t)N * H * t / T); }
 };
-
-typedef int32_t VI __attribute__((vector_size(VL * 4)));
-typedef uint8_t VB __attribute__((vector_size(VL)));
-inline VI load_index(const uint8_t* p, int lanes) {
-  VB v = {};
-  std::memcpy(&v, p, lanes);
-  return __builtin_convertvector(v, VI);
-}
-inline void store_index(uint8_t* p, VI v, int lanes) {
-  const VB b = __builtin_convertvector(v, VB);
-  std::memcpy(p, &b, lanes);
-}
 
 // which: place of the largest value in its window, 0 to 8; 9 where all are 0 behind
 // the ReLU, so that no gradient goes back.
@@ -1255,6 +1458,51 @@ ffi::Error StemBackward(ffi::ThreadPool pool_, float epsilon, int64_t low_h,
   return ffi::Error::Success();
 }
 
+// Threefry-2x32 of 20 rounds (Salmon et al., 2011), of VL counters: both words, xored.
+typedef uint32_t VU32 __attribute__((vector_size(VL * 4)));
+inline VU32 random_bits(uint32_t k0, uint32_t k1, VU32 x0, VU32 x1) {
+  const uint32_t keys[3] = {k0, k1, k0 ^ k1 ^ 0x1BD11BDAu};
+  constexpr int turns[2][4] = {{13, 15, 26, 6}, {17, 29, 16, 24}};
+  x0 += keys[0], x1 += keys[1];
+#pragma GCC unroll 5
+  for (int i = 0; i < 5; ++i) {
+#pragma GCC unroll 4
+    for (int r : turns[i % 2]) {
+      x0 += x1;
+      x1 = (x1 << r | x1 >> (32 - r)) ^ x0;
+    }
+    x0 += keys[(i + 1) % 3];
+    x1 += keys[(i + 2) % 3] + i + 1;
+  }
+  return x0 ^ x1;
+}
+
+// keys [L, 2] -> mask [L, ...]: where jax.random.uniform of a key is at least `rate`.
+ffi::Error DropoutMask(ffi::ThreadPool pool, float rate, ffi::Buffer<ffi::U32> keys,
+                       ffi::ResultBuffer<ffi::U8> mask) {
+  const int64_t L = keys.dimensions()[0], each = (int64_t)mask->element_count() / L;
+  constexpr int64_t kPart = 1 << 14;
+  const int64_t parts = (each + kPart - 1) / kPart;
+  parallel(pool, (int)(L * parts), [&](int i) {
+    const uint32_t* key = keys.typed_data() + i / parts * 2;
+    uint8_t* to = mask->typed_data() + i / parts * each;
+    const int64_t first = i % parts * kPart, last = std::min(each, first + kPart);
+    VU32 lane;
+    for (int v = 0; v < VL; ++v) lane[v] = v;
+    for (int64_t at = first; at < last; at += VL) {
+      const VU32 low = (uint32_t)at + lane;
+      const VU32 bits =
+          random_bits(key[0], key[1], VU32{} + (uint32_t)(at >> 32), low);
+      const VU32 unit = bits >> 9 | 0x3f800000u;
+      V value;
+      std::memcpy(&value, &unit, sizeof value);
+      store_index(to + at, (value - 1.0f >= V{} + rate) & 1,
+                  (int)std::min<int64_t>(VL, last - at));
+    }
+  });
+  return ffi::Error::Success();
+}
+
 using F = ffi::Buffer<ffi::F32>;
 
 }  // namespace
@@ -1267,6 +1515,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseBlockForwardTrain, ForwardTrain,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<float>("epsilon")
+                                  .Attr<float>("rate")
+                                  .Arg<F>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<F>()
                                   .RemainingArgs()
                                   .Ret<F>()
@@ -1307,6 +1558,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(StemForwardPacked, StemPacked,
                                   .Arg<F>()
                                   .Arg<F>()
                                   .Ret<F>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(DropoutKeep, DropoutMask,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<float>("rate")
+                                  .Arg<ffi::Buffer<ffi::U32>>()
+                                  .Ret<ffi::Buffer<ffi::U8>>());
 
 // Columns of a panel and floats of a vector register, by which native_eval.py packs.
 extern "C" const int flax_densenet_panel[2] = {NR, VL};
@@ -1361,11 +1619,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseBlockBackward, Backward,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<float>("epsilon")
+                                  .Attr<float>("rate")
                                   .Arg<F>()
                                   .Arg<F>()
                                   .Arg<F>()
                                   .Arg<F>()
                                   .Arg<F>()
+                                  .Arg<F>()
+                                  .Arg<ffi::Buffer<ffi::U8>>()
                                   .Arg<F>()
                                   .Arg<F>()
                                   .Arg<F>()

@@ -21,9 +21,8 @@ most of that:
 3. A 1x1 convolution is a matrix product, which is fast forward and backward.
 4. Average pooling and a 1x1 convolution commute, so a transition pools first.
 
-There are two implementations: `native_block` (C++ on one CPU device; `native_bfloat16`
-in bfloat16) and `xla_block` (JAX only, everywhere). For inference with a trained model,
-see `models.folded`.
+There are two implementations: `native_block` (C++ on one CPU device) and `xla_block`
+(JAX only, everywhere). For inference with a trained model, see `models.folded`.
 """
 
 import functools
@@ -33,23 +32,20 @@ import jax.numpy as jnp
 
 from flax_densenet.errors import UserError
 from flax_densenet.kernels import cpu as cpu_kernels
-from flax_densenet.kernels import native_bfloat16, native_block, xla_block
+from flax_densenet.kernels import native_block, xla_block
 
 _LOGGER = logging.getLogger(__name__)
 
 KERNELS = ('auto', 'native', 'xla')
 
 
-def use_native(
-    kernel: str, x, layers=None, *, dropout: bool = False, load: str = 'float32'
-) -> bool:
+def use_native(kernel: str, x, layers=None, *, load: str = 'float32') -> bool:
     """Whether the C++ kernel computes a block or, without `layers`, the stem.
 
     Args:
       kernel: one of `KERNELS`.
       x: the input, of which only the dtype matters.
       layers: sequence of `Layer`.
-      dropout: whether the block drops values or layers.
       load: the kernels that are needed, `float32` or `bfloat16`.
 
     Raises:
@@ -59,7 +55,7 @@ def use_native(
         return False
     reason = native_block.why_not(x, one_device=kernel == 'auto')
     if reason is None and layers is not None:
-        reason = native_block.why_not_block(layers, dropout)
+        reason = native_block.why_not_block(layers)
     if reason is None:
         reason = cpu_kernels.load(load)
         if reason and kernel == 'auto':
@@ -112,14 +108,17 @@ def block_train(
     """
     layers = tuple(layers)
     path_rates = path_rates or (0.0,) * len(layers)
-    dropout = max(dropout_rate, *path_rates) > 0
-    if use_native(kernel, x, layers, dropout=dropout):
+    if use_native(kernel, x, layers):
         trained = [native_block.parameters(layer) for layer in layers]
-        train = native_block.train
-        if x.dtype == jnp.bfloat16:
-            train = _train_bfloat16
-        features, mean, var, mean2, var2 = train(x, trained, epsilon)
-        return features, (mean, var), list(zip(mean2, var2, strict=True))
+        drop = native_block.drops(x, layers, dropout_rate, keys, path_rates, path_keys)
+        wide = _in_float32(x)
+        features, mean, var, mean2, var2 = native_block.train(
+            _widen(x) if wide else x, trained, drop, epsilon, float(dropout_rate)
+        )
+        inner = [None] * len(layers)
+        if layers[0].kernel2 is not None:
+            inner = list(zip(mean2, var2, strict=True))
+        return features.astype(x.dtype), (mean, var), inner
     return xla_block.train(
         x,
         layers,
@@ -133,14 +132,16 @@ def block_train(
     )
 
 
-def _train_bfloat16(x, trained, epsilon):
-    if reason := cpu_kernels.why_bfloat16_is_slow():
+def _in_float32(x):
+    """Whether a block in bfloat16 computes in float32, because that is faster."""
+    if x.dtype != jnp.bfloat16:
+        return False
+    reason = cpu_kernels.why_bfloat16_is_slow()
+    if reason:
         _log_once(
             f'model.dtype=bfloat16: {reason}, so the dense blocks compute in float32'
         )
-        features, *statistics = native_block.train(_widen(x), trained, epsilon)
-        return features.astype(x.dtype), *statistics
-    return native_bfloat16.train(x, trained, epsilon)
+    return reason is not None
 
 
 def _widen(x):
@@ -150,7 +151,7 @@ def _widen(x):
 def block_eval(x, layers, *, epsilon, dtype, kernel='auto'):
     """A dense block in evaluation, with running statistics: `[N, H, W, C0 + L * G]`."""
     layers = tuple(layers)
-    if use_native(kernel, x, layers, dropout=False):
+    if use_native(kernel, x, layers):
         return native_block.evaluate(_widen(x), layers, epsilon).astype(x.dtype)
     return xla_block.evaluate(x, layers, epsilon, dtype)
 

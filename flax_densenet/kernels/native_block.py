@@ -1,6 +1,8 @@
-"""The dense block in C++, for float32 on one CPU device: `kernel='native'`.
+"""The dense block in C++, on one CPU device: `kernel='native'`.
 
-One call into `cpu_kernels.cc` for each block and direction.
+One call into `cpu_kernels.cc` or `cpu_bf16_training.cc` for each block and direction.
+In bfloat16 features and what is kept for the backward pass are bfloat16; statistics,
+parameters and their gradients float32.
 """
 
 import functools
@@ -10,6 +12,8 @@ import jax.numpy as jnp
 
 from flax_densenet.kernels import cpu as cpu_kernels
 from flax_densenet.kernels import xla_block
+
+_CHUNK = 32  # channels of a chunk in bfloat16
 
 
 def why_not(x, *, one_device: bool) -> str | None:
@@ -23,78 +27,148 @@ def why_not(x, *, one_device: bool) -> str | None:
     return None
 
 
-def why_not_block(layers, dropout: bool) -> str | None:
+def why_not_block(layers) -> str | None:
     """Why the kernels cannot compute a block of these layers, or None."""
-    if layers[0].kernel2 is None:
-        return 'it is for layers with a bottleneck'
-    if dropout:
-        return 'it has no dropout and no stochastic depth'
-    if max(layers[0].kernel2.shape[2:]) > 256:
+    first = layers[0]
+    if first.kernel2 is None and first.kernel1.shape[3] > 28:  # 9 * 28 = 252
+        return 'without bottleneck its widest growth is 28'
+    if first.kernel2 is not None and max(first.kernel2.shape[2:]) > 256:
         return 'its widest layer is 256'
     return None
 
 
 def parameters(layer):
     """Parameters of a `Layer` in the order of the kernel's arguments and results."""
-    return (
-        layer.scale1,
-        layer.bias1,
-        layer.kernel1,
-        layer.scale2,
-        layer.bias2,
-        layer.kernel2,
-    )
+    front = (layer.scale1, layer.bias1, layer.kernel1)
+    if layer.kernel2 is None:
+        return front
+    return (*front, layer.scale2, layer.bias2, layer.kernel2)
 
 
-def _shape(*dimensions):
-    return jax.ShapeDtypeStruct(dimensions, jnp.float32)
+def keep_mask(keys, shape, rate):
+    """Where `xla_block.drop_out` keeps a value: uint8 `[L, *shape]`, 1 or 0.
+
+    XLA takes as long for the random bits as the kernel for all of the block.
+
+    Args:
+      keys: a random key for each layer.
+    """
+    threefry = all(str(jax.random.key_impl(key)) == 'threefry2x32' for key in keys)
+    if not threefry or not jax.config.jax_threefry_partitionable:
+        kept = [xla_block.kept(key, shape, rate) for key in keys]
+        return jnp.stack(kept).astype(jnp.uint8)
+    data = jnp.stack([jax.random.key_data(key) for key in keys])
+    result = [jax.ShapeDtypeStruct((len(keys), *shape), jnp.uint8)]
+    return cpu_kernels.call('DropoutKeep', result, data, rate=rate)[0]
+
+
+def drops(x, layers, dropout_rate, keys, path_rates, path_keys):
+    """What a block drops: `(mask, images)` for `train`, each empty if nothing.
+
+    Args: of `dense_block.block_train`.
+
+    Returns:
+      uint8 `[L, N, H, W, G]` of `keep_mask`; and float32 `[L, N]`, a factor of each
+      image's new maps.
+    """
+    count, places = len(layers), x.shape[:3]
+    growth = parameters(layers[0])[-1].shape[3]
+    mask = jnp.zeros((0,), jnp.uint8)
+    if dropout_rate:
+        mask = keep_mask(keys, (*places, growth), dropout_rate)
+    images = jnp.zeros((0,), jnp.float32)
+    if any(path_rates):
+        ones = jnp.ones((x.shape[0], 1, 1, 1), jnp.float32)
+        images = [
+            xla_block.drop_path(ones, path_keys[index], path_rates[index]).reshape(-1)
+            if path_rates[index]
+            else ones.reshape(-1)
+            for index in range(count)
+        ]
+        images = jnp.stack(images)
+    return mask, images
+
+
+def _shape(*dimensions, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(dimensions, dtype)
 
 
 def _flat(layers):
     return [array for layer in layers for array in layer]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def train(x, layers, epsilon):
-    return _train_forward(x, layers, epsilon)[0]
+def _suffix(dtype):
+    return 'Bfloat16' if dtype == jnp.bfloat16 else ''
 
 
-def _train_forward(x, layers, epsilon):
+def _hidden_shape(pixels, width, dtype):
+    """Of one layer's bottleneck; in bfloat16 in chunks of channels."""
+    if dtype == jnp.bfloat16:
+        return -(-width // _CHUNK), pixels, _CHUNK
+    return pixels, width
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def train(x, layers, drop, epsilon, rate):
+    """A dense block in training.
+
+    Args:
+      x: float32 or bfloat16 `[N, H, W, C]`.
+      layers: `parameters` of each layer.
+      drop: of `drops`.
+      epsilon: added to variances.
+      rate: of dropout.
+
+    Returns:
+      Features, of x's dtype; their mean and var; mean and var of each layer's
+      bottleneck, `[L, M]`, of M = 0 without.
+    """
+    return _train_forward(x, layers, drop, epsilon, rate)[0]
+
+
+def _train_forward(x, layers, drop, epsilon, rate):
     *places, channels = x.shape
-    _, _, bottleneck, growth = layers[0][5].shape
+    growth = layers[0][-1].shape[3]
+    bottleneck = layers[0][-1].shape[2] if len(layers[0]) == 6 else 0
     count, width = len(layers), channels + len(layers) * growth
     pixels = x.size // channels
     features, mean, var, hidden, mean2, var2 = cpu_kernels.call(
-        'DenseBlockForwardTrain',
+        f'DenseBlockForwardTrain{_suffix(x.dtype)}',
         [
-            _shape(*places, width),
+            _shape(*places, width, dtype=x.dtype),
             _shape(width),
             _shape(width),
-            _shape(count, pixels, bottleneck),
+            _shape(count, *_hidden_shape(pixels, bottleneck, x.dtype), dtype=x.dtype),
             _shape(count, bottleneck),
             _shape(count, bottleneck),
         ],
         x,
+        *drop,
         *_flat(layers),
         epsilon=epsilon,
+        rate=rate,
     )
-    saved = (features, mean, var, hidden, mean2, var2)
+    saved = (features, mean, var, hidden, mean2, var2, *drop)
     return (features, mean, var, mean2, var2), (saved, layers)
 
 
-def _train_backward(epsilon, residuals, gradients):
+def _train_backward(epsilon, rate, residuals, gradients):
     saved, layers = residuals
     # Statistics inside the layers are only used for running averages, so they have no
     # gradient.
     features_gradient, mean_gradient, var_gradient, _, _ = gradients
-    features, _, _, hidden, _, _ = saved
-    channels = layers[0][0].shape[0]
+    features, hidden = saved[0], saved[3]
+    dtype, channels = features.dtype, layers[0][0].shape[0]
+    room = hidden.shape[1:]
+    if not hidden.size:
+        growth, pixels = layers[0][-1].shape[3], features.size // features.shape[3]
+        room = _hidden_shape(pixels, growth, dtype)
     results = cpu_kernels.call(
-        'DenseBlockBackward',
+        f'DenseBlockBackward{_suffix(dtype)}',
         [
-            _shape(*features.shape[:3], channels),
+            _shape(*features.shape[:3], channels, dtype=dtype),
             _shape(*features.shape),
-            _shape(*hidden.shape[1:]),
+            _shape(*room, dtype=dtype),
             *[_shape(*array.shape) for array in _flat(layers)],
         ],
         *saved,
@@ -103,9 +177,11 @@ def _train_backward(epsilon, residuals, gradients):
         var_gradient,
         *_flat(layers),
         epsilon=epsilon,
+        rate=rate,
     )
-    flat = results[3:]
-    return results[0], [tuple(flat[i : i + 6]) for i in range(0, len(flat), 6)]
+    flat, each = results[3:], len(layers[0])
+    of_layers = [tuple(flat[i : i + each]) for i in range(0, len(flat), each)]
+    return results[0], of_layers, None
 
 
 train.defvjp(_train_forward, _train_backward)
@@ -114,11 +190,13 @@ train.defvjp(_train_forward, _train_backward)
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def evaluate(x, layers, epsilon):
     *places, channels = x.shape
-    growth = layers[0].kernel2.shape[3]
-    arguments = [
-        (*parameters(layer), layer.mean1, layer.var1, layer.mean2, layer.var2)
-        for layer in layers
-    ]
+    arguments = []
+    for layer in layers:
+        running = (layer.mean1, layer.var1)
+        if layer.kernel2 is not None:
+            running += (layer.mean2, layer.var2)
+        arguments.append((*parameters(layer), *running))
+    growth = parameters(layers[0])[-1].shape[3]
     (features,) = cpu_kernels.call(
         'DenseBlockForwardEval',
         [_shape(*places, channels + len(layers) * growth)],

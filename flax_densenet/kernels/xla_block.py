@@ -167,6 +167,10 @@ def drop_path(x, key, rate):
 
 
 def _drop(x, key, rate, shape):
+    return jnp.where(kept(key, shape, rate), x / (1 - rate), jnp.zeros_like(x))
+
+
+def kept(key, shape, rate):
+    """Which values stay, a share of 1 - `rate`."""
     # Always in float32, so that the choice does not depend on the precision.
-    keep = jax.random.uniform(key, shape, jnp.float32) >= rate
-    return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+    return jax.random.uniform(key, shape, jnp.float32) >= rate

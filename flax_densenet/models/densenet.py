@@ -340,11 +340,6 @@ class DenseNet(network.Network):
                 'model.kernel=native has no such dropout: use auto with '
                 'model.dropout_after=every_conv'
             )
-        if self.kernel == 'native' and self.drop_path_rate:
-            raise UserError(
-                'model.kernel=native has no stochastic depth: use auto with '
-                f'model.drop_path_rate={self.drop_path_rate}'
-            )
 
 
 def _drops_everywhere(module):

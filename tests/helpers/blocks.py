@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -58,6 +59,44 @@ def inputs(block, size=(13, 22), count=2):
     variables = jax.tree_util.tree_map_with_path(shake, variables)
     images = rng.standard_normal((count, *size, 3)).astype(np.float32)
     return variables, images
+
+
+def run(module, variables, images):
+    """Training outputs, updated statistics, gradients; evaluation outputs."""
+
+    def loss_of(params, images):
+        features, updated = module.apply(
+            {**variables, 'params': params},
+            images,
+            train=True,
+            mutable=['batch_stats'],
+            method='features',
+            rngs={'dropout': jax.random.key(3)},
+        )
+        # Any function of all outputs will do; this one has no flat directions.
+        weights = np.sin(np.arange(features.size)).reshape(features.shape)
+        wide = features.astype(jnp.promote_types(features.dtype, jnp.float32))
+        return (wide * weights).sum(), (features, updated['batch_stats'])
+
+    (_, (features, stats)), gradients = jax.jit(
+        jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
+    )(variables['params'], images)
+    evaluated = jax.jit(functools.partial(module.apply, method='features'))(
+        variables, images
+    )
+    return {
+        'features': features,
+        'batch_stats': stats,
+        'param_gradients': gradients[0],
+        'image_gradient': gradients[1],
+        'evaluated': evaluated,
+    }
+
+
+@functools.cache
+def run_plain(block, size=(13, 22), count=2):
+    """What several tests compare with."""
+    return run(make(block, fast=False), *inputs(block, size, count))
 
 
 def error(found, exact):

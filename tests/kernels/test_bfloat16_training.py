@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flax_densenet.kernels import cpu as cpu_kernels
-from flax_densenet.kernels import dense_block, native_bfloat16, xla_block
+from flax_densenet.kernels import dense_block, native_block, xla_block
 from helpers.blocks import error, inputs, make, require_native
 
 
@@ -21,6 +21,10 @@ def layers_of(channels, bottleneck, growth, count):
     layers = []
     for wide in range(channels, channels + count * growth, growth):
         one = (normal(wide, scale=0.3, shift=1), normal(wide, scale=0.3))
+        if not bottleneck:
+            kernel = normal(3, 3, wide, growth, scale=(2 / wide) ** 0.5 / 3)
+            layers.append((*one, kernel))
+            continue
         two = (normal(bottleneck, scale=0.3, shift=1), normal(bottleneck, scale=0.3))
         kernel1 = normal(1, 1, wide, bottleneck, scale=(2 / wide) ** 0.5)
         kernel2 = normal(3, 3, bottleneck, growth, scale=(2 / bottleneck) ** 0.5 / 3)
@@ -28,26 +32,40 @@ def layers_of(channels, bottleneck, growth, count):
     return layers
 
 
-def by_xla(x, layers, epsilon, dtype):
+KEYS = list(jax.random.split(jax.random.key(2), 4))
+
+
+def by_xla(x, layers, dropout, epsilon, dtype):
     fields = ('scale1', 'bias1', 'kernel1', 'scale2', 'bias2', 'kernel2')
     features, (mean, var), inner = xla_block.train(
         x,
         [
             xla_block.Layer(
-                mean1=None, var1=None, **dict(zip(fields, one, strict=True))
+                mean1=None, var1=None, **dict(zip(fields, one, strict=False))
             )
             for one in layers
         ],
         epsilon=epsilon,
         dtype=dtype,
         remat=False,
-        dropout_rate=0.0,
-        keys=None,
+        dropout_rate=dropout,
+        keys=KEYS,
         path_rates=(0.0,) * len(layers),
         path_keys=None,
     )
-    mean2, var2 = (jnp.stack(parts) for parts in zip(*inner, strict=True))
+    mean2 = var2 = jnp.zeros((len(layers), 0))
+    if inner[0] is not None:
+        mean2, var2 = (jnp.stack(parts) for parts in zip(*inner, strict=True))
     return features, mean, var, mean2, var2
+
+
+def natively(x, layers, dropout):
+    mask = jnp.zeros((0,), jnp.uint8)
+    if dropout:
+        shape = (*x.shape[:3], layers[0][-1].shape[3])
+        mask = native_block.keep_mask(KEYS[: len(layers)], shape, dropout)
+    drop = mask, jnp.zeros((0,), jnp.float32)
+    return native_block.train(x, layers, drop, 1e-5, dropout)
 
 
 def with_gradients(train):
@@ -67,33 +85,44 @@ def with_gradients(train):
 def named(found):
     (_, (features, mean, var, mean2, var2)), (of_x, of_layers) = found
     names = ('scale1', 'bias1', 'kernel1', 'scale2', 'bias2', 'kernel2')
-    gradients = dict(zip(names, zip(*of_layers, strict=True), strict=True))
+    gradients = dict(zip(names, zip(*of_layers, strict=True), strict=False))
     statistics = {'mean': (mean, mean2), 'var': (var, var2)}
     return {'features': features, 'x': of_x} | statistics | gradients
 
 
 @pytest.mark.parametrize(
-    ('shape', 'bottleneck', 'growth', 'count'),
+    ('shape', 'bottleneck', 'growth', 'count', 'dropout'),
     [
-        ((3, 7, 9, 24), 48, 12, 2),  # groups of images, chunks that are not full
-        pytest.param((2, 40, 58, 64), 128, 32, 2, marks=pytest.mark.slow),  # bands
-        pytest.param((5, 14, 14, 96), 192, 48, 2, marks=pytest.mark.slow),
-        pytest.param((1, 5, 3, 16), 16, 8, 3, marks=pytest.mark.slow),
+        ((3, 7, 9, 24), 48, 12, 2, 0.0),  # groups of images, chunks that are not full
+        ((3, 7, 9, 40), 0, 12, 2, 0.3),  # without bottleneck
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ((2, 40, 58, 64), 128, 32, 2, 0.2),  # bands
+                ((5, 14, 14, 96), 192, 48, 2, 0.0),
+                ((1, 5, 3, 16), 16, 8, 3, 0.0),
+                ((1, 70, 29, 16), 0, 24, 2, 0.0),  # bands
+                ((2, 6, 5, 16), 0, 5, 3, 0.3),
+            )
+        ),
     ],
 )
-def test_each_path_is_as_good_as_xla(shape, bottleneck, growth, count):
+def test_each_path_is_as_good_as_xla(shape, bottleneck, growth, count, dropout):
     require_native('bfloat16')
+    require_native()  # which has dropout's random bits
     layers = layers_of(shape[3], bottleneck, growth, count)
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.standard_normal(shape) + 3, jnp.bfloat16)
     with jax.enable_x64(True):
-        train = functools.partial(by_xla, epsilon=1e-5, dtype=jnp.float64)
+        train = functools.partial(
+            by_xla, dropout=dropout, epsilon=1e-5, dtype=jnp.float64
+        )
         double = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), layers)
         exact = with_gradients(train)(jnp.asarray(x, jnp.float64), double)
         exact = jax.tree.map(np.asarray, named(exact))
-    train = functools.partial(by_xla, epsilon=1e-5, dtype=jnp.bfloat16)
+    train = functools.partial(by_xla, dropout=dropout, epsilon=1e-5, dtype=jnp.bfloat16)
     theirs = named(with_gradients(train)(x, layers))
-    ours = with_gradients(lambda x, layers: native_bfloat16.train(x, layers, 1e-5))
+    ours = with_gradients(functools.partial(natively, dropout=dropout))
     usual, found = cpu_kernels.bfloat16_path(), {}
     try:
         for path in cpu_kernels.BFLOAT16_PATHS:

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from flax_densenet import UserError, create_model, init_variables
+from flax_densenet import UserError
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.kernels import cpu as cpu_kernels
 from flax_densenet.kernels import dense_block, xla_block
 from flax_densenet.system import process
 from flax_densenet.train import fit
-from helpers.blocks import error, inputs, make, require_native
+from helpers.blocks import error, inputs, make, require_native, run, run_plain
 from helpers.networks import compiled
 from helpers.runs import tiny_config
 
@@ -25,6 +25,7 @@ CONTRACTS = [
     ('xla', 'BC'),
     ('native', 'BC'),
     ('native', 'imagenet'),
+    ('native', 'plain'),
     *(
         pytest.param(kernel, block, marks=pytest.mark.slow)
         for kernel, block in (
@@ -33,44 +34,6 @@ CONTRACTS = [
         )
     ),
 ]
-
-
-def run(module, variables, images, *, rows=None):
-    """Training outputs, updated statistics, gradients; evaluation outputs."""
-
-    def loss_of(params, images):
-        features, updated = module.apply(
-            {**variables, 'params': params},
-            images,
-            train=True,
-            mutable=['batch_stats'],
-            method='features',
-            rngs={'dropout': jax.random.key(3)},
-        )
-        # Any function of all outputs will do; this one has no flat directions.
-        weights = np.sin(np.arange(features.size)).reshape(features.shape)
-        wide = features.astype(jnp.promote_types(features.dtype, jnp.float32))
-        return (wide * weights).sum(), (features, updated['batch_stats'])
-
-    (_, (features, stats)), gradients = jax.jit(
-        jax.value_and_grad(loss_of, argnums=(0, 1), has_aux=True)
-    )(variables['params'], images)
-    evaluated = jax.jit(functools.partial(module.apply, method='features'))(
-        variables, images
-    )
-    return {
-        'features': features,
-        'batch_stats': stats,
-        'param_gradients': gradients[0],
-        'image_gradient': gradients[1],
-        'evaluated': evaluated,
-    }
-
-
-@functools.cache
-def run_plain(block, size=(13, 22), count=2):
-    """What several tests compare with."""
-    return run(make(block, fast=False), *inputs(block, size, count))
 
 
 @functools.cache
@@ -142,62 +105,14 @@ def test_contract(kernel, block):
         *(pytest.param(n, marks=pytest.mark.slow) for n in ((5, 4), (70, 34))),
     ],
 )
-def test_sizes(size):
+@pytest.mark.parametrize('block', ['BC', pytest.param('C', marks=pytest.mark.slow)])
+def test_sizes(size, block):
     """The native kernel's bands and register tiles end inside of any image."""
     require_native()
-    variables, images = inputs('BC', size)
-    plain = run_plain('BC', size)
-    fast = run(make('BC', kernel='native'), variables, images)
-    assert_as_good(fast, plain, exact('BC', size))
-
-
-def test_stochastic_depth():
-    """An image keeps a layer's new maps, scaled, or has zeros; plain and fast alike."""
-    images = np.random.default_rng(0).standard_normal((64, 4, 4, 3), np.float32)
-    fields = dict(num_classes=0, block_sizes=(2, 1), stem_features=4)
-    module = create_model('BC-L10k4', **fields, fast=False)
-    variables = init_variables(module, 0)
-
-    @functools.partial(jax.jit, static_argnames=('module', 'frozen'))
-    def blocks(key, module, frozen=0):
-        return module.apply(
-            variables,
-            images,
-            True,
-            frozen,
-            method='pyramid',
-            mutable=['batch_stats'],
-            rngs={'dropout': jax.random.key(key)},
-        )[0]
-
-    whole = np.asarray(blocks(0, module)[0])
-    dropping = module.clone(drop_path_rate=0.8)  # of the three layers 0, 0.4, 0.8
-    found = np.asarray(blocks(0, dropping)[0])
-    np.testing.assert_array_equal(found[..., :8], whole[..., :8])
-    kept = found[..., 8:].any((1, 2, 3))
-    assert 0.4 < kept.mean() < 0.8
-    expected = np.where(kept[:, None, None, None], whole[..., 8:] / 0.6, 0)
-    np.testing.assert_allclose(found[..., 8:], expected, rtol=1e-5, atol=1e-6)
-    assert not np.array_equal(found, blocks(1, dropping)[0])
-    fast = dropping.clone(fast=True)  # auto: the native kernel cannot, XLA does
-    for ours, theirs in zip(blocks(0, fast), blocks(0, dropping), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
-    one, other = (blocks(key, dropping, frozen=2)[0] for key in (0, 1))
-    np.testing.assert_array_equal(one, other)  # what is frozen drops nothing
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('remat', ['block', 'none'])
-def test_stochastic_depth_has_the_same_gradients(remat):
-    """Beside dropout, in blocks whose first layer drops too."""
-    variables, images = inputs('BC', count=8)
-    fields = dict(drop_path_rate=0.5, dropout_rate=0.2)
-    plain = run(make('BC', fast=False, **fields), variables, images)
-    fast = run(make('BC', remat=remat, **fields), variables, images)
-    without = run(make('BC', fast=False, dropout_rate=0.2), variables, images)
-    for name in plain:
-        assert error(fast[name], plain[name]) < 1e-4
-    assert error(without['features'], plain['features']) > 0.1
+    variables, images = inputs(block, size)
+    plain = run_plain(block, size)
+    fast = run(make(block, kernel='native'), variables, images)
+    assert_as_good(fast, plain, exact(block, size))
 
 
 @pytest.mark.slow
@@ -271,7 +186,7 @@ def test_four_devices():
     ],
 )
 def test_every_pair_of_choices(block, dropout, dtype):
-    """On one device and on four, of an odd image size, by XLA; natively where it can.
+    """On one device and on four, of an odd image size, by XLA; natively.
 
     In float32: no further from float64 than twice what the plain layers are; in
     bfloat16 too, where both are a few percent away.
@@ -296,9 +211,10 @@ def test_every_pair_of_choices(block, dropout, dtype):
         'one': run(make(block, kernel='xla', **fields), variables, images),
         'four': run(make(block, **fields), *spread),
     }
-    if 'B' in block and not dropout and dtype == 'float32':
+    if dtype == 'float32':
         require_native()
-        found['native'] = run(make(block, kernel='native'), variables, images)
+        module = make(block, kernel='native', **fields)
+        found['native'] = run(module, variables, images)
     for fast in found.values():
         assert jax.tree.structure(plain) == jax.tree.structure(fast)
         if dtype == 'float32':
@@ -362,16 +278,15 @@ def test_ties_in_the_pooling_go_to_one_place():
 @pytest.mark.parametrize(
     ('block', 'fields', 'message'),
     [
-        ('plain', {}, 'for layers with a bottleneck'),
-        ('BC', {'dropout_rate': 0.1}, 'it has no dropout'),
+        ('plain', {'growth_rate': 29}, 'without bottleneck its widest growth is 28'),
+        ('BC', {'growth_rate': 65}, 'its widest layer is 256'),
     ],
 )
 def test_native_where_it_cannot_be(block, fields, message):
     module = make(block, kernel='native', **fields)
-    variables, images = inputs(block)
-    apply = functools.partial(module.apply, train=True, mutable=['batch_stats'])
+    _, images = inputs(block)
     with pytest.raises(UserError, match=f'model.kernel=native.*{message}.*use auto'):
-        jax.eval_shape(apply, variables, images, rngs={'dropout': jax.random.key(0)})
+        jax.eval_shape(module.init, jax.random.key(0), images)
 
 
 def test_without_a_compiler(monkeypatch, capsys):

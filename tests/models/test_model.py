@@ -258,11 +258,6 @@ def test_running_statistics(unbiased):
         ('densenet121', {'compression': 1.5}, 'model.compression=1.5'),
         ('densenet121', {'dropout_rate': 1.0}, 'model.dropout_rate=1.0'),
         ('densenet121', {'drop_path_rate': 1.0}, 'model.drop_path_rate=1.0'),
-        (
-            'densenet121',
-            {'drop_path_rate': 0.1, 'kernel': 'native'},
-            'native has no stochastic depth: use auto with model.drop_path_rate=0.1',
-        ),
         ('densenet121', {'block_sizes': (6, 0)}, 'model.block_sizes'),
         ('densenet121', {'stem': 'big'}, 'use imagenet, deep, cifar'),
         ('densenet121', {'dtype': 'int8'}, 'use float32, bfloat16'),

@@ -38,7 +38,8 @@ def run(invocation: options.Invocation):
 def _check_of_one(invocation, what):
     """Raises for what only the page of one run takes."""
     set_here = [f'--config.{name}' for name in invocation.overrides]
-    for name in ('figures', 'precision', 'class_names', 'outputs'):
+    of_one = ('figures', 'precision', 'class_names', 'outputs')
+    for name in (*of_one, *(flag.name for flag in options.EXPLAIN)):
         if invocation.flags[name].value:
             set_here.append(f'--{name}')
     if set_here:
@@ -52,6 +53,7 @@ def _report_on_run(invocation, workdir):
     from flax_densenet.evaluation import precisions
     from flax_densenet.report import figures, page
 
+    how = options.explain_options(invocation)
     trained, path, settings = trained_model.load(invocation, workdir)
     trained, source, found, trained_on = precisions.of_data(
         trained, path, settings, invocation.flags.precision
@@ -61,6 +63,7 @@ def _report_on_run(invocation, workdir):
         path=invocation.path('out'),
         trained_on=trained_on,
         weights=path,
+        how=how,
     )
     print(f'{path}: open it in a browser')
     folder = invocation.path('figures')
@@ -122,6 +125,7 @@ COMMAND = options.Command(
             ),
         ),
     }
+    | {'Maps': options.EXPLAIN}
     | options.SEVERAL_PROCESSES,
     place=_place,
     fields='Only init_from and data.* apply; the model has the rest.',

@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from scipy import ndimage
 
 from flax_densenet.data import bands, deep_picture
 from flax_densenet.system import fonts
@@ -16,13 +17,39 @@ _COLORS = np.array(
 )
 
 
+_FINE = 64  # from this side in pixels on, a map is of pixels and smoothed
+_SMOOTH = 1 / 64  # of the shorter side: the standard deviation
+
+
+def enlarge(cam: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """A map `[h, w]` as large as its image: float32 `[H, W]`.
+
+    Maps of single pixels are smoothed; on a photograph one cannot see them.
+    """
+    cam = np.asarray(cam, np.float32)
+    if min(cam.shape) >= _FINE:
+        cam = ndimage.gaussian_filter(cam, _SMOOTH * min(cam.shape))
+    picture = Image.fromarray(cam)
+    return np.asarray(picture.resize(shape[::-1], Image.Resampling.BILINEAR))
+
+
+def top_of(cam: np.ndarray) -> float:
+    """The value that gets the brightest color.
+
+    The highest one; of maps of single pixels, which have outliers, that of which 1% are
+    above.
+    """
+    cam = np.asarray(cam, np.float32)
+    highest = float(cam.max())
+    if min(cam.shape) < _FINE:
+        return highest
+    return float(np.percentile(enlarge(cam, cam.shape), 99)) or highest
+
+
 def _color(cam, shape, strength, top=None):
     """Colors `[H, W, 3]` of a map, and their opacity `[H, W, 1]`."""
-    height, width = shape
-    cam = np.asarray(cam, np.float32)
-    cam = cam / max(float(cam.max()) if top is None else top, 1e-12)
-    cam = Image.fromarray(cam).resize((width, height), Image.Resampling.BILINEAR)
-    cam = np.clip(np.asarray(cam), 0, 1)
+    top = top_of(cam) if top is None else top
+    cam = np.clip(enlarge(cam, shape) / max(top, 1e-12), 0, 1)
     place = cam * (len(_COLORS) - 1)
     low = np.minimum(place.astype(int), len(_COLORS) - 2)
     share = (place - low)[..., None]
@@ -45,7 +72,7 @@ def overlay(
       cam: `[h, w]`.
       strength: opacity of the colors at the highest value.
       top: the value that gets the brightest color, so that maps of several classes can
-        be compared; by default the highest one of this map.
+        be compared; by default `top_of` this map.
       box: the part of the image that the map is of, (left, top, right, bottom) in
         pixels; the rest is darkened. By default all of it.
 

@@ -262,6 +262,38 @@ def roc(rows: Sequence[dict[str, Any]], *, colored: int = 10) -> str:
     return f'{plot}{below}'
 
 
+def faithfulness(measured: dict[str, Any]) -> list[str]:
+    """The deletion and the insertion curve, each beside that of random maps.
+
+    Args:
+      measured: of `faithfulness.measure`.
+    """
+    made = []
+    for kind, what in (('deletion', 'hidden'), ('insertion', 'shown')):
+        plot = Plot(
+            Axis(f'Pixels {what}, the brightest of the map first', 0, 1, SHARES),
+            Axis('Probability', 0, 1, SHARES),
+            label=f'{kind.title()} curve',
+        )
+        rows = [('s1', 'The maps'), ('soft dashed', 'Random maps')]
+        for (style, name), key in zip(rows, ('map', 'random'), strict=True):
+            plot.line(
+                measured['shares'],
+                measured[kind][key],
+                style.split()[0],
+                dashed='dashed' in style,
+                dots=key == 'map',
+                title=f'{name}: area {render.figure(measured[kind][f"{key}_area"])}',
+            )
+        areas = (render.figure(measured[kind][f'{k}_area']) for k in ('map', 'random'))
+        named = [
+            (style, f'{name} (area {area})')
+            for (style, name), area in zip(rows, areas, strict=True)
+        ]
+        made.append(figure(kind.title(), plot, legend(named), id=kind))
+    return made
+
+
 def scatter(field: dict[str, Any], *, unit: str, percent: bool) -> Plot:
     """The results of a sweep's settings over one field.
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from flax_densenet.data import bands, dataset, deep_picture
 from flax_densenet.evaluation import results
-from flax_densenet.inference import originals, overlay
+from flax_densenet.inference import explain, originals, overlay
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.report import render
 
@@ -120,6 +120,7 @@ def add_pictures(
     rows: Sequence[dict[str, Any]],
     found: results.Results,
     predictor: predictor_lib.Predictor,
+    how: explain.Options = explain.DEFAULT,
 ):
     """Adds `image`, `name` and `maps` to each row.
 
@@ -135,7 +136,7 @@ def add_pictures(
         part = rows[start : start + size]
         batch = np.stack([found.examples[row['row']]['image'] for row in part])
         maps = {
-            kind: predictor.cams(batch, [row[kind] for row in part])
+            kind: predictor.cams(batch, [row[kind] for row in part], how)
             for kind in ('predicted', 'true')
         }
         for place, row in enumerate(part):
@@ -150,14 +151,15 @@ def add_pictures(
 
 def _draw_maps(image, box, cams):
     """The maps on a common scale."""
-    top = max(float(cam.max()) for cam in cams.values())
+    tops = {kind: overlay.top_of(cam) for kind, cam in cams.items()}
+    top = max(tops.values())
     small = _resize(image, min(1.0, PICTURE / max(image.shape[:2])))
     scale = small.shape[1] / image.shape[1], small.shape[0] / image.shape[0]
     box = tuple(side * scale[place % 2] for place, side in enumerate(box))
     return [
         {
             'kind': kind,
-            'share': float(cam.max()) / top if top > 0 else 0.0,
+            'share': tops[kind] / top if top > 0 else 0.0,
             'image': to_uri(
                 overlay.overlay(small, cam, top=top, box=box), PICTURE, strong=True
             ),

@@ -1,6 +1,7 @@
 """`report.html`: one self-contained page that shows how good a model is."""
 
 import datetime
+import logging
 import os
 import shlex
 
@@ -12,14 +13,24 @@ from flax_densenet.data import dataset, images
 from flax_densenet.distributed import mesh
 from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.evaluation import results
+from flax_densenet.inference import explain
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.models import naming
-from flax_densenet.report import charts, diagnosis, gallery, headline, plots, render
+from flax_densenet.report import (
+    charts,
+    diagnosis,
+    faithfulness,
+    gallery,
+    headline,
+    plots,
+    render,
+)
 from flax_densenet.report import matrix as matrix_lib
 from flax_densenet.system import program
 from flax_densenet.weights import trained as trained_lib
 from flax_densenet.weights import weight_file
 
+_LOGGER = logging.getLogger(__name__)
 REPORT_FILE = 'report.html'
 SAMPLES, MISTAKES = 24, 18  # images of these sections
 CLASSES = 100  # that the confusion matrix and the ROC chart show at most
@@ -38,6 +49,7 @@ def save_report(
     path: str | None = None,
     trained_on: bool = True,
     weights: str | None = None,
+    how: explain.Options = explain.DEFAULT,
 ) -> str:
     """Writes `report.html`, and `eval.json` and `predictions.csv` in the run's folder.
 
@@ -49,6 +61,7 @@ def save_report(
       path: of the page; None for `report.html` in the run's folder.
       trained_on: False for other data than the model's own.
       weights: where the model was loaded from, if it is not a checkpoint.
+      how: the method of the maps.
 
     Returns:
       The page's path.
@@ -63,10 +76,14 @@ def save_report(
     predictor = predictor_lib.Predictor(trained, batch_size=6)
     kept = _kept_classes(found)
     pictures = _pick_pictures(found, kept)
+    if how.is_slow:
+        count = sum(map(len, pictures.values()))
+        _LOGGER.info(f'explaining {count} images one by one: {how.describe()}')
     for rows in pictures.values():
-        gallery.add_pictures(rows, found, predictor)
+        gallery.add_pictures(rows, found, predictor, how)
         for row in rows:
             row |= _caption(row, found.class_names)
+    trust = faithfulness.measure(found, predictor, how)
     path = path or os.path.join(workdir, REPORT_FILE)
     if mesh.is_writer():
         values = _describe(workdir, run, trained, source, found, measured, trained_on)
@@ -76,6 +93,8 @@ def save_report(
             'confusion': confusion,
             'extra': {row['row']: row for row in pictures.pop('extra')},
         }
+        values |= {'explained': how.describe(), 'trust': trust}
+        values['trust_charts'] = charts.faithfulness(trust) if trust else []
         render.save_page(
             path, 'report.html', data, confusion=confusion, **values, **pictures
         )

@@ -1,0 +1,152 @@
+"""How far maps can be trusted: deletion and insertion curves (1806.07421).
+
+Deletion hides an image's pixels in the order of its map, the brightest first, with the
+mean color; insertion shows them in this order on a blurred copy. If the map points at
+pixels that the model needs, the probability of the class falls, or rises, earlier than
+with a random map of the same coarseness. The area under a curve says it in one number.
+"""
+
+import numpy as np
+from scipy import ndimage, stats
+
+from flax_densenet.evaluation import results
+from flax_densenet.inference import explain, overlay
+from flax_densenet.inference import predictor as predictor_lib
+from flax_densenet.report import render
+from flax_densenet.weights import trained as trained_lib
+
+IMAGES = 32  # at most, chosen at random
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # of the pixels
+_BLUR = 1 / 20  # of the shorter side, the standard deviation
+
+
+def measure(
+    found: results.Results,
+    predictor: predictor_lib.Predictor,
+    how: explain.Options = explain.DEFAULT,
+    *,
+    most: int = IMAGES,
+):
+    """The curves of a sample of images, for the class with the highest probability.
+
+    Every host has to call it.
+
+    Args:
+      most: images that are computed, each about 22 times.
+
+    Returns:
+      `count`, `shares`, `deletion` and `insertion`, each with the mean probabilities
+      `map` and `random`, their areas `map_area` and `random_area`, and the 95%
+      interval `gain` of what the map is better by; and `sentence`. None where there
+      are less than two images.
+    """
+    count = min(most, len(found.examples))
+    if count < 2:
+        return None
+    rng = np.random.default_rng(0)
+    rows = np.sort(rng.choice(len(found.examples), count, replace=False)).tolist()
+    curves = []
+    for start in range(0, count, predictor.batch_size):
+        part = rows[start : start + predictor.batch_size]
+        images = np.stack([found.examples[row]['image'] for row in part])
+        curves += _curves(images, predictor, how, rng)
+    measured = {'count': count, 'shares': list(SHARES)}
+    for place, kind in enumerate(('deletion', 'insertion')):
+        maps, randoms = np.swapaxes([one[place] for one in curves], 0, 1)
+        areas = np.trapezoid(maps, SHARES), np.trapezoid(randoms, SHARES)
+        gains = areas[1] - areas[0] if kind == 'deletion' else areas[0] - areas[1]
+        measured[kind] = {
+            'map': maps.mean(0).tolist(),
+            'random': randoms.mean(0).tolist(),
+            'map_area': float(areas[0].mean()),
+            'random_area': float(areas[1].mean()),
+            'gain': _interval(gains),
+        }
+    return measured | {'sentence': describe(measured)}
+
+
+def _interval(values):
+    """Of the mean, by Student's t; a single point where nothing differs."""
+    mean, error = values.mean(), stats.sem(values)
+    if error == 0:
+        return [float(mean)] * 2
+    low, high = stats.t.interval(0.95, len(values) - 1, mean, error)
+    return [float(low), float(high)]
+
+
+def _curves(images, predictor, how, rng):
+    """Of each image probabilities `[2, 2, S]`: deletion, insertion; the map, random."""
+    rows, _, maps = predictor.compute_maps(images, -1, how)
+    chosen, given = rows.argmax(-1), []
+    for image, cam in zip(images, maps, strict=True):
+        given += _variants(image, cam, predictor.trained.metadata['mean'], rng)
+    many = len(given) // len(images)
+    found = _probabilities(given, chosen.repeat(many), predictor, how)
+    curves = []
+    for whole, (*inner, hidden, shown) in zip(
+        rows.max(-1), found.reshape(len(images), many), strict=True
+    ):
+        inner = np.reshape(inner, (2, 2, -1))
+        deletion, insertion = inner[:, 0].tolist(), inner[:, 1].tolist()
+        curves.append(
+            [
+                [[whole, *values, hidden] for values in deletion],
+                [[shown, *values, whole] for values in insertion],
+            ]
+        )
+    return curves
+
+
+def _variants(image, cam, mean, rng):
+    """Partly hidden and partly shown images, by the map and by a random one."""
+    white = trained_lib.white_of(image.dtype)
+    plain = np.clip(np.round(np.array(mean) * white), 0, white).astype(image.dtype)
+    sigma = _BLUR * min(image.shape[:2])
+    blurred = ndimage.gaussian_filter(image.astype(np.float32), (sigma, sigma, 0))
+    blurred = blurred.round().astype(image.dtype)
+    variants = []
+    for guide in (cam, rng.random(cam.shape, np.float32)):
+        values = overlay.enlarge(guide, image.shape[:2]).ravel()
+        # Equal values, as where there is no evidence, come in random order.
+        order = np.lexsort((rng.random(values.size), -values))
+        rank = np.empty(values.size)
+        rank[order] = (np.arange(values.size) + 0.5) / values.size
+        rank = rank.reshape(*image.shape[:2], 1)
+        variants += [np.where(rank < share, plain, image) for share in SHARES[1:-1]]
+        variants += [np.where(rank < share, image, blurred) for share in SHARES[1:-1]]
+    return [*variants, np.broadcast_to(plain, image.shape), blurred]
+
+
+def _probabilities(images, classes, predictor, how):
+    """Of each image the probability of its class."""
+    size, found = predictor.batch_size, []
+    for start in range(0, len(images), size):
+        part = slice(start, start + size)
+        # The program that computes the maps is there already.
+        with_maps = () if how.is_slow else (classes[part], how.method)
+        found.append(predictor.programs(np.stack(images[part]), *with_maps)[0])
+    return np.concatenate(found)[np.arange(len(images)), classes]
+
+
+def describe(measured) -> str:
+    """What the curves say in one sentence."""
+    deletion, insertion = measured['deletion'], measured['insertion']
+    better = [one['gain'][0] > 0 for one in (deletion, insertion)]
+    start = {
+        2: 'The maps point at pixels the model needs',
+        1: 'The maps point at pixels the model needs by one of two measures only',
+        0: 'The maps are no better than random ones at pointing at pixels the model '
+        'needs, so do not rely on them',
+    }[sum(better)]
+
+    def against(one):
+        return (
+            f'{render.percent(one["map_area"])} against '
+            f'{render.percent(one["random_area"])} with random maps'
+        )
+
+    return (
+        f'{start}: while the pixels that they mark are hidden first, the probability is '
+        f'on average {against(deletion)} (lower is better); while they are shown first, '
+        f'{against(insertion)} (higher is better).'
+    )

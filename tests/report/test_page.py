@@ -57,6 +57,7 @@ def test_page(made):
     assert f'{found.metrics["accuracy"] * 100:.1f}%' in said
     assert 'Training time 1:30:00' in said and 'A <fast> chip × 4' in said
     assert 'epoch 3, step 7' in said
+    assert 'How far to trust the maps' in said and 'with random maps' in said
     # A class name with HTML in it is text, in the tables as in the charts' numbers.
     assert '<b>&"bees"' in said
     before = text[: text.index('<script')]

@@ -155,7 +155,12 @@ def get_config() -> ConfigDict:
     config.data.batch_size = 32
     # Share of the images to split off for testing if the source has no test part.
     config.data.test_fraction = 0.2
-    # Seed of that split.
+    # Share of the training images to split off for validation, such as 0.1. They choose
+    # the best epoch, so that the test images choose nothing and are measured once, at
+    # the end. 0: as the source has it; without a validation part, the test images
+    # choose the best epoch as well.
+    config.data.val_fraction = 0.0
+    # Seed of these splits.
     config.data.split_seed = 0
     # Random crops and flips of training images: none, flip, shift_flip (as for CIFAR)
     # or crop_flip (as for ImageNet). samples.png in the run's folder shows them.

@@ -5,7 +5,7 @@
     config = flax_densenet.get_config('folder:photos')
     config.train.epochs = 10
     result = flax_densenet.train(config, 'ckpt/photos')
-    print(result.best['test_accuracy'])
+    print(result.best['test_accuracy'])  # or val_accuracy and result.test
     model = flax_densenet.load('ckpt/photos')
     print(model.predict('new.jpg')[0].label)
     flax_densenet.export(model, 'photos.onnx')
@@ -41,13 +41,17 @@ class TrainResult:
       workdir: the folder of the run; `load` takes it.
       best: the record of the best epoch: `epoch` (from 1), `step`, `train_accuracy`
         and `test_accuracy` (shares, 0 to 1), `train_loss` and `test_loss` (nats),
-        `learning_rate`, `images_per_second`, and more.
+        `learning_rate`, `images_per_second`, and more. If there is a validation part,
+        `val_accuracy` and `val_loss` take the place of `test_*`.
       records: those of all epochs, in order: the lines of `metrics.jsonl`.
+      test: what `eval.json` holds: the metrics of the best checkpoint for the test
+        images, as in `Evaluation`; None if these images chose the best epoch.
     """
 
     workdir: str
     best: dict[str, Any]
     records: list[dict[str, Any]]
+    test: dict[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,9 +220,9 @@ def train(config: 'Config', workdir: str | os.PathLike[str]) -> TrainResult:
     result = fit.fit(
         settings.from_config(config), workdir, save_samples=plots.save_samples
     )
-    finished.write(workdir, **result.report_options())
+    test = finished.write(workdir, **result.report_options())
     result.send_files()
-    return TrainResult(workdir, result.best, result.records)
+    return TrainResult(workdir, result.best, result.records, test)
 
 
 def evaluate(

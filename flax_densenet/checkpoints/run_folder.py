@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from flax_densenet import settings
+from flax_densenet.checkpoints import epoch_records
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.errors import UserError
 
@@ -74,19 +75,26 @@ def _read(workdir, name):
 
 
 def curves(records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Columns by name, those that all records have, and the `best` epoch."""
+    """Columns by name, those that all records have.
+
+    `held_accuracy`, `held_loss` and `held_mean_auroc` are of the images that choose the
+    best epoch, which are validation or test images as `part` says: `val` or `test`.
+    """
     if not records:
         return None
-    columns = (
-        *('epoch', 'train_accuracy', 'test_accuracy', 'train_loss', 'test_loss'),
-        *('learning_rate', 'test_mean_auroc'),
-    )
     found = {
-        name: [record[name] for record in records]
-        for name in columns
-        if all(record.get(name) is not None for record in records)
+        name: [record.get(name) for record in records]
+        for name in ('epoch', 'train_accuracy', 'train_loss', 'learning_rate')
+    } | {
+        f'held_{name}': [epoch_records.get(record, name) for record in records]
+        for name in ('accuracy', 'loss', 'mean_auroc')
     }
-    return found | {'best': max(records, key=checkpoint_reader.rank)['epoch']}
+    best = max(records, key=checkpoint_reader.rank)
+    return {
+        **{name: values for name, values in found.items() if None not in values},
+        'best': best['epoch'],
+        'part': epoch_records.part_of(records[-1]),
+    }
 
 
 def flatten(config: dict[str, Any], prefix: str = '') -> dict[str, Any]:

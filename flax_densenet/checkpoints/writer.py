@@ -107,8 +107,8 @@ class Saver:
           train: what else a resumed run needs, a tree of arrays.
           metadata: what JSON can hold.
           records: of all epochs until now; the lines of `metrics.jsonl`.
-          metrics: of a finished epoch: `test_accuracy` and `test_loss` at least; only
-            numbers are kept.
+          metrics: of a finished epoch: accuracy and loss of the images that choose at
+            least (`epoch_records`); only numbers are kept.
 
         Raises:
           UserError: the save before this one failed for good.

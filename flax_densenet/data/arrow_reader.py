@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_densenet.data import notes, readers
+from flax_densenet.data import notes, readers, table_columns
 from flax_densenet.errors import UserError, list_first
 
 _LABEL_NAMES = ('label', 'labels', 'class', 'target')
@@ -26,21 +26,31 @@ class Columns:
       image, label: their names.
       names: of the classes; None for those of the values, in order.
       several: an image can have several labels.
+      group: the column that tells whose image each is, or None.
     """
 
     image: str
     label: str
     names: tuple[str, ...] | None
     several: bool
+    group: str | None = None
+
+    @property
+    def used(self) -> list[str]:
+        """The names of all."""
+        return [self.image, self.label, *([self.group] if self.group else [])]
 
 
-def find_columns(field: str, schema: Any, chosen: tuple[str, ...]) -> Columns:
-    """The image and the label column of a table.
+def find_columns(
+    field: str, schema: Any, chosen: tuple[str, ...], groups: str = 'none'
+) -> Columns:
+    """The columns of a table that hold the image, the label and the group.
 
     Args:
       field: how messages call the source.
       schema: of Arrow.
       chosen: `data.label_columns`.
+      groups: `data.groups`.
 
     Raises:
       UserError: there is no image, or not one label.
@@ -77,7 +87,23 @@ def find_columns(field: str, schema: Any, chosen: tuple[str, ...]) -> Columns:
             'names for them'
         )
     several = _is_list(schema.field(label).type)
-    return Columns(images[0], label, labels.get(label), several)
+    group = _find_group(field, schema.names, {images[0], label}, groups)
+    return Columns(images[0], label, labels.get(label), several, group)
+
+
+def _find_group(field, names, taken, groups):
+    """The column of groups, or None."""
+    if groups.startswith('column:'):
+        name = groups.removeprefix('column:')
+        if name not in names:
+            raise UserError(
+                f'data.groups={groups}: {field} has the columns {list_first(names)}; '
+                'name one of them'
+            )
+        return name
+    if groups != 'auto':
+        return None
+    return table_columns.group_of([name for name in names if name not in taken])
 
 
 def _only(field, names):
@@ -151,6 +177,18 @@ class ArrowReader(readers.Reader):
         values = [v for t in self._tables for v in t.column('label').to_pylist()]
         self.class_names, self.labels = _number(values, self.columns)
 
+    def owners(self) -> list[str] | None:
+        """Whose image each is, by the column of groups; None if there is no column."""
+        if self.columns.group is None:
+            return None
+        found = [v for t in self._tables for v in t.column('group').to_pylist()]
+        return [f'\0{i}' if v is None else str(v) for i, v in enumerate(found)]
+
+    def paths(self) -> list[str]:
+        """The path that the data set has for each image; empty for none."""
+        found = [v for t in self._tables for v in t.column('path').to_pylist()]
+        return [path or '' for path in found]
+
     def __getstate__(self):
         """Other processes map the files themselves."""
         return {k: v for k, v in vars(self).items() if not k.startswith('_')}
@@ -195,7 +233,7 @@ class ArrowReader(readers.Reader):
 
 
 def _open(files, columns):
-    """One table of the columns `bytes`, `path` and `label`."""
+    """One table of the columns `bytes`, `path`, `label` and, if known, `group`."""
     import pyarrow as pa
     from pyarrow import compute
 
@@ -205,7 +243,7 @@ def _open(files, columns):
             tables.append(
                 pa.ipc.open_stream(source)
                 .read_all()
-                .select([columns.image, columns.label])
+                .select(columns.used)
                 .replace_schema_metadata(None)
             )
     table = pa.concat_tables(tables)
@@ -215,9 +253,10 @@ def _open(files, columns):
         path = compute.struct_field(images, 'path')
     else:
         content, path = images, pa.chunked_array([pa.nulls(len(table), pa.string())])
-    return pa.table(
-        {'bytes': content, 'path': path, 'label': table.column(columns.label)}
-    )
+    found = {'bytes': content, 'path': path, 'label': table.column(columns.label)}
+    if columns.group:
+        found['group'] = table.column(columns.group)
+    return pa.table(found)
 
 
 def _number(values, columns):

@@ -19,11 +19,12 @@ import numpy as np
 
 from flax_densenet import settings
 from flax_densenet.data import (
-    bands,
     deep,
     images,
     label_options,
+    notes,
     readers,
+    source_checks,
     sources,
     splits,
 )
@@ -32,10 +33,6 @@ from flax_densenet.errors import UserError
 from flax_densenet.settings import sizes
 
 _LOGGER = logging.getLogger(__name__)
-
-BAD_IMAGES = ('error', 'skip')
-CACHES = ('none', 'memory')
-_GIB = 2**30
 
 
 class Examples:
@@ -269,6 +266,7 @@ def load_source(
     window: tuple[float, float] | None = None,
     bit_depth: int = 0,
     test_fraction: float = 0.2,
+    val_fraction: float = 0.0,
     split_seed: int = 0,
     bad_images: str = 'error',
     duplicates: str = 'report',
@@ -296,10 +294,12 @@ def load_source(
       window, bit_depth: None and 0 find them in the images, see `deep.resolve`.
       test_fraction: share of each class that is split off for the test, if the source
         has no test part.
-      split_seed: seed of that split.
+      val_fraction: share of the training images that is split off in the same way, to
+        choose the best epoch; 0 for none.
+      split_seed: seed of these splits.
       bad_images: `error` stops at a file that is not an intact image; `skip` leaves it
         out.
-      duplicates: what to do with files of the same content in both parts: `report`
+      duplicates: what to do with files of the same content in two parts: `report`
         reports them, `drop` leaves them out of training, `ignore` does not look for
         them. A split of ours keeps copies in one part, unless `ignore`.
       cache: `memory` keeps decoded images in memory; `none` does not.
@@ -315,8 +315,8 @@ def load_source(
         *(sizes.parse(image_size) or DEFAULT_IMAGE_SIZES[kind], resize, crop_fraction),
         *(interpolation, channels),
     )
-    _check_preparation(preparation, window, bit_depth)
-    _check_fields(test_fraction, bad_images, cache)
+    source_checks.check_preparation(preparation, window, bit_depth)
+    source_checks.check_fields(test_fraction, val_fraction, bad_images, cache)
     duplicates_lib.check(duplicates, kind)
     if labels and kind != 'folder':
         raise UserError(f'data.labels={labels} needs data.source=folder:PATH')
@@ -334,20 +334,21 @@ def load_source(
         known_classes=known_classes,
         channels=channels,
     )
-    divided = splits.find_splits(listing, test_fraction, split_seed, duplicates)
+    divided = splits.find_splits(
+        listing, test_fraction, split_seed, duplicates, val_fraction=val_fraction
+    )
     if known_classes is None:
         _check_counts(source, divided)
+        _say_groups(source, listing, divided)
     if divided.summary:
         _LOGGER.info(divided.summary)
     preparation = deep.resolve(
         preparation, listing.reader, divided.train, window=window, bit_depth=bit_depth
     )
-    parts = _make_parts(listing, divided, preparation, cache, cache_limit_gib)
     return Source(
         name=source,
         class_names=tuple(listing.class_names),
-        train=parts[0],
-        test=parts[1],
+        **_make_parts(listing, divided, preparation, cache, cache_limit_gib),
         has_test=listing.test is not None,
         multi_label=listing.multi_label,
         skipped=listing.skipped,
@@ -355,17 +356,25 @@ def load_source(
     )
 
 
-def _make_parts(listing, split, preparation, cache, limit_gib):
-    """The training and the test examples, with a cache if asked for."""
+def _make_parts(listing, divided, preparation, cache, limit_gib):
+    """The examples of each part by its name, with a cache if asked for."""
+    indices, reader = divided.indices, listing.reader
     if listing.groups is not None:
-        listing.reader.groups = listing.groups
-    parts = [
-        Examples(listing.reader, x, preparation) for x in (split.train, split.test)
-    ]
+        reader.groups = listing.groups
+    parts = {name: Examples(reader, i, preparation) for name, i in indices.items()}
     if cache == 'memory':
-        _check_cache(sum(map(len, parts)), preparation, limit_gib)
-        parts = [CachedExamples(part) for part in parts]
+        source_checks.check_cache(sum(map(len, parts.values())), preparation, limit_gib)
+        parts = {name: CachedExamples(part) for name, part in parts.items()}
     return parts
+
+
+def _say_groups(source, listing, split):
+    """The line about images of one group in several parts; one on images by groups."""
+    if listing.groups is not None:
+        line = splits.describe_groups(
+            listing.groups, listing.grouped_by, split.indices, listing.reader.name
+        )
+        notes.say(f'data.source={source}: {line}')
 
 
 def _check_kind(source):
@@ -381,6 +390,11 @@ def _check_kind(source):
 
 def _check_counts(source, split):
     train, test = len(split.train), len(split.test)
+    if train and test and split.val is not None and not len(split.val):
+        raise UserError(
+            f'data.source={source}: {train} training images are too few to split a '
+            'validation part off; set data.val_fraction=0, or a larger share'
+        )
     if not train or not test:
         copies = ' (copies of an image count as one)' if split.lines else ''
         raise UserError(
@@ -401,47 +415,7 @@ def from_settings(
     return load_source(data.source, known_classes, **fields)
 
 
-def _check_preparation(preparation, window, bit_depth):
-    deep.check(window)
-    deep.check_bit_depth(bit_depth)
-    check_choice('resize', preparation.resize, images.RESIZES)
-    check_choice('interpolation', preparation.interpolation, images.INTERPOLATIONS)
-    bands.check_count(preparation.channels)
-    sizes.check(preparation.size, least=0 if isinstance(preparation.size, int) else 1)
-    if not 0 < preparation.crop_fraction <= 1:
-        raise UserError(
-            f'data.crop_fraction={preparation.crop_fraction} must be above 0, at most 1'
-        )
-
-
-def _check_fields(test_fraction, bad_images, cache):
-    check_choice('bad_images', bad_images, BAD_IMAGES)
-    check_choice('cache', cache, CACHES)
-    if not 0 < test_fraction < 1:
-        raise UserError(f'data.test_fraction={test_fraction} must be between 0 and 1')
-
-
-def check_choice(field: str, value, valid):
-    """Raises `UserError` if a field of `config.data` has none of its valid values."""
-    if value not in valid:
-        choices = ', '.join(map(str, valid))
-        raise UserError(f'data.{field}={value} is not known; use {choices}')
-
-
-def _check_cache(count, preparation, limit_gib):
-    height, width = preparation.shape
-    each = np.dtype(preparation.dtype).itemsize * preparation.channels
-    need = count * height * width * each / _GIB
-    if need > limit_gib:
-        raise UserError(
-            f'data.cache=memory: {count} images of {height}x{width} take {need:.2f} '
-            f'GiB, more than data.cache_limit_gib={limit_gib:g}; raise it or use '
-            'data.cache=none'
-        )
-    _LOGGER.info(f'data.cache=memory: {count} decoded images take {need:.2f} GiB')
-
-
-def join(first: Examples, second: Examples) -> Examples:
-    """The examples of both parts of a source, in the source's order."""
-    indices = np.sort(np.concatenate([first.indices, second.indices]))
-    return Examples(first.reader, indices, first.preparation)
+def join(*parts: Examples) -> Examples:
+    """The examples of some parts of a source, in the source's order."""
+    indices = np.sort(np.concatenate([part.indices for part in parts]))
+    return Examples(parts[0].reader, indices, parts[0].preparation)

@@ -8,7 +8,7 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Collection, Hashable
 
 import numpy as np
 
@@ -91,10 +91,11 @@ def _whole(path):
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """The two parts of a source after its copies were handled.
+    """The parts of a source after its copies were handled.
 
     Attributes:
       train, test: sorted int64 indices.
+      val: the same; None if the source has only two parts.
       lines: a line for each group of copies: which parts they are in, then their paths,
         separated by tabs.
       summary: one line about what they mean for the run; empty if they do no harm.
@@ -102,42 +103,67 @@ class Parts:
 
     train: np.ndarray
     test: np.ndarray
+    val: np.ndarray | None = None
     lines: tuple[str, ...] = ()
     summary: str = ''
+
+    @property
+    def indices(self) -> dict[str, np.ndarray]:
+        """Those of the parts that there are by name, the training part first."""
+        found = {'train': self.train, 'val': self.val, 'test': self.test}
+        return {name: part for name, part in found.items() if part is not None}
+
+
+# What lines and messages call the parts, in the order of training. In each pair, images
+# of the first part should not be in the second one as well.
+_WORDS = {'train': 'training', 'val': 'validation', 'test': 'test'}
+_PAIRS = ('train', 'val'), ('train', 'test'), ('val', 'test')
 
 
 def resolve(
     groups: list[list[int]],
     name: Callable[[int], str],
     labels,
-    train,
-    test,
+    parts: dict[str, np.ndarray],
     *,
     duplicates: str,
-    ours: bool,
+    ours: Collection[str],
 ) -> Parts:
-    """Handles the copies among the images of two parts.
+    """Handles the copies among the images of the parts.
 
     Args:
       groups: the copies, from `find`.
       name: the name of the image at an index.
       labels: int `[N]` or float `[N, L]` of all images.
-      train, test: indices.
-      duplicates: `drop` removes training images that are also test images; `report`
-        only reports them.
-      ours: the split was drawn at random, image by image. Then the copies of an image
-        move to the part of the first one, so none is in both.
+      parts: indices of `train`, `test` and, if there are three parts, `val`.
+      duplicates: `drop` removes training images that are also in another part, and
+        validation images that are also test images; `report` only reports them.
+      ours: the parts that were drawn at random, image by image. Then the copies of an
+        image move to the part of the first one, so none is in two of them.
     """
     notes, moved = [], 0
     if ours and groups:
-        train, test, moved = _keep_together(groups, train, test)
+        kept, moved = _keep_together(groups, {part: parts[part] for part in ours})
+        parts = parts | kept
     if moved:
         notes.append(f'{moved} copies of images went to the side of the first of them')
-    in_train = np.zeros(len(labels), bool)
-    in_train[train] = True
-    shared = [group for group in groups if len(set(in_train[group].tolist())) > 1]
-    if shared:
-        notes.append(_report_shared(shared, in_train, name, duplicates))
+    inside = {part: np.zeros(len(labels), bool) for part in parts}
+    for part, indices in parts.items():
+        inside[part][indices] = True
+    dropped: dict[str, np.ndarray] = {}
+    for part, other in _PAIRS:
+        if part not in parts or other not in parts:
+            continue
+        one, two = inside[part], inside[other]
+        shared = [
+            [index for index in group if one[index] or two[index]]
+            for group in groups
+            if one[group].any() and two[group].any()
+        ]
+        if shared:
+            notes.append(_report_shared(shared, one, (part, other), name, duplicates))
+            copies = np.array(sum(shared, []), np.int64)
+            dropped[part] = np.union1d(dropped.get(part, copies), copies)
     labels = np.nan_to_num(labels, nan=-1)
     unclear = [group for group in groups if len(np.unique(labels[group], axis=0)) > 1]
     if unclear:
@@ -146,34 +172,40 @@ def resolve(
             f'{len(unclear)} images are in several classes at once ({name(one)} is '
             f'{name(other)})'
         )
-    lines = [_line(group, in_train, labels, name) for group in groups]
+    lines = [_line(group, inside, labels, name) for group in groups]
     if duplicates == 'drop':
-        both = np.array(sum(shared, []), np.int64)
-        train = np.setdiff1d(train, both)
-    return Parts(train, test, tuple(lines), printable('; '.join(notes)))
+        parts = parts | {
+            part: np.setdiff1d(parts[part], copies) for part, copies in dropped.items()
+        }
+    return Parts(**parts, lines=tuple(lines), summary=printable('; '.join(notes)))
 
 
-def _keep_together(groups, train, test):
+def _keep_together(groups, parts):
     """Moves each group to the part of its first image; returns how many moved, too."""
-    place = dict.fromkeys(train.tolist(), 0) | dict.fromkeys(test.tolist(), 1)
+    place = {i: part for part, indices in parts.items() for i in indices.tolist()}
     moved = 0
     for group in groups:
-        for index in group[1:]:
-            moved += place[index] != place[group[0]]
-            place[index] = place[group[0]]
-    parts = ([i for i, side in place.items() if side == part] for part in (0, 1))
-    return *(np.array(sorted(part), np.int64) for part in parts), moved
+        first, *rest = [index for index in group if index in place] or [None]
+        for index in rest:
+            moved += place[index] != place[first]
+            place[index] = place[first]
+    kept = {
+        part: np.array(sorted(i for i, at in place.items() if at == part), np.int64)
+        for part in parts
+    }
+    return kept, moved
 
 
-def _report_shared(shared, in_train, name, duplicates):
-    count = sum(int(in_train[group].sum()) for group in shared)
-    one, other = _two_of(shared[0], ~in_train)
-    then = 'data.duplicates=drop leaves them out of training'
+def _report_shared(shared, inside, pair, name, duplicates):
+    part, other = (_WORDS[one] for one in pair)
+    count = sum(int(inside[group].sum()) for group in shared)
+    one, copy = _two_of(shared[0], ~inside)
+    then = f'data.duplicates=drop leaves them out of {part}'
     if duplicates == 'drop':
-        then = 'they are left out of training'
+        then = f'they are left out of {part}'
     return (
-        f'{count} training images are in the test as well ({name(one)} is '
-        f'{name(other)}): {then}'
+        f'{count} {part} images are in the {other} as well ({name(one)} is '
+        f'{name(copy)}): {then}'
     )
 
 
@@ -183,10 +215,11 @@ def _two_of(group, values):
     return order[0], order[-1]
 
 
-def _line(group, in_train, labels, name):
-    sides = set(in_train[group].tolist())
+def _line(group, inside, labels, name):
     where = ' and '.join(
-        part for part, side in (('training', True), ('test', False)) if side in sides
+        word
+        for part, word in _WORDS.items()
+        if part in inside and inside[part][group].any()
     )
     if len(np.unique(labels[group], axis=0)) > 1:
         where += ', several classes'

@@ -22,14 +22,20 @@ class Layout:
     Attributes:
       train: holds the folders of the classes to train on.
       held_out: holds those that are measured after each epoch; None: no such part.
-      aside: holds those of a test part that stays untouched; None: no such part.
+      test: holds those that are measured once at the end; None unless there are three
+        parts.
       lines: what was recognized or left out, for the user.
     """
 
     train: str
     held_out: str | None = None
-    aside: str | None = None
+    test: str | None = None
     lines: tuple[str, ...] = ()
+
+    @property
+    def parts(self) -> list[str]:
+        """The folders of all parts that there are, the training part first."""
+        return [part for part in (self.train, self.held_out, self.test) if part]
 
 
 def find(
@@ -55,10 +61,10 @@ def find(
     layout = find_layout(field, root)
     names = _class_names(field, root, layout, 1 if known_classes else 2)
     passed = notes.Passed()
-    paths, labels, first_test = _list_files(field, layout, names, passed)
+    paths, labels, ends = _list_files(field, layout, names, passed)
     bad = listing.check_files(paths, bad_images, channels=channels)
     good = np.array([i for i in range(len(paths)) if i not in bad], np.int64)
-    train, test = good[good < first_test], good[good >= first_test]
+    train, *others = np.split(good, np.searchsorted(good, ends[:-1]))
     counts = np.bincount(labels[train], minlength=len(names))
     if not counts.all():
         raise UserError(
@@ -75,66 +81,49 @@ def find(
             f'{field}: the classes {similar[0]!r} and {similar[1]!r} differ only in '
             'case or spaces; if they are one class, move the images into one folder'
         )
-    if layout.held_out is not None:
-        _say_parts(field, root, layout, len(train), len(test))
-        missing = [
-            name
-            for label, name in enumerate(names)
-            if not (labels[first_test:] == label).any()
-        ]
-        if missing:
-            notes.say(
-                f'{field}: {_below(root, layout.held_out)} has no images of '
-                f'{len(missing)} of {len(names)} classes ({_first(missing)})'
-            )
-        below = [os.path.relpath(path, root) for path in paths]
-        labeled.say_shared_owners(field, below[:first_test], below[first_test:])
-    owners = None
-    if layout.held_out is None:
-        owners = _find_groups(field, paths, root, groups)
+    if others:
+        _say_parts(field, root, layout, [len(train), *map(len, others)])
+    for folder, part in zip(layout.parts[1:], others, strict=True):
+        _say_missing(field, _below(root, folder), names, labels[part])
+    if groups.startswith('column:'):
+        raise UserError(f'data.groups={groups} needs a table, data.labels')
+    owners, grouped_by = labeled.find_groups(
+        [os.path.relpath(path, root) for path in paths], groups
+    )
     return readers.Listing(
         readers.FileReader(paths, labels, root),
         [printable(name) for name in names],
         train,
-        test if layout.held_out is not None else None,
+        others[-1] if others else None,
         tuple(f'{paths[i]} {reason}' for i, reason in bad.items()),
         owners,
+        others[0] if len(others) == 2 else None,
+        grouped_by,
     )
 
 
-def _find_groups(field, paths, root, groups):
-    """Whose image each is, where it was asked for; else only a line where paths tell.
-
-    A split of images one by one that is known stays as it is.
-    """
-    if groups.startswith('column:'):
-        raise UserError(f'data.groups={groups} needs a table, data.labels')
-    below = [os.path.relpath(path, root) for path in paths]
-    if groups.startswith('path'):
-        return labeled.find_groups(field, below, groups)
-    owners = cells.owners(below) if groups == 'auto' else None
-    if owners is not None:
+def _say_missing(field, part, names, labels):
+    """The line about classes of which a part has no images."""
+    missing = [name for label, name in enumerate(names) if not (labels == label).any()]
+    if missing:
         notes.say(
-            f'{field}: paths tell whose image each is ({owners[0]}, ...: '
-            f'{len(set(owners))} groups), and images are split one by one; '
-            'data.groups=path keeps those of one group on one side, data.groups=none '
-            'ends this line'
+            f'{field}: {part} has no images of {len(missing)} of {len(names)} classes '
+            f'({_first(missing)})'
         )
-    return None
 
 
-def _say_parts(field, root, layout, train, test):
-    line = (
-        f'{field}: {train} images in {_below(root, layout.train)} to train on, '
-        f'{test} in {_below(root, layout.held_out)}, which chooses the best epoch'
-    )
-    if layout.aside is not None:
-        count = len(listing.image_files(layout.aside))
-        line += (
-            f', {count} in {_below(root, layout.aside)}, which is set aside (to '
-            f'measure it: eval --config.data.source=folder:{layout.aside})'
+def _say_parts(field, root, layout, counts):
+    what = ['to train on', 'which chooses the best epoch']
+    if layout.test is not None:
+        what.append('which is measured once, at the end')
+    train, *others = [
+        f'{count} images in {_below(root, folder)}{"," * (place > 0)} {purpose}'
+        for place, (folder, count, purpose) in enumerate(
+            zip(layout.parts, counts, what, strict=True)
         )
-    notes.say(line)
+    ]
+    others = [line.replace(' images in', ' in', 1) for line in others]
+    notes.say(f'{field}: {", ".join([train, *others])}')
 
 
 def _below(root, folder):
@@ -357,9 +346,8 @@ def _class_names(field, root, layout, least):
             f'{field}: has {found}; make a folder of images for each of at least '
             'two classes'
         )
-    for part in (layout.held_out, layout.aside):
-        if part is not None:
-            _compare_classes(field, root, layout.train, names, part)
+    for part in layout.parts[1:]:
+        _compare_classes(field, root, layout.train, names, part)
     return names
 
 
@@ -386,11 +374,9 @@ def _compare_classes(field, root, train, names, part):
 
 
 def _list_files(field, layout, names, passed):
-    """Paths, labels int32 `[N]`, and the index of the first path of the test part."""
-    paths, labels, sizes = [], [], []
-    for part in (layout.train, layout.held_out):
-        if part is None:
-            continue
+    """Paths, labels int32 `[N]`, and the index behind the last path of each part."""
+    paths, labels, ends = [], [], []
+    for part in layout.parts:
         before = len(paths)
         for label, name in enumerate(names):
             folder = os.path.join(part, name)
@@ -408,16 +394,16 @@ def _list_files(field, layout, names, passed):
                 )
             paths += files
             labels.append(np.full(len(files), label, np.int32))
-        sizes.append(len(paths) - before)
-    if not sizes[-1]:
-        test = os.path.basename(layout.held_out)
-        raise UserError(f'{field}: the folder {test} holds no images')
-    return paths, np.concatenate(labels), sizes[0]
+        if len(paths) == before:
+            name = os.path.basename(part)
+            raise UserError(f'{field}: the folder {name} holds no images')
+        ends.append(len(paths))
+    return paths, np.concatenate(labels), ends
 
 
 def _add_stray_files(root, layout, names, passed):
     """Counts the files that lie beside the folders of classes and parts."""
-    for folder in {root, layout.train, layout.held_out} - {None}:
+    for folder in {root, *layout.parts}:
         for entry in listing.scan(folder):
             if listing.is_hidden(entry.name) or not os.path.isfile(entry.path):
                 continue

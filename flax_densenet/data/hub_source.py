@@ -10,7 +10,15 @@ from typing import Any
 import numpy as np
 
 from flax_densenet import errors
-from flax_densenet.data import arrow_reader, label_options, notes, parts, readers
+from flax_densenet.data import (
+    arrow_reader,
+    cells,
+    label_options,
+    labeled,
+    notes,
+    parts,
+    readers,
+)
 from flax_densenet.errors import UserError, list_first
 from flax_densenet.system import atomic
 from flax_densenet.system import paths as paths_lib
@@ -31,7 +39,7 @@ def find(
     Args:
       name: `DATASET[:CONFIG[:SPLIT]]`, as `cifar100`, `OWNER/NAME:CONFIG` or
         `OWNER/NAME::test`. No code of a data set is run.
-      table: of which `columns` names the label.
+      table: of which `columns` names the label and `groups` the groups.
 
     Raises:
       UserError: there is no such set, or it has not one image and one label.
@@ -116,10 +124,9 @@ def find_parquet(
     splits = collections.defaultdict(list)
     for path in found:
         splits[_split_of(path, root)].append(path)
-    chosen = table.columns if table else ()
+    table = table or label_options.Options()
     files = {
-        split: [_to_arrow(field, of_split, chosen)]
-        for split, of_split in splits.items()
+        split: [_to_arrow(field, of_split, table)] for split, of_split in splits.items()
     }
     return _listing(field, files, '', table, known_classes, ())
 
@@ -135,12 +142,12 @@ def _split_of(path, root):
     return next((part for part in reversed(inside) if parts.role(part)), 'train')
 
 
-def _to_arrow(field, paths, chosen):
+def _to_arrow(field, paths, table):
     """A file in Arrow's stream format of the used columns of parquet files."""
     import pyarrow as pa
     from pyarrow import parquet
 
-    key = hashlib.sha256(repr(chosen).encode())
+    key = hashlib.sha256(repr(table.columns).encode())
     for path in paths:
         about = path.stat()
         key.update(f'{path.resolve()}{about.st_size}{about.st_mtime_ns}'.encode())
@@ -148,13 +155,13 @@ def _to_arrow(field, paths, chosen):
     place = os.path.join(base, 'flax_densenet', 'parquet', f'{key.hexdigest()}.arrow')
     try:
         schema = parquet.read_schema(paths[0])
-        columns = arrow_reader.find_columns(field, schema, chosen)
+        columns = arrow_reader.find_columns(field, schema, table.columns, table.groups)
+        if columns.group:
+            place = place.replace('.arrow', f'-{_short_hash(columns.group)}.arrow')
         if os.path.isfile(place):
             return place
         os.makedirs(os.path.dirname(place), exist_ok=True)
-        used = pa.schema(
-            [schema.field(columns.image), schema.field(columns.label)], schema.metadata
-        )
+        used = pa.schema([schema.field(name) for name in columns.used], schema.metadata)
         notes.say(f'{field}: copied to {place}, from which it is read')
         with (
             atomic.replacing(place, 'wb') as file,
@@ -174,9 +181,13 @@ def _to_arrow(field, paths, chosen):
     return place
 
 
+def _short_hash(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
 def _listing(field, files, split, table, known_classes, folders):
     """The listing of splits, by their parts."""
-    chosen = table.columns if table else ()
+    table = table or label_options.Options()
     if split:
         if split not in files:
             raise UserError(f'{field}: it has the splits {", ".join(files)}')
@@ -184,35 +195,67 @@ def _listing(field, files, split, table, known_classes, folders):
     roles = {name: parts.role(name) for name in files}
     train = [n for n, role in roles.items() if role == parts.TRAIN] or list(files)[:1]
     schema = _schema_of(files[train[0]][0])
-    columns = arrow_reader.find_columns(field, schema, chosen)
-    held_out = [n for n in files if n not in train and _is_labeled(files[n], columns)]
-    by_role = {role: [n for n in held_out if roles[n] == role] for role in parts.USED}
-    tested = (by_role[parts.VAL] or by_role[parts.TEST])[:1]
-    used = train + tested
+    columns = arrow_reader.find_columns(field, schema, table.columns, table.groups)
+    labeled_splits = [
+        n for n in files if n not in train and _is_labeled(files[n], columns)
+    ]
+    # The first of each kind: val to choose by, if there is test as well.
+    others = [
+        [n for n in labeled_splits if roles[n] == role][:1]
+        for role in (parts.VAL, parts.TEST)
+    ]
+    others = [name for found in others for name in found]
+    used = train + others
     reader = _make_reader(field, [files[n] for n in used], used, columns, folders)
     starts = np.cumsum([0, *reader.counts])
-    labeled = np.arange(starts[-1])
+    images = np.arange(starts[-1])
     if not columns.several:
-        labeled = labeled[reader.labels != -1]
-    if missing := starts[-1] - len(labeled):
+        images = images[reader.labels != -1]
+    if missing := starts[-1] - len(images):
         notes.say(f'{field}: {missing} images without a label are left out')
-    first_test = starts[len(train)]
-    aside = [n for n in files if n not in used]
+    _say_splits(field, train, others, [n for n in files if n not in used])
+    if len(reader.class_names) < (1 if known_classes else 2):
+        raise UserError(f'{field}: has {len(reader.class_names)} class; two are needed')
+    ends = starts[len(train) :]
+    of_train, *rest = np.split(images, np.searchsorted(images, ends[:-1]))
+    groups, grouped_by = _find_groups(reader, table.groups)
+    return readers.Listing(
+        reader,
+        list(reader.class_names),
+        of_train,
+        rest[-1] if rest else None,
+        groups=groups,
+        val=rest[0] if len(rest) == 2 else None,
+        grouped_by=grouped_by,
+    )
+
+
+def _say_splits(field, train, others, aside):
     line = f'{field}: trains on {"+".join(train)}'
-    if tested:
-        line += f', tests on {tested[0]}'
+    if len(others) == 2:
+        line += f', {others[0]} chooses the best epoch, tests once on {others[1]}'
+    elif others:
+        line += f', tests on {others[0]}'
     if aside:
         line += f'; not used: {list_first(aside)}'
         if not field.startswith('data.source=parquet'):
             line += f'; to measure on it: hf:DATASET:CONFIG:{aside[0]}'
     notes.say(line)
-    if len(reader.class_names) < (1 if known_classes else 2):
-        raise UserError(f'{field}: has {len(reader.class_names)} class; two are needed')
-    return readers.Listing(
-        reader,
-        list(reader.class_names),
-        labeled[labeled < first_test],
-        labeled[labeled >= first_test] if tested else None,
+
+
+def _find_groups(reader, groups):
+    """Whose image each is, by a column or by paths; and what tells it."""
+    column = reader.columns.group
+    if column is None:
+        return labeled.find_groups(reader.paths(), groups)
+    owners = reader.owners()
+    if len(set(owners)) > 1:
+        return cells.hash_names(owners), f'the column {column}'
+    if groups == 'auto':
+        return None, ''
+    raise UserError(
+        f'data.groups={groups}: all images are of one group, which cannot be split; '
+        'name another column or set data.groups=none'
     )
 
 

@@ -22,17 +22,20 @@ _END = 4096
 _DIGEST = 8
 
 
-def describe(train, test) -> dict[str, Any]:
+def describe(source) -> dict[str, Any]:
     """What a checkpoint keeps of its images; JSON can hold it.
 
     Args:
-      train, test: `dataset.Examples` of one source.
+      source: a `dataset.Source`.
 
     Returns:
       `names`, a checksum, and `sample`, a list of (hash of the name, bytes, hash of
       the content); both are empty if images have no names. `labels`, a checksum of the
-      labels in memory, is empty if they are read one by one.
+      labels in memory, is empty if they are read one by one. The checksums are of the
+      training images and those that choose; `test` is one of the names of the test
+      images, if they choose nothing.
     """
+    train = source.train
     keys = train.reader.keys(train.indices)
     if keys is None:
         return {'names': '', 'sample': [], 'labels': ''}
@@ -42,17 +45,54 @@ def describe(train, test) -> dict[str, Any]:
         found = _content(train.reader, int(train.indices[place]))
         if found is not None:
             sample.append([hashes[place], *found])
-    return {
-        'names': checksum(train, test),
+    made = {
+        'names': checksum(train, source.selection),
         'sample': sample,
-        'labels': _label_checksum(train, test),
+        'labels': _label_checksum(train, source.selection),
     }
+    if source.val is not None:
+        made['test'] = checksum(source.test)
+    return made
 
 
-def checksum(train, test) -> str:
-    """Of the names of both parts; empty if images have none."""
+def count(source) -> dict[str, int]:
+    """The number of images in each part of a `dataset.Source`, by its name."""
+    return {name: len(part) for name, part in source.parts.items()}
+
+
+def has_same_counts(counts: Mapping[str, int], source) -> bool:
+    """Whether a source has the numbers of images that a checkpoint counted.
+
+    Versions that knew of two parts counted those that choose as `test`.
+    """
+    now = count(source)
+    if 'val' in now and 'val' not in counts:
+        now = {'train': now['train'], 'test': now['val']}
+    return dict(counts) == now
+
+
+def describe_counts(counts: Mapping[str, int]) -> str:
+    """The numbers of images in each part, for a message."""
+    line = f'{counts["train"]} images to train on'
+    if 'val' in counts:
+        return f'{line}, {counts["val"]} to choose by and {counts["test"]} to test on'
+    return f'{line} and {counts["test"]} to test on'
+
+
+def has_same_names(saved: Mapping[str, Any], source) -> bool:
+    """Whether the images of each part have the names of those of a checkpoint."""
+    known = saved.get('identity') or {}
+    same = known.get('names') == checksum(source.train, source.selection)
+    if 'test' in known:
+        same = same and source.val is not None
+        return same and known['test'] == checksum(source.test)
+    return bool(known.get('names')) and same
+
+
+def checksum(*parts) -> str:
+    """Of the names of the images in some parts; empty if images have none."""
     total = hashlib.sha256()
-    for examples in (train, test):
+    for examples in parts:
         keys = examples.reader.keys(examples.indices)
         if keys is None:
             return ''
@@ -61,11 +101,11 @@ def checksum(train, test) -> str:
     return total.hexdigest()[:16]
 
 
-def _label_checksum(train, test):
-    if not train.reader.labels_in_memory:
+def _label_checksum(*parts):
+    if not parts[0].reader.labels_in_memory:
         return ''
     total = hashlib.sha256()
-    for examples in (train, test):
+    for examples in parts:
         # All zeros and all unknown values in one encoding.
         labels = np.nan_to_num(np.asarray(examples.labels), nan=-1) + 0
         total.update(np.ascontiguousarray(labels).tobytes())
@@ -78,17 +118,19 @@ def has_other_labels(saved: Mapping[str, Any], source) -> bool:
     False for checkpoints that remember none.
     """
     known = saved.get('identity') or {}
-    if not known.get('labels') or known['names'] != checksum(source.train, source.test):
+    if not known.get('labels') or not has_same_names(saved, source):
         return False
-    now = _label_checksum(source.train, source.test)
+    now = _label_checksum(source.train, source.selection)
     return bool(now) and now != known['labels']
 
 
 def find_changed_part(saved: Mapping[str, Any], source) -> int:
-    """How many training images that a checkpoint remembers are test images now."""
+    """How many training images that a checkpoint remembers are in another part now."""
     sample = (saved.get('identity') or {}).get('sample') or []
-    keys = source.test.reader.keys(source.test.indices) if sample else None
-    now = {_digest(key) for key in keys or ()}
+    now = set()
+    for name, part in source.parts.items() if sample else ():
+        if name != 'train':
+            now |= {_digest(key) for key in part.reader.keys(part.indices) or ()}
     return sum(name in now for name, *_ in sample)
 
 
@@ -144,7 +186,7 @@ def compare(saved: Mapping[str, Any], source) -> Relation:
     if not sample:
         return _compare_counts(saved, source, same_place)
     there, same = _find_again(sample, source)
-    if known['names'] == checksum(source.train, source.test) and same == len(sample):
+    if has_same_names(saved, source) and same == len(sample):
         if same_place:
             return Relation(True)
         return Relation(
@@ -165,15 +207,15 @@ def compare(saved: Mapping[str, Any], source) -> Relation:
 
 def _compare_counts(saved, source, same_place):
     """What can be said of a checkpoint that remembers no images."""
-    counts = saved.get('images')
-    now = {'train': len(source.train), 'test': len(source.test)}
+    counts = saved.get('images') or {}
+    same_counts = has_same_counts(counts, source)
     if same_place:
-        changed = bool(counts) and counts != now
+        changed = bool(counts) and not same_counts
         return Relation(True, _changed(saved, source) if changed else '')
     keys = source.train.reader.keys(source.train.indices[:1])
     if (
         keys is not None
-        and counts == now
+        and same_counts
         and list(saved.get('class_names') or ()) == (list(source.class_names))
     ):
         return Relation(
@@ -188,7 +230,7 @@ def _compare_counts(saved, source, same_place):
 def _find_again(sample, source):
     """How many of the sample's names there are, and with the same content."""
     places = {}
-    for examples in (source.train, source.test):
+    for examples in source.parts.values():
         keys = examples.reader.keys(examples.indices) or ()
         for key, index in zip(keys, examples.indices, strict=False):
             places[_digest(key)] = examples.reader, int(index)
@@ -202,10 +244,8 @@ def _find_again(sample, source):
 def _changed(saved, source):
     line = f'data.source={source.name} has changed since training: '
     if counts := saved.get('images'):
-        line += (
-            f'{counts["train"]} images to train on and {counts["test"]} to test on '
-            f'before, {len(source.train)} and {len(source.test)} now'
-        )
+        *first, last = map(str, count(source).values())
+        line += f'{describe_counts(counts)} before, {", ".join(first)} and {last} now'
     return line
 
 

@@ -50,6 +50,7 @@ class Labels:
       names: of the labels, L of them, or of the classes.
       values: float32 `[N, L]` of 0, 1 and NaN, or int32 `[N]`, the classes.
       groups: int64 `[N]`, whose image it is, or None.
+      grouped_by: what tells it, for a message.
       parts: int64 `[N]`, 0 to train on, 1 to choose and 2 to test by, 3 for no use; or
         None.
       ignored: columns that were taken for none of these.
@@ -63,6 +64,7 @@ class Labels:
     parts: np.ndarray | None
     ignored: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    grouped_by: str = ''
 
 
 def read(
@@ -96,7 +98,7 @@ class _Reading(table_columns.Columns):
         images = self.find_images()
         self._check_twice(images)
         split, parts = split_column.find(self, images, self.options.split)
-        group, groups = self.find_group({images, *split}, self.options.groups, parts)
+        group, groups = self.find_group({images, *split}, self.options.groups)
         others = {images, group, *split}
         left = [n for n in self.columns if n not in others and not self.is_index(n)]
         used, names, values = self._find_labels(self._may_be_labels(left))
@@ -110,6 +112,7 @@ class _Reading(table_columns.Columns):
             parts=parts,
             ignored=tuple(ignored),
             notes=tuple(self.notes),
+            grouped_by=f'the column {group}' if group else '',
         )
 
     def _check_twice(self, images):

@@ -1,6 +1,7 @@
 """Images of a folder that a table of labels names, however it writes their names."""
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from flax_densenet.data import (
     listing,
     notes,
     readers,
+    split_column,
 )
 from flax_densenet.errors import UserError, printable
 
@@ -42,7 +44,7 @@ def find(
     label = f'data.labels={table}'
     kept = np.arange(len(found.images))
     if found.parts is not None:
-        kept = np.flatnonzero(found.parts < 2)
+        kept = np.flatnonzero(found.parts < split_column.UNUSED)
     wanted = [found.images[i] for i in kept]
     paths, how = names.find(wanted)
     absent = _check_paths(field, root, table, wanted, paths, bad_images, passed)
@@ -57,27 +59,27 @@ def find(
     passed.unnamed = max(0, len(names) - len(set(paths)) - aside)
     if passed.line():
         notes.say(f'{field}: {passed.line()}')
-    train, test = good, None
+    train, others = good, []
     if found.parts is not None:
         part = found.parts[kept][good]
         train = good[part == 0]
-        if (found.parts == 1).any():
-            test = good[part == 1]
-            if options.for_training and found.values.ndim == 1:
-                _say_missing_classes(label, found, found.values[kept], train, test)
-    groups = None if found.groups is None else found.groups[kept]
-    if groups is None and test is None:
-        groups = find_groups(label, names.below(paths), options.groups)
-    elif groups is None and test is not None and options.groups != 'none':
-        below = names.below(paths)
-        say_shared_owners(label, [below[i] for i in train], [below[i] for i in test])
+        others = [good[part == n] for n in (1, 2) if (part == n).any()]
+        if others and options.for_training and found.values.ndim == 1:
+            _say_missing_classes(label, found, found.values[kept], train, others)
+    groups, grouped_by = found.groups, found.grouped_by
+    if groups is None:
+        groups, grouped_by = find_groups(names.below(paths), options.groups)
+    else:
+        groups = groups[kept]
     return readers.Listing(
         readers.FileReader(paths, found.values[kept], root),
         list(found.names),
         train,
-        test,
+        others[-1] if others else None,
         tuple(skipped),
         groups,
+        others[0] if len(others) == 2 else None,
+        grouped_by,
     )
 
 
@@ -132,9 +134,9 @@ def _check_one_row_each(label, names, paths):
             )
 
 
-def _say_missing_classes(label, found, values, train, test):
+def _say_missing_classes(label, found, values, train, others):
     """A warning for classes that no image of the training part has."""
-    missing = np.setdiff1d(values[test], values[train])
+    missing = np.setdiff1d(values[np.concatenate(others)], values[train])
     if len(missing):
         names = ', '.join(found.names[i] for i in missing[:5])
         notes.say(
@@ -143,37 +145,22 @@ def _say_missing_classes(label, found, values, train, test):
         )
 
 
-def say_shared_owners(label: str, train: list[str], test: list[str]):
-    """Warns if the paths name patients that are in both parts.
-
-    Args:
-      train, test: the images' paths below the source's folder.
-    """
-    owners = cells.owners(train + test)
-    if owners is None:
-        return
-    shared = sorted(set(owners[: len(train)]) & set(owners[len(train) :]))
-    if shared:
-        notes.say(
-            f'{label}: warning: images of {len(shared)} of {len(set(owners))} groups '
-            f'({", ".join(shared[:3])}{", ..." if len(shared) > 3 else ""}), as their '
-            'paths tell, are in both parts, so the metrics are better than on new ones'
-        )
-
-
-def find_groups(label: str, below: list[str], groups: str) -> np.ndarray | None:
-    """int64 `[N]`, whose image each is by its path, or None; says what it found.
+def find_groups(below: Sequence[str], groups: str) -> tuple[np.ndarray | None, str]:
+    """Whose image each is by its path.
 
     Args:
       below: the images' paths below the source's folder.
       groups: `data.groups`.
+
+    Returns:
+      int64 `[N]` or None, and what tells it, for a message.
 
     Raises:
       UserError: a pattern that the user gave does not match every image.
     """
     pattern = label_options.check_groups(groups)
     if groups == 'none' or groups.startswith('column:'):
-        return None
+        return None, ''
     owners = cells.owners(below, pattern)
     if owners is None:
         if groups.startswith('path'):
@@ -181,13 +168,8 @@ def find_groups(label: str, below: list[str], groups: str) -> np.ndarray | None:
                 f'data.groups={groups}: some paths have no group, or all have the '
                 f'same one, or each its own; the first path is {below[0]}'
             )
-        return None
-    notes.say(
-        f'{label}: images of one {owners[0]!r}, as their paths tell '
-        f'({len(set(owners))} groups), stay on one side of the split; data.groups=none '
-        'splits image by image'
-    )
-    return cells.hash_names(owners)
+        return None, ''
+    return cells.hash_names(owners), f'{owners[0]!r} and the like in their paths'
 
 
 class _Names:

@@ -19,7 +19,13 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from flax_densenet.data import bands, class_balance, dataset, unreadable
+from flax_densenet.data import (
+    bands,
+    class_balance,
+    dataset,
+    source_checks,
+    unreadable,
+)
 from flax_densenet.data.augment import color, deep, geometry, policies
 from flax_densenet.errors import UserError
 from flax_densenet.system import process
@@ -77,7 +83,7 @@ def check_train_batches(
             f'data.batch_size={batch_size} is larger than the {len(examples)} images '
             'to train on; use a smaller one'
         )
-    dataset.check_choice('augment', augment, geometry.RECIPES)
+    source_checks.check_choice('augment', augment, geometry.RECIPES)
     changes = {
         'color_jitter': color.parse(color_jitter),
         'policy': policies.parse(policy),
@@ -89,7 +95,7 @@ def check_train_batches(
                 f'data.{name} needs images in color or gray, not '
                 f'data.channels={preparation.channels}'
             )
-    dataset.check_choice('balance', balance, class_balance.BALANCES)
+    source_checks.check_choice('balance', balance, class_balance.BALANCES)
     if balance == 'loss' and np.ndim(examples.labels) == 2:
         raise UserError(
             'data.balance=loss needs one class per image; with several labels use '

@@ -123,9 +123,11 @@ class Listing:
       train: indices of the training images.
       test: indices of the test images; None if the source has no test part, which is
         then split off `train`.
+      val: indices of the validation images; None unless the source has three parts.
       skipped: unreadable files that were left out, each with the reason.
-      groups: int `[N]`; images of the same group must not be split between training
-        and test. None: no groups.
+      groups: int `[N]`; images of the same group must not be split between parts.
+        None: no groups.
+      grouped_by: what tells the groups, for a message: `the column patient`.
     """
 
     reader: Reader
@@ -134,6 +136,8 @@ class Listing:
     test: np.ndarray | None
     skipped: tuple[str, ...] = ()
     groups: np.ndarray | None = None
+    val: np.ndarray | None = None
+    grouped_by: str = ''
 
     @property
     def multi_label(self) -> bool:

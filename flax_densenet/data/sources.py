@@ -19,6 +19,7 @@ from flax_densenet.data import (
     tar,
     tfds_source,
 )
+from flax_densenet.data.packed import manifest as packed_manifest
 from flax_densenet.data.packed import reader as packed_reader
 from flax_densenet.errors import UserError
 from flax_densenet.system import paths as paths_lib
@@ -68,27 +69,54 @@ def _find_folder(
     )
 
 
-def _find_tar(name, *, bad_images, known_classes=None, channels=3, **_):
-    reader, names, first_test = tar.load(name, known_classes)
+def _find_tar(name, *, bad_images, table=None, known_classes=None, channels=3, **_):
+    groups = table.groups if table else 'auto'
+    reader, names, ends = tar.load(name, known_classes, groups=groups)
     bad = listing.check_files(reader, bad_images, name=reader.name, channels=channels)
     good = np.array([i for i in range(len(reader)) if i not in bad], np.int64)
-    rest = None if first_test is None else good[good >= first_test]
+    train, *others = np.split(good, np.searchsorted(good, ends[:-1]))
+    owners, grouped_by = reader.groups, reader.grouped_by
+    if owners is None:
+        owners, grouped_by = labeled.find_groups(reader.names, groups)
     return readers.Listing(
         reader,
         names,
-        good if rest is None else good[good < first_test],
-        rest,
+        train,
+        others[-1] if others else None,
         tuple(f'{reader.name(i)} {reason}' for i, reason in bad.items()),
+        owners,
+        others[0] if len(others) == 2 else None,
+        grouped_by,
     )
 
 
-def _find_packed(name, **_):
+def _find_packed(name, *, table=None, **_):
+    groups = table.groups if table else 'auto'
+    if groups.startswith('column:'):
+        raise UserError(
+            f'data.groups={groups}: a pack has no columns; it keeps the groups that '
+            'pack is given: pack PHOTOS FOLDER --config.data.groups=' + groups
+        )
     reader = packed_reader.load(name)
-    count, rest = reader.manifest.count('train'), None
-    if reader.manifest.has_test:
-        rest = np.arange(count, len(reader))
-    names = list(reader.manifest.class_names)
-    return readers.Listing(reader, names, np.arange(count), rest, groups=reader.groups)
+    manifest = reader.manifest
+    parts = [part for part in packed_manifest.PARTS if manifest.count(part)]
+    ends = np.cumsum([manifest.count(part) for part in parts])
+    train, *others = np.split(np.arange(len(reader)), ends[:-1])
+    owners, grouped_by = reader.groups, 'what was packed'
+    if groups == 'none':
+        owners, grouped_by = None, ''
+    elif owners is None or groups != 'auto':
+        below = [os.fsdecode(key) for key in reader.keys(np.arange(len(reader)))]
+        owners, grouped_by = labeled.find_groups(below, groups)
+    return readers.Listing(
+        reader,
+        list(manifest.class_names),
+        train,
+        others[-1] if others else None,
+        groups=owners,
+        val=others[0] if len(others) == 2 else None,
+        grouped_by=grouped_by,
+    )
 
 
 SOURCES: dict[str, Callable[..., readers.Listing]] = {

@@ -253,7 +253,7 @@ def _number(table, name, roles):
         if counts[part]:
             what = 'which chooses the best epoch'
             if number[part] == 2:
-                what = 'which is set aside and not used'
+                what = 'which is measured once, at the end'
             pieces.append(f'{counts[part]} of {part}, {what}')
     if len(pieces) == 1:
         pieces.append('none of val or test, so that a part of them is split off')

@@ -1,4 +1,4 @@
-"""Splits the images of a source into a training part and a test part."""
+"""Splits the images of a source into parts for training, validation and testing."""
 
 import hashlib
 
@@ -9,39 +9,88 @@ from flax_densenet.data import readers
 from flax_densenet.errors import UserError
 
 
+def describe_groups(
+    groups: np.ndarray, grouped_by: str, parts: dict[str, np.ndarray], name
+) -> str:
+    """A line on whether the images of one group are in several parts.
+
+    Args:
+      groups: int64 `[N]` of all images.
+      grouped_by: what tells them, see `readers.Listing`.
+      parts: indices by name, the training part first.
+      name: of the image at an index.
+    """
+    inside = {part: np.unique(groups[indices]) for part, indices in parts.items()}
+    every, counts = np.unique(np.concatenate(list(inside.values())), return_counts=True)
+    shared = every[counts > 1]
+    where = 'on both sides' if len(parts) == 2 else 'in more than one part'
+    line = f'{len(shared)} of {len(every)} groups are {where}'
+    if not len(shared):
+        return (
+            f'grouped by {grouped_by}: {line}; data.groups=none splits image by image'
+        )
+    found = [i[groups[i] == shared[0]] for i in parts.values()]
+    one, other = [name(int(images[0])) for images in found if len(images)][:2]
+    return (
+        f'warning: grouped by {grouped_by}, {line} ({one} and {other} are of one '
+        'group), so the metrics are better than on new groups'
+    )
+
+
 def find_splits(
-    listing: readers.Listing, test_fraction: float, split_seed: int, duplicates: str
+    listing: readers.Listing,
+    test_fraction: float,
+    split_seed: int,
+    duplicates: str,
+    *,
+    val_fraction: float = 0.0,
 ) -> duplicates_lib.Parts:
-    """Finds the training and test part, and handles the copies among them.
+    """Finds the parts of a source, and handles the copies among them.
 
     Args:
       listing: of the source; without a test part, one is split off.
-      test_fraction, split_seed, duplicates: see `dataset.load_source`.
+      test_fraction, split_seed, duplicates, val_fraction: see `dataset.load_source`.
 
     Raises:
-      UserError: a negative seed.
+      UserError: a negative seed, or a fraction for a part that the source has.
     """
-    train, test = listing.train, listing.test
-    if test is None:
-        train, test = _split(listing, test_fraction, split_seed)
-    groups, every = [], np.concatenate([train, test])
+    parts = {'train': listing.train, 'val': listing.val, 'test': listing.test}
+    ours = set()
+    if parts['test'] is None:
+        parts |= _split(listing, parts['train'], 'test', test_fraction, split_seed)
+        ours = {'train', 'test'}
+    if val_fraction and listing.val is not None:
+        raise UserError(
+            f'data.val_fraction={val_fraction:g}: the source has a validation part of '
+            f'{len(listing.val)} images; set it to 0'
+        )
+    if val_fraction:
+        parts |= _split(listing, parts['train'], 'val', val_fraction, split_seed)
+        ours |= {'train', 'val'}
+    known = {name: part for name, part in parts.items() if part is not None}
+    groups = []
     if duplicates != 'ignore':
-        groups = listing.reader.copies(every)
+        groups = listing.reader.copies(np.concatenate(list(known.values())))
     if not groups:
-        return duplicates_lib.Parts(train, test)
+        return duplicates_lib.Parts(known['train'], known['test'], known.get('val'))
     return duplicates_lib.resolve(
         groups,
         listing.reader.name,
         listing.reader.labels,
-        train,
-        test,
+        known,
         duplicates=duplicates,
         # Moving copies could separate the images of a patient.
-        ours=listing.test is None and listing.groups is None,
+        ours=ours if listing.groups is None else (),
     )
 
 
-def _split(listing, test_fraction, seed):
+def _split(listing, indices, name, fraction, seed):
+    """`{'train': ..., name: ...}` of a part that is split off some of the images."""
+    train, held_out = _split_off(listing, indices, fraction, seed)
+    return {'train': train, name: held_out}
+
+
+def _split_off(listing, indices, fraction, seed):
     """A seeded random split, stratified by class; groups stay together.
 
     Files are ordered by a hash of their names: if one is added or removed later, the
@@ -49,29 +98,28 @@ def _split(listing, test_fraction, seed):
     """
     if seed < 0:
         raise UserError(f'data.split_seed={seed} must be 0 or above')
-    train_size = int(len(listing.train) * (1 - test_fraction))
-    test_size = len(listing.train) - train_size
+    train_size = int(len(indices) * (1 - fraction))
+    test_size = len(indices) - train_size
     if not train_size or not test_size:
-        return listing.train[:train_size], listing.train[train_size:]
+        return indices[:train_size], indices[train_size:]
+    if not listing.reader.labels_in_memory and listing.groups is not None:
+        return _split_groups(indices, listing.groups[indices], test_size, seed)
     if not listing.reader.labels_in_memory:  # they would have to be read one by one
-        order = np.random.default_rng(seed).permutation(listing.train)
+        order = np.random.default_rng(seed).permutation(indices)
         return np.sort(order[:train_size]), np.sort(order[train_size:])
     if listing.reader.labels.ndim == 2:
         keys = listing.groups
-        if keys is None:
-            keys = listing.reader.keys(listing.train)
-        else:
-            keys = keys[listing.train]
-        return _split_groups(listing.train, keys, test_size, seed)
+        keys = listing.reader.keys(indices) if keys is None else keys[indices]
+        return _split_groups(indices, keys, test_size, seed)
     if listing.groups is not None:
-        groups = listing.groups[listing.train]
-        return _split_groups(listing.train, groups, test_size, seed)
-    keys = listing.reader.keys(listing.train)
+        found = _split_groups(indices, listing.groups[indices], test_size, seed)
+        return _keep_classes(*found, listing)
+    keys = listing.reader.keys(indices)
     if keys is None:
-        order = np.random.default_rng(seed).permutation(len(listing.train))
+        order = np.random.default_rng(seed).permutation(len(indices))
     else:
         order = _shuffle(keys, seed)
-    labels = listing.reader.labels[listing.train][order]
+    labels = listing.reader.labels[indices][order]
     # The place of an image in its class, from 0 to 1. The first ones of all classes are
     # the test images, so each class contributes its share, rounded.
     place, counts = np.empty(len(order)), np.bincount(labels)
@@ -80,12 +128,23 @@ def _split(listing, test_fraction, seed):
     place[by_class] = np.arange(len(order)) - first[labels[by_class]] + 0.5
     order = order[np.argsort(place / counts[labels], kind='stable')]
     test, train = order[:test_size], order[test_size:]
-    labels = listing.reader.labels[listing.train]
+    labels = listing.reader.labels[indices]
     # If all images of a class are in the test, its first image moves to training.
     classes, first = np.unique(labels[test], return_index=True)
     first = first[~np.isin(classes, labels[train])]
     train, test = np.append(train, test[first]), np.delete(test, first)
-    return np.sort(listing.train[train]), np.sort(listing.train[test])
+    return np.sort(indices[train]), np.sort(indices[test])
+
+
+def _keep_classes(train, test, listing):
+    """Moves one group back of each class that has no other image to train on."""
+    labels, groups = listing.reader.labels, listing.groups
+    for name in np.setdiff1d(labels[test], labels[train]):
+        if name not in labels[train]:
+            first = groups[test[labels[test] == name][0]]
+            moved = groups[test] == first
+            train, test = np.sort(np.append(train, test[moved])), test[~moved]
+    return train, test
 
 
 def _shuffle(keys, seed):

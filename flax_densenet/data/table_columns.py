@@ -1,5 +1,7 @@
 """Which columns of a table name the image, its part and whose image it is."""
 
+from collections.abc import Iterable
+
 from flax_densenet.data import cells as cells_lib
 from flax_densenet.errors import UserError
 
@@ -65,13 +67,12 @@ class Columns:
             return 0
         return sum(map(self.is_image, set(self.columns[name][:most])))
 
-    def find_group(self, taken, options, parts):
+    def find_group(self, taken, options):
         """The column of groups and int64 `[N]` of them; None where there is none.
 
         Args:
           taken: columns that are something else.
           options: `data.groups`.
-          parts: int64 `[N]` of `split_column.find`, or None.
         """
         name = self._group_column(taken, options)
         if name is None:
@@ -80,8 +81,7 @@ class Columns:
         blank = [i for i, cell in enumerate(cells) if cells_lib.is_missing(cell)]
         own = {i: f'\0{i}' for i in blank}
         groups = cells_lib.hash_names([own.get(i, c) for i, c in enumerate(cells)])
-        count = len(set(groups.tolist()))
-        if count == 1:
+        if len(set(groups.tolist())) == 1:
             if options.startswith('column:'):
                 raise UserError(
                     f'data.groups={options}: all images are of one group, which '
@@ -91,13 +91,6 @@ class Columns:
                 f'all images are of one {name}, so they are split image by image'
             )
             return name, None
-        if parts is None or not (parts == 1).any():
-            self.notes.append(
-                f'images of one {name} ({count} of them) stay on one side of the '
-                'split; data.groups=none splits image by image'
-            )
-        else:
-            self._say_shared(name, groups, parts)
         if blank:
             self.notes.append(
                 f'{len(blank)} images have no {name} (line {self.lines[blank[0]]}); '
@@ -116,19 +109,19 @@ class Columns:
             return name
         if options != 'auto':
             return None
-        by_key = {self.keys[n]: n for n in reversed(self.columns) if n not in taken}
-        return next((by_key[key] for key in _GROUP_KEYS if key in by_key), None)
+        return group_of([name for name in self.columns if name not in taken])
 
     def is_group(self, name):
         """Whether a column is one of patients by its name."""
         return self.keys[name] in _GROUP_KEYS
 
-    def _say_shared(self, name, groups, parts):
-        """A warning if the table's own parts divide the images of one patient."""
-        sides = [set(groups[parts == part].tolist()) for part in (0, 1)]
-        if shared := sides[0] & sides[1]:
-            self.notes.append(
-                f'warning: {len(shared)} of {len(set(groups.tolist()))} {name} have '
-                "images in both parts of the table's split, so the metrics are better "
-                'than on new ones; data.split=none splits by groups'
-            )
+
+def is_group(name: str) -> bool:
+    """Whether a column or field tells by its name whose image it is."""
+    return cells_lib.key(name) in _GROUP_KEYS
+
+
+def group_of(names: Iterable[str]) -> str | None:
+    """The column that tells whose image each is, as `Patient ID`; None for none."""
+    by_key = {cells_lib.key(name): name for name in reversed(list(names))}
+    return next((by_key[key] for key in _GROUP_KEYS if key in by_key), None)

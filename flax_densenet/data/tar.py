@@ -4,27 +4,27 @@ The headers are read once; images are then read at their offsets. Nothing is eve
 extracted, so the names in a tar cannot do any harm.
 """
 
-import collections
 import concurrent.futures
 import dataclasses
-import json
 import os
 import re
-import tarfile
 from collections.abc import Sequence
 
 import numpy as np
 
-from flax_densenet.data import images, listing, notes, parts, readers
+from flax_densenet.data import (
+    cells,
+    listing,
+    notes,
+    parts,
+    readers,
+    table_columns,
+    tar_samples,
+)
 from flax_densenet.errors import UserError, printable
 from flax_densenet.system import paths, platforms
 
 CLASSES_FILE = 'classes.txt'
-_LABELS = ('cls', 'json')
-# Fields of a sample's JSON that can hold the class.
-_FIELDS = ('label', 'cls', 'class', 'class_name')
-_END = 1024
-_MAX_LABEL_BYTES, _MAX_CLASSES = 2**20, 100_000
 
 
 @dataclasses.dataclass
@@ -37,6 +37,7 @@ class TarReader(readers.Reader):
     names: list[str]
     labels: np.ndarray
     root: str  # the folder that the tars are below
+    grouped_by: str = ''  # which field of the samples' JSON, if any
 
     def __len__(self):
         return len(self.names)
@@ -66,53 +67,46 @@ class TarReader(readers.Reader):
         return size, (offset, status.st_size, status.st_mtime_ns)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sample:
-    name: str
-    offset: int
-    size: int
-    label: int | str
-
-
 def load(
-    name: str, known_classes: Sequence[str] | None = None
-) -> tuple[TarReader, list[str], int | None]:
+    name: str, known_classes: Sequence[str] | None = None, *, groups: str = 'auto'
+) -> tuple[TarReader, list[str], list[int]]:
     """Lists the images of one tar file, or of all tar files in a folder.
 
     Labels are numbers, whose names can be in `classes.txt`, one per line; or names.
 
     Args:
-      name: a tar file, or a folder with `*.tar` or `{train,val}/*.tar`. Tars with
-        `train` and `val` in their names are also the two parts.
+      name: a tar file, or a folder with `*.tar` or `{train,val,test}/*.tar`. Tars with
+        `train`, `val` and `test` in their names are also the parts.
+      groups: `data.groups`; `column:NAME` is a field of the samples' JSON.
 
     Returns:
-      The reader, the class names, and the index of the first test image, or None if
-      there is no test part.
+      The reader, the class names, and the index behind the last image of each part.
 
     Raises:
       UserError: there are none, one is damaged, or a sample has no image or label.
     """
     field = f'data.source=tar:{name}'
     path = paths.resolve(name, 'data.source=tar:')
-    by_part, aside = _find_tars(field, name, path)
+    by_part = _find_tars(field, name, path)
     tars = [tar for inside in by_part for tar in inside]
+    column = groups.removeprefix('column:') if groups.startswith('column:') else None
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        by_tar = list(pool.map(_scan, tars))
-    first_test = sum(len(inside) for inside in by_tar[: len(by_part[0])])
+        by_tar = list(pool.map(lambda tar: tar_samples.scan(tar, column), tars))
+    sizes = [len(inside) for inside in by_tar]
+    ends = np.cumsum(sizes)[np.cumsum([len(inside) for inside in by_part]) - 1].tolist()
     if len(by_part) > 1:
-        _say_parts(field, path, by_part, aside, [len(inside) for inside in by_tar])
-    which = np.repeat(np.arange(len(tars), dtype=np.int32), [len(s) for s in by_tar])
+        _say_parts(field, path, by_part, np.diff([0, *ends]))
+    which = np.repeat(np.arange(len(tars), dtype=np.int32), sizes)
     samples = [sample for inside in by_tar for sample in inside]
     if len(by_part) == 1 and (order := _order_by_part(field, samples)):
-        first_test = order.pop()
+        order, ends = order
         samples, which = [samples[i] for i in order], which[order]
-        by_part = [tars, tars]
     root = path if os.path.isdir(path) else os.path.dirname(path)
     place = root
     if not os.path.exists(os.path.join(root, CLASSES_FILE)) and tars:
         place = os.path.commonpath(list(map(os.path.dirname, tars)))
     labels, names = _number(field, [s.label for s in samples], place, known_classes)
-    _check_classes(field, names, labels, first_test if len(by_part) > 1 else None)
+    _check_classes(field, names, labels, ends[0] if len(ends) > 1 else None)
     reader = TarReader(
         tars,
         which,
@@ -121,19 +115,43 @@ def load(
         labels,
         root,
     )
-    return reader, names, first_test if len(by_part) > 1 else None
+    if groups == 'auto' or column is not None:
+        reader.groups, reader.grouped_by = _find_groups(field, samples, column)
+    return reader, names, ends
+
+
+def _find_groups(field, samples, column):
+    """int64 `[N]` by a field of the samples' JSON or None, and what tells them.
+
+    Args:
+      column: that the user named, or None.
+    """
+    fields = samples[0].fields if samples else {}
+    name = column or table_columns.group_of(fields)
+    if name is None or any(name not in sample.fields for sample in samples):
+        if column is None:
+            return None, ''
+        raise UserError(
+            f'data.groups=column:{column}: {field} has images without the field '
+            f'{column} in their JSON, {samples[0].name} or others'
+        )
+    found = [sample.fields[name] for sample in samples]
+    if len(set(found)) > 1:
+        return cells.hash_names(found), f'the field {name}'
+    if column is None:
+        return None, ''
+    raise UserError(
+        f'data.groups=column:{column}: all images are of one group, which cannot be '
+        'split; name another field or set data.groups=none'
+    )
 
 
 def _find_tars(field, name, path):
-    """The tar files of the training part and, if there is one, of the test part.
-
-    Returns:
-      They, and those of a test part that is set aside.
-    """
+    """The tar files of each part that there is, the training part first."""
     if not name or not os.path.exists(path):
         raise UserError(f'{field}: there is no such folder or tar file')
     if not os.path.isdir(path):
-        return [[path]], []
+        return [[path]]
     path = _below_single_folders(field, path)
     inside = parts.by_role(listing.class_folders(path))
     folders = {
@@ -178,7 +196,7 @@ def _find_tars(field, name, path):
             'to train on, or one of the parts alone'
         )
     if parts.TRAIN not in by_part or not {parts.VAL, parts.TEST} & set(by_part):
-        return [tars], []
+        return [tars]
     if None in by_part:
         raise UserError(
             f'{field}: some tars are called train, some val and some neither; put '
@@ -205,35 +223,23 @@ def _role_of_tar(path):
 
 
 def _choose(by_part):
-    """The tars to train on and those that choose; and a test part set aside."""
-    held_out, aside = by_part.get(parts.VAL), by_part.get(parts.TEST, [])
-    if held_out is None:
-        held_out, aside = aside, []
-    return [by_part[parts.TRAIN], held_out], aside
+    """The tars of each part in the order of use."""
+    return [by_part[part] for part in parts.USED if part in by_part]
 
 
-def _say_parts(field, root, by_part, aside, counts):
-    """The line about the parts and their numbers of images.
-
-    Args:
-      counts: images of each tar of both parts.
-    """
-    train = len(by_part[0])
+def _say_parts(field, root, by_part, counts):
+    """The line about the parts and their numbers of images."""
     shown = [
         os.path.relpath(tars[0], root) + (', ...' if len(tars) > 1 else '')
-        for tars in (*by_part, aside)
-        if tars
+        for tars in by_part
     ]
-    line = (
-        f'{field}: {sum(counts[:train])} images to train on ({shown[0]}), '
-        f'{sum(counts[train:])} choose the best epoch ({shown[1]})'
-    )
-    if aside:
-        line += (
-            f', {len(aside)} tars of test are set aside ({shown[2]}; to measure them: '
-            'eval --config.data.source=tar:PATH)'
-        )
-    notes.say(line)
+    what = 'to train on', 'choose the best epoch', 'are measured once, at the end'
+    pieces = [
+        f'{count} {purpose} ({place})'
+        for count, purpose, place in zip(counts, what, shown, strict=False)
+    ]
+    pieces[0] = pieces[0].replace(' to train', ' images to train', 1)
+    notes.say(f'{field}: {", ".join(pieces)}')
 
 
 def _check_classes(field, names, labels, first_test):
@@ -260,7 +266,7 @@ def _check_classes(field, names, labels, first_test):
 
 
 def _order_by_part(field, samples):
-    """Of samples in folders called train and val: their order, then the first of val.
+    """Of samples in folders called train, val and test: their order, and parts' ends.
 
     None where the folders within the tars are no parts.
     """
@@ -275,17 +281,20 @@ def _order_by_part(field, samples):
         return None
     if any(len(top) < 2 or top[0] not in role_of for top in tops):
         return None
-    held_out = parts.VAL if parts.VAL in roles else parts.TEST
-    order = [i for i, top in enumerate(tops) if role_of[top[0]] == parts.TRAIN]
-    first_test = len(order)
-    order += [i for i, top in enumerate(tops) if role_of[top[0]] == held_out]
+    used = [part for part in parts.USED if part in roles]
+    by_part = [
+        [i for i, top in enumerate(tops) if role_of[top[0]] == part] for part in used
+    ]
+    order = [i for inside in by_part for i in inside]
+    what = ['images to train on', f'of {used[1]}, which chooses the best epoch']
+    what.append(f'of {used[-1]}, which is measured once, at the end')
+    pieces = [f'{len(n)} {purpose}' for n, purpose in zip(by_part, what, strict=False)]
     aside = len(samples) - len(order)
     notes.say(
-        f'{field}: the folders within are parts: {first_test} images to train on, '
-        f'{len(order) - first_test} of {held_out}, which chooses the best epoch'
-        + (f'; {aside} of other parts are set aside' if aside else '')
+        f'{field}: the folders within are parts: {", ".join(pieces)}'
+        + (f'; {aside} of other parts are left out' if aside else '')
     )
-    return [*order, first_test]
+    return order, np.cumsum([len(inside) for inside in by_part]).tolist()
 
 
 def _tars_of(folder):
@@ -298,92 +307,6 @@ def _tars_of(folder):
         for name in sorted(names)
         if name.lower().endswith('.tar') and not name.startswith('.')
     ]
-
-
-def _scan(path) -> list[_Sample]:
-    """The samples of a tar, in its order."""
-    samples: dict[str, dict] = collections.defaultdict(dict)
-    try:
-        size = os.path.getsize(path)
-        with tarfile.open(path, 'r:') as tar:
-            for member in tar:
-                _add(path, size, member, samples)
-        with open(path, 'rb') as file:
-            # Without two empty blocks, the file may end between two images.
-            file.seek(-min(size, _END), os.SEEK_END)
-            if file.read() != bytes(_END):
-                raise UserError(f'{path} has no end of a tar file; copy it again')
-            return [_sample(path, file, key, inside) for key, inside in samples.items()]
-    except (tarfile.TarError, EOFError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f'{path} is not a valid uncompressed tar file ({error}); copy it again'
-        ) from error
-    except OSError as error:
-        raise UserError(f'{path} cannot be read ({error.strerror})') from error
-
-
-def _add(path, size, member, samples):
-    folder, _, base = member.name.rpartition('/')
-    if member.isdir() or base.startswith('.') or '__MACOSX' in folder.split('/'):
-        return
-    if not member.isreg() or member.issparse():
-        raise UserError(f'{path}: {member.name} is not a regular file; pack it as one')
-    if not 0 <= member.offset_data <= member.offset_data + member.size <= size:
-        raise UserError(f'{path} is cut short within {member.name}; copy it again')
-    key, _, kind = base.partition('.')
-    key, kind = f'{folder}/{key}' if folder else key, kind.lower()
-    if kind in samples[key]:
-        raise UserError(f'{path}: {member.name} appears twice; remove one')
-    samples[key][kind] = member
-
-
-def _sample(path, file, key, inside) -> _Sample:
-    kinds = [kind for kind in inside if f'.{kind}' in images.EXTENSIONS]
-    if len(kinds) != 1:
-        raise UserError(
-            f'{path}: {key} has {len(kinds)} images ({", ".join(inside)}); each key '
-            'needs one, as key.jpg'
-        )
-    kind = next((kind for kind in _LABELS if kind in inside), None)
-    if kind is None:
-        hint = ''
-        if '/' in key:
-            hint = '; a tar of class folders is read unpacked, as folder:PATH'
-        raise UserError(
-            f'{path}: {key} has no label; add {key}.cls or {key}.json{hint}'
-        )
-    member = inside[kind]
-    if member.size > _MAX_LABEL_BYTES:
-        raise UserError(f'{path}: {member.name} is too large to be a label')
-    content = platforms.read_at(file, member.size, member.offset_data)
-    image = inside[kinds[0]]
-    label = _label(path, member.name, kind, content)
-    return _Sample(image.name, image.offset_data, image.size, label)
-
-
-def _label(path, name, kind, content) -> int | str:
-    """The number or name of the class in a `.cls` or `.json` file."""
-    try:
-        label = content.decode().strip()
-        if kind == 'json':
-            fields = json.loads(label)
-            fields = fields if isinstance(fields, dict) else {'label': fields}
-            label = next((fields[n] for n in _FIELDS if n in fields), None)
-        elif label.isdecimal():
-            label = int(label)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f'{path}: {name} cannot be read as a label') from error
-    if type(label) is int and 0 <= label < _MAX_CLASSES:
-        return label
-    if isinstance(label, str) and label:
-        return label
-    raise UserError(
-        f'{path}: {name} names no class; give a number from 0 to '
-        f'{_MAX_CLASSES - 1} or a name'
-        + (f' in its field {_FIELDS[0]}' if kind == 'json' else '')
-    )
 
 
 def _number(field, labels, root, known_classes=None):

@@ -6,15 +6,19 @@ import socket
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from flax_densenet.data import readers
+from flax_densenet.data import cells, label_options, notes, readers, table_columns
 from flax_densenet.errors import UserError
 from flax_densenet.system import paths
+
+# Examples that are read for their groups without being asked.
+_GROUPED = 20_000
 
 
 @dataclasses.dataclass
 class TfdsReader(readers.Reader):
-    """Splits of a TFDS set, the last one for test if there is one: encoded images.
+    """Splits of a TFDS set: encoded images.
 
     Attributes:
       parts: data sources of the splits, with random access.
@@ -64,13 +68,21 @@ class _TfdsLabels:
         return np.int32(self._reader.example(int(index))[self._reader.features[1]])
 
 
-def find(name: str, *, tfds_dir: str | None, tfds_train: str, **_) -> readers.Listing:
+def find(
+    name: str,
+    *,
+    tfds_dir: str | None,
+    tfds_train: str,
+    table: label_options.Options | None = None,
+    **_,
+) -> readers.Listing:
     """Finds the images of a TFDS set, and prepares the set first if it is not yet.
 
     Args:
       name: `NAME` or `NAME:CONFIG`.
       tfds_dir: the folder of TFDS; None for its default.
       tfds_train: splits to train on, joined by `+`; empty for `train`.
+      table: of which `groups` names the feature that tells the groups.
 
     Raises:
       UserError: no such set or split, or the set cannot be used without TensorFlow.
@@ -99,14 +111,65 @@ def find(name: str, *, tfds_dir: str | None, tfds_train: str, **_) -> readers.Li
                 f'data.tfds_train={tfds_train}: {builder_name} has the splits '
                 f'{", ".join(splits)}; name some of them once each, as train+extra'
             )
-    test = [s for s in ('test', 'validation') if s in splits and s not in train][:1]
-    names = train + test
+    others = [s for s in ('validation', 'test') if s in splits and s not in train]
+    names = train + others
     decoders = {image_key: tfds.decode.SkipDecoding()}
     parts = [builder.as_data_source(split=s, decoders=decoders) for s in names]
     reader = TfdsReader(parts, (image_key, label_key), names)
-    count = sum(len(part) for part in parts[: len(train)])
-    rest = count + np.arange(len(parts[-1])) if test else None
-    return readers.Listing(reader, features[label_key].names, np.arange(count), rest)
+    ends = np.cumsum([len(part) for part in parts])[len(train) - 1 :]
+    of_train, *rest = np.split(np.arange(ends[-1]), ends[:-1])
+    if len(rest) == 2:
+        notes.say(
+            f'{field}: trains on {"+".join(train)}, validation chooses the best epoch, '
+            'tests once on test'
+        )
+    groups, grouped_by = _find_groups(
+        field, reader, features, int(ends[-1]), table.groups if table else 'auto'
+    )
+    return readers.Listing(
+        reader,
+        features[label_key].names,
+        of_train,
+        rest[-1] if rest else None,
+        groups=groups,
+        val=rest[0] if len(rest) == 2 else None,
+        grouped_by=grouped_by,
+    )
+
+
+def _find_groups(field, reader, features, count, groups):
+    """int64 `[N]` by a feature or None, and what tells them; reads all examples."""
+    named = groups.startswith('column:')
+    feature = groups.removeprefix('column:') if named else None
+    if groups == 'auto':
+        feature = table_columns.group_of(features)
+    if groups.startswith('path') or (named and feature not in features):
+        raise UserError(
+            f'data.groups={groups}: {field} has the features {", ".join(features)}; '
+            'name one as column:NAME'
+        )
+    if feature is None:
+        return None, ''
+    if not named and count > _GROUPED:
+        notes.say(
+            f'{field}: images are split one by one; the feature {feature} may tell '
+            f'whose image each is: data.groups=column:{feature} reads it of all '
+            f'{count:,} examples first'
+        )
+        return None, ''
+    found = []
+    for index in tqdm(range(count), desc='groups', leave=False, disable=None):
+        value = np.asarray(reader.example(index)[feature]).item()
+        value = value.decode(errors='replace') if isinstance(value, bytes) else value
+        found.append(str(value))
+    if len(set(found)) > 1:
+        return cells.hash_names(found), f'the feature {feature}'
+    if not named:
+        return None, ''
+    raise UserError(
+        f'data.groups={groups}: all images are of one group, which cannot be split; '
+        'name another feature or set data.groups=none'
+    )
 
 
 def _prepare_tfds(builder, field):

@@ -58,7 +58,7 @@ def find_examples(
     relation = identity.compare(trained.metadata, source)
     examples, trained_on = source.test, relation.own
     if not source.has_test and not trained_on:
-        examples = dataset.join(source.train, source.test)
+        examples = dataset.join(*source.parts.values())
     if not len(examples):
         raise UserError(
             f'data.source={settings.data.source}: no images are left to measure on: '

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from flax_densenet.checkpoints import epoch_records
 from flax_densenet.report import render
 from flax_densenet.report.svg import Axis, Plot, format_number
 
 SHARES = tuple((n / 5, f'{n * 20}%') for n in range(6))
-# Of a record's columns: prefix, name in legends, style.
-_PARTS = ('train', 'Training', 's0'), ('test', 'Test', 's1')
 _MOST_DOTS, _MOST_TIPS = 60, 300
 
 
@@ -131,24 +130,24 @@ def training(curves: dict[str, Any]) -> list[str]:
       curves: of `run_folder.curves`.
     """
     epochs, best = curves['epoch'], curves['best']
+    held = epoch_records.WORDS[curves['part']]
+    # Prefix of a column, name in legends, style.
+    parts = ('train', 'Training', 's0'), ('held', held.capitalize(), 's1')
 
     def pair(name):
         return [
             {'name': part, 'style': style, 'x': epochs, 'y': curves[f'{key}_{name}']}
-            for key, part, style in (
-                ('train', 'Training', 's0'),
-                ('test', 'Test', 's1'),
-            )
+            for key, part, style in parts
             if f'{key}_{name}' in curves
         ]
 
-    both = legend([(style, name) for _, name, style in _PARTS])
+    both = legend([(style, name) for _, name, style in parts])
     made = [
         figure(
             'Accuracy',
             by_epoch(
                 pair('accuracy'),
-                title='Training and test accuracy',
+                title=f'Training and {held} accuracy',
                 unit='Accuracy',
                 percent=True,
                 best=best,
@@ -160,7 +159,7 @@ def training(curves: dict[str, Any]) -> list[str]:
             'Loss',
             by_epoch(
                 pair('loss'),
-                title='Training and test loss',
+                title=f'Training and {held} loss',
                 unit='Cross-entropy, nats',
                 best=best,
             ),
@@ -168,10 +167,9 @@ def training(curves: dict[str, Any]) -> list[str]:
             id='loss',
         ),
     ]
-    if 'test_mean_auroc' in curves:
-        chart = by_epoch(
-            pair('mean_auroc'), title='Mean test AUROC', unit='Mean AUROC', best=best
-        )
+    if 'held_mean_auroc' in curves:
+        title = f'Mean {held} AUROC'
+        chart = by_epoch(pair('mean_auroc'), title=title, unit='Mean AUROC', best=best)
         made.append(figure('Mean AUROC', chart, id='auroc'))
     rates = curves['learning_rate']
     line = {'name': 'Learning rate', 'style': 's0', 'x': epochs, 'y': rates}
@@ -373,7 +371,7 @@ def compared(runs: Sequence[dict[str, Any]]) -> list[str]:
         ('Accuracy', 'accuracy', {'unit': 'Accuracy', 'percent': True}),
         ('Loss', 'loss', {'unit': 'Cross-entropy, nats'}),
     ):
-        both = lines(f'test_{column}') + lines(f'train_{column}', dashed=True)
+        both = lines(f'held_{column}') + lines(f'train_{column}', dashed=True)
         high = _high_of(both) if column == 'loss' else None
         chart = by_epoch(both, title=title, low=None, high=high, **options)
         made.append(figure(title, chart, below, id=column))

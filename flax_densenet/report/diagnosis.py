@@ -1,14 +1,15 @@
 """What the numbers of a run mean, in sentences: over- and underfitting, the data.
 
->>> row = dict(train_loss=0.5, test_loss=0.6, train_accuracy=0.8, test_accuracy=0.7)
->>> falling = [row | {'epoch': n, 'test_loss': 0.9 - 0.1 * n} for n in range(1, 6)]
+>>> row = dict(train_loss=0.5, val_loss=0.6, train_accuracy=0.8, val_accuracy=0.7)
+>>> falling = [row | {'epoch': n, 'val_loss': 0.9 - 0.1 * n} for n in range(1, 6)]
 >>> diagnose_curves(falling)[0].partition(':')[0]
-'The test loss was still falling in the last epoch'
+'The validation loss was still falling in the last epoch'
 """
 
 import math
 from typing import Any
 
+from flax_densenet.checkpoints import epoch_records
 from flax_densenet.data import class_balance, dataset
 from flax_densenet.report import render
 
@@ -31,41 +32,43 @@ def diagnose_curves(records: list[dict[str, Any]]) -> list[str]:
     """
     if len(records) < 3:
         return []
-    losses = [record['test_loss'] for record in records]
+    losses = [epoch_records.get(record, 'loss') for record in records]
     last = records[-1]
+    held = epoch_records.WORDS[epoch_records.part_of(last)]
     if not all(map(math.isfinite, losses)):
         return ['The loss is not finite: use a lower optimizer.learning_rate.']
-    lowest = min(records, key=lambda record: record['test_loss'])
+    lowest = records[losses.index(min(losses))]
     told = []
-    rose = last['test_loss'] > _RISE * lowest['test_loss']
+    rose = losses[-1] > _RISE * min(losses)
     if rose and last['train_loss'] < lowest['train_loss']:
         told.append(
-            f'The test loss has risen since epoch {lowest["epoch"]} '
-            f'({render.figure(lowest["test_loss"])} to '
-            f'{render.figure(last["test_loss"])}) while the training loss kept '
+            f'The {held} loss has risen since epoch {lowest["epoch"]} '
+            f'({render.figure(min(losses))} to '
+            f'{render.figure(losses[-1])}) while the training loss kept '
             'falling: the network overfits. Stronger augmentation (data.augment, '
             'data.mixup), more weight decay (optimizer.weight_decay), a smaller '
             'network or more images can help.'
         )
     elif lowest is last and losses[-2] - losses[-1] > 0.01 * losses[-1]:
         told.append(
-            'The test loss was still falling in the last epoch: training longer '
+            f'The {held} loss was still falling in the last epoch: training longer '
             '(train.epochs) will probably help.'
         )
-    gap = last['train_accuracy'] - last['test_accuracy']
-    shares = (render.percent(last[f'{part}_accuracy']) for part in ('train', 'test'))
+    accuracy = epoch_records.get(last, 'accuracy')
+    gap = last['train_accuracy'] - accuracy
+    shares = map(render.percent, (last['train_accuracy'], accuracy))
     if gap > _GAP and not told:
         told.append(
-            'At the end, accuracy was {} on the training and {} on the test images: '
+            'At the end, accuracy was {} on the training and {} on the {} images: '
             'the network fits the training images better than new ones '
-            '(overfitting).'.format(*shares)
+            '(overfitting).'.format(*shares, held)
         )
     elif last['train_accuracy'] < _LOW and gap < _GAP:
         told.append(
             'Even on the training images, accuracy was only {} at the end ({} on the '
-            'test images): the network underfits. Train longer (train.epochs), or use '
+            '{} images): the network underfits. Train longer (train.epochs), or use '
             'a larger network or weaker augmentation. (Augmentation and dropout lower '
-            'the accuracy in training.)'.format(*shares)
+            'the accuracy in training.)'.format(*shares, held)
         )
     return told
 
@@ -81,15 +84,18 @@ def check_data(
     """
     warnings = []
     kinds = [line.partition('\t')[0] for line in source.duplicates]
-    shared = sum(kind.startswith('training and test') for kind in kinds)
+    parts = 'both the training and the test images'
+    if source.val is not None:
+        parts = 'more than one part of the data'
+    shared = sum(' and ' in kind for kind in kinds)
     if shared and duplicates == 'drop':
         warnings.append(
-            f'{_images(shared)} appeared in both the training and the test images; '
-            'the copies were left out of training.'
+            f'{_images(shared)} appeared in {parts}; the copies were left out of '
+            'training.'
         )
     elif shared:
         warnings.append(
-            f'{_images(shared)} appear in both the training and the test images, '
+            f'{_images(shared)} appear in {parts}, '
             'which makes these metrics too high. data.duplicates=drop leaves the '
             'copies out of training; duplicates.txt lists them.'
         )

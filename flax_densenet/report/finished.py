@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 from flax_densenet import errors
+from flax_densenet.checkpoints import epoch_records
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.data import dataset
 from flax_densenet.distributed import mesh as mesh_lib
@@ -12,7 +13,8 @@ from flax_densenet.distributed import processes
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import fitting, results
 from flax_densenet.evaluation import selection as selection_lib
-from flax_densenet.report import page, plots
+from flax_densenet.report import page as page_lib
+from flax_densenet.report import plots
 from flax_densenet.weights import choices as choices_lib
 from flax_densenet.weights import trained as trained_lib
 
@@ -31,11 +33,11 @@ def write(
     threads: int,
     workers: int,
     rules: selection_lib.Rules | None = None,
-):
-    """Fits decisions, draws the curves, writes the report, and logs what is there.
+) -> dict[str, Any] | None:
+    """Fits decisions, draws the curves, measures the test images, writes the report.
 
-    Every host has to call it; one writes. A report that cannot be written is reported
-    in a line, and takes nothing from the run.
+    Logs what came of it. Every host has to call it; one writes. A report that cannot be
+    written is reported in a line, and takes nothing from the run.
 
     Args:
       records: of all epochs, as in `metrics.jsonl`.
@@ -45,6 +47,10 @@ def write(
       batch_size: of the evaluation, over all devices of the mesh.
       threads, workers: as of `data.pipeline.eval_batches`.
       rules: what to fit of the selection part after training; None for nothing.
+
+    Returns:
+      The metrics of the best checkpoint for the test images, as in `eval.json`; None if
+      the test images chose the best epoch, or cannot be measured.
     """
     best = max(records, key=checkpoint_reader.rank)
     drawn = errors.is_installed('matplotlib')
@@ -54,22 +60,55 @@ def write(
     selection = None
     if rules is not None and renew and fitting.FITTERS:
         selection = _fit(workdir, source, mesh, loading, rules)
-    written = []
-    if os.path.exists(os.path.join(workdir, page.REPORT_FILE)) and not renew:
-        written = [page.REPORT_FILE]
-    elif report and processes.broadcast(
-        'report', lambda: errors.is_installed('jinja2')
-    ):
-        written = _save_report(workdir, source, mesh, loading, selection)
+    known = None
+    if source.val is not None and not renew:
+        known = processes.broadcast('known', lambda: _known(workdir, source, best))
+    has_page = os.path.exists(os.path.join(workdir, page_lib.REPORT_FILE)) and not renew
+    wants_page = (
+        report
+        and not has_page
+        and processes.broadcast('report', lambda: errors.is_installed('jinja2'))
+    )
+    if wants_page or (source.val is not None and known is None):
+        found = _measure(workdir, source, mesh, loading, selection, page=wants_page)
+        has_page = has_page or (wants_page and found is not None)
+        known = found
     if mesh_lib.is_writer():
         pictures = ['curves.png', 'samples.png'] if drawn else ['metrics.jsonl']
+        written = [page_lib.REPORT_FILE] if has_page else []
         *names, last = ['checkpoints', *written, *pictures]
-        chosen = ', chosen on these test images' if len(records) > 1 else ''
-        _LOGGER.info(
-            f'best: epoch {best["epoch"]}, Test_acc: {best["test_accuracy"]:.1%}'
-            f'{chosen}'
-        )
+        _LOGGER.info(_describe_best(best, len(records), source, known))
         _LOGGER.info(f'{", ".join(names)} and {last} are in {workdir}')
+    return None if source.val is None else known
+
+
+def _known(workdir, source, best):
+    """The metrics in eval.json, if they are of the best checkpoint for these images."""
+    loaded = results.load(workdir)
+    if loaded is None or loaded[0].step != best.get('step'):
+        return None
+    measured, metrics = loaded
+    same = measured.data == source.name and metrics['count'] == len(source.test)
+    return metrics if same else None
+
+
+def _describe_best(best, epochs, source, metrics):
+    """The line about the best epoch, and how good it is on the test images."""
+    part = epoch_records.part_of(best).capitalize()
+    line = f'best: epoch {best["epoch"]}, {part}_acc: '
+    line += f'{epoch_records.get(best, "accuracy"):.1%}'
+    if source.val is None:
+        return line + (', chosen on these test images' if epochs > 1 else '')
+    if metrics is None:
+        return line
+    line += f'; Test_acc: {metrics["accuracy"]:.1%}'
+    if metrics['accuracy_interval']:
+        low, high = metrics['accuracy_interval']
+        line += f' ({low:.1%} to {high:.1%})'
+    elif metrics['macro']['auroc'] is not None:
+        line += f', Test_auroc: {metrics["macro"]["auroc"]:.3f}'
+    count = metrics['count']
+    return f'{line}, measured once on {count:,} test images, which chose nothing'
 
 
 def _fit(workdir, source, mesh, loading, rules):
@@ -88,9 +127,13 @@ def _fit(workdir, source, mesh, loading, rules):
     return selection
 
 
-def _save_report(workdir, source, mesh, loading, selection):
-    """Writes the page of the best checkpoint; its name in a list, or an empty one."""
-    _LOGGER.info(f'writing {page.REPORT_FILE}')
+def _measure(workdir, source, mesh, loading, selection, *, page):
+    """Metrics of the best checkpoint for the test images; None if that failed.
+
+    Writes eval.json and, if it is wanted, the page.
+    """
+    if page:
+        _LOGGER.info(f'writing {page_lib.REPORT_FILE}')
     try:
         trained = trained_lib.load_trained(workdir, 'best', mesh=mesh)
         names = source.class_names
@@ -98,8 +141,14 @@ def _save_report(workdir, source, mesh, loading, selection):
             found = results.from_outputs(trained, source.test, names, selection.outputs)
         else:
             found = results.collect(trained, source.test, names, **loading)
-        page.save_report(workdir, trained, source, found)
+        if page:
+            page_lib.save_report(workdir, trained, source, found)
+        else:
+            measured = results.describe(trained, source.name)
+            results.save(workdir, found, measured)
     except UserError as error:
-        _LOGGER.info(f'no {page.REPORT_FILE}: {error}; try: report RUN')
-        return []
-    return [page.REPORT_FILE]
+        what = f'no {page_lib.REPORT_FILE}' if page else 'the test was not measured'
+        command = 'report' if page else 'eval'
+        _LOGGER.info(f'{what}: {error}; try: {command} RUN')
+        return None
+    return found.metrics

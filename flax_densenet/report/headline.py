@@ -1,5 +1,6 @@
 """The few numbers at the top of a report, and what is to be known of them."""
 
+from flax_densenet.checkpoints import epoch_records
 from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.report import render
 
@@ -57,13 +58,17 @@ def _accuracy(found):
     return title, render.percent(metrics['accuracy']), notes
 
 
-def selection(records, measured, trained_on: bool) -> str:
-    """A sentence on whether the images of the metrics also chose the model.
+def selection(
+    records, measured, trained_on: bool, validation: int | None = None
+) -> str:
+    """A sentence on which images chose the model.
 
     Args:
       records: of the run.
       measured: an `evaluation.results.Measured`.
       trained_on: whether these are test images of the run's own data.
+      validation: how many images chose in place of the test images; None if the test
+        images did.
     """
     if measured.step is None:
         return ''
@@ -74,8 +79,14 @@ def selection(records, measured, trained_on: bool) -> str:
     if len(records) < 2:
         return ''
     what = 'accuracy'
-    if any(record.get('test_mean_auroc') is not None for record in records):
+    if any(epoch_records.get(row, 'mean_auroc') is not None for row in records):
         what = 'mean AUROC'
+    if validation is not None:
+        return (
+            f'Epoch {measured.epoch} of {len(records)} was chosen for its {what} on '
+            f'{validation:,} validation images, which are not among these. The test '
+            'images chose nothing: they were measured once, with the best checkpoint.'
+        )
     return (
         f'Epoch {measured.epoch} of {len(records)} was chosen for its {what} on these '
         'same test images, which makes the metrics optimistic: expect somewhat lower '

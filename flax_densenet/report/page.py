@@ -8,7 +8,7 @@ import shlex
 import numpy as np
 
 from flax_densenet import settings
-from flax_densenet.checkpoints import run_folder
+from flax_densenet.checkpoints import epoch_records, run_folder
 from flax_densenet.data import dataset, images
 from flax_densenet.distributed import mesh
 from flax_densenet.evaluation import metrics as metrics_lib
@@ -132,6 +132,11 @@ def _describe(workdir, run, trained, source, found, measured, trained_on):
             balance=fields.get('data.balance', 'none'),
         )
     curves = run_folder.curves(run.records)
+    validation = None
+    if trained_on and source.val is not None:
+        validation = len(source.val)
+        # Runs of versions that knew of two parts called them test images.
+        curves = curves and curves | {'part': epoch_records.VAL}
     calibration = found.metrics['calibration']
     scaled = bool(calibration) and metrics_lib.temperature_helps(calibration)
     return {
@@ -148,7 +153,7 @@ def _describe(workdir, run, trained, source, found, measured, trained_on):
         'data_name': source.name,
         'metrics': found.metrics,
         'headline': headline.rows(found),
-        'selection': headline.selection(run.records, measured, trained_on),
+        'selection': headline.selection(run.records, measured, trained_on, validation),
         'multi_label': found.multi_label,
         'class_names': found.class_names,
         'counts': _counts(source, found, trained_on),
@@ -214,7 +219,7 @@ def _changed(fields):
 
 
 def _counts(source, found, trained_on):
-    """Images of each class, `[(name, to train on or None, to test on)]`."""
+    """Images of each class, `[(name, training, validation, test)]`; None: not known."""
     several = found.multi_label
     count = len(found.class_names)
 
@@ -223,10 +228,12 @@ def _counts(source, found, trained_on):
             return (labels == 1).sum(0).tolist()
         return np.bincount(labels, minlength=count).tolist()
 
-    train = [None] * count
+    train, val = [None] * count, [None] * count
     if trained_on and _reads_labels(source.train):
         train = of(source.train.labels)
-    return list(zip(found.class_names, train, of(found.labels), strict=True))
+    if trained_on and source.val is not None and _reads_labels(source.val):
+        val = of(source.val.labels)
+    return list(zip(found.class_names, train, val, of(found.labels), strict=True))
 
 
 def _reads_labels(examples):

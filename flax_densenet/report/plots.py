@@ -7,6 +7,7 @@ import warnings
 import numpy as np
 
 from flax_densenet import errors
+from flax_densenet.checkpoints import epoch_records
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.data import bands
 from flax_densenet.system import atomic, fonts
@@ -25,7 +26,7 @@ def new_figure(width: float, height: float):
 
 
 def plot_curves(records, *, size: tuple[float, float] = (11, 4.2)):
-    """Accuracy and loss by epoch, training and test, the best epoch marked.
+    """Accuracy and loss by epoch, training and held out, the best epoch marked.
 
     Args:
       records: the lines of `metrics.jsonl`, in their order.
@@ -36,14 +37,16 @@ def plot_curves(records, *, size: tuple[float, float] = (11, 4.2)):
     """
     figure = new_figure(*size)
     best = max(records, key=checkpoint_reader.rank)
+    held = epoch_records.WORDS[epoch_records.part_of(records[-1])]
     epochs = [record['epoch'] for record in records]
     panels = zip(figure.subplots(1, 2), ('accuracy', 'loss'), (100, 1), strict=True)
     for axes, name, scale in panels:
-        for part, color in (('training', TRAIN), ('test', TEST)):
-            key = {'training': 'train'}.get(part, part)
-            values = [record[f'{key}_{name}'] * scale for record in records]
-            axes.plot(epochs, values, color=color, marker='o', markersize=3, label=part)
-        value = best[f'test_{name}'] * scale
+        trained = [record[f'train_{name}'] for record in records]
+        tested = [epoch_records.get(record, name) for record in records]
+        for part, color, values in (('training', TRAIN, trained), (held, TEST, tested)):
+            shown = [value * scale for value in values]
+            axes.plot(epochs, shown, color=color, marker='o', markersize=3, label=part)
+        value = epoch_records.get(best, name) * scale
         text = f'{value:.1f}%' if name == 'accuracy' else f'{value:.3f}'
         axes.axvline(best['epoch'], color=_BEST, linestyle=':', linewidth=1)
         axes.plot(
@@ -53,7 +56,7 @@ def plot_curves(records, *, size: tuple[float, float] = (11, 4.2)):
             markersize=14,
             color=TEST,
             linestyle='none',
-            label=f'best epoch ({best["epoch"]}): test {text}',
+            label=f'best epoch ({best["epoch"]}): {held} {text}',
         )
         axes.set_title(name.capitalize())
         axes.set_xlabel('Epoch')

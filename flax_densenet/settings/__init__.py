@@ -9,6 +9,7 @@ from flax_densenet.settings.config import (
     from_saved,
     to_config,
     with_current_names,
+    with_former_split,
 )
 from flax_densenet.settings.fields import (
     AugmentationSettings,
@@ -44,4 +45,5 @@ __all__ = [
     'from_saved',
     'to_config',
     'with_current_names',
+    'with_former_split',
 ]

@@ -122,7 +122,22 @@ def with_current_names(config: Mapping[str, Any]) -> dict[str, Any]:
             value, now = fields[name], new.partition('.')[2]
             fields = {k: v for k, v in fields.items() if k != name}
             found[section] = fields | {now: fields.get(now) or value}
+    if isinstance(found.get('data'), dict):
+        found['data'] = with_former_split(found['data'])
     return found
+
+
+def with_former_split(data: dict[str, Any]) -> dict[str, Any]:
+    """Saved fields of `data`, images grouped as they were when these were saved.
+
+    Versions without `data.val_fraction` looked for groups in tables and packs alone.
+    """
+    kind = str(data.get('source')).partition(':')[0]
+    if 'val_fraction' in data or kind not in ('folder', 'tar', 'hf', 'parquet', 'tfds'):
+        return data
+    if data.get('labels') or data.get('groups', 'auto') != 'auto':
+        return data
+    return data | {'groups': 'none'}
 
 
 def _flat(config):

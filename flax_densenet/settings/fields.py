@@ -55,6 +55,7 @@ class SourceSettings:
     groups: str = 'auto'
     split: str = 'auto'
     test_fraction: float = 0.2
+    val_fraction: float = 0.0
     split_seed: int = 0
     bad_images: str = 'error'
     duplicates: str = 'report'

@@ -6,7 +6,7 @@ import math
 import jax
 
 from flax_densenet import errors, settings
-from flax_densenet.data import class_balance
+from flax_densenet.data import class_balance, dataset
 from flax_densenet.models import naming
 from flax_densenet.settings import sizes
 from flax_densenet.system import environment
@@ -23,8 +23,8 @@ def announce(run: training_run.TrainingRun):
     _LOGGER.info(naming.describe(run.module, variant, channels=channels))
     what = 'labels' if run.source.multi_label else 'classes'
     _LOGGER.info(
-        f'{len(run.source.train):,} training and {len(run.source.test):,} test images, '
-        f'{len(run.source.class_names)} {what}, {describe_size(size)} pixels'
+        f'{describe_parts(run.source)}, {len(run.source.class_names)} {what}, '
+        f'{describe_size(size)} pixels'
     )
     count = run.mesh.size
     _LOGGER.info(
@@ -44,6 +44,13 @@ def announce(run: training_run.TrainingRun):
     if missing := describe_missing(run.settings.train):
         _LOGGER.info(missing)
     _print_balance(run)
+
+
+def describe_parts(source: dataset.Source) -> str:
+    """`900 training, 100 validation and 200 test images`."""
+    words = {'train': 'training', 'val': 'validation', 'test': 'test'}
+    pieces = [f'{len(part):,} {words[name]}' for name, part in source.parts.items()]
+    return f'{", ".join(pieces[:-1])} and {pieces[-1]} images'
 
 
 def describe_size(size: sizes.Size) -> str:

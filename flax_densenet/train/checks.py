@@ -52,7 +52,7 @@ def check_same_run(workdir: str, run: training_run.TrainingRun):
 def _decisive(settings):
     """Names of the settings that a checkpoint goes on with alone."""
     yield from (f'model.{name}' for name in vars(settings.model) if name not in _HOW)
-    data = ['batch_size', 'split_seed', 'test_fraction']
+    data = ['batch_size', 'split_seed', 'test_fraction', 'val_fraction']
     if settings.data.labels:  # else they change nothing
         data += ['label_kind', 'label_columns', 'blank_labels', 'uncertain_labels']
     yield from (f'data.{name}' for name in (*data, *vars(settings.preparation)))
@@ -91,6 +91,7 @@ def check_same_everywhere(run: training_run.TrainingRun):
             'the newest checkpoint': latest,
             'the list of classes': list(run.source.class_names),
             'the number of images to train on': len(run.source.train),
+            'the number of images to choose by': len(run.source.selection),
             'the number of images to test on': len(run.source.test),
             'the checksum of their names': _checksum(run.source),
         },
@@ -100,7 +101,7 @@ def check_same_everywhere(run: training_run.TrainingRun):
 def _checksum(source):
     """Of the files and their order; empty where there are none."""
     total = hashlib.sha256()
-    for examples in (source.train, source.test):
+    for examples in source.parts.values():
         keys = examples.reader.keys(examples.indices)
         if keys is None:
             return ''

@@ -3,6 +3,7 @@
 import time
 from typing import Any
 
+from flax_densenet.checkpoints import epoch_records
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.evaluation import evaluate
 from flax_densenet.system import terminal
@@ -10,16 +11,15 @@ from flax_densenet.system import terminal
 
 def format_epoch(record: dict[str, Any]) -> str:
     """The line of an epoch in logs and files."""
-    auroc = ''
-    if 'test_mean_auroc' in record:
-        area = evaluate.format_auroc(record['test_mean_auroc'])
-        auroc = f'Test_auroc: {area}, '
+    auroc, part = '', epoch_records.part_of(record).capitalize()
+    if (area := epoch_records.get(record, 'mean_auroc', ...)) is not ...:
+        auroc = f'{part}_auroc: {evaluate.format_auroc(area)}, '
     return (
         f'Epoch: {record["epoch"]:2d}. '
         f'Train_acc: {record["train_accuracy"] * 100:.1f}%, '
         f'Train_loss: {record["train_loss"]:.3f}, '
-        f'Test_acc: {record["test_accuracy"] * 100:.1f}%, '
-        f'Test_loss: {record["test_loss"]:.3f}, '
+        f'{part}_acc: {epoch_records.get(record, "accuracy") * 100:.1f}%, '
+        f'{part}_loss: {epoch_records.get(record, "loss"):.3f}, '
         f'{auroc}Lr: {record["learning_rate"]:.2E}'
     )
 
@@ -45,8 +45,11 @@ class EpochLines:
         record = records[-1]
         if not terminal.is_interactive():
             return format_epoch(record)
-        areas = 'test_mean_auroc' in record
-        heading = '' if self._headed else terminal.paint(_heading(areas), 'bold') + '\n'
+        part = epoch_records.part_of(record)
+        areas = f'{part}_mean_auroc' in record
+        heading = ''
+        if not self._headed:
+            heading = terminal.paint(_heading(part, areas), 'bold') + '\n'
         self._headed = True
         best = max(records, key=checkpoint_reader.rank) is record
         row = _row(record, self._epochs, best, self._left(record['epoch']), areas)
@@ -60,10 +63,11 @@ class EpochLines:
         return terminal.format_duration(each * (self._epochs - epoch))
 
 
-def _heading(areas):
+def _heading(part, areas):
     auroc = f'{"AUROC":>7}' if areas else ''
     return (
-        f'  {"epoch":>9}  {"train acc":>9} {"loss":>8}  {"test acc":>9} {"loss":>8}'
+        f'  {"epoch":>9}  {"train acc":>9} {"loss":>8}'
+        f'  {f"{part} acc":>9} {"loss":>8}'
         f'{auroc}  {"rate":>8}  {"time left":>10}'
     )
 
@@ -71,12 +75,13 @@ def _heading(areas):
 def _row(record, epochs, best, left, areas):
     auroc = ''
     if areas:
-        auroc = f'{evaluate.format_auroc(record["test_mean_auroc"]):>7}'
+        auroc = f'{evaluate.format_auroc(epoch_records.get(record, "mean_auroc")):>7}'
     number = f'{record["epoch"]}/{epochs}'
     return (
         f'{"*" if best else " "} {number:>9}'
         f'  {record["train_accuracy"] * 100:>8.1f}% {_loss(record["train_loss"]):>8}'
-        f'  {record["test_accuracy"] * 100:>8.1f}% {_loss(record["test_loss"]):>8}'
+        f'  {epoch_records.get(record, "accuracy") * 100:>8.1f}%'
+        f' {_loss(epoch_records.get(record, "loss")):>8}'
         f'{auroc}  {record["learning_rate"]:>8.1E}  {left:>10}'
     )
 

@@ -70,7 +70,7 @@ def _why_not(module, source, changes, limit_gib):
         return f'{changes[0]} changes the images'
     shapes = initialization.variable_shapes(module)['params']
     width = shapes['classifier']['kernel'].shape[0]
-    need = (len(source.train) + len(source.test)) * width * 4 / _GIB
+    need = (len(source.train) + len(source.selection)) * width * 4 / _GIB
     if need > limit_gib:
         return (
             f'they would take {need:.2f} GiB, more than '
@@ -92,7 +92,9 @@ def cache_features(
     std,
     **loading,
 ) -> dataset.Source | None:
-    """The source with pooled features, of evaluation mode, in place of its images.
+    """A source of pooled features, of evaluation mode, in place of the images.
+
+    Its two parts are the training images and those that choose.
 
     One pass over the images, after which an epoch of the head takes seconds. On
     several hosts each gets the features of all images, as its share of the batches
@@ -120,7 +122,7 @@ def cache_features(
         return features, batch['label'], batch['position']
 
     start, parts = time.perf_counter(), []
-    for examples in (source.train, source.test):
+    for examples in (source.train, source.selection):
         batches = pipeline.eval_batches(
             dataset.Numbered(examples), batch_size=batch_size, **loading
         )
@@ -131,7 +133,7 @@ def cache_features(
         f'each, computed in {time.perf_counter() - start:.1f} s; the classifier '
         'trains on them'
     )
-    return dataclasses.replace(source, train=parts[0], test=parts[1])
+    return dataclasses.replace(source, train=parts[0], test=parts[1], val=None)
 
 
 def _collect(compute, variables, batches, count, mesh):

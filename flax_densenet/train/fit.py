@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from flax_densenet import errors
 from flax_densenet import settings as settings_lib
+from flax_densenet.checkpoints import epoch_records, run_folder
 from flax_densenet.checkpoints import reader as checkpoint_reader
-from flax_densenet.checkpoints import run_folder
 from flax_densenet.checkpoints import writer as checkpoint_writer
 from flax_densenet.data import notes, unreadable
 from flax_densenet.distributed import agreement, mesh, processes, zero
@@ -205,7 +205,7 @@ def _train(work: loop.Loop, state, epochs_done, ends_after, save_samples, tracke
                 )
                 _report_unread(run, phase.batches, record)
                 drawn.result()
-                record |= _test(work, state, record)
+                record |= _measure(work, state, record)
                 records.append(record)
                 # First, since a resumed run hides what comes after its checkpoint.
                 shown.add_epoch(record, max(records, key=checkpoint_reader.rank))
@@ -355,12 +355,16 @@ def _of_all(name, positions):
     return sorted({position for part in parts for position in part})
 
 
-def _test(work, state, record):
-    """The metrics of the test part; a signal meanwhile saves the state and ends it."""
+def _measure(work, state, record):
+    """The metrics of the images that choose the best epoch: `val_*`, or `test_*`.
+
+    A signal meanwhile saves the state and ends it.
+    """
     run = work.run
-    examples = (run.features or run.source).test
+    examples = (run.features or run.source).selection
+    part = epoch_records.TEST if run.source.val is None else epoch_records.VAL
     bar = tqdm(
-        total=len(examples), desc='test', unit=' images', leave=False, disable=None
+        total=len(examples), desc=part, unit=' images', leave=False, disable=None
     )
 
     def between():
@@ -381,16 +385,16 @@ def _test(work, state, record):
             **run.preprocessing,
             **run.loading,
         )
-    found = {'test_accuracy': metrics['accuracy'], 'test_loss': metrics['loss']}
+    found = {f'{part}_accuracy': metrics['accuracy'], f'{part}_loss': metrics['loss']}
     left_out = metrics.get('unread', [])
     if run.settings.data.bad_images == 'skip':
         left_out = _of_all('left out', left_out)
     if left_out:
-        found['test_unread'] = len(left_out)
-        line = 'left out of the test'
-        _LOGGER.info(unreadable.describe(left_out, run.source.test, line))
+        found[f'{part}_unread'] = len(left_out)
+        line = f'left out of the {epoch_records.WORDS[part]}'
+        _LOGGER.info(unreadable.describe(left_out, run.source.selection, line))
     if run.source.multi_label:
-        found['test_mean_auroc'] = metrics['mean_auroc']
+        found[f'{part}_mean_auroc'] = metrics['mean_auroc']
         names = run.source.class_names
-        found['test_auroc'] = dict(zip(names, metrics['auroc'], strict=True))
+        found[f'{part}_auroc'] = dict(zip(names, metrics['auroc'], strict=True))
     return found

@@ -36,8 +36,8 @@ def make_metadata(
         'std': list(settings.preparation.normalization['std']),
         'data': config['data'],
         'multi_label': source.multi_label,
-        'images': {'train': len(source.train), 'test': len(source.test)},
-        'identity': identity.describe(source.train, source.test),
+        'images': identity.count(source),
+        'identity': identity.describe(source),
         # Of `train` what the state depends on.
         'train': {
             'freeze': train.freeze,

@@ -74,7 +74,7 @@ def check_data(
         '--workdir'
     )
     relation = identity.compare(saved, source)
-    same_names = _has_same_names(saved, source)
+    same_names = identity.has_same_names(saved, source)
     moved = not _is_same_place(before, source.name)
     if (
         not relation.own
@@ -86,13 +86,13 @@ def check_data(
             f'{source.name}, and these are other images; give the data of the run (if '
             f'it moved to another place, link to it from there), or {new_run}'
         )
-    counts, now = saved.get('images'), _count(source)
-    if counts and counts != now:
+    counts = saved.get('images')
+    if counts and not identity.has_same_counts(counts, source):
+        *first, last = map(str, identity.count(source).values())
         raise UserError(
-            f'--workdir={workdir} holds a run on {counts["train"]} images to train on '
-            f'and {counts["test"]} to test on, data.source={source.name} has '
-            f'{now["train"]} and {now["test"]}: images were added or removed; bring '
-            f'the data back as it was, or {new_run}'
+            f'--workdir={workdir} holds a run on {identity.describe_counts(counts)}, '
+            f'data.source={source.name} has {", ".join(first)} and {last}: images were '
+            f'added or removed; bring the data back as it was, or {new_run}'
         )
     _check_labels(workdir, saved['data'].get('labels') or '', labels, new_run)
     changed = identity.find_changed_part(saved, source)
@@ -120,15 +120,6 @@ def check_data(
     return ''
 
 
-def _count(source):
-    return {'train': len(source.train), 'test': len(source.test)}
-
-
-def _has_same_names(saved, source):
-    known = (saved.get('identity') or {}).get('names')
-    return bool(known) and known == identity.checksum(source.train, source.test)
-
-
 def _is_same_place(before, now):
     return before == now or paths.real_source(before) == paths.real_source(now)
 
@@ -140,7 +131,8 @@ def _may_have_moved(saved, source, before):
     kind, _, name = before.partition(':')
     gone = kind in paths.SOURCE_KINDS and not os.path.exists(paths.expand(name))
     same_kind = kind == source.name.partition(':')[0]
-    return gone and same_kind and saved.get('images') == _count(source)
+    counts = saved.get('images') or {}
+    return gone and same_kind and identity.has_same_counts(counts, source)
 
 
 def _check_labels(workdir, before, now, new_run):

@@ -14,13 +14,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from flax_densenet.checkpoints import epoch_records
+
 # Tag -> field of an epoch's record. What should be in one row of charts has one prefix.
 SCALARS = {
     'accuracy/train': 'train_accuracy',
+    'accuracy/val': 'val_accuracy',
     'accuracy/test': 'test_accuracy',
     'loss/train': 'train_loss',
+    'loss/val': 'val_loss',
     'loss/test': 'test_loss',
-    'auroc/mean': 'test_mean_auroc',
     'learning_rate': 'learning_rate',
     'speed/images_per_second': 'images_per_second',
     'speed/input_wait_share': 'input_wait_share',
@@ -29,12 +32,12 @@ SCALARS = {
 }
 # Charts of TensorBoard's tab "Custom scalars", with lines over each other.
 _TOGETHER = {
-    'Training and test': {
-        'Accuracy': ['Multiline', ['accuracy/train', 'accuracy/test']],
-        'Loss': ['Multiline', ['loss/train', 'loss/test']],
+    'Training, validation and test': {
+        'Accuracy': ['Multiline', ['accuracy/train', 'accuracy/val', 'accuracy/test']],
+        'Loss': ['Multiline', ['loss/train', 'loss/val', 'loss/test']],
     }
 }
-_BEST = ('test_accuracy', 'test_loss', 'test_mean_auroc')
+_BEST = ('accuracy', 'loss', 'mean_auroc')
 # Of `loss/step`: enough to see a curve. TensorBoard keeps a thousand of a series.
 _LOSSES_AN_EPOCH = 20
 
@@ -137,12 +140,11 @@ class TensorBoardWriter:
           best: the record of the best epoch.
         """
         step = record['step']
-        for tag, name in SCALARS.items():
-            self._add(tag, record.get(name), step)
-        for name, area in record.get('test_auroc', {}).items():
-            self._add(f'auroc/{name}', area, step)
+        for tag, value in scalars_of(record).items():
+            self._add(tag, value, step)
+        part = epoch_records.part_of(best)
         for name in _BEST:
-            self._add(f'best/{name}', best.get(name), step)
+            self._add(f'best/{part}_{name}', epoch_records.get(best, name), step)
 
     def add_end(self):
         """Marks the run as finished."""
@@ -165,6 +167,19 @@ class TensorBoardWriter:
 
         self._events.write_event(Event(step=step, wall_time=time.time(), **what))
         self._events.flush()
+
+
+def scalars_of(record: dict[str, Any]) -> dict[str, float]:
+    """What is shown of an epoch, by tag.
+
+    Args:
+      record: as in `metrics.jsonl`.
+    """
+    found = {tag: record.get(name) for tag, name in SCALARS.items()}
+    found['auroc/mean'] = epoch_records.get(record, 'mean_auroc')
+    areas = epoch_records.get(record, 'auroc', {})
+    found |= {f'auroc/{name}': area for name, area in areas.items()}
+    return {tag: value for tag, value in found.items() if value is not None}
 
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:

@@ -263,10 +263,7 @@ def parse(text: str) -> list[str]:
 
 def metrics_of(record: dict[str, Any]) -> dict[str, float]:
     """What trackers log of an epoch, by the names that TensorBoard shows."""
-    found = {tag: record.get(name) for tag, name in tensorboard.SCALARS.items()}
-    found |= {f'auroc/{k}': v for k, v in record.get('test_auroc', {}).items()}
-    found['epoch'] = record['epoch']
-    return {tag: value for tag, value in found.items() if value is not None}
+    return tensorboard.scalars_of(record) | {'epoch': record['epoch']}
 
 
 class Tracked:

@@ -8,6 +8,7 @@ the model's fields, which `factory.create_model` checks.
 import math
 from typing import Any
 
+from flax_densenet import settings
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.data import bands, images
 from flax_densenet.errors import UserError
@@ -54,7 +55,7 @@ def check(place: str, metadata: Any, *, named: bool = True) -> dict[str, Any]:
     for fields in (metadata, {**metadata, **known}):
         if len(fields['mean']) != len(fields['std']):
             raise UserError(f'{place}: its mean and std differ in their channels')
-    return metadata
+    return metadata | {'data': settings.with_former_split(metadata['data'])}
 
 
 def _check_parts(place, prefix, fields, wanted):
@@ -100,9 +101,10 @@ def _are_numbers(value):
 
 
 def _are_counts(value):
-    return _is_object(value) and all(
-        type(value.get(name)) is int and value[name] >= 0 for name in ('train', 'test')
-    )
+    if not _is_object(value):
+        return False
+    names = ('train', 'val', 'test') if 'val' in value else ('train', 'test')
+    return all(type(value.get(name)) is int and value[name] >= 0 for name in names)
 
 
 def _is_window(value):

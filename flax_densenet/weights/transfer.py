@@ -53,8 +53,12 @@ def resolve_from_checkpoint(
     settings: settings_lib.Settings, saved: settings_lib.Settings
 ) -> settings_lib.Settings:
     """The settings with those that are open as they were saved with a run."""
+    data = settings.data
+    if data.groups == 'auto':
+        data = dataclasses.replace(data, groups=saved.data.groups)
     return dataclasses.replace(
         settings,
+        data=data,
         model=_fill(settings.model, saved.model),
         preparation=_fill(settings.preparation, saved.preparation),
     )

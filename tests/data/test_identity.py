@@ -27,7 +27,7 @@ def saved_by(source, **changed):
                 'data': {'source': source.name},
                 'class_names': list(source.class_names),
                 'images': {'train': len(source.train), 'test': len(source.test)},
-                'identity': identity.describe(source.train, source.test),
+                'identity': identity.describe(source),
             }
             | changed
         )

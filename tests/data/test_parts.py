@@ -73,10 +73,11 @@ def test_three_parts(tmp_path, capsys):
     write(tmp_path / 'test', a=4, b=4)
     (tmp_path / 'extra').mkdir()
     source = load(tmp_path)
-    assert counts(source) == (12, 3, True)
-    assert '/Validation/' in source.test.name(0)
+    assert counts(source) == (12, 8, True)
+    assert '/Validation/' in source.val.name(0) and '/test/' in source.test.name(0)
+    assert source.selection is source.val and len(source.val) == 3
     out = capsys.readouterr().out
-    assert '3 in Validation' in out and '8 in test, which is set aside' in out
+    assert '3 in Validation, which chooses the best epoch, 8 in test, which is m' in out
     assert 'left out beside the parts: the folders extra' in out
 
 
@@ -211,5 +212,6 @@ def test_parts_are_named_by_their_paths(tmp_path, capsys):
     load(tmp_path)
     assert (
         '8 images in training/images to train on, 4 in validation/images, which '
-        'chooses the best epoch, 2 in testing/images, which is set aside'
+        'chooses the best epoch, 2 in testing/images, which is measured once, at '
+        'the end'
     ) in capsys.readouterr().out

@@ -142,16 +142,28 @@ def test_training_rows_alone_are_split(tmp_path):
 
 
 @pytest.mark.parametrize('setting', ['auto', 'column:who'])
-def test_patients_in_both_parts_are_reported(setting, tmp_path):
+def test_patients_in_both_parts_are_reported(setting, tmp_path, capsys):
     """The table's own split is taken, with a warning that it divides patients."""
     name = 'patient' if setting == 'auto' else 'who'
-    rows = [(i % 2, f'p{i // 2}', ('train', 'val')[i % 4 == 0]) for i in range(8)]
-    found = read(tmp_path, f'sick,{name},split', rows, groups=setting)
-    assert any(f'2 of 4 {name} have images in both' in n for n in found.notes)
-    assert not any('stay on one side' in note for note in found.notes)
-    rows = [(i % 2, f'p{i // 2}', ('train', 'val')[i < 4]) for i in range(8)]
-    found = read(tmp_path, f'sick,{name},split', rows, groups=setting)
-    assert not any('in both parts' in note for note in found.notes)
+    write_images(tmp_path, {'x': 8}, size=(8, 8))
+    table = tmp_path / 't.csv'
+
+    def load(is_val):
+        rows = [
+            f'{i:03}.jpg,{i % 2},p{i // 2},{"val" if is_val(i) else "train"}'
+            for i in range(8)
+        ]
+        table.write_text('\n'.join([f'image,sick,{name},split', *rows]))
+        dataset.load_source(
+            f'folder:{tmp_path}/x', labels=str(table), image_size=8, groups=setting
+        )
+        return capsys.readouterr().out
+
+    assert (
+        f'warning: grouped by the column {name}, 2 of 4 groups are on both sides '
+        f'({tmp_path}/x/001.jpg and {tmp_path}/x/000.jpg are of one group)'
+    ) in load(lambda i: i % 4 == 0)
+    assert '0 of 4 groups are on both sides' in load(lambda i: i < 4)
 
 
 def test_patients_without_a_number(tmp_path):
@@ -177,4 +189,6 @@ def test_paths_in_both_parts(tmp_path, capsys):
         folders = {f'patient{i:05}': 2 for i in range(4)}
         write_images(tmp_path / place, folders, size=(8, 8))
     dataset.load_source(f'folder:{tmp_path}', image_size=8, duplicates='ignore')
-    assert 'images of 4 of 4 groups (patient00000, ' in capsys.readouterr().out
+    assert "patient00000' and the like in their paths, 4 of 4 groups are on both" in (
+        capsys.readouterr().out
+    )

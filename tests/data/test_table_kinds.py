@@ -216,7 +216,7 @@ def test_three_parts_in_a_column(tmp_path):
         tmp_path, column(['train', 'train', 'val', 'test', 'unlabeled'], 'fold')
     )
     assert found.parts.tolist() == [0, 0, 1, 2, 3]
-    assert '1 of val, which chooses the best epoch; 1 of test, which is set aside' in (
+    assert '1 of val, which chooses the best epoch; 1 of test, which is measured' in (
         ' '.join(found.notes)
     )
     found = read(tmp_path, column(['0', '1', '0', '1'], 'is_valid'))
@@ -234,7 +234,7 @@ def test_three_parts_in_a_column(tmp_path):
 def test_columns_of_patients(name, tmp_path):
     found = read(tmp_path, column(['p1', 'p2', 'p1', 'p3'], name))
     assert found.groups[0] == found.groups[2] and len(set(found.groups)) == 3
-    assert f'images of one {name} (3 of them) stay' in ' '.join(found.notes)
+    assert found.grouped_by == f'the column {name}'
     assert read(tmp_path, column(['p1', 'p2'], name), groups='none').groups is None
 
 
@@ -312,25 +312,33 @@ def test_patients_in_paths(of, tmp_path, capsys):
         path.write_bytes(content + name.encode())
     rows = [f'{name},{i % 2}' for i, name in enumerate(names)]
     source = load(tmp_path, rows)
-    assert 'stay on one side of the split; data.groups=none' in capsys.readouterr().out
+    assert '0 of 10 groups are on both sides; data.groups=none splits image by' in (
+        capsys.readouterr().out
+    )
     owner = of.split('/')[0].split('_')[0]
     tested = [source.test.name(i).split('/x/')[1] for i in range(len(source.test))]
     for p in range(10):
         assert sum(n.startswith(owner.format(p)) for n in tested) in (0, 4)
     source = load(tmp_path, rows, groups='none')
-    assert 'stay on one side' not in capsys.readouterr().out
+    assert 'groups' not in capsys.readouterr().out
 
 
 def test_patients_in_the_paths_of_classes(tmp_path, capsys):
-    """A line, and the split that it always was; both sides apart where it is asked."""
+    """Images of one person are on one side, unless it is not wanted."""
     for number in range(24):
         folder = tmp_path / 'x' / 'ab'[number % 2]
         write_images(folder.parent, {folder.name: 0}, size=(8, 8))
         write_images(tmp_path / 'y', {'a': number + 1}, size=(8, 8))
         path = folder / f'person{number // 6}_{number}.jpg'
         path.write_bytes((tmp_path / 'y/a' / f'{number:03}.jpg').read_bytes())
-    dataset.load_source(f'folder:{tmp_path / "x"}', image_size=8)
-    assert 'data.groups=path keeps those of one group' in capsys.readouterr().out
+    found = dataset.load_source(f'folder:{tmp_path / "x"}', image_size=8)
+    assert "grouped by 'person0' and the like in their paths: 0 of 4 groups are on" in (
+        capsys.readouterr().out
+    )
+    assert not set(found.train.groups) & set(found.test.groups)
+    plain = dataset.load_source(f'folder:{tmp_path / "x"}', image_size=8, groups='none')
+    assert plain.train.groups is None and len(plain.test) == 5
+    assert 'groups are on' not in capsys.readouterr().out
     source = dataset.load_source(
         f'folder:{tmp_path / "x"}', image_size=8, groups='path:(person.)'
     )

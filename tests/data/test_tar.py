@@ -60,8 +60,8 @@ def test_images_and_labels(jpegs, kind, named, tmp_path):
     root = tmp_path / 'tars'
     write_tar(root / 'b-0001.tar', samples(jpegs[7:], said[7:], kind=kind, first=7))
     write_tar(root / 'b-0000.tar', samples(jpegs[:7], said[:7], kind=kind))
-    reader, names, first_test = tar_lib.load(str(root))
-    assert first_test is None and reader.labels.tolist() == labels
+    reader, names, ends = tar_lib.load(str(root))
+    assert ends == [12] and reader.labels.tolist() == labels
     assert names == ([f'class {n}' for n in range(4)] if named else list('0123'))
     assert [reader[index] for index in range(12)] == jpegs
     assert reader.name(8) == f'{root}/b-0001.tar/00008.jpg'
@@ -111,8 +111,10 @@ def test_three_parts(jpegs, tmp_path, capsys):
         write_tar(root / place.format('test'), samples(jpegs[8:], [1]))
         write_tar(root / place.format('val'), samples(jpegs[9:], [1, 0, 1]))
         source = load(root)
-        assert source.test.labels.tolist() == [1, 0, 1]
-        assert 'of test are set aside' in capsys.readouterr().out
+        assert source.val.labels.tolist() == [1, 0, 1]
+        assert source.test.labels.tolist() == [1]
+        assert '3 choose the best epoch (' in (out := capsys.readouterr().out)
+        assert '1 are measured once, at the end (' in out
 
 
 def test_parts_within_a_tar(jpegs, tmp_path, capsys):
@@ -123,12 +125,13 @@ def test_parts_within_a_tar(jpegs, tmp_path, capsys):
     write_tar(tmp_path / 'all.tar', members)
     source = load(tmp_path / 'all.tar')
     assert source.train.labels.tolist() == [0, 1, 0, 1]
-    assert source.test.labels.tolist() == [1, 0] and source.has_test
-    assert [source.test.name(i)[-13:] for i in (0, 1)] == [
+    assert source.val.labels.tolist() == [1, 0] and source.has_test
+    assert [source.val.name(i)[-13:] for i in (0, 1)] == [
         'val/00000.jpg',
         'val/00001.jpg',
     ]
-    assert '2 of val, which chooses the best epoch; 1 of other' in (
+    assert source.test.name(0).endswith('set/test/00000.jpg')
+    assert '2 of val, which chooses the best epoch, 1 of test, which is measured' in (
         capsys.readouterr().out
     )
 

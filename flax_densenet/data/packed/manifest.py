@@ -9,7 +9,9 @@ from flax_densenet.errors import UserError, printable
 
 FILE = 'pack.json'
 FORMAT, VERSION = 'flax_densenet pack', 1
-PARTS = ('train', 'test')
+# Of packs with three parts; earlier versions of this program read two.
+VERSION_OF_THREE = 2
+PARTS = ('train', 'val', 'test')
 REMEDY = 'copy it again, or recreate it with pack'
 _MAX_BYTES = 2**28
 
@@ -32,7 +34,8 @@ class Manifest:
 
     Attributes:
       source: the `data.source` that was packed.
-      has_test: whether the source had a test part.
+      has_test: whether the source had a test part. Shards of `val` are there if it had
+        three parts.
       shorter_side: in pixels, to which larger images were reduced; 0 if they were not.
     """
 
@@ -51,8 +54,12 @@ class Manifest:
 
     def to_json(self) -> str:
         """The text of `pack.json`; equal packs have equal texts."""
-        fields = {'format': FORMAT, 'version': VERSION} | dataclasses.asdict(self)
         counts = {part: self.count(part) for part in PARTS}
+        version = VERSION_OF_THREE
+        if not counts['val']:
+            del counts['val']
+            version = VERSION
+        fields = {'format': FORMAT, 'version': version} | dataclasses.asdict(self)
         return json.dumps(fields | {'images': counts}, indent=1) + '\n'
 
 
@@ -85,8 +92,11 @@ def _to_manifest(content) -> Manifest:
     """Raises KeyError, TypeError or ValueError if it is not a manifest of ours."""
     if not isinstance(content, dict) or content.get('format') != FORMAT:
         raise ValueError(f'no {FORMAT}')
-    if content['version'] != VERSION:
-        raise ValueError(f'version {content["version"]}; this program reads {VERSION}')
+    if content['version'] not in (VERSION, VERSION_OF_THREE):
+        raise ValueError(
+            f'version {content["version"]}; this program reads {VERSION} and '
+            f'{VERSION_OF_THREE}'
+        )
     fields = {}
     for field in dataclasses.fields(Manifest):
         kind = {'class_names': list, 'shards': list}.get(field.name, field.type)
@@ -100,6 +110,8 @@ def _to_manifest(content) -> Manifest:
         raise ValueError('no shards to train on first')
     if ('test' in parts) != fields['has_test']:
         raise ValueError('shards to test on, or none, against has_test')
+    if 'val' in parts and 'test' not in parts:
+        raise ValueError('shards of val without test')
     return Manifest(**fields)
 
 
@@ -159,7 +171,12 @@ def describe(manifest: Manifest) -> str:
     """One line about the content of a pack."""
     size = sum(shard.bytes for shard in manifest.shards)
     parts = f'{manifest.count("train")} images'
-    if manifest.has_test:
+    if manifest.count('val'):
+        parts += (
+            f' to train on, {manifest.count("val")} for validation and '
+            f'{manifest.count("test")} to test on'
+        )
+    elif manifest.has_test:
         parts += f' to train on and {manifest.count("test")} to test on'
     return printable(
         f'{parts}, {len(manifest.class_names)} '

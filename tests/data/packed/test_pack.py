@@ -243,7 +243,7 @@ def test_what_is_missing_is_said_at_the_start(name, change, message, out):
 @pytest.mark.parametrize(
     ('field', 'value', 'message'),
     [
-        ('version', 2, 'version 2; this program reads 1'),
+        ('version', 3, 'version 3; this program reads 1 and 2'),
         ('class_names', [1], 'no class names'),
         ('shards', [], 'no shards to train on'),
         ('shards', {'file': '../../x'}, 'is no plain name'),

@@ -359,8 +359,7 @@ def load_source(
 def _make_parts(listing, divided, preparation, cache, limit_gib):
     """The examples of each part by its name, with a cache if asked for."""
     indices, reader = divided.indices, listing.reader
-    if listing.groups is not None:
-        reader.groups = listing.groups
+    reader.groups = listing.groups
     parts = {name: Examples(reader, i, preparation) for name, i in indices.items()}
     if cache == 'memory':
         source_checks.check_cache(sum(map(len, parts.values())), preparation, limit_gib)

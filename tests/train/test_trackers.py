@@ -115,14 +115,17 @@ def test_runs_of_a_sweep_are_grouped(fake, tmp_path):
     assert (about.name, about.group) == ('trials/001/seed0', 'sweep')
 
 
-def test_metrics_have_the_names_of_tensorboard():
-    record = dict.fromkeys(tensorboard.SCALARS.values(), 0.5)
-    record |= {'epoch': 3, 'test_auroc': {'cat': 0.9}, 'memory_gib': None}
+@pytest.mark.parametrize(('part', 'other'), [('test', 'val'), ('val', 'test')])
+def test_metrics_have_the_names_of_tensorboard(part, other):
+    names = tensorboard.SCALARS.values()
+    record = {name: 0.5 for name in names if not name.startswith(other)}
+    record |= {'epoch': 3, f'{part}_auroc': {'cat': 0.9}, 'memory_gib': None}
+    record[f'{part}_mean_auroc'] = 0.8
     found = trackers.metrics_of(record)
-    assert found['auroc/cat'] == 0.9 and found['epoch'] == 3
-    assert found.keys() - {'auroc/cat', 'epoch'} == tensorboard.SCALARS.keys() - {
-        'speed/memory_gib'
-    }
+    assert found.pop('auroc/cat') == 0.9 and found.pop('epoch') == 3
+    assert found.pop('auroc/mean') == 0.8 and found['accuracy/train'] == 0.5
+    missing = {'speed/memory_gib', f'accuracy/{other}', f'loss/{other}'}
+    assert found.keys() == tensorboard.SCALARS.keys() - missing
 
 
 @pytest.fixture

@@ -337,11 +337,7 @@ def load_source(
     divided = splits.find_splits(
         listing, test_fraction, split_seed, duplicates, val_fraction=val_fraction
     )
-    if known_classes is None:
-        _check_counts(source, divided)
-        _say_groups(source, listing, divided)
-    if divided.summary:
-        _LOGGER.info(divided.summary)
+    _say_parts(source, listing, divided, for_training=known_classes is None)
     preparation = deep.resolve(
         preparation, listing.reader, divided.train, window=window, bit_depth=bit_depth
     )
@@ -367,13 +363,17 @@ def _make_parts(listing, divided, preparation, cache, limit_gib):
     return parts
 
 
-def _say_groups(source, listing, split):
-    """The line about images of one group in several parts; one on images by groups."""
-    if listing.groups is not None:
-        line = splits.describe_groups(
-            listing.groups, listing.grouped_by, split.indices, listing.reader.name
-        )
-        notes.say(f'data.source={source}: {line}')
+def _say_parts(source, listing, divided, *, for_training):
+    """Checks the parts' sizes; logs groups and copies that are in several of them."""
+    if for_training:
+        _check_counts(source, divided)
+        if listing.groups is not None:
+            line = splits.describe_groups(
+                listing.groups, listing.grouped_by, divided.indices, listing.reader.name
+            )
+            notes.say(f'data.source={source}: {line}')
+    if divided.summary:
+        _LOGGER.info(divided.summary)
 
 
 def _check_kind(source):

@@ -7,7 +7,7 @@ that they are unknown.
 import os
 from typing import Any
 
-from flax_densenet.checkpoints import run_folder
+from flax_densenet.checkpoints import epoch_records, run_folder
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import metrics, results
 from flax_densenet.models import factory, tta
@@ -168,7 +168,8 @@ def describe_metrics(
     """Metrics with 95% intervals: of `eval.json`, else of the checkpoint.
 
     Returns:
-      None where none are known; else `source`, `own` (the run's own test images),
+      None where none are known; else `part` (`test` or `validation`), `chose` (whether
+      these images chose the epoch), `source`, `own` (the run's own test images),
       `count`, `mirrored`, `rows` of (name, value, interval or None), `accuracy`,
       `classes` (rows, most of `results.ROWS`), `hidden` (how many more), `few` (names
       of classes with fewer than `FEW` images) and `calibration` or None.
@@ -212,7 +213,10 @@ def _of_eval(trained, measured, values):
     shown = classes
     if len(classes) > results.ROWS:
         shown = sorted(classes, key=lambda row: row['f1'] or 0)[: results.ROWS]
+    chose = epoch_records.part_of(trained.metrics) == epoch_records.TEST
     return {
+        'part': epoch_records.WORDS[epoch_records.TEST],
+        'chose': own and chose,
         'source': public_source(measured.data),
         'own': own,
         'count': values['count'],
@@ -243,25 +247,28 @@ def _with_intervals(row):
 
 def _of_checkpoint(trained):
     saved = trained.metrics
-    if 'test_accuracy' not in saved:
+    accuracy = epoch_records.get(saved, 'accuracy')
+    if accuracy is None:
         return None
-    metadata = trained.metadata
-    count = (metadata.get('images') or {}).get('test')
+    metadata, part = trained.metadata, epoch_records.part_of(saved)
+    count = (metadata.get('images') or {}).get(part)
     if count:
-        count -= int(saved.get('test_unread', 0))
+        count -= int(epoch_records.get(saved, 'unread', 0))
     interval = None
     if count and not metadata.get('multi_label'):
-        interval = metrics.wilson(round(saved['test_accuracy'] * count), count)
-    rows = [('accuracy', saved['test_accuracy'], interval)]
-    for name, key in (('auroc', 'test_mean_auroc'), ('loss', 'test_loss')):
-        if saved.get(key) is not None:
-            rows.append((name, saved[key], None))
+        interval = metrics.wilson(round(accuracy * count), count)
+    rows = [('accuracy', accuracy, interval)]
+    for name, key in (('auroc', 'mean_auroc'), ('loss', 'loss')):
+        if (value := epoch_records.get(saved, key)) is not None:
+            rows.append((name, value, None))
     return {
+        'part': epoch_records.WORDS[part],
+        'chose': True,
         'source': public_source(metadata['data'].get('source')),
         'own': True,
         'count': count,
         'mirrored': False,
-        'accuracy': saved['test_accuracy'],
+        'accuracy': accuracy,
         'rows': rows,
         'classes': [],
         'hidden': 0,

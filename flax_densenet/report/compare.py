@@ -7,8 +7,8 @@ import os
 from typing import Any
 
 from flax_densenet import settings
+from flax_densenet.checkpoints import epoch_records, run_folder
 from flax_densenet.checkpoints import reader as checkpoint_reader
-from flax_densenet.checkpoints import run_folder
 from flax_densenet.data import images
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import results
@@ -89,7 +89,10 @@ def save(workdirs: list[str], path: str):
         'disagreements': _find_images(together),
         'differing': _differing(rows),
         'columns': [row['name'] for row in rows],
-        'areas': any('test_mean_auroc' in row['best'] for row in rows),
+        'areas': any(
+            epoch_records.get(row['best'], 'mean_auroc') is not None for row in rows
+        ),
+        'validated': [row['validation'] is not None for row in rows],
         'made': datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
     }
     render.save_page(path, 'compare.html', {}, **values)
@@ -107,7 +110,12 @@ def _summarize(run, workdir, folder):
         'curves': run_folder.curves(run.records),
         'fields': run_folder.flatten(run.config),
         'epochs': len(run.records),
-        'diverged': diagnosis.has_diverged(best['test_loss']),
+        **{
+            name: epoch_records.get(best, name)
+            for name in ('accuracy', 'mean_auroc', 'loss')
+        },
+        'validation': None,
+        'diverged': diagnosis.has_diverged(epoch_records.get(best, 'loss')),
         'time': str(datetime.timedelta(seconds=round(seconds))),
         'speed': run_folder.median(run.records, 'images_per_second'),
         'memory': max(row['peak_memory_gib'] for row in run.records),
@@ -122,9 +130,21 @@ def _summarize(run, workdir, folder):
     if loaded and loaded[0].step == best.get('step'):
         row['metrics'] = loaded[1]
         row['predictions'] = paired.load(workdir)
+    if epoch_records.part_of(best) == epoch_records.VAL:
+        _show_test(row)
     row['data'] = _describe_data(row)
     row['network'] = _describe_network(run, row['metrics'])
     return row
+
+
+def _show_test(row):
+    """Puts the test metrics in the place of those of validation, which chose."""
+    metrics = row['metrics']
+    row['validation'] = row['accuracy']
+    row['accuracy'] = row['loss'] = row['mean_auroc'] = None
+    if metrics is not None:
+        row['accuracy'], row['loss'] = metrics['accuracy'], metrics['loss']
+        row['mean_auroc'] = metrics['macro']['auroc']
 
 
 def _describe_data(row):

@@ -8,6 +8,7 @@ import os
 import pathlib
 import shlex
 
+from flax_densenet.checkpoints import epoch_records
 from flax_densenet.report import charts, render
 from flax_densenet.report import page as report_page
 from flax_densenet.sweeps import record as sweep_record
@@ -35,7 +36,7 @@ def save(
     rows = sweep_table.make_rows(kept)
     slices = [_slice(rows, name) for name in kept.fields]
     slices = [found for found in slices if len(set(found['values'])) > 1]
-    shares = kept.figure == 'test accuracy'
+    shares = kept.figure.endswith('accuracy')
     unit = kept.figure[0].upper() + kept.figure[1:]
     best = _best(rows)
     chart, clipped = _draw_curves(kept, rows, unit, shares)
@@ -61,6 +62,7 @@ def save(
         name=os.path.basename(os.path.abspath(workdir)),
         fields=kept.fields,
         figure_name=kept.figure,
+        part=epoch_records.WORDS[kept.part],
         show=lambda figure: sweep_table.show(figure, kept.figure),
         runs=sum(row.count for row in rows),
         hours=sum(row.seconds for row in rows) / 3600,
@@ -90,10 +92,7 @@ def format_end(
         )
         if close := _close(rows):
             lines.append(close)
-        lines.append(
-            'chosen on the test images, so these metrics are optimistic: measure it on '
-            'other images'
-        )
+        lines.append(_describe_choice(kept, best))
         for what, parts in _commands(workdir, kept, best):
             lines.append(f'{what}: {" ".join(parts)}')
     if failed := _count(rows, 'failed'):
@@ -106,6 +105,21 @@ def _best(rows):
     """The row of the best finished setting, or None."""
     done = [row for row in rows if row.setting.state == 'done']
     return done[0] if done else None
+
+
+def _describe_choice(kept, best):
+    """A line on which images chose the best setting, and what others say of it."""
+    if kept.part == epoch_records.TEST:
+        return (
+            'chosen on the test images, so these metrics are optimistic: measure it on '
+            'other images'
+        )
+    line = 'chosen on the validation images, so these metrics are optimistic'
+    if best.test is None:
+        return line
+    value = sweep_table.show(best.test, kept.figure)
+    what = 'AUROC' if kept.figure == 'mean AUROC' else 'accuracy'
+    return f'{line}; on the test images, which chose nothing, its {what} is {value}'
 
 
 def _count(rows, state):

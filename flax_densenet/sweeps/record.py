@@ -9,6 +9,7 @@ import json
 import os
 from typing import Any
 
+from flax_densenet.checkpoints import epoch_records
 from flax_densenet.errors import UserError
 from flax_densenet.settings import RENAMED
 from flax_densenet.system import atomic
@@ -23,16 +24,20 @@ class TrialResult:
     """A setting trained with one seed.
 
     Attributes:
-      figures: test accuracy (mean AUROC with several labels) after each epoch.
+      figures: accuracy (mean AUROC with several labels) after each epoch, of the images
+        that choose the best one.
       best_epoch: from 1; by `checkpoint_reader.rank`.
-      test_loss: of this epoch.
+      loss: of this epoch, of the same images.
       seconds: of training.
+      test: accuracy (mean AUROC) of this epoch for the test images, if they chose
+        nothing; else None.
     """
 
     figures: list[float]
     best_epoch: int
-    test_loss: float
+    loss: float
     seconds: float
+    test: float | None = None
 
     @property
     def best(self) -> float:
@@ -73,7 +78,9 @@ class SweepRecord:
     Attributes:
       definition: what has to be the same when a sweep goes on, see `sweep`.
       arguments: of the command line, that each of its runs has in common.
-      figure: what `TrialResult.figures` are: `test accuracy` or `mean AUROC`.
+      figure: what `TrialResult.figures` are: `test accuracy`, `validation accuracy` or
+        `mean AUROC`.
+      part: which images choose: `val` or `test`.
       importances: share of each field in what varies between results; of a search.
     """
 
@@ -82,6 +89,7 @@ class SweepRecord:
     figure: str = 'test accuracy'
     settings: list[SettingResult] = dataclasses.field(default_factory=list)
     importances: dict[str, float] = dataclasses.field(default_factory=dict)
+    part: str = epoch_records.TEST
 
     @property
     def fields(self) -> list[str]:
@@ -144,12 +152,22 @@ def _with_current_names(saved):
 
 def _setting(fields):
     setting = SettingResult(**fields)
-    setting.runs = {seed: TrialResult(**run) for seed, run in setting.runs.items()}
+    setting.runs = {seed: _result(run) for seed, run in setting.runs.items()}
     return setting
+
+
+def _result(fields):
+    if 'test_loss' in fields:  # its name before there were three parts
+        fields = {k: v for k, v in fields.items() if k != 'test_loss'} | {
+            'loss': fields['test_loss']
+        }
+    return TrialResult(**fields)
 
 
 def _check(book):
     """Raises where something has another type than the table and the page take."""
+    if book.part not in epoch_records.WORDS:
+        raise ValueError(f'a sweep by {book.part}')
     texts = [*book.arguments, *book.fields, *book.importances, book.figure]
     numbers = [*book.importances.values()]
     for setting in book.settings:
@@ -158,7 +176,8 @@ def _check(book):
         texts += [*setting.fields.values(), setting.why]
         for seed, run in setting.runs.items():
             texts.append(seed)
-            numbers += [run.best, run.test_loss, run.seconds, *run.figures]
+            numbers += [run.best, run.loss, run.seconds, *run.figures]
+            numbers += [] if run.test is None else [run.test]
     wrong = [x for x in texts if not isinstance(x, str)]
     wrong += [x for x in numbers if not isinstance(x, int | float)]
     if wrong:

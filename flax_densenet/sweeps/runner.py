@@ -23,8 +23,8 @@ import jax
 
 from flax_densenet import errors
 from flax_densenet import settings as settings_lib
+from flax_densenet.checkpoints import epoch_records, run_folder
 from flax_densenet.checkpoints import reader as checkpoint_reader
-from flax_densenet.checkpoints import run_folder
 from flax_densenet.errors import UserError
 from flax_densenet.report import finished, plots
 from flax_densenet.sweeps import optuna_study, space
@@ -230,6 +230,7 @@ class _Sweep:
             epochs=settings.train.epochs,
             asks=not setting.runs,
         )
+        tested = None
         # Epochs that were finished when the process was killed, and not told.
         if not any(map(watch, run_folder.load_run(folder).records)):
             result = fit.fit(
@@ -239,17 +240,21 @@ class _Sweep:
                 ends_after=watch,
                 save_samples=plots.save_samples,
             )
-            finished.write(folder, **result.report_options())
+            tested = finished.write(folder, **result.report_options())
             result.send_files()
         records = run_folder.load_run(folder).records
         best = max(records, key=checkpoint_reader.rank)
-        if best.get('test_mean_auroc') is not None:
+        self.book.part = epoch_records.part_of(best)
+        if epoch_records.get(best, 'mean_auroc') is not None:
             self.book.figure = 'mean AUROC'
+        else:
+            self.book.figure = f'{epoch_records.WORDS[self.book.part]} accuracy'
         setting.runs[str(seed)] = sweep_record.TrialResult(
             figures=[checkpoint_reader.rank(record)[0] for record in records],
             best_epoch=1 + records.index(best),
-            test_loss=best['test_loss'],
+            loss=epoch_records.get(best, 'loss'),
             seconds=sum(record['seconds'] for record in records),
+            test=_test_figure(tested, best),
         )
         if watch.pruned:
             setting.state = 'pruned'
@@ -275,6 +280,15 @@ class _Sweep:
     def tell(self, setting):
         """Tells Optuna what came of a setting."""
         self.tuner.finish(setting.number, _mean(setting))
+
+
+def _test_figure(metrics, best):
+    """The figure of the test images that chose nothing; None if there are none."""
+    if metrics is None:
+        return None
+    if epoch_records.get(best, 'mean_auroc') is not None:
+        return metrics['macro']['auroc']
+    return metrics['accuracy']
 
 
 def _mean(setting):

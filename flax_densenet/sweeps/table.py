@@ -23,8 +23,9 @@ class Row:
       mean: of the metric of each run's best epoch; None without a run.
       spread: their standard deviation (of a sample); None of fewer than two.
       best: the highest of them, with its seed.
-      loss: mean of the test losses of these epochs.
+      loss: mean of the losses of these epochs.
       epochs: the most that a run was trained.
+      test: mean of the metric of the test images; None if they chose.
     """
 
     setting: sweep_record.SettingResult
@@ -37,6 +38,7 @@ class Row:
     loss: float | None = None
     epochs: int = 0
     seconds: float = 0.0
+    test: float | None = None
 
     @property
     def diverged(self) -> bool:
@@ -74,7 +76,7 @@ def _row(kept, setting):
     if not runs:
         return Row(setting, folder)
     figures = [run.best for run in runs.values()]
-    best_seed = max(runs, key=lambda seed: (runs[seed].best, -runs[seed].test_loss))
+    best_seed = max(runs, key=lambda seed: (runs[seed].best, -runs[seed].loss))
     return Row(
         setting,
         folder,
@@ -83,17 +85,23 @@ def _row(kept, setting):
         spread=statistics.stdev(figures) if len(runs) > 1 else None,
         best=runs[best_seed].best,
         best_seed=best_seed,
-        loss=statistics.fmean(run.test_loss for run in runs.values()),
+        loss=statistics.fmean(run.loss for run in runs.values()),
         epochs=max(len(run.figures) for run in runs.values()),
         seconds=sum(run.seconds for run in runs.values()),
+        test=_mean([run.test for run in runs.values()]),
     )
+
+
+def _mean(values):
+    """None unless all are known."""
+    return None if None in values else statistics.fmean(values)
 
 
 def show(figure: float | None, name: str) -> str:
     """`95.3%`, an AUROC as `0.953`; a dash where there is none."""
     if figure is None:
         return '-'
-    return render.percent(figure) if name == 'test accuracy' else f'{figure:.3f}'
+    return render.percent(figure) if name.endswith('accuracy') else f'{figure:.3f}'
 
 
 def format_rows(kept: sweep_record.SweepRecord, rows: list[Row]) -> str:
@@ -129,7 +137,7 @@ def format_rows(kept: sweep_record.SweepRecord, rows: list[Row]) -> str:
 def save(workdir: str, kept: sweep_record.SweepRecord, rows: list[Row]):
     """Writes `sweep.csv`, with all digits."""
     head = ['trial', *kept.fields, 'state', 'mean', 'spread', 'best', 'best_seed']
-    head += ['seeds', 'test_loss', 'epochs', 'seconds', 'folder', 'why']
+    head += ['seeds', f'{kept.part}_loss', 'epochs', 'seconds', 'folder', 'why']
     with atomic.replacing(os.path.join(workdir, FILE), newline='') as file:
         table = csv.writer(file)
         table.writerow(head)

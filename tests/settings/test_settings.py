@@ -181,7 +181,7 @@ def test_what_was_saved_may_have_other_fields():
     """Of an earlier version, or a later one."""
     saved = {'epoch': 3, 'data': {'source': 'folder:x', 'taste': 'sweet'}}
     made = settings.from_saved(saved)
-    assert made.data == settings.SourceSettings(source='folder:x')
+    assert made.data == settings.SourceSettings(source='folder:x', groups='none')
     assert dataclasses.replace(made, data=settings.SourceSettings()) == (
         settings.Settings()
     )

@@ -76,9 +76,10 @@ def _interval(values):
 
 def _curves(images, predictor, how, rng):
     """Of each image probabilities `[2, 2, S]`: deletion, insertion; the map, random."""
-    rows, _, maps = predictor.compute_maps(images, -1, how)
+    computed = predictor.compute_maps(images, -1, how)
+    rows = computed.probabilities
     chosen, given = rows.argmax(-1), []
-    for image, cam in zip(images, maps, strict=True):
+    for image, cam in zip(images, computed.cams, strict=True):
         given += _variants(image, cam, predictor.trained.metadata['mean'], rng)
     many = len(given) // len(images)
     found = _probabilities(given, chosen.repeat(many), predictor, how)
@@ -124,7 +125,8 @@ def _probabilities(images, classes, predictor, how):
         part = slice(start, start + size)
         # The program that computes the maps is there already.
         with_maps = () if how.is_slow else (classes[part], how.method)
-        found.append(predictor.programs(np.stack(images[part]), *with_maps)[0])
+        computed = predictor.programs(np.stack(images[part]), *with_maps)
+        found.append(computed.probabilities)
     return np.concatenate(found)[np.arange(len(images)), classes]
 
 
@@ -146,7 +148,7 @@ def describe(measured) -> str:
         )
 
     return (
-        f'{start}: while the pixels that they mark are hidden first, the probability is '
-        f'on average {against(deletion)} (lower is better); while they are shown first, '
-        f'{against(insertion)} (higher is better).'
+        f'{start}: while the pixels that they mark are hidden first, the probability '
+        f'is on average {against(deletion)} (lower is better); while they are shown '
+        f'first, {against(insertion)} (higher is better).'
     )

@@ -365,11 +365,7 @@ def test_predict(main, weights, tmp_path):
         (['--files=x', '--format=torch'], 'use table, csv, jsonl'),
         (['--files=x', '--features=x.txt'], 'ends with .npz or .safetensors'),
         (['--files=x', '--explain_class=a'], '--explain_class needs --explain=FOLDER'),
-        (['--files=x', '--explain_method=ig'], '--explain_method needs --explain='),
-        (
-            ['--files=x', '--explain={}/new', '--explain_steps=9'],
-            '--explain_steps=9 needs --explain_method=integrated_gradients, not gradc',
-        ),
+        (['--files=x', '--explain_steps=9'], '--explain_steps needs --explain=FOLDER'),
         (['--files=x', '--num_processes=2'], '--num_processes needs --distributed'),
         (['--files', 'a.jpg', 'b.jpg'], "in quotes: --files='photos/*.jpg'"),
         (['--files=x', '--config.init_from=none'], 'init_from=none: there is no such'),

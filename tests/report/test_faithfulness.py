@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from flax_densenet.inference import explain
+from flax_densenet.inference import explain, programs
 from flax_densenet.report import faithfulness
 
 NEEDED = np.s_[:, 4:10, 6:12]
@@ -27,14 +27,16 @@ class Fake:
     def compute_maps(self, images, classes, how):
         maps = np.zeros((len(images), 8, 8), np.float32)
         maps[:, 2:5, 3:6] = 1
-        return self.programs(images)[0], None, maps if self.sign > 0 else 1 - maps
+        maps = maps if self.sign > 0 else 1 - maps
+        return self.programs(images)._replace(cams=maps)
 
     def programs(self, images, classes=None, method=''):
         self.computed += len(images)
         assert len(images) <= self.batch_size
         same = (images[:, None] == self.images[None]).all(-1)  # [N, M, H, W]
         share = same[(slice(None), *NEEDED)].mean((2, 3)).max(1)
-        return np.stack([0.5 - share / 2, 0.5 + share / 2], 1), None, None
+        rows = np.stack([0.5 - share / 2, 0.5 + share / 2], 1)
+        return programs.Computed(rows, None, None, None)
 
 
 @pytest.fixture(scope='module')

@@ -6,8 +6,7 @@ from flax_densenet.errors import UserError
 
 def run(invocation: options.Invocation):
     """Writes the best checkpoint, or weights of init_from, and verifies the file."""
-    from flax_densenet.export import formats, release
-    from flax_densenet.weights import trained as trained_lib
+    from flax_densenet.export import formats
 
     flags, out = invocation.flags, invocation.path('out')
     if not out:
@@ -16,22 +15,7 @@ def run(invocation: options.Invocation):
     settings = formats.Options(flags.inputs, flags.precision, license=flags.license)
     formats.check_format(out, file_format, settings)
     path = trained_model.find(invocation)
-    trained_model.check_fields(invocation, path, 'data.')
-    chosen = trained_model.choices(invocation, binary=False)
-    trained = trained_lib.load_trained(path, 'best', choices=chosen)
-    trained.notes.tell()
-    shipped = release.Release(
-        trained,
-        None if trained.step is None else path,
-        file_format,
-        settings,
-        flags.data_license,
-    )
-    shipped.check(out)
-    samples = trained_model.verification_samples(
-        invocation, path, trained, integers=flags.precision == 'int8'
-    )
-    facts = release.run(out, shipped, samples)
+    facts = trained_model.export(invocation, path, out, file_format, settings)
     print(f'{out}: the model of {path}')
     for name, value in facts:
         print(f'  {name}: {value}')

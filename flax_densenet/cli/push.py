@@ -10,7 +10,7 @@ from flax_densenet.errors import UserError
 
 def run(invocation: options.Invocation) -> int | None:
     """Exports the model as a folder for the Hub, shows it, asks, and uploads it."""
-    from flax_densenet.export import push
+    from flax_densenet.export import formats, push
     from flax_densenet.weights import timm_config
 
     flags = invocation.flags
@@ -29,28 +29,9 @@ def run(invocation: options.Invocation) -> int | None:
         return _send(path, target, ask=not flags.yes)
     with tempfile.TemporaryDirectory() as scratch:
         folder = os.path.join(scratch, 'hub')
-        _export(invocation, path, folder)
+        settings = formats.Options(license=flags.license)
+        trained_model.export(invocation, path, folder, 'huggingface', settings)
         return _send(folder, target, ask=not flags.yes)
-
-
-def _export(invocation, path, folder):
-    from flax_densenet.export import formats, release
-    from flax_densenet.weights import trained as trained_lib
-
-    trained_model.check_fields(invocation, path, 'data.')
-    chosen = trained_model.choices(invocation, binary=False)
-    trained = trained_lib.load_trained(path, 'best', choices=chosen)
-    trained.notes.tell()
-    shipped = release.Release(
-        trained,
-        None if trained.step is None else path,
-        'huggingface',
-        formats.Options(license=invocation.flags.license),
-        invocation.flags.data_license,
-    )
-    shipped.check(folder)
-    samples = trained_model.verification_samples(invocation, path, trained)
-    release.run(folder, shipped, samples)
 
 
 def _send(folder, target, *, ask):

@@ -175,6 +175,39 @@ def verification_samples(
     )
 
 
+def export(
+    invocation: options.Invocation, path: str, out: str, file_format: str, settings
+) -> list[tuple[str, str]]:
+    """Exports the model as `export` and `push` do, verified and with its card.
+
+    Args:
+      path: of the model, from `find`.
+      out: the file or folder to write.
+      settings: an `export.formats.Options`.
+
+    Returns:
+      Facts about the file, see `release.run`.
+    """
+    from flax_densenet.export import release
+    from flax_densenet.weights import trained as trained_lib
+
+    check_fields(invocation, path, 'data.')
+    chosen = choices(invocation, binary=False)
+    trained = trained_lib.load_trained(path, 'best', choices=chosen)
+    trained.notes.tell()
+    shipped = release.Release(
+        trained,
+        None if trained.step is None else path,
+        file_format,
+        settings,
+        invocation.flags.data_license,
+    )
+    shipped.check(out)  # before the images are read
+    integers = settings.precision == 'int8'
+    samples = verification_samples(invocation, path, trained, integers=integers)
+    return release.run(out, shipped, samples)
+
+
 def load(invocation: options.Invocation, workdir: str):
     """A trained model, where it is from, and the settings to measure it with."""
     from flax_densenet.distributed import mesh as mesh_lib

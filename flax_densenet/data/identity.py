@@ -242,10 +242,10 @@ def _find_again(sample, source):
 
 
 def _changed(saved, source):
-    line = f'data.source={source.name} has changed since training: '
-    if counts := saved.get('images'):
+    line = f'data.source={source.name} has changed since training'
+    if (counts := saved.get('images')) and counts != count(source):
         *first, last = map(str, count(source).values())
-        line += f'{describe_counts(counts)} before, {", ".join(first)} and {last} now'
+        line += f': {describe_counts(counts)} before, {", ".join(first)} and {last} now'
     return line
 
 

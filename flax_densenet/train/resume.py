@@ -81,6 +81,12 @@ def check_data(
         and not same_names
         and not _may_have_moved(saved, source, before)
     ):
+        if not moved:
+            raise UserError(
+                f'--workdir={workdir} holds a run on other images than those of '
+                f'data.source={source.name} now: none has a name of before with the '
+                f'same content; bring the data back as it was, or {new_run}'
+            )
         raise UserError(
             f'--workdir={workdir} holds a run with data.source={before}, not '
             f'{source.name}, and these are other images; give the data of the run (if '
@@ -117,6 +123,8 @@ def check_data(
             'same ones; the run continues with the current ones'
             + (f'; {changed} training images are test images now' if changed else '')
         )
+    if known and relation.line:  # the same names
+        return f'{relation.line}; the run continues with the current ones'
     return ''
 
 

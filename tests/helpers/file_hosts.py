@@ -9,6 +9,7 @@ import json
 import re
 import threading
 import time
+import urllib.parse
 
 COMMIT = '0123456789abcdef0123456789abcdef01234567'
 
@@ -84,6 +85,7 @@ class Host:
         return sum(m == method and p.startswith(path) for m, p, _ in self.requests)
 
 
+_RESOLVE = r'/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)'
 _ERRORS = {'GatedRepo': 403, 'RepoNotFound': 404, 'Unauthorized': 401}
 
 
@@ -114,7 +116,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             if path in self.host.files:
                 return self._file(self.host.files[path])
-            if match := re.fullmatch(r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', path):
+            if match := re.fullmatch(_RESOLVE, path):
                 return self._resolve(*match.groups())
             for pattern, answer in _API:
                 if match := re.fullmatch(pattern, path):
@@ -280,8 +282,43 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         about = {'id': name, 'modelId': name, 'sha': COMMIT, 'siblings': []}
         return self._json(about | {'private': private})
 
+    def _set(self, name):
+        """What a data set consists of."""
+        files, error = self.host.hub.get(f'datasets/{name}', ({}, 'RepoNotFound'))
+        if error == 'RepoNotFound' or error == 'Unauthorized':
+            return self._send(_ERRORS[error], b'no', X_Error_Code=error)
+        siblings = [{'rfilename': path} for path in files]
+        about = {'id': name, 'sha': COMMIT, 'siblings': siblings, 'private': False}
+        return self._json(about | {'gated': 'auto' if error else False, 'tags': []})
+
+    def _tree(self, name, below):
+        """Files and folders in a folder of a data set, not below that."""
+        files, above = self.host.hub[f'datasets/{name}'][0], (below or '').strip('/')
+        found = {}
+        for path, content in files.items():
+            if not above or path.startswith(f'{above}/'):
+                rest = path.removeprefix(above).strip('/')
+                inside = rest.partition('/')[0]
+                full = f'{above}/{inside}'.strip('/')
+                folder = {'type': 'directory', 'path': full, 'size': 0, 'oid': '0' * 40}
+                found[full] = folder if '/' in rest else _entry(path, content)
+        if not found:
+            return self._send(404, b'no', X_Error_Code='EntryNotFound')
+        return self._json(list(found.values()))
+
+    def _paths(self, name):
+        files = self.host.hub[f'datasets/{name}'][0]
+        wanted = urllib.parse.parse_qs(self.body.decode()).get('paths', [])
+        return self._json([_entry(p, files[p]) for p in wanted if p in files])
+
     def _whoami(self):
         return self._json({'name': 'me', 'type': 'user', 'orgs': []})
+
+
+def _entry(path, content):
+    content = getattr(content, 'content', content)
+    oid = hashlib.sha1(content).hexdigest()
+    return {'type': 'file', 'path': path, 'size': len(content), 'oid': oid}
 
 
 _API = [
@@ -293,6 +330,9 @@ _API = [
     (r'/api/validate-yaml', _Handler._valid),
     (r'/api/models/([^/]+/[^/]+)(?:/revision/\w+)?', _Handler._info),
     (r'/api/whoami-v2', _Handler._whoami),
+    (r'/api/datasets/([^/]+/[^/]+)(?:/revision/\w+)?', _Handler._set),
+    (r'/api/datasets/([^/]+/[^/]+)/tree/\w+(/.*)?', _Handler._tree),
+    (r'/api/datasets/([^/]+/[^/]+)/paths-info/\w+', _Handler._paths),
 ]
 
 

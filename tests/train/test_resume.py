@@ -108,6 +108,24 @@ def test_images_that_were_replaced(photos, tmp_path):
     assert 'not the same ones' in check(saved, load('folder:photos'))
 
 
+def test_images_that_were_edited(photos, tmp_path):
+    """The same names: some have another content; all have, and other names too."""
+    source = load('folder:photos')
+    saved = saved_by(source)
+    for position in (0, 5):
+        os.unlink(source.train.name(position))
+        shutil.copy(source.train.name(position + 1), source.train.name(position))
+    line = check(saved, load('folder:photos'))
+    assert '0 are gone and 2 have another content; the run continues' in line
+    assert 'before' not in line
+    for folder in photos.iterdir():
+        for path in list(folder.iterdir()):
+            path.rename(folder / f'x{path.name}')
+    with pytest.raises(UserError) as refusal:
+        check(saved, load('folder:photos'))
+    assert 'holds a run on other images than those of data.source' in str(refusal.value)
+
+
 def test_tables(photos, tmp_path):
     source = load('folder:photos')
     saved = saved_by(source)

@@ -20,7 +20,7 @@ from flax_densenet.data import (
     readers,
 )
 from flax_densenet.errors import UserError, list_first
-from flax_densenet.system import atomic
+from flax_densenet.system import atomic, hub
 from flax_densenet.system import paths as paths_lib
 
 _NAME = re.compile(r'[\w.-]+(/[\w.-]+)?')
@@ -63,9 +63,10 @@ def _load(field, dataset, config):
     with errors.extra('datasets', field):
         import datasets
     try:
-        found = datasets.load_dataset(dataset, config)
+        with hub.quiet(field):
+            found = datasets.load_dataset(dataset, config)
     except Exception as error:
-        line = _explain(field, error)
+        line = _explain(field, dataset, error)
         if line is None:
             raise
         raise UserError(line) from error
@@ -83,19 +84,68 @@ def _cache_folders():
     return tuple(os.path.realpath(folder) for folder in folders)
 
 
-def _explain(field, error):
+def _explain(field, name, error):
     """The line for an error of the library; None for any other error."""
-    text = ' '.join(str(error).split())[:400]
+    import datasets
+
+    text = ' '.join(str(error).split())[:300] or type(error).__name__
+    page = f'{hub.endpoint()}/datasets/{name}'
     if 'scripts are no longer supported' in text:
         return (
             f'{field}: consists of a program, which is not run; use a copy of it in '
             'parquet, such as the branch refs/convert/parquet'
         )
-    if isinstance(error, ValueError | OSError) or type(error).__module__.startswith(
-        ('datasets', 'huggingface_hub', 'httpx', 'requests')
-    ):
-        return f'{field}: cannot be loaded ({text or type(error).__name__})'
+    if 'is a gated dataset' in text:
+        return (
+            f'{field} is gated: accept its terms at {page}, and log in with {hub.LOGIN}'
+        )
+    if isinstance(error, datasets.exceptions.DatasetNotFoundError):
+        return (
+            f'{field}: there is no such data set at {hub.endpoint()}, or it is '
+            f'private: log in with {hub.LOGIN}'
+        )
+    status = getattr(getattr(error, 'response', None), 'status_code', None)
+    if status in (401, 403):
+        return f'{field}: {page} refuses it ({status}); log in with {hub.LOGIN}'
+    lost = 'LocalEntryNotFoundError' in text or _is_of_connection(error)
+    if hub.is_offline() or lost:
+        why = f'{page} cannot be reached ({text})'
+        if hub.is_offline():
+            why = f'{hub.OFFLINE} forbids to download it'
+        return (
+            f'{field} is not in the cache {datasets.config.HF_DATASETS_CACHE}, and '
+            f'{why}; download it elsewhere with `hf download --repo-type=dataset '
+            f'{name} --local-dir=FOLDER`, and give data.source=parquet:FOLDER'
+        )
+    if isinstance(error, datasets.exceptions.DatasetGenerationError):
+        # What happened is in the error before it.
+        text = ' '.join(str(error.__cause__ or error).split())[:300]
+        return (
+            f'{field}: its files cannot be read ({text}); try again, after removing '
+            f'its folder in {datasets.config.HF_DATASETS_CACHE} if that does not help'
+        )
+    if isinstance(error, ValueError | OSError) or _is_of_library(error):
+        return f'{field}: cannot be loaded ({text})'
     return None
+
+
+def _is_of_library(error):
+    return type(error).__module__.startswith(
+        ('datasets', 'huggingface_hub', 'httpx', 'httpcore', 'requests')
+    )
+
+
+def _is_of_connection(error):
+    """Whether an error, or one that caused it, says that a host did not answer."""
+    while error is not None:
+        if isinstance(error, ConnectionError | TimeoutError) or (
+            _is_of_library(error)
+            and type(error).__name__
+            in ('ConnectError', 'ConnectTimeout', 'ReadTimeout', 'RemoteProtocolError')
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def find_parquet(

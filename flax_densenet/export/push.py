@@ -8,8 +8,9 @@ from typing import Any
 from flax_densenet import errors
 from flax_densenet.errors import UserError
 from flax_densenet.export import hub as hub_folder
-from flax_densenet.weights import download, timm_config
-from flax_densenet.weights import hub as hub_lib
+from flax_densenet.system import hub
+from flax_densenet.weights import hub as hub_files
+from flax_densenet.weights import timm_config
 
 _NAME = re.compile(r'[\w.-]+/[\w.-]+')
 
@@ -31,7 +32,7 @@ class Target:
     @property
     def url(self) -> str:
         """The address of its page."""
-        return f'{hub_lib.endpoint()}/{self.name}'
+        return f'{hub.endpoint()}/{self.name}'
 
 
 def find_target(name: str, *, private: bool) -> Target:
@@ -48,15 +49,16 @@ def find_target(name: str, *, private: bool) -> Target:
     with errors.extra('hub', 'push'):
         import huggingface_hub
         from huggingface_hub import errors as hub_errors
-    if download.is_offline():
-        raise UserError(f'push needs a network, which {download.OFFLINE} forbids')
+    if hub.is_offline():
+        raise UserError(f'push needs a network, which {hub.OFFLINE} forbids')
     if huggingface_hub.get_token() is None:
         raise UserError(
             'push needs a token of the Hub that may write: `hf auth login`, or the '
             'environment variable HF_TOKEN'
         )
     try:
-        found = _api().model_info(name).private
+        with hub.quiet(name):
+            found = _api().model_info(name).private
     except hub_errors.GatedRepoError:
         found = private
     except hub_errors.RepositoryNotFoundError:
@@ -66,7 +68,7 @@ def find_target(name: str, *, private: bool) -> Target:
     if private and not found:
         raise UserError(
             f'{name} exists and is public; make it private in its settings at '
-            f'{hub_lib.endpoint()}/{name}/settings, or leave --private out'
+            f'{hub.endpoint()}/{name}/settings, or leave --private out'
         )
     return Target(name, bool(found), True)
 
@@ -124,15 +126,17 @@ def send(folder: str, target: Target) -> str:
       UserError: the Hub does not take them.
     """
     sizes = list_files(folder)
+    title = f'Upload {timm_config.WEIGHT_FILES[0]} with flax_densenet'
     try:
-        if not target.exists:
-            _api().create_repo(target.name, private=target.private, exist_ok=True)
-        done = _api().upload_folder(
-            repo_id=target.name,
-            folder_path=folder,
-            allow_patterns=list(sizes),
-            commit_message=f'Upload {timm_config.WEIGHT_FILES[0]} with flax_densenet',
-        )
+        with hub.quiet(target.name):
+            if not target.exists:
+                _api().create_repo(target.name, private=target.private, exist_ok=True)
+            done = _api().upload_folder(
+                repo_id=target.name,
+                folder_path=folder,
+                allow_patterns=list(sizes),
+                commit_message=title,
+            )
     except Exception as error:
         raise _explained(target.name, error) from error
     return str(done.commit_url)
@@ -141,12 +145,10 @@ def send(folder: str, target: Target) -> str:
 def _api() -> Any:
     import huggingface_hub
 
-    return huggingface_hub.HfApi(
-        endpoint=hub_lib.endpoint(), library_name='flax_densenet'
-    )
+    return huggingface_hub.HfApi(endpoint=hub.endpoint(), library_name='flax_densenet')
 
 
 def _explained(name, error):
     """A `UserError` for an error of the library, else the error itself."""
-    line = hub_lib.explain(name, name, error)
+    line = hub_files.explain(name, name, error)
     return error if line is None else UserError(line)

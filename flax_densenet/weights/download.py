@@ -19,6 +19,7 @@ import time
 import urllib.parse
 
 from flax_densenet.errors import UserError
+from flax_densenet.system import hub
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -30,7 +31,6 @@ LARGEST = 2**32  # bytes, of files whose size is not known
 _CHUNK = 2**18
 _LOOPBACK = ('127.0.0.1', '::1', 'localhost')
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
-OFFLINE = 'HF_HUB_OFFLINE'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +83,6 @@ def digest(path: str, kind: str = 'sha256') -> str:
         ).hexdigest()
 
 
-def is_offline() -> bool:
-    """Whether the user forbids connections, with `HF_HUB_OFFLINE`."""
-    return os.environ.get(OFFLINE, '').upper() in ('1', 'ON', 'YES', 'TRUE')
-
-
 def fetch(
     url: str, *, checksum: Checksum | None = None, size: int | None = None
 ) -> str:
@@ -106,8 +101,8 @@ def fetch(
     _check_address(url)
     if os.path.isfile(path):
         return _check_cached(path, url, checksum)
-    if is_offline():
-        raise UserError(f'{url} is not in the cache, and {OFFLINE} forbids to '
+    if hub.is_offline():
+        raise UserError(f'{url} is not in the cache, and {hub.OFFLINE} forbids to '
                         f'download it; {_by_hand(url, path)}')  # fmt: skip
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)

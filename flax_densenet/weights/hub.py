@@ -10,6 +10,7 @@ import re
 
 from flax_densenet import errors
 from flax_densenet.errors import UserError
+from flax_densenet.system import hub as hub_lib
 from flax_densenet.weights import download, timm_config
 
 _LOGGER = logging.getLogger(__name__)
@@ -32,13 +33,14 @@ def fetch(repo: str, revision: str | None = None) -> str:
         from huggingface_hub import errors as hub_errors
 
     def get(file, revision):
-        return huggingface_hub.hf_hub_download(
-            repo,
-            file,
-            revision=revision,
-            library_name='flax_densenet',
-            endpoint=endpoint(),
-        )
+        with hub_lib.quiet(name):
+            return huggingface_hub.hf_hub_download(
+                repo,
+                file,
+                revision=revision,
+                library_name='flax_densenet',
+                endpoint=hub_lib.endpoint(),
+            )
 
     try:
         folder = os.path.dirname(get(timm_config.CONFIG_FILE, revision))
@@ -66,14 +68,6 @@ def fetch(repo: str, revision: str | None = None) -> str:
     return folder
 
 
-def endpoint() -> str:
-    """The address of the Hub: `HF_ENDPOINT`, by default https://huggingface.co."""
-    from huggingface_hub import constants
-
-    # The library reads it once, when it is imported.
-    return os.environ.get('HF_ENDPOINT', '').rstrip('/') or constants.ENDPOINT
-
-
 def _check_digest(name, path):
     """Raises unless a file has the SHA-256 that is its name in the cache."""
     known = os.path.basename(os.path.realpath(path))
@@ -90,14 +84,14 @@ def explain(name: str, repo: str, error: Exception) -> str | None:
     from huggingface_hub import constants
     from huggingface_hub import errors as hub_errors
 
-    page = f'{endpoint()}/{repo}'
-    login = '`hf auth login` or the environment variable HF_TOKEN'
+    page = f'{hub_lib.endpoint()}/{repo}'
+    login = hub_lib.LOGIN
     status = getattr(getattr(error, 'response', None), 'status_code', None)
     if isinstance(error, hub_errors.GatedRepoError):
         return f'{name} is gated: accept its terms at {page}, and log in with {login}'
     if isinstance(error, hub_errors.RepositoryNotFoundError):
         return (
-            f'{name}: there is no such repository at {endpoint()}, or it is '
+            f'{name}: there is no such repository at {hub_lib.endpoint()}, or it is '
             f'private: log in with {login}'
         )
     if isinstance(error, hub_errors.RevisionNotFoundError):
@@ -106,8 +100,8 @@ def explain(name: str, repo: str, error: Exception) -> str | None:
         return f'{name}: give hf:OWNER/NAME or hf:OWNER/NAME@REVISION'
     if isinstance(error, hub_errors.LocalEntryNotFoundError):
         why = 'it cannot be reached'
-        if download.is_offline():
-            why = f'{download.OFFLINE} forbids to download it'
+        if hub_lib.is_offline():
+            why = f'{hub_lib.OFFLINE} forbids to download it'
         return (
             f'{name} is not in the cache {constants.HF_HUB_CACHE}, and {why} at '
             f'{page}; download it elsewhere with `hf download {repo}`, and copy it '

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import time
 
 import pytest
 from PIL import Image
@@ -11,6 +12,8 @@ from flax_densenet.data import arrow_reader, dataset, hub_source
 from flax_densenet.errors import UserError
 
 datasets = pytest.importorskip('datasets')
+huggingface_hub = pytest.importorskip('huggingface_hub')
+constants = huggingface_hub.constants
 
 NAMES = ['ants', 'bees']
 
@@ -224,10 +227,102 @@ def test_mistakes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
     fail('consists of a program, which is not run', 'hf:scripts')
-    fail("cannot be loaded .*doesn't exist", 'hf:absent')
-    fail("cannot be loaded .*Couldn't reach", 'hf:network')
+    fail('there is no such data set at https?:.* or it is private', 'hf:absent')
+    fail("is not in the cache .*cannot be reached .*Couldn't reach", 'hf:network')
 
 
 def test_arguments(folder):
     assert arguments.source(str(folder)) == f'parquet:{folder}'
     assert arguments.source('hf:me/insects') == 'hf:me/insects'
+
+
+def lead_to(url, monkeypatch):
+    """What `HF_ENDPOINT` does, which the libraries read when they are imported."""
+    huggingface_hub.HfFileSystem.clear_instance_cache()
+    template = url + '/{repo_id}/resolve/{revision}/{filename}'
+    monkeypatch.setenv('HF_ENDPOINT', url)
+    monkeypatch.setattr(constants, 'ENDPOINT', url)
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+    monkeypatch.setattr(datasets.config, 'HF_ENDPOINT', url)
+
+
+@pytest.fixture
+def played(host, folder, monkeypatch, tmp_path):
+    """The Hub on this machine with the folder's files, and the library's own client."""
+    lead_to(host.url, monkeypatch)
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'sets')
+    files = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob('*.parquet')
+    }
+    host.put_repo('datasets/me/insects', files | {'README.md': b'# Insects'})
+    return host
+
+
+def forbid(monkeypatch, is_forbidden=True):
+    """The same for `HF_HUB_OFFLINE=1`."""
+    monkeypatch.setenv('HF_HUB_OFFLINE', str(int(is_forbidden)))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', is_forbidden)
+    monkeypatch.setattr(datasets.config, 'HF_HUB_OFFLINE', is_forbidden)
+
+
+def test_set_of_the_hub(played, monkeypatch, capfd):
+    """Downloaded once by the library, then there without a network."""
+    check_all(dataset.load_source('hf:me/insects', image_size=4))
+    asked = played.count('GET', '/datasets/me/insects/resolve')
+    assert asked == 4  # three files and the card
+    out, err = capfd.readouterr()
+    assert [line for line in out.splitlines() if 'trains on' not in line] == []
+    assert 'metadata' not in err
+    check_all(dataset.load_source('hf:me/insects', image_size=4))
+    assert played.count('GET', '/datasets/me/insects/resolve') == asked
+    played.requests.clear()
+    forbid(monkeypatch)
+    check_all(dataset.load_source('hf:me/insects', image_size=4))
+    assert not played.requests
+    assert 'latest cached version of the dataset' in capfd.readouterr().out
+    forbid(monkeypatch, False)
+    for line, source in (
+        (r'has the splits train, test', 'hf:me/insects::val'),
+        (r"'small' not found. Available: .'default'", 'hf:me/insects:small'),
+    ):
+        with pytest.raises(UserError, match=line):
+            dataset.load_source(source, image_size=4)
+
+
+@pytest.mark.parametrize(
+    ('error', 'line'),
+    [
+        ('GatedRepo', 'is gated: accept its terms at .*/datasets/me/x, and log in'),
+        ('RepoNotFound', 'no such data set at http.*, or it is private: log in with'),
+        ('Unauthorized', r'/datasets/me/x refuses it \(401\); log in with'),
+    ],
+)
+def test_refusals_of_the_hub(error, line, played):
+    files, _ = played.hub['datasets/me/insects']
+    played.put_repo('datasets/me/x', files, error=error)
+    with pytest.raises(UserError, match=line) as refusal:
+        dataset.load_source('hf:me/x', image_size=4)
+    assert '\n' not in str(refusal.value)
+
+
+def test_damaged_files_of_the_hub(played):
+    played.put_repo('datasets/me/x', {'data/train-0.parquet': b'PAR1 and no more'})
+    with pytest.raises(UserError, match='hf:me/x: .*[Pp]arquet'):
+        dataset.load_source('hf:me/x', image_size=4)
+
+
+def test_no_network(played, monkeypatch, capfd):
+    place = r'is not in the cache .*/sets, and .*hf download --repo-type=dataset me/new'
+    forbid(monkeypatch)
+    with pytest.raises(UserError, match=f'{place}.*give data.source=parquet:FOLDER'):
+        dataset.load_source('hf:me/new', image_size=4)
+    forbid(monkeypatch, False)
+    nowhere = 'http://127.0.0.1:9'
+    lead_to(nowhere, monkeypatch)
+    monkeypatch.setattr(time, 'sleep', lambda seconds: None)
+    with pytest.raises(UserError, match=place):
+        dataset.load_source('hf:me/new', image_size=4)
+    out, err = capfd.readouterr()
+    told = f'data.source=hf:me/new: {nowhere} cannot be reached'
+    assert out.count(told) == 1 and out.count('\n') == 1 and not err

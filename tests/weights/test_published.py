@@ -252,12 +252,15 @@ def test_hub_offline_once_cached(hub_folder, host, monkeypatch):
         weight_file.load('hf:me/new')
 
 
-def test_hub_without_network(host, monkeypatch):
+def test_hub_without_network(host, monkeypatch, capfd):
     monkeypatch.setenv('HF_ENDPOINT', 'http://127.0.0.1:9')
     monkeypatch.setattr(time, 'sleep', lambda seconds: None)  # between 6 attempts
     with pytest.raises(UserError, match='cannot be reached.*hf download me/b') as error:
         weight_file.load('hf:me/b')
     assert '/cache/hub' in str(error.value) and not host.requests
+    out, err = capfd.readouterr()  # one line for all attempts
+    assert out.startswith('hf:me/b: http://127.0.0.1:9 cannot be reached (') and not err
+    assert out.endswith('; trying again\n') and out.count('\n') == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,70 @@
+"""The Hugging Face Hub as the environment sets it up, and what its library logs."""
+
+import contextlib
+import logging
+import os
+import re
+
+OFFLINE = 'HF_HUB_OFFLINE'
+LOGIN = '`hf auth login` or the environment variable HF_TOKEN'
+_LOGGER = logging.getLogger(__name__)
+_LIBRARIES = ('huggingface_hub', 'datasets')
+# One line for each attempt of a request, and what concerns the authors of a data set.
+_ATTEMPT = re.compile(
+    r"'(?P<reason>.*)' thrown while requesting \w+ (?P<url>\S+)", re.S
+)
+_NO_MATTER = ('Retrying in', 'Repo card metadata block', 'You are sending unauthenti')
+
+
+def is_offline() -> bool:
+    """Whether the user forbids connections, with `HF_HUB_OFFLINE`."""
+    return os.environ.get(OFFLINE, '').upper() in ('1', 'ON', 'YES', 'TRUE')
+
+
+def endpoint() -> str:
+    """The address of the Hub: `HF_ENDPOINT`, by default https://huggingface.co."""
+    from huggingface_hub import constants
+
+    # The library reads it once, when it is imported.
+    return os.environ.get('HF_ENDPOINT', '').rstrip('/') or constants.ENDPOINT
+
+
+@contextlib.contextmanager
+def quiet(name: str):
+    """Has the libraries log through this program's logger, and each thing once.
+
+    Of a request that fails they log two lines for each of six attempts.
+
+    Args:
+      name: of what is asked for, as the user knows it.
+    """
+    once = _Once(name)
+    before = {}
+    for library in _LIBRARIES:
+        logger = logging.getLogger(library)
+        before[logger] = logger.handlers, logger.propagate
+        logger.handlers, logger.propagate = [once], False
+    try:
+        yield
+    finally:
+        for logger, (handlers, propagate) in before.items():
+            logger.handlers, logger.propagate = handlers, propagate
+
+
+class _Once(logging.Handler):
+    """Passes on warnings, once each; of attempts the first."""
+
+    def __init__(self, name):
+        super().__init__(logging.WARNING)
+        self._name, self._known = name, set()
+
+    def emit(self, record):
+        text = ' '.join(record.getMessage().split())
+        if text.startswith(_NO_MATTER):
+            return
+        if found := _ATTEMPT.match(text):
+            host = '/'.join(found['url'].split('/')[:3])
+            text = f'{host} cannot be reached ({found["reason"][:200]}); trying again'
+        if text not in self._known:
+            self._known.add(text)
+            _LOGGER.warning(f'{self._name}: {text}')

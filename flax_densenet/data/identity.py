@@ -243,7 +243,8 @@ def _find_again(sample, source):
 
 def _changed(saved, source):
     line = f'data.source={source.name} has changed since training'
-    if (counts := saved.get('images')) and counts != count(source):
+    counts = saved.get('images')
+    if counts and not has_same_counts(counts, source):
         *first, last = map(str, count(source).values())
         line += f': {describe_counts(counts)} before, {", ".join(first)} and {last} now'
     return line

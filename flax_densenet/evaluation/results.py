@@ -18,8 +18,10 @@ from flax_densenet import settings as settings_lib
 from flax_densenet.data import dataset
 from flax_densenet.distributed import mesh
 from flax_densenet.errors import UserError
+from flax_densenet.evaluation import doubt as doubt_lib
 from flax_densenet.evaluation import evaluate, intervals, measured_data
 from flax_densenet.evaluation import metrics as metrics_lib
+from flax_densenet.evaluation import unusual as unusual_lib
 from flax_densenet.models import tta as tta_lib
 from flax_densenet.system import atomic
 from flax_densenet.weights import decisions as decisions_lib
@@ -46,6 +48,9 @@ class Results:
         as the labels are.
       raw_logits: those before calibration; None if `logits` are not calibrated.
       decisions: what was fitted for the model; None if there is nothing.
+      unusual: how unlike the training images each is, float32 `[N]`; None if the model
+        has no score.
+      others: images that show none of the classes, with their scores.
     """
 
     examples: dataset.Examples
@@ -55,6 +60,8 @@ class Results:
     outputs: str | None = None
     raw_logits: np.ndarray | None = None
     decisions: decisions_lib.Decisions | None = None
+    unusual: np.ndarray | None = None
+    others: doubt_lib.Others | None = None
 
     @property
     def multi_label(self) -> bool:
@@ -90,6 +97,17 @@ class Results:
                 logits = metrics_lib.log_sigmoid(logits)
             metrics = metrics_lib.measure(logits, self.labels, self.class_names)
         return intervals.extend(metrics, self.labels, self.probabilities, self.groups)
+
+    @functools.cached_property
+    def doubt(self) -> dict[str, Any]:
+        """See `doubt.measure`."""
+        return doubt_lib.measure(
+            self.probabilities,
+            self.labels,
+            self.decisions,
+            scores=self.unusual,
+            others=self.others,
+        )
 
     @property
     def groups(self) -> np.ndarray | None:
@@ -155,7 +173,8 @@ def collect(
     Args:
       **loading: `batch_size`, `threads` and `workers` of `evaluate.compute_logits`.
     """
-    computed = evaluate.compute_outputs(trained, examples, **loading)
+    features = unusual_lib.needs_features(trained)
+    computed = evaluate.compute_outputs(trained, examples, features=features, **loading)
     return from_outputs(trained, examples, class_names, computed)
 
 
@@ -179,6 +198,7 @@ def from_outputs(
         outputs,
         raw_logits=computed.logits if trained.calibration else None,
         decisions=trained.decisions,
+        unusual=unusual_lib.of_outputs(trained, computed),
     )
 
 
@@ -225,13 +245,15 @@ def save(folder: str, results: Results, measured: Measured):
             about = {'version': EVAL_VERSION} | dataclasses.asdict(measured)
             if not measured.precision:
                 del about['precision']
-            json.dump(about | results.metrics, file, indent=1)
+            more = {'doubt': results.doubt} if results.doubt else {}
+            json.dump(about | results.metrics | more, file, indent=1)
             file.write('\n')
         path = os.path.join(folder, PREDICTIONS_FILE)
         # Names that are not UTF-8 go out as the bytes that they are.
         options = {'encoding': 'utf-8', 'errors': 'surrogateescape', 'newline': ''}
         with atomic.replacing(path, **options) as file:
-            csv.writer(file).writerows(_rows(results))
+            rows = doubt_lib.add_scores(_rows(results), results.unusual)
+            csv.writer(file).writerows(rows)
     except OSError as error:
         raise UserError(
             f'{path} cannot be written ({error.strerror}); use another --workdir'
@@ -365,6 +387,7 @@ def format_metrics_table(results: Results, where: str) -> str:
             )
         lines.append(line)
     lines += _format_intervals(metrics)
+    lines += doubt_lib.describe(results.doubt, several=results.multi_label)
     return '\n'.join(lines + _format_classes(metrics))
 
 

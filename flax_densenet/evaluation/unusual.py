@@ -9,8 +9,10 @@ import numpy as np
 
 from flax_densenet.data import subset
 from flax_densenet.errors import UserError
+from flax_densenet.evaluation import evaluate
 from flax_densenet.evaluation import selection as selection_lib
 from flax_densenet.weights import decisions as decisions_lib
+from flax_densenet.weights import trained as trained_lib
 from flax_densenet.weights import unusual as unusual_lib
 
 _LOGGER = logging.getLogger(__name__)
@@ -23,6 +25,30 @@ _MOST_CLASSES = 2000
 _ROWS = 1000
 NEIGHBOR = 10  # of a sample of training images
 PER_CLASS = 10  # training images that are looked at, at least
+
+
+def needs_features(trained: trained_lib.Trained) -> bool:
+    """Whether a model's score needs pooled features."""
+    score = trained.decisions and trained.decisions.unusual
+    return bool(score) and score.feature_size is not None
+
+
+def of_outputs(
+    trained: trained_lib.Trained, computed: evaluate.Outputs
+) -> np.ndarray | None:
+    """Scores of what a model computed of images, float32 `[N]`.
+
+    None if the model has no score, or if it needs features and there are none.
+    """
+    score = trained.decisions and trained.decisions.unusual
+    if not score:
+        return None
+    features = np.zeros((len(computed.logits), 0))
+    if score.feature_size is not None:
+        if computed.features is None:
+            return None
+        features = computed.features
+    return compute(score.score, features, computed.logits).astype(np.float32)
 
 
 def check_settings(method: str, *, share: float, images: int):

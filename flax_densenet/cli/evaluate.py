@@ -9,9 +9,11 @@ def run(invocation: options.Invocation):
 
     workdir = invocation.workdir
     trained, path, settings = trained_model.load(invocation, workdir)
+    trained_model.check_others(invocation, trained, path)
     trained, source, found, trained_on = precisions.of_data(
         trained, path, settings, invocation.flags.precision
     )
+    found = trained_model.add_others(invocation, trained, settings, found)
     measured = results.describe(trained, settings.data.source, weights=path)
     what = 'test images' if source.has_test or trained_on else 'images'
     where = f'{len(found.labels)} {what} of {settings.data.source}, {measured.model}'
@@ -34,9 +36,13 @@ COMMAND = options.Command(
     examples=(
         ("the run's own test images", 'eval ckpt/birds'),
         ('other images', 'eval ckpt/birds other_photos'),
+        (
+            'also how many images of nothing known are noticed',
+            'eval ckpt/birds --others=cats',
+        ),
         ('also look at mirrored images', 'eval ckpt/birds --config.data.tta=flip'),
     ),
-    flags={'Model': (options.WORKDIR, *options.OF_WEIGHTS, options.MEASURED_PRECISION)}
+    flags={'Model': (options.WORKDIR, *options.OF_WEIGHTS, options.MEASURED_PRECISION, options.OTHERS)}
     | options.SEVERAL_PROCESSES,
     place=arguments.place_model_and_data,
     fields='Only init_from and data.* apply; the model has the rest.',

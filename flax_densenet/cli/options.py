@@ -257,6 +257,12 @@ COVERAGE = Flag(
     kind=float,
     value='SHARE',
 )
+OTHERS = Flag(
+    'others',
+    'Images that show none of the classes, as a folder, file or pattern: how well the '
+    'score of unusual images tells them from the others (docs/unusual.md).',
+    value='FOLDER',
+)
 CLUSTER = (
     Flag(
         'distributed',

@@ -208,6 +208,47 @@ def export(
     return release.run(out, shipped, samples)
 
 
+def check_others(invocation: options.Invocation, trained, path: str):
+    """Raises if --others cannot be measured, before the long work."""
+    given = invocation.flags.others
+    if not given:
+        return
+    from flax_densenet.inference import input_files
+
+    if not trained.decisions or not trained.decisions.unusual:
+        raise UserError(
+            f'--others={given}: {path} has no score of unusual images; train without '
+            'train.unusual=off, or run calibrate'
+        )
+    input_files.check([given])
+
+
+def add_others(invocation: options.Invocation, trained, settings, found):
+    """Results with the scores of the images of --others; as they are without it.
+
+    Every process computes them all.
+    """
+    given = invocation.flags.others
+    if not given:
+        return found
+    import numpy as np
+
+    from flax_densenet.data import notes
+    from flax_densenet.evaluation import doubt
+    from flax_densenet.inference import input_files, predictor
+
+    model = predictor.Predictor(trained, settings.loader.batch_size)
+    files = list(input_files.find([given]))
+    stream = model.stream(files, threads=settings.loader.threads)
+    rows = [row for row in stream if not row.error]
+    if not rows:
+        raise UserError(f'--others={given}: none of {len(files)} files can be read')
+    if len(rows) < len(files):
+        notes.say(f'--others={given}: {len(files) - len(rows)} files cannot be read')
+    scores = np.array([row.unusual for row in rows], np.float32)
+    return dataclasses.replace(found, others=doubt.Others(given, scores))
+
+
 def load(invocation: options.Invocation, workdir: str):
     """A trained model, where it is from, and the settings to measure it with."""
     from flax_densenet.distributed import mesh as mesh_lib

@@ -316,9 +316,9 @@ def get_config() -> ConfigDict:
     # trackio. Without a login they write to this machine (docs/train.md).
     config.train.trackers = ''
     # After training, learn what usual images look like, so that predictions also say
-    # how unlike the training images an image is (docs/unusual.md): mahalanobis
-    # (distance to the nearest class), neighbor (distance to training images), energy
-    # (of the outputs alone) or off. auto: mahalanobis.
+    # how unlike the training images an image is (docs/unusual.md): energy (of the
+    # outputs alone), mahalanobis (distance to the nearest class), both, neighbor
+    # (distance to training images) or off. auto: both.
     config.train.unusual = 'auto'
     # Share of the validation images that count as usual; the others, and images that
     # are as far from the training images, are marked as unusual.

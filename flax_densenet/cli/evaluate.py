@@ -42,7 +42,14 @@ COMMAND = options.Command(
         ),
         ('also look at mirrored images', 'eval ckpt/birds --config.data.tta=flip'),
     ),
-    flags={'Model': (options.WORKDIR, *options.OF_WEIGHTS, options.MEASURED_PRECISION, options.OTHERS)}
+    flags={
+        'Model': (
+            options.WORKDIR,
+            *options.OF_WEIGHTS,
+            options.MEASURED_PRECISION,
+            options.OTHERS,
+        )
+    }
     | options.SEVERAL_PROCESSES,
     place=arguments.place_model_and_data,
     fields='Only init_from and data.* apply; the model has the rest.',

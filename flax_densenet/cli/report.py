@@ -55,9 +55,11 @@ def _report_on_run(invocation, workdir):
 
     how = options.explain_options(invocation)
     trained, path, settings = trained_model.load(invocation, workdir)
+    trained_model.check_others(invocation, trained, path)
     trained, source, found, trained_on = precisions.of_data(
         trained, path, settings, invocation.flags.precision
     )
+    found = trained_model.add_others(invocation, trained, settings, found)
     path = page.save_report(
         *(workdir, trained, source, found),
         path=invocation.path('out'),
@@ -106,6 +108,7 @@ COMMAND = options.Command(
             ),
             *options.OF_WEIGHTS,
             options.MEASURED_PRECISION,
+            options.OTHERS,
         ),
         'Output': (
             options.Flag(

@@ -164,7 +164,7 @@ def fit(
     fields: dict[str, Any] = {'several': several}
     if method == 'neighbor':
         fields |= _neighbors(features)
-    elif method == 'mahalanobis':
+    elif method in ('both', 'mahalanobis'):
         fields |= _gaussians(features, None if several else labels)
     given = unusual_lib.Unusual(
         method=method,
@@ -175,13 +175,29 @@ def fit(
         val_count=len(val_features),
         **fields,
     )
-    # With the arrays as they are stored, so that rounding is part of the limit.
+    if method == 'both':
+        for part, weight in (
+            ('energy', 'energy_weight'),
+            ('mahalanobis', 'distance_weight'),
+        ):
+            alone = dataclasses.replace(given, method=part)
+            middle, limit = _bounds(alone, val_features, val_logits)
+            given = dataclasses.replace(given, **{weight: 1 / (limit - middle)})
+    middle, limit = _bounds(given, val_features, val_logits)
+    return dataclasses.replace(given, middle=middle, limit=limit)
+
+
+def _bounds(given, val_features, val_logits):
+    """Median and limit of the validation images.
+
+    With the arrays as they are stored, so that rounding is part of the limit.
+    """
     plain = np.sort(compute(given.plain, val_features, val_logits))
-    place = math.ceil((len(plain) + 1) * share - 1e-9)
+    place = math.ceil((len(plain) + 1) * given.share - 1e-9)
     middle, limit = float(np.median(plain)), float(plain[min(place, len(plain)) - 1])
     if not middle < limit:  # one image, or all alike
         limit = middle + max(abs(middle), 1.0) * 1e-3
-    return dataclasses.replace(given, middle=middle, limit=limit)
+    return middle, limit
 
 
 def compute(score, features: np.ndarray, logits: np.ndarray) -> np.ndarray:

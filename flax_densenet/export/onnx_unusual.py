@@ -15,11 +15,19 @@ def add(graph: Graph, score: unusual_lib.Unusual, pooled: str, logits: str) -> s
       pooled: the pooled features, `[N, F]`.
       logits: before any calibration, `[N, C]`.
     """
-    if score.method == 'energy':
-        plain = _energy(graph, logits, several=score.several)
-    else:
+    if score.method in ('both', 'energy'):
+        energy = plain = _energy(graph, logits, several=score.several)
+    if score.method != 'energy':
         points = _points(graph, score, pooled)
-        plain = _distance(graph, points, score.references, score.neighbor)
+        distance = _distance(graph, points, score.references, score.neighbor)
+        plain = distance
+    if score.method == 'both':
+        weights = score.energy_weight, score.distance_weight
+        parts = [
+            graph.add('Mul', part, np.array(weight, np.float32), name=f'{part}.part')
+            for part, weight in zip((energy, distance), weights, strict=True)
+        ]
+        plain = graph.add('Add', *parts, name='both')
     plain = graph.add(
         'Sub', plain, np.array(score.middle, np.float32), name='above_middle'
     )

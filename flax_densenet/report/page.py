@@ -19,6 +19,7 @@ from flax_densenet.models import naming
 from flax_densenet.report import (
     charts,
     diagnosis,
+    doubt_charts,
     faithfulness,
     gallery,
     headline,
@@ -163,6 +164,7 @@ def _describe(workdir, run, trained, source, found, measured, trained_on):
         'warnings': warnings,
         'reliability': calibration and charts.reliability(calibration, scaled=scaled),
         'scaled': scaled,
+        'doubt': doubt_charts.section(found),
         'roc': _roc(found),
         'facts': _facts(run),
         'command_line': run.environment.get('command'),

@@ -1,6 +1,6 @@
 """How unusual an image is: scores of a model's features or logits.
 
-A classifier gives every image one of its classes, whatever it shows. Three scores grow
+A classifier gives every image one of its classes, whatever it shows. These scores grow
 for images that are unlike the training images:
 
 - `energy`: minus the logsumexp of the logits (Liu et al., arXiv 2010.03759); of several
@@ -9,6 +9,8 @@ for images that are unlike the training images:
   metric of the covariance within classes (Lee et al., arXiv 1807.03888).
 - `neighbor`: the distance of the pooled features, scaled to length 1, to the k-th
   nearest of the training images (Sun et al., arXiv 2204.06507).
+- `both`: the sum of `energy` and `mahalanobis`, each in units of the distance between
+  its median and its limit on the validation images.
 
 What is reported is 0 for a median validation image and 1 at the limit, below which a
 chosen share of the validation images lie.
@@ -20,10 +22,10 @@ import numpy as np
 
 from flax_densenet.weights import decision_entry
 
-METHODS = ('energy', 'mahalanobis', 'neighbor')
-DEFAULT = 'mahalanobis'
+METHODS = ('both', 'energy', 'mahalanobis', 'neighbor')
+DEFAULT = 'both'  # docs/unusual.md has the measurements
 _TINY = 1e-12
-_NUMBERS = ('middle', 'limit', 'scale')
+_NUMBERS = ('middle', 'limit', 'scale', 'energy_weight', 'distance_weight')
 _ARRAYS = ('references', 'mean', 'directions', 'gains')
 
 
@@ -54,6 +56,7 @@ class Unusual(decision_entry.Entry):
       neighbor: which neighbor of `references` the distance is to, counted from 1.
       several: whether an image can have several labels, for `energy`.
       scale: of whitened features.
+      energy_weight, distance_weight: factors of the two parts of `both`.
       references: float32 or float16 `[M, F]`, to which distances are computed: class
         means (whitened), or training images (of length 1).
       mean: float32 `[F]`, subtracted from the features.
@@ -70,6 +73,8 @@ class Unusual(decision_entry.Entry):
     neighbor: int = 1
     several: bool = False
     scale: float = 1.0
+    energy_weight: float = 1.0
+    distance_weight: float = 1.0
     references: np.ndarray = dataclasses.field(default_factory=_empty)
     mean: np.ndarray = dataclasses.field(default_factory=_no_vector)
     directions: np.ndarray = dataclasses.field(default_factory=_empty)
@@ -121,8 +126,16 @@ class Unusual(decision_entry.Entry):
           logits: `[N, C]`, before any calibration.
           xp: `numpy`, or `jax.numpy` for its arrays.
         """
-        if self.method == 'energy':
-            return energy(logits, several=self.several, xp=xp)
+        parts = {
+            'energy': lambda: energy(logits, several=self.several, xp=xp),
+            'distance': lambda: self._distance(features, xp),
+        }
+        if self.method == 'both':
+            first, second = (part() for part in parts.values())
+            return first * self.energy_weight + second * self.distance_weight
+        return parts['energy' if self.method == 'energy' else 'distance']()
+
+    def _distance(self, features, xp):
         points = xp.asarray(features, np.float32)
         if self.method == 'neighbor':
             length = xp.sqrt((points * points).sum(-1, keepdims=True))

@@ -71,6 +71,22 @@ def test_mahalanobis_equals_scikit_learn(data, monkeypatch):
         np.testing.assert_allclose(plain(found, part), squares.min(0) ** 0.5, rtol=1e-4)
 
 
+def test_both(data):
+    """The sum of the two scores, up to the limit of the sum."""
+    _, val, others = data
+    found = fit('both', data)
+    parts = [fit(method, data) for method in ('energy', 'mahalanobis')]
+    for part in (val, others):
+        scores = [
+            unusual.compute(one.score, part['features'], part['logits'])
+            for one in (*parts, found)
+        ]
+        total = scores[0] + scores[1]
+        line = np.polynomial.Polynomial.fit(total, scores[2], 1)
+        np.testing.assert_allclose(line(total), scores[2], atol=1e-3)
+        assert np.std(scores[0]) > 0.1 < np.std(scores[1])
+
+
 def test_neighbor_equals_scikit_learn(data):
     train, val, _ = data
     found = fit('neighbor', data)
@@ -153,7 +169,7 @@ def test_several_labels(data):
     assert len(found.references) == 1
 
 
-@pytest.mark.parametrize('method', ('mahalanobis', 'neighbor'))
+@pytest.mark.parametrize('method', ('both', 'neighbor'))
 def test_size_of_many_classes(method):
     """Arrays come back the same, and 1,024 features would stay below 10 MB."""
     random = np.random.default_rng(2)
@@ -166,7 +182,8 @@ def test_size_of_many_classes(method):
     assert 4 * sum(array.nbytes for array in arrays.values()) < 10e6
     again = unusual_lib.Unusual.from_files(header, arrays)
     again.check(1000)
-    scores = [one.score(features[:9], None) for one in (found, again)]
+    given = features[:9], np.zeros((9, 1000))
+    scores = [one.score(*given) for one in (found, again)]
     assert (scores[0] == scores[1]).all()
 
 

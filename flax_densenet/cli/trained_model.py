@@ -245,8 +245,9 @@ def add_others(invocation: options.Invocation, trained, settings, found):
         raise UserError(f'--others={given}: none of {len(files)} files can be read')
     if len(rows) < len(files):
         notes.say(f'--others={given}: {len(files) - len(rows)} files cannot be read')
+    name = os.path.basename(given.rstrip(os.sep)) or given
     scores = np.array([row.unusual for row in rows], np.float32)
-    return dataclasses.replace(found, others=doubt.Others(given, scores))
+    return dataclasses.replace(found, others=doubt.Others(name, scores))
 
 
 def load(invocation: options.Invocation, workdir: str):

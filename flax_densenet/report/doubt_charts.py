@@ -26,7 +26,8 @@ def section(found) -> dict[str, Any] | None:
     if 'sets' not in doubt and 'unusual' not in doubt:
         return None
     score = found.decisions.unusual if found.decisions else None
-    made: dict[str, Any] = {'charts': [], **doubt}
+    usual = {'shown': [], 'sets_halved': False, 'unusual': None, 'others': None}
+    made: dict[str, Any] = {'charts': [], **usual, **doubt}
     if 'sets' in doubt:
         made['charts'] += _sets(doubt['sets'])
         made['shown'] = [

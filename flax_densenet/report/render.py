@@ -9,6 +9,7 @@ open images.
 import importlib.resources
 import json
 import os
+from typing import Any
 
 from flax_densenet import errors
 from flax_densenet.errors import UserError
@@ -48,26 +49,10 @@ def check_installed(what: str):
         import jinja2  # noqa: F401
 
 
-def save_page(path, template, data, **values):
-    """Renders a page to a temporary file and renames it, so that it is complete.
-
-    Args:
-      path: of the page.
-      template: in `templates/`, with a script of the same name.
-      data: what the scripts read; JSON can hold it.
-      **values: of the template.
-
-    Raises:
-      UserError: the page cannot be written.
-    """
-    check_installed(os.path.basename(path))
+def make_environment() -> Any:
+    """The `jinja2.Environment` of the templates."""
     import jinja2
     import markupsafe
-
-    pages = importlib.resources.files('flax_densenet.report') / 'templates'
-
-    def text(name):
-        return markupsafe.Markup((pages / name).read_text('utf-8'))
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader('flax_densenet.report'),
@@ -82,6 +67,30 @@ def save_page(path, template, data, **values):
         'figure': figure,
         'markup': markupsafe.Markup,
     }
+    return environment
+
+
+def save_page(path, template, data, **values):
+    """Renders a page to a temporary file and renames it, so that it is complete.
+
+    Args:
+      path: of the page.
+      template: in `templates/`, with a script of the same name.
+      data: what the scripts read; JSON can hold it.
+      **values: of the template.
+
+    Raises:
+      UserError: the page cannot be written.
+    """
+    check_installed(os.path.basename(path))
+    import markupsafe
+
+    pages = importlib.resources.files('flax_densenet.report') / 'templates'
+
+    def text(name):
+        return markupsafe.Markup((pages / name).read_text('utf-8'))
+
+    environment = make_environment()
     # Inside a script element only this could end it.
     numbers = json.dumps(data, separators=(',', ':')).replace('<', '\\u003c')
     page = environment.get_template(template).render(

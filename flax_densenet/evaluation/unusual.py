@@ -29,8 +29,8 @@ PER_CLASS = 10  # training images that are looked at, at least
 
 def needs_features(trained: trained_lib.Trained) -> bool:
     """Whether a model's score needs pooled features."""
-    score = trained.decisions and trained.decisions.unusual
-    return bool(score) and score.feature_size is not None
+    score = None if trained.decisions is None else trained.decisions.unusual
+    return score is not None and score.feature_size is not None
 
 
 def of_outputs(
@@ -40,8 +40,8 @@ def of_outputs(
 
     None if the model has no score, or if it needs features and there are none.
     """
-    score = trained.decisions and trained.decisions.unusual
-    if not score:
+    score = None if trained.decisions is None else trained.decisions.unusual
+    if score is None:
         return None
     features = np.zeros((len(computed.logits), 0))
     if score.feature_size is not None:

@@ -111,6 +111,8 @@ def _ours(task, **fields):
         state, _ = compiled(state, rows)
         jax.block_until_ready(state)
 
+    step()
+    process.release_memory()  # as `train.loop` does
     return _serve(task, step)
 
 

@@ -12,7 +12,7 @@ from flax_densenet.checkpoints import writer as checkpoint_writer
 from flax_densenet.checkpoints.reader import Checkpoint
 from flax_densenet.distributed import agreement as agreement_lib
 from flax_densenet.distributed import processes, zero
-from flax_densenet.system import platforms, signals
+from flax_densenet.system import platforms, process, signals
 from flax_densenet.train import ema, nonfinite, step, tensorboard, training_run
 
 
@@ -170,6 +170,8 @@ def take_epoch(loop: Loop, compiled, state, batches, epoch: int):
             losses.read(state, but=ahead)
             state, loss = compiled(state, batch)
             losses.add(number, loss)
+            if number == first + 1:
+                process.release_memory()
             bar.update(round((number - before) / (last - before) * count) - bar.n)
             loop.saver.check()
             asked, due = loop.agree(number)

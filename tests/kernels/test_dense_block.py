@@ -13,7 +13,6 @@ from flax_densenet import UserError
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.kernels import cpu as cpu_kernels
 from flax_densenet.kernels import dense_block, xla_block
-from flax_densenet.system import process
 from flax_densenet.train import fit
 from helpers.blocks import error, inputs, make, require_native, run, run_plain
 from helpers.networks import compiled
@@ -316,17 +315,6 @@ def test_a_broken_compiler(monkeypatch, tmp_path):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
     assert 'failed: x.cc:1: error: no such thing' in cpu_kernels._load.__wrapped__()
     assert list((tmp_path / 'flax_densenet' / 'kernels').iterdir()) == []
-
-
-def test_memory_settings_leave_a_users_own_alone(monkeypatch):
-    for name, value in {
-        'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=1',
-        'MALLOC_ARENA_MAX': '2',
-        'FLAX_DENSENET_KEEP_MEMORY': '0',
-    }.items():
-        with monkeypatch.context() as patch:
-            patch.setenv(name, value)
-            assert process.keep_memory() is False
 
 
 @pytest.mark.slow

@@ -113,9 +113,10 @@ def get_config() -> ConfigDict:
     config.data.blank_labels = 'unknown'
     # Meaning of -1 in a cell of a label: unknown, negative or positive.
     config.data.uncertain_labels = 'unknown'
-    # Images of one group are not split between training and test: auto (the column of
-    # patients in the table, else paths such as patient001/ if there is a table),
-    # column:NAME, path, path:REGEX (the group is its first group), or none.
+    # Images of one group are never split between parts: auto (a column, field or
+    # feature of patients such as patient_id, else paths such as patient001/),
+    # column:NAME, path, path:REGEX (the group is its first group), or none. For any
+    # source; a line says what was found and how many groups are in several parts.
     config.data.groups = 'auto'
     # Column of data.labels that says which images are for training, validation and
     # testing: auto (a column of train, val and test, or one named split, fold, ...),

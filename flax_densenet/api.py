@@ -5,7 +5,7 @@
     config = flax_densenet.get_config('folder:photos')
     config.train.epochs = 10
     result = flax_densenet.train(config, 'ckpt/photos')
-    print(result.best['test_accuracy'])  # or val_accuracy and result.test
+    print(result.best['test_accuracy'])
     model = flax_densenet.load('ckpt/photos')
     print(model.predict('new.jpg')[0].label)
     flax_densenet.export(model, 'photos.onnx')

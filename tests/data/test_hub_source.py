@@ -127,6 +127,34 @@ def test_validation_and_hidden_labels(tmp_path, capfd):
     assert 'tests on validation; not used: test' in lines
 
 
+def test_three_parts_and_groups(tmp_path, capfd):
+    """Validation chooses, test is for the end; a column of patients is found."""
+    text = datasets.Value('string')
+    for name, first, of in ('train', 0, 'abcd'), ('val', 50, 'ef'), ('test', 90, 'fg'):
+        columns = rows(2 * len(of), first=first)
+        columns['patient'] = [who for who in of for _ in range(2)]
+        columns['site'] = ['x'] * len(columns['patient'])
+        features = {'label': datasets.ClassLabel(names=NAMES)}
+        write(
+            tmp_path / f'{name}.parquet', columns, **features, patient=text, site=text
+        )
+    source = dataset.load_source(f'parquet:{tmp_path}', image_size=4)
+    assert pixels(source.val) == [50, 51, 52, 53]
+    assert pixels(source.test) == [90, 91, 92, 93] and len(source.train) == 8
+    lines = capfd.readouterr().out
+    assert 'trains on train, val chooses the best epoch, tests once on test' in lines
+    assert 'grouped by the column patient, 1 of 7 groups are in more than one' in lines
+    assert len(set(source.train.groups)) == 4 and len(set(source.val.groups)) == 2
+    plain = dataset.load_source(f'parquet:{tmp_path}', image_size=4, groups='none')
+    assert plain.train.groups is None
+    for groups, message in (
+        ('column:age', 'has the columns image, label, patient, site; name one'),
+        ('column:site', 'all images are of one group'),
+    ):
+        with pytest.raises(UserError, match=message):
+            dataset.load_source(f'parquet:{tmp_path}', image_size=4, groups=groups)
+
+
 def test_files_of_other_programs(tmp_path, capfd):
     """Without the library's metadata: bytes, and values for classes."""
     import pyarrow as pa

@@ -136,6 +136,31 @@ def test_parts_within_a_tar(jpegs, tmp_path, capsys):
     )
 
 
+def test_groups_in_the_json(jpegs, tmp_path, capsys):
+    """A field of patients is found; another one is named; names come after them."""
+    members = {}
+    for index, content in enumerate(jpegs):
+        about = {'label': index % 2, 'patient_id': f'p{index // 3}', 'site': index // 6}
+        members[f'{index:05}.jpg'] = content
+        members[f'{index:05}.json'] = json.dumps(about).encode()
+    write_tar(tmp_path / 'x.tar', members)
+    source = load(tmp_path / 'x.tar', val_fraction=0.3)
+    assert 'grouped by the field patient_id: 0 of 4 groups are in more than one' in (
+        capsys.readouterr().out
+    )
+    inside = [set(part.groups) for part in source.parts.values()]
+    assert [len(part) for part in inside] == [2, 1, 1]
+    assert len(set.union(*inside)) == 4
+    source = load(tmp_path / 'x.tar', groups='column:site')
+    assert len(source.test) == len(source.train) == 6
+    assert load(tmp_path / 'x.tar', groups='none').train.groups is None
+    with pytest.raises(UserError, match='without the field age in their JSON'):
+        load(tmp_path / 'x.tar', groups='column:age')
+    source = load(tmp_path / 'x.tar', groups=r'path:000(\d)')
+    assert "grouped by '0' and the like" in capsys.readouterr().out
+    assert len(source.train) + len(source.test) == 12
+
+
 def test_nothing_is_written(jpegs, tmp_path):
     """Names that lead outside are names."""
     members = {}

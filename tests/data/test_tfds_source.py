@@ -13,14 +13,20 @@ def tfds():
     return pytest.importorskip('tensorflow_datasets')
 
 
-def make_builder(tfds, class_name, image, with_test):
-    """A TFDS builder of 12 images, 8 to train on; the label is in each image."""
+def make_builder(tfds, class_name, image, with_test, *, three=False):
+    """A TFDS builder of 12 images, 8 to train on; the label is in each image.
+
+    Args:
+      three: also with a split `validation`, and a feature of patients.
+    """
 
     def info(self):
         features = {
             'image': tfds.features.Image(shape=(None, None, 3), encoding_format='png'),
             'label': tfds.features.ClassLabel(names=['left', 'right']),
         }
+        if three:
+            features['patient_id'] = tfds.features.Text()
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features)
         )
@@ -30,11 +36,14 @@ def make_builder(tfds, class_name, image, with_test):
         if with_test:
             parts['extra'] = self._generate_examples(range(12, 13))
             parts['test'] = self._generate_examples(range(8, 12))
+        if three:
+            parts['validation'] = self._generate_examples(range(6, 8))
         return parts
 
     def generate_examples(self, numbers):
         for number in numbers:
-            yield number, {'image': image(number), 'label': number % 2}
+            example = {'image': image(number), 'label': number % 2}
+            yield number, example | ({'patient_id': f'p{number // 2}'} if three else {})
 
     return type(
         class_name,
@@ -100,6 +109,34 @@ def test_several_splits_of_tfds(tfds, tmp_path):
     for name in ('train+none', 'train+train', 'train+'):
         with pytest.raises(UserError, match=f'tfds_train={name.replace("+", ".")}'):
             dataset.load_source('tfds:tiny_splits', tfds_train=name, **fields)
+
+
+def test_three_splits_of_tfds(tfds, tmp_path, capsys, monkeypatch):
+    make_builder(tfds, 'TinyThree', png, True, three=True)(
+        data_dir=tmp_path, file_format='array_record'
+    ).download_and_prepare()
+    fields = dict(image_size=8, tfds_dir=str(tmp_path))
+    source = dataset.load_source('tfds:tiny_three', **fields)
+    counts = {name: len(part) for name, part in source.parts.items()}
+    assert counts == {'train': 8, 'val': 2, 'test': 4}
+    assert source.val.name(0).startswith('validation[')
+    out = capsys.readouterr().out
+    assert 'trains on train, validation chooses the best epoch, tests once on' in out
+    # The images of validation are also in train.
+    assert 'grouped by the feature patient_id, 1 of 6 groups are in more than' in out
+    monkeypatch.setattr(tfds_source, '_GROUPED', 10)
+    source = dataset.load_source('tfds:tiny_three', **fields)
+    assert source.train.groups is None
+    assert 'data.groups=column:patient_id reads it of all 14' in capsys.readouterr().out
+    source = dataset.load_source(
+        'tfds:tiny_three', tfds_train='test', groups='column:patient_id', **fields
+    )
+    assert len(set(source.train.groups)) == 2
+    # A split of ours keeps patients together, though labels are read one by one.
+    source = dataset.load_source('tfds:tiny_three', val_fraction=0.0, **fields)
+    for groups in ('column:age', 'path'):
+        with pytest.raises(UserError, match='has the features image, label, patient_i'):
+            dataset.load_source('tfds:tiny_three', groups=groups, **fields)
 
 
 def test_tfds_set_that_needs_tensorflow(tfds, tmp_path):

@@ -10,7 +10,8 @@ import pytest
 import flax_densenet
 from flax_densenet import UserError, settings
 from flax_densenet.data import dataset
-from flax_densenet.report import finished
+from flax_densenet.export import model_card
+from flax_densenet.report import compare, finished, render
 from flax_densenet.train import announce
 from helpers import shared
 from helpers.runs import write_images
@@ -83,6 +84,34 @@ def test_the_page_says_which_images_chose(three):
     assert 'Training and validation accuracy' in page
     assert 'Training, validation and test images' in page
     assert 'same test images' not in page and 'test loss' not in page
+
+
+def test_runs_are_compared_by_their_tests(three, tmp_path):
+    _, result = three
+    path = tmp_path / 'compare.html'
+    compare.save([result.workdir, result.workdir], str(path))
+    page = path.read_text()
+    assert 'the runs are sorted by these: the test images chose nothing' in page
+    assert 'Validation accuracy' in page and 'Solid lines: validation' in page
+    share = render.percent(result.test['accuracy'])
+    chosen = render.percent(result.best['val_accuracy'])
+    assert share != chosen
+    assert f'>{chosen}</td>' in page and f'>{share}</td>' in page
+
+
+def test_the_card_is_of_the_test_images(three):
+    _, result = three
+    model = flax_densenet.load(result.workdir).trained
+    card = model_card.render(
+        model, workdir=result.workdir, facts=[], file='x.onnx', file_format='onnx'
+    )
+    assert 'on 360 test images of `digits`' in card
+    assert 'chosen on validation images; the test images chose nothing' in card
+    assert '288 to choose the epoch by, 360 to test on' in card
+    alone = model_card.render(
+        model, workdir=None, facts=[], file='x.onnx', file_format='onnx'
+    )
+    assert 'on 288 validation images of `digits`' in alone
 
 
 def test_without_a_report_the_test_is_measured(tmp_path, caplog):

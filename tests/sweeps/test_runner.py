@@ -34,8 +34,8 @@ class Objective:
       events: names of what was called, up to `dies_at` of them.
     """
 
-    def __init__(self, figure):
-        self.figure, self.trained = figure, {}
+    def __init__(self, figure, part='test'):
+        self.figure, self.part, self.trained = figure, part, {}
         self.events, self.dies_at = [], None
 
     def happens(self, name):
@@ -51,8 +51,8 @@ class Objective:
         train, rate = settings.train, settings.schedule.learning_rate
         for epoch in range(done + 1, train.epochs + 1):
             figure = self.figure(rate, train.seed, epoch)
-            record = {'epoch': epoch, 'test_accuracy': figure, 'test_loss': 1 - figure}
-            record['seconds'] = 60
+            record = {'epoch': epoch, 'seconds': 60}
+            record |= {f'{self.part}_accuracy': figure, f'{self.part}_loss': 1 - figure}
             self.happens('epoch')
             with path.open('a') as file:
                 file.write(json.dumps(record) + '\n')
@@ -82,8 +82,8 @@ def objective(monkeypatch):
     made = _migrations()
     monkeypatch.setattr(script.ScriptDirectory, 'from_config', lambda _: made)
 
-    def use(figure):
-        made = Objective(figure)
+    def use(figure, part='test'):
+        made = Objective(figure, part)
         monkeypatch.setattr(fit_lib, 'fit', made.fit)
         monkeypatch.setattr(sweep_runner.finished, 'write', lambda folder: None)
         prepared = types.SimpleNamespace(source=None)
@@ -151,6 +151,22 @@ def test_a_grid_with_seeds(objective, tmp_path, capsys):
     again = objective(by_rate)
     assert table(start(tmp_path / 's', *flags)) == table(rows)
     assert again.trained == {}
+
+
+def test_validation_chooses(objective, monkeypatch, tmp_path, capsys):
+    """The test result is that of the chosen setting; the record keeps it."""
+    objective(by_rate, 'val')
+    monkeypatch.setattr(sweep_runner.finished, 'write', lambda _: {'accuracy': 0.5})
+    rows = start(tmp_path / 's', f'{RATE}=0.1,0.3')
+    out = capsys.readouterr().out
+    assert f'best: {RATE}=0.3: validation accuracy 90.0% over 1 seed' in out
+    assert 'chosen on the validation images' in out
+    assert 'on the test images, which chose nothing, its accuracy is 50.0%' in out
+    assert [row.test for row in rows] == [0.5, 0.5]
+    kept = sweep_record.load(str(tmp_path / 's'))
+    assert kept.part == 'val' and kept.figure == 'validation accuracy'
+    sweep_table.save(str(tmp_path), kept, rows)
+    assert ',val_loss,' in (tmp_path / 'sweep.csv').read_text()
 
 
 def test_seeds_alone(objective, tmp_path):

@@ -102,15 +102,11 @@ def test_runs_are_compared_by_their_tests(three, tmp_path):
 def test_the_card_is_of_the_test_images(three):
     _, result = three
     model = flax_densenet.load(result.workdir).trained
-    card = model_card.render(
-        model, workdir=result.workdir, facts=[], file='x.onnx', file_format='onnx'
-    )
+    card = model_card.render(model, workdir=result.workdir)
     assert 'on 360 test images of `digits`' in card
     assert 'chosen on validation images; the test images chose nothing' in card
     assert '288 to choose the epoch by, 360 to test on' in card
-    alone = model_card.render(
-        model, workdir=None, facts=[], file='x.onnx', file_format='onnx'
-    )
+    alone = model_card.render(model)
     assert 'on 288 validation images of `digits`' in alone
 
 

@@ -74,8 +74,8 @@ COMMAND = options.Command(
     usage='MODEL',
     details=(
         'MODEL is the folder of a run, a file of weights or a folder of the Hugging '
-        'Face Hub. The page, the API and /metrics for Prometheus are described in the '
-        'README. Needs the extra: pip install "flax_densenet[serve]".',
+        'Face Hub. docs/serve.md describes the page, the API and /metrics for '
+        'Prometheus. Needs the extra: pip install "flax_densenet[serve]".',
     ),
     examples=(
         ('on this machine, port 8000', 'serve ckpt/birds'),

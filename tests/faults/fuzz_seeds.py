@@ -229,7 +229,8 @@ def _pickle_torch(saved, *, legacy, whole):
     return out.getvalue(), storages
 
 
-def _torch_zip(saved, *, whole=False):
+def torch_zip(saved, *, whole=False) -> bytes:
+    """What `torch.save` writes of a dictionary of arrays, or of a whole network."""
     data, storages = _pickle_torch(saved, legacy=False, whole=whole)
     out = io.BytesIO()
     with zipfile.ZipFile(out, 'w') as archive:
@@ -274,9 +275,9 @@ def torch_files() -> dict[str, list[bytes]]:
         }
         nested = {'epoch': 3, 'state_dict': {f'module.{k}': half[k] for k in half}}
         for saved in (state, nested):
-            found['zip'].append(_torch_zip(saved))
+            found['zip'].append(torch_zip(saved))
             found['legacy'].append(_torch_legacy(saved))
-        found['zip'].append(_torch_zip(state, whole=True))
+        found['zip'].append(torch_zip(state, whole=True))
         found['legacy'].append(_torch_legacy(state, whole=True))
     for name in ('tiny_torchvision.pth', 'tiny_chexnet_style.pth.tar'):
         path = _SHARED / 'reference' / name

@@ -270,7 +270,7 @@ def evaluate(
             raise UserError(f'{path} does not say what it was trained on: pass data')
         _, found, _ = results.of_data(trained, path, settings)
     return Evaluation(
-        metrics=found.metrics,
+        metrics=found.metrics | ({'doubt': found.doubt} if found.doubt else {}),
         class_names=found.class_names,
         names=tuple(found.name(row) for row in range(len(found.labels))),
         labels=found.labels,

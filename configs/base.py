@@ -109,10 +109,14 @@ def get_config() -> ConfigDict:
     # Columns of the labels or of the class, "('cat','dog')". (): they are found. For
     # hf: and parquet:, the one column of the label.
     config.data.label_columns = ()
-    # Meaning of an empty cell of a label: unknown, negative or positive.
+    # Meaning of an empty cell of a label: unknown (or ignore), negative or positive.
     config.data.blank_labels = 'unknown'
-    # Meaning of -1 in a cell of a label: unknown, negative or positive.
+    # Meaning of -1 in a cell of a label: unknown (or ignore), negative, positive, or
+    # soft: a target between 0 and 1 in the loss, and unknown for everything else.
     config.data.uncertain_labels = 'unknown'
+    # Span of soft targets; each is drawn once. '(0.55,0.85)' leans to positive as in
+    # arXiv 1911.06475, '(0.15,0.45)' to negative, '(0.7,0.7)' is a fixed one.
+    config.data.soft_labels = (0.55, 0.85)
     # Images of one group are never split between parts: auto (a column, field or
     # feature of patients such as patient_id, else paths such as patient001/),
     # column:NAME, path, path:REGEX (the group is its first group), or none. For any

@@ -3,6 +3,8 @@
 Labels of one dimension are classes: softmax and cross-entropy. Labels of two are 0, 1
 or NaN (not known) for each label: a sigmoid for each, and only those that are known
 count. So an image's loss is a mean over its known labels, whatever batch it is in.
+Values between 0 and 1 are soft targets of labels that nobody knows (see
+`data.soft_labels`): `Loss` learns them, and `measure` leaves them out.
 
 `measure` is what runs report and are compared by, the plain cross-entropy; `Loss` is
 what the gradient is of.
@@ -61,7 +63,7 @@ class Loss:
 
         Args:
           logits: `[N, C]`.
-          labels: int32 `[N]`, or float32 `[N, C]` of 0, 1 and NaN.
+          labels: int32 `[N]`, or float32 `[N, C]` of 0, 1, NaN and soft targets.
         """
         if labels.ndim == 1:
             return self._of_classes(logits, labels)
@@ -134,13 +136,15 @@ def measure(logits, labels):
 
     Args:
       logits: `[N, L]`.
-      labels: int32 `[N]`, or float32 `[N, L]` of 0, 1 and NaN.
+      labels: int32 `[N]`, or float32 `[N, L]` of 0, 1 and NaN; soft ones count as NaN.
 
     Returns:
       Losses float `[N]` in nats; correct `[N]`: bool, or with labels the share of the
       known ones that are right at a probability of a half. An image without any known
       label has loss 0 and counts as right.
     """
+    if labels.ndim == 2:
+        labels = jnp.where((labels > 0) & (labels < 1), jnp.nan, labels)
     losses = CROSS_ENTROPY.losses(logits, labels)
     if labels.ndim == 1:
         return losses, logits.argmax(-1) == labels

@@ -71,6 +71,38 @@ def test_several_labels_an_image(smoothing):
         np.testing.assert_allclose(found, rows, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize('name', ['cross_entropy', 'bce'])
+def test_soft_targets_are_learned_and_not_measured(name):
+    """A target t is the mean of the losses of 1 and 0, also with weights."""
+    loss = losses_lib.Loss(name, pos_weight=(3.0, 0.5, 1.0, 2.0))
+    soft = SEVERAL.copy()
+    soft[:2, 1:3] = 0.7, 0.2
+    one, zero = (
+        loss.losses(LOGITS, np.where((soft > 0) & (soft < 1), value, soft))
+        for value in (1.0, 0.0)
+    )
+    for share, column in ((0.7, 1), (0.2, 2)):
+        alone = np.full_like(soft, np.nan)
+        alone[:, column] = share
+        parts = [
+            loss.losses(LOGITS, np.where(np.isnan(alone), alone, value))
+            for value in (1.0, 0.0)
+        ]
+        expected = share * parts[0] + (1 - share) * parts[1]
+        found = loss.losses(LOGITS, alone)
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    between = loss.losses(LOGITS, soft)[:2]
+    assert ((between - one[:2]) * (between - zero[:2]) < 0).all()
+    hidden = np.where((soft > 0) & (soft < 1), np.nan, soft)
+    for found, expected in zip(
+        losses_lib.measure(LOGITS, soft),
+        losses_lib.measure(LOGITS, hidden),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(found, expected)
+    assert (np.asarray(loss.losses(LOGITS, hidden))[:2] != between).all()
+
+
 def test_positives_weigh_more():
     """As in torch's BCEWithLogitsLoss: w * y * log(p) + (1 - y) * log(1 - p)."""
     weight = np.resize([3.0, 0.5, 1.0], SEVERAL.shape[1])

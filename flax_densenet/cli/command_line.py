@@ -211,7 +211,8 @@ def check_field(field: str):
 def _check_field(field, fields):
     if field in fields:
         return
-    close = difflib.get_close_matches(field, fields, 1, 0.7)
+    close = [known for known in fields if known.startswith(f'{field}_')]
+    close = close or difflib.get_close_matches(field, fields, 1, 0.7)
     if not close:  # of another section
         last = {known.rpartition('.')[2]: known for known in fields}
         close = difflib.get_close_matches(field.rpartition('.')[2], last, 1, 0.8)

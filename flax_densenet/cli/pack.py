@@ -5,7 +5,7 @@ from flax_densenet.errors import UserError
 
 _TABLE = (
     *('label_kind', 'label_columns', 'blank_labels', 'uncertain_labels'),
-    *('groups', 'split'),
+    *('soft_labels', 'groups', 'split'),
 )
 _FIELDS = (
     *('data.source', 'data.labels', 'data.bad_images', 'data.threads'),

@@ -12,7 +12,14 @@ from flax_densenet.system import paths
 # Fields that say which images there are; the model decides how they are prepared.
 _WHICH = (
     *('source', 'labels', 'label_kind', 'label_columns', 'blank_labels'),
-    *('uncertain_labels', 'groups', 'split', 'test_fraction', 'val_fraction'),
+    *(
+        'uncertain_labels',
+        'soft_labels',
+        'groups',
+        'split',
+        'test_fraction',
+        'val_fraction',
+    ),
     'split_seed',
     *('tfds_dir', 'tfds_train'),
 )

@@ -41,7 +41,8 @@ class Draws:
         """Makes the stream; classes without images are never drawn.
 
         Args:
-          labels: int `[N]`, or float `[N, L]` of 0, 1 and NaN.
+          labels: int `[N]`, or float `[N, L]` of 0, 1, NaN and soft ones, which count
+            as NaN here.
           seed: of the order.
         """
         labels = np.asarray(labels)
@@ -70,7 +71,7 @@ class Draws:
 
 def _label_groups(labels):
     """Of each label its positives, and the images without any: bool `[L + 1, N]`."""
-    positive = labels > 0.5
+    positive = labels == 1
     return np.concatenate([positive, ~positive.any(1, keepdims=True)], 1).T
 
 
@@ -101,7 +102,8 @@ def positive_weights(text: str, labels, names) -> tuple[float, ...]:
 
     Args:
       text: `train.pos_weight`.
-      labels: float `[N, L]` of 0, 1 and NaN, of the training images.
+      labels: float `[N, L]` of the training images; those that are neither 0 nor 1
+        are not counted.
       names: of the labels.
 
     Raises:
@@ -110,7 +112,7 @@ def positive_weights(text: str, labels, names) -> tuple[float, ...]:
     if not text.strip():
         return ()
     if text.strip() == 'auto':
-        positive, negative = (labels > 0.5).sum(0), (labels <= 0.5).sum(0)
+        positive, negative = (labels == 1).sum(0), (labels == 0).sum(0)
         ratios = negative / np.maximum(positive, 1)
         return tuple(float(x) for x in np.clip(ratios, 1 / _HEAVIEST, _HEAVIEST))
     weights = dict.fromkeys(names, 1.0)

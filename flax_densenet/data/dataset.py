@@ -29,6 +29,7 @@ from flax_densenet.data import (
     splits,
 )
 from flax_densenet.data import duplicates as duplicates_lib
+from flax_densenet.data import soft_labels as soft_labels_lib
 from flax_densenet.errors import UserError
 from flax_densenet.settings import sizes
 
@@ -39,7 +40,8 @@ class Examples:
     """A random-access sequence of `{'image': uint8 [H, W, C], 'label': int32}`.
 
     Images are uint16 if the preparation keeps more than 8 bits. If images have several
-    labels, `label` is float32 `[L]` of 0, 1 and NaN (unknown).
+    labels, `label` is float32 `[L]` of 0, 1, NaN (unknown) and, between 0 and 1, soft
+    targets (see `soft_labels`).
     """
 
     def __init__(
@@ -256,6 +258,7 @@ def load_source(
     label_columns: tuple[str, ...] = (),
     blank_labels: str = 'unknown',
     uncertain_labels: str = 'unknown',
+    soft_labels: tuple[float, float] = soft_labels_lib.SPAN,
     groups: str = 'auto',
     split: str = 'auto',
     image_size: sizes.Size = 0,
@@ -288,6 +291,7 @@ def load_source(
       label_kind, label_columns, groups, split, blank_labels, uncertain_labels: of the
         table, see `label_options.Options`. `groups` can also be `path` or `path:REGEX`,
         if the paths have the groups of the images.
+      soft_labels: the span of soft targets, see `soft_labels`.
       image_size: pixels of the resized images: a side, or (height, width); 0 for the
         source's default.
       resize, crop_fraction, interpolation, channels: see `images.Preparation`.
@@ -330,6 +334,7 @@ def load_source(
             *(label_kind, tuple(label_columns), groups),
             *(blank_labels, uncertain_labels, split),
             for_training=known_classes is None,
+            soft=soft_labels,
         ),
         known_classes=known_classes,
         channels=channels,

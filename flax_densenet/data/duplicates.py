@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Hashable
 
 import numpy as np
 
+from flax_densenet.data import soft_labels
 from flax_densenet.errors import UserError, printable
 
 DUPLICATES = ('report', 'drop', 'ignore')
@@ -164,7 +165,7 @@ def resolve(
             notes.append(_report_shared(shared, one, (part, other), name, duplicates))
             copies = np.array(sum(shared, []), np.int64)
             dropped[part] = np.union1d(dropped.get(part, copies), copies)
-    labels = np.nan_to_num(labels, nan=-1)
+    labels = np.nan_to_num(soft_labels.known_labels(labels), nan=-1)
     unclear = [group for group in groups if len(np.unique(labels[group], axis=0)) > 1]
     if unclear:
         one, other = _two_of(unclear[0], labels)

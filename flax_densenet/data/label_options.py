@@ -3,11 +3,12 @@
 import dataclasses
 import re
 
-from flax_densenet.data import split_column
+from flax_densenet.data import soft_labels, split_column
 from flax_densenet.errors import UserError
 
 KINDS = ('auto', 'labels', 'classes')
 MEANINGS = ('unknown', 'negative', 'positive')
+OF_UNCERTAIN = (*MEANINGS, 'soft')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +19,12 @@ class Options:
       kind: `labels` for several labels an image, `classes` for one class each, `auto`.
       columns: those of the labels or the class; empty: they are found.
       groups: `column:NAME`, `none`, or anything else to find the column.
-      blank, uncertain: what a missing cell and -1 mean: unknown, negative, positive.
+      blank, uncertain: what a missing cell and -1 mean: unknown (or ignore), negative,
+        positive; -1 also soft.
       split: the column of parts, see `split_column`.
       for_training: whether a model is to learn from the table; one that is measured
         needs no negative images.
+      soft: the span of the targets of `soft`, see `soft_labels`.
     """
 
     kind: str = 'auto'
@@ -31,12 +34,17 @@ class Options:
     uncertain: str = 'unknown'
     split: str = 'auto'
     for_training: bool = True
+    soft: tuple[float, float] = soft_labels.SPAN
 
     def __post_init__(self):
+        for name in ('blank', 'uncertain'):
+            if getattr(self, name) == 'ignore':
+                object.__setattr__(self, name, 'unknown')
+        object.__setattr__(self, 'soft', soft_labels.check(self.soft))
         for field, value, valid in (
             ('label_kind', self.kind, KINDS),
             ('blank_labels', self.blank, MEANINGS),
-            ('uncertain_labels', self.uncertain, MEANINGS),
+            ('uncertain_labels', self.uncertain, OF_UNCERTAIN),
         ):
             if value not in valid:
                 raise UserError(
@@ -55,6 +63,7 @@ def options_of(fields) -> Options:
         fields['blank_labels'],
         fields['uncertain_labels'],
         fields['split'],
+        soft=tuple(fields['soft_labels']),
     )
 
 

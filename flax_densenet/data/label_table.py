@@ -4,7 +4,8 @@ One row an image. A column names the image (`image`, `filename`, `Image Index`, 
 ...). The others can be
 
 * a column for each of several labels, of 1 and 0 (also yes and no, TRUE and FALSE);
-  empty cells, NA and -1 (of uncertain ones) are not known, or what the options say;
+  empty cells, NA and -1 (of uncertain ones) are not known, or what the options say,
+  which can be a target between 0 and 1 (see `soft_labels`);
 * one column of names between bars, as `Finding Labels` of the NIH's chest X-rays, or
   between semicolons or commas;
 * one column `label`, `class`, `diagnosis`, ... with the class of each image, by name or
@@ -24,6 +25,7 @@ from flax_densenet.data import cells as cells_lib
 from flax_densenet.data import (
     label_lists,
     label_options,
+    soft_labels,
     split_column,
     table_columns,
     table_text,
@@ -48,7 +50,7 @@ class Labels:
     Attributes:
       images: names of the images, N of them.
       names: of the labels, L of them, or of the classes.
-      values: float32 `[N, L]` of 0, 1 and NaN, or int32 `[N]`, the classes.
+      values: float32 `[N, L]` of 0, 1, NaN and soft ones, or int32 `[N]`, the classes.
       groups: int64 `[N]`, whose image it is, or None.
       grouped_by: what tells it, for a message.
       parts: int64 `[N]`, 0 to train on, 1 to choose and 2 to test by, 3 for no use; or
@@ -101,6 +103,7 @@ class _Reading(table_columns.Columns):
         group, groups = self.find_group({images, *split}, self.options.groups)
         others = {images, group, *split}
         left = [n for n in self.columns if n not in others and not self.is_index(n)]
+        self.images = images
         used, names, values = self._find_labels(self._may_be_labels(left))
         ignored = [name for name in left if name not in used]
         self.notes += [self._why_not[n] for n in ignored if n in self._why_not]
@@ -247,17 +250,28 @@ class _Reading(table_columns.Columns):
         blank, uncertain = np.isnan(values), values == -1
         meaning = dict(unknown=np.nan, negative=0.0, positive=1.0)
         values[blank] = meaning[self.options.blank]
-        values[uncertain] = meaning[self.options.uncertain]
+        if self.options.uncertain == 'soft':
+            self._soften(values, uncertain, names)
+        else:
+            values[uncertain] = meaning[self.options.uncertain]
         self._check_negatives(values, blank, uncertain)
         self._say_counts(names, values)
-        for what, where, field, value in (
-            ('empty cells', blank, 'blank_labels', self.options.blank),
-            ('cells of -1', uncertain, 'uncertain_labels', self.options.uncertain),
+        for what, where, field, value, known in (
+            (
+                *('empty cells', blank, 'blank_labels', self.options.blank),
+                label_options.MEANINGS,
+            ),
+            (
+                *('cells of -1', uncertain, 'uncertain_labels', self.options.uncertain),
+                label_options.OF_UNCERTAIN,
+            ),
         ):
             if where.any():
+                if value == 'soft':
+                    value += ' ({:g} to {:g})'.format(*self.options.soft)
                 self.notes.append(
                     f'{int(where.sum())} {what} are read as {value}; data.{field} is '
-                    f'one of {", ".join(label_options.MEANINGS)}'
+                    f'one of {", ".join(known)}'
                 )
         self.notes += filter(None, map(split_column.describe_label, names))
         if len(names) == 1:
@@ -271,6 +285,13 @@ class _Reading(table_columns.Columns):
                 'makes classes of them'
             )
         return set(names), names, values
+
+    def _soften(self, values, uncertain, names):
+        images = self.columns[self.images]
+        for row, place in np.argwhere(uncertain).tolist():
+            values[row, place] = soft_labels.draw(
+                images[row], names[place], self.options.soft
+            )
 
     def _check_negatives(self, values, blank, uncertain):
         """Raises if every image has a label, but some may be meant to have none."""
@@ -289,12 +310,17 @@ class _Reading(table_columns.Columns):
 
     def _say_counts(self, names, values, most=20):
         """For each label how many images have it, have it not, or are not known."""
-        pieces = []
-        for name, column in list(zip(names, values.T, strict=True))[:most]:
+        pieces, soft = [], soft_labels.are_soft(values).sum(0)
+        for place, name in enumerate(names[:most]):
+            column = values[:, place]
             yes, no = int((column == 1).sum()), int((column == 0).sum())
-            pieces.append(f'{name} {yes}/{no}/{len(column) - yes - no}')
+            unknown = len(column) - yes - no - int(soft[place])
+            pieces.append(f'{name} {yes}/{no}/{unknown}')
+            if soft.any():
+                pieces[-1] += f'/{soft[place]}'
         more = ', ...' if len(names) > most else ''
-        self.notes.append(f'positive/negative/unknown: {", ".join(pieces)}{more}')
+        what = 'positive/negative/unknown' + '/soft' * bool(soft.any())
+        self.notes.append(f'{what}: {", ".join(pieces)}{more}')
         same = [
             name
             for name, column in zip(names, values.T, strict=True)

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flax_densenet import losses as losses_lib
-from flax_densenet.data import dataset, notes, pipeline, unreadable
+from flax_densenet.data import dataset, notes, pipeline, soft_labels, unreadable
 from flax_densenet.data import parts as parts_lib
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.errors import UserError, list_first
@@ -137,6 +137,7 @@ def evaluate(
         logits, labels, mask = (
             np.concatenate(part) for part in zip(*seen, strict=True)
         )
+        labels = soft_labels.known_labels(labels)
         areas = metrics_lib.auroc(logits[mask > 0], labels[mask > 0])
         metrics |= {'auroc': areas, 'mean_auroc': metrics_lib.mean_auroc(areas)}
     return metrics
@@ -149,7 +150,7 @@ class Outputs:
     Attributes:
       logits: float32 `[N, C]`, of the network itself: neither calibrated nor scaled by
         operating points.
-      labels: int32 `[N]` or float32 `[N, L]`.
+      labels: int32 `[N]`, or float32 `[N, L]` of 0, 1 and NaN, also for soft ones.
       features: pooled features, float32 `[N, F]`, if they were asked for.
     """
 
@@ -217,7 +218,7 @@ def compute_outputs(
             'the model gives values that are not finite: its training went wrong, '
             'start again with a lower optimizer.learning_rate'
         )
-    return Outputs(logits, labels, *more)
+    return Outputs(logits, soft_labels.known_labels(labels), *more)
 
 
 @functools.partial(jax.jit, static_argnames=('module', 'mean', 'std', 'tta'))

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from flax_densenet import settings as settings_lib
-from flax_densenet.data import dataset, identity, notes
+from flax_densenet.data import dataset, identity, notes, soft_labels
 from flax_densenet.distributed import mesh
 from flax_densenet.errors import UserError, list_first
 from flax_densenet.evaluation import evaluate
@@ -84,7 +84,7 @@ def _check_known(settings, labels, names):
     Raises:
       UserError: nothing is known at all.
     """
-    known = ~np.isnan(labels)
+    known = ~np.isnan(soft_labels.known_labels(labels))
     if not known.any():
         raise UserError(
             f'data.labels={settings.data.labels}: no label of the model is known of '

@@ -32,6 +32,11 @@ SECTIONS = {
 }
 # Earlier names of fields, which are still read.
 RENAMED = {'data.colour_jitter': 'data.color_jitter'}
+# Other words for values of fields.
+_SYNONYMS = {
+    ('data.blank_labels', 'ignore'): 'unknown',
+    ('data.uncertain_labels', 'ignore'): 'unknown',
+}
 
 _LOGGER = logging.getLogger(__name__)
 _GROUPS: dict[str, Any] = {
@@ -160,7 +165,10 @@ def _from_fields(given: dict[str, Any], reject: Callable[[str], None]) -> Settin
         elif name in _FIELDS:
             group, kind = _FIELDS[name]
             field = name.partition('.')[2]
-            groups.setdefault(group, {})[field] = _convert(name, value, kind)
+            value = _convert(name, value, kind)
+            if kind is str:
+                value = _SYNONYMS.get((name, value), value)
+            groups.setdefault(group, {})[field] = value
         else:
             reject(name)
     return Settings(
@@ -170,7 +178,8 @@ def _from_fields(given: dict[str, Any], reject: Callable[[str], None]) -> Settin
 
 def _raise_unknown(name):
     known = ['init_from', *_FIELDS]
-    close = difflib.get_close_matches(name, known, 1)
+    close = [field for field in known if field.startswith(f'{name}_')]
+    close = close or difflib.get_close_matches(name, known, 1)
     section = [field for field in known if field.startswith(name.split('.')[0] + '.')]
     shown = section or ['init_from', *(f'{name}.*' for name in SECTIONS)]
     raise UserError(

@@ -52,6 +52,7 @@ class SourceSettings:
     label_columns: tuple[str, ...] = ()
     blank_labels: str = 'unknown'
     uncertain_labels: str = 'unknown'
+    soft_labels: tuple[float, ...] = (0.55, 0.85)
     groups: str = 'auto'
     split: str = 'auto'
     test_fraction: float = 0.2

@@ -55,6 +55,7 @@ def _decisive(settings):
     data = ['batch_size', 'split_seed', 'test_fraction', 'val_fraction']
     if settings.data.labels:  # else they change nothing
         data += ['label_kind', 'label_columns', 'blank_labels', 'uncertain_labels']
+        data += ['soft_labels']
     yield from (f'data.{name}' for name in (*data, *vars(settings.preparation)))
     # The state depends on them.
     yield from ('train.freeze', 'train.head_warmup_epochs', 'train.ema')

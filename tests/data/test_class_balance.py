@@ -261,6 +261,15 @@ def test_weights_of_positives(text, weights):
     assert class_balance.positive_weights(text, SEVERAL, NAMES) == weights
 
 
+def test_soft_targets_are_neither_positive_nor_negative():
+    soft = np.where(np.isnan(SEVERAL), 0.8, SEVERAL)
+    assert class_balance.positive_weights('auto', soft, NAMES) == (3.5, 1.0)
+    lines = [class_balance.describe_label_draws(x, NAMES) for x in (soft, SEVERAL)]
+    assert lines[0] == lines[1]
+    ours, known = (class_balance.Draws(x, seed=0) for x in (soft, SEVERAL))
+    assert [ours(0, n) for n in range(10)] == [known(0, n) for n in range(10)]
+
+
 @pytest.mark.parametrize(
     ('text', 'message'),
     [

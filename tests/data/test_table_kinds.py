@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from flax_densenet import UserError
-from flax_densenet.data import dataset, label_options, label_table
+from flax_densenet import UserError, settings
+from flax_densenet.data import dataset, label_options, label_table, soft_labels
 from helpers.runs import write_images
 
 NAN = np.nan
@@ -64,6 +64,44 @@ def test_minus_one(tmp_path):
         found = read(tmp_path, text, uncertain=meaning)
         np.testing.assert_array_equal(found.values[:, 0], [1, value, 0, value])
         assert any(f'2 cells of -1 are read as {meaning}' in n for n in found.notes)
+
+
+def test_soft_targets(tmp_path):
+    """Each its own within the span, the same whichever other rows there are."""
+    text = column(['1', '-1', '0', '-1', ''])
+    found = read(tmp_path, text, uncertain='soft')
+    soft = found.values[[1, 3], 0]
+    assert (soft > 0.55).all() and (soft < 0.85).all() and soft[0] != soft[1]
+    assert 'positive/negative/unknown/soft: a 1/1/1/2, b ' in ' '.join(found.notes)
+    assert any(
+        '2 cells of -1 are read as soft (0.55 to 0.85)' in n for n in found.notes
+    )
+    lines = text.splitlines()
+    again = read(
+        tmp_path, '\n'.join([lines[0], lines[4], *lines[1:4]]), uncertain='soft'
+    )
+    assert again.values[0, 0] == soft[1]
+    fixed = read(tmp_path, text, uncertain='soft', soft=(0.3, 0.3))
+    np.testing.assert_allclose(fixed.values[:, 0], [1, 0.3, 0, 0.3, NAN], rtol=1e-6)
+    many = [soft_labels.draw(f'{n}.png', 'a', (0.2, 0.6)) for n in range(2000)]
+    assert np.histogram(many, 4, (0.2, 0.6))[0].min() > 420
+    for span in ((0, 0.5), (0.5, 1), (0.6, 0.5), (0.5,), ('a', 0.5)):
+        with pytest.raises(UserError, match=r'data.soft_labels=.* must be two numbers'):
+            read(tmp_path, text, soft=span)
+    with pytest.raises(UserError, match='blank_labels=soft is not known; use unknown'):
+        read(tmp_path, text, blank='soft')
+
+
+def test_ignore_is_a_word_for_unknown(tmp_path):
+    text = column(['1', '-1', '0', ''])
+    found = read(tmp_path, text, uncertain='ignore', blank='ignore')
+    np.testing.assert_array_equal(found.values[:, 0], [1, NAN, 0, NAN])
+    given = {'blank_labels': 'ignore', 'uncertain_labels': 'ignore'}
+    data = settings.from_config({'data': given}).data
+    assert (data.blank_labels, data.uncertain_labels) == ('unknown', 'unknown')
+    for name in ('blank', 'uncertain'):
+        with pytest.raises(UserError, match=f'did you mean data.{name}_labels?'):
+            settings.from_config({'data': {name: 'ignore'}})
 
 
 def test_odd_cells_are_named(tmp_path):

@@ -199,7 +199,7 @@ class PackedReader(readers.Reader):
         if self.manifest.multi_label:
             good = labels.dtype == np.float32 and labels.shape[1:] == (classes,)
             good = good and bool(
-                np.all((labels == 0) | (labels == 1) | (labels != labels))
+                np.all(((labels >= 0) & (labels <= 1)) | (labels != labels))
             )
         else:
             good = labels.dtype == np.int32 and labels.shape[1:] == ()

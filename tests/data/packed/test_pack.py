@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 
 from flax_densenet import UserError
-from flax_densenet.data import dataset, pipeline
+from flax_densenet.data import dataset, label_options, pipeline
 from flax_densenet.data.packed import manifest, records
 from flax_densenet.data.packed import reader as packed_reader
 from flax_densenet.data.packed import writer as pack_writer
@@ -66,14 +66,19 @@ def test_several_labels(column, tmp_path):
     write_images(folder, {'x': 20})
     table = tmp_path / 'labels.csv'
     values = {'patient': lambda n: n // 4, 'split': lambda n: ['train', 'test'][n % 2]}
-    # Not in the folder's order, one label not known.
+    # Not in the folder's order, one label not known, two soft.
+    cells = {3: '', 5: -1, 6: -1}
     lines = [
-        f'{n:03}.jpg,{values[column](n)},{n % 2},{"" if n == 3 else n % 3 // 2}'
+        f'{n:03}.jpg,{values[column](n)},{n % 2},{cells.get(n, n % 3 // 2)}'
         for n in [*range(10, 20), *range(10)]
     ]
     table.write_text('\n'.join([f'image,{column},ill,old', *lines]))
-    make(folder, out, labels=str(table))
-    one, other = load(f'folder:{folder}', labels=str(table)), load(f'packed:{out}')
+    soft = label_options.Options(uncertain='soft')
+    make(folder, out, labels=str(table), table=soft)
+    one = load(f'folder:{folder}', labels=str(table), uncertain_labels='soft')
+    other = load(f'packed:{out}')
+    both = np.concatenate([other.train.labels, other.test.labels])
+    assert ((both > 0.55) & (both < 0.85)).sum() == 2
     assert other.multi_label and other.train.labels.shape[1] == 2
     assert np.isnan(other.train.labels).any() or np.isnan(other.test.labels).any()
     assert_same_parts(folder, out, one, other)

@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+COVERAGE = '0.9'
 WAY = ('image_size', 'channels', 'resize', 'crop_fraction', 'interpolation')
 
 
@@ -54,6 +55,7 @@ def main(model, *files):
         [meta[name] for name in WAY]
         if meta['channels'] not in ('1', '3'):
             raise ValueError(f'images of {meta["channels"]} channels are not read here')
+        outputs = [one.name for one in session.get_outputs()]
         taken = [(one.name, one.type) for one in session.get_inputs()]
         if taken != [('image', 'tensor(uint8)')]:
             raise ValueError(f'takes {taken}, not a uint8 image')
@@ -67,10 +69,26 @@ def main(model, *files):
             print(f'{file}: cannot be read ({why})', file=sys.stderr)
             unread = 1
             continue
-        shares = session.run(['probabilities'], {'image': image})[0][0]
-        best = np.argsort(-shares, kind='stable')[:5]
-        print(f'{file}: ' + ', '.join(f'{labels[i]} {shares[i]:.1%}' for i in best))
+        found = dict(zip(outputs, session.run(None, {'image': image}), strict=True))
+        print(f'{file}: {describe(found, labels, meta)}')
     return unread
+
+
+def describe(found, labels, meta):
+    """The likeliest classes; their set, and whether the image is an unusual one."""
+    shares = found['probabilities'][0]
+    order = np.argsort(-shares, kind='stable')
+    line = ', '.join(f'{labels[i]} {shares[i]:.1%}' for i in order[:5])
+    if 'set_thresholds' in meta:
+        # For 90% of images like the validation images, the right class is in the set.
+        inside = shares >= json.loads(meta['set_thresholds'])[COVERAGE]
+        if not json.loads(meta['multi_label']):
+            inside[order[0]] = True
+        names = ', '.join(labels[i] for i in order if inside[i])
+        line += f'; set for {float(COVERAGE):.0%}: {names or "none"}'
+    if 'unusual' in found and found['unusual'][0] > 1:
+        line += f'; not like the training images ({found["unusual"][0]:.1f})'
+    return line
 
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import runpy
 import subprocess
 import sys
@@ -92,6 +93,36 @@ def test_prints_the_likeliest_alone(pictures, tmp_path):
         best = np.argsort(-shares)[:5]
         told = ', '.join(f'{LABELS[i]} {shares[i]:.1%}' for i in best)
         assert line == f'{file}: {told}'
+
+
+@pytest.mark.parametrize('several', [False, True])
+def test_sets_and_unusual_images(example, pictures, several, tmp_path, capsys):
+    """What the file has besides probabilities."""
+    model = write_onnx(tmp_path / 'model.onnx')
+    how = images.Preparation(SIZE)
+    shares = probabilities(model, images.load_image(pictures['photo.jpg'], how))
+    order = np.argsort(-shares)
+    for number, (score, lowest) in enumerate(((1.7, shares[order[1]]), (0.9, 1.0))):
+        made = onnx.load(model)
+        tensor = onnx.numpy_helper.from_array(np.float32([score]))
+        made.graph.node.append(
+            onnx.helper.make_node('Constant', [], ['unusual'], value=tensor)
+        )
+        made.graph.output.append(
+            onnx.helper.make_tensor_value_info('unusual', onnx.TensorProto.FLOAT, [1])
+        )
+        meta = {one.key: one.value for one in made.metadata_props}
+        meta['multi_label'] = json.dumps(several)
+        meta['set_thresholds'] = json.dumps({'0.9': [float(lowest)]})
+        onnx.helper.set_model_props(made, meta)
+        path = str(tmp_path / f'{number}.onnx')
+        onnx.save(made, path)
+        assert example.main(path, pictures['photo.jpg']) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    best = f'{LABELS[order[0]]}, {LABELS[order[1]]}'
+    assert first.endswith(f'; set for 90%: {best}; not like the training images (1.7)')
+    alone = 'none' if several else LABELS[order[0]]
+    assert second.endswith(f'; set for 90%: {alone}')
 
 
 def test_unreadable_files_are_told_of(example, pictures, tmp_path, capsys):

@@ -320,6 +320,20 @@ def get_config() -> ConfigDict:
     # Experiment trackers that follow the run, such as 'wandb,mlflow': wandb, mlflow,
     # trackio. Without a login they write to this machine (docs/train.md).
     config.train.trackers = ''
+    # At the end, calibrate the probabilities on the validation images, or on the test
+    # images if there is no validation part: a temperature, or with data.labels Platt
+    # scaling of each label, if that lowers the log loss by more than chance. Used
+    # wherever the model predicts, unless --raw is given. The command calibrate does it
+    # later.
+    config.train.calibrate = True
+    # At the end, choose on the same images from which probability on a label, or the
+    # positive one of two classes, counts as positive: youden (the largest sum of
+    # sensitivity and specificity), f1, sensitivity=0.95 or specificity=0.9 (at least
+    # that), or cost=5:1 (a false negative costs 5, a false positive 1). Empty: 0.5 for
+    # labels, and the most likely class.
+    config.train.threshold = ''
+    # The positive one of two classes, for train.threshold. Empty: the second.
+    config.train.positive_class = ''
     # After training, learn what usual images look like, so that predictions also say
     # how unlike the training images an image is (docs/unusual.md): energy (of the
     # outputs alone), mahalanobis (distance to the nearest class), both, neighbor

@@ -159,6 +159,7 @@ def load(
     outputs: str | None = None,
     data: Mapping[str, Any] | None = None,
     precision: str | None = None,
+    raw: bool = False,
 ) -> 'Predictor':
     """Loads a trained model, to predict, explain or extract features.
 
@@ -178,6 +179,8 @@ def load(
         here and `eval` or `report` with `--precision=auto` has measured that it costs
         at most 0.1 points of accuracy. By default `auto`, without a word if nothing was
         measured.
+      raw: the network's own outputs, without the calibration, thresholds and limits
+        that were fitted after training.
 
     Raises:
       UserError: there is no such file or folder, it holds no trained model, or an
@@ -193,6 +196,7 @@ def load(
         outputs=outputs,
         data=data,
         precision=precision,
+        raw=raw,
     )
 
 

@@ -1,6 +1,7 @@
 """The table of commands."""
 
 from flax_densenet.cli import (
+    calibrate,
     evaluate,
     export,
     lr_find,
@@ -20,7 +21,7 @@ from flax_densenet.cli import (
 COMMANDS = {
     module.COMMAND.name: module.COMMAND
     for module in (
-        *(train, evaluate, report, predict, export, push, serve),
+        *(train, evaluate, report, calibrate, predict, export, push, serve),
         *(sweep, lr_find, pack, summary, weights, settings),
     )
 }

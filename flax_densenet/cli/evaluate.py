@@ -5,7 +5,7 @@ from flax_densenet.cli import arguments, options, trained_model
 
 def run(invocation: options.Invocation):
     """Prints the metrics; writes `eval.json` and `predictions.csv`."""
-    from flax_densenet.evaluation import precisions, results
+    from flax_densenet.evaluation import decision_text, precisions, results
 
     workdir = invocation.workdir
     trained, path, settings = trained_model.load(invocation, workdir)
@@ -19,6 +19,9 @@ def run(invocation: options.Invocation):
     where = f'{len(found.labels)} {what} of {settings.data.source}, {measured.model}'
     results.save(workdir, found, measured)
     print(results.format_metrics_table(found, where))
+    line = decision_text.describe_fit(trained.decisions, source.name, own=trained_on)
+    if line:
+        print(line)
     print(f'{results.EVAL_FILE} and {results.PREDICTIONS_FILE} are in {workdir}')
 
 
@@ -46,6 +49,7 @@ COMMAND = options.Command(
         'Model': (
             options.WORKDIR,
             *options.OF_WEIGHTS,
+            options.RAW,
             options.MEASURED_PRECISION,
             options.OTHERS,
         )

@@ -48,7 +48,7 @@ COMMAND = options.Command(
         ),
     ),
     flags={
-        'Model': (options.WORKDIR, *options.OF_WEIGHTS),
+        'Model': (options.WORKDIR, *options.OF_WEIGHTS, options.RAW),
         'Output': (
             options.Flag('out', 'File or folder to write.', value='FILE', is_path=True),
             options.Flag(

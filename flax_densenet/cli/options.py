@@ -198,6 +198,13 @@ OF_WEIGHTS = (
         default_text='as in the weights, else softmax',
     ),
 )
+RAW = Flag(
+    'raw',
+    "The network's own outputs: without the calibration, thresholds and limits that "
+    'were fitted after training.',
+    kind=bool,
+    default=False,
+)
 VERIFICATION_FILES = Flag(
     'files',
     'Images to verify the file on, as a file, folder or pattern. Can be given several '

@@ -122,6 +122,7 @@ COMMAND = options.Command(
         'Model and images': (
             options.WORKDIR,
             *options.OF_WEIGHTS,
+            options.RAW,
             options.PRECISION,
             options.Flag(
                 'files',

@@ -107,6 +107,7 @@ COMMAND = options.Command(
                 is_path=True,
             ),
             *options.OF_WEIGHTS,
+            options.RAW,
             options.MEASURED_PRECISION,
             options.OTHERS,
         ),

@@ -82,7 +82,7 @@ COMMAND = options.Command(
         ('for other machines as well', 'serve ckpt/birds --host=0.0.0.0 --port=80'),
     ),
     flags={
-        'Model': (options.WORKDIR, *options.OF_WEIGHTS, options.PRECISION),
+        'Model': (options.WORKDIR, *options.OF_WEIGHTS, options.RAW, options.PRECISION),
         'Address': (
             options.Flag(
                 'host',

@@ -17,8 +17,9 @@ def run(invocation: options.Invocation):
 
     flags = invocation.flags
     shared = copy.deepcopy(invocation.config)
-    if 'train.report' not in invocation.overrides:  # a page per run takes some seconds
-        shared.train.report = False
+    for name in ('report', 'calibrate'):  # which take some seconds per run
+        if f'train.{name}' not in invocation.overrides:
+            shared.train[name] = False
     workdir = invocation.path('workdir') or f'{invocation.workdir}-sweep'
     with signals.stop_gently() as stop:
         sweep_runner.run(

@@ -85,6 +85,8 @@ def choices(invocation: options.Invocation, **more):
     if invocation.recipe:
         data = invocation.fields['data']
         recipe = {name: data[name] for name in choices_lib.PREPARATION}
+    if 'raw' in invocation.flags:
+        more = {'raw': invocation.flags.raw} | more
     return choices_lib.make(names, outputs, chosen, recipe=recipe, **more)
 
 
@@ -257,15 +259,19 @@ def add_others(invocation: options.Invocation, trained, settings, found):
     return dataclasses.replace(found, others=doubt.Others(name, scores))
 
 
-def load(invocation: options.Invocation, workdir: str):
-    """A trained model, where it is from, and the settings to measure it with."""
+def load(invocation: options.Invocation, workdir: str, **more):
+    """A trained model, where it is from, and the settings to measure it with.
+
+    Args:
+      **more: fields of `choices.Choices`.
+    """
     from flax_densenet.distributed import mesh as mesh_lib
     from flax_densenet.weights import trained as trained_lib
 
     path = find(invocation, workdir)
     check_fields(invocation, path, 'data.')
     mesh = mesh_lib.make_mesh()
-    chosen = choices(invocation, own_data=True)
+    chosen = choices(invocation, own_data=True, **more)
     trained = trained_lib.load_trained(path, 'best', mesh=mesh, choices=chosen)
     own = trained.metadata['data']
     found, place = data_settings(invocation, trained.metadata)

@@ -19,7 +19,6 @@ from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.models import densenet, folded, network
 from flax_densenet.models import tta as tta_lib
 from flax_densenet.weights import operating_points
-from flax_densenet.weights import trained as trained_lib
 from flax_densenet.weights.trained import Trained, normalize
 
 
@@ -248,9 +247,8 @@ def finish_logits(trained: Trained, logits: np.ndarray) -> np.ndarray:
     """
     if trained.calibration:
         return trained.calibration.apply(np.float64(logits)).astype(np.float32)
-    points = trained_lib.points_of(trained.metadata)
-    if points is not None:
-        return operating_points.scale_logits(logits, points).astype(np.float32)
+    if trained.points is not None:
+        return operating_points.scale_logits(logits, trained.points).astype(np.float32)
     return logits
 
 

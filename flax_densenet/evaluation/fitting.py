@@ -14,7 +14,7 @@ from typing import Any
 
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.distributed import processes
-from flax_densenet.evaluation import conformal, unusual
+from flax_densenet.evaluation import calibrating, choosing, conformal, unusual
 from flax_densenet.evaluation import selection as selection_lib
 from flax_densenet.weights import decision_entry
 from flax_densenet.weights import decisions as decisions_lib
@@ -26,6 +26,8 @@ Fitter = Callable[
     decision_entry.Entry | None,
 ]
 FITTERS: dict[str, Fitter] = {
+    'calibration': calibrating.fit,
+    'thresholds': choosing.fit,
     'unusual': unusual.fit_entry,
     'sets': conformal.fit_entry,
 }

@@ -218,7 +218,12 @@ def _plain(value, pairs):
 
 
 def extend(
-    metrics: dict[str, Any], labels, scores, groups: np.ndarray | None = None
+    metrics: dict[str, Any],
+    labels,
+    scores,
+    groups: np.ndarray | None = None,
+    *,
+    predicted: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Metrics of `metrics.measure` with what they lack, and with all intervals.
 
@@ -229,7 +234,7 @@ def extend(
     """
     if not len(labels):
         return metrics | {'intervals': None}
-    found = measure(labels, scores, groups=groups)
+    found = measure(labels, scores, predicted=predicted, groups=groups)
     values, ends = found.pop('values'), found.pop('intervals')
     names = 'specificity', 'average_precision'
     more = {name: values['macro'].get(name) for name in (*names, 'balanced_accuracy')}

@@ -14,7 +14,11 @@ from flax_densenet.weights import trained as trained_lib
 
 
 def find_examples(
-    trained: trained_lib.Trained, path: str, settings: settings_lib.Settings
+    trained: trained_lib.Trained,
+    path: str,
+    settings: settings_lib.Settings,
+    *,
+    selecting: bool = False,
 ) -> tuple[dataset.Source, dataset.Examples, tuple[str, ...], bool]:
     """The labeled images to measure a model on.
 
@@ -24,6 +28,7 @@ def find_examples(
     Args:
       path: of the model, for messages.
       settings: which data, and how it is prepared.
+      selecting: take the validation part in place of the test part, if there is one.
 
     Returns:
       The source; its examples, with labels as the model numbers its classes; the class
@@ -57,7 +62,10 @@ def find_examples(
         )
     relation = identity.compare(trained.metadata, source)
     examples, trained_on = source.test, relation.own
-    if not source.has_test and not trained_on:
+    if selecting:
+        examples = source.selection
+    has_part = source.has_test or (selecting and source.val is not None)
+    if not has_part and not trained_on:
         examples = dataset.join(*source.parts.values())
     if not len(examples):
         raise UserError(

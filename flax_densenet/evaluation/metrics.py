@@ -10,6 +10,7 @@ temperature that corrects it (Guo et al., arXiv 1706.04599).
 (0.667, [[1, 0], [1, 1]])
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -26,15 +27,15 @@ def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
 
     logits = np.asarray(logits)
     probabilities = np.empty(logits.shape, np.float64)
-    for rows in _chunks(logits):
+    for rows in chunks(logits):
         probabilities[rows] = special.softmax(
             np.asarray(logits[rows], np.float64) / temperature, axis=-1
         )
     return probabilities
 
 
-def _chunks(logits):
-    """Slices of rows, so that temporary arrays of many classes stay small."""
+def chunks(logits):
+    """Slices of rows `[N, C]`, so that temporary arrays of many classes stay small."""
     length = max(1, _CHUNK // max(1, logits.shape[-1]))
     for start in range(0, len(logits), length):
         yield slice(start, start + length)
@@ -61,13 +62,20 @@ def activate(logits: np.ndarray, outputs: str) -> np.ndarray:
     return {'softmax': softmax, 'sigmoid': sigmoid}[outputs](logits)
 
 
-def measure(logits: np.ndarray, labels: np.ndarray, class_names) -> dict[str, Any]:
+def measure(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    class_names,
+    *,
+    calibration: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Metrics of a classifier with one class per image.
 
     Args:
       logits: `[N, C]`.
       labels: int `[N]`.
       class_names: C names.
+      calibration: in place of `calibrate`, if it is known.
 
     Returns:
       Values for JSON: `count`, `accuracy` and its 95% interval (Wilson's), `loss` in
@@ -94,7 +102,7 @@ def measure(logits: np.ndarray, labels: np.ndarray, class_names) -> dict[str, An
         'count': len(labels),
         'accuracy': float(right.mean()),
         'accuracy_interval': wilson(int(right.sum()), len(labels)),
-        'loss': float(_losses(logits, labels).mean()),
+        'loss': float(log_losses(logits, labels).mean()),
         'top5': _top(probabilities, labels, 5) if len(class_names) > 5 else None,
         'macro': {
             'precision': mean(_defined(precision[there])),
@@ -115,27 +123,37 @@ def measure(logits: np.ndarray, labels: np.ndarray, class_names) -> dict[str, An
         ],
         'confusion': matrix.toarray().tolist() if len(classes) <= WIDE else None,
         'confused': count_confused(matrix),
-        'calibration': calibrate(logits, labels),
+        'calibration': calibration or calibrate(logits, labels),
     }
 
 
-def measure_labels(logits: np.ndarray, labels: np.ndarray, names) -> dict[str, Any]:
+def measure_labels(
+    logits: np.ndarray,
+    labels: np.ndarray,
+    names,
+    *,
+    thresholds=0.5,
+    calibration: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Metrics if an image can have several labels.
 
     Args:
       logits: `[N, L]`.
       labels: `[N, L]` of 0, 1 and NaN (unknown, left out).
       names: L names.
+      thresholds: of the probability, one for all labels or L of them.
+      calibration: kept in the result.
 
     Returns:
       The keys of `measure`. The accuracy is the share of an image's known labels that
-      are correct at a probability of a half, averaged over images; support is the
-      number of images with the label. A label that is known of no image counts 0 and
-      is left out of the means.
+      are correct at the thresholds, averaged over images; support is the number of
+      images with the label. A label that is known of no image counts 0 and is left out
+      of the means.
     """
     from sklearn import metrics as sklearn_metrics
 
     probabilities, known = sigmoid(logits), ~np.isnan(labels)
+    positive = probabilities > np.asarray(thresholds, np.float64)
     rows = []
     for c, name in enumerate(names):
         if not known[:, c].any():
@@ -144,7 +162,7 @@ def measure_labels(logits: np.ndarray, labels: np.ndarray, names) -> dict[str, A
             continue
         true, probability = labels[known[:, c], c] > 0.5, probabilities[known[:, c], c]
         scores = sklearn_metrics.precision_recall_fscore_support(
-            true, probability > 0.5, average='binary', zero_division=np.nan
+            true, positive[known[:, c], c], average='binary', zero_division=np.nan
         )
         scores = _defined(scores[:3])
         row: dict[str, Any] = dict(
@@ -154,7 +172,7 @@ def measure_labels(logits: np.ndarray, labels: np.ndarray, names) -> dict[str, A
         rows.append({'name': str(name)} | row)
     # As in training (`losses.measure`): the share of the known labels of each image.
     number = np.maximum(known.sum(-1), 1)
-    wrong = known & ((probabilities > 0.5) != (labels > 0.5))
+    wrong = known & (positive != (labels > 0.5))
     right = 1 - wrong.sum(-1) / number
     signs = np.where(labels > 0.5, -1.0, 1.0)
     losses = np.where(known, np.logaddexp(0, signs * logits), 0).sum(-1) / number
@@ -171,7 +189,7 @@ def measure_labels(logits: np.ndarray, labels: np.ndarray, names) -> dict[str, A
         'classes': rows,
         'confusion': None,
         'confused': None,
-        'calibration': None,
+        'calibration': calibration,
     }
 
 
@@ -186,16 +204,34 @@ def majority(metrics: dict[str, Any]) -> tuple[str, float] | None:
     Args:
       metrics: of `measure`; None for those of `measure_labels`.
     """
-    if metrics['calibration'] is None or not metrics['count']:
+    if metrics['confused'] is None or not metrics['count']:
         return None
     largest = max(metrics['classes'], key=lambda row: row['support'])
     return largest['name'], largest['support'] / metrics['count']
 
 
 def temperature_helps(calibration: dict[str, Any]) -> bool:
-    """Whether temperature scaling lowers the calibration error, as it is shown."""
+    """Whether temperature scaling lowers the calibration error, as it is shown.
+
+    Args:
+      calibration: of `measure`; one that is applied does not count.
+    """
+    if calibration.get('applied') or calibration.get('after') is None:
+        return False
     before, after = (calibration[name]['error'] for name in ('before', 'after'))
     return round(after, 3) < round(before, 3)
+
+
+def calibration_error(metrics: dict[str, Any]) -> float | None:
+    """The calibration error of the probabilities as predictions have them.
+
+    Args:
+      metrics: of `measure` or `measure_labels`, also those of earlier versions.
+    """
+    calibration = metrics['calibration']
+    if not calibration:
+        return None
+    return calibration['after' if calibration.get('applied') else 'before']['error']
 
 
 def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int):
@@ -243,11 +279,14 @@ def _normal_interval(values):
     return [max(middle - margin, 0.0), min(middle + margin, 1.0)]
 
 
-def _losses(logits, labels, temperature=1.0):
+def log_losses(
+    logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0
+) -> np.ndarray:
+    """Cross-entropy of each image in nats, float64 `[N]`, of `logits / temperature`."""
     from scipy import special
 
     losses = np.empty(len(labels))
-    for rows in _chunks(logits):
+    for rows in chunks(logits):
         scaled = np.asarray(logits[rows], np.float64) / temperature
         true = np.take_along_axis(scaled, labels[rows, None], -1)[:, 0]
         losses[rows] = special.logsumexp(scaled, axis=-1) - true
@@ -256,7 +295,7 @@ def _losses(logits, labels, temperature=1.0):
 
 def _top(probabilities, labels, most):
     right = 0
-    for rows in _chunks(probabilities):
+    for rows in chunks(probabilities):
         best = np.argpartition(-probabilities[rows], most - 1, axis=-1)[:, :most]
         right += int((best == labels[rows, None]).any(-1).sum())
     return right / len(labels)
@@ -318,14 +357,9 @@ def calibrate(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
       `{'temperature', 'before', 'after'}`; the latter two have `error` and `bins`, each
       with confidence, accuracy and count.
     """
-    from scipy import optimize
-
-    solution = optimize.minimize_scalar(
-        lambda log_t: _losses(logits, labels, np.exp(log_t)).mean(),
-        bounds=(-3, 3),
-        method='bounded',
+    temperature = best_temperature(
+        lambda temperature: log_losses(logits, labels, temperature).mean()
     )
-    temperature = float(np.exp(solution.x))
     return {
         'temperature': temperature,
         'before': reliability(*_predictions(logits, labels, 1.0)),
@@ -333,10 +367,20 @@ def calibrate(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     }
 
 
+def best_temperature(loss: Callable[[float], float]) -> float:
+    """The temperature with the lowest loss, between 1/20 and 20."""
+    from scipy import optimize
+
+    solution = optimize.minimize_scalar(
+        lambda log_t: loss(np.exp(log_t)), bounds=(-3, 3), method='bounded'
+    )
+    return float(np.exp(solution.x))
+
+
 def _predictions(logits, labels, temperature):
     """The highest probability of each image, and whether it is correct."""
     confidence, right = np.empty(len(labels)), np.empty(len(labels), bool)
-    for rows in _chunks(logits):
+    for rows in chunks(logits):
         probabilities = softmax(logits[rows], temperature)
         confidence[rows] = probabilities.max(-1)
         right[rows] = probabilities.argmax(-1) == labels[rows]

@@ -18,19 +18,27 @@ from flax_densenet import settings as settings_lib
 from flax_densenet.data import dataset
 from flax_densenet.distributed import mesh
 from flax_densenet.errors import UserError
+from flax_densenet.evaluation import (
+    decision_metrics,
+    decision_text,
+    evaluate,
+    intervals,
+    measured_data,
+    prediction_rows,
+)
 from flax_densenet.evaluation import doubt as doubt_lib
-from flax_densenet.evaluation import evaluate, intervals, measured_data
 from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.evaluation import unusual as unusual_lib
 from flax_densenet.models import tta as tta_lib
 from flax_densenet.system import atomic
+from flax_densenet.weights import calibration as calibration_lib
 from flax_densenet.weights import decisions as decisions_lib
 from flax_densenet.weights import heads
+from flax_densenet.weights import thresholds as thresholds_lib
 from flax_densenet.weights import trained as trained_lib
 
 EVAL_FILE, PREDICTIONS_FILE = 'eval.json', 'predictions.csv'
 EVAL_VERSION = 2  # of the fields of eval.json; files of version 1 do not have it
-LIKELIEST = 10  # that predictions.csv names where there are very many classes
 ROWS = 40  # classes that the table lists; more would scroll the totals away
 
 
@@ -86,17 +94,41 @@ class Results:
 
     @functools.cached_property
     def metrics(self) -> dict[str, Any]:
-        """See `metrics.measure`, `metrics.measure_labels` and `intervals.extend`."""
+        """See `metrics.measure`, `metrics.measure_labels` and `intervals.extend`.
+
+        With `calibration`, whose `applied` tells whether it is the model's own (see
+        `decision_metrics`), and `thresholds`: None, or `rule` and `classes`, rows of
+        `decision_metrics.at_thresholds`.
+        """
         if self.multi_label:
             metrics = metrics_lib.measure_labels(
-                self.logits, self.labels, self.class_names
+                self.logits,
+                self.labels,
+                self.class_names,
+                thresholds=self.thresholds,
+                calibration=decision_metrics.of_labels(
+                    self.logits, self.raw_logits, self.labels, self.class_names
+                ),
             )
         else:
             logits = self.logits
             if self.outputs == 'sigmoid':  # as shares of their sum
                 logits = metrics_lib.log_sigmoid(logits)
-            metrics = metrics_lib.measure(logits, self.labels, self.class_names)
-        return intervals.extend(metrics, self.labels, self.probabilities, self.groups)
+            scale = self.calibration.scale[0] if self.calibration else None
+            calibration = decision_metrics.of_classes(
+                logits, self.raw_logits, self.labels, scale
+            )
+            metrics = metrics_lib.measure(
+                logits, self.labels, self.class_names, calibration=calibration
+            )
+        extended = intervals.extend(
+            metrics,
+            self.labels,
+            self.probabilities,
+            self.groups,
+            predicted=self.positive if self.multi_label else None,
+        )
+        return extended | {'thresholds': self._measure_thresholds()}
 
     @functools.cached_property
     def doubt(self) -> dict[str, Any]:
@@ -113,6 +145,38 @@ class Results:
     def groups(self) -> np.ndarray | None:
         """int64 `[N]`: whose image each is; None if that is unknown."""
         return getattr(self.examples, 'groups', None)
+
+    def _measure_thresholds(self):
+        if self.thresholds is None:
+            return None
+        chosen = self.decisions and self.decisions.thresholds
+        rows = decision_metrics.at_thresholds(
+            self.labels, self.probabilities, self.thresholds, self.class_names
+        )
+        return {'rule': chosen.rule if chosen else None, 'classes': rows}
+
+    @property
+    def calibration(self) -> calibration_lib.Calibration | None:
+        """The calibration that was applied to the logits; None if there is none."""
+        if self.raw_logits is None or self.decisions is None:
+            return None
+        return self.decisions.calibration
+
+    @functools.cached_property
+    def thresholds(self) -> tuple[float | None, ...] | None:
+        """From which probability on each class is positive, None for those without.
+
+        Of several labels a half by default; None if there is no threshold at all.
+        """
+        if self.decisions and self.decisions.thresholds:
+            return self.decisions.thresholds.values
+        return (0.5,) * len(self.class_names) if self.multi_label else None
+
+    @functools.cached_property
+    def positive(self) -> np.ndarray:
+        """Whether each class is above its threshold, bool `[N, C]`."""
+        values = self.thresholds or (None,) * len(self.class_names)
+        return thresholds_lib.is_positive(self.probabilities, values)
 
     def name(self, row: int) -> str:
         """The file of an image, or its place in its data set."""
@@ -252,7 +316,8 @@ def save(folder: str, results: Results, measured: Measured):
         # Names that are not UTF-8 go out as the bytes that they are.
         options = {'encoding': 'utf-8', 'errors': 'surrogateescape', 'newline': ''}
         with atomic.replacing(path, **options) as file:
-            rows = doubt_lib.add_scores(_rows(results), results.unusual)
+            rows = prediction_rows.make(results)
+            rows = doubt_lib.add_scores(rows, results.unusual)
             csv.writer(file).writerows(rows)
     except OSError as error:
         raise UserError(
@@ -305,55 +370,6 @@ def _read_version_1(found):
     raise ValueError(f'model={model}')
 
 
-def _rows(results):
-    """Path, what is true, what the model says, and every probability.
-
-    Of more than `metrics.WIDE` classes the likeliest ones: all would be gigabytes.
-    """
-    names, several = results.class_names, results.multi_label
-    if len(names) > metrics_lib.WIDE and not several:
-        yield from _rows_of_likeliest(results)
-        return
-    known = [f'true_{name}' for name in names] if several else []
-    yield [
-        *('path', 'true', 'predicted'),
-        *known,
-        *(f'probability_{name}' for name in names),
-    ]
-    for row, (label, line) in enumerate(
-        zip(results.labels, results.probabilities, strict=True)
-    ):
-        if several:
-            actual, predicted = (
-                ';'.join(names[c] for c in np.flatnonzero(chosen))
-                for chosen in (label == 1, line > 0.5)
-            )
-            known = ['' if np.isnan(value) else int(value) for value in label]
-        else:
-            actual, predicted = names[label], names[line.argmax()]
-        yield [
-            results.name(row),
-            actual,
-            predicted,
-            *known,
-            *(f'{p:.6g}' for p in line),
-        ]
-
-
-def _rows_of_likeliest(results):
-    names = results.class_names
-    numbers = range(1, LIKELIEST + 1)
-    more = (f'{what}_{n}' for n in numbers for what in ('class', 'probability'))
-    yield ['path', 'true', 'predicted', 'probability_of_true', *more]
-    for row, line in enumerate(results.probabilities):
-        label = results.labels[row]
-        best = np.argpartition(-line, LIKELIEST)[:LIKELIEST]
-        best = best[np.argsort(-line[best], kind='stable')]
-        cells = (cell for c in best for cell in (names[c], f'{line[c]:.6g}'))
-        true = names[label], names[results.predicted[row]], f'{line[label]:.6g}'
-        yield [results.name(row), *true, *cells]
-
-
 def format_metrics_table(results: Results, where: str) -> str:
     """The metrics as lines: totals, then a table of classes.
 
@@ -377,18 +393,11 @@ def format_metrics_table(results: Results, where: str) -> str:
             f'baselines: always {baseline[0]} {baseline[1] * 100:.1f}%, chance '
             f'{100 / len(results.class_names):.1f}%'
         )
-    calibration = metrics['calibration']
-    if calibration:
-        line = f'calibration error: {calibration["before"]["error"] * 100:.1f}%'
-        if metrics_lib.temperature_helps(calibration):
-            line += (
-                f'; {calibration["after"]["error"] * 100:.1f}% with a temperature of '
-                f'{calibration["temperature"]:.2f}'
-            )
-        lines.append(line)
+    lines.append(decision_text.calibration_line(metrics))
     lines += _format_intervals(metrics)
     lines += doubt_lib.describe(results.doubt, several=results.multi_label)
-    return '\n'.join(lines + _format_classes(metrics))
+    thresholds = decision_text.threshold_lines(metrics)
+    return '\n'.join(lines + _format_classes(metrics) + thresholds)
 
 
 # Of a metric's mean over classes: its key and its name in the table.

@@ -115,18 +115,38 @@ def select(
       features: whether pooled features are wanted as well.
       **loading: `batch_size`, `threads` and `workers` of `evaluate.compute_outputs`.
     """
-    trained = trained.without_decisions()
-    part = 'test' if source.val is None else 'val'
-    outputs = evaluate.compute_outputs(
-        trained, source.selection, features=features, **loading
-    )
-    return Selection(
+    return compute(
         trained,
-        tuple(source.class_names),
-        source.name,
-        part,
         source.selection,
-        source.train,
-        outputs,
-        loading,
+        source.class_names,
+        data=source.name,
+        part='test' if source.val is None else 'val',
+        train=source.train,
+        features=features,
+        **loading,
     )
+
+
+def compute(
+    trained: trained_lib.Trained,
+    examples: dataset.Examples,
+    class_names,
+    *,
+    data: str,
+    part: str,
+    train: dataset.Examples | None,
+    features: bool = False,
+    **loading,
+) -> Selection:
+    """Computes a model's outputs for images that may choose.
+
+    Args:
+      trained: the model; decisions that it has are left out.
+      examples: with labels as the model numbers its classes.
+      class_names, data, part, train: as of `Selection`.
+      features, **loading: as of `select`.
+    """
+    trained = trained.without_decisions()
+    outputs = evaluate.compute_outputs(trained, examples, features=features, **loading)
+    names = tuple(class_names)
+    return Selection(trained, names, data, part, examples, train, outputs, loading)

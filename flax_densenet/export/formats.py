@@ -16,7 +16,14 @@ import numpy as np
 from flax import traverse_util
 
 from flax_densenet.errors import UserError
-from flax_densenet.export import hub, onnx_graph, onnx_int8, onnx_network, stablehlo
+from flax_densenet.export import (
+    hub,
+    model_card_facts,
+    onnx_graph,
+    onnx_int8,
+    onnx_network,
+    stablehlo,
+)
 from flax_densenet.export import precision as precision_lib
 from flax_densenet.weights import keras_files, rdnet_names, torch_names, weight_file
 from flax_densenet.weights import trained as trained_lib
@@ -180,6 +187,7 @@ class Format:
       precisions: valid precisions of the weights.
       runtimes: keys of `runtimes.RUNTIMES` that can run the file.
       channels_first: normalized images are `[N, C, H, W]`.
+      folds: a calibration goes into the weights; otherwise `write` cares for it.
     """
 
     write: Callable[[str, trained_lib.Trained, Options], None]
@@ -188,6 +196,7 @@ class Format:
     precisions: tuple[str, ...] = precision_lib.PRECISIONS
     runtimes: tuple[str, ...] = ('flax_densenet',)
     channels_first: bool = False
+    folds: bool = True
 
 
 FORMATS = {
@@ -214,6 +223,7 @@ FORMATS = {
         ('.stablehlo',),
         inputs=stablehlo.INPUTS,
         runtimes=('jax',),
+        folds=False,
     ),
     'huggingface': Format(
         _write_huggingface,
@@ -263,7 +273,7 @@ def save(
 
     Args:
       path: must end like the format's files; an existing file is replaced.
-      trained: the model.
+      trained: the model; a calibration goes into the weights of its classifier.
       file_format: a key of `FORMATS`. `torch` and `safetensors` work with
         `load_state_dict(strict=True)` in torchvision and timm; `weight_file.load` reads
         `safetensors` with all metadata of the model; `keras` is for
@@ -280,6 +290,7 @@ def save(
     check_format(path, file_format, options)
     check_head(trained.module, file_format)
     written = FORMATS[file_format]
+    trained = _prepare(trained, folds=written.folds)
     if options.inputs is None:
         options = dataclasses.replace(options, inputs=written.inputs[0])
     folder = os.path.dirname(os.path.abspath(path))
@@ -294,6 +305,22 @@ def save(
         raise UserError(
             f'--out={path} cannot be written ({error.strerror or error})'
         ) from error
+
+
+def _prepare(trained, *, folds):
+    """The model with its calibration in its weights, or in the program.
+
+    Its metadata keeps what was fitted, with the name of the data but not its folder.
+    """
+    if trained.decisions is None:
+        return trained
+    data = model_card_facts.public_source(trained.decisions.data) or ''
+    decisions = dataclasses.replace(trained.decisions, data=data)
+    trained = dataclasses.replace(trained, decisions=decisions)
+    folded = trained.folded()
+    if folds:
+        return folded
+    return dataclasses.replace(trained, metadata=folded.metadata)
 
 
 def check_head(module, file_format: str):

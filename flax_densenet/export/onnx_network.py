@@ -110,9 +110,21 @@ def finish(
             output = _scale(graph, output, points)
     given = {output: (np.float32, ('batch', classes))}
     if decisions is not None and decisions.unusual is not None:
+        if decisions.unusual.method == 'energy':
+            logits = _without_calibration(graph, logits, metadata)
         score = onnx_unusual.add(graph, decisions.unusual, pooled, logits)
         given[score] = np.float32, ('batch',)
     return graph.model(taken, given, properties(module, metadata, decisions))
+
+
+def _without_calibration(graph, logits, metadata):
+    """The logits of the network itself, of those that have a calibration."""
+    found = (metadata.get('decisions') or {}).get('calibration')
+    if not found:
+        return logits
+    bias, scale = (np.float32(found[name]) for name in ('bias', 'scale'))
+    x = graph.add('Sub', logits, bias, name='without_bias')
+    return graph.add('Div', x, scale, name='logits_before_calibration')
 
 
 def _scale(graph, sigmoids, points):
@@ -140,10 +152,11 @@ def properties(
     `crop_fraction` and `interpolation` (`images.Preparation`), `mean`, `std`,
     `multi_label`, `variant`; `outputs` if the outputs are neither a softmax nor
     sigmoids; `window` and `bit_depth` if images have more than 8 bits;
-    `operating_points` if they are applied to the probabilities; `set_thresholds` if
-    there are conformal sets: by coverage, the lowest probability of a class in a set
-    (of several labels, of each). If images have one class, the likeliest is in the set
-    in any case.
+    `operating_points` if they are applied to the probabilities; `calibration` (method,
+    scale and bias, which the classifier has already) and `thresholds` (probability by
+    class) if they were fitted after training; `set_thresholds` if there are conformal
+    sets: by coverage, the lowest probability of a class in a set (of several labels, of
+    each). If images have one class, the likeliest is in the set in any case.
     """
     preparation = trained.preparation_of(metadata)
     names = metadata['class_names'] or [str(n) for n in range(module.num_classes)]
@@ -154,6 +167,7 @@ def properties(
     if decisions is not None and decisions.sets is not None:
         found = decisions.sets.table()
         more['set_thresholds'] = json.dumps(found)
+    more |= _fitted(metadata.get('decisions') or {}, names)
     return more | {
         'labels': json.dumps(list(names)),
         'image_size': sizes.plain(preparation.size).strip('()'),
@@ -168,6 +182,21 @@ def properties(
         **({'window': json.dumps(preparation.window)} if preparation.window else {}),
         **({'bit_depth': str(preparation.bit_depth)} if preparation.is_deep else {}),
     }
+
+
+def _fitted(plain, names):
+    """Properties of what `Trained.folded` keeps in metadata."""
+    found = {}
+    if plain.get('calibration'):
+        kept = ('methods', 'scale', 'bias')
+        about = {name: plain['calibration'][name] for name in kept}
+        found['calibration'] = json.dumps(about)
+    if plain.get('thresholds'):
+        pairs = zip(names, plain['thresholds']['values'], strict=True)
+        found['thresholds'] = json.dumps(
+            {name: value for name, value in pairs if value is not None}
+        )
+    return found
 
 
 def conv(graph, x, kernel, bias=None, *, strides=1, padding='torch', **options):

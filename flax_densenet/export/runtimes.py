@@ -49,7 +49,12 @@ def _ours(path, about):
     model = trained.load_trained(path)
     # Like the other runtimes, whatever the run was trained in.
     apply = jax.jit(model.module.clone(dtype='float32').apply)
-    return lambda images: np.asarray(apply(model.variables, images))
+
+    def compute(images):
+        logits = np.asarray(apply(model.variables, images))
+        return model.calibration.apply(logits) if model.calibration else logits
+
+    return compute
 
 
 def _jax(path, about):

@@ -185,10 +185,13 @@ def _export(trained, inputs, precision, any_size=False):
             module.apply(arrays['head'], maps, method=name).astype(jnp.float32)
             for name in ('pool', 'head')
         )
+        finished = logits
+        if trained.calibration:
+            finished = trained.calibration.apply(logits, xp=jnp)
         if score is None:
-            return logits
+            return finished
         known = score.with_arrays(arrays['unusual'])
-        return logits, known.score(pooled, logits, xp=jnp)
+        return finished, known.score(pooled, logits, xp=jnp)
 
     preparation = trained_lib.preparation_of(metadata)
     (height, width), channels = preparation.shape, preparation.channels

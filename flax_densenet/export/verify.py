@@ -52,12 +52,13 @@ class Verification:
 def compute(
     trained: trained_lib.Trained, images: np.ndarray, inputs: str
 ) -> np.ndarray:
-    """The model's outputs, float32 `[N, num_classes]`.
+    """The model's outputs, float32 `[N, num_classes]`, calibrated if it is.
 
     Args:
       trained: the model.
       images: uint8 `[N, H, W, C]`.
-      inputs: `images` for probabilities, `normalized` for logits.
+      inputs: `images` for probabilities, or for scores by operating points;
+        `normalized` for logits.
     """
     module, metadata = trained.module, trained.metadata
     options = {name: tuple(metadata[name]) for name in ('mean', 'std')}
@@ -72,6 +73,9 @@ def compute(
         filled = np.concatenate([batch, np.repeat(batch[-1:], size - len(batch), 0)])
         rows.append(np.asarray(apply(trained.variables, filled))[: len(batch)])
     logits = np.concatenate(rows).astype(np.float32)
+    if inputs == 'normalized' and not trained.calibration:
+        return logits
+    logits = evaluate.finish_logits(trained, logits)
     if inputs == 'normalized':
         return logits
     return metrics.activate(logits, trained.outputs).astype(np.float32)

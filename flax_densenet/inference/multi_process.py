@@ -39,6 +39,7 @@ class MultiProcessPredictor:
         self.scores_unusual = model.scores_unusual
         self.check_coverage = model.check_coverage
         self.sets = model.sets
+        self.thresholds = model.thresholds
 
     def stream(
         self, files: Iterable[str], **options
@@ -55,7 +56,7 @@ class MultiProcessPredictor:
                 yield from itertools.islice(own, size)
             else:
                 rows = processes.kv_get(f'rows/{number}')
-                yield from _unpack(rows, self.class_names, self.sets)
+                yield from _unpack(rows, self._model)
 
 
 def serve(model: predictor.Predictor, **options):
@@ -148,7 +149,7 @@ def _pack(rows: list[Prediction]) -> bytes:
     return buffer.getvalue()
 
 
-def _unpack(content, class_names, sets):
+def _unpack(content, model):
     with np.load(io.BytesIO(content)) as saved:
         plain = json.loads(saved['plain'].tobytes())
         arrays = {name: iter(saved[name]) for name in _ARRAYS if name in saved}
@@ -164,12 +165,13 @@ def _unpack(content, class_names, sets):
         yield Prediction(
             row['path'],
             **values,
-            class_names=class_names,
+            class_names=model.class_names,
             cam_class=row['cam_class'],
             is_probability=row['is_probability'],
             original=original,
             box=row['box'] and tuple(row['box']),
             method=row['method'],
             unusual=row['unusual'],
-            sets=sets,
+            sets=model.sets,
+            thresholds=model.thresholds,
         )

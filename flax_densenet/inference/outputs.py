@@ -74,6 +74,7 @@ class _Rows:
                 model.class_names,
                 top,
                 model.value_name,
+                positive=getattr(model, 'thresholds', None) is not None,
                 unusual=model.scores_unusual,
                 coverage=self.coverage,
             )
@@ -328,13 +329,12 @@ _COUNTED = 10  # classes that the summary names
 
 
 def _predicted(prediction, model):
-    """The likeliest class; if an image can have several, those above a half."""
+    """The likeliest class; if an image can have several, those above thresholds."""
     if prediction.error:
         return []
     if not getattr(model, 'multi_label', False):
         return [prediction.top(1)[0].class_name]
-    likely = prediction.top(len(model.class_names))
-    return [one.class_name for one in likely if one.probability > 0.5]
+    return prediction.positive or []
 
 
 def _summarize(count, classes):

@@ -10,6 +10,7 @@ from PIL import Image
 from flax_densenet.errors import UserError
 from flax_densenet.inference import overlay as overlay_lib
 from flax_densenet.weights import conformal
+from flax_densenet.weights import thresholds as thresholds_lib
 
 NO_SETS = (
     'the model has no sets of classes for a coverage: they are fitted after training; '
@@ -109,6 +110,8 @@ class Prediction:
       is_probability: False for a model with `outputs='none'`: what is called
         probabilities here are its outputs as they are.
       original, box, method: see `Explanation`, if a map was requested.
+      thresholds: from which probability on each class is positive, None for those
+        without; None if there is no threshold at all.
     """
 
     path: str
@@ -162,6 +165,24 @@ class Prediction:
             for i in ordered
             if inside[i]
         ]
+
+    thresholds: tuple[float | None, ...] | None = None
+
+    @property
+    def positive(self) -> tuple[str, ...] | None:
+        """The classes whose probability is above their threshold.
+
+        If an image can have several labels these are its labels, by default those above
+        a half. With two classes, of which the positive one has a threshold, it is the
+        positive class or nothing. None if the model has no thresholds, or if there is
+        an error.
+        """
+        if self.probabilities is None or self.thresholds is None:
+            return None
+        places = np.flatnonzero(
+            thresholds_lib.is_positive(self.probabilities, self.thresholds)
+        )
+        return tuple(self.class_names[place] for place in places)
 
     @property
     def label(self) -> str | None:

@@ -32,6 +32,7 @@ from flax_densenet.inference import prediction as prediction_lib
 from flax_densenet.inference.prediction import Explanation, Prediction
 from flax_densenet.models import layers
 from flax_densenet.system import paths
+from flax_densenet.weights import calibration as calibration_lib
 from flax_densenet.weights import choices as choices_lib
 from flax_densenet.weights import conformal, heads, published, weight_file
 from flax_densenet.weights import precision as precision_lib
@@ -105,6 +106,37 @@ class Predictor:
     def value_name(self) -> str:
         """What the outputs are: `probability`, or `value` with `outputs='none'`."""
         return 'value' if self.trained.outputs == heads.NONE else 'probability'
+
+    @property
+    def thresholds(self) -> tuple[float | None, ...] | None:
+        """From which probability on classes are positive (`Trained.thresholds`)."""
+        return self.trained.thresholds
+
+    def positive_of(self, probabilities: np.ndarray) -> tuple[str, ...] | None:
+        """`Prediction.positive` of probabilities `[num_classes]`."""
+        return Prediction(
+            '',
+            probabilities,
+            class_names=self.class_names,
+            thresholds=self.thresholds,
+        ).positive
+
+    def describe_decisions(self) -> dict[str, Any]:
+        """For JSON: `thresholds` by class, or None; the `threshold_rule` that chose
+        them; and the `calibration` in words; None if there are none.
+        """
+        decisions, values = self.trained.decisions, self.thresholds
+        chosen = decisions and decisions.thresholds
+        calibration = self.trained.calibration
+        found = None
+        if values is not None:
+            pairs = zip(self.class_names, values, strict=True)
+            found = {name: value for name, value in pairs if value is not None}
+        return {
+            'thresholds': found,
+            'threshold_rule': chosen.rule if chosen else None,
+            'calibration': calibration and calibration_lib.describe(calibration),
+        }
 
     @property
     def scores_unusual(self) -> bool:
@@ -364,6 +396,7 @@ class Predictor:
                     method=how.describe(),
                     unusual=score,
                     sets=self.sets,
+                    thresholds=self.thresholds,
                 )
 
     def _read(self, files, threads, with_originals):
@@ -410,6 +443,7 @@ def load_trained(
     outputs: str | None = None,
     data: Mapping[str, Any] | None = None,
     precision: str | None = None,
+    raw: bool = False,
     choices: choices_lib.Choices | None = None,
 ) -> Predictor:
     """Loads a trained model for prediction.
@@ -427,7 +461,9 @@ def load_trained(
         `image_size`, `resize`, `crop_fraction`, `interpolation`, `channels`.
       precision: `float32`, `bfloat16` or `auto` (see `weights.precision`); None is
         `auto` that says nothing if it changes nothing.
-      choices: in place of `class_names`, `outputs` and `data`.
+      raw: leave out the calibration, thresholds and whatever else was fitted after
+        training.
+      choices: in place of `class_names`, `outputs`, `data` and `raw`.
 
     Raises:
       UserError: the file or folder does not exist, or has no trained model.
@@ -440,7 +476,7 @@ def load_trained(
             'file of weights or the name of published ones'
         )
     precision_lib.check(precision)
-    choices = choices or choices_lib.make(class_names, outputs, data)
+    choices = choices or choices_lib.make(class_names, outputs, data, raw=raw)
     trained = trained_lib.load_trained(path, 'best', mesh=mesh, choices=choices)
     if tta is not None:
         trained = trained.with_tta(tta)

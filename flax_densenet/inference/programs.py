@@ -30,7 +30,6 @@ from flax_densenet.inference import explain
 from flax_densenet.models import folded
 from flax_densenet.models import tta as tta_lib
 from flax_densenet.weights import heads, operating_points
-from flax_densenet.weights import trained as trained_lib
 from flax_densenet.weights.trained import Trained, normalize, preparation_of
 
 # On a CPU, sixteen take sixteen times as long as one; on a GPU hardly longer.
@@ -79,6 +78,7 @@ def predict_probabilities(
     tta,
     outputs,
     points=None,
+    calibration=None,
     method=explain.GRADCAM,
     unusual=None,
 ):
@@ -89,7 +89,7 @@ def predict_probabilities(
       arrays: of `folded.fold` and `arrays_of`.
       images: uint8 or uint16 `[N, H, W, C]`.
       classes: int32 `[N]`, the classes of the maps; -1 for the most likely one.
-      mean, std, tta, outputs, points, unusual: see `options_of`.
+      mean, std, tta, outputs, points, calibration, unusual: see `options_of`.
       method: of the maps, a quick one of `explain.METHODS`.
     """
     images = normalize(images, mean=mean, std=std)
@@ -110,6 +110,8 @@ def predict_probabilities(
     if unusual is not None:
         unusual = unusual.with_arrays(arrays['unusual'])
         score = unusual.score(pooled, logits, xp=jnp)
+    if calibration is not None:
+        logits = calibration.apply(logits, xp=jnp)
     probabilities = _ACTIVATIONS[outputs](logits)
     if points is not None:
         probabilities = operating_points.scale(probabilities, points, xp=jnp)
@@ -151,7 +153,8 @@ def options_of(trained: Trained) -> dict:
         'std': tuple(metadata['std']),
         'tta': tta_lib.from_metadata(metadata),
         'outputs': trained.outputs,
-        'points': trained_lib.points_of(metadata),
+        'points': trained.points,
+        'calibration': trained.calibration,
         'unusual': trained.decisions and trained.decisions.unusual,
     }
 

@@ -2,7 +2,8 @@
 
 Each format is a function `make(out, class_names, top, value)` that writes the heading
 and returns `write(prediction)`; `value` says what the numbers are, `probability` or
-`value`. With `unusual=True` there is a column of that score, and with `coverage` one of
+`value`. With `positive=True` classes have thresholds, and it is shown which are above
+theirs. With `unusual=True` there is a column of that score, and with `coverage` one of
 the classes of `Prediction.classes`. File names cannot break a row: a line feed is
 quoted (CSV) or escaped, and bytes that are not UTF-8 stay as they are in CSV, become
 Python's `\\udcXX` in JSON and `\\xXX` in the table.
@@ -25,23 +26,31 @@ _UNUSUAL = 'unusual'
 
 
 def _make_table(
-    out, class_names, top, value='probability', *, unusual=False, coverage=None
+    out,
+    class_names,
+    top,
+    value='probability',
+    *,
+    positive=False,
+    unusual=False,
+    coverage=None,
 ):
     """A table with a line per image: the likeliest class, then the next ones.
 
-    With a coverage, those that are in the set. The score of unusual images is shown if
-    they are unusual. On a terminal, long texts are cut off to fit its line; files and
-    pipes get them all.
+    Classes above their thresholds have a star. With a coverage, those that are in the
+    set. The score of unusual images is shown if they are unusual. On a terminal, long
+    texts are cut off to fit its line; files and pipes get them all.
     """
     clip_start, clip_end = (_clip_start, _clip_end) if out.isatty() else (_all, _all)
-    names = [printable(name) for name in class_names]
-    wide = min(max(_width(name) for name in [*names, 'class']), _CLASS)
+    names = [printable(name) + '*' * positive for name in class_names]
+    of_classes = 'class (* positive)' if positive else 'class'
+    wide = min(max(_width(name) for name in [*names, of_classes]), _CLASS)
     has_next = top > 1 or coverage
     next_wide = _NEXT + 2 if has_next else 0
     score_wide = len(_UNUSUAL) + 2 if unusual else 0
     path_wide = min(_LINE - wide - _NUMBER - 4 - next_wide - score_wide, _PATH)
     title, show = ('prob.', _share) if value == 'probability' else (value, _plain)
-    head = f'{"path":<{path_wide}}  {"class":<{wide}}  {title:>{_NUMBER}}'
+    head = f'{"path":<{path_wide}}  {of_classes:<{wide}}  {title:>{_NUMBER}}'
     head += f'  {_UNUSUAL}' * unusual
     more = f'also in the set of {coverage:.4g}' if coverage else 'next'
     out.write(head + f'  {more}' * bool(has_next) + '\n')
@@ -52,7 +61,12 @@ def _make_table(
             out.write(f'{path}  error: {printable(prediction.error)}\n')
             return
         best, *others = prediction.top(top)
-        name = _pad(clip_end(printable(best.class_name), wide), wide)
+        above = prediction.positive or ()
+
+        def shown(one):
+            return printable(one.class_name) + '*' * (one.class_name in above)
+
+        name = _pad(clip_end(shown(best), wide), wide)
         line = f'{path}  {name}  {show(best.probability):>{_NUMBER}}'
         if unusual:
             score = f'{prediction.unusual:.1f}' if prediction.is_unusual else ''
@@ -61,9 +75,7 @@ def _make_table(
             inside = prediction.classes(coverage)
             others = [one for one in inside if one.class_name != best.class_name]
         if others:
-            rest = ', '.join(
-                f'{printable(one.class_name)} {show(one.probability)}' for one in others
-            )
+            rest = ', '.join(f'{shown(one)} {show(one.probability)}' for one in others)
             line += f'  {clip_end(rest, _NEXT)}'
         out.write(line.rstrip() + '\n')
 
@@ -71,11 +83,18 @@ def _make_table(
 
 
 def _make_csv(
-    out, class_names, top, value='probability', *, unusual=False, coverage=None
+    out,
+    class_names,
+    top,
+    value='probability',
+    *,
+    positive=False,
+    unusual=False,
+    coverage=None,
 ):
     rows = csv.writer(out, lineterminator='\n')
     pairs = [(f'class{n}', f'{value}{n}') for n in range(1, top + 1)]
-    more = ['unusual'] * unusual + ['set'] * bool(coverage)
+    more = ['positive'] * positive + ['unusual'] * unusual + ['set'] * bool(coverage)
     rows.writerow(['path', 'error', *(name for pair in pairs for name in pair), *more])
 
     def write(prediction: Prediction):
@@ -85,6 +104,8 @@ def _make_csv(
             for cell in (likely.class_name, _rounded(likely.probability))
         ]
         cells += [''] * (2 * top - len(cells))
+        if positive:
+            cells.append(';'.join(prediction.positive or ()))
         if unusual:
             score = prediction.unusual
             cells.append('' if score is None else _rounded(score))
@@ -97,7 +118,14 @@ def _make_csv(
 
 
 def _make_jsonl(
-    out, class_names, top, value='probability', *, unusual=False, coverage=None
+    out,
+    class_names,
+    top,
+    value='probability',
+    *,
+    positive=False,
+    unusual=False,
+    coverage=None,
 ):
     def write(prediction: Prediction):
         row: dict[str, Any] = {'path': prediction.path}
@@ -108,6 +136,8 @@ def _make_jsonl(
                 {'class': name, value: _rounded(probability)}
                 for name, probability in prediction.top(top)
             ]
+            if positive:
+                row['positive'] = list(prediction.positive or ())
             if unusual:
                 row['unusual'] = _rounded(prediction.unusual)
                 row['is_unusual'] = prediction.is_unusual

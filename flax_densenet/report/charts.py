@@ -180,62 +180,6 @@ def training(curves: dict[str, Any]) -> list[str]:
     return made
 
 
-def reliability(calibration: dict[str, Any], *, scaled: bool) -> str:
-    """A reliability diagram over a histogram of the images.
-
-    Args:
-      calibration: of `metrics.calibrate`.
-      scaled: whether the curve after temperature scaling is drawn, too.
-    """
-    x = Axis('Confidence (probability of the predicted class)', 0, 1, SHARES)
-    plot = Plot(
-        x, Axis('Accuracy', 0, 1, SHARES), label='Reliability diagram', height=300
-    )
-    plot.line([0, 1], [0, 1], 'soft', dashed=True, title='Perfect calibration')
-    rows = [('soft dashed', 'Perfect calibration'), ('s1', 'This model')]
-    kinds = [('before', 's1')]
-    if scaled:
-        kinds.append(('after', 's0'))
-        rows.append(('s0', f'With temperature {calibration["temperature"]:.2f}'))
-    for key, style in kinds:
-        bins = [row for row in calibration[key]['bins'] if row['count']]
-        total = sum(row['count'] for row in bins)
-        xs, ys = ([row[name] for row in bins] for name in ('confidence', 'accuracy'))
-        plot.line(xs, ys, style)
-        plot.points(
-            xs,
-            ys,
-            style,
-            sizes=[round(2.5 + 6 * (row['count'] / total) ** 0.5, 1) for row in bins],
-            titles=[
-                f'{row["count"]:,} images: confidence '
-                f'{render.percent(row["confidence"])}, accuracy '
-                f'{render.percent(row["accuracy"])}'
-                for row in bins
-            ],
-        )
-    return f'{plot}{_histogram(x, calibration["before"]["bins"])}{legend(rows)}'
-
-
-def _histogram(x, bins):
-    """How many images each bin has, below the diagram."""
-    counts = [row['count'] for row in bins]
-    edges = [n / len(bins) for n in range(len(bins) + 1)]
-    most = max(counts)
-    plot = Plot(
-        Axis('', 0, 1, SHARES),
-        Axis('Images', 0, most, ((0, '0'), (most, f'{most:,}'))),
-        label='Test images by confidence',
-        height=120,
-    )
-    texts = [
-        f'{count:,} images with a confidence of {low:.0%} to {high:.0%}'
-        for low, high, count in zip(edges, edges[1:], counts, strict=False)
-    ]
-    plot.bars(edges, counts, 'soft', titles=texts)
-    return plot
-
-
 def roc(rows: Sequence[dict[str, Any]], *, colored: int = 10) -> str:
     """ROC curves with a legend below.
 

@@ -56,7 +56,9 @@ def save(folder: str, workdir: str, found) -> list[str]:
             made['confusion'] = plot_confusion(found)
         made['roc'] = plot_roc(found)
         if found.metrics['calibration']:
-            made['reliability'] = plot_reliability(found.metrics['calibration'])
+            made['reliability'] = plot_reliability(
+                found.metrics['calibration'], several=found.multi_label
+            )
         for name, figure in made.items():
             for ending in ENDINGS:
                 _save(figure, os.path.join(folder, f'{name}.{ending}'))
@@ -159,13 +161,14 @@ def _curve(name, labels, probabilities):
     return name, curve['false_positive_rate'], curve['true_positive_rate'], area
 
 
-def plot_reliability(calibration):
+def plot_reliability(calibration, *, several=False):
     """Accuracy over confidence, with the number of images in each bin below."""
     figure = plots.new_figure(_COLUMN, 3.9)
     axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     axes.plot([0, 1], [0, 1], color='gray', linestyle=':', linewidth=1)
-    bins = [row for row in calibration['before']['bins'] if row['count']]
-    error = render.percent(calibration['before']['error'])
+    shown = calibration['after' if calibration['applied'] else 'before']
+    bins = [row for row in shown['bins'] if row['count']]
+    error = render.percent(shown['error'])
     axes.plot(
         [row['confidence'] for row in bins],
         [row['accuracy'] for row in bins],
@@ -174,13 +177,13 @@ def plot_reliability(calibration):
         color=plots.TEST,
         label=f'calibration error {error}',
     )
-    axes.set_ylabel('Accuracy')
+    axes.set_ylabel('Share of positives' if several else 'Accuracy')
     axes.set_ylim(0, 1.02)
     axes.legend(frameon=False)
-    number = len(calibration['before']['bins'])
+    number = len(shown['bins'])
     edges = np.linspace(0, 1, number + 1)
-    heights = [row['count'] for row in calibration['before']['bins']]
+    heights = [row['count'] for row in shown['bins']]
     counts.bar(edges[:-1], heights, width=1 / number, align='edge', color='darkgray')
-    counts.set_xlabel('Confidence')
-    counts.set_ylabel('Images')
+    counts.set_xlabel('Probability' if several else 'Confidence')
+    counts.set_ylabel('Labels' if several else 'Images')
     return figure

@@ -16,6 +16,7 @@ from flax_densenet.evaluation import selection as selection_lib
 from flax_densenet.report import page as page_lib
 from flax_densenet.report import plots
 from flax_densenet.weights import choices as choices_lib
+from flax_densenet.weights import decisions as decisions_lib
 from flax_densenet.weights import trained as trained_lib
 
 _LOGGER = logging.getLogger(__name__)
@@ -58,8 +59,9 @@ def write(
         plots.save_curves(workdir, records)
     loading = {'batch_size': batch_size, 'threads': threads, 'workers': workers}
     selection = None
-    if rules is not None and renew and fitting.FITTERS:
+    if rules is not None and (renew or _has_other_rule(workdir, source, rules)):
         selection = _fit(workdir, source, mesh, loading, rules)
+        renew = renew or selection is not None
     known = None
     if source.val is not None and not renew:
         known = processes.broadcast('known', lambda: _known(workdir, source, best))
@@ -109,6 +111,18 @@ def _describe_best(best, epochs, source, metrics):
         line += f', Test_auroc: {metrics["macro"]["auroc"]:.3f}'
     count = metrics['count']
     return f'{line}, measured once on {count:,} test images, which chose nothing'
+
+
+def _has_other_rule(workdir, source, rules):
+    """Whether the settings of a trained run now ask for other thresholds."""
+    if not rules.threshold:
+        return False
+    try:
+        found = decisions_lib.load(workdir, len(source.class_names))
+    except UserError:
+        return True
+    thresholds = found and found.thresholds
+    return not thresholds or thresholds.rule != rules.threshold
 
 
 def _fit(workdir, source, mesh, loading, rules):

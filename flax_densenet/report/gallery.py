@@ -61,8 +61,8 @@ def pick_mistakes(found: results.Results, most: int) -> list[dict[str, Any]]:
     """
     if found.multi_label:
         known = ~np.isnan(found.labels)
-        wrong = known & ((found.probabilities > 0.5) != (found.labels > 0.5))
-        return _label_rows(found, wrong, np.abs(found.probabilities - 0.5), most)
+        wrong = known & (found.positive != (found.labels > 0.5))
+        return _label_rows(found, wrong, _from_threshold(found), most)
     rows = np.flatnonzero(found.predicted != found.labels)
     order = np.argsort(-found.confidence[rows], kind='stable')
     return _class_rows(found, rows[order][:most])
@@ -76,9 +76,17 @@ def pick_uncertain(found: results.Results, most: int) -> list[dict[str, Any]]:
     """
     if found.multi_label:
         known = ~np.isnan(found.labels)
-        return _label_rows(found, known, -np.abs(found.probabilities - 0.5), most)
+        return _label_rows(found, known, -_from_threshold(found), most)
     margin = np.array([np.subtract(*_two_best(row)) for row in found.probabilities])
     return _class_rows(found, np.argsort(margin, kind='stable')[:most])
+
+
+def _from_threshold(found):
+    """How far probabilities are from their thresholds, as shares of the way."""
+    limits = [0.5 if value is None else value for value in found.thresholds]
+    limits = np.clip(limits, 1e-6, 1 - 1e-6)
+    away = found.probabilities - limits
+    return np.abs(away) / np.where(away > 0, 2 * (1 - limits), 2 * limits)
 
 
 def _two_best(row):
@@ -110,6 +118,7 @@ def _label_rows(found, wanted, order, most):
             'predicted': int(label),
             'true': int(label),
             'present': bool(found.labels[row, label] > 0.5),
+            'positive': bool(found.positive[row, label]),
             'probability': float(found.probabilities[row, label]),
         }
         for row, label in places[np.argsort(-keys, kind='stable')][:most]

@@ -33,8 +33,13 @@ def rows(found) -> list[tuple[str, str, list[str]]]:
         made.append(('F1', render.figure(macro['f1']), [f'mean of the {what}']))
     made.append(('Loss', render.figure(metrics['loss']), ['cross-entropy, nats']))
     if metrics['calibration']:
-        error = metrics['calibration']['before']['error']
+        error = metrics_lib.calibration_error(metrics)
         notes = ['confidence minus accuracy, on average']
+        if found.multi_label:
+            notes = ['probability minus share of positives, on average']
+        if metrics['calibration']['applied']:
+            before = render.percent(metrics['calibration']['before']['error'])
+            notes.append(f'{before} before calibration')
         made.append(('Calibration error', render.percent(error), notes))
     return made
 
@@ -49,7 +54,9 @@ def _accuracy(found):
     title = f'Accuracy on {count:,} test image{"" if count == 1 else "s"}'
     if found.multi_label:
         title = f'Label accuracy on {count:,} test image{"" if count == 1 else "s"}'
-        notes.append('share of labels predicted correctly at 50%')
+        rule = metrics['thresholds']['rule']
+        at = f'thresholds by {rule}' if rule else '50%'
+        notes.append(f'share of labels predicted correctly at {at}')
     elif baseline := metrics_lib.majority(metrics):
         notes.append(
             f'baselines: {render.percent(baseline[1])} for always “{baseline[0]}”, '

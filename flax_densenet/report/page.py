@@ -18,6 +18,7 @@ from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.models import naming
 from flax_densenet.report import (
     charts,
+    decisions,
     diagnosis,
     doubt_charts,
     faithfulness,
@@ -138,8 +139,6 @@ def _describe(workdir, run, trained, source, found, measured, trained_on):
         validation = len(source.val)
         # Runs of versions that knew of two parts called them test images.
         curves = curves and curves | {'part': epoch_records.VAL}
-    calibration = found.metrics['calibration']
-    scaled = bool(calibration) and metrics_lib.temperature_helps(calibration)
     return {
         'name': run.name,
         'network': naming.describe(
@@ -162,9 +161,8 @@ def _describe(workdir, run, trained, source, found, measured, trained_on):
         'curves': charts.training(curves) if curves else [],
         'diagnosis': diagnosis.diagnose_curves(run.records),
         'warnings': warnings,
-        'reliability': calibration and charts.reliability(calibration, scaled=scaled),
-        'scaled': scaled,
         'doubt': doubt_charts.section(found),
+        **decisions.describe(found, source.name, own=trained_on),
         'roc': _roc(found),
         'facts': _facts(run),
         'command_line': run.environment.get('command'),
@@ -292,7 +290,7 @@ def _caption(row, names):
     predicted, true = names[row['predicted']], names[row['true']]
     probability = render.probability(row['probability'])
     if 'present' in row:
-        says, there = row['probability'] > 0.5, row['present']
+        says, there = row['positive'], row['present']
         verdict = {
             (True, True): 'present, correct',
             (False, False): 'absent, correct',

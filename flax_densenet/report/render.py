@@ -13,6 +13,7 @@ from typing import Any
 
 from flax_densenet import errors
 from flax_densenet.errors import UserError
+from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.system import atomic
 
 
@@ -65,6 +66,7 @@ def make_environment() -> Any:
         'percent': percent,
         'probability': probability,
         'figure': figure,
+        'calibration_error': metrics_lib.calibration_error,
         'markup': markupsafe.Markup,
     }
     return environment

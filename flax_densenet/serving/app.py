@@ -280,6 +280,9 @@ class App:
                 for i in order[: wanted.top]
             ]
         }
+        positive = self._predictor.positive_of(probabilities)
+        if positive is not None:
+            told['positive'] = list(positive)
         if answer.unusual is not None:
             told['unusual'] = answer.unusual
             told['is_unusual'] = answer.unusual > 1
@@ -322,6 +325,7 @@ def _describe(predictor, name, limits):
         'bit_depth': preparation.bit_depth,
         'epoch': trained.metadata.get('epoch'),
         'step': trained.step,
+        **predictor.describe_decisions(),
         'figures': {
             name: value
             for name, value in trained.metrics.items()

@@ -13,6 +13,7 @@ from flax_densenet.settings.config import (
 )
 from flax_densenet.settings.fields import (
     AugmentationSettings,
+    DecisionSettings,
     EvaluationSettings,
     LoaderSettings,
     LossSettings,
@@ -29,6 +30,7 @@ __all__ = [
     'RENAMED',
     'SECTIONS',
     'AugmentationSettings',
+    'DecisionSettings',
     'EvaluationSettings',
     'LoaderSettings',
     'LossSettings',

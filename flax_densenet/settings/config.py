@@ -28,7 +28,7 @@ SECTIONS = {
     'model': ('model',),
     'data': ('data', 'preparation', 'augmentation', 'loader', 'evaluation'),
     'optimizer': ('optimizer', 'schedule'),
-    'train': ('train', 'loss'),
+    'train': ('train', 'loss', 'decisions'),
 }
 # Earlier names of fields, which are still read.
 RENAMED = {'data.colour_jitter': 'data.color_jitter'}

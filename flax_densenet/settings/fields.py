@@ -152,6 +152,18 @@ class LossSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class DecisionSettings:
+    """What is fitted after training: how outputs become decisions."""
+
+    calibrate: bool = True
+    threshold: str = ''
+    positive_class: str = ''
+    unusual: str = 'auto'
+    unusual_share: float = 0.95
+    unusual_images: int = 2000
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingSettings:
     """The run itself: how long, what trains when, what is kept and shown."""
 
@@ -169,9 +181,6 @@ class TrainingSettings:
     deterministic: bool = False
     tensorboard: bool = True
     trackers: str = ''
-    unusual: str = 'auto'
-    unusual_share: float = 0.95
-    unusual_images: int = 2000
     report: bool = True
 
 
@@ -185,7 +194,7 @@ class Settings:
       init_from: weights to start from: a file, a folder or a run; empty for none.
       data: section `data` of a config, with the five groups after it.
       optimizer: section `optimizer`, with `schedule`.
-      train: section `train`, with `loss`.
+      train: section `train`, with `loss` and `decisions`.
     """
 
     init_from: str = ''
@@ -199,3 +208,4 @@ class Settings:
     schedule: ScheduleSettings = ScheduleSettings()
     train: TrainingSettings = TrainingSettings()
     loss: LossSettings = LossSettings()
+    decisions: DecisionSettings = DecisionSettings()

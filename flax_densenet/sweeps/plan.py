@@ -15,6 +15,7 @@ _FREE = (
     *('data.threads', 'data.workers', 'data.cache', 'data.cache_limit_gib'),
     *('train.checkpoint_every', 'train.tensorboard', 'train.report'),
     *('train.unusual', 'train.unusual_share', 'train.unusual_images'),
+    *('train.calibrate', 'train.threshold', 'train.positive_class'),
     *('model.fast', 'model.kernel', 'model.remat'),
 )
 _LEFT_OUT = 'which is left out; values can only be added'

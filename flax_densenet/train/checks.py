@@ -11,7 +11,7 @@ from flax_densenet.checkpoints import writer as checkpoint_writer
 from flax_densenet.data.augment import mixing
 from flax_densenet.distributed import processes
 from flax_densenet.errors import UserError
-from flax_densenet.evaluation import unusual
+from flax_densenet.evaluation import threshold_rules, unusual
 from flax_densenet.models import tta
 from flax_densenet.train import ema, feature_cache, trackers, training_run
 
@@ -128,6 +128,7 @@ def _check_ranges(settings):
 def check_settings(settings: settings_lib.Settings):
     """Raises for values that are wrong whatever the data is; no field is open."""
     preparation, train = settings.preparation, settings.train
+    decisions = settings.decisions
     for name, values in preparation.normalization.items():
         if len(values) != preparation.channels:
             raise UserError(
@@ -144,10 +145,14 @@ def check_settings(settings: settings_lib.Settings):
     )
     feature_cache.check_cache(train.cache_features)
     losses.make_loss(**vars(settings.loss) | {'pos_weight': ()})
+    if settings.decisions.threshold:
+        threshold_rules.parse(settings.decisions.threshold)
     ema.check_decay(train.ema)
     tta.check(settings.evaluation.tta)
     unusual.check_settings(
-        train.unusual, share=train.unusual_share, images=train.unusual_images
+        decisions.unusual,
+        share=decisions.unusual_share,
+        images=decisions.unusual_images,
     )
     checkpoint_writer.parse_every(train.checkpoint_every)
     if train.on_nonfinite not in ON_NONFINITE:

@@ -77,11 +77,7 @@ class FitResult:
             'batch_size': run.part_size,
             'threads': run.settings.loader.threads,
             'workers': run.settings.loader.workers,
-            'rules': selection.Rules(
-                unusual=run.settings.train.unusual,
-                unusual_share=run.settings.train.unusual_share,
-                unusual_images=run.settings.train.unusual_images,
-            ),
+            'rules': selection.Rules(**vars(run.settings.decisions)),
         }
 
     def send_files(self):

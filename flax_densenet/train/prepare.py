@@ -9,6 +9,7 @@ from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.data import dataset, identity, pipeline
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.errors import UserError
+from flax_densenet.evaluation import choosing
 from flax_densenet.models import factory, ghost_batch_norm
 from flax_densenet.settings import sizes
 from flax_densenet.train import (
@@ -104,7 +105,7 @@ def prepare(
         settings.augmentation.color_jitter,
         settings.augmentation.policy,
     )
-    training_run.make_loss(settings, source)  # its errors come before long work
+    _check_labels(settings, source)
     schedule = optimizers.make_schedule(
         **vars(settings.schedule),
         epochs=settings.train.epochs,
@@ -129,6 +130,14 @@ def prepare(
         metadata=make_metadata(settings, source),
         weights=weights,
         plan=plan,
+    )
+
+
+def _check_labels(settings, source):
+    """Raises for settings that do not fit the classes, before long work."""
+    training_run.make_loss(settings, source)
+    choosing.places_of(
+        source.class_names, settings.decisions.positive_class, source.multi_label
     )
 
 

@@ -18,6 +18,7 @@ _NO_MATTER = (
     *('model.fast', 'model.kernel', 'model.remat'),
     *('train.report', 'train.tensorboard', 'train.checkpoint_every'),
     *('train.unusual', 'train.unusual_share', 'train.unusual_images'),
+    *('train.calibrate', 'train.threshold', 'train.positive_class'),
     'train.cache_features',
 )
 # An image that was replaced by another one can move its neighbors at the boundary of

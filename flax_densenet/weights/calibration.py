@@ -32,15 +32,12 @@ class Calibration(decision_entry.Entry):
       scale: one for all classes, or for each label.
       bias: of as many numbers.
       notes: lines about what was fitted and what was left alone.
-      folded: whether the classifier of the weights has it already, as in exported
-        files.
     """
 
     methods: tuple[str, ...]
     scale: tuple[float, ...]
     bias: tuple[float, ...]
     notes: tuple[str, ...] = ()
-    folded: bool = False
 
     def check(self, classes: int):
         """Raises `ValueError` with what is wrong."""
@@ -74,7 +71,11 @@ class Calibration(decision_entry.Entry):
           xp: `numpy`, or `jax.numpy` for its arrays.
         """
         logits = xp.asarray(logits)
-        scale, bias = (np.asarray(v, logits.dtype) for v in (self.scale, self.bias))
+        shape = (1,) * (logits.ndim - 1) + (-1,)
+        scale, bias = (
+            np.array(numbers, logits.dtype).reshape(shape)
+            for numbers in (self.scale, self.bias)
+        )
         return logits * scale + bias
 
     def fold(self, variables: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What was fitted on labeled images after training: how outputs become decisions.
 
 `decisions.json` in the folder of a run, with arrays in `decisions.safetensors`, belongs
-to one checkpoint. It holds entries: the calibration of the probabilities, thresholds,
+to one checkpoint; `NAME.decisions.json` beside a file of weights, to these. It holds
+entries: the calibration of the probabilities, thresholds,
 and whatever else is in `ENTRIES`.
 
 A new kind of entry is a subclass of `decision_entry.Entry`, a field of `Decisions` and
@@ -140,10 +141,20 @@ def fingerprint(variables: dict[str, Any]) -> str:
     return made.hexdigest()[:32]
 
 
-def save(folder: str, decisions: Decisions):
+def files_of(model: str) -> tuple[str, str]:
+    """Both files of a model: in its folder, or beside its file."""
+    if os.path.isdir(model):
+        return os.path.join(model, FILE), os.path.join(model, ARRAYS_FILE)
+    return f'{model}.{FILE}', f'{model}.{ARRAYS_FILE}'
+
+
+def save(model: str, decisions: Decisions):
     """Writes both files; without arrays only one.
 
     A program that is killed in between leaves files that `load` tells apart.
+
+    Args:
+      model: the folder of a run, or a file or folder of weights.
 
     Raises:
       UserError: the folder cannot be written.
@@ -151,7 +162,7 @@ def save(folder: str, decisions: Decisions):
     from safetensors import numpy as safetensors
 
     plain, arrays = decisions.to_files()
-    path, of_arrays = (os.path.join(folder, name) for name in (FILE, ARRAYS_FILE))
+    path, of_arrays = files_of(model)
     try:
         if arrays:
             arrays = {key: np.ascontiguousarray(arrays[key]) for key in arrays}
@@ -168,16 +179,17 @@ def save(folder: str, decisions: Decisions):
         raise UserError(f'{path} cannot be written ({error.strerror})') from error
 
 
-def load(folder: str, classes: int) -> Decisions | None:
+def load(model: str, classes: int) -> Decisions | None:
     """Reads what `save` wrote; None if there is nothing.
 
     Args:
+      model: as for `save`.
       classes: number of the model's outputs.
 
     Raises:
       UserError: a file cannot be read, or is not what `save` writes.
     """
-    path = os.path.join(folder, FILE)
+    path, of_arrays = files_of(model)
     try:
         if os.path.getsize(path) > _LARGEST:
             raise ValueError('it is too large')
@@ -185,7 +197,7 @@ def load(folder: str, classes: int) -> Decisions | None:
             plain = json.load(file)
         arrays = {}
         if isinstance(plain, dict) and plain.get('arrays') is not None:
-            arrays = _load_arrays(os.path.join(folder, ARRAYS_FILE), plain['arrays'])
+            arrays = _load_arrays(of_arrays, plain['arrays'])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:

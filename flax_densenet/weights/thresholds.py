@@ -1,6 +1,7 @@
 """Thresholds of probabilities: from which on a label or a class counts as positive."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -31,7 +32,13 @@ class Thresholds(decision_entry.Entry):
         if not all(value is None or 0 <= value <= 1 for value in self.values):
             raise ValueError('a value is not from 0 to 1')
 
-    def positive(self, probabilities) -> np.ndarray:
-        """Which classes are positive: bool `[..., C]` of probabilities `[..., C]`."""
-        limits = [2.0 if value is None else value for value in self.values]
-        return np.asarray(probabilities) > np.array(limits)
+
+def is_positive(probabilities, values: Sequence[float | None]) -> np.ndarray:
+    """Which classes are above their thresholds: bool `[..., C]`.
+
+    Args:
+      probabilities: `[..., C]`.
+      values: C thresholds; a class without one is never positive.
+    """
+    limits = [2.0 if value is None else value for value in values]
+    return np.asarray(probabilities) > np.array(limits)

@@ -18,7 +18,7 @@ from flax_densenet.models import tta as tta_lib
 from flax_densenet.weights import calibration as calibration_lib
 from flax_densenet.weights import choices as choices_lib
 from flax_densenet.weights import decisions as decisions_lib
-from flax_densenet.weights import heads, operating_points, weight_file
+from flax_densenet.weights import heads, operating_points, published, weight_file
 from flax_densenet.weights import metadata as metadata_lib
 
 
@@ -91,7 +91,48 @@ class Trained:
     def calibration(self) -> calibration_lib.Calibration | None:
         """What is to be done to the logits; None if nothing is."""
         found = self.decisions and self.decisions.calibration
-        return found if found and found.changes and not found.folded else None
+        return found if found and found.changes else None
+
+    @property
+    def points(self) -> tuple[float | None, ...] | None:
+        """Operating points of the outputs; None if they are calibrated instead."""
+        return None if self.calibration else points_of(self.metadata)
+
+    @property
+    def thresholds(self) -> tuple[float | None, ...] | None:
+        """From which probability on each class is positive, None for those without.
+
+        None if the most likely class is all that is predicted. Several labels without
+        thresholds of their own have a half.
+        """
+        if self.decisions and self.decisions.thresholds:
+            return self.decisions.thresholds.values
+        if self.metadata.get('multi_label') and self.outputs == heads.SIGMOID:
+            return (0.5,) * self.module.num_classes
+        return None
+
+    def folded(self) -> 'Trained':
+        """The same model with its calibration in the weights of the classifier.
+
+        Its metadata keeps in `decisions` what was fitted, without arrays; the model has
+        the thresholds and whatever else there is as before.
+        """
+        if self.decisions is None:
+            return self
+        plain, arrays = self.decisions.to_files()
+        for name in {key.partition('.')[0] for key in arrays}:
+            del plain[name]
+        metadata = self.metadata | {'decisions': plain}
+        variables = self.variables
+        if self.calibration:
+            metadata.pop('operating_points', None)
+            variables = mesh_lib.replicate(self.calibration.fold(variables), self.mesh)
+        return dataclasses.replace(
+            self,
+            variables=variables,
+            metadata=metadata,
+            decisions=dataclasses.replace(self.decisions, calibration=None),
+        )
 
     def without_decisions(self) -> 'Trained':
         """The same model without what was fitted after training."""
@@ -157,28 +198,34 @@ def load_trained(
     return _with_decisions(trained, workdir, restored['model'], choices)
 
 
-def _with_decisions(trained, folder, variables, choices):
-    """The model with what was fitted for it, unless the user wants other outputs."""
-    if choices.raw:
-        return trained
-    found = decisions_lib.load(folder, trained.module.num_classes)
-    if found is None:
-        return trained
-    path, remedy = f'{folder}/{decisions_lib.FILE}', 'run calibrate to fit them again'
-    if found.step != trained.step or found.model != decisions_lib.fingerprint(
-        variables
+def _with_decisions(trained, path, variables, choices):
+    """The model with what was fitted for it, unless the user wants other outputs.
+
+    Args:
+      trained: with decisions if they are in its file.
+      variables: on the host, before they have a calibration.
+    """
+    if choices.raw or published.is_name(path):
+        return trained.without_decisions() if choices.raw else trained
+    found = decisions_lib.load(path, trained.module.num_classes)
+    place, _ = decisions_lib.files_of(path)
+    not_applied = 'its calibration and thresholds are not applied'
+    if found and (
+        found.step != trained.step
+        or found.model != decisions_lib.fingerprint(variables)
     ):
         trained.notes['decisions'] = (
-            f'{path} is of another checkpoint (step {found.step}, not {trained.step}): '
-            f'its calibration and thresholds are not applied; {remedy}'
+            f'{place} belongs to another checkpoint or other weights, so {not_applied};'
+            ' run calibrate to fit them again'
         )
-        return trained
-    if choices.outputs:
+        found = None
+    found = found or trained.decisions
+    if found and choices.outputs:
         trained.notes['decisions'] = (
-            f'--outputs={choices.outputs}: the calibration and thresholds of {path} '
-            'are not applied'
+            f'--outputs={choices.outputs}: {path} was calibrated for other outputs, so '
+            f'{not_applied}'
         )
-        return trained
+        found = None
     return dataclasses.replace(trained, decisions=found)
 
 
@@ -226,7 +273,7 @@ def _from_file(path, mesh, choices):
     if weights.is_own:
         _check_own(path, choices)
         # Left out where the file does not tell.
-        keys = {'multi_label', 'outputs', 'images', 'operating_points'}
+        keys = {'multi_label', 'outputs', 'images', 'operating_points', 'decisions'}
         keys &= weights.metadata.keys()
         more = {key: weights.metadata[key] for key in keys}
         names = weights.class_names
@@ -250,11 +297,15 @@ def _from_file(path, mesh, choices):
         'data': {**weights.preprocessing, **weights.metadata.get('data', {})},
         **more,
     }
+    variables, found = weights.variables, None
     if weights.is_own:
         metadata = _chosen(path, metadata, weights.num_classes, choices)
-    return Trained(
+        found = _take_decisions(path, metadata, weights.num_classes)
+        if found and found.calibration:
+            variables = found.calibration.unfold(variables)
+    trained = Trained(
         module=weights.module,
-        variables=mesh_lib.replicate(weights.variables, mesh),
+        variables=mesh_lib.replicate(variables, mesh),
         metadata=metadata,
         metrics={},
         step=None,
@@ -262,7 +313,17 @@ def _from_file(path, mesh, choices):
         known=known,
         notes=notes,
         is_imported=not is_own,
+        decisions=found,
     )
+    return _with_decisions(trained, path, variables, choices)
+
+
+def _take_decisions(path, metadata, classes):
+    """Removes from metadata what `Trained.folded` put there, and returns it."""
+    plain = metadata.pop('decisions', None)
+    if plain is None:
+        return None
+    return decisions_lib.from_files(f'{path}: its decisions', plain, {}, classes)
 
 
 def _describe_points(path, points, count, more):

@@ -184,7 +184,13 @@ def test_load(model, digits_run):
 def test_evaluate_measures_the_test_images(model, digits_run):
     found = flax_densenet.evaluate(model, batch_size=128)
     assert found.accuracy == pytest.approx(digits_run.best['test_accuracy'])
-    assert found.loss == pytest.approx(digits_run.best['test_loss'], rel=1e-4)
+    # Calibrated, on these images, which are all that may choose.
+    before = found.metrics['calibration']['before']['loss']
+    assert before == pytest.approx(digits_run.best['test_loss'], rel=1e-4)
+    assert found.loss < before - 0.01
+    raw = flax_densenet.evaluate(flax_densenet.load(digits_run.workdir, raw=True))
+    assert raw.loss == pytest.approx(before, rel=1e-5)
+    assert not raw.metrics['calibration']['applied']
     saved = json.loads((ROOT / digits_run.workdir / 'eval.json').read_text())
     assert found.metrics == {name: saved[name] for name in found.metrics}
     assert found.probabilities.shape == (len(found.labels), len(found.class_names))

@@ -12,7 +12,13 @@ from sklearn import metrics as sklearn_metrics
 
 from flax_densenet import UserError, settings
 from flax_densenet.data import dataset
-from flax_densenet.evaluation import evaluate, measured_data, metrics, results
+from flax_densenet.evaluation import (
+    evaluate,
+    measured_data,
+    metrics,
+    prediction_rows,
+    results,
+)
 from flax_densenet.weights import trained as trained_lib
 from flax_densenet.weights import transfer
 from helpers.runs import tiny_trained, write_images
@@ -174,10 +180,10 @@ def test_very_many_classes_stay_small(tmp_path):
     assert sorted(figures['confused']) == sorted(wrong)
     with open(tmp_path / 'predictions.csv', newline='') as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == 40 and len(rows[0]) == 4 + 2 * results.LIKELIEST
+    assert len(rows) == 40 and len(rows[0]) == 4 + 2 * prediction_rows.LIKELIEST
     probabilities = special.softmax(logits.astype(np.float64), axis=-1)
     for number, row in enumerate(rows):
-        best = np.argsort(-probabilities[number])[: results.LIKELIEST]
+        best = np.argsort(-probabilities[number])[: prediction_rows.LIKELIEST]
         assert [row[f'class_{n}'] for n in range(1, 11)] == [names[c] for c in best]
         assert float(row['probability_10']) == pytest.approx(
             probabilities[number, best[9]], rel=1e-5

@@ -91,7 +91,7 @@ def test_arrays_of_another_file(made, tmp_path):
         ('calibration.scale', ['1'], "scale is '1'"),
         ('calibration.bias', [float('nan')], 'bias is nan'),
         ('calibration.methods', ['magic'], 'no method'),
-        ('calibration.folded', 1, 'folded is 1'),
+        ('calibration.notes', [1], 'notes is 1'),
         ('thresholds.values', [0.5], 'there are 1 values'),
         ('thresholds.values', [0.5, 1.5], 'not from 0 to 1'),
         ('thresholds.rule', None, 'rule is None'),

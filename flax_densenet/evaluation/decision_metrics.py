@@ -1,0 +1,238 @@
+"""Metrics of decisions: calibration before and after, and classes at thresholds."""
+
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.evaluation import calibrating, choosing
+from flax_densenet.evaluation import metrics as metrics_lib
+
+# Of a decision curve.
+PROBABILITIES = np.arange(1, 100) / 100
+
+
+def of_classes(
+    logits: np.ndarray,
+    raw_logits: np.ndarray | None,
+    labels: np.ndarray,
+    scale: float | None,
+) -> dict[str, Any]:
+    """Calibration of one class per image: applied, or as it could be.
+
+    Args:
+      logits: `[N, C]`, as predictions have them.
+      raw_logits: before the model's calibration; None if it has none.
+      labels: int `[N]`.
+      scale: of the model's calibration, or None.
+
+    Returns:
+      `applied`, whether the model is calibrated; `temperature`, its own or, if it has
+      none, the best for these very images; `before` and `after`, each with `error`
+      (expected calibration error) and `bins` of `metrics.reliability`, `loss` (nats)
+      and `brier` (see `brier`).
+    """
+    if raw_logits is not None and scale is not None:
+        made = {'applied': True, 'temperature': 1 / scale}
+        before, after = raw_logits, logits
+    else:
+        temperature = metrics_lib.best_temperature(
+            lambda value: metrics_lib.log_losses(logits, labels, value).mean()
+        )
+        made = {'applied': False, 'temperature': temperature}
+        before, after = logits, logits.astype(np.float64) / temperature
+    return made | {
+        'before': _of_classes(before, labels),
+        'after': _of_classes(after, labels),
+    }
+
+
+def _of_classes(logits, labels):
+    count = len(labels)
+    confidence, right, squares = np.empty(count), np.empty(count, bool), np.empty(count)
+    for rows in metrics_lib.chunks(logits):
+        probabilities = metrics_lib.softmax(logits[rows])
+        confidence[rows] = probabilities.max(-1)
+        right[rows] = probabilities.argmax(-1) == labels[rows]
+        squares[rows] = _squared_errors(probabilities, labels[rows])
+    return metrics_lib.reliability(confidence, right) | {
+        'loss': float(metrics_lib.log_losses(logits, labels).mean()),
+        'brier': float(squares.mean()),
+    }
+
+
+def _squared_errors(probabilities, labels):
+    """Of each image; summed over the classes, but of two classes the second's."""
+    squares = np.square(probabilities).sum(-1)
+    true = np.take_along_axis(probabilities, labels[:, None], -1)[:, 0]
+    return (squares - 2 * true + 1) / (2 if probabilities.shape[-1] == 2 else 1)
+
+
+def of_labels(
+    logits: np.ndarray, raw_logits: np.ndarray | None, labels: np.ndarray, names
+) -> dict[str, Any]:
+    """Calibration of several labels, before and after the model's own.
+
+    Args:
+      logits: `[N, L]`, as predictions have them.
+      raw_logits: before the model's calibration; None if it has none.
+      labels: `[N, L]` of 0, 1 and NaN (unknown, left out).
+      names: L names.
+
+    Returns:
+      `applied`, whether the model is calibrated; `temperature`, None, as there is none
+      of all labels; `before` and `after` (None if it is not calibrated): of all known labels together `error` and `bins` of `metrics.reliability`,
+      where a bin's `accuracy` is the share of positives; `loss` and `brier`, means over
+      the labels; and `labels`, a row for each label with its name and the same numbers.
+    """
+    if raw_logits is None:
+        return {
+            'applied': False,
+            'temperature': None,
+            'before': _of_labels(logits, labels, names),
+            'after': None,
+        }
+    return {
+        'applied': True,
+        'temperature': None,
+        'before': _of_labels(raw_logits, labels, names),
+        'after': _of_labels(logits, labels, names),
+    }
+
+
+def _of_labels(logits, labels, names):
+    probabilities = metrics_lib.sigmoid(logits)
+    losses = calibrating.label_log_losses(logits, labels)
+    known = ~np.isnan(labels)
+    rows = []
+    for c, name in enumerate(names):
+        there = known[:, c]
+        row: dict[str, Any] = {'name': str(name)}
+        row |= dict.fromkeys(('error', 'loss', 'brier'))
+        if there.any():
+            p, true = probabilities[there, c], labels[there, c] > 0.5
+            row['error'] = metrics_lib.reliability(p, true)['error']
+            row['loss'] = float(losses[there, c].mean())
+            row['brier'] = float(np.square(p - true).mean())
+        rows.append(row)
+    all_of_them = metrics_lib.reliability(probabilities[known], labels[known] > 0.5)
+    means = {k: metrics_lib.mean([row[k] for row in rows]) for k in ('loss', 'brier')}
+    return all_of_them | means | {'labels': rows}
+
+
+def at_thresholds(
+    labels: np.ndarray, probabilities: np.ndarray, values, names
+) -> list[dict[str, Any]]:
+    """What the classes with a threshold are worth at it.
+
+    Args:
+      labels: int `[N]`, or `[N, C]` of 0, 1 and NaN.
+      probabilities: `[N, C]`.
+      values: C thresholds, None for classes without one.
+      names: C names.
+
+    Returns:
+      A row for each class with a threshold: `name`, `threshold`, `positives` and
+      `negatives` (actual ones), and of each of `sensitivity`, `specificity`, `ppv` and
+      `npv` the share and, with `_interval`, Wilson's 95% interval; None where there is
+      nothing to divide by. Also `average_precision`.
+    """
+    rows = []
+    for place, value in enumerate(values):
+        if value is not None:
+            true, probability = choosing.of_class(labels, probabilities, place)
+            row = {'name': str(names[place])} | at_threshold(true, probability, value)
+            rows.append(row)
+    return rows
+
+
+def at_threshold(
+    true: np.ndarray, probability: np.ndarray, threshold: float
+) -> dict[str, Any]:
+    """A row of `at_thresholds` without its name.
+
+    Args:
+      true: bool `[N]`.
+      probability: `[N]`.
+    """
+    positive = probability > threshold
+    tp, fp = int((positive & true).sum()), int((positive & ~true).sum())
+    fn, tn = int(true.sum()) - tp, int((~true).sum()) - fp
+    row: dict[str, Any] = {
+        'threshold': float(threshold),
+        'positives': tp + fn,
+        'negatives': fp + tn,
+    }
+    for name, right, count in (
+        ('sensitivity', tp, tp + fn),
+        ('specificity', tn, fp + tn),
+        ('ppv', tp, tp + fp),
+        ('npv', tn, fn + tn),
+    ):
+        row[name] = right / count if count else None
+        row[f'{name}_interval'] = metrics_lib.wilson(right, count)
+    row['average_precision'] = average_precision(true, probability)
+    return row
+
+
+def average_precision(true: np.ndarray, probability: np.ndarray) -> float | None:
+    """scikit-learn's; None without a positive or without a negative."""
+    from sklearn import metrics as sklearn_metrics
+
+    if true.all() or not true.any():
+        return None
+    return float(sklearn_metrics.average_precision_score(true, probability))
+
+
+def precision_recall(
+    true: np.ndarray,
+    probability: np.ndarray,
+    *,
+    points: int = metrics_lib.CURVE_POINTS,
+) -> dict[str, list[float]] | None:
+    """A precision-recall curve, from the recall of 0 to that of 1.
+
+    Args:
+      points: with more corners than that, so many along the recall.
+
+    Returns:
+      None with only one class.
+    """
+    from sklearn import metrics as sklearn_metrics
+
+    if not len(true) or true.all() or not true.any():
+        return None
+    precision, recall, _ = sklearn_metrics.precision_recall_curve(true, probability)
+    precision, recall = precision[::-1], recall[::-1]
+    keep = np.arange(len(recall))
+    if len(keep) > points:
+        places = np.searchsorted(recall, np.linspace(0, 1, points))
+        keep = np.unique(
+            np.append(places.clip(0, len(recall) - 1), [0, len(recall) - 1])
+        )
+    return {
+        'recall': np.round(recall[keep], 4).tolist(),
+        'precision': np.round(precision[keep], 4).tolist(),
+    }
+
+
+def decision_curve(true: np.ndarray, probability: np.ndarray) -> dict[str, list[float]]:
+    """Net benefit by threshold probability (Vickers and Elkin, 2006).
+
+    At the probability t from which on one would act, a false positive costs t / (1 - t)
+    of what a true positive gains. The benefit is in true positives per image.
+
+    Returns:
+      `probability`, the `benefit` of acting on the model's positives, and that of
+      acting on `all` images; acting on none has 0.
+    """
+    count = max(len(true), 1)
+    of_true, of_false = np.sort(probability[true]), np.sort(probability[~true])
+    t = PROBABILITIES
+    tp = len(of_true) - np.searchsorted(of_true, t, side='right')
+    fp = len(of_false) - np.searchsorted(of_false, t, side='right')
+    odds = t / (1 - t)
+    return {
+        'probability': t.tolist(),
+        'benefit': ((tp - odds * fp) / count).tolist(),
+        'all': ((len(of_true) - odds * len(of_false)) / count).tolist(),
+    }

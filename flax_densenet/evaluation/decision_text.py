@@ -1,0 +1,92 @@
+"""Lines of text about calibration and thresholds."""
+
+from typing import Any
+
+from flax_densenet.evaluation import metrics as metrics_lib
+from flax_densenet.weights import decisions as decisions_lib
+
+_ROWS = 40  # classes that a table lists
+
+
+def calibration_line(metrics: dict[str, Any]) -> str:
+    """The calibration error, before and after.
+
+    Args:
+      metrics: of `results.Results`.
+    """
+    calibration = metrics['calibration']
+    before, after = calibration['before'], calibration['after']
+    if calibration['applied']:
+        return (
+            f'calibration error: {after["error"]:.1%}, Brier score '
+            f'{after["brier"]:.4f}; before calibration {before["error"]:.1%}, '
+            f'{before["brier"]:.4f}, loss {before["loss"]:.3f}'
+        )
+    line = f'calibration error: {before["error"]:.1%}'
+    if metrics_lib.temperature_helps(calibration):
+        line += (
+            f'; {after["error"]:.1%} with a temperature of '
+            f'{calibration["temperature"]:.2f}'
+        )
+    return line
+
+
+def threshold_lines(metrics: dict[str, Any]) -> list[str]:
+    """A table of classes at thresholds that a rule chose; nothing without a rule."""
+    found = metrics['thresholds']
+    if not found or not found['rule'] or not found['classes']:
+        return []
+    rows = found['classes']
+    width = max(min(max(len(row['name']) for row in rows), 40), len('threshold by'))
+    names = ('sensitivity', 'specificity', 'ppv', 'npv')
+    lines = [
+        f'at thresholds by {found["rule"]}, with 95% intervals:',
+        f'{"class":<{width}}  above  '
+        + '  '.join(f'{title:<20}' for title in (*names[:2], 'PPV', 'NPV')).rstrip(),
+    ]
+    for row in rows[:_ROWS]:
+        name = row['name'] if len(row['name']) <= width else row['name'][: width - 1]
+        cells = '  '.join(f'{_share(row, one):<20}' for one in names)
+        lines.append(f'{name:<{width}}  {row["threshold"]:.3f}  {cells}'.rstrip())
+    if len(rows) > _ROWS:
+        lines.append(f'({len(rows) - _ROWS} more classes: see eval.json)')
+    return lines
+
+
+def _share(row, name):
+    """`0.950 (0.912-0.973)`"""
+    if row[name] is None:
+        return '-'
+    low, high = row[f'{name}_interval']
+    return f'{row[name]:.3f} ({low:.3f}-{high:.3f})'
+
+
+def describe_fit(
+    decisions: decisions_lib.Decisions | None, data: str, *, own: bool
+) -> str:
+    """On which images decisions were fitted, and whether these are measured here.
+
+    Args:
+      data: name of the data that is measured.
+      own: it is the data that the model was trained on.
+    """
+    if decisions is None:
+        return ''
+    fitted = [
+        what
+        for what, there in (
+            ('calibration', decisions.calibration and decisions.calibration.changes),
+            ('thresholds', decisions.thresholds),
+        )
+        if there
+    ]
+    if not fitted:
+        return ''
+    verb = 'was' if fitted == ['calibration'] else 'were'
+    line = f'{" and ".join(fitted)} {verb} fitted on {decisions.where}'
+    if decisions.part != 'val' and (own or data == decisions.data):
+        line += (
+            ', the same images as here, so that they look a little better than on new '
+            'images; a validation part (data.val_fraction) avoids that'
+        )
+    return line

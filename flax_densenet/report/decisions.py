@@ -1,0 +1,141 @@
+"""What the report says of calibration, thresholds and their worth."""
+
+from typing import Any
+
+from flax_densenet.evaluation import (
+    choosing,
+    decision_metrics,
+    decision_text,
+)
+from flax_densenet.evaluation import metrics as metrics_lib
+from flax_densenet.report import decision_charts, render
+
+_CURVES = 100  # precision-recall curves at most
+_FEW_POINTS = 60  # of each where there are many
+_LABELS = 40  # rows of calibration by label
+_DECISION_CURVES = 6
+
+
+def describe(found, source_name: str, *, own: bool) -> dict[str, Any]:
+    """Values of the sections of the page.
+
+    Args:
+      found: a `results.Results`.
+      source_name: of the data that was measured.
+      own: it is the data that the model was trained on.
+    """
+    metrics = found.metrics
+    calibration = metrics['calibration']
+    scaled = bool(calibration) and metrics_lib.temperature_helps(calibration)
+    return {
+        'scaled': scaled,
+        'reliability': calibration
+        and decision_charts.reliability(
+            calibration, scaled=scaled, several=found.multi_label
+        ),
+        'calibration_rows': _calibration_rows(calibration),
+        'label_calibration': _label_rows(calibration),
+        'fitted': decision_text.describe_fit(found.decisions, source_name, own=own),
+        'thresholds': _threshold_rows(metrics),
+        'threshold_rule': (metrics['thresholds'] or {}).get('rule'),
+        'precision_recall': _precision_recall(found),
+        'decision_curves': _decision_curves(found),
+    }
+
+
+def _calibration_rows(calibration):
+    """Error, Brier score and loss before and after, as text."""
+    if not calibration:
+        return []
+    rows = [('Calibrated' if calibration['applied'] else 'This model', 'after')]
+    if calibration['applied']:
+        rows.insert(0, ('Before calibration', 'before'))
+    else:
+        rows = [('This model', 'before')]
+    return [
+        (
+            title,
+            render.percent(calibration[key]['error']),
+            f'{calibration[key]["brier"]:.4f}',
+            f'{calibration[key]["loss"]:.4f}',
+        )
+        for title, key in rows
+    ]
+
+
+def _label_rows(calibration):
+    """The same of each label: name, and error, Brier score and loss, before, after."""
+    if not calibration or 'labels' not in calibration['before']:
+        return []
+    before = calibration['before']['labels']
+    after = (calibration['after'] or {}).get('labels', before)
+    return [
+        (row['name'], [(row[key], now[key]) for key in ('error', 'brier', 'loss')])
+        for row, now in list(zip(before, after, strict=True))[:_LABELS]
+        if row['loss'] is not None
+    ]
+
+
+def _threshold_rows(metrics):
+    """Each class with a threshold, its numbers as text with intervals."""
+    found = metrics['thresholds'] or {'classes': []}
+    names = ('sensitivity', 'specificity', 'ppv', 'npv')
+    return [
+        {
+            'name': row['name'],
+            'threshold': row['threshold'],
+            'positives': row['positives'],
+            'negatives': row['negatives'],
+            'shares': [
+                (row[name], _interval(row[f'{name}_interval'])) for name in names
+            ],
+        }
+        for row in found['classes']
+    ]
+
+
+def _interval(ends):
+    if ends is None:
+        return ''
+    low, high = map(render.percent, ends)
+    return f'{low} to {high}'
+
+
+def _precision_recall(found):
+    """Curves of one class against the rest, the worst first, and their names."""
+    rows = []
+    for place, name in enumerate(found.class_names):
+        true, probability = choosing.of_class(found.labels, found.probabilities, place)
+        area = decision_metrics.average_precision(true, probability)
+        if area is not None:
+            rows.append((area, place, str(name)))
+    rows = sorted(rows)[:_CURVES]
+    points = metrics_lib.CURVE_POINTS if len(rows) <= 10 else _FEW_POINTS
+    made = []
+    for area, place, name in rows:
+        true, probability = choosing.of_class(found.labels, found.probabilities, place)
+        curve = decision_metrics.precision_recall(true, probability, points=points)
+        made.append({'name': name, 'average_precision': area, **(curve or {})})
+    return {
+        'chart': decision_charts.precision_recall(made) if made else '',
+        'mean': metrics_lib.mean([area for area, _, _ in rows]),
+    }
+
+
+def _decision_curves(found):
+    """Charts of the classes with thresholds, those with most positives first."""
+    if found.thresholds is None:
+        return []
+    rows = []
+    for place, value in enumerate(found.thresholds):
+        if value is None:
+            continue
+        true, probability = choosing.of_class(found.labels, found.probabilities, place)
+        if true.any() and not true.all():
+            rows.append((-int(true.sum()), place, value, true, probability))
+    made = []
+    for _, place, value, true, probability in sorted(rows, key=lambda row: row[:2]):
+        name = str(found.class_names[place])
+        curve = decision_metrics.decision_curve(true, probability)
+        made.append((name, decision_charts.decision_curve(curve, name, value)))
+    return made[:_DECISION_CURVES]

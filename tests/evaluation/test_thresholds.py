@@ -1,0 +1,149 @@
+"""Thresholds by rules, against all possible ones; metrics at them as scikit-learn's."""
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics
+
+from flax_densenet.errors import UserError
+from flax_densenet.evaluation import decision_metrics, threshold_rules
+from flax_densenet.weights import thresholds
+
+
+def draw(seed, count=200, *, rounded=2):
+    rng = np.random.default_rng(seed)
+    true = rng.random(count) < 0.3
+    p = np.clip(rng.normal(0.4 + 0.25 * true, 0.2), 0.01, 0.99)
+    return true, np.round(p, rounded)  # with ties
+
+
+def rates(true, p, threshold):
+    tn, fp, fn, tp = metrics.confusion_matrix(true, p > threshold).ravel()
+    return tp / (tp + fn), tn / (tn + fp), fn, fp
+
+
+def everything(true, p):
+    """All thresholds that differ, and what each gives."""
+    edges = np.concatenate([[0.0], np.unique(p), [1.0]])
+    between = (edges[1:] + edges[:-1]) / 2
+    return between, [rates(true, p, one) for one in between]
+
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize(
+    ('text', 'score'),
+    [
+        ('youden', lambda sens, spec, fn, fp: sens + spec),
+        ('cost=5:1', lambda sens, spec, fn, fp: -(5 * fn + fp)),
+        ('cost=1:2.5', lambda sens, spec, fn, fp: -(fn + 2.5 * fp)),
+        ('sensitivity=0.95', lambda sens, spec, fn, fp: spec - 9 * (sens < 0.95)),
+        ('sensitivity=1', lambda sens, spec, fn, fp: spec - 9 * (sens < 1)),
+        ('specificity=0.9', lambda sens, spec, fn, fp: sens - 9 * (spec < 0.9)),
+    ],
+)
+def test_no_threshold_is_better(seed, text, score):
+    true, p = draw(seed)
+    found = threshold_rules.choose(threshold_rules.parse(text), true, p)
+    between, made = everything(true, p)
+    scores = [score(*one) for one in made]
+    best = max(scores)
+    assert score(*rates(true, p, found)) == pytest.approx(best)
+    as_good = [b for b, s in zip(between, scores, strict=True) if s > best - 1e-9]
+    assert found == pytest.approx(max(as_good))
+    assert min(scores) < best - 0.05
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_f1(seed):
+    true, p = draw(seed)
+    found = threshold_rules.choose(threshold_rules.parse('f1'), true, p)
+    best = max(
+        metrics.f1_score(true, p > one, zero_division=0)
+        for one in everything(true, p)[0]
+    )
+    assert metrics.f1_score(true, p > found) == pytest.approx(best)
+
+
+def test_ends():
+    """Everything positive, or nothing, where a cost wants it."""
+    true, p = draw(0)
+    rule = threshold_rules.parse('cost=1000:1')
+    assert threshold_rules.choose(rule, true, p) < p[true].min()
+    rule = threshold_rules.parse('cost=1:1000')
+    assert threshold_rules.choose(rule, true, p) > p[~true].max()
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        *('best', 'youden=1', 'f1=', 'sensitivity', 'sensitivity=0', 'sensitivity=2'),
+        *('specificity=x', 'cost=5', 'cost=0:1', 'cost=1:inf', 'cost=1:2:3', '='),
+    ],
+)
+def test_rules_that_are_not_known(text):
+    with pytest.raises(UserError, match='use youden, f1, sensitivity=SHARE') as raised:
+        threshold_rules.parse(text, '--threshold')
+    assert f'--threshold={text} is not known' in str(raised.value)
+
+
+def test_metrics_at_a_threshold():
+    true, p = draw(3)
+    row = decision_metrics.at_threshold(true, p, 0.5)
+    positive = p > 0.5
+    for name, value, right, count in (
+        ('sensitivity', metrics.recall_score(true, positive), None, true.sum()),
+        ('specificity', metrics.recall_score(~true, ~positive), None, (~true).sum()),
+        ('ppv', metrics.precision_score(true, positive), None, positive.sum()),
+        ('npv', metrics.precision_score(~true, ~positive), None, (~positive).sum()),
+    ):
+        assert row[name] == pytest.approx(value)
+        right = round(value * count)
+        ends = stats.binomtest(right, int(count)).proportion_ci(method='wilson')
+        assert row[f'{name}_interval'] == pytest.approx([ends.low, ends.high])
+    expected = metrics.average_precision_score(true, p)
+    assert row['average_precision'] == pytest.approx(expected)
+    nothing = decision_metrics.at_threshold(np.zeros(3, bool), np.full(3, 0.2), 0.5)
+    assert nothing['sensitivity'] is None and nothing['ppv'] is None
+    assert nothing['npv'] == 1 and nothing['average_precision'] is None
+
+
+def test_rows_of_classes_and_of_labels():
+    p = np.array([[0.2, 0.8], [0.6, 0.4], [0.9, 0.1], [0.3, 0.7]])
+    labels = np.array([1, 0, 0, 0])
+    rows = decision_metrics.at_thresholds(labels, p, (None, 0.5), 'ab')
+    assert [row['name'] for row in rows] == ['b']
+    assert (rows[0]['positives'], rows[0]['sensitivity'], rows[0]['ppv']) == (1, 1, 0.5)
+    several = np.array([[1, 0], [0, np.nan], [1, 0], [0, 1]], np.float32)
+    rows = decision_metrics.at_thresholds(several, p, (0.5, 0.5), 'ab')
+    assert [row['positives'] + row['negatives'] for row in rows] == [4, 3]
+    found = thresholds.is_positive(p, (None, 0.5))
+    assert found.tolist() == [[False, True], [False, False], [False, False]] + [
+        [False, True]
+    ]
+
+
+def test_precision_recall_curve():
+    true, p = draw(0, 5000, rounded=6)
+    curve = decision_metrics.precision_recall(true, p, points=100)
+    recall, precision = np.array(curve['recall']), np.array(curve['precision'])
+    assert len(recall) <= 101 and recall[0] == 0 and recall[-1] == 1
+    assert (np.diff(recall) >= 0).all()
+    all_p, all_r, _ = metrics.precision_recall_curve(true, p)
+    pairs = set(zip(np.round(all_r, 4), np.round(all_p, 4), strict=True))
+    assert set(zip(recall, precision, strict=True)) <= pairs
+    small = decision_metrics.precision_recall(true[:20], p[:20])
+    expected = metrics.precision_recall_curve(true[:20], p[:20])[1]
+    np.testing.assert_allclose(small['recall'], expected[::-1], atol=1e-4)
+    assert decision_metrics.precision_recall(np.ones(3, bool), p[:3]) is None
+
+
+def test_decision_curve():
+    true, p = draw(1)
+    curve = decision_metrics.decision_curve(true, p)
+    for place in (0, 19, 49, 79):
+        t = curve['probability'][place]
+        tp, fp = (true & (p > t)).sum(), (~true & (p > t)).sum()
+        expected = tp / len(p) - fp / len(p) * t / (1 - t)
+        assert curve['benefit'][place] == pytest.approx(expected)
+        everyone = true.mean() - (~true).mean() * t / (1 - t)
+        assert curve['all'][place] == pytest.approx(everyone)

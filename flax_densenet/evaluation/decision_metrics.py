@@ -80,9 +80,10 @@ def of_labels(
 
     Returns:
       `applied`, whether the model is calibrated; `temperature`, None, as there is none
-      of all labels; `before` and `after` (None if it is not calibrated): of all known labels together `error` and `bins` of `metrics.reliability`,
-      where a bin's `accuracy` is the share of positives; `loss` and `brier`, means over
-      the labels; and `labels`, a row for each label with its name and the same numbers.
+      of all labels; `before` and `after` (None if it is not calibrated): of all known
+      labels together `error` and `bins` of `metrics.reliability`, where a bin's
+      `accuracy` is the share of positives; `loss` and `brier`, means over the labels;
+      and `labels`, a row for each label with its name and the same numbers.
     """
     if raw_logits is None:
         return {

@@ -1,0 +1,83 @@
+"""What a model says besides probabilities: positives, sets, unusual images."""
+
+import logging
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.errors import UserError
+from flax_densenet.inference import prediction as prediction_lib
+from flax_densenet.inference.prediction import Prediction
+from flax_densenet.weights import calibration as calibration_lib
+from flax_densenet.weights import conformal
+from flax_densenet.weights import trained as trained_lib
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class Decided:
+    """The part of a `Predictor` that knows what was fitted after training.
+
+    Attributes:
+      trained: the model.
+    """
+
+    trained: trained_lib.Trained
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of its outputs."""
+        raise NotImplementedError
+
+    @property
+    def thresholds(self) -> tuple[float | None, ...] | None:
+        """From which probability on classes are positive (`Trained.thresholds`)."""
+        return self.trained.thresholds
+
+    def positive_of(self, probabilities: np.ndarray) -> tuple[str, ...] | None:
+        """`Prediction.positive` of probabilities `[num_classes]`."""
+        return Prediction(
+            '',
+            probabilities,
+            class_names=self.class_names,
+            thresholds=self.thresholds,
+        ).positive
+
+    def describe_decisions(self) -> dict[str, Any]:
+        """For JSON: `thresholds` by class, or None; the `threshold_rule` that chose
+        them; and the `calibration` in words; None if there are none.
+        """
+        decisions, values = self.trained.decisions, self.thresholds
+        chosen = decisions and decisions.thresholds
+        calibration = self.trained.calibration
+        found = None
+        if values is not None:
+            pairs = zip(self.class_names, values, strict=True)
+            found = {name: value for name, value in pairs if value is not None}
+        return {
+            'thresholds': found,
+            'threshold_rule': chosen.rule if chosen else None,
+            'calibration': calibration and calibration_lib.describe(calibration),
+        }
+
+    @property
+    def scores_unusual(self) -> bool:
+        """Whether predictions say how unlike the training images an image is."""
+        return bool(self.trained.decisions and self.trained.decisions.unusual)
+
+    @property
+    def sets(self) -> conformal.ConformalSets | None:
+        """What `Prediction.classes` needs; None if the model has nothing."""
+        found = self.trained.decisions
+        return None if found is None else found.sets
+
+    def check_coverage(self, coverage: float):
+        """Reports a coverage that the validation images were too few for.
+
+        Raises:
+          UserError: there are no sets of classes, or it is not between 0 and 1.
+        """
+        if self.sets is None:
+            raise UserError(f'--coverage={coverage:g}: {prediction_lib.NO_SETS}')
+        if line := self.sets.warn(coverage, self.class_names):
+            _LOGGER.warning(f'warning: {line}')

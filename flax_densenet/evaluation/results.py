@@ -100,14 +100,15 @@ class Results:
         `decision_metrics`), and `thresholds`: None, or `rule` and `classes`, rows of
         `decision_metrics.at_thresholds`.
         """
+        names, raw = self.class_names, self.raw_logits
         if self.multi_label:
             metrics = metrics_lib.measure_labels(
                 self.logits,
                 self.labels,
-                self.class_names,
+                names,
                 thresholds=self.thresholds,
                 calibration=decision_metrics.of_labels(
-                    self.logits, self.raw_logits, self.labels, self.class_names
+                    self.logits, raw, self.labels, names
                 ),
             )
         else:
@@ -115,12 +116,8 @@ class Results:
             if self.outputs == 'sigmoid':  # as shares of their sum
                 logits = metrics_lib.log_sigmoid(logits)
             scale = self.calibration.scale[0] if self.calibration else None
-            calibration = decision_metrics.of_classes(
-                logits, self.raw_logits, self.labels, scale
-            )
-            metrics = metrics_lib.measure(
-                logits, self.labels, self.class_names, calibration=calibration
-            )
+            found = decision_metrics.of_classes(logits, raw, self.labels, scale)
+            metrics = metrics_lib.measure(logits, self.labels, names, calibration=found)
         extended = intervals.extend(
             metrics,
             self.labels,
@@ -128,7 +125,14 @@ class Results:
             self.groups,
             predicted=self.positive if self.multi_label else None,
         )
-        return extended | {'thresholds': self._measure_thresholds()}
+        chosen = self.decisions and self.decisions.thresholds
+        thresholds = self.thresholds and {
+            'rule': chosen.rule if chosen else None,
+            'classes': decision_metrics.at_thresholds(
+                self.labels, self.probabilities, self.thresholds, names
+            ),
+        }
+        return extended | {'thresholds': thresholds}
 
     @functools.cached_property
     def doubt(self) -> dict[str, Any]:
@@ -145,15 +149,6 @@ class Results:
     def groups(self) -> np.ndarray | None:
         """int64 `[N]`: whose image each is; None if that is unknown."""
         return getattr(self.examples, 'groups', None)
-
-    def _measure_thresholds(self):
-        if self.thresholds is None:
-            return None
-        chosen = self.decisions and self.decisions.thresholds
-        rows = decision_metrics.at_thresholds(
-            self.labels, self.probabilities, self.thresholds, self.class_names
-        )
-        return {'rule': chosen.rule if chosen else None, 'classes': rows}
 
     @property
     def calibration(self) -> calibration_lib.Calibration | None:

@@ -165,8 +165,13 @@ def get_config() -> ConfigDict:
     # the end. 0: as the source has it; without a validation part, the test images
     # choose the best epoch as well.
     config.data.val_fraction = 0.0
-    # Seed of these splits.
+    # Seed of these splits, and of the folds.
     config.data.split_seed = 0
+    # Folds of cross-validation; the command crossval sets it (docs/crossval.md). A test
+    # part of the source is in no fold. 0: no folds.
+    config.data.folds = 0
+    # The fold to test on, from 1 to data.folds. The others are trained on.
+    config.data.fold = 0
     # Random crops and flips of training images: none, flip, shift_flip (as for CIFAR)
     # or crop_flip (as for ImageNet). samples.png in the run's folder shows them.
     config.data.augment = 'none'

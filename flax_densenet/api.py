@@ -245,7 +245,8 @@ def evaluate(
         `[N, H, W, 1]`, and labels int `[N]` in the order of the model's classes, or
         float `[N, C]` of 0, 1 and NaN. By default the test images of the run. Of other
         data, the test part is used, or everything if there is none; classes are matched
-        by name.
+        by name. By default a cross-validation is measured on its own images, each by
+        the model that it is new to.
       labels: a table of several labels per image, for a folder of images.
       batch_size: images computed at a time; the number of devices divides it.
 
@@ -253,7 +254,7 @@ def evaluate(
       UserError: the data cannot be read or does not fit the model.
     """
     from flax_densenet.distributed import mesh
-    from flax_densenet.evaluation import results
+    from flax_densenet.evaluation import out_of_fold, results
 
     predictor = _predictor(model)
     trained, path = predictor.in_use, predictor.path or 'the model'
@@ -268,6 +269,14 @@ def evaluate(
             threads=4,
             workers=0,
         )
+    elif data is None and predictor.path and trained.module.members > 1:
+        changes = {'batch_size': batch_size, 'tta': trained.metadata['data'].get('tta')}
+        found = out_of_fold.collect(
+            predictor.path,
+            lambda metadata: _settings_of(metadata, **changes),
+            mesh=trained.mesh,
+            precision=trained.precision or None,
+        ).results
     else:
         settings = _data_settings(trained, data, labels, batch_size=batch_size)
         if not settings.data.source:
@@ -355,11 +364,15 @@ def _predictor(model):
 
 def _data_settings(trained, data=None, labels='', **changes):
     """Settings to measure a model with, on its own data by default."""
+    return _settings_of(trained.metadata, data, labels, **changes)
+
+
+def _settings_of(metadata, data=None, labels='', **changes):
     from flax_densenet import settings
     from flax_densenet.cli import arguments
 
-    fields = {'source': '', **trained.metadata['data'], **changes}
-    fields['image_size'] = fields.get('image_size') or trained.metadata['image_size']
+    fields = {'source': '', **metadata['data'], **changes}
+    fields['image_size'] = fields.get('image_size') or metadata['image_size']
     if data is not None:
         fields |= {'source': arguments.source(os.fspath(data)), 'labels': labels}
     return settings.from_saved({'data': fields})

@@ -2,6 +2,7 @@
 
 from flax_densenet.cli import (
     calibrate,
+    crossval,
     evaluate,
     export,
     lr_find,
@@ -22,6 +23,6 @@ COMMANDS = {
     module.COMMAND.name: module.COMMAND
     for module in (
         *(train, evaluate, report, calibrate, predict, export, push, serve),
-        *(sweep, lr_find, pack, summary, weights, settings),
+        *(crossval, sweep, lr_find, pack, summary, weights, settings),
     )
 }

@@ -1,6 +1,6 @@
 """`eval`: measures a trained model on labeled images."""
 
-from flax_densenet.cli import arguments, options, trained_model
+from flax_densenet.cli import arguments, crossval, options, trained_model
 
 
 def run(invocation: options.Invocation):
@@ -8,6 +8,8 @@ def run(invocation: options.Invocation):
     from flax_densenet.evaluation import decision_text, precisions, results
 
     workdir = invocation.workdir
+    if crossval.measure(invocation, workdir, report=False):
+        return
     trained, path, settings = trained_model.load(invocation, workdir)
     trained_model.check_others(invocation, trained, path)
     trained, source, found, trained_on = precisions.of_data(

@@ -2,7 +2,7 @@
 
 import os
 
-from flax_densenet.cli import arguments, options, trained_model
+from flax_densenet.cli import arguments, crossval, options, trained_model
 from flax_densenet.distributed import processes
 from flax_densenet.errors import UserError
 
@@ -54,19 +54,24 @@ def _report_on_run(invocation, workdir):
     from flax_densenet.report import figures, page
 
     how = options.explain_options(invocation)
-    trained, path, settings = trained_model.load(invocation, workdir)
-    trained_model.check_others(invocation, trained, path)
-    trained, source, found, trained_on = precisions.of_data(
-        trained, path, settings, invocation.flags.precision
-    )
-    found = trained_model.add_others(invocation, trained, settings, found)
-    path = page.save_report(
-        *(workdir, trained, source, found),
-        path=invocation.path('out'),
-        trained_on=trained_on,
-        weights=path,
-        how=how,
-    )
+    options_of_page = {'path': invocation.path('out'), 'how': how}
+    pooled = crossval.measure(invocation, workdir, report=True, **options_of_page)
+    if pooled is not None:
+        found = pooled.results
+        path = options_of_page['path'] or os.path.join(workdir, page.REPORT_FILE)
+    else:
+        trained, path, settings = trained_model.load(invocation, workdir)
+        trained_model.check_others(invocation, trained, path)
+        trained, source, found, trained_on = precisions.of_data(
+            trained, path, settings, invocation.flags.precision
+        )
+        found = trained_model.add_others(invocation, trained, settings, found)
+        path = page.save_report(
+            *(workdir, trained, source, found),
+            trained_on=trained_on,
+            weights=path,
+            **options_of_page,
+        )
     print(f'{path}: open it in a browser')
     folder = invocation.path('figures')
     if folder and processes.is_first():

@@ -12,15 +12,8 @@ from flax_densenet.system import paths
 # Fields that say which images there are; the model decides how they are prepared.
 _WHICH = (
     *('source', 'labels', 'label_kind', 'label_columns', 'blank_labels'),
-    *(
-        'uncertain_labels',
-        'soft_labels',
-        'groups',
-        'split',
-        'test_fraction',
-        'val_fraction',
-    ),
-    'split_seed',
+    *('uncertain_labels', 'soft_labels', 'groups', 'split', 'test_fraction'),
+    *('val_fraction', 'split_seed', 'folds', 'fold'),
     *('tfds_dir', 'tfds_train'),
 )
 
@@ -32,9 +25,11 @@ def find(invocation: options.Invocation, workdir: str | None = None) -> str:
       UserError: there is neither.
     """
     from flax_densenet.checkpoints import reader as checkpoint_reader
-    from flax_densenet.weights import published, weight_file
+    from flax_densenet.weights import ensembles, published, weight_file
 
     workdir = workdir or invocation.workdir
+    if ensembles.is_ensemble(workdir):
+        return workdir
     start = invocation.fields['init_from']
     if start and not checkpoint_reader.has_checkpoint(workdir):
         if not published.is_name(start) and not os.path.exists(paths.expand(start)):

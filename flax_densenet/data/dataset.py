@@ -29,6 +29,7 @@ from flax_densenet.data import (
     splits,
 )
 from flax_densenet.data import duplicates as duplicates_lib
+from flax_densenet.data import folds as folds_lib
 from flax_densenet.data import soft_labels as soft_labels_lib
 from flax_densenet.errors import UserError
 from flax_densenet.settings import sizes
@@ -271,6 +272,8 @@ def load_source(
     test_fraction: float = 0.2,
     val_fraction: float = 0.0,
     split_seed: int = 0,
+    folds: int = 0,
+    fold: int = 0,
     bad_images: str = 'error',
     duplicates: str = 'report',
     cache: str = 'none',
@@ -300,7 +303,10 @@ def load_source(
         has no test part.
       val_fraction: share of the training images that is split off in the same way, to
         choose the best epoch; 0 for none.
-      split_seed: seed of these splits.
+      split_seed: seed of these splits, and of the folds.
+      folds: of cross-validation; 0 for none.
+      fold: the one to test on, from 1. With 0 the training part is all folds, and the
+        test part is that of the source, or empty (see `folds.divide`).
       bad_images: `error` stops at a file that is not an intact image; `skip` leaves it
         out.
       duplicates: what to do with files of the same content in two parts: `report`
@@ -314,16 +320,15 @@ def load_source(
     Raises:
       UserError: a field or a file is invalid.
     """
-    kind, name = _check_kind(source)
+    kind, name = _check_kind(source, labels)
     preparation = images.Preparation(
         *(sizes.parse(image_size) or DEFAULT_IMAGE_SIZES[kind], resize, crop_fraction),
         *(interpolation, channels),
     )
     source_checks.check_preparation(preparation, window, bit_depth)
     source_checks.check_fields(test_fraction, val_fraction, bad_images, cache)
+    chosen = folds_lib.choose(folds, fold, for_training=known_classes is None)
     duplicates_lib.check(duplicates, kind)
-    if labels and kind != 'folder':
-        raise UserError(f'data.labels={labels} needs data.source=folder:PATH')
     listing = sources.SOURCES[kind](
         name,
         bad_images=bad_images,
@@ -333,24 +338,22 @@ def load_source(
         table=label_options.Options(
             *(label_kind, tuple(label_columns), groups),
             *(blank_labels, uncertain_labels, split),
-            for_training=known_classes is None,
+            for_training=chosen.for_training,
             soft=soft_labels,
         ),
         known_classes=known_classes,
         channels=channels,
     )
-    divided = splits.find_splits(
-        listing, test_fraction, split_seed, duplicates, val_fraction=val_fraction
-    )
-    _say_parts(source, listing, divided, for_training=known_classes is None)
+    how = chosen, test_fraction, val_fraction, split_seed, duplicates
+    divided, seen = _divide(source, listing, *how)
     preparation = deep.resolve(
-        preparation, listing.reader, divided.train, window=window, bit_depth=bit_depth
+        preparation, listing.reader, seen, window=window, bit_depth=bit_depth
     )
     return Source(
         name=source,
         class_names=tuple(listing.class_names),
         **_make_parts(listing, divided, preparation, cache, cache_limit_gib),
-        has_test=listing.test is not None,
+        has_test=listing.test is not None and not fold,
         multi_label=listing.multi_label,
         skipped=listing.skipped,
         duplicates=divided.lines,
@@ -368,6 +371,23 @@ def _make_parts(listing, divided, preparation, cache, limit_gib):
     return parts
 
 
+def _divide(source, listing, folds, test_fraction, val_fraction, seed, duplicates):
+    """The parts of a source, and the images whose values it is to look at."""
+    divided = splits.find_splits(
+        listing,
+        *(test_fraction, seed, duplicates),
+        val_fraction=val_fraction,
+        folds=folds if folds.folds else None,
+    )
+    # All folds together may have no test part.
+    has_both = folds.for_training and not (folds.folds and not folds.fold)
+    _say_parts(source, listing, divided, for_training=has_both)
+    if not folds.fold:
+        return divided, divided.train
+    # All folds get the same preparation.
+    return divided, np.sort(np.concatenate(list(divided.indices.values())))
+
+
 def _say_parts(source, listing, divided, *, for_training):
     """Checks the parts' sizes; logs groups and copies that are in several of them."""
     if for_training:
@@ -381,7 +401,7 @@ def _say_parts(source, listing, divided, *, for_training):
         _LOGGER.info(divided.summary)
 
 
-def _check_kind(source):
+def _check_kind(source, labels):
     kind, _, name = source.partition(':')
     if kind not in sources.SOURCES:
         raise UserError(
@@ -389,6 +409,8 @@ def _check_kind(source):
             'packed:DIR, tar:PATH, parquet:FOLDER, hf:NAME[:CONFIG] or '
             'tfds:NAME[:CONFIG]'
         )
+    if labels and kind != 'folder':
+        raise UserError(f'data.labels={labels} needs data.source=folder:PATH')
     return kind, name
 
 

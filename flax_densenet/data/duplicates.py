@@ -144,7 +144,7 @@ def resolve(
     """
     notes, moved = [], 0
     if ours and groups:
-        kept, moved = _keep_together(groups, {part: parts[part] for part in ours})
+        kept, moved = keep_together(groups, {part: parts[part] for part in ours})
         parts = parts | kept
     if moved:
         notes.append(f'{moved} copies of images went to the side of the first of them')
@@ -181,7 +181,7 @@ def resolve(
     return Parts(**parts, lines=tuple(lines), summary=printable('; '.join(notes)))
 
 
-def _keep_together(groups, parts):
+def keep_together(groups, parts):
     """Moves each group to the part of its first image; returns how many moved, too."""
     place = {i: part for part, indices in parts.items() for i in indices.tolist()}
     moved = 0

@@ -1,10 +1,12 @@
 """Splits the images of a source into parts for training, validation and testing."""
 
+import dataclasses
 import hashlib
 
 import numpy as np
 
 from flax_densenet.data import duplicates as duplicates_lib
+from flax_densenet.data import folds as folds_lib
 from flax_densenet.data import readers
 from flax_densenet.errors import UserError
 
@@ -44,27 +46,32 @@ def find_splits(
     duplicates: str,
     *,
     val_fraction: float = 0.0,
+    folds: folds_lib.Chosen | None = None,
 ) -> duplicates_lib.Parts:
     """Finds the parts of a source, and handles the copies among them.
 
     Args:
       listing: of the source; without a test part, one is split off.
       test_fraction, split_seed, duplicates, val_fraction: see `dataset.load_source`.
+      folds: one of them is the test part, in place of `test_fraction`.
 
     Raises:
-      UserError: a negative seed, or a fraction for a part that the source has.
+      UserError: a negative seed, a fraction for a part that the source has, or folds
+        that are not possible.
     """
+    if folds is not None:
+        found = folds_lib.divide(listing, folds, split_seed, duplicates)
+        if not val_fraction or not folds.fold:
+            return found
+        _check_val(listing, val_fraction)
+        return _split_val(listing, found, val_fraction, split_seed, duplicates)
     parts = {'train': listing.train, 'val': listing.val, 'test': listing.test}
     ours = set()
     if parts['test'] is None:
         parts |= _split(listing, parts['train'], 'test', test_fraction, split_seed)
         ours = {'train', 'test'}
-    if val_fraction and listing.val is not None:
-        raise UserError(
-            f'data.val_fraction={val_fraction:g}: the source has a validation part of '
-            f'{len(listing.val)} images; set it to 0'
-        )
     if val_fraction:
+        _check_val(listing, val_fraction)
         parts |= _split(listing, parts['train'], 'val', val_fraction, split_seed)
         ours |= {'train', 'val'}
     known = {name: part for name, part in parts.items() if part is not None}
@@ -82,6 +89,24 @@ def find_splits(
         # Moving copies could separate the images of a patient.
         ours=ours if listing.groups is None else (),
     )
+
+
+def _check_val(listing, val_fraction):
+    if listing.val is not None:
+        raise UserError(
+            f'data.val_fraction={val_fraction:g}: the source has a validation part of '
+            f'{len(listing.val)} images; set it to 0'
+        )
+
+
+def _split_val(listing, found, fraction, seed, duplicates):
+    """The parts of a fold, with images to choose by split off the training part."""
+    parts = found.indices | _split(listing, found.train, 'val', fraction, seed)
+    if duplicates != 'ignore' and listing.groups is None:
+        copies = listing.reader.copies(found.train)
+        pair = {name: parts[name] for name in ('train', 'val')}
+        parts |= duplicates_lib.keep_together(copies, pair)[0]
+    return dataclasses.replace(found, train=parts['train'], val=parts['val'])
 
 
 def _split(listing, indices, name, fraction, seed):

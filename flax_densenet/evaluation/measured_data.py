@@ -19,6 +19,7 @@ def find_examples(
     settings: settings_lib.Settings,
     *,
     selecting: bool = False,
+    to_measure: bool = True,
 ) -> tuple[dataset.Source, dataset.Examples, tuple[str, ...], bool]:
     """The labeled images to measure a model on.
 
@@ -29,6 +30,8 @@ def find_examples(
       path: of the model, for messages.
       settings: which data, and how it is prepared.
       selecting: take the validation part in place of the test part, if there is one.
+      to_measure: False if any images of the data will do, so that those of all folds
+        are taken for an ensemble that was trained on them.
 
     Returns:
       The source; its examples, with labels as the model numbers its classes; the class
@@ -47,6 +50,11 @@ def find_examples(
     )
     data = _of_kind(trained, settings.data)
     source = dataset.from_settings(data, preparation, trained.class_names)
+    relation = identity.compare(trained.metadata, source)
+    if data.folds and not relation.own:  # other data is not divided into folds
+        data = dataclasses.replace(data, folds=0, fold=0)
+        source = dataset.from_settings(data, preparation, trained.class_names)
+        relation = identity.compare(trained.metadata, source)
     trained_on_several = trained.metadata.get('multi_label', source.multi_label)
     # Imported sigmoids can also tell one class from the others.
     sigmoids = trained_on_several and trained.is_imported
@@ -60,11 +68,20 @@ def find_examples(
             + ('on one class' if source.multi_label else 'with a table of labels')
             + ' for each image'
         )
-    relation = identity.compare(trained.metadata, source)
     examples, trained_on = source.test, relation.own
     if selecting:
         examples = source.selection
     has_part = source.has_test or (selecting and source.val is not None)
+    no_part = trained_on and trained.module.members > 1 and not has_part
+    if no_part and not to_measure:
+        examples = source.train
+    elif no_part:
+        raise UserError(
+            f'data.source={settings.data.source}: the models of {path} were trained on '
+            'these images, each on all but its own fold, so their average would look '
+            f'too good; eval {path} without other data measures each image by the '
+            'model that it is new to'
+        )
     if not has_part and not trained_on:
         examples = dataset.join(*source.parts.values())
     if not len(examples):

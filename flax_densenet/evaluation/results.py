@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import os
-import re
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from flax_densenet.evaluation import (
     evaluate,
     intervals,
     measured_data,
+    measured_model,
     prediction_rows,
 )
 from flax_densenet.evaluation import doubt as doubt_lib
@@ -40,6 +40,8 @@ from flax_densenet.weights import trained as trained_lib
 EVAL_FILE, PREDICTIONS_FILE = 'eval.json', 'predictions.csv'
 EVAL_VERSION = 2  # of the fields of eval.json; files of version 1 do not have it
 ROWS = 40  # classes that the table lists; more would scroll the totals away
+
+Measured = measured_model.Measured
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Results:
       unusual: how unlike the training images each is, float32 `[N]`; None if the model
         has no score.
       others: images that show none of the classes, with their scores.
+      folds: int `[N]`, where each image was held out, from 1, by `out_of_fold`.
     """
 
     examples: dataset.Examples
@@ -70,6 +73,7 @@ class Results:
     decisions: decisions_lib.Decisions | None = None
     unusual: np.ndarray | None = None
     others: doubt_lib.Others | None = None
+    folds: np.ndarray | None = None
 
     @property
     def multi_label(self) -> bool:
@@ -178,37 +182,6 @@ class Results:
         return self.examples.name(row)
 
 
-@dataclasses.dataclass(frozen=True)
-class Measured:
-    """Which model was measured on which data: the first fields of `eval.json`.
-
-    Attributes:
-      data: the data source, as in `config.data.source`.
-      epoch: of the checkpoint, counted from 1; None if the model is not a checkpoint.
-      step: of the checkpoint, or None.
-      tta: test-time augmentation, as in `config.data.tta`.
-      weights: path of the weights if the model is not a checkpoint, else None.
-      precision: in which it computed if that was chosen; empty for its own.
-    """
-
-    data: str
-    epoch: int | None
-    step: int | None
-    tta: str = 'none'
-    weights: str | None = None
-    precision: str = ''
-
-    @property
-    def model(self) -> str:
-        """The model in words, for a line of text."""
-        if self.step is not None:
-            which = f'best checkpoint: epoch {self.epoch}, step {self.step}'
-        else:
-            which = f'weights of {self.weights}' if self.weights else 'imported weights'
-        which += tta_lib.describe(self.tta)
-        return f'{which}, in {self.precision}' if self.precision else which
-
-
 def describe(
     trained: trained_lib.Trained, data: str, *, weights: str | None = None
 ) -> Measured:
@@ -218,6 +191,9 @@ def describe(
       weights: where it was loaded from; kept if it is not a checkpoint.
     """
     tta, precision = tta_lib.from_metadata(trained.metadata), trained.precision
+    members = trained.module.members
+    if members > 1:
+        return Measured(data, None, None, tta, weights, precision, members)
     if trained.step is None:
         return Measured(data, None, None, tta, weights, precision)
     epoch = trained.metadata['epoch']
@@ -289,8 +265,16 @@ def of_data(
     return source, found, trained_on
 
 
-def save(folder: str, results: Results, measured: Measured):
+def save(
+    folder: str,
+    results: Results,
+    measured: Measured,
+    more: dict[str, Any] | None = None,
+):
     """Writes `eval.json` (metrics) and `predictions.csv` (a row for each image).
+
+    Args:
+      more: other fields of `eval.json`.
 
     Raises:
       UserError: the folder cannot be written.
@@ -301,10 +285,8 @@ def save(folder: str, results: Results, measured: Measured):
     try:
         os.makedirs(folder, exist_ok=True)
         with atomic.replacing(path) as file:
-            about = {'version': EVAL_VERSION} | dataclasses.asdict(measured)
-            if not measured.precision:
-                del about['precision']
-            more = {'doubt': results.doubt} if results.doubt else {}
+            about = {'version': EVAL_VERSION} | measured.to_file()
+            more = (more or {}) | ({'doubt': results.doubt} if results.doubt else {})
             json.dump(about | results.metrics | more, file, indent=1)
             file.write('\n')
         path = os.path.join(folder, PREDICTIONS_FILE)
@@ -313,6 +295,9 @@ def save(folder: str, results: Results, measured: Measured):
         with atomic.replacing(path, **options) as file:
             rows = prediction_rows.make(results)
             rows = doubt_lib.add_scores(rows, results.unusual)
+            if results.folds is not None:
+                folds = ['fold', *results.folds.tolist()]
+                rows = ([*row, n] for row, n in zip(rows, folds, strict=True))
             csv.writer(file).writerows(rows)
     except OSError as error:
         raise UserError(
@@ -338,31 +323,11 @@ def load(folder: str) -> tuple[Measured, dict[str, Any]] | None:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'{path} cannot be read ({error}); run eval again') from error
     try:
-        if 'version' not in found:
-            return _read_version_1(found), found
-        names = [field.name for field in dataclasses.fields(Measured)]
-        known = {'precision': ''} | found
-        return Measured(**{name: known[name] for name in names}), found
+        return measured_model.from_file(found), found
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(
             f'{path} is not what eval writes ({error!r}); run eval again'
         ) from error
-
-
-# In version 1 the model was a sentence.
-_CHECKPOINT_1 = re.compile(r'best checkpoint: epoch (\d+), step (\d+)(, .*)?')
-_WEIGHTS_1 = re.compile(r'(?:weights of (.*?)|imported weights)(, each image seen .*)?')
-
-
-def _read_version_1(found):
-    data, model = found['data'], found['model']
-    if match := _CHECKPOINT_1.fullmatch(model):
-        epoch, step, mirrored = match.groups()
-        return Measured(data, int(epoch), int(step), 'flip' if mirrored else 'none')
-    if match := _WEIGHTS_1.fullmatch(model):
-        weights, mirrored = match.groups()
-        return Measured(data, None, None, 'flip' if mirrored else 'none', weights)
-    raise ValueError(f'model={model}')
 
 
 def format_metrics_table(results: Results, where: str) -> str:

@@ -235,6 +235,8 @@ FORMATS = {
 
 # Formats for classes of other packages, which have one layer on the mean.
 _USUAL_HEADS = ('torch', 'keras', 'huggingface')
+# Formats for any graph, such as that of several networks.
+_ENSEMBLES = ('onnx', 'stablehlo')
 
 
 def by_ending(path: str) -> str:
@@ -325,6 +327,12 @@ def _prepare(trained, *, folds):
 
 def check_head(module, file_format: str):
     """Raises `UserError` if a network's head has no place in a format."""
+    if module.members > 1 and file_format not in _ENSEMBLES:
+        raise UserError(
+            f'--format={file_format} holds one network, and this is an ensemble of '
+            f'{module.members}; use --format={" or ".join(_ENSEMBLES)}, or export one '
+            'of them, as fold-1 in its folder'
+        )
     if not module.has_usual_head() and file_format in _USUAL_HEADS:
         raise UserError(
             f'--format={file_format}: the network has a head of several layers or '

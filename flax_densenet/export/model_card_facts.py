@@ -61,13 +61,16 @@ _RECIPE: dict[str, Any] = {
 def describe_model(trained: trained_lib.Trained) -> dict[str, Any]:
     """Facts about the network, its inputs and its outputs."""
     metadata, module = trained.metadata, trained.module
-    channels = len(metadata['mean'])
+    channels, members = len(metadata['mean']), module.members
+    parameters = module.count_parameters(channels=channels)
+    module = module.member if members > 1 else module
     family = _FAMILIES[module.family]
     return {
         'variant': metadata['model'].get('variant') or family[0],
         'changes': _changes(module, metadata['model'].get('variant')),
         'family': dict(zip(('name', 'title', 'paper'), family, strict=True)),
-        'parameters': module.count_parameters(channels=channels),
+        'parameters': parameters,
+        'members': members,
         'block_sizes': tuple(module.block_sizes),
         'num_classes': module.num_classes,
         'class_names': trained.class_names,

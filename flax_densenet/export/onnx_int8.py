@@ -37,6 +37,12 @@ def check(module: network.Network, metadata: dict[str, Any]):
 
     Folding needs bottlenecks, and images have to be of 8 bits.
     """
+    if module.members > 1:
+        raise UserError(
+            f'--precision=int8 is for one network, and this is an ensemble of '
+            f'{module.members}; use float16 or bfloat16, or export one of them, as '
+            'fold-1 in its folder'
+        )
     if not module.has_batch_norm or not module.bottleneck:
         raise UserError(
             f'--precision=int8: {metadata["model"]["variant"]} has no bottleneck; use '

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from flax_densenet.export import onnx_unusual
+from flax_densenet.export import onnx_mean, onnx_unusual
 from flax_densenet.export.onnx_graph import Graph
-from flax_densenet.models import folded, layers, network, rdnet
+from flax_densenet.models import ensemble, folded, layers, network, rdnet
 from flax_densenet.settings import sizes
 from flax_densenet.weights import decisions as decisions_lib
 from flax_densenet.weights import heads, trained
@@ -412,6 +412,18 @@ def _normalize(graph, x, params, epsilon, name='norm'):
     return graph.add('LayerNormalization', x, *arrays, **options)
 
 
+def _ensemble(graph, x, module, variables, divisor):
+    """All members: their pooled features side by side, and what is averaged."""
+    member = module.member
+    found = [
+        _NETWORKS[member.family](graph, x, member, one, divisor)
+        for one in ensemble.unstack(variables)
+    ]
+    pooled, logits = zip(*found, strict=True)
+    pooled = graph.add('Concat', *pooled, axis=1, name='pooled_of_all')
+    return pooled, onnx_mean.mean_logits(graph, list(logits), module.outputs)
+
+
 # Functions that add the nodes of a network and return the names of its pooled features
 # and its logits, by `Network.family`.
-_NETWORKS = {'densenet': _densenet, 'rdnet': _rdnet}
+_NETWORKS = {'densenet': _densenet, 'rdnet': _rdnet, 'ensemble': _ensemble}

@@ -77,14 +77,17 @@ def from_data(
     Raises:
       UserError: see `measured_data.find_examples`.
     """
-    source, examples, _, _ = measured_data.find_examples(trained, path, settings)
+    source, examples, _, _ = measured_data.find_examples(
+        trained, path, settings, to_measure=False
+    )
     chosen = _spread(len(examples), MOST if thorough else _FEW)
     taken = [examples[n] for n in chosen]
     training = source.train if len(source.train) else source.test
     places = _spread(len(training), CALIBRATION if thorough else 1)
     labels = np.array([one['label'] for one in taken])
     share = f' of {len(examples)}' if len(taken) < len(examples) else ''
-    where = f'{len(taken)}{share} test images of {settings.data.source}'
+    what = 'images' if examples is source.train else 'test images'
+    where = f'{len(taken)}{share} {what} of {settings.data.source}'
     return Samples(
         np.stack([one['image'] for one in taken]),
         labels if labels.ndim == 1 else None,

@@ -109,7 +109,9 @@ class Predictor(decided.Decided):
     def feature_size(self) -> int:
         """The number of pooled features, F."""
         classifier = self.trained.variables['params']['classifier']
-        return layers.linear_layers(classifier)[0]['kernel'].shape[0]
+        # An ensemble's has an axis for its members.
+        kernel = layers.linear_layers(classifier)[0]['kernel']
+        return kernel.shape[-2] * self.trained.module.members
 
     def class_index(self, name: str) -> int:
         """The index of a class; raises `UserError`, which lists the classes."""

@@ -202,6 +202,11 @@ class Programs:
         arrays |= arrays_of(self._trained)
         return mesh_lib.replicate(arrays, self._trained.mesh)
 
+    def share(self, other: 'Programs'):
+        """Uses the programs of a model that differs in its variables alone."""
+        self._compiled, self._lock = other._compiled, other._lock
+        self._put_off = other._put_off
+
     def compile(self, size: int, maps: str = '', shape=None):
         """The program for a batch size, compiled if needed.
 

@@ -33,6 +33,7 @@ from flax_densenet.kernels import (
     packed_inference,
     xla_block,
 )
+from flax_densenet.models import ensemble
 from flax_densenet.models import layers as layers_lib
 from flax_densenet.models.network import Network
 
@@ -48,9 +49,12 @@ def fold(module: Network, variables) -> dict[str, Any]:
       `blocks`, for each its `layers` and its `tail` (the transition or the last norm);
       `head`, the variables after the features. The stem and the blocks are `packed` if
       the native kernel computes them. A network without batch norm has nothing to
-      fold: its `variables` and its `head`.
+      fold: its `variables` and its `head`. An ensemble: its `members`, stacked, and
+      their `head`.
     """
     variables = jax.tree.map(np.asarray, variables)
+    if module.members > 1:
+        return _fold_members(module, variables)
     params, stats = variables['params'], variables.get('batch_stats', {})
     head = {k: params[k] for k in ('norm', 'classifier') if k in params}
     if not module.has_batch_norm:
@@ -72,6 +76,12 @@ def fold(module: Network, variables) -> dict[str, Any]:
         if module.stem == 'imagenet' and not module.blur_pool and channels in (1, 3):
             stem = {'packed': packing.pack_stem(stem[0])}
     return {'stem': stem, 'blocks': blocks, 'head': {'params': head}}
+
+
+def _fold_members(module, variables):
+    found = [fold(module.member, one) for one in ensemble.unstack(variables)]
+    stacked = jax.tree.map(lambda *arrays: np.stack(arrays), *found)
+    return {'head': stacked.pop('head'), 'members': stacked}
 
 
 def _fold_stem(module, params, stats):
@@ -159,6 +169,10 @@ def features(module: Network, folded, images):
     Raises:
       UserError: the images are smaller than `smallest_image_size`.
     """
+    if 'members' in folded:
+        member = module.member
+        maps = lax.map(lambda one: features(member, one, images), folded['members'])
+        return ensemble.join(maps)
     if 'variables' in folded:
         return module.apply(folded['variables'], images, method='features')
     x = _first_blocks(module, folded, images)
@@ -177,6 +191,8 @@ def before_last_halving(module: Network, folded, images):
     Returns:
       `[N, h, w, F]`, and a function from it to what `features` returns.
     """
+    if 'members' in folded:
+        return _before_last_halvings(module, folded['members'], images)
     if 'variables' in folded:
         variables = folded['variables']
         x, number = module.apply(variables, images, method='before_last_halving')
@@ -191,6 +207,23 @@ def before_last_halving(module: Network, folded, images):
     x = _first_blocks(module, folded, images, tails=len(folded['blocks']) - 2)
     x = jax.nn.relu(_normalize(x, tail)).astype(x.dtype)
     return x, lambda x: _last_block(module, folded, _mix_and_pool(x, tail))
+
+
+def _before_last_halvings(module, members, images):
+    """`before_last_halving` of an ensemble: the maps of its members side by side."""
+
+    def finish(x):
+        def finish_one(pair):
+            arrays, own = pair
+            return before_last_halving(module.member, arrays, images)[1](own)
+
+        parts = ensemble.split(x, module.members)
+        return ensemble.join(lax.map(finish_one, (members, parts)))
+
+    found = lax.map(
+        lambda one: before_last_halving(module.member, one, images)[0], members
+    )
+    return ensemble.join(found), finish
 
 
 def _first_blocks(module, folded, images, tails=None):

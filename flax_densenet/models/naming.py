@@ -27,6 +27,8 @@ def describe(module: network.Network, variant: str | None, *, channels: int = 3)
 
 def name(module: network.Network, variant: str | None) -> str:
     """The published name, if the network is that one; else its structure."""
+    if module.members > 1:
+        return f'{module.members} × {name(module.member, variant)}'
     fields = module.fields()
     if variant and not _changes(module, variant):
         match = re.fullmatch(r'densenet(\d+)', variant)

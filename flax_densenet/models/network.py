@@ -31,6 +31,7 @@ class Network(nn.Module):
       growth_field: name of the field with the growth rate or rates.
       head_fields: names of the fields that describe the heads of weights from
         elsewhere. They are no settings: training makes a head of one layer.
+      members: networks that it consists of, see `ensemble`.
     """
 
     num_classes: int
@@ -40,6 +41,7 @@ class Network(nn.Module):
     architecture_fields: ClassVar[tuple[str, ...]]
     growth_field: ClassVar[str]
     head_fields: ClassVar[tuple[str, ...]] = ()
+    members: ClassVar[int] = 1
 
     def __call__(self, x, train: bool = False, frozen: int = 0):
         """Normalized images `[N, H, W, C]` to logits `[N, num_classes]`.

@@ -12,7 +12,7 @@ from flax_densenet.checkpoints import epoch_records, run_folder
 from flax_densenet.data import dataset, images
 from flax_densenet.distributed import mesh
 from flax_densenet.evaluation import metrics as metrics_lib
-from flax_densenet.evaluation import results
+from flax_densenet.evaluation import out_of_fold, results
 from flax_densenet.inference import explain
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.models import naming
@@ -22,6 +22,7 @@ from flax_densenet.report import (
     diagnosis,
     doubt_charts,
     faithfulness,
+    folds,
     gallery,
     headline,
     plots,
@@ -52,6 +53,7 @@ def save_report(
     trained_on: bool = True,
     weights: str | None = None,
     how: explain.Options = explain.DEFAULT,
+    pooled: out_of_fold.OutOfFold | None = None,
 ) -> str:
     """Writes `report.html`, and `eval.json` and `predictions.csv` in the run's folder.
 
@@ -64,6 +66,7 @@ def save_report(
       trained_on: False for other data than the model's own.
       weights: where the model was loaded from, if it is not a checkpoint.
       how: the method of the maps.
+      pooled: of a cross-validation, whose results `found` are.
 
     Returns:
       The page's path.
@@ -72,23 +75,35 @@ def save_report(
       UserError: the folder cannot be written.
     """
     run = run_folder.load_run(workdir)
-    measured = results.describe(trained, source.name, weights=weights)
-    results.save(workdir, found, measured)
+    measured, more = results.describe(trained, source.name, weights=weights), None
+    if pooled is not None:
+        measured, more = pooled.measured(), pooled.about()
+    results.save(workdir, found, measured, more)
     # Small batches: the maps are few, and a CPU compiles for them in the same time.
-    predictor = predictor_lib.Predictor(trained, batch_size=6)
+    if pooled is None:
+        predictors = [predictor_lib.Predictor(trained, batch_size=6)]
+    else:
+        predictors = folds.make_predictors(pooled, batch_size=6)
     kept = _kept_classes(found)
     pictures = _pick_pictures(found, kept)
     if how.is_slow:
         count = sum(map(len, pictures.values()))
         _LOGGER.info(f'explaining {count} images one by one: {how.describe()}')
     for rows in pictures.values():
-        gallery.add_pictures(rows, found, predictor, how)
+        if pooled is not None:
+            folds.add_pictures(rows, pooled, predictors, how)
+        else:
+            gallery.add_pictures(rows, found, predictors[0], how)
         for row in rows:
             row |= _caption(row, found.class_names)
-    trust = faithfulness.measure(found, predictor, how)
+    shown = found if pooled is None else pooled.of_fold(1)
+    trust = faithfulness.measure(shown, predictors[0], how)
     path = path or os.path.join(workdir, REPORT_FILE)
     if mesh.is_writer():
         values = _describe(workdir, run, trained, source, found, measured, trained_on)
+        if pooled is not None:
+            values['selection'] = out_of_fold.describe_selection(pooled)
+            values['folds'] = folds.describe(workdir, pooled)
         confusion = _confusion(found, kept)
         data = {
             'names': found.class_names,
@@ -153,6 +168,7 @@ def _describe(workdir, run, trained, source, found, measured, trained_on):
         'data_name': source.name,
         'metrics': found.metrics,
         'headline': headline.rows(found),
+        'folds': None,
         'selection': headline.selection(run.records, measured, trained_on, validation),
         'multi_label': found.multi_label,
         'class_names': found.class_names,

@@ -58,6 +58,8 @@ class SourceSettings:
     test_fraction: float = 0.2
     val_fraction: float = 0.0
     split_seed: int = 0
+    folds: int = 0
+    fold: int = 0
     bad_images: str = 'error'
     duplicates: str = 'report'
     cache: str = 'none'

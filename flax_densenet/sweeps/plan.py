@@ -11,7 +11,7 @@ from flax_densenet.sweeps import space
 from flax_densenet.train import prepare
 
 # How something is computed, kept or shown, not what comes of it.
-_FREE = (
+FREE = (
     *('data.threads', 'data.workers', 'data.cache', 'data.cache_limit_gib'),
     *('train.checkpoint_every', 'train.tensorboard', 'train.report'),
     *('train.unusual', 'train.unusual_share', 'train.unusual_images'),
@@ -113,7 +113,7 @@ class Plan:
 
     def definition(self) -> dict[str, Any]:
         """What the sweep is, as JSON gives it back."""
-        swept = {*self.space.fields, space.SEED, *_FREE}
+        swept = {*self.space.fields, space.SEED, *FREE}
         shared = settings_lib.flatten(self.settings)
         axes = []
         for axis in self.space.axes:

@@ -26,14 +26,12 @@ from flax_densenet import settings as settings_lib
 from flax_densenet.checkpoints import epoch_records, run_folder
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.errors import UserError
-from flax_densenet.report import finished, plots
-from flax_densenet.sweeps import optuna_study, space
+from flax_densenet.sweeps import one_run, optuna_study, space
 from flax_densenet.sweeps import page as sweep_page
 from flax_densenet.sweeps import plan as sweep_plan
 from flax_densenet.sweeps import record as sweep_record
 from flax_densenet.sweeps import table as sweep_table
 from flax_densenet.system import lock, signals
-from flax_densenet.train import fit
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -233,29 +231,14 @@ class _Sweep:
         tested = None
         # Epochs that were finished when the process was killed, and not told.
         if not any(map(watch, run_folder.load_run(folder).records)):
-            result = fit.fit(
-                settings,
-                folder,
-                stop=self.stop,
-                ends_after=watch,
-                save_samples=plots.save_samples,
-            )
-            tested = finished.write(folder, **result.report_options())
-            result.send_files()
+            tested = one_run.train(settings, folder, stop=self.stop, ends_after=watch)
         records = run_folder.load_run(folder).records
-        best = max(records, key=checkpoint_reader.rank)
-        self.book.part = epoch_records.part_of(best)
-        if epoch_records.get(best, 'mean_auroc') is not None:
+        part = self.book.part = epoch_records.part_of(records[-1])
+        if epoch_records.get(records[-1], 'mean_auroc') is not None:
             self.book.figure = 'mean AUROC'
         else:
-            self.book.figure = f'{epoch_records.WORDS[self.book.part]} accuracy'
-        setting.runs[str(seed)] = sweep_record.TrialResult(
-            figures=[checkpoint_reader.rank(record)[0] for record in records],
-            best_epoch=1 + records.index(best),
-            loss=epoch_records.get(best, 'loss'),
-            seconds=sum(record['seconds'] for record in records),
-            test=_test_figure(tested, best),
-        )
+            self.book.figure = f'{epoch_records.WORDS[part]} accuracy'
+        setting.runs[str(seed)] = one_run.result_of(folder, tested)
         if watch.pruned:
             setting.state = 'pruned'
             _LOGGER.info(f'{setting}: pruned after epoch {len(records)}')
@@ -280,15 +263,6 @@ class _Sweep:
     def tell(self, setting):
         """Tells Optuna what came of a setting."""
         self.tuner.finish(setting.number, _mean(setting))
-
-
-def _test_figure(metrics, best):
-    """The figure of the test images that chose nothing; None if there are none."""
-    if metrics is None:
-        return None
-    if epoch_records.get(best, 'mean_auroc') is not None:
-        return metrics['macro']['auroc']
-    return metrics['accuracy']
 
 
 def _mean(setting):

@@ -52,7 +52,8 @@ def check_same_run(workdir: str, run: training_run.TrainingRun):
 def _decisive(settings):
     """Names of the settings that a checkpoint goes on with alone."""
     yield from (f'model.{name}' for name in vars(settings.model) if name not in _HOW)
-    data = ['batch_size', 'split_seed', 'test_fraction', 'val_fraction']
+    data = ['batch_size', 'split_seed', 'folds', 'fold']
+    data += ['test_fraction', 'val_fraction']
     if settings.data.labels:  # else they change nothing
         data += ['label_kind', 'label_columns', 'blank_labels', 'uncertain_labels']
         data += ['soft_labels']
@@ -138,6 +139,11 @@ def check_settings(settings: settings_lib.Settings):
     if min(preparation.normalization['std']) <= 0:
         raise UserError(f'data.std={preparation.std} must be above 0')
     _check_ranges(settings)
+    if settings.data.folds and not settings.data.fold:
+        raise UserError(
+            f'data.folds={settings.data.folds} needs the fold to test on, as '
+            'data.fold=1; the command crossval trains all of them'
+        )
     trackers.parse(train.trackers)
     mixing.from_settings(
         settings.augmentation,

@@ -18,7 +18,13 @@ from flax_densenet.models import tta as tta_lib
 from flax_densenet.weights import calibration as calibration_lib
 from flax_densenet.weights import choices as choices_lib
 from flax_densenet.weights import decisions as decisions_lib
-from flax_densenet.weights import heads, operating_points, published, weight_file
+from flax_densenet.weights import (
+    ensembles,
+    heads,
+    operating_points,
+    published,
+    weight_file,
+)
 from flax_densenet.weights import metadata as metadata_lib
 
 
@@ -161,7 +167,8 @@ def load_trained(
     """Loads the `best` or the `latest` model of a run, without its config file.
 
     Args:
-      workdir: the run's folder, or a file or folder of weights (`weight_file.load`).
+      workdir: the run's folder, or a file or folder of weights (`weight_file.load`),
+        or the folder of an ensemble (`ensembles`).
       which: `best` or `latest`; of a run only.
       mesh: the devices; None for all.
       choices: what the user says of the weights.
@@ -172,6 +179,12 @@ def load_trained(
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
     if weight_file.is_weights(workdir):
         return _from_file(workdir, mesh, choices)
+    if ensembles.is_ensemble(workdir):
+        made = ensembles.load(
+            workdir,
+            lambda folder: load_trained(folder, which, mesh=mesh, choices=choices),
+        )
+        return _with_decisions(made, workdir, made.variables, choices)
     _check_own(workdir, choices)
     step = processes.broadcast(
         'step', lambda: checkpoint_reader.find_step(workdir, which)

@@ -36,7 +36,8 @@ IMPORTS = {
     'system',
     'train': 'evaluation weights models data losses checkpoints distributed system '
     'settings',
-    'sweeps': 'settings train report checkpoints system',
+    'sweeps': 'settings train report evaluation inference weights data checkpoints '
+    'distributed system',
 }
 # Whose files and functions are of some length at most.
 LIMITED = ('flax_densenet', 'benchmarks', 'tests', 'examples')

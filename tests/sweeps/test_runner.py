@@ -14,7 +14,7 @@ from configs import base
 from flax_densenet.cli import options as cli_options
 from flax_densenet.cli import sweep as sweep_command
 from flax_densenet.errors import UserError
-from flax_densenet.sweeps import optuna_study
+from flax_densenet.sweeps import one_run, optuna_study
 from flax_densenet.sweeps import page as sweep_page
 from flax_densenet.sweeps import plan as sweep_plan
 from flax_densenet.sweeps import record as sweep_record
@@ -85,7 +85,7 @@ def objective(monkeypatch):
     def use(figure, part='test'):
         made = Objective(figure, part)
         monkeypatch.setattr(fit_lib, 'fit', made.fit)
-        monkeypatch.setattr(sweep_runner.finished, 'write', lambda folder: None)
+        monkeypatch.setattr(one_run.finished, 'write', lambda folder: None)
         prepared = types.SimpleNamespace(source=None)
         monkeypatch.setattr(sweep_plan.prepare, 'prepare', lambda *_, **__: prepared)
         monkeypatch.setattr(sweep_runner.jax, 'clear_caches', lambda: None)

@@ -1,0 +1,83 @@
+"""Which model was measured on which data: the first fields of `eval.json`."""
+
+import dataclasses
+import re
+from typing import Any
+
+from flax_densenet.models import tta as tta_lib
+
+# Fields of `Measured` that files have only if they are not these.
+_LATER: dict[str, Any] = {'precision': '', 'members': 0, 'out_of_fold': False}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Which model was measured on which data: the first fields of `eval.json`.
+
+    Attributes:
+      data: the data source, as in `config.data.source`.
+      epoch: of the checkpoint, counted from 1; None if the model is not a checkpoint.
+      step: of the checkpoint, or None.
+      tta: test-time augmentation, as in `config.data.tta`.
+      weights: path of the weights if the model is not a checkpoint, else None.
+      precision: in which it computed if that was chosen; empty for its own.
+      members: networks of an ensemble, else 0.
+      out_of_fold: each image was predicted by the member that it is new to.
+    """
+
+    data: str
+    epoch: int | None
+    step: int | None
+    tta: str = 'none'
+    weights: str | None = None
+    precision: str = ''
+    members: int = 0
+    out_of_fold: bool = False
+
+    @property
+    def model(self) -> str:
+        """The model in words, for a line of text."""
+        if self.out_of_fold:
+            which = f'out-of-fold predictions of {self.members} models'
+        elif self.members:
+            which = f'ensemble of {self.members} models'
+        elif self.step is not None:
+            which = f'best checkpoint: epoch {self.epoch}, step {self.step}'
+        else:
+            which = f'weights of {self.weights}' if self.weights else 'imported weights'
+        which += tta_lib.describe(self.tta)
+        return f'{which}, in {self.precision}' if self.precision else which
+
+    def to_file(self) -> dict[str, Any]:
+        """The fields for `eval.json`."""
+        found = dataclasses.asdict(self)
+        return {k: v for k, v in found.items() if k not in _LATER or v != _LATER[k]}
+
+
+def from_file(found: dict[str, Any]) -> Measured:
+    """What `eval.json` says, also in files of earlier versions.
+
+    Raises:
+      KeyError, TypeError, ValueError, IndexError: it is not what `eval` writes.
+    """
+    if 'version' not in found:
+        return _read_version_1(found)
+    known: dict[str, Any] = _LATER | found
+    names = [field.name for field in dataclasses.fields(Measured)]
+    return Measured(**{name: known[name] for name in names})
+
+
+# In version 1 the model was a sentence.
+_CHECKPOINT_1 = re.compile(r'best checkpoint: epoch (\d+), step (\d+)(, .*)?')
+_WEIGHTS_1 = re.compile(r'(?:weights of (.*?)|imported weights)(, each image seen .*)?')
+
+
+def _read_version_1(found):
+    data, model = found['data'], found['model']
+    if match := _CHECKPOINT_1.fullmatch(model):
+        epoch, step, mirrored = match.groups()
+        return Measured(data, int(epoch), int(step), 'flip' if mirrored else 'none')
+    if match := _WEIGHTS_1.fullmatch(model):
+        weights, mirrored = match.groups()
+        return Measured(data, None, None, 'flip' if mirrored else 'none', weights)
+    raise ValueError(f'model={model}')

@@ -1,0 +1,261 @@
+"""Out-of-fold results: each image by the one member of an ensemble that it is new to.
+
+`crossval` trains a model for each fold, on the images of the others. Its predictions
+for the images of its own fold are put together here, so every image is measured once.
+"""
+
+import dataclasses
+import os
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from flax_densenet import settings as settings_lib
+from flax_densenet.data import dataset
+from flax_densenet.errors import UserError
+from flax_densenet.evaluation import precisions
+from flax_densenet.evaluation import results as results_lib
+from flax_densenet.models import tta as tta_lib
+from flax_densenet.weights import choices as choices_lib
+from flax_densenet.weights import ensembles
+from flax_densenet.weights import trained as trained_lib
+
+TEST = 'test'  # folder for what the ensemble says of the test part of the data
+# Of the metrics of a fold, in the order of tables.
+METRICS = ('accuracy', 'auroc', 'f1', 'loss')
+
+
+@dataclasses.dataclass(frozen=True)
+class Fold:
+    """One fold and its model.
+
+    Attributes:
+      number: from 1.
+      name: of the folder of its run.
+      trained: the model, as it was measured.
+      count: images that were held out.
+      epoch, step: of the best checkpoint.
+      metrics: of the held-out images, by `METRICS`; None where one is undefined.
+      chosen_apart: a validation part chose the epoch, not the held-out images.
+    """
+
+    number: int
+    name: str
+    trained: trained_lib.Trained
+    count: int
+    epoch: int
+    step: int
+    metrics: dict[str, float | None]
+    chosen_apart: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class OutOfFold:
+    """The results of all folds.
+
+    Attributes:
+      results: of all images, in the order of the source; its `folds` says where each
+        was held out.
+      folds: each by itself.
+      data: the data source.
+    """
+
+    results: results_lib.Results
+    folds: tuple[Fold, ...]
+    data: str
+
+    @property
+    def chosen_apart(self) -> bool:
+        """Whether the images that are measured chose nothing."""
+        return all(fold.chosen_apart for fold in self.folds)
+
+    @property
+    def fold_of(self) -> np.ndarray:
+        """int `[N]`: in which fold each image was held out, from 1."""
+        return np.asarray(self.results.folds)
+
+    def of_fold(self, number: int) -> results_lib.Results:
+        """The results of one fold, counted from 1."""
+        found = self.results
+        folds = self.fold_of
+        rows = np.flatnonzero(folds == number)
+        raw = found.raw_logits
+        examples = found.examples
+        return dataclasses.replace(
+            found,
+            examples=dataset.Examples(
+                examples.reader, examples.indices[rows], examples.preparation
+            ),
+            logits=found.logits[rows],
+            labels=found.labels[rows],
+            raw_logits=None if raw is None else raw[rows],
+            folds=folds[rows],
+        )
+
+    def summarize(self) -> tuple[dict[str, float | None], dict[str, float | None]]:
+        """Mean, and standard deviation of a sample, of `METRICS` over the folds."""
+        mean: dict[str, float | None] = {}
+        spread: dict[str, float | None] = {}
+        for name in METRICS:
+            found = [fold.metrics[name] for fold in self.folds]
+            known = [value for value in found if value is not None]
+            mean[name] = statistics.fmean(known) if known else None
+            spread[name] = statistics.stdev(known) if len(known) > 1 else None
+        return mean, spread
+
+    def measured(self) -> results_lib.Measured:
+        """What was measured, for `eval.json`."""
+        trained = self.folds[0].trained
+        return results_lib.Measured(
+            self.data,
+            None,
+            None,
+            tta_lib.from_metadata(trained.metadata),
+            precision=trained.precision,
+            members=len(self.folds),
+            out_of_fold=True,
+        )
+
+    def about(self) -> dict[str, Any]:
+        """What `eval.json` holds besides the metrics of all images."""
+        mean, spread = self.summarize()
+        rows = [
+            {'fold': fold.number, 'count': fold.count, 'epoch': fold.epoch}
+            | fold.metrics
+            for fold in self.folds
+        ]
+        return {'folds': rows, 'folds_mean': mean, 'folds_spread': spread}
+
+
+def collect(
+    workdir: str,
+    settings_of: Callable[[dict[str, Any]], settings_lib.Settings],
+    *,
+    mesh,
+    choices: choices_lib.Choices = choices_lib.NO_CHOICES,
+    precision: str | None = None,
+) -> OutOfFold:
+    """Measures each member of an ensemble on the fold that was held out from it.
+
+    Args:
+      workdir: the folder of the ensemble.
+      settings_of: settings to measure a member with, of its metadata.
+      precision: see `precisions.of_data`.
+
+    Raises:
+      UserError: a member or its images are not there any more.
+    """
+    folds: list[Fold] = []
+    found: list[results_lib.Results] = []
+    data = ''
+    for number, name in enumerate(ensembles.read(workdir).members, start=1):
+        path = os.path.join(workdir, name)
+        trained = trained_lib.load_trained(path, mesh=mesh, choices=choices)
+        settings = settings_of(trained.metadata)
+        trained = trained.with_tta(settings.evaluation.tta)
+        trained, source, own, trained_on = precisions.of_data(
+            trained, path, settings, precision
+        )
+        if not trained_on or not settings.data.fold:
+            raise UserError(
+                f'{path} was not trained on data.source={settings.data.source}, so it '
+                'has no out-of-fold predictions for it'
+            )
+        folds.append(_describe(number, name, trained, own, source))
+        found.append(own)
+        data = source.name
+    return OutOfFold(_pool(workdir, found), tuple(folds), data)
+
+
+def _describe(number, name, trained, found, source):
+    macro = found.metrics['macro']
+    values = found.metrics | {'auroc': macro['auroc'], 'f1': macro['f1']}
+    return Fold(
+        number,
+        name,
+        trained,
+        len(found.labels),
+        trained.metadata['epoch'],
+        trained.step,
+        {name: values[name] for name in METRICS},
+        chosen_apart=source.val is not None,
+    )
+
+
+def _pool(workdir, found):
+    """One `results.Results` of those of all folds."""
+    first = found[0].examples
+    indices = np.concatenate([one.examples.indices for one in found])
+    examples = dataset.Examples(first.reader, indices, first.preparation)
+    names = [one.name(row) for one in found for row in range(len(one.labels))]
+    count = len(np.unique(indices))
+    if count != len(indices) or names != [examples.name(i) for i in range(count)]:
+        raise UserError(
+            f'the images of {workdir} changed while they were measured: its folds '
+            'are not those of one set of images; try again'
+        )
+    order = np.argsort(indices)
+    examples.indices = indices[order]
+    folds = [np.full(len(one.labels), n) for n, one in enumerate(found, start=1)]
+    raw = None
+    if any(one.raw_logits is not None for one in found):
+        parts = [o.logits if o.raw_logits is None else o.raw_logits for o in found]
+        raw = np.concatenate(parts)[order]
+    return results_lib.Results(
+        examples,
+        found[0].class_names,
+        np.concatenate([one.logits for one in found])[order],
+        np.concatenate([one.labels for one in found])[order],
+        found[0].outputs,
+        raw_logits=raw,
+        folds=np.concatenate(folds)[order],
+    )
+
+
+def format_folds(found: OutOfFold) -> str:
+    """The table of the folds for a terminal, their mean and spread."""
+    mean, spread = found.summarize()
+    several = found.results.multi_label
+    head = ('fold', 'images', 'label accuracy' if several else 'accuracy')
+    rows: list[tuple[str, ...]] = [(*head, 'AUROC', 'F1', 'loss', 'epoch')]
+    rows += [
+        (str(one.number), str(one.count), *_show(one.metrics), str(one.epoch))
+        for one in found.folds
+    ]
+    rows.append(('mean', '', *_show(mean), ''))
+    rows.append(('std. dev.', '', *_show(spread), ''))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return '\n'.join(
+        '  '.join(
+            [
+                row[0].ljust(widths[0]),
+                *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True)),
+            ]
+        ).rstrip()
+        for row in rows
+    )
+
+
+def _show(values):
+    for name in METRICS:
+        value = values[name]
+        if value is None:
+            yield '-'
+        else:
+            yield f'{value * 100:.1f}%' if name == 'accuracy' else f'{value:.3f}'
+
+
+def describe_selection(found: OutOfFold) -> str:
+    """A sentence on whether the measured images chose anything."""
+    if found.chosen_apart:
+        return (
+            'Each image was predicted by the model that was not trained on it, and '
+            'validation images chose its epoch: the measured images chose nothing.'
+        )
+    return (
+        'Each image was predicted by the model that was not trained on it, but each '
+        "fold's best epoch was chosen on the same held-out images, which makes the "
+        'metrics optimistic.'
+    )

@@ -1,0 +1,118 @@
+"""What the page of a cross-validation has beside that of a run: its folds."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from flax_densenet.checkpoints import epoch_records, run_folder
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.evaluation import out_of_fold, results
+from flax_densenet.inference import explain
+from flax_densenet.inference import predictor as predictor_lib
+from flax_densenet.report import charts, gallery
+
+_COLORED = 8  # folds that have a color of their own
+
+
+def make_predictors(
+    found: out_of_fold.OutOfFold, batch_size: int
+) -> list[predictor_lib.Predictor]:
+    """The models of the folds, for maps: before anything was fitted after training."""
+    predictors = [
+        predictor_lib.Predictor(fold.trained.without_decisions(), batch_size)
+        for fold in found.folds
+    ]
+    for predictor in predictors[1:]:
+        predictor.programs.share(predictors[0].programs)
+    return predictors
+
+
+def add_pictures(
+    rows: Sequence[dict[str, Any]],
+    found: out_of_fold.OutOfFold,
+    predictors: Sequence[predictor_lib.Predictor],
+    how: explain.Options,
+):
+    """`gallery.add_pictures`, with maps of the model that an image is new to."""
+    for fold, predictor in zip(found.folds, predictors, strict=True):
+        own = [row for row in rows if found.fold_of[row['row']] == fold.number]
+        gallery.add_pictures(own, found.results, predictor, how)
+
+
+def describe(workdir: str, found: out_of_fold.OutOfFold) -> dict[str, Any]:
+    """The section on the folds: a table, its last rows, and a chart of all epochs."""
+    mean, spread = found.summarize()
+    columns = {'accuracy': 'Accuracy', 'auroc': 'AUROC', 'f1': 'F1', 'loss': 'Loss'}
+    if found.results.multi_label:
+        columns['accuracy'] = 'Label accuracy'
+    return {
+        'rows': [
+            {
+                'number': fold.number,
+                'link': _link(workdir, fold.name),
+                'count': fold.count,
+                'epoch': fold.epoch,
+                'metrics': fold.metrics,
+            }
+            for fold in found.folds
+        ],
+        'mean': mean,
+        'spread': spread,
+        'columns': columns,
+        'chart': _draw(workdir, found),
+        'test': _describe_test(workdir),
+    }
+
+
+def _describe_test(workdir):
+    """What the ensemble says of the test part of the data, if there is one."""
+    loaded = results.load(os.path.join(workdir, out_of_fold.TEST))
+    if loaded is None:
+        return None
+    metrics = loaded[1]
+    values = metrics | metrics['macro']
+    return {'count': metrics['count'], 'interval': metrics['accuracy_interval']} | {
+        'metrics': {name: values[name] for name in out_of_fold.METRICS}
+    }
+
+
+def _link(workdir, name):
+    """A page or picture of a fold's run; or ''."""
+    for file in ('report.html', 'curves.png'):
+        if os.path.isfile(os.path.join(workdir, name, file)):
+            return f'{name}/{file}'
+    return ''
+
+
+def _draw(workdir, found):
+    """The figure that chooses the epoch, of each fold after each epoch; or ''."""
+    lines, named = [], []
+    part, areas = '', False
+    for place, fold in enumerate(found.folds):
+        records = run_folder.load_run(os.path.join(workdir, fold.name)).records
+        if not records:
+            continue
+        style = f's{place}' if place < _COLORED else 'faint'
+        name = f'fold {fold.number}'
+        part = epoch_records.WORDS[epoch_records.part_of(records[-1])]
+        areas = epoch_records.get(records[-1], 'mean_auroc') is not None
+        named.append((style, name))
+        lines.append(
+            {
+                'name': name,
+                'style': style,
+                'group': name,
+                'x': [record['epoch'] for record in records],
+                'y': [checkpoint_reader.rank(record)[0] for record in records],
+            }
+        )
+    if not lines or max(len(line['x']) for line in lines) < 2:
+        return ''
+    unit = f'{part} {"mean AUROC" if areas else "accuracy"}'
+    unit = unit[0].upper() + unit[1:]
+    chart = charts.by_epoch(
+        lines, title=unit, unit=unit, percent=not areas, width=720, height=320
+    )
+    return charts.figure(
+        unit, chart, charts.legend(named, button=True), id='folds-chart'
+    )

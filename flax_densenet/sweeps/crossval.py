@@ -1,0 +1,286 @@
+"""Cross-validation: a model for each fold of the data, trained on the other folds.
+
+Each fold is an ordinary run, of `fit.fit`, in `fold-1/`, `fold-2/`, ... of one folder,
+with `data.folds` and `data.fold` among its settings. `crossval.json` keeps which are
+done. Run the same command to resume: finished folds stay as they are, and the run that
+was interrupted resumes from its last checkpoint.
+
+When all folds are trained, their predictions for their own held-out images are put
+together (`out_of_fold`), and `ensemble.json` makes one model of them (`ensembles`). A
+test part of the data is in no fold; the ensemble is measured on it.
+"""
+
+import dataclasses
+import gc
+import json
+import logging
+import os
+import shlex
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from flax_densenet import errors
+from flax_densenet import settings as settings_lib
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.checkpoints import run_folder
+from flax_densenet.data import dataset, identity, notes
+from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.errors import UserError
+from flax_densenet.evaluation import out_of_fold, results
+from flax_densenet.inference import explain
+from flax_densenet.report import page as report_page
+from flax_densenet.sweeps import crossval_record, one_run
+from flax_densenet.sweeps import plan as sweep_plan
+from flax_densenet.system import atomic, lock, program, signals
+from flax_densenet.train import prepare
+from flax_densenet.weights import choices as choices_lib
+from flax_densenet.weights import ensembles
+from flax_densenet.weights import precision as precision_lib
+from flax_densenet.weights import trained as trained_lib
+
+_LOGGER = logging.getLogger(__name__)
+VAL_FRACTION = 0.1  # by default, of the training images of each fold
+_REMEDY = 'use another --workdir, or the same settings and images'
+
+
+def run(
+    settings: settings_lib.Settings | Mapping[str, Any],
+    workdir: str,
+    *,
+    folds: int,
+    val_fraction: float | None = None,
+    class_names: tuple[str, ...] | None = None,
+    arguments: tuple[str, ...] = (),
+    report: bool = True,
+    stop: signals.Stop | None = None,
+) -> out_of_fold.OutOfFold:
+    """Trains all folds, measures them, and makes an ensemble of them.
+
+    Args:
+      settings: of all folds; a config, or of `settings.from_config`.
+      workdir: folder of the cross-validation; made where absent, locked meanwhile.
+      folds: how many, at least 2.
+      val_fraction: share of each fold's training images that choose its best epoch, so
+        that the held-out images choose nothing; 0 for none. None for `VAL_FRACTION`,
+        unless the data has a validation part.
+      class_names: as of `fit.fit`.
+      arguments: of the command line, for the record.
+      report: whether to write `report.html`.
+      stop: as of `fit.fit`.
+
+    Raises:
+      UserError: a field, the data or the workdir cannot be used, or a fold failed.
+      signals.Stopped: `stop` was asked; training so far is saved.
+    """
+    settings = _with_fold(settings_lib.from_config(settings), folds, 0)
+    _check_workdir(workdir)
+    settings, record = _plan(settings, class_names, list(arguments), val_fraction)
+    checkpoint_reader.make_workdir(workdir)
+    with lock.hold(workdir, doing='runs a cross-validation'):
+        record = _open_record(workdir, record)
+        for fold in range(1, folds + 1):
+            if str(fold) not in record.runs:
+                _train(workdir, record, settings, fold, class_names, stop)
+        _write_files(workdir, record, settings)
+        return measure(workdir, report=report)
+
+
+def _with_fold(settings, folds, fold):
+    data = dataclasses.replace(settings.data, folds=folds, fold=fold)
+    return dataclasses.replace(settings, data=data)
+
+
+def _check_workdir(workdir):
+    if os.path.exists(os.path.join(workdir, run_folder.METRICS_FILE)):
+        raise UserError(
+            f'--workdir={workdir} holds a run; a cross-validation needs a folder of '
+            'its own'
+        )
+
+
+def _plan(settings, class_names, arguments, val_fraction):
+    """The settings that all folds share, and a new record; all that can fail early."""
+    folds = settings.data.folds
+    resolved, _ = prepare.resolve(settings, None, class_names)
+    every = dataset.from_settings(resolved.data, resolved.preparation)
+    # As it was found, so that the folds make one ensemble.
+    seen = every.train.preparation
+    preparation = dataclasses.replace(
+        settings.preparation, window=seen.window or (), bit_depth=seen.bit_depth
+    )
+    if val_fraction is None:
+        val_fraction = _choose_val_fraction(every)
+    data = dataclasses.replace(settings.data, val_fraction=val_fraction)
+    settings = dataclasses.replace(settings, data=data, preparation=preparation)
+    first = _with_fold(settings, folds, 1)
+    prepare.prepare(first, '', resume=False, class_names=class_names)
+    free = {*sweep_plan.FREE, *crossval_record.PLACES, 'data.fold', 'data.folds'}
+    config = settings_lib.flatten(settings)
+    record = crossval_record.CrossvalRecord(
+        folds,
+        {name: value for name, value in config.items() if name not in free},
+        arguments,
+        {name: len(part) for name, part in every.parts.items()},
+        identity.describe(every),
+    )
+    # As JSON gives it back.
+    fields = json.loads(json.dumps(dataclasses.asdict(record)))
+    return settings, crossval_record.CrossvalRecord(**fields)
+
+
+def _choose_val_fraction(every):
+    """None of the training images, if the data has others to choose the epochs."""
+    if every.val is not None:
+        return 0.0
+    notes.say(
+        f"data.val_fraction={VAL_FRACTION:g}: these of each fold's training images "
+        'choose its best epoch, so that the held-out images choose nothing; '
+        '--config.data.val_fraction=0 trains on them as well'
+    )
+    return VAL_FRACTION
+
+
+def _open_record(workdir, now):
+    """The record of the workdir, or the new one."""
+    if not crossval_record.is_crossval(workdir):
+        now.save(workdir)
+        return now
+    before = crossval_record.load(workdir)
+    if message := crossval_record.find_difference(before, now):
+        raise UserError(
+            f'--workdir={workdir} holds a cross-validation {message}; {_REMEDY}'
+        )
+    now.runs = before.runs
+    return now
+
+
+def _train(workdir, record, settings, fold, class_names, stop):
+    """Trains the run of a fold, or goes on with it."""
+    folder = os.path.join(workdir, crossval_record.folder_of(fold))
+    _LOGGER.info(f'{_progress(record, fold)} in {folder}')
+    try:
+        more = {'class_names': class_names} if class_names else {}
+        tested = one_run.train(
+            _with_fold(settings, record.folds, fold), folder, stop=stop, **more
+        )
+    except UserError as error:
+        raise UserError(f'fold {fold}: {error}') from error
+    finally:
+        # Or each run would leave its compiled programs in memory.
+        jax.clear_caches()
+        gc.collect()
+    record.runs[str(fold)] = one_run.result_of(folder, tested)
+    record.save(workdir)
+
+
+def _progress(record, fold):
+    """`fold 3 of 5, about 12 min left`, by the time of the folds before."""
+    line = f'fold {fold} of {record.folds}'
+    if record.runs:
+        mean = record.seconds / len(record.runs)
+        minutes = mean * (record.folds - len(record.runs)) / 60
+        line += f', about {max(round(minutes), 1)} min left'
+    return line
+
+
+def _write_files(workdir, record, settings):
+    """What makes one model of the folds."""
+    with atomic.replacing(os.path.join(workdir, run_folder.CONFIG_FILE)) as file:
+        json.dump(settings_lib.to_config(settings), file, indent=2)
+    names = [crossval_record.folder_of(n) for n in range(1, record.folds + 1)]
+    source = os.path.join(workdir, names[0], run_folder.ENVIRONMENT_FILE)
+    if os.path.isfile(source):
+        shutil.copy(source, os.path.join(workdir, run_folder.ENVIRONMENT_FILE))
+    ensembles.save(
+        workdir, ensembles.Record(tuple(names), record.images, record.identity)
+    )
+
+
+def measure(
+    workdir: str,
+    *,
+    settings_of: Callable[[dict[str, Any]], settings_lib.Settings] | None = None,
+    choices: choices_lib.Choices = choices_lib.NO_CHOICES,
+    precision: str | None = None,
+    report: bool = True,
+    path: str | None = None,
+    how: explain.Options = explain.DEFAULT,
+) -> out_of_fold.OutOfFold:
+    """Measures a finished cross-validation, and writes and logs what came of it.
+
+    `eval.json`, `predictions.csv` and `report.html` are of the out-of-fold predictions;
+    those in `test/` are of the ensemble on the test part of the data, if there is one.
+
+    Args:
+      settings_of: settings to measure a model with, of its metadata; by default those
+        of the folds.
+      choices: as of `trained.load_trained`.
+      precision: as of `precisions.of_data`.
+      report: whether to write `report.html`, if the packages for it are there.
+      path, how: as of `page.save_report`.
+
+    Raises:
+      UserError: the data or a fold is not there any more.
+    """
+    settings_of = settings_of or _own_settings
+    options: dict[str, Any] = {'mesh': mesh_lib.make_mesh(), 'choices': choices}
+    found = out_of_fold.collect(workdir, settings_of, precision=precision, **options)
+    where = f'{len(found.results.labels)} images of {found.data}'
+    lines = [
+        out_of_fold.format_folds(found),
+        results.format_metrics_table(
+            found.results, f'{where}, {found.measured().model}'
+        ),
+        out_of_fold.describe_selection(found),
+    ]
+    ensemble = trained_lib.load_trained(workdir, **options)
+    settings = settings_of(ensemble.metadata)
+    ensemble = ensemble.with_tta(settings.evaluation.tta)
+    if precision in ('float32', 'bfloat16'):
+        ensemble = precision_lib.to(ensemble, precision)
+    names = ensemble.class_names
+    source = dataset.from_settings(settings.data, settings.preparation, names)
+    if source.has_test:
+        lines += _measure_test(workdir, ensemble, settings)
+    pages = []
+    if report and errors.is_installed('jinja2'):
+        report_page.save_report(
+            *(workdir, ensemble, source, found.results),
+            path=path,
+            trained_on=False,
+            how=how,
+            pooled=found,
+        )
+        pages = [path or report_page.REPORT_FILE]
+    else:
+        results.save(workdir, found.results, found.measured(), found.about())
+    files = [results.EVAL_FILE, results.PREDICTIONS_FILE, *pages]
+    lines += [
+        f'{", ".join(files[:-1])} and {files[-1]} are in {workdir}',
+        f'the {len(found.folds)} models as one: '
+        + ' '.join([*program.words(), 'predict', shlex.quote(workdir), 'FILES']),
+    ]
+    _LOGGER.info('\n'.join(lines))
+    return found
+
+
+def _own_settings(metadata):
+    fields = dict(metadata['data'])
+    fields['image_size'] = fields.get('image_size') or metadata['image_size']
+    return settings_lib.from_saved({'data': fields})
+
+
+def _measure_test(workdir, ensemble, settings):
+    """Lines about the ensemble on the data's own test part."""
+    _, own, _ = results.of_data(ensemble, workdir, settings)
+    measured = results.describe(ensemble, settings.data.source, weights=workdir)
+    folder = os.path.join(workdir, out_of_fold.TEST)
+    results.save(folder, own, measured)
+    where = f'{len(own.labels)} images of the test part, {measured.model}'
+    return [
+        results.format_metrics_table(own, where),
+        f'the test part is in no fold; its {results.EVAL_FILE} is in {folder}',
+    ]

@@ -1,0 +1,68 @@
+"""One run of a sweep or of a cross-validation: trained, and what came of it."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flax_densenet import settings as settings_lib
+from flax_densenet.checkpoints import epoch_records, run_folder
+from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.report import finished, plots
+from flax_densenet.sweeps.record import TrialResult
+from flax_densenet.system import signals
+from flax_densenet.train import fit
+
+
+def train(
+    settings: settings_lib.Settings,
+    folder: str,
+    *,
+    stop: signals.Stop | None,
+    ends_after: Callable[[dict[str, Any]], bool] = lambda record: False,
+    **options,
+) -> dict[str, Any] | None:
+    """Trains a run in a folder, or goes on with it; writes what a run has at its end.
+
+    Args:
+      stop, ends_after: as of `fit.fit`.
+      **options: others of `fit.fit`.
+
+    Returns:
+      Metrics of the test images, if they chose nothing; else None.
+    """
+    result = fit.fit(
+        settings,
+        folder,
+        stop=stop,
+        ends_after=ends_after,
+        save_samples=plots.save_samples,
+        **options,
+    )
+    tested = finished.write(folder, **result.report_options())
+    result.send_files()
+    return tested
+
+
+def result_of(folder: str, tested: dict[str, Any] | None) -> TrialResult:
+    """What came of the run in a folder.
+
+    Args:
+      tested: of `train`.
+    """
+    records = run_folder.load_run(folder).records
+    best = max(records, key=checkpoint_reader.rank)
+    return TrialResult(
+        figures=[checkpoint_reader.rank(record)[0] for record in records],
+        best_epoch=1 + records.index(best),
+        loss=epoch_records.get(best, 'loss'),
+        seconds=sum(record['seconds'] for record in records),
+        test=_test_figure(tested, best),
+    )
+
+
+def _test_figure(metrics, best):
+    """The figure of the test images that chose nothing; None if there are none."""
+    if metrics is None:
+        return None
+    if epoch_records.get(best, 'mean_auroc') is not None:
+        return metrics['macro']['auroc']
+    return metrics['accuracy']

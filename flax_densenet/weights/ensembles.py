@@ -1,0 +1,177 @@
+"""Ensembles of runs: `ensemble.json` in a folder that holds the folders of its members.
+
+`crossval` writes it when all folds are trained. Then the folder can be used in place of
+the folder of a run: the probabilities of its members are averaged.
+"""
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import jax
+
+from flax_densenet.errors import UserError
+from flax_densenet.models import ensemble
+from flax_densenet.system import atomic
+
+FILE = 'ensemble.json'
+UNFINISHED = 'crossval.json'  # is there before all members are trained
+VERSION = 1
+_LARGEST = 2**26  # bytes
+# Of the metadata: what members must have in common to be one model.
+_ALIKE = ('class_names', 'image_size', 'mean', 'std', 'multi_label', 'outputs')
+_ALIKE_DATA = ('resize', 'crop_fraction', 'interpolation', 'window', 'bit_depth', 'tta')
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What `ensemble.json` holds.
+
+    Attributes:
+      members: names of the folders of the runs, below the file's.
+      images: how many the members were trained and tested on, by part, as a
+        checkpoint's metadata have it.
+      identity: of these images, see `data.identity`.
+    """
+
+    members: tuple[str, ...]
+    images: dict[str, int]
+    identity: dict[str, Any]
+
+
+def is_ensemble(path: str) -> bool:
+    """Whether a folder holds an ensemble, or one that is not finished."""
+    return any(os.path.isfile(os.path.join(path, n)) for n in (FILE, UNFINISHED))
+
+
+def save(folder: str, record: Record):
+    """Writes `ensemble.json`.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+    path = os.path.join(folder, FILE)
+    try:
+        with atomic.replacing(path) as file:
+            json.dump({'version': VERSION} | dataclasses.asdict(record), file, indent=1)
+            file.write('\n')
+    except OSError as error:
+        raise UserError(f'{path} cannot be written ({error.strerror})') from error
+
+
+def read(folder: str) -> Record:
+    """Reads what `save` wrote.
+
+    Raises:
+      UserError: it is not finished, cannot be read, or is not what `save` writes.
+    """
+    path = os.path.join(folder, FILE)
+    try:
+        if os.path.getsize(path) > _LARGEST:
+            raise ValueError('it is too large')
+        with open(path, encoding='utf-8') as file:
+            found = json.load(file)
+        record = Record(
+            tuple(found['members']), dict(found['images']), dict(found['identity'])
+        )
+        names = record.members
+        if (
+            found['version'] != VERSION
+            or len(names) < 2
+            or len(set(names)) < len(names)
+        ):
+            raise ValueError('two or more members expected')
+        for name in names:
+            # Nothing outside of the folder, which may be a stranger's.
+            if (
+                not isinstance(name, str)
+                or name != os.path.basename(name)
+                or (name in ('', '.', '..'))
+            ):
+                raise ValueError(f'a member is called {name!r:.60}')
+    except FileNotFoundError as error:
+        raise UserError(
+            f'{folder} holds a cross-validation that is not finished; run the same '
+            'crossval command again, or use one fold, as '
+            f'{os.path.join(folder, "fold-1")}'
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = getattr(error, 'strerror', None) or error
+        raise UserError(
+            f'{path} cannot be read ({reason}); run crossval again'
+        ) from error
+    return record
+
+
+def load(folder: str, load_member):
+    """The ensemble of a folder as a `trained.Trained`.
+
+    Args:
+      load_member: the same of the folder of a run.
+
+    Raises:
+      UserError: a member is missing, or they are not alike.
+    """
+    record = read(folder)
+    members = []
+    for name in record.members:
+        path = os.path.join(folder, name)
+        if not os.path.isdir(path):
+            raise UserError(f'{folder} is an ensemble, and its member {path} is gone')
+        members.append(load_member(path))
+    return join(folder, record, members)
+
+
+def join(folder: str, record: Record, members):
+    """One `trained.Trained` that averages the probabilities of several.
+
+    Raises:
+      UserError: they are not alike.
+    """
+    first = members[0]
+    for name, other in zip(record.members, members, strict=True):
+        if field := _find_difference(first, other):
+            raise UserError(
+                f'{folder}: {name} differs from {record.members[0]} in {field}, so '
+                'their probabilities cannot be averaged'
+            )
+    module = ensemble.Ensemble(first.module, len(members), first.outputs)
+    metadata = first.metadata | {
+        'data': first.metadata['data'] | {'fold': 0},
+        'images': record.images,
+        'identity': record.identity,
+    }
+    return dataclasses.replace(
+        first,
+        module=module,
+        variables=ensemble.stack([_calibrated(one) for one in members]),
+        metadata=metadata,
+        metrics={},
+        step=None,
+        decisions=None,  # an ensemble has its own
+    )
+
+
+def _calibrated(trained):
+    """The variables, whose logits are calibrated as the member's are."""
+    if trained.calibration is None:
+        return trained.variables
+    return trained.calibration.fold(trained.variables)
+
+
+def _find_difference(one, other):
+    """What two members differ in; empty if they can be one model."""
+    shapes = [
+        [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(trained.variables)]
+        for trained in (one, other)
+    ]
+    if one.module != other.module or shapes[0] != shapes[1]:
+        return 'its network'
+    for name in _ALIKE:
+        if one.metadata.get(name) != other.metadata.get(name):
+            return name
+    for name in _ALIKE_DATA:
+        if one.metadata['data'].get(name) != other.metadata['data'].get(name):
+            return f'data.{name}'
+    return ''

@@ -3,6 +3,8 @@
     config.json         for timm, with our metadata
     model.safetensors   the weights, with timm's names
     README.md           the model card, with the header that the Hub reads
+    statistics.safetensors
+                        the score of unusual images and the sets of classes, if any
 
 `timm.create_model('local-dir:FOLDER', pretrained=True)` computes the same logits, and
 `weight_file.load(FOLDER)` reads the model with its metadata. `huggingface_hub` can
@@ -18,11 +20,13 @@ from typing import Any
 
 from flax_densenet.errors import UserError
 from flax_densenet.export import model_card
+from flax_densenet.weights import decisions as decisions_lib
 from flax_densenet.weights import timm_config, weight_file
 from flax_densenet.weights import trained as trained_lib
 
 README_FILE = model_card.HUB_FILE
 FILES = (timm_config.CONFIG_FILE, timm_config.WEIGHT_FILES[0], README_FILE)
+OPTIONAL = (decisions_lib.STATISTICS_FILE,)
 
 
 def write(
@@ -33,7 +37,7 @@ def write(
     readme: str | None = None,
     license: str | None = None,
 ):
-    """Makes a folder with the three files.
+    """Makes a folder with the files.
 
     Args:
       folder: a new folder.
@@ -59,6 +63,8 @@ def write(
     with open(os.path.join(folder, timm_config.CONFIG_FILE), 'w') as file:
         json.dump(config, file, indent=2)
         file.write('\n')
+    if trained.decisions:
+        decisions_lib.save_statistics(folder, trained.decisions)
     if readme is None:
         readme = model_card.render(trained, license=license, hub=True)
     with open(os.path.join(folder, README_FILE), 'w', encoding='utf-8') as file:
@@ -100,7 +106,7 @@ def check(folder: str):
         raise UserError(f'--out={folder} exists and is not a folder; {remedy}')
     names = sorted(os.listdir(folder))
     for name in names:
-        if name not in FILES:
+        if name not in (*FILES, *OPTIONAL):
             raise UserError(
                 f'--out={folder} holds {name}, which an export would remove; {remedy}'
             )

@@ -110,7 +110,7 @@ def finish(
             output = _scale(graph, output, points)
     given = {output: (np.float32, ('batch', classes))}
     if decisions is not None and decisions.unusual is not None:
-        if decisions.unusual.method == 'energy':
+        if decisions.unusual.needs_logits:
             logits = _without_calibration(graph, logits, metadata)
         score = onnx_unusual.add(graph, decisions.unusual, pooled, logits)
         given[score] = np.float32, ('batch',)

@@ -88,6 +88,10 @@ def list_files(folder: str) -> dict[str, int]:
                 f'{folder} --format=huggingface'
             )
         sizes[name] = os.path.getsize(path)
+    for name in hub_folder.OPTIONAL:
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            sizes[name] = os.path.getsize(path)
     return sizes
 
 

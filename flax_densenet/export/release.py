@@ -109,6 +109,7 @@ def run(
             unusual=unusual,
         )
         facts.extend(_describe(part, file_format, options))
+        facts.extend(_left_out(trained, file_format))
         facts.extend(
             (one.runtime, f'{one.differences}, {samples.where}')
             for one in verifications
@@ -145,6 +146,19 @@ def _describe(out, file_format, options):
     elif precision != 'float32':
         precision += ' weights, computed in float32'
     return [*facts, ('inputs', options.inputs), ('precision', precision)]
+
+
+def _left_out(trained, file_format):
+    """What was fitted after training that has no place in a file."""
+    found = trained.decisions
+    if file_format in ('onnx', 'stablehlo', 'huggingface') or found is None:
+        return
+    if found.unusual or found.sets:
+        yield (
+            'left out',
+            'the score of unusual images and the sets of classes, which --format=onnx, '
+            'stablehlo and huggingface keep',
+        )
 
 
 def _size(path):

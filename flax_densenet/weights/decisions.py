@@ -27,6 +27,7 @@ from flax_densenet.weights import thresholds as thresholds_lib
 from flax_densenet.weights import unusual as unusual_lib
 
 FILE, ARRAYS_FILE = 'decisions.json', 'decisions.safetensors'
+STATISTICS_FILE = 'statistics.safetensors'  # of a folder of the Hub
 VERSION = 1
 _LARGEST = 2**26  # bytes of decisions.json
 _LARGEST_ARRAYS = 2**31  # bytes of decisions.safetensors
@@ -221,6 +222,46 @@ def _load_arrays(path, digest):
     if made.hexdigest() != digest:
         raise ValueError(f'{name} belongs to another file')
     return safetensors_files.read(path)[1]
+
+
+def save_statistics(folder: str, decisions: Decisions):
+    """Writes the entries with arrays into a folder of weights, if there are any.
+
+    The others are in the metadata of the weights (`trained.Trained.folded`).
+    """
+    from safetensors import numpy as safetensors
+
+    plain, arrays = decisions.to_files()
+    if not arrays:
+        return
+    names = sorted({key.partition('.')[0] for key in arrays})
+    entries = json.dumps({name: plain[name] for name in names})
+    arrays = {key: np.ascontiguousarray(arrays[key]) for key in arrays}
+    with open(os.path.join(folder, STATISTICS_FILE), 'wb') as file:
+        file.write(safetensors.save(arrays, {'entries': entries}))
+
+
+def load_statistics(folder: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What `save_statistics` wrote, for `from_files`; empty if there is no file.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    path = os.path.join(folder, STATISTICS_FILE)
+    if not os.path.isfile(path):
+        return {}, {}
+    try:
+        if os.path.getsize(path) > _LARGEST_ARRAYS:
+            raise ValueError('it is too large')
+        metadata, arrays = safetensors_files.read(path)
+        entries = json.loads(metadata.get('entries', ''))
+        if not isinstance(entries, dict) or not entries.keys() <= ENTRIES.keys():
+            raise ValueError('it has no entries')
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f'{path} cannot be read ({error}); use an intact copy'
+        ) from error
+    return entries, arrays
 
 
 def _is_text(most):

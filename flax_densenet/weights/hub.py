@@ -11,14 +11,16 @@ import re
 from flax_densenet import errors
 from flax_densenet.errors import UserError
 from flax_densenet.system import hub as hub_lib
-from flax_densenet.weights import download, timm_config
+from flax_densenet.weights import decisions, download, timm_config
 
 _LOGGER = logging.getLogger(__name__)
 _SHA256 = re.compile('[0-9a-f]{64}')
 
 
 def fetch(repo: str, revision: str | None = None) -> str:
-    """The local folder of a repository: its config.json and its weights, no more.
+    """The local folder of a repository: its config.json and its weights.
+
+    Of models of this program also the statistics, if there are any; no more.
 
     Args:
       repo: `OWNER/NAME`.
@@ -57,6 +59,9 @@ def fetch(repo: str, revision: str | None = None) -> str:
         else:
             wanted = ' or '.join(timm_config.WEIGHT_FILES)
             raise UserError(f'{name} has a config.json but no {wanted}; use another')
+        config = timm_config.read(os.path.join(folder, timm_config.CONFIG_FILE))
+        if timm_config.has_statistics(config):
+            _check_digest(name, get(decisions.STATISTICS_FILE, commit))
     except UserError:
         raise
     except Exception as error:

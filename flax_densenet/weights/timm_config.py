@@ -68,6 +68,13 @@ def is_folder(path: str) -> bool:
     )
 
 
+def has_statistics(content: dict[str, Any]) -> bool:
+    """Whether a folder with this config.json has `decisions.STATISTICS_FILE`."""
+    found = content.get(OURS)
+    found = found.get('decisions') if isinstance(found, dict) else None
+    return isinstance(found, dict) and found.get('statistics') is True
+
+
 def find_weights(folder: str) -> str:
     """The path of the weight file in a folder.
 

@@ -128,6 +128,7 @@ class Trained:
         plain, arrays = self.decisions.to_files()
         for name in {key.partition('.')[0] for key in arrays}:
             del plain[name]
+        plain['statistics'] = bool(arrays)
         metadata = self.metadata | {'decisions': plain}
         variables = self.variables
         if self.calibration:
@@ -313,7 +314,7 @@ def _from_file(path, mesh, choices):
     variables, found = weights.variables, None
     if weights.is_own:
         metadata = _chosen(path, metadata, weights.num_classes, choices)
-        found = _take_decisions(path, metadata, weights.num_classes)
+        found = _take_decisions(weights, metadata)
         if found and found.calibration:
             variables = found.calibration.unfold(variables)
     trained = Trained(
@@ -331,12 +332,17 @@ def _from_file(path, mesh, choices):
     return _with_decisions(trained, path, variables, choices)
 
 
-def _take_decisions(path, metadata, classes):
+def _take_decisions(weights, metadata):
     """Removes from metadata what `Trained.folded` put there, and returns it."""
     plain = metadata.pop('decisions', None)
     if plain is None:
         return None
-    return decisions_lib.from_files(f'{path}: its decisions', plain, {}, classes)
+    arrays = {}
+    if weights.folder is not None and isinstance(plain, dict):
+        entries, arrays = decisions_lib.load_statistics(weights.folder)
+        plain = plain | entries
+    place = f'{weights.path}: its decisions'
+    return decisions_lib.from_files(place, plain, arrays, weights.num_classes)
 
 
 def _describe_points(path, points, count, more):

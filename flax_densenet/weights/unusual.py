@@ -105,6 +105,11 @@ class Unusual(decision_entry.Entry):
                 raise ValueError(f'{name} has another shape')
 
     @property
+    def needs_logits(self) -> bool:
+        """Whether it is of logits, before any calibration."""
+        return self.method in ('both', 'energy')
+
+    @property
     def feature_size(self) -> int | None:
         """The number of features F; None if it needs none."""
         return None if self.method == 'energy' else self.references.shape[1]

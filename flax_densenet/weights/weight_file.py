@@ -91,6 +91,7 @@ class Weights:
       head: layers of a head that cannot be computed and was left out.
       head_reason: why it cannot.
       notes: lines about guesses.
+      folder: of the Hub, which has more files than the weights; None if it is a file.
     """
 
     path: str
@@ -107,6 +108,7 @@ class Weights:
     head: tuple[str, ...] = ()
     head_reason: str = ''
     notes: tuple[str, ...] = ()
+    folder: str | None = None
 
     @property
     def is_own(self) -> bool:
@@ -168,7 +170,7 @@ def _load_folder(folder):
         timm_config.check_agrees(
             folder, config, weights.class_names, weights.preprocessing
         )
-        return dataclasses.replace(weights, path=folder)
+        return dataclasses.replace(weights, path=folder, folder=folder)
     channels = weights.preprocessing['channels']
     timm_config.check_fits(folder, config, weights.module, channels)
     fields = dict(weights.fields)

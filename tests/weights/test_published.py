@@ -238,6 +238,21 @@ def test_folder_of_the_hub(kind, revision, hub_folder, host, capfd):
         assert sent['authorization'] == 'Bearer hf_test'
 
 
+def test_statistics_of_the_hub(hub_folder, host, capfd):
+    """The file of scores and sets is had as well, if config.json says that it is."""
+    config = json.loads(hub_folder['ours']['config.json'])
+    config['flax_densenet']['decisions'] = {'statistics': True}
+    files = hub_folder['ours'] | {
+        'config.json': json.dumps(config).encode(),
+        'statistics.safetensors': b'content',
+    }
+    host.put_repo('me/scored', files)
+    found = weight_file.load('hf:me/scored')
+    assert found.path == 'hf:me/scored'
+    file = pathlib.Path(found.folder, 'statistics.safetensors')
+    assert file.read_bytes() == b'content'
+
+
 def test_hub_offline_once_cached(hub_folder, host, monkeypatch):
     from huggingface_hub import constants
 

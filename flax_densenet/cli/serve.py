@@ -10,6 +10,7 @@ def run(invocation: options.Invocation):
     import jax
 
     from flax_densenet.distributed import mesh as mesh_lib
+    from flax_densenet.inference import explain
     from flax_densenet.serving import server
     from flax_densenet.weights import trained as trained_lib
 
@@ -22,6 +23,12 @@ def run(invocation: options.Invocation):
     from flax_densenet.weights import precision as precision_lib
 
     flags = invocation.flags
+    methods = explain.make_several(
+        flags.explain_method,
+        steps=flags.explain_steps,
+        patches=flags.explain_patches,
+        names=('--explain_method', '--explain_steps', '--explain_patches'),
+    )
     precision_lib.check(flags.precision)
     names = [flag.name for flag in _LIMITS]
     limits = guard.Limits(**{name: getattr(flags, name) for name in names})
@@ -34,9 +41,23 @@ def run(invocation: options.Invocation):
     trained = precision_lib.resolve(trained, path, flags.precision)
     trained.notes.tell()
     name = pathlib.Path(path).resolve().name
-    server.run(trained, listener, name=name, limits=limits, access=access)
+    server.run(
+        *(trained, listener), name=name, limits=limits, access=access, explain=methods
+    )
 
 
+_EXPLAIN = (
+    options.Flag(
+        'explain_method',
+        'Methods of maps that visitors can choose, separated by commas, the usual one '
+        'first: gradcam, gradcam++, hirescam, layercam; or, slower, occlusion or '
+        'integrated_gradients. Each is compiled at the start.',
+        kind=list,
+        value='METHODS',
+        default_text='gradcam',
+    ),
+    *options.EXPLAIN[1:],
+)
 _LIMITS = (
     options.Flag(
         'max_megabytes',
@@ -79,10 +100,12 @@ COMMAND = options.Command(
     ),
     examples=(
         ('on this machine, port 8000', 'serve ckpt/birds'),
+        ('two kinds of maps', 'serve ckpt/birds --explain_method=gradcam,layercam'),
         ('for other machines as well', 'serve ckpt/birds --host=0.0.0.0 --port=80'),
     ),
     flags={
         'Model': (options.WORKDIR, *options.OF_WEIGHTS, options.RAW, options.PRECISION),
+        'Maps': _EXPLAIN,
         'Address': (
             options.Flag(
                 'host',

@@ -9,6 +9,7 @@
 import dataclasses
 import difflib
 import re
+from collections.abc import Iterable
 
 from flax_densenet.errors import UserError
 
@@ -134,6 +135,32 @@ def make(
             raise UserError(f'{name}={value} must be from {low} to {high}')
         chosen[option] = value
     return Options(method, **chosen)
+
+
+def make_several(
+    texts: Iterable[str],
+    *,
+    steps: int | None = None,
+    patches: int | None = None,
+    names: tuple[str, str, str] = ('method', 'steps', 'patches'),
+) -> tuple[Options, ...]:
+    """`make` for each of several methods, separated by commas; Grad-CAM for none.
+
+    Raises:
+      UserError: as `make`.
+    """
+    methods = [part.strip() for text in texts for part in text.split(',')]
+    found = [_find(method, names[0]) for method in methods if method] or [GRADCAM]
+    made, left = [], {'steps': steps, 'patches': patches}
+    for method in dict.fromkeys(found):
+        own = METHODS[method].option
+        value = left.pop(own, None)
+        if own == 'steps':
+            made.append(make(method, steps=value, names=names))
+        else:
+            made.append(make(method, patches=value, names=names))
+    make(found[0], steps=left.get('steps'), patches=left.get('patches'), names=names)
+    return tuple(made)
 
 
 def _find(text, name):

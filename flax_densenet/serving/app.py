@@ -21,6 +21,7 @@ import os
 import pathlib
 import re
 import secrets
+from collections.abc import Sequence
 
 import jinja2
 import numpy as np
@@ -34,6 +35,7 @@ from starlette.routing import Route
 
 from flax_densenet.data import images
 from flax_densenet.errors import UserError
+from flax_densenet.inference import explain as explain_lib
 from flax_densenet.inference import overlay, prediction
 from flax_densenet.models import naming
 from flax_densenet.serving import batcher, forms, guard
@@ -61,13 +63,20 @@ class _Wanted:
     picture: str
     of: int | None
     coverage: float | None = None
+    how: explain_lib.Options = explain_lib.DEFAULT
 
 
 class App:
     """The routes, with what they share."""
 
     def __init__(
-        self, trained, *, name: str, limits: guard.Limits, access: guard.Access
+        self,
+        trained,
+        *,
+        name: str,
+        limits: guard.Limits,
+        access: guard.Access,
+        explain: Sequence[explain_lib.Options] = (explain_lib.DEFAULT,),
     ):
         """Compiles nothing yet: `batcher.warm_up` does.
 
@@ -76,14 +85,22 @@ class App:
           name: of the model, for people.
           limits: see there.
           access: the host names and the root path of the server.
+          explain: the methods of maps that requests can choose, the usual one first.
         """
         self.limits = limits
         self.figures = guard.Metrics()
         self.batcher = batcher.Batcher(
-            trained, batch_size=batcher.BATCH_SIZE, on_batch=self.figures.count_batch
+            trained,
+            batch_size=batcher.BATCH_SIZE,
+            on_batch=self.figures.count_batch,
+            explain=explain,
         )
+        self._explain = {how.method: how for how in explain}
         self._predictor = self.batcher.predictor
         self._model = _describe(self._predictor, name, limits)
+        self._model['explain_methods'] = [
+            {'name': how.method, 'title': how.title} for how in explain
+        ]
         self._held = 0
         self._large = asyncio.Lock()
         self._threads = concurrent.futures.ThreadPoolExecutor(
@@ -157,7 +174,9 @@ class App:
                 options = {**form.fields, **request.query_params}
                 wanted = self._parse_query(options)
             image = await self._load(body)
-            answer = await self.batcher.predict(image, explain=wanted.of)
+            answer = await self.batcher.predict(
+                image, explain=wanted.of, how=wanted.how
+            )
             return JSONResponse(
                 await self._on_thread(self._tell, image, answer, wanted)
             )
@@ -174,7 +193,7 @@ class App:
         return form
 
     def _parse_query(self, query):
-        known = ('top', 'explain', 'class', 'coverage')
+        known = ('top', 'explain', 'class', 'method', 'coverage')
         for name in query:
             if name not in known:
                 raise HTTPException(
@@ -196,7 +215,25 @@ class App:
             if query['class'] not in names:
                 raise HTTPException(400, _unknown_class(query['class'], names))
             of = names.index(query['class'])
-        return _Wanted(int(top), picture, of, self._parse_coverage(query))
+        how = self._parse_method(query, picture)
+        return _Wanted(int(top), picture, of, self._parse_coverage(query), how)
+
+    def _parse_method(self, query, picture):
+        if 'method' not in query:
+            return next(iter(self._explain.values()))
+        if not picture:
+            raise HTTPException(400, 'method= says how a map is made: explain=1')
+        try:
+            found = explain_lib.make(query['method']).method
+        except UserError as error:
+            raise HTTPException(400, str(error)) from error
+        if found not in self._explain:
+            raise HTTPException(
+                400,
+                f'method={found} is not served here, only {", ".join(self._explain)}; '
+                'the flag --explain_method of serve adds methods',
+            )
+        return self._explain[found]
 
     def _parse_coverage(self, query):
         if 'coverage' not in query:
@@ -291,7 +328,7 @@ class App:
             told['set'] = [names[i] for i in order if inside[0, i]]
         if wanted.of is not None:
             of = order[0] if wanted.of == batcher.MOST_LIKELY else wanted.of
-            told['explained'] = names[of]
+            told |= {'explained': names[of], 'method': wanted.how.method}
             # 0 where nothing in the image speaks for the class: the map is empty.
             told['map_peak'] = float(answer.cam.max())
             if wanted.picture == 'overlay':

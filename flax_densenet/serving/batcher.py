@@ -168,7 +168,7 @@ class Batcher:
                 found = self.predictor.programs(images)
             else:
                 classes = [batch.classes[place] for place in places]
-                found = self.predictor.compute_maps(images, classes, kind)
+                found = self._compute_maps(images, classes, kind)
             cams = itertools.repeat(None) if found.cams is None else found.cams
             for row, (place, cam) in enumerate(zip(places, cams, strict=False)):
                 answers[place] = BatchResult(
@@ -177,3 +177,18 @@ class Batcher:
                     None if found.unusual is None else float(found.unusual[row]),
                 )
         return answers
+
+    def _compute_maps(self, images, classes, how):
+        """One by one for methods that are compiled for one image."""
+        if how.is_slow or how == self._explain[0]:
+            return self.predictor.compute_maps(images, classes, how)
+        parts = [
+            self.predictor.compute_maps(images[place : place + 1], of, how)
+            for place, of in enumerate(classes)
+        ]
+        return type(parts[0])(
+            *(
+                None if one[0] is None else np.concatenate(one)
+                for one in zip(*parts, strict=True)
+            )
+        )

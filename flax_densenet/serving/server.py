@@ -19,6 +19,7 @@ from collections.abc import Sequence
 
 from flax_densenet import errors
 from flax_densenet.errors import UserError
+from flax_densenet.inference import explain as explain_lib
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ def run(
     name: str,
     limits,
     access: 'guard.Access | None' = None,
+    explain: Sequence[explain_lib.Options] = (explain_lib.DEFAULT,),
 ):
     """Serves until SIGINT or SIGTERM, then finishes what it has.
 
@@ -115,6 +117,7 @@ def run(
       name: of the model, for people.
       limits: a `guard.Limits`.
       access: of `make_access`; without it, of no proxy.
+      explain: methods of maps that requests can choose, the usual one first.
     """
     access = access or make_access(listener, (), '')
     stop = asyncio.Event()
@@ -126,7 +129,12 @@ def run(
         address = address_of(listener)
         _LOGGER.info('%s', _welcome(name, address, access))
         await serve(
-            trained, listener, name=name, limits=limits, stop=stop, access=access
+            *(trained, listener),
+            name=name,
+            limits=limits,
+            stop=stop,
+            access=access,
+            explain=explain,
         )
         _LOGGER.info('stopped')
 
@@ -211,6 +219,7 @@ async def serve(
     limits,
     stop: asyncio.Event,
     access: 'guard.Access | None' = None,
+    explain: Sequence[explain_lib.Options] = (explain_lib.DEFAULT,),
 ):
     """Serves until `stop` is set; `run` without the signals."""
     import hypercorn.asyncio
@@ -219,7 +228,7 @@ async def serve(
 
     asyncio.get_running_loop().set_exception_handler(_make_error_handler())
     access = access or make_access(listener, (), '')
-    app = app_lib.App(trained, name=name, limits=limits, access=access)
+    app = app_lib.App(trained, name=name, limits=limits, access=access, explain=explain)
     server = asyncio.create_task(
         hypercorn.asyncio.serve(
             app.asgi, _make_config(listener), shutdown_trigger=stop.wait

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from flax_densenet.distributed import mesh as mesh_lib
+from flax_densenet.inference import explain
 from flax_densenet.models import factory, initialization
 from flax_densenet.serving import guard, server
 from flax_densenet.weights import trained as trained_lib
@@ -50,7 +51,9 @@ def make_trained():
 
 
 @contextlib.contextmanager
-def running(trained, *, wait_until_ready=True, hosts=(), root_path='', **limits):
+def running(
+    trained, *, wait_until_ready=True, hosts=(), root_path='', methods=(), **limits
+):
     """Serves in a thread; gives the port."""
     listener = server.listen('127.0.0.1', 0)
     port = listener.getsockname()[1]
@@ -67,6 +70,7 @@ def running(trained, *, wait_until_ready=True, hosts=(), root_path='', **limits)
             limits=guard.Limits(**limits),
             stop=stop,
             access=access,
+            explain=explain.make_several(methods),
         )
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:

@@ -226,6 +226,21 @@ def test_names():
     assert set(cams._COMBINE) | {'gradcam', *explain.SLOW} == set(explain.METHODS)
 
 
+def test_several_methods():
+    found = explain.make_several(['gradcam, layer-cam', 'ig,gradcam'], steps=9)
+    assert [one.method for one in found] == [
+        'gradcam',
+        'layercam',
+        'integrated_gradients',
+    ]
+    assert [one.steps for one in found] == [32, 32, 9]
+    assert explain.make_several([]) == (explain.DEFAULT,)
+    with pytest.raises(
+        UserError, match='patches=9 needs method=occlusion, not gradcam'
+    ):
+        explain.make_several([], patches=9)
+
+
 def test_patches_cover_every_pixel():
     for length in range(1, 40):
         for side in range(1, length + 1):

@@ -17,7 +17,7 @@ def trained():
 
 @pytest.fixture(scope='session')
 def port(trained):
-    with running(trained) as port:
+    with running(trained, methods=['gradcam,layercam', 'occlusion']) as port:
         yield port
 
 

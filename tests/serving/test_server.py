@@ -6,7 +6,8 @@ import concurrent.futures
 import numpy as np
 import pytest
 
-from flax_densenet.inference import overlay
+from flax_densenet.inference import explain, overlay
+from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.serving import batcher as batcher_lib
 from helpers.servers import (
     JPEG,
@@ -45,6 +46,8 @@ def test_model_and_health(port):
     assert told['classes'] == list(NAMES)
     assert (told['name'], told['image_size'], told['step']) == ('bugs', SIDE, 7)
     assert told['figures'] == {'test_accuracy': 0.875}
+    methods = [one['name'] for one in told['explain_methods']]
+    assert methods == ['gradcam', 'layercam', 'occlusion']
     assert told['limits']['max_megabytes'] == 20
     assert ask(port, '/health').json == {'status': 'ok'}
 
@@ -75,6 +78,31 @@ def test_explain(port, expected):
     assert cams.max() > 0
     told = ask(port, '/predict?explain=1', files[0]).json
     assert told['explained'] == NAMES[probabilities[0].argmax()]
+
+
+@pytest.mark.parametrize('method', ['layercam', 'occlusion'])
+def test_other_methods(method, port, trained, expected):
+    """Several at once, among those of the usual method."""
+    files, pixels, _, _ = expected
+    model = predictor_lib.Predictor(trained, 4)
+    cams = model.cams(pixels, [1] * 4, explain.make(method))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        queries = [f'explain=1&class=bees&method={m}' for m in (method, 'gradcam')]
+        tasks = [
+            pool.submit(ask, port, f'/predict?{query}', file)
+            for file in files
+            for query in queries
+        ]
+        told = [task.result().json for task in tasks]
+    assert [one['method'] for one in told] == [method, 'gradcam'] * 4
+    for answer, cam, image in zip(told[::2], cams, pixels, strict=True):
+        assert answer['map_peak'] == pytest.approx(cam.max(), rel=1e-3, abs=1e-6)
+        seen = from_data_url(answer['overlay']).astype(int)
+        assert np.abs(seen - overlay.overlay(image, cam)).max() <= 2
+    assert any(
+        a['map_peak'] != b['map_peak']
+        for a, b in zip(told[::2], told[1::2], strict=True)
+    )
 
 
 def test_together_as_alone(port, expected):
@@ -146,6 +174,12 @@ def test_batches(trained, expected):
         ('/predict?class=ants', JPEG, {}, 400, 'explain=1'),
         ('/predict?explain=1&class=ant', JPEG, {}, 400, 'did you mean ants?'),
         ('/predict?explain=1&class=q', JPEG, {}, 400, 'GET /model lists the classes'),
+        ('/predict?method=layercam', JPEG, {}, 400, 'explain=1'),
+        ('/predict?explain=1&method=x', JPEG, {}, 400, 'method=x is not known'),
+        (
+            *('/predict?explain=1&method=ig', JPEG, {}, 400),
+            'integrated_gradients is not served here, only gradcam, layercam, occlus',
+        ),
         ('/predict?tops=3', JPEG, {}, 400, 'tops= is not known; there are top,'),
         ('/', None, {'headers': {'Host': 'evil.example'}}, 403, 'use localhost'),
         ('/', None, {'headers': {'Host': 'localhost.evil.example'}}, 403, 'localhost'),

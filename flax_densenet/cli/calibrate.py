@@ -16,6 +16,7 @@ def run(invocation: options.Invocation):
         results,
         selection,
         threshold_rules,
+        unusual,
     )
     from flax_densenet.weights import decisions, published
 
@@ -31,7 +32,19 @@ def run(invocation: options.Invocation):
     trained, path, settings = trained_model.load(
         invocation, invocation.workdir, raw=True
     )
-    rules = selection.Rules(flags.calibrate, flags.threshold, flags.positive_class)
+    rules = selection.Rules(
+        flags.calibrate,
+        flags.threshold,
+        flags.positive_class,
+        unusual=flags.unusual,
+        unusual_share=flags.unusual_share,
+    )
+    unusual.check_settings(
+        rules.unusual,
+        share=rules.unusual_share,
+        images=rules.unusual_images,
+        prefix='--',
+    )
     source, examples, names, own = measured_data.find_examples(
         trained, path, settings, selecting=True
     )
@@ -111,6 +124,21 @@ COMMAND = options.Command(
                 'Calibrate the probabilities; --nocalibrate keeps them as they are.',
                 kind=bool,
                 default=True,
+            ),
+            options.Flag(
+                'unusual',
+                'How to score images that are unlike the training images: both, '
+                'energy, mahalanobis, neighbor or off (docs/unusual.md).',
+                default='auto',
+                value='METHOD',
+                default_text='both; energy if the training images are not known',
+            ),
+            options.Flag(
+                'unusual_share',
+                'Share of these images that count as usual.',
+                kind=float,
+                default=0.95,
+                value='SHARE',
             ),
         ),
     }

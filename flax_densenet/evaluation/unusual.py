@@ -51,18 +51,24 @@ def of_outputs(
     return compute(score.score, features, computed.logits).astype(np.float32)
 
 
-def check_settings(method: str, *, share: float, images: int):
-    """Raises for values that `train.unusual*` cannot have."""
+def check_settings(method: str, *, share: float, images: int, prefix: str = 'train.'):
+    """Raises for values that `train.unusual*` cannot have.
+
+    Args:
+      prefix: of the names in messages.
+    """
     known = 'auto', *unusual_lib.METHODS, 'off'
     if method not in known:
-        raise UserError(f'train.unusual={method} is not known; use {", ".join(known)}')
+        raise UserError(
+            f'{prefix}unusual={method} is not known; use {", ".join(known)}'
+        )
     if not 0.5 <= share < 1:
         raise UserError(
-            f'train.unusual_share={share:g} must be from 0.5 to below 1, such as 0.95 '
-            'for 95% of the validation images'
+            f'{prefix}unusual_share={share:g} must be from 0.5 to below 1, such as '
+            '0.95 for 95% of the validation images'
         )
     if images < 1:
-        raise UserError(f'train.unusual_images={images} must be at least 1')
+        raise UserError(f'{prefix}unusual_images={images} must be at least 1')
 
 
 def fit_entry(
@@ -71,7 +77,10 @@ def fit_entry(
     made: decisions_lib.Decisions,
 ) -> unusual_lib.Unusual | None:
     """The score for what the selection part chooses (`fitting.FITTERS`)."""
-    method = unusual_lib.DEFAULT if rules.unusual == 'auto' else rules.unusual
+    method = rules.unusual
+    knows_train = selection.train is not None and len(selection.train) > 0
+    if method == 'auto':
+        method = unusual_lib.DEFAULT if knows_train else 'energy'
     if method == 'off':
         return None
     count = len(selection.labels)
@@ -79,7 +88,7 @@ def fit_entry(
     given['val_features'] = np.zeros((count, 0))
     labels = selection.labels
     if method != 'energy':
-        if selection.train is None or not len(selection.train):
+        if selection.train is None or not knows_train:
             _LOGGER.info(
                 f'no score of unusual images: unusual={method} needs the training '
                 'images, which are not known; energy does not'
@@ -104,11 +113,12 @@ def fit_entry(
         **given,
     )
     need = math.ceil(entry.share / (1 - entry.share) - 1e-9)
-    few = f' (few: {need} would hold that share)' if count < need else ''
+    few = f'; {need} are needed for that share' if count < need else ''
     of = f'{entry.train_count:,} training and ' if entry.train_count else ''
+    part = {'val': 'validation ', 'test': 'test '}.get(selection.part, '')
     _LOGGER.info(
-        f'unusual images: scored by {method}, fitted on {of}{count:,} {selection.part} '
-        f'images; {entry.share:g} of the latter are usual{few}'
+        f'unusual images: scored by {method}, fitted on {of}{count:,} {part}images, of '
+        f'which {100 * entry.share:g}% count as usual{few}'
     )
     return entry
 

@@ -288,7 +288,7 @@ def _eval_steps(
     mean,
     std,
     tta='none',
-    step=eval_step,
+    step=None,
     left_out=None,
     **loading,
 ):
@@ -303,7 +303,7 @@ def _eval_steps(
     try:
         for batch in batches:
             batch = mesh_lib.to_global(batch, mesh)
-            sums, logits = step(
+            sums, logits = (step or eval_step)(
                 variables, batch, module=module, mean=mean, std=std, tta=tta
             )
             yield sums, logits, batch

@@ -128,12 +128,16 @@ def test_three_splits_of_tfds(tfds, tmp_path, capsys, monkeypatch):
     source = dataset.load_source('tfds:tiny_three', **fields)
     assert source.train.groups is None
     assert 'data.groups=column:patient_id reads it of all 14' in capsys.readouterr().out
-    source = dataset.load_source(
-        'tfds:tiny_three', tfds_train='test', groups='column:patient_id', **fields
-    )
-    assert len(set(source.train.groups)) == 2
     # A split of ours keeps patients together, though labels are read one by one.
-    source = dataset.load_source('tfds:tiny_three', val_fraction=0.0, **fields)
+    source = dataset.load_source(
+        'tfds:tiny_three',
+        tfds_train='train+test',
+        val_fraction=0.25,
+        groups='column:patient_id',
+        **fields,
+    )
+    assert not set(source.train.groups) & set(source.val.groups)
+    assert (len(source.train), len(source.val), len(source.test)) == (8, 4, 2)
     for groups in ('column:age', 'path'):
         with pytest.raises(UserError, match='has the features image, label, patient_i'):
             dataset.load_source('tfds:tiny_three', groups=groups, **fields)

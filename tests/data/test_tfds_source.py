@@ -137,7 +137,7 @@ def test_three_splits_of_tfds(tfds, tmp_path, capsys, monkeypatch):
         **fields,
     )
     assert not set(source.train.groups) & set(source.val.groups)
-    assert (len(source.train), len(source.val), len(source.test)) == (8, 4, 2)
+    assert (len(source.train), len(source.val), len(source.test)) == (10, 2, 2)
     for groups in ('column:age', 'path'):
         with pytest.raises(UserError, match='has the features image, label, patient_i'):
             dataset.load_source('tfds:tiny_three', groups=groups, **fields)

@@ -188,6 +188,7 @@ def load(
     """
     from flax_densenet.inference import predictor
 
+    _check_devices()
     return predictor.load_trained(
         path,
         batch_size=batch_size,
@@ -220,6 +221,7 @@ def train(config: 'Config', workdir: str | os.PathLike[str]) -> TrainResult:
     from flax_densenet.report import finished, plots
     from flax_densenet.train import fit
 
+    _check_devices()
     workdir = os.fspath(workdir)
     result = fit.fit(
         settings.from_config(config), workdir, save_samples=plots.save_samples
@@ -352,6 +354,14 @@ def export(
         )
     facts = release.run(file, shipped, samples)
     return ExportResult(file, file_format, dict(facts))
+
+
+def _check_devices():
+    """Raises `UserError` if JAX_PLATFORMS asks for devices that are not there."""
+    from flax_densenet.system import platforms
+
+    if platforms.is_chosen():
+        platforms.check_devices()
 
 
 def _is_path(value):

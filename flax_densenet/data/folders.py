@@ -342,10 +342,10 @@ def _class_names(field, root, layout, least):
     ]
     if len(names) < least:
         found = f'one class only ({names[0]})' if names else 'no class folders'
-        raise UserError(
-            f'{field}: has {found}; make a folder of images for each of at least '
-            'two classes'
-        )
+        remedy = 'make a folder of images for each of at least two classes'
+        if least == 1:
+            remedy = 'put the images into folders that are called after their classes'
+        raise UserError(f'{field}: has {found}; {remedy}')
     for part in layout.parts[1:]:
         _compare_classes(field, root, layout.train, names, part)
     return names

@@ -73,6 +73,21 @@ def test_devices_that_are_there(value):
     assert check(JAX_PLATFORMS=value) == 'fine\n'
 
 
+LOAD = """
+import flax_densenet
+try:
+    flax_densenet.load('tests/data/v0/run')
+except flax_densenet.UserError as error:
+    print(error)
+"""
+
+
+def test_the_library_tells_it_too():
+    done = forks.run(LOAD, cwd=ROOT, environment={'JAX_PLATFORMS': 'nothing-like-it'})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith('JAX_PLATFORMS=nothing-like-it: not available')
+
+
 WINDOWS = """
 import os, select, signal, socket, sys
 for name in 'fcntl resource pwd grp termios tty pty syslog posix_ipc'.split():

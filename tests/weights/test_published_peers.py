@@ -150,10 +150,14 @@ def test_timm(torch, host, monkeypatch, tmp_path):
     assert file_hosts.COMMIT and host.count('GET', '/timm/') == 2
 
 
-def test_keras_without_top(serve, tmp_path):
+@pytest.fixture(scope='module')
+def keras():
     pytest.importorskip('h5py')
     os.environ.setdefault('KERAS_BACKEND', 'jax')
-    keras = pytest.importorskip('keras')
+    return pytest.importorskip('keras')
+
+
+def test_keras_without_top(keras, serve, tmp_path):
     import jax
 
     name = 'keras:densenet121-notop'
@@ -166,3 +170,23 @@ def test_keras_without_top(serve, tmp_path):
     model.save_weights(path)
     serve(name, pathlib.Path(path).read_bytes(), outputs)
     assert_verified(name, top=0)
+
+
+def test_keras(keras, serve, tmp_path, monkeypatch):
+    """With the classifier, in the old layout and with the old names of layers."""
+    import h5py
+    import jax
+    from keras.src.legacy.saving import legacy_h5_format
+
+    name = 'keras:densenet121'
+    with jax.numpy_rank_promotion('allow'):
+        model = keras.applications.DenseNet121(weights=None, classifier_activation=None)
+        outputs = np.asarray(model(photo(name)))[0]
+    old = {'conv1_conv': 'conv1/conv', 'conv1_bn': 'conv1/bn', 'predictions': 'fc1000'}
+    for layer in model.layers:
+        layer.name = old.get(layer.name, layer.name)
+    with h5py.File(tmp_path / 'written.h5', 'w') as file:
+        legacy_h5_format.save_weights_to_hdf5_group(file, model)
+        assert 'conv1/conv' in file and 'fc1000' in file
+    serve(name, (tmp_path / 'written.h5').read_bytes(), outputs)
+    assert_verified(name)

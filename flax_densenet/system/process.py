@@ -34,7 +34,7 @@ def set_up(*, cache: pathlib.Path | None = None, deterministic: bool = False):
         os.environ['XLA_FLAGS'] = f'{before} --xla_gpu_deterministic_ops=true'.strip()
     if cache is not None and 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         jax.config.update('jax_compilation_cache_dir', str(cache))
-    # Where it cannot be read or written, programs are compiled anew, no more.
+    # Where it cannot be read or written, programs are compiled again, no more.
     warnings.filterwarnings('ignore', r'Error (reading|writing) persistent compilation')
     # By default what compiles within a second is not kept: prediction's programs.
     if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:

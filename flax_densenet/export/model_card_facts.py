@@ -4,6 +4,7 @@ Nothing is measured here. Unknown facts are None or left out, so that the card c
 that they are unknown.
 """
 
+import dataclasses
 import os
 from typing import Any
 
@@ -12,6 +13,7 @@ from flax_densenet.errors import UserError
 from flax_densenet.evaluation import metrics, results
 from flax_densenet.models import factory, tta
 from flax_densenet.system import paths
+from flax_densenet.weights import calibration as calibration_lib
 from flax_densenet.weights import timm_network
 from flax_densenet.weights import trained as trained_lib
 
@@ -80,11 +82,29 @@ def describe_model(trained: trained_lib.Trained) -> dict[str, Any]:
         'mean': list(metadata['mean']),
         'std': list(metadata['std']),
         'mirrored': tta.from_metadata(metadata) == 'flip',
+        **describe_decisions(trained),
         'timm': timm_network.find(module, channels=channels),
         'torchvision': _torchvision(module, channels),
         'unusual': trained.decisions and trained.decisions.unusual,
         'sets': trained.decisions and trained.decisions.sets,
     }
+
+
+def describe_decisions(trained: trained_lib.Trained) -> dict[str, Any]:
+    """`calibrated`, how and on which images, or ''; `thresholds`, (name, value), and
+    the `threshold_rule` that chose them, or None.
+    """
+    found, names = trained.decisions, trained.class_names or ()
+    calibrated, pairs, rule = '', [], None
+    if found and trained.calibration:
+        how = calibration_lib.describe(trained.calibration)
+        data = dataclasses.replace(found, data=public_source(found.data) or '')
+        calibrated = f'{how}, fitted on {data.where}'
+    if found and found.thresholds:
+        rule = found.thresholds.rule
+        values = zip(names, found.thresholds.values, strict=False)
+        pairs = [(name, value) for name, value in values if value is not None]
+    return {'calibrated': calibrated, 'thresholds': pairs, 'threshold_rule': rule}
 
 
 def _changes(module, variant):
@@ -206,11 +226,14 @@ def _of_eval(trained, measured, values):
     rows.append(_row(values, 'loss'))
     calibration = values['calibration']
     if calibration:
+        after = calibration['after'] or calibration['before']
         calibration = {
-            'temperature': calibration['temperature'],
+            'temperature': calibration.get('temperature'),
             'helps': metrics.temperature_helps(calibration),
+            # A file of the network's own outputs has none, whatever was measured.
+            'applied': bool(calibration.get('applied') and trained.calibration),
             'before': calibration['before']['error'],
-            'after': calibration['after']['error'],
+            'after': after['error'],
         }
     classes = values['classes']
     shown = classes

@@ -325,7 +325,7 @@ def _store(answer, url, part, have, total, most, size):
             disable=None if sys.stderr is not None else True,
         ) as bar,
     ):
-        for chunk in answer.raw.stream(_CHUNK, decode_content=False):
+        for chunk in _pieces(answer, url):
             have += len(chunk)
             if have > (most if total is None else total):
                 file.truncate(0)
@@ -339,6 +339,20 @@ def _store(answer, url, part, have, total, most, size):
                 began, last = time.monotonic(), have
     if total is not None and have < total:
         raise _Interrupted(f'it ended after {have} of {total} bytes')
+
+
+def _pieces(answer, url):
+    """The bytes of an answer, as they come; `_Interrupted` where they stop coming."""
+    import urllib3
+
+    try:
+        yield from answer.raw.stream(_CHUNK, decode_content=False)
+    except urllib3.exceptions.ReadTimeoutError as error:
+        raise _Interrupted(
+            f'{_host(url)} sent nothing for {TIMEOUT:g} seconds (timed out)'
+        ) from error
+    except urllib3.exceptions.ProtocolError as error:
+        raise _Interrupted(f'{_host(url)} ended the connection too early') from error
 
 
 def _total(answer, have):

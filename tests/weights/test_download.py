@@ -72,6 +72,7 @@ def test_resumes_after_cuts(resumes, host):
 def test_next_call_resumes(host):
     url = host.put('/a', CONTENT, cuts=[100] * download.ATTEMPTS)
     line = fails('the next call resumes', url, checksum=SHA256)
+    assert f'{host.url[7:]} ended the connection too early, in 5 attempts; ' in line
     assert f'put it at {download.place_of(url)}' in line
     assert host.count('GET') == download.ATTEMPTS
     assert os.path.getsize(f'{download.place_of(url)}.part') == 500
@@ -198,6 +199,15 @@ def test_truncated_answers_that_look_complete(host):
     fails('is not kept', url, checksum=SHA256)
     url = host.put('/b', CONTENT, announced='')
     download.fetch(url, checksum=SHA256)
+
+
+def test_answers_that_announce_more_than_they_send(host, monkeypatch):
+    """The server holds the connection: it was reached, and sends no more."""
+    monkeypatch.setattr(download, 'TIMEOUT', 0.1)
+    monkeypatch.setattr(download, 'ATTEMPTS', 2)
+    url = host.put('/a', CONTENT[:900], announced=1000)
+    line = fails('sent nothing for 0.1 seconds .*, in 2 attempts', url, checksum=SHA256)
+    assert 'cannot be reached' not in line
 
 
 def test_endless_answers(host, monkeypatch):

@@ -94,7 +94,7 @@ def get_config() -> ConfigDict:
 
     # The images, how they are prepared, and how they are loaded.
     config.data = ConfigDict()
-    # digits; folder:PATH (PATH/CLASS/* or PATH/{train,val}/CLASS/*); packed:FOLDER
+    # digits; folder:PATH (PATH/CLASS/* or PATH/{train,val,test}/CLASS/*); packed:FOLDER
     # (made by the command pack); tar:PATH (webdataset shards); hf:NAME[:CONFIG[:SPLIT]]
     # (a data set of the Hugging Face Hub); parquet:FOLDER (files of that kind); or
     # tfds:NAME[:CONFIG].

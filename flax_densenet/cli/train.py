@@ -44,9 +44,9 @@ COMMAND = options.Command(
     usage='[PHOTOS]',
     details=(
         'PHOTOS is a folder with one subfolder of images per class (PHOTOS/CLASS/*) or '
-        'PHOTOS/{train,val}/CLASS/*. It can also be a folder made by `pack`, tar files '
-        'of webdataset, parquet files, or a source such as hf:cifar10 or tfds:mnist; '
-        'see `settings data.source`. '
+        'PHOTOS/{train,val,test}/CLASS/*. It can also be a folder made by `pack`, tar '
+        'files of webdataset, parquet files, or a source such as hf:cifar10 or '
+        'tfds:mnist; see `settings data.source`. '
         'Without --config, PHOTOS trains the recipe densenet121.',
         'With --pretrained, training starts from published weights, with settings that '
         'suit the number of images and are printed (docs/pretrained.md).',

@@ -285,7 +285,7 @@ def load_source(
 
     Args:
       source: `digits` (scikit-learn's handwritten digits), `folder:PATH`
-        (`PATH/CLASS/*` or `PATH/{train,val}/CLASS/*`), `packed:DIR` (made by
+        (`PATH/CLASS/*` or `PATH/{train,val,test}/CLASS/*`), `packed:DIR` (made by
         `pack`), `tar:PATH` (see `tar`), `tfds:NAME[:CONFIG]`, `parquet:FOLDER` or
         `hf:NAME[:CONFIG[:SPLIT]]` (of the Hugging Face Hub).
       known_classes: the classes of a trained model that is to be evaluated. Then one

@@ -122,6 +122,11 @@ def get_config() -> ConfigDict:
     # column:NAME, path, path:REGEX (the group is its first group), or none. For any
     # source; a line says what was found and how many groups are in several parts.
     config.data.groups = 'auto'
+    # The report divides the test images by these columns of data.labels: auto (age,
+    # sex, site, view and other columns of few values or of numbers, but none that tells
+    # people apart), names such as age,sex, none, or named parts of the paths:
+    # path:(?P<site>[a-z]+)_.
+    config.data.subgroups = 'auto'
     # Column of data.labels that says which images are for training, validation and
     # testing: auto (a column of train, val and test, or one named split, fold, ...),
     # column:NAME, column:NAME=TRAIN,VAL,TEST (the values of the three parts, several
@@ -353,6 +358,12 @@ def get_config() -> ConfigDict:
     # Write report.html about the best checkpoint at the end. The command report writes
     # it too.
     config.train.report = True
+
+    # The pages.
+    config.report = ConfigDict()
+    # Leave pictures, file names and paths out of report.html and compare.html, so that
+    # they can be passed on. predictions.csv beside them keeps the paths.
+    config.report.private = False
     return config
 
 

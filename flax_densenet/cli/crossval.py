@@ -63,7 +63,8 @@ def measure(invocation: options.Invocation, workdir: str, *, report: bool, **mor
             f'--others={others} is for one model, and {workdir} holds several; name '
             'one of them, as fold-1 in this folder'
         )
-    trained_model.check_fields(invocation, workdir, 'data.')
+    allowed = ('data.', 'report.') if report else ('data.',)
+    trained_model.check_fields(invocation, workdir, *allowed)
     chosen = trained_model.choices(invocation, own_data=True)
     ensemble = trained_lib.load_trained(workdir, choices=chosen)
     if trained_model.data_settings(invocation, ensemble.metadata)[1]:

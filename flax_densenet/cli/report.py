@@ -29,7 +29,8 @@ def run(invocation: options.Invocation):
             return
         folder = os.path.dirname(workdirs[0].rstrip(os.sep))
         path = out or os.path.join(folder, compare.FILE)
-        compare.save(workdirs, path)
+        private = invocation.overrides.get('report.private')
+        compare.save(workdirs, path, private=private)
         print(f'{path}: {len(workdirs)} runs compared')
         return
     _report_on_run(invocation, workdirs[0])
@@ -37,7 +38,10 @@ def run(invocation: options.Invocation):
 
 def _check_of_one(invocation, what):
     """Raises for what only the page of one run takes."""
-    set_here = [f'--config.{name}' for name in invocation.overrides]
+    allowed = ('report.private',) if what == 'several runs' else ()
+    set_here = [
+        f'--config.{name}' for name in invocation.overrides if name not in allowed
+    ]
     of_one = ('figures', 'precision', 'class_names', 'outputs')
     for name in (*of_one, *(flag.name for flag in options.EXPLAIN)):
         if invocation.flags[name].value:
@@ -54,13 +58,17 @@ def _report_on_run(invocation, workdir):
     from flax_densenet.report import figures, page
 
     how = options.explain_options(invocation)
-    options_of_page = {'path': invocation.path('out'), 'how': how}
+    options_of_page = {
+        'path': invocation.path('out'),
+        'how': how,
+        'private': invocation.overrides.get('report.private'),
+    }
     pooled = crossval.measure(invocation, workdir, report=True, **options_of_page)
     if pooled is not None:
         found = pooled.results
         path = options_of_page['path'] or os.path.join(workdir, page.REPORT_FILE)
     else:
-        trained, path, settings = trained_model.load(invocation, workdir)
+        trained, path, settings = trained_model.load(invocation, workdir, 'report.')
         trained_model.check_others(invocation, trained, path)
         trained, source, found, trained_on = precisions.of_data(
             trained, path, settings, invocation.flags.precision
@@ -98,6 +106,7 @@ COMMAND = options.Command(
     examples=(
         ('the report of one run', 'report ckpt/birds'),
         ('figures for a paper', 'report ckpt/birds --figures=figures'),
+        ('to pass on', 'report ckpt/birds --config.report.private=True'),
         ('compare runs', 'report ckpt/a ckpt/b --out=compare.html'),
     ),
     flags={
@@ -137,5 +146,5 @@ COMMAND = options.Command(
     | {'Maps': options.EXPLAIN}
     | options.SEVERAL_PROCESSES,
     place=_place,
-    fields='Only init_from and data.* apply; the model has the rest.',
+    fields='Only init_from, data.* and report.* apply; the model has the rest.',
 )

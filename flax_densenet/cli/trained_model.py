@@ -12,8 +12,8 @@ from flax_densenet.system import paths
 # Fields that say which images there are; the model decides how they are prepared.
 _WHICH = (
     *('source', 'labels', 'label_kind', 'label_columns', 'blank_labels'),
-    *('uncertain_labels', 'soft_labels', 'groups', 'split', 'test_fraction'),
-    *('val_fraction', 'split_seed', 'folds', 'fold'),
+    *('uncertain_labels', 'soft_labels', 'groups', 'subgroups', 'split'),
+    *('test_fraction', 'val_fraction', 'split_seed', 'folds', 'fold'),
     *('tfds_dir', 'tfds_train'),
 )
 
@@ -254,17 +254,18 @@ def add_others(invocation: options.Invocation, trained, settings, found):
     return dataclasses.replace(found, others=doubt.Others(name, scores))
 
 
-def load(invocation: options.Invocation, workdir: str, **more):
+def load(invocation: options.Invocation, workdir: str, *allowed: str, **more):
     """A trained model, where it is from, and the settings to measure it with.
 
     Args:
+      allowed: sections besides `data.` that can be set, as `report.`.
       **more: fields of `choices.Choices`.
     """
     from flax_densenet.distributed import mesh as mesh_lib
     from flax_densenet.weights import trained as trained_lib
 
     path = find(invocation, workdir)
-    check_fields(invocation, path, 'data.')
+    check_fields(invocation, path, 'data.', *allowed)
     mesh = mesh_lib.make_mesh()
     chosen = choices(invocation, own_data=True, **more)
     trained = trained_lib.load_trained(path, 'best', mesh=mesh, choices=chosen)

@@ -92,6 +92,11 @@ class Examples:
         groups = self.reader.groups
         return None if groups is None else groups[self.indices]
 
+    @property
+    def subgroups(self) -> dict[str, np.ndarray]:
+        """What else is known of each, `[N]` by name: see `subgroup_columns.find`."""
+        return {name: v[self.indices] for name, v in self.reader.subgroups.items()}
+
     def name(self, position: int) -> str:
         """The file of an example, or its place in the data set."""
         return self.reader.name(int(self.indices[position]))
@@ -261,6 +266,7 @@ def load_source(
     uncertain_labels: str = 'unknown',
     soft_labels: tuple[float, float] = soft_labels_lib.SPAN,
     groups: str = 'auto',
+    subgroups: str = 'auto',
     split: str = 'auto',
     image_size: sizes.Size = 0,
     resize: str = 'stretch',
@@ -295,6 +301,8 @@ def load_source(
         table, see `label_options.Options`. `groups` can also be `path` or `path:REGEX`,
         if the paths have the groups of the images.
       soft_labels: the span of soft targets, see `soft_labels`.
+      subgroups: columns of the table that divide the images for the report: `auto`,
+        `none`, names, or `path:REGEX`, see `subgroup_columns`.
       image_size: pixels of the resized images: a side, or (height, width); 0 for the
         source's default.
       resize, crop_fraction, interpolation, channels: see `images.Preparation`.
@@ -320,7 +328,7 @@ def load_source(
     Raises:
       UserError: a field or a file is invalid.
     """
-    kind, name = _check_kind(source, labels)
+    kind, name = sources.parse(source, labels)
     preparation = images.Preparation(
         *(sizes.parse(image_size) or DEFAULT_IMAGE_SIZES[kind], resize, crop_fraction),
         *(interpolation, channels),
@@ -329,17 +337,17 @@ def load_source(
     source_checks.check_fields(test_fraction, val_fraction, bad_images, cache)
     chosen = folds_lib.choose(folds, fold, for_training=known_classes is None)
     duplicates_lib.check(duplicates, kind)
-    listing = sources.SOURCES[kind](
-        name,
+    listing = sources.load(
+        *(kind, name),
         bad_images=bad_images,
-        tfds_dir=tfds_dir,
-        tfds_train=tfds_train,
+        **{'tfds_dir': tfds_dir, 'tfds_train': tfds_train},
         labels=labels,
         table=label_options.Options(
             *(label_kind, tuple(label_columns), groups),
             *(blank_labels, uncertain_labels, split),
             for_training=chosen.for_training,
             soft=soft_labels,
+            subgroups=subgroups,
         ),
         known_classes=known_classes,
         channels=channels,
@@ -399,19 +407,6 @@ def _say_parts(source, listing, divided, *, for_training):
             notes.say(f'data.source={source}: {line}')
     if divided.summary:
         _LOGGER.info(divided.summary)
-
-
-def _check_kind(source, labels):
-    kind, _, name = source.partition(':')
-    if kind not in sources.SOURCES:
-        raise UserError(
-            f'data.source={source} is not known; use digits, folder:PATH, '
-            'packed:DIR, tar:PATH, parquet:FOLDER, hf:NAME[:CONFIG] or '
-            'tfds:NAME[:CONFIG]'
-        )
-    if labels and kind != 'folder':
-        raise UserError(f'data.labels={labels} needs data.source=folder:PATH')
-    return kind, name
 
 
 def _check_counts(source, split):

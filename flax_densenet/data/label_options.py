@@ -3,7 +3,7 @@
 import dataclasses
 import re
 
-from flax_densenet.data import soft_labels, split_column
+from flax_densenet.data import soft_labels, split_column, subgroup_columns
 from flax_densenet.errors import UserError
 
 KINDS = ('auto', 'labels', 'classes')
@@ -25,6 +25,7 @@ class Options:
       for_training: whether a model is to learn from the table; one that is measured
         needs no negative images.
       soft: the span of the targets of `soft`, see `soft_labels`.
+      subgroups: columns that divide the images for the report, see `subgroup_columns`.
     """
 
     kind: str = 'auto'
@@ -35,6 +36,7 @@ class Options:
     split: str = 'auto'
     for_training: bool = True
     soft: tuple[float, float] = soft_labels.SPAN
+    subgroups: str = 'auto'
 
     def __post_init__(self):
         for name in ('blank', 'uncertain'):
@@ -52,6 +54,7 @@ class Options:
                 )
         check_groups(self.groups)
         split_column.check(self.split)
+        subgroup_columns.check(self.subgroups)
 
 
 def options_of(fields) -> Options:
@@ -64,6 +67,7 @@ def options_of(fields) -> Options:
         fields['uncertain_labels'],
         fields['split'],
         soft=tuple(fields['soft_labels']),
+        subgroups='none',  # a pack keeps none
     )
 
 

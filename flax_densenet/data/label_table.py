@@ -57,6 +57,7 @@ class Labels:
         None.
       ignored: columns that were taken for none of these.
       notes: what was guessed, a line each.
+      others: cells of the ignored columns.
     """
 
     images: list[str]
@@ -67,6 +68,7 @@ class Labels:
     ignored: tuple[str, ...]
     notes: tuple[str, ...] = ()
     grouped_by: str = ''
+    others: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
 
 def read(
@@ -114,6 +116,7 @@ class _Reading(table_columns.Columns):
             groups=groups,
             parts=parts,
             ignored=tuple(ignored),
+            others={name: self.columns[name] for name in ignored},
             notes=tuple(self.notes),
             grouped_by=f'the column {group}' if group else '',
         )

@@ -13,6 +13,7 @@ from flax_densenet.data import (
     notes,
     readers,
     split_column,
+    subgroup_columns,
 )
 from flax_densenet.errors import UserError, printable
 
@@ -54,7 +55,12 @@ def find(
     good = np.array([i for i in range(len(paths)) if i not in bad], np.int64)
     skipped = [f'{name} is not there' for name in absent]
     skipped += [f'{paths[i]} {reason}' for i, reason in bad.items()]
-    _say(label, found, how, len(good))
+    columns, line = subgroup_columns.find(
+        {name: [cells_of[i] for i in kept] for name, cells_of in found.others.items()},
+        options.subgroups,
+        names.below(paths),
+    )
+    _say(label, found, how, len(good), columns, line)
     aside = len(found.images) - len(wanted)
     passed.unnamed = max(0, len(names) - len(set(paths)) - aside)
     if passed.line():
@@ -71,8 +77,10 @@ def find(
         groups, grouped_by = find_groups(names.below(paths), options.groups)
     else:
         groups = groups[kept]
+    reader = readers.FileReader(paths, found.values[kept], root)
+    reader.subgroups = columns
     return readers.Listing(
-        readers.FileReader(paths, found.values[kept], root),
+        reader,
         list(found.names),
         train,
         others[-1] if others else None,
@@ -107,19 +115,16 @@ def _check_paths(field, root, table, wanted, paths, bad_images, passed):
     return absent
 
 
-def _say(label, found, how, count):
+def _say(label, found, how, count, columns, choice):
     """The lines about what the table holds and what was guessed."""
     classes = found.values.ndim == 1
+    ignored = [name for name in found.ignored if name not in columns]
     notes.say(
         f'{label}: {len(found.names)} {"classes" if classes else "labels"} '
         f'({printable(", ".join(found.names[:20]))}) of {count} images'
-        + (
-            f'; not used: {printable(", ".join(found.ignored))}'
-            if found.ignored
-            else ''
-        )
+        + (f'; not used: {printable(", ".join(ignored))}' if ignored else '')
     )
-    for line in (*found.notes, *how):
+    for line in (*found.notes, *how, *([printable(choice)] if choice else [])):
         notes.say(f'{label}: {line}')
 
 

@@ -6,7 +6,8 @@ answers every question that depends on how images are stored.
 
 import dataclasses
 import os
-from collections.abc import Iterable
+import types
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,13 @@ class Reader:
       labels_in_memory: `labels` is an array. Otherwise every label is read from the
         source when it is asked for.
       groups: int64 `[N]`, whose image each is; None if it is unknown.
+      subgroups: what else is known of each image, by name: see `subgroup_columns.find`.
     """
 
     labels: Any
     labels_in_memory = True
     groups: np.ndarray | None = None
+    subgroups: Mapping[str, np.ndarray] = types.MappingProxyType({})
 
     def __getitem__(self, index: int) -> str | bytes | np.ndarray:
         """An image: the path of its file, its encoded bytes, or uint8 `[H, W, C]`."""

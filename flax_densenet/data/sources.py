@@ -16,6 +16,7 @@ from flax_densenet.data import (
     labeled,
     listing,
     readers,
+    subgroup_columns,
     tar,
     tfds_source,
 )
@@ -128,3 +129,41 @@ SOURCES: dict[str, Callable[..., readers.Listing]] = {
     'tar': _find_tar,
     'tfds': tfds_source.find,
 }
+
+
+def parse(source: str, labels: str) -> tuple[str, str]:
+    """The kind of a source and its name, of `KIND:NAME`.
+
+    Raises:
+      UserError: there is no such kind, or `labels` are given for one that takes none.
+    """
+    kind, _, name = source.partition(':')
+    if kind not in SOURCES:
+        raise UserError(
+            f'data.source={source} is not known; use digits, folder:PATH, '
+            'packed:DIR, tar:PATH, parquet:FOLDER, hf:NAME[:CONFIG] or '
+            'tfds:NAME[:CONFIG]'
+        )
+    if labels and kind != 'folder':
+        raise UserError(f'data.labels={labels} needs data.source=folder:PATH')
+    return kind, name
+
+
+def load(
+    kind: str,
+    name: str,
+    *,
+    labels: str,
+    table: label_options.Options,
+    **options,
+) -> readers.Listing:
+    """Lists the images of a source, with what divides them into subgroups.
+
+    Args:
+      labels, table: of `data.labels` and how it is read.
+      **options: of the loaders.
+    """
+    listing = SOURCES[kind](name, labels=labels, table=table, **options)
+    if not labels:
+        subgroup_columns.add_of_paths(listing.reader, table.subgroups)
+    return listing

@@ -21,6 +21,11 @@ _GROUP_KEYS = _words(
 )
 
 
+def is_group_key(key: str) -> bool:
+    """Whether the name of a column, as `cells.key` makes it, is that of patients."""
+    return key in _GROUP_KEYS
+
+
 class Columns:
     """A table's columns, and what was guessed about them.
 

@@ -46,6 +46,7 @@ def placements(true: np.ndarray, score: np.ndarray):
     """
     from scipy import stats
 
+    score = np.asarray(score, np.float64)  # scipy keeps the type for its ranks
     positive, negative = score[true], score[~true]
     m, n = len(positive), len(negative)
     ranks = stats.rankdata(np.concatenate([positive, negative]))

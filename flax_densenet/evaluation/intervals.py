@@ -25,6 +25,7 @@ def measure(
     *,
     predicted: np.ndarray | None = None,
     groups: np.ndarray | None = None,
+    resamples: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Metrics with their intervals.
@@ -34,6 +35,8 @@ def measure(
       scores: `[N, C]`, probabilities.
       predicted: of `weighted.Weighted`.
       groups: `[N]`, such as the patient of each image; None: images are independent.
+      resamples: of areas under curves; fewer than 200 are too few, and DeLong's
+        intervals take their place; None: as many as `WORK` allows.
       seed: of the resamples; the same one gives the same intervals.
 
     Returns:
@@ -43,7 +46,8 @@ def measure(
       None where none can be told.
     """
     count, classes = scores.shape
-    resamples = min(bootstrap.RESAMPLES, WORK // max(1, count * classes))
+    if resamples is None:
+        resamples = min(bootstrap.RESAMPLES, WORK // max(1, count * classes))
     ranked = resamples >= _FEWEST_RESAMPLES
     resamples = resamples if ranked else bootstrap.RESAMPLES
     metrics = weighted.Weighted(labels, scores, predicted=predicted, ranked=ranked)
@@ -51,6 +55,11 @@ def measure(
     found = metrics.measure(one_each)
     values = _pick(found, lambda array: array[..., 0])
     units = count if groups is None else len(np.unique(groups))
+    areas = None
+    if not ranked and count * classes <= _MOST_RANKS:
+        areas = _delong(labels, scores, groups)
+        for place in ('macro', 'classes'):
+            values[place]['auroc'] = areas[place][0]
     about = {
         'resamples': resamples,
         'units': 'images' if groups is None else 'groups',
@@ -63,8 +72,9 @@ def measure(
         metrics.measure, count, groups=groups, resamples=resamples, seed=seed
     )
     ends = _ends(drawn, values)
-    if not ranked and count * classes <= _MOST_RANKS:
-        _add_areas(ends, labels, scores, groups)
+    if areas:
+        for place in ('macro', 'classes'):
+            ends[place]['auroc'] = areas[place][1]
     places = None if groups is None else np.unique(groups, return_inverse=True)[1]
     if predicted is None:
         predicted = scores > 0.5 if labels.ndim == 2 else scores.argmax(-1)
@@ -94,27 +104,27 @@ def _ends(drawn, values):
     }
 
 
-def _add_areas(ends, labels, scores, groups):
-    """DeLong's intervals of AUROC, of the classes and of their mean."""
+def _delong(labels, scores, groups):
+    """AUROC of the classes and its mean, each with DeLong's intervals."""
     count, classes = scores.shape
-    rows, total, areas = np.full((classes, 2), np.nan), np.zeros(count), []
+    areas, rows = np.full(classes, np.nan), np.full((classes, 2), np.nan)
+    total = np.zeros(count)
     for c in range(classes):
         known, true = _known(labels, c)
         if not true.any() or true.all():
             continue
-        area, moves = delong.influence(true, scores[known, c])
-        areas.append(area)
+        areas[c], moves = delong.influence(true, scores[known, c])
         total[known] += moves
         own = None if groups is None else groups[known]
-        found = delong.interval(area, delong.deviation(moves, own))
-        if found is not None:
-            rows[c] = found
-    ends['classes']['auroc'] = rows
-    mean = np.array([np.nan, np.nan])
-    if areas:
-        spread = delong.deviation(total / len(areas), groups)
-        mean = np.array(delong.interval(float(np.mean(areas)), spread) or mean)
-    ends['macro']['auroc'] = mean
+        found = delong.interval(areas[c], delong.deviation(moves, own))
+        rows[c] = (np.nan, np.nan) if found is None else found
+    there = ~np.isnan(areas)
+    mean, ends = np.float64(np.nan), np.array([np.nan, np.nan])
+    if there.any():
+        mean = areas[there].mean()
+        spread = delong.deviation(total / there.sum(), groups)
+        ends = np.array(delong.interval(float(mean), spread) or ends)
+    return {'macro': (mean, ends), 'classes': (areas, rows)}
 
 
 def _known(labels, c):

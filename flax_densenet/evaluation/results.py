@@ -21,10 +21,12 @@ from flax_densenet.evaluation import (
     decision_metrics,
     decision_text,
     evaluate,
+    interval_text,
     intervals,
     measured_data,
     measured_model,
     prediction_rows,
+    subgroups,
 )
 from flax_densenet.evaluation import doubt as doubt_lib
 from flax_densenet.evaluation import metrics as metrics_lib
@@ -101,8 +103,8 @@ class Results:
         """See `metrics.measure`, `metrics.measure_labels` and `intervals.extend`.
 
         With `calibration`, whose `applied` tells whether it is the model's own (see
-        `decision_metrics`), and `thresholds`: None, or `rule` and `classes`, rows of
-        `decision_metrics.at_thresholds`.
+        `decision_metrics`); `thresholds`: None, or `rule` and `classes`, rows of
+        `decision_metrics.at_thresholds`; and `subgroups`, see `subgroups.measure`.
         """
         names, raw = self.class_names, self.raw_logits
         if self.multi_label:
@@ -122,12 +124,12 @@ class Results:
             scale = self.calibration.scale[0] if self.calibration else None
             found = decision_metrics.of_classes(logits, raw, self.labels, scale)
             metrics = metrics_lib.measure(logits, self.labels, names, calibration=found)
-        extended = intervals.extend(
-            metrics,
-            self.labels,
-            self.probabilities,
-            self.groups,
-            predicted=self.positive if self.multi_label else None,
+        arrays = self.labels, self.probabilities
+        predicted = self.positive if self.multi_label else None
+        extended = intervals.extend(metrics, *arrays, self.groups, predicted=predicted)
+        columns = getattr(self.examples, 'subgroups', {})
+        extended['subgroups'] = subgroups.measure(
+            columns, *arrays, predicted=predicted, groups=self.groups
         )
         chosen = self.decisions and self.decisions.thresholds
         thresholds = self.thresholds and {
@@ -298,6 +300,7 @@ def save(
             if results.folds is not None:
                 folds = ['fold', *results.folds.tolist()]
                 rows = ([*row, n] for row, n in zip(rows, folds, strict=True))
+            rows = interval_text.add_groups(rows, results.groups)
             csv.writer(file).writerows(rows)
     except OSError as error:
         raise UserError(
@@ -354,43 +357,11 @@ def format_metrics_table(results: Results, where: str) -> str:
             f'{100 / len(results.class_names):.1f}%'
         )
     lines.append(decision_text.calibration_line(metrics))
-    lines += _format_intervals(metrics)
+    lines += interval_text.format_means(metrics)
+    lines += interval_text.format_subgroups(metrics)
     lines += doubt_lib.describe(results.doubt, several=results.multi_label)
     thresholds = decision_text.threshold_lines(metrics)
     return '\n'.join(lines + _format_classes(metrics) + thresholds)
-
-
-# Of a metric's mean over classes: its key and its name in the table.
-_MEANS = {
-    'balanced_accuracy': 'balanced accuracy',
-    'f1': 'F1',
-    'auroc': 'AUROC',
-    'average_precision': 'average precision',
-}
-
-
-def _format_intervals(metrics):
-    """A line with the intervals of the means."""
-    found = metrics['intervals']
-    told = [
-        f'{name} {metrics["macro"][key]:.3f} ({ends[0]:.3f} to {ends[1]:.3f})'
-        for key, name in _MEANS.items()
-        if found and (ends := found['macro'].get(key))
-    ]
-    if not told:
-        return []
-    return [f'means, 95% intervals by {intervals.describe(found)}:', *_wrap(told)]
-
-
-def _wrap(pieces, width=88):
-    """The pieces as indented lines."""
-    lines = []
-    for piece in pieces:
-        if lines and len(lines[-1]) + len(piece) + 2 <= width:
-            lines[-1] += f', {piece}'
-        else:
-            lines.append(f'  {piece}')
-    return lines
 
 
 def _format_classes(metrics):

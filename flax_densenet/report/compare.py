@@ -6,6 +6,8 @@ import json
 import os
 from typing import Any
 
+import numpy as np
+
 from flax_densenet import settings
 from flax_densenet.checkpoints import epoch_records, run_folder
 from flax_densenet.checkpoints import reader as checkpoint_reader
@@ -14,6 +16,7 @@ from flax_densenet.errors import UserError
 from flax_densenet.evaluation import results
 from flax_densenet.models import factory, naming
 from flax_densenet.report import charts, diagnosis, gallery, page, paired, render
+from flax_densenet.report import private as private_lib
 from flax_densenet.system import paths
 
 FILE = 'compare.html'
@@ -48,11 +51,13 @@ def _is_run(folder):
     return os.path.isfile(os.path.join(folder, run_folder.METRICS_FILE))
 
 
-def save(workdirs: list[str], path: str):
+def save(workdirs: list[str], path: str, *, private: bool | None = None):
     """Writes a page that compares runs: metrics, curves, classes, images, settings.
 
     Args:
       path: of the page.
+      private: leave out pictures, file names and paths; None: if the settings of any
+        of the runs say so.
 
     Raises:
       UserError: a folder holds no run, or the page cannot be written.
@@ -66,18 +71,24 @@ def save(workdirs: list[str], path: str):
             )
     folder = os.path.dirname(os.path.abspath(path))
     names = _short_names(workdirs)
+    hidden = any(private_lib.is_private(run.config, private) for run in runs)
+    if hidden and names == list(workdirs):
+        names = [f'run {number}' for number in range(1, 1 + len(names))]
     rows = [
         {'name': name, **_summarize(run, workdir, folder)}
         for name, run, workdir in zip(names, runs, workdirs, strict=True)
     ]
+    if hidden:
+        rows = [_hide(row) for row in rows]
     # The best of the data that most runs have in common comes first.
     rows.sort(key=lambda row: checkpoint_reader.rank(row['best']), reverse=True)
     groups = _group(rows)
     together = groups[0]
-    _compare_with_best(together)
+    verdicts = _compare_with_best(together)
     values = {
         'rows': [row for group in groups for row in group],
         'together': len(together),
+        'verdicts': verdicts,
         'groups': [
             (group[0]['data'], [row['name'] for row in group]) for group in groups
         ],
@@ -86,7 +97,7 @@ def save(workdirs: list[str], path: str):
         ),
         'names': [row['name'] for row in together],
         'classes': _compare_classes(together),
-        'disagreements': _find_images(together),
+        'disagreements': [] if hidden else _find_images(together),
         'differing': _differing(rows),
         'columns': [row['name'] for row in rows],
         'areas': any(
@@ -95,7 +106,16 @@ def save(workdirs: list[str], path: str):
         'validated': [row['validation'] is not None for row in rows],
         'made': datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
     }
-    render.save_page(path, 'compare.html', {}, **values)
+    render.save_page(path, 'compare.html', {}, private=hidden, **values)
+
+
+def _hide(row):
+    """A row without paths; which data it is of stays the same where it was."""
+    kind, _, rest = row['data'].partition(':')
+    # `folder:/a: 9 test images, 2 classes`
+    counts = rest.rpartition(': ')[2] if ': ' in rest else rest
+    fields = private_lib.hide_fields(row['fields'])
+    return row | {'link': '', 'fields': fields, 'data': f'{kind}: {counts.strip()}'}
 
 
 def _summarize(run, workdir, folder):
@@ -124,6 +144,8 @@ def _summarize(run, workdir, folder):
         'metrics': None,
         'versus': '',
         'images': [],
+        'workdir': workdir,
+        'predictions': {},
     }
     loaded = results.load(workdir)
     # Metrics of other data, or of an earlier checkpoint, are left out.
@@ -181,18 +203,43 @@ def _group(rows):
 
 
 def _compare_with_best(rows):
-    """Adds to each row how likely its distance to the best one is chance."""
-    best = rows[0]
+    """Adds to each row how likely its distance to the best one is chance.
+
+    Returns:
+      Sentences, one for each run but the best.
+    """
+    best, others = rows[0], rows[1:]
     best['versus'] = 'best'
-    for row in rows[1:]:
-        metrics = row['metrics']
-        if metrics is None or metrics['confusion'] is None and not metrics['confused']:
-            continue
-        chance = paired.mcnemar(best['predictions'], row['predictions'])
+    if any(row['metrics'] is None or not row['predictions'] for row in rows):
+        return []
+    scored = [paired.load_scores(row['workdir']) for row in rows]
+    if any(_has_other_labels(scored[0], one) for one in scored[1:]):
+        return [
+            'The labels of some images changed between these runs, so their '
+            'differences are not tested.'
+        ]
+    resampled = paired.Resampled(scored)
+    verdicts = []
+    for place, row in enumerate(others, start=1):
+        differences = resampled.compare(place, 0)
+        verdicts.append(
+            paired.tell(
+                f'“{row["name"]}”',
+                f'the best run, “{best["name"]}”',
+                differences,
+                comparisons=len(others),
+            )
+        )
+        chance = differences[0].p_value
         told = 'p < 0.001' if chance < 0.001 else f'p = {chance:.3f}'
-        if chance >= _SIGNIFICANT:
+        if chance >= _SIGNIFICANT / len(others):
             told += ', not significant'
         row['versus'] = told
+    return verdicts
+
+
+def _has_other_labels(one, other):
+    return not np.array_equal(one.labels, other.labels, equal_nan=True)
 
 
 def _compare_classes(rows):

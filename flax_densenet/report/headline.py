@@ -17,7 +17,7 @@ def rows(found) -> list[tuple[str, str, list[str]]]:
     accuracy = _accuracy(found)
     made = [] if found.multi_label else [accuracy]
     if macro['auroc'] is not None:
-        notes = [f'mean of the {what}', 'chance: 0.500']
+        notes = [f'mean of the {what}', *_ends(metrics, 'auroc'), 'chance: 0.500']
         made.append(('Mean AUROC', render.figure(macro['auroc']), notes))
     if found.multi_label:
         made.append(accuracy)
@@ -30,7 +30,8 @@ def rows(found) -> list[tuple[str, str, list[str]]]:
             )
         )
     if macro['f1'] is not None:
-        made.append(('F1', render.figure(macro['f1']), [f'mean of the {what}']))
+        notes = [f'mean of the {what}', *_ends(metrics, 'f1')]
+        made.append(('F1', render.figure(macro['f1']), notes))
     made.append(('Loss', render.figure(metrics['loss']), ['cross-entropy, nats']))
     if metrics['calibration']:
         error = metrics_lib.calibration_error(metrics)
@@ -44,6 +45,14 @@ def rows(found) -> list[tuple[str, str, list[str]]]:
     return made
 
 
+def _ends(metrics, name):
+    """The interval of a mean, in a list; an empty one where there is none."""
+    found = metrics['intervals'] and metrics['intervals']['macro'].get(name)
+    if not found:
+        return []
+    return [f'95% interval: {render.figure(found[0])} to {render.figure(found[1])}']
+
+
 def _accuracy(found):
     metrics = found.metrics
     count = metrics['count']
@@ -51,6 +60,8 @@ def _accuracy(found):
     if metrics['accuracy_interval']:
         low, high = map(render.percent, metrics['accuracy_interval'])
         notes.append(f'95% interval: {low} to {high}')
+    if metrics['intervals'] and metrics['intervals']['units'] == 'groups':
+        notes.append(f'by group: {metrics["intervals"]["unit_count"]:,} groups')
     title = f'Accuracy on {count:,} test image{"" if count == 1 else "s"}'
     if found.multi_label:
         title = f'Label accuracy on {count:,} test image{"" if count == 1 else "s"}'

@@ -11,6 +11,7 @@ from flax_densenet import settings
 from flax_densenet.checkpoints import epoch_records, run_folder
 from flax_densenet.data import dataset, images
 from flax_densenet.distributed import mesh
+from flax_densenet.evaluation import intervals as intervals_lib
 from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.evaluation import out_of_fold, results
 from flax_densenet.inference import explain
@@ -27,8 +28,10 @@ from flax_densenet.report import (
     headline,
     plots,
     render,
+    subgroup_tables,
 )
 from flax_densenet.report import matrix as matrix_lib
+from flax_densenet.report import private as private_lib
 from flax_densenet.system import program
 from flax_densenet.weights import trained as trained_lib
 from flax_densenet.weights import weight_file
@@ -38,6 +41,15 @@ REPORT_FILE = 'report.html'
 SAMPLES, MISTAKES = 24, 18  # images of these sections
 CLASSES = 100  # that the confusion matrix and the ROC chart show at most
 PAIRS = 12  # of classes that are confused most
+# Of the table of classes.
+COLUMNS = {
+    'precision': 'Precision',
+    'recall': 'Recall',
+    'f1': 'F1',
+    'auroc': 'AUROC',
+    'specificity': 'Specificity',
+    'average_precision': 'Average precision',
+}
 CELL_MAPS = 24  # images of cells that get maps besides those of the other sections
 _POINTS = 60  # of each ROC curve where there are many
 _TFDS_LABELS = 20_000  # each has to be read from the disk
@@ -54,6 +66,7 @@ def save_report(
     weights: str | None = None,
     how: explain.Options = explain.DEFAULT,
     pooled: out_of_fold.OutOfFold | None = None,
+    private: bool | None = None,
 ) -> str:
     """Writes `report.html`, and `eval.json` and `predictions.csv` in the run's folder.
 
@@ -67,6 +80,7 @@ def save_report(
       weights: where the model was loaded from, if it is not a checkpoint.
       how: the method of the maps.
       pooled: of a cross-validation, whose results `found` are.
+      private: leave out pictures, file names and paths; None: as the run's settings.
 
     Returns:
       The page's path.
@@ -79,12 +93,43 @@ def save_report(
     if pooled is not None:
         measured, more = pooled.measured(), pooled.about()
     results.save(workdir, found, measured, more)
+    hidden = private_lib.is_private(run.config, private)
+    found = private_lib.anonymous(found) if hidden else found
+    kept = _kept_classes(found)
+    pictures, trust = _make_pictures(trained, found, kept, how, hidden, pooled)
+    path = path or os.path.join(workdir, REPORT_FILE)
+    if mesh.is_writer():
+        if hidden:
+            measured = private_lib.measured(measured)
+        values = _describe(workdir, run, trained, source, found, measured, trained_on)
+        if pooled is not None:
+            values['selection'] = out_of_fold.describe_selection(pooled)
+            values['folds'] = folds.describe(workdir, pooled)
+        confusion = _confusion(found, kept, hidden)
+        data = {
+            'names': found.class_names,
+            'confusion': confusion,
+            'extra': {row['row']: row for row in pictures.pop('extra')},
+        }
+        values |= {'explained': how.describe(), 'trust': trust}
+        values['subgroups'] = subgroup_tables.section(found.metrics, private=hidden)
+        values['trust_charts'] = charts.faithfulness(trust) if trust else []
+        if hidden:
+            values = private_lib.hide(values)
+        values |= pictures | {'confusion': confusion}
+        render.save_page(path, 'report.html', data, private=hidden, **values)
+    return path
+
+
+def _make_pictures(trained, found, kept, how, hidden, pooled):
+    """The rows of images with their maps, and how far the maps can be trusted."""
+    if hidden:
+        return {'mistakes': [], 'uncertain': [], 'extra': []}, None
     # Small batches: the maps are few, and a CPU compiles for them in the same time.
     if pooled is None:
         predictors = [predictor_lib.Predictor(trained, batch_size=6)]
     else:
         predictors = folds.make_predictors(pooled, batch_size=6)
-    kept = _kept_classes(found)
     pictures = _pick_pictures(found, kept)
     if how.is_slow:
         count = sum(map(len, pictures.values()))
@@ -97,25 +142,7 @@ def save_report(
         for row in rows:
             row |= _caption(row, found.class_names)
     shown = found if pooled is None else pooled.of_fold(1)
-    trust = faithfulness.measure(shown, predictors[0], how)
-    path = path or os.path.join(workdir, REPORT_FILE)
-    if mesh.is_writer():
-        values = _describe(workdir, run, trained, source, found, measured, trained_on)
-        if pooled is not None:
-            values['selection'] = out_of_fold.describe_selection(pooled)
-            values['folds'] = folds.describe(workdir, pooled)
-        confusion = _confusion(found, kept)
-        data = {
-            'names': found.class_names,
-            'confusion': confusion,
-            'extra': {row['row']: row for row in pictures.pop('extra')},
-        }
-        values |= {'explained': how.describe(), 'trust': trust}
-        values['trust_charts'] = charts.faithfulness(trust) if trust else []
-        render.save_page(
-            path, 'report.html', data, confusion=confusion, **values, **pictures
-        )
-    return path
+    return pictures, faithfulness.measure(shown, predictors[0], how)
 
 
 def _pick_pictures(found, kept):
@@ -167,6 +194,8 @@ def _describe(workdir, run, trained, source, found, measured, trained_on):
         'made': datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
         'data_name': source.name,
         'metrics': found.metrics,
+        'columns': tuple(COLUMNS.values()),
+        'class_rows': _class_rows(found.metrics),
         'headline': headline.rows(found),
         'folds': None,
         'selection': headline.selection(run.records, measured, trained_on, validation),
@@ -186,6 +215,26 @@ def _describe(workdir, run, trained, source, found, measured, trained_on):
         'fields': fields,
         'changed': _changed(fields),
     }
+
+
+def _class_rows(metrics):
+    """Rows of the table of classes: name, support and cells of value and interval."""
+    intervals = metrics['intervals'] or {}
+    every = intervals.get('classes') or [{}] * len(metrics['classes'])
+    if len(every) > CLASSES:  # eval.json has all
+        every = [{}] * len(every)
+    rows = [
+        {
+            'name': row['name'],
+            'support': row['support'],
+            'cells': [(row.get(name), ends.get(name)) for name in COLUMNS],
+        }
+        for row, ends in zip(metrics['classes'], every, strict=True)
+    ]
+    ends, macro = intervals.get('macro') or {}, metrics['macro']
+    total = [(macro.get(name), ends.get(name)) for name in COLUMNS]
+    how = intervals_lib.describe(intervals) if intervals else ''
+    return {'rows': rows, 'total': total, 'how': how}
 
 
 def _describe_size(preparation):
@@ -369,7 +418,7 @@ def _kept_classes(found):
     return np.sort(np.argsort(-mistakes, kind='stable')[:CLASSES])
 
 
-def _confusion(found, kept):
+def _confusion(found, kept, hidden=False):
     """The matrix, of the classes with most mistakes where there are very many."""
     if kept is None:
         return None
@@ -393,6 +442,6 @@ def _confusion(found, kept):
         'kept': kept.tolist(),
         'matrix': counts.tolist(),
         'chart': matrix_lib.draw(counts, [names[c] for c in kept], kept.tolist()),
-        'cells': gallery.make_cells(found, kept),
+        'cells': {} if hidden else gallery.make_cells(found, kept),
         'pairs': pairs[:PAIRS],
     }

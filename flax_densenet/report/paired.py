@@ -9,13 +9,55 @@
 """
 
 import csv
+import dataclasses
+import functools
 import os
 from typing import Any
 
+import numpy as np
+
 from flax_densenet.errors import UserError
-from flax_densenet.evaluation import results
+from flax_densenet.evaluation import bootstrap, delong, intervals, results, weighted
 
 Predictions = dict[str, tuple[str, str]]
+NAMES = {'accuracy': 'accuracy', 'auroc': 'mean AUROC', 'f1': 'F1'}
+_MOST_WORK = intervals.WORK // 2  # of one run
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """How two runs differ in a metric on the same images.
+
+    Attributes:
+      metric: `accuracy`, `auroc` or `f1`.
+      value: the metric of the first run minus that of the other.
+      interval: its 95% interval; None where no resample differs.
+      p_value: how likely a difference at least as large is if the two are equal.
+      test: the name of the test.
+    """
+
+    metric: str
+    value: float
+    interval: tuple[float, float] | None
+    p_value: float
+    test: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+    """What `predictions.csv` holds, as arrays in the order of the images' paths.
+
+    Attributes:
+      labels: int `[N]`, or `[N, L]` of 0, 1 and NaN.
+      scores: `[N, C]`; None where the file has the likeliest classes only.
+      predicted: int `[N]`, or bool `[N, L]`.
+      groups: int `[N]`, or None.
+    """
+
+    labels: np.ndarray
+    scores: np.ndarray | None
+    predicted: np.ndarray
+    groups: np.ndarray | None
 
 
 def load(workdir: str) -> Predictions:
@@ -26,18 +68,89 @@ def load(workdir: str) -> Predictions:
     Raises:
       UserError: it is not what evaluation writes.
     """
+    rows = _read(workdir)
+    return {row['path']: (row['true'], row['predicted']) for row in rows}
+
+
+def _read(workdir):
     path = os.path.join(workdir, results.PREDICTIONS_FILE)
     options: dict[str, Any] = {'encoding': 'utf-8', 'errors': 'surrogateescape'}
     try:
         with open(path, newline='', **options) as file:
-            rows = csv.DictReader(file)
-            return {row['path']: (row['true'], row['predicted']) for row in rows}
+            rows = list(csv.DictReader(file))
+            if rows:
+                _ = rows[0]['path'], rows[0]['true'], rows[0]['predicted']
+            return rows
     except FileNotFoundError:
-        return {}
+        return []
     except (OSError, KeyError, csv.Error) as error:
         raise UserError(
             f'{path} cannot be read ({error}); run eval {workdir} again'
         ) from error
+
+
+def load_scores(workdir: str) -> Scored | None:
+    """The arrays of `predictions.csv`; None where there is no such file.
+
+    Raises:
+      UserError: it is not what evaluation writes.
+    """
+    rows = sorted(_read(workdir), key=lambda row: row['path'])
+    if not rows:
+        return None
+    try:
+        return _to_arrays(rows)
+    except (KeyError, TypeError, ValueError) as error:
+        path = os.path.join(workdir, results.PREDICTIONS_FILE)
+        raise UserError(
+            f'{path} is not what eval writes ({error!r}); run eval {workdir} again'
+        ) from error
+
+
+def _to_arrays(rows):
+    columns = list(rows[0])
+    named = 'probability_'
+    names = [c.removeprefix(named) for c in columns if c.startswith(named)]
+    several = bool(names) and all(f'true_{name}' in columns for name in names)
+    scores = None
+    if 'class_1' not in columns or several:
+        table = [[row[f'{named}{name}'] for name in names] for row in rows]
+        scores = np.array(table, np.float64)
+    if several:
+        known = [[row[f'true_{name}'] or 'nan' for name in names] for row in rows]
+        labels = np.array(known, np.float64)
+        predicted = np.array([_present(row, names) for row in rows])
+    else:
+        kinds = names
+        if scores is None:
+            kinds = sorted({row[key] for row in rows for key in ('true', 'predicted')})
+        place = {name: number for number, name in enumerate(kinds)}
+        labels, predicted = (
+            np.array([place[row[key]] for row in rows]) for key in ('true', 'predicted')
+        )
+        if scores is not None:
+            scores = _sharpen(scores)
+    groups = None
+    if rows[0].get('group'):
+        groups = np.array([int(row['group']) for row in rows])
+    return Scored(labels, scores, predicted, groups)
+
+
+def _present(row, names):
+    """Which labels are predicted: by their names, or above a half if these hold `;`."""
+    found = set(row['predicted'].split(';')) - {''}
+    if found <= set(names):
+        return [name in found for name in names]
+    return [float(row[f'probability_{name}']) > 0.5 for name in names]
+
+
+def _sharpen(scores):
+    """Log odds, from the others where one is so close to 1 that digits are missing."""
+    others = scores.sum(-1, keepdims=True) - scores
+    if scores.shape[-1] == 2:
+        others = scores[:, ::-1]
+    tiny = np.finfo(float).tiny
+    return np.log(np.maximum(scores, tiny)) - np.log(np.maximum(others, tiny))
 
 
 def mcnemar(one: Predictions, other: Predictions) -> float:
@@ -46,15 +159,154 @@ def mcnemar(one: Predictions, other: Predictions) -> float:
     Args:
       one, other: of the same images.
     """
+    right = np.array(
+        [
+            (one[name][0] == one[name][1], other[name][0] == other[name][1])
+            for name in one
+        ]
+    )
+    return _mcnemar(*right.T)
+
+
+def _mcnemar(one, other):
     from scipy import stats
 
-    right = [
-        (one[name][0] == one[name][1], other[name][0] == other[name][1]) for name in one
-    ]
-    gained, lost = right.count((True, False)), right.count((False, True))
+    gained, lost = int((one & ~other).sum()), int((other & ~one).sum())
     if not gained + lost:
         return 1.0
     return float(stats.binomtest(gained, gained + lost).pvalue)
+
+
+class Resampled:
+    """Runs on the same images, with the metrics of resamples that they share."""
+
+    def __init__(self, runs: list[Scored]):
+        self._runs = runs
+        count = len(runs[0].labels)
+        classes = max(1 if run.scores is None else run.scores.shape[-1] for run in runs)
+        resamples = min(bootstrap.RESAMPLES, _MOST_WORK // (count * classes))
+        self._ranked = resamples >= 200 and all(run.scores is not None for run in runs)
+        self._resamples = resamples if self._ranked else bootstrap.RESAMPLES
+        self._made: dict[int, Any] = {}
+
+    def _metrics(self, place):
+        """Of a run: each metric of all images, and of each resample."""
+        if place not in self._made:
+            run = self._runs[place]
+            scores = run.scores
+            if scores is None:
+                classes = 1 + max(run.labels.max(), run.predicted.max())
+                scores = np.zeros((len(run.labels), classes), np.float32)
+            made = weighted.Weighted(
+                run.labels, scores, predicted=run.predicted, ranked=self._ranked
+            )
+            measure = functools.partial(_pick, made)
+            found = measure(np.ones((len(run.labels), 1), np.float32))
+            drawn = bootstrap.replicate(
+                measure, len(run.labels), groups=run.groups, resamples=self._resamples
+            )
+            self._made[place] = found, drawn
+        return self._made[place]
+
+    def compare(self, one: int, other: int) -> list[Difference]:
+        """The differences between two runs, by their places in the list."""
+        runs = self._runs[one], self._runs[other]
+        (found, drawn), (found2, drawn2) = self._metrics(one), self._metrics(other)
+        differences = []
+        for metric in found:
+            value = float(found[metric][0] - found2[metric][0])
+            values = drawn[metric] - drawn2[metric]
+            if np.isnan(value):
+                continue
+            differences.append(_describe(metric, value, values, runs))
+        return differences
+
+
+def _pick(metrics, weights):
+    found = metrics.measure(weights)
+    macro = {name: found['macro'][name] for name in NAMES if name in found['macro']}
+    return {'accuracy': found['accuracy'], **macro}
+
+
+def _describe(metric, value, values, runs):
+    one, other = runs
+    ends = bootstrap.interval(values, np.float64(value))
+    interval = (float(ends[0]), float(ends[1])) if ends[0] < ends[1] else None
+    p_value, test = bootstrap.p_value(values, value), 'paired bootstrap'
+    several = one.labels.ndim == 2
+    if one.groups is not None:
+        test = 'paired bootstrap of groups'
+    elif metric == 'accuracy' and not several:
+        right = (run.labels == run.predicted for run in runs)
+        p_value, test = _mcnemar(*right), "McNemar's exact test"
+    elif metric == 'auroc' and one.scores.shape[-1] <= 2 - several:
+        # One area: of the label, or of either class, which have the same.
+        true = one.labels[:, 0] == 1 if several else one.labels == 1
+        known = ~np.isnan(one.labels[:, 0]) if several else slice(None)
+        areas = (run.scores[known, -1] for run in (one, other))
+        found = delong.compare(true[known], *areas)
+        interval, p_value, test = found.interval, found.p_value, "DeLong's test"
+    return Difference(metric, value, interval, p_value, test)
+
+
+def tell(
+    name: str, best: str, differences: list[Difference], *, comparisons: int = 1
+) -> str:
+    """A sentence or two on whether the differences of two runs can be chance.
+
+    Args:
+      name, best: of the runs; the differences are the first minus the other.
+      comparisons: how many runs are compared, over which 5% of false alarms are
+        divided (Bonferroni).
+    """
+    limit = 0.05 / comparisons
+    pieces: list[str] = []
+    real: list[str] = []
+    chance: list[str] = []
+    for one in differences:
+        called = NAMES[one.metric]
+        percent = one.metric == 'accuracy'
+        ends = ''
+        if one.interval is not None:
+            low, high = (_signed(end, percent) for end in one.interval)
+            ends = f'95% interval {low} to {high}, '
+        unit = ' points' if percent else ''
+        pieces.append(
+            f'{called} {_signed(one.value, percent)}{unit} '
+            f'({ends}{_p(one)}, {one.test})'
+        )
+        (real if one.p_value < limit else chance).append(called)
+    if not pieces:
+        return f'{name} and {best} cannot be compared: no metric of both is defined.'
+    if not real:
+        verdict = 'Each of these differences could be chance.'
+    elif not chance:
+        verdict = 'Chance alone is an unlikely explanation of these differences.'
+    else:
+        verdict = (
+            f'The difference in {_join(real)} is unlikely to be chance; that in '
+            f'{_join(chance)} could be.'
+        )
+    return f'{name} compared with {best}: {"; ".join(pieces)}. {verdict}'
+
+
+def _signed(value, percent):
+    text = f'{abs(value) * 100:.1f}' if percent else f'{abs(value):.3f}'
+    if not float(text):
+        return text
+    return ('+' if value > 0 else '\u2212') + text
+
+
+def _p(one):
+    least = 2 / (bootstrap.RESAMPLES + 1)  # that resamples can tell
+    if one.test.startswith('paired bootstrap') and one.p_value <= least:
+        return f'p \u2264 {least:.3f}'
+    return 'p < 0.001' if one.p_value < 0.001 else f'p = {one.p_value:.3f}'
+
+
+def _join(names):
+    *first, last = names
+    return f'{", ".join(first)} and {last}' if first else last
 
 
 def find_disagreements(runs: list[Predictions], most: int) -> list[dict[str, Any]]:
@@ -72,10 +324,6 @@ def find_disagreements(runs: list[Predictions], most: int) -> list[dict[str, Any
         predicted = [run[name][1] for run in runs]
         if len(set(predicted)) > 1:
             wrong = sum(one != actual for one in predicted)
-            row: dict[str, Any] = {
-                'name': name,
-                'actual': actual,
-                'predicted': predicted,
-            }
+            row = {'name': name, 'actual': actual, 'predicted': predicted}
             rows.append(row | {'wrong': wrong})
     return sorted(rows, key=lambda row: (-row['wrong'], row['name']))[:most]

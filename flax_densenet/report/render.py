@@ -72,13 +72,14 @@ def make_environment() -> Any:
     return environment
 
 
-def save_page(path, template, data, **values):
+def save_page(path, template, data, *, private=False, **values):
     """Renders a page to a temporary file and renames it, so that it is complete.
 
     Args:
       path: of the page.
       template: in `templates/`, with a script of the same name.
       data: what the scripts read; JSON can hold it.
+      private: the page must hold no picture.
       **values: of the template.
 
     Raises:
@@ -100,8 +101,11 @@ def save_page(path, template, data, **values):
         script=text(template.replace('.html', '.js')),
         common=text('page.js'),
         data=markupsafe.Markup(numbers),
+        private=private,
         **values,
     )
+    if private and 'data:image' in page:
+        raise AssertionError('a private page holds a picture')
     try:
         folder = os.path.dirname(path) or '.'
         os.makedirs(folder, exist_ok=True)

@@ -1,7 +1,8 @@
 """Settings from a config and back: the one place where fields are read by name.
 
 A config is what `configs/base.py` makes, or a mapping of the same shape:
-`{'init_from': ..., 'model': {...}, 'data': {...}, 'optimizer': {...}, 'train': {...}}`.
+`{'init_from': ..., 'model': {...}, 'data': {...}, 'optimizer': {...}, 'train': {...},
+'report': {...}}`.
 
 >>> settings = from_config({'data': {'batch_size': 64}})
 >>> settings.loader.batch_size, settings.train.epochs
@@ -29,6 +30,7 @@ SECTIONS = {
     'data': ('data', 'preparation', 'augmentation', 'loader', 'evaluation'),
     'optimizer': ('optimizer', 'schedule'),
     'train': ('train', 'loss', 'decisions'),
+    'report': ('report',),
 }
 # Earlier names of fields, which are still read.
 RENAMED = {'data.colour_jitter': 'data.color_jitter'}

@@ -54,6 +54,7 @@ class SourceSettings:
     uncertain_labels: str = 'unknown'
     soft_labels: tuple[float, ...] = (0.55, 0.85)
     groups: str = 'auto'
+    subgroups: str = 'auto'
     split: str = 'auto'
     test_fraction: float = 0.2
     val_fraction: float = 0.0
@@ -187,6 +188,13 @@ class TrainingSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReportSettings:
+    """What pages show."""
+
+    private: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """All settings of the program.
 
@@ -197,6 +205,7 @@ class Settings:
       data: section `data` of a config, with the five groups after it.
       optimizer: section `optimizer`, with `schedule`.
       train: section `train`, with `loss` and `decisions`.
+      report: section `report`.
     """
 
     init_from: str = ''
@@ -211,3 +220,4 @@ class Settings:
     train: TrainingSettings = TrainingSettings()
     loss: LossSettings = LossSettings()
     decisions: DecisionSettings = DecisionSettings()
+    report: ReportSettings = ReportSettings()

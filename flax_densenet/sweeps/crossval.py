@@ -208,6 +208,7 @@ def measure(
     report: bool = True,
     path: str | None = None,
     how: explain.Options = explain.DEFAULT,
+    private: bool | None = None,
 ) -> out_of_fold.OutOfFold:
     """Measures a finished cross-validation, and writes and logs what came of it.
 
@@ -220,7 +221,7 @@ def measure(
       choices: as of `trained.load_trained`.
       precision: as of `precisions.of_data`.
       report: whether to write `report.html`, if the packages for it are there.
-      path, how: as of `page.save_report`.
+      path, how, private: as of `page.save_report`.
 
     Raises:
       UserError: the data or a fold is not there any more.
@@ -252,6 +253,7 @@ def measure(
             path=path,
             trained_on=False,
             how=how,
+            private=private,
             pooled=found,
         )
         pages = [path or report_page.REPORT_FILE]

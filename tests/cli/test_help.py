@@ -65,7 +65,7 @@ def test_all_settings_are_listed_with_type_and_default(main):
     assert out == main('--help=settings') == main('help', 'settings')
     fields = {'init_from': config} | {
         f'{section}.{name}': config[section]
-        for section in ('model', 'data', 'optimizer', 'train')
+        for section in ('model', 'data', 'optimizer', 'train', 'report')
         for name in config[section]
     }
     assert len(fields) > 80
@@ -83,7 +83,7 @@ def test_all_settings_are_listed_with_type_and_default(main):
     assert sorted(one.name for one in listed) == sorted(fields)
     assert listed[1].name == 'model.variant'  # in the order of the file
     assert all(one.text.endswith(('.', "'")) for one in listed), listed
-    assert set(sections) == {'model', 'data', 'optimizer', 'train'}
+    assert set(sections) == {'model', 'data', 'optimizer', 'train', 'report'}
     assert all(sections.values())
 
 

@@ -335,7 +335,7 @@ class Flags(Kind):
         config = base.get_config()
         self._fields = {'init_from': str} | {
             f'{section}.{name}': config[section].get_type(name)
-            for section in ('model', 'data', 'optimizer', 'train')
+            for section in ('model', 'data', 'optimizer', 'train', 'report')
             for name in config[section]
         }
         small = ['--config.model.variant=BC-L10k4', '--config.data.image_size=8']

@@ -200,6 +200,6 @@ def test_page_that_cannot_be_written(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='cannot be written .*; use another --workdir'):
         values = dict.fromkeys(('rows', 'differing', 'names', 'groups', 'charts'), [])
-        values |= dict.fromkeys(('classes', 'disagreements', 'columns'), [])
+        values |= dict.fromkeys(('classes', 'disagreements', 'columns', 'verdicts'), [])
         path = str(tmp_path / 'file' / 'x.html')
         render.save_page(path, 'compare.html', {}, areas=False, made='', **values)

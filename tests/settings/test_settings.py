@@ -105,8 +105,9 @@ def test_the_same_keys_are_saved_as_before():
     before = json.loads((ROOT / 'tests/data/v0/run/config.json').read_text())
     now = json.loads(json.dumps(settings.to_config(settings.from_saved(before))))
     before['data']['color_jitter'] = before['data'].pop('colour_jitter')
-    assert list(now) == list(before) and now['init_from'] == before['init_from']
-    for section in settings.SECTIONS:
+    assert [name for name in now if name in before] == list(before)
+    assert now['init_from'] == before['init_from']
+    for section in settings.SECTIONS.keys() & before.keys():
         # What came later has its default.
         for name, value in before[section].items():
             assert now[section][name] == value, name

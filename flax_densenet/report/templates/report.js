@@ -109,7 +109,7 @@ if (data.confusion) {
         make('span', { className: 'path' }, item.name.split('/').pop())));
     }));
     cell.replaceChildren(make('h3', {}, `${title}: ${images}`), grid);
-    if (items.length < count) {
+    if (items.length && items.length < count) {
       cell.append(make('p', { className: 'soft' }, `The ${items.length} most confident; predictions.csv has all.`));
     }
     pick.true.value = trueClass;

@@ -1,0 +1,201 @@
+"""Which columns of a table divide the images into subgroups: age, sex, site, view.
+
+Columns that tell people or images apart (names, numbers of patients, dates of birth)
+are never taken: what is kept is shown in the report.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from flax_densenet.data import cells as cells_lib
+from flax_densenet.data import table_columns
+from flax_densenet.errors import UserError
+
+_MOST_VALUES, _MOST_CHOSEN = 12, 50  # of a column that was found, or named
+_MOST_COLUMNS = 6
+_LONGEST = 40  # characters of a value
+_words = str.split
+# Taken first.
+_KNOWN = _words(
+    'age sex gender race ethnicity site hospital center centre institution country '
+    'region scanner camera device manufacturer vendor model view projection position '
+    'laterality side location localization skintype dataset source'
+)
+_IDENTIFIER = re.compile(
+    r'.*(?:id|uid|uuid|name|mrn|ssn|number|index|date|birthday|dob|birth|time|'
+    r'timestamp|phone|email|mail|address|zip|zipcode|postcode|accession|path|file|'
+    r'filename|url|hash|md5|comment|comments|remark|note|notes|report|text|'
+    r'description)'
+)
+_AGE = re.compile(r'0*(\d{1,3})Y', re.IGNORECASE)  # as DICOM writes it
+
+
+def check(setting: str):
+    """Raises `UserError` for an invalid value of `data.subgroups`."""
+    if setting.startswith('path:'):
+        _pattern(setting)
+    elif not setting.strip():
+        raise UserError(
+            'data.subgroups is empty; use auto, none, columns as age,sex, or path:REGEX'
+        )
+
+
+def _pattern(setting):
+    try:
+        pattern = re.compile(setting.removeprefix('path:'))
+    except re.error as error:
+        raise UserError(f'data.subgroups={setting}: {error}') from error
+    if not pattern.groupindex:
+        raise UserError(
+            f'data.subgroups={setting} has no group with a name; write what divides '
+            'the images as path:(?P<site>[a-z]+)_'
+        )
+    return pattern
+
+
+def find(
+    columns: Mapping[str, Sequence[str]], setting: str, below: Sequence[str] = ()
+) -> tuple[dict[str, np.ndarray], str]:
+    """The columns that divide images into subgroups.
+
+    Args:
+      columns: cells of each image by column, of those that are neither the image, its
+        labels, its part nor its group.
+      setting: `data.subgroups`.
+      below: the images' paths below the source's folder.
+
+    Returns:
+      For each column float64 `[N]` (numbers, NaN where there is none), or the words
+      `[N]`, empty where there is none; and a line about the choice, or ''.
+
+    Raises:
+      UserError: a column that was named is not there, or tells people apart.
+    """
+    check(setting)
+    if setting == 'none':
+        return {}, ''
+    if setting.startswith('path:'):
+        return _of_paths(setting, below), ''
+    if setting != 'auto':
+        names = [name.strip() for name in setting.split(',') if name.strip()]
+        return {name: _named(columns, name, setting) for name in names}, ''
+    found: dict[str, np.ndarray] = {}
+    for name in sorted(columns, key=_order):  # stable: else as in the table
+        values = None if _is_identifier(name) else _values(columns[name])
+        if values is not None and len(found) < _MOST_COLUMNS and _divides(name, values):
+            found[name] = values
+    if not found:
+        return {}, ''
+    return found, (
+        f'metrics are also shown by {", ".join(found)}; data.subgroups names other '
+        'columns, or none'
+    )
+
+
+def _order(name):
+    """The place of a column among those that are known, by a word of its name."""
+    words = re.findall(r'[A-Z]?[a-z]+|[A-Z]+(?![a-z])', name)
+    words = {word.lower() for word in words} | {cells_lib.key(name)}
+    return next((n for n, known in enumerate(_KNOWN) if known in words), len(_KNOWN))
+
+
+def _is_identifier(name):
+    key = cells_lib.key(name)
+    if not key or table_columns.is_group_key(key) or key.startswith('unnamed'):
+        return True
+    return _IDENTIFIER.fullmatch(key) is not None
+
+
+def _values(cells):
+    """Numbers, or words without the missing ones; ages as DICOM writes them, too."""
+    plain = [
+        _AGE.sub(r'\1', c) if _AGE.fullmatch(c) else c for c in map(str.strip, cells)
+    ]
+    known = {cell: cells_lib.number(cell) for cell in set(plain)}
+    missing = {cell for cell in known if cells_lib.is_missing(cell)}
+    numbers = [known[cell] for cell in known.keys() - missing]
+    if len(numbers) > _MOST_VALUES and None not in numbers:
+        return np.array([np.nan if c in missing else known[c] for c in plain], float)
+    return np.array(['' if cell in missing else cell for cell in plain])
+
+
+def _divides(name, values):
+    """Whether a column makes a few groups, and does not number the images."""
+    if values.dtype == float:
+        numbers = values[~np.isnan(values)]
+        whole = (numbers == np.round(numbers)).all()
+        counts = whole and len(np.unique(numbers)) > 0.9 * len(numbers)
+        return not counts or _order(name) < len(_KNOWN)
+    words = values[values != '']
+    different = len(np.unique(words))
+    return (
+        2 <= different <= min(_MOST_VALUES, len(words) / 2)
+        and max(map(len, words)) <= _LONGEST
+    )
+
+
+def _named(columns, name, setting):
+    if name not in columns:
+        raise UserError(
+            f'data.subgroups={setting}: there is no column {name} to divide the images '
+            f'by; there are {", ".join(columns)[:200] or "none"}'
+        )
+    if table_columns.is_group_key(cells_lib.key(name)):
+        raise UserError(
+            f'data.subgroups={setting}: {name} tells people apart, and the report '
+            'would show it; leave it out'
+        )
+    values = _values(columns[name])
+    different = len(np.unique(values))
+    if values.dtype != float and different > _MOST_CHOSEN:
+        raise UserError(
+            f'data.subgroups={setting}: {name} has {different} different values, and '
+            f'at most {_MOST_CHOSEN} can be shown; choose another column'
+        )
+    return values
+
+
+def _of_paths(setting, below):
+    """A column for each named group of the pattern, called `site (path)`."""
+    pattern = _pattern(setting)
+    matches = [pattern.search(path) for path in below]
+    if not any(matches):
+        first = f'; the first path is {below[0]}' if len(below) else ''
+        raise UserError(f'data.subgroups={setting} matches no path{first}')
+    columns = {
+        f'{name} (path)': [(m and m[name]) or '' for m in matches]
+        for name in pattern.groupindex
+    }
+    return {name: _named(columns, name, setting) for name in columns}
+
+
+def add_of_paths(reader: Any, setting: str):
+    """Subgroups of images that no table describes: by their paths, if asked for.
+
+    Args:
+      reader: a `readers.Reader`, which gets them.
+      setting: `data.subgroups`.
+
+    Raises:
+      UserError: it names columns, or its pattern is none or matches no path.
+    """
+    if setting in ('auto', 'none'):
+        return
+    check(setting)
+    if not setting.startswith('path:'):
+        raise UserError(
+            f'data.subgroups={setting} needs a table, data.labels; path:REGEX takes '
+            'them from the paths'
+        )
+    keys = reader.keys(range(len(reader.labels))) if reader.labels_in_memory else None
+    below = [os.fsdecode(key) for key in keys or ()]
+    reader.subgroups = find({}, setting, below)[0]
+
+
+def is_of_paths(name: str) -> bool:
+    """Whether a column is a part of the images' paths."""
+    return name.endswith(' (path)')

@@ -260,12 +260,24 @@ def _gaussians(features, labels):
         np.add.at(means, places, features)
         means /= np.bincount(places)[:, None]
         centered = features - means[places]
-    matrix, _ = covariance.ledoit_wolf(centered, assume_centered=True)
-    size = len(matrix)
-    rank = min(_DIRECTIONS, size - 1)
-    values, vectors = linalg.eigh(matrix, subset_by_index=(size - rank, size - 1))
-    rest = (np.trace(matrix) - values.sum()) / (size - rank)
-    rest = max(rest, 1e-6 * np.trace(matrix) / size, 1e-12)
+    shrinkage = covariance.ledoit_wolf_shrinkage(centered, assume_centered=True)
+    count, size = centered.shape
+    # The smaller of both products has the same eigenvalues.
+    wide = size > count
+    product = centered @ centered.T if wide else centered.T @ centered
+    rank = min(_DIRECTIONS, size - 1, count)
+    last = len(product) - 1
+    values, vectors = linalg.eigh(
+        product / count, subset_by_index=(last + 1 - rank, last)
+    )
+    known = values > 1e-10 * max(values.max(initial=0), 1e-300)
+    values, vectors = values[known], vectors[:, known]
+    if wide:
+        vectors = centered.T @ vectors / np.sqrt(count * values)
+    trace = (centered**2).sum() / count
+    values = (1 - shrinkage) * values + shrinkage * trace / size
+    rest = (trace - values.sum()) / (size - len(values))
+    rest = max(rest, 1e-6 * trace / size, 1e-12)
     # Along other axes x / sqrt(rest); along these x / sqrt(value).
     gains = np.sqrt(rest / np.maximum(values, rest * 1e-6)) - 1
     found = {

@@ -56,9 +56,15 @@ def test_energy(data):
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
-def test_mahalanobis_equals_scikit_learn(data, monkeypatch):
-    """The nearest class mean in the metric of the Ledoit-Wolf covariance."""
+@pytest.mark.parametrize('count', [400, 12])
+def test_mahalanobis_equals_scikit_learn(count, data, monkeypatch):
+    """The nearest class mean in the metric of the Ledoit-Wolf covariance.
+
+    Also of fewer images than features.
+    """
     train, val, others = data
+    train = {name: part[:count] for name, part in train.items()}
+    data = train, val, others
     monkeypatch.setattr(unusual, '_DIRECTIONS', 20)
     found = fit('mahalanobis', data)
     means = np.stack(

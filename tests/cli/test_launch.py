@@ -88,7 +88,7 @@ def test_train_and_evaluate(main, tmp_path):
         key=lambda line: float(line.split('Test_acc: ')[1].split('%')[0]),
     )
     figures = best.split('Test_acc')[1].split(', Lr')[0]
-    status, out, _ = main('--mode=eval', workdir)
+    status, out, _ = main('--mode=eval', workdir, '--raw')  # as in training
     assert status == 0
     assert out.startswith(f'Test_acc{figures} (360 test images of digits')
 
@@ -327,7 +327,7 @@ def test_predict(main, weights, tmp_path):
     found, paths = feature_files.read(f'{tmp_path}/f.npz')
     assert paths == good
     np.testing.assert_array_equal(found, trained.features(good))
-    pictures = sorted((tmp_path / 'pictures').iterdir())
+    pictures = sorted((tmp_path / 'pictures').glob('*.jpg'))
     assert len(pictures) == 9 and pictures[0].name == '000001_000.jpg'
 
     # To the screen; pictures of a class, in the folder that is searched.
@@ -341,7 +341,7 @@ def test_predict(main, weights, tmp_path):
     assert done[1].split()[:3] == ['path', 'class', 'prob.']
     assert len(done[1].splitlines()) == 1 + 5
     assert f'{photos}/b/001.jpg  class 2' in done[1]
-    assert len(list((photos / 'a/why').iterdir())) == 5
+    assert len(list((photos / 'a/why').glob('*.jpg'))) == 5
     done = main(*model, f'--files={photos}/b', '--format=jsonl')
     assert [json.loads(line)['path'] for line in done[1].splitlines()] == [
         f'{photos}/b/000.jpg',

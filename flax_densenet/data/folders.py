@@ -201,6 +201,7 @@ def find_layout(field: str, root: str) -> Layout:
     if held_out is None:
         lines.append(f'{train} is split into images to train on and to test on')
     _check_same_folders(field, folder, listing.class_folders(folder))
+    _check_no_pieces(field, listing.class_folders(folder))
     return Layout(
         folder,
         held_out and _inner(os.path.join(root, chosen[held_out]), lines),
@@ -213,6 +214,7 @@ def _of_classes(field, root, inside, lines):
     """The layout of a folder whose folders are the classes."""
     _check_same_folders(field, root, inside)
     _check_no_set(field, root, inside)
+    _check_no_pieces(field, inside)
     name = os.path.basename(os.path.abspath(root))
     if parts.role(name) is not None:
         above = os.path.dirname(os.path.abspath(root))
@@ -247,6 +249,16 @@ def _check_same_folders(field, root, names):
         'folder:PATH, lay parts out as PATH/train/CLASS and PATH/val/CLASS, or, if '
         'they are the classes, move their images up into them'
     )
+
+
+def _check_no_pieces(field, names):
+    """Raises where the folders are numbered pieces of a set: `part_1`, `part_2`."""
+    if len(names) > 1 and parts.are_pieces(names):
+        raise UserError(
+            f'{field}: its folders ({_first(names)}) look like pieces of a set, not '
+            'like classes; make a folder for each class, give a table of the classes '
+            'as data.labels, or rename the folders if they are the classes'
+        )
 
 
 def _check_no_set(field, root, names):

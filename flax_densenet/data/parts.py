@@ -32,6 +32,12 @@ _PATTERN = re.compile(
     rf'(?:{_BEFORE})*?({"|".join(sorted(_ROLE_OF, key=len, reverse=True))})'
     rf'(?:{_BEHIND})*'
 )
+# What a set of many images is cut into, with a number each.
+_PIECE = re.compile(
+    r'(parts?|folds?|splits?|batch|chunk|shard|subset|piece|vol(?:ume)?|images?|imgs?|'
+    r'photos|pictures|archive|download)[\W_]*\d+\s*',
+    re.IGNORECASE,
+)
 # As they were always taken, before any other spelling.
 PLAIN = {TRAIN: ('train', 'training'), VAL: ('val', 'valid', 'validation')}
 PLAIN[TEST] = ('test',)
@@ -78,6 +84,18 @@ def by_role(names: Iterable[str]) -> dict[str, list[str]]:
 def is_clear(part: str, names: list[str]) -> bool:
     """Whether the first of a part's names stands before the others as the plainest."""
     return len(names) == 1 or names[0] in PLAIN.get(part, ())
+
+
+def are_pieces(names: Iterable[str]) -> bool:
+    """Whether all names are one word for a piece of a set with a number.
+
+    >>> are_pieces(['part_1', 'part_2']), are_pieces(['images_001', 'Images 002'])
+    (True, True)
+    >>> are_pieces(['grade1', 'grade2']), are_pieces(['part_a', 'part_b'])
+    (False, False)
+    """
+    found = [_PIECE.fullmatch(name) for name in names]
+    return all(found) and len({one[1].lower() for one in found if one}) == 1
 
 
 def plain_case(name: str) -> str:

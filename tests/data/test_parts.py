@@ -107,6 +107,9 @@ def test_a_part_without_classes(tmp_path, capsys):
         (('train/e\u0301', 'train/c', 'val/\xe9', 'val/c'), 'another Unicode form'),
         (('d/train/a', 'd/val/a', 'docs/x'), 'folder d holds parts of a set .train, v'),
         (('a/train', 'a/test', 'b/train'), 'the folder a holds parts of a set'),
+        (('part_1', 'part_2'), r'.part_1, part_2. look like pieces of a set'),
+        (('x/Fold 1', 'x/Fold 02', 'x/Fold 3'), 'look like pieces of a set'),
+        (('train/images_001', 'train/images_002', 'val/images_001'), 'like pieces'),
     ],
 )
 def test_folders_that_are_no_classes(folders, message, tmp_path):
@@ -114,6 +117,13 @@ def test_folders_that_are_no_classes(folders, message, tmp_path):
         write((tmp_path / folder).parent, **{(tmp_path / folder).name: 2})
     with pytest.raises(UserError, match=message):
         load(tmp_path)
+
+
+def test_classes_with_numbers(tmp_path):
+    write(tmp_path / 'grades', grade1=5, grade2=5)
+    assert load(tmp_path / 'grades').class_names == ('grade1', 'grade2')
+    write(tmp_path / 'one', fold1=5, plane=5)
+    assert load(tmp_path / 'one').class_names == ('fold1', 'plane')
 
 
 def test_classes_that_look_like_little(tmp_path, capsys):

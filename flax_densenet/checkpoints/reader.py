@@ -33,6 +33,7 @@ from flax_densenet.errors import UserError
 _LOGGER = logging.getLogger(__name__)
 
 FOLDER = 'checkpoints'
+ENSEMBLE_FILE = 'ensemble.json'  # of a folder with several runs as one model
 # Weights hardly compress; the state of an optimizer begins with zeros, which do.
 _EXPANSION = 100
 CHECKSUMS_FILE = 'checksums.json'
@@ -155,6 +156,11 @@ def _none_left(workdir):
             'weights (the command weights lists them)'
         )
     found = find_all(workdir)
+    if os.path.isfile(os.path.join(workdir, ENSEMBLE_FILE)):
+        return UserError(
+            f'--workdir={workdir} holds several models, and this needs '
+            f'one; name one of them, as {os.path.join(workdir, "fold-1")}'
+        )
     if not found:
         return UserError(
             f'--workdir={workdir} holds no checkpoint; train there first, or name the '

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from flax_densenet.cli import arguments, options, trained_model
+from flax_densenet.cli import arguments, crossval, options, trained_model
 from flax_densenet.errors import UserError
 
 
@@ -29,6 +29,9 @@ def run(invocation: options.Invocation):
             f'{name} is shared by all that use it; calibrate a copy: export {name} '
             'model.safetensors'
         )
+    chosen = selection.Rules(False, flags.threshold, flags.positive_class)
+    if crossval.measure(invocation, invocation.workdir, report=False, rules=chosen):
+        return
     trained, path, settings = trained_model.load(
         invocation, invocation.workdir, raw=True
     )

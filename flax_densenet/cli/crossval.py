@@ -58,7 +58,8 @@ def measure(invocation: options.Invocation, workdir: str, *, report: bool, **mor
     from flax_densenet.sweeps import crossval
     from flax_densenet.weights import trained as trained_lib
 
-    if others := invocation.flags.others:
+    flags = invocation.flags
+    if 'others' in flags and (others := flags.others):
         raise UserError(
             f'--others={others} is for one model, and {workdir} holds several; name '
             'one of them, as fold-1 in this folder'
@@ -69,11 +70,17 @@ def measure(invocation: options.Invocation, workdir: str, *, report: bool, **mor
     ensemble = trained_lib.load_trained(workdir, choices=chosen)
     if trained_model.data_settings(invocation, ensemble.metadata)[1]:
         return None
+    rules = more.get('rules')
+    if rules is not None and not rules.threshold:
+        raise UserError(
+            f'the models of {workdir} were calibrated each by itself; choose '
+            'thresholds for all of them with --threshold=RULE, or name one of them'
+        )
     return crossval.measure(
         workdir,
         settings_of=lambda data: trained_model.data_settings(invocation, data)[0],
         choices=chosen,
-        precision=invocation.flags.precision,
+        precision=flags.precision if 'precision' in flags else None,
         report=report,
         **more,
     )

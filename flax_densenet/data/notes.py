@@ -1,6 +1,7 @@
 """What the data's loaders tell while they list a source: one line for each guess."""
 
 import collections
+import contextlib
 import logging
 import os
 
@@ -31,9 +32,27 @@ _REMEDY_OF = {
 } | {_NO_ENDING: 'give them the ending of their format'}
 
 
+_said: set[str] | None = None  # lines that are not repeated
+
+
 def say(line: str):
     """Prints a line about the data, whatever the names in it hold."""
+    if _said is not None:
+        if line in _said:
+            return
+        _said.add(line)
     _LOGGER.info(printable(line))
+
+
+@contextlib.contextmanager
+def once():
+    """Prints each line a single time, however often the data is looked through."""
+    global _said
+    before, _said = _said, set() if _said is None else _said
+    try:
+        yield
+    finally:
+        _said = before
 
 
 class Passed:

@@ -89,7 +89,9 @@ def find_examples(
             f'data.source={settings.data.source}: no images are left to measure on: '
             f'all {len(source.train)} were trained on'
         )
-    lines = relation.line, identity.find_trained_on(trained.metadata, examples)
+    lines = [relation.line]
+    if to_measure:
+        lines.append(identity.find_trained_on(trained.metadata, examples))
     for line in filter(None, lines):
         if mesh.is_writer():
             notes.say(line)

@@ -15,10 +15,12 @@ import numpy as np
 from flax_densenet import settings as settings_lib
 from flax_densenet.data import dataset
 from flax_densenet.errors import UserError
-from flax_densenet.evaluation import precisions
+from flax_densenet.evaluation import evaluate, fitting, precisions
 from flax_densenet.evaluation import results as results_lib
+from flax_densenet.evaluation import selection as selection_lib
 from flax_densenet.models import tta as tta_lib
 from flax_densenet.weights import choices as choices_lib
+from flax_densenet.weights import decisions as decisions_lib
 from flax_densenet.weights import ensembles
 from flax_densenet.weights import trained as trained_lib
 
@@ -169,6 +171,30 @@ def collect(
     return OutOfFold(_pool(workdir, found), tuple(folds), data)
 
 
+def fit_thresholds(
+    found: OutOfFold, ensemble: trained_lib.Trained, rules: selection_lib.Rules
+) -> decisions_lib.Decisions:
+    """Thresholds for an ensemble, chosen on the out-of-fold predictions.
+
+    Its calibration is that of its members, which was fitted for each by itself.
+
+    Raises:
+      UserError: the rule does not fit the model.
+    """
+    all_images = selection_lib.Selection(
+        trained=ensemble.without_decisions(),
+        class_names=found.results.class_names,
+        data=found.data,
+        part='all',
+        examples=found.results.examples,
+        train=None,
+        outputs=evaluate.Outputs(found.results.logits, found.results.labels),
+        loading={},
+    )
+    rules = dataclasses.replace(rules, calibrate=False, unusual='off')
+    return fitting.fit(all_images, rules)
+
+
 def _describe(number, name, trained, found, source):
     macro = found.metrics['macro']
     values = found.metrics | {'auroc': macro['auroc'], 'f1': macro['f1']}
@@ -249,11 +275,16 @@ def _show(values):
 
 def describe_selection(found: OutOfFold) -> str:
     """A sentence on whether the measured images chose anything."""
+    decisions = found.results.decisions
+    thresholds = decisions is not None and decisions.thresholds is not None
     if found.chosen_apart:
-        return (
+        start = (
             'Each image was predicted by the model that was not trained on it, and '
-            'validation images chose its epoch: the measured images chose nothing.'
+            'validation images chose its epoch: the measured images chose '
         )
+        if thresholds:
+            return f'{start}the thresholds alone.'
+        return f'{start}nothing.'
     return (
         'Each image was predicted by the model that was not trained on it, but each '
         "fold's best epoch was chosen on the same held-out images, which makes the "

@@ -29,7 +29,7 @@ from flax_densenet.checkpoints import run_folder
 from flax_densenet.data import dataset, identity, notes
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.errors import UserError
-from flax_densenet.evaluation import out_of_fold, results
+from flax_densenet.evaluation import fitting, out_of_fold, results, selection
 from flax_densenet.inference import explain
 from flax_densenet.report import page as report_page
 from flax_densenet.sweeps import crossval_record, one_run
@@ -46,6 +46,7 @@ VAL_FRACTION = 0.1  # by default, of the training images of each fold
 _REMEDY = 'use another --workdir, or the same settings and images'
 
 
+@notes.once()
 def run(
     settings: settings_lib.Settings | Mapping[str, Any],
     workdir: str,
@@ -85,7 +86,8 @@ def run(
             if str(fold) not in record.runs:
                 _train(workdir, record, settings, fold, class_names, stop)
         _write_files(workdir, record, settings)
-        return measure(workdir, report=report)
+        rules = selection.Rules(**vars(settings.decisions))
+        return measure(workdir, report=report, rules=rules)
 
 
 def _with_fold(settings, folds, fold):
@@ -199,6 +201,7 @@ def _write_files(workdir, record, settings):
     )
 
 
+@notes.once()
 def measure(
     workdir: str,
     *,
@@ -206,6 +209,7 @@ def measure(
     choices: choices_lib.Choices = choices_lib.NO_CHOICES,
     precision: str | None = None,
     report: bool = True,
+    rules: selection.Rules | None = None,
     path: str | None = None,
     how: explain.Options = explain.DEFAULT,
     private: bool | None = None,
@@ -221,6 +225,8 @@ def measure(
       choices: as of `trained.load_trained`.
       precision: as of `precisions.of_data`.
       report: whether to write `report.html`, if the packages for it are there.
+      rules: for thresholds of the ensemble, which are chosen on the out-of-fold
+        predictions and kept.
       path, how, private: as of `page.save_report`.
 
     Raises:
@@ -229,6 +235,14 @@ def measure(
     settings_of = settings_of or _own_settings
     options: dict[str, Any] = {'mesh': mesh_lib.make_mesh(), 'choices': choices}
     found = out_of_fold.collect(workdir, settings_of, precision=precision, **options)
+    ensemble = trained_lib.load_trained(workdir, **options)
+    if rules is not None and rules.threshold:
+        made = out_of_fold.fit_thresholds(found, ensemble, rules)
+        fitting.save(workdir, made)
+        ensemble = dataclasses.replace(ensemble, decisions=made)
+    if ensemble.decisions is not None:
+        pooled = dataclasses.replace(found.results, decisions=ensemble.decisions)
+        found = dataclasses.replace(found, results=pooled)
     where = f'{len(found.results.labels)} images of {found.data}'
     lines = [
         out_of_fold.format_folds(found),
@@ -237,7 +251,6 @@ def measure(
         ),
         out_of_fold.describe_selection(found),
     ]
-    ensemble = trained_lib.load_trained(workdir, **options)
     settings = settings_of(ensemble.metadata)
     ensemble = ensemble.with_tta(settings.evaluation.tta)
     if precision in ('float32', 'bfloat16'):

@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 
+from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.errors import UserError
 from flax_densenet.models import ensemble
 from flax_densenet.system import atomic
 
-FILE = 'ensemble.json'
+FILE = checkpoint_reader.ENSEMBLE_FILE
 UNFINISHED = 'crossval.json'  # is there before all members are trained
 VERSION = 1
 _LARGEST = 2**26  # bytes

@@ -12,10 +12,11 @@ from flax_densenet import UserError
 from flax_densenet import settings as settings_lib
 from flax_densenet.checkpoints import run_folder
 from flax_densenet.data import dataset
-from flax_densenet.evaluation import measured_data
+from flax_densenet.evaluation import choosing, measured_data
 from flax_densenet.export import sample_images
+from flax_densenet.inference import predictor
 from flax_densenet.sweeps import crossval, crossval_record, one_run
-from flax_densenet.weights import ensembles
+from flax_densenet.weights import calibration, choices, decisions, ensembles
 from flax_densenet.weights import trained as trained_lib
 from helpers import commands as helper
 from helpers import shared
@@ -258,3 +259,33 @@ def test_files_of_strangers(members, tmp_path):
     (tmp_path / ensembles.FILE).write_text(json.dumps(content))
     with pytest.raises(UserError, match=r'ensemble\.json cannot be read'):
         flax_densenet.load(tmp_path)
+
+
+def test_members_are_calibrated_before_the_mean(copy, photos):
+    """And an ensemble has thresholds of its own, of the out-of-fold predictions."""
+    member = trained_lib.load_trained(str(copy / 'fold-1'))
+    half = calibration.Calibration(('temperature',), (0.5,), (0.0,))
+    print_of = decisions.fingerprint(member.variables)
+    made = decisions.Decisions(member.step, print_of, 3, '', 'val', 2, half)
+    decisions.save(str(copy / 'fold-1'), made)
+    named = files(photos)[:4]
+    members = [flax_densenet.load(copy / f'fold-{n}') for n in (1, 2)]
+    single = np.array([[p.probabilities for p in m.predict(named)] for m in members])
+    found = [one.probabilities for one in flax_densenet.load(copy).predict(named)]
+    np.testing.assert_allclose(found, single.mean(0), atol=1e-5)
+    raw = trained_lib.load_trained(str(copy), choices=choices.make(raw=True))
+    found = [one.probabilities for one in predictor.Predictor(raw).predict(named)]
+    assert np.abs(np.array(found) - single.mean(0)).max() > 1e-4
+
+
+def test_thresholds_of_all_folds(copy, monkeypatch, capfd):
+    run = helper.make_main(monkeypatch, capfd)
+    status, out, err = run('calibrate', copy)
+    assert status != 0 and 'with --threshold=RULE' in err + out
+    monkeypatch.setattr(choosing, 'FEWEST', 3)
+    status, out, err = run('calibrate', copy, '--threshold=youden')
+    assert status == 0, err
+    assert 'the measured images chose the thresholds alone' in out
+    trained = trained_lib.load_trained(str(copy))
+    assert trained.decisions.thresholds.rule == 'youden' and not trained.calibration
+    assert (trained.decisions.part, trained.decisions.count) == ('all', 24)

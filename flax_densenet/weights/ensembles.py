@@ -138,7 +138,7 @@ def join(folder: str, record: Record, members):
                 'their probabilities cannot be averaged'
             )
     module = ensemble.Ensemble(first.module, len(members), first.outputs)
-    metadata = first.metadata | {
+    metadata = {k: v for k, v in first.metadata.items() if k != 'epoch'} | {
         'data': first.metadata['data'] | {'fold': 0},
         'images': record.images,
         'identity': record.identity,

@@ -16,7 +16,6 @@ def run(invocation: options.Invocation):
         results,
         selection,
         threshold_rules,
-        unusual,
     )
     from flax_densenet.weights import decisions, published
 
@@ -29,24 +28,11 @@ def run(invocation: options.Invocation):
             f'{name} is shared by all that use it; calibrate a copy: export {name} '
             'model.safetensors'
         )
-    chosen = selection.Rules(False, flags.threshold, flags.positive_class)
-    if crossval.measure(invocation, invocation.workdir, report=False, rules=chosen):
+    rules = _rules(flags)
+    if crossval.measure(invocation, invocation.workdir, report=False, rules=rules):
         return
     trained, path, settings = trained_model.load(
         invocation, invocation.workdir, raw=True
-    )
-    rules = selection.Rules(
-        flags.calibrate,
-        flags.threshold,
-        flags.positive_class,
-        unusual=flags.unusual,
-        unusual_share=flags.unusual_share,
-    )
-    unusual.check_settings(
-        rules.unusual,
-        share=rules.unusual_share,
-        images=rules.unusual_images,
-        prefix='--',
     )
     source, examples, names, own = measured_data.find_examples(
         trained, path, settings, selecting=True
@@ -80,6 +66,26 @@ def run(invocation: options.Invocation):
         f'{decisions.files_of(path)[0]} is written, fitted on {made.where}; eval, '
         'report, predict, serve and export use it unless --raw is given'
     )
+
+
+def _rules(flags):
+    """What is to be fitted, checked."""
+    from flax_densenet.evaluation import selection, unusual
+
+    rules = selection.Rules(
+        flags.calibrate,
+        flags.threshold,
+        flags.positive_class,
+        unusual=flags.unusual,
+        unusual_share=flags.unusual_share,
+    )
+    unusual.check_settings(
+        rules.unusual,
+        share=rules.unusual_share,
+        images=rules.unusual_images,
+        prefix='--',
+    )
+    return rules
 
 
 COMMAND = options.Command(

@@ -76,17 +76,17 @@ def run(
       UserError: a field, the data or the workdir cannot be used, or a fold failed.
       signals.Stopped: `stop` was asked; training so far is saved.
     """
-    settings = _with_fold(settings_lib.from_config(settings), folds, 0)
+    given = _with_fold(settings_lib.from_config(settings), folds, 0)
     _check_workdir(workdir)
-    settings, record = _plan(settings, class_names, list(arguments), val_fraction)
+    shared, record = _plan(given, class_names, list(arguments), val_fraction)
     checkpoint_reader.make_workdir(workdir)
     with lock.hold(workdir, doing='runs a cross-validation'):
         record = _open_record(workdir, record)
         for fold in range(1, folds + 1):
             if str(fold) not in record.runs:
-                _train(workdir, record, settings, fold, class_names, stop)
-        _write_files(workdir, record, settings)
-        rules = selection.Rules(**vars(settings.decisions))
+                _train(workdir, record, shared, fold, class_names, stop)
+        _write_files(workdir, record, shared)
+        rules = selection.Rules(**vars(shared.decisions))
         return measure(workdir, report=report, rules=rules)
 
 

@@ -7,7 +7,6 @@ Without a compiler the dense block runs through XLA, about three times slower.
 
 import concurrent.futures
 import ctypes
-import dataclasses
 import functools
 import hashlib
 import os
@@ -27,47 +26,36 @@ _FOLDER = pathlib.Path(__file__).parent
 _FLAGS = ['-std=c++17', '-O3', '-ffp-contract=fast', '-fno-math-errno', '-shared']
 
 
-@dataclasses.dataclass(frozen=True)
-class _Part:
-    """A library: its source, its handlers, and what is defined to compile it."""
-
-    source: str
-    handlers: tuple[str, ...]
-    flags: tuple[str, ...] = ()
-
-
-# Two parts that take about the same time to compile.
-_FLOAT32 = (
-    _Part(
-        'cpu_kernels.cc',
-        (
-            'DenseBlockForwardTrain',
-            'DenseBlockForwardEval',
-            'DenseBlockForwardPacked',
-            'StemForwardPacked',
-            'StemForwardTrain',
-            'StemForwardEval',
-            'StemBackwardTrain',
-            'DropoutKeep',
-        ),
-        ('-DFLAX_DENSENET_PART=0',),
+# Of a precision: the sources, compiled at the same time, and their handlers.
+_FLOAT32 = {
+    'cpu_float32_forward.cc': (
+        'DenseBlockForwardTrain',
+        'DenseBlockForwardEval',
+        'DenseBlockForwardPacked',
+        'DropoutKeep',
     ),
-    _Part('cpu_kernels.cc', ('DenseBlockBackward',), ('-DFLAX_DENSENET_PART=1',)),
-)
-_BFLOAT16 = (
-    _Part(
-        'cpu_bf16_inference.cc',
-        ('DenseBlockForwardPackedBfloat16', 'StemForwardPackedBfloat16'),
+    'cpu_float32_backward.cc': ('DenseBlockBackward',),
+    'cpu_float32_stem.cc': (
+        'StemForwardPacked',
+        'StemForwardTrain',
+        'StemForwardEval',
+        'StemBackwardTrain',
     ),
-    _Part(
-        'cpu_bf16_training.cc',
-        ('DenseBlockForwardTrainBfloat16', 'DenseBlockBackwardBfloat16'),
+}
+_BFLOAT16 = {
+    'cpu_bf16_inference.cc': (
+        'DenseBlockForwardPackedBfloat16',
+        'StemForwardPackedBfloat16',
     ),
-)
+    'cpu_bf16_training.cc': (
+        'DenseBlockForwardTrainBfloat16',
+        'DenseBlockBackwardBfloat16',
+    ),
+}
 # How bfloat16 is multiplied, in the order of `Path` in cpu_bf16.h; see `bfloat16_path`.
 BFLOAT16_PATHS = ('amx', 'avx512', 'portable', 'emulated')
 _LOCK = threading.Lock()
-_LIBRARIES: dict[tuple[_Part, ...], list[ctypes.CDLL]] = {}
+_LIBRARIES: dict[str, ctypes.CDLL] = {}  # by source
 
 
 def cache_folder() -> pathlib.Path:
@@ -118,19 +106,19 @@ def _load_bfloat16():
     return _load_parts(_BFLOAT16)
 
 
-def _load_parts(parts):
+def _load_parts(sources):
     if os.environ.get('FLAX_DENSENET_CPU_KERNELS') == '0':
         return 'FLAX_DENSENET_CPU_KERNELS=0'
     try:
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            files = list(pool.map(_build, parts))
+            files = list(pool.map(_build, sources))
         libraries = [ctypes.CDLL(str(file)) for file in files]
     except (OSError, subprocess.SubprocessError) as error:
         return ' '.join(str(error).split())
-    _LIBRARIES[parts] = libraries
-    for library, part in zip(libraries, parts, strict=True):
-        for name in part.handlers:
-            handler = jax.ffi.pycapsule(getattr(library, name))
+    _LIBRARIES.update(zip(sources, libraries, strict=True))
+    for source, names in sources.items():
+        for name in names:
+            handler = jax.ffi.pycapsule(getattr(_LIBRARIES[source], name))
             target = f'flax_densenet_{name}'
             jax.ffi.register_ffi_target(target, handler, platform='cpu')
     return None
@@ -153,7 +141,7 @@ def bfloat16_path(path: str | None = None) -> str:
         raise ValueError(f'{path} is none of {", ".join(BFLOAT16_PATHS)}')
     wanted = -1 if path is None else BFLOAT16_PATHS.index(path)
     used = {
-        library.flax_densenet_bfloat16_path(wanted) for library in _LIBRARIES[_BFLOAT16]
+        _LIBRARIES[source].flax_densenet_bfloat16_path(wanted) for source in _BFLOAT16
     }
     if used == {-1}:
         raise ValueError(f'this processor has no {path}')
@@ -172,17 +160,16 @@ def why_bfloat16_is_slow() -> str | None:
     return None
 
 
-def _build(part):
-    """Path of the library of one part, compiled unless it is in the cache."""
+def _build(source):
+    """Path of the library of one source, compiled unless it is in the cache."""
     named = os.environ.get('CXX')
     compiler = shutil.which(named) if named else None
     compiler = compiler or next(filter(None, map(shutil.which, ('c++', 'g++'))), None)
     if compiler is None:
         raise OSError('no C++ compiler (c++, g++ or $CXX) is installed')
-    flags = [*_FLAGS, *part.flags]
-    key = [repr(flags), compiler, jaxlib.__version__, _processor()]
-    sources = [_FOLDER / part.source, *sorted(_FOLDER.glob('*.h'))]
-    key = [source.read_bytes() for source in sources] + [text.encode() for text in key]
+    key = [repr(_FLAGS), compiler, jaxlib.__version__, _processor()]
+    sources = [_FOLDER / source, *sorted(_FOLDER.glob('*.h'))]
+    key = [file.read_bytes() for file in sources] + [text.encode() for text in key]
     folder = cache_folder() / 'kernels'
     name = hashlib.sha256(b'\0'.join(key)).hexdigest()[:24]
     target = folder / f'{name}.so'
@@ -192,7 +179,7 @@ def _build(part):
     arch = ['-mcpu=native'] if platform.machine() == 'arm64' else ['-march=native']
     with tempfile.TemporaryDirectory(dir=folder) as building:
         output = os.path.join(building, 'kernels.so')
-        command = [compiler, *flags, *arch, '-I', jax.ffi.include_dir()]
+        command = [compiler, *_FLAGS, *arch, '-I', jax.ffi.include_dir()]
         if sys.platform != 'win32':
             command.append('-fPIC')
         done = subprocess.run(
@@ -219,7 +206,7 @@ def call(name: str, result_shapes, *args, **attributes: int | float):
 
 def panel() -> tuple[int, int]:
     """Columns of a panel of weights, and floats of a vector register. Needs `load`."""
-    library = _LIBRARIES[_FLOAT32][0]
+    library = _LIBRARIES['cpu_float32_forward.cc']
     return tuple((ctypes.c_int * 2).in_dll(library, 'flax_densenet_panel'))
 
 

@@ -18,6 +18,8 @@
 #include <cstring>
 #include <vector>
 
+#include "cpu_layers.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
@@ -28,8 +30,6 @@
 #endif
 
 namespace {
-
-#define FD_INLINE inline __attribute__((always_inline))
 
 typedef uint16_t bf16;
 constexpr int ROWS = 16, DEPTH = 32, COLUMNS = 16;  // of a tile
@@ -288,12 +288,6 @@ void multiply_portable(const Product& p) {
 }
 
 // ---- what inference and training share
-
-template <class T>
-T* room(std::vector<T>& scratch, size_t n) {
-  if (scratch.size() < n) scratch.resize(n);
-  return scratch.data();
-}
 
 // Weights [steps][columns / 32][2][TILE], in panels of two tiles, the last one of one
 // where that is enough.

@@ -510,29 +510,9 @@ ffi::Error StemPacked(ffi::ThreadPool pool, int64_t height, int64_t width, int64
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseBlockForwardPackedBfloat16, BlockPacked,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<int64_t>("layers")
-                                  .Attr<int64_t>("bottleneck")
-                                  .Attr<int64_t>("growth")
-                                  .Attr<int64_t>("features")
-                                  .Arg<BF>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<BF>()
-                                  .Ret<BF>());
+                              (bind<Arguments, BF, FL, BF>(bind_packed_block()).Ret<BF>()));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(StemForwardPackedBfloat16, StemPacked,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<int64_t>("height")
-                                  .Attr<int64_t>("width")
-                                  .Attr<int64_t>("low_h")
-                                  .Attr<int64_t>("low_w")
-                                  .Attr<int64_t>("pool_low_h")
-                                  .Attr<int64_t>("pool_low_w")
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<ffi::Buffer<ffi::F32>>()
-                                  .Arg<BF>()
-                                  .Ret<BF>());
+                              (bind<Arguments, FL, FL, BF>(bind_packed_stem()).Ret<BF>()));
 
 FLAX_DENSENET_BFLOAT16_PATH

@@ -105,20 +105,18 @@ struct Moments {
   }
 };
 
-// Merged exactly (Chan, Golub, LeVeque 1979).
 void finish_moments(const std::vector<Moments>& parts, int n, float* mean, float* var) {
   for (int c = 0; c < n; ++c) {
-    double count = 0, all = 0, m2 = 0;
+    Spread all;
+    double count = 0;
     for (const Moments& p : parts) {
       if (p.count == 0) continue;
-      const double rest = p.s1[c] / p.count, delta = p.shift[c] + rest - all;
-      const double total = count + p.count;
-      m2 += p.s2[c] - p.s1[c] * rest + delta * delta * (count * p.count / total);
-      all += delta * (p.count / total);
-      count = total;
+      const double rest = p.s1[c] / p.count;
+      all.merge(count, p.count, p.shift[c] + rest, p.s2[c] - p.s1[c] * rest);
+      count += p.count;
     }
-    mean[c] = (float)all;
-    var[c] = (float)std::max(0.0, m2 / count);
+    mean[c] = (float)all.mean;
+    var[c] = (float)std::max(0.0, all.m2 / count);
   }
 }
 
@@ -172,29 +170,18 @@ struct Unit {
   }
 };
 
-// What dropout and stochastic depth leave of a layer's new channels, as a factor.
-struct Drop {
-  const uint8_t* mask = nullptr;  // [P, G], 1 where a value stays
-  const float* images = nullptr;  // [N], the factor of each image
-  float scale = 1;                // of the values that stay
-  int G = 0;
-  int64_t image = 1;              // pixels
-  bool any() const { return mask || images; }
-  // Of a chunk's low and high half.
-  FD_INLINE void apply(int64_t p, int c, F& low, F& high) const {
-    if (!any()) return;
-    const float all = images ? scale * images[p / image] : scale;
-    low *= all, high *= all;
-    if (!mask) return;
-    uint8_t kept[CHUNK] = {};
-    std::memcpy(kept, mask + p * G + c, std::min(CHUNK, G - c));
-    typedef uint8_t B __attribute__((vector_size(16)));
-    B halves[2];
-    std::memcpy(halves, kept, sizeof kept);
-    low *= __builtin_convertvector(halves[0], F);
-    high *= __builtin_convertvector(halves[1], F);
-  }
-};
+// What is left of a chunk of new channels, low and high half.
+FD_INLINE void apply(const Drop& drop, int64_t p, int c, F& low, F& high) {
+  if (!drop.any()) return;
+  const float all = drop.of_image(p);
+  low *= all, high *= all;
+  if (!drop.mask) return;
+  typedef uint8_t B __attribute__((vector_size(16)));
+  B halves[2] = {};
+  std::memcpy(halves, drop.mask + p * drop.G + c, std::min<int64_t>(CHUNK, drop.G - c));
+  low *= __builtin_convertvector(halves[0], F);
+  high *= __builtin_convertvector(halves[1], F);
+}
 
 struct Scratch {
   std::vector<bf16> y, z, zt, dg, dgv, dh, dhv;
@@ -355,7 +342,7 @@ void forward_3x3(const Block& s, int first, int last, bf16* X, int C, const bf16
           s, unit, z, t.tap_steps.data(), w, j, t, [] {},
           [&](const float* sums, int64_t p) {
             F low = load(sums), high = load(sums + 16);
-            drop.apply(p, j * CHUNK, low, high);
+            apply(drop, p, j * CHUNK, low, high);
             store_part(X + p * s.Ct + C + j * CHUNK, narrow(low, high), width);
           });
     }
@@ -407,62 +394,12 @@ void forward_plain(const Block& s, int first, int last, bf16* X, int C, const Af
             const float* at = from + tap / 3 * row + tap % 3 * ld + tap * s.G + g;
             low += load(at), high += load(at + COLUMNS);
           }
-          drop.apply(p, g, low, high);
+          apply(drop, p, g, low, high);
           store_part(X + p * s.Ct + C + g, narrow(low, high), std::min(CHUNK, s.G - g));
         }
       }
     add_moments(s, X, image + r0 * s.W, unit.count * s.W, C, moments, t);
   }
-}
-
-struct Parameters {
-  const float *scale1, *bias1, *w1, *scale2, *bias2, *w2;
-};
-
-std::vector<Parameters> parameters_of(const Block& s, ffi::RemainingArgs& args) {
-  const int stride = s.plain ? 3 : 6;
-  std::vector<Parameters> all(s.L);
-  for (int l = 0; l < s.L; ++l) {
-    auto at = [&](int i) {
-      return args.get<ffi::Buffer<ffi::F32>>(l * stride + i)->typed_data();
-    };
-    all[l] = {at(0), at(1), at(2)};
-    if (!s.plain) all[l].scale2 = at(3), all[l].bias2 = at(4), all[l].w2 = at(5);
-  }
-  return all;
-}
-
-// The weights in front of a layer's product: those of its 1x1, or without bottleneck
-// the nine taps of the 3x3 [3, 3, C, G] side by side.
-struct Front {
-  std::vector<float> own;
-  const float* w;  // [C, M]
-  Front(const Block& s, int C, const float* w1) : w(w1) {
-    if (!s.plain) return;
-    own.resize((size_t)C * s.M);
-    w = own.data();
-    for (int tap = 0; tap < 9; ++tap)
-      for (int c = 0; c < C; ++c)
-        std::memcpy(own.data() + (size_t)c * s.M + tap * s.G,
-                    w1 + ((size_t)tap * C + c) * s.G, sizeof(float) * s.G);
-  }
-};
-
-using BF = ffi::Buffer<ffi::BF16>;
-using FL = ffi::Buffer<ffi::F32>;
-
-using U8 = ffi::Buffer<ffi::U8>;
-
-// `mask` [L, N, H, W, G] and `images` [L, N], each empty where nothing drops.
-Drop drop_of(const Block& s, int l, float rate, const U8& mask, const FL& images) {
-  Drop drop;
-  drop.G = s.G, drop.image = s.image;
-  if (mask.element_count()) {
-    drop.mask = mask.typed_data() + l * s.P * s.G;
-    drop.scale = 1.0f / (1.0f - rate);
-  }
-  if (images.element_count()) drop.images = images.typed_data() + (size_t)l * s.N;
-  return drop;
 }
 
 // x, mask, images, then per layer scale1, bias1, w1, scale2, bias2, w2
@@ -481,7 +418,7 @@ ffi::Error Forward(ffi::ThreadPool pool, float epsilon, float rate, BF x, U8 mas
   float *m = mean->typed_data(), *v = var->typed_data();
   std::vector<Scratch> scratch(s.T);
   std::vector<Tiled> w1(L), w2(L);
-  const std::vector<Parameters> weights = parameters_of(s, args);
+  const std::vector<Parameters> weights = parameters_of(args, L, s.plain ? 3 : 6, s.plain);
   Crew crew(pool, s.T);
   std::vector<Moments> parts(s.T, Moments(s.C0));
   crew.run([&](int t) {
@@ -502,7 +439,7 @@ ffi::Error Forward(ffi::ThreadPool pool, float epsilon, float rate, BF x, U8 mas
     }
     for (int l = t; l < L; l += s.T) {
       w1[l].reset(steps_of(s.C(l)), s.plain ? s.M : up(M, 2 * COLUMNS));
-      w1[l].set(0, Front(s, s.C(l), weights[l].w1).w, s.C(l), s.M, s.M, false);
+      w1[l].set(0, Front(s.plain, s.C(l), G, weights[l].w1).w, s.C(l), s.M, s.M, false);
       if (s.plain) continue;
       w2[l].reset(9 * s.mid, G);
       for (int tap = 0; tap < 9; ++tap)
@@ -517,7 +454,7 @@ ffi::Error Forward(ffi::ThreadPool pool, float epsilon, float rate, BF x, U8 mas
     bf16* hl = h->typed_data() + (size_t)l * s.mid * s.P * CHUNK;
     Affine f1, f2;
     f1.from(w.scale1, w.bias1, m, v, C, epsilon);
-    const Drop drop = drop_of(s, l, rate, mask, images);
+    const Drop drop(s, l, rate, mask, images);
     if (s.plain) {
       parts.assign(s.T, Moments(G));
       crew.run([&](int t) {
@@ -650,7 +587,7 @@ struct NewGradient {
     const float *c0 = &k0[k * CHUNK], *c1 = &k1[k * CHUNK];
     F low = load(g) + load(c0) + load(c1) * widen(x);
     F high = load(g + 16) + load(c0 + 16) + load(c1 + 16) * widen(x + 16);
-    drop.apply(p, k * CHUNK, low, high);
+    apply(drop, p, k * CHUNK, low, high);
     return narrow(low, high);
   }
 };
@@ -848,16 +785,6 @@ void backward_front(const Block& s, int part, const bf16* X, float* gX, int C,
   }
 }
 
-void add_parts(std::vector<Scratch>& parts) {
-  for (size_t t = 1; t < parts.size(); ++t) {
-    for (size_t i = 0; i < parts[0].dw.size(); ++i) parts[0].dw[i] += parts[t].dw[i];
-    for (size_t c = 0; c < parts[0].s1.size(); ++c) {
-      parts[0].s1[c] += parts[t].s1[c];
-      parts[0].s2[c] += parts[t].s2[c];
-    }
-  }
-}
-
 // X, mean, var, h, mean2, var2, mask, images, gX, gmean, gvar, then the layers' weights
 // as forward -> gx [N, H, W, C0], room for gX in float32 and for one layer's dz (without
 // bottleneck dg [chunks, P, 32]), then per layer dscale1, dbias1, dw1, dscale2, dbias2,
@@ -874,7 +801,7 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, float rate, BF X, FL me
   float* g = work->typed_data();
   std::vector<Scratch> scratch(s.T);
   std::vector<Tiled> w1t(L), w2t(L);
-  const std::vector<Parameters> weights = parameters_of(s, args);
+  const std::vector<Parameters> weights = parameters_of(args, L, s.plain ? 3 : 6, s.plain);
   Crew crew(pool, s.T);
   crew.run([&](int t) {
     set_steps(s, scratch[t]);
@@ -882,7 +809,7 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, float rate, BF X, FL me
       g[i] = widen_one(gX.typed_data()[i]);
     for (int l = t; l < L; l += s.T) {
       w1t[l].reset(s.mid, up(s.C(l), 2 * COLUMNS));
-      w1t[l].set(0, Front(s, s.C(l), weights[l].w1).w, s.M, s.C(l), s.M, true);
+      w1t[l].set(0, Front(s.plain, s.C(l), G, weights[l].w1).w, s.M, s.C(l), s.M, true);
       if (s.plain) continue;
       w2t[l].reset(9 * s.grown, up(M, 2 * COLUMNS));
       for (int tap = 0; tap < 9; ++tap)  // the other way round
@@ -898,11 +825,11 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, float rate, BF X, FL me
     const Parameters& w = weights[l];
     const int C = s.C(l);
     auto out = [&](int i) {
-      return (*rets.get<ffi::Buffer<ffi::F32>>(l * stride + i))->typed_data();
+      return (*rets.get<FL>(l * stride + i))->typed_data();
     };
     Affine f1;
     f1.from(w.scale1, w.bias1, m, v, C, epsilon);
-    const NewGradient fresh(s, x, g, C, G, gm, gv, m, drop_of(s, l, rate, mask, images));
+    const NewGradient fresh(s, x, g, C, G, gm, gv, m, Drop(s, l, rate, mask, images));
     if (s.plain) {
       bf16* dg = dz->typed_data();
       crew.run([&](int t) {
@@ -953,17 +880,12 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, float rate, BF X, FL me
     }
     add_parts(scratch);
     const int taps = s.plain ? 9 : 1, each = s.M / taps;  // dw1 is [taps, C, each]
-    for (int c = 0; c < C; ++c) {
+    for (int c = 0; c < C; ++c)
       for (int tap = 0; tap < taps; ++tap)
         std::memcpy(out(2) + ((size_t)tap * C + c) * each,
                     scratch[0].dw.data() + (size_t)c * wide + tap * each,
                     sizeof(float) * each);
-      const double s1 = scratch[0].s1[c], s2 = scratch[0].s2[c], r = f1.rstd[c];
-      out(0)[c] = (float)(s2 * r);
-      out(1)[c] = (float)s1;
-      gm[c] -= f1.a[c] * s1;
-      gv[c] -= 0.5 * w.scale1[c] * r * r * r * s2;
-    }
+    back_through_norm1(scratch[0], f1, w.scale1, C, out(0), out(1), gm, gv);
   }
   const NewGradient input(s, x, g, 0, s.C0, gm, gv, m, {});
   crew.run([&](int t) {
@@ -977,42 +899,16 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, float rate, BF X, FL me
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseBlockForwardTrainBfloat16, Forward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<float>("epsilon")
-                                  .Attr<float>("rate")
-                                  .Arg<BF>()
-                                  .Arg<U8>()
-                                  .Arg<FL>()
-                                  .RemainingArgs()
-                                  .Ret<BF>()
-                                  .Ret<FL>()
-                                  .Ret<FL>()
-                                  .Ret<BF>()
-                                  .Ret<FL>()
-                                  .Ret<FL>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DenseBlockForwardTrainBfloat16, Forward,
+    (bind<Results, BF, FL, FL, BF, FL, FL>(
+        bind<Arguments, BF, U8, FL>(bind_pool().Attr<float>("rate")).RemainingArgs())));
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseBlockBackwardBfloat16, Backward,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<float>("epsilon")
-                                  .Attr<float>("rate")
-                                  .Arg<BF>()
-                                  .Arg<FL>()
-                                  .Arg<FL>()
-                                  .Arg<BF>()
-                                  .Arg<FL>()
-                                  .Arg<FL>()
-                                  .Arg<U8>()
-                                  .Arg<FL>()
-                                  .Arg<BF>()
-                                  .Arg<FL>()
-                                  .Arg<FL>()
-                                  .RemainingArgs()
-                                  .Ret<BF>()
-                                  .Ret<FL>()
-                                  .Ret<BF>()
-                                  .RemainingRets());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(
+    DenseBlockBackwardBfloat16, Backward,
+    (bind<Results, BF, FL, BF>(bind<Arguments, BF, FL, FL, BF, FL, FL, U8, FL, BF, FL, FL>(
+                                   bind_pool().Attr<float>("rate"))
+                                   .RemainingArgs())
+         .RemainingRets()));
 
 FLAX_DENSENET_BFLOAT16_PATH

@@ -1,6 +1,6 @@
 """The dense block in C++, on one CPU device: `kernel='native'`.
 
-One call into `cpu_kernels.cc` or `cpu_bf16_training.cc` for each block and direction.
+One call into `cpu_float32_*.cc` or `cpu_bf16_training.cc` for each block and direction.
 In bfloat16 features and what is kept for the backward pass are bfloat16; statistics,
 parameters and their gradients float32.
 """

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_densenet.kernels import cpu as cpu_kernels
+from flax_densenet.kernels import packed_inference
 
 _DEPTH, _COLUMNS = 32, 16  # of a tile
 
@@ -84,10 +85,7 @@ def pack_block(layers, tail: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def block(x, packed, *, layers: int, bottleneck: int, growth: int, features: int):
     """`packed_inference.block` in bfloat16."""
-    count, height, width, channels = x.shape
-    shape = (count, height, width, channels + layers * growth)
-    if features:
-        shape = (count, height // 2, width // 2, features)
+    shape = packed_inference.block_shape(x, layers * growth, features)
     return cpu_kernels.call(
         'DenseBlockForwardPackedBfloat16',
         [jax.ShapeDtypeStruct(shape, jnp.bfloat16)],

@@ -1,8 +1,9 @@
 """Native kernels for inference: packs their arrays and calls them.
 
-The weights of a block are one vector in the order in which `cpu_kernels.cc` reads them,
-so a call packs nothing, and a program has a few arguments instead of six hundred. One
-call computes a block and the transition after it, and writes only the result.
+The weights of a block are one vector in the order in which `cpu_float32_forward.cc`
+reads them, so a call packs nothing, and a program has a few arguments instead of six
+hundred. One call computes a block and the transition after it, and writes only the
+result.
 """
 
 from typing import Any
@@ -77,10 +78,7 @@ def block(x, packed, *, layers: int, bottleneck: int, growth: int, features: int
     Returns:
       `[N, H // 2, W // 2, features]` or, normalized, `[N, H, W, C + layers * growth]`.
     """
-    count, height, width, channels = x.shape
-    shape = (count, height, width, channels + layers * growth)
-    if features:
-        shape = (count, height // 2, width // 2, features)
+    shape = block_shape(x, layers * growth, features)
     return cpu_kernels.call(
         'DenseBlockForwardPacked',
         [jax.ShapeDtypeStruct(shape, jnp.float32)],
@@ -91,6 +89,14 @@ def block(x, packed, *, layers: int, bottleneck: int, growth: int, features: int
         growth=growth,
         features=features,
     )[0]
+
+
+def block_shape(x, added: int, features: int) -> tuple[int, ...]:
+    """Of the result of `block`, whose layers add so many channels."""
+    count, height, width, channels = x.shape
+    if features:
+        return count, height // 2, width // 2, features
+    return count, height, width, channels + added
 
 
 def pack_stem(conv: dict[str, Any]) -> np.ndarray:

@@ -99,7 +99,10 @@ def test_wheel_holds_the_package_and_the_recipes(built):
     recipes -= {'flax_densenet/configs/__pycache__'}
     # In a checkout, this one stands for the top-level folder.
     assert code == package - {'flax_densenet/configs/__init__.py'} | recipes
-    assert {'flax_densenet/py.typed', 'flax_densenet/kernels/cpu_kernels.cc'} <= code
+    assert {
+        'flax_densenet/py.typed',
+        'flax_densenet/kernels/cpu_float32_forward.cc',
+    } <= code
     assert 'flax_densenet/kernels/cpu_bf16.h' in code
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from flax_densenet import UserError, create_model, init_variables
 from flax_densenet.distributed import mesh as mesh_lib
-from flax_densenet.inference import cams, explain, perturbation
+from flax_densenet.inference import cams, explain, multi_process, perturbation
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.weights import trained as trained_lib
 from helpers.networks import compiled
@@ -201,6 +201,21 @@ def test_the_map_lies_on_the_part_that_is_seen(model):
     right = right.copy()
     right[seen] = 90
     assert (right == 90).all()
+
+
+def test_other_processes_send_originals_of_any_size(model):
+    rng = np.random.default_rng(3)
+    photos = [rng.integers(0, 256, (9, side, 3), np.uint8) for side in (20, 31)]
+    rows = list(model.stream([photos[0], b'no image', photos[1]], cams=True))
+    packed = multi_process._pack(rows)
+    found = list(multi_process._unpack(packed, model))
+    assert [one.error is None for one in found] == [True, False, True]
+    for one, other, photo in zip(found[::2], rows[::2], photos, strict=True):
+        np.testing.assert_array_equal(one.original, photo)
+        assert (one.box, one.method) == (other.box, 'Grad-CAM')
+        np.testing.assert_array_equal(
+            one.explanation.picture, other.explanation.picture
+        )
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.evaluation import evaluate
 from flax_densenet.weights import trained
 from helpers.networks import compiled
-from helpers.runs import write_images
+from helpers.runs import tiny_trained, write_images
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
@@ -80,3 +80,33 @@ def test_classes_without_names_are_told(tmp_path, capsys):
 def test_format():
     line = evaluate.format_metrics('Test', {'accuracy': 0.93333, 'loss': 0.27})
     assert line == 'Test_acc: 93.3%, Test_loss: 0.270'
+
+
+def test_soft_targets_are_unknown_to_metrics(tmp_path):
+    photos = write_images(tmp_path / 'photos', {'x': 24})
+    cells = ['1', '0', '-1', '0', '1']
+    rows = [f'{n:03}.jpg,{cells[n % 5]},{cells[n % 3]}' for n in range(24)]
+    (tmp_path / 't.csv').write_text('\n'.join(['image,ill,old', *rows]))
+    found = []
+    for meaning in ('soft', 'ignore'):
+        source = dataset.load_source(
+            f'folder:{photos}',
+            labels=str(tmp_path / 't.csv'),
+            uncertain_labels=meaning,
+            image_size=8,
+            test_fraction=0.5,
+        )
+        model = tiny_trained(source)
+        outputs = evaluate.compute_outputs(model, source.test, batch_size=8)
+        metrics = evaluate.evaluate(
+            *(model.module, model.variables, source.test),
+            batch_size=8,
+            mesh=model.mesh,
+            mean=tuple(model.metadata['mean']),
+            std=tuple(model.metadata['std']),
+        )
+        found.append((source.test.labels, outputs.labels, metrics))
+    (soft, *seen), (unknown, *expected) = found
+    assert ((soft > 0.5) & (soft < 1)).any() and np.isnan(unknown).any()
+    np.testing.assert_array_equal(seen[0], expected[0])
+    assert seen[1] == expected[1]

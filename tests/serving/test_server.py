@@ -2,6 +2,7 @@
 
 import asyncio
 import concurrent.futures
+import dataclasses
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from flax_densenet.inference import explain, overlay
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.serving import batcher as batcher_lib
+from flax_densenet.weights import calibration, decisions, thresholds
 from helpers.servers import (
     JPEG,
     MULTIPART,
@@ -17,6 +19,7 @@ from helpers.servers import (
     as_array,
     ask,
     from_data_url,
+    running,
 )
 
 pytest.importorskip('starlette')
@@ -63,6 +66,40 @@ def test_predict(port, expected):
         first = ask(port, '/predict', file).json['predictions']
         assert first == told['predictions'][:5]
         assert len(ask(port, '/predict?top=2', file).json['predictions']) == 2
+
+
+def test_thresholds_and_calibration(trained, expected):
+    """Answers name what is above its threshold, of calibrated probabilities."""
+    files, _, probabilities, _ = expected
+    logits = np.log(probabilities) / 2
+    shares = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    limit = float(np.sort(shares[:, 1])[1:3].mean())
+    found = decisions.Decisions(
+        step=7,
+        model='',
+        classes=len(NAMES),
+        data='bugs',
+        part='val',
+        count=9,
+        calibration=calibration.Calibration(('temperature',), (0.5,), (0.0,)),
+        thresholds=thresholds.Thresholds('f1', (None, limit) + (None,) * 5),
+    )
+    with running(dataclasses.replace(trained, decisions=found)) as port:
+        told = ask(port, '/model').json
+        assert told['thresholds'] == {'bees': limit}
+        assert (told['threshold_rule'], told['calibration']) == (
+            'f1',
+            'temperature 2.00',
+        )
+        text = ask(port, '/').body.decode()
+        assert 'calibrated (temperature 2.00)' in text
+        positive = []
+        for file, row in zip(files, shares, strict=True):
+            told = ask(port, '/predict?top=100', file).json
+            np.testing.assert_allclose(as_array(told), row, atol=1e-5)
+            assert told['positive'] == (['bees'] if row[1] > limit else [])
+            positive += told['positive']
+        assert len(positive) == 2
 
 
 def test_explain(port, expected):

@@ -1,13 +1,24 @@
 """Thresholds by rules, against all possible ones; metrics at them as scikit-learn's."""
 
+import logging
+import types
+
 import numpy as np
 import pytest
 from scipy import stats
 from sklearn import metrics
 
 from flax_densenet.errors import UserError
-from flax_densenet.evaluation import decision_metrics, threshold_rules
-from flax_densenet.weights import thresholds
+from flax_densenet.evaluation import (
+    choosing,
+    decision_metrics,
+    evaluate,
+    selection,
+    threshold_rules,
+)
+from flax_densenet.evaluation import metrics as metrics_lib
+from flax_densenet.weights import calibration, decisions, thresholds
+from flax_densenet.weights import trained as trained_lib
 
 
 def draw(seed, count=200, *, rounded=2):
@@ -147,3 +158,77 @@ def test_decision_curve():
         assert curve['benefit'][place] == pytest.approx(expected)
         everyone = true.mean() - (~true).mean() * t / (1 - t)
         assert curve['all'][place] == pytest.approx(everyone)
+
+
+def select(logits, labels, names, **metadata):
+    """The images that may choose, of a model that is nothing but its outputs."""
+    trained = trained_lib.Trained(
+        module=types.SimpleNamespace(num_classes=len(names)),
+        variables={},
+        metadata={'multi_label': labels.ndim == 2, **metadata},
+        metrics={},
+        step=1,
+        mesh=None,
+    )
+    outputs = evaluate.Outputs(np.float32(logits), labels)
+    return selection.Selection(trained, names, 'x', 'val', [], None, outputs, {})
+
+
+def fitted(**entries):
+    return decisions.Decisions(1, '', 2, 'x', 'val', 9, **entries)
+
+
+def test_two_classes_have_the_threshold_of_the_positive_one(caplog):
+    true, p = draw(0)
+    z = np.stack([np.zeros(len(p)), np.log(p / (1 - p))], -1)
+    chosen = select(z, true.astype(np.int32), ('benign', 'malignant'))
+    with caplog.at_level(logging.INFO):
+        made = choosing.fit(chosen, selection.Rules(threshold='youden'), fitted())
+    rule = threshold_rules.parse('youden')
+    expected = threshold_rules.choose(rule, true, metrics_lib.softmax(z)[:, 1])
+    assert made.values == (None, pytest.approx(expected, abs=1e-6))
+    assert 'the second class is taken for the positive one' in caplog.text
+    rules = selection.Rules(threshold='youden', positive_class='benign')
+    other = choosing.fit(chosen, rules, fitted()).values
+    assert other[1] is None and other[0] == pytest.approx(1 - expected, abs=0.05)
+    half = calibration.Calibration(('temperature',), (0.5,), (0.0,))
+    made = choosing.fit(
+        chosen, selection.Rules(threshold='youden'), fitted(calibration=half)
+    )
+    expected = threshold_rules.choose(rule, true, metrics_lib.softmax(z / 2)[:, 1])
+    assert made.values[1] == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(UserError, match='is not a class of the model; use benign or'):
+        choosing.places_of(('benign', 'malignant'), 'odd', several=False)
+
+
+def test_few_images_get_no_threshold_of_their_own():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 60).astype(np.int32)
+    labels[:9] = 2
+    chosen = select(rng.normal(size=(60, 3)), labels, ('a', 'b', 'few'))
+    made = choosing.fit(chosen, selection.Rules(threshold='f1'), fitted())
+    assert made.values[2] is None and None not in made.values[:2]
+    assert 'few (9 of 60)' in made.notes[-1]
+    several = np.stack([labels == 0, labels == 2], -1).astype(np.float32)
+    chosen = select(rng.normal(size=(60, 2)), several, ('a', 'few'))
+    made = choosing.fit(chosen, selection.Rules(threshold='f1'), fitted())
+    assert made.values[1] == 0.5 and made.values[0] != 0.5
+
+
+def test_operating_points_become_thresholds_of_calibrated_probabilities():
+    """What was above its point still is."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(-1, 2, (80, 3))
+    labels = (rng.random((80, 3)) < 0.4).astype(np.float32)
+    points = [0.2, 0.05, None]
+    chosen = select(logits, labels, ('a', 'b', 'c'), operating_points=points)
+    assert choosing.fit(chosen, selection.Rules(), fitted()) is None
+    platt = calibration.Calibration(
+        ('platt', 'none', 'none'), (0.5, 1.0, 1.0), (0.3, 0.0, 0.0)
+    )
+    made = choosing.fit(chosen, selection.Rules(), fitted(calibration=platt))
+    assert made.values[1:] == (pytest.approx(0.05), None)
+    shares = metrics_lib.sigmoid(platt.apply(logits))
+    above = thresholds.is_positive(shares, made.values)
+    np.testing.assert_array_equal(above[:, 0], metrics_lib.sigmoid(logits)[:, 0] > 0.2)
+    assert 0 < above[:, 0].sum() < 80 and not above[:, 2].any()

@@ -52,6 +52,12 @@ def test_scores_and_raw_sigmoids(path, pixels, sigmoids, caplog):
     scores, expected = model.compute(pixels)[0], by_hand(sigmoids)
     np.testing.assert_allclose(scores, expected, atol=1e-5)
     assert np.abs(expected - sigmoids).max() > 0.2
+    # Positive is what lies above its point; without a point nothing is.
+    above = np.asarray(sigmoids) > np.where(np.isnan(POINTS), 2, POINTS)
+    for row, there in zip(scores, above, strict=True):
+        places = np.flatnonzero(there)
+        assert model.positive_of(row) == tuple(model.class_names[n] for n in places)
+    assert 0 < above.sum() < above.size
     caplog.clear()
     raw = predictor.load_trained(path, outputs='sigmoid')
     assert 'operating points' not in caplog.text

@@ -1,6 +1,7 @@
 """The Hugging Face Hub as the environment sets it up, and what its library logs."""
 
 import contextlib
+import importlib
 import logging
 import os
 import re
@@ -38,6 +39,9 @@ def quiet(name: str):
     Args:
       name: of what is asked for, as the user knows it.
     """
+    # It is set up when it is first imported, which would undo this.
+    with contextlib.suppress(ImportError):
+        importlib.import_module('huggingface_hub.utils.logging')
     once = _Once(name)
     before = {}
     for library in _LIBRARIES:

@@ -1,6 +1,7 @@
 """`calibrate`: fits probabilities and thresholds of a trained model."""
 
 import dataclasses
+import os
 
 from flax_densenet.cli import arguments, crossval, options, trained_model
 from flax_densenet.errors import UserError
@@ -66,6 +67,8 @@ def run(invocation: options.Invocation):
         f'{decisions.files_of(path)[0]} is written, fitted on {made.where}; eval, '
         'report, predict, serve and export use it unless --raw is given'
     )
+    if os.path.exists(os.path.join(path, 'report.html')):
+        print(f'report.html in {path} shows what was before: report {path} renews it')
 
 
 def _rules(flags):

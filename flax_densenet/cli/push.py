@@ -69,7 +69,7 @@ COMMAND = options.Command(
         ('from a script, for oneself', 'push ckpt/birds me/birds --private --yes'),
     ),
     flags={
-        'Model': (options.WORKDIR, *options.OF_WEIGHTS),
+        'Model': (options.WORKDIR, *options.OF_WEIGHTS, options.RAW),
         'Hub': (
             options.Flag('repository', 'Where to send it.', value='OWNER/NAME'),
             options.Flag(

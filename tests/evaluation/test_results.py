@@ -19,8 +19,8 @@ from flax_densenet.evaluation import (
     prediction_rows,
     results,
 )
+from flax_densenet.weights import decisions, thresholds, transfer
 from flax_densenet.weights import trained as trained_lib
-from flax_densenet.weights import transfer
 from helpers.runs import tiny_trained, write_images
 
 MEASURED = results.Measured('here', 6, 270, 'flip')
@@ -117,6 +117,34 @@ def test_table(run):
     means = 3
     assert len(lines) == 4 + means + 1 + results.ROWS + 1 + 1
     assert '(20 classes with a higher F1: see eval.json)' in lines
+
+
+def test_thresholds_decide(tmp_path):
+    """Of several labels which are predicted; of two classes which is positive."""
+    logits = np.array([[2, -1], [-3, 1], [0.5, 0.5]], np.float32)
+    examples = type('Named', (), {'name': lambda self, row: f'{row}.png'})()
+    about = {'step': None, 'model': '', 'classes': 2, 'data': 'x', 'part': 'val'}
+
+    def measure(labels, *values):
+        found = decisions.Decisions(
+            **about, count=9, thresholds=thresholds.Thresholds('f1', values)
+        )
+        made = results.Results(examples, ('a', 'b'), logits, labels, decisions=found)
+        results.save(str(tmp_path), made, MEASURED)
+        with open(tmp_path / 'predictions.csv', newline='') as file:
+            return made, list(csv.DictReader(file))
+
+    several = np.array([[1, 0], [0, np.nan], [0, 1]], np.float32)
+    found, rows = measure(several, 0.9, 0.2)
+    assert [row['predicted'] for row in rows] == ['b', 'b', 'b']
+    assert found.metrics['accuracy'] == pytest.approx((0 + 1 + 1) / 3)
+    assert found.metrics['thresholds']['rule'] == 'f1'
+    assert found.metrics['classes'][0]['recall'] == 0
+    assert 'at thresholds by f1' in results.format_metrics_table(found, '')
+    found, rows = measure(np.array([0, 1, 1], np.int32), None, 0.6)
+    assert [row['predicted'] for row in rows] == ['a', 'b', 'a']
+    assert [row['positive'] for row in rows] == ['', 'b', '']
+    assert found.metrics['thresholds']['classes'][0]['sensitivity'] == 0.5
 
 
 def test_several_labels(tmp_path):

@@ -26,13 +26,34 @@ def predicted(path, probabilities=(0.25, 0.7, 0.05), **fields):
     return Prediction(path, values, class_names=NAMES, **fields)
 
 
-def written(form, found, top=2, names=NAMES, *, screen=True):
+def written(form, found, top=2, names=NAMES, *, screen=True, **options):
     out = io.StringIO()
     out.isatty = lambda: screen
-    write = row_formats.FORMATS[form](out, names, top)
+    write = row_formats.FORMATS[form](out, names, top, **options)
     for one in found:
         write(one)
     return out.getvalue()
+
+
+def test_classes_above_their_thresholds():
+    values = {'thresholds': (0.2, 0.9, None)}
+    found = [
+        predicted('x.jpg', **values),
+        predicted('y.jpg', (0.1, 0.88, 0.02), **values),
+        predicted('z.jpg', (0.05, 0.95, 0), **values),
+        Prediction('bad.jpg', error='is odd'),
+    ]
+    assert [one.positive for one in found] == [('ants',), (), ('bees',), None]
+    lines = written('csv', found, positive=True).splitlines()
+    assert lines[0] == 'path,error,class1,probability1,class2,probability2,positive'
+    assert [line.split(',')[-1] for line in lines[1:]] == ['ants', '', 'bees', '']
+    lines = written('jsonl', found, positive=True).splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row.get('positive') for row in rows] == [['ants'], [], ['bees'], None]
+    lines = written('table', found, positive=True).splitlines()
+    assert 'class (* positive)' in lines[0]
+    assert 'bees ' in lines[1] and 'ants* 25.0%' in lines[1]
+    assert '*' not in lines[2] and 'bees* ' in lines[3]
 
 
 def test_csv_parses_back():

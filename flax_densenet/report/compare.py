@@ -15,13 +15,24 @@ from flax_densenet.data import images
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import results
 from flax_densenet.models import factory, naming
-from flax_densenet.report import charts, diagnosis, gallery, page, paired, render
+from flax_densenet.report import (
+    charts,
+    diagnosis,
+    folds,
+    gallery,
+    page,
+    paired,
+    render,
+)
 from flax_densenet.report import private as private_lib
 from flax_densenet.system import paths
+from flax_densenet.weights import ensembles
 
 FILE = 'compare.html'
 CLASSES, IMAGES = 40, 40  # rows of these tables
 _SIGNIFICANT = 0.05
+# Of these, a folder of a run or of a cross-validation has one.
+_OF_RUNS = run_folder.METRICS_FILE, ensembles.FILE
 
 
 def find_runs(names: str) -> list[str]:
@@ -48,7 +59,7 @@ def find_runs(names: str) -> list[str]:
 
 
 def _is_run(folder):
-    return os.path.isfile(os.path.join(folder, run_folder.METRICS_FILE))
+    return any(os.path.isfile(os.path.join(folder, name)) for name in _OF_RUNS)
 
 
 def save(workdirs: list[str], path: str, *, private: bool | None = None):
@@ -62,7 +73,7 @@ def save(workdirs: list[str], path: str, *, private: bool | None = None):
     Raises:
       UserError: a folder holds no run, or the page cannot be written.
     """
-    runs = [run_folder.load_run(workdir) for workdir in workdirs]
+    runs = [folds.load_run(workdir) for workdir in workdirs]
     for workdir, run in zip(workdirs, runs, strict=True):
         if not run.records:
             raise UserError(
@@ -122,7 +133,8 @@ def _summarize(run, workdir, folder):
     """A run's row of the table, with a link from `folder` to its own page."""
     own = os.path.join(os.path.abspath(workdir), page.REPORT_FILE)
     best = max(run.records, key=checkpoint_reader.rank)
-    finished = os.path.getmtime(os.path.join(workdir, run_folder.METRICS_FILE))
+    places = [os.path.join(workdir, name) for name in _OF_RUNS]
+    finished = max(os.path.getmtime(one) for one in places if os.path.isfile(one))
     seconds = sum(row['seconds'] for row in run.records)
     row = {
         'link': os.path.relpath(own, folder) if os.path.exists(own) else '',
@@ -149,7 +161,9 @@ def _summarize(run, workdir, folder):
     }
     loaded = results.load(workdir)
     # Metrics of other data, or of an earlier checkpoint, are left out.
-    if loaded and loaded[0].step == best.get('step'):
+    same = loaded and loaded[0].step == best.get('step')
+    # Those of an ensemble on other data have no step either.
+    if same and ('step' in best or loaded[0].out_of_fold):
         row['metrics'] = loaded[1]
         row['predictions'] = paired.load(workdir)
     if epoch_records.part_of(best) == epoch_records.VAL:

@@ -1,6 +1,8 @@
 """What the page of a cross-validation has beside that of a run: its folds."""
 
+import dataclasses
 import os
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +12,7 @@ from flax_densenet.evaluation import out_of_fold, results
 from flax_densenet.inference import explain
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.report import charts, gallery
+from flax_densenet.weights import ensembles
 
 _COLORED = 8  # folds that have a color of their own
 
@@ -116,3 +119,32 @@ def _draw(workdir, found):
     return charts.figure(
         unit, chart, charts.legend(named, button=True), id='folds-chart'
     )
+
+
+def load_run(workdir: str) -> run_folder.RunRecord:
+    """`run_folder.load_run`; of a cross-validation the mean of its folds by epoch.
+
+    Its records have no step, like its `eval.json`. Seconds are those of all folds.
+    """
+    run = run_folder.load_run(workdir)
+    if run.records or not ensembles.is_ensemble(workdir):
+        return run
+    members = [
+        run_folder.load_run(os.path.join(workdir, name)).records
+        for name in ensembles.read(workdir).members
+    ]
+    records = [_mean_record(rows) for rows in zip(*members, strict=False)]
+    return dataclasses.replace(run, records=records)
+
+
+def _mean_record(rows):
+    """One record of those of an epoch in each fold."""
+    made = {}
+    for name, value in rows[0].items():
+        values = [row.get(name) for row in rows]
+        if type(value) in (int, float) and None not in values:
+            made[name] = statistics.fmean(values)
+    made['epoch'] = rows[0]['epoch']
+    made['seconds'] = sum(row['seconds'] for row in rows)
+    made.pop('step', None)
+    return made

@@ -15,6 +15,7 @@ from flax_densenet.data import dataset
 from flax_densenet.evaluation import choosing, measured_data
 from flax_densenet.export import sample_images
 from flax_densenet.inference import predictor
+from flax_densenet.report import folds
 from flax_densenet.sweeps import crossval, crossval_record, one_run
 from flax_densenet.weights import calibration, choices, decisions, ensembles
 from flax_densenet.weights import trained as trained_lib
@@ -289,3 +290,17 @@ def test_thresholds_of_all_folds(copy, monkeypatch, capfd):
     trained = trained_lib.load_trained(str(copy))
     assert trained.decisions.thresholds.rule == 'youden' and not trained.calibration
     assert (trained.decisions.part, trained.decisions.count) == ('all', 24)
+
+
+def test_comparisons_take_the_mean_of_the_folds(made, copy, monkeypatch, capfd):
+    run = folds.load_run(str(copy))
+    single = [run_folder.load_run(copy / f'fold-{n}').records for n in (1, 2)]
+    expected = np.mean([records[-1]['train_loss'] for records in single])
+    assert run.records[-1]['train_loss'] == pytest.approx(expected)
+    assert len(run.records) == 2 and 'step' not in run.records[0]
+    main = helper.make_main(monkeypatch, capfd)
+    page = copy.parent / 'compare.html'
+    status, out, err = main('report', made / 'cv', copy, f'--out={page}')
+    assert status == 0 and '2 runs compared' in out, err
+    text = page.read_text()
+    assert 'p = 1.000, not significant' in text and 'exact test' in text

@@ -89,8 +89,12 @@ def make(
     bounds, wanted = onnx_calibration.calibrate(module, variables, metadata, batches)
     net = onnx_network.fold(module, variables)
 
+    scored = decisions is not None and decisions.unusual is not None
+
     def build(inputs, shift=0.0):
-        graph, pooled, logits = _network(module, net, metadata, bounds, inputs, shift)
+        graph, pooled, logits = _network(
+            module, net, metadata, bounds, inputs, shift, scored=scored
+        )
         return onnx_network.finish(
             graph, logits, module, metadata, inputs, pooled=pooled, decisions=decisions
         )
@@ -104,8 +108,12 @@ def make(
     return build(inputs, wanted - np.concatenate(outputs).mean(0))
 
 
-def _network(module, net, metadata, bounds, inputs, shift):
-    """The graph, its pooled features and its logits, to which `shift` is added."""
+def _network(module, net, metadata, bounds, inputs, shift, *, scored):
+    """The graph, its pooled features and its logits, to which `shift` is added.
+
+    Args:
+      scored: whether pooled features are needed; otherwise they are None.
+    """
     graph = _Quantized(bounds)
     x, divisor = onnx_network.take_images(graph, metadata, inputs)
     # Bounds are those of images minus their mean, in the units of uint8 images.
@@ -123,7 +131,8 @@ def _network(module, net, metadata, bounds, inputs, shift):
             x, x_bounds = _transition(graph, x, x_bounds, block['tail'], name)
     classifier = net['head']['params']['classifier']
     arrays = classifier['kernel'], classifier['bias'] + shift
-    return graph, *_classify(graph, x, x_bounds, block['tail'], *arrays)
+    ends = _classify(graph, x, x_bounds, block['tail'], *arrays, scored=scored)
+    return graph, *ends
 
 
 class _Quantized(Graph):
@@ -319,14 +328,27 @@ def _transition(graph, x, bounds, tail, name):
     return graph.quantized(y, f'{name}.bytes'), y_bounds
 
 
-def _classify(graph, x, bounds, norm, kernel, bias):
+def _classify(graph, x, bounds, norm, kernel, bias, *, scored):
     y, *parts = _norm_relu(graph, x, norm, bounds, 'norm5')
     kernel, added = _product(kernel[None, None], *parts)
     arrays = np.float32(kernel[0, 0]), np.float32(bias + added)
     y = onnx_network.pool_mean(graph, graph.value(y, 'norm5.relu'))
-    # The features themselves; runtimes leave them out if nothing needs them.
-    one_to_one, added = _product(np.eye(len(norm['mean']))[None, None], *parts)
-    factors = np.float32(one_to_one[0, 0].diagonal()[None])
-    pooled = graph.add('Mul', y, factors, name='pooled.factors')
-    pooled = graph.add('Add', pooled, np.float32(added)[None], name='pooled.features')
+    pooled = _features(graph, y, *parts) if scored else None
     return pooled, onnx_network.classify(graph, y, *arrays)
+
+
+def _features(graph, y, factor, constant, twice):
+    """The pooled features themselves, of means of the output of `_norm_relu`."""
+    size = len(constant)
+
+    def part(places, factors, name):
+        found = graph.add('Gather', y, places, axis=1, name=f'features.{name}')
+        return graph.add('Mul', found, np.float32(factors)[None], name=f'{name}.scaled')
+
+    found = part(np.arange(size), factor[:size], 'rising')
+    if twice is not None:
+        places, factors = np.zeros(size, np.int64), np.zeros(size)
+        places[twice] = size + np.arange(len(twice))
+        factors[twice] = factor[size:]
+        found = graph.add('Add', found, part(places, factors, 'falling'))
+    return graph.add('Add', found, np.float32(constant)[None], name='pooled.features')

@@ -156,7 +156,7 @@ def test_a_grid_with_seeds(objective, tmp_path, capsys):
 def test_validation_chooses(objective, monkeypatch, tmp_path, capsys):
     """The test result is that of the chosen setting; the record keeps it."""
     objective(by_rate, 'val')
-    monkeypatch.setattr(sweep_runner.finished, 'write', lambda _: {'accuracy': 0.5})
+    monkeypatch.setattr(one_run.finished, 'write', lambda _: {'accuracy': 0.5})
     rows = start(tmp_path / 's', f'{RATE}=0.1,0.3')
     out = capsys.readouterr().out
     assert f'best: {RATE}=0.3: validation accuracy 90.0% over 1 seed' in out

@@ -142,6 +142,9 @@ def join(folder: str, record: Record, members):
         'data': first.metadata['data'] | {'fold': 0},
         'images': record.images,
         'identity': record.identity,
+        'members': [
+            [name, one.step] for name, one in zip(record.members, members, strict=True)
+        ],
     }
     return dataclasses.replace(
         first,

@@ -132,8 +132,28 @@ def load(trained: Trained, path: str | None) -> dict[str, Any] | None:
     Raises:
       UserError: the file is there and is not what `save` writes.
     """
+    if path is not None and trained.module.members > 1:
+        return _of_members(trained, path)
     if trained.step is None or path is None:
         return None
+    return _read(path, trained.step)
+
+
+def _of_members(trained, path):
+    """The mean of the records of an ensemble's members; None if one has none."""
+    members = trained.metadata.get('members') or [['', None]]
+    records = [_read(os.path.join(path, name), step) for name, step in members]
+    if None in records:
+        return None
+    total = sum(record['count'] for record in records)
+    means = {
+        name: sum(record[name] * record['count'] for record in records) / total
+        for name in ('float32', 'bfloat16')
+    }
+    return records[0] | {'step': None, 'count': total} | means
+
+
+def _read(path, step):
     name = os.path.join(path, FILE)
     try:
         with open(name, encoding='utf-8') as file:
@@ -143,7 +163,7 @@ def load(trained: Trained, path: str | None) -> dict[str, Any] | None:
         )
         if not complete or not isinstance(record['metric'], str):
             raise ValueError('numbers expected')
-        return record if record['step'] == trained.step else None
+        return record if record['step'] == step else None
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -17,7 +17,13 @@ from flax_densenet.export import sample_images
 from flax_densenet.inference import predictor
 from flax_densenet.report import folds
 from flax_densenet.sweeps import crossval, crossval_record, one_run
-from flax_densenet.weights import calibration, choices, decisions, ensembles
+from flax_densenet.weights import (
+    calibration,
+    choices,
+    decisions,
+    ensembles,
+    precision,
+)
 from flax_densenet.weights import trained as trained_lib
 from helpers import commands as helper
 from helpers import shared
@@ -304,3 +310,15 @@ def test_comparisons_take_the_mean_of_the_folds(made, copy, monkeypatch, capfd):
     assert status == 0 and '2 runs compared' in out, err
     text = page.read_text()
     assert 'p = 1.000, not significant' in text and 'exact test' in text
+
+
+def test_bfloat16_counts_if_it_was_measured_for_all_members(copy):
+    steps = [trained_lib.load_trained(str(copy / f'fold-{n}')).step for n in (1, 2)]
+    trained = trained_lib.load_trained(str(copy))
+    for n, count, value in ((1, 10, 0.9), (2, 30, 0.5)):
+        assert precision.load(trained, str(copy)) is None
+        record = {'step': steps[n - 1], 'count': count, 'metric': 'accuracy'}
+        record |= {'float32': 1.0, 'bfloat16': value}
+        precision.save(str(copy / f'fold-{n}'), record)
+    found = precision.load(trained, str(copy))
+    assert (found['float32'], found['bfloat16']) == (1.0, pytest.approx(0.6))

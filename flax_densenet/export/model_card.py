@@ -229,6 +229,7 @@ def _environment():
         'percent': render_lib.percent,
         'figure': render_lib.figure,
         'interval': _interval,
+        'ends': lambda pair: f'{pair[0]:.3f} to {pair[1]:.3f}',
         'brackets': lambda pair: f' ({_interval(pair)})' if pair else '',
         'count': lambda number: f'{number:,}',
     }

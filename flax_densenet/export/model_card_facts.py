@@ -222,7 +222,9 @@ def _of_eval(trained, measured, values):
         right = round(values['top5'] * values['count'])
         rows.append(_row(values, 'top5', metrics.wilson(right, values['count'])))
     macro = values['macro']
-    rows += [_row(macro, name) for name in ('precision', 'recall', 'f1', 'auroc')]
+    ends = (values.get('intervals') or {}).get('macro') or {}
+    names = 'precision', 'recall', 'f1', 'auroc'
+    rows += [_row(macro, name, ends.get(name)) for name in names]
     rows.append(_row(values, 'loss'))
     calibration = values['calibration']
     if calibration:

@@ -10,7 +10,7 @@ from PIL import Image
 
 from flax_densenet import UserError, create_model, init_variables
 from flax_densenet.data import images
-from flax_densenet.evaluation import metrics
+from flax_densenet.evaluation import intervals, metrics
 from flax_densenet.export import formats, model_card
 from flax_densenet.weights import trained as trained_lib
 from helpers.runs import plain, tiny_config
@@ -52,6 +52,7 @@ def write_run(folder, *, step=270, source='folder:insects', names=NAMES):
     logits = rng.standard_normal((200, len(names)))
     logits[np.arange(200), labels] += 1
     figures = metrics.measure(logits, labels, names)
+    figures = intervals.extend(figures, labels, metrics.softmax(logits))
     about = {'data': source, 'model': f'best checkpoint: epoch 6, step {step}'}
     (folder / 'eval.json').write_text(json.dumps(about | figures))
     return figures
@@ -69,8 +70,10 @@ def test_all_that_a_run_tells(tmp_path):
     )
     share, (low, high) = figures['accuracy'], figures['accuracy_interval']
     between = f'{low:.1%} to {high:.1%}'
+    ends = figures['intervals']['macro']['auroc']
     for part in (
         f'**{share:.1%}** (95% interval {between}) on 200 test images of',
+        f'| {figures["macro"]["auroc"]:.3f} | {ends[0]:.3f} to {ends[1]:.3f} |',
         '1,234 images to train on, 200 to test on',
         '`ants`,\n`bees`\n',
         'the best of 8 on these same test images',

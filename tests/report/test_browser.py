@@ -51,6 +51,9 @@ def report(tmp_path_factory):
     folder = tmp_path_factory.mktemp('browser')
     photos = write_images(folder / 'photos', {'ants': 40, 'bees': 30, 'wasps': 30})
     source = dataset.load_source(f'folder:{photos}', image_size=32)
+    sites = np.full(100, 'Lyon')
+    sites[source.test.indices[::2]] = 'Oslo'
+    source.test.reader.subgroups = {'site': sites}
     trained = tiny_trained(source, seed=2)
     found = results.collect(trained, source.test, source.class_names, batch_size=16)
     run = write_run(folder / 'run')
@@ -74,6 +77,23 @@ def test_tables_sort(chromium, report):
                 assert ordered[: len(known)] == known  # dashes stay at the end
         sort = tab.get_attribute('#class-table th:nth-child(5)', 'aria-sort')
         assert sort == 'ascending'
+
+
+def test_subgroups_sort(chromium, report):
+    """With a bar for each interval, in both schemes and on a phone."""
+    path, found = report
+    assert len(found.metrics['subgroups']) == 1
+    phone = {'viewport': {'width': 390, 'height': 800}}
+    for options in ({}, {'color_scheme': 'dark'}, phone):
+        with opened(chromium, path, **options) as tab:
+            rows = '#subgroups tbody tr'
+            counts = [tab.locator(f'{rows} td:nth-child(2)').nth(n) for n in (0, 1)]
+            tab.click('#subgroups th:nth-child(2) button')
+            shown = [int(count.get_attribute('data-value')) for count in counts]
+            assert sum(shown) == 20 and shown[0] >= shown[1]
+            bar = tab.locator(f'{rows} .range').first.bounding_box()
+            assert bar['width'] == 90
+            assert 'Among 2 parts' in tab.text_content('#subgroups')
 
 
 def test_cells_open(chromium, report):

@@ -32,6 +32,8 @@ def load(workdir: str, step: checkpoint_reader.Checkpoint) -> dict[str, Any]:
 def check(place: str, metadata: Any, *, named: bool = True) -> dict[str, Any]:
     """Returns `metadata` if it has everything that the program needs.
 
+    That of earlier versions gets the grouping that their images had.
+
     Args:
       place: where it comes from, for error messages.
       named: whether `class_names` are required. In exports of imported weights they can
@@ -55,7 +57,8 @@ def check(place: str, metadata: Any, *, named: bool = True) -> dict[str, Any]:
     for fields in (metadata, {**metadata, **known}):
         if len(fields['mean']) != len(fields['std']):
             raise UserError(f'{place}: its mean and std differ in their channels')
-    return metadata | {'data': settings.with_former_split(metadata['data'])}
+    data = settings.with_former_split(metadata['data'])
+    return metadata if data is metadata['data'] else metadata | {'data': data}
 
 
 def _check_parts(place, prefix, fields, wanted):

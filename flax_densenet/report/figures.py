@@ -15,6 +15,7 @@ from flax_densenet.report import plots, render
 from flax_densenet.system import atomic, fonts, result_folders
 
 ENDINGS = ('svg', 'pdf')
+CONFUSION_FILE = 'confusion.png'
 _COLUMN = 3.5  # inches, of two on a page
 _NAMED = 30  # classes; a larger matrix has no room for their names
 _CURVES = 8  # ROC curves with a color; of more classes the mean alone
@@ -66,6 +67,20 @@ def save(folder: str, workdir: str, found) -> list[str]:
     if new:
         result_folders.mark(folder)  # no class of a later training
     return names
+
+
+def save_confusion(folder: str, found):
+    """Writes the confusion matrix as `confusion.png`, if images have one class each."""
+    if found.multi_label:
+        return
+    import matplotlib as mpl
+
+    fonts_of_names = {'font.family': fonts.families(found.class_names), 'font.size': 8}
+    with (
+        mpl.rc_context(fonts_of_names),
+        atomic.replacing(os.path.join(folder, CONFUSION_FILE), 'wb') as file,
+    ):
+        plot_confusion(found).savefig(file, format='png', dpi=160)
 
 
 def _save(figure, path):

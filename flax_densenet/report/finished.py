@@ -13,8 +13,8 @@ from flax_densenet.distributed import processes
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import fitting, results
 from flax_densenet.evaluation import selection as selection_lib
+from flax_densenet.report import figures, plots
 from flax_densenet.report import page as page_lib
-from flax_densenet.report import plots
 from flax_densenet.weights import choices as choices_lib
 from flax_densenet.weights import decisions as decisions_lib
 from flax_densenet.weights import trained as trained_lib
@@ -157,6 +157,8 @@ def _measure(workdir, source, mesh, loading, selection, *, page):
             found = results.collect(trained, source.test, names, **loading)
         if page:
             page_lib.save_report(workdir, trained, source, found)
+            if mesh_lib.is_writer() and errors.is_installed('matplotlib'):
+                figures.save_confusion(workdir, found)
         else:
             measured = results.describe(trained, source.name)
             results.save(workdir, found, measured)

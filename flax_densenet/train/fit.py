@@ -81,8 +81,10 @@ class FitResult:
         }
 
     def send_files(self):
-        """Sends the report and the best checkpoint to `train.trackers`, if any."""
+        """Shows what came of the run to TensorBoard and `train.trackers`, if wanted."""
         if self.trained:
+            with _open_board(self.run, self.records[-1]['step']) as shown:
+                shown.add_results(self.run.workdir)
             trackers.send_files(self.run.workdir, *_tracking(self.run))
 
 

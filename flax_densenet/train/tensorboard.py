@@ -117,6 +117,12 @@ class TensorBoardWriter:
         shown = summary.image(tag, pixels, dataformats='HWC')
         self._write(self._first, summary=shown)
 
+    def add_results(self, workdir: str):
+        """Shows the confusion matrix of the best epoch, where it was drawn."""
+        path = os.path.join(workdir, 'confusion.png')
+        if os.path.exists(path):
+            self.add_picture('confusion_matrix', path)
+
     def add_images(self, tag: str, images):
         """Shows images uint8 `[N, H, W, 3]`, each at its full size."""
         if self._events is None:

@@ -1,11 +1,13 @@
 """What TensorBoard reads of a run; a resumed run's curves do not overlap."""
 
 import io
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from flax_densenet.report import figures
 from flax_densenet.train import tensorboard
 from helpers.runs import (
     Stopped,
@@ -43,7 +45,8 @@ def hyperparameters(events):
 @pytest.mark.slow
 def test_a_resumed_run_is_shown_once(tmp_path, monkeypatch):
     # 1437 images in batches of 128: epochs end after the steps 12 and 23.
-    config = tiny_config(**{'model.block_sizes': (1, 1), 'train.tensorboard': True})
+    shown = {'train.tensorboard': True, 'train.report': True}
+    config = tiny_config(**{'model.block_sizes': (1, 1)} | shown)
     with monkeypatch.context() as patch:
         stop_after(patch, 18)
         with pytest.raises(Stopped):
@@ -60,8 +63,9 @@ def test_a_resumed_run_is_shown_once(tmp_path, monkeypatch):
     assert fields['data.mean'].string_value == '(0.485, 0.456, 0.406)'
     assert fields['model.fast'].bool_value is True
 
-    train_with_pages(config, tmp_path)
+    train_with_pages(config, tmp_path).send_files()
     events = read(tmp_path)
+    assert len(events.Images('confusion_matrix')) == 1
     assert steps(events, 'loss/step') == [*range(1, 24)]
     records = read_records(tmp_path)
     for tag, name in [
@@ -120,6 +124,29 @@ def test_charts_together_and_single_images(tmp_path):
     assert (one.width, one.height) == (7, 5)
     with Image.open(io.BytesIO(one.encoded_image_string)) as image:
         np.testing.assert_array_equal(np.asarray(image.convert('RGB')), images[1])
+
+
+def test_the_confusion_matrix(tmp_path):
+    """The one of the best epoch, after the last step; nothing where none was drawn."""
+    one = tmp_path / 'one'
+    found = types.SimpleNamespace(
+        multi_label=False,
+        class_names=('ants', 'bees'),
+        labels=np.array([0, 0, 1]),
+        predicted=np.array([0, 1, 1]),
+    )
+    for folder in (one, tmp_path / 'none'):
+        folder.mkdir()
+    figures.save_confusion(str(one), found)
+    for folder in (one, tmp_path / 'none'):
+        with tensorboard.open_writer(
+            str(folder), enabled=True, start=7, steps_per_epoch=1
+        ) as shown:
+            shown.add_results(str(folder))
+    (image,) = read(one).Images('confusion_matrix')
+    with Image.open(one / 'confusion.png') as saved:
+        assert (image.step, image.width, image.height) == (8, *saved.size)
+    assert not read(tmp_path / 'none').Tags()['images']
 
 
 def test_the_best_and_the_labels(tmp_path):

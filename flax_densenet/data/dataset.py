@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -340,7 +341,7 @@ def load_source(
     listing = sources.load(
         *(kind, name),
         bad_images=bad_images,
-        **{'tfds_dir': tfds_dir, 'tfds_train': tfds_train},
+        **dict[str, Any](tfds_dir=tfds_dir, tfds_train=tfds_train),
         labels=labels,
         table=label_options.Options(
             *(label_kind, tuple(label_columns), groups),

@@ -4,7 +4,6 @@ import functools
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
 
 from flax_densenet.data import bands, deep_picture
 from flax_densenet.system import fonts
@@ -28,6 +27,8 @@ def enlarge(cam: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """
     cam = np.asarray(cam, np.float32)
     if min(cam.shape) >= _FINE:
+        from scipy import ndimage
+
         cam = ndimage.gaussian_filter(cam, _SMOOTH * min(cam.shape))
     picture = Image.fromarray(cam)
     return np.asarray(picture.resize(shape[::-1], Image.Resampling.BILINEAR))

@@ -7,7 +7,6 @@ with a random map of the same coarseness. The area under a curve says it in one 
 """
 
 import numpy as np
-from scipy import ndimage, stats
 
 from flax_densenet.evaluation import results
 from flax_densenet.inference import explain, overlay
@@ -67,6 +66,8 @@ def measure(
 
 def _interval(values):
     """Of the mean, by Student's t; a single point where nothing differs."""
+    from scipy import stats
+
     mean, error = values.mean(), stats.sem(values)
     if error == 0:
         return [float(mean)] * 2
@@ -100,6 +101,8 @@ def _curves(images, predictor, how, rng):
 
 def _variants(image, cam, mean, rng):
     """Partly hidden and partly shown images, by the map and by a random one."""
+    from scipy import ndimage
+
     white = trained_lib.white_of(image.dtype)
     plain = np.clip(np.round(np.array(mean) * white), 0, white).astype(image.dtype)
     sigma = _BLUR * min(image.shape[:2])

@@ -1,6 +1,7 @@
 """`train`: trains a model, or resumes training."""
 
 from flax_densenet.cli import arguments, options
+from flax_densenet.errors import UserError
 
 
 def run(invocation: options.Invocation):
@@ -26,12 +27,24 @@ def run(invocation: options.Invocation):
         result.send_files()
 
 
+def _published(variant):
+    """The name of the published weights of a network."""
+    from flax_densenet.weights import published
+
+    if variant not in published.DEFAULTS:
+        raise UserError(
+            f'--pretrained: no weights of {variant} are published, but of '
+            f'{", ".join(published.DEFAULTS)}; name others as --config.init_from'
+        )
+    return variant
+
+
 def _imply(given):
     """What --pretrained stands for: a recipe, or weights for the one that is given."""
     if given.get('pretrained', 'false') in ('false', 'False'):
         return []
     variant = given.get('config.model.variant') or 'densenet121'
-    weights = given.get('config.init_from') or variant
+    weights = given.get('config.init_from') or _published(variant)
     if 'config' not in given:
         return [('config', f'finetune:{weights},auto')]
     return [] if 'config.init_from' in given else [('config.init_from', weights)]

@@ -119,6 +119,13 @@ def _check_roles(table, name, roles):
 def _example(name, cells):
     """How the user names the values, with those of the column if there are few."""
     values = sorted({cell for cell in cells if not cells_lib.is_missing(cell)})
+    # As train, val and test, if their first letters tell.
+    values.sort(
+        key=lambda value: (
+            not value.lower().startswith('tr'),
+            not value.lower().startswith(('v', 'd')),
+        )
+    )
     if _are_few_numbers(cells) or not 2 <= len(values) <= 3:
         values = (
             ['0', '1', '2'] if _are_few_numbers(cells) else ['TRAIN', 'VAL', 'TEST']

@@ -137,6 +137,10 @@ def test_arguments_without_names(arguments, expected, tmp_path, monkeypatch):
             ['train', 'digits', '--config.data.source=digits'],
             'digits and --config.data.source mean the same; give one',
         ),
+        (
+            ['train', 'digits', '--pretrained', '--config.model.variant=L40k12'],
+            '--pretrained: no weights of L40k12 are published, but of densenet121, ',
+        ),
         (['--config=cifr'], 'there is no such recipe; did you mean cifar? The recipes'),
     ],
 )

@@ -37,6 +37,7 @@ def test_numbers_of_parts_are_no_labels(name, parts, tmp_path):
     ('name', 'values', 'told'),
     [
         ('data_split', ['TR', 'VA'], 'data.split=column:data_split=TR,VA'),
+        ('subset', ['te', 'va', 'tr'], 'data.split=column:subset=tr,va,te'),
         ('Dataset', ['NIH', 'MIMIC', 'Chex'], 'column:Dataset=Chex,MIMIC,NIH'),
         ('fold', list('abcd'), 'column:fold=TRAIN,VAL,TEST'),
     ],

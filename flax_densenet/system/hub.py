@@ -1,7 +1,6 @@
 """The Hugging Face Hub as the environment sets it up, and what its library logs."""
 
 import contextlib
-import importlib
 import logging
 import os
 import re
@@ -41,7 +40,7 @@ def quiet(name: str):
     """
     # It is set up when it is first imported, which would undo this.
     with contextlib.suppress(ImportError):
-        importlib.import_module('huggingface_hub.utils.logging')
+        import huggingface_hub.utils.logging  # noqa: F401
     once = _Once(name)
     before = {}
     for library in _LIBRARIES:

@@ -17,9 +17,10 @@ def run(invocation: options.Invocation):
 
     flags = invocation.flags
     shared = copy.deepcopy(invocation.config)
-    for name in ('report', 'calibrate'):  # which take some seconds per run
+    # Each takes some seconds per run.
+    for name, off in (('report', False), ('calibrate', False), ('unusual', 'off')):
         if f'train.{name}' not in invocation.overrides:
-            shared.train[name] = False
+            shared.train[name] = off
     workdir = invocation.path('workdir') or f'{invocation.workdir}-sweep'
     with signals.stop_gently() as stop:
         sweep_runner.run(

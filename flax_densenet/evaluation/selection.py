@@ -36,6 +36,11 @@ class Rules:
     unusual_images: int = 2000
 
     @property
+    def fit_anything(self) -> bool:
+        """Whether anything is to be fitted; if not, the images need not be computed."""
+        return self.calibrate or bool(self.threshold) or self.unusual != 'off'
+
+    @property
     def need_features(self) -> bool:
         """Whether something is fitted of pooled features."""
         return self.unusual not in ('off', 'energy')

@@ -59,7 +59,8 @@ def write(
         plots.save_curves(workdir, records)
     loading = {'batch_size': batch_size, 'threads': threads, 'workers': workers}
     selection = None
-    if rules is not None and (renew or _has_other_rule(workdir, source, rules)):
+    wanted = rules is not None and rules.fit_anything
+    if wanted and (renew or _has_other_rule(workdir, source, rules)):
         selection = _fit(workdir, source, mesh, loading, rules)
         renew = renew or selection is not None
     known = None

@@ -83,7 +83,7 @@ class ConformalSets(decision_entry.Entry):
         """`thresholds` by coverage, for files that other programs read.
 
         >>> ConformalSets((19,), np.linspace(0.05, 0.95, 19)).table()['0.9']
-        [0.1]
+        [0.0999999]
         """
         return {
             f'{coverage:g}': [

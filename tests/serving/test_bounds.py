@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flax_densenet.errors import UserError
-from flax_densenet.inference import predictor as predictor_lib
+from flax_densenet.inference import programs
 from flax_densenet.serving import batcher as batcher_lib
 from flax_densenet.serving import guard, server
 from helpers.servers import (
@@ -115,7 +115,7 @@ def test_defects(trained, monkeypatch, caplog):
         def fail(self, *args):
             raise RuntimeError('out of memory, say')
 
-        monkeypatch.setattr(predictor_lib.Predictor, 'compute', fail)
+        monkeypatch.setattr(programs.Programs, '__call__', fail)
         answer = ask(port, '/predict', JPEG)
         assert (answer.status, list(answer.json)) == (500, ['error'])
         assert answer.headers['X-Content-Type-Options'] == 'nosniff'

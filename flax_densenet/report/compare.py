@@ -111,9 +111,7 @@ def save(workdirs: list[str], path: str, *, private: bool | None = None):
         'disagreements': [] if hidden else _find_images(together),
         'differing': _differing(rows),
         'columns': [row['name'] for row in rows],
-        'areas': any(
-            epoch_records.get(row['best'], 'mean_auroc') is not None for row in rows
-        ),
+        'areas': any(row['mean_auroc'] is not None for row in rows),
         'validated': [row['validation'] is not None for row in rows],
         'made': datetime.datetime.now().astimezone().strftime('%Y-%m-%d %H:%M %Z'),
     }
@@ -167,20 +165,20 @@ def _summarize(run, workdir, folder):
         row['metrics'] = loaded[1]
         row['predictions'] = paired.load(workdir)
     if epoch_records.part_of(best) == epoch_records.VAL:
-        _show_test(row)
+        row['validation'] = row['accuracy']
+        row['accuracy'] = row['loss'] = row['mean_auroc'] = None
+    if row['metrics'] is not None:
+        _show_measured(row)
     row['data'] = _describe_data(row)
     row['network'] = _describe_network(run, row['metrics'])
     return row
 
 
-def _show_test(row):
-    """Puts the test metrics in the place of those of validation, which chose."""
+def _show_measured(row):
+    """Shows the metrics of `eval.json`, which its intervals belong to."""
     metrics = row['metrics']
-    row['validation'] = row['accuracy']
-    row['accuracy'] = row['loss'] = row['mean_auroc'] = None
-    if metrics is not None:
-        row['accuracy'], row['loss'] = metrics['accuracy'], metrics['loss']
-        row['mean_auroc'] = metrics['macro']['auroc']
+    row['accuracy'], row['loss'] = metrics['accuracy'], metrics['loss']
+    row['mean_auroc'] = metrics['macro']['auroc']
 
 
 def _describe_data(row):

@@ -120,7 +120,7 @@ def decision_curve(curve: dict[str, Any], name: str, threshold: float | None) ->
     low = -0.25 * top
     plot = Plot(
         Axis('Probability from which one acts', 0, 1, SHARES),
-        Axis('Net benefit (true positives per image)', low, top),
+        Axis('Net benefit per image', low, top),
         label=f'Decision curve of {name}',
         height=240,
     )

@@ -95,13 +95,13 @@ def check_data(
         )
     elif shared:
         warnings.append(
-            f'{_images(shared)} appear in {parts}, '
-            'which makes these metrics too high. data.duplicates=drop leaves the '
-            'copies out of training; duplicates.txt lists them.'
+            f'{_appear(shared)} in {parts}, which makes these metrics too high. '
+            'data.duplicates=drop leaves the copies out of training; '
+            'duplicates.txt lists them.'
         )
     if unclear := sum(kind.endswith('several classes') for kind in kinds):
         warnings.append(
-            f'{_images(unclear)} appear in several classes at once, so some labels '
+            f'{_appear(unclear)} in several classes at once, so some labels '
             'must be wrong; duplicates.txt lists them.'
         )
     if source.skipped:
@@ -117,3 +117,7 @@ def check_data(
 
 def _images(count):
     return f'{count:,} image{"" if count == 1 else "s"}'
+
+
+def _appear(count):
+    return f'{_images(count)} appear{"s" if count == 1 else ""}'

@@ -12,6 +12,11 @@ from flax_densenet.report import charts, render
 from flax_densenet.report.svg import Axis, Plot
 
 _BINS = 30
+_METHODS = {
+    'both': 'energy and Mahalanobis distance',
+    'mahalanobis': 'Mahalanobis distance',
+    'neighbor': 'distance to near training images',
+}
 _FROM = 0.5  # the lowest coverage on the axis
 _SHARES = tuple((n / 10, f'{n * 10}%') for n in range(5, 11))
 
@@ -38,7 +43,7 @@ def section(found) -> dict[str, Any] | None:
     if 'risk' in doubt:
         made['charts'].append(_risk(doubt['risk']))
     if 'unusual' in doubt:
-        made['method'] = score.method if score else ''
+        made['method'] = _METHODS.get(score.method, score.method) if score else ''
         made['charts'].append(_scores(found.unusual, found.others))
     return made
 
@@ -50,7 +55,7 @@ def _lowest(coverages, names):
     if not known:
         return ''
     value, name = min(known)
-    return f'{name} {render.percent(value)}'
+    return f'{name} ({render.percent(value)})'
 
 
 def _sets(rows):

@@ -113,9 +113,7 @@ def _draw(workdir, found):
         return ''
     unit = f'{part} {"mean AUROC" if areas else "accuracy"}'
     unit = unit[0].upper() + unit[1:]
-    chart = charts.by_epoch(
-        lines, title=unit, unit=unit, percent=not areas, width=720, height=320
-    )
+    chart = charts.by_epoch(lines, title=unit, unit=unit, percent=not areas)
     return charts.figure(
         unit, chart, charts.legend(named, button=True), id='folds-chart'
     )

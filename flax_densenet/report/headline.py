@@ -32,7 +32,11 @@ def rows(found) -> list[tuple[str, str, list[str]]]:
     if macro['f1'] is not None:
         notes = [f'mean of the {what}', *_ends(metrics, 'f1')]
         made.append(('F1', render.figure(macro['f1']), notes))
-    made.append(('Loss', render.figure(metrics['loss']), ['cross-entropy, nats']))
+    notes = ['cross-entropy, nats']
+    if metrics['calibration'] and metrics['calibration']['applied']:
+        before = render.figure(metrics['calibration']['before']['loss'])
+        notes.append(f'{before} before calibration')
+    made.append(('Loss', render.figure(metrics['loss']), notes))
     if metrics['calibration']:
         error = metrics_lib.calibration_error(metrics)
         notes = ['confidence minus accuracy, on average']

@@ -359,8 +359,8 @@ def _caption(row, names):
         verdict = {
             (True, True): 'present, correct',
             (False, False): 'absent, correct',
-            (True, False): 'absent: false positive',
-            (False, True): 'present: missed',
+            (True, False): 'absent, false positive',
+            (False, True): 'present, missed',
         }[says, there]
         heading = f'{predicted} {probability}: {verdict}'
         right = says == there

@@ -1,5 +1,6 @@
 """The section of the report about what the model does not know."""
 
+import re
 import types
 
 import numpy as np
@@ -42,11 +43,15 @@ def test_section_is_drawn():
     assert 'Asked for 90%: ' in text and 'NaN' not in text and 'nan' not in text
     row = next(row for row in section['shown'] if row['asked'] == 0.9)
     lowest = min(zip(row['classes'], NAMES, strict=True))
-    assert row['lowest'] == f'{lowest[1]} {render.percent(lowest[0])}'
+    assert row['lowest'] == f'{lowest[1]} ({render.percent(lowest[0])})'
     page = render.make_environment().get_template('doubt.html')
     text = page.render(doubt=section, whats='classes', multi_label=False)
     assert '20 images of cats &amp; dogs' in text and '&lt;wasps&gt;' in text
-    assert f'{render.percent(row["coverage"])}</td>' in text
+    assert f'{render.percent(row["coverage"])}</td>' in text and 'interval' in text
+    section['sets_halved'] = True
+    text = page.render(doubt=section, whats='classes', multi_label=False)
+    assert 'of random halves' in text and 'interval' not in text
+    assert not re.search(r'[a-z]\.[A-Z]', text)  # sentences are apart
 
 
 @pytest.mark.parametrize('several, scored', [(True, True), (False, False)])

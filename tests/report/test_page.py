@@ -196,6 +196,38 @@ def test_comparison(tmp_path):
         compare.save([str(first), str(tmp_path / 'empty')], path)
 
 
+def test_comparison_of_unlike_data(tmp_path):
+    """Runs of other images are named, stand last and are not compared."""
+    runs = [write_run(tmp_path / name) for name in ('most', 'more', 'other')]
+    files = ['a.jpg', 'b.jpg', 'c.jpg']
+    for run, data in zip(runs, ('folder:one', 'folder:one', 'folder:two'), strict=True):
+        config = json.loads((run / 'config.json').read_text())
+        config['data'] = {'source': data}
+        (run / 'config.json').write_text(json.dumps(config))
+    path = str(tmp_path / 'compare.html')
+    compare.save([str(run) for run in reversed(runs)], path)
+    text = read(path)
+    assert 'not tested on the same images' in text
+    table = text[text.index('id="runs"') :]
+    order = [table.index(f'<td>{name}') for name in ('more', 'most', 'other')]
+    assert max(order) == order[-1] and table.count('(other data)') == 1
+    # The same name with other images is other data, too.
+    seen = dict.fromkeys(files)
+    rows = [
+        {'data': 'one', 'predictions': seen},
+        {'data': 'one', 'predictions': {'z.jpg': None}},
+        {'data': 'one', 'predictions': dict(reversed(seen.items()))},
+    ]
+    assert compare._group(rows) == [[rows[0], rows[2]], [rows[1]]]
+    assert 'not tested on the same' not in _compared(tmp_path, runs[:2])
+
+
+def _compared(folder, runs):
+    path = str(folder / 'alike.html')
+    compare.save([str(run) for run in runs], path)
+    return read(path)
+
+
 def test_page_that_cannot_be_written(tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(UserError, match='cannot be written .*; use another --workdir'):

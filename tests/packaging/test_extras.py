@@ -155,7 +155,9 @@ def test_core_alone_trains(tmp_path):
     assert 'checkpoints and metrics.jsonl are in run' in done.stdout
     assert done.stderr == ''
     made = {path.name for path in (tmp_path / 'run').iterdir()} - {'.lock'}
-    assert made == {'checkpoints', 'config.json', 'environment.json', 'metrics.jsonl'}
+    fitted = {'decisions.json', 'decisions.safetensors'}
+    kept = {'checkpoints', 'config.json', 'environment.json', 'metrics.jsonl'}
+    assert made == kept | fitted
 
 
 def test_models_need_no_optional_package(tmp_path):

@@ -165,13 +165,13 @@ def test_a_resumed_run_with_everything_is_the_uninterrupted_one(
 ):
     """It stops early too: of 9 epochs the second is made the best, so 4 are enough."""
     reuse_steps(monkeypatch)
-    config, measure = tiny_config(**EVERYTHING), fit._test
+    config, measure = tiny_config(**EVERYTHING), fit._measure
 
     def script(work, state, record):
         accuracy = {2: 0.9}.get(record['epoch'], 0.1)
         return measure(work, state, record) | {'test_accuracy': accuracy}
 
-    monkeypatch.setattr(fit, '_test', script)
+    monkeypatch.setattr(fit, '_measure', script)
     early = 'stopped early after epoch 4: none is better than epoch 2 (train.patience=2'
     best = fit.fit(config, str(tmp_path / 'whole')).best
     assert best['epoch'] == 2 and early in capsys.readouterr().out

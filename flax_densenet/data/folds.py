@@ -199,6 +199,12 @@ def _check_counts(folds: int, units: _Units, names: Sequence[str]):
     """Raises for more folds than groups, or than the rarest class has."""
     what = 'groups' if units.has_groups else 'images'
     count = len(np.unique(units.owners))
+    if count < 2:
+        one = 'one group' if units.has_groups else 'one image, or copies of one'
+        raise UserError(
+            f'data.folds={folds}: the data has only {one}, which cannot be divided; '
+            'add images'
+        )
     if count < folds:
         raise UserError(
             f'data.folds={folds}: there are {count} {what}, fewer than folds; use '

@@ -93,6 +93,7 @@ def test_several_labels_are_stratified_by_the_rarest(grouped, capsys):
         ([0] * 9 + [1] * 3, None, 4, 'the class c1 has 3 images, so it would be mi'),
         ([0] * 9 + [1], None, 4, 'the class c1 has 1 image, so .* leave the class'),
         ([0, 1] * 4, [0, 1, 2, 3] * 2, 5, 'there are 4 groups, fewer than folds'),
+        ([0, 1] * 4, [3] * 8, 2, 'the data has only one group, which cannot be di'),
         ([0, 1] * 4, [0, 1, 2, 1] * 2, 3, 'class c1 is in 1 of 3 groups'),
     ],
 )

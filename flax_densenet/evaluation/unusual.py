@@ -117,8 +117,9 @@ def fit_entry(
     of = f'{entry.train_count:,} training and ' if entry.train_count else ''
     part = {'val': 'validation ', 'test': 'test '}.get(selection.part, '')
     _LOGGER.info(
-        f'unusual images: scored by {method}, fitted on {of}{count:,} {part}images, of '
-        f'which {100 * entry.share:g}% count as usual{few}'
+        f'unusual images: scored by {unusual_lib.TITLES[method]}, fitted on '
+        f'{of}{count:,} {part}images, of which {100 * entry.share:g}% count as '
+        f'usual{few}'
     )
     return entry
 

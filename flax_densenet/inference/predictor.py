@@ -264,7 +264,7 @@ class Predictor(decided.Decided):
         return np.stack(list(maps))
 
     def compute_maps(
-        self, batch: np.ndarray, classes, how: explain_lib.Options
+        self, batch: np.ndarray, classes: Any, how: explain_lib.Options
     ) -> programs.Computed:
         """What is computed of images, with maps of one class or one for each image.
 

@@ -10,13 +10,9 @@ import numpy as np
 
 from flax_densenet.report import charts, render
 from flax_densenet.report.svg import Axis, Plot
+from flax_densenet.weights import unusual
 
 _BINS = 30
-_METHODS = {
-    'both': 'energy and Mahalanobis distance',
-    'mahalanobis': 'Mahalanobis distance',
-    'neighbor': 'distance to near training images',
-}
 _FROM = 0.5  # the lowest coverage on the axis
 _SHARES = tuple((n / 10, f'{n * 10}%') for n in range(5, 11))
 
@@ -43,7 +39,7 @@ def section(found) -> dict[str, Any] | None:
     if 'risk' in doubt:
         made['charts'].append(_risk(doubt['risk']))
     if 'unusual' in doubt:
-        made['method'] = _METHODS.get(score.method, score.method) if score else ''
+        made['method'] = unusual.TITLES[score.method] if score else ''
         made['charts'].append(_scores(found.unusual, found.others))
     return made
 

@@ -24,6 +24,12 @@ from flax_densenet.weights import decision_entry
 
 METHODS = ('both', 'energy', 'mahalanobis', 'neighbor')
 DEFAULT = 'both'  # docs/unusual.md has the measurements
+TITLES = {
+    'both': 'energy and Mahalanobis distance',
+    'energy': 'energy',
+    'mahalanobis': 'Mahalanobis distance',
+    'neighbor': 'distance to near training images',
+}
 _TINY = 1e-12
 _NUMBERS = ('middle', 'limit', 'scale', 'energy_weight', 'distance_weight')
 _ARRAYS = ('references', 'mean', 'directions', 'gains')

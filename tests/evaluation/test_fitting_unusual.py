@@ -60,8 +60,8 @@ def test_training_images_are_bounded(caplog):
     assert found.method == 'both' and found.train_count == len(selection.asked[0]) == 30
     assert np.bincount(selection.asked[0].labels).tolist() == [15, 15]
     assert caplog.messages == [
-        'unusual images: scored by both, fitted on 30 training and 40 validation '
-        'images, of which 95% count as usual'
+        'unusual images: scored by energy and Mahalanobis distance, fitted on 30 '
+        'training and 40 validation images, of which 95% count as usual'
     ]
     fit(select(count=10, part='test'), caplog, unusual='neighbor')
     assert '10 test images, of which 95%' in caplog.text

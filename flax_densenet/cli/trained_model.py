@@ -228,7 +228,7 @@ def check_others(invocation: options.Invocation, trained, path: str):
 
 
 def add_others(invocation: options.Invocation, trained, settings, found):
-    """Results with the scores of the images of --others; as they are without it.
+    """Adds the scores of the images in --others to results, if the flag is given.
 
     Every process computes them all.
     """

@@ -40,50 +40,12 @@ def find_examples(
     Raises:
       UserError: the data cannot be read or does not fit the model.
     """
-    preparation = settings.preparation
-    # The model's window, whatever the images are; weights from elsewhere have none.
-    window = preparation.window
-    preparation = dataclasses.replace(
-        preparation,
-        window=window if trained.is_imported else window or (),
-        bit_depth=preparation.bit_depth or 8,
+    source, relation = _load(trained, settings)
+    _check_kind(trained, path, source, settings)
+    trained_on = relation.own
+    examples = _choose(
+        trained, path, source, trained_on, selecting=selecting, to_measure=to_measure
     )
-    data = _of_kind(trained, settings.data)
-    source = dataset.from_settings(data, preparation, trained.class_names)
-    relation = identity.compare(trained.metadata, source)
-    if data.folds and not relation.own:  # other data is not divided into folds
-        data = dataclasses.replace(data, folds=0, fold=0)
-        source = dataset.from_settings(data, preparation, trained.class_names)
-        relation = identity.compare(trained.metadata, source)
-    trained_on_several = trained.metadata.get('multi_label', source.multi_label)
-    # Imported sigmoids can also tell one class from the others.
-    sigmoids = trained_on_several and trained.is_imported
-    if (
-        source.multi_label != trained_on_several
-        and not sigmoids
-        and trained.known is None
-    ):
-        raise UserError(
-            f'data.labels={settings.data.labels}: the model of {path} was trained '
-            + ('on one class' if source.multi_label else 'with a table of labels')
-            + ' for each image'
-        )
-    examples, trained_on = source.test, relation.own
-    if selecting:
-        examples = source.selection
-    has_part = source.has_test or (selecting and source.val is not None)
-    no_part = trained_on and trained.module.members > 1 and not has_part
-    if no_part and not to_measure:
-        examples = source.train
-    elif no_part:
-        raise UserError(
-            f'data.source={settings.data.source}: the models of {path} were trained on '
-            'these images, each on all but its own fold, so their average would look '
-            f'too good; eval {path} without other data measures each image by the '
-            'model that it is new to'
-        )
-    if not has_part and not trained_on:
-        examples = dataset.join(*source.parts.values())
     if not len(examples):
         raise UserError(
             f'data.source={settings.data.source}: no images are left to measure on: '
@@ -103,6 +65,60 @@ def find_examples(
         _check_known(settings, examples.labels, names or source.class_names)
     trained.notes.tell()
     return source, examples, names or source.class_names, trained_on
+
+
+def _load(trained, settings):
+    """The source as the model sees it, and how it relates to the training data."""
+    preparation = settings.preparation
+    # The model's window, whatever the images are; weights from elsewhere have none.
+    window = preparation.window
+    preparation = dataclasses.replace(
+        preparation,
+        window=window if trained.is_imported else window or (),
+        bit_depth=preparation.bit_depth or 8,
+    )
+    data = _of_kind(trained, settings.data)
+    source = dataset.from_settings(data, preparation, trained.class_names)
+    relation = identity.compare(trained.metadata, source)
+    if data.folds and not relation.own:  # other data is not divided into folds
+        data = dataclasses.replace(data, folds=0, fold=0)
+        source = dataset.from_settings(data, preparation, trained.class_names)
+        relation = identity.compare(trained.metadata, source)
+    return source, relation
+
+
+def _check_kind(trained, path, source, settings):
+    """Raises where one class is given and several labels are told, or the reverse."""
+    trained_on_several = trained.metadata.get('multi_label', source.multi_label)
+    # Imported sigmoids can also tell one class from the others.
+    sigmoids = trained_on_several and trained.is_imported
+    if (
+        source.multi_label != trained_on_several
+        and not sigmoids
+        and trained.known is None
+    ):
+        raise UserError(
+            f'data.labels={settings.data.labels}: the model of {path} was trained '
+            + ('on one class' if source.multi_label else 'with a table of labels')
+            + ' for each image'
+        )
+
+
+def _choose(trained, path, source, trained_on, *, selecting, to_measure):
+    """The part of the source to measure on; see `find_examples`."""
+    has_part = source.has_test or (selecting and source.val is not None)
+    if trained_on and trained.module.members > 1 and not has_part:
+        if not to_measure:
+            return source.train
+        raise UserError(
+            f'data.source={source.name}: the models of {path} were trained on '
+            'these images, each on all but its own fold, so their average would look '
+            f'too good; eval {path} without other data measures each image by the '
+            'model that it is new to'
+        )
+    if not has_part and not trained_on:
+        return dataset.join(*source.parts.values())
+    return source.selection if selecting else source.test
 
 
 def _check_known(settings, labels, names):

@@ -31,7 +31,7 @@ class Difference:
     Attributes:
       metric: `accuracy`, `auroc` or `f1`.
       value: the metric of the first run minus that of the other.
-      interval: its 95% interval; None where no resample differs.
+      interval: its 95% interval; None if all resamples are equal.
       p_value: how likely a difference at least as large is if the two are equal.
       test: the name of the test.
     """

@@ -236,10 +236,7 @@ def measure(
     options: dict[str, Any] = {'mesh': mesh_lib.make_mesh(), 'choices': choices}
     found = out_of_fold.collect(workdir, settings_of, precision=precision, **options)
     ensemble = trained_lib.load_trained(workdir, **options)
-    if rules is not None and rules.threshold:
-        made = out_of_fold.fit_thresholds(found, ensemble, rules)
-        fitting.save(workdir, made)
-        ensemble = dataclasses.replace(ensemble, decisions=made)
+    ensemble = _with_thresholds(workdir, found, ensemble, rules)
     if ensemble.decisions is not None:
         pooled = dataclasses.replace(found.results, decisions=ensemble.decisions)
         found = dataclasses.replace(found, results=pooled)
@@ -280,6 +277,15 @@ def measure(
     ]
     _LOGGER.info('\n'.join(lines))
     return found
+
+
+def _with_thresholds(workdir, found, ensemble, rules):
+    """The ensemble with the thresholds that rules choose, which are kept."""
+    if rules is None or not rules.threshold:
+        return ensemble
+    made = out_of_fold.fit_thresholds(found, ensemble, rules)
+    fitting.save(workdir, made)
+    return dataclasses.replace(ensemble, decisions=made)
 
 
 def _own_settings(metadata):

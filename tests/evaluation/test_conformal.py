@@ -92,7 +92,7 @@ def test_equals_mapie(coverage):
 
 
 def test_too_few_images():
-    """All classes are in each set, and a line says so."""
+    """All classes are in each set, and a warning tells the user."""
     random = np.random.default_rng(4)
     probabilities, labels = draw(random, 8)
     sets = conformal.fit(probabilities, labels)

@@ -1,4 +1,4 @@
-"""Explanations by their definitions; beside torch: `test_explain_torch`."""
+"""Explanations match their definitions; `test_explain_torch` compares with PyTorch."""
 
 import dataclasses
 

@@ -74,9 +74,11 @@ class _Rows:
                 model.class_names,
                 top,
                 model.value_name,
-                positive=getattr(model, 'thresholds', None) is not None,
-                unusual=model.scores_unusual,
-                coverage=self.coverage,
+                row_formats.Columns(
+                    getattr(model, 'thresholds', None) is not None,
+                    model.scores_unusual,
+                    self.coverage,
+                ),
             )
 
     def write(self, prediction):

@@ -1,15 +1,14 @@
 """Formats predictions as text: a table for people, CSV and JSON lines for programs.
 
-Each format is a function `make(out, class_names, top, value)` that writes the heading
-and returns `write(prediction)`; `value` says what the numbers are, `probability` or
-`value`. With `positive=True` classes have thresholds, and it is shown which are above
-theirs. With `unusual=True` there is a column of that score, and with `coverage` one of
-the classes of `Prediction.classes`. File names cannot break a row: a line feed is
-quoted (CSV) or escaped, and bytes that are not UTF-8 stay as they are in CSV, become
+Each format is a function `make(out, class_names, top, value, columns)` that writes the
+heading and returns `write(prediction)`. The numbers are called `value`, `probability`
+or `value`; `columns` lists what else is shown. File names cannot break a row: a line
+feed is quoted (CSV) or escaped, and bytes that are not UTF-8 stay as they are in CSV, become
 Python's `\\udcXX` in JSON and `\\xXX` in the table.
 """
 
 import csv
+import dataclasses
 import json
 import unicodedata
 from collections.abc import Callable
@@ -25,16 +24,25 @@ _NUMBER = 6
 _UNUSUAL = 'unusual'
 
 
-def _make_table(
-    out,
-    class_names,
-    top,
-    value='probability',
-    *,
-    positive=False,
-    unusual=False,
-    coverage=None,
-):
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """What is shown besides the likeliest classes.
+
+    Attributes:
+      positive: which classes are above their thresholds.
+      unusual: the score of unusual images.
+      coverage: of the set of classes (`Prediction.classes`); None for no set.
+    """
+
+    positive: bool = False
+    unusual: bool = False
+    coverage: float | None = None
+
+
+NO_COLUMNS = Columns()
+
+
+def _make_table(out, class_names, top, value='probability', columns=NO_COLUMNS):
     """A table with a line per image: the likeliest class, then the next ones.
 
     Classes above their thresholds have a star. With a coverage, those that are in the
@@ -42,17 +50,17 @@ def _make_table(
     texts are cut off to fit its line; files and pipes get them all.
     """
     clip_start, clip_end = (_clip_start, _clip_end) if out.isatty() else (_all, _all)
-    names = [printable(name) + '*' * positive for name in class_names]
-    of_classes = 'class (* positive)' if positive else 'class'
+    names = [printable(name) + '*' * columns.positive for name in class_names]
+    of_classes = 'class (* positive)' if columns.positive else 'class'
     wide = min(max(_width(name) for name in [*names, of_classes]), _CLASS)
-    has_next = top > 1 or coverage
+    has_next = top > 1 or columns.coverage
     next_wide = _NEXT + 2 if has_next else 0
-    score_wide = len(_UNUSUAL) + 2 if unusual else 0
+    score_wide = len(_UNUSUAL) + 2 if columns.unusual else 0
     path_wide = min(_LINE - wide - _NUMBER - 4 - next_wide - score_wide, _PATH)
     title, show = ('prob.', _share) if value == 'probability' else (value, _plain)
     head = f'{"path":<{path_wide}}  {of_classes:<{wide}}  {title:>{_NUMBER}}'
-    head += f'  {_UNUSUAL}' * unusual
-    more = f'also in the set of {coverage:.4g}' if coverage else 'next'
+    head += f'  {_UNUSUAL}' * columns.unusual
+    more = f'also in the set of {columns.coverage:.4g}' if columns.coverage else 'next'
     out.write(head + f'  {more}' * bool(has_next) + '\n')
 
     def write(prediction: Prediction):
@@ -68,11 +76,11 @@ def _make_table(
 
         name = _pad(clip_end(shown(best), wide), wide)
         line = f'{path}  {name}  {show(best.probability):>{_NUMBER}}'
-        if unusual:
+        if columns.unusual:
             score = f'{prediction.unusual:.1f}' if prediction.is_unusual else ''
             line += f'  {score:>{len(_UNUSUAL)}}'
-        if coverage:
-            inside = prediction.classes(coverage)
+        if columns.coverage:
+            inside = prediction.classes(columns.coverage)
             others = [one for one in inside if one.class_name != best.class_name]
         if others:
             rest = ', '.join(f'{shown(one)} {show(one.probability)}' for one in others)
@@ -82,19 +90,11 @@ def _make_table(
     return write
 
 
-def _make_csv(
-    out,
-    class_names,
-    top,
-    value='probability',
-    *,
-    positive=False,
-    unusual=False,
-    coverage=None,
-):
+def _make_csv(out, class_names, top, value='probability', columns=NO_COLUMNS):
     rows = csv.writer(out, lineterminator='\n')
     pairs = [(f'class{n}', f'{value}{n}') for n in range(1, top + 1)]
-    more = ['positive'] * positive + ['unusual'] * unusual + ['set'] * bool(coverage)
+    more = ['positive'] * columns.positive + ['unusual'] * columns.unusual
+    more += ['set'] * bool(columns.coverage)
     rows.writerow(['path', 'error', *(name for pair in pairs for name in pair), *more])
 
     def write(prediction: Prediction):
@@ -104,29 +104,20 @@ def _make_csv(
             for cell in (likely.class_name, _rounded(likely.probability))
         ]
         cells += [''] * (2 * top - len(cells))
-        if positive:
+        if columns.positive:
             cells.append(';'.join(prediction.positive or ()))
-        if unusual:
+        if columns.unusual:
             score = prediction.unusual
             cells.append('' if score is None else _rounded(score))
-        if coverage:
-            inside = prediction.classes(coverage)
+        if columns.coverage:
+            inside = prediction.classes(columns.coverage)
             cells.append(';'.join(one.class_name for one in inside))
         rows.writerow([prediction.path, prediction.error, *cells])
 
     return write
 
 
-def _make_jsonl(
-    out,
-    class_names,
-    top,
-    value='probability',
-    *,
-    positive=False,
-    unusual=False,
-    coverage=None,
-):
+def _make_jsonl(out, class_names, top, value='probability', columns=NO_COLUMNS):
     def write(prediction: Prediction):
         row: dict[str, Any] = {'path': prediction.path}
         if prediction.error:
@@ -136,13 +127,15 @@ def _make_jsonl(
                 {'class': name, value: _rounded(probability)}
                 for name, probability in prediction.top(top)
             ]
-            if positive:
+            if columns.positive:
                 row['positive'] = list(prediction.positive or ())
-            if unusual:
+            if columns.unusual:
                 row['unusual'] = _rounded(prediction.unusual)
                 row['is_unusual'] = prediction.is_unusual
-            if coverage:
-                row['set'] = [one.class_name for one in prediction.classes(coverage)]
+            if columns.coverage:
+                row['set'] = [
+                    one.class_name for one in prediction.classes(columns.coverage)
+                ]
         # ASCII: bytes of names that are not UTF-8 become \udcXX, as in Python.
         out.write(json.dumps(row) + '\n')
 

@@ -26,10 +26,11 @@ def predicted(path, probabilities=(0.25, 0.7, 0.05), **fields):
     return Prediction(path, values, class_names=NAMES, **fields)
 
 
-def written(form, found, top=2, names=NAMES, *, screen=True, **options):
+def written(form, found, top=2, names=NAMES, *, screen=True, **columns):
     out = io.StringIO()
     out.isatty = lambda: screen
-    write = row_formats.FORMATS[form](out, names, top, **options)
+    shown = row_formats.Columns(**columns)
+    write = row_formats.FORMATS[form](out, names, top, columns=shown)
     for one in found:
         write(one)
     return out.getvalue()
@@ -327,7 +328,7 @@ def test_stopped_behind_a_row(tmp_path, capfd, monkeypatch):
     """A row that is in the file and was not counted yet is taken out again."""
     make = row_formats.FORMATS['csv']
 
-    def make_stopping(file, *options, **columns):
+    def make_stopping(file, *options):
         write = make(file, *options)
 
         def write_row(found):

@@ -3,8 +3,8 @@
 Each format is a function `make(out, class_names, top, value, columns)` that writes the
 heading and returns `write(prediction)`. The numbers are called `value`, `probability`
 or `value`; `columns` lists what else is shown. File names cannot break a row: a line
-feed is quoted (CSV) or escaped, and bytes that are not UTF-8 stay as they are in CSV, become
-Python's `\\udcXX` in JSON and `\\xXX` in the table.
+feed is quoted (CSV) or escaped, and bytes that are not UTF-8 stay as they are in CSV,
+become Python's `\\udcXX` in JSON and `\\xXX` in the table.
 """
 
 import csv

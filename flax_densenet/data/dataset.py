@@ -31,7 +31,6 @@ from flax_densenet.data import (
 )
 from flax_densenet.data import duplicates as duplicates_lib
 from flax_densenet.data import folds as folds_lib
-from flax_densenet.data import soft_labels as soft_labels_lib
 from flax_densenet.errors import UserError
 from flax_densenet.settings import sizes
 
@@ -254,143 +253,131 @@ class Source:
 
 # In pixels, if data.image_size is 0.
 DEFAULT_IMAGE_SIZES = dict.fromkeys(sources.SOURCES, 224) | dict(digits=32)
+# Of `load_source`.
+_DEFAULTS = {'resize': 'stretch', 'interpolation': 'bilinear'}
+_DEFAULTS |= {'crop_fraction': 1.0, 'channels': 3}
 
 
 def load_source(
-    source: str,
+    source: str, known_classes: Sequence[str] | None = None, **fields: Any
+) -> Source:
+    """`from_settings` with fields by name; those not given have their defaults.
+
+    Args:
+      source: as `data.source`.
+      known_classes: see `from_settings`.
+      **fields: of `settings.SourceSettings` and `settings.PreparationSettings`.
+    """
+    names = {field.name for field in dataclasses.fields(settings.PreparationSettings)}
+    preparation = {name: fields.pop(name) for name in names & fields.keys()}
+    return from_settings(
+        settings.SourceSettings(source, **fields),
+        settings.PreparationSettings(**_DEFAULTS | preparation),
+        known_classes,
+    )
+
+
+def from_settings(
+    data: settings.SourceSettings,
+    preparation: settings.PreparationSettings,
     known_classes: Sequence[str] | None = None,
-    *,
-    labels: str = '',
-    label_kind: str = 'auto',
-    label_columns: tuple[str, ...] = (),
-    blank_labels: str = 'unknown',
-    uncertain_labels: str = 'unknown',
-    soft_labels: tuple[float, float] = soft_labels_lib.SPAN,
-    groups: str = 'auto',
-    subgroups: str = 'auto',
-    split: str = 'auto',
-    image_size: sizes.Size = 0,
-    resize: str = 'stretch',
-    crop_fraction: float = 1.0,
-    interpolation: str = 'bilinear',
-    channels: int = 3,
-    window: tuple[float, float] | None = None,
-    bit_depth: int = 0,
-    test_fraction: float = 0.2,
-    val_fraction: float = 0.0,
-    split_seed: int = 0,
-    folds: int = 0,
-    fold: int = 0,
-    bad_images: str = 'error',
-    duplicates: str = 'report',
-    cache: str = 'none',
-    cache_limit_gib: float = 4.0,
-    tfds_dir: str | None = None,
-    tfds_train: str = '',
 ) -> Source:
     """Finds the images and labels of a data source; decodes no images.
 
     Args:
-      source: `digits` (scikit-learn's handwritten digits), `folder:PATH`
-        (`PATH/CLASS/*` or `PATH/{train,val,test}/CLASS/*`), `packed:DIR` (made by
-        `pack`), `tar:PATH` (see `tar`), `tfds:NAME[:CONFIG]`, `parquet:FOLDER` or
-        `hf:NAME[:CONFIG[:SPLIT]]` (of the Hugging Face Hub).
+      data: which images there are, and how they are split.
+      preparation: without open fields, but for `image_size=0` (the source's default),
+        and `window` and `bit_depth`, which are then found in the images (see
+        `deep.resolve`).
       known_classes: the classes of a trained model that is to be evaluated. Then one
         class and one image are enough, and a part can be empty.
-      labels: a table of labels for the images of a `folder:`, see `label_table`.
-      label_kind, label_columns, groups, split, blank_labels, uncertain_labels: of the
-        table, see `label_options.Options`. `groups` can also be `path` or `path:REGEX`,
-        if the paths have the groups of the images.
-      soft_labels: the span of soft targets, see `soft_labels`.
-      subgroups: columns of the table that divide the images for the report: `auto`,
-        `none`, names, or `path:REGEX`, see `subgroup_columns`.
-      image_size: pixels of the resized images: a side, or (height, width); 0 for the
-        source's default.
-      resize, crop_fraction, interpolation, channels: see `images.Preparation`.
-      window, bit_depth: None and 0 find them in the images, see `deep.resolve`.
-      test_fraction: share of each class that is split off for the test, if the source
-        has no test part.
-      val_fraction: share of the training images that is split off in the same way, to
-        choose the best epoch; 0 for none.
-      split_seed: seed of these splits, and of the folds.
-      folds: of cross-validation; 0 for none.
-      fold: the one to test on, from 1. With 0 the training part is all folds, and the
-        test part is that of the source, or empty (see `folds.divide`).
-      bad_images: `error` stops at a file that is not an intact image; `skip` leaves it
-        out.
-      duplicates: what to do with files of the same content in two parts: `report`
-        reports them, `drop` leaves them out of training, `ignore` does not look for
-        them. A split of ours keeps copies in one part, unless `ignore`.
-      cache: `memory` keeps decoded images in memory; `none` does not.
-      cache_limit_gib: the most memory for that, in GiB.
-      tfds_dir: the folder of TFDS; None for its default.
-      tfds_train: splits of a TFDS set to train on, joined by `+`; empty for `train`.
 
     Raises:
       UserError: a field or a file is invalid.
     """
-    kind, name = sources.parse(source, labels)
-    preparation = images.Preparation(
-        *(sizes.parse(image_size) or DEFAULT_IMAGE_SIZES[kind], resize, crop_fraction),
-        *(interpolation, channels),
+    kind, name = sources.parse(data.source, data.labels)
+    prepared = _make_preparation(preparation, kind)
+    source_checks.check_fields(
+        data.test_fraction, data.val_fraction, data.bad_images, data.cache
     )
-    source_checks.check_preparation(preparation, window, bit_depth)
-    source_checks.check_fields(test_fraction, val_fraction, bad_images, cache)
-    chosen = folds_lib.choose(folds, fold, for_training=known_classes is None)
-    duplicates_lib.check(duplicates, kind)
+    chosen = folds_lib.choose(data.folds, data.fold, for_training=known_classes is None)
+    duplicates_lib.check(data.duplicates, kind)
     listing = sources.load(
-        *(kind, name),
-        bad_images=bad_images,
-        **dict[str, Any](tfds_dir=tfds_dir, tfds_train=tfds_train),
-        labels=labels,
-        table=label_options.Options(
-            *(label_kind, tuple(label_columns), groups),
-            *(blank_labels, uncertain_labels, split),
-            for_training=chosen.for_training,
-            soft=soft_labels,
-            subgroups=subgroups,
-        ),
+        kind,
+        name,
+        bad_images=data.bad_images,
+        **dict[str, Any](tfds_dir=data.tfds_dir, tfds_train=data.tfds_train),
+        labels=data.labels,
+        table=_table_options(data, chosen.for_training),
         known_classes=known_classes,
-        channels=channels,
+        channels=prepared.channels,
     )
-    how = chosen, test_fraction, val_fraction, split_seed, duplicates
-    divided, seen = _divide(source, listing, *how)
-    preparation = deep.resolve(
-        preparation, listing.reader, seen, window=window, bit_depth=bit_depth
+    divided, seen = _divide(data, listing, chosen)
+    prepared = deep.resolve(
+        prepared,
+        listing.reader,
+        seen,
+        window=preparation.window,
+        bit_depth=preparation.bit_depth,
     )
     return Source(
-        name=source,
+        name=data.source,
         class_names=tuple(listing.class_names),
-        **_make_parts(listing, divided, preparation, cache, cache_limit_gib),
-        has_test=listing.test is not None and not fold,
+        **_make_parts(data, listing, divided, prepared),
+        has_test=listing.test is not None and not data.fold,
         multi_label=listing.multi_label,
         skipped=listing.skipped,
         duplicates=divided.lines,
     )
 
 
-def _make_parts(listing, divided, preparation, cache, limit_gib):
+def _make_preparation(fields, kind):
+    """How images are prepared, before `window` and `bit_depth` are known."""
+    preparation = images.Preparation(
+        sizes.parse(fields.image_size) or DEFAULT_IMAGE_SIZES[kind],
+        *(fields.resize, fields.crop_fraction, fields.interpolation, fields.channels),
+    )
+    source_checks.check_preparation(preparation, fields.window, fields.bit_depth)
+    return preparation
+
+
+def _table_options(data, for_training):
+    return label_options.Options(
+        data.label_kind,
+        tuple(data.label_columns),
+        data.groups,
+        data.blank_labels,
+        data.uncertain_labels,
+        data.split,
+        for_training=for_training,
+        soft=data.soft_labels,
+        subgroups=data.subgroups,
+    )
+
+
+def _make_parts(data, listing, divided, preparation):
     """The examples of each part by its name, with a cache if asked for."""
     indices, reader = divided.indices, listing.reader
     reader.groups = listing.groups
     parts = {name: Examples(reader, i, preparation) for name, i in indices.items()}
-    if cache == 'memory':
-        source_checks.check_cache(sum(map(len, parts.values())), preparation, limit_gib)
+    if data.cache == 'memory':
+        count = sum(map(len, parts.values()))
+        source_checks.check_cache(count, preparation, data.cache_limit_gib)
         parts = {name: CachedExamples(part) for name, part in parts.items()}
     return parts
 
 
-def _divide(source, listing, folds, test_fraction, val_fraction, seed, duplicates):
+def _divide(data, listing, folds):
     """The parts of a source, and the images whose values it is to look at."""
     divided = splits.find_splits(
         listing,
-        *(test_fraction, seed, duplicates),
-        val_fraction=val_fraction,
+        *(data.test_fraction, data.split_seed, data.duplicates),
+        val_fraction=data.val_fraction,
         folds=folds if folds.folds else None,
     )
     # All folds together may have no test part.
     has_both = folds.for_training and not (folds.folds and not folds.fold)
-    _say_parts(source, listing, divided, for_training=has_both)
+    _say_parts(data.source, listing, divided, for_training=has_both)
     if not folds.fold:
         return divided, divided.train
     # All folds get the same preparation.
@@ -424,17 +411,6 @@ def _check_counts(source, split):
             f'test on are too few{copies}; add images, or a folder of test images '
             '(PATH/train and PATH/val)'
         )
-
-
-def from_settings(
-    data: settings.SourceSettings,
-    preparation: settings.PreparationSettings,
-    known_classes: Sequence[str] | None = None,
-) -> Source:
-    """`load_source` with the fields of the settings; preparation is resolved."""
-    fields = vars(data) | vars(preparation)
-    fields = {k: v for k, v in fields.items() if k not in ('source', 'mean', 'std')}
-    return load_source(data.source, known_classes, **fields)
 
 
 def join(*parts: Examples) -> Examples:

@@ -44,7 +44,39 @@ class ModelSettings:
 
 @dataclasses.dataclass(frozen=True)
 class SourceSettings:
-    """Which images there are and how they are split: `data.dataset.load_source`."""
+    """Which images there are and how they are split: `data.dataset.from_settings`.
+
+    Attributes:
+      source: `digits` (scikit-learn's handwritten digits), `folder:PATH`
+        (`PATH/CLASS/*` or `PATH/{train,val,test}/CLASS/*`), `packed:DIR` (written by
+        `pack`), `tar:PATH`, `tfds:NAME[:CONFIG]`, `parquet:FOLDER` or
+        `hf:NAME[:CONFIG[:SPLIT]]` (from the Hugging Face Hub).
+      labels: a table of labels for the images of a `folder:`, see `data.label_table`.
+      label_kind, label_columns, blank_labels, uncertain_labels, split: how the table is
+        read, see `data.label_options.Options`.
+      soft_labels: the range that soft targets are drawn from, see `data.soft_labels`.
+      groups: images of one group stay in one part: a column of the table, `auto`,
+        `none`, or `path` or `path:REGEX` if the paths name the groups.
+      subgroups: columns of the table that divide the images in the report: `auto`,
+        `none`, names, or `path:REGEX`, see `data.subgroup_columns`.
+      test_fraction: share of each class that is split off for the test, if the source
+        has no test part.
+      val_fraction: share of the training images that is split off in the same way, to
+        choose the best epoch; 0 for none.
+      split_seed: seed of these splits and of the folds.
+      folds: number of folds of cross-validation; 0 for none.
+      fold: the fold to test on, from 1. With 0 the training part is all folds, and the
+        test part is the source's own, or empty (see `data.folds.divide`).
+      bad_images: `error` stops at a file that is not an intact image; `skip` leaves it
+        out.
+      duplicates: what to do with files of the same content in two parts: `report`
+        reports them, `drop` leaves them out of training, `ignore` does not look for
+        them. A split made here keeps copies in one part, unless `ignore`.
+      cache: `memory` keeps decoded images in memory; `none` does not.
+      cache_limit_gib: the most memory for that, in GiB.
+      tfds_dir: the folder of TFDS; None for its default.
+      tfds_train: splits of a TFDS set to train on, joined by `+`; empty for `train`.
+    """
 
     source: str = 'digits'
     labels: str = ''
@@ -71,7 +103,16 @@ class SourceSettings:
 
 @dataclasses.dataclass(frozen=True)
 class PreparationSettings:
-    """How an image becomes the network's input; saved with the model."""
+    """How an image becomes the network's input; saved with the model.
+
+    Attributes:
+      image_size: pixels of the resized images: a side, or (height, width); 0 for the
+        source's default.
+      resize, crop_fraction, interpolation, channels: see `data.images.Preparation`.
+      mean, std: per channel, of pixels from 0 to 1.
+      window, bit_depth: the values that become 0 and 1; None and 0 find them in the
+        images, see `data.deep.resolve`.
+    """
 
     image_size: sizes.Size = 0
     resize: str | None = None

@@ -134,41 +134,50 @@ def fit(
         if mesh.is_writer():
             for line in changes:
                 notes.say(line)
-        epochs, epochs_done = run.settings.train.epochs, metadata['epoch']
-        records = _keep_records(run, epochs_done)
-        left = epochs_done < epochs and not _should_stop(run, records)
-        if left:
-            _write_run_files(run)
-            announce.announce(run)
-            run.features = training_run.cache_features(run, state)
-            with (
-                _open_board(run, int(state.step)) as shown,
-                trackers.open_trackers(workdir, *_tracking(run)) as tracked,
-            ):
-                every = checkpoint_writer.parse_every(
-                    run.settings.train.checkpoint_every
-                )
-                work = loop.Loop(
-                    run,
-                    saver,
-                    stop or signals.Stop(),
-                    shown,
-                    every,
-                    records,
-                    agreement.Agreement(run.mesh),
-                    skipped=metadata.get('skipped_steps', 0),
-                )
-                _train(work, state, epochs_done, ends_after, save_samples, tracked)
-        elif epochs_done < epochs:
-            _LOGGER.info(
-                f'{workdir} has stopped {_describe_early_stop(run, records)}; '
-                'nothing to train'
-            )
+        records = _keep_records(run, metadata['epoch'])
+        ending = _describe_ending(run, records, metadata['epoch'])
+        if ending:
+            _LOGGER.info(f'{workdir} has {ending}; nothing to train')
         else:
-            _LOGGER.info(f'{workdir} has its {epochs} epochs; nothing to train')
+            _train(
+                *(run, saver, state, metadata, records),
+                stop=stop or signals.Stop(),
+                ends_after=ends_after,
+                save_samples=save_samples,
+            )
         saver.wait()
         processes.barrier('trained')  # all are to find the same best checkpoint
-        return FitResult(max(records, key=checkpoint_reader.rank), records, run, left)
+        best = max(records, key=checkpoint_reader.rank)
+        return FitResult(best, records, run, trained=not ending)
+
+
+def _describe_ending(run, records, epochs_done):
+    """Why there is nothing to train, or the empty text."""
+    if epochs_done >= run.settings.train.epochs:
+        return f'its {run.settings.train.epochs} epochs'
+    if _should_stop(run, records):
+        return f'stopped {_describe_early_stop(run, records)}'
+    return ''
+
+
+def _train(run, saver, state, metadata, records, *, stop, ends_after, save_samples):
+    """Takes the epochs that are left, and shows them in TensorBoard and trackers."""
+    _write_run_files(run)
+    announce.announce(run)
+    run.features = training_run.cache_features(run, state)
+    with (
+        _open_board(run, int(state.step)) as shown,
+        trackers.open_trackers(run.workdir, *_tracking(run)) as tracked,
+    ):
+        work = loop.Loop(
+            *(run, saver, stop, shown),
+            checkpoint_writer.parse_every(run.settings.train.checkpoint_every),
+            records,
+            agreement.Agreement(run.mesh),
+            skipped=metadata.get('skipped_steps', 0),
+        )
+        epochs_done = metadata['epoch']
+        _take_epochs(work, state, epochs_done, ends_after, save_samples, tracked)
 
 
 def _should_stop(run, records):
@@ -185,7 +194,9 @@ def _lock(workdir):
     return lock.hold(workdir) if mesh.is_writer() else contextlib.nullcontext()
 
 
-def _train(work: loop.Loop, state, epochs_done, ends_after, save_samples, tracked):
+def _take_epochs(
+    work: loop.Loop, state, epochs_done, ends_after, save_samples, tracked
+):
     """Takes the epochs that are left, adding the record of each to the others."""
     run, shown, records = work.run, work.shown, work.records
     epochs = run.settings.train.epochs

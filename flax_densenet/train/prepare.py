@@ -84,27 +84,9 @@ def prepare(
         has_weights=weights is not None or resume,
     )
     source = source or dataset.from_settings(settings.data, settings.preparation)
-    # As it was found, so that the model always sees images of this range.
-    seen = source.train.preparation
-    settings = dataclasses.replace(
-        settings,
-        preparation=dataclasses.replace(
-            settings.preparation, window=seen.window or (), bit_depth=seen.bit_depth
-        ),
-    )
+    settings = _with_range(settings, source.train.preparation)
     module = _make_module(settings, len(source.class_names), mesh)
-    size = source.train.image_size
-    module.check_image_size(sizes.pair(size))
-    progressive_resizing.check(settings.augmentation.size_schedule, module, size)
-    pipeline.check_train_batches(
-        source.train,
-        batch_size,
-        settings.augmentation.augment,
-        settings.loader.workers,
-        settings.loader.balance,
-        settings.augmentation.color_jitter,
-        settings.augmentation.policy,
-    )
+    _check_images(settings, source, module)
     _check_labels(settings, source)
     schedule = optimizers.make_schedule(
         **vars(settings.schedule),
@@ -130,6 +112,30 @@ def prepare(
         metadata=make_metadata(settings, source),
         weights=weights,
         plan=plan,
+    )
+
+
+def _with_range(settings, found):
+    """The range of values as it was found, so that the model always sees it."""
+    preparation = dataclasses.replace(
+        settings.preparation, window=found.window or (), bit_depth=found.bit_depth
+    )
+    return dataclasses.replace(settings, preparation=preparation)
+
+
+def _check_images(settings, source, module):
+    """Raises for settings that do not fit the images, before long work."""
+    size, augmentation = source.train.image_size, settings.augmentation
+    module.check_image_size(sizes.pair(size))
+    progressive_resizing.check(augmentation.size_schedule, module, size)
+    pipeline.check_train_batches(
+        source.train,
+        settings.loader.batch_size,
+        augmentation.augment,
+        settings.loader.workers,
+        settings.loader.balance,
+        augmentation.color_jitter,
+        augmentation.policy,
     )
 
 

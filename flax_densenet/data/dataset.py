@@ -254,7 +254,7 @@ class Source:
 # In pixels, if data.image_size is 0.
 DEFAULT_IMAGE_SIZES = dict.fromkeys(sources.SOURCES, 224) | dict(digits=32)
 # Of `load_source`.
-_DEFAULTS = {'resize': 'stretch', 'interpolation': 'bilinear'}
+_DEFAULTS: dict[str, Any] = {'resize': 'stretch', 'interpolation': 'bilinear'}
 _DEFAULTS |= {'crop_fraction': 1.0, 'channels': 3}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from flax_densenet import settings as settings_lib
 from flax_densenet.checkpoints import reader as checkpoint_reader
-from flax_densenet.data import dataset, identity, pipeline
+from flax_densenet.data import dataset, identity, images, pipeline
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import choosing
@@ -115,7 +115,9 @@ def prepare(
     )
 
 
-def _with_range(settings, found):
+def _with_range(
+    settings: settings_lib.Settings, found: images.Preparation
+) -> settings_lib.Settings:
     """The range of values as it was found, so that the model always sees it."""
     preparation = dataclasses.replace(
         settings.preparation, window=found.window or (), bit_depth=found.bit_depth

@@ -5,6 +5,7 @@ import os
 
 from flax_densenet.cli import arguments, crossval, options, trained_model
 from flax_densenet.errors import UserError
+from flax_densenet.system import terminal
 
 
 def run(invocation: options.Invocation):
@@ -60,15 +61,18 @@ def run(invocation: options.Invocation):
         computed.class_names,
         computed.outputs,
     )
-    print(decision_text.calibration_line(found.metrics))
+    terminal.say(decision_text.calibration_line(found.metrics))
     for line in decision_text.threshold_lines(found.metrics):
-        print(line)
-    print(
+        terminal.say(line)
+    terminal.say(
         f'{decisions.files_of(path)[0]} is written, fitted on {made.where}; eval, '
         'report, predict, serve and export use it unless --raw is given'
     )
     if os.path.exists(os.path.join(path, 'report.html')):
-        print(f'report.html in {path} shows what was before: report {path} renews it')
+        terminal.say(
+            f'report.html in {path} shows the model before this; '
+            f'`report {path}` writes it again'
+        )
 
 
 def _rules(flags):

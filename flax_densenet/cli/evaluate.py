@@ -1,6 +1,7 @@
 """`eval`: measures a trained model on labeled images."""
 
 from flax_densenet.cli import arguments, crossval, options, trained_model
+from flax_densenet.system import terminal
 
 
 def run(invocation: options.Invocation):
@@ -20,11 +21,11 @@ def run(invocation: options.Invocation):
     what = 'test images' if source.has_test or trained_on else 'images'
     where = f'{len(found.labels)} {what} of {settings.data.source}, {measured.model}'
     results.save(workdir, found, measured)
-    print(results.format_metrics_table(found, where))
+    terminal.say(results.format_metrics_table(found, where))
     line = decision_text.describe_fit(trained.decisions, source.name, own=trained_on)
     if line:
-        print(line)
-    print(f'{results.EVAL_FILE} and {results.PREDICTIONS_FILE} are in {workdir}')
+        terminal.say(line)
+    terminal.say(f'{results.EVAL_FILE} and {results.PREDICTIONS_FILE} are in {workdir}')
 
 
 COMMAND = options.Command(

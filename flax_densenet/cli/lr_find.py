@@ -2,6 +2,7 @@
 
 from flax_densenet import errors
 from flax_densenet.cli import arguments, options
+from flax_densenet.system import terminal
 
 
 def run(invocation: options.Invocation):
@@ -19,8 +20,10 @@ def run(invocation: options.Invocation):
         picture = plots.save_rates(workdir, result)
         where = f'{picture} and {lr_finder.FILE} are in {workdir}'
     else:
-        print(f"no {plots.RATES_FILE}: it needs pip install 'flax_densenet[report]'")
-    print(f'{lr_finder.describe(result)}; {where}', flush=True)
+        terminal.say(
+            f"no {plots.RATES_FILE}: it needs pip install 'flax_densenet[report]'"
+        )
+    terminal.say(f'{lr_finder.describe(result)}; {where}')
 
 
 COMMAND = options.Command(

@@ -7,7 +7,7 @@ from flax_densenet import errors
 from flax_densenet.cli import command_line, commands, help_text
 from flax_densenet.distributed import processes
 from flax_densenet.errors import UserError
-from flax_densenet.system import logs
+from flax_densenet.system import logs, terminal
 
 
 def entry():
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
             raise
         status, line = 2, f'error: {message}'
     if line and (processes.is_first() or line.startswith('error: ')):
-        print(line, file=sys.stderr)
+        terminal.say(line, sys.stderr)
     processes.end(status, line)
     return status
 

@@ -2,6 +2,7 @@
 
 from flax_densenet.cli import arguments, options
 from flax_densenet.errors import UserError
+from flax_densenet.system import terminal
 
 _TABLE = (
     *('label_kind', 'label_columns', 'blank_labels', 'uncertain_labels'),
@@ -31,7 +32,7 @@ def run(invocation: options.Invocation):
     kind, _, name = fields['source'].partition(':')
     if kind == 'packed' and not out:
         intact = manifest.describe(pack_writer.verify(name))
-        print(f'{name}: all files are intact; {intact}')
+        terminal.say(f'{name}: all files are intact; {intact}')
         return
     if not out:
         raise UserError('pack needs the folder to write: pack PHOTOS FOLDER')
@@ -50,7 +51,7 @@ def run(invocation: options.Invocation):
         table=label_options.options_of(fields),
         **{name: fields[name] for name in ('labels', 'bad_images', 'threads')},
     )
-    print(f'{out}: {manifest.describe(made)}')
+    terminal.say(f'{out}: {manifest.describe(made)}')
     print(f'use it with --config.data.source=packed:{out}')
 
 

@@ -5,6 +5,7 @@ import os
 from flax_densenet.cli import arguments, crossval, options, trained_model
 from flax_densenet.distributed import processes
 from flax_densenet.errors import UserError
+from flax_densenet.system import terminal
 
 
 def run(invocation: options.Invocation):
@@ -21,7 +22,7 @@ def run(invocation: options.Invocation):
         _check_of_one(invocation, 'a sweep')
         path = out or os.path.join(workdirs[0], sweep_page.FILE)
         sweep_page.save(workdirs[0], sweep_record.load(workdirs[0]), path)
-        print(f'{path}: open it in a browser')
+        terminal.say(f'{path}: open it in a browser')
         return
     if len(workdirs) > 1:
         _check_of_one(invocation, 'several runs')
@@ -31,7 +32,7 @@ def run(invocation: options.Invocation):
         path = out or os.path.join(folder, compare.FILE)
         private = invocation.overrides.get('report.private')
         compare.save(workdirs, path, private=private)
-        print(f'{path}: {len(workdirs)} runs compared')
+        terminal.say(f'{path}: {len(workdirs)} runs compared')
         return
     _report_on_run(invocation, workdirs[0])
 
@@ -80,11 +81,11 @@ def _report_on_run(invocation, workdir):
             weights=path,
             **options_of_page,
         )
-    print(f'{path}: open it in a browser')
+    terminal.say(f'{path}: open it in a browser')
     folder = invocation.path('figures')
     if folder and processes.is_first():
         names = figures.save(folder, workdir, found)
-        print(f'{folder}: {", ".join(names)}')
+        terminal.say(f'{folder}: {", ".join(names)}')
 
 
 def _place(positionals):

@@ -7,7 +7,7 @@ from typing import Any
 from flax_densenet import settings
 from flax_densenet.cli import options
 from flax_densenet.errors import UserError
-from flax_densenet.system import paths
+from flax_densenet.system import paths, terminal
 
 # Fields that say which images there are; the model decides how they are prepared.
 _WHICH = (
@@ -273,5 +273,5 @@ def load(invocation: options.Invocation, workdir: str, *allowed: str, **more):
     found, place = data_settings(invocation, trained.metadata)
     mesh_lib.check_batch_size(found.loader.batch_size, mesh)
     if place and _name(vars(found.data)) != _name(own):
-        print(describe_choice(found.data, place, own), flush=True)
+        terminal.say(describe_choice(found.data, place, own))
     return trained.with_tta(found.evaluation.tta), path, found

@@ -16,6 +16,7 @@ from flax_densenet.data import (
     subgroup_columns,
 )
 from flax_densenet.errors import UserError, printable
+from flax_densenet.system import paths as paths_lib
 
 _TWICE = ''  # in place of a path: several files have the name
 
@@ -38,7 +39,7 @@ def find(
     Raises:
       UserError: the table cannot be read or names images that are not there.
     """
-    passed = notes.Passed()
+    passed = notes.Passed(read=paths_lib.resolve(table, 'data.labels='))
     names = _Names(root, listing.image_files(root, passed))
     passed.nested = 0  # a table names its images wherever they are
     found = label_table.read(table, options, names.has)

@@ -75,7 +75,7 @@ def image_files(root: str, passed: notes.Passed | None = None) -> list[str]:
                 paths.append(entry.path)
                 passed.nested += folder != root
             else:
-                passed.add_file(entry.name)
+                passed.add_file(entry.path)
         left += sorted(inside, reverse=True)
     return sorted(paths)
 

@@ -65,15 +65,25 @@ class Passed:
       beside: images beside the folders of classes, which are of no class.
       unnamed: images that a table does not name.
       results: folders with results of this program.
+
+    Args:
+      read: a file that is read, such as the table of labels, and is not counted.
     """
 
-    def __init__(self):
-        self.endings = collections.Counter()
+    def __init__(self, read: str = ''):
+        self._read = os.path.realpath(read) if read else ''
+        self.endings: collections.Counter[str] = collections.Counter()
         self.links = self.nested = self.beside = self.unnamed = 0
-        self.results = []
+        self.results: list[str] = []
 
-    def add_file(self, name: str):
+    def add_file(self, path: str):
         """Counts a file that is no image by its name."""
+        name = os.path.basename(path)
+        if (
+            name == os.path.basename(self._read)
+            and os.path.realpath(path) == self._read
+        ):
+            return
         self.endings[os.path.splitext(name)[1].lower() or _NO_ENDING] += 1
 
     def join(self, other: 'Passed'):

@@ -141,11 +141,11 @@ def _describe(selection, rules, places, values, few):
             note += 'likely class'
         notes.append(note)
     if few:
-        rest = 'their usual one'
+        rest = 'the usual threshold'
         if not selection.multi_label and len(names) > 2:
             rest = 'no threshold'
         notes.append(
-            f'{len(few)} of {len(places)} have fewer than {FEWEST} images with or '
-            f'without the class, and have {rest}: {list_first(few)}'
+            f'{len(few)} of {len(places)} get {rest}, as fewer than {FEWEST} images '
+            f'have the class or lack it: {list_first(few)}'
         )
     return notes

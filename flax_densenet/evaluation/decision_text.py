@@ -4,6 +4,7 @@ from typing import Any
 
 from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.weights import decisions as decisions_lib
+from flax_densenet.weights import thresholds as thresholds_lib
 
 _ROWS = 40  # classes that a table lists
 
@@ -40,7 +41,8 @@ def threshold_lines(metrics: dict[str, Any]) -> list[str]:
     width = max(min(max(len(row['name']) for row in rows), 40), len('threshold by'))
     names = ('sensitivity', 'specificity', 'ppv', 'npv')
     lines = [
-        f'at thresholds by {found["rule"]}, with 95% intervals:',
+        'at thresholds chosen for '
+        f'{thresholds_lib.describe_rule(found["rule"])}, with 95% intervals:',
         f'{"class":<{width}}  above  '
         + '  '.join(f'{title:<20}' for title in (*names[:2], 'PPV', 'NPV')).rstrip(),
     ]

@@ -113,7 +113,7 @@ def fit_entry(
         **given,
     )
     need = math.ceil(entry.share / (1 - entry.share) - 1e-9)
-    few = f'; {need} are needed for that share' if count < need else ''
+    few = f' (a reliable limit needs at least {need} images)' if count < need else ''
     of = f'{entry.train_count:,} training and ' if entry.train_count else ''
     part = {'val': 'validation ', 'test': 'test '}.get(selection.part, '')
     _LOGGER.info(

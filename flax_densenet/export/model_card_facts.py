@@ -14,6 +14,7 @@ from flax_densenet.evaluation import metrics, results
 from flax_densenet.models import factory, tta
 from flax_densenet.system import paths
 from flax_densenet.weights import calibration as calibration_lib
+from flax_densenet.weights import thresholds as thresholds_lib
 from flax_densenet.weights import timm_network
 from flax_densenet.weights import trained as trained_lib
 
@@ -92,7 +93,7 @@ def describe_model(trained: trained_lib.Trained) -> dict[str, Any]:
 
 def describe_decisions(trained: trained_lib.Trained) -> dict[str, Any]:
     """`calibrated`, how and on which images, or ''; `thresholds`, (name, value), and
-    the `threshold_rule` that chose them, or None.
+    the `threshold_rule` that chose them in words, or None.
     """
     found, names = trained.decisions, trained.class_names or ()
     calibrated, pairs, rule = '', [], None
@@ -101,7 +102,7 @@ def describe_decisions(trained: trained_lib.Trained) -> dict[str, Any]:
         data = dataclasses.replace(found, data=public_source(found.data) or '')
         calibrated = f'{how}, fitted on {data.where}'
     if found and found.thresholds:
-        rule = found.thresholds.rule
+        rule = thresholds_lib.describe_rule(found.thresholds.rule)
         values = zip(names, found.thresholds.values, strict=False)
         pairs = [(name, value) for name, value in values if value is not None]
     return {'calibrated': calibrated, 'thresholds': pairs, 'threshold_rule': rule}

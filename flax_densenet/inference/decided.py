@@ -10,6 +10,7 @@ from flax_densenet.inference import prediction as prediction_lib
 from flax_densenet.inference.prediction import Prediction
 from flax_densenet.weights import calibration as calibration_lib
 from flax_densenet.weights import conformal
+from flax_densenet.weights import thresholds as thresholds_lib
 from flax_densenet.weights import trained as trained_lib
 
 _LOGGER = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Decided:
 
     def describe_decisions(self) -> dict[str, Any]:
         """For JSON: `thresholds` by class, or None; the `threshold_rule` that chose
-        them; and the `calibration` in words; None if there are none.
+        them, also in words; and the `calibration` in words; None if there are none.
         """
         decisions, values = self.trained.decisions, self.thresholds
         chosen = decisions and decisions.thresholds
@@ -57,6 +58,7 @@ class Decided:
         return {
             'thresholds': found,
             'threshold_rule': chosen.rule if chosen else None,
+            'threshold_words': chosen and thresholds_lib.describe_rule(chosen.rule),
             'calibration': calibration and calibration_lib.describe(calibration),
         }
 

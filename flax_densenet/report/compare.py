@@ -193,12 +193,12 @@ def _describe_data(row):
 
 def _describe_network(run, metrics):
     variant = run_folder.flatten(run.config).get('model.variant', '')
-    if metrics is None:
-        return variant
     try:
         chosen = settings.from_saved(run.config)
-        count = len(metrics['classes'])
+        count = len(metrics['classes']) if metrics else 2
         module = factory.from_settings(chosen.model, num_classes=count)
+        if metrics is None:  # the number of parameters depends on the classes
+            return naming.name(module, chosen.model.variant)
         channels = chosen.preparation.channels or 3
         return naming.describe(module, chosen.model.variant, channels=channels)
     except UserError:

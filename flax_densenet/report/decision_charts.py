@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from flax_densenet.report import render
+from flax_densenet.report import render, svg
 from flax_densenet.report.charts import SHARES, legend
 from flax_densenet.report.svg import Axis, Plot
 
@@ -23,7 +23,15 @@ def reliability(calibration: dict[str, Any], *, scaled: bool, several: bool) -> 
     """
     unit, share, what = _ANSWERS[several]
     x = Axis(unit, 0, 1, SHARES)
-    plot = Plot(x, Axis(share, 0, 1, SHARES), label='Reliability diagram', height=300)
+    shown = calibration['after' if calibration['applied'] else 'before']['bins']
+    counts = _count_axis(shown, what)
+    plot = Plot(
+        x,
+        Axis(share, 0, 1, SHARES),
+        label='Reliability diagram',
+        height=300,
+        left=svg.margin(counts),
+    )
     plot.line([0, 1], [0, 1], 'soft', dashed=True, title='Perfect calibration')
     rows = [('soft dashed', 'Perfect calibration')]
     for key, style, name in _kinds(calibration, scaled):
@@ -44,8 +52,8 @@ def reliability(calibration: dict[str, Any], *, scaled: bool, several: bool) -> 
             ],
         )
         rows.append((style, name))
-    shown = calibration['after' if calibration['applied'] else 'before']['bins']
-    return f'{plot}{_histogram(shown, what, _WORDS[several][0])}{legend(rows)}'
+    below = _histogram(shown, counts, what, word=_WORDS[several][0], left=plot.left)
+    return f'{plot}{below}{legend(rows)}'
 
 
 _WORDS = {False: ('confidence', 'accuracy'), True: ('probability', 'share')}
@@ -65,16 +73,21 @@ def _kinds(calibration, scaled):
     return kinds
 
 
-def _histogram(bins, what, word):
+def _count_axis(bins, what):
+    most = max(row['count'] for row in bins)
+    return Axis(what.capitalize(), 0, most, ((0, '0'), (most, f'{most:,}')))
+
+
+def _histogram(bins, axis, what, *, word, left):
     """How many images each bin has, below the diagram."""
     counts = [row['count'] for row in bins]
     edges = [n / len(bins) for n in range(len(bins) + 1)]
-    most = max(counts)
     plot = Plot(
         Axis('', 0, 1, SHARES),
-        Axis(what.capitalize(), 0, most, ((0, '0'), (most, f'{most:,}'))),
+        axis,
         label=f'Test {what} by {word}',
         height=120,
+        left=left,
     )
     texts = [
         f'{count:,} {what} with a {word} of {low:.0%} to {high:.0%}'

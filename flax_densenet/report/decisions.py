@@ -9,6 +9,7 @@ from flax_densenet.evaluation import (
 )
 from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.report import decision_charts, render
+from flax_densenet.weights import thresholds as thresholds_lib
 
 _CURVES = 100  # precision-recall curves at most
 _FEW_POINTS = 60  # of each where there are many
@@ -37,10 +38,16 @@ def describe(found, source_name: str, *, own: bool) -> dict[str, Any]:
         'label_calibration': _label_rows(calibration),
         'fitted': decision_text.describe_fit(found.decisions, source_name, own=own),
         'thresholds': _threshold_rows(metrics),
-        'threshold_rule': (metrics['thresholds'] or {}).get('rule'),
+        'threshold_rule': _rule(metrics),
         'precision_recall': _precision_recall(found),
         'decision_curves': _decision_curves(found),
     }
+
+
+def _rule(metrics):
+    """What the thresholds were chosen for; None without a rule."""
+    rule = (metrics['thresholds'] or {}).get('rule')
+    return thresholds_lib.describe_rule(rule) if rule else None
 
 
 def _calibration_rows(calibration):

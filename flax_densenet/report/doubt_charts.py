@@ -1,4 +1,4 @@
-"""The section of the report about what the model does not know.
+"""The section of the report about uncertainty: what the model does not know.
 
 Charts of the sets of classes, of the errors among the images that are answered, and of
 the scores of unusual images.
@@ -30,7 +30,8 @@ def section(found) -> dict[str, Any] | None:
     usual = {'shown': [], 'sets_halved': False, 'unusual': None, 'others': None}
     made: dict[str, Any] = {'charts': [], **usual, **doubt}
     if 'sets' in doubt:
-        made['charts'] += _sets(doubt['sets'])
+        whats = 'Labels' if found.multi_label else 'Classes'
+        made['charts'] += _sets(doubt['sets'], whats)
         made['shown'] = [
             row | {'lowest': _lowest(row['classes'], found.class_names)}
             for row in doubt['sets']
@@ -54,30 +55,31 @@ def _lowest(coverages, names):
     return f'{name} ({render.percent(value)})'
 
 
-def _sets(rows):
+def _sets(rows, whats):
     asked = [row['asked'] for row in rows]
-    x = Axis('Coverage that is asked for', _FROM, 1, _SHARES)
+    x = Axis('Target coverage', _FROM, 1, _SHARES)
     covered = Plot(x, Axis('Coverage', _FROM, 1, _SHARES), label='Coverage of the sets')
-    covered.line([_FROM, 1], [_FROM, 1], 'soft', dashed=True, title='As asked for')
+    covered.line([_FROM, 1], [_FROM, 1], 'soft', dashed=True, title='Target')
     measured = [row['coverage'] for row in rows]
     shown = [None if y is None else max(y, _FROM) for y in measured]
     covered.line(asked, shown, 's0', dots=True)
-    covered.tips(asked, [_tip(row) for row in rows])
+    texts = [_tip(row, whats.lower()) for row in rows]
+    covered.tips(asked, texts)
     most = max(1.0, *(row['size'] for row in rows))
-    sizes = Plot(x, Axis('Classes in a set', 0, 1.06 * most), label='Size of the sets')
+    sizes = Plot(x, Axis(f'{whats} in a set', 0, 1.06 * most), label='Size of the sets')
     sizes.line(asked, [row['size'] for row in rows], 's0', dots=True)
-    sizes.tips(asked, [_tip(row) for row in rows])
-    below = charts.legend([('soft dashed', 'As asked for'), ('s0', 'Measured')])
+    sizes.tips(asked, texts)
+    below = charts.legend([('soft dashed', 'Target'), ('s0', 'Measured')])
     return [
         charts.figure('Coverage of the sets', covered, below, id='coverage'),
-        charts.figure('Classes in a set, on average', sizes, id='set-size'),
+        charts.figure(f'{whats} in a set, on average', sizes, id='set-size'),
     ]
 
 
-def _tip(row):
+def _tip(row, whats):
     covered = '-' if row['coverage'] is None else render.percent(row['coverage'])
     return (
-        f'Asked for {row["asked"]:.0%}: {covered} covered\n{row["size"]:.2f} classes '
+        f'Target {row["asked"]:.0%}: {covered} covered\n{row["size"]:.2f} {whats} '
         f'on average\n{row["single"]:.0%} of the sets have one'
     )
 
@@ -85,11 +87,11 @@ def _tip(row):
 def _risk(curve):
     shares, risks = curve['share'], curve['risk']
     most = max(max(risks), 0.01)
-    y = Axis('Errors among them', 0, 1.06 * most * 100)
+    y = Axis('Error rate', 0, 1.06 * most * 100)
     marks = tuple((value / 100, f'{text}%') for value, text in y.marks())
     plot = Plot(
         Axis('Images answered, most confident first', 0, 1, charts.SHARES),
-        Axis('Errors among them', 0, 1.06 * most, marks),
+        Axis('Error rate', 0, 1.06 * most, marks),
         label='Errors by the share of images that are answered',
     )
     plot.line(shares, risks, 's0')

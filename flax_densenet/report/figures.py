@@ -7,12 +7,11 @@ import os
 
 import numpy as np
 
-from flax_densenet import errors
 from flax_densenet.checkpoints import run_folder
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.report import plots, render
-from flax_densenet.system import atomic, fonts, result_folders
+from flax_densenet.system import atomic, result_folders
 
 ENDINGS = ('svg', 'pdf')
 CONFUSION_FILE = 'confusion.png'
@@ -36,13 +35,9 @@ def save(folder: str, workdir: str, found) -> list[str]:
       UserError: the folder cannot be written.
       MissingExtraError: matplotlib is not installed.
     """
-    with errors.extra('report', '--figures'):
-        import matplotlib as mpl
-
     records = run_folder.load_run(workdir).records
     # Text stays text, to be edited and found; fonts go into the PDF whole.
     options = {
-        'font.family': fonts.families(found.class_names),
         'font.size': 8,
         'svg.fonttype': 'none',
         'pdf.fonttype': 42,
@@ -51,7 +46,7 @@ def save(folder: str, workdir: str, found) -> list[str]:
     }
     names = []
     new = not os.path.isdir(folder) or not os.listdir(folder)
-    with mpl.rc_context(options):
+    with plots.fonts_for(found.class_names, options=options):
         made = {'curves': plots.plot_curves(records, size=(7, 2.8))} if records else {}
         if not found.multi_label:
             made['confusion'] = plot_confusion(found)
@@ -73,11 +68,8 @@ def save_confusion(folder: str, found):
     """Writes the confusion matrix as `confusion.png`, if images have one class each."""
     if found.multi_label:
         return
-    import matplotlib as mpl
-
-    fonts_of_names = {'font.family': fonts.families(found.class_names), 'font.size': 8}
     with (
-        mpl.rc_context(fonts_of_names),
+        plots.fonts_for(found.class_names, options={'font.size': 8}),
         atomic.replacing(os.path.join(folder, CONFUSION_FILE), 'wb') as file,
     ):
         plot_confusion(found).savefig(file, format='png', dpi=160)

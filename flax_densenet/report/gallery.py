@@ -71,14 +71,20 @@ def pick_mistakes(found: results.Results, most: int) -> list[dict[str, Any]]:
 def pick_uncertain(found: results.Results, most: int) -> list[dict[str, Any]]:
     """The images with the least difference of the two most likely classes.
 
-    With several labels: the answers closest to a probability of a half. As
-    `pick_mistakes`.
+    With several labels: the answers closest to their thresholds. As `pick_mistakes`;
+    for right answers, `rival` is the second most likely class.
     """
     if found.multi_label:
         known = ~np.isnan(found.labels)
         return _label_rows(found, known, -_from_threshold(found), most)
     margin = np.array([np.subtract(*_two_best(row)) for row in found.probabilities])
-    return _class_rows(found, np.argsort(margin, kind='stable')[:most])
+    rows = _class_rows(found, np.argsort(margin, kind='stable')[:most])
+    for row in rows:
+        if row['predicted'] == row['true'] and len(found.class_names) > 1:
+            others = found.probabilities[row['row']].copy()
+            others[row['predicted']] = -1
+            row['rival'] = int(others.argmax())
+    return rows
 
 
 def _from_threshold(found):
@@ -133,9 +139,10 @@ def add_pictures(
 ):
     """Adds `image`, `name` and `maps` to each row.
 
-    `maps` are of the predicted class and, where it was a mistake, of the true one: each
-    `kind`, `image` and `share`, its highest value as a share of the higher of both. All
-    are of the original image; what the model does not see of it is darkened.
+    `maps` are of the predicted class and, where it was a mistake, of the true one, or
+    of the `rival` of a right answer: each the `class`, `image` and `share`, its highest
+    value as a share of the higher of both. All are of the original image; what the
+    model does not see of it is darkened.
 
     Every host has to call it, as the maps are computed on all devices.
     """
@@ -144,14 +151,12 @@ def add_pictures(
     for start in range(0, len(rows), size):
         part = rows[start : start + size]
         batch = np.stack([found.examples[row['row']]['image'] for row in part])
-        maps = {
-            kind: predictor.cams(batch, [row[kind] for row in part], how)
-            for kind in ('predicted', 'true')
-        }
+        first = [row['predicted'] for row in part]
+        second = [row.get('rival', row['true']) for row in part]
+        maps = [predictor.cams(batch, classes, how) for classes in (first, second)]
         for place, row in enumerate(part):
-            cams = {kind: values[place] for kind, values in maps.items()}
-            if row['true'] == row['predicted']:
-                del cams['true']
+            # One map where both are the same class.
+            cams = {first[place]: maps[0][place], second[place]: maps[1][place]}
             row['name'] = found.name(row['row'])
             image, box = originals(row['row'])
             row['image'] = to_uri(image, LARGE)
@@ -159,21 +164,21 @@ def add_pictures(
 
 
 def _draw_maps(image, box, cams):
-    """The maps on a common scale."""
-    tops = {kind: overlay.top_of(cam) for kind, cam in cams.items()}
+    """The maps `{class: map}` on a common scale."""
+    tops = {of: overlay.top_of(cam) for of, cam in cams.items()}
     top = max(tops.values())
     small = _resize(image, min(1.0, PICTURE / max(image.shape[:2])))
     scale = small.shape[1] / image.shape[1], small.shape[0] / image.shape[0]
     box = tuple(side * scale[place % 2] for place, side in enumerate(box))
     return [
         {
-            'kind': kind,
-            'share': tops[kind] / top if top > 0 else 0.0,
+            'class': of,
+            'share': tops[of] / top if top > 0 else 0.0,
             'image': to_uri(
                 overlay.overlay(small, cam, top=top, box=box), PICTURE, strong=True
             ),
         }
-        for kind, cam in cams.items()
+        for of, cam in cams.items()
     ]
 
 

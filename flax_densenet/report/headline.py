@@ -66,11 +66,12 @@ def _accuracy(found):
         notes.append(f'95% interval: {low} to {high}')
     if metrics['intervals'] and metrics['intervals']['units'] == 'groups':
         notes.append(f'by group: {metrics["intervals"]["unit_count"]:,} groups')
-    title = f'Accuracy on {count:,} test image{"" if count == 1 else "s"}'
+    kind = 'test' if found.folds is None else 'held-out'
+    title = f'Accuracy on {count:,} {kind} image{"" if count == 1 else "s"}'
     if found.multi_label:
-        title = f'Label accuracy on {count:,} test image{"" if count == 1 else "s"}'
+        title = f'Label a{title[1:]}'
         rule = metrics['thresholds']['rule']
-        at = f'thresholds by {rule}' if rule else '50%'
+        at = 'the chosen thresholds' if rule else 'a threshold of 50%'
         notes.append(f'share of labels predicted correctly at {at}')
     elif baseline := metrics_lib.majority(metrics):
         notes.append(

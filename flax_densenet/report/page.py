@@ -115,7 +115,7 @@ def save_report(
         values['subgroups'] = subgroup_tables.section(found.metrics, private=hidden)
         values['trust_charts'] = charts.faithfulness(trust) if trust else []
         if hidden:
-            values = private_lib.hide(values)
+            values = private_lib.hide(values, found)
         values |= pictures | {'confusion': confusion}
         render.save_page(path, 'report.html', data, private=hidden, **values)
     return path
@@ -371,7 +371,7 @@ def _caption(row, names):
         if not right:
             heading += f' ({render.probability(row["true_probability"])})'
     for one in row['maps']:
-        name = names[row[one['kind']]]
+        name = names[one['class']]
         one['caption'] = f'Evidence for {name}'
         if one['share'] == 0:
             one['caption'] = f'No evidence for {name}'

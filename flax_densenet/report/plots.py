@@ -1,5 +1,8 @@
 """Pictures and tables of a run."""
 
+import contextlib
+import functools
+import logging
 import os
 import textwrap
 import warnings
@@ -13,6 +16,7 @@ from flax_densenet.data import bands
 from flax_densenet.system import atomic, fonts
 from flax_densenet.weights import trained
 
+_LOGGER = logging.getLogger(__name__)
 RATES_FILE = 'lr_find.png'
 TRAIN, TEST, _BEST = '#1f77b4', '#d95f02', '#555555'
 
@@ -177,20 +181,41 @@ def save_samples(
     if heading:
         heading = f'training images of the first step as the model sees them: {heading}'
         heading = textwrap.fill(heading, 90)
-    with fonts_for([*titles, heading]), warnings.catch_warnings():
-        # Letters that no font has show as boxes; a warning for each helps nobody.
-        warnings.filterwarnings('ignore', message='Glyph', category=UserWarning)
+    with fonts_for([*titles, heading]):
         figure = plot_samples(images, titles, heading=heading)
         with atomic.replacing(os.path.join(workdir, 'samples.png'), 'wb') as file:
             figure.savefig(file, format='png', dpi=110)
 
 
-def fonts_for(texts):
-    """A context in which matplotlib has fonts for all letters."""
+@contextlib.contextmanager
+def fonts_for(texts, *, options=None):
+    """A context in which matplotlib has fonts for all letters, if any font has them.
+
+    Args:
+      texts: all that is to be drawn.
+      options: more of matplotlib's.
+    """
     with errors.extra('report', 'a plot'):
         import matplotlib as mpl
 
-    return mpl.rc_context({'font.family': fonts.families(texts)})
+    texts = list(texts)
+    options = {'font.family': fonts.families(texts), **(options or {})}
+    missing = fonts.missing(texts)
+    if missing:
+        _tell_missing(''.join(missing))
+    with mpl.rc_context(options), warnings.catch_warnings():
+        for letter in missing:  # told above; a warning for each drawing helps nobody
+            text = f'Glyph {ord(letter)} '
+            warnings.filterwarnings('ignore', message=text, category=UserWarning)
+        yield
+
+
+@functools.cache  # once
+def _tell_missing(letters):
+    _LOGGER.info(
+        f'pictures show a box for {errors.list_first(list(letters))}: no installed '
+        'font has it; Noto (fonts-noto) has most, Noto Emoji has emoji'
+    )
 
 
 def _titles(batch, class_names):

@@ -40,13 +40,21 @@ def anonymous(found: results.Results) -> results.Results:
     return dataclasses.replace(found, others=others)
 
 
-def hide(values: dict[str, Any]) -> dict[str, Any]:
-    """What a page says, without names of files and folders and without images."""
-    folds = values['folds']
+def hide(values: dict[str, Any], found: results.Results) -> dict[str, Any]:
+    """What a page says, without names of files and folders and without images.
+
+    Args:
+      values: of the page's template.
+      found: what it shows.
+    """
+    folds, fitted = values['folds'], values['fitted']
+    if found.decisions is not None:
+        fitted = fitted.replace(f' of {found.decisions.data}', '')
     if folds:
         folds = folds | {'rows': [row | {'link': ''} for row in folds['rows']]}
     return values | {
         'folds': folds,
+        'fitted': fitted,
         'name': NAME,
         'data_name': values['data_name'].partition(':')[0],
         'samples': [],

@@ -83,21 +83,34 @@ def format_number(value: float) -> str:
     return f'{value:.2g}'
 
 
+def margin(y: Axis) -> float:
+    """The room that the texts of an axis take on the left."""
+    longest = max((len(text) for _, text in y.marks()), default=1)
+    return 32 + max(_LETTER * longest, 14)
+
+
 class Plot:
     """A chart to which marks are added; `str` gives the SVG.
 
     Args:
       label: what it shows, for those who do not see it.
       width, height: of the picture, in units of about a pixel.
+      left: where the plot begins at the earliest, to align it with another one.
     """
 
     def __init__(
-        self, x: Axis, y: Axis, *, label: str, width: int = 440, height: int = 290
+        self,
+        x: Axis,
+        y: Axis,
+        *,
+        label: str,
+        width: int = 440,
+        height: int = 290,
+        left: float = 0,
     ):
         self.x, self.y, self.label = x, y, label
         self.width, self.height = width, height
-        longest = max((len(text) for _, text in y.marks()), default=1)
-        self.left = 32 + max(_LETTER * longest, 14)
+        self.left = max(left, margin(y))
         self.parts: list[str] = []
 
     def at(self, x: float, y: float) -> tuple[float, float]:
@@ -212,7 +225,7 @@ class Plot:
             f'<path class="net" d="{"".join(lines)}"/><g class="ticks">{"".join(texts)}'
             f'<text class="name" x="{middle[0]:g}" y="{self.height - 8}" '
             f'text-anchor="middle">{html.escape(self.x.title)}</text>'
-            f'<text class="name" text-anchor="middle" transform="translate(13 '
+            f'<text class="name side" text-anchor="middle" transform="translate(13 '
             f'{middle[1]:g}) rotate(-90)">{html.escape(self.y.title)}</text></g>'
         )
 

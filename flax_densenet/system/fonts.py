@@ -27,6 +27,15 @@ def families(texts: Iterable[str]) -> list[str]:
     Args:
       texts: all that is to be drawn.
     """
+    return _choose(texts)[0]
+
+
+def missing(texts: Iterable[str]) -> list[str]:
+    """The letters of texts that no font has, so that pictures show boxes instead."""
+    return _choose(texts)[1]
+
+
+def _choose(texts):
     missing = {letter for text in texts for letter in text if letter.isprintable()}
     chosen = ['DejaVu Sans']
     for family, path, number in _installed():
@@ -36,7 +45,7 @@ def families(texts: Iterable[str]) -> list[str]:
         if found:
             missing -= found
             chosen += [family] if family not in chosen else []
-    return chosen
+    return chosen, sorted(missing)
 
 
 def best_file(text: str) -> tuple[str, int]:

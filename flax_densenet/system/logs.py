@@ -9,6 +9,8 @@ prints everything.
 import logging
 import sys
 
+from flax_densenet.system import terminal
+
 ROOT = 'flax_densenet'
 
 
@@ -28,7 +30,7 @@ class _Printer(logging.Handler):
             if self.to_errors or record.levelno >= logging.ERROR
             else sys.stdout
         )
-        print(record.getMessage(), file=file, flush=True)
+        terminal.say(record.getMessage(), file)
 
 
 def show_messages(*, to_errors: bool = False):

@@ -15,6 +15,8 @@ def words() -> list[str]:
 
 def command() -> str | None:
     """The command line of this process; None in other programs than this one."""
-    if pathlib.Path(sys.argv[0]).name not in ('launch.py', 'flax-densenet'):
+    program = pathlib.Path(sys.argv[0])
+    as_module = program.parts[-2:] == ('flax_densenet', '__main__.py')
+    if program.name not in ('launch.py', 'flax-densenet') and not as_module:
         return None
     return shlex.join([*words(), *sys.argv[1:]])

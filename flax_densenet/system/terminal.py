@@ -5,7 +5,11 @@ Colors are used on a terminal only, and not if `NO_COLOR` is set (no-color.org) 
 """
 
 import os
+import re
+import shutil
 import sys
+import unicodedata
+from typing import Any, TextIO
 
 _CODES = {'bold': '1', 'green': '32', 'red': '31', 'dim': '2'}
 
@@ -28,6 +32,58 @@ def paint(text: str, style: str) -> str:
     if dumb or not is_interactive():
         return text
     return f'\x1b[{_CODES[style]}m{text}\x1b[0m'
+
+
+def say(text: Any, file: TextIO | None = None):
+    """Prints text; on a terminal, long lines are broken between words.
+
+    Args:
+      text: of one or several lines.
+      file: standard output if it is not given.
+    """
+    file = sys.stdout if file is None else file
+    try:
+        interactive = file is not None and file.isatty()
+    except ValueError:  # it is closed
+        interactive = False
+    if interactive:
+        text = wrap(str(text), shutil.get_terminal_size().columns)
+    print(text, file=file, flush=True)
+
+
+def wrap(text: str, width: int) -> str:
+    """Lines of at most `width` columns, as far as words allow.
+
+    Continued lines are indented by two more. Lines in color, and those with columns,
+    which have several spaces between words, stay as they are.
+
+    >>> print(wrap('warning: what is wrong here', 20))
+    warning: what is
+      wrong here
+    """
+    return '\n'.join(_wrap_line(line, width) for line in text.split('\n'))
+
+
+def _wrap_line(line, width):
+    if _columns(line) <= width or '\x1b' in line or re.search(r'\S {2,}\S', line):
+        return line
+    words = line.strip(' ').split(' ')
+    indent = line[: len(line) - len(line.lstrip(' '))]
+    rows = [indent + words[0]]
+    for word in words[1:]:
+        if _columns(rows[-1]) + 1 + _columns(word) <= width:
+            rows[-1] += f' {word}'
+        else:
+            rows.append(f'{indent}  {word}')
+    return '\n'.join(rows)
+
+
+def _columns(text):
+    """The width of a text; Chinese, Japanese, Korean and emoji take two columns."""
+    return sum(
+        0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in 'WF')
+        for c in text
+    )
 
 
 def format_duration(seconds: float) -> str:

@@ -59,8 +59,8 @@ class NonFiniteGuard:
             return
         with jax.transfer_guard('allow'):
             save_dump(self._run, state, number, self._epoch)
+            rate = float(self._run.schedule(number - 1))
         path = os.path.join(self._run.workdir, DUMP_FILE)
-        rate = float(self._run.schedule(number - 1))
         what = 'the loss or its gradient is not finite'
         if skip:
             what += f' for the {self.skipped}th step of this epoch'

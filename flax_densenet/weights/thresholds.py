@@ -33,6 +33,29 @@ class Thresholds(decision_entry.Entry):
             raise ValueError('a value is not from 0 to 1')
 
 
+def describe_rule(rule: str) -> str:
+    """What a rule chooses, after "chosen for"; `train.threshold` names the rules.
+
+    >>> describe_rule('sensitivity=0.95')
+    'the largest specificity with a sensitivity of at least 95%'
+    """
+    name, _, value = rule.partition('=')
+    if name in ('sensitivity', 'specificity'):
+        other = {'sensitivity': 'specificity', 'specificity': 'sensitivity'}[name]
+        share = f'{100 * float(value):.6g}%'
+        return f'the largest {other} with a {name} of at least {share}'
+    if name == 'cost':
+        negative, positive = value.split(':')
+        return (
+            f'the lowest cost, where a false negative costs {negative} and a false '
+            f'positive {positive}'
+        )
+    return {
+        'youden': "the largest sum of sensitivity and specificity (Youden's index)",
+        'f1': 'the largest F1',
+    }.get(name, rule)
+
+
 def is_positive(probabilities, values: Sequence[float | None]) -> np.ndarray:
     """Which classes are above their thresholds: bool `[..., C]`.
 

@@ -59,7 +59,10 @@ def test_old_runs_stay_as_they_were_until_they_are_calibrated(run, main):
     assert again == pytest.approx(1 / json.loads(before)['calibration']['scale'][0])
     np.testing.assert_allclose(predict(run), calibrated, atol=1e-6)
     status, out, _ = main('calibrate', run, '--nocalibrate', '--threshold=f1')
-    assert status == 0 and 'at thresholds by f1, with 95% intervals' in out
+    assert (
+        status == 0
+        and 'at thresholds chosen for the largest F1, with 95% intervals' in out
+    )
     np.testing.assert_array_equal(predict(run), raw)
     values = decisions.load(str(run), 10).thresholds.values
     assert sum(value is not None for value in values) >= 8

@@ -385,6 +385,19 @@ def test_patients_in_the_paths_of_classes(tmp_path, capsys):
         dataset.load_source(f'folder:{tmp_path / "x"}', groups='path:z')
 
 
+def test_the_table_is_not_passed_over(tmp_path, capsys):
+    """It lies among the images and is read; another table is not."""
+    write_images(tmp_path, {'x': 12}, size=(8, 8))
+    rows = [f'{i:03}.jpg,{("cat", "dog")[i % 2]}' for i in range(12)]
+    table = tmp_path / 'labels.csv'
+    table.write_text('\n'.join(['image,label', *rows]))
+    dataset.load_source(f'folder:{tmp_path}', labels=str(table), image_size=8)
+    assert 'passed over' not in capsys.readouterr().out
+    (tmp_path / 'x' / 'labels.csv').write_text('')
+    dataset.load_source(f'folder:{tmp_path}', labels=str(table), image_size=8)
+    assert 'passed over 1 .csv' in capsys.readouterr().out
+
+
 def test_classes_of_a_table(tmp_path, capsys):
     write_images(tmp_path, {'x': 12}, size=(8, 8))
     rows = [f'{i:03}.jpg,{("cat", "dog")[i % 2]},p{i // 2}' for i in range(10)]

@@ -65,7 +65,7 @@ def test_training_images_are_bounded(caplog):
     ]
     fit(select(count=10, part='test'), caplog, unusual='neighbor')
     assert '10 test images, of which 95%' in caplog.text
-    assert '19 are needed for that share' in caplog.text
+    assert 'a reliable limit needs at least 19 images' in caplog.text
 
 
 def test_without_training_images(caplog):

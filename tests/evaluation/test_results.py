@@ -140,7 +140,9 @@ def test_thresholds_decide(tmp_path):
     assert found.metrics['accuracy'] == pytest.approx((0 + 1 + 1) / 3)
     assert found.metrics['thresholds']['rule'] == 'f1'
     assert found.metrics['classes'][0]['recall'] == 0
-    assert 'at thresholds by f1' in results.format_metrics_table(found, '')
+    assert 'at thresholds chosen for the largest F1' in results.format_metrics_table(
+        found, ''
+    )
     found, rows = measure(np.array([0, 1, 1], np.int32), None, 0.6)
     assert [row['predicted'] for row in rows] == ['a', 'b', 'a']
     assert [row['positive'] for row in rows] == ['', 'b', '']

@@ -1,4 +1,4 @@
-"""The section of the report about what the model does not know."""
+"""The section of the report about uncertainty."""
 
 import re
 import types
@@ -29,7 +29,12 @@ def results(*, several=False, others=None, scored=True):
         probabilities[100:], given[100:], made, scores=scores, others=others
     )
     return types.SimpleNamespace(
-        doubt=measured, unusual=scores, others=others, class_names=NAMES, decisions=made
+        doubt=measured,
+        unusual=scores,
+        others=others,
+        class_names=NAMES,
+        decisions=made,
+        multi_label=several,
     )
 
 
@@ -40,7 +45,7 @@ def test_section_is_drawn():
     assert len(section['charts']) == 4
     text = ''.join(section['charts'])
     assert 'cats &amp; dogs' in text and 'limit' in text
-    assert 'Asked for 90%: ' in text and 'NaN' not in text and 'nan' not in text
+    assert 'Target 90%: ' in text and 'NaN' not in text and 'nan' not in text
     row = next(row for row in section['shown'] if row['asked'] == 0.9)
     lowest = min(zip(row['classes'], NAMES, strict=True))
     assert row['lowest'] == f'{lowest[1]} ({render.percent(lowest[0])})'

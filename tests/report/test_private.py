@@ -10,6 +10,7 @@ import pytest
 from flax_densenet.data import dataset
 from flax_densenet.evaluation import results, subgroups
 from flax_densenet.report import compare, page, private, render, subgroup_tables
+from flax_densenet.weights import decisions, thresholds
 from helpers.pages import write_run
 from helpers.runs import tiny_trained, write_images
 
@@ -53,7 +54,10 @@ def test_report(made, weights, monkeypatch):
             'view': np.array(['from above', 'from <side>'])[places],
         },
     )
-    found = dataclasses.replace(found)  # measured anew
+    fitted = decisions.Decisions(None, '', 2, f'folder:{folder}', 'val', 9)
+    chosen = thresholds.Thresholds('f1', (None, 0.5))
+    fitted = dataclasses.replace(fitted, thresholds=chosen)
+    found = dataclasses.replace(found, decisions=fitted)  # measured anew
     workdir = write_private(folder / f'Doe-run-{bool(weights)}', source)
     if weights:
         trained = type(trained)(**(vars(trained) | {'step': None}))
@@ -64,6 +68,7 @@ def test_report(made, weights, monkeypatch):
     assert '<title>Report: ' in text and 'batch_size' in text
     assert 'Metrics by view' in text and 'from &lt;side&gt;' in text
     assert 'by site (path)' not in text
+    assert 'Thresholds were fitted on 9 validation images.' in ' '.join(text.split())
     assert f'{found.metrics["accuracy"] * 100:.1f}%' in text and 'ants' in text
     # All of it is there otherwise, which the test has to find.
     path = page.save_report(

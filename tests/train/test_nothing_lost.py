@@ -6,18 +6,28 @@ import os
 import signal
 import threading
 import time
+import types
 
 import jax
 import numpy as np
+import optax
 import pytest
 
-from flax_densenet import UserError, create_model, errors, init_variables
+from flax_densenet import UserError, create_model, errors, init_variables, settings
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.checkpoints import writer as checkpoint_writer
 from flax_densenet.data import dataset, pipeline
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.system import atomic, lock, signals
-from flax_densenet.train import announce, fit, optimizers, phases, prepare, step
+from flax_densenet.train import (
+    announce,
+    fit,
+    nonfinite,
+    optimizers,
+    phases,
+    prepare,
+    step,
+)
 from helpers.runs import (
     assert_equal_bits,
     change_settings,
@@ -235,6 +245,20 @@ def test_stop_and_skip(tmp_path, monkeypatch, capsys):
     assert layer['parameters']['nonfinite'] == layer['gradients']['nonfinite'] == 0
     assert layer['parameters']['min'] < 0 < layer['parameters']['max']
     assert 'batch norm' in dump['layers']['norm5/mean']
+
+
+def test_the_rate_of_a_bad_step_is_told(monkeypatch):
+    """Schedules compute on the device, which the loop else forbids."""
+    monkeypatch.setattr(nonfinite, 'save_dump', lambda *_: None)
+    run = types.SimpleNamespace(
+        settings=settings.from_config({}),
+        workdir='run',
+        schedule=optax.cosine_onecycle_schedule(100, 1e-2),
+    )
+    guard = nonfinite.NonFiniteGuard(run, 1, 10)
+    bad = pytest.raises(UserError, match=r'step 5, .*learning_rate=0\.000')
+    with jax.transfer_guard('disallow'), bad:
+        guard.see(5, np.nan, None)
 
 
 def test_a_probe_on_cached_features_that_overflows(tmp_path):

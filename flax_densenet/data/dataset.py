@@ -352,6 +352,7 @@ def _table_options(data, for_training):
         for_training=for_training,
         soft=data.soft_labels,
         subgroups=data.subgroups,
+        held_out_chooses=not data.val_fraction and not data.folds,
     )
 
 

@@ -7,7 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from flax_densenet.data import cells, labeled, listing, notes, parts, readers
+from flax_densenet.data import (
+    cells,
+    label_options,
+    labeled,
+    listing,
+    notes,
+    parts,
+    readers,
+)
 from flax_densenet.errors import UserError, printable
 from flax_densenet.system import paths as paths_lib
 from flax_densenet.system import result_folders
@@ -42,13 +50,14 @@ def find(
     name: str,
     *,
     bad_images: str,
-    groups: str = 'auto',
+    options: label_options.Options | None = None,
     known_classes: Sequence[str] | None = None,
     channels: int = 3,
 ) -> readers.Listing:
     """Lists the images of `data.source=folder:NAME` by class.
 
     Args:
+      options: its `groups`, and what the held-out part is for.
       known_classes: of a trained model, for which one class is enough.
       channels: of the images, see `images.Preparation`.
 
@@ -57,6 +66,8 @@ def find(
         image that can be read.
     """
     field = f'data.source=folder:{name}'
+    options = options or label_options.Options()
+    groups = options.groups
     root = paths_lib.resolve(name, 'data.source=folder:')
     layout = find_layout(field, root)
     names = _class_names(field, root, layout, 1 if known_classes else 2)
@@ -82,7 +93,7 @@ def find(
             'case or spaces; if they are one class, move the images into one folder'
         )
     if others:
-        _say_parts(field, root, layout, [len(train), *map(len, others)])
+        _say_parts(field, root, layout, [len(p) for p in (train, *others)], options)
     for folder, part in zip(layout.parts[1:], others, strict=True):
         _say_missing(field, _below(root, folder), names, labels[part])
     if groups.startswith('column:'):
@@ -112,10 +123,10 @@ def _say_missing(field, part, names, labels):
         )
 
 
-def _say_parts(field, root, layout, counts):
-    what = ['to train on', 'which chooses the best epoch']
+def _say_parts(field, root, layout, counts, options):
+    what = ['to train on', options.of_held_out]
     if layout.test is not None:
-        what.append('which is measured once, at the end')
+        what[1:] = 'which chooses the best epoch', 'which is measured once, at the end'
     train, *others = [
         f'{count} images in {_below(root, folder)}{"," * (place > 0)} {purpose}'
         for place, (folder, count, purpose) in enumerate(

@@ -26,6 +26,8 @@ class Options:
         needs no negative images.
       soft: the span of the targets of `soft`, see `soft_labels`.
       subgroups: columns that divide the images for the report, see `subgroup_columns`.
+      held_out_chooses: the only part that is held out chooses the best epoch. Otherwise
+        others do, such as those of `data.val_fraction`.
     """
 
     kind: str = 'auto'
@@ -37,6 +39,14 @@ class Options:
     for_training: bool = True
     soft: tuple[float, float] = soft_labels.SPAN
     subgroups: str = 'auto'
+    held_out_chooses: bool = True
+
+    @property
+    def of_held_out(self) -> str:
+        """What the only part that is held out is for, in a message."""
+        if self.held_out_chooses:
+            return 'which chooses the best epoch'
+        return 'which is measured once, at the end'
 
     def __post_init__(self):
         for name in ('blank', 'uncertain'):

@@ -64,7 +64,7 @@ def _find_folder(
     return folders.find(
         name,
         bad_images=bad_images,
-        groups=table.groups,
+        options=table,
         known_classes=known_classes,
         channels=channels,
     )
@@ -72,7 +72,7 @@ def _find_folder(
 
 def _find_tar(name, *, bad_images, table=None, known_classes=None, channels=3, **_):
     groups = table.groups if table else 'auto'
-    reader, names, ends = tar.load(name, known_classes, groups=groups)
+    reader, names, ends = tar.load(name, known_classes, options=table)
     bad = listing.check_files(reader, bad_images, name=reader.name, channels=channels)
     good = np.array([i for i in range(len(reader)) if i not in bad], np.int64)
     train, *others = np.split(good, np.searchsorted(good, ends[:-1]))

@@ -258,9 +258,11 @@ def _number(table, name, roles):
     pieces = [f'{counts[parts_lib.TRAIN]} images to train on']
     for part in (parts_lib.VAL, parts_lib.TEST):
         if counts[part]:
-            what = 'which chooses the best epoch'
-            if number[part] == 2:
-                what = 'which is measured once, at the end'
+            what = table.options.of_held_out
+            if counts[parts_lib.VAL] and counts[parts_lib.TEST]:
+                what = 'which chooses the best epoch'
+                if part == parts_lib.TEST:
+                    what = 'which is measured once, at the end'
             pieces.append(f'{counts[part]} of {part}, {what}')
     if len(pieces) == 1:
         pieces.append('none of val or test, so that a part of them is split off')

@@ -14,6 +14,7 @@ import numpy as np
 
 from flax_densenet.data import (
     cells,
+    label_options,
     listing,
     notes,
     parts,
@@ -68,7 +69,10 @@ class TarReader(readers.Reader):
 
 
 def load(
-    name: str, known_classes: Sequence[str] | None = None, *, groups: str = 'auto'
+    name: str,
+    known_classes: Sequence[str] | None = None,
+    *,
+    options: label_options.Options | None = None,
 ) -> tuple[TarReader, list[str], list[int]]:
     """Lists the images of one tar file, or of all tar files in a folder.
 
@@ -77,7 +81,8 @@ def load(
     Args:
       name: a tar file, or a folder with `*.tar` or `{train,val,test}/*.tar`. Tars with
         `train`, `val` and `test` in their names are also the parts.
-      groups: `data.groups`; `column:NAME` is a field of the samples' JSON.
+      options: its `groups`, where `column:NAME` is a field of the samples' JSON, and
+        what the held-out part is for.
 
     Returns:
       The reader, the class names, and the index behind the last image of each part.
@@ -86,6 +91,8 @@ def load(
       UserError: there are none, one is damaged, or a sample has no image or label.
     """
     field = f'data.source=tar:{name}'
+    options = options or label_options.Options()
+    groups = options.groups
     path = paths.resolve(name, 'data.source=tar:')
     by_part = _find_tars(field, name, path)
     tars = [tar for inside in by_part for tar in inside]
@@ -95,10 +102,10 @@ def load(
     sizes = [len(inside) for inside in by_tar]
     ends = np.cumsum(sizes)[np.cumsum([len(inside) for inside in by_part]) - 1].tolist()
     if len(by_part) > 1:
-        _say_parts(field, path, by_part, np.diff([0, *ends]))
+        _say_parts(field, path, by_part, np.diff([0, *ends]), options)
     which = np.repeat(np.arange(len(tars), dtype=np.int32), sizes)
     samples = [sample for inside in by_tar for sample in inside]
-    if len(by_part) == 1 and (order := _order_by_part(field, samples)):
+    if len(by_part) == 1 and (order := _order_by_part(field, samples, options)):
         order, ends = order
         samples, which = [samples[i] for i in order], which[order]
     root = path if os.path.isdir(path) else os.path.dirname(path)
@@ -227,13 +234,15 @@ def _choose(by_part):
     return [by_part[part] for part in parts.USED if part in by_part]
 
 
-def _say_parts(field, root, by_part, counts):
+def _say_parts(field, root, by_part, counts, options):
     """The line about the parts and their numbers of images."""
     shown = [
         os.path.relpath(tars[0], root) + (', ...' if len(tars) > 1 else '')
         for tars in by_part
     ]
-    what = 'to train on', 'choose the best epoch', 'are measured once, at the end'
+    what = ['to train on', 'choose the best epoch', 'are measured once, at the end']
+    if len(by_part) == 2 and not options.held_out_chooses:
+        del what[1]
     pieces = [
         f'{count} {purpose} ({place})'
         for count, purpose, place in zip(counts, what, shown, strict=False)
@@ -265,7 +274,7 @@ def _check_classes(field, names, labels, first_test):
         )
 
 
-def _order_by_part(field, samples):
+def _order_by_part(field, samples, options):
     """Of samples in folders called train, val and test: their order, and parts' ends.
 
     None where the folders within the tars are no parts.
@@ -286,9 +295,11 @@ def _order_by_part(field, samples):
         [i for i, top in enumerate(tops) if role_of[top[0]] == part] for part in used
     ]
     order = [i for inside in by_part for i in inside]
-    what = ['images to train on', f'of {used[1]}, which chooses the best epoch']
-    what.append(f'of {used[-1]}, which is measured once, at the end')
-    pieces = [f'{len(n)} {purpose}' for n, purpose in zip(by_part, what, strict=False)]
+    what = ['images to train on', f'of {used[1]}, {options.of_held_out}']
+    if len(used) > 2:
+        what[1] = f'of {used[1]}, which chooses the best epoch'
+        what.append(f'of {used[2]}, which is measured once, at the end')
+    pieces = [f'{len(n)} {purpose}' for n, purpose in zip(by_part, what, strict=True)]
     aside = len(samples) - len(order)
     notes.say(
         f'{field}: the folders within are parts: {", ".join(pieces)}'

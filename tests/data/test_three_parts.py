@@ -2,6 +2,7 @@
 
 import hashlib
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -240,3 +241,33 @@ def test_a_checkpoint_knows_its_three_parts(three):
     assert not identity.has_same_names(saved, source)
     (three / 'val/a/000.jpg').rename(three / 'val/a/new.jpg')
     assert not identity.has_same_names(old, load(f'folder:{three}'))
+
+
+@pytest.mark.parametrize('kind', ['folder', 'table', 'tar', 'folders in a tar'])
+def test_the_line_says_what_the_held_out_part_is_for(kind, three, tmp_path, capsys):
+    shutil.rmtree(three / 'val')
+    field, fields = f'folder:{three}', {}
+    paths = sorted(three.rglob('*.jpg'))
+    if kind == 'table':
+        rows = [f'{p.relative_to(three)},{p.parts[-2]},{p.parts[-3]}' for p in paths]
+        table = tmp_path / 'labels.csv'
+        table.write_text('\n'.join(['image,class,split', *rows]))
+        fields['labels'] = str(table)
+    elif kind != 'folder':
+        field = f'tar:{tmp_path}/tars'
+        (tmp_path / 'tars').mkdir()
+        for part in 'train', 'test':
+            name = part if kind == 'tar' else 'all'
+            with tarfile.open(tmp_path / 'tars' / f'{name}.tar', 'a') as tar:
+                for path in paths:
+                    if path.parts[-3] == part:
+                        tar.add(path, f'{part}/{path.parts[-2]}_{path.name}')
+                        label = path.with_suffix('.cls')
+                        label.write_text(path.parts[-2])
+                        tar.add(label, f'{part}/{label.parts[-2]}_{label.name}')
+    said = []
+    for more in {}, {'val_fraction': 0.3}, {'folds': 2}:
+        load(field, **fields, **more)
+        line = capsys.readouterr().out
+        said.append(['best epoch' in line, 'measured once, at the end' in line])
+    assert said == [[True, False], [False, True], [False, True]]

@@ -135,6 +135,13 @@ class _Reading(table_columns.Columns):
 
     def _may_be_labels(self, left):
         """Columns that do not hold numbers of folds or patients."""
+        for name in filter(self.is_group, left):
+            cells = self.columns[name]
+            if not cells_lib.yes_or_no(cells)[1] and not cells_lib.says_nothing(cells):
+                self._why_not[name] = (
+                    f'its column {name} is taken for one of patients by its name; '
+                    'data.label_columns takes it for a label'
+                )
         return [
             name
             for name in left

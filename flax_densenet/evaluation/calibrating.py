@@ -135,7 +135,7 @@ def fit_labels(
 def _describe(logits, labels, methods, scales, biases):
     made = calibration_lib.Calibration(tuple(methods), tuple(scales), tuple(biases))
     before, after = (
-        float(np.nanmean(label_log_losses(one, labels)))
+        metrics_lib.label_loss(one, labels)
         for one in (logits, made.apply(np.float64(logits)))
     )
     if not made.changes:

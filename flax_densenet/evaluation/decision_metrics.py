@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_densenet.evaluation import calibrating, choosing
+from flax_densenet.evaluation import calibrating, choosing, delong, intervals
 from flax_densenet.evaluation import metrics as metrics_lib
 
 # Of a decision curve.
@@ -23,16 +23,17 @@ def of_classes(
       logits: `[N, C]`, as predictions have them.
       raw_logits: before the model's calibration; None if it has none.
       labels: int `[N]`.
-      scale: of the model's calibration, or None.
+      scale: of the model's calibration; None if it has none, or if each fold of a
+        cross-validation has its own.
 
     Returns:
-      `applied`, whether the model is calibrated; `temperature`, its own or, if it has
-      none, the best for these very images; `before` and `after`, each with `error`
-      (expected calibration error) and `bins` of `metrics.reliability`, `loss` (nats)
-      and `brier` (see `brier`).
+      `applied`, whether the model is calibrated; `temperature`, its own (None if each
+      fold has its own) or, if it has none, the best for these very images; `before`
+      and `after`, each with `error` (expected calibration error) and `bins` of
+      `metrics.reliability`, `loss` (nats) and `brier`.
     """
-    if raw_logits is not None and scale is not None:
-        made = {'applied': True, 'temperature': 1 / scale}
+    if raw_logits is not None:
+        made = {'applied': True, 'temperature': 1 / scale if scale else None}
         before, after = raw_logits, logits
     else:
         temperature = metrics_lib.best_temperature(
@@ -82,8 +83,9 @@ def of_labels(
       `applied`, whether the model is calibrated; `temperature`, None, as there is none
       of all labels; `before` and `after` (None if it is not calibrated): of all known
       labels together `error` and `bins` of `metrics.reliability`, where a bin's
-      `accuracy` is the share of positives; `loss` and `brier`, means over the labels;
-      and `labels`, a row for each label with its name and the same numbers.
+      `accuracy` is the share of positives; `loss` of `metrics.label_loss`; `brier`,
+      the mean over the labels; and `labels`, a row for each label with its name and
+      its `error`, `loss` and `brier`.
     """
     if raw_logits is None:
         return {
@@ -116,12 +118,19 @@ def _of_labels(logits, labels, names):
             row['brier'] = float(np.square(p - true).mean())
         rows.append(row)
     all_of_them = metrics_lib.reliability(probabilities[known], labels[known] > 0.5)
-    means = {k: metrics_lib.mean([row[k] for row in rows]) for k in ('loss', 'brier')}
-    return all_of_them | means | {'labels': rows}
+    return all_of_them | {
+        'loss': metrics_lib.label_loss(logits, labels),
+        'brier': metrics_lib.mean([row['brier'] for row in rows]),
+        'labels': rows,
+    }
 
 
 def at_thresholds(
-    labels: np.ndarray, probabilities: np.ndarray, values, names
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    values,
+    names,
+    groups: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
     """What the classes with a threshold are worth at it.
 
@@ -130,49 +139,92 @@ def at_thresholds(
       probabilities: `[N, C]`.
       values: C thresholds, None for classes without one.
       names: C names.
+      groups: `[N]`, whose image each is; None if that is unknown.
 
     Returns:
       A row for each class with a threshold: `name`, `threshold`, `positives` and
-      `negatives` (actual ones), and of each of `sensitivity`, `specificity`, `ppv` and
-      `npv` the share and, with `_interval`, Wilson's 95% interval; None where there is
-      nothing to divide by. Also `average_precision`.
+      `negatives` (actual ones); the images that are `found`, `missed`, `false_alarms`
+      and `left_alone` at the threshold; of each of `sensitivity`, `specificity`,
+      `ppv`, `npv` and `accuracy` (right decisions) the share and, with `_interval`,
+      its 95% interval of `share_interval`; None where there is nothing to divide by.
+      Also `average_precision`.
     """
     rows = []
     for place, value in enumerate(values):
         if value is not None:
             true, probability = choosing.of_class(labels, probabilities, place)
-            row = {'name': str(names[place])} | at_threshold(true, probability, value)
-            rows.append(row)
+            own = groups
+            if groups is not None and labels.ndim == 2:
+                own = groups[~np.isnan(labels[:, place])]
+            row = at_threshold(true, probability, value, own)
+            rows.append({'name': str(names[place])} | row)
     return rows
 
 
 def at_threshold(
-    true: np.ndarray, probability: np.ndarray, threshold: float
+    true: np.ndarray,
+    probability: np.ndarray,
+    threshold: float,
+    groups: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """A row of `at_thresholds` without its name.
 
     Args:
       true: bool `[N]`.
       probability: `[N]`.
+      groups: `[N]`, or None.
     """
     positive = probability > threshold
-    tp, fp = int((positive & true).sum()), int((positive & ~true).sum())
-    fn, tn = int(true.sum()) - tp, int((~true).sum()) - fp
+    right = positive == true
     row: dict[str, Any] = {
         'threshold': float(threshold),
-        'positives': tp + fn,
-        'negatives': fp + tn,
+        'positives': int(true.sum()),
+        'negatives': int((~true).sum()),
+        'found': int((positive & true).sum()),
+        'missed': int((~positive & true).sum()),
+        'false_alarms': int((positive & ~true).sum()),
+        'left_alone': int((~positive & ~true).sum()),
     }
-    for name, right, count in (
-        ('sensitivity', tp, tp + fn),
-        ('specificity', tn, fp + tn),
-        ('ppv', tp, tp + fp),
-        ('npv', tn, fn + tn),
+    for name, rows in (
+        ('sensitivity', true),
+        ('specificity', ~true),
+        ('ppv', positive),
+        ('npv', ~positive),
+        ('accuracy', np.ones_like(true)),
     ):
-        row[name] = right / count if count else None
-        row[f'{name}_interval'] = metrics_lib.wilson(right, count)
+        row[name] = float(right[rows].mean()) if rows.any() else None
+        row[f'{name}_interval'] = share_interval(
+            right[rows], None if groups is None else groups[rows]
+        )
     row['average_precision'] = average_precision(true, probability)
     return row
+
+
+def share_interval(
+    hits: np.ndarray, groups: np.ndarray | None = None
+) -> list[float] | None:
+    """Wilson's 95% interval of a share; None if it cannot be told.
+
+    With groups it is that of as many independent images as would vary as much as the
+    groups do (Korn and Graubard, Survey Methodology 1998); of shares of 0 and 1, of
+    which the variance is not known, as many as there are groups.
+
+    Args:
+      hits: bool `[n]`.
+      groups: `[n]`, whose image each is, or None.
+    """
+    count = len(hits)
+    if groups is None or not count:
+        return metrics_lib.wilson(int(hits.sum()), count)
+    units = len(np.unique(groups))
+    if units < 2:
+        return None
+    share = float(hits.mean())
+    variance = delong.deviation((hits - share) / count, groups) ** 2
+    independent = float(units)
+    if 0 < share < 1:
+        independent = min(count, share * (1 - share) / max(variance, 1e-300))
+    return intervals.wilson(share, independent).tolist()
 
 
 def average_precision(true: np.ndarray, probability: np.ndarray) -> float | None:

@@ -1,5 +1,6 @@
 """Lines of text about calibration and thresholds."""
 
+import textwrap
 from typing import Any
 
 from flax_densenet.evaluation import metrics as metrics_lib
@@ -52,15 +53,42 @@ def threshold_lines(metrics: dict[str, Any]) -> list[str]:
         lines.append(f'{name:<{width}}  {row["threshold"]:.3f}  {cells}'.rstrip())
     if len(rows) > _ROWS:
         lines.append(f'({len(rows) - _ROWS} more classes: see eval.json)')
+    if metrics['confused'] is not None:  # images have one class each
+        line = describe_likeliest(metrics)
+        lines += textwrap.wrap(line, 88, subsequent_indent='  ')
     return lines
+
+
+def describe_likeliest(metrics: dict[str, Any]) -> str:
+    """Which numbers are not of the thresholds, if images have one class each.
+
+    With two classes also what the decisions at the threshold are worth together.
+    """
+    rows = metrics['thresholds']['classes']
+    line = (
+        'The accuracy, precision, recall, F1 and the confusion matrix are of the most '
+        'likely class, whatever the threshold.'
+    )
+    if len(metrics['classes']) > 2 or len(rows) != 1:
+        return line.replace('the threshold', 'the thresholds')
+    row = rows[0]
+    low, high = row['accuracy_interval'] or (None, None)
+    ends = '' if low is None else f' ({low:.1%} to {high:.1%})'
+    return (
+        f'{line} At the threshold of {row["name"]}, {row["found"]:,} of its '
+        f'{row["positives"]:,} images are found, with {row["false_alarms"]:,} false '
+        f'alarms on the {row["negatives"]:,} others: {row["accuracy"]:.1%}{ends} of '
+        'the decisions are right.'
+    )
 
 
 def _share(row, name):
     """`0.950 (0.912-0.973)`"""
     if row[name] is None:
         return '-'
-    low, high = row[f'{name}_interval']
-    return f'{row[name]:.3f} ({low:.3f}-{high:.3f})'
+    ends = row[f'{name}_interval']
+    interval = f' ({ends[0]:.3f}-{ends[1]:.3f})' if ends else ''
+    return f'{row[name]:.3f}{interval}'
 
 
 def describe_fit(

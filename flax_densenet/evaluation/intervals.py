@@ -83,7 +83,7 @@ def measure(
     if places is None or not ends['accuracy'][0] < ends['accuracy'][1]:
         # The accuracy of labels, a mean of shares, has that of `measure_labels`.
         several = labels.ndim == 2
-        ends['accuracy'] = _wilson(np.nan if several else values['accuracy'], units)
+        ends['accuracy'] = wilson(np.nan if several else values['accuracy'], units)
     return about | {'intervals': _tidy(ends, pairs=True)}
 
 
@@ -158,11 +158,11 @@ def _correct(ends, values, counts, labels, positive, places):
         if places is None:
             flat[:] = True
         with np.errstate(invalid='ignore', divide='ignore'):
-            wilson = _wilson(right / total, units[among])
-        rows[name][flat] = wilson[flat]
+            flat_ends = wilson(right / total, units[among])
+        rows[name][flat] = flat_ends[flat]
     either = true + predicted - hits if places is None else units['either']
     with np.errstate(invalid='ignore', divide='ignore'):
-        both = _wilson(hits / (true + predicted - hits), either)
+        both = wilson(hits / (true + predicted - hits), either)
     flat = np.isin(found['f1'], (0, 1))
     rows['f1'][flat] = (2 * both / (1 + both))[flat]
     if 'auroc' in rows and 'auroc' in found:
@@ -191,7 +191,7 @@ def _count_units(labels, positive, places, classes):
     return units
 
 
-def _wilson(share, count):
+def wilson(share, count) -> np.ndarray:
     """Wilson's 95% intervals of shares of so many: `[..., 2]`."""
     z = 1.959963984540054
     share, count = np.asarray(share, float), np.asarray(count, float)

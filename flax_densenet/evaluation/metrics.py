@@ -174,13 +174,11 @@ def measure_labels(
     number = np.maximum(known.sum(-1), 1)
     wrong = known & (positive != (labels > 0.5))
     right = 1 - wrong.sum(-1) / number
-    signs = np.where(labels > 0.5, -1.0, 1.0)
-    losses = np.where(known, np.logaddexp(0, signs * logits), 0).sum(-1) / number
     return {
         'count': len(labels),
         'accuracy': float(right.mean()),
         'accuracy_interval': _normal_interval(right),
-        'loss': float(losses.mean()),
+        'loss': label_loss(logits, labels),
         'top5': None,
         'macro': {
             name: mean([rows[c][name] for c in np.flatnonzero(known.any(0))])
@@ -191,6 +189,19 @@ def measure_labels(
         'confused': None,
         'calibration': calibration,
     }
+
+
+def label_loss(logits: np.ndarray, labels: np.ndarray) -> float:
+    """Cross-entropy of the known labels of an image, averaged over images; in nats.
+
+    Args:
+      logits: `[N, L]`.
+      labels: `[N, L]` of 0, 1 and NaN (unknown, left out).
+    """
+    known = ~np.isnan(labels)
+    signs = np.where(labels > 0.5, -1.0, 1.0)
+    losses = np.where(known, np.logaddexp(0, signs * np.asarray(logits, float)), 0)
+    return float((losses.sum(-1) / np.maximum(known.sum(-1), 1)).mean())
 
 
 def _defined(values):

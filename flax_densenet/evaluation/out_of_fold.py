@@ -93,6 +93,7 @@ class OutOfFold:
             logits=found.logits[rows],
             labels=found.labels[rows],
             raw_logits=None if raw is None else raw[rows],
+            unusual=None if found.unusual is None else found.unusual[rows],
             folds=folds[rows],
         )
 
@@ -229,6 +230,7 @@ def _pool(workdir, found):
     if any(one.raw_logits is not None for one in found):
         parts = [o.logits if o.raw_logits is None else o.raw_logits for o in found]
         raw = np.concatenate(parts)[order]
+    scores = [one.unusual for one in found if one.unusual is not None]
     return results_lib.Results(
         examples,
         found[0].class_names,
@@ -236,6 +238,7 @@ def _pool(workdir, found):
         np.concatenate([one.labels for one in found])[order],
         found[0].outputs,
         raw_logits=raw,
+        unusual=np.concatenate(scores)[order] if len(scores) == len(found) else None,
         folds=np.concatenate(folds)[order],
     )
 

@@ -43,6 +43,9 @@ EVAL_FILE, PREDICTIONS_FILE = 'eval.json', 'predictions.csv'
 EVAL_VERSION = 2  # of the fields of eval.json; files of version 1 do not have it
 ROWS = 40  # classes that the table lists; more would scroll the totals away
 
+# What metrics of decisions are called in the table of classes.
+_SAME = {'sensitivity': 'recall', 'specificity': 'specificity', 'ppv': 'precision'}
+
 Measured = measured_model.Measured
 
 
@@ -131,14 +134,24 @@ class Results:
         extended['subgroups'] = subgroups.measure(
             columns, *arrays, predicted=predicted, groups=self.groups
         )
+        return extended | {'thresholds': self._at_thresholds(extended)}
+
+    def _at_thresholds(self, metrics):
+        """`thresholds` of `metrics`; of labels with the intervals of their classes."""
+        if self.thresholds is None:
+            return None
         chosen = self.decisions and self.decisions.thresholds
-        thresholds = self.thresholds and {
-            'rule': chosen.rule if chosen else None,
-            'classes': decision_metrics.at_thresholds(
-                self.labels, self.probabilities, self.thresholds, names
-            ),
-        }
-        return extended | {'thresholds': thresholds}
+        rows = decision_metrics.at_thresholds(
+            *(self.labels, self.probabilities, self.thresholds, self.class_names),
+            self.groups,
+        )
+        if self.multi_label and self.groups is not None and metrics['intervals']:
+            every = metrics['intervals']['classes']
+            there = [n for n, v in enumerate(self.thresholds) if v is not None]
+            for row, place in zip(rows, there, strict=True):
+                for name, same in _SAME.items():
+                    row[f'{name}_interval'] = every[place].get(same)
+        return {'rule': chosen.rule if chosen else None, 'classes': rows}
 
     @functools.cached_property
     def doubt(self) -> dict[str, Any]:

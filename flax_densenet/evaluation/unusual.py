@@ -23,6 +23,7 @@ _MOST_BYTES = 6_000_000
 _MOST_FLOAT32 = 250_000  # numbers that are stored in full
 _MOST_CLASSES = 2000
 _ROWS = 1000
+_LEAST_SPREAD = 1e-5  # from the median to the limit, as a share of the median
 NEIGHBOR = 10  # of a sample of training images
 PER_CLASS = 10  # training images that are looked at, at least
 
@@ -206,7 +207,8 @@ def _bounds(given, val_features, val_logits):
     plain = np.sort(compute(given.plain, val_features, val_logits))
     place = math.ceil((len(plain) + 1) * given.share - 1e-9)
     middle, limit = float(np.median(plain)), float(plain[min(place, len(plain)) - 1])
-    if not middle < limit:  # one image, or all alike
+    # One image, or all alike but for rounding.
+    if limit - middle < _LEAST_SPREAD * abs(middle) or not middle < limit:
         limit = middle + max(abs(middle), 1.0) * 1e-3
     return middle, limit
 

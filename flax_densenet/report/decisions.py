@@ -38,6 +38,7 @@ def describe(found, source_name: str, *, own: bool) -> dict[str, Any]:
         'label_calibration': _label_rows(calibration),
         'fitted': decision_text.describe_fit(found.decisions, source_name, own=own),
         'thresholds': _threshold_rows(metrics),
+        'likeliest': _likeliest(metrics),
         'threshold_rule': _rule(metrics),
         'precision_recall': _precision_recall(found),
         'decision_curves': _decision_curves(found),
@@ -86,7 +87,7 @@ def _label_rows(calibration):
 def _threshold_rows(metrics):
     """Each class with a threshold, its numbers as text with intervals."""
     found = metrics['thresholds'] or {'classes': []}
-    names = ('sensitivity', 'specificity', 'ppv', 'npv')
+    names = ('sensitivity', 'specificity', 'ppv', 'npv', 'accuracy')
     return [
         {
             'name': row['name'],
@@ -99,6 +100,13 @@ def _threshold_rows(metrics):
         }
         for row in found['classes']
     ]
+
+
+def _likeliest(metrics):
+    """What is not of the thresholds, in words; '' if all of it is."""
+    if not metrics['thresholds'] or metrics['confused'] is None:
+        return ''
+    return decision_text.describe_likeliest(metrics)
 
 
 def _interval(ends):

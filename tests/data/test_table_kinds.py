@@ -415,3 +415,13 @@ def test_classes_of_a_table(tmp_path, capsys):
         'image,label,patient,fold',
     )
     assert (len(source.train), len(source.test), source.has_test) == (7, 3, True)
+
+
+def test_a_label_that_has_the_name_of_patients_is_pointed_out(tmp_path):
+    rows = [f'{n}.png,p{n // 2},{n % 2},{n % 3 > 0:d}' for n in range(12)]
+    table = '\n'.join(['image,patient,sick,animal', *rows])
+    (note,) = (line for line in read(tmp_path, table).notes if 'animal' in line)
+    assert 'animal is taken for one of patients by its name' in note
+    found = read(tmp_path, table, columns=('sick', 'animal'))
+    assert found.names == ('sick', 'animal')
+    assert not any('by its name' in line for line in found.notes)

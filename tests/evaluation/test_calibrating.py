@@ -6,6 +6,7 @@ from scipy import special
 from sklearn import base, calibration, frozen, metrics
 
 from flax_densenet.evaluation import calibrating, decision_metrics
+from flax_densenet.evaluation import metrics as metrics_lib
 
 
 class Passed(base.ClassifierMixin, base.BaseEstimator):
@@ -155,8 +156,31 @@ def test_labels_before_and_after():
         y, p = labels[start:, c], special.expit(logits[start:, c])
         assert rows[c]['loss'] == pytest.approx(metrics.log_loss(y, p))
         assert rows[c]['brier'] == pytest.approx(metrics.brier_score_loss(y, p))
-    mean = (rows[0]['loss'] + rows[1]['loss']) / 2
-    assert found['before']['loss'] == pytest.approx(mean)
+    mean = (rows[0]['brier'] + rows[1]['brier']) / 2
+    assert found['before']['brier'] == pytest.approx(mean)
     assert sum(row['count'] for row in found['after']['bins']) == 550
     found = decision_metrics.of_labels(logits, None, labels, 'abc')
     assert not found['applied'] and found['after'] is None
+
+
+def test_losses_of_labels_are_those_of_the_metrics():
+    """Also with unknown labels, so that the numbers before and after compare."""
+    rng = np.random.default_rng(5)
+    labels = np.float32(rng.random((80, 3)) < 0.3)
+    labels[rng.random((80, 3)) < 0.3] = np.nan
+    raw = np.float32(rng.normal(0, 3, (80, 3)))
+    found = decision_metrics.of_labels(raw / 2, raw, labels, 'abc')
+    for logits, part in (raw, 'before'), (raw / 2, 'after'):
+        metrics = metrics_lib.measure_labels(logits, labels, 'abc')
+        assert found[part]['loss'] == metrics['loss']
+    assert found['after']['loss'] != found['before']['loss']
+
+
+def test_folds_with_calibrations_of_their_own_are_calibrated():
+    rng = np.random.default_rng(6)
+    labels, raw = rng.integers(0, 2, 50), rng.normal(0, 3, (50, 2))
+    found = decision_metrics.of_classes(raw / 3, raw, labels, None)
+    assert found['applied'] and found['temperature'] is None
+    expected = metrics_lib.log_losses(raw, labels).mean()
+    assert found['before']['loss'] == pytest.approx(expected)
+    assert found['before']['loss'] > found['after']['loss']

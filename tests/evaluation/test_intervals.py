@@ -1,5 +1,7 @@
 """Intervals beside scikit-learn, scipy, direct sums over pairs and exact cases."""
 
+import types
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -269,3 +271,18 @@ def test_metrics_of_results(tmp_path):
     assert grouped['accuracy_interval'] != made['accuracy_interval']
     assert grouped['intervals']['units'] == 'groups'
     assert grouped['intervals']['unit_count'] == 10
+
+
+def test_labels_have_one_interval_in_both_tables():
+    rng = np.random.default_rng(0)
+    labels = np.float32(rng.random((90, 2)) < 0.4)
+    logits = np.float32(2 * labels - 1 + rng.normal(0, 2, (90, 2)))
+    examples = types.SimpleNamespace(groups=np.arange(90) // 3)
+    found = results.Results(examples, ('a', 'b'), logits, labels).metrics
+    for row, ends in zip(
+        found['thresholds']['classes'], found['intervals']['classes'], strict=True
+    ):
+        assert row['sensitivity_interval'] == ends['recall']
+        assert row['specificity_interval'] == ends['specificity']
+        assert row['ppv_interval'] == ends['precision']
+        assert row['npv_interval'][0] < row['npv'] < row['npv_interval'][1]

@@ -12,11 +12,15 @@ from flax_densenet.errors import UserError
 from flax_densenet.evaluation import (
     choosing,
     decision_metrics,
+    decision_text,
     evaluate,
+    intervals,
+    results,
     selection,
     threshold_rules,
 )
 from flax_densenet.evaluation import metrics as metrics_lib
+from flax_densenet.report import decisions as decisions_page
 from flax_densenet.weights import calibration, decisions, thresholds
 from flax_densenet.weights import trained as trained_lib
 
@@ -113,9 +117,68 @@ def test_metrics_at_a_threshold():
         assert row[f'{name}_interval'] == pytest.approx([ends.low, ends.high])
     expected = metrics.average_precision_score(true, p)
     assert row['average_precision'] == pytest.approx(expected)
+    counts = [row[name] for name in ('left_alone', 'false_alarms', 'missed', 'found')]
+    assert counts == metrics.confusion_matrix(true, positive).ravel().tolist()
+    assert row['accuracy'] == metrics.accuracy_score(true, positive)
     nothing = decision_metrics.at_threshold(np.zeros(3, bool), np.full(3, 0.2), 0.5)
     assert nothing['sensitivity'] is None and nothing['ppv'] is None
     assert nothing['npv'] == 1 and nothing['average_precision'] is None
+
+
+def test_intervals_of_groups_hold_the_true_share():
+    """Those that take the images of a group for independent do not."""
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(30), 8)
+    held, naive = [], []
+    for _ in range(300):
+        hits = rng.uniform(size=240) < np.repeat(rng.beta(2, 0.5, 30), 8)
+        for kept, given in (held, groups), (naive, None):
+            low, high = decision_metrics.share_interval(hits, given)
+            kept.append(low <= 0.8 <= high)
+    assert np.mean(held) > 0.92 and np.mean(naive) < 0.85
+    alone = np.arange(240)
+    one, other = (decision_metrics.share_interval(hits, g) for g in (alone, None))
+    np.testing.assert_allclose(one, other, atol=1e-3)
+    assert decision_metrics.share_interval(np.ones(8, bool), np.zeros(8)) is None
+    low, high = decision_metrics.share_interval(np.ones(8, bool), np.arange(8) // 4)
+    assert high == 1 and low == pytest.approx(intervals.wilson(1, 2)[0])
+
+
+def test_thresholds_of_labels_take_the_groups_of_known_images():
+    labels = np.array([[1, 0], [1, np.nan], [0, 1], [0, 0]], np.float32)
+    p = np.array([[0.9, 0.1], [0.8, 0.9], [0.2, 0.7], [0.6, 0.2]])
+    groups = np.array([0, 0, 1, 2])
+    rows = decision_metrics.at_thresholds(labels, p, (0.5, 0.5), 'ab', groups)
+    assert [row['accuracy'] for row in rows] == [0.75, 1]
+    expected = intervals.wilson(1, 3)  # of the three images whose label is known
+    assert rows[1]['accuracy_interval'] == pytest.approx(expected)
+    one = decision_metrics.at_thresholds(labels, p, (0.5, 0.5), 'ab', 0 * groups)
+    told = {'rule': 'f1', 'classes': one}
+    lines = decision_text.threshold_lines({'thresholds': told, 'confused': None})
+    assert lines[-1].split() == ['b', '0.500', '1.000', '1.000', '1.000', '1.000']
+
+
+def test_what_is_not_of_the_threshold_is_said():
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 2, 60)
+    logits = np.stack([np.zeros(60), 2 * labels - 1 + rng.normal(0, 1.5, 60)], -1)
+    chosen = thresholds.Thresholds('youden', (None, 0.8))
+    made = decisions.Decisions(1, 'x', 2, '', 'val', 60, thresholds=chosen)
+    found = results.Results(
+        [], ('ant', 'bee'), logits.astype('f4'), labels, decisions=made
+    )
+    (row,) = found.metrics['thresholds']['classes']
+    assert row['accuracy'] == np.mean((found.probabilities[:, 1] > 0.8) == labels)
+    assert row['accuracy'] != found.metrics['accuracy']
+    lines = decision_text.threshold_lines(found.metrics)
+    line = ' '.join(map(str.strip, lines[3:]))
+    assert line.startswith('The accuracy, precision, recall, F1 and the confusion')
+    assert max(map(len, lines[3:])) <= 88
+    share = f'{row["accuracy"]:.1%}'
+    assert f'{row["found"]} of its {labels.sum()} images are found' in line
+    assert f'{row["false_alarms"]} false alarms' in line and share in line
+    page = decisions_page.describe(found, '', own=True)
+    assert page['likeliest'] == line
 
 
 def test_rows_of_classes_and_of_labels():

@@ -119,6 +119,9 @@ def test_each_image_is_predicted_once_by_a_model_that_is_new_to_it(made, photos)
         names = [f'probability_{name}' for name in 'abc']
         expected = np.array([[float(row[name]) for name in names] for row in own])
         np.testing.assert_allclose(found, expected, atol=1e-4)
+        scores = [float(row['unusual']) for row in own]
+        expected = [one.unusual for one in predictions]
+        np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-3)
     saved = json.loads((made / 'cv/eval.json').read_text())
     assert saved['out_of_fold'] and (saved['members'], saved['count']) == (FOLDS, 24)
     right = np.mean([row['true'] == row['predicted'] for row in rows])

@@ -108,6 +108,8 @@ def from_files(
         if not isinstance(plain, dict):
             raise ValueError('it must be an object')
         for name, is_good in _FIELDS.items():
+            if name not in plain:
+                raise ValueError('it is missing')
             if not is_good(plain.get(name)):
                 raise ValueError(f'{plain.get(name)!r:.60}')
         name = 'classes'
@@ -171,6 +173,7 @@ def save(model: str, decisions: Decisions):
             plain['arrays'] = hashlib.sha256(content).hexdigest()
             with atomic.replacing(of_arrays, 'wb') as file:
                 file.write(content)
+        plain['checksum'] = _checksum(plain)
         with atomic.replacing(path) as file:
             json.dump(plain, file, indent=1)
             file.write('\n')
@@ -197,6 +200,10 @@ def load(model: str, classes: int) -> Decisions | None:
         with open(path, encoding='utf-8') as file:
             plain = json.load(file)
         arrays = {}
+        if isinstance(plain, dict) and 'checksum' in plain:
+            given = plain.pop('checksum')
+            if given != _checksum(plain):
+                raise ValueError('it is damaged or was changed by hand')
         if isinstance(plain, dict) and plain.get('arrays') is not None:
             arrays = _load_arrays(of_arrays, plain['arrays'])
     except FileNotFoundError:
@@ -207,6 +214,10 @@ def load(model: str, classes: int) -> Decisions | None:
             f'{path} cannot be read ({reason}); delete it, or run calibrate'
         ) from error
     return from_files(path, plain, arrays, classes)
+
+
+def _checksum(plain):
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _load_arrays(path, digest):

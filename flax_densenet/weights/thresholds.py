@@ -7,6 +7,8 @@ import numpy as np
 
 from flax_densenet.weights import decision_entry
 
+_LONGEST = 100  # characters of a rule
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Thresholds(decision_entry.Entry):
@@ -31,6 +33,10 @@ class Thresholds(decision_entry.Entry):
             raise ValueError(f'there are {len(self.values)} values')
         if not all(value is None or 0 <= value <= 1 for value in self.values):
             raise ValueError('a value is not from 0 to 1')
+        try:
+            describe_rule(self.rule[:_LONGEST])
+        except ValueError:
+            raise ValueError(f'rule is {self.rule!r:.60}') from None
 
 
 def describe_rule(rule: str) -> str:

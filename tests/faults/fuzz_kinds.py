@@ -14,7 +14,13 @@ import shutil
 import sys
 import tempfile
 
-from faults import fuzz_arrays, fuzz_bytes, fuzz_seeds, fuzz_tables
+from faults import (
+    fuzz_arrays,
+    fuzz_bytes,
+    fuzz_decisions,
+    fuzz_seeds,
+    fuzz_tables,
+)
 from flax_densenet.data import images, label_table
 from flax_densenet.errors import UserError
 from flax_densenet.weights import torch_pickle, trained, weight_file
@@ -391,6 +397,6 @@ KINDS = {
     re.sub(r'(?<!^)(?=[A-Z])', '_', cls.__name__).lower(): cls
     for cls in (
         *(Images, Dicom, TorchZip, TorchLegacy, Safetensors, Arrays, Hdf5, Keras),
-        *(Labels, Flags, Metadata, fuzz_tables.Tables),
+        *(Labels, Flags, Metadata, fuzz_decisions.Decisions, fuzz_tables.Tables),
     )
 }

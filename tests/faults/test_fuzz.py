@@ -1,6 +1,6 @@
 """Damaged input of every kind ends in a result or in one clear line.
 
-In full (`make faults`) 139,800 inputs, else a few thousand. Input that fails is
+In full (`make faults`) 147,800 inputs, else a few thousand. Input that fails is
 kept, and pytest's message says where; `fuzz_engine.py KIND --first=NUMBER --count=1`
 makes it again.
 """
@@ -30,6 +30,7 @@ COUNTS = {
     'flags': (5_000, 150),
     'metadata': (800, 25),
     'tables': (12_000, 300),
+    'decisions': (8_000, 300),
 }
 
 

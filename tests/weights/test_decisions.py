@@ -95,6 +95,8 @@ def test_arrays_of_another_file(made, tmp_path):
         ('thresholds.values', [0.5], 'there are 1 values'),
         ('thresholds.values', [0.5, 1.5], 'not from 0 to 1'),
         ('thresholds.rule', None, 'rule is None'),
+        ('thresholds.rule', 'sensitivity=x', "rule is 'sensitivity=x'"),
+        ('thresholds.rule', 'cost=1', "rule is 'cost=1'"),
         ('means.limit', True, 'limit is True'),
     ],
 )
@@ -102,6 +104,7 @@ def test_values_that_do_not_fit(made, tmp_path, place, value, line):
     decisions.save(str(tmp_path), made)
     path = tmp_path / decisions.FILE
     content = json.loads(path.read_text())
+    del content['checksum']  # as a stranger's file may have a fitting one
     section, _, name = place.partition('.')
     if name:
         content[section][name] = value
@@ -111,6 +114,32 @@ def test_values_that_do_not_fit(made, tmp_path, place, value, line):
     with pytest.raises(UserError, match='delete it, or run calibrate') as raised:
         decisions.load(str(tmp_path), 2)
     assert line in str(raised.value)
+
+
+def test_a_changed_number_is_not_used(made, tmp_path):
+    """0.25 and 0.85 are both thresholds, so only the checksum tells."""
+    decisions.save(str(tmp_path), made)
+    path = tmp_path / decisions.FILE
+    text = path.read_text()
+    path.write_text(text.replace('0.25', '0.85'))
+    with pytest.raises(UserError, match=r'damaged or was changed by hand.*calibrate'):
+        decisions.load(str(tmp_path), 2)
+    path.write_text(' '.join(text.split()))  # only written in another way
+    assert decisions.load(str(tmp_path), 2).thresholds.values == (None, 0.25)
+
+
+@pytest.mark.parametrize('name', ['version', 'step', 'data'])
+def test_fields_that_are_missing(made, tmp_path, name):
+    decisions.save(str(tmp_path), made)
+    path = tmp_path / decisions.FILE
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({k: content[k] for k in content.keys() - {name}}))
+    with pytest.raises(UserError, match='damaged or was changed'):
+        decisions.load(str(tmp_path), 2)
+    del content['checksum']
+    path.write_text(json.dumps({k: content[k] for k in content.keys() - {name}}))
+    with pytest.raises(UserError, match=f'{name}: it is missing'):
+        decisions.load(str(tmp_path), 2)
 
 
 @pytest.mark.parametrize('text', ['', '[]', '{', '[' * 100_000, 'null', '\udcff'])

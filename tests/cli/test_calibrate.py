@@ -70,6 +70,7 @@ def test_old_runs_stay_as_they_were_until_they_are_calibrated(run, main):
 
 def test_decisions_of_another_checkpoint(run, caplog):
     content = json.loads((run / decisions.FILE).read_text())
+    del content['checksum']
     for name, value in (('step', 1), ('model', 'ab')):
         (run / decisions.FILE).write_text(json.dumps(content | {name: value}))
         caplog.clear()

@@ -1,20 +1,24 @@
-"""Builds the C++ kernels with the machine's compiler, once, and calls them.
+"""Loads the C++ kernels and calls them.
 
-The library is kept in the user's cache folder. Its name is a hash of the source, the
-compiler's flags, the JAX version and the processor, so a stale one is never loaded.
-Without a compiler the dense block runs through XLA, about three times slower.
+A wheel has them for several instruction sets (`compiling.LEVELS`); the best one for the
+processor is loaded. Where there are none, as in a checkout, or they cannot be used, the
+machine's compiler builds them once. What it makes is kept in the user's cache folder,
+named by a hash of the source, the compiler's flags, the JAX version and the processor,
+so a stale library is never loaded. Without a compiler the dense block runs through XLA,
+about three times slower.
+
+`$FLAX_DENSENET_CPU_KERNELS` is `0` for none, `compile` to ignore the wheel's, or one of
+`compiling.LEVELS`, with which different processors compute the same bits.
 """
 
 import concurrent.futures
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import pathlib
 import platform
-import shutil
-import subprocess
-import sys
 import tempfile
 import threading
 
@@ -22,9 +26,9 @@ import jax
 import jaxlib
 import numpy as np
 
-_FOLDER = pathlib.Path(__file__).parent
-_FLAGS = ['-std=c++17', '-O3', '-ffp-contract=fast', '-fno-math-errno', '-shared']
+from flax_densenet.kernels import compiling
 
+_LOGGER = logging.getLogger(__name__)
 
 # Of a precision: the sources, compiled at the same time, and their handlers.
 _FLOAT32 = {
@@ -107,21 +111,68 @@ def _load_bfloat16():
 
 
 def _load_parts(sources):
-    if os.environ.get('FLAX_DENSENET_CPU_KERNELS') == '0':
+    chosen = os.environ.get('FLAX_DENSENET_CPU_KERNELS', '')
+    choices = ('0', '1', 'compile', *compiling.LEVELS)
+    if chosen == '0':
         return 'FLAX_DENSENET_CPU_KERNELS=0'
+    if chosen and chosen not in choices:
+        return f'FLAX_DENSENET_CPU_KERNELS={chosen} is none of {", ".join(choices)}'
+    level = chosen if chosen in compiling.LEVELS else None
+    reason = None
+    if chosen != 'compile' and (compiling.FOLDER / 'built').exists():
+        reason = _try(_packaged, sources, level)
+        if reason is None:
+            return None
+        reason = f'those of the wheel cannot be used: {reason}'
+    why_not_compiled = _try(_build, sources, level)
+    if why_not_compiled is None:
+        if reason:
+            _LOGGER.warning(f'CPU kernels: {reason}; they were compiled here instead')
+        return None
+    return f'{reason}; and {why_not_compiled}' if reason else why_not_compiled
+
+
+def _try(find, sources, level):
+    """Loads the libraries that `find` finds: None, or why they cannot be used."""
     try:
+        if level and (lacking := compiling.lacking(level, _processor_flags())):
+            raise OSError(f'{level} needs {lacking[0]}, which this processor lacks')
         with concurrent.futures.ThreadPoolExecutor() as pool:
-            files = list(pool.map(_build, sources))
+            files = list(pool.map(functools.partial(find, level=level), sources))
         libraries = [ctypes.CDLL(str(file)) for file in files]
-    except (OSError, subprocess.SubprocessError) as error:
+        handlers = {
+            f'flax_densenet_{name}': jax.ffi.pycapsule(getattr(library, name))
+            for names, library in zip(sources.values(), libraries, strict=True)
+            for name in names
+        }
+        # Before the backend has started, XLA only notes what is registered, and does
+        # not start at all if it then finds a handler of a version that it cannot call.
+        jax.local_devices(backend='cpu')
+        for target, handler in handlers.items():
+            jax.ffi.register_ffi_target(target, handler, platform='cpu')
+    except (OSError, AttributeError, RuntimeError) as error:
         return ' '.join(str(error).split())
     _LIBRARIES.update(zip(sources, libraries, strict=True))
-    for source, names in sources.items():
-        for name in names:
-            handler = jax.ffi.pycapsule(getattr(_LIBRARIES[source], name))
-            target = f'flax_densenet_{name}'
-            jax.ffi.register_ffi_target(target, handler, platform='cpu')
     return None
+
+
+def _processor_flags():
+    lines = [x for x in _processor().splitlines() if x.startswith('flags')]
+    return set(lines[0].split()) if lines else set()
+
+
+def _packaged(source, *, level):
+    """Path of the wheel's library of a source for this processor, `level` at most."""
+    names, flags = list(compiling.LEVELS), _processor_flags()
+    for name in names[names.index(level) if level else 0 :]:
+        file = compiling.packaged(name, source)
+        lacking = compiling.lacking(name, flags)
+        if file.exists() and not lacking:
+            return file
+    # The last level needs least.
+    if lacking:
+        raise OSError(f'they need {lacking[0]}, which this processor lacks')
+    raise OSError(f'there is none of {source}')
 
 
 def bfloat16_path(path: str | None = None) -> str:
@@ -160,15 +211,16 @@ def why_bfloat16_is_slow() -> str | None:
     return None
 
 
-def _build(source):
+def _build(source, *, level):
     """Path of the library of one source, compiled unless it is in the cache."""
-    named = os.environ.get('CXX')
-    compiler = shutil.which(named) if named else None
-    compiler = compiler or next(filter(None, map(shutil.which, ('c++', 'g++'))), None)
+    compiler = compiling.find_compiler()
     if compiler is None:
-        raise OSError('no C++ compiler (c++, g++ or $CXX) is installed')
-    key = [repr(_FLAGS), compiler, jaxlib.__version__, _processor()]
-    sources = [_FOLDER / source, *sorted(_FOLDER.glob('*.h'))]
+        raise OSError(compiling.NO_COMPILER)
+    native = '-mcpu=native' if platform.machine() == 'arm64' else '-march=native'
+    instructions = compiling.LEVELS[level] if level else (native,)
+    key = [repr([*compiling.FLAGS, *instructions]), compiler, jaxlib.__version__]
+    key.append(_processor())
+    sources = [compiling.FOLDER / source, *sorted(compiling.FOLDER.glob('*.h'))]
     key = [file.read_bytes() for file in sources] + [text.encode() for text in key]
     folder = cache_folder() / 'kernels'
     name = hashlib.sha256(b'\0'.join(key)).hexdigest()[:24]
@@ -176,18 +228,14 @@ def _build(source):
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    arch = ['-mcpu=native'] if platform.machine() == 'arm64' else ['-march=native']
     with tempfile.TemporaryDirectory(dir=folder) as building:
         output = os.path.join(building, 'kernels.so')
-        command = [compiler, *_FLAGS, *arch, '-I', jax.ffi.include_dir()]
-        if sys.platform != 'win32':
-            command.append('-fPIC')
-        done = subprocess.run(
-            [*command, str(sources[0]), '-o', output], capture_output=True, text=True
+        compiling.run(
+            sources[0],
+            output,
+            include=jax.ffi.include_dir(),
+            instructions=instructions,
         )
-        if done.returncode:
-            errors = [x for x in done.stderr.splitlines() if 'error' in x]
-            raise OSError(f'{compiler} failed: {(errors or ["unknown"])[0]}')
         os.replace(output, target)  # atomic, even if two processes build it
     return target
 

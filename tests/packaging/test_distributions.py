@@ -5,12 +5,6 @@ other packages where these tests find them.
 """
 
 import email
-import os
-import pathlib
-import shutil
-import subprocess
-import sys
-import sysconfig
 import tarfile
 import tomllib
 import zipfile
@@ -18,13 +12,11 @@ import zipfile
 import pytest
 from PIL import Image
 
+from helpers import distributions
+from helpers.distributions import run
 from helpers.paths import ROOT
 
 PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
-BUILD = (
-    'import sys; from setuptools import build_meta; '
-    'getattr(build_meta, sys.argv[1])(sys.argv[2])'
-)
 IMPORT_ALL = """
 import importlib, pathlib, sys
 import flax_densenet
@@ -45,33 +37,19 @@ TINY = (
 )
 
 
-def run(*command, cwd):
-    """Output of a program that sees no checkout."""
-    env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 @pytest.fixture(scope='module')
 def built(tmp_path_factory):
     """Folder with the sdist, the wheel of the checkout, and that of the sdist."""
     folder = tmp_path_factory.mktemp('built')
-    checkout = folder / 'checkout'
-    for name in ('flax_densenet', 'configs', 'tests'):
-        ignored = shutil.ignore_patterns('__pycache__', 'data')
-        if name != 'tests':
-            ignored = shutil.ignore_patterns('__pycache__')
-        shutil.copytree(ROOT / name, checkout / name, ignore=ignored)
-    for name in ('pyproject.toml', 'README.md', 'LICENSE', 'MANIFEST.in', 'launch.py'):
-        shutil.copy(ROOT / name, checkout)
-    run(sys.executable, '-c', BUILD, 'build_sdist', folder, cwd=checkout)
-    run(sys.executable, '-c', BUILD, 'build_wheel', folder / 'wheel', cwd=checkout)
+    checkout = distributions.copy_checkout(folder)
+    pure = {'FLAX_DENSENET_BUILD_KERNELS': '0'}
+    distributions.build('build_sdist', folder, cwd=checkout)
+    distributions.build('build_wheel', folder / 'wheel', cwd=checkout, **pure)
     (sdist,) = folder.glob('*.tar.gz')
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter='data')
     unpacked = folder / sdist.name.removesuffix('.tar.gz')
-    run(sys.executable, '-c', BUILD, 'build_wheel', folder / 'sdist', cwd=unpacked)
+    distributions.build('build_wheel', folder / 'sdist', cwd=unpacked, **pure)
     return folder
 
 
@@ -104,6 +82,7 @@ def test_wheel_holds_the_package_and_the_recipes(built):
         'flax_densenet/kernels/cpu_float32_forward.cc',
     } <= code
     assert 'flax_densenet/kernels/cpu_bf16.h' in code
+    assert wheel_of(built, 'wheel').name.endswith('-py3-none-any.whl')
 
 
 def test_wheel_of_the_source_distribution_is_the_same(built):
@@ -115,6 +94,7 @@ def test_source_distribution_has_no_tests(built):
     with tarfile.open(sdist) as archive:
         names = {name.partition('/')[2] for name in archive.getnames()}
     assert {'LICENSE', 'README.md', 'pyproject.toml', 'configs/base.py'} <= names
+    assert {'setup.py', 'build_tools/backend.py'} <= names
     assert not any(name.startswith('tests') for name in names)
 
 
@@ -148,19 +128,7 @@ def test_all_has_every_extra():
 def installed(request, built, tmp_path_factory):
     """`bin` of an environment with nothing but the distribution and its packages."""
     root = tmp_path_factory.mktemp(request.param) / 'venv'
-    run(sys.executable, '-m', 'venv', '--without-pip', root, cwd=root.parent)
-    python = root / 'bin' / 'python'
-    site = run(
-        *(python, '-c', 'import sysconfig; print(sysconfig.get_path("purelib"))'),
-        cwd=root,
-    )
-    # A line of a .pth file adds a folder, without the .pth files in it.
-    paths = {sysconfig.get_path('purelib'), sysconfig.get_path('platlib')}
-    pathlib.Path(site.strip(), 'others.pth').write_text('\n'.join(paths) + '\n')
-    wheel = wheel_of(built, request.param)
-    pip = (sys.executable, '-m', 'pip', '--python', python)
-    run(*pip, 'install', '-q', '--no-deps', '--no-index', wheel, cwd=root)
-    return root / 'bin'
+    return distributions.install(wheel_of(built, request.param), root)
 
 
 @pytest.mark.slow

@@ -33,8 +33,10 @@ ALLOWED = {
     'flax_densenet/weights/torch_pickle.py': {'pickle'},
     # Raises pickle's error; reads instructions, makes no objects.
     'flax_densenet/weights/pickle_guard.py': {'pickle'},
-    # The compiler, and the library that it made, in the user's own cache.
-    'flax_densenet/kernels/cpu.py': {'subprocess', 'ctypes'},
+    # The libraries of the package, or made by the compiler in the user's own cache.
+    'flax_densenet/kernels/cpu.py': {'ctypes'},
+    # The compiler.
+    'flax_densenet/kernels/compiling.py': {'subprocess'},
     # mallopt, of the C library.
     'flax_densenet/system/process.py': {'ctypes'},
     # git, asked for the commit; the versions of packages.

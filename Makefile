@@ -7,7 +7,8 @@
 # make web         the page of examples/web, which needs npm and no .venv
 # make lint        ruff and mypy
 # make docs        the documentation site, in build/site
-# make wheel       the wheel and the source distribution, in dist
+# make wheel       the source distribution and the wheels, in dist: one of pure Python, and
+#                  on Linux (x86-64) with a C++ compiler one with compiled CPU kernels
 # make dev         everything above in .venv, and git hooks
 
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
@@ -113,8 +114,10 @@ docs: .venv/installed-dev
 	$(BIN)/mkdocs build --strict
 
 wheel: .venv/installed-dev
-	rm -rf dist
-	$(BIN)/python -m build --no-isolation
+	rm -rf dist build/lib build/bdist.*
+	$(BIN)/python -m build --no-isolation --sdist
+	FLAX_DENSENET_BUILD_KERNELS=0 $(BIN)/python -m build --no-isolation --wheel
+	$(BIN)/python -m build --wheel
 	$(BIN)/python -m twine check --strict dist/*
 
 dev: .venv/installed-dev

@@ -76,6 +76,7 @@ def test_image_holds_what_it_copies():
     ]
     let_through = (ROOT / '.dockerignore').read_text()
     assert {'pyproject.toml', 'flax_densenet', 'launch.py', 'configs'} <= set(copied)
+    assert {'setup.py', 'MANIFEST.in', 'build_tools'} <= set(copied)
     for name in copied:
         assert (ROOT / name).exists() and f'\n!{name}\n' in let_through
     extras = re.findall(r'extras=([\w,]+)', text)

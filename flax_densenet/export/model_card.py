@@ -5,6 +5,7 @@ An exported file gets `MODEL_CARD.md` next to it; a folder for the Hugging Face 
 `templates/card.md.jinja`. The card states which facts are unknown.
 """
 
+import functools
 import json
 import os
 import re
@@ -211,6 +212,7 @@ def check_installed():
         import jinja2  # noqa: F401
 
 
+@functools.cache  # with the template that it compiled
 def _environment():
     import jinja2
 

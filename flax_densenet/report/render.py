@@ -6,6 +6,7 @@ prints without JavaScript; the scripts sort the tables, show what the pointer is
 open images.
 """
 
+import functools
 import importlib.resources
 import json
 import os
@@ -50,6 +51,7 @@ def check_installed(what: str):
         import jinja2  # noqa: F401
 
 
+@functools.cache  # with the templates that it compiled
 def make_environment() -> Any:
     """The `jinja2.Environment` of the templates."""
     import jinja2

@@ -70,6 +70,7 @@ def run(*arguments):
     return invocation.command.run(invocation)
 
 
+@pytest.mark.slow
 def test_commands(digits_run, images, tmp_path, capsys):
     """`predict --coverage`, `eval --others` and the files that they write."""
     workdir, out = digits_run.workdir, tmp_path / 'rows.csv'

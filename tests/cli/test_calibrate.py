@@ -47,6 +47,7 @@ def test_training_calibrates_and_eval_says_on_which_images(run, main):
     assert raw['loss'] == pytest.approx(metrics['before']['loss'])
 
 
+@pytest.mark.slow
 def test_old_runs_stay_as_they_were_until_they_are_calibrated(run, main):
     calibrated, raw = predict(run), predict(run, raw=True)
     before = (run / decisions.FILE).read_text()

@@ -401,6 +401,7 @@ def test_stopped(main, monkeypatch):
     assert main('--mode=summary') == (130, '', 'interrupted\n')
 
 
+@pytest.mark.slow
 def test_head(weights, tmp_path):
     """A reader that goes away ends it without a word."""
     photos = write_images(tmp_path, {'a': 1})

@@ -46,6 +46,7 @@ def predict(main, *arguments):
     }, err
 
 
+@pytest.mark.slow
 def test_all_commands_prepare_images_alike(main, monkeypatch):
     usual, said = predict(main, 'x.safetensors', NAMES)
     assert 'does not say how images are prepared' in said
@@ -81,6 +82,7 @@ def test_all_commands_prepare_images_alike(main, monkeypatch):
     assert served[0].metadata['mean'] == pytest.approx([0.1])
 
 
+@pytest.mark.slow
 def test_a_recipe_prepares_where_the_file_does_not(main, tmp_path):
     text = (
         'from configs import base\n\n\ndef get_config():\n'

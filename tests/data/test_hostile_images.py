@@ -86,10 +86,10 @@ BOMBS = {
 
 @pytest.mark.parametrize('name', BOMBS)
 def test_bombs_are_refused_by_their_header(name, tmp_path):
-    start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
+    start, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF)
     found = reason(BOMBS[name], tmp_path)
     assert found == 'has too many pixels; at most 179 million are read'
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1  # a thousandth of it is usual
     after = resource.getrusage(resource.RUSAGE_SELF)
     assert after.ru_maxrss - before.ru_maxrss < 50_000  # kB
 

@@ -153,6 +153,7 @@ def test_cache_and_processes_do_not_go_together(folder):
         pipeline.check_train_batches(source.train, 4, 'none', 2)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_images(folder):
     import tracemalloc
 

@@ -49,6 +49,7 @@ NETWORKS = {
         ),
     ),
 }
+QUICK = ('imagenet', 'odd', 'plain')
 
 
 def make(kind, *, falling=False, channels=3, seed=0):
@@ -109,7 +110,13 @@ def run(made, images):
     return session.run(None, {name: images})[0]
 
 
-@pytest.mark.parametrize('kind', NETWORKS)
+@pytest.mark.parametrize(
+    'kind',
+    [
+        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+        for name in NETWORKS
+    ],
+)
 def test_equal(kind):
     """Probabilities of images and logits of floats, of two sizes and batches."""
     module, variables = make(kind)

@@ -68,6 +68,7 @@ def run_alone(paths, images, folder, python=sys.executable):
     return [arrays[n : n + 2] for n in range(0, len(arrays), 2)], done.stdout
 
 
+@pytest.mark.slow
 def test_a_fresh_process_agrees(model, photos, tmp_path):
     models = [model.with_tta(tta) for tta in ('none', 'flip')]
     paths = [tmp_path / f'{n}.stablehlo' for n in range(len(models))]

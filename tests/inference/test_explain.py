@@ -136,6 +136,7 @@ def test_layer_cam_is_of_the_layer_before_the_last_halving(fields, at):
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4 * expected.max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'fields',
     [

@@ -254,6 +254,7 @@ def test_no_number_is_an_error(tmp_path):
     assert 'no number' in found.error and found.label is None
 
 
+@pytest.mark.slow
 def test_the_package_is_light():
     """Whoever makes a model does not wait for checkpoints, readers and pictures,
     whoever predicts not for those of training, and nobody for what few need."""

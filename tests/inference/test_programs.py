@@ -53,6 +53,7 @@ def test_split():
         assert sum(sizes[:-1]) < count <= sum(sizes) <= 4 / 3 * count
 
 
+@pytest.mark.slow
 def test_sizes_agree(model):
     images = images_of(model, 11)
     wanted = expected(model, images)
@@ -118,6 +119,7 @@ def test_what_is_compiled_when(model, monkeypatch):
     assert made.count((4, '')) == 1
 
 
+@pytest.mark.slow
 def test_other_sides(model):
     """A page can be of images of another size than those of the training."""
     images = images_of(model, 8).reshape(2, 24, 24, 3)

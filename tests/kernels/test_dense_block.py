@@ -23,12 +23,11 @@ from helpers.runs import tiny_config
 CONTRACTS = [
     ('xla', 'BC'),
     ('native', 'BC'),
-    ('native', 'imagenet'),
-    ('native', 'plain'),
     *(
         pytest.param(kernel, block, marks=pytest.mark.slow)
         for kernel, block in (
             *(('xla', 'plain'), ('xla', 'imagenet')),
+            *(('native', 'plain'), ('native', 'imagenet')),
             *(('native', 'same padding'), ('native', 'wide')),
         )
     ),
@@ -97,6 +96,7 @@ def test_contract(kernel, block):
     assert_as_good(fast, plain, exact(block))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'size',
     [
@@ -147,6 +147,7 @@ def test_variance_with_a_large_mean(kernel):
     assert np.abs(one_pass - var[:24]).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_without_remat():
     variables, images = inputs('BC')
     found = run(make('BC', kernel='xla', remat='none'), variables, images)
@@ -233,6 +234,7 @@ def test_native_is_deterministic():
         jax.tree.map(np.testing.assert_array_equal, runs[0], other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'kernel', [pytest.param('xla', marks=pytest.mark.slow), 'native']
 )

@@ -53,11 +53,10 @@ def test_stochastic_depth():
 @pytest.mark.parametrize(
     ('block', 'kernel', 'remat'),
     [
-        ('BC', 'native', 'block'),
         ('plain', 'native', 'block'),
         *(
-            pytest.param('BC', 'xla', remat, marks=pytest.mark.slow)
-            for remat in ('block', 'none')
+            pytest.param('BC', *case, marks=pytest.mark.slow)
+            for case in (('native', 'block'), ('xla', 'block'), ('xla', 'none'))
         ),
     ],
 )

@@ -74,6 +74,7 @@ def test_by_the_native_kernel(block, count):
     assert error(found, exact(block)[:count]) < 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', OTHERS)
 def test_stems(name):
     variant, fields = OTHERS[name]
@@ -88,6 +89,7 @@ def test_stems(name):
     assert error(found, in_double(module, variables, images)) < 2e-6
 
 
+@pytest.mark.slow
 def test_logits_and_half_precision():
     variables, images = inputs('BC')
     module = make('BC', kernel='xla')
@@ -102,6 +104,7 @@ def test_logits_and_half_precision():
     assert 1e-4 < error(rough, expected) < 2 * error(theirs, expected) + 1e-3
 
 
+@pytest.mark.slow
 def test_networks_without_batch_norm():
     module = create_model(
         'rdnet_tiny',

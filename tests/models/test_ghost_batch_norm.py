@@ -75,6 +75,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('way', WAYS, ids=str)
 def test_each_group_has_its_own_statistics(way, by_hand):
     """The running ones move once, to the average of where each group moves them."""

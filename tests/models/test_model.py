@@ -45,9 +45,9 @@ def test_every_variant_has_a_count():
 
 
 # Those of hundreds of layers take seconds each to lay out, others are of the same kind.
-LARGE = ('densenet264', 'densenet264d', 'BC-L250k24', 'BC-L190k40')
+LARGE = ('densenet161', 'densenet264', 'densenet264d', 'BC-L250k24', 'BC-L190k40')
 LARGE += ('densenet169', 'densenet201', 'L100k12', 'L100k24')
-LARGE += ('rdnet_small', 'rdnet_base', 'rdnet_large')
+LARGE += ('rdnet_tiny', 'rdnet_small', 'rdnet_base', 'rdnet_large')
 
 
 @pytest.mark.parametrize(
@@ -192,6 +192,7 @@ def test_same_padding_is_xlas():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dtype_bfloat16():
     module = tiny(dtype='bfloat16')
     variables = init_variables(module, 0)

@@ -113,6 +113,7 @@ def test_parts_and_first_variables():
         module.apply(variables, make_images((3, 8)))
 
 
+@pytest.mark.slow
 def test_stochastic_depth():
     """Images lose a layer's maps whole, and those that keep them have them scaled."""
     images = make_images(count=64, size=(4, 4))
@@ -358,6 +359,7 @@ def test_blur():
     np.testing.assert_allclose(layers.blur_pool(x)[0, ..., 0], expected, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fast', [True, False])
 def test_deep_stem_and_blur(fast):
     fields = dict(num_classes=2, growth_rate=4, block_sizes=(1, 2), stem_features=8)

@@ -62,6 +62,7 @@ def by_hand(trained, images, of=softmax):
     return np.mean(probabilities, 0)
 
 
+@pytest.mark.slow
 def test_evaluation_and_prediction_agree(source, trained):
     images = np.stack([one['image'] for one in source.test])
     labels = np.array([one['label'] for one in source.test])

@@ -65,6 +65,7 @@ def files_of(wheel):
         return {name: archive.read(name) for name in names}
 
 
+@pytest.mark.slow
 def test_wheel_holds_the_package_and_the_recipes(built):
     found = files_of(wheel_of(built, 'wheel'))
     code = {name for name in found if '.dist-info/' not in name}

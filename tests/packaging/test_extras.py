@@ -160,6 +160,7 @@ def test_core_alone_trains(tmp_path):
     assert made == kept | fitted
 
 
+@pytest.mark.slow
 def test_models_need_no_optional_package(tmp_path):
     code = (
         'import flax_densenet as d; import jax.numpy as jnp; '

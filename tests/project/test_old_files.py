@@ -96,6 +96,7 @@ def test_runs(name, old):
     assert_probabilities(name, expected['probabilities'])
 
 
+@pytest.mark.slow
 def test_going_on(old, main):
     """Settings of the run's own command, and one more epoch."""
     main(
@@ -247,6 +248,7 @@ def test_exported_stablehlo(old):
     np.testing.assert_allclose(found, list(expected['probabilities'].values()), **CLOSE)
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on(old, main):
     main(
         *('--mode=sweep', '--workdir=sweep', '--config.model.variant=BC-L10k4'),

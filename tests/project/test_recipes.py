@@ -104,6 +104,7 @@ def dropped(network, seed=0):
     return drawn
 
 
+@pytest.mark.slow
 def test_where_values_drop_out():
     """Ports: after each 3x3. The authors' code: after all but the first convolution."""
     fields = dict(num_classes=3, block_sizes=(2, 1), stem_features=8, dropout_rate=0.25)

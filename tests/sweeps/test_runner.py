@@ -134,6 +134,7 @@ def table(rows):
     ]
 
 
+@pytest.mark.slow
 def test_a_grid_with_seeds(objective, tmp_path, capsys):
     made = objective(by_rate)
     flags = f'{RATE}=0.1,0.3,0.2', 'train.seed=0,1,2'
@@ -284,6 +285,7 @@ def test_no_pruning_after_the_last_epoch(objective, tmp_path):
     assert {(row.state, row.count) for row in rows} == {('done', 2)}
 
 
+@pytest.mark.slow
 def test_interrupted_anywhere(objective, monkeypatch, tmp_path):
     """Ended at each call in turn, it comes to the table of one that never was."""
     options = dict(trials=8, prune='median', epochs=3)

@@ -40,6 +40,7 @@ LINE = re.compile(
 )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch, capsys):
     reuse_steps(monkeypatch)
     config = tiny_config(**HARD)
@@ -256,6 +257,7 @@ def test_a_workdir_that_cannot_be_made(tmp_path):
         fit.fit(tiny_config(), str(tmp_path / 'file' / 'run'))
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite(tmp_path):
     config = tiny_config(**{'optimizer.name': 'sgd', 'optimizer.learning_rate': 1e30})
     with pytest.raises(UserError, match='step 2, epoch 1: the loss or its grad'):

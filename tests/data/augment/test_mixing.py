@@ -105,6 +105,7 @@ def test_shares_are_of_the_beta_distribution():
         assert np.abs(found - special.betainc(alpha, alpha, places)).max() < 1e-3
 
 
+@pytest.mark.slow
 def test_a_function_of_the_key_whatever_the_devices():
     key = jax.random.key(3)
     alone = jax.device_get(mix_all(IMAGES, key))
@@ -167,6 +168,7 @@ def assert_close(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), one, other)
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_soft_labels():
     """Of each micro-batch, mixed by itself with its own key, and weighed by class."""
     labels, weights = np.arange(8, dtype=np.int32) % 3, np.array([0.5, 2.0, 1.0], 'f4')

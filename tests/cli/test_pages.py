@@ -21,6 +21,7 @@ def results(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_out_names_every_page(results, monkeypatch, capfd):
     run = commands.make_main(monkeypatch, capfd)
     for number, folders in enumerate((['one'], ['one', 'two'], ['sweep'])):

@@ -97,6 +97,7 @@ def test_maps_of_the_last_layer_by_hand(model):
         assert np.abs(other - best).max() > 1e-3 * best.max() > 0, method
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'fields, at',
     [

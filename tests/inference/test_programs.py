@@ -126,6 +126,7 @@ def test_other_sides(model):
     assert_same(programs_lib.Programs(model, 4)(images, 1), expected(model, images))
 
 
+@pytest.mark.slow
 def test_one_device(model):
     """Rows of a batch need no second device, and the native kernel gives the same."""
     require_native()

@@ -154,6 +154,7 @@ def test_without_remat():
     assert_as_good(found, run_plain('BC'), exact('BC'))
 
 
+@pytest.mark.slow
 def test_four_devices():
     """Statistics of the whole batch, though it is spread over devices."""
     variables, images = inputs('BC', count=8)

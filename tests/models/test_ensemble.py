@@ -89,6 +89,7 @@ def test_one_member_is_the_network():
         np.testing.assert_allclose(found, logits[0], rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('outputs', ['softmax', 'sigmoid'])
 def test_maps_are_the_mean_of_the_members(outputs):
     """Where all are sure: a softmax there has no gradient."""

@@ -30,6 +30,7 @@ def found(names, count=120, seed=0):
     return results.Results([], names, logits, labels)
 
 
+@pytest.mark.slow
 def test_files(tmp_path):
     write_run(tmp_path / 'run')
     names = figures.save(str(tmp_path / 'out'), str(tmp_path / 'run'), found(NAMES))

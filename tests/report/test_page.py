@@ -119,6 +119,7 @@ def test_mistakes_of_several_labels():
     assert [(r['row'], r['predicted']) for r in rows] == [(2, 1), (2, 0)]
 
 
+@pytest.mark.slow
 def test_many_classes_stay_small(monkeypatch):
     found = many()
     monkeypatch.setattr(gallery, 'CELL_BYTES', 100_000)

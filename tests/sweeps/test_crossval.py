@@ -95,6 +95,7 @@ def model(made):
     return flax_densenet.load(made / 'cv')
 
 
+@pytest.mark.slow
 def test_an_interrupted_fold_goes_on(made):
     before = json.loads((made / 'before.json').read_text())
     assert [len(records) for records in before] == [2, 1]
@@ -218,6 +219,7 @@ def test_images_that_the_members_were_trained_on_are_no_measure(photos, copy):
     assert samples.where.endswith(f' images of folder:{only}')
 
 
+@pytest.mark.slow
 def test_exports(model, tmp_path):
     pytest.importorskip('onnxruntime')
     result = flax_densenet.export(model, tmp_path / 'cv.onnx')

@@ -109,6 +109,7 @@ for module, names in POSIX.items():
 """
 
 
+@pytest.mark.slow
 def test_without_posix(tmp_path):
     """As on Windows: every module is imported; weights and images are read."""
     make_weights(tmp_path / 'w.safetensors')

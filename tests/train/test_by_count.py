@@ -111,6 +111,7 @@ def test_pruning_needs_a_number_of_epochs():
         sweep_plan.Plan(settings_of(), ['train.seed=0,1'], None, None, 'median')
 
 
+@pytest.mark.slow
 def test_trains_and_resumes(tmp_path, monkeypatch, capfd):
     """Run again after an image was added across a limit, the choice is the same."""
     photos = runs.write_images(tmp_path / 'photos', {'a': 12, 'b': 12}, size=(12, 12))

@@ -40,6 +40,7 @@ def config_of(photos, **fields):
     )
 
 
+@pytest.mark.slow
 def test_training_from_weights_in_color(photos, tmp_path, capfd):
     file = make_weights(tmp_path / 'x.safetensors')
     run = str(tmp_path / 'run')

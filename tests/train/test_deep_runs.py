@@ -56,6 +56,7 @@ def model(run):
     return predictor_lib.Predictor(trained_lib.load_trained(str(run[0] / 'run')), 4)
 
 
+@pytest.mark.slow
 def test_what_is_saved(run, model):
     saved = json.loads((run[0] / 'run' / 'config.json').read_text())
     assert saved['data']['window'] == list(WINDOW)

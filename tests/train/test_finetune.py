@@ -81,6 +81,7 @@ def steps():
     return {frozen: take_steps(frozen) for frozen in (0, 2, 3)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('frozen', [0, 2, 3])
 def test_what_is_frozen_keeps_its_bits(steps, frozen):
     """Parameters and statistics, with dropout, decay and penalty; the rest changes."""
@@ -97,6 +98,7 @@ def test_what_is_frozen_keeps_its_bits(steps, frozen):
     assert moments == 2 * trained + 1  # Adam's, and its counter
 
 
+@pytest.mark.slow
 def test_frozen_parts_cost_no_backward_pass(steps):
     """Backward is twice forward; at least what is frozen of that is not computed."""
     all_of_it, two_stages, head = (steps[frozen][3] for frozen in (0, 2, 3))
@@ -122,6 +124,7 @@ def test_frozen_blocks_have_no_backward_call():
     assert calls == {0: [3, 0, 3], 2: [2, 1, 2], 3: [1, 2, 1], 4: [0, 3, 0]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fast', [True, False])
 def test_frozen_stages_compute_as_in_evaluation(fast):
     module = create_model(
@@ -329,6 +332,7 @@ def test_cached_features_change_nothing(
     assert_equal_bits(arrays, final_arrays(tmp_path / 'parts')[1])
 
 
+@pytest.mark.slow
 def test_features_with_several_labels_an_image():
     """In their order, the last batch not full; labels with what is not known."""
     module = create_model('BC-L10k4', num_classes=3)

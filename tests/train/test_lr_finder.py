@@ -18,6 +18,7 @@ from helpers.runs import tiny_config
 TINY = {'model.block_sizes': (1, 1)}
 
 
+@pytest.mark.slow
 def test_a_range_test(tmp_path):
     # A checkpoint that is there is neither read, which would fail, nor changed.
     metadata = tmp_path / 'checkpoints' / '5' / 'metadata' / 'metadata'

@@ -50,6 +50,7 @@ def run(photos, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_metadata_and_resuming(run, photos, capfd):
     step = reader.find_latest(str(run))
     metadata = reader.load_json(str(run), step, 'metadata')
@@ -62,6 +63,7 @@ def test_metadata_and_resuming(run, photos, capfd):
         fit.fit(config_of(photos, **{'data.image_size': SIZE[::-1]}), str(run))
 
 
+@pytest.mark.slow
 def test_prediction_maps_and_server(run, photos):
     model = flax_densenet.load(run)
     file = photos / 'bees' / '000.jpg'
@@ -77,6 +79,7 @@ def test_prediction_maps_and_server(run, photos):
     assert shares['bees'] == pytest.approx(model.predict(file)[0].probabilities[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['m.safetensors', 'folder'])
 def test_files_keep_the_size(run, name, tmp_path):
     path = str(tmp_path / name)
@@ -93,6 +96,7 @@ def test_files_keep_the_size(run, name, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_onnx_and_stablehlo(run, photos, tmp_path):
     for name in ('m.onnx', 'm.stablehlo'):
         done = flax_densenet.export(run, tmp_path / name, images=str(photos / 'ants'))

@@ -145,6 +145,7 @@ def config_of(epochs, **fields):
     return tiny_config(**{'data.image_size': 8, 'data.batch_size': 8}, **fields)
 
 
+@pytest.mark.slow
 def test_a_run_whose_data_and_settings_change(photos, tmp_path, monkeypatch):
     """Each is taken with a line, or ends with a remedy; orbax's words are not shown."""
     workdir, lines = str(tmp_path / 'run'), []

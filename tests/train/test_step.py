@@ -232,6 +232,7 @@ def test_optimizers():
         update('rmsprop')
 
 
+@pytest.mark.slow
 def test_dropout_changes_with_the_step():
     module = small(blocks=1, dropout_rate=0.5)
     optimizer = optax.sgd(0.0)

@@ -438,7 +438,7 @@ def test_interrupted(weights, tmp_path):
     with subprocess.Popen(start, stdin=pipe, stderr=pipe) as running:
         running.stdin.write(f'{photos}/a/000.jpg\n'.encode() * 100)
         running.stdin.flush()
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not (part.exists() and len(part.read_bytes().splitlines()) > 1):
             assert time.monotonic() < deadline
             time.sleep(0.1)

@@ -85,7 +85,7 @@ class Training:
     def wait(self):
         return self._forks._ask(wait=self.number)
 
-    def wait_for(self, condition, seconds=120):
+    def wait_for(self, condition, seconds=600):
         """Until the log has a text, or a function is true."""
         end = time.monotonic() + seconds
         while not (condition() if callable(condition) else condition in self.text):

@@ -65,7 +65,7 @@ class Processes:
             process.kill()
             process.wait()
 
-    def wait(self, seconds=120):
+    def wait(self, seconds=600):
         """Exit statuses."""
         end = time.monotonic() + seconds
         return [
@@ -78,7 +78,7 @@ class Processes:
     def error(self, number):
         return self.logs[number][1].read_text()
 
-    def wait_for(self, condition, seconds=120):
+    def wait_for(self, condition, seconds=600):
         end = time.monotonic() + seconds
         while not condition():
             texts = [self.out(0), *map(self.error, range(len(self.logs)))]

@@ -208,7 +208,7 @@ def test_two_hundred_at_a_time(workdir):
             assert status == bodies[name][1], (name, told)
         assert [status_of(c) for c in half + slow] == [408] * 8
         assert [status_of(c) for c in heads] == [0] * 50
-        assert time.monotonic() - begun < 60
+        assert time.monotonic() - begun < 300
         mean = server.figure('flax_densenet_batch_images_sum') / server.figure(
             'flax_densenet_batch_images_count'
         )
@@ -299,7 +299,7 @@ def test_end_finishes_what_is_under_way(workdir):
             pass
         connection.sendall(file[-10:])
         assert status_of(connection) == 200
-        assert server.process.wait(timeout=10) == 0
+        assert server.process.wait(timeout=120) == 0
         assert server.process.stderr.read() == ''
 
 

@@ -102,7 +102,7 @@ def test_killed(tmp_path):
         with subprocess.Popen(
             command(workdir), stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as running:
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 600
             while not (workdir / 'trials' / mark).exists():
                 assert time.monotonic() < deadline and running.poll() is None
                 time.sleep(0.02)

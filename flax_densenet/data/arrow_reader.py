@@ -8,13 +8,15 @@ import dataclasses
 import functools
 import json
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from flax_densenet.data import notes, readers, table_columns
+from flax_densenet.data import notes, readers, subgroup_columns, table_columns
 from flax_densenet.errors import UserError, list_first
 
+_MOST_WORDS = 1000  # kinds of text in a column that may divide the images
 _LABEL_NAMES = ('label', 'labels', 'class', 'target')
 
 
@@ -27,6 +29,7 @@ class Columns:
       names: of the classes; None for those of the values, in order.
       several: an image can have several labels.
       group: the column that tells whose image each is, or None.
+      others: columns of numbers and words that may divide the images.
     """
 
     image: str
@@ -34,15 +37,21 @@ class Columns:
     names: tuple[str, ...] | None
     several: bool
     group: str | None = None
+    others: tuple[str, ...] = ()
 
     @property
     def used(self) -> list[str]:
         """The names of all."""
-        return [self.image, self.label, *([self.group] if self.group else [])]
+        group = [self.group] if self.group else []
+        return [self.image, self.label, *group, *self.others]
 
 
 def find_columns(
-    field: str, schema: Any, chosen: tuple[str, ...], groups: str = 'none'
+    field: str,
+    schema: Any,
+    chosen: tuple[str, ...],
+    groups: str = 'none',
+    subgroups: str = 'none',
 ) -> Columns:
     """The columns of a table that hold the image, the label and the group.
 
@@ -51,6 +60,7 @@ def find_columns(
       schema: of Arrow.
       chosen: `data.label_columns`.
       groups: `data.groups`.
+      subgroups: `data.subgroups`.
 
     Raises:
       UserError: there is no image, or not one label.
@@ -88,7 +98,19 @@ def find_columns(
         )
     several = _is_list(schema.field(label).type)
     group = _find_group(field, schema.names, {images[0], label}, groups)
-    return Columns(images[0], label, labels.get(label), several, group)
+    taken = images[0], label, group
+    plain = [n for n in schema.names if n not in taken and _is_plain(schema, n)]
+    others = tuple(subgroup_columns.candidates(plain, subgroups))
+    return Columns(images[0], label, labels.get(label), several, group, others)
+
+
+def _is_plain(schema, name):
+    """Whether a column holds numbers or words."""
+    import pyarrow as pa
+
+    kind = schema.field(name).type
+    tests = 'is_string', 'is_large_string', 'is_integer', 'is_floating', 'is_boolean'
+    return any(getattr(pa.types, test)(kind) for test in tests)
 
 
 def _find_group(field, names, taken, groups):
@@ -184,6 +206,33 @@ class ArrowReader(readers.Reader):
         found = [v for t in self._tables for v in t.column('group').to_pylist()]
         return [f'\0{i}' if v is None else str(v) for i, v in enumerate(found)]
 
+    def others(self, names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+        """The cells of the columns that may divide the images.
+
+        Texts of very many kinds are left out.
+
+        Args:
+          names: of the values of columns of classes, which are numbers.
+        """
+        import pyarrow as pa
+
+        found = {}
+        for name in self.columns.others:
+            parts = [table.column(f'other {name}') for table in self._tables]
+            kinds = {part.type for part in parts if not pa.types.is_null(part.type)}
+            if any(pa.types.is_string(k) or pa.types.is_large_string(k) for k in kinds):
+                kind_counts = [part.combine_chunks().unique() for part in parts]
+                if max(map(len, kind_counts)) > _MOST_WORDS:
+                    continue
+            values = [value for part in parts for value in part.to_pylist()]
+            if known := names.get(name):
+                values = [
+                    known[v] if v is not None and 0 <= v < len(known) else None
+                    for v in values
+                ]
+            found[name] = list(map(subgroup_columns.to_cell, values))
+        return found
+
     def paths(self) -> list[str]:
         """The path that the data set has for each image; empty for none."""
         found = [v for t in self._tables for v in t.column('path').to_pylist()]
@@ -233,7 +282,7 @@ class ArrowReader(readers.Reader):
 
 
 def _open(files, columns):
-    """One table of the columns `bytes`, `path`, `label` and, if known, `group`."""
+    """One table of `bytes`, `path`, `label`, `group` if known, and `other NAME`."""
     import pyarrow as pa
     from pyarrow import compute
 
@@ -241,12 +290,10 @@ def _open(files, columns):
     for file in files:
         with pa.memory_map(file) as source:
             tables.append(
-                pa.ipc.open_stream(source)
-                .read_all()
-                .select(columns.used)
-                .replace_schema_metadata(None)
+                pa.ipc.open_stream(source).read_all().replace_schema_metadata(None)
             )
-    table = pa.concat_tables(tables)
+    own = [n for n in columns.used if all(n in t.column_names for t in tables)]
+    table = pa.concat_tables([one.select(own) for one in tables])
     images = table.column(columns.image)
     if pa.types.is_struct(images.type):
         content = compute.struct_field(images, 'bytes')
@@ -256,7 +303,17 @@ def _open(files, columns):
     found = {'bytes': content, 'path': path, 'label': table.column(columns.label)}
     if columns.group:
         found['group'] = table.column(columns.group)
+    for name in columns.others:  # a split may lack some
+        missing = pa.chunked_array([pa.nulls(len(table))])
+        found[f'other {name}'] = table.column(name) if name in own else missing
     return pa.table(found)
+
+
+def class_names(schema: Any, names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """What the numbers of columns of classes mean, by column."""
+    features = _features(schema)
+    found = {name: _class_names(features.get(name)) for name in names}
+    return {name: known for name, known in found.items() if known}
 
 
 def _number(values, columns):

@@ -1,6 +1,7 @@
 """Data sets of the Hugging Face Hub, and folders of parquet files in their layout."""
 
 import collections
+import dataclasses
 import hashlib
 import os
 import pathlib
@@ -18,6 +19,7 @@ from flax_densenet.data import (
     notes,
     parts,
     readers,
+    subgroup_columns,
 )
 from flax_densenet.errors import UserError, list_first
 from flax_densenet.system import atomic, hub
@@ -205,9 +207,12 @@ def _to_arrow(field, paths, table):
     place = os.path.join(base, 'flax_densenet', 'parquet', f'{key.hexdigest()}.arrow')
     try:
         schema = parquet.read_schema(paths[0])
-        columns = arrow_reader.find_columns(field, schema, table.columns, table.groups)
-        if columns.group:
-            place = place.replace('.arrow', f'-{_short_hash(columns.group)}.arrow')
+        columns = _columns(field, schema, table)
+        schemas = [parquet.read_schema(p) for p in paths] if columns.others else []
+        shared = [n for n in columns.others if _is_in_all(n, schemas)]
+        columns = dataclasses.replace(columns, others=tuple(shared))
+        if more := '\0'.join([columns.group or ''] + shared).rstrip('\0'):
+            place = place.replace('.arrow', f'-{_short_hash(more)}.arrow')
         if os.path.isfile(place):
             return place
         os.makedirs(os.path.dirname(place), exist_ok=True)
@@ -231,6 +236,19 @@ def _to_arrow(field, paths, table):
     return place
 
 
+def _columns(field, schema, table):
+    return arrow_reader.find_columns(
+        field, schema, table.columns, table.groups, table.subgroups
+    )
+
+
+def _is_in_all(name, schemas):
+    """Whether all files have a column, of one type."""
+    if any(name not in schema.names for schema in schemas):
+        return False
+    return len({schema.field(name).type for schema in schemas}) == 1
+
+
 def _short_hash(text):
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
@@ -245,7 +263,7 @@ def _listing(field, files, split, table, known_classes, folders):
     roles = {name: parts.role(name) for name in files}
     train = [n for n, role in roles.items() if role == parts.TRAIN] or list(files)[:1]
     schema = _schema_of(files[train[0]][0])
-    columns = arrow_reader.find_columns(field, schema, table.columns, table.groups)
+    columns = _columns(field, schema, table)
     labeled_splits = [
         n for n in files if n not in train and _is_labeled(files[n], columns)
     ]
@@ -269,6 +287,12 @@ def _listing(field, files, split, table, known_classes, folders):
     ends = starts[len(train) :]
     of_train, *rest = np.split(images, np.searchsorted(images, ends[:-1]))
     groups, grouped_by = _find_groups(reader, table.groups)
+    kinds = arrow_reader.class_names(schema, columns.others)
+    line = subgroup_columns.add_of_columns(
+        reader, table.subgroups, reader.others(kinds), field, reader.paths()
+    )
+    if line:
+        notes.say(line)
     return readers.Listing(
         reader,
         list(reader.class_names),

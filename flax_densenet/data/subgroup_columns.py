@@ -103,6 +103,33 @@ def _order(name):
     return next((n for n, known in enumerate(_KNOWN) if known in words), len(_KNOWN))
 
 
+def candidates(names: Sequence[str], setting: str) -> list[str]:
+    """The columns that `find` may take of a source whose columns cost time to read.
+
+    Args:
+      names: of all columns that hold numbers or words.
+      setting: `data.subgroups`.
+
+    Raises:
+      UserError: a column that was named is not there.
+    """
+    if setting == 'auto':
+        return [name for name in names if not _is_identifier(name)]
+    if setting == 'none' or setting.startswith('path:'):
+        return []
+    chosen = [name.strip() for name in setting.split(',') if name.strip()]
+    for name in chosen:
+        _check_there(names, name, setting)
+    return chosen
+
+
+def to_cell(value: Any) -> str:
+    """A number, word or missing value of another source as the cell of a table."""
+    if value is None:
+        return ''
+    return value.decode(errors='replace') if isinstance(value, bytes) else str(value)
+
+
 def _is_identifier(name):
     key = cells_lib.key(name)
     if not key or table_columns.is_group_key(key) or key.startswith('unnamed'):
@@ -139,11 +166,7 @@ def _divides(name, values):
 
 
 def _named(columns, name, setting):
-    if name not in columns:
-        raise UserError(
-            f'data.subgroups={setting}: there is no column {name} to divide the images '
-            f'by; there are {", ".join(columns)[:200] or "none"}'
-        )
+    _check_there(columns, name, setting)
     if table_columns.is_group_key(cells_lib.key(name)):
         raise UserError(
             f'data.subgroups={setting}: {name} tells people apart, and the report '
@@ -157,6 +180,14 @@ def _named(columns, name, setting):
             f'at most {_MOST_CHOSEN} can be shown; choose another column'
         )
     return values
+
+
+def _check_there(columns, name, setting):
+    if name not in columns:
+        raise UserError(
+            f'data.subgroups={setting}: there is no column {name} to divide the images '
+            f'by; there are {", ".join(columns)[:200] or "none"}'
+        )
 
 
 def _of_paths(setting, below):
@@ -173,6 +204,33 @@ def _of_paths(setting, below):
     return {name: _named(columns, name, setting) for name in columns}
 
 
+def add_of_columns(
+    reader: Any,
+    setting: str,
+    columns: Mapping[str, Sequence[str]],
+    field: str,
+    below: Sequence[str] = (),
+) -> str:
+    """Subgroups of images whose source has columns, or fields, besides the labels.
+
+    Args:
+      reader: a `readers.Reader`, which gets them.
+      setting: `data.subgroups`.
+      columns: cells of each image, by `candidates`.
+      field: how messages call the source.
+      below: paths that the source has for its images.
+
+    Returns:
+      A line about the choice, or ''.
+
+    Raises:
+      UserError: a column that was named tells people apart, or a pattern matches no
+        path.
+    """
+    reader.subgroups, line = find(columns, setting, below)
+    return line and f'{field}: {line}'
+
+
 def add_of_paths(reader: Any, setting: str):
     """Subgroups of images that no table describes: by their paths, if asked for.
 
@@ -181,9 +239,10 @@ def add_of_paths(reader: Any, setting: str):
       setting: `data.subgroups`.
 
     Raises:
-      UserError: it names columns, or its pattern is none or matches no path.
+      UserError: it names columns of images that have none, or its pattern is none or
+        matches no path.
     """
-    if setting in ('auto', 'none'):
+    if setting in ('auto', 'none') or reader.subgroups:
         return
     check(setting)
     if not setting.startswith('path:'):

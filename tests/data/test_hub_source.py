@@ -4,6 +4,7 @@ import io
 import pickle
 import time
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -153,6 +154,43 @@ def test_three_parts_and_groups(tmp_path, capfd):
     ):
         with pytest.raises(UserError, match=message):
             dataset.load_source(f'parquet:{tmp_path}', image_size=4, groups=groups)
+
+
+def test_columns_that_divide_the_images(tmp_path, capfd):
+    """They are kept as those of tables are; a split may lack one."""
+    kinds = {
+        'label': datasets.ClassLabel(names=NAMES),
+        'sex': datasets.ClassLabel(names=['female', 'male']),
+        'age': datasets.Value('float32'),
+        'site': datasets.Value('string'),
+        'report': datasets.Value('string'),
+    }
+    for name, first, count in ('train', 0, 24), ('test', 100, 8):
+        columns = rows(count, first=first)
+        columns['sex'] = [n % 2 for n in range(count)]
+        columns['age'] = [None, *(20.5 + n for n in range(1, count))]
+        columns['site'] = ['north', 'south'] * (count // 2)
+        columns['report'] = [f'Jane Doe {n}' for n in range(count)]
+        if name == 'test':
+            del columns['site']
+        features = {key: kinds[key] for key in columns.keys() & kinds.keys()}
+        write(tmp_path / f'{name}.parquet', columns, **features)
+    name, fields = f'parquet:{tmp_path}', {'image_size': 4, 'label_columns': ('label',)}
+    source = dataset.load_source(name, **fields)
+    assert 'metrics are also shown by age, sex, site' in capfd.readouterr().out
+    found = source.test.subgroups
+    assert found['sex'].tolist() == ['female', 'male'] * 4
+    assert found['site'].tolist() == [''] * 8
+    assert np.isnan(found['age'][0]) and found['age'][1] == 21.5
+    assert source.train.subgroups['site'].tolist() == ['north', 'south'] * 12
+    assert not dataset.load_source(name, **fields, subgroups='none').test.subgroups
+    source = dataset.load_source(name, **fields, subgroups='sex')
+    assert list(source.test.subgroups) == ['sex']
+    pattern = r'path:(?P<tens>\d)\d?\.png'
+    source = dataset.load_source(name, **fields, subgroups=pattern)
+    assert set(source.train.subgroups['tens (path)']) <= set('0123456789')
+    with pytest.raises(UserError, match=r'no column ward .* there are sex, age, site'):
+        dataset.load_source(name, subgroups='ward', **fields)
 
 
 def test_files_of_other_programs(tmp_path, capfd):

@@ -77,7 +77,7 @@ def options_of(fields) -> Options:
         fields['uncertain_labels'],
         fields['split'],
         soft=tuple(fields['soft_labels']),
-        subgroups='none',  # a pack keeps none
+        subgroups=fields['subgroups'],
     )
 
 

@@ -109,6 +109,8 @@ def _find_packed(name, *, table=None, **_):
     elif owners is None or groups != 'auto':
         below = [os.fsdecode(key) for key in reader.keys(np.arange(len(reader)))]
         owners, grouped_by = labeled.find_groups(below, groups)
+    if table is not None:
+        subgroup_columns.keep(reader, table.subgroups)
     return readers.Listing(
         reader,
         list(manifest.class_names),

@@ -231,6 +231,22 @@ def add_of_columns(
     return line and f'{field}: {line}'
 
 
+def keep(reader: Any, setting: str):
+    """Keeps those subgroups that a setting names, of images that have some.
+
+    Args:
+      reader: a `readers.Reader`.
+      setting: `data.subgroups`.
+
+    Raises:
+      UserError: there is no such one.
+    """
+    if setting == 'auto' or not reader.subgroups:
+        return
+    names = candidates(list(reader.subgroups), setting)
+    reader.subgroups = {name: reader.subgroups[name] for name in names}
+
+
 def add_of_paths(reader: Any, setting: str):
     """Subgroups of images that no table describes: by their paths, if asked for.
 

@@ -19,6 +19,7 @@ from flax_densenet.data import (
     notes,
     parts,
     readers,
+    subgroup_columns,
     table_columns,
     tar_samples,
 )
@@ -124,7 +125,22 @@ def load(
     )
     if groups == 'auto' or column is not None:
         reader.groups, reader.grouped_by = _find_groups(field, samples, column)
+    _add_subgroups(field, reader, samples, options.subgroups)
     return reader, names, ends
+
+
+def _add_subgroups(field, reader, samples, setting):
+    """Fields of the samples' JSON that divide the images."""
+    if setting.startswith('path:'):
+        return
+    known = dict.fromkeys(name for sample in samples for name in sample.fields)
+    if setting != 'auto' and not known:  # `sources.load` says what is needed
+        return
+    wanted = subgroup_columns.candidates(list(known), setting)
+    columns = {name: [one.fields.get(name, '') for one in samples] for name in wanted}
+    line = subgroup_columns.add_of_columns(reader, setting, columns, field)
+    if line:
+        notes.say(line)
 
 
 def _find_groups(field, samples, column):

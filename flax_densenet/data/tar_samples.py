@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import itertools
 import json
 import os
 import tarfile
@@ -14,6 +15,7 @@ _LABELS = ('cls', 'json')
 # Fields of a sample's JSON that can hold the class.
 _FIELDS = ('label', 'cls', 'class', 'class_name')
 _END = 1024
+_MOST_FIELDS, _LONGEST_FIELD = 100, 40
 _MAX_LABEL_BYTES, MAX_CLASSES = 2**20, 100_000
 
 
@@ -25,7 +27,7 @@ class Sample:
       name: of the file in the tar.
       offset, size: of its content, in bytes.
       label: the number or name of its class.
-      fields: of its JSON, those that can tell the group.
+      fields: of its JSON, those that can tell the group or divide the images.
     """
 
     name: str
@@ -104,7 +106,7 @@ def _sample(path, file, key, inside, column) -> Sample:
     label = _label(path, inside[kind].name, kind, content)
     fields = {}
     if 'json' in inside:
-        fields = _group_fields(_read_text(path, file, inside['json']), column)
+        fields = _short_fields(_read_text(path, file, inside['json']), column)
     return Sample(image.name, image.offset_data, image.size, label, fields)
 
 
@@ -114,19 +116,21 @@ def _read_text(path, file, member):
     return platforms.read_at(file, member.size, member.offset_data)
 
 
-def _group_fields(content, column):
-    """The fields of a sample's JSON that can tell its group, as text."""
+def _short_fields(content, column):
+    """The numbers and short words of a sample's JSON besides its label, as text."""
     try:
         fields = json.loads(content)
     except (ValueError, RecursionError):  # of no use here; `_label` reports it
         return {}
     if not isinstance(fields, dict):
         return {}
-    wanted = [column] if column else [n for n in fields if table_columns.is_group(n)]
     return {
-        name: str(fields[name])
-        for name in wanted
-        if isinstance(fields.get(name), str | int)
+        name: text
+        for name, value in itertools.islice(fields.items(), _MOST_FIELDS)
+        if isinstance(value, str | int | float) and name not in _FIELDS
+        if len(text := str(value)) <= _LONGEST_FIELD
+        or name == column
+        or table_columns.is_group(name)
     }
 
 

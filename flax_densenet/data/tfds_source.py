@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from flax_densenet.data import cells, label_options, notes, readers, table_columns
+from flax_densenet.data import (
+    cells,
+    label_options,
+    notes,
+    readers,
+    subgroup_columns,
+    table_columns,
+)
 from flax_densenet.errors import UserError
 from flax_densenet.system import paths
 
@@ -82,7 +89,8 @@ def find(
       name: `NAME` or `NAME:CONFIG`.
       tfds_dir: the folder of TFDS; None for its default.
       tfds_train: splits to train on, joined by `+`; empty for `train`.
-      table: of which `groups` names the feature that tells the groups.
+      table: of which `groups` names the feature that tells the groups, and
+        `subgroups` those that divide the images.
 
     Raises:
       UserError: no such set or split, or the set cannot be used without TensorFlow.
@@ -126,6 +134,8 @@ def find(
     groups, grouped_by = _find_groups(
         field, reader, features, int(ends[-1]), table.groups if table else 'auto'
     )
+    subgroups = table.subgroups if table else 'none'
+    _add_subgroups(field, reader, features, int(ends[-1]), subgroups)
     return readers.Listing(
         reader,
         features[label_key].names,
@@ -157,11 +167,7 @@ def _find_groups(field, reader, features, count, groups):
             f'{count:,} examples first'
         )
         return None, ''
-    found = []
-    for index in tqdm(range(count), desc='groups', leave=False, disable=None):
-        value = np.asarray(reader.example(index)[feature]).item()
-        value = value.decode(errors='replace') if isinstance(value, bytes) else value
-        found.append(str(value))
+    found = _read(reader, [feature], count, 'groups')[feature]
     if len(set(found)) > 1:
         return cells.hash_names(found), f'the feature {feature}'
     if not named:
@@ -170,6 +176,40 @@ def _find_groups(field, reader, features, count, groups):
         f'data.groups={groups}: all images are of one group, which cannot be split; '
         'name another feature or set data.groups=none'
     )
+
+
+def _read(reader, names, count, title):
+    """Features of all examples as text, by name."""
+    found: dict[str, list[str]] = {name: [] for name in names}
+    for index in tqdm(range(count), desc=title, leave=False, disable=None):
+        example = reader.example(index)
+        for name in names:
+            value = np.asarray(example[name]).item()
+            found[name].append(subgroup_columns.to_cell(value))
+    return found
+
+
+def _add_subgroups(field, reader, features, count, setting):
+    """Features of numbers and words that divide the images; reads all examples."""
+    if setting.startswith('path:'):
+        return
+    plain = [
+        name
+        for name, feature in features.items()
+        if name not in reader.features and feature.shape == ()
+    ]
+    wanted = subgroup_columns.candidates(plain, setting)
+    if wanted and setting == 'auto' and count > _GROUPED:
+        notes.say(
+            f'{field}: the features {", ".join(wanted)} may divide the images into '
+            f'subgroups: data.subgroups={",".join(wanted)} reads them of all '
+            f'{count:,} examples first'
+        )
+        return
+    columns = _read(reader, wanted, count, 'subgroups') if wanted else {}
+    line = subgroup_columns.add_of_columns(reader, setting, columns, field)
+    if line:
+        notes.say(line)
 
 
 def _prepare_tfds(builder, field):

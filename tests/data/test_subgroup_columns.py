@@ -5,6 +5,7 @@ import pytest
 
 from flax_densenet import UserError, settings
 from flax_densenet.data import dataset, notes, subgroup_columns
+from helpers import packs
 from helpers.runs import write_images
 
 N = 40
@@ -101,3 +102,28 @@ def test_columns_of_a_table(tmp_path, monkeypatch):
         joined = dataset.join(part)
         np.testing.assert_array_equal(joined.subgroups['sex'], part.subgroups['sex'])
         assert list(dataset.Relabeled(part, [1], 2).subgroups) == ['age', 'sex']
+
+
+def test_packs_keep_them(tmp_path):
+    photos = write_images(tmp_path / 'photos', {'x': 20}, size=(12, 12))
+    rows = [
+        f'{n:03}.jpg,{n % 2},{"MF"[n % 3 > 0]},{20 + n},{n // 2}' for n in range(20)
+    ]
+    table = tmp_path / 'labels.csv'
+    table.write_text('\n'.join(['image,ill,sex,age,patient', *rows]))
+    fields = {'labels': str(table)}
+    one = packs.load(f'folder:{photos}', **fields)
+    packs.make(photos, tmp_path / 'packed', **fields)
+    other = packs.load(f'packed:{tmp_path}/packed')
+    for name, part in one.parts.items():
+        packed = other.parts[name]
+        assert list(packed.subgroups) == list(part.subgroups) == ['age', 'sex']
+        for column, values in part.subgroups.items():
+            np.testing.assert_array_equal(packed.subgroups[column], values)
+    found = packs.load(f'packed:{tmp_path}/packed', subgroups='sex')
+    assert list(found.test.subgroups) == ['sex']
+    for setting, names in ('none', []), (r'path:(?P<tens>\d\d)\d', ['tens (path)']):
+        found = packs.load(f'packed:{tmp_path}/packed', subgroups=setting)
+        assert list(found.test.subgroups) == names
+    with pytest.raises(UserError, match='no column site .* there are'):
+        packs.load(f'packed:{tmp_path}/packed', subgroups='site')

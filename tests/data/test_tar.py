@@ -151,6 +151,13 @@ def test_groups_in_the_json(jpegs, tmp_path, capsys):
     inside = [set(part.groups) for part in source.parts.values()]
     assert [len(part) for part in inside] == [2, 1, 1]
     assert len(set.union(*inside)) == 4
+    assert list(source.train.subgroups) == ['site']
+    for part in source.parts.values():
+        numbers = [int(part.name(n)[-9:-4]) // 6 for n in range(len(part))]
+        assert part.subgroups['site'].tolist() == list(map(str, numbers))
+    assert not load(tmp_path / 'x.tar', subgroups='none').test.subgroups
+    with pytest.raises(UserError, match='no column age to divide .* patient_id, site'):
+        load(tmp_path / 'x.tar', subgroups='age')
     source = load(tmp_path / 'x.tar', groups='column:site')
     assert len(source.test) == len(source.train) == 6
     assert load(tmp_path / 'x.tar', groups='none').train.groups is None

@@ -17,7 +17,7 @@ def make_builder(tfds, class_name, image, with_test, *, three=False):
     """A TFDS builder of 12 images, 8 to train on; the label is in each image.
 
     Args:
-      three: also with a split `validation`, and a feature of patients.
+      three: also with a split `validation`, and features of patients and views.
     """
 
     def info(self):
@@ -27,6 +27,7 @@ def make_builder(tfds, class_name, image, with_test, *, three=False):
         }
         if three:
             features['patient_id'] = tfds.features.Text()
+            features['view'] = tfds.features.Text()
         return tfds.core.DatasetInfo(
             builder=self, features=tfds.features.FeaturesDict(features)
         )
@@ -43,7 +44,11 @@ def make_builder(tfds, class_name, image, with_test, *, three=False):
     def generate_examples(self, numbers):
         for number in numbers:
             example = {'image': image(number), 'label': number % 2}
-            yield number, example | ({'patient_id': f'p{number // 2}'} if three else {})
+            more = {
+                'patient_id': f'p{number // 2}',
+                'view': ('front', 'side')[number // 2 % 2],
+            }
+            yield number, example | (more if three else {})
 
     return type(
         class_name,
@@ -124,10 +129,16 @@ def test_three_splits_of_tfds(tfds, tmp_path, capsys, monkeypatch):
     assert 'trains on train, validation chooses the best epoch, tests once on' in out
     # The images of validation are also in train.
     assert 'grouped by the feature patient_id, 1 of 6 groups are in more than' in out
+    for n, view in enumerate(source.train.subgroups['view']):
+        number = source.train[n]['image'][0, 0, 0] // 20
+        assert view == ('front', 'side')[number // 2 % 2]
     monkeypatch.setattr(tfds_source, '_GROUPED', 10)
     source = dataset.load_source('tfds:tiny_three', **fields)
     assert source.train.groups is None
-    assert 'data.groups=column:patient_id reads it of all 14' in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'data.groups=column:patient_id reads it of all 14' in out
+    assert 'data.subgroups=view reads them of all 14' in out
+    assert not source.train.subgroups
     # A split of ours keeps patients together, though labels are read one by one.
     source = dataset.load_source(
         'tfds:tiny_three',

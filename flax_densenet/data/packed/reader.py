@@ -85,6 +85,23 @@ def from_record(record: bytes) -> dict[str, Any]:
     return fields
 
 
+def subgroup_tensors(name: str, values: np.ndarray) -> dict[str, np.ndarray]:
+    """What divides the images, for the index of a pack.
+
+    Args:
+      name: of the column.
+      values: numbers, or words, `[N]`.
+    """
+    if values.dtype.kind == 'f':
+        return {f'subgroup_numbers {name}': values.astype(np.float64)}
+    words, places = np.unique(values, return_inverse=True)
+    text = '\0'.join(words.tolist()).encode()
+    return {
+        f'subgroup_words {name}': np.frombuffer(text, np.uint8),
+        f'subgroup_places {name}': places.astype(np.int32),
+    }
+
+
 class PackedReader(readers.Reader):
     """The images of a pack: encoded bytes.
 
@@ -110,6 +127,27 @@ class PackedReader(readers.Reader):
         if 'groups' in self._tensors().keys():  # noqa: SIM118
             self.groups = self._tensors().get_tensor('groups')
             self._check('groups', self.groups.dtype == np.int64)
+        self.subgroups = self._load_subgroups()
+
+    def _load_subgroups(self):
+        """What divides the images, as `subgroup_tensors` made it."""
+        tensors, found = self._tensors(), {}
+        for key in tensors.keys():  # noqa: SIM118
+            kind, _, name = key.partition(' ')
+            if kind not in ('subgroup_numbers', 'subgroup_places') or not name:
+                continue
+            values = tensors.get_tensor(key)
+            if kind == 'subgroup_numbers':
+                self._check(key, values.dtype == np.float64)
+                found[name] = values
+            else:
+                self._check(key, values.dtype == np.int32)
+                words = tensors.get_tensor(f'subgroup_words {name}')
+                words = bytes(words).decode(errors='replace').split('\0')
+                self._check(key, (values >= 0).all() and (values < len(words)).all())
+                found[name] = np.array(words)[values]
+            self._check(key, len(found[name]) == len(self))
+        return found
 
     def __len__(self):
         return self._ends[-1]

@@ -290,6 +290,8 @@ class _Packer:
         }
         if self.listing.groups is not None:
             tensors['groups'] = self.listing.groups[order].astype(np.int64)
+        for name, values in self.images.reader.subgroups.items():
+            tensors |= packed_reader.subgroup_tensors(name, values[order])
         index = safetensors.numpy.save(tensors)
         self._save(packed_reader.INDEX, index)
         if self.listing.skipped:

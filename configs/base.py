@@ -20,8 +20,8 @@ def get_config() -> ConfigDict:
     # The classifier starts from random values if the classes differ.
     config.init_from = ''
 
-    # The network. A field that is not set is as in init_from, else as the variant has
-    # it.
+    # The network. Fields that are not set come from init_from, or else from the
+    # variant.
     config.model = ConfigDict()
     # densenet121, densenet161, densenet169, densenet201, densenet264, densenetblur121d,
     # densenet264d, [B-|C-|BC-]L<depth>k<growth rate> such as BC-L100k12, or rdnet_tiny,
@@ -41,7 +41,7 @@ def get_config() -> ConfigDict:
     config.model.stem = optional(str)
     # Feature maps after the stem.
     config.model.stem_features = optional(int)
-    # Blur where the stem halves the resolution. DenseNet only.
+    # Blur when the stem halves the resolution. DenseNet only.
     config.model.blur_pool = optional(bool)
     # Share of values to drop in training.
     config.model.dropout_rate = 0.0
@@ -76,10 +76,10 @@ def get_config() -> ConfigDict:
     # memory. With the fast dense block on xla, block is also faster, and its default;
     # RDNet's default is none.
     config.model.remat = optional(str)
-    # Images that batch norm in training takes its statistics of. 0: the global batch,
-    # or a micro-batch with train.accumulate_steps. n: each n consecutive images. -1:
-    # the images of each device, which then exchange nothing. The running statistics
-    # are averages over these groups. DenseNet only.
+    # Images from which batch norm computes its statistics in training. 0: the global
+    # batch, or a micro-batch with train.accumulate_steps. n: each n consecutive images.
+    # -1: the images of each device; then the devices exchange no statistics. The
+    # running statistics are averages over these groups. DenseNet only.
     config.model.batch_norm_group = 0
     # Feature maps that each layer adds, by block. RDNet only.
     config.model.growth_rates = optional(tuple)
@@ -96,35 +96,36 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     # digits; folder:PATH (PATH/CLASS/* or PATH/{train,val,test}/CLASS/*); packed:FOLDER
     # (made by the command pack); tar:PATH (webdataset shards); hf:NAME[:CONFIG[:SPLIT]]
-    # (a data set of the Hugging Face Hub); parquet:FOLDER (files of that kind); or
+    # (a data set of the Hugging Face Hub); parquet:FOLDER (Parquet files); or
     # tfds:NAME[:CONFIG].
     config.data.source = 'digits'
     # CSV table with several labels per image, for the images of folder:PATH: a column
     # for each label with 1, 0 or nothing (not known). The accepted forms are described
     # in flax_densenet/data/label_table.py.
     config.data.labels = ''
-    # What the table holds: several labels of an image (labels), one class of each image
+    # What the table holds: several labels per image (labels), one class per image
     # (classes), or auto, which prints what it found.
     config.data.label_kind = 'auto'
-    # Columns of the labels or of the class, "('cat','dog')". (): they are found. For
-    # hf: and parquet:, the one column of the label.
+    # Columns of the labels or of the class, such as "('cat','dog')". (): detected. For
+    # hf: and parquet:, the single column of the label.
     config.data.label_columns = ()
     # Meaning of an empty cell of a label: unknown (or ignore), negative or positive.
     config.data.blank_labels = 'unknown'
     # Meaning of -1 in a cell of a label: unknown (or ignore), negative, positive, or
     # soft: a target between 0 and 1 in the loss, and unknown for everything else.
     config.data.uncertain_labels = 'unknown'
-    # Span of soft targets; each is drawn once. '(0.55,0.85)' leans to positive as in
-    # arXiv 1911.06475, '(0.15,0.45)' to negative, '(0.7,0.7)' is a fixed one.
+    # Range of soft targets; each target is drawn once. '(0.55,0.85)' leans to positive
+    # as in arXiv 1911.06475, '(0.15,0.45)' to negative; '(0.7,0.7)' is a fixed target.
     config.data.soft_labels = (0.55, 0.85)
     # Images of one group are never split between parts: auto (a column, field or
     # feature of patients such as patient_id, else paths such as patient001/),
-    # column:NAME, path, path:REGEX (the group is its first group), or none. For any
-    # source; a line says what was found and how many groups are in several parts.
+    # column:NAME, path, path:REGEX (its first capture group names the group), or none.
+    # Works for any source; a line reports what was found and how many groups are in
+    # several parts.
     config.data.groups = 'auto'
     # The report divides the test images by these columns of data.labels: auto (age,
-    # sex, site, view and other columns of few values or of numbers, but none that tells
-    # people apart), names such as age,sex, none, or named parts of the paths:
+    # sex, site, view and other columns with few values or with numbers, but none that
+    # identifies people), names such as age,sex, none, or named parts of the paths:
     # path:(?P<site>[a-z]+)_.
     config.data.subgroups = 'auto'
     # Column of data.labels that says which images are for training, validation and
@@ -172,17 +173,17 @@ def get_config() -> ConfigDict:
     config.data.val_fraction = 0.0
     # Seed of these splits, and of the folds.
     config.data.split_seed = 0
-    # Folds of cross-validation; the command crossval sets it (docs/crossval.md). A test
-    # part of the source is in no fold. 0: no folds.
+    # Folds of cross-validation; the command crossval sets it (docs/crossval.md). If the
+    # source has a test part, it is in no fold. 0: no folds.
     config.data.folds = 0
-    # The fold to test on, from 1 to data.folds. The others are trained on.
+    # The fold to test on, from 1 to data.folds. The model is trained on the others.
     config.data.fold = 0
     # Random crops and flips of training images: none, flip, shift_flip (as for CIFAR)
     # or crop_flip (as for ImageNet). samples.png in the run's folder shows them.
     config.data.augment = 'none'
     # Random changes of brightness, contrast, saturation and hue, such as
-    # '(0.4,0.4,0.4,0.1)': factors from 1 - x to 1 + x; the hue turns by up to this
-    # share of the color wheel. A single number is for the first three. Applied after
+    # '(0.4,0.4,0.4,0.1)': factors from 1 - x to 1 + x; the hue shifts by up to this
+    # share of the color wheel. A single number sets the first three. Applied after
     # data.augment.
     config.data.color_jitter = ()
     # Random operations such as rotation and shear, as in torchvision: none,
@@ -199,19 +200,19 @@ def get_config() -> ConfigDict:
     # Paste a box of one training image into another and mix their labels: alpha as for
     # data.mixup, such as 1.0. 0: off.
     config.data.cutmix = 0.0
-    # Smaller images at first: '((0.5,16),(0.8,24))' trains with 16 pixels for the first
-    # half of the epochs, then 24 until 80% of them, then data.image_size. If that is
-    # not square, each size is height and width, '((0.5,(16,8)),)'. Tests always use
-    # data.image_size.
+    # Smaller images at the start of training: '((0.5,16),(0.8,24))' trains with 16
+    # pixels for the first half of the epochs, then 24 until 80% of them, then
+    # data.image_size. If that is not square, each size is height and width,
+    # '((0.5,(16,8)),)'. Evaluation always uses data.image_size.
     config.data.size_schedule = ()
-    # For classes of different sizes: none; sampler draws all classes equally often (an
+    # For classes of unequal size: none; sampler draws all classes equally often (an
     # epoch keeps its number of images); or loss gives all classes equal weight. With
     # data.labels, sampler draws positives of each label, and images without any,
     # equally often; instead of loss use train.pos_weight=auto.
     config.data.balance = 'none'
-    # Test-time augmentation: none, or flip, which also looks at the mirrored image and
+    # Test-time augmentation: none, or flip, which also predicts the mirrored image and
     # averages the probabilities, in twice the time. Used by eval, report and predict,
-    # which can change it, and by serve; not by the test after each epoch.
+    # which can override it, and by serve; not used in the evaluation after each epoch.
     config.data.tta = 'none'
     # Images that cannot be read: error stops; skip leaves them out and lists them.
     config.data.bad_images = 'error'
@@ -277,9 +278,10 @@ def get_config() -> ConfigDict:
     # statistics of each micro-batch.
     config.train.accumulate_steps = 1
     # Loss to minimize: cross_entropy; focal, which gives less weight to images that are
-    # right already (arXiv 1708.02002); or bce, a sigmoid per class (arXiv 2110.00476),
-    # though predictions remain a softmax. With data.labels, cross_entropy and bce are
-    # the same. The reported train_loss and test_loss are always the cross-entropy.
+    # already classified correctly (arXiv 1708.02002); or bce, a sigmoid per class
+    # (arXiv 2110.00476), though predictions remain a softmax. With data.labels,
+    # cross_entropy and bce are the same. The reported train_loss and test_loss are
+    # always the cross-entropy.
     config.train.loss = 'cross_entropy'
     # Exponent of loss=focal. 0 is the same as cross_entropy.
     config.train.focal_gamma = 2.0
@@ -293,10 +295,10 @@ def get_config() -> ConfigDict:
     config.train.pos_weight = ''
     # Keep an exponential moving average of parameters and batch norm statistics, with
     # this decay per step, such as 0.999 (at first at most (1 + steps) / (10 + steps)).
-    # The average is what is tested, saved as best, and exported. 0: off.
+    # The average is evaluated, saved as the best checkpoint, and exported. 0: off.
     config.train.ema = 0.0
-    # Stop after this many epochs in a row without improvement. 0: never. The schedule
-    # stays that of all epochs.
+    # Stop after this many epochs in a row without improvement. 0: never. The learning
+    # rate schedule still covers all epochs.
     config.train.patience = 0
     # Seed of parameters, order, augmentation and dropout.
     config.train.seed = 0
@@ -307,8 +309,8 @@ def get_config() -> ConfigDict:
     # Epochs at the start that train only the classifier; train.freeze applies after
     # them.
     config.train.head_warmup_epochs = 0
-    # Choose what is left open by the number of training images, for fine-tuning: a
-    # batch size, learning rate, layer decay or number of epochs of 0, a head warm-up or
+    # For fine-tuning, choose open settings by the number of training images: a batch
+    # size, learning rate, layer decay or number of epochs of 0, a head warm-up or
     # patience of -1, and a policy or freeze of auto. configs/finetune.py leaves all of
     # them open for published weights (docs/pretrained.md).
     config.train.by_count = False
@@ -336,7 +338,7 @@ def get_config() -> ConfigDict:
     # wherever the model predicts, unless --raw is given. The command calibrate does it
     # later.
     config.train.calibrate = True
-    # At the end, choose on the same images from which probability on a label, or the
+    # At the end, choose on the same images the probability from which a label, or the
     # positive one of two classes, counts as positive: youden (the largest sum of
     # sensitivity and specificity), f1, sensitivity=0.95 or specificity=0.9 (at least
     # that), or cost=5:1 (a false negative costs 5, a false positive 1). Empty: 0.5 for
@@ -344,33 +346,33 @@ def get_config() -> ConfigDict:
     config.train.threshold = ''
     # The positive one of two classes, for train.threshold. Empty: the second.
     config.train.positive_class = ''
-    # After training, learn what usual images look like, so that predictions also say
+    # After training, learn what usual images look like, so that predictions also report
     # how unlike the training images an image is (docs/unusual.md): energy (of the
     # outputs alone), mahalanobis (distance to the nearest class), both, neighbor
     # (distance to training images) or off. auto: both.
     config.train.unusual = 'auto'
-    # Share of the validation images that count as usual; the others, and images that
-    # are as far from the training images, are marked as unusual.
+    # Share of the validation images that count as usual. The others, and images at
+    # least as far from the training images, are marked as unusual.
     config.train.unusual_share = 0.95
-    # Training images to look at for that, at most. Of many classes, ten of each, up to
-    # 10,000. It takes as long as predicting that many images.
+    # Maximum number of training images to use for train.unusual; with many classes, ten
+    # per class, up to 10,000. It takes as long as predicting that many images.
     config.train.unusual_images = 2000
     # Write report.html about the best checkpoint at the end. The command report writes
     # it too.
     config.train.report = True
 
-    # The pages.
+    # The report pages.
     config.report = ConfigDict()
     # Leave pictures, file names and paths out of report.html and compare.html, so that
-    # they can be passed on. predictions.csv beside them keeps the paths.
+    # they can be shared. predictions.csv next to them keeps the paths.
     config.report.private = False
     return config
 
 
 def split_manner(argument: str) -> tuple[str, bool]:
-    """`NAME` or `NAME,code` of the paper's recipes: the name, and whether as the code.
+    """Parses `NAME` or `NAME,code`: the name, and whether `code` was given.
 
-    Where text and code of the paper differ, a recipe follows the one or the other.
+    Where the paper's text and code differ, `code` follows the code.
     """
     name, _, manner = argument.partition(',')
     if manner not in ('', 'code'):

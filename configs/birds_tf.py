@@ -1,10 +1,10 @@
-"""The birds as the TensorFlow variant of the recipe trains on them.
+"""The TensorFlow variant of the birds recipe.
 
   python launch.py --config=configs/birds_tf.py
 
-Differs from configs/birds.py in what TensorFlow and its author do otherwise: padding,
-kernels' initial values, an L2 penalty, pixels from 0 to 255, batch norm's constants,
-batch 8, Adam 1e-3.
+Differs from configs/birds.py where TensorFlow or the author's code differ: padding,
+initial kernels, an L2 penalty, pixels from 0 to 255, batch norm's constants, batch 8,
+Adam 1e-3.
 """
 
 from flax_densenet.configs import birds
@@ -18,7 +18,7 @@ def get_config():
     config.model.epsilon = 1e-3
     config.model.unbiased_variance = False
     config.data.mean = (0.0, 0.0, 0.0)
-    config.data.std = (1 / 255, 1 / 255, 1 / 255)  # leaves pixels from 0 to 255
+    config.data.std = (1 / 255, 1 / 255, 1 / 255)  # keeps pixels from 0 to 255
     config.data.batch_size = 8
     config.data.split_seed = 123
     config.optimizer.learning_rate = 1e-3

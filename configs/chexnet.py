@@ -1,13 +1,13 @@
-"""Several findings for each image, as CheXNet (arXiv 1711.05225) reads chest X-rays.
+"""Several findings per image, as in CheXNet (arXiv 1711.05225) for chest X-rays.
 
   python launch.py --config=configs/chexnet.py:X-RAYS --config.data.labels=TABLE.csv \\
       --config.init_from=densenet121.pth
 
-X-RAYS is a folder of images, TABLE.csv says which have what: the NIH's
-`Data_Entry_2017.csv` as it is, or a column of 0 and 1 for each label. A patient's
+X-RAYS is a folder of images, TABLE.csv has their labels: the NIH's
+`Data_Entry_2017.csv` unchanged, or a column of 0 and 1 for each label. A patient's
 images stay together in the split. DenseNet-121 from ImageNet's weights, Adam 1e-3,
-batch 16, mirrored images; the best epoch is that with the highest mean AUROC.
-torchxrayvision's weights bring their own preparation of gray images: with them set
+batch 16, mirrored images; the best epoch has the highest mean AUROC. torchxrayvision's
+weights come with their own preparation of gray images; with them, set
 `--config.data.crop_fraction=1`.
 """
 

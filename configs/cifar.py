@@ -4,20 +4,20 @@
   python launch.py --config=configs/cifar.py:40_12 --workdir=ckpt/40_12
   python launch.py --config=configs/cifar.py:quick --workdir=ckpt/quick
 
-MODEL is `DEPTH_GROWTH` for the plain network and `bc_DEPTH_GROWTH` for DenseNet-BC; `+`
-behind it shifts images by up to 4 pixels and mirrors them, without it 0.2 of the values
-are dropped out instead, as in the paper's columns C10+ and C10. Names of VARIANTS
-(BC-L100k12) do as well. `,code` behind all follows the authors' Torch code where it
-differs from the text: kernels from the fan-out, dropout after every convolution but the
-first, a stem of twice the growth rate for plain networks too.
+MODEL is `DEPTH_GROWTH` for the plain network and `bc_DEPTH_GROWTH` for DenseNet-BC;
+with `+` at the end, images are shifted by up to 4 pixels and mirrored; without it,
+dropout of 0.2 is used instead, as in the paper's columns C10+ and C10. Names in
+VARIANTS (BC-L100k12) work as well. `,code` at the end follows the authors' Torch code
+where it differs from the text: kernels initialized from the fan-out, dropout after
+every convolution but the first, a stem of twice the growth rate for plain networks too.
 
-Reads data/cifar10/{train,test}/CLASS/*; --config.data.source=tfds:cifar10 takes a set
-prepared by TFDS. SGD with Nesterov momentum 0.9 from 0.1, divided by 10 at 50 % and
-75 % of 300 epochs, batch 64, weight decay 1e-4. docs/recipes.md has the paper's errors
-and the cost; configs/cifar100.py and configs/svhn.py are the other columns.
+Reads data/cifar10/{train,test}/CLASS/*; --config.data.source=tfds:cifar10 uses a data
+set prepared by TFDS. SGD with Nesterov momentum 0.9 from 0.1, divided by 10 at 50% and
+75% of 300 epochs, batch 64, weight decay 1e-4. docs/recipes.md has the paper's error
+rates and the cost; configs/cifar100.py and configs/svhn.py are for the other columns.
 
-`quick` is a small network with images that grow: 86.2 % of CIFAR-10's test images after
-13 epochs, in 23 minutes on two processors (docs/results.md).
+`quick` is a small network on images that grow: 86.2% test accuracy on CIFAR-10 after 13
+epochs, in 23 minutes on two CPU cores (docs/results.md).
 """
 
 import re
@@ -34,13 +34,13 @@ def get_config(model='bc_100_12+'):
 
 
 def make(model: str, *others: str):
-    """The paper's recipe for `[bc_]DEPTH_GROWTH[+][,code]`, without its images.
+    """The paper's recipe for `[bc_]DEPTH_GROWTH[+][,code]`, without the data.
 
     Args:
-      others: names that the caller knows, for the message.
+      others: further names that the caller accepts, for the error message.
 
     Raises:
-      ValueError: it is no such name.
+      ValueError: the name is not of this form.
     """
     name, as_code = base.split_manner(model)
     name, augment = name.removesuffix('+'), name.endswith('+')
@@ -52,7 +52,7 @@ def make(model: str, *others: str):
         others = ''.join(f', {other}' for other in others)
         raise ValueError(
             f'{model} is not known; use bc_100_12+, 40_12 or another depth and growth '
-            f'rate{others}, or a name of a model as BC-L100k12'
+            f'rate{others}, or the name of a model such as BC-L100k12'
         )
     config = base.get_config()
     config.model.variant = name
@@ -74,7 +74,7 @@ def make(model: str, *others: str):
 
 
 def _make_quick():
-    """A narrow network with few layers where images are large, and images that grow."""
+    """A narrow network with few layers at high resolution, and images that grow."""
     config = make('bc_40_16+')
     config.model.block_sizes = (2, 5, 10)
     config.data.size_schedule = ((0.24, 16), (0.78, 24))

@@ -2,8 +2,8 @@
 
   python launch.py --config=configs/cifar100.py:bc_250_24+
 
-The models and all else are configs/cifar.py's. Reads
-data/cifar100/{train,test}/CLASS/*; --config.data.source=tfds:cifar100 takes a set
+The models and everything else are as in configs/cifar.py. Reads
+data/cifar100/{train,test}/CLASS/*; --config.data.source=tfds:cifar100 uses a data set
 prepared by TFDS.
 """
 

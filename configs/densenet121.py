@@ -2,8 +2,8 @@
 
   python launch.py --config=configs/densenet121.py
 
-trains on scikit-learn's handwritten digits;
---config.data.source=folder:PATH takes your own images.
+trains on scikit-learn's handwritten digits; --config.data.source=folder:PATH uses your
+own images.
 """
 
 from flax_densenet.configs import base

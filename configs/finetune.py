@@ -1,22 +1,22 @@
-"""Trained weights on to your own photographs, with a new classifier.
+"""Fine-tunes trained weights on your own photographs, with a new classifier.
 
   python launch.py --config=configs/finetune.py:densenet121 \
       --config.data.source=folder:photos
   python launch.py --config=configs/finetune.py:PATH --config.data.source=folder:photos
 
 With the name of published weights (`python launch.py weights` lists them), or with
-PATH,auto, batch size, learning rates, epochs, augmentation and what is frozen are
+PATH,auto, the batch size, learning rates, epochs, augmentation and frozen layers are
 chosen by the number of training images, and printed; `train photos --pretrained` does
-the same.
+the same. PATH is a file of weights or the folder of a run; the model and the
+preparation of the images come with it.
 
-PATH is a file of weights or the folder of a run; the model and the preparation of the
-images come with it. Without `,auto`, the settings below apply: the classifier trains
-alone for the first epoch, so that its random start does not disturb the rest; then all
-train, the lower a block the slower. For some hundreds to some thousands of images; the
-cost is that of training as many epochs from scratch, which needs many more of them.
+Without `,auto`, the settings below apply: the classifier trains alone for the first
+epoch, so that its random start does not disturb the rest; then everything trains, lower
+blocks more slowly. The recipe is meant for a few hundred to a few thousand images. An
+epoch costs as much as one from scratch, but far fewer epochs are needed.
 
-With few images, --config.train.freeze=denseblock3 leaves the first three blocks as they
-are and takes about a third of the time; configs/linear_probe.py trains the classifier
+With few images, --config.train.freeze=denseblock3 keeps the first three blocks fixed
+and takes about a third of the time; configs/linear_probe.py trains the classifier
 alone.
 """
 

@@ -2,9 +2,9 @@
 
   python launch.py --config=configs/folder.py:PATH
 
-with PATH/CLASS/* (a fifth is split off for the test) or PATH/{train,val}/CLASS/*.
-Random crops and mirroring, a cosine schedule with a warm-up; for some hundreds to some
-thousands of images.
+with PATH/CLASS/* (a fifth is split off for the test) or PATH/{train,val}/CLASS/*. Uses
+random crops and mirroring and a cosine schedule with a warm-up; for a few hundred to a
+few thousand images.
 """
 
 from flax_densenet.configs import base

@@ -6,12 +6,14 @@ SGD with Nesterov momentum 0.9 from 0.1, divided by 10 after epochs 30 and 60 of
 batches of 256, weight decay 1e-4; random crops and mirroring in training, a center crop
 of 224 pixels from 256 in the test. `:121,code` draws kernels from the fan-out, as the
 authors' Torch code does; that code also jitters colors and lighting. Reads
-data/imagenet/{train,val}/CLASS/*; --config.data.source=packed:FOLDER what --mode=pack
-made of it, tfds:imagenet2012 a set prepared by TFDS. Where a batch does not fit,
---config.train.accumulate_steps=4. On several GPUs batch norm has the statistics of all
-256 images; the authors' code took each GPU's own: --config.model.batch_norm_group=-1.
+data/imagenet/{train,val}/CLASS/*; --config.data.source=packed:FOLDER reads what the
+command pack made of it, tfds:imagenet2012 a data set prepared by TFDS. If a batch does
+not fit in memory, use --config.train.accumulate_steps=4. On several GPUs, batch norm
+uses the statistics of all 256 images; the authors' code used those of each GPU, as
+--config.model.batch_norm_group=-1 does.
 
-docs/recipes.md has the paper's errors. Some GPU-days: never trained here.
+docs/recipes.md has the paper's error rates. Training takes several GPU-days and was not
+done here.
 """
 
 from flax_densenet.configs import base

@@ -1,13 +1,13 @@
-"""Trained weights as they are, and a new classifier for your own photographs.
+"""Trains only a new classifier for your own photographs, on fixed trained weights.
 
   python launch.py --config=configs/linear_probe.py:PATH \
       --config.data.source=folder:photos
 
 PATH is a file of weights or the folder of a run; the model and the preparation of the
-images come with it. The features of all images are computed once, in the time that
-evaluating them takes; then an epoch takes some 0.2 ms an image on a CPU. A quick answer
-to how far given weights carry, and often good with few images; configs/finetune.py goes
-further.
+images come with it. The features of all images are computed once, which takes as long
+as evaluating them; then an epoch takes about 0.2 ms per image on a CPU. This quickly
+shows how useful the weights are, and is often good with few images; configs/finetune.py
+goes further.
 """
 
 from flax_densenet.configs import base

@@ -1,22 +1,22 @@
-"""RDNet, the DenseNet of 2024 (Kim et al., "DenseNets Reloaded", arXiv 2403.19588).
+"""RDNet, a DenseNet of 2024 (Kim et al., "DenseNets Reloaded", arXiv 2403.19588).
 
   python launch.py --config=configs/rdnet.py              # rdnet_tiny, ImageNet
   python launch.py --config=configs/rdnet.py:rdnet_small  # or rdnet_base, rdnet_large
 
-reads data/imagenet/{train,val}/CLASS/*; --config.data.source=folder:PHOTOS takes your
-own. From published weights, a file that timm saved (rdnet_tiny.nv_in1k), to your own
-photographs:
+reads data/imagenet/{train,val}/CLASS/*; --config.data.source=folder:PHOTOS uses your
+own images. To fine-tune published weights, a file that timm saved (rdnet_tiny.nv_in1k):
 
   python launch.py --config=configs/finetune.py:model.safetensors \
       --config.data.source=folder:photos --config.model.drop_path_rate=0.1
 
-The authors' settings: 300 epochs of ImageNet in batches of 512, AdamW from 1e-3 by a
-cosine, 20 epochs of warm-up, weight decay 0.05, stochastic depth of 0.15, 0.35, 0.4 and
-0.5 for tiny, small, base and large, at 224x224. They report 82.8, 83.7, 84.4 and 84.8 %
-of ImageNet's validation images. Theirs besides, and not set here: RandAugment, mixup
-0.8, CutMix 1, label smoothing 0.1, random erasing 0.25 and color jitter, decay of
-kernels alone, a last rate of 1e-6 instead of 0. Not trained here; the gradient of four
-images took 1.4 s on two CPU cores, so a GPU or several are needed.
+The authors' settings: 300 epochs of ImageNet in batches of 512, AdamW at 1e-3 with a
+cosine schedule, 20 epochs of warm-up, weight decay 0.05, stochastic depth of 0.15,
+0.35, 0.4 and 0.5 for tiny, small, base and large, at 224x224. They report 82.8, 83.7,
+84.4 and 84.8% accuracy on ImageNet's validation images. They also use the following,
+which is not set here: RandAugment, mixup 0.8, CutMix 1, label smoothing 0.1, random
+erasing 0.25, color jitter, weight decay on kernels only, and a final learning rate of
+1e-6 instead of 0. Not trained here: the gradient of four images took 1.4 s on two CPU
+cores, so GPUs are needed.
 """
 
 from flax_densenet.configs import base

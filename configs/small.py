@@ -1,13 +1,13 @@
-"""Some hundreds of photographs and no trained weights: a small network, in minutes.
+"""A small network for a few hundred photographs, without trained weights, in minutes.
 
   python launch.py --config=configs/small.py:PATH
   python launch.py sweep --config=configs/small.py:PATH --sweep=train.seed=0,1,2
 
 with PATH/CLASS/* (a fifth is split off for the test) or PATH/{train,val}/CLASS/*.
-DenseNet-BC of 0.3 million parameters at 96 pixels, where DenseNet-121 would have eight
-million to learn from so little. Random crops and mirroring, Adam with the one-cycle
-schedule. docs/results.md has what it reached; trained weights (configs/finetune.py)
-reach more where there are any.
+DenseNet-BC with 0.3 million parameters at 96 pixels; DenseNet-121 would have eight
+million to learn from so few images. Uses random crops and mirroring, and Adam with the
+one-cycle schedule. docs/results.md has its results; trained weights
+(configs/finetune.py) reach more if they are available.
 """
 
 from flax_densenet.configs import base

@@ -2,11 +2,11 @@
 
   python launch.py --config=configs/svhn.py:bc_100_12
 
-The models are configs/cifar.py's. 604,388 images of TFDS' svhn_cropped, its parts train
-and extra, in the range 0 to 1; dropout 0.2 and no augmentation; 40 epochs. (The paper
-keeps 6,000 of the images back to choose the epoch by; here the last one is meant, as
-for CIFAR.) --config.data.source=folder:PATH with --config.data.tfds_train= takes
-PATH/{train,test}/CLASS/*.
+The models are as in configs/cifar.py. The data is the 604,388 images of the splits
+train and extra of TFDS' svhn_cropped, in the range 0 to 1; dropout 0.2 and no
+augmentation; 40 epochs. (The paper holds out 6,000 images to choose the epoch; here the
+result is the last epoch, as for CIFAR.) --config.data.source=folder:PATH with
+--config.data.tfds_train= uses PATH/{train,test}/CLASS/*.
 """
 
 from flax_densenet.configs import cifar

@@ -2,7 +2,7 @@
 
     python onnx_in_20_lines.py model.onnx photo.jpg ...
 
-`onnx_predict.py` does it to the last bit as in training, and says what went wrong.
+`onnx_predict.py` prepares images exactly as in training and reports errors.
 """
 
 import json
@@ -20,7 +20,7 @@ filter_ = Image.Resampling[meta['interpolation'].upper()]
 for path in sys.argv[2:]:
     image = ImageOps.exif_transpose(Image.open(path)).convert('RGB')
     if meta['resize'] == 'crop':
-        bleed = (1 - float(meta['crop_fraction'])) / 2  # left out at each edge
+        bleed = (1 - float(meta['crop_fraction'])) / 2  # cropped at each edge
         image = ImageOps.fit(image, (width, height), filter_, bleed)
     image = image.resize((width, height), filter_)
     image = image.convert('L' if meta['channels'] == '1' else 'RGB')

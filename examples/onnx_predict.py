@@ -1,10 +1,10 @@
-"""Classifies images with an exported .onnx file: no JAX, nothing of this project.
+"""Classifies images with an exported .onnx file, without JAX or this project.
 
     pip install onnxruntime pillow
     python onnx_predict.py model.onnx photo.jpg ...
 
-The file itself says how an image is prepared and what its classes are called. Pixels
-are those of flax_densenet, but for 16-bit gray and very large images.
+The metadata of the file has the preparation of images and the class names. Pixels equal
+those of flax_densenet, except for 16-bit gray and very large images.
 """
 
 import json
@@ -19,7 +19,7 @@ WAY = ('image_size', 'channels', 'resize', 'crop_fraction', 'interpolation')
 
 
 def prepare(file, meta):
-    """An image file as the model takes it: uint8 `[1, height, width, channels]`."""
+    """An image file as input of the model: uint8 `[1, height, width, channels]`."""
     sides, box = [int(n) for n in meta['image_size'].split(',')], None
     size = sides[-1], sides[0]  # width and height
     whole = [int(n / float(meta['crop_fraction'])) for n in size]
@@ -31,7 +31,7 @@ def prepare(file, meta):
         page = Image.new('RGBA', image.size, 'white')
         image = Image.alpha_composite(page, image)
     image = image.convert('RGB')
-    if meta['resize'] == 'crop':  # a part in the middle, else the whole image
+    if meta['resize'] == 'crop':  # a central crop, else the whole image
         limit = int(whole[0] * image.height < whole[1] * image.width)
         to_whole = int if whole[0] == whole[1] else round
         shape = [to_whole(whole[limit] * n / image.size[limit]) for n in image.size]
@@ -47,7 +47,7 @@ def prepare(file, meta):
 
 
 def main(model, *files):
-    """Prints the likeliest classes of each file; returns what sys.exit takes."""
+    """Prints the most likely classes of each file; returns the exit status."""
     try:
         session = onnxruntime.InferenceSession(model)
         meta = session.get_modelmeta().custom_metadata_map
@@ -58,9 +58,9 @@ def main(model, *files):
         outputs = [one.name for one in session.get_outputs()]
         taken = [(one.name, one.type) for one in session.get_inputs()]
         if taken != [('image', 'tensor(uint8)')]:
-            raise ValueError(f'takes {taken}, not a uint8 image')
-    except Exception as error:  # onnxruntime's errors have no other base
-        return f'{model} is no exported model ({" ".join(str(error).split())})'
+            raise ValueError(f'expects {taken}, not a uint8 image')
+    except Exception as error:  # onnxruntime's errors have no other base class
+        return f'{model} is not an exported model ({" ".join(str(error).split())})'
     unread = 0
     for file in files:
         try:
@@ -75,7 +75,7 @@ def main(model, *files):
 
 
 def describe(found, labels, meta):
-    """The likeliest classes; their set, and whether the image is an unusual one."""
+    """The most likely classes, the prediction set, and whether the image is unusual."""
     shares = found['probabilities'][0]
     order = np.argsort(-shares, kind='stable')
     line = ', '.join(f'{labels[i]} {shares[i]:.1%}' for i in order[:5])

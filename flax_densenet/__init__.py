@@ -1,7 +1,7 @@
 """DenseNet for JAX: models, training, evaluation, prediction, export.
 
-The names in `__all__` and what they return are the public API; everything else may
-change between versions. They are imported when they are first used.
+The names in `__all__` and the types that they return are the public API; everything
+else may change between versions. They are imported on first use.
 
 >>> import flax_densenet
 >>> model = flax_densenet.create_model('densenet121', num_classes=10)
@@ -80,7 +80,7 @@ def __dir__():
 
 
 class _CallablePackage(types.ModuleType):
-    """A package with the name of a public function, which calling it calls."""
+    """A package with the name of a public function; calling it calls the function."""
 
     def __call__(self, *args, **kwargs):
         from flax_densenet import api
@@ -88,6 +88,6 @@ class _CallablePackage(types.ModuleType):
         return getattr(api, self.__name__.rpartition('.')[2])(*args, **kwargs)
 
 
-# An import of flax_densenet.train.fit makes `flax_densenet.train` the package.
+# Importing flax_densenet.train.fit makes `flax_densenet.train` the package.
 for _name in ('export', 'train'):
     importlib.import_module(f'{__name__}.{_name}').__class__ = _CallablePackage

@@ -10,9 +10,9 @@
     print(model.predict('new.jpg')[0].label)
     flax_densenet.export(model, 'photos.onnx')
 
-They do what the commands of the same names do, and nothing to the process: they install
-no signal handlers and set no environment variables. For the command's speed, call
-`flax_densenet.system.process.set_up()` before anything else.
+They do what the commands of the same names do, without side effects on the process:
+they install no signal handlers and set no environment variables. For the speed of the
+commands, call `flax_densenet.system.process.set_up()` before anything else.
 """
 
 import dataclasses
@@ -35,16 +35,16 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What `train` returns.
+    """The result of `train`.
 
     Attributes:
-      workdir: the folder of the run; `load` takes it.
-      best: the record of the best epoch: `epoch` (from 1), `step`, `train_accuracy`
-        and `test_accuracy` (shares, 0 to 1), `train_loss` and `test_loss` (nats),
+      workdir: the folder of the run, which `load` accepts.
+      best: the record of the best epoch: `epoch` (from 1), `step`, `train_accuracy` and
+        `test_accuracy` (shares, 0 to 1), `train_loss` and `test_loss` (nats),
         `learning_rate`, `images_per_second`, and more. If there is a validation part,
-        `val_accuracy` and `val_loss` take the place of `test_*`.
-      records: those of all epochs, in order: the lines of `metrics.jsonl`.
-      test: what `eval.json` holds: the metrics of the best checkpoint for the test
+        `val_accuracy` and `val_loss` replace `test_*`.
+      records: the records of all epochs, in order, as in `metrics.jsonl`.
+      test: the content of `eval.json`: the metrics of the best checkpoint on the test
         images, as in `Evaluation`; None if these images chose the best epoch.
     """
 
@@ -56,17 +56,18 @@ class TrainResult:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` returns: N images, C classes.
+    """The result of `evaluate` for N images and C classes.
 
     Attributes:
-      metrics: what `eval.json` holds: `count`, `accuracy` (0 to 1) and its 95% interval
-        `accuracy_interval`, `loss` (nats), `top5` (None for five classes or fewer),
-        `macro` (means over the classes of precision, recall, specificity, f1, auroc and
-        average_precision, and balanced_accuracy), `classes` (the same for each class,
-        with its name and support), `intervals` (95% intervals of both, and of how many
-        `units` they are), `confusion` (`[actual][predicted]`) and `calibration`.
+      metrics: the content of `eval.json`: `count`, `accuracy` (0 to 1) and its 95%
+        interval `accuracy_interval`, `loss` (nats), `top5` (None for five classes or
+        fewer), `macro` (means over the classes of precision, recall, specificity, f1,
+        auroc and average_precision, and balanced_accuracy), `classes` (the same for
+        each class, with its name and support), `intervals` (95% intervals of both, and
+        the number of independent `units`), `confusion` (`[actual][predicted]`) and
+        `calibration`.
       class_names: C names.
-      names: N names: the file of each image, or its place in the data set.
+      names: N names: the file of each image, or its position in the data set.
       labels: int32 `[N]`. With several labels per image, float32 `[N, C]` of 0, 1 and
         NaN (unknown).
       probabilities: float64 `[N, C]`.
@@ -91,12 +92,12 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class ExportResult:
-    """What `export` returns.
+    """The result of `export`.
 
     Attributes:
-      path: the file, or the folder.
-      format: as given, or found by the ending of the file.
-      facts: text by name: size, precision, and how close each runtime came.
+      path: the file or folder.
+      format: as given, or from the extension of the file.
+      facts: text by name: size, precision, and the largest difference of each runtime.
     """
 
     path: str
@@ -105,7 +106,7 @@ class ExportResult:
 
 
 def list_models(pattern: str = '*') -> list[str]:
-    """Names that `create_model` and `config.model.variant` take.
+    """Names that `create_model` and `config.model.variant` accept.
 
     Besides these, `[B-|C-|BC-]L<depth>k<growth rate>` names the small-image networks of
     the paper (arXiv 1608.06993, section 3).
@@ -113,8 +114,7 @@ def list_models(pattern: str = '*') -> list[str]:
     >>> list_models('densenet1*')
     ['densenet121', 'densenet161', 'densenet169']
 
-    Args:
-      pattern: as for file names, with `*` and `?`.
+    Args: pattern: a pattern as for file names, with `*` and `?`.
     """
     from flax_densenet.models import factory
 
@@ -131,18 +131,17 @@ def get_config(
     13
 
     Args:
-      name: of a recipe that comes with the package (`densenet121`, `folder`, `cifar`,
-        ...; `base` has only the defaults), or the path of a Python file with a function
-        `get_config`; `NAME:ARGUMENT` also gives the argument.
-      argument: for the recipe: `folder` takes the folder of images, `finetune` the
-        weights, `cifar` the model.
+      name: name of a recipe that comes with the package (`densenet121`, `folder`,
+        `cifar`, ...; `base` has only the defaults), or the path of a Python file with a
+        function `get_config`; `NAME:ARGUMENT` also gives the argument.
+      argument: argument of the recipe: `folder` takes the folder of images, `finetune`
+        the weights, `cifar` the model.
 
     Returns:
-      A ConfigDict with all fields, see `configs/base.py`. It is locked: assigning to a
+      A ConfigDict with all fields of `configs/base.py`. It is locked: assigning to a
       field that does not exist raises an AttributeError.
 
-    Raises:
-      UserError: there is no such recipe, or it does not take the argument.
+    Raises: UserError: there is no such recipe, or it does not accept the argument.
     """
     from flax_densenet.cli import command_line
 
@@ -164,22 +163,23 @@ def load(
     """Loads a trained model, to predict, explain or extract features.
 
     Args:
-      path: a run's folder, whose best checkpoint is taken; a file of weights
-        (torchvision, timm, Keras, safetensors); a folder as on the Hugging Face Hub; or
-        a name of `list_weights`, `hf:OWNER/NAME[@REVISION]` or
+      path: a run's folder, from which the best checkpoint is loaded; a file of weights
+        (torchvision, timm, Keras, safetensors); a folder in the format of the Hugging
+        Face Hub; or a name from `list_weights`, `hf:OWNER/NAME[@REVISION]` or
         `https://...#sha256=DIGEST`, which is downloaded once.
-      batch_size: images computed at a time, at most.
+      batch_size: maximum number of images computed at a time.
       tta: test-time augmentation, `none` or `flip`; by default as in training.
-      class_names: in the order of the outputs, or a file of them, for weights that do
-        not name them. A network with one output takes two: negative and positive.
+      class_names: names in the order of the outputs, or a file of names, for weights
+        that do not name them. A network with one output takes two: negative and
+        positive.
       outputs: `softmax`, `sigmoid` or `none`; by default as in the weights, or softmax.
-      data: how images are prepared, for weights that do not say it: `mean`, `std`,
-        `image_size`, `resize`, `crop_fraction`, `interpolation`, `channels`.
+      data: preparation of the images, for weights that do not specify it: `mean`,
+        `std`, `image_size`, `resize`, `crop_fraction`, `interpolation`, `channels`.
       precision: `float32`, `bfloat16`, or `auto`, which uses bfloat16 if it is faster
         here and `eval` or `report` with `--precision=auto` has measured that it costs
-        at most 0.1 points of accuracy. By default `auto`, without a word if nothing was
-        measured.
-      raw: the network's own outputs, without the calibration, thresholds and limits
+        at most 0.1 points of accuracy. The default is `auto`, which prints nothing if
+        nothing was measured.
+      raw: use the network's own outputs, without the calibration, thresholds and limits
         that were fitted after training.
 
     Raises:
@@ -205,12 +205,12 @@ def train(config: 'Config', workdir: str | os.PathLike[str]) -> TrainResult:
     """Trains a model; run it again with the same arguments to resume.
 
     After each epoch the model is evaluated, and the latest and the best checkpoint are
-    kept. Writes what the command `train` writes, curves and report included; the report
-    needs `pip install 'flax_densenet[report]'`.
+    kept. Writes the same files as the command `train`, including curves and report; the
+    report needs `pip install 'flax_densenet[report]'`.
 
     Args:
-      config: of `get_config`, or a mapping of some of its fields: `{'data': {'source':
-        'folder:photos'}}`; the others have their defaults.
+      config: from `get_config`, or a mapping of some fields, such as `{'data':
+        {'source': 'folder:photos'}}`; the other fields have their defaults.
       workdir: the folder of the run; created if it does not exist.
 
     Raises:
@@ -241,16 +241,16 @@ def evaluate(
     """Measures a trained model on labeled images; writes nothing.
 
     Args:
-      model: of `load`, or what `load` takes.
+      model: from `load`, or anything that `load` accepts.
       data: a folder of images (`photos/CLASS/*`), any other data source
         (`packed:FOLDER`, `tfds:NAME`, ...), or arrays: images uint8 `[N, H, W, 3]` or
         `[N, H, W, 1]`, and labels int `[N]` in the order of the model's classes, or
-        float `[N, C]` of 0, 1 and NaN. By default the test images of the run. Of other
-        data, the test part is used, or everything if there is none; classes are matched
-        by name. By default a cross-validation is measured on its own images, each by
-        the model that it is new to.
+        float `[N, C]` of 0, 1 and NaN. The default is the test images of the run. For
+        other data, the test part is used, or everything if there is none; classes are
+        matched by name. The default for a cross-validation is its own images, each
+        predicted by the model that was not trained on it.
       labels: a table of several labels per image, for a folder of images.
-      batch_size: images computed at a time; the number of devices divides it.
+      batch_size: images computed at a time; a multiple of the number of devices.
 
     Raises:
       UserError: the data cannot be read or does not fit the model.
@@ -282,7 +282,7 @@ def evaluate(
     else:
         settings = _data_settings(trained, data, labels, batch_size=batch_size)
         if not settings.data.source:
-            raise UserError(f'{path} does not say what it was trained on: pass data')
+            raise UserError(f'{path} does not record its training data: pass data')
         _, found, _ = results.of_data(trained, path, settings)
     return Evaluation(
         metrics=found.metrics | ({'doubt': found.doubt} if found.doubt else {}),
@@ -304,27 +304,27 @@ def export(
     license: str | None = None,
     data_license: str | None = None,
 ) -> ExportResult:
-    """Writes a trained model for another program, once that program agrees with it.
+    """Writes a trained model for another program and verifies the file with it.
 
-    A model card is written with the file. What was there stays if anything fails.
+    A model card is written with the file. If anything fails, existing files are kept.
 
     Args:
-      model: of `load`, or what `load` takes.
-      file: to write, or the folder (huggingface).
+      model: from `load`, or anything that `load` accepts.
+      file: file to write, or folder (huggingface).
       format: `safetensors`, `torch`, `keras`, `onnx`, `stablehlo` or `huggingface`; by
-        default by the ending of the file.
-      precision: of the stored weights: `float32`, `float16` or `bfloat16`; `int8`
-        (onnx) also computes in integers.
+        default from the extension of the file.
+      precision: precision of the stored weights: `float32`, `float16` or `bfloat16`;
+        `int8` (onnx) also computes in integers.
       inputs: `images` (uint8 in, probabilities out) or `normalized` (float in, logits
         out); by default images for onnx and stablehlo.
       images: files, folders and patterns to verify the file on; by default images of
         the run's data, or two photographs of scikit-learn.
-      license: of the weights, for the card, such as `cc-by-4.0`.
-      data_license: of the data, for the card.
+      license: license of the weights, for the card, such as `cc-by-4.0`.
+      data_license: license of the data, for the card.
 
     Raises:
       UserError: the format cannot hold the model, a package is missing, the file cannot
-        be written, or a program computes something else.
+        be written, or the other program computes different outputs.
     """
     from flax_densenet.export import formats, release, sample_images
     from flax_densenet.weights import trained as trained_lib
@@ -357,7 +357,7 @@ def export(
 
 
 def _check_devices():
-    """Raises `UserError` if JAX_PLATFORMS asks for devices that are not there."""
+    """Raises `UserError` if JAX_PLATFORMS names devices that are not available."""
     from flax_densenet.system import platforms
 
     if platforms.is_chosen():
@@ -373,7 +373,7 @@ def _predictor(model):
 
 
 def _data_settings(trained, data=None, labels='', **changes):
-    """Settings to measure a model with, on its own data by default."""
+    """The settings to measure a model with, by default on its own data."""
     return _settings_of(trained.metadata, data, labels, **changes)
 
 

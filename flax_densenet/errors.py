@@ -1,23 +1,22 @@
-"""The one exception for mistakes that a user can fix, and names fit for its line."""
+"""The exception for mistakes that a user can fix, and helpers for its message."""
 
 import contextlib
 import errno
 import importlib.util
 from collections.abc import Sequence
 
-# A path or a value may be of any length; the remedy stands at the end.
+# A path or a value may have any length; the remedy is at the end.
 _FIRST, _LAST = 1200, 600
 
 
 class UserError(ValueError):
-    """A mistake in a field, a file or a folder, said in one line with its remedy.
+    """A mistake in a field, a file or a folder, described in one line with its remedy.
 
-    `launch.py` prints the line and leaves with exit status 2; Python callers can
-    catch it apart from defects of the program, which raise anything else.
+    The commands print the line and exit with status 2. Python callers can catch it
+    separately from bugs, which raise other exceptions.
 
-    The line often repeats what a file of a stranger says. So it stays one line, what
-    would steer a terminal is spelled out (`\\x1b`), and the middle of a very long one
-    is left out.
+    The message often quotes untrusted files. So it is always one line, control
+    characters are escaped (`\\x1b`), and the middle of a very long one is left out.
 
     >>> print(UserError('the class a\\nb is not known'))
     the class a\\nb is not known
@@ -33,14 +32,14 @@ class MissingExtraError(UserError):
 
 @contextlib.contextmanager
 def extra(name: str, what: str):
-    """For the imports of an optional package: a missing one names its extra.
+    """A context for importing an optional package; if it is missing, names the extra.
 
         with errors.extra('report', 'report.html'):
             import jinja2
 
     Args:
       name: the extra in `pyproject.toml`.
-      what: what needs it: a file, a command or a field.
+      what: the file, command or field that needs it.
 
     Raises:
       MissingExtraError: an import failed.
@@ -55,7 +54,7 @@ def extra(name: str, what: str):
 
 
 def is_installed(*packages: str) -> bool:
-    """Whether all packages can be imported; imports none.
+    """Whether all packages are installed; imports none of them.
 
     >>> is_installed('numpy'), is_installed('numpy', 'no_such_package')
     (True, False)
@@ -67,7 +66,7 @@ def is_installed(*packages: str) -> bool:
 
 
 def printable(text: str) -> str:
-    r"""Text of a file or a folder as it can be shown and kept in one line of UTF-8.
+    r"""The name of a file or a folder as one line of valid UTF-8.
 
     >>> print(printable('größe 1\n2\udcff'))
     größe 1\n2\xff
@@ -96,7 +95,7 @@ _MEMORY = ('RESOURCE_EXHAUSTED', 'Out of memory', 'out of memory', 'OUT_OF_MEMOR
 
 
 def explain_system_error(error: Exception) -> str | None:
-    """What to do about an error of the machine; None for any other error."""
+    """The message and remedy for an error of the machine; None for any other error."""
     text = ' '.join(str(error).split())
     if isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and any(word in text for word in _MEMORY)

@@ -1,13 +1,13 @@
-"""What is learned: one class for each image, or any number of labels.
+"""Losses for one class per image, or for any number of labels.
 
-Labels of one dimension are classes: softmax and cross-entropy. Labels of two are 0, 1
-or NaN (not known) for each label: a sigmoid for each, and only those that are known
-count. So an image's loss is a mean over its known labels, whatever batch it is in.
-Values between 0 and 1 are soft targets of labels that nobody knows (see
-`data.soft_labels`): `Loss` learns them, and `measure` leaves them out.
+Labels with one dimension are classes, trained with softmax and cross-entropy. Labels
+with two dimensions are 0, 1 or NaN (unknown) for each label. Each label gets a sigmoid,
+and only known labels count, so the loss of an image is a mean over its known labels,
+whatever batch it is in. Values between 0 and 1 are soft targets for unknown labels (see
+`data.soft_labels`): `Loss` trains on them, and `measure` leaves them out.
 
-`measure` is what runs report and are compared by, the plain cross-entropy; `Loss` is
-what the gradient is of.
+`measure` is the plain cross-entropy that runs report and are compared by; `Loss` is the
+loss to minimize.
 
 >>> import jax.numpy as jnp
 >>> logits = jnp.zeros((1, 3))
@@ -32,23 +32,24 @@ LOSSES = ('cross_entropy', 'focal', 'bce')
 
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """The loss of each row that training takes the gradient of.
+    """The training loss of each row.
 
     With `label_smoothing` s, the target is 1 - s for the image's class plus s / C for
-    each of C classes; with several labels, each moves by s / 2 toward a half. Every
-    loss is linear in its target, so `w * losses(logits, a) + (1 - w) * losses(logits,
-    b)` is the loss of an image that is mixed of two (mixup, CutMix).
+    each of C classes; with several labels, each target moves toward 0.5, to (1 - s) *
+    target + s / 2. Every loss is linear in its target, so `w * losses(logits, a) + (1 -
+    w) * losses(logits, b)` is the loss of a mix of two images (mixup, CutMix).
 
     Attributes:
-      name: of `LOSSES`. `cross_entropy` of the softmax; with several labels of each
-        sigmoid. `focal` (Lin et al., arXiv 1708.02002, equation 4 without alpha):
-        each term times (1 - p) ** focal_gamma, p being what the model gives the
-        target; of one class an image p is the softmax's, the extension to several
-        classes that the paper's footnote 1 speaks of. `bce` (Wightman et al., arXiv
-        2110.00476, section 2.1): a sigmoid for each class against 0 or 1, the mean of
-        all classes; with several labels that is `cross_entropy`.
+      name: a name in `LOSSES`. `cross_entropy` of the softmax, or with several labels
+        of each sigmoid. `focal` (Lin et al., arXiv 1708.02002, equation 4 without
+        alpha): each term times (1 - p) ** focal_gamma, where p is the predicted
+        probability of the target. With one class per image p comes from the softmax,
+        the extension to several classes mentioned in the paper's footnote 1. `bce`
+        (Wightman et al., arXiv 2110.00476, section 2.1): a sigmoid for each class with
+        target 0 or 1, averaged over all classes; with several labels this equals
+        `cross_entropy`.
       label_smoothing: from 0 to below 1.
-      focal_gamma: 0 or above; at 0 `focal` is `cross_entropy`.
+      focal_gamma: 0 or above; at 0, `focal` equals `cross_entropy`.
       pos_weight: with several labels, factors `[L]` on the loss of positives, as in
         torch's BCEWithLogitsLoss; empty for none.
     """
@@ -59,7 +60,7 @@ class Loss:
     pos_weight: tuple[float, ...] = ()
 
     def losses(self, logits, labels):
-        """Of each row, float `[N]`.
+        """The loss of each row, float `[N]`.
 
         Args:
           logits: `[N, C]`.
@@ -93,7 +94,7 @@ class Loss:
             return optax.sigmoid_binary_cross_entropy(logits, target).mean(-1)
         log_p = jax.nn.log_softmax(logits)
         if self.name == 'focal':
-            # Bounded, since below 1 the power has no slope at 0.
+            # Clipped, since the gradient of a power below 1 is infinite at 0.
             rest = jnp.maximum(1 - jnp.exp(log_p), jnp.finfo(logits.dtype).eps)
             log_p = rest**self.focal_gamma * log_p
         return -(target * log_p).sum(-1)
@@ -109,24 +110,24 @@ def make_loss(
     focal_gamma: float,
     pos_weight: tuple[float, ...] = (),
 ) -> Loss:
-    """The loss of the fields of `config.train`.
+    """The loss from the fields of `config.train`.
 
     Args:
       pos_weight: see `Loss`.
 
     Raises:
-      UserError: one of them is out of range.
+      UserError: a field is out of range.
     """
     if loss not in LOSSES:
         raise UserError(f'train.loss={loss} is not known; use {", ".join(LOSSES)}')
     if not 0 <= label_smoothing < 1:
         raise UserError(
-            f'train.label_smoothing={label_smoothing:g} must be 0 or above, and below '
-            '1, as 0.1'
+            f'train.label_smoothing={label_smoothing:g} must be at least 0 and below '
+            '1, such as 0.1'
         )
     if not 0 <= focal_gamma < math.inf:
         raise UserError(
-            f'train.focal_gamma={focal_gamma:g} must be 0 or above; the paper has 2'
+            f'train.focal_gamma={focal_gamma:g} must be at least 0; the paper uses 2'
         )
     return Loss(loss, label_smoothing, focal_gamma, pos_weight)
 
@@ -139,9 +140,9 @@ def measure(logits, labels):
       labels: int32 `[N]`, or float32 `[N, L]` of 0, 1 and NaN; soft ones count as NaN.
 
     Returns:
-      Losses float `[N]` in nats; correct `[N]`: bool, or with labels the share of the
-      known ones that are right at a probability of a half. An image without any known
-      label has loss 0 and counts as right.
+      Losses, float `[N]`, in nats, and correct `[N]`: bool, or with several labels the
+      share of known labels that are correct at a threshold of 0.5. An image without any
+      known label has loss 0 and counts as correct.
     """
     if labels.ndim == 2:
         labels = jnp.where((labels > 0) & (labels < 1), jnp.nan, labels)
@@ -154,7 +155,7 @@ def measure(logits, labels):
 
 
 def _mean_of_known(each, known):
-    """`[N, L]` to `[N]`; 0 where none is known."""
+    """The mean over known labels, `[N, L]` to `[N]`; 0 if none is known."""
     return jnp.where(known, each, 0.0).sum(-1) / jnp.maximum(known.sum(-1), 1)
 
 
@@ -163,8 +164,8 @@ def apply_class_weights(losses, labels, class_weights=None):
 
     Args:
       losses: `[N]`.
-      labels: int32 `[N]`, where there are weights.
-      class_weights: `[C]`; None weighs all alike.
+      labels: int32 `[N]`, needed only with weights.
+      class_weights: `[C]`; None weighs all equally.
     """
     if class_weights is None:
         return losses

@@ -11,13 +11,13 @@ _KINDS = ('digits', 'folder', 'hf', 'packed', 'parquet', 'tar', 'tfds')
 
 
 def place_data(positionals: list[str]) -> list[tuple[str, str]]:
-    """`[PHOTOS]` of train, lr_find and sweep, on the first recipe by default."""
+    """`[PHOTOS]` of train, lr_find and sweep, with the default recipe."""
     check_count(positionals, 'PHOTOS')
     return [('config', 'densenet121'), ('config.data.source', source(positionals[0]))]
 
 
 def place_model(positionals: list[str]) -> list[tuple[str, str]]:
-    """`MODEL`: the folder of a run, weights, or a folder of the Hub."""
+    """`MODEL`: the folder of a run, a file of weights, or a Hub folder."""
     check_count(positionals, 'MODEL')
     return [('workdir', positionals[0])]
 
@@ -31,7 +31,7 @@ def place_model_and_data(positionals: list[str]) -> list[tuple[str, str]]:
 
 
 def place_measured(model: str) -> list[tuple[str, str]]:
-    """A model that files are written for: next to a run, else into a new folder."""
+    """A model whose outputs go next to a run, or else into a new folder."""
     from flax_densenet.weights import published
 
     if published.is_name(model):
@@ -53,7 +53,7 @@ def check_count(positionals: list[str], *names: str):
 
 
 def source(name: str) -> str:
-    """A folder of images, a packed folder, tar files or a source as data.source.
+    """A folder of images, a packed folder, tar files or a source, as `data.source`.
 
     Raises:
       UserError: there is no such folder or file.
@@ -73,7 +73,7 @@ def source(name: str) -> str:
         return f'tar:{path}'
     if name.partition(':')[0] in _KINDS:
         return name
-    paths.resolve(name, '')  # says what is wrong with an address or a variable
+    paths.resolve(name, '')  # raises for a wrong address or variable
     raise UserError(
         f'{name}: there is no such folder; name a folder of images (PHOTOS/CLASS/*), '
         'a packed folder, tar or parquet files, or a source such as hf:cifar10'

@@ -1,8 +1,8 @@
-"""Arguments -> an `Invocation`: which command, its flags and its settings.
+"""Turns arguments into an `Invocation`: the command, its flags and its settings.
 
-absl and ml_collections parse the values. Before them, this brings the arguments into
-the one form that both take (`--name=value`, the recipe first), gives positional
-arguments their names, and words the mistakes.
+absl and ml_collections parse the values. Before that, this module brings the arguments
+into the form that both accept (`--name=value`, the recipe first), names the positional
+arguments, and reports mistakes.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ _TRUE_FALSE = ('true', 'false', 'True', 'False')
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """A flag as it was given; `value` is None for a boolean one without a value."""
+    """A flag as it was given; `value` is None for a boolean flag without a value."""
 
     name: str
     value: str | None
@@ -70,7 +70,7 @@ def parse(argv: list[str], commands: dict[str, options.Command]) -> options.Invo
 
 
 def _field_kinds():
-    """Type by full name of every field of configs/base.py."""
+    """The type of every field of configs/base.py, by full name."""
     config, found = recipes.load_base(), {}
     for name in config:
         if isinstance(config[name], ConfigDict):
@@ -95,7 +95,7 @@ def _is_setting(name):
 
 
 def _split(arguments, commands, fields):
-    """Flags and positional arguments, told apart by the flags of all commands."""
+    """Separates flags and positional arguments, using the flags of all commands."""
     known = {'mode': options.Flag('mode', '')}
     for command in commands.values():
         known |= command.all_flags()
@@ -122,14 +122,14 @@ def _split(arguments, commands, fields):
             if not rest:
                 raise UserError(f'--{name} needs a value: --{name}=VALUE')
             value = rest.pop(0)
-        else:  # --noNAME, or unknown
+        else:  # --noNAME, or an unknown flag
             value = None
         given.append(_Given(name, value))
     return given, positionals
 
 
 def _find_command(given, positionals, commands):
-    """The command, and the positional arguments that are left."""
+    """The command and the remaining positional arguments."""
     default = next(iter(commands))
     modes = [flag.value for flag in given if flag.name == 'mode']
     if modes:
@@ -191,7 +191,7 @@ def _join(names):
 
 
 def _suggest_flag(name, own, fields):
-    """Of flags and settings the one that was probably meant."""
+    """The flag or setting that was probably meant."""
     known = {flag: f'--{flag}' for flag in ('config', 'mode', 'help', *own)}
     known |= {field: f'--config.{field}' for field in fields}
     last = {field.rpartition('.')[2]: f'--config.{field}' for field in fields}
@@ -213,7 +213,7 @@ def _check_field(field, fields):
         return
     close = [known for known in fields if known.startswith(f'{field}_')]
     close = close or difflib.get_close_matches(field, fields, 1, 0.7)
-    if not close:  # of another section
+    if not close:  # a field a field of another section
         last = {known.rpartition('.')[2]: known for known in fields}
         close = difflib.get_close_matches(field.rpartition('.')[2], last, 1, 0.8)
         close = [last[found] for found in close]
@@ -226,7 +226,7 @@ def _check_field(field, fields):
 
 
 def _place(command, given, positionals):
-    """Positional arguments as the flags that they stand for."""
+    """Converts positional arguments to the flags that they stand for."""
     if not positionals:
         return []
     if command.place is None:
@@ -237,7 +237,7 @@ def _place(command, given, positionals):
     names = {flag.name for flag in given}
     placed = []
     for name, value in command.place(positionals):
-        # A recipe may be given with the data that it is for.
+        # A recipe may come with its data.
         if name == 'config' and name in names:
             continue
         same = {name, 'config.init_from'} if name == 'workdir' else {name}
@@ -269,7 +269,7 @@ def _parse_settings(values, given):
 
 
 def _with_size(flag):
-    """A flag with its value as ml_collections reads it, if it is a size."""
+    """A flag with its value in the form that ml_collections reads, if it is a size."""
     if flag.name != 'config.data.image_size' or flag.value is None:
         return flag
     size = sizes.parse(flag.value, f'--{flag.name}')
@@ -294,9 +294,9 @@ def _call_absl(values, arguments, recipe):
         left = values(['', *arguments])
     except (absl_flags.Error, TypeError, ValueError) as error:
         message = str(error).strip()
-        if 'Traceback' in message:  # of a recipe that raised
+        if 'Traceback' in message:  # the recipe raised it
             *before, message = message.splitlines()
-            if message.startswith('ValueError: '):  # its argument, which it refuses
+            if message.startswith('ValueError: '):  # the recipe rejected its argument
                 message = message.removeprefix('ValueError: ')
             elif place := [line for line in before if line.startswith('  File ')]:
                 message = f'{message} ({place[-1]})'

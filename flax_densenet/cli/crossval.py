@@ -27,7 +27,7 @@ def run(invocation: options.Invocation):
     if folds < 2:
         raise UserError(f'--folds={folds} must be at least 2')
     fields = invocation.fields
-    if 'train.report' not in overrides:  # a page per fold takes some seconds
+    if 'train.report' not in overrides:  # a page per fold takes a few seconds
         fields['train']['report'] = False
     with signals.stop_gently() as stop:
         crossval.run(
@@ -42,10 +42,12 @@ def run(invocation: options.Invocation):
 
 
 def measure(invocation: options.Invocation, workdir: str, *, report: bool, **more):
-    """Measures a cross-validation on its own images, each by the model it is new to.
+    """Measures a cross-validation on its own images, out of fold.
+
+    Each image is predicted by the model that was not trained on it.
 
     Args:
-      **more: of `sweeps.crossval.measure`.
+      **more: passed on to `sweeps.crossval.measure`.
 
     Returns:
       An `out_of_fold.OutOfFold`; None if the folder holds no cross-validation, or
@@ -62,7 +64,7 @@ def measure(invocation: options.Invocation, workdir: str, *, report: bool, **mor
     if 'others' in flags and (others := flags.others):
         raise UserError(
             f'--others={others} is for one model, and {workdir} holds several; name '
-            'one of them, as fold-1 in this folder'
+            f'one of them, such as {workdir}/fold-1'
         )
     allowed = ('data.', 'report.') if report else ('data.',)
     trained_model.check_fields(invocation, workdir, *allowed)
@@ -73,8 +75,8 @@ def measure(invocation: options.Invocation, workdir: str, *, report: bool, **mor
     rules = more.get('rules')
     if rules is not None and not rules.threshold:
         raise UserError(
-            f'the models of {workdir} were calibrated each by itself; choose '
-            'thresholds for all of them with --threshold=RULE, or name one of them'
+            f'each model of {workdir} was calibrated separately; choose thresholds for '
+            'all of them with --threshold=RULE, or name one of them'
         )
     return crossval.measure(
         workdir,
@@ -87,7 +89,7 @@ def measure(invocation: options.Invocation, workdir: str, *, report: bool, **mor
 
 
 def _val_fraction(invocation):
-    """What the user or a recipe says; None if they say nothing."""
+    """The value from the user or a recipe; None if neither sets it."""
     chosen = invocation.overrides.get('data.val_fraction')
     return invocation.config.data.val_fraction or None if chosen is None else chosen
 
@@ -98,23 +100,23 @@ COMMAND = options.Command(
     run,
     usage='[PHOTOS] --folds=5',
     details=(
-        'Divides the images into folds, evenly of each class; images of one group '
-        '(data.groups) and copies stay in one fold. Trains a run for each fold on the '
-        'images of the others, in FOLDER/fold-1, FOLDER/fold-2, ... Then each image is '
-        'predicted by the model that it is new to: eval.json, predictions.csv and '
-        'report.html hold the metrics of all images, with the mean and the spread over '
-        "the folds. A tenth of each fold's training images choose its best epoch; "
-        '--config.data.val_fraction changes that.',
-        'A test part of the data is in no fold. FOLDER itself is a model for predict, '
-        'serve, eval and export: it averages the probabilities of all folds.',
+        'Divides the images into folds with equal shares of each class; images of one '
+        'group (data.groups) and copies stay in one fold. For each fold, trains a run '
+        'on the images of the other folds, in FOLDER/fold-1, FOLDER/fold-2, ... Then '
+        'each image is predicted by the model that was not trained on it: eval.json, '
+        'predictions.csv and report.html hold the metrics of all images, with the mean '
+        "and the spread over the folds. A tenth of each fold's training images choose "
+        'its best epoch; --config.data.val_fraction changes that.',
+        'If the data has a test part, it is in no fold. FOLDER itself is a model for '
+        'predict, serve, eval and export: it averages the probabilities of all folds.',
         'Run the same command again to resume after an interruption.',
     ),
     examples=(
         ('five folds', 'crossval photos --folds=5'),
-        ('fine-tune published weights in each', 'crossval photos --pretrained'),
+        ('fine-tune published weights in each fold', 'crossval photos --pretrained'),
         ('predict with all five models', 'predict ckpt/densenet121-crossval new.jpg'),
         (
-            'one fold alone',
+            'one fold only',
             'train photos --config.data.folds=5 --config.data.fold=2',
         ),
     ),
@@ -140,6 +142,6 @@ COMMAND = options.Command(
     },
     place=arguments.place_data,
     implied=train.COMMAND.implied,
-    fields='All settings apply, to all folds; train.report=True also writes a page per '
-    'fold.',
+    fields='All settings apply, to all folds; train.report=True also writes a report '
+    'per fold.',
 )

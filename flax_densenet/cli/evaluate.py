@@ -36,17 +36,17 @@ COMMAND = options.Command(
     details=(
         'MODEL is the folder of a run or a file of weights. The best checkpoint is '
         "measured on the run's own test images or, if you name other data with PHOTOS, "
-        '--config.data.source or a recipe, on that data. The classes are matched by '
-        'name. Writes eval.json and predictions.csv.',
+        '--config.data.source or a recipe, on that data. Classes are matched by name. '
+        'Writes eval.json and predictions.csv.',
     ),
     examples=(
         ("the run's own test images", 'eval ckpt/birds'),
         ('other images', 'eval ckpt/birds other_photos'),
         (
-            'also how many images of nothing known are noticed',
+            'also how many images of other things are noticed',
             'eval ckpt/birds --others=cats',
         ),
-        ('also look at mirrored images', 'eval ckpt/birds --config.data.tta=flip'),
+        ('average over mirrored images', 'eval ckpt/birds --config.data.tta=flip'),
     ),
     flags={
         'Model': (
@@ -59,5 +59,5 @@ COMMAND = options.Command(
     }
     | options.SEVERAL_PROCESSES,
     place=arguments.place_model_and_data,
-    fields='Only init_from and data.* apply; the model has the rest.',
+    fields='Only init_from and data.* apply; everything else comes from the model.',
 )

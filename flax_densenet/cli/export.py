@@ -34,10 +34,10 @@ COMMAND = options.Command(
     usage='MODEL FILE',
     details=(
         'MODEL is the folder of a run or a file of weights. The format follows from '
-        'the ending of FILE unless --format names it: .onnx, .safetensors, .pth or .pt '
-        '(torch), .keras or .h5 (keras), .stablehlo. The file is opened in the program '
-        'it is for and compared with the model before it takes its name. A model card '
-        'is written with it.',
+        'the extension of FILE unless --format names it: .onnx, .safetensors, .pth or '
+        '.pt (torch), .keras or .h5 (keras), .stablehlo. Before the file gets its '
+        'name, it is opened with the program that it is for, and the outputs are '
+        "compared with the model's. A model card is written with it.",
     ),
     examples=(
         ('ONNX', 'export ckpt/birds birds.onnx'),
@@ -55,7 +55,7 @@ COMMAND = options.Command(
                 'format',
                 'safetensors, torch, keras, onnx, stablehlo or huggingface (a folder).',
                 value='FORMAT',
-                default_text='by the ending of FILE',
+                default_text='by the extension of FILE',
             ),
             options.Flag(
                 'inputs',

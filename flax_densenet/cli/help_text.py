@@ -20,13 +20,13 @@ _COMMON = (
 
 
 def find(argv: list[str], commands: dict[str, options.Command]) -> str | None:
-    """The text that a command line asks for with --help, `help` or --version.
+    """The text requested with --help, `help` or --version.
 
     Returns:
-      None if it asks for none.
+      The text, or None if none is requested.
 
     Raises:
-      UserError: it asks for an unknown topic.
+      UserError: the topic is unknown.
     """
     program, arguments = name_program(argv[0]), argv[1:]
     if arguments[:1] == ['help']:
@@ -58,7 +58,7 @@ def name_program(path: str) -> str:
 
 
 def width() -> int:
-    """Columns for text: the terminal's, from 80 to 100."""
+    """The width of the text: that of the terminal, from 80 to 100 columns."""
     return min(max(shutil.get_terminal_size((88, 24)).columns, 80), 100)
 
 
@@ -153,7 +153,7 @@ def describe_command(program: str, command: options.Command) -> str:
 
 def _format_examples(program, examples):
     lines = [
-        # As a shell takes it on several lines.
+        # Over several lines, in a form that a shell accepts.
         wrap(f'{program} {arguments}', '      ', '  ').replace('\n', ' \\\n')
         for _, arguments in examples
     ]

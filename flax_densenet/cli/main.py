@@ -1,4 +1,4 @@
-"""`main`: one command, its exit status, and what it prints if it fails."""
+"""`main`: runs one command; its exit status and its error messages."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ from flax_densenet.system import logs, terminal
 
 
 def entry():
-    """The program `flax-densenet`, also `launch.py`."""
+    """Entry point of `flax-densenet` and `launch.py`."""
     with processes.Defects():
         status = main(sys.argv)
     sys.exit(status)
@@ -20,16 +20,16 @@ def entry():
 def main(argv: list[str]) -> int:
     """Runs a command; returns the exit status.
 
-    0 on success and 1 if `predict` could not read some files. A user's mistake and a
-    full disk or memory are one line on standard error and 2; Ctrl-C gives 130, SIGTERM
-    143, and a reader that went away (`| head`) 141, as in a shell. With several
-    processes, all of them end with the line and the status of the first that fails; if
-    one dies, the others end with 2.
+    0 means success, and 1 that `predict` could not read some files. After a user's
+    mistake, or if the disk or memory is full, the program prints one line to standard
+    error and returns 2. As in a shell, Ctrl-C gives 130, SIGTERM 143, and a closed pipe
+    (`| head`) 141. With several processes, all of them end with the message and status
+    of the first that fails; if one dies, the others end with 2.
 
     Args:
       argv: the program's name and its arguments.
     """
-    # Names of files need not be text; a line about one must not end the run.
+    # File names need not be valid text; a message about one must not end the run.
     if hasattr(sys.stdout, 'reconfigure'):
         sys.stdout.reconfigure(errors='backslashreplace')
     status, line = 0, ''
@@ -43,7 +43,7 @@ def main(argv: list[str]) -> int:
         status = getattr(stopped, 'exit_status', 130)
         line = str(stopped) or 'interrupted'
     except BrokenPipeError:
-        # What is still to be flushed at the end must not fail again.
+        # The final flush must not fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         processes.end(141, 'the reader of standard output closed it')
         return 141
@@ -65,7 +65,7 @@ def _run(argv):
     logs.show_messages()
     invocation = command_line.parse(argv, commands.COMMANDS)
     invocation.check_paths()
-    if invocation.command.name == 'predict':  # whose rows go to standard output
+    if invocation.command.name == 'predict':  # its rows go to standard output
         logs.show_messages(to_errors=True)
     if invocation.command.fields:
         join_processes(invocation.flags)
@@ -74,7 +74,7 @@ def _run(argv):
 
 
 def join_processes(flags):
-    """Becomes one of several processes, with --distributed."""
+    """With --distributed, joins the other processes."""
     if 'distributed' not in flags:
         return
     if flags.distributed:
@@ -104,7 +104,7 @@ def set_up(invocation):
     )
     if name == 'pack':
         return
-    if platforms.is_chosen():  # told before anything is read
+    if platforms.is_chosen():  # set before anything is read
         platforms.check_devices()
     if name not in ('summary', 'export', 'push'):
         cpu_kernels.load_ahead()

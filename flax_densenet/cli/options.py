@@ -1,4 +1,4 @@
-"""Commands and their flags as data: what is parsed, checked and shown by --help."""
+"""Commands and their flags as data, for parsing, checks and --help."""
 
 import dataclasses
 import pathlib
@@ -30,9 +30,9 @@ class Flag:
       help: shown by --help.
       kind: str, int, float, bool, or list for a flag that can be given several times.
       value: placeholder for its value in --help.
-      default_text: shown instead of the default where that is None or empty.
+      default_text: shown instead of a default that is None or empty.
       alias: another name.
-      is_path: its value is a local path, which is checked before anything else.
+      is_path: whether its value is a local path, which is checked before anything else.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Flag:
     is_path: bool = False
 
     def define(self, values: absl_flags.FlagValues):
-        """Adds the flag to absl's."""
+        """Registers the flag with absl."""
         default = [] if self.kind is list else self.default
         _DEFINE[self.kind](self.name, default, self.help, flag_values=values)
         if self.alias:
@@ -58,17 +58,17 @@ class Command:
 
     Attributes:
       summary: one line for the list of commands.
-      run: carries it out; returns the exit status, None for 0.
-      usage: its arguments, as `MODEL FILES...`.
+      run: function that runs it and returns the exit status, None for 0.
+      usage: its arguments, such as `MODEL FILES...`.
       details: paragraphs for --help.
       examples: (what it does, arguments) for --help.
-      flags: by group.
-      place: turns positional arguments into (flag, value) pairs; None if there are
-        none.
-      implied: pairs of (flag, value) that the given flags, by name, stand for; None if
-        they stand for nothing else.
-      fields: which settings (`--config.FIELD=VALUE`) matter, for --help; empty if
-        the command has no settings.
+      flags: its flags, by group.
+      place: function from positional arguments to (flag, value) pairs; None if it takes
+        no arguments.
+      implied: function from the given flags, by name, to the (flag, value) pairs that
+        they imply; None if they imply nothing.
+      fields: which settings (`--config.FIELD=VALUE`) apply, for --help; empty if the
+        command has no settings.
     """
 
     name: str
@@ -83,7 +83,7 @@ class Command:
     fields: str = ''
 
     def all_flags(self) -> dict[str, Flag]:
-        """By name and by alias."""
+        """All flags, by name and by alias."""
         found = {}
         for flag in (flag for group in self.flags.values() for flag in group):
             found[flag.name] = flag
@@ -98,7 +98,7 @@ class Invocation:
 
     Attributes:
       flags: values of the command's flags, as attributes.
-      recipe: what --config named; None if it was not given.
+      recipe: the recipe named with --config; None if it was not given.
       config_arguments: `--config=...` and `--config.FIELD=...` as given.
       positionals: arguments that are not flags.
     """
@@ -111,7 +111,7 @@ class Invocation:
 
     @property
     def config(self) -> ConfigDict:
-        """The recipe with the fields that were set."""
+        """The recipe with the fields from the command line."""
         return self.flags.config
 
     @property
@@ -126,7 +126,7 @@ class Invocation:
 
     @property
     def workdir(self) -> str:
-        """--workdir, by default ckpt/ and the name of the recipe."""
+        """--workdir; by default ckpt/ and the name of the recipe."""
         if self.flags.workdir:
             from flax_densenet.weights import published
 
@@ -136,14 +136,15 @@ class Invocation:
         return default_workdir(self.recipe)
 
     def path(self, flag: str) -> str | None:
-        """The value of a flag that is a path, resolved; None if it was not given."""
+        """The resolved value of a flag that is a path; None if it was not given."""
         value = self.flags[flag].value
         return value and paths.resolve(value, f'--{flag}=')
 
     def check_paths(self):
-        """Raises `UserError` for a path that leads nowhere, before the long work.
+        """Raises `UserError` for an unusable path, before the long work.
 
-        An address of a bucket, or a user or a variable that does not exist.
+        Such paths are addresses of buckets, and paths with a user or variable that does
+        not exist.
         """
         for flag in self.command.all_flags().values():
             if flag.is_path and flag.kind is list:
@@ -192,16 +193,16 @@ OF_WEIGHTS = (
     ),
     Flag(
         'outputs',
-        'What the outputs are: softmax (one class per image), sigmoid (each class by '
-        'itself) or none (shown as they are).',
+        'Meaning of the outputs: softmax (one class per image), sigmoid (each class '
+        'independently) or none (shown without conversion).',
         value='KIND',
         default_text='as in the weights, else softmax',
     ),
 )
 RAW = Flag(
     'raw',
-    "The network's own outputs: without the calibration, thresholds and limits that "
-    'were fitted after training.',
+    "Use the network's own outputs, without the calibration, thresholds and limits "
+    'that were fitted after training.',
     kind=bool,
     default=False,
 )
@@ -216,14 +217,14 @@ VERIFICATION_FILES = Flag(
 EXPLAIN = (
     Flag(
         'explain_method',
-        'How maps are made: gradcam, gradcam++, hirescam, layercam (finer); or, '
+        'Method for the heat maps: gradcam, gradcam++, hirescam, layercam (finer); or, '
         'slower, occlusion or integrated_gradients.',
         value='METHOD',
         default_text='gradcam',
     ),
     Flag(
         'explain_steps',
-        'Steps of integrated_gradients; more are more exact.',
+        'Steps of integrated_gradients; more steps are more accurate.',
         kind=int,
         value='N',
         default_text='32',
@@ -243,15 +244,15 @@ LICENSES = (
 )
 MEASURED_PRECISION = Flag(
     'precision',
-    'In which the model computes: float32, bfloat16, or auto, which measures both, '
-    'uses bfloat16 if it costs at most 0.1 points, and keeps that for predict and '
-    'serve.',
+    'Precision of the computation: float32, bfloat16, or auto, which measures both, '
+    'uses bfloat16 if it costs at most 0.1 points, and saves the choice for predict '
+    'and serve.',
     value='PRECISION',
     default_text="the model's own",
 )
 PRECISION = Flag(
     'precision',
-    'In which the model computes: float32, bfloat16, or auto, which uses bfloat16 if '
+    'Precision of the computation: float32, bfloat16, or auto, which uses bfloat16 if '
     'it is faster here and eval or report with --precision=auto has measured that it '
     'costs at most 0.1 points.',
     value='PRECISION',
@@ -259,15 +260,17 @@ PRECISION = Flag(
 )
 COVERAGE = Flag(
     'coverage',
-    'Also list the classes that contain the true one for this share of images like the '
-    'validation images, such as 0.9 (conformal sets; docs/unusual.md).',
+    'Also list a set of classes per image that contains the true class for this share '
+    'of images like the validation images, such as 0.9 (conformal sets; '
+    'docs/unusual.md).',
     kind=float,
     value='SHARE',
 )
 OTHERS = Flag(
     'others',
-    'Images that show none of the classes, as a folder, file or pattern: how well the '
-    'score of unusual images tells them from the others (docs/unusual.md).',
+    'Images that show none of the classes, as a folder, file or pattern, to measure '
+    'how well the score of unusual images separates them from the others '
+    '(docs/unusual.md).',
     value='FOLDER',
 )
 CLUSTER = (
@@ -310,13 +313,13 @@ SEVERAL_PROCESSES: dict[str, tuple[Flag, ...]] = {
 
 
 def explain_options(invocation: Invocation, needs: str = ''):
-    """The `explain.Options` of the flags in `EXPLAIN`.
+    """The `explain.Options` from the flags in `EXPLAIN`.
 
     Args:
-      needs: a flag without which they have no effect, as `explain`.
+      needs: a flag without which they have no effect, such as `explain`.
 
     Raises:
-      UserError: they have no effect, or a value is out of range.
+      UserError: the flags have no effect, or a value is out of range.
     """
     from flax_densenet.inference import explain
 

@@ -15,7 +15,7 @@ _FIELDS = (
 
 
 def run(invocation: options.Invocation):
-    """Packs folder:PATH or tar:PATH into --out; verifies packed:DIR without --out."""
+    """Packs folder:PATH or tar:PATH into --out; without --out, verifies packed:DIR."""
     from flax_densenet.data import label_options
     from flax_densenet.data.packed import manifest
     from flax_densenet.data.packed import plan as pack_plan
@@ -65,7 +65,7 @@ def _place(positionals):
 _PACKING = (
     options.Flag(
         'shard_mib',
-        'Size of a file in MiB. A file is also full after 2048 images.',
+        'Maximum size of a file in MiB. A file has at most 2048 images.',
         kind=float,
         default=256.0,
         value='MIB',

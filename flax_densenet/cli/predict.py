@@ -31,7 +31,7 @@ def run(invocation: options.Invocation) -> int:
     how = options.explain_options(invocation, needs='explain')
 
     def load():
-        # Of several processes each predicts with its own devices.
+        # Each of several processes predicts with its own devices.
         mesh, tta = mesh_lib.make_local_mesh(), invocation.overrides.get('data.tta')
         return predictor.load_trained(
             path,
@@ -110,13 +110,16 @@ COMMAND = options.Command(
     examples=(
         ('a table on the screen', 'predict ckpt/birds photos more.jpg'),
         ('a CSV file', 'predict ckpt/birds photos --out=birds.csv --top=1'),
-        ('sets of classes, right for 90%', 'predict ckpt/birds photos --coverage=0.9'),
+        (
+            'sets of classes that are right for 90% of images',
+            'predict ckpt/birds photos --coverage=0.9',
+        ),
         ('heat maps (Grad-CAM)', 'predict ckpt/birds photos --explain=maps'),
         (
             'finer heat maps',
             'predict ckpt/birds photos --explain=maps --explain_method=layercam',
         ),
-        ('weights from elsewhere', 'predict densenet121.pth photos'),
+        ('weights of another program', 'predict densenet121.pth photos'),
     ),
     flags={
         'Model and images': (
@@ -152,13 +155,14 @@ COMMAND = options.Command(
             options.COVERAGE,
             options.Flag(
                 'explain',
-                'Folder for a picture per image that shows where the class is seen.',
+                'Folder for one heat map per image, which shows where the class is '
+                'seen.',
                 value='FOLDER',
                 is_path=True,
             ),
             options.Flag(
                 'explain_class',
-                'Class that --explain looks for.',
+                'Class to explain with --explain.',
                 value='CLASS',
                 default_text='the predicted class',
             ),

@@ -1,4 +1,4 @@
-"""`push`: uploads a trained model to the Hugging Face Hub, once it has been shown."""
+"""`push`: shows a trained model, then uploads it to the Hugging Face Hub."""
 
 import os
 import sys
@@ -17,14 +17,14 @@ def run(invocation: options.Invocation) -> int | None:
     if not flags.repository:
         raise UserError('push needs a repository: push MODEL OWNER/NAME')
     if not flags.yes and (sys.stdin is None or not sys.stdin.isatty()):
-        raise UserError('push asks before it sends; in a script, give --yes')
+        raise UserError('push asks before it uploads; in a script, give --yes')
     path = trained_model.find(invocation)
     target = push.find_target(flags.repository, private=flags.private)
     if timm_config.is_folder(path):
         for name in ('license', 'data_license'):
             if flags[name].value:
                 raise UserError(
-                    f'--{name}: {path} has its card already; edit its README.md'
+                    f'--{name}: {path} already has a model card; edit its README.md'
                 )
         return _send(path, target, ask=not flags.yes)
     with tempfile.TemporaryDirectory() as scratch:
@@ -39,9 +39,9 @@ def _send(folder, target, *, ask):
 
     print(push.describe(folder, target))
     if ask:
-        print('Send it? [y/N] ', end='', flush=True)
+        print('Upload it? [y/N] ', end='', flush=True)
         if sys.stdin.readline().strip().lower() not in ('y', 'yes'):
-            print('nothing was sent')
+            print('nothing was uploaded')
             return 1
     print(f'sent: {push.send(folder, target)}')
     print(f'to use it: --config.init_from=hf:{target.name}')
@@ -61,24 +61,24 @@ COMMAND = options.Command(
     details=(
         'MODEL is the folder of a run, a file of weights, or a folder that `export '
         '--format=huggingface` wrote, whose card you may have edited. The model card, '
-        'the files and their size are shown before anything is sent. Log in first, '
+        'the files and their size are shown before anything is uploaded. Log in first, '
         'with `hf auth login` or the environment variable HF_TOKEN.',
     ),
     examples=(
-        ('look at it, then send it', 'push ckpt/birds me/birds --license=mit'),
-        ('from a script, for oneself', 'push ckpt/birds me/birds --private --yes'),
+        ('look at it, then upload it', 'push ckpt/birds me/birds --license=mit'),
+        ('from a script, kept private', 'push ckpt/birds me/birds --private --yes'),
     ),
     flags={
         'Model': (options.WORKDIR, *options.OF_WEIGHTS, options.RAW),
         'Hub': (
-            options.Flag('repository', 'Where to send it.', value='OWNER/NAME'),
+            options.Flag('repository', 'Repository to upload to.', value='OWNER/NAME'),
             options.Flag(
                 'private',
-                'Make a new repository private; refuse one that is public.',
+                'Create a private repository; an existing public one is refused.',
                 kind=bool,
                 default=False,
             ),
-            options.Flag('yes', 'Send without asking.', kind=bool, default=False),
+            options.Flag('yes', 'Upload without asking.', kind=bool, default=False),
         ),
         'Verification': (options.VERIFICATION_FILES,),
         'Model card': options.LICENSES,

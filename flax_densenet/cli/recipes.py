@@ -20,8 +20,8 @@ class Recipe:
 
     Attributes:
       text: as given: `cifar:quick`, `configs/cifar.py:quick`, `mine.py`.
-      path: of the file.
-      argument: for `get_config`, or None.
+      path: path of the file.
+      argument: argument of `get_config`, or None.
     """
 
     text: str
@@ -30,13 +30,13 @@ class Recipe:
 
     @property
     def file_and_argument(self) -> str:
-        """As ml_collections takes it."""
+        """The form that ml_collections reads."""
         return self.path if self.argument is None else f'{self.path}:{self.argument}'
 
 
 def load_base() -> ConfigDict:
     """All fields with their defaults."""
-    # Its folder is that of the recipes, which no type checker sees.
+    # Its folder is that of the recipes, which is hidden from type checkers.
     from flax_densenet.configs import base  # type: ignore[attr-defined]
 
     return base.get_config()
@@ -52,24 +52,24 @@ def folder() -> pathlib.Path:
 
 
 def names() -> list[str]:
-    """Of the recipes that come with the package."""
+    """Names of the recipes that come with the package."""
     return sorted(p.stem for p in folder().glob('*.py') if p.stem != '__init__')
 
 
 def find(text: str) -> Recipe:
-    """The recipe that `PATH[:ARGUMENT]` or `NAME[:ARGUMENT]` means.
+    """Finds the recipe `PATH[:ARGUMENT]` or `NAME[:ARGUMENT]`.
 
-    A path is looked up in the working directory first, then beside the package.
+    A path is looked up first in the working directory, then next to the package.
 
     Raises:
       UserError: there is no such recipe.
     """
     path, colon, argument = text.partition(':')
-    if len(path) == 1 and argument[:1] in ('/', '\\'):  # a drive of Windows
+    if len(path) == 1 and argument[:1] in ('/', '\\'):  # a Windows drive
         below, colon, argument = argument.partition(':')
         path = f'{path}:{below}'
     elif argument.startswith('//'):
-        paths.resolve(text, '--config=')  # an address
+        paths.resolve(text, '--config=')  # a URL
     for candidate in _candidates(path):
         if os.path.isfile(candidate):
             return Recipe(text, candidate, argument if colon else None)
@@ -87,7 +87,7 @@ def _candidates(path):
     within = pathlib.PurePath(path)
     if within.is_absolute() or '..' in within.parts or '\0' in path:
         return
-    if within.parts[:1] == ('configs',):  # the folder's name in the repository
+    if within.parts[:1] == ('configs',):  # name of the folder in the repository
         within = within.relative_to('configs')
     if path:
         yield str(folder() / within)

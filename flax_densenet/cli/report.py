@@ -1,4 +1,4 @@
-"""`report`: the page of a run or a sweep, or one that compares several runs."""
+"""`report`: the page of a run or a sweep, or a comparison of several runs."""
 
 import os
 
@@ -38,7 +38,7 @@ def run(invocation: options.Invocation):
 
 
 def _check_of_one(invocation, what):
-    """Raises for what only the page of one run takes."""
+    """Raises for flags that apply only to the report of one run."""
     allowed = ('report.private',) if what == 'several runs' else ()
     set_here = [
         f'--config.{name}' for name in invocation.overrides if name not in allowed
@@ -96,7 +96,7 @@ def _place(positionals):
 
 COMMAND = options.Command(
     'report',
-    'Write the page of a run or a sweep, or compare several runs.',
+    'Write the report of a run or a sweep, or compare several runs.',
     run,
     usage='RUN...',
     details=(
@@ -107,7 +107,10 @@ COMMAND = options.Command(
     examples=(
         ('the report of one run', 'report ckpt/birds'),
         ('figures for a paper', 'report ckpt/birds --figures=figures'),
-        ('to pass on', 'report ckpt/birds --config.report.private=True'),
+        (
+            'without pictures and paths',
+            'report ckpt/birds --config.report.private=True',
+        ),
         ('compare runs', 'report ckpt/a ckpt/b --out=compare.html'),
     ),
     flags={
@@ -129,15 +132,15 @@ COMMAND = options.Command(
         'Output': (
             options.Flag(
                 'out',
-                'File of the page.',
+                'File to write.',
                 value='FILE',
                 default_text='report.html or sweep.html in the folder of the run or '
-                'sweep, compare.html beside several runs',
+                'sweep; compare.html next to several runs',
                 is_path=True,
             ),
             options.Flag(
                 'figures',
-                'Folder for figures of one run for a paper, SVG and PDF: curves, '
+                'Folder for figures for a paper, as SVG and PDF, for one run: curves, '
                 'confusion matrix, ROC curves and reliability diagram.',
                 value='FOLDER',
                 is_path=True,
@@ -147,5 +150,6 @@ COMMAND = options.Command(
     | {'Maps': options.EXPLAIN}
     | options.SEVERAL_PROCESSES,
     place=_place,
-    fields='Only init_from, data.* and report.* apply; the model has the rest.',
+    fields='Only init_from, data.* and report.* apply; everything else comes from the '
+    'model.',
 )

@@ -1,4 +1,4 @@
-"""`serve`: answers requests over HTTP, with a page to drop images on."""
+"""`serve`: serves a model over HTTP, with a web page to drop images on."""
 
 import pathlib
 
@@ -32,10 +32,10 @@ def run(invocation: options.Invocation):
     precision_lib.check(flags.precision)
     names = [flag.name for flag in _LIMITS]
     limits = guard.Limits(**{name: getattr(flags, name) for name in names})
-    # Before the model is loaded, since a port may be taken.
+    # Checked before the model is loaded, since the port may be in use.
     listener = server.listen(flags.host, flags.port)
     access = server.make_access(listener, flags.allowed_hosts, flags.root_path)
-    # One device: a batch of a few images does not divide over several.
+    # Uses one device: a batch of a few images does not divide over several.
     mesh = mesh_lib.make_mesh(jax.local_devices()[:1])
     trained = trained_lib.load_trained(path, 'best', mesh=mesh, choices=chosen)
     trained = precision_lib.resolve(trained, path, flags.precision)
@@ -49,9 +49,9 @@ def run(invocation: options.Invocation):
 _EXPLAIN = (
     options.Flag(
         'explain_method',
-        'Methods of maps that visitors can choose, separated by commas, the usual one '
-        'first: gradcam, gradcam++, hirescam, layercam; or, slower, occlusion or '
-        'integrated_gradients. Each is compiled at the start.',
+        'Methods for heat maps that visitors can choose, separated by commas, the '
+        'default first: gradcam, gradcam++, hirescam, layercam; or, slower, occlusion '
+        'or integrated_gradients. Each is compiled at the start.',
         kind=list,
         value='METHODS',
         default_text='gradcam',
@@ -75,14 +75,14 @@ _LIMITS = (
     ),
     options.Flag(
         'max_requests',
-        'Images to receive and process at the same time.',
+        'Maximum number of images to receive and process at the same time.',
         kind=int,
         default=32,
         value='N',
     ),
     options.Flag(
         'request_timeout_s',
-        'Seconds for an image to arrive.',
+        'Seconds to wait for an image to arrive.',
         kind=float,
         default=30.0,
         value='SECONDS',
@@ -100,7 +100,10 @@ COMMAND = options.Command(
     ),
     examples=(
         ('on this machine, port 8000', 'serve ckpt/birds'),
-        ('two kinds of maps', 'serve ckpt/birds --explain_method=gradcam,layercam'),
+        (
+            'with two kinds of heat maps',
+            'serve ckpt/birds --explain_method=gradcam,layercam',
+        ),
         ('for other machines as well', 'serve ckpt/birds --host=0.0.0.0 --port=80'),
     ),
     flags={
@@ -124,14 +127,14 @@ COMMAND = options.Command(
         'Behind a proxy': (
             options.Flag(
                 'allowed_hosts',
-                'Host names that a proxy passes on, such as hub.example.org or '
+                'Host names that a proxy forwards, such as hub.example.org or '
                 '*.example.org, separated by commas.',
                 kind=list,
                 value='NAMES',
             ),
             options.Flag(
                 'root_path',
-                'What a proxy puts before the paths.',
+                'Path prefix that a proxy adds.',
                 default='',
                 value='PATH',
             ),
@@ -139,7 +142,7 @@ COMMAND = options.Command(
         'Limits': _LIMITS,
     },
     place=arguments.place_model,
-    fields='Only init_from applies, and for weights that do not say how images are '
-    'prepared data.mean, data.std, data.image_size, data.resize, data.crop_fraction, '
-    'data.interpolation and data.channels.',
+    fields='Only init_from applies; for weights that do not say how images are '
+    'prepared, also data.mean, data.std, data.image_size, data.resize, '
+    'data.crop_fraction, data.interpolation and data.channels.',
 )

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from flax_densenet.cli import help_text, options, recipes
 from flax_densenet.errors import UserError
 
-# Types that have no name for users: of data.image_size.
+# Names for types that have none, such as that of data.image_size.
 _KINDS = {object: 'int or tuple'}
 
 
@@ -24,9 +24,9 @@ class Setting:
     """A field of configs/base.py.
 
     Attributes:
-      name: in full, as `train.epochs`.
+      name: full name, such as `train.epochs`.
       kind: type of its values.
-      text: what it means.
+      text: its description.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Setting:
 
 
 def find_all() -> tuple[dict[str, str], list[Setting]]:
-    """The text of each section, and all settings, in the order of the file."""
+    """The description of each section, and all settings, in the order of the file."""
     source = (recipes.folder() / 'base.py').read_text(encoding='utf-8')
     config, texts = recipes.load_base(), _read_comments(source)
     sections, found = {}, []
@@ -52,7 +52,7 @@ def find_all() -> tuple[dict[str, str], list[Setting]]:
 
 
 def _read_comments(source):
-    """Comments of each `config.NAME = ...`, by name."""
+    """The comments of each `config.NAME = ...`, by name."""
     lines, comments = source.splitlines(), {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
@@ -75,10 +75,10 @@ def _read_comments(source):
 
 
 def describe(words: list[str]) -> str:
-    """The list as text: of all settings, or of those that contain all words.
+    """The list as text: all settings, or those that contain all words.
 
     Raises:
-      UserError: there are none.
+      UserError: no setting contains them.
     """
     sections, settings = find_all()
     words = [word.lower().removeprefix('--config.') for word in words]
@@ -98,8 +98,8 @@ def describe(words: list[str]) -> str:
         lines += [
             help_text.wrap(
                 'All settings, with their types and defaults. Recipes change defaults; '
-                '--config.NAME=VALUE sets one, as in --config.train.epochs=20. Values '
-                "of type tuple need quotes: --config.model.block_sizes='(6,6)'.",
+                '--config.NAME=VALUE sets one, such as --config.train.epochs=20. '
+                "Values of type tuple need quotes: --config.model.block_sizes='(6,6)'.",
                 '',
             ),
             '',
@@ -129,7 +129,7 @@ def run(invocation: options.Invocation):
 
 COMMAND = options.Command(
     'settings',
-    'List all settings, or those about a word, with defaults.',
+    'List all settings, or those about a topic, with their defaults.',
     run,
     usage='[WORD...]',
     details=('Lists the settings whose name or description contains all words.',),

@@ -24,7 +24,7 @@ def run(invocation: options.Invocation):
     if not size:
         kind = settings.data.source.partition(':')[0]
         size = dataset.DEFAULT_IMAGE_SIZES.get(kind, 224)
-    # A summary reads no data, so there are 1000 classes unless there are weights.
+    # A summary reads no data, so it assumes 1000 classes unless weights are given.
     classes = found.num_classes if found else 1000
     module = factory.from_settings(settings.model, num_classes=classes)
     plan = finetune.plan_of(module, settings)
@@ -38,7 +38,7 @@ def run(invocation: options.Invocation):
 def _place(positionals):
     arguments.check_count(positionals, 'MODEL')
     name = positionals[0]
-    # The name of a network alone is shown without its weights.
+    # A plain network name is summarized without loading its weights.
     if os.path.exists(paths.expand(name)) or ':' in name:
         return [('config.init_from', name)]
     return [('config.model.variant', name)]
@@ -56,7 +56,7 @@ COMMAND = options.Command(
     examples=(
         ('a variant', 'summary densenet161'),
         ('a recipe', 'summary --config=cifar'),
-        ('at another size', 'summary densenet121 --config.data.image_size=320'),
+        ('with another image size', 'summary densenet121 --config.data.image_size=320'),
     ),
     place=_place,
     fields='The settings of the model and data.image_size apply.',

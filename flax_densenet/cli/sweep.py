@@ -17,7 +17,7 @@ def run(invocation: options.Invocation):
 
     flags = invocation.flags
     shared = copy.deepcopy(invocation.config)
-    # Each takes some seconds per run.
+    # Each takes a few seconds per run.
     for name, off in (('report', False), ('calibrate', False), ('unusual', 'off')):
         if f'train.{name}' not in invocation.overrides:
             shared.train[name] = off
@@ -37,7 +37,7 @@ def run(invocation: options.Invocation):
 
 
 def override(config: ConfigDict, fields: dict[str, str]):
-    """A config with some fields changed, by name as text, as flags change them."""
+    """A config with some fields changed, by name and text, as flags do."""
     given = [f'--config.{name}={text}' for name, text in fields.items()]
     values, config = absl_flags.FlagValues(), copy.deepcopy(config)
     try:
@@ -47,7 +47,7 @@ def override(config: ConfigDict, fields: dict[str, str]):
             'config', config, flag_values=values, sys_argv=['', *given]
         )
         values(['', *given])
-    except (absl_flags.Error, TypeError, ValueError) as error:  # UserError is one too
+    except (absl_flags.Error, TypeError, ValueError) as error:  # including UserError
         message = ' '.join(str(error).removeprefix('flag ').split())
         raise UserError(f'--sweep: {message.replace("--config.", "")}') from error
     return options.to_dict(config)
@@ -89,19 +89,19 @@ COMMAND = options.Command(
             ),
             options.Flag(
                 'trials',
-                'Number of combinations to search for, instead of the whole grid.',
+                'Number of combinations to try, instead of the whole grid.',
                 kind=int,
                 value='N',
             ),
             options.Flag(
                 'prune',
-                'Stop combinations early that fall behind: none, median or halving.',
+                'How to stop combinations that fall behind: none, median or halving.',
                 default='none',
                 value='METHOD',
             ),
             options.Flag(
                 'retry_failed',
-                'Train combinations again that failed.',
+                'Train failed combinations again.',
                 kind=bool,
                 default=False,
             ),

@@ -33,14 +33,15 @@ def _published(variant):
 
     if variant not in published.DEFAULTS:
         raise UserError(
-            f'--pretrained: no weights of {variant} are published, but of '
-            f'{", ".join(published.DEFAULTS)}; name others as --config.init_from'
+            f'--pretrained: there are no published weights of {variant}, only of '
+            f'{", ".join(published.DEFAULTS)}; name other weights with '
+            '--config.init_from'
         )
     return variant
 
 
 def _imply(given):
-    """What --pretrained stands for: a recipe, or weights for the one that is given."""
+    """The flags that --pretrained implies: a recipe, or weights for the given one."""
     if given.get('pretrained', 'false') in ('false', 'False'):
         return []
     variant = given.get('config.model.variant') or 'densenet121'
@@ -73,7 +74,7 @@ COMMAND = options.Command(
         ),
         ('start from published weights', 'train photos --pretrained'),
         (
-            'start from weights of yours',
+            'start from your own weights',
             'train photos --config=finetune:densenet121.pth --workdir=ckpt/birds',
         ),
     ),
@@ -83,7 +84,7 @@ COMMAND = options.Command(
             options.Flag(
                 'pretrained',
                 'Fine-tune published weights of model.variant. With --config, the '
-                "recipe's own settings stay; without, those that suit fine-tuning are "
+                "recipe's settings are kept; without it, settings for fine-tuning are "
                 'chosen by the number of images.',
                 kind=bool,
                 default=False,

@@ -1,4 +1,4 @@
-"""What the commands that use a trained model share: which one, and on which data."""
+"""Finds the model and the data for the commands that use a trained model."""
 
 import dataclasses
 import os
@@ -9,7 +9,7 @@ from flax_densenet.cli import options
 from flax_densenet.errors import UserError
 from flax_densenet.system import paths, terminal
 
-# Fields that say which images there are; the model decides how they are prepared.
+# Fields that select the images; the model decides how they are prepared.
 _WHICH = (
     *('source', 'labels', 'label_kind', 'label_columns', 'blank_labels'),
     *('uncertain_labels', 'soft_labels', 'groups', 'subgroups', 'split'),
@@ -22,7 +22,7 @@ def find(invocation: options.Invocation, workdir: str | None = None) -> str:
     """The run's folder if it holds a checkpoint, else the weights of init_from.
 
     Raises:
-      UserError: there is neither.
+      UserError: neither exists.
     """
     from flax_densenet.checkpoints import reader as checkpoint_reader
     from flax_densenet.weights import ensembles, published, weight_file
@@ -41,10 +41,10 @@ def find(invocation: options.Invocation, workdir: str | None = None) -> str:
 
 
 def check_fields(invocation: options.Invocation, path: str, *allowed: str):
-    """Raises if a field is set that the trained model has decided.
+    """Raises if a field is set that comes from the trained model.
 
     Args:
-      allowed: fields, or sections as `data.`; init_from always is.
+      allowed: fields, or sections such as `data.`; init_from is always allowed.
     """
     for name in invocation.overrides:
         if not name.startswith(('init_from', *allowed)):
@@ -61,7 +61,7 @@ def check_fields(invocation: options.Invocation, path: str, *allowed: str):
 
 
 def choices(invocation: options.Invocation, **more):
-    """What the user says of weights that do not say it themselves.
+    """The user's choices for weights that do not describe themselves.
 
     Args:
       **more: fields of `choices.Choices`.
@@ -88,10 +88,10 @@ def choices(invocation: options.Invocation, **more):
 def data_settings(
     invocation: options.Invocation, metadata: dict[str, Any]
 ) -> tuple[settings.Settings, str]:
-    """Settings of the data to use a trained model with, and where the data is from.
+    """The data settings to use a trained model with, and where the data is from.
 
-    Fields set on the command line come first. A recipe given with --config that names
-    other data than the model was trained on decides which images there are. All else is
+    Fields from the command line take precedence. If a recipe given with --config names
+    other data than the model was trained on, it selects the images. Everything else is
     as in training.
 
     Returns:
@@ -117,7 +117,7 @@ def data_settings(
 
 
 def _names_other_data(invocation, own):
-    """Whether a recipe sets its data, and it is not what the model was trained on."""
+    """Whether a recipe names data that the model was not trained on."""
     if invocation.recipe is None or 'source' not in own:
         return False
     from flax_densenet.cli import recipes
@@ -137,7 +137,7 @@ def _resolve(fields):
 def describe_choice(
     data: settings.SourceSettings, place: str, own: dict[str, Any]
 ) -> str:
-    """The line that says which data is measured, if it is not the model's own."""
+    """A line with the data that is measured, if it is not the model's own."""
     return (
         f'evaluating on {_name(vars(data))} (from {place}); the model was trained on '
         f'{_name(own)}'
@@ -156,7 +156,8 @@ def verification_samples(
     """Images to verify a file on: --files, the run's own, or scikit-learn's.
 
     Args:
-      integers: the file computes in integers, which are calibrated on the images.
+      integers: whether the file computes in integers, which are calibrated on these
+        images.
     """
     from flax_densenet.export import sample_images
     from flax_densenet.weights import trained as trained_lib
@@ -185,8 +186,8 @@ def export(
     """Exports the model as `export` and `push` do, verified and with its card.
 
     Args:
-      path: of the model, from `find`.
-      out: the file or folder to write.
+      path: path of the model, from `find`.
+      out: file or folder to write.
       settings: an `export.formats.Options`.
 
     Returns:
@@ -228,9 +229,9 @@ def check_others(invocation: options.Invocation, trained, path: str):
 
 
 def add_others(invocation: options.Invocation, trained, settings, found):
-    """Adds the scores of the images in --others to results, if the flag is given.
+    """Adds the scores of the images in --others to the results, if the flag is given.
 
-    Every process computes them all.
+    Every process computes all of them.
     """
     given = invocation.flags.others
     if not given:
@@ -255,10 +256,10 @@ def add_others(invocation: options.Invocation, trained, settings, found):
 
 
 def load(invocation: options.Invocation, workdir: str, *allowed: str, **more):
-    """A trained model, where it is from, and the settings to measure it with.
+    """A trained model, its path, and the settings to measure it with.
 
     Args:
-      allowed: sections besides `data.` that can be set, as `report.`.
+      allowed: sections besides `data.` that can be set, such as `report.`.
       **more: fields of `choices.Choices`.
     """
     from flax_densenet.distributed import mesh as mesh_lib

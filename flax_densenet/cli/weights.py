@@ -1,11 +1,11 @@
-"""`weights`: the table of published weights, and what can be done with one of them."""
+"""`weights`: lists, downloads and checks published weights."""
 
 from flax_densenet.cli import arguments, options
 from flax_densenet.errors import UserError
 
 
 def run(invocation: options.Invocation) -> int | None:
-    """Prints the table, or downloads or checks weights."""
+    """Prints the table, or downloads or checks one file of weights."""
     from flax_densenet.weights import published, published_table
 
     flags, patterns = invocation.flags, invocation.positionals
@@ -54,20 +54,20 @@ COMMAND = options.Command(
     usage='[PATTERN]',
     details=(
         'All commands that take a model or --config.init_from also take these names. A '
-        'file is downloaded when it is used for the first time, and works without a '
-        'network from then on. PATTERN is a part of a name, or one with * and ?.',
+        'file is downloaded when it is first used, and works without a network from '
+        'then on. PATTERN is a part of a name, or one with * and ?.',
     ),
     examples=(
         ('all', 'weights'),
-        ('those of Keras', 'weights keras:'),
+        ('the weights of Keras', 'weights keras:'),
         ('download one ahead of time', 'weights --fetch=torchvision:densenet121'),
         (
-            'see what it makes of a photo',
+            'see its predictions for a photo',
             'weights --verify=torchvision:densenet121',
         ),
     ),
     flags={
-        'One of them': (
+        'One set of weights': (
             options.Flag('fetch', 'Download it, and print its path.', value='NAME'),
             options.Flag(
                 'verify',

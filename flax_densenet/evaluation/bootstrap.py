@@ -1,11 +1,11 @@
 """Bootstrap: how much a metric varies with the choice of the test images.
 
-Images are drawn again with replacement, and the metric is computed of each such
-resample; how these values spread is how the metric would spread over other test sets
-(Efron and Tibshirani, An Introduction to the Bootstrap, 1993). Where images belong to
-groups, as those of one patient do, whole groups are drawn: images of one patient are
-alike, and intervals that take them for independent are too short (Field and Welsh,
-2007). `scipy.stats.bootstrap` knows no groups, and sorts the images of each resample.
+Images are resampled with replacement, and the metric is computed on each resample; the
+spread of these values estimates its spread over other test sets (Efron and Tibshirani,
+An Introduction to the Bootstrap, 1993). If images belong to groups, such as patients,
+complete groups are drawn: images of one patient are alike, and intervals that treat
+them as independent are too narrow (Field and Welsh, 2007). `scipy.stats.bootstrap` does
+not support groups and sorts the images of each resample.
 
 >>> import numpy as np
 >>> weights = np.concatenate(list(draw(5, resamples=3)), -1)
@@ -28,11 +28,12 @@ def draw(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Iterator[np.ndarray]:
-    """How often each image is in each resample, some resamples at a time.
+    """How often each image is in each resample, a few resamples at a time.
 
     Args:
-      count: images, N.
-      groups: `[N]`, the group of each image, which are drawn whole; None: no groups.
+      count: number of images, N.
+      groups: `[N]`, the group of each image; groups are drawn as units. None: no
+        groups.
       seed: the same seed draws the same resamples.
 
     Yields:
@@ -55,12 +56,12 @@ def draw(
 def replicate(
     measure: Callable[[np.ndarray], dict], count: int, **drawing
 ) -> dict[str, np.ndarray]:
-    """A metric, or several, of every resample.
+    """Computes one or more metrics of every resample.
 
     Args:
-      measure: of `[N, b]` weights: a mapping of arrays that end in `[b]`, or of such
-        mappings.
-      **drawing: of `draw`.
+      measure: function of `[N, b]` weights that returns a mapping of arrays ending in
+        `[b]`, or of such mappings.
+      **drawing: arguments of `draw`.
     """
     return _join([measure(weights) for weights in draw(count, **drawing)])
 
@@ -77,19 +78,20 @@ def _join(parts):
 def interval(values: np.ndarray, found: np.ndarray, level: float = 0.95) -> np.ndarray:
     """Bias-corrected percentile intervals.
 
-    Resamples hold images twice, which moves some metrics: average precision up, F1 with
-    many classes down. That bias is measured and taken off, from the resamples and, as
-    the sample is biased against its population alike, from the center. What is left is
-    skewness, for which the percentiles are moved (Efron, JASA 1987, without the
-    acceleration). `tests/evaluation/test_coverage.py` measures how often the intervals
-    hold the true value.
+    Resamples hold images more than once, which biases some metrics: average precision
+    upward, F1 with many classes downward. This bias is measured and subtracted from the
+    resamples and, since the sample is biased against its population in the same way,
+    from the center. For the remaining skewness the percentiles are shifted (Efron, JASA
+    1987, without the acceleration). `tests/evaluation/test_coverage.py` measures how
+    often the intervals contain the true value.
 
     Args:
-      values: `[..., B]`, of the resamples; NaN where one does not define the metric.
-      found: `[...]`, of the images themselves, which an interval always holds.
+      values: `[..., B]`, values of the resamples; NaN where the metric is undefined.
+      found: `[...]`, values of the images themselves, which an interval always
+        contains.
 
     Returns:
-      `[..., 2]`; NaN where fewer than half of the resamples define the metric.
+      `[..., 2]`; NaN if the metric is undefined for more than half of the resamples.
     """
     from scipy import special
 
@@ -106,7 +108,7 @@ def interval(values: np.ndarray, found: np.ndarray, level: float = 0.95) -> np.n
 
 
 def _centered(values, found):
-    """Sorted values, NaN at the end; how many are known; how far their mean is off."""
+    """Sorted values with NaN at the end; how many are known; the bias of their mean."""
     values = np.sort(values, -1)
     known = (~np.isnan(values)).sum(-1)
     total = np.nansum(values, -1)
@@ -114,7 +116,7 @@ def _centered(values, found):
 
 
 def _skew(values, middle, known):
-    """How far the median is from the mean, in standard deviations of a normal."""
+    """The distance of the median from the mean, in standard deviations of a normal."""
     from scipy import special
 
     middle = np.asarray(middle)[..., None]
@@ -124,7 +126,7 @@ def _skew(values, middle, known):
 
 
 def _quantile(values, known, share):
-    """Of sorted values, between the two nearest; as `np.quantile` has it."""
+    """Quantiles of sorted values, interpolated as in `np.quantile`."""
     place = share * np.maximum(known - 1, 0)
     below = np.floor(place).astype(int)
     above = np.minimum(below + 1, np.maximum(known - 1, 0))
@@ -136,13 +138,13 @@ def _quantile(values, known, share):
 
 
 def p_value(values: np.ndarray, found: float) -> float:
-    """How likely a difference at least this far from 0 is by chance, two-sided.
+    """The two-sided p-value of a difference.
 
-    Below 0.05 where `interval` does not hold 0.
+    It is below 0.05 if `interval` does not contain 0.
 
     Args:
       values: `[B]`, differences of the resamples.
-      found: of the images themselves.
+      found: the difference on the images themselves.
     """
     from scipy import special
 
@@ -150,7 +152,7 @@ def p_value(values: np.ndarray, found: float) -> float:
     count, least = int(known), 2 / (values.shape[-1] + 1)
     if not count or (values[:count] == 0).all():
         return 1.0
-    zero = 2 * shift  # where 0 lies among values that are not shifted
+    zero = 2 * shift  # position of 0 among values that are not shifted
     below = (values < zero).sum() + (values == zero).sum() / 2
     share = np.clip(below / count, 0.5 / count, 1 - 0.5 / count)
     place = special.ndtri(share) - 2 * _skew(values, found + shift, known)

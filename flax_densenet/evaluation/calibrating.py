@@ -1,10 +1,10 @@
 """Fits the calibration of a model's probabilities.
 
-One class per image: a temperature for all classes. Several labels: for each label
-nothing, a temperature, or Platt's scale and bias, whichever has the lowest Akaike
-information criterion. The criterion estimates the log loss on other images: each fitted
-number has to lower the total log loss by more than 1 nat, so what only follows chance
-is not applied.
+With one class per image, all classes share a temperature. With several labels, each
+label gets nothing, a temperature, or Platt's scale and bias, whichever has the lowest
+Akaike information criterion. The criterion estimates the log loss on other images: each
+fitted number has to lower the total log loss by more than 1 nat, so a calibration that
+only follows chance is not applied.
 """
 
 import logging
@@ -19,9 +19,9 @@ from flax_densenet.weights import decisions as decisions_lib
 from flax_densenet.weights import heads
 
 _LOGGER = logging.getLogger(__name__)
-FEWEST = 20  # images, of which a temperature is fitted
-FEWEST_OF_LABEL = 10  # images with a label, and as many without
-# A temperature beyond it, up or down, is an end of the search and not the best one.
+FEWEST = 20  # images to fit a temperature
+FEWEST_OF_LABEL = 10  # images with a label, and the same number without
+# A temperature beyond this, up or down, is a bound of the search and not an optimum.
 _BOUND = 19
 
 
@@ -30,7 +30,7 @@ def fit(
     rules: selection_lib.Rules,
     found: decisions_lib.Decisions,
 ) -> calibration_lib.Calibration | None:
-    """A fitter of `fitting.FITTERS`; logs what it did."""
+    """One of `fitting.FITTERS`; logs what it did."""
     if not rules.calibrate:
         return None
     outputs = selection.trained.outputs
@@ -64,8 +64,8 @@ def fit_temperature(
         return _unchanged(f'not calibrated: fewer than {FEWEST} images')
     if not mistakes:
         return _unchanged(
-            'not calibrated: all images are predicted correctly, so no temperature '
-            'is the best'
+            'not calibrated: all images are predicted correctly, so there is no best '
+            'temperature'
         )
     before = metrics_lib.log_losses(logits, labels).mean()
     temperature = metrics_lib.best_temperature(
@@ -93,12 +93,12 @@ def _unchanged(note):
 def fit_labels(
     logits: np.ndarray, labels: np.ndarray, names
 ) -> calibration_lib.Calibration:
-    """Calibrates each label by itself.
+    """Calibrates each label separately.
 
     Args:
       logits: `[N, L]`.
       labels: `[N, L]` of 0, 1 and NaN (unknown, left out).
-      names: L names, for the lines.
+      names: L names, for the messages.
     """
     methods, scales, biases, few, inverted = [], [], [], [], []
     for name, logit, label in zip(names, logits.T, labels.T, strict=True):
@@ -120,12 +120,12 @@ def fit_labels(
     if few:
         notes.append(
             f'{len(few)} of {len(labels.T)} labels have fewer than {FEWEST_OF_LABEL} '
-            f'positives or negatives and are left as they are: {list_first(few)}'
+            f'positives or negatives and are not calibrated: {list_first(few)}'
         )
     if inverted:
         notes.append(
-            'the logits of these labels rank images worse than chance, so they are '
-            f'left as they are: {list_first(inverted)}'
+            'the logits of these labels rank images worse than chance, so they are not '
+            f'calibrated: {list_first(inverted)}'
         )
     return calibration_lib.Calibration(
         tuple(methods), tuple(scales), tuple(biases), tuple(notes)
@@ -150,7 +150,7 @@ def _describe(logits, labels, methods, scales, biases):
 
 
 def _fit_label(logits, true):
-    """Method, scale and bias with the lowest AIC of one label."""
+    """The method, scale and bias of one label with the lowest AIC."""
     signs = np.where(true, -1.0, 1.0)
 
     def total(scale, bias):
@@ -160,7 +160,7 @@ def _fit_label(logits, true):
     if scale <= 0:
         return 'platt', scale, bias
     found = [(total(1.0, 0.0), 'none', 1.0, 0.0)]
-    # Without mistakes the smaller a temperature, the better.
+    # Without mistakes, the smallest temperature would be best.
     if ((logits > 0) != true).any():
         temperature = metrics_lib.best_temperature(
             lambda temperature: np.logaddexp(0, signs * logits / temperature).mean()
@@ -176,8 +176,9 @@ def _fit_label(logits, true):
 def platt(logits: np.ndarray, true: np.ndarray) -> tuple[float, float]:
     """Scale and bias of Platt scaling, with Platt's targets.
 
-    A positive counts as (n + 1) / (n + 2) of one, a negative as 1 / (m + 2), of n and m
-    images, so that the numbers stay finite if the label can be told without mistakes.
+    With n positives and m negatives, the target of a positive is (n + 1) / (n + 2) and
+    that of a negative 1 / (m + 2), so that the numbers stay finite if the label is
+    predicted without mistakes.
 
     Args:
       logits: `[N]`.
@@ -189,7 +190,7 @@ def platt(logits: np.ndarray, true: np.ndarray) -> tuple[float, float]:
     targets = np.where(
         true, (positives + 1) / (positives + 2), 1 / (len(true) - positives + 2)
     )
-    # In units of their spread, which the search needs.
+    # Scaled by their spread, which the search needs.
     middle, spread = logits.mean(), logits.std() or 1.0
     z = (logits - middle) / spread
 

@@ -1,4 +1,4 @@
-"""Fits conformal sets (`weights.conformal`), and measures their coverage and size."""
+"""Fits conformal sets (`weights.conformal`) and measures their coverage and size."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from flax_densenet.evaluation import selection as selection_lib
 from flax_densenet.weights import conformal, heads
 from flax_densenet.weights import decisions as decisions_lib
 
-MOST = 10_000  # probabilities that are kept, of all labels together 100 times as many
+MOST = 10_000  # probabilities to keep; for all labels together, 100 times as many
 _MOST_OF_ALL = 1_000_000
 LEVELS = (0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.99)
 _SPLITS = 20
@@ -21,7 +21,7 @@ def fit_entry(
     rules: selection_lib.Rules,
     made: decisions_lib.Decisions,
 ) -> conformal.ConformalSets | None:
-    """The sets for what the selection part chooses (`fitting.FITTERS`)."""
+    """The sets fitted on the selection part (one of `fitting.FITTERS`)."""
     trained = selection.trained
     if trained.outputs == heads.NONE:
         return None
@@ -31,10 +31,10 @@ def fit_entry(
 
 
 def fit(probabilities: np.ndarray, labels: np.ndarray) -> conformal.ConformalSets:
-    """Keeps what the true class of each validation image got.
+    """Fits sets from the probability of the true class of each validation image.
 
     Args:
-      probabilities: `[N, C]`, calibrated as they will be in predictions.
+      probabilities: `[N, C]`, calibrated as in predictions.
       labels: int `[N]`, or float `[N, L]` of 0, 1 and NaN (unknown, left out).
     """
     several = labels.ndim == 2
@@ -52,7 +52,7 @@ def fit(probabilities: np.ndarray, labels: np.ndarray) -> conformal.ConformalSet
 
 
 def _choose(values, most):
-    """A random part if there are very many, which keeps the guarantee; ascending."""
+    """The values in ascending order; a random part of very many keeps the guarantee."""
     if len(values) > most:
         values = np.random.default_rng(0).permutation(values)[:most]
     return np.sort(np.float32(values))
@@ -69,14 +69,14 @@ def measure(
     Args:
       sets: fitted on other images.
       probabilities, labels: as for `fit`.
-      coverage: that is asked for.
+      coverage: the requested coverage.
 
     Returns:
-      `asked`; `coverage`, the share of images whose true class is in the set (of
-      several labels, of the labels that are there) and its 95% `interval`; `size`, the
-      mean number of classes; `single` and `empty`, the shares of sets of one and of no
-      class; `classes`, the coverage of each class, None without images; None for all
-      that has no images.
+      `asked`; `coverage`, the share of images whose true class is in the set (with
+      several labels, the share of labels that the images have) and its 95% `interval`;
+      `size`, the mean number of classes; `single` and `empty`, the shares of sets with
+      one class and with none; `classes`, the coverage of each class. Values without
+      images are None.
     """
     inside = sets.contains(probabilities, coverage)
     if sets.several:
@@ -113,9 +113,9 @@ def curve(
     """`measure` at several coverages.
 
     Args:
-      sets: fitted on other images; None to fit and measure on halves of these, the
-        means of 20 random splits, as sets that are measured on the images they were
-        fitted on would always have the coverage that was asked for.
+      sets: fitted on other images. None to fit and measure on halves of these images,
+        averaged over 20 random splits; sets that are measured on the images they were
+        fitted on would always have the requested coverage.
     """
     if sets is not None:
         return [measure(sets, probabilities, labels, level) for level in levels]
@@ -134,7 +134,7 @@ def curve(
 
 
 def _mean_of(rows):
-    """One row of those of several splits; intervals are the widest that occur."""
+    """The mean row of several splits, with the widest intervals."""
 
     def mean(values):
         known = [value for value in values if value is not None]
@@ -151,7 +151,7 @@ def _mean_of(rows):
 
 
 def risk_curve(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
-    """Errors among the images that a model is most confident of.
+    """Errors among the images with the highest confidence (risk-coverage curve).
 
     Args:
       confidence: `[N]`, higher for images to answer first.
@@ -160,12 +160,12 @@ def risk_curve(confidence: np.ndarray, right: np.ndarray) -> dict[str, Any]:
     Returns:
       `share` of images that are answered, ascending to 1, and the `risk`, the share of
       errors among them; `area` under that curve over all N steps, and `best`, the area
-      if all errors came last. Images of equal confidence are answered together.
+      if all errors came last. Images with equal confidence are answered together.
     """
     order = np.argsort(-confidence, kind='stable')
     wrong, count = ~right[order], len(right)
     answered = np.arange(1, count + 1)
-    # Where confidence changes: equal ones share a point.
+    # Positions where the confidence changes; equal values share a point.
     ends = np.flatnonzero(np.append(np.diff(confidence[order]) != 0, True))
     errors = np.cumsum(wrong)[ends]
     shares, risks = answered[ends] / count, errors / answered[ends]

@@ -7,7 +7,7 @@ from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.weights import decisions as decisions_lib
 from flax_densenet.weights import thresholds as thresholds_lib
 
-_ROWS = 40  # classes that a table lists
+_ROWS = 40  # classes listed in a table
 
 
 def calibration_line(metrics: dict[str, Any]) -> str:
@@ -34,7 +34,7 @@ def calibration_line(metrics: dict[str, Any]) -> str:
 
 
 def threshold_lines(metrics: dict[str, Any]) -> list[str]:
-    """A table of classes at thresholds that a rule chose; nothing without a rule."""
+    """A table of metrics at thresholds that a rule chose; nothing without a rule."""
     found = metrics['thresholds']
     if not found or not found['rule'] or not found['classes']:
         return []
@@ -94,11 +94,11 @@ def _share(row, name):
 def describe_fit(
     decisions: decisions_lib.Decisions | None, data: str, *, own: bool
 ) -> str:
-    """On which images decisions were fitted, and whether these are measured here.
+    """On which images decisions were fitted, and whether they are measured here.
 
     Args:
       data: name of the data that is measured.
-      own: it is the data that the model was trained on.
+      own: whether the model was trained on this data.
     """
     if decisions is None:
         return ''
@@ -116,7 +116,7 @@ def describe_fit(
     line = f'{" and ".join(fitted)} {verb} fitted on {decisions.where}'
     if decisions.part != 'val' and (own or data == decisions.data):
         line += (
-            ', the same images as here, so that they look a little better than on new '
-            'images; a validation part (data.val_fraction) avoids that'
+            ', the same images as here, so the metrics are slightly optimistic; a '
+            'validation part (data.val_fraction) avoids that'
         )
     return line

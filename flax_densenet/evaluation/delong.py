@@ -1,10 +1,11 @@
 """The variance of areas under ROC curves, without resampling.
 
 DeLong, DeLong and Clarke-Pearson (Biometrics 1988): the area is a mean over pairs of a
-positive and a negative image, and each image has a part in it, its placement value. The
-parts give the variance of an area and the covariance of two areas on the same images.
-Computed from ranks (Sun and Xu, IEEE Signal Processing Letters 2014). Images of one
-group add up before their variance is taken (Obuchowski, Biometrics 1997).
+positive and a negative image. The contribution of each image, its placement value,
+gives the variance of an area and the covariance of two areas on the same images. The
+values are computed from ranks (Sun and Xu, IEEE Signal Processing Letters 2014).
+Contributions of images in one group are added before taking the variance (Obuchowski,
+Biometrics 1997).
 
 >>> import numpy as np
 >>> true = np.array([False, False, True, True, True])
@@ -20,12 +21,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Two areas on the same images.
+    """A comparison of two areas on the same images.
 
     Attributes:
       difference: the first minus the second.
       interval: its 95% interval.
-      p_value: two-sided, of the areas being equal.
+      p_value: two-sided p-value of equal areas.
     """
 
     difference: float
@@ -41,12 +42,12 @@ def placements(true: np.ndarray, score: np.ndarray):
       score: `[N]`.
 
     Returns:
-      The area; of each positive the share of negatives below it, and of each negative
-      the share of positives above it, equal scores as a half.
+      The area; for each positive the share of negatives below it; and for each negative
+      the share of positives above it. Equal scores count as a half.
     """
     from scipy import stats
 
-    score = np.asarray(score, np.float64)  # scipy keeps the type for its ranks
+    score = np.asarray(score, np.float64)  # scipy keeps this dtype for its ranks
     positive, negative = score[true], score[~true]
     m, n = len(positive), len(negative)
     ranks = stats.rankdata(np.concatenate([positive, negative]))
@@ -56,10 +57,11 @@ def placements(true: np.ndarray, score: np.ndarray):
 
 
 def influence(true: np.ndarray, score: np.ndarray) -> tuple[float, np.ndarray]:
-    """The area, and how far each image moves it: `[N]`, which add up to 0.
+    """The area, and the influence of each image on it: `[N]`, which add up to 0.
 
-    The sum of their squares is the variance of the area, but for factors m / (m - 1)
-    and n / (n - 1). Those of means of areas are the means of theirs.
+    The sum of their squares is the variance of the area, except for the factors m / (m
+    - 1) and n / (n - 1). The influence on a mean of areas is the mean of the
+    influences.
     """
     area, above, below = placements(true, score)
     moves = np.empty(len(true))
@@ -69,10 +71,11 @@ def influence(true: np.ndarray, score: np.ndarray) -> tuple[float, np.ndarray]:
 
 
 def deviation(moves: np.ndarray, groups: np.ndarray | None = None) -> float:
-    """The standard deviation of what `influence` is of.
+    """The standard error of the quantity that `influence` belongs to.
 
     Args:
-      groups: `[N]`; images of one group count as one, as they may depend.
+      groups: `[N]`; images of one group count as one unit, since they may be
+        correlated.
     """
     if groups is not None:
         place = np.unique(groups, return_inverse=True)[1]
@@ -84,8 +87,8 @@ def deviation(moves: np.ndarray, groups: np.ndarray | None = None) -> float:
 def interval(area: float, deviation: float) -> tuple[float, float] | None:
     """A 95% interval that stays between 0 and 1: normal on the logit scale.
 
-    Pepe, The Statistical Evaluation of Medical Tests, 2003, page 107. None for areas
-    of 0 and 1, of which the variance is not known.
+    Pepe, The Statistical Evaluation of Medical Tests, 2003, page 107. None for areas of
+    0 and 1, which have no known variance.
     """
     from scipy import special, stats
 
@@ -97,11 +100,11 @@ def interval(area: float, deviation: float) -> tuple[float, float] | None:
 
 
 def compare(true: np.ndarray, one: np.ndarray, other: np.ndarray) -> Comparison:
-    """DeLong's test of two scores of the same images.
+    """DeLong's test of two scores on the same images.
 
     Args:
       true: bool `[N]`, with both values.
-      one, other: `[N]`, scores.
+      one, other: scores `[N]`.
     """
     from scipy import stats
 
@@ -116,17 +119,17 @@ def compare(true: np.ndarray, one: np.ndarray, other: np.ndarray) -> Comparison:
     p_value = 1.0
     if spread > 0:
         p_value = float(2 * stats.norm.sf(abs(difference) / spread))
-    elif difference:  # every pair of images tells the same
+    elif difference:  # every pair of images gives the same result
         p_value = 0.0
     ends = difference - margin, difference + margin
     return Comparison(difference, ends, p_value)
 
 
 def bound(area: float, positives: int, negatives: int) -> tuple[float, float]:
-    """A 95% interval of an area of 0 or 1, of which no variance can be told.
+    """A 95% interval of an area of 0 or 1, which has no estimated variance.
 
-    Newcombe's method 5 (Statistics in Medicine 2006), which solves for the areas from
-    which this one is 1.96 standard deviations away, as Wilson's interval does.
+    Newcombe's method 5 (Statistics in Medicine 2006): like Wilson's interval, it solves
+    for the areas from which this one is 1.96 standard deviations away.
     """
     from scipy import optimize, stats
 

@@ -1,10 +1,10 @@
-"""Whether a model knows when it does not know, measured on labeled images.
+"""Whether a model recognizes its own uncertainty, measured on labeled images.
 
     found = doubt.measure(results)
     print('\\n'.join(doubt.describe(found)))
 
-It covers the sets of classes (coverage against size), the errors among the images that
-the model is most confident of, and the score of unusual images.
+It covers prediction sets (coverage against size), the errors among the images with the
+highest confidence, and the score of unusual images.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from flax_densenet.evaluation import conformal, unusual
 from flax_densenet.weights import decisions as decisions_lib
 
 SHOWN = 0.9  # the coverage that is printed
-_POINTS = 200  # of the risk curve
+_POINTS = 200  # points of the risk curve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Others:
     """Images that show none of the classes.
 
     Attributes:
-      name: where they are from.
-      scores: of unusual images, float32 `[M]`.
+      name: their source.
+      scores: their scores of unusual images, float32 `[M]`.
     """
 
     name: str
@@ -41,21 +41,21 @@ def measure(
     scores: np.ndarray | None = None,
     others: Others | None = None,
 ) -> dict[str, Any]:
-    """What is known of the model's doubt, for JSON; empty if there is nothing.
+    """Metrics of the model's uncertainty, for JSON; empty if there are none.
 
     Args:
-      probabilities, labels: of N images, as in `results.Results`.
-      decisions: of the model; its sets, and the share of usual images.
-      scores: of unusual images, `[N]`.
+      probabilities, labels: for N images, as in `results.Results`.
+      decisions: the model's decisions, with its sets and share of usual images.
+      scores: scores of unusual images, `[N]`.
       others: images of none of the classes.
 
     Returns:
       `sets`: a row of `conformal.measure` for each coverage; `sets_halved`, whether
-      they were fitted on halves of these images, as the model's own were fitted on all
-      of them; `risk` (`conformal.risk_curve`), if images have one class; `unusual`:
-      `share` (usual validation images), `flagged` (of these images), `accuracy_usual`
-      and `accuracy_unusual` (None if there are none); `others`: `unusual.measure`, and
-      the `name`.
+      they were fitted on halves of these images because the model's own sets were
+      fitted on all of them; `risk` (`conformal.risk_curve`), if images have one class;
+      `unusual`: `share` (usual validation images), `flagged` (of these images),
+      `accuracy_usual` and `accuracy_unusual` (None without such images); `others`:
+      `unusual.measure` and the `name`.
     """
     found: dict[str, Any] = {}
     sets, score = (decisions.sets, decisions.unusual) if decisions else (None, None)
@@ -84,7 +84,7 @@ def measure(
 
 
 def _are_fitted_on(sets, probabilities, labels):
-    """Whether sets were fitted on these images: they hold what these would give."""
+    """Whether sets were fitted on these images, judged by their stored values."""
     same = conformal.fit(probabilities, labels)
     return same.counts == sets.counts and np.allclose(
         same.probabilities, sets.probabilities, atol=1e-4
@@ -98,7 +98,7 @@ def _mean(values, rows):
 
 
 def _thin(curve):
-    """A curve with `_POINTS` points at most, evenly spaced, the last one with them."""
+    """A curve reduced to at most `_POINTS` evenly spaced points, including the last."""
     count = len(curve['share'])
     if count <= _POINTS:
         return curve
@@ -111,7 +111,7 @@ def _thin(curve):
 def add_scores(
     rows: Iterator[list[Any]], scores: np.ndarray | None
 ) -> Iterator[list[Any]]:
-    """Rows of a table, after its heading, with the scores as the last column."""
+    """The rows of a table, after its heading, with the scores as last column."""
     if scores is None:
         yield from rows
         return
@@ -124,7 +124,7 @@ def describe(found: dict[str, Any], *, several: bool = False) -> list[str]:
     """Lines for a table of metrics.
 
     Args:
-      found: of `measure`.
+      found: result of `measure`.
       several: whether images can have several labels.
     """
     lines = []
@@ -133,9 +133,9 @@ def describe(found: dict[str, Any], *, several: bool = False) -> list[str]:
         row, what = rows[0], 'labels that are there' if several else 'true classes'
         on_halves = ', on random halves' if found['sets_halved'] else ''
         lines.append(
-            f'sets for a coverage of {SHOWN:.0%}: {row["coverage"]:.1%} of the {what} '
-            f'are in them, {row["size"]:.2f} of {len(row["classes"])} on '
-            f'average{on_halves}'
+            f'sets for a coverage of {SHOWN:.0%}: they contain {row["coverage"]:.1%} '
+            f'of the {what}; mean size {row["size"]:.2f} of '
+            f'{len(row["classes"])}{on_halves}'
         )
     if 'unusual' in found:
         row = found['unusual']
@@ -144,7 +144,7 @@ def describe(found: dict[str, Any], *, several: bool = False) -> list[str]:
             line += f' ({1 - row["share"]:.1%} of the validation images)'
         if row['accuracy_unusual'] is not None and row['accuracy_usual'] is not None:
             line += (
-                f'; accuracy {row["accuracy_unusual"]:.1%}, of the others '
+                f'; their accuracy {row["accuracy_unusual"]:.1%}, of the others '
                 f'{row["accuracy_usual"]:.1%}'
             )
         lines.append(line)

@@ -23,13 +23,12 @@ from flax_densenet.weights.trained import Trained, normalize
 
 
 def forward(module, variables, batch, *, mean, std, mutable=False, **options):
-    """`module.apply`: logits of a batch of images, or of features cached of them.
+    """`module.apply`: logits of a batch of images, or of their cached features.
 
     Args:
-      batch: `image`, or `features` (`feature_cache.cache_features`), which go through
-      the
-        classifier alone.
-      **options: of the other layers, as `train` and `frozen`.
+      batch: `image`, or `features` (`feature_cache.cache_features`), which pass only
+      through the classifier.
+      **options: options of the other layers, such as `train` and `frozen`.
     """
     if 'features' in batch:
         features = batch['features'][:, 0, 0]
@@ -39,7 +38,7 @@ def forward(module, variables, batch, *, mean, std, mutable=False, **options):
 
 
 def forward_views(module, variables, batch, *, tta, multi_label, **options):
-    """`forward` of the images' views (`tta.views_of`), averaged to one."""
+    """`forward` of all views of the images (`tta.views_of`), averaged."""
     if tta == 'none':
         return forward(module, variables, batch, **options)
     found = [
@@ -51,7 +50,7 @@ def forward_views(module, variables, batch, *, tta, multi_label, **options):
 
 @functools.partial(jax.jit, static_argnames=('module', 'mean', 'std', 'tta'))
 def eval_step(variables, batch, *, module, mean, std, tta='none'):
-    """Sums over the rows whose mask is 1 (correct, loss, count), and the logits."""
+    """Sums over the rows with mask 1 (correct, loss, count), and the logits."""
     several = batch['label'].ndim == 2
     logits = forward_views(
         module, variables, batch, tta=tta, multi_label=several, mean=mean, std=std
@@ -84,14 +83,14 @@ def evaluate(
 
     Args:
       variables: `{'params', 'batch_stats'}`, replicated over the mesh.
-      batch_size: over all devices, which it must divide over.
-      bad_images: `skip` leaves out images that cannot be read any more.
-      between: called after each batch; what it raises ends the evaluation.
+      batch_size: over all devices; a multiple of their number.
+      bad_images: `skip` leaves out images that can no longer be read.
+      between: called after each batch; an exception from it ends the evaluation.
 
     Returns:
-      `{'accuracy': 0 to 1, 'loss', 'count'}`, with `unread`, positions, where images
-      were left out; of several labels an image also `auroc`,
-      a list with None where a label has one value only, and its mean `mean_auroc`.
+      `{'accuracy': 0 to 1, 'loss', 'count'}`, with the positions `unread` if images
+      were left out. With several labels per image also `auroc`, a list with None for
+      labels that have only one value, and its mean `mean_auroc`.
     """
     sums: list[Any] = []
     seen: list[Any] = []
@@ -113,7 +112,7 @@ def evaluate(
         if batch['label'].ndim == 2:
             parts = (logits, batch['label'], batch['mask'])
             seen.append([mesh_lib.gather(part) for part in parts])
-        if len(sums) > 1:  # at most two batches on their way, so memory stays flat
+        if len(sums) > 1:  # at most two batches in flight, so memory stays constant
             jax.block_until_ready(sums[-2])
         sums.append(step)
         between()
@@ -144,13 +143,13 @@ def evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """What a trained model computes of labeled images, on every host.
+    """The outputs of a trained model for labeled images, on every host.
 
     Attributes:
-      logits: float32 `[N, C]`, of the network itself: neither calibrated nor scaled by
-        operating points.
+      logits: float32 `[N, C]`, from the network itself: neither calibrated nor scaled
+        by operating points.
       labels: int32 `[N]`, or float32 `[N, L]` of 0, 1 and NaN, also for soft ones.
-      features: pooled features, float32 `[N, F]`, if they were asked for.
+      features: pooled features, float32 `[N, F]`, if they were requested.
     """
 
     logits: np.ndarray
@@ -168,16 +167,16 @@ def compute_outputs(
     features: bool = False,
     title: str = 'test',
 ) -> Outputs:
-    """What a trained model computes of labeled images, in the examples' order.
+    """Computes the outputs of a trained model for labeled images, in their order.
 
-    With the test-time augmentation of its metadata (`views`), which `evaluate` is
-    without.
+    Applies the test-time augmentation of the model's metadata (`views`), unlike
+    `evaluate`.
 
     Args:
-      batch_size: over all devices, which it must divide over.
-      features: whether pooled features are wanted as well, in the same pass; of the
-        images themselves, not of other views of them.
-      title: of the progress bar.
+      batch_size: over all devices; a multiple of their number.
+      features: whether to return pooled features as well, from the same pass; they
+        belong to the images themselves, not to other views of them.
+      title: title of the progress bar.
 
     Raises:
       UserError: a logit is not finite.
@@ -214,8 +213,8 @@ def compute_outputs(
     logits = logits.astype(np.float32)
     if not np.isfinite(logits).all():
         raise UserError(
-            'the model gives values that are not finite: its training went wrong, '
-            'start again with a lower optimizer.learning_rate'
+            'the outputs of the model are not finite: its training diverged; train '
+            'again with a lower optimizer.learning_rate'
         )
     return Outputs(logits, soft_labels.known_labels(labels), *more)
 
@@ -240,10 +239,10 @@ def _pool(module, images):
 
 
 def finish_logits(trained: Trained, logits: np.ndarray) -> np.ndarray:
-    """Logits float32 `[N, C]` as predictions have them, of those of the network.
+    """Converts logits of the network to those of predictions, float32 `[N, C]`.
 
-    Calibrated, if the model has a calibration; else their sigmoids are the scores, if
-    it has operating points.
+    They are calibrated if the model has a calibration. Otherwise, if it has operating
+    points, their sigmoids are the scores.
     """
     if trained.calibration:
         return trained.calibration.apply(np.float64(logits)).astype(np.float32)
@@ -258,7 +257,7 @@ def compute_logits(
     """`finish_logits` of `compute_outputs`, and the labels.
 
     Args:
-      **loading: as of `compute_outputs`.
+      **loading: arguments of `compute_outputs`.
     """
     found = compute_outputs(trained, examples, **loading)
     return finish_logits(trained, found.logits), found.labels
@@ -266,14 +265,14 @@ def compute_logits(
 
 @dataclasses.dataclass(frozen=True)
 class _Folded:
-    """A network whose variables are those of `folded.fold`."""
+    """A network with the variables of `folded.fold`."""
 
     module: network.Network
 
     def apply(self, arrays, images, *, mutable, method=None):
         if method is None:
             return folded.logits(self.module, arrays, images)
-        maps = images  # of `classify`: pooled features
+        maps = images  # argument of `classify`: pooled features
         if method is _pool:
             method, maps = 'pool', folded.features(self.module, arrays, images)
         return self.module.apply(arrays['head'], maps, method=method)
@@ -292,12 +291,12 @@ def _eval_steps(
     left_out=None,
     **loading,
 ):
-    """Yields sums, logits and the batch, of each batch in turn.
+    """Yields sums, logits and the batch, for each batch in turn.
 
     Args:
-      step: `eval_step`, or another whose first result comes in place of the sums.
-      left_out: a list that gets the positions of the images that were left out.
-      **loading: of `pipeline.eval_batches`.
+      step: `eval_step`, or another function whose first result replaces the sums.
+      left_out: a list that gets the positions of images that were left out.
+      **loading: arguments of `pipeline.eval_batches`.
     """
     batches = pipeline.eval_batches(examples, **loading)
     try:
@@ -316,15 +315,15 @@ def _eval_steps(
 def match_classes(
     examples: dataset.Examples, names, trained_names, *, count: int = 0
 ) -> dataset.Examples:
-    """Examples of a source whose classes are some of those a model was trained on.
+    """Renumbers the labels of a source to the classes of a model.
 
-    Labels are matched by class name, so a folder with fewer classes can be used; a
-    model that does not know its classes' names takes as many as it has, in order.
+    Labels are matched by class name, so a folder with fewer classes can be used. A
+    model without class names needs as many classes as it has outputs, in order.
 
     Args:
       names: classes of the source.
-      trained_names: of the model's classes, or None.
-      count: of the model's classes, where they have no names.
+      trained_names: names of the model's classes, or None.
+      count: number of the model's classes, if they have no names.
 
     Raises:
       UserError: a class that the model does not know.
@@ -332,12 +331,12 @@ def match_classes(
     if trained_names is None:
         if len(names) != count:
             raise UserError(
-                f'data.source has {len(names)} classes, the weights {count} without '
-                'names: they cannot be matched; name them with --class_names=FILE or '
-                'A,B,...'
+                f'data.source has {len(names)} classes, the weights have {count} '
+                'without names, so they cannot be matched; name them with '
+                '--class_names=FILE or A,B,...'
             )
         notes.say(
-            'the weights have no names of classes: their outputs are taken for the '
+            'the weights have no class names, so the outputs are assumed to be the '
             f'classes of the data in this order: {list_first(names)}'
         )
         return examples
@@ -346,8 +345,8 @@ def match_classes(
         plain = {parts_lib.plain_case(name): name for name in trained_names}
         similar = plain.get(parts_lib.plain_case(unknown[0]))
         raise UserError(
-            f'data.source: class {unknown[0]} is not one of those that the model was '
-            f'trained on ({list_first(trained_names)}); rename '
+            f'data.source: class {unknown[0]} is not one of the classes that the model '
+            f'was trained on ({list_first(trained_names)}); rename '
             + (f'it to {similar}' if similar else 'or remove it')
         )
     if tuple(names) == tuple(trained_names):
@@ -366,5 +365,5 @@ def format_metrics(name: str, metrics: dict[str, float]) -> str:
 
 
 def format_auroc(area: float | None) -> str:
-    """`0.843`; a dash where there is none."""
+    """`0.843`; a dash for None."""
     return '-' if area is None else f'{area:.3f}'

@@ -1,7 +1,7 @@
-"""Fits what makes decisions of a model's outputs, on the images that may choose.
+"""Fits how decisions follow from a model's outputs, on the selection images.
 
-Each function in `FITTERS` makes one entry of `decisions.Decisions` of these images'
-outputs: the calibration, thresholds, and so on.
+Each function in `FITTERS` makes one entry of `decisions.Decisions` from the outputs for
+these images: the calibration, thresholds, and so on.
 
     chosen = selection.select(trained, source, batch_size=32)
     made = fitting.fit(chosen, selection.Rules(threshold='youden'))
@@ -19,8 +19,8 @@ from flax_densenet.evaluation import selection as selection_lib
 from flax_densenet.weights import decision_entry
 from flax_densenet.weights import decisions as decisions_lib
 
-# Each makes an entry of the selection, the rules and what was fitted before; None if
-# there is nothing to keep. By the name of the entry, in this order.
+# Functions by the name of their entry, called in this order. Each makes the entry from
+# the selection, the rules and what was fitted before; None if there is nothing to keep.
 Fitter = Callable[
     [selection_lib.Selection, selection_lib.Rules, decisions_lib.Decisions],
     decision_entry.Entry | None,
@@ -36,7 +36,7 @@ FITTERS: dict[str, Fitter] = {
 def fit(
     selection: selection_lib.Selection, rules: selection_lib.Rules
 ) -> decisions_lib.Decisions:
-    """Fits all entries, and logs what was found.
+    """Fits all entries and logs the results.
 
     Raises:
       UserError: a rule does not fit the model.
@@ -59,11 +59,11 @@ def fit(
 
 
 def save(folder: str, made: decisions_lib.Decisions):
-    """Writes them into the folder of a run; every host has to call it.
+    """Writes the decisions into the folder of a run; every host has to call it.
 
     Raises:
       UserError: the folder cannot be written.
     """
     if mesh_lib.is_writer():
         decisions_lib.save(folder, made)
-    processes.barrier('decisions')  # all are to find them
+    processes.barrier('decisions')  # all hosts must find them

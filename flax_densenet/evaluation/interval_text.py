@@ -9,7 +9,7 @@ import numpy as np
 from flax_densenet.evaluation import intervals, subgroups
 
 WIDTH = 88  # characters
-# Of a metric's mean over classes: its key and its name.
+# Means over classes: the key and the name of each metric.
 _MEANS = {
     'balanced_accuracy': 'balanced accuracy',
     'f1': 'F1',
@@ -22,7 +22,7 @@ def format_means(metrics: dict[str, Any]) -> list[str]:
     """Lines with the means over classes and their intervals; none without intervals.
 
     Args:
-      metrics: of `Results.metrics`.
+      metrics: from `Results.metrics`.
     """
     found = metrics['intervals']
     told = [
@@ -50,7 +50,7 @@ def format_subgroups(metrics: dict[str, Any]) -> list[str]:
     """Lines about the worst part of each column.
 
     Args:
-      metrics: of `Results.metrics`.
+      metrics: from `Results.metrics`.
     """
     sentences = filter(None, map(subgroups.describe, metrics['subgroups']))
     return [
@@ -61,10 +61,10 @@ def format_subgroups(metrics: dict[str, Any]) -> list[str]:
 
 
 def add_groups(rows: Iterable[list], groups: np.ndarray | None) -> Iterator[list]:
-    """Rows, the first of names, with a last column `group`: a number for each group.
+    """Adds a last column `group` to rows with a heading: a number for each group.
 
     Args:
-      groups: `[N]`, without whose own values the numbers are made; None adds nothing.
+      groups: `[N]`; the numbers do not reveal these values. None adds nothing.
     """
     if groups is None:
         yield from rows

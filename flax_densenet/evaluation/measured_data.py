@@ -1,4 +1,4 @@
-"""Which labeled images a trained model is measured on, and what is known of them."""
+"""Finds the labeled images that a trained model is measured on."""
 
 import dataclasses
 
@@ -23,19 +23,20 @@ def find_examples(
 ) -> tuple[dataset.Source, dataset.Examples, tuple[str, ...], bool]:
     """The labeled images to measure a model on.
 
-    The test part of the data that it was trained on; of other data, all images where
-    there is no test part, since none of them was trained on.
+    For the data that the model was trained on, these are the test images. For other
+    data without a test part, these are all images, since the model was not trained on
+    any of them.
 
     Args:
-      path: of the model, for messages.
+      path: path of the model, for messages.
       settings: which data, and how it is prepared.
-      selecting: take the validation part in place of the test part, if there is one.
-      to_measure: False if any images of the data will do, so that those of all folds
-        are taken for an ensemble that was trained on them.
+      selecting: use the validation part instead of the test part, if there is one.
+      to_measure: False if any images of the data will do; then images of all folds are
+        used for an ensemble that was trained on them.
 
     Returns:
       The source; its examples, with labels as the model numbers its classes; the class
-      names; whether the model was trained on this data.
+      names; and whether the model was trained on this data.
 
     Raises:
       UserError: the data cannot be read or does not fit the model.
@@ -48,8 +49,8 @@ def find_examples(
     )
     if not len(examples):
         raise UserError(
-            f'data.source={settings.data.source}: no images are left to measure on: '
-            f'all {len(source.train)} were trained on'
+            f'data.source={settings.data.source}: there are no images to measure on: '
+            f'the model was trained on all {len(source.train)}'
         )
     lines = [relation.line]
     if to_measure:
@@ -68,9 +69,9 @@ def find_examples(
 
 
 def _load(trained, settings):
-    """The source as the model sees it, and how it relates to the training data."""
+    """The source as the model sees it, and its relation to the training data."""
     preparation = settings.preparation
-    # The model's window, whatever the images are; weights from elsewhere have none.
+    # The model's window, for any images; weights of other programs have none.
     window = preparation.window
     preparation = dataclasses.replace(
         preparation,
@@ -88,9 +89,9 @@ def _load(trained, settings):
 
 
 def _check_kind(trained, path, source, settings):
-    """Raises where one class is given and several labels are told, or the reverse."""
+    """Raises if the data has one class and the model several labels, or the reverse."""
     trained_on_several = trained.metadata.get('multi_label', source.multi_label)
-    # Imported sigmoids can also tell one class from the others.
+    # Imported sigmoids can also separate single classes.
     sigmoids = trained_on_several and trained.is_imported
     if (
         source.multi_label != trained_on_several
@@ -111,10 +112,10 @@ def _choose(trained, path, source, trained_on, *, selecting, to_measure):
         if not to_measure:
             return source.train
         raise UserError(
-            f'data.source={source.name}: the models of {path} were trained on '
-            'these images, each on all but its own fold, so their average would look '
-            f'too good; eval {path} without other data measures each image by the '
-            'model that it is new to'
+            f'data.source={source.name}: the models of {path} were trained on these '
+            'images, each on all but its own fold, so their average would look too '
+            f'good; `eval {path}` without other data measures each image with the '
+            'model that was not trained on it'
         )
     if not has_part and not trained_on:
         return dataset.join(*source.parts.values())
@@ -122,16 +123,16 @@ def _choose(trained, path, source, trained_on, *, selecting, to_measure):
 
 
 def _check_known(settings, labels, names):
-    """Reports labels and images of which nothing is known.
+    """Reports labels and images without any known value.
 
     Raises:
-      UserError: nothing is known at all.
+      UserError: no value is known at all.
     """
     known = ~np.isnan(soft_labels.known_labels(labels))
     if not known.any():
         raise UserError(
-            f'data.labels={settings.data.labels}: no label of the model is known of '
-            'any image, so there is nothing to measure'
+            f'data.labels={settings.data.labels}: no image has a known value for a '
+            'label of the model, so there is nothing to measure'
         )
     unknown = [
         name for name, is_known in zip(names, known.any(0), strict=True) if not is_known
@@ -141,20 +142,20 @@ def _check_known(settings, labels, names):
         return
     if unknown:
         notes.say(
-            f'{len(unknown)} of {len(names)} labels are known of no image and left out '
-            f'of the means: {list_first(unknown)}'
+            f'{len(unknown)} of {len(names)} labels have no known value in any image '
+            f'and are left out of the means: {list_first(unknown)}'
         )
     if nothing:
         notes.say(
             f'warning: {nothing} of {len(labels)} images have no known label; they '
-            'count as right with a loss of 0, as in training'
+            'count as correct with a loss of 0, as in training'
         )
 
 
 def _of_kind(trained, data):
-    """The data's settings; a table for a model of classes holds classes.
+    """The data settings; for a model of classes, a table holds classes.
 
-    Among its images may be only two of them, called 0 and 1.
+    Otherwise a table with only two classes, called 0 and 1, would look like labels.
     """
     of_classes = trained.metadata.get('multi_label') is False and trained.known is None
     if data.labels and data.label_kind == 'auto' and of_classes:
@@ -165,17 +166,17 @@ def _of_kind(trained, data):
 def pair_names(
     trained: trained_lib.Trained, path: str, source: dataset.Source
 ) -> tuple[str, ...] | None:
-    """The model's class names as the data has them; None: they are the data's.
+    """The model's class names as written in the data; None to use the data's names.
 
-    Names that are only assumed count where the data has the same; else the outputs are
-    taken in the data's order, and a line is printed.
+    Assumed names are used if the data has the same names. Otherwise the outputs are
+    assumed to be in the data's order, and a line is printed.
 
     Args:
-      path: of the model, for messages.
+      path: path of the model, for messages.
     """
     names, found = trained.class_names, source.class_names
     if source.multi_label:
-        trained.notes.pop('outputs', None)  # the data says it
+        trained.notes.pop('outputs', None)  # the data decides
     if trained.known is not None:
         names = trained.known.spelled_as(found)
         if names is not None:

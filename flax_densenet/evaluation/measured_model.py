@@ -6,7 +6,7 @@ from typing import Any
 
 from flax_densenet.models import tta as tta_lib
 
-# Fields of `Measured` that files have only if they are not these.
+# Fields of `Measured` that are stored only if they differ from these values.
 _LATER: dict[str, Any] = {'precision': '', 'members': 0, 'out_of_fold': False}
 
 
@@ -16,13 +16,15 @@ class Measured:
 
     Attributes:
       data: the data source, as in `config.data.source`.
-      epoch: of the checkpoint, counted from 1; None if the model is not a checkpoint.
-      step: of the checkpoint, or None.
+      epoch: epoch of the checkpoint, counted from 1; None if the model is not a
+        checkpoint.
+      step: step of the checkpoint, or None.
       tta: test-time augmentation, as in `config.data.tta`.
       weights: path of the weights if the model is not a checkpoint, else None.
-      precision: in which it computed if that was chosen; empty for its own.
-      members: networks of an ensemble, else 0.
-      out_of_fold: each image was predicted by the member that it is new to.
+      precision: the precision, if it was chosen; empty for the model's own.
+      members: number of networks in an ensemble, else 0.
+      out_of_fold: whether each image was predicted by the member that was not trained
+        on it.
     """
 
     data: str
@@ -55,10 +57,11 @@ class Measured:
 
 
 def from_file(found: dict[str, Any]) -> Measured:
-    """What `eval.json` says, also in files of earlier versions.
+    """Reads the fields from `eval.json`, also from earlier versions.
 
     Raises:
-      KeyError, TypeError, ValueError, IndexError: it is not what `eval` writes.
+      KeyError, TypeError, ValueError, IndexError: the file is not one that `eval`
+      writes.
     """
     if 'version' not in found:
         return _read_version_1(found)
@@ -67,7 +70,7 @@ def from_file(found: dict[str, Any]) -> Measured:
     return Measured(**{name: known[name] for name in names})
 
 
-# In version 1 the model was a sentence.
+# Version 1 described the model in a sentence.
 _CHECKPOINT_1 = re.compile(r'best checkpoint: epoch (\d+), step (\d+)(, .*)?')
 _WEIGHTS_1 = re.compile(r'(?:weights of (.*?)|imported weights)(, each image seen .*)?')
 

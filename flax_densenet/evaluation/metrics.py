@@ -1,6 +1,6 @@
-"""Metrics of a classifier, which `eval` and the report show.
+"""Metrics of a classifier, as shown by `eval` and the report.
 
-scikit-learn and scipy compute most of them. They lack the calibration error, and the
+scikit-learn and scipy compute most of them, except the calibration error and the
 temperature that corrects it (Guo et al., arXiv 1706.04599).
 
 >>> import numpy as np
@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-WIDE = 1000  # classes; with more, files of all pairs or probabilities are useless
+WIDE = 1000  # classes; with more, files with all pairs or probabilities are too large
 _CHUNK = 2**22  # float64 numbers at a time
-BINS = 15  # of the reliability diagram
-CURVE_POINTS = 400  # of an ROC curve; with fewer corners it keeps them all
+BINS = 15  # bins of the reliability diagram
+CURVE_POINTS = 400  # points of an ROC curve, unless it has fewer
 
 
 def softmax(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -56,7 +56,7 @@ def log_sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def activate(logits: np.ndarray, outputs: str) -> np.ndarray:
-    """What `outputs` (softmax, sigmoid or none) makes of logits, in float64."""
+    """Applies `outputs` (softmax, sigmoid or none) to logits, in float64."""
     if outputs == 'none':
         return np.asarray(logits, np.float64)
     return {'softmax': softmax, 'sigmoid': sigmoid}[outputs](logits)
@@ -75,16 +75,16 @@ def measure(
       logits: `[N, C]`.
       labels: int `[N]`.
       class_names: C names.
-      calibration: in place of `calibrate`, if it is known.
+      calibration: replaces the result of `calibrate`, if it is known.
 
     Returns:
       Values for JSON: `count`, `accuracy` and its 95% interval (Wilson's), `loss` in
       nats, `top5` if there are more than five classes, `classes` (name, precision,
-      recall, f1, support, auroc; None where there is nothing to divide by, such as the
-      precision of a class that is never predicted), `macro` averages of the values that
-      there are, `confusion` `[true][predicted]` or
-      None with more than `WIDE` classes, `confused` (pairs that occur: true, predicted,
-      count), and `calibration` before and after temperature scaling.
+      recall, f1, support, auroc; None if the denominator is 0, such as the precision of
+      a class that is never predicted), `macro` averages of the defined values,
+      `confusion` `[true][predicted]` or None with more than `WIDE` classes, `confused`
+      (pairs that occur: true, predicted, count), and `calibration` before and after
+      temperature scaling.
     """
     from sklearn import metrics as sklearn_metrics
 
@@ -135,20 +135,20 @@ def measure_labels(
     thresholds=0.5,
     calibration: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Metrics if an image can have several labels.
+    """Metrics of a classifier with several labels per image.
 
     Args:
       logits: `[N, L]`.
       labels: `[N, L]` of 0, 1 and NaN (unknown, left out).
       names: L names.
-      thresholds: of the probability, one for all labels or L of them.
-      calibration: kept in the result.
+      thresholds: thresholds of the probability, one for all labels or L values.
+      calibration: copied to the result.
 
     Returns:
       The keys of `measure`. The accuracy is the share of an image's known labels that
       are correct at the thresholds, averaged over images; support is the number of
-      images with the label. A label that is known of no image counts 0 and is left out
-      of the means.
+      images with the label. A label without known values counts 0 and is left out of
+      the means.
     """
     from sklearn import metrics as sklearn_metrics
 
@@ -205,15 +205,14 @@ def label_loss(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _defined(values):
-    """Floats, None for what is not defined."""
+    """Floats; None for undefined values."""
     return [None if np.isnan(value) else float(value) for value in values]
 
 
 def majority(metrics: dict[str, Any]) -> tuple[str, float] | None:
     """The most frequent class, and the accuracy of always predicting it.
 
-    Args:
-      metrics: of `measure`; None for those of `measure_labels`.
+    Args: metrics: from `measure`. Returns None for those from `measure_labels`.
     """
     if metrics['confused'] is None or not metrics['count']:
         return None
@@ -222,10 +221,10 @@ def majority(metrics: dict[str, Any]) -> tuple[str, float] | None:
 
 
 def temperature_helps(calibration: dict[str, Any]) -> bool:
-    """Whether temperature scaling lowers the calibration error, as it is shown.
+    """Whether temperature scaling lowers the displayed calibration error.
 
     Args:
-      calibration: of `measure`; one that is applied does not count.
+      calibration: from `measure`; False if it is already applied.
     """
     if calibration.get('applied') or calibration.get('after') is None:
         return False
@@ -234,10 +233,10 @@ def temperature_helps(calibration: dict[str, Any]) -> bool:
 
 
 def calibration_error(metrics: dict[str, Any]) -> float | None:
-    """The calibration error of the probabilities as predictions have them.
+    """The calibration error of the probabilities in predictions.
 
     Args:
-      metrics: of `measure` or `measure_labels`, also those of earlier versions.
+      metrics: from `measure` or `measure_labels`, also of earlier versions.
     """
     calibration = metrics['calibration']
     if not calibration:
@@ -260,7 +259,7 @@ def confusion(labels: np.ndarray, predicted: np.ndarray, classes: int):
 
 
 def count_confused(matrix) -> list[list[int]]:
-    """`[true, predicted, count]` of pairs of different classes, most frequent first."""
+    """`[true, predicted, count]` of pairs of unequal classes, most frequent first."""
     pairs = matrix.tocoo()
     true, predicted = pairs.coords
     order = np.argsort(-pairs.data, kind='stable')
@@ -282,7 +281,7 @@ def wilson(right: int, count: int) -> list[float] | None:
 
 
 def _normal_interval(values):
-    """95% interval of a mean over images, whose labels are not independent."""
+    """95% interval of a mean over images; labels of an image are dependent."""
     if len(values) < 2:
         return None
     middle = float(values.mean())
@@ -330,10 +329,11 @@ def mean(values) -> float | None:
 def roc(
     true: np.ndarray, probability: np.ndarray, *, points: int = CURVE_POINTS
 ) -> dict[str, list[float]] | None:
-    """An ROC curve: straight between its points, which are all of its corners.
+    """An ROC curve: straight lines between its points, which are all of its corners.
 
     Args:
-      points: with more corners than that, so many along the curve.
+      points: maximum number of points, evenly spaced along the curve if it has more
+        corners.
 
     Returns:
       None with only one class.
@@ -358,7 +358,7 @@ def calibrate(logits: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     """Expected calibration error before and after the best temperature.
 
     The temperature T minimizes the cross-entropy of logits / T on the same images. It
-    is a single number, so the result is close to that on new images.
+    is a single number, so the result on new images is similar.
 
     Args:
       logits: `[N, C]`.

@@ -1,7 +1,8 @@
-"""Out-of-fold results: each image by the one member of an ensemble that it is new to.
+"""Out-of-fold results: predictions by the ensemble member not trained on the image.
 
-`crossval` trains a model for each fold, on the images of the others. Its predictions
-for the images of its own fold are put together here, so every image is measured once.
+`crossval` trains a model for each fold on the images of the other folds. The
+predictions of all models for the images of their own fold are combined here, so every
+image is measured once.
 """
 
 import dataclasses
@@ -24,8 +25,8 @@ from flax_densenet.weights import decisions as decisions_lib
 from flax_densenet.weights import ensembles
 from flax_densenet.weights import trained as trained_lib
 
-TEST = 'test'  # folder for what the ensemble says of the test part of the data
-# Of the metrics of a fold, in the order of tables.
+TEST = 'test'  # folder for the ensemble's results on the test part of the data
+# Metrics of a fold, in the order of tables.
 METRICS = ('accuracy', 'auroc', 'f1', 'loss')
 
 
@@ -34,13 +35,13 @@ class Fold:
     """One fold and its model.
 
     Attributes:
-      number: from 1.
-      name: of the folder of its run.
+      number: number of the fold, from 1.
+      name: name of its run's folder.
       trained: the model, as it was measured.
-      count: images that were held out.
-      epoch, step: of the best checkpoint.
-      metrics: of the held-out images, by `METRICS`; None where one is undefined.
-      chosen_apart: a validation part chose the epoch, not the held-out images.
+      count: number of held-out images.
+      epoch, step: epoch and step of the best checkpoint.
+      metrics: metrics on the held-out images, by `METRICS`; None if undefined.
+      chosen_apart: whether a validation part, not the held-out images, chose the epoch.
     """
 
     number: int
@@ -58,9 +59,9 @@ class OutOfFold:
     """The results of all folds.
 
     Attributes:
-      results: of all images, in the order of the source; its `folds` says where each
-        was held out.
-      folds: each by itself.
+      results: results for all images, in the order of the source; its `folds` has the
+        fold of each image.
+      folds: the separate folds.
       data: the data source.
     """
 
@@ -70,12 +71,12 @@ class OutOfFold:
 
     @property
     def chosen_apart(self) -> bool:
-        """Whether the images that are measured chose nothing."""
+        """Whether the measured images were not used for any choice."""
         return all(fold.chosen_apart for fold in self.folds)
 
     @property
     def fold_of(self) -> np.ndarray:
-        """int `[N]`: in which fold each image was held out, from 1."""
+        """int `[N]`: the fold in which each image was held out, from 1."""
         return np.asarray(self.results.folds)
 
     def of_fold(self, number: int) -> results_lib.Results:
@@ -98,7 +99,7 @@ class OutOfFold:
         )
 
     def summarize(self) -> tuple[dict[str, float | None], dict[str, float | None]]:
-        """Mean, and standard deviation of a sample, of `METRICS` over the folds."""
+        """Mean and sample standard deviation of `METRICS` over the folds."""
         mean: dict[str, float | None] = {}
         spread: dict[str, float | None] = {}
         for name in METRICS:
@@ -109,7 +110,7 @@ class OutOfFold:
         return mean, spread
 
     def measured(self) -> results_lib.Measured:
-        """What was measured, for `eval.json`."""
+        """The model and data that were measured, for `eval.json`."""
         trained = self.folds[0].trained
         return results_lib.Measured(
             self.data,
@@ -122,7 +123,7 @@ class OutOfFold:
         )
 
     def about(self) -> dict[str, Any]:
-        """What `eval.json` holds besides the metrics of all images."""
+        """Further fields of `eval.json`, besides the metrics of all images."""
         mean, spread = self.summarize()
         rows = [
             {'fold': fold.number, 'count': fold.count, 'epoch': fold.epoch}
@@ -144,11 +145,12 @@ def collect(
 
     Args:
       workdir: the folder of the ensemble.
-      settings_of: settings to measure a member with, of its metadata.
+      settings_of: function from the metadata of a member to the settings to measure it
+        with.
       precision: see `precisions.of_data`.
 
     Raises:
-      UserError: a member or its images are not there any more.
+      UserError: a member or its images no longer exist.
     """
     folds: list[Fold] = []
     found: list[results_lib.Results] = []
@@ -177,7 +179,7 @@ def fit_thresholds(
 ) -> decisions_lib.Decisions:
     """Thresholds for an ensemble, chosen on the out-of-fold predictions.
 
-    Its calibration is that of its members, which was fitted for each by itself.
+    Its calibration is that of its members, each of which was calibrated separately.
 
     Raises:
       UserError: the rule does not fit the model.
@@ -212,7 +214,7 @@ def _describe(number, name, trained, found, source):
 
 
 def _pool(workdir, found):
-    """One `results.Results` of those of all folds."""
+    """Combines the `results.Results` of all folds."""
     first = found[0].examples
     indices = np.concatenate([one.examples.indices for one in found])
     examples = dataset.Examples(first.reader, indices, first.preparation)
@@ -220,8 +222,8 @@ def _pool(workdir, found):
     count = len(np.unique(indices))
     if count != len(indices) or names != [examples.name(i) for i in range(count)]:
         raise UserError(
-            f'the images of {workdir} changed while they were measured: its folds '
-            'are not those of one set of images; try again'
+            f'the images of {workdir} changed during the measurement, so its folds do '
+            'not match; try again'
         )
     order = np.argsort(indices)
     examples.indices = indices[order]
@@ -244,7 +246,7 @@ def _pool(workdir, found):
 
 
 def format_folds(found: OutOfFold) -> str:
-    """The table of the folds for a terminal, their mean and spread."""
+    """The table of folds for a terminal, with mean and spread."""
     mean, spread = found.summarize()
     several = found.results.multi_label
     head = ('fold', 'images', 'label accuracy' if several else 'accuracy')

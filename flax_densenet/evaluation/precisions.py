@@ -1,4 +1,4 @@
-"""Measures a trained model in the precision that was chosen, or in both."""
+"""Measures a trained model in the chosen precision, or in both."""
 
 from flax_densenet import settings as settings_lib
 from flax_densenet.data import notes
@@ -17,18 +17,17 @@ def of_data(
 ):
     """`results.of_data` in a precision.
 
-    `auto` measures float32 and bfloat16 if bfloat16 is faster here, keeps the
-    measurement for `predict` and `serve`, and goes on with bfloat16 if it is as
-    accurate.
+    `auto` measures float32 and bfloat16 if bfloat16 is faster here, saves the
+    measurement for `predict` and `serve`, and uses bfloat16 if it is as accurate.
 
     Args:
       precision: one of `precision.CHOICES`; None for the model's own.
 
     Returns:
-      The model as it was measured, and what `results.of_data` returns.
+      The model as it was measured, and the result of `results.of_data`.
 
     Raises:
-      UserError: an unknown precision, or as `results.of_data`.
+      UserError: the precision is unknown, or as for `results.of_data`.
     """
     precision_lib.check(precision)
     if precision == 'auto':
@@ -40,7 +39,7 @@ def of_data(
 
 def _both(trained, path, settings):
     if reason := folded.why_bfloat16_is_slow(trained.module):
-        _say(f'measuring in {trained.module.dtype} alone: {reason}')
+        _say(f'measuring only in {trained.module.dtype}: {reason}')
         return trained, *results.of_data(trained, path, settings)
     models = {name: precision_lib.to(trained, name) for name in ('float32', 'bfloat16')}
     source, found, trained_on = results.of_data(models['float32'], path, settings)

@@ -7,15 +7,15 @@ import numpy as np
 
 from flax_densenet.evaluation import metrics as metrics_lib
 
-LIKELIEST = 10  # that are named where there are very many classes
+LIKELIEST = 10  # classes to list if there are very many
 
 
 def make(results) -> Iterator[list[Any]]:
-    """Path, what is true, what the model says, and every probability.
+    """Path, actual and predicted class, and the probability of every class.
 
-    Of more than `metrics.WIDE` classes the likeliest ones: all would be gigabytes.
-    `predicted` is the most likely class, or the labels above their thresholds. If
-    classes have thresholds, `positive` names those above them.
+    With more than `metrics.WIDE` classes only the most likely ones, since all would
+    take gigabytes. `predicted` is the most likely class, or the labels above their
+    thresholds. If classes have thresholds, `positive` names the classes above them.
 
     Args:
       results: a `results.Results`.

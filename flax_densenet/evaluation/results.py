@@ -1,7 +1,7 @@
 """The outputs of a model for labeled images: metrics, a table, two files.
 
-`evaluate.evaluate` sums a loss while training goes on; this keeps every logit, from
-which `eval.json`, `predictions.csv` and the report page are made.
+`evaluate.evaluate` sums a loss during training; this module keeps every logit, from
+which `eval.json`, `predictions.csv` and the report are made.
 """
 
 import csv
@@ -40,8 +40,8 @@ from flax_densenet.weights import thresholds as thresholds_lib
 from flax_densenet.weights import trained as trained_lib
 
 EVAL_FILE, PREDICTIONS_FILE = 'eval.json', 'predictions.csv'
-EVAL_VERSION = 2  # of the fields of eval.json; files of version 1 do not have it
-ROWS = 40  # classes that the table lists; more would scroll the totals away
+EVAL_VERSION = 2  # version of eval.json; files of version 1 do not have this field
+ROWS = 40  # classes listed in the table; more would scroll the totals away
 
 # What metrics of decisions are called in the table of classes.
 _SAME = {'sensitivity': 'recall', 'specificity': 'specificity', 'ppv': 'precision'}
@@ -57,16 +57,18 @@ class Results:
       examples: the images, in the order of the rows.
       class_names: C names.
       logits: float32 `[N, C]`.
-      labels: int32 `[N]`; float32 `[N, C]` of 0, 1 and NaN (not known) where an image
-        can have several.
-      outputs: what makes probabilities of logits, `softmax` or `sigmoid`; by default
-        as the labels are.
-      raw_logits: those before calibration; None if `logits` are not calibrated.
-      decisions: what was fitted for the model; None if there is nothing.
-      unusual: how unlike the training images each is, float32 `[N]`; None if the model
-        has no score.
+      labels: int32 `[N]`; float32 `[N, C]` of 0, 1 and NaN (not known) if an image can
+        have several.
+      outputs: function from logits to probabilities, `softmax` or `sigmoid`; by default
+        it follows from the labels.
+      raw_logits: logits before calibration; None if `logits` are not calibrated.
+      decisions: the calibration, thresholds and so on of the model; None if it has
+        none.
+      unusual: scores of how unlike the training images each image is, float32 `[N]`;
+        None if the model has no score.
       others: images that show none of the classes, with their scores.
-      folds: int `[N]`, where each image was held out, from 1, by `out_of_fold`.
+      folds: int `[N]`, the fold in which each image was held out, from 1, set by
+        `out_of_fold`.
     """
 
     examples: dataset.Examples
@@ -82,7 +84,7 @@ class Results:
 
     @property
     def multi_label(self) -> bool:
-        """An image can have several labels."""
+        """Whether an image can have several labels."""
         return self.labels.ndim == 2
 
     @functools.cached_property
@@ -93,7 +95,7 @@ class Results:
 
     @functools.cached_property
     def predicted(self) -> np.ndarray:
-        """int64 `[N]`: the likeliest class of each image."""
+        """int64 `[N]`: the most likely class of each image."""
         return self.probabilities.argmax(-1)
 
     @functools.cached_property
@@ -105,7 +107,7 @@ class Results:
     def metrics(self) -> dict[str, Any]:
         """See `metrics.measure`, `metrics.measure_labels` and `intervals.extend`.
 
-        With `calibration`, whose `applied` tells whether it is the model's own (see
+        Also has `calibration`, where `applied` means that it is the model's own (see
         `decision_metrics`); `thresholds`: None, or `rule` and `classes`, rows of
         `decision_metrics.at_thresholds`; and `subgroups`, see `subgroups.measure`.
         """
@@ -166,7 +168,7 @@ class Results:
 
     @property
     def groups(self) -> np.ndarray | None:
-        """int64 `[N]`: whose image each is; None if that is unknown."""
+        """int64 `[N]`: the group of each image, such as a patient; None if unknown."""
         return getattr(self.examples, 'groups', None)
 
     @property
@@ -178,9 +180,9 @@ class Results:
 
     @functools.cached_property
     def thresholds(self) -> tuple[float | None, ...] | None:
-        """From which probability on each class is positive, None for those without.
+        """The thresholds of the classes; None for a class without one.
 
-        Of several labels a half by default; None if there is no threshold at all.
+        With several labels the default is 0.5. None if there is no threshold at all.
         """
         if self.decisions and self.decisions.thresholds:
             return self.decisions.thresholds.values
@@ -193,17 +195,17 @@ class Results:
         return thresholds_lib.is_positive(self.probabilities, values)
 
     def name(self, row: int) -> str:
-        """The file of an image, or its place in its data set."""
+        """The file of an image, or its position in its data set."""
         return self.examples.name(row)
 
 
 def describe(
     trained: trained_lib.Trained, data: str, *, weights: str | None = None
 ) -> Measured:
-    """What a model that is measured on `data` is.
+    """Describes a model that is measured on `data`.
 
     Args:
-      weights: where it was loaded from; kept if it is not a checkpoint.
+      weights: path that it was loaded from; kept if it is not a checkpoint.
     """
     tta, precision = tta_lib.from_metadata(trained.metadata), trained.precision
     members = trained.module.members
@@ -221,7 +223,7 @@ def collect(
     """Computes all logits.
 
     Args:
-      **loading: `batch_size`, `threads` and `workers` of `evaluate.compute_logits`.
+      **loading: `batch_size`, `threads` and `workers`, as in `evaluate.compute_logits`.
     """
     features = unusual_lib.needs_features(trained)
     computed = evaluate.compute_outputs(trained, examples, features=features, **loading)
@@ -234,10 +236,10 @@ def from_outputs(
     class_names,
     computed: evaluate.Outputs,
 ) -> Results:
-    """The results of what the network computed of images, with its decisions."""
+    """The results from a network's outputs for images, with its decisions."""
     outputs = None
     if trained.is_imported and computed.labels.ndim == 1:
-        # Sigmoids that were assumed with names, which the data does not have, are not.
+        # Sigmoids that were assumed along with names that the data lacks do not apply.
         assumed = trained.known and not trained.known.spelled_as(class_names)
         outputs = None if assumed else trained.outputs
     return Results(
@@ -258,11 +260,11 @@ def of_data(
     """`measured_data.find_examples` and `collect` in one.
 
     Returns:
-      The source, what the model says of its images, and whether it was trained on it.
+      The source, the results for its images, and whether the model was trained on it.
     """
     if trained.outputs == heads.NONE:
         raise UserError(
-            f'--outputs=none: the outputs of {path} are no probabilities, so there is '
+            f'--outputs=none: the outputs of {path} are not probabilities, so there is '
             'nothing to measure; use softmax or sigmoid'
         )
     source, examples, names, trained_on = measured_data.find_examples(
@@ -289,7 +291,7 @@ def save(
     """Writes `eval.json` (metrics) and `predictions.csv` (a row for each image).
 
     Args:
-      more: other fields of `eval.json`.
+      Args: more: further fields of `eval.json`.
 
     Raises:
       UserError: the folder cannot be written.
@@ -305,7 +307,7 @@ def save(
             json.dump(about | results.metrics | more, file, indent=1)
             file.write('\n')
         path = os.path.join(folder, PREDICTIONS_FILE)
-        # Names that are not UTF-8 go out as the bytes that they are.
+        # Names that are not UTF-8 are written as their original bytes.
         options = {'encoding': 'utf-8', 'errors': 'surrogateescape', 'newline': ''}
         with atomic.replacing(path, **options) as file:
             rows = prediction_rows.make(results)
@@ -322,10 +324,11 @@ def save(
 
 
 def load(folder: str) -> tuple[Measured, dict[str, Any]] | None:
-    """What `save` wrote to `eval.json`, also by earlier versions.
+    """Reads `eval.json` as written by `save`, also by earlier versions.
 
     Returns:
-      What was measured, and all fields of the file; None if there is no such file.
+      The model and data that were measured, and all fields of the file; None if there
+      is no such file.
 
     Raises:
       UserError: the file cannot be read or is not one that `save` writes.
@@ -342,14 +345,14 @@ def load(folder: str) -> tuple[Measured, dict[str, Any]] | None:
         return measured_model.from_file(found), found
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise UserError(
-            f'{path} is not what eval writes ({error!r}); run eval again'
+            f'{path} is not a file that eval writes ({error!r}); run eval again'
         ) from error
 
 
 def format_metrics_table(results: Results, where: str) -> str:
     """The metrics as lines: totals, then a table of classes.
 
-    Of more than `ROWS` classes, those with the lowest F1.
+    With more than `ROWS` classes, only those with the lowest F1.
 
     Args:
       where: `360 test images of digits, best checkpoint: epoch 6, step 270`.

@@ -1,7 +1,8 @@
-"""The images that may choose, and what a model computes of them.
+"""The selection images, and a model's outputs for them.
 
-What is fitted of them (`fitting`) needs their logits, and maybe their pooled features;
-both are computed once.
+Selection images may be used to choose settings: the validation part, or else the test
+part. Fitting (`fitting`) needs their logits, and maybe their pooled features; both are
+computed once.
 """
 
 import dataclasses
@@ -17,15 +18,15 @@ from flax_densenet.weights import trained as trained_lib
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """What is to be fitted.
+    """What to fit.
 
     Attributes:
-      calibrate: whether probabilities are calibrated if that helps.
+      calibrate: whether to calibrate probabilities if that helps.
       threshold: rule for thresholds, as `train.threshold`; empty for none.
-      positive_class: of two classes; empty for the second.
-      unusual: how to score unusual images, as `train.unusual`; `off` for not at all.
-      unusual_share: of these images that count as usual.
-      unusual_images: training images to look at, at most.
+      positive_class: the positive one of two classes; empty for the second.
+      unusual: how to score unusual images, as `train.unusual`; `off` for none.
+      unusual_share: share of these images that count as usual.
+      unusual_images: maximum number of training images to use.
     """
 
     calibrate: bool = True
@@ -37,28 +38,28 @@ class Rules:
 
     @property
     def fit_anything(self) -> bool:
-        """Whether anything is to be fitted; if not, the images need not be computed."""
+        """Whether there is anything to fit; if not, no outputs are needed."""
         return self.calibrate or bool(self.threshold) or self.unusual != 'off'
 
     @property
     def need_features(self) -> bool:
-        """Whether something is fitted of pooled features."""
+        """Whether fitting needs pooled features."""
         return self.unusual not in ('off', 'energy')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Selection:
-    """The images that may choose, and what the model computes of them.
+    """The selection images, and the model's outputs for them.
 
     Attributes:
       trained: the model, without decisions.
       class_names: C names.
       data: name of the data source.
-      part: `val`, `test` or `all`: which part of it the images are.
+      part: `val`, `test` or `all`: the part of the source with these images.
       examples: the images.
       train: the training images; None if they are not known.
-      outputs: of the model for `examples`: logits `[N, C]` and labels.
-      loading: `batch_size`, `threads` and `workers` of `evaluate.compute_outputs`.
+      outputs: outputs of the model for `examples`: logits `[N, C]` and labels.
+      loading: `batch_size`, `threads` and `workers`, as in `evaluate.compute_outputs`.
     """
 
     trained: trained_lib.Trained
@@ -87,7 +88,7 @@ class Selection:
 
     @functools.cached_property
     def features(self) -> np.ndarray:
-        """Pooled features, float32 `[N, F]`; another pass if `select` was without."""
+        """Pooled features, float32 `[N, F]`; another pass if `select` made none."""
         if self.outputs.features is not None:
             return self.outputs.features
         return self.features_of(self.examples)
@@ -112,13 +113,14 @@ def select(
     features: bool = False,
     **loading,
 ) -> Selection:
-    """The part of a source that may choose: the validation part, else the test part.
+    """Selects the validation part of a source, or else the test part.
 
     Args:
-      trained: the model; decisions that it has are left out.
-      source: with the classes of the model, in its order.
-      features: whether pooled features are wanted as well.
-      **loading: `batch_size`, `threads` and `workers` of `evaluate.compute_outputs`.
+      trained: the model; its existing decisions are ignored.
+      source: has the classes of the model, in its order.
+      features: whether to compute pooled features as well.
+      **loading: `batch_size`, `threads` and `workers`, as in
+        `evaluate.compute_outputs`.
     """
     return compute(
         trained,
@@ -143,13 +145,13 @@ def compute(
     features: bool = False,
     **loading,
 ) -> Selection:
-    """Computes a model's outputs for images that may choose.
+    """Computes a model's outputs for selection images.
 
     Args:
-      trained: the model; decisions that it has are left out.
-      examples: with labels as the model numbers its classes.
-      class_names, data, part, train: as of `Selection`.
-      features, **loading: as of `select`.
+      trained: the model; its existing decisions are ignored.
+      examples: images with labels as the model numbers its classes. class_class_names,
+        data,
+      part, train: as in `Selection`. features, **loading: as in `select`.
     """
     trained = trained.without_decisions()
     outputs = evaluate.compute_outputs(trained, examples, features=features, **loading)

@@ -1,7 +1,8 @@
-"""Metrics of parts of the test images: by age, sex, site, camera.
+"""Metrics of subgroups of the test images: by age, sex, site or camera.
 
 Columns of numbers are divided into decades (ages) or quartiles. Each part is compared
-with all other images, as many parts are looked at, and some look bad by chance.
+with all other images, and the number of comparisons is reported, since some of many
+parts look bad by chance.
 """
 
 import re
@@ -12,7 +13,7 @@ import numpy as np
 
 from flax_densenet.evaluation import delong, intervals
 
-LEAST = 10  # images that a part needs to be shown
+LEAST = 10  # images needed to show a part
 SMALL = 30  # fewer images are called few
 _RESAMPLES = 400
 _AGE = re.compile(r'age|patientage|.*[^a-z]age|age[^a-z].*', re.IGNORECASE)
@@ -28,19 +29,20 @@ def measure(
     predicted: np.ndarray | None = None,
     groups: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
-    """The metrics of each part, and which one is worst.
+    """The metrics of each part, and which part is worst.
 
     Args:
-      columns: of `Examples.subgroups`: numbers or words of each image.
-      labels, scores, predicted, groups: as of `intervals.measure`.
+      columns: from `Examples.subgroups`: numbers or words for each image. labels,
+        scores,
+      predicted, groups: as in `intervals.measure`.
 
     Returns:
       For each column, as JSON: `column`; `bins`, `decades`, `quartiles` or None;
       `metric`, the one that is compared; `unknown` images without a value; `left_out`
-      images in parts of fewer than `LEAST`; `looks`, how many parts of all columns are
-      compared; and `rows`: `name`, `count`, `units` (groups, or images), `values` and
-      `intervals` of `METRICS`, `rest` (the metric of all other images), `p_value` of
-      the difference, and `worst`. Columns with fewer than two parts are left out.
+      images in parts of fewer than `LEAST`; `looks`, the number of parts compared in
+      all columns; and `rows`: `name`, `count`, `units` (groups, or images), `values`
+      and `intervals` of `METRICS`, `rest` (the metric of all other images), `p_value`
+      of the difference, and `worst`. Columns with fewer than two parts are left out.
     """
     several = labels.ndim == 2
     found = []
@@ -70,7 +72,7 @@ def measure(
 
 
 def divide(column: str, values: np.ndarray) -> tuple[dict[str, np.ndarray], str | None]:
-    """The rows of each part by its name, in order; and how numbers were divided.
+    """The rows of each part by its name, in order, and how numbers were divided.
 
     >>> parts, bins = divide('Patient Age', np.array([41.0, 49.0, 87.0, np.nan]))
     >>> {name: rows.tolist() for name, rows in parts.items()}, bins
@@ -105,7 +107,7 @@ def _is_age(column, known):
 
 
 def _natural(name):
-    """Numbers in names by their value."""
+    """A sort key that orders numbers within names by value."""
     return [
         (0, int(piece), '') if piece.isdigit() else (1, 0, piece.lower())
         for piece in re.split(r'(\d+)', name)
@@ -113,12 +115,12 @@ def _natural(name):
 
 
 def _is_label(parts, labels):
-    """Whether each part has images of one class only: the class by another name."""
+    """Whether all parts have one class only: the column repeats the class."""
     return all(len(np.unique(labels[rows])) == 1 for rows in parts.values())
 
 
 class _Images:
-    """All images, of whose parts the metrics are computed."""
+    """All images; computes the metrics of their parts."""
 
     def __init__(self, labels, scores, predicted, groups, resamples):
         self._labels, self._scores, self._predicted = labels, scores, predicted
@@ -162,12 +164,12 @@ class _Images:
         return rows
 
     def _compare(self, chosen, metric):
-        """The metric of the other images, and how likely the difference is chance."""
+        """The metric of the other images, and the p-value of the difference."""
         from scipy import stats
 
         inside = np.zeros(len(self._labels), bool)
         inside[chosen] = True
-        # Of how each image moves the difference; the parts share no image.
+        # Influence of each image on the difference; the parts share no image.
         moves, means = np.zeros(len(inside)), []
         for rows, sign in ((inside, 1), (~inside, -1)):
             mean, change = self._influence(np.flatnonzero(rows), metric)
@@ -189,7 +191,7 @@ class _Images:
         return means[1], float(p_value)
 
     def _influence(self, rows, metric):
-        """A metric of some images, and how far each of them moves it."""
+        """A metric of some images, and the influence of each of them."""
         labels, predicted = self._labels[rows], self._predicted[rows]
         if not len(rows):
             return None, None
@@ -211,10 +213,10 @@ class _Images:
 
 
 def describe(found: dict[str, Any]) -> str:
-    """A sentence about the worst part of a column; '' where there is none.
+    """A sentence about the worst part of a column; '' if there is none.
 
     Args:
-      found: one of `measure`.
+      found: an element of the result of `measure`.
     """
     worst = next((row for row in found['rows'] if row['worst']), None)
     if worst is None:

@@ -67,13 +67,13 @@ def parse(text: str, field: str = 'train.threshold') -> Rule:
 
 
 def choose(rule: Rule, true: np.ndarray, probability: np.ndarray) -> float:
-    """The threshold: an image is positive if its probability is above it.
+    """Chooses the threshold: an image is positive if its probability is above it.
 
-    It lies in the middle between two of the probabilities. Of several that are as good,
-    the highest.
+    The threshold is the midpoint between two of the probabilities. If several are
+    equally good, it is the highest.
 
     Args:
-      true: bool `[N]`, of both values.
+      true: bool `[N]`, with both values.
       probability: `[N]`.
     """
     values, positive, negative = _count(true, probability)
@@ -95,7 +95,7 @@ def _count(true, probability):
 
 
 def _find(rule, tp, fp):
-    """The number of distinct probabilities that are positive."""
+    """The number of distinct probabilities that count as positive."""
     sensitivity, specificity = tp / tp[-1], 1 - fp / fp[-1]
     if rule.name == 'youden':
         return _first_best(sensitivity + specificity)
@@ -111,5 +111,5 @@ def _find(rule, tp, fp):
 
 
 def _first_best(values):
-    # Sums of the same shares in another order differ by rounding.
+    # Sums of the same shares in another order differ by rounding errors.
     return int(np.flatnonzero(values >= values.max() - 1e-12)[0])

@@ -1,8 +1,8 @@
 """Metrics of weighted images, for many weightings at once.
 
-A bootstrap resample is a weighting: how often each image was drawn. Sums over weighted
-images are products of matrices, so a thousand resamples of ten thousand images take a
-fraction of a second for each class. scikit-learn computes the same for one weighting.
+A bootstrap resample is a weighting: the number of times that each image was drawn. Sums
+over weighted images are matrix products, so a thousand resamples of ten thousand images
+take a fraction of a second per class. scikit-learn computes the same for one weighting.
 
 >>> import numpy as np
 >>> one_each = np.ones((4, 1), np.float32)
@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-# Of one class against the others, and their means; `accuracy` and `balanced_accuracy`
-# are of all classes.
+# Metrics of one class against the others, and their means; `accuracy` and
+# `balanced_accuracy` are for all classes.
 COUNTED = ('precision', 'recall', 'specificity', 'f1')
 RANKED = ('auroc', 'average_precision')
 
@@ -28,15 +28,15 @@ class Ranking:
     Args:
       true: bool `[N]`, which images have the class.
       score: `[N]`.
-      rows: int `[N]`, the images' places in a weighting.
-      count: images of a weighting.
+      rows: int `[N]`, positions of the images in a weighting.
+      count: number of images in a weighting.
     """
 
     def __init__(self, true, score, rows, count: int):
         order = np.argsort(-score, kind='stable')
         true, rows = true[order], rows[order]
-        # Images of equal scores are one block. Only blocks with positives are steps of
-        # the curves; the negatives between two of them are one sum.
+        # Images with equal scores form a block. Only blocks with positives are steps of
+        # the curves; the negatives between two of them are summed.
         block = np.cumsum(np.diff(score[order], prepend=score[order][:1]) != 0)
         steps, step = np.unique(block[true], return_inverse=True)
         place = np.searchsorted(steps, block[~true])
@@ -54,7 +54,7 @@ class Ranking:
         """AUROC and average precision.
 
         Args:
-          weights: float32 `[N, B]`, whole numbers.
+          weights: float32 `[N, B]`, integer values.
 
         Returns:
           float64 `[B]` twice; NaN where a weighting leaves only one kind of image.
@@ -77,7 +77,7 @@ class Ranking:
 
 
 def _sums(row, column, shape):
-    """A sparse matrix that sums weights: a one at each row and column."""
+    """A sparse matrix that sums weights, with a one at each (row, column)."""
     from scipy import sparse
 
     ones = np.ones(len(row), np.float32)
@@ -144,7 +144,7 @@ class Weighted:
         return Ranking(true, scores[rows, c], rows, self._count)
 
     def counts(self, weights: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Images of each class: found, actual, predicted and of which it is known.
+        """Counts per class: true positives, actual, predicted and known images.
 
         Returns:
           float64 `[C, B]` four times.
@@ -162,7 +162,7 @@ class Weighted:
         """The metrics of each weighting.
 
         Args:
-          weights: float32 `[N, B]`, whole numbers.
+          weights: float32 `[N, B]`, integer values.
 
         Returns:
           `accuracy`, float64 `[B]`; `classes` with `COUNTED` and `RANKED`, `[C, B]`;

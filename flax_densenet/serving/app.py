@@ -1,12 +1,12 @@
 """The model over HTTP: a page to try it in the browser, and JSON for programs.
 
 `GET /` is the page, `POST /predict` takes the bytes of an image or a form with one,
-`GET /model` tells what the model is, `GET /health` and `GET /metrics` are for who
-watches over it. What goes wrong is `{"error": "..."}` with the status that says whose
-mistake it is.
+`GET /model` describes the model, and `GET /health` and `GET /metrics` are for
+monitoring. Errors are `{"error": "..."}` with a 4xx status for mistakes of the client
+and 5xx for those of the server.
 
-No more than `guard.Limits.max_requests` images are held at a time: one that comes
-beside them is refused before a byte of it is read.
+No more than `guard.Limits.max_requests` images are held at a time; further images are
+refused before a byte of them is read.
 """
 
 import asyncio
@@ -42,7 +42,8 @@ from flax_densenet.serving import batcher, forms, guard
 
 EXPLAIN = {'': '', '0': '', '1': 'overlay', 'overlay': 'overlay', 'map': 'map'}
 _PAGE = pathlib.Path(__file__).with_name('templates') / 'serve.html'
-# Images with more pixels are decoded one at a time: it takes up to 17 bytes a pixel.
+# Images with more pixels are decoded one at a time: decoding takes up to 17 bytes per
+# pixel.
 _COMMON_PIXELS = 16_000_000
 _RETRY = {'Retry-After': '1'}
 _POLICY = (
@@ -54,9 +55,10 @@ _POLICY = (
 
 @dataclasses.dataclass(frozen=True)
 class _Wanted:
-    """The query of /predict: how many classes, which picture, the map of which.
+    """The query of /predict, checked.
 
-    With a coverage, also the classes that contain the true one with that probability.
+    It has the number of classes, the kind of picture, class and method of the map, and
+    the coverage of the prediction set.
     """
 
     top: int
@@ -67,7 +69,7 @@ class _Wanted:
 
 
 class App:
-    """The routes, with what they share."""
+    """The routes and their shared state."""
 
     def __init__(
         self,
@@ -81,11 +83,12 @@ class App:
         """Compiles nothing yet: `batcher.warm_up` does.
 
         Args:
-          trained: an `trained.Trained`.
-          name: of the model, for people.
-          limits: see there.
+          trained: a `trained.Trained`.
+          name: display name of the model.
+          limits: see `guard.Limits`.
           access: the host names and the root path of the server.
-          explain: the methods of maps that requests can choose, the usual one first.
+          explain: the methods for heat maps that requests can choose, the default
+            first.
         """
         self.limits = limits
         self.figures = guard.Metrics()
@@ -106,7 +109,7 @@ class App:
         self._threads = concurrent.futures.ThreadPoolExecutor(
             min(4, os.cpu_count() or 1), 'decode'
         )
-        # Escapes whatever a class is called.
+        # Escapes class names.
         self._page = jinja2.Environment(
             autoescape=True, undefined=jinja2.StrictUndefined
         ).from_string(_PAGE.read_text('utf-8'))
@@ -123,12 +126,12 @@ class App:
         self.asgi = guard.RequestGuard(routes, figures=self.figures, access=access)
 
     def close(self):
-        """Ends the threads once they have finished what they are at."""
+        """Ends the threads once they have finished their current work."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         self.batcher.close()
 
     async def page(self, request: Request) -> Response:
-        """The page, with a policy that lets it load nothing from elsewhere."""
+        """The page, with a policy that blocks all external content."""
         nonce = secrets.token_urlsafe(16)
         text = self._page.render(
             nonce=nonce,
@@ -160,7 +163,7 @@ class App:
         )
 
     async def predict(self, request: Request) -> Response:
-        """The likely classes of the image in the body, with a picture on request."""
+        """The most likely classes of the image in the body; a picture on request."""
         wanted = self._parse_query(request.query_params)
         _check_headers(request.headers, self.limits)
         if not self.batcher.ready:
@@ -200,9 +203,9 @@ class App:
                     400, f'{name}= is not known; there are {", ".join(known)}'
                 )
         top, names = query.get('top', '5'), self._predictor.class_names
-        # A number of a thousand digits would be slow to read, too.
+        # A number of a thousand digits would also be slow to parse.
         if not re.fullmatch('[0-9]{1,6}', top) or int(top) < 1:
-            raise HTTPException(400, f'top={top[:20]} must be a number from 1 on')
+            raise HTTPException(400, f'top={top[:20]} must be an integer of at least 1')
         picture = EXPLAIN.get(query.get('explain', ''))
         if picture is None:
             raise HTTPException(
@@ -211,7 +214,9 @@ class App:
         of = batcher.MOST_LIKELY if picture else None
         if 'class' in query:
             if not picture:
-                raise HTTPException(400, 'class= says whose map is wanted: explain=1')
+                raise HTTPException(
+                    400, 'class= names the class for a heat map, which needs explain=1'
+                )
             if query['class'] not in names:
                 raise HTTPException(400, _unknown_class(query['class'], names))
             of = names.index(query['class'])
@@ -222,7 +227,9 @@ class App:
         if 'method' not in query:
             return next(iter(self._explain.values()))
         if not picture:
-            raise HTTPException(400, 'method= says how a map is made: explain=1')
+            raise HTTPException(
+                400, 'method= selects the method for a heat map, which needs explain=1'
+            )
         try:
             found = explain_lib.make(query['method']).method
         except UserError as error:
@@ -230,7 +237,7 @@ class App:
         if found not in self._explain:
             raise HTTPException(
                 400,
-                f'method={found} is not served here, only {", ".join(self._explain)}; '
+                f'method={found} is not served here; use {", ".join(self._explain)}; '
                 'the flag --explain_method of serve adds methods',
             )
         return self._explain[found]
@@ -260,8 +267,8 @@ class App:
             self._held -= 1
 
     async def _read(self, request):
-        # Not a list of the parts: a client that sends bytes one by one would make it
-        # forty times as large as the body.
+        # Not a list of chunks: for a client that sends single bytes it would be forty
+        # times as large as the body.
         body, most = io.BytesIO(), _most_bytes(request.headers, self.limits)
         try:
             async with asyncio.timeout(self.limits.request_timeout_s):
@@ -303,11 +310,11 @@ class App:
         return await loop.run_in_executor(self._threads, function, *args)
 
     def _tell(self, image, answer, wanted):
-        """What /predict answers, a dict for JSON."""
+        """The response of /predict, a dict for JSON."""
         probabilities, names = answer.probabilities, self._predictor.class_names
         if not np.isfinite(probabilities).all():
             raise HTTPException(
-                500, 'the model answers with no numbers: its training diverged'
+                500, 'the outputs of the model are not finite: its training diverged'
             )
         order = np.argsort(-probabilities, kind='stable')
         value = self._predictor.value_name
@@ -329,7 +336,7 @@ class App:
         if wanted.of is not None:
             of = order[0] if wanted.of == batcher.MOST_LIKELY else wanted.of
             told |= {'explained': names[of], 'method': wanted.how.method}
-            # 0 where nothing in the image speaks for the class: the map is empty.
+            # 0 if nothing in the image supports the class: the map is empty.
             told['map_peak'] = float(answer.cam.max())
             if wanted.picture == 'overlay':
                 picture = overlay.overlay(image, answer.cam)
@@ -366,7 +373,7 @@ def _describe(predictor, name, limits):
         'figures': {
             name: value
             for name, value in trained.metrics.items()
-            # JSON has no NaN, which the loss of a failed training is.
+            # JSON has no NaN, but the loss of a failed training is NaN.
             if name.startswith('test_') and math.isfinite(value)
         },
         'limits': dataclasses.asdict(limits),
@@ -374,7 +381,7 @@ def _describe(predictor, name, limits):
 
 
 def _describe_unusual(predictor):
-    """How images are scored, without the arrays; None if they are not."""
+    """How unusual images are scored, without the arrays; None if they are not."""
     if not predictor.scores_unusual:
         return None
     found = predictor.trained.decisions.unusual
@@ -388,7 +395,7 @@ def _describe_unusual(predictor):
 
 
 def _check_headers(headers, limits):
-    """Refuses by the headers alone, before anything of the body is read."""
+    """Refuses requests by their headers, before any of the body is read."""
     length = headers.get('content-length', '0')
     most = _most_bytes(headers, limits)
     if length.isascii() and length.isdigit() and int(length) > most:
@@ -396,7 +403,7 @@ def _check_headers(headers, limits):
 
 
 def _most_bytes(headers, limits):
-    """Of a body: a form has more than the image."""
+    """Maximum size of a body: a form has more than the image."""
     form = forms.is_form(headers.get('content-type', ''))
     return limits.max_bytes + forms.OVERHEAD_BYTES * form
 
@@ -408,7 +415,7 @@ def _too_large(limits):
 def _unknown_class(name, names):
     close = difflib.get_close_matches(name[:80], names, 1)
     hint = f'did you mean {close[0]}?' if close else 'GET /model lists the classes'
-    return f'class={name[:80]} is not one that the model knows; {hint}'
+    return f'class={name[:80]} is not a class of the model; {hint}'
 
 
 def _to_data_url(picture):
@@ -421,9 +428,7 @@ def _to_data_url(picture):
 def _reject(request, error):
     detail = error.detail
     if error.status_code == 404:
-        detail = (
-            f'{request.url.path[:80]} is not here; there are {", ".join(guard.PATHS)}'
-        )
+        detail = f'{request.url.path[:80]} does not exist; use {", ".join(guard.PATHS)}'
     elif error.status_code == 405:
         allowed = ', '.join(sorted(error.headers['Allow'].split(', ')))
         detail = f'{request.url.path} takes {allowed}, not {request.method[:20]}'
@@ -431,4 +436,4 @@ def _reject(request, error):
 
 
 def _internal_error(request, error):
-    return JSONResponse({'error': 'a defect of the server; its log says more'}, 500)
+    return JSONResponse({'error': 'internal error of the server; see its log'}, 500)

@@ -1,8 +1,8 @@
-"""Images of several clients, computed together.
+"""Batches images of several clients.
 
-While the device computes, images gather in the next batch; an image that finds the
-device idle waits a few milliseconds for others. A few batch sizes are compiled
-beforehand, so that a single image is not computed as a batch of sixteen.
+While the device computes, images gather in the next batch; if the device is idle, an
+image waits a few milliseconds for others. A few batch sizes are compiled in advance, so
+that a single image is not computed as a batch of sixteen.
 """
 
 import asyncio
@@ -17,21 +17,22 @@ import numpy as np
 from flax_densenet.inference import explain as explain_lib
 from flax_densenet.inference import predictor
 
-# Images that are computed at a time, at most.
+# Maximum number of images computed at a time.
 BATCH_SIZE = 16
 WAIT_S = 0.004
-# `BatchResult.explained` is of the most likely class.
+# Stands for the most likely class in `BatchResult.explained`.
 MOST_LIKELY = -1
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchResult:
-    """What the model says of one image.
+    """The outputs for one image.
 
     Attributes:
       probabilities: float32 `[num_classes]`.
-      cam: map `[h, w]`, where asked for.
-      unusual: how unlike the training images it is; None if the model has no score.
+      cam: map `[h, w]`, if requested.
+      unusual: score of how unlike the training images it is; None if the model has no
+        score.
     """
 
     probabilities: np.ndarray
@@ -41,7 +42,7 @@ class BatchResult:
 
 @dataclasses.dataclass
 class _Batch:
-    """Images that wait; `classes` has None if no map is wanted."""
+    """Waiting images; `classes` has None if no map is requested."""
 
     images: list[np.ndarray] = dataclasses.field(default_factory=list)
     classes: list[int | None] = dataclasses.field(default_factory=list)
@@ -51,9 +52,9 @@ class _Batch:
 
 
 class Batcher:
-    """Computes what the tasks of one event loop ask for, on one thread of its own.
+    """Computes predictions for the tasks of one event loop, on a separate thread.
 
-    How many images wait is bounded by who calls: each call of `predict` holds one.
+    The caller bounds the number of waiting images: each call of `predict` holds one.
     """
 
     def __init__(
@@ -69,11 +70,11 @@ class Batcher:
 
         Args:
           trained: a `trained.Trained`.
-          batch_size: images that are computed at a time, at most, as BATCH_SIZE.
+          batch_size: maximum number of images computed at a time, as BATCH_SIZE.
           wait_s: seconds that an image waits for others while the device is idle.
           on_batch: called with the number of images of each batch before it is
             computed, on the thread of the event loop.
-          explain: the methods of maps, the usual one first.
+          explain: the methods for heat maps, the default first.
         """
         self.ready = False
         self._explain = tuple(explain)
@@ -87,7 +88,7 @@ class Batcher:
     async def warm_up(self):
         """Compiles every batch size; `ready` is True afterwards.
 
-        Methods besides the usual one are compiled for one image.
+        Methods other than the default are compiled for one image.
         """
         preparation = self.predictor.preparation
         shape = (1, *preparation.shape, preparation.channels)
@@ -97,7 +98,7 @@ class Batcher:
         for size in programs.sizes:
             batch = np.repeat(image, size, 0)
             await self._on_device(programs.compile, size)
-            # The first run takes memory, which later ones find there.
+            # The first run allocates memory that later ones reuse.
             await self._on_device(programs, batch)
             if not usual.is_slow:
                 await self._on_device(programs.compile, size, usual.method)
@@ -113,12 +114,12 @@ class Batcher:
         explain: int | None = None,
         how: explain_lib.Options = explain_lib.DEFAULT,
     ) -> BatchResult:
-        """What the model says of one image, computed with those that wait.
+        """The outputs for one image, computed together with other waiting images.
 
         Args:
-          image: uint8 `[H, W, C]`, as `predict.Predictor.load` gives it.
-          explain: index of the class whose map is wanted, `MOST_LIKELY`, or None.
-          how: the method of the map.
+          image: uint8 `[H, W, C]`, from `predict.Predictor.load`.
+          explain: index of the class for the map, `MOST_LIKELY`, or None.
+          how: the method for the map.
         """
         batch = self._open
         if batch is None:
@@ -131,13 +132,13 @@ class Batcher:
         if len(batch.images) == self.predictor.batch_size:
             batch.full.set()
             self._open = None
-        # Shielded, since a client that leaves must not end the others' batch.
+        # Shielded, since a client that disconnects must not end the batch of others.
         answers = batch.answers
-        assert answers is not None  # set where the batch was made
+        assert answers is not None  # set when the batch was made
         return (await asyncio.shield(answers))[place]
 
     def close(self):
-        """Ends the thread once it has computed what it is at."""
+        """Ends the thread after its current batch."""
         self._device.shutdown(wait=False, cancel_futures=True)
 
     async def _run(self, batch):
@@ -155,7 +156,7 @@ class Batcher:
         return await loop.run_in_executor(self._device, function, *args)
 
     def _compute(self, batch):
-        """Those with a map and those without apart: maps cost nothing to the others."""
+        """Separates images with and without a map, so the others need not wait."""
         answers = [None] * len(batch.images)
         kinds = [
             None if of is None else how
@@ -179,7 +180,7 @@ class Batcher:
         return answers
 
     def _compute_maps(self, images, classes, how):
-        """One by one for methods that are compiled for one image."""
+        """Computes single images for methods that are compiled for one image."""
         if how.is_slow or how == self._explain[0]:
             return self.predictor.compute_maps(images, classes, how)
         parts = [

@@ -1,7 +1,7 @@
-"""Bodies of browsers' forms (`multipart/form-data`): the image and its options in them.
+"""Parses forms from browsers (`multipart/form-data`) with an image and options.
 
-Nothing is written to a disk, and what is read is bounded before: by who calls, in
-bytes, and here in parts.
+Nothing is written to disk. The caller limits the number of bytes, and this module the
+number of parts.
 """
 
 import dataclasses
@@ -11,26 +11,26 @@ from python_multipart import exceptions, multipart
 
 # A form has one image and the options of /predict; browsers may add fields.
 _MAX_PARTS = 16
-# Longer text is no option.
+# Longer text is not an option of /predict.
 _MAX_TEXT = 1000
-# What the parts' headers may take beside the image.
+# Bytes for the headers of the parts, in addition to the image.
 OVERHEAD_BYTES = 20_000
 
 
 class FormError(ValueError):
-    """What is wrong with a form, in words for who sent it."""
+    """A problem with a form, in words for the sender."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Form:
-    """What a form holds: the bytes of its one file, and its text fields by name."""
+    """The content of a form: the bytes of its one file, and text fields by name."""
 
     image: bytes
     fields: dict[str, str]
 
 
 def is_form(content_type: str) -> bool:
-    """Whether a body with this header is a form with parts.
+    """Whether a body with this header is a multipart form.
 
     >>> is_form('Multipart/Form-Data; boundary=x'), is_form('image/png')
     (True, False)
@@ -42,10 +42,10 @@ def parse(content_type: str, body: bytes) -> Form:
     """Reads a whole form.
 
     Args:
-      content_type: the header, which names what stands between the parts.
+      content_type: the header, which names the boundary between the parts.
 
     Raises:
-      FormError: it is none, is cut off, or has not exactly one file.
+      FormError: it is not a form, is cut off, or does not have exactly one file.
     """
     kind, options = multipart.parse_options_header(content_type)
     if kind != b'multipart/form-data':
@@ -90,7 +90,7 @@ def parse(content_type: str, body: bytes) -> Form:
         raise FormError(f'it cannot be parsed ({error})'[:200]) from error
     if not ended:
         raise FormError('it is cut off')
-    # A field of a form that is left empty is a file of no name and no bytes.
+    # An empty file field of a form is a file without name and bytes.
     files = [file for file in files if file.size or file.file_name]
     if len(files) != 1:
         raise FormError(

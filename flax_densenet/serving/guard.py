@@ -1,4 +1,4 @@
-"""Around the routes of a server: limits, who may ask, every answer's headers, counts.
+"""Middleware of the server: limits, access control, response headers and metrics.
 
 >>> Limits(max_requests=0)
 Traceback (most recent call last):
@@ -21,8 +21,8 @@ from starlette.responses import JSONResponse, Response
 from flax_densenet.errors import UserError
 
 PATHS = ('/', '/predict', '/model', '/health', '/metrics')
-# Seconds for which the rest of a refused body is read and dropped: a client that still
-# sends when the connection closes may never see the answer.
+# Seconds for which the rest of a refused body is read and dropped: a client that is
+# still sending when the connection closes may never see the response.
 _DRAIN_S = 10.0
 _HEADERS = {
     'X-Content-Type-Options': 'nosniff',
@@ -32,19 +32,19 @@ _HEADERS = {
     'Cross-Origin-Opener-Policy': 'same-origin',
     'Cache-Control': 'no-store',
 }
-# Host names with which a browser on this machine reaches it. Any other is a page
-# elsewhere that let its own name point here (DNS rebinding).
+# Host names with which a browser on this machine reaches it. Any other may be an
+# external page that let its own name point here (DNS rebinding).
 _LOCAL = re.compile(r'(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?', re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a client may ask for.
+    """Limits on requests.
 
     Attributes:
-      max_megabytes: of a body, 10^6 bytes.
-      max_megapixels: of an image, 10^6 pixels, by its header.
-      max_requests: images that are received, decoded or computed at a time.
+      max_megabytes: maximum size of a body, in 10^6 bytes.
+      max_megapixels: maximum size of an image according to its header, in 10^6 pixels.
+      max_requests: maximum number of images received, decoded or computed at a time.
       request_timeout_s: seconds within which a body has to arrive.
     """
 
@@ -58,7 +58,7 @@ class Limits:
             value = getattr(self, field.name)
             if not (math.isfinite(value) and value > 0):
                 raise UserError(f'--{field.name}={value} must be above 0')
-        # Above it Pillow refuses to open an image.
+        # Pillow refuses to open larger images.
         most = 2 * Image.MAX_IMAGE_PIXELS / 1e6
         if self.max_megapixels > most:
             raise UserError(
@@ -67,7 +67,7 @@ class Limits:
 
     @property
     def max_bytes(self) -> int:
-        """Of a body."""
+        """Maximum size of a body in bytes."""
         return int(self.max_megabytes * 1e6)
 
 
@@ -76,12 +76,12 @@ class Access:
     """The host names and the root path of the server.
 
     Attributes:
-      loopback: only programs of this machine can connect, and only names of it are
-        answered to, beside `allowed_hosts`.
-      allowed_hosts: other names, as a proxy passes them on: `hub.example.org`,
-        `*.example.org`, or `*` for all. Where there are any, no other is answered to,
+      loopback: whether only programs on this machine can connect; then only its own
+        names and `allowed_hosts` are accepted.
+      allowed_hosts: further names, as forwarded by a proxy: `hub.example.org`,
+        `*.example.org`, or `*` for all. If there are any, no other names are accepted,
         whatever the address.
-      root_path: what a proxy puts before the paths, as `/models/one`, or nothing.
+      root_path: path prefix that a proxy adds, such as `/models/one`, or nothing.
     """
 
     loopback: bool = True
@@ -94,14 +94,14 @@ class Access:
         path = self.root_path.strip()
         if '?' in path or '#' in path or '://' in path or not path.isprintable():
             raise UserError(
-                f'--root_path={self.root_path} is no path; give what the proxy puts '
-                'before /predict, as --root_path=/models/one'
+                f'--root_path={self.root_path} is not a path; give the prefix that the '
+                'proxy adds to /predict, such as --root_path=/models/one'
             )
         parts = [part for part in path.split('/') if part]
         object.__setattr__(self, 'root_path', ''.join(f'/{part}' for part in parts))
 
     def is_allowed(self, host: str) -> bool:
-        """Whether a request with this `Host` header is answered.
+        """Whether a request with this `Host` header is accepted.
 
         >>> proxied = Access(allowed_hosts=('*.example.org',))
         >>> proxied.is_allowed('hub.Example.org:8000'), proxied.is_allowed('localhost')
@@ -114,7 +114,7 @@ class Access:
         return bool(_LOCAL.fullmatch(host)) or self.is_named(host)
 
     def is_named(self, host: str) -> bool:
-        """Whether `allowed_hosts` has a name, with or without its port."""
+        """Whether `allowed_hosts` contains a name, with or without its port."""
         host = host.lower()
         bare = re.sub(r':\d*$', '', host)
         return any(
@@ -124,7 +124,7 @@ class Access:
         )
 
     def path_below(self, path: str) -> str:
-        """A request's path without `root_path`, whether or not the proxy took it off.
+        """A request's path without `root_path`, whether or not the proxy removed it.
 
         >>> [Access(root_path='a/').path_below(path) for path in ('/a/x', '/x', '/a')]
         ['/x', '/x', '']
@@ -138,34 +138,38 @@ def _clean_host(text):
     name = text.strip().lower().rstrip('.')
     if not re.fullmatch(r'(\*|(\*\.)?[^\s*/?#@,]+)?', name):
         raise UserError(
-            f'--allowed_hosts={text} is no host name; give names as hub.example.org or '
-            '*.example.org, separated by commas, without http:// and path'
+            f'--allowed_hosts={text} is not a host name; give names such as '
+            'hub.example.org or *.example.org, separated by commas, without http:// '
+            'and path'
         )
     return name
 
 
 class Metrics:
-    """What `/metrics` tells, in Prometheus' text format."""
+    """The content of `/metrics`, in Prometheus' text format."""
 
     def __init__(self):
         """All at zero."""
         self.registry = prometheus_client.CollectorRegistry()
         options = {'registry': self.registry, 'namespace': 'flax_densenet'}
         self.requests = prometheus_client.Counter(
-            'requests', 'Answers by path and status.', ['path', 'status'], **options
+            'requests', 'Responses by path and status.', ['path', 'status'], **options
         )
         self.seconds = prometheus_client.Histogram(
-            'request_seconds', 'From the headers to the answer.', ['path'], **options
+            'request_seconds',
+            'From headers to response, in seconds.',
+            ['path'],
+            **options,
         )
         self.images = prometheus_client.Counter('images', 'Images computed.', **options)
         self.batches = prometheus_client.Histogram(
             'batch_images',
-            'Images of each batch.',
+            'Number of images per batch.',
             buckets=(1, 2, 4, 8, 12, 16, 32, 64),
             **options,
         )
         self.held = prometheus_client.Gauge(
-            'images_held', 'Being received, decoded or computed.', **options
+            'images_held', 'Images being received, decoded or computed.', **options
         )
         self.ready = prometheus_client.Gauge(
             'ready', '1 once every shape is compiled.', **options
@@ -178,7 +182,7 @@ class Metrics:
 
 
 class RequestGuard:
-    """Around the routes: who may ask, every answer's headers, counts, leftovers."""
+    """Wraps the routes: access control, response headers, metrics, unread bodies."""
 
     def __init__(self, routes, *, figures, access):
         self._routes = routes
@@ -213,11 +217,11 @@ class RequestGuard:
                 message = {'type': 'http.response.body', 'body': b''}
             await send(message)
 
-        # Below a path that a proxy adds, every address is as without it.
+        # Below a path that a proxy adds, every path is as without it.
         path = self._access.path_below(scope['path'])
         refusal = self._refusal(scope['method'], headers)
         app = self._routes
-        if not path:  # the page's addresses are relative to a folder
+        if not path:  # the page's links are relative to a folder
             path, folder = '/', scope['path'].rpartition('/')[2] + '/'
             app = Response(None, 307, {'Location': urllib.parse.quote(folder)})
         if refusal:
@@ -234,9 +238,9 @@ class RequestGuard:
         if not self._access.is_allowed(host):
             return (
                 f'{host[:80]!r} is not a name of this machine; use localhost, or start '
-                'the server with --allowed_hosts and the name that a proxy passes on'
+                'the server with --allowed_hosts and the name that a proxy forwards'
             )
-        if method in ('GET', 'HEAD'):  # no other origin can read the answer
+        if method in ('GET', 'HEAD'):  # no other origin can read the response
             return None
         site = headers.get('sec-fetch-site')
         if site is None:

@@ -1,8 +1,8 @@
-"""Serves a trained model: the socket, the server's life from start to signal.
+"""Serves a trained model: the socket, and the server from start to signal.
 
-hypercorn, since it closes connections whose headers do not arrive in time
-(`keep_alive_timeout`), which uvicorn waits for without end; how long a body may take
-is up to `app.App`.
+It uses hypercorn, which closes connections if their headers do not arrive in time
+(`keep_alive_timeout`), while uvicorn would wait forever. `app.App` limits the time for
+a body.
 """
 
 import asyncio
@@ -26,18 +26,18 @@ _LOGGER = logging.getLogger(__name__)
 if typing.TYPE_CHECKING:
     from flax_densenet.serving import guard
 
-# Connections that wait to be accepted.
+# Number of connections that wait to be accepted.
 _BACKLOG = 1024
-# Seconds for the headers of a request to arrive, and between two requests.
+# Seconds to wait for the headers of a request, and between two requests.
 _HEADERS_S = 5.0
-# Milliseconds after which a client that takes nothing of its answer is cut off.
+# Milliseconds after which a client that does not read its response is disconnected.
 _SEND_MS = 30_000
-# Seconds for the answers under way once the server is to end.
+# Seconds for pending responses when the server shuts down.
 _LEAVE_S = 4.0
 
 
 def check_installed():
-    """Raises where the packages of the extra `serve` are missing."""
+    """Raises if the packages of the extra `serve` are missing."""
     with errors.extra('serve', 'serve'):
         import hypercorn  # noqa: F401
         import jinja2  # noqa: F401
@@ -47,14 +47,14 @@ def check_installed():
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; clients wait there until the model is loaded.
+    """Opens a listening socket; clients wait there until the model is loaded.
 
     Args:
-      host: a name or an address of this machine; `0.0.0.0` or `::` are all of them.
-      port: 0 takes a free one.
+      host: a name or an address of this machine; `0.0.0.0` or `::` for all addresses.
+      port: 0 picks a free port.
 
     Raises:
-      UserError: it cannot be had.
+      UserError: the socket cannot be opened.
     """
     if not 0 <= port < 65536:
         raise UserError(f'--port={port} must be from 0 to 65535')
@@ -64,8 +64,8 @@ def listen(host: str, port: int) -> socket.socket:
         )
     except (OSError, UnicodeError) as error:
         raise UserError(
-            f'--host={host} is no name or address; use 127.0.0.1, or 0.0.0.0 for all '
-            'of this machine'
+            f'--host={host} is not a name or address; use 127.0.0.1, or 0.0.0.0 for '
+            'all addresses of this machine'
         ) from error
     family, _, _, _, address = found[0]
     try:
@@ -79,21 +79,24 @@ def listen(host: str, port: int) -> socket.socket:
 
 def _why_not(error, host, port):
     if error.errno == errno.EADDRINUSE:
-        return f'--port={port} is taken by another program; use another, or 0 for any'
+        return (
+            f'--port={port} is in use by another program; use another port, or 0 for a '
+            'free one'
+        )
     if error.errno == errno.EACCES:
-        return f'--port={port} needs rights that you do not have; use 1024 or above'
+        return f'--port={port} needs privileges that you do not have; use 1024 or above'
     if error.errno == errno.EADDRNOTAVAIL:
         return f'--host={host} is not an address of this machine; use 127.0.0.1'
     return f'--host={host} --port={port}: {error.strerror}'
 
 
 def is_loopback(listener: socket.socket) -> bool:
-    """True where only programs of this machine can connect."""
+    """Whether only programs on this machine can connect."""
     return ipaddress.ip_address(listener.getsockname()[0]).is_loopback
 
 
 def address_of(listener: socket.socket) -> str:
-    """`http://127.0.0.1:8000`, as a browser takes it."""
+    """The address for a browser, such as `http://127.0.0.1:8000`."""
     host, port = listener.getsockname()[:2]
     if ipaddress.ip_address(host).is_unspecified:
         host = socket.gethostname()
@@ -109,15 +112,15 @@ def run(
     access: 'guard.Access | None' = None,
     explain: Sequence[explain_lib.Options] = (explain_lib.DEFAULT,),
 ):
-    """Serves until SIGINT or SIGTERM, then finishes what it has.
+    """Serves until SIGINT or SIGTERM, then finishes pending requests.
 
     Args:
-      trained: an `trained.Trained`.
-      listener: of `listen`; closed at the end.
-      name: of the model, for people.
+      trained: a `trained.Trained`.
+      listener: from `listen`; closed at the end.
+      name: display name of the model.
       limits: a `guard.Limits`.
-      access: of `make_access`; without it, of no proxy.
-      explain: methods of maps that requests can choose, the usual one first.
+      access: from `make_access`; by default without a proxy.
+      explain: methods for heat maps that requests can choose, the default first.
     """
     access = access or make_access(listener, (), '')
     stop = asyncio.Event()
@@ -144,10 +147,10 @@ def run(
 def make_access(
     listener: socket.socket, allowed_hosts: Sequence[str], root_path: str
 ) -> 'guard.Access':
-    """Who may ask, by the address of the socket and what the flags say.
+    """Access rules from the address of the socket and the flags.
 
     Raises:
-      UserError: what they say is no host name or no path.
+      UserError: a flag is not a host name or not a path.
     """
     from flax_densenet.serving import guard
 
@@ -163,20 +166,22 @@ def _welcome(name, address, access):
     if access.root_path:
         lines.append(f'  behind a proxy: its page is at {access.root_path}/')
     if access.allowed_hosts:
-        lines.append(f'  answers to {", ".join(access.allowed_hosts)} and localhost')
+        lines.append(
+            f'  accepts the names {", ".join(access.allowed_hosts)} and localhost'
+        )
     if not access.loopback:
         lines.append(
-            'warning: whoever reaches this machine can use it: there is no password '
-            'and no encryption; --host=127.0.0.1 is for this machine alone'
+            'warning: anyone who can reach this machine can use the server: it has no '
+            'password and no encryption; --host=127.0.0.1 limits it to this machine'
         )
     return '\n'.join(lines)
 
 
 def _make_error_handler():
-    """Tells once a minute that there are too many connections.
+    """Warns about too many connections, once a minute.
 
-    asyncio alone would write a trace for each that finds no file descriptor, thousands
-    in a second.
+    asyncio itself would write a traceback for each connection without a file
+    descriptor, thousands per second.
     """
     told = -math.inf
 
@@ -204,9 +209,9 @@ def _make_config(listener):
     config.keep_alive_timeout = _HEADERS_S
     config.graceful_timeout = _LEAVE_S / 2
     config.include_server_header = False
-    # No bound of its own is needed: the app reads what comes, or has answered and the
-    # connection is closed. With one, hypercorn 0.18 can wait for ever to tell an app
-    # that answered before the body's end that it is over, and the connection stays.
+    # No limit is needed here: the app reads everything, or it has responded and the
+    # connection is closed. With a limit, hypercorn 0.18 can wait forever to notify an
+    # app that responded before the end of the body, and the connection stays open.
     config.max_app_queue_size = 0
     return config
 
@@ -240,14 +245,14 @@ async def serve(
     try:
         await asyncio.wait({server, stopping, warming}, return_when='FIRST_COMPLETED')
         if warming.done():
-            warming.result()  # what went wrong with it ends the server
+            warming.result()  # its errors end the server
             _LOGGER.info('ready after %.1f s', time.monotonic() - started)
             await asyncio.wait({server, stopping}, return_when='FIRST_COMPLETED')
     finally:
         stop.set()
         warming.cancel()
-        # Python 3.12 and later wait for every connection when a server closes, also
-        # for one that never ends.
+        # When a server closes, Python 3.12 and later wait for every connection, even
+        # one that never ends.
         await asyncio.wait({server}, timeout=_LEAVE_S)
         server.cancel()
         with contextlib.suppress(asyncio.CancelledError):

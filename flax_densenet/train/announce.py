@@ -16,7 +16,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def announce(run: training_run.TrainingRun):
-    """Prints what is trained on what."""
+    """Prints the model, the data and the devices of the run."""
     size = run.source.train.image_size
     channels = run.source.train.preparation.channels
     variant = run.settings.model.variant
@@ -60,7 +60,7 @@ def describe_size(size: sizes.Size) -> str:
 
 
 def describe_missing(train: settings.TrainingSettings) -> str:
-    """Which files a run does not write as their extras are not installed, or ''."""
+    """The files that are not written because their extras are not installed, or ''."""
     files: dict[str, list[str]] = {'report': [], 'tensorboard': []}
     if not errors.is_installed('matplotlib'):
         files['report'] += ['curves.png', 'samples.png']
@@ -77,7 +77,7 @@ def describe_missing(train: settings.TrainingSettings) -> str:
 
 def _print_balance(run):
     balance, train = run.settings.loader.balance, run.source.train
-    # TFDS has to read each image for its label.
+    # TFDS has to read each image to get its label.
     at_hand = train.reader.labels_in_memory
     if run.source.multi_label:
         _print_label_balance(run)
@@ -124,7 +124,7 @@ def _warn_of_few_values(run):
 
 
 def _rows_of_statistics(run):
-    """How many images batch norm sees at a time, the fields for it, a remedy."""
+    """Images that batch norm sees at a time, the fields that set this, and a remedy."""
     rows, parts = run.batch_size, run.accumulate_steps
     fields = [f'data.batch_size={rows}']
     if parts > 1:

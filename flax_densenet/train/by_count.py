@@ -1,8 +1,8 @@
 """Settings for fine-tuning that depend on the number of training images.
 
-With `train.by_count`, a setting with the value in OPEN is open: it is chosen here. The
-fewer images, the less of the network changes, and the more often each is seen. The
-numbers are rules of thumb, not the result of a search.
+With `train.by_count`, a setting that has its value in `OPEN` is chosen here. With fewer
+images, less of the network changes and each image is seen more often. The numbers are
+rules of thumb, not the result of a search.
 """
 
 import dataclasses
@@ -25,8 +25,8 @@ OPEN = {
     'train.patience': -1,
     'train.freeze': 'auto',
 }
-# Up to so many training images: the values of OPEN, in its order. `most` of the blocks:
-# all but the last.
+# Up to this many training images, use these values for the settings in `OPEN`, in the
+# same order. `most` of the blocks: all but the last.
 _TIERS: list[tuple[float, tuple[Any, ...]]] = [
     (300, (16, 'none', 3e-4, 0.7, 40, 3, 10, 'most')),
     (2000, (16, 'none', 3e-4, 0.75, 30, 2, 8, 'denseblock1')),
@@ -74,11 +74,11 @@ def find_open(settings: settings_lib.Settings) -> list[str]:
 def choose(
     settings: settings_lib.Settings, count: int, *, blocks: int
 ) -> settings_lib.Settings:
-    """The settings with those that are open chosen; a line tells them.
+    """Fills in the open settings and prints the choices in one line.
 
     Args:
-      count: of the training images.
-      blocks: of the network.
+      count: number of training images.
+      blocks: number of the network's blocks.
     """
     names = find_open(settings)
     if not names:

@@ -1,4 +1,4 @@
-"""Checks of settings, and of a run against its checkpoints and other processes."""
+"""Checks of the settings, and of a run against its checkpoints and other processes."""
 
 import hashlib
 import math
@@ -16,11 +16,11 @@ from flax_densenet.models import tta
 from flax_densenet.train import ema, feature_cache, trackers, training_run
 
 ON_NONFINITE = ('stop', 'skip')
-_HOW = ('fast', 'kernel', 'remat')  # of a model: how, not what is computed
+_HOW = ('fast', 'kernel', 'remat')  # how a model is computed, not what it computes
 
 
 def check_same_run(workdir: str, run: training_run.TrainingRun):
-    """Raises where the workdir holds a run of another model, other classes or data."""
+    """Raises if the workdir holds a run with another model, classes or data."""
     latest = checkpoint_reader.find_latest(workdir)
     saved = checkpoint_reader.load_json(workdir, latest, 'metadata')
     remedy = 'use another --workdir, or the same settings'
@@ -36,12 +36,12 @@ def check_same_run(workdir: str, run: training_run.TrainingRun):
         settings_lib.flatten(one)
         for one in (settings_lib.from_saved(saved), run.settings)
     )
-    # Runs from before there were windows and bit depths had none, and 8.
+    # Runs of versions without windows and bit depths had no window and 8 bits.
     before['data.window'] = before['data.window'] or ()
     before['data.bit_depth'] = before['data.bit_depth'] or 8
     for name in _decisive(run.settings):
         if before[name] != now[name]:
-            # Of another network the weights would not fit.
+            # The weights of another network would not fit.
             end = '' if name.startswith('model.') else new_run
             raise UserError(
                 f'--workdir={workdir} holds a run with {name}={_listed(before[name])}, '
@@ -50,20 +50,20 @@ def check_same_run(workdir: str, run: training_run.TrainingRun):
 
 
 def _decisive(settings):
-    """Names of the settings that a checkpoint goes on with alone."""
+    """Names of the settings that must stay as they are when a run resumes."""
     yield from (f'model.{name}' for name in vars(settings.model) if name not in _HOW)
     data = ['batch_size', 'split_seed', 'folds', 'fold']
     data += ['test_fraction', 'val_fraction']
-    if settings.data.labels:  # else they change nothing
+    if settings.data.labels:  # otherwise they change nothing
         data += ['label_kind', 'label_columns', 'blank_labels', 'uncertain_labels']
         data += ['soft_labels']
     yield from (f'data.{name}' for name in (*data, *vars(settings.preparation)))
-    # The state depends on them.
+    # The saved state depends on these.
     yield from ('train.freeze', 'train.head_warmup_epochs', 'train.ema')
 
 
 def _listed(value):
-    """A value as JSON has it: a list for a tuple."""
+    """A value as JSON stores it: a list for a tuple."""
     return list(value) if isinstance(value, tuple) else value
 
 
@@ -73,15 +73,15 @@ def _shorten(names, most=5):
 
 
 def check_same_everywhere(run: training_run.TrainingRun):
-    """Raises where processes have other settings, data or checkpoints than the first.
+    """Raises if a process has other settings, data or checkpoints than the first one.
 
-    Their steps would not fit together: they would wait for each other, or train on
-    other images than they tell.
+    Their steps would not match: they would wait for each other, or train on other
+    images than they report.
     """
     if processes.count() == 1:
         return
     fields = settings_lib.flatten(run.settings)
-    del fields['init_from']  # of no matter behind a checkpoint
+    del fields['init_from']  # irrelevant once there is a checkpoint
     latest = None
     if checkpoint_reader.has_checkpoint(run.workdir):
         latest = checkpoint_reader.find_all(run.workdir)[-1].name
@@ -101,7 +101,7 @@ def check_same_everywhere(run: training_run.TrainingRun):
 
 
 def _checksum(source):
-    """Of the files and their order; empty where there are none."""
+    """A checksum of the files and their order; empty if there are none."""
     total = hashlib.sha256()
     for examples in source.parts.values():
         keys = examples.reader.keys(examples.indices)
@@ -112,7 +112,7 @@ def _checksum(source):
 
 
 def _check_ranges(settings):
-    """More is a slip of the keyboard, and would take all memory or never end."""
+    """Higher values are typing errors: they would use all memory or never finish."""
     loader, train = settings.loader, settings.train
     for name, value, least, most in (
         ('data.threads', loader.threads, 1, 1024),
@@ -127,7 +127,7 @@ def _check_ranges(settings):
 
 
 def check_settings(settings: settings_lib.Settings):
-    """Raises for values that are wrong whatever the data is; no field is open."""
+    """Raises for values that are wrong for any data. All open fields are filled in."""
     preparation, train = settings.preparation, settings.train
     decisions = settings.decisions
     for name, values in preparation.normalization.items():
@@ -169,5 +169,5 @@ def check_settings(settings: settings_lib.Settings):
     clip = settings.optimizer.gradient_clip
     if not 0 <= clip < math.inf:
         raise UserError(
-            f'optimizer.gradient_clip={clip:g} must be a length above 0, or 0 for any'
+            f'optimizer.gradient_clip={clip:g} must be above 0, or 0 for no limit'
         )

@@ -1,4 +1,4 @@
-"""Early stopping: a run ends where its best epoch lies too far back.
+"""Early stopping: a run ends if its best epoch is too far back.
 
 >>> accuracies = enumerate((0.5, 0.9, 0.8), start=1)
 >>> records = [{'epoch': n, 'test_accuracy': a} for n, a in accuracies]
@@ -14,15 +14,16 @@ from flax_densenet.checkpoints import reader as checkpoint_reader
 def should_stop(
     records: list[dict[str, Any]], patience: int, *, head_epochs: int = 0
 ) -> bool:
-    """Whether `patience` epochs brought none that `checkpoint_reader.rank` puts higher.
+    """Whether the last `patience` epochs brought no improvement.
 
-    A function of the records alone, so a run that is resumed knows it as well.
+    Epochs are compared by `checkpoint_reader.rank`. The answer depends on the records
+    alone, so a resumed run gets the same one.
 
     Args:
-      records: of all epochs until now.
-      patience: 0 for ever.
-      head_epochs: in which the head trained alone; they do not count, since the rest
-        has not learned yet.
+      records: the records of all epochs so far.
+      patience: number of epochs; 0 never stops.
+      head_epochs: epochs in which the head trained alone. They do not count, since the
+        rest of the network has not learned yet.
     """
     if not patience or not records:
         return False
@@ -31,7 +32,7 @@ def should_stop(
 
 
 def describe(records: list[dict[str, Any]], patience: int) -> str:
-    """The end of a line about it."""
+    """The end of the message about an early stop."""
     return (
         f'early after epoch {records[-1]["epoch"]}: none is better than epoch '
         f'{_best(records)["epoch"]} (train.patience={patience})'

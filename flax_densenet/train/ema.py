@@ -1,11 +1,12 @@
 """The exponential moving average of parameters and batch norm statistics (EMA).
 
-The average is what is evaluated, kept as the best, predicted with and exported; the
-values that training goes on with stay beside it in the checkpoint's `train` item.
+The average is evaluated, kept as the best checkpoint, used for predictions and
+exported. The values that training continues with are stored next to it, in the
+checkpoint's `train` item.
 
 Polyak and Juditsky, "Acceleration of Stochastic Approximation by Averaging", 1992, in
-the exponential form of today's recipes. The statistics are averaged as the parameters
-are, which fit them; those of the last step belong to other parameters.
+the exponential form of today's recipes. The statistics are averaged in the same way as
+the parameters, because the statistics of the last step belong to other parameters.
 
 >>> average = start({'params': {'a': np.zeros(1)}, 'batch_stats': {}}, ['a'])
 >>> average = update(average, {'a': np.ones(1)}, {}, decay=0.999, step=0)
@@ -24,11 +25,11 @@ from flax_densenet.errors import UserError
 
 
 def check_decay(decay: float):
-    """Raises for a value that `train.ema` does not have."""
+    """Raises for an invalid `train.ema`."""
     if not 0 <= decay < 1:
         raise UserError(
-            f'train.ema={decay:g} must be 0, for none, or the share that the average '
-            'keeps at each step, below 1, as 0.999'
+            f'train.ema={decay:g} must be 0 (off) or a decay per step below 1, such as '
+            '0.999'
         )
 
 
@@ -37,12 +38,12 @@ def start(variables, live) -> dict[str, Any]:
 
     Args:
       variables: `{'params', 'batch_stats'}`.
-      live: names of the model's parts that ever train; what is frozen is its own
+      live: names of the model's parts that train at any time. A frozen part equals its
         average and takes no memory here.
     """
     return {
         collection: {
-            # The step is given both, and may overwrite each.
+            # The step gets both copies and may overwrite either of them.
             name: jax.tree.map(np.array, part)
             for name, part in variables[collection].items()
             if name in live
@@ -52,17 +53,18 @@ def start(variables, live) -> dict[str, Any]:
 
 
 def update(average, params, batch_stats, *, decay: float, step):
-    """The average after a step, of those parts that the step trained.
+    """The average after a step, for the parts that the step trained.
 
     Args:
-      params, batch_stats: new values; of parts that are in the average.
-      decay: share of the average that is kept. Early it is less: at most
-        (1 + step) / (10 + step), as TensorFlow's `ExponentialMovingAverage` has it.
-        With 0.9999 alone, the average of a thousand steps would be nine tenths of
-        the random values that a run begins with.
-      step: steps taken before this one.
+      params, batch_stats: the new values of parts that are in the average.
+      decay: share of the average that is kept. It is less in early steps: at most (1 +
+        step) / (10 + step), as in TensorFlow's `ExponentialMovingAverage`. With a
+        constant 0.9999, the average after a thousand steps would still consist to nine
+        tenths of the random initial values.
+      step: number of steps taken before this one.
     """
-    # 1 - min(decay, (1 + step) / (10 + step)), without the digits that would cost.
+    # 1 - min(decay, (1 + step) / (10 + step)), without the loss of digits in the
+    # subtraction.
     rate = jnp.maximum(1 - decay, 9 / (10 + step)).astype(jnp.float32)
     new = {'params': params, 'batch_stats': batch_stats}
     return {
@@ -78,7 +80,7 @@ def evaluated(state) -> dict[str, Any]:
     """`{'params', 'batch_stats'}` to evaluate and to keep.
 
     Args:
-      state: a `step.TrainState`; without an average these are its own.
+      state: a `step.TrainState`. If it has no average, its own values are returned.
     """
     average = state.average or {'params': {}, 'batch_stats': {}}
     return {
@@ -88,9 +90,9 @@ def evaluated(state) -> dict[str, Any]:
 
 
 def to_items(state) -> dict[str, Any]:
-    """What a checkpoint holds of the values: `model`, and `raw` where they differ.
+    """The items of a checkpoint: `model`, and `raw` if there is an average.
 
-    `raw` has the values that training goes on with, of the parts that are averaged.
+    `raw` has the values that training continues with, for the parts that are averaged.
     """
     if state.average is None:
         return {'model': evaluated(state)}
@@ -102,7 +104,7 @@ def to_items(state) -> dict[str, Any]:
 
 
 def from_items(model, raw=None) -> dict[str, Any]:
-    """`params`, `batch_stats` and `average` of what `to_items` made."""
+    """`params`, `batch_stats` and `average` from the items that `to_items` made."""
     if raw is None:
         return {**model, 'average': None}
     average = {

@@ -1,4 +1,4 @@
-"""The line of an epoch: one form for files, an aligned table on a terminal."""
+"""The line printed after an epoch: a log line in files, a table row on a terminal."""
 
 import time
 from typing import Any
@@ -25,11 +25,11 @@ def format_epoch(record: dict[str, Any]) -> str:
 
 
 class EpochLines:
-    """Lines of the epochs of a run, in the order in which they end.
+    """The lines of a run's epochs, in order.
 
     Args:
-      epochs: of the run.
-      done: epochs that an earlier start took.
+      epochs: number of epochs of the run.
+      done: epochs that were finished before this start.
     """
 
     def __init__(self, epochs: int, done: int):
@@ -38,7 +38,7 @@ class EpochLines:
         self._headed = False
 
     def line(self, records: list[dict[str, Any]]) -> str:
-        """The line of the last record; on a terminal a row, at first with a heading.
+        """The line of the last record; on a terminal a row, the first with a heading.
 
         Rows have at most 80 columns; `*` marks the best epoch so far.
         """
@@ -56,7 +56,7 @@ class EpochLines:
         return heading + (terminal.paint(row, 'green') if best else row)
 
     def _left(self, epoch):
-        """Time that the epochs that are left will take."""
+        """Estimated time for the remaining epochs."""
         if epoch >= self._epochs:
             return ''
         each = (time.monotonic() - self._began) / max(epoch - self._done, 1)

@@ -25,7 +25,7 @@ _GIB = 2**30
 class FeatureExamples:
     """Labeled features in memory: `{'features': [1, 1, F], 'label': ...}`.
 
-    A map of one place, as images are of many.
+    Each example is a map of one pixel.
     """
 
     preparation = None  # there are no images to prepare
@@ -48,7 +48,7 @@ class FeatureExamples:
 
 
 def check_cache(name: str):
-    """Raises for a value that `train.cache_features` does not have."""
+    """Raises for an unknown `train.cache_features`."""
     if name not in CACHES:
         raise UserError(
             f'train.cache_features={name} is not known; use {", ".join(CACHES)}'
@@ -65,7 +65,7 @@ def list_changes(augmentation: settings.AugmentationSettings) -> list[str]:
 
 
 def _why_not(module, source, changes, limit_gib):
-    """Why features cannot be kept; empty where they can."""
+    """Why features cannot be kept; empty if they can."""
     if changes:
         return f'{changes[0]} changes the images'
     shapes = initialization.variable_shapes(module)['params']
@@ -92,23 +92,24 @@ def cache_features(
     std,
     **loading,
 ) -> dataset.Source | None:
-    """A source of pooled features, of evaluation mode, in place of the images.
+    """Replaces the images by their pooled features, computed in evaluation mode.
 
-    Its two parts are the training images and those that choose.
+    The source has two parts: the training images, and the images that choose the best
+    epoch.
 
-    One pass over the images, after which an epoch of the head takes seconds. On
-    several hosts each gets the features of all images, as its share of the batches
-    may be any of them.
+    This takes one pass over the images; after that, an epoch of the head takes seconds.
+    Each of several hosts gets the features of all images, since any of them may be in
+    its share of a batch.
 
     Args:
       variables: `{'params', 'batch_stats'}`, replicated over the mesh.
       changes: what changes the training images (`list_changes`).
-      limit_gib: what all features may take in memory.
+      limit_gib: most memory that the features may take.
       batch_size: over all devices.
       **loading: `threads` and `workers` of `pipeline.eval_batches`.
 
-    Returns:
-      None, after a line that says why, where features cannot be kept.
+    Returns: The source, or None if the features cannot be kept; then one line gives the
+      reason.
     """
     reason = _why_not(module, source, changes, limit_gib)
     if reason:
@@ -145,7 +146,7 @@ def _collect(compute, variables, batches, count, mesh):
             if features is None:
                 features = np.empty((count, found.shape[1]), found.dtype)
                 labels = np.empty((count, *label.shape[1:]), label.dtype)
-            # Rows that fill up the last batch are the last example again.
+            # Rows that fill up the last batch repeat the last example.
             features[place], labels[place], known[place] = found, label, True
             bar.update(len(place))
     if not known.all():

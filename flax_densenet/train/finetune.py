@@ -22,7 +22,7 @@ from flax_densenet.models import network
 
 
 def count_frozen(module: network.Network, freeze: str) -> int:
-    """How many of `Network.stages` the value of `train.freeze` keeps as they are."""
+    """The number of `Network.stages` that each value of `train.freeze` keeps fixed."""
     blocks = [f'denseblock{n + 1}' for n in range(len(module.block_sizes))]
     counts = {'none': 0, 'backbone': len(blocks) + 1}
     counts |= {name: number for number, name in enumerate(blocks, start=2)}
@@ -38,20 +38,20 @@ def make_rates(
     layer_decay: float = 1.0,
     head_multiplier: float = 1.0,
 ) -> dict[str, float]:
-    """What the learning rate is multiplied by, for each part of the model; 0: frozen.
+    """The factor on the learning rate for each part of the model; 0: frozen.
 
     Args:
       freeze: `none`, `backbone` (all but the classifier) or `denseblock<N>`: from the
-        stem up to block N, with the transition behind it. That one belongs to the
-        block, since its batch norm sees nothing but frozen features; so does norm5
-        to the last block, which makes freezing this one the same as `backbone`.
-      layer_decay: above 0, at most 1; a stage learns at that share of the next one's
+        stem up to block N and its transition. The transition is included because its
+        batch norm sees only frozen features. In the same way norm5 belongs to the last
+        block, so freezing that block is the same as `backbone`.
+      layer_decay: above 0, at most 1. A stage learns at this share of the next stage's
         rate: the head at 1, the last block at `layer_decay`, ..., the stem at
         `layer_decay ** (blocks + 1)`.
-      head_multiplier: above 0; of the head's rate alone.
+      head_multiplier: above 0; multiplies only the head's rate.
 
     Raises:
-      UserError: a value that is none of these.
+      UserError: a value is invalid.
     """
     if not 0 < layer_decay <= 1:
         raise UserError(
@@ -77,8 +77,8 @@ class Plan:
 
     Attributes:
       rates: see `make_rates`.
-      frozen: how many of `Network.stages` stay as they are for the whole run.
-      head_epochs: for so many epochs, from the first, the head trains alone.
+      frozen: number of `Network.stages` that stay fixed for the whole run.
+      head_epochs: number of epochs at the start in which the head trains alone.
       stages: `Network.stages`.
     """
 
@@ -89,11 +89,11 @@ class Plan:
 
     @property
     def head_only(self) -> bool:
-        """The head is all that ever trains."""
+        """Whether only the head trains, in all epochs."""
         return self.frozen == len(self.stages) - 1
 
     def frozen_in(self, epoch: int) -> int:
-        """How many stages are frozen in an epoch, counted from 1."""
+        """The number of frozen stages in an epoch, counted from 1."""
         return len(self.stages) - 1 if epoch <= self.head_epochs else self.frozen
 
     def __str__(self):
@@ -113,7 +113,7 @@ def plan_of(
     *,
     has_weights: bool = True,
 ) -> Plan:
-    """`make_plan` with the fields of the settings."""
+    """`make_plan` with arguments from the settings."""
     train, optimizer = settings.train, settings.optimizer
     return make_plan(
         module,
@@ -136,10 +136,10 @@ def make_plan(
     head_multiplier: float = 1.0,
     has_weights: bool = True,
 ) -> Plan:
-    """Checks and brings together the fields of a config that say what trains.
+    """Checks and combines the settings that decide what trains.
 
     Args:
-      has_weights: a checkpoint or `init_from` gives the parameters.
+      has_weights: whether the parameters come from a checkpoint or `init_from`.
 
     Raises:
       UserError: a value is wrong, or random parameters would be frozen.
@@ -162,28 +162,28 @@ def make_plan(
         )
     frozen, stages = count_frozen(module, freeze), module.stages()
     if frozen == len(stages) - 1:
-        head_warmup_epochs = 0  # the head trains alone anyhow
+        head_warmup_epochs = 0  # the head trains alone anyway
     return Plan(rates, frozen, head_warmup_epochs, stages)
 
 
 def make_optimizer(make, rates: dict[str, float], *, head_steps: int = 0):
-    """An optimizer of the parts whose rate is not 0, each at its own rate.
+    """An optimizer for the parts with a rate above 0, each at its own rate.
 
     Args:
-      make: makes an optimizer of which the first step is the given step of training.
-      rates: of `make_rates`. Updates are multiplied by them, so decoupled weight
-        decay is too, as it would be by a smaller learning rate. The state does not
-        depend on rates above 0.
-      head_steps: for so many steps only the head gets gradients.
+      make: function from a step of training to an optimizer that starts at this step.
+      rates: from `make_rates`. The updates are multiplied by them, including decoupled
+        weight decay, as with a smaller learning rate. The shape of the state depends
+        only on which rates are 0.
+      head_steps: number of steps in which only the head gets gradients.
 
     Returns:
       A GradientTransformation. `init` takes all parameters, `update` the gradients of
-      the parts that train at this step.
+      the parts that train in this step.
     """
     trained = [name for name, rate in rates.items() if rate]
     optimizer = make(0)
     if head_steps:
-        *rest, head = trained  # the head is a stage of one part, the last
+        *rest, head = trained  # the head is the last stage, with one part
         optimizer = _head_first(head, rest, optimizer, make(head_steps))
     if all(rate == 1 for rate in rates.values()):
         return optimizer
@@ -200,11 +200,11 @@ def make_optimizer(make, rates: dict[str, float], *, head_steps: int = 0):
 
 
 def _head_first(head, rest, of_head, of_rest):
-    """Two optimizers, of which that of the rest begins when it gets gradients.
+    """Two optimizers; the one for the rest starts when it first gets gradients.
 
-    Had it counted the head's steps, Adam would take its first moments, still near 0,
-    for settled ones, and its first steps would be 0.1 / sqrt(0.001) = 3.2 times the
-    learning rate.
+    If it counted the head's steps too, Adam would treat its moments, still near 0, as
+    settled, and its first steps would be 0.1 / sqrt(0.001) = 3.2 times the learning
+    rate.
     """
 
     def init(params):

@@ -1,7 +1,7 @@
 """Training: from settings to checkpoints, one line per epoch, and curves.
 
-The data's position is a function of the step counter as well (see `step`), so a
-checkpoint needs nothing but arrays, and the same command again goes on where it was.
+The position in the data is a function of the step counter too (see `step`), so a
+checkpoint needs only arrays, and running the same command again resumes exactly.
 """
 
 import contextlib
@@ -51,13 +51,13 @@ _IN_LINE = {ord('\n'): '\\n', ord('\r'): '\\r'}  # of file names
 
 @dataclasses.dataclass(frozen=True)
 class FitResult:
-    """A run that has ended.
+    """A finished run.
 
     Attributes:
       best: the record of the best epoch, as in `metrics.jsonl`.
-      records: of all epochs.
-      run: what it worked with: settings, data, model, devices.
-      trained: False if all epochs were there before.
+      records: the records of all epochs.
+      run: its settings, data, model and devices.
+      trained: False if all epochs had been trained before.
     """
 
     best: dict[str, Any]
@@ -66,7 +66,7 @@ class FitResult:
     trained: bool
 
     def report_options(self) -> dict[str, Any]:
-        """Arguments of `report.finished.write` after the folder."""
+        """Arguments of `report.finished.write` that follow the folder."""
         run = self.run
         return {
             'records': self.records,
@@ -81,7 +81,7 @@ class FitResult:
         }
 
     def send_files(self):
-        """Shows what came of the run to TensorBoard and `train.trackers`, if wanted."""
+        """Sends the results to TensorBoard and `train.trackers`, if enabled."""
         if self.trained:
             with _open_board(self.run, self.records[-1]['step']) as shown:
                 shown.add_results(self.run.workdir)
@@ -99,30 +99,31 @@ def fit(
 ) -> FitResult:
     """Trains, evaluates after each epoch, and keeps the latest and best checkpoints.
 
-    The state comes from the latest whole checkpoint in `workdir`, else from
-    `init_from`, else from `train.seed`, in this order.
+    The state comes from the latest intact checkpoint in `workdir`, else from
+    `init_from`, else from `train.seed`.
 
     Args:
-      settings: of `settings.from_config`, or a config that it takes.
-      workdir: folder of the run; made where absent, and locked meanwhile.
-      class_names: of the outputs of `init_from`, where it does not name them.
-      stop: of `signals.stop_gently`, for signals to end it after a saved step. Without
-        it a KeyboardInterrupt goes through, and the checkpoints stay as they are.
-      ends_after: called with the record of each epoch; True ends the run there, as its
-        last epoch would. The same call again would go on.
+      settings: from `settings.from_config`, or a config that it accepts.
+      workdir: folder of the run; created if missing, and locked during training.
+      class_names: names of the outputs of `init_from`, if it does not name them.
+      stop: from `signals.stop_gently`; signals then end the run after a saved step.
+        Without it, a KeyboardInterrupt propagates and the checkpoints stay as they are.
+      ends_after: called with the record of each epoch; if it returns True, the run ends
+        there as after its last epoch. The same call would continue it.
       save_samples: draws the training images of the first step, as
-        `report.plots.save_samples`; called in a thread of its own when training starts.
+        `report.plots.save_samples` does; called in a separate thread when training
+        starts.
 
     Returns:
-      The records and what they are of.
+      The finished run with its records.
 
     Raises:
       UserError: a field, the data or the workdir cannot be used, saving failed for
         good, or the loss is no longer finite.
-      signals.Stopped: `stop` was asked; training so far is saved.
+      signals.Stopped: a signal came; training so far is saved.
     """
     if mesh.is_writer():
-        lock.check(workdir)  # before the data is looked through
+        lock.check(workdir)  # before the data is searched
     run = prepare.prepare(settings, workdir, class_names=class_names)
     changes: list[str] = []
     if checkpoint_reader.has_checkpoint(workdir):
@@ -197,11 +198,11 @@ def _lock(workdir):
 def _take_epochs(
     work: loop.Loop, state, epochs_done, ends_after, save_samples, tracked
 ):
-    """Takes the epochs that are left, adding the record of each to the others."""
+    """Trains the remaining epochs and appends the record of each."""
     run, shown, records = work.run, work.shown, work.records
     epochs = run.settings.train.epochs
     shown.add_config(settings_lib.to_config(run.settings))
-    # A second of drawing, for which the first step need not wait.
+    # Drawing takes about a second; the first step need not wait for it.
     with phases.open_phase(run) as phase, futures.ThreadPoolExecutor(1) as beside:
         phase.enter(state, epochs_done + 1)
         lines = epoch_lines.EpochLines(epochs, epochs_done)  # their clock starts
@@ -216,7 +217,7 @@ def _take_epochs(
                 drawn.result()
                 record |= _measure(work, state, record)
                 records.append(record)
-                # First, since a resumed run hides what comes after its checkpoint.
+                # First, since a resumed run hides the events after its checkpoint.
                 shown.add_epoch(record, max(records, key=checkpoint_reader.rank))
                 tracked.call('log', record['step'], trackers.metrics_of(record))
                 work.save_epoch(state)
@@ -234,7 +235,7 @@ def _take_epochs(
 
 
 def _tracking(run):
-    """Names of trackers, and what they log of the settings."""
+    """Names of the trackers, and the settings that they log."""
     names = trackers.parse(run.settings.train.trackers) if mesh.is_writer() else []
     return names, tensorboard.flatten(settings_lib.to_config(run.settings))
 
@@ -250,7 +251,7 @@ def _open_board(run, start):
 
 
 def _start(run):
-    """The state to start from, on the devices, and the metadata saved with it."""
+    """The initial state, on the devices, and the metadata that was saved with it."""
     state = run.new_state(training_run.first_variables(run))
     if not checkpoint_reader.has_checkpoint(run.workdir):
         return run.place_state(state), {'epoch': 0}
@@ -280,11 +281,11 @@ def _start(run):
 
 
 def _spread(run, restored, state):
-    """Parts of the optimizer's state go to the devices that keep them.
+    """Moves the parts of the optimizer's state to the devices that keep them.
 
     Args:
-      restored: whole on every device.
-      state: a first one of this run.
+      restored: the restored state, complete on every device.
+      state: an initial state of this run.
     """
     if not zero.is_sharded(state.opt_state):
         return restored
@@ -294,13 +295,13 @@ def _spread(run, restored, state):
 
 
 def _keep_records(run, epochs_done):
-    """The records of the finished epochs; later ones, without a checkpoint, go."""
+    """The records of the finished epochs; later ones have no checkpoint and go."""
     records = []
     if epochs_done:
         latest = checkpoint_reader.find_latest(run.workdir)
         try:
             records = checkpoint_reader.load_json(run.workdir, latest, 'records')
-        except UserError:  # of a version that had them in metrics.jsonl alone
+        except UserError:  # of a version that kept them only in metrics.jsonl
             records = run_folder.load_run(run.workdir).records
             records = [record for record in records if record['epoch'] <= epochs_done]
     if mesh.is_writer():
@@ -330,7 +331,7 @@ def _write_run_files(run):
 
 
 def _write_lines(path, lines):
-    """One line each; bytes of names that are not UTF-8 go out as they are."""
+    """Writes one line each; bytes of names that are not UTF-8 are kept as they are."""
     options = {'encoding': 'utf-8', 'errors': 'surrogateescape'}
     with atomic.replacing(path, **options) as file:
         file.writelines(line.translate(_IN_LINE) + '\n' for line in lines)
@@ -339,7 +340,7 @@ def _write_lines(path, lines):
 def _save_samples(run, shown, save):
     if save is None or not mesh.is_writer() or not errors.is_installed('matplotlib'):
         return
-    if sys.platform.startswith('linux'):  # there this is about the thread alone
+    if sys.platform.startswith('linux'):  # there, this applies only to the thread
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
     images = sample_grid.save(run, save)
     shown.add_picture('samples', os.path.join(run.workdir, 'samples.png'))
@@ -352,14 +353,14 @@ def _report_unread(run, batches, record):
         return
     found = _of_all('unread', batches.unread)
     if found:
-        what = 'the next ones stand in for them'
+        what = 'the next images replace them'
         _LOGGER.info(unreadable.describe(found, run.source.train, what))
         record['train_unread'] = len(found)
     batches.unread.clear()
 
 
 def _of_all(name, positions):
-    """Positions that any of the processes met, sorted."""
+    """The positions that any of the processes found, sorted."""
     parts = processes.gather(name, sorted(positions))
     return sorted({position for part in parts for position in part})
 
@@ -367,7 +368,7 @@ def _of_all(name, positions):
 def _measure(work, state, record):
     """The metrics of the images that choose the best epoch: `val_*`, or `test_*`.
 
-    A signal meanwhile saves the state and ends it.
+    If a signal comes meanwhile, the state is saved and the run ends.
     """
     run = work.run
     examples = (run.features or run.source).selection

@@ -1,4 +1,4 @@
-"""The steps of an epoch: what is counted of them and what happens between them."""
+"""The steps of an epoch: their metrics, and what happens between them."""
 
 import collections
 import dataclasses
@@ -18,13 +18,13 @@ from flax_densenet.train import ema, nonfinite, step, tensorboard, training_run
 
 @dataclasses.dataclass
 class Loop:
-    """What the steps of a run go with.
+    """State of the loop over a run's steps.
 
     Attributes:
-      every: how often to save in the middle of an epoch.
-      records: of the finished epochs.
+      every: how often to save within an epoch.
+      records: the records of the finished epochs.
       skipped: steps of the current epoch that were skipped before this start.
-      saved_at: when something was saved last, in seconds of `time.monotonic`.
+      saved_at: time of the last save, in seconds of `time.monotonic`.
     """
 
     run: training_run.TrainingRun
@@ -38,7 +38,7 @@ class Loop:
     saved_at: float = dataclasses.field(default_factory=time.monotonic)
 
     def save_middle(self, state, number: int, epoch: int, skipped: int):
-        """Saves a state in the middle of an epoch, after the step `number`."""
+        """Saves a state within an epoch, after the step `number`."""
         self.saver.save(
             Checkpoint(number, finished=False),
             **checkpoint_items(state),
@@ -49,7 +49,7 @@ class Loop:
         self.agreement.forget()
 
     def save_epoch(self, state):
-        """Saves the state behind the last record."""
+        """Saves the state after the last record."""
         record = self.records[-1]
         self.saver.save(
             Checkpoint(record['step']),
@@ -64,7 +64,7 @@ class Loop:
     def agree(self, number: int) -> tuple[bool, bool]:
         """Whether to stop and whether to save after the step `number`.
 
-        All processes get the same answer, and all have to ask.
+        All processes get the same answer, and all of them must call this.
         """
         since = time.monotonic() - self.saved_at
         by_clock = processes.is_first() and self.every.due(since)
@@ -73,7 +73,7 @@ class Loop:
         return bool(signum), bool(due) or self.every.due_at(number)
 
     def stop_if_asked(self, state, number: int, epoch: int, skipped: int):
-        """Saves and raises `signals.Stopped` where a signal came; all have to ask."""
+        """Saves and raises `signals.Stopped` if a signal came; all must call it."""
         if self.agree(number)[0]:
             self.stop_here(state, number, epoch, skipped)
 
@@ -84,13 +84,13 @@ class Loop:
         raise self.stop.stopped(f'step {number}, in epoch {epoch}, is saved')
 
     def wait_for_saved(self):
-        """Returns when all that was saved is on the disk, on all processes."""
+        """Waits until everything that was saved is on the disk, on all processes."""
         self.saver.wait()
         processes.barrier('saved')
 
 
 def checkpoint_items(state: step.TrainState) -> dict[str, Any]:
-    """The trees of arrays that a checkpoint has; on several hosts all must ask."""
+    """The trees of arrays of a checkpoint; with several hosts, all must call this."""
     items = ema.to_items(state)
     return {
         'model': items.pop('model'),
@@ -104,13 +104,13 @@ def checkpoint_items(state: step.TrainState) -> dict[str, Any]:
 
 
 def from_items(model, train: dict[str, Any]) -> step.TrainState:
-    """What `checkpoint_items` made, as a state."""
+    """The state from the items that `checkpoint_items` made."""
     rest = {name: train[name] for name in ('step', 'opt_state', 'running')}
     return step.TrainState(**ema.from_items(model, train.get('raw')), **rest)
 
 
 class _Losses:
-    """The losses of steps that devices still work on, read in their order."""
+    """Losses of steps that the devices are still computing, read in order."""
 
     def __init__(self, guard, bar, shown):
         self._guard, self._bar, self._shown = guard, bar, shown
@@ -124,7 +124,7 @@ class _Losses:
         return not self._waiting or self._waiting[-1][1].is_ready()
 
     def read(self, state, *, but=0):
-        """Tells all losses but the last ones."""
+        """Reads all losses except the last ones."""
         while len(self._waiting) > but:
             number, loss = self._waiting.popleft()
             loss = float(jax.device_get(loss))
@@ -134,14 +134,14 @@ class _Losses:
 
 
 def take_epoch(loop: Loop, compiled, state, batches, epoch: int):
-    """Takes the steps of an epoch that are left.
+    """Trains the remaining steps of an epoch.
 
     Returns:
       The state, and the training metrics for the epoch's record.
 
     Raises:
       signals.Stopped: a signal came; the state is saved.
-      UserError: a step gave no finite numbers, or a save failed for good.
+      UserError: a loss or gradient was not finite, or saving failed for good.
     """
     run = loop.run
     count, rows = len(run.source.train), run.batch_size
@@ -149,8 +149,8 @@ def take_epoch(loop: Loop, compiled, state, batches, epoch: int):
     last = step.last_step_of_epoch(epoch, count, rows)
     guard = nonfinite.NonFiniteGuard(run, epoch, last - before, loop.skipped)
     started, waited = time.perf_counter(), 0.0
-    # A GPU gets its next step before it has finished this one; on a CPU that would
-    # gain nothing and need the memory of two steps.
+    # A GPU gets its next step before it has finished this one. On a CPU that would gain
+    # nothing and need the memory of two steps.
     ahead = 0 if jax.default_backend() == 'cpu' else 1
     bar = tqdm(
         total=count,
@@ -158,7 +158,7 @@ def take_epoch(loop: Loop, compiled, state, batches, epoch: int):
         desc=f'epoch {epoch}/{run.settings.train.epochs}',
         unit=' images',
         leave=False,
-        disable=None,  # no bar where stderr is a file
+        disable=None,  # no progress bar if stderr is a file
     )
     with bar, jax.transfer_guard('disallow'):
         losses = _Losses(guard, bar, loop.shown)
@@ -209,7 +209,7 @@ def _epoch_metrics(running):
 
 
 def peak_memory_gib() -> float:
-    """Of the device where it tells, else of this process."""
+    """Peak memory of the device if it reports it, else of this process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and 'peak_bytes_in_use' in stats:
         return stats['peak_bytes_in_use'] / 2**30
@@ -217,5 +217,5 @@ def peak_memory_gib() -> float:
 
 
 def memory_gib() -> float:
-    """What this process has in memory now; its peak where the system does not tell."""
+    """Memory of this process now; its peak if the system does not report the former."""
     return platforms.memory_bytes() / 2**30

@@ -1,14 +1,14 @@
-"""The learning-rate range test: a rate to train at, from a hundred steps.
+"""The learning-rate range test: suggests a learning rate after a hundred steps.
 
-The rate grows from step to step, always by the same factor, and the loss tells where
-training begins, where it is fastest and where it breaks (Smith, "Cyclical Learning
-Rates for Training Neural Networks", 2015, https://arxiv.org/abs/1506.01186, section
-3.3).
+The rate grows by the same factor at each step, and the loss shows where training
+begins, where it is fastest and where it diverges (Smith, "Cyclical Learning Rates for
+Training Neural Networks", 2015, https://arxiv.org/abs/1506.01186, section 3.3).
 
-The suggestion is a tenth of the rate with the lowest mean loss. Of 16 curves (digits,
-photographs, CIFAR-10; Adam and SGD; two seeds) the steepest descent, which is suggested
-elsewhere, lay in the noise at 1e-7 in 4 and else 1.2 to 4 times below the minimum. The
-minimum moved 1.2 to 2.1 times between seeds, once 4.4 times.
+The suggestion is a tenth of the rate with the lowest mean loss. Other tools suggest the
+rate of the steepest descent. In 16 curves (digits, photographs, CIFAR-10; Adam and SGD;
+two seeds) that rate was noise near 1e-7 in 4 cases, and 1.2 to 4 times below the
+minimum in the others. The minimum differed by a factor of 1.2 to 2.1 between seeds, and
+once by 4.4.
 
 >>> losses = np.concatenate([np.full(50, 2.3), np.linspace(2.3, 1, 30), np.full(20, 9)])
 >>> suggest(losses, 100)
@@ -37,7 +37,7 @@ from flax_densenet.train import announce, prepare, training_run
 _LOGGER = logging.getLogger(__name__)
 
 LOWEST, HIGHEST = 1e-7, 10.0
-MIN_STEPS = 40  # with fewer, noise passes for a fall
+MIN_STEPS = 40  # with fewer, noise looks like a decrease
 FILE = 'lr_find.json'
 _DIVERGED = 4.0  # times the lowest mean
 
@@ -50,22 +50,23 @@ def find(
 ) -> dict[str, Any]:
     """Runs the test and writes `lr_find.json` into the workdir.
 
-    Steps, batches, augmentation and optimizer are those that training would begin with
-    (`train.seed`, `init_from`); the state is dropped and checkpoints in the workdir are
-    neither read nor changed. Where a run would train its head alone at first
-    (`train.head_warmup_epochs`) all that trains later is tested, for most of the
-    training; the shares of the rate that parts have stay as they are.
+    It takes the same first steps as training (`train.seed`, `init_from`), with the same
+    batches, augmentation and optimizer. The state is dropped, and checkpoints in the
+    workdir are neither read nor changed. If a run would first train its head alone
+    (`train.head_warmup_epochs`), the test trains everything that trains later, since
+    most of the training does. The relative rates of the parts are kept.
 
     Args:
       settings: of `settings.from_config`, or a config that it takes.
-      workdir: folder of the file; made where absent.
-      steps: of the test, from `LOWEST` to `HIGHEST`, whatever the epoch's length. A
-        hundred are twelve for each factor of 10; small or noisy sets need some more.
+      workdir: folder of the file; created if missing.
+      steps: number of steps from `LOWEST` to `HIGHEST`, regardless of the length of an
+        epoch. A hundred steps are twelve for each factor of 10; small or noisy data
+        sets need more.
 
     Returns:
-      What `lr_find.json` holds: `suggestion`, None where the loss did not fall;
-      `lowest_at`, the rate where the mean loss is lowest; `stopped`, why it ended early
-      or None; lists of `learning_rate`, `loss` and its `mean` for each step.
+      The content of `lr_find.json`: `suggestion`, None if the loss did not fall;
+      `lowest_at`, the rate with the lowest mean loss; `stopped`, why the test ended
+      early, or None; lists of `learning_rate`, `loss` and its `mean` for each step.
 
     Raises:
       UserError: a field or the data cannot be used, too few steps, or a loss that is
@@ -102,7 +103,7 @@ def find(
 
 
 def _prepare(settings, workdir, steps):
-    """A run as training has it, but for the learning rate and the head's warm-up."""
+    """A run as in training, except for the learning rate and the head's warm-up."""
     run = prepare.prepare(settings, workdir, resume=False)
     plan, schedule = dataclasses.replace(run.plan, head_epochs=0), make_schedule(steps)
     optimizer = prepare.make_optimizer(
@@ -123,7 +124,7 @@ def make_schedule(steps: int) -> optax.Schedule:
 
 
 def _measure(run, steps):
-    """Takes the steps; returns their losses, and why they ended early or None."""
+    """Trains the steps. Returns their losses, and why they ended early or None."""
     state = run.place_state(run.new_state(training_run.first_variables(run)))
     run.features = training_run.cache_features(run, state)
     compiled = training_run.compile_step(run, state, run.plan.frozen)
@@ -150,18 +151,18 @@ def _measure(run, steps):
 
 
 def _guess_loss(run):
-    """The loss of one who knows nothing."""
+    """The loss of guessing."""
     return math.log(2 if run.source.multi_label else len(run.source.class_names))
 
 
 def smooth(losses, steps: int) -> np.ndarray:
     """The exponential mean of the losses up to each step, corrected for its start.
 
-    It reaches back over a tenth of the test, so more steps make it smoother.
+    It covers about a tenth of the test, so more steps make it smoother.
 
     Args:
-      losses: of the first steps.
-      steps: of the whole test.
+      losses: the losses of the first steps.
+      steps: number of steps of the whole test.
     """
     kept, mean, means = _kept(steps), 0.0, []
     for step, loss in enumerate(losses, start=1):
@@ -171,34 +172,34 @@ def smooth(losses, steps: int) -> np.ndarray:
 
 
 def _kept(steps):
-    """The share of the mean that a step keeps."""
+    """The share of the mean that is kept at each step."""
     return 1 - 10 / steps
 
 
 def has_diverged(means, guess: float) -> bool:
-    """True where the last mean is above four times the lowest, and above guessing.
+    """Whether the last mean is above four times the lowest, and above guessing.
 
-    Of weights that fit already the losses are near 0, and four times the lowest of them
-    is noise: hence the second condition.
+    Weights that fit already have losses near 0, and four times the lowest of these is
+    noise; hence the second condition.
     """
     return bool(means[-1] > max(_DIVERGED * np.min(means), guess))
 
 
 def suggest(losses, steps: int) -> float | None:
-    """A tenth of the rate where the mean is lowest, to two digits.
+    """A tenth of the rate with the lowest mean loss, to two digits.
 
     Args:
-      losses: of the first steps, more than a fifth.
-      steps: of the whole test.
+      losses: the losses of the first steps, more than a fifth of all.
+      steps: number of steps of the whole test.
 
     Returns:
-      None where the mean did not fall below that of the first steps, at rates that
-      change nothing, by more than noise.
+      The rate, or None if the mean did not fall below that of the first steps, whose
+      rates change nothing, by more than noise.
     """
     start, means = np.asarray(losses[: _first(len(losses))]), smooth(losses, steps)
     kept, lowest = _kept(steps), _lowest(means)
-    # The standard deviation of the mean of losses that only vary. The lowest of all
-    # means lies this much down in one of 25 such curves.
+    # The standard deviation of the mean of losses that are pure noise. In one of 25
+    # such curves, the lowest mean is this far down.
     noise = start.std() * math.sqrt((1 - kept) / (1 + kept))
     if means[lowest] >= start.mean() - 4.4 * noise:
         return None
@@ -206,12 +207,12 @@ def suggest(losses, steps: int) -> float | None:
 
 
 def _first(steps):
-    """How many of the steps tell how it was before anything changed."""
+    """How many of the first steps show the loss before anything changed."""
     return steps // 5
 
 
 def _lowest(means):
-    """The step where the mean is lowest; the first ones are means of too few."""
+    """The step with the lowest mean, without the first ones, which average too few."""
     first = _first(len(means))
     return first + int(np.argmin(means[first:]))
 
@@ -223,8 +224,8 @@ def describe(result: dict[str, Any]) -> str:
         stopped += f'{result["learning_rate"][-1]:.1e}'
     if result['suggestion'] is None:
         return (
-            'no suggestion: the loss fell by no more than its noise; try more --steps, '
-            f'unless what is trained fits already{stopped}'
+            'no suggestion: the loss did not fall by more than its noise; try more '
+            f'--steps, unless the model fits the data already{stopped}'
         )
     return (
         f'suggested: --config.optimizer.learning_rate={result["suggestion"]:g} (a '

@@ -1,7 +1,7 @@
 """What to do about a loss or gradient that is not finite: stop and show, or skip.
 
-The compiled step leaves everything as it was and reports a loss that is not finite
-(`step.make_train_step`), so that the loop, which reads each loss anyway, knows.
+The compiled step leaves everything unchanged and reports a loss that is not finite
+(`step.make_train_step`). The loop reads each loss anyway and so notices.
 """
 
 import dataclasses
@@ -24,11 +24,11 @@ IN_A_ROW, SHARE = 10, 0.01
 
 
 class NonFiniteGuard:
-    """Counts the bad steps of an epoch, and ends the run where there are too many.
+    """Counts the bad steps of an epoch, and ends the run if there are too many.
 
     Args:
-      steps: of the whole epoch.
-      skipped: of this epoch, before a resumed run came to it.
+      steps: number of steps of the whole epoch.
+      skipped: steps of this epoch that were skipped before the run was resumed.
     """
 
     def __init__(
@@ -41,13 +41,13 @@ class NonFiniteGuard:
         self.skipped = skipped
 
     def see(self, number: int, loss: float, state: step.TrainState):
-        """Looks at the loss of a step, counted from 1.
+        """Checks the loss of a step, counted from 1.
 
         Args:
-          state: as a bad step left it.
+          state: the state after the step.
 
         Raises:
-          UserError: it is not finite, and that was once too often.
+          UserError: the loss is not finite, and too many were not.
         """
         if np.isfinite(loss):
             self._in_a_row = 0
@@ -77,13 +77,13 @@ def save_dump(
 ):
     """Writes `nonfinite.json` and `nonfinite.npz` about a step into the run's folder.
 
-    The JSON has the step, its loss and gradient norm, each example of the batch (place
-    in the training part, file, label, loss, range of its values) and of each layer the
-    range and the count of values that are not finite: of parameters, gradients and the
-    new batch norm statistics. The other has the batch's arrays.
+    The JSON file has the step, its loss and gradient norm; for each example of the
+    batch its position in the training part, file, label, loss and range of values; and
+    for the parameters, gradients and new batch norm statistics of each layer the range
+    and the number of values that are not finite. The other file has the batch's arrays.
 
     Args:
-      state: before the step's update; its gradient is computed once more.
+      state: before the step's update; its gradient is computed again.
       number: the step, counted from 1.
     """
     batch = run.place_batch(_batch_of(run, number))
@@ -92,7 +92,7 @@ def save_dump(
     differentiate = step.make_gradients(run.module, options)
 
     def look(state, batch):
-        # The counter went on; the dropout key depends on it.
+        # The counter has advanced; the dropout key depends on it.
         state = state.replace(step=jnp.full_like(state.step, number - 1))
         gradients, (losses, _, batch_stats) = differentiate(state, batch)
         trees = {
@@ -110,7 +110,7 @@ def save_dump(
     losses, norm, layers = jax.device_get(found)
     if mesh.is_writer():
         _write(run, number, epoch, positions, batch, (losses, norm, layers))
-    processes.barrier('dumped')  # or the end of the others would end its writing
+    processes.barrier('dumped')  # others wait for the writing
 
 
 def _write(run, number, epoch, positions, batch, found):
@@ -141,9 +141,9 @@ def _rows_of(run, value):
 
 
 def _batch_of(run, number):
-    """The batch of a step once more, with `position`, each row's in the training part.
+    """The batch of a step again, with each row's `position` in the training part.
 
-    On several hosts it is this host's part.
+    With several hosts it is this host's part.
     """
     source = run.features or run.source
     source = dataclasses.replace(source, train=dataset.Numbered(source.train))

@@ -1,4 +1,4 @@
-"""Optimizers and learning rates, from the fields of `config.optimizer`; optax's.
+"""Optimizers and learning rates of optax, from the fields of `config.optimizer`.
 
 >>> schedule = make_schedule(
 ...     learning_rate=0.1, schedule='cosine', drop_at=(), warmup_epochs=0.0,
@@ -30,11 +30,11 @@ def make_schedule(
     epochs: int,
     steps_per_epoch: float,
 ) -> optax.Schedule:
-    """Learning rate by step; warm-up first, then `schedule` over what is left.
+    """The learning rate by step: a warm-up, then `schedule` over the remaining steps.
 
-    `one_cycle` (Smith and Topin, arXiv 1708.07120) has a warm-up of its own: half a
-    cosine from 1/25 of the rate, over `warmup_epochs` or, where these are 0, over 0.3
-    of training. It is torch's `OneCycleLR`, but for the momentum, which stays.
+    `one_cycle` (Smith and Topin, arXiv 1708.07120) has its own warm-up: half a cosine
+    from 1/25 of the rate, over `warmup_epochs` or, if these are 0, over 0.3 of
+    training. It is torch's `OneCycleLR`, except that the momentum does not change.
     """
     _check(schedule=(schedule, SCHEDULES))
     if not 0 < learning_rate < math.inf:
@@ -49,7 +49,7 @@ def make_schedule(
     if schedule == 'one_cycle':
         return _one_cycle(learning_rate, warmup or round(0.3 * total), total)
     if schedule == 'cosine':
-        # A warm-up may round to all steps of a short run; optax refuses 0.
+        # In a short run a warm-up may be rounded to all steps; optax rejects 0.
         after = optax.cosine_decay_schedule(learning_rate, max(total - warmup, 1))
     elif schedule == 'steps':
         drops = {round(share * total) - warmup: 0.1 for share in drop_at}
@@ -64,7 +64,7 @@ def make_schedule(
 
 def _one_cycle(learning_rate, warmup, total):
     """Highest at the step `warmup`, counted from 1, and lowest at the last one."""
-    # optax.cosine_onecycle_schedule, by whole steps instead of a share of them.
+    # optax.cosine_onecycle_schedule in whole steps instead of shares.
     peak = max(warmup - 1, 1)
     return optax.piecewise_interpolate_schedule(
         'cosine',
@@ -87,18 +87,18 @@ def make_optimizer(
     Weight decay is added to the gradient (AdamW, LAMB: to the update).
 
     LAMB (You et al., arXiv 1904.00962) is `optax.lamb`: the update of each parameter
-    array gets the array's length, times the rate. With `decay='kernels'` that is of
-    kernels alone, as it is in timm and in NVIDIA's code; norms and biases take Adam's
-    step.
+    array is scaled to the norm of the array, times the rate. With `decay='kernels'`
+    this applies to kernels only, as in timm and NVIDIA's code; norms and biases take
+    Adam's step.
 
     Args:
       decay: `all` parameters, as in the paper, or `kernels`: of convolutions and the
         classifier, not norms and biases.
-      shard_over: a mesh over which the state is spread (`state_shards`); None: whole
-        on every device.
+      shard_over: a mesh over which the state is sharded (`state_shards`); None keeps a
+        complete copy on every device.
 
     Raises:
-      UserError: a name or a number that is not known.
+      UserError: a name is unknown or a number is out of range.
     """
     _check(name=(name, OPTIMIZERS), decay=(decay, DECAYS))
     if not 0 <= weight_decay < math.inf:
@@ -115,8 +115,8 @@ def make_optimizer(
         return optax.flatten(update)
 
     if name == 'lamb':
-        # By arrays behind Adam, since each has a length of its own; and without a
-        # state there, so that Adam's can be spread.
+        # Applied to separate arrays after Adam, since each has its own norm; it has no
+        # state, so that Adam's can be sharded.
         trust = optax.scale_by_trust_ratio()
         trust = trust if mask is None else optax.masked(trust, mask)
         return optax.chain(flat(optax.scale_by_adam(eps=1e-6)), decayed, trust, scaled)
@@ -134,7 +134,7 @@ def make_optimizer(
 
 
 def _kernels(params):
-    """True for what has more than one dimension."""
+    """True for arrays of more than one dimension."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 

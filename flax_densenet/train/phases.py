@@ -1,7 +1,8 @@
-"""What the epochs of a run share until one needs other batches or another step.
+"""Phases of a run: epochs that share their batches and their compiled step.
 
-Images grow (`data.size_schedule`), and a head that trained alone is joined by the rest
-(`train.head_warmup_epochs`): then the step is compiled again.
+A new phase begins when images grow (`data.size_schedule`) or when the rest of the
+network joins a head that trained alone (`train.head_warmup_epochs`); then the step is
+compiled again.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ class Phase:
     """The batches and the compiled step of an epoch.
 
     Attributes:
-      batches: of the training part, from the epoch's first step that is left.
+      batches: training batches from the epoch's first remaining step.
       compiled: see `training_run.compile_step`.
     """
 
@@ -25,10 +26,10 @@ class Phase:
         self.batches = self.compiled = None
 
     def enter(self, state, epoch: int):
-        """Recreates what differs from the epoch before.
+        """Recreates what differs from the previous epoch.
 
         Args:
-          state: before the epoch's first step that is left.
+          state: before the epoch's first remaining step.
           epoch: counted from 1.
         """
         run, start = self._run, int(state.step)
@@ -43,7 +44,7 @@ class Phase:
         self._frozen, self._size = frozen, size
 
     def close(self):
-        """Ends the reading."""
+        """Stops reading data."""
         if self.batches is not None:
             self.batches.close()
 

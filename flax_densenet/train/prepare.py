@@ -1,4 +1,4 @@
-"""What a run works with, from its settings: data, model, schedule and optimizer."""
+"""Prepares a run from its settings: data, model, schedule and optimizer."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from flax_densenet.weights import metadata, transfer, weight_file
 def make_metadata(
     settings: settings_lib.Settings, source: dataset.Source
 ) -> dict[str, Any]:
-    """What evaluation and prediction need beside the arrays; JSON can hold it."""
+    """What evaluation and prediction need besides the arrays, as JSON values."""
     config, train = settings_lib.to_config(settings), settings.train
     return {
         'model': config['model'],
@@ -39,7 +39,7 @@ def make_metadata(
         'multi_label': source.multi_label,
         'images': identity.count(source),
         'identity': identity.describe(source),
-        # Of `train` what the state depends on.
+        # The fields of `train` that the state depends on.
         'train': {
             'freeze': train.freeze,
             'head_warmup_epochs': train.head_warmup_epochs,
@@ -59,11 +59,11 @@ def prepare(
     """Checks all settings and finds the data: all that can fail before compilation.
 
     Args:
-      settings: of `settings.from_config`, or a config that it takes.
-      workdir: folder of the run; a checkpoint there comes before `init_from`.
-      resume: False where such a checkpoint plays no part.
-      source: of these settings, where it was looked through already.
-      class_names: of the outputs of `init_from`, if it does not name them.
+      settings: from `settings.from_config`, or a config that it accepts.
+      workdir: folder of the run; a checkpoint there takes precedence over `init_from`.
+      resume: False to ignore such a checkpoint.
+      source: the source of these settings, if it was loaded before.
+      class_names: names of the outputs of `init_from`, if it does not name them.
 
     Raises:
       UserError: a field, the data or the weights cannot be used.
@@ -154,10 +154,11 @@ def _choose(
     workdir: str | None,
     source: dataset.Source | None,
 ) -> tuple[settings_lib.Settings, dataset.Source | None]:
-    """The settings that are open, by the number of training images; and the data.
+    """Fills in the open settings by the number of images; returns the data too.
 
     Args:
-      workdir: of the checkpoint to resume from, whose number of images counts; or None.
+      workdir: folder of the checkpoint to resume from, which gives the number of
+        images; or None.
     """
     if workdir:
         saved = metadata.load(workdir, checkpoint_reader.find_latest(workdir))
@@ -170,7 +171,7 @@ def _choose(
 
 
 def _make_module(settings, num_classes, mesh):
-    """The model, its `batch_norm_group` as a number of rows."""
+    """The model, with `batch_norm_group` as a number of rows."""
     module = factory.from_settings(settings.model, num_classes=num_classes)
     if not module.has_batch_norm:
         return module
@@ -195,11 +196,11 @@ def make_optimizer(
 
     Args:
       schedule: learning rate by step of training.
-      mesh: over which `optimizer.shard_state` spreads its state.
-      head_steps: for so many steps, from the first, the head trains alone.
+      mesh: the devices over which `optimizer.shard_state` shards its state.
+      head_steps: number of steps at the start in which the head trains alone.
     """
     optimizer = settings.optimizer
-    # One device has all of it anyhow.
+    # One device has all of it anyway.
     shard = optimizer.shard_state and mesh.size > 1
     return finetune.make_optimizer(
         lambda first: optimizers.make_optimizer(
@@ -216,7 +217,7 @@ def make_optimizer(
 
 
 def with_bits(saved: settings_lib.Settings) -> settings_lib.Settings:
-    """Settings of a run with what was so before there were windows and bit depths."""
+    """Settings of an old run, with the window and bit depth that it implied."""
     preparation = saved.preparation
     preparation = dataclasses.replace(
         preparation,
@@ -234,9 +235,9 @@ def resolve(
     """The settings with their open fields filled in, and the weights to start from.
 
     Args:
-      workdir: of the checkpoint that the run resumes from, or None.
+      workdir: folder of the checkpoint that the run resumes from, or None.
     """
-    if workdir:  # a run that goes on needs its weights' file no more
+    if workdir:  # a resumed run no longer needs its file of weights
         latest = checkpoint_reader.find_latest(workdir)
         saved = settings_lib.from_saved(metadata.load(workdir, latest))
         saved = with_bits(saved)

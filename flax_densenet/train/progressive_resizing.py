@@ -1,4 +1,4 @@
-"""Training images that grow with training (progressive resizing).
+"""Training images that grow during training (progressive resizing).
 
 >>> schedule = parse(((0.5, 16), (0.8, 24)))
 >>> [size_in(schedule, epoch, epochs=10, last=32) for epoch in (1, 5, 6, 8, 9, 10)]
@@ -17,15 +17,15 @@ Schedule = tuple[tuple[float, sizes.Size], ...]
 
 
 def parse(value) -> Schedule:
-    """The schedule that `data.size_schedule` says.
+    """Parses `data.size_schedule`.
 
     Args:
-      value: `((share, size), ...)` or, of one, `(share, size)`: up to this share of
-        the epochs images have this size, pixels per side or (height, width); behind
-        the last share they have `data.image_size`.
+      value: `((share, size), ...)`, or `(share, size)` for a single one. Up to this
+        share of the epochs, images have this size: pixels per side or (height, width).
+        After the last share they have `data.image_size`.
 
     Raises:
-      UserError: it is not such a tuple.
+      UserError: the value is not such a tuple.
     """
     found = _pairs(value)
     right = all(
@@ -47,7 +47,7 @@ def parse(value) -> Schedule:
 
 
 def _pairs(value):
-    """The pairs of share and size; a single one may be given by itself."""
+    """The pairs of share and size; a single pair may lack the outer tuple."""
     found = tuple(value)
     if len(found) == 2 and not isinstance(found[0], list | tuple):
         return (found,)
@@ -63,10 +63,10 @@ def _is_size(value):
 
 
 def check(value, module: network.Network, last: sizes.Size):
-    """Raises `UserError` where the model cannot take one of the sizes.
+    """Raises `UserError` if the model cannot take one of the sizes.
 
     Args:
-      last: `data.image_size`; if it is not square, each size has to be a pair.
+      last: `data.image_size`; if it is not square, each size must be a pair.
     """
     for given, (_, size) in zip(_pairs(value), parse(value), strict=True):
         if isinstance(given[1], int) and not isinstance(last, int):
@@ -83,7 +83,7 @@ def check(value, module: network.Network, last: sizes.Size):
 def size_in(
     schedule: Schedule, epoch: int, *, epochs: int, last: sizes.Size
 ) -> sizes.Size:
-    """The size in an epoch, counted from 1; `last` behind the schedule's end."""
+    """The size in an epoch, counted from 1; `last` after the end of the schedule."""
     for share, size in schedule:
         if epoch <= round(share * epochs):
             return size
@@ -91,11 +91,11 @@ def size_in(
 
 
 def describe(schedule: Schedule, *, epochs: int, last: sizes.Size) -> str:
-    """Which sizes there are when, in words; empty where there is one size."""
+    """The sizes and their epochs in words; empty if there is only one size."""
     parts, begin = [], 0
     for share, size in schedule:
         end = round(share * epochs)
-        if end > begin:  # of few epochs a share may have none
+        if end > begin:  # with few epochs a share may have none
             parts.append(f'{sizes.describe(size)} up to epoch {end}')
             begin = end
     if schedule and begin < epochs:

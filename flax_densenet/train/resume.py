@@ -1,4 +1,4 @@
-"""A run that goes on: whether its data is still the same, and what else has changed."""
+"""Resuming a run: whether its data is still the same, and what else has changed."""
 
 import os
 from collections.abc import Mapping
@@ -11,7 +11,8 @@ from flax_densenet.data import dataset, identity
 from flax_densenet.errors import UserError
 from flax_densenet.system import paths
 
-# How, not what is computed or shown; `checks` and `check_data` look at the others.
+# They change how things are computed, not the results; `checks` and `check_data` cover
+# the other settings.
 _NO_MATTER = (
     *('data.threads', 'data.workers', 'data.cache', 'data.cache_limit_gib'),
     *('data.source', 'data.labels', 'data.tfds_dir', 'init_from'),
@@ -21,10 +22,9 @@ _NO_MATTER = (
     *('train.calibrate', 'train.threshold', 'train.positive_class'),
     'train.cache_features',
 )
-# An image that was replaced by another one can move its neighbors at the boundary of
-# a random split.
+# Replacing an image can move its neighbors across the boundary of a random split.
 _FEW = 2
-# What the schedule of the learning rate follows.
+# Settings that the schedule of the learning rate depends on.
 _SCHEDULE = (
     *('train.epochs', 'optimizer.learning_rate', 'optimizer.schedule'),
     *('optimizer.drop_at', 'optimizer.warmup_epochs'),
@@ -34,13 +34,13 @@ _SCHEDULE = (
 def check(
     workdir: str, source: dataset.Source, settings: settings_lib.Settings
 ) -> list[str]:
-    """Finds out what is different from the last start of a run, in a line each.
+    """Describes what differs from the last start of a run, in a line each.
 
     Args:
-      settings: with no field left open.
+      settings: with all open fields filled in.
 
     Raises:
-      UserError: the run cannot go on with this data.
+      UserError: the run cannot resume with this data.
     """
     latest = checkpoint_reader.find_latest(workdir)
     saved = checkpoint_reader.load_json(workdir, latest, 'metadata')
@@ -56,18 +56,18 @@ def check_data(
 ) -> str:
     """Compares the images with those of the checkpoint.
 
-    Data that moved is the same data; so is data of which some images were replaced.
-    Where their number is another, the epochs of before and after would not be the same.
+    Data that moved counts as the same data, and so does data in which some images were
+    replaced. With another number of images, the epochs would not match.
 
     Args:
       saved: metadata of the checkpoint.
       labels: `data.labels`.
 
     Returns:
-      A line about what is different; empty where nothing is.
+      A line about the differences; empty if there are none.
 
     Raises:
-      UserError: the run cannot go on with these images.
+      UserError: the run cannot resume with these images.
     """
     before = saved['data'].get('source') or ''
     new_run = (
@@ -85,8 +85,8 @@ def check_data(
         if not moved:
             raise UserError(
                 f'--workdir={workdir} holds a run on other images than those of '
-                f'data.source={source.name} now: none has a name of before with the '
-                f'same content; bring the data back as it was, or {new_run}'
+                f'data.source={source.name} now: none has the same name and content as '
+                f'before; bring the data back as it was, or {new_run}'
             )
         raise UserError(
             f'--workdir={workdir} holds a run with data.source={before}, not '
@@ -134,7 +134,7 @@ def _is_same_place(before, now):
 
 
 def _may_have_moved(saved, source, before):
-    """Of a checkpoint that remembers no images: by their numbers, and a place left."""
+    """Compares numbers and path, for a checkpoint without a record of its images."""
     if (saved.get('identity') or {}).get('names'):
         return False
     kind, _, name = before.partition(':')
@@ -145,7 +145,7 @@ def _may_have_moved(saved, source, before):
 
 
 def _check_labels(workdir, before, now, new_run):
-    """Raises for another table of labels, but for one that moved."""
+    """Raises for another table of labels, unless it only moved."""
     if before == now:
         return
     if before and now:
@@ -161,10 +161,10 @@ def _check_labels(workdir, before, now, new_run):
 def find_changes(
     workdir: str, settings: settings_lib.Settings
 ) -> dict[str, tuple[Any, Any]]:
-    """Settings that matter and are others than at the last start, by name.
+    """Relevant settings that differ from the last start, by name.
 
     Returns:
-      What each was, and what it is now.
+      The previous and the current value of each.
     """
     before = run_folder.flatten(run_folder.load_run(workdir).config)
     now = settings_lib.flatten(settings)
@@ -178,14 +178,14 @@ def find_changes(
 
 
 def _plain(value):
-    """As JSON has it, with lists for tuples."""
+    """As JSON stores it, with lists for tuples."""
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     return value
 
 
 def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
-    """The line about settings that a run goes on with; empty for none."""
+    """The line about settings that changed since the last start; empty for none."""
     if not changes:
         return ''
     shown = ', '.join(
@@ -203,7 +203,7 @@ def describe_changes(changes: Mapping[str, tuple[Any, Any]]) -> str:
 def explain_other_state(
     workdir: str, step: int, changes: Mapping[str, tuple[Any, Any]]
 ) -> UserError:
-    """The error where a checkpoint's arrays are not those of the settings."""
+    """The error if a checkpoint's arrays do not fit the settings."""
     named = {
         name: pair
         for name, pair in changes.items()

@@ -1,4 +1,4 @@
-"""`samples.png`: the first training images, with all that is done to them."""
+"""`samples.png`: the first training images, with all augmentations applied."""
 
 import functools
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from flax_densenet.data import bands, deep_picture
 from flax_densenet.data.augment import mixing
 from flax_densenet.train import feature_cache, step, training_run
 
-SINGLE = 8  # images that are shown one by one
+SINGLE = 8  # images that are shown individually
 
 
 def save(
@@ -19,10 +19,10 @@ def save(
     """Draws the images of the first step into the run's folder.
 
     Args:
-      save_samples: as `report.plots.save_samples`.
+      save_samples: a function such as `report.plots.save_samples`.
 
     Returns:
-      The first `SINGLE` of them, uint8 `[N, H, W, 3]`.
+      The first `SINGLE` images, uint8 `[N, H, W, 3]`.
     """
     batches = training_run.train_batches(run, run.source, 0)
     try:
@@ -38,7 +38,7 @@ def save(
         **run.preprocessing,
     )
     images = batch['image'][:SINGLE]
-    if images.dtype != np.uint16:  # mixed ones may lie between two values
+    if images.dtype != np.uint16:  # mixed images may lie between two values
         images = np.clip(np.rint(images), 0, 255).astype(np.uint8)
     return bands.to_visible(deep_picture.to_uint8(images))
 
@@ -46,7 +46,7 @@ def save(
 def _first_part(run, batch):
     """The first micro-batch of the first step as the network gets it.
 
-    Of several hosts, the one that draws shows its own rows, mixed with each other.
+    With several hosts, the one that draws shows its own rows, mixed with each other.
     """
     parts = run.accumulate_steps
     batch = {name: x[: len(x) // parts] for name, x in batch.items()}

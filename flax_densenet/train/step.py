@@ -1,7 +1,7 @@
 """The training step: a pure function of the state and the global batch.
 
-The step counter is the only clock: the learning rate and the dropout key are
-functions of it, so a resumed run goes on as if it had not stopped.
+The step counter is the only clock: the learning rate and the dropout key are functions
+of it, so a resumed run continues as if it had not stopped.
 """
 
 import dataclasses
@@ -29,12 +29,12 @@ from flax_densenet.train import ema as ema_lib
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a checkpoint holds: arrays only.
+    """The state that a checkpoint holds: arrays only.
 
     Attributes:
-      step: int32, steps taken.
+      step: int32, number of steps taken.
       running: sums over the examples of one epoch; see `new_running`.
-      average: of parameters and statistics (`ema.start`), or None.
+      average: average of parameters and statistics (`ema.start`), or None.
     """
 
     step: Any
@@ -49,10 +49,10 @@ def new_running(correct=np.int32) -> dict[str, np.ndarray]:
     """Sums of loss, correct and count `[this epoch, next epoch]`, and the epoch.
 
     A batch may hold the end of one epoch and the start of the next; each example is
-    counted in its own.
+    counted in its own epoch.
 
     Args:
-      correct: dtype; float32 where an image can be right in part (several labels).
+      correct: dtype; float32 if an image can be partly right (several labels).
     """
     return {
         'epoch': np.zeros((), np.int32),
@@ -73,8 +73,8 @@ def new_state(
 
     Args:
       variables: `{'params', 'batch_stats'}`.
-      multi_label: an image can have several labels.
-      average: of `ema.start`, or None.
+      multi_label: whether an image can have several labels.
+      average: from `ema.start`, or None.
     """
     # Compiled, since most states do not depend on the parameters: then XLA makes a few
     # constants, where each operation by itself would go through all parameters.
@@ -90,9 +90,9 @@ def new_state(
 
 
 def _add_to_running(running, epoch, losses, correct, counted):
-    """Adds a batch's rows; the first row of a later epoch moves the sums along.
+    """Adds the rows of a batch; the first row of a later epoch shifts the sums.
 
-    Rows that are not `counted` (0 or 1) add nothing.
+    Rows with `counted` 0 (instead of 1) add nothing.
     """
     first = epoch.min()
     later = first > running['epoch']
@@ -113,7 +113,7 @@ def _add_to_running(running, epoch, losses, correct, counted):
 
 
 def _kernel_penalty(params):
-    """Sum of the squares of all convolution kernels."""
+    """The sum of the squares of all convolution kernels."""
     flat = traverse_util.flatten_dict(params)
     return sum(
         jnp.sum(jnp.square(leaf))
@@ -128,18 +128,18 @@ class StepOptions:
 
     Attributes:
       mean, std: `[C]`, to normalize images.
-      seed: of dropout and mixing.
-      l2_penalty: times the squares of kernels, in the loss.
-      gradient_clip: a longer gradient is shortened to this norm, over all parameters;
-        0 for none.
-      frozen: how many of the model's stages stay as they are. Only the parameters
-        behind them are differentiated, so nothing is computed backward through the
-        others, and only these reach the optimizer and the penalty.
-      class_weights: float `[C]`, of each class's images in the loss; None: all 1.
+      seed: seed of dropout and mixing.
+      l2_penalty: factor of the squared kernels in the loss.
+      gradient_clip: maximum global norm of the gradient; 0 for no limit.
+      frozen: number of the model's stages that stay fixed. Only the parameters after
+        them are differentiated, so there is no backward pass through the others, and
+        only the parameters after them reach the optimizer and the penalty.
+      class_weights: float `[C]`, weight of each class's images in the loss; None: all
+        1.
       mix: erases boxes and mixes the images of a (micro-)batch, by the step's key.
       accumulate_steps: micro-batches of the batch, see `make_gradients`.
-      loss: what the gradient is of.
-      ema: decay of the state's average, where it has one.
+      loss: the loss to minimize.
+      ema: decay of the state's average, if it has one.
     """
 
     mean: Sequence[float]
@@ -162,13 +162,13 @@ def make_train_step(
 ):
     """Makes `(state, batch) -> (state, loss)`, a pure function of the global batch.
 
-    Under `jax.jit` over a mesh, batch norm's statistics are those of the whole batch
-    without further code. The loss that is reported is the cross-entropy; another
-    `loss`, the penalty and the classes' weights act through the gradient.
+    Under `jax.jit` over a mesh, batch norm takes the statistics of the whole batch
+    without further code. The reported loss is the cross-entropy; another `loss`, the
+    penalty and the class weights act only through the gradient.
 
-    Where the loss or the gradient's norm is not finite, the step leaves parameters,
-    statistics, their average and the optimizer as they were, counts none of the batch,
-    and the loss that it reports is not finite either.
+    If the loss or the norm of the gradient is not finite, the step leaves parameters,
+    statistics, their average and the optimizer unchanged, counts none of the batch, and
+    reports a loss that is not finite either.
     """
     differentiate = make_gradients(module, options)
     live = _live_parts(module, options.frozen)
@@ -176,7 +176,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch):
         gradients, (losses, correct, batch_stats) = differentiate(state, batch)
-        # As one vector, as the optimizer takes it: 364 sums would each be compiled.
+        # As one vector, like the optimizer: otherwise 364 sums would be compiled.
         norm = jnp.linalg.norm(flatten_util.ravel_pytree(gradients)[0])
         reported = losses.mean()
         finite = jnp.isfinite(norm) & jnp.isfinite(reported)
@@ -199,7 +199,7 @@ def make_train_step(
 
 
 def _make_advance(optimizer, *, live, ema):
-    """Makes `(state, gradients, batch_stats, finite) -> state`, moved where finite.
+    """Makes `(state, gradients, batch_stats, finite) -> state`, an update if finite.
 
     Args:
       live: names of the model's parts that train.
@@ -233,10 +233,11 @@ def _make_advance(optimizer, *, live, ema):
 
 
 def _only_if(condition, advance, old):
-    """`advance(old)` where the condition holds, else `old`.
+    """`advance(old)` if the condition holds, else `old`.
 
-    On a CPU a branch costs the 121's step 4 % and its compilation nothing, a choice of
-    each element 10 % of both. A GPU would have to ask its host which branch to take.
+    On a CPU, a branch costs 4% of the 121's step and nothing in compilation; selecting
+    each element costs 10% of both. A GPU would have to ask its host which branch to
+    take.
     """
     if jax.default_backend() == 'cpu':
         return jax.lax.cond(condition, advance, lambda old: old, old)
@@ -246,16 +247,17 @@ def _only_if(condition, advance, old):
 def make_gradients(module: network.Network, options: StepOptions):
     """Makes `(state, batch) -> (gradients, (losses, correct, batch_stats))`.
 
-    Gradients are of the parameters behind the `frozen` first of `Network.stages`;
-    losses and correct are of each row (`losses.measure`, whatever `loss` is);
+    Gradients are for the parameters after the first `frozen` of `Network.stages`;
+    losses and correct are for each row (`losses.measure`, whatever `loss` is);
     `batch_stats` are the new ones.
 
     With `accumulate_steps` above 1 the arrays of the batch are `[accumulate_steps,
-    rows, ...]`, as `mesh.to_global` makes them, and so are losses and correct. One
-    micro-batch after another is computed, in the memory of one; the gradient is that of
-    the mean loss over all rows. Each has batch statistics (and a dropout key) of its
-    own, and the running ones move once, to the average of where each would have moved
-    them: the same as `DenseNet.batch_norm_group` of its rows.
+    rows, ...]`, as `mesh.to_global` makes them, and so are losses and correct. The
+    micro-batches are computed one after another, in the memory of one, and the gradient
+    is that of the mean loss over all rows. Each has its own batch statistics (and
+    dropout key). The running statistics move once, to the average of where each
+    micro-batch would have moved them, as with `DenseNet.batch_norm_group` of this many
+    rows.
     """
     live, mix = _live_parts(module, options.frozen), options.mix
 
@@ -317,12 +319,12 @@ def _live_parts(module, frozen):
 
 
 def step_key(seed: int, step):
-    """The random key of a step; that of a micro-batch is folded with its number."""
+    """The random key of a step; for a micro-batch its number is folded in."""
     return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def _accumulate(gradients_of, batch_stats, live, batch):
-    """`make_gradients` of all parts of a batch, by those of one, in a loop.
+    """Gradients of all parts of a batch, from a function for one part, in a loop.
 
     Args:
       gradients_of: `(number, part) -> (gradients, (losses, correct, batch_stats))`.
@@ -334,7 +336,7 @@ def _accumulate(gradients_of, batch_stats, live, batch):
 
     def results_of(number, part):
         gradients, (*rows, updated) = gradients_of(number, part)
-        # What is frozen keeps its bits, which an average might change.
+        # Frozen values keep their bits, which an average might change.
         return (gradients, {k: v for k, v in updated.items() if k in live}), rows
 
     def add(sums, numbered):
@@ -352,14 +354,14 @@ def _accumulate(gradients_of, batch_stats, live, batch):
 def compile_train_step(train_step, state, batch, mesh):
     """Compiles for the shapes of `state` and `batch`; the step donates the state.
 
-    With `features` in the batch only the head of the state goes through the step and
+    With `features` in the batch, only the head of the state passes through the step and
     is donated.
     """
     whole = mesh_lib.replicated(mesh)
     shards = zero.layout(state.opt_state, mesh)
     layout = TrainState(whole, whole, whole, shards, whole, whole)
     step = jax.jit(train_step, donate_argnums=0, out_shardings=(layout, whole))
-    # To pass the other 600 arrays of the 121 through takes 4 ms, the head's step 0.5.
+    # Passing the other 600 arrays of the 121 takes 4 ms, the step of the head 0.5 ms.
     head_only = 'features' in batch
     compiled = step.lower(_head_of(state) if head_only else state, batch).compile()
     process.release_memory()
@@ -380,5 +382,5 @@ def _head_of(state):
 
 
 def last_step_of_epoch(epoch: int, count: int, batch_size: int) -> int:
-    """The step after which all examples of the epochs 1 to `epoch` were seen."""
+    """The step after which all examples of epochs 1 to `epoch` have been seen."""
     return -(-epoch * count // batch_size)

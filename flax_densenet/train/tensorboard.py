@@ -1,8 +1,8 @@
 """TensorBoard: a run's metrics, pictures and settings in an event file of its folder.
 
-`tensorboard --logdir ckpt` shows the runs of a folder by name. Events are counted in
-steps taken, so those of a resumed run go on where its checkpoint was: what an earlier
-try wrote after that step is hidden.
+`tensorboard --logdir ckpt` shows the runs of a folder by name. Events are numbered by
+training steps, so those of a resumed run continue from its checkpoint, and events that
+an earlier start wrote after that step are hidden.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from PIL import Image
 
 from flax_densenet.checkpoints import epoch_records
 
-# Tag -> field of an epoch's record. What should be in one row of charts has one prefix.
+# Tag -> field of an epoch's record. Charts in one row share a prefix.
 SCALARS = {
     'accuracy/train': 'train_accuracy',
     'accuracy/val': 'val_accuracy',
@@ -30,7 +30,7 @@ SCALARS = {
     'speed/peak_memory_gib': 'peak_memory_gib',
     'speed/memory_gib': 'memory_gib',
 }
-# Charts of TensorBoard's tab "Custom scalars", with lines over each other.
+# Charts of TensorBoard's tab "Custom scalars", with several lines each.
 _TOGETHER = {
     'Training, validation and test': {
         'Accuracy': ['Multiline', ['accuracy/train', 'accuracy/val', 'accuracy/test']],
@@ -38,7 +38,7 @@ _TOGETHER = {
     }
 }
 _BEST = ('accuracy', 'loss', 'mean_auroc')
-# Of `loss/step`: enough to see a curve. TensorBoard keeps a thousand of a series.
+# Points of `loss/step`: enough to see a curve. TensorBoard keeps a thousand per series.
 _LOSSES_AN_EPOCH = 20
 
 
@@ -47,18 +47,18 @@ def open_writer(workdir: str, *, enabled: bool, start: int, steps_per_epoch: flo
     """A context with a `TensorBoardWriter` that writes into `workdir`, or nothing.
 
     Args:
-      enabled: False for a board that ignores what it is told.
-      start: steps that were taken before; events after them are written again.
-      steps_per_epoch: decides how many of the steps' losses are kept.
+      enabled: False for a writer that does nothing.
+      start: steps taken before this start; events after them are written again.
+      steps_per_epoch: decides how many of the losses are kept.
     """
     if not enabled:
         yield TensorBoardWriter(None)
         return
     from tensorboardX.event_file_writer import EventsWriter
 
-    # Its SummaryWriter has a queue that is written later: what a killed run had shown
-    # of its last checkpoint's epoch would be lost. The name has the second, and files
-    # are read in the order of their names: a quick restart comes later by its step.
+    # Its SummaryWriter has a queue that is written later, so a killed run would lose
+    # the events of its last checkpoint's epoch. File names contain the second and are
+    # read in order; the step in the name sorts a quick restart after the first file.
     events = EventsWriter(os.path.join(workdir, 'events'), f'.{start:09}')
     try:
         yield TensorBoardWriter(
@@ -71,13 +71,13 @@ def open_writer(workdir: str, *, enabled: bool, start: int, steps_per_epoch: flo
 
 
 class TensorBoardWriter:
-    """What is shown of a run.
+    """Writes the events of a run.
 
     Args:
       events: a tensorboardX EventsWriter, or None to write nothing.
-      first: the first step of this start; what was written of it and of later ones
-        before is hidden.
-      every: so many steps lie between two losses that are written.
+      first: the first step of this start; earlier events of this and later steps are
+        hidden.
+      every: number of steps between two losses that are written.
     """
 
     def __init__(self, events, *, first: int = 1, every: int = 1):
@@ -87,20 +87,20 @@ class TensorBoardWriter:
         if events is not None:
             from tensorboardX.proto.event_pb2 import SessionLog
 
-            # The first one that TensorBoard meets hides nothing, so that the first
+            # The first such event that TensorBoard reads hides nothing, so the first
             # start needs one as well.
             self._write(first, session_log=SessionLog(status=SessionLog.START))
 
     def add_config(self, config):
-        """Shows all fields as a text, and as hyperparameters to compare runs by."""
+        """Shows all settings as text, and as hyperparameters for comparing runs."""
         if self._events is None:
             return
         from tensorboardX import summary
 
         lines = json.dumps(config, indent=2).splitlines()
-        text = '\n'.join(f'    {line}' for line in lines)  # Markdown shows it as it is
+        text = '\n'.join(f'    {line}' for line in lines)  # Markdown shows it unchanged
         self._write(self._first, summary=summary.text('config', text))
-        # With tensorboardX's list of the experiment TensorBoard would not look for
+        # With tensorboardX's list of the experiment, TensorBoard would not find by
         # itself which fields differ.
         _, start, _ = summary.hparams(flatten(config), {})
         self._write(self._first, summary=start)
@@ -118,7 +118,7 @@ class TensorBoardWriter:
         self._write(self._first, summary=shown)
 
     def add_results(self, workdir: str):
-        """Shows the confusion matrix of the best epoch, where it was drawn."""
+        """Shows the confusion matrix of the best epoch, if it was drawn."""
         path = os.path.join(workdir, 'confusion.png')
         if os.path.exists(path):
             self.add_picture('confusion_matrix', path)
@@ -134,12 +134,12 @@ class TensorBoardWriter:
             self._write(self._first, summary=shown)
 
     def add_loss(self, step: int, loss: float):
-        """Tells the loss of a step, from 1; one of some is written."""
+        """Records the loss of a step, counted from 1; one of every few is written."""
         if step % self._every == 0:
             self._add('loss/step', loss, step)
 
     def add_epoch(self, record, best):
-        """Shows the record of an epoch, and what is the best until now.
+        """Shows the record of an epoch, and the best record so far.
 
         Args:
           record: as in `metrics.jsonl`.
@@ -176,7 +176,7 @@ class TensorBoardWriter:
 
 
 def scalars_of(record: dict[str, Any]) -> dict[str, float]:
-    """What is shown of an epoch, by tag.
+    """The values shown for an epoch, by tag.
 
     Args:
       record: as in `metrics.jsonl`.
@@ -189,7 +189,7 @@ def scalars_of(record: dict[str, Any]) -> dict[str, float]:
 
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """`{'section.field': value}` of values that hyperparameters can have."""
+    """`{'section.field': value}` for values that hyperparameters can have."""
     flat = {}
     for section, fields in config.items():
         fields = fields if isinstance(fields, dict) else {'': fields}

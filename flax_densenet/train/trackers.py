@@ -1,9 +1,9 @@
-"""Experiment trackers: a run in Weights & Biases, MLflow and Trackio.
+"""Experiment trackers: Weights & Biases, MLflow and Trackio.
 
-Each gets the settings, the metrics of every epoch, and in the end the report and the
-best checkpoint. Without a login they write to this machine alone. A tracker that fails
-is left out with a warning: it takes nothing from the run. `trackers.json` in the run's
-folder has the names under which a resumed run is continued.
+Each gets the settings, the metrics of every epoch and, at the end, the report and the
+best checkpoint. Without a login they write only to this machine. A tracker that fails
+is left out with a warning and does not affect the run. `trackers.json` in the run's
+folder has the names under which a resumed run continues.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from flax_densenet.train import tensorboard
 _LOGGER = logging.getLogger(__name__)
 FILE = 'trackers.json'
 PROJECT = 'flax_densenet'
-# What is sent when a run has ended, besides the best checkpoint.
+# Files that are sent when a run has ended, besides the best checkpoint.
 FILES = (
     'report.html',
     'curves.png',
@@ -37,12 +37,12 @@ FILES = (
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """A run, as trackers show it.
+    """A run as trackers show it.
 
     Attributes:
-      name: of its folder; of a run of a sweep the folder below the sweep's.
+      name: name of its folder; for a run of a sweep, the folder below the sweep's.
       group: the sweep's folder, else ''.
-      folder: of the run.
+      folder: folder of the run.
       config: settings by full name: text, numbers, booleans and None.
       identity: what `start` returned before the run was resumed, or None.
     """
@@ -55,10 +55,10 @@ class About:
 
 
 class Tracker(Protocol):
-    """What is needed of a tracker; one object for one stretch of a run."""
+    """The protocol of a tracker; one object for each start of a run."""
 
     def start(self, about: About) -> str:
-        """Begins or continues the run; what identifies it from now on."""
+        """Begins or continues the run; returns what identifies it from now on."""
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Sends the metrics of an epoch."""
@@ -67,7 +67,7 @@ class Tracker(Protocol):
         """Sends files and a folder."""
 
     def finish(self, failed: bool) -> None:
-        """Ends the stretch."""
+        """Ends this start."""
 
 
 class Wandb:
@@ -83,7 +83,7 @@ class Wandb:
             if not about.identity:
                 _LOGGER.info(
                     f'wandb: no login, so the run is kept in {about.folder}/wandb; to '
-                    'send it: `wandb login`, then `wandb sync`'
+                    'upload it: `wandb login`, then `wandb sync`'
                 )
         self._run = wandb.init(
             project=os.environ.get('WANDB_PROJECT', PROJECT),
@@ -165,7 +165,7 @@ class Mlflow:
         return self._id
 
     def _parent(self, experiment, group):
-        """The run under which those of a sweep are shown."""
+        """The parent run of a sweep's runs."""
         key = f'{PROJECT}.sweep'
         found = self._client.search_runs([experiment], f"tags.`{key}` = '{group}'")
         if not found:
@@ -262,12 +262,12 @@ def parse(text: str) -> list[str]:
 
 
 def metrics_of(record: dict[str, Any]) -> dict[str, float]:
-    """What trackers log of an epoch, by the names that TensorBoard shows."""
+    """The values that trackers log for an epoch, by their TensorBoard names."""
     return tensorboard.scalars_of(record) | {'epoch': record['epoch']}
 
 
 class Tracked:
-    """The trackers of a run; each call reaches those that still work."""
+    """The trackers of a run; each call goes to those that still work."""
 
     def __init__(self, workdir: str, trackers: dict[str, Tracker]):
         self._workdir, self._trackers = workdir, trackers
@@ -294,11 +294,11 @@ class Tracked:
     def _try(self, key, method, *arguments):
         try:
             return getattr(self._trackers[key], method)(*arguments)
-        except Exception as error:  # of any kind: of the network, of a foreign store
+        except Exception as error:  # of any kind: the network, a remote store
             text = ' '.join(str(error).split())[:200] or type(error).__name__
             _LOGGER.warning(
-                f'warning: {key} failed ({text}) and gets nothing more of this run; '
-                'the training goes on'
+                f'warning: {key} failed ({text}) and gets no more data from this run; '
+                'training continues'
             )
             del self._trackers[key]
             return None
@@ -314,7 +314,7 @@ def _load(workdir):
 
 
 def _place(workdir):
-    """The name of a run, and the sweep that it belongs to."""
+    """The name of a run, and the sweep to which it belongs."""
     path = pathlib.Path(workdir).absolute()
     for parent in path.parents[:3]:
         if (parent / 'sweep.json').is_file():
@@ -329,7 +329,7 @@ def open_trackers(
     """A context in which trackers follow a run.
 
     Args:
-      names: of TRACKERS; empty for a run that nothing follows.
+      names: some of TRACKERS; empty for none.
       config: settings by full name.
     """
     tracked = Tracked(workdir, {name: TRACKERS[name]() for name in names})
@@ -344,10 +344,10 @@ def open_trackers(
 
 
 def send_files(workdir: str, names: list[str], config: dict[str, Any]):
-    """Sends the report and the best checkpoint of a run that has ended.
+    """Sends the report and the best checkpoint of a finished run.
 
     Args:
-      names, config: as of `open_trackers`.
+      names, config: as in `open_trackers`.
     """
     if not names:
         return

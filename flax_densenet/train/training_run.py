@@ -1,7 +1,7 @@
-"""What a run works with, from its settings: data, model and optimizer.
+"""A prepared run: its data, model and optimizer, from its settings.
 
-Training and whatever else takes training steps (`lr_find`) prepare through this, so
-that they mean the same by the same fields.
+Training and everything else that takes training steps (`lr_find`) use this, so that the
+same settings mean the same in both.
 """
 
 import dataclasses
@@ -30,14 +30,14 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class TrainingRun:
-    """What one call of `fit.fit` works with.
+    """The objects that one call of `fit.fit` uses.
 
     Attributes:
       settings: with their open fields filled in.
       schedule: learning rate by step.
-      weights: to start from, of `init_from`; None where a checkpoint or the seed gives
-        them.
-      features: in place of the images, where `cache_features` kept some.
+      weights: the weights of `init_from` to start from; None if they come from a
+        checkpoint or the seed.
+      features: replace the images, if `cache_features` kept them.
     """
 
     settings: settings_lib.Settings
@@ -67,21 +67,21 @@ class TrainingRun:
 
     @property
     def batch_size(self) -> int:
-        """Images of a step, over all devices and hosts."""
+        """Images per step, over all devices and hosts."""
         return self.settings.loader.batch_size
 
     @property
     def accumulate_steps(self) -> int:
-        """Micro-batches of a step."""
+        """Micro-batches per step."""
         return self.settings.train.accumulate_steps
 
     @property
     def mixing(self) -> mixing_lib.Mixing:
-        """What is done to the images of a micro-batch on the device."""
+        """The mixing of a micro-batch's images on the device."""
         return mixing_lib.from_settings(self.settings.augmentation, rows=self.part_size)
 
     def step_options(self, frozen: int) -> step.StepOptions:
-        """What a step does while the first `frozen` stages stay as they are."""
+        """Options of the step while the first `frozen` stages stay fixed."""
         train, optimizer = self.settings.train, self.settings.optimizer
         return step.StepOptions(
             **self.preprocessing,
@@ -97,7 +97,7 @@ class TrainingRun:
         )
 
     def size_in(self, epoch: int) -> sizes.Size:
-        """Size of the training images in an epoch, counted from 1."""
+        """The size of the training images in an epoch, counted from 1."""
         return progressive_resizing.size_in(
             progressive_resizing.parse(self.settings.augmentation.size_schedule),
             epoch,
@@ -106,24 +106,24 @@ class TrainingRun:
         )
 
     def size_at(self, start: int) -> sizes.Size:
-        """The same for the step behind the first `start` ones."""
+        """The size of the training images after `start` steps."""
         count, rows = len(self.source.train), self.batch_size
-        # The first epoch with steps behind them (`step.last_step_of_epoch`).
+        # The first epoch that ends after these steps (`step.last_step_of_epoch`).
         return self.size_in(start * rows // count + 1)
 
     @property
     def part_size(self):
-        """Rows that are computed at a time, over all devices; in evaluation too."""
+        """Rows computed at a time, over all devices; in evaluation too."""
         return self.batch_size // self.accumulate_steps
 
     def place_state(self, state):
-        """A state on the host, the same on all hosts, to the devices."""
+        """Copies a state, the same on all hosts, from the host to the devices."""
         return mesh_lib.replicate(state.replace(opt_state=()), self.mesh).replace(
             opt_state=zero.place(state.opt_state, self.mesh)
         )
 
     def place_batch(self, batch):
-        """This host's rows of a training batch to the devices."""
+        """Copies this host's rows of a training batch to the devices."""
         return mesh_lib.to_global(batch, self.mesh, self.accumulate_steps)
 
     @property
@@ -135,13 +135,13 @@ class TrainingRun:
     def loading(self):
         """How batches are read."""
         loader = self.settings.loader
-        # Each process would get a copy of the features.
+        # Otherwise each process would get a copy of the features.
         workers = 0 if self.features else loader.workers
         return {'threads': loader.threads, 'workers': workers}
 
 
 def first_variables(run: TrainingRun):
-    """`{'params', 'batch_stats'}` on the host, of `init_from` or of the seed."""
+    """`{'params', 'batch_stats'}` on the host, from `init_from` or the seed."""
     variables = initialization.init_variables(
         run.module,
         seed=run.settings.train.seed,
@@ -154,13 +154,13 @@ def first_variables(run: TrainingRun):
 
 
 def examples_at(run: TrainingRun, source: dataset.Source, start: int):
-    """The training part of a source at its images' size behind `start` steps."""
+    """The training part of a source, with its image size after `start` steps."""
     size = run.size_at(start)
     return source.train if run.features else source.train.at_size(size)
 
 
 def example_shapes(run: TrainingRun, start: int) -> dict[str, tuple]:
-    """Shape and dtype of an example's arrays behind `start` steps; reads no image."""
+    """Shape and dtype of an example's arrays after `start` steps; reads no image."""
     shapes: dict[str, Any] = {'label': ((), np.int32), 'epoch': ((), np.int32)}
     if run.source.multi_label:
         shapes['label'] = (len(run.source.class_names),), np.float32
@@ -174,12 +174,12 @@ def example_shapes(run: TrainingRun, start: int) -> dict[str, tuple]:
 
 
 def train_batches(run: TrainingRun, source: dataset.Source, start: int, **loading):
-    """The batches of the training part from a step on; see `pipeline.train_batches`.
+    """The training batches from a step on; see `pipeline.train_batches`.
 
     All have the size of the first one (`TrainingRun.size_at`).
 
     Args:
-      **loading: in place of the run's own way to read.
+      **loading: replaces the run's own loading options.
     """
     augmentation = run.settings.augmentation
     return pipeline.train_batches(
@@ -198,7 +198,7 @@ def train_batches(run: TrainingRun, source: dataset.Source, start: int, **loadin
 
 
 def cache_features(run: TrainingRun, state: step.TrainState) -> dataset.Source | None:
-    """The source with features in place of images that are always the same."""
+    """The source with features in place of the images, if these never change."""
     if not run.plan.head_only or run.settings.train.cache_features == 'off':
         return None
     return feature_cache.cache_features(
@@ -218,8 +218,8 @@ def compile_step(run: TrainingRun, state: step.TrainState, frozen: int, start: i
     """Compiles `(state, batch) -> (state, loss)`, which donates the state.
 
     Args:
-      frozen: how many of `Network.stages` stay as they are.
-      start: steps that were taken; the images' size may depend on them.
+      frozen: number of `Network.stages` that stay fixed.
+      start: number of steps taken before; the image size may depend on it.
     """
     parts, by_rows = run.accumulate_steps, mesh_lib.split_rows(run.mesh)
     rows: tuple[int, ...] = (run.batch_size,)
@@ -244,7 +244,7 @@ def make_loss(settings, source) -> losses.Loss:
     """The loss of a run.
 
     Raises:
-      UserError: a field of it has a wrong value.
+      UserError: one of its fields has a wrong value.
     """
     text = settings.loss.pos_weight
     if text.strip() and not source.multi_label:
@@ -261,7 +261,7 @@ def make_loss(settings, source) -> losses.Loss:
 
 
 def class_weights(run):
-    """Of `data.balance=loss`, else None."""
+    """The class weights of `data.balance=loss`, else None."""
     if run.settings.loader.balance != 'loss':
         return None
     return class_balance.class_weights(

@@ -110,7 +110,7 @@ def _choose(outputs):
     ('flag', 'line'),
     [
         ('--threshold=best', '--threshold=best is not known; use youden'),
-        ('--positive_class=3', 'for two classes of which an image has one'),
+        ('--positive_class=3', 'for two classes, with one per image'),
     ],
 )
 def test_rules_are_refused_at_once(run, main, flag, line):

@@ -139,7 +139,7 @@ def test_arguments_without_names(arguments, expected, tmp_path, monkeypatch):
         ),
         (
             ['train', 'digits', '--pretrained', '--config.model.variant=L40k12'],
-            '--pretrained: no weights of L40k12 are published, but of densenet121, ',
+            '--pretrained: there are no published weights of L40k12, only of ',
         ),
         (['--config=cifr'], 'there is no such recipe; did you mean cifar? The recipes'),
     ],

@@ -219,7 +219,7 @@ def test_a_run_goes_on(tmp_path, monkeypatch, capsys):
     # What was read ahead before the files were lost still counts as read.
     assert out.count('2 images cannot be read any more') in (1, 2)
     assert out.count('1 images cannot be read any more, the first is') in (2, 3)
-    assert 'stand in for them' in out and 'left out of the test' in out
+    assert 'replace them' in out and 'left out of the test' in out
     records = fit.run_folder.load_run(str(tmp_path / 'lost')).records
     counts = [record.get('train_unread', 0) for record in records]
     assert counts[0] == 0 and counts[1] in (0, 1, 2) and counts[2] == 2

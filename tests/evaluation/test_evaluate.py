@@ -72,7 +72,7 @@ def test_classes_without_names_are_told(tmp_path, capsys):
     assert evaluate.match_classes(source.train, ('b', 'w'), None, count=2) is (
         source.train
     )
-    assert 'are taken for the classes of the data in this order: b, w' in (
+    assert 'are assumed to be the classes of the data in this order: b, w' in (
         capsys.readouterr().out
     )
 

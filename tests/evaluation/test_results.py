@@ -273,7 +273,7 @@ def test_labels_that_are_known_of_no_image():
     ('cells', 'expected'),
     [
         (['1,0', ',1'], []),
-        (['1,', '0,'], ['1 of 2 labels are known of no image and left out']),
+        (['1,', '0,'], ['1 of 2 labels have no known value in any image']),
         (['1,0', ','], ['1 of 2 images have no known label']),
         ([',', ','], None),
     ],
@@ -284,7 +284,7 @@ def test_what_is_known_is_told(cells, expected, monkeypatch):
     monkeypatch.setattr(measured_data.notes, 'say', lines.append)
     made = settings.from_config({'data': {'labels': 't.csv'}})
     if expected is None:
-        with pytest.raises(UserError, match='no label of the model is known of any'):
+        with pytest.raises(UserError, match='no image has a known value for a label'):
             measured_data._check_known(made, np.array(values), ('a', 'b'))
         return
     measured_data._check_known(made, np.array(values), ('a', 'b'))

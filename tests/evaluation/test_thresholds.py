@@ -250,7 +250,7 @@ def test_two_classes_have_the_threshold_of_the_positive_one(caplog):
     rule = threshold_rules.parse('youden')
     expected = threshold_rules.choose(rule, true, metrics_lib.softmax(z)[:, 1])
     assert made.values == (None, pytest.approx(expected, abs=1e-6))
-    assert 'the second class is taken for the positive one' in caplog.text
+    assert 'the second class counts as the positive one' in caplog.text
     rules = selection.Rules(threshold='youden', positive_class='benign')
     other = choosing.fit(chosen, rules, fitted()).values
     assert other[1] is None and other[0] == pytest.approx(1 - expected, abs=0.05)

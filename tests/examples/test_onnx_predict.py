@@ -146,7 +146,9 @@ def test_a_file_that_is_no_model(example, pictures, tmp_path):
     other = write_onnx(tmp_path / 'other.onnx', dtype='float')
     for model in (tmp_path / 'none.onnx', pictures['photo.jpg'], bare, other):
         said = example.main(str(model), pictures['photo.jpg'])
-        assert said.startswith(f'{model} is no exported model (') and '\n' not in said
+        assert (
+            said.startswith(f'{model} is not an exported model (') and '\n' not in said
+        )
 
 
 def test_wrong_usage():

@@ -182,7 +182,7 @@ def test_files_of_a_run_that_are_none(name, tmp_path):
     write_run(tmp_path)
     (tmp_path / name).write_text('{"model": "best checkpoint: epoch 6, step 270"}')
     if name == 'eval.json':
-        with pytest.raises(UserError, match='eval.json is not what eval writes'):
+        with pytest.raises(UserError, match='eval.json is not a file that eval writes'):
             model_card.render(trained(), workdir=str(tmp_path))
     (tmp_path / name).write_text('[1, 2}')
     with pytest.raises(

@@ -56,8 +56,8 @@ def test_a_folder_is_sent_and_comes_back(push, folder, host):
 )
 def test_it_asks(answer, sent, push, folder, host):
     status, out, _ = push(folder, 'me/birds', '--private', answer=answer)
-    assert len(host.commits) == sent and 'Send it? [y/N]' in out
-    assert status == 1 - sent and ('nothing was sent' in out) == (not sent)
+    assert len(host.commits) == sent and 'Upload it? [y/N]' in out
+    assert status == 1 - sent and ('nothing was uploaded' in out) == (not sent)
     assert host.repos == ({'me/birds': True} if sent else {})
 
 

@@ -149,7 +149,7 @@ def test_what_cannot_be():
             recipe(name, '121,fast')
     with pytest.raises(ValueError, match='quik is not known; use .* rate, quick, or a'):
         recipe('cifar', 'quik')
-    with pytest.raises(ValueError, match='quik is not known; use .* rate, or a name'):
+    with pytest.raises(ValueError, match='quik is not known; use .* rate, or the name'):
         recipe('svhn', 'quik')
 
 

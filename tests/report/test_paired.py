@@ -62,7 +62,7 @@ def test_files_come_back_as_arrays(tmp_path):
     assert (found.predicted == (logits > 0)).all() and found.groups is None
     assert paired.load_scores(str(tmp_path)) is None
     (tmp_path / 'predictions.csv').write_text('path,true,predicted,probability_a\n1,b')
-    with pytest.raises(UserError, match='is not what eval writes'):
+    with pytest.raises(UserError, match='is not a file that eval writes'):
         paired.load_scores(str(tmp_path))
 
 

@@ -155,11 +155,11 @@ def test_mistakes(monkeypatch):
         assert server.is_loopback(listener)
         port = listener.getsockname()[1]
         assert server.address_of(listener) == f'http://127.0.0.1:{port}'
-        with pytest.raises(UserError, match=f'--port={port} is taken by another'):
+        with pytest.raises(UserError, match=f'--port={port} is in use by another'):
             server.listen('127.0.0.1', port)
     for host, port, message in [
         ('127.0.0.1', 65536, '--port=65536 must be from 0 to 65535'),
-        ('no host', 0, '--host=no host is no name or address'),
+        ('no host', 0, '--host=no host is not a name or address'),
         ('192.0.2.1', 0, '--host=192.0.2.1 is not an address of this machine'),
     ]:
         with pytest.raises(UserError, match=message):

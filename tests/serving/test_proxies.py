@@ -20,7 +20,7 @@ def test_open_to_others(trained, monkeypatch):
         assert not server.is_loopback(listener)
         access = server.make_access(listener, (), '')
         told = server._welcome('bugs', server.address_of(listener), access)
-    assert 'warning: whoever reaches this machine' in told
+    assert 'warning: anyone who can reach this machine' in told
     told = server._welcome('bugs', 'http://127.0.0.1:1', guard.Access())
     assert 'warning' not in told
     monkeypatch.setattr(server, 'is_loopback', lambda listener: False)
@@ -116,4 +116,4 @@ def test_welcome_behind_a_proxy():
     access = guard.Access(allowed_hosts=('hub.example',), root_path='/user/one')
     told = server._welcome('bugs', 'http://127.0.0.1:1', access)
     assert 'its page is at /user/one/' in told
-    assert 'answers to hub.example and localhost' in told
+    assert 'accepts the names hub.example and localhost' in told

@@ -316,7 +316,7 @@ def test_mistakes(workdir):
     with socket.create_server(('127.0.0.1', 0)) as other:
         port = other.getsockname()[1]
         line = launch(f'--workdir={workdir}', f'--port={port}')
-        assert line.startswith(f'error: --port={port} is taken by another program;')
+        assert line.startswith(f'error: --port={port} is in use by another program;')
     assert 'holds no checkpoint' in launch('--workdir=/none', '--port=0')
     line = launch(f'--workdir={workdir}', '--config.data.image_size=9')
     assert line.startswith('error: data.image_size: ')
@@ -324,7 +324,7 @@ def test_mistakes(workdir):
     line = launch(f'--workdir={workdir}', '--max_requests=-1')
     assert line == 'error: --max_requests=-1 must be above 0'
     line = launch(f'--workdir={workdir}', '--port=0', '--allowed_hosts=http://a')
-    assert line.startswith('error: --allowed_hosts=http://a is no host name;')
+    assert line.startswith('error: --allowed_hosts=http://a is not a host name;')
 
 
 @pytest.fixture(scope='module')

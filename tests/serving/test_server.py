@@ -197,16 +197,16 @@ def test_batches(trained, expected):
 @pytest.mark.parametrize(
     ('path', 'body', 'options', 'status', 'message'),
     [
-        ('/none', None, {}, 404, '/none is not here; there are /, /predict'),
+        ('/none', None, {}, 404, '/none does not exist; use /, /predict'),
         ('/predict', None, {}, 405, '/predict takes POST, not GET'),
         ('/model', b'x', {}, 405, '/model takes GET, HEAD, not POST'),
         ('/predict', b'', {}, 400, 'the file is empty'),
         ('/predict', b'a text', {}, 415, 'the file is not an image (JPEG, PNG'),
         ('/predict', JPEG[: len(JPEG) // 2], {}, 415, 'the file cannot be decoded'),
         ('/predict', JPEG, {'headers': MULTIPART}, 400, 'the form cannot be used'),
-        ('/predict?top=0', JPEG, {}, 400, 'top=0 must be a number from 1 on'),
+        ('/predict?top=0', JPEG, {}, 400, 'top=0 must be an integer of at least 1'),
         ('/predict?top=x', JPEG, {}, 400, 'top=x must be a number'),
-        ('/predict?top=' + '9' * 5000, JPEG, {}, 400, 'must be a number'),
+        ('/predict?top=' + '9' * 5000, JPEG, {}, 400, 'must be an integer'),
         ('/predict?explain=yes', JPEG, {}, 400, 'explain=yes must be 0, 1'),
         ('/predict?class=ants', JPEG, {}, 400, 'explain=1'),
         ('/predict?explain=1&class=ant', JPEG, {}, 400, 'did you mean ants?'),
@@ -215,7 +215,7 @@ def test_batches(trained, expected):
         ('/predict?explain=1&method=x', JPEG, {}, 400, 'method=x is not known'),
         (
             *('/predict?explain=1&method=ig', JPEG, {}, 400),
-            'integrated_gradients is not served here, only gradcam, layercam, occlus',
+            'integrated_gradients is not served here; use gradcam, layercam, occlus',
         ),
         ('/predict?tops=3', JPEG, {}, 400, 'tops= is not known; there are top,'),
         ('/', None, {'headers': {'Host': 'evil.example'}}, 403, 'use localhost'),

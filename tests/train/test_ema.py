@@ -274,5 +274,5 @@ def test_average_of_a_head(fields, first, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('decay', [1.0, -0.1, float('nan')])
 def test_bad_decays(decay):
-    with pytest.raises(UserError, match='train.ema=.* must be 0, for none, or'):
+    with pytest.raises(UserError, match='train.ema=.* must be 0 .off. or a decay'):
         ema.check_decay(decay)

@@ -109,7 +109,7 @@ def test_no_suggestion_where_nothing_falls(tmp_path, monkeypatch):
     found = lr_finder.find(tiny_config(**TINY), str(tmp_path))
     assert found['suggestion'] is None
     assert lr_finder.describe(found).startswith(
-        'no suggestion: the loss fell by no more than its noise'
+        'no suggestion: the loss did not fall by more than its noise'
     )
     # Of weights that fit already, four times the lowest loss is noise.
     losses = 0.02 * np.random.default_rng(0).random(100)

@@ -66,7 +66,7 @@ def test_a_finished_run_does_not_measure_again(three, monkeypatch, caplog):
     assert (
         f'best: epoch {result.best["epoch"]}, Val_acc: '
         f'{result.best["val_accuracy"]:.1%}; Test_acc: {result.test["accuracy"]:.1%} '
-        f'({low:.1%} to {high:.1%}), measured once on 360 test images, which chose'
+        f'({low:.1%} to {high:.1%}), measured once on 360 test images, which were not'
     ) in caplog.text
 
 

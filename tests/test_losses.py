@@ -199,7 +199,7 @@ FIELDS = dict(loss='focal', label_smoothing=0.1, focal_gamma=2.0)
     [
         ({'loss': 'mse'}, 'train.loss=mse is not known; use cross_entropy, focal, bce'),
         ({'label_smoothing': 1.0}, 'train.label_smoothing=1 must be at least 0 and'),
-        ({'label_smoothing': -0.1}, 'train.label_smoothing=-0.1 must be 0'),
+        ({'label_smoothing': -0.1}, 'train.label_smoothing=-0.1 must be at least 0'),
         ({'focal_gamma': -1.0}, 'train.focal_gamma=-1 must be at least 0'),
         ({'focal_gamma': float('nan')}, 'train.focal_gamma=nan must be'),
     ],

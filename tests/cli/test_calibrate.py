@@ -55,7 +55,7 @@ def test_old_runs_stay_as_they_were_until_they_are_calibrated(run, main):
     (run / decisions.ARRAYS_FILE).unlink(missing_ok=True)
     np.testing.assert_array_equal(predict(run), raw)
     status, out, _ = main('calibrate', run)
-    assert status == 0 and 'decisions.json is written' in out
+    assert status == 0 and 'decisions.json written' in out
     again = decisions.load(str(run), 10).calibration.temperature
     assert again == pytest.approx(1 / json.loads(before)['calibration']['scale'][0])
     np.testing.assert_allclose(predict(run), calibrated, atol=1e-6)
@@ -90,7 +90,7 @@ def test_weights_have_theirs_beside_them(run, main, tmp_path):
     formats.save(str(path), raw.trained, 'safetensors')
     np.testing.assert_allclose(predict(path), predict(run, raw=True), atol=1e-5)
     status, out, _ = main('calibrate', path, 'digits', '--threshold=youden')
-    assert status == 0 and 'x.safetensors.decisions.json is written' in out
+    assert status == 0 and 'x.safetensors.decisions.json written' in out
     np.testing.assert_allclose(predict(path), predict(run), atol=1e-4)
     model = flax_densenet.load(path)
     assert model.thresholds is not None and model.trained.step is None

@@ -60,7 +60,7 @@ def test_classes_are_matched_by_name(tmp_path):
     assert examples.labels.tolist() == (2 * source.train.labels + 1).tolist()
     same = evaluate.match_classes(source.train, ('bees', 'wasps'), ('bees', 'wasps'))
     assert same is source.train
-    with pytest.raises(UserError, match='class wasps is not one of those'):
+    with pytest.raises(UserError, match='class wasps is not one of the classes'):
         evaluate.match_classes(source.train, source.class_names, names[:3])
     with pytest.raises(UserError, match='class bees is not .* rename it to Bees'):
         evaluate.match_classes(source.train, ('bees',), ('Ants', 'Bees'))

@@ -205,7 +205,7 @@ def test_batches(trained, expected):
         ('/predict', JPEG[: len(JPEG) // 2], {}, 415, 'the file cannot be decoded'),
         ('/predict', JPEG, {'headers': MULTIPART}, 400, 'the form cannot be used'),
         ('/predict?top=0', JPEG, {}, 400, 'top=0 must be an integer of at least 1'),
-        ('/predict?top=x', JPEG, {}, 400, 'top=x must be a number'),
+        ('/predict?top=x', JPEG, {}, 400, 'top=x must be an integer'),
         ('/predict?top=' + '9' * 5000, JPEG, {}, 400, 'must be an integer'),
         ('/predict?explain=yes', JPEG, {}, 400, 'explain=yes must be 0, 1'),
         ('/predict?class=ants', JPEG, {}, 400, 'explain=1'),

@@ -49,7 +49,7 @@ def test_what_is_said():
     ('overrides', 'message'),
     [
         ({'train.patience': -1}, 'train.patience=-1 must be from 0 to 1000000'),
-        ({'train.ema': 1.0}, 'train.ema=1 must be 0 (off) or a decay'),
+        ({'train.ema': 1.0}, 'train.ema=1 must be 0 .off. or a decay'),
         ({'train.loss': 'mse'}, 'train.loss=mse is not known; use'),
         (
             {'optimizer.decay': 'no'},

@@ -1,8 +1,8 @@
-"""What the record of an epoch says of the images that choose the best one.
+"""The metrics in an epoch's record for the images that choose the best epoch.
 
-With three parts of images these are the validation images, and a record holds
-`val_accuracy`, `val_loss`, ...; with two, and in runs of versions that had no more, the
-test images choose, and it holds `test_accuracy`, `test_loss`, ...
+If the data has three parts, these are the validation images, and a record holds
+`val_accuracy`, `val_loss`, ... With two parts, and in runs of versions that had only
+two, the test images choose, and it holds `test_accuracy`, `test_loss`, ...
 
 >>> get({'val_accuracy': 0.9}, 'accuracy'), get({'test_accuracy': 0.8}, 'accuracy')
 (0.9, 0.8)
@@ -18,12 +18,12 @@ WORDS = {VAL: 'validation', TEST: 'test'}
 
 
 def part_of(record: Mapping[str, Any]) -> str:
-    """`val` or `test`: which images a record, or a checkpoint's metrics, are of."""
+    """`val` or `test`: the images of a record, or of a checkpoint's metrics."""
     return VAL if f'{VAL}_accuracy' in record else TEST
 
 
 def get(record: Mapping[str, Any], name: str, default: Any = None) -> Any:
-    """A value of those images by its name without the part: `accuracy`, `loss`, ...
+    """The value for these images, by its name without the part: `accuracy`, `loss`, ...
 
     Returns:
       The default if the record has none.

@@ -1,13 +1,13 @@
-"""Checkpoints of a run: which exist, whether they are intact, and what they contain.
+"""Reads checkpoints of a run: which exist, whether they are intact, their content.
 
 A workdir holds `checkpoints/<step>/` for finished epochs and `checkpoints/mid-<step>/`
-for states in the middle of one (`saving` writes both). Each has the items `model`
-(params and batch statistics), `train` (the rest of the training state), `metadata`
-(JSON: how to make the model and prepare its images), `records` (of the epochs until
-then) and, of a finished epoch, `metrics`. `checksums.json` has the SHA-256 of each of
-its files; the folder gets its name when all of it is on the disk.
+for states within an epoch (`writer` writes both). Each has the items `model` (params
+and batch statistics), `train` (the rest of the training state), `metadata` (JSON: how
+to make the model and prepare its images), `records` (of the epochs so far) and, for a
+finished epoch, `metrics`. `checksums.json` has the SHA-256 of each of its files; the
+folder gets its name when all of it is on disk.
 
-Nothing here writes but `set_aside`, so a run can be evaluated while it trains.
+Only `set_aside` writes here, so a run can be evaluated while it trains.
 """
 
 import dataclasses
@@ -33,8 +33,8 @@ from flax_densenet.errors import UserError
 _LOGGER = logging.getLogger(__name__)
 
 FOLDER = 'checkpoints'
-ENSEMBLE_FILE = 'ensemble.json'  # of a folder with several runs as one model
-# Weights hardly compress; the state of an optimizer begins with zeros, which do.
+ENSEMBLE_FILE = 'ensemble.json'  # in a folder with several runs as one model
+# Weights hardly compress, but the state of an optimizer starts with zeros.
 _EXPANSION = 100
 CHECKSUMS_FILE = 'checksums.json'
 _MID, _BAD = 'mid-', 'bad-'
@@ -42,11 +42,11 @@ _MID, _BAD = 'mid-', 'bad-'
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Checkpoint:
-    """One of a workdir; in the order in which training passes them.
+    """A checkpoint in a workdir, ordered as in training.
 
     Attributes:
-      step: steps taken.
-      finished: at an epoch's end and measured; else in the middle of an epoch.
+      step: number of steps taken.
+      finished: True at the end of an epoch, with metrics; False within an epoch.
     """
 
     step: int
@@ -54,18 +54,18 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f'{"" if self.finished else _MID}{self.step}'
 
 
 def rank(metrics: dict[str, float]) -> tuple[float, float]:
-    """Sorts checkpoints and epochs: by accuracy, then by lower loss.
+    """The sort key of checkpoints and epochs: accuracy, then lower loss.
 
-    Both are of the images that choose, see `epoch_records`. With several labels an
-    image by their mean area under the ROC curve: the share of labels that are right
-    says little where most are absent.
+    Both are for the images that choose, see `epoch_records`. With several labels per
+    image, the key is their mean area under the ROC curve, since the share of correct
+    labels means little if most are absent.
 
-    A value that is not a number comes last; unsorted, it could displace the best.
+    NaN comes last; unsorted, it could displace the best.
     """
     accuracy = epoch_records.get(metrics, 'mean_auroc')
     if accuracy is None:
@@ -82,7 +82,7 @@ def _is_finite(value):
 
 
 def make_workdir(workdir: str, folder: str = ''):
-    """Makes a workdir, or a folder in it, where absent.
+    """Creates a workdir, or a folder in it, if it is missing.
 
     Raises:
       UserError: it cannot be written.
@@ -98,17 +98,17 @@ def make_workdir(workdir: str, folder: str = ''):
 
 
 def folder_of(workdir: str, which: Checkpoint) -> str:
-    """Where a checkpoint is."""
+    """The path of a checkpoint."""
     return os.path.join(workdir, FOLDER, which.name)
 
 
 def find_all(workdir: str) -> list[Checkpoint]:
-    """All complete checkpoints, whole or not, the oldest first."""
+    """All finished saves, intact or not, the oldest first."""
     try:
         names = os.listdir(os.path.join(workdir, FOLDER))
     except OSError:
         return []
-    # Unfinished ones carry another name until they are complete.
+    # Unfinished saves have another name until they are complete.
     found = [Checkpoint(int(name)) for name in names if name.isdecimal()]
     for name in names:
         if name.startswith(_MID) and name.removeprefix(_MID).isdecimal():
@@ -122,7 +122,7 @@ def has_checkpoint(workdir: str) -> bool:
 
 
 def find_latest(workdir: str) -> Checkpoint:
-    """The newest whole checkpoint, in the middle of an epoch or not.
+    """The newest intact checkpoint, within an epoch or at its end.
 
     Raises:
       UserError: there is none.
@@ -134,7 +134,7 @@ def find_latest(workdir: str) -> Checkpoint:
 
 
 def find_step(workdir: str, which: str) -> int:
-    """The step of the `latest` or the `best` whole checkpoint of a finished epoch.
+    """The step of the `latest` or the `best` intact checkpoint of a finished epoch.
 
     Raises:
       UserError: there is none.
@@ -158,8 +158,8 @@ def _none_left(workdir):
     found = find_all(workdir)
     if os.path.isfile(os.path.join(workdir, ENSEMBLE_FILE)):
         return UserError(
-            f'--workdir={workdir} holds several models, and this needs '
-            f'one; name one of them, as {os.path.join(workdir, "fold-1")}'
+            f'--workdir={workdir} holds several models, and one is needed here; name '
+            f'one of them, such as {os.path.join(workdir, "fold-1")}'
         )
     if not found:
         return UserError(
@@ -169,8 +169,8 @@ def _none_left(workdir):
     if not any(one.finished for one in found):
         return UserError(
             f'--workdir={workdir} holds no finished epoch yet, only step '
-            f'{found[-1].step} in the middle of one; run the training '
-            'command again to resume'
+            f'{found[-1].step} within an epoch; run the training command again to '
+            'resume'
         )
     return UserError(
         f'--workdir={workdir}: none of its checkpoints is intact; restore one from a '
@@ -179,7 +179,7 @@ def _none_left(workdir):
 
 
 def rank_of(workdir: str, found: Checkpoint):
-    """`rank` of a finished epoch's checkpoint; the last where it cannot be read."""
+    """`rank` of a finished epoch's checkpoint; last if it cannot be read."""
     try:
         return rank(load_json(workdir, found, 'metrics')), found.step
     except (UserError, KeyError, TypeError):
@@ -187,18 +187,18 @@ def rank_of(workdir: str, found: Checkpoint):
 
 
 def _is_whole(workdir, found):
-    """Whether to use a checkpoint; says once of a bad one what is wrong with it."""
+    """Whether to use a checkpoint; warns once about a bad one."""
     folder = os.path.abspath(folder_of(workdir, found))
     try:
         inode = os.stat(folder).st_ino
-    except OSError:  # training has removed it meanwhile
+    except OSError:  # training has removed it in the meantime
         return False
     return not _look_at(folder, inode)
 
 
 @functools.lru_cache(maxsize=64)
 def _look_at(folder, inode):
-    """What is wrong with a checkpoint, or nothing; looked for once by a program."""
+    """What is wrong with a checkpoint, or ''; checked once per process."""
     reason = check(folder)
     if reason:
         _LOGGER.warning(f'warning: bad checkpoint {folder}: {reason}; not used')
@@ -206,10 +206,10 @@ def _look_at(folder, inode):
 
 
 def check(folder: str) -> str:
-    """What is wrong with a checkpoint's folder; empty where all is as it was saved.
+    """What is wrong with a checkpoint's folder; empty if it is as it was saved.
 
-    Every file of it is read. Runs of older versions have no checksums: of theirs only
-    what is missing is found.
+    Every file is read. Runs of older versions have no checksums, so only missing files
+    are found.
     """
     try:
         with open(os.path.join(folder, CHECKSUMS_FILE), 'rb') as file:
@@ -244,14 +244,14 @@ def checksum(path: str) -> str:
 
 
 def format_sums(sums: dict[str, str]) -> bytes:
-    """The one way to write `checksums.json`, so that a change of it shows as well."""
+    """The canonical text of `checksums.json`, so that any change of it is found."""
     return json.dumps(sums, indent=0, sort_keys=True).encode()
 
 
 def set_aside(workdir: str):
-    """Renames checkpoints that are not whole: `bad-<name>`; training alone may do so.
+    """Renames corrupt checkpoints to `bad-<name>`; only training may do so.
 
-    The step that they are of will be saved again.
+    Their steps will be saved again.
     """
     for found in find_all(workdir):
         if not _is_whole(workdir, found):
@@ -268,7 +268,7 @@ def load_json(workdir: str, which: Checkpoint | int, item: str) -> Any:
     """The `metadata`, `metrics` or `records` of a checkpoint.
 
     Args:
-      which: a step stands for the end of a finished epoch.
+      which: a step means the end of a finished epoch.
     """
     which = which if isinstance(which, Checkpoint) else Checkpoint(which)
     folder = folder_of(workdir, which)
@@ -276,18 +276,18 @@ def load_json(workdir: str, which: Checkpoint | int, item: str) -> Any:
         with open(os.path.join(folder, item, item)) as file:
             found = json.load(file)
         if not isinstance(found, list if item == 'records' else dict):
-            raise _OtherArrays(f'{item} is not what is written there')
+            raise _OtherArrays(f'{item} is not in the expected form')
     except (OSError, ValueError, RecursionError) as error:
         raise _not_whole(folder, error) from error
     return found
 
 
 class _OtherArrays(ValueError):
-    """What a checkpoint holds is not what is asked for; said in our words."""
+    """A checkpoint does not hold what is requested; with a message of this package."""
 
 
 def _not_whole(folder, error):
-    """The error of a checkpoint; what libraries say goes to developers alone."""
+    """The error of a checkpoint; messages of libraries are only for developers."""
     if isinstance(error, _OtherArrays):
         reason = str(error)
     elif isinstance(error, OSError) and error.strerror:
@@ -297,7 +297,7 @@ def _not_whole(folder, error):
     elif isinstance(error, (json.JSONDecodeError, RecursionError, UnicodeDecodeError)):
         reason = 'its JSON cannot be read'
     else:
-        reason = 'its arrays cannot be read as those of this model and optimizer'
+        reason = 'its arrays do not fit this model and optimizer'
     return UserError(
         f'the checkpoint {folder} is not intact ({reason}); remove that folder to use '
         'an earlier one'
@@ -310,22 +310,23 @@ def restore(
     """Restores `model`, `train`, or both.
 
     Args:
-      which: a step stands for the end of a finished epoch.
-      sharding: of every array restored; None for numpy arrays, in half of the time.
-      **items: for each item a tree of arrays or ShapeDtypeStructs of its shapes.
+      which: a step means the end of a finished epoch.
+      sharding: sharding of every restored array; None for numpy arrays, which takes
+        half the time.
+      **items: for each item a tree of arrays or ShapeDtypeStructs with its shapes.
 
     Returns:
-      `{item: tree of arrays}`, of the device or, without sharding, of numpy.
+      `{item: tree of arrays}`, on the devices or, without sharding, in numpy.
 
     Raises:
-      UserError: the checkpoint is not whole, or holds other arrays.
+      UserError: the checkpoint is corrupt, or holds other arrays.
     """
 
     def target(leaf):
         leaf = leaf if isinstance(leaf, jax.ShapeDtypeStruct) else np.asarray(leaf)
         if sharding is None:
             return np.empty(leaf.shape, leaf.dtype)
-        # Given always, else orbax takes the devices of the run that saved.
+        # Always given, otherwise orbax uses the devices of the run that saved it.
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     which = which if isinstance(which, Checkpoint) else Checkpoint(which)
@@ -340,18 +341,18 @@ def restore(
                 )
                 for name, tree in items.items()
             }
-    # What orbax and tensorstore raise where the files are not those of these arrays.
+    # Errors of orbax and tensorstore if the files do not belong to these arrays.
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise _not_whole(folder, error) from error
 
 
 def _check_shapes(folder, items):
-    """Raises where the arrays are others than those that are asked for.
+    """Raises if the arrays are not the requested ones.
 
-    orbax would see it too, in the middle of reading.
+    orbax would notice it too, in the middle of reading.
     """
     handler = ocp.StandardCheckpointHandler()
-    # The rest of the state has tuples, which are stored as something else.
+    # The rest of the state has tuples, which are stored in another form.
     for name in items.keys() & {'model'}:
         tree = items[name]
         stored = handler.metadata(pathlib.Path(folder, name)).tree
@@ -366,10 +367,10 @@ def _check_shapes(folder, items):
 
 
 def _check_stored(folder, items):
-    """Raises where the files are far too small to hold the arrays.
+    """Raises if the files are far too small to hold the arrays.
 
-    An array of which nothing is stored is read as zeros, whatever size it claims; so a
-    few bytes of a stranger's could take all memory.
+    An array without stored data is read as zeros, whatever size it claims, so a few
+    bytes in an untrusted file could use all memory.
     """
     stored = sum(
         os.path.getsize(os.path.join(place, name))

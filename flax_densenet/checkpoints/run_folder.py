@@ -1,4 +1,4 @@
-"""What a run's folder says of its training: the files that `fit.fit` wrote."""
+"""Reads the files about training in a run's folder, written by `fit.fit`."""
 
 import dataclasses
 import json
@@ -18,12 +18,12 @@ ENVIRONMENT_FILE = 'environment.json'
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What a run's folder says of its training; empty for weights from elsewhere.
+    """The record of a run's training; empty for weights of other programs.
 
     Attributes:
       records: lines of `metrics.jsonl`.
-      config: of `config.json`.
-      environment: of `environment.json`.
+      config: content of `config.json`.
+      environment: content of `environment.json`.
     """
 
     name: str
@@ -33,10 +33,10 @@ class RunRecord:
 
 
 def load_run(workdir: str) -> RunRecord:
-    """Reads the files of a run's folder, those that there are.
+    """Reads the existing files of a run's folder.
 
     Raises:
-      UserError: one of them holds something else than JSON objects.
+      UserError: one of them holds anything other than JSON objects.
     """
     records = []
     for line in _read(workdir, METRICS_FILE).splitlines():
@@ -75,10 +75,10 @@ def _read(workdir, name):
 
 
 def curves(records: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Columns by name, those that all records have.
+    """The columns that all records have, by name.
 
-    `held_accuracy`, `held_loss` and `held_mean_auroc` are of the images that choose the
-    best epoch, which are validation or test images as `part` says: `val` or `test`.
+    `held_accuracy`, `held_loss` and `held_mean_auroc` are for the images that choose
+    the best epoch: validation or test images, with `part` `val` or `test`.
     """
     if not records:
         return None
@@ -98,7 +98,7 @@ def curves(records: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def flatten(config: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-    """`{'model.variant': ...}` of nested fields."""
+    """`{'model.variant': ...}` from nested fields."""
     fields: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):
@@ -109,5 +109,5 @@ def flatten(config: dict[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 def median(records: list[dict[str, Any]], name: str) -> float:
-    """Of a column."""
+    """The values of a column."""
     return float(np.median([record[name] for record in records]))

@@ -1,8 +1,8 @@
-"""Saves checkpoints: in the background, all or nothing, tried again where that fails.
+"""Saves checkpoints in the background, atomically, with retries.
 
-A checkpoint is written into a folder of another name, with the checksum of each of its
-files, and gets its own name by one rename; then `metrics.jsonl` follows. Whenever the
-program is killed, the folders with a checkpoint's name are complete ones.
+A checkpoint is written into a folder with a temporary name, with the checksum of each
+of its files, and gets its name by one rename; then `metrics.jsonl` is written. If the
+program is killed at any time, all folders with a checkpoint's name are complete.
 
 >>> parse_every('500 steps'), parse_every('10 minutes')
 (Every(steps=500, seconds=0.0), Every(steps=0, seconds=600.0))
@@ -35,16 +35,17 @@ from flax_densenet.system import atomic
 
 _LOGGER = logging.getLogger(__name__)
 
-# A full disk may be emptied, a network disk come back; then the run ends.
+# Pauses in which a full disk may be cleared or a network disk return; then the run
+# ends.
 PAUSES_SECONDS = (1.0, 5.0, 20.0)
 _PART = 'tmp-'
-# tensorstore reports what the disk did as ValueError or RuntimeError.
+# tensorstore reports disk errors as ValueError or RuntimeError.
 _FAILURES = (OSError, ValueError, RuntimeError)
 
 
 @dataclasses.dataclass(frozen=True)
 class Every:
-    """How often to save within epochs, by steps or by time; 0 and 0: never."""
+    """How often to save within epochs, by steps or by time; both 0: never."""
 
     steps: int = 0
     seconds: float = 0.0
@@ -54,15 +55,15 @@ class Every:
         return bool(self.steps and step % self.steps == 0)
 
     def due(self, seconds: float) -> bool:
-        """Whether to save, so many seconds after the last time."""
+        """Whether to save, this many seconds after the last save."""
         return bool(self.seconds and seconds >= self.seconds)
 
 
 def parse_every(text: str) -> Every:
-    """Reads `train.checkpoint_every`.
+    """Parses `train.checkpoint_every`.
 
     Raises:
-      UserError: it is none of the forms.
+      UserError: it has none of the known forms.
     """
     if not text.strip():
         return Every()
@@ -70,8 +71,8 @@ def parse_every(text: str) -> Every:
     number, unit = (float(form[1]), form[2]) if form else (0.0, '')
     if not number or (unit.startswith('step') and not number.is_integer()):
         raise UserError(
-            f"train.checkpoint_every={text} is not known; use '500 steps', "
-            "'10 minutes', or nothing for epochs alone"
+            f"train.checkpoint_every={text} is not known; use '500 steps', '10 "
+            "minutes', or leave it empty to save only after epochs"
         )
     if unit.startswith('step'):
         return Every(steps=int(number))
@@ -81,8 +82,8 @@ def parse_every(text: str) -> Every:
 class Saver:
     """Writes the checkpoints of a run and its `metrics.jsonl`, one after another.
 
-    On several hosts all call it and the first one writes; what is spread over hosts is
-    put together before.
+    With several hosts, all call it and the first one writes; sharded arrays are
+    gathered first.
     """
 
     def __init__(self, workdir: str):
@@ -103,15 +104,15 @@ class Saver:
         """Saves in the background; the arrays may be donated once this returns.
 
         Args:
-          model: `{'params', 'batch_stats'}`.
-          train: what else a resumed run needs, a tree of arrays.
-          metadata: what JSON can hold.
-          records: of all epochs until now; the lines of `metrics.jsonl`.
-          metrics: of a finished epoch: accuracy and loss of the images that choose at
-            least (`epoch_records`); only numbers are kept.
+          Args: model: `{'params', 'batch_stats'}`.
+          train: the rest of the state that a resumed run needs, a tree of arrays.
+          metadata: JSON values.
+          records: the records of all epochs so far; the lines of `metrics.jsonl`.
+          metrics: metrics of a finished epoch, at least accuracy and loss on the images
+            that choose (`epoch_records`); only numbers are kept.
 
         Raises:
-          UserError: the save before this one failed for good.
+          UserError: the previous save failed for good.
         """
         self.wait()
         arrays = mesh.to_host({'model': model, 'train': train})
@@ -131,15 +132,15 @@ class Saver:
         )
 
     def check(self):
-        """Raises as `wait` where the last save has failed by now; does not wait."""
+        """Raises as `wait` does if the last save has failed by now; does not wait."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self):
-        """Returns when the last save is complete.
+        """Waits until the last save is complete.
 
         Raises:
-          UserError: it failed for good; the checkpoints before are as they were.
+          UserError: it failed for good; earlier checkpoints are unchanged.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -155,10 +156,9 @@ class Saver:
 
 @contextlib.contextmanager
 def open_saver(workdir: str):
-    """A `Saver` for a folder that no other process trains in; a context.
+    """A context with a `Saver` for a folder that no other process trains in.
 
-    What a killed run left unfinished goes; checkpoints that are not whole are set
-    aside.
+    Unfinished saves of a killed run are deleted; corrupt checkpoints are set aside.
 
     Raises:
       UserError: the folder cannot be written.
@@ -174,7 +174,7 @@ def open_saver(workdir: str):
                 f'--workdir={workdir} cannot be written ({error.strerror}); choose '
                 'another'
             ) from error
-    processes.barrier('opened')  # what is not whole is out of the others' sight
+    processes.barrier('opened')  # no corrupt checkpoints remain visible
     saver = Saver(workdir)
     _no_tracebacks()
     tensorstore_leak.patch_to_json()
@@ -186,12 +186,12 @@ def open_saver(workdir: str):
 
 @functools.cache
 def _no_tracebacks():
-    """Keeps back what a disk that fills within a save makes libraries print.
+    """Suppresses the output of libraries when a disk fills up during a save.
 
     orbax and asyncio log a traceback for each array that could not be written, and
-    tensorstore's threads report each one that they end after orbax has given up. The
-    saver's own line says what happened. This is for the program's whole life, since
-    those threads may come late.
+    tensorstore's threads report each one that ends after orbax has given up. The
+    saver's own line has the reason. This lasts for the lifetime of the process, since
+    those threads may end late.
     """
     logging.getLogger('absl').addFilter(
         lambda record: '/orbax/' not in record.pathname or not record.exc_info
@@ -210,7 +210,7 @@ def _no_tracebacks():
 
 def _remove_parts(folder):
     for name in os.listdir(folder):
-        # The second are those of versions that named them so.
+        # The second pattern is that of earlier versions.
         if name.startswith(_PART) or '.orbax-checkpoint-tmp' in name:
             shutil.rmtree(os.path.join(folder, name))
 
@@ -246,7 +246,7 @@ def _save_or_retry(workdir, which, arrays, texts, lines):
 
 
 def _shorten(error):
-    """What the disk said, where that is to be found; else the line, shortened."""
+    """The disk's error if it can be found, else the message, shortened."""
     if isinstance(error, OSError) and error.strerror:
         return (
             f'{error.filename}: {error.strerror}' if error.filename else error.strerror
@@ -258,7 +258,7 @@ def _shorten(error):
 
 
 def _save(workdir, which, arrays, texts):
-    """One checkpoint, complete with its name or not at all."""
+    """Writes one checkpoint: complete under its name, or not at all."""
     folder = os.path.abspath(os.path.join(workdir, checkpoint_reader.FOLDER))
     if not os.path.isdir(folder):
         _LOGGER.warning(f'warning: {folder} was missing and has been recreated')
@@ -266,7 +266,7 @@ def _save(workdir, which, arrays, texts):
     part = os.path.join(folder, _PART + which.name)
     final = os.path.abspath(checkpoint_reader.folder_of(workdir, which))
     shutil.rmtree(part, ignore_errors=True)
-    # tensorstore would print pages about it, from threads of its own.
+    # tensorstore would print pages about it, from its own threads.
     if shutil.disk_usage(folder).free < sum(x.nbytes for x in jax.tree.leaves(arrays)):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
     os.mkdir(part)
@@ -290,14 +290,14 @@ def _save(workdir, which, arrays, texts):
     )
     for at, _, _ in os.walk(part):
         atomic.sync_folder(at)
-    if os.path.isdir(final):  # a run that went back to an older checkpoint
+    if os.path.isdir(final):  # a run that resumed from an older checkpoint
         shutil.rmtree(final)
     os.rename(part, final)
     atomic.sync_folder(folder)
 
 
 def _alone():
-    """Options of orbax for one writer of several processes."""
+    """Options of orbax for a single writer among several processes."""
     if jax.process_count() == 1:
         return {}
     return {
@@ -324,7 +324,7 @@ def _remove_old(workdir):
     for one in found:
         if one not in keep:
             folder = checkpoint_reader.folder_of(workdir, one)
-            # Without its name first: half of it must not pass for a checkpoint.
+            # Renamed first: a partly deleted checkpoint must not look like a valid one.
             away = os.path.join(workdir, checkpoint_reader.FOLDER, _PART + one.name)
             os.rename(folder, away)
             shutil.rmtree(away)

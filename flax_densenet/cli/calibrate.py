@@ -1,4 +1,4 @@
-"""`calibrate`: fits probabilities and thresholds of a trained model."""
+"""`calibrate`: fits the probabilities and thresholds of a trained model."""
 
 import dataclasses
 import os
@@ -9,7 +9,7 @@ from flax_densenet.system import terminal
 
 
 def run(invocation: options.Invocation):
-    """Fits, saves beside the model, and prints what it is worth."""
+    """Fits, saves the result next to the model, and prints the gain."""
     from flax_densenet.evaluation import (
         choosing,
         decision_text,
@@ -27,8 +27,8 @@ def run(invocation: options.Invocation):
     if published.is_name(invocation.fields['init_from']):
         name = invocation.fields['init_from']
         raise UserError(
-            f'{name} is shared by all that use it; calibrate a copy: export {name} '
-            'model.safetensors'
+            f'{name} is shared by all programs that use it; calibrate a copy: export '
+            f'{name} model.safetensors'
         )
     rules = _rules(flags)
     if crossval.measure(invocation, invocation.workdir, report=False, rules=rules):
@@ -65,8 +65,8 @@ def run(invocation: options.Invocation):
     for line in decision_text.threshold_lines(found.metrics):
         terminal.say(line)
     terminal.say(
-        f'{decisions.files_of(path)[0]} is written, fitted on {made.where}; eval, '
-        'report, predict, serve and export use it unless --raw is given'
+        f'{decisions.files_of(path)[0]} written, fitted on {made.where}; eval, report, '
+        'predict, serve and export use it unless --raw is given'
     )
     if os.path.exists(os.path.join(path, 'report.html')):
         terminal.say(
@@ -76,7 +76,7 @@ def run(invocation: options.Invocation):
 
 
 def _rules(flags):
-    """What is to be fitted, checked."""
+    """Checks and returns what to fit."""
     from flax_densenet.evaluation import selection, unusual
 
     rules = selection.Rules(
@@ -97,15 +97,15 @@ def _rules(flags):
 
 COMMAND = options.Command(
     'calibrate',
-    'Fit calibrated probabilities and thresholds of a trained model.',
+    'Calibrate the probabilities and choose the thresholds of a trained model.',
     run,
     usage='MODEL [PHOTOS]',
     details=(
         'MODEL is the folder of a run, or a file or folder of weights. Training does '
-        'this by itself at its end; the command is for other rules, for runs of '
-        'earlier versions, and for weights from elsewhere, which need PHOTOS. It uses '
-        "the run's own validation images, or its test images if there is no validation "
-        'part; or the images of PHOTOS. The result is kept beside the model.',
+        'this automatically at its end. Use the command for other rules, for runs of '
+        'earlier versions, and for other weights, which need PHOTOS. It uses the '
+        "images of PHOTOS if given, else the run's own validation images, or its test "
+        'images if there is no validation part. The result is saved next to the model.',
     ),
     examples=(
         ('calibrate a run of an earlier version', 'calibrate ckpt/birds'),
@@ -113,7 +113,7 @@ COMMAND = options.Command(
             'find at least 95% of the positives',
             'calibrate ckpt/moles --threshold=sensitivity=0.95',
         ),
-        ('weights from elsewhere', 'calibrate densenet121.pth photos'),
+        ('weights of another program', 'calibrate densenet121.pth photos'),
     ),
     flags={
         'Model': (options.WORKDIR, *options.OF_WEIGHTS),
@@ -160,5 +160,5 @@ COMMAND = options.Command(
     }
     | options.SEVERAL_PROCESSES,
     place=arguments.place_model_and_data,
-    fields='Only init_from and data.* apply; the model has the rest.',
+    fields='Only init_from and data.* apply; everything else comes from the model.',
 )

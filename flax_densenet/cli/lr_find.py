@@ -1,4 +1,4 @@
-"""`lr_find`: which learning rates make sense for a model and data."""
+"""`lr_find`: finds a learning rate for a model and its data."""
 
 from flax_densenet import errors
 from flax_densenet.cli import arguments, options
@@ -21,7 +21,8 @@ def run(invocation: options.Invocation):
         where = f'{picture} and {lr_finder.FILE} are in {workdir}'
     else:
         terminal.say(
-            f"no {plots.RATES_FILE}: it needs pip install 'flax_densenet[report]'"
+            f'{plots.RATES_FILE} is not written: it needs pip install '
+            "'flax_densenet[report]'"
         )
     terminal.say(f'{lr_finder.describe(result)}; {where}')
 
@@ -32,8 +33,8 @@ COMMAND = options.Command(
     run,
     usage='[PHOTOS]',
     details=(
-        'Trains a copy of the model while the learning rate grows, and suggests a '
-        'rate. The run itself is not changed. Writes lr_find.png and lr_find.json.',
+        'Trains a copy of the model with a growing learning rate and suggests a rate. '
+        'The run itself is not changed. Writes lr_find.png and lr_find.json.',
     ),
     examples=(
         ('for a recipe', 'lr_find --config=folder:photos'),

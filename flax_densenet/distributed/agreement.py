@@ -1,8 +1,8 @@
-"""What all processes do at the same step: stopping at a signal, saving by a clock.
+"""Agreement between processes: stop at a signal, save by a clock, at the same step.
 
-A signal reaches processes at different steps, or one of them alone, and their clocks
-differ. After each step each process gives its wish, and all hear the largest one after
-the step behind it, when the devices have it anyway: nothing waits for it. It costs an
+A signal reaches processes at different steps, or only one of them, and their clocks
+differ. After each step each process submits its wish, and all get the maximum after the
+next step, when the devices have it anyway, so nothing waits for it. The cost is an
 exchange of two numbers.
 """
 
@@ -27,11 +27,12 @@ class Agreement:
         )
 
     def exchange(self, *wishes: int) -> tuple[int, ...]:
-        """Gives this process's wishes, each 0 or more.
+        """Submits this process's wishes, each 0 or more.
 
         Returns:
-          Of each the largest of all processes: of one process, those given now; of
-          several, those given at the call before, or zeros at the first.
+          The maximum of each wish over all processes. With one process, these are the
+          wishes submitted now; with several, those of the previous call, or zeros at
+          the first call.
         """
         if self._alone:
             return wishes
@@ -41,7 +42,7 @@ class Agreement:
         return tuple(jax.device_get(coming).tolist())
 
     def forget(self):
-        """Drops what is on its way: it has been acted on."""
+        """Drops pending wishes, which have been acted on."""
         self._coming = None
 
     def _start(self, wishes):

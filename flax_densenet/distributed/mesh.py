@@ -1,4 +1,4 @@
-"""One `data` axis over all devices: who holds which rows, and who writes."""
+"""A mesh with one `data` axis over all devices, and transfers to and from it."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ from flax_densenet.errors import UserError
 
 
 def make_mesh(devices=None) -> Mesh:
-    """A mesh of all devices (of all hosts), or of `devices`, with the axis `data`."""
+    """A mesh of all devices on all hosts, or of `devices`, with the axis `data`."""
     devices = jax.devices() if devices is None else devices
     # jax.make_mesh has explicit axes by default, in which optax's cross-entropy
     # has no gradient; Mesh itself has automatic ones.
@@ -17,27 +17,27 @@ def make_mesh(devices=None) -> Mesh:
 
 
 def make_local_mesh() -> Mesh:
-    """A mesh of this host's devices alone."""
+    """A mesh of only this host's devices."""
     return make_mesh(jax.local_devices())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The sharding of parameters: a whole copy on every device."""
+    """The sharding of parameters: a complete copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_rows(mesh: Mesh) -> NamedSharding:
-    """The sharding of a batch: rows spread over the devices."""
+    """The sharding of a batch: rows divided over the devices."""
     return NamedSharding(mesh, PartitionSpec('data'))
 
 
 def split_micro_batches(mesh: Mesh) -> NamedSharding:
-    """The sharding of `[micro_batches, rows, ...]`: rows spread over the devices."""
+    """The sharding of `[micro_batches, rows, ...]`: rows divided over the devices."""
     return NamedSharding(mesh, PartitionSpec(None, 'data'))
 
 
 def replicate(tree, mesh: Mesh):
-    """Host arrays, the same on every host, to a copy on every device."""
+    """Copies host arrays, the same on every host, to every device."""
     sharding = replicated(mesh)
     if jax.process_count() == 1:  # all at once, five times as fast
         return jax.device_put(tree, sharding)
@@ -47,15 +47,15 @@ def replicate(tree, mesh: Mesh):
 
 
 def to_global(batch, mesh: Mesh, micro_batches: int = 1):
-    """This host's rows of a batch (numpy) to one array over all hosts' devices.
+    """Makes global arrays over all hosts' devices from this host's rows (numpy).
 
     Args:
       batch: arrays `[n, ...]`.
-      mesh: of the devices.
-      micro_batches: number of micro-batches. Above 1 the arrays become
-        `[micro_batches, N / micro_batches, ...]`, and each micro-batch is spread over
-        all devices. A micro-batch is consecutive rows of the batch, whatever the
-        devices, so no rows have to move between devices.
+      mesh: the mesh of the devices.
+      micro_batches: number of micro-batches. Above 1 the arrays become `[micro_batches,
+        N / micro_batches, ...]`, and each micro-batch is divided over all devices. A
+        micro-batch consists of consecutive rows of the batch, whatever the devices, so
+        no rows have to move between devices.
     """
     if micro_batches == 1:
         sharding = split_rows(mesh)
@@ -64,7 +64,7 @@ def to_global(batch, mesh: Mesh, micro_batches: int = 1):
         batch = jax.tree.map(
             lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), batch
         )
-    # Meant, though of several processes' arrays JAX takes it for an oversight.
+    # Intended, although JAX warns about it for arrays of several processes.
     with jax.transfer_guard_host_to_device('allow'):
         return jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(sharding, x), batch
@@ -72,7 +72,7 @@ def to_global(batch, mesh: Mesh, micro_batches: int = 1):
 
 
 def gather(array) -> np.ndarray:
-    """A global array's rows, of all hosts, on this host."""
+    """Gathers the rows of a global array, from all hosts, on this host."""
     if jax.process_count() == 1:
         return jax.device_get(array)
     return multihost_utils.process_allgather(array, tiled=True)
@@ -81,13 +81,13 @@ def gather(array) -> np.ndarray:
 def to_host(tree):
     """Copies of arrays for the one process that writes; None on the others.
 
-    All processes have to call it: what is spread over their devices is put together.
+    All processes have to call it: sharded arrays are gathered.
     """
     arrays = jax.tree.map(_replicated, tree)
     if not is_writer():
         return None
-    # On a CPU the host's arrays would be the device's own, which a step that is given
-    # the same buffers overwrites.
+    # On a CPU, the host arrays would share the device's buffers, which a step with
+    # donated arguments overwrites.
     return jax.tree.map(lambda leaf: np.array(leaf), jax.device_get(arrays))
 
 
@@ -100,10 +100,10 @@ def _replicated(leaf):
 
 
 def check_batch_size(batch_size: int, mesh: Mesh, accumulate_steps: int = 1):
-    """Raises `UserError` where a global batch does not divide over the devices.
+    """Raises `UserError` if a global batch does not divide over the devices.
 
     Args:
-      accumulate_steps: micro-batches of the batch, each of which must divide.
+      accumulate_steps: number of micro-batches, each of which must divide.
     """
     devices = mesh.size
     if accumulate_steps > 1 and batch_size % (devices * accumulate_steps):

@@ -1,14 +1,14 @@
-"""What C++ libraries print on a lost cluster, as one line; ends the process with 2.
+"""Turns C++ errors about a lost cluster into one line, and exits with status 2.
 
-JAX's runtime aborts the program when the first process is gone, when not all come, and
-so on: a page with a stack trace and exit status 134, which no handler can catch. So
-what C++ prints (file descriptors 1 and 2) goes through a small process, this file run
-as a program. It passes all on, but for lines that say nothing (gloo's greeting); for a
-message that ends the cluster it prints one line of its own, and a thread of the program
-leaves with 2. The pipe holds one message at a time, so that the library, which has more
-to print, waits meanwhile and does not abort first.
+JAX's runtime aborts the program if the first process is gone, if processes are missing,
+and so on, with a page of stack trace and exit status 134, which no handler can catch.
+So the C++ output (file descriptors 1 and 2) goes through a small process, this file run
+as a program. It passes everything on except meaningless lines (gloo's greeting). For a
+message that ends the cluster it prints one line instead, and a thread of the program
+exits with status 2. The pipe holds one message at a time, so that the library, which
+has more to print, blocks and does not abort first.
 
-Python's own `sys.stdout` and `sys.stderr` go where they went before.
+Python's `sys.stdout` and `sys.stderr` are not redirected.
 """
 
 import os
@@ -23,7 +23,7 @@ GO_ON = (
 )
 _FATAL = b'JAX distributed service detected fatal errors'
 _PORT = b'Failed to add port to server'
-# Greetings, and what the message that ends the process says as well.
+# Greetings, and lines that repeat the message that ends the process.
 _IDLE = re.compile(rb'^\[Gloo\] Rank|coordination_service\w*\.cc')
 _PATIENCE_SECONDS = 10
 _QUIET = b'\0quiet\n'
@@ -45,14 +45,14 @@ def explain(text: str) -> str:
         )
     if 'Unexpected task' in text:
         return (
-            'this --process_id is not one of those that process 0 expects; give all '
-            'processes the same --num_processes, and each one its own --process_id'
+            'process 0 does not expect this --process_id; give all processes the same '
+            '--num_processes, and each one its own --process_id'
         )
     if 'RegisterTask' in text:
         return (
-            'not all processes came within --initialization_timeout, or process 0 '
+            'not all processes joined within --initialization_timeout, or process 0 '
             'cannot be reached; start all of --num_processes, each with its own '
-            '--process_id, and look at --coordinator and at firewalls'
+            '--process_id, and check --coordinator and firewalls'
         )
     numbers = re.search(r'unhealthy[^\n]*\n((?:\s*[\w/:]*\d+\n)+)', text)
     who = 'process 0 has ended, or the network to it is down'
@@ -63,15 +63,15 @@ def explain(text: str) -> str:
 
 
 def silence():
-    """Drops all that C++ prints from now on, as the process is about to end."""
+    """Drops all C++ output from now on, as the process is about to end."""
     if _redirected:
         os.write(2, _QUIET)
 
 
 def redirect():
-    """Sends what C++ prints through the filter, for the rest of the program's life.
+    """Sends C++ output through the filter, for the rest of the process.
 
-    To be called before JAX starts anything.
+    Must be called before JAX starts anything.
     """
     import subprocess
     import threading
@@ -113,7 +113,7 @@ def _flush():
 
 
 def _reopen(stream):
-    """The stream on a file descriptor of its own, apart from that of C++."""
+    """The stream on a separate file descriptor from that of C++."""
     return open(
         os.dup(stream.fileno()),
         'w',
@@ -128,22 +128,22 @@ def _make_pipe():
         return os.pipe()
     import fcntl
 
-    reader, writer = os.pipe2(os.O_DIRECT)  # a message stays apart from the next one
-    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)  # and is alone there
+    reader, writer = os.pipe2(os.O_DIRECT)  # separates a message from the next one
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)  # and is the only one there
     os.set_inheritable(writer, False)
     return reader, writer
 
 
 def _pass_on():
-    """The program: reads messages until their writer has ended."""
-    for signum in (signal.SIGINT, signal.SIGTERM):  # those are for the other one
+    """The filter program: reads messages until their writer has ended."""
+    for signum in (signal.SIGINT, signal.SIGTERM):  # those are for the other process
         signal.signal(signum, signal.SIG_IGN)
     poll, part = select.poll(), b''
     poll.register(0, select.POLLIN)
     while (message := os.read(0, 1 << 16)) or part:
         message, part = part + message, b''
         if not message.endswith(b'\n') and poll.poll(200):
-            part = message  # the rest of the line is there already
+            part = message  # the rest of the line has arrived already
             continue
         if _QUIET in message:
             _drop(0)
@@ -159,7 +159,7 @@ def _pass_on():
 
 
 def _drop(seconds):
-    """Leaves the writer waiting until it has ended, then reads what is left."""
+    """Lets the writer wait until it has ended, then reads the rest."""
     poll = select.poll()
     poll.register(0, select.POLLHUP)
     poll.poll(1000 * seconds)

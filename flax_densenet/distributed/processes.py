@@ -1,13 +1,13 @@
 """Processes of one run: how they find each other, agree, and end together.
 
-All of it is JAX's distributed runtime: its detection of the cluster, its key-value
-store and its barriers. Without `start` there is one process, and nothing here does
-anything.
+All of it uses JAX's distributed runtime: its detection of the cluster, its key-value
+store and its barriers. Without `start` there is one process, and nothing here has any
+effect.
 
-A process that ends before the others tells them why. One that is killed or hangs does
-not: each process has a thread that meets those of all others every few seconds, and
-where one is missing for `heartbeat_timeout_seconds` the others end, whatever their
-devices wait for.
+A process that ends before the others tells them why. For processes that are killed or
+hang, each process has a thread that meets those of all others every few seconds. If one
+is missing for `heartbeat_timeout_seconds`, the others end, whatever their devices are
+waiting for.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ from typing import Any
 from flax_densenet.distributed import native_errors
 from flax_densenet.errors import UserError
 
-# What `jax.distributed.initialize` knows, in the order in which it looks.
+# Launchers that `jax.distributed.initialize` detects, in its order.
 LAUNCHERS = 'Cloud TPU, Open MPI, Slurm, Kubernetes (Indexed Job or JobSet)'
-_EVER = 2**31 - 1  # milliseconds, some 24 days
+_EVER = 2**31 - 1  # milliseconds, about 24 days
 _PULSE_SECONDS = 2.0
-_GRACE_SECONDS = 5.0  # to end in one's own way, for what all processes meet
+_GRACE_SECONDS = 5.0  # to end regularly after a common event
 _PREFIX = 'flax_densenet'
 
 _LOGGER = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ _member = None
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, where training does not see to it; exit status 143."""
+    """SIGTERM, if training does not handle it; exit status 143."""
 
     exit_status = 128 + signal.SIGTERM
 
@@ -51,10 +51,10 @@ def check(
     num_processes: int | None,
     process_id: int | None,
 ) -> str | None:
-    """The coordinator's address, where it is given; None for the cluster to tell.
+    """The coordinator's address if it is given; None to detect the cluster.
 
     Raises:
-      UserError: a part of the three is given, or they cannot be.
+      UserError: only some of the three are given, or they are invalid.
     """
     address = coordinator_address or os.environ.get('JAX_COORDINATOR_ADDRESS')
     given = coordinator_address, num_processes, process_id
@@ -63,7 +63,7 @@ def check(
     if address is None or num_processes is None or process_id is None:
         raise UserError(
             '--coordinator (or JAX_COORDINATOR_ADDRESS), --num_processes and '
-            '--process_id go together; give all three, or none for the cluster to tell '
+            '--process_id go together; give all three, or none to detect the cluster '
             f'({LAUNCHERS})'
         )
     host, _, port = address.rpartition(':')
@@ -82,10 +82,10 @@ def check(
 
 
 def _check_port(address):
-    """JAX would end by a segmentation fault where the port is taken."""
+    """Checks the port, since JAX would crash with a segmentation fault."""
     port = int(address.rpartition(':')[2])
     with socket.socket(socket.AF_INET) as probe:
-        # As the coordinator does it: a port whose last owner just left is free.
+        # As the coordinator does it: a port that was closed a moment ago is free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(('', port))
@@ -104,17 +104,18 @@ def start(
     initialization_timeout: int = 300,
     heartbeat_timeout_seconds: int = 30,
 ):
-    """Becomes one process of several; to be called once, before JAX has a backend.
+    """Joins several processes; to be called once, before JAX has a backend.
 
     Args:
       coordinator_address: `HOST:PORT` of process 0, `num_processes` and `process_id`:
-        all three, or none for the cluster to tell.
+        give all three, or none to detect the cluster.
       initialization_timeout: seconds to wait for all processes.
-      heartbeat_timeout_seconds: a process that does not answer for so long has died.
+      heartbeat_timeout_seconds: a process that does not respond for this long counts as
+        dead.
 
     Raises:
-      UserError: the values are wrong or no cluster is found. Where the others do not
-        come, the process ends with a line and status 2.
+      UserError: the values are wrong or no cluster is found. If other processes do not
+        join, the process ends with a line and status 2.
     """
     global _member
     address = check(coordinator_address, num_processes, process_id)
@@ -126,7 +127,7 @@ def start(
     native_errors.redirect()
     import jax
 
-    # Its handler of SIGTERM would take the place of ours, and end nothing.
+    # Its SIGTERM handler would replace ours and not end the process.
     jax.config.update('jax_enable_preemption_service', False)
     try:
         jax.distributed.initialize(
@@ -135,7 +136,7 @@ def start(
             process_id,
             cluster_detection_method=None if process_id is None else 'deactivate',
             initialization_timeout=initialization_timeout,
-            # Ours comes first; it can say more.
+            # Our check comes first, with a better message.
             heartbeat_timeout_seconds=3 * heartbeat_timeout_seconds,
         )
     except ValueError as error:
@@ -151,7 +152,7 @@ def start(
     signal.signal(signal.SIGTERM, _terminate)
     _member = _Member(heartbeat_timeout_seconds)
     if not is_first():
-        # One process speaks; what ends another goes to standard error.
+        # Only one process prints; errors of the others go to standard error.
         sys.stdout = open(os.devnull, 'w')  # noqa: SIM115
 
 
@@ -160,17 +161,17 @@ def _terminate(signum, frame):
 
 
 def is_first() -> bool:
-    """True on the one process that writes and speaks."""
+    """True on the one process that writes files and prints."""
     return _member is None or _member.index == 0
 
 
 def count() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return 1 if _member is None else _member.count
 
 
 def index() -> int:
-    """Which of them this one is, from 0."""
+    """The index of this process, from 0."""
     return 0 if _member is None else _member.index
 
 
@@ -181,9 +182,9 @@ def barrier(name: str):
 
 
 def broadcast(name: str, make: Callable[[], Any]) -> Any:
-    """What `make` returns on the first process, on all; JSON can hold it.
+    """Calls `make` on the first process and returns its JSON result on all.
 
-    An error of `make` is raised there, and ends the others with it.
+    An error of `make` is raised there, and ends the other processes too.
     """
     if _member is None:
         return make()
@@ -196,7 +197,7 @@ def broadcast(name: str, make: Callable[[], Any]) -> Any:
 
 
 def gather(name: str, value: Any) -> list[Any]:
-    """The values of all processes, on all, in their order; JSON can hold them."""
+    """The JSON values of all processes, in order, on every process."""
     if _member is None:
         return [value]
     key = _member.new_key(name)
@@ -208,43 +209,43 @@ def gather(name: str, value: Any) -> list[Any]:
 
 
 def check_same(name: str, values: dict[str, Any]):
-    """Raises where a process has another value than the first one.
+    """Raises if a process has another value than the first one.
 
     Args:
-      values: what is the same everywhere if all is right, by what it is.
+      values: values that must be equal everywhere, by description.
 
     Raises:
-      UserError: names the first one that differs.
+      UserError: names the first value that differs.
     """
-    values = json.loads(json.dumps(values))  # in which tuples are lists
+    values = json.loads(json.dumps(values))  # in which tuples become lists
     found = broadcast(name, lambda: values)
     for key, value in values.items():
         if value != found[key]:
             raise UserError(
                 f'{key} is {value} on process {index()} ({socket.gethostname()}) and '
                 f'{found[key]} on process 0; give all processes the same settings, '
-                'data and --workdir, as on a disk that all of them see'
+                'data and --workdir, such as on a shared disk'
             )
 
 
 def kv_set(key: str, value: bytes):
-    """Into the store that all processes see."""
+    """Puts a value into the store that all processes share."""
     assert _member is not None
     _member.put(key, value)
 
 
 def kv_get(key: str, *, delete: bool = True) -> bytes:
-    """What another process put there; waits for it."""
+    """Waits for a value that another process puts there."""
     assert _member is not None
     return _member.take(key, delete=delete)
 
 
 def end(status: int, line: str):
-    """Ends this process of several, with the others; does nothing where it is alone.
+    """Ends this process together with the others; does nothing for a single process.
 
     Args:
-      status: of the program.
-      line: why it ended too early; empty where it did all it had to do.
+      status: exit status of the program.
+      line: why it ended too early; empty if it finished normally.
     """
     if _member is None:
         return
@@ -254,9 +255,9 @@ def end(status: int, line: str):
 
 
 class Defects:
-    """A context in which an exception that nobody expected ends the others too.
+    """A context in which an unexpected exception ends the other processes too.
 
-    Devices give errors of all kinds where another process has died; then this process
+    Devices raise all kinds of errors if another process has died; then this process
     ends with the line about that, else with its traceback.
     """
 
@@ -273,19 +274,19 @@ class Defects:
 
 
 class _Member:
-    """This process among the others, and the thread that watches over them."""
+    """This process among the others, and the thread that monitors them."""
 
     def __init__(self, timeout_seconds):
         from jax._src import distributed
 
-        # Public is only what starts devices, and hangs where a process has died.
+        # The public API would start devices, and would hang if a process has died.
         state = distributed.global_state
         self.client, self.index = state.client, state.process_id
         self.count = state.num_processes
         self._timeout = timeout_seconds
         self._numbers = itertools.count()
         self._over = threading.Event()
-        self._last = threading.Lock()  # of the one that ends the process
+        self._last = threading.Lock()  # belongs to the thread that ends the process
         self._pulses, self._late, self._told = 0, 0.0, False
         if self.count > 1:
             self.put(f'host/{self.index}', socket.gethostname().encode())
@@ -293,7 +294,7 @@ class _Member:
                 threading.Thread(target=target, daemon=True).start()
 
     def new_key(self, name):
-        """The same on all processes, which call it in the same order."""
+        """Must be called by all processes in the same order."""
         return f'{name}/{next(self._numbers)}'
 
     def put(self, key, value):
@@ -312,16 +313,16 @@ class _Member:
         self.client.wait_at_barrier(f'{_PREFIX}/{name}', int(milliseconds))
 
     def finish(self, status):
-        """Ends the process where all has been done, by all."""
+        """Ends the process after all processes have finished."""
         import jax
 
         self.meet('end')
         self._over.set()
         jax.distributed.shutdown()
-        self._exit(status)  # Python would break off threads that are in C++
+        self._exit(status)  # Python would interrupt threads that are in C++
 
     def _pulse(self):
-        """Meets the others again and again."""
+        """Meets the other processes periodically."""
         for number in itertools.count():
             try:
                 self._wait(f'pulse/{number}', 1000 * self._timeout)
@@ -329,7 +330,7 @@ class _Member:
                 text = str(error)
                 if 'timed out' in text and not self._told:
                     self._end(self._who(text))
-                # The first process is gone; C++ has to say something of it first.
+                # The first process is gone; C++ reports that first.
                 elif not self._told and not self._over.wait(_GRACE_SECONDS):
                     self._end('process 0 has ended, or the network to it is down')
                 return
@@ -338,9 +339,8 @@ class _Member:
                 return
 
     def _count_time(self):
-        """Ends the process where the first one, which keeps the barriers, hangs."""
-        # Counted in steps: a program that is stopped and goes on finds its clock
-        # ahead.
+        """Ends the process if the first one, which keeps the barriers, hangs."""
+        # Counted in steps: after a suspended program continues, its clock has jumped.
         while not self._over.wait(1.0):
             self._late += 1.0
             if self._late > self._timeout + 2 * _GRACE_SECONDS + _PULSE_SECONDS:
@@ -355,7 +355,7 @@ class _Member:
                 self._end('process 0 has ended, or the network to it is down')
             return
         self._told = True
-        # A signal that all have agreed on ends this one too, once its own turn comes.
+        # A signal that all have agreed on ends this process too, in the regular way.
         grace = _GRACE_SECONDS * (4 if found['status'] > 128 else 1)
         if found['process'] == self.index or self._over.wait(grace):
             return
@@ -364,7 +364,7 @@ class _Member:
         self._leave(found['status'], f'error: ended with {who}: {line}')
 
     def _who(self, text):
-        """Which processes did not come to a barrier, of its error."""
+        """The processes that did not reach a barrier, from its error."""
         found = re.search(r'timed out task names:\s*((?:\S*\d+\s+)+)', text)
         if not found:
             return 'a process has ended, or the network to it is down'
@@ -388,7 +388,7 @@ class _Member:
     def leave(self, status, line):
         """Tells the others why, and ends the process; the line has been printed."""
         if not self._last.acquire(blocking=False):
-            time.sleep(4 * _GRACE_SECONDS)  # another thread does it
+            time.sleep(4 * _GRACE_SECONDS)  # another thread is doing it
         if self.count > 1:
             reason = {
                 'process': self.index,
@@ -400,9 +400,9 @@ class _Member:
         self._part(status)
 
     def _part(self, status, *, meeting=True):
-        """Ends the process, the first one as the last, as it keeps the store."""
+        """Ends the process; the first process ends last, as it keeps the store."""
         self._over.set()
-        native_errors.silence()  # all that is to be said has been said
+        native_errors.silence()  # everything has been printed
         if self.count > 1:
             if meeting:
                 wait = 1000 * 2 * _GRACE_SECONDS
@@ -418,10 +418,10 @@ class _Member:
         os._exit(status)
 
     def _try(self, call):
-        """Calls what may fail or hang by now."""
+        """Calls a function that may fail or hang by now."""
 
         def attempt():
-            with contextlib.suppress(RuntimeError):  # too late, or told by another one
+            with contextlib.suppress(RuntimeError):  # too late, or already reported
                 call()
 
         thread = threading.Thread(target=attempt, daemon=True)

@@ -1,14 +1,14 @@
-"""The optimizer's state in shards over the devices (ZeRO-1), by shardings alone.
+"""Shards the optimizer's state over the devices (ZeRO-1), by shardings alone.
 
-Adam keeps two values for each parameter, and with parameters whole on each device they
-are two thirds of what does not depend on the batch. Here each device keeps its part of
-them, updates its part of the parameters, and gets the other parts of the update
-(Rajbhandari et al., "ZeRO", 2019, https://arxiv.org/abs/1910.02054, section 5.1).
+Adam keeps two values for each parameter. With complete parameters on each device, these
+are two thirds of the memory that does not depend on the batch. Here each device keeps
+its part of them, updates its part of the parameters, and gets the other parts of the
+update (Rajbhandari et al., "ZeRO", 2019, https://arxiv.org/abs/1910.02054, section
+5.1).
 
-The state is that of one vector of all parameters, as `optax.flatten` has it, filled up
-with zeros until it divides over the devices. Zeros stay zeros, so `replicated` may cut
-them
-off, and a checkpoint does not tell how many devices there were, or whether they shared.
+The state belongs to one vector of all parameters, as in `optax.flatten`, padded with
+zeros to a multiple of the devices. Zeros stay zeros, so `replicated` can remove them,
+and a checkpoint does not depend on the number of devices or on sharding.
 """
 
 from typing import Any
@@ -26,12 +26,12 @@ from flax_densenet.distributed import mesh as mesh_lib
 
 @flax.struct.dataclass
 class Shards:
-    """The state of an optimizer of one vector, spread over the devices.
+    """The state of an optimizer of one vector, sharded over the devices.
 
     Attributes:
-      inner: its vectors are filled up to a multiple of the devices; scalars are not
-        divided.
-      size: of the vector without the filling.
+      inner: the state; its vectors are padded to a multiple of the devices, scalars are
+        not divided.
+      size: size of the vector without padding.
     """
 
     inner: Any
@@ -43,18 +43,18 @@ def _is_shards(node):
 
 
 def is_sharded(opt_state) -> bool:
-    """Whether some of it is `Shards`."""
+    """Whether a state contains `Shards`."""
     return any(map(_is_shards, jax.tree.leaves(opt_state, is_leaf=_is_shards)))
 
 
 def flatten(inner: optax.GradientTransformation, mesh) -> optax.GradientTransformation:
-    """`optax.flatten` with the state, and the work on it, spread over the mesh.
+    """`optax.flatten` with the state, and the work on it, sharded over the mesh.
 
-    Gradients and parameters come in whole, and updates go out whole.
+    Gradients, parameters and updates are complete on each device.
 
     Args:
-      inner: of one vector; each value must depend on its own gradient and parameter
-        alone, as in Adam and SGD.
+      inner: an optimizer of one vector; each value must depend only on its own gradient
+        and parameter, as in Adam and SGD.
     """
 
     split, whole = mesh_lib.split_rows(mesh), mesh_lib.replicated(mesh)
@@ -64,7 +64,8 @@ def flatten(inner: optax.GradientTransformation, mesh) -> optax.GradientTransfor
         return jnp.pad(vector, (0, -vector.size % mesh.size)), vector.size, unravel
 
     def own_part(vector):
-        # Whole at first: else each of the 364 arrays in it would be spread by itself.
+        # Complete at first; otherwise each of its 364 arrays would be sharded
+        # separately.
         vector = lax.with_sharding_constraint(vector, whole)
         return lax.with_sharding_constraint(vector, split)
 
@@ -96,7 +97,7 @@ def layout(opt_state, mesh):
 
 
 def place(opt_state, mesh):
-    """Host arrays of an optimizer's state, the same on every host, to the devices."""
+    """Copies an optimizer's state, the same on all hosts, from host to devices."""
 
     def put(leaf, target):
         if target.is_fully_replicated:
@@ -108,12 +109,12 @@ def place(opt_state, mesh):
 
 
 def replicated(opt_state):
-    """The state as `optax.flatten` has it: for a checkpoint.
+    """The state in the form of `optax.flatten`, for a checkpoint.
 
-    On several hosts all must call it together.
+    With several hosts, all must call it together.
 
     Returns:
-      Host arrays in the place of `Shards`; the rest as it is.
+      Host arrays instead of `Shards`; the rest unchanged.
     """
 
     def of_node(node):
@@ -124,16 +125,16 @@ def replicated(opt_state):
             node.inner,
         )
 
-    # The loop forbids transfers that it did not ask for; a gather has some inside.
+    # The loop forbids implicit transfers; a gather has some inside.
     with jax.transfer_guard('allow'):
         return jax.tree.map(of_node, opt_state, is_leaf=_is_shards)
 
 
 def from_replicated(opt_state, like):
-    """What `replicated` made, as the state of another optimizer, on the host.
+    """Converts the result of `replicated` to another optimizer's state, on the host.
 
     Args:
-      like: a state of the optimizer that goes on, in `Shards` or not.
+      like: a state of the optimizer that continues, in `Shards` or not.
     """
 
     def of_node(node, found):

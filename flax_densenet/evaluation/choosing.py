@@ -16,7 +16,7 @@ from flax_densenet.weights import thresholds as thresholds_lib
 from flax_densenet.weights import trained as trained_lib
 
 _LOGGER = logging.getLogger(__name__)
-FEWEST = 10  # images of a class, and as many others
+FEWEST = 10  # images with a class, and the same number without
 
 
 def fit(
@@ -24,7 +24,7 @@ def fit(
     rules: selection_lib.Rules,
     found: decisions_lib.Decisions,
 ) -> thresholds_lib.Thresholds | None:
-    """A fitter of `fitting.FITTERS`, of calibrated probabilities; logs what it did.
+    """One of `fitting.FITTERS`, for calibrated probabilities; logs what it did.
 
     Raises:
       UserError: there is no such rule, or no class of that name.
@@ -50,7 +50,7 @@ def fit(
         true, probability = of_class(selection.labels, probabilities, place)
         if min(true.sum(), (~true).sum()) < FEWEST:
             few.append(f'{names[place]} ({true.sum()} of {len(true)})')
-            # As without thresholds; of many classes the most likely one is predicted.
+            # As without thresholds; with many classes the most likely one is predicted.
             if selection.multi_label or len(names) == 2:
                 values[place] = usual[place]
             continue
@@ -62,7 +62,7 @@ def fit(
 
 
 def _usual(selection, found):
-    """The thresholds without a rule: a half, or where calibration moves a point."""
+    """The thresholds without a rule: 0.5, or calibrated operating points."""
     points = trained_lib.points_of(selection.trained.metadata)
     if points is None or found.calibration is None or not found.calibration.changes:
         return [0.5] * len(selection.class_names)
@@ -75,11 +75,11 @@ def _usual(selection, found):
 
 
 def _keep_points(selection, found):
-    """Operating points of weights whose scores calibrated probabilities replace."""
+    """Operating points of the weights, converted to calibrated probabilities."""
     values = _usual(selection, found)
     if all(value == 0.5 for value in values):
         return None
-    note = 'the operating points of the weights, of calibrated probabilities'
+    note = 'the operating points of the weights, as calibrated probabilities'
     return thresholds_lib.Thresholds('operating points', tuple(values), (note,))
 
 
@@ -87,9 +87,9 @@ def places_of(names: Sequence[str], positive_class: str, several: bool) -> list[
     """The classes that get a threshold.
 
     Args:
-      names: of all classes.
+      names: names of all classes.
       positive_class: as `train.positive_class`.
-      several: an image can have several of them.
+      several: whether an image can have several of them.
 
     Raises:
       UserError: there is no such class, or there are more than two.
@@ -97,8 +97,8 @@ def places_of(names: Sequence[str], positive_class: str, several: bool) -> list[
     if positive_class:
         if several or len(names) != 2:
             raise UserError(
-                f'train.positive_class={positive_class} is for two classes of which an '
-                f'image has one; the model has {len(names)} '
+                f'train.positive_class={positive_class} is for two classes, with one '
+                f'per image; the model has {len(names)} '
                 f'{"labels" if several else "classes"}'
             )
         if positive_class not in names:
@@ -113,7 +113,7 @@ def places_of(names: Sequence[str], positive_class: str, several: bool) -> list[
 def of_class(
     labels: np.ndarray, probabilities: np.ndarray, place: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Whether images have a class, bool `[n]`, and its probability, where known.
+    """Whether images have a class, bool `[n]`, and its probability, if known.
 
     Args:
       labels: int `[N]`, or `[N, C]` of 0, 1 and NaN.
@@ -133,8 +133,8 @@ def _describe(selection, rules, places, values, few):
         if not selection.multi_label and len(names) == 2:
             if not rules.positive_class:
                 note += (
-                    ' (the second class is taken for the positive one; '
-                    'train.positive_class changes it)'
+                    ' (the second class counts as the positive one; '
+                    'train.positive_class changes that)'
                 )
         elif not selection.multi_label:
             note += ', each class against the others; the prediction stays the most '

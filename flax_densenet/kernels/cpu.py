@@ -30,7 +30,7 @@ from flax_densenet.kernels import compiling
 
 _LOGGER = logging.getLogger(__name__)
 
-# Of a precision: the sources, compiled at the same time, and their handlers.
+# For each precision: the sources, compiled in parallel, and their handlers.
 _FLOAT32 = {
     'cpu_float32_forward.cc': (
         'DenseBlockForwardTrain',
@@ -56,7 +56,7 @@ _BFLOAT16 = {
         'DenseBlockBackwardBfloat16',
     ),
 }
-# How bfloat16 is multiplied, in the order of `Path` in cpu_bf16.h; see `bfloat16_path`.
+# Ways to multiply bfloat16, in the order of `Path` in cpu_bf16.h; see `bfloat16_path`.
 BFLOAT16_PATHS = ('amx', 'avx512', 'portable', 'emulated')
 _LOCK = threading.Lock()
 _LIBRARIES: dict[str, ctypes.CDLL] = {}  # by source
@@ -69,7 +69,7 @@ def cache_folder() -> pathlib.Path:
 
 
 def _processor():
-    """A text that determines the instructions of `-march=native`."""
+    """A text that identifies the instructions of `-march=native`."""
     try:
         lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
     except OSError:
@@ -79,7 +79,7 @@ def _processor():
 
 
 def vendor() -> str:
-    """The maker of the processor, as `GenuineIntel`; empty if it is not known."""
+    """The vendor of the processor, such as `GenuineIntel`; empty if unknown."""
     for line in _processor().splitlines():
         name, _, value = line.partition(':')
         if name.strip() == 'vendor_id':
@@ -90,7 +90,7 @@ def vendor() -> str:
 def load(dtype: str = 'float32') -> str | None:
     """Builds and loads the kernels that compute in `dtype`, float32 or bfloat16.
 
-    The first call takes seconds. It can be made from a thread ahead of time; a second
+    The first call takes seconds. It can be made ahead of time in a thread; a second
     call waits for it.
 
     Returns:
@@ -176,31 +176,32 @@ def _packaged(source, *, level):
 
 
 def bfloat16_path(path: str | None = None) -> str:
-    """How bfloat16 is multiplied, one of `BFLOAT16_PATHS`. Needs `load('bfloat16')`.
+    """The way to multiply bfloat16, one of `BFLOAT16_PATHS`.
 
-    `amx` and `avx512` (AVX512-BF16) are instructions of the processor, `portable`
-    widens to float32. The fastest one is chosen, or the one in $FLAX_DENSENET_BFLOAT16.
+    Needs `load('bfloat16')`. `amx` and `avx512` (AVX512-BF16) use instructions of the
+    processor, `portable` widens to float32. The fastest one is chosen, or the one in
+    $FLAX_DENSENET_BFLOAT16.
 
     Args:
-      path: for tests, the one to use from now on; `emulated` computes what `amx` does
+      path: for tests, the way to use from now on; `emulated` computes the same as `amx`
         without its instructions.
 
     Raises:
       ValueError: the processor does not have it.
     """
     if path is not None and path not in BFLOAT16_PATHS:
-        raise ValueError(f'{path} is none of {", ".join(BFLOAT16_PATHS)}')
+        raise ValueError(f'{path} is not known; use one of {", ".join(BFLOAT16_PATHS)}')
     wanted = -1 if path is None else BFLOAT16_PATHS.index(path)
     used = {
         _LIBRARIES[source].flax_densenet_bfloat16_path(wanted) for source in _BFLOAT16
     }
     if used == {-1}:
-        raise ValueError(f'this processor has no {path}')
+        raise ValueError(f'this processor does not support {path}')
     return BFLOAT16_PATHS[used.pop()]
 
 
 def why_bfloat16_is_slow() -> str | None:
-    """Why the kernels in bfloat16 are no faster than in float32; None if they are."""
+    """Why the kernels are no faster in bfloat16 than in float32; None if they are."""
     if reason := load('bfloat16'):
         return reason
     path = bfloat16_path()

@@ -1,8 +1,8 @@
 """The fast dense block: pure functions with the same results as the plain layers.
 
 A dense layer is `conv3x3(relu(norm2(conv1x1(relu(norm1(x))))))`, concatenated to `x`. A
-plain implementation spends most of its time reading the growing `x`. Four facts avoid
-most of that:
+plain implementation spends most of its time reading the growing `x`. Four observations
+avoid most of that:
 
 1. Batch statistics are computed once. Channel c of `x` has the same batch mean and
    variance in every later layer; only that layer's scale and bias differ. They are
@@ -44,9 +44,9 @@ def use_native(kernel: str, x, layers=None, *, load: str = 'float32') -> bool:
 
     Args:
       kernel: one of `KERNELS`.
-      x: the input, of which only the dtype matters.
+      x: the input; only its dtype matters.
       layers: sequence of `Layer`.
-      load: the kernels that are needed, `float32` or `bfloat16`.
+      load: the required kernels, `float32` or `bfloat16`.
 
     Raises:
       UserError: `kernel='native'`, but the kernel cannot be used.
@@ -189,8 +189,8 @@ def transition(x, norm, weights, *, epsilon, dtype, kernel='auto'):
     Args:
       norm: (mean, var, scale, bias), each `[C]`.
       weights: `[1, 1, C, F]`.
-      kernel: one of `KERNELS`. XLA computes it, but where the blocks are native it
-        computes in float32, in which it is faster on CPUs.
+      kernel: one of `KERNELS`. XLA computes it; if the blocks are native, it computes
+        in float32, which is faster on CPUs.
     """
     if dtype == jnp.bfloat16 and use_native(kernel, x):
         wide = transition(x, norm, weights, epsilon=epsilon, dtype=jnp.float32)

@@ -1,8 +1,8 @@
 """The dense block in C++, on one CPU device: `kernel='native'`.
 
 One call into `cpu_float32_*.cc` or `cpu_bf16_training.cc` for each block and direction.
-In bfloat16 features and what is kept for the backward pass are bfloat16; statistics,
-parameters and their gradients float32.
+In bfloat16, features and the values kept for the backward pass are bfloat16;
+statistics, parameters and their gradients are float32.
 """
 
 import functools
@@ -46,9 +46,9 @@ def parameters(layer):
 
 
 def keep_mask(keys, shape, rate):
-    """Where `xla_block.drop_out` keeps a value: uint8 `[L, *shape]`, 1 or 0.
+    """The dropout mask of `xla_block.drop_out`: uint8 `[L, *shape]`, 1 to keep.
 
-    XLA takes as long for the random bits as the kernel for all of the block.
+    XLA takes as long for the random bits as the kernel for the entire block.
 
     Args:
       keys: a random key for each layer.
@@ -63,13 +63,13 @@ def keep_mask(keys, shape, rate):
 
 
 def drops(x, layers, dropout_rate, keys, path_rates, path_keys):
-    """What a block drops: `(mask, images)` for `train`, each empty if nothing.
+    """Dropout and stochastic depth of a block: `(mask, images)` for `train`.
 
-    Args: of `dense_block.block_train`.
+    Args: as for `dense_block.block_train`.
 
     Returns:
-      uint8 `[L, N, H, W, G]` of `keep_mask`; and float32 `[L, N]`, a factor of each
-      image's new maps.
+      uint8 `[L, N, H, W, G]` from `keep_mask`, and float32 `[L, N]`, a factor for each
+      image's new maps; each empty if nothing is dropped.
     """
     count, places = len(layers), x.shape[:3]
     growth = parameters(layers[0])[-1].shape[3]
@@ -102,7 +102,7 @@ def _suffix(dtype):
 
 
 def _hidden_shape(pixels, width, dtype):
-    """Of one layer's bottleneck; in bfloat16 in chunks of channels."""
+    """The shape of a layer's bottleneck; in bfloat16 in chunks of channels."""
     if dtype == jnp.bfloat16:
         return -(-width // _CHUNK), pixels, _CHUNK
     return pixels, width
@@ -115,13 +115,13 @@ def train(x, layers, drop, epsilon, rate):
     Args:
       x: float32 or bfloat16 `[N, H, W, C]`.
       layers: `parameters` of each layer.
-      drop: of `drops`.
+      drop: from `drops`.
       epsilon: added to variances.
-      rate: of dropout.
+      rate: dropout rate.
 
     Returns:
       Features, of x's dtype; their mean and var; mean and var of each layer's
-      bottleneck, `[L, M]`, of M = 0 without.
+      bottleneck, `[L, M]`, with M = 0 if there is none.
     """
     return _train_forward(x, layers, drop, epsilon, rate)[0]
 
@@ -220,7 +220,7 @@ evaluate.defvjp(
 
 
 def _stem_options(x, padding):
-    """Shape of the pooled map, and attributes of the calls."""
+    """The shape of the pooled map, and the attributes of the calls."""
     sizes = [
         (n + sum(pad) - 3) // 2 + 1
         for n, pad in zip(x.shape[1:3], padding, strict=True)

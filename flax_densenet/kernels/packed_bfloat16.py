@@ -14,21 +14,21 @@ import numpy as np
 from flax_densenet.kernels import cpu as cpu_kernels
 from flax_densenet.kernels import packed_inference
 
-_DEPTH, _COLUMNS = 32, 16  # of a tile
+_DEPTH, _COLUMNS = 32, 16  # rows and columns of a tile
 
 
 def _fill(array, multiple, axis):
-    """Zeros up to a multiple."""
+    """Pads with zeros to a multiple."""
     missing = [(0, 0)] * array.ndim
     missing[axis] = (0, -array.shape[axis] % multiple)
     return np.pad(array, missing)
 
 
 def tiles(kernel: np.ndarray) -> np.ndarray:
-    """Matrices `[..., rows, columns]`, one after the other, to a vector of tiles.
+    """Packs matrices `[..., rows, columns]`, one after another, into a vector of tiles.
 
-    Each matrix is filled up with zeros to whole tiles. Two tiles that are neighbors in
-    a row form a panel; a panel has its tiles of all rows one after the other.
+    Each matrix is padded with zeros to complete tiles. Two neighboring tiles in a row
+    form a panel; a panel stores its tiles of all rows one after another.
     """
     kernel = _fill(_fill(kernel, _DEPTH, -2), _COLUMNS, -1)
     columns = kernel.shape[-1]
@@ -63,10 +63,10 @@ class _Packer:
 
 
 def pack_block(layers, tail: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The weights of `block`.
+    """Packs the weights of `block`.
 
     Args:
-      layers: of `folded.fold`, with bottleneck, numpy float32.
+      layers: from `folded.fold`, with bottleneck, numpy float32.
       tail: `mean`, `a` and `bias` of the norm after the block, and the `kernel` of a
         transition.
     """
@@ -100,7 +100,7 @@ def block(x, packed, *, layers: int, bottleneck: int, growth: int, features: int
 
 
 def pack_stem(conv: dict[str, Any]) -> dict[str, np.ndarray]:
-    """The weights of `stem`: a folded 7x7 `kernel` of 1 or 3 channels; its `bias`."""
+    """Packs the weights of `stem`: a folded 7x7 `kernel` of 1 or 3 channels; `bias`."""
     packer, kernel = _Packer(), conv['kernel']
     packer.add(conv['bias'])
     # A row of the window is one step.

@@ -1,7 +1,7 @@
 """Native kernels for inference: packs their arrays and calls them.
 
 The weights of a block are one vector in the order in which `cpu_float32_forward.cc`
-reads them, so a call packs nothing, and a program has a few arguments instead of six
+reads them, so calls need no packing, and a program has a few arguments instead of six
 hundred. One call computes a block and the transition after it, and writes only the
 result.
 """
@@ -14,7 +14,7 @@ import numpy as np
 
 from flax_densenet.kernels import cpu as cpu_kernels
 
-_LINE = 16  # floats in a cache line; each array starts on one
+_LINE = 16  # floats per cache line; each array starts at one
 
 
 class _Packer:
@@ -31,7 +31,7 @@ class _Packer:
             self.add(norm[name])
 
     def add_kernel(self, kernel):
-        """A matrix `[rows, columns]`, in panels of `_columns` columns."""
+        """Packs a matrix `[rows, columns]` in panels of `_columns` columns."""
         if missing := -kernel.shape[1] % self._lanes:
             kernel = np.pad(kernel, ((0, 0), (0, missing)))
         starts = range(0, kernel.shape[1], self._columns)
@@ -43,10 +43,10 @@ class _Packer:
 
 
 def pack_block(layers, tail: dict[str, Any]) -> np.ndarray:
-    """The weights of `block` as one vector. Needs `cpu.load`.
+    """Packs the weights of `block` into one vector. Needs `cpu.load`.
 
     Args:
-      layers: of `folded.fold`, with bottleneck, numpy float32.
+      layers: from `folded.fold`, with bottleneck, numpy float32.
       tail: `mean`, `a` and `bias` of the norm after the block, and the `kernel` of a
         transition.
     """
@@ -69,7 +69,7 @@ def block(x, packed, *, layers: int, bottleneck: int, growth: int, features: int
 
     Args:
       x: float32 `[N, H, W, C]`.
-      packed: of `pack_block`.
+      packed: from `pack_block`.
       layers: number of layers.
       bottleneck: channels inside a layer.
       growth: channels that a layer adds.
@@ -92,7 +92,7 @@ def block(x, packed, *, layers: int, bottleneck: int, growth: int, features: int
 
 
 def block_shape(x, added: int, features: int) -> tuple[int, ...]:
-    """Of the result of `block`, whose layers add so many channels."""
+    """The shape of the result of `block`."""
     count, height, width, channels = x.shape
     if features:
         return count, height // 2, width // 2, features
@@ -100,7 +100,7 @@ def block_shape(x, added: int, features: int) -> tuple[int, ...]:
 
 
 def pack_stem(conv: dict[str, Any]) -> np.ndarray:
-    """The weights of `stem`, a folded 7x7 `kernel` and its `bias`, as one vector."""
+    """Packs the weights of `stem`, a folded 7x7 `kernel` and its `bias`."""
     packer, kernel = _Packer(), conv['kernel']
     packer.add_kernel(kernel.reshape(-1, kernel.shape[-1]))
     packer.add(conv['bias'])
@@ -114,7 +114,7 @@ def stem_sizes(x, padding, pool_padding) -> tuple[tuple[int, int], dict[str, int
       x: the images `[N, H, W, C]`.
       padding: ((top, bottom), (left, right)) of the convolution.
       pool_padding: a function of the convolution's (height, width) that returns the
-        same for the pooling.
+        padding of the pooling.
     """
 
     def sizes_of(sizes, padding, window):
@@ -139,9 +139,9 @@ def stem(x, packed, *, features: int, size: tuple[int, int], **sizes: int):
 
     Args:
       x: float32 `[N, H, W, C]`, where C is 1 or 3.
-      packed: of `pack_stem`.
+      packed: from `pack_stem`.
       features: output channels.
-      size, sizes: of `stem_sizes`.
+      size, sizes: from `stem_sizes`.
 
     Returns:
       `[N, *size, features]`.

@@ -1,4 +1,4 @@
-"""The dense block in JAX alone, for every device and precision: `kernel='xla'`."""
+"""The dense block in pure JAX, for every device and precision: `kernel='xla'`."""
 
 import dataclasses
 import functools
@@ -44,7 +44,7 @@ class Layer:
 def statistics(x):
     """Mean and biased variance of each channel of `[N, H, W, C]`, in float32 or wider.
 
-    In two passes: the mean of the deviations from a first mean corrects both results.
+    Uses two passes: the mean of the deviations from a first mean corrects both results.
     A single pass would lose the variance of a channel with a large mean.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -171,6 +171,6 @@ def _drop(x, key, rate, shape):
 
 
 def kept(key, shape, rate):
-    """Which values stay, a share of 1 - `rate`."""
+    """A random mask that keeps a share of 1 - `rate`."""
     # Always in float32, so that the choice does not depend on the precision.
     return jax.random.uniform(key, shape, jnp.float32) >= rate

@@ -1,4 +1,4 @@
-"""The charts of the pages, as SVG with legends as HTML text."""
+"""The charts of the pages, as SVG with HTML legends."""
 
 import dataclasses
 import html
@@ -17,7 +17,7 @@ _MOST_DOTS, _MOST_TIPS = 60, 300
 
 
 def legend(rows, *, button: bool = False) -> str:
-    """A list of colors and names beside a chart.
+    """The legend of a chart, with colors and names.
 
     Args:
       rows: `(style, name)`; a style with `dashed` gets a dashed stroke.
@@ -37,7 +37,7 @@ def legend(rows, *, button: bool = False) -> str:
 
 
 def figure(title: str, plot: Plot | str, below: str = '', *, id: str = '') -> str:
-    """A chart with its title, and what stands below it."""
+    """A chart with its title and the content below it."""
     name = f' id="{id}"' if id else ''
     return (
         f'<figure class="chart"{name}><figcaption>{html.escape(title)}</figcaption>'
@@ -60,10 +60,10 @@ def by_epoch(
     """Lines over the epochs.
 
     Args:
-      lines: each with `name`, `style`, `x` (epochs), `y`, and where wanted `group`,
-        `dashed`, `muted` (left out of what a pointer reads).
-      percent: the values are shares.
-      low, high: ends of the axis; by default of the values.
+      Args: lines: each with `name`, `style`, `x` (epochs), `y`, and optionally `group`,
+        `dashed` and `muted` (not shown in tooltips).
+      percent: whether the values are shares.
+      low, high: ends of the axis; by default those of the values.
       best: an epoch to mark.
     """
     finite = [y for line in lines for y in line['y'] if _is_finite(y)] or [0, 1]
@@ -126,8 +126,7 @@ def _tips(lines, percent):
 def training(curves: dict[str, Any]) -> list[str]:
     """The charts of a run: accuracy, loss, mean AUROC if there is one, learning rate.
 
-    Args:
-      curves: of `run_folder.curves`.
+    Args: curves: from `run_folder.curves`.
     """
     epochs, best = curves['epoch'], curves['best']
     held = epoch_records.WORDS[curves['part']]
@@ -185,7 +184,7 @@ def roc(rows: Sequence[dict[str, Any]], *, colored: int = 10) -> str:
 
     Args:
       rows: `name`, `auroc` and the points of `metrics.roc`, the worst first.
-      colored: with more curves than that, all but the first three are gray.
+      colored: if there are more curves than this, all but the first three are gray.
     """
     plot = Plot(
         Axis('False positive rate', 0, 1, SHARES),
@@ -205,10 +204,10 @@ def roc(rows: Sequence[dict[str, Any]], *, colored: int = 10) -> str:
 
 
 def faithfulness(measured: dict[str, Any]) -> list[str]:
-    """The deletion and the insertion curve, each beside that of random maps.
+    """The deletion and the insertion curve, each with that of random maps.
 
     Args:
-      measured: of `faithfulness.measure`.
+      measured: from `faithfulness.measure`.
     """
     made = []
     for kind, what in (('deletion', 'hidden'), ('insertion', 'shown')):
@@ -237,7 +236,7 @@ def faithfulness(measured: dict[str, Any]) -> list[str]:
 
 
 def scatter(field: dict[str, Any], *, unit: str, percent: bool) -> Plot:
-    """The results of a sweep's settings over one field.
+    """The results of a sweep's combinations over one field.
 
     Args:
       field: `name`, `values`, `figures`, `spreads`, `names`, `done` and `log`.
@@ -331,7 +330,7 @@ def compared(runs: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _high_of(lines):
-    """The top of a loss axis: one run that diverged must not flatten the others."""
+    """The top of a loss axis: a diverged run must not flatten the others."""
     tops = sorted(
         max(filter(_is_finite, line['y']), default=0) for line in lines if line['y']
     )

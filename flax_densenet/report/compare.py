@@ -1,4 +1,4 @@
-"""`compare.html`: several runs in one page, their curves and where they differ."""
+"""`compare.html`: compares several runs, their curves and their differences."""
 
 import datetime
 import glob
@@ -31,19 +31,19 @@ from flax_densenet.weights import ensembles
 FILE = 'compare.html'
 CLASSES, IMAGES = 40, 40  # rows of these tables
 _SIGNIFICANT = 0.05
-# Of these, a folder of a run or of a cross-validation has one.
+# The folder of a run or of a cross-validation has one of these.
 _OF_RUNS = run_folder.METRICS_FILE, ensembles.FILE
 
 
 def find_runs(names: str) -> list[str]:
-    """The folders that `a,b` or a pattern such as `ckpt/*` means.
+    """Expands `a,b` or a pattern such as `ckpt/*` to folders.
 
-    Of what a pattern matches, folders without a run are left out.
+    Folders without a run that a pattern matches are left out.
 
     Raises:
       UserError: a pattern matches no folder of a run.
     """
-    if os.path.isdir(paths.expand(names)):  # a comma or a star of its own name
+    if os.path.isdir(paths.expand(names)):  # a comma or a star in its own name
         return [paths.resolve(names, '--workdir=')]
     found = []
     for text in names.split(','):
@@ -53,7 +53,7 @@ def find_runs(names: str) -> list[str]:
             continue
         runs = [match for match in sorted(glob.glob(name)) if _is_run(match)]
         if not runs:
-            raise UserError(f'--workdir={name}: no folder of a run has such a name')
+            raise UserError(f'--workdir={name}: no folder of a run matches')
         found += runs
     return found
 
@@ -66,9 +66,9 @@ def save(workdirs: list[str], path: str, *, private: bool | None = None):
     """Writes a page that compares runs: metrics, curves, classes, images, settings.
 
     Args:
-      path: of the page.
-      private: leave out pictures, file names and paths; None: if the settings of any
-        of the runs say so.
+      path: path of the page.
+      private: leave out pictures, file names and paths; None to do so if the settings
+        of any run ask for it.
 
     Raises:
       UserError: a folder holds no run, or the page cannot be written.
@@ -91,7 +91,7 @@ def save(workdirs: list[str], path: str, *, private: bool | None = None):
     ]
     if hidden:
         rows = [_hide(row) for row in rows]
-    # The best of the data that most runs have in common comes first.
+    # The best run on the data that most runs share comes first.
     rows.sort(key=lambda row: checkpoint_reader.rank(row['best']), reverse=True)
     groups = _group(rows)
     together = groups[0]
@@ -119,7 +119,7 @@ def save(workdirs: list[str], path: str, *, private: bool | None = None):
 
 
 def _hide(row):
-    """A row without paths; which data it is of stays the same where it was."""
+    """A row without paths; rows on the same data can still be recognized."""
     kind, _, rest = row['data'].partition(':')
     # `folder:/a: 9 test images, 2 classes`
     counts = rest.rpartition(': ')[2] if ': ' in rest else rest
@@ -128,7 +128,7 @@ def _hide(row):
 
 
 def _summarize(run, workdir, folder):
-    """A run's row of the table, with a link from `folder` to its own page."""
+    """A run's row of the table, with a link from `folder` to its report."""
     own = os.path.join(os.path.abspath(workdir), page.REPORT_FILE)
     best = max(run.records, key=checkpoint_reader.rank)
     places = [os.path.join(workdir, name) for name in _OF_RUNS]
@@ -158,9 +158,9 @@ def _summarize(run, workdir, folder):
         'predictions': {},
     }
     loaded = results.load(workdir)
-    # Metrics of other data, or of an earlier checkpoint, are left out.
+    # Metrics on other data or of an earlier checkpoint are left out.
     same = loaded and loaded[0].step == best.get('step')
-    # Those of an ensemble on other data have no step either.
+    # Metrics of an ensemble on other data have no step either.
     if same and ('step' in best or loaded[0].out_of_fold):
         row['metrics'] = loaded[1]
         row['predictions'] = paired.load(workdir)
@@ -175,14 +175,14 @@ def _summarize(run, workdir, folder):
 
 
 def _show_measured(row):
-    """Shows the metrics of `eval.json`, which its intervals belong to."""
+    """Shows the metrics of `eval.json`, to which its intervals belong."""
     metrics = row['metrics']
     row['accuracy'], row['loss'] = metrics['accuracy'], metrics['loss']
     row['mean_auroc'] = metrics['macro']['auroc']
 
 
 def _describe_data(row):
-    """What a run was tested on; runs with the same can be compared."""
+    """A description of a run's test data; runs with the same one can be compared."""
     fields, metrics = row['fields'], row['metrics']
     source = fields.get('data.source', 'unknown data')
     if metrics is None:
@@ -215,10 +215,10 @@ def _group(rows):
 
 
 def _compare_with_best(rows):
-    """Adds to each row how likely its distance to the best one is chance.
+    """Adds to each row the p-value of its difference to the best run.
 
     Returns:
-      Sentences, one for each run but the best.
+      Sentences, one for each run except the best.
     """
     best, others = rows[0], rows[1:]
     best['versus'] = 'best'
@@ -255,7 +255,7 @@ def _has_other_labels(one, other):
 
 
 def _compare_classes(rows):
-    """F1 of each class and run, the classes in which runs differ most first."""
+    """F1 of each class and run; classes in which runs differ most come first."""
     if len(rows) < 2 or any(row['metrics'] is None for row in rows):
         return []
     by_run = [
@@ -271,7 +271,7 @@ def _compare_classes(rows):
 
 
 def _find_images(rows):
-    """Images on which the runs disagree, with small pictures where files are there."""
+    """Images on which the runs disagree, with small pictures if the files exist."""
     if len(rows) < 2 or not all(row.get('predictions') for row in rows):
         return []
     found = paired.find_disagreements([row['predictions'] for row in rows], IMAGES)
@@ -281,13 +281,13 @@ def _find_images(rows):
             try:
                 image = images.load_image(row['name'], images.Preparation(96, 'crop'))
                 row['image'] = gallery.to_uri(image, 96)
-            except UserError:  # it was damaged since
+            except UserError:  # the file is damaged
                 continue
     return found
 
 
 def _differing(rows):
-    """`(setting, values)` of those that are not the same in all runs."""
+    """`(setting, values)` of the settings that differ between runs."""
     fields = [row['fields'] for row in rows]
     every = sorted(set().union(*fields))
     return [
@@ -298,6 +298,6 @@ def _differing(rows):
 
 
 def _short_names(workdirs):
-    """The folders' names; whole paths where two are alike."""
+    """The names of the folders; full paths if two are equal."""
     names = [os.path.basename(os.path.abspath(workdir)) for workdir in workdirs]
     return names if len(set(names)) == len(names) else list(workdirs)

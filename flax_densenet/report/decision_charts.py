@@ -9,7 +9,7 @@ from flax_densenet.report.svg import Axis, Plot
 
 _ANSWERS = {
     False: ('Confidence (probability of the predicted class)', 'Accuracy', 'images'),
-    True: ('Probability of a label', 'Share that has the label', 'labels'),
+    True: ('Probability of a label', 'Share with the label', 'labels'),
 }
 
 
@@ -17,8 +17,8 @@ def reliability(calibration: dict[str, Any], *, scaled: bool, several: bool) -> 
     """A reliability diagram over a histogram of the images.
 
     Args:
-      calibration: of `results.Results.metrics`.
-      scaled: whether the curve with another temperature is drawn, too.
+      calibration: from `results.Results.metrics`.
+      scaled: whether to draw the curve with another temperature, too.
       several: whether an image can have several labels.
     """
     unit, share, what = _ANSWERS[several]
@@ -60,7 +60,7 @@ _WORDS = {False: ('confidence', 'accuracy'), True: ('probability', 'share')}
 
 
 def _kinds(calibration, scaled):
-    """Key, style and name of each curve."""
+    """The key, style and name of each curve."""
     if calibration['applied']:
         return [
             ('before', 's1', 'Before calibration'),
@@ -79,7 +79,7 @@ def _count_axis(bins, what):
 
 
 def _histogram(bins, axis, what, *, word, left):
-    """How many images each bin has, below the diagram."""
+    """The number of images per bin, below the diagram."""
     counts = [row['count'] for row in bins]
     edges = [n / len(bins) for n in range(len(bins) + 1)]
     plot = Plot(
@@ -103,7 +103,7 @@ def precision_recall(rows: Sequence[dict[str, Any]], *, colored: int = 10) -> st
     Args:
       rows: `name`, `average_precision` and the points of
         `decision_metrics.precision_recall`, the worst first.
-      colored: with more curves than that, all but the first three are gray.
+      colored: if there are more curves than this, all but the first three are gray.
     """
     plot = Plot(
         Axis('Recall (sensitivity)', 0, 1, SHARES),
@@ -123,16 +123,16 @@ def precision_recall(rows: Sequence[dict[str, Any]], *, colored: int = 10) -> st
 
 
 def decision_curve(curve: dict[str, Any], name: str, threshold: float | None) -> str:
-    """Net benefit of acting on a class, by the probability from which one acts.
+    """Net benefit of acting on a class, by threshold probability.
 
     Args:
-      curve: of `decision_metrics.decision_curve`.
-      threshold: to mark, or None.
+      curve: from `decision_metrics.decision_curve`.
+      threshold: a threshold to mark, or None.
     """
     top = max(0.01, *curve['benefit'], curve['all'][0]) * 1.08
     low = -0.25 * top
     plot = Plot(
-        Axis('Probability from which one acts', 0, 1, SHARES),
+        Axis('Threshold probability', 0, 1, SHARES),
         Axis('Net benefit per image', low, top),
         label=f'Decision curve of {name}',
         height=240,

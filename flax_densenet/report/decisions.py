@@ -1,4 +1,4 @@
-"""What the report says of calibration, thresholds and their worth."""
+"""The sections of the report on calibration and thresholds."""
 
 from typing import Any
 
@@ -12,18 +12,18 @@ from flax_densenet.report import decision_charts, render
 from flax_densenet.weights import thresholds as thresholds_lib
 
 _CURVES = 100  # precision-recall curves at most
-_FEW_POINTS = 60  # of each where there are many
+_FEW_POINTS = 60  # points of each if there are many
 _LABELS = 40  # rows of calibration by label
 _DECISION_CURVES = 6
 
 
 def describe(found, source_name: str, *, own: bool) -> dict[str, Any]:
-    """Values of the sections of the page.
+    """Values for the sections of the page.
 
     Args:
       found: a `results.Results`.
-      source_name: of the data that was measured.
-      own: it is the data that the model was trained on.
+      source_name: name of the measured data.
+      own: whether the model was trained on this data.
     """
     metrics = found.metrics
     calibration = metrics['calibration']
@@ -52,7 +52,7 @@ def _rule(metrics):
 
 
 def _calibration_rows(calibration):
-    """Error, Brier score and loss before and after, as text."""
+    """Error, Brier score and loss, before and after calibration, as text."""
     if not calibration:
         return []
     rows = [('Calibrated' if calibration['applied'] else 'This model', 'after')]
@@ -72,7 +72,7 @@ def _calibration_rows(calibration):
 
 
 def _label_rows(calibration):
-    """The same of each label: name, and error, Brier score and loss, before, after."""
+    """The same for each label: name, error, Brier score and loss, before and after."""
     if not calibration or 'labels' not in calibration['before']:
         return []
     before = calibration['before']['labels']
@@ -85,7 +85,7 @@ def _label_rows(calibration):
 
 
 def _threshold_rows(metrics):
-    """Each class with a threshold, its numbers as text with intervals."""
+    """A row for each class with a threshold, with its metrics and intervals as text."""
     found = metrics['thresholds'] or {'classes': []}
     names = ('sensitivity', 'specificity', 'ppv', 'npv', 'accuracy')
     return [
@@ -138,7 +138,7 @@ def _precision_recall(found):
 
 
 def _decision_curves(found):
-    """Charts of the classes with thresholds, those with most positives first."""
+    """Charts of the classes with thresholds; those with most positives come first."""
     if found.thresholds is None:
         return []
     rows = []

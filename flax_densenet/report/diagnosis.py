@@ -1,4 +1,4 @@
-"""What the numbers of a run mean, in sentences: over- and underfitting, the data.
+"""Sentences on the metrics of a run: overfitting, underfitting and data problems.
 
 >>> row = dict(train_loss=0.5, val_loss=0.6, train_accuracy=0.8, val_accuracy=0.7)
 >>> falling = [row | {'epoch': n, 'val_loss': 0.9 - 0.1 * n} for n in range(1, 6)]
@@ -13,22 +13,22 @@ from flax_densenet.checkpoints import epoch_records
 from flax_densenet.data import class_balance, dataset
 from flax_densenet.report import render
 
-_RISE = 1.05  # of the test loss over its lowest value, from which it has risen
-_DIVERGED = 100.0  # nats; chance among a million classes has 14
-_GAP = 0.1  # of the accuracies
+_RISE = 1.05  # significant rise of the test loss over its minimum
+_DIVERGED = 100.0  # nats; guessing among a million classes has 14
+_GAP = 0.1  # difference of accuracies
 _LOW = 0.8  # accuracy on the training images
 
 
 def has_diverged(loss: float | None) -> bool:
-    """Whether a cross-entropy is one that only diverged training leaves."""
+    """Whether a cross-entropy is so high that training must have diverged."""
     return loss is not None and not loss < _DIVERGED
 
 
 def diagnose_curves(records: list[dict[str, Any]]) -> list[str]:
-    """Sentences about the curves of a run; none where they are too short to tell.
+    """Sentences about the curves of a run; none if they are too short.
 
     Args:
-      records: of `metrics.jsonl`.
+      records: from `metrics.jsonl`.
     """
     if len(records) < 3:
         return []
@@ -76,10 +76,10 @@ def diagnose_curves(records: list[dict[str, Any]]) -> list[str]:
 def check_data(
     source: dataset.Source, *, labels, duplicates: str, balance: str
 ) -> list[str]:
-    """Warnings about the data, as the terminal printed them when training began.
+    """Warnings about the data, as printed at the start of training.
 
     Args:
-      labels: of the training images; None if they are not in memory.
+      labels: labels of the training images; None if they are not in memory.
       duplicates, balance: the settings of these names in `data`.
     """
     warnings = []

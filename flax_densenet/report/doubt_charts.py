@@ -13,12 +13,12 @@ from flax_densenet.report.svg import Axis, Plot
 from flax_densenet.weights import unusual
 
 _BINS = 30
-_FROM = 0.5  # the lowest coverage on the axis
+_FROM = 0.5  # lowest coverage on the axis
 _SHARES = tuple((n / 10, f'{n * 10}%') for n in range(5, 11))
 
 
 def section(found) -> dict[str, Any] | None:
-    """What the template shows; None if there is nothing to show.
+    """Values for the template; None if there is nothing to show.
 
     Args:
       found: an `evaluation.results.Results`.
@@ -46,7 +46,7 @@ def section(found) -> dict[str, Any] | None:
 
 
 def _lowest(coverages, names):
-    """The class whose images are covered least, and its coverage."""
+    """The class with the lowest coverage, and its coverage."""
     known = [(value, name) for value, name in zip(coverages, names, strict=True)]
     known = [pair for pair in known if pair[0] is not None]
     if not known:
@@ -101,7 +101,9 @@ def _risk(curve):
         for share, risk in zip(shares, risks, strict=True)
     ]
     plot.tips(shares[::step], texts[::step])
-    return charts.figure('Errors if the least confident are left out', plot, id='risk')
+    return charts.figure(
+        'Errors if the least confident images are left out', plot, id='risk'
+    )
 
 
 def _scores(scores, others):

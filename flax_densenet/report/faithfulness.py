@@ -1,9 +1,10 @@
-"""How far maps can be trusted: deletion and insertion curves (1806.07421).
+"""How faithful heat maps are: deletion and insertion curves (arXiv 1806.07421).
 
-Deletion hides an image's pixels in the order of its map, the brightest first, with the
-mean color; insertion shows them in this order on a blurred copy. If the map points at
-pixels that the model needs, the probability of the class falls, or rises, earlier than
-with a random map of the same coarseness. The area under a curve says it in one number.
+Deletion hides an image's pixels with the mean color in the order of its map, the
+brightest first; insertion shows them in this order on a blurred copy. If the map points
+at pixels that the model needs, the probability of the class falls (or rises) earlier
+than with a random map of the same resolution. The area under the curve summarizes this
+in one number.
 """
 
 import numpy as np
@@ -14,9 +15,9 @@ from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.report import render
 from flax_densenet.weights import trained as trained_lib
 
-IMAGES = 32  # at most, chosen at random
-SHARES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # of the pixels
-_BLUR = 1 / 20  # of the shorter side, the standard deviation
+IMAGES = 32  # maximum number of images, chosen at random
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # shares of the pixels
+_BLUR = 1 / 20  # standard deviation, as a share of the shorter side
 
 
 def measure(
@@ -31,13 +32,12 @@ def measure(
     Every host has to call it.
 
     Args:
-      most: images that are computed, each about 22 times.
+      most: maximum number of images; each is computed about 22 times.
 
     Returns:
       `count`, `shares`, `deletion` and `insertion`, each with the mean probabilities
-      `map` and `random`, their areas `map_area` and `random_area`, and the 95%
-      interval `gain` of what the map is better by; and `sentence`. None where there
-      are less than two images.
+      `map` and `random`, their areas `map_area` and `random_area`, and the 95% interval
+      `gain` of the map's advantage; and `sentence`. None with fewer than two images.
     """
     count = min(most, len(found.examples))
     if count < 2:
@@ -65,7 +65,7 @@ def measure(
 
 
 def _interval(values):
-    """Of the mean, by Student's t; a single point where nothing differs."""
+    """The 95% interval of the mean, by Student's t; a point if all values are equal."""
     from scipy import stats
 
     mean, error = values.mean(), stats.sem(values)
@@ -76,7 +76,7 @@ def _interval(values):
 
 
 def _curves(images, predictor, how, rng):
-    """Of each image probabilities `[2, 2, S]`: deletion, insertion; the map, random."""
+    """Probabilities `[2, 2, S]` of each image: deletion, insertion; the map, random."""
     computed = predictor.compute_maps(images, -1, how)
     rows = computed.probabilities
     chosen, given = rows.argmax(-1), []
@@ -100,7 +100,7 @@ def _curves(images, predictor, how, rng):
 
 
 def _variants(image, cam, mean, rng):
-    """Partly hidden and partly shown images, by the map and by a random one."""
+    """Partly hidden and partly revealed images, by the map and by a random one."""
     from scipy import ndimage
 
     white = trained_lib.white_of(image.dtype)
@@ -111,7 +111,7 @@ def _variants(image, cam, mean, rng):
     variants = []
     for guide in (cam, rng.random(cam.shape, np.float32)):
         values = overlay.enlarge(guide, image.shape[:2]).ravel()
-        # Equal values, as where there is no evidence, come in random order.
+        # Equal values, such as those without evidence, come in random order.
         order = np.lexsort((rng.random(values.size), -values))
         rank = np.empty(values.size)
         rank[order] = (np.arange(values.size) + 0.5) / values.size
@@ -122,11 +122,11 @@ def _variants(image, cam, mean, rng):
 
 
 def _probabilities(images, classes, predictor, how):
-    """Of each image the probability of its class."""
+    """The probability of each image's class."""
     size, found = predictor.batch_size, []
     for start in range(0, len(images), size):
         part = slice(start, start + size)
-        # The program that computes the maps is there already.
+        # The program for the maps is compiled already.
         with_maps = () if how.is_slow else (classes[part], how.method)
         computed = predictor.programs(np.stack(images[part]), *with_maps)
         found.append(computed.probabilities)
@@ -134,12 +134,12 @@ def _probabilities(images, classes, predictor, how):
 
 
 def describe(measured) -> str:
-    """What the curves say in one sentence."""
+    """The result of the curves in one sentence."""
     deletion, insertion = measured['deletion'], measured['insertion']
     better = [one['gain'][0] > 0 for one in (deletion, insertion)]
     start = {
         2: 'The maps point at pixels the model needs',
-        1: 'The maps point at pixels the model needs by one of two measures only',
+        1: 'The maps point at pixels the model needs by only one of two measures',
         0: 'The maps are no better than random ones at pointing at pixels the model '
         'needs, so do not rely on them',
     }[sum(better)]

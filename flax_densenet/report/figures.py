@@ -1,6 +1,6 @@
 """Figures for papers: curves, confusion matrix, ROC and reliability as SVG and PDF.
 
-One column wide, with fonts that have the letters of the classes' names.
+They are one column wide, with fonts that have the letters of the class names.
 """
 
 import os
@@ -15,17 +15,17 @@ from flax_densenet.system import atomic, result_folders
 
 ENDINGS = ('svg', 'pdf')
 CONFUSION_FILE = 'confusion.png'
-_COLUMN = 3.5  # inches, of two on a page
-_NAMED = 30  # classes; a larger matrix has no room for their names
-_CURVES = 8  # ROC curves with a color; of more classes the mean alone
+_COLUMN = 3.5  # inches, for one of two columns
+_NAMED = 30  # classes; a larger matrix has no room for names
+_CURVES = 8  # colored ROC curves; with more classes only the mean
 
 
 def save(folder: str, workdir: str, found) -> list[str]:
     """Writes all figures of a run.
 
     Args:
-      folder: made where absent.
-      workdir: of the run, for its curves; they are left out if it was not trained here.
+      folder: folder to write; created if missing.
+      workdir: folder of the run, for its curves; they are left out if it has none.
       found: an `evaluation.results.Results`.
 
     Returns:
@@ -36,7 +36,7 @@ def save(folder: str, workdir: str, found) -> list[str]:
       MissingExtraError: matplotlib is not installed.
     """
     records = run_folder.load_run(workdir).records
-    # Text stays text, to be edited and found; fonts go into the PDF whole.
+    # Text stays editable and searchable; the PDF embeds complete fonts.
     options = {
         'font.size': 8,
         'svg.fonttype': 'none',
@@ -60,12 +60,12 @@ def save(folder: str, workdir: str, found) -> list[str]:
                 _save(figure, os.path.join(folder, f'{name}.{ending}'))
                 names.append(f'{name}.{ending}')
     if new:
-        result_folders.mark(folder)  # no class of a later training
+        result_folders.mark(folder)  # no names for classes of a later training
     return names
 
 
 def save_confusion(folder: str, found):
-    """Writes the confusion matrix as `confusion.png`, if images have one class each."""
+    """Writes the confusion matrix as `confusion.png`, if images have one class."""
     if found.multi_label:
         return
     with (
@@ -87,13 +87,13 @@ def _save(figure, path):
 
 
 def plot_confusion(found):
-    """Confusion matrix, shares of each row; counts in the cells where they fit."""
+    """The confusion matrix as shares of each row, with counts if they fit."""
     names = found.class_names
     count = len(names)
     matrix = metrics_lib.confusion(found.labels, found.predicted, count).toarray()
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     short = [plots.clip(name, 24) for name in names]
-    # Room for each name: nothing overlaps.
+    # Room for each name, so that nothing overlaps.
     side = max(_COLUMN, 0.2 * count + 0.075 * max(map(len, short)) + 1.1)
     figure = plots.new_figure(*((side, side) if count <= _NAMED else (5, 5)))
     axes = figure.subplots()
@@ -119,7 +119,7 @@ def plot_confusion(found):
 
 
 def plot_roc(found):
-    """ROC curves of the classes; of many, their mean over false positive rates."""
+    """ROC curves of the classes; for many classes, only their mean."""
     figure = plots.new_figure(_COLUMN, _COLUMN)
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color='gray', linestyle=':', linewidth=1)
@@ -169,7 +169,7 @@ def _curve(name, labels, probabilities):
 
 
 def plot_reliability(calibration, *, several=False):
-    """Accuracy over confidence, with the number of images in each bin below."""
+    """Accuracy by confidence, with the number of images per bin below."""
     figure = plots.new_figure(_COLUMN, 3.9)
     axes, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     axes.plot([0, 1], [0, 1], color='gray', linestyle=':', linewidth=1)

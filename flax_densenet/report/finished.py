@@ -1,4 +1,4 @@
-"""What a command writes about a run that has ended: curves.png and report.html."""
+"""The files about a finished run: curves.png, report.html and the fitted decisions."""
 
 import logging
 import os
@@ -37,20 +37,20 @@ def write(
 ) -> dict[str, Any] | None:
     """Fits decisions, draws the curves, measures the test images, writes the report.
 
-    Logs what came of it. Every host has to call it; one writes. A report that cannot be
-    written is reported in a line, and takes nothing from the run.
+    Logs the results. Every host has to call it; one writes. If the report cannot be
+    written, a line says why, and the run is not affected.
 
     Args:
-      records: of all epochs, as in `metrics.jsonl`.
-      source: what was trained and tested on.
-      report: whether report.html is wanted.
-      renew: False if a report that is there still holds.
-      batch_size: of the evaluation, over all devices of the mesh.
-      threads, workers: as of `data.pipeline.eval_batches`.
-      rules: what to fit of the selection part after training; None for nothing.
+      records: the records of all epochs, as in `metrics.jsonl`.
+      source: the data of the run.
+      report: whether to write report.html.
+      renew: False if an existing report is still valid.
+      batch_size: batch size of the evaluation, over all devices of the mesh.
+      threads, workers: as in `data.pipeline.eval_batches`.
+      rules: what to fit on the selection images after training; None for nothing.
 
     Returns:
-      The metrics of the best checkpoint for the test images, as in `eval.json`; None if
+      The metrics of the best checkpoint on the test images, as in `eval.json`; None if
       the test images chose the best epoch, or cannot be measured.
     """
     best = max(records, key=checkpoint_reader.rank)
@@ -96,7 +96,7 @@ def _known(workdir, source, best):
 
 
 def _describe_best(best, epochs, source, metrics):
-    """The line about the best epoch, and how good it is on the test images."""
+    """The line about the best epoch and its result on the test images."""
     part = epoch_records.part_of(best).capitalize()
     line = f'best: epoch {best["epoch"]}, {part}_acc: '
     line += f'{epoch_records.get(best, "accuracy"):.1%}'
@@ -111,11 +111,14 @@ def _describe_best(best, epochs, source, metrics):
     elif metrics['macro']['auroc'] is not None:
         line += f', Test_auroc: {metrics["macro"]["auroc"]:.3f}'
     count = metrics['count']
-    return f'{line}, measured once on {count:,} test images, which chose nothing'
+    return (
+        f'{line}, measured once on {count:,} test images, which were not used for any '
+        'choice'
+    )
 
 
 def _has_other_rule(workdir, source, rules):
-    """Whether the settings of a trained run now ask for other thresholds."""
+    """Whether the settings of a trained run now request other thresholds."""
     if not rules.threshold:
         return False
     try:
@@ -127,7 +130,7 @@ def _has_other_rule(workdir, source, rules):
 
 
 def _fit(workdir, source, mesh, loading, rules):
-    """Fits and saves decisions; what the model computed, None if it failed."""
+    """Fits and saves decisions. Returns the model's outputs, or None if it failed."""
     try:
         trained = trained_lib.load_trained(
             workdir, 'best', mesh=mesh, choices=choices_lib.Choices(raw=True)
@@ -143,9 +146,9 @@ def _fit(workdir, source, mesh, loading, rules):
 
 
 def _measure(workdir, source, mesh, loading, selection, *, page):
-    """Metrics of the best checkpoint for the test images; None if that failed.
+    """Metrics of the best checkpoint on the test images; None if that failed.
 
-    Writes eval.json and, if it is wanted, the page.
+    Writes eval.json and, if requested, the report.
     """
     if page:
         _LOGGER.info(f'writing {page_lib.REPORT_FILE}')
@@ -164,7 +167,11 @@ def _measure(workdir, source, mesh, loading, selection, *, page):
             measured = results.describe(trained, source.name)
             results.save(workdir, found, measured)
     except UserError as error:
-        what = f'no {page_lib.REPORT_FILE}' if page else 'the test was not measured'
+        what = (
+            f'no {page_lib.REPORT_FILE}'
+            if page
+            else 'the test images were not measured'
+        )
         command = 'report' if page else 'eval'
         _LOGGER.info(f'{what}: {error}; try: {command} RUN')
         return None

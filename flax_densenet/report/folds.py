@@ -1,4 +1,4 @@
-"""What the page of a cross-validation has beside that of a run: its folds."""
+"""The sections of a report that only a cross-validation has: its folds."""
 
 import dataclasses
 import os
@@ -14,13 +14,13 @@ from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.report import charts, gallery
 from flax_densenet.weights import ensembles
 
-_COLORED = 8  # folds that have a color of their own
+_COLORED = 8  # folds with separate colors
 
 
 def make_predictors(
     found: out_of_fold.OutOfFold, batch_size: int
 ) -> list[predictor_lib.Predictor]:
-    """The models of the folds, for maps: before anything was fitted after training."""
+    """The models of the folds for heat maps, without calibration and thresholds."""
     predictors = [
         predictor_lib.Predictor(fold.trained.without_decisions(), batch_size)
         for fold in found.folds
@@ -36,14 +36,14 @@ def add_pictures(
     predictors: Sequence[predictor_lib.Predictor],
     how: explain.Options,
 ):
-    """`gallery.add_pictures`, with maps of the model that an image is new to."""
+    """`gallery.add_pictures`, with maps of the model not trained on the image."""
     for fold, predictor in zip(found.folds, predictors, strict=True):
         own = [row for row in rows if found.fold_of[row['row']] == fold.number]
         gallery.add_pictures(own, found.results, predictor, how)
 
 
 def describe(workdir: str, found: out_of_fold.OutOfFold) -> dict[str, Any]:
-    """The section on the folds: a table, its last rows, and a chart of all epochs."""
+    """The section on the folds: a table, its summary rows, a chart of all epochs."""
     mean, spread = found.summarize()
     columns = {'accuracy': 'Accuracy', 'auroc': 'AUROC', 'f1': 'F1', 'loss': 'Loss'}
     if found.results.multi_label:
@@ -68,7 +68,7 @@ def describe(workdir: str, found: out_of_fold.OutOfFold) -> dict[str, Any]:
 
 
 def _describe_test(workdir):
-    """What the ensemble says of the test part of the data, if there is one."""
+    """The result of the ensemble on the test part of the data, if there is one."""
     loaded = results.load(os.path.join(workdir, out_of_fold.TEST))
     if loaded is None:
         return None
@@ -80,7 +80,7 @@ def _describe_test(workdir):
 
 
 def _link(workdir, name):
-    """A page or picture of a fold's run; or ''."""
+    """A link to a page or picture of a fold's run, or ''."""
     for file in ('report.html', 'curves.png'):
         if os.path.isfile(os.path.join(workdir, name, file)):
             return f'{name}/{file}'
@@ -88,7 +88,7 @@ def _link(workdir, name):
 
 
 def _draw(workdir, found):
-    """The figure that chooses the epoch, of each fold after each epoch; or ''."""
+    """A chart of the metric that chooses the epoch, for each fold; or ''."""
     lines, named = [], []
     part, areas = '', False
     for place, fold in enumerate(found.folds):
@@ -120,9 +120,9 @@ def _draw(workdir, found):
 
 
 def load_run(workdir: str) -> run_folder.RunRecord:
-    """`run_folder.load_run`; of a cross-validation the mean of its folds by epoch.
+    """`run_folder.load_run`; for a cross-validation the mean of its folds by epoch.
 
-    Its records have no step, like its `eval.json`. Seconds are those of all folds.
+    These records have no step, like its `eval.json`. Seconds are the sum over folds.
     """
     run = run_folder.load_run(workdir)
     if run.records or not ensembles.is_ensemble(workdir):
@@ -136,7 +136,7 @@ def load_run(workdir: str) -> run_folder.RunRecord:
 
 
 def _mean_record(rows):
-    """One record of those of an epoch in each fold."""
+    """Combines the records of an epoch from all folds."""
     made = {}
     for name, value in rows[0].items():
         values = [row.get(name) for row in rows]

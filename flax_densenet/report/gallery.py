@@ -1,4 +1,4 @@
-"""Which images a report shows, and their pictures as text that a page can hold."""
+"""Selects the images of a report, and embeds their pictures as text."""
 
 import base64
 import io
@@ -14,17 +14,16 @@ from flax_densenet.inference import explain, originals, overlay
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.report import render
 
-# Sides in pixels: of a cell's image, of a map, of an original, and of the smallest map.
+# Sides in pixels: image in a cell, heat map, original, and smallest heat map.
 THUMBNAIL, PICTURE, LARGE, SMALLEST = 112, 240, 448, 128
-CELL_IMAGES = 24  # of a cell of the confusion matrix
-CELL_BYTES = 3_000_000  # that all cells' images may take in the page
+CELL_IMAGES = 24  # images per cell of the confusion matrix
+CELL_BYTES = 3_000_000  # bytes for the images of all cells in the page
 
 
 def to_uri(image: np.ndarray, side: int, *, strong: bool = False) -> str:
     """An image `[H, W, C]` as a WebP `data:` address, no side above `side`.
 
-    Args:
-      strong: allow no more loss than maps with their steep colors can have.
+    Args: strong: compress less, as steep colors in heat maps need.
     """
     image = deep_picture.to_uint8(image)
     shown = image[..., 0] if image.shape[-1] == 1 else bands.to_visible(image)
@@ -38,10 +37,10 @@ def to_uri(image: np.ndarray, side: int, *, strong: bool = False) -> str:
 def pick_samples(
     examples: dataset.Examples, labels: np.ndarray, most: int
 ) -> list[int]:
-    """Positions of images, in turn of every class, until there are `most`.
+    """Positions of images, from each class in turn, until there are `most`.
 
     Args:
-      labels: of the examples, `[N]` or `[N, L]`.
+      labels: labels of the examples, `[N]` or `[N, L]`.
     """
     if labels.ndim == 2:
         return list(range(min(most, len(labels))))
@@ -52,12 +51,12 @@ def pick_samples(
 
 
 def pick_mistakes(found: results.Results, most: int) -> list[dict[str, Any]]:
-    """The wrong answers with the highest probability, the worst first.
+    """The wrong predictions with the highest probability, the worst first.
 
     Returns:
-      For each `row`, `predicted` and `true` (classes) and `probability`. With several
-      labels per image `true` equals `predicted`, and `present` tells whether it is
-      there.
+      A mapping for each: `row`, `predicted` and `true` (classes) and `probability`.
+      With several labels per image `true` equals `predicted`, and `present` is whether
+      the image has it.
     """
     if found.multi_label:
         known = ~np.isnan(found.labels)
@@ -88,7 +87,7 @@ def pick_uncertain(found: results.Results, most: int) -> list[dict[str, Any]]:
 
 
 def _from_threshold(found):
-    """How far probabilities are from their thresholds, as shares of the way."""
+    """The distance of probabilities from their thresholds, as a share of the range."""
     limits = [0.5 if value is None else value for value in found.thresholds]
     limits = np.clip(limits, 1e-6, 1 - 1e-6)
     away = found.probabilities - limits
@@ -192,12 +191,12 @@ def _resize(image, scale):
 
 
 def originals_of(examples: dataset.Examples):
-    """A function from positions to originals and what the model sees of them.
+    """A function from positions to originals and the part that the model sees.
 
     Returns:
-      Of a position: uint8 `[H, W, 3]`, upright, and the part (left, top, right, bottom)
-      of it in pixels. Of sets that keep no originals, the images as the model gets
-      them.
+      For a position, uint8 `[H, W, 3]`, upright, and the part of it (left, top, right,
+      bottom) in pixels. For data sets that keep no originals, the images as the model
+      gets them.
     """
     pictures = examples.as_pictures()
 
@@ -214,11 +213,11 @@ def originals_of(examples: dataset.Examples):
 def make_cells(found: results.Results, classes) -> dict[str, list[dict[str, Any]]]:
     """Images of the cells of a confusion matrix, the most confident predictions first.
 
-    Pictures go to all cells in turn, those of mistakes first, until they take
-    `CELL_BYTES`; the rest is named only.
+    Pictures are added to all cells in turn, mistakes first, up to `CELL_BYTES`; the
+    remaining images are only named.
 
     Args:
-      classes: that the matrix has.
+      classes: the classes in the matrix.
 
     Returns:
       `{'true,predicted': [{'row', 'name', 'probability', 'image'}, ...]}`.
@@ -237,12 +236,12 @@ def make_cells(found: results.Results, classes) -> dict[str, list[dict[str, Any]
 
 
 def pick_in_cells(found: results.Results, classes, *, most: int, known) -> list[dict]:
-    """Mistakes in the cells of a confusion matrix, as of `pick_mistakes`.
+    """Mistakes in the cells of a confusion matrix, in the form of `pick_mistakes`.
 
     Args:
-      classes: that the matrix has.
-      most: how many, the same number of each cell as far as possible.
-      known: rows that are left out.
+      classes: the classes in the matrix.
+      most: maximum number, as evenly over the cells as possible.
+      known: rows to leave out.
     """
     rows = [
         item['row']
@@ -266,7 +265,7 @@ def _rows_of_cells(found, classes):
 
 
 def _in_turn(cells) -> Iterator[dict[str, Any]]:
-    """First images of the wrong cells, of the right ones, then the second ones, ..."""
+    """The first images of wrong cells, of right cells, then the second ones, ..."""
     order = sorted(cells, key=lambda place: (place[0] == place[1], place))
     for turn in range(CELL_IMAGES):
         for place in order:

@@ -1,4 +1,4 @@
-"""The few numbers at the top of a report, and what is to be known of them."""
+"""The main metrics at the top of a report, with notes."""
 
 from flax_densenet.checkpoints import epoch_records
 from flax_densenet.evaluation import metrics as metrics_lib
@@ -50,7 +50,7 @@ def rows(found) -> list[tuple[str, str, list[str]]]:
 
 
 def _ends(metrics, name):
-    """The interval of a mean, in a list; an empty one where there is none."""
+    """The interval of a mean, in a list; an empty list if there is none."""
     found = metrics['intervals'] and metrics['intervals']['macro'].get(name)
     if not found:
         return []
@@ -87,17 +87,17 @@ def selection(
     """A sentence on which images chose the model.
 
     Args:
-      records: of the run.
+      records: the records of the run.
       measured: an `evaluation.results.Measured`.
       trained_on: whether these are test images of the run's own data.
-      validation: how many images chose in place of the test images; None if the test
+      validation: number of validation images that chose the epoch; None if the test
         images did.
     """
     if measured.step is None:
         return ''
     if not trained_on:
         return (
-            'These images are from other data than the run was trained and tested on.'
+            'These images are not from the data that the run was trained and tested on.'
         )
     if len(records) < 2:
         return ''
@@ -108,7 +108,8 @@ def selection(
         return (
             f'Epoch {measured.epoch} of {len(records)} was chosen for its {what} on '
             f'{validation:,} validation images, which are not among these. The test '
-            'images chose nothing: they were measured once, with the best checkpoint.'
+            'images were not used for any choice: they were measured once, with the '
+            'best checkpoint.'
         )
     return (
         f'Epoch {measured.epoch} of {len(records)} was chosen for its {what} on these '

@@ -1,6 +1,6 @@
-"""A confusion matrix as a table of buttons, or as an SVG where it is large.
+"""A confusion matrix as a table of buttons, or as an SVG if it is large.
 
-Its colors are mixed by `style.css`: hits have one hue, errors another.
+`style.css` has its colors: one hue for correct predictions, another for errors.
 """
 
 import html
@@ -10,7 +10,7 @@ import numpy as np
 from flax_densenet.report import render
 
 TABLE = 30  # classes; a larger matrix has no room for names
-_LEVELS = 8  # of color in a large one
+_LEVELS = 8  # color levels in a large one
 
 
 def draw(matrix: np.ndarray, names: list[str], places: list[int]) -> str:
@@ -19,7 +19,7 @@ def draw(matrix: np.ndarray, names: list[str], places: list[int]) -> str:
     Args:
       matrix: counts `[true, predicted]`.
       names: of its classes.
-      places: their numbers in the model.
+      places: indices of the classes in the model.
     """
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     if len(names) > TABLE:

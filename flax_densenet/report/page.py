@@ -1,4 +1,4 @@
-"""`report.html`: one self-contained page that shows how good a model is."""
+"""`report.html`: a self-contained page about the quality of a model."""
 
 import datetime
 import logging
@@ -39,9 +39,9 @@ from flax_densenet.weights import weight_file
 _LOGGER = logging.getLogger(__name__)
 REPORT_FILE = 'report.html'
 SAMPLES, MISTAKES = 24, 18  # images of these sections
-CLASSES = 100  # that the confusion matrix and the ROC chart show at most
-PAIRS = 12  # of classes that are confused most
-# Of the table of classes.
+CLASSES = 100  # maximum in the confusion matrix and the ROC chart
+PAIRS = 12  # pairs of the most confused classes
+# Rows of the table of classes.
 COLUMNS = {
     'precision': 'Precision',
     'recall': 'Recall',
@@ -50,9 +50,9 @@ COLUMNS = {
     'specificity': 'Specificity',
     'average_precision': 'Average precision',
 }
-CELL_MAPS = 24  # images of cells that get maps besides those of the other sections
-_POINTS = 60  # of each ROC curve where there are many
-_TFDS_LABELS = 20_000  # each has to be read from the disk
+CELL_MAPS = 24  # images of cells with heat maps, besides those of the other sections
+_POINTS = 60  # points of each ROC curve if there are many
+_TFDS_LABELS = 20_000  # each has to be read from disk
 
 
 def save_report(
@@ -73,14 +73,14 @@ def save_report(
     Every host has to call it; one writes.
 
     Args:
-      source: of the data, for its training images where the model is trained on it.
-      found: what the model says of the test images.
-      path: of the page; None for `report.html` in the run's folder.
-      trained_on: False for other data than the model's own.
-      weights: where the model was loaded from, if it is not a checkpoint.
-      how: the method of the maps.
-      pooled: of a cross-validation, whose results `found` are.
-      private: leave out pictures, file names and paths; None: as the run's settings.
+      Args: source: the data, with its training images if the model was trained on it.
+      found: the model's results on the test images.
+      path: path of the page; None for `report.html` in the run's folder.
+      trained_on: False for data other than the model's own.
+      weights: path that the model was loaded from, if it is not a checkpoint.
+      how: the method for heat maps.
+      pooled: the cross-validation that `found` belongs to, or None.
+      private: leave out pictures, file names and paths; None: as in the run's settings.
 
     Returns:
       The page's path.
@@ -122,10 +122,10 @@ def save_report(
 
 
 def _make_pictures(trained, found, kept, how, hidden, pooled):
-    """The rows of images with their maps, and how far the maps can be trusted."""
+    """The rows of images with their heat maps, and the faithfulness of the maps."""
     if hidden:
         return {'mistakes': [], 'uncertain': [], 'extra': []}, None
-    # Small batches: the maps are few, and a CPU compiles for them in the same time.
+    # Small batches: there are few maps, and a CPU compiles larger ones no faster.
     if pooled is None:
         predictors = [predictor_lib.Predictor(trained, batch_size=6)]
     else:
@@ -146,7 +146,7 @@ def _make_pictures(trained, found, kept, how, hidden, pooled):
 
 
 def _pick_pictures(found, kept):
-    """The rows of images that get maps, by section; `extra` are those of cells."""
+    """The rows of images that get heat maps, by section; `extra` are those of cells."""
     pictures = {
         'mistakes': gallery.pick_mistakes(found, MISTAKES),
         'uncertain': gallery.pick_uncertain(found, MISTAKES),
@@ -161,7 +161,7 @@ def _pick_pictures(found, kept):
 
 
 def _describe(workdir, run, trained, source, found, measured, trained_on):
-    """What the page says without a script."""
+    """The content of the page that needs no script."""
     metadata = trained.metadata
     labels = None
     if trained_on and _reads_labels(source.train):
@@ -179,7 +179,7 @@ def _describe(workdir, run, trained, source, found, measured, trained_on):
     validation = None
     if trained_on and source.val is not None:
         validation = len(source.val)
-        # Runs of versions that knew of two parts called them test images.
+        # Runs of versions with only two parts called these test images.
         curves = curves and curves | {'part': epoch_records.VAL}
     return {
         'name': run.name,
@@ -218,10 +218,10 @@ def _describe(workdir, run, trained, source, found, measured, trained_on):
 
 
 def _class_rows(metrics):
-    """Rows of the table of classes: name, support and cells of value and interval."""
+    """Rows of the table of classes: name, support, cells of value and interval."""
     intervals = metrics['intervals'] or {}
     every = intervals.get('classes') or [{}] * len(metrics['classes'])
-    if len(every) > CLASSES:  # eval.json has all
+    if len(every) > CLASSES:  # eval.json has all classes
         every = [{}] * len(every)
     rows = [
         {
@@ -244,7 +244,7 @@ def _describe_size(preparation):
 
 
 def _next_steps(workdir):
-    """Commands for what one does with a trained model, `[(what, command)]`."""
+    """Commands for the next steps with a trained model, `[(what, command)]`."""
     folder = shlex.quote(workdir)
     return [
         (what, ' '.join([*program.words(), *parts]))
@@ -261,7 +261,7 @@ def _next_steps(workdir):
 def _changed(fields):
     """The settings that differ from their defaults."""
     usual = run_folder.flatten(settings.to_config(settings.from_config({})))
-    # A run fills these in if they are left open.
+    # A run fills these in if they are open.
     filled = vars(images.Preparation()) | {
         'window': [],
         'mean': weight_file.IMAGENET_MEAN,
@@ -284,7 +284,7 @@ def _changed(fields):
 
 
 def _counts(source, found, trained_on):
-    """Images of each class, `[(name, training, validation, test)]`; None: not known."""
+    """Images per class, `[(name, training, validation, test)]`; None: unknown."""
     several = found.multi_label
     count = len(found.class_names)
 
@@ -302,12 +302,12 @@ def _counts(source, found, trained_on):
 
 
 def _reads_labels(examples):
-    """Whether all labels can be had quickly."""
+    """Whether all labels can be read quickly."""
     return examples.reader.labels_in_memory or len(examples) <= _TFDS_LABELS
 
 
 def _samples(source, found):
-    """Training images of all classes; test images where there are none to show."""
+    """Training images of all classes; test images if there are none to show."""
     examples, names = found.examples, found.class_names
     labels = found.labels
     if source is not None and _reads_labels(source.train):
@@ -323,7 +323,7 @@ def _samples(source, found):
 
 
 def _facts(run):
-    """What it was trained with and what that took, by name."""
+    """Hardware, software, time and cost of the training, by name."""
     facts, environment = {}, run.environment
     if run.records:
         seconds = sum(row['seconds'] for row in run.records)
@@ -351,7 +351,7 @@ def _facts(run):
 
 
 def _caption(row, names):
-    """What stands below an image: `heading`, whether it is `right`, `captions`."""
+    """The caption of an image: `heading`, whether it is `right`, `captions`."""
     predicted, true = names[row['predicted']], names[row['true']]
     probability = render.probability(row['probability'])
     if 'present' in row:
@@ -408,7 +408,7 @@ def _roc(found):
 
 
 def _kept_classes(found):
-    """Those that the confusion matrix shows; None where there is no matrix."""
+    """The classes that the confusion matrix shows; None without a matrix."""
     if found.multi_label:
         return None
     matrix = metrics_lib.confusion(
@@ -419,7 +419,7 @@ def _kept_classes(found):
 
 
 def _confusion(found, kept, hidden=False):
-    """The matrix, of the classes with most mistakes where there are very many."""
+    """The matrix; with very many classes, only those with most mistakes."""
     if kept is None:
         return None
     names = found.class_names

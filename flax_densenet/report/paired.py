@@ -21,18 +21,18 @@ from flax_densenet.evaluation import bootstrap, delong, intervals, results, weig
 
 Predictions = dict[str, tuple[str, str]]
 NAMES = {'accuracy': 'accuracy', 'auroc': 'mean AUROC', 'f1': 'F1'}
-_MOST_WORK = intervals.WORK // 2  # of one run
+_MOST_WORK = intervals.WORK // 2  # classes of one run
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """How two runs differ in a metric on the same images.
+    """The difference of two runs in a metric on the same images.
 
     Attributes:
       metric: `accuracy`, `auroc` or `f1`.
       value: the metric of the first run minus that of the other.
       interval: its 95% interval; None if all resamples are equal.
-      p_value: how likely a difference at least as large is if the two are equal.
+      p_value: probability of a difference at least as large if the two are equal.
       test: the name of the test.
     """
 
@@ -45,11 +45,11 @@ class Difference:
 
 @dataclasses.dataclass(frozen=True)
 class Scored:
-    """What `predictions.csv` holds, as arrays in the order of the images' paths.
+    """The content of `predictions.csv`, as arrays in the order of the image paths.
 
     Attributes:
       labels: int `[N]`, or `[N, L]` of 0, 1 and NaN.
-      scores: `[N, C]`; None where the file has the likeliest classes only.
+      scores: `[N, C]`; None if the file has only the most likely classes.
       predicted: int `[N]`, or bool `[N, L]`.
       groups: int `[N]`, or None.
     """
@@ -61,12 +61,12 @@ class Scored:
 
 
 def load(workdir: str) -> Predictions:
-    """Actual and predicted class of each image of `predictions.csv`, by its path.
+    """Actual and predicted class of each image in `predictions.csv`, by its path.
 
-    Empty where there is no such file.
+    Empty if there is no such file.
 
     Raises:
-      UserError: it is not what evaluation writes.
+      UserError: the file is not one that evaluation writes.
     """
     rows = _read(workdir)
     return {row['path']: (row['true'], row['predicted']) for row in rows}
@@ -90,10 +90,10 @@ def _read(workdir):
 
 
 def load_scores(workdir: str) -> Scored | None:
-    """The arrays of `predictions.csv`; None where there is no such file.
+    """The arrays of `predictions.csv`; None if there is no such file.
 
     Raises:
-      UserError: it is not what evaluation writes.
+      UserError: the file is not one that evaluation writes.
     """
     rows = sorted(_read(workdir), key=lambda row: row['path'])
     if not rows:
@@ -103,7 +103,8 @@ def load_scores(workdir: str) -> Scored | None:
     except (KeyError, TypeError, ValueError) as error:
         path = os.path.join(workdir, results.PREDICTIONS_FILE)
         raise UserError(
-            f'{path} is not what eval writes ({error!r}); run eval {workdir} again'
+            f'{path} is not a file that eval writes ({error!r}); run eval {workdir} '
+            'again'
         ) from error
 
 
@@ -137,7 +138,7 @@ def _to_arrays(rows):
 
 
 def _present(row, names):
-    """Which labels are predicted: by their names, or above a half if these hold `;`."""
+    """The predicted labels: by their names, or above 0.5 if names contain `;`."""
     found = set(row['predicted'].split(';')) - {''}
     if found <= set(names):
         return [name in found for name in names]
@@ -145,7 +146,7 @@ def _present(row, names):
 
 
 def _sharpen(scores):
-    """Log odds, from the others where one is so close to 1 that digits are missing."""
+    """Log odds; from the sum of the others if a value close to 1 lacks digits."""
     others = scores.sum(-1, keepdims=True) - scores
     if scores.shape[-1] == 2:
         others = scores[:, ::-1]
@@ -154,10 +155,10 @@ def _sharpen(scores):
 
 
 def mcnemar(one: Predictions, other: Predictions) -> float:
-    """The p-value of McNemar's exact test: both are right equally often.
+    """The p-value of McNemar's exact test that both are right equally often.
 
     Args:
-      one, other: of the same images.
+      one, other: predictions for the same images.
     """
     right = np.array(
         [
@@ -178,7 +179,7 @@ def _mcnemar(one, other):
 
 
 class Resampled:
-    """Runs on the same images, with the metrics of resamples that they share."""
+    """Runs on the same images, with metrics on shared resamples."""
 
     def __init__(self, runs: list[Scored]):
         self._runs = runs
@@ -190,7 +191,7 @@ class Resampled:
         self._made: dict[int, Any] = {}
 
     def _metrics(self, place):
-        """Of a run: each metric of all images, and of each resample."""
+        """The metrics of a run on all images, and on each resample."""
         if place not in self._made:
             run = self._runs[place]
             scores = run.scores
@@ -209,7 +210,7 @@ class Resampled:
         return self._made[place]
 
     def compare(self, one: int, other: int) -> list[Difference]:
-        """The differences between two runs, by their places in the list."""
+        """The differences between two runs, by their indices in the list."""
         runs = self._runs[one], self._runs[other]
         (found, drawn), (found2, drawn2) = self._metrics(one), self._metrics(other)
         differences = []
@@ -240,7 +241,7 @@ def _describe(metric, value, values, runs):
         right = (run.labels == run.predicted for run in runs)
         p_value, test = _mcnemar(*right), "McNemar's exact test"
     elif metric == 'auroc' and one.scores.shape[-1] <= 2 - several:
-        # One area: of the label, or of either class, which have the same.
+        # A single area: of the label, or of either of two classes, which are equal.
         true = one.labels[:, 0] == 1 if several else one.labels == 1
         known = ~np.isnan(one.labels[:, 0]) if several else slice(None)
         areas = (run.scores[known, -1] for run in (one, other))
@@ -252,11 +253,11 @@ def _describe(metric, value, values, runs):
 def tell(
     name: str, best: str, differences: list[Difference], *, comparisons: int = 1
 ) -> str:
-    """A sentence or two on whether the differences of two runs can be chance.
+    """One or two sentences on whether the differences of two runs can be chance.
 
     Args:
-      name, best: of the runs; the differences are the first minus the other.
-      comparisons: how many runs are compared, over which 5% of false alarms are
+      name, best: names of the runs; the differences are the first minus the other.
+      comparisons: number of compared runs, by which the significance level of 5% is
         divided (Bonferroni).
     """
     limit = 0.05 / comparisons
@@ -277,7 +278,7 @@ def tell(
         )
         (real if one.p_value < limit else chance).append(called)
     if not pieces:
-        return f'{name} and {best} cannot be compared: no metric of both is defined.'
+        return f'{name} and {best} cannot be compared: no metric is defined for both.'
     if not real:
         verdict = 'Each of these differences could be chance.'
     elif not chance:
@@ -298,7 +299,7 @@ def _signed(value, percent):
 
 
 def _p(one):
-    least = 2 / (bootstrap.RESAMPLES + 1)  # that resamples can tell
+    least = 2 / (bootstrap.RESAMPLES + 1)  # the smallest of resamples
     if one.test.startswith('paired bootstrap') and one.p_value <= least:
         return f'p \u2264 {least:.3f}'
     return 'p < 0.001' if one.p_value < 0.001 else f'p = {one.p_value:.3f}'
@@ -313,11 +314,11 @@ def find_disagreements(runs: list[Predictions], most: int) -> list[dict[str, Any
     """Images for which runs predict different classes.
 
     Args:
-      runs: of the same images.
-      most: images, those that most runs got wrong first.
+      runs: predictions for the same images.
+      most: maximum number of images; those that most runs got wrong come first.
 
     Returns:
-      `name`, `actual` and `predicted`, of each run, with `wrong`, how many are.
+      `name`, `actual`, `predicted` by each run, and `wrong`, the number of wrong runs.
     """
     rows: list[dict[str, Any]] = []
     for name, (actual, _) in runs[0].items():

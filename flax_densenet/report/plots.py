@@ -22,22 +22,22 @@ TRAIN, TEST, _BEST = '#1f77b4', '#d95f02', '#555555'
 
 
 def new_figure(width: float, height: float):
-    """An empty matplotlib figure, in inches, whose parts make room for each other."""
-    with errors.extra('report', 'a plot'):  # 0.5 s, and only where one is made
+    """An empty matplotlib figure with automatic layout; the size is in inches."""
+    with errors.extra('report', 'a plot'):  # takes 0.5 s; only if one is made
         from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout='constrained')
 
 
 def plot_curves(records, *, size: tuple[float, float] = (11, 4.2)):
-    """Accuracy and loss by epoch, training and held out, the best epoch marked.
+    """Accuracy and loss by epoch, training and held out, with the best epoch marked.
 
     Args:
-      records: the lines of `metrics.jsonl`, in their order.
-      size: of the figure in inches.
+      records: the lines of `metrics.jsonl`, in order.
+      size: size of the figure in inches.
 
     Returns:
-      A matplotlib figure of two panels side by side.
+      A matplotlib figure with two panels side by side.
     """
     figure = new_figure(*size)
     best = max(records, key=checkpoint_reader.rank)
@@ -78,7 +78,7 @@ def save_curves(workdir: str, records):
 
 
 def save_rates(workdir: str, result) -> str:
-    """Writes `lr_find.png`, of what `train.lr_finder.find` returned; its name."""
+    """Writes `lr_find.png` from the result of `lr_finder.find`; returns its name."""
     rates, losses, means = (result[name] for name in ('learning_rate', 'loss', 'mean'))
     figure = plot_rates(rates, losses, means, result['suggestion'])
     figure.savefig(os.path.join(workdir, RATES_FILE), dpi=110)
@@ -86,7 +86,7 @@ def save_rates(workdir: str, result) -> str:
 
 
 def plot_rates(rates, losses, means, suggestion):
-    """The loss of a learning-rate range test over the rate, the suggestion marked.
+    """The loss of a learning-rate range test by rate, with the suggestion marked.
 
     Args:
       rates, losses, means: `[steps]` each; the loss of a step and its running mean.
@@ -104,7 +104,7 @@ def plot_rates(rates, losses, means, suggestion):
             label=f'suggested: {suggestion:g}',
         )
     axes.set_xscale('log')
-    # A loss that runs off would flatten all that matters.
+    # A diverging loss would flatten the relevant part.
     low, start = float(np.min(losses)), float(np.median(losses[: len(losses) // 2]))
     axes.set_ylim(low - 0.1 * (start - low), start + 1.5 * (start - low) + 0.1)
     axes.set_title('Learning-rate range test')
@@ -116,7 +116,7 @@ def plot_rates(rates, losses, means, suggestion):
 
 
 def plot_samples(images, titles, *, columns: int = 8, heading: str = ''):
-    """A grid of images uint8 `[N, H, W, 3]`, each with its title."""
+    """A grid of images uint8 `[N, H, W, 3]` with titles."""
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     figure = new_figure(1.5 * columns, 1.75 * rows)
@@ -133,7 +133,7 @@ def plot_samples(images, titles, *, columns: int = 8, heading: str = ''):
 
 
 def title(label, class_names) -> str:
-    """The class of a label, or the labels that an image has."""
+    """The name of a class, or the names of an image's labels."""
     if np.ndim(label) == 0:
         return class_names[label]
     present = [class_names[i] for i in np.flatnonzero(label == 1)]
@@ -141,12 +141,12 @@ def title(label, class_names) -> str:
 
 
 def mixed_title(label, partner, weight, class_names) -> str:
-    """`ants 0.7 + bees 0.3`, on two lines where one is too short."""
+    """`ants 0.7 + bees 0.3`, on two lines if it is too long for one."""
     names = title(label, class_names), title(partner, class_names)
     if names[0] == names[1] or weight == 1:
         return names[0]
     shares = f' {weight:.2f}', f' {1 - weight:.2f}'
-    # Names make room for the numbers.
+    # Names are shortened to fit the numbers.
     text = f'{names[0]}{shares[0]} + {names[1]}{shares[1]}'
     if len(text) <= _TITLE:
         return text
@@ -154,22 +154,23 @@ def mixed_title(label, partner, weight, class_names) -> str:
     return f'{first}\n+ {clip(names[1], _TITLE - 2 - len(shares[1]))}{shares[1]}'
 
 
-_TITLE = 18  # letters over an image
+_TITLE = 18  # characters that fit over an image
 
 
 def clip(title: str, most: int = _TITLE) -> str:
-    """A name of at most so many letters."""
+    """A name, shortened to a number of characters."""
     return title if len(title) <= most else title[: most - 1] + '…'
 
 
 def save_samples(
     workdir: str, batch, class_names, *, mean, std, changes=(), most: int = 24
 ):
-    """Writes `samples.png`: training images as the model sees them, made visible.
+    """Writes `samples.png`: training images as the model sees them.
 
     Args:
-      batch: of `pipeline.train_batches`; normalized as in training and back. Of mixed
-        images also `partner_label` and `weight`, the share of `label`.
+      batch: from `pipeline.train_batches`; normalized as in training and converted
+        back. For mixed images it also has `partner_label` and `weight`, the share of
+        `label`.
       changes: settings that change the images, for the heading.
     """
     seen = trained.normalize(batch['image'][:most], mean=mean, std=std)

@@ -1,4 +1,4 @@
-"""Pages that can be passed on: without pictures, file names and paths."""
+"""Pages that can be shared: without pictures, file names and paths."""
 
 import dataclasses
 from typing import Any
@@ -6,20 +6,20 @@ from typing import Any
 from flax_densenet import settings
 from flax_densenet.evaluation import results
 
-# Settings that name files, folders or data sets, or that hold parts of paths.
+# Settings that name files, folders or data sets, or contain parts of paths.
 _PLACES = frozenset(
     ('init_from', 'data.source', 'data.labels', 'data.groups', 'data.tfds_dir')
     + ('data.subgroups', 'data.label_columns')
 )
-NAME = 'Report'  # in place of a run's, which is that of a folder
+NAME = 'Report'  # replaces the name of a run, which is that of its folder
 
 
 def is_private(config: dict[str, Any], chosen: bool | None = None) -> bool:
-    """Whether a run's page leaves out what could tell whose images these are.
+    """Whether a run's page leaves out what could identify people or places.
 
     Args:
-      config: of the run, as it was saved.
-      chosen: what the user says now; None: as in the config.
+      config: the saved config of the run.
+      chosen: the user's current choice; None: as in the config.
     """
     if chosen is not None:
         return chosen
@@ -27,13 +27,13 @@ def is_private(config: dict[str, Any], chosen: bool | None = None) -> bool:
 
 
 def measured(which: results.Measured) -> results.Measured:
-    """Which model was measured, without paths."""
+    """The measured model, without paths."""
     kind = which.data.partition(':')[0]
     return dataclasses.replace(which, data=kind, weights=None)
 
 
 def anonymous(found: results.Results) -> results.Results:
-    """Results without the name of the folder of images that are none of the classes."""
+    """Results without the folder name of images that show none of the classes."""
     if found.others is None:
         return found
     others = dataclasses.replace(found.others, name='other data')
@@ -41,7 +41,7 @@ def anonymous(found: results.Results) -> results.Results:
 
 
 def hide(values: dict[str, Any], found: results.Results) -> dict[str, Any]:
-    """What a page says, without names of files and folders and without images.
+    """The content of a page, without names of files and folders and without images.
 
     Args:
       values: of the page's template.
@@ -65,7 +65,7 @@ def hide(values: dict[str, Any], found: results.Results) -> dict[str, Any]:
 
 
 def hide_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """Settings without those that name a place or hold a path."""
+    """Settings without those that name a location or contain a path."""
     return {
         name: value
         for name, value in fields.items()

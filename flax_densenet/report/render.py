@@ -1,9 +1,9 @@
-"""One HTML file of a template in `templates/`, with all that it needs inside.
+"""Renders a template in `templates/` to one self-contained HTML file.
 
-The page holds its pictures, charts and numbers; it asks no host for anything, and a
-policy in its head forbids it to. Text is HTML and charts are SVG, so it reads and
-prints without JavaScript; the scripts sort the tables, show what the pointer is on, and
-open images.
+The page contains its pictures, charts and numbers; it loads nothing from other hosts,
+and a policy in its head forbids that. Text is HTML and charts are SVG, so it can be
+read and printed without JavaScript; the scripts sort tables, show tooltips and open
+images.
 """
 
 import functools
@@ -19,7 +19,7 @@ from flax_densenet.system import atomic
 
 
 def percent(share: float | None) -> str:
-    """0.123 as `12.3%`; a dash where there is none."""
+    """0.123 as `12.3%`; a dash for None."""
     return '-' if share is None else f'{share * 100:.1f}%'
 
 
@@ -35,14 +35,14 @@ def probability(share: float) -> str:
 
 
 def figure(value: float | None) -> str:
-    """`0.843`, `6.1e+11`; a dash where there is none."""
+    """`0.843`, `6.1e+11`; a dash for None."""
     if value is None:
         return '-'
     return f'{value:.3f}' if abs(value) < 1e4 else f'{value:.2g}'
 
 
 def check_installed(what: str):
-    """Raises where the packages of the extra `report` are missing.
+    """Raises if the packages of the extra `report` are missing.
 
     Args:
       what: the file that needs them.
@@ -78,11 +78,11 @@ def save_page(path, template, data, *, private=False, **values):
     """Renders a page to a temporary file and renames it, so that it is complete.
 
     Args:
-      path: of the page.
-      template: in `templates/`, with a script of the same name.
-      data: what the scripts read; JSON can hold it.
-      private: the page must hold no picture.
-      **values: of the template.
+      path: path of the page.
+      template: name in `templates/`, with a script of the same name.
+      data: JSON values that the scripts read.
+      private: the page must not contain pictures.
+      **values: values for the template.
 
     Raises:
       UserError: the page cannot be written.
@@ -96,7 +96,7 @@ def save_page(path, template, data, *, private=False, **values):
         return markupsafe.Markup((pages / name).read_text('utf-8'))
 
     environment = make_environment()
-    # Inside a script element only this could end it.
+    # Inside a script element, only this could end it.
     numbers = json.dumps(data, separators=(',', ':')).replace('<', '\\u003c')
     page = environment.get_template(template).render(
         style=text('style.css'),
@@ -107,7 +107,7 @@ def save_page(path, template, data, *, private=False, **values):
         **values,
     )
     if private and 'data:image' in page:
-        raise AssertionError('a private page holds a picture')
+        raise AssertionError('a private page contains a picture')
     try:
         folder = os.path.dirname(path) or '.'
         os.makedirs(folder, exist_ok=True)

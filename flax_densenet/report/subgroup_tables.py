@@ -1,4 +1,4 @@
-"""Tables of metrics by subgroup, with a bar for the interval of the compared one."""
+"""Tables of metrics by subgroup, with a bar for the interval of the compared metric."""
 
 from typing import Any
 
@@ -17,10 +17,10 @@ TITLES = {
 
 
 def section(metrics: dict[str, Any], *, private: bool = False) -> list[dict[str, Any]]:
-    """What the template shows, a table for each column.
+    """Values for the template, with a table for each column.
 
     Args:
-      metrics: of `evaluation.results.Results`.
+      metrics: from `evaluation.results.Results`.
       private: leave out columns that are parts of paths.
     """
     return [
@@ -68,7 +68,7 @@ def _row(row, names, looks):
 
 
 def _cell(name, row):
-    """A value, its text, its interval and the text of that."""
+    """A value and its interval, both also as text."""
     value, ends = row['values'][name], row['intervals'][name]
     percent = name == 'accuracy'
     text = (render.percent if percent else render.figure)(value)

@@ -1,8 +1,8 @@
-"""Charts as SVG, which pages hold as they are: no script has to draw them.
+"""Charts as SVG that pages embed, so that no script has to draw them.
 
-Colors are classes of `style.css`, so a chart follows the page's light and dark themes,
-and prints. What a pointer reads is in `<title>` elements, which browsers show by
-themselves and the page's script shows at once.
+Colors are classes of `style.css`, so a chart follows the page's light and dark themes
+and prints well. Tooltips are `<title>` elements, which browsers show after a delay and
+the page's script at once.
 
 >>> plot = Plot(Axis('epoch', 1, 3), Axis('loss', 0, 1), label='Loss by epoch')
 >>> plot.line([1, 2, 3], [0.9, 0.5, 0.4], 's0')
@@ -21,13 +21,13 @@ _LETTER = 7.4  # width of a digit
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """What an axis spans.
+    """An axis.
 
     Attributes:
-      title: with the unit.
-      low, high: the ends, in the values' unit; positive if `log`.
-      ticks: `(value, text)`; by default chosen by the ends.
-      whole: only whole numbers as ticks, for epochs.
+      title: title with the unit.
+      low, high: the ends, in the unit of the values; positive if `log`.
+      ticks: `(value, text)`; by default chosen from the ends.
+      whole: only integers as ticks, for epochs.
     """
 
     title: str
@@ -67,7 +67,7 @@ class Axis:
 
 
 def _step(span, most=6):
-    """A distance of ticks, 1, 2 or 5 times a power of ten."""
+    """The distance between ticks: 1, 2 or 5 times a power of ten."""
     unit = 10.0 ** math.floor(math.log10(span / most)) if span > 0 else 1.0
     return next((f * unit for f in (1, 2, 5, 10) if span <= f * unit * most), unit)
 
@@ -93,8 +93,8 @@ class Plot:
     """A chart to which marks are added; `str` gives the SVG.
 
     Args:
-      label: what it shows, for those who do not see it.
-      width, height: of the picture, in units of about a pixel.
+      label: description of the chart for screen readers.
+      width, height: size of the picture, in units of about a pixel.
       left: where the plot begins at the earliest, to align it with another one.
     """
 
@@ -114,7 +114,7 @@ class Plot:
         self.parts: list[str] = []
 
     def at(self, x: float, y: float) -> tuple[float, float]:
-        """Where a point lies in the picture."""
+        """The position of a point in the picture."""
         across = self.width - self.left - _RIGHT
         down = self.height - _TOP - _BOTTOM
         right = self.left + across * self.x.place(x)
@@ -125,7 +125,7 @@ class Plot:
 
         Args:
           style: classes of style.css, `s0` to `s9` or `soft`.
-          group: of the lines that a legend's button hides together.
+          group: name of the lines that a legend button hides together.
         """
         runs: list[list[tuple[float, float]]] = [[]]
         for x, y in zip(xs, ys, strict=True):
@@ -161,7 +161,7 @@ class Plot:
         self._group(''.join(marks), style, '', '')
 
     def bars(self, edges, heights, style: str, *, titles=()):
-        """Bars from the bottom: `edges` are one more than `heights`."""
+        """Bars from the bottom; there is one more of `edges` than of `heights`."""
         bars = []
         for place, height in enumerate(heights):
             left, top = self.at(edges[place], height)
@@ -185,7 +185,7 @@ class Plot:
         )
 
     def tips(self, xs, texts):
-        """Columns that show their text where the pointer is."""
+        """Columns that show their text as tooltips."""
         places = [self.at(x, self.y.low)[0] for x in xs]
         middles = [(a + b) / 2 for a, b in zip(places, places[1:], strict=False)]
         edges = [self.left, *middles, self.width - _RIGHT]

@@ -27,7 +27,7 @@ def train(
       **options: others of `fit.fit`.
 
     Returns:
-      Metrics of the test images, if they chose nothing; else None.
+      Metrics on the test images, if they were not used for any choice; else None.
     """
     result = fit.fit(
         settings,
@@ -60,7 +60,7 @@ def result_of(folder: str, tested: dict[str, Any] | None) -> TrialResult:
 
 
 def _test_figure(metrics, best):
-    """The figure of the test images that chose nothing; None if there are none."""
+    """The metric on test images not used for any choice; None if there are none."""
     if metrics is None:
         return None
     if epoch_records.get(best, 'mean_auroc') is not None:

@@ -119,7 +119,10 @@ def _describe_choice(kept, best):
         return line
     value = sweep_table.show(best.test, kept.figure)
     what = 'AUROC' if kept.figure == 'mean AUROC' else 'accuracy'
-    return f'{line}; on the test images, which chose nothing, its {what} is {value}'
+    return (
+        f'{line}; on the test images, which were not used for any choice, its {what} '
+        f'is {value}'
+    )
 
 
 def _count(rows, state):

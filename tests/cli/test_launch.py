@@ -171,7 +171,7 @@ def test_summary(main, arguments, size):
         (['photos'], 'photos is not a command; the commands are'),
         (['--config.data.source=folder:/none'], 'there is no such folder'),
         (['--mode=eval', '--workdir=/none'], '--workdir=/none holds no checkpoint'),
-        (['--mode=report', '--workdir=/none/*'], 'no folder of a run has such a name'),
+        (['--mode=report', '--workdir=/none/*'], 'no folder of a run matches'),
         (['--mode=report', '--workdir=/a,/b'], '--workdir=/a holds no run with a'),
         (['--config.init_from=/none.pth'], 'init_from=/none.pth: there is no such'),
         (['--mode=export'], 'export needs the file to write: export MODEL FILE'),

@@ -121,4 +121,6 @@ def test_a_class_of_a_table_in_another_case(digits, monkeypatch, capfd):
     digits(['cat', 'dog'])
     run = helper.make_main(monkeypatch, capfd)
     status, _, err = run('eval', 'run', 'new', '--config.data.labels=t.csv')
-    assert status == 2 and 'class cat is not one of the classes that the model was' in err
+    assert (
+        status == 2 and 'class cat is not one of the classes that the model was' in err
+    )

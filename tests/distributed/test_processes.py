@@ -190,7 +190,7 @@ def test_no_cluster(tmp_path):
     ):
         assert (lost.wait(), alone.wait()) == ([2], [2])
         assert lost.error(0).count('\n') == alone.error(0).count('\n') == 1
-        assert alone.error(0).startswith('error: not all processes came within')
+        assert alone.error(0).startswith('error: not all processes joined within')
 
 
 @pytest.mark.slow

@@ -42,7 +42,9 @@ def test_of_other_images(data):
     assert len(found['risk']['share']) == 200
     lines = doubt.describe(found)
     assert len(lines) == 3
-    assert lines[0].startswith(f'sets for a coverage of 90%: they contain {row["coverage"]:.1%} of')
+    assert lines[0].startswith(
+        f'sets for a coverage of 90%: they contain {row["coverage"]:.1%} of'
+    )
     assert 'halves' not in lines[0]
     assert lines[1].startswith('unusual: 20.0% of these images (5.0% of the validation')
     assert lines[2].startswith('50 images of cats: ') and 'AUROC 0.9' in lines[2]

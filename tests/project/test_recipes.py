@@ -147,7 +147,9 @@ def test_what_cannot_be():
     for name in ('cifar', 'imagenet'):
         with pytest.raises(ValueError, match='fast is not known; use 121 or 121,code'):
             recipe(name, '121,fast')
-    with pytest.raises(ValueError, match='quik is not known; use .* rate, quick, or the name'):
+    with pytest.raises(
+        ValueError, match='quik is not known; use .* rate, quick, or the name'
+    ):
         recipe('cifar', 'quik')
     with pytest.raises(ValueError, match='quik is not known; use .* rate, or the name'):
         recipe('svhn', 'quik')

@@ -126,7 +126,7 @@ def test_pictures_are_refused(tmp_path, monkeypatch):
     values['made'] = 'data:image/webp;base64,UklGR'
     arguments = str(tmp_path / 'x.html'), 'compare.html', {}
     render.save_page(*arguments, areas=False, **values)
-    with pytest.raises(AssertionError, match='holds a picture'):
+    with pytest.raises(AssertionError, match='contains a picture'):
         render.save_page(*arguments, private=True, areas=False, **values)
 
 

@@ -162,7 +162,8 @@ def test_validation_chooses(objective, monkeypatch, tmp_path, capsys):
     out = capsys.readouterr().out
     assert f'best: {RATE}=0.3: validation accuracy 90.0% over 1 seed' in out
     assert 'chosen on the validation images' in out
-    assert 'on the test images, which chose nothing, its accuracy is 50.0%' in out
+    unused = 'which were not used for any choice'
+    assert f'on the test images, {unused}, its accuracy is 50.0%' in out
     assert [row.test for row in rows] == [0.5, 0.5]
     kept = sweep_record.load(str(tmp_path / 's'))
     assert kept.part == 'val' and kept.figure == 'validation accuracy'

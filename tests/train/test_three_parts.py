@@ -91,7 +91,7 @@ def test_runs_are_compared_by_their_tests(three, tmp_path):
     path = tmp_path / 'compare.html'
     compare.save([result.workdir, result.workdir], str(path))
     page = path.read_text()
-    assert 'the runs are sorted by these: the test images chose nothing' in page
+    assert 'the runs are sorted by these: the test images were not used' in page
     assert 'Validation accuracy' in page and 'Solid lines: validation' in page
     share = render.percent(result.test['accuracy'])
     chosen = render.percent(result.best['val_accuracy'])
@@ -104,7 +104,7 @@ def test_the_card_is_of_the_test_images(three):
     model = flax_densenet.load(result.workdir).trained
     card = model_card.render(model, workdir=result.workdir)
     assert 'on 360 test images of `digits`' in card
-    assert 'chosen on validation images; the test images chose nothing' in card
+    assert 'chosen on validation images; the test images were not used' in card
     assert '288 to choose the epoch by, 360 to test on' in card
     alone = model_card.render(model)
     assert 'on 288 validation images of `digits`' in alone

@@ -1,4 +1,4 @@
-"""Metrics of decisions: calibration before and after, and classes at thresholds."""
+"""Metrics of decisions: calibration before and after, and metrics at thresholds."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import numpy as np
 from flax_densenet.evaluation import calibrating, choosing, delong, intervals
 from flax_densenet.evaluation import metrics as metrics_lib
 
-# Of a decision curve.
+# points of a decision curve
 PROBABILITIES = np.arange(1, 100) / 100
 
 
@@ -62,7 +62,7 @@ def _of_classes(logits, labels):
 
 
 def _squared_errors(probabilities, labels):
-    """Of each image; summed over the classes, but of two classes the second's."""
+    """Brier scores of images: the sum over classes; for two, the second's term."""
     squares = np.square(probabilities).sum(-1)
     true = np.take_along_axis(probabilities, labels[:, None], -1)[:, 0]
     return (squares - 2 * true + 1) / (2 if probabilities.shape[-1] == 2 else 1)
@@ -71,21 +71,21 @@ def _squared_errors(probabilities, labels):
 def of_labels(
     logits: np.ndarray, raw_logits: np.ndarray | None, labels: np.ndarray, names
 ) -> dict[str, Any]:
-    """Calibration of several labels, before and after the model's own.
+    """Calibration metrics for several labels, before and after the calibration.
 
     Args:
-      logits: `[N, L]`, as predictions have them.
+      logits: `[N, L]`, as in predictions.
       raw_logits: before the model's calibration; None if it has none.
       labels: `[N, L]` of 0, 1 and NaN (unknown, left out).
       names: L names.
 
     Returns:
-      `applied`, whether the model is calibrated; `temperature`, None, as there is none
-      of all labels; `before` and `after` (None if it is not calibrated): of all known
-      labels together `error` and `bins` of `metrics.reliability`, where a bin's
-      `accuracy` is the share of positives; `loss` of `metrics.label_loss`; `brier`,
-      the mean over the labels; and `labels`, a row for each label with its name and
-      its `error`, `loss` and `brier`.
+      `applied`, whether the model is calibrated; `temperature`, None, since labels have
+      separate ones; `before` and `after` (None if it is not calibrated): for all known
+      labels together, `error` and `bins` of `metrics.reliability`, where a bin's
+      `accuracy` is the share of positives; `loss` of `metrics.label_loss`; `brier`, the
+      mean over the labels; and `labels`, a row for each label with its name and its
+      `error`, `loss` and `brier`.
     """
     if raw_logits is None:
         return {
@@ -132,7 +132,7 @@ def at_thresholds(
     names,
     groups: np.ndarray | None = None,
 ) -> list[dict[str, Any]]:
-    """What the classes with a threshold are worth at it.
+    """Metrics of the classes with a threshold, at that threshold.
 
     Args:
       labels: int `[N]`, or `[N, C]` of 0, 1 and NaN.
@@ -228,7 +228,7 @@ def share_interval(
 
 
 def average_precision(true: np.ndarray, probability: np.ndarray) -> float | None:
-    """scikit-learn's; None without a positive or without a negative."""
+    """scikit-learn's average precision; None without positives or negatives."""
     from sklearn import metrics as sklearn_metrics
 
     if true.all() or not true.any():
@@ -242,10 +242,10 @@ def precision_recall(
     *,
     points: int = metrics_lib.CURVE_POINTS,
 ) -> dict[str, list[float]] | None:
-    """A precision-recall curve, from the recall of 0 to that of 1.
+    """A precision-recall curve, from a recall of 0 to 1.
 
     Args:
-      points: with more corners than that, so many along the recall.
+      points: maximum number of points, evenly spaced in recall if the curve has more.
 
     Returns:
       None with only one class.
@@ -271,8 +271,8 @@ def precision_recall(
 def decision_curve(true: np.ndarray, probability: np.ndarray) -> dict[str, list[float]]:
     """Net benefit by threshold probability (Vickers and Elkin, 2006).
 
-    At the probability t from which on one would act, a false positive costs t / (1 - t)
-    of what a true positive gains. The benefit is in true positives per image.
+    If one acts at probabilities above t, a false positive costs t / (1 - t) times the
+    gain of a true positive. The benefit is in true positives per image.
 
     Returns:
       `probability`, the `benefit` of acting on the model's positives, and that of

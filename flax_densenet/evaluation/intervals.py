@@ -1,8 +1,8 @@
 """95% intervals of all metrics of a test, in bounded time.
 
 Shares of images (recall, specificity, precision, accuracy) have Wilson's interval, the
-other metrics that of a bootstrap. If images belong to groups, such as patients, all
-come from a bootstrap of whole groups.
+other metrics a bootstrap interval. If images belong to groups, such as patients, all
+intervals come from a bootstrap of groups.
 """
 
 from typing import Any
@@ -11,12 +11,12 @@ import numpy as np
 
 from flax_densenet.evaluation import bootstrap, delong, weighted
 
-# Images, times classes, times resamples of areas under curves: some 15 s on one core.
+# Images times classes times resamples of areas under curves: about 15 s on one core.
 WORK = 10**9
-# Beyond, areas have DeLong's interval; and beyond this many images times classes none.
+# Above that, areas get DeLong's interval; above this many images times classes, none.
 _MOST_RANKS = 10**8
 _FEWEST_RESAMPLES = 200
-LEAST = 5  # units with and without a class, for intervals that no share has
+LEAST = 5  # units with and without a class; shares need none
 
 
 def measure(
@@ -28,22 +28,22 @@ def measure(
     resamples: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Metrics with their intervals.
+    """Computes metrics with their intervals.
 
     Args:
       labels: int `[N]`, or float `[N, L]` of 0, 1 and NaN (not known).
       scores: `[N, C]`, probabilities.
-      predicted: of `weighted.Weighted`.
+      predicted: as in `weighted.Weighted`.
       groups: `[N]`, such as the patient of each image; None: images are independent.
-      resamples: of areas under curves; fewer than 200 are too few, and DeLong's
-        intervals take their place; None: as many as `WORK` allows.
-      seed: of the resamples; the same one gives the same intervals.
+      resamples: resamples for areas under curves. With fewer than 200, DeLong's
+        intervals are used instead. None: as many as `WORK` allows.
+      seed: seed of the resamples; the same seed gives the same intervals.
 
     Returns:
-      Values for JSON: `resamples`; `units`, what is drawn (`images` or `groups`), and
-      `unit_count`; `values` and `intervals`, both with `accuracy`, `macro` (metric:
+      Values for JSON: `resamples`; `units`, what is resampled (`images` or `groups`),
+      and `unit_count`; `values` and `intervals`, both with `accuracy`, `macro` (metric:
       value) and `classes` (a mapping for each class). An interval is `[low, high]`, or
-      None where none can be told.
+      None if it cannot be estimated.
     """
     count, classes = scores.shape
     if resamples is None:
@@ -81,7 +81,8 @@ def measure(
     counts = [number[:, 0] for number in metrics.counts(one_each)]
     _correct(ends, values, counts, labels, predicted, places)
     if places is None or not ends['accuracy'][0] < ends['accuracy'][1]:
-        # The accuracy of labels, a mean of shares, has that of `measure_labels`.
+        # The accuracy of labels, a mean of shares, has the interval of
+        # `measure_labels`.
         several = labels.ndim == 2
         ends['accuracy'] = wilson(np.nan if several else values['accuracy'], units)
     return about | {'intervals': _tidy(ends, pairs=True)}
@@ -95,7 +96,7 @@ def _pick(found, change):
 
 
 def _ends(drawn, values):
-    """Intervals of each metric, which are shares."""
+    """Intervals of the metrics that are shares."""
     return {
         name: _ends(value, values[name])
         if isinstance(value, dict)
@@ -105,7 +106,7 @@ def _ends(drawn, values):
 
 
 def _delong(labels, scores, groups):
-    """AUROC of the classes and its mean, each with DeLong's intervals."""
+    """AUROC of each class and their mean, with DeLong's intervals."""
     count, classes = scores.shape
     areas, rows = np.full(classes, np.nan), np.full((classes, 2), np.nan)
     total = np.zeros(count)
@@ -128,7 +129,7 @@ def _delong(labels, scores, groups):
 
 
 def _known(labels, c):
-    """Rows of which a class is known, and whether they have it."""
+    """The rows with a known label for a class, and whether they have it."""
     if labels.ndim == 2:
         known = np.flatnonzero(~np.isnan(labels[:, c]))
         return known, labels[known, c] > 0.5
@@ -136,10 +137,10 @@ def _known(labels, c):
 
 
 def _correct(ends, values, counts, labels, positive, places):
-    """Intervals where resamples tell too little: shares, few images, perfect values.
+    """Intervals for which resamples are not enough: shares, few images, perfect values.
 
     Args:
-      counts: of `weighted.Weighted.counts`, of all images: `[C]` each.
+      counts: from `weighted.Weighted.counts`, for all images: `[C]` each.
       positive: predicted classes, `[N, L]` or `[N]`.
       places: the number of each image's group, or None.
     """
@@ -179,7 +180,7 @@ def _correct(ends, values, counts, labels, positive, places):
 
 
 def _count_units(labels, positive, places, classes):
-    """How many groups have images of each kind, by class."""
+    """The number of groups with images of each kind, by class."""
     units = {name: np.zeros(classes) for name in ('true', 'says', 'false', 'either')}
     for c in range(classes):
         known, true = _known(labels, c)
@@ -192,7 +193,7 @@ def _count_units(labels, positive, places, classes):
 
 
 def wilson(share, count) -> np.ndarray:
-    """Wilson's 95% intervals of shares of so many: `[..., 2]`."""
+    """Wilson's 95% intervals of shares, `[..., 2]`."""
     z = 1.959963984540054
     share, count = np.asarray(share, float), np.asarray(count, float)
     middle = share + z**2 / (2 * count)
@@ -235,12 +236,12 @@ def extend(
     *,
     predicted: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Metrics of `metrics.measure` with what they lack, and with all intervals.
+    """Extends the result of `metrics.measure` by further metrics and all intervals.
 
     Adds specificity and average precision to `macro` and to each of `classes`,
-    `balanced_accuracy` to `macro`, and `intervals`: what `measure` says of the
-    resamples, with `macro` and `classes`; None with fewer than two images. With groups,
-    `accuracy_interval` is that of groups.
+    `balanced_accuracy` to `macro`, and `intervals`: the `units` and resamples of
+    `measure`, with `macro` and `classes`; None with fewer than two images. With groups,
+    `accuracy_interval` is based on groups.
     """
     if not len(labels):
         return metrics | {'intervals': None}
@@ -265,9 +266,9 @@ def extend(
 
 
 def describe(intervals: dict[str, Any]) -> str:
-    """How intervals were found: `bootstrap of 153 images`.
+    """How intervals were computed: `bootstrap of 153 images`.
 
     Args:
-      intervals: `intervals` of `extend`.
+      intervals: `intervals` from `extend`.
     """
     return f'bootstrap of {intervals["unit_count"]:,} {intervals["units"]}'

@@ -17,15 +17,15 @@ from flax_densenet.weights import unusual as unusual_lib
 
 _LOGGER = logging.getLogger(__name__)
 
-# Of the directions that whitening treats one by one, and the bytes of neighbors.
+# Number of directions that whitening treats separately, and bytes of neighbors.
 _DIRECTIONS = 256
 _MOST_BYTES = 6_000_000
 _MOST_FLOAT32 = 250_000  # numbers that are stored in full
 _MOST_CLASSES = 2000
 _ROWS = 1000
 _LEAST_SPREAD = 1e-5  # from the median to the limit, as a share of the median
-NEIGHBOR = 10  # of a sample of training images
-PER_CLASS = 10  # training images that are looked at, at least
+NEIGHBOR = 10  # size of a sample of training images
+PER_CLASS = 10  # minimum number of training images to use
 
 
 def needs_features(trained: trained_lib.Trained) -> bool:
@@ -37,9 +37,9 @@ def needs_features(trained: trained_lib.Trained) -> bool:
 def of_outputs(
     trained: trained_lib.Trained, computed: evaluate.Outputs
 ) -> np.ndarray | None:
-    """Scores of what a model computed of images, float32 `[N]`.
+    """Scores of images from a model's outputs, float32 `[N]`.
 
-    None if the model has no score, or if it needs features and there are none.
+    None if the model has no score, or if the score needs features and there are none.
     """
     score = None if trained.decisions is None else trained.decisions.unusual
     if score is None:
@@ -53,10 +53,10 @@ def of_outputs(
 
 
 def check_settings(method: str, *, share: float, images: int, prefix: str = 'train.'):
-    """Raises for values that `train.unusual*` cannot have.
+    """Raises for invalid values of `train.unusual*`.
 
     Args:
-      prefix: of the names in messages.
+      prefix: prefix of the names in messages.
     """
     known = 'auto', *unusual_lib.METHODS, 'off'
     if method not in known:
@@ -77,7 +77,7 @@ def fit_entry(
     rules: selection_lib.Rules,
     made: decisions_lib.Decisions,
 ) -> unusual_lib.Unusual | None:
-    """The score for what the selection part chooses (`fitting.FITTERS`)."""
+    """The score fitted on the selection part (one of `fitting.FITTERS`)."""
     method = rules.unusual
     knows_train = selection.train is not None and len(selection.train) > 0
     if method == 'auto':
@@ -92,7 +92,7 @@ def fit_entry(
         if selection.train is None or not knows_train:
             _LOGGER.info(
                 f'no score of unusual images: unusual={method} needs the training '
-                'images, which are not known; energy does not'
+                'images, which are not known; energy does not need them'
             )
             return None
         train = _sample_of(selection.train, rules.unusual_images)
@@ -133,13 +133,13 @@ def _sample_of(train, most):
 def sample(labels: np.ndarray | None, count: int, most: int, *, seed: int = 0):
     """Positions of the training images to fit on, int64, ascending.
 
-    Of each class in turn, so that rare classes are among them; at random where labels
-    are not known beforehand.
+    Images are drawn from each class in turn, so that rare classes are included; at
+    random if labels are not known in advance.
 
     Args:
       labels: int `[N]` or float `[N, L]`, or None.
       count: number of images, N.
-      most: how many to choose at most, but `PER_CLASS` of each class up to 10,000.
+      most: maximum number to choose; raised to `PER_CLASS` per class, up to 10,000.
     """
     order = np.random.default_rng(seed).permutation(count)
     if labels is not None and labels.ndim == 1 and len(labels):
@@ -148,7 +148,7 @@ def sample(labels: np.ndarray | None, count: int, most: int, *, seed: int = 0):
         by_class = order[np.argsort(labels[order], kind='stable')]
         sizes = np.bincount(labels, minlength=classes)
         starts = np.repeat(np.cumsum(sizes) - sizes, sizes)
-        turn = np.arange(count) - starts  # which of its class an image is
+        turn = np.arange(count) - starts  # index of an image within its class
         order = by_class[np.argsort(turn, kind='stable')]
     return np.sort(order[:most])
 
@@ -166,10 +166,10 @@ def fit(
 
     Args:
       method: one of `unusual.METHODS`.
-      features, labels: of training images: `[N, F]`; int `[N]` or float `[N, L]`.
-      val_features, val_logits: of validation images; logits before any calibration.
-      share: of the validation images that are below the limit. A new image of the same
-        kind is beyond it with a probability of at most 1 - share, provided there are at
+      features, labels: for training images: `[N, F]`; int `[N]` or float `[N, L]`.
+      val_features, val_logits: for validation images; logits before any calibration.
+      share: share of the validation images below the limit. A new image of the same
+        kind is above it with a probability of at most 1 - share, provided there are at
         least share / (1 - share) validation images.
     """
     several = labels.ndim == 2
@@ -202,7 +202,7 @@ def fit(
 def _bounds(given, val_features, val_logits):
     """Median and limit of the validation images.
 
-    With the arrays as they are stored, so that rounding is part of the limit.
+    Computed with the arrays as stored, so that the limit includes rounding.
     """
     plain = np.sort(compute(given.plain, val_features, val_logits))
     place = math.ceil((len(plain) + 1) * given.share - 1e-9)
@@ -225,7 +225,7 @@ def compute(score, features: np.ndarray, logits: np.ndarray) -> np.ndarray:
 
 
 def _compact(array):
-    """Arrays of many numbers as float16, if it has such large ones."""
+    """Stores large arrays as float16."""
     is_small = array.size <= _MOST_FLOAT32 or np.abs(array).max() > 6e4
     return array.astype(np.float32 if is_small else np.float16)
 
@@ -246,9 +246,9 @@ def _neighbors(features):
 def _gaussians(features, labels):
     """Whitening by the covariance within classes, and the whitened class means.
 
-    The covariance is Ledoit and Wolf's, which exists with fewer images than features.
-    Beyond its `_DIRECTIONS` largest axes, which are treated one by one, all others
-    have their mean variance.
+    The covariance is Ledoit and Wolf's estimate, which exists even with fewer images
+    than features. The `_DIRECTIONS` largest axes are treated separately; all others
+    share their mean variance.
     """
     from scipy import linalg
     from sklearn import covariance
@@ -265,7 +265,7 @@ def _gaussians(features, labels):
         centered = features - means[places]
     shrinkage = covariance.ledoit_wolf_shrinkage(centered, assume_centered=True)
     count, size = centered.shape
-    # The smaller of both products has the same eigenvalues.
+    # The smaller of the two products has the same eigenvalues.
     wide = size > count
     product = centered @ centered.T if wide else centered.T @ centered
     rank = min(_DIRECTIONS, size - 1, count)
@@ -281,7 +281,7 @@ def _gaussians(features, labels):
     values = (1 - shrinkage) * values + shrinkage * trace / size
     rest = (trace - values.sum()) / (size - len(values))
     rest = max(rest, 1e-6 * trace / size, 1e-12)
-    # Along other axes x / sqrt(rest); along these x / sqrt(value).
+    # Along these axes x / sqrt(value); along all others x / sqrt(rest).
     gains = np.sqrt(rest / np.maximum(values, rest * 1e-6)) - 1
     found = {
         'mean': np.float32(features.mean(0)),
@@ -294,17 +294,17 @@ def _gaussians(features, labels):
 
 
 def measure(known: np.ndarray, others: np.ndarray) -> dict[str, float | int]:
-    """How well scores tell images of the classes from images of none of them.
+    """How well scores separate images of the classes from other images.
 
     Args:
       known: scores `[N]` of images of the classes.
       others: scores `[M]` of images that show none of the classes.
 
     Returns:
-      `auroc`: how often an image of none has the higher score; `fpr95`: the share of
-      images of none that are accepted by the limit that accepts 95% of the known ones;
-      `flagged_known` and `flagged_others`: shares beyond the stored limit; `known` and
-      `others`, their numbers.
+      `auroc`: how often an image of none of the classes has the higher score; `fpr95`:
+      the share of these images below the limit that accepts 95% of the known ones;
+      `flagged_known` and `flagged_others`: shares above the stored limit; `known` and
+      `others`: the numbers of images.
     """
     from sklearn import metrics
 

@@ -21,7 +21,7 @@ from flax_densenet.evaluation import bootstrap, delong, intervals, results, weig
 
 Predictions = dict[str, tuple[str, str]]
 NAMES = {'accuracy': 'accuracy', 'auroc': 'mean AUROC', 'f1': 'F1'}
-_MOST_WORK = intervals.WORK // 2  # classes of one run
+_MOST_WORK = intervals.WORK // 2  # classes classes of one run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,9 +59,7 @@ def main(model, *files):
         taken = [(one.name, one.type) for one in session.get_inputs()]
         if taken != [('image', 'tensor(uint8)')]:
             raise ValueError(f'expects {taken}, not a uint8 image')
-    except (
-        Exception
-    ) as error:  # onnxruntime's errors have no other base class class class
+    except Exception as error:  # onnxruntime's errors have no other base class
         return f'{model} is not an exported model ({" ".join(str(error).split())})'
     unread = 0
     for file in files:

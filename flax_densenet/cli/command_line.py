@@ -213,7 +213,7 @@ def _check_field(field, fields):
         return
     close = [known for known in fields if known.startswith(f'{field}_')]
     close = close or difflib.get_close_matches(field, fields, 1, 0.7)
-    if not close:  # a field a field a field a field of another section
+    if not close:  # a field of another section
         last = {known.rpartition('.')[2]: known for known in fields}
         close = difflib.get_close_matches(field.rpartition('.')[2], last, 1, 0.8)
         close = [last[found] for found in close]

@@ -114,7 +114,7 @@ COMMAND = options.Command(
     examples=(
         ('five folds', 'crossval photos --folds=5'),
         (
-            'fine-tune published weights in each fold fold fold',
+            'fine-tune published weights in each fold',
             'crossval photos --pretrained',
         ),
         ('predict with all five models', 'predict ckpt/densenet121-crossval new.jpg'),

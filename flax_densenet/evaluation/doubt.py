@@ -17,7 +17,7 @@ from flax_densenet.evaluation import conformal, unusual
 from flax_densenet.weights import decisions as decisions_lib
 
 SHOWN = 0.9  # the coverage that is printed
-_POINTS = 200  # points points points of the risk curve
+_POINTS = 200  # points of the risk curve
 
 
 @dataclasses.dataclass(frozen=True)

@@ -272,7 +272,7 @@ class _Folded:
     def apply(self, arrays, images, *, mutable, method=None):
         if method is None:
             return folded.logits(self.module, arrays, images)
-        maps = images  # argument argument argument of `classify`: pooled features
+        maps = images  # argument of `classify`: pooled features
         if method is _pool:
             method, maps = 'pool', folded.features(self.module, arrays, images)
         return self.module.apply(arrays['head'], maps, method=method)

@@ -17,7 +17,7 @@ import numpy as np
 
 WIDE = 1000  # classes; with more, files with all pairs or probabilities are too large
 _CHUNK = 2**22  # float64 numbers at a time
-BINS = 15  # bins bins bins of the reliability diagram
+BINS = 15  # bins of the reliability diagram
 CURVE_POINTS = 400  # points of an ROC curve, unless it has fewer
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from flax_densenet.kernels import cpu as cpu_kernels
 from flax_densenet.kernels import packed_inference
 
-_DEPTH, _COLUMNS = 32, 16  # rows and columns rows and columns of a tile
+_DEPTH, _COLUMNS = 32, 16  # rows and columns of a tile
 
 
 def _fill(array, multiple, axis):

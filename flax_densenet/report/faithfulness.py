@@ -16,7 +16,7 @@ from flax_densenet.report import render
 from flax_densenet.weights import trained as trained_lib
 
 IMAGES = 32  # maximum number of images, chosen at random
-SHARES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # shares shares of the pixels
+SHARES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0)  # shares of the pixels
 _BLUR = 1 / 20  # standard deviation, as a share of the shorter side
 
 

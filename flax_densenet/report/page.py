@@ -221,7 +221,7 @@ def _class_rows(metrics):
     """Rows of the table of classes: name, support, cells of value and interval."""
     intervals = metrics['intervals'] or {}
     every = intervals.get('classes') or [{}] * len(metrics['classes'])
-    if len(every) > CLASSES:  # eval.json has all classes classes
+    if len(every) > CLASSES:  # eval.json has all classes
         every = [{}] * len(every)
     rows = [
         {

@@ -21,7 +21,7 @@ from flax_densenet.evaluation import bootstrap, delong, intervals, results, weig
 
 Predictions = dict[str, tuple[str, str]]
 NAMES = {'accuracy': 'accuracy', 'auroc': 'mean AUROC', 'f1': 'F1'}
-_MOST_WORK = intervals.WORK // 2  # classes classes of one run
+_MOST_WORK = intervals.WORK // 2  # classes of one run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -257,8 +257,8 @@ def tell(
 
     Args:
       name, best: names of the runs; the differences are the first minus the other.
-      comparisons: number of compared runs, by which the significance level of 5% is
-        divided (Bonferroni).
+      comparisons: number of compared runs; the significance level of 5% is divided
+        by it (Bonferroni).
     """
     limit = 0.05 / comparisons
     pieces: list[str] = []

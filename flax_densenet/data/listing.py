@@ -194,7 +194,7 @@ def check_files(
     )
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool, progress:
         for reasons in pool.map(check, range(0, len(files), _CHUNK)):
-            progress.update(_CHUNK)
+            progress.update(min(_CHUNK, len(files) - progress.n))
             if reasons and not skip:
                 pool.shutdown(cancel_futures=True)
                 index, reason = reasons[0]

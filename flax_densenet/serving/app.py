@@ -374,7 +374,7 @@ def _describe(predictor, name, limits):
             name: value
             for name, value in trained.metrics.items()
             # JSON has no NaN, but the loss of a failed training is NaN.
-            if name.startswith('test_') and math.isfinite(value)
+            if name.startswith(('val_', 'test_')) and math.isfinite(value)
         },
         'limits': dataclasses.asdict(limits),
     }

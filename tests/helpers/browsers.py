@@ -22,6 +22,9 @@ _FLAGS = (
     '--disable-background-networking',
     '--disable-component-update',
     '--disable-sync',
+    # A camera that shows a clock, and no question about it.
+    '--use-fake-device-for-media-stream',
+    '--use-fake-ui-for-media-stream',
     # No other name or address is found.
     '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1',
 )

@@ -38,27 +38,38 @@ def write_run(folder, *, rate=1e-3):
     return folder
 
 
-def many(classes=120, count=4000, size=8):
+class _Images(list):
+    """Of one color each, without files."""
+
+    preparation = images.Preparation(8)
+
+    def __getitem__(self, position):
+        return {'image': np.full((8, 8, 3), position % 256, np.uint8)}
+
+    def as_pictures(self):
+        return self
+
+    def name(self, position):
+        return f'image {position}'
+
+
+def many(classes=120, count=4000):
     """Results of many classes, whose images need no files."""
     rng = np.random.default_rng(0)
     labels = np.arange(count, dtype=np.int32) % classes
     logits = rng.normal(size=(count, classes)).astype(np.float32)
     logits[np.arange(count), labels] += 2
-
-    class Images(list):
-        preparation = images.Preparation(size)
-
-        def __getitem__(self, position):
-            return {'image': np.full((size, size, 3), position % 256, np.uint8)}
-
-        def as_pictures(self):
-            return self
-
-        def name(self, position):
-            return f'image {position}'
-
     names = tuple(f'class {i}' for i in range(classes))
-    return results.Results(Images(), names, logits, labels)
+    return results.Results(_Images(), names, logits, labels)
+
+
+def several(count=200):
+    """Results of three labels, of which an image can have several."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(2, size=(count, 3)).astype(np.float32)
+    logits = rng.normal(size=(count, 3)).astype(np.float32) + 2 * labels - 1
+    names = 'mass', 'effusion', '<5 mm'
+    return results.Results(_Images(), names, logits.astype(np.float32), labels)
 
 
 def make_book(**settings):

@@ -1,16 +1,19 @@
 """The pages in a real Chromium: quiet, alone, and answering to clicks."""
 
 import contextlib
+import dataclasses
 
 import numpy as np
 import pytest
 
 from flax_densenet.data import dataset
-from flax_densenet.evaluation import results
+from flax_densenet.evaluation import doubt, results
 from flax_densenet.report import compare, page
 from flax_densenet.sweeps import page as sweep_page
+from flax_densenet.weights import thresholds
 from helpers import browsers
-from helpers.pages import BOOK, make_book, many, write_run
+from helpers.decided import decide
+from helpers.pages import BOOK, make_book, many, several, write_run
 from helpers.runs import tiny_trained, write_images
 
 pytest.importorskip('playwright')
@@ -56,8 +59,62 @@ def report(tmp_path_factory):
     source.test.reader.subgroups = {'site': sites}
     trained = tiny_trained(source, seed=2)
     found = results.collect(trained, source.test, source.class_names, batch_size=16)
+    found = with_decisions(found)
     run = write_run(folder / 'run')
     return page.save_report(str(run), trained, source, found), found
+
+
+def with_decisions(found):
+    """Results with thresholds, sets of classes and a score of unusual images."""
+    random = np.random.default_rng(0)
+    classes = len(found.class_names)
+    several = found.multi_label
+    features = random.normal(size=(20, 4))
+    made = decide(features, found.logits[:2], classes=classes, several=several)
+    values = tuple(np.linspace(0.3, 0.6, classes))
+    chosen = thresholds.Thresholds('sensitivity=0.9', values)
+    scores = random.normal(size=len(found.labels))
+    others = doubt.Others('photos of <cars>', 1 + random.normal(size=30))
+    return dataclasses.replace(
+        found,
+        decisions=dataclasses.replace(made, thresholds=chosen),
+        unusual=scores.astype(np.float32),
+        others=others,
+    )
+
+
+@pytest.fixture(scope='module')
+def labels_report(tmp_path_factory):
+    """A private page, without the maps that take long, of several labels an image."""
+    folder = tmp_path_factory.mktemp('labels')
+    found = with_decisions(several())
+    source = dataset.load_source('digits', image_size=8)
+    trained = tiny_trained(source)
+    trained.metadata['class_names'] = list(found.class_names)
+    path = str(folder / 'report.html')
+    page.save_report(
+        *(str(write_run(folder / 'run')), trained, source, found),
+        path=path,
+        trained_on=False,
+        private=True,
+    )
+    return path
+
+
+def test_thresholds_and_doubt(chromium, report, labels_report):
+    """Their sections say it in words, and fit a phone in both schemes."""
+    phone = {'viewport': {'width': 390, 'height': 800}}
+    for path, what in ((report[0], 'classes'), (labels_report, 'labels')):
+        for options in ({}, {'color_scheme': 'dark'} | phone):
+            with opened(chromium, path, **options) as tab:
+                text = ' '.join(tab.text_content('#decisions').split())
+                assert 'a sensitivity of at least 90%' in text
+                assert tab.locator('#decisions svg .line').count() >= 3
+                text = ' '.join(tab.text_content('#doubt').split())
+                assert f'A set of {what} contains' in text
+                assert '30 images of' in text and f'none of the {what}' in text
+                titles = tab.locator('#doubt figcaption').all_text_contents()
+                assert f'{what.capitalize()} in a set, on average' in titles
 
 
 def test_tables_sort(chromium, report):
@@ -167,8 +224,8 @@ _needs_axe = pytest.mark.skipif(
 
 @_needs_axe
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
-def test_accessible(chromium, report, compared, swept, scheme):
-    for path in (report[0], compared, swept):
+def test_accessible(chromium, report, labels_report, compared, swept, scheme):
+    for path in (report[0], labels_report, compared, swept):
         with opened(chromium, path, color_scheme=scheme) as tab:
             assert browsers.violations(tab) == []
     with opened(chromium, report[0], color_scheme=scheme) as tab:
@@ -203,7 +260,7 @@ def test_narrow_and_printed(chromium, report):
     with opened(chromium, path, viewport={'width': 360, 'height': 740}) as tab:
         assert tab.locator('.card').first.bounding_box()['width'] < 360
     with opened(chromium, path, color_scheme='dark') as tab:
-        assert tab.pdf().startswith(b'%PDF')
+        assert tab.pdf(prefer_css_page_size=True).count(b'/Type /Page\n') <= 5
         tab.emulate_media(media='print')
         assert tab.locator('nav').is_hidden()
 

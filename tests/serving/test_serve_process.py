@@ -409,6 +409,21 @@ def test_page_in_a_browser(workdir, browser, tmp_path):
         page.keyboard.press('Space')
         assert not layer.is_visible()
 
+        page.click('#camera')
+        page.wait_for_selector('#viewfinder[open]')
+        page.keyboard.press('Escape')
+        page.wait_for_selector('#viewfinder', state='hidden')
+        page.click('#camera')
+        page.wait_for_selector('#viewfinder[open]')
+        # An image has come, before which there is nothing to take.
+        page.wait_for_selector('#shoot:not([disabled])')
+        page.click('#shoot')
+        page.wait_for_selector('#result:not([hidden]):not(.waiting) li')
+        size = page.locator('#picture').evaluate(
+            'p => [p.naturalWidth, p.naturalHeight]'
+        )
+        assert size == [640, 480]
+
         assert said == []
         browsers.drop(page, b'no image', 'bee.jpg')
         page.wait_for_selector('#error:not([hidden])')

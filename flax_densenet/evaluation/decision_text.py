@@ -8,6 +8,7 @@ from flax_densenet.weights import decisions as decisions_lib
 from flax_densenet.weights import thresholds as thresholds_lib
 
 _ROWS = 40  # classes listed in a table
+_LONGEST = 21  # characters of their names
 
 
 def calibration_line(metrics: dict[str, Any]) -> str:
@@ -39,23 +40,27 @@ def threshold_lines(metrics: dict[str, Any]) -> list[str]:
     if not found or not found['rule'] or not found['classes']:
         return []
     rows = found['classes']
-    width = max(min(max(len(row['name']) for row in rows), 40), len('threshold by'))
-    names = ('sensitivity', 'specificity', 'ppv', 'npv')
+    width = max(min(max(len(row['name']) for row in rows), _LONGEST), len('class'))
+    titles = ('sensitivity', 'specificity', 'PPV', 'NPV')
     lines = [
         'at thresholds chosen for '
         f'{thresholds_lib.describe_rule(found["rule"])}, with 95% intervals:',
-        f'{"class":<{width}}  above  '
-        + '  '.join(f'{title:<20}' for title in (*names[:2], 'PPV', 'NPV')).rstrip(),
+        _line('class', width, 'above', titles),
     ]
     for row in rows[:_ROWS]:
-        name = row['name'] if len(row['name']) <= width else row['name'][: width - 1]
-        cells = '  '.join(f'{_share(row, one):<20}' for one in names)
-        lines.append(f'{name:<{width}}  {row["threshold"]:.3f}  {cells}'.rstrip())
+        name = row['name']
+        name = name if len(name) <= width else f'{name[: width - 1]}…'
+        shares = [(row[key], row[f'{key}_interval']) for key in map(str.lower, titles)]
+        values = ['-' if value is None else f'{value:.3f}' for value, _ in shares]
+        ends = ['-'.join(f'{end:.3f}' for end in pair or ()) for _, pair in shares]
+        lines.append(_line(name, width, f'{row["threshold"]:.3f}', values))
+        if any(ends):
+            lines.append(_line('', width, '', ends))
     if len(rows) > _ROWS:
         lines.append(f'({len(rows) - _ROWS} more classes: see eval.json)')
     if metrics['confused'] is not None:  # images have one class each
         line = describe_likeliest(metrics)
-        lines += textwrap.wrap(line, 88, subsequent_indent='  ')
+        lines += textwrap.wrap(line, 80, subsequent_indent='  ')
     return lines
 
 
@@ -82,13 +87,10 @@ def describe_likeliest(metrics: dict[str, Any]) -> str:
     )
 
 
-def _share(row, name):
-    """`0.950 (0.912-0.973)`"""
-    if row[name] is None:
-        return '-'
-    ends = row[f'{name}_interval']
-    interval = f' ({ends[0]:.3f}-{ends[1]:.3f})' if ends else ''
-    return f'{row[name]:.3f}{interval}'
+def _line(name, width, threshold, cells):
+    """A row of at most 80 columns."""
+    text = ''.join(f'  {cell:>11}' for cell in cells)
+    return f'{name:<{width}}  {threshold:>5}{text}'.rstrip()
 
 
 def describe_fit(

@@ -8,7 +8,7 @@ import numpy as np
 
 from flax_densenet.evaluation import intervals, subgroups
 
-WIDTH = 88  # characters
+WIDTH = 80  # characters
 # Means over classes: the key and the name of each metric.
 _MEANS = {
     'balanced_accuracy': 'balanced accuracy',

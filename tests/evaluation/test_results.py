@@ -140,9 +140,13 @@ def test_thresholds_decide(tmp_path):
     assert found.metrics['accuracy'] == pytest.approx((0 + 1 + 1) / 3)
     assert found.metrics['thresholds']['rule'] == 'f1'
     assert found.metrics['classes'][0]['recall'] == 0
-    assert 'at thresholds chosen for the largest F1' in results.format_metrics_table(
-        found, ''
-    )
+    table = results.format_metrics_table(found, '').splitlines()
+    assert all(len(line) <= 80 for line in table)
+    place = table.index('at thresholds chosen for the largest F1, with 95% intervals:')
+    row, ends = found.metrics['thresholds']['classes'][1], table[place + 5]
+    assert table[place + 4].split()[:2] == ['b', f'{row["threshold"]:.3f}']
+    assert table[place + 4].split()[2] == f'{row["sensitivity"]:.3f}'
+    assert ends.split()[0] == '-'.join(f'{x:.3f}' for x in row['sensitivity_interval'])
     found, rows = measure(np.array([0, 1, 1], np.int32), None, 0.6)
     assert [row['predicted'] for row in rows] == ['a', 'b', 'a']
     assert [row['positive'] for row in rows] == ['', 'b', '']

@@ -5,7 +5,6 @@
 
 import concurrent.futures
 import contextlib
-import csv
 import http.client
 import io
 import json
@@ -24,7 +23,7 @@ import pytest
 from PIL import Image
 
 from flax_densenet.data import image_formats
-from helpers import browsers
+from helpers import browsers, served_pages
 from helpers.paths import ROOT
 from helpers.runs import write_images
 
@@ -336,34 +335,6 @@ def browser():
         yield browser
 
 
-def check_several(page, photo, best):
-    """A row for each image, counts, a file for a table; then one of them again."""
-    browsers.drop_all(page, {'a.jpg': photo, 'empty.jpg': b''})
-    page.wait_for_selector('#rows .bad')
-    page.wait_for_selector('#batch-title:text-is("2 images")')
-    cells = page.locator('#rows tr td:nth-child(3)').all_inner_texts()
-    assert cells == [best['class'], 'the file is empty']
-    assert page.inner_text('#counts') == f'1 {best["class"]}, 1 not readable'
-    with page.expect_download() as download:
-        page.click('#download')
-    table = pathlib.Path(download.value.path()).read_text('utf-8-sig')
-    rows_of_table = list(csv.DictReader(table.splitlines()))
-    assert [row['error'] for row in rows_of_table] == ['', 'the file is empty']
-    share = rows_of_table[0][f'probability_{best["class"]}']
-    assert float(share) == pytest.approx(best['probability'], rel=1e-4)
-    assert not page.locator('#result').is_visible()
-    page.click('#rows button >> nth=0')  # back to one
-    page.wait_for_selector('#result:not([hidden]):not(.waiting) li')
-    # A decision needs the probability that one asks for.
-    page.locator('#threshold').fill('99')
-    assert page.inner_text('#verdict').startswith('Undecided: ')
-    page.locator('#threshold').fill('0')
-    assert page.inner_text('#verdict').startswith('Predicted ')
-    if browsers.AXE.exists():
-        assert browsers.violations(page) == []
-    page.click('#clear')
-
-
 def test_page_in_a_browser(workdir, browser, tmp_path):
     photo = workdir.parent / 'photos' / 'bees' / '000.jpg'
     with started(workdir) as server:
@@ -396,7 +367,7 @@ def test_page_in_a_browser(workdir, browser, tmp_path):
         )
         page.screenshot(path=str(tmp_path / 'light.png'))
 
-        check_several(page, photo.read_bytes(), expected[0])
+        served_pages.check_several(page, photo.read_bytes(), expected[0])
 
         # By keyboard: another class's map, then no map.
         first = layer.get_attribute('src')
@@ -409,20 +380,7 @@ def test_page_in_a_browser(workdir, browser, tmp_path):
         page.keyboard.press('Space')
         assert not layer.is_visible()
 
-        page.click('#camera')
-        page.wait_for_selector('#viewfinder[open]')
-        page.keyboard.press('Escape')
-        page.wait_for_selector('#viewfinder', state='hidden')
-        page.click('#camera')
-        page.wait_for_selector('#viewfinder[open]')
-        # An image has come, before which there is nothing to take.
-        page.wait_for_selector('#shoot:not([disabled])')
-        page.click('#shoot')
-        page.wait_for_selector('#result:not([hidden]):not(.waiting) li')
-        size = page.locator('#picture').evaluate(
-            'p => [p.naturalWidth, p.naturalHeight]'
-        )
-        assert size == [640, 480]
+        served_pages.check_camera(page)
 
         assert said == []
         browsers.drop(page, b'no image', 'bee.jpg')

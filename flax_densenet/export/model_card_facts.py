@@ -11,12 +11,13 @@ from typing import Any
 from flax_densenet.checkpoints import epoch_records, run_folder
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import metrics, results
-from flax_densenet.models import factory, tta
+from flax_densenet.models import factory, naming, tta
 from flax_densenet.system import paths
 from flax_densenet.weights import calibration as calibration_lib
 from flax_densenet.weights import thresholds as thresholds_lib
 from flax_densenet.weights import timm_network
 from flax_densenet.weights import trained as trained_lib
+from flax_densenet.weights import unusual as unusual_lib
 
 # Name, title of the paper and its arXiv number, by `Network.family`.
 _FAMILIES = {
@@ -69,6 +70,7 @@ def describe_model(trained: trained_lib.Trained) -> dict[str, Any]:
     module = module.member if members > 1 else module
     family = _FAMILIES[module.family]
     return {
+        'network': naming.name(module, metadata['model'].get('variant')),
         'variant': metadata['model'].get('variant') or family[0],
         'changes': _changes(module, metadata['model'].get('variant')),
         'family': dict(zip(('name', 'title', 'paper'), family, strict=True)),
@@ -87,6 +89,7 @@ def describe_model(trained: trained_lib.Trained) -> dict[str, Any]:
         'timm': timm_network.find(module, channels=channels),
         'torchvision': _torchvision(module, channels),
         'unusual': trained.decisions and trained.decisions.unusual,
+        'unusual_titles': unusual_lib.TITLES,
         'sets': trained.decisions and trained.decisions.sets,
     }
 

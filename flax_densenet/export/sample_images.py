@@ -1,6 +1,7 @@
 """Real images with which to verify an exported model."""
 
 import dataclasses
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,6 +11,7 @@ from flax_densenet.data import bands
 from flax_densenet.data import images as images_lib
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import measured_data
+from flax_densenet.export import model_card_facts
 from flax_densenet.inference import input_files
 from flax_densenet.weights import trained as trained_lib
 
@@ -55,7 +57,9 @@ def from_files(
         if len(loaded) == most:
             break
     stacked = np.stack(loaded)
-    where = f'{len(loaded)} images of {", ".join(patterns)}'
+    # Cards say it, too, so the folders stay private.
+    names = [os.path.basename(os.path.normpath(pattern)) for pattern in patterns]
+    where = f'{len(loaded)} images of {", ".join(names)}'
     return Samples(stacked, None, stacked[:CALIBRATION], where)
 
 
@@ -87,7 +91,8 @@ def from_data(
     labels = np.array([one['label'] for one in taken])
     share = f' of {len(examples)}' if len(taken) < len(examples) else ''
     what = 'images' if examples is source.train else 'test images'
-    where = f'{len(taken)}{share} {what} of {settings.data.source}'
+    name = model_card_facts.public_source(settings.data.source)
+    where = f'{len(taken)}{share} {what} of {name}'
     return Samples(
         np.stack([one['image'] for one in taken]),
         labels if labels.ndim == 1 else None,

@@ -130,7 +130,8 @@ def _precision_recall(found):
     for area, place, name in rows:
         true, probability = choosing.of_class(found.labels, found.probabilities, place)
         curve = decision_metrics.precision_recall(true, probability, points=points)
-        made.append({'name': name, 'average_precision': area, **(curve or {})})
+        shown = {'name': render.isolate(name), 'average_precision': area}
+        made.append(shown | (curve or {}))
     return {
         'chart': decision_charts.precision_recall(made) if made else '',
         'mean': metrics_lib.mean([area for area, _, _ in rows]),

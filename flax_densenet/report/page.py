@@ -352,7 +352,7 @@ def _facts(run):
 
 def _caption(row, names):
     """The caption of an image: `heading`, whether it is `right`, `captions`."""
-    predicted, true = names[row['predicted']], names[row['true']]
+    predicted, true = (render.isolate(names[row[key]]) for key in ('predicted', 'true'))
     probability = render.probability(row['probability'])
     if 'present' in row:
         says, there = row['positive'], row['present']
@@ -397,7 +397,8 @@ def _roc(found):
             true = found.labels == place
             probability = found.probabilities[:, place]
         curve = metrics_lib.roc(true, probability, points=points)
-        rows.append({'name': row['name'], 'auroc': row['auroc'], **curve})
+        name = render.isolate(row['name'])
+        rows.append({'name': name, 'auroc': row['auroc'], **curve})
     return {
         'chart': charts.roc(rows) if rows else '',
         'names': [
@@ -423,6 +424,7 @@ def _confusion(found, kept, hidden=False):
     if kept is None:
         return None
     names = found.class_names
+    shown = [render.isolate(name) for name in names]
     matrix = metrics_lib.confusion(found.labels, found.predicted, len(names))
     inside = set(kept.tolist())
     support = matrix.sum(1)
@@ -430,7 +432,7 @@ def _confusion(found, kept, hidden=False):
         {
             'true': true,
             'predicted': predicted,
-            'text': f'{names[true]} predicted as {names[predicted]}',
+            'text': f'{shown[true]} predicted as {shown[predicted]}',
             'count': number,
             'of': int(support[true]),
         }

@@ -10,12 +10,20 @@ import functools
 import importlib.resources
 import json
 import os
+import unicodedata
 from typing import Any
 
 from flax_densenet import errors
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.system import atomic
+
+
+def isolate(name: str) -> str:
+    """A name that others can stand beside, in whatever direction it is written."""
+    if any(unicodedata.bidirectional(letter) in ('R', 'AL') for letter in name):
+        return f'\u2068{name}\u2069'
+    return name
 
 
 def percent(share: float | None) -> str:

@@ -286,3 +286,4 @@ def test_of_files(tmp_path):
     preparation = trained_lib.preparation_of(trained.metadata)
     found = sample_images.from_files([str(tmp_path / 'photos')], preparation)
     assert found.images.shape == (3, 12, 12, 3)
+    assert found.where == '3 images of photos'  # cards say it, too

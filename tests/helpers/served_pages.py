@@ -47,6 +47,10 @@ def check_camera(page):
     # An image has come, before which there is nothing to take.
     page.wait_for_selector('#shoot:not([disabled])')
     page.click('#shoot')
+    size = '[picture.naturalWidth, picture.naturalHeight]'
+    for _ in range(600):  # the page's policy forbids `wait_for_function`
+        if page.evaluate(size) == [640, 480]:
+            break
+        page.wait_for_timeout(100)
+    assert page.evaluate(size) == [640, 480]
     page.wait_for_selector('#result:not([hidden]):not(.waiting) li')
-    size = page.locator('#picture').evaluate('p => [p.naturalWidth, p.naturalHeight]')
-    assert size == [640, 480]

@@ -163,6 +163,11 @@ def test_maps_cover_what_the_model_sees(monkeypatch, size):
         assert box == pytest.approx((0, 0, width / 2, height))
 
 
+def test_names_in_any_direction_stand_apart():
+    assert render.isolate('bees') == 'bees'
+    assert render.isolate('نحلة') == '\u2068نحلة\u2069'
+
+
 def test_samples_of_all_classes():
     labels = np.array([0] * 50 + [1] * 3 + [2] * 50)
     picked = gallery.pick_samples(None, labels, 12)

@@ -2,6 +2,7 @@
 
 from flax_densenet.cli import arguments, options, trained_model
 from flax_densenet.errors import UserError
+from flax_densenet.system import terminal
 
 
 def run(invocation: options.Invocation):
@@ -16,9 +17,9 @@ def run(invocation: options.Invocation):
     formats.check_format(out, file_format, settings)
     path = trained_model.find(invocation)
     facts = trained_model.export(invocation, path, out, file_format, settings)
-    print(f'{out}: the model of {path}')
+    terminal.say(f'{out}: the model of {path}')
     for name, value in facts:
-        print(f'  {name}: {value}')
+        terminal.say(f'  {name}: {value}')
 
 
 def _place(positionals):

@@ -147,7 +147,7 @@ def measure_labels(
     Returns:
       The keys of `measure`. The accuracy is the share of an image's known labels that
       are correct at the thresholds, averaged over images; support is the number of
-      images with the label. A label without known values counts 0 and is left out of
+      images with the label. A label without known values has None and is left out of
       the means.
     """
     from sklearn import metrics as sklearn_metrics
@@ -157,8 +157,8 @@ def measure_labels(
     rows = []
     for c, name in enumerate(names):
         if not known[:, c].any():
-            zeros: dict[str, Any] = dict.fromkeys(('precision', 'recall', 'f1'), 0.0)
-            rows.append({'name': str(name)} | zeros | {'support': 0, 'auroc': None})
+            nothing = dict.fromkeys(('precision', 'recall', 'f1', 'auroc'))
+            rows.append({'name': str(name)} | nothing | {'support': 0})
             continue
         true, probability = labels[known[:, c], c] > 0.5, probabilities[known[:, c], c]
         scores = sklearn_metrics.precision_recall_fscore_support(

@@ -365,6 +365,9 @@ def format_metrics_table(results: Results, where: str) -> str:
     if metrics['accuracy_interval']:
         low, high = metrics['accuracy_interval']
         lines.append(f'accuracy: 95% interval {low * 100:.1f}% to {high * 100:.1f}%')
+        if results.multi_label:
+            rule = metrics['thresholds']['rule']
+            lines[-1] += f', of all labels at {"their thresholds" if rule else "50%"}'
     if metrics['top5'] is not None:
         lines[-1] += f'; top-5 accuracy {metrics["top5"] * 100:.1f}%'
     if baseline := metrics_lib.majority(metrics):

@@ -294,3 +294,17 @@ def test_what_is_known_is_told(cells, expected, monkeypatch):
     measured_data._check_known(made, np.array(values), ('a', 'b'))
     assert len(lines) == len(expected)
     assert all(text in line for text, line in zip(expected, lines, strict=True))
+
+
+def test_labels_that_are_not_known_have_no_values():
+    labels = np.float32([[1, np.nan], [0, np.nan], [1, np.nan], [0, np.nan]])
+    logits = np.float32([[2, 1], [-1, 1], [1, -1], [1, 1]])
+    found = results.Results([], ('a', 'b'), logits, labels)
+    row = found.metrics['classes'][1]
+    assert (row['precision'], row['recall'], row['f1']) == (None,) * 3
+    text = results.format_metrics_table(found, '4 images')
+    assert text.splitlines()[-2].split() == ['b', *'----', '0']
+    assert ', of all labels at 50%\n' in text
+    assert (
+        found.metrics['macro']['recall'] == found.metrics['classes'][0]['recall'] == 1
+    )

@@ -1,5 +1,7 @@
 """A mesh with one `data` axis over all devices, and transfers to and from it."""
 
+import contextlib
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
@@ -34,6 +36,17 @@ def split_rows(mesh: Mesh) -> NamedSharding:
 def split_micro_batches(mesh: Mesh) -> NamedSharding:
     """The sharding of `[micro_batches, rows, ...]`: rows divided over the devices."""
     return NamedSharding(mesh, PartitionSpec(None, 'data'))
+
+
+def computing(mesh: Mesh):
+    """A context for tracing programs whose rows are spread over the mesh.
+
+    The CPU kernels, which are calls that JAX cannot divide, learn from it who has which
+    rows (`kernels.spread`).
+    """
+    if jax.default_backend() == 'cpu' and jax.device_count() > 1:
+        return jax.set_mesh(mesh)
+    return contextlib.nullcontext()
 
 
 def replicate(tree, mesh: Mesh):

@@ -185,7 +185,8 @@ def compute_outputs(
     module: network.Network | _Folded = trained.module
     variables = trained.variables
     if trained.precision == 'bfloat16':  # as `Predictor` computes
-        arrays = folded.fold(trained.module, variables)
+        with mesh_lib.computing(trained.mesh):
+            arrays = folded.fold(trained.module, variables)
         module = _Folded(trained.module)
         variables = mesh_lib.replicate(arrays, trained.mesh)
     steps = _eval_steps(
@@ -302,9 +303,10 @@ def _eval_steps(
     try:
         for batch in batches:
             batch = mesh_lib.to_global(batch, mesh)
-            sums, logits = (step or eval_step)(
-                variables, batch, module=module, mean=mean, std=std, tta=tta
-            )
+            with mesh_lib.computing(mesh):
+                sums, logits = (step or eval_step)(
+                    variables, batch, module=module, mean=mean, std=std, tta=tta
+                )
             yield sums, logits, batch
         if isinstance(batches, unreadable.CountedBatches):
             left_out += sorted(batches.unread)

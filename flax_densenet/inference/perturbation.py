@@ -142,7 +142,8 @@ class Perturbations:
         """To predict with, and to differentiate, which the native kernel cannot."""
         module, variables = self._trained.module, self._trained.variables
         plain = folded.differentiable(module)
-        arrays = [folded.fold(module, variables)]
+        with mesh_lib.computing(self._trained.mesh):
+            arrays = [folded.fold(module, variables)]
         arrays.append(folded.fold(plain, variables) if plain != module else arrays[0])
         return mesh_lib.replicate(arrays, self._trained.mesh)
 
@@ -182,7 +183,9 @@ class Perturbations:
         ]
         given += [struct((2,), jnp.int32)] * has_sides
         compiled = jax.jit(program, out_shardings=whole)
-        return compiled.lower(self._arrays[backward], *given).compile()
+        arrays = self._arrays[backward]
+        with mesh_lib.computing(mesh):
+            return compiled.lower(arrays, *given).compile()
 
 
 def _starts(length, side, stride):

@@ -198,7 +198,8 @@ class Programs:
         return self._arrays if module == self._trained.module else self._fold(module)
 
     def _fold(self, module):
-        arrays = folded.fold(module, self._trained.variables)
+        with mesh_lib.computing(self._trained.mesh):
+            arrays = folded.fold(module, self._trained.variables)
         arrays |= arrays_of(self._trained)
         return mesh_lib.replicate(arrays, self._trained.mesh)
 
@@ -236,7 +237,9 @@ class Programs:
         if maps:
             options['method'] = maps
         function = functools.partial(predict_probabilities, module, **options)
-        return jax.jit(function).lower(self._arrays_of(maps), *given).compile()
+        arrays = self._arrays_of(maps)
+        with mesh_lib.computing(self._trained.mesh):
+            return jax.jit(function).lower(arrays, *given).compile()
 
     def _arrays_of(self, maps):
         return self._plain_arrays if maps == 'layercam' else self._arrays

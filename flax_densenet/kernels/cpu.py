@@ -36,14 +36,18 @@ _FLOAT32 = {
         'DenseBlockForwardTrain',
         'DenseBlockForwardEval',
         'DenseBlockForwardPacked',
+        'DenseBlockForwardTrainTogether',
         'DropoutKeep',
+        'CallNumber',
     ),
-    'cpu_float32_backward.cc': ('DenseBlockBackward',),
+    'cpu_float32_backward.cc': ('DenseBlockBackward', 'DenseBlockBackwardTogether'),
     'cpu_float32_stem.cc': (
         'StemForwardPacked',
         'StemForwardTrain',
         'StemForwardEval',
         'StemBackwardTrain',
+        'StemForwardTrainTogether',
+        'StemBackwardTrainTogether',
     ),
 }
 _BFLOAT16 = {
@@ -54,6 +58,8 @@ _BFLOAT16 = {
     'cpu_bf16_training.cc': (
         'DenseBlockForwardTrainBfloat16',
         'DenseBlockBackwardBfloat16',
+        'DenseBlockForwardTrainBfloat16Together',
+        'DenseBlockBackwardBfloat16Together',
     ),
 }
 # Ways to multiply bfloat16, in the order of `Path` in cpu_bf16.h; see `bfloat16_path`.
@@ -241,16 +247,31 @@ def _build(source, *, level):
     return target
 
 
-def call(name: str, result_shapes, *args, **attributes: int | float):
-    """Calls a handler of the C++ kernels, with int64 and float32 attributes."""
+def call(
+    name: str,
+    result_shapes,
+    *args,
+    has_side_effect: bool = False,
+    **attributes: int | float | np.ndarray,
+):
+    """Calls a handler of the C++ kernels, with int64 and float32 attributes.
+
+    Args:
+      has_side_effect: whether two calls with the same arguments are two.
+    """
     function = jax.ffi.ffi_call(
-        f'flax_densenet_{name}', result_shapes, vmap_method='sequential'
+        f'flax_densenet_{name}',
+        result_shapes,
+        vmap_method='sequential',
+        has_side_effect=has_side_effect,
     )
-    typed: dict[str, np.number] = {
-        name: np.int64(value) if isinstance(value, int) else np.float32(value)
-        for name, value in attributes.items()
-    }
-    return function(*args, **typed)
+    return function(*args, **{key: _typed(value) for key, value in attributes.items()})
+
+
+def _typed(value):
+    if isinstance(value, np.ndarray):
+        return value
+    return np.int64(value) if isinstance(value, int) else np.float32(value)
 
 
 def panel() -> tuple[int, int]:

@@ -18,6 +18,7 @@
 
 #include "cpu_bf16.h"
 #include "cpu_parallel.h"
+#include "cpu_together.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
@@ -910,5 +911,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
                                    bind_pool().Attr<float>("rate"))
                                    .RemainingArgs())
          .RemainingRets()));
+
+FD_TOGETHER(DenseBlockForwardTrainBfloat16);
+FD_TOGETHER(DenseBlockBackwardBfloat16);
 
 FLAX_DENSENET_BFLOAT16_PATH

@@ -1,6 +1,7 @@
 // The dense block in float32, backward.
 
 #include "cpu_float32.h"
+#include "cpu_together.h"
 
 namespace {
 
@@ -297,3 +298,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
                                    bind_pool().Attr<float>("rate"))
                                    .RemainingArgs())
          .RemainingRets()));
+
+FD_TOGETHER(DenseBlockBackward);

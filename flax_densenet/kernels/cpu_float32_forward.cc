@@ -2,6 +2,7 @@
 // values dropout keeps.
 
 #include "cpu_float32.h"
+#include "cpu_together.h"
 
 namespace {
 
@@ -426,10 +427,12 @@ inline VU32 random_bits(uint32_t k0, uint32_t k1, VU32 x0, VU32 x1) {
   return x0 ^ x1;
 }
 
-// keys [L, 2] -> mask [L, ...]: where jax.random.uniform of a key is at least `rate`.
+// keys [L, 2], place [1] -> mask [L, N, ...]: where jax.random.uniform of a key is at
+// least `rate`, of the rows from N * place on.
 ffi::Error DropoutMask(ffi::ThreadPool pool, float rate, ffi::Buffer<ffi::U32> keys,
-                       ffi::ResultBuffer<ffi::U8> mask) {
+                       ffi::Buffer<ffi::U32> place, ffi::ResultBuffer<ffi::U8> mask) {
   const int64_t L = keys.dimensions()[0], each = (int64_t)mask->element_count() / L;
+  const int64_t before = each * place.typed_data()[0];
   constexpr int64_t kPart = 1 << 14;
   const int64_t parts = (each + kPart - 1) / kPart;
   parallel(pool, (int)(L * parts), [&](int i) {
@@ -439,9 +442,11 @@ ffi::Error DropoutMask(ffi::ThreadPool pool, float rate, ffi::Buffer<ffi::U32> k
     VU32 lane;
     for (int v = 0; v < VL; ++v) lane[v] = v;
     for (int64_t at = first; at < last; at += VL) {
-      const VU32 low = (uint32_t)at + lane;
-      const VU32 bits =
-          random_bits(key[0], key[1], VU32{} + (uint32_t)(at >> 32), low);
+      // The high word of the numbers of all lanes, of which the low one may overflow.
+      const VU32 low = (uint32_t)(before + at) + lane;
+      VU32 high = VU32{} + (uint32_t)((before + at) >> 32);
+      high -= (VU32)(low < (uint32_t)(before + at));
+      const VU32 bits = random_bits(key[0], key[1], high, low);
       const VU32 unit = bits >> 9 | 0x3f800000u;
       V value;
       std::memcpy(&value, &unit, sizeof value);
@@ -449,6 +454,13 @@ ffi::Error DropoutMask(ffi::ThreadPool pool, float rate, ffi::Buffer<ffi::U32> k
                   (int)std::min<int64_t>(VL, last - at));
     }
   });
+  return ffi::Error::Success();
+}
+
+// -> [1], another number each time, for a call of several devices.
+ffi::Error Number(ffi::ResultBuffer<ffi::U32> number) {
+  static std::atomic<uint32_t> last{0};
+  number->typed_data()[0] = ++last;
   return ffi::Error::Success();
 }
 
@@ -470,7 +482,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(DropoutKeep, DropoutMask,
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<float>("rate")
                                   .Arg<ffi::Buffer<ffi::U32>>()
+                                  .Arg<ffi::Buffer<ffi::U32>>()
                                   .Ret<U8>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(CallNumber, Number,
+                              ffi::Ffi::Bind().Ret<ffi::Buffer<ffi::U32>>());
+
+FD_TOGETHER(DenseBlockForwardTrain);
 
 // Columns of a panel and floats of a vector register, by which packed_inference.py packs.
 extern "C" const int flax_densenet_panel[2] = {NR, VL};

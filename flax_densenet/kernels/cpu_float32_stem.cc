@@ -2,6 +2,7 @@
 // its convolution as well.
 
 #include "cpu_float32.h"
+#include "cpu_together.h"
 
 namespace {
 
@@ -284,3 +285,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     StemBackwardTrain, StemBackward,
     (bind<Results, FL, FL, FL>(
         bind<Arguments, FL, FL, FL, FL, FL, U8, FL>(BIND_STEM()))));
+
+FD_TOGETHER(StemForwardTrain);
+FD_TOGETHER(StemBackwardTrain);

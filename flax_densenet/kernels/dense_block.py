@@ -21,25 +21,33 @@ avoid most of that:
 3. A 1x1 convolution is a matrix product, which is fast forward and backward.
 4. Average pooling and a 1x1 convolution commute, so a transition pools first.
 
-There are two implementations: `native_block` (C++ on one CPU device) and `xla_block`
+There are two implementations: `native_block` (C++ on CPUs) and `xla_block`
 (JAX only, everywhere). For inference with a trained model, see `models.folded`.
 """
 
 import functools
 import logging
 
+import jax
 import jax.numpy as jnp
 
 from flax_densenet.errors import UserError
 from flax_densenet.kernels import cpu as cpu_kernels
-from flax_densenet.kernels import native_block, xla_block
+from flax_densenet.kernels import native_block, spread, xla_block
 
 _LOGGER = logging.getLogger(__name__)
 
 KERNELS = ('auto', 'native', 'xla')
 
 
-def use_native(kernel: str, x, layers=None, *, load: str = 'float32') -> bool:
+def use_native(
+    kernel: str,
+    x,
+    layers=None,
+    *,
+    load: str = 'float32',
+    all_rows: bool = False,
+) -> bool:
     """Whether the C++ kernel computes a block or, without `layers`, the stem.
 
     Args:
@@ -47,13 +55,14 @@ def use_native(kernel: str, x, layers=None, *, load: str = 'float32') -> bool:
       x: the input; only its dtype matters.
       layers: sequence of `Layer`.
       load: the required kernels, `float32` or `bfloat16`.
+      all_rows: the batch's statistics are computed, of the rows of all devices.
 
     Raises:
       UserError: `kernel='native'`, but the kernel cannot be used.
     """
     if kernel == 'xla':
         return False
-    reason = native_block.why_not(x, one_device=kernel == 'auto')
+    reason = native_block.why_not(x, known=kernel == 'auto')
     if reason is None and layers is not None:
         reason = native_block.why_not_block(layers)
     if reason is None:
@@ -63,6 +72,14 @@ def use_native(kernel: str, x, layers=None, *, load: str = 'float32') -> bool:
                 f'the dense block runs without its CPU kernel: {reason}; training and '
                 'prediction are about three times slower'
                 + ('; install g++ or set CXX' if 'compiler' in reason else '')
+            )
+    if reason is None and all_rows and spread.is_shared() and jax.process_count() > 1:
+        reason = 'the batch statistics are those of several processes'
+        if jax.process_index() == 0:
+            _log_once(
+                f'the dense block runs without its CPU kernel: {reason}; training is '
+                'about three times slower; model.batch_norm_group=-1 (statistics of '
+                "each device's own rows) changes that"
             )
     if reason and kernel == 'native':
         raise UserError(f'model.kernel=native cannot be used: {reason}; use auto')
@@ -108,7 +125,7 @@ def block_train(
     """
     layers = tuple(layers)
     path_rates = path_rates or (0.0,) * len(layers)
-    if use_native(kernel, x, layers):
+    if use_native(kernel, x, layers, all_rows=True):
         trained = [native_block.parameters(layer) for layer in layers]
         drop = native_block.drops(x, layers, dropout_rate, keys, path_rates, path_keys)
         wide = _in_float32(x)
@@ -169,7 +186,7 @@ def stem(x, norm, *, epsilon, dtype, padding, kernel='auto'):
       `[N, H', W', C]`, and the batch (mean, var), or None if they were given.
     """
     mean, var, scale, bias = norm
-    if use_native(kernel, x):
+    if use_native(kernel, x, all_rows=mean is None):
         wide = _widen(x)
         if mean is not None:
             y = native_block.stem_eval(wide, *norm, epsilon, padding)

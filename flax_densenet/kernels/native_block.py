@@ -1,8 +1,9 @@
-"""The dense block in C++, on one CPU device: `kernel='native'`.
+"""The dense block in C++, on CPUs: `kernel='native'`.
 
 One call into `cpu_float32_*.cc` or `cpu_bf16_training.cc` for each block and direction.
 In bfloat16, features and the values kept for the backward pass are bfloat16;
-statistics, parameters and their gradients are float32.
+statistics, parameters and their gradients are float32. On several devices, see
+`spread`.
 """
 
 import functools
@@ -11,17 +12,21 @@ import jax
 import jax.numpy as jnp
 
 from flax_densenet.kernels import cpu as cpu_kernels
-from flax_densenet.kernels import xla_block
+from flax_densenet.kernels import spread, xla_block
 
 _CHUNK = 32  # channels of a chunk in bfloat16
 
 
-def why_not(x, *, one_device: bool) -> str | None:
-    """Why the kernels cannot compute on `x` here, or None if they can."""
+def why_not(x, *, known: bool) -> str | None:
+    """Why the kernels cannot compute on `x` here, or None if they can.
+
+    Args:
+      known: it must be known which devices share the rows, see `spread`.
+    """
     if jax.default_backend() != 'cpu':
         return 'it is for CPUs'
-    if one_device and jax.device_count() > 1:
-        return 'the batch is spread over several devices'
+    if known and not spread.is_known():
+        return 'the batch may be spread over several devices'
     if x.dtype not in (jnp.float32, jnp.bfloat16):
         return f'it computes in float32 and bfloat16, not {x.dtype}'
     return None
@@ -58,8 +63,12 @@ def keep_mask(keys, shape, rate):
         kept = [xla_block.kept(key, shape, rate) for key in keys]
         return jnp.stack(kept).astype(jnp.uint8)
     data = jnp.stack([jax.random.key_data(key) for key in keys])
-    result = [jax.ShapeDtypeStruct((len(keys), *shape), jnp.uint8)]
-    return cpu_kernels.call('DropoutKeep', result, data, rate=rate)[0]
+    rows, *rest = shape
+    devices = spread.devices(rows)
+    result = [jax.ShapeDtypeStruct((len(keys), rows // devices, *rest), jnp.uint8)]
+    of_own_rows = functools.partial(cpu_kernels.call, 'DropoutKeep', result, rate=rate)
+    places = jnp.arange(devices, dtype=jnp.uint32)
+    return spread.by_rows(of_own_rows, [1], [None, 0], rows)(data, places)[0]
 
 
 def drops(x, layers, dropout_rate, keys, path_rates, path_keys):
@@ -87,6 +96,16 @@ def drops(x, layers, dropout_rate, keys, path_rates, path_keys):
         ]
         images = jnp.stack(images)
     return mask, images
+
+
+def _axes_of(drop):
+    """The axes of the rows, see `spread`."""
+    return [1 if array.size else None for array in drop]
+
+
+def _axis_of_pixels(dtype):
+    """Of the layers' `_hidden_shape`."""
+    return 2 if dtype == jnp.bfloat16 else 1
 
 
 def _shape(*dimensions, dtype=jnp.float32):
@@ -132,7 +151,8 @@ def _train_forward(x, layers, drop, epsilon, rate):
     bottleneck = layers[0][-1].shape[2] if len(layers[0]) == 6 else 0
     count, width = len(layers), channels + len(layers) * growth
     pixels = x.size // channels
-    features, mean, var, hidden, mean2, var2 = cpu_kernels.call(
+    rows, flat = x.shape[0], _flat(layers)
+    features, mean, var, hidden, mean2, var2 = spread.call(
         f'DenseBlockForwardTrain{_suffix(x.dtype)}',
         [
             _shape(*places, width, dtype=x.dtype),
@@ -142,9 +162,10 @@ def _train_forward(x, layers, drop, epsilon, rate):
             _shape(count, bottleneck),
             _shape(count, bottleneck),
         ],
-        x,
-        *drop,
-        *_flat(layers),
+        (x, *drop, *flat),
+        [0, *_axes_of(drop), *[None] * len(flat)],
+        [0, None, None, _axis_of_pixels(x.dtype), None, None],
+        rows=rows,
         epsilon=epsilon,
         rate=rate,
     )
@@ -163,19 +184,23 @@ def _train_backward(epsilon, rate, residuals, gradients):
     if not hidden.size:
         growth, pixels = layers[0][-1].shape[3], features.size // features.shape[3]
         room = _hidden_shape(pixels, growth, dtype)
-    results = cpu_kernels.call(
+    parameters, pixels = _flat(layers), _axis_of_pixels(dtype)
+    hidden_axis = pixels if hidden.size else None
+    results = spread.call(
         f'DenseBlockBackward{_suffix(dtype)}',
         [
             _shape(*features.shape[:3], channels, dtype=dtype),
             _shape(*features.shape),
             _shape(*room, dtype=dtype),
-            *[_shape(*array.shape) for array in _flat(layers)],
+            *[_shape(*array.shape) for array in parameters],
         ],
-        *saved,
-        features_gradient,
-        mean_gradient,
-        var_gradient,
-        *_flat(layers),
+        (*saved, features_gradient, mean_gradient, var_gradient, *parameters),
+        [
+            *(0, None, None, hidden_axis, None, None, *_axes_of(saved[6:])),
+            *(0, None, None, *[None] * len(parameters)),
+        ],
+        [0, 0, pixels - 1, *[None] * len(parameters)],
+        rows=features.shape[0],
         epsilon=epsilon,
         rate=rate,
     )
@@ -189,22 +214,23 @@ train.defvjp(_train_forward, _train_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def evaluate(x, layers, epsilon):
-    *places, channels = x.shape
-    arguments = []
+    channels, arguments = x.shape[3], []
     for layer in layers:
         running = (layer.mean1, layer.var1)
         if layer.kernel2 is not None:
             running += (layer.mean2, layer.var2)
         arguments.append((*parameters(layer), *running))
     growth = parameters(layers[0])[-1].shape[3]
-    (features,) = cpu_kernels.call(
-        'DenseBlockForwardEval',
-        [_shape(*places, channels + len(layers) * growth)],
-        x,
-        *_flat(arguments),
-        epsilon=epsilon,
-    )
-    return features
+    flat = _flat(arguments)
+
+    def of_own_rows(x, *flat):
+        shape = _shape(*x.shape[:3], channels + len(layers) * growth)
+        return cpu_kernels.call(
+            'DenseBlockForwardEval', [shape], x, *flat, epsilon=epsilon
+        )
+
+    by_rows = spread.by_rows(of_own_rows, [0], [0, *[None] * len(flat)], x.shape[0])
+    return by_rows(x, *flat)[0]
 
 
 def _evaluate_backward(epsilon, saved, gradient):
@@ -236,7 +262,7 @@ def stem_train(x, scale, bias, epsilon, padding):
 
 def _stem_train_forward(x, scale, bias, epsilon, padding):
     pooled, options = _stem_options(x, padding)
-    y, which, mean, var = cpu_kernels.call(
+    y, which, mean, var = spread.call(
         'StemForwardTrain',
         [
             _shape(*pooled),
@@ -244,9 +270,10 @@ def _stem_train_forward(x, scale, bias, epsilon, padding):
             _shape(x.shape[3]),
             _shape(x.shape[3]),
         ],
-        x,
-        scale,
-        bias,
+        (x, scale, bias),
+        [0, None, None],
+        [0, 0, None, None],
+        rows=x.shape[0],
         epsilon=epsilon,
         **options,
     )
@@ -257,11 +284,13 @@ def _stem_train_backward(epsilon, padding, saved, gradients):
     # The statistics are only used for running averages.
     x, scale, bias, *_ = saved
     return tuple(
-        cpu_kernels.call(
+        spread.call(
             'StemBackwardTrain',
             [_shape(*array.shape) for array in (x, scale, bias)],
-            *saved,
-            gradients[0],
+            (*saved, gradients[0]),
+            [0, None, None, None, None, 0, 0],
+            [0, None, None],
+            rows=x.shape[0],
             epsilon=epsilon,
             **_stem_options(x, padding)[1],
         )
@@ -273,19 +302,14 @@ stem_train.defvjp(_stem_train_forward, _stem_train_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def stem_eval(x, mean, var, scale, bias, epsilon, padding):
-    pooled, options = _stem_options(x, padding)
-    (y,) = cpu_kernels.call(
-        'StemForwardEval',
-        [_shape(*pooled)],
-        x,
-        scale,
-        bias,
-        mean,
-        var,
-        epsilon=epsilon,
-        **options,
-    )
-    return y
+    def of_own_rows(x, *norm):
+        pooled, options = _stem_options(x, padding)
+        return cpu_kernels.call(
+            'StemForwardEval', [_shape(*pooled)], x, *norm, epsilon=epsilon, **options
+        )
+
+    by_rows = spread.by_rows(of_own_rows, [0], [0, *[None] * 4], x.shape[0])
+    return by_rows(x, scale, bias, mean, var)[0]
 
 
 def _stem_eval_backward(epsilon, padding, saved, gradient):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_densenet.kernels import cpu as cpu_kernels
-from flax_densenet.kernels import packed_inference
+from flax_densenet.kernels import packed_inference, spread
 
 _DEPTH, _COLUMNS = 32, 16  # rows and columns of a tile
 
@@ -85,18 +85,23 @@ def pack_block(layers, tail: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def block(x, packed, *, layers: int, bottleneck: int, growth: int, features: int):
     """`packed_inference.block` in bfloat16."""
-    shape = packed_inference.block_shape(x, layers * growth, features)
-    return cpu_kernels.call(
-        'DenseBlockForwardPackedBfloat16',
-        [jax.ShapeDtypeStruct(shape, jnp.bfloat16)],
-        x.astype(jnp.bfloat16),
-        packed['vectors'],
-        packed['weights'],
-        layers=layers,
-        bottleneck=bottleneck,
-        growth=growth,
-        features=features,
-    )[0]
+
+    def of_own_rows(x, vectors, weights):
+        shape = packed_inference.block_shape(x, layers * growth, features)
+        return cpu_kernels.call(
+            'DenseBlockForwardPackedBfloat16',
+            [jax.ShapeDtypeStruct(shape, jnp.bfloat16)],
+            x,
+            vectors,
+            weights,
+            layers=layers,
+            bottleneck=bottleneck,
+            growth=growth,
+            features=features,
+        )
+
+    by_rows = spread.by_rows(of_own_rows, [0], [0, None, None], x.shape[0])
+    return by_rows(x.astype(jnp.bfloat16), packed['vectors'], packed['weights'])[0]
 
 
 def pack_stem(conv: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -110,12 +115,12 @@ def pack_stem(conv: dict[str, Any]) -> dict[str, np.ndarray]:
 
 def stem(x, packed, *, features: int, size: tuple[int, int], **sizes: int):
     """`packed_inference.stem`, from float32 to bfloat16."""
-    shape = (x.shape[0], *size, features)
-    return cpu_kernels.call(
-        'StemForwardPackedBfloat16',
-        [jax.ShapeDtypeStruct(shape, jnp.bfloat16)],
-        x.astype(jnp.float32),
-        packed['vectors'],
-        packed['weights'],
-        **sizes,
-    )[0]
+
+    def of_own_rows(x, vectors, weights):
+        result = [jax.ShapeDtypeStruct((x.shape[0], *size, features), jnp.bfloat16)]
+        return cpu_kernels.call(
+            'StemForwardPackedBfloat16', result, x, vectors, weights, **sizes
+        )
+
+    by_rows = spread.by_rows(of_own_rows, [0], [0, None, None], x.shape[0])
+    return by_rows(x.astype(jnp.float32), packed['vectors'], packed['weights'])[0]

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flax_densenet.kernels import cpu as cpu_kernels
+from flax_densenet.kernels import spread
 
 _LINE = 16  # floats per cache line; each array starts at one
 
@@ -78,17 +79,21 @@ def block(x, packed, *, layers: int, bottleneck: int, growth: int, features: int
     Returns:
       `[N, H // 2, W // 2, features]` or, normalized, `[N, H, W, C + layers * growth]`.
     """
-    shape = block_shape(x, layers * growth, features)
-    return cpu_kernels.call(
-        'DenseBlockForwardPacked',
-        [jax.ShapeDtypeStruct(shape, jnp.float32)],
-        x,
-        packed,
-        layers=layers,
-        bottleneck=bottleneck,
-        growth=growth,
-        features=features,
-    )[0]
+
+    def of_own_rows(x, packed):
+        shape = block_shape(x, layers * growth, features)
+        return cpu_kernels.call(
+            'DenseBlockForwardPacked',
+            [jax.ShapeDtypeStruct(shape, jnp.float32)],
+            x,
+            packed,
+            layers=layers,
+            bottleneck=bottleneck,
+            growth=growth,
+            features=features,
+        )
+
+    return spread.by_rows(of_own_rows, [0], [0, None], x.shape[0])(x, packed)[0]
 
 
 def block_shape(x, added: int, features: int) -> tuple[int, ...]:
@@ -146,10 +151,11 @@ def stem(x, packed, *, features: int, size: tuple[int, int], **sizes: int):
     Returns:
       `[N, *size, features]`.
     """
-    return cpu_kernels.call(
-        'StemForwardPacked',
-        [jax.ShapeDtypeStruct((x.shape[0], *size, features), jnp.float32)],
-        x.astype(jnp.float32),
-        packed,
-        **sizes,
-    )[0]
+
+    def of_own_rows(x, packed):
+        shape = (x.shape[0], *size, features)
+        result = [jax.ShapeDtypeStruct(shape, jnp.float32)]
+        return cpu_kernels.call('StemForwardPacked', result, x, packed, **sizes)
+
+    x, rows = x.astype(jnp.float32), x.shape[0]
+    return spread.by_rows(of_own_rows, [0], [0, None], rows)(x, packed)[0]

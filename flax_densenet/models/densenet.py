@@ -55,8 +55,9 @@ class DenseNet(network.Network):
       fast: compute dense blocks and transitions with `kernels.dense_block`. False uses
         the plain layers, which have the same variables and, up to rounding, the same
         results.
-      kernel: implementation of the fast block: `native` (C++, float32 or bfloat16 on
-        one CPU device), `xla`, or `auto`: native if possible.
+      kernel: implementation of the fast block: `native` (C++, float32 or bfloat16, on
+        CPUs), `xla`, or `auto`: native if possible. In a program on several CPU devices
+        it is possible within `jax.set_mesh` of a mesh with one axis, for the rows.
       remat: `block` recomputes activations in the backward pass of the XLA fast block;
         `none` keeps them. The native kernel always recomputes.
       batch_norm_group: in training, number of consecutive rows over which batch norm

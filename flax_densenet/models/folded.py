@@ -126,7 +126,7 @@ def why_bfloat16_is_slow(module: Network) -> str | None:
     fields = module.fields()
     if 'kernel' not in fields or not module.bottleneck or not module.fast:
         return 'there is no CPU kernel in bfloat16 for this network'
-    if module.kernel == 'xla' or (module.kernel == 'auto' and jax.device_count() > 1):
+    if module.kernel == 'xla':
         return 'the CPU kernel is not used'
     return cpu_kernels.why_bfloat16_is_slow()
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from flax_densenet.errors import UserError
+from flax_densenet.kernels import dense_block, spread
 
 DEVICE = -1
 
@@ -82,7 +83,7 @@ def pyramid(module, x, frozen: int, live):
     drops = module.dropout_rate or module.drop_path_rate
     key = module.make_rng('dropout') if drops else None
 
-    def of_group(images, number):
+    def of_group(variables, key, images, number):
         rngs = {}
         if key is not None:
             rngs['dropout'] = jax.random.fold_in(key, number)
@@ -97,9 +98,12 @@ def pyramid(module, x, frozen: int, live):
         )
 
     count = rows // group
-    outputs, updated = jax.vmap(of_group)(
-        x.reshape(count, group, *x.shape[1:]), jnp.arange(count)
-    )
+    of_groups = jax.vmap(of_group, (None, None, 0, 0))
+    if one.fast and dense_block.use_native(one.kernel, x):
+        # The kernels of each device compute the groups of its own rows.
+        of_groups = spread.by_rows(of_groups, (0, 0), (None, None, 0, 0), count)
+    images = x.reshape(count, group, *x.shape[1:])
+    outputs, updated = of_groups(variables, key, images, jnp.arange(count))
     if module.is_mutable_collection('batch_stats'):
         for name, value in updated['batch_stats'].items():
             # An average of equal values may differ from them in the last digit.

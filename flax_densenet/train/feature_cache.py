@@ -142,7 +142,9 @@ def _collect(compute, variables, batches, count, mesh):
     with tqdm(total=count, desc='features', leave=False, disable=None) as bar:
         for batch in batches:
             batch = mesh_lib.to_global(batch, mesh)
-            found, label, place = jax.device_get(compute(variables, batch))
+            with mesh_lib.computing(mesh):
+                computed = compute(variables, batch)
+            found, label, place = jax.device_get(computed)
             if features is None:
                 features = np.empty((count, found.shape[1]), found.dtype)
                 labels = np.empty((count, *label.shape[1:]), label.dtype)

@@ -104,7 +104,8 @@ def save_dump(
         return losses.reshape(-1), norm, jax.tree.map(_measure, trees)
 
     whole = mesh.replicated(run.mesh)
-    found = jax.jit(look, out_shardings=whole)(state, batch)
+    with mesh.computing(run.mesh):
+        found = jax.jit(look, out_shardings=whole)(state, batch)
     batch = {name: _rows_of(run, value) for name, value in batch.items()}
     positions = _rows_of(run, positions)
     losses, norm, layers = jax.device_get(found)

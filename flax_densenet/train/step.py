@@ -363,7 +363,9 @@ def compile_train_step(train_step, state, batch, mesh):
     step = jax.jit(train_step, donate_argnums=0, out_shardings=(layout, whole))
     # Passing the other 600 arrays of the 121 takes 4 ms, the step of the head 0.5 ms.
     head_only = 'features' in batch
-    compiled = step.lower(_head_of(state) if head_only else state, batch).compile()
+    with mesh_lib.computing(mesh):
+        lowered = step.lower(_head_of(state) if head_only else state, batch)
+    compiled = lowered.compile()
     process.release_memory()
     if not head_only:
         return compiled

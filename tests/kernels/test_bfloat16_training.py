@@ -9,27 +9,7 @@ import pytest
 
 from flax_densenet.kernels import cpu as cpu_kernels
 from flax_densenet.kernels import dense_block, native_block, xla_block
-from helpers.blocks import error, inputs, make, require_native
-
-
-def layers_of(channels, bottleneck, growth, count):
-    rng = np.random.default_rng(0)
-
-    def normal(*shape, scale=1.0, shift=0.0):
-        return (shift + scale * rng.standard_normal(shape)).astype(np.float32)
-
-    layers = []
-    for wide in range(channels, channels + count * growth, growth):
-        one = (normal(wide, scale=0.3, shift=1), normal(wide, scale=0.3))
-        if not bottleneck:
-            kernel = normal(3, 3, wide, growth, scale=(2 / wide) ** 0.5 / 3)
-            layers.append((*one, kernel))
-            continue
-        two = (normal(bottleneck, scale=0.3, shift=1), normal(bottleneck, scale=0.3))
-        kernel1 = normal(1, 1, wide, bottleneck, scale=(2 / wide) ** 0.5)
-        kernel2 = normal(3, 3, bottleneck, growth, scale=(2 / bottleneck) ** 0.5 / 3)
-        layers.append((*one, kernel1, *two, kernel2))
-    return layers
+from helpers.blocks import error, inputs, layers_of, make, require_native
 
 
 KEYS = list(jax.random.split(jax.random.key(2), 4))

@@ -212,10 +212,12 @@ def test_every_pair_of_choices(block, dropout, dtype):
         'one': run(make(block, kernel='xla', **fields), variables, images),
         'four': run(make(block, **fields), *spread),
     }
+    require_native()
     if dtype == 'float32':
-        require_native()
         module = make(block, kernel='native', **fields)
         found['native'] = run(module, variables, images)
+    with mesh_lib.computing(mesh):
+        found['four natively'] = run(make(block, kernel='native', **fields), *spread)
     for fast in found.values():
         assert jax.tree.structure(plain) == jax.tree.structure(fast)
         if dtype == 'float32':

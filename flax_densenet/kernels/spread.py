@@ -1,0 +1,113 @@
+"""The C++ kernels in a program on several CPU devices, which share the rows.
+
+Which devices they are is known from `jax.set_mesh(mesh)`, a mesh with one axis; the
+rows of a batch are spread over it. What needs only its own rows is computed on each
+device. Batch statistics and gradients of parameters are those of all rows: there one
+device computes for all of them (`cpu_together.h`), so the results are, bit for bit,
+those of one device. That needs all devices in one process.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, PartitionSpec
+
+from flax_densenet.kernels import cpu as cpu_kernels
+
+
+def is_known() -> bool:
+    """Whether one device computes here, or it is known which ones share the rows."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() == 1
+    return mesh.size == 1 or _is_local(mesh) or _has_one_axis(mesh)
+
+
+def is_shared() -> bool:
+    """Whether several devices share the rows here."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and mesh.size > 1 and _has_one_axis(mesh)
+
+
+def _is_local(mesh):
+    """Inside of `jax.shard_map`, where each device sees its own rows alone."""
+    return all(kind == AxisType.Manual for kind in mesh.axis_types)
+
+
+def _has_one_axis(mesh):
+    return mesh.axis_types == (AxisType.Auto,)
+
+
+def devices(rows: int) -> int:
+    """The number of devices that share so many rows; 1 if each computes all of them."""
+    if not is_shared():
+        return 1
+    size = jax.sharding.get_abstract_mesh().size
+    return 1 if rows % size else size
+
+
+def by_rows(function, results, arguments, rows: int):
+    """`function`, which needs only its own rows, so that each device computes its own.
+
+    Args:
+      function: of arrays or trees of them, to a list or tuple of such.
+      results, arguments: the axis of the rows of each, in a list or tuple as the
+        function returns; None: all devices have all of it.
+      rows: their number on all devices.
+    """
+    if devices(rows) == 1:
+        return function
+    (name,) = jax.sharding.get_abstract_mesh().axis_names
+
+    def spec(axis):
+        return PartitionSpec() if axis is None else PartitionSpec(*[None] * axis, name)
+
+    return jax.shard_map(
+        function,
+        in_specs=tuple(map(spec, arguments)),
+        out_specs=jax.tree.map(spec, results, is_leaf=lambda axis: axis is None),
+        check_vma=False,
+    )
+
+
+def call(name: str, results, arrays, axes, axes_of_results, *, rows: int, **attributes):
+    """`cpu.call` of a handler that needs the rows of all devices.
+
+    Args:
+      name: of the handler, which has a `...Together`.
+      results: shapes of the results for all rows.
+      arrays: the arguments.
+      axes, axes_of_results: as of `by_rows`.
+      rows: their number on all devices.
+    """
+    count = devices(rows)
+    if count == 1:
+        return cpu_kernels.call(name, results, *arrays, **attributes)
+    (axis,) = jax.sharding.get_abstract_mesh().axis_names
+    own_results = []
+    for result, place in zip(results, axes_of_results, strict=True):
+        sizes = list(result.shape)
+        if place is not None:
+            sizes[place] //= count
+        own_results.append(jax.ShapeDtypeStruct(tuple(sizes), result.dtype))
+    places = [-1 if place is None else place for place in (*axes, *axes_of_results)]
+
+    def call_together(*arrays):
+        number = cpu_kernels.call(
+            'CallNumber', jax.ShapeDtypeStruct((1,), jnp.uint32), has_side_effect=True
+        )
+        # The largest of the devices' numbers, which no other call has at this time.
+        number = lax.pmax(number, axis)
+        place = lax.axis_index(axis).astype(jnp.uint32).reshape(1)
+        return cpu_kernels.call(
+            f'{name}Together',
+            own_results,
+            *arrays,
+            jnp.concatenate([number, place]),
+            axes=np.array(places, np.int64),
+            devices=count,
+            **attributes,
+        )
+
+    return by_rows(call_together, axes_of_results, axes, rows)(*arrays)

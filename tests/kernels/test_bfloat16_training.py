@@ -11,7 +11,6 @@ from flax_densenet.kernels import cpu as cpu_kernels
 from flax_densenet.kernels import dense_block, native_block, xla_block
 from helpers.blocks import error, inputs, layers_of, make, require_native
 
-
 KEYS = list(jax.random.split(jax.random.key(2), 4))
 
 

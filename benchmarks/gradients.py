@@ -2,11 +2,11 @@
 
   python -m benchmarks.gradients [--size=64] [--batch=8]
 
-DenseNet-121, the same weights, images and labels for both (sizes in steps of 8). The reference is PyTorch in
-float64; the error of a tensor's gradient is the norm of the difference over the norm of
-the reference. Prints a table with the median and the worst tensor of each kind, and as
-its last line one JSON object: the share of tensors in which ours is further off than
-PyTorch's, and the median of the ratio of the errors.
+DenseNet-121, the same weights, images and labels for both; sizes in steps of 8. The
+reference is PyTorch in float64; the error of a tensor's gradient is the norm of the
+difference over the norm of the reference. Prints a table with the median and the worst
+tensor of each kind, and as its last line one JSON object: the share of tensors in which
+ours is further off than PyTorch's, and the median of the ratio of the errors.
 """
 
 import argparse

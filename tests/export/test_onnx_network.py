@@ -177,6 +177,7 @@ def test_half(kind, precision, bound):
     assert 1e-7 < away < bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('falling', [False, True])
 @pytest.mark.parametrize('kind', ['imagenet', 'same', 'deep', 'blur', 'cifar'])
 def test_integers(kind, falling):

@@ -134,6 +134,7 @@ def test_score_of_unusual_images(model, photos, tmp_path):
         np.testing.assert_allclose(score, wanted, atol=1e-3 * np.ptp(wanted) + 1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('precision', ['bfloat16', 'float16'])
 def test_precision(model, photos, tmp_path, precision):
     whole, half = str(tmp_path / 'x.stablehlo'), str(tmp_path / 'y.stablehlo')
@@ -146,6 +147,7 @@ def test_precision(model, photos, tmp_path, precision):
     assert ('bf16' if precision == 'bfloat16' else 'f16') in text
 
 
+@pytest.mark.slow
 def test_any_size(model, tmp_path):
     path = str(tmp_path / 'x.stablehlo')
     stablehlo.save(path, model, inputs='normalized', any_size=True)

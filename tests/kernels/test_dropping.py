@@ -51,14 +51,14 @@ def test_stochastic_depth():
     np.testing.assert_array_equal(one, other)  # what is frozen drops nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('block', 'kernel', 'remat'),
     [
         ('plain', 'native', 'block'),
-        *(
-            pytest.param('BC', *case, marks=pytest.mark.slow)
-            for case in (('native', 'block'), ('xla', 'block'), ('xla', 'none'))
-        ),
+        ('BC', 'native', 'block'),
+        ('BC', 'xla', 'block'),
+        ('BC', 'xla', 'none'),
     ],
 )
 def test_what_is_dropped_has_the_same_gradients(block, kernel, remat):

@@ -86,7 +86,13 @@ def test_init_variables_is_what_linen_makes():
     assert {leaf.dtype for leaf in jax.tree.leaves(ours)} == {np.dtype('float32')}
 
 
-@pytest.mark.parametrize('name', factory.INITIALIZERS)
+@pytest.mark.parametrize(
+    'name',
+    [
+        pytest.param(name, marks=pytest.mark.slow if n else ())
+        for n, name in enumerate(factory.INITIALIZERS)
+    ],
+)
 def test_initial_spread(name):
     module = create_model(
         'densenet121', num_classes=300, block_sizes=(3, 3), initializer=name

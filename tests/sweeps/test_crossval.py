@@ -32,6 +32,9 @@ from helpers.runs import tiny_config, write_images
 
 FOLDS = 2
 
+# All of them are of the folds that a module's fixture trains.
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
@@ -95,7 +98,6 @@ def model(made):
     return flax_densenet.load(made / 'cv')
 
 
-@pytest.mark.slow
 def test_an_interrupted_fold_goes_on(made):
     before = json.loads((made / 'before.json').read_text())
     assert [len(records) for records in before] == [2, 1]
@@ -219,7 +221,6 @@ def test_images_that_the_members_were_trained_on_are_no_measure(photos, copy):
     assert samples.where.endswith(f' images of folder:{only}')
 
 
-@pytest.mark.slow
 def test_exports(model, tmp_path):
     pytest.importorskip('onnxruntime')
     result = flax_densenet.export(model, tmp_path / 'cv.onnx')

@@ -219,6 +219,7 @@ def test_init_from_a_run(trained, tmp_path, capsys):
         fit.fit(config, str(tmp_path / 'nothing'))
 
 
+@pytest.mark.slow
 def test_bad_images_are_listed(tmp_path, capsys):
     photos = write_images(tmp_path / 'photos', {'ants': 80, 'bees': 81})
     (photos / 'bees' / '007.jpg').write_bytes(b'')

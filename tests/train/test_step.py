@@ -45,6 +45,7 @@ def run(devices, steps=3, **fields):
     return jax.device_get(state), float(loss)
 
 
+@pytest.mark.slow
 def test_four_devices_are_one():
     """Statistics, gradients and figures are those of the global batch."""
     devices = jax.devices()

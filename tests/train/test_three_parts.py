@@ -30,6 +30,7 @@ def three(tmp_path_factory):
     return config, flax_densenet.train(config, tmp_path_factory.mktemp('three') / 'run')
 
 
+@pytest.mark.slow
 def test_validation_images_choose(three):
     """The test images have no part in the records."""
     _, result = three
@@ -40,6 +41,7 @@ def test_validation_images_choose(three):
     assert result.best == best
 
 
+@pytest.mark.slow
 def test_the_test_images_are_measured_once(three):
     config, result = three
     assert result.test['count'] == 360
@@ -57,6 +59,7 @@ def test_the_test_images_are_measured_once(three):
     )
 
 
+@pytest.mark.slow
 def test_a_finished_run_does_not_measure_again(three, monkeypatch, caplog):
     config, result = three
     monkeypatch.setattr(finished.results, 'collect', None)
@@ -70,6 +73,7 @@ def test_a_finished_run_does_not_measure_again(three, monkeypatch, caplog):
     ) in caplog.text
 
 
+@pytest.mark.slow
 def test_another_validation_part_is_another_run(three):
     config, result = three
     data = config['data'] | {'val_fraction': 0.1}
@@ -77,6 +81,7 @@ def test_another_validation_part_is_another_run(three):
         flax_densenet.train(config | {'data': data}, result.workdir)
 
 
+@pytest.mark.slow
 def test_the_page_says_which_images_chose(three):
     _, result = three
     page = (pathlib.Path(result.workdir) / 'report.html').read_text()
@@ -86,6 +91,7 @@ def test_the_page_says_which_images_chose(three):
     assert 'same test images' not in page and 'test loss' not in page
 
 
+@pytest.mark.slow
 def test_runs_are_compared_by_their_tests(three, tmp_path):
     _, result = three
     path = tmp_path / 'compare.html'
@@ -99,6 +105,7 @@ def test_runs_are_compared_by_their_tests(three, tmp_path):
     assert f'>{chosen}</td>' in page and f'>{share}</td>' in page
 
 
+@pytest.mark.slow
 def test_the_card_is_of_the_test_images(three):
     _, result = three
     model = flax_densenet.load(result.workdir).trained
@@ -110,6 +117,7 @@ def test_the_card_is_of_the_test_images(three):
     assert 'on 288 validation images of `digits`' in alone
 
 
+@pytest.mark.slow
 def test_without_a_report_the_test_is_measured(tmp_path, caplog):
     config = shared.DIGITS | {
         'data': shared.DIGITS['data'] | {'val_fraction': 0.2},
@@ -122,6 +130,7 @@ def test_without_a_report_the_test_is_measured(tmp_path, caplog):
     assert 'Val_acc: ' in caplog.text and 'Epoch:  1.' in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_of_two_parts_goes_on_with_three(tmp_path):
     """Versions that knew of two parts left the test part of a folder aside."""
     for part, count in ('train', 12), ('val', 4), ('test', 5):

@@ -60,6 +60,7 @@ def test_names(fake, monkeypatch):
         trackers.parse('mlflow')
 
 
+@pytest.mark.slow
 def test_a_run_is_followed_and_continued(fake, tmp_path):
     config = tiny_config(**{'train.trackers': 'wandb', 'train.epochs': 1})
     folder = tmp_path / 'digits'

@@ -372,6 +372,7 @@ def test_activations_of_keras(last, outputs):
     assert keras_head.read({'layers': [NETWORK, *last]}, {}).outputs == outputs
 
 
+@pytest.mark.slow
 def test_shuffled_renamed_duplicated_and_dropped_arrays(tmp_path):
     """What loads is the truth, whatever was done to names; all else is refused."""
     rng, loaded = np.random.default_rng(0), 0

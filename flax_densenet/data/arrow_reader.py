@@ -25,10 +25,10 @@ class Columns:
     """The columns that are used.
 
     Attributes:
-      image, label: their names.
-      names: of the classes; None for those of the values, in order.
-      several: an image can have several labels.
-      group: the column that tells whose image each is, or None.
+      image, label: names of these columns.
+      names: names of the classes; None to use the sorted values.
+      several: whether an image can have several labels.
+      group: the column with the group of each image, such as the patient, or None.
       others: columns of numbers and words that may divide the images.
     """
 
@@ -41,7 +41,7 @@ class Columns:
 
     @property
     def used(self) -> list[str]:
-        """The names of all."""
+        """The names of all these columns."""
         group = [self.group] if self.group else []
         return [self.image, self.label, *group, *self.others]
 
@@ -53,26 +53,25 @@ def find_columns(
     groups: str = 'none',
     subgroups: str = 'none',
 ) -> Columns:
-    """The columns of a table that hold the image, the label and the group.
+    """Finds the columns of a table with the image, the label and the group.
 
     Args:
-      field: how messages call the source.
-      schema: of Arrow.
+      field: name of the source in messages.
+      schema: the Arrow schema.
       chosen: `data.label_columns`.
       groups: `data.groups`.
       subgroups: `data.subgroups`.
 
-    Raises:
-      UserError: there is no image, or not one label.
+    Raises: UserError: there is no image column, or not exactly one label column.
     """
     features = _features(schema)
     images = [n for n, f in features.items() if _kind(f) == 'Image']
-    if not images:  # files that another program wrote
+    if not images:  # files of another program
         images = [n for n in schema.names if _holds_images(schema.field(n).type)]
     if len(images) != 1:
         raise UserError(
-            f'{field}: has {len(images)} image columns '
-            f'({list_first(schema.names)}); only sets with one can be used'
+            f'{field}: has {len(images)} image columns ({list_first(schema.names)}); '
+            'only data sets with one can be used'
         )
     labels = {n: _class_names(f) for n, f in features.items() if _class_names(f)}
     if chosen:
@@ -93,8 +92,8 @@ def find_columns(
             )
         label = _only(field, plain)
         notes.say(
-            f'{field}: the classes are the values of its column {label}, which has no '
-            'names for them'
+            f'{field}: its column {label} has no class names, so the classes are its '
+            'values'
         )
     several = _is_list(schema.field(label).type)
     group = _find_group(field, schema.names, {images[0], label}, groups)
@@ -138,7 +137,7 @@ def _only(field, names):
 
 
 def _features(schema):
-    """What the `datasets` library says of each column."""
+    """The features that the `datasets` library stored for each column."""
     try:
         about = json.loads((schema.metadata or {})[b'huggingface'])
         found = about['info']['features']
@@ -152,7 +151,7 @@ def _kind(feature):
 
 
 def _class_names(feature):
-    """Of a `ClassLabel` or a list of them, else None."""
+    """The class names of a `ClassLabel` or a list of them, else None."""
     if _kind(feature) in ('Sequence', 'List', 'LargeList'):
         feature = feature.get('feature')
     elif isinstance(feature, list) and len(feature) == 1:
@@ -182,10 +181,10 @@ class ArrowReader(readers.Reader):
     """Images in files of Arrow's stream format, which are mapped into memory.
 
     Attributes:
-      files: of each split.
-      splits: their names.
-      columns: which hold the images and the labels.
-      folders: images may be files below them; others are refused.
+      Attributes: files: the files of each split.
+      splits: names of the splits.
+      columns: the columns with the images and the labels.
+      folders: folders that images may be files in; others are refused.
     """
 
     files: list[list[str]]
@@ -200,7 +199,7 @@ class ArrowReader(readers.Reader):
         self.class_names, self.labels = _number(values, self.columns)
 
     def owners(self) -> list[str] | None:
-        """Whose image each is, by the column of groups; None if there is no column."""
+        """The group of each image, from the group column; None if there is none."""
         if self.columns.group is None:
             return None
         found = [v for t in self._tables for v in t.column('group').to_pylist()]
@@ -234,7 +233,7 @@ class ArrowReader(readers.Reader):
         return found
 
     def paths(self) -> list[str]:
-        """The path that the data set has for each image; empty for none."""
+        """The path of each image in the data set; empty if it has none."""
         found = [v for t in self._tables for v in t.column('path').to_pylist()]
         return [path or '' for path in found]
 
@@ -248,7 +247,7 @@ class ArrowReader(readers.Reader):
 
     @property
     def counts(self) -> list[int]:
-        """Images of each split."""
+        """The number of images in each split."""
         return [len(table) for table in self._tables]
 
     def _place(self, index):
@@ -317,7 +316,7 @@ def class_names(schema: Any, names: Sequence[str]) -> dict[str, tuple[str, ...]]
 
 
 def _number(values, columns):
-    """The class names, and labels by number: `[N]`, or `[N, L]` of 0 and 1."""
+    """The class names, and the labels as numbers: `[N]`, or `[N, L]` of 0 and 1."""
     names = columns.names
     if columns.several:
         if names is None:

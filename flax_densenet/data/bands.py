@@ -1,4 +1,4 @@
-"""Images whose channels are neither gray nor color: read as they are, without colors.
+"""Images with channels other than gray or color, read without conversion.
 
 `data.channels` of 1 and 3 convert every image to gray or color. Any other number keeps
 the channels of the file, which must have as many: gray and transparency (2), RGBA (4),
@@ -18,11 +18,11 @@ from flax_densenet.errors import UserError
 
 MOST = 256  # channels
 NEEDS_WINDOW = (
-    "set data.window to the values that become black and white, as '(0,10000)'; '()' "
-    'is the full range of 16 bits'
+    "set data.window to the values that become black and white, such as '(0,10000)'; "
+    "'()' is the full range of 16 bits"
 )
 _MODES = {2: ('LA', 'La'), 4: ('RGBA', 'RGBa')}
-_PLAIN = {'La': 'LA', 'RGBa': 'RGBA'}  # colors not multiplied by transparency
+_PLAIN = {'La': 'LA', 'RGBa': 'RGBA'}  # colors not premultiplied by alpha
 _BIG_TIFF = (b'II+\0', b'MM\0+')
 
 
@@ -32,11 +32,11 @@ def are_kept(channels: int) -> bool:
 
 
 def check_count(channels) -> None:
-    """Raises `UserError` for values that `data.channels` cannot have."""
+    """Raises `UserError` for invalid values of `data.channels`."""
     if type(channels) is not int or not 1 <= channels <= MOST:
         raise UserError(
             f'data.channels={channels} must be from 1 to {MOST}: 1 for gray, 3 for '
-            'color, another number for files with as many'
+            'color, another number for files with that many'
         )
 
 
@@ -47,7 +47,7 @@ def to_visible(image: np.ndarray) -> np.ndarray:
 
 
 class BandPicture:
-    """An image of any number of channels that resizes as those of Pillow do.
+    """An image with any number of channels that resizes as in Pillow.
 
     Attributes:
       array: uint8 `[H, W, C]`.
@@ -76,7 +76,7 @@ class BandPicture:
         return self.array
 
     def resize(self, size, resample, box=None) -> 'BandPicture':
-        """Each channel by itself, as `Image.resize`."""
+        """Resizes each channel separately, as `Image.resize`."""
         parts = [
             np.asarray(
                 Image.fromarray(np.ascontiguousarray(self.array[..., band])).resize(
@@ -89,7 +89,7 @@ class BandPicture:
 
 
 def render(image: Image.Image, channels: int) -> np.ndarray:
-    """An open image of Pillow, upright, as an array `[H, W, C]`.
+    """Converts an open Pillow image to an upright array `[H, W, C]`.
 
     Raises:
       UserError: it has another number of channels.
@@ -105,15 +105,15 @@ def render(image: Image.Image, channels: int) -> np.ndarray:
 
 
 def check_mode(image: Image.Image, channels: int):
-    """Raises `UserError` if an open image of Pillow has other channels."""
+    """Raises `UserError` if an open Pillow image has other channels."""
     mode = image.mode
     if 'transparency' in image.info:
         mode = 'LA' if mode in ('1', 'L') else 'RGBA'
     if mode in _MODES.get(channels, ()):
         if image_formats.is_deep_color(image):
             raise UserError(
-                f'has 16 bits per channel, of which {channels} channels are only read '
-                'from TIFF files'
+                f'has 16 bits per channel; with {channels} channels these are read '
+                'only from TIFF files'
             )
         return
     count = 3 if mode == 'P' else len(image.getbands())
@@ -135,13 +135,13 @@ def to_picture(
     window: tuple[float, float] | None = None,
     deep: bool = False,
 ) -> BandPicture | deep_picture.DeepPicture:
-    """An array `[H, W, C]`, of uint8 or with a window of its values, as a picture.
+    """Converts an array `[H, W, C]`, uint8 or with a window of values, to a picture.
 
     Args:
-      deep: keeps 16 bits.
+      deep: whether to keep 16 bits.
 
     Raises:
-      UserError: it has another shape, or values that need a window.
+      UserError: the array has another shape, or values that need a window.
     """
     if values.ndim != 3 or values.shape[-1] != channels:
         count = 1 if values.ndim == 2 else values.shape[-1]
@@ -174,11 +174,11 @@ def needs_tifffile(file: str | bytes, channels: int) -> bool:
 def read_tiff(
     file: str | bytes, channels: int, *, most_pixels: int, decode: bool = True
 ) -> np.ndarray:
-    """The bands of a TIFF `[H, W, C]`: samples of its pixels, or pages of one size.
+    """The bands of a TIFF `[H, W, C]`: samples per pixel, or pages of equal size.
 
     Args:
-      most_pixels: of four channels; with more channels as much fewer.
-      decode: False reads and checks the header alone, and returns nothing of it.
+      most_pixels: maximum for four channels; proportionally fewer with more channels.
+      decode: False only reads and checks the header, and returns no bands.
 
     Raises:
       UserError: it has another number of bands, too many pixels, or tifffile is not
@@ -219,7 +219,7 @@ def _open_tiff(file, channels):
 
 
 def find_dtype(raw: str | bytes | np.ndarray, channels: int) -> np.dtype:
-    """Type of the values of an image, by its header."""
+    """The dtype of an image's values, from its header."""
     if isinstance(raw, np.ndarray):
         return raw.dtype
     if not needs_tifffile(raw, channels):

@@ -1,4 +1,4 @@
-"""What the cells of a table mean: yes, no, not known, a class, a group, a part."""
+"""The meaning of cells in a table: yes, no, unknown, a class, a group, a part."""
 
 import hashlib
 import re
@@ -16,23 +16,23 @@ _WORDS = {
     **dict.fromkeys(('true', 'yes', 'positive', 'pos', 'present'), 1.0),
     **dict.fromkeys(('false', 'no', 'negative', 'neg', 'absent'), 0.0),
 }
-# Letters tell something only where both are there: F alone may be a sex.
+# Letters count only if both occur: F alone may be a sex.
 _LETTERS = ({'y': 1.0, 'n': 0.0}, {'t': 1.0, 'f': 0.0}, {'+': 1.0, '-': 0.0})
-# Crosses in a column of nothing else but empty cells.
+# Crosses, in a column with otherwise empty cells.
 _MARKS = frozenset('x\u2713\u2714\u2611')
-# Missing values that are also words for a class: `none`, `mild`, `severe`.
+# Missing values that can also name a class: `none`, `mild`, `severe`.
 _CLASS_WORDS = frozenset(('none', 'nil', 'unknown', 'undefined', 'missing', 'na'))
-# What was always read as not known: a column of nothing else is a label as well.
+# Always read as unknown: a column of only these is a label as well.
 _PLAIN_MISSING = frozenset(('', 'nan'))
 
 
 def key(name: str) -> str:
-    """The name of a column without case, blanks and other signs."""
+    """The name of a column without case, blanks and punctuation."""
     return re.sub(r'[\W_]+', '', name).lower()
 
 
 def is_missing(cell: str) -> bool:
-    """Whether a cell says that nothing is known."""
+    """Whether a cell means that the value is unknown."""
     return cell.strip().lower() in _MISSING
 
 
@@ -42,7 +42,7 @@ def may_be_class(cell: str) -> bool:
 
 
 def number(cell: str) -> float | None:
-    """A number, also with a comma in place of the point; None for anything else."""
+    """A number, also with a decimal comma; None for anything else."""
     try:
         value = float(cell.replace(',', '.', 1))
     except ValueError:
@@ -51,7 +51,7 @@ def number(cell: str) -> float | None:
 
 
 def yes_or_no(cells) -> tuple[list[float | None], list[int]]:
-    """1, 0, -1 (uncertain) or NaN (missing) of each cell, and the odd ones' indices."""
+    """1, 0, -1 (uncertain) or NaN (missing) per cell; indices of other cells."""
     known = {}
     words = {cell.lower() for cell in cells}
     letters = next((pair for pair in _LETTERS if set(pair) <= words), {})
@@ -70,13 +70,13 @@ def yes_or_no(cells) -> tuple[list[float | None], list[int]]:
 
 
 def says_nothing(cells) -> bool:
-    """Whether all cells are missing, some by a word for it."""
+    """Whether all cells are missing, some of them marked by a word."""
     found = {cell.lower() for cell in cells}
     return found <= _MISSING and not found <= _PLAIN_MISSING
 
 
 def hash_names(names) -> np.ndarray:
-    """int64 `[N]`: a number of each name that no other name has a part in."""
+    """int64 `[N]`: a number for each distinct name."""
     known = {
         name: hashlib.blake2b(name.encode(), digest_size=8).digest()
         for name in set(names)
@@ -90,7 +90,7 @@ def roles(cells) -> list[str | None]:
     return [known[cell] for cell in cells]
 
 
-# Whose image it is, by the folder or the beginning of the file's name.
+# The owner of an image, from the folder or the beginning of the file name.
 _OWNERS = re.compile(
     r'(?:^|[/_. -])((?:patient|pat|subject|subj|sub|case|person|participant|animal|'
     r'mouse|lesion|specimen|slide|donor|individual|proband|pid)[ _-]?\d+|p\d{6,})'
@@ -100,18 +100,20 @@ _OWNERS = re.compile(
 
 
 def is_owner(name: str) -> bool:
-    """Whether a folder is called after a patient, as `patient00007`."""
+    """Whether a folder is named after a patient, such as `patient00007`."""
     return _OWNERS.match(name) is not None
 
 
 def owners(paths, pattern: re.Pattern | None = None) -> list[str] | None:
-    """Whose image each is, by its path, as `patient00007/study1/view1.png`.
+    """The owner of each image, from paths such as `patient00007/study1/view1.png`.
 
     Args:
-      pattern: finds it; its first group, or all of it where it has none.
+      pattern: pattern of the owner: its first capture group, or the whole match if it
+        has none.
 
     Returns:
-      None if not every path tells, all tell the same, or each another one.
+      None unless every path has an owner, and there are fewer owners than images but
+      more than one.
     """
     pattern, found = pattern or _OWNERS, []
     for path in paths:

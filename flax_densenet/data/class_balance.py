@@ -20,7 +20,7 @@ from flax_densenet.errors import UserError, list_first
 BALANCES = ('none', 'sampler', 'loss')
 # Ratio of the largest to the smallest class from which a warning is printed.
 _HEAVY = 10
-# Largest weight of positives that is taken from the counts.
+# Largest weight of positives that is derived from counts.
 _HEAVIEST = 100.0
 # Above this, index_shuffle, which takes 1 ms, is faster than a permutation.
 _MANY = 10_000
@@ -41,9 +41,9 @@ class Draws:
         """Makes the stream; classes without images are never drawn.
 
         Args:
-          labels: int `[N]`, or float `[N, L]` of 0, 1, NaN and soft ones, which count
-            as NaN here.
-          seed: of the order.
+          Args: labels: int `[N]`, or float `[N, L]` of 0, 1, NaN and soft targets,
+            which count as NaN here.
+          seed: seed of the order.
         """
         labels = np.asarray(labels)
         self._total = len(labels)
@@ -59,7 +59,7 @@ class Draws:
         self._seed = seed
 
     def __call__(self, epoch: int, slot: int) -> int:
-        """The example, 0 to N - 1, at a place of an epoch, 0 to N - 1."""
+        """The example, 0 to N - 1, at a position of an epoch, 0 to N - 1."""
         number = int(epoch) * self._total + int(slot)
         turn, place = divmod(number, len(self._classes))
         label = int(self._classes[place])
@@ -70,13 +70,13 @@ class Draws:
 
 
 def _label_groups(labels):
-    """Of each label its positives, and the images without any: bool `[L + 1, N]`."""
+    """The positives of each label, and the images without any: bool `[L + 1, N]`."""
     positive = labels == 1
     return np.concatenate([positive, ~positive.any(1, keepdims=True)], 1).T
 
 
 def _shuffled(place, count, seed):
-    """The image of a place, 0 to `count` - 1, in the random order of a seed."""
+    """The image at a position, 0 to `count` - 1, in the random order of a seed."""
     if count < _MANY:
         return np.random.default_rng(seed).permutation(count)[place]
     seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -102,9 +102,9 @@ def positive_weights(text: str, labels, names) -> tuple[float, ...]:
 
     Args:
       text: `train.pos_weight`.
-      labels: float `[N, L]` of the training images; those that are neither 0 nor 1
-        are not counted.
-      names: of the labels.
+      labels: float `[N, L]` of the training images; values other than 0 and 1 are not
+        counted.
+      names: names of the labels.
 
     Raises:
       UserError: the text has another form, or names an unknown label.
@@ -157,7 +157,7 @@ def describe_label_draws(labels, names) -> str:
 
 
 def describe(labels, class_names, balance: str) -> str:
-    """One line about what the sizes of the classes mean for a run; empty if nothing.
+    """One line about the effect of the class sizes on a run; empty if none.
 
     Args:
       labels: int `[N]` of the training images.
@@ -184,5 +184,5 @@ def describe(labels, class_names, balance: str) -> str:
         return ''
     return (
         f'{sizes}: data.balance=sampler would draw all classes equally often, '
-        'data.balance=loss weigh them alike'
+        'data.balance=loss would weight them equally'
     )

@@ -66,7 +66,7 @@ class Examples:
         return Examples(self.reader, self.indices, preparation)
 
     def as_pictures(self) -> 'Examples':
-        """The same examples, whose `image` is that of `images.load_picture`.
+        """The same examples, with `image` from `images.load_picture`.
 
         Random crops then have the detail of the photograph and are resized once.
         Examples that are cached in memory stay resized.
@@ -88,17 +88,17 @@ class Examples:
 
     @property
     def groups(self) -> np.ndarray | None:
-        """int64 `[N]`: whose image each is (patients, sites); None if it is unknown."""
+        """int64 `[N]`: the group of each image (patient, site); None if unknown."""
         groups = self.reader.groups
         return None if groups is None else groups[self.indices]
 
     @property
     def subgroups(self) -> dict[str, np.ndarray]:
-        """What else is known of each, `[N]` by name: see `subgroup_columns.find`."""
+        """Further columns of the images, `[N]` by name: see `subgroup_columns.find`."""
         return {name: v[self.indices] for name, v in self.reader.subgroups.items()}
 
     def name(self, position: int) -> str:
-        """The file of an example, or its place in the data set."""
+        """The file of an example, or its position in the data set."""
         return self.reader.name(int(self.indices[position]))
 
     def __getitem__(self, position):
@@ -148,7 +148,7 @@ class CachedExamples(Examples):
 
 
 class Numbered:
-    """Examples, or features of them, with `position`: which one each is."""
+    """Examples, or their features, with their `position`."""
 
     def __init__(self, examples):
         self.examples = examples
@@ -223,8 +223,8 @@ class Source:
       test: measured once at the end if there are validation examples; otherwise after
         each epoch.
       val: choose the best epoch; None if the source has only two parts.
-      multi_label: images can have several labels, whose names are `class_names`.
-      has_test: the source has a test part; otherwise `test` was split off.
+      multi_label: whether images can have several labels, with the names `class_names`.
+      has_test: whether the source has a test part; otherwise `test` was split off.
       skipped: unreadable files that were left out, each with the reason.
       duplicates: groups of files with the same content, see `duplicates.Parts`.
     """
@@ -357,7 +357,7 @@ def _table_options(data, for_training):
 
 
 def _make_parts(data, listing, divided, preparation):
-    """The examples of each part by its name, with a cache if asked for."""
+    """The examples of each part by its name, with a cache if requested."""
     indices, reader = divided.indices, listing.reader
     reader.groups = listing.groups
     parts = {name: Examples(reader, i, preparation) for name, i in indices.items()}
@@ -369,7 +369,7 @@ def _make_parts(data, listing, divided, preparation):
 
 
 def _divide(data, listing, folds):
-    """The parts of a source, and the images whose values it is to look at."""
+    """The parts of a source, and the images to inspect for their values."""
     divided = splits.find_splits(
         listing,
         *(data.test_fraction, data.split_seed, data.duplicates),
@@ -386,7 +386,7 @@ def _divide(data, listing, folds):
 
 
 def _say_parts(source, listing, divided, *, for_training):
-    """Checks the parts' sizes; logs groups and copies that are in several of them."""
+    """Checks the sizes of parts; logs groups and copies in several of them."""
     if for_training:
         _check_counts(source, divided)
         if listing.groups is not None:
@@ -402,8 +402,8 @@ def _check_counts(source, split):
     train, test = len(split.train), len(split.test)
     if train and test and split.val is not None and not len(split.val):
         raise UserError(
-            f'data.source={source}: {train} training images are too few to split a '
-            'validation part off; set data.val_fraction=0, or a larger share'
+            f'data.source={source}: {train} training images are too few to split off a '
+            'validation part; set data.val_fraction=0, or a larger share'
         )
     if not train or not test:
         copies = ' (copies of an image count as one)' if split.lines else ''

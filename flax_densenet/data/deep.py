@@ -1,7 +1,7 @@
-"""Images of more than 8 bits: how many bits there are, and what is black and white.
+"""Images of more than 8 bits: finds their bits, and the values for black and white.
 
-Files of 16 bits often hold 10, 12 or 14, and those of numbers any range; without a
-window these would be black, or a few gray levels.
+16-bit files often hold 10, 12 or 14 bits, and files of numbers any range; without a
+window these would be black, or only a few gray levels.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ from flax_densenet.data import bands, deep_color, image_formats, images, notes, 
 from flax_densenet.errors import UserError
 
 BIT_DEPTHS = (8, 16)  # least and most
-_HEADERS, _DECODED = 64, 16  # files that are looked at
+_HEADERS, _DECODED = 64, 16  # files to inspect
 _BITS = (8, 10, 12, 14)
-_RARE = 0.1  # percent of the values of signed and float images on each side
+_RARE = 0.1  # percentile of signed and float values on each side
 
 
 def check(window) -> tuple[float, float] | None:
-    """`data.window` as two numbers; None where it is empty or not set.
+    """Parses `data.window` as two numbers; None if it is empty or not set.
 
     Raises:
       UserError: it is anything else.
@@ -33,18 +33,18 @@ def check(window) -> tuple[float, float] | None:
     if not (np.isfinite([low, high]).all() and low < high):
         raise UserError(
             f'data.window={window} must be two numbers, the values that become black '
-            'and white, as (0,4095)'
+            'and white, such as (0,4095)'
         )
     return low, high
 
 
 def check_bit_depth(bit_depth):
-    """Raises `UserError` if `data.bit_depth` is not 0 (to be found) or 8 to 16."""
+    """Raises `UserError` if `data.bit_depth` is not 0 (detect) or 8 to 16."""
     least, most = BIT_DEPTHS
     if bit_depth and not least <= bit_depth <= most:
         raise UserError(
-            f'data.bit_depth={bit_depth} must be from {least} to {most}, or 0 to find '
-            'it in the images'
+            f'data.bit_depth={bit_depth} must be from {least} to {most}, or 0 to '
+            'detect it from the images'
         )
 
 
@@ -53,11 +53,11 @@ def resolve(
 ) -> images.Preparation:
     """The preparation with the bit depth and the window of a source's images.
 
-    What is not set is found in the images, with a line about it.
+    Values that are not set are detected from the images and reported in a line.
 
     Args:
-      window: `data.window`: None if it is to be found, `()` for the full range.
-      bit_depth: `data.bit_depth`, 0 if it is to be found.
+      window: `data.window`: None to detect it, `()` for the full range.
+      bit_depth: `data.bit_depth`, 0 to detect it.
     """
     if bands.are_kept(preparation.channels):
         return _resolve_bands(preparation, reader, indices, window, bit_depth)
@@ -66,9 +66,9 @@ def resolve(
     sample = _Sample(reader, indices)
     if sample.pages:
         notes.say(
-            f'{sample.pages} of {sample.looked_at} images that were looked at are TIFF '
-            'files of several pages, of which the first is read; save others as files '
-            'of their own'
+            f'{sample.pages} of {sample.looked_at} inspected images are TIFF files '
+            'with several pages, of which only the first is read; save other pages as '
+            'separate files'
         )
     if window is None and bit_depth != 16:
         window = _find_window(sample, keeps=bit_depth != 8)
@@ -94,11 +94,11 @@ def resolve(
 
 
 def _resolve_bands(preparation, reader, indices, window, bit_depth):
-    """Of images that keep their channels; the first one tells the type of values."""
+    """For images that keep their channels; the first image determines the dtype."""
     dtype = np.dtype(np.uint8)
     if len(indices):
         raw = reader[int(indices[0])]
-        with contextlib.suppress(images.BROKEN):  # told when it is decoded
+        with contextlib.suppress(images.BROKEN):  # reported when it is decoded
             dtype = bands.find_dtype(raw, preparation.channels)
     if dtype != np.uint8 and window is None:
         raise UserError(f'the images have {dtype} values: {bands.NEEDS_WINDOW}')
@@ -112,10 +112,11 @@ class _Sample:
     """Some images of a source.
 
     Attributes:
-      looked_at: how many headers were read; 0 if reading an image is slow.
-      deep: indices of those with more than 8 bits.
-      is_stated: most of these say themselves how values are shown (DICOM).
-      pages: how many are TIFF files of several pages.
+      Attributes: looked_at: number of headers that were read; 0 if reading an image is
+        slow.
+      deep: indices of images with more than 8 bits.
+      is_stated: whether most of these specify their own display (DICOM).
+      pages: number of TIFF files with several pages.
     """
 
     def __init__(self, reader, indices):
@@ -143,7 +144,7 @@ class _Sample:
         return [values for values in found if values is not None]
 
     def _read(self, index):
-        """An image as the reader has it; None if it is damaged, which is told later."""
+        """An image from the reader; None if it is damaged, which is reported later."""
         try:
             return self._reader[index]
         except UserError:
@@ -151,11 +152,11 @@ class _Sample:
 
 
 def _find_window(sample, *, keeps):
-    """The window of the deep images of a sample, with a line about it.
+    """Detects the window of the deep images of a sample, and prints a line about it.
 
     Returns:
-      None where there are none, of a full range of 16 bits, or if files have windows of
-      their own.
+      None without deep images, for a full range of 16 bits, or if files have their own
+      windows.
     """
     if not sample.deep or sample.is_stated:
         return None
@@ -175,7 +176,7 @@ def _find_window(sample, *, keeps):
         if high >= 2**16:
             window, what = (0.0, high), 'images hold values of more than 16 bits'
     elif low >= 0 and high <= 255:
-        if not keeps:  # as each image is read then
+        if not keeps:  # each image is then read with its own
             return None
         top = 1.0 if high <= 1 else 255.0
         window, what = (0.0, top), f'images hold numbers from 0 to {top:g}'
@@ -185,9 +186,9 @@ def _find_window(sample, *, keeps):
     if not window[0] < window[1]:
         return None
     notes.say(
-        f'data.window={_text(window)}: {what} ({low:g} to {high:g} in '
-        f'{len(values)} of them), so this range becomes black to white and what is '
-        'beyond it is clipped; set data.window to change it'
+        f'data.window={_text(window)}: {what} ({low:g} to {high:g} in {len(values)} of '
+        'them), so this range becomes black to white and other values are clipped; set '
+        'data.window to change it'
     )
     return window
 
@@ -197,7 +198,7 @@ def _text(window):
 
 
 def _look(raw):
-    """Whether an image has more than 8 bits, and says itself how they are shown."""
+    """Whether an image has more than 8 bits, and whether it specifies their display."""
     if raw is None:
         return False, False
     if isinstance(raw, np.ndarray):
@@ -207,12 +208,12 @@ def _look(raw):
             display = image.info.get('display')
             stated = display is not None and display.is_stated
             return image_formats.is_deep(image), stated
-    except (UserError, *images.BROKEN):  # told when it is decoded
+    except (UserError, *images.BROKEN):  # reported when it is decoded
         return False, False
 
 
 def _has_pages(raw):
-    """Whether an image is a TIFF of several pages."""
+    """Whether an image is a TIFF with several pages."""
     if raw is None or isinstance(raw, np.ndarray):
         return False
     try:

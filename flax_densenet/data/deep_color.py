@@ -1,6 +1,6 @@
-"""Reads color images of 16 bits a channel, of which Pillow keeps 8.
+"""Reads color images with 16 bits per channel, of which Pillow keeps 8.
 
-Pillow's decoders take one of the two bytes of each value. So a file is decoded twice,
+Pillow's decoders keep one of the two bytes of each value. So a file is decoded twice,
 once for the high and once for the low bytes, by Pillow's own well-tested decoders.
 """
 
@@ -15,7 +15,7 @@ from flax_densenet.data import image_formats
 _SWAPPED = {
     'B': 'L',
     'L': 'B',
-    # Of the machine's own order, in which libtiff returns values.
+    # Native byte order, in which libtiff returns values.
     'N': 'B' if sys.byteorder == 'little' else 'L',
 }
 
@@ -42,13 +42,13 @@ class DeepColor:
             return values, None
         opacity = values[..., 3:].astype(np.float32) / 65535
         color: np.ndarray = values[..., :3]
-        if self.high.mode == 'RGBa':  # colors are multiplied by the opacity
+        if self.high.mode == 'RGBa':  # colors are premultiplied by the opacity
             color = color / np.maximum(opacity, 1 / 65535)
         return color, opacity
 
 
 class GrayAlpha(DeepColor):
-    """Gray and opacity, whose four bytes are read as four channels."""
+    """Gray and opacity, with four bytes that are read as four channels."""
 
     def crop(self, box):
         found = np.asarray(self.high.crop(box)).astype(np.uint16)
@@ -59,7 +59,7 @@ class GrayAlpha(DeepColor):
 
 
 class PlainColor(DeepColor):
-    """Values of a binary PPM, in an array `[H, W, 3]`."""
+    """Reads the values of a binary PPM, `[H, W, 3]`."""
 
     def __init__(self, values):
         object.__setattr__(self, 'values', values)
@@ -90,7 +90,7 @@ def load(image: Image.Image, file: str | bytes) -> DeepColor:
         _set_raw_mode(other, raw[:-1] + _SWAPPED[raw[-1]])
         other.load()
         image.load()
-        # In a TIFF of the Intel kind and after libtiff, too, this is the high byte.
+        # In a little-endian TIFF, and after libtiff, this is the high byte.
         return DeepColor(image, other)
 
 

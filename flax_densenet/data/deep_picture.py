@@ -12,14 +12,14 @@ from PIL import Image
 from flax_densenet.data import deep_color, image_formats, upright
 
 FULL = 65535
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of Pillow's gray
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # weights of Pillow's gray
 
 
 class DeepPicture:
     """An image as bands of float32, 0 to 65535.
 
     Attributes:
-      bands: Pillow's images of mode F: one (gray) or three (RGB).
+      bands: Pillow images of mode F: one (gray) or three (RGB).
     """
 
     def __init__(self, bands: Sequence[Image.Image]):
@@ -27,7 +27,7 @@ class DeepPicture:
 
     @classmethod
     def from_array(cls, array: np.ndarray) -> 'DeepPicture':
-        """Of numbers `[H, W]`, `[H, W, 1]` or `[H, W, 3]`, 0 to 65535."""
+        """From numbers `[H, W]`, `[H, W, 1]` or `[H, W, 3]`, 0 to 65535."""
         array = np.asarray(array, np.float32)
         array = array.reshape(*array.shape[:2], -1)
         return cls(
@@ -61,7 +61,7 @@ class DeepPicture:
         return DeepPicture([band.transpose(method) for band in self.bands])
 
     def to_numbers(self, channels: int) -> np.ndarray:
-        """float32 `[H, W, C]`; color becomes gray as in Pillow, gray three times."""
+        """float32 `[H, W, C]`; color becomes gray as in Pillow, gray is repeated."""
         array = np.stack([np.asarray(band) for band in self.bands], -1)
         if array.shape[-1] > channels:
             array = (array @ _LUMA)[..., None]
@@ -85,7 +85,7 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
 
 
 def scale(values: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:
-    """Values as float32 of 0 to 65535; without a window they are taken for that.
+    """Scales values to float32 of 0 to 65535; without a window this is their range.
 
     NaN becomes black.
     """
@@ -95,11 +95,11 @@ def scale(values: np.ndarray, window: tuple[float, float] | None) -> np.ndarray:
 
 
 def render(image, file, least, resize=None, window=None) -> DeepPicture:
-    """An open image as an upright picture; see `upright.render`.
+    """Converts an open image to an upright picture; see `upright.render`.
 
     Args:
-      image: of `image_formats.open_file`, with 8 or more bits.
-      file: the same path or bytes, which 16-bit color is read from again.
+      image: from `image_formats.open_file`, with 8 or more bits.
+      file: the same path or bytes, from which 16-bit color is read again.
     """
     read, channels = _reader(image, file, window)
     turn = upright.find_turn(image)
@@ -110,14 +110,15 @@ def render(image, file, least, resize=None, window=None) -> DeepPicture:
 
 
 def from_values(values: np.ndarray, window: tuple[float, float] | None) -> DeepPicture:
-    """An array `[H, W]` or `[H, W, C]`: uint8 of 0 to 255, others by the window."""
+    """From an array `[H, W]` or `[H, W, C]`: uint8 of 0 to 255, others by the
+    window."""
     if values.dtype == np.uint8:
         return DeepPicture.from_array(values.astype(np.float32) * 257)
     return DeepPicture.from_array(scale(values, window))
 
 
 def _reader(image, file, window):
-    """A function of a box to float32 `[h, w, C]`, and the number C of channels."""
+    """A function from a box to float32 `[h, w, C]`, and the number C of channels."""
     if image_formats.is_deep_color(image):
         pixels = deep_color.load(image, file)
 

@@ -1,7 +1,7 @@
-"""Reads the image of a DICOM file: its pixels, and how their values are shown.
+"""Reads the image of a DICOM file: its pixels, and how their values are displayed.
 
 Only the elements that describe pixels are parsed. Nothing about the patient, the study
-or the device leaves the file, and errors do not quote values.
+or the device is read, and errors do not quote values.
 """
 
 import io
@@ -18,7 +18,7 @@ from flax_densenet.errors import UserError
 
 ENDINGS = ('.dcm', '.dicom', '.dic')
 _MARK, _MARK_AT = b'DICM', 128
-MARKED = _MARK_AT + len(_MARK)  # bytes until the mark's end
+MARKED = _MARK_AT + len(_MARK)  # bytes up to the end of the magic number
 _DEFLATED, _EXPLICIT = b'1.2.840.10008.1.2.1.99', b'1.2.840.10008.1.2.1\0\0\0'
 _RLE, _EXTENDED = '1.2.840.10008.1.2.5', '1.2.840.10008.1.2.4.51'
 _JP2 = b'\0\0\0\x0cjP  '  # the beginning of a file around a JPEG 2000 stream
@@ -62,7 +62,7 @@ _KEYWORDS = (
 
 
 def is_installed() -> bool:
-    """Whether pydicom is there; does not import it, which takes time."""
+    """Whether pydicom is installed; does not import it, which takes time."""
     return errors.is_installed('pydicom')
 
 
@@ -84,8 +84,7 @@ class DicomImage(Image.Image):
     def __init__(self, file: str | bytes):
         """Reads the header.
 
-        Raises:
-          UserError: it is not one image, or of a kind that is not read.
+        Raises: UserError: it is not a single image, or of an unsupported kind.
         """
         super().__init__()
         self._file: str | bytes | None = file
@@ -106,21 +105,21 @@ class DicomImage(Image.Image):
             array = _guard(_decode, _read(file, pixels=True))
             if array.shape[:2] != self._size[::-1]:
                 raise dicom_display.refuse(
-                    'its pixels are not as many as its header says'
+                    'the number of its pixels does not match its header'
                 )
             self.im = Image.fromarray(array).im
         return super().load()
 
 
 def _check(header):
-    """Raises if a header is not that of one image of a kind that is read."""
+    """Raises if a header does not describe a single image of a supported kind."""
     frames = int(header.get('NumberOfFrames') or 1)
     if not header.get('Rows') or not header.get('Columns'):
         raise UserError('is a DICOM file without an image')
     if frames > 1:
         raise UserError(
-            f'is a DICOM file of {frames} frames (NumberOfFrames), and one is read; '
-            'save the frame that is wanted as a file of its own'
+            f'is a DICOM file of {frames} frames (NumberOfFrames), but only single '
+            'frames are read; save the frame that you need as a separate file'
         )
     if header.get('BitsAllocated') not in _NUMBERS:
         raise dicom_display.refuse(f'{header.get("BitsAllocated")} bits a value')
@@ -135,7 +134,7 @@ def _check(header):
 
 
 def keep_pixels(file: str | bytes) -> bytes:
-    """A DICOM file with the elements that describe pixels alone, for packs.
+    """A DICOM file with only the elements that describe pixels, for packs.
 
     Raises:
       UserError: it cannot be read.
@@ -160,19 +159,19 @@ def _write(dataset):
         uid.ExplicitVRLittleEndian if syntax == _DEFLATED.decode() else syntax
     )
     made.SOPClassUID = uid.SecondaryCaptureImageStorage
-    made.SOPInstanceUID = '2.25.0'  # the same for all, so that packs are the same
+    made.SOPInstanceUID = '2.25.0'  # constant, so that packs are reproducible
     out = io.BytesIO()
     dataset_lib.Dataset.save_as(made, out, enforce_file_format=True)
     return out.getvalue()
 
 
 def _guard(function, *arguments):
-    """Calls what uses pydicom, whose errors have no base and quote the file."""
+    """Calls pydicom; its errors have no common base class and quote the file."""
     try:
         return function(*arguments)
     except (UserError, OSError):
         raise
-    except Exception as error:  # of pydicom and its decoders, of any kind
+    except Exception as error:  # of any kind, from pydicom and its decoders
         raise UserError(
             f'is a DICOM file that cannot be decoded ({type(error).__name__})'
         ) from None
@@ -192,7 +191,7 @@ def _import_pydicom():
             "is a DICOM file, which pip install 'flax_densenet[medical]' reads"
         ) from None
     logger = logging.getLogger('pydicom')
-    if logger.level == logging.NOTSET:  # it quotes elements, with tracebacks
+    if logger.level == logging.NOTSET:  # pydicom logs elements, with tracebacks
         logger.setLevel(logging.CRITICAL)
     return pydicom
 
@@ -204,7 +203,7 @@ def _parse(pydicom, opened, pixels):
 
 
 def _inflate(file):
-    """The path or a file in memory, inflated with a bound if it is deflated."""
+    """The path or a file in memory; a deflated file is inflated up to a limit."""
     if isinstance(file, bytes):
         start = file[:_MOST_HEADER]
     else:
@@ -229,10 +228,10 @@ def _inflate(file):
 
 
 def _find_syntax(start):
-    """The transfer syntax, and where the elements after its group begin.
+    """The transfer syntax, and the offset of the elements after its group.
 
     Raises:
-      UserError: there is none where the standard has it.
+      UserError: it is missing where the standard requires it.
     """
     place, syntax = _MARK_AT + 4, b''
     while start[place : place + 2] == b'\2\0' and place + 12 <= len(start):
@@ -303,7 +302,7 @@ def _decoder(pixels, syntax):
 
 
 def _stored_bits(values, dataset):
-    """Values without the bits that are not theirs, and with their sign."""
+    """Values without unused bits, and with their sign."""
     allocated, stored = int(dataset.BitsAllocated), int(dataset.BitsStored)
     if stored == allocated or values.dtype.itemsize * 8 != allocated:
         return values
@@ -332,7 +331,7 @@ def _to_unit(values, dataset):
 
 
 def _check_frame(dataset):
-    """Raises if compressed pixels are not of the size that was checked."""
+    """Raises if compressed pixels do not have the checked size."""
     from pydicom import encaps
 
     frame = encaps.get_frame(dataset.PixelData, 0, number_of_frames=1)
@@ -386,7 +385,7 @@ def _jpeg2000_shape(frame):
 
 
 def _decode_rle(dataset):
-    """Decodes run lengths; Pillow's decoder never writes more than the image takes."""
+    """Decodes run lengths; Pillow's decoder never writes beyond the image."""
     from pydicom import encaps
 
     frame = encaps.get_frame(dataset.PixelData, 0, number_of_frames=1)
@@ -404,7 +403,7 @@ def _decode_rle(dataset):
         ).reshape(rows, columns)
         for start, end in zip(offsets[:count], ends, strict=True)
     ]
-    # Of each sample the highest byte is first.
+    # The highest byte of each sample comes first.
     signed = dataset.get('PixelRepresentation')
     kind = np.dtype((_SIGNED if signed else _NUMBERS)[8 * each]).newbyteorder('>')
     bands = [

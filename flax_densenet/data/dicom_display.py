@@ -1,4 +1,4 @@
-"""How the values of a DICOM image are shown: units, windows, tables, inversion.
+"""The display of a DICOM image's values: units, windows, tables, inversion.
 
 A header is a data set of pydicom, but pydicom is not needed here.
 """
@@ -12,12 +12,12 @@ from flax_densenet.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Display:
-    """How the values of a gray image become black to white, as the file says.
+    """How the values of a gray image become black to white, according to the file.
 
     Attributes:
-      low, high: the values that become black and white without the next two.
+      low, high: the values that become black and white without a window or table.
       window: center and width.
-      function: of the window: LINEAR, LINEAR_EXACT or SIGMOID.
+      function: function of the window: LINEAR, LINEAR_EXACT or SIGMOID.
       table: the VOI LUT: its first input, and its outputs from 0 to 1.
       inverted: the lowest value is white (MONOCHROME1).
     """
@@ -37,7 +37,7 @@ class Display:
     def apply(
         self, values: np.ndarray, window: tuple[float, float] | None = None
     ) -> np.ndarray:
-        """float32 from 0 (black) to 1 (white); a window comes before the file's."""
+        """float32 from 0 (black) to 1 (white); a given window overrides the file's."""
         values = np.nan_to_num(values.astype(np.float32))
         if window is not None:
             shown = (values - window[0]) / (window[1] - window[0])
@@ -53,7 +53,7 @@ class Display:
         return 1 - shown if self.inverted else shown
 
     def _by_window(self, values):
-        """Equations of the standard, part 3, C.11.2.1.2 and C.11.2.1.3."""
+        """The equations of the standard, part 3, C.11.2.1.2 and C.11.2.1.3."""
         center, width = self.window
         if self.function == 'SIGMOID':
             return 1 / (1 + np.exp(np.clip(-4 * (values - center) / width, -50, 50)))
@@ -65,8 +65,8 @@ class Display:
 
 
 def refuse(why: str) -> UserError:
-    """The error about a file of a kind that is not read."""
-    return UserError(f'is a DICOM file of a kind that is not read ({why})')
+    """The error about a file of an unsupported kind."""
+    return UserError(f'is a DICOM file of an unsupported kind ({why})')
 
 
 def make(header) -> Display:
@@ -121,7 +121,7 @@ def find_scale(header) -> tuple[float, float]:
 
 
 def find_table(header, name: str) -> tuple[int, np.ndarray, int] | None:
-    """First input, outputs and their bits of a table in a sequence, or None."""
+    """The first input, the outputs and their bits of a table in a sequence, or None."""
     items = header.get(name)
     if not items:
         return None

@@ -97,9 +97,9 @@ class Parts:
     Attributes:
       train, test: sorted int64 indices.
       val: the same; None if the source has only two parts.
-      lines: a line for each group of copies: which parts they are in, then their paths,
-        separated by tabs.
-      summary: one line about what they mean for the run; empty if they do no harm.
+      lines: a line for each group of copies: their parts, then their paths, separated
+        by tabs.
+      summary: one line about their effect on the run; empty if they do no harm.
     """
 
     train: np.ndarray
@@ -110,13 +110,13 @@ class Parts:
 
     @property
     def indices(self) -> dict[str, np.ndarray]:
-        """Those of the parts that there are by name, the training part first."""
+        """The existing parts by name, the training part first."""
         found = {'train': self.train, 'val': self.val, 'test': self.test}
         return {name: part for name, part in found.items() if part is not None}
 
 
-# What lines and messages call the parts, in the order of training. In each pair, images
-# of the first part should not be in the second one as well.
+# Names of the parts in lines and messages, in the order of training. In each pair,
+# images of the first part should not be in the second one as well.
 _WORDS = {'train': 'training', 'val': 'validation', 'test': 'test'}
 _PAIRS = ('train', 'val'), ('train', 'test'), ('val', 'test')
 
@@ -182,7 +182,7 @@ def resolve(
 
 
 def keep_together(groups, parts):
-    """Moves each group to the part of its first image; returns how many moved, too."""
+    """Moves each group to the part of its first image; also returns their number."""
     place = {i: part for part, indices in parts.items() for i in indices.tolist()}
     moved = 0
     for group in groups:
@@ -230,8 +230,7 @@ def _line(group, inside, labels, name):
 def check(duplicates: str, kind: str):
     """Raises `UserError` for an invalid `data.duplicates`, or one invalid for a source.
 
-    Args:
-      kind: of the source: `folder`, ...
+    Args: kind: kind of the source: `folder`, ...
     """
     if duplicates not in DUPLICATES:
         raise UserError(

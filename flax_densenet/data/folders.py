@@ -25,14 +25,15 @@ _RESULTS_DEPTH = 2
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which folders hold the classes.
+    """The folders that hold the classes.
 
     Attributes:
-      train: holds the folders of the classes to train on.
-      held_out: holds those that are measured after each epoch; None: no such part.
-      test: holds those that are measured once at the end; None unless there are three
-        parts.
-      lines: what was recognized or left out, for the user.
+      train: the folder with the classes to train on.
+      held_out: the folder of the images that are measured after each epoch; None if
+        there is no such part.
+      test: the folder of the images that are measured once at the end; None unless
+        there are three parts.
+      lines: messages about what was recognized or left out.
     """
 
     train: str
@@ -42,7 +43,7 @@ class Layout:
 
     @property
     def parts(self) -> list[str]:
-        """The folders of all parts that there are, the training part first."""
+        """The folders of all existing parts, the training part first."""
         return [part for part in (self.train, self.held_out, self.test) if part]
 
 
@@ -118,7 +119,7 @@ def _say_missing(field, part, names, labels):
     missing = [name for label, name in enumerate(names) if not (labels == label).any()]
     if missing:
         notes.say(
-            f'{field}: {part} has no images of {len(missing)} of {len(names)} classes '
+            f'{field}: {part} has no images for {len(missing)} of {len(names)} classes '
             f'({_first(missing)})'
         )
 
@@ -138,7 +139,7 @@ def _say_parts(field, root, layout, counts, options):
 
 
 def _below(root, folder):
-    """A folder's path below the source's, as messages call it."""
+    """A folder's path below the source's, for messages."""
     return os.path.relpath(folder, root)
 
 
@@ -149,8 +150,7 @@ def _first(names, most=5):
 def find_layout(field: str, root: str) -> Layout:
     """Recognizes the parts of a set in a folder; see `Layout`.
 
-    Raises:
-      UserError: the folders are neither classes nor parts with one of each kind.
+    Raises: UserError: the folders are neither classes nor one part of each kind.
     """
     lines: list[str] = []
     root, inside = _below_single_folders(root, lines)
@@ -168,20 +168,20 @@ def find_layout(field: str, root: str) -> Layout:
         if len(roles) and sum(map(len, roles.values())) == len(inside) > 1:
             raise UserError(
                 f'{field}: its folders ({_first(inside)}) look like parts of a set, '
-                'not like classes, and none is called train; call one so, or rename '
-                'the classes'
+                'not like classes, and none is called train; rename one to train, or '
+                'rename the classes'
             )
         return _of_classes(field, root, inside, lines)
     others = [part for part in (parts.VAL, parts.TEST) if part in chosen]
     folder = _inner(os.path.join(root, train), lines)
     if not others:
-        # A class of this name, unless it holds what can only be classes.
+        # A class of this name, unless its contents can only be classes.
         looks = len(listing.class_folders(folder)) > 1 and not _has_images(folder)
         if not looks or parts.OTHER not in chosen:
             if looks:
                 raise UserError(
-                    f'{field}: {train} holds folders as if it were a part to train on, '
-                    f'beside {_first([n for n in inside if n != train])}; give '
+                    f'{field}: {train} holds folders like a training part, next to '
+                    f'{_first([n for n in inside if n != train])}; give '
                     f'folder:{folder}, or rename it if it is a class'
                 )
             return _of_classes(field, root, inside, lines)
@@ -203,14 +203,14 @@ def find_layout(field: str, root: str) -> Layout:
         if part in others:
             used.add(chosen[part])
             lines.append(
-                f'{chosen[part]} is left out: its images lie directly in it, without '
-                'folders of classes'
+                f'{chosen[part]} is left out: its images are directly in it, not in '
+                'class folders'
             )
     left = [name for name in inside if name not in used]
     if left:
-        lines.append(f'left out beside the parts: the folders {_first(left)}')
+        lines.append(f'left out besides the parts: the folders {_first(left)}')
     if held_out is None:
-        lines.append(f'{train} is split into images to train on and to test on')
+        lines.append(f'{train} is split into training and test images')
     _check_same_folders(field, folder, listing.class_folders(folder))
     _check_no_pieces(field, listing.class_folders(folder))
     return Layout(
@@ -222,7 +222,7 @@ def find_layout(field: str, root: str) -> Layout:
 
 
 def _of_classes(field, root, inside, lines):
-    """The layout of a folder whose folders are the classes."""
+    """The layout of a folder that directly holds class folders."""
     _check_same_folders(field, root, inside)
     _check_no_set(field, root, inside)
     _check_no_pieces(field, inside)
@@ -237,14 +237,14 @@ def _of_classes(field, root, inside, lines):
         ]
         if other and parts.role(name) == parts.TRAIN:
             lines.append(
-                f'beside {name} there is {_first(other)}, which is not looked at; give '
+                f'next to {name} there is {_first(other)}, which is not used; give '
                 f'folder:{above} to use these parts'
             )
     return Layout(root, lines=tuple(lines))
 
 
 def _check_same_folders(field, root, names):
-    """Raises where each folder of classes holds the same folders, two or more."""
+    """Raises if all class folders contain the same folders, two or more."""
     if len(names) < 2:
         return
     inside = listing.class_folders(os.path.join(root, names[0]))
@@ -256,14 +256,14 @@ def _check_same_folders(field, root, names):
     what = 'parts' if any(map(parts.role, inside)) else 'folders'
     raise UserError(
         f'{field}: all of its folders ({_first(names)}) hold the same {what} '
-        f'({_first(inside)}), so they are hardly the classes; give one of them as '
-        'folder:PATH, lay parts out as PATH/train/CLASS and PATH/val/CLASS, or, if '
+        f'({_first(inside)}), so they are probably not the classes; give one of them '
+        'as folder:PATH, lay parts out as PATH/train/CLASS and PATH/val/CLASS, or, if '
         'they are the classes, move their images up into them'
     )
 
 
 def _check_no_pieces(field, names):
-    """Raises where the folders are numbered pieces of a set: `part_1`, `part_2`."""
+    """Raises if the folders are numbered pieces of a data set: `part_1`, `part_2`."""
     if len(names) > 1 and parts.are_pieces(names):
         raise UserError(
             f'{field}: its folders ({_first(names)}) look like pieces of a set, not '
@@ -273,20 +273,21 @@ def _check_no_pieces(field, names):
 
 
 def _check_no_set(field, root, names):
-    """Raises if a folder holds parts as a whole data set does, and others do not."""
+    """Raises if one folder holds parts like a complete data set, and others do not."""
     for name in names:
         inside = parts.by_role(listing.class_folders(os.path.join(root, name)))
         if parts.TRAIN in inside and {parts.VAL, parts.TEST} & set(inside):
             found = [inside[part][0] for part in parts.USED if part in inside]
             raise UserError(
                 f'{field}: the folder {name} holds parts of a set ({_first(found)}), '
-                f'so it is hardly a class; give folder:{os.path.join(root, name)}, or '
-                'move its images up into it if it is a class'
+                'so it is probably not a class; give '
+                f'folder:{os.path.join(root, name)}, or move its images up into it if '
+                'it is a class'
             )
 
 
 def _below_single_folders(root, lines):
-    """Goes down where a folder holds nothing but one folder of folders."""
+    """Descends while a folder contains only one folder of folders."""
     while True:
         inside = [
             name for name in listing.class_folders(root) if not _is_run(root, name)
@@ -304,12 +305,12 @@ def _below_single_folders(root, lines):
             len(deeper) == 1 and listing.class_folders(os.path.join(below, deeper[0]))
         ):
             return root, inside
-        lines.append(f'holds one folder only, whose folders are taken: {below}')
+        lines.append(f'holds only one folder; its folders are used: {below}')
         root = below
 
 
 def _inner(folder, lines):
-    """The folder of classes of a part, as `seg_train/seg_train`."""
+    """The folder with the classes of a part, such as `seg_train/seg_train`."""
     while True:
         inside = listing.class_folders(folder)
         if len(inside) != 1 or _has_images(folder):
@@ -323,7 +324,7 @@ def _inner(folder, lines):
 
 
 def _has_images(folder):
-    """Whether images lie directly in a folder."""
+    """Whether images are directly in a folder."""
     return any(
         not listing.is_hidden(entry.name) and listing.is_image_file(entry.path)
         for entry in listing.entries(folder)
@@ -331,7 +332,7 @@ def _has_images(folder):
 
 
 def _is_flat(folder):
-    """Whether a part holds images, but no folder of them."""
+    """Whether a part holds images, but no folders of images."""
     folder = _inner(folder, [])
     inside = listing.class_folders(folder)
     if len(inside) == 1 and not _has_images(folder):
@@ -357,17 +358,17 @@ def _is_run(root, name):
 
 
 def _class_names(field, root, layout, least):
-    """The classes' folders, those of the training part."""
+    """The class folders of the training part."""
     names = [
         name
         for name in listing.class_folders(layout.train)
         if not _is_run(layout.train, name)
     ]
     if len(names) < least:
-        found = f'one class only ({names[0]})' if names else 'no class folders'
+        found = f'only one class ({names[0]})' if names else 'no class folders'
         remedy = 'make a folder of images for each of at least two classes'
         if least == 1:
-            remedy = 'put the images into folders that are called after their classes'
+            remedy = 'put the images into folders that are named after their classes'
         raise UserError(f'{field}: has {found}; {remedy}')
     for part in layout.parts[1:]:
         _compare_classes(field, root, layout.train, names, part)
@@ -375,7 +376,7 @@ def _class_names(field, root, layout, least):
 
 
 def _compare_classes(field, root, train, names, part):
-    """Raises where a part has a class that the training part has not."""
+    """Raises if a part has a class that the training part lacks."""
     extra = sorted(set(listing.class_folders(part)) - set(names))
     extra = [name for name in extra if not _is_run(part, name)]
     if not extra:
@@ -397,14 +398,14 @@ def _compare_classes(field, root, train, names, part):
 
 
 def _list_files(field, layout, names, passed):
-    """Paths, labels int32 `[N]`, and the index behind the last path of each part."""
+    """Paths, labels int32 `[N]`, and the end index of each part."""
     paths, labels, ends = [], [], []
     for part in layout.parts:
         before = len(paths)
         for label, name in enumerate(names):
             folder = os.path.join(part, name)
             if part is not layout.train and not os.path.isdir(folder):
-                continue  # a class of which nothing is tested
+                continue  # a class without test images
             here = notes.Passed()
             files = listing.image_files(folder, here)
             passed.join(here)
@@ -413,7 +414,7 @@ def _list_files(field, layout, names, passed):
                 raise UserError(
                     f'{field}: the folder {name} holds no images{held}; add some or '
                     'remove it'
-                    + (f' (read are {notes.read_endings()})' if held else '')
+                    + (f' (formats: {notes.read_endings()})' if held else '')
                 )
             paths += files
             labels.append(np.full(len(files), label, np.int32))
@@ -425,7 +426,7 @@ def _list_files(field, layout, names, passed):
 
 
 def _add_stray_files(root, layout, names, passed):
-    """Counts the files that lie beside the folders of classes and parts."""
+    """Counts the files next to the folders of classes and parts."""
     for folder in {root, *layout.parts}:
         for entry in listing.scan(folder):
             if listing.is_hidden(entry.name) or not os.path.isfile(entry.path):

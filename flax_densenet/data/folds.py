@@ -1,9 +1,9 @@
-"""Folds of cross-validation: on which images a model is tested, after the others.
+"""Folds of cross-validation: divides the images into test parts.
 
-The folds are scikit-learn's, of images or groups that are ordered by a hash of their
-names. So they are a function of the names, the labels and `data.split_seed`: one fold
-can be trained alone and anywhere, and if images are added, nearly all others stay in
-their fold. (With groups of very different sizes more of them can move.)
+The folds come from scikit-learn, with images or groups ordered by a hash of their
+names. So they are a function of the names, the labels and `data.split_seed`: a single
+fold can be trained anywhere, and if images are added, nearly all others stay in their
+fold. (With groups of very different sizes, more of them can move.)
 
 With several labels per image, an image counts as its rarest label.
 """
@@ -19,18 +19,18 @@ from flax_densenet.data import duplicates as duplicates_lib
 from flax_densenet.data import notes, readers
 from flax_densenet.errors import UserError, list_first
 
-# Labels that are read one by one take long if there are more.
+# With more images, reading labels one by one takes too long.
 _MOST_LABELS = 20_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Chosen:
-    """Which fold.
+    """The chosen fold.
 
     Attributes:
-      folds: how many there are.
-      fold: which one to test on, from 1. With 0 the training part is all folds, and
-        the test part is that of the source, or empty.
+      folds: number of folds.
+      fold: the fold to test on, from 1. With 0 the training part is all folds, and the
+        test part is that of the source, or empty.
       for_training: False if a model is to be evaluated; then nothing is checked.
     """
 
@@ -40,7 +40,7 @@ class Chosen:
 
 
 def choose(folds: int, fold: int, *, for_training: bool = True) -> Chosen:
-    """`Chosen` of values that can be; `UserError` for others."""
+    """Makes a `Chosen`; raises `UserError` for invalid values."""
     if folds < 0 or folds == 1:
         raise UserError(f'data.folds={folds} must be at least 2, or 0 for no folds')
     if not 0 <= fold <= folds:
@@ -54,7 +54,7 @@ def divide(
 ) -> duplicates_lib.Parts:
     """The training and test part of one fold, and the validation part of the source.
 
-    The test part of the source, if there is one, is in no fold.
+    A test part of the source is not in any fold.
 
     Args:
       split_seed, duplicates: see `dataset.load_source`.
@@ -104,7 +104,7 @@ def divide(
 
 
 def _resolve(listing, copies, parts, duplicates):
-    """The parts, with the copies in several of them as `data.duplicates` says."""
+    """The parts, with copies in several of them handled as in `data.duplicates`."""
     return duplicates_lib.resolve(
         copies,
         listing.reader.name,
@@ -116,20 +116,20 @@ def _resolve(listing, copies, parts, duplicates):
 
 
 def _keys(listing, pool):
-    """What the order follows: names, or places in the data set."""
+    """Keys for the order: names, or positions in the data set."""
     keys = listing.reader.keys(pool)
     return [str(index).encode() for index in pool] if keys is None else keys
 
 
 def _read_labels(listing, pool):
-    """Labels of the images, or None if reading them takes too long."""
+    """The labels of the images, or None if reading them takes too long."""
     if listing.reader.labels_in_memory or len(pool) <= _MOST_LABELS:
         return np.asarray(listing.reader.labels[pool])
     return None
 
 
 class _Units:
-    """What stays together: groups, or copies of an image, or single images.
+    """Units that stay together: groups, copies of an image, or single images.
 
     Attributes:
       owners: int64 `[N]`, the unit of each image.
@@ -154,7 +154,7 @@ class _Units:
             self.strata = labels.astype(np.int64)
 
     def assign(self, folds: int, seed: int) -> np.ndarray:
-        """int64 `[N]`: in which fold each image is held out, from 0."""
+        """int64 `[N]`: the fold in which each image is held out, from 0."""
         from sklearn import model_selection  # 1 s
 
         salt = b'%d' % seed
@@ -169,12 +169,12 @@ class _Units:
         rank = place[self.owners]
         chosen = np.zeros(len(rank), np.int64)
         with warnings.catch_warnings():
-            # Of rare classes, of which the lines here say more.
+            # Its warning about rare classes; the lines here are more specific.
             warnings.simplefilter('ignore', UserWarning)
             if self.has_groups:
                 order = np.argsort(rank, kind='stable')
                 splitter = model_selection.StratifiedGroupKFold(folds)
-            else:  # one image stands for all its copies
+            else:  # one image represents all its copies
                 order = np.array(ordered)
                 splitter = model_selection.StratifiedKFold(folds)
             strata = self.strata[order]
@@ -196,7 +196,7 @@ def _find_rarest(labels):
 
 
 def _check_counts(folds: int, units: _Units, names: Sequence[str]):
-    """Raises for more folds than groups, or than the rarest class has."""
+    """Raises for more folds than groups, or than images of the rarest class."""
     what = 'groups' if units.has_groups else 'images'
     count = len(np.unique(units.owners))
     if count < 2:
@@ -230,10 +230,10 @@ def _check_counts(folds: int, units: _Units, names: Sequence[str]):
 
 
 def _check_classes(folds, chosen, labels, names):
-    """Reports classes and labels that a fold does not have.
+    """Reports classes and labels that are missing from a fold.
 
     Raises:
-      UserError: nothing of a class is left to train on.
+      UserError: a class has no training images left.
     """
     if labels is None:
         return
@@ -254,13 +254,13 @@ def _check_classes(folds, chosen, labels, names):
         what = 'labels' if labels.ndim == 2 else 'classes'
         notes.say(
             f'data.folds={folds}: {len(missing)} of {len(names)} {what} are missing '
-            f'from a fold ({list_first([names[i] for i in missing])}), whose own '
-            'metrics lack them; the metrics of all folds together do not'
+            f'from a fold ({list_first([names[i] for i in missing])}), so its own '
+            'metrics lack them; the metrics of all folds together include them'
         )
 
 
 def _say(listing, units, folds, fold, count, own_test):
-    """The line on what a fold is."""
+    """The line that describes a fold."""
     total = len(units.owners)
     how = 'each class'
     if units.labels is None:
@@ -269,8 +269,10 @@ def _say(listing, units, folds, fold, count, own_test):
         how = "each image's rarest label"
     line = f'data.folds={folds}: fold {fold} holds out {count} of {total} images'
     if units.has_groups:
-        line += f', whole groups (of {len(units._names)})'
-    line += f', evenly of {how}' if how else ', at random: labels are read one by one'
+        line += f', in complete groups (of {len(units._names)})'
+    line += (
+        f', stratified by {how}' if how else ', at random: labels are read one by one'
+    )
     if listing.test is not None:
         line += f'; the {own_test} images of the test part are in no fold and choose '
         line += 'nothing'

@@ -39,12 +39,12 @@ def find(
     """Finds the images of a data set on the Hub; downloads it once.
 
     Args:
-      name: `DATASET[:CONFIG[:SPLIT]]`, as `cifar100`, `OWNER/NAME:CONFIG` or
+      Args: name: `DATASET[:CONFIG[:SPLIT]]`, such as `cifar100`, `OWNER/NAME:CONFIG` or
         `OWNER/NAME::test`. No code of a data set is run.
-      table: of which `columns` names the label and `groups` the groups.
+      table: options; `columns` names the label and `groups` the groups.
 
     Raises:
-      UserError: there is no such set, or it has not one image and one label.
+      UserError: there is no such data set, or it does not have one image and one label.
     """
     field = f'data.source=hf:{name}'
     dataset, _, rest = name.partition(':')
@@ -61,7 +61,7 @@ def find(
 
 
 def _load(field, dataset, config):
-    """Files of Arrow's stream format of each split, by the `datasets` library."""
+    """Files in Arrow's stream format for each split, from the `datasets` library."""
     with errors.extra('datasets', field):
         import datasets
     try:
@@ -94,7 +94,7 @@ def _explain(field, name, error):
     page = f'{hub.endpoint()}/datasets/{name}'
     if 'scripts are no longer supported' in text:
         return (
-            f'{field}: consists of a program, which is not run; use a copy of it in '
+            f'{field}: is defined by a program, which is not run; use a copy in '
             'parquet, such as the branch refs/convert/parquet'
         )
     if 'is a gated dataset' in text:
@@ -113,14 +113,14 @@ def _explain(field, name, error):
     if hub.is_offline() or lost:
         why = f'{page} cannot be reached ({text})'
         if hub.is_offline():
-            why = f'{hub.OFFLINE} forbids to download it'
+            why = f'{hub.OFFLINE} forbids downloading it'
         return (
             f'{field} is not in the cache {datasets.config.HF_DATASETS_CACHE}, and '
             f'{why}; download it elsewhere with `hf download --repo-type=dataset '
             f'{name} --local-dir=FOLDER`, and give data.source=parquet:FOLDER'
         )
     if isinstance(error, datasets.exceptions.DatasetGenerationError):
-        # What happened is in the error before it.
+        # The cause is in the error before it.
         text = ' '.join(str(error.__cause__ or error).split())[:300]
         return (
             f'{field}: its files cannot be read ({text}); try again, after removing '
@@ -138,7 +138,7 @@ def _is_of_library(error):
 
 
 def _is_of_connection(error):
-    """Whether an error, or one that caused it, says that a host did not answer."""
+    """Whether an error, or its cause, means that a host did not respond."""
     while error is not None:
         if isinstance(error, ConnectionError | TimeoutError) or (
             _is_of_library(error)
@@ -159,14 +159,15 @@ def find_parquet(
 ) -> readers.Listing:
     """Finds the images of a folder of parquet files.
 
-    Their splits are told by their names (`train-00000-of-00002.parquet`) or folders.
-    They are copied once into Arrow files, which can be read at any place.
+    Their splits are recognized by file names (`train-00000-of-00002.parquet`) or
+    folders. They are copied once into Arrow files, which allow random access.
 
     Args:
       name: the folder, or one file.
 
     Raises:
-      UserError: there is no such folder, or its files have not one image and one label.
+      UserError: there is no such folder, or its files do not have one image and one
+        label.
     """
     field = f'data.source=parquet:{name}'
     root = pathlib.Path(paths_lib.resolve(name, 'data.source=parquet:'))
@@ -184,7 +185,7 @@ def find_parquet(
 
 
 def _split_of(path, root):
-    """The split of a file, by its name or by a folder around it."""
+    """The split of a file, from its name or a parent folder."""
     stem = path.stem
     if shard := _SHARD.fullmatch(stem):
         stem = shard[1]
@@ -195,7 +196,7 @@ def _split_of(path, root):
 
 
 def _to_arrow(field, paths, table):
-    """A file in Arrow's stream format of the used columns of parquet files."""
+    """Writes the used columns of parquet files to a file in Arrow's stream format."""
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -217,7 +218,7 @@ def _to_arrow(field, paths, table):
             return place
         os.makedirs(os.path.dirname(place), exist_ok=True)
         used = pa.schema([schema.field(name) for name in columns.used], schema.metadata)
-        notes.say(f'{field}: copied to {place}, from which it is read')
+        notes.say(f'{field}: copied to {place} and read from there')
         with (
             atomic.replacing(place, 'wb') as file,
             pa.ipc.new_stream(file, used) as writer,
@@ -254,7 +255,7 @@ def _short_hash(text):
 
 
 def _listing(field, files, split, table, known_classes, folders):
-    """The listing of splits, by their parts."""
+    """The listing of splits, with their parts."""
     table = table or label_options.Options()
     if split:
         if split not in files:
@@ -267,7 +268,7 @@ def _listing(field, files, split, table, known_classes, folders):
     labeled_splits = [
         n for n in files if n not in train and _is_labeled(files[n], columns)
     ]
-    # The first of each kind: val to choose by, if there is test as well.
+    # The first of each kind; val chooses if there is test as well.
     others = [
         [n for n in labeled_splits if roles[n] == role][:1]
         for role in (parts.VAL, parts.TEST)
@@ -318,7 +319,7 @@ def _say_splits(field, train, others, aside):
 
 
 def _find_groups(reader, groups):
-    """Whose image each is, by a column or by paths; and what tells it."""
+    """The group of each image, from a column or paths, and its origin for messages."""
     column = reader.columns.group
     if column is None:
         return labeled.find_groups(reader.paths(), groups)
@@ -348,7 +349,7 @@ def _schema_of(file):
 
 
 def _is_labeled(files, columns):
-    """Whether a split has the columns, and a label: hidden ones are -1 in all rows."""
+    """Whether a split has the columns, and known labels: hidden ones are all -1."""
     names = _schema_of(files[0]).names
     if columns.image not in names or columns.label not in names:
         return False

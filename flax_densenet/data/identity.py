@@ -1,8 +1,8 @@
-"""Whether data is that which a model was trained on, wherever it is now.
+"""Recognizes the data that a model was trained on, even after it moved.
 
-A checkpoint keeps the checksum of the images' names below their folder and, of some
-training images, the hash of what is in them. So a moved copy is known again, other data
-of the same names is not taken for it, and training images are found among others.
+A checkpoint keeps the checksum of the images' names below their folder and, for some
+training images, the hash of their content. So a moved copy is recognized, other data
+with the same names is not mistaken for it, and training images are found among others.
 """
 
 import dataclasses
@@ -16,24 +16,24 @@ import numpy as np
 from flax_densenet.data import readers
 from flax_densenet.system import paths
 
-# Training images that a checkpoint remembers; of fewer, all.
+# Maximum number of training images that a checkpoint remembers.
 SAMPLE = 256
 _END = 4096
 _DIGEST = 8
 
 
 def describe(source) -> dict[str, Any]:
-    """What a checkpoint keeps of its images; JSON can hold it.
+    """The identity of a run's images that a checkpoint stores, as JSON values.
 
     Args:
       source: a `dataset.Source`.
 
     Returns:
-      `names`, a checksum, and `sample`, a list of (hash of the name, bytes, hash of
-      the content); both are empty if images have no names. `labels`, a checksum of the
-      labels in memory, is empty if they are read one by one. The checksums are of the
-      training images and those that choose; `test` is one of the names of the test
-      images, if they choose nothing.
+      `names`, a checksum, and `sample`, a list of (hash of the name, bytes, hash of the
+      content); both are empty if images have no names. `labels`, a checksum of the
+      labels in memory, is empty if they are read one by one. The checksums cover the
+      training images and those that choose; `test` is a checksum of the test images'
+      names, if they choose nothing.
     """
     train = source.train
     keys = train.reader.keys(train.indices)
@@ -61,9 +61,9 @@ def count(source) -> dict[str, int]:
 
 
 def has_same_counts(counts: Mapping[str, int], source) -> bool:
-    """Whether a source has the numbers of images that a checkpoint counted.
+    """Whether a source has the same numbers of images as a checkpoint.
 
-    Versions that knew of two parts counted those that choose as `test`.
+    Versions with only two parts counted the images that choose as `test`.
     """
     now = count(source)
     if 'val' in now and 'val' not in counts:
@@ -80,7 +80,7 @@ def describe_counts(counts: Mapping[str, int]) -> str:
 
 
 def has_same_names(saved: Mapping[str, Any], source) -> bool:
-    """Whether the images of each part have the names of those of a checkpoint."""
+    """Whether the images of each part have the same names as in a checkpoint."""
     known = saved.get('identity') or {}
     same = known.get('names') == checksum(source.train, source.selection)
     if 'test' in known:
@@ -90,7 +90,7 @@ def has_same_names(saved: Mapping[str, Any], source) -> bool:
 
 
 def checksum(*parts) -> str:
-    """Of the names of the images in some parts; empty if images have none."""
+    """A checksum of the names of images in some parts; empty if they have no names."""
     total = hashlib.sha256()
     for examples in parts:
         keys = examples.reader.keys(examples.indices)
@@ -113,9 +113,9 @@ def _label_checksum(*parts):
 
 
 def has_other_labels(saved: Mapping[str, Any], source) -> bool:
-    """Whether the images are those of a checkpoint, in its parts, but not their labels.
+    """Whether the images and parts match a checkpoint, but their labels do not.
 
-    False for checkpoints that remember none.
+    False for checkpoints that store no labels.
     """
     known = saved.get('identity') or {}
     if not known.get('labels') or not has_same_names(saved, source):
@@ -125,7 +125,7 @@ def has_other_labels(saved: Mapping[str, Any], source) -> bool:
 
 
 def find_changed_part(saved: Mapping[str, Any], source) -> int:
-    """How many training images that a checkpoint remembers are in another part now."""
+    """The number of a checkpoint's remembered training images now in another part."""
     sample = (saved.get('identity') or {}).get('sample') or []
     now = set()
     for name, part in source.parts.items() if sample else ():
@@ -152,18 +152,18 @@ def _content(reader: readers.Reader, index):
             raw = raw.tobytes() if isinstance(raw, np.ndarray) else bytes(raw)
             size = len(raw)
             ends = raw[:_END] + raw[max(size - _END, min(size, _END)) :]
-    except (OSError, ValueError, RuntimeError):  # an image that is gone or damaged
+    except (OSError, ValueError, RuntimeError):  # a missing or damaged image
         return None
     return size, _digest(ends)
 
 
 @dataclasses.dataclass(frozen=True)
 class Relation:
-    """How a source relates to the one that a model was trained on.
+    """The relation of a source to the one that a model was trained on.
 
     Attributes:
-      own: it is the same data, so that its test part was not trained on.
-      line: what was found out, for the user; empty if there is nothing to say.
+      own: whether it is the same data, so the model was not trained on its test part.
+      line: a message about it; empty if there is nothing to report.
     """
 
     own: bool
@@ -199,14 +199,14 @@ def compare(saved: Mapping[str, Any], source) -> Relation:
     if same_place:
         return Relation(
             False,
-            f'data.source={source.name} holds other images than those that the model '
-            'was trained on there',
+            f'data.source={source.name} does not hold the images that the model was '
+            'trained on there',
         )
     return Relation(False)
 
 
 def _compare_counts(saved, source, same_place):
-    """What can be said of a checkpoint that remembers no images."""
+    """The relation for a checkpoint that remembers no images."""
     counts = saved.get('images') or {}
     same_counts = has_same_counts(counts, source)
     if same_place:
@@ -221,14 +221,15 @@ def _compare_counts(saved, source, same_place):
         return Relation(
             False,
             f'data.source={source.name} has as many images of the same classes as the '
-            'data that the model was trained on; if it is a copy of that, the metrics '
-            'are of training images; the checkpoint is of a version that cannot tell',
+            'data that the model was trained on; if it is a copy, these may be '
+            'training images; the checkpoint is of a version that did not record its '
+            'images',
         )
     return Relation(False)
 
 
 def _find_again(sample, source):
-    """How many of the sample's names there are, and with the same content."""
+    """How many of the sample's names exist, and how many have the same content."""
     places = {}
     for examples in source.parts.values():
         keys = examples.reader.keys(examples.indices) or ()
@@ -254,13 +255,13 @@ def _lost(sample, there, same):
     if same == len(sample):
         return ''
     return (
-        f'; of {len(sample)} training images whose checksums the checkpoint has '
-        f'{len(sample) - there} are gone and {there - same} have another content'
+        f'; of {len(sample)} training images with checksums in the checkpoint, '
+        f'{len(sample) - there} are missing and {there - same} have other content'
     )
 
 
 def find_trained_on(saved: Mapping[str, Any], examples) -> str:
-    """A line if there are training images among those that are to be measured.
+    """A warning if there are training images among those to be measured.
 
     Args:
       saved: the checkpoint's metadata.
@@ -280,14 +281,14 @@ def find_trained_on(saved: Mapping[str, Any], examples) -> str:
     if not found:
         return ''
     return (
-        f'warning: training images are among the {len(examples)} images: '
-        f'{len(found)} of {len(wanted)} whose checksums the checkpoint '
-        'has, so the metrics are better than on new images'
+        f'warning: training images are among the {len(examples)} images: {len(found)} '
+        f'of {len(wanted)} with checksums in the checkpoint, so the metrics are better '
+        'than on new images'
     )
 
 
 def _size(reader, index):
-    """Bytes of an image; None if the reader does not tell without reading it."""
+    """The size of an image in bytes; None if it is unknown without reading it."""
     try:
         return reader.stat(index)[0]
     except (NotImplementedError, ValueError):

@@ -1,4 +1,4 @@
-"""Which formats of images are read, and how a file is opened without decoding it."""
+"""The supported image formats, and how to open a file without decoding it."""
 
 import io
 import os
@@ -10,7 +10,7 @@ from PIL import Image, UnidentifiedImageError, features
 from flax_densenet.data import dicom, other_files
 from flax_densenet.errors import UserError
 
-# Not Pillow's whole list: some of the rest start other programs (EPS) or hold no
+# Not Pillow's complete list: some of the others start other programs (EPS) or hold no
 # photographs. The JPEG reader also takes the stereo files (MPO) that some cameras write
 # as .jpg.
 _ALWAYS = ('JPEG', 'PNG', 'GIF', 'WEBP', 'BMP', 'TIFF', 'PPM', 'ICO', 'QOI', 'SGI')
@@ -32,7 +32,7 @@ _ENDINGS = {
     'DICOM': dicom.ENDINGS,
 }
 _MODULES = {'AVIF': 'avif', 'JPEG2000': 'jpg_2000'}
-# Pixels, of formats whose decoders take 12 bytes a pixel and more; others take 4.
+# Pixels, for formats with decoders that take 12 or more bytes per pixel; others take 4.
 _MOST = dict.fromkeys(('AVIF', 'JPEG2000', 'HEIF', 'DICOM'), 60 * 10**6)
 _MOST_DEEP_COLOR = 60 * 10**6  # pixels, of which two images are made
 _PNG_START = b'\x89PNG\r\n\x1a\n'
@@ -55,24 +55,24 @@ FORMATS = (
     *(name for name, module in _MODULES.items() if features.check(module)),
     *(['HEIF'] if _has_heif() else []),
     *(['DICOM'] if dicom.is_installed() else []),
-    'TGA',  # the last one, since its files have no mark at their beginning
+    'TGA',  # last, since its files have no magic number
 )
 EXTENSIONS = frozenset(ending for name in FORMATS for ending in _ENDINGS[name])
 _PILLOW = tuple(name for name in FORMATS if name != 'DICOM')
 
 
 class OtherTiffError(UserError):
-    """A TIFF of a kind that Pillow does not read."""
+    """A TIFF of a kind that Pillow does not support."""
 
 
 def open_file(file: str | bytes) -> Image.Image:
-    """An image of which only the header was read.
+    """Opens an image and reads only its header.
 
     Raises:
-      UserError: it is no file; Pillow's errors where it is no image.
+      UserError: it is not a file. Pillow's errors: it is not an image.
     """
     if not isinstance(file, bytes) and not stat.S_ISREG(os.stat(file).st_mode):
-        raise UserError('is not a file')  # to open a named pipe would wait for ever
+        raise UserError('is not a file')  # opening a named pipe would wait forever
     start = read_start(file, dicom.MARKED)
     if dicom.has_mark(start):
         return dicom.DicomImage(file)
@@ -93,9 +93,9 @@ def open_file(file: str | bytes) -> Image.Image:
 
 
 _OTHER_TIFF = (
-    'is a damaged TIFF, or one of a kind that is not read (such as color in floats, '
-    '64-bit numbers or more than 4 channels); save it with 8 or 16 bits, or set '
-    'data.channels to keep its bands'
+    'is a damaged TIFF, or one of an unsupported kind (such as color in floats, 64-bit '
+    'numbers or more than 4 channels); save it with 8 or 16 bits, or set data.channels '
+    'to keep its bands'
 )
 
 
@@ -105,13 +105,14 @@ def _check_tiff(image):
     bits, planes = tags.get(258, (1,)), tags.get(284, 1)
     if planes == 2 and isinstance(bits, tuple) and len(bits) > 1 and bits[0] > 8:
         raise OtherTiffError(
-            'is a 16-bit color TIFF with a plane for each channel, which is not read; '
-            'save it with interleaved channels'
+            'is a 16-bit color TIFF with a plane for each channel, which is not '
+            'supported; save it with interleaved channels'
         )
     kinds = tags.get(339, (1,))
     if image.mode == 'L' and isinstance(kinds, tuple) and kinds[0] == 2:
         raise OtherTiffError(
-            'is a TIFF of signed 8-bit values, which is not read; save it with 16 bits'
+            'is a TIFF of signed 8-bit values, which is not supported; save it with 16 '
+            'bits'
         )
 
 
@@ -132,23 +133,23 @@ def read_all(file: str | bytes) -> bytes:
 
 
 def count_pixels(image: Image.Image, file: str | bytes) -> int:
-    """How many pixels decoding a file that was opened makes at most."""
+    """The maximum number of pixels from decoding an open file."""
     if image.format != 'ICO':
         return image.width * image.height
     return max(image.width * image.height, _count_icon_pixels(file))
 
 
 def most_pixels(image: Image.Image) -> int:
-    """How many pixels are decoded of an image of this format."""
+    """The number of pixels decoded from an image of this format."""
     if is_deep_color(image):
         return _MOST_DEEP_COLOR
     return _MOST.get(image.format or '', 2 * (Image.MAX_IMAGE_PIXELS or 2**62))
 
 
 def raw_mode(image: Image.Image) -> str:
-    """How the values of a file that was not decoded yet are stored, in Pillow's words.
+    """The raw mode of an undecoded file in Pillow's terms.
 
-    Empty if its decoder does not tell.
+    Empty if its decoder does not specify it.
     """
     tiles = getattr(image, 'tile', None)
     args = tiles[0].args if tiles else ''
@@ -157,9 +158,9 @@ def raw_mode(image: Image.Image) -> str:
 
 
 def is_deep_color(image: Image.Image) -> bool:
-    """Whether a file that was not decoded yet is in color with 16 bits a channel.
+    """Whether an undecoded file is in color with 16 bits per channel.
 
-    Only of formats and modes of which `deep_color` reads all bits.
+    Only for formats and modes of which `deep_color` reads all bits.
     """
     tiles = getattr(image, 'tile', None)
     if image.format == 'PPM' and image.mode == 'RGB' and tiles:
@@ -171,7 +172,7 @@ def is_deep_color(image: Image.Image) -> bool:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether an open file has more than 8 bits of which all are read."""
+    """Whether an open file has more than 8 bits, all of which can be read."""
     return image.mode.startswith('I') or image.mode == 'F' or is_deep_color(image)
 
 
@@ -188,7 +189,7 @@ def is_inverted(image: Image.Image) -> bool:
 
 
 def _may_be_tga(start):
-    """Whether a file has a header that no other file is likely to have."""
+    """Whether a file has an unmistakable header."""
     if len(start) < 18:
         return False
     _, has_map, kind, first, length, depth, _, _, wide, high, bits, more = (
@@ -219,15 +220,15 @@ def _count_icon_pixels(file):
 
 
 def is_text_limit(error: Exception) -> bool:
-    """Whether Pillow gave up a PNG for what lies beside its pixels."""
+    """Whether Pillow rejected a PNG because of data other than its pixels."""
     message = str(error)
     return 'PngImagePlugin.MAX_TEXT' in message or 'used in text chunks' in message
 
 
 def without_text(file: str | bytes) -> bytes:
-    """A PNG without its texts and its color profile; other content as it is.
+    """A PNG without its texts and color profile; other content is unchanged.
 
-    Orientation may be in an uncompressed text (XMP), which stays if it is short.
+    The orientation may be in an uncompressed text (XMP), which is kept if it is short.
     """
     content = read_all(file)
     if not content.startswith(_PNG_START):

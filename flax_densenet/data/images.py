@@ -11,18 +11,18 @@ from flax_densenet.data import bands, deep_picture, image_formats, upright
 from flax_densenet.data import preparation as preparation_lib
 from flax_densenet.errors import UserError
 
-# The formats that are tried, whatever the file is called, and the endings of names.
+# The formats that are tried, regardless of the file name, and the file extensions.
 FORMATS = image_formats.FORMATS
 EXTENSIONS = image_formats.EXTENSIONS
 RESIZES = preparation_lib.RESIZES
 INTERPOLATIONS = preparation_lib.INTERPOLATIONS
 Preparation = preparation_lib.Preparation
-BROKEN = upright.BROKEN  # what Pillow raises for corrupt files
+BROKEN = upright.BROKEN  # errors of Pillow for corrupt files
 _LONGEST_JPEG = 65500  # side in pixels
 
 
 class TooManyPixels(UserError):
-    """The header of an image has more pixels than are allowed."""
+    """The header of an image specifies more pixels than are allowed."""
 
 
 def load_image(
@@ -35,15 +35,14 @@ def load_image(
     Args:
       file: a path, or the bytes of the file.
       preparation: how to resize it.
-      max_pixels: the most pixels of an image that is decoded; by default Pillow's limit
-        of 179 million. Decoding takes up to 4 bytes per pixel, so 0.7 GB; much less for
-        a JPEG, which is decoded at a fraction of its size.
+      max_pixels: maximum number of pixels of an image; by default Pillow's limit of 179
+        million. Decoding takes up to 4 bytes per pixel, so 0.7 GB; much less for a
+        JPEG, which is decoded at a fraction of its size.
 
     Returns:
       `[height, width, channels]` of `preparation.dtype`.
 
-    Raises:
-      TooManyPixels: the header has more pixels; nothing was decoded.
+    Raises: TooManyPixels: the header specifies more pixels; nothing was decoded.
       UserError: the reason why the file is not an image, or is truncated.
     """
     least = preparation.least()
@@ -55,9 +54,9 @@ def load_image(
 def load_picture(
     file, preparation: Preparation
 ) -> Image.Image | deep_picture.DeepPicture:
-    """`load_image` without resizing: RGB, of its own size or four times the target.
+    """`load_image` without resizing: RGB, in its own size or four times the target.
 
-    So a crop of a quarter of each side still has enough pixels.
+    So a crop with a quarter of each side still has enough pixels.
     """
     height, width = preparation.shape
     least = (4 * width, 4 * height) if preparation.size else None
@@ -65,7 +64,7 @@ def load_picture(
 
 
 def _without_png_text(read):
-    """Reads a PNG again without its texts where Pillow gives it up for them."""
+    """Reads a PNG again without its texts if Pillow rejects it because of them."""
 
     @functools.wraps(read)
     def read_twice(file, *args, **options):
@@ -84,7 +83,7 @@ def _without_png_text(read):
 
 
 def _check_pixels(image, file, most=None):
-    """Raises if a header states more pixels than are decoded."""
+    """Raises if a header specifies too many pixels."""
     pixels = image_formats.count_pixels(image, file)
     bound = image_formats.most_pixels(image)
     most = bound if most is None else min(most, bound)
@@ -175,7 +174,7 @@ def make_smaller(file: str | bytes, side: int, *, quality: int) -> bytes:
 
 
 def prepare_image(image: Image.Image, preparation: Preparation) -> np.ndarray:
-    """`load_image` for an image of Pillow, which is not changed.
+    """`load_image` for a Pillow image, which is not changed.
 
     Raises:
       UserError: see `load_image`; Pillow may read the file only now.
@@ -194,7 +193,7 @@ def prepare_image(image: Image.Image, preparation: Preparation) -> np.ndarray:
 def picture_of(
     image: Image.Image, preparation: Preparation
 ) -> Image.Image | deep_picture.DeepPicture:
-    """`load_picture` for an image of Pillow, which is not changed.
+    """`load_picture` for a Pillow image, which is not changed.
 
     Raises:
       UserError: see `load_image`; Pillow may read the file only now.
@@ -221,7 +220,7 @@ def prepare_array(image: np.ndarray, preparation: Preparation) -> np.ndarray:
 def to_picture(
     image: np.ndarray, preparation: Preparation | None = None
 ) -> Image.Image | deep_picture.DeepPicture | bands.BandPicture:
-    """An array as an image: RGB, or of 16 bits or channels as the preparation says."""
+    """An array as a picture: RGB, or 16 bits or channels as in the preparation."""
     if preparation is not None and bands.are_kept(preparation.channels):
         return bands.to_picture(
             image,

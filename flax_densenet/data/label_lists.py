@@ -9,19 +9,19 @@ from flax_densenet.data import cells as cells_lib
 NOTHING = 'no finding'
 _words = str.split
 _KEYS = _words('findinglabels findings labels label tags classes diagnoses categories')
-# Names of classes may hold blanks, but tags are often separated by them.
+# Class names may contain blanks, but tags are often separated by them.
 _KEYS_WITH_BLANKS = _words('tags labels')
 _BRACKETS = re.compile(r'[\[({].*[\])}]', re.DOTALL)
 _NAMES = {'|': 'bars', ';': 'semicolons', ',': 'commas', ' ': 'spaces'}
 
 
 def find(name: str, key: str, cells, *, chosen: bool, several: bool) -> str | None:
-    """What separates the names in the cells of a column; None if they are no lists.
+    """The separator of names in the cells of a column; None if they are not lists.
 
     Args:
-      key: the column's name as it is compared.
-      chosen: the user named the column.
-      several: the user said that images have several labels.
+      key: normalized name of the column.
+      chosen: whether the user named the column.
+      several: whether the user set that images have several labels.
     """
     if name.lower() == 'finding labels':
         return '|'
@@ -52,7 +52,7 @@ def split(cell: str, separator: str) -> list[str]:
 
 
 def read(cells, separator: str) -> tuple[list[str], np.ndarray]:
-    """Names of the labels, sorted, and float32 `[N, L]` of 0 and 1."""
+    """The sorted names of the labels, and float32 `[N, L]` of 0 and 1."""
     rows = [split(cell, separator) for cell in cells]
     names = sorted({name for row in rows for name in row})
     names = [name for name in names if name.lower() != NOTHING]
@@ -61,7 +61,7 @@ def read(cells, separator: str) -> tuple[list[str], np.ndarray]:
 
 
 def describe(column: str, separator: str) -> str:
-    """A line about the guess; empty for bars, which mean nothing else."""
+    """A line about the guess; empty for bars, which are unambiguous."""
     if separator == '|':
         return ''
     return (

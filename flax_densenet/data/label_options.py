@@ -1,4 +1,4 @@
-"""How a table of labels is to be read: the fields of `config.data` about it."""
+"""Options for reading a table of labels, from `config.data`."""
 
 import dataclasses
 import re
@@ -13,18 +13,19 @@ OF_UNCERTAIN = (*MEANINGS, 'soft')
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a table is read.
+    """Options for reading a table.
 
     Attributes:
-      kind: `labels` for several labels an image, `classes` for one class each, `auto`.
-      columns: those of the labels or the class; empty: they are found.
-      groups: `column:NAME`, `none`, or anything else to find the column.
-      blank, uncertain: what a missing cell and -1 mean: unknown (or ignore), negative,
-        positive; -1 also soft.
+      kind: `labels` for several labels per image, `classes` for one class each, or
+        `auto`.
+      columns: columns of the labels or the class; empty to detect them.
+      groups: `column:NAME`, `none`, or anything else to detect the column.
+      blank, uncertain: meaning of a missing cell and of -1: unknown (or ignore),
+        negative, positive; -1 also soft.
       split: the column of parts, see `split_column`.
-      for_training: whether a model is to learn from the table; one that is measured
-        needs no negative images.
-      soft: the span of the targets of `soft`, see `soft_labels`.
+      for_training: whether a model learns from the table; a measured one needs no
+        negative images.
+      soft: the range of `soft` targets, see `soft_labels`.
       subgroups: columns that divide the images for the report, see `subgroup_columns`.
       held_out_chooses: the only part that is held out chooses the best epoch. Otherwise
         others do, such as those of `data.val_fraction`.
@@ -68,7 +69,7 @@ class Options:
 
 
 def options_of(fields) -> Options:
-    """The options in the fields of `config.data`."""
+    """The options from the fields of `config.data`."""
     return Options(
         fields['label_kind'],
         tuple(fields['label_columns']),
@@ -82,10 +83,10 @@ def options_of(fields) -> Options:
 
 
 def check_groups(groups: str) -> re.Pattern | None:
-    """The pattern of `path:REGEX`, None for the other values of `data.groups`.
+    """The pattern of `path:REGEX`; None for other valid values of `data.groups`.
 
     Raises:
-      UserError: another value.
+      UserError: the value is invalid.
     """
     kind, _, value = groups.partition(':')
     if kind == 'path' and value:

@@ -1,18 +1,19 @@
-"""Tables of labels: which images have which labels, or which class (CSV).
+"""Reads tables of labels or classes (CSV).
 
-One row an image. A column names the image (`image`, `filename`, `Image Index`, `id`,
-...). The others can be
+There is one row per image. A column names the image (`image`, `filename`, `Image
+Index`, `id`, ...). The other columns can be
 
-* a column for each of several labels, of 1 and 0 (also yes and no, TRUE and FALSE);
-  empty cells, NA and -1 (of uncertain ones) are not known, or what the options say,
-  which can be a target between 0 and 1 (see `soft_labels`);
-* one column of names between bars, as `Finding Labels` of the NIH's chest X-rays, or
-  between semicolons or commas;
+* a column for each of several labels, with 1 and 0 (also yes and no, TRUE and FALSE);
+  empty cells, NA and -1 (uncertain) mean unknown, unless the options set another
+  meaning, such as a target between 0 and 1 (see `soft_labels`);
+* one column of names separated by bars, such as `Finding Labels` of the NIH chest
+  X-rays, or by semicolons or commas;
 * one column `label`, `class`, `diagnosis`, ... with the class of each image, by name or
   number.
 
 Images of one patient (`Patient ID`, `subject_id`, `lesion_id`, ...) never go to both
-sides of a split; a column of train, val and test decides it (see `split_column`).
+sides of a split. A column of train, val and test defines the parts (see
+`split_column`).
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ _CLASS_KEYS = _words(
     'diagnosis dx species breed level grade y kind type variety disease severity '
     'groundtruth gt labelname tag'
 )
-_ODD = 0.05  # share of cells up to which odd ones are mistakes in a column of labels
+_ODD = 0.05  # share of invalid cells that count as mistakes in labels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,15 +49,16 @@ class Labels:
     """A table of labels.
 
     Attributes:
-      images: names of the images, N of them.
-      names: of the labels, L of them, or of the classes.
-      values: float32 `[N, L]` of 0, 1, NaN and soft ones, or int32 `[N]`, the classes.
-      groups: int64 `[N]`, whose image it is, or None.
-      grouped_by: what tells it, for a message.
-      parts: int64 `[N]`, 0 to train on, 1 to choose and 2 to test by, 3 for no use; or
-        None.
-      ignored: columns that were taken for none of these.
-      notes: what was guessed, a line each.
+      images: N names of images.
+      names: L names of labels, or the names of the classes.
+      values: float32 `[N, L]` of 0, 1, NaN and soft targets, or int32 `[N]`, the
+        classes.
+      groups: int64 `[N]`, the group of each image, or None.
+      grouped_by: origin of the groups, for messages.
+      parts: int64 `[N]`, 0 for training, 1 for validation, 2 for testing, 3 for unused;
+        or None.
+      ignored: columns with none of these roles.
+      notes: a line about each guess.
       others: cells of the ignored columns.
     """
 
@@ -78,8 +80,7 @@ def read(
 ) -> Labels:
     """Reads a CSV file.
 
-    Args:
-      is_image: whether there is an image of a name.
+    Args: is_image: function that tells whether there is an image with a name.
 
     Raises:
       UserError: the file cannot be read, names an image twice, or has no labels.
@@ -91,7 +92,7 @@ def read(
 
 
 class _Reading(table_columns.Columns):
-    """A table while its columns are told apart."""
+    """A table while the roles of its columns are determined."""
 
     def __init__(self, field, table, options, is_image):
         super().__init__(field, table, is_image)
@@ -190,7 +191,7 @@ class _Reading(table_columns.Columns):
         return len(cells) > 4 and len(set(cells)) == len(cells)
 
     def _find_list(self, among, chosen):
-        """A column of lists and what separates their names, or None."""
+        """A column of lists and the separator of its names, or None."""
         for name in among:
             separator = label_lists.find(
                 name,
@@ -217,7 +218,7 @@ class _Reading(table_columns.Columns):
         return {column}, names, values
 
     def _find_binary(self, among):
-        """Columns of yes and no, and `{column: odd cells}` of those nearly so."""
+        """Columns of yes and no, and `{column: invalid cells}` of those nearly so."""
         binary, nearly = [], {}
         for name in among:
             cells = self.columns[name]
@@ -232,7 +233,7 @@ class _Reading(table_columns.Columns):
             elif odd and told > len(odd):
                 self._why_not[name] = (
                     f'the column {name} is not used: {len(odd)} of its cells are '
-                    f'neither yes nor no, as {cells[odd[0]]!r} in line '
+                    f'neither yes nor no, such as {cells[odd[0]]!r} in line '
                     f'{self.lines[odd[0]]}'
                 )
         return binary, nearly
@@ -286,13 +287,13 @@ class _Reading(table_columns.Columns):
         self.notes += filter(None, map(split_column.describe_label, names))
         if len(names) == 1:
             self.notes.append(
-                f'{names[0]} is taken as one yes/no label (a sigmoid), not as two '
-                'classes; data.label_kind=classes makes classes of it'
+                f'{names[0]} is read as one yes/no label (a sigmoid), not as two '
+                'classes; data.label_kind=classes reads it as classes'
             )
         elif (np.nansum(values, -1) == 1).all() and not np.isnan(values).any():
             self.notes.append(
                 'each image has exactly one of the labels; data.label_kind=classes '
-                'makes classes of them'
+                'reads them as classes'
             )
         return set(names), names, values
 
@@ -319,7 +320,7 @@ class _Reading(table_columns.Columns):
                 )
 
     def _say_counts(self, names, values, most=20):
-        """For each label how many images have it, have it not, or are not known."""
+        """For each label, how many images have it, do not have it, or are unknown."""
         pieces, soft = [], soft_labels.are_soft(values).sum(0)
         for place, name in enumerate(names[:most]):
             column = values[:, place]
@@ -338,8 +339,8 @@ class _Reading(table_columns.Columns):
         ]
         if same and self.options.for_training:
             self.notes.append(
-                'labels without a positive or without a negative image cannot be '
-                f'learned: {", ".join(same[:5])}{", ..." if len(same) > 5 else ""}'
+                'labels without positive or without negative images cannot be learned: '
+                f'{", ".join(same[:5])}{", ..." if len(same) > 5 else ""}'
             )
 
     def _take_classes(self, named, binary, among):
@@ -367,13 +368,13 @@ class _Reading(table_columns.Columns):
         pieces = [f'{n} {c}' for n, c in zip(names[:20], counts[:20], strict=True)]
         more = ', ...' if len(names) > 20 else ''
         self.notes.append(
-            f'the column {column} is taken as the one class of each image: '
+            f'the column {column} is read as the class of each image: '
             f'{", ".join(pieces)}{more}; data.label_kind=labels reads several labels'
         )
         return {column}, names, values
 
     def _check_classes(self, column, cells):
-        """Raises for a cell without a class; `none` is one if the user says classes."""
+        """Raises for a cell without a class; `none` is one if the user set classes."""
         are_words = self.options.kind == 'classes'
         for row, cell in enumerate(cells):
             if not cells_lib.is_missing(cell):
@@ -389,17 +390,17 @@ class _Reading(table_columns.Columns):
                 f'{cell!r} is not a class; {remedy}'
             )
         if words := sorted({cell for cell in cells if cells_lib.is_missing(cell)}):
-            self.notes.append(f'{", ".join(words)} is taken as a class')
+            self.notes.append(f'{", ".join(words)} is read as a class')
 
     def _class_names(self, column, cells):
-        """Cells, numbers without decimals, and the names in their order."""
+        """Cells, with numbers without decimals, and the sorted names."""
         numbers = {cell: cells_lib.number(cell) for cell in set(cells)}
         if None not in numbers.values():
             broken = next((c for c, n in numbers.items() if n != int(n)), None)
             if broken is not None:
                 raise UserError(
-                    f'{self.field}: the column {column} holds numbers as {broken}, '
-                    'which are not classes'
+                    f'{self.field}: the column {column} holds numbers such as '
+                    f'{broken}, which are not classes'
                 )
             cells = [str(int(numbers[cell])) for cell in cells]
             names = sorted(set(cells), key=int)
@@ -408,7 +409,7 @@ class _Reading(table_columns.Columns):
         self._check_spelling(column, names)
         named = self.keys[column] in _CLASS_KEYS or column in self.options.columns
         most = len(cells) - 1 if named else len(cells) / 2
-        if not self.options.for_training:  # one class, or one image of each
+        if not self.options.for_training:  # one class, or one image per class
             return cells, names
         if len(names) < 2 or (len(cells) > 4 and len(names) > most):
             raise UserError(

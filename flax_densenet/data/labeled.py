@@ -1,4 +1,4 @@
-"""Images of a folder that a table of labels names, however it writes their names."""
+"""Finds the images of a folder that a table of labels names, in any spelling."""
 
 import os
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from flax_densenet.data import (
 from flax_densenet.errors import UserError, printable
 from flax_densenet.system import paths as paths_lib
 
-_TWICE = ''  # in place of a path: several files have the name
+_TWICE = ''  # replaces a path: several files have the name
 
 
 def find(
@@ -33,15 +33,15 @@ def find(
     """Lists the images of `data.labels=TABLE` below a folder.
 
     Args:
-      field: how messages call the source.
-      channels: of the images, see `images.Preparation`.
+      Args: field: name of the source in messages.
+      channels: channels of the images, see `images.Preparation`.
 
     Raises:
-      UserError: the table cannot be read or names images that are not there.
+      UserError: the table cannot be read or names missing images.
     """
     passed = notes.Passed(read=paths_lib.resolve(table, 'data.labels='))
     names = _Names(root, listing.image_files(root, passed))
-    passed.nested = 0  # a table names its images wherever they are
+    passed.nested = 0  # a table names its images in any folder
     found = label_table.read(table, options, names.has)
     label = f'data.labels={table}'
     kept = np.arange(len(found.images))
@@ -54,7 +54,7 @@ def find(
     kept, paths = kept[there], [paths[index] for index in there]
     bad = listing.check_files(paths, bad_images, channels=channels)
     good = np.array([i for i in range(len(paths)) if i not in bad], np.int64)
-    skipped = [f'{name} is not there' for name in absent]
+    skipped = [f'{name} is missing' for name in absent]
     skipped += [f'{paths[i]} {reason}' for i, reason in bad.items()]
     columns, line = subgroup_columns.find(
         {name: [cells_of[i] for i in kept] for name, cells_of in found.others.items()},
@@ -93,10 +93,10 @@ def find(
 
 
 def _check_paths(field, root, table, wanted, paths, bad_images, passed):
-    """The names of images that are not there.
+    """The names of missing images.
 
     Raises:
-      UserError: for them, unless they are to be skipped; or a name is not clear.
+      UserError: images are missing and are not skipped, or a name is ambiguous.
     """
     label = f'data.labels={table}'
     absent = [n for n, path in zip(wanted, paths, strict=True) if path is None]
@@ -117,7 +117,7 @@ def _check_paths(field, root, table, wanted, paths, bad_images, passed):
 
 
 def _say(label, found, how, count, columns, choice):
-    """The lines about what the table holds and what was guessed."""
+    """The lines about the content of the table and about guesses."""
     classes = found.values.ndim == 1
     ignored = [name for name in found.ignored if name not in columns]
     notes.say(
@@ -130,7 +130,7 @@ def _say(label, found, how, count, columns, choice):
 
 
 def _check_one_row_each(label, names, paths):
-    """Raises where two rows name one file in two ways."""
+    """Raises if two rows name one file in two ways."""
     first = {}
     for name, path in zip(names, paths, strict=True):
         if path is not None and first.setdefault(path, name) != name:
@@ -141,7 +141,7 @@ def _check_one_row_each(label, names, paths):
 
 
 def _say_missing_classes(label, found, values, train, others):
-    """A warning for classes that no image of the training part has."""
+    """A warning for classes without training images."""
     missing = np.setdiff1d(values[np.concatenate(others)], values[train])
     if len(missing):
         names = ', '.join(found.names[i] for i in missing[:5])
@@ -152,14 +152,14 @@ def _say_missing_classes(label, found, values, train, others):
 
 
 def find_groups(below: Sequence[str], groups: str) -> tuple[np.ndarray | None, str]:
-    """Whose image each is by its path.
+    """The group of each image, from its path.
 
     Args:
       below: the images' paths below the source's folder.
       groups: `data.groups`.
 
     Returns:
-      int64 `[N]` or None, and what tells it, for a message.
+      int64 `[N]` or None, and the origin of the groups, for messages.
 
     Raises:
       UserError: a pattern that the user gave does not match every image.
@@ -171,15 +171,15 @@ def find_groups(below: Sequence[str], groups: str) -> tuple[np.ndarray | None, s
     if owners is None:
         if groups.startswith('path'):
             raise UserError(
-                f'data.groups={groups}: some paths have no group, or all have the '
-                f'same one, or each its own; the first path is {below[0]}'
+                f'data.groups={groups}: some paths have no group, or all have the same '
+                f'one, or each has its own; the first path is {below[0]}'
             )
         return None, ''
     return cells.hash_names(owners), f'{owners[0]!r} and the like in their paths'
 
 
 class _Names:
-    """The files below a folder by the names that a table may give them."""
+    """The files below a folder, by the names that a table may use."""
 
     def __init__(self, root, paths):
         self._root, self._paths = root, paths
@@ -196,11 +196,11 @@ class _Names:
         return len(self._paths)
 
     def below(self, paths):
-        """Paths as they are below the folder."""
+        """The paths below the folder."""
         return [os.path.relpath(path, self._root) for path in paths]
 
     def has(self, name) -> bool:
-        """Whether a name is one of a file, as it is or nearly so."""
+        """Whether a name matches a file, exactly or nearly."""
         if not name:
             return False
         if os.path.normpath(name) in self._by_name:
@@ -209,7 +209,7 @@ class _Names:
         return any(self._tail(tail, *kind) is not None for kind in _KINDS[:3])
 
     def find(self, names):
-        """The path of each name, None where there is none, and what was done for it."""
+        """The path of each name, or None, and a description of the matching."""
         paths = [self._by_name.get(os.path.normpath(name)) for name in names]
         if any(path is not None for path in paths) or not names:
             return self._find_rest(names, paths)
@@ -228,7 +228,7 @@ class _Names:
         return best
 
     def _find_rest(self, names, paths):
-        """Looks for single names without their ending or case, as people mix them."""
+        """Looks for single names without extension or case, which people mix up."""
         left = [i for i, path in enumerate(paths) if path is None]
         taken, found = {path for path in paths if path}, []
         for kind in _KINDS[1:3] if left else ():
@@ -242,8 +242,8 @@ class _Names:
             return paths, []
         first = min(found)
         return paths, [
-            f'{len(found)} of its names are not those of the files: {names[first]} is '
-            f'taken for {paths[first]}'
+            f'{len(found)} of its names differ from the files: {names[first]} is '
+            f'matched to {paths[first]}'
         ]
 
     def _how(self, names, found, dropped, kind):
@@ -252,13 +252,13 @@ class _Names:
         if dropped:
             pieces.insert(0, f'{"/".join(dropped)}/ at their beginning is left out')
         return (
-            f'its names are not those of the files: {names[index]} is taken for '
+            f'its names differ from the files: {names[index]} is matched to '
             f'{found[index] or "several files"}'
             + (f' ({", ".join(pieces)})' if pieces else '')
         )
 
     def _tail(self, name, *kind):
-        """The file whose path ends with these folders and this name."""
+        """The file with a path that ends with these folders and this name."""
         if kind not in self._tails:
             self._tails[kind] = tails = {}
             for path in self._paths:
@@ -271,8 +271,8 @@ class _Names:
         return None if key is None else self._tails[kind].get(key)
 
 
-_SAID = ('endings are left out', 'case is left out', 'zeros before a number too')
-# Without ending, in any case, as a number: from the nearest to the farthest.
+_SAID = ('extensions are left out', 'case is left out', 'leading zeros too')
+# Without extension, in any case, as a number: from the closest match on.
 _KINDS = (
     (False, False, False),
     (True, False, False),
@@ -282,7 +282,7 @@ _KINDS = (
 
 
 def _plain(name):
-    """A path's parts, also of Windows and without a drive."""
+    """The parts of a path, also of Windows paths, without a drive."""
     parts = name.replace('\\', '/').split('/')
     return [part for part in parts if part not in ('', '.')] or ['']
 
@@ -295,7 +295,7 @@ def _key(parts, no_ending, no_case, as_number):
         name = name.lower()
     if as_number:
         folder, _, base = name.rpartition('/')
-        if base.rstrip('0').endswith('.'):  # 12.0 of a table that pandas wrote
+        if base.rstrip('0').endswith('.'):  # 12.0, as pandas writes it
             base = base.rstrip('0')[:-1]
         if not base.isascii() or not base.isdecimal():
             return None

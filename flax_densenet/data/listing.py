@@ -1,4 +1,4 @@
-"""Lists the image files in a folder, whatever its names, links and permissions are.
+"""Lists the image files in a folder, with any names, links and permissions.
 
 Hidden files and folders, and those that operating systems create, are skipped. Links
 are followed, but each folder is visited once; links to a parent folder are not
@@ -19,7 +19,7 @@ _LEFT_BEHIND = (
     *('__MACOSX', '@eaDir', '#recycle', '$RECYCLE.BIN'),
     *('System Volume Information', 'lost+found'),
 )
-# Paths per task of a thread; a million futures would take a gigabyte.
+# Paths per task; a million futures would take a gigabyte.
 _CHUNK = 256
 
 
@@ -46,8 +46,7 @@ def image_files(root: str, passed: notes.Passed | None = None) -> list[str]:
 
     Names that are not UTF-8 are decoded with `surrogateescape`, so they can be opened.
 
-    Args:
-      passed: counts what is passed over.
+    Args: passed: counts skipped files.
 
     Raises:
       UserError: a folder cannot be read.
@@ -81,12 +80,12 @@ def image_files(root: str, passed: notes.Passed | None = None) -> list[str]:
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a file is taken for an image by the ending of its name."""
+    """Whether a file counts as an image by its extension."""
     return os.path.splitext(name)[1].lower() in images.EXTENSIONS
 
 
 def is_image_file(path: str) -> bool:
-    """Whether a file is taken for an image: by its ending, or DICOM without one.
+    """Whether a file counts as an image: by extension, or DICOM without one.
 
     Scanners and archives name DICOM files by numbers, `IM0001` or `1.2.840.113619.2`.
     """
@@ -104,7 +103,7 @@ def is_image_file(path: str) -> bool:
 
 
 def scan(folder: str) -> list[os.DirEntry]:
-    """What a folder holds, with a `UserError` if it cannot be read."""
+    """The content of a folder, with a `UserError` if it cannot be read."""
     return list(entries(folder))
 
 
@@ -121,7 +120,7 @@ def entries(folder: str) -> Iterator[os.DirEntry]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a name is hidden or one of those that systems leave behind."""
+    """Whether a name is hidden or belongs to a file of the operating system."""
     return name.startswith('.') or name in _LEFT_BEHIND
 
 
@@ -161,12 +160,12 @@ def check_files(
     """Finds unreadable files: `{index: reason}`.
 
     Args:
-      files: paths, or a reader of their bytes.
+      Args: files: paths, or a reader of their bytes.
       bad_images: `skip` decodes every file, so that training never sees a bad one.
-        `error` only looks at the first and last bytes of each file; other damage is
-        found, and named, when the image is decoded.
-      name: of the file at an index, for error messages; its path by default.
-      channels: of the images, see `images.Preparation`.
+        `error` only reads the first and last bytes of each file; other damage is found
+        and reported when the image is decoded.
+      name: function from an index to the file's name in messages; its path by default.
+      channels: channels of the images, see `images.Preparation`.
 
     Raises:
       UserError: with `error`, for the first bad file.

@@ -1,4 +1,4 @@
-"""What the data's loaders tell while they list a source: one line for each guess."""
+"""Messages of the loaders while they list a source: one line for each guess."""
 
 import collections
 import contextlib
@@ -36,7 +36,7 @@ _said: set[str] | None = None  # lines that are not repeated
 
 
 def say(line: str):
-    """Prints a line about the data, whatever the names in it hold."""
+    """Prints a line about the data, with any characters in names."""
     if _said is not None:
         if line in _said:
             return
@@ -46,7 +46,7 @@ def say(line: str):
 
 @contextlib.contextmanager
 def once():
-    """Prints each line a single time, however often the data is looked through."""
+    """Prints each line only once, even if the data is listed several times."""
     global _said
     before, _said = _said, set() if _said is None else _said
     try:
@@ -56,13 +56,13 @@ def once():
 
 
 class Passed:
-    """Counts what a search for images passes over.
+    """Counts the files that a search for images skips.
 
     Attributes:
-      endings: files by the ending of their names.
-      links: links that lead nowhere or back to a folder that was listed.
-      nested: images in folders below the folder that was searched.
-      beside: images beside the folders of classes, which are of no class.
+      endings: files by extension.
+      links: links that lead nowhere or back to a listed folder.
+      nested: images in folders below the searched folder.
+      beside: images next to the class folders, which have no class.
       unnamed: images that a table does not name.
       results: folders with results of this program.
 
@@ -77,7 +77,7 @@ class Passed:
         self.results: list[str] = []
 
     def add_file(self, path: str):
-        """Counts a file that is no image by its name."""
+        """Counts a file whose name is not that of an image."""
         name = os.path.basename(path)
         if (
             name == os.path.basename(self._read)
@@ -87,7 +87,7 @@ class Passed:
         self.endings[os.path.splitext(name)[1].lower() or _NO_ENDING] += 1
 
     def join(self, other: 'Passed'):
-        """Adds what another one counted."""
+        """Adds the counts of another object."""
         self.endings.update(other.endings)
         self.links += other.links
         self.nested += other.nested
@@ -95,9 +95,9 @@ class Passed:
         self.results += other.results
 
     def files(self, most: int = 12) -> str:
-        """The files by ending, as `20 .heic, 3 .txt (.heic: ...)`.
+        """The files by extension, such as `20 .heic, 3 .txt (.heic: ...)`.
 
-        Those that can become images first, however many endings they have.
+        Files that can be converted to images come first.
         """
         found = sorted(
             self.endings.items(),
@@ -107,7 +107,7 @@ class Passed:
         pieces = [f'{count} {ending}' for ending, count in found[:most]]
         if len(found) > most:
             rest = sum(count for _, count in found[most:])
-            pieces.append(f'{rest} of {len(found) - most} other endings')
+            pieces.append(f'{rest} with {len(found) - most} other extensions')
         remedies: dict[str, list[str]] = {}
         for ending, _ in found[:most]:
             if ending in _REMEDY_OF:
@@ -116,12 +116,12 @@ class Passed:
         return ', '.join(pieces) + (f' ({told})' if told else '')
 
     def line(self) -> str:
-        """One line about everything that was counted; empty if there was nothing."""
+        """One line about all counts; empty if there are none."""
         parts = []
         if self.endings:
-            parts.append(f'passed over {self.files()}')
+            parts.append(f'skipped {self.files()}')
         if self.beside:
-            parts.append(f'{self.beside} images lie in no folder of a class')
+            parts.append(f'{self.beside} images are not in a class folder')
         if self.unnamed:
             parts.append(f'{self.unnamed} images are not in the table')
         if self.results:
@@ -129,15 +129,15 @@ class Passed:
                 f'left out {list_first(self.results)}, with results of this program'
             )
         if self.links:
-            parts.append(f'not followed {self.links} links that lead nowhere or back')
+            parts.append(f'ignored {self.links} links that lead nowhere or back')
         if self.nested:
             parts.append(
-                f'{self.nested} images are in folders below those of the classes and '
-                'count as theirs'
+                f'{self.nested} images are in subfolders of class folders and belong '
+                'to these classes'
             )
         return '; '.join(parts)
 
 
 def read_endings() -> str:
-    """The endings of names that are taken for images."""
+    """The extensions of image files."""
     return ', '.join(sorted(images.EXTENSIONS))

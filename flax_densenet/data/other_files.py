@@ -1,4 +1,4 @@
-"""Names the kind of a file that is not read, by its first bytes."""
+"""Recognizes the kind of an unsupported file, by its first bytes."""
 
 _CONVERT, _UNPACK = 'convert it to JPEG or PNG', 'unpack it'
 _ARRAY = 'save its images as 16-bit PNG or TIFF'
@@ -25,7 +25,7 @@ _KINDS = (
     (b'<html', 'a web page', 'download the image itself'),
     (b'version https://git-lfs', 'a pointer of Git LFS', 'run git lfs pull'),
 )
-# After `ftyp`, of files in boxes.
+# Brands after `ftyp`, of files made of boxes.
 _HEIF = (b'heic', b'heix', b'hevc', b'heim', b'heis', b'mif1', b'msf1')
 _AVIF = (b'avif', b'avis')
 _VIDEO = (b'isom', b'iso2', b'mp41', b'mp42', b'avc1', b'M4V ', b'qt  ', b'3gp4')
@@ -35,7 +35,7 @@ def describe(start: bytes, formats: tuple[str, ...]) -> str | None:
     """Why a file that starts like this is not read, and what to do.
 
     Args:
-      formats: those that are read.
+      formats: the supported formats.
     """
     if start[4:8] == b'ftyp':
         brand = start[8:12]

@@ -1,7 +1,7 @@
-"""Names of parts: which folder, tar or row is to train on, to choose by or to test.
+"""Recognizes the names of parts: training, validation and test.
 
-Names are compared without case, digits and separators, and without words that data
-sets put before or behind them: `seg_train`, `Training Set`, `val2017`, `test-images`.
+Names are compared without case, digits and separators, and without words that data sets
+add before or after them: `seg_train`, `Training Set`, `val2017`, `test-images`.
 """
 
 import re
@@ -32,19 +32,19 @@ _PATTERN = re.compile(
     rf'(?:{_BEFORE})*?({"|".join(sorted(_ROLE_OF, key=len, reverse=True))})'
     rf'(?:{_BEHIND})*'
 )
-# What a set of many images is cut into, with a number each.
+# Words for the numbered pieces of a large data set.
 _PIECE = re.compile(
     r'(parts?|folds?|splits?|batch|chunk|shard|subset|piece|vol(?:ume)?|images?|imgs?|'
     r'photos|pictures|archive|download)[\W_]*\d+\s*',
     re.IGNORECASE,
 )
-# As they were always taken, before any other spelling.
+# Spellings that take precedence over any other.
 PLAIN = {TRAIN: ('train', 'training'), VAL: ('val', 'valid', 'validation')}
 PLAIN[TEST] = ('test',)
 
 
 def role(name: str) -> str | None:
-    """`train`, `val`, `test`, `other` (for no use here), or None for any other name.
+    """`train`, `val`, `test`, `other` (unused), or None for any other name.
 
     >>> [role(n) for n in ('seg_train', 'Validation Set', 'TESTING', 'cat', 'trains')]
     ['train', 'val', 'test', None, None]
@@ -55,10 +55,10 @@ def role(name: str) -> str | None:
 
 
 def by_role(names: Iterable[str]) -> dict[str, list[str]]:
-    """`{role: names}` of the names that have one, the plainest spelling first.
+    """`{role: names}` for the names that have a role, the plainest spelling first.
 
-    Words that are the same in several names are left out: of `birds_train` and
-    `birds_test` it is the rest that tells the part.
+    Words that are shared by several names are left out: in `birds_train` and
+    `birds_test`, the rest determines the part.
     """
     found: dict[str, list[str]] = {}
     shared: dict[tuple[str, ...], list[tuple[str, str]]] = {}
@@ -82,12 +82,12 @@ def by_role(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def is_clear(part: str, names: list[str]) -> bool:
-    """Whether the first of a part's names stands before the others as the plainest."""
+    """Whether the first of a part's names takes precedence as the plainest."""
     return len(names) == 1 or names[0] in PLAIN.get(part, ())
 
 
 def are_pieces(names: Iterable[str]) -> bool:
-    """Whether all names are one word for a piece of a set with a number.
+    """Whether all names are one word for a piece of a data set and a number.
 
     >>> are_pieces(['part_1', 'part_2']), are_pieces(['images_001', 'Images 002'])
     (True, True)
@@ -109,7 +109,7 @@ def plain_case(name: str) -> str:
 
 
 def find_similar(names: Iterable[str]) -> tuple[str, str] | None:
-    """Two names that differ only as `plain_case` says; None if there are none."""
+    """Two names that are equal after `plain_case`; None if there are none."""
     plain: dict[str, str] = {}
     for name in names:
         if plain.setdefault(plain_case(name), name) != name:

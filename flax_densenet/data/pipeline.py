@@ -103,8 +103,8 @@ def check_train_batches(
         )
     if workers and isinstance(examples, dataset.CachedExamples):
         raise UserError(
-            f'data.workers={workers} does not go with data.cache=memory, which threads '
-            'share and processes do not; use data.workers=0'
+            f'data.workers={workers} cannot be combined with data.cache=memory, which '
+            'processes do not share; use data.workers=0'
         )
 
 
@@ -127,14 +127,14 @@ def train_batches(
 
     Each epoch goes through the examples once, in a new order. If the batch size does
     not divide them, a batch has the end of one epoch and the start of the next, so
-    batch norm always sees a full batch; `epoch` tells them apart.
+    batch norm always sees a full batch; `epoch` distinguishes them.
 
     Args:
-      examples: to train on.
+      examples: the training examples.
       batch_size: over all hosts; the iterator returns this host's share.
-      seed: of the order and the augmentation.
+      seed: seed of the order and the augmentation.
       start: step at which to start.
-      augment: a key of `geometry.RECIPES`, which is applied first.
+      augment: a key of `geometry.RECIPES`, applied first.
       color_jitter: a value for `color.parse`.
       policy: a value for `policies.parse`.
       balance: `sampler` draws all classes equally often, see `class_balance.Draws`. The
@@ -185,7 +185,7 @@ def train_batches(
 
 
 def _preparation_of(examples):
-    """How images are prepared; None for what is not read from images (features)."""
+    """The preparation of images; None for examples that are not images (features)."""
     return getattr(examples, 'preparation', None)
 
 
@@ -200,7 +200,7 @@ def eval_batches(
     """Every example once, in order, in batches of the same shape on every host.
 
     Args:
-      examples: to evaluate on.
+      Args: examples: the examples to evaluate on.
       batch_size: over all hosts.
       bad_images: `skip` gives mask 0 to an image that can no longer be read. The
         iterator is then an `unreadable.CountedBatches`, which counts them.
@@ -271,7 +271,7 @@ def _iterate(stream, threads, workers):
 
 
 def _set_up_worker(*_):
-    """Ends a decoding process if training is killed, which grain would not do."""
+    """Ends a decoding process if training is killed; grain would not do that."""
     process.quiet_pillow()
 
     def wait():

@@ -16,21 +16,21 @@ INTERPOLATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """How to make the image that a model takes.
+    """Options for making the array that a model takes from an image.
 
     Attributes:
       size: side of a square in pixels, or (height, width); 0 keeps the image's own
         shape.
-      resize: `stretch` uses the entire image, `crop` the largest part in its center
-        that has the shape of `size`.
+      resize: `stretch` uses the entire image, `crop` the largest centered part with the
+        shape of `size`.
       crop_fraction: share of that part's height and width that is kept, for `crop`. It
         is 0.875 (224 of 256) in torchvision and timm.
       interpolation: `bilinear` or `bicubic`, both with antialiasing.
       channels: 3 for color, 1 for gray; any other number keeps those of the file.
       window: values of images of more than 8 bits that become black and white; None:
         16 bits are from 0 to 65535, floats from 0 to 1 or to 255.
-      bit_depth: 8 makes uint8 of all images. With 9 to 16 they are uint16 from 0
-        (black) to 65535 (white), and nothing on the way has fewer levels.
+      bit_depth: 8 converts all images to uint8. With 9 to 16 they are uint16 from 0
+        (black) to 65535 (white), and no intermediate step has fewer levels.
     """
 
     size: sizes.Size = 0
@@ -51,7 +51,7 @@ class Preparation:
 
     @property
     def dtype(self) -> type[np.generic]:
-        """Of the prepared images."""
+        """The dtype of prepared images."""
         return np.uint16 if self.is_deep else np.uint8
 
     @property
@@ -61,21 +61,21 @@ class Preparation:
 
     @property
     def shape_text(self) -> str:
-        """Height x width, as `224x224`."""
+        """Height x width, such as `224x224`."""
         return sizes.describe(self.size)
 
     def decode_shape(self) -> tuple[int, int]:
-        """Height and width that an image needs to have so that it is not enlarged."""
+        """The height and width that an image needs in order not to be enlarged."""
         height, width = self.shape
         return int(height / self.crop_fraction), int(width / self.crop_fraction)
 
     def least(self) -> tuple[int, int] | None:
-        """Width and height down to which an image may be reduced before `apply`."""
+        """The minimum size to which an image may be reduced before `apply`."""
         height, width = self.decode_shape()
         return (2 * width, 2 * height) if self.size else None
 
     def apply(self, image) -> np.ndarray:
-        """An image of `images.load_picture` to `[height, width, channels]`."""
+        """An image from `images.load_picture` as `[height, width, channels]`."""
         if self.size and image.size != self.shape[::-1]:
             image = self._resize(image)
         if not isinstance(image, Image.Image):
@@ -85,10 +85,10 @@ class Preparation:
         return np.asarray(image)
 
     def apply_to_part(self, image, box) -> Image.Image | np.ndarray:
-        """Resizes the part (left, top, right, bottom) of an image of `load_picture`.
+        """Resizes the part (left, top, right, bottom) of an image from `load_picture`.
 
         Returns:
-          An image of Pillow, RGB or L; of 16 bits or other channels, an array as of
+          A Pillow image, RGB or L; with 16 bits or other channels, an array as from
           `apply`.
         """
         image = image.resize(
@@ -102,7 +102,7 @@ class Preparation:
         filter_, size = INTERPOLATIONS[self.interpolation], self.shape[::-1]
         if self.resize == 'stretch':
             return image.resize(size, filter_)
-        # Rounds like Resize and CenterCrop of torchvision: the side that limits (of a
+        # Rounds like Resize and CenterCrop of torchvision: the limiting side (for a
         # square the shorter one) to an integer, the other one down, the offset to the
         # nearest even number. If `size` is not square, timm's ResizeKeepRatio rounds
         # the other one.

@@ -22,10 +22,11 @@ class Reader:
     Attributes:
       labels: by index or index array: int32 `[N]`, or float32 `[N, L]` of 0, 1 and NaN
         (not known) if an image can have several labels.
-      labels_in_memory: `labels` is an array. Otherwise every label is read from the
-        source when it is asked for.
-      groups: int64 `[N]`, whose image each is; None if it is unknown.
-      subgroups: what else is known of each image, by name: see `subgroup_columns.find`.
+      labels_in_memory: whether `labels` is an array. Otherwise every label is read from
+        the source on request.
+      groups: int64 `[N]`, the group of each image, such as the patient; None if
+        unknown.
+      subgroups: further columns of the images, by name: see `subgroup_columns.find`.
     """
 
     labels: Any
@@ -38,7 +39,7 @@ class Reader:
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """What messages call an image: its file, or its place in the data set."""
+        """Name of an image in messages: its file, or its position in the data set."""
         raise NotImplementedError
 
     def keys(self, indices: Iterable[int]) -> list[bytes] | None:
@@ -120,7 +121,7 @@ class FileReader(Reader):
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """What a loader of `sources.SOURCES` returns.
+    """The result of a loader in `sources.SOURCES`.
 
     Attributes:
       train: indices of the training images.
@@ -130,7 +131,7 @@ class Listing:
       skipped: unreadable files that were left out, each with the reason.
       groups: int `[N]`; images of the same group must not be split between parts.
         None: no groups.
-      grouped_by: what tells the groups, for a message: `the column patient`.
+      grouped_by: origin of the groups, for messages: `the column patient`.
     """
 
     reader: Reader

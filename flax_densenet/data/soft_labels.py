@@ -1,8 +1,8 @@
-"""Targets between 0 and 1 for uncertain labels, which the loss alone uses.
+"""Targets between 0 and 1 for uncertain labels, used only by the loss.
 
-For CheXpert's uncertain labels Pham et al. (1911.06475, section 3.3) train on random
-targets from 0.55 to 0.85 in place of 1. Such a label is not known: metrics, weights of
-positives and samplers leave it out.
+For CheXpert's uncertain labels, Pham et al. (arXiv 1911.06475, section 3.3) train on
+random targets from 0.55 to 0.85 instead of 1. Such a label counts as unknown: metrics,
+weights of positives and samplers leave it out.
 
 >>> import numpy as np
 >>> known_labels(np.array([[1.0, 0.0, 0.7]])).tolist()
@@ -19,7 +19,7 @@ SPAN = (0.55, 0.85)  # of Pham et al. for uncertain labels that are mostly posit
 
 
 def check(span) -> tuple[float, float]:
-    """The two ends of `data.soft_labels`; equal ones are a fixed target.
+    """The two ends of `data.soft_labels`; equal ends mean a fixed target.
 
     Raises:
       UserError: they are not two numbers in order between 0 and 1.
@@ -34,9 +34,9 @@ def check(span) -> tuple[float, float]:
 
 
 def draw(image: str, label: str, span: tuple[float, float]) -> float:
-    """The target of a label of an image, uniform in the span.
+    """The target for a label of an image, uniform in the range.
 
-    It depends on the two names alone, so a resumed run has the same, as have tables
+    It depends only on the two names, so it is the same in a resumed run and in tables
     with other rows.
     """
     name = f'{image}\0{label}'.encode('utf-8', 'surrogateescape')
@@ -46,12 +46,12 @@ def draw(image: str, label: str, span: tuple[float, float]) -> float:
 
 
 def are_soft(labels: np.ndarray) -> np.ndarray:
-    """Which labels are targets between 0 and 1, bool of the same shape."""
+    """Whether labels are targets between 0 and 1, bool of the same shape."""
     return (labels > 0) & (labels < 1)
 
 
 def known_labels(labels: np.ndarray) -> np.ndarray:
-    """Labels with NaN (not known) in place of soft ones; classes as they are."""
+    """Replaces soft targets by NaN (unknown); classes are unchanged."""
     if labels.ndim < 2 or not are_soft(labels).any():
         return labels
     return np.where(are_soft(labels), np.nan, labels)

@@ -1,4 +1,4 @@
-"""Checks of the fields of `config.data` that are about all images of a source."""
+"""Checks of the fields of `config.data` that concern all images of a source."""
 
 import logging
 
@@ -25,7 +25,8 @@ def check_preparation(preparation: images.Preparation, window, bit_depth: int):
     sizes.check(preparation.size, least=0 if isinstance(preparation.size, int) else 1)
     if not 0 < preparation.crop_fraction <= 1:
         raise UserError(
-            f'data.crop_fraction={preparation.crop_fraction} must be above 0, at most 1'
+            f'data.crop_fraction={preparation.crop_fraction} must be above 0 and at '
+            'most 1'
         )
 
 
@@ -37,24 +38,24 @@ def check_fields(
     check_choice('cache', cache, CACHES)
     if not 0 <= val_fraction < 1:
         raise UserError(
-            f'data.val_fraction={val_fraction} must be 0, for none, or below 1'
+            f'data.val_fraction={val_fraction} must be 0 (none) or above, and below 1'
         )
     if not 0 < test_fraction < 1:
         raise UserError(f'data.test_fraction={test_fraction} must be between 0 and 1')
 
 
 def check_choice(field: str, value, valid):
-    """Raises `UserError` if a field of `config.data` has none of its valid values."""
+    """Raises `UserError` if a field of `config.data` has an invalid value."""
     if value not in valid:
         choices = ', '.join(map(str, valid))
         raise UserError(f'data.{field}={value} is not known; use {choices}')
 
 
 def check_cache(count: int, preparation: images.Preparation, limit_gib: float):
-    """Logs what `data.cache=memory` takes.
+    """Logs the memory for `data.cache=memory`.
 
     Raises:
-      UserError: more than `data.cache_limit_gib`.
+      UserError: it is more than `data.cache_limit_gib`.
     """
     height, width = preparation.shape
     each = np.dtype(preparation.dtype).itemsize * preparation.channels

@@ -48,8 +48,8 @@ def _find_folder(
     field = f'data.source=folder:{name}'
     if not name or not os.path.isdir(root):
         raise UserError(
-            f'{field}: there is no such folder; give one that holds a folder of images '
-            'for each class'
+            f'{field}: there is no such folder; give one with a folder of images for '
+            'each class'
         )
     table = table or label_options.Options()
     if labels:
@@ -103,7 +103,7 @@ def _find_packed(name, *, table=None, **_):
     parts = [part for part in packed_manifest.PARTS if manifest.count(part)]
     ends = np.cumsum([manifest.count(part) for part in parts])
     train, *others = np.split(np.arange(len(reader)), ends[:-1])
-    owners, grouped_by = reader.groups, 'what was packed'
+    owners, grouped_by = reader.groups, 'the data that was packed'
     if groups == 'none':
         owners, grouped_by = None, ''
     elif owners is None or groups != 'auto':
@@ -136,8 +136,7 @@ SOURCES: dict[str, Callable[..., readers.Listing]] = {
 def parse(source: str, labels: str) -> tuple[str, str]:
     """The kind of a source and its name, of `KIND:NAME`.
 
-    Raises:
-      UserError: there is no such kind, or `labels` are given for one that takes none.
+    Raises: UserError: there is no such kind, or it does not accept `labels`.
     """
     kind, _, name = source.partition(':')
     if kind not in SOURCES:
@@ -159,11 +158,11 @@ def load(
     table: label_options.Options,
     **options,
 ) -> readers.Listing:
-    """Lists the images of a source, with what divides them into subgroups.
+    """Lists the images of a source, with the columns for subgroups.
 
     Args:
-      labels, table: of `data.labels` and how it is read.
-      **options: of the loaders.
+      labels, table: `data.labels` and the options for reading it.
+      **options: options of the loaders.
     """
     listing = SOURCES[kind](name, labels=labels, table=table, **options)
     if not labels:

@@ -1,4 +1,4 @@
-"""Which rows of a table are for training, for validation and for testing."""
+"""Finds the rows of a table for training, validation and testing."""
 
 from collections import Counter
 
@@ -13,7 +13,7 @@ _KEYS = _words(
     'split splits datasplit fold set subset dataset partition phase part usage stage '
     'splitname traintest trainvaltest'
 )
-# Of these, numbers are parts or folds and never labels; a stage may be one.
+# In these columns, numbers are parts or folds and never labels; a stage may be a label.
 _NEVER_LABELS = _words(
     'split splits datasplit fold set subset dataset partition splitname traintest '
     'trainvaltest foldid kfold foldnumber'
@@ -81,7 +81,7 @@ def find(table, images: str, setting: str) -> tuple[set[str], np.ndarray | None]
 
 
 def describe_label(name: str) -> str:
-    """A line about a label that may name parts, such as `train`; empty for others."""
+    """A line about a label column that may name parts, such as `train`; else empty."""
     part = parts_lib.role(name)
     if part not in parts_lib.USED:
         return ''
@@ -92,7 +92,7 @@ def describe_label(name: str) -> str:
 
 
 def looks_like_parts(key: str, cells) -> bool:
-    """Whether a column numbers parts or folds, so that it is no label."""
+    """Whether a column numbers parts or folds, so that it is not a label."""
     return key in _NEVER_LABELS and _are_few_numbers(cells)
 
 
@@ -111,15 +111,15 @@ def _check_roles(table, name, roles):
     cells = table.columns[name]
     raise UserError(
         f'{table.field}: {name}={cells[row]} is not known (line {table.lines[row]}); '
-        f'use train, val and test, or say which is which: {_example(name, cells)}, or '
-        'set data.split=none'
+        f'use train, val and test, or name them: {_example(name, cells)}, or set '
+        'data.split=none'
     )
 
 
 def _example(name, cells):
-    """How the user names the values, with those of the column if there are few."""
+    """An example of naming the values, with those of the column if there are few."""
     values = sorted({cell for cell in cells if not cells_lib.is_missing(cell)})
-    # As train, val and test, if their first letters tell.
+    # Sorted as train, val and test, if their first letters are enough.
     values.sort(
         key=lambda value: (
             not value.lower().startswith('tr'),
@@ -134,7 +134,7 @@ def _example(name, cells):
 
 
 def _find_by_words(table, images):
-    """`[((column,), role of each row)]` of the columns that name parts."""
+    """`[((column,), role of each row)]` for the columns that name parts."""
     found = []
     for name in table.columns:
         if name == images or table.is_index(name):
@@ -159,7 +159,7 @@ def _binary_roles(part, values):
 
 
 def _find_one_hot(table, images):
-    """The same of columns train, val and test, of which each row has one."""
+    """The same for columns train, val and test, of which each row has one."""
     names, sides = [], []
     for name in table.columns:
         part = parts_lib.role(name) if name != images else None
@@ -188,11 +188,11 @@ def _say_unclear(table, images):
             continue
         if 2 <= len(values) <= _MOST_NUMBERS:
             table.notes.append(
-                f'the values of the column {name} ({", ".join(values[:5])}'
-                f'{", ..." if len(values) > 5 else ""}) do not say which part is '
-                'which: it is not used, and a part is split off at random; to use it, '
-                'give its values of train, val and test, such as '
-                f'{_example(name, cells)}'
+                f'the values of the column {name} '
+                f'({", ".join(values[:5])}{", ..." if len(values) > 5 else ""}) do not '
+                'identify the parts, so the column is not used, and a part is split '
+                'off at random; to use it, name its values for train, val and test, '
+                f'such as {_example(name, cells)}'
             )
 
 
@@ -215,12 +215,12 @@ def _find_named(table, setting):
 
 
 def _roles_of_values(setting, cells, values):
-    """Roles by the user's `TRAIN,VAL,TEST`, each one value or several with `+`."""
+    """Roles from the user's `TRAIN,VAL,TEST`: one value each, or several with `+`."""
     wanted = values.split(',')
     if not 2 <= len(wanted) <= 3:
         raise UserError(
             f'data.split={setting}: give the values of train and val, or of train, val '
-            'and test, as column:fold=0,1,2 or column:fold=0+1+2,3,4'
+            'and test, such as column:fold=0,1,2 or column:fold=0+1+2,3,4'
         )
     role_of = {}
     for part, text in zip(parts_lib.USED, wanted, strict=False):
@@ -238,7 +238,7 @@ def _roles_of_values(setting, cells, values):
 
 
 def _plain(cell):
-    """A cell as it is compared: 1.0 is 1."""
+    """A cell as it is compared: 1.0 equals 1."""
     number = cells_lib.number(cell)
     if number is not None and number == int(number):
         return str(int(number))
@@ -265,7 +265,7 @@ def _number(table, name, roles):
                     what = 'which is measured once, at the end'
             pieces.append(f'{counts[part]} of {part}, {what}')
     if len(pieces) == 1:
-        pieces.append('none of val or test, so that a part of them is split off')
+        pieces.append('none of val or test, so a part of them is split off')
     if counts[parts_lib.OTHER]:
         pieces.append(f'{counts[parts_lib.OTHER]} of other parts, left out')
     table.notes.append(f'by its column {name}: {"; ".join(pieces)}')

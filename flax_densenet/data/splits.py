@@ -14,13 +14,13 @@ from flax_densenet.errors import UserError
 def describe_groups(
     groups: np.ndarray, grouped_by: str, parts: dict[str, np.ndarray], name
 ) -> str:
-    """A line on whether the images of one group are in several parts.
+    """A line on whether images of one group are in several parts.
 
     Args:
-      groups: int64 `[N]` of all images.
-      grouped_by: what tells them, see `readers.Listing`.
+      groups: int64 `[N]`, the groups of all images.
+      grouped_by: their origin, see `readers.Listing`.
       parts: indices by name, the training part first.
-      name: of the image at an index.
+      name: function from an index to the image's name.
     """
     inside = {part: np.unique(groups[indices]) for part, indices in parts.items()}
     every, counts = np.unique(np.concatenate(list(inside.values())), return_counts=True)
@@ -51,9 +51,9 @@ def find_splits(
     """Finds the parts of a source, and handles the copies among them.
 
     Args:
-      listing: of the source; without a test part, one is split off.
+      listing: listing of the source; without a test part, one is split off.
       test_fraction, split_seed, duplicates, val_fraction: see `dataset.load_source`.
-      folds: one of them is the test part, in place of `test_fraction`.
+      folds: one of them is the test part; replaces `test_fraction`.
 
     Raises:
       UserError: a negative seed, a fraction for a part that the source has, or folds
@@ -100,7 +100,7 @@ def _check_val(listing, val_fraction):
 
 
 def _split_val(listing, found, fraction, seed, duplicates):
-    """The parts of a fold, with images to choose by split off the training part."""
+    """The parts of a fold, with a validation part split off the training part."""
     parts = found.indices | _split(listing, found.train, 'val', fraction, seed)
     if duplicates != 'ignore' and listing.groups is None:
         copies = listing.reader.copies(found.train)
@@ -110,7 +110,7 @@ def _split_val(listing, found, fraction, seed, duplicates):
 
 
 def _split(listing, indices, name, fraction, seed):
-    """`{'train': ..., name: ...}` of a part that is split off some of the images."""
+    """`{'train': ..., name: ...}` after splitting off a part of some images."""
     train, held_out = _split_off(listing, indices, fraction, seed)
     return {'train': train, name: held_out}
 
@@ -145,8 +145,8 @@ def _split_off(listing, indices, fraction, seed):
     else:
         order = _shuffle(keys, seed)
     labels = listing.reader.labels[indices][order]
-    # The place of an image in its class, from 0 to 1. The first ones of all classes are
-    # the test images, so each class contributes its share, rounded.
+    # The position of an image in its class, from 0 to 1. The first images of all
+    # classes are the test images, so each class contributes its share, rounded.
     place, counts = np.empty(len(order)), np.bincount(labels)
     by_class = np.argsort(labels, kind='stable')
     first = np.cumsum(counts) - counts
@@ -154,7 +154,7 @@ def _split_off(listing, indices, fraction, seed):
     order = order[np.argsort(place / counts[labels], kind='stable')]
     test, train = order[:test_size], order[test_size:]
     labels = listing.reader.labels[indices]
-    # If all images of a class are in the test, its first image moves to training.
+    # If all images of a class are in the test part, its first image moves to training.
     classes, first = np.unique(labels[test], return_index=True)
     first = first[~np.isin(classes, labels[train])]
     train, test = np.append(train, test[first]), np.delete(test, first)
@@ -162,7 +162,7 @@ def _split_off(listing, indices, fraction, seed):
 
 
 def _keep_classes(train, test, listing):
-    """Moves one group back of each class that has no other image to train on."""
+    """Moves one group back for each class without another training image."""
     labels, groups = listing.reader.labels, listing.groups
     for name in np.setdiff1d(labels[test], labels[train]):
         if name not in labels[train]:
@@ -173,14 +173,14 @@ def _keep_classes(train, test, listing):
 
 
 def _shuffle(keys, seed):
-    """A random order; that of two keys depends only on the seed and on them."""
+    """A random order; the order of two keys depends only on the seed and these keys."""
     salt = b'%d' % seed
     hashes = (hashlib.blake2b(key, digest_size=8, key=salt).digest() for key in keys)
     return np.argsort(np.frombuffer(b''.join(hashes), '>u8'), kind='stable')
 
 
 def _split_groups(indices, groups, test_size, seed):
-    """Splits off the number of groups that comes closest to `test_size` images."""
+    """Splits off the number of groups that is closest to `test_size` images."""
     names, numbers, counts = np.unique(groups, return_inverse=True, return_counts=True)
     order = _shuffle([str(name).encode() for name in names], seed)
     taken = np.abs(np.cumsum(counts[order]) - test_size).argmin() + 1

@@ -1,7 +1,7 @@
-"""Which columns of a table divide the images into subgroups: age, sex, site, view.
+"""Finds columns that divide the images into subgroups: age, sex, site, view.
 
-Columns that tell people or images apart (names, numbers of patients, dates of birth)
-are never taken: what is kept is shown in the report.
+Columns that identify people or images (names, patient numbers, dates of birth) are
+never used, since the report shows the values.
 """
 
 import os
@@ -15,11 +15,11 @@ from flax_densenet.data import cells as cells_lib
 from flax_densenet.data import table_columns
 from flax_densenet.errors import UserError
 
-_MOST_VALUES, _MOST_CHOSEN = 12, 50  # of a column that was found, or named
+_MOST_VALUES, _MOST_CHOSEN = 12, 50  # values of a detected column, or of a named one
 _MOST_COLUMNS = 6
 _LONGEST = 40  # characters of a value
 _words = str.split
-# Taken first.
+# Preferred columns.
 _KNOWN = _words(
     'age sex gender race ethnicity site hospital center centre institution country '
     'region scanner camera device manufacturer vendor model view projection position '
@@ -31,7 +31,7 @@ _IDENTIFIER = re.compile(
     r'filename|url|hash|md5|comment|comments|remark|note|notes|report|text|'
     r'description)'
 )
-_AGE = re.compile(r'0*(\d{1,3})Y', re.IGNORECASE)  # as DICOM writes it
+_AGE = re.compile(r'0*(\d{1,3})Y', re.IGNORECASE)  # as in DICOM
 
 
 def check(setting: str):
@@ -40,7 +40,8 @@ def check(setting: str):
         _pattern(setting)
     elif not setting.strip():
         raise UserError(
-            'data.subgroups is empty; use auto, none, columns as age,sex, or path:REGEX'
+            'data.subgroups is empty; use auto, none, columns such as age,sex, or '
+            'path:REGEX'
         )
 
 
@@ -51,7 +52,7 @@ def _pattern(setting):
         raise UserError(f'data.subgroups={setting}: {error}') from error
     if not pattern.groupindex:
         raise UserError(
-            f'data.subgroups={setting} has no group with a name; write what divides '
+            f'data.subgroups={setting} has no named group; write the part that divides '
             'the images as path:(?P<site>[a-z]+)_'
         )
     return pattern
@@ -60,20 +61,20 @@ def _pattern(setting):
 def find(
     columns: Mapping[str, Sequence[str]], setting: str, below: Sequence[str] = ()
 ) -> tuple[dict[str, np.ndarray], str]:
-    """The columns that divide images into subgroups.
+    """Finds the columns that divide images into subgroups.
 
     Args:
-      columns: cells of each image by column, of those that are neither the image, its
-        labels, its part nor its group.
+      columns: cells of the images by column, for columns that are neither the image,
+        its labels, its part nor its group.
       setting: `data.subgroups`.
       below: the images' paths below the source's folder.
 
     Returns:
-      For each column float64 `[N]` (numbers, NaN where there is none), or the words
-      `[N]`, empty where there is none; and a line about the choice, or ''.
+      For each column float64 `[N]` (NaN for missing numbers), or words `[N]` (empty if
+      missing), and a line about the choice, or ''.
 
     Raises:
-      UserError: a column that was named is not there, or tells people apart.
+      UserError: a named column does not exist, or identifies people.
     """
     check(setting)
     if setting == 'none':
@@ -84,7 +85,7 @@ def find(
         names = [name.strip() for name in setting.split(',') if name.strip()]
         return {name: _named(columns, name, setting) for name in names}, ''
     found: dict[str, np.ndarray] = {}
-    for name in sorted(columns, key=_order):  # stable: else as in the table
+    for name in sorted(columns, key=_order):  # stable: else in table order
         values = None if _is_identifier(name) else _values(columns[name])
         if values is not None and len(found) < _MOST_COLUMNS and _divides(name, values):
             found[name] = values
@@ -97,7 +98,7 @@ def find(
 
 
 def _order(name):
-    """The place of a column among those that are known, by a word of its name."""
+    """The rank of a column among the known ones, by a word in its name."""
     words = re.findall(r'[A-Z]?[a-z]+|[A-Z]+(?![a-z])', name)
     words = {word.lower() for word in words} | {cells_lib.key(name)}
     return next((n for n, known in enumerate(_KNOWN) if known in words), len(_KNOWN))
@@ -138,7 +139,7 @@ def _is_identifier(name):
 
 
 def _values(cells):
-    """Numbers, or words without the missing ones; ages as DICOM writes them, too."""
+    """Numbers, or words without missing ones; also ages in DICOM's form."""
     plain = [
         _AGE.sub(r'\1', c) if _AGE.fullmatch(c) else c for c in map(str.strip, cells)
     ]
@@ -169,8 +170,8 @@ def _named(columns, name, setting):
     _check_there(columns, name, setting)
     if table_columns.is_group_key(cells_lib.key(name)):
         raise UserError(
-            f'data.subgroups={setting}: {name} tells people apart, and the report '
-            'would show it; leave it out'
+            f'data.subgroups={setting}: {name} identifies people, and the report would '
+            'show it; leave it out'
         )
     values = _values(columns[name])
     different = len(np.unique(values))
@@ -191,7 +192,7 @@ def _check_there(columns, name, setting):
 
 
 def _of_paths(setting, below):
-    """A column for each named group of the pattern, called `site (path)`."""
+    """A column for each named capture group of the pattern, called `site (path)`."""
     pattern = _pattern(setting)
     matches = [pattern.search(path) for path in below]
     if not any(matches):
@@ -263,7 +264,7 @@ def add_of_paths(reader: Any, setting: str):
     check(setting)
     if not setting.startswith('path:'):
         raise UserError(
-            f'data.subgroups={setting} needs a table, data.labels; path:REGEX takes '
+            f'data.subgroups={setting} needs a table, data.labels; path:REGEX derives '
             'them from the paths'
         )
     keys = reader.keys(range(len(reader.labels))) if reader.labels_in_memory else None
@@ -272,5 +273,5 @@ def add_of_paths(reader: Any, setting: str):
 
 
 def is_of_paths(name: str) -> bool:
-    """Whether a column is a part of the images' paths."""
+    """Whether a column comes from the images' paths."""
     return name.endswith(' (path)')

@@ -6,7 +6,7 @@ from flax_densenet.data import dataset
 
 
 class Subset(dataset.Examples):
-    """Some of other examples, without a copy of what these keep in memory."""
+    """A subset of other examples, without copying their memory."""
 
     def __init__(self, examples: dataset.Examples, positions):
         super().__init__(

@@ -1,4 +1,4 @@
-"""Which columns of a table name the image, its part and whose image it is."""
+"""Finds the columns of a table with the image, its part and its group."""
 
 from collections.abc import Iterable
 
@@ -22,19 +22,19 @@ _GROUP_KEYS = _words(
 
 
 def is_group_key(key: str) -> bool:
-    """Whether the name of a column, as `cells.key` makes it, is that of patients."""
+    """Whether the name of a column, from `cells.key`, is that of patients."""
     return key in _GROUP_KEYS
 
 
 class Columns:
-    """A table's columns, and what was guessed about them.
+    """A table's columns, and guesses about them.
 
     Attributes:
-      field: how messages call the table.
+      field: name of the table in messages.
       columns: `{name: cells}`.
-      lines: the line of each row in the file.
-      notes: what was guessed, a line each.
-      keys: the columns' names as they are compared.
+      lines: the line number of each row in the file.
+      notes: a line about each guess.
+      keys: the normalized names of the columns.
     """
 
     def __init__(self, field, table, is_image):
@@ -44,7 +44,7 @@ class Columns:
         self.keys = {name: cells_lib.key(name) for name in table.columns}
 
     def is_index(self, name):
-        """A column without a name, as pandas and R write row numbers."""
+        """A column without a name, such as row numbers of pandas and R."""
         return not name or name.lower().startswith('unnamed:')
 
     def find_images(self):
@@ -73,10 +73,10 @@ class Columns:
         return sum(map(self.is_image, set(self.columns[name][:most])))
 
     def find_group(self, taken, options):
-        """The column of groups and int64 `[N]` of them; None where there is none.
+        """The column of groups and their numbers, int64 `[N]`; None if there is none.
 
         Args:
-          taken: columns that are something else.
+          taken: columns with other roles.
           options: `data.groups`.
         """
         name = self._group_column(taken, options)
@@ -93,13 +93,13 @@ class Columns:
                     'cannot be split; name another column or set data.groups=none'
                 )
             self.notes.append(
-                f'all images are of one {name}, so they are split image by image'
+                f'all images have the same {name}, so they are split image by image'
             )
             return name, None
         if blank:
             self.notes.append(
                 f'{len(blank)} images have no {name} (line {self.lines[blank[0]]}); '
-                'each counts as a group of its own'
+                'each counts as a separate group'
             )
         return name, groups
 
@@ -122,11 +122,11 @@ class Columns:
 
 
 def is_group(name: str) -> bool:
-    """Whether a column or field tells by its name whose image it is."""
+    """Whether the name of a column or field is that of groups."""
     return cells_lib.key(name) in _GROUP_KEYS
 
 
 def group_of(names: Iterable[str]) -> str | None:
-    """The column that tells whose image each is, as `Patient ID`; None for none."""
+    """The column with the owner of each image, such as `Patient ID`; None for none."""
     by_key = {cells_lib.key(name): name for name in reversed(list(names))}
     return next((by_key[key] for key in _GROUP_KEYS if key in by_key), None)

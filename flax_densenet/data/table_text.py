@@ -1,4 +1,4 @@
-"""Reads a table as text: CSV as spreadsheets, R, pandas and people write it."""
+"""Reads a table as text: CSV files of spreadsheets, R, pandas and people."""
 
 import codecs
 import csv
@@ -20,7 +20,7 @@ _SEPARATORS = {
 }
 _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _UTF_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
-# What Excel reads from a first line such as `sep=;`.
+# The separator that Excel reads from a first line such as `sep=;`.
 _SEP_LINE = re.compile(r'"?sep=([,;|\t])"?[,;|\t]*\r?\n')
 _ROW_NAMES = 'row name'
 _BINARY = {b'PK\x03\x04': 'an Excel file or an archive', b'PAR1': 'a Parquet file'}
@@ -34,8 +34,8 @@ class Table:
 
     Attributes:
       columns: `{name: cells}`, without blanks around the cells.
-      lines: the line of each row in the file, for messages.
-      notes: what was guessed, a line each.
+      lines: the line number of each row in the file, for messages.
+      notes: a line about each guess.
     """
 
     columns: dict[str, tuple[str, ...]]
@@ -47,12 +47,12 @@ def read(path: str, field: str, is_image: Callable[[str], bool] | None = None) -
     """Reads a table with or without a heading.
 
     Args:
-      field: how messages call the table.
-      is_image: whether a cell names an image; by its ending if None. A first line that
-        names one is not a heading.
+      Args: field: name of the table in messages.
+      is_image: function that tells whether a cell names an image; by its extension if
+        None. A first line that names one is not a heading.
 
     Raises:
-      UserError: the file cannot be read or is no table.
+      UserError: the file cannot be read or is not a table.
     """
     notes: list[str] = []
     rows = _rows(field, _text(field, path), notes)
@@ -66,10 +66,11 @@ def read(path: str, field: str, is_image: Callable[[str], bool] | None = None) -
         )
     if not body:
         raise UserError(f'{field} has no rows under its heading')
-    # Of columns without a name, as of a comma at the end of each line, none is used.
+    # Columns without a name, such as from a comma at the end of each line, are not
+    # used.
     twice = next((name for name, n in Counter(heading).items() if name and n > 1), None)
     if twice is not None:
-        raise UserError(f'{field}: the column {twice} is there twice; rename one')
+        raise UserError(f'{field}: the column {twice} occurs twice; rename one')
     for line, row in body:
         if len(row) != len(heading):
             raise UserError(
@@ -111,7 +112,7 @@ def _text(field, path):
 
 
 def _encoding(content):
-    """By its first bytes; UTF-16 without a mark by the zeros of plain letters."""
+    """The encoding from the first bytes; UTF-16 without a mark by its zero bytes."""
     if content.startswith(_UTF_32):
         return 'utf-32'
     if content.startswith(_UTF_16):
@@ -125,7 +126,7 @@ def _encoding(content):
 
 
 def _rows(field, text, notes):
-    """`[(line, cells)]` by the first separator that makes rows of one length."""
+    """`[(line, cells)]` with the first separator that gives rows of one length."""
     found, first_line, separators = None, 0, tuple(_SEPARATORS)
     if match := _SEP_LINE.match(text):
         text, first_line, separators = text[match.end() :], 1, (match[1],)
@@ -138,7 +139,7 @@ def _rows(field, text, notes):
             if len(table) > 1 and len(widths) == 1 and widths != {1}:
                 notes += note
                 return table
-        found = found or rows  # to tell what is wrong with it
+        found = found or rows  # to report what is wrong with it
     found = found or _split(field, text, ',', first_line)
     if len(found) < 2:
         raise UserError(f'{field} has no rows under its heading')
@@ -172,13 +173,13 @@ def _readings(rows):
 
 
 def _are_numbers(body):
-    """Whether the first cells are numbers of rows, no two alike."""
+    """Whether the first cells are distinct row numbers."""
     first = [row[0] for _, row in body]
     return all(map(str.isdecimal, first)) and len(set(first)) == len(first)
 
 
 def _without_comments(rows):
-    """Rows without the first ones that begin with `#`, and a note if there are any."""
+    """The rows after comment lines with `#`, and a note if there are any."""
     count = 0
     while count < len(rows) and rows[count][1][0].startswith('#'):
         count += 1

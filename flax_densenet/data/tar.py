@@ -34,12 +34,12 @@ class TarReader(readers.Reader):
     """Images in uncompressed tar files; labels int32 `[N]`."""
 
     tars: list[str]
-    which: np.ndarray  # the tar of each image
+    which: np.ndarray  # the tar file of each image
     places: np.ndarray  # int64 [N, 2]: offset and bytes within it
     names: list[str]
     labels: np.ndarray
-    root: str  # the folder that the tars are below
-    grouped_by: str = ''  # which field of the samples' JSON, if any
+    root: str  # the folder that contains the tar files
+    grouped_by: str = ''  # the field of the samples' JSON, if any
 
     def __len__(self):
         return len(self.names)
@@ -53,7 +53,7 @@ class TarReader(readers.Reader):
         except OSError as error:
             raise UserError(f'{path} cannot be read ({error.strerror})') from error
         if len(content) != size:
-            raise UserError(f'{path} is cut short since it was listed; copy it again')
+            raise UserError(f'{path} was truncated after it was listed; copy it again')
         return content
 
     def keys(self, indices):
@@ -77,7 +77,7 @@ def load(
 ) -> tuple[TarReader, list[str], list[int]]:
     """Lists the images of one tar file, or of all tar files in a folder.
 
-    Labels are numbers, whose names can be in `classes.txt`, one per line; or names.
+    Labels are numbers, with names in `classes.txt` (optional, one per line), or names.
 
     Args:
       name: a tar file, or a folder with `*.tar` or `{train,val,test}/*.tar`. Tars with
@@ -86,10 +86,11 @@ def load(
         what the held-out part is for.
 
     Returns:
-      The reader, the class names, and the index behind the last image of each part.
+      Returns: The reader, the class names, and the end index of each part.
 
     Raises:
-      UserError: there are none, one is damaged, or a sample has no image or label.
+      UserError: there are no tar files, one is damaged, or a sample has no image or
+        label.
     """
     field = f'data.source=tar:{name}'
     options = options or label_options.Options()
@@ -144,10 +145,10 @@ def _add_subgroups(field, reader, samples, setting):
 
 
 def _find_groups(field, samples, column):
-    """int64 `[N]` by a field of the samples' JSON or None, and what tells them.
+    """Groups int64 `[N]` from a field of the samples' JSON, or None, and their origin.
 
     Args:
-      column: that the user named, or None.
+      column: the field that the user named, or None.
     """
     fields = samples[0].fields if samples else {}
     name = column or table_columns.group_of(fields)
@@ -170,7 +171,7 @@ def _find_groups(field, samples, column):
 
 
 def _find_tars(field, name, path):
-    """The tar files of each part that there is, the training part first."""
+    """The tar files of each existing part, the training part first."""
     if not name or not os.path.exists(path):
         raise UserError(f'{field}: there is no such folder or tar file')
     if not os.path.isdir(path):
@@ -196,7 +197,8 @@ def _find_tars(field, name, path):
         ]
         if left:
             notes.say(
-                f'{field}: left out beside the parts: the folders {", ".join(left[:5])}'
+                f'{field}: left out besides the parts: the folders '
+                f'{", ".join(left[:5])}'
             )
         return _choose(folders)
     tars = _tars_of(path)
@@ -215,8 +217,8 @@ def _find_tars(field, name, path):
         by_part.setdefault(_role_of_tar(tar), []).append(tar)
     if parts.TRAIN not in by_part and {parts.VAL, parts.TEST} == set(by_part):
         raise UserError(
-            f'{field}: its tars are called val and test, and none train; give the tars '
-            'to train on, or one of the parts alone'
+            f'{field}: its tars are called val and test, and none train; give the '
+            'training tars, or a single part'
         )
     if parts.TRAIN not in by_part or not {parts.VAL, parts.TEST} & set(by_part):
         return [tars]
@@ -229,24 +231,24 @@ def _find_tars(field, name, path):
 
 
 def _below_single_folders(field, path):
-    """Goes down where a folder holds no tars, but one folder."""
+    """Descends while a folder contains no tar files, but one folder."""
     while True:
         inside = listing.class_folders(path)
         if len(inside) != 1 or _tars_of(path):
             return path
         path = os.path.join(path, inside[0])
-        notes.say(f'{field}: holds one folder only, whose tars are taken: {path}')
+        notes.say(f'{field}: holds only one folder; its tars are used: {path}')
 
 
 def _role_of_tar(path):
-    """The part that the words of a tar's name mean; None for none or several."""
+    """The part named by the words in a tar's name; None for none or several."""
     words = re.split(r'[^a-z]+', os.path.basename(path).lower())
     roles = {parts.role(word) for word in words if word} & set(parts.USED)
     return roles.pop() if len(roles) == 1 else None
 
 
 def _choose(by_part):
-    """The tars of each part in the order of use."""
+    """The tar files of each part, in the order of use."""
     return [by_part[part] for part in parts.USED if part in by_part]
 
 
@@ -268,7 +270,7 @@ def _say_parts(field, root, by_part, counts, options):
 
 
 def _check_classes(field, names, labels, first_test):
-    """Reports classes that differ in spelling only or are in the test part only."""
+    """Reports classes that differ only in spelling or are only in the test part."""
     similar = parts.find_similar(names)
     if first_test is None:
         if similar:
@@ -281,7 +283,7 @@ def _check_classes(field, names, labels, first_test):
     if similar and set(similar) & set(missing):
         raise UserError(
             f'{field}: the class is written {similar[0]!r} in some tars and '
-            f'{similar[1]!r} in others; write it alike'
+            f'{similar[1]!r} in others; use one spelling'
         )
     if missing:
         notes.say(
@@ -291,9 +293,9 @@ def _check_classes(field, names, labels, first_test):
 
 
 def _order_by_part(field, samples, options):
-    """Of samples in folders called train, val and test: their order, and parts' ends.
+    """The order of samples in folders called train, val and test, and the parts' ends.
 
-    None where the folders within the tars are no parts.
+    None if the folders within the tar files are not parts.
     """
     tops = [sample.name.removeprefix('./').split('/') for sample in samples]
     names = {top[0] for top in tops if len(top) > 1}
@@ -337,7 +339,7 @@ def _tars_of(folder):
 
 
 def _number(field, labels, root, known_classes=None):
-    """Labels int32 `[N]` and the classes' names."""
+    """Labels int32 `[N]` and the class names."""
     kinds = {type(label) for label in labels}
     if len(kinds) > 1:
         raise UserError(f'{field}: some labels are numbers, some are names; use one')

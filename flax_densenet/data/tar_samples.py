@@ -38,10 +38,10 @@ class Sample:
 
 
 def scan(path: str, column: str | None = None) -> list[Sample]:
-    """The samples of a tar, in its order.
+    """The samples of a tar file, in its order.
 
     Args:
-      column: the field of their JSON that tells the groups, or None.
+      column: the field of their JSON with the groups, or None.
 
     Raises:
       UserError: the tar is damaged, or a sample has no image or label.
@@ -78,7 +78,7 @@ def _add(path, size, member, samples):
     if not member.isreg() or member.issparse():
         raise UserError(f'{path}: {member.name} is not a regular file; pack it as one')
     if not 0 <= member.offset_data <= member.offset_data + member.size <= size:
-        raise UserError(f'{path} is cut short within {member.name}; copy it again')
+        raise UserError(f'{path} is truncated within {member.name}; copy it again')
     key, _, kind = base.partition('.')
     key, kind = f'{folder}/{key}' if folder else key, kind.lower()
     if kind in samples[key]:
@@ -91,7 +91,7 @@ def _sample(path, file, key, inside, column) -> Sample:
     if len(kinds) != 1:
         raise UserError(
             f'{path}: {key} has {len(kinds)} images ({", ".join(inside)}); each key '
-            'needs one, as key.jpg'
+            'needs one, such as key.jpg'
         )
     kind = next((kind for kind in _LABELS if kind in inside), None)
     if kind is None:
@@ -151,7 +151,7 @@ def _label(path, name, kind, content) -> int | str:
     if isinstance(label, str) and label:
         return label
     raise UserError(
-        f'{path}: {name} names no class; give a number from 0 to '
+        f'{path}: {name} does not name a class; give a number from 0 to '
         f'{MAX_CLASSES - 1} or a name'
         + (f' in its field {_FIELDS[0]}' if kind == 'json' else '')
     )

@@ -1,4 +1,4 @@
-"""Sets of TensorFlow Datasets (TFDS), read without TensorFlow."""
+"""Data sets of TensorFlow Datasets (TFDS), read without TensorFlow."""
 
 import dataclasses
 import os
@@ -19,18 +19,18 @@ from flax_densenet.data import (
 from flax_densenet.errors import UserError
 from flax_densenet.system import paths
 
-# Examples that are read for their groups without being asked.
+# Maximum number of examples that are read automatically to find groups.
 _GROUPED = 20_000
 
 
 @dataclasses.dataclass
 class TfdsReader(readers.Reader):
-    """Splits of a TFDS set: encoded images.
+    """Splits of a TFDS data set: encoded images.
 
     Attributes:
       parts: data sources of the splits, with random access.
       features: names of the image and the label in an example.
-      names: of the splits.
+      names: names of the splits.
     """
 
     parts: list[Any]
@@ -83,7 +83,7 @@ def find(
     table: label_options.Options | None = None,
     **_,
 ) -> readers.Listing:
-    """Finds the images of a TFDS set, and prepares the set first if it is not yet.
+    """Finds the images of a TFDS data set; prepares it first if necessary.
 
     Args:
       name: `NAME` or `NAME:CONFIG`.
@@ -117,7 +117,8 @@ def find(
         if unknown or len(set(train)) < len(train):
             raise UserError(
                 f'data.tfds_train={tfds_train}: {builder_name} has the splits '
-                f'{", ".join(splits)}; name some of them once each, as train+extra'
+                f'{", ".join(splits)}; name some of them, once each, such as '
+                'train+extra'
             )
     others = [s for s in ('validation', 'test') if s in splits and s not in train]
     names = train + others
@@ -148,7 +149,7 @@ def find(
 
 
 def _find_groups(field, reader, features, count, groups):
-    """int64 `[N]` by a feature or None, and what tells them; reads all examples."""
+    """Groups int64 `[N]` from a feature, or None; their origin. Reads all examples."""
     named = groups.startswith('column:')
     feature = groups.removeprefix('column:') if named else None
     if groups == 'auto':
@@ -162,9 +163,9 @@ def _find_groups(field, reader, features, count, groups):
         return None, ''
     if not named and count > _GROUPED:
         notes.say(
-            f'{field}: images are split one by one; the feature {feature} may tell '
-            f'whose image each is: data.groups=column:{feature} reads it of all '
-            f'{count:,} examples first'
+            f'{field}: images are split one by one; the feature {feature} may name the '
+            f'owner of each image: data.groups=column:{feature} first reads it from '
+            f'all {count:,} examples'
         )
         return None, ''
     found = _read(reader, [feature], count, 'groups')[feature]
@@ -225,8 +226,8 @@ def _prepare_tfds(builder, field):
     import tensorflow_datasets as tfds
 
     where = (
-        f'{field}: cannot be downloaded into {builder.data_dir}; prepare it where '
-        'there is a network and set data.tfds_dir to the folder that holds it'
+        f'{field}: cannot be downloaded into {builder.data_dir}; prepare it on a '
+        'machine with network access and set data.tfds_dir to its folder'
     )
     stock = type(builder).__module__.startswith('tensorflow_datasets.')
     downloads = os.path.join(builder._data_dir_root, 'downloads')
@@ -246,7 +247,7 @@ def _prepare_tfds(builder, field):
 
 def _has_network():
     try:
-        socket.getaddrinfo('storage.googleapis.com', 443)  # TFDS' own store
+        socket.getaddrinfo('storage.googleapis.com', 443)  # the cloud storage of TFDS
     except OSError:
         return False
     return True

@@ -1,7 +1,7 @@
 """Handles images that were readable when training started and no longer are.
 
 With `data.bad_images=skip` they do not end the run: training uses the next readable
-image instead, evaluation leaves them out. Both are counted.
+image instead, and evaluation leaves them out. Both are counted.
 """
 
 import collections

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-# What Pillow raises for corrupt files; found by damaging files at random.
+# Errors of Pillow for corrupt files; found by damaging files at random.
 BROKEN = (
     UnidentifiedImageError,
     OSError,
@@ -77,7 +77,7 @@ def to_rgb(
 
 
 def render(image, least, resize=None, window=None) -> Image.Image:
-    """An open image as upright RGB; a very large one is reduced (see `plan`)."""
+    """Converts an open image to upright RGB; reduces a very large one (see `plan`)."""
     image.load()
     turn = find_turn(image)
     image = to_rgb(_shrink(image, least, resize, window), window)
@@ -97,9 +97,9 @@ class Reduction:
     """How a very large image is reduced by integer factors.
 
     Attributes:
-      corner: the left and top pixel of the part that is used.
-      size: (width, height) in pixels of the result.
-      factors: of both sides; 1 only cuts.
+      corner: left and top pixel of the part that is used.
+      size: (width, height) of the result in pixels.
+      factors: factors of both sides; 1 only crops.
     """
 
     corner: tuple[int, int]
@@ -119,7 +119,7 @@ class Reduction:
         return left, top, right, bottom
 
     def strips(self) -> Iterator[tuple[int, tuple[int, int, int, int]]]:
-        """Rows of the result and the boxes of a million pixels that they are from."""
+        """Rows of the result, and the boxes of a million pixels that they come from."""
         left, top, right, _ = self.box
         height, down = self.size[1], self.factors[1]
         rows = max(1, STRIP // ((right - left) * down))
@@ -131,14 +131,14 @@ class Reduction:
 def plan(
     size: tuple[int, int], least: tuple[int, int] | None, resize: str | None
 ) -> Reduction | None:
-    """How an image of (width, height) is reduced, not below `least`.
+    """Plans the reduction of an image of (width, height), not below `least`.
 
     For `stretch` each side has its own factor, for `crop` only the middle of a long
-    image is kept, for None the image keeps its shape. Converting the mode copies an
+    image is kept, and for None the image keeps its shape. Converting the mode copies an
     image several times; strips of a million pixels need little memory.
 
     Returns:
-      None if it is not so large.
+      The reduction, or None if the image is not that large.
     """
     if not least or size[0] * size[1] <= LARGE:
         return None
@@ -165,7 +165,7 @@ def plan(
 
 
 def _shrink(image, least, resize, window):
-    """Reduces a very large image as `plan` says; RGB if it is reduced."""
+    """Reduces a very large image according to `plan`; RGB if it is reduced."""
     reduction = plan(image.size, least, resize)
     if reduction is None:
         return image

@@ -118,7 +118,7 @@ def test_a_recipe_prepares_where_the_file_does_not(main, tmp_path):
         ('std=(0.5,0.5,0)', 'data.std=(0.5,0.5,0) must be above 0'),
         ('resize=fold', 'data.resize=fold is not known; use stretch, crop'),
         ('interpolation=nearest', 'data.interpolation=nearest is not known'),
-        ('crop_fraction=1.5', 'data.crop_fraction=1.5 must be above 0, at most 1'),
+        ('crop_fraction=1.5', 'data.crop_fraction=1.5 must be above 0 and at most 1'),
         ('channels=300', 'data.channels=300 must be from 1 to 256'),
         ('augment=flip', '--config.data.augment: '),
     ],

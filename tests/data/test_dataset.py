@@ -96,7 +96,7 @@ def test_what_is_in_the_folders(folder):
     [
         (lambda p: None, 'there is no such folder'),
         (lambda p: p.mkdir(), 'no class folders'),
-        (lambda p: write_images(p, {'a': 3}), r'one class only \(a\)'),
+        (lambda p: write_images(p, {'a': 3}), r'only one class \(a\)'),
         (lambda p: write_images(p, {'a': 3, 'b': 0}), 'the folder b holds no images'),
         (lambda p: write_images(p, {'a': 1, 'b': 0}), 'the folder b holds no images'),
         (

@@ -248,7 +248,7 @@ def test_tiffs_of_several_pages_are_reported(tmp_path, capsys):
         tmp_path / 'x' / 'a' / '0.tif', save_all=True, append_images=pages[1:]
     )
     train = load(source).train
-    assert '1 of 9 images that were looked at are TIFF' in capsys.readouterr().out
+    assert '1 of 9 inspected images are TIFF' in capsys.readouterr().out
     places = [i for i in range(len(train)) if train.name(i).endswith('a/0.tif')]
     assert (train[places[0]]['image'] == 10).all()
 

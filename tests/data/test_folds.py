@@ -66,7 +66,7 @@ def test_groups_stay_together(capsys):
     assert sorted(np.concatenate(tests)) == list(range(200))
     shares = [labels[test].mean() for test in tests]
     assert max(shares) - min(shares) < 0.1 and min(map(len, tests)) > 40
-    assert f'whole groups (of {len(set(groups))})' in capsys.readouterr().out
+    assert f'in complete groups (of {len(set(groups))})' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('grouped', [False, True])

@@ -204,7 +204,7 @@ def test_files_of_other_programs(tmp_path, capfd):
     parquet.write_table(table, tmp_path / 'data.parquet')
     source = dataset.load_source(f'parquet:{tmp_path}/data.parquet', image_size=4)
     assert source.class_names == ('x', 'y')
-    assert 'the values of its column label' in capfd.readouterr().out
+    assert 'its column label has no class names' in capfd.readouterr().out
 
 
 def test_choice_of_the_label(tmp_path):
@@ -292,7 +292,7 @@ def test_mistakes(tmp_path, monkeypatch):
         raise errors[name]
 
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
-    fail('consists of a program, which is not run', 'hf:scripts')
+    fail('is defined by a program, which is not run', 'hf:scripts')
     fail('there is no such data set at https?:.* or it is private', 'hf:absent')
     fail("is not in the cache .*cannot be reached .*Couldn't reach", 'hf:network')
 

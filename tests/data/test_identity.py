@@ -73,7 +73,7 @@ def test_other_data_of_the_same_names(photos, tmp_path):
     shutil.rmtree('photos')
     os.rename('other', 'photos')
     found = identity.compare(saved, load('folder:photos'))
-    assert not found.own and 'holds other images than those' in found.line
+    assert not found.own and 'does not hold the images' in found.line
 
 
 def test_changed_data(photos):
@@ -84,14 +84,14 @@ def test_changed_data(photos):
     found = identity.compare(saved, load('folder:photos'))
     assert found.own
     assert 'has changed since training: 19 images to train on' in found.line
-    assert '1 are gone' in found.line
+    assert '1 are missing' in found.line
 
 
 def test_checkpoints_that_remember_nothing(photos):
     saved = saved_by(load('folder:photos'), identity=None)
     shutil.copytree('photos', 'copy')
     found = identity.compare(saved, load('folder:copy'))
-    assert not found.own and 'if it is a copy of that' in found.line
+    assert not found.own and 'if it is a copy, these' in found.line
     os.remove(load('folder:copy').train.name(0))
     assert identity.compare(saved, load('folder:copy')) == identity.Relation(False)
 
@@ -101,7 +101,7 @@ def test_training_images_among_others(photos, tmp_path):
     saved = saved_by(source)
     assert identity.find_trained_on(saved, source.test) == ''
     line = identity.find_trained_on(saved, source.train)
-    assert '19 of 19 whose checksums the checkpoint has' in line
+    assert '19 of 19 with checksums in the checkpoint' in line
     # Under other names, in another split, in a tar-like pack: by what is in them.
     write_images(tmp_path / 'new', {'a': 5, 'b': 5}, seed=3)
     shutil.copy(source.train.name(3), 'new/a/renamed.png')
@@ -133,7 +133,7 @@ def test_images_without_names():
 
 def test_one_class_or_image_is_enough_for_a_model(tmp_path):
     write_images(tmp_path / 'new', {'b': 1}, seed=0)
-    with pytest.raises(dataset.UserError, match='one class only'):
+    with pytest.raises(dataset.UserError, match='only one class'):
         load(f'folder:{tmp_path}/new')
     source = load(f'folder:{tmp_path}/new', known_classes=('a', 'b'))
     assert source.class_names == ('b',)

@@ -76,7 +76,7 @@ def test_bad_tables(text, message, tmp_path):
         (b'PK\x03\x04' + bytes(50), 'is an Excel file or an archive; save the table'),
         (b'image,a\nx\0.png,1\n', 'line 2 holds a zero byte|line contains NUL'),
         (b'image,a\n' + b'x' * 200_000 + b',1\n', 'cannot be read .field larger than'),
-        (b'image,a,b,a\nx.png,1,0,1\n', 'the column a is there twice; rename one'),
+        (b'image,a,b,a\nx.png,1,0,1\n', 'the column a occurs twice; rename one'),
         (b'image\nx.png\n', 'has one column; commas must separate the cells'),
         (b'image;a\nx.png\n', 'line 2 has 1 cells|has one column'),
         (b'image,a\n\n\nx.png,1\ny.png\n', 'line 5 has 1 cells, the heading 2'),
@@ -204,7 +204,7 @@ def test_images_that_are_not_there(table):
     with pytest.raises(UserError, match='1 of its 120 images are not in .* is 7.png'):
         load(table)
     source = load(table, bad_images='skip')
-    assert source.skipped == ('7.png is not there',)
+    assert source.skipped == ('7.png is missing',)
     assert len(source.train) + len(source.test) == 119
     (folder / 'part 2').mkdir()
     (folder / 'part 2' / '8.png').write_bytes((folder / 'part 1/8.png').read_bytes())

@@ -78,7 +78,7 @@ def test_three_parts(tmp_path, capsys):
     assert source.selection is source.val and len(source.val) == 3
     out = capsys.readouterr().out
     assert '3 in Validation, which chooses the best epoch, 8 in test, which is m' in out
-    assert 'left out beside the parts: the folders extra' in out
+    assert 'left out besides the parts: the folders extra' in out
 
 
 def test_a_part_without_classes(tmp_path, capsys):
@@ -87,7 +87,7 @@ def test_a_part_without_classes(tmp_path, capsys):
     write(tmp_path / 'pred', images=3)
     source = load(tmp_path)
     assert not source.has_test and len(source.train) + len(source.test) == 12
-    assert 'test is left out: its images lie directly in it' in capsys.readouterr().out
+    assert 'test is left out: its images are directly in it' in capsys.readouterr().out
     write(tmp_path / 'val', a=2)
     assert counts(load(tmp_path)) == (12, 2, True)
     assert 'val has no images of 1 of 2 classes (b)' in capsys.readouterr().out
@@ -100,7 +100,7 @@ def test_a_part_without_classes(tmp_path, capsys):
         (('one/a', 'one/b', 'two/a', 'two/b'), r'\(one, two\) hold the same folders'),
         (('a/train', 'a/val', 'b/train', 'b/val'), 'hold the same parts .train, val'),
         (('train_1/a', 'train_2/a', 'test/a'), 'train_1 and train_2 all look like'),
-        (('train/a', 'train/b', 'photos/c'), 'train holds folders as if it were a'),
+        (('train/a', 'train/b', 'photos/c'), 'train holds folders like a'),
         (('train', 'val/a', 'val/b'), 'train holds images but no folders of classes'),
         (('train/a', 'train/b', 'val/A', 'val/b'), "'A' of val is written 'a' in"),
         (('train/a b', 'train/c', 'val/a_b', 'val/c'), "'a_b' of val is written"),
@@ -131,7 +131,7 @@ def test_classes_that_look_like_little(tmp_path, capsys):
     write(tmp_path, train=5, plane=5)
     write(tmp_path / 'plane', left=1, right=1)
     assert load(tmp_path).class_names == ('plane', 'train')
-    assert '2 images are in folders below' in capsys.readouterr().out
+    assert '2 images are in subfolders' in capsys.readouterr().out
 
 
 def test_one_part_alone_tells_of_the_others(tmp_path, capsys):
@@ -203,7 +203,7 @@ def test_files_passed_over_are_counted(tmp_path, capsys):
     out = capsys.readouterr().out
     assert 'passed over 3 .psd, 1 .zip, 1 no ending, 1 .csv' in out
     assert '.psd: convert them to JPEG or PNG' in out and '.zip: unpack them' in out
-    assert '1 images lie in no folder of a class' in out
+    assert '1 images are not in a class folder' in out
     (tmp_path / 'c').mkdir()
     (tmp_path / 'c' / '1.psd').write_bytes(b'x')
     with pytest.raises(UserError, match='the folder c holds no images but 1 .psd'):

@@ -179,7 +179,7 @@ def test_one_patient_only(tmp_path):
     rows = [(i % 2, 'p') for i in range(8)]
     found = read(tmp_path, 'sick,patient_id', rows)
     assert found.groups is None
-    assert any('all images are of one patient_id' in note for note in found.notes)
+    assert any('all images have the same patient_id' in note for note in found.notes)
     with pytest.raises(UserError, match='all images are of one group'):
         read(tmp_path, 'sick,patient_id', rows, groups='column:patient_id')
 

@@ -44,10 +44,10 @@ def test_named_columns():
     assert list(found) == ['scanner', 'comment'] and line == ''
     for setting, message in (
         ('weight', 'there is no column weight .* there are Patient Name, Study'),
-        ('sex,Patient Name', 'Patient Name tells people apart'),
+        ('sex,Patient Name', 'Patient Name identifies people'),
         (' ', 'data.subgroups is empty'),
         ('path:(', 'data.subgroups=path:'),
-        ('path:x', 'has no group with a name'),
+        ('path:x', 'has no named group'),
     ):
         with pytest.raises(UserError, match=message):
             subgroup_columns.find(COLUMNS, setting)

@@ -123,7 +123,7 @@ def test_odd_cells_are_named(tmp_path):
 def test_one_class_an_image(name, tmp_path):
     found = read(tmp_path, column(['dog', 'cat', 'cat', 'dog'], name, other=False))
     assert found.names == ('cat', 'dog') and found.values.tolist() == [1, 0, 0, 1]
-    assert f'the column {name} is taken as the one class' in found.notes[-1]
+    assert f'the column {name} is read as the class' in found.notes[-1]
     assert 'cat 2, dog 2' in found.notes[-1]
 
 
@@ -145,7 +145,7 @@ def test_zero_and_one(tmp_path):
     text = column(['1', '0', '0', '1'], 'label', other=False)
     found = read(tmp_path, text)
     assert found.values.tolist() == [[1], [0], [0], [1]]
-    assert 'label is taken as one yes/no label (a sigmoid)' in found.notes[-1]
+    assert 'label is read as one yes/no label (a sigmoid)' in found.notes[-1]
     found = read(tmp_path, text, kind='classes')
     assert found.names == ('0', '1') and found.values.tolist() == [1, 0, 0, 1]
 
@@ -321,7 +321,7 @@ def test_names_that_are_not_quite_those_of_the_files(style, tmp_path, capsys):
     write_images(tmp_path, {'x': 9}, size=(8, 8))
     source = load(tmp_path, [f'{style.format(i=i)},{i % 2}' for i in range(9)])
     assert names_of(source) == {f'{i:03}.jpg': i % 2 for i in range(9)}
-    said = 'its names are not those of the files' in capsys.readouterr().out
+    said = 'its names differ from the files' in capsys.readouterr().out
     assert said == (style != './{i:03}.jpg')
 
 
@@ -392,10 +392,10 @@ def test_the_table_is_not_passed_over(tmp_path, capsys):
     table = tmp_path / 'labels.csv'
     table.write_text('\n'.join(['image,label', *rows]))
     dataset.load_source(f'folder:{tmp_path}', labels=str(table), image_size=8)
-    assert 'passed over' not in capsys.readouterr().out
+    assert 'skipped' not in capsys.readouterr().out
     (tmp_path / 'x' / 'labels.csv').write_text('')
     dataset.load_source(f'folder:{tmp_path}', labels=str(table), image_size=8)
-    assert 'passed over 1 .csv' in capsys.readouterr().out
+    assert 'skipped 1 .csv' in capsys.readouterr().out
 
 
 def test_classes_of_a_table(tmp_path, capsys):

@@ -177,7 +177,7 @@ def load(tmp_path, names):
 def test_names_of_images(names, photos, tmp_path, capsys):
     source = load(tmp_path, names)
     assert len(source.train) + len(source.test) == 6
-    assert 'not those of the files' in capsys.readouterr().out
+    assert 'differ from the files' in capsys.readouterr().out
 
 
 def test_two_rows_of_one_file(photos, tmp_path):

@@ -200,15 +200,15 @@ def link(name):
         ({'a.jpg': b'x'}, 'a has no label; add a.cls or a.json'),
         ({'a.cls': b'1'}, r'a has 0 images \(cls\); each key needs one'),
         ({'a.jpg': b'x', 'a.png': b'x', 'a.cls': b'1'}, 'a has 2 images'),
-        ({'a.jpg': b'x', 'a.cls': b''}, 'a.cls names no class; give a number'),
+        ({'a.jpg': b'x', 'a.cls': b''}, 'a.cls does not name a class; give a number'),
         ({'a.jpg': b'x', 'a.cls': b'\xff'}, 'a.cls cannot be read as a label'),
         ({'a.jpg': b'x', 'a.cls': b'9' * 5000}, 'a.cls cannot be read as a label'),
-        ({'a.jpg': b'x', 'a.cls': b'1000000'}, 'a.cls names no class'),
+        ({'a.jpg': b'x', 'a.cls': b'1000000'}, 'a.cls does not name a class'),
         (
             {'a.jpg': b'x', 'a.json': b'{"x": 1}'},
-            'a.json names no class.* its field la',
+            'a.json does not name a class.* its field la',
         ),
-        ({'a.jpg': b'x', 'a.json': b'{"label": true}'}, 'a.json names no class'),
+        ({'a.jpg': b'x', 'a.json': b'{"label": true}'}, 'a.json does not name a class'),
         ({'a.jpg': b'x', 'a.json': b'[' * 10**5}, 'a.json cannot be read as a label'),
         ({'a.jpg': b'x', 'a.cls': b' ' * 2**21}, 'a.cls is too large to be a label'),
         ({'a.jpg': link('a.jpg'), 'a.cls': b'1'}, 'a.jpg is not a regular file'),
@@ -334,7 +334,7 @@ def test_tars_that_are_no_set(jpegs, tmp_path, capsys):
     for name in 'train/0.tar', 'trainval/0.tar', 'val/0.tar':
         write_tar(tmp_path / 'b' / name, samples(jpegs, [0, 1]))
     load(tmp_path / 'b')
-    assert 'left out beside the parts: the folders trainval' in capsys.readouterr().out
+    assert 'left out besides the parts: the folders trainval' in capsys.readouterr().out
     (tmp_path / 'c').mkdir()
     (tmp_path / 'c' / 'x.tar.gz').write_bytes(b'')
     with pytest.raises(UserError, match=r'no .tar files .*but 1 .gz .*unpack them'):

@@ -91,8 +91,8 @@ def test_a_given_test_part_stays(three):
     ('fraction', 'message'),
     [
         (0.1, 'the source has a validation part of 4 images; set it to 0'),
-        (1.0, 'must be 0, for none, or below 1'),
-        (-0.1, 'must be 0, for none, or below 1'),
+        (1.0, 'must be 0 .none. or above, and below 1'),
+        (-0.1, 'must be 0 .none. or above, and below 1'),
     ],
 )
 def test_wrong_fractions(fraction, message, three):
@@ -102,7 +102,7 @@ def test_wrong_fractions(fraction, message, three):
 
 def test_too_few_images_for_validation(tmp_path):
     write_images(tmp_path, {'a': 2, 'b': 2}, size=(8, 8))
-    with pytest.raises(UserError, match='are too few to split a validation part off'):
+    with pytest.raises(UserError, match='are too few to split off a validation part'):
         load(f'folder:{tmp_path}', test_fraction=0.4, val_fraction=0.01)
 
 

@@ -157,4 +157,4 @@ def test_files_passed_over_are_counted(tree, pattern, capsys):
         (tree / 'z' / f'{number}.psd').write_bytes(b'x')
     assert 'z/1.jpg' in found(pattern)
     said = capsys.readouterr()
-    assert f'--files={pattern}: passed over 3 .psd' in said.out and not said.err
+    assert f'--files={pattern}: skipped 3 .psd' in said.out and not said.err

@@ -35,14 +35,13 @@ class Strengths:
 
 
 def parse(value) -> Strengths | None:
-    """The strengths of a value of `data.color_jitter`; None if it changes nothing.
+    """Parses `data.color_jitter`; None if it changes nothing.
 
     Args:
       value: `()`, `(x,)` for brightness, contrast and saturation (like timm's
         `color_jitter=x`), or three or four numbers, of which the fourth is the hue.
 
-    Raises:
-      UserError: it is none of these, or out of range.
+    Raises: UserError: the value has another form, or is out of range.
     """
     values = tuple(value) if isinstance(value, list | tuple) else (value,)
     right = len(values) in (0, 1, 3, 4) and all(
@@ -52,8 +51,8 @@ def parse(value) -> Strengths | None:
     if not right:
         raise UserError(
             f'data.color_jitter={value} must be (), (x,) for brightness, contrast and '
-            "saturation alike, or all three and the hue, '(0.4,0.4,0.4,0.1)': from 0 "
-            'to 10, the hue to 0.5'
+            'saturation, or all three and optionally the hue, such as '
+            "'(0.4,0.4,0.4,0.1)': from 0 to 10, the hue to 0.5"
         )
     if not any(values):
         return None
@@ -64,9 +63,9 @@ def jitter(image, rng, strengths: Strengths, *, functions=None):
     """Changes brightness, contrast, saturation and hue, in random order.
 
     Args:
-      image: of Pillow.
-      functions: of an image and a factor, by the names of `Strengths`; by default those
-        of this module.
+      Args: image: a Pillow image.
+      functions: functions of an image and a factor, by the names in `Strengths`; by
+        default those of this module.
     """
     for place in rng.permutation(4):
         name, function, center = _OPERATIONS[place]
@@ -94,7 +93,7 @@ def adjust_saturation(image: Image.Image, factor: float) -> Image.Image:
 
 
 def adjust_hue(image: Image.Image, shift: float) -> Image.Image:
-    """Turns colors by a share of the color wheel; gray images do not change.
+    """Rotates hues by a share of the color wheel; gray images do not change.
 
     Pillow's HSV would take three times as long and round hue and saturation to 8 bits.
     """
@@ -119,14 +118,13 @@ def _turn_bytes(pixels, shift, out):
 def turn(pixels, shift, out, *, least=0.0):
     """Writes colors `[n, 3]` with a shifted hue to `out`.
 
-    Args:
-      least: is added to each value.
+    Args: least: added to each value.
     """
     red, green, blue = (pixels[:, band].astype(np.float32) for band in range(3))
     highest = np.maximum(np.maximum(red, green), blue)
     lowest = np.minimum(np.minimum(red, green), blue)
     chroma = highest - lowest
-    # The place on the color wheel in sixths: red 0, green 2, blue 4.
+    # The position on the color wheel in sixths: red 0, green 2, blue 4.
     place = red - green + 4 * chroma
     np.copyto(place, blue - red + 2 * chroma, where=green == highest)
     np.copyto(place, green - blue, where=red == highest)
@@ -143,7 +141,7 @@ def turn(pixels, shift, out, *, least=0.0):
         out[:, band] = share * chroma + lowest
 
 
-# Strength, function, and the value that changes nothing.
+# Strength, function, and the neutral value.
 _OPERATIONS = (
     ('brightness', adjust_brightness, 1),
     ('contrast', adjust_contrast, 1),

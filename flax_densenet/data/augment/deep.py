@@ -1,7 +1,7 @@
-"""Random changes of training images of 16 bits, which keep all of their levels.
+"""Random changes of 16-bit training images that keep all levels.
 
-The same operations as in `color` and `policies`, drawn in the same way, on numbers from
-0 to 65535 in place of Pillow's 8 bits.
+These are the operations of `color` and `policies`, drawn in the same way, on numbers
+from 0 to 65535 instead of Pillow's 8 bits.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def _clip(image):
 
 
 def _blend(from_, image, factor):
-    """0 is `from_`, 1 the image; beyond 1 they differ more."""
+    """Interpolates: 0 is `from_`, 1 the image; values above 1 extrapolate."""
     return _clip(from_ + (image - from_) * np.float32(factor))
 
 
@@ -60,7 +60,7 @@ def adjust_saturation(image, factor):
 
 
 def adjust_hue(image, shift):
-    """Turns colors by a share of the color wheel; gray images do not change."""
+    """Rotates hues by a share of the color wheel; gray images do not change."""
     if image.shape[-1] == 1:
         return image
     turned = np.empty_like(image)
@@ -126,7 +126,7 @@ def _on_bands(change_band: Callable[[Image.Image, float], Image.Image]):
     return change_all
 
 
-# By the names of `color` and `policies`.
+# Functions by the names in `color` and `policies`.
 COLORS = {
     'brightness': adjust_brightness,
     'contrast': adjust_contrast,

@@ -18,7 +18,7 @@ from flax_densenet.data import deep_picture
 
 
 def flip(image, rng):
-    """Mirrors left and right, with a probability of a half."""
+    """Mirrors left and right, with a probability of 0.5."""
     if rng.random() >= 0.5:
         return image
     if isinstance(image, Image.Image):
@@ -39,7 +39,7 @@ def shift(image, rng):
 
 
 def crop(image, rng):
-    """A random part (8 to 100% of the area, aspect 3:4 to 4:3) at the full size.
+    """A random crop (8 to 100% of the area, aspect 3:4 to 4:3), resized to full size.
 
     The random-resized crop of Szegedy et al., arXiv 1409.4842, section 6. The aspect is
     relative to that of the image.
@@ -57,8 +57,7 @@ def crop(image, rng):
 def crop_part(size, rng, *, aspect: float = 1.0):
     """The box of `crop` in an image of (width, height): left, top, right, bottom.
 
-    Args:
-      aspect: width by height of the image that the part becomes.
+    Args: aspect: width / height of the resulting image.
     """
     width, height = size
     for _ in range(10):
@@ -92,7 +91,7 @@ RECIPES = {
 
 
 def augment(image, rng, *, recipe: str):
-    """Applies the functions of `RECIPES[recipe]` in their order."""
+    """Applies the functions of `RECIPES[recipe]` in order."""
     for function in RECIPES[recipe]:
         image = function(image, rng)
     return image

@@ -6,7 +6,7 @@ color. mixup (https://arxiv.org/abs/1710.09412) and CutMix
 image, everywhere or in a box. The loss of an image is the weighted mean of the losses
 by its own and its partner's label (`blend`), so it works with any loss.
 
-Everything is a function of the key and the global batch, whatever the devices.
+Everything is a function of the key and the global batch, independent of the devices.
 
 >>> images = jnp.zeros((4, 8, 8, 3), jnp.uint8)
 >>> mixing = Mixing(mixup=0.2)
@@ -28,8 +28,8 @@ from flax_densenet.errors import UserError
 
 # Random erasing: share of the area, and aspect ratio; as in torchvision and timm.
 ERASE_SCALE, ERASE_RATIO = (0.02, 0.33), (0.3, 3.3)
-_TRIES = 10  # until a box fits into the image; as in torchvision
-# Random numbers per image: area and aspect of each try, the decision, the place (2).
+_TRIES = 10  # tries to fit a box into the image; as in torchvision
+# Random numbers per image: area and aspect of each try, the decision, the position (2).
 _NUMBERS = 2 * _TRIES + 3
 # Folded into the step's key; other numbers are micro-batches (`step.make_gradients`).
 _KEY = 2**32 - 1
@@ -37,7 +37,7 @@ _KEY = 2**32 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-    """What `mix` does. A value of 0 turns it off.
+    """Options of `mix`. A value of 0 turns an option off.
 
     Attributes:
       erase: share of the images in which a box is erased.
@@ -54,12 +54,12 @@ class Mixing:
 
     @property
     def pairs(self) -> bool:
-        """Whether images get partners."""
+        """Whether images are mixed with partners."""
         return bool(self.mixup or self.cutmix)
 
 
 class Mixed(NamedTuple):
-    """Mixed images of a batch.
+    """The mixed images of a batch.
 
     Attributes:
       images: float32 `[N, H, W, C]`, from 0 to 255.
@@ -73,11 +73,11 @@ class Mixed(NamedTuple):
 
 
 def from_settings(augmentation: settings.AugmentationSettings, *, rows: int) -> Mixing:
-    """Checks the settings that say what is done to batches.
+    """Checks the settings for mixing batches.
 
     Args:
       erase, mixup, cutmix: the fields.
-      rows: of a micro-batch, over all devices.
+      rows: number of rows in a micro-batch, over all devices.
 
     Raises:
       UserError: a value is out of range, or a batch has only one row to mix.
@@ -86,7 +86,7 @@ def from_settings(augmentation: settings.AugmentationSettings, *, rows: int) -> 
     if not 0 <= erase <= 1:
         raise UserError(f'data.erase={erase} is a probability: use 0 to 1')
     for name, alpha in (('mixup', mixup), ('cutmix', cutmix)):
-        # Below, shares are 0 or 1 in float32; above, a half. It must be a typo.
+        # Below, shares are 0 or 1 in float32; above, 0.5. It must be a typo.
         if alpha != 0 and not 0.01 <= alpha <= 100:
             raise UserError(
                 f'data.{name}={alpha} is the alpha of Beta(alpha, alpha): use 0.01 to '
@@ -140,7 +140,7 @@ def mix(images, key, mixing: Mixing, *, mean) -> Mixed:
 
 
 def _to_255(images):
-    """float32 from 0 to 255; the levels between the integers stay."""
+    """Converts to float32 from 0 to 255, keeping levels between integers."""
     numbers = images.astype(jnp.float32)
     return numbers / 257 if images.dtype == jnp.uint16 else numbers
 
@@ -177,7 +177,7 @@ def inside(boxes, height: int, width: int):
 
 
 def draw_shares(numbers, height: int, width: int, mixing: Mixing):
-    """The share that the images of a batch keep, and the same by pixel, `[H, W]`.
+    """The share that the images of a batch keep, and the share per pixel, `[H, W]`.
 
     Args:
       numbers: from 0 to 1, at least four.
@@ -199,7 +199,7 @@ def cut_box(center, share, height: int, width: int):
     """CutMix's box, int32 `[4]`, with sides of sqrt(1 - share) times the image's.
 
     Its center can be anywhere, and parts outside the image are cut off. So the box can
-    be smaller, and the share of its pixels is what counts.
+    be smaller, and the share of its actual pixels counts.
 
     Args:
       center: from 0 to 1, as shares of height and width.
@@ -212,7 +212,7 @@ def cut_box(center, share, height: int, width: int):
 
 
 def _from_beta(uniform, alpha):
-    """Beta(alpha, alpha) from a uniform number, with a table of quantiles.
+    """A Beta(alpha, alpha) value from a uniform number, with a table of quantiles.
 
     `jax.random.beta` is a loop of random length, for which a GPU waits for its host.
     """

@@ -29,7 +29,7 @@ _MOST_OPERATIONS = 14
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """The policy that `apply` follows.
+    """An augmentation policy.
 
     Attributes:
       count: number of operations, applied one after another.
@@ -43,7 +43,7 @@ class Policy:
 
 
 def parse(name: str) -> Policy | None:
-    """The policy of a value of `data.policy`; None for `none`.
+    """Parses `data.policy`; None for `none`.
 
     Raises:
       UserError: there is no such policy.
@@ -68,9 +68,9 @@ def apply(image, rng, policy: Policy, *, functions=None):
     """Applies random operations to an image, which is not changed itself.
 
     Args:
-      image: of Pillow.
-      functions: of an image and an amount, by the names of `OPERATIONS`; by default
-        those of this module.
+      Args: image: a Pillow image.
+      functions: functions of an image and an amount, by the names in `OPERATIONS`; by
+        default those of this module.
     """
     for _ in range(policy.count):
         name = _NAMES[rng.integers(len(_NAMES))]
@@ -87,7 +87,7 @@ def apply(image, rng, policy: Policy, *, functions=None):
 
 
 def _size_of(image):
-    """Width and height of Pillow's image or an array `[H, W, C]`."""
+    """Width and height of a Pillow image or an array `[H, W, C]`."""
     return image.size if isinstance(image, Image.Image) else image.shape[1::-1]
 
 
@@ -122,7 +122,7 @@ def adjust_sharpness(image, factor):
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """One change of an image.
+    """An operation on an image.
 
     Attributes:
       function: (image, amount) -> image.
@@ -140,7 +140,7 @@ def _up_to(narrow, wide):
 
 
 def _pixels(axis):
-    """RandAugment has shares of the side, TrivialAugment pixels."""
+    """RandAugment uses shares of the side, TrivialAugment pixels."""
 
     def amount(level, image, is_wide):
         return level * (32 if is_wide else 150 / 331 * _size_of(image)[axis])
@@ -176,7 +176,7 @@ OPERATIONS = {
     'contrast': _by_factor(color.adjust_contrast),
     'sharpness': _by_factor(adjust_sharpness),
     'posterize': Operation(ImageOps.posterize, _bits, False),
-    # Values from this on are inverted.
+    # Values from this threshold on are inverted.
     'solarize': Operation(
         ImageOps.solarize, lambda level, *_: 255 * (1 - level), False
     ),

@@ -9,7 +9,7 @@ from flax_densenet.errors import UserError, printable
 
 FILE = 'pack.json'
 FORMAT, VERSION = 'flax_densenet pack', 1
-# Of packs with three parts; earlier versions of this program read two.
+# For packs with three parts; earlier versions of this program read two.
 VERSION_OF_THREE = 2
 PARTS = ('train', 'val', 'test')
 REMEDY = 'copy it again, or recreate it with pack'
@@ -25,7 +25,7 @@ class Shard:
     count: int
     bytes: int
     sha256: str
-    fingerprint: str  # of the images that it was made from
+    fingerprint: str  # names of the images that it was made from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Manifest:
 
     Attributes:
       source: the `data.source` that was packed.
-      has_test: whether the source had a test part. Shards of `val` are there if it had
+      has_test: whether the source had a test part. There are shards of `val` if it had
         three parts.
-      shorter_side: in pixels, to which larger images were reduced; 0 if they were not.
+      shorter_side: in pixels; larger images were reduced to it; 0 if they were not.
     """
 
     source: str
@@ -84,12 +84,12 @@ def load(folder: str) -> Manifest:
     except (KeyError, TypeError, ValueError) as error:
         reason = f'no {error}' if isinstance(error, KeyError) else error
         raise UserError(
-            f'{path} is damaged or of another program ({reason})'
+            f'{path} is damaged or from another program ({reason})'
         ) from error
 
 
 def _to_manifest(content) -> Manifest:
-    """Raises KeyError, TypeError or ValueError if it is not a manifest of ours."""
+    """Raises KeyError, TypeError or ValueError if it is not a valid manifest."""
     if not isinstance(content, dict) or content.get('format') != FORMAT:
         raise ValueError(f'no {FORMAT}')
     if content['version'] not in (VERSION, VERSION_OF_THREE):
@@ -107,9 +107,9 @@ def _to_manifest(content) -> Manifest:
     fields['shards'] = tuple(map(to_shard, fields['shards']))
     parts = [shard.part for shard in fields['shards']]
     if 'train' not in parts or parts != sorted(parts, key=PARTS.index):
-        raise ValueError('no shards to train on first')
+        raise ValueError('no training shards at the start')
     if ('test' in parts) != fields['has_test']:
-        raise ValueError('shards to test on, or none, against has_test')
+        raise ValueError('test shards do not match has_test')
     if 'val' in parts and 'test' not in parts:
         raise ValueError('shards of val without test')
     return Manifest(**fields)
@@ -126,7 +126,7 @@ def to_shard(content) -> Shard:
     shard = Shard(**fields)
     name = shard.file
     if os.path.basename(name) != name or name in ('', '.', '..') or '\0' in name:
-        raise ValueError(f'shard {name} is no plain name')
+        raise ValueError(f'shard {name} is not a plain name')
     if shard.part not in PARTS or not 0 < shard.count < 2**40:
         raise ValueError(f'shard {name} of {shard.part} with {shard.count} images')
     return shard
@@ -134,8 +134,8 @@ def to_shard(content) -> Shard:
 
 def _typed(content, name, kind):
     value = content[name]
-    if type(value) is not kind:  # True would pass for an int
-        raise TypeError(f'{name} is no {kind.__name__}')
+    if type(value) is not kind:  # True would count as an int
+        raise TypeError(f'{name} is not of type {kind.__name__}')
     return value
 
 
@@ -149,7 +149,7 @@ def check_size(path: str, expected: int):
         ) from error
     if size != expected:
         raise UserError(
-            f'{path} has {size} bytes instead of {expected}: cut short or of another '
+            f'{path} has {size} bytes instead of {expected}: truncated or from another '
             f'pack; {REMEDY}'
         )
 

@@ -26,8 +26,8 @@ class Options:
     Attributes:
       shard_mib: size in MiB at which a shard is full. It is also full with 2048 images.
       max_side: in pixels. An image with a longer shorter side is reduced to it and
-        saved as JPEG. 0 keeps all files as they are.
-      quality: of that JPEG, from 1 to 100.
+        saved as JPEG. 0 keeps all files unchanged.
+      quality: quality of that JPEG, from 1 to 100.
     """
 
     shard_mib: float = 256.0
@@ -55,7 +55,7 @@ class Job:
 
 
 class Images:
-    """The images of a source, and how they are packed."""
+    """The images of a source, and the options for packing them."""
 
     def __init__(self, listing: readers.Listing, root: str, options: Options):
         self.listing, self.options = listing, options

@@ -56,17 +56,17 @@ def to_record(image: bytes, label, name: bytes, source: bytes) -> bytes:
 
 
 def from_record(record: bytes) -> dict[str, Any]:
-    """Decodes a record: `image`, `label`, `name` and `source` as of `to_record`.
+    """Decodes a record: `image`, `label`, `name` and `source`, as in `to_record`.
 
     Raises:
-      ValueError: it is not one of our records.
+      ValueError: it is not a valid record.
     """
     import msgpack
 
     try:
         fields = msgpack.unpackb(record)
     except (msgpack.UnpackException, ValueError, TypeError) as error:
-        raise ValueError('no msgpack map') from error
+        raise ValueError('not a msgpack map') from error
     kinds: dict[str, Any] = {
         'image': bytes,
         'label': (int, bytes),
@@ -77,9 +77,9 @@ def from_record(record: bytes) -> dict[str, Any]:
         raise ValueError('no image with its label, name and source')
     for name, kind in kinds.items():
         if not isinstance(fields[name], kind):
-            raise ValueError(f'a {name} of another kind')
+            raise ValueError(f'a {name} of the wrong type')
     if len(fields['source']) != _HASH:
-        raise ValueError('a source of another length')
+        raise ValueError('a source of the wrong length')
     if isinstance(fields['label'], bytes):
         fields['label'] = np.frombuffer(fields['label'], '<f4')
     return fields
@@ -171,7 +171,9 @@ class PackedReader(readers.Reader):
         try:
             fields = from_record(self._pool.read(number, position))
             if not _same(fields['label'], self.labels[index]):
-                raise ValueError("its label is not the index's: of another pack")
+                raise ValueError(
+                    'its label differs from the index: it belongs to another pack'
+                )
         except (RuntimeError, ValueError, OSError) as error:
             reason = ' '.join(str(error).split())[:120]
             path = os.path.join(self.folder, shard.file)
@@ -214,7 +216,7 @@ class PackedReader(readers.Reader):
         )
 
     def _tensors(self):
-        """The index file, from which single tensors can be read."""
+        """The index file, which gives access to single tensors."""
         if self._index is None:
             import safetensors
 
@@ -251,7 +253,7 @@ class PackedReader(readers.Reader):
     def _check(self, name, good):
         if not good:
             path = os.path.join(self.folder, INDEX)
-            raise UserError(f'{path}: its {name} are not of this pack; {REMEDY}')
+            raise UserError(f'{path}: its {name} do not belong to this pack; {REMEDY}')
 
 
 def _same(label, expected):
@@ -280,5 +282,5 @@ def load(name: str) -> PackedReader:
     path = os.path.join(folder, INDEX)
     manifest_lib.check_size(path, manifest.index_bytes)
     if manifest_lib.sha256(path) != manifest.index_sha256:
-        raise UserError(f'{path} is damaged (its SHA-256 is another); {REMEDY}')
+        raise UserError(f'{path} is damaged (its SHA-256 differs); {REMEDY}')
     return PackedReader(folder, manifest)

@@ -18,7 +18,7 @@ _AHEAD = 2**23  # bytes
 
 
 def check_installed():
-    """Raises where the packages of the extra `packed` are missing."""
+    """Raises if the packages of the extra `packed` are missing."""
     with errors.extra('packed', 'packed data'):
         import msgpack  # noqa: F401
         from array_record.python import array_record_module  # noqa: F401
@@ -62,10 +62,10 @@ class Pool:
     def __setstate__(self, state):
         self.__dict__.update(state)
         self._lock = threading.Lock()
-        # By shard, the most recently used last.
+        # Open files by shard, the most recently used last.
         self._open: dict[int, Any] = collections.OrderedDict()
         self._ahead = None
-        # The rest is for the program's other files.
+        # The rest is reserved for other files of the program.
         files = platforms.max_open_files()
         self._most = 4096 if files is None else max(16, min(4096, files - 256))
 
@@ -104,7 +104,7 @@ class Pool:
 
 def _read_ahead(paths):
     """Makes the system cache the files, if they fit into its memory."""
-    with contextlib.suppress(OSError):  # readers of the file will get the error, too
+    with contextlib.suppress(OSError):  # readers of the file will get the same error
         if sum(map(os.path.getsize, paths)) > _free_memory() / 2:
             return
         for path in paths:
@@ -112,7 +112,7 @@ def _read_ahead(paths):
                 handle = file.fileno()
                 for start in range(0, os.fstat(handle).st_size, _AHEAD):
                     os.posix_fadvise(handle, start, _AHEAD, os.POSIX_FADV_WILLNEED)
-                    # Waits for the previous piece, so that others get their turn.
+                    # Waits for the previous piece, so that other reads get their turn.
                     os.pread(handle, 1, max(0, start - 1))
 
 

@@ -54,8 +54,8 @@ def pack(
     """Packs a source into a folder, or resumes an interrupted pack.
 
     Args:
-      source: `folder:PATH` or `tar:PATH`, see `dataset.load_source`.
-      out: a new folder, or that of a pack of the same images.
+      Args: source: `folder:PATH` or `tar:PATH`, see `dataset.load_source`.
+      out: a new folder, or the folder of a pack of the same images.
       labels, bad_images: see `dataset.load_source`.
       table: how to read the table of labels.
       threads: number of shards that are written at a time.
@@ -101,7 +101,7 @@ def verify(name: str) -> manifest_lib.Manifest:
             if actual != shard.sha256:
                 pool.shutdown(cancel_futures=True)
                 raise UserError(
-                    f'{path} is damaged (its SHA-256 is another); {manifest_lib.REMEDY}'
+                    f'{path} is damaged (its SHA-256 differs); {manifest_lib.REMEDY}'
                 )
     return reader.manifest
 
@@ -126,7 +126,7 @@ class _Packer:
         self.source, self.out, self.images = source, out, stored
         self.listing = stored.listing
         self._stop, self._noting = threading.Event(), threading.Lock()
-        # By shard: hashes and names of its records, for the index.
+        # Hashes and names of the records by shard, for the index.
         self._read: dict[str, tuple[np.ndarray, list[bytes]]] = {}
 
     def run(self, threads) -> manifest_lib.Manifest:
@@ -237,7 +237,7 @@ class _Packer:
                 os.fsync(file.fileno())
             os.replace(part, path)
             atomic.sync_folder(self.out)
-        except RuntimeError as error:  # of the writer, for any reason
+        except RuntimeError as error:  # any error of the writer
             full = os.strerror(errno.ENOSPC) in str(error)
             reason = ' '.join(str(error).split())[:200]
             code = errno.ENOSPC if full else errno.EIO
@@ -333,7 +333,7 @@ def _read_progress(path) -> dict[str, manifest_lib.Shard]:
 
 
 def _explain(error, out):
-    """One line about a disk that is full or fails."""
+    """One line about a full or failing disk."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f'--out={out}: the disk is full; free some space, and run the same '

@@ -262,11 +262,11 @@ def _check_classes(folds, chosen, labels, names):
 def _say(listing, units, folds, fold, count, own_test):
     """The line that describes a fold."""
     total = len(units.owners)
-    how = 'each class'
+    how = 'class'
     if units.labels is None:
         how = ''
     elif units.labels.ndim == 2:
-        how = "each image's rarest label"
+        how = 'the rarest label of each image'
     line = f'data.folds={folds}: fold {fold} holds out {count} of {total} images'
     if units.has_groups:
         line += f', in complete groups (of {len(units._names)})'
@@ -274,6 +274,6 @@ def _say(listing, units, folds, fold, count, own_test):
         f', stratified by {how}' if how else ', at random: labels are read one by one'
     )
     if listing.test is not None:
-        line += f'; the {own_test} images of the test part are in no fold and choose '
-        line += 'nothing'
+        line += f'; the {own_test} images of the test part are in no fold and are '
+        line += 'not used for any choice'
     notes.say(line)

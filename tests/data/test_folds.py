@@ -78,7 +78,7 @@ def test_several_labels_are_stratified_by_the_rarest(grouped, capsys):
     tests = held_out(listing_of(labels, groups=groups), 5)
     rare = np.array([np.nansum(labels[test, 2]) for test in tests])
     assert rare.max() - rare.min() <= (2 if grouped else 1) and rare.sum() >= 10
-    assert "evenly of each image's rarest label" in capsys.readouterr().out
+    assert 'stratified by the rarest label of each image' in capsys.readouterr().out
     labels[:, 2] = 0
     labels[:2, 2] = 1
     find(listing_of(labels, groups=groups), 5, 1)

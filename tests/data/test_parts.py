@@ -90,7 +90,7 @@ def test_a_part_without_classes(tmp_path, capsys):
     assert 'test is left out: its images are directly in it' in capsys.readouterr().out
     write(tmp_path / 'val', a=2)
     assert counts(load(tmp_path)) == (12, 2, True)
-    assert 'val has no images of 1 of 2 classes (b)' in capsys.readouterr().out
+    assert 'val has no images for 1 of 2 classes (b)' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_one_part_alone_tells_of_the_others(tmp_path, capsys):
     write(tmp_path / 'train', a=5, b=5)
     write(tmp_path / 'test', a=1, b=1)
     load(tmp_path / 'train')
-    assert 'beside train there is test, which is not looked at' in (
+    assert 'next to train there is test, which is not used' in (
         capsys.readouterr().out
     )
 
@@ -201,7 +201,7 @@ def test_files_passed_over_are_counted(tmp_path, capsys):
     (tmp_path / 'z.png').write_bytes(b'')
     load(tmp_path)
     out = capsys.readouterr().out
-    assert 'passed over 3 .psd, 1 .zip, 1 no ending, 1 .csv' in out
+    assert 'skipped 3 .psd, 1 .zip, 1 no ending, 1 .csv' in out
     assert '.psd: convert them to JPEG or PNG' in out and '.zip: unpack them' in out
     assert '1 images are not in a class folder' in out
     (tmp_path / 'c').mkdir()

@@ -149,7 +149,7 @@ def test_bad_batches(folder, settings, message):
 
 def test_cache_and_processes_do_not_go_together(folder):
     source = load(folder, cache='memory')
-    with pytest.raises(UserError, match='data.workers=2 does not go with'):
+    with pytest.raises(UserError, match='data.workers=2 cannot be combined with'):
         pipeline.check_train_batches(source.train, 4, 'none', 2)
 
 

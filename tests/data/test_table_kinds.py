@@ -177,7 +177,7 @@ def test_one_of_several_columns(tmp_path):
         (column(list('qwertz'), 'label', False), 'has 6 different values for 6 images'),
         (
             column(['1.5', '2', '2', '1.5'], 'label', False),
-            'numbers as 1.5, which are no',
+            'numbers such as 1.5, which are no',
         ),
         (
             column(['cat', 'dog', 'cat'], 'label'),

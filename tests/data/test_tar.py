@@ -235,7 +235,7 @@ def test_damaged_tars(jpegs, tmp_path):
     path = write_tar(tmp_path / 'x.tar', samples(jpegs, [0, 1] * 6))
     whole = path.read_bytes()
     path.write_bytes(whole[:1000])
-    with pytest.raises(UserError, match='x.tar is cut short within 00000.jpg; copy'):
+    with pytest.raises(UserError, match='x.tar is truncated within 00000.jpg; copy'):
         load(tmp_path)
     path.write_bytes(b'no tar' * 500)
     with pytest.raises(UserError, match='x.tar is not a valid uncompressed tar file'):

@@ -136,7 +136,7 @@ def test_three_splits_of_tfds(tfds, tmp_path, capsys, monkeypatch):
     source = dataset.load_source('tfds:tiny_three', **fields)
     assert source.train.groups is None
     out = capsys.readouterr().out
-    assert 'data.groups=column:patient_id reads it of all 14' in out
+    assert 'data.groups=column:patient_id first reads it from all 14' in out
     assert 'data.subgroups=view reads them of all 14' in out
     assert not source.train.subgroups
     # A split of ours keeps patients together, though labels are read one by one.

@@ -130,7 +130,7 @@ def test_evaluation_leaves_them_out(source, monkeypatch):
     metrics = evaluate.evaluate(None, {}, source.train, **settings, bad_images='skip')
     assert (metrics['accuracy'], metrics['count']) == (1, count - 2)
     assert metrics['unread'] == [0, 6]
-    with pytest.raises(UserError, match='is missing'):
+    with pytest.raises(UserError, match='is not there'):
         evaluate.evaluate(None, {}, source.train, **settings)
     whole = evaluate.evaluate(None, {}, source.test, **settings, bad_images='skip')
     assert (whole['count'], 'unread' in whole) == (len(source.test), False)
@@ -140,7 +140,7 @@ def test_features_are_of_all_images(source):
     """A run begins with them; it can begin again without the file."""
     lose(source.train, [1])
     batches = pipeline.eval_batches(dataset.Numbered(source.train), batch_size=8)
-    with pytest.raises(UserError, match='is missing'):
+    with pytest.raises(UserError, match='is not there'):
         list(batches)
 
 

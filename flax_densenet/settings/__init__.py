@@ -1,4 +1,4 @@
-"""All settings of the program, typed; `from_config` makes them of a ConfigDict."""
+"""All settings of the program, typed; `from_config` makes them from a ConfigDict."""
 
 from flax_densenet.settings.config import (
     RENAMED,

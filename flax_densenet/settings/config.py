@@ -1,4 +1,4 @@
-"""Settings from a config and back: the one place where fields are read by name.
+"""Settings from a config and back: the only place where fields are read by name.
 
 A config is what `configs/base.py` makes, or a mapping of the same shape:
 `{'init_from': ..., 'model': {...}, 'data': {...}, 'optimizer': {...}, 'train': {...},
@@ -83,8 +83,8 @@ def from_config(config: Settings | Mapping[str, Any] | Any) -> Settings:
 def from_saved(saved: Mapping[str, Any]) -> Settings:
     """Settings that were saved with a run: `config.json`, or a checkpoint's metadata.
 
-    Fields that the file does not have get their defaults, which is what they were
-    before the field existed. What is not a field is left out.
+    Fields that are missing from the file get their defaults, which describe the
+    behavior before the field existed. Unknown entries are left out.
 
     Raises:
       UserError: a value is of another type.
@@ -94,7 +94,7 @@ def from_saved(saved: Mapping[str, Any]) -> Settings:
 
 
 def to_config(settings: Settings) -> dict[str, Any]:
-    """The nested dict that `from_config` takes, sorted by name; JSON can hold it."""
+    """The nested dict that `from_config` accepts, sorted by name, of JSON values."""
     found: dict[str, Any] = {'init_from': settings.init_from}
     for section, groups in SECTIONS.items():
         fields: dict[str, Any] = {}
@@ -110,7 +110,7 @@ def flatten(settings: Settings) -> dict[str, Any]:
 
 
 def current_name(name: str) -> str:
-    """The name that a field has now; a former one is reported in a line."""
+    """The current name of a field; a former name is reported in a line."""
     if name not in RENAMED:
         return name
     _LOGGER.warning(
@@ -120,7 +120,7 @@ def current_name(name: str) -> str:
 
 
 def with_current_names(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved config with the fields under the names that they have now."""
+    """A saved config with the fields under their current names."""
     found = dict(config)
     for old, new in RENAMED.items():
         section, _, name = old.partition('.')
@@ -135,9 +135,9 @@ def with_current_names(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_former_split(data: dict[str, Any]) -> dict[str, Any]:
-    """Saved fields of `data`, images grouped as they were when these were saved.
+    """Saved fields of `data`, with images grouped as when they were saved.
 
-    Versions without `data.val_fraction` looked for groups in tables and packs alone.
+    Versions without `data.val_fraction` looked for groups only in tables and packs.
     """
     kind = str(data.get('source')).partition(':')[0]
     if 'val_fraction' in data or kind not in ('folder', 'tar', 'hf', 'parquet', 'tfds'):
@@ -148,7 +148,8 @@ def with_former_split(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flat(config):
-    """Pairs of `section.name`, or the name of what is in no section, and value."""
+    """Pairs of name and value; names are `section.name`, or `name` outside of
+    sections."""
     for section, fields in config.items():
         if hasattr(fields, 'items'):
             yield from ((f'{section}.{name}', value) for name, value in fields.items())

@@ -12,7 +12,7 @@ from flax_densenet.settings import sizes
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
-    """The network: what `models.factory.create_model` takes, but for the classes."""
+    """The network: arguments of `models.factory.create_model` except the classes."""
 
     variant: str | None = None
     growth_rate: int | None = None
@@ -132,7 +132,7 @@ class PreparationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class AugmentationSettings:
-    """What changes the training images, in this order."""
+    """Augmentation of the training images, in this order."""
 
     augment: str = 'none'
     color_jitter: tuple[float, ...] = ()
@@ -155,7 +155,7 @@ class LoaderSettings:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
-    """What a trained model sees of an image."""
+    """The views of an image in prediction."""
 
     tta: str = 'none'
 
@@ -187,7 +187,7 @@ class ScheduleSettings:
 
 @dataclasses.dataclass(frozen=True)
 class LossSettings:
-    """What the gradient is of."""
+    """The training loss."""
 
     loss: str = 'cross_entropy'
     focal_gamma: float = 2.0
@@ -197,7 +197,7 @@ class LossSettings:
 
 @dataclasses.dataclass(frozen=True)
 class DecisionSettings:
-    """What is fitted after training: how outputs become decisions."""
+    """Fitting after training: how outputs become decisions."""
 
     calibrate: bool = True
     threshold: str = ''
@@ -209,7 +209,7 @@ class DecisionSettings:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingSettings:
-    """The run itself: how long, what trains when, what is kept and shown."""
+    """The run itself: its length, what trains when, and what is saved and shown."""
 
     epochs: int = 40
     accumulate_steps: int = 1
@@ -230,7 +230,7 @@ class TrainingSettings:
 
 @dataclasses.dataclass(frozen=True)
 class ReportSettings:
-    """What pages show."""
+    """The content of pages."""
 
     private: bool = False
 

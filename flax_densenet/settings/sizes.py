@@ -19,7 +19,7 @@ _TEXT = re.compile(r'\s*[(\[]?\s*(\d+)\s*(?:[,x×]\s*(\d+)\s*,?)?\s*[)\]]?\s*', 
 
 
 def parse(value: Any, field: str = 'data.image_size') -> Size:
-    """The size that a value means.
+    """Parses a size.
 
     Args:
       value: a number, two numbers (height and width), or text with them: `224`,

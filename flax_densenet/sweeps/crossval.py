@@ -1,13 +1,13 @@
 """Cross-validation: a model for each fold of the data, trained on the other folds.
 
-Each fold is an ordinary run, of `fit.fit`, in `fold-1/`, `fold-2/`, ... of one folder,
-with `data.folds` and `data.fold` among its settings. `crossval.json` keeps which are
-done. Run the same command to resume: finished folds stay as they are, and the run that
-was interrupted resumes from its last checkpoint.
+Each fold is an ordinary run of `fit.fit`, in `fold-1/`, `fold-2/`, ... of one folder,
+with `data.folds` and `data.fold` among its settings. `crossval.json` records which
+folds are done. Run the same command to resume: finished folds stay as they are, and the
+run that was interrupted resumes from its last checkpoint.
 
-When all folds are trained, their predictions for their own held-out images are put
-together (`out_of_fold`), and `ensemble.json` makes one model of them (`ensembles`). A
-test part of the data is in no fold; the ensemble is measured on it.
+When all folds are trained, their predictions for their own held-out images are combined
+(`out_of_fold`), and `ensemble.json` makes them one model (`ensembles`). If the data has
+a test part, it is in no fold, and the ensemble is measured on it.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ from flax_densenet.weights import precision as precision_lib
 from flax_densenet.weights import trained as trained_lib
 
 _LOGGER = logging.getLogger(__name__)
-VAL_FRACTION = 0.1  # by default, of the training images of each fold
+VAL_FRACTION = 0.1  # default share of the training images of each fold
 _REMEDY = 'use another --workdir, or the same settings and images'
 
 
@@ -108,7 +108,7 @@ def _plan(settings, class_names, arguments, val_fraction):
     folds = settings.data.folds
     resolved, _ = prepare.resolve(settings, None, class_names)
     every = dataset.from_settings(resolved.data, resolved.preparation)
-    # As it was found, so that the folds make one ensemble.
+    # The detected window, so that the folds make one ensemble.
     seen = every.train.preparation
     preparation = dataclasses.replace(
         settings.preparation, window=seen.window or (), bit_depth=seen.bit_depth
@@ -128,13 +128,13 @@ def _plan(settings, class_names, arguments, val_fraction):
         {name: len(part) for name, part in every.parts.items()},
         identity.describe(every),
     )
-    # As JSON gives it back.
+    # In the form that JSON returns.
     fields = json.loads(json.dumps(dataclasses.asdict(record)))
     return settings, crossval_record.CrossvalRecord(**fields)
 
 
 def _choose_val_fraction(every):
-    """None of the training images, if the data has others to choose the epochs."""
+    """The share for validation; 0 if the data has its own validation part."""
     if every.val is not None:
         return 0.0
     notes.say(
@@ -160,7 +160,7 @@ def _open_record(workdir, now):
 
 
 def _train(workdir, record, settings, fold, class_names, stop):
-    """Trains the run of a fold, or goes on with it."""
+    """Trains the run of a fold, or resumes it."""
     folder = os.path.join(workdir, crossval_record.folder_of(fold))
     _LOGGER.info(f'{_progress(record, fold)} in {folder}')
     try:
@@ -171,7 +171,7 @@ def _train(workdir, record, settings, fold, class_names, stop):
     except UserError as error:
         raise UserError(f'fold {fold}: {error}') from error
     finally:
-        # Or each run would leave its compiled programs in memory.
+        # Otherwise each run would leave its compiled programs in memory.
         jax.clear_caches()
         gc.collect()
     record.runs[str(fold)] = one_run.result_of(folder, tested)
@@ -179,7 +179,7 @@ def _train(workdir, record, settings, fold, class_names, stop):
 
 
 def _progress(record, fold):
-    """`fold 3 of 5, about 12 min left`, by the time of the folds before."""
+    """`fold 3 of 5, about 12 min left`, from the time of the previous folds."""
     line = f'fold {fold} of {record.folds}'
     if record.runs:
         mean = record.seconds / len(record.runs)
@@ -189,7 +189,7 @@ def _progress(record, fold):
 
 
 def _write_files(workdir, record, settings):
-    """What makes one model of the folds."""
+    """The description of the ensemble of the folds."""
     with atomic.replacing(os.path.join(workdir, run_folder.CONFIG_FILE)) as file:
         json.dump(settings_lib.to_config(settings), file, indent=2)
     names = [crossval_record.folder_of(n) for n in range(1, record.folds + 1)]
@@ -214,7 +214,7 @@ def measure(
     how: explain.Options = explain.DEFAULT,
     private: bool | None = None,
 ) -> out_of_fold.OutOfFold:
-    """Measures a finished cross-validation, and writes and logs what came of it.
+    """Measures a finished cross-validation; writes and logs the results.
 
     `eval.json`, `predictions.csv` and `report.html` are of the out-of-fold predictions;
     those in `test/` are of the ensemble on the test part of the data, if there is one.
@@ -280,7 +280,7 @@ def measure(
 
 
 def _with_thresholds(workdir, found, ensemble, rules):
-    """The ensemble with the thresholds that rules choose, which are kept."""
+    """The ensemble with the thresholds that the rules choose; saves them."""
     if rules is None or not rules.threshold:
         return ensemble
     made = out_of_fold.fit_thresholds(found, ensemble, rules)
@@ -295,7 +295,7 @@ def _own_settings(metadata):
 
 
 def _measure_test(workdir, ensemble, settings):
-    """Lines about the ensemble on the data's own test part."""
+    """Lines about the ensemble on the test part of the data."""
     _, own, _ = results.of_data(ensemble, workdir, settings)
     measured = results.describe(ensemble, settings.data.source, weights=workdir)
     folder = os.path.join(workdir, out_of_fold.TEST)

@@ -1,4 +1,4 @@
-"""`crossval.json`: what a cross-validation is of, and which folds are trained."""
+"""`crossval.json`: the definition of a cross-validation, and its trained folds."""
 
 import dataclasses
 import json
@@ -12,20 +12,20 @@ from flax_densenet.weights import ensembles
 
 FILE = ensembles.UNFINISHED
 VERSION = 1
-# Where the data is may change; whether it is the same is looked at by its content.
+# The path of the data may change; whether it is the same is checked by its content.
 PLACES = ('data.source', 'data.labels', 'data.tfds_dir', 'init_from')
 
 
 @dataclasses.dataclass
 class CrossvalRecord:
-    """All of `crossval.json`.
+    """The content of `crossval.json`.
 
     Attributes:
-      folds: how many there are.
+      folds: number of folds.
       config: settings by full name that must be the same when it is resumed.
-      arguments: of the command line.
-      images: how many there are, by part, as a checkpoint's metadata have it.
-      identity: of the images, see `data.identity`.
+      arguments: arguments of the command line.
+      images: numbers of images by part, as in a checkpoint's metadata.
+      identity: identity of the images, see `data.identity`.
       runs: results of the trained folds, by number as text.
     """
 
@@ -38,7 +38,7 @@ class CrossvalRecord:
 
     @property
     def seconds(self) -> float:
-        """Of training, all folds so far."""
+        """Seconds of training, for all folds so far."""
         return sum(run.seconds for run in self.runs.values())
 
     def save(self, workdir: str):
@@ -60,8 +60,7 @@ def is_crossval(workdir: str) -> bool:
 def load(workdir: str) -> CrossvalRecord:
     """Reads `crossval.json`.
 
-    Raises:
-      UserError: it cannot be read, or is none of this program.
+    Raises: UserError: it cannot be read, or is not a record of this program.
     """
     path = os.path.join(workdir, FILE)
     try:
@@ -82,7 +81,7 @@ def load(workdir: str) -> CrossvalRecord:
 
 
 def find_difference(before: CrossvalRecord, now: CrossvalRecord) -> str:
-    """What a cross-validation is that the new one is not; empty if it can go on."""
+    """How a recorded cross-validation differs from the new one; empty to resume."""
     if before.folds != now.folds:
         return f'of {before.folds} folds, not {now.folds}'
     for name in before.config.keys() & now.config.keys():

@@ -1,4 +1,4 @@
-"""One run of a sweep or of a cross-validation: trained, and what came of it."""
+"""One run of a sweep or of a cross-validation: training and its result."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,11 +20,11 @@ def train(
     ends_after: Callable[[dict[str, Any]], bool] = lambda record: False,
     **options,
 ) -> dict[str, Any] | None:
-    """Trains a run in a folder, or goes on with it; writes what a run has at its end.
+    """Trains a run in a folder, or resumes it, and writes its final files.
 
     Args:
-      stop, ends_after: as of `fit.fit`.
-      **options: others of `fit.fit`.
+      stop, ends_after: as in `fit.fit`.
+      **options: further arguments of `fit.fit`.
 
     Returns:
       Metrics on the test images, if they were not used for any choice; else None.
@@ -43,10 +43,10 @@ def train(
 
 
 def result_of(folder: str, tested: dict[str, Any] | None) -> TrialResult:
-    """What came of the run in a folder.
+    """The result of the run in a folder.
 
     Args:
-      tested: of `train`.
+      tested: result of `train`.
     """
     records = run_folder.load_run(folder).records
     best = max(records, key=checkpoint_reader.rank)

@@ -1,9 +1,9 @@
-"""Optuna behind a few calls: what to try next, and whether a trial is worth its epochs.
+"""Optuna behind a few calls: what to try next, and whether to continue a trial.
 
-Its storage is an SQLite file, whose writes are complete or absent whenever the process
-is killed; a journal file's last line could be torn, after which Optuna reads none of
-it. Each suggestion is drawn with a seed of its own from the trials before it, so a
-sweep that was interrupted goes on with the settings that it would have had.
+Its storage is an SQLite file, with atomic writes even if the process is killed; the
+last line of a journal file could be incomplete, after which Optuna could not read it.
+Each suggestion is drawn with a separate seed from the trials before it, so an
+interrupted sweep continues with the settings that it would have had.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from flax_densenet.errors import UserError
 PRUNERS = ('none', 'median', 'halving')
 FILE = 'sweep.db'
 _STUDY = 'sweep'
-ENOUGH = 10  # finished trials, with fewer of which an importance is chance
+ENOUGH = 10  # finished trials needed for a meaningful importance
 
 
 def _optuna():
@@ -28,20 +28,21 @@ def _optuna():
 
 
 def check(prune: str):
-    """Raises where Optuna is missing, or where there is no such pruner."""
+    """Raises if Optuna is missing, or if there is no such pruner."""
     if prune not in PRUNERS:
         raise UserError(f'--prune={prune} is not known; use {", ".join(PRUNERS)}')
     _optuna()
 
 
 def make_pruner(prune: str, epochs: int):
-    """Ends trials that others leave behind, at the same epoch.
+    """Ends trials that fall behind others at the same epoch.
 
     Args:
-      prune: `median`: whose best so far is below the median of the finished trials,
-        once there are five, and after a quarter of the epochs (two at least);
-        `halving`: not in the best third, after a ninth and a third of the epochs.
-      epochs: of a whole trial.
+      prune: `median`: ends trials with a best result below the median of the finished
+        trials, once there are five, and after a quarter of the epochs (at least two);
+        `halving`: ends trials that are not in the best third after a ninth and a third
+        of the epochs.
+      epochs: number of epochs of a complete trial.
     """
     pruners = _optuna().pruners
     if prune == 'median':
@@ -76,7 +77,8 @@ class Tuner:
             name: self._distribution(values) for name, values in parameters.items()
         }
         with self._storage():
-            # A path may hold what a URL or Optuna's template would take for its own.
+            # A path may contain characters that are special in a URL or in Optuna's
+            # template.
             self._stored = optuna.storages.RDBStorage(
                 'sqlite:///sweep',
                 engine_kwargs={
@@ -92,7 +94,7 @@ class Tuner:
             )
 
     def close(self):
-        """Lets go of the file."""
+        """Closes the file."""
         self._stored.engine.dispose()
 
     def _distribution(self, values):
@@ -113,7 +115,7 @@ class Tuner:
         except (self._optuna.exceptions.StorageInternalError, sqlite3.Error) as error:
             raise self._unusable(error) from error
         except Exception as error:
-            # sqlalchemy, which is not imported here, has errors of its own.
+            # Errors of sqlalchemy, which is not imported here.
             if type(error).__module__.partition('.')[0] != 'sqlalchemy':
                 raise
             raise self._unusable(error) from error
@@ -126,10 +128,10 @@ class Tuner:
         )
 
     def drop_unknown(self, known: set[int]):
-        """Gives up trials that were begun and of which nothing was kept.
+        """Marks trials that were begun but not recorded as failed.
 
         Args:
-          known: the numbers of those that were, all of which have to be there.
+          known: numbers of the recorded trials, all of which must exist.
         """
         states = self._optuna.trial.TrialState
         with self._storage():
@@ -164,9 +166,9 @@ class Tuner:
         return self._optuna.trial.Trial(self._study, place)
 
     def report(self, number: int, epoch: int, value: float) -> bool:
-        """Tells the figure after an epoch; returns whether to end the trial.
+        """Reports the metric after an epoch; returns whether to end the trial.
 
-        Of an epoch that was told before the first figure counts.
+        If an epoch was reported before, the first value counts.
         """
         with self._storage():
             trial = self._load(number)
@@ -174,7 +176,7 @@ class Tuner:
             return trial.should_prune()
 
     def finish(self, number: int, value: float | None):
-        """Tells the result; None for a trial that was pruned or failed.
+        """Reports the result; None for a trial that was pruned or failed.
 
         Optuna leaves failed trials out, and would try the like again; as pruned ones
         they count as bad.
@@ -185,10 +187,11 @@ class Tuner:
             self._study.tell(number, value, state=state, skip_if_finished=True)
 
     def importances(self) -> dict[str, float]:
-        """Each parameter's share of what varies between results (fANOVA).
+        """Each parameter's share of the variance of results (fANOVA).
 
         Returns:
-          Nothing of a grid, of fewer than `ENOUGH` results or of results all alike.
+          Empty for a grid, for fewer than `ENOUGH` results, or if all results are
+          equal.
         """
         states = self._optuna.trial.TrialState
         with self._storage():

@@ -1,6 +1,6 @@
-"""`sweep.html`: a sweep on one page, and its last words on the terminal.
+"""`sweep.html`: a sweep on one page, and its summary on the terminal.
 
-Both are made of `sweep.json` alone, so `report` makes them on any machine.
+Both are made only from `sweep.json`, so `report` makes them on any machine.
 """
 
 import datetime
@@ -108,7 +108,7 @@ def _best(rows):
 
 
 def _describe_choice(kept, best):
-    """A line on which images chose the best setting, and what others say of it."""
+    """A line on the images that chose the best setting, and its result on others."""
     if kept.part == epoch_records.TEST:
         return (
             'chosen on the test images, so these metrics are optimistic: measure it on '
@@ -130,7 +130,7 @@ def _count(rows, state):
 
 
 def _close(rows):
-    """A line where the first two differ by less than seeds do, else nothing."""
+    """A line if the first two differ by less than seeds do, else ''."""
     done = [row for row in rows if row.setting.state == 'done']
     if len(done) < 2 or None in (done[0].spread, done[1].spread):
         return ''
@@ -145,7 +145,7 @@ def _close(rows):
 def _commands(workdir, kept, row):
     """What to do with the best setting, `[(what, parts of a command)]`."""
     run = os.path.join(workdir, row.folder, f'seed{row.best_seed}')
-    # Not the best seed, whose luck would not repeat on other images.
+    # Not the best seed, whose luck would not carry over to other images.
     fields = {k: v for k, v in row.setting.fields.items() if k != space.SEED}
     # A tuple that is given twice would be both, one behind the other.
     again = [
@@ -172,7 +172,7 @@ def _link(workdir, row, folder):
     return ''
 
 
-_COLORED = 8  # settings that have a color of their own
+_COLORED = 8  # settings with separate colors
 
 
 def _draw_curves(kept, rows, unit, shares):
@@ -193,7 +193,7 @@ def _draw_curves(kept, rows, unit, shares):
     if not lines:
         return '', False
     low = _low_of(rows)
-    # The best last, so that it lies on top.
+    # The best last, so that it is on top.
     chart = charts.by_epoch(
         lines[::-1],
         title=unit,
@@ -208,7 +208,7 @@ def _draw_curves(kept, rows, unit, shares):
 
 
 def _low_of(rows):
-    """Where the axis begins: long runs differ little at their end and rise far."""
+    """The start of the axis: long runs rise far and differ little at their end."""
     finished = [
         run.figures
         for row in rows
@@ -220,7 +220,7 @@ def _low_of(rows):
 
 
 def _slice(rows, name):
-    """What the page draws of the settings over one field."""
+    """The values that the page plots over one field."""
     there = [row for row in rows if row.count and name in row.setting.fields]
     values = [_number(row.setting.fields[name]) for row in there]
     if None in values:
@@ -244,7 +244,7 @@ def _number(text):
 
 
 def _is_log(values):
-    """Whether numbers lie too far apart for an even axis."""
+    """Whether numbers are too far apart for a linear axis."""
     if not values or isinstance(values[0], str) or min(values) <= 0:
         return False
     return max(values) / min(values) >= 20

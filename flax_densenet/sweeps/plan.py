@@ -1,4 +1,4 @@
-"""What a sweep trains, from its flags: settings, seeds, and what is wrong with them."""
+"""The plan of a sweep from its flags: settings and seeds, all checked."""
 
 import itertools
 import json
@@ -10,7 +10,7 @@ from flax_densenet.errors import UserError
 from flax_densenet.sweeps import space
 from flax_densenet.train import prepare
 
-# How something is computed, kept or shown, not what comes of it.
+# These settings do not affect results.
 FREE = (
     *('data.threads', 'data.workers', 'data.cache', 'data.cache_limit_gib'),
     *('train.checkpoint_every', 'train.tensorboard', 'train.report'),
@@ -28,12 +28,12 @@ def join(fields: dict[str, Any]) -> str:
 
 
 class Plan:
-    """What is to be trained.
+    """The settings to train.
 
     Attributes:
-      seeds: with which each setting is trained.
-      trials: settings to search for, or None.
-      parameters: of a search, as `optuna_study.Tuner` takes them.
+      seeds: the seeds to train each setting with.
+      trials: number of settings to search for, or None.
+      parameters: parameters of a search, as for `optuna_study.Tuner`.
     """
 
     def __init__(self, settings, flags, override, trials, prune):
@@ -69,15 +69,15 @@ class Plan:
 
     @property
     def count(self) -> int:
-        """Settings of the grid, or to search for."""
+        """Number of settings of the grid, or to search for."""
         return self.trials or math.prod(len(axis.options) for axis in self.space.axes)
 
     def override(self, fields: dict[str, str]) -> settings_lib.Settings:
-        """The settings with some fields changed, by name as text."""
+        """The settings with some fields changed, given by name as text."""
         return settings_lib.from_config(self._override(fields))
 
     def value(self, field: str, text: str):
-        """A value as its field has it, and as JSON gives it back."""
+        """A value in its field's type, in the form that JSON returns."""
         if (field, text) not in self.values:
             found = settings_lib.flatten(self.override({field: text}))[field]
             self.values[field, text] = json.loads(json.dumps(found))
@@ -96,7 +96,7 @@ class Plan:
         return name, (*ends, axis.log)
 
     def fields_of(self, parameters: dict[str, Any]) -> dict[str, str]:
-        """The fields, as text, of a setting that was searched for."""
+        """The fields, as text, of a setting from a search."""
         fields: dict[str, str] = {}
         for axis in self.space.axes:
             value = parameters[' '.join(axis.fields)]
@@ -108,11 +108,11 @@ class Plan:
         return fields
 
     def values_of(self, fields: dict[str, str]) -> dict[str, Any]:
-        """Of a setting's fields."""
+        """The key of a setting's fields."""
         return {name: self.value(name, text) for name, text in fields.items()}
 
     def definition(self) -> dict[str, Any]:
-        """What the sweep is, as JSON gives it back."""
+        """The definition of the sweep, in the form that JSON returns."""
         swept = {*self.space.fields, space.SEED, *FREE}
         shared = settings_lib.flatten(self.settings)
         axes = []
@@ -132,10 +132,10 @@ class Plan:
         return json.loads(json.dumps(sweep))
 
     def check(self):
-        """Prepares settings without training them: all that is wrong shows now.
+        """Prepares settings without training them, so that all mistakes show early.
 
-        Of a grid all of them; of a search, or very many, each value once. The seeds
-        with the first one.
+        For a grid it prepares all settings; for a search, or very many settings, each
+        value once. The seeds are prepared with the first setting.
 
         Raises:
           UserError: a field, a value or the data cannot be used.
@@ -152,7 +152,7 @@ class Plan:
         sources = {}
         for fields in grid:
             settings = self.override(fields)
-            # Looking through a large folder takes longer than all the rest.
+            # Listing a large folder takes longer than everything else.
             key = settings.init_from, settings.data, settings.preparation
             try:
                 sources[key] = prepare.prepare(
@@ -163,10 +163,10 @@ class Plan:
 
 
 def find_difference(old, new):
-    """What an old sweep is that the new one is not; nothing where it can go on.
+    """How an old sweep differs from the new one; empty if it can continue.
 
-    A grid can have values and seeds that the old one had not; a search cannot, since it
-    would not be the one that began.
+    A grid can have new values and seeds; a search cannot, since it would be another
+    search.
     """
     for name in old['config'].keys() & new['config'].keys():
         before, now = old['config'][name], new['config'][name]
@@ -198,6 +198,6 @@ def find_difference(old, new):
 
 
 def _first_of(old, new, name):
-    """What differs first in two lists."""
+    """The first difference of two lists."""
     pairs = itertools.zip_longest(old[name], new[name])
     return next(f'{json.dumps(a)}, not {json.dumps(b)}' for a, b in pairs if a != b)

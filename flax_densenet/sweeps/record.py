@@ -1,7 +1,7 @@
-"""`sweep.json`: what a sweep is of, its settings and their results.
+"""`sweep.json`: the definition of a sweep, its settings and their results.
 
-The one record of a sweep: it is replaced whole after each run, and its table and page
-need nothing else, neither Optuna nor the runs' folders.
+It is the only record of a sweep: it is replaced atomically after each run, and the
+table and page need nothing else, neither Optuna nor the runs' folders.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from flax_densenet.settings import RENAMED
 from flax_densenet.system import atomic
 
 FILE, TRIALS = 'sweep.json', 'trials'
-# How a setting stands; `training` also where it was interrupted.
+# The state of a setting; `training` also after an interruption.
 STATES = ('training', 'done', 'pruned', 'failed')
 
 
@@ -24,13 +24,13 @@ class TrialResult:
     """A setting trained with one seed.
 
     Attributes:
-      figures: accuracy (mean AUROC with several labels) after each epoch, of the images
-        that choose the best one.
+      figures: accuracy (mean AUROC with several labels) after each epoch, on the images
+        that choose the best epoch.
       best_epoch: from 1; by `checkpoint_reader.rank`.
-      loss: of this epoch, of the same images.
-      seconds: of training.
-      test: accuracy (mean AUROC) of this epoch for the test images, if they chose
-        nothing; else None.
+      loss: loss of this epoch on the same images.
+      seconds: time of the training.
+      test: accuracy (mean AUROC) of this epoch on the test images, if they were not
+        used for any choice; else None.
     """
 
     figures: list[float]
@@ -41,22 +41,22 @@ class TrialResult:
 
     @property
     def best(self) -> float:
-        """The figure of the best epoch."""
+        """The metric of the best epoch."""
         return self.figures[self.best_epoch - 1]
 
 
 @dataclasses.dataclass
 class SettingResult:
-    """Values of the fields that a sweep is over.
+    """A setting: values of the fields that a sweep varies.
 
     Attributes:
-      fields: as text, as a flag has them.
-      values: the same as JSON has them.
-      number: of its trial in Optuna's storage.
-      parameters: of that trial, where the settings are searched for.
-      state: of `STATES`.
-      why: it failed.
-      runs: by the seed, as text.
+      fields: values as text, as in a flag.
+      values: the same as JSON values.
+      number: number of its trial in Optuna's storage.
+      parameters: parameters of that trial, in a search.
+      state: one of `STATES`.
+      why: the reason if it failed.
+      runs: results by seed, as text.
     """
 
     fields: dict[str, str]
@@ -73,15 +73,15 @@ class SettingResult:
 
 @dataclasses.dataclass
 class SweepRecord:
-    """All of `sweep.json`.
+    """The content of `sweep.json`.
 
     Attributes:
-      definition: what has to be the same when a sweep goes on, see `sweep`.
-      arguments: of the command line, that each of its runs has in common.
-      figure: what `TrialResult.figures` are: `test accuracy`, `validation accuracy` or
-        `mean AUROC`.
+      definition: values that must be the same when a sweep continues, see `plan`.
+      arguments: arguments of the command line that all runs share.
+      figure: the metric in `TrialResult.figures`: `test accuracy`, `validation
+        accuracy` or `mean AUROC`.
       part: which images choose: `val` or `test`.
-      importances: share of each field in what varies between results; of a search.
+      importances: share of each field in the variance of results, for a search.
     """
 
     definition: dict[str, Any]
@@ -93,18 +93,18 @@ class SweepRecord:
 
     @property
     def fields(self) -> list[str]:
-        """That change between settings, in the order of the flags."""
+        """The fields that differ between settings, in the order of the flags."""
         return [name for axis in self.definition['axes'] for name in axis['fields']]
 
     @property
     def short_fields(self) -> list[str]:
-        """The same without their sections, where that leaves them apart."""
+        """The same without their sections, if they remain distinct."""
         ends = [name.rpartition('.')[2] for name in self.fields]
         pairs = zip(self.fields, ends, strict=True)
         return [end if ends.count(end) == 1 else name for name, end in pairs]
 
     def folder(self, setting: SettingResult, seed: str | int = '') -> str:
-        """Of a setting, or of its run with a seed, below the sweep's."""
+        """The folder of a setting, or of its run with a seed, below the sweep's."""
         name = os.path.join(TRIALS, f'{self.settings.index(setting) + 1:03}')
         return os.path.join(name, f'seed{seed}') if seed != '' else name
 
@@ -122,8 +122,7 @@ def is_sweep(workdir: str) -> bool:
 def load(workdir: str) -> SweepRecord:
     """Reads `sweep.json`.
 
-    Raises:
-      UserError: it cannot be read, or is none of this program.
+    Raises: UserError: it cannot be read, or is not a record of this program.
     """
     path = os.path.join(workdir, FILE)
     try:
@@ -139,7 +138,7 @@ def load(workdir: str) -> SweepRecord:
 
 
 def _with_current_names(saved):
-    """Fields of a config under the names that they have now, wherever they occur."""
+    """Fields of a config under their current names, wherever they occur."""
     if isinstance(saved, dict):
         return {
             RENAMED.get(name, name): _with_current_names(value)
@@ -165,7 +164,7 @@ def _result(fields):
 
 
 def _check(book):
-    """Raises where something has another type than the table and the page take."""
+    """Raises if a value does not have the type that the table and the page need."""
     if book.part not in epoch_records.WORDS:
         raise ValueError(f'a sweep by {book.part}')
     texts = [*book.arguments, *book.fields, *book.importances, book.figure]

@@ -1,15 +1,14 @@
-"""Many runs by one command: a grid of settings or a search for them, over seeds.
+"""Many runs with one command: a grid of settings or a search, over seeds.
 
-Each run is an ordinary one, of `fit.fit`, in `trials/<trial>/seed<seed>/` of the
-sweep's folder. `sweep.json` (see `book`) keeps what came of each, Optuna's storage what
-its search and its pruning have to know. Both are behind the run's own checkpoints at
-every moment, so the same command resumes wherever it was interrupted: it takes finished
-runs as they are, asks again about epochs of which Optuna had not heard, and resumes the
-run that was under way.
+Each run is an ordinary run of `fit.fit`, in `trials/<trial>/seed<seed>/` of the sweep's
+folder. `sweep.json` (see `record`) has the results, and Optuna's storage the state of
+its search and pruning. Both are always written after the run's own checkpoints, so the
+same command resumes after any interruption: it keeps finished runs, reports epochs that
+Optuna has not seen, and resumes the interrupted run.
 
-A setting is trained with one seed after the other. The first one's figure after each
-epoch decides about pruning; a setting that is pruned or fails is not trained with the
-others. A search learns the mean over the seeds.
+A setting is trained with one seed after another. The metric of the first seed after
+each epoch decides about pruning; a setting that is pruned or fails is not trained with
+the other seeds. A search gets the mean over the seeds.
 """
 
 import gc
@@ -35,7 +34,7 @@ from flax_densenet.system import lock, signals
 
 _LOGGER = logging.getLogger(__name__)
 
-_REPEATS = 50  # of settings that were there already, after which a search ends
+_REPEATS = 50  # repeated suggestions in a row that end a search
 _REMEDY = 'use another --workdir, or the same settings'
 
 
@@ -55,15 +54,15 @@ def run(
 
     Args:
       settings: what all runs share; of `settings.from_config`, or a config.
-      workdir: folder of the sweep; made where absent, and locked meanwhile.
-      flags: of `--sweep`, see `space`.
-      override: gives the settings with some fields changed, by name as text; raises
-        `UserError` for what a field cannot be.
-      trials: settings to search for; None for the grid of all values.
-      prune: of `optuna_study.PRUNERS`.
-      retry: trains settings again that failed before.
-      arguments: of the command line, for the command that the page tells.
-      stop: as of `fit.fit`.
+      workdir: folder of the sweep; created if missing, and locked during training.
+      flags: values of `--sweep`, see `space`.
+      override: function that returns the settings with some fields changed, by name as
+        text; raises `UserError` for invalid values.
+      trials: number of settings to search for; None for the grid of all values.
+      prune: one of `optuna_study.PRUNERS`.
+      retry: whether to train failed settings again.
+      arguments: arguments of the command line, for the command that the page shows.
+      stop: as in `fit.fit`.
 
     Returns:
       The rows of the table.
@@ -110,7 +109,7 @@ def _check_workdir(workdir):
 
 
 def _open_book(workdir, plan, arguments):
-    """The sweep of the workdir, grown by what is new; or a new one."""
+    """The sweep of the workdir, extended by new settings, or a new one."""
     definition = plan.definition()
     if not sweep_record.is_sweep(workdir):
         return sweep_record.SweepRecord(definition, arguments)
@@ -139,7 +138,7 @@ class _Sweep:
         self.tuner, self.stop = optuna, stop
 
     def train_all(self, retry: bool):
-        """Trains what is not done yet."""
+        """Trains everything that is not done yet."""
         settings = self.book.settings
         self.tuner.drop_unknown({setting.number for setting in settings})
         for setting in settings:
@@ -151,13 +150,13 @@ class _Sweep:
                 setting.state = 'training'
             if setting.state == 'training':
                 self.train_setting(setting)
-            else:  # where it was not told before a kill
+            else:  # if it was not reported before a kill
                 self.tell(setting)
         for setting in self.search() if self.plan.trials else self.new_of_grid():
             self.train_setting(setting)
 
     def new_of_grid(self):
-        """Adds the grid's settings that are not there yet."""
+        """Adds the missing settings of the grid."""
         for fields in self.plan.space.grid():
             values = self.plan.values_of(fields)
             if not any(known.values == values for known in self.book.settings):
@@ -165,7 +164,7 @@ class _Sweep:
                 yield self.add(sweep_record.SettingResult(fields, values, number))
 
     def search(self):
-        """Adds settings that Optuna suggests until there are as many as asked for."""
+        """Adds settings that Optuna suggests, up to the requested number."""
         repeats = itertools.count(1)
         while len(self.book.settings) < self.plan.trials:
             number, parameters = self.tuner.ask()
@@ -187,7 +186,7 @@ class _Sweep:
                 return
 
     def add(self, setting):
-        """Writes a setting down, so that it is known from now on."""
+        """Records a new setting."""
         self.book.settings.append(setting)
         self.book.save(self.workdir)
         return setting
@@ -203,7 +202,7 @@ class _Sweep:
                 setting.why, setting.state = _why_failed(error), 'failed'
                 _LOGGER.info(f'{setting} failed: {setting.why}')
             finally:
-                # Or each run would leave its compiled programs in memory.
+                # Otherwise each run would leave its compiled programs in memory.
                 jax.clear_caches()
                 gc.collect()
             if setting.state != 'training':
@@ -216,7 +215,7 @@ class _Sweep:
         sweep_page.save(self.workdir, self.book)
 
     def train_run(self, setting, seed):
-        """Trains one run, or goes on with it, and notes what came of it."""
+        """Trains one run, or resumes it, and records its result."""
         name = self.book.folder(setting, seed)
         folder = os.path.join(self.workdir, name)
         fields = setting.fields | {space.SEED: str(seed)}
@@ -229,7 +228,7 @@ class _Sweep:
             asks=not setting.runs,
         )
         tested = None
-        # Epochs that were finished when the process was killed, and not told.
+        # Epochs that were finished, but not reported, when the process was killed.
         if not any(map(watch, run_folder.load_run(folder).records)):
             tested = one_run.train(settings, folder, stop=self.stop, ends_after=watch)
         records = run_folder.load_run(folder).records
@@ -244,7 +243,7 @@ class _Sweep:
             _LOGGER.info(f'{setting}: pruned after epoch {len(records)}')
 
     def progress(self):
-        """`run 4 of 6, about 12 min left`, by the time of the runs before."""
+        """`run 4 of 6, about 12 min left`, from the time of the previous runs."""
         runs = [run for one in self.book.settings for run in one.runs.values()]
         total = self.plan.count * len(self.plan.seeds)
         # Settings that were pruned or failed have no other seeds.
@@ -261,12 +260,12 @@ class _Sweep:
         return line
 
     def tell(self, setting):
-        """Tells Optuna what came of a setting."""
+        """Reports the result of a setting to Optuna."""
         self.tuner.finish(setting.number, _mean(setting))
 
 
 def _mean(setting):
-    """What Optuna is told: None of settings that did not get to their end."""
+    """The result for Optuna: None for settings that did not finish."""
     if setting.state != 'done':
         return None
     figures = [one.best for one in setting.runs.values()]
@@ -274,7 +273,7 @@ def _mean(setting):
 
 
 class _Watch:
-    """Told of each epoch's record; True where the run is to end before its last."""
+    """Called with the record of each epoch; returns True to end the run early."""
 
     def __init__(self, optuna, number, *, epochs, asks):
         self._tuner, self._number = optuna, number
@@ -290,7 +289,7 @@ class _Watch:
 
 
 def _why_failed(error):
-    """The line on a setting that failed; raises what other settings would meet too."""
+    """The line on a failed setting; raises errors that would affect all settings."""
     if isinstance(error, UserError):
         if isinstance(error.__cause__, OSError) or str(error).startswith('--workdir='):
             raise error

@@ -1,6 +1,6 @@
-"""What `--sweep` says: the values that fields take, or the ranges to search.
+"""Parses `--sweep`: the values of fields, or the ranges to search.
 
-One flag is one axis; several make a grid, each value with each of the others.
+One flag is one axis; several make a grid of all combinations.
 
   optimizer.learning_rate=0.03,0.1       these values
   model.block_sizes=(6,6),(6,12)         commas in brackets or quotes do not part them
@@ -41,7 +41,7 @@ class Choices:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Those that it changes."""
+        """The fields that it changes."""
         return tuple(dict.fromkeys(name for row in self.options for name in row))
 
 
@@ -50,8 +50,8 @@ class Range:
     """An axis to search.
 
     Attributes:
-      low, high: the ends, which belong to it, as text.
-      log: whether the logarithm is drawn evenly.
+      low, high: the ends, inclusive, as text.
+      log: whether to draw uniformly on a logarithmic scale.
     """
 
     field: str
@@ -61,7 +61,7 @@ class Range:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """The one that it changes."""
+        """The field that it changes."""
         return (self.field,)
 
     @property
@@ -72,11 +72,11 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Space:
-    """All axes but that of the seeds.
+    """All axes except that of the seeds.
 
     Attributes:
-      axes: in the order of their flags.
-      seeds: with which each setting is trained, as text; empty for the config's own.
+      axes: the axes in the order of their flags.
+      seeds: the seeds to train each setting with, as text; empty for the config's own.
     """
 
     axes: tuple[Choices | Range, ...]
@@ -84,25 +84,25 @@ class Space:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """That change between settings."""
+        """The fields that differ between settings."""
         return tuple(name for axis in self.axes for name in axis.fields)
 
     @property
     def ranges(self) -> tuple[Range, ...]:
-        """The axes that only a search can take."""
+        """The axes that need a search."""
         return tuple(axis for axis in self.axes if isinstance(axis, Range))
 
     def grid(self) -> Iterator[dict[str, str]]:
-        """The fields of each setting as text; of ranges both ends."""
+        """The fields of each setting as text; both ends of ranges."""
         for options in itertools.product(*(axis.options for axis in self.axes)):
             yield {name: text for option in options for name, text in option.items()}
 
 
 def parse(flags: list[str]) -> Space:
-    """The axes of some `--sweep`, their fields and values not yet checked.
+    """Parses values of `--sweep` to axes, whose fields and values are not checked yet.
 
     Raises:
-      UserError: a flag cannot be read, a value is empty, a field comes twice.
+      UserError: a flag cannot be parsed, a value is empty, or a field occurs twice.
     """
     if not flags:
         raise UserError(
@@ -184,7 +184,7 @@ def _parse_sets(flag, lines):
 
 
 def _parse_range(flag, name, text):
-    """A `Range` where the text has the form of one, else None."""
+    """A `Range` if the text has that form, else None."""
     ends, _, scale = text.partition(':')
     low, dots, high = ends.partition('..')
     try:
@@ -203,7 +203,7 @@ def _parse_range(flag, name, text):
         )
     if scale == 'log' and numbers[0] <= 0:
         raise UserError(f'--sweep={flag}: a logarithmic range starts above 0')
-    # Whole numbers are even in themselves unless it is said.
+    # Integers are drawn uniformly unless `log` is given.
     whole = low.lstrip('-').isdecimal() and high.lstrip('-').isdecimal()
     even = scale == 'linear' or (not scale and (whole or numbers[0] <= 0))
     return Range(name, low, high, log=not even)
@@ -218,7 +218,7 @@ def _no_repeats(flag, options):
 
 
 def _split(text, mark):
-    """Parts between marks that stand outside of brackets and quotes, stripped."""
+    """Splits at separators outside of brackets and quotes; strips the parts."""
     parts, depth, quote = [''], 0, ''
     for character in text:
         if quote:

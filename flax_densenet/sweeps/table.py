@@ -15,17 +15,17 @@ _ORDER = {'done': 0, 'training': 1, 'pruned': 2, 'failed': 3}
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A setting and what came of it.
+    """A setting and its result.
 
     Attributes:
-      folder: of the setting, below the sweep's.
-      count: seeds it was trained with.
-      mean: of the metric of each run's best epoch; None without a run.
-      spread: their standard deviation (of a sample); None of fewer than two.
+      folder: folder of the setting, below the sweep's.
+      count: number of seeds it was trained with.
+      mean: mean of the metric at each run's best epoch; None without a run.
+      spread: sample standard deviation of these; None for fewer than two.
       best: the highest of them, with its seed.
-      loss: mean of the losses of these epochs.
-      epochs: the most that a run was trained.
-      test: mean of the metric of the test images; None if they chose.
+      loss: mean of the losses at these epochs.
+      epochs: the largest number of epochs of a run.
+      test: mean of the metric on the test images; None if they chose the epoch.
     """
 
     setting: sweep_record.SettingResult
@@ -42,12 +42,12 @@ class Row:
 
     @property
     def diverged(self) -> bool:
-        """Whether the runs' loss grew beyond all bounds."""
+        """Whether the loss of the runs diverged."""
         return self.setting.state == 'done' and diagnosis.has_diverged(self.loss)
 
     @property
     def state(self) -> str:
-        """For people."""
+        """The state in words."""
         if self.setting.state == 'pruned':
             return f'pruned at epoch {self.epochs}'
         if self.diverged:
@@ -58,7 +58,7 @@ class Row:
 def make_rows(kept: sweep_record.SweepRecord) -> list[Row]:
     """All settings: finished ones by their mean, then those that were pruned or failed.
 
-    Of equal means the one with the lower loss comes first.
+    With equal means, the lower loss comes first.
     """
     rows = [_row(kept, setting) for setting in kept.settings]
     return sorted(
@@ -93,19 +93,19 @@ def _row(kept, setting):
 
 
 def _mean(values):
-    """None unless all are known."""
+    """The mean; None unless all values are known."""
     return None if None in values else statistics.fmean(values)
 
 
 def show(figure: float | None, name: str) -> str:
-    """`95.3%`, an AUROC as `0.953`; a dash where there is none."""
+    """`95.3%`, an AUROC as `0.953`; a dash for None."""
     if figure is None:
         return '-'
     return render.percent(figure) if name.endswith('accuracy') else f'{figure:.3f}'
 
 
 def format_rows(kept: sweep_record.SweepRecord, rows: list[Row]) -> str:
-    """The table for a terminal, then why settings failed."""
+    """The table for a terminal, and the reasons of failed settings."""
     names = kept.fields
     head = ['trial', *kept.short_fields, 'mean', 'spread', 'best', 'seeds', 'state']
     cells = [
@@ -135,7 +135,7 @@ def format_rows(kept: sweep_record.SweepRecord, rows: list[Row]) -> str:
 
 
 def save(workdir: str, kept: sweep_record.SweepRecord, rows: list[Row]):
-    """Writes `sweep.csv`, with all digits."""
+    """Writes `sweep.csv` with all digits."""
     head = ['trial', *kept.fields, 'state', 'mean', 'spread', 'best', 'best_seed']
     head += ['seeds', f'{kept.part}_loss', 'epochs', 'seconds', 'folder', 'why']
     with atomic.replacing(os.path.join(workdir, FILE), newline='') as file:

@@ -9,12 +9,12 @@ import os
 
 @contextlib.contextmanager
 def replacing(path: str, mode: str = 'w', **options):
-    """`open(path, mode)` whose content takes the place of `path` once all is written.
+    """`open(path, mode)` that replaces `path` once everything is written.
 
-    Where the block raises, `path` stays as it was.
+    If the block raises, `path` is unchanged.
 
     Raises:
-      OSError: as of writing to `path`.
+      OSError: as for writing to `path`.
     """
     folder, name = os.path.split(os.path.abspath(path))
     # In the same folder, since a file cannot be moved at once to another disk; with the

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, devices, the commit of the code."""
+"""The environment of a run: versions, devices, the commit of the code."""
 
 import importlib.metadata
 import pathlib
@@ -28,14 +28,14 @@ def describe() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and the packages that results may depend on."""
+    """The versions of Python and of packages that results may depend on."""
     return {'python': platform.python_version()} | {
         name: importlib.metadata.version(name) for name in _PACKAGES
     }
 
 
 def device_name(device) -> str:
-    """What a JAX device is called; of a CPU the name of its processor."""
+    """The name of a JAX device; for a CPU the name of its processor."""
     if device.platform != 'cpu':
         return device.device_kind
     try:
@@ -47,7 +47,7 @@ def device_name(device) -> str:
 
 
 def _commit():
-    """Of the checkout that this package is in, with `+` where files differ from it."""
+    """The commit of this package's checkout, with `+` if files differ from it."""
     folder = pathlib.Path(__file__).resolve().parents[2]
     if not (folder / '.git').exists():
         return None

@@ -1,13 +1,13 @@
-"""Fonts that have the letters of a text, among those of matplotlib and the system.
+"""Finds fonts for the letters of a text, among those of matplotlib and the system.
 
-No font has all of Chinese, Japanese, Korean, Arabic, Devanagari and emoji. Names of
-classes can be in any of them.
+No font has all of Chinese, Japanese, Korean, Arabic, Devanagari and emoji, and class
+names can be in any of them.
 """
 
 import functools
 from collections.abc import Iterable
 
-# In the order of preference; those that are not installed are passed over.
+# In the order of preference; fonts that are not installed are skipped.
 _FAMILIES = (
     *('DejaVu Sans', 'Noto Sans', 'Noto Sans CJK SC', 'Noto Sans CJK JP'),
     *('Noto Sans CJK KR', 'Noto Sans SC', 'Noto Sans JP', 'Noto Sans KR'),
@@ -22,10 +22,10 @@ _FAMILIES = (
 
 
 def families(texts: Iterable[str]) -> list[str]:
-    """Names of fonts for matplotlib: together they have all letters, if any font does.
+    """Names of fonts for matplotlib that together have all letters, if any font does.
 
     Args:
-      texts: all that is to be drawn.
+      texts: all texts to draw.
     """
     return _choose(texts)[0]
 
@@ -49,7 +49,7 @@ def _choose(texts):
 
 
 def best_file(text: str) -> tuple[str, int]:
-    """The font file that has most letters of a text, and its number in the file."""
+    """The font file with most letters of a text, and the font's index in it."""
     wanted = {letter for letter in text if letter.isprintable()}
 
     def count(font):

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub as the environment sets it up, and what its library logs."""
+"""The Hugging Face Hub as set up by the environment, and the logs of its library."""
 
 import contextlib
 import logging
@@ -31,12 +31,12 @@ def endpoint() -> str:
 
 @contextlib.contextmanager
 def quiet(name: str):
-    """Has the libraries log through this program's logger, and each thing once.
+    """Redirects the libraries' logs to this program's logger, without repetitions.
 
-    Of a request that fails they log two lines for each of six attempts.
+    For a failed request, they log two lines for each of six attempts.
 
     Args:
-      name: of what is asked for, as the user knows it.
+      name: the requested name, as the user knows it.
     """
     # It is set up when it is first imported, which would undo this.
     with contextlib.suppress(ImportError):
@@ -55,7 +55,7 @@ def quiet(name: str):
 
 
 class _Once(logging.Handler):
-    """Passes on warnings, once each; of attempts the first."""
+    """Passes on each warning once; of several attempts only the first."""
 
     def __init__(self, name):
         super().__init__(logging.WARNING)

@@ -1,7 +1,7 @@
-"""One training process for a workdir, one that packs for a folder.
+"""Locks: one training process per workdir, one packing process per folder.
 
-The lock is the kernel's on an open file: it ends with the process however that ends, so
-that a crash leaves nothing to remove.
+The lock is a kernel lock on an open file: it ends with the process in any case, so a
+crash leaves nothing to clean up.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ from flax_densenet.errors import UserError
 _LOGGER = logging.getLogger(__name__)
 
 FILE = '.lock'
-# Of file systems that have no such locks (some of the network).
+# Errors of file systems without such locks (some network disks).
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 
 
 def check(workdir: str):
-    """Raises where another process trains in `workdir`; leaves no trace there.
+    """Raises if another process trains in `workdir`; leaves no trace there.
 
     Raises:
       UserError: it is locked.
@@ -31,11 +31,11 @@ def check(workdir: str):
 
 @contextlib.contextmanager
 def hold(workdir: str, *, flag: str = '--workdir', doing: str = 'trains'):
-    """Holds the lock of a folder, which is made where absent.
+    """Holds the lock of a folder, which is created if missing.
 
     Args:
-      flag: that names the folder.
-      doing: what a process does there.
+      flag: the flag that names the folder.
+      doing: what a process does there, for messages.
 
     Raises:
       UserError: another process holds it, or the folder cannot be written.
@@ -56,7 +56,7 @@ def hold(workdir: str, *, flag: str = '--workdir', doing: str = 'trains'):
 
 
 def _lock(file):
-    """Raises OSError where another process holds it."""
+    """Raises OSError if another process holds it."""
     try:
         import fcntl
     except ImportError:  # Windows

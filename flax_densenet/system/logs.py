@@ -1,9 +1,9 @@
-"""What the package has to say while it works, through `logging`.
+"""The messages of the package, through `logging`.
 
-Progress is logged at the level INFO, warnings at WARNING and what ends the process at
-ERROR, to loggers below `flax_densenet`. A program that uses the package as a library
-sees warnings and errors on standard error, as of any other package; `show_messages`
-prints everything.
+Progress is logged at the level INFO, warnings at WARNING and fatal errors at ERROR, to
+loggers below `flax_densenet`. A program that uses the package as a library sees
+warnings and errors on standard error, as for any other package; `show_messages` prints
+everything.
 """
 
 import logging

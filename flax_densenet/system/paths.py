@@ -21,12 +21,13 @@ _VARIABLE = re.compile(r'\$(\w+|\{[^}]*\})')
 
 
 def resolve(text: str | os.PathLike, field: str) -> str:
-    """The local path that is meant.
+    """Resolves a path to a local path.
 
-    What exists by its literal name is taken as it is.
+    An existing literal path is not expanded.
 
     Args:
-      text: may begin with `~`, `~name` or `file://` and contain `$NAME` or `${NAME}`.
+      text: the path; may begin with `~`, `~name` or `file://` and contain `$NAME` or
+        `${NAME}`.
       field: as the user knows it, with its equals sign: `--workdir=`.
 
     Raises:
@@ -69,7 +70,7 @@ supported; use a local path, or mount the bucket as a folder
 
 
 def expand(text: str) -> str:
-    """`resolve` without refusing anything: what cannot be expanded stays."""
+    """`resolve` without errors: parts that cannot be expanded are kept."""
     if re.match('file:/', text, re.IGNORECASE):
         parts = urllib.parse.urlsplit(text)
         if parts.netloc.lower() in ('', 'localhost'):
@@ -96,7 +97,7 @@ def resolve_source(source: str, field: str = 'data.source=') -> str:
 
 
 def real_source(source: str) -> str:
-    """`data.source` with the path that it leads to in the end, to be compared.
+    """`data.source` with its real path, for comparisons.
 
     >>> real_source('folder:/data/../data/./photos/')
     'folder:/data/photos'

@@ -1,4 +1,4 @@
-"""What differs between machines: JAX's devices, and what only POSIX systems have."""
+"""Differences between machines: JAX's devices, and functions of POSIX systems."""
 
 import difflib
 import os
@@ -20,10 +20,11 @@ def is_chosen() -> bool:
 
 
 def check_devices():
-    """Starts JAX's devices, those that the environment asks for.
+    """Starts JAX's devices, as requested by the environment.
 
     Raises:
-      UserError: they do not exist here or cannot be started; the line says what does.
+      UserError: they do not exist here or cannot be started; the line names the
+        available ones.
     """
     try:
         jax.devices()
@@ -58,7 +59,7 @@ def _explain(error):
 
 
 def _present():
-    """Platforms that can be used, without what the environment asks for."""
+    """The available platforms, regardless of the environment."""
     before = jax.config.jax_platforms
     try:
         jax.config.update('jax_platforms', None)
@@ -72,9 +73,9 @@ def _present():
 
 
 def read_at(file: BinaryIO, size: int, offset: int) -> bytes:
-    """Bytes of a file from a place on.
+    """Reads bytes of a file at an offset.
 
-    Where the system can, threads that share the file do not disturb each other.
+    If the system supports it, threads can share the file.
     """
     if hasattr(os, 'pread'):
         return os.pread(file.fileno(), size, offset)
@@ -83,7 +84,7 @@ def read_at(file: BinaryIO, size: int, offset: int) -> bytes:
 
 
 def peak_memory_bytes() -> int:
-    """Most that this process has had in memory; 0 if the system does not tell."""
+    """Peak memory of this process in bytes; 0 if unknown."""
     try:
         import resource
     except ImportError:  # Windows
@@ -93,7 +94,7 @@ def peak_memory_bytes() -> int:
 
 
 def memory_bytes() -> int:
-    """What this process has in memory; its peak if the system tells only that."""
+    """Memory of this process in bytes; its peak if the system reports only that."""
     try:
         with open('/proc/self/statm') as file:
             return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
@@ -102,7 +103,7 @@ def memory_bytes() -> int:
 
 
 def max_open_files() -> int | None:
-    """How many files this process may have open; None for no limit."""
+    """The limit on open files of this process; None for no limit."""
     try:
         import resource
     except ImportError:  # Windows: that of its C library

@@ -1,4 +1,4 @@
-"""Settings of the whole process, which the command makes before anything else.
+"""Process-wide settings, which the commands make before anything else.
 
 Importing the package changes nothing; a program that uses it as a library can call
 `set_up` for the same speed, before it uses JAX.
@@ -34,9 +34,10 @@ def set_up(*, cache: pathlib.Path | None = None, deterministic: bool = False):
         os.environ['XLA_FLAGS'] = f'{before} --xla_gpu_deterministic_ops=true'.strip()
     if cache is not None and 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
         jax.config.update('jax_compilation_cache_dir', str(cache))
-    # Where it cannot be read or written, programs are compiled again, no more.
+    # If it cannot be read or written, programs are just compiled again.
     warnings.filterwarnings('ignore', r'Error (reading|writing) persistent compilation')
-    # By default what compiles within a second is not kept: prediction's programs.
+    # By default, programs that compile within a second, as for prediction, are not
+    # kept.
     if 'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS' not in os.environ:
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)
 
@@ -98,11 +99,11 @@ def keep_memory() -> bool:
 
 
 def release_memory():
-    """Gives the system what is free now, where `keep_memory` lets glibc keep it.
+    """Returns free memory to the system that `keep_memory` lets glibc keep.
 
-    After the compilation of a step that is half of what the process holds; and after
-    the first step the place of its buffers, which the second one does not fit into
-    again, because small blocks have come there.
+    After the compilation of a step this is half of the process's memory. After the
+    first step it is the space of its buffers, into which the second step does not fit
+    again because of small blocks.
     """
     if _kept:
         ctypes.CDLL(None).malloc_trim(0)

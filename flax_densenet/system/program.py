@@ -1,4 +1,4 @@
-"""How this program is called, for the commands that it shows."""
+"""The name of this program, for the commands that it shows."""
 
 import pathlib
 import shlex

@@ -1,7 +1,7 @@
-"""Folders of results of this program, in which no search for images looks.
+"""Folders with results of this program, which searches for images skip.
 
-People train and predict in the folder of their photos: a run's pictures, its heat maps
-and packs lie below it, and none of them is a class or an image of one.
+People train and predict in the folder of their photos, so a run's pictures, heat maps
+and packs may be below it, and none of them is a class or an image of one.
 """
 
 import os
@@ -37,7 +37,7 @@ def has_results(folder: str) -> bool:
 
 
 def is_part_of_run(folder: str) -> bool:
-    """Whether a folder is one of a run's own, by what lies beside it."""
+    """Whether a folder belongs to a run, judged by the files next to it."""
     above, name = os.path.split(os.path.abspath(folder))
     return name in _OF_RUNS and has_results(above)
 

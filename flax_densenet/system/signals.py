@@ -1,9 +1,9 @@
-"""Ctrl-C and SIGTERM: training finishes its step, saves, and leaves.
+"""Ctrl-C and SIGTERM: training finishes its step, saves, and exits.
 
-A signal sets a flag that training looks at between steps. Where nothing would be lost
-(before the first step, while the report is written) it ends the program by an exception
-instead. The second signal ends it at once: a thread waits for it, since Python itself
-would not act on it before a compilation of a minute is over.
+A signal sets a flag that training checks between steps. When nothing would be lost
+(before the first step, while the report is written), it ends the program by an
+exception instead. A second signal ends it at once: a thread waits for it, since Python
+itself would not handle it before the end of a long compilation.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _PATIENCE_SECONDS = 2.0
 
 
 class Stopped(KeyboardInterrupt):
-    """Training was ended by a signal; the text says how to go on.
+    """Training was ended by a signal; the text tells how to resume.
 
     Attributes:
       exit_status: 130 for Ctrl-C, 143 for SIGTERM.
@@ -35,11 +35,11 @@ class Stopped(KeyboardInterrupt):
 
 
 class Stop:
-    """Whether to stop. Without `stop_gently` around it nobody ever asks.
+    """Whether to stop; only `stop_gently` ever sets it.
 
     Attributes:
       signum: the signal that this process got, else 0.
-      agreed: the signal that all processes stop for at the same step, else 0.
+      agreed: the signal for which all processes stop at the same step, else 0.
     """
 
     def __init__(self):
@@ -55,7 +55,7 @@ class Stop:
 
     @contextlib.contextmanager
     def busy(self):
-        """Signals only set the flag inside: there is something to be saved first."""
+        """Inside, signals only set the flag, since state must be saved first."""
         self._busy = self._was_busy = True
         try:
             yield
@@ -79,13 +79,13 @@ class Stop:
             raise self.stopped(self._saved())
 
     def _saved(self):
-        """What `stopped` says is saved."""
+        """The text about what is saved, for `stopped`."""
         if self._was_busy:
             return 'training so far is saved'
         return 'nothing was trained in this start'
 
     def _watch(self, reader):
-        """Reads a byte for each signal, in a thread of its own; 0 ends it."""
+        """Reads a byte for each signal, in a separate thread; 0 ends it."""
         heard = False
         while signum := int.from_bytes(os.read(reader, 1)):
             if signum not in _SIGNALS:
@@ -114,7 +114,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_gently():
-    """A `Stop` that Ctrl-C and SIGTERM ask; what they did before is restored after.
+    """A context with a `Stop` that Ctrl-C and SIGTERM set; restores their handlers.
 
     To be used in the main thread.
     """

@@ -1,4 +1,4 @@
-"""What a terminal shows: whether someone is looking, colors, lines of a width.
+"""Terminal output: whether there is a terminal, colors, and line width.
 
 Colors are used on a terminal only, and not if `NO_COLOR` is set (no-color.org) or
 `TERM` is `dumb`.
@@ -23,7 +23,7 @@ def is_interactive() -> bool:
 
 
 def paint(text: str, style: str) -> str:
-    """A text in a color or weight, where standard output shows them.
+    """A text in a color or weight, if standard output supports it.
 
     Args:
       style: of `bold`, `green`, `red`, `dim`.

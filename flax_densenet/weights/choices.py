@@ -336,7 +336,8 @@ def _check(fields):
     sizes.check(fields['image_size'])
     if not 0 < fields['crop_fraction'] <= 1:
         raise UserError(
-            f'data.crop_fraction={fields["crop_fraction"]} must be above 0 and at most 1'
+            f'data.crop_fraction={fields["crop_fraction"]} must be above 0 and '
+            'at most 1'
         )
     for name in ('mean', 'std'):
         numbers = fields[name]

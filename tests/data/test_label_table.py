@@ -83,7 +83,10 @@ def test_bad_tables(text, message, tmp_path):
         (b'image,a\n"x\n.png",1\ny.png\n', 'line 4 has 1 cells, the heading 2'),
         (b'image,a\n"x.png,1\ny.png,1\n', 'has 1 cells'),
         (b'\x89PNG\r\n\x1a\n' + bytes(range(256)), 'not text in UTF-8 .byte 0'),
-        (b'image,' + b'a,' * 300 + b'\nx' + b',7' * 300 + b',\n', 'the column a occurs'),
+        (
+            b'image,' + b'a,' * 300 + b'\nx' + b',7' * 300 + b',\n',
+            'the column a occurs',
+        ),
     ],
 )
 def test_hostile_tables(content, message, tmp_path):

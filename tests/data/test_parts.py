@@ -138,9 +138,7 @@ def test_one_part_alone_tells_of_the_others(tmp_path, capsys):
     write(tmp_path / 'train', a=5, b=5)
     write(tmp_path / 'test', a=1, b=1)
     load(tmp_path / 'train')
-    assert 'next to train there is test, which is not used' in (
-        capsys.readouterr().out
-    )
+    assert 'next to train there is test, which is not used' in (capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

@@ -206,7 +206,7 @@ def test_groups_of_a_pack(tmp_path, capsys):
         write_images(tmp_path / 'x' / name, folders, size=(8, 8))
     packs.make(tmp_path / 'x', tmp_path / 'packed')
     packed = load(f'packed:{tmp_path}/packed')
-    assert 'grouped by the data that was packed: 0 of 5 groups' in capsys.readouterr().out
+    assert 'grouped by the data that was packed: 0 of 5' in capsys.readouterr().out
     assert not set(packed.train.groups) & set(packed.test.groups)
     source = load(f'packed:{tmp_path}/packed', groups=r'path:patient(\d+)')
     assert "grouped by '00000' and" in capsys.readouterr().out

@@ -11,6 +11,8 @@ import sys
 import unicodedata
 from typing import Any, TextIO
 
+# What marks lines with colors, columns or commands.
+_WHOLE = re.compile(r'\x1b|\S {2,}\S|python launch\.py |flax-densenet ')
 _CODES = {'bold': '1', 'green': '32', 'red': '31', 'dim': '2'}
 
 
@@ -54,8 +56,8 @@ def say(text: Any, file: TextIO | None = None):
 def wrap(text: str, width: int) -> str:
     """Lines of at most `width` columns, as far as words allow.
 
-    Continued lines are indented by two more. Lines in color, and those with columns,
-    which have several spaces between words, stay as they are.
+    Continued lines are indented by two more. Lines in color, with columns, which have
+    several spaces between words, or with a command, which is to be copied, stay whole.
 
     >>> print(wrap('warning: what is wrong here', 20))
     warning: what is
@@ -65,7 +67,7 @@ def wrap(text: str, width: int) -> str:
 
 
 def _wrap_line(line, width):
-    if _columns(line) <= width or '\x1b' in line or re.search(r'\S {2,}\S', line):
+    if _columns(line) <= width or _WHOLE.search(line):
         return line
     words = line.strip(' ').split(' ')
     indent = line[: len(line) - len(line.lstrip(' '))]

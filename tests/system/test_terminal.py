@@ -35,6 +35,8 @@ def test_tables_colors_and_long_words_stay():
         'class     precision  recall  and more than fits',
         '\x1b[32m* epoch 1 of 2 and more than fits in 20\x1b[0m',
         'short',
+        'train it: python launch.py train photos --workdir=run',
+        'train it: flax-densenet train photos --workdir=run',
         '/a/path/without/any/place/to/break/it',
         '',
     )

@@ -57,7 +57,7 @@ def wrap(text: str, width: int) -> str:
     """Lines of at most `width` columns, as far as words allow.
 
     Continued lines are indented by two more. Lines in color, with columns, which have
-    several spaces between words, or with a command, which is to be copied, stay whole.
+    several spaces between words, or with a command, which is to be copied, are kept.
 
     >>> print(wrap('warning: what is wrong here', 20))
     warning: what is

@@ -1,4 +1,4 @@
-"""Lines on a terminal have its width; in files they stay whole."""
+"""Lines on a terminal have its width; in files they are not broken."""
 
 import io
 import os

@@ -164,52 +164,91 @@ class _Images:
         return rows
 
     def _compare(self, chosen, metric):
-        """The metric of the other images, and the p-value of the difference."""
+        """The metric of the other images, and the p-value of the difference.
+
+        The p-value is None with fewer than `intervals.LEAST` units (images or groups)
+        of a kind. Labels that one side has too few of are not compared.
+        """
         from scipy import stats
 
         inside = np.zeros(len(self._labels), bool)
         inside[chosen] = True
+        sides = np.flatnonzero(inside), np.flatnonzero(~inside)
+        rest = self._influence(sides[1], metric, range(self._labels.shape[-1]))[0]
+        if metric == 'accuracy' and self._groups is None:
+            right = self._labels == self._predicted
+            table = [[int(right[s].sum()), int((~right[s]).sum())] for s in sides]
+            p_value = stats.fisher_exact(table).pvalue
+            return rest, None if rest is None else float(p_value)
+        shared = []
+        if metric == 'auroc':
+            shared = [
+                c
+                for c in range(self._labels.shape[-1])
+                if min(self._fewest(rows, c) for rows in sides) >= intervals.LEAST
+            ]
         # Influence of each image on the difference; the parts share no image.
-        moves, means = np.zeros(len(inside)), []
-        for rows, sign in ((inside, 1), (~inside, -1)):
-            mean, change = self._influence(np.flatnonzero(rows), metric)
-            if mean is None:
-                return (means + [None])[-1] if sign < 0 else None, None
+        moves, means, fewest = np.zeros(len(inside)), [], []
+        for rows, sign in zip(sides, (1, -1), strict=True):
+            mean, change, units = self._influence(rows, metric, shared)
+            if mean is None or units < intervals.LEAST:
+                return rest, None
             means.append(mean)
+            fewest.append(units)
             moves[rows] = sign * change
         spread = delong.deviation(moves, self._groups)
         if not spread:
-            return means[1], 1.0 if means[0] == means[1] else None
-        p_value = 2 * stats.norm.sf(abs(means[0] - means[1]) / spread)
-        if metric == 'accuracy' and self._groups is None and self._labels.ndim == 1:
-            right = self._labels == self._predicted
-            table = [
-                [int((right & side).sum()), int((~right & side).sum())]
-                for side in (inside, ~inside)
-            ]
-            p_value = stats.fisher_exact(table).pvalue
-        return means[1], float(p_value)
+            return rest, 1.0 if means[0] == means[1] else None
+        distance = abs(means[0] - means[1]) / spread
+        return rest, float(2 * stats.t.sf(distance, min(fewest) - 1))
 
-    def _influence(self, rows, metric):
-        """A metric of some images, and the influence of each of them."""
+    def _units(self, rows):
+        """How many images, or groups, there are."""
+        if self._groups is None:
+            return len(rows)
+        return len(np.unique(self._groups[rows]))
+
+    def _fewest(self, rows, c):
+        """Units with a label and without it, whichever are fewer."""
+        label = self._labels[rows, c]
+        return min(self._units(rows[label > 0.5]), self._units(rows[label <= 0.5]))
+
+    def _influence(self, rows, metric, places):
+        """A metric of some images, the influence of each, and units of the rarest kind.
+
+        Influences are enlarged as the variance of a small sample is.
+
+        Args:
+          places: labels of which it is the mean AUROC.
+        """
         labels, predicted = self._labels[rows], self._predicted[rows]
+        units = self._units(rows)
         if not len(rows):
-            return None, None
+            return None, None, 0
         if metric == 'accuracy':
             right = (labels == predicted).astype(float)
-            return float(right.mean()), (right - right.mean()) / len(rows)
+            moves = (right - right.mean()) / len(rows)
+            return float(right.mean()), moves * _enlarge(units), units
         areas, moves = [], np.zeros(len(rows))
-        for c in range(labels.shape[-1]):
+        for c in places:
             known = np.flatnonzero(~np.isnan(labels[:, c]))
             true = labels[known, c] > 0.5
             if not len(true) or true.all() or not true.any():
                 continue
             area, change = delong.influence(true, self._scores[rows[known], c])
+            for kind in (true, ~true):
+                change[kind] *= _enlarge(self._units(rows[known[kind]]))
             areas.append(area)
             moves[known] += change
+            units = min(units, self._fewest(rows, c))
         if not areas:
-            return None, None
-        return float(np.mean(areas)), moves / len(areas)
+            return None, None, 0
+        return float(np.mean(areas)), moves / len(areas), units
+
+
+def _enlarge(count):
+    """From the deviation of so many to the estimate of that of their population."""
+    return np.sqrt(count / max(count - 1, 1))
 
 
 def describe(found: dict[str, Any]) -> str:
@@ -231,7 +270,7 @@ def describe(found: dict[str, Any]) -> str:
     )
     p_value, looks = worst['p_value'], found['looks']
     if p_value is None:
-        return f'{text}.'
+        return f'{text} (too few to tell whether that is chance).'
     told = 'p < 0.001' if p_value < 0.001 else f'p = {p_value:.3f}'
     verdict = f'could be chance: {looks} parts were compared'
     if p_value < 0.05 / looks:

@@ -8,6 +8,7 @@ arguments, and reports mistakes.
 import dataclasses
 import difflib
 import os
+import re
 
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
@@ -288,6 +289,21 @@ def load_config(text: str) -> ConfigDict:
     return values.config
 
 
+# What Python says of a wrong value, and what it means.
+_CONVERSIONS = (
+    (r'invalid literal for int\(\) with base \d+: .*', 'it must be a whole number'),
+    (r'could not convert string to float: .*', 'it must be a number'),
+    (r"\('Non-boolean argument to boolean flag', .*\)", 'it must be true or false'),
+)
+
+
+def one_line(message: str) -> str:
+    """What absl says of a wrong value, in words and on one line."""
+    for said, meant in _CONVERSIONS:
+        message = re.sub(said, meant, message)
+    return ' '.join(message.removeprefix('flag ').split())
+
+
 def _call_absl(values, arguments, recipe):
     """Parses the values; a wrong one is a UserError of one line."""
     try:
@@ -301,6 +317,6 @@ def _call_absl(values, arguments, recipe):
             elif place := [line for line in before if line.startswith('  File ')]:
                 message = f'{message} ({place[-1]})'
             message = f'--config={recipe.text if recipe else "base"}: {message}'
-        raise UserError(' '.join(message.removeprefix('flag ').split())) from error
+        raise UserError(one_line(message)) from error
     if len(left) > 1:  # no known case; absl would ignore it
         raise UserError(f'{left[1]} is not a flag')

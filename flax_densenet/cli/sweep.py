@@ -48,7 +48,7 @@ def override(config: ConfigDict, fields: dict[str, str]):
         )
         values(['', *given])
     except (absl_flags.Error, TypeError, ValueError) as error:  # including UserError
-        message = ' '.join(str(error).removeprefix('flag ').split())
+        message = command_line.one_line(str(error))
         raise UserError(f'--sweep: {message.replace("--config.", "")}') from error
     return options.to_dict(config)
 

@@ -158,9 +158,16 @@ def test_summary(main, arguments, size):
             ['--config.optimizer.learning_rat=1'],
             'did you mean optimizer.learning_rate?',
         ),
-        (['--config.train.epochs=many'], '--config.train.epochs=many: invalid literal'),
-        (['--config.train.epochs=1.5'], '--config.train.epochs=1.5: invalid literal'),
-        (['--config.optimizer.learning_rate=fast'], 'could not convert'),
+        (
+            ['--config.train.epochs=many'],
+            '--config.train.epochs=many: it must be a whole',
+        ),
+        (
+            ['--config.train.epochs=1.5'],
+            '--config.train.epochs=1.5: it must be a whole',
+        ),
+        (['--config.optimizer.learning_rate=fast'], 'fast: it must be a number'),
+        (['--config.train.report=maybe'], 'report=maybe: it must be true or false'),
         (
             ['--config=configs/cifar.py:40_12,x'],
             'configs/cifar.py:40_12,x: x is not known; use 40_12 or 40_12,code',
@@ -187,7 +194,7 @@ def test_summary(main, arguments, size):
         ),
         (
             ['--mode=sweep', '--sweep=train.epochs=1,1.5'],
-            '--sweep: train.epochs=1.5: invalid literal for int',
+            '--sweep: train.epochs=1.5: it must be a whole number',
         ),
         (
             ['--mode=sweep', '--sweep=data.batch_size=64,5000'],

@@ -160,12 +160,9 @@ def test_summary(main, arguments, size):
         ),
         (
             ['--config.train.epochs=many'],
-            '--config.train.epochs=many: it must be a whole',
+            'train.epochs=many: it must be a whole number',
         ),
-        (
-            ['--config.train.epochs=1.5'],
-            '--config.train.epochs=1.5: it must be a whole',
-        ),
+        (['--config.train.epochs=1.5'], 'train.epochs=1.5: it must be a whole number'),
         (['--config.optimizer.learning_rate=fast'], 'fast: it must be a number'),
         (['--config.train.report=maybe'], 'report=maybe: it must be true or false'),
         (

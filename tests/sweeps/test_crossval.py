@@ -218,7 +218,7 @@ def test_images_that_the_members_were_trained_on_are_no_measure(photos, copy):
     with pytest.raises(UserError, match='each on all but its own fold'):
         measured_data.find_examples(trained, 'cv', settings)
     samples = sample_images.from_model(trained, 'cv', settings)
-    assert samples.where.endswith(f' images of folder:{only}')
+    assert samples.where.endswith(' images of folder:only')
 
 
 def test_exports(model, tmp_path):

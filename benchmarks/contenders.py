@@ -5,7 +5,8 @@
 NAME: ours, linen (the plain layers), torch, torch_contiguous, keras; ours_bf16 and
 torch_bf16 (autocast) compute in bfloat16, all others in float32. TASK: train, infer
 (DenseNet-121, batch 16, 224x224), cifar or cifar_plain (training BC-L100k12, or
-L40k12 with dropout, batch 64, 32x32). Data are random and on the device: decoding is
+L40k12 with dropout, batch 64, 32x32), rdnet or rdnet_infer (RDNet-T, batch 8, 224x224,
+beside timm's). Data are random and on the device: decoding is
 measured by `decode`.
 """
 
@@ -22,12 +23,23 @@ SHAPES = {
     'infer': (16, 224, 1000),
     'cifar': (64, 32, 10),
     'cifar_plain': (64, 32, 10),
+    'rdnet': (8, 224, 1000),
+    'rdnet_infer': (8, 224, 1000),
 }
-STEPS = {'train': 2, 'infer': 4, 'cifar': 4, 'cifar_plain': 4}
+STEPS = {
+    'train': 2,
+    'infer': 4,
+    'cifar': 4,
+    'cifar_plain': 4,
+    'rdnet': 2,
+    'rdnet_infer': 4,
+}
 # task -> name and fields of its model
 MODELS = {
     'cifar': ('BC-L100k12', {}),
     'cifar_plain': ('L40k12', {'dropout_rate': 0.2}),
+    'rdnet': ('rdnet_tiny', {}),
+    'rdnet_infer': ('rdnet_tiny', {}),
 }
 
 
@@ -97,9 +109,10 @@ def _ours(task, **fields):
         from benchmarks import inference
 
         return _serve(task, inference.make_ours(SHAPES[task][0]))
-    if task == 'infer':
+    if task.endswith('infer'):
         batch, size, classes = SHAPES[task]
-        module = create_model('densenet121', num_classes=classes, **fields)
+        variant, _ = MODELS.get(task, ('densenet121', {}))
+        module = create_model(variant, num_classes=classes, **fields)
         variables = jax.device_put(init_variables(module, 0))
         images = jax.random.normal(jax.random.key(0), (batch, size, size, 3))
         apply = jax.jit(module.apply)
@@ -138,6 +151,8 @@ def _torch(task, channels_last=True, bfloat16=False):
         model = torch_models.make_cifar(100, 12)
     elif task == 'cifar_plain':
         model = torch_models.make_cifar_plain(40, 12, dropout=0.2)
+    elif task.startswith('rdnet'):
+        model = torch_models.make_rdnet(classes)
     else:
         model = torch_models.import_torchvision().models.densenet121(weights=None)
     layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -148,7 +163,7 @@ def _torch(task, channels_last=True, bfloat16=False):
     def autocast():
         return torch.autocast('cpu', torch.bfloat16, enabled=bfloat16)
 
-    if task == 'infer':
+    if task.endswith('infer'):
         model.eval()
 
         def step():

@@ -1,6 +1,7 @@
 """The whole comparison: DenseNet-121 and BC-L100k12 beside torch, Keras, plain Linen.
 
   make bench
+  .venv/bin/python -m benchmarks.run TASK ...   # of TASKS, printed alone
 
 Writes benchmarks/results.jsonl (one line per figure) and the table in
 docs/benchmarks.md, and prints as its last line one JSON object with the medians.
@@ -35,8 +36,10 @@ TASKS = {
     ),
     'cifar': ('ours', 'torch', 'linen'),
     'cifar_plain': ('ours', 'torch', 'linen'),
+    'rdnet': ('ours', 'torch', 'torch_bf16'),
+    'rdnet_infer': ('ours', 'torch', 'torch_bf16'),
 }
-# Of `ours`; of a peer in bfloat16 those of `ours_bf16`.
+# Of `ours`; of a peer in bfloat16 those of `ours_bf16`, where it takes part.
 RATIOS = {  # name -> task, figure, peer
     'train_bf16_vs_torch_bf16': ('train', 'images_per_second', 'torch_bf16'),
     'memory_bf16_vs_torch_bf16': ('train', 'peak_gib', 'torch_bf16'),
@@ -50,6 +53,12 @@ RATIOS = {  # name -> task, figure, peer
     'inference_vs_linen': ('infer', 'images_per_second', 'linen'),
     'cifar_train_vs_torch': ('cifar', 'images_per_second', 'torch'),
     'cifar_plain_train_vs_torch': ('cifar_plain', 'images_per_second', 'torch'),
+    'rdnet_train_vs_torch': ('rdnet', 'images_per_second', 'torch'),
+    'rdnet_train_vs_torch_bf16': ('rdnet', 'images_per_second', 'torch_bf16'),
+    'rdnet_inference_vs_torch': ('rdnet_infer', 'images_per_second', 'torch'),
+    'rdnet_inference_vs_torch_bf16': (
+        *('rdnet_infer', 'images_per_second', 'torch_bf16'),
+    ),
 }
 
 
@@ -116,9 +125,10 @@ def measure_depth():
     return json.loads(done.stdout)
 
 
-def main():
-    lines, medians, tables = [], {}, {}
-    for task in TASKS:
+def main(tasks):
+    """Measures all, and writes files; or with tasks those alone, and only prints."""
+    lines, tables = [], {}
+    for task in tasks or TASKS:
         tables[task] = found = measure_task(task)
         for name, figures in found.items():
             for figure, values in figures.items():
@@ -126,14 +136,17 @@ def main():
                 lines.append({'task': task, 'contender': name, 'figure': figure})
                 lines[-1] |= summary | {'values': values}
         print(f'{task}: done', file=sys.stderr, flush=True)
-    ratios = {}
-    for name, (task, figure, peer) in RATIOS.items():
-        found = tables[task]
-        ours = 'ours_bf16' if peer.endswith('bf16') else 'ours'
-        ratios[name] = sidebyside.ratio(found[ours][figure], found[peer][figure])
-        medians[name] = round(ratios[name]['median'], 3)
-    starts = measure_start()
-    for name, values in starts.items():
+    ratios = {
+        name: _ratio(tables[task], figure, peer)
+        for name, (task, figure, peer) in RATIOS.items()
+        if task in tables
+    }
+    medians = {name: round(found['median'], 3) for name, found in ratios.items()}
+    if tasks:
+        lines += [{'ratio': name} | summary for name, summary in ratios.items()]
+        print(*map(json.dumps, lines), json.dumps(medians), sep='\n')
+        return
+    for name, values in measure_start().items():
         ratios[name] = sidebyside.summarize(values)
         medians[name] = round(ratios[name]['median'], 2)
     depth = measure_depth()
@@ -143,6 +156,11 @@ def main():
     results.write_text(''.join(json.dumps(line) + '\n' for line in lines))
     _write_table(tables, ratios, depth)
     print(json.dumps(medians))
+
+
+def _ratio(found, figure, peer):
+    ours = 'ours_bf16' if peer.endswith('bf16') and 'ours_bf16' in found else 'ours'
+    return sidebyside.ratio(found[ours][figure], found[peer][figure])
 
 
 def _machine():
@@ -180,6 +198,8 @@ def _write_table(tables, ratios, depth):
         'cifar_plain': (
             'Training step, L40k12 with dropout, batch 64, 32x32, float32, Adam'
         ),
+        'rdnet': 'Training step, RDNet-T, batch 8, 224x224, Adam',
+        'rdnet_infer': 'Inference, RDNet-T, batch 8, 224x224',
     }
     out = [f'{_machine()}; `make bench`, {ROUNDS} alternating rounds.', '']
     for task, found in tables.items():
@@ -219,4 +239,4 @@ def _write_table(tables, ratios, depth):
 
 
 if __name__ == '__main__':
-    main()
+    main(sys.argv[1:])

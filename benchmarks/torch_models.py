@@ -72,3 +72,11 @@ def make_cifar_plain(depth: int, growth_rate: int, *, dropout: float):
             parts += [nn.Conv2d(channels, channels, 1, bias=False), nn.AvgPool2d(2)]
     parts += [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)]
     return nn.Sequential(*parts)
+
+
+def make_rdnet(num_classes: int):
+    """timm's RDNet-T."""
+    import_torchvision()
+    import timm
+
+    return timm.create_model('rdnet_tiny', num_classes=num_classes)

@@ -1,34 +1,34 @@
 # make run    trains DenseNet-121 on handwritten digits, in a few minutes on a CPU
-# make test   runs the tests, but for those of some minutes
-# make test-slow   runs those, and those beside torch and Keras
+# make test   runs the tests, except those that take minutes
+# make test-slow   runs the slow tests, and the comparisons with torch and Keras
 # make faults      kills runs, fills disks and damages files, in full
-# All make .venv first, with the newest Python (3.11 to 3.13) that starts here.
-# JAX=oldest takes the oldest supported version of JAX.
-# make web         the page of examples/web, which needs npm and no .venv
+# All create .venv first, with the newest Python (3.11 to 3.13) that starts here.
+# JAX=oldest installs the oldest supported version of JAX.
+# make web         builds examples/web, which needs npm and no .venv
 # make lint        ruff and mypy
 # make docs        the documentation site, in build/site
 # make wheel       the source distribution and the wheels, in dist: one of pure Python, and
 #                  on Linux (x86-64) with a C++ compiler one with compiled CPU kernels
-# make dev         everything above in .venv, and git hooks
+# make dev         installs everything for these in .venv, and git hooks
 
 PYTHON ?= $(shell for name in python3.13 python3.12 python3.11 python3; do \
 	$$name -c 'import sys, venv, ensurepip; \
 	sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
 	>/dev/null 2>&1 && { echo $$name; break; }; done)
 BIN = .venv/bin
-# Not compiled, which Python does with what it imports, when it does: half of the time.
+# Without compiling: Python compiles modules when they are imported. Halves the time.
 INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check
-# uv takes a quarter of pip's time, which comes in where uv does not find or reach what
-# pip's own settings would.
+# uv takes a quarter of pip's time. pip is used if uv fails, for example because it does
+# not read pip's settings.
 UV_INSTALL = -m uv pip install --quiet --link-mode=copy --python
-# Peers need Python 3.11: only for it is there a CPU build of this torch. This project is
-# there too, with the oldest JAX that it runs on.
+# Peers need Python 3.11, the only one with a CPU build of this torch. This project is
+# installed there too, with the oldest JAX that it supports.
 PEERS = .venv-peers/bin
 
 JAX ?= newest
 PINNED_oldest = jax==0.10.2 jaxlib==0.10.2
 
-# What tests compiled, for the next run of them.
+# Programs that tests compiled, for the next run.
 export FLAX_DENSENET_TEST_CACHE ?= $(CURDIR)/.venv/compiled-tests
 
 .PHONY: web run test test-slow faults lint docs wheel dev bench bench-gpu clean
@@ -40,13 +40,13 @@ run: .venv/installed
 
 LINT = $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-# Lint runs beside the tests, whose first and last seconds leave a core idle.
+# Lint runs in parallel: the first and last seconds of the tests leave a core idle.
 test: .venv/installed
 	@( $(LINT) ) >.venv/lint.log 2>&1 & lint=$$!; \
 	$(BIN)/python -m pytest -q; tests=$$?; \
 	wait $$lint; lint=$$?; cat .venv/lint.log; exit $$((tests | lint))
 
-# Together: many of these tests wait for other processes, and leave a core idle.
+# In parallel: many of these tests wait for other processes and leave a core idle.
 test-slow: .venv/installed .venv-peers/installed
 	@$(PEERS)/python -m pytest -q -n 2 -m 'slow or not slow' \
 		$(BESIDE_PEERS) $(KERAS_FAULTS) \
@@ -61,7 +61,7 @@ BESIDE_PEERS = tests/data/augment/test_torchvision.py \
 	tests/weights/test_keras_writing.py tests/weights/test_published_peers.py \
 	tests/weights/test_timm.py tests/weights/test_torch.py
 
-# Keras' files, whose HDF5 library is there.
+# Keras files need its HDF5 library, which is installed there.
 KERAS_FAULTS = 'tests/faults/test_fuzz.py::test_fuzz[hdf5]' \
 	'tests/faults/test_fuzz.py::test_fuzz[keras]'
 
@@ -72,8 +72,9 @@ faults: .venv/installed .venv-peers/installed
 bench: .venv/installed .venv-peers/installed
 	$(BIN)/python -m benchmarks.run
 
-# On a GPU. Ours needs `pip install '.[cuda]'`, the peers torch for CUDA and torchvision:
-# make bench-gpu OURS=python3 PEERS_PYTHON=python3 where one Python has both.
+# On a GPU. Ours needs `pip install '.[cuda]'`, the peers need torch for CUDA and
+# torchvision. If one Python has both:
+# make bench-gpu OURS=python3 PEERS_PYTHON=python3
 OURS ?= $(BIN)/python
 PEERS_PYTHON ?= $(PEERS)/python
 

@@ -1,4 +1,4 @@
-"""The architecture of a network, found from the shapes of its arrays."""
+"""Derives the architecture of a network from the shapes of its arrays."""
 
 import re
 from typing import Any

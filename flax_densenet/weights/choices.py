@@ -1,9 +1,9 @@
-"""What a user says of weights that do not say it themselves, and what is assumed else.
+"""The user's choices for weights that do not describe themselves, and assumptions.
 
 Class names, whether outputs are a softmax or sigmoids, and how images are prepared:
-each comes from the user, else from the file, else from the number of outputs where that
-is a well-known one (`heads.find_known`), else it is assumed. A line says what was
-assumed and which setting changes it.
+each comes from the user, else from the file, else from the number of outputs if that is
+well known (`heads.find_known`), else it is assumed. A line reports each assumption and
+the setting that changes it.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ _OF_OUTPUTS = '--outputs=sigmoid, softmax or none'
 
 @dataclasses.dataclass(frozen=True)
 class Choices:
-    """What the user says of weights.
+    """The user's choices for weights.
 
     Attributes:
       class_names: in the order of the outputs; of one output also two names, negative
@@ -95,7 +95,7 @@ def make(class_names=None, outputs=None, data=None, **options) -> Choices:
 
 
 class Notes(dict):
-    """Lines about what was assumed, by what they are about; `tell` says each once."""
+    """Lines about assumptions, by subject; `tell` logs each once."""
 
     def tell(self):
         """Logs the lines that were not logged yet."""
@@ -105,7 +105,7 @@ class Notes(dict):
 
 @dataclasses.dataclass(frozen=True)
 class Settled:
-    """Weights about which nothing is open.
+    """Weights without open questions.
 
     Attributes:
       weights: with the preparation of images, with as many channels as chosen.
@@ -123,7 +123,7 @@ class Settled:
 
 
 def settle(weights: weight_file.Weights, choices: Choices) -> Settled:
-    """Answers what weights of other programs leave open.
+    """Resolves what weights of other programs leave open.
 
     Raises:
       UserError: a choice does not fit the weights, or the weights prepare images in a
@@ -219,7 +219,7 @@ def prepare(
     notes: Notes,
     recipe: Mapping[str, Any] | None = None,
 ) -> weight_file.Weights:
-    """Weights with the chosen preparation of images; a note tells what is assumed.
+    """Weights with the chosen preparation of images; a note lists assumptions.
 
     Args:
       recipe: fields that are taken where neither `chosen` nor the file has them.
@@ -292,7 +292,7 @@ def describe_preparation(
     chosen: Mapping[str, Any],
     settled: Mapping[str, Any],
 ) -> str | None:
-    """The line about fields that neither the file nor the user says; None: no such."""
+    """The line about fields that neither the file nor the user sets; None for none."""
     assumed = [
         name
         for name in PREPARATION

@@ -35,7 +35,7 @@ _IN_TABLES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ConformalSets(decision_entry.Entry):
-    """What the true classes of validation images got (`evaluation.conformal.fit`).
+    """Probabilities of the true classes of validation images.
 
     Attributes:
       counts: number of images; of several labels, of those with each label.

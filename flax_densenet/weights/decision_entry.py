@@ -17,7 +17,7 @@ _FLOATS = (np.float16, np.float32, np.float64)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Entry:
-    """One thing that was fitted; subclasses are frozen dataclasses.
+    """A fitted entry; subclasses are frozen dataclasses.
 
     Fields are of type `bool`, `int`, `float`, `str`, tuples of one of them (such as
     `tuple[float | None, ...]`), or `np.ndarray`, which is float16, float32
@@ -44,7 +44,7 @@ class Entry:
 
     @classmethod
     def from_files(cls, plain: Any, arrays: dict[str, np.ndarray]) -> Self:
-        """What `to_files` gave.
+        """Restores the entry from the result of `to_files`.
 
         Fields that are missing have their defaults; unknown ones are left out.
 

@@ -1,7 +1,8 @@
 """What was fitted on labeled images after training: how outputs become decisions.
 
 `decisions.json` in the folder of a run, with arrays in `decisions.safetensors`, belongs
-to one checkpoint; `NAME.decisions.json` beside a file of weights, to these. It holds
+to one checkpoint; `NAME.decisions.json` next to a file of weights belongs to this file.
+It holds
 entries: the calibration of the probabilities, thresholds,
 and whatever else is in `ENTRIES`.
 
@@ -42,7 +43,7 @@ ENTRIES: dict[str, type[decision_entry.Entry]] = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Decisions:
-    """What was fitted for one model.
+    """The fitted decisions of one model.
 
     Attributes:
       step: of the checkpoint; None for weights that are no checkpoint.
@@ -70,7 +71,7 @@ class Decisions:
 
     @property
     def where(self) -> str:
-        """What it was fitted on, in words: `360 test images of digits`."""
+        """The data of the fit, in words: `360 test images of digits`."""
         part = {'val': 'validation ', 'test': 'test '}.get(self.part, '')
         return f'{self.count:,} {part}image{"" if self.count == 1 else "s"} of ' + (
             self.data or 'unknown data'
@@ -93,7 +94,7 @@ class Decisions:
 def from_files(
     place: str, plain: Any, arrays: dict[str, np.ndarray], classes: int
 ) -> Decisions:
-    """What `Decisions.to_files` gave, checked.
+    """Restores decisions from the result of `Decisions.to_files`, with checks.
 
     Args:
       place: where it comes from, for error messages.
@@ -136,7 +137,7 @@ def from_files(
 
 
 def fingerprint(variables: dict[str, Any]) -> str:
-    """Tells models apart: a hash of the last layer of the classifier."""
+    """Identifies a model: a hash of the last layer of the classifier."""
     last = layers.linear_layers(variables['params']['classifier'])[-1]
     made = hashlib.sha256()
     for name in ('kernel', 'bias'):
@@ -145,7 +146,7 @@ def fingerprint(variables: dict[str, Any]) -> str:
 
 
 def files_of(model: str) -> tuple[str, str]:
-    """Both files of a model: in its folder, or beside its file."""
+    """Both files of a model: in its folder, or next to its file."""
     if os.path.isdir(model):
         return os.path.join(model, FILE), os.path.join(model, ARRAYS_FILE)
     return f'{model}.{FILE}', f'{model}.{ARRAYS_FILE}'
@@ -253,7 +254,7 @@ def save_statistics(folder: str, decisions: Decisions):
 
 
 def load_statistics(folder: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What `save_statistics` wrote, for `from_files`; empty if there is no file.
+    """Reads the file of `save_statistics`, for `from_files`; empty if there is none.
 
     Raises:
       UserError: the file cannot be read.

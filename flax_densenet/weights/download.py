@@ -1,4 +1,4 @@
-"""Downloads files of weights into a cache folder: the address decides the place.
+"""Downloads files of weights into a cache folder, with paths from their addresses.
 
 Only this module and `hub` open network connections. A file gets its name once all of it
 has arrived and its checksum is right, so what is in the cache is complete. An
@@ -55,7 +55,7 @@ class Checksum:
 
 
 class _Interrupted(Exception):
-    """An attempt that may go on, as a line about why it ended."""
+    """An attempt that may be continued; the line says why it ended."""
 
 
 def cache_folder() -> str:
@@ -65,7 +65,7 @@ def cache_folder() -> str:
 
 
 def place_of(url: str) -> str:
-    """Where the file of an address is in the cache: `CACHE/HOST/PATH`."""
+    """The path of an address in the cache: `CACHE/HOST/PATH`."""
     parts = urllib.parse.urlsplit(url)
     names = [parts.netloc, *parts.path.split('/')]
     names = [re.sub(r'[^\w.-]', '_', name) for name in names if name.strip('.')]
@@ -133,7 +133,7 @@ def _check_cached(path, url, checksum):
 
 
 def _check_digest(path):
-    """As `Checksum.check`, by the digest of the first download, if there was one."""
+    """Like `Checksum.check`, with the digest of the first download, if any."""
     try:
         known = pathlib.Path(f'{path}.sha256').read_text(encoding='ascii').strip()
     except (OSError, ValueError):
@@ -145,7 +145,7 @@ def _check_digest(path):
 
 
 def _check_address(url, before=''):
-    """Raises unless a connection to this address is encrypted, or stays at home."""
+    """Raises unless a connection to this address is encrypted or local."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme == 'https' and parts.hostname:
         return
@@ -176,7 +176,7 @@ def _alone(path):
 
 
 def _download(url, path, checksum, size):
-    """Brings the file of an address to its place."""
+    """Downloads the file of an address to its path in the cache."""
     part = f'{path}.part'
     resumed = _receive(url, part, path, checksum, size)
     wrong = checksum.check(part) if checksum else None
@@ -277,7 +277,7 @@ def _make_session():
 
 
 def _attempt(session, url, part, checksum, size):
-    """Receives what is missing; whether it went on where an earlier attempt ended."""
+    """Receives the missing bytes; returns whether it continued an earlier attempt."""
     have, tag = _had(part), _read_tag(part)
     headers = {'Accept-Encoding': 'identity'}
     if have and (tag or checksum):
@@ -342,7 +342,7 @@ def _store(answer, url, part, have, total, most, size):
 
 
 def _pieces(answer, url):
-    """The bytes of an answer, as they come; `_Interrupted` where they stop coming."""
+    """Yields the bytes of a response; raises `_Interrupted` if they stop."""
     import urllib3
 
     try:
@@ -384,7 +384,7 @@ def _explain_status(url, answer):
 
 
 def _read_tag(part):
-    """What the server said that the part belongs to."""
+    """The validator of the server for the partial file."""
     try:
         with open(f'{part}.tag', encoding='utf-8') as file:
             tag = json.load(file)

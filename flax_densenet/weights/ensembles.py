@@ -27,7 +27,7 @@ _ALIKE_DATA = ('resize', 'crop_fraction', 'interpolation', 'window', 'bit_depth'
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What `ensemble.json` holds.
+    """The content of `ensemble.json`.
 
     Attributes:
       members: names of the folders of the runs, below the file's.
@@ -128,7 +128,7 @@ def join(folder: str, record: Record, members):
     """One `trained.Trained` that averages the probabilities of several.
 
     Raises:
-      UserError: they are not alike.
+      UserError: they differ.
     """
     first = members[0]
     for name, other in zip(record.members, members, strict=True):
@@ -165,7 +165,7 @@ def _calibrated(trained):
 
 
 def _find_difference(one, other):
-    """What two members differ in; empty if they can be one model."""
+    """The difference of two members; empty if they can be one model."""
     shapes = [
         [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(trained.variables)]
         for trained in (one, other)

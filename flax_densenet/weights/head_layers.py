@@ -22,7 +22,7 @@ _MOST_LAYERS = 8
 
 
 class Unreadable(Exception):
-    """What the head computes cannot be told, or is something else; says why."""
+    """The head is unknown or unsupported; the message has the reason."""
 
 
 @dataclasses.dataclass(frozen=True)

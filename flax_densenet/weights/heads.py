@@ -1,4 +1,4 @@
-"""Networks whose outputs are known by their number: which classes, in which order.
+"""Networks that are recognized by their number of outputs: classes and their order.
 
 >>> from flax_densenet.weights import heads
 >>> heads.find_known(14, channels=3).class_names[:2]
@@ -65,7 +65,7 @@ TORCHXRAYVISION = (
 
 @dataclasses.dataclass(frozen=True)
 class KnownHead:
-    """What is assumed of a network by the number of its outputs.
+    """Assumptions about a network from the number of its outputs.
 
     Attributes:
       what: whose outputs they are, for messages.
@@ -120,7 +120,7 @@ def _read_imagenet():
 
 
 def find_known(num_outputs: int, *, channels: int) -> KnownHead | None:
-    """The network with so many outputs that is published most, if there is one."""
+    """The most common published network with this number of outputs, or None."""
     if num_outputs == 1000:
         return _read_imagenet()
     if num_outputs == len(CHEXNET):
@@ -144,7 +144,7 @@ def natural_order(names) -> tuple[str, ...]:
 
 
 def describe_order(path: str, names: tuple[str, ...]) -> str:
-    """The line that says which class each output of unnamed weights is taken for."""
+    """The line on the assumed classes of the outputs of unnamed weights."""
     natural = natural_order(names)
     order = ', sorted as text as in torchvision and Keras,'
     line = (

@@ -1,4 +1,4 @@
-"""What a Keras configuration says around the network: preparation and activation.
+"""Reads a Keras configuration around the network: preparation and activation.
 
 Layers in front of the network that subtract and divide become mean and std; the last
 layer tells whether outputs are a softmax or sigmoids.
@@ -42,7 +42,7 @@ _ACTIVATIONS = {'sigmoid': heads.SIGMOID, 'softmax': heads.SOFTMAX}
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What was read.
+    """The result of reading.
 
     Attributes:
       preparation: fields of `config.data`.

@@ -23,7 +23,7 @@ _ENDS = ('softmax', 'sigmoid')
 
 @dataclasses.dataclass(frozen=True)
 class Tail:
-    """What comes behind the network.
+    """The layers after the network.
 
     Attributes:
       arrays: of the classifier by our names; empty where there is none.
@@ -43,7 +43,7 @@ class Tail:
 def find(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]] | None:
     """(class, configuration) of each layer behind the last norm of the network.
 
-    None where the configuration does not tell.
+    None if the configuration does not show it.
     """
     flat = list(_flatten(settings))
     last = max((n for n, one in enumerate(flat) if one[0] in _BODY), default=None)

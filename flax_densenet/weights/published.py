@@ -29,7 +29,7 @@ _IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclasses.dataclass(frozen=True)
 class PublishedWeights:
-    """Weights that have a name.
+    """Published weights with a name.
 
     Attributes:
       name: what `load` and `init_from` take.
@@ -332,7 +332,7 @@ def list_weights(pattern: str = '*') -> WeightsTable:
 
 
 def is_name(text: Any) -> bool:
-    """Whether this names published weights, and is not something on the disk.
+    """Whether this names published weights, and not something on disk.
 
     >>> is_name('torchvision:densenet121'), is_name('hf:timm/densenet121.ra_in1k')
     (True, True)

@@ -8,7 +8,7 @@ _NOT_PUBLISHED = 'not published'
 
 
 def describe_preparation(entry: published.PublishedWeights) -> str:
-    """How images are prepared, in a few words."""
+    """The preparation of images in a few words."""
     fields = entry.preparation
     side = fields['image_size']
     if fields['resize'] == 'stretch':
@@ -43,7 +43,7 @@ def default_name(entry: published.PublishedWeights) -> str:
 
 
 def describe_check(entry: published.PublishedWeights) -> str:
-    """Whether the published file was seen to compute the right thing."""
+    """Whether the published file was verified to compute the right outputs."""
     return 'verified' if entry.fingerprint else published.UNVERIFIED
 
 

@@ -1,4 +1,4 @@
-"""Thresholds of probabilities: from which on a label or a class counts as positive."""
+"""Thresholds of probabilities above which a label or a class counts as positive."""
 
 import dataclasses
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """Reads heads of several layers in torch files.
 
 A state dict has the arrays of layers and the layers' names. ReLU and Dropout have no
-arrays; numbers in names tell that something is there (`classifier.0`, `classifier.3`),
-pickled modules tell what. What is a guess is said in one line.
+arrays; numbers in names show that something is there (`classifier.0`, `classifier.3`),
+and pickled modules show what. Guesses are reported in one line.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ _LAST = {'Sigmoid', 'Softmax', 'LogSoftmax', 'Dropout', 'Identity', 'Flatten'}
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """What a head computes.
+    """The layers of a head.
 
     Attributes:
       arrays: by our names.

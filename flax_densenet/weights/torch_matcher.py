@@ -1,6 +1,6 @@
 """Finds a DenseNet among the arrays of a torch file, by its structure.
 
-Whatever stands in front of its names, and of whatever else the file has arrays: a loss,
+It does not depend on prefixes of names, or on other arrays in the file: a loss,
 metrics, an optimizer, a moving average of the same network.
 
 >>> plain_key('net._orig_mod.features.denseblock1.denselayer2.layers.norm.1.weight')
@@ -73,7 +73,7 @@ def plain_key(key: str) -> str:
 
 
 def match(path: str, arrays: dict[str, np.ndarray]) -> Match:
-    """The network in a file; lines report what is left out.
+    """Finds the network in a file; lines report what is left out.
 
     Args:
       path: of the file, for messages.
@@ -95,7 +95,7 @@ def match(path: str, arrays: dict[str, np.ndarray]) -> Match:
 
 
 def is_of_network(key: str) -> bool:
-    """Whether a key is one of a dense layer, whatever stands in front of it."""
+    """Whether a key belongs to a dense layer, with any prefix."""
     name = plain_key(key)
     return bool(
         _START.fullmatch(name)
@@ -105,7 +105,7 @@ def is_of_network(key: str) -> bool:
 
 
 def _find_starts(plain):
-    """What stands in front of dense blocks, `features.` included, of each network."""
+    """The prefix of dense blocks, including `features.`, for each network."""
     found = (_START.fullmatch(name) for name in plain)
     return tuple(dict.fromkeys(one[1] for one in found if one))
 
@@ -159,12 +159,12 @@ def _names_of_numbers(start, plain, arrays):
 
 
 def is_average(start: str) -> bool:
-    """Whether what stands in front of names is that of a moving average."""
+    """Whether a prefix of names belongs to a moving average."""
     return any(_AVERAGE.fullmatch(part.lower()) for part in start.split('.'))
 
 
 def _choose(path, starts, plain, arrays):
-    """Of several copies the moving average, or any where all are the same."""
+    """Of several copies, the moving average, or any if all are equal."""
     if len(starts) == 1:
         return starts[0]
     names = ' and '.join(printable(start or '(no prefix)') for start in starts[:4])
@@ -216,7 +216,7 @@ class _Network:
         return self._arrays[self._plain[name]]
 
     def _find_width(self):
-        """Features behind the body, where its last norm is there."""
+        """Number of features after the body, if its last norm exists."""
         name = f'{self._start}norm5.weight'
         if name in self._plain and getattr(self._array(name), 'ndim', 0) == 1:
             return len(self._array(name))

@@ -225,7 +225,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def refusal(path: str, name: str) -> UserError:
-    """The error for weights that something of another project has to make."""
+    """The error for weights that need code of another project."""
     return UserError(
         f'{path} needs {name}, which a file of weights does not; none of it was run. '
         'If you trust the file, load it in torch and save only the weights: '
@@ -234,7 +234,7 @@ def refusal(path: str, name: str) -> UserError:
 
 
 def read(path: str) -> Any:
-    """Reads what `torch.save` has saved, with each tensor as a numpy array.
+    """Reads a file of `torch.save`, with each tensor as a numpy array.
 
     Args:
       path: a file of either format: the zip archive since torch 1.6, or the sequence

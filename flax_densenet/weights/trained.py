@@ -90,12 +90,12 @@ class Trained:
 
     @property
     def outputs(self) -> str:
-        """What makes probabilities of logits, one of `heads.OUTPUTS`."""
+        """The function from logits to probabilities, one of `heads.OUTPUTS`."""
         return outputs_of(self.metadata)
 
     @property
     def calibration(self) -> calibration_lib.Calibration | None:
-        """What is to be done to the logits; None if nothing is."""
+        """The calibration of the logits; None if there is none."""
         found = self.decisions and self.decisions.calibration
         return found if found and found.changes else None
 
@@ -106,7 +106,7 @@ class Trained:
 
     @property
     def thresholds(self) -> tuple[float | None, ...] | None:
-        """From which probability on each class is positive, None for those without.
+        """The thresholds of the classes; None for classes without one.
 
         None if the most likely class is all that is predicted. Several labels without
         thresholds of their own have a half.
@@ -142,7 +142,7 @@ class Trained:
         )
 
     def without_decisions(self) -> 'Trained':
-        """The same model without what was fitted after training."""
+        """The same model without its fitted decisions."""
         return dataclasses.replace(self, decisions=None)
 
 
@@ -244,7 +244,7 @@ def _with_decisions(trained, path, variables, choices):
 
 
 def _check_own(path, choices):
-    """Raises for choices that our own metadata has made."""
+    """Raises for choices that the model's own metadata decides."""
     for name in choices.data:
         fixed = ('mean', 'std', 'channels', 'bit_depth')
         if name in fixed or not choices.own_data:
@@ -255,7 +255,7 @@ def _check_own(path, choices):
 
 
 def _chosen(path, metadata, count, choices):
-    """Metadata of ours with the names and outputs that were chosen."""
+    """The model's metadata with the chosen names and outputs."""
     if choices.class_names:
         choices_lib.check_count(path, choices.class_names, count)
         metadata = metadata | {'class_names': list(choices.class_names)}

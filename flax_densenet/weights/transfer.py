@@ -1,9 +1,8 @@
-"""What imported weights mean for a run: its model, its images, its first variables.
+"""Applies imported weights to a run: its model, its images, its initial variables.
 
 A field that the config leaves open (None, 0) is taken from the weights, else from the
-defaults here. Where the config and the weights both speak and disagree, the model's
-architecture is an error that says both; of other fields the config's is taken, and a
-line is printed.
+defaults here. If the config and the weights disagree, the model's architecture is an
+error that says both; of other fields the config's is taken, and a line is printed.
 """
 
 import dataclasses
@@ -52,7 +51,7 @@ def resolve(
 def resolve_from_checkpoint(
     settings: settings_lib.Settings, saved: settings_lib.Settings
 ) -> settings_lib.Settings:
-    """The settings with those that are open as they were saved with a run."""
+    """The settings, with open fields as they were saved with a run."""
     data = settings.data
     if data.groups == 'auto':
         data = dataclasses.replace(data, groups=saved.data.groups)
@@ -76,9 +75,9 @@ def _is_open(name, value):
 def settle(
     weights: weight_file.Weights, fields: dict[str, Any], class_names=None
 ) -> weight_file.Weights:
-    """Weights to train from, with the names of their outputs where they are given.
+    """Weights to train from, with the names of their outputs if they are given.
 
-    A line tells which preparation of images is assumed.
+    A line reports an assumed preparation of images.
 
     Args:
       fields: of `PreparationSettings`.
@@ -108,7 +107,7 @@ def settle(
 def resolve_model(
     model: settings_lib.ModelSettings, weights: weight_file.Weights | None
 ) -> settings_lib.ModelSettings:
-    """The model's settings, those that are open filled in.
+    """The model's settings, with open fields filled in.
 
     Raises:
       UserError: the config's architecture is not the weights'.
@@ -127,7 +126,7 @@ def resolve_model(
 
 
 def check_architecture(given, weights):
-    """Raises where fields of the config say another network than the weights are of."""
+    """Raises if fields of the config describe another network than the weights."""
     theirs = architecture.of_variant(**_architecture_fields(weights.fields))
     ours = {k: v for k, v in given.items() if k in architecture.FIELDS}
     if 'variant' in given:
@@ -164,7 +163,7 @@ def resolve_preparation(
     preparation: settings_lib.PreparationSettings,
     weights: weight_file.Weights | None,
 ) -> settings_lib.PreparationSettings:
-    """How images are prepared, the open fields filled in.
+    """The preparation of images, with open fields filled in.
 
     Raises:
       UserError: `data.channels` is not known.
@@ -261,7 +260,7 @@ def first_variables(
 
 
 def _pair(weights, names):
-    """Weights whose outputs are in the run's order, where they have the same classes.
+    """Weights with outputs in the run's order, if they have the same classes.
 
     A line is printed if the weights do not name them.
     """

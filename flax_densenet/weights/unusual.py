@@ -112,7 +112,7 @@ class Unusual(decision_entry.Entry):
 
     @property
     def needs_logits(self) -> bool:
-        """Whether it is of logits, before any calibration."""
+        """Whether it needs logits, before any calibration."""
         return self.method in ('both', 'energy')
 
     @property
@@ -130,7 +130,7 @@ class Unusual(decision_entry.Entry):
         return dataclasses.replace(self, **arrays)
 
     def plain(self, features, logits, *, xp=np):
-        """The score as its paper has it, `[N]`.
+        """The score as defined in its paper, `[N]`.
 
         Args:
           features: pooled features `[N, F]`.

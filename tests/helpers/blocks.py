@@ -1,4 +1,4 @@
-"""Small networks of all kinds of dense blocks, with inputs away from first values."""
+"""Small networks of all kinds of dense blocks, with inputs unlike initial values."""
 
 import functools
 
@@ -45,7 +45,7 @@ def make(block, **fields):
 
 @functools.cache
 def inputs(block, size=(13, 22), count=2):
-    """Variables away from their first values, and images."""
+    """Variables unlike their initial values, and images."""
     variables = init_variables(make(block), 0)
     rng = np.random.default_rng(0)
 
@@ -116,7 +116,7 @@ def run(module, variables, images):
 
 @functools.cache
 def run_plain(block, size=(13, 22), count=2):
-    """What several tests compare with."""
+    """Reference results that several tests compare with."""
     return run(make(block, fast=False), *inputs(block, size, count))
 
 

@@ -1,4 +1,4 @@
-"""A Chromium that looks for nobody, for tests of pages."""
+"""A headless Chromium for tests of pages."""
 
 import base64
 import contextlib
@@ -42,7 +42,7 @@ def launched():
 
 
 def violations(tab):
-    """What axe-core finds wrong on a page, each as a line."""
+    """The violations that axe-core finds on a page, one per line."""
     tab.evaluate(AXE.read_text('utf-8'))  # not bound by the page's policy
     found = tab.evaluate('axe.run().then(told => told.violations)')
     return [
@@ -77,7 +77,7 @@ def drop_all(page, files):
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder; the server notes what was asked for."""
+    """Serves files of a folder; records the requests."""
 
     def end_headers(self):
         for name, value in self.server.headers.items():

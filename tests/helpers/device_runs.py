@@ -1,8 +1,8 @@
 """Steps of training on some of eight fake devices, in double precision.
 
 `main(OUT, NAME, ...)` takes the runs of these names in `RUNS` and writes their states
-to OUT.npz and what else there is to know to OUT.json. It needs a process of its own,
-since the number of fake devices and double precision are for a whole one.
+to OUT.npz and what else there is to know to OUT.json. It needs a separate process,
+since the number of fake devices and double precision apply to the whole process.
 """
 
 import json
@@ -52,7 +52,7 @@ RUNS = {
 
 
 def make_batch(number, *, rows=ROWS, labels=False, bad=False):
-    """Images of some 16 pixels a side; classes, or labels of which some are unknown."""
+    """Images with sides of about 16 pixels; classes, or labels, some unknown."""
     rng = np.random.default_rng(number)
     batch = {
         'image': rng.integers(0, 256, (rows, 16, 16, 3), np.uint8),
@@ -81,7 +81,7 @@ def take(
     frozen=0,
     **fields,
 ):
-    """The arrays of the state after some steps, and figures of the program."""
+    """The arrays of the state after some steps, and metrics of the program."""
     mesh = mesh_lib.make_mesh(jax.devices()[:devices])
     group = ghost_batch_norm.resolve(
         batch_norm_group,
@@ -138,7 +138,7 @@ def take(
 
 
 def _describe(compiled, state, losses, before, mesh):
-    """Figures of the program and its arrays; `before`: the statistics at first."""
+    """Metrics of the program and its arrays; `before`: the initial statistics."""
     text = compiled.as_text()
     return {
         'loss': losses,

@@ -1,4 +1,4 @@
-"""A server on this machine that plays hosts of files and the Hugging Face Hub."""
+"""A local server that plays file hosts and the Hugging Face Hub."""
 
 import base64
 import contextlib
@@ -16,7 +16,7 @@ COMMIT = '0123456789abcdef0123456789abcdef01234567'
 
 @dataclasses.dataclass
 class File:
-    """What the server has under a path, and how it misbehaves.
+    """The content of the server under a path, and its faults.
 
     Attributes:
       cuts: the connection ends after so many bytes of an answer, one for each request.
@@ -62,13 +62,13 @@ class Host:
         self._server.server_close()
 
     def clear(self):
-        """Forgets files and requests."""
+        """Forgets all files and requests."""
         stores = self.files, self.hub, self.repos, self.stored
         for kept in (*stores, self.requests, self.commits):
             kept.clear()
 
     def put(self, path, content=b'', **how) -> str:
-        """Serves a file; its address."""
+        """Serves a file; returns its address."""
         self.files[path] = File(content, **how)
         return f'{self.url}{path}'
 
@@ -81,7 +81,7 @@ class Host:
         self.hub[name] = (files, error)
 
     def count(self, method, path=''):
-        """How many requests there were."""
+        """The number of requests."""
         return sum(m == method and p.startswith(path) for m, p, _ in self.requests)
 
 
@@ -283,7 +283,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._json(about | {'private': private})
 
     def _set(self, name):
-        """What a data set consists of."""
+        """The description of a data set."""
         files, error = self.host.hub.get(f'datasets/{name}', ({}, 'RepoNotFound'))
         if error == 'RepoNotFound' or error == 'Unauthorized':
             return self._send(_ERRORS[error], b'no', X_Error_Code=error)
@@ -292,7 +292,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return self._json(about | {'gated': 'auto' if error else False, 'tags': []})
 
     def _tree(self, name, below):
-        """Files and folders in a folder of a data set, not below that."""
+        """Files and folders directly in a folder of a data set."""
         files, above = self.host.hub[f'datasets/{name}'][0], (below or '').strip('/')
         found = {}
         for path, content in files.items():

@@ -1,4 +1,4 @@
-"""Python programs that start in a moment, for tests that need a process of their own.
+"""Python programs that start quickly, for tests that need a separate process.
 
 `run(code)` is as `subprocess.run([sys.executable, '-c', code])`, but the process is
 forked from one in which the libraries (JAX, Flax, Orbax) are imported already, which
@@ -25,7 +25,7 @@ _server = None
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """How a program ended, as `subprocess.CompletedProcess` tells it."""
+    """The result of a program, like `subprocess.CompletedProcess`."""
 
     returncode: int
     stdout: str
@@ -78,7 +78,7 @@ def stop():
 
 
 def _become(ask):
-    """In the new process: the program's surroundings, then the program."""
+    """In the new process: sets up the environment, then runs the program."""
     for handle, name in ((1, 'out'), (2, 'err')):
         place = os.path.join(ask['folder'], name)
         os.dup2(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), handle)

@@ -1,4 +1,4 @@
-"""Keras' DenseNets with random weights, beside ours."""
+"""Keras' DenseNets with random weights, to compare with ours."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Networks as one program each."""
+"""Networks compiled as single programs."""
 
 import functools
 
@@ -6,5 +6,5 @@ import jax
 
 
 def compiled(module, **options):
-    """`module.apply` with some options; by itself it compiles one operation by one."""
+    """`module.apply` with some options, compiled as one program."""
     return jax.jit(functools.partial(module.apply, **options))

@@ -47,7 +47,7 @@ def assert_same_parts(folder, out, one, other):
 
 
 def end_after(monkeypatch, count, error):
-    """Packing ends with `error` when so many images are stored."""
+    """Packing ends with `error` after this many images."""
     record, left = pack_plan.Images.record, itertools.count()
 
     def counted(self, index):

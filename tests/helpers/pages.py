@@ -1,4 +1,4 @@
-"""What report and sweep pages are made of."""
+"""Inputs for report and sweep pages."""
 
 import json
 
@@ -54,7 +54,7 @@ class _Images(list):
 
 
 def many(classes=120, count=4000):
-    """Results of many classes, whose images need no files."""
+    """Results of many classes, without image files."""
     rng = np.random.default_rng(0)
     labels = np.arange(count, dtype=np.int32) % classes
     logits = rng.normal(size=(count, classes)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Where the repository is, and the folder of larger files beside it."""
+"""Paths of the repository, and of the folder with larger files next to it."""
 
 import os
 import pathlib
@@ -10,7 +10,7 @@ SHARED = pathlib.Path(os.environ.get('FLAX_DENSENET_SHARED', ROOT.parent / 'shar
 
 
 def shared(path):
-    """A file or folder beside the repository; the test is skipped where absent."""
+    """A file or folder next to the repository; skips the test if it is missing."""
     found = SHARED / path
     if not found.exists():
         pytest.skip(f'{path} is not here (FLAX_DENSENET_SHARED names its folder)')

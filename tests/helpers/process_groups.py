@@ -13,7 +13,7 @@ from helpers.paths import ROOT
 
 
 def free_port():
-    """Not of those that the system gives to connections, which come and go."""
+    """A free port outside the range that the system assigns to connections."""
     draw = random.SystemRandom()
     while True:
         port = draw.randrange(10000, 32000)
@@ -23,7 +23,7 @@ def free_port():
 
 
 class Processes:
-    """Some processes of one command; a context, which kills what is left of them."""
+    """A context with several processes of one command; kills the remaining ones."""
 
     def __init__(self, folder, count, *flags, of_process=None, program=None, **fields):
         port, self.flags = free_port(), list(flags)

@@ -1,4 +1,4 @@
-"""Small settings, images and models, and what runs leave."""
+"""Small settings, images and models, and readers of runs' files."""
 
 import json
 
@@ -114,7 +114,7 @@ def tiny_trained(source, *, seed=0, **metadata):
 
 
 def make_weights(path, *, classes=3, scale=1.0, **metadata):
-    """A file of ours with a network that nobody trained."""
+    """A file of this package with an untrained network."""
     from flax_densenet.export import formats
 
     module = create_model('BC-L10k4', num_classes=classes)

@@ -1,4 +1,4 @@
-"""A server in a thread, small requests, and what browsers send."""
+"""A server in a thread, small requests, and forms like those of browsers."""
 
 import asyncio
 import base64
@@ -54,7 +54,7 @@ def make_trained():
 def running(
     trained, *, wait_until_ready=True, hosts=(), root_path='', methods=(), **limits
 ):
-    """Serves in a thread; gives the port."""
+    """Serves in a thread; yields the port."""
     listener = server.listen('127.0.0.1', 0)
     port = listener.getsockname()[1]
     access = server.make_access(listener, hosts, root_path)
@@ -87,7 +87,7 @@ def running(
 
 
 class Answer:
-    """Status, headers and body of an answer."""
+    """Status, headers and body of a response."""
 
     def __init__(self, response):
         self.status, self.headers = response.status, response.headers
@@ -107,7 +107,7 @@ def ask(port, path, body=None, *, method=None, headers=()):
 
 
 def half_sent(port, *, length=1000, sent=b'\xff\xd8', path='/predict'):
-    """A connection whose body does not all come."""
+    """A connection with an incomplete body."""
     connection = socket.create_connection(('127.0.0.1', port), timeout=60)
     head = (
         f'POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {length}\r\n\r\n'

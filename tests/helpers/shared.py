@@ -1,4 +1,4 @@
-"""What is made once for all tests, whichever process needs it first.
+"""Results that are made once for all tests, by the first process that needs them.
 
 Fixtures of a session are made in each process of pytest-xdist; a folder of `once` is
 made by one of them, and the others wait for it.
@@ -22,9 +22,9 @@ DIGITS = {
 
 
 def once(tmp_path_factory, name, make):
-    """The folder `name`, filled by `make(folder)` in one of the processes of the tests.
+    """The folder `name`, filled by `make(folder)` in one of the test processes.
 
-    Nothing may write there afterwards: other processes read it at the same time.
+    Nothing may write there afterwards, since other processes read it at the same time.
     """
     base = tmp_path_factory.getbasetemp()
     if os.environ.get('PYTEST_XDIST_WORKER'):
@@ -42,7 +42,7 @@ def once(tmp_path_factory, name, make):
 
 
 def digits_run(tmp_path_factory):
-    """A run of `DIGITS` in a folder of this process, as `flax_densenet.train` tells."""
+    """A run of `DIGITS` in a folder of this process, from `flax_densenet.train`."""
 
     def make(folder):
         result = flax_densenet.train(DIGITS, folder / 'run')

@@ -20,7 +20,7 @@ def write_onnx(
     dtype='uint8',
     **metadata,
 ):
-    """Writes a classifier that tells pictures apart by their brightest places.
+    """Writes a classifier that distinguishes pictures by their brightest positions.
 
     Args:
       outputs: how many probabilities, where not one for each label.
@@ -92,7 +92,7 @@ def write_onnx(
 
 
 def probabilities(path, image):
-    """What onnxruntime computes: `[classes]`, of uint8 `[S, S, C]`."""
+    """The output of onnxruntime, `[classes]`, for uint8 `[S, S, C]`."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path)

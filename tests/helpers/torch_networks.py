@@ -1,4 +1,4 @@
-"""Networks of torch and torchvision with random weights, for tests beside the peers."""
+"""Networks of torch and torchvision with random weights, for comparisons."""
 
 import importlib.util
 

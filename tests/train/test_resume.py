@@ -116,7 +116,7 @@ def test_images_that_were_edited(photos, tmp_path):
         os.unlink(source.train.name(position))
         shutil.copy(source.train.name(position + 1), source.train.name(position))
     line = check(saved, load('folder:photos'))
-    assert '0 are gone and 2 have another content; the run continues' in line
+    assert '0 are missing and 2 have other content; the run continues' in line
     assert 'before' not in line
     for folder in photos.iterdir():
         for path in list(folder.iterdir()):

@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from flax import traverse_util
 
+from flax_densenet.data import source_names
 from flax_densenet.errors import UserError
 from flax_densenet.export import (
     hub,
-    model_card_facts,
     onnx_graph,
     onnx_int8,
     onnx_network,
@@ -316,7 +316,7 @@ def _prepare(trained, *, folds):
     """
     if trained.decisions is None:
         return trained
-    data = model_card_facts.public_source(trained.decisions.data) or ''
+    data = source_names.public_source(trained.decisions.data) or ''
     decisions = dataclasses.replace(trained.decisions, data=data)
     trained = dataclasses.replace(trained, decisions=decisions)
     folded = trained.folded()

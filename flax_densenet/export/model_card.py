@@ -1,11 +1,13 @@
 """Writes model cards: Markdown files about what a model is, can do and cannot do.
 
-An exported file gets `MODEL_CARD.md` next to it; a folder for the Hugging Face Hub gets
-`README.md` with the header that the Hub reads. Both are made from
-`templates/card.md.jinja`. The card states which facts are unknown.
+An exported file gets `MODEL_CARD.md` next to it, or `FILE.MODEL_CARD.md` if that is the
+card of another file; a folder for the Hugging Face Hub gets `README.md` with the header
+that the Hub reads. All are made from `templates/card.md.jinja`. The card states which
+facts are unknown.
 """
 
 import functools
+import html
 import json
 import os
 import re
@@ -26,6 +28,7 @@ MARKER = '<!-- flax_densenet wrote this card; an export replaces it while this l
 MARKER += 'is here. -->'
 NAMES = 200  # the most class names in a card
 _ODD = re.compile(r'[`|\\]|^\s|\s$|\s\s')
+_FILE_ROW = re.compile(r'^\| File \| (?:`([^`]+)`|<code>(.+)</code>)[ ,]', re.M)
 _TITLES = {
     'accuracy': 'Accuracy',
     'top5': 'Top-5 accuracy',
@@ -283,8 +286,30 @@ def text(value: Any) -> str:
 
 
 def path_for(file: str) -> str:
-    """Path of the card for an exported file."""
-    return os.path.join(os.path.dirname(os.path.abspath(file)), FILE)
+    """Path of the card for an exported file.
+
+    It is `MODEL_CARD.md` in the file's folder. If that is the card of another file that
+    is there, too, it is `FILE.MODEL_CARD.md`, so that each file keeps its card.
+    """
+    folder, name = os.path.split(os.path.abspath(file))
+    usual = os.path.join(folder, FILE)
+    own = os.path.join(folder, f'{name}.{FILE}')
+    if os.path.exists(own):
+        return own
+    other = _file_of(usual)
+    if other in (None, printable(name)):
+        return usual
+    return own if os.path.exists(os.path.join(folder, other)) else usual
+
+
+def _file_of(path):
+    """The name of the file that a card is about; None if there is none."""
+    try:
+        with open(path, encoding='utf-8', errors='replace') as file:
+            found = _FILE_ROW.search(file.read())
+    except OSError:
+        return None
+    return found and (found[1] or html.unescape(found[2]))
 
 
 def check(path: str):

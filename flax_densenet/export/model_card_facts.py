@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 from flax_densenet.checkpoints import epoch_records, run_folder
+from flax_densenet.data import source_names
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import metrics, results
 from flax_densenet.models import factory, naming, tta
@@ -102,7 +103,9 @@ def describe_decisions(trained: trained_lib.Trained) -> dict[str, Any]:
     calibrated, pairs, rule = '', [], None
     if found and trained.calibration:
         how = calibration_lib.describe(trained.calibration)
-        data = dataclasses.replace(found, data=public_source(found.data) or '')
+        data = dataclasses.replace(
+            found, data=source_names.public_source(found.data) or ''
+        )
         calibrated = f'{how}, fitted on {data.where}'
     if found and found.thresholds:
         rule = thresholds_lib.describe_rule(found.thresholds.rule)
@@ -138,20 +141,6 @@ def _torchvision(module, channels):
     )
 
 
-def public_source(source: str | None) -> str | None:
-    """A data source without the folders that it lies in, which are private.
-
-    >>> public_source('folder:/home/somebody/photos/birds')
-    'folder:birds'
-    """
-    if not source:
-        return None
-    kind, colon, path = source.partition(':')
-    if kind not in ('folder', 'packed', 'tar') or not colon:
-        return source
-    return f'{kind}:{os.path.basename(os.path.normpath(path))}'
-
-
 def describe_run(trained: trained_lib.Trained, workdir: str | None) -> dict[str, Any]:
     """Facts about the training: data, recipe, versions.
 
@@ -178,7 +167,7 @@ def describe_run(trained: trained_lib.Trained, workdir: str | None) -> dict[str,
         recipe['optimizer.drop_at'] = fields.get('optimizer.drop_at')
     trained_here = any(name.startswith('optimizer.') for name in recipe)
     return {
-        'source': public_source(metadata['data'].get('source')),
+        'source': source_names.public_source(metadata['data'].get('source')),
         'images': metadata.get('images'),
         'recipe': recipe if trained_here else {},
         # Its folder on that machine is private.
@@ -249,7 +238,7 @@ def _of_eval(trained, measured, values):
     return {
         'part': epoch_records.WORDS[epoch_records.TEST],
         'chose': own and chose,
-        'source': public_source(measured.data),
+        'source': source_names.public_source(measured.data),
         'own': own,
         'count': values['count'],
         'mirrored': measured.tta == 'flip',
@@ -296,7 +285,7 @@ def _of_checkpoint(trained):
     return {
         'part': epoch_records.WORDS[part],
         'chose': True,
-        'source': public_source(metadata['data'].get('source')),
+        'source': source_names.public_source(metadata['data'].get('source')),
         'own': True,
         'count': count,
         'mirrored': False,

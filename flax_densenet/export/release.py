@@ -122,7 +122,9 @@ def run(
 
     formats.save(out, trained, file_format, options, verify=try_out)
     if file_format != 'huggingface':
-        model_card.save(model_card.path_for(out), release.card(out, facts))
+        card = model_card.path_for(out)
+        model_card.save(card, release.card(out, facts))
+        facts.append(('model card', os.path.basename(card)))
     return facts
 
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from flax_densenet import settings as settings_lib
-from flax_densenet.data import bands
+from flax_densenet.data import bands, source_names
 from flax_densenet.data import images as images_lib
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import measured_data
-from flax_densenet.export import model_card_facts
 from flax_densenet.inference import input_files
 from flax_densenet.weights import trained as trained_lib
 
@@ -91,7 +90,7 @@ def from_data(
     labels = np.array([one['label'] for one in taken])
     share = f' of {len(examples)}' if len(taken) < len(examples) else ''
     what = 'images' if examples is source.train else 'test images'
-    name = model_card_facts.public_source(settings.data.source)
+    name = source_names.public_source(settings.data.source)
     where = f'{len(taken)}{share} {what} of {name}'
     return Samples(
         np.stack([one['image'] for one in taken]),

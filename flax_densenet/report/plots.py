@@ -18,6 +18,7 @@ from flax_densenet.weights import trained
 
 _LOGGER = logging.getLogger(__name__)
 RATES_FILE = 'lr_find.png'
+_RATES = 'Learning-rate range test'
 TRAIN, TEST, _BEST = '#1f77b4', '#d95f02', '#555555'
 
 
@@ -80,17 +81,20 @@ def save_curves(workdir: str, records):
 def save_rates(workdir: str, result) -> str:
     """Writes `lr_find.png` from the result of `lr_finder.find`; returns its name."""
     rates, losses, means = (result[name] for name in ('learning_rate', 'loss', 'mean'))
-    figure = plot_rates(rates, losses, means, result['suggestion'])
-    figure.savefig(os.path.join(workdir, RATES_FILE), dpi=110)
+    heading = f'{_RATES}: {clip(result["data"], 60)}\n{result["network"]}'
+    with fonts_for([heading]):
+        figure = plot_rates(rates, losses, means, result['suggestion'], heading=heading)
+        figure.savefig(os.path.join(workdir, RATES_FILE), dpi=110)
     return RATES_FILE
 
 
-def plot_rates(rates, losses, means, suggestion):
+def plot_rates(rates, losses, means, suggestion, *, heading: str = _RATES):
     """The loss of a learning-rate range test by rate, with the suggestion marked.
 
     Args:
       rates, losses, means: `[steps]` each; the loss of a step and its running mean.
       suggestion: a learning rate, or None.
+      heading: title of the figure.
     """
     figure = new_figure(7, 4.2)
     axes = figure.subplots()
@@ -101,13 +105,13 @@ def plot_rates(rates, losses, means, suggestion):
             suggestion,
             color=TEST,
             linestyle='--',
-            label=f'suggested: {suggestion:g}',
+            label=f'suggested: {suggestion:.2g}',
         )
     axes.set_xscale('log')
     # A diverging loss would flatten the relevant part.
     low, start = float(np.min(losses)), float(np.median(losses[: len(losses) // 2]))
     axes.set_ylim(low - 0.1 * (start - low), start + 1.5 * (start - low) + 0.1)
-    axes.set_title('Learning-rate range test')
+    axes.set_title(heading, fontsize=11, parse_math=False)
     axes.set_xlabel('learning rate')
     axes.set_ylabel('training loss of a step')
     axes.grid(alpha=0.3)

@@ -30,8 +30,10 @@ from tqdm import tqdm
 
 from flax_densenet import settings as settings_lib
 from flax_densenet.checkpoints import reader as checkpoint_reader
+from flax_densenet.data import source_names
 from flax_densenet.distributed import mesh
 from flax_densenet.errors import UserError
+from flax_densenet.models import naming
 from flax_densenet.train import announce, prepare, training_run
 
 _LOGGER = logging.getLogger(__name__)
@@ -64,9 +66,10 @@ def find(
         sets need more.
 
     Returns:
-      The content of `lr_find.json`: `suggestion`, None if the loss did not fall;
-      `lowest_at`, the rate with the lowest mean loss; `stopped`, why the test ended
-      early, or None; lists of `learning_rate`, `loss` and its `mean` for each step.
+      The content of `lr_find.json`: the names of the `data` and the `network`;
+      `suggestion`, None if the loss did not fall; `lowest_at`, the rate with the lowest
+      mean loss; `stopped`, why the test ended early, or None; lists of
+      `learning_rate`, `loss` and its `mean` for each step.
 
     Raises:
       UserError: a field or the data cannot be used, too few steps, or a loss that is
@@ -89,6 +92,12 @@ def find(
         )
     rates, means = make_rates(steps)[: len(losses)], smooth(losses, steps)
     result = {
+        'data': source_names.public_source(run.source.name),
+        'network': naming.describe(
+            run.module,
+            run.settings.model.variant,
+            channels=run.source.train.preparation.channels,
+        ),
         'suggestion': suggest(losses, steps),
         'lowest_at': float(rates[_lowest(means)]),
         'stopped': stopped,
@@ -221,7 +230,7 @@ def describe(result: dict[str, Any]) -> str:
     """The suggestion of `find` in words."""
     stopped = f'; {result["stopped"]} at ' if result['stopped'] else ''
     if stopped:
-        stopped += f'{result["learning_rate"][-1]:.1e}'
+        stopped += f'{result["learning_rate"][-1]:.2g}'
     if result['suggestion'] is None:
         return (
             'no suggestion: the loss did not fall by more than its noise; try more '

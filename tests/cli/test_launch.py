@@ -44,7 +44,8 @@ def main(monkeypatch, capfd):
 
 
 def test_lr_find_writes_and_says_where(main, tmp_path, monkeypatch):
-    result = {'suggestion': 0.01, 'stopped': None, 'mean': [2.0, 1.0]}
+    result = {'data': 'digits', 'network': 'DenseNet-121', 'suggestion': 0.01}
+    result |= {'stopped': None, 'mean': [2.0, 1.0]}
     result |= {'learning_rate': [0.01, 0.1], 'loss': [2.0, 1.0]}
     monkeypatch.setattr(lr_finder, 'find', lambda fields, workdir, steps: result)
     done = main('lr_find', f'--workdir={tmp_path}')

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -292,6 +293,42 @@ def test_a_card_of_somebody_else_stays(tmp_path):
     assert (tmp_path / 'MODEL_CARD.md').read_text() == edited
     with pytest.raises(UserError, match='cannot be read'):
         model_card.check(str(tmp_path))
+
+
+@pytest.mark.parametrize('second', ['b.onnx', 'a|b `c`.onnx'])
+def test_each_file_of_a_folder_keeps_its_card(second, tmp_path):
+    """The first one has the usual name, also when it is exported again."""
+    first, second = (str(tmp_path / name) for name in ('a.onnx', second))
+
+    def export(file):
+        path = model_card.path_for(file)
+        text = model_card.render(trained(), file=file, file_format='onnx')
+        model_card.save(path, text)
+        pathlib.Path(file).touch()
+        return path
+
+    usual, own = str(tmp_path / 'MODEL_CARD.md'), f'{second}.MODEL_CARD.md'
+    assert [export(file) for file in (first, second)] == [usual, own]
+    assert [export(file) for file in (second, first)] == [own, usual]
+    # A file that somebody has removed needs no card.
+    pathlib.Path(first).unlink()
+    pathlib.Path(own).unlink()
+    assert export(second) == usual
+    assert model_card.path_for(first) == f'{first}.MODEL_CARD.md'
+    assert export(second) == usual
+
+
+def test_an_edited_card_of_another_file_is_no_obstacle(tmp_path):
+    file = tmp_path / 'a.onnx'
+    file.touch()
+    text = model_card.render(trained(), file=str(file), file_format='onnx')
+    usual = tmp_path / 'MODEL_CARD.md'
+    usual.write_text(text.replace(model_card.MARKER, ''))
+    path = model_card.path_for(str(tmp_path / 'b.onnx'))
+    assert path == str(tmp_path / 'b.onnx.MODEL_CARD.md')
+    model_card.check(path)
+    with pytest.raises(UserError, match='was edited'):
+        model_card.check(model_card.path_for(str(file)))
 
 
 @pytest.mark.parametrize('resize', ['crop', 'stretch'])

@@ -68,7 +68,7 @@ def fake_losses(monkeypatch, losses):
 
     monkeypatch.setattr(training_run, 'compile_step', compile_step)
     # Drawing takes longer than all else here.
-    monkeypatch.setattr(plots, 'plot_rates', lambda *_: mock.Mock())
+    monkeypatch.setattr(plots, 'plot_rates', lambda *_, **__: mock.Mock())
     return seen
 
 
@@ -76,12 +76,14 @@ def test_it_stops_where_the_loss_diverges(tmp_path, monkeypatch):
     losses = [*np.linspace(2.4, 2.3, 20), *np.linspace(2.3, 0.5, 10), *[100.0] * 70]
     fake_losses(monkeypatch, losses)
     found = lr_finder.find(tiny_config(**TINY), str(tmp_path))
+    assert found['data'] == 'digits'
+    assert found['network'].startswith('DenseNet-BC (1, 1), growth ')
     assert len(found['loss']) == len(found['mean']) == 31
     assert found['stopped'] == 'the loss diverged'
     rates = lr_finder.make_rates(100)
     assert found['learning_rate'] == rates[:31].tolist()
     assert found['suggestion'] == pytest.approx(rates[29] / 10, rel=0.05)
-    assert lr_finder.describe(found).endswith(f'; the loss diverged at {rates[30]:.1e}')
+    assert lr_finder.describe(found).endswith('; the loss diverged at 2.7e-05')
 
 
 @pytest.mark.parametrize('wrong', [math.nan, math.inf])
@@ -206,6 +208,29 @@ def test_the_picture_shows_what_matters():
     assert axes.get_ylim()[0] < 1 < 2.3 < axes.get_ylim()[1] < 10
     figure = plots.plot_rates(rates, losses, losses, None)
     assert len(figure.axes[0].get_lines()) == 2
+
+
+def test_the_picture_says_of_what_it_is(tmp_path, monkeypatch):
+    drawn, plot = [], plots.plot_rates
+
+    def keep(*of, **how):
+        drawn.append(plot(*of, **how))
+        return drawn[0]
+
+    monkeypatch.setattr(plots, 'plot_rates', keep)
+    result = {
+        'data': 'folder:鳥_$1$',
+        'network': 'DenseNet-121, 7.98 M parameters',
+        'suggestion': 2.9e-5,
+        'learning_rate': [1e-7, 1e-6, 1e-5],
+        'loss': [2.0, 1.0, 3.0],
+        'mean': [2.0, 1.5, 2.0],
+    }
+    plots.save_rates(str(tmp_path), result)
+    (axes,) = drawn[0].axes
+    title = f'Learning-rate range test: {result["data"]}\n{result["network"]}'
+    assert axes.get_title() == title
+    assert 'suggested: 2.9e-05' in [line.get_label() for line in axes.get_lines()]
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,19 @@ def test_what_is_no_size_is_refused(value):
         settings.from_config({'data': {'image_size': value}})
 
 
+class Recorder:
+    """The fields of a dataclass, and which of them were read."""
+
+    def __init__(self, fields):
+        self._fields, self.read = fields, set()
+
+    def __getattr__(self, name):
+        self.read.add(name)
+        return getattr(self._fields, name)
+
+
 def test_functions_take_the_fields():
-    """A field that a function gained and the settings forgot would be out of reach."""
+    """A field of one that the other forgot would be out of reach."""
     networks = {
         name
         for network in (densenet.DenseNet, rdnet.RDNet)
@@ -82,9 +93,16 @@ def test_functions_take_the_fields():
     }
     fields = {'variant'} | networks - {'num_classes'}
     assert set(vars(settings.ModelSettings())) == fields
-    of_source = set(vars(settings.SourceSettings())) - {'source'}
-    of_images = set(vars(settings.PreparationSettings())) - {'mean', 'std'}
-    assert set(dataset.load_source.__kwdefaults__) == of_source | of_images
+    data = Recorder(settings.SourceSettings(cache='memory'))
+    preparation = Recorder(
+        settings.PreparationSettings(8, 'stretch', 1.0, 'bilinear', channels=3)
+    )
+    dataset.from_settings(data, preparation)
+    assert data.read == set(vars(settings.SourceSettings()))
+    assert preparation.read == set(vars(settings.PreparationSettings())) - {
+        'mean',
+        'std',
+    }
 
 
 def test_a_config_comes_back_as_it_was():

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import lax
 
@@ -329,7 +330,7 @@ class DenseLayer(nn.Module):
         conv = functools.partial(self.conv, size=1)
         y = self.norm(name='norm1')(self.depthwise(name='conv1')(x))
         y = conv(inner_features(x.shape[-1], self.bottleneck), name='conv2')(y)
-        y = conv(self.growth_rate, name='conv3')(nn.gelu(y, approximate=False))
+        y = conv(self.growth_rate, name='conv3')(_gelu(y))
         if self.squeeze:  # effective: one layer, of as many channels
             gate = conv(self.growth_rate, name='gate')(y.mean((1, 2), keepdims=True))
             y = y * nn.hard_sigmoid(gate)
@@ -343,6 +344,13 @@ class DenseLayer(nn.Module):
         if train and self.dropout_rate:
             y = _drop(self, y, self.dropout_rate, y.shape)
         return y
+
+
+def _gelu(x):
+    """The exact GELU by `erf`: on CPUs half the time of `erfc`, which Flax takes."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    share = 0.5 + 0.5 * lax.erf(wide * np.asarray(0.5**0.5, wide.dtype))
+    return (wide * share).astype(x.dtype)
 
 
 def _drop(module, x, rate, shape):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from flax_densenet import UserError, create_model, init_variables
 from flax_densenet.checkpoints import reader as checkpoint_reader
@@ -17,13 +18,27 @@ from flax_densenet.evaluation import evaluate
 from flax_densenet.export import formats
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.kernels import depthwise
-from flax_densenet.models import factory, layers, summary
+from flax_densenet.models import factory, layers, rdnet, summary
 from flax_densenet.settings import ModelSettings
 from flax_densenet.train import announce, finetune, fit, prepare
 from flax_densenet.weights import trained as trained_lib
 from flax_densenet.weights import transfer, weight_file
 from helpers.rdnets import TINY, make_images, shaken, tiny
 from helpers.runs import tiny_config, write_images
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_gelu(dtype):
+    """As Flax's, which computes the same by another function."""
+    x = jnp.linspace(-9, 9, 1001).astype(dtype)
+    found, pull = jax.vjp(rdnet._gelu, x)
+    expected, expected_pull = jax.vjp(lambda x: nn.gelu(x, approximate=False), x)
+    assert found.dtype == x.dtype
+    tolerance = {'float32': 1e-6, 'bfloat16': 1e-2}[dtype]
+    for ours, theirs in ((found, expected), (*pull(x), *expected_pull(x))):
+        np.testing.assert_allclose(
+            np.float32(ours), np.float32(theirs), rtol=tolerance, atol=tolerance
+        )
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])

@@ -8,7 +8,7 @@ from flax_densenet.evaluation import (
     decision_text,
 )
 from flax_densenet.evaluation import metrics as metrics_lib
-from flax_densenet.report import decision_charts, render
+from flax_densenet.report import decision_charts, render, threshold_choices
 from flax_densenet.weights import thresholds as thresholds_lib
 
 _CURVES = 100  # precision-recall curves at most
@@ -17,17 +17,21 @@ _LABELS = 40  # rows of calibration by label
 _DECISION_CURVES = 6
 
 
-def describe(found, source_name: str, *, own: bool) -> dict[str, Any]:
+def describe(
+    found, source_name: str, *, own: bool, positive: str | None = None
+) -> dict[str, Any]:
     """Values for the sections of the page.
 
     Args:
       found: a `results.Results`.
       source_name: name of the measured data.
       own: whether the model was trained on this data.
+      positive: the positive one of two classes; None for the second.
     """
     metrics = found.metrics
     calibration = metrics['calibration']
     scaled = bool(calibration) and metrics_lib.temperature_helps(calibration)
+    values = thresholds_or_half(found, positive)
     return {
         'scaled': scaled,
         'reliability': calibration
@@ -37,12 +41,28 @@ def describe(found, source_name: str, *, own: bool) -> dict[str, Any]:
         'calibration_rows': _calibration_rows(calibration),
         'label_calibration': _label_rows(calibration),
         'fitted': decision_text.describe_fit(found.decisions, source_name, own=own),
-        'thresholds': _threshold_rows(metrics),
+        'thresholds': _threshold_rows(found, values),
+        'choices': threshold_choices.tabulate(found, values),
         'likeliest': _likeliest(metrics),
         'threshold_rule': _rule(metrics),
         'precision_recall': _precision_recall(found),
         'decision_curves': _decision_curves(found),
     }
+
+
+def thresholds_or_half(found, positive: str | None) -> tuple[float | None, ...]:
+    """The thresholds of the classes, C; without any, 0.5 for the positive one of two.
+
+    Args:
+      found: a `results.Results`.
+      positive: name of that class; None for the second.
+    """
+    names = list(found.class_names)
+    values = found.thresholds or (None,) * len(names)
+    if any(value is not None for value in values) or len(names) != 2:
+        return values
+    place = names.index(positive) if positive in names else 1
+    return tuple(0.5 if c == place else None for c in range(2))
 
 
 def _rule(metrics):
@@ -84,9 +104,15 @@ def _label_rows(calibration):
     ]
 
 
-def _threshold_rows(metrics):
+def _threshold_rows(found, values):
     """A row for each class with a threshold, with its metrics and intervals as text."""
-    found = metrics['thresholds'] or {'classes': []}
+    if found.metrics['thresholds']:
+        rows = found.metrics['thresholds']['classes']
+    else:
+        rows = decision_metrics.at_thresholds(
+            *(found.labels, found.probabilities, values, found.class_names),
+            found.groups,
+        )
     names = ('sensitivity', 'specificity', 'ppv', 'npv', 'accuracy')
     return [
         {
@@ -98,7 +124,7 @@ def _threshold_rows(metrics):
                 (row[name], _interval(row[f'{name}_interval'])) for name in names
             ],
         }
-        for row in found['classes']
+        for row in rows
     ]
 
 

@@ -3,13 +3,11 @@
 import datetime
 import logging
 import os
-import shlex
 
 import numpy as np
 
-from flax_densenet import settings
 from flax_densenet.checkpoints import epoch_records, run_folder
-from flax_densenet.data import dataset, images
+from flax_densenet.data import dataset
 from flax_densenet.distributed import mesh
 from flax_densenet.evaluation import intervals as intervals_lib
 from flax_densenet.evaluation import metrics as metrics_lib
@@ -27,14 +25,13 @@ from flax_densenet.report import (
     gallery,
     headline,
     plots,
+    recipe,
     render,
     subgroup_tables,
 )
 from flax_densenet.report import matrix as matrix_lib
 from flax_densenet.report import private as private_lib
-from flax_densenet.system import program
 from flax_densenet.weights import trained as trained_lib
-from flax_densenet.weights import weight_file
 
 _LOGGER = logging.getLogger(__name__)
 REPORT_FILE = 'report.html'
@@ -73,7 +70,7 @@ def save_report(
     Every host has to call it; one writes.
 
     Args:
-      Args: source: the data, with its training images if the model was trained on it.
+      source: the data, with its training images if the model was trained on it.
       found: the model's results on the test images.
       path: path of the page; None for `report.html` in the run's folder.
       trained_on: False for data other than the model's own.
@@ -110,6 +107,7 @@ def save_report(
             'names': found.class_names,
             'confusion': confusion,
             'extra': {row['row']: row for row in pictures.pop('extra')},
+            'choices': values['choices'],
         }
         values |= {'explained': how.describe(), 'trust': trust}
         values['subgroups'] = subgroup_tables.section(found.metrics, private=hidden)
@@ -207,13 +205,18 @@ def _describe(workdir, run, trained, source, found, measured, trained_on):
         'diagnosis': diagnosis.diagnose_curves(run.records),
         'warnings': warnings,
         'doubt': doubt_charts.section(found),
-        **decisions.describe(found, source.name, own=trained_on),
+        **decisions.describe(
+            found,
+            source.name,
+            own=trained_on,
+            positive=fields.get('train.positive_class') or None,
+        ),
         'roc': _roc(found),
-        'facts': _facts(run),
+        'facts': recipe.facts(run),
         'command_line': run.environment.get('command'),
-        'steps': _next_steps(workdir),
+        'steps': recipe.next_steps(workdir),
         'fields': fields,
-        'changed': _changed(fields),
+        'changed': recipe.changed(fields),
     }
 
 
@@ -241,46 +244,6 @@ def _describe_size(preparation):
     text = preparation.shape_text.replace('x', '×')
     height, width = preparation.shape
     return text if height == width else f'{text} (height × width)'
-
-
-def _next_steps(workdir):
-    """Commands for the next steps with a trained model, `[(what, command)]`."""
-    folder = shlex.quote(workdir)
-    return [
-        (what, ' '.join([*program.words(), *parts]))
-        for what, parts in (
-            ('Predict the classes of other images', ['predict', folder, 'PHOTOS']),
-            ('Try it in a browser', ['serve', folder]),
-            ('Measure it on other labeled images', ['eval', folder, 'PHOTOS']),
-            ('Export it for other programs', ['export', folder, '--out=model.onnx']),
-            ('Compare it with other runs', ['report', folder, 'OTHER_RUN']),
-        )
-    ]
-
-
-def _changed(fields):
-    """The settings that differ from their defaults."""
-    usual = run_folder.flatten(settings.to_config(settings.from_config({})))
-    # A run fills these in if they are open.
-    filled = vars(images.Preparation()) | {
-        'window': [],
-        'mean': weight_file.IMAGENET_MEAN,
-        'std': weight_file.IMAGENET_STD,
-    }
-    usual |= {
-        f'data.{name}': value
-        for name, value in filled.items()
-        if usual.get(f'data.{name}', True) in (None, 0, '', ())
-    }
-
-    def plain(value):
-        return list(value) if isinstance(value, tuple) else value
-
-    return {
-        name: value
-        for name, value in fields.items()
-        if plain(value) != plain(usual.get(name))
-    }
 
 
 def _counts(source, found, trained_on):
@@ -320,34 +283,6 @@ def _samples(source, found):
         }
         for position in gallery.pick_samples(examples, labels, SAMPLES)
     ]
-
-
-def _facts(run):
-    """Hardware, software, time and cost of the training, by name."""
-    facts, environment = {}, run.environment
-    if run.records:
-        seconds = sum(row['seconds'] for row in run.records)
-        facts['Epochs'] = str(len(run.records))
-        facts['Training time'] = str(datetime.timedelta(seconds=round(seconds)))
-        speed = run_folder.median(run.records, 'images_per_second')
-        facts['Training speed'] = f'{speed:,.1f} images/s (median epoch)'
-        waited = run_folder.median(run.records, 'input_wait_share')
-        facts['Waiting for input'] = f'{render.percent(waited)} of the time'
-        peak = max(row['peak_memory_gib'] for row in run.records)
-        facts['Peak memory'] = f'{peak:.2f} GiB'
-    if environment:
-        many = environment['devices']
-        facts['Device'] = environment['device'] + (f' × {many}' if many > 1 else '')
-        named = {'system': 'System', 'python': 'Python', 'jax': 'JAX', 'flax': 'Flax'}
-        facts |= {
-            title: environment[name]
-            for name, title in named.items()
-            if environment.get(name)
-        }
-        if commit := environment.get('commit'):
-            edited = ', with local changes' if commit.endswith('+') else ''
-            facts['Code'] = f'commit {commit[:10]}{edited}'
-    return facts
 
 
 def _caption(row, names):

@@ -117,6 +117,56 @@ def test_thresholds_and_doubt(chromium, report, labels_report):
                 assert f'{what.capitalize()} in a set, on average' in titles
 
 
+def numbers(tab):
+    """The threshold and the four shares that the page shows."""
+    shares = tab.locator('#choice-numbers b').all_text_contents()
+    return tab.text_content('#threshold-value'), shares
+
+
+@pytest.mark.parametrize('width', [1100, 390])
+def test_other_thresholds(chromium, labels_report, width):
+    """The slider starts at the label's own threshold and moves by the keyboard."""
+    found = with_decisions(several())
+    rows = found.metrics['thresholds']['classes']
+    names = 'sensitivity', 'specificity', 'ppv', 'npv'
+    viewport = {'width': width, 'height': 800}
+    with opened(chromium, labels_report, viewport=viewport) as tab:
+        for row in rows[::-1]:
+            tab.select_option('#choice-class', label=row['name'])
+            own = f'{row["threshold"]:.3f}', [f'{row[n] * 100:.1f}%' for n in names]
+            assert numbers(tab) == own
+            assert tab.locator('#choice-reset').is_disabled()
+            tab.locator('#threshold').press('ArrowRight')
+            value, shares = numbers(tab)
+            assert float(value) > row['threshold'] and shares != own[1]
+            place = tab.evaluate("document.getElementById('threshold').value")
+            counts = tab.evaluate(
+                f"data.choices[document.getElementById('choice-class').value]"
+                f'.found[{place}]'
+            )
+            text = tab.text_content('#choice-numbers div:first-child')
+            missed = row['positives'] - counts
+            assert f'{counts} of {row["positives"]} found, {missed} missed' in text
+            tab.locator('#threshold').press('End')  # nothing is positive
+            assert numbers(tab) == ('1.000', ['0.0%', '100.0%', '-', own_npv(row)])
+            tab.locator('#threshold').press('Home')
+            assert numbers(tab)[1][:2] == ['100.0%', '0.0%']
+            tab.click('#choice-reset')
+            assert numbers(tab) == own
+            said = tab.get_attribute('#threshold', 'aria-valuetext')
+            assert said == f'{own[0]}: sensitivity {own[1][0]}, specificity {own[1][1]}'
+        assert 'better than it is' in tab.text_content('#choice')
+        tab.emulate_media(media='print')
+        assert tab.locator('#choice').is_hidden()
+        assert tab.locator('#threshold-table').is_visible()
+        tab.emulate_media(media='screen')
+
+
+def own_npv(row):
+    share = row['negatives'] / (row['positives'] + row['negatives'])
+    return f'{share * 100:.1f}%'
+
+
 def test_tables_sort(chromium, report):
     """Numbers begin with the largest, names with the first letter."""
     path, found = report
@@ -214,6 +264,8 @@ def test_charts_without_scripts(chromium, report):
         for place in ('#accuracy', '#reliability', '#roc'):
             assert tab.locator(f'{place} svg .line').first.bounding_box()['width'] > 50
         assert tab.locator('#confusion button').first.is_visible()
+        assert tab.locator('#choice').is_hidden()
+        assert tab.locator('#threshold-table').is_visible()
 
 
 _needs_axe = pytest.mark.skipif(

@@ -66,6 +66,7 @@ def test_report(made, weights, monkeypatch):
         text = file.read()
     assert_private(text, folder)
     assert '<title>Report: ' in text and 'batch_size' in text
+    assert 'id="choice"' in text and '"name":"bees","positives":' in text
     assert 'Metrics by view' in text and 'from &lt;side&gt;' in text
     assert 'by site (path)' not in text
     assert 'Thresholds were fitted on 9 validation images.' in ' '.join(text.split())

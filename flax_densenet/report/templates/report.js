@@ -122,3 +122,49 @@ if (data.confusion) {
   const first = c.pairs[0];
   if (first) open(first.true, first.predicted, true); else open(c.kept[0], c.kept[0], true);
 }
+
+const choice = document.getElementById('choice');
+if (choice) {
+  const slider = document.getElementById('threshold'), select = document.getElementById('choice-class');
+  const reset = document.getElementById('choice-reset'), numbers = document.getElementById('choice-numbers');
+  const number = count => count.toLocaleString('en');
+  // Three digits, or more near 0 and 1 and between scores that lie close together.
+  function write(value) {
+    const own = String(value).split('.')[1]?.length ?? 0, edge = Math.min(value, 1 - value);
+    const near = edge > 0 ? 2 + Math.ceil(-Math.log10(edge)) : 0;
+    return value.toFixed(Math.max(3, Math.min(9, Math.max(own, near))));
+  }
+  const row = () => data.choices[select ? select.value : 0];
+  const own = () => row().thresholds[row().start].toFixed(3);
+
+  function update() {
+    const { positives, negatives, thresholds, found, alarms } = row(), at = slider.valueAsNumber;
+    const hits = found[at], wrong = alarms[at], missed = positives - hits, left = negatives - wrong;
+    const shares = [
+      [hits, positives, `${number(hits)} of ${number(positives)} found, ${number(missed)} missed`],
+      [left, negatives, `${number(wrong)} false alarm${wrong === 1 ? '' : 's'} of ${number(negatives)} negatives`],
+      [hits, hits + wrong, `${number(hits)} of ${number(hits + wrong)} positive decisions right`],
+      [left, missed + left, `${number(left)} of ${number(missed + left)} negative decisions right`],
+    ].map(([part, all, words]) => [all ? (100 * part / all).toFixed(1) + '%' : '-', words]);
+    shares.forEach(([share, words], place) => {
+      const [, value, note] = numbers.children[place].children;
+      value.textContent = share;
+      note.textContent = words;
+    });
+    const shown = at === row().start ? own() : write(thresholds[at]);
+    document.getElementById('threshold-value').textContent = shown;
+    slider.ariaValueText = `${shown}: sensitivity ${shares[0][0]}, specificity ${shares[1][0]}`;
+    reset.disabled = at === row().start;
+  }
+  function start() {
+    slider.max = row().thresholds.length - 1;
+    slider.value = row().start;
+    reset.textContent = `Back to ${own()}`;
+    update();
+  }
+  slider.addEventListener('input', update);
+  reset.addEventListener('click', () => { start(); slider.focus(); });
+  if (select) select.addEventListener('change', start);
+  choice.hidden = false;
+  start();
+}

@@ -19,6 +19,7 @@ def run(invocation: options.Invocation):
     allowed = [f'data.{name}' for name in chosen.data]
     trained_model.check_fields(invocation, path, *allowed)
     server.check_installed()
+    from flax_densenet.serving import access as access_lib
     from flax_densenet.serving import guard
     from flax_densenet.weights import precision as precision_lib
 
@@ -32,18 +33,30 @@ def run(invocation: options.Invocation):
     precision_lib.check(flags.precision)
     names = [flag.name for flag in _LIMITS]
     limits = guard.Limits(**{name: getattr(flags, name) for name in names})
+    token = access_lib.read_token(invocation.path('token_file'))
     # Checked before the model is loaded, since the port may be in use.
-    listener = server.listen(flags.host, flags.port)
-    access = server.make_access(listener, flags.allowed_hosts, flags.root_path)
-    # Uses one device: a batch of a few images does not divide over several.
-    mesh = mesh_lib.make_mesh(jax.local_devices()[:1])
-    trained = trained_lib.load_trained(path, 'best', mesh=mesh, choices=chosen)
-    trained = precision_lib.resolve(trained, path, flags.precision)
-    trained.notes.tell()
-    name = pathlib.Path(path).resolve().name
-    server.run(
-        *(trained, listener), name=name, limits=limits, access=access, explain=methods
-    )
+    with server.listen(flags.host, flags.port) as listener:
+        access = server.make_access(
+            listener,
+            flags.allowed_hosts,
+            flags.root_path,
+            allow_origin=flags.allow_origin,
+            token=token,
+        )
+        # Uses one device: a batch of a few images does not divide over several.
+        mesh = mesh_lib.make_mesh(jax.local_devices()[:1])
+        trained = trained_lib.load_trained(path, 'best', mesh=mesh, choices=chosen)
+        trained = precision_lib.resolve(trained, path, flags.precision)
+        trained.notes.tell()
+        server.run(
+            trained,
+            listener,
+            name=pathlib.Path(path).resolve().name,
+            limits=limits,
+            access=access,
+            explain=methods,
+            log_requests=flags.log_requests,
+        )
 
 
 _EXPLAIN = (
@@ -96,7 +109,8 @@ COMMAND = options.Command(
     details=(
         'MODEL is the folder of a run, a file of weights or a folder of the Hugging '
         'Face Hub. docs/serve.md describes the page, the API and /metrics for '
-        'Prometheus. Needs the extra: pip install "flax_densenet[serve]".',
+        'Prometheus; the server describes its API at /docs and /openapi.json. Needs '
+        'the extra: pip install "flax_densenet[serve]".',
     ),
     examples=(
         ('on this machine, port 8000', 'serve ckpt/birds'),
@@ -104,7 +118,10 @@ COMMAND = options.Command(
             'with two kinds of heat maps',
             'serve ckpt/birds --explain_method=gradcam,layercam',
         ),
-        ('for other machines as well', 'serve ckpt/birds --host=0.0.0.0 --port=80'),
+        (
+            'for other machines as well, with a token',
+            'serve ckpt/birds --host=0.0.0.0 --port=80 --token_file=token.txt',
+        ),
     ),
     flags={
         'Model': (options.WORKDIR, *options.OF_WEIGHTS, options.RAW, options.PRECISION),
@@ -122,6 +139,34 @@ COMMAND = options.Command(
                 kind=int,
                 default=8000,
                 value='PORT',
+            ),
+        ),
+        'Access': (
+            options.Flag(
+                'token_file',
+                'File with a token that requests have to send, as Authorization: '
+                'Bearer TOKEN; the page asks for it. Without this flag, the '
+                'environment variable FLAX_DENSENET_TOKEN is used.',
+                value='FILE',
+                default_text='no token',
+                is_path=True,
+            ),
+            options.Flag(
+                'allow_origin',
+                'Sites whose pages may use the API from a browser, such as '
+                'https://app.example.org, separated by commas; * allows all.',
+                kind=list,
+                value='ORIGINS',
+                default_text='only its own page',
+            ),
+        ),
+        'Log': (
+            options.Flag(
+                'log_requests',
+                'Print a line for each request: time, method, path, status, duration '
+                'and sizes.',
+                kind=bool,
+                default=False,
             ),
         ),
         'Behind a proxy': (

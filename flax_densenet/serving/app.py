@@ -2,70 +2,47 @@
 
 `GET /` is the page, `POST /predict` takes the bytes of an image or a form with one,
 `GET /model` describes the model, and `GET /health` and `GET /metrics` are for
-monitoring. Errors are `{"error": "..."}` with a 4xx status for mistakes of the client
-and 5xx for those of the server.
+monitoring. `GET /docs` and `GET /openapi.json` describe all of these. Errors are
+`{"error": "..."}` with a 4xx status for mistakes of the client and 5xx for those of the
+server.
 
 No more than `guard.Limits.max_requests` images are held at a time; further images are
 refused before a byte of them is read.
 """
 
 import asyncio
-import base64
 import concurrent.futures
 import contextlib
-import dataclasses
-import difflib
 import io
-import math
 import os
-import pathlib
-import re
-import secrets
+import time
 from collections.abc import Sequence
 
-import jinja2
-import numpy as np
 import prometheus_client
-from PIL import Image
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from flax_densenet.data import images
 from flax_densenet.errors import UserError
 from flax_densenet.inference import explain as explain_lib
-from flax_densenet.inference import overlay, prediction
-from flax_densenet.models import naming
-from flax_densenet.serving import batcher, forms, guard
+from flax_densenet.serving import access as access_lib
+from flax_densenet.serving import (
+    answers,
+    batcher,
+    forms,
+    guard,
+    openapi,
+    pages,
+    queries,
+)
 
-EXPLAIN = {'': '', '0': '', '1': 'overlay', 'overlay': 'overlay', 'map': 'map'}
-_PAGE = pathlib.Path(__file__).with_name('templates') / 'serve.html'
 # Images with more pixels are decoded one at a time: decoding takes up to 17 bytes per
 # pixel.
 _COMMON_PIXELS = 16_000_000
 _RETRY = {'Retry-After': '1'}
-_POLICY = (
-    "default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; "
-    "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; "
-    "form-action 'none'; frame-ancestors 'none'"
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Wanted:
-    """The query of /predict, checked.
-
-    It has the number of classes, the kind of picture, class and method of the map, and
-    the coverage of the prediction set.
-    """
-
-    top: int
-    picture: str
-    of: int | None
-    coverage: float | None = None
-    how: explain_lib.Options = explain_lib.DEFAULT
 
 
 class App:
@@ -77,8 +54,9 @@ class App:
         *,
         name: str,
         limits: guard.Limits,
-        access: guard.Access,
+        access: access_lib.Access,
         explain: Sequence[explain_lib.Options] = (explain_lib.DEFAULT,),
+        log_requests: bool = False,
     ):
         """Compiles nothing yet: `batcher.warm_up` does.
 
@@ -86,9 +64,10 @@ class App:
           trained: a `trained.Trained`.
           name: display name of the model.
           limits: see `guard.Limits`.
-          access: the host names and the root path of the server.
+          access: who may use the server, and its root path.
           explain: the methods for heat maps that requests can choose, the default
             first.
+          log_requests: whether each request is logged in one line.
         """
         self.limits = limits
         self.figures = guard.Metrics()
@@ -100,7 +79,7 @@ class App:
         )
         self._explain = {how.method: how for how in explain}
         self._predictor = self.batcher.predictor
-        self._model = _describe(self._predictor, name, limits)
+        self._model = answers.describe_model(self._predictor, name=name, limits=limits)
         self._model['explain_methods'] = [
             {'name': how.method, 'title': how.title} for how in explain
         ]
@@ -109,10 +88,11 @@ class App:
         self._threads = concurrent.futures.ThreadPoolExecutor(
             min(4, os.cpu_count() or 1), 'decode'
         )
-        # Escapes class names.
-        self._page = jinja2.Environment(
-            autoescape=True, undefined=jinja2.StrictUndefined
-        ).from_string(_PAGE.read_text('utf-8'))
+        self._access = access
+        self._pages = pages.Pages()
+        self._openapi = openapi.describe(
+            root_path=access.root_path, needs_token=access.token is not None
+        )
         routes = Starlette(
             routes=[
                 Route('/', self.page),
@@ -120,10 +100,14 @@ class App:
                 Route('/model', self.model),
                 Route('/health', self.health),
                 Route('/metrics', self.metrics),
+                Route('/docs', self.docs),
+                Route('/openapi.json', self.schema),
             ],
             exception_handlers={HTTPException: _reject, 500: _internal_error},
         )
-        self.asgi = guard.RequestGuard(routes, figures=self.figures, access=access)
+        self.asgi = guard.RequestGuard(
+            routes, figures=self.figures, access=access, log_requests=log_requests
+        )
 
     def close(self):
         """Ends the threads once they have finished their current work."""
@@ -131,16 +115,28 @@ class App:
         self.batcher.close()
 
     async def page(self, request: Request) -> Response:
-        """The page, with a policy that blocks all external content."""
-        nonce = secrets.token_urlsafe(16)
-        text = self._page.render(
-            nonce=nonce,
-            model=self._model,
+        """The page; without the token only a form that asks for it."""
+        sent = request.headers.get('authorization')
+        return self._pages.render(
+            'serve.html',
+            model=self._model if self._access.accepts_token(sent) else None,
+            needs_token=self._access.token is not None,
             formats=images.FORMATS,
             accept=','.join(sorted(images.EXTENSIONS)),
         )
-        headers = {'Content-Security-Policy': _POLICY.format(nonce)}
-        return HTMLResponse(text, headers=headers)
+
+    async def docs(self, request: Request) -> Response:
+        """The description of the interface for people."""
+        return self._pages.render(
+            'docs.html',
+            api=self._openapi,
+            examples=openapi.make_examples(self._access.token is not None),
+            address=openapi.ADDRESS,
+        )
+
+    async def schema(self, request: Request) -> Response:
+        """The description of the interface for programs."""
+        return JSONResponse(self._openapi)
 
     async def model(self, request: Request) -> Response:
         """Classes, image size, metrics and limits."""
@@ -164,6 +160,7 @@ class App:
 
     async def predict(self, request: Request) -> Response:
         """The most likely classes of the image in the body; a picture on request."""
+        started = time.monotonic()
         wanted = self._parse_query(request.query_params)
         _check_headers(request.headers, self.limits)
         if not self.batcher.ready:
@@ -177,12 +174,23 @@ class App:
                 options = {**form.fields, **request.query_params}
                 wanted = self._parse_query(options)
             image = await self._load(body)
-            answer = await self.batcher.predict(
+            result = await self.batcher.predict(
                 image, explain=wanted.of, how=wanted.how
             )
-            return JSONResponse(
-                await self._on_thread(self._tell, image, answer, wanted)
+            answer = await self._on_thread(
+                answers.describe_prediction, self._predictor, image, result, wanted
             )
+            answer['model'] = answers.describe_version(self._model)
+            answer['seconds'] = round(time.monotonic() - started, 4)
+            return JSONResponse(answer)
+
+    def _parse_query(self, options):
+        return queries.parse(
+            options,
+            class_names=self._predictor.class_names,
+            methods=self._explain,
+            has_sets=self._predictor.sets is not None,
+        )
 
     def _parse_form(self, content_type, body):
         try:
@@ -194,65 +202,6 @@ class App:
         if not form.image:
             raise HTTPException(400, 'the file in the form is empty')
         return form
-
-    def _parse_query(self, query):
-        known = ('top', 'explain', 'class', 'method', 'coverage')
-        for name in query:
-            if name not in known:
-                raise HTTPException(
-                    400, f'{name}= is not known; there are {", ".join(known)}'
-                )
-        top, names = query.get('top', '5'), self._predictor.class_names
-        # A number of a thousand digits would also be slow to parse.
-        if not re.fullmatch('[0-9]{1,6}', top) or int(top) < 1:
-            raise HTTPException(400, f'top={top[:20]} must be an integer of at least 1')
-        picture = EXPLAIN.get(query.get('explain', ''))
-        if picture is None:
-            raise HTTPException(
-                400, f'explain={query["explain"][:20]} must be 0, 1 (overlay) or map'
-            )
-        of = batcher.MOST_LIKELY if picture else None
-        if 'class' in query:
-            if not picture:
-                raise HTTPException(
-                    400, 'class= names the class for a heat map, which needs explain=1'
-                )
-            if query['class'] not in names:
-                raise HTTPException(400, _unknown_class(query['class'], names))
-            of = names.index(query['class'])
-        how = self._parse_method(query, picture)
-        return _Wanted(int(top), picture, of, self._parse_coverage(query), how)
-
-    def _parse_method(self, query, picture):
-        if 'method' not in query:
-            return next(iter(self._explain.values()))
-        if not picture:
-            raise HTTPException(
-                400, 'method= selects the method for a heat map, which needs explain=1'
-            )
-        try:
-            found = explain_lib.make(query['method']).method
-        except UserError as error:
-            raise HTTPException(400, str(error)) from error
-        if found not in self._explain:
-            raise HTTPException(
-                400,
-                f'method={found} is not served here; use {", ".join(self._explain)}; '
-                'the flag --explain_method of serve adds methods',
-            )
-        return self._explain[found]
-
-    def _parse_coverage(self, query):
-        if 'coverage' not in query:
-            return None
-        text = query['coverage']
-        if not re.fullmatch(r'0?\.[0-9]{1,6}', text) or not float(text):
-            raise HTTPException(
-                400, f'coverage={text[:20]} must be between 0 and 1, such as 0.9'
-            )
-        if self._predictor.sets is None:
-            raise HTTPException(400, f'coverage={text}: {prediction.NO_SETS}')
-        return float(text)
 
     @contextlib.contextmanager
     def _slot(self):
@@ -309,90 +258,6 @@ class App:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, function, *args)
 
-    def _tell(self, image, answer, wanted):
-        """The response of /predict, a dict for JSON."""
-        probabilities, names = answer.probabilities, self._predictor.class_names
-        if not np.isfinite(probabilities).all():
-            raise HTTPException(
-                500, 'the outputs of the model are not finite: its training diverged'
-            )
-        order = np.argsort(-probabilities, kind='stable')
-        value = self._predictor.value_name
-        told = {
-            'predictions': [
-                {'class': names[i], value: float(probabilities[i])}
-                for i in order[: wanted.top]
-            ]
-        }
-        positive = self._predictor.positive_of(probabilities)
-        if positive is not None:
-            told['positive'] = list(positive)
-        if answer.unusual is not None:
-            told['unusual'] = answer.unusual
-            told['is_unusual'] = answer.unusual > 1
-        if wanted.coverage is not None:
-            inside = self._predictor.sets.contains(probabilities[None], wanted.coverage)
-            told['set'] = [names[i] for i in order if inside[0, i]]
-        if wanted.of is not None:
-            of = order[0] if wanted.of == batcher.MOST_LIKELY else wanted.of
-            told |= {'explained': names[of], 'method': wanted.how.method}
-            # 0 if nothing in the image supports the class: the map is empty.
-            told['map_peak'] = float(answer.cam.max())
-            if wanted.picture == 'overlay':
-                picture = overlay.overlay(image, answer.cam)
-            else:
-                picture = overlay.layer(answer.cam, image.shape[:2])
-            told[wanted.picture] = _to_data_url(picture)
-        return told
-
-
-def _describe(predictor, name, limits):
-    trained, preparation = predictor.trained, predictor.preparation
-    return {
-        'name': name,
-        'classes': list(predictor.class_names),
-        'multi_label': predictor.multi_label,
-        'value': predictor.value_name,
-        'unusual': _describe_unusual(predictor),
-        'sets': None if predictor.sets is None else list(predictor.sets.counts),
-        'variant': trained.metadata['model'].get('variant'),
-        'network': naming.describe(
-            trained.module,
-            trained.metadata['model'].get('variant'),
-            channels=preparation.channels,
-        ),
-        'image_size': preparation.size,
-        'channels': preparation.channels,
-        'resize': preparation.resize,
-        'crop_fraction': preparation.crop_fraction,
-        'window': preparation.window,
-        'bit_depth': preparation.bit_depth,
-        'epoch': trained.metadata.get('epoch'),
-        'step': trained.step,
-        **predictor.describe_decisions(),
-        'figures': {
-            name: value
-            for name, value in trained.metrics.items()
-            # JSON has no NaN, but the loss of a failed training is NaN.
-            if name.startswith(('val_', 'test_')) and math.isfinite(value)
-        },
-        'limits': dataclasses.asdict(limits),
-    }
-
-
-def _describe_unusual(predictor):
-    """How unusual images are scored, without the arrays; None if they are not."""
-    if not predictor.scores_unusual:
-        return None
-    found = predictor.trained.decisions.unusual
-    return {
-        'method': found.method,
-        'limit': 1.0,
-        'usual_share': found.share,
-        'training_images': found.train_count,
-        'validation_images': found.val_count,
-    }
-
 
 def _check_headers(headers, limits):
     """Refuses requests by their headers, before any of the body is read."""
@@ -410,19 +275,6 @@ def _most_bytes(headers, limits):
 
 def _too_large(limits):
     return f'the file is larger than {limits.max_megabytes:g} MB'
-
-
-def _unknown_class(name, names):
-    close = difflib.get_close_matches(name[:80], names, 1)
-    hint = f'did you mean {close[0]}?' if close else 'GET /model lists the classes'
-    return f'class={name[:80]} is not a class of the model; {hint}'
-
-
-def _to_data_url(picture):
-    """uint8 `[H, W, 3 or 4]` as `data:image/png;base64,...`."""
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, 'PNG')
-    return 'data:image/png;base64,' + base64.b64encode(file.getvalue()).decode()
 
 
 def _reject(request, error):

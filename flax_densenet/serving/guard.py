@@ -1,4 +1,4 @@
-"""Middleware of the server: limits, access control, response headers and metrics.
+"""Middleware of the server: limits, access control, response headers, metrics and log.
 
 >>> Limits(max_requests=0)
 Traceback (most recent call last):
@@ -9,18 +9,21 @@ import asyncio
 import contextlib
 import dataclasses
 import math
-import re
 import time
 import urllib.parse
 
 import prometheus_client
 from PIL import Image
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import cors
 from starlette.responses import JSONResponse, Response
 
 from flax_densenet.errors import UserError
+from flax_densenet.serving import queries, request_log
 
-PATHS = ('/', '/predict', '/model', '/health', '/metrics')
+PATHS = ('/', '/predict', '/model', '/health', '/metrics', '/docs', '/openapi.json')
+# They describe the program but neither the model nor its use, so they need no token.
+_OPEN_PATHS = ('/health', '/docs', '/openapi.json')
 # Seconds for which the rest of a refused body is read and dropped: a client that is
 # still sending when the connection closes may never see the response.
 _DRAIN_S = 10.0
@@ -32,9 +35,6 @@ _HEADERS = {
     'Cross-Origin-Opener-Policy': 'same-origin',
     'Cache-Control': 'no-store',
 }
-# Host names with which a browser on this machine reaches it. Any other may be an
-# external page that let its own name point here (DNS rebinding).
-_LOCAL = re.compile(r'(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d+)?', re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,80 +69,6 @@ class Limits:
     def max_bytes(self) -> int:
         """Maximum size of a body in bytes."""
         return int(self.max_megabytes * 1e6)
-
-
-@dataclasses.dataclass(frozen=True)
-class Access:
-    """The host names and the root path of the server.
-
-    Attributes:
-      loopback: whether only programs on this machine can connect; then only its own
-        names and `allowed_hosts` are accepted.
-      allowed_hosts: further names, as forwarded by a proxy: `hub.example.org`,
-        `*.example.org`, or `*` for all. If there are any, no other names are accepted,
-        whatever the address.
-      root_path: path prefix that a proxy adds, such as `/models/one`, or nothing.
-    """
-
-    loopback: bool = True
-    allowed_hosts: tuple[str, ...] = ()
-    root_path: str = ''
-
-    def __post_init__(self):
-        hosts = tuple(_clean_host(name) for name in self.allowed_hosts)
-        object.__setattr__(self, 'allowed_hosts', tuple(filter(None, hosts)))
-        path = self.root_path.strip()
-        if '?' in path or '#' in path or '://' in path or not path.isprintable():
-            raise UserError(
-                f'--root_path={self.root_path} is not a path; give the prefix that the '
-                'proxy adds to /predict, such as --root_path=/models/one'
-            )
-        parts = [part for part in path.split('/') if part]
-        object.__setattr__(self, 'root_path', ''.join(f'/{part}' for part in parts))
-
-    def is_allowed(self, host: str) -> bool:
-        """Whether a request with this `Host` header is accepted.
-
-        >>> proxied = Access(allowed_hosts=('*.example.org',))
-        >>> proxied.is_allowed('hub.Example.org:8000'), proxied.is_allowed('localhost')
-        (True, True)
-        >>> proxied.is_allowed('example.net')
-        False
-        """
-        if not self.loopback and not self.allowed_hosts:
-            return True
-        return bool(_LOCAL.fullmatch(host)) or self.is_named(host)
-
-    def is_named(self, host: str) -> bool:
-        """Whether `allowed_hosts` contains a name, with or without its port."""
-        host = host.lower()
-        bare = re.sub(r':\d*$', '', host)
-        return any(
-            name in ('*', host, bare)
-            or (name.startswith('*.') and bare.endswith(name[1:]))
-            for name in self.allowed_hosts
-        )
-
-    def path_below(self, path: str) -> str:
-        """A request's path without `root_path`, whether or not the proxy removed it.
-
-        >>> [Access(root_path='a/').path_below(path) for path in ('/a/x', '/x', '/a')]
-        ['/x', '/x', '']
-        """
-        if path == self.root_path or path.startswith(self.root_path + '/'):
-            return path[len(self.root_path) :]
-        return path
-
-
-def _clean_host(text):
-    name = text.strip().lower().rstrip('.')
-    if not re.fullmatch(r'(\*|(\*\.)?[^\s*/?#@,]+)?', name):
-        raise UserError(
-            f'--allowed_hosts={text} is not a host name; give names such as '
-            'hub.example.org or *.example.org, separated by commas, without http:// '
-            'and path'
-        )
-    return name
 
 
 class Metrics:
@@ -182,44 +108,35 @@ class Metrics:
 
 
 class RequestGuard:
-    """Wraps the routes: access control, response headers, metrics, unread bodies."""
+    """Wraps the routes: access, response headers, metrics, log, unread bodies."""
 
-    def __init__(self, routes, *, figures, access):
-        self._routes = routes
+    def __init__(self, routes, *, figures, access, log_requests=False):
         self._figures = figures
         self._access = access
+        self._log_requests = log_requests
+        self._routes = self._require_token(routes)
+        if access.origins:
+            # Outside the token, which preflight requests do not carry. Without cookies
+            # there are no credentials to allow.
+            every = '*' in access.origins
+            self._routes = cors.CORSMiddleware(
+                self._routes,
+                allow_origins=['*'] if every else [],
+                allow_origin_regex=None if every else access.origin_pattern(),
+                allow_methods=['GET', 'HEAD', 'POST'],
+                allow_headers=['*'],
+                allow_private_network=True,
+                expose_headers=['Retry-After', 'WWW-Authenticate'],
+            )
 
     async def __call__(self, scope, receive, send):
         if scope['type'] != 'http':
             await self._routes(scope, receive, send)
             return
-        started, status = time.monotonic(), 500
-        headers = Headers(scope=scope)
-        has_more = 'transfer-encoding' in headers or 'content-length' in headers
-
-        async def receive_part():
-            nonlocal has_more
-            message = await receive()
-            has_more = message.get('more_body', False)
-            return message
-
-        async def send_part(message):
-            nonlocal status
-            if message['type'] == 'http.response.start':
-                status = message['status']
-                MutableHeaders(scope=message).update(_HEADERS)
-            elif has_more and not message.get('more_body', False):
-                await send({**message, 'more_body': True})
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(_DRAIN_S):
-                        while has_more:
-                            await receive_part()
-                message = {'type': 'http.response.body', 'body': b''}
-            await send(message)
-
+        exchange = _Exchange(scope, receive, send)
         # Below a path that a proxy adds, every path is as without it.
         path = self._access.path_below(scope['path'])
-        refusal = self._refusal(scope['method'], headers)
+        refusal = self._refusal(scope['method'], exchange.headers)
         app = self._routes
         if not path:  # the page's links are relative to a folder
             path, folder = '/', scope['path'].rpartition('/')[2] + '/'
@@ -227,11 +144,40 @@ class RequestGuard:
         if refusal:
             app = JSONResponse({'error': refusal}, 403)
         try:
-            await app({**scope, 'path': path}, receive_part, send_part)
+            await app({**scope, 'path': path}, exchange.receive, exchange.send)
         finally:
             path = path if path in PATHS else 'other'
-            self._figures.requests.labels(path, status).inc()
-            self._figures.seconds.labels(path).observe(time.monotonic() - started)
+            self._figures.requests.labels(path, exchange.status).inc()
+            self._figures.seconds.labels(path).observe(exchange.seconds)
+            if self._log_requests:
+                request_log.write(
+                    scope['method'],
+                    request_log.describe_path(
+                        path, scope['query_string'], options=queries.OPTIONS
+                    ),
+                    status=exchange.status,
+                    seconds=exchange.seconds,
+                    received=exchange.received,
+                    sent=exchange.sent,
+                )
+
+    def _require_token(self, routes):
+        """The routes behind the token, if there is one."""
+        if self._access.token is None:
+            return routes
+
+        async def app(scope, receive, send):
+            headers = Headers(scope=scope)
+            sent = headers.get('authorization')
+            is_open = scope['path'] in _OPEN_PATHS
+            # Asks for the token; with a wrong one it is refused like the others.
+            is_open |= scope['path'] == '/' and sent is None
+            answer = routes
+            if not is_open and not self._access.accepts_token(sent):
+                answer = _refuse_token(sent)
+            await answer(scope, receive, send)
+
+        return app
 
     def _refusal(self, method, headers):
         host, origin = headers.get('host', ''), headers.get('origin')
@@ -247,11 +193,12 @@ class RequestGuard:
             own = origin is None or self._is_own(origin, host)
         else:
             own = site in ('same-origin', 'none')
-        if own:
+        if own or self._access.allows_origin(origin):
             return None
         return (
-            'pages of other sites may not use this server; if this is the name of its '
-            'proxy, start it with --allowed_hosts and that name'
+            f'pages of other sites may not use this server; {_flag_for(origin)} allows '
+            'this one; if it is the name of its proxy, start the server with '
+            '--allowed_hosts and that name'
         )
 
     def _is_own(self, origin, host):
@@ -262,3 +209,64 @@ class RequestGuard:
         if '*' in self._access.allowed_hosts:  # of the header Host; no page is named
             return name == host
         return bool(name) and (name == host or self._access.is_named(name))
+
+
+class _Exchange:
+    """One request and its response: counts both, and drops what the app left unread."""
+
+    def __init__(self, scope, receive, send):
+        self.headers = Headers(scope=scope)
+        self.status, self.received, self.sent = 500, 0, 0
+        self._receive, self._send = receive, send
+        self._has_more = (
+            'transfer-encoding' in self.headers or 'content-length' in self.headers
+        )
+        self._started = time.monotonic()
+
+    @property
+    def seconds(self):
+        """Since the headers arrived."""
+        return time.monotonic() - self._started
+
+    async def receive(self):
+        message = await self._receive()
+        self._has_more = message.get('more_body', False)
+        self.received += len(message.get('body', b''))
+        return message
+
+    async def send(self, message):
+        if message['type'] == 'http.response.start':
+            self.status = message['status']
+            MutableHeaders(scope=message).update(_HEADERS)
+        else:
+            self.sent += len(message.get('body', b''))
+            if self._has_more and not message.get('more_body', False):
+                await self._send({**message, 'more_body': True})
+                await self._drain()
+                message = {'type': 'http.response.body', 'body': b''}
+        await self._send(message)
+
+    async def _drain(self):
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_DRAIN_S):
+                while self._has_more:
+                    await self.receive()
+
+
+def _refuse_token(sent):
+    """401; browsers show no dialog for `Bearer`."""
+    if sent is None:
+        text, challenge = 'this server needs a token', 'Bearer'
+    else:
+        text, challenge = 'the token is wrong', 'Bearer error="invalid_token"'
+    return JSONResponse(
+        {'error': f'{text}; send the header Authorization: Bearer TOKEN'},
+        401,
+        headers={'WWW-Authenticate': challenge},
+    )
+
+
+def _flag_for(origin):
+    """The flag that allows an origin, if it looks like one."""
+    is_origin = origin is not None and '://' in origin and len(origin) <= 100
+    return f'--allow_origin={origin if is_origin else "ORIGIN"}'

@@ -24,7 +24,7 @@ from flax_densenet.inference import explain as explain_lib
 _LOGGER = logging.getLogger(__name__)
 
 if typing.TYPE_CHECKING:
-    from flax_densenet.serving import guard
+    from flax_densenet.serving import access as access_lib
 
 # Number of connections that wait to be accepted.
 _BACKLOG = 1024
@@ -109,8 +109,9 @@ def run(
     *,
     name: str,
     limits,
-    access: 'guard.Access | None' = None,
+    access: 'access_lib.Access | None' = None,
     explain: Sequence[explain_lib.Options] = (explain_lib.DEFAULT,),
+    log_requests: bool = False,
 ):
     """Serves until SIGINT or SIGTERM, then finishes pending requests.
 
@@ -121,6 +122,7 @@ def run(
       limits: a `guard.Limits`.
       access: from `make_access`; by default without a proxy.
       explain: methods for heat maps that requests can choose, the default first.
+      log_requests: whether each request is logged in one line.
     """
     access = access or make_access(listener, (), '')
     stop = asyncio.Event()
@@ -138,6 +140,7 @@ def run(
             stop=stop,
             access=access,
             explain=explain,
+            log_requests=log_requests,
         )
         _LOGGER.info('stopped')
 
@@ -145,23 +148,38 @@ def run(
 
 
 def make_access(
-    listener: socket.socket, allowed_hosts: Sequence[str], root_path: str
-) -> 'guard.Access':
+    listener: socket.socket,
+    allowed_hosts: Sequence[str],
+    root_path: str,
+    *,
+    allow_origin: Sequence[str] = (),
+    token: str | None = None,
+) -> 'access_lib.Access':
     """Access rules from the address of the socket and the flags.
 
-    Raises:
-      UserError: a flag is not a host name or not a path.
-    """
-    from flax_densenet.serving import guard
+    Args:
+      allowed_hosts, allow_origin: each text can have several, separated by commas.
+      token: from `access.read_token`.
 
-    names = [name for text in allowed_hosts for name in text.split(',')]
-    return guard.Access(is_loopback(listener), tuple(names), root_path)
+    Raises:
+      UserError: a flag is not a host name, not an origin or not a path.
+    """
+    from flax_densenet.serving import access as access_lib
+
+    names, origins = (
+        tuple(name for text in texts for name in text.split(','))
+        for texts in (allowed_hosts, allow_origin)
+    )
+    return access_lib.Access(is_loopback(listener), names, root_path, origins, token)
 
 
 def _welcome(name, address, access):
+    from flax_densenet.serving import access as access_lib
+
+    header = "-H 'Authorization: Bearer TOKEN' " if access.token else ''
     lines = [
         f'serving {name} at {address} (Ctrl-C ends it)',
-        f"  curl --data-binary @photo.jpg '{address}/predict?top=3'",
+        f"  curl {header}--data-binary @photo.jpg '{address}/predict?top=3'",
     ]
     if access.root_path:
         lines.append(f'  behind a proxy: its page is at {access.root_path}/')
@@ -169,10 +187,25 @@ def _welcome(name, address, access):
         lines.append(
             f'  accepts the names {", ".join(access.allowed_hosts)} and localhost'
         )
-    if not access.loopback:
+    if access.token:
+        lines.append('  requires the token, except for /health and /docs')
+    if '*' in access.origins:
         lines.append(
-            'warning: anyone who can reach this machine can use the server: it has no '
-            'password and no encryption; --host=127.0.0.1 limits it to this machine'
+            '  warning: pages of all sites may use it from browsers that reach it '
+            '(--allow_origin=*)'
+        )
+    elif access.origins:
+        lines.append(f'  pages of {", ".join(access.origins)} may use it')
+    if not access.loopback and not access.token:
+        lines.append(
+            'warning: anyone who can reach this machine can use the server; '
+            f'--token_file=FILE or {access_lib.TOKEN_VARIABLE} requires a token, and '
+            '--host=127.0.0.1 limits it to this machine'
+        )
+    if not access.loopback and access.token:
+        lines.append(
+            'warning: the connection is not encrypted, so others in the network can '
+            'read the token and the images; a proxy with HTTPS prevents that'
         )
     return '\n'.join(lines)
 
@@ -223,8 +256,9 @@ async def serve(
     name: str,
     limits,
     stop: asyncio.Event,
-    access: 'guard.Access | None' = None,
+    access: 'access_lib.Access | None' = None,
     explain: Sequence[explain_lib.Options] = (explain_lib.DEFAULT,),
+    log_requests: bool = False,
 ):
     """Serves until `stop` is set; `run` without the signals."""
     import hypercorn.asyncio
@@ -233,7 +267,14 @@ async def serve(
 
     asyncio.get_running_loop().set_exception_handler(_make_error_handler())
     access = access or make_access(listener, (), '')
-    app = app_lib.App(trained, name=name, limits=limits, access=access, explain=explain)
+    app = app_lib.App(
+        trained,
+        name=name,
+        limits=limits,
+        access=access,
+        explain=explain,
+        log_requests=log_requests,
+    )
     server = asyncio.create_task(
         hypercorn.asyncio.serve(
             app.asgi, _make_config(listener), shutdown_trigger=stop.wait

@@ -24,6 +24,7 @@ from helpers.reference import formula_variables
 # What a page must not take for its own.
 NAMES = ('ants', 'bees', '</script><b>"wasps" & co', 'flies', 'mites', 'ticks', 'fleas')
 SIDE = 16
+TOKEN = 'a-token.of_some~length+/='
 
 
 def make_trained():
@@ -52,12 +53,23 @@ def make_trained():
 
 @contextlib.contextmanager
 def running(
-    trained, *, wait_until_ready=True, hosts=(), root_path='', methods=(), **limits
+    trained,
+    *,
+    wait_until_ready=True,
+    hosts=(),
+    root_path='',
+    methods=(),
+    origins=(),
+    token=None,
+    log_requests=False,
+    **limits,
 ):
     """Serves in a thread; yields the port."""
     listener = server.listen('127.0.0.1', 0)
     port = listener.getsockname()[1]
-    access = server.make_access(listener, hosts, root_path)
+    access = server.make_access(
+        listener, hosts, root_path, allow_origin=origins, token=token
+    )
     started = concurrent.futures.Future()
 
     async def main():
@@ -71,6 +83,7 @@ def running(
             stop=stop,
             access=access,
             explain=explain.make_several(methods),
+            log_requests=log_requests,
         )
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:

@@ -5,7 +5,7 @@ import pytest
 
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.serving import batcher as batcher_lib
-from helpers.servers import make_trained, picture, running
+from helpers.servers import TOKEN, make_trained, picture, running
 
 
 @pytest.fixture(scope='session')
@@ -44,4 +44,11 @@ def strict_port(trained):
 def proxied_port(trained):
     hosts = ('Hub.Example.org, *.lab.example', 'other.example:8443')
     with running(trained, hosts=hosts, root_path='user/one/') as port:
+        yield port
+
+
+@pytest.fixture(scope='session')
+def guarded_port(trained):
+    origins = ('https://app.example, HTTPS://*.Lab.example:443/',)
+    with running(trained, origins=origins, token=TOKEN, log_requests=True) as port:
         yield port

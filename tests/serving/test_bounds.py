@@ -15,6 +15,7 @@ from flax_densenet.errors import UserError
 from flax_densenet.inference import programs
 from flax_densenet.serving import batcher as batcher_lib
 from flax_densenet.serving import guard, server
+from helpers import described
 from helpers.servers import (
     JPEG,
     answer_of,
@@ -98,6 +99,7 @@ def test_starting(trained, monkeypatch):
         for answer in (ask(port, '/health'), ask(port, '/predict', JPEG)):
             assert (answer.status, answer.headers['Retry-After']) == (503, '1')
             assert 'being compiled' in answer.json['error']
+        described.check(port, '/health', ask(port, '/health'))
         assert ask(port, '/').status == 200
         go_on.set()
         while ask(port, '/health').status != 200:

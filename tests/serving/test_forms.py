@@ -16,8 +16,10 @@ pytest.importorskip('python_multipart')
 @pytest.mark.parametrize('name', ['image', 'file', 'größe'])
 def test_form(port, name):
     body = form_of((name, 'photo 1.jpg', JPEG))
-    told = ask(port, '/predict?top=3', body, headers=FORM)
-    assert told.json == ask(port, '/predict?top=3', JPEG).json
+    told = ask(port, '/predict?top=3', body, headers=FORM).json
+    expected = ask(port, '/predict?top=3', JPEG).json
+    # All but the time that they took.
+    assert told | {'seconds': 0} == expected | {'seconds': 0}
 
 
 def test_form_with_options(port):

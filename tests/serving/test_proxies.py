@@ -5,6 +5,7 @@ import re
 import pytest
 
 from flax_densenet.errors import UserError
+from flax_densenet.serving import access as access_lib
 from flax_densenet.serving import guard, server
 from helpers.servers import JPEG, ask, running
 
@@ -21,7 +22,7 @@ def test_open_to_others(trained, monkeypatch):
         access = server.make_access(listener, (), '')
         told = server._welcome('bugs', server.address_of(listener), access)
     assert 'warning: anyone who can reach this machine' in told
-    told = server._welcome('bugs', 'http://127.0.0.1:1', guard.Access())
+    told = server._welcome('bugs', 'http://127.0.0.1:1', access_lib.Access())
     assert 'warning' not in told
     monkeypatch.setattr(server, 'is_loopback', lambda listener: False)
     with running(trained) as port:
@@ -79,7 +80,7 @@ def test_origin_behind_a_proxy(proxied_port, origin, status):
 
 
 def test_every_host_is_not_every_page():
-    access = guard.Access(allowed_hosts=('*',))
+    access = access_lib.Access(allowed_hosts=('*',))
     assert access.is_allowed('any.example')
     around = guard.RequestGuard(None, figures=None, access=access)
     assert around._is_own('https://a.example', 'a.example')
@@ -102,18 +103,18 @@ def test_root_path(proxied_port):
 @pytest.mark.parametrize('text', ['http://a.example', 'a b', 'a/b', '*a', 'a@b'])
 def test_what_is_no_host(text):
     with pytest.raises(UserError, match=re.escape(f'--allowed_hosts={text} is no')):
-        guard.Access(allowed_hosts=(text,))
+        access_lib.Access(allowed_hosts=(text,))
 
 
 @pytest.mark.parametrize('text', ['https://a.example/x', '/x?y', 'x#y', 'a\nb'])
 def test_what_is_no_root_path(text):
     with pytest.raises(UserError, match='--root_path='):
-        guard.Access(root_path=text)
-    assert guard.Access(root_path='/').root_path == ''
+        access_lib.Access(root_path=text)
+    assert access_lib.Access(root_path='/').root_path == ''
 
 
 def test_welcome_behind_a_proxy():
-    access = guard.Access(allowed_hosts=('hub.example',), root_path='/user/one')
+    access = access_lib.Access(allowed_hosts=('hub.example',), root_path='/user/one')
     told = server._welcome('bugs', 'http://127.0.0.1:1', access)
     assert 'its page is at /user/one/' in told
     assert 'accepts the names hub.example and localhost' in told

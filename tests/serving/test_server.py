@@ -11,6 +11,7 @@ from flax_densenet.inference import explain, overlay
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.serving import batcher as batcher_lib
 from flax_densenet.weights import calibration, decisions, thresholds
+from helpers import described
 from helpers.servers import (
     JPEG,
     MULTIPART,
@@ -59,7 +60,9 @@ def test_predict(port, expected):
     files, _, probabilities, _ = expected
     for file, row in zip(files, probabilities, strict=True):
         told = ask(port, '/predict?top=100', file).json
-        assert set(told) == {'predictions'}
+        assert set(told) == {'predictions', 'model', 'seconds'}
+        assert told['model'] == {'name': 'bugs', 'epoch': 3, 'step': 7}
+        assert told['seconds'] > 0
         np.testing.assert_allclose(as_array(told), row, atol=1e-5)
         shares = [p['probability'] for p in told['predictions']]
         assert shares == sorted(shares, reverse=True)
@@ -85,6 +88,7 @@ def test_thresholds_and_calibration(trained, expected):
         thresholds=thresholds.Thresholds('f1', (None, limit) + (None,) * 5),
     )
     with running(dataclasses.replace(trained, decisions=found)) as port:
+        described.check(port, '/model', ask(port, '/model'))
         told = ask(port, '/model').json
         assert told['thresholds'] == {'bees': limit}
         assert (told['threshold_rule'], told['calibration']) == (
@@ -95,7 +99,9 @@ def test_thresholds_and_calibration(trained, expected):
         assert 'calibrated (temperature 2.00)' in text
         positive = []
         for file, row in zip(files, shares, strict=True):
-            told = ask(port, '/predict?top=100', file).json
+            answer = ask(port, '/predict?top=100', file)
+            described.check(port, '/predict', answer)
+            told = answer.json
             np.testing.assert_allclose(as_array(told), row, atol=1e-5)
             assert told['positive'] == (['bees'] if row[1] > limit else [])
             positive += told['positive']

@@ -7,6 +7,7 @@ import pytest
 
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.weights import conformal
+from helpers import described
 from helpers.decided import decide
 from helpers.servers import NAMES, ask, running
 
@@ -39,7 +40,9 @@ def test_answers(decided, expected):
     assert sets.sum(-1).max() > 1 and sets.sum(-1).min() < len(NAMES)
     with running(trained) as port:
         for place, file in enumerate(files):
-            told = ask(port, '/predict?coverage=0.8', file).json
+            answer = ask(port, '/predict?coverage=0.8', file)
+            described.check(port, '/predict', answer)
+            told = answer.json
             assert told['unusual'] == pytest.approx(scores[place], rel=1e-3, abs=1e-3)
             assert told['is_unusual'] == (scores[place] > 1)
             assert set(told['set']) == {
@@ -48,6 +51,7 @@ def test_answers(decided, expected):
             explained = ask(port, '/predict?explain=map', file).json
             assert explained['unusual'] == pytest.approx(told['unusual'], rel=1e-3)
             assert 'set' not in explained
+        described.check(port, '/model', ask(port, '/model'))
         model = ask(port, '/model').json
         assert model['unusual']['method'] == 'mahalanobis'
         assert model['unusual']['usual_share'] == 0.95

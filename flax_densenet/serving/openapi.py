@@ -156,9 +156,12 @@ _MODEL = _object(
             'type': 'array',
             'items': _object(
                 'A method for maps.',
-                {'name': {'type': 'string'}, 'title': {'type': 'string'}},
+                {
+                    'name': {'type': 'string', 'description': 'For `method`.'},
+                    'title': {'type': 'string', 'description': 'For people.'},
+                },
             ),
-            'description': 'Methods for `method`, the default first.',
+            'description': 'The methods for maps, the default first.',
         },
     },
 )

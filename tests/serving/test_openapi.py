@@ -85,6 +85,7 @@ def test_document(needs_token):
     schemas = document['components']['schemas']
     for schema in schemas.values():
         jsonschema.Draft202012Validator.check_schema(schema)
+        assert all(one['description'] for one in schema['properties'].values())
     found = {reference.rpartition('/')[2] for reference in references(document)}
     assert found == schemas.keys()
     ids = set()

@@ -1,6 +1,7 @@
 # make run    trains DenseNet-121 on handwritten digits, in a few minutes on a CPU
 # make test   runs the tests, except those that take minutes
 # make test-slow   runs the slow tests, and the comparisons with torch and Keras
+# make test-exhaustive   runs every combination: what takes longest and fails least
 # make faults      kills runs, fills disks and damages files, in full
 # All create .venv first, with the newest Python (3.11 to 3.13) that starts here.
 # JAX=oldest installs the oldest supported version of JAX.
@@ -31,7 +32,7 @@ PINNED_oldest = jax==0.10.2 jaxlib==0.10.2
 # Programs that tests compiled, for the next run.
 export FLAX_DENSENET_TEST_CACHE ?= $(CURDIR)/.venv/compiled-tests
 
-.PHONY: web run test test-slow faults lint docs wheel dev bench bench-gpu clean
+.PHONY: web run test test-slow test-exhaustive faults lint docs wheel dev bench bench-gpu clean
 
 run: .venv/installed
 	$(BIN)/python launch.py --config=configs/densenet121.py --workdir=ckpt/digits \
@@ -48,12 +49,17 @@ test: .venv/installed
 
 # In parallel: many of these tests wait for other processes and leave a core idle.
 test-slow: .venv/installed .venv-peers/installed
-	@$(PEERS)/python -m pytest -q -n 2 -m 'slow or not slow' \
+	@$(PEERS)/python -m pytest -q -n 2 -m 'not exhaustive' \
 		$(BESIDE_PEERS) $(KERAS_FAULTS) \
 		tests/export/test_release.py::test_runtimes_of_others \
 		>.venv/peers.log 2>&1 & peers=$$!; \
-	$(BIN)/python -m pytest -q -n 2 -m 'slow or faults'; slow=$$?; \
+	$(BIN)/python -m pytest -q -n 2 -m '(slow or faults) and not exhaustive'; slow=$$?; \
 	wait $$peers; peers=$$?; cat .venv/peers.log; exit $$((slow | peers))
+
+# All that is marked so, with the peers' part.
+test-exhaustive: .venv/installed .venv-peers/installed
+	$(BIN)/python -m pytest -q -n 2 -m exhaustive
+	$(PEERS)/python -m pytest -q -n 2 -m exhaustive $(BESIDE_PEERS)
 
 BESIDE_PEERS = tests/data/augment/test_torchvision.py \
 	tests/inference/test_explain_torch.py tests/train/test_torch_training.py \

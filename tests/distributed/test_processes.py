@@ -285,7 +285,7 @@ def test_two_equal_runs_and_what_each_process_reads(tmp_path, monkeypatch):
         assert 2 * (10 + 8) <= len(read[0][number]) <= 2 * (10 + 8) + 40
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_one_that_fails_or_hangs_ends_the_others(tmp_path):
     workdirs = [tmp_path / name for name in ('killed', 'hangs', 'error', 'other')]
     many = {'train.epochs': 300}
@@ -331,7 +331,7 @@ def test_one_that_fails_or_hangs_ends_the_others(tmp_path):
         )
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_image_counts_once(tmp_path):
     """Predictions and evaluation by three processes are those of one."""
     workdir = tmp_path / 'run'

@@ -18,16 +18,17 @@ from helpers.blocks import error, inputs, make, require_native, run, run_plain
 from helpers.networks import compiled
 from helpers.runs import tiny_config
 
-# The slow ones, and all with dropout, bfloat16, four devices, among which is XLA with
-# one of bottleneck and compression: `make test-slow`.
+# The others are in `make test-slow` and `make test-exhaustive`; the latter has them with
+# dropout, bfloat16 and four devices too.
 CONTRACTS = [
     ('xla', 'BC'),
     ('native', 'BC'),
+    pytest.param('native', 'plain', marks=pytest.mark.slow),
+    pytest.param('native', 'imagenet', marks=pytest.mark.slow),
     *(
-        pytest.param(kernel, block, marks=pytest.mark.slow)
+        pytest.param(kernel, block, marks=pytest.mark.exhaustive)
         for kernel, block in (
             *(('xla', 'plain'), ('xla', 'imagenet')),
-            *(('native', 'plain'), ('native', 'imagenet')),
             *(('native', 'same padding'), ('native', 'wide')),
         )
     ),
@@ -101,10 +102,12 @@ def test_contract(kernel, block):
     'size',
     [
         (9, 31),
-        *(pytest.param(n, marks=pytest.mark.slow) for n in ((5, 4), (70, 34))),
+        *(pytest.param(n, marks=pytest.mark.exhaustive) for n in ((5, 4), (70, 34))),
     ],
 )
-@pytest.mark.parametrize('block', ['BC', pytest.param('C', marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    'block', ['BC', pytest.param('C', marks=pytest.mark.exhaustive)]
+)
 def test_sizes(size, block):
     """The native kernel's bands and register tiles end inside of any image."""
     require_native()
@@ -171,7 +174,7 @@ def test_four_devices():
         assert error(four[name], one[name]) < 2e-5
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ('block', 'dropout', 'dtype'),
     [

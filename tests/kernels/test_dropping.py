@@ -57,8 +57,8 @@ def test_stochastic_depth():
     [
         ('plain', 'native', 'block'),
         ('BC', 'native', 'block'),
-        ('BC', 'xla', 'block'),
-        ('BC', 'xla', 'none'),
+        pytest.param('BC', 'xla', 'block', marks=pytest.mark.exhaustive),
+        pytest.param('BC', 'xla', 'none', marks=pytest.mark.exhaustive),
     ],
 )
 def test_what_is_dropped_has_the_same_gradients(block, kernel, remat):

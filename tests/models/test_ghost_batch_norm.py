@@ -69,9 +69,9 @@ def by_hand():
 
 WAYS = [
     {'kernel': 'native'},
-    pytest.param({'fast': False}, marks=pytest.mark.slow),
+    pytest.param({'fast': False}, marks=pytest.mark.exhaustive),
     pytest.param({'kernel': 'xla'}, marks=pytest.mark.slow),
-    pytest.param({'kernel': 'xla', 'remat': 'none'}, marks=pytest.mark.slow),
+    pytest.param({'kernel': 'xla', 'remat': 'none'}, marks=pytest.mark.exhaustive),
 ]
 
 

@@ -53,7 +53,7 @@ LARGE += ('rdnet_tiny', 'rdnet_small', 'rdnet_base', 'rdnet_large')
 @pytest.mark.parametrize(
     'variant',
     [
-        pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name
+        pytest.param(name, marks=pytest.mark.exhaustive) if name in LARGE else name
         for name in VARIANTS
     ],
 )

@@ -125,7 +125,10 @@ def test_all_has_every_extra():
         assert name not in core
 
 
-@pytest.fixture(scope='module', params=['wheel', 'sdist'])
+@pytest.fixture(
+    scope='module',
+    params=['wheel', pytest.param('sdist', marks=pytest.mark.exhaustive)],
+)
 def installed(request, built, tmp_path_factory):
     """`bin` of an environment with nothing but the distribution and its packages."""
     root = tmp_path_factory.mktemp(request.param) / 'venv'

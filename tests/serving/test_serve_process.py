@@ -166,6 +166,7 @@ def insist(server, path, body):
     raise AssertionError('full for too long')
 
 
+@pytest.mark.exhaustive
 def test_two_hundred_at_a_time(workdir):
     """A mix of good and bad images, all at once, while slow clients hold on."""
     whole = encode(np.zeros((10_000, 10_000), np.uint8), 'PNG')  # 100 million pixels

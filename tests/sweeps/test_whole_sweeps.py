@@ -88,7 +88,7 @@ def results(workdir):
         return [row | {'seconds': ''} for row in csv.DictReader(file)]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed(tmp_path):
     """Killed and interrupted, the same command comes to the same table and weights."""
     done = subprocess.run(command(tmp_path / 'whole'), capture_output=True, text=True)

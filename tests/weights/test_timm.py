@@ -215,7 +215,7 @@ def test_full_size(name, timm, tmp_path):
     assert all(np.array_equal(arrays[key], state[key].numpy()) for key in state)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     'name', ['rdnet_small', 'rdnet_base', 'rdnet_large', 'densenet264d']
 )

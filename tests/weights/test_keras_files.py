@@ -40,11 +40,8 @@ from helpers.keras_networks import (
 
 pytestmark = pytest.mark.usefixtures('keras_promotes_ranks')
 
-FULL = {
-    'DenseNet121': (6, 12, 24, 16),
-    'DenseNet169': (6, 12, 32, 32),
-    'DenseNet201': (6, 12, 48, 32),
-}
+FULL = {121: (6, 12, 24, 16), 169: (6, 12, 32, 32), 201: (6, 12, 48, 32)}
+_EXHAUSTIVE = pytest.mark.exhaustive
 
 
 def test_names():
@@ -130,19 +127,15 @@ def test_padding_shows(keras, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ('name', 'classes'),
-    [
-        ('DenseNet121', 1000),
-        pytest.param('DenseNet169', 7, marks=pytest.mark.exhaustive),
-        pytest.param('DenseNet201', 0, marks=pytest.mark.exhaustive),
-    ],
+    ('depth', 'classes'),
+    [(121, 1000), *(pytest.param(*n, marks=_EXHAUSTIVE) for n in ((169, 7), (201, 0)))],
 )
-def test_full_size(keras, tmp_path, name, classes):
-    network = make_keras(keras, FULL[name], classes=classes)
+def test_full_size(keras, tmp_path, depth, classes):
+    network = make_keras(keras, FULL[depth], classes=classes)
     path = save(network, tmp_path / 'a.weights.h5')
     x = images(*((224, 224) if classes == 1000 else (97, 131)))
     arrays, fields, _ = keras_files.read(path)
-    ours = run_ours(arrays, fields, x, blocks=FULL[name])
+    ours = run_ours(arrays, fields, x, blocks=FULL[depth])
     assert_equal(ours if classes else np.maximum(ours, 0), run_keras(network, x))
     # What was written comes back through the public function.
     module = create_model(name.lower(), num_classes=classes, **fields)

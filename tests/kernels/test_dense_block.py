@@ -18,8 +18,8 @@ from helpers.blocks import error, inputs, make, require_native, run, run_plain
 from helpers.networks import compiled
 from helpers.runs import tiny_config
 
-# `make test-slow` and `make test-exhaustive` run the others; the latter also with dropout,
-# bfloat16 and four devices.
+# `make test-slow` and `make test-exhaustive` run the others; the latter also runs those
+# with dropout, bfloat16 and four devices.
 CONTRACTS = [
     ('xla', 'BC'),
     ('native', 'BC'),

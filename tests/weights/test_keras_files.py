@@ -131,6 +131,7 @@ def test_padding_shows(keras, tmp_path):
     [(121, 1000), *(pytest.param(*n, marks=_EXHAUSTIVE) for n in ((169, 7), (201, 0)))],
 )
 def test_full_size(keras, tmp_path, depth, classes):
+    name = f'DenseNet{depth}'
     network = make_keras(keras, FULL[depth], classes=classes)
     path = save(network, tmp_path / 'a.weights.h5')
     x = images(*((224, 224) if classes == 1000 else (97, 131)))

@@ -2,8 +2,8 @@
 
 `hub` writes folders for the Hugging Face Hub.
 
-If the program that reads a file has another batch norm epsilon than the model, the
-difference is added to the variances, so the file computes the same as the model.
+If the program that reads a file uses another batch norm epsilon than the model, the
+difference is added to the variances, so that the file computes the same as the model.
 """
 
 import dataclasses
@@ -103,13 +103,13 @@ def _write_safetensors(path, trained, options):
         _stored(torch_arrays(trained.module, trained.variables), options),
         {weight_file.METADATA: json.dumps(metadata), 'format': 'pt'},
     )
-    # `save_file` makes files that only their owner can read.
+    # `save_file` creates files that only their owner can read.
     with open(path, 'wb') as file:
         file.write(content)
 
 
 def _stored(arrays, options):
-    """Converts kernels to the requested precision; norms and biases are small."""
+    """Converts kernels to the requested precision; small norms and biases stay."""
     if options.precision == 'float32':
         return arrays
     return {
@@ -141,7 +141,7 @@ def _write_onnx(path, trained, options):
 
 
 def _write_stablehlo(path, trained, options):
-    plain = trained.with_tta('none')  # like all other files
+    plain = trained.with_tta('none')  # the default of all other formats
     stablehlo.save(
         path,
         plain,
@@ -164,10 +164,10 @@ class Options:
 
     Attributes:
       inputs: `images` (uint8 in, probabilities out) or `normalized` (floats in, logits
-        out); None for the format's default.
-      precision: of the stored weights; `int8` also computes in integers.
-      calibration: for `int8`: typical images, uint8 batches `[N, H, W, C]`.
-      license: of the weights, for formats that store it.
+        out); None for the default of the format.
+      precision: precision of the stored weights; `int8` also computes in integers.
+      calibration: for `int8`, typical images as uint8 batches `[N, H, W, C]`.
+      license: license of the weights, for formats that store it.
     """
 
     inputs: str | None = None
@@ -181,13 +181,14 @@ class Format:
     """A file format.
 
     Attributes:
-      write: a function of the path, a `Trained` and `Options`.
-      endings: valid endings of the file's name.
-      inputs: valid kinds of input; the first is the default.
+      write: a function `(path, trained, options)` that writes the file.
+      endings: valid extensions of the file.
+      inputs: valid input types; the first is the default.
       precisions: valid precisions of the weights.
       runtimes: keys of `runtimes.RUNTIMES` that can run the file.
-      channels_first: normalized images are `[N, C, H, W]`.
-      folds: a calibration goes into the weights; otherwise `write` cares for it.
+      channels_first: whether normalized images are `[N, C, H, W]`.
+      folds: whether a calibration is folded into the weights; otherwise `write` handles
+        it.
     """
 
     write: Callable[[str, trained_lib.Trained, Options], None]
@@ -233,20 +234,20 @@ FORMATS = {
 }
 
 
-# Formats for classes of other packages, which have one layer on the mean.
+# Formats for classes of other packages, whose head is one layer after mean pooling.
 _USUAL_HEADS = ('torch', 'keras', 'huggingface')
-# Formats for any graph, such as that of several networks.
+# Formats for any graph, such as an ensemble of networks.
 _ENSEMBLES = ('onnx', 'stablehlo')
 
 
 def by_ending(path: str) -> str:
-    """The format of a file by its ending.
+    """The format that the extension of a file implies.
 
     >>> by_ending('birds.weights.h5')
     'keras'
 
     Raises:
-      UserError: no format has it.
+      UserError: no format has this extension.
     """
     endings = {
         ending: name
@@ -258,7 +259,7 @@ def by_ending(path: str) -> str:
         if path.endswith(ending):
             return name
     raise UserError(
-        f'{path}: no format has this ending; use one of {", ".join(endings)}, or '
+        f'{path}: no format has this extension; use one of {", ".join(endings)}, or '
         '--format=huggingface for a folder'
     )
 
@@ -274,14 +275,14 @@ def save(
     """Writes a trained model to a file, atomically.
 
     Args:
-      path: must end like the format's files; an existing file is replaced.
-      trained: the model; a calibration goes into the weights of its classifier.
-      file_format: a key of `FORMATS`. `torch` and `safetensors` work with
+      path: the file, with an extension of the format; an existing file is replaced.
+      trained: the model. Its calibration is folded into the weights of the classifier.
+      file_format: a key of `FORMATS`. `torch` and `safetensors` files work with
         `load_state_dict(strict=True)` in torchvision and timm; `weight_file.load` reads
-        `safetensors` with all metadata of the model; `keras` is for
-        `keras.applications`, `onnx` for ONNX Runtime and others, `stablehlo` for JAX;
+        `safetensors` files with all metadata of the model. `keras` is for
+        `keras.applications`, `onnx` for ONNX Runtime and others, `stablehlo` for JAX.
         `huggingface` is a folder.
-      options: inputs, precision and others.
+      options: inputs, precision and so on; None for the defaults.
       verify: called with the new file before it is moved into place. If it raises, the
         existing file stays.
 
@@ -310,9 +311,9 @@ def save(
 
 
 def _prepare(trained, *, folds):
-    """The model with its calibration in its weights, or in the program.
+    """The model with its calibration in its weights or in the program.
 
-    Its metadata keeps what was fitted, with the name of the data but not its folder.
+    Its metadata keeps what was fitted, with the name of the data but without its path.
     """
     if trained.decisions is None:
         return trained
@@ -326,7 +327,7 @@ def _prepare(trained, *, folds):
 
 
 def check_head(module, file_format: str):
-    """Raises `UserError` if a network's head has no place in a format."""
+    """Raises `UserError` if a format does not support the head of a network."""
     if module.members > 1 and file_format not in _ENSEMBLES:
         raise UserError(
             f'--format={file_format} holds one network, and this is an ensemble of '

@@ -37,14 +37,14 @@ def write(
     readme: str | None = None,
     license: str | None = None,
 ):
-    """Makes a folder with the files.
+    """Creates a folder with the files.
 
     Args:
       folder: a new folder.
       trained: the model.
       write_weights: called with a path and `trained`; writes our safetensors file.
-      readme: the model card; by default one without facts of the run's folder.
-      license: of the weights, for config.json and the default card.
+      readme: the model card; by default one without facts about the run.
+      license: license of the weights, for config.json and the default card.
 
     Raises:
       UserError: the format cannot hold the model.
@@ -72,7 +72,7 @@ def write(
 
 
 def _resolved_fields(trained):
-    """The model with all fields of its preparation of images in the metadata."""
+    """The model with all preparation fields in its metadata."""
     preparation = trained_lib.preparation_of(trained.metadata)
     names = ('resize', 'crop_fraction', 'interpolation', 'channels', 'bit_depth')
     fields = {name: getattr(preparation, name) for name in names}
@@ -97,7 +97,7 @@ def check(folder: str):
     """Checks that a folder does not exist, or that an export may replace it.
 
     Raises:
-      UserError: it has content that this program did not write.
+      UserError: the folder has content that this program did not write.
     """
     if not os.path.lexists(folder):
         return
@@ -119,14 +119,14 @@ def check(folder: str):
 
 
 def place(made: str, path: str):
-    """Moves a new file or folder into place, and replaces an existing one.
+    """Moves a new file or folder into place, replacing an existing one.
 
     Args:
-      made: path of the new one, on the same disk, in a folder that will be removed.
-      path: where it belongs.
+      made: the new file or folder, on the same disk, in a folder that will be removed.
+      path: the destination.
 
     Raises:
-      OSError: it cannot be moved; the existing one stays.
+      OSError: it cannot be moved; the existing file or folder then stays.
     """
     if not os.path.isdir(made) or not os.path.isdir(path):
         os.replace(made, path)

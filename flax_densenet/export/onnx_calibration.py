@@ -1,4 +1,4 @@
-"""Finds the range of each feature map over images, for 8-bit quantization."""
+"""Measures the range of each feature map on images, for 8-bit quantization."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from flax_densenet.models import network
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """The lowest and highest value of each feature map, float64 `[C]`."""
+    """The lowest and the highest value of each feature map, float64 `[C]` each."""
 
     low: np.ndarray
     high: np.ndarray
@@ -34,17 +34,16 @@ class Bounds:
 def calibrate(
     module: network.Network, variables, metadata, batches: Iterable[np.ndarray]
 ) -> tuple[dict[str, Bounds], np.ndarray]:
-    """Finds the bounds of all feature maps over images.
+    """Measures the bounds of all feature maps on images.
 
     Args:
       module: the network.
       variables: `{'params', 'batch_stats'}`.
-      metadata: of the model.
+      metadata: metadata of the model.
       batches: uint8 images `[N, H, W, C]`.
 
     Returns:
-      The bounds by the names of `onnx_network`'s nodes, and the mean logits
-      `[num_classes]`.
+      `{name of a node in onnx_network: bounds}`, and the mean logits `[num_classes]`.
 
     Raises:
       UserError: ONNX Runtime is not installed.
@@ -73,7 +72,7 @@ def start(made) -> Any:
     """Starts a session of ONNX Runtime with an `onnx.ModelProto`.
 
     Raises:
-      UserError: it is not installed.
+      UserError: ONNX Runtime is not installed.
     """
     with errors.extra('export', '--precision=int8'):
         import onnxruntime
@@ -82,7 +81,7 @@ def start(made) -> Any:
 
 
 def _observed(graph):
-    """Outputs that are stored as bytes: convolutions, or the ReLU after one."""
+    """The outputs stored as bytes: convolutions, or the ReLU after one."""
     followed = {
         node.input[0]: node.output[0] for node in graph.node if node.op_type == 'Relu'
     }
@@ -91,7 +90,7 @@ def _observed(graph):
 
 
 def _add_outputs(graph, names):
-    """Adds outputs: the extremes of each feature map by image, and the logits."""
+    """Adds outputs: the extremes of each feature map per image, and the logits."""
     from onnx import TensorProto, helper
 
     def add(output):

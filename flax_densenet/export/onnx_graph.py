@@ -14,11 +14,11 @@ _SMALL = 1024
 
 
 class Graph:
-    """A graph to which nodes and weights are added; `model` completes it.
+    """A graph under construction: `add` and `constant` extend it, `model` completes it.
 
     Args:
-      precision: of the stored weights, one of `precision.PRECISIONS`. Runtimes convert
-        them to float32 when they load the file.
+      precision: precision of the stored weights, one of `precision.PRECISIONS`.
+        Runtimes convert them to float32 when they load the file.
     """
 
     def __init__(self, precision: str = 'float32'):
@@ -32,10 +32,10 @@ class Graph:
         """Adds a node; returns the name of its (first) output.
 
         Args:
-          operator: its type.
+          operator: type of the node.
           inputs: names of other outputs, arrays, or '' for an omitted input.
-          attributes: of the operator; `name` is the name of the node, `outputs` the
-            number of its outputs, if it has several.
+          attributes: attributes of the operator. In addition, `name` is the name of the
+            node, and `outputs` the number of its outputs if it has several.
         """
         name = self._name(attributes.pop('name', operator))
         made = [name, *map(str, range(1, attributes.pop('outputs', 1)))]
@@ -72,12 +72,12 @@ class Graph:
     def model(
         self, inputs: dict[str, tuple], outputs: dict[str, tuple], metadata
     ) -> Any:
-        """The `onnx.ModelProto`.
+        """Completes the graph; returns the `onnx.ModelProto`.
 
         Args:
-          inputs: (numpy dtype, shape) by name. A string in a shape is a free size.
-          outputs: the same.
-          metadata: strings by name, stored in the file.
+          inputs: `{name: (numpy dtype, shape)}`. A string in a shape is a free size.
+          outputs: the same for the outputs.
+          metadata: `{name: string}`, stored in the file.
         """
         helper = self._onnx.helper
         described = [

@@ -1,9 +1,10 @@
-"""DenseNets with bottlenecks as ONNX models in 8-bit integers.
+"""Builds 8-bit integer ONNX models of DenseNets with bottlenecks.
 
-Every feature map is stored in a byte as `255 * (x - low) / (high - low)`, with its own
-bounds from images (calibration). The bounds are folded into the convolutions before and
-after, so all feature maps of a dense block have the same unit and are concatenated
-without conversion. In that unit, batch norm and ReLU are a saturating subtraction,
+Every feature map is stored in bytes as `255 * (x - low) / (high - low)`, with its own
+bounds, measured on images (calibration). The bounds are folded into the convolutions
+before and after, so all feature maps of a dense block have the same unit and are
+concatenated without conversion. In that unit, batch norm and ReLU are a saturating
+subtraction,
 
     relu(a x + b) = a relu(x - t),  t = -b / a,
 
@@ -33,9 +34,9 @@ _KERNEL_STEPS = 63
 
 
 def check(module: network.Network, metadata: dict[str, Any]):
-    """Raises `UserError` for a model that cannot be computed in integers.
+    """Raises `UserError` if a model cannot be computed in integers.
 
-    Folding needs bottlenecks, and images have to be of 8 bits.
+    Folding needs bottlenecks, and images must have 8 bits.
     """
     if module.members > 1:
         raise UserError(
@@ -50,12 +51,12 @@ def check(module: network.Network, metadata: dict[str, Any]):
         )
     if not module.has_usual_head():
         raise UserError(
-            '--precision=int8: only a head of one layer on the mean can be computed in '
-            'integers; use float16 or bfloat16'
+            '--precision=int8: only a head of one layer after mean pooling can be '
+            'computed in integers; use float16 or bfloat16'
         )
     if trained.preparation_of(metadata).is_deep:
         raise UserError(
-            '--precision=int8 is for images of 8 bits, and this model keeps more '
+            '--precision=int8 is for images of 8 bits, but this model uses more '
             '(data.bit_depth); use float16 or bfloat16'
         )
 
@@ -69,15 +70,15 @@ def make(
     inputs: str = 'images',
     decisions: decisions_lib.Decisions | None = None,
 ) -> Any:
-    """The `onnx.ModelProto` in integers; inputs and outputs as in `onnx_network.make`.
+    """Makes the integer model; inputs and outputs are those of `onnx_network.make`.
 
-    Rounding shifts the logits of all images a little; the classifier's bias corrects
-    the average shift.
+    Rounding shifts the logits of all images a little. The bias of the classifier
+    corrects the average shift.
 
     Args:
       module: the network.
       variables: `{'params', 'batch_stats'}`.
-      metadata: of the run.
+      metadata: metadata of the run.
       batches: resized uint8 images `[N, H, W, C]` for calibration.
       inputs: one of `onnx_network.INPUTS`.
       decisions: see `onnx_network.make`.
@@ -109,14 +110,14 @@ def make(
 
 
 def _network(module, net, metadata, bounds, inputs, shift, *, scored):
-    """The graph, its pooled features and its logits, to which `shift` is added.
+    """The graph, its pooled features, and its logits plus `shift`.
 
     Args:
       scored: whether pooled features are needed; otherwise they are None.
     """
     graph = _Quantized(bounds)
     x, divisor = onnx_network.take_images(graph, metadata, inputs)
-    # Bounds are those of images minus their mean, in the units of uint8 images.
+    # The bounds are for images minus their mean, in the units of uint8 images.
     std = 255 * np.float64(metadata['std'])
     x, unit = _image(graph, x, std if divisor is None else 1.0)
     x, x_bounds = _stem(graph, x, unit, module, net['stem'], divisor)
@@ -136,7 +137,7 @@ def _network(module, net, metadata, bounds, inputs, shift, *, scored):
 
 
 class _Quantized(Graph):
-    """A graph with feature maps in bytes."""
+    """A graph that stores feature maps in bytes."""
 
     def __init__(self, bounds):
         super().__init__()
@@ -152,12 +153,12 @@ class _Quantized(Graph):
         return self.add('DequantizeLinear', x, self._unit, self._zero, name=name)
 
     def conv(self, x, kernel, bias, name, *, unit=1 / _STEPS, **options):
-        """Adds an integer convolution, from values to values.
+        """Adds an integer convolution; its input and its output are values.
 
         Args:
           kernel: float64 `[K, K, C, F]`.
           bias: float64 `[F]`.
-          unit: size of a step of the input.
+          unit: the value of one step of the input.
         """
         step = np.abs(kernel).max((0, 1, 2)) / _KERNEL_STEPS
         step = np.where(step > 0, step, 1.0).astype(np.float32)
@@ -177,7 +178,7 @@ class _Quantized(Graph):
 
 
 def _into(kernel, bias, bounds):
-    """Kernel and bias of a convolution whose output is in the unit of its bounds."""
+    """Rescales kernel and bias so that the output is in the unit of its bounds."""
     bias = np.zeros(kernel.shape[-1]) if bias is None else np.float64(bias)
     return np.float64(kernel) / bounds.width, (bias - bounds.low) / bounds.width
 
@@ -196,7 +197,7 @@ def _options(kernel, strides=1, padding='torch'):
 
 
 def _stem(graph, x, unit, module, convs, divisor):
-    """Bytes of the stem's feature maps, and their bounds."""
+    """The feature maps of the stem as bytes, and their bounds."""
     bounds = None
     for number, part in enumerate(convs):
         name, kernel = f'conv{number}', np.float64(part['kernel'])
@@ -218,7 +219,7 @@ def _stem(graph, x, unit, module, convs, divisor):
 
 
 def _image(graph, x, divided_by):
-    """Quantizes the image over its full range; returns its value and the step."""
+    """Quantizes the image over its full range; returns its values and the step."""
     bounds = graph.bounds['centered']
     low = min((bounds.low / divided_by).min(), 0)
     high = max((bounds.high / divided_by).max(), 0)
@@ -238,20 +239,20 @@ def _pool(graph, x, module):
 
 
 def _thresholds(norm, bounds):
-    """relu(norm) of bytes as thresholds, factors and constants.
+    """Writes relu(norm) of bytes `x` as thresholds, factors and constants.
 
     Returns:
       steps: int `[C]` to subtract, 0 to 255.
-      factor: of `relu(x - steps)`, in units of 1.
+      factor: factor of `relu(x - steps)`, in units of 1.
       direct: factor of `x` itself; 0 if not needed.
-      constant: the remaining summand.
+      constant: the remaining term.
     """
     scale, bias = onnx_network.affine(norm)
     a, b = scale * bounds.width, scale * bounds.low + bias
     flat = np.abs(a) < 1e-12 * np.maximum(np.abs(b), 1e-12)
     threshold = np.where(flat, 0, -b / np.where(flat, 1, a))
     inside = np.clip(threshold, 0, 1)
-    # Rising: 0 below the threshold. Falling: 0 above it.
+    # Increasing: 0 below the threshold. Decreasing: 0 above it.
     rising, falling = ~flat & (a > 0), ~flat & (a < 0)
     always = (rising & (threshold <= 0)) | (falling & (threshold >= 1))
     never = (rising & (threshold >= 1)) | (falling & (threshold <= 0))
@@ -278,7 +279,7 @@ def _subtract(graph, x, steps, name):
 def _norm_relu(graph, x, norm, bounds, name):
     """Bytes after norm and ReLU, with the factors and the constant of each map.
 
-    Decreasing ones that cross 0 are `a x + |a| relu(x - t)`, so they appear twice.
+    A decreasing map that crosses 0 is `a x + |a| relu(x - t)`, so it appears twice.
     """
     steps, factor, direct, constant = _thresholds(norm, bounds)
     y = _subtract(graph, x, steps, name)
@@ -338,7 +339,7 @@ def _classify(graph, x, bounds, norm, kernel, bias, *, scored):
 
 
 def _features(graph, y, factor, constant, twice):
-    """The pooled features themselves, of means of the output of `_norm_relu`."""
+    """The pooled features, from the means of the output of `_norm_relu`."""
     size = len(constant)
 
     def part(places, factors, name):

@@ -1,4 +1,4 @@
-"""The logits of the mean probabilities of several networks, in an ONNX graph."""
+"""Adds the logits of the mean probabilities of several networks to an ONNX graph."""
 
 import math
 
@@ -9,7 +9,7 @@ def mean_logits(graph, logits: list[str], outputs: str) -> str:
     """Adds `ensemble.mean_logits`; returns the name of the output `[N, C]`.
 
     Args:
-      logits: names of those of each network.
+      logits: names of the logits of each network, `[N, C]`.
       outputs: `softmax`, `sigmoid` or `none`.
     """
     if outputs == 'none':
@@ -18,7 +18,7 @@ def mean_logits(graph, logits: list[str], outputs: str) -> str:
         return _of_sigmoids(graph, logits)
     logs = [graph.add('LogSoftmax', x, axis=-1, name='log_softmax') for x in logits]
     mean = _log_mean(graph, logs, 'log_mean')
-    # What the softmax took from the logits of each, the same for all classes.
+    # The amount that each softmax subtracted, the same for all classes.
     pairs = zip(logits, logs, strict=True)
     taken = [graph.add('Sub', x, log, name='log_sums') for x, log in pairs]
     return graph.add('Add', mean, graph.add('Mean', *taken), name='mean_logits')
@@ -38,7 +38,7 @@ def _of_sigmoids(graph, logits):
 
 
 def _log_mean(graph, logs, name):
-    """The logarithm of the mean of numbers whose logarithms are given."""
+    """The logarithm of a mean, from the logarithms of its terms."""
     rows = [graph.add('Unsqueeze', x, np.array([0]), name=f'{name}.row') for x in logs]
     rows = graph.add('Concat', *rows, axis=0, name=f'{name}.rows')
     options = {'axes': [0], 'keepdims': 0, 'name': f'{name}.sum'}

@@ -1,4 +1,4 @@
-"""DenseNet and RDNet as ONNX models.
+"""Builds ONNX models of DenseNet and RDNet.
 
 Feature maps in ONNX are `[N, C, H, W]`, so kernels are transposed to `[F, C, K, K]`.
 Batch size, height and width are free.
@@ -17,9 +17,9 @@ from flax_densenet.settings import sizes
 from flax_densenet.weights import decisions as decisions_lib
 from flax_densenet.weights import heads, trained
 
-# `images`: uint8 RGB `[N, H, W, C]`, decoded and resized, to probabilities; uint16 of a
-# model that keeps more than 8 bits, 0 and 65535 being the ends of its window.
-# `normalized`: float32 `[N, C, H, W]`, normalized with mean and std, to logits, like
+# `images`: decoded, resized uint8 images `[N, H, W, C]` to probabilities. A model with
+# more than 8 bits takes uint16 images, where 0 and 65535 are the ends of its window.
+# `normalized`: float32 `[N, C, H, W]`, normalized with mean and std, to logits, as in
 # torchvision.
 INPUTS = ('images', 'normalized')
 
@@ -33,17 +33,17 @@ def make(
     precision: str = 'float32',
     decisions: decisions_lib.Decisions | None = None,
 ) -> Any:
-    """The `onnx.ModelProto` of a trained network.
+    """Makes the `onnx.ModelProto` of a trained network.
 
     Args:
       module: the network.
       variables: `{'params', 'batch_stats'}`.
-      metadata: of the run (`prepare.make_metadata`). Labels and preprocessing are
-        stored in the file, see `properties`.
+      metadata: metadata of the run (`prepare.make_metadata`). The file stores labels
+        and preprocessing, see `properties`.
       inputs: one of `INPUTS`.
-      precision: of the stored weights, see `onnx_graph.Graph`.
-      decisions: what was fitted after training. With a score of unusual images the file
-        has a second output `unusual`, float32 `[N]`.
+      precision: precision of the stored weights, see `onnx_graph.Graph`.
+      decisions: what was fitted after training. With a score of unusual images, the
+        file has a second output `unusual`, float32 `[N]`.
     """
     graph = Graph(precision)
     x, divisor = take_images(graph, metadata, inputs)
@@ -54,12 +54,12 @@ def make(
 
 
 def fold(module: network.Network, variables) -> dict[str, Any]:
-    """`folded.fold`, without packing for the native kernel."""
+    """Like `folded.fold`, but without packing for the native kernel."""
     return folded.fold(module.clone(fast=False), variables)
 
 
 def affine(norm) -> tuple[np.ndarray, np.ndarray]:
-    """Factor and bias, float64 `[C]`, of a norm of `folded.fold`."""
+    """The factor and the bias, float64 `[C]` each, of a norm from `folded.fold`."""
     scale = np.asarray(norm['a'], np.float64)
     return scale, norm['bias'] - norm['mean'] * scale
 
@@ -67,8 +67,8 @@ def affine(norm) -> tuple[np.ndarray, np.ndarray]:
 def take_images(graph, metadata, inputs) -> tuple[str, np.ndarray | None]:
     """The input of the first convolution, and the divisor of its kernel.
 
-    The mean of images is subtracted here, so that padding with 0 is right. The division
-    by 255 (of uint16, 65535) and std becomes part of the kernel.
+    The mean of the images is subtracted here, so that padding with 0 is right. The
+    division by 255 (65535 for uint16) and by std becomes part of the kernel.
     """
     if inputs == 'normalized':
         return 'input', None
@@ -118,7 +118,7 @@ def finish(
 
 
 def _without_calibration(graph, logits, metadata):
-    """The logits of the network itself, of those that have a calibration."""
+    """Recovers the logits of the network from its calibrated logits."""
     found = (metadata.get('decisions') or {}).get('calibration')
     if not found:
         return logits
@@ -128,7 +128,7 @@ def _without_calibration(graph, logits, metadata):
 
 
 def _scale(graph, sigmoids, points):
-    """Scores by operating points (`operating_points.scale`)."""
+    """Scores from operating points (`operating_points.scale`)."""
     given = np.array([point is not None for point in points])
     p = np.float32([0.5 if point is None else point for point in points])
     low = graph.add('Mul', sigmoids, 1 / (2 * p), name='below_points')
@@ -146,17 +146,21 @@ def properties(
     metadata: dict[str, Any],
     decisions: decisions_lib.Decisions | None = None,
 ) -> dict[str, str]:
-    """The metadata of a file: strings by name, with lists as JSON.
+    """The metadata of a file: `{name: string}`, with lists as JSON.
 
-    `labels`, `image_size` (side in pixels, or `HEIGHT,WIDTH`), `channels`, `resize`,
-    `crop_fraction` and `interpolation` (`images.Preparation`), `mean`, `std`,
-    `multi_label`, `variant`; `outputs` if the outputs are neither a softmax nor
-    sigmoids; `window` and `bit_depth` if images have more than 8 bits;
-    `operating_points` if they are applied to the probabilities; `calibration` (method,
-    scale and bias, which the classifier has already) and `thresholds` (probability by
-    class) if they were fitted after training; `set_thresholds` if there are conformal
-    sets: by coverage, the lowest probability of a class in a set (of several labels, of
-    each). If images have one class, the likeliest is in the set in any case.
+    Always: `labels`, `image_size` (side in pixels, or `HEIGHT,WIDTH`), `channels`,
+    `resize`, `crop_fraction` and `interpolation` (see `images.Preparation`), `mean`,
+    `std`, `multi_label` and `variant`.
+
+    If they apply:
+    - `outputs`, if the outputs are neither a softmax nor sigmoids;
+    - `window` and `bit_depth`, if images have more than 8 bits;
+    - `operating_points`, if they are applied to the probabilities;
+    - `calibration` (method, scale and bias, already part of the classifier) and
+      `thresholds` (`{class: probability}`), if they were fitted after training;
+    - `set_thresholds`, if there are conformal sets: for each coverage, the lowest
+      probability in a set (with several labels, a list with one for each). If images
+      have one class, the most likely class is always in the set.
     """
     preparation = trained.preparation_of(metadata)
     names = metadata['class_names'] or [str(n) for n in range(module.num_classes)]
@@ -185,7 +189,7 @@ def properties(
 
 
 def _fitted(plain, names):
-    """Properties of what `Trained.folded` keeps in metadata."""
+    """The properties of the decisions that `Trained.folded` keeps in metadata."""
     found = {}
     if plain.get('calibration'):
         kept = ('methods', 'scale', 'bias')
@@ -200,7 +204,7 @@ def _fitted(plain, names):
 
 
 def conv(graph, x, kernel, bias=None, *, strides=1, padding='torch', **options):
-    """Adds a convolution with a kernel `[H, W, C, F]` and the network's padding."""
+    """Adds a convolution with a kernel `[H, W, C, F]` and the given padding."""
     size = kernel.shape[0]
     pads = {'pads': (size // 2,) * 4}
     if padding == 'same' and strides > 1:
@@ -211,7 +215,7 @@ def conv(graph, x, kernel, bias=None, *, strides=1, padding='torch', **options):
 
 
 def divided(kernel, divisor):
-    """The first kernel `[H, W, C, F]` for images that were not divided."""
+    """The first kernel `[H, W, C, F]`, adapted to images that were not divided."""
     return kernel if divisor is None else kernel / divisor.reshape(1, 1, -1, 1)
 
 
@@ -244,12 +248,12 @@ def _densenet(graph, x, module, variables, divisor):
 
 
 def stem_strides(module: network.Network, number: int) -> int:
-    """The stride of one of the stem's convolutions, counted from 0."""
+    """The stride of a convolution of the stem, counted from 0."""
     return 1 if number or module.stem == 'cifar' else 2
 
 
 def _stem(graph, x, module, convs, divisor):
-    """The stem's convolutions and pooling."""
+    """The convolutions and the pooling of the stem."""
     for number, part in enumerate(convs):
         kernel = divided(part['kernel'], None if number else divisor)
         strides = stem_strides(module, number)
@@ -261,7 +265,7 @@ def _stem(graph, x, module, convs, divisor):
 
 
 def pool(graph, x, module):
-    """The stem's pooling, if it has one."""
+    """The pooling of the stem, if it has one."""
     if module.stem == 'cifar':
         return x
     window = {'kernel_shape': (3, 3), 'name': 'pool0'}
@@ -304,7 +308,7 @@ def _affine_relu(graph, x, norm, name):
 
 
 def _affine(graph, x, norm, name, *, relu):
-    """A BatchNormalization and maybe a ReLU, which runtimes fuse."""
+    """A BatchNormalization and an optional ReLU, which runtimes fuse."""
     scale, bias = affine(norm)
     statistics = np.zeros_like(scale), np.ones_like(scale)
     x = graph.add(
@@ -318,7 +322,7 @@ def _affine(graph, x, norm, name, *, relu):
 
 
 def _rdnet(graph, x, module, variables, divisor):
-    """RDNet with maps `[N, C, H, W]`, except for the products inside layers."""
+    """RDNet on maps `[N, C, H, W]`, except for the products inside layers."""
     params = variables['params']
     stem = params['conv0']
     kernel = divided(np.float32(stem['kernel']), divisor)
@@ -400,7 +404,7 @@ def _gelu(graph, x, name):
 
 
 def _layer_norm(graph, x, params, epsilon, name):
-    """Over the feature maps of each position, `[N, C, H, W]`."""
+    """Layer norm over the channels at each position, `[N, C, H, W]`."""
     x = graph.add('Transpose', x, perm=(0, 2, 3, 1), name=f'{name}.channels_last')
     x = _normalize(graph, x, params, epsilon, name)
     return graph.add('Transpose', x, perm=(0, 3, 1, 2), name=f'{name}.channels_first')
@@ -413,7 +417,7 @@ def _normalize(graph, x, params, epsilon, name='norm'):
 
 
 def _ensemble(graph, x, module, variables, divisor):
-    """All members: their pooled features side by side, and what is averaged."""
+    """All members: their concatenated pooled features, and the averaged logits."""
     member = module.member
     found = [
         _NETWORKS[member.family](graph, x, member, one, divisor)

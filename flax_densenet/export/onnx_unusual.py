@@ -1,4 +1,4 @@
-"""The score of unusual images (`weights.unusual`) as nodes of an ONNX graph."""
+"""Adds the score of unusual images (`weights.unusual`) to an ONNX graph."""
 
 import numpy as np
 
@@ -12,8 +12,10 @@ def add(graph: Graph, score: unusual_lib.Unusual, pooled: str, logits: str) -> s
     """Adds the score; returns the name of its output, float32 `[N]`.
 
     Args:
-      pooled: the pooled features, `[N, F]`.
-      logits: before any calibration, `[N, C]`.
+      graph: the graph to extend.
+      score: the fitted score.
+      pooled: name of the pooled features, `[N, F]`.
+      logits: name of the logits without calibration, `[N, C]`.
     """
     if score.method in ('both', 'energy'):
         energy = plain = _energy(graph, logits, several=score.several)

@@ -1,7 +1,7 @@
-"""Stores weights in 16 bits, for computation in float32.
+"""Converts weights to 16 bits for storage; files still compute in float32.
 
-This halves the file. Programs convert the weights to float32 when they load it, so the
-speed is the same.
+This halves the size of the file. Programs convert the weights to float32 when they load
+it, so the speed is the same.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ def convert(array: np.ndarray, precision: str, name: str) -> np.ndarray:
     Args:
       array: float32 or float64.
       precision: one of `PRECISIONS`.
-      name: of the array, for error messages.
+      name: name of the array, for error messages.
 
     Raises:
       UserError: a value is too large for float16.

@@ -1,4 +1,4 @@
-"""Uploads a folder for the Hugging Face Hub, through its own library."""
+"""Uploads a folder to the Hugging Face Hub with `huggingface_hub`."""
 
 import dataclasses
 import os
@@ -21,8 +21,8 @@ class Target:
 
     Attributes:
       name: `OWNER/NAME`.
-      private: only its owner sees it.
-      exists: it is there already; its visibility stays as it is.
+      private: whether only its owner can see it.
+      exists: whether it exists already; its visibility then does not change.
     """
 
     name: str
@@ -31,18 +31,19 @@ class Target:
 
     @property
     def url(self) -> str:
-        """The address of its page."""
+        """The address of the repository's page."""
         return f'{hub.endpoint()}/{self.name}'
 
 
 def find_target(name: str, *, private: bool) -> Target:
-    """Looks the repository up, before anything is exported.
+    """Looks up the repository before anything is exported.
 
     Args:
-      private: what it is to be.
+      name: `OWNER/NAME`.
+      private: whether the repository must be private.
 
     Raises:
-      UserError: it cannot be written to, or is public where it must be private.
+      UserError: the repository cannot be written to, or is public but must be private.
     """
     if not _NAME.fullmatch(name):
         raise UserError(f'{name}: give the repository as OWNER/NAME')
@@ -53,8 +54,8 @@ def find_target(name: str, *, private: bool) -> Target:
         raise UserError(f'push needs a network, which {hub.OFFLINE} forbids')
     if huggingface_hub.get_token() is None:
         raise UserError(
-            'push needs a token of the Hub that may write: `hf auth login`, or the '
-            'environment variable HF_TOKEN'
+            'push needs a Hub token with write access: run `hf auth login`, or set '
+            'the environment variable HF_TOKEN'
         )
     try:
         with hub.quiet(name):
@@ -74,10 +75,10 @@ def find_target(name: str, *, private: bool) -> Target:
 
 
 def list_files(folder: str) -> dict[str, int]:
-    """Name and bytes of the files of a folder that are sent.
+    """`{name: bytes}` of the files in a folder that are uploaded.
 
     Raises:
-      UserError: one is missing.
+      UserError: a required file is missing.
     """
     sizes = {}
     for name in hub_folder.FILES:
@@ -96,7 +97,7 @@ def list_files(folder: str) -> dict[str, int]:
 
 
 def describe(folder: str, target: Target) -> str:
-    """The card and the files that would be sent, and where to."""
+    """Describes the upload: the repository, the card and the files."""
     sizes = list_files(folder)
     path = os.path.join(folder, hub_folder.README_FILE)
     with open(path, encoding='utf-8') as file:
@@ -121,13 +122,13 @@ def _bytes(count):
 
 
 def send(folder: str, target: Target) -> str:
-    """Uploads the files in one commit; makes the repository if need be.
+    """Uploads the files in one commit; creates the repository if necessary.
 
     Returns:
       The address of the commit.
 
     Raises:
-      UserError: the Hub does not take them.
+      UserError: the Hub rejects the upload.
     """
     sizes = list_files(folder)
     title = f'Upload {timm_config.WEIGHT_FILES[0]} with flax_densenet'
@@ -153,6 +154,6 @@ def _api() -> Any:
 
 
 def _explained(name, error):
-    """A `UserError` for an error of the library, else the error itself."""
+    """A `UserError` for a known error of the library, else the error itself."""
     line = hub_files.explain(name, name, error)
     return error if line is None else UserError(line)

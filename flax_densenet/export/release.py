@@ -20,13 +20,13 @@ from flax_densenet.weights import trained as trained_lib
 
 @dataclasses.dataclass(frozen=True)
 class Release:
-    """What to export, and facts for its card.
+    """What to export, with facts for its card.
 
     Attributes:
       trained: the model.
       workdir: folder of its run, or None.
       file_format: a key of `formats.FORMATS`.
-      options: of the export, without `calibration`, which the samples have.
+      options: options of the export, without `calibration`, which the samples provide.
       data_license: license of the data; None if unknown.
     """
 
@@ -37,7 +37,7 @@ class Release:
     data_license: str | None = None
 
     def check(self, out: str):
-        """Raises `UserError` if the export is impossible, before the long work."""
+        """Raises `UserError` if the export is impossible, before the slow part."""
         formats.check_format(out, self.file_format, self.options)
         formats.check_head(self.trained.module, self.file_format)
         folder = os.path.dirname(os.path.abspath(out))
@@ -52,7 +52,7 @@ class Release:
             model_card.check(model_card.path_for(out))
 
     def card(self, out: str, facts) -> str:
-        """The card, as Markdown."""
+        """The model card, as Markdown."""
         return model_card.render(
             self.trained,
             workdir=self.workdir,
@@ -71,17 +71,17 @@ def run(
     """Exports a model if all installed runtimes agree with it.
 
     Args:
-      out: the file, or the folder.
+      out: the file or the folder.
       release: what to export.
-      samples: images on which to compare the file with the model.
+      samples: images for comparing the file with the model.
 
     Returns:
-      Facts of the file as `(name, value)`: its size, the runtimes and their
-      differences, and the accuracy before and after if labels are known.
+      Facts about the file as `(name, value)`: its size, the differences in each
+      runtime, and the accuracy before and after if labels are known.
 
     Raises:
-      UserError: it cannot be written, or a runtime disagrees; an existing file then
-        stays.
+      UserError: the file cannot be written, or a runtime disagrees. An existing file
+        then stays.
     """
     release.check(out)
     trained, file_format = _in_float32(release.trained), release.file_format
@@ -129,7 +129,7 @@ def run(
 
 
 def _in_float32(trained):
-    """The model with float32 activations, which all files have."""
+    """The model with float32 activations, as in all exported files."""
     variables = trained.variables
     if trained.module.dtype == 'float64':
         variables = jax.tree.map(lambda array: array.astype(np.float32), variables)
@@ -151,15 +151,15 @@ def _describe(out, file_format, options):
 
 
 def _left_out(trained, file_format):
-    """What was fitted after training that has no place in a file."""
+    """What was fitted after training but cannot be stored in a file."""
     found = trained.decisions
     if file_format in ('onnx', 'stablehlo', 'huggingface') or found is None:
         return
     if found.unusual or found.sets:
         yield (
             'left out',
-            'the score of unusual images and the sets of classes, which --format=onnx, '
-            'stablehlo and huggingface keep',
+            'the score of unusual images and the sets of classes, which '
+            '--format=onnx, stablehlo and huggingface keep',
         )
 
 

@@ -1,6 +1,6 @@
-"""Runs exported files in the programs that they are made for, in separate processes.
+"""Runs exported files in the programs that they are meant for, in separate processes.
 
-The process that wrote a file could succeed because of state that it still has; a new
+The process that wrote a file might succeed because of state that it still has. A new
 process has only the file.
 """
 
@@ -27,7 +27,7 @@ def _onnxruntime(path, about) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def _joined(outputs):
-    """Outputs `[N, C]`, with a score `[N]` as the last column if there is one."""
+    """The outputs `[N, C]`, with the score `[N]` as a last column if there is one."""
     outputs = [np.asarray(one, np.float32) for one in outputs]
     return np.concatenate([one.reshape(len(one), -1) for one in outputs], -1)
 
@@ -47,7 +47,7 @@ def _ours(path, about):
     from flax_densenet.weights import trained
 
     model = trained.load_trained(path)
-    # Like the other runtimes, whatever the run was trained in.
+    # Float32 like the other runtimes, whatever dtype the run was trained in.
     apply = jax.jit(model.module.clone(dtype='float32').apply)
 
     def compute(images):
@@ -95,7 +95,7 @@ def _keras(path, about):
         network = keras.models.load_model(path, compile=False)
         network.layers[
             -1
-        ].activation = keras.activations.linear  # instead of probabilities
+        ].activation = keras.activations.linear  # logits instead of probabilities
     else:
         channels = about['channels']
         network = DenseNet(
@@ -109,7 +109,7 @@ def _keras(path, about):
     return lambda images: network.predict(images, verbose=0)
 
 
-# By name: (function that loads a file, packages that it needs).
+# `{name: (function that loads a file, packages that it needs)}`.
 RUNTIMES = {
     'onnxruntime': (_onnxruntime, ('onnxruntime',)),
     'openvino': (_openvino, ('openvino',)),
@@ -121,7 +121,7 @@ RUNTIMES = {
 
 
 def is_installed(name: str) -> bool:
-    """Whether a runtime's packages are installed; imports none of them."""
+    """Whether the packages of a runtime are installed; does not import them."""
     return all(importlib.util.find_spec(package) for package in RUNTIMES[name][1])
 
 
@@ -132,10 +132,10 @@ def run(
 
     Args:
       name: a key of `RUNTIMES`.
-      path: of the file.
-      images: inputs along axis 0. The first one is run separately, so that there are at
-        least two batch sizes.
-      about: the network's fields, its `family`, and the images' `channels`.
+      path: the file.
+      images: inputs along axis 0. The first one is run separately, so that at least two
+        batch sizes are tested.
+      about: the fields of the network, its `family`, and the number of `channels`.
 
     Returns:
       The outputs along axis 0, with the score of unusual images as the last column if
@@ -145,7 +145,7 @@ def run(
         places = [os.path.join(folder, f'{what}.npy') for what in ('images', 'outputs')]
         np.save(places[0], images)
         # Run as a file, because a module would import the package with JAX. -P keeps
-        # its folder, whose modules have short names, out of the search path.
+        # its folder, where modules have short names, out of the search path.
         command = [sys.executable, '-P', os.path.abspath(__file__), name, path, *places]
         root = os.path.abspath(os.path.join(os.path.dirname(__file__), '../..'))
         before = os.environ.get('PYTHONPATH')

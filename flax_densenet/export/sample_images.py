@@ -1,4 +1,4 @@
-"""Real images with which to verify an exported model."""
+"""Loads real images for verifying an exported model."""
 
 import dataclasses
 import os
@@ -14,8 +14,8 @@ from flax_densenet.evaluation import measured_data
 from flax_densenet.inference import input_files
 from flax_densenet.weights import trained as trained_lib
 
-# An int8 export with this many CIFAR-10 images took 18 s on two cores, with the small
-# network of `configs/cifar.py:quick`.
+# With this many CIFAR-10 images, an int8 export of the small network in
+# `configs/cifar.py:quick` took 18 s on two cores.
 MOST = 1000
 CALIBRATION = 256
 _FEW = 17
@@ -23,11 +23,11 @@ _FEW = 17
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Images as the model takes them, uint8 `[N, H, W, C]`.
+    """Images prepared for the model, uint8 `[N, H, W, C]`.
 
     Attributes:
-      images: to compare the file and the model on.
-      labels: int32 `[N]`; None if unknown, or if an image has several.
+      images: images for comparing the file with the model.
+      labels: int32 `[N]`; None if unknown, or if an image has several labels.
       calibration: images for calibration, from the training images if there are any.
       where: a description of the images, for messages.
     """
@@ -44,7 +44,7 @@ def from_files(
     """Loads images from files, folders and patterns, without labels.
 
     Raises:
-      UserError: there are none, or one cannot be read.
+      UserError: there are no images, or one cannot be read.
     """
     input_files.check(patterns)
     loaded = []
@@ -56,7 +56,7 @@ def from_files(
         if len(loaded) == most:
             break
     stacked = np.stack(loaded)
-    # Cards say it, too, so the folders stay private.
+    # Cards show it, too, so folders are left out.
     names = [os.path.basename(os.path.normpath(pattern)) for pattern in patterns]
     where = f'{len(loaded)} images of {", ".join(names)}'
     return Samples(stacked, None, stacked[:CALIBRATION], where)
@@ -73,9 +73,9 @@ def from_data(
 
     Args:
       trained: the model.
-      path: of the model, for error messages.
-      settings: which data, and how it is prepared.
-      thorough: load up to MOST images; otherwise a few.
+      path: the model's path, for error messages.
+      settings: the data and its preparation.
+      thorough: load up to MOST images; otherwise only a few.
 
     Raises:
       UserError: see `measured_data.find_examples`.
@@ -108,16 +108,18 @@ def from_model(
     integers: bool = False,
     required: bool = False,
 ) -> Samples:
-    """Images of a model's data or, if it has none that can be read, of scikit-learn.
+    """Images from the model's data, or from scikit-learn if it cannot be read.
 
     Args:
-      path: of the model, for messages.
-      settings: of the data, with an empty `source` if there is none.
-      integers: an int8 file has to be calibrated on images of the model's kind.
-      required: the data was named by the user, so that it must be readable.
+      trained: the model.
+      path: the model's path, for messages.
+      settings: settings of the data, with an empty `source` if there is none.
+      integers: whether the file is int8; its calibration needs images of the model's
+        kind.
+      required: whether the user named the data; it must then be readable.
 
     Raises:
-      UserError: images that are needed are missing, or the data does not fit the model.
+      UserError: necessary images are missing, or the data does not fit the model.
     """
     try:
         if settings.data.source:
@@ -127,7 +129,7 @@ def from_model(
             raise
     if integers:
         raise UserError(
-            '--precision=int8 needs images, to find the range of each feature map: '
+            '--precision=int8 needs images to measure the range of each feature map: '
             'add --config.data.source=folder:PHOTOS or --files=PATTERN'
         )
     return from_library(trained_lib.preparation_of(trained.metadata))
@@ -142,7 +144,7 @@ def from_library(preparation: images_lib.Preparation) -> Samples:
         height, width, _ = photograph.shape
         for top, left in ((0, 0), (0, width // 2), (height // 3, width // 4)):
             part = photograph[top : top + height // 2, left : left + width // 2]
-            if bands.are_kept(preparation.channels):  # those of the photograph in turn
+            if bands.are_kept(preparation.channels):  # parts of each photograph in turn
                 part = part[..., np.arange(preparation.channels) % 3]
             crops.append(images_lib.prepare_array(part, preparation))
     stacked = np.stack(crops)

@@ -8,16 +8,16 @@
 With a score of unusual images, the program returns `(probabilities, unusual)`;
 `results` in `metadata.json` names what it returns.
 
-The file is what `jax.export` writes, including the parameters, followed by a zip
-archive with `metadata.json`: the class names and how to prepare images. Readers of the
-first part ignore what follows; readers of zip archives ignore what precedes.
+The file holds the output of `jax.export`, including the parameters, followed by a zip
+archive with `metadata.json`: the class names and the preparation of images. JAX ignores
+what follows its part, and zip readers ignore what precedes the archive.
 
     json.loads(zipfile.ZipFile('birds.stablehlo').read('metadata.json'))['class_names']
 
-Newer JAX releases read such a file for at least six months, and so do releases up to
-three weeks older than the one that wrote it; older ones often refuse it. To keep a
-model for longer, keep the run or a weight file and export it again. A file contains
-only arithmetic: it cannot read files or start programs, but it can use all time and
+Newer JAX releases can read such a file for at least six months, and so can releases up
+to three weeks older than the one that wrote it. Older ones often refuse it. To keep a
+model for longer, keep the run or a weight file and export it again. A program contains
+only arithmetic: it cannot read files or start programs, but it can use all the time and
 memory of the machine, so only load files that you trust.
 """
 
@@ -65,19 +65,21 @@ def save(
     The program takes any number of images at a time and runs on CPUs, GPUs and TPUs.
 
     Args:
-      path: of the file.
+      path: the file.
       trained: the model.
-      inputs: `images`: uint8 `[N, H, W, C]`, 0 to 255, to probabilities float32
-        `[N, num_classes]`, with the model's normalization and test-time augmentation
-        (uint16, 0 to 65535, if the model keeps more than 8 bits);
-        `normalized`: float32 `[N, H, W, C]`, `(image / 255 - mean) / std`, to logits
-        float32 `[N, num_classes]`.
-        If the model has a score of unusual images, a tuple with the score, float32
-        `[N]`, as the second part.
-      precision: of the stored kernels; `bfloat16` and `float16` halve the file and lose
-        digits. The arithmetic is still the model's (`model.dtype`).
-      any_size: the program takes images of any height and width that the network
-        takes, instead of only the model's own S; see `Network.takes_any_size`.
+      inputs: `images` or `normalized`.
+        With `images`, the program maps uint8 images `[N, H, W, C]` from 0 to 255
+        (uint16 from 0 to 65535 if the model uses more than 8 bits) to float32
+        probabilities `[N, num_classes]`. It includes normalization and test-time
+        augmentation.
+        With `normalized`, it maps float32 images `[N, H, W, C]`, normalized as
+        `(image / 255 - mean) / std`, to float32 logits `[N, num_classes]`.
+        If the model has a score of unusual images, the program returns a tuple with
+        the score, float32 `[N]`, as its second part.
+      precision: precision of the stored kernels. `bfloat16` and `float16` halve the
+        size of the file and lose digits. The program still computes in `model.dtype`.
+      any_size: accept images of any height and width that the network supports, instead
+        of only the model's image size; see `Network.takes_any_size`.
 
     Raises:
       UserError: the extra `export` is not installed, an argument is invalid, or a
@@ -103,14 +105,14 @@ def save(
 
 
 def load(path: str) -> tuple[Callable[[Any], jax.Array], dict[str, Any]]:
-    """Loads a file of `save`.
+    """Loads a file that `save` wrote.
 
     Returns:
-      A function of images in the form of the metadata's `inputs`, compiled for each
-      number of images; and the metadata of the model, with `inputs`, `results` (what
-      the function returns: of one name an array, of two a tuple), `precision`,
-      `written_with_jax`, `written_on` and `compatibility`, and `set_thresholds` as in
-      ONNX files if there are conformal sets.
+      A function of images, in the form that `inputs` in the metadata names; it is
+      compiled for each number of images. And the metadata of the model, with `inputs`,
+      `results` (what the function returns: an array for one name, a tuple for two),
+      `precision`, `written_with_jax`, `written_on` and `compatibility`, and, if there
+      are conformal sets, `set_thresholds` as in ONNX files.
 
     Raises:
       UserError: the file does not exist or is corrupt, this JAX cannot read it, or
@@ -210,7 +212,7 @@ def _export(trained, inputs, precision, any_size=False):
 
 @contextlib.contextmanager
 def _without_places():
-    """Keeps source locations, with the folders of this machine, out of the program."""
+    """Keeps source locations, with folders of this machine, out of the program."""
     before = jax.config.jax_traceback_in_locations_limit
     jax.config.update('jax_traceback_in_locations_limit', 0)
     try:
@@ -220,7 +222,7 @@ def _without_places():
 
 
 def _store(arrays, precision):
-    """Converts kernels to `precision`; vectors are small and stay."""
+    """Converts kernels to `precision`; small vectors stay."""
 
     def store(array):
         small = precision == 'float32' or np.ndim(array) < 2

@@ -1,7 +1,7 @@
-"""DenseNet and RDNet in PyTorch, from a state dict and the network's fields.
+"""DenseNet and RDNet in PyTorch, from a state dict and the fields of the network.
 
-torchvision and timm have classes for some of our networks. These functions compute all
-of them, to verify exported files.
+torchvision and timm have classes for only some of our networks. These functions compute
+all of them, to verify exported files.
 """
 
 from typing import Any
@@ -10,11 +10,12 @@ from flax_densenet.weights import rdnet_names
 
 
 def make(state: dict[str, Any], about: dict[str, Any]):
-    """A function of normalized float32 images `[N, C, H, W]` to logits, as tensors.
+    """A function from normalized float32 images `[N, C, H, W]` to logits, as tensors.
 
     Args:
-      state: tensors in any precision, by torchvision's keys, or timm's for RDNet.
-      about: the network's fields, and its `family`.
+      state: `{key: tensor}` in any precision, with the keys of torchvision, or of timm
+        for RDNet.
+      about: the fields of the network, and its `family`.
     """
     import torch
 

@@ -12,26 +12,26 @@ from flax_densenet.export import runtimes
 from flax_densenet.inference import programs
 from flax_densenet.weights import trained as trained_lib
 
-# The largest accepted difference of probabilities, or of logits relative to the
-# largest. Measured on small networks: 6e-7, 4e-4 and 4e-3. For int8 the mean difference
-# counts, since single predictions near a decision boundary may differ.
+# The largest accepted difference in probabilities, or in logits relative to the largest
+# logit. Measured on small networks: 6e-7, 4e-4 and 4e-3. For int8 the mean difference
+# counts, since individual predictions near a decision boundary may differ.
 BOUNDS = {'float32': 1e-4, 'float16': 0.01, 'bfloat16': 0.05, 'int8': 0.05}
-# Of the score of unusual images, relative to scores above 1. Integers move it more, and
-# there its difference is reported alone.
+# The same for the score of unusual images, relative to scores above 1. Integers change
+# the score more, so for int8 its difference is only reported.
 UNUSUAL_BOUNDS = {'float32': 1e-2, 'float16': 0.1, 'bfloat16': 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """How a file in a runtime compares with the model.
+    """How the results of a file in a runtime compare with the model.
 
     Attributes:
-      runtime: its name.
+      runtime: name of the runtime.
       outputs: float32 `[N, num_classes]`.
-      largest: the largest difference; of logits, relative to the largest logit.
+      largest: the largest difference, for logits relative to the largest logit.
       mean: the mean difference.
-      unusual: the largest difference of the score of unusual images; None if the file
-        has none.
+      unusual: the largest difference in the score of unusual images; None if the file
+        has no score.
     """
 
     runtime: str
@@ -42,7 +42,7 @@ class Verification:
 
     @property
     def differences(self) -> str:
-        """The differences, in words."""
+        """Describes the differences."""
         text = f'largest difference {self.largest:.1e}, mean {self.mean:.1e}'
         if self.unusual is not None:
             text += f', of the score of unusual images {self.unusual:.1e}'
@@ -52,12 +52,12 @@ class Verification:
 def compute(
     trained: trained_lib.Trained, images: np.ndarray, inputs: str
 ) -> np.ndarray:
-    """The model's outputs, float32 `[N, num_classes]`, calibrated if it is.
+    """The (calibrated) outputs of the model, float32 `[N, num_classes]`.
 
     Args:
       trained: the model.
       images: uint8 `[N, H, W, C]`.
-      inputs: `images` for probabilities, or for scores by operating points;
+      inputs: `images` for probabilities (or scores, if there are operating points),
         `normalized` for logits.
     """
     module, metadata = trained.module, trained.metadata
@@ -87,6 +87,7 @@ def compute_unusual(
     """The model's score of unusual images, float32 `[N]`; None if it has none.
 
     Args:
+      trained: the model.
       images: uint8 `[N, H, W, C]`.
     """
     if not trained.decisions or not trained.decisions.unusual:
@@ -118,15 +119,15 @@ def check(
     """Runs a file in all installed runtimes and compares the results.
 
     Args:
-      path: of the file.
+      path: the file.
       trained: the model.
       images: uint8 `[N, H, W, C]`.
       expected: the output of `compute`.
       names: keys of `runtimes.RUNTIMES` that can run the file.
       inputs: `images` or `normalized`.
-      precision: of the file, a key of `BOUNDS`.
-      nchw: normalized images are `[N, C, H, W]`.
-      unusual: the output of `compute_unusual`, for files that have the score.
+      precision: precision of the file, a key of `BOUNDS`.
+      nchw: whether normalized images are `[N, C, H, W]`.
+      unusual: the output of `compute_unusual`, for files with the score.
 
     Raises:
       UserError: no runtime is installed, one cannot run the file, or a difference is
@@ -159,7 +160,7 @@ def check(
 
 
 def _compare_score(verification, score, expected, precision):
-    """The same with the difference of scores, which is an error if it is large."""
+    """Adds the difference in scores; raises if it is large."""
     away = np.abs(score - expected) / np.maximum(1, np.abs(expected))
     largest = float(away.max())
     bound = UNUSUAL_BOUNDS.get(precision, np.inf)

@@ -1,11 +1,11 @@
-"""Class activation maps besides Grad-CAM, of a layer A and its gradients G.
+"""Class activation maps other than Grad-CAM, from a layer A and its gradients G.
 
-A is a feature map `[N, h, w, F]`, and G the gradient of the class's logit.
+A is a feature map `[N, h, w, F]`, and G the gradient of the logit of the class.
 
 * Grad-CAM++ (Chattopadhay et al., 1710.11063): relu(sum_k w_k A_k), with
   w_k = sum_ij a relu(G) and a = G^2 / (2 G^2 + G^3 sum_ij A) (equation 19). Where G is
-  positive, a = 1 / (2 + G sum_ij A); elsewhere it does not count. The paper takes A to
-  be positive, so only positive values count in its sum.
+  positive, a = 1 / (2 + G sum_ij A); elsewhere a does not matter. The paper assumes
+  that A is positive, so the sum only includes positive values.
 * HiResCAM (Draelos and Carin, 2011.08891): relu(sum_k G_k A_k) (equation 4).
 * Layer-CAM (Jiang et al., 2021): relu(sum_k relu(G_k) A_k) (equations 7 and 8).
 """
@@ -17,14 +17,14 @@ from flax_densenet.inference import explain, grad_cam
 
 
 def from_features(module, head, features, classes, *, method: str):
-    """Maps of the last feature map.
+    """Maps from the last feature map.
 
     Args:
       module: the network.
       head: the variables after the features.
       features: `[N, h, w, F]`.
       classes: int32 `[N]`, not negative.
-      method: of `explain.METHODS`.
+      method: a key of `explain.METHODS`.
 
     Returns:
       float32 `[N, h, w]`, not negative, not scaled.
@@ -33,7 +33,7 @@ def from_features(module, head, features, classes, *, method: str):
         return grad_cam.from_features(head, features, classes, module=module)[1]
     features = features.astype(jnp.promote_types(features.dtype, jnp.float32))
     if module.fields().get('last_relu'):
-        # The map after its ReLU, whose values are not negative, as the papers have it.
+        # The map after its ReLU, without negative values, as in the papers.
         features, module = jax.nn.relu(features), module.clone(last_relu=False)
     return of_layer(
         features,
@@ -44,11 +44,16 @@ def from_features(module, head, features, classes, *, method: str):
 
 
 def of_layer(activations, rest, classes, *, method: str):
-    """Maps of any layer.
+    """Maps from any layer.
 
     Args:
-      activations: of the layer, `[N, h, w, F]`.
-      rest: from them to logits.
+      activations: activations of the layer, `[N, h, w, F]`.
+      rest: a function from the activations to logits `[N, num_classes]`.
+      classes: int32 `[N]`, not negative.
+      method: a key of `explain.METHODS`.
+
+    Returns:
+      float32 `[N, h, w]`, not negative, not scaled.
     """
     wide = jnp.promote_types(activations.dtype, jnp.float32)
 

@@ -1,7 +1,8 @@
-"""Checks published weights on one photograph: its classes, and a fingerprint of logits.
+"""Checks published weights on one photograph: the classes, and a fingerprint.
 
-The fingerprint tells whether a file computes here what it computes in its own program:
-eight numbers of the logits, which the table has for files that were seen.
+The fingerprint, eight numbers derived from the logits, shows whether a file gives the
+same outputs here as in the program it was made for. The table has the fingerprints of
+the files that were tested.
 """
 
 import dataclasses
@@ -14,22 +15,22 @@ from flax_densenet.data import images
 from flax_densenet.weights import heads, published, weight_file
 from flax_densenet.weights import trained as trained_lib
 
-PHOTO = 'flower.jpg'  # of scikit-learn: a dahlia
-# Of the logits' standard deviation. Another order of sums gives some 1e-5; another
-# preparation or a swapped array gives more than 0.1.
+PHOTO = 'flower.jpg'  # a dahlia, from scikit-learn
+# A fraction of the standard deviation of the logits. Another order of summation gives
+# about 1e-5; another preparation or a swapped array gives more than 0.1.
 TOLERANCE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """What weights make of the photograph.
+    """The result for the photograph.
 
     Attributes:
-      name: of the weights.
-      top: (class, probability) of the five most likely classes; of pooled features,
-        nothing.
+      name: name of the weights.
+      top: (class, probability) of the five most likely classes; empty without a
+        classifier.
       found: the fingerprint of the logits.
-      agrees: whether it is that of the table; None if the table has none.
+      agrees: whether the fingerprint matches the table; None if the table has none.
     """
 
     name: str
@@ -48,39 +49,39 @@ class Check:
             {
                 True: '  verified: the published file gave the same outputs',
                 False: '  WRONG: the published file gave other outputs',
-                None: f'  {published.UNVERIFIED}: its outputs were never seen',
+                None: f'  {published.UNVERIFIED}: its outputs are not known',
             }[self.agrees]
         )
         return '\n'.join(lines)
 
 
 def fingerprint(logits: np.ndarray) -> tuple[float, ...]:
-    """Six of the logits `[C]`, evenly spread, their mean and standard deviation."""
+    """Six evenly spaced logits of `[C]`, their mean and their standard deviation."""
     logits = np.asarray(logits, np.float64)
     places = np.linspace(0, len(logits) - 1, 6).astype(int)
     return (*logits[places].tolist(), float(logits.mean()), float(logits.std()))
 
 
 def is_same(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    """Whether two fingerprints are of the same outputs."""
+    """Whether two fingerprints belong to the same outputs."""
     return bool(np.max(np.abs(np.subtract(one, other))) <= TOLERANCE * other[-1])
 
 
 def load_photo(preparation: images.Preparation) -> np.ndarray:
-    """The photograph, prepared: uint8 `[S, S, C]`."""
+    """The prepared photograph, uint8 `[S, S, C]`."""
     from sklearn.datasets import load_sample_image
 
     return images.prepare_array(load_sample_image(PHOTO), preparation)
 
 
 def verify(name: str) -> Check:
-    """Loads weights and looks at the photograph with them.
+    """Loads weights and applies them to the photograph.
 
     Args:
-      name: of published weights, or a path that `weight_file.load` takes.
+      name: a name of published weights, or a path that `weight_file.load` accepts.
 
     Raises:
-      UserError: they cannot be loaded.
+      UserError: the weights cannot be loaded.
     """
     weights = weight_file.load(name)
     fields = dict(weights.preprocessing)

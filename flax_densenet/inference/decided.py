@@ -1,4 +1,4 @@
-"""What a model says besides probabilities: positives, sets, unusual images."""
+"""What a model decides beyond probabilities: positives, sets, unusual images."""
 
 import logging
 from typing import Any
@@ -17,7 +17,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class Decided:
-    """The part of a `Predictor` that knows what was fitted after training.
+    """The part of a `Predictor` that handles what was fitted after training.
 
     Attributes:
       trained: the model.
@@ -27,16 +27,16 @@ class Decided:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Of its outputs."""
+        """The class names, in the order of the outputs."""
         raise NotImplementedError
 
     @property
     def thresholds(self) -> tuple[float | None, ...] | None:
-        """From which probability on classes are positive (`Trained.thresholds`)."""
+        """The probability above which each class is positive (`Trained.thresholds`)."""
         return self.trained.thresholds
 
     def positive_of(self, probabilities: np.ndarray) -> tuple[str, ...] | None:
-        """`Prediction.positive` of probabilities `[num_classes]`."""
+        """`Prediction.positive` for probabilities `[num_classes]`."""
         return Prediction(
             '',
             probabilities,
@@ -45,8 +45,10 @@ class Decided:
         ).positive
 
     def describe_decisions(self) -> dict[str, Any]:
-        """For JSON: `thresholds` by class, or None; the `threshold_rule` that chose
-        them, also in words; and the `calibration` in words; None if there are none.
+        """The decisions as a dict for JSON; a value is None if there is none.
+
+        `thresholds` is `{class: threshold}`, `threshold_rule` the rule that chose them,
+        `threshold_words` its description, and `calibration` a description.
         """
         decisions, values = self.trained.decisions, self.thresholds
         chosen = decisions and decisions.thresholds
@@ -64,20 +66,21 @@ class Decided:
 
     @property
     def scores_unusual(self) -> bool:
-        """Whether predictions say how unlike the training images an image is."""
+        """Whether predictions include a score of unusual images."""
         return bool(self.trained.decisions and self.trained.decisions.unusual)
 
     @property
     def sets(self) -> conformal.ConformalSets | None:
-        """What `Prediction.classes` needs; None if the model has nothing."""
+        """The data for `Prediction.classes`; None if the model has none."""
         found = self.trained.decisions
         return None if found is None else found.sets
 
     def check_coverage(self, coverage: float):
-        """Reports a coverage that the validation images were too few for.
+        """Logs a warning if there were too few validation images for a coverage.
 
         Raises:
-          UserError: there are no sets of classes, or it is not between 0 and 1.
+          UserError: the model has no sets of classes, or the coverage is not between 0
+            and 1.
         """
         if self.sets is None:
             raise UserError(f'--coverage={coverage:g}: {prediction_lib.NO_SETS}')

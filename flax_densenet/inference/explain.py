@@ -1,4 +1,4 @@
-"""The methods that explain a prediction, by the names that flags and the API take.
+"""The methods that explain a prediction, by their names in flags and in the API.
 
 >>> make('Layer-CAM').title
 'Layer-CAM'
@@ -19,9 +19,9 @@ class Method:
     """A way to explain.
 
     Attributes:
-      title: as in papers.
-      what: which layer or pixels it looks at, and the paper.
-      option: of `Options` that applies to it: `steps`, `patches`, or none.
+      title: the name in papers.
+      what: the layer or the pixels that it uses, and the paper.
+      option: the field of `Options` that applies to it: `steps`, `patches`, or none.
     """
 
     title: str
@@ -66,13 +66,14 @@ _OTHER_NAMES = {'gradcampp': 'gradcam++', 'ig': 'integrated_gradients'}
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to explain; make it with `make`.
+    """A method with its options; `make` creates it.
 
     Attributes:
       method: a key of `METHODS`.
-      steps: of integrated gradients, the points at which the gradient is taken.
-      patches: of occlusion, how many patches fit along the shorter side. They overlap
-        by half, so a square image has (2 * patches - 1)**2.
+      steps: for integrated gradients, the number of points where the gradient is
+        computed.
+      patches: for occlusion, how many patches fit along the shorter side. They overlap
+        by half, so a square image has (2 * patches - 1)**2 of them.
     """
 
     method: str = GRADCAM
@@ -86,11 +87,11 @@ class Options:
 
     @property
     def is_slow(self) -> bool:
-        """Whether it computes an image many times."""
+        """Whether the method runs the network many times for each image."""
         return self.method in SLOW
 
     def describe(self) -> str:
-        """The method with its steps or patches."""
+        """The name of the method with its steps or patches."""
         return (
             self.title
             + {
@@ -114,12 +115,14 @@ def make(
     """Checks a method and its options.
 
     Args:
-      method: a key of `METHODS`, in any case, also with hyphens; None is Grad-CAM.
+      method: a key of `METHODS`, in any case, with or without hyphens; None is
+        Grad-CAM.
       steps, patches: see `Options`; None for the defaults.
-      names: how messages call the three.
+      names: the names of the three arguments in messages.
 
     Raises:
-      UserError: an unknown method, an option of another one, or one out of range.
+      UserError: the method is unknown, or an option is out of range or does not apply
+        to it.
     """
     method = _find(method or GRADCAM, names[0])
     given = {'steps': steps, 'patches': patches}
@@ -144,10 +147,12 @@ def make_several(
     patches: int | None = None,
     names: tuple[str, str, str] = ('method', 'steps', 'patches'),
 ) -> tuple[Options, ...]:
-    """`make` for each of several methods, separated by commas; Grad-CAM for none.
+    """Calls `make` for each of several methods, separated by commas.
+
+    Without a method, it is Grad-CAM.
 
     Raises:
-      UserError: as `make`.
+      UserError: see `make`.
     """
     methods = [part.strip() for text in texts for part in text.split(',')]
     found = [_find(method, names[0]) for method in methods if method] or [GRADCAM]

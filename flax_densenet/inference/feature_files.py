@@ -1,7 +1,7 @@
 """Writes the features of any number of images to a file, row by row.
 
-Both formats store the number of rows at the start of the file. So rows and names are
-first written to temporary files next to the output, and copied at the end.
+Both formats store the number of rows at the start of the file. Rows and names are
+therefore written to temporary files next to the output, and copied at the end.
 """
 
 import errno
@@ -21,16 +21,16 @@ ENDINGS = ('.npz', '.safetensors')
 class Writer:
     """Writes features float32 `[N, F]` and the N paths of their images.
 
-    `np.load(path)` has them as `features` and `paths`. A safetensors file has
-    `features`, and `paths` as bytes, each path followed by a zero byte; `read` returns
-    strings.
+    `np.load(path)` returns them as `features` and `paths`. A safetensors file has
+    `features`, and `paths` as bytes, with a zero byte after each path; `read` returns
+    them as strings.
     """
 
     def __init__(self, path: str):
         """Opens the temporary files.
 
         Raises:
-          UserError: the name has none of the `ENDINGS`.
+          UserError: the name does not end in one of `ENDINGS`.
           OSError: the file cannot be written.
         """
         check_name(path)
@@ -50,10 +50,10 @@ class Writer:
         self.count += 1
 
     def finish(self, size: int):
-        """Writes the file, which gets its name when it is complete.
+        """Writes the file, which gets its final name when it is complete.
 
         Args:
-          size: the number of features F, for a file without rows.
+          size: the number of features F, needed for a file without rows.
         """
         self._rows.seek(0)
         self._names.seek(0)
@@ -74,7 +74,7 @@ class Writer:
 
 
 def check_name(path: str):
-    """Raises `UserError` if the name has none of the `ENDINGS`."""
+    """Raises `UserError` if the name does not end in one of `ENDINGS`."""
     if not path.endswith(ENDINGS):
         raise UserError(
             f'--features={path}: the name of the file ends with {" or ".join(ENDINGS)}'
@@ -98,7 +98,7 @@ def read(path: str) -> tuple[np.ndarray, list[str]]:
 def _write_npz(path, shape, longest, rows, names):
     header = np.lib.format.write_array_header_1_0
     kind = dict(fortran_order=False)
-    # Names are padded to the longest one, so compress them; numbers gain nothing.
+    # Names are padded to the longest one, so they are compressed; numbers gain nothing.
     with zipfile.ZipFile(path, 'w', compresslevel=1) as file:
         with file.open('features.npy', 'w', force_zip64=True) as entry:
             header(entry, kind | {'descr': '<f4', 'shape': shape})

@@ -1,8 +1,8 @@
 """Grad-CAM: the parts of an image that support a class (Selvaraju et al., 1610.02391).
 
-The maps A are the model's `features` (after the last norm). Their weights are the
-gradients of the class's logit, averaged over all positions (equation 1). The result is
-the ReLU of their weighted sum (equation 2).
+The maps A are the `features` of the network (after the last norm). Their weights are
+the gradients of the logit of the class, averaged over all positions (equation 1). The
+result is the ReLU of the weighted sum of the maps (equation 2).
 """
 
 import functools
@@ -15,7 +15,7 @@ from flax_densenet.models import network
 
 @functools.partial(jax.jit, static_argnames='module')
 def grad_cam(variables, images, classes, *, module: network.Network):
-    """Computes logits, and a map of one class for each image.
+    """Computes the logits of each image, and the map of one class.
 
     Args:
       variables: `{'params', 'batch_stats'}`.

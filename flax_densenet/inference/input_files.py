@@ -1,6 +1,6 @@
-"""Finds image files by names, folders, patterns, and a list on standard input.
+"""Finds image files from names, folders, patterns, and a list on standard input.
 
-Folders are listed when they are needed, one at a time, so a million files take no more
+Folders are listed one at a time, when they are needed, so a million files take no more
 memory than a thousand.
 """
 
@@ -23,9 +23,9 @@ STDIN = '-'
 
 
 def check(patterns: Iterable[str]):
-    """Checks that each pattern and folder has images; lists as little as possible.
+    """Checks that each pattern and folder has images, listing as little as possible.
 
-    Missing files are not errors: they become rows with an error, like all files that
+    A missing file does not raise: it becomes a row with an error, like any file that
     cannot be read. Standard input is not read here.
 
     Raises:
@@ -35,7 +35,7 @@ def check(patterns: Iterable[str]):
     for pattern in patterns:
         if pattern == STDIN:
             if seen_stdin:
-                raise UserError('--files=- is given twice; standard input ends once')
+                raise UserError('--files=- is given twice; it can be read only once')
             seen_stdin = True
             continue
         _find_one(pattern)
@@ -53,8 +53,7 @@ def find(patterns: Iterable[str], *, leave_out: str | None = None) -> Iterator[s
         that match. Hidden files only match an explicit dot, and folders that cannot be
         listed are skipped, as in a shell;
         or `-`, for names on standard input, one per line.
-      leave_out: a folder whose files are skipped, because results are written there
-        during the search.
+      leave_out: a folder to skip, because results are written there during the search.
 
     Raises:
       UserError: see `check`; raised when the search reaches the pattern.
@@ -76,7 +75,7 @@ def _is_name(pattern):
     path = paths.expand(pattern)
     if pattern == STDIN or os.path.isdir(path):
         return False
-    # A name with a bracket is a name if such a file exists.
+    # A name with a bracket is a plain name if such a file exists.
     return os.path.lexists(path) or not glob.has_magic(path)
 
 
@@ -90,7 +89,7 @@ def _resolve(pattern):
 
 def _find_one(pattern):
     if not pattern:
-        raise UserError('--files= names nothing; give a file, a folder or a pattern')
+        raise UserError('--files= is empty; give a file, a folder or a pattern')
     if pattern == STDIN:
         return _from_stdin()
     path = _resolve(pattern)
@@ -102,11 +101,11 @@ def _find_one(pattern):
 
 
 def _from_stdin():
-    """Names on standard input, as bytes, whatever the locale."""
+    """The names on standard input, read as bytes, whatever the locale."""
     lines = sys.stdin.buffer
     names = (os.fsdecode(line.rstrip(b'\r\n')) for line in lines)
     names = filter(None, names)
-    return _at_least_one(names, '--files=-: there is no name on standard input')
+    return _at_least_one(names, '--files=-: there are no names on standard input')
 
 
 def _from_pattern(path, pattern):
@@ -174,7 +173,7 @@ def _from_folder(path, pattern):
 
 
 def _images_below(path, pattern, passed):
-    """Yields images below a folder; then reports what was passed over, if any are."""
+    """Yields images below a folder, then reports the files that were skipped."""
     matched = False
     for kind, name in _walk(path):
         # Folders that cannot be listed become rows with an error, like bad files.
@@ -190,7 +189,7 @@ def _images_below(path, pattern, passed):
 
 
 def _tell(pattern, passed):
-    """Not among the answers, which may be read by a program."""
+    """Logs skipped files; not in the output, which a program may read."""
     if passed.line():
         _LOGGER.warning('%s', printable(f'--files={pattern}: {passed.line()}'))
 
@@ -213,8 +212,8 @@ def _walk(root):
     """Yields `(kind, path)` of everything below a folder, depth first and sorted.
 
     A kind is `file`, `folder`, `unlisted` (a folder that cannot be listed) or `results`
-    (one of this program's, in which no image is looked for). Hidden files and folders,
-    `__MACOSX`, and links to parent folders are skipped.
+    (a folder of this program, which is not searched for images). Hidden files and
+    folders, `__MACOSX`, and links to parent folders are skipped.
     """
     stack, above = [iter(_entries(root) or ())], [_identity(root)]
     while stack:
@@ -260,9 +259,9 @@ def _is_folder(entry):
 
 
 def _is_file(get_status):
-    """False for folders, and for pipes and devices, which would block forever.
+    """False for folders, pipes and devices; the latter two would block forever.
 
-    True if it is unknown, as for a dead link: reading it gives the reason.
+    True if it is unknown, such as for a dead link: reading it then gives the reason.
     """
     try:
         return stat.S_ISREG(get_status().st_mode)

@@ -1,8 +1,8 @@
-"""Predictions by several processes, of which the first one writes all rows.
+"""Predicts in several processes; the first one writes all rows.
 
-The first process lists the files once and distributes pieces of a batch's size in turn
-through the cluster's key-value store; the others send back their predictions. Devices
-exchange nothing.
+The first process lists the files once and distributes pieces of one batch each, in
+turn, through the key-value store of the cluster. The others send back their
+predictions. Devices exchange nothing.
 """
 
 import collections
@@ -18,14 +18,14 @@ from flax_densenet.distributed import processes
 from flax_densenet.inference import predictor
 from flax_densenet.inference.prediction import Prediction
 
-# Pieces that a process has received and not sent back: two that its threads read, and
-# others to continue with.
+# The number of pieces that a process has received but not sent back: two that its
+# threads read, and more to continue with.
 _AHEAD = 4
 _ARRAYS = ('probabilities', 'features', 'image', 'cam')
 
 
 class MultiProcessPredictor:
-    """A `Predictor` on the first process that works with those of the others.
+    """A `Predictor` on the first process that uses the predictors of all processes.
 
     It has everything that `outputs.run` needs. The other processes call `serve`.
     """
@@ -63,8 +63,8 @@ def serve(model: predictor.Predictor, **options):
     """Predicts the pieces that the first process sends to this one, until the end.
 
     Args:
-      model: of this process.
-      **options: of `Predictor.stream`, the same as on the first process.
+      model: the predictor of this process.
+      **options: options of `Predictor.stream`, the same as on the first process.
     """
     sizes: collections.deque[tuple[int, int]] = collections.deque()
 
@@ -84,9 +84,9 @@ def serve(model: predictor.Predictor, **options):
 
 
 class _Pieces:
-    """Divides the files into pieces, of which the first process keeps its own.
+    """Divides the files into pieces and hands out those of other processes.
 
-    Files are only listed as far as needed to keep all processes busy.
+    Files are only listed as far as necessary to keep all processes busy.
     """
 
     def __init__(self, files, batch_size):
@@ -95,13 +95,13 @@ class _Pieces:
         self._sizes, self._own = [], collections.deque()
 
     def size(self, number):
-        """Number of files in a piece; 0 after the last one."""
+        """The number of files in a piece; 0 after the last one."""
         while len(self._sizes) <= number + _AHEAD * processes.count():
             self._hand_out()
         return self._sizes[number]
 
     def own(self):
-        """Yields the names in the first process's pieces."""
+        """Yields the names in the pieces of the first process."""
         for number in itertools.count(0, processes.count()):
             while len(self._sizes) <= number:
                 self._hand_out()
@@ -139,7 +139,7 @@ def _pack(rows: list[Prediction]) -> bytes:
         for name in _ARRAYS
         if any(getattr(row, name) is not None for row in rows)
     }
-    # Each has its own size.
+    # Each original has its own size.
     for place, row in enumerate(rows):
         if row.original is not None:
             arrays[f'original{place}'] = row.original

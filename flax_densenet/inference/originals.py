@@ -1,4 +1,4 @@
-"""Images as they were, for maps that are drawn on them, and the part that is seen."""
+"""Original images, on which maps are drawn, and the part that the model sees."""
 
 import os
 
@@ -7,14 +7,14 @@ from PIL import Image
 
 from flax_densenet.data import bands, deep_picture, images
 
-SIDE = 768  # pixels, of an original that is kept for a picture
+SIDE = 768  # the longer side in pixels of an original that is kept for a picture
 
 
 def load(file, preparation: images.Preparation, *, side: int = SIDE):
-    """The original of an image in any form that a `Predictor` reads.
+    """Loads the original of an image, in any form that a `Predictor` reads.
 
     Returns:
-      As of `show`.
+      The result of `show`.
 
     Raises:
       UserError: the image cannot be read.
@@ -30,10 +30,12 @@ def load(file, preparation: images.Preparation, *, side: int = SIDE):
 
 
 def show(picture, preparation: images.Preparation, *, side: int):
-    """A picture of `images.load_picture` as a screen can show it.
+    """Converts a picture from `images.load_picture` for a screen.
 
     Args:
-      side: in pixels, of the longer side at most.
+      picture: the picture.
+      preparation: the preparation of images for the model.
+      side: the largest length of the longer side, in pixels.
 
     Returns:
       uint8 `[H, W, 3]`, and the part of it that the model sees: left, top, right and
@@ -53,7 +55,7 @@ def show(picture, preparation: images.Preparation, *, side: int):
 
 
 def seen_part(preparation: images.Preparation, size):
-    """The part of a picture (width, height) that the model sees."""
+    """The part of a picture of a size (width, height) that the model sees."""
     width, height = size
     if preparation.resize == 'stretch' or not preparation.size:
         return 0.0, 0.0, float(width), float(height)

@@ -1,8 +1,8 @@
 """Writes predictions to the screen and to files, row by row.
 
-Only the current row is in memory; arrays whose length must be known first go to a
-temporary file next to the output. An output gets its name when it is complete; until
-then its name is NAME.part.
+Only the current row is in memory. Arrays are collected in a temporary file next to the
+output, since their length must be written first. An output is called NAME.part until it
+is complete.
 """
 
 import collections
@@ -30,7 +30,7 @@ _LOGGER = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def _failing_as(what):
-    """Turns errors such as a full disk into one line; a closed pipe stays an error."""
+    """Turns errors such as a full disk into a `UserError`, except a closed pipe."""
     try:
         yield
     except BrokenPipeError:
@@ -43,12 +43,12 @@ def _failing_as(what):
 class _Rows:
     """Writes rows in `--format` to `--out` or standard output.
 
-    Text is UTF-8 with the bytes of paths, whatever the locale.
+    Text is UTF-8 and keeps the bytes of paths, whatever the locale.
     """
 
     def __init__(self, path, form, coverage):
         self.form, self.coverage, self.part = form, coverage, None
-        # Rows and their bytes, set together, since a signal can come at any time.
+        # The number of rows and bytes, set together, since a signal can come any time.
         self.done = 0, 0
         self.what = 'standard output' if path is None else f'--out={path}'
         with _failing_as(self.what):
@@ -117,11 +117,11 @@ class _Pictures:
             os.makedirs(folder, exist_ok=True)
             if set(os.listdir(folder)) - {result_folders.MARK}:
                 raise UserError(
-                    f'{self.what} holds files already; name a new or an empty folder'
+                    f'{self.what} already has files; name a new or an empty folder'
                 )
-            # Fails here, not after the first batch.
+            # If this fails, it fails here rather than after the first batch.
             tempfile.TemporaryFile(dir=folder).close()
-            result_folders.mark(folder)  # no class of a later training
+            result_folders.mark(folder)  # so that it never becomes a class in training
 
     def start(self, model, top):
         pass
@@ -150,7 +150,7 @@ class _Pictures:
 
 
 class _Features:
-    """Writes the features of the readable images for `--features`."""
+    """Writes the features of all readable images for `--features`."""
 
     def __init__(self, path):
         self.what = f'--features={path}'
@@ -192,16 +192,16 @@ class Outputs:
         features: str | None = None,
         coverage: float | None = None,
     ):
-        """Checks and opens everything, so that errors come before the long work.
+        """Checks and opens everything, so that errors come before the slow part.
 
         Args:
-          out: file of the rows; None for standard output.
-          form: a key of `row_formats.FORMATS`; None to use the ending of `out`, or
+          out: file for the rows; None for standard output.
+          form: a key of `row_formats.FORMATS`; None to use the extension of `out`, or
             `table`.
           top: number of classes in a row, the most likely first.
           explain: a new or empty folder for a picture of each image.
           features: a file for all features (see `feature_files`).
-          coverage: to list the classes of `Prediction.classes`.
+          coverage: coverage of the sets of classes in the rows; None for no sets.
 
         Raises:
           UserError: an argument is invalid, or an output cannot be written.
@@ -250,7 +250,7 @@ class Outputs:
         """Writes what precedes the rows.
 
         Raises:
-          UserError: the model has no sets of classes for a coverage.
+          UserError: a coverage was chosen, but the model has no sets of classes.
         """
         if self.coverage is not None:
             model.check_coverage(self.coverage)
@@ -277,12 +277,13 @@ def run(
 
     Args:
       model: the model.
-      paths: of image files, read as they are needed.
+      paths: paths of image files, consumed as they are needed.
       outputs: where to write.
       threads: number of threads that read and decode.
-      class_name: the class that pictures explain; by default each image's most likely.
+      class_name: the class that pictures explain; by default the most likely class of
+        each image.
       how: the method that explains it.
-      total: number of paths if it is known, for the progress bar.
+      total: number of paths if known, for the progress bar.
 
     Returns:
       The number of unreadable files, which is also printed to standard error.
@@ -319,10 +320,10 @@ def run(
         _LOGGER.warning(
             f'{unusual} of {count - failed} images '
             f'{"does" if unusual == 1 else "do"} not look like the training images '
-            '(unusual above 1): their classes mean little'
+            '(unusual above 1); do not rely on their classes'
         )
     if failed:
-        left_out = ', and features are of the others' if outputs.features else ''
+        left_out = '; features are of the others only' if outputs.features else ''
         _LOGGER.warning('%d of %d files could not be read%s', failed, count, left_out)
     return failed
 
@@ -331,7 +332,7 @@ _COUNTED = 10  # classes that the summary names
 
 
 def _predicted(prediction, model):
-    """The likeliest class; if an image can have several, those above thresholds."""
+    """The most likely class, or all classes above their thresholds."""
     if prediction.error:
         return []
     if not getattr(model, 'multi_label', False):

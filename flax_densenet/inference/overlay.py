@@ -8,22 +8,23 @@ from PIL import Image, ImageDraw, ImageFont
 from flax_densenet.data import bands, deep_picture
 from flax_densenet.system import fonts
 
-# From purple over magenta to nearly white: hues that are rare in photographs, of rising
-# brightness, so that they can be told apart without color.
+# From purple through magenta to nearly white: hues that are rare in photographs. Their
+# brightness increases, so that they can be distinguished without color.
 _COLORS = np.array(
     [(70, 0, 120), (140, 0, 160), (215, 0, 150), (255, 70, 180), (255, 200, 240)],
     np.float32,
 )
 
 
-_FINE = 64  # from this side in pixels on, a map is of pixels and smoothed
-_SMOOTH = 1 / 64  # of the shorter side: the standard deviation
+_FINE = 64  # a map of at least this side in pixels is smoothed
+_SMOOTH = 1 / 64  # standard deviation, as a fraction of the shorter side
 
 
 def enlarge(cam: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """A map `[h, w]` as large as its image: float32 `[H, W]`.
+    """Enlarges a map `[h, w]` to the size of its image: float32 `[H, W]`.
 
-    Maps of single pixels are smoothed; on a photograph one cannot see them.
+    Maps with one value per pixel are smoothed; single pixels are hard to see on a
+    photograph.
     """
     cam = np.asarray(cam, np.float32)
     if min(cam.shape) >= _FINE:
@@ -37,8 +38,8 @@ def enlarge(cam: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 def top_of(cam: np.ndarray) -> float:
     """The value that gets the brightest color.
 
-    The highest one; of maps of single pixels, which have outliers, that of which 1% are
-    above.
+    It is the highest value; in maps with one value per pixel, which have outliers, it
+    is the 99th percentile.
     """
     cam = np.asarray(cam, np.float32)
     highest = float(cam.max())
@@ -48,7 +49,7 @@ def top_of(cam: np.ndarray) -> float:
 
 
 def _color(cam, shape, strength, top=None):
-    """Colors `[H, W, 3]` of a map, and their opacity `[H, W, 1]`."""
+    """The colors `[H, W, 3]` of a map, and their opacity `[H, W, 1]`."""
     top = top_of(cam) if top is None else top
     cam = np.clip(enlarge(cam, shape) / max(top, 1e-12), 0, 1)
     place = cam * (len(_COLORS) - 1)
@@ -72,10 +73,10 @@ def overlay(
       image: uint8 or uint16 `[H, W, C]`; see `bands.to_visible`.
       cam: `[h, w]`.
       strength: opacity of the colors at the highest value.
-      top: the value that gets the brightest color, so that maps of several classes can
-        be compared; by default `top_of` this map.
-      box: the part of the image that the map is of, (left, top, right, bottom) in
-        pixels; the rest is darkened. By default all of it.
+      top: the value that gets the brightest color; by default `top_of(cam)`. Use the
+        same value to compare the maps of several classes.
+      box: the part of the image that the map covers, (left, top, right, bottom) in
+        pixels; the rest is darkened. By default the entire image.
 
     Returns:
       uint8 `[H, W, 3]`.
@@ -91,7 +92,8 @@ def overlay(
     return mixed.round().astype(np.uint8)
 
 
-# In pixels: smallest side of a panel, height of the caption, its font, the gap.
+# In pixels: the smallest side of a panel, the height of the caption, the size of its
+# font, and the gap.
 _PANEL, _STRIP, _LETTERS, _GAP = 224, 30, 16, 6
 
 
@@ -102,7 +104,7 @@ def picture(
     *,
     box: tuple[float, float, float, float] | None = None,
 ) -> Image.Image:
-    """An image next to its overlay, with a caption.
+    """Draws an image next to its overlay, with a caption.
 
     Args:
       image: uint8 `[H, W, 3]` or `[H, W, 1]`; a small one is enlarged.
@@ -132,9 +134,9 @@ def picture(
 
 @functools.lru_cache(256)
 def _font(text):
-    """A font with the letters of a text; without matplotlib only basic letters."""
+    """A font for the letters of a text; only basic letters without matplotlib."""
     try:
-        path, number = fonts.best_file(text)  # 0.2 s, and only needed for pictures
+        path, number = fonts.best_file(text)  # 0.2 s, and only for pictures
     except ImportError:
         return ImageFont.load_default(_LETTERS)
     return ImageFont.truetype(path, _LETTERS, index=number)

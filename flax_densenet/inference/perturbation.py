@@ -1,15 +1,16 @@
-"""Explanations that compute an image many times: occlusion, integrated gradients.
+"""Explanations that run the network many times: occlusion and integrated gradients.
 
-Normalized images are 0 where their pixels have the mean color of the training images:
-that is what hides a patch, and where the path of integrated gradients starts.
+In a normalized image, 0 is the mean color of the training images. This value hides a
+patch, and the path of integrated gradients starts from it.
 
-* Occlusion (Zeiler and Fergus, 1311.2901): patches that overlap by half. A pixel has
-  the mean, over the patches that cover it, of what the class's logit loses.
+* Occlusion (Zeiler and Fergus, 1311.2901): patches that overlap by half. The value of a
+  pixel is the decrease of the logit of the class, averaged over the patches that cover
+  it.
 * Integrated gradients (Sundararajan et al., 1703.01365, equation 1): the image times
-  the mean gradient of the logit on the straight path to it, by Gauss-Legendre
-  quadrature. The sum over all pixels and channels is what the logit gains.
+  the mean gradient of the logit along the straight path to it, by Gauss-Legendre
+  quadrature. The sum over all pixels and channels is the increase of the logit.
 
-Of both only what supports the class is kept: negative values become 0.
+In both, negative values become 0, so only what supports the class is kept.
 """
 
 import functools
@@ -25,19 +26,22 @@ from flax_densenet.inference import explain
 from flax_densenet.models import folded
 from flax_densenet.weights.trained import Trained, normalize, preparation_of
 
-# Variants of an image that are computed at a time; gradients keep all activations.
+# Variants of an image that are computed at once; gradients keep all activations.
 _FORWARD, _BACKWARD = 16, 8
 
 
 def occluded_logits(module, arrays, image, chosen, tops, lefts, sides, *, mean, std):
-    """Logits `[B]` of a class with a patch hidden.
+    """The logits `[B]` of a class, each with one patch hidden.
 
     Args:
-      arrays: of `folded.fold`.
-      image: prepared, `[H, W, C]`.
+      module: the network.
+      arrays: the result of `folded.fold`.
+      image: a prepared image `[H, W, C]`.
       chosen: int32, the class.
-      tops, lefts: int32 `[B]`, corners of the patches; outside nothing is hidden.
-      sides: int32 `[2]`, the patches' height and width.
+      tops, lefts: int32 `[B]`, corners of the patches; a patch outside of the image
+        hides nothing.
+      sides: int32 `[2]`, height and width of the patches.
+      mean, std: `[C]`, for images from 0 to 1.
     """
     pixels = normalize(image[None], mean=mean, std=std)
     rows, columns = (jnp.arange(n) for n in image.shape[:2])
@@ -56,8 +60,9 @@ def weighted_gradients(module, arrays, image, chosen, places, weights, *, mean, 
     """The image times a weighted sum of gradients, summed over channels: `[H, W]`.
 
     Args:
-      places: float32 `[B]`, shares of the way from the mean color to the image.
-      weights: float32 `[B]`, of the gradients there.
+      module, arrays, image, chosen, mean, std: see `occluded_logits`.
+      places: float32 `[B]`, positions from 0 (the mean color) to 1 (the image).
+      weights: float32 `[B]`, weights of the gradients at these positions.
     """
     pixels = normalize(image[None], mean=mean, std=std)
 
@@ -71,7 +76,7 @@ def weighted_gradients(module, arrays, image, chosen, places, weights, *, mean, 
 
 
 class Perturbations:
-    """The programs of one trained model. Can be called from many threads."""
+    """The programs of one trained model; safe to call from many threads."""
 
     def __init__(self, trained: Trained):
         """Compiles nothing yet."""
@@ -88,13 +93,13 @@ class Perturbations:
         return np.maximum(signed, 0)
 
     def occlusion(self, image, chosen, options) -> np.ndarray:
-        """What each pixel adds to the logit, with its sign: float32 `[H, W]`."""
+        """The signed contribution of each pixel to the logit: float32 `[H, W]`."""
         height, width = image.shape[:2]
         side = max(1, -(-min(height, width) // options.patches))
         stride = max(1, side // 2)
         tops, lefts = (_starts(n, side, stride) for n in (height, width))
         corners = [(top, left) for top in tops for left in lefts]
-        # At the last one nothing is hidden.
+        # The last variant hides nothing.
         places = np.array([*corners, (height, width)], np.int32)
         logits = self._run(
             occluded_logits, image, chosen, list(places.T), (side, side), _FORWARD
@@ -108,7 +113,7 @@ class Perturbations:
         return (total / count).astype(np.float32)
 
     def integrate(self, image, chosen, options) -> np.ndarray:
-        """What each pixel adds to the logit, with its sign: float32 `[H, W]`."""
+        """The signed contribution of each pixel to the logit: float32 `[H, W]`."""
         nodes, weights = np.polynomial.legendre.leggauss(options.steps)
         given = [(nodes + 1) / 2, weights / 2]
         given = [values.astype(np.float32) for values in given]
@@ -116,7 +121,7 @@ class Perturbations:
         return parts.sum(0)
 
     def _run(self, function, image, chosen, variants, sides, size):
-        """The results of a program for all variants, a batch at a time."""
+        """The results of a program for all variants, one batch at a time."""
         devices = self._split()
         size *= devices
         more = (np.array(sides, np.int32),) if sides else ()
@@ -139,7 +144,7 @@ class Perturbations:
 
     @functools.cached_property
     def _arrays(self):
-        """To predict with, and to differentiate, which the native kernel cannot."""
+        """Arrays for predictions, and for gradients, which the native kernel lacks."""
         module, variables = self._trained.module, self._trained.variables
         plain = folded.differentiable(module)
         with mesh_lib.computing(self._trained.mesh):
@@ -148,7 +153,7 @@ class Perturbations:
         return mesh_lib.replicate(arrays, self._trained.mesh)
 
     def _split(self):
-        """Over how many devices variants are divided; processes compute all of them."""
+        """The number of devices that share variants; each process computes them all."""
         mesh = self._trained.mesh
         return 1 if mesh.is_multi_process else mesh.size
 
@@ -189,5 +194,5 @@ class Perturbations:
 
 
 def _starts(length, side, stride):
-    """Where patches start along a side, as in captum: the last may be cut off."""
+    """The starts of patches along a side, as in captum: the last may be cut off."""
     return range(0, max(0, -(-(length - side) // stride)) * stride + 1, stride)

@@ -13,8 +13,8 @@ from flax_densenet.weights import conformal
 from flax_densenet.weights import thresholds as thresholds_lib
 
 NO_SETS = (
-    'the model has no sets of classes for a coverage: they are fitted after training; '
-    'the command calibrate fits them for a model that has none'
+    'the model has no sets of classes, which are fitted after training; to add them, '
+    'run calibrate'
 )
 
 
@@ -34,17 +34,18 @@ class Explanation:
     """The parts of an image that support a class; notebooks draw it.
 
     Attributes:
-      path: of the file, as it was given.
+      path: path of the file, as given.
       class_name: the class.
-      probability: of the class, from 0 to 1.
+      probability: probability of the class, from 0 to 1.
       image: uint8 `[H, W, C]`, as prepared for the model.
-      is_probability: False where `probability` is an output as it is.
-      cam: float32 `[h, w]`, not negative: how much each position of the part that the
+      is_probability: False if `probability` is a raw output of the model.
+      cam: float32 `[h, w]`, not negative: how much each position in the part that the
         model sees supports the class.
-      original: uint8 `[H, W, 3]`, the image before it was cropped and resized, no side
-        above 768 pixels; None if it is not kept.
-      box: the part of `original` that the model sees: left, top, right, bottom, pixels.
-      method: what made the map, as a person reads it, with its options.
+      original: uint8 `[H, W, 3]`, the image before it was cropped and resized, with no
+        side above 768 pixels; None if it was not kept.
+      box: the part of `original` that the model sees, in pixels: left, top, right,
+        bottom.
+      method: name of the method, with its options.
     """
 
     path: str
@@ -64,9 +65,9 @@ class Explanation:
 
     @property
     def picture(self) -> Image.Image:
-        """The original next to the map on it; the caption has class and probability.
+        """The original next to its map, with the class and probability as caption.
 
-        What the model does not see of it is darkened.
+        Parts that the model does not see are darkened.
         """
         caption = f'{self.class_name}  {_format(self.probability, self.is_probability)}'
         image = self.image if self.original is None else self.original
@@ -76,7 +77,7 @@ class Explanation:
         return overlay_lib.picture(image, self.cam, caption, box=box)
 
     def save(self, path):
-        """Writes the picture in the format of the file's ending (`.jpg`, `.png`)."""
+        """Writes the picture; the extension chooses the format (`.jpg`, `.png`)."""
         self.picture.save(path)
 
     def __repr__(self):
@@ -94,24 +95,24 @@ class Prediction:
     """The prediction for one image.
 
     Attributes:
-      path: of the file, as it was given; `image 3` for the fourth of several images
-        given as pixels or bytes.
+      path: path of the file, as given; `image 3` for the fourth of several images given
+        as pixels or bytes.
       probabilities: float32 `[num_classes]`; None if the file could not be read.
       error: why the file could not be read, or None.
       features: pooled features `[F]` if requested.
       image: uint8 `[H, W, C]`, as prepared for the model, if a map was requested.
       cam: map `[h, w]` of the most likely or the requested class, if requested.
-      class_names: of the probabilities.
+      class_names: names of the classes, in the order of `probabilities`.
       cam_class: index of the class of `cam`.
-      unusual: how unlike the training images it is: 0 for an image in the middle of the
-        validation images, above 1 for one beyond nearly all of them; None if the model
-        was not trained with `train.unusual`.
-      sets: what the model knows of sets of classes, for `classes`; None if nothing.
-      is_probability: False for a model with `outputs='none'`: what is called
-        probabilities here are its outputs as they are.
+      unusual: score for how unlike the training images the image is. It is 0 for a
+        median validation image, and above 1 if it exceeds nearly all of them; None if
+        the model was not trained with `train.unusual`.
+      sets: the data for `classes`; None if the model has none.
+      is_probability: False for a model with `outputs='none'`: `probabilities` are then
+        its raw outputs.
       original, box, method: see `Explanation`, if a map was requested.
-      thresholds: from which probability on each class is positive, None for those
-        without; None if there is no threshold at all.
+      thresholds: the probability above which each class is positive, or None for a
+        class without a threshold. None as a whole if there are no thresholds.
     """
 
     path: str
@@ -131,25 +132,25 @@ class Prediction:
 
     @property
     def is_unusual(self) -> bool | None:
-        """Whether it does not look like the training images: `unusual` is above 1.
+        """Whether the image does not look like the training images: `unusual` > 1.
 
         None if there is no score.
         """
         return None if self.unusual is None else self.unusual > 1
 
     def classes(self, coverage: float = 0.9) -> list[ClassProbability]:
-        """Classes that contain the true one with a probability of `coverage`.
+        """A set of classes that contains the true one with probability `coverage`.
 
-        The likeliest comes first. Of a hundred images like the validation images, at
-        least ninety have their true class among these if coverage is 0.9 (split
-        conformal prediction, see `weights.conformal`). If images have several labels,
-        each label of an image is among these with that probability.
+        The most likely class comes first. With a coverage of 0.9, the set contains the
+        true class for at least 90% of images like the validation images, on average
+        (split conformal prediction, see `weights.conformal`). If images have several
+        labels, each label of an image is in the set with that probability.
 
         Args:
           coverage: between 0 and 1.
 
         Returns:
-          An empty list if there is an error.
+          Classes with their probabilities; an empty list if there is an error.
 
         Raises:
           UserError: the model has no such sets, or coverage is not between 0 and 1.
@@ -172,8 +173,8 @@ class Prediction:
     def positive(self) -> tuple[str, ...] | None:
         """The classes whose probability is above their threshold.
 
-        If an image can have several labels these are its labels, by default those above
-        a half. With two classes, of which the positive one has a threshold, it is the
+        If an image can have several labels, these are its labels; the default threshold
+        is 0.5. With two classes and a threshold for the positive one, this is the
         positive class or nothing. None if the model has no thresholds, or if there is
         an error.
         """
@@ -210,7 +211,7 @@ class Prediction:
 
     @property
     def explanation(self) -> Explanation | None:
-        """The explanation; None without a requested map, or if there is an error."""
+        """The explanation; None if no map was requested, or if there is an error."""
         if self.cam is None or self.cam_class is None:
             return None
         assert self.probabilities is not None and self.image is not None

@@ -8,8 +8,8 @@
     model.explain('a.jpg')[0].save('why.png')
 
 Threads read files while the device computes. Programs for a few batch sizes are
-compiled when they are first needed (`programs`). Only a few batches are in memory,
-however many files there are.
+compiled when they are first needed (see `programs`). Only a few batches are in memory,
+no matter how many files there are.
 """
 
 import concurrent.futures
@@ -38,25 +38,25 @@ from flax_densenet.weights import trained as trained_lib
 
 _LOGGER = logging.getLogger(__name__)
 _DARK = 64  # of 255
-# An image in any of the forms that a `Predictor` reads.
+# An image in any form that a `Predictor` reads.
 ImageLike: TypeAlias = str | os.PathLike[str] | bytes | Image.Image | np.ndarray
 
 
 class Predictor(decided.Decided):
-    """A trained model, compiled when it is used. It can be used from many threads.
+    """A trained model, compiled when it is used; safe to use from many threads.
 
-    Images are file names, `pathlib` paths, the bytes of files, Pillow images, or
-    arrays `[H, W]`, `[H, W, 1]` or `[H, W, 3]`, of any size: uint8, or uint16 with the
-    values of images of more than 8 bits. A model of 2, 4 or more channels takes arrays
-    `[H, W, C]`, and files, with as many. Images are prepared in the same way as in
+    Images are file names, `pathlib` paths, the bytes of files, Pillow images, or arrays
+    `[H, W]`, `[H, W, 1]` or `[H, W, 3]` of any size: uint8, or uint16 for images with
+    more than 8 bits. A model with 2, 4 or more channels takes arrays `[H, W, C]` and
+    files with that number of channels. Images are prepared in the same way as in
     training.
 
     Attributes:
       trained: the model with its metadata.
-      in_use: the model as it computes; `trained`, or that in another precision.
-      batch_size: the largest number of images that are computed at a time.
+      in_use: the model that computes: `trained`, possibly in another precision.
+      batch_size: the largest number of images that are computed at once.
       multi_label: whether an image can have several labels.
-      preparation: how images are prepared.
+      preparation: the preparation of images.
       programs: the compiled programs.
     """
 
@@ -68,17 +68,17 @@ class Predictor(decided.Decided):
         path: str | None = None,
         precision: str | None = None,
     ):
-        """Compiles nothing yet.
+        """Creates a predictor; nothing is compiled yet.
 
         Args:
           trained: see `trained.load_trained`.
-          batch_size: the largest number of images that are computed at a time.
+          batch_size: the largest number of images that are computed at once.
           path: where the model was loaded from.
           precision: `float32`, `bfloat16` or `auto`, see `weights.precision`; None
-            is `auto` that says nothing if it changes nothing.
+            works like `auto`, but is silent if nothing changes.
 
         Raises:
-          UserError: an unknown precision, or `batch_size` is below 1.
+          UserError: the precision is unknown, or `batch_size` is below 1.
         """
         if batch_size < 1:
             raise UserError(f'batch_size={batch_size} must be at least 1')
@@ -96,25 +96,29 @@ class Predictor(decided.Decided):
 
     @functools.cached_property
     def class_names(self) -> tuple[str, ...]:
-        """The names of the classes; numbers if imported weights have no names."""
+        """The class names; numbers if imported weights do not name their classes."""
         names = self.trained.class_names
         return names or tuple(map(str, range(self.trained.module.num_classes)))
 
     @property
     def value_name(self) -> str:
-        """What the outputs are: `probability`, or `value` with `outputs='none'`."""
+        """`probability`, or `value` for a model with `outputs='none'`."""
         return 'value' if self.trained.outputs == heads.NONE else 'probability'
 
     @property
     def feature_size(self) -> int:
         """The number of pooled features, F."""
         classifier = self.trained.variables['params']['classifier']
-        # An ensemble's has an axis for its members.
+        # The classifier of an ensemble has an axis for its members.
         kernel = layers.linear_layers(classifier)[0]['kernel']
         return kernel.shape[-2] * self.trained.module.members
 
     def class_index(self, name: str) -> int:
-        """The index of a class; raises `UserError`, which lists the classes."""
+        """The index of a class.
+
+        Raises:
+          UserError: the model has no such class; the message lists the classes.
+        """
         if name in self.class_names:
             return self.class_names.index(name)
         near = difflib.get_close_matches(name, self.class_names, 1)
@@ -158,16 +162,21 @@ class Predictor(decided.Decided):
 
         Args:
           files: an image (see the class), or an iterable of images.
-          class_name: the class to explain; by default each image's most likely one.
-          method: `gradcam`, `gradcam++`, `hirescam`, `layercam`; or, slower,
-            `occlusion` or `integrated_gradients`. All explain the class's logit, of the
-            image as it is, without test-time augmentation.
-          steps: of `integrated_gradients`, by default 32.
-          patches: of `occlusion` along the shorter side, by default 7.
-          errors: see `predict`; with `return`, such a file gives None.
+          class_name: the class to explain; by default the most likely class of each
+            image.
+          method: `gradcam`, `gradcam++`, `hirescam` or `layercam`, or the slower
+            methods `occlusion` and `integrated_gradients`. All of them explain the
+            logit of the class, without test-time augmentation.
+          steps: for `integrated_gradients`, the number of points; by default 32.
+          patches: for `occlusion`, the number of patches along the shorter side; by
+            default 7.
+          errors: see `predict`; with `return`, an unreadable file gives None.
+
+        Returns:
+          Explanations in the order of the images.
 
         Raises:
-          UserError: an unknown class or method, or a file cannot be read.
+          UserError: the class or the method is unknown, or a file cannot be read.
         """
         index = -1 if class_name is None else self.class_index(class_name)
         how = explain_lib.make(method, steps=steps, patches=patches)
@@ -175,7 +184,7 @@ class Predictor(decided.Decided):
         return [one.explanation for one in predictions]
 
     def features(self, files: ImageLike | Iterable[ImageLike]) -> np.ndarray:
-        """Pooled features of images, the classifier's input: float32 `[N, F]`.
+        """Pooled features of images, the input of the classifier: float32 `[N, F]`.
 
         Args:
           files: an image (see the class), or an iterable of images.
@@ -208,7 +217,7 @@ class Predictor(decided.Decided):
           max_pixels: files with more pixels are refused before they are decoded.
 
         Raises:
-          UserError: the reason why it is not an image, or is truncated.
+          UserError: it is not an image or is truncated; the message gives the reason.
         """
         if isinstance(file, np.ndarray):
             shape = file.shape
@@ -235,21 +244,26 @@ class Predictor(decided.Decided):
         return image
 
     def _tell_of_dark(self, file):
-        """Warns once of 12-bit images and the like that are black without a window."""
+        """Warns once about 12-bit images and the like: black without a window."""
         if self.preparation.is_deep or self.preparation.window:
             return
         if image_formats.has_more_than_8_bits(file):
             self._told_of_dark = True
             name = 'an image' if isinstance(file, bytes) else os.fspath(file)
             _LOGGER.warning(
-                f'warning: {name} has more than 8 bits but uses a small part of them, '
-                'so the model sees it nearly black; weights from elsewhere take '
-                "data.window, as --config.data.window='(0,4095)', and a model that is "
-                'trained on such images finds it'
+                f'warning: {name} has more than 8 bits but uses only a small part of '
+                'their range, so the model sees it nearly black; for weights from '
+                'other programs set data.window, such as '
+                "--config.data.window='(0,4095)'; a model trained on such images finds "
+                'its own'
             )
 
     def compute(self, batch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities `[N, num_classes]` and features `[N, F]` of prepared images."""
+        """Probabilities `[N, num_classes]` and features `[N, F]` of prepared images.
+
+        Args:
+          batch: prepared images `[N, H, W, C]`.
+        """
         return self.programs(batch)[:2]
 
     def cams(
@@ -258,7 +272,7 @@ class Predictor(decided.Decided):
         classes=None,
         how: explain_lib.Options = explain_lib.DEFAULT,
     ) -> np.ndarray:
-        """Maps `[N, h, w]` of the most likely classes, or of `classes`."""
+        """Maps `[N, h, w]` for the most likely classes, or for `classes`."""
         classes = -1 if classes is None else classes
         maps = self.compute_maps(batch, classes, how).cams
         return np.stack(list(maps))
@@ -266,12 +280,12 @@ class Predictor(decided.Decided):
     def compute_maps(
         self, batch: np.ndarray, classes: Any, how: explain_lib.Options
     ) -> programs.Computed:
-        """What is computed of images, with maps of one class or one for each image.
+        """Computes the outputs for images, with a map for each image.
 
         Args:
           batch: prepared images `[N, H, W, C]`.
-          classes: a class or one for each; -1 for the most likely.
-          how: the method. A slow one computes each map when it is taken.
+          classes: one class for all images, or one for each; -1 for the most likely.
+          how: the method. A slow method computes each map when it is requested.
         """
         if not how.is_slow:
             return self.programs(batch, classes, how.method)
@@ -303,8 +317,8 @@ class Predictor(decided.Decided):
           threads: number of threads that read and decode.
           features: whether to return pooled features.
           cams: whether to return prepared images, originals and maps.
-          cam_class: the class of the maps; -1 for each image's most likely class.
-          how: the method of the maps.
+          cam_class: the class of the maps; -1 for the most likely class of each image.
+          how: the method for the maps.
         """
         for chunk in self._read(files, threads, with_originals=cams):
             good = [image for _, image, _ in chunk if not isinstance(image, str)]
@@ -347,9 +361,9 @@ class Predictor(decided.Decided):
                 )
 
     def _read(self, files, threads, with_originals):
-        """Yields batches of (path, image or error, original and its seen part).
+        """Yields batches of (path, image or error, (original, box)).
 
-        They are one batch ahead of the device.
+        It stays one batch ahead of the device.
         """
         files = enumerate(files)
 
@@ -396,21 +410,21 @@ def load_trained(
     """Loads a trained model for prediction.
 
     Args:
-      path: the folder of a run, whose best checkpoint is used, or a file or folder of
-        weights, or a name of published ones (see `weight_file.load`).
-      batch_size: the largest number of images that are computed at a time.
+      path: the folder of a run (its best checkpoint is used), a file or folder of
+        weights, or a name of published weights (see `weight_file.load`).
+      batch_size: the largest number of images that are computed at once.
       mesh: the devices to use; None for all.
-      tta: test-time augmentation, instead of the run's `data.tta`.
-      class_names: in the order of the outputs, or a file of them. A network with one
-        output takes two: negative and positive.
+      tta: test-time augmentation, instead of `data.tta` of the run.
+      class_names: in the order of the outputs, or a file with the names. A network with
+        one output takes two: negative and positive.
       outputs: `softmax`, `sigmoid` or `none`; by default as in the weights, or softmax.
-      data: how images are prepared, for weights that do not say it: `mean`, `std`,
+      data: the preparation of images, for weights that do not define it: `mean`, `std`,
         `image_size`, `resize`, `crop_fraction`, `interpolation`, `channels`.
-      precision: `float32`, `bfloat16` or `auto` (see `weights.precision`); None is
-        `auto` that says nothing if it changes nothing.
-      raw: leave out the calibration, thresholds and whatever else was fitted after
-        training.
-      choices: in place of `class_names`, `outputs`, `data` and `raw`.
+      precision: `float32`, `bfloat16` or `auto` (see `weights.precision`); None works
+        like `auto`, but is silent if nothing changes.
+      raw: leave out what was fitted after training: the calibration, thresholds and so
+        on.
+      choices: replaces `class_names`, `outputs`, `data` and `raw`.
 
     Raises:
       UserError: the file or folder does not exist, or has no trained model.

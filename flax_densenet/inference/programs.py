@@ -3,13 +3,13 @@
     programs = Programs(trained, batch_size=32)
     probabilities = programs(images).probabilities
 
-Nothing is traced while images wait, and a single image is not computed as 32. Whatever
-does not depend on the images is computed once (`folded`).
+Nothing is traced while images wait, and a single image is not padded to 32. Everything
+that does not depend on the images is computed once (see `folded`).
 
-The buffer of the images is not donated, since no result has its shape and dtype; XLA
-would warn about it.
+The buffer of the images is not donated, since no result has its shape and dtype, and
+XLA would print a warning.
 
->>> split(9, (1, 4, 16))  # three programs, one after the other
+>>> split(9, (1, 4, 16))  # three batches, one after the other
 [4, 4, 1]
 >>> split(13, (1, 4, 16))  # padded if that adds at most a third
 [16]
@@ -32,12 +32,12 @@ from flax_densenet.models import tta as tta_lib
 from flax_densenet.weights import heads, operating_points
 from flax_densenet.weights.trained import Trained, normalize, preparation_of
 
-# On a CPU, sixteen take sixteen times as long as one; on a GPU hardly longer.
+# On a CPU, sixteen images take sixteen times as long as one; on a GPU hardly longer.
 SIZES = (1, 4, 16)
 
 
 def split(count: int, sizes: Sequence[int]) -> list[int]:
-    """The batch sizes with which to compute `count` images.
+    """The batch sizes to use for `count` images.
 
     Args:
       count: number of images, at least 1.
@@ -51,13 +51,13 @@ def split(count: int, sizes: Sequence[int]) -> list[int]:
 
 
 class Computed(NamedTuple):
-    """What is computed of N images.
+    """The results for N images.
 
     Attributes:
       probabilities: float32 `[N, num_classes]`.
       features: pooled features, float32 `[N, F]`.
-      cams: Grad-CAM maps `[N, h, w]`; None if no classes were given.
-      unusual: how unlike the training images, float32 `[N]` (`weights.unusual`); None
+      cams: class activation maps `[N, h, w]`; None if no classes were given.
+      unusual: the score of unusual images, float32 `[N]` (see `weights.unusual`); None
         if the model has no score.
     """
 
@@ -82,15 +82,15 @@ def predict_probabilities(
     method=explain.GRADCAM,
     unusual=None,
 ):
-    """The function that is compiled: predictions for images.
+    """Predicts images; this is the function that is compiled.
 
     Args:
       module: the network.
-      arrays: of `folded.fold` and `arrays_of`.
+      arrays: the arrays from `folded.fold` and `arrays_of`.
       images: uint8 or uint16 `[N, H, W, C]`.
       classes: int32 `[N]`, the classes of the maps; -1 for the most likely one.
       mean, std, tta, outputs, points, calibration, unusual: see `options_of`.
-      method: of the maps, a quick one of `explain.METHODS`.
+      method: the method for the maps, a fast one of `explain.METHODS`.
     """
     images = normalize(images, mean=mean, std=std)
     images, *others = tta_lib.views_of(images, tta)
@@ -117,8 +117,8 @@ def predict_probabilities(
         probabilities = operating_points.scale(probabilities, points, xp=jnp)
     if classes is None:
         return Computed(probabilities, pooled, None, score)
-    # By probabilities, which can be equal where logits are not, so that the map is that
-    # of the class that the host considers the most likely.
+    # Chosen by probabilities, which can be equal where logits differ, so that the map
+    # belongs to the class that the host considers most likely.
     classes = jnp.where(classes < 0, probabilities.argmax(-1), classes)
     if finish is None:
         cams = cams_lib.from_features(module, head, maps, classes, method=method)
@@ -160,21 +160,21 @@ def options_of(trained: Trained) -> dict:
 
 
 def arrays_of(trained: Trained) -> dict[str, Any]:
-    """What `predict_probabilities` needs besides the arrays of `folded.fold`."""
+    """The arrays that `predict_probabilities` needs beyond those of `folded.fold`."""
     unusual = trained.decisions and trained.decisions.unusual
     return {'unusual': unusual.arrays()} if unusual else {}
 
 
 class Programs:
-    """The inference programs of a trained model. Can be called from many threads.
+    """The inference programs of a trained model; safe to call from many threads.
 
     Attributes:
       sizes: batch sizes, ascending; the first one is 1. Each program is compiled when
-        it is first needed, or read from JAX's persistent cache if that is enabled.
+        it is first needed, or read from the persistent cache of JAX if it is enabled.
     """
 
     def __init__(self, trained: Trained, batch_size: int):
-        """Compiles nothing yet.
+        """Prepares the programs; nothing is compiled yet.
 
         Args:
           trained: the model.
@@ -193,7 +193,7 @@ class Programs:
 
     @functools.cached_property
     def _plain_arrays(self):
-        """For maps whose gradients go through dense blocks."""
+        """The arrays for maps with gradients through dense blocks."""
         module = folded.differentiable(self._trained.module)
         return self._arrays if module == self._trained.module else self._fold(module)
 
@@ -204,7 +204,7 @@ class Programs:
         return mesh_lib.replicate(arrays, self._trained.mesh)
 
     def share(self, other: 'Programs'):
-        """Uses the programs of a model that differs in its variables alone."""
+        """Uses the programs of a model that differs only in its variables."""
         self._compiled, self._lock = other._compiled, other._lock
         self._put_off = other._put_off
 
@@ -213,8 +213,8 @@ class Programs:
 
         Args:
           size: number of images.
-          maps: method of the maps that it computes, see `explain.METHODS`; '' for none.
-          shape: (height, width, channels) of the images; by default the model's.
+          maps: the method for its maps, see `explain.METHODS`; '' for no maps.
+          shape: (height, width, channels) of the images; by default as in training.
         """
         if shape is None:
             preparation = preparation_of(self._trained.metadata)
@@ -256,8 +256,9 @@ class Programs:
 
         Args:
           images: prepared images.
-          classes: to get maps, a class index for all images, or one for each.
-          method: of the maps, a quick one of `explain.METHODS`.
+          classes: for maps, one class index for all images, or one for each; None for
+            no maps.
+          method: the method for the maps, a fast one of `explain.METHODS`.
         """
         given, parts, start = [images], [], 0
         maps = '' if classes is None else method
@@ -287,10 +288,10 @@ class Programs:
         return [None if part is None else np.asarray(part)[:count] for part in results]
 
     def _plan(self, count, maps, shape):
-        """The sizes of `split`, or a larger one that is already compiled.
+        """The sizes from `split`, or a larger one that is already compiled.
 
-        Compiling takes longer than computing some padding. So a size that was not
-        needed before, such as the end of a list of files, is padded if possible.
+        Compiling takes longer than computing some padding. A size that was not needed
+        before, such as at the end of a list of files, is therefore padded if possible.
         """
         wanted = split(count, self.sizes)
         missing = {(size, maps, shape) for size in wanted} - self._compiled.keys()

@@ -1,10 +1,10 @@
 """Formats predictions as text: a table for people, CSV and JSON lines for programs.
 
 Each format is a function `make(out, class_names, top, value, columns)` that writes the
-heading and returns `write(prediction)`. The numbers are called `value`, `probability`
-or `value`; `columns` lists what else is shown. File names cannot break a row: a line
-feed is quoted (CSV) or escaped, and bytes that are not UTF-8 stay as they are in CSV,
-become Python's `\\udcXX` in JSON and `\\xXX` in the table.
+heading and returns `write(prediction)`. `value` names the numbers (`probability` or
+`value`), and `columns` lists what else is shown. File names cannot break a row: a line
+feed is quoted (CSV) or escaped. Bytes that are not UTF-8 are kept in CSV, and become
+`\\udcXX` (as in Python) in JSON and `\\xXX` in the table.
 """
 
 import csv
@@ -17,8 +17,8 @@ from typing import Any
 from flax_densenet.errors import printable
 from flax_densenet.inference.prediction import Prediction
 
-# Characters of a line in a table, and at most in its columns: the class, the path, the
-# classes that follow.
+# Characters in a line of a table, and the limits for its columns: the class, the path,
+# and the other classes.
 _LINE, _CLASS, _PATH, _NEXT = 80, 28, 60, 26
 _NUMBER = 6
 _UNUSUAL = 'unusual'
@@ -26,12 +26,12 @@ _UNUSUAL = 'unusual'
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """What is shown besides the likeliest classes.
+    """What is shown besides the most likely classes.
 
     Attributes:
-      positive: which classes are above their thresholds.
-      unusual: the score of unusual images.
-      coverage: of the set of classes (`Prediction.classes`); None for no set.
+      positive: whether to show the classes above their thresholds.
+      unusual: whether to show the score of unusual images.
+      coverage: coverage of the set of classes (`Prediction.classes`); None for no set.
     """
 
     positive: bool = False
@@ -43,11 +43,11 @@ NO_COLUMNS = Columns()
 
 
 def _make_table(out, class_names, top, value='probability', columns=NO_COLUMNS):
-    """A table with a line per image: the likeliest class, then the next ones.
+    """A table with one line per image: the most likely class, then the next ones.
 
-    Classes above their thresholds have a star. With a coverage, those that are in the
-    set. The score of unusual images is shown if they are unusual. On a terminal, long
-    texts are cut off to fit its line; files and pipes get them all.
+    Classes above their thresholds have a star. With a coverage, the classes in the set
+    are shown. The score of unusual images is shown for unusual images. On a terminal,
+    long texts are cut off to fit the line; files and pipes get the full text.
     """
     clip_start, clip_end = (_clip_start, _clip_end) if out.isatty() else (_all, _all)
     names = [printable(name) + '*' * columns.positive for name in class_names]
@@ -136,7 +136,7 @@ def _make_jsonl(out, class_names, top, value='probability', columns=NO_COLUMNS):
                 row['set'] = [
                     one.class_name for one in prediction.classes(columns.coverage)
                 ]
-        # ASCII: bytes of names that are not UTF-8 become \udcXX, as in Python.
+        # ASCII: bytes in names that are not UTF-8 become \udcXX, as in Python.
         out.write(json.dumps(row) + '\n')
 
     return write
@@ -163,7 +163,7 @@ def _rounded(probability):
 
 
 def _width(text):
-    """Columns on a terminal: two for East Asian characters, none for accents."""
+    """The width on a terminal: two columns for East Asian characters, 0 for accents."""
     return sum(
         0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in 'WF')
         for c in text
@@ -187,7 +187,7 @@ def _clip_end(text, width):
 
 
 def _clip_start(text, width):
-    """Cuts off the start, because the end of a path says more."""
+    """Cuts off the start, because the end of a path is more informative."""
     if _width(text) <= width:
         return text
     while _width(text) > width - 1:

@@ -1,6 +1,6 @@
-"""How the C++ kernels are compiled: for a wheel, or for the processor of this machine.
+"""Compiles the C++ kernels, for a wheel or for the processor of this machine.
 
-setup.py runs this file by itself, so it imports nothing but the standard library.
+setup.py runs this file on its own, so it imports only the standard library.
 """
 
 import os
@@ -15,14 +15,14 @@ FLAGS = ('-std=c++17', '-O3', '-ffp-contract=fast', '-fno-math-errno', '-shared'
 FOLDER = pathlib.Path(__file__).parent
 NO_COMPILER = 'no C++ compiler (c++, g++ or $CXX) is installed'
 
-# The instruction sets that a wheel has kernels for, the widest first: what the compiler
-# is told. Each one includes those after it.
+# The instruction sets for which a wheel has kernels, the widest first, with the flags
+# for the compiler. Each set includes those after it.
 LEVELS = {
     'avx512bf16': ('-march=x86-64-v4', '-mavx512bf16'),
     'avx512': ('-march=x86-64-v4',),
     'avx2': ('-march=x86-64-v3',),
 }
-# What each level needs, as Linux names it in /proc/cpuinfo.
+# The features that each level needs, by their names in /proc/cpuinfo.
 _NEEDED = {
     'avx2': 'avx avx2 bmi1 bmi2 f16c fma abm movbe',
     'avx512': 'avx512f avx512bw avx512cd avx512dq avx512vl',
@@ -31,14 +31,14 @@ _NEEDED = {
 
 
 def lacking(level: str, flags: set[str]) -> list[str]:
-    """What a processor with the `flags` of /proc/cpuinfo lacks for a level."""
+    """What a processor with these `flags` (from /proc/cpuinfo) lacks for a level."""
     names = list(LEVELS)
     needed = ' '.join(_NEEDED[name] for name in names[names.index(level) :])
     return sorted(set(needed.split()) - flags)
 
 
 def packaged(level: str, source: str) -> pathlib.Path:
-    """Where a wheel has the library of a source file such as `cpu_float32_stem.cc`."""
+    """The path in a wheel of the library for a source such as `cpu_float32_stem.cc`."""
     return FOLDER / 'built' / level / f'{pathlib.Path(source).stem}.so'
 
 
@@ -56,21 +56,21 @@ def in_wheel() -> list[tuple[str, pathlib.Path]]:
 
 
 def find_compiler() -> str | None:
-    """Path of `$CXX`, `c++` or `g++`."""
+    """The path of `$CXX`, `c++` or `g++`; None if there is none."""
     named = os.environ.get('CXX')
     found = shutil.which(named) if named else None
     return found or next(filter(None, map(shutil.which, ('c++', 'g++'))), None)
 
 
 def why_not_in_wheel(environment: Mapping[str, str]) -> str | None:
-    """Why a wheel that is built here has no compiled kernels; None if it has.
+    """Why a wheel that is built here has no compiled kernels; None if it has them.
 
-    `$FLAX_DENSENET_BUILD_KERNELS` is `0` for a wheel without.
+    Set `$FLAX_DENSENET_BUILD_KERNELS` to `0` to build a wheel without kernels.
     """
     if environment.get('FLAX_DENSENET_BUILD_KERNELS') == '0':
         return 'FLAX_DENSENET_BUILD_KERNELS=0'
     if sys.platform != 'linux' or platform.machine() != 'x86_64':
-        return 'wheels have them for Linux on x86-64 only'
+        return 'wheels have them only for Linux on x86-64'
     return None if find_compiler() else NO_COMPILER
 
 
@@ -80,11 +80,11 @@ def run(
     """Compiles one source file to a shared library.
 
     Args:
-      include: the folder of jaxlib's headers.
-      instructions: flags that choose them, such as `-march=native`.
+      include: the folder with the headers of jaxlib.
+      instructions: flags that choose the instruction set, such as `-march=native`.
 
     Raises:
-      OSError: there is no compiler, or it failed; with its first error.
+      OSError: there is no compiler, or it failed; the message has its first error.
     """
     compiler = find_compiler()
     if compiler is None:

@@ -1,14 +1,15 @@
 """Loads the C++ kernels and calls them.
 
-A wheel has them for several instruction sets (`compiling.LEVELS`); the best one for the
-processor is loaded. Where there are none, as in a checkout, or they cannot be used, the
-machine's compiler builds them once. What it makes is kept in the user's cache folder,
-named by a hash of the source, the compiler's flags, the JAX version and the processor,
-so a stale library is never loaded. Without a compiler the dense block runs through XLA,
-about three times slower.
+A wheel has kernels for several instruction sets (`compiling.LEVELS`), and the best set
+for the processor is loaded. If there are none, as in a checkout, or they cannot be
+used, the compiler of the machine builds them once. The libraries are kept in the user's
+cache folder, named by a hash of the source, the compiler flags, the JAX version and the
+processor, so a stale library is never loaded. Without a compiler the dense block runs
+through XLA, about three times slower.
 
-`$FLAX_DENSENET_CPU_KERNELS` is `0` for none, `compile` to ignore the wheel's, or one of
-`compiling.LEVELS`, with which different processors compute the same bits.
+Set `$FLAX_DENSENET_CPU_KERNELS` to `0` to use no kernels, to `compile` to ignore those
+of the wheel, or to one of `compiling.LEVELS` to get the same bits on different
+processors.
 """
 
 import concurrent.futures
@@ -30,7 +31,7 @@ from flax_densenet.kernels import compiling
 
 _LOGGER = logging.getLogger(__name__)
 
-# For each precision: the sources, compiled in parallel, and their handlers.
+# For each precision: the sources (compiled in parallel) and their handlers.
 _FLOAT32 = {
     'cpu_float32_forward.cc': (
         'DenseBlockForwardTrain',
@@ -75,7 +76,7 @@ def cache_folder() -> pathlib.Path:
 
 
 def _processor():
-    """A text that identifies the instructions of `-march=native`."""
+    """A text that identifies the instruction set of `-march=native`."""
     try:
         lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
     except OSError:
@@ -96,8 +97,8 @@ def vendor() -> str:
 def load(dtype: str = 'float32') -> str | None:
     """Builds and loads the kernels that compute in `dtype`, float32 or bfloat16.
 
-    The first call takes seconds. It can be made ahead of time in a thread; a second
-    call waits for it.
+    The first call takes seconds. It can run ahead of time in a thread; a second call
+    waits for it.
 
     Returns:
       None, or the reason why the kernels cannot be used.
@@ -139,7 +140,7 @@ def _load_parts(sources):
 
 
 def _try(find, sources, level):
-    """Loads the libraries that `find` finds: None, or why they cannot be used."""
+    """Loads the libraries that `find` finds; returns None, or why it cannot."""
     try:
         if level and (lacking := compiling.lacking(level, _processor_flags())):
             raise OSError(f'{level} needs {lacking[0]}, which this processor lacks')
@@ -151,8 +152,8 @@ def _try(find, sources, level):
             for names, library in zip(sources.values(), libraries, strict=True)
             for name in names
         }
-        # Before the backend has started, XLA only notes what is registered, and does
-        # not start at all if it then finds a handler of a version that it cannot call.
+        # Before the backend has started, XLA only records what is registered. It then
+        # fails to start if it finds a handler of a version that it cannot call.
         jax.local_devices(backend='cpu')
         for target, handler in handlers.items():
             jax.ffi.register_ffi_target(target, handler, platform='cpu')
@@ -168,32 +169,32 @@ def _processor_flags():
 
 
 def _packaged(source, *, level):
-    """Path of the wheel's library of a source for this processor, `level` at most."""
+    """The library in the wheel for a source and this processor, at most `level`."""
     names, flags = list(compiling.LEVELS), _processor_flags()
     for name in names[names.index(level) if level else 0 :]:
         file = compiling.packaged(name, source)
         lacking = compiling.lacking(name, flags)
         if file.exists() and not lacking:
             return file
-    # The last level needs least.
+    # The last level needs the fewest features.
     if lacking:
         raise OSError(f'they need {lacking[0]}, which this processor lacks')
     raise OSError(f'there is none of {source}')
 
 
 def bfloat16_path(path: str | None = None) -> str:
-    """The way to multiply bfloat16, one of `BFLOAT16_PATHS`.
+    """The method for multiplying bfloat16 matrices, one of `BFLOAT16_PATHS`.
 
     Needs `load('bfloat16')`. `amx` and `avx512` (AVX512-BF16) use instructions of the
-    processor, `portable` widens to float32. The fastest one is chosen, or the one in
+    processor; `portable` widens to float32. The fastest one is chosen, or the one in
     $FLAX_DENSENET_BFLOAT16.
 
     Args:
-      path: for tests, the way to use from now on; `emulated` computes the same as `amx`
-        without its instructions.
+      path: for tests, the method to use from now on; `emulated` computes the same as
+        `amx` without its instructions.
 
     Raises:
-      ValueError: the processor does not have it.
+      ValueError: the method is unknown, or the processor does not support it.
     """
     if path is not None and path not in BFLOAT16_PATHS:
         raise ValueError(f'{path} is not known; use one of {", ".join(BFLOAT16_PATHS)}')
@@ -207,7 +208,7 @@ def bfloat16_path(path: str | None = None) -> str:
 
 
 def why_bfloat16_is_slow() -> str | None:
-    """Why the kernels are no faster in bfloat16 than in float32; None if they are."""
+    """Why the kernels are not faster in bfloat16 than in float32; None if they are."""
     if reason := load('bfloat16'):
         return reason
     path = bfloat16_path()
@@ -219,7 +220,7 @@ def why_bfloat16_is_slow() -> str | None:
 
 
 def _build(source, *, level):
-    """Path of the library of one source, compiled unless it is in the cache."""
+    """The library for one source, compiled unless it is in the cache."""
     compiler = compiling.find_compiler()
     if compiler is None:
         raise OSError(compiling.NO_COMPILER)
@@ -243,7 +244,7 @@ def _build(source, *, level):
             include=jax.ffi.include_dir(),
             instructions=instructions,
         )
-        os.replace(output, target)  # atomic, even if two processes build it
+        os.replace(output, target)  # atomic, in case two processes build it
     return target
 
 
@@ -257,7 +258,7 @@ def call(
     """Calls a handler of the C++ kernels, with int64 and float32 attributes.
 
     Args:
-      has_side_effect: whether two calls with the same arguments are two.
+      has_side_effect: False allows XLA to merge two calls with the same arguments.
     """
     function = jax.ffi.ffi_call(
         f'flax_densenet_{name}',
@@ -275,7 +276,7 @@ def _typed(value):
 
 
 def panel() -> tuple[int, int]:
-    """Columns of a panel of weights, and floats of a vector register. Needs `load`."""
+    """Columns in a panel of weights, and floats in a vector register. Needs `load`."""
     library = _LIBRARIES['cpu_float32_forward.cc']
     return tuple((ctypes.c_int * 2).in_dll(library, 'flax_densenet_panel'))
 
@@ -283,8 +284,8 @@ def panel() -> tuple[int, int]:
 def load_ahead():
     """Starts `load` in a thread, if computation is on the CPU.
 
-    The first time, it compiles for some seconds; started here, it is ready when the
-    data is.
+    The first call compiles for some seconds. Started early, it is ready when the data
+    is.
     """
     if jax.default_backend() == 'cpu':
         threading.Thread(target=load, daemon=True).start()

@@ -5,9 +5,9 @@ plain implementation spends most of its time reading the growing `x`. Four obser
 avoid most of that:
 
 1. Batch statistics are computed once. Channel c of `x` has the same batch mean and
-   variance in every later layer; only that layer's scale and bias differ. They are
-   computed when the channel is made, and their gradients, summed over the layers, are
-   applied once:
+   variance in every later layer; only the scale and the bias of the layer differ. They
+   are computed together with the channel, and their gradients, summed over the layers,
+   are applied once:
 
        norm1 of layer l:  (x - mean) * a_l + bias_l,   a_l = scale_l / sqrt(var + eps)
        d mean = -sum_l a_l * sum(d_l)
@@ -16,8 +16,8 @@ avoid most of that:
 
    where d_l is the gradient after norm1 of layer l. The mean is subtracted before the
    multiplication, so that a mean far from zero costs no precision.
-2. Memory is linear in the depth: a block keeps its output, the statistics, and each
-   layer's 1x1 output. `relu(norm1(x))`, whose size is quadratic, is recomputed.
+2. Memory is linear in the depth: a block keeps its output, the statistics, and the 1x1
+   output of each layer. `relu(norm1(x))`, with a quadratic total size, is recomputed.
 3. A 1x1 convolution is a matrix product, which is fast forward and backward.
 4. Average pooling and a 1x1 convolution commute, so a transition pools first.
 
@@ -55,7 +55,7 @@ def use_native(
       x: the input; only its dtype matters.
       layers: sequence of `Layer`.
       load: the required kernels, `float32` or `bfloat16`.
-      all_rows: the batch's statistics are computed, of the rows of all devices.
+      all_rows: whether batch statistics over the rows of all devices are computed.
 
     Raises:
       UserError: `kernel='native'`, but the kernel cannot be used.
@@ -74,7 +74,7 @@ def use_native(
                 + ('; install g++ or set CXX' if 'compiler' in reason else '')
             )
     if reason is None and all_rows and spread.is_shared() and jax.process_count() > 1:
-        reason = 'the batch statistics are those of several processes'
+        reason = 'the batch statistics cover several processes'
         if jax.process_index() == 0:
             _log_once(
                 f'the dense block runs without its CPU kernel: {reason}; training is '
@@ -110,18 +110,18 @@ def block_train(
       x: `[N, H, W, C0]`.
       layers: sequence of `Layer`; its running statistics are not used.
       epsilon: added to variances.
-      dtype: of the activations.
+      dtype: dtype of the activations.
       kernel: one of `KERNELS`.
       remat: recompute `relu(norm1(x))` in the backward pass instead of keeping it. The
         native kernel always does.
-      dropout_rate: share of values to drop after each 3x3 convolution.
+      dropout_rate: fraction of the values to drop after each 3x3 convolution.
       keys: a random key for each layer, needed if `dropout_rate` is above 0.
-      path_rates: for each layer, the share of images for which its maps are dropped.
-      path_keys: a random key for each layer whose rate is above 0.
+      path_rates: for each layer, the fraction of images for which its maps are dropped.
+      path_keys: a random key for each layer with a rate above 0.
 
     Returns:
       Features `[N, H, W, C0 + L * G]`; their batch (mean, var); and for each layer the
-      batch (mean, var) of norm2's input, or None without bottleneck.
+      batch (mean, var) of the input of norm2, or None without bottleneck.
     """
     layers = tuple(layers)
     path_rates = path_rates or (0.0,) * len(layers)
@@ -150,7 +150,7 @@ def block_train(
 
 
 def _in_float32(x):
-    """Whether a block in bfloat16 computes in float32, because that is faster."""
+    """Whether a bfloat16 block computes in float32, because that is faster."""
     if x.dtype != jnp.bfloat16:
         return False
     reason = cpu_kernels.why_bfloat16_is_slow()
@@ -174,12 +174,12 @@ def block_eval(x, layers, *, epsilon, dtype, kernel='auto'):
 
 
 def stem(x, norm, *, epsilon, dtype, padding, kernel='auto'):
-    """Batch norm, ReLU and 3x3 max pooling of stride 2, after the stem's convolution.
+    """The stem after its convolution: batch norm, ReLU, 3x3 max pooling with stride 2.
 
     Args:
       x: `[N, H, W, C]`.
-      norm: (mean, var, scale, bias), each `[C]`. In training mean and var are None, and
-        the batch's are used.
+      norm: (mean, var, scale, bias), each `[C]`. In training, mean and var are None,
+        and the statistics of the batch are used.
       padding: ((top, bottom), (left, right)) of the pooling.
 
     Returns:
@@ -201,13 +201,16 @@ def stem(x, norm, *, epsilon, dtype, padding, kernel='auto'):
 
 
 def transition(x, norm, weights, *, epsilon, dtype, kernel='auto'):
-    """Batch norm, ReLU, 2x2 mean, 1x1 convolution: to `[N, H // 2, W // 2, F]`.
+    """Batch norm, ReLU, 2x2 mean, 1x1 convolution: `[N, H // 2, W // 2, F]`.
 
     Args:
+      x: `[N, H, W, C]`.
       norm: (mean, var, scale, bias), each `[C]`.
       weights: `[1, 1, C, F]`.
-      kernel: one of `KERNELS`. XLA computes it; if the blocks are native, it computes
-        in float32, which is faster on CPUs.
+      epsilon: added to the variance.
+      dtype: dtype of the activations.
+      kernel: one of `KERNELS`. XLA always computes transitions; if the blocks are
+        native, it uses float32, which is faster on CPUs.
     """
     if dtype == jnp.bfloat16 and use_native(kernel, x):
         wide = transition(x, norm, weights, epsilon=epsilon, dtype=jnp.float32)

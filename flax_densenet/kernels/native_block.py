@@ -1,8 +1,8 @@
 """The dense block in C++, on CPUs: `kernel='native'`.
 
-One call into `cpu_float32_*.cc` or `cpu_bf16_training.cc` for each block and direction.
-In bfloat16, features and the values kept for the backward pass are bfloat16;
-statistics, parameters and their gradients are float32. On several devices, see
+Each block and direction is one call into `cpu_float32_*.cc` or `cpu_bf16_training.cc`.
+In bfloat16, features and the values kept for the backward pass are bfloat16, while
+statistics, parameters and their gradients are float32. For several devices, see
 `spread`.
 """
 
@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from flax_densenet.kernels import cpu as cpu_kernels
 from flax_densenet.kernels import spread, xla_block
 
-_CHUNK = 32  # channels of a chunk in bfloat16
+_CHUNK = 32  # channels in a chunk in bfloat16
 
 
 def why_not(x, *, known: bool) -> str | None:
     """Why the kernels cannot compute on `x` here, or None if they can.
 
     Args:
-      known: it must be known which devices share the rows, see `spread`.
+      known: whether it must be known which devices share the rows, see `spread`.
     """
     if jax.default_backend() != 'cpu':
         return 'it is for CPUs'
@@ -36,14 +36,14 @@ def why_not_block(layers) -> str | None:
     """Why the kernels cannot compute a block of these layers, or None."""
     first = layers[0]
     if first.kernel2 is None and first.kernel1.shape[3] > 28:  # 9 * 28 = 252
-        return 'without bottleneck its widest growth is 28'
+        return 'without bottleneck it supports a growth rate of at most 28'
     if first.kernel2 is not None and max(first.kernel2.shape[2:]) > 256:
-        return 'its widest layer is 256'
+        return 'it supports layers of at most 256 channels'
     return None
 
 
 def parameters(layer):
-    """Parameters of a `Layer` in the order of the kernel's arguments and results."""
+    """Parameters of a `Layer`, in the order of the kernel's arguments and results."""
     front = (layer.scale1, layer.bias1, layer.kernel1)
     if layer.kernel2 is None:
         return front
@@ -53,7 +53,7 @@ def parameters(layer):
 def keep_mask(keys, shape, rate):
     """The dropout mask of `xla_block.drop_out`: uint8 `[L, *shape]`, 1 to keep.
 
-    XLA takes as long for the random bits as the kernel for the entire block.
+    XLA takes as long for the random bits as the kernel takes for the entire block.
 
     Args:
       keys: a random key for each layer.
@@ -74,11 +74,11 @@ def keep_mask(keys, shape, rate):
 def drops(x, layers, dropout_rate, keys, path_rates, path_keys):
     """Dropout and stochastic depth of a block: `(mask, images)` for `train`.
 
-    Args: as for `dense_block.block_train`.
+    The arguments are those of `dense_block.block_train`.
 
     Returns:
-      uint8 `[L, N, H, W, G]` from `keep_mask`, and float32 `[L, N]`, a factor for each
-      image's new maps; each empty if nothing is dropped.
+      uint8 `[L, N, H, W, G]` from `keep_mask`, and float32 `[L, N]`, a factor for the
+      new maps of each image. Both are empty if nothing is dropped.
     """
     count, places = len(layers), x.shape[:3]
     growth = parameters(layers[0])[-1].shape[3]
@@ -99,12 +99,12 @@ def drops(x, layers, dropout_rate, keys, path_rates, path_keys):
 
 
 def _axes_of(drop):
-    """The axes of the rows, see `spread`."""
+    """The axes of the rows in `drop`, see `spread`."""
     return [1 if array.size else None for array in drop]
 
 
 def _axis_of_pixels(dtype):
-    """Of the layers' `_hidden_shape`."""
+    """The axis of the pixels in stacked arrays of `_hidden_shape`."""
     return 2 if dtype == jnp.bfloat16 else 1
 
 
@@ -121,7 +121,7 @@ def _suffix(dtype):
 
 
 def _hidden_shape(pixels, width, dtype):
-    """The shape of a layer's bottleneck; in bfloat16 in chunks of channels."""
+    """The shape of the bottleneck of a layer; in bfloat16, in chunks of channels."""
     if dtype == jnp.bfloat16:
         return -(-width // _CHUNK), pixels, _CHUNK
     return pixels, width
@@ -139,8 +139,8 @@ def train(x, layers, drop, epsilon, rate):
       rate: dropout rate.
 
     Returns:
-      Features, of x's dtype; their mean and var; mean and var of each layer's
-      bottleneck, `[L, M]`, with M = 0 if there is none.
+      Features, with the dtype of x; their mean and var; mean and var of the bottleneck
+      of each layer, `[L, M]`, with M = 0 if there is none.
     """
     return _train_forward(x, layers, drop, epsilon, rate)[0]
 
@@ -175,7 +175,7 @@ def _train_forward(x, layers, drop, epsilon, rate):
 
 def _train_backward(epsilon, rate, residuals, gradients):
     saved, layers = residuals
-    # Statistics inside the layers are only used for running averages, so they have no
+    # Statistics inside the layers only update the running averages, so they have no
     # gradient.
     features_gradient, mean_gradient, var_gradient, _, _ = gradients
     features, hidden = saved[0], saved[3]
@@ -281,7 +281,7 @@ def _stem_train_forward(x, scale, bias, epsilon, padding):
 
 
 def _stem_train_backward(epsilon, padding, saved, gradients):
-    # The statistics are only used for running averages.
+    # The statistics only update the running averages.
     x, scale, bias, *_ = saved
     return tuple(
         spread.call(

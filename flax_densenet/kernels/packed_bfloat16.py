@@ -1,8 +1,8 @@
-"""Native kernels for inference in bfloat16: packs their arrays and calls them.
+"""Packs the arrays of the native kernels for inference in bfloat16, and calls them.
 
-Like `packed_inference`, with two vectors for each block: float32 for the norms and
-biases, bfloat16 for the weights. A matrix is stored in tiles of 32 rows and 16 columns,
-each as 16 rows of 16 pairs, the operand of the processor's dot products.
+Like `packed_inference`, but with two vectors for each block: float32 for the norms and
+biases, bfloat16 for the weights. A matrix is stored in tiles of 32 rows and 16 columns.
+Each tile is stored as 16 rows of 16 pairs, the operand of the processor's dot products.
 """
 
 from typing import Any
@@ -27,8 +27,8 @@ def _fill(array, multiple, axis):
 def tiles(kernel: np.ndarray) -> np.ndarray:
     """Packs matrices `[..., rows, columns]`, one after another, into a vector of tiles.
 
-    Each matrix is padded with zeros to complete tiles. Two neighboring tiles in a row
-    form a panel; a panel stores its tiles of all rows one after another.
+    Each matrix is padded with zeros to complete tiles. Two adjacent columns of tiles
+    form a panel; a panel stores its tiles row by row.
     """
     kernel = _fill(_fill(kernel, _DEPTH, -2), _COLUMNS, -1)
     columns = kernel.shape[-1]
@@ -46,7 +46,7 @@ class _Packer:
         self._vectors.append(_fill(np.ravel(array), _DEPTH, 0))
 
     def add_norm(self, norm):
-        """x * a + b."""
+        """Adds a norm as x * a + b."""
         self.add(norm['a'])
         mean = norm['mean'].astype(np.float64)
         self.add((norm['bias'] - mean * norm['a']).astype(np.float32))
@@ -74,7 +74,7 @@ def pack_block(layers, tail: dict[str, Any]) -> dict[str, np.ndarray]:
     for layer in layers:
         packer.add_norm(layer['norm1'])
         packer.add(layer['conv1']['bias'])
-        # The columns of the 1x1 are the rows of the 3x3's matrices.
+        # The columns of the 1x1 are the rows of the matrices of the 3x3.
         packer.add_kernel(_fill(layer['conv1']['kernel'][0, 0], _DEPTH, 1))
         packer.add_kernel(layer['conv2']['kernel'])
     packer.add_norm(tail)
@@ -84,7 +84,7 @@ def pack_block(layers, tail: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def block(x, packed, *, layers: int, bottleneck: int, growth: int, features: int):
-    """`packed_inference.block` in bfloat16."""
+    """Like `packed_inference.block`, in bfloat16."""
 
     def of_own_rows(x, vectors, weights):
         shape = packed_inference.block_shape(x, layers * growth, features)
@@ -105,7 +105,7 @@ def block(x, packed, *, layers: int, bottleneck: int, growth: int, features: int
 
 
 def pack_stem(conv: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Packs the weights of `stem`: a folded 7x7 `kernel` of 1 or 3 channels; `bias`."""
+    """Packs the weights of `stem`: a folded 7x7 `kernel` (1 or 3 channels), `bias`."""
     packer, kernel = _Packer(), conv['kernel']
     packer.add(conv['bias'])
     # A row of the window is one step.
@@ -114,7 +114,7 @@ def pack_stem(conv: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def stem(x, packed, *, features: int, size: tuple[int, int], **sizes: int):
-    """`packed_inference.stem`, from float32 to bfloat16."""
+    """Like `packed_inference.stem`, from float32 to bfloat16."""
 
     def of_own_rows(x, vectors, weights):
         result = [jax.ShapeDtypeStruct((x.shape[0], *size, features), jnp.bfloat16)]

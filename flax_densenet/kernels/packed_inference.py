@@ -1,7 +1,7 @@
-"""Native kernels for inference: packs their arrays and calls them.
+"""Packs the arrays of the native kernels for inference in float32, and calls them.
 
-The weights of a block are one vector in the order in which `cpu_float32_forward.cc`
-reads them, so calls need no packing, and a program has a few arguments instead of six
+The weights of a block form one vector in the order in which `cpu_float32_forward.cc`
+reads them. Calls then need no packing, and a program has a few arguments instead of six
 hundred. One call computes a block and the transition after it, and writes only the
 result.
 """
@@ -74,10 +74,12 @@ def block(x, packed, *, layers: int, bottleneck: int, growth: int, features: int
       layers: number of layers.
       bottleneck: channels inside a layer.
       growth: channels that a layer adds.
-      features: output channels of the transition; 0 for the last block, which has none.
+      features: output channels of the transition; 0 for the last block, which has no
+        transition.
 
     Returns:
-      `[N, H // 2, W // 2, features]` or, normalized, `[N, H, W, C + layers * growth]`.
+      `[N, H // 2, W // 2, features]`; for the last block the normalized features
+      `[N, H, W, C + layers * growth]`.
     """
 
     def of_own_rows(x, packed):
@@ -113,13 +115,13 @@ def pack_stem(conv: dict[str, Any]) -> np.ndarray:
 
 
 def stem_sizes(x, padding, pool_padding) -> tuple[tuple[int, int], dict[str, int]]:
-    """The (height, width) of the stem's result, and the attributes of its call.
+    """The (height, width) of the result of the stem, and the attributes of its call.
 
     Args:
       x: the images `[N, H, W, C]`.
       padding: ((top, bottom), (left, right)) of the convolution.
-      pool_padding: a function of the convolution's (height, width) that returns the
-        padding of the pooling.
+      pool_padding: a function from the (height, width) of the convolution's output to
+        the padding of the pooling.
     """
 
     def sizes_of(sizes, padding, window):
@@ -140,7 +142,7 @@ def stem_sizes(x, padding, pool_padding) -> tuple[tuple[int, int], dict[str, int
 
 
 def stem(x, packed, *, features: int, size: tuple[int, int], **sizes: int):
-    """7x7 convolution of stride 2, 3x3 max pooling of stride 2, bias, ReLU.
+    """7x7 convolution with stride 2, 3x3 max pooling with stride 2, bias, ReLU.
 
     Args:
       x: float32 `[N, H, W, C]`, where C is 1 or 3.

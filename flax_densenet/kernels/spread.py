@@ -1,10 +1,10 @@
-"""The C++ kernels in a program on several CPU devices, which share the rows.
+"""Runs the C++ kernels in a program on several CPU devices that share the rows.
 
-Which devices they are is known from `jax.set_mesh(mesh)`, a mesh with one axis; the
-rows of a batch are spread over it. What needs only its own rows is computed on each
-device. Batch statistics and gradients of parameters are those of all rows: there one
-device computes for all of them (`cpu_together.h`), so the results are, bit for bit,
-those of one device. That needs all devices in one process.
+`jax.set_mesh(mesh)`, with a mesh of one axis, defines these devices; the rows of a
+batch are spread over the axis. Each device computes what depends only on its own rows.
+Batch statistics and gradients of parameters depend on all rows, so one device computes
+them for all (`cpu_together.h`), and the results are bit-identical to those of a single
+device. This needs all devices in one process.
 """
 
 import jax
@@ -17,7 +17,7 @@ from flax_densenet.kernels import cpu as cpu_kernels
 
 
 def is_known() -> bool:
-    """Whether one device computes here, or it is known which ones share the rows."""
+    """Whether there is one device here, or it is known which devices share the rows."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return jax.device_count() == 1
@@ -25,13 +25,13 @@ def is_known() -> bool:
 
 
 def is_shared() -> bool:
-    """Whether several devices share the rows here."""
+    """Whether several devices share the rows."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1 and _has_one_axis(mesh)
 
 
 def _is_local(mesh):
-    """Inside of `jax.shard_map`, where each device sees its own rows alone."""
+    """Whether this is inside `jax.shard_map`, where a device sees only its own rows."""
     return all(kind == AxisType.Manual for kind in mesh.axis_types)
 
 
@@ -40,7 +40,7 @@ def _has_one_axis(mesh):
 
 
 def devices(rows: int) -> int:
-    """The number of devices that share so many rows; 1 if each computes all of them."""
+    """The number of devices that share the rows; 1 if each computes all of them."""
     if not is_shared():
         return 1
     size = jax.sharding.get_abstract_mesh().size
@@ -48,13 +48,13 @@ def devices(rows: int) -> int:
 
 
 def by_rows(function, results, arguments, rows: int):
-    """`function`, which needs only its own rows, so that each device computes its own.
+    """Wraps a `function` of independent rows: each device computes its own rows.
 
     Args:
-      function: of arrays or trees of them, to a list or tuple of such.
-      results, arguments: the axis of the rows of each, in a list or tuple as the
-        function returns; None: all devices have all of it.
-      rows: their number on all devices.
+      function: takes arrays or trees of arrays; returns a list or a tuple of them.
+      results, arguments: the axis of the rows in each result and argument, in a list or
+        a tuple like that of the function; None if each device has the entire array.
+      rows: total number of rows on all devices.
     """
     if devices(rows) == 1:
         return function
@@ -72,14 +72,14 @@ def by_rows(function, results, arguments, rows: int):
 
 
 def call(name: str, results, arrays, axes, axes_of_results, *, rows: int, **attributes):
-    """`cpu.call` of a handler that needs the rows of all devices.
+    """Calls a handler that needs the rows of all devices, like `cpu.call`.
 
     Args:
-      name: of the handler, which has a `...Together`.
+      name: name of the handler, which has a variant `...Together`.
       results: shapes of the results for all rows.
       arrays: the arguments.
-      axes, axes_of_results: as of `by_rows`.
-      rows: their number on all devices.
+      axes, axes_of_results: the axis of the rows in each array, see `by_rows`.
+      rows: total number of rows on all devices.
     """
     count = devices(rows)
     if count == 1:
@@ -97,7 +97,7 @@ def call(name: str, results, arrays, axes, axes_of_results, *, rows: int, **attr
         number = cpu_kernels.call(
             'CallNumber', jax.ShapeDtypeStruct((1,), jnp.uint32), has_side_effect=True
         )
-        # The largest of the devices' numbers, which no other call has at this time.
+        # The maximum over the devices, which no other call has at this time.
         number = lax.pmax(number, axis)
         place = lax.axis_index(axis).astype(jnp.uint32).reshape(1)
         return cpu_kernels.call(

@@ -20,12 +20,12 @@ from jax import lax
 )  # fmt: skip
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """Variables of one dense layer; without bottleneck the `2` fields are None.
+    """Variables of one dense layer; without bottleneck, fields ending in 2 are None.
 
     Attributes:
-      scale1, bias1, mean1, var1: of norm1, `[C]`.
+      scale1, bias1, mean1, var1: variables of norm1, `[C]`.
       kernel1: `[1, 1, C, M]`, or `[3, 3, C, G]` without bottleneck.
-      scale2, bias2, mean2, var2: of norm2, `[M]`.
+      scale2, bias2, mean2, var2: variables of norm2, `[M]`.
       kernel2: `[3, 3, M, G]`.
     """
 
@@ -44,8 +44,8 @@ class Layer:
 def statistics(x):
     """Mean and biased variance of each channel of `[N, H, W, C]`, in float32 or wider.
 
-    Uses two passes: the mean of the deviations from a first mean corrects both results.
-    A single pass would lose the variance of a channel with a large mean.
+    It uses two passes: the mean deviation from a first estimate of the mean corrects
+    both results. A single pass would lose the variance of a channel with a large mean.
     """
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     middle = lax.stop_gradient(x.mean((0, 1, 2)))
@@ -69,8 +69,8 @@ def normalize_relu(x, mean, var, scale, bias, epsilon, dtype):
 def product(x, kernel):
     """1x1 convolution: `[N, H, W, C]`, `[C, M]` -> `[N, H, W, M]`.
 
-    The weight gradient is computed as (g^T x)^T: 131 to 166 GFLOP/s on two CPU cores,
-    while the gradient of a convolution reaches 13 to 55.
+    The weight gradient is computed as (g^T x)^T. This reaches 131 to 166 GFLOP/s on two
+    CPU cores, while the gradient of a convolution reaches 13 to 55.
     """
     return lax.dot_general(x, kernel, (((3,), (0,)), ((), ())))
 
@@ -86,7 +86,7 @@ product.defvjp(lambda x, kernel: (product(x, kernel), (x, kernel)), _product_bac
 
 
 def conv3x3(x, kernel):
-    """3x3 convolution of stride 1: `[N, H, W, C]`, `[3, 3, C, G]` -> `[N, H, W, G]`."""
+    """3x3 convolution, stride 1: `[N, H, W, C]`, `[3, 3, C, G]` -> `[N, H, W, G]`."""
     return lax.conv_general_dilated(
         x, kernel, (1, 1), ((1, 1), (1, 1)), dimension_numbers=('NHWC', 'HWIO', 'NHWC')
     )
@@ -95,11 +95,11 @@ def conv3x3(x, kernel):
 def train(
     x, layers, *, epsilon, dtype, remat, dropout_rate, keys, path_rates, path_keys
 ):
-    """A dense block in training; arguments and results of `dense_block.block_train`."""
+    """A dense block in training; for arguments see `dense_block.block_train`."""
     hidden = _hidden
     if remat:
-        # Without prevent_cse XLA merges the two computations and saves nothing: 3,092
-        # instead of 1,928 MB of temporary memory for a step of DenseNet-121 (batch 16).
+        # Without prevent_cse, XLA merges the two computations and saves no memory: a
+        # step of DenseNet-121 (batch 16) then takes 3,092 instead of 1,928 MB.
         hidden = jax.checkpoint(_hidden, static_argnums=(4, 5), prevent_cse=True)
     mean, var = statistics(x)
     inner = []
@@ -144,7 +144,7 @@ def evaluate(x, layers, epsilon, dtype):
 
 
 def stem(x, mean, var, scale, bias, epsilon, padding, dtype):
-    """`dense_block.stem` with given statistics."""
+    """Like `dense_block.stem`, with given statistics."""
     y = normalize_relu(x, mean, var, scale, bias, epsilon, dtype)
     return lax.reduce_window(
         y,
@@ -157,7 +157,7 @@ def stem(x, mean, var, scale, bias, epsilon, padding, dtype):
 
 
 def drop_out(x, key, rate):
-    """Dropout: sets a share `rate` of the values to 0, scales the others up."""
+    """Dropout: sets a fraction `rate` of the values to 0 and scales up the others."""
     return _drop(x, key, rate, x.shape)
 
 
@@ -171,6 +171,6 @@ def _drop(x, key, rate, shape):
 
 
 def kept(key, shape, rate):
-    """A random mask that keeps a share of 1 - `rate`."""
+    """A random mask that keeps a fraction of 1 - `rate`."""
     # Always in float32, so that the choice does not depend on the precision.
     return jax.random.uniform(key, shape, jnp.float32) >= rate

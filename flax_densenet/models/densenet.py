@@ -17,58 +17,58 @@ POOLINGS = ('mean', 'max', 'max_mean')
 
 
 class DenseNet(network.Network):
-    """DenseNet for images `[N, H, W, C]`; make one with `create_model`.
+    """DenseNet for images `[N, H, W, C]`; create one with `create_model`.
 
     Attributes:
-      num_classes: width of the classifier; 0 for none: the model then returns the
-        pooled features.
-      growth_rate: feature maps that each layer adds (k).
-      block_sizes: layers of each dense block.
+      num_classes: width of the classifier. With 0 there is no classifier, and the model
+        returns the pooled features.
+      growth_rate: number of feature maps that each layer adds (k).
+      block_sizes: number of layers in each dense block.
       bottleneck: a 1x1 convolution to `bottleneck * growth_rate` maps comes before
-        each 3x3 one; 0 for none.
-      compression: share of the feature maps that a transition keeps (theta).
-      stem: `imagenet` (7x7 stride 2, batch norm, ReLU, 3x3 max pooling of stride 2),
-        `deep` (three 3x3 in place of the 7x7, each with batch norm and ReLU, the
-        first of stride 2, the first two with half of the maps) or `cifar` (3x3
-        alone).
-      stem_features: feature maps of the stem.
-      blur_pool: the stem's pooling has stride 1, and a blur (`layers.blur_pool`) halves
-        the size instead. Not possible with the `cifar` stem, which does not pool.
-      dropout_rate: share of values dropped in training.
-      dropout_after: where values are dropped: `conv3x3`, after each 3x3 convolution of
-        a dense block, like the PyTorch ports; or `every_conv`, also after each 1x1
-        convolution and in transitions, like the authors' Torch code. `every_conv` with
-        a rate above 0 uses the plain layers.
-      drop_path_rate: in training, share of images for which the new feature maps of
-        the last dense layer are dropped (stochastic depth); the maps of the others are
-        scaled up. The rate falls linearly to 0 at the first layer
+        each 3x3 convolution; 0 for none.
+      compression: fraction of the feature maps that a transition keeps (theta).
+      stem: `imagenet` (7x7 convolution with stride 2, batch norm, ReLU, 3x3 max pooling
+        with stride 2), `deep` (three 3x3 convolutions in place of the 7x7, each with
+        batch norm and ReLU; the first has stride 2, and the first two have half of the
+        maps) or `cifar` (a single 3x3 convolution).
+      stem_features: number of feature maps of the stem.
+      blur_pool: the pooling of the stem has stride 1, and a blur (`layers.blur_pool`)
+        halves the size instead. Not possible with the `cifar` stem, which has no
+        pooling.
+      dropout_rate: fraction of the values dropped in training.
+      dropout_after: where values are dropped: `conv3x3` (after each 3x3 convolution of
+        a dense block, as in the PyTorch ports) or `every_conv` (also after each 1x1
+        convolution and in transitions, as in the authors' Torch code). `every_conv`
+        with a rate above 0 uses the plain layers.
+      drop_path_rate: in training, fraction of the images for which the new feature maps
+        of the last dense layer are dropped (stochastic depth); those of other images
+        are scaled up. The rate decreases linearly to 0 at the first layer
         (`layers.drop_path_rates`).
       epsilon: added to the variance in batch norm.
-      momentum: share of the running average that batch norm keeps at each step.
-      unbiased_variance: whether running variances are unbiased (PyTorch) or biased
-        (Keras).
-      dtype: of the activations. Parameters, statistics and logits are float32; with
-        `float64`, which needs `jax_enable_x64`, everything is float64.
-      padding: of convolutions and max pooling: `torch` (symmetric) or `same`
-        (TensorFlow's, which pads more at the end). They differ if the stride is 2.
-      initializer: of convolution kernels, a key of `factory.INITIALIZERS`.
+      momentum: fraction of the running average that batch norm keeps at each step.
+      unbiased_variance: whether running variances are unbiased (as in PyTorch) or
+        biased (as in Keras).
+      dtype: dtype of the activations. Parameters, statistics and logits are float32.
+        With `float64`, which needs `jax_enable_x64`, everything is float64.
+      padding: padding of convolutions and max pooling: `torch` (symmetric) or `same`
+        (as in TensorFlow, which pads more at the end). They differ if the stride is 2.
+      initializer: initializer of convolution kernels, a key of `factory.INITIALIZERS`.
       fast: compute dense blocks and transitions with `kernels.dense_block`. False uses
-        the plain layers, which have the same variables and, up to rounding, the same
-        results.
+        the plain layers, with the same variables and, up to rounding, the same results.
       kernel: implementation of the fast block: `native` (C++, float32 or bfloat16, on
-        CPUs), `xla`, or `auto`: native if possible. In a program on several CPU devices
-        it is possible within `jax.set_mesh` of a mesh with one axis, for the rows.
+        CPUs), `xla`, or `auto` (native if possible). In a program on several CPU
+        devices, native is possible within `jax.set_mesh(mesh)`, where the mesh has one
+        axis, for the rows.
       remat: `block` recomputes activations in the backward pass of the XLA fast block;
-        `none` keeps them. The native kernel always recomputes.
-      batch_norm_group: in training, number of consecutive rows over which batch norm
-        computes its statistics. The running statistics move once per step, to the
-        average of the groups' means and variances. 0: all rows. -1: the rows of one
-        device; the training step replaces it with their number
-        (`ghost_batch_norm.resolve`), and the module itself uses all rows.
-      hidden: widths of linear layers in front of the classifier, each with a ReLU after
-        it.
-      pooling: `mean` over all positions, `max`, or `max_mean`: both, in this order.
-      last_relu: a ReLU comes between the last norm and the pooling.
+        `none` keeps them. The native kernel always recomputes them.
+      batch_norm_group: in training, the number of consecutive rows over which batch
+        norm computes its statistics. The running statistics are updated once per step,
+        with the average over the groups. 0: all rows. -1: the rows of one device; the
+        training step replaces -1 with their number (`ghost_batch_norm.resolve`), and
+        the module itself uses all rows.
+      hidden: widths of linear layers before the classifier, each followed by a ReLU.
+      pooling: `mean` over all positions, `max`, or `max_mean` (both, in this order).
+      last_relu: whether there is a ReLU between the last norm and the pooling.
     """
 
     family = 'densenet'
@@ -181,7 +181,7 @@ class DenseNet(network.Network):
         return self._norm_and_pool(x, norm, train)
 
     def _norm_and_pool(self, x, norm, train):
-        """Batch norm, ReLU, 3x3 max pooling of stride 2."""
+        """Batch norm, ReLU, 3x3 max pooling with stride 2."""
         pad = ((1, 1), (1, 1))
         if self.padding == 'same':
             pad = tuple(lax.padtype_to_pads(x.shape[1:3], (3, 3), (2, 2), 'SAME'))
@@ -203,9 +203,9 @@ class DenseNet(network.Network):
         return y
 
     def pool(self, x):
-        """ReLU and the mean over all positions, to float32 `[N, F]`.
+        """ReLU and the mean over all positions: float32 `[N, F]`.
 
-        The maximum or both with another `pooling`.
+        With another `pooling`, the maximum, or both.
         """
         x = nn.relu(x) if self.last_relu else x
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -216,11 +216,11 @@ class DenseNet(network.Network):
         return jnp.concatenate([x.max((1, 2)), x.mean((1, 2))], -1)
 
     def pyramid(self, x, train: bool = False, frozen: int = 0):
-        """Images to the output of each dense block, a list from fine to coarse.
+        """Maps images to the output of each dense block, a list from fine to coarse.
 
         For detection and segmentation: strides 4, 8, 16 and 32 with the ImageNet
-        stem. The last entry, after `norm5` and before its ReLU, is what `features`
-        returns, and the output of torchvision's `features`.
+        stem. The last entry, after `norm5` and before its ReLU, is the result of
+        `features`, here and in torchvision.
         """
         self.check_image_size(x.shape[-3:-1])
         grouped = 0 < self.batch_norm_group != x.shape[0]
@@ -261,8 +261,8 @@ class DenseNet(network.Network):
 
     @nn.nowrap
     def smallest_image_size(self):
-        # Each of the n - 1 transitions halves, rounding down; the ImageNet stem halves
-        # twice, rounding up.
+        # Each of the n - 1 transitions halves the size, rounding down; the ImageNet
+        # stem halves it twice, rounding up.
         before_blocks = 2 ** (len(self.block_sizes) - 1)
         return before_blocks if self.stem == 'cifar' else 4 * before_blocks - 3
 
@@ -275,7 +275,7 @@ class DenseNet(network.Network):
     @nn.nowrap
     def check_image_size(self, size):
         smallest = self.smallest_image_size()
-        if any(side < smallest for side in size):  # also of symbolic sizes
+        if any(side < smallest for side in size):  # works for symbolic sizes, too
             raise UserError(
                 f'images of {size[0]}x{size[1]} are too small for '
                 f'{len(self.block_sizes)} dense blocks with the {self.stem} stem: use '
@@ -284,7 +284,7 @@ class DenseNet(network.Network):
 
     @nn.nowrap
     def takes_any_size(self):
-        # TensorFlow's padding depends on the size where the stride is 2.
+        # The padding of TensorFlow depends on the size if the stride is 2.
         return self.padding == 'torch' or self.stem == 'cifar'
 
     @nn.nowrap
@@ -338,7 +338,7 @@ class DenseNet(network.Network):
             )
         if self.kernel == 'native' and self.dropout_after == 'every_conv':
             raise UserError(
-                'model.kernel=native has no such dropout: use auto with '
+                'model.kernel=native does not support this dropout: use auto with '
                 'model.dropout_after=every_conv'
             )
 
@@ -348,7 +348,7 @@ def _drops_everywhere(module):
 
 
 def _make_layer(module, conv, kernel, norm):
-    """The constructor of dense layers, and the options of the fast block or None."""
+    """The constructor of dense layers, and the options of the fast block (or None)."""
     layer, fast = functools.partial(layers.DenseLayer, conv=conv), None
     if _drops_everywhere(module):
         layer = functools.partial(layer, drop_bottleneck=True)
@@ -370,7 +370,7 @@ def _make_layer(module, conv, kernel, norm):
 
 
 def _add_stem(module, conv, norm):
-    """Adds the stem's convolutions and norms; part of `setup`."""
+    """Adds the convolutions and norms of the stem; part of `setup`."""
     if module.stem == 'imagenet':
         module.conv0 = conv(module.stem_features, (7, 7), strides=2)
         module.norm0 = norm()

@@ -1,12 +1,12 @@
-"""Several networks of the same kind as one, whose probabilities are averaged.
+"""Ensembles: several networks of the same kind that average their probabilities.
 
 An `Ensemble` is used like a `Network`: `apply` takes normalized images, feature maps or
 pooled features. Its variables are those of its members, stacked along a first axis. The
-members are computed one after the other, so a program is compiled for one of them.
+members are computed one after the other, so only one of them is compiled.
 
-The logits of an ensemble are those of the mean probabilities. A softmax leaves the sum
-of logits open: it is chosen so that the gradient of a logit is the mean of the members'
-gradients where these agree, which is what maps of evidence need.
+The logits of an ensemble are the logits of the mean probabilities. With a softmax, they
+are only defined up to a constant. It is chosen so that the gradient of a logit is the
+mean gradient of the members where these agree, as class activation maps need.
 
 >>> import jax.numpy as jnp
 >>> logits = mean_logits(jnp.array([[[2.0, 0.0]], [[0.0, 2.0]]]), 'softmax')
@@ -30,7 +30,7 @@ def mean_logits(logits, outputs: str):
     """Logits `[N, C]` of the mean probabilities.
 
     Args:
-      logits: of the members, `[M, N, C]`.
+      logits: logits of the members, `[M, N, C]`.
       outputs: `softmax`, `sigmoid`, or `none` for the mean of the logits.
     """
     if outputs == 'none':
@@ -43,14 +43,14 @@ def mean_logits(logits, outputs: str):
 
 @dataclasses.dataclass(frozen=True)
 class Ensemble:
-    """Networks that differ in their variables alone.
+    """Networks that differ only in their variables.
 
-    What is not defined here is that of `member`: its fields, methods and sizes.
+    Anything not defined here comes from `member`: its fields, methods and sizes.
 
     Attributes:
-      member: the network of each of them.
-      members: how many there are, M.
-      outputs: what makes probabilities of a member's logits, see `mean_logits`.
+      member: the network of every member.
+      members: number of members, M.
+      outputs: the function from logits to probabilities, see `mean_logits`.
     """
 
     member: Network
@@ -60,38 +60,39 @@ class Ensemble:
     family: ClassVar[str] = 'ensemble'
 
     def __getattr__(self, name):
-        if name.startswith('__') or name == 'member':  # of a copy that is being made
+        if name.startswith('__') or name == 'member':  # while a copy is being made
             raise AttributeError(name)
         return getattr(self.member, name)
 
     def clone(self, **changes) -> 'Ensemble':
-        """The ensemble with other fields of its members."""
+        """The ensemble with changed fields in all members."""
         return dataclasses.replace(self, member=self.member.clone(**changes))
 
     def has_usual_head(self) -> bool:
-        """False: no published network has the heads of several."""
+        """False, since published networks have only one head."""
         return False
 
     def count_parameters(self, *, channels: int = 3) -> int:
-        """Number of parameters of all members."""
+        """The number of parameters of all members."""
         return self.members * self.member.count_parameters(channels=channels)
 
     def apply(
         self, variables, x, *, method='__call__', mutable: Any = False, **options
     ):
-        """`Network.apply` of all members.
+        """Applies all members, like `Network.apply`.
 
         Args:
-          variables: of `stack`.
-          x: images; for the methods `head` and `pool` maps of `features`, for
-            `classify` what `pool` returns.
-          method: one of these, or `features`.
+          variables: the result of `stack`.
+          x: images; feature maps for the methods `head` and `pool`, pooled features for
+            `classify`.
+          method: one of these methods, or `features`.
 
         Returns:
-          Logits; maps and pooled features have those of all members side by side.
+          Logits `[N, num_classes]`; or feature maps or pooled features of all members,
+          concatenated along the last axis.
         """
         if mutable:
-            raise ValueError('an ensemble is not trained')
+            raise ValueError('an ensemble cannot be trained')
         options = {'method': method, **options}
         if method not in ('head', 'pool', 'classify'):
             found = jax.lax.map(
@@ -99,7 +100,7 @@ class Ensemble:
             )
         else:
             parts = split(x, self.members)
-            # Few operations, whose gradients maps need.
+            # Only a few operations, and maps need their gradients.
             found = jax.vmap(lambda one, part: self.member.apply(one, part, **options))(
                 variables, parts
             )
@@ -109,7 +110,7 @@ class Ensemble:
 
 
 def stack(variables: Sequence[Any]):
-    """Variables of an ensemble from those of its members."""
+    """The variables of an ensemble, from those of its members."""
     return jax.tree.map(lambda *arrays: jnp.stack(arrays), *variables)
 
 
@@ -124,7 +125,7 @@ def _take(variables, number):
 
 
 def join(found):
-    """Features of the members, `[M, N, ..., F]`, side by side: `[N, ..., M * F]`."""
+    """Concatenates the members' features `[M, N, ..., F]`: `[N, ..., M * F]`."""
     found = jnp.moveaxis(found, 0, -2)
     return found.reshape(*found.shape[:-2], -1)
 

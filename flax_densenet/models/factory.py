@@ -1,7 +1,7 @@
-"""Networks by name: `create_model`, and the table of published variants.
+"""Creates networks by name: `create_model`, and the table of published variants.
 
-Variables have torchvision's names (`denseblock1/denselayer1/norm1`, ...), so that
-published weights map onto them by one rule.
+Variables have the same names as in torchvision (`denseblock1/denselayer1/norm1`, ...),
+so that published weights map onto them by a single rule.
 
 >>> from flax_densenet import create_model, init_variables
 >>> import jax.numpy as jnp
@@ -24,15 +24,15 @@ from flax_densenet.errors import UserError
 from flax_densenet.models import densenet, network, rdnet
 from flax_densenet.models import layers as layers_lib
 
-# Table 1 of the paper. 264 is the paper's fifth ImageNet model (figure 3); torchvision
-# has no weights for it.
+# Table 1 of the paper. The fifth ImageNet model of the paper is 264 (figure 3);
+# torchvision has no weights for it.
 _IMAGENET = {
     'densenet121': dict(growth_rate=32, block_sizes=(6, 12, 24, 16)),
     'densenet161': dict(growth_rate=48, block_sizes=(6, 12, 36, 24), stem_features=96),
     'densenet169': dict(growth_rate=32, block_sizes=(6, 12, 32, 32)),
     'densenet201': dict(growth_rate=32, block_sizes=(6, 12, 48, 32)),
     'densenet264': dict(growth_rate=32, block_sizes=(6, 12, 64, 48)),
-    # timm's, with a stem of three 3x3 convolutions.
+    # Variants of timm, with a stem of three 3x3 convolutions.
     'densenetblur121d': dict(
         growth_rate=32, block_sizes=(6, 12, 24, 16), stem='deep', blur_pool=True
     ),
@@ -44,12 +44,14 @@ _CIFAR_NAME = re.compile(r'(?:(BC|B|C)-)?L(\d{1,9})k(\d{1,9})')
 
 
 def cifar_fields(name: str) -> dict[str, Any] | None:
-    """Fields of a small-image DenseNet named by depth and growth rate (section 4).
+    """Fields of a DenseNet for small images, named by depth and growth rate.
+
+    See section 4 of the paper.
 
     Args:
       name: `L40k12` (plain), `B-L100k12` (bottleneck), `C-L40k12` (compression) or
-        `BC-L100k12` (both): depth L counts the stem, the transitions and the
-        classifier, so L - 4 is a multiple of 3, with bottleneck of 6.
+        `BC-L100k12` (both). The depth L includes the stem, the transitions and the
+        classifier, so L - 4 is a multiple of 3, or of 6 with a bottleneck.
 
     Returns:
       Fields of `DenseNet`, or None if the name does not have this form.
@@ -86,7 +88,7 @@ VARIANTS = _IMAGENET | {name: cifar_fields(name) for name in _CIFAR} | rdnet.VAR
 NETWORKS = (densenet.DenseNet, rdnet.RDNet)
 INITIALIZERS = layers_lib.INITIALIZERS
 DTYPES = ('float32', 'bfloat16', 'float16', 'float64')
-# More than that is a mistake or an attack: it would take all memory, and hours.
+# Larger networks are a mistake or an attack: they would take all memory, and hours.
 # DenseNet-264 has 130 layers and 33 million parameters.
 MOST_LAYERS = 500
 MOST_PARAMETERS = 2**31
@@ -95,29 +97,30 @@ _KINDS = {
     'float': (numbers.Real, 'a number'),
     'str': (str, 'a name'),
     'bool': (bool, 'True or False'),
-    'Sequence[int]': (Sequence, 'whole numbers in brackets, as (6, 12, 24, 16)'),
+    'Sequence[int]': (Sequence, 'whole numbers in brackets, such as (6, 12, 24, 16)'),
 }
 
 
 def create_model(variant: str, *, num_classes: int, **fields: Any) -> network.Network:
-    """Makes a DenseNet (arXiv 1608.06993) or an RDNet (arXiv 2403.19588) by name.
+    """Creates a DenseNet (arXiv 1608.06993) or an RDNet (arXiv 2403.19588) by name.
 
     Args:
-      variant: a name of `list_models`, or any `L<depth>k<growth rate>` with `B-`, `C-`
-        or `BC-` before it (`cifar_fields`).
-      num_classes: width of the classifier; 0 for none: the outputs are the pooled
-        features.
-      **fields: fields of `DenseNet` or `RDNet` that differ from the variant's; None
-        keeps the variant's own.
+      variant: a name from `list_models`, or any `L<depth>k<growth rate>`, optionally
+        with the prefix `B-`, `C-` or `BC-` (see `cifar_fields`).
+      num_classes: width of the classifier. With 0 there is no classifier, and the
+        outputs are the pooled features.
+      **fields: fields of `DenseNet` or `RDNet` to override; None keeps the value of the
+        variant.
 
     Returns:
-      A Flax Linen module. With `variables` of `init_variables` or of trained weights,
-      `model.apply(variables, images)` maps images, float `[N, H, W, C]` and normalized,
-      to logits float32 `[N, num_classes]`. In training, `model.apply(variables, images,
-      train=True, mutable=['batch_stats'])` also returns the updated statistics.
+      A Flax Linen module. With `variables` from `init_variables` or trained weights,
+      `model.apply(variables, images)` maps normalized float images `[N, H, W, C]` to
+      float32 logits `[N, num_classes]`. In training, `model.apply(variables, images,
+      train=True, mutable=['batch_stats'])` also returns the updated batch norm
+      statistics.
 
     Raises:
-      UserError: an unknown variant or field, or an invalid value.
+      UserError: the variant or a field is unknown, or a value is invalid.
     """
     kind, defaults = _find_variant(variant)
     chosen = _choose_fields(kind, variant, fields)
@@ -129,14 +132,14 @@ def create_model(variant: str, *, num_classes: int, **fields: Any) -> network.Ne
 def from_settings(
     model: settings.ModelSettings, *, num_classes: int
 ) -> network.Network:
-    """`create_model` with the fields of the settings."""
+    """Calls `create_model` with the fields of the settings."""
     return create_model(num_classes=num_classes, **vars(model))
 
 
 def _find_variant(variant):
     """The class of a variant and its fields."""
     if not isinstance(variant, str):
-        raise UserError(f'model.variant={variant!r} must be a name, as densenet121')
+        raise UserError(f'model.variant={variant!r} must be a name like densenet121')
     if variant in rdnet.VARIANTS:
         return rdnet.RDNet, rdnet.VARIANTS[variant]
     defaults = VARIANTS.get(variant) or cifar_fields(variant)
@@ -155,7 +158,7 @@ def _find_variant(variant):
 
 
 def field_defaults(kind) -> dict[str, Any]:
-    """Fields of `DenseNet` or `RDNet` with their defaults; None if there is none."""
+    """`{field: default}` of `DenseNet` or `RDNet`; None for a required field."""
     return {
         field.name: None if field.default is dataclasses.MISSING else field.default
         for field in dataclasses.fields(kind)
@@ -164,10 +167,10 @@ def field_defaults(kind) -> dict[str, Any]:
 
 
 def _choose_fields(kind, variant, fields):
-    """The values in `fields` that were set, all of them fields of `kind`.
+    """The values that were set in `fields`, which must all be fields of `kind`.
 
     A config has the fields of all networks. A field of another network is ignored if
-    it has its default.
+    it has its default value.
     """
     known, chosen = field_defaults(kind), {}
     others = {k: v for one in NETWORKS for k, v in field_defaults(one).items()}
@@ -189,7 +192,7 @@ def _choose_fields(kind, variant, fields):
 
 
 def _check_kinds(model):
-    """Raises if the value of a field is not of its declared type."""
+    """Raises if the value of a field does not have the declared type."""
     for field in dataclasses.fields(model):
         if field.name in ('parent', 'name'):
             continue
@@ -197,7 +200,7 @@ def _check_kinds(model):
         kind = 'Sequence[int]' if 'Sequence' in str(field.type) else kind
         kind, meaning = _KINDS[kind]
         value = getattr(model, field.name)
-        # True would pass as 1, a string as a sequence.
+        # Otherwise True would pass as 1, and a string as a sequence.
         if (
             not isinstance(value, kind)
             or (kind is not bool and isinstance(value, bool))
@@ -207,7 +210,7 @@ def _check_kinds(model):
 
 
 def _check_size(model):
-    """Raises for a network of absurd size before anything is allocated."""
+    """Raises for a network of absurd size, before anything is allocated."""
     layers = sum(model.block_sizes)
     if layers > MOST_LAYERS:
         raise UserError(

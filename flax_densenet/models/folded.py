@@ -1,14 +1,14 @@
 """Networks for inference, with batch norm folded into the convolutions.
 
 A dense layer is `conv3x3(relu(norm2(conv1x1(relu(norm1(x))))))`. With running
-statistics a norm is `(x - mean) * a + bias`, `a = scale / sqrt(var + epsilon)`. After a
-convolution it is the same convolution with another kernel and a bias:
+statistics, a norm is `(x - mean) * a + bias` with `a = scale / sqrt(var + epsilon)`. A
+norm after a convolution can be folded into it, with another kernel and a bias:
 
     norm(conv(x, kernel)) = conv(x, kernel * a) + (bias - mean * a)
 
-So the stem's norms and each norm2 disappear; a norm before its convolution stays. Up to
-rounding, the results are those of the module's `features`. Few operations are left, and
-no Linen modules, so the program is traced quickly.
+This removes the norms of the stem and each norm2; a norm before its convolution stays.
+Up to rounding, the results equal those of `Network.features`. Few operations remain,
+and no Linen modules, so tracing is fast.
 
 >>> import jax.numpy as jnp
 >>> from flax_densenet import create_model, init_variables
@@ -39,18 +39,19 @@ from flax_densenet.models.network import Network
 
 
 def fold(module: Network, variables) -> dict[str, Any]:
-    """Folds a network's variables into the arrays that `features` takes.
+    """Folds the variables of a network into the arrays that `features` takes.
 
     Args:
+      module: the network.
       variables: `{'params', 'batch_stats'}`.
 
     Returns:
-      Host arrays, float32 (float64 with `dtype='float64'`): `stem`, its convolutions;
-      `blocks`, for each its `layers` and its `tail` (the transition or the last norm);
-      `head`, the variables after the features. The stem and the blocks are `packed` if
-      the native kernel computes them. A network without batch norm has nothing to
-      fold: its `variables` and its `head`. An ensemble: its `members`, stacked, and
-      their `head`.
+      A dict of host arrays, float32 (float64 with `dtype='float64'`): `stem` (its
+      convolutions), `blocks` (the `layers` of each block, and its `tail`: the
+      transition or the last norm) and `head` (the variables after the features). The
+      stem and the blocks are `packed` if the native kernel computes them. A network
+      without batch norm has nothing to fold, so the dict has its `variables` and its
+      `head`. For an ensemble it has the stacked `members` and their `head`.
     """
     variables = jax.tree.map(np.asarray, variables)
     if module.members > 1:
@@ -120,12 +121,12 @@ def _is_native(module, layer):
 
 
 def why_bfloat16_is_slow(module: Network) -> str | None:
-    """Why bfloat16 is no faster than float32 for a network here; None if it is."""
+    """Why bfloat16 is not faster than float32 for a network here; None if it is."""
     if jax.default_backend() != 'cpu':
         return None
     fields = module.fields()
     if 'kernel' not in fields or not module.bottleneck or not module.fast:
-        return 'there is no CPU kernel in bfloat16 for this network'
+        return 'there is no bfloat16 CPU kernel for this network'
     if module.kernel == 'xla':
         return 'the CPU kernel is not used'
     return cpu_kernels.why_bfloat16_is_slow()
@@ -138,7 +139,7 @@ def _packing(module):
 
 
 def _norm(module, params, averages):
-    """{mean, a, bias}: (x - mean) * a + bias."""
+    """`{mean, a, bias}` of a norm that computes (x - mean) * a + bias."""
     scale, var = params['scale'], averages['var']
     a = scale.astype(np.float64) / np.sqrt(var.astype(np.float64) + module.epsilon)
     return {
@@ -149,7 +150,7 @@ def _norm(module, params, averages):
 
 
 def _join(conv, norm):
-    """A convolution joined with the norm after it."""
+    """Folds the norm after a convolution into it."""
     bias = norm['bias'] - norm['mean'].astype(np.float64) * norm['a']
     return {
         'kernel': conv['kernel'] * norm['a'].reshape(1, 1, 1, -1),
@@ -158,13 +159,18 @@ def _join(conv, norm):
 
 
 def differentiable(module: Network) -> Network:
-    """The network whose folded arrays `features` can be differentiated with."""
+    """The network to fold if `features` must be differentiable."""
     # The native kernel for inference has no gradient.
     return module.clone(kernel='xla') if 'kernel' in module.fields() else module
 
 
 def features(module: Network, folded, images):
-    """Normalized images `[N, H, W, C]` to the last feature map, `[N, h, w, F]`.
+    """Maps normalized images `[N, H, W, C]` to the last feature map `[N, h, w, F]`.
+
+    Args:
+      module: the network.
+      folded: the result of `fold`.
+      images: float `[N, H, W, C]`.
 
     Raises:
       UserError: the images are smaller than `smallest_image_size`.
@@ -180,16 +186,19 @@ def features(module: Network, folded, images):
 
 
 def before_last_halving(module: Network, folded, images):
-    """The feature map that is halved last, and the way from it to the last one.
+    """The feature map before the size is halved for the last time, and the rest.
 
-    Of DenseNets it is that of the last transition, after its ReLU; of RDNet the output
-    of the block before it. A network that halves nowhere has its last map alone.
+    In a DenseNet it is the map in the last transition, after its ReLU; in an RDNet it
+    is the output of the block before the last halving. In a network that never halves
+    the size, it is the last map.
 
     Args:
-      folded: of `fold` for the module of `differentiable`.
+      module: the network, from `differentiable`.
+      folded: the result of `fold` for this module.
+      images: normalized images `[N, H, W, C]`.
 
     Returns:
-      `[N, h, w, F]`, and a function from it to what `features` returns.
+      The map `[N, h, w, F]`, and a function from it to the result of `features`.
     """
     if 'members' in folded:
         return _before_last_halvings(module, folded['members'], images)
@@ -210,7 +219,7 @@ def before_last_halving(module: Network, folded, images):
 
 
 def _before_last_halvings(module, members, images):
-    """`before_last_halving` of an ensemble: the maps of its members side by side."""
+    """`before_last_halving` for an ensemble: the concatenated maps of its members."""
 
     def finish(x):
         def finish_one(pair):
@@ -230,7 +239,7 @@ def _first_blocks(module, folded, images, tails=None):
     """The stem and all blocks but the last.
 
     Args:
-      tails: how many transitions follow; None for all.
+      tails: the number of transitions to include; None for all.
     """
     module.check_image_size(images.shape[1:3])
     x = _stem(module, folded['stem'], images)
@@ -249,7 +258,7 @@ def _last_block(module, folded, x):
 
 
 def _block(module, x, block, size, last=False):
-    """A dense block; if it is packed, with what follows it."""
+    """A dense block; if it is packed, this includes what follows it."""
     if 'packed' in block:
         return _native_block(module, x, block['packed'], size, last)
     for layer in block['layers']:
@@ -271,7 +280,7 @@ def _native_block(module, x, packed, size, last):
 
 
 def logits(module: Network, folded, images):
-    """Normalized images `[N, H, W, C]` to logits `[N, num_classes]`."""
+    """Maps normalized images `[N, H, W, C]` to logits `[N, num_classes]`."""
     maps = features(module, folded, images)
     return module.apply(folded['head'], maps, method='head')
 
@@ -322,7 +331,7 @@ def _stem(module, convs, x):
     x = conv(x, convs[0]['kernel'], 2)
     for before, after in itertools.pairwise(convs):
         x = conv(_biased_relu(x, before), after['kernel'])
-    # Pooling comes first: bias and ReLU keep the order of the values in a channel.
+    # Pooling comes first: bias and ReLU preserve the order of values in a channel.
     stride = 1 if module.blur_pool else 2
     padding = ((1, 1), (1, 1))
     if not module.blur_pool:
@@ -351,7 +360,7 @@ def _dense_layer(x, layer):
 
 
 def _transition(x, arrays):
-    """Pools before the 1x1 convolution, which leaves it a quarter of the work."""
+    """Pools before the 1x1 convolution, which then has a quarter of the work."""
     return _mix_and_pool(jax.nn.relu(_normalize(x, arrays)).astype(x.dtype), arrays)
 
 

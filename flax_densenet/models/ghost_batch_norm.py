@@ -1,11 +1,11 @@
-"""Batch statistics of groups of rows instead of the whole batch ("ghost" batch norm).
+"""Batch statistics for groups of rows instead of the entire batch ("ghost" batch norm).
 
-Statistics of the whole batch are exchanged between devices in every batch norm, forward
-and backward; statistics of a device's own rows need no exchange. Small groups also act
+With statistics of the entire batch, devices exchange data in every batch norm, forward
+and backward. Statistics of each device's rows need no exchange. Small groups also act
 as a regularizer (Hoffer et al., "Train longer, generalize better", 2017,
 https://arxiv.org/abs/1705.08741, section 4).
 
-The model's own forward pass is mapped over the groups, so the layers need no change.
+The forward pass of the model is mapped over the groups, so the layers do not change.
 
 >>> resolve(-1, rows=32, devices=4), resolve(8, rows=32, devices=8)
 (8, 8)
@@ -21,17 +21,17 @@ DEVICE = -1
 
 
 def resolve(group: int, *, rows: int, devices: int, accumulate_steps: int = 1) -> int:
-    """Number of rows in a group for a value of `model.batch_norm_group`; 0: all rows.
+    """The number of rows in a group, from `model.batch_norm_group`; 0 for all rows.
 
     Args:
       group: 0, a number of rows, or -1 for the rows of one device.
-      rows: rows of the global batch.
+      rows: number of rows in the global batch.
       devices: number of devices that share the rows.
       accumulate_steps: number of micro-batches, each with its own statistics.
 
     Raises:
-      UserError: the groups do not divide the rows, or a group would cover parts of
-        devices.
+      UserError: the groups do not divide the rows, or a group would cover a part of a
+        device.
     """
     rows //= accumulate_steps
     own = rows // devices
@@ -59,12 +59,11 @@ def resolve(group: int, *, rows: int, devices: int, accumulate_steps: int = 1) -
 def pyramid(module, x, frozen: int, live):
     """`module.pyramid` in training, with separate statistics for each group of rows.
 
-    `batch_stats` moves once: to the average of the values that each group by itself
-    would have moved it to.
+    `batch_stats` is updated once, with the average of the updates of all groups.
 
     Args:
       module: a bound `DenseNet` with `batch_norm_group` above 0.
-      x: `[N, H, W, C]`; a group is consecutive rows.
+      x: `[N, H, W, C]`; the rows of a group are consecutive.
       frozen: see `Network.__call__`.
       live: names of the submodules that are not frozen.
 
@@ -106,7 +105,7 @@ def pyramid(module, x, frozen: int, live):
     outputs, updated = of_groups(variables, key, images, jnp.arange(count))
     if module.is_mutable_collection('batch_stats'):
         for name, value in updated['batch_stats'].items():
-            # An average of equal values may differ from them in the last digit.
+            # The average of equal values may differ from them in the last digit.
             if name in live:
                 value = jax.tree.map(lambda leaf: leaf.mean(0), value)
                 module.put_variable('batch_stats', name, value)

@@ -1,4 +1,4 @@
-"""Initial values of parameters and batch norm statistics."""
+"""Creates initial parameters and batch norm statistics."""
 
 import functools
 import math
@@ -21,47 +21,48 @@ def variable_shapes(model: network.Network, *, channels: int = 3):
     Args:
       channels: number of image channels.
     """
-    # Fields may be lists, as JSON has them, which cannot be keys of the cache.
+    # Fields may be lists, as in JSON, which cannot be keys of the cache.
     hashable = {k: tuple(v) for k, v in model.fields().items() if isinstance(v, list)}
-    # Tracing 121 random draws would take half of the time.
+    # Tracing 121 random initializers would take half of the time.
     model = model.clone(initializer=None, **hashable)
     shapes = _trace_shapes(model, channels)
-    return jax.tree.map(lambda leaf: leaf, shapes)  # in dicts of the caller's own
+    return jax.tree.map(lambda leaf: leaf, shapes)  # new dicts for the caller
 
 
 @functools.lru_cache(maxsize=16)
 def _trace_shapes(model, channels):
-    """Traced once, as models are loaded, drawn and counted with the same shapes."""
+    """Cached, since models are loaded, initialized and counted with the same shapes."""
     side = model.smallest_image_size()
     image = jax.ShapeDtypeStruct((1, side, side, channels), jnp.float32)
-    # The key is made inside; otherwise a program that makes it would be compiled.
+    # The key is created inside; otherwise a program for it would be compiled.
     init = jax.eval_shape(lambda x: model.init(jax.random.key(0), x), image)
     return with_statistics(init)
 
 
 def with_statistics(variables: dict[str, Any]) -> dict[str, Any]:
-    """Variables with `batch_stats`, which is empty without batch norm."""
+    """The variables with `batch_stats`, which is empty without batch norm."""
     return {'params': variables['params'], 'batch_stats': {}} | variables
 
 
 def init_variables(
     model: network.Network, seed: int, *, channels: int = 3
 ) -> dict[str, Any]:
-    """Makes `{'params', 'batch_stats'}` from a seed, without compiling the network.
+    """Creates `{'params', 'batch_stats'}` from a seed, without compiling the network.
 
     `model.init` compiles or runs every layer, which takes 13 to 32 s for DenseNet-121
-    on two CPU cores. This function traces it for the shapes only and draws each kernel
-    with numpy, from a generator keyed by the seed and the variable's path. So the
-    values of a layer do not depend on other layers, the device or the JAX version.
+    on two CPU cores. This function only traces it for the shapes, and draws each kernel
+    with numpy, from a generator keyed by the seed and the path of the variable. The
+    values of a layer therefore do not depend on other layers, the device or the version
+    of JAX.
 
     Args:
-      model: a network of `create_model`.
+      model: a network from `create_model`.
       seed: an integer of at most 64 bits.
       channels: number of image channels, 3 for color, 1 for gray.
 
     Returns:
-      `{'params': ..., 'batch_stats': ...}` of host (numpy) arrays, float32, or float64
-      with `dtype='float64'`; `batch_stats` is empty without batch norm.
+      `{'params': ..., 'batch_stats': ...}`: numpy arrays, float32, or float64 with
+      `dtype='float64'`; `batch_stats` is empty without batch norm.
     """
     shapes, fields = variable_shapes(model, channels=channels), model.fields()
 
@@ -93,5 +94,5 @@ def _draw_kernel(generator, rule, shape):
     if distribution == 'truncated_normal':
         while (outside := np.abs(values) > 2).any():
             values[outside] = generator.standard_normal(outside.sum(), np.float32)
-        values /= 0.87962566103423978  # std of a normal cut at 2 standard deviations
+        values /= 0.87962566103423978  # std of a normal distribution truncated at 2 std
     return values * np.float32(std)

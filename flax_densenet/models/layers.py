@@ -1,7 +1,7 @@
 """The components of a DenseNet: norms, dense layers, dense blocks, transitions.
 
 The plain modules are the specification. With `fast`, a block declares the same
-variables and computes with `kernels.dense_block`.
+variables but computes with `kernels.dense_block`.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,19 +16,19 @@ from jax import lax
 from flax_densenet.kernels import dense_block, xla_block
 
 # (scale, fan, distribution) of jax.nn.initializers.variance_scaling. He et al., arXiv
-# 1502.01852: fan-in is what the DenseNet paper cites (reference [10]), fan-out what its
-# Torch code does. Glorot normal is Keras' (truncated at two standard deviations).
+# 1502.01852: the DenseNet paper cites fan-in (reference [10]), its Torch code uses
+# fan-out. Glorot normal is as in Keras (truncated at two standard deviations).
 INITIALIZERS = {
     'he_fan_in': (2.0, 'fan_in', 'normal'),
     'he_fan_out': (2.0, 'fan_out', 'normal'),
     'glorot_normal': (1.0, 'fan_avg', 'truncated_normal'),
 }
-# torch's nn.Linear: uniform in +-1/sqrt(fan_in); torchvision sets its bias to 0.
+# As nn.Linear in PyTorch: uniform in +-1/sqrt(fan_in). torchvision sets the bias to 0.
 CLASSIFIER_INITIALIZER = (1 / 3, 'fan_in', 'uniform')
 
 
 def initializers(name: str | None):
-    """Initializers of convolutions and of the classifier; zeros for None."""
+    """The initializers of convolutions and of the classifier; zeros for None."""
     if name is None:
         return nn.initializers.zeros, nn.initializers.zeros
     scaling = nn.initializers.variance_scaling
@@ -39,8 +39,8 @@ class Perceptron(nn.Module):
     """Linear layers with a ReLU between each two: `layer1`, `layer2`, ...
 
     Attributes:
-      widths: of the layers.
-      linear: makes a layer from its width.
+      widths: widths of the layers.
+      linear: a function from a width to a layer.
     """
 
     widths: Sequence[int]
@@ -55,7 +55,7 @@ class Perceptron(nn.Module):
 
 
 def linear_layers(classifier: dict[str, Any]) -> list[dict[str, Any]]:
-    """`{'kernel', 'bias'}` of each linear layer of a classifier, in order.
+    """`{'kernel', 'bias'}` of each linear layer in a classifier, in order.
 
     Args:
       classifier: the parameters of a Dense layer or of a `Perceptron`.
@@ -66,10 +66,10 @@ def linear_layers(classifier: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def parameter(module, name, init, shape, dtype):
-    """`module.param`, but faster to trace if the value exists.
+    """Like `module.param`, but faster to trace if the value exists.
 
-    Linen traces the initializer of each parameter in each call, to compare shapes: a
-    quarter of the time that it takes to trace a training step of DenseNet-121.
+    Linen traces the initializer of each parameter in each call to compare shapes. This
+    takes a quarter of the time for tracing a training step of DenseNet-121.
     """
     if module.is_initializing() or not module.has_variable('params', name):
         return module.param(name, init, shape, dtype)
@@ -80,16 +80,17 @@ def parameter(module, name, init, shape, dtype):
 
 
 class BatchNorm(nn.Module):
-    """Batch normalization over all axes but the last, like PyTorch's or Keras'.
+    """Batch normalization over all axes but the last, as in PyTorch or Keras.
 
-    Linen's `BatchNorm` always averages the biased variance; PyTorch averages the
-    unbiased one. Statistics are computed in float32 or wider, in two passes, so that a
-    mean far from zero costs no precision.
+    `BatchNorm` of Linen always averages the biased variance; PyTorch averages the
+    unbiased variance. Statistics are computed in float32 or wider, in two passes, so
+    that a mean far from zero costs no precision.
 
     Attributes:
-      momentum: share of the running average that is kept at each step (PyTorch's
-        momentum of 0.1 is 0.9 here).
-      unbiased: the running variance is the batch's times n / (n - 1).
+      momentum: fraction of the running average that is kept at each step (a momentum of
+        0.1 in PyTorch is 0.9 here).
+      unbiased: whether the running variance averages the batch variance times
+        n / (n - 1).
     """
 
     epsilon: float = 1e-5
@@ -100,7 +101,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def declare(self, channels: int):
-        """Scale, bias, and variables of the running mean and variance, each `[C]`."""
+        """Declares scale, bias, running mean and running variance, each `[C]`."""
         shape, dtype = (channels,), self.param_dtype
         return (
             parameter(self, 'scale', nn.initializers.ones, shape, dtype),
@@ -110,7 +111,7 @@ class BatchNorm(nn.Module):
         )
 
     def update(self, averages, statistics, count: int):
-        """Moves the running averages towards the statistics of `count` values."""
+        """Moves the running averages toward the statistics of `count` values."""
         if self.is_initializing() or not self.is_mutable_collection('batch_stats'):
             return
         factor = count / max(count - 1, 1) if self.unbiased else 1.0
@@ -127,6 +128,8 @@ class BatchNorm(nn.Module):
         """Normalizes `[N, H, W, C]`; in training, updates `batch_stats` if mutable.
 
         Args:
+          x: `[N, H, W, C]`.
+          train: use the statistics of the batch instead of the running averages.
           statistics: (mean, var) of the batch if they are already known.
         """
         scale, bias, *averages = self.declare(x.shape[-1])
@@ -160,7 +163,7 @@ class DenseLayer(nn.Module):
 
     Attributes:
       drop_bottleneck: whether dropout also follows the 1x1 convolution.
-      drop_path_rate: in training, share of images whose new maps are zero.
+      drop_path_rate: in training, fraction of the images that get new maps of zeros.
     """
 
     growth_rate: int
@@ -194,7 +197,7 @@ class DenseLayer(nn.Module):
 
 
 class DenseLayerVariables(nn.Module):
-    """Declares the variables of a `DenseLayer`, and computes nothing."""
+    """Declares the variables of a `DenseLayer` without computing anything."""
 
     growth_rate: int
     bottleneck: int
@@ -207,7 +210,7 @@ class DenseLayerVariables(nn.Module):
     def __call__(self, channels: int, train: bool):
         """Returns an `xla_block.Layer`, its norms with their averages, and two keys.
 
-        The random keys are for dropout and stochastic depth; None if its rate is 0.
+        The random keys are for dropout and stochastic depth; None if the rate is 0.
         """
         growth, norm1 = self.growth_rate, self.norm(name='norm1')
         scale, bias, *averages1 = norm1.declare(channels)
@@ -245,9 +248,9 @@ class DenseBlock(nn.Module):
     Returns the features and, in training with `fast`, their batch statistics.
 
     Attributes:
-      drop_path_rates: one for each layer, see the function `drop_path_rates`.
+      drop_path_rates: one rate for each layer, see the function `drop_path_rates`.
       layer: constructor of a layer.
-      fast: options of `dense_block`; None for the plain layers.
+      fast: options of `kernels.dense_block`; None for the plain layers.
     """
 
     drop_path_rates: Sequence[float]
@@ -316,8 +319,8 @@ def drop_path_rates(rate: float, block_sizes: Sequence[int]) -> list[tuple[float
 def blur_pool(x):
     """Blurs `[N, H, W, C]` with [1, 2, 1] x [1, 2, 1] / 16 and halves height and width.
 
-    It takes the place of a stride of 2 (Zhang, arXiv 1904.11486). Edges are mirrored,
-    and odd sides round up.
+    It replaces a stride of 2 (Zhang, arXiv 1904.11486). Edges are mirrored, and odd
+    sides round up.
     """
     for axis in (1, 2):
         margin = [(1, 1) if n == axis else (0, 0) for n in range(4)]
@@ -334,7 +337,7 @@ class Transition(nn.Module):
     """Batch norm, ReLU, 1x1 convolution, 2x2 average pooling (section 3).
 
     Attributes:
-      dropout_rate: share dropped after the convolution; only without `fast`.
+      dropout_rate: fraction dropped after the convolution; only without `fast`.
     """
 
     features: int

@@ -1,4 +1,4 @@
-"""What a network is called: `DenseNet-121, 7.98 M parameters`.
+"""Names of networks for people: `DenseNet-121, 7.98 M parameters`.
 
 >>> from flax_densenet import create_model
 >>> describe(create_model('densenet121', num_classes=1000), 'densenet121')
@@ -18,15 +18,16 @@ def describe(module: network.Network, variant: str | None, *, channels: int = 3)
     """The name of a network and its number of parameters.
 
     Args:
+      module: the network.
       variant: as in `config.model.variant`; None if unknown.
-      channels: of the images.
+      channels: number of image channels.
     """
     count = module.count_parameters(channels=channels)
     return f'{name(module, variant)}, {format_count(count)} parameters'
 
 
 def name(module: network.Network, variant: str | None) -> str:
-    """The published name, if the network is that one; else its structure."""
+    """The published name if the network has one, else its structure."""
     if module.members > 1:
         return f'{module.members} × {name(module.member, variant)}'
     fields = module.fields()
@@ -43,7 +44,7 @@ def name(module: network.Network, variant: str | None) -> str:
 
 
 def _changes(module, variant):
-    """Whether something else than the variant's own architecture is in the module."""
+    """Whether the module differs from the architecture of the variant."""
     usual = factory.create_model(variant, num_classes=module.num_classes)
     return usual.architecture() != module.architecture()
 

@@ -1,9 +1,8 @@
-"""The base class of the networks: what they compute, and what one can ask of them.
+"""The base class of the networks: what they compute, and what they can report.
 
 Code that needs to know something about a network asks it; nothing outside `models`
-tests which class it has. What another package does differently for each kind of
-network (names of arrays in torch, an ONNX graph) is in a table there whose keys are
-the networks' `family`.
+tests its class. If another package treats each kind of network differently (names of
+arrays in PyTorch, an ONNX graph), it has a table with `Network.family` as keys.
 """
 
 import dataclasses
@@ -16,7 +15,7 @@ from flax_densenet.errors import UserError
 
 
 class Network(nn.Module):
-    """A classifier of images `[N, H, W, C]`; make one with `create_model`.
+    """A classifier of images `[N, H, W, C]`; create one with `create_model`.
 
     Subclasses define `setup`, `pyramid` and `pool`, and the methods below that raise
     `NotImplementedError`. Methods marked `nn.nowrap` are plain Python: they read the
@@ -25,13 +24,13 @@ class Network(nn.Module):
     Attributes:
       num_classes: width of the classifier. With 0 there is no classifier, and the
         model returns the pooled features.
-      family: the kind of network, a key in other packages' tables.
+      family: the kind of network, a key in the tables of other packages.
       has_batch_norm: whether the images of a batch affect each other in training.
       architecture_fields: names of the fields that set the shapes of the variables.
       growth_field: name of the field with the growth rate or rates.
-      head_fields: names of the fields that describe the heads of weights from
-        elsewhere. They are no settings: training makes a head of one layer.
-      members: networks that it consists of, see `ensemble`.
+      head_fields: names of the fields that describe the heads of imported weights. They
+        are not settings: training creates a head of one layer.
+      members: number of networks, which is 1 except for an `ensemble`.
     """
 
     num_classes: int
@@ -44,18 +43,19 @@ class Network(nn.Module):
     members: ClassVar[int] = 1
 
     def __call__(self, x, train: bool = False, frozen: int = 0):
-        """Normalized images `[N, H, W, C]` to logits `[N, num_classes]`.
+        """Maps normalized images `[N, H, W, C]` to logits `[N, num_classes]`.
 
-        With `num_classes=0`: to pooled features `[N, F]`. In training, pass
-        `rngs={'dropout': key}` if there is dropout or stochastic depth, and
+        With `num_classes=0`, the result is the pooled features `[N, F]`. In training,
+        pass `rngs={'dropout': key}` if there is dropout or stochastic depth, and
         `mutable=['batch_stats']` if there is batch norm.
 
         Args:
-          train: use batch statistics, and drop values, layers or both.
-          frozen: how many of `stages`, counted from the stem, compute as in
-            evaluation while the others train: batch norm uses its running statistics,
-            which do not change, and nothing is dropped. It is an argument and not a
-            field because it describes the training, not the model.
+          x: normalized images, float `[N, H, W, C]`.
+          train: use batch statistics, dropout and stochastic depth.
+          frozen: how many of `stages`, counted from the stem, compute as in evaluation
+            while the others train: batch norm uses its running statistics, which do not
+            change, and nothing is dropped. It is an argument rather than a field
+            because it describes the training, not the model.
 
         Raises:
           UserError: the images are smaller than `smallest_image_size`.
@@ -63,31 +63,31 @@ class Network(nn.Module):
         return self.head(self.features(x, train, frozen))
 
     def features(self, x, train: bool = False, frozen: int = 0):
-        """Images to the last feature map, `[N, H', W', F]`."""
+        """Maps images to the last feature map, `[N, H', W', F]`."""
         return self.pyramid(x, train, frozen)[-1]
 
     def head(self, x):
-        """The output of `features` to logits."""
+        """Maps the output of `features` to logits `[N, num_classes]`."""
         return self.classify(self.pool(x))
 
     def classify(self, x):
-        """The output of `pool`, `[N, F]`, to logits."""
+        """Maps the output of `pool`, `[N, F]`, to logits `[N, num_classes]`."""
         return self.classifier(x) if self.num_classes else x
 
     def pool(self, x):
-        """The output of `features` to the classifier's input, float32 `[N, F]`."""
+        """Maps the output of `features` to the classifier's input, float32 `[N, F]`."""
         raise NotImplementedError
 
     def pyramid(self, x, train: bool = False, frozen: int = 0) -> list[Any]:
-        """Images to feature maps of several sizes, from fine to coarse."""
+        """Maps images to feature maps of several sizes, from fine to coarse."""
         raise NotImplementedError
 
     @nn.nowrap
     def stages(self) -> list[tuple[str, ...]]:
-        """Names of the submodules by depth: the stem, each dense block, the head.
+        """Names of the submodules in order of depth: stem, dense blocks, head.
 
-        A block's stage includes what follows the block: its transition or, after the
-        last block, the final norm.
+        The stage of a block includes what follows it: the transition or, after the last
+        block, the final norm.
         """
         raise NotImplementedError
 
@@ -98,15 +98,15 @@ class Network(nn.Module):
 
     @nn.nowrap
     def smallest_image_size(self) -> int:
-        """Smallest height and width, in pixels, that leave one pixel in the last block.
+        """The smallest height and width in pixels that leave a pixel in the last block.
 
-        29 for the ImageNet variants, 4 for the CIFAR variants, 32 for RDNet's.
+        29 for the ImageNet variants, 4 for the CIFAR variants, 32 for RDNet.
         """
         raise NotImplementedError
 
     @nn.nowrap
     def last_map_side(self, size: int) -> int:
-        """Side of the last feature map, for images of `size` pixels a side."""
+        """Side length of the last feature map, for square images of side `size`."""
         raise NotImplementedError
 
     @nn.nowrap
@@ -121,7 +121,7 @@ class Network(nn.Module):
 
     @nn.nowrap
     def count_parameters(self, *, channels: int = 3) -> int:
-        """Number of parameters, computed from the fields without making any.
+        """The number of parameters, computed from the fields without creating any.
 
         >>> from flax_densenet import create_model
         >>> create_model('densenet121', num_classes=1000).count_parameters()
@@ -131,15 +131,15 @@ class Network(nn.Module):
 
     @nn.nowrap
     def check_fields(self):
-        """Raises `UserError` for values that no such network can have.
+        """Raises `UserError` for values that this kind of network cannot have.
 
-        `factory.create_model` has checked the types of all fields before.
+        `factory.create_model` checks the types of all fields before calling it.
         """
         raise NotImplementedError
 
     @nn.nowrap
     def fields(self) -> dict[str, Any]:
-        """The network's fields by name."""
+        """`{name: value}` of the network's fields."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -148,19 +148,20 @@ class Network(nn.Module):
 
     @nn.nowrap
     def has_usual_head(self) -> bool:
-        """Whether the head is one layer on the mean, as in all published networks."""
+        """Whether the head is one layer after mean pooling, as in published weights."""
         return True
 
     @nn.nowrap
     def architecture(self) -> dict[str, Any]:
-        """The values of `architecture_fields` by name."""
+        """`{name: value}` of the fields in `architecture_fields`."""
         return {name: getattr(self, name) for name in self.architecture_fields}
 
 
 def check_choices(model: Network, **choices: Sequence[str]):
-    """Raises `UserError` if a field has none of its valid values.
+    """Raises `UserError` if the value of a field is not one of its choices.
 
     Args:
+      model: the network.
       **choices: the valid values of each field.
     """
     for name, valid in choices.items():
@@ -172,9 +173,10 @@ def check_choices(model: Network, **choices: Sequence[str]):
 
 
 def check_ranges(model: Network, **valid: bool):
-    """Raises `UserError` for the first field whose value is not valid.
+    """Raises `UserError` for the first field with an invalid value.
 
     Args:
+      model: the network.
       **valid: whether the value of each field is in its range.
     """
     for name, is_valid in valid.items():

@@ -1,15 +1,15 @@
 """RDNet (Kim et al., "DenseNets Reloaded", arXiv 2403.19588) as Flax Linen modules.
 
-Dense connections with the components of modern networks: a patch stem, wide layers
-with a 7x7 depthwise convolution, few transitions, layer norm, GELU, layer scale, and
-squeeze-excitation in the later blocks. Make one with
+RDNet has dense connections and the components of modern networks: a patch stem, wide
+layers with a 7x7 depthwise convolution, few transitions, layer norm, GELU, layer scale,
+and squeeze-excitation in the later blocks. Create one with
 `factory.create_model('rdnet_tiny', ...)`. There is no batch norm, so `batch_stats` is
 empty.
 
 Submodules have the same names as in DenseNet, so that code that freezes, counts or
 replaces them works for both: `conv0, norm0, denseblock1/denselayer1/{conv1, norm1,
-conv2, conv3, gate, gamma}, transition1/{norm, conv}, norm, classifier`. A block is what
-the paper calls a stage, without the transition before it.
+conv2, conv3, gate, gamma}, transition1/{norm, conv}, norm, classifier`. A block is a
+stage of the paper without the transition before it.
 """
 
 import functools
@@ -27,7 +27,7 @@ from flax_densenet.kernels import depthwise as depthwise_lib
 from flax_densenet.kernels import xla_block
 from flax_densenet.models import layers, network
 
-KERNEL_SIZE = 7  # of the depthwise convolutions
+KERNEL_SIZE = 7  # kernel size of the depthwise convolutions
 
 
 def _variant(stem_features, growth_rates, halvings):
@@ -52,28 +52,31 @@ VARIANTS = {
 
 
 class RDNet(network.Network):
-    """RDNet for images `[N, H, W, C]`; make one with `factory.create_model`.
+    """RDNet for images `[N, H, W, C]`; create one with `factory.create_model`.
 
     Attributes:
-      num_classes: width of the classifier; 0 for none: the model then returns the
-        pooled and normalized features.
-      growth_rates: feature maps that each layer adds, one number for each block.
-      block_sizes: layers of each block.
+      num_classes: width of the classifier. With 0 there is no classifier, and the model
+        returns the pooled and normalized features.
+      growth_rates: number of feature maps that each layer adds, one for each block.
+      block_sizes: number of layers in each block.
       halvings: numbers of the transitions that halve height and width, counted from 1
         after the first block. The others only mix channels.
       squeeze_blocks: numbers of the blocks with (effective) squeeze-excitation.
-      bottleneck: width inside a layer, as a multiple of the layer's input channels.
-      compression: share of the feature maps that a transition keeps.
-      layer_scale: initial value of the factors that scale each layer's maps; 0: none.
-      patch_size: side of the stem's patches, in pixels.
-      stem_features: feature maps of the stem.
-      dropout_rate: share of values dropped from each layer's maps in training.
-      drop_path_rate: in training, share of images for which the maps of the last layer
-        are dropped (stochastic depth). The rate falls linearly to 0 at the first layer.
+      bottleneck: width inside a layer, as a multiple of its input channels.
+      compression: fraction of the feature maps that a transition keeps.
+      layer_scale: initial value of the factors that scale the maps of each layer; 0 for
+        no factors.
+      patch_size: side of the patches in the stem, in pixels.
+      stem_features: number of feature maps of the stem.
+      dropout_rate: fraction of the values dropped from the maps of each layer in
+        training.
+      drop_path_rate: in training, fraction of the images for which the maps of the last
+        layer are dropped (stochastic depth). The rate decreases linearly to 0 at the
+        first layer.
       epsilon: added to the variance in layer norm.
-      dtype: of the activations. Parameters and logits are float32; with `float64`,
-        which needs `jax_enable_x64`, everything is float64.
-      initializer: of convolution kernels, a key of `factory.INITIALIZERS`.
+      dtype: dtype of the activations. Parameters and logits are float32. With
+        `float64`, which needs `jax_enable_x64`, everything is float64.
+      initializer: initializer of convolution kernels, a key of `factory.INITIALIZERS`.
       remat: `block` recomputes the inside of each layer in the backward pass, which
         takes less memory and more time; `none` keeps it.
     """
@@ -147,22 +150,22 @@ class RDNet(network.Network):
             )
 
     def pool(self, x):
-        """Mean over all positions and layer norm, to float32 `[N, F]`."""
+        """Mean over all positions and layer norm: float32 `[N, F]`."""
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
         return self.norm(x)
 
     def pyramid(self, x, train: bool = False, frozen: int = 0):
-        """Images to the last output of each size, a list from fine to coarse.
+        """Maps images to the last output of each size, a list from fine to coarse.
 
-        Strides 4, 8, 16 and 32 in the published variants. The last entry is what
-        `features` returns.
+        The strides are 4, 8, 16 and 32 in the published variants. The last entry is the
+        result of `features`.
         """
         self.check_image_size(x.shape[-3:-1])
         x = self.norm0(self.conv0(x.astype(self.dtype)))
         return self._blocks(x, train, frozen)
 
     def _blocks(self, x, train=False, frozen=0, *, first=1):
-        """The last output of each size, from a block on."""
+        """The last output of each size, starting from a block."""
         outputs, count = [], len(self.block_sizes)
         for number in range(first, count + 1):
             x = getattr(self, f'denseblock{number}')(x, train and frozen <= number)
@@ -173,13 +176,13 @@ class RDNet(network.Network):
         return outputs
 
     def before_last_halving(self, x):
-        """Images to the feature map that is halved last, and its block's number."""
+        """The feature map before the last halving, and the number of its block."""
         if not self.halvings:
             return self.features(x), len(self.block_sizes)
         return self.pyramid(x)[-2], max(self.halvings)
 
     def features_after(self, x, number: int):
-        """The output of a dense block to the last feature map."""
+        """Maps the output of a dense block to the last feature map."""
         if number == len(self.block_sizes):
             return x
         x = getattr(self, f'transition{number}')(x)
@@ -266,7 +269,7 @@ class RDNet(network.Network):
 
 
 class Conv(nn.Module):
-    """A convolution with bias, of patches that do not overlap or 1x1."""
+    """A convolution with bias: 1x1, or with patches that do not overlap."""
 
     features: int
     size: int
@@ -331,7 +334,7 @@ class DenseLayer(nn.Module):
         y = self.norm(name='norm1')(self.depthwise(name='conv1')(x))
         y = conv(inner_features(x.shape[-1], self.bottleneck), name='conv2')(y)
         y = conv(self.growth_rate, name='conv3')(_gelu(y))
-        if self.squeeze:  # effective: one layer, of as many channels
+        if self.squeeze:  # effective: one layer that keeps the number of channels
             gate = conv(self.growth_rate, name='gate')(y.mean((1, 2), keepdims=True))
             y = y * nn.hard_sigmoid(gate)
         if self.layer_scale:
@@ -347,14 +350,14 @@ class DenseLayer(nn.Module):
 
 
 def _gelu(x):
-    """The exact GELU by `erf`: on CPUs half the time of `erfc`, which Flax takes."""
+    """Exact GELU with `erf`; on CPUs twice as fast as with `erfc`, as in Flax."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     share = 0.5 + 0.5 * lax.erf(wide * np.asarray(0.5**0.5, wide.dtype))
     return (wide * share).astype(x.dtype)
 
 
 def _drop(module, x, rate, shape):
-    """Drops a share of the values, or of the images, depending on `shape`."""
+    """Drops a fraction of the values or of the images, depending on `shape`."""
     kept = jax.random.bernoulli(module.make_rng('dropout'), 1 - rate, shape)
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
@@ -362,7 +365,7 @@ def _drop(module, x, rate, shape):
 class DenseBlock(nn.Module):
     """Each layer sees the input and the outputs of all layers before it."""
 
-    drop_path_rates: Sequence[float]  # of each layer
+    drop_path_rates: Sequence[float]  # one for each layer
     layer: Any
 
     @nn.compact
@@ -388,12 +391,12 @@ class Transition(nn.Module):
 
 
 def inner_features(channels: int, bottleneck: int) -> int:
-    """Width inside a layer with this many input channels: a multiple of 8."""
+    """The width inside a layer with this many input channels: a multiple of 8."""
     return channels * bottleneck // 8 * 8
 
 
 def transition_features(model: RDNet) -> list[int]:
-    """Input channels of each block: the stem's, then those that transitions keep."""
+    """Input channels of each block, from the stem and from each transition."""
     channels = [model.stem_features]
     parts = zip(model.growth_rates, model.block_sizes, strict=True)
     for growth, size in list(parts)[:-1]:

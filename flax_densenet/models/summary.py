@@ -1,4 +1,4 @@
-"""A table of a network: output shapes, parameters and multiply-adds by block."""
+"""Summarizes a network: output shapes, parameters and multiply-adds by block."""
 
 import jax
 import numpy as np
@@ -8,14 +8,15 @@ from flax_densenet.models import initialization, network
 
 
 def count_model(module: network.Network, image_shape):
-    """Output shape, parameters and multiply-adds of each submodule, in order.
+    """Counts output shape, parameters and multiply-adds of each submodule, in order.
 
     Args:
+      module: the network.
       image_shape: (H, W, C).
 
     Returns:
       `[(name, output shape [H, W, C] or [C], parameters, multiply-adds), ...]`.
-      Multiply-adds are those of convolutions and the classifier, for one image.
+      Multiply-adds are for one image, in convolutions and the classifier.
     """
     # The plain layers are submodules, which can be intercepted.
     module = module.plain()
@@ -45,11 +46,13 @@ def count_model(module: network.Network, image_shape):
 
 
 def format_summary(module: network.Network, image_shape, *, rates=None) -> str:
-    """A table per block of output shape, parameters and GMACs, with totals.
+    """A table with the output shape, parameters and GMACs of each block, and totals.
 
     Args:
-      rates: of `finetune.make_rates`. If some are not 1, the table has a column of
-        learning rates and a line with the number of trained parameters.
+      module: the network.
+      image_shape: (H, W, C).
+      rates: the result of `finetune.make_rates`. If some are not 1, the table has a
+        column of learning rates and a line with the number of trained parameters.
     """
     rows = count_model(module, image_shape)
     shape = 'x'.join(map(str, image_shape))

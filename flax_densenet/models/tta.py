@@ -1,7 +1,7 @@
 """Test-time augmentation: predictions averaged over several views of an image.
 
-The mean probabilities are returned as logits, so code that takes logits needs no
-change.
+The mean probabilities are returned as logits, so code that takes logits works without
+changes.
 
 >>> import jax.numpy as jnp
 >>> views = jnp.log(jnp.array([[[0.9, 0.1]], [[0.5, 0.5]]]))
@@ -33,12 +33,12 @@ def from_metadata(metadata: dict[str, Any]) -> str:
 
 
 def describe(tta: str) -> str:
-    """The words that a line of metrics adds for it; empty for `none`."""
-    return ', each image seen mirrored as well' if tta == 'flip' else ''
+    """The addition to a line of metrics; empty for `none`."""
+    return ', averaged over each image and its mirror image' if tta == 'flip' else ''
 
 
 def views_of(images, tta: str):
-    """The views of images `[N, H, W, C]`; the first is the images themselves."""
+    """The views of images `[N, H, W, C]`; the first one is the original."""
     return [images, images[:, :, ::-1]] if tta == 'flip' else [images]
 
 
@@ -47,7 +47,7 @@ def mean_logits(views, *, multi_label: bool):
 
     Args:
       views: logits `[V, N, C]`.
-      multi_label: probabilities are sigmoids of each label; otherwise a softmax.
+      multi_label: whether probabilities are sigmoids of each label, or a softmax.
     """
     if multi_label:
         positive, negative = (

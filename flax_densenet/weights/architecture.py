@@ -19,15 +19,15 @@ def find_fields(path, arrays):
     """The variant and `FIELDS` of a network, from the shapes of its arrays.
 
     Args:
-      path: of the file, for error messages.
-      arrays: by our names.
+      path: the file, for error messages.
+      arrays: `{our name: array}`, such as `params/conv0/kernel`.
 
     Raises:
-      UserError: the arrays are not those of a network.
+      UserError: the arrays are not a DenseNet or an RDNet.
     """
     if rdnet_names.is_rdnet(arrays):
         fields = rdnet_names.find_fields(path, arrays)
-        # It is not in `FIELDS`, because its value cannot be told after training.
+        # It is not in `FIELDS`, because training changes its value.
         scaled = 'params/denseblock1/denselayer1/gamma' in arrays
         others = {} if scaled else {'layer_scale': 0.0}
         return _name_variant(fields, 'rdnet_tiny') | others
@@ -37,7 +37,7 @@ def find_fields(path, arrays):
             block, layer = map(int, match.groups())
             sizes[block] = max(sizes.get(block, 0), layer)
     first = arrays.get('params/conv0/kernel')
-    last = arrays.get('params/conv2/kernel', first)  # of a deep stem
+    last = arrays.get('params/conv2/kernel', first)  # only in a deep stem
     layer = 'params/denseblock1/denselayer1/'
     inner = arrays.get(layer + 'conv1/kernel')
     outer = arrays.get(layer + 'conv2/kernel', inner)
@@ -60,7 +60,7 @@ def find_fields(path, arrays):
         stem='imagenet' if first.shape[0] == 7 else 'cifar',
         stem_features=last.shape[3],
     )
-    # No array tells whether its pooling blurs. It does in timm's variant of this shape.
+    # No array shows whether pooling blurs. timm's variant with this shape does.
     if last is not first:
         fields['stem'] = 'deep'
     return _name_variant(fields, 'densenet121')
@@ -75,7 +75,7 @@ def _name_variant(fields, otherwise):
 
 
 def of_variant(variant: str, **overrides) -> dict[str, Any]:
-    """The `FIELDS` of a variant, some of them overridden."""
+    """The `FIELDS` of a variant, with `overrides` in place of its own values."""
     module = factory.create_model(variant, num_classes=1, **overrides)
     return module.architecture()
 

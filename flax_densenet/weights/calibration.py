@@ -1,10 +1,10 @@
-"""Calibration of probabilities: what is done to logits before a softmax or sigmoids.
+"""Calibrates probabilities: changes logits before the softmax or the sigmoids.
 
     calibrated = scale * logits + bias
 
-A temperature T (Guo et al., arXiv 1706.04599) is a scale of 1 / T; Platt scaling of a
-label has a scale and a bias of its own. Both are linear, so that exported files have
-them in the last layer of the classifier.
+A temperature T (Guo et al., arXiv 1706.04599) is a scale of 1 / T. Platt scaling has a
+scale and a bias for each label. Both are linear, so exported files include them in the
+last layer of the classifier.
 
 >>> import numpy as np
 >>> half = Calibration(('temperature',), (0.5,), (0.0,))
@@ -28,10 +28,10 @@ class Calibration(decision_entry.Entry):
     """How logits are calibrated.
 
     Attributes:
-      methods: one of METHODS for all classes; of several labels, for each label.
-      scale: one for all classes, or for each label.
-      bias: of as many numbers.
-      notes: lines about what was fitted and what was left alone.
+      methods: one of METHODS: a single one for all classes, or one for each label.
+      scale: a single factor for all classes, or one for each label.
+      bias: as many numbers as `scale`.
+      notes: lines about what was fitted and what was not changed.
     """
 
     methods: tuple[str, ...]
@@ -47,8 +47,8 @@ class Calibration(decision_entry.Entry):
             raise ValueError('methods, scale and bias differ in length')
         for method in self.methods:
             if method not in METHODS:
-                raise ValueError(f'{method!r:.60} is no method')
-        # Below or above that, a probability would be 0, 1 or a half.
+                raise ValueError(f'{method!r:.60} is not a method')
+        # Beyond these limits, every probability would be 0, 1 or 0.5.
         if not all(1e-3 <= value <= 1e3 for value in self.scale):
             raise ValueError('scale is out of range')
         if not all(abs(value) <= 1e3 for value in self.bias):
@@ -56,19 +56,20 @@ class Calibration(decision_entry.Entry):
 
     @property
     def changes(self) -> bool:
-        """Whether it changes anything; False if nothing helped."""
+        """Whether it changes any logits; False if no method helped."""
         return any(method != 'none' for method in self.methods)
 
     @property
     def temperature(self) -> float | None:
-        """The temperature of all classes; None if each label has its own numbers."""
+        """The temperature for all classes; None if each label has its own values."""
         return 1 / self.scale[0] if len(self.scale) == 1 else None
 
     def apply(self, logits, *, xp=np):
-        """Calibrated logits `[..., C]`, in their own precision; float64 stays.
+        """Calibrated logits `[..., C]`, with the dtype of `logits`.
 
         Args:
-          xp: `numpy`, or `jax.numpy` for its arrays.
+          logits: `[..., C]`, floating point.
+          xp: `numpy`, or `jax.numpy` for JAX arrays.
         """
         logits = xp.asarray(logits)
         shape = (1,) * (logits.ndim - 1) + (-1,)
@@ -79,7 +80,7 @@ class Calibration(decision_entry.Entry):
         return logits * scale + bias
 
     def fold(self, variables: dict[str, Any]) -> dict[str, Any]:
-        """Variables whose classifier has the calibration in its last layer.
+        """Variables with the calibration in the last layer of the classifier.
 
         Args:
           variables: `{'params', 'batch_stats'}` as numpy or JAX arrays.
@@ -124,8 +125,8 @@ def describe(calibration: Calibration) -> str:
         for method, word in (
             ('platt', 'with Platt scaling'),
             ('temperature', 'with a temperature'),
-            ('none', 'left as they are'),
+            ('none', 'not changed'),
         )
         if method in calibration.methods
     ]
-    return f'of {len(calibration.methods)} labels {", ".join(counts)}'
+    return f'{len(calibration.methods)} labels: {", ".join(counts)}'

@@ -8,7 +8,7 @@ from flax_densenet.errors import UserError
 
 
 def with_channels(preprocessing: dict[str, Any], channels: int) -> dict[str, Any]:
-    """Preprocessing for another number of channels, which all get the mean values."""
+    """Preprocessing for another number of channels: each gets the average values."""
     if len(preprocessing['mean']) == channels:
         return preprocessing | {'channels': channels}
     return preprocessing | {
@@ -19,10 +19,10 @@ def with_channels(preprocessing: dict[str, Any], channels: int) -> dict[str, Any
 
 
 def fit_means(prepared: dict[str, Any], channels: int) -> dict[str, Any] | None:
-    """Fields that were read, with a mean and std for each channel.
+    """The fields read from a file, with a mean and std for each channel.
 
     Returns:
-      None if there are other numbers than channels.
+      None if the number of values differs from the number of channels.
     """
     fitted = dict(prepared)
     for name in prepared.keys() & {'mean', 'std'}:
@@ -35,13 +35,13 @@ def fit_means(prepared: dict[str, Any], channels: int) -> dict[str, Any] | None:
 
 
 def describe_conversion(old: int, channels: int) -> str:
-    """What `convert_channels` does, in words."""
+    """Describes what `convert_channels` does."""
     if channels == 1:
         how = 'summed over the channels'
     else:
         how = f'repeated and multiplied by {old}/{channels}'
     return (
-        f'made for images of {old} channel{"s" * (old > 1)}; for '
+        f'made for images with {old} channel{"s" * (old > 1)}; for '
         f'data.channels={channels} its first convolution is {how}'
     )
 
@@ -51,7 +51,7 @@ def convert_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
 
     To one channel: the sum over the old ones, so that a gray image gives the same
     result as three equal channels. To any other number: repeated and scaled, so that
-    equal channels give the same result.
+    equal channels give the same result. The dtype stays the same.
 
     Raises:
       UserError: the old channels are neither gray nor color.
@@ -61,8 +61,8 @@ def convert_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
         return kernel
     if old not in (1, 3):
         raise UserError(
-            f'data.channels={channels}: the weights are for images of {old} channels, '
-            f'and what these are is not known; use data.channels={old}'
+            f'data.channels={channels}: the weights are for images with {old} channels '
+            f'of an unknown kind; use data.channels={old}'
         )
     if channels == 1:
         return kernel.sum(2, keepdims=True)

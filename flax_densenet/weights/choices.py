@@ -1,9 +1,9 @@
-"""The user's choices for weights that do not describe themselves, and assumptions.
+"""Choices and assumptions for weights that do not describe themselves.
 
-Class names, whether outputs are a softmax or sigmoids, and how images are prepared:
-each comes from the user, else from the file, else from the number of outputs if that is
-well known (`heads.find_known`), else it is assumed. A line reports each assumption and
-the setting that changes it.
+Class names, the choice between a softmax and sigmoids, and the preparation of images:
+each comes from the user if given, otherwise from the file, otherwise from the number of
+outputs if it is well known (`heads.find_known`). If all of these are silent, a default
+is assumed. One line reports each assumption and the setting that changes it.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ PREPARATION = (
     'mean',
     'std',
 )
-# Of images of more than 8 bits; nothing is assumed about them.
+# For images with more than 8 bits; nothing is assumed about them.
 DEEP = ('window', 'bit_depth')
 _OF_NAMES = '--class_names=FILE or A,B,...'
 _OF_OUTPUTS = '--outputs=sigmoid, softmax or none'
@@ -42,15 +42,14 @@ class Choices:
     """The user's choices for weights.
 
     Attributes:
-      class_names: in the order of the outputs; of one output also two names, negative
+      class_names: in the order of the outputs. One output may have two names: negative
         and positive.
       outputs: one of `heads.OUTPUTS`.
-      data: fields of `config.data` of PREPARATION and DEEP.
-      binary: a network of one output and two classes gets two outputs, whose softmax is
-        its sigmoid.
-      own_data: models of this program take fields that resize images as well.
-      recipe: fields of a recipe, which hold where neither `data` nor the file says
-        anything.
+      data: the fields of `config.data` named in PREPARATION and DEEP.
+      binary: turn one output for two classes into two outputs with the same
+        probabilities: the softmax of the two is the sigmoid of the one.
+      own_data: also accept fields that resize images for models of this program.
+      recipe: fields of a recipe, used if neither `data` nor the file sets them.
       raw: leave out what was fitted after training (`decisions`): calibration,
         thresholds and so on.
     """
@@ -74,13 +73,13 @@ NO_CHOICES = Choices()
 
 
 def make(class_names=None, outputs=None, data=None, **options) -> Choices:
-    """Choices of a Python caller, checked.
+    """Checks the choices made in a call from Python.
 
     Args:
-      class_names: names, or text as `heads.read_names` takes it.
+      class_names: names, or text that `heads.read_names` accepts.
 
     Raises:
-      UserError: a name is there twice, or a field is not known.
+      UserError: a name appears twice, or a field is unknown.
     """
     if isinstance(class_names, str | os.PathLike):
         class_names = heads.read_names(os.fspath(class_names))
@@ -95,24 +94,24 @@ def make(class_names=None, outputs=None, data=None, **options) -> Choices:
 
 
 class Notes(dict):
-    """Lines about assumptions, by subject; `tell` logs each once."""
+    """Lines about assumptions, by subject; `tell` logs each of them once."""
 
     def tell(self):
-        """Logs the lines that were not logged yet."""
+        """Logs the lines that have not been logged yet."""
         for name in list(self):
             _LOGGER.warning(self.pop(name))
 
 
 @dataclasses.dataclass(frozen=True)
 class Settled:
-    """Weights without open questions.
+    """Weights with every open choice made.
 
     Attributes:
-      weights: with the preparation of images, with as many channels as chosen.
-      class_names: None where nobody names them.
-      outputs: one of `heads.OUTPUTS`, None where softmax is only assumed.
-      known: what the names are from, where that is the number of outputs.
-      notes: what was assumed.
+      weights: with the preparation of images and the chosen number of channels.
+      class_names: None if neither the user nor the file names them.
+      outputs: one of `heads.OUTPUTS`; None if a softmax is only assumed.
+      known: the known head, if the number of outputs determined the names.
+      notes: lines about what was assumed.
     """
 
     weights: weight_file.Weights
@@ -123,17 +122,17 @@ class Settled:
 
 
 def settle(weights: weight_file.Weights, choices: Choices) -> Settled:
-    """Resolves what weights of other programs leave open.
+    """Resolves what weights from other programs leave open.
 
     Raises:
-      UserError: a choice does not fit the weights, or the weights prepare images in a
-        way that could not be read and data.mean and data.std are not chosen.
+      UserError: a choice does not fit the weights, or the file prepares images in a way
+        that cannot be read and neither data.mean nor data.std is given.
     """
     notes, path, count = Notes(), weights.path, weights.num_classes
     if choices.outputs == heads.SOFTMAX and count == 1:
         raise UserError(
-            f'--outputs=softmax: {path} has one output, of which a softmax is always 1;'
-            ' use sigmoid'
+            f'--outputs=softmax: {path} has one output, and the softmax of one output '
+            'is always 1; use sigmoid'
         )
     names = choices.class_names or weights.class_names
     outputs: str | None = choices.outputs or weights.outputs
@@ -146,8 +145,8 @@ def settle(weights: weight_file.Weights, choices: Choices) -> Settled:
         outputs = outputs or (known.outputs if known else None)
     if outputs is None and count > 1:
         notes['outputs'] = (
-            f'{path} does not say whether its outputs exclude each other; a softmax '
-            f'over them is assumed; to change it: {_OF_OUTPUTS}'
+            f'{path} does not say whether its classes exclude each other; a softmax '
+            f'over its outputs is assumed; to change it: {_OF_OUTPUTS}'
         )
     if count == 1:
         outputs = outputs or heads.SIGMOID
@@ -155,7 +154,7 @@ def settle(weights: weight_file.Weights, choices: Choices) -> Settled:
             known = heads.KnownHead('', heads.BINARY, heads.SOFTMAX)
             names = heads.BINARY
             notes['names'] = (
-                f'{path} has one output; its sigmoid is taken for the probability of '
+                f'{path} has one output; its sigmoid is used as the probability of '
                 f'{names[1]}, the rest for {names[0]}; to name both: '
                 '--class_names=A,B; for another meaning: --outputs=none'
             )
@@ -173,7 +172,7 @@ def settle(weights: weight_file.Weights, choices: Choices) -> Settled:
 
 
 def check_count(path: str, names, count: int):
-    """Raises if names are not as many as outputs; of one output there may be two."""
+    """Raises unless each output has a name; one output may have two."""
     if names is None or len(names) == count or (count == 1 and len(names) == 2):
         return
     raise UserError(
@@ -199,9 +198,9 @@ def _describe_names(path, count, known, outputs):
 
 
 def _split_output(weights):
-    """The head with two outputs, half of the one and its negative.
+    """The head with two outputs, -z/2 and z/2, in place of one output z.
 
-    The softmax of -z/2 and z/2 is the sigmoid of z, to the last bit of the sum.
+    The softmax of -z/2 and z/2 is the sigmoid of z.
     """
     params = dict(weights.variables['params'])
     *others, last = layers.linear_layers(params['classifier'])
@@ -222,7 +221,7 @@ def prepare(
     """Weights with the chosen preparation of images; a note lists assumptions.
 
     Args:
-      recipe: fields that are taken where neither `chosen` nor the file has them.
+      recipe: fields to use if neither `chosen` nor the file has them.
 
     Raises:
       UserError: a field has a value that cannot be used.
@@ -256,7 +255,7 @@ def prepare(
 
 
 def _closed(fields):
-    """Fields that have a value; 0 leaves a number open."""
+    """Fields that have a value; a 0 leaves a field open."""
     numbers = 'channels', 'image_size', 'bit_depth'
     found = {
         name: value
@@ -283,7 +282,7 @@ def check_read(weights: weight_file.Weights, chosen: Mapping[str, Any]):
     if weights.unread and not (chosen.get('mean') and chosen.get('std')):
         raise UserError(
             f'{weights.path}: {weights.unread} prepares images in a way that cannot be '
-            'read; give data.mean and data.std that do the same to images of 0 to 1'
+            'read; set data.mean and data.std to do the same for images from 0 to 1'
         )
 
 
@@ -292,7 +291,7 @@ def describe_preparation(
     chosen: Mapping[str, Any],
     settled: Mapping[str, Any],
 ) -> str | None:
-    """The line about fields that neither the file nor the user sets; None for none."""
+    """The line about fields that neither the file nor the user sets, or None."""
     assumed = [
         name
         for name in PREPARATION

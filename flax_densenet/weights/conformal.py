@@ -2,14 +2,15 @@
 
 Split conformal prediction (Vovk et al., 2005) with the rule of the smallest sets on
 average (Sadinle et al., arXiv 1609.00451; LAC in MAPIE): a class is in the set of an
-image if its probability is at least a threshold. With n validation images the threshold
-for a coverage of 1 - a is the k-th smallest probability that the true class got, where
-k is a * (n + 1) rounded down. The set of a new image then contains its true class with
-a probability of at least 1 - a, if it is drawn as the validation images were: on
-average over images, not for each class.
+image if its probability is at least a threshold. With n validation images, the
+threshold for a coverage of 1 - a is the k-th smallest probability of a true class,
+where k is a * (n + 1) rounded down. The set of a new image then contains its true class
+with a probability of at least 1 - a, if the image comes from the same distribution as
+the validation images. This holds on average over images, not for each class.
 
-Of several labels each has its own threshold, from the images that have it: a label that
-is there is in the set with a probability of at least 1 - a.
+If images have several labels, each label has its own threshold, computed from the
+images with that label. A label of an image is in its set with a probability of at least
+1 - a.
 
 >>> probabilities = np.linspace(0.05, 0.95, 19)
 >>> sets = ConformalSets((19,), probabilities)
@@ -28,7 +29,7 @@ import numpy as np
 from flax_densenet.errors import UserError
 from flax_densenet.weights import decision_entry
 
-# Thresholds are this share lower, so that rounding to float32 excludes no class.
+# Thresholds are lowered by this share, so that rounding to float32 excludes no class.
 _ROUNDING = 1e-6
 _IN_TABLES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 
@@ -38,7 +39,7 @@ class ConformalSets(decision_entry.Entry):
     """Probabilities of the true classes of validation images.
 
     Attributes:
-      counts: number of images; of several labels, of those with each label.
+      counts: the number of images; with several labels, the number for each label.
       probabilities: float32 or float64 `[sum of counts]`, ascending within each label.
       several: whether an image can have several labels.
     """
@@ -57,16 +58,15 @@ class ConformalSets(decision_entry.Entry):
             raise ValueError('probabilities are not from 0 to 1')
         for part in self._parts():
             if (np.diff(part) < 0).any():
-                raise ValueError('probabilities are not in order')
+                raise ValueError('probabilities are not sorted')
 
     def _parts(self):
         return np.split(self.probabilities, np.cumsum(self.counts)[:-1])
 
     def thresholds(self, coverage: float) -> np.ndarray:
-        """The lowest probability in a set, float64 `[1]`, or `[L]` of several labels.
+        """The lowest probability in a set: float64 `[1]`, or `[L]` for L labels.
 
-        It is 0, so that everything is in the set, if there are fewer images than
-        `images_needed`.
+        With fewer images than `images_needed` it is 0, so every class is in the set.
 
         Raises:
           UserError: coverage is not between 0 and 1.
@@ -80,7 +80,7 @@ class ConformalSets(decision_entry.Entry):
         return np.array(found)
 
     def table(self) -> dict[str, list[float]]:
-        """`thresholds` by coverage, for files that other programs read.
+        """`{coverage: thresholds}`, for files that other programs read.
 
         >>> ConformalSets((19,), np.linspace(0.05, 0.95, 19)).table()['0.9']
         [0.0999999]
@@ -95,7 +95,7 @@ class ConformalSets(decision_entry.Entry):
     def contains(self, probabilities: np.ndarray, coverage: float) -> np.ndarray:
         """Which classes are in the sets: bool `[N, C]`.
 
-        If images have one class, the likeliest is always in the set.
+        If each image has one class, the most likely class is always in the set.
 
         Args:
           probabilities: `[N, C]`.
@@ -113,7 +113,8 @@ class ConformalSets(decision_entry.Entry):
         """A line if there were too few images for a coverage; '' if there were enough.
 
         Args:
-          class_names: of the outputs.
+          coverage: between 0 and 1.
+          class_names: in the order of the outputs.
         """
         check_coverage(coverage)
         need = images_needed(coverage)
@@ -134,7 +135,7 @@ class ConformalSets(decision_entry.Entry):
 
 
 def images_needed(coverage: float) -> int:
-    """The least number of validation images for a coverage.
+    """The smallest number of validation images that a coverage needs.
 
     >>> images_needed(0.9), images_needed(0.99)
     (9, 99)

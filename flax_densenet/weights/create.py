@@ -41,24 +41,26 @@ def create_model(
                                         num_classes=10)  # with a new classifier
 
     Args:
-      variant: a name of `list_models`, or any `L<depth>k<growth rate>` with `B-`, `C-`
-        or `BC-` before it. Optional with weights, which have one.
-      num_classes: width of the classifier; 0 for none: the outputs are the pooled
-        features. Optional with weights. If the weights have another number of classes,
-        the classifier starts from random values.
-      weights: a name of `list_weights`, or what else `load` takes.
-      **fields: fields of `DenseNet` or `RDNet` that differ from the variant's; None
-        keeps the variant's own.
+      variant: a name from `list_models`, or any `L<depth>k<growth rate>`, optionally
+        with the prefix `B-`, `C-` or `BC-`. Not needed if `weights` is given.
+      num_classes: width of the classifier. With 0 there is no classifier, and the
+        outputs are the pooled features. Not needed if `weights` is given; if the
+        weights have another number of classes, the classifier starts from random
+        values.
+      weights: a name from `list_weights`, or anything else that `load` accepts.
+      **fields: fields of `DenseNet` or `RDNet` to override; None keeps the value of the
+        variant.
 
     Returns:
-      A Flax Linen module; with weights, the module and its variables. With `variables`
-      of `init_variables` or of weights, `model.apply(variables, images)` maps images,
-      float `[N, H, W, C]` and normalized, to logits float32 `[N, num_classes]`. In
-      training, `model.apply(variables, images, train=True, mutable=['batch_stats'])`
-      also returns the updated statistics.
+      A Flax Linen module; with `weights`, a pair of the module and its variables.
+      `model.apply(variables, images)` maps normalized float images `[N, H, W, C]` to
+      float32 logits `[N, num_classes]`; without `weights`, the variables come from
+      `init_variables`. In training, `model.apply(variables, images, train=True,
+      mutable=['batch_stats'])` also returns the updated batch norm statistics.
 
     Raises:
-      UserError: an unknown variant, field or name of weights, or an invalid value.
+      UserError: the variant, a field or the name of the weights is unknown, or a value
+        is invalid.
     """
     if weights is not None:
         return _with_weights(variant, num_classes, os.fspath(weights), fields)
@@ -71,8 +73,8 @@ def create_model(
 
 
 def _with_weights(variant, num_classes, path, fields):
-    """The network of weights and its variables, with a new classifier if need be."""
-    # Networks alone need none of what reads files.
+    """The network and its variables, with a new classifier if necessary."""
+    # Imported here: networks without weights do not need the readers of files.
     from flax_densenet.weights import transfer, weight_file
 
     found = weight_file.load(path)
@@ -88,7 +90,7 @@ def _with_weights(variant, num_classes, path, fields):
     module = factory.create_model(num_classes=count, **theirs | given)
     if count and count != found.num_classes:
         _LOGGER.info(
-            f'{found.path}: {found.num_classes or "no"} classes there, {count} here: '
+            f'{found.path} has {found.num_classes or "no"} classes, not {count}: '
             'the classifier starts from random values'
         )
         channels = found.preprocessing['channels']

@@ -1,7 +1,7 @@
-"""The base class of what `decisions.Decisions` holds, and its form in files.
+"""The base class of the entries of `decisions.Decisions`, and their format in files.
 
 Fields of type `np.ndarray` go into a safetensors file, the others into JSON. A file may
-come from a stranger, so that types are checked when it is read, and values by `check`.
+come from a stranger, so reading checks the types, and `check` checks the values.
 """
 
 import dataclasses
@@ -19,20 +19,22 @@ _FLOATS = (np.float16, np.float32, np.float64)
 class Entry:
     """A fitted entry; subclasses are frozen dataclasses.
 
-    Fields are of type `bool`, `int`, `float`, `str`, tuples of one of them (such as
-    `tuple[float | None, ...]`), or `np.ndarray`, which is float16, float32
-    or float64.
+    A field is a `bool`, `int`, `float` or `str`, a tuple of one of them (such as
+    `tuple[float | None, ...]`), or an `np.ndarray` of float16, float32 or float64.
     """
 
     def check(self, classes: int):
-        """Raises `ValueError` with what is wrong, in words.
+        """Checks the values of the fields.
 
         Args:
-          classes: number of the model's outputs.
+          classes: number of outputs of the model.
+
+        Raises:
+          ValueError: a value is invalid; the message says why.
         """
 
     def to_files(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """The fields for JSON, and the arrays."""
+        """The fields for the JSON file, and the arrays by field name."""
         plain, arrays = {}, {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
@@ -46,10 +48,11 @@ class Entry:
     def from_files(cls, plain: Any, arrays: dict[str, np.ndarray]) -> Self:
         """Restores the entry from the result of `to_files`.
 
-        Fields that are missing have their defaults; unknown ones are left out.
+        Missing fields get their defaults; unknown fields are ignored.
 
         Raises:
-          ValueError: a field is missing or has another type.
+          ValueError: a field without a default is missing, or a field has the wrong
+            type.
         """
         if not isinstance(plain, dict):
             raise ValueError('it must be an object')

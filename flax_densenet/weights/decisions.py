@@ -1,14 +1,13 @@
-"""What was fitted on labeled images after training: how outputs become decisions.
+"""Reads and writes decisions: what was fitted on labeled images after training.
 
-`decisions.json` in the folder of a run, with arrays in `decisions.safetensors`, belongs
-to one checkpoint; `NAME.decisions.json` next to a file of weights belongs to this file.
-It holds
-entries: the calibration of the probabilities, thresholds,
-and whatever else is in `ENTRIES`.
+In the folder of a run, `decisions.json` (with its arrays in `decisions.safetensors`)
+belongs to one checkpoint. Next to a weight file, `NAME.decisions.json` belongs to that
+file. It holds the calibration of the probabilities, thresholds, and the other entries
+in `ENTRIES`.
 
-A new kind of entry is a subclass of `decision_entry.Entry`, a field of `Decisions` and
-a line in `ENTRIES`. Files may come from a stranger, so that everything in them is
-checked.
+To add a kind of entry, write a subclass of `decision_entry.Entry`, add a field to
+`Decisions` and a line to `ENTRIES`. Files may come from a stranger, so everything in
+them is checked.
 """
 
 import dataclasses
@@ -32,7 +31,7 @@ STATISTICS_FILE = 'statistics.safetensors'  # of a folder of the Hub
 VERSION = 1
 _LARGEST = 2**26  # bytes of decisions.json
 _LARGEST_ARRAYS = 2**31  # bytes of decisions.safetensors
-# By the name of the field of `Decisions`, which is the name in files.
+# By the name of the field of `Decisions`, which is also the name in files.
 ENTRIES: dict[str, type[decision_entry.Entry]] = {
     'calibration': calibration_lib.Calibration,
     'thresholds': thresholds_lib.Thresholds,
@@ -46,15 +45,15 @@ class Decisions:
     """The fitted decisions of one model.
 
     Attributes:
-      step: of the checkpoint; None for weights that are no checkpoint.
+      step: step of the checkpoint; None for weights that are not a checkpoint.
       model: `fingerprint` of the model.
-      classes: number of its outputs.
+      classes: number of outputs of the model.
       data: the data source, as in `data.source`.
-      part: which part of it was fitted on: `val`, `test` or `all`.
-      count: number of images.
-      calibration: of the probabilities; None if it was not fitted.
-      thresholds: None if they were not chosen.
-      unusual: how unlike the training images an image is; None if it was not fitted.
+      part: the part of the data used for the fit: `val`, `test` or `all`.
+      count: number of images used for the fit.
+      calibration: calibration of the probabilities; None if it was not fitted.
+      thresholds: thresholds of the probabilities; None if they were not chosen.
+      unusual: the score of unusual images; None if it was not fitted.
       sets: sets of classes with a chosen coverage; None if they were not fitted.
     """
 
@@ -71,7 +70,7 @@ class Decisions:
 
     @property
     def where(self) -> str:
-        """The data of the fit, in words: `360 test images of digits`."""
+        """Describes the data of the fit: `360 test images of digits`."""
         part = {'val': 'validation ', 'test': 'test '}.get(self.part, '')
         return f'{self.count:,} {part}image{"" if self.count == 1 else "s"} of ' + (
             self.data or 'unknown data'
@@ -94,11 +93,12 @@ class Decisions:
 def from_files(
     place: str, plain: Any, arrays: dict[str, np.ndarray], classes: int
 ) -> Decisions:
-    """Restores decisions from the result of `Decisions.to_files`, with checks.
+    """Restores decisions from the result of `Decisions.to_files` and checks them.
 
     Args:
-      place: where it comes from, for error messages.
-      classes: number of the model's outputs.
+      plain, arrays: the result of `Decisions.to_files`.
+      place: where they come from, for error messages.
+      classes: number of outputs of the model.
 
     Raises:
       UserError: a field is missing or has an invalid value.
@@ -146,16 +146,16 @@ def fingerprint(variables: dict[str, Any]) -> str:
 
 
 def files_of(model: str) -> tuple[str, str]:
-    """Both files of a model: in its folder, or next to its file."""
+    """Paths of the two files of a model: in its folder, or next to its file."""
     if os.path.isdir(model):
         return os.path.join(model, FILE), os.path.join(model, ARRAYS_FILE)
     return f'{model}.{FILE}', f'{model}.{ARRAYS_FILE}'
 
 
 def save(model: str, decisions: Decisions):
-    """Writes both files; without arrays only one.
+    """Writes both files, or only the JSON file if there are no arrays.
 
-    A program that is killed in between leaves files that `load` tells apart.
+    If the program is killed between the two writes, `load` detects it.
 
     Args:
       model: the folder of a run, or a file or folder of weights.
@@ -185,14 +185,14 @@ def save(model: str, decisions: Decisions):
 
 
 def load(model: str, classes: int) -> Decisions | None:
-    """Reads what `save` wrote; None if there is nothing.
+    """Reads what `save` wrote; None if there are no files.
 
     Args:
       model: as for `save`.
-      classes: number of the model's outputs.
+      classes: number of outputs of the model.
 
     Raises:
-      UserError: a file cannot be read, or is not what `save` writes.
+      UserError: a file cannot be read, or `save` did not write it.
     """
     path, of_arrays = files_of(model)
     try:
@@ -239,7 +239,7 @@ def _load_arrays(path, digest):
 def save_statistics(folder: str, decisions: Decisions):
     """Writes the entries with arrays into a folder of weights, if there are any.
 
-    The others are in the metadata of the weights (`trained.Trained.folded`).
+    The other entries are in the metadata of the weights (`trained.Trained.folded`).
     """
     from safetensors import numpy as safetensors
 

@@ -1,9 +1,9 @@
-"""Downloads files of weights into a cache folder, with paths from their addresses.
+"""Downloads weight files into a cache folder, with paths derived from their addresses.
 
-Only this module and `hub` open network connections. A file gets its name once all of it
-has arrived and its checksum is right, so what is in the cache is complete. An
-interrupted download is resumed, by the next call too; processes that want the same file
-take turns.
+Only this module and `hub` open network connections. A file gets its final name only
+when it is complete and its checksum is right, so every file in the cache is complete.
+The next call resumes an interrupted download. Processes that want the same file take
+turns.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ _LOGGER = logging.getLogger(__name__)
 ATTEMPTS = 5
 WAIT = 1.0  # seconds before the second attempt; doubles with each further one
 TIMEOUT = 30.0  # seconds without a single byte
-SLOWEST = 1024, 120.0  # at least so many bytes in so many seconds
-LARGEST = 2**32  # bytes, of files whose size is not known
+SLOWEST = 1024, 120.0  # the lowest speed: this many bytes in this many seconds
+LARGEST = 2**32  # bytes, the limit for files of unknown size
 _CHUNK = 2**18
 _LOOPBACK = ('127.0.0.1', '::1', 'localhost')
 _PASSING = (408, 425, 429, 500, 502, 503, 504)
@@ -35,7 +35,7 @@ _PASSING = (408, 425, 429, 500, 502, 503, 504)
 
 @dataclasses.dataclass(frozen=True)
 class Checksum:
-    """A digest in hexadecimal digits, or the first eight or more of them.
+    """A digest in hexadecimal digits, or at least its first eight digits.
 
     Attributes:
       kind: `sha256` or `md5`.
@@ -45,7 +45,7 @@ class Checksum:
     digits: str
 
     def check(self, path: str) -> str | None:
-        """The reason why a file is not the expected one, or None."""
+        """Why a file is not the expected one; None if it is."""
         found = digest(path, self.kind)
         if found.startswith(self.digits):
             return None
@@ -55,7 +55,7 @@ class Checksum:
 
 
 class _Interrupted(Exception):
-    """An attempt that may be continued; the line says why it ended."""
+    """An attempt that can be resumed; the message says why it ended."""
 
 
 def cache_folder() -> str:
@@ -65,7 +65,7 @@ def cache_folder() -> str:
 
 
 def place_of(url: str) -> str:
-    """The path of an address in the cache: `CACHE/HOST/PATH`."""
+    """The path in the cache for an address: `CACHE/HOST/PATH`."""
     parts = urllib.parse.urlsplit(url)
     names = [parts.netloc, *parts.path.split('/')]
     names = [re.sub(r'[^\w.-]', '_', name) for name in names if name.strip('.')]
@@ -77,7 +77,7 @@ def place_of(url: str) -> str:
 def digest(path: str, kind: str = 'sha256') -> str:
     """The digest of a file, in hexadecimal digits."""
     with open(path, 'rb') as file:
-        # MD5 only where the publisher has nothing better; not a matter of security.
+        # MD5 only if the publisher offers nothing better; it is not used for security.
         return hashlib.file_digest(
             file, lambda: hashlib.new(kind, usedforsecurity=kind != 'md5')
         ).hexdigest()
@@ -89,25 +89,25 @@ def fetch(
     """The local path of a file; downloads it if it is not in the cache yet.
 
     Args:
-      url: `https://...`; `http://` is for this machine alone.
-      checksum: that the file must have. Without it, the digest of the first download is
-        kept, and the file must have it ever after.
-      size: bytes, as published; a file of much more is refused.
+      url: `https://...`; `http://` is allowed only for this machine.
+      checksum: the digest that the file must have. If None, the digest of the first
+        download is kept, and the file must have that digest from then on.
+      size: published size in bytes; a much larger file is refused.
 
     Raises:
-      UserError: the file cannot be had, or is not the expected one.
+      UserError: the file cannot be downloaded, or is not the expected one.
     """
     path = place_of(url)
     _check_address(url)
     if os.path.isfile(path):
         return _check_cached(path, url, checksum)
     if hub.is_offline():
-        raise UserError(f'{url} is not in the cache, and {hub.OFFLINE} forbids to '
-                        f'download it; {_by_hand(url, path)}')  # fmt: skip
+        raise UserError(f'{url} is not in the cache, and {hub.OFFLINE} forbids '
+                        f'downloading it; {_by_hand(url, path)}')  # fmt: skip
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with _alone(path):
-            if not os.path.isfile(path):  # another process may have brought it
+            if not os.path.isfile(path):  # another process may have downloaded it
                 _LOGGER.info(f'downloading {url} to {path}')
                 _download(url, path, checksum, size)
     except OSError as error:
@@ -160,7 +160,7 @@ def _check_address(url, before=''):
 
 @contextlib.contextmanager
 def _alone(path):
-    """Holds the lock of a file to download; waits for the process that has it."""
+    """Holds the lock of a file to download; waits if another process has it."""
     import filelock
 
     lock = filelock.FileLock(f'{path}.lock')
@@ -180,7 +180,7 @@ def _download(url, path, checksum, size):
     part = f'{path}.part'
     resumed = _receive(url, part, path, checksum, size)
     wrong = checksum.check(part) if checksum else None
-    if wrong and resumed:  # of two files that changed in between
+    if wrong and resumed:  # the file changed on the server in between
         os.unlink(part)
         _receive(url, part, path, checksum, size)
         wrong = checksum.check(part)
@@ -245,7 +245,7 @@ def _had(part):
 
 
 def _reason(error):
-    """The innermost reason of an error of a connection, in a few words."""
+    """The innermost reason of a connection error, in a few words."""
     while True:
         inner = getattr(error, 'reason', None) or (error.args[0] if error.args else 0)
         if not isinstance(inner, Exception):
@@ -259,7 +259,7 @@ def _make_session():
     import requests
 
     class Session(requests.Session):
-        """Follows no redirect to an address without encryption."""
+        """A session that follows no redirect to an address without encryption."""
 
         def get_redirect_target(self, resp):
             target = super().get_redirect_target(resp)
@@ -286,7 +286,7 @@ def _attempt(session, url, part, checksum, size):
             headers['If-Range'] = tag
     with session.get(url, headers=headers, stream=True, timeout=TIMEOUT) as answer:
         status = answer.status_code
-        if status == 416:  # it has become shorter, or all of it is there
+        if status == 416:  # the file became shorter, or is already complete
             os.unlink(part)
             raise _Interrupted('the part that was there did not fit')
         if status in _PASSING:
@@ -384,7 +384,7 @@ def _explain_status(url, answer):
 
 
 def _read_tag(part):
-    """The validator of the server for the partial file."""
+    """The validator (ETag or date) that the server sent for the partial file."""
     try:
         with open(f'{part}.tag', encoding='utf-8') as file:
             tag = json.load(file)

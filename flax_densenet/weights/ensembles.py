@@ -1,7 +1,7 @@
 """Ensembles of runs: `ensemble.json` in a folder that holds the folders of its members.
 
-`crossval` writes it when all folds are trained. Then the folder can be used in place of
-the folder of a run: the probabilities of its members are averaged.
+`crossval` writes it when all folds are trained. The folder can then be used like the
+folder of a run: the probabilities of its members are averaged.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ from flax_densenet.models import ensemble
 from flax_densenet.system import atomic
 
 FILE = checkpoint_reader.ENSEMBLE_FILE
-UNFINISHED = 'crossval.json'  # is there before all members are trained
+UNFINISHED = 'crossval.json'  # exists before all members are trained
 VERSION = 1
 _LARGEST = 2**26  # bytes
-# Of the metadata: what members must have in common to be one model.
+# The metadata that members must have in common to be averaged.
 _ALIKE = ('class_names', 'image_size', 'mean', 'std', 'multi_label', 'outputs')
 _ALIKE_DATA = ('resize', 'crop_fraction', 'interpolation', 'window', 'bit_depth', 'tta')
 
@@ -30,10 +30,9 @@ class Record:
     """The content of `ensemble.json`.
 
     Attributes:
-      members: names of the folders of the runs, below the file's.
-      images: how many the members were trained and tested on, by part, as a
-        checkpoint's metadata have it.
-      identity: of these images, see `data.identity`.
+      members: names of the run folders, in the folder of the file.
+      images: the number of images by part, as in the metadata of a checkpoint.
+      identity: identity of these images, see `data.identity`.
     """
 
     members: tuple[str, ...]
@@ -42,7 +41,7 @@ class Record:
 
 
 def is_ensemble(path: str) -> bool:
-    """Whether a folder holds an ensemble, or one that is not finished."""
+    """Whether a folder holds an ensemble, finished or not."""
     return any(os.path.isfile(os.path.join(path, n)) for n in (FILE, UNFINISHED))
 
 
@@ -65,7 +64,8 @@ def read(folder: str) -> Record:
     """Reads what `save` wrote.
 
     Raises:
-      UserError: it is not finished, cannot be read, or is not what `save` writes.
+      UserError: the ensemble is not finished, or the file cannot be read or was not
+        written by `save`.
     """
     path = os.path.join(folder, FILE)
     try:
@@ -84,7 +84,7 @@ def read(folder: str) -> Record:
         ):
             raise ValueError('two or more members expected')
         for name in names:
-            # Nothing outside of the folder, which may be a stranger's.
+            # Only names inside the folder, since the file may come from a stranger.
             if (
                 not isinstance(name, str)
                 or name != os.path.basename(name)
@@ -109,10 +109,10 @@ def load(folder: str, load_member):
     """The ensemble of a folder as a `trained.Trained`.
 
     Args:
-      load_member: the same of the folder of a run.
+      load_member: a function that loads the folder of a run as a `trained.Trained`.
 
     Raises:
-      UserError: a member is missing, or they are not alike.
+      UserError: a member is missing, or the members differ.
     """
     record = read(folder)
     members = []
@@ -128,7 +128,7 @@ def join(folder: str, record: Record, members):
     """One `trained.Trained` that averages the probabilities of several.
 
     Raises:
-      UserError: they differ.
+      UserError: the members differ in their network, classes or preparation of images.
     """
     first = members[0]
     for name, other in zip(record.members, members, strict=True):
@@ -158,14 +158,14 @@ def join(folder: str, record: Record, members):
 
 
 def _calibrated(trained):
-    """The variables, whose logits are calibrated as the member's are."""
+    """The variables with the member's calibration folded in."""
     if trained.calibration is None:
         return trained.variables
     return trained.calibration.fold(trained.variables)
 
 
 def _find_difference(one, other):
-    """The difference of two members; empty if they can be one model."""
+    """How two members differ; empty if they can be averaged."""
     shapes = [
         [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(trained.variables)]
         for trained in (one, other)

@@ -14,7 +14,7 @@ from flax_densenet import errors
 SIGNATURE = b'\x89HDF\r\n\x1a\n'
 # In bytes. DenseNet-264 with its optimizer state takes 0.4 GB.
 LARGEST = 2**33
-# Weights hardly compress; an array of only fill values stores 0 bytes.
+# Weights hardly compress. An array of nothing but fill values stores 0 bytes.
 EXPANSION = 100
 _SMALL = 2**20
 _DEEPEST, _MOST = 24, 100_000
@@ -35,7 +35,7 @@ def walk(root) -> tuple[dict[str, Any], dict[str, Any]]:
     """Lists all datasets and groups below a group by their paths; reads no values.
 
     Raises:
-      ValueError: there is a link, or more than any weight file has.
+      ValueError: there is a link, or there are more groups than in any weight file.
     """
     import h5py
 
@@ -64,8 +64,8 @@ def load(datasets: dict[str, Any]) -> dict[str, np.ndarray]:
     """Reads arrays; floating-point numbers of any width become float32.
 
     Raises:
-      ValueError: values are in another file, are not numbers, or are absurdly many.
-        Nothing is read then.
+      ValueError: values are in another file, are not numbers, or are far too many for
+        the file. No values are read then.
     """
     total = 0
     for path, dataset in datasets.items():

@@ -1,8 +1,8 @@
-"""Heads of several layers, reduced to linear layers with a ReLU between each two.
+"""Reduces heads of several layers to linear layers with a ReLU between each two.
 
-At inference, dropout does nothing, batch norm is a part of the linear layer beside it,
-and two linear layers without a ReLU between them are one. What is left is what
-`models.layers.Perceptron` computes.
+At inference, dropout does nothing, batch norm merges with the linear layer next to it,
+and two linear layers without a ReLU between them merge into one. The remaining layers
+are those that `models.layers.Perceptron` computes.
 
 >>> import numpy as np
 >>> one, two = Linear(np.ones((4, 3)), np.zeros(3)), Linear(np.ones((3, 2)), None)
@@ -17,12 +17,12 @@ import itertools
 
 import numpy as np
 
-# Orders of more layers are too many to try.
+# More layers have too many orders to try.
 _MOST_LAYERS = 8
 
 
 class Unreadable(Exception):
-    """The head is unknown or unsupported; the message has the reason."""
+    """The head is unknown or unsupported; the message gives the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Norm:
         return f'BatchNorm({len(self.mean)})'
 
     def affine(self):
-        """Factor and shift, float64 `[C]`."""
+        """The factor and the shift at inference, float64 `[C]` each."""
         factor = self.scale / np.sqrt(np.float64(self.var) + self.epsilon)
         return factor, self.bias - self.mean * factor
 
@@ -69,20 +69,23 @@ def describe(layers) -> str:
 
 
 def reduce(layers) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The linear layers, float32, with a ReLU between each two.
+    """Reduces a head to float32 linear layers with a ReLU between each two.
 
     Args:
-      layers: of `Linear`, `Norm` and `RELU`.
+      layers: a sequence of `Linear`, `Norm` and `RELU`.
+
+    Returns:
+      `(kernel [in, out], bias [out])` of each linear layer.
 
     Raises:
-      Unreadable: they do not fit together, or cannot be reduced.
+      Unreadable: the layers do not fit together, or cannot be reduced.
     """
     made: list = []  # [kernel, bias] in double precision
     waiting, width, rectified = None, None, True
     for layer in layers:
         if layer is RELU:
             if waiting is not None:
-                raise Unreadable('a ReLU directly behind a batch norm')
+                raise Unreadable('a ReLU directly after a batch norm')
             rectified = True
             continue
         size = layer.kernel.shape[0] if isinstance(layer, Linear) else len(layer.mean)
@@ -105,14 +108,14 @@ def reduce(layers) -> list[tuple[np.ndarray, np.ndarray]]:
             waiting = waiting[0] * factor, waiting[1] * factor + shift
         width = size
     if not made or rectified or waiting is not None:
-        raise Unreadable('its last layer is no linear one')
+        raise Unreadable('its last layer is not linear')
     return [
         (kernel.astype(np.float32), bias.astype(np.float32)) for kernel, bias in made
     ]
 
 
 def fits(layers, width: int | None) -> bool:
-    """Whether each of some linear layers takes the outputs of the one before."""
+    """Whether each linear layer fits the outputs of the one before it."""
     for layer in layers:
         if width not in (layer.kernel.shape[0], None):
             return False
@@ -121,14 +124,14 @@ def fits(layers, width: int | None) -> bool:
 
 
 def find_order(layers: dict[str, Linear], width: int | None) -> tuple[str, ...]:
-    """The one order in which each linear layer takes the outputs of the one before.
+    """The only order in which each linear layer fits the outputs of the one before.
 
     Args:
-      layers: by name.
-      width: of the features that the first one takes; None if it is not known.
+      layers: `{name: layer}`.
+      width: number of features that the first layer takes; None if unknown.
 
     Raises:
-      Unreadable: there are too many layers, or no order or several fit.
+      Unreadable: there are too many layers, or the order is not unique.
     """
     if len(layers) > _MOST_LAYERS:
         raise Unreadable(f'it has {len(layers)} layers')
@@ -138,7 +141,7 @@ def find_order(layers: dict[str, Linear], width: int | None) -> tuple[str, ...]:
         if fits([layers[name] for name in order], width)
     ]
     if len(orders) != 1:
-        raise Unreadable('nothing tells in which order its layers come')
+        raise Unreadable('the order of its layers is unclear')
     return orders[0]
 
 
@@ -152,7 +155,7 @@ def _absorb(linear, waiting):
 
 
 def arrays_of(layers) -> dict[str, np.ndarray]:
-    """Arrays by our names, of the layers of `reduce`."""
+    """`{our name: array}` of the layers that `reduce` returns."""
     if len(layers) == 1:
         names = ['params/classifier']
     else:
@@ -165,7 +168,7 @@ def arrays_of(layers) -> dict[str, np.ndarray]:
 
 
 def widths_of(arrays: dict[str, np.ndarray]) -> tuple[int, ...]:
-    """Widths of the layers of a classifier among arrays by our names; () for none."""
+    """Widths of the layers of the classifier in `{our name: array}`; () for none."""
     if 'params/classifier/kernel' in arrays:
         return (arrays['params/classifier/kernel'].shape[-1],)
     widths: list[int] = []

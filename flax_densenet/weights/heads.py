@@ -1,4 +1,4 @@
-"""Networks that are recognized by their number of outputs: classes and their order.
+"""Class names: known heads by their number of outputs, and names given by the user.
 
 >>> from flax_densenet.weights import heads
 >>> heads.find_known(14, channels=3).class_names[:2]
@@ -23,7 +23,7 @@ from flax_densenet.system import paths
 SOFTMAX, SIGMOID, NONE = 'softmax', 'sigmoid', 'none'
 OUTPUTS = (SOFTMAX, SIGMOID, NONE)
 _LARGEST = 2**26  # bytes of a file of names
-# Of a network with one output, which is the probability of the second.
+# For a network with one output, which is the probability of the second.
 BINARY = ('negative', 'positive')
 CHEXNET = (
     'Atelectasis',
@@ -68,10 +68,10 @@ class KnownHead:
     """Assumptions about a network from the number of its outputs.
 
     Attributes:
-      what: whose outputs they are, for messages.
+      what: describes the outputs in messages, such as "CheXNet's findings".
       class_names: in the order of the outputs.
       outputs: one of OUTPUTS.
-      others: the same classes under other names that data sets have for them.
+      others: other names of the same classes in data sets.
     """
 
     what: str
@@ -81,13 +81,13 @@ class KnownHead:
 
     @property
     def all_names(self) -> tuple[tuple[str, ...], ...]:
-        """All names of the classes, the usual ones first."""
+        """All sets of names for the classes, the usual ones first."""
         return self.class_names, *self.others
 
     def spelled_as(self, names) -> tuple[str, ...] | None:
-        """All names of the classes, some as data spells them; None for other classes.
+        """The class names with the data's spelling; None if the data has others.
 
-        Case, spaces, underscores and synonyms behind a comma do not matter.
+        Case, spaces, underscores and synonyms after a comma do not matter.
 
         >>> find_known(1000, channels=3).spelled_as(['great_white_shark'])[2]
         'great_white_shark'
@@ -95,7 +95,7 @@ class KnownHead:
         for known in self.all_names:
             if set(names) <= set(known):
                 return known
-        # ImageNet has a Cardigan and a cardigan.
+        # ImageNet has both a Cardigan and a cardigan.
         for plain in (_plain, lambda name: _plain(name).casefold()):
             given = {plain(name): name for name in names}
             for known in self.all_names:
@@ -134,7 +134,7 @@ def find_known(num_outputs: int, *, channels: int) -> KnownHead | None:
 
 
 def natural_order(names) -> tuple[str, ...]:
-    """Names in the order that timm gives classes: 2 before 10, whatever the case."""
+    """Names in timm's order of classes: 2 before 10, ignoring case."""
 
     def key(name):
         parts = re.split(r'(\d+)', name.lower())
@@ -144,7 +144,7 @@ def natural_order(names) -> tuple[str, ...]:
 
 
 def describe_order(path: str, names: tuple[str, ...]) -> str:
-    """The line on the assumed classes of the outputs of unnamed weights."""
+    """The line about the class order assumed for weights without class names."""
     natural = natural_order(names)
     order = ', sorted as text as in torchvision and Keras,'
     line = (
@@ -162,14 +162,14 @@ def _pairs(names):
 
 
 def read_names(text: str) -> tuple[str, ...]:
-    """The class names of `--class_names`: of a file, or separated by commas.
+    """Reads `--class_names`: a file, or names separated by commas.
 
     Args:
-      text: `a,b,c`; or a file with a name on each line, or with a JSON list of names,
-        or a JSON object with the number of each name, or the name of each number.
+      text: `a,b,c`, or the path of a file: one name per line, a JSON list of names, or
+        a JSON object, either `{name: number}` or `{number: name}`.
 
     Raises:
-      UserError: the file cannot be read, or a name is empty or there twice.
+      UserError: the file cannot be read, or a name is empty or appears twice.
     """
     path = paths.expand(text)
     if os.path.isfile(path):
@@ -192,7 +192,7 @@ def _read_file(path):
         if text.lstrip()[:1] in ('[', '{'):
             names = order_names(json.loads(text))
             if names is None:
-                raise ValueError('it holds no list of names')
+                raise ValueError('it does not hold a list of names')
             return names
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, 'strerror', None) or error
@@ -201,10 +201,10 @@ def _read_file(path):
 
 
 def check_names(what: str, names: tuple[str, ...]):
-    """Raises for names that are empty or there twice.
+    """Raises `UserError` if a name is empty or appears twice.
 
     Args:
-      what: where they are from, for the message.
+      what: where the names come from, for the message.
     """
     if not names or not all(names):
         raise UserError(f'{what}: a name is empty; give a name for each output')

@@ -1,6 +1,6 @@
-"""Folders of weights from the Hugging Face Hub, through its own library.
+"""Downloads folders of weights from the Hugging Face Hub with `huggingface_hub`.
 
-`huggingface_hub` keeps them in its cache and knows its token, `HF_ENDPOINT` and
+That library keeps them in its cache and handles the token, `HF_ENDPOINT` and
 `HF_HUB_OFFLINE`.
 """
 
@@ -18,16 +18,16 @@ _SHA256 = re.compile('[0-9a-f]{64}')
 
 
 def fetch(repo: str, revision: str | None = None) -> str:
-    """The local folder of a repository: its config.json and its weights.
+    """Downloads `config.json` and the weights of a repository; returns their folder.
 
-    Of models of this program also the statistics, if there are any; no more.
+    For models of this program it also downloads the statistics, if there are any.
 
     Args:
       repo: `OWNER/NAME`.
       revision: a branch, a tag or a commit; None for the default branch.
 
     Raises:
-      UserError: huggingface_hub is not installed, or the files cannot be had.
+      UserError: huggingface_hub is not installed, or the files cannot be downloaded.
     """
     name = f'hf:{repo}' + (f'@{revision}' if revision else '')
     with errors.extra('hub', name):
@@ -46,7 +46,7 @@ def fetch(repo: str, revision: str | None = None) -> str:
 
     try:
         folder = os.path.dirname(get(timm_config.CONFIG_FILE, revision))
-        # Of the same commit, if the branch moves meanwhile.
+        # From the same commit, even if the branch moves meanwhile.
         commit = os.path.basename(folder)
         for file in timm_config.WEIGHT_FILES:
             try:
@@ -74,7 +74,7 @@ def fetch(repo: str, revision: str | None = None) -> str:
 
 
 def _check_digest(name, path):
-    """Raises unless a file has the SHA-256 that is its name in the cache."""
+    """Raises unless the SHA-256 of a file matches its name in the cache."""
     known = os.path.basename(os.path.realpath(path))
     if _SHA256.fullmatch(known) and (found := download.digest(path)) != known:
         place = os.path.realpath(path)
@@ -85,7 +85,7 @@ def _check_digest(name, path):
 
 
 def explain(name: str, repo: str, error: Exception) -> str | None:
-    """The line for an error of huggingface_hub; None for any other error."""
+    """The message for an error from huggingface_hub; None for any other error."""
     from huggingface_hub import constants
     from huggingface_hub import errors as hub_errors
 
@@ -106,7 +106,7 @@ def explain(name: str, repo: str, error: Exception) -> str | None:
     if isinstance(error, hub_errors.LocalEntryNotFoundError):
         why = 'it cannot be reached'
         if hub_lib.is_offline():
-            why = f'{hub_lib.OFFLINE} forbids to download it'
+            why = f'{hub_lib.OFFLINE} forbids downloading it'
         return (
             f'{name} is not in the cache {constants.HF_HUB_CACHE}, and {why} at '
             f'{page}; download it elsewhere with `hf download {repo}`, and copy it '
@@ -114,8 +114,8 @@ def explain(name: str, repo: str, error: Exception) -> str | None:
         )
     if isinstance(error, hub_errors.EntryNotFoundError):
         return (
-            f'{name} has no {timm_config.CONFIG_FILE}; only folders of timm and of '
-            'this program can be read'
+            f'{name} has no {timm_config.CONFIG_FILE}; only folders in the format of '
+            'timm or of this program can be read'
         )
     if isinstance(error, hub_errors.HfHubHTTPError):
         text = ' '.join(str(error).split())[:200]

@@ -14,16 +14,16 @@ from typing import Any
 
 from flax_densenet.errors import UserError
 
-EPSILON = 1.001e-5  # of every batch norm in keras.applications and keras-hub
+EPSILON = 1.001e-5  # the value of every batch norm in keras.applications and keras-hub
 
 
 def list_objects(text: str | bytes) -> list[tuple[str, dict[str, Any]]]:
-    """[(class_name, config)] of all objects in Keras' JSON, at any depth."""
+    """`[(class_name, config)]` of all objects in the JSON, at any depth."""
     objects, waiting = [], [json.loads(text)]
     while waiting:
         node = waiting.pop()
         if isinstance(node, dict):
-            if isinstance(node.get('config'), list):  # a Sequential before Keras 2.2
+            if isinstance(node.get('config'), list):  # before Keras 2.2
                 node['config'] = {'layers': node['config']}
             if isinstance(node.get('config'), dict):
                 objects.append((str(node.get('class_name')), node['config']))
@@ -35,14 +35,14 @@ def list_objects(text: str | bytes) -> list[tuple[str, dict[str, Any]]]:
 def fields_of(
     path: str, objects, groups, *, is_hub: bool, behind=None
 ) -> dict[str, Any]:
-    """Fields of `DenseNet` that a file implies and that no array depends on.
+    """Fields of `DenseNet` that the file implies but the arrays do not show.
 
     Args:
-      path: of the file, for error messages.
+      path: the file, for error messages.
       objects: `list_objects` of its configuration; empty if it has none.
       groups: paths and names of its layers, including those without arrays.
-      is_hub: whether it is a network of keras-hub.
-      behind: (class, configuration) of the layers of the head, or None.
+      is_hub: whether the network is from keras-hub.
+      behind: (class, configuration) of each layer of the head, or None.
 
     Raises:
       UserError: the network is not a DenseNet, or its batch norms differ.
@@ -59,7 +59,7 @@ def _check_pooling(path, objects):
         if name == 'GlobalMaxPooling2D' or settings.get('pooling') == 'max':
             raise UserError(
                 f'{path}: its classifier takes the maximum over the image; only the '
-                'mean (GlobalAveragePooling2D) can be read'
+                'mean (GlobalAveragePooling2D) is supported'
             )
 
 
@@ -92,7 +92,7 @@ def _padding(objects, groups, is_hub):
             return 'same' if settings.get('padding') == 'same' else 'torch'
     if any('zero_padding2d' in group for group in groups):
         return 'torch'
-    # keras-cv has the same names without these layers. Files that list layers without
-    # arrays have a ReLU for each norm.
+    # keras-cv uses the same names but lacks these layers. In files that list layers
+    # without arrays, each norm has a ReLU.
     relus = sum(bool(re.search(r'relu$|(^|/)activation\w*$', g)) for g in groups)
     return 'same' if is_hub or relus > 8 else 'torch'

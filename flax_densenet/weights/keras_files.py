@@ -1,9 +1,9 @@
-"""Reads and writes DenseNet weights in Keras' files.
+"""Reads and writes DenseNet weights in Keras files.
 
-It reads files of keras.applications and keras-hub, of the network alone or with one
-Dense layer after it: `.weights.h5` and `.keras` of Keras 3, `.h5` of any Keras,
-`task.weights.h5` of a preset. No code in a file is run: only its arrays and the numbers
-in its configuration are read.
+It reads networks of keras.applications and keras-hub, alone or with a head:
+`.weights.h5` and `.keras` files of Keras 3, `.h5` files of any Keras version, and
+`task.weights.h5` files of presets. No code in a file is run: only its arrays and the
+numbers in its configuration are read.
 
 >>> from flax_densenet.weights import keras_files
 >>> keras_files.is_keras_file(keras_files.__file__)
@@ -38,7 +38,7 @@ _WEIGHTS = 'model.weights.h5'
 _BESIDE = {_WEIGHTS: 'config.json', 'task.weights.h5': 'task.json'}
 _ARCHIVE_STARTS = (b'metadata.json', b'config.json')
 _LARGEST_CONFIG = 2**26
-# State of training, not of the model.
+# Training state, not part of the model.
 _TRAINING = re.compile(
     r'(optimizer|optimizer_weights|_?metrics|_?compile_metrics|_?loss_tracker)/'
     r'|(.*/)?_?(seed|random)_generator[^/]*/'
@@ -64,7 +64,7 @@ def _reading(path):
         raise
     except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f'{path} is not a file') from error
-    # What h5py and zipfile raise for corrupt files, and hdf5 for those that it refuses.
+    # h5py and zipfile raise these for corrupt files, and `hdf5` for refused ones.
     except (
         OSError,
         EOFError,
@@ -93,7 +93,7 @@ def is_keras_file(path: str) -> bool:
     except OSError:
         return False
     except (zipfile.BadZipFile, NotImplementedError, ValueError):
-        # Truncated: the list of names is at the end, the first name here.
+        # A truncated archive: the list of names is at the end, the first name here.
         return start[30:].startswith(_ARCHIVE_STARTS)
 
 
@@ -102,9 +102,9 @@ class Content:
     """A Keras file of a DenseNet.
 
     Attributes:
-      arrays, fields, family: as of `read`.
-      around: what the configuration says around the network.
-      tail: what comes behind it.
+      arrays, fields, family: see `read`.
+      around: what the configuration says about images and outputs.
+      tail: the layers after the network.
     """
 
     arrays: dict[str, np.ndarray]
@@ -118,14 +118,14 @@ def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
     """Reads a Keras file of a DenseNet.
 
     Args:
-      path: a file that `is_keras_file` recognizes. `task.weights.h5` of a preset is
-        read together with the `model.weights.h5` next to it.
+      path: a file that `is_keras_file` recognizes. For the `task.weights.h5` of a
+        preset, the `model.weights.h5` next to it is read too.
 
     Returns:
       arrays: `{'params/conv0/kernel': float32 [7, 7, 3, 64], ...}`, with kernels
         `[H, W, in, out]` or `[in, out]`. Unknown arrays keep their path in the file;
         the state of an optimizer is left out.
-      fields: fields of `DenseNet` that the file implies.
+      fields: the fields of `DenseNet` that the file implies.
       family: `keras` or `keras_hub`.
 
     Raises:
@@ -137,7 +137,7 @@ def read(path: str) -> tuple[dict[str, np.ndarray], dict[str, Any], str]:
 
 
 def read_content(path: str) -> Content:
-    """Reads a Keras file like `read`, with what is around the network."""
+    """Reads a Keras file like `read`, including what surrounds the network."""
     layers, groups, objects = _read_file(path)
     neighbor = os.path.join(os.path.dirname(path), _WEIGHTS)
     if os.path.basename(path) == 'task.weights.h5' and os.path.exists(neighbor):
@@ -169,7 +169,7 @@ def read_content(path: str) -> Content:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Placed:
-    """A layer of a file, our submodule for it or None, its arrays by their roles."""
+    """A layer in a file, our submodule for it (or None), and its arrays by role."""
 
     layer: keras_layers.Layer
     module: str | None
@@ -189,14 +189,14 @@ def _name(layers):
     for one in layers:
         for role, key in one.layer.keys.items():
             name = keras_layers.path_of(one.module, role) if one.module else None
-            # What is there twice is unknown, too.
+            # A name that appears twice is unknown, too.
             known = name is not None and name not in arrays
             arrays[name if known else key] = one.arrays[role]
     return arrays
 
 
 def _without_copy(path, layers):
-    """The layers without those of a second copy of the network."""
+    """The layers, leaving out a second copy of the network."""
     seen, again = {}, []
     for one in layers:
         if one.module is not None and one.module in seen:
@@ -215,7 +215,7 @@ def _without_copy(path, layers):
                 'save it alone: model.get_layer(NAME).save(FILE)'
             )
     _LOGGER.warning(
-        '%s holds the same network twice, with %s and %s; one is taken',
+        '%s holds the same network twice, with %s and %s; the first is used',
         *(path, first, second),
     )
     copies = [other for _, other in again]
@@ -223,7 +223,7 @@ def _without_copy(path, layers):
 
 
 def _read_tail(behind, layers):
-    """The head, and the layers that are parts of it."""
+    """The head, and the layers that belong to it."""
     found = [one for one in layers if one.is_of_head()]
     body = {one.module: one.arrays for one in layers if one.module}
     if not any(name.startswith('denseblock') for name in body):
@@ -237,10 +237,10 @@ def _read_tail(behind, layers):
 
 
 def _read_file(path, prefix=''):
-    """Layers, their names and those of groups, [(class, config)].
+    """The layers, the names of layers and groups, and `[(class, config)]`.
 
     Args:
-      prefix: for the paths of arrays.
+      prefix: a prefix for the paths of the arrays.
     """
     with _reading(path), contextlib.ExitStack() as stack:
         objects, content = [], path
@@ -290,18 +290,18 @@ def _objects_beside(path):
 
 
 def write(path: str, module, variables):
-    """Writes a model for keras.applications' DenseNet.
+    """Writes a model as a file for the DenseNet of keras.applications.
 
-    Both compute the same logits; Keras adds a softmax after its classifier, unless it
-    is made with `classifier_activation=None`. Values are stored as float32. If epsilon
-    is not Keras' 1.001e-5, variances (and the scales of those near 0) are changed so
-    that the results stay the same.
+    Both compute the same logits. Keras adds a softmax after the classifier, unless the
+    network is created with `classifier_activation=None`. Values are stored as float32.
+    If epsilon differs from 1.001e-5, the value in Keras, variances are adjusted (and
+    scales too, if a variance is near 0) so that the outputs stay the same.
 
     Args:
-      path: `.weights.h5` (weights), `.keras` or `.h5` (model and weights). Keras loads
-        all of them with `load_weights` and `DenseNet121(weights=path, classes=...)`,
-        the last two also with `keras.models.load_model`.
-      module: `DenseNet`; without a classifier it becomes `include_top=False`.
+      path: ends in `.weights.h5` (weights only), `.keras` or `.h5` (model and weights).
+        Keras loads all of them with `load_weights` and `DenseNet121(weights=path,
+        classes=...)`, and the last two also with `keras.models.load_model`.
+      module: a `DenseNet`. Without a classifier it becomes `include_top=False`.
       variables: `{'params', 'batch_stats'}`.
 
     Raises:
@@ -319,7 +319,7 @@ def write(path: str, module, variables):
             layer.set_weights(_weights(name, arrays, module.epsilon))
     folder, name = os.path.split(path)
     try:
-        # Keras decides by the ending, so the name stays.
+        # Keras chooses the format by the extension, so the name keeps it.
         with tempfile.TemporaryDirectory(dir=folder or '.') as temporary:
             written = os.path.join(temporary, name)
             if name.endswith('.weights.h5'):
@@ -342,18 +342,18 @@ def _check_fields(path, module):
             raise UserError(
                 f'{path}: keras.applications has no DenseNet with '
                 f'model.{name}={value}, only with {fixed}; .safetensors and .pth files '
-                'can hold it'
+                'support it'
             )
 
 
 def _make_network(module, channels):
-    """keras.applications' DenseNet with random weights, for images of any size."""
+    """A DenseNet of keras.applications with random weights, for any image size."""
     # Keras reads it at import; otherwise it would look for TensorFlow.
     os.environ.setdefault('KERAS_BACKEND', 'jax')
     with errors.extra('keras', '--format=keras'):
         import keras
 
-        # The public functions have three lists of blocks, this one takes any.
+        # The public functions have fixed lists of blocks; this one takes any list.
         from keras.src.applications.densenet import DenseNet
     depth = 2 * sum(module.block_sizes) + 5
     return DenseNet(
@@ -367,7 +367,7 @@ def _make_network(module, channels):
 
 
 def _weights(module, arrays, epsilon):
-    """A layer's arrays in Keras' order."""
+    """The arrays of a layer in the order of Keras."""
     roles = keras_layers.NORM
     if f'params/{module}/kernel' in arrays:
         roles = keras_layers.WEIGHTS[: 1 + (f'params/{module}/bias' in arrays)]
@@ -376,7 +376,7 @@ def _weights(module, arrays, epsilon):
         return values
     scale, bias, mean, var = (np.asarray(value, np.float64) for value in values)
     moved = np.maximum(var + (epsilon - keras_config.EPSILON), 0)
-    # It changes only where the variance would fall below 0.
+    # The scale changes only if the variance would fall below 0.
     scale = scale * np.sqrt((moved + keras_config.EPSILON) / (var + epsilon))
     return [value.astype(np.float32) for value in (scale, bias, mean, moved)]
 

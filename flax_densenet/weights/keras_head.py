@@ -1,7 +1,7 @@
-"""Reads a Keras configuration around the network: preparation and activation.
+"""Reads what surrounds the network in a Keras configuration: preparation, activation.
 
-Layers in front of the network that subtract and divide become mean and std; the last
-layer tells whether outputs are a softmax or sigmoids.
+Layers before the network that subtract and divide become mean and std. The last layer
+shows whether the outputs are a softmax or sigmoids.
 
 >>> rescaling = {'class_name': 'Rescaling', 'config': {'scale': 1 / 255, 'offset': 0}}
 >>> network = {
@@ -23,7 +23,7 @@ from flax_densenet.data import bands
 from flax_densenet.settings import sizes
 from flax_densenet.weights import heads
 
-# Nothing at inference, or nothing that changes values.
+# Layers that do nothing at inference, or do not change values.
 SILENT = {
     *('Dropout', 'GaussianNoise', 'Identity', 'Cast', 'RandAugment', 'RandomErasing'),
     *('RandomFlip', 'RandomRotation', 'RandomZoom', 'RandomTranslation', 'AugMix'),
@@ -42,13 +42,13 @@ _ACTIVATIONS = {'sigmoid': heads.SIGMOID, 'softmax': heads.SOFTMAX}
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """The result of reading.
+    """What a configuration says about images and outputs.
 
     Attributes:
       preparation: fields of `config.data`.
       unread: the layer that changes images in a way that cannot be read; '' for none.
-      outputs: one of `heads.OUTPUTS`, None where it is not said.
-      used: paths of arrays in the file that are no part of the network.
+      outputs: one of `heads.OUTPUTS`; None if the configuration does not say.
+      used: paths of arrays in the file that are not part of the network.
     """
 
     preparation: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -61,8 +61,8 @@ def read(settings: dict[str, Any], arrays: dict[str, np.ndarray]) -> Found:
     """Reads the configuration of a model.
 
     Args:
-      settings: of the outermost model; empty where the file has none.
-      arrays: of the file, by their paths, for a Normalization layer.
+      settings: configuration of the outermost model; empty if the file has none.
+      arrays: `{path in the file: array}`, for Normalization layers.
     """
     layers = settings.get('layers')
     if not isinstance(layers, list):
@@ -75,7 +75,7 @@ def read(settings: dict[str, Any], arrays: dict[str, np.ndarray]) -> Found:
 
 
 def activation_name(settings) -> str:
-    """Name of a layer's activation, `linear` where it has none."""
+    """The name of a layer's activation; `linear` if it has none."""
     found = settings.get('activation')
     if isinstance(found, dict):
         found = str(found.get('class_name', '')).lower()
@@ -83,18 +83,18 @@ def activation_name(settings) -> str:
 
 
 def activation(settings) -> str | None:
-    """One of `heads.OUTPUTS`, None for other activations."""
+    """One of `heads.OUTPUTS`; None for other activations."""
     return _ACTIVATIONS.get(activation_name(settings))
 
 
 def class_of(layer) -> tuple[str, dict[str, Any]]:
-    """Class and configuration of a layer."""
+    """The class name and the configuration of a layer."""
     settings = layer.get('config')
     return str(layer.get('class_name')), settings if isinstance(settings, dict) else {}
 
 
 def inner_layers(layer):
-    """The layers of a model, None of another layer."""
+    """The layers of a model; None if the layer is not a model."""
     kind, settings = class_of(layer)
     inner = settings.get('layers')
     if kind in _MODELS and isinstance(inner, list):
@@ -110,7 +110,7 @@ def _holds_network(layer):
 
 
 def _outputs(layers):
-    """By the last layer that is or has an activation."""
+    """The outputs, according to the last layer that is or has an activation."""
     for layer in reversed(layers):
         kind, settings = class_of(layer)
         inner = inner_layers(layer)
@@ -126,7 +126,7 @@ def _outputs(layers):
 
 
 class _Front:
-    """The layers in front of the network: x becomes `x * factor + shift`."""
+    """The layers before the network: x becomes `x * factor + shift`."""
 
     def __init__(self, arrays):
         self._arrays = arrays
@@ -136,7 +136,7 @@ class _Front:
         self.unread, self.used = '', []
 
     def read(self, layers):
-        """Reads until the network comes; True: it came."""
+        """Reads up to the network; whether it was found."""
         for layer in layers:
             kind, settings = class_of(layer)
             inner = inner_layers(layer)
@@ -166,7 +166,7 @@ class _Front:
         return found
 
     def _apply(self, kind, settings, layer):
-        """One layer; False: it cannot be read."""
+        """Applies one layer; False if it cannot be read."""
         if kind == 'InputLayer':
             return self._read_size(settings)
         if kind in SILENT:
@@ -237,7 +237,7 @@ class _Front:
         return self._move(1 / std, -mean / std)
 
     def _find_statistics(self, name):
-        """Of an adapted layer, which keeps mean, variance and count as arrays."""
+        """Mean and variance of an adapted layer, which stores them as arrays."""
         found = {}
         for key, array in self._arrays.items():
             parts = key.split('/')
@@ -252,7 +252,7 @@ class _Front:
 
 
 def _number(value):
-    """A number or numbers of a configuration as an array, None for anything else."""
+    """The number or numbers in a configuration as an array; None for anything else."""
     if isinstance(value, dict):
         inner = value.get('config')
         value = inner.get('value') if isinstance(inner, dict) else None
@@ -265,7 +265,7 @@ def _number(value):
 
 
 def _constant(layer):
-    """The constant that an operation has beside its input."""
+    """The constant operand of an operation."""
     nodes = layer.get('inbound_nodes')
     node = nodes[0] if isinstance(nodes, list) and nodes else None
     arguments = node.get('args') if isinstance(node, dict) else None

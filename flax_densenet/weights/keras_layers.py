@@ -1,7 +1,7 @@
-"""Matches the layers in Keras' files with the submodules of a DenseNet.
+"""Matches the layers in Keras files with the submodules of a DenseNet.
 
-Layers are recognized by the names of keras.applications and keras-hub or, if Keras
-numbered them automatically, by the order of the kernels.
+Layers are recognized by their names in keras.applications and keras-hub. If Keras
+numbered them automatically, they are recognized by the order of the kernels.
 
 >>> from flax_densenet.weights import keras_layers
 >>> keras_layers.module_of('conv2_block1_0_bn')
@@ -39,7 +39,7 @@ _LEAVES = {
     'kernel': ('params', 'kernel'),
     'bias': ('params', 'bias'),
 }
-# The variables of a layer in Keras' order.
+# The variables of a layer, in the order of Keras.
 NORM = ('gamma', 'beta', 'moving_mean', 'moving_variance')
 WEIGHTS = ('kernel', 'bias')
 
@@ -50,9 +50,9 @@ class Layer:
 
     Attributes:
       place: path in the file.
-      name: of the layer.
-      keys: path of each array by its role, the name of a variable in Keras such as
-        `kernel` or `moving_mean`, or another name that the file has for it.
+      name: name of the layer.
+      keys: `{role: path of the array}`. A role is the name of a variable in Keras, such
+        as `kernel` or `moving_mean`, or another name that the file uses.
     """
 
     place: str
@@ -61,14 +61,14 @@ class Layer:
 
     @property
     def scope(self) -> str:
-        """The model that the layer is in; '' in files of Keras before 3."""
+        """The model that contains the layer; '' in files from before Keras 3."""
         parts = self.place.split('/')
         return '/'.join(parts[:-2]) if parts[-1] == 'vars' else ''
 
 
 def module_of(name: str) -> str | None:
-    """The path of our submodule for a layer's name in Keras; None if there is none."""
-    # Older files call the stem `conv1/conv`; models precede the last slash.
+    """The path of our submodule for a layer name in Keras; None if there is none."""
+    # Older files call the stem `conv1/conv`. Models come before the last slash.
     name = re.sub(r'(?:^|.*/)conv1/(conv|bn)$', r'conv1_\1', name).rpartition('/')[2]
     if match := _DENSE_LAYER.fullmatch(name):
         kind, block, layer, part = match.groups()
@@ -83,12 +83,12 @@ def module_of(name: str) -> str | None:
 
 
 def is_of_hub(name: str) -> bool:
-    """Whether a layer's name is one of keras-hub, and not of keras.applications."""
+    """Whether a layer name is from keras-hub rather than keras.applications."""
     return bool(re.match(r'(.*/)?(stack\d+_block|transition\d+_)', name))
 
 
 def path_of(module: str, role: str) -> str | None:
-    """('conv0', 'kernel') to 'params/conv0/kernel'; None for an unknown role."""
+    """`params/conv0/kernel` for `conv0`, `kernel`; None for an unknown role."""
     if role not in _LEAVES:
         return None
     collection, leaf = _LEAVES[role]
@@ -96,11 +96,11 @@ def path_of(module: str, role: str) -> str | None:
 
 
 def list_layers(arrays: dict[str, np.ndarray], groups) -> list[Layer]:
-    """The layers of a file, in the network's order if the file has it.
+    """The layers of a file, in the order of the network if the file tells it.
 
     Args:
-      arrays: by their paths in the file.
-      groups: each `h5py.Group` of the file by its path; `''` is the file itself.
+      arrays: `{path in the file: array}`.
+      groups: `{path: h5py.Group}`; `''` is the file itself.
     """
     places: dict[str, list[str]] = {}
     for key in arrays:
@@ -121,7 +121,7 @@ def list_layers(arrays: dict[str, np.ndarray], groups) -> list[Layer]:
 
 
 def _roles(dims):
-    """Roles of numbered variables, by their ranks; None if none fit."""
+    """The roles of numbered variables, by their ranks; None if none fit."""
     if dims == [1, 1, 1, 1]:
         return NORM
     if dims in ([4], [2], [4, 1], [2, 1]):
@@ -147,7 +147,7 @@ def _order(groups):
 
 
 def _attribute(group, name):
-    """A list of names; Keras splits one above 64 KB into name0, name1, ..."""
+    """A list of names; Keras splits lists above 64 KB into name0, name1, ..."""
     numbered = (f'{name}{number}' for number in itertools.count())
     chunks = itertools.takewhile(lambda chunk: chunk in group.attrs, numbered)
     chunks = [name] if name in group.attrs else list(chunks)
@@ -174,7 +174,7 @@ def _kernel(layer, arrays):
 
 
 def _modules_by_order(layers, arrays):
-    """1x1 then 3x3 is a dense layer, a single 1x1 a transition; otherwise all None."""
+    """1x1 then 3x3 is a dense layer, a lone 1x1 a transition; otherwise all None."""
     by_layer = [None] * len(layers)
     convs = [i for i, layer in enumerate(layers) if len(_kernel(layer, arrays)) == 4]
     # A batch norm in the head of an enclosing model comes first in its file.
@@ -195,7 +195,7 @@ def _modules_by_order(layers, arrays):
 
 
 def _names_by_size(sizes):
-    """Submodules of all convolutions and norms; None for other networks."""
+    """The submodules of all convolutions and norms; None for other networks."""
     convs, norms, block, number = ['conv0'], ['norm0'], 1, 0
     while len(convs) < len(sizes):
         following = sizes[len(convs) : len(convs) + 2]

@@ -1,8 +1,8 @@
-"""Reads what a Keras model computes behind the network: pooling and layers of a head.
+"""Reads what a Keras model computes after the network: the pooling and the head.
 
-The configuration tells all layers, their activations and their order. A file of arrays
-alone (`.weights.h5`) has no configuration; there, a ReLU behind each Dense layer but
-the last is a guess.
+The configuration lists all layers with their activations and their order. A file with
+arrays only (`.weights.h5`) has no configuration; a ReLU after each Dense layer except
+the last is then a guess.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import numpy as np
 from flax_densenet.weights import head_layers, keras_head, keras_layers
 from flax_densenet.weights.head_layers import RELU, Linear, Norm, Unreadable
 
-# The last layer of one of these classes is in front of the network's last norm.
+# The last layer of one of these classes comes before the last norm of the network.
 _BODY = {'Conv2D', 'Concatenate', 'AveragePooling2D', 'DenseNetBackbone'}
 _POOLINGS = {'GlobalAveragePooling2D': 'mean', 'GlobalMaxPooling2D': 'max'}
 _NOTHING = {*keras_head.SILENT, 'InputLayer', 'Flatten', 'SpatialDropout2D'}
@@ -26,11 +26,11 @@ class Tail:
     """The layers after the network.
 
     Attributes:
-      arrays: of the classifier by our names; empty where there is none.
-      fields: of `DenseNet`.
+      arrays: `{our name: array}` of the classifier; empty if there is none.
+      fields: fields of `DenseNet`.
       layers: names of the layers of a head that cannot be read.
-      reason: why it cannot.
-      guess: what is a guess, for a line; '' for nothing.
+      reason: why it cannot be read.
+      guess: describes what was guessed; '' for nothing.
     """
 
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -41,9 +41,9 @@ class Tail:
 
 
 def find(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]] | None:
-    """(class, configuration) of each layer behind the last norm of the network.
+    """(class, configuration) of each layer after the last norm of the network.
 
-    None if the configuration does not show it.
+    None if the configuration does not show that norm.
     """
     flat = list(_flatten(settings))
     last = max((n for n, one in enumerate(flat) if one[0] in _BODY), default=None)
@@ -63,13 +63,13 @@ def _flatten(settings):
         kind, inner = keras_head.class_of(layer)
         if keras_head.inner_layers(layer) is not None:
             yield from _flatten(inner)
-            yield 'Identity', {'name': inner.get('name')}  # its outputs have this name
+            yield 'Identity', {'name': inner.get('name')}  # its outputs carry this name
         else:
             yield kind, inner | {'inputs': _inputs(layer.get('inbound_nodes'))}
 
 
 def _inputs(node):
-    """Names of the layers whose outputs a layer takes."""
+    """The names of the layers that feed a layer."""
     if isinstance(node, dict):
         inner = node.get('config')
         history = inner.get('keras_history') if isinstance(inner, dict) else None
@@ -92,10 +92,10 @@ def read(
     """The head of a model.
 
     Args:
-      behind: of `find`.
-      layers: of the file that are no part of the network's body, in its order.
-      arrays: by their paths in the file.
-      width: of the network's features.
+      behind: the result of `find`.
+      layers: layers of the file outside the network's body, in the order of the file.
+      arrays: `{path in the file: array}`.
+      width: number of features of the network.
     """
     names = tuple(layer.name.rpartition('/')[2] for layer in layers)
     try:
@@ -125,7 +125,7 @@ def _of_config(behind, layers, arrays, width):
             _activate(kind, activation, sequence, fields, settings)
         elif kind in ('Dense', 'BatchNormalization'):
             if 'pooling' not in fields:
-                raise Unreadable(f'{name} is in front of the pooling')
+                raise Unreadable(f'{name} comes before the pooling')
             layer = _layer(kind, settings, places.get(number), arrays)
             sequence += [layer]
             if kind == 'Dense' and activation != 'linear':
@@ -146,9 +146,9 @@ def _activate(kind, activation, sequence, fields, settings):
     kind = {'ReLU': 'relu', 'Softmax': 'softmax'}.get(kind, activation)
     odd = [settings.get(k) for k in ('max_value', 'negative_slope', 'threshold')]
     if any(odd) or (kind not in ('relu', 'linear', *_ENDS)):
-        raise Unreadable(f'{settings.get("name")} is a {kind} of another kind')
+        raise Unreadable(f'{settings.get("name")} is an unusual {kind}')
     if sequence and sequence[-1] in _ENDS:
-        raise Unreadable(f'a {kind} behind a {sequence[-1]}')
+        raise Unreadable(f'a {kind} after a {sequence[-1]}')
     if kind in _ENDS:
         sequence.append(kind)
     elif kind == 'relu' and sequence:
@@ -161,7 +161,7 @@ def _made(sequence, fields, width, guess=''):
     if sequence[-1] in _ENDS:
         sequence = sequence[:-1]
     if any(layer in _ENDS for layer in sequence):
-        raise Unreadable('an activation is in front of a layer')
+        raise Unreadable('a softmax or sigmoid comes before a layer')
     first = sequence[0]
     inputs = first.kernel.shape[0] if isinstance(first, Linear) else len(first.mean)
     if width is not None and inputs != width:
@@ -170,12 +170,12 @@ def _made(sequence, fields, width, guess=''):
     hidden = tuple(kernel.shape[1] for kernel, _ in reduced[:-1])
     fields = _unusual(fields) | ({'hidden': hidden} if hidden else {})
     if guess:
-        guess = f'its head is taken for {head_layers.describe(sequence)}: {guess}'
+        guess = f'its head is assumed to be {head_layers.describe(sequence)}: {guess}'
     return Tail(head_layers.arrays_of(reduced), fields, guess=guess)
 
 
 def _place(behind, layers):
-    """The file's layer of each layer of the configuration, by name, else by order."""
+    """Matches layers of the configuration with the file, by name, else by order."""
     wanted = [
         (n, kind, settings.get('name'))
         for n, (kind, settings) in enumerate(behind)
@@ -214,10 +214,10 @@ def _norm(name, found, epsilon):
 
 
 def _of_arrays(layers, arrays, width):
-    """Without a configuration: Dense layers whose widths tell their order."""
+    """Without a configuration: Dense layers, ordered by their widths."""
     if not all('kernel' in layer.keys for layer in layers):
         names = ', '.join(layer.name for layer in layers)
-        raise Unreadable(f'nothing tells in which order {names} come')
+        raise Unreadable(f'the order of {names} is unclear')
     found = {
         layer.name.rpartition('/')[2]: _layer(
             'Dense', {'use_bias': 'bias' in layer.keys}, layer, arrays

@@ -19,10 +19,10 @@ MOST_CLASSES = 10**6
 
 
 def load(workdir: str, step: checkpoint_reader.Checkpoint) -> dict[str, Any]:
-    """Loads the metadata of a checkpoint, as `prepare.make_metadata` makes it.
+    """Loads the metadata of a checkpoint, which `prepare.make_metadata` creates.
 
     Raises:
-      UserError: it cannot be read, or this program did not write it.
+      UserError: the metadata cannot be read, or this program did not write it.
     """
     metadata = checkpoint_reader.load_json(workdir, step, 'metadata')
     place = f'the checkpoint {step} of {workdir}'
@@ -32,12 +32,13 @@ def load(workdir: str, step: checkpoint_reader.Checkpoint) -> dict[str, Any]:
 def check(place: str, metadata: Any, *, named: bool = True) -> dict[str, Any]:
     """Returns `metadata` if it has everything that the program needs.
 
-    That of earlier versions gets the grouping that their images had.
+    Metadata from earlier versions gets the grouping of images that they used.
 
     Args:
-      place: where it comes from, for error messages.
-      named: whether `class_names` are required. In exports of imported weights they can
-        be null.
+      place: where the metadata comes from, for error messages.
+      metadata: any value read from JSON.
+      named: whether `class_names` are required. They can be null in exports of imported
+        weights.
 
     Raises:
       UserError: a field is missing or has an invalid value.
@@ -49,14 +50,14 @@ def check(place: str, metadata: Any, *, named: bool = True) -> dict[str, Any]:
     _check_parts(place, '', metadata, parts)
     if metadata.get('operating_points') is not None:
         _check_parts(place, '', metadata, {'operating_points': _are_points})
-    # Fields that were left open are null or absent.
+    # Fields without a value are null or absent.
     known = {k: v for k, v in metadata['data'].items() if v is not None}
     if 'images' in metadata:  # older versions did not count them
         _check_parts(place, '', metadata, {'images': _are_counts})
     _check_parts(place, 'data.', known, {k: _DATA[k] for k in _DATA if k in known})
     for fields in (metadata, {**metadata, **known}):
         if len(fields['mean']) != len(fields['std']):
-            raise UserError(f'{place}: its mean and std differ in their channels')
+            raise UserError(f'{place}: its mean and std differ in length')
     data = settings.with_former_split(metadata['data'])
     return metadata if data is metadata['data'] else metadata | {'data': data}
 
@@ -111,7 +112,7 @@ def _are_counts(value):
 
 
 def _is_window(value):
-    """Two rising numbers, or none."""
+    """Two ascending numbers, or none."""
     return value == [] or (
         isinstance(value, list)
         and len(value) == 2
@@ -121,7 +122,7 @@ def _is_window(value):
 
 
 def _is_bit_depth(value):
-    """From 8 to 16; 0 in configs, where it stands for a search."""
+    """From 8 to 16; 0 in configs means that it is determined from the images."""
     return type(value) is int and (value == 0 or 8 <= value <= 16)
 
 

@@ -1,11 +1,11 @@
-"""Operating points of torchxrayvision's networks, applied as that library does.
+"""Applies the operating points of torchxrayvision's networks as that library does.
 
 Each finding has a point p of its own, chosen on validation data. The library maps
 sigmoids s piecewise linearly so that p becomes 0.5:
 
     s / 2p for s < p, else 1 - (1 - s) / 2(1 - p)
 
-What comes out is a score, not a probability. A finding without a point is always 0.5.
+The result is a score, not a probability. A finding without a point is always 0.5.
 
 >>> scale([0.1, 0.2, 0.6, 0.9], [0.2, 0.2, 0.2, None]).tolist()
 [0.25, 0.5, 0.75, 0.5]
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# The published files do not have the points; the library has them, by file.
+# The published files lack the points; the library has them, by file.
 _FILE = re.compile(r'(.+)-densenet121-d121-tw-lr001-rot45-tr15-sc15-seed0-best(\.pt)?')
 _PUBLISHED = {
     'nih-pc-chex-mimic_ch-google-openi-kaggle': (
@@ -164,17 +164,18 @@ _PUBLISHED = {
 
 
 def of_file(path: str) -> tuple[float | None, ...] | None:
-    """The points of a file that torchxrayvision has published, by its name."""
+    """The points of a published file, by its name; None for other files."""
     match = _FILE.fullmatch(os.path.basename(path))
     return _PUBLISHED.get(match[1]) if match else None
 
 
 def scale(sigmoids, points: Sequence[float | None], *, xp=np):
-    """Scores of sigmoids `[..., C]`.
+    """Maps sigmoids `[..., C]` to scores of the same shape.
 
     Args:
-      points: C numbers between 0 and 1; None for findings without.
-      xp: `numpy`, or `jax.numpy` for its arrays.
+      sigmoids: from 0 to 1.
+      points: C numbers between 0 and 1; None for findings without a point.
+      xp: `numpy`, or `jax.numpy` for JAX arrays.
     """
     sigmoids = xp.asarray(sigmoids)
     shape = (1,) * (sigmoids.ndim - 1) + (-1,)
@@ -188,7 +189,7 @@ def scale(sigmoids, points: Sequence[float | None], *, xp=np):
 
 
 def scale_logits(logits: np.ndarray, points: Sequence[float | None]) -> np.ndarray:
-    """Logits, float64 `[..., C]`, whose sigmoids are the scores."""
+    """Logits, float64 `[..., C]`, that give the scores after a sigmoid."""
     z = np.asarray(logits, np.float64)
     given = np.array([p is not None for p in points])
     p = np.array([0.5 if p is None else p for p in points], np.float64)
@@ -201,7 +202,7 @@ def scale_logits(logits: np.ndarray, points: Sequence[float | None]) -> np.ndarr
 
 
 def describe(path: str, points: Sequence[float | None]) -> str:
-    """The line about the points of a model."""
+    """The line about the operating points of a model."""
     line = (
         f'{path}: its operating points are applied as in torchxrayvision: a score of '
         '0.5 is the point of each finding; for raw sigmoids: --outputs=sigmoid'

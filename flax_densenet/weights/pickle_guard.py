@@ -1,8 +1,8 @@
-"""Checks a pickle before it is loaded, for data that would exhaust memory or stack.
+"""Checks a pickle for data that would exhaust memory or the stack, before loading it.
 
 `torch_pickle` decides which names a pickle may use, so no code runs. But plain data can
-do harm, too: a memo index of 2^31 makes the reader allocate a table of 32 GB, and
-tuples nested a million deep overflow the stack when they are hashed.
+also do harm: a memo index of 2^31 makes the reader allocate a table of 32 GB, and
+tuples nested a million levels deep overflow the stack when they are hashed.
 
 >>> import io, pickle
 >>> check(io.BytesIO(pickle.dumps({'weight': [1, 2]})))
@@ -25,11 +25,11 @@ _MARK = -1
 
 
 def check(file):
-    """Scans one pickle without making its objects, and rewinds the file.
+    """Scans one pickle without creating its objects, and rewinds the file.
 
     Raises:
-      pickle.UnpicklingError: it would exhaust memory or stack.
-      ValueError: it is truncated.
+      pickle.UnpicklingError: the pickle would exhaust memory or the stack.
+      ValueError: the pickle is truncated.
     """
     start = file.tell()
     stack, memo = [], {}

@@ -1,9 +1,10 @@
-"""The precision in which a trained model computes: float32 or bfloat16.
+"""Chooses the precision in which a trained model computes: float32 or bfloat16.
 
-bfloat16 keeps 8 bits of each number instead of 24 and is several times faster on
-processors with instructions for it. `auto` uses it only if `eval` or `report` has
-measured, with `--precision=auto`, that it costs at most 0.1 points of accuracy. The
-measurement is kept in `precision.json` in the folder of the run, for one checkpoint.
+bfloat16 keeps 8 significant bits instead of 24 and is several times faster on
+processors with instructions for it. `auto` uses it only if `eval --precision=auto` or
+`report --precision=auto` has measured that it costs at most 0.1 percentage points of
+accuracy. The measurement for one checkpoint is stored in `precision.json` in the folder
+of the run.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from flax_densenet.weights.trained import Trained
 
 CHOICES = ('auto', 'bfloat16', 'float32')
 FILE = 'precision.json'
-MARGIN = 0.001  # of accuracy, a share
+MARGIN = 0.001  # of accuracy, as a fraction
 
 
 def check(precision: str | None):
@@ -31,14 +32,15 @@ def check(precision: str | None):
 
 
 def resolve(trained: Trained, path: str | None, precision: str | None) -> Trained:
-    """The model as it computes in a precision; adds a line to its notes.
+    """Sets the precision of a model; adds a line to its notes.
 
     Args:
-      path: where it was loaded from.
-      precision: one of CHOICES. None is `auto` that says nothing if it changes nothing.
+      path: where the model was loaded from.
+      precision: one of CHOICES. None works like `auto`, but adds no line if nothing
+        changes.
 
     Raises:
-      UserError: an unknown precision.
+      UserError: the precision is unknown.
     """
     check(precision)
     if precision is None and trained.precision:
@@ -48,7 +50,7 @@ def resolve(trained: Trained, path: str | None, precision: str | None) -> Traine
     record = load(trained, path)
     reason: str | None
     if record is None:
-        reason = 'bfloat16 was not measured for it; eval --precision=auto does that'
+        reason = 'bfloat16 has not been measured; eval --precision=auto does that'
     elif not is_accurate(record):
         reason = f'bfloat16 is less accurate: {describe(record)}'
     else:
@@ -72,9 +74,9 @@ def resolve(trained: Trained, path: str | None, precision: str | None) -> Traine
 
 
 def to(trained: Trained, precision: str) -> Trained:
-    """The model as it computes in float32 or bfloat16.
+    """Makes the model compute in float32 or bfloat16.
 
-    Its notes get a line if bfloat16 is not faster here.
+    Its notes get a line if bfloat16 is not faster on this machine.
     """
     module = trained.module.clone(dtype=precision)
     reason = folded.why_bfloat16_is_slow(module) if precision == 'bfloat16' else None
@@ -84,7 +86,7 @@ def to(trained: Trained, precision: str) -> Trained:
 
 
 def is_accurate(record: dict[str, Any]) -> bool:
-    """Whether bfloat16 costs at most 0.1 points."""
+    """Whether bfloat16 costs at most 0.1 percentage points of accuracy."""
     return record['bfloat16'] >= record['float32'] - MARGIN
 
 
@@ -95,13 +97,14 @@ def describe(record: dict[str, Any]) -> str:
 
 
 def make_record(trained: Trained, metrics: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The record of a measurement.
+    """Makes the record of a measurement.
 
     Args:
-      metrics: of `results.Results`, of the same images in float32 and bfloat16.
+      metrics: `{precision: metrics}` from `results.Results`, for the same images in
+        float32 and bfloat16.
     """
     areas = [found['macro'].get('auroc') for found in metrics.values()]
-    # Of several labels an image, the accuracy hardly changes whatever is computed.
+    # With several labels per image, the accuracy hardly changes with anything.
     several = bool(trained.metadata.get('multi_label')) and None not in areas
     values = {
         name: found['macro']['auroc'] if several else found['accuracy']
@@ -112,7 +115,7 @@ def make_record(trained: Trained, metrics: dict[str, dict[str, Any]]) -> dict[st
 
 
 def save(path: str, record: dict[str, Any]):
-    """Writes the record into the folder of a run; nothing for other weights."""
+    """Writes the record into the folder of a run; does nothing for other weights."""
     if record['step'] is None or not mesh_lib.is_writer():
         return
     try:
@@ -130,7 +133,7 @@ def load(trained: Trained, path: str | None) -> dict[str, Any] | None:
     """The record for this checkpoint; None if there is none.
 
     Raises:
-      UserError: the file is there and is not what `save` writes.
+      UserError: the file exists, but `save` did not write it.
     """
     if path is not None and trained.module.members > 1:
         return _of_members(trained, path)
@@ -140,7 +143,7 @@ def load(trained: Trained, path: str | None) -> dict[str, Any] | None:
 
 
 def _of_members(trained, path):
-    """The mean of the records of an ensemble's members; None if one has none."""
+    """The mean record of the members of an ensemble; None if one has no record."""
     members = trained.metadata.get('members') or [['', None]]
     records = [_read(os.path.join(path, name), step) for name, step in members]
     if None in records:

@@ -1,10 +1,10 @@
 """Published weights by name: `torchvision:densenet121`, `hf:OWNER/NAME`, an address.
 
     find('keras:densenet121')       # an entry of TABLE
-    fetch('keras:densenet121').path  # downloads the file if it is not there yet
+    fetch('keras:densenet121').path  # downloads the file if necessary
 
-What the table says of accuracy, license and size is from the sources that it names, and
-`None` where they say nothing. docs/pretrained.md shows it.
+Accuracy, license and size in the table come from the sources that it names, and are
+`None` if the sources do not state them. docs/pretrained.md shows the table.
 """
 
 import dataclasses
@@ -32,20 +32,20 @@ class PublishedWeights:
     """Published weights with a name.
 
     Attributes:
-      name: what `load` and `init_from` take.
+      name: the name for `load` and `init_from`.
       variant: the network, for `create_model`.
-      parameters: their number.
-      address: of the file, or of the repository on the Hugging Face Hub.
-      preparation: fields of `config.data` that prepare images for them.
-      classes: `ImageNet` (1000 classes), `findings` (18, of chest X-rays) or `none`.
-      accuracy: as published, in words; None if it is not.
-      accuracy_source: where that is published.
-      license: as stated, in words.
-      size: of the file in bytes, as published; None if it is not.
-      checksum: of the file, as published; None if it is not.
-      untrained: outputs that are there and mean nothing.
-      fingerprint: of the logits of a photo, see `fingerprint`; None if the published
-        file was never seen.
+      parameters: number of parameters.
+      address: address of the file, or of the repository on the Hugging Face Hub.
+      preparation: fields of `config.data` that prepare images for these weights.
+      classes: `ImageNet` (1000 classes), `findings` (18 in chest X-rays) or `none`.
+      accuracy: the published accuracy as text; None if it is not published.
+      accuracy_source: where the accuracy is published.
+      license: the license as its source states it.
+      size: published size of the file in bytes; None if it is not published.
+      checksum: published checksum of the file; None if it is not published.
+      untrained: outputs that exist but were never trained.
+      fingerprint: fingerprint of the logits for a photo, see `fingerprint`; None if the
+        published file could not be tested.
     """
 
     name: str
@@ -64,12 +64,12 @@ class PublishedWeights:
 
     @property
     def image_size(self) -> int:
-        """Side of the images in pixels."""
+        """Side length of the images in pixels."""
         return self.preparation['image_size']
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """In the order of the outputs; None without a classifier."""
+        """Class names in the order of the outputs; None without a classifier."""
         if self.classes == 'none':
             return None
         if self.classes == 'ImageNet':
@@ -82,12 +82,12 @@ class PublishedWeights:
 
     @property
     def outputs(self) -> str:
-        """One of `heads.OUTPUTS`."""
+        """The kind of the outputs, one of `heads.OUTPUTS`."""
         return heads.SIGMOID if self.classes == 'findings' else heads.SOFTMAX
 
 
 class WeightsTable(list[PublishedWeights]):
-    """A list of `PublishedWeights`, shown as a table."""
+    """A list of `PublishedWeights` that prints as a table."""
 
     def __repr__(self):
         from flax_densenet.weights import published_table
@@ -126,7 +126,7 @@ _KERAS = 'https://storage.googleapis.com/tensorflow/keras-applications/densenet/
 
 
 def _keras(variant, parameters, md5, top1=None, top5=None, size=None):
-    """With a classifier if there is an accuracy."""
+    """An entry with a classifier if there is an accuracy, else without."""
     top = top1 is not None
     ending = '' if top else '_notop'
     return PublishedWeights(
@@ -183,7 +183,7 @@ def _timm(repo, variant, parameters, accuracy, license='apache-2.0', **preparati
     )
 
 
-# Outputs that the data of a set has no labels for.
+# Outputs for which a data set has no labels.
 _CHEX = (2, 5, 6, 9, 11, 12, 13)
 TABLE = WeightsTable(
     [
@@ -253,9 +253,9 @@ TABLE = WeightsTable(
         ),
     ]
 )
-# What the name of a network alone means. Of DenseNets those of torchvision: what
-# `pretrained=True` has always loaded there, for all four sizes from one training and
-# with one preparation, and the names of the files carry checksums.
+# The weights that the bare name of a network means. For DenseNets they are those of
+# torchvision, which `pretrained=True` has always loaded there. All four sizes have the
+# same training and preparation, and the file names contain checksums.
 DEFAULTS = {
     **{f'densenet{n}': f'torchvision:densenet{n}' for n in (121, 161, 169, 201)},
     'densenetblur121d': 'hf:timm/densenetblur121d.ra_in1k',
@@ -270,9 +270,9 @@ class Fetched:
     """Files of published weights on this machine.
 
     Attributes:
-      name: that was asked for.
-      path: of the file, or of a folder of the Hub.
-      entry: what the table has about them; None if they are not in it.
+      name: the name that was requested.
+      path: the file, or the folder of the Hub.
+      entry: the entry in the table; None if the weights are not in it.
     """
 
     name: str
@@ -280,7 +280,7 @@ class Fetched:
     entry: PublishedWeights | None
 
     def describe(self, weights: Any) -> Any:
-        """`weight_file.Weights` of the file, with all that the table knows of them.
+        """Adds what the table knows to the `weight_file.Weights` of the file.
 
         Raises:
           UserError: the file holds another network than the table says.
@@ -300,7 +300,7 @@ class Fetched:
                 f'{len(names)}; remove it, and the next call downloads it again'
             )
         prepared = entry.preparation
-        if entry.name.startswith('hf:'):  # the folder says it itself
+        if entry.name.startswith('hf:'):  # the folder describes its preparation
             prepared = weights.preprocessing
         return dataclasses.replace(
             weights,
@@ -319,7 +319,7 @@ def list_weights(pattern: str = '*') -> WeightsTable:
     74.43% top-1, 91.97% top-5
 
     Args:
-      pattern: of names, with `*` and `?`, or a part of them.
+      pattern: a pattern for names, with `*` and `?`, or a part of a name.
 
     Returns:
       A list of records with `name`, `variant`, `parameters`, `image_size`,
@@ -332,7 +332,7 @@ def list_weights(pattern: str = '*') -> WeightsTable:
 
 
 def is_name(text: Any) -> bool:
-    """Whether this names published weights, and not something on disk.
+    """Whether a text names published weights rather than something on disk.
 
     >>> is_name('torchvision:densenet121'), is_name('hf:timm/densenet121.ra_in1k')
     (True, True)
@@ -350,10 +350,10 @@ def is_name(text: Any) -> bool:
 
 
 def find(name: str) -> PublishedWeights | None:
-    """The entry of a name; None for a repository or an address that is not in TABLE.
+    """The entry for a name; None for a repository or an address not in TABLE.
 
     Raises:
-      UserError: there are no weights of this name.
+      UserError: there are no weights with this name.
     """
     name = DEFAULTS.get(name, name)
     for entry in TABLE:
@@ -373,13 +373,13 @@ def find(name: str) -> PublishedWeights | None:
 
 
 def fetch(name: str) -> Fetched:
-    """The files of published weights; downloads them if they are not there yet.
+    """The files of published weights; downloads them if necessary.
 
     Args:
       name: see `is_name`.
 
     Raises:
-      UserError: there are no such weights, or they cannot be had.
+      UserError: there are no such weights, or they cannot be downloaded.
     """
     entry = find(name)
     full = entry.name if entry else name
@@ -400,7 +400,7 @@ def fetch(name: str) -> Fetched:
 
 
 def _split_checksum(text):
-    """An address and the checksum behind its #."""
+    """An address and the checksum after its #."""
     url, _, fragment = text.partition('#')
     host = urllib.parse.urlsplit(url).hostname or ''
     if host in ('huggingface.co', 'hf.co') and '/resolve/' not in url:

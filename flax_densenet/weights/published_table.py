@@ -8,7 +8,7 @@ _NOT_PUBLISHED = 'not published'
 
 
 def describe_preparation(entry: published.PublishedWeights) -> str:
-    """The preparation of images in a few words."""
+    """Describes the preparation of images in a few words."""
     fields = entry.preparation
     side = fields['image_size']
     if fields['resize'] == 'stretch':
@@ -24,31 +24,31 @@ def describe_preparation(entry: published.PublishedWeights) -> str:
 
 
 def describe_size(entry: published.PublishedWeights) -> str:
-    """Of the file, as published or as its parameters tell."""
+    """The size of the file, as published or estimated from the parameters."""
     if entry.size is not None:
         return f'{entry.size / 1e6:.0f} MB'
     return f'~{4 * entry.parameters / 1e6:.0f} MB'
 
 
 def describe_accuracy(entry: published.PublishedWeights) -> str:
-    """With its source; `not published` if it is not."""
+    """The accuracy with its source, or `not published`."""
     if entry.accuracy is None:
         return 'none: no classifier' if entry.classes == 'none' else _NOT_PUBLISHED
     return f'{entry.accuracy} [{entry.accuracy_source}]'
 
 
 def default_name(entry: published.PublishedWeights) -> str:
-    """The short name that means this entry, or ''."""
+    """The short name of this entry; '' if it has none."""
     return next((n for n, full in published.DEFAULTS.items() if full == entry.name), '')
 
 
 def describe_check(entry: published.PublishedWeights) -> str:
-    """Whether the published file was verified to compute the right outputs."""
+    """Says whether the outputs of the published file were verified."""
     return 'verified' if entry.fingerprint else published.UNVERIFIED
 
 
 def format_text(entries: Sequence[published.PublishedWeights]) -> str:
-    """For a terminal."""
+    """The table for a terminal."""
     lines = []
     for entry in entries:
         short = default_name(entry)
@@ -71,7 +71,7 @@ _HEADINGS = (
 
 
 def format_markdown(entries: Sequence[published.PublishedWeights]) -> str:
-    """For docs/pretrained.md."""
+    """The table for docs/pretrained.md."""
     rows = [_HEADINGS, ['---'] * len(_HEADINGS)]
     for entry in entries:
         short = default_name(entry)

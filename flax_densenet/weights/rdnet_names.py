@@ -1,9 +1,9 @@
-"""Array names and layouts of RDNet: timm's to ours and back.
+"""Converts array names and layouts of RDNet between timm and this package.
 
     dense_stages.1.2.dense_block0.layers.layers.2.weight    block 2, layer 1, `conv2`
     dense_stages.1.0.bias                                   the norm before it
 
-Files of the paper's authors have `stem.stem.` instead of `stem.`.
+Files from the authors of the paper have `stem.stem.` instead of `stem.`.
 """
 
 import re
@@ -13,7 +13,7 @@ import numpy as np
 
 from flax_densenet.errors import UserError
 
-EPSILON = 1e-6  # of layer norm in timm; files do not have it
+EPSILON = 1e-6  # of layer norm in timm; not stored in files
 _MARK = re.compile(r'(.*?)dense_stages\.0\.0\.dense_block0\.layers\.layers\.0\.weight')
 _LAYER = re.compile(
     r'dense_stages\.(\d{1,4})\.([02])\.dense_block(\d{1,4})\.(gamma|layers\.layers\..+)'
@@ -39,12 +39,12 @@ _LAYOUTS_BACK = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
 
 
 def find_prefix(arrays) -> str | None:
-    """The prefix of timm's names, often empty; None if this is not an RDNet."""
+    """The prefix of timm's names, often ''; None if this is not an RDNet."""
     return next((found[1] for key in arrays if (found := _MARK.fullmatch(key))), None)
 
 
 def is_rdnet(arrays) -> bool:
-    """Whether arrays with our names are those of an RDNet."""
+    """Whether arrays with our names belong to an RDNet."""
     names = ('conv3/kernel', 'conv3/bias', 'gamma')
     return any(f'params/denseblock1/denselayer1/{name}' in arrays for name in names)
 
@@ -52,7 +52,7 @@ def is_rdnet(arrays) -> bool:
 def rename(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     """Renames and transposes timm's arrays; unknown ones keep their names.
 
-    Takes the arrays out of `arrays`, so that none is in memory twice.
+    Removes the arrays from `arrays`, so that none is in memory twice.
     """
     renamed = {}
     for key in list(arrays):
@@ -93,7 +93,7 @@ def _our_name(name, rank):
 
 
 def torch_key(name: str) -> str:
-    """Our name of an array to timm's key; other names stay as they are."""
+    """Converts our name of an array to timm's key; other names do not change."""
     place = name.removeprefix('params/')
     leaf = ''
     if not place.endswith('/gamma'):
@@ -118,14 +118,13 @@ def torch_key(name: str) -> str:
 
 
 def torch_arrays(module, flat: dict[str, Any]) -> dict[str, np.ndarray]:
-    """timm's `state_dict`, float32.
+    """The float32 `state_dict` for timm.
 
     Args:
       flat: `{'params/conv0/kernel': array, ...}`.
 
     Raises:
-      UserError: the model's epsilon is not timm's, so timm would compute something
-        else.
+      UserError: epsilon differs from timm's, so timm would compute something else.
     """
     if module.epsilon != EPSILON:
         raise UserError(
@@ -141,11 +140,11 @@ def torch_arrays(module, flat: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def find_fields(path: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """Fields of `RDNet` that the shapes of its arrays determine.
+    """The fields of `RDNet` that the shapes of its arrays determine.
 
     Args:
-      path: of the file, for error messages.
-      arrays: by our names.
+      path: the file, for error messages.
+      arrays: `{our name: array}`.
 
     Raises:
       UserError: blocks, layers or kernels are missing.
@@ -184,7 +183,7 @@ def find_fields(path: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def _kernel(path, arrays, place):
-    """The shape of a convolution's kernel."""
+    """The shape of the kernel of a convolution."""
     name = f'params/{place}{"/conv" if place.startswith("transition") else ""}/kernel'
     kernel = arrays.get(name)
     if kernel is None or kernel.ndim != 4 or not kernel.size:

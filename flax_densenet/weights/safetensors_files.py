@@ -1,4 +1,4 @@
-"""Reads safetensors files, of one part or of several with an index.
+"""Reads safetensors files: single files, or several files with an index.
 
 model-00001-of-00002.safetensors
 model-00002-of-00002.safetensors
@@ -19,15 +19,15 @@ _LARGEST = 2**26  # bytes of an index
 
 
 def is_index(path: str) -> bool:
-    """Whether a file is the index of several, by its name."""
+    """Whether the name of a file is that of an index."""
     return path.endswith(INDEX)
 
 
 def read(path: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """Metadata and arrays of a file, or of all files of an index.
+    """The metadata and the arrays of a file, or of all files in an index.
 
     Args:
-      path: of a file, of an index, or of one of the files with an index next to it.
+      path: a file, an index, or one of several files with an index next to them.
 
     Raises:
       UserError: a file is corrupt or missing, or the index and the files disagree.
@@ -80,7 +80,7 @@ def _read_all(index):
 
 
 def _read_index(path):
-    """`{name of array: name of file}`"""
+    """`{name of array: name of file}`."""
     try:
         if os.path.getsize(path) > _LARGEST:
             raise ValueError('it is too large')
@@ -93,9 +93,9 @@ def _read_index(path):
         raise UserError(f'{path} cannot be read ({reason})') from error
     places = content.get('weight_map') if isinstance(content, dict) else None
     if not isinstance(places, dict) or not places:
-        raise UserError(f'{path} has no weight_map; it is no index of safetensors')
+        raise UserError(f'{path} has no weight_map; it is not an index of safetensors')
     for place in places.values():
-        # Only files next to it.
+        # Only files in the same folder.
         if not isinstance(place, str) or place in ('', '.', '..') or _is_path(place):
             raise UserError(f'{path}: weight_map has {place!r:.60}, no name of a file')
     return places

@@ -12,15 +12,15 @@ _LONGEST = 100  # characters of a rule
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Thresholds(decision_entry.Entry):
-    """A threshold for each label or class, of calibrated probabilities.
+    """Thresholds of calibrated probabilities, one for each label or class.
 
-    With two classes of which an image has one, only the positive class has one. A class
+    If images have one of two classes, only the positive class has a threshold. A class
     is positive if its probability is above its threshold.
 
     Attributes:
-      rule: how they were chosen, as in `train.threshold`.
-      values: from 0 to 1 for each class; None for a class without one.
-      notes: lines about what was chosen and what was left alone.
+      rule: how the thresholds were chosen, as in `train.threshold`.
+      values: from 0 to 1 for each class; None for a class without a threshold.
+      notes: lines about what was chosen and what was not changed.
     """
 
     rule: str
@@ -40,7 +40,7 @@ class Thresholds(decision_entry.Entry):
 
 
 def describe_rule(rule: str) -> str:
-    """What a rule chooses, after "chosen for"; `train.threshold` names the rules.
+    """Completes "chosen for ..."; the setting `train.threshold` lists the rules.
 
     >>> describe_rule('sensitivity=0.95')
     'the largest specificity with a sensitivity of at least 95%'

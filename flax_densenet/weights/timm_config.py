@@ -1,9 +1,9 @@
-"""Reads and writes timm's config.json, as models on the Hugging Face Hub have it.
+"""Reads and writes `config.json` in timm's format for the Hugging Face Hub.
 
 timm builds the network from `architecture` and `model_args` and prepares images
-according to `pretrained_cfg`. Everything else that this program knows of a model is
-under `flax_densenet`, which timm ignores. A config is checked here before any of it is
-used, since it may come from a stranger.
+according to `pretrained_cfg`. Everything else that this program knows about a model is
+stored under `flax_densenet`, which timm ignores. A config may come from a stranger, so
+it is checked here before any of it is used.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ OURS = 'flax_densenet'  # key of our metadata
 _RUN_FILE = 'environment.json'  # in run folders, which have a config.json too
 _LARGEST = 2**27  # bytes
 _CROPS = {'crop': 'center', 'stretch': 'squash'}  # ours: timm's
-# Arguments of timm that no array depends on, with the values that our networks have.
+# Arguments of timm that no array depends on, with their values in our networks.
 _FIXED = {
     'global_pool': 'avg',
     'act_layer': None,
@@ -43,12 +43,12 @@ class Config:
     """The content of a config.json, checked.
 
     Attributes:
-      variant: of the network; None if there is metadata of ours, which has more.
-      arguments: of timm's class (`timm_network.arguments`).
-      num_classes: None if the file does not have it.
-      class_names: None if the file does not have them, or not all of them.
-      preprocessing: like `weight_file.Weights.preprocessing`.
-      metadata: of one of our runs; None for timm's models.
+      variant: variant of the network; None if there is our own metadata, which has it.
+      arguments: arguments of timm's class (`timm_network.arguments`).
+      num_classes: number of classes; None if the file does not say.
+      class_names: names of the classes; None if the file does not name all of them.
+      preprocessing: see `weight_file.Weights.preprocessing`.
+      metadata: metadata of one of our runs; None for models of timm.
     """
 
     variant: str | None
@@ -60,7 +60,7 @@ class Config:
 
 
 def is_folder(path: str) -> bool:
-    """Whether this is a folder of the Hub, and not the folder of a run."""
+    """Whether this is a folder from the Hub rather than the folder of a run."""
     return (
         os.path.isfile(os.path.join(path, CONFIG_FILE))
         and not os.path.exists(os.path.join(path, _RUN_FILE))
@@ -69,7 +69,7 @@ def is_folder(path: str) -> bool:
 
 
 def has_statistics(content: dict[str, Any]) -> bool:
-    """Whether a folder with this config.json has `decisions.STATISTICS_FILE`."""
+    """Whether a folder with this config.json needs `decisions.STATISTICS_FILE`."""
     found = content.get(OURS)
     found = found.get('decisions') if isinstance(found, dict) else None
     return isinstance(found, dict) and found.get('statistics') is True
@@ -79,7 +79,7 @@ def find_weights(folder: str) -> str:
     """The path of the weight file in a folder.
 
     Raises:
-      UserError: there is none.
+      UserError: there is no weight file.
     """
     for name in (*WEIGHT_FILES, _INDEX_FILE):
         path = os.path.join(folder, name)
@@ -102,13 +102,13 @@ def make(
     """The content of config.json.
 
     Args:
-      metadata: of the run; `class_names` can be None.
-      preparation: of the images.
-      num_features: width of the classifier's input.
-      license: of the weights.
+      metadata: metadata of the run; `class_names` can be None.
+      preparation: preparation of the images.
+      num_features: number of inputs of the classifier.
+      license: license of the weights.
     """
     channels, shape = preparation.channels, preparation.shape
-    # timm does not know this name: it lacks some networks that have the same arrays.
+    # timm lacks this name, although its arrays fit some networks without a name there.
     unknown = f'flax_densenet/{metadata["model"].get("variant")}'
     name, arguments = timm_network.find(module, channels=channels) or (unknown, {})
     first, last = timm_network.FIRST_AND_LAST[module.family]
@@ -147,7 +147,7 @@ def read(path: str) -> dict[str, Any]:
     """Reads the JSON object in a file.
 
     Raises:
-      UserError: the file cannot be read or has something else in it.
+      UserError: the file cannot be read, or does not hold a JSON object.
     """
     try:
         if os.path.getsize(path) > _LARGEST:
@@ -170,12 +170,12 @@ def load(folder: str) -> Config:
     """Reads and checks the config of a folder.
 
     Raises:
-      UserError: it is not JSON, or it describes a network or a preparation of images
-        that this program does not have.
+      UserError: the config is not JSON, or this program does not support its network or
+        its preparation of images.
     """
     path = os.path.join(folder, CONFIG_FILE)
     content = read(path)
-    # Old files have everything in one object.
+    # Old files keep everything in one object.
     settings = content.get('pretrained_cfg', content)
     if not isinstance(settings, dict):
         raise _wrong(path, 'pretrained_cfg', settings, 'an object')
@@ -204,7 +204,7 @@ def _find(content, settings, name):
 
 def _wrong(path, name, value, wanted):
     stated = 'missing' if value is None else repr(value)[:60]
-    return UserError(f'{path}: {name} is {stated}; this program reads {wanted} there')
+    return UserError(f'{path}: {name} is {stated}; this program expects {wanted}')
 
 
 def _is_count(value):
@@ -230,7 +230,7 @@ def _network(path, content):
             raise _wrong(path, f'model_args.{key}', given[key], wanted)
     own = timm_network.arguments(module)
     known = {key: value for key, value in given.items() if key in own}
-    if 'ls_init_value' in known:  # only whether there are factors matters
+    if 'ls_init_value' in known:  # it only matters whether there are factors
         known['ls_init_value'] = 1e-6 if known['ls_init_value'] else 0.0
     return variant, own | known
 
@@ -240,7 +240,7 @@ def _is_text(value):
 
 
 def _class_names(path, content, settings, num_classes):
-    """The class names, from a list or from a dict with numbers as keys."""
+    """The class names, from a list or from `{number: name}`."""
     names = _find(content, settings, 'label_names')
     if names is None or num_classes is None:
         return None
@@ -249,24 +249,24 @@ def _class_names(path, content, settings, num_classes):
             return None  # timm allows gaps
         names = [names[str(number)] for number in range(num_classes)]
     if not isinstance(names, list) or not all(isinstance(n, str) for n in names):
-        raise _wrong(path, 'label_names', names, 'a list of texts')
+        raise _wrong(path, 'label_names', names, 'a list of strings')
     if len(names) != num_classes:
         raise UserError(
-            f'{path}: {len(names)} label_names for num_classes={num_classes}; make '
-            'them as many, or remove label_names'
+            f'{path}: {len(names)} label_names for num_classes={num_classes}; use as '
+            'many names as classes, or remove label_names'
         )
     return tuple(names)
 
 
 def preprocessing_of(path: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `config.data` that prepare images like `pretrained_cfg`.
+    """The fields of `config.data` that prepare images as `pretrained_cfg` says.
 
     Args:
-      path: of the config, for error messages.
+      path: the config, for error messages.
       settings: the content of `pretrained_cfg`.
 
     Raises:
-      UserError: this program cannot prepare images like that.
+      UserError: this program cannot prepare images in that way.
     """
     usual: dict[str, Any] = {
         'crop_pct': 0.875,
@@ -345,7 +345,7 @@ def check_fits(folder: str, config: Config, module: network.Network, channels: i
     """Raises `UserError` if the weights do not fit the network in the config.
 
     Args:
-      channels: of the images that the weights are for.
+      channels: number of image channels of the weights.
     """
     _compare(
         folder,
@@ -372,7 +372,7 @@ def check_agrees(folder: str, config: Config, class_names, preprocessing):
     """Raises `UserError` if timm's part of the config disagrees with ours.
 
     Args:
-      class_names, preprocessing: of our metadata in the config.
+      class_names, preprocessing: values in our metadata in the config.
     """
     stated = dict(config.preprocessing)
     if preprocessing['resize'] == 'stretch':

@@ -1,4 +1,4 @@
-"""The name and arguments of our networks in timm.
+"""Finds the name and the arguments of our networks in timm.
 
 >>> from flax_densenet.models import factory
 >>> from flax_densenet.weights import timm_network
@@ -22,7 +22,7 @@ _DENSENETS = {
 
 
 def find(module: network.Network, *, channels: int = 3):
-    """The network's name and arguments in timm.
+    """The name and the arguments of a network in timm.
 
     Returns:
       `(architecture, model_args)`, or None if timm has no such network.
@@ -53,7 +53,7 @@ def _densenet_names(module):
 
 
 def arguments(module: network.Network) -> dict[str, Any]:
-    """The arguments of timm's class that the network's arrays depend on."""
+    """The arguments of timm's class that determine the arrays of the network."""
     return _ARGUMENTS[module.family](module)
 
 
@@ -73,7 +73,7 @@ def _rdnet_arguments(module):
         'growth_rates': list(module.growth_rates),
         'num_blocks_list': list(module.block_sizes),
         'block_type': [kinds[n in module.squeeze_blocks] for n in numbers],
-        # About the transition before each block.
+        # These describe the transition before each block.
         'is_downsample_block': [None, *(n in module.halvings for n in numbers[:-1])],
         'bottleneck_width_ratio': float(module.bottleneck),
         'transition_compression_ratio': float(module.compression),
@@ -83,8 +83,8 @@ def _rdnet_arguments(module):
     }
 
 
-# By `Network.family`: timm's networks that differ from a module only in `arguments`,
-# and those arguments.
+# By `Network.family`: networks of timm that differ from a module only in `arguments`,
+# and these arguments.
 _NAMES = {'densenet': _densenet_names, 'rdnet': lambda module: tuple(rdnet.VARIANTS)}
 _ARGUMENTS = {'densenet': _densenet_arguments, 'rdnet': _rdnet_arguments}
 # By `Network.family`: timm's names of the first convolution and of the classifier.

@@ -1,4 +1,4 @@
-"""What a torch file holds beside arrays: which state dict, class names, activations."""
+"""Finds the weights in a PyTorch file, and its class names and activations."""
 
 import collections
 import contextlib
@@ -14,7 +14,7 @@ from flax_densenet.errors import UserError, list_first, printable
 from flax_densenet.weights import heads, torch_matcher, torch_pickle
 
 _LOGGER = logging.getLogger(__name__)
-# Where trainers keep the weights, the moving average first.
+# The keys under which trainers keep the weights, the moving average first.
 _AVERAGES = ('state_dict_ema', 'model_ema', 'ema_state_dict', 'ema')
 _NESTED = (
     *_AVERAGES,
@@ -35,7 +35,7 @@ _MOST, _DEEPEST = 1000, 3  # of settings that are searched
 _BODY = re.compile(
     r'(^|\.)(features|denseblock\d+|transition\d+|(conv|norm|relu|pool)\d)(\.|$)'
 )
-# In the body of a network it would compute something else without another array.
+# Layers that would change what the body of a network computes without adding arrays.
 _OTHER_LAYER = re.compile(
     r'torch\.nn\.modules\.(activation\.(?!ReLU$).*|pooling\.(?!MaxPool2d$|AvgPool2d$|'
     r'Adaptive).*|padding\..*|upsampling\..*)'
@@ -45,16 +45,16 @@ _SILENT = ('Dropout', 'Identity', 'Flatten', 'Linear', *_ACTIVATIONS)
 
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """The weights of a torch file.
+    """The weights in a PyTorch file.
 
     Attributes:
-      arrays: by their keys.
-      class_names: lists of names that stand beside them.
-      outputs: one of `heads.OUTPUTS`, where the file tells.
-      head: layers behind the classifier that compute something else.
-      classes: of the modules by their names, of the outermost by '', where the file
-        holds a whole model.
-      note: a line about the names, '' for none.
+      arrays: `{key: array}`.
+      class_names: lists of class names found next to the weights.
+      outputs: one of `heads.OUTPUTS`; None if the file does not say.
+      head: layers after the classifier that change its outputs in other ways.
+      classes: `{name of a module: its class}`, with '' for the outermost one, if the
+        file holds a complete model; else None.
+      note: a line about the class names; '' for none.
     """
 
     arrays: dict[str, np.ndarray]
@@ -66,13 +66,13 @@ class Content:
 
 
 def find(path: str, saved: Any) -> Content:
-    """The weights in what `torch_pickle.read` gives.
+    """Finds the weights in the result of `torch_pickle.read`.
 
     Args:
-      path: of the file, for messages.
+      path: the file, for messages.
 
     Raises:
-      UserError: there are none, or they need classes that are not known.
+      UserError: there are no weights, or they need unknown classes.
     """
     beside, place = [saved], 'the file'
     for _ in range(3):
@@ -83,7 +83,7 @@ def find(path: str, saved: Any) -> Content:
         if name in _AVERAGES and others:
             _LOGGER.warning(
                 '%s holds the network twice, as %s and %s; the moving average %s is '
-                'taken; save the other alone to use it',
+                'used; to use the other, save it alone',
                 *(path, others[0], name, name),
             )
         saved, place = saved[name], name
@@ -102,9 +102,9 @@ def find(path: str, saved: Any) -> Content:
     if isinstance(saved, torch_pickle.Record):
         raise torch_pickle.refusal(path, saved.name)
     if not isinstance(saved, dict):
-        raise UserError(f'{path} holds a {type(saved).__name__}, no weights')
+        raise UserError(f'{path} holds a {type(saved).__name__}, not weights')
     names, note = _find_names(beside)
-    # Taken out one by one, here and in `torch_names.rename`, so that no array is in
+    # Removed one by one, here and in `torch_names.rename`, so that no array is in
     # memory twice.
     is_array = {k: isinstance(v, np.ndarray) for k, v in saved.items()}
     arrays = {str(k): saved.pop(k) for k, is_one in is_array.items() if is_one}
@@ -115,7 +115,7 @@ def find(path: str, saved: Any) -> Content:
         raise UserError(f'{path}: {place} holds {inside[0]}, which is not an array')
     if others:
         _LOGGER.warning(
-            '%s: what is not an array is left out: %s',
+            '%s: entries that are not arrays are left out: %s',
             *(path, printable(list_first(sorted(others)))),
         )
     return Content(arrays, names, outputs, head, classes, note)
@@ -131,7 +131,7 @@ def _holds_network(saved):
 
 
 def _search(path, saved):
-    """A state dict under a key of any name: it, its place, all dicts around it."""
+    """Finds a state dict under any key: the dict, its place, all dicts around it."""
     found, waiting = [], [(saved, '', [])]
     while waiting and len(found) < _MOST:
         value, place, around = waiting.pop(0)
@@ -159,15 +159,15 @@ def _search(path, saved):
     place = printable(place.strip('.'))
     if len(found) > 1:
         _LOGGER.warning(
-            '%s holds networks as %s; the moving average %s is taken; save the other '
-            'alone to use it',
+            '%s holds networks as %s; the moving average %s is used; to use the other, '
+            'save it alone',
             *(path, places, place),
         )
     return value, place, [one for one in (*around, value) if isinstance(one, dict)]
 
 
 def names_of_metadata(metadata: dict[str, str]) -> tuple[tuple[str, ...], ...]:
-    """Lists of names in the texts of a safetensors file."""
+    """Lists of class names in the metadata of a safetensors file."""
     parts = {}
     for name in _NAMES:
         with contextlib.suppress(ValueError, RecursionError, KeyError):
@@ -180,7 +180,7 @@ def _is_state(value):
 
 
 def _find_nested(saved):
-    """The key of the weights in a dict of several things; None: it holds them."""
+    """The key of the weights in a dict; None if the dict itself holds them."""
     if not isinstance(saved, dict):
         return None
     arrays = sum(isinstance(value, np.ndarray) for value in saved.values())
@@ -190,7 +190,7 @@ def _find_nested(saved):
 
 
 def _find_names(beside):
-    """All lists of names in dicts around the weights, and a line if they differ."""
+    """All lists of names in dicts near the weights, and a line if they differ."""
     found = {}  # where each list is
     waiting = [part for part in beside if isinstance(part, dict)]
     for part in list(waiting):
@@ -210,13 +210,13 @@ def _find_names(beside):
         )
         note = (
             f'it names its classes in two ways, {printable(lists)}; the first is '
-            'taken; to give others: --class_names=FILE or A,B,...'
+            'used; to give others: --class_names=FILE or A,B,...'
         )
     return tuple(found), note
 
 
 def _settings(value, depth=0):
-    """The dicts in settings, at any depth that is usual."""
+    """The dicts in settings, up to a usual depth."""
     value = value.fields if isinstance(value, torch_pickle.Record) else value
     if not isinstance(value, dict) or depth > _DEEPEST:
         return []
@@ -225,7 +225,7 @@ def _settings(value, depth=0):
 
 
 def _plain(names):
-    """Numbers in tensors as numbers."""
+    """Converts numbers in tensors to plain numbers."""
     if isinstance(names, dict):
         return {_plain(key): _plain(value) for key, value in names.items()}
     is_number = isinstance(names, np.ndarray) and names.size == 1
@@ -235,22 +235,22 @@ def _plain(names):
 
 
 def _fill(names):
-    """torchxrayvision leaves findings empty that a data set does not have."""
+    """Names findings that torchxrayvision leaves empty for a data set."""
     if not isinstance(names, list | tuple) or not any(names):
         return names
     return [f'output {n}' if name == '' else name for n, name in enumerate(names)]
 
 
 def _read_layers(path, module):
-    """The activation behind the classifier, and layers that change its outputs."""
+    """The activation after the classifier, and layers that change its outputs."""
     behind, head = False, []
     outputs = None
     for name, kind in module.layers.items():
         if _BODY.search(name):
             if _OTHER_LAYER.fullmatch(kind):
                 raise UserError(
-                    f'{path}: its {name} is a {kind.rpartition(".")[2]}, which no '
-                    'DenseNet has; none of its layers can be left out'
+                    f'{path}: its {name} is a {kind.rpartition(".")[2]}, which is not '
+                    'part of a DenseNet and cannot be left out'
                 )
             continue
         kind = kind.rpartition('.')[2]
@@ -264,5 +264,5 @@ def _read_layers(path, module):
 
 
 def _holds(module, name):
-    """Whether a module has modules inside."""
+    """Whether a module contains other modules."""
     return any(other.startswith(f'{name}.') for other in module.layers)

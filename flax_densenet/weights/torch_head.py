@@ -1,8 +1,8 @@
-"""Reads heads of several layers in torch files.
+"""Reads heads of several layers in PyTorch files.
 
-A state dict has the arrays of layers and the layers' names. ReLU and Dropout have no
-arrays; numbers in names show that something is there (`classifier.0`, `classifier.3`),
-and pickled modules show what. Guesses are reported in one line.
+A state dict has the names and the arrays of layers. ReLU and Dropout have no arrays,
+but gaps in numbered names (`classifier.0`, `classifier.3`) show that a layer exists,
+and pickled modules show which one. Guesses are reported in one line.
 """
 
 import dataclasses
@@ -26,9 +26,9 @@ class Head:
     """The layers of a head.
 
     Attributes:
-      arrays: by our names.
-      fields: of `DenseNet`.
-      guess: what the file does not tell, for a line; '' for nothing.
+      arrays: `{our name: array}`.
+      fields: fields of `DenseNet`.
+      guess: describes what was guessed; '' for nothing.
     """
 
     arrays: dict[str, np.ndarray]
@@ -43,17 +43,18 @@ def read(
     body: str,
     classes: dict[str, str] | None = None,
 ) -> Head:
-    """The head of a network.
+    """Reads the head of a network.
 
     Args:
-      arrays: of the head by their names in the file, without the names of wrappers.
-      width: of the features behind the body.
-      body: what stands in front of the names of the body, as `0.0.`.
-      classes: of all modules by their names, where they are pickled; of the outermost
-        by ''.
+      arrays: `{name: array}` of the head, with the names in the file but without the
+        names of wrappers.
+      width: number of features of the body; None if unknown.
+      body: prefix of the names of the body, such as `0.0.`.
+      classes: `{name of a module: its class}`, with '' for the outermost one; None if
+        the modules are not pickled.
 
     Raises:
-      Unreadable: it computes something else, or nobody can tell what.
+      Unreadable: the head computes something else, or it is unclear what it computes.
     """
     places = _layers_by_place(arrays)
     parents = {place.rpartition('.')[0] for place in places}
@@ -80,17 +81,17 @@ def read(
     reduced = head_layers.reduce(layers)
     guess = '; '.join(guesses)
     if guess:
-        guess = f'its head is taken for {head_layers.describe(layers)}: {guess}'
+        guess = f'its head is assumed to be {head_layers.describe(layers)}: {guess}'
     hidden = tuple(kernel.shape[1] for kernel, _ in reduced[:-1])
     fields |= {'hidden': hidden} if hidden else {}
     return Head(head_layers.arrays_of(reduced), fields, guess)
 
 
 def read_front(place: str, body: str, classes: dict[str, str] | None = None) -> Head:
-    """What comes between the body and a head of one Linear, which is at `place`.
+    """Reads what comes between the body and a single Linear layer at `place`.
 
     Raises:
-      Unreadable: something that the network does not have.
+      Unreadable: there is something that our networks do not have.
     """
     parent, _, name = place.rpartition('.')
     prefix = f'{parent}.' if parent else ''
@@ -98,7 +99,7 @@ def read_front(place: str, body: str, classes: dict[str, str] | None = None) -> 
     if not child:
         return Head({}, {})
     fields, guesses = _beside_body(child, prefix, {name: None}, classes)
-    guess = f'its head is taken for one Linear: {guesses[0]}' if guesses else ''
+    guess = f'its head is assumed to be one Linear: {guesses[0]}' if guesses else ''
     return Head({}, fields, guess)
 
 
@@ -127,7 +128,7 @@ def _layer(place, leaves):
 
 
 def _of_classes(found, prefix, classes):
-    """Of pickled modules, which tell everything."""
+    """The layers of pickled modules, where nothing has to be guessed."""
     layers, left = [], dict(found)
     for name, kind in _children(prefix, classes):
         if name in left:
@@ -142,9 +143,9 @@ def _of_classes(found, prefix, classes):
 
 
 def _children(prefix, classes):
-    """Names and classes of what is directly in a Sequential."""
+    """The names and classes of the direct children of a Sequential."""
     kind = classes.get(prefix.removesuffix('.'), 'module of unknown class')
-    # A DenseNet whose classifier is one layer.
+    # A DenseNet, if its classifier is one layer.
     if not kind.endswith(('.Sequential', '.DenseNet')):
         raise Unreadable(f'{prefix.removesuffix(".") or "it"} is a {kind}')
     for place, inner in classes.items():
@@ -154,7 +155,7 @@ def _children(prefix, classes):
 
 
 def _of_numbers(found):
-    """Of a Sequential: a gap in the numbers is a layer without arrays."""
+    """The layers of a Sequential: a gap in the numbers is a layer without arrays."""
     layers, guesses = [], []
     linear = None  # number of the last Linear
     for number, layer in found.items():
@@ -169,13 +170,13 @@ def _of_numbers(found):
         raise Unreadable('it has no Linear layer')
     behind = [n for n in found if n > linear]
     if behind and behind != [linear + 1]:
-        raise Unreadable(f'nothing tells what comes between {linear} and {behind[0]}')
+        raise Unreadable(f'it is unclear what is between {linear} and {behind[0]}')
     layers += [found[n] for n in behind]
     return layers, _say(guesses)
 
 
 def _between(found, first, second, guesses):
-    """What comes between two Linear layers: norms, and where something is, a ReLU."""
+    """The layers between two Linear layers: norms, and a ReLU if there is a gap."""
     norms = [n for n in found if first < n < second]
     if second - first - 1 == len(norms):
         return [found[n] for n in norms]
@@ -183,20 +184,20 @@ def _between(found, first, second, guesses):
     if not norms:
         return [RELU]
     if len(norms) > 1:
-        raise Unreadable(f'nothing tells where the ReLU between {guesses[-1]} is')
+        raise Unreadable(f'it is unclear where the ReLU between {guesses[-1]} is')
     before, after = norms[0] > first + 1, second > norms[0] + 1
-    # `Linear, ReLU, BatchNorm, Dropout, Linear` is fastai's; numbers start with the
-    # pooling there.
+    # fastai uses `Linear, ReLU, BatchNorm, Dropout, Linear`; its numbers start at the
+    # pooling.
     if before and after and (min(found), first, norms[0], second) != (2, 4, 6, 8):
-        raise Unreadable(f'nothing tells where the ReLU between {guesses[-1]} is')
+        raise Unreadable(f'it is unclear where the ReLU between {guesses[-1]} is')
     norm = found[norms[0]]
     return [RELU, norm] if before else [norm, RELU]
 
 
 def _of_names(found, width):
-    """Layers with names of their own: their widths have to tell the order."""
+    """Layers with individual names, ordered by their widths."""
     if any(isinstance(layer, Norm) for layer in found.values()):
-        raise Unreadable('nothing tells in which order its layers come')
+        raise Unreadable('the order of its layers is unclear')
     order = head_layers.find_order(found, width)
     layers = []
     for name in order:
@@ -209,10 +210,10 @@ def _say(pairs):
 
 
 def _front(layers, width, body, prefix, found, classes):
-    """Fields of DenseNet about what comes in front of the head, and guesses."""
+    """The fields of DenseNet about what comes before the head, and guesses."""
     first = layers[0]
     inputs = first.kernel.shape[0] if isinstance(first, Linear) else len(first.mean)
-    # fastai cuts torchvision's network behind the last norm, and its head starts with
+    # fastai cuts torchvision's network after the last norm, and its head starts with
     # the pooling and a Flatten.
     if (
         re.fullmatch(r'(.*\.)?0\.(0\.)?', body)
@@ -223,7 +224,7 @@ def _front(layers, width, body, prefix, found, classes):
         fields = {'last_relu': False}
         if inputs == width:
             return fields, ['as in fastai, no ReLU before the pooling']
-        line = 'as in fastai, maximum and mean without a ReLU before'
+        line = 'as in fastai, maximum and mean without a ReLU before the pooling'
         return fields | {'pooling': 'max_mean'}, [line]
     if width is not None and inputs != width:
         raise Unreadable(f'it takes {inputs} inputs, the network has {width} features')
@@ -232,13 +233,13 @@ def _front(layers, width, body, prefix, found, classes):
 
 
 def _child_of(body, prefix):
-    """The number of the body in a Sequential that holds the head, too, or ''."""
+    """The number of the body in a Sequential that also holds the head, or ''."""
     child = body.removeprefix(prefix).partition('.')[0]
     return child if body.startswith(prefix) and child.isdecimal() else ''
 
 
 def _beside_body(child, prefix, found, classes):
-    """Of a Sequential that holds the body and the head."""
+    """The same for a Sequential that holds the body and the head."""
     if classes is not None:
         return _pooling_of(child, prefix, found, classes), []
     if not all(name.isdecimal() for name in found):

@@ -1,7 +1,7 @@
-"""Finds a DenseNet among the arrays of a torch file, by its structure.
+"""Finds a DenseNet among the arrays of a PyTorch file by its structure.
 
-It does not depend on prefixes of names, or on other arrays in the file: a loss,
-metrics, an optimizer, a moving average of the same network.
+It works with any prefix of the names, and with other arrays in the file: a loss,
+metrics, an optimizer, or a moving average of the same network.
 
 >>> plain_key('net._orig_mod.features.denseblock1.denselayer2.layers.norm.1.weight')
 'net.features.denseblock1.denselayer2.norm1.weight'
@@ -32,7 +32,7 @@ HEADS = (
     *('classifier', 'classifier.0', 'classifier.1', 'class_layers.out'),
     *('fc', 'head', 'head.fc'),
 )
-# Words of what is no part of a network, wherever they stand.
+# Words that mark arrays outside of a network, anywhere in a name.
 _BESIDE = re.compile(
     r'criterion\w*|\w*loss(es)?(_\w+)?|\w*metrics?(_\w+)?|\w*(auroc|auc|accuracy|acc|'
     r'precision|recall|f1|confusion\w*|calibration_error|specificity)\d*|optimizers?|'
@@ -45,16 +45,17 @@ _STDS = {'std', 'sigma', 'pixel_std', 'image_std'}
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """A network among arrays.
+    """A network found among arrays.
 
     Attributes:
-      keys: `{our torch key: key in the file}`, of all that belongs to the network:
-        `features.conv0.weight`, `classifier.bias`; what is not understood as it is.
-      head: `{name without wrappers: key in the file}` of the arrays of a head that is
-        not one Linear; empty for others.
-      body: what stands in front of the network's names, as `net.features.`.
-      width: features behind the network, None where its last norm is not there.
-      place: name of the one Linear behind it, '' for none.
+      keys: `{torchvision's key: key in the file}` of everything that belongs to the
+        network, such as `features.conv0.weight` and `classifier.bias`; unknown keys do
+        not change.
+      head: `{name without wrappers: key in the file}` of the arrays of a head with
+        several layers; empty otherwise.
+      body: prefix of the network's names, such as `net.features.`.
+      width: number of features of the network; None if its last norm is missing.
+      place: name of the single Linear layer after the network; '' for none.
       means: keys of arrays that look like the mean and std of images.
     """
 
@@ -67,20 +68,20 @@ class Match:
 
 
 def plain_key(key: str) -> str:
-    """A key without the names of wrappers, and with today's names of layers."""
+    """A key with current layer names and without the names of wrappers."""
     key = _INNER.sub(r'\1.', _WRAPPERS.sub('', key))
     return _OLD_NAMES.sub(r'\1\2', key)
 
 
 def match(path: str, arrays: dict[str, np.ndarray]) -> Match:
-    """Finds the network in a file; lines report what is left out.
+    """Finds the network in a file; a warning reports what is left out.
 
     Args:
-      path: of the file, for messages.
-      arrays: by the file's keys.
+      path: the file, for messages.
+      arrays: `{key in the file: array}`.
 
     Raises:
-      UserError: there are several networks or heads, and nothing says which to take.
+      UserError: there are several networks or heads, and it is unclear which to use.
     """
     plain = {}
     for key in arrays:
@@ -95,7 +96,7 @@ def match(path: str, arrays: dict[str, np.ndarray]) -> Match:
 
 
 def is_of_network(key: str) -> bool:
-    """Whether a key belongs to a dense layer, with any prefix."""
+    """Whether a key belongs to a dense layer, whatever its prefix."""
     name = plain_key(key)
     return bool(
         _START.fullmatch(name)
@@ -105,13 +106,13 @@ def is_of_network(key: str) -> bool:
 
 
 def _find_starts(plain):
-    """The prefix of dense blocks, including `features.`, for each network."""
+    """The prefix of the dense blocks of each network, including `features.`."""
     found = (_START.fullmatch(name) for name in plain)
     return tuple(dict.fromkeys(one[1] for one in found if one))
 
 
 def _name_numbered(plain, arrays):
-    """Children of a Sequential get their names: 0, 1, 4 are conv0, norm0, a block."""
+    """Names the children of a Sequential: 0, 1, 4 are conv0, norm0, denseblock1."""
     found = [(name, _NUMBERED.fullmatch(name)) for name in plain]
     starts = dict.fromkeys(one[1] for _, one in found if one)
     for start in starts:
@@ -134,7 +135,7 @@ def _replace_number(name, start, names):
 
 
 def _names_of_numbers(start, plain, arrays):
-    """`{'0': 'conv0', ...}` of a Sequential; None if it is no DenseNet's."""
+    """`{'0': 'conv0', ...}` of a Sequential; None if it is not a DenseNet."""
     children = collections.defaultdict(dict)
     for name, key in plain.items():
         number, _, rest = name.removeprefix(start).partition('.')
@@ -164,15 +165,15 @@ def is_average(start: str) -> bool:
 
 
 def _choose(path, starts, plain, arrays):
-    """Of several copies, the moving average, or any if all are equal."""
+    """Chooses among copies: the moving average, or the first if all are equal."""
     if len(starts) == 1:
         return starts[0]
     names = ' and '.join(printable(start or '(no prefix)') for start in starts[:4])
     averages = [start for start in starts if is_average(start)]
     if len(averages) == 1:
         _LOGGER.warning(
-            '%s holds the network %s, as %s; the moving average %s is taken; save the '
-            'other alone to use it',
+            '%s holds the network %s, as %s; the moving average %s is used; to use '
+            'another, save it alone',
             path,
             'twice' if len(starts) == 2 else f'{len(starts)} times',
             names,
@@ -181,7 +182,7 @@ def _choose(path, starts, plain, arrays):
         return averages[0]
     parts = [_part(start, plain, arrays) for start in starts]
     if all(_same(parts[0], part) for part in parts[1:]):
-        _LOGGER.warning('%s holds the same network as %s; one is taken', path, names)
+        _LOGGER.warning('%s holds the same network as %s; one is used', path, names)
         return starts[0]
     raise UserError(
         f'{path} holds {len(starts)} networks, as {names}; choose one and save it '
@@ -204,7 +205,7 @@ def _same(one, other):
 
 
 class _Network:
-    """One network of a file, its head, and what else is around it."""
+    """One network in a file, with its head and its surroundings."""
 
     def __init__(self, path, start, starts, plain, arrays):
         self._path, self._start, self._starts = path, start, starts
@@ -240,7 +241,7 @@ class _Network:
         root = self._start.removesuffix('features.')
         scope, taken = self._find_head(root, around)
         for name in around:
-            # Those of a network that has a name of its own are another's.
+            # Arrays below a prefix of another network belong to that one.
             if name not in taken and name.startswith(scope):
                 self._keys[name] = self._plain[name]
             elif name not in taken:
@@ -258,7 +259,7 @@ class _Network:
         )
 
     def _take_means(self, around):
-        """The mean and std of a layer that prepares images, in front of the network."""
+        """The mean and std of a layer before the network that prepares images."""
         found = {}
         for name in around:
             leaf = name.rpartition('.')[2]
@@ -271,14 +272,14 @@ class _Network:
         return keys, [name for name in around if name not in names]
 
     def _is_short(self, name):
-        """Whether an array may be of a number for each channel."""
+        """Whether an array may have one number for each channel."""
         return 1 <= np.size(self._array(name)) <= bands.MOST
 
     def _find_head(self, root, around):
-        """The innermost part that holds the network and a Linear behind it.
+        """The innermost part that holds the network and a Linear layer after it.
 
         Returns:
-          The part's prefix, and the names that are the head's.
+          The prefix of that part, and the names that belong to the head.
         """
         scope = root
         while not any(n.startswith(scope) and self._is_linear(n) for n in around):
@@ -292,7 +293,7 @@ class _Network:
         if len({_place(name) for name in fitting}) > 1:
             places = ', '.join(sorted(map(_place, fitting)))
             raise UserError(f'{self._path}: the weights have two heads: {places}')
-        # What takes the outputs of these is a part of the head, wherever it is.
+        # Layers that take the outputs of these belong to the head, wherever they are.
         widths = {self._array(name).shape[0] for name in linear} | {self._width}
         outer = [
             name
@@ -314,7 +315,7 @@ class _Network:
         return scope, self._take_layers(scope, around, [*linear, *norms, *outer])
 
     def _take_layers(self, scope, around, layers):
-        """Notes the layers of a head that is not one Linear; all names of it."""
+        """Records the layers of a head that is not one Linear; returns its names."""
 
         def parent(name):
             return name.removeprefix(scope).partition('.')[0]
@@ -339,7 +340,7 @@ def _tell(path, names):
     names = [name for name in names if not name.endswith(quiet)]
     if names:
         _LOGGER.warning(
-            '%s: %d arrays that are no part of the network are left out: %s',
+            '%s: %d arrays that are not part of the network are left out: %s',
             path,
             len(names),
             printable(list_first(sorted(names))),
@@ -357,7 +358,7 @@ def _is_beside(name):
 
 
 def _is_of_other(name, start, other):
-    """Whether a name belongs to the network at `other` and not to that at `start`.
+    """Whether a name belongs to the network at `other` rather than at `start`.
 
     >>> _is_of_other('fc.weight', 'ema.features.', 'features.')
     True
@@ -377,11 +378,12 @@ def _is_of_other(name, start, other):
 
 
 def of_rdnet(path: str, arrays: dict[str, np.ndarray], prefix: str) -> dict[str, str]:
-    """`{timm's key: key in the file}` of an RDNet; a line reports what is left out.
+    """`{timm's key: key in the file}` of an RDNet; a warning lists what is left out.
 
     Args:
-      path: of the file, for messages.
-      prefix: of `rdnet_names.find_prefix`.
+      path: the file, for messages.
+      arrays: `{key in the file: array}`.
+      prefix: the result of `rdnet_names.find_prefix`.
     """
     keys, beside = {}, []
     for key in arrays:

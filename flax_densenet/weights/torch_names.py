@@ -1,4 +1,4 @@
-"""Array names and layouts: torchvision's to ours and back.
+"""Converts array names and layouts between torchvision and this package.
 
 features.denseblock1.denselayer1.norm1.weight    torchvision
 params/denseblock1/denselayer1/norm1/scale       ours
@@ -37,16 +37,16 @@ _TORCH_LEAVES = {ours: k for k, ranks in _LEAVES.items() for ours in ranks.value
 
 @dataclasses.dataclass(frozen=True)
 class Renamed:
-    """Arrays of a torch file under our names.
+    """The arrays of a PyTorch file under our names.
 
     Attributes:
-      arrays: in our layouts; what is not understood keeps its name.
-      extra: what else the file says, such as `operating_points`.
-      head: layers of a head that cannot be read, which is left out.
-      reason: why it cannot.
-      fields: of `DenseNet`, as the head has them.
-      guess: a line about what of the head is a guess; '' for nothing.
-      preparation: `mean` and `std`, where the file has them as arrays.
+      arrays: `{our name: array}` in our layouts; unknown arrays keep their names.
+      extra: other content of the file, such as `operating_points`.
+      head: layers of a head that cannot be read and is left out.
+      reason: why it cannot be read.
+      fields: the fields of `DenseNet` that the head determines.
+      guess: describes what was guessed about the head; '' for nothing.
+      preparation: `mean` and `std`, if the file has them as arrays.
     """
 
     arrays: dict[str, np.ndarray]
@@ -65,16 +65,17 @@ def rename(
     *,
     own: bool = False,
 ) -> Renamed:
-    """torch's keys and layouts to ours; takes the arrays out of `arrays`.
+    """Converts PyTorch's keys and layouts to ours.
 
     Args:
-      path: of the file, for messages.
-      classes: of the modules by their names, where they are pickled.
-      own: this program wrote the file, so that its metadata says how the features are
+      path: the file, for messages.
+      arrays: `{key in the file: array}`; emptied, so that no array is in memory twice.
+      classes: `{name of a module: its class}`; None if the modules are not pickled.
+      own: whether this program wrote the file. Its metadata then says how features are
         pooled.
 
     Raises:
-      UserError: it holds several networks or heads.
+      UserError: the file holds several networks or heads.
     """
     if (prefix := rdnet_names.find_prefix(arrays)) is not None:
         keys = torch_matcher.of_rdnet(path, arrays, prefix)
@@ -109,7 +110,7 @@ def rename(
 
 
 def _with_head(renamed, arrays, match, classes):
-    """Adds a head that is not one Linear, or what says that a Linear is the head."""
+    """Adds a head of several layers, or the facts about a head of one Linear."""
     try:
         if match.place:
             head = torch_head.read_front(match.place, match.body, classes)
@@ -133,7 +134,7 @@ def _with_head(renamed, arrays, match, classes):
 
 
 def _read_means(path, arrays, keys):
-    """`mean` and `std` of images of 0 to 1, from arrays in front of the network."""
+    """`mean` and `std` of images from 0 to 1, from arrays before the network."""
     if keys is None:
         return {}
     mean, std = (np.ravel(arrays[key]).astype(float) for key in keys)
@@ -146,33 +147,33 @@ def _read_means(path, arrays, keys):
     if not min(std) > 0:
         raise UserError(f'{path}: {keys[1]} has a value that is not above 0')
     _LOGGER.warning(
-        '%s: its arrays %s and %s are taken for data.mean=%s and data.std=%s',
+        '%s: its arrays %s and %s are used as data.mean=%s and data.std=%s',
         *(path, *keys, mean, std),
     )
     return {'mean': mean, 'std': std}
 
 
 def torch_key(name: str) -> str:
-    """Our name of an array to torchvision's key; other names stay as they are."""
+    """Converts our name of an array to torchvision's key; other names do not change."""
     collection, *place, leaf = name.split('/') if name.count('/') else ('', name)
     if (collection, leaf) not in _TORCH_LEAVES:
         return name
     if match := _CLASSIFIER.fullmatch('/'.join(place)):
-        # Of a Sequential with a ReLU between each two.
+        # In a Sequential with a ReLU between each two layers.
         return f'classifier.{2 * int(match[1]) - 2}.{_TORCH_LEAVES[collection, leaf]}'
     prefix = [] if place == ['classifier'] else ['features']
     return '.'.join([*prefix, *place, _TORCH_LEAVES[collection, leaf]])
 
 
 def from_torch_layout(array: np.ndarray) -> np.ndarray:
-    """O, I, H, W -> H, W, I, O; O, I -> I, O; a contiguous array."""
+    """Converts `[O, I, H, W]` to `[H, W, I, O]`, `[O, I]` to `[I, O]`, contiguous."""
     return np.ascontiguousarray(
         array.transpose({4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}[array.ndim])
     )
 
 
 def to_torch_layout(array: np.ndarray) -> np.ndarray:
-    """H, W, I, O -> O, I, H, W; I, O -> O, I; a contiguous array."""
+    """Converts `[H, W, I, O]` to `[O, I, H, W]`, `[I, O]` to `[O, I]`, contiguous."""
     return np.ascontiguousarray(
         array.transpose({4: (3, 2, 0, 1), 2: (1, 0), 1: (0,)}[array.ndim])
     )

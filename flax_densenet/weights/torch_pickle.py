@@ -1,11 +1,11 @@
-"""Reads PyTorch's weight files without PyTorch, and runs no code that a file names.
+"""Reads PyTorch weight files without PyTorch, and without running code from the file.
 
-A `.pth` file is a pickle, which could call any function when it is loaded. Here each
+A `.pth` file is a pickle, which could call any function when it is loaded. Here, each
 name in it is either in a short allowlist (tensors, storages, plain containers) or
-becomes an inert record, which holds data and computes nothing. The records are enough
-to read pickled modules of torch, torchvision, MONAI and torchxrayvision, and settings
-of unknown classes next to the weights do no harm. A file that names functions that
-start programs or change files is refused.
+becomes an inert record that holds data and computes nothing. The records are enough to
+read pickled modules of torch, torchvision, MONAI and torchxrayvision, and to tolerate
+settings of unknown classes next to the weights. A file is refused if it names functions
+that start programs or change files.
 """
 
 import collections
@@ -28,8 +28,8 @@ import numpy as np
 from flax_densenet.errors import UserError
 from flax_densenet.weights import pickle_guard
 
-# torch stores arrays uncompressed. A file that expands more than this is not a weight
-# file, nor is one whose arrays, sharing storages, are that much larger than the file.
+# torch stores arrays uncompressed. A file that expands by more than this factor is not
+# a weight file. The same holds if arrays that share storages add up to that much.
 _EXPANSION = 20
 _SMALL = 2**24
 _MOST_OBJECTS = 200_000
@@ -46,11 +46,11 @@ _DTYPES = {
     'BoolStorage': np.bool_,
 }
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-# Modules whose networks compute what their arrays say.
+# Packages with networks that compute what their arrays say.
 _NETWORKS = re.compile(
     r'(torch\.nn|torchvision\.models|torchxrayvision|timm|monai\.networks)\..*'
 )
-# No weights need these; a file that names one is an attack.
+# Weights never need these; a file that names one is an attack.
 _HARMFUL = {
     'os': None,
     'posix': None,
@@ -89,8 +89,8 @@ class Record:
     """An object in the file as plain data.
 
     Attributes:
-      name: of its class or of the function that made it, with its module.
-      fields: by name.
+      name: name of its class or of the function that made it, with the module.
+      fields: `{name: value}`.
     """
 
     name = ''
@@ -109,7 +109,7 @@ class Record:
         if isinstance(state, dict):
             self.fields.update(state)
 
-    # What pickles do with containers.
+    # The operations that pickles apply to containers.
     def __setitem__(self, key, value):
         self.fields[key] = value
 
@@ -133,7 +133,7 @@ def _rebuild_tensor(storage, offset, shape, strides, *_):
     last = int(offset) + sum(
         (n - 1) * s for n, s in zip(shape, strides, strict=True) if n
     )
-    # More elements than are stored: a tensor that repeats itself endlessly.
+    # More elements than are stored: a tensor that repeats its storage.
     fits = math.prod(shape) <= storage.count and last < max(storage.count, 1)
     if int(offset) < 0 or min((*shape, *strides, 0)) < 0 or not fits:
         raise pickle.UnpicklingError('a tensor that goes beyond its storage')
@@ -141,17 +141,17 @@ def _rebuild_tensor(storage, offset, shape, strides, *_):
 
 
 def _rebuild_from_type(function, kind, arguments, state):
-    """Of a subclass of tensor, as fastai's."""
+    """A subclass of `Tensor`, such as fastai's."""
     if function not in (_TENSOR, _PARAMETER):
         raise pickle.UnpicklingError('a tensor of an unknown kind')
     return function(*arguments)
 
 
 class _Callable:
-    """A function that a pickle can call and not change.
+    """A function that a pickle can call but not change.
 
-    Pickles can set attributes of what they name: a plain function would keep other
-    defaults for all later files.
+    Pickles can set attributes of the objects that they name. With a plain function,
+    changed defaults would stay for all later files.
     """
 
     __slots__ = ('_function',)
@@ -225,24 +225,24 @@ class _Unpickler(pickle.Unpickler):
 
 
 def refusal(path: str, name: str) -> UserError:
-    """The error for weights that need code of another project."""
+    """The error for weights that need code from another project."""
     return UserError(
-        f'{path} needs {name}, which a file of weights does not; none of it was run. '
+        f'{path} needs {name}, but weights need no code; none of it was run. '
         'If you trust the file, load it in torch and save only the weights: '
         'torch.save(model.state_dict(), FILE)'
     )
 
 
 def read(path: str) -> Any:
-    """Reads a file of `torch.save`, with each tensor as a numpy array.
+    """Reads a file written by `torch.save`, with each tensor as a numpy array.
 
     Args:
-      path: a file of either format: the zip archive since torch 1.6, or the sequence
-        of pickles before.
+      path: a file in either format: a zip archive (since torch 1.6) or a sequence of
+        pickles (before).
 
     Returns:
-      Containers as they were saved (tuples as lists), float16 and bfloat16 as float32,
-      pickled modules as `Module`, other objects as `Record`.
+      The saved containers, with lists for tuples, float32 for float16 and bfloat16,
+      `Module` for pickled modules and `Record` for other objects.
 
     Raises:
       UserError: the file is corrupt, of another kind, or needs code to be read.
@@ -271,9 +271,9 @@ class Module:
 
     Attributes:
       name: qualified name of its class.
-      arrays: with the names of `state_dict()`.
+      arrays: `{key in state_dict(): array}`.
       attributes: plain values of the outermost module.
-      layers: classes of all modules inside, by the names of the modules, in order.
+      layers: `{name of a module: its class}` of all modules inside, in order.
     """
 
     name: str
@@ -283,7 +283,7 @@ class Module:
 
     @property
     def foreign(self) -> str | None:
-        """The first class that may compute anything; None if all are known."""
+        """The first unknown class, which may compute anything, or None."""
         names = [self.name, *self.layers.values()]
         return next((name for name in names if not _NETWORKS.fullmatch(name)), None)
 
@@ -353,8 +353,8 @@ def _read_legacy(path, file):
 class _Resolver:
     """Replaces tensors with arrays.
 
-    Nested lists of the same list can be small in a file and huge here, and so can
-    tensors that share a storage; both are counted.
+    Lists that contain the same list many times can be small in a file and huge in
+    memory, and so can tensors that share a storage. Both are counted.
     """
 
     def __init__(self, load_storage, file_size):

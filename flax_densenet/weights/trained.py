@@ -1,4 +1,4 @@
-"""Trained models with everything that is needed to use them: of runs and weight files.
+"""Loads trained models from runs and weight files, ready to use.
 
 This module does not import the readers of training data, so prediction starts quickly.
 """
@@ -29,18 +29,18 @@ from flax_densenet.weights import metadata as metadata_lib
 
 
 def normalize(batch, *, mean, std):
-    """Images `[N, H, W, C]` to float32 `(images / 255 - mean) / std`.
+    """Normalizes images `[N, H, W, C]`: float32 `(images / white - mean) / std`.
 
     Args:
-      batch: from 0 to 255; uint16 from 0 to 65535; divided by the maximum.
-      mean, std: `[C]`, of images from 0 to 1.
+      batch: uint16 images from 0 to 65535 (white is 65535), others from 0 to 255.
+      mean, std: `[C]`, for images from 0 to 1.
     """
     mean, std = (jnp.asarray(v, jnp.float32).reshape(1, 1, 1, -1) for v in (mean, std))
     return (batch.astype(jnp.float32) / white_of(batch.dtype) - mean) / std
 
 
 def white_of(dtype) -> int:
-    """The value of white in images of this type."""
+    """The value of white in images of this dtype."""
     return 65535 if dtype == jnp.uint16 else 255
 
 
@@ -51,16 +51,16 @@ class Trained:
     Attributes:
       module: the network.
       variables: `{'params', 'batch_stats'}`, replicated over `mesh`.
-      metadata: as `prepare.make_metadata` makes it. `class_names` can be None for
+      metadata: the result of `prepare.make_metadata`. `class_names` can be None for
         imported weights.
-      metrics: test accuracy and loss when it was saved; empty for imported weights.
+      metrics: metrics when the model was saved; empty for imported weights.
       step: step of the checkpoint; None for imported weights.
       mesh: the devices.
-      known: the known head that the class names are from, if they are assumed.
-      notes: lines about assumptions that were not printed yet.
-      is_imported: whether the weights are of another program.
+      known: the known head that the class names come from, if they are assumed.
+      notes: lines about assumptions that have not been printed yet.
+      is_imported: whether another program made the weights.
       precision: `float32` or `bfloat16` if it was chosen (`weights.precision`); empty
-        for the module's own.
+        for the precision of the module.
       decisions: what was fitted after training; None if there is nothing.
     """
 
@@ -84,7 +84,7 @@ class Trained:
 
     @property
     def class_names(self) -> tuple[str, ...] | None:
-        """The names of the classes; None if imported weights do not name them."""
+        """The class names; None if imported weights do not name them."""
         names = self.metadata['class_names']
         return None if names is None else tuple(names)
 
@@ -106,10 +106,10 @@ class Trained:
 
     @property
     def thresholds(self) -> tuple[float | None, ...] | None:
-        """The thresholds of the classes; None for classes without one.
+        """A threshold for each class, or None for a class without one.
 
-        None if the most likely class is all that is predicted. Several labels without
-        thresholds of their own have a half.
+        None as a whole if the model only predicts the most likely class. With several
+        labels, the threshold is 0.5 unless others were chosen.
         """
         if self.decisions and self.decisions.thresholds:
             return self.decisions.thresholds.values
@@ -120,8 +120,8 @@ class Trained:
     def folded(self) -> 'Trained':
         """The same model with its calibration in the weights of the classifier.
 
-        Its metadata keeps in `decisions` what was fitted, without arrays; the model has
-        the thresholds and whatever else there is as before.
+        Its metadata records what was fitted (without arrays) in `decisions`. Thresholds
+        and other decisions do not change.
         """
         if self.decisions is None:
             return self
@@ -153,7 +153,7 @@ def points_of(metadata: dict[str, Any]) -> tuple[float | None, ...] | None:
 
 
 def outputs_of(metadata: dict[str, Any]) -> str:
-    """`Trained.outputs` of this metadata."""
+    """`Trained.outputs` for this metadata."""
     usual = heads.SIGMOID if metadata.get('multi_label') else heads.SOFTMAX
     return metadata.get('outputs') or usual
 
@@ -168,14 +168,14 @@ def load_trained(
     """Loads the `best` or the `latest` model of a run, without its config file.
 
     Args:
-      workdir: the run's folder, or a file or folder of weights (`weight_file.load`),
-        or the folder of an ensemble (`ensembles`).
-      which: `best` or `latest`; of a run only.
+      workdir: the folder of a run, a file or folder of weights (`weight_file.load`), or
+        the folder of an ensemble (`ensembles`).
+      which: `best` or `latest`, for runs only.
       mesh: the devices; None for all.
-      choices: what the user says of the weights.
+      choices: the user's choices for the weights.
 
     Raises:
-      UserError: there is no intact checkpoint in the folder, or no weights in the file.
+      UserError: the folder has no intact checkpoint, or the file has no weights.
     """
     mesh = mesh_lib.make_mesh() if mesh is None else mesh
     if weight_file.is_weights(workdir):
@@ -213,11 +213,11 @@ def load_trained(
 
 
 def _with_decisions(trained, path, variables, choices):
-    """The model with what was fitted for it, unless the user wants other outputs.
+    """Adds the fitted decisions, unless the user chose other outputs.
 
     Args:
-      trained: with decisions if they are in its file.
-      variables: on the host, before they have a calibration.
+      trained: the model, with decisions if its file has them.
+      variables: on the host, before calibration.
     """
     if choices.raw or published.is_name(path):
         return trained.without_decisions() if choices.raw else trained
@@ -244,13 +244,13 @@ def _with_decisions(trained, path, variables, choices):
 
 
 def _check_own(path, choices):
-    """Raises for choices that the model's own metadata decides."""
+    """Raises for choices that the metadata of the model already makes."""
     for name in choices.data:
         fixed = ('mean', 'std', 'channels', 'bit_depth')
         if name in fixed or not choices.own_data:
             raise UserError(
-                f'data.{name}: {path} says itself how its images are prepared; '
-                'the field can be set for weights that do not'
+                f'data.{name}: {path} defines how its images are prepared; this '
+                'field can only be set for weights that do not'
             )
 
 
@@ -266,7 +266,7 @@ def _chosen(path, metadata, count, choices):
 
 
 def _describe_outputs(outputs):
-    """Of metadata; nothing where it is not known."""
+    """The fields of the metadata; empty if the outputs are unknown."""
     several = {heads.SIGMOID: True, heads.SOFTMAX: False}
     if outputs in several:
         return {'multi_label': several[outputs]}
@@ -286,7 +286,7 @@ def _from_file(path, mesh, choices):
     more, known, notes, is_own = {}, None, choices_lib.Notes(), weights.is_own
     if weights.is_own:
         _check_own(path, choices)
-        # Left out where the file does not tell.
+        # Left out if the file does not have them.
         keys = {'multi_label', 'outputs', 'images', 'operating_points', 'decisions'}
         keys &= weights.metadata.keys()
         more = {key: weights.metadata[key] for key in keys}
@@ -346,19 +346,19 @@ def _take_decisions(weights, metadata):
 
 
 def _describe_points(path, points, count, more):
-    """A line, and metadata with operating points where they fit."""
+    """A line, and the metadata with operating points if they fit."""
     if len(points) != count:
         line = f'{path} has {len(points)} operating points for {count} outputs'
         return f'{line}: they are not applied', more
     if not all(point is None or 0 < point < 1 for point in points):
-        return f'{path}: its operating points are no numbers from 0 to 1', more
+        return f'{path}: its operating points are not between 0 and 1', more
     return operating_points.describe(path, points), more | {
         'operating_points': list(points)
     }
 
 
 def preparation_of(metadata: dict[str, Any]) -> images.Preparation:
-    """How to prepare images for the model with this metadata."""
+    """The preparation of images for the model with this metadata."""
     fields = metadata['data']
     default = images.Preparation()
     return images.Preparation(

@@ -1,8 +1,8 @@
 """Applies imported weights to a run: its model, its images, its initial variables.
 
-A field that the config leaves open (None, 0) is taken from the weights, else from the
-defaults here. If the config and the weights disagree, the model's architecture is an
-error that says both; of other fields the config's is taken, and a line is printed.
+A field that the config leaves open (None, 0) comes from the weights, else from the
+defaults here. If the config and the weights disagree about the architecture, an error
+names both. For other fields the config wins, and a line is printed.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ def resolve(
     """The settings with the open fields of the model and the preparation filled in.
 
     Raises:
-      UserError: as of `resolve_model` and `resolve_preparation`.
+      UserError: see `resolve_model` and `resolve_preparation`.
     """
     return dataclasses.replace(
         settings,
@@ -51,7 +51,7 @@ def resolve(
 def resolve_from_checkpoint(
     settings: settings_lib.Settings, saved: settings_lib.Settings
 ) -> settings_lib.Settings:
-    """The settings, with open fields as they were saved with a run."""
+    """The settings, with open fields filled in from a saved run."""
     data = settings.data
     if data.groups == 'auto':
         data = dataclasses.replace(data, groups=saved.data.groups)
@@ -75,24 +75,24 @@ def _is_open(name, value):
 def settle(
     weights: weight_file.Weights, fields: dict[str, Any], class_names=None
 ) -> weight_file.Weights:
-    """Weights to train from, with the names of their outputs if they are given.
+    """Completes weights to train from: class names and the preparation of images.
 
     A line reports an assumed preparation of images.
 
     Args:
-      fields: of `PreparationSettings`.
+      fields: fields of `PreparationSettings`.
       class_names: in the order of the outputs, or None.
 
     Raises:
-      UserError: there are not as many names as outputs, or the file prepares images in
-        a way that cannot be read.
+      UserError: the number of names differs from the number of outputs, or the file
+        prepares images in a way that cannot be read.
     """
     if class_names:
         choices_lib.check_count(weights.path, class_names, weights.num_classes)
         weights = dataclasses.replace(weights, class_names=tuple(class_names))
     if weights.is_own:
         return weights
-    if weights.module.has_usual_head():  # others start new
+    if weights.module.has_usual_head():  # other heads start new
         for line in weights.notes:
             _LOGGER.warning(line)
     names = choices_lib.PREPARATION
@@ -107,10 +107,10 @@ def settle(
 def resolve_model(
     model: settings_lib.ModelSettings, weights: weight_file.Weights | None
 ) -> settings_lib.ModelSettings:
-    """The model's settings, with open fields filled in.
+    """The settings of the model, with open fields filled in.
 
     Raises:
-      UserError: the config's architecture is not the weights'.
+      UserError: the config and the weights have different architectures.
     """
     given = {name: value for name, value in vars(model).items() if value is not None}
     if weights is None:
@@ -126,7 +126,7 @@ def resolve_model(
 
 
 def check_architecture(given, weights):
-    """Raises if fields of the config describe another network than the weights."""
+    """Raises `UserError` if the config describes another network than the weights."""
     theirs = architecture.of_variant(**_architecture_fields(weights.fields))
     ours = {k: v for k, v in given.items() if k in architecture.FIELDS}
     if 'variant' in given:
@@ -166,7 +166,7 @@ def resolve_preparation(
     """The preparation of images, with open fields filled in.
 
     Raises:
-      UserError: `data.channels` is not known.
+      UserError: `data.channels` cannot be determined.
     """
     wanted: dict[str, Any] = _PREPARATION if weights is None else weights.preprocessing
     channels = preparation.channels
@@ -185,44 +185,43 @@ def resolve_preparation(
     settled = dataclasses.replace(preparation, **filled)
     if preparation.crop_fraction not in (None, 1) and settled.resize != 'crop':
         _LOGGER.warning(
-            f'data.crop_fraction={preparation.crop_fraction} changes nothing with '
+            f'data.crop_fraction={preparation.crop_fraction} has no effect with '
             f'data.resize={settled.resize}; set data.resize=crop to use it'
         )
     return settled
 
 
 def _tell_assumed(preparation, wanted):
-    """Nothing is known of channels that are neither gray nor color."""
+    """Reports values assumed for channels that are neither gray nor color."""
     assumed = [name for name in ('mean', 'std') if getattr(preparation, name) is None]
     if assumed:
         shown = ' and '.join(f'data.{name}={wanted[name][0]:.3g}' for name in assumed)
         _LOGGER.warning(
             f'{shown} {"are" if len(assumed) > 1 else "is"} assumed for each of '
-            f'{wanted["channels"]} channels, as on average with ImageNet; to change '
-            f'it: --config.{shown.partition("=")[0]}=... and so on'
+            f'{wanted["channels"]} channels, the average of ImageNet; to change '
+            f'them: --config.{shown.partition("=")[0]}=... and so on'
         )
 
 
 def _log_choice(weights, name, ours, theirs):
     _LOGGER.info(
         f'{weights.path}: made with {name}={_plain(theirs)}; the config says '
-        f'{_plain(ours)}, which is taken'
+        f'{_plain(ours)}, which is used'
     )
 
 
 def first_variables(
     weights: weight_file.Weights, fresh: dict[str, Any], class_names
 ) -> dict[str, Any]:
-    """The weights' variables as the start of a run.
+    """The variables of the weights as the start of a run.
 
-    Two things may differ, and a line is printed for each: the head, which starts new
-      where the
-    classes are others, and the number of channels of the images (see
+    Two things may differ, and a line is printed for each: the head, which starts new if
+    the classes differ, and the number of image channels (see
     `channels_lib.convert_channels`).
 
     Args:
-      fresh: newly drawn variables of the run's model, numpy arrays.
-      class_names: of the run.
+      fresh: randomly initialized variables of the run's model, numpy arrays.
+      class_names: class names of the run.
 
     Returns:
       `{'params', 'batch_stats'}` of numpy arrays.
@@ -260,9 +259,9 @@ def first_variables(
 
 
 def _pair(weights, names):
-    """Weights with outputs in the run's order, if they have the same classes.
+    """The weights with outputs in the run's order, if the classes are the same.
 
-    A line is printed if the weights do not name them.
+    A line is printed if the weights do not name their classes.
     """
     count = weights.num_classes
     if weights.is_own or count != len(names) or count < 2:
@@ -277,7 +276,7 @@ def _pair(weights, names):
         if theirs:
             _LOGGER.warning(
                 f'{weights.path} does not name its outputs; {known.what} are '
-                'assumed; --class_names=FILE or A,B,... gives others'
+                'assumed; to change them: --class_names=FILE or A,B,...'
             )
     if theirs is None:
         _LOGGER.warning(heads.describe_order(weights.path, names))
@@ -302,10 +301,10 @@ def _other_classes(weights, class_names):
     if not weights.num_classes:
         return 'it has no classifier'
     if not weights.module.has_usual_head():
-        return 'its head is not one layer on the mean over all positions'
+        return 'its head is not a single layer after mean pooling'
     if weights.num_classes != count:
-        return f'{weights.num_classes} classes there, {count} here'
+        return f'it has {weights.num_classes} classes, not {count}'
     if weights.class_names and tuple(weights.class_names) != tuple(class_names):
         names = list_first(weights.class_names, 3)
-        return printable(f'other classes there ({names})')
+        return printable(f'it has other classes ({names})')
     return None

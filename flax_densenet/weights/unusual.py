@@ -1,10 +1,10 @@
-"""How unusual an image is: scores of a model's features or logits.
+"""Scores for how unusual an image is, from the features or logits of a model.
 
-A classifier gives every image one of its classes, whatever it shows. These scores grow
-for images that are unlike the training images:
+A classifier gives every image one of its classes, whatever the image shows. These
+scores are higher for images that are unlike the training images:
 
-- `energy`: minus the logsumexp of the logits (Liu et al., arXiv 2010.03759); of several
-  labels, minus the sum of each label's softplus (Wang et al., arXiv 2109.14162).
+- `energy`: minus the logsumexp of the logits (Liu et al., arXiv 2010.03759); with
+  several labels, minus the sum of softplus(logit) (Wang et al., arXiv 2109.14162).
 - `mahalanobis`: the distance of the pooled features to the nearest class mean, in the
   metric of the covariance within classes (Lee et al., arXiv 1807.03888).
 - `neighbor`: the distance of the pooled features, scaled to length 1, to the k-th
@@ -12,8 +12,8 @@ for images that are unlike the training images:
 - `both`: the sum of `energy` and `mahalanobis`, each in units of the distance between
   its median and its limit on the validation images.
 
-What is reported is 0 for a median validation image and 1 at the limit, below which a
-chosen share of the validation images lie.
+The reported score is 0 for a median validation image and 1 at the limit. A chosen share
+of the validation images lies below the limit.
 """
 
 import dataclasses
@@ -47,26 +47,26 @@ def _no_vector():
 class Unusual(decision_entry.Entry):
     """A fitted score (`evaluation.unusual.fit`).
 
-    Features of `mahalanobis` are first whitened, `(x - mean + D (B (x - mean))) *
-    scale`, with directions B `[r, F]` and D their transpose times `gains`; then the
-    Mahalanobis distance is the Euclidean one. Arrays that a method does not need are
-    empty.
+    For `mahalanobis`, features are first whitened: `(x - mean + D (B (x - mean))) *
+    scale`, where B `[r, F]` is `directions` and D is its transpose times `gains`. The
+    Mahalanobis distance is then the Euclidean distance. Arrays that a method does not
+    need are empty.
 
     Attributes:
       method: one of METHODS.
       middle: median of the plain scores of the validation images.
-      limit: the plain score that the share `share` of them stay below.
+      limit: the plain score below which the fraction `share` of them lies.
       share: from 0 to 1.
-      train_count: number of training images it was fitted on.
+      train_count: number of training images used for the fit.
       val_count: number of validation images.
       neighbor: which neighbor of `references` the distance is to, counted from 1.
       several: whether an image can have several labels, for `energy`.
-      scale: of whitened features.
-      energy_weight, distance_weight: factors of the two parts of `both`.
-      references: float32 or float16 `[M, F]`, to which distances are computed: class
-        means (whitened), or training images (of length 1).
+      scale: factor of whitened features.
+      energy_weight, distance_weight: factors of the two terms of `both`.
+      references: float32 or float16 `[M, F]`, the points for distances: whitened class
+        means, or features of training images scaled to length 1.
       mean: float32 `[F]`, subtracted from the features.
-      directions: float32 or float16 `[r, F]`, the axes in which features vary most.
+      directions: float32 or float16 `[r, F]`, the axes along which features vary most.
       gains: float32 `[r]`, how whitening changes features along them.
     """
 
@@ -112,21 +112,21 @@ class Unusual(decision_entry.Entry):
 
     @property
     def needs_logits(self) -> bool:
-        """Whether it needs logits, before any calibration."""
+        """Whether the score needs logits (without calibration)."""
         return self.method in ('both', 'energy')
 
     @property
     def feature_size(self) -> int | None:
-        """The number of features F; None if it needs none."""
+        """The number of features F; None if the score needs no features."""
         return None if self.method == 'energy' else self.references.shape[1]
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """All numbers, so that compiled programs take them as arguments."""
+        """All arrays of the score, to pass to compiled programs as arguments."""
         found = {name: np.float32(getattr(self, name)) for name in _NUMBERS}
         return found | {name: getattr(self, name) for name in _ARRAYS}
 
     def with_arrays(self, arrays) -> 'Unusual':
-        """The same score with numbers of `arrays`, which a program traces."""
+        """The same score with other arrays, such as traced ones."""
         return dataclasses.replace(self, **arrays)
 
     def plain(self, features, logits, *, xp=np):
@@ -134,8 +134,8 @@ class Unusual(decision_entry.Entry):
 
         Args:
           features: pooled features `[N, F]`.
-          logits: `[N, C]`, before any calibration.
-          xp: `numpy`, or `jax.numpy` for its arrays.
+          logits: `[N, C]`, without calibration.
+          xp: `numpy`, or `jax.numpy` for JAX arrays.
         """
         parts = {
             'energy': lambda: energy(logits, several=self.several, xp=xp),
@@ -156,14 +156,14 @@ class Unusual(decision_entry.Entry):
         return distance(points, self.references, self.neighbor, xp=xp)
 
     def whiten(self, points):
-        """Features `[N, F]` whose distances are Mahalanobis distances."""
+        """Whitened features `[N, F]`: Euclidean distances become Mahalanobis ones."""
         points = points - self.mean[None]
         directions = self.directions.astype(np.float32)
         along = (points @ directions.T) * self.gains[None]
         return (points + along @ directions) * self.scale
 
     def score(self, features, logits, *, xp=np):
-        """The score as it is reported: 0 in the middle, 1 at the limit, float32 `[N]`.
+        """The reported score, float32 `[N]`: 0 at the median, 1 at the limit.
 
         Args:
           features, logits, xp: see `plain`.
@@ -174,7 +174,7 @@ class Unusual(decision_entry.Entry):
 
 
 def energy(logits, *, several: bool, xp=np):
-    """The energy of logits `[N, C]`, high if no logit is: `[N]`."""
+    """The energy `[N]` of logits `[N, C]`; high if no logit is high."""
     logits = xp.asarray(logits)
     if several:
         softplus = xp.maximum(logits, 0) + xp.log1p(xp.exp(-xp.abs(logits)))
@@ -185,7 +185,7 @@ def energy(logits, *, several: bool, xp=np):
 
 
 def distance(points, references, neighbor: int = 1, *, xp=np):
-    """Distances of points `[N, F]` to the nearest of references `[M, F]`: `[N]`.
+    """Distances `[N]` of points `[N, F]` to the nearest of references `[M, F]`.
 
     Args:
       neighbor: 1 for the nearest, 2 for the second, and so on.
@@ -202,5 +202,5 @@ def distance(points, references, neighbor: int = 1, *, xp=np):
 
 
 def is_unusual(score) -> bool:
-    """Whether a score is beyond the limit."""
+    """Whether a reported score is above the limit, 1."""
     return bool(score > 1)

@@ -1,7 +1,7 @@
 """Loads weight files of torchvision, timm, torchxrayvision, Keras and this package.
 
-The content of a file decides its kind, not its name. Every array is accounted for: if
-some are missing, unexpected or of another shape, an error lists them all.
+A file is recognized by its content, not by its name. Every array is accounted for: if
+some are missing, unexpected or have another shape, an error lists them.
 
     weights = load('densenet121.pth')
     logits = weights.module.apply(weights.variables, images)
@@ -41,7 +41,7 @@ from flax_densenet.weights import metadata as metadata_lib
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 METADATA = 'flax_densenet'  # key of our JSON in a safetensors file
-# How each family prepares images; configs/base.py explains the fields.
+# The preparation of images for each family; configs/base.py explains the fields.
 _TORCHVISION = dict(
     image_size=224,
     resize='crop',
@@ -68,7 +68,7 @@ PREPROCESSING = {
     'keras': _TORCHVISION | dict(resize='stretch', crop_fraction=1.0),
     'keras_hub': _TORCHVISION | dict(resize='stretch', crop_fraction=1.0),
 }
-# In words.
+# The names of the families in messages.
 FAMILIES = {'rdnet': 'RDNet', 'keras': 'Keras', 'keras_hub': 'Keras'}
 
 
@@ -77,21 +77,21 @@ class Weights:
     """The content of a weight file.
 
     Attributes:
-      path: of the file, the folder or the run.
+      path: the file, or the folder of weights or of a run.
       family: a key of `PREPROCESSING`, or `flax_densenet`.
-      variables: `{'params', 'batch_stats'}`, numpy arrays by our names.
-      fields: arguments of `create_model`: the variant, and what differs from it.
+      variables: `{'params', 'batch_stats'}`, numpy arrays with our names.
+      fields: arguments of `create_model`: the variant, and fields that differ from it.
       num_classes: width of the classifier; 0 if the file has none.
       preprocessing: fields of `config.data` that prepare images for these weights.
       class_names: None if the file does not have them.
-      metadata: of one of our runs; otherwise other facts in the file.
+      metadata: metadata of one of our runs, or other facts in the file.
       outputs: one of `heads.OUTPUTS`; None if the file does not say.
-      prepared: fields of `preprocessing` that are from the file.
+      prepared: the fields of `preprocessing` that come from the file.
       unread: a layer that prepares images in a way that cannot be read, or ''.
       head: layers of a head that cannot be computed and was left out.
-      head_reason: why it cannot.
+      head_reason: why it cannot be computed.
       notes: lines about guesses.
-      folder: of the Hub, which has more files than the weights; None if it is a file.
+      folder: the folder of the Hub, if the weights come from one; None for a file.
     """
 
     path: str
@@ -112,7 +112,7 @@ class Weights:
 
     @property
     def is_own(self) -> bool:
-        """Whether this program wrote them, with all that it knows of them."""
+        """Whether this program wrote the weights, with its own metadata."""
         return self.family == 'flax_densenet'
 
     @functools.cached_property
@@ -125,15 +125,15 @@ def load(path: str) -> Weights:
     """Loads weights with their architecture and preprocessing.
 
     Args:
-      path: a file of PyTorch (`.pth`, `.pt`, `.pth.tar`), safetensors (or its index,
-        `.safetensors.index.json`) or Keras (`.h5`, `.weights.h5`, `.keras`), a folder
-        of the Hugging Face Hub, or the folder of a run, whose best checkpoint is used.
-        Names of files do not matter. Or a name of published weights
-        (`published.is_name`), which are downloaded first.
+      path: a PyTorch file (`.pth`, `.pt`, `.pth.tar`), a safetensors file or its index
+        (`.safetensors.index.json`), a Keras file (`.h5`, `.weights.h5`, `.keras`), a
+        folder from the Hugging Face Hub, or the folder of a run (its best checkpoint is
+        used). Names of files do not matter. Also a name of published weights
+        (`published.is_name`), which are downloaded if necessary.
 
     Raises:
       UserError: the file is corrupt, holds neither a DenseNet nor an RDNet, or arrays
-        are missing, unexpected or of another shape.
+        are missing, unexpected or have another shape.
     """
     if published.is_name(path):
         found = published.fetch(path)
@@ -151,8 +151,9 @@ def load(path: str) -> Weights:
 
 
 def is_weights(path: str) -> bool:
-    """Whether this is a file, a folder of the Hub or a name of published weights, and
-    not the folder of a run.
+    """Whether this is a file, a folder from the Hub or a name of published weights.
+
+    False for the folder of a run.
     """
     if published.is_name(path):
         return True
@@ -174,7 +175,7 @@ def _load_folder(folder):
     channels = weights.preprocessing['channels']
     timm_config.check_fits(folder, config, weights.module, channels)
     fields = dict(weights.fields)
-    # No array tells whether pooling blurs.
+    # No array shows whether pooling blurs.
     blurs = factory.VARIANTS.get(config.variant, {}).get('blur_pool', False)
     if weights.module.fields().get('blur_pool', blurs) != blurs:
         fields['blur_pool'] = blurs
@@ -245,7 +246,7 @@ def _from_keras(path, content):
 
 
 def _fit_means(weights, prepared):
-    """Fields that were read, and what of them cannot be used, or ''."""
+    """The fields that were read, and a description of those that cannot be used."""
     channels = weights.preprocessing['channels']
     fitted = channels_lib.fit_means(prepared, channels)
     if fitted is None:
@@ -275,7 +276,7 @@ def _from_torch(path, content):
     weights = _make(path, family, arrays, {} if other_head else renamed.fields)
     names = _choose_names(content.class_names, weights.num_classes)
     if preprocessing and preprocessing['channels'] != weights.preprocessing['channels']:
-        preprocessing = None  # it is of other weights
+        preprocessing = None  # it belongs to other weights
     prepared, unread = _fit_means(weights, preprocessing or renamed.preparation)
     outputs = content.outputs
     extra = dict(renamed.extra)
@@ -297,17 +298,17 @@ def _from_torch(path, content):
 
 
 def _choose_names(found, count):
-    """Of lists of names the one for so many outputs; one output may have two."""
+    """The list of names that fits the number of outputs; one output may have two."""
     fitting = [n for n in found if len(n) == count or (count == 1 and len(n) == 2)]
     return fitting[0] if fitting else None
 
 
 def _timm_sidecar(path):
-    """Preprocessing from the config.json next to a file of the Hub."""
+    """The preprocessing in the config.json next to a file from the Hub."""
     config = os.path.join(os.path.dirname(path), timm_config.CONFIG_FILE)
     try:
         settings = timm_config.read(config).get('pretrained_cfg')
-        # A run has a file with this name, too.
+        # Run folders have a file with this name, too.
         if isinstance(settings, dict):
             return timm_config.preprocessing_of(config, settings)
     except UserError:
@@ -366,7 +367,7 @@ def _preprocessing_of(metadata):
     }
     data |= {name: metadata[name] for name in ('image_size', 'mean', 'std')}
     data = to_tuples(data) | {'channels': len(data['mean'])}
-    # Of models of 8-bit images a new run finds them in its own images.
+    # For models of 8-bit images, a new run determines them from its own images.
     window, bit_depth = (metadata['data'].get(n) for n in ('window', 'bit_depth'))
     if window or (bit_depth or 8) > 8:
         data |= {'window': tuple(window or ()), 'bit_depth': bit_depth or 8}
@@ -374,20 +375,20 @@ def _preprocessing_of(metadata):
 
 
 def to_tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    """Converts JSON's lists to tuples, which make modules hashable."""
+    """Converts lists from JSON to tuples, so that modules are hashable."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
 
 
 def _make(path, family, arrays, fields, names=None):
-    """Checks every array against the architecture, and makes `Weights` of them."""
+    """Checks every array against the architecture, and makes `Weights`."""
     fields = architecture.find_fields(path, arrays) | fields
     *hidden, num_classes = head_layers.widths_of(arrays) or (0,)
     if hidden:
         fields['hidden'] = tuple(hidden)
     if names and len(names) != num_classes:
         raise UserError(
-            f'{path} names {len(names)} classes, its classifier has {num_classes}; use '
-            'an intact copy'
+            f'{path} names {len(names)} classes, but its classifier has {num_classes}; '
+            'use an intact copy'
         )
     module = factory.create_model(num_classes=num_classes, **fields)
     channels = arrays['params/conv0/kernel'].shape[2]
@@ -415,7 +416,7 @@ def _make(path, family, arrays, fields, names=None):
 
 
 def _check_arrays(path, arrays, wanted, show):
-    """Raises if an array is missing, unexpected, or of another shape or dtype."""
+    """Raises if an array is missing, unexpected, or has another shape or dtype."""
     lists = {
         'missing': sorted(map(show, wanted.keys() - arrays.keys())),
         'unexpected': sorted(map(show, arrays.keys() - wanted.keys())),
@@ -424,7 +425,7 @@ def _check_arrays(path, arrays, wanted, show):
             for name in sorted(wanted.keys() & arrays.keys())
             if arrays[name].shape != wanted[name].shape
         ],
-        # The numbers of quantized arrays mean something else.
+        # Quantized arrays store something else.
         'not of floating point': [
             f'{show(name)} {arrays[name].dtype}'
             for name in sorted(wanted.keys() & arrays.keys())

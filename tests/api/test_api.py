@@ -249,7 +249,7 @@ def test_export_by_ending(model, tmp_path):
 
 
 def test_export_refuses(model, tmp_path):
-    with pytest.raises(UserError, match='no format has this ending'):
+    with pytest.raises(UserError, match='no format has this extension'):
         flax_densenet.export(model, tmp_path / 'digits.bin')
     with pytest.raises(UserError, match='ends with .onnx'):
         flax_densenet.export(model, tmp_path / 'digits.bin', 'onnx')

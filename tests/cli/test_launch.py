@@ -220,7 +220,7 @@ def test_summary(main, arguments, size):
         ),
         (
             ['export', '--out=x.bin'],
-            'x.bin: no format has this ending; use one of .safetensors, .pth',
+            'x.bin: no format has this extension; use one of .safetensors, .pth',
         ),
     ],
 )
@@ -302,7 +302,7 @@ def test_predict(main, weights, tmp_path):
     assert done[:2] == (1, '')
     assert done[2].splitlines() == [
         '9 images: 9 class 2',
-        '2 of 11 files could not be read, and features are of the others',
+        '2 of 11 files could not be read; features are of the others only',
         f'predictions: {tmp_path}/x.csv',
         f'heat maps: {tmp_path}/pictures',
         f'features: {tmp_path}/f.npz',
@@ -357,7 +357,7 @@ def test_predict(main, weights, tmp_path):
         (['--files=x', '--config.data.threads=0'], 'data.threads=0 must be at least 1'),
         (
             ['--files=x', '--config.data.image_size=9'],
-            'says itself how its images are prepared',
+            'defines how its images are prepared',
         ),
         (['--files=x', '--config.model.fast=0'], '--config.model.fast: predict takes'),
         (['--files=x', '--top=0'], '--top=0 must be at least 1'),

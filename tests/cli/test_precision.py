@@ -54,7 +54,7 @@ def test_what_auto_takes(run, monkeypatch):
     assert choose(None) == choose('float32') == ('float32', '')
     assert choose('bfloat16') == ('bfloat16', '')
     dtype, line = choose('auto')
-    assert dtype == 'float32' and 'not measured for it; eval --precision=auto' in line
+    assert dtype == 'float32' and 'not been measured; eval --precision=auto' in line
     write(run, 0.95, 0.9491)
     for precision in (None, 'auto'):
         assert choose(precision) == (

@@ -134,7 +134,7 @@ def test_written_and_read():
     with pytest.raises(ValueError, match='counts has 3 values'):
         again.check(4)
     backward = conformal_lib.ConformalSets((2,), np.float32([0.5, 0.2]))
-    with pytest.raises(ValueError, match='not in order'):
+    with pytest.raises(ValueError, match='not sorted'):
         backward.check(2)
     with pytest.raises(ValueError, match='differ'):
         conformal_lib.ConformalSets((3,), np.float32([0.5, 0.2])).check(2)

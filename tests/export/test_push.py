@@ -122,5 +122,5 @@ def test_mistakes(push, folder, host, monkeypatch):
     monkeypatch.delenv('HF_HUB_OFFLINE')
     monkeypatch.setattr('huggingface_hub.get_token', lambda: None)
     status, _, err = push(folder, 'me/birds', '--yes')
-    assert status == 2 and 'push needs a token' in err
+    assert status == 2 and 'push needs a Hub token' in err
     assert not host.commits

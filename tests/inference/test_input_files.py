@@ -85,7 +85,7 @@ def test_no_image(tree):
     (tree / 'empty').mkdir()
     with pytest.raises(UserError, match='--files=empty holds no image'):
         input_files.check(['b.jpg', 'empty'])
-    with pytest.raises(UserError, match='names nothing'):
+    with pytest.raises(UserError, match='--files= is empty'):
         input_files.check([''])
     with pytest.raises(UserError, match='given twice'):
         input_files.check(['-', '-'])
@@ -115,7 +115,7 @@ def test_standard_input(tree, monkeypatch):
     assert found('-', 'b.jpg') == ['one.jpg', 'two \udcff.jpg', 'last', 'b.jpg']
     give(b'\n\n')
     input_files.check(['-'])  # not read ahead of time
-    with pytest.raises(UserError, match='no name on standard input'):
+    with pytest.raises(UserError, match='no names on standard input'):
         list(input_files.find(['-']))
 
 

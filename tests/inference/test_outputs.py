@@ -235,7 +235,7 @@ def test_all_outputs(tmp_path, capfd):
     assert run(paths, **places, top=9) == 1
     out, err = capfd.readouterr()
     assert out == ''
-    told = '1 of 8 files could not be read, and features are of the others'
+    told = '1 of 8 files could not be read; features are of the others only'
     assert err == f'7 images: 7 bees\n{told}\n'
     lines = (tmp_path / 'rows.jsonl').read_text().splitlines()
     assert [json.loads(line)['path'] for line in lines] == paths
@@ -284,7 +284,7 @@ def test_unusual_images_and_sets(tmp_path, capfd):
 
 def test_a_coverage_without_sets():
     """Of a prediction, and of a command before anything is computed."""
-    with pytest.raises(UserError, match='command calibrate fits them'):
+    with pytest.raises(UserError, match='to add them, run calibrate'):
         predicted('a').classes(0.9)
     assert Prediction('a', error='is bad').classes(0.9) == []
     with pytest.raises(UserError, match='coverage=90 must be between 0 and 1'):

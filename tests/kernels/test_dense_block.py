@@ -285,8 +285,8 @@ def test_ties_in_the_pooling_go_to_one_place():
 @pytest.mark.parametrize(
     ('block', 'fields', 'message'),
     [
-        ('plain', {'growth_rate': 29}, 'without bottleneck its widest growth is 28'),
-        ('BC', {'growth_rate': 65}, 'its widest layer is 256'),
+        ('plain', {'growth_rate': 29}, 'a growth rate of at most 28'),
+        ('BC', {'growth_rate': 65}, 'layers of at most 256'),
     ],
 )
 def test_native_where_it_cannot_be(block, fields, message):

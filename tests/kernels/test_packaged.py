@@ -138,8 +138,8 @@ def test_another_version_of_jaxlib(monkeypatch):
     [
         ('linux', 'x86_64', '', None),
         ('linux', 'x86_64', '0', 'FLAX_DENSENET_BUILD_KERNELS=0'),
-        ('linux', 'aarch64', '1', 'wheels have them for Linux on x86-64 only'),
-        ('darwin', 'arm64', '', 'wheels have them for Linux on x86-64 only'),
+        ('linux', 'aarch64', '1', 'wheels have them only for Linux on x86-64'),
+        ('darwin', 'arm64', '', 'wheels have them only for Linux on x86-64'),
     ],
 )
 def test_which_wheels_have_kernels(monkeypatch, system, machine, setting, reason):

@@ -175,8 +175,8 @@ def test_several_processes(monkeypatch, capsys):
     assert capsys.readouterr().out == ''
     assert 'DenseBlock' not in program()
     assert capsys.readouterr().out == (
-        'the dense block runs without its CPU kernel: the batch statistics are those '
-        'of several processes; training is about three times slower; '
+        'the dense block runs without its CPU kernel: the batch statistics cover '
+        'several processes; training is about three times slower; '
         "model.batch_norm_group=-1 (statistics of each device's own rows) changes "
         'that\n'
     )

@@ -78,7 +78,7 @@ def test_evaluation_and_prediction_agree(source, trained):
     plain = results.collect(trained, source.test, source.class_names, batch_size=4)
     assert not np.allclose(plain.probabilities, found.probabilities, rtol=1e-3)
     which = results.describe(flipped, 'digits').model
-    assert which.endswith(', each image seen mirrored as well')
+    assert which.endswith(', averaged over each image and its mirror image')
 
 
 @pytest.mark.slow

@@ -140,7 +140,7 @@ def test_the_quick_one_is_small():
 def test_what_cannot_be():
     with pytest.raises(UserError, match='dropout_after=all is not known; use conv3x3'):
         create_model('BC-L10k4', num_classes=3, dropout_after='all')
-    with pytest.raises(UserError, match='native has no such dropout: use auto'):
+    with pytest.raises(UserError, match='native does not support this dropout'):
         create_model(
             'BC-L10k4', num_classes=3, dropout_after='every_conv', kernel='native'
         )

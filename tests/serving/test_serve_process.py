@@ -320,7 +320,7 @@ def test_mistakes(workdir):
     assert 'holds no checkpoint' in launch('--workdir=/none', '--port=0')
     line = launch(f'--workdir={workdir}', '--config.data.image_size=9')
     assert line.startswith('error: data.image_size: ')
-    assert 'says itself how its images are prepared' in line
+    assert 'defines how its images are prepared' in line
     line = launch(f'--workdir={workdir}', '--max_requests=-1')
     assert line == 'error: --max_requests=-1 must be above 0'
     line = launch(f'--workdir={workdir}', '--port=0', '--allowed_hosts=http://a')

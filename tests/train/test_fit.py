@@ -204,7 +204,7 @@ def test_init_from_a_run(trained, tmp_path, capsys):
     photos = write_images(tmp_path / 'photos', {'ants': 80, 'bees': 80})
     config['data']['source'] = f'folder:{photos}'
     fit.fit(config, str(tmp_path / 'other'))
-    assert '10 classes there, 2 here: the classifier starts new' in (
+    assert 'it has 10 classes, not 2: the classifier starts new' in (
         capsys.readouterr().out
     )
     config['model']['growth_rate'] = 6

@@ -90,7 +90,7 @@ def test_arrays_of_another_file(made, tmp_path):
         ('calibration.scale', [1.0, 1.0], 'differ in length'),
         ('calibration.scale', ['1'], "scale is '1'"),
         ('calibration.bias', [float('nan')], 'bias is nan'),
-        ('calibration.methods', ['magic'], 'no method'),
+        ('calibration.methods', ['magic'], 'not a method'),
         ('calibration.notes', [1], 'notes is 1'),
         ('thresholds.values', [0.5], 'there are 1 values'),
         ('thresholds.values', [0.5, 1.5], 'not from 0 to 1'),

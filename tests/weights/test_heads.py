@@ -191,7 +191,7 @@ def test_there_and_back(head, tmp_path):
             linear('classifier.0', WIDTH, 16)
             | norm('classifier.2', 16)
             | linear('classifier.4', 16, 5),
-            'nothing tells where the ReLU between 0 and 4 is',
+            'it is unclear where the ReLU between 0 and 4 is',
         ),
         (
             linear('classifier.a', WIDTH, WIDTH)
@@ -203,7 +203,7 @@ def test_there_and_back(head, tmp_path):
             linear('classifier.fc1', WIDTH, 16)
             | norm('classifier.bn', 16)
             | linear('classifier.fc2', 16, 5),
-            'in which order',
+            'the order of its layers is unclear',
         ),
         (linear('classifier.a', WIDTH, 16) | linear('out', 16, 5), 'different modules'),
         (

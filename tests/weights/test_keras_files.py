@@ -241,7 +241,7 @@ def test_heads_that_are_refused(keras, tmp_path):
     refused = {
         'tanh': [mean(), layers.Dense(8, 'tanh'), layers.Dense(4)],
         'LayerNorm': [mean(), layers.LayerNormalization(center=False), layers.Dense(4)],
-        'in front of the pooling': [layers.Dense(4), mean()],
+        'comes before the pooling': [layers.Dense(4), mean()],
     }
     for reason, head in refused.items():
         found = None
@@ -253,7 +253,7 @@ def test_heads_that_are_refused(keras, tmp_path):
     assert 'a ReLU between' in found.notes[0] and found.num_classes == 4
     found = read(mean(), layers.Dense(8), layers.BatchNormalization(), layers.Dense(4),
         ending='.weights.h5')  # fmt: skip
-    assert 'nothing tells' in found.head_reason and not found.num_classes
+    assert 'is unclear' in found.head_reason and not found.num_classes
     # Two outputs, one beside the other.
     features = mean()(base.output)
     network = keras.Model(

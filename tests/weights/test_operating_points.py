@@ -107,7 +107,7 @@ def test_logits_of_scores():
 def test_points_that_do_not_fit(tmp_path, caplog):
     for points, line in (
         (np.float32([0.5, 0.5]), 'has 2 operating points for 18 outputs: they are not'),
-        (np.full(18, 1.5, np.float32), 'operating points are no numbers from 0 to 1'),
+        (np.full(18, 1.5, np.float32), 'operating points are not between 0 and 1'),
     ):
         arrays = state_dict(num_classes=18, channels=1) | {'op_threshs': points}
         trained = trained_lib.load_trained(write_safetensors(tmp_path / 'x', arrays))

@@ -78,7 +78,7 @@ def test_arrays_beside_the_network(prefix, name, tmp_path, lines):
     found = weight_file.load(written(tmp_path, arrays))
     assert_same(found.variables, tiny()[1])
     (line,) = lines()
-    assert 'no part of the network' in line and name in line
+    assert 'not part of the network' in line and name in line
 
 
 def test_arrays_inside_the_network_are_all_accounted_for(tmp_path):
@@ -142,7 +142,7 @@ def test_means_in_front_of_the_network(tmp_path, lines):
     found = weight_file.load(written(tmp_path, renamed('^', '1.') | more))
     assert found.preprocessing['std'] == (0.2, 0.4, 1.0)
     assert found.preprocessing['mean'] == pytest.approx((10 / 255, 20 / 255, 30 / 255))
-    assert '0.mean and 0.std are taken' in lines()[0]
+    assert '0.mean and 0.std are used' in lines()[0]
 
 
 def settled(tmp_path, arrays=ARRAYS, **chosen):
@@ -206,7 +206,7 @@ def test_one_output(tmp_path):
     assert (single.class_names, single.outputs) == (('positive',), 'sigmoid')
     named = settled(tmp_path, arrays, class_names='pneumonia')
     assert (named.class_names, named.outputs) == (('pneumonia',), 'sigmoid')
-    with pytest.raises(UserError, match='a softmax is always 1'):
+    with pytest.raises(UserError, match='of one output is always 1'):
         settled(tmp_path, arrays, outputs='softmax')
 
 
@@ -253,7 +253,7 @@ def test_files_of_names(tmp_path):
         path.write_text(json.dumps(found))
         assert heads.read_names(str(path)) == ('b', 'a')
     path.write_text('{"a": 1, "b": 3}')
-    with pytest.raises(UserError, match='it holds no list of names'):
+    with pytest.raises(UserError, match='it does not hold a list of names'):
         heads.read_names(str(path))
 
 

@@ -294,7 +294,7 @@ def test_refusals_of_the_hub(error, line, host):
 
 def test_unfit_repositories(hub_folder, host):
     host.put_repo('me/empty', {'model.safetensors': b''})
-    with pytest.raises(UserError, match='has no config.json; only folders of timm'):
+    with pytest.raises(UserError, match='no config.json; only folders in the format'):
         weight_file.load('hf:me/empty')
     host.put_repo('me/bare', {'config.json': hub_folder['timm']['config.json']})
     with pytest.raises(UserError, match='but no model.safetensors or pytorch_model'):

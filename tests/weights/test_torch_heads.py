@@ -121,7 +121,7 @@ def test_logits(kind, whole, torchvision, tmp_path):
     torch.save(model if whole else model.state_dict(), path)
     found = weight_file.load(path)
     if kind == 'ambiguous' and not whole:
-        assert 'nothing tells where the ReLU' in found.head_reason
+        assert 'unclear where the ReLU' in found.head_reason
         return
     # What is pickled leaves nothing to guess.
     assert not found.head and bool(found.notes) is not whole

@@ -214,7 +214,7 @@ def test_layers_of_other_kinds_in_the_body(fakes, tmp_path):
     inner = fakes.Tanh()
     inner.__dict__.update(_parameters={}, _buffers={}, _modules={})
     module._modules['features']._modules['relu0'] = inner
-    with pytest.raises(UserError, match=r'its features.relu0 is a Tanh, which no D'):
+    with pytest.raises(UserError, match=r'its features.relu0 is a Tanh, which is not'):
         weight_file.load(save_torch(tmp_path / 'x.pth', module))
 
 
@@ -256,4 +256,4 @@ def test_an_average_beside_the_weights(fakes, tmp_path, lines):
     content = {'state_dict': tensors(zeros), 'state_dict_ema': tensors()}
     found = weight_file.load(save_torch(tmp_path / 'x.ckpt', content))
     assert_same(found.variables, tiny()[1])
-    assert 'the moving average state_dict_ema is taken' in lines()[0]
+    assert 'the moving average state_dict_ema is used' in lines()[0]

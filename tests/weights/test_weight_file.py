@@ -242,9 +242,9 @@ def test_a_run_from_weights(tmp_path, capsys):
     workdir = str(tmp_path / 'run')
     fit.fit(config, workdir)
     out = capsys.readouterr().out
-    assert f'{path}: 5 classes there, 10 here: the classifier starts new' in out
-    assert 'made for images of 3 channels; for data.channels=1 its first ' in out
-    assert 'made with data.image_size=224; the config says 16, which is taken' in out
+    assert f'{path}: it has 5 classes, not 10: the classifier starts new' in out
+    assert 'made for images with 3 channels; for data.channels=1 its first ' in out
+    assert 'made with data.image_size=224; the config says 16, which is used' in out
     loaded = trained_lib.load_trained(workdir)
     assert loaded.metadata['data']['mean'] == pytest.approx([0.449])
     kernel = loaded.variables['params']['conv0']['kernel']

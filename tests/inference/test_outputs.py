@@ -374,7 +374,7 @@ def test_nothing_stays_of_nothing(tmp_path, capfd):
         ({'features': 'x.npy'}, r'--features=x.npy: .* ends with .npz or .safetens'),
         ({'features': 'none/x.npz'}, r'--features=none/x.npz cannot be written'),
         ({'features': 'd.npz'}, r'--features=d.npz cannot be written \(.* a folder'),
-        ({'explain': 'here'}, '--explain=here holds files already'),
+        ({'explain': 'here'}, '--explain=here already has files'),
         ({'explain': 'here/file'}, r'--explain=here/file cannot be written \(File'),
         ({'out': 'x.npz', 'features': './x.npz'}, '--out and --features are both'),
         ({'out': '/dev/full'}, r'--out=/dev/full cannot be written \(No space'),

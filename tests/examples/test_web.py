@@ -1,8 +1,5 @@
 """examples/web: a picture that is dropped on the page gets the model's own answer."""
 
-import base64
-import contextlib
-import io
 import json
 import pathlib
 import shutil
@@ -13,150 +10,27 @@ import pytest
 from PIL import Image, ImageCms
 
 from flax_densenet.data import images
-from helpers import browsers
-from helpers.paths import ROOT
-from helpers.tiny_onnx import LABELS, SIZE, probabilities, write_onnx
+from helpers.tiny_onnx import LABELS, SIZE, write_onnx
+from helpers.web_example import (
+    JPEG_BOUND,
+    MARKS,
+    NODE,
+    SAME_BOUND,
+    WEB,
+    check,
+    drop,
+    make_transfer,
+    seen,
+    shown,
+)
 
-onnx = pytest.importorskip('onnx')
-onnxruntime = pytest.importorskip('onnxruntime')
-pytest.importorskip('playwright')
-WEB = ROOT / 'examples' / 'web'
-NODE = shutil.which('node')
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(NODE is None, reason='node is not installed'),
-    pytest.mark.skipif(browsers.CHROMIUM is None, reason='chromium is not installed'),
-    pytest.mark.skipif(
-        not (WEB / 'node_modules' / 'onnxruntime-web').exists(),
-        reason='onnxruntime-web is not installed: npm install in examples/web',
-    ),
-]
-# A JPEG is decoded by another program than here, and in full, where images.py reads a
-# large one at a fraction of its size: so much may a probability differ, in points.
-JPEG_BOUND = 0.5
-# Of the same pixels: half a digit of what is shown, and another build of onnxruntime.
-SAME_BOUND = 0.1
+for name in ('onnx', 'onnxruntime', 'playwright'):
+    pytest.importorskip(name)
+pytestmark = MARKS
 ISOLATED = {
     'Cross-Origin-Opener-Policy': 'same-origin',
     'Cross-Origin-Embedder-Policy': 'require-corp',
 }
-
-
-@pytest.fixture(scope='module')
-def built(tmp_path_factory):
-    """The page, without a model."""
-    folder = tmp_path_factory.mktemp('web') / 'dist'
-    command = [NODE, 'build.js', str(folder)]
-    subprocess.run(command, cwd=WEB, check=True, capture_output=True, timeout=60)
-    return folder
-
-
-@pytest.fixture(scope='module')
-def chromium():
-    with browsers.launched() as browser:
-        yield browser
-
-
-@pytest.fixture
-def opened(chromium, built, tmp_path):
-    """Opens the page beside a model; afterwards nobody else was asked for anything."""
-
-    @contextlib.contextmanager
-    def open_page(model=None, *, headers=(), complaints=0, **options):
-        folder = tmp_path / 'served'
-        shutil.copytree(built, folder)
-        if model:
-            shutil.copy(model, folder / 'model.onnx')
-        said, asked = [], []
-        with (
-            browsers.served(folder, dict(headers)) as server,
-            contextlib.closing(chromium.new_context(**options)) as context,
-        ):
-            own = f'http://127.0.0.1:{server.server_port}/'
-            context.on('request', lambda request: asked.append(request))
-            tab = context.new_page()
-            tab.set_default_timeout(30_000)
-            tab.on('console', lambda message: said.append(message.text))
-            tab.on('pageerror', lambda error: said.append(str(error)))
-            tab.goto(own)
-            tab.wait_for_selector('#status:empty', state='attached')
-            yield tab
-            assert tab.evaluate('document.documentElement.scrollWidth <= innerWidth')
-        outside = [
-            r.url for r in asked if not r.url.startswith((own, 'blob:', 'data:'))
-        ]
-        assert outside == []
-        assert {line.split()[0] for line in server.asked} == {'GET'}
-        assert len(said) == complaints, said
-
-    return open_page
-
-
-def make_transfer(tab, *paths):
-    """Files as a drop or the clipboard brings them; the page is told to wait."""
-    files = []
-    for path in map(pathlib.Path, paths):
-        files.append([path.name, base64.b64encode(path.read_bytes()).decode()])
-    return tab.evaluate_handle(
-        """(files) => {
-          const transfer = new DataTransfer();
-          for (const [name, text] of files) {
-            const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-            transfer.items.add(new File([bytes], name));
-          }
-          document.getElementById('status').textContent = 'given';
-          return transfer;
-        }""",
-        files,
-    )
-
-
-def drop(tab, *paths):
-    """Lets files fall onto the page, and waits until it has nothing more to do."""
-    transfer = make_transfer(tab, *paths)
-    tab.dispatch_event('main', 'drop', {'dataTransfer': transfer})
-    tab.wait_for_selector('#status:empty', state='attached')
-
-
-def seen(tab):
-    """What the page shows that the model gets, uint8 `[S, S, 3]`."""
-    url = tab.evaluate("document.getElementById('seen').toDataURL()")
-    png = io.BytesIO(base64.b64decode(url.partition(',')[2]))
-    return np.asarray(Image.open(png).convert('RGB'))
-
-
-def shown(tab):
-    """Classes and percentages, in the order of the page."""
-    names = tab.locator('#classes .name').all_text_contents()
-    shares = tab.locator('#classes .share').all_text_contents()
-    return {
-        name: float(share.removesuffix('\xa0%'))
-        for name, share in zip(names, shares, strict=True)
-    }
-
-
-def check(tab, model, image, bound):
-    """The page names the classes of `probabilities`, to some points."""
-    right = 100 * probabilities(model, image)
-    found = shown(tab)
-    assert list(found.values()) == sorted(found.values(), reverse=True)
-    assert len(found) == 5
-    best = LABELS[right.argmax()]
-    assert next(iter(found)) == best
-    assert tab.text_content('#verdict') == f'Most likely {best}, {found[best]:.1f}\xa0%'
-    for name, share in found.items():
-        assert abs(share - right[LABELS.index(name)]) <= bound
-    # The test can tell: another picture gets other numbers.
-    other = 100 * probabilities(model, image[::-1, ::-1].copy())
-    assert np.abs(other - right).max() > 2 * JPEG_BOUND
-
-
-@pytest.fixture(scope='module')
-def photo():
-    """A photograph of 640 by 427 pixels, as its camera wrote it."""
-    sklearn_datasets = pytest.importorskip('sklearn.datasets')
-    folder = pathlib.Path(sklearn_datasets.__file__).parent / 'images'
-    return folder / 'china.jpg'
 
 
 def rotate(photo, path):
@@ -339,7 +213,7 @@ def test_without_a_model(opened, photo, tmp_path):
         assert tab.get_by_role('button').all_text_contents() == ['Choose a model']
         drop(tab, model)  # and the picture of before is classified
         assert tab.locator('#error').is_hidden()
-        assert tab.get_by_role('button', name='Choose a picture').is_visible()
+        assert tab.get_by_role('button', name='Choose pictures').is_visible()
         assert 'bees.onnx' in tab.text_content('#facts')
         check(
             tab, model, images.load_image(photo, images.Preparation(SIZE)), JPEG_BOUND
@@ -390,7 +264,7 @@ def test_chosen_and_pasted(opened, photo, tmp_path):
     Image.open(photo).transpose(Image.Transpose.ROTATE_180).save(png)
     with opened(model) as tab:
         with tab.expect_file_chooser() as chooser:
-            tab.get_by_role('button', name='Choose a picture').click()
+            tab.get_by_role('button', name='Choose pictures').click()
         chooser.value.set_files(photo)
         tab.wait_for_selector('#verdict:not(:empty)')
         chosen = shown(tab)
@@ -426,6 +300,9 @@ def test_schemes_and_widths(opened, photo, tmp_path, scheme, width):
     viewport = {'width': width, 'height': 800}
     with opened(model, color_scheme=scheme, viewport=viewport) as tab:
         drop(tab, photo)
+        drop(tab, photo, photo)
+        tab.locator('#rows button').first.click()
+        tab.wait_for_selector('#result:visible')
         tab.click('summary')
         colors = tab.evaluate(
             "['backgroundColor', 'color'].map((one) => "

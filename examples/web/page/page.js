@@ -1,9 +1,12 @@
 // What the page does: takes files, asks the model, shows what it says.
 
+import { hasCamera, takePicture } from './camera.js';
 import { describeRuntime, loadClassifier } from './classifier.js';
+import { addRow, download, hideTable, startTable, toCsv } from './many.js';
 import { readPicture } from './picture.js';
 import { findBox, prepare } from './prepare.js';
 import { Told } from './told.js';
+import { describeSize, percent } from './words.js';
 
 const SHOWN = 5; // classes
 const NAMED = 6; // of many classes, as examples
@@ -13,7 +16,7 @@ const NO_MODEL =
 const $ = (id) => document.getElementById(id);
 
 let classifier = null; // the model in use
-let picture = null; // the file in view
+let pictures = []; // the files in view
 let working = Promise.resolve(); // what is asked for happens in turn
 let asked = 0; // what was overtaken by something newer is not begun
 
@@ -33,9 +36,9 @@ function invite() {
   document.body.classList.toggle('no-model', !classifier);
   $('invite').textContent = !classifier
     ? 'Drop a model here, an .onnx file of flax_densenet, or'
-    : picture
-      ? 'Another one? Drop it here, paste it, or'
-      : 'Drop a picture here, paste one, or';
+    : pictures.length
+      ? 'Others? Drop them here, paste one, or'
+      : 'Drop pictures here, paste one, or';
 }
 
 // Does the task after those before it; what it throws becomes the line on the page.
@@ -103,7 +106,8 @@ function show(found, [before, run]) {
     : `Most likely ${best.label}, ${percent(best.share)}`;
   $('classes').replaceChildren(...found.slice(0, SHOWN).map(makeRow));
   const rest = found.length - SHOWN;
-  const others = rest > 0 ? `${rest} other classes are less likely. ` : '';
+  const words = rest === 1 ? 'other class is' : 'other classes are';
+  const others = rest > 0 ? `${rest} ${words} less likely. ` : '';
   const [all, first, second] = [before + run, before, run].map((ms) => ms.toFixed(0));
   $('time').textContent =
     `${others}It took ${all} ms: ${first} ms to prepare the picture, ` +
@@ -123,11 +127,6 @@ function makeRow({ label, share }) {
   track.firstChild.style.width = `${100 * share}%`;
   item.append(name, number, track);
   return item;
-}
-
-function percent(share) {
-  const value = 100 * share;
-  return `${value.toFixed(value >= 99.95 || value < 0.05 ? 0 : 1)}\u00a0%`;
 }
 
 // The picture, in it what the model gets of it, and beside it what that becomes.
@@ -212,38 +211,92 @@ function showModel(model) {
   );
 }
 
-function describeSize(bytes) {
-  if (bytes < 1e6) return `${Math.ceil(bytes / 1e3)} kB`;
-  return `${(bytes / 1e6).toFixed(1)} MB`;
+// Several pictures, in a table; `isOvertaken` tells of others that were given since.
+async function lookAtMany(files, isOvertaken) {
+  const { model, classify } = classifier;
+  fail('');
+  $('result').hidden = true;
+  document.body.classList.add('has-picture');
+  startTable(files.length, model.labels, (file) =>
+    inTurn(async () => {
+      await look(file);
+      $('result').scrollIntoView({ block: 'nearest' });
+    }),
+  );
+  for (const [place, file] of files.entries()) {
+    if (isOvertaken()) return;
+    say(`The model is looking at picture ${place + 1} of ${files.length} …`);
+    try {
+      addRow(file, await classify(prepare(await readPicture(file), model)));
+    } catch (error) {
+      if (!(error instanceof Told)) throw error;
+      addRow(file, null, error.message);
+    }
+  }
+  invite();
+  say('');
 }
 
-// Files that were dropped, pasted or chosen: a model, a picture or one of each.
+// Files that were dropped, pasted or chosen: a model, pictures or both.
 function take(files) {
   const all = [...(files ?? [])];
   if (!all.length) return;
   const isModel = (file) => /\.onnx$/i.test(file.name);
   const model = all.find(isModel);
-  picture = all.find((file) => !isModel(file)) ?? picture;
+  const given = all.filter((file) => !isModel(file));
+  if (given.length) pictures = given;
   const mine = ++asked;
   inTurn(async () => {
     if (model) await useModel(model.name, await model.arrayBuffer());
     if (!classifier) throw new Told(NO_MODEL);
-    if (picture && mine === asked) await look(picture);
+    if (mine !== asked) return;
+    if (pictures.length > 1) {
+      await lookAtMany(pictures, () => mine !== asked);
+    } else if (pictures.length) {
+      hideTable();
+      await look(pictures[0]);
+    }
   });
+}
+
+// What the camera sees, judged frame by frame until one is taken.
+async function useCamera() {
+  const watch = (video) =>
+    inTurn(async () => {
+      const image = await readPicture(video);
+      const [best] = await classifier.classify(prepare(image, classifier.model));
+      $('live').textContent = `${best.label}, ${percent(best.share)}`;
+    });
+  $('live').textContent = '\u00a0';
+  try {
+    const file = await takePicture(watch);
+    if (file) take([file]);
+  } catch (error) {
+    fail(error instanceof Told ? error.message : `Something went wrong: ${error}`);
+  }
 }
 
 for (const [button, input] of [
   ['choose', 'file'],
-  ['camera', 'photo'],
   ['choose-model', 'model'],
   ['choose-first', 'model'],
 ]) {
   $(button).addEventListener('click', () => $(input).click());
+}
+for (const input of ['file', 'photo', 'model']) {
   $(input).addEventListener('change', () => {
     take($(input).files);
     $(input).value = ''; // so that the same file can be chosen again
   });
 }
+$('camera').addEventListener('click', () => {
+  const isPhone = matchMedia('(pointer: coarse)').matches; // has an app of its own
+  if (isPhone) $('photo').click();
+  else useCamera();
+});
+$('download').addEventListener('click', () => {
+  download('predictions.csv', toCsv());
+});
 document.addEventListener('paste', (event) => take(event.clipboardData.files));
 document.addEventListener('dragover', (event) => {
   event.preventDefault();
@@ -259,3 +312,4 @@ document.addEventListener('drop', (event) => {
   else fail('That was no file: save the picture first, then drop it here.');
 });
 inTurn(fetchModel).then(invite);
+hasCamera().then((has) => document.body.classList.toggle('has-camera', has));

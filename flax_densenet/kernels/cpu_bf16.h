@@ -1,9 +1,9 @@
-// Products of bfloat16 matrices with sums in float32, on whatever the processor has.
+// Products of bfloat16 matrices with float32 sums, for all kinds of processors.
 //
-// All paths read the same layout. A is rows of 32 values, 16 rows to a tile, at any
-// distance from each other. B is tiles of 32 x 16, stored as 16 rows of 16 pairs: row r
-// holds rows 2r and 2r + 1 of the matrix, interleaved. A product adds up several steps
-// of K = 32 and leaves 16 or 32 rows of 16 or 32 float32 sums.
+// All paths read the same layout. A consists of rows of 32 values with any stride, with 16
+// rows in a tile. B consists of tiles of 32 x 16, stored as 16 rows of 16 pairs: row r
+// holds rows 2r and 2r + 1 of the matrix, interleaved. A product sums several steps of
+// K = 32 and yields 16 or 32 rows of 16 or 32 float32 sums.
 //
 // The path is chosen when the library is first used: AMX tiles, AVX512-BF16, or plain
 // loops that widen to float32. `emulated` runs the code for tiles over plain loops, so
@@ -77,7 +77,7 @@ FD_INLINE S narrow(F low, F high) {
 }
 FD_INLINE void store(bf16* p, S v) { *reinterpret_cast<SU*>(p) = v; }
 
-// Of a negative number the sign bit is that of an integer too.
+// The sign bit of a negative number is also that of an integer.
 FD_INLINE S relu(S v) {
   const S zero = {};
   return v > zero ? v : zero;
@@ -97,7 +97,7 @@ struct Product {
   int width;  // floats from a row of the sums to the next
 };
 
-// Eight registers of 16 rows of 64 bytes, as the processor has them...
+// Eight registers of 16 rows of 64 bytes, in the processor...
 struct Tiles {
 #if defined(__x86_64__)
   template <int T>
@@ -289,8 +289,8 @@ void multiply_portable(const Product& p) {
 
 // ---- what inference and training share
 
-// Weights [steps][columns / 32][2][TILE], in panels of two tiles, the last one of one
-// where that is enough.
+// Weights [steps][columns / 32][2][TILE], in panels of two tiles; the last panel has one
+// tile if that is enough.
 struct Weights {
   const bf16* data;
   int steps, tiles;
@@ -404,7 +404,7 @@ struct TileConfig {
 
 }  // namespace
 
-// The path in use; -1 where the processor lacks the one that is asked for by number.
+// The path in use; -1 if the processor does not support the requested one.
 #define FLAX_DENSENET_BFLOAT16_PATH                      \
   extern "C" int flax_densenet_bfloat16_path(int path) { \
     if (path >= 0) {                                     \

@@ -1,11 +1,11 @@
 // A dense block and the stem in bfloat16, for inference.
 //
 // Features are in chunks of 32 channels, [C / 32][pixels][32], so that 16 pixels of a
-// chunk are a tile as they lie in memory. A layer's first norm and ReLU are applied to 32
-// pixels at a time, rounded once to bfloat16, and multiplied by the 1x1; its bias and
-// ReLU follow while the sums are in L1, and the result goes into a band of the image with
-// a border of zeros. The 3x3 is nine shifted products over that band, of which only two
-// rows are kept for the next one. So the bottleneck never leaves the cache.
+// chunk form a tile in memory. The first norm and ReLU of a layer are applied to 32 pixels
+// at a time, rounded once to bfloat16, and multiplied by the 1x1. Its bias and ReLU follow
+// while the sums are in L1, and the result goes into a band of the image with a border of
+// zeros. The 3x3 is nine shifted products over that band; only two of its rows are kept
+// for the next band. The bottleneck therefore never leaves the cache.
 
 #include <cmath>
 #include <functional>
@@ -60,14 +60,14 @@ struct Block {
   int positions(int rows) const { return (rows + 2) * line + 2 + 2 * PT; }
 };
 
-// Some images' features, or a part of one image's rows, with what one thread needs.
+// The features of some images, or of some rows of one image, with what a thread needs.
 struct Scratch {
   std::vector<bf16> y, z, features;
   std::vector<int32_t> chunk_steps, tap_steps, place;
   alignas(64) float sums[PT * 2 * COLUMNS];
 };
 
-// The band's place of each pixel of `images` images of `rows` rows, from row -1 on.
+// The place in a band of each pixel of `images` images with `rows` rows, from row -1 on.
 void set_places(const Block& s, int images, int rows, Scratch& t) {
   const int slot = s.positions(rows);
   room(t.place, (size_t)images * rows * s.W);
@@ -115,7 +115,7 @@ void bottleneck(const Block& s, const Layer& layer, int C, const bf16* X, int le
   }
 }
 
-// Puts `n` channels from channel c on in their chunks.
+// Stores `n` channels, starting at channel c, in their chunks.
 FD_INLINE void scatter(const bf16* from, int n, int c, bf16* X, int length, int p) {
   while (n > 0) {
     const int count = std::min(n, DEPTH - c % DEPTH);
@@ -185,7 +185,7 @@ void layer_by_bands(const Block& s, int l, bf16* X, int length, int first, int r
   }
 }
 
-// One layer for whole images, whose bands lie one after the other.
+// One layer for entire images, with their bands one after another.
 void layer_by_images(const Block& s, int l, bf16* X, int length, int images,
                      Scratch& t) {
   const Layer& layer = s.layers[l];
@@ -196,7 +196,7 @@ void layer_by_images(const Block& s, int l, bf16* X, int length, int images,
              t.z.data() + (size_t)n * slot * DEPTH, t);
 }
 
-// What a chunk has beyond the channels so far is multiplied by zero, so it must be finite.
+// The unused channels of a chunk are multiplied by zero, so they must be finite.
 void clear(const Block& s, bf16* X, int length) {
   if (s.C0 % DEPTH || s.G % DEPTH)
     std::memset(X, 0, sizeof(bf16) * steps_of(s.Ct) * length * DEPTH);
@@ -288,7 +288,7 @@ void finish(const Block& s, const bf16* X, int length, int p, int last, bf16* ou
   }
 }
 
-// Each thread takes a few images, whose features stay in its cache, through the block.
+// Each thread takes a few images through the block, so that their features stay in cache.
 void by_turns(const Block& s, ffi::ThreadPool& pool, int threads, const bf16* x,
               bf16* out) {
   const int chunks = steps_of(s.Ct), rows = band_rows(s);
@@ -320,7 +320,7 @@ void by_turns(const Block& s, ffi::ThreadPool& pool, int threads, const bf16* x,
   });
 }
 
-// Of fewer images than threads, each image's rows are shared among some threads.
+// With fewer images than threads, several threads share the rows of each image.
 void by_rows(const Block& s, ffi::ThreadPool& pool, int threads, const bf16* x,
              bf16* out) {
   const int parts = std::min(s.H, (threads + s.N - 1) / s.N), all = s.N * parts;

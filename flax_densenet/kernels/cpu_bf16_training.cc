@@ -1,15 +1,16 @@
 // A dense block in training in bfloat16, forward and backward.
 //
-// The mathematics stands in dense_block.py. Features, the 1x1s' outputs and the operands
-// of all products are bfloat16; sums, statistics, the gradients of features and all
+// dense_block.py explains the mathematics. Features, the outputs of the 1x1s and the
+// operands of all products are bfloat16; sums, statistics, gradients of features and all
 // parameters are float32. The gradients of weights are products over pixels: one operand
-// is transposed, the other interleaved in pairs of pixels, 32 pixels at a time.
+// is transposed, the other is interleaved in pairs of pixels, 32 pixels at a time.
 //
-// A layer without bottleneck is one product, too, with the columns of all nine taps: a
-// pixel's C features by [C, 9 * G], whose results are added up over the pixels around.
+// A layer without bottleneck is also a single product, with the columns of all nine taps:
+// the C features of a pixel times [C, 9 * G]. The results are summed over neighboring
+// pixels.
 //
-// Work is cut into one contiguous part per thread, and parts are added in their order,
-// so results on one machine are the same bit for bit in every run.
+// Work is divided into one contiguous part per thread, and the parts are added in order,
+// so results on one machine are bit-identical in every run.
 
 #include <cmath>
 #include <functional>
@@ -77,8 +78,8 @@ struct Affine {
   }
 };
 
-// Sums of x - shift and of its square, whose shift is the mean of the first pixels: safe
-// where the mean is large beside the spread.
+// Sums of x - shift and of its square, where shift is the mean of the first pixels. This
+// is accurate even if the mean is much larger than the standard deviation.
 struct Moments {
   double count = 0;
   std::vector<float> shift;
@@ -171,7 +172,7 @@ struct Unit {
   }
 };
 
-// What is left of a chunk of new channels, low and high half.
+// What dropout leaves of a chunk of new channels: the low and the high half.
 FD_INLINE void apply(const Drop& drop, int64_t p, int c, F& low, F& high) {
   if (!drop.any()) return;
   const float all = drop.of_image(p);
@@ -222,7 +223,7 @@ void load_z(const Block& s, const Unit& unit, const bf16* h, const Affine& f, bf
   }
 }
 
-// A chunk of a pixel's features; what is beyond the last channel is zero.
+// A chunk of the features of a pixel; zero beyond the last channel.
 FD_INLINE void load_part(const bf16* x, int n, bf16* to) {
   if (n >= CHUNK) {
     std::memcpy(to, x, sizeof(bf16) * CHUNK);
@@ -265,7 +266,7 @@ void set_steps(const Block& s, Scratch& t) {
   for (int i = 0; i < most; ++i) t.pixel_steps[i] = i * PT;
 }
 
-// The 1x1 of some pixels: h as it comes out, and its moments.
+// The 1x1 of some pixels: its output h, and the moments of h.
 void forward_1x1(const Block& s, int64_t first, int64_t last, const bf16* X, int C,
                  const Affine& f, const Weights& w, bf16* h, Moments& moments,
                  Scratch& t) {
@@ -365,7 +366,7 @@ void forward_plain(const Block& s, int first, int last, bf16* X, int C, const Af
   for (int u = first; u < last; ++u) {
     const Unit unit(s, u);
     const int r0 = unit.r0, r1 = r0 + unit.count;
-    // Of the rows around the band, too; there are none outside of the image.
+    // Includes the rows around the band, except outside of the image.
     const int top = std::max(0, r0 - 1), bottom = std::min(s.H, r1 + 1);
     const int64_t image = (int64_t)unit.first * s.H * s.W;
     std::memset(taps, 0, sizeof(float) * (unit.count + 2) * row);
@@ -556,7 +557,7 @@ FD_INLINE void add_to(double* s, F v) {
   for (int i = 0; i < 16; ++i) s[i] += v[i];
 }
 
-// Gradient of the layer's new channels, the share of their statistics included.
+// The gradient of the layer's new channels, including the part through their statistics.
 struct NewGradient {
   const bf16* X;
   const float* gX;
@@ -788,8 +789,8 @@ void backward_front(const Block& s, int part, const bf16* X, float* gX, int C,
 
 // X, mean, var, h, mean2, var2, mask, images, gX, gmean, gvar, then the layers' weights
 // as forward -> gx [N, H, W, C0], room for gX in float32 and for one layer's dz (without
-// bottleneck dg [chunks, P, 32]), then per layer dscale1, dbias1, dw1, dscale2, dbias2,
-// dw2
+// bottleneck dg [chunks, P, 32]), then for each layer dscale1, dbias1, dw1, dscale2,
+// dbias2, dw2
 ffi::Error Backward(ffi::ThreadPool pool, float epsilon, float rate, BF X, FL mean,
                     FL var, BF h, FL mean2, FL var2, U8 mask, FL images, BF gX, FL gmean, FL gvar, ffi::RemainingArgs args,
                     ffi::ResultBuffer<ffi::BF16> gx, ffi::ResultBuffer<ffi::F32> work,
@@ -813,7 +814,7 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, float rate, BF X, FL me
       w1t[l].set(0, Front(s.plain, s.C(l), G, weights[l].w1).w, s.M, s.C(l), s.M, true);
       if (s.plain) continue;
       w2t[l].reset(9 * s.grown, up(M, 2 * COLUMNS));
-      for (int tap = 0; tap < 9; ++tap)  // the other way round
+      for (int tap = 0; tap < 9; ++tap)  // in reverse order
         w2t[l].set(tap * s.grown, weights[l].w2 + (size_t)(8 - tap) * M * G, G, M, G, true);
     }
   });

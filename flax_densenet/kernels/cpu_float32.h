@@ -1,20 +1,21 @@
-// A whole dense block in float32, forward or backward in one call on the CPU.
+// An entire dense block in float32, forward or backward in one call on the CPU.
 //
-// The mathematics stands in dense_block.py; these files are about doing it while the
-// numbers are in a core's cache. A layer's batch norm and ReLU are applied to a tile of
-// pixels as it is loaded, the 1x1 convolution multiplies that tile, the statistics of
-// what comes out are taken before it leaves the cache, and the 3x3 convolution is nine
-// shifted products over an image band padded with zeros. Backward, each tile of the
-// concatenated features is read once per layer and its gradient added in place. In
-// evaluation a thread takes a few images through all layers of a block, so that their
-// features stay in its cache, and for inference alone through the transition as well.
+// dense_block.py explains the mathematics; these files compute it while the numbers are in
+// the cache of a core. Batch norm and ReLU of a layer are applied to a tile of pixels when
+// it is loaded, the 1x1 convolution multiplies that tile, the statistics of the output are
+// computed before it leaves the cache, and the 3x3 convolution is nine shifted products
+// over an image band padded with zeros. In the backward pass, each tile of the
+// concatenated features is read once per layer, and its gradient is added in place. In
+// evaluation, a thread takes a few images through all layers of a block (for inference,
+// also through the transition), so that their features stay in its cache.
 //
-// A layer without bottleneck is one product, too, with the columns of all nine taps: a
-// pixel's C features by [C, 9 * G], whose results are added up over the pixels around.
+// A layer without bottleneck is also a single product, with the columns of all nine taps:
+// the C features of a pixel times [C, 9 * G]. The results are summed over neighboring
+// pixels.
 //
-// All products go through `micro`, a register tile of MR x (NV * VL) sums. Work is cut
-// into one contiguous part per thread, and parts are added in their order, so results
-// on one machine are the same bit for bit in every run.
+// All products go through `micro`, a register tile of MR x (NV * VL) sums. Work is divided
+// into one contiguous part per thread, and the parts are added in order, so results on one
+// machine are bit-identical in every run.
 
 #ifndef FLAX_DENSENET_CPU_FLOAT32_H_
 #define FLAX_DENSENET_CPU_FLOAT32_H_
@@ -230,7 +231,7 @@ struct Block {
     const int64_t row = 4LL * (plain ? up(M, VL) : wm) * (W + 2);
     const int64_t fit = (plain ? PLAIN_BAND : BAND) / row - 2;
     bands = (int)((H + std::max<int64_t>(fit, 1) - 1) / std::max<int64_t>(fit, 1));
-    // Of a few images every thread gets a part all the same.
+    // Even with only a few images, every thread gets a part.
     bands = std::max(bands, std::min(H, (threads + N - 1) / N));
     rb = (H + bands - 1) / bands;
     bands = (H + rb - 1) / rb;
@@ -245,7 +246,7 @@ struct Block {
 };
 
 // W [K, n] (rows `ld` apart, transposed where `transpose`) in panels of NR columns,
-// the last one of VL where that is enough.
+// the last one with VL columns if that is enough.
 struct Panels {
   int K = 0, n = 0;
   std::vector<float> own;
@@ -289,8 +290,8 @@ struct Affine {
   }
 };
 
-// relu((x - mean) * a + b); the mean is taken off first, which keeps the digits of a
-// channel whose mean is large.
+// relu((x - mean) * a + b). The mean is subtracted first, which preserves the precision of
+// a channel with a large mean.
 inline V normalized(V x, const Affine& f, int c, int lanes) {
   return relu((x - load(&f.mean[c], lanes)) * load(&f.a[c], lanes) +
               load(&f.b[c], lanes));
@@ -334,7 +335,7 @@ void load_band(const Block& s, int unit, int wide, float* out, F fill) {
   std::memset(out, 0, (size_t)(MR + 2) * wide * sizeof(float));
 }
 
-// relu(norm2(h)) of a band; with `f` null h is that already.
+// relu(norm2(h)) of a band; if `f` is null, h already has this value.
 void load_z(const Block& s, int unit, const float* h, const Affine* f, float* z) {
   load_band(s, unit, s.wm, z, [&](float* out, int64_t p) {
     const float* in = h + p * s.M;
@@ -346,7 +347,7 @@ void load_z(const Block& s, int unit, const float* h, const Affine* f, float* z)
   });
 }
 
-// What is left of the value `v` of some channels.
+// What dropout leaves of the value `v` of some channels.
 inline V dropped(V v, const Drop& drop, int64_t p, int c, int lanes) {
   if (!drop.any()) return v;
   v *= drop.of_image(p);
@@ -386,7 +387,7 @@ void finish_moments(std::vector<Moments>& parts, int n, float* mean, float* var)
 std::vector<Panels> pack_3x3(const Block& s, const float* w2, bool transpose) {
   std::vector<Panels> panels(9);
   for (int tap = 0; tap < 9; ++tap) {
-    // The gradient with respect to the input runs over the taps the other way round.
+    // The gradient with respect to the input uses the taps in reverse order.
     const float* w = w2 + (size_t)(transpose ? 8 - tap : tap) * s.M * s.G;
     if (transpose) {
       panels[tap].pack(w, s.G, s.M, s.G, true);
@@ -402,7 +403,7 @@ ffi::Error check(const Block& s) {
   return ffi::Error::InvalidArgument("dense block: too wide for the CPU kernel");
 }
 
-// Reads what packed_inference.py packed: each part is filled up to whole cache lines.
+// Reads what packed_inference.py packed: each part is padded to entire cache lines.
 struct Packed {
   const float* next;
   void vector(int n, std::vector<float>& out) {
@@ -423,7 +424,7 @@ struct Packed {
   }
 };
 
-// One thread's share of a layer's sums.
+// The part of a layer's sums that one thread computes.
 struct Sums {
   std::vector<float> dw;       // of the weights
   std::vector<double> s1, s2;  // of the gradient, and of it times (input - mean)

@@ -5,7 +5,7 @@
 
 namespace {
 
-// Gradient of the layer's new channels, the share of their statistics included.
+// The gradient of the layer's new channels, including the part through their statistics.
 struct NewGradient {
   const float *X, *gX;
   std::vector<float> k0, k1, mean;
@@ -143,7 +143,7 @@ void backward_front(const Block& s, int t, const float* X, float* gX, int C,
     const int n = (int)std::min<int64_t>(PT, s.pixel(t + 1) - p);
     load_tile(s, X, p, n, C, f1, y);
     fill(p, n, dh);
-    // Transposed, so that a panel of y stays in L1 while all of dh passes by.
+    // Transposed, so that a panel of y stays in L1 while all of dh is read.
     for (int j = 0; j < nc; j += NR)
       for (int i = 0; i < s.M; i += MW)
         outer(std::min(NR, nc - j) / VL, n, dh + i,

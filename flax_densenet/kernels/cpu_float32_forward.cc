@@ -1,13 +1,13 @@
-// The dense block in float32, forward: training, evaluation and inference; and which
-// values dropout keeps.
+// The dense block in float32, forward, for training, evaluation and inference; and the
+// mask of dropout.
 
 #include "cpu_float32.h"
 #include "cpu_together.h"
 
 namespace {
 
-// The 1x1 convolution of one layer for some pixels: h [P, M]. In training h is as it
-// comes out and its moments are added; in evaluation `f2` and ReLU follow at once.
+// The 1x1 convolution of one layer for some pixels: h [P, M]. In training h is its plain
+// output, and its moments are added; in evaluation, `f2` and ReLU are applied directly.
 void forward_1x1(const Block& s, int64_t first, int64_t last, const float* X, int C,
                  const Affine& f1, const Panels& w1, const Affine* f2, float* h,
                  Moments* moments, std::vector<float>& scratch) {
@@ -59,8 +59,8 @@ void forward_3x3(const Block& s, int first, int last, float* X, int C, const flo
   const size_t padded = (size_t)s.padded_rows() * s.wm;
   float *z = room(scratch, padded + (size_t)MR * NR), *c = z + padded;
   const Convolution product = convolve_of(s.wm);
-  // Tiles that begin with each line, where they reach less far into the border of zeros
-  // than those that run on over the lines.
+  // Tiles start at each line if they then cover less of the border of zeros than tiles
+  // that continue across lines.
   const int tiles = up(s.W, MR) / MR;
   const bool by_lines = tiles * MR < line;
   for (int u = first; u < last; ++u) {
@@ -106,7 +106,7 @@ void forward_plain(const Block& s, int first, int last, float* X, int C,
   for (int u = first; u < last; ++u) {
     const int n = u / s.bands, r0 = u % s.bands * s.rb;
     const int r1 = std::min(s.H, r0 + s.rb);
-    // Of the rows around the band, too; there are none outside of the image.
+    // Includes the rows around the band, except outside of the image.
     const int top = std::max(0, r0 - 1), bottom = std::min(s.H, r1 + 1);
     const size_t row = (size_t)line * ld;
     if (top == r0) std::memset(taps, 0, sizeof(float) * row);
@@ -227,7 +227,7 @@ struct EvalLayer {
 };
 
 // What follows a block: a norm, and in a transition ReLU, the mean of 2x2 pixels and a
-// 1x1 convolution to F channels; F is 0 behind the last block.
+// 1x1 convolution to F channels; F is 0 after the last block.
 struct Tail {
   Affine f;
   Panels w;
@@ -279,9 +279,9 @@ void finish(const Block& s, int64_t first, int64_t last, const float* X,
 
 // A block in evaluation, with its tail or, without one, all of its features.
 //
-// Without statistics no image depends on another, so a thread takes a few images, whose
-// features stay in its cache, through all of the layers. Of fewer images than threads
-// each layer is computed by all of them.
+// Without batch statistics, images do not depend on each other. A thread therefore takes a
+// few images through all layers, so that their features stay in its cache. With fewer
+// images than threads, all threads compute each layer together.
 void forward_eval(const Block& s, ffi::ThreadPool& pool, int threads, const float* x,
                   const std::vector<EvalLayer>& layers, const Tail* tail, float* out) {
   const int64_t image = (int64_t)s.H * s.W;
@@ -320,7 +320,7 @@ void forward_eval(const Block& s, ffi::ThreadPool& pool, int threads, const floa
   }
   const int64_t fit = TURN / (4 * image * s.Ct);
   const int turn = std::max(1, (int)std::min<int64_t>(fit, (s.N + threads - 1) / threads));
-  // A block of these images alone, so that there is room for them only.
+  // A block with only these images, so that it only allocates memory for them.
   const Block one(turn, s.H, s.W, s.C0, s.L, s.G, s.plain ? 0 : s.M, 1);
   parallel(pool, (s.N + turn - 1) / turn, [&](int i) {
     thread_local std::vector<float> scratch, features, hidden;
@@ -442,7 +442,7 @@ ffi::Error DropoutMask(ffi::ThreadPool pool, float rate, ffi::Buffer<ffi::U32> k
     VU32 lane;
     for (int v = 0; v < VL; ++v) lane[v] = v;
     for (int64_t at = first; at < last; at += VL) {
-      // The high word of the numbers of all lanes, of which the low one may overflow.
+      // The high words of all lanes; the low words may overflow.
       const VU32 low = (uint32_t)(before + at) + lane;
       VU32 high = VU32{} + (uint32_t)((before + at) >> 32);
       high -= (VU32)(low < (uint32_t)(before + at));
@@ -457,7 +457,7 @@ ffi::Error DropoutMask(ffi::ThreadPool pool, float rate, ffi::Buffer<ffi::U32> k
   return ffi::Error::Success();
 }
 
-// -> [1], another number each time, for a call of several devices.
+// -> [1], a different number each time, for a call from several devices.
 ffi::Error Number(ffi::ResultBuffer<ffi::U32> number) {
   static std::atomic<uint32_t> last{0};
   number->typed_data()[0] = ++last;
@@ -490,5 +490,5 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(CallNumber, Number,
 
 FD_TOGETHER(DenseBlockForwardTrain);
 
-// Columns of a panel and floats of a vector register, by which packed_inference.py packs.
+// Columns in a panel and floats in a vector register, used by packed_inference.py.
 extern "C" const int flax_densenet_panel[2] = {NR, VL};

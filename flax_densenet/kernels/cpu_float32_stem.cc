@@ -6,7 +6,7 @@
 
 namespace {
 
-// The stem behind its convolution: batch norm, ReLU and 3x3 max pooling of stride 2.
+// The stem after its convolution: batch norm, ReLU and 3x3 max pooling with stride 2.
 struct Stem {
   int N, H, W, C, H2, W2, low_h, low_w, T;
   int64_t pixels;
@@ -19,8 +19,8 @@ struct Stem {
   int in_row(int t) const { return (int)((int64_t)N * H * t / T); }
 };
 
-// which: place of the largest value in its window, 0 to 8; 9 where all are 0 behind
-// the ReLU, so that no gradient goes back.
+// which: the position of the largest value in its window, 0 to 8; 9 if all are 0 after
+// the ReLU, so that there is no gradient.
 void pool(const Stem& s, int t, const float* x, const Affine& f, float* y,
           uint8_t* which) {
   for (int row = s.out_row(t); row < s.out_row(t + 1); ++row) {
@@ -222,7 +222,7 @@ ffi::Error StemBackward(ffi::ThreadPool pool_, float epsilon, int64_t low_h,
         for (int c = 0; c < s.C; c += VL) {
           const int lanes = std::min(VL, s.C - c);
           V g = {};
-          // The windows that hold this pixel: two where it lies between, else one.
+          // The windows that contain this pixel: two if they overlap here, else one.
           for (int i = std::max(0, (r - 1) / 2); i <= std::min(s.H2 - 1, r / 2); ++i)
             for (int j = std::max(0, (q - 1) / 2); j <= std::min(s.W2 - 1, q / 2); ++j) {
               const int64_t out = (((int64_t)n * s.H2 + i) * s.W2 + j) * s.C + c;

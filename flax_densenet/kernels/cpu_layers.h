@@ -66,7 +66,7 @@ inline auto bind_packed_stem() {
       .Attr<int64_t>("pool_low_w");
 }
 
-// Memory for `n` numbers; what is in it does not matter.
+// Uninitialized memory for `n` numbers.
 template <class T>
 T* room(std::vector<T>& scratch, size_t n) {
   if (scratch.size() < n) scratch.resize(n);
@@ -78,7 +78,7 @@ struct Parameters {
   const float *scale1, *bias1, *w1, *scale2, *bias2, *w2;
 };
 
-// Of each layer `stride` arguments, of which the first are these.
+// Each layer has `stride` arguments, and these are the first ones.
 inline std::vector<Parameters> parameters_of(ffi::RemainingArgs& args, int layers,
                                              int stride, bool plain) {
   std::vector<Parameters> all(layers);
@@ -90,8 +90,8 @@ inline std::vector<Parameters> parameters_of(ffi::RemainingArgs& args, int layer
   return all;
 }
 
-// The weights in front of a layer's product: those of its 1x1, or without bottleneck
-// the nine taps of the 3x3 [3, 3, C, G] side by side.
+// The weights of the first product in a layer: its 1x1 or, without bottleneck, the nine
+// taps of the 3x3 [3, 3, C, G] next to each other.
 struct Front {
   std::vector<float> own;
   const float* w;  // [C, M], or [C, 9 * G]
@@ -107,7 +107,7 @@ struct Front {
 };
 
 // Count, mean and sum of squared deviations of one channel, merged exactly (Chan,
-// Golub, LeVeque 1979): safe where the mean is large beside the spread.
+// Golub, LeVeque 1979): accurate even if the mean is much larger than the spread.
 struct Spread {
   double mean = 0, m2 = 0;
   FD_INLINE void merge(double count, double n, double other_mean, double other_m2) {
@@ -143,14 +143,14 @@ void back_through_norm1(const Part& sums, const Affine& f, const float* scale, i
   }
 }
 
-// What dropout and stochastic depth leave of a layer's new channels, as a factor.
+// What dropout and stochastic depth leave of the new channels of a layer, as a factor.
 struct Drop {
-  const uint8_t* mask = nullptr;  // [P, G], 1 where a value stays
+  const uint8_t* mask = nullptr;  // [P, G], 1 for values that are kept
   const float* images = nullptr;  // [N], the factor of each image
-  float scale = 1;                // of the values that stay
+  float scale = 1;                // of the values that are kept
   int64_t G = 0, image = 1;       // channels; pixels of an image
   Drop() = default;
-  // `masks` [L, N, H, W, G] and `factors` [L, N], each empty where nothing drops.
+  // `masks` [L, N, H, W, G] and `factors` [L, N], each empty if nothing is dropped.
   template <class Block>
   Drop(const Block& s, int l, float rate, const U8& masks, const FL& factors)
       : G(s.G), image((int64_t)s.H * s.W) {

@@ -1,4 +1,4 @@
-// Work for the threads of XLA's pool.
+// Runs work on the threads of XLA's pool.
 
 #ifndef FLAX_DENSENET_CPU_PARALLEL_H_
 #define FLAX_DENSENET_CPU_PARALLEL_H_
@@ -21,8 +21,8 @@ inline void pause_briefly() {
 #endif
 }
 
-// f(0), ..., f(parts - 1) on the pool. The caller takes parts too and never waits for
-// one that has not begun, so a pool whose threads all wait here cannot lock up.
+// Runs f(0), ..., f(parts - 1) on the pool. The caller also runs parts and never waits for
+// a part that has not started, so this cannot deadlock if all threads of the pool wait.
 inline void parallel(xla::ffi::ThreadPool& pool, int parts, std::function<void(int)> f) {
   if (parts == 1) return f(0);
   struct State {
@@ -51,9 +51,9 @@ inline void parallel(xla::ffi::ThreadPool& pool, int parts, std::function<void(i
   state->all.wait(lock, [&] { return state->done == parts; });
 }
 
-// Many short phases of `parts` parts each. Threads of the pool stay between phases, so
-// a phase costs about a microsecond instead of a wake-up. As in `parallel`, the caller
-// takes parts too and waits only for parts that another thread has begun.
+// Many short phases with `parts` parts each. The threads of the pool stay between phases,
+// so a phase costs about a microsecond instead of a wake-up. As in `parallel`, the caller
+// also runs parts and only waits for parts that another thread has started.
 class Crew {
  public:
   Crew(xla::ffi::ThreadPool& pool, int parts) : state_(std::make_shared<State>()) {

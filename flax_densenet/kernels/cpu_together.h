@@ -1,11 +1,10 @@
-// One call for several devices of this process.
+// A single call for several devices of this process.
 //
-// In a program on several CPU devices each device has a share of the rows, but the
-// batch's statistics, and gradients of parameters, are those of all rows. The devices
-// are threads of one machine with one memory, so the last one to make a call computes
-// it for all: it puts the rows together, calls the handler, and hands out the results.
-// The others do not wait in their threads; they hand back a future. What is computed is,
-// bit by bit, what one device with all rows computes.
+// In a program on several CPU devices, each device has a part of the rows, but batch
+// statistics and gradients of parameters depend on all rows. The devices are threads that
+// share memory, so the last device to make a call computes it for all: it joins the rows,
+// calls the handler, and distributes the results. The other threads do not wait; they
+// return a future. The results are bit-identical to those of one device with all rows.
 
 #ifndef FLAX_DENSENET_CPU_TOGETHER_H_
 #define FLAX_DENSENET_CPU_TOGETHER_H_
@@ -25,8 +24,8 @@
 
 namespace {
 
-// The devices that make a call: of each, in their order, the buffers of its arguments
-// and then its results, and the future of those that came early.
+// The devices that make a call. For each of them, in order: the buffers of its arguments
+// and then of its results, and the future if it was not the last.
 struct Gathering {
   struct Device {
     std::vector<XLA_FFI_Buffer> buffers;
@@ -44,7 +43,8 @@ inline XLA_FFI_Buffer* buffer_of(const XLA_FFI_CallFrame* frame, int64_t i) {
   return static_cast<XLA_FFI_Buffer*>(found);
 }
 
-// Copies of a call's buffers, which may be gone when a future has been handed back.
+// Copies of the buffers of a call, since the originals may be freed after a future is
+// returned.
 inline void keep_buffers(const XLA_FFI_CallFrame* frame, int64_t count,
                          Gathering::Device& device) {
   for (int64_t i = 0; i < count; ++i) {
@@ -64,7 +64,7 @@ inline int64_t bytes_of(XLA_FFI_DataType dtype) {
   }
 }
 
-// An array whose rows, along one axis, the devices share, put together.
+// Joins an array that is spread over the devices along one axis.
 class Whole {
  public:
   Whole(Gathering& all, int64_t index, int64_t axis) : all_(all), index_(index) {
@@ -116,8 +116,8 @@ inline XLA_FFI_Error* together_error(const XLA_FFI_Api* api, const char* message
   return api->XLA_FFI_Error_Create(&args);
 }
 
-// The call for all devices. `axes` says for each buffer along which axis the devices
-// share it; -1: each has all of it.
+// The call for all devices. `axes` has, for each buffer, the axis along which it is spread
+// over the devices; -1 if each device has the entire buffer.
 inline XLA_FFI_Error* call_for_all(XLA_FFI_Handler* handler, XLA_FFI_CallFrame frame,
                                    ffi::ThreadPool& pool, Gathering& all,
                                    const int64_t* axes) {
@@ -165,9 +165,9 @@ inline void complete(const XLA_FFI_Api* api, XLA_FFI_Future* future, bool failed
   api->XLA_FFI_Future_SetAvailable(&args);
 }
 
-// A handler as the devices call it: with one more argument, uint32 [2]: a number that
-// this call has on all of them, and no other call at this time; the device's place.
-// Attributes `axes`, see above, and `devices`, their number.
+// The handler that the devices call. It has one more argument, uint32 [2]: a number that
+// identifies this call on all devices, and the index of the device. Its attributes are
+// `axes` (see above) and `devices` (their number).
 inline XLA_FFI_Error* together(XLA_FFI_Handler* handler, XLA_FFI_CallFrame* frame) {
   if (frame->extension_start) return handler(frame);
   XLA_FFI_CallFrame inner = *frame;
@@ -231,7 +231,7 @@ inline XLA_FFI_Error* together(XLA_FFI_Handler* handler, XLA_FFI_CallFrame* fram
   auto pool =
       ffi::CtxDecoding<ffi::ThreadPool>::Decode(frame->api, frame->ctx, diagnostic);
   XLA_FFI_Error* error = call_for_all(handler, inner, *pool, *all, axes);
-  // In threads of their own: the rest of a device's program may run in there.
+  // In separate threads, because the rest of a device's program may run there.
   for (Gathering::Device& device : all->devices)
     if (device.future)
       pool->Schedule([api = frame->api, future = device.future, failed = error != nullptr] {

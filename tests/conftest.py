@@ -9,20 +9,19 @@ import tempfile
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
     '--xla_force_host_platform_device_count=4'
-    # Compiling takes most of the tests' time; their arrays are small.
+    # The tests spend most of their time compiling; their arrays are small.
     ' --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
     ' --xla_cpu_parallel_codegen_split_count=1'
 )
 
-# Many tests compile the same small programs; the workers share what was compiled, and
-# with a folder of one's own (make has one) so do all runs.
+# Many tests compile the same small programs. The workers share the compiled programs,
+# and so do all runs if the variable names a folder, as in the Makefile.
 if 'FLAX_DENSENET_TEST_CACHE' not in os.environ:
     _cache = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
     os.environ['FLAX_DENSENET_TEST_CACHE'] = _cache.name
 os.environ['JAX_COMPILATION_CACHE_DIR'] = os.environ['FLAX_DENSENET_TEST_CACHE']
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
-# So is the bytecode of what tests and the programs they start import, where Python is
-# told to write none beside the sources.
+# The same holds for bytecode, if Python is told not to write it next to the sources.
 if sys.dont_write_bytecode:
     sys.dont_write_bytecode = False
     sys.pycache_prefix = os.path.join(
@@ -31,8 +30,8 @@ if sys.dont_write_bytecode:
     os.environ['PYTHONPYCACHEPREFIX'] = sys.pycache_prefix
     os.environ.pop('PYTHONDONTWRITEBYTECODE', None)
 
-# What a shell starts in the background ignores Ctrl-C, and so would the programs that
-# tests start to interrupt them.
+# A process that a shell starts in the background ignores Ctrl-C. So would the programs
+# that tests start and interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -41,8 +40,8 @@ from _pytest import doctest
 
 from flax_densenet.system import logs
 
-# Tracing and collecting tests make many objects that stay: looking through them for
-# cycles every 700 new ones takes a seventh of the time.
+# Tracing and collecting tests create many objects that stay. Searching them for cycles
+# after every 700 new ones would take a seventh of the time.
 gc.set_threshold(100_000, 20, 100)
 
 pytest.register_assert_rewrite('helpers', 'faults')
@@ -50,14 +49,14 @@ logs.show_messages()  # as the commands do; tests read what is printed
 
 
 def pytest_collection(session):
-    """JAX is strict; it is not imported where others run the tests (pytest-xdist)."""
+    """Makes JAX strict; not imported where workers run the tests (pytest-xdist)."""
     if os.environ.get('PYTEST_XDIST_WORKER') or not session.config.option.numprocesses:
         import jax
 
         jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 
-# Files with tests of many seconds.
+# Files with tests that take many seconds.
 _LONG = {
     *(
         'test_launch',
@@ -73,12 +72,12 @@ _LONG = {
 
 
 def pytest_collection_modifyitems(items):
-    """They come first: else one may go on when the other processes have ended."""
+    """Runs them first; otherwise one might still run when the workers are done."""
     items.sort(key=lambda item: item.path.stem not in _LONG)
 
 
 def pytest_collection_finish():
-    """What was imported stays, and is not looked through again."""
+    """Excludes imported objects, which stay, from garbage collection."""
     gc.collect()
     gc.freeze()
 
@@ -91,7 +90,7 @@ def pytest_sessionfinish():
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collect_file(file_path):
-    """Files of tests hold no examples to run; looking for them takes a while."""
+    """Skips doctests in test files, which have none; searching takes a while."""
     found = yield
     if file_path.is_relative_to(os.path.dirname(__file__)):
         found = [one for one in found if not isinstance(one, doctest.DoctestModule)]
@@ -100,9 +99,9 @@ def pytest_collect_file(file_path):
 
 @pytest.fixture(scope='session')
 def digits_run(tmp_path_factory):
-    """What `train` returned of a run on the digits of four epochs (helpers.shared).
+    """The result of `train` for a run of four epochs on digits (`helpers.shared`).
 
-    Its folder is this process's; what changes it takes a copy.
+    The folder belongs to this process; a test that changes it must copy it first.
     """
     from helpers import shared
 
@@ -111,13 +110,13 @@ def digits_run(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _messages_on_standard_output():
-    """`predict` in an earlier test sent them to standard error."""
+    """Undoes `predict` in earlier tests, which sends messages to standard error."""
     logs.show_messages()
 
 
 @pytest.fixture(autouse=True)
 def _without_pictures(request, monkeypatch):
-    """Drawing takes a third of a small run; those marked `drawn` do it."""
+    """Skips pictures, a third of a small run, except in tests marked `drawn`."""
     if request.node.get_closest_marker('drawn'):
         return
     from PIL import Image
@@ -142,7 +141,7 @@ def _file_host():
 
 @pytest.fixture
 def host(_file_host, tmp_path, monkeypatch):
-    """Hosts of files and the Hub, on this machine; caches in the test's folder."""
+    """A local server for files and the Hub; caches are in the folder of the test."""
     from helpers import file_hosts
 
     _file_host.clear()

@@ -1,4 +1,4 @@
-"""Small networks of all kinds of dense blocks, with inputs unlike initial values."""
+"""Small networks with all kinds of dense blocks, and inputs for them."""
 
 import functools
 
@@ -10,8 +10,8 @@ import pytest
 from flax_densenet import create_model, init_variables
 from flax_densenet.kernels import cpu as cpu_kernels
 
-# Plain, bottleneck, compression, both; growth and width that do not fill a vector
-# register; the ImageNet stem and its pooling; the widths of densenet161.
+# Plain, bottleneck, compression, both; growth rates and widths that do not fill a
+# vector register; the ImageNet stem and its pooling; the widths of densenet161.
 BLOCKS = {
     'plain': ('L10k5', dict(block_sizes=(3, 1))),
     'B': ('B-L16k6', dict(block_sizes=(3, 1))),
@@ -45,7 +45,7 @@ def make(block, **fields):
 
 @functools.cache
 def inputs(block, size=(13, 22), count=2):
-    """Variables unlike their initial values, and images."""
+    """Variables that differ from their initial values, and images."""
     variables = init_variables(make(block), 0)
     rng = np.random.default_rng(0)
 
@@ -94,7 +94,7 @@ def run(module, variables, images):
             method='features',
             rngs={'dropout': jax.random.key(3)},
         )
-        # Any function of all outputs will do; this one has no flat directions.
+        # Any function of all outputs works; this one has no flat directions.
         weights = np.sin(np.arange(features.size)).reshape(features.shape)
         wide = features.astype(jnp.promote_types(features.dtype, jnp.float32))
         return (wide * weights).sum(), (features, updated['batch_stats'])
@@ -116,12 +116,12 @@ def run(module, variables, images):
 
 @functools.cache
 def run_plain(block, size=(13, 22), count=2):
-    """Reference results that several tests compare with."""
+    """Reference results for several tests."""
     return run(make(block, fast=False), *inputs(block, size, count))
 
 
 def error(found, exact):
-    """Relative error of a tree of arrays: norm of the difference over the norm."""
+    """Relative error of a tree of arrays: norm of the difference / norm."""
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
     pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in pairs]
     difference = sum(((a - b) ** 2).sum() for a, b in pairs)

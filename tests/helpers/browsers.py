@@ -22,17 +22,17 @@ _FLAGS = (
     '--disable-background-networking',
     '--disable-component-update',
     '--disable-sync',
-    # A camera that shows a clock, and no question about it.
+    # A fake camera that shows a clock, without a permission prompt.
     '--use-fake-device-for-media-stream',
     '--use-fake-ui-for-media-stream',
-    # No other name or address is found.
+    # Other names and addresses cannot be resolved.
     '--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1',
 )
 
 
 @contextlib.contextmanager
 def launched():
-    """The browser, by playwright, whose import takes half a second."""
+    """The browser, started with playwright, which takes half a second to import."""
     from playwright import sync_api
 
     with sync_api.sync_playwright() as playwright:
@@ -43,7 +43,7 @@ def launched():
 
 def violations(tab):
     """The violations that axe-core finds on a page, one per line."""
-    tab.evaluate(AXE.read_text('utf-8'))  # not bound by the page's policy
+    tab.evaluate(AXE.read_text('utf-8'))  # exempt from the policy of the page
     found = tab.evaluate('axe.run().then(told => told.violations)')
     return [
         f'{one["id"]} ({one["impact"]}): {node["html"][:200]} {node["failureSummary"]}'

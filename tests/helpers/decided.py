@@ -7,7 +7,7 @@ from flax_densenet.weights import decisions
 
 
 def decide(features, logits, method='mahalanobis', *, classes=5, several=False):
-    """Decisions fitted on points around features `[N, F]` and logits `[N, C]`."""
+    """Decisions fitted on random points near features `[N, F]` and logits `[N, C]`."""
     random = np.random.default_rng(0)
     spread = features.std(0) + 0.01
     places = np.arange(60) % len(features)

@@ -1,4 +1,4 @@
-"""Image files of 16 bits and more, which Pillow cannot write."""
+"""Image files with 16 or more bits, which Pillow cannot write."""
 
 import struct
 import zlib
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def png(array: np.ndarray) -> bytes:
-    """A PNG of 16 bits of uint16 `[H, W, C]`: gray, gray and alpha, RGB or RGBA."""
+    """A 16-bit PNG from uint16 `[H, W, C]`: gray, gray and alpha, RGB or RGBA."""
     height, width, channels = array.shape
     rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in array)
     kind = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
@@ -23,11 +23,11 @@ def png(array: np.ndarray) -> bytes:
 
 
 def tiff(array: np.ndarray, *, order='<', planar=1, packed=False, white_is_0=False):
-    """A TIFF of one strip (or plane) of numbers `[H, W, C]` of any type, as bytes.
+    """The bytes of a TIFF with one strip (or plane), from `[H, W, C]` of any dtype.
 
     Args:
       order: `<` (Intel) or `>` (Motorola).
-      planar: 2 has a plane for each channel.
+      planar: 2 stores a plane for each channel.
       packed: compressed with deflate.
     """
     height, width, channels = array.shape

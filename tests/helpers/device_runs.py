@@ -1,8 +1,8 @@
-"""Steps of training on some of eight fake devices, in double precision.
+"""Training steps on some of eight fake devices, in double precision.
 
-`main(OUT, NAME, ...)` takes the runs of these names in `RUNS` and writes their states
-to OUT.npz and what else there is to know to OUT.json. It needs a separate process,
-since the number of fake devices and double precision apply to the whole process.
+`main(OUT, NAME, ...)` does the named runs in `RUNS`, and writes their states to OUT.npz
+and other facts to OUT.json. It needs a separate process, since the number of fake
+devices and double precision apply to an entire process.
 """
 
 import json
@@ -22,7 +22,7 @@ ROWS, STEPS = 64, 3
 SMALL = dict(block_sizes=(1,), stem_features=4)
 _BOTH = dict(accumulate_steps=2, batch_norm_group=8)
 _FROZEN = dict(frozen=2, rows=48, block_sizes=(1, 1))
-# Name: devices, and what differs from a step of all rows at once.
+# Name: number of devices, and the differences from a step on all rows at once.
 RUNS = {
     'one': dict(devices=1),
     'two': dict(devices=2),
@@ -52,7 +52,7 @@ RUNS = {
 
 
 def make_batch(number, *, rows=ROWS, labels=False, bad=False):
-    """Images with sides of about 16 pixels; classes, or labels, some unknown."""
+    """Images of about 16x16 pixels, with classes or with labels (some unknown)."""
     rng = np.random.default_rng(number)
     batch = {
         'image': rng.integers(0, 256, (rows, 16, 16, 3), np.uint8),
@@ -63,7 +63,7 @@ def make_batch(number, *, rows=ROWS, labels=False, bad=False):
         known = rng.random((rows, 3)) < 0.6
         values = np.where(known, rng.integers(0, 2, (rows, 3)), np.nan)
         batch['label'] = values.astype(np.float32)
-    if bad:  # a class whose weight is no number, in the third of four parts
+    if bad:  # a class with a weight of NaN, in the third of four parts
         batch['label'] %= 2
         batch['label'][2 * rows // 4] = 2
     return batch
@@ -81,7 +81,7 @@ def take(
     frozen=0,
     **fields,
 ):
-    """The arrays of the state after some steps, and metrics of the program."""
+    """The arrays of the state after some steps, and facts about the program."""
     mesh = mesh_lib.make_mesh(jax.devices()[:devices])
     group = ghost_batch_norm.resolve(
         batch_norm_group,
@@ -138,7 +138,7 @@ def take(
 
 
 def _describe(compiled, state, losses, before, mesh):
-    """Metrics of the program and its arrays; `before`: the initial statistics."""
+    """Facts about the program and its arrays; `before`: the initial statistics."""
     text = compiled.as_text()
     return {
         'loss': losses,

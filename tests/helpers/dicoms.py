@@ -11,12 +11,12 @@ PATIENT = 'Invented^Patient^Name'
 
 
 def make(pixels: np.ndarray, *, syntax=uid.ExplicitVRLittleEndian, frame=None, **tags):
-    """The bytes of a file.
+    """The bytes of a DICOM file.
 
     Args:
       pixels: integers `[H, W]` or `[H, W, 3]`.
       frame: the encoded pixels, for compressed transfer syntaxes.
-      tags: other elements, which can replace those of the pixels; None removes one.
+      tags: other elements, which can replace the default ones; None removes one.
     """
     made = dataset.Dataset()
     made.PatientName = PATIENT
@@ -50,7 +50,7 @@ def make(pixels: np.ndarray, *, syntax=uid.ExplicitVRLittleEndian, frame=None, *
 
 
 def deflate(file: bytes) -> bytes:
-    """A file of explicit little endian in the deflated transfer syntax."""
+    """Converts an explicit little endian file to the deflated transfer syntax."""
     name = str(uid.ExplicitVRLittleEndian).encode() + b'\0'
     place = file.index(name) - 4
     end = file.index(b'\x08\0\x16\0', place)
@@ -72,7 +72,7 @@ def sequence(count, first, bits, values):
 
 
 def run_lengths(pixels: np.ndarray) -> bytes:
-    """The RLE frame of unsigned integers, in runs of literal bytes."""
+    """An RLE frame of unsigned integers, with runs of literal bytes."""
     planes = pixels.astype(pixels.dtype.newbyteorder('>'))
     planes = planes.reshape(planes.size, 1).view(np.uint8)
     channels = pixels.shape[-1] if pixels.ndim == 3 else 1

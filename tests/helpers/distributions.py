@@ -16,7 +16,7 @@ _BUILD = (
 
 
 def run(*command, cwd, **environment):
-    """Output of a program that sees no checkout, with its messages."""
+    """The output of a program that does not see the checkout."""
     env = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | environment
     done = subprocess.run(
         command,
@@ -31,7 +31,7 @@ def run(*command, cwd, **environment):
 
 
 def copy_checkout(folder):
-    """What distributions are built of, in `folder / 'checkout'`."""
+    """Copies the sources of distributions to `folder / 'checkout'`."""
     checkout = folder / 'checkout'
     for name in ('flax_densenet', 'configs', 'tests', 'build_tools'):
         ignored = shutil.ignore_patterns('__pycache__', 'data')
@@ -45,12 +45,15 @@ def copy_checkout(folder):
 
 
 def build(hook, folder, *, cwd, **environment):
-    """Runs a hook of the build backend, such as `build_wheel`: its messages."""
+    """Runs a hook of the build backend, such as `build_wheel`; returns its output."""
     return run(sys.executable, '-c', _BUILD, hook, folder, cwd=cwd, **environment)
 
 
 def install(wheel, root):
-    """`bin` of a new environment with the wheel and the packages of this one."""
+    """Installs the wheel in a new environment that sees the packages of this one.
+
+    Returns the `bin` folder of the environment.
+    """
     run(sys.executable, '-m', 'venv', '--without-pip', root, cwd=root.parent)
     python = root / 'bin' / 'python'
     site = run(

@@ -1,4 +1,4 @@
-"""A local server that plays file hosts and the Hugging Face Hub."""
+"""A local server that imitates file hosts and the Hugging Face Hub."""
 
 import base64
 import contextlib
@@ -16,16 +16,16 @@ COMMIT = '0123456789abcdef0123456789abcdef01234567'
 
 @dataclasses.dataclass
 class File:
-    """The content of the server under a path, and its faults.
+    """A file on the server, with its faults.
 
     Attributes:
-      cuts: the connection ends after so many bytes of an answer, one for each request.
-      statuses: in place of the file, one for each request.
-      redirect: an address.
-      announced: length in the header, in place of the real one; '' for none.
+      cuts: for each request, the number of bytes after which the connection ends.
+      statuses: for each request, a status to send instead of the file.
+      redirect: an address to redirect to.
+      announced: a length for the header instead of the real one; '' for no length.
       pause: seconds between pieces of `piece` bytes.
-      endless: sends for ever.
-      etag: None for a server that has none.
+      endless: whether to send forever.
+      etag: the ETag; None for a server without ETags.
       gate: an event to wait for before the second half.
     """
 
@@ -76,7 +76,7 @@ class Host:
         """Serves a repository of the Hub: `{file: bytes}`.
 
         Args:
-          error: the Hub's name of an error that it has in place of files.
+          error: an error, by its name on the Hub, to send instead of files.
         """
         self.hub[name] = (files, error)
 
@@ -337,7 +337,7 @@ _API = [
 
 
 def use(host, folder, monkeypatch):
-    """Lets this process ask `host` for files and for the Hub; caches below `folder`."""
+    """Makes this process use `host` for files and the Hub, with caches in `folder`."""
     from huggingface_hub import constants
 
     from flax_densenet.weights import download

@@ -1,10 +1,9 @@
 """Python programs that start quickly, for tests that need a separate process.
 
-`run(code)` is as `subprocess.run([sys.executable, '-c', code])`, but the process is
-forked from one in which the libraries (JAX, Flax, Orbax) are imported already, which
-takes most of a short program's time. No device has started there, and nothing of this
-package is imported. For programs that are about importing itself a fresh process is
-needed.
+`run(code)` works like `subprocess.run([sys.executable, '-c', code])`, but forks the
+process from one that has already imported the libraries (JAX, Flax, Orbax), which takes
+most of the time of a short program. That process has not started any device and has not
+imported this package. Programs that test imports need a fresh process instead.
 """
 
 import contextlib
@@ -36,11 +35,11 @@ def run(code, *arguments, cwd=None, environment=None):
     """Runs `code`; its `sys.argv` is `['-c', *arguments]`.
 
     Args:
-      code: a program's text; the package and `tests/` are found.
+      code: the source of the program; it can import the package and `tests/`.
       *arguments: strings or paths.
-      cwd: its folder; this process's if None.
-      environment: variables other than those of this process. JAX takes `JAX_PLATFORMS`
-        and `JAX_ENABLE_X64` though it is imported already.
+      cwd: its working directory; None for that of this process.
+      environment: changes to the variables of this process. `JAX_PLATFORMS` and
+        `JAX_ENABLE_X64` work although JAX is already imported.
 
     Returns:
       `Done`: exit status, standard output and standard error.

@@ -1,8 +1,8 @@
-"""Run by the Python of an installation: its kernels compute what XLA computes.
+"""Compares the kernels of an installation with XLA; run it with its Python.
 
-`python -I installed_kernels.py` prints whether the kernels are those of the wheel and
-for which instructions, or why there are none; and how far their gradients are off
-from those of XLA in float32.
+`python -I installed_kernels.py` prints whether the kernels come from the wheel and for
+which instruction set, or why there are none, and the difference of their gradients from
+those of XLA in float32.
 """
 
 import pathlib

@@ -1,4 +1,4 @@
-"""Keras' DenseNets with random weights, to compare with ours."""
+"""DenseNets of Keras with random weights, to compare with ours."""
 
 import jax
 import numpy as np
@@ -32,7 +32,7 @@ def make_keras(keras, blocks=BLOCKS, *, classes=5, size=None, **fields):
 
 
 def scramble(network, seed=0):
-    """Random weights and statistics, of a size that keeps the activations."""
+    """Random weights and statistics that preserve the scale of activations."""
     rng = np.random.default_rng(seed)
 
     def draw(variable):

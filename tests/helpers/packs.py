@@ -1,4 +1,4 @@
-"""Packs of some small images."""
+"""Packs of a few small images."""
 
 import itertools
 import os
@@ -9,7 +9,7 @@ from flax_densenet.data import dataset
 from flax_densenet.data.packed import plan as pack_plan
 from flax_densenet.data.packed import writer as pack_writer
 
-# Some three images of `write_images` a shard.
+# About three images of `write_images` per shard.
 SMALL = pack_plan.Options(shard_mib=0.003)
 
 

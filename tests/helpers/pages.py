@@ -39,7 +39,7 @@ def write_run(folder, *, rate=1e-3):
 
 
 class _Images(list):
-    """Of one color each, without files."""
+    """Images with a single color each, without files."""
 
     preparation = images.Preparation(8)
 
@@ -54,7 +54,7 @@ class _Images(list):
 
 
 def many(classes=120, count=4000):
-    """Results of many classes, without image files."""
+    """Results with many classes, without image files."""
     rng = np.random.default_rng(0)
     labels = np.arange(count, dtype=np.int32) % classes
     logits = rng.normal(size=(count, classes)).astype(np.float32)
@@ -64,7 +64,7 @@ def many(classes=120, count=4000):
 
 
 def several(count=200):
-    """Results of three labels, of which an image can have several."""
+    """Results with three labels; an image can have several."""
     rng = np.random.default_rng(0)
     labels = rng.integers(2, size=(count, 3)).astype(np.float32)
     logits = rng.normal(size=(count, 3)).astype(np.float32) + 2 * labels - 1
@@ -73,7 +73,7 @@ def several(count=200):
 
 
 def make_book(**settings):
-    """A book of settings over one field, by name: (state, why, figures by seed)."""
+    """A sweep record over one field: `{value: (state, reason, metrics by seed)}`."""
     kept = sweep_record.SweepRecord(
         {'axes': [{'fields': [_RATE]}]}, ['--config=configs/cifar.py:<b>']
     )

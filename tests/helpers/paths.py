@@ -1,4 +1,4 @@
-"""Paths of the repository, and of the folder with larger files next to it."""
+"""Paths of the repository and of the folder with larger files next to it."""
 
 import os
 import pathlib

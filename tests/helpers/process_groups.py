@@ -23,7 +23,7 @@ def free_port():
 
 
 class Processes:
-    """A context with several processes of one command; kills the remaining ones."""
+    """A context with several processes of one command; kills them at the end."""
 
     def __init__(self, folder, count, *flags, of_process=None, program=None, **fields):
         port, self.flags = free_port(), list(flags)
@@ -66,7 +66,7 @@ class Processes:
             process.wait()
 
     def wait(self, seconds=600):
-        """Exit statuses."""
+        """Waits for all processes; returns their exit statuses."""
         end = time.monotonic() + seconds
         return [
             process.wait(max(0.1, end - time.monotonic())) for process in self.processes

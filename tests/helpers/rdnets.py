@@ -25,7 +25,7 @@ def make_images(size=(9, 12), count=3, seed=1):
 
 
 def shaken(module):
-    """Variables of which none is 0 or 1."""
+    """Variables without any 0 or 1."""
     rng = np.random.default_rng(0)
     return jax.tree.map(
         lambda leaf: (leaf + rng.uniform(0.1, 0.3, leaf.shape)).astype(leaf.dtype),

@@ -1,4 +1,4 @@
-"""The formula weights of the reference outputs, and names of weights in torch."""
+"""The weights of the reference outputs, by a formula, and their names in PyTorch."""
 
 import numpy as np
 from flax import traverse_util
@@ -38,7 +38,7 @@ def _formula(key, shape, generator):
 
 
 def formula_variables(variables):
-    """The weights that the reference outputs were made with, in our tree."""
+    """The weights that produced the reference outputs, in our tree."""
     by_key, made = {}, {'params': {}, 'batch_stats': {}}
     for collection in made:
         for path, leaf in traverse_util.flatten_dict(variables[collection]).items():

@@ -16,7 +16,7 @@ from flax_densenet.report import finished, plots
 from flax_densenet.train import fit, training_run
 from flax_densenet.weights import trained as trained_lib
 
-# Whatever could depend on where a run was stopped is switched on.
+# Everything that could depend on where a run stops is switched on.
 HARD = {
     'model.dropout_rate': 0.1,
     'model.drop_path_rate': 0.3,
@@ -35,7 +35,7 @@ HARD = {
 
 
 def write_images(root, counts, *, size=(40, 30), seed=0):
-    """JPEGs in `root/CLASS/N.jpg`, `counts` of each class; a class has its color."""
+    """Writes `root/CLASS/N.jpg`, `counts` per class; each class has its own color."""
     rng = np.random.default_rng(seed)
     for number, (name, count) in enumerate(counts.items()):
         (root / name).mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def write_images(root, counts, *, size=(40, 30), seed=0):
 
 
 def plain(config):
-    """A config as `fit` takes it: dicts."""
+    """Converts a config to dicts, as `fit` expects."""
     return {
         name: value.to_dict() if hasattr(value, 'to_dict') else value
         for name, value in config.items()
@@ -65,14 +65,14 @@ def tiny_config(**overrides):
     config.train.tensorboard = False
     config.train.report = False
     config.update_from_flattened_dict(overrides)
-    # Not where the network is that of other weights.
+    # Not if other weights define the network.
     if config.model.variant is not None and 'model.block_sizes' not in overrides:
         config.model.block_sizes = (1, 1)
     return plain(config)
 
 
 def train_with_pages(config, workdir):
-    """Trains and writes pictures and the report, as the command does."""
+    """Trains, and writes pictures and the report, like the command."""
     result = fit.fit(config, str(workdir), save_samples=plots.save_samples)
     finished.write(str(workdir), **result.report_options())
     return result
@@ -88,7 +88,7 @@ def change_settings(run, **fields):
 
 
 def tiny_trained(source, *, seed=0, **metadata):
-    """An `trained.Trained` with first parameters, as if trained on `source`."""
+    """A `trained.Trained` with initial parameters, as if trained on `source`."""
     mesh = mesh_lib.make_mesh()
     module = create_model(
         'BC-L10k4', num_classes=len(source.class_names), block_sizes=(1, 1)
@@ -114,7 +114,7 @@ def tiny_trained(source, *, seed=0, **metadata):
 
 
 def make_weights(path, *, classes=3, scale=1.0, **metadata):
-    """A file of this package with an untrained network."""
+    """Writes a weight file of this package with an untrained network."""
     from flax_densenet.export import formats
 
     module = create_model('BC-L10k4', num_classes=classes)
@@ -160,7 +160,7 @@ class Stopped(Exception):
 
 
 def stop_after(monkeypatch, steps):
-    """The next call of fit ends with `Stopped` after this many training steps."""
+    """Makes the next call of `fit` raise `Stopped` after this many steps."""
     make = pipeline.train_batches
 
     def train_batches(*args, **kwargs):
@@ -184,7 +184,7 @@ def stop_after(monkeypatch, steps):
 
 
 def reuse_steps(monkeypatch):
-    """Runs of the same settings on the same devices have one compiled step."""
+    """Makes runs with the same settings and devices share a compiled step."""
     compile_step, made = training_run.compile_step, {}
 
     def reuse(run, state, frozen, start=0):

@@ -1,4 +1,4 @@
-"""What is looked at on the page of `serve`, in a browser."""
+"""Checks of the page of `serve` in a browser."""
 
 import csv
 import pathlib

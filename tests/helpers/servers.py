@@ -21,7 +21,7 @@ from flax_densenet.serving import guard, server
 from flax_densenet.weights import trained as trained_lib
 from helpers.reference import formula_variables
 
-# What a page must not take for its own.
+# Text that a page must not interpret as its own code.
 NAMES = ('ants', 'bees', '</script><b>"wasps" & co', 'flies', 'mites', 'ticks', 'fleas')
 SIDE = 16
 TOKEN = 'a-token.of_some~length+/='
@@ -94,7 +94,7 @@ def running(
                 time.sleep(0.05)
             yield port
         finally:
-            with contextlib.suppress(RuntimeError):  # it has ended by itself
+            with contextlib.suppress(RuntimeError):  # it already ended
                 loop.call_soon_threadsafe(stop.set)
             task.result()
 

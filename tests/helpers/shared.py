@@ -1,7 +1,7 @@
-"""Results that are made once for all tests, by the first process that needs them.
+"""Results that are created once for all tests, by the first process that needs them.
 
-Fixtures of a session are made in each process of pytest-xdist; a folder of `once` is
-made by one of them, and the others wait for it.
+Session fixtures are created in each process of pytest-xdist. A folder from `once` is
+created by one process, and the others wait for it.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ DIGITS = {
 def once(tmp_path_factory, name, make):
     """The folder `name`, filled by `make(folder)` in one of the test processes.
 
-    Nothing may write there afterwards, since other processes read it at the same time.
+    It must not change afterwards, since other processes read it at the same time.
     """
     base = tmp_path_factory.getbasetemp()
     if os.environ.get('PYTEST_XDIST_WORKER'):

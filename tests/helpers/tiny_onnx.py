@@ -1,4 +1,4 @@
-"""Small .onnx files such as `export` writes, for the examples that read them."""
+"""Small ONNX files like those of `export`, for the examples that read them."""
 
 import json
 import pathlib
@@ -20,12 +20,12 @@ def write_onnx(
     dtype='uint8',
     **metadata,
 ):
-    """Writes a classifier that distinguishes pictures by their brightest positions.
+    """Writes a classifier that distinguishes images by their brightest positions.
 
     Args:
-      outputs: how many probabilities, where not one for each label.
-      dtype: of the input; exported models have `uint8`.
-      **metadata: `metadata_props` other than usual; None leaves one out.
+      outputs: number of probabilities, if it differs from the number of labels.
+      dtype: dtype of the input; exported models use `uint8`.
+      **metadata: changes to the usual `metadata_props`; None removes one.
 
     Returns:
       The path as a string.

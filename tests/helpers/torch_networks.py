@@ -6,7 +6,7 @@ import pytest
 
 
 def import_torchvision():
-    """torchvision, without its compiled operators; skips where it is absent."""
+    """Imports torchvision without its compiled operators, or skips the test."""
     if importlib.util.find_spec('torchvision') is None:
         pytest.skip('torchvision is not installed')
     from benchmarks import torch_models
@@ -15,7 +15,7 @@ def import_torchvision():
 
 
 def shake(model):
-    """Random statistics and scales, so that none of them could be left out."""
+    """Sets random statistics and scales, so that each of them matters."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -34,7 +34,7 @@ def shake(model):
 
 
 def small(torchvision, **fields):
-    """A DenseNet of two blocks."""
+    """A DenseNet with two blocks."""
     import torch
 
     fields = dict(growth_rate=8, block_config=(2, 2), num_init_features=16) | fields

@@ -1,4 +1,4 @@
-"""Small models as files of weights."""
+"""Small models as weight files."""
 
 import numpy as np
 from flax import traverse_util
@@ -11,7 +11,7 @@ TINY = dict(growth_rate=4, block_sizes=(2, 3), stem_features=8, bottleneck=2)
 
 
 def tiny(num_classes=5, channels=3, **fields):
-    """A small DenseNet of the ImageNet kind and its variables, none of them simple."""
+    """A small DenseNet with the ImageNet stem and random variables."""
     module = create_model('densenet121', num_classes=num_classes, **TINY | fields)
     rng = np.random.default_rng(0)
     flat = traverse_util.flatten_dict(init_variables(module, 0, channels=channels))

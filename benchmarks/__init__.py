@@ -1,1 +1,1 @@
-"""Measurements against peers; never imported by the package."""
+"""Comparisons with other libraries; never imported by the package."""

@@ -1,14 +1,14 @@
-"""Augmented photographs per second and core, beside torchvision's transforms.
+"""Augmented photographs per second and core, compared with torchvision's transforms.
 
   .venv/bin/python -m benchmarks.augmented FOLDER [RECIPE ...]
 
 Photographs become batches of 16 uint8 images of 224x224: decoded, cropped at random,
 mirrored, and changed as the recipe says. Ours is `pipeline.train_batches` with one
-thread; the others are torch's DataLoader with torchvision's transforms: v2 on Pillow
-images (also in a worker process), v2 on tensors and v1 on Pillow images. All decode
-with Pillow and are held on one core. Turns alternate; the ratios are against the
-fastest of the others. Images by second of processor time tell the same of a core,
-whatever else the machine does meanwhile, and more evenly.
+thread. The others are torch's DataLoader with torchvision's transforms: v2 on Pillow
+images (also in a worker process), v2 on tensors, and v1 on Pillow images. All decode
+with Pillow and are pinned to one core. Turns alternate, and ratios are relative to the
+fastest of the others. Images per second of processor time are also measured, since they
+depend less on what else the machine does.
 """
 
 import json
@@ -37,7 +37,7 @@ def _paths(folder):
 
 
 def _cpu_seconds():
-    """Of this process and of its children that have ended."""
+    """Processor time of this process and of its ended children."""
     used = [
         resource.getrusage(who)
         for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
@@ -57,7 +57,7 @@ def _serve_ours(folder, recipe):
         count = 0
 
         def __getitem__(self, index):
-            self.count += 1  # also of batches that are made ahead
+            self.count += 1  # includes batches made in advance
             return super().__getitem__(index)
 
     reader = Counting(paths, np.zeros(len(paths), np.int32))
@@ -82,7 +82,7 @@ def _serve_ours(folder, recipe):
             next(batches)
         seconds = time.perf_counter() - start
         batches.close()
-        time.sleep(1)  # what was under way ends
+        time.sleep(1)  # finishes batches in progress
         return {
             'images_per_second': steps * BATCH / seconds,
             'images_per_cpu_second': (reader.count - before) / (_cpu_seconds() - cpu),
@@ -144,7 +144,7 @@ def _serve_torch(folder, recipe, version, kind, workers):
 
 
 def compare(folder, recipe, rounds):
-    """`{figure: {who: images/s, 'ours / fastest other': ratio}}` of a recipe."""
+    """`{metric: {name: images/s, 'ours / fastest other': ratio}}` of a recipe."""
     me = ['-m', 'benchmarks.augmented', folder, '--serve', recipe]
     contenders = {'ours': sidebyside.Contender([sys.executable, *me])}
     for name, options in TORCH.items():

@@ -6,8 +6,7 @@ NAME: ours, linen (the plain layers), torch, torch_contiguous, keras; ours_bf16 
 torch_bf16 (autocast) compute in bfloat16, all others in float32. TASK: train, infer
 (DenseNet-121, batch 16, 224x224), cifar or cifar_plain (training BC-L100k12, or
 L40k12 with dropout, batch 64, 32x32), rdnet or rdnet_infer (RDNet-T, batch 8, 224x224,
-beside timm's). Data are random and on the device: decoding is
-measured by `decode`.
+compared with timm). The data are random and on the device; `decode` measures decoding.
 """
 
 import resource
@@ -48,7 +47,7 @@ def _peak_gib():
 
 
 def _serve(task, step):
-    """`step()` returns when its work is done."""
+    """Serves turns of `step()`, which returns when its work is done."""
     batch = SHAPES[task][0]
     step()  # compiles, and touches all memory
 
@@ -66,7 +65,7 @@ def _serve(task, step):
 
 
 def make_ours(task, **fields):
-    """(compiled training step, state, batch): what `fit.fit` runs."""
+    """(compiled training step, state, batch), as in `fit.fit`."""
     import jax
 
     from flax_densenet import create_model, init_variables

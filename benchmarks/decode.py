@@ -1,10 +1,10 @@
-"""Photographs per second and core: `flax_densenet.data` beside torch's DataLoader.
+"""Photographs per second and core: `flax_densenet.data` and torch's DataLoader.
 
   .venv/bin/python -m benchmarks.decode FOLDER
 
 Both decode with Pillow and resize to 224x224 (bilinear, antialiased) into batches of 16
-uint8 images; both are held on one core. torch gets its faster way there, no worker
-process; a second contender has one.
+uint8 images, and both are pinned to one core. torch runs without a worker process,
+which is faster there; another contender has one worker.
 """
 
 import json

@@ -2,9 +2,9 @@
 
     python -m benchmarks.exchange --variant=densenet121 --devices=8
 
-compiles the step for fake CPU devices, for batch norm over all rows and over each
-device's, with the optimizer's state whole and in shards, and prints the bytes of each.
-Nothing runs, and the bytes do not depend on the batch or the images' size.
+compiles the step for fake CPU devices, for batch norm over all rows and over the rows
+of each device, with and without a sharded optimizer state, and prints the bytes of
+each. Nothing is run, and the bytes do not depend on the batch size or the image size.
 """
 
 import argparse
@@ -35,11 +35,11 @@ def make_step(
     optimizer: str = 'adam',
     **fields,
 ):
-    """Compiles a training step for shapes alone.
+    """Compiles a training step from shapes only.
 
     Args:
-      batch: rows, over all devices.
-      **fields: of the model; `batch_norm_group=-1` for each device's rows.
+      batch: number of rows over all devices.
+      **fields: fields of the model; `batch_norm_group=-1` for the rows of each device.
 
     Returns:
       The compiled step, and the bytes of the parameters and of the batch statistics.
@@ -106,16 +106,16 @@ def make_step(
 
 
 def count(text: str) -> dict[str, float]:
-    """What a compiled program exchanges in one call.
+    """Counts what a compiled program exchanges in one call.
 
     Args:
-      text: `compiled.as_text()`, of one device's program.
+      text: `compiled.as_text()`, the program of one device.
 
     Returns:
-      `operations`, how many; bytes of the arrays that go through them: `forward` and
-      `backward` passes, `other` (update, figures), by what JAX says an operation is
-      of; and `all-reduce`, `all-gather`, ... by their kind. What is in a loop counts
-      as often as the loop goes round.
+      `operations`, their number; the bytes of their arrays in the `forward` pass, the
+      `backward` pass and `other` parts (update, metrics), according to the operation
+      names in JAX; and the bytes by kind of operation: `all-reduce`, `all-gather` and
+      so on. An operation in a loop counts once per iteration.
     """
     parts, found = hlo_bytes.computations(text), collections.Counter()
 
@@ -136,7 +136,7 @@ def count(text: str) -> dict[str, float]:
             rounds = re.search(r'"known_trip_count":\{"n":"(\d+)"', rest)
             for called in re.findall(r'(?:body|calls|to_apply)=%([\w.-]+)', rest):
                 walk(called, times * int(rounds[1]) if rounds else times)
-            # One branch is taken; the one that skips a step exchanges nothing.
+            # Only one branch runs; the branch that skips a step exchanges nothing.
             branches = re.search(r'branch_computations=\{(.*?)\}', rest)
             for called in re.findall(r'%([\w.-]+)', branches[1] if branches else ''):
                 walk(called, times)
@@ -146,7 +146,7 @@ def count(text: str) -> dict[str, float]:
 
 
 def _directions(rest, number):
-    """Of each array of an operation: forward, backward or other."""
+    """For each array of an operation: forward, backward or other."""
     found = re.search(r'op_name="([^"]*)"', rest)
     names = _expand(found[1]) if found else ['']
     if len(names) != number:
@@ -159,7 +159,7 @@ def _directions(rest, number):
 
 
 def _expand(text):
-    """The names of operations that XLA put together.
+    """The names of operations that XLA merged.
 
     >>> _expand('step/transpose(f)/(a/(b:c):d)')
     ['step/transpose(f)/a/b', 'step/transpose(f)/a/c', 'step/transpose(f)/d']
@@ -183,14 +183,14 @@ def _expand(text):
 
 
 def measure(variant: str, **fields) -> dict[str, float]:
-    """`count` of a step in terms of what is exchanged; arguments as of `make_step`.
+    """Measures what a step exchanges; for the arguments see `make_step`.
 
     Returns:
-      `operations`; MB (10^6 bytes) of `gradients`, of batch `statistics` in the
-      forward pass (and the running ones), of `statistics_backward`, of `updates`
-      (gathered, of a sharded optimizer) and of `all`; `sent`, MB that a device sends
-      where all stand in a ring: of an all-reduce nearly twice the array, of a gather
-      nearly all of it.
+      `operations`, their number; MB (10^6 bytes) of `gradients`, of batch `statistics`
+      in the forward pass (including the running ones), of `statistics_backward`, of
+      `updates` (gathered with a sharded optimizer) and of `all`; and `sent`, the MB
+      that each device sends in a ring: nearly twice the array in an all-reduce, nearly
+      the entire array in a gather.
     """
     devices, parts = fields['devices'], fields.get('accumulate_steps', 1)
     compiled, parameters, _ = make_step(variant, **fields)
@@ -210,14 +210,14 @@ def measure(variant: str, **fields) -> dict[str, float]:
 
 
 def table(rows: list[dict]) -> str:
-    """Rows of figures as Markdown."""
+    """Formats rows of numbers as a Markdown table."""
     names = list(rows[0])
     lines = [names, ['---'] * len(names), *([row[n] for n in names] for row in rows)]
     return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
 
 
 def main(argv=None):
-    """Prints a table, or with --json a line for each choice."""
+    """Prints a table, or with --json one line for each choice."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--variant', default='densenet121')
     parser.add_argument('--devices', type=int, default=8)
@@ -228,7 +228,7 @@ def main(argv=None):
     parser.add_argument('--json', action='store_true')
     flags = parser.parse_args(argv)
     os.environ['JAX_PLATFORMS'] = 'cpu'
-    # What is exchanged is settled before machine code is made, which may be poor then.
+    # The exchanges are determined before code generation, so optimization can be off.
     os.environ['XLA_FLAGS'] = (
         f'--xla_force_host_platform_device_count={flags.devices}'
         ' --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'

@@ -1,20 +1,21 @@
-"""DenseNet-121 on one GPU beside torch: bfloat16, batch 256, 224x224, Adam.
+"""DenseNet-121 on one GPU, compared with torch: bfloat16, batch 256, 224x224, Adam.
 
   make bench-gpu                                  all parts
   python -m benchmarks.gpu --only=ways,flags      some of them
   python -m benchmarks.gpu --small                the same code on a CPU, tiny
 
-Parts: `ways` to build the block (`gpu_ways`), `flags` of XLA for the best of them,
-`torch` (all of torch's contenders, plain Linen; training and inference), `batch` (the
-largest that fits) and `profile` (where a step's time goes). What is measured again
-replaces its own lines of the results, so that parts, and some of the ways, can be run
-one by one; the table is made of all.
+Parts: `ways` (implementations of the block, see `gpu_ways`), `flags` (of XLA, for the
+best implementation), `torch` (all contenders of torch, and plain Linen, in training and
+inference), `batch` (the largest batch that fits) and `profile` (where the time of a
+step goes). New measurements replace the old lines of the same kind in the results, so
+parts can be run one by one; the table is made from all of them.
 
-Contenders are processes that take turns. They cannot all wait in the GPU's memory: JAX
-keeps what it once took. torch's give their cached memory back after each turn and stay
-through a part; ours start in groups of `GROUP`, prepare at the same time while nothing
-is measured, take turns with torch's, and end. So each of ours has torch in its own
-rounds, and ratios are taken round by round. One that fails is reported with its reason.
+Contenders are processes that take turns. Not all of them fit into the memory of the
+GPU, since JAX keeps what it has allocated. Those of torch return their cached memory
+after each turn and stay for an entire part. Ours start in groups of `GROUP`, prepare at
+the same time while nothing is measured, take turns with those of torch, and end. Each
+of ours therefore shares its rounds with torch, and ratios are computed for each round.
+If a contender fails, the reason is reported.
 """
 
 import argparse
@@ -46,7 +47,7 @@ WAYS = {
     'conv1x1': dict(way='conv1x1'),
     'nchw': dict(way='nchw'),
 }
-# All of them are known to the XLA of JAX 0.10 to 0.12; it ends at an unknown one.
+# XLA in JAX 0.10 to 0.12 supports all of them; it exits if a flag is unknown.
 FLAGS = {
     'none': '',
     'latency hiding': '--xla_gpu_enable_latency_hiding_scheduler=true',
@@ -117,7 +118,7 @@ def _runs(python):
 
 
 def _torch_kinds(run, *names):
-    """Those of torch's contenders that can run here; says which cannot."""
+    """The contenders of torch that can run here; prints which cannot."""
     if run.peers is None:
         print('no Python with torch: set PEERS; its contenders are left out')
         return []
@@ -128,7 +129,7 @@ def _torch_kinds(run, *names):
 
 
 def _compare(run, part, ours, torch, flags=None, task='train'):
-    """Ours in groups, torch's through all of them; returns lines of results."""
+    """Runs ours in groups, torch's in all of them; returns lines of results."""
     group, lines = gpu_turns.Group(run), []
     kinds = _torch_kinds(run, *torch)
     group.start({kind: run.spec(kind, task=task) for kind in kinds})
@@ -206,7 +207,7 @@ def largest(attempt, start, step, most, left):
 
 
 def batch(run):
-    """Each try is a process of its own."""
+    """Finds the largest batch; each attempt is a separate process."""
     lines = []
     specs = {'ours': run.best_spec()}
     for kind in _torch_kinds(run, 'torch_compile', 'torch'):
@@ -253,7 +254,7 @@ def batch(run):
 
 
 def profile(run):
-    """Without command buffers: within one the profiler sees no operations."""
+    """Profiles without command buffers, which hide operations from the profiler."""
     group = gpu_turns.Group(run)
     flags = f'{FLAGS[run.best_flags]} {FLAGS["no command buffers"]}'
     group.start({'profile': run.best_spec(task='profile')}, {'profile': flags})

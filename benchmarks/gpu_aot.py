@@ -1,12 +1,12 @@
-"""What XLA makes of a training step for an H100, without one.
+"""Compiles training steps for an H100 without having one.
 
   PYTHON -m benchmarks.gpu_aot [WAY ...]
 
-PYTHON has `jax[cuda13]` (no driver or card is needed). Each of `gpu.WAYS` is compiled
-in full, Pallas kernels too: one that asks for more shared memory than there is fails
-here. Printed are the memory of the step and the bytes that it moves, as counted from
-the program (`hlo_bytes`). There is no autotuning, and nothing about time: choices that
-XLA makes by measuring may differ on a card.
+PYTHON needs `jax[cuda13]` (but no driver or GPU). Each of `gpu.WAYS` is compiled in
+full, including Pallas kernels: a kernel that needs too much shared memory fails here.
+It prints the memory of the step and the bytes that it moves, counted from the program
+(`hlo_bytes`). There is no autotuning and no timing, and choices that XLA makes by
+measuring may differ on a real GPU.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import time
 from benchmarks import gpu, hlo_bytes
 from benchmarks.gpu_contender import Spec
 
-# As XLA writes it with --xla_dump_to on such a machine; the figures are the vendor's.
+# As XLA writes it with --xla_dump_to on such a machine; the numbers are the vendor's.
 TARGET = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -49,7 +49,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 def make_device():
-    """A device to compile for; Pallas is told that it is the one at hand."""
+    """A device to compile for; makes Pallas use it as the current device."""
     from jax._src.pallas.triton import gpu_info
     from jax.experimental import topologies
 
@@ -100,7 +100,7 @@ def compile_step(spec, device):
 
 
 def main(names):
-    if len(names) > 1:  # each in a process of its own: a way cannot be taken back
+    if len(names) > 1:  # in separate processes, since `install` cannot be undone
         for name in names:
             subprocess.run([sys.executable, '-m', 'benchmarks.gpu_aot', name])
         return

@@ -1,13 +1,13 @@
 """A dense block as one differentiable function over one preallocated buffer.
 
 Autodiff of a block keeps every state of the growing features, so a buffer that is
-written in place would be copied at each layer. Here the forward pass keeps the finished
-buffer alone (a layer's input is a prefix of it, never changed later) and the backward
-pass is written by hand: it goes through the layers from the last to the first and adds
-into one gradient buffer in place. What is kept: features, the 1x1 outputs, statistics.
+written in place would be copied at each layer. Here, the forward pass keeps only the
+finished buffer (the input of a layer is a prefix of it and never changes), and the
+backward pass is written by hand: it goes through the layers from the last to the first
+and adds to one gradient buffer in place. It keeps features, 1x1 outputs and statistics.
 
-The convolutions, each with the batch norm before it, are `Parts`: by XLA here, or by
-the kernels of `gpu_kernels` and `gpu_conv`; they may be mixed.
+The convolutions, each with the batch norm before it, are `Parts`: in XLA (defined
+here), or the kernels in `gpu_kernels` and `gpu_conv`. They can be mixed.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from flax_densenet.kernels import xla_block
 def normalized(x, norm, kernel):
     """relu(norm1(x)) of the first C channels, `[P, C]`, for the kernel `[C, M]`."""
     mean, factor, bias = norm
-    # XLA fuses the slice into what reads it, so no copy is made.
+    # XLA fuses the slice into the operation that reads it, so nothing is copied.
     x = x[:, : kernel.shape[0]].astype(jnp.float32)
     y = jnp.maximum((x - mean[None]) * factor[None] + bias[None], 0)
     return y.astype(kernel.dtype)
@@ -72,11 +72,11 @@ def _xla_conv_backward(y, g, norm, kernel, shape):
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
-    """How the two convolutions of a layer are computed, each with its norm before it.
+    """The functions for the two convolutions of a layer, with the norms before them.
 
     Attributes:
-      product, product_backward: as in `gpu_kernels`.
-      conv, conv_backward: as in `gpu_conv`.
+      product, product_backward: see `gpu_kernels`.
+      conv, conv_backward: see `gpu_conv`.
     """
 
     product: Any = _xla_forward
@@ -148,7 +148,7 @@ def _backward(epsilon, parts, saved, gradients):
     buffer, mean, var, hidden, inner, layers = saved
     features, (d_mean, d_var), d_inner = gradients
     shape = features.shape
-    # Without a barrier XLA would take the forward pass's arrays for the prefixes of
+    # Without a barrier, XLA would use arrays of the forward pass for the prefixes of
     # the buffer, and keep all of them.
     buffer, features = lax.optimization_barrier((buffer, features))
     total = features.reshape(buffer.shape)

@@ -2,8 +2,8 @@
 
   python -m benchmarks.gpu_contender '{"kind": "ours", "way": "pallas", ...}'
 
-The specification's fields are those of `Spec`. Ours also runs where grain, which reads
-images, is not installed: all data are random and on the device.
+The fields are those of `Spec`. Ours also runs without grain, which reads images, since
+all data are random and on the device.
 """
 
 import dataclasses
@@ -23,15 +23,15 @@ class Spec:
     """What a contender runs.
 
     Attributes:
-      kind: ours, linen, torch, torch_compile, torch_max (its longest search), or copy
-        (from device memory to device memory).
-      task: train, infer, or profile (of ours, to standard error).
-      way: of `gpu_ways.WAYS`, or '' for the package as it is.
-      pool: of `gpu_ways.POOLS`.
-      batch, size, classes: of the images.
-      steps: in one turn.
-      fields: of the model, besides dtype; ours and linen only.
-      small: block_sizes, growth_rate and stem_features of a model for trials.
+      kind: ours, linen, torch, torch_compile, torch_max (torch.compile with its longest
+        search), or copy (from device memory to device memory).
+      task: train, infer, or profile (ours only, to standard error).
+      way: a key of `gpu_ways.WAYS`, or '' for the package itself.
+      pool: a key of `gpu_ways.POOLS`.
+      batch, size, classes: batch size, image side in pixels, number of classes.
+      steps: number of steps in a turn.
+      fields: fields of the model besides dtype; for ours and linen only.
+      small: block_sizes, growth_rate and stem_features of a small model for tests.
     """
 
     kind: str
@@ -47,7 +47,7 @@ class Spec:
 
 
 def _serve(spec, steps, facts, peak):
-    """`steps(n)` runs n steps and returns when they are done."""
+    """Serves turns of `steps(n)`, which returns when n steps are done."""
     steps(3)
 
     def measure():
@@ -64,7 +64,7 @@ def _serve(spec, steps, facts, peak):
 
 
 def prepare_jax(spec):
-    """Without grain `data` cannot be imported, and `step` imports it on its way."""
+    """Makes `step` importable without grain, which its import of `data` needs."""
     if importlib.util.find_spec('grain') is None:
         stub = types.ModuleType('grain')
         stub.transforms = types.SimpleNamespace(RandomMap=object, Map=object)
@@ -73,7 +73,7 @@ def prepare_jax(spec):
 
     from flax_densenet.kernels import dense_block
 
-    # On a CPU the comparison is of the code that would run on a GPU.
+    # On a CPU, this tests the code that would run on a GPU.
     dense_block.use_native = lambda *args, **options: False
     if spec.way or spec.pool != 'scatter':
         from benchmarks import gpu_ways
@@ -153,7 +153,7 @@ def _ours(spec):
 
 
 def _names(compiled):
-    """Kernels of ours by their name, library calls by their target."""
+    """Names for operations: our kernels by name, library calls by target."""
     pattern = r'%?(\S+) = .*custom_call_target="([^"]+)"(?:.*op_name="([^"]*)")?'
     names = {}
     for operation, target, path in re.findall(pattern, compiled.as_text()):
@@ -163,7 +163,7 @@ def _names(compiled):
 
 
 def _copy(spec):
-    """Gigabytes a second, read and written, as 'images'."""
+    """Measures a copy: gigabytes per second, read and written, as 'images'."""
     device = prepare_jax(spec)
     import jax
     import jax.numpy as jnp
@@ -258,7 +258,7 @@ def _torch_step(spec, torch, model, run, images, labels):
                 run(images)
 
         return step
-    # One kernel for all parameters, its quickest form.
+    # One kernel for all parameters, the fastest option.
     optimizer = torch.optim.Adam(
         model.parameters(), lr=1e-4, fused=images.device.type == 'cuda'
     )
@@ -274,7 +274,7 @@ def _torch_step(spec, torch, model, run, images, labels):
 
 
 def _serve_torch(spec, torch, steps, facts, cuda):
-    """Gives its cached memory back between turns: see `benchmarks.gpu`."""
+    """Serves turns and returns cached memory between them; see `benchmarks.gpu`."""
 
     def peak():
         if not cuda:
@@ -287,7 +287,7 @@ def _serve_torch(spec, torch, steps, facts, cuda):
     peak()
 
     def measure():
-        steps(1)  # takes the memory again
+        steps(1)  # allocates the memory again
         start = time.perf_counter()
         steps(spec.steps)
         seconds = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""Results of `benchmarks.gpu`: lines of a file, medians, and the table made of them."""
+"""Results of `benchmarks.gpu`: reads and writes them, and makes medians and a table."""
 
 import json
 import pathlib
@@ -7,7 +7,7 @@ from benchmarks import sidebyside
 
 
 def read(path):
-    """The lines of a results file, none where there is no file."""
+    """The lines of a results file; empty if there is no file."""
     path = pathlib.Path(path)
     if not path.exists():
         return []
@@ -19,7 +19,7 @@ def write(path, lines):
 
 
 def merge(lines, part, found):
-    """The lines with those of a part put in place of what they measure again."""
+    """Replaces the lines that a part measured again."""
 
     def names(lines):
         return {line.get('contender') or line.get('failed') for line in lines}
@@ -28,7 +28,7 @@ def merge(lines, part, found):
     if part in ('torch', 'batch', 'profile'):
         return [line for line in lines if line['part'] != part] + found
     kept = [line for line in lines if line['part'] != part or not names([line]) & again]
-    # torch's lines stay as long as they stand beside one of ours.
+    # Lines of torch stay as long as they share rounds with a line of ours.
     ours = {
         line.get('group')
         for line in kept
@@ -49,7 +49,7 @@ def _find(lines, figure='images_per_second', **wanted):
 
 
 def _ratio(lines, line, peer):
-    """Of a line of ours to the peer's, in the rounds that they shared; or None."""
+    """The ratio of a line of ours to the peer's, in shared rounds; or None."""
     same = {name: line[name] for name in ('part', 'task', 'group')}
     theirs = _find(lines, contender=peer, **same)
     if not theirs or len(theirs[0]['values']) != len(line['values']):
@@ -58,7 +58,7 @@ def _ratio(lines, line, peer):
 
 
 def best_way(lines):
-    """The way with the most images a second beside torch.compile, or by itself."""
+    """The way with the best ratio to torch.compile or, without it, the best speed."""
     return _best(lines, 'ways')
 
 
@@ -77,13 +77,13 @@ def _best(lines, part):
 
 
 def _bandwidth(lines):
-    """Gigabytes a second of a copy, or None."""
+    """Gigabytes per second of a copy, or None."""
     found = _find(lines, figure='gb_per_second')
     return sidebyside.summarize(found[-1]['values'])['median'] if found else None
 
 
 def _least_mb(lines):
-    """Of a training step, for an image (`hlo_bytes.least`)."""
+    """The least MB per image of a training step (`hlo_bytes.least`)."""
     return next(
         line['facts']['least_mb']
         for line in lines
@@ -92,7 +92,7 @@ def _least_mb(lines):
 
 
 def medians(lines):
-    """The figures of the last line that a run prints; None where not measured."""
+    """The metrics in the last line that a run prints; None if not measured."""
     best, copied = best_way(lines), _bandwidth(lines)
     # The best of XLA's flags counts as ours.
     ours = _find(lines, part='flags', task='train') or _find(
@@ -203,7 +203,7 @@ def _profile(lines, most=25):
 
 
 def table(lines):
-    """Markdown of all parts that have lines."""
+    """A Markdown table for each part with lines."""
     facts = [line['facts'] for line in lines if line.get('facts')]
     devices = sorted({fact['device'] for fact in facts})
     versions = sorted({fact['version'] for fact in facts if 'version' in fact})
@@ -233,7 +233,7 @@ def table(lines):
 
 
 def write_table(path, text):
-    """Replaces what stands between the marks."""
+    """Replaces the text between the marks."""
     begin, end = '<!-- table: begin -->\n', '<!-- table: end -->'
     head, rest = path.read_text().split(begin)
     path.write_text(head + begin + text + end + rest.split(end)[1])

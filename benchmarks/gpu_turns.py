@@ -1,7 +1,7 @@
-"""Contenders of `benchmarks.gpu` that are alive together, and those that failed.
+"""Runs groups of contenders of `benchmarks.gpu`, and records those that fail.
 
-Unlike `sidebyside.alternate` alone: one that ends, or takes too long, is noted with its
-reason, and the others go on.
+Unlike `sidebyside.alternate`, it continues with the others if a contender ends or takes
+too long, and records the reason.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ import threading
 from benchmarks import sidebyside
 
 OUT_OF_MEMORY = re.compile('RESOURCE_EXHAUSTED|out of memory|OutOfMemory', re.I)
-# Within which a contender prepares, or is stopped: some 100 s are usual.
+# The time limit for a contender to prepare; about 100 s are usual.
 START_SECONDS = 300
 
 
 class Group:
-    """Contenders that are alive, and the reasons of those that are not."""
+    """Contenders that are alive, and the reasons why others ended."""
 
     def __init__(self, run):
         self.run, self.alive, self.failed = run, {}, {}
@@ -42,7 +42,7 @@ class Group:
                     ],
                     stderr=log,
                     wait=False,
-                    # Else each would take three quarters of the memory at once.
+                    # Otherwise each would allocate three quarters of the memory.
                     XLA_PYTHON_CLIENT_PREALLOCATE='false',
                     XLA_PYTHON_CLIENT_MEM_FRACTION='0.95',
                     XLA_FLAGS=f'{os.environ.get("XLA_FLAGS", "")} {extra}'.strip(),
@@ -55,7 +55,7 @@ class Group:
         return pathlib.Path(self.run.logs) / f'{name.replace(" ", "_")}.log'
 
     def _guard(self, name, action, seconds=120):
-        """The action's result, or None where the contender ended or took too long."""
+        """The result of the action; None if the contender ended or took too long."""
         contender = self.alive[name]
         seconds = max(1, min(seconds, self.run.left()))
         timer = threading.Timer(seconds, contender.kill)
@@ -75,7 +75,7 @@ class Group:
             timer.cancel()
 
     def measure(self, rounds):
-        """`{name: {figure: [rounds]}}` of those that last, in changing order."""
+        """`{name: {metric: [rounds]}}` of those that succeed, in changing order."""
         found = {name: {} for name in self.alive}
         for number in range(rounds):
             names = list(self.alive)

@@ -1,10 +1,10 @@
-"""Ways to build the dense block for a GPU, each with the results of `dense_block`.
+"""Implementations of the dense block for a GPU, with the same results as `dense_block`.
 
-A way is a pair (block_train, block_eval) with the signatures of the functions of
-`dense_block`; `install` puts it in their place, so that training, inference and tests
-run the package itself around it.
+A way is a pair (block_train, block_eval) with the signatures of the functions in
+`dense_block`. `install` replaces those functions, so that training, inference and tests
+run the package itself with this way.
 
-  concat    today's: concatenation, 1x1 as a product
+  concat    the package itself: concatenation, 1x1 as a product
   conv1x1   the same, 1x1 as a convolution
   nchw      the same, 3x3 with channels first
   pieces    no growing array: normalized pieces are joined for each product
@@ -62,12 +62,12 @@ def _train(
     conv3x3=xla_block.conv3x3,
     join=True,
 ):
-    """`dense_block.block_train` by XLA and autodiff, with other parts.
+    """`dense_block.block_train` with XLA and autodiff, and other convolutions.
 
     Args:
-      product, conv3x3: of the two convolutions.
-      join: whether the features are concatenated after each layer, or are kept as
-        pieces which are joined when they are normalized.
+      product, conv3x3: functions for the two convolutions.
+      join: whether to concatenate the features after each layer, or to keep pieces that
+        are joined when they are normalized.
     """
     _refuse(layers, dropout_rate, path_rates)
 
@@ -116,7 +116,7 @@ def _block_train(
     x, layers, *, epsilon, dtype, kernel='xla', remat=True, dropout_rate=0.0,
     keys=None, path_rates=None, path_keys=None, parts,
 ):  # fmt: skip
-    """`gpu_block.block`; it computes activations again in any case."""
+    """`gpu_block.block`, which always recomputes activations."""
     _refuse(layers, dropout_rate, path_rates)
     trained = [native_block.parameters(layer) for layer in layers]
     return gpu_block.block(x.astype(dtype), trained, epsilon, parts)
@@ -186,10 +186,11 @@ WAYS = {
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def max_pool(x, padding):
-    """3x3 max pooling of stride 2, `[N, H, W, C]`, whose way back has no scatter.
+    """3x3 max pooling with stride 2, `[N, H, W, C]`, with a gradient without scatter.
 
-    XLA's gradient of a pooling is a scatter, on a GPU by atomic operations; here each
-    window remembers its place, 0 to 8, and each pixel asks its windows.
+    In XLA the gradient of pooling is a scatter, which uses atomic operations on a GPU.
+    Here each window stores the position of its maximum, 0 to 8, and each pixel reads
+    the positions of its windows.
     """
     return _max_pool_forward(x, padding)[0]
 
@@ -210,7 +211,7 @@ def _max_pool_forward(x, padding):
         if most is None:
             most, place = value, jnp.zeros(value.shape, jnp.uint8)
         else:
-            # The first of equal values, as XLA takes it.
+            # The first of equal values, as in XLA.
             place = jnp.where(value > most, jnp.uint8(number), place)
             most = jnp.maximum(most, value)
     return most, (place, jnp.zeros((0, *x.shape[1:3]), x.dtype))
@@ -243,6 +244,6 @@ POOLS = {'scatter': xla_block.stem, 'gather': _stem_without_scatter}
 
 
 def install(way: str, pool: str = 'scatter'):
-    """Puts a way, and one for the stem, in the place of `dense_block`'s functions."""
+    """Replaces functions of `dense_block` by a way and a pooling for the stem."""
     dense_block.block_train, dense_block.block_eval = WAYS[way]
     xla_block.stem = POOLS[pool]

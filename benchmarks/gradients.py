@@ -1,12 +1,12 @@
-"""How far gradients of one training step are from float64: ours beside PyTorch's.
+"""Errors of the gradients of one training step, compared with PyTorch's.
 
   python -m benchmarks.gradients [--size=64] [--batch=8]
 
-DenseNet-121, the same weights, images and labels for both; sizes in steps of 8. The
-reference is PyTorch in float64; the error of a tensor's gradient is the norm of the
-difference over the norm of the reference. Prints a table with the median and the worst
-tensor of each kind, and as its last line one JSON object: the share of tensors in which
-ours is further off than PyTorch's, and the median of the ratio of the errors.
+DenseNet-121, with the same weights, images and labels for both. The reference is
+PyTorch in float64. The error of a gradient is the norm of the difference divided by the
+norm of the reference. It prints a table with the median and the worst tensor of each
+kind. The last line is a JSON object with the fraction of tensors with a larger error in
+ours than in PyTorch, and the median ratio of the errors.
 """
 
 import argparse
@@ -24,7 +24,7 @@ CLASSES = 10
 
 
 def torch_gradients(path):
-    """Gradients by PyTorch in float64, float32 and under autocast, into a file."""
+    """Writes PyTorch's gradients in float64, float32 and under autocast to a file."""
     import torch
 
     from benchmarks import torch_models
@@ -56,7 +56,7 @@ def torch_gradients(path):
 
 
 def _torch_name(path):
-    """torchvision's name of a parameter: `features.norm0.weight`."""
+    """The name of a parameter in torchvision, such as `features.norm0.weight`."""
     *modules, leaf = (key.key for key in path)
     front = [] if modules[0] == 'classifier' else ['features']
     return '.'.join([*front, *modules, 'bias' if leaf == 'bias' else 'weight'])
@@ -105,7 +105,7 @@ def kind_of(name, ndim):
 
 
 def errors_of(found, exact):
-    """Of each tensor: norm of the difference over the norm of the exact gradient."""
+    """For each tensor: norm of the difference / norm of the exact gradient."""
     return {
         name: float(np.linalg.norm(found[name] - value) / np.linalg.norm(value))
         for name, value in exact.items()
@@ -136,7 +136,7 @@ def make_table(ours, theirs, kinds):
 
 
 def _shake(params, rng):
-    """Norms away from 1 and 0, where gradients of some scales would be exactly 0."""
+    """Moves norms away from 1 and 0, where some gradients would be exactly 0."""
     import jax
 
     def shake(leaf):
@@ -152,7 +152,7 @@ def main(size, batch):
     variables = init_variables(create_model('densenet121', num_classes=CLASSES), 0)
     rng = np.random.default_rng(0)
     variables = {**variables, 'params': _shake(variables['params'], rng)}
-    # Colored patches under noise, so that images differ in more than their noise.
+    # Colored patches with noise, so that images differ in more than noise.
     patches = rng.standard_normal((batch, 8, 8, 3)).repeat(size // 8, 1)
     images = patches.repeat(size // 8, 2)
     images = (images + 0.3 * rng.standard_normal(images.shape)).astype(np.float32)

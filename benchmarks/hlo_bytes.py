@@ -1,12 +1,13 @@
-"""Bytes of memory that a compiled GPU program moves, counted from its text.
+"""Counts the bytes of memory that a compiled GPU program moves, from its text.
 
-Each operation of the entry computation (fused, a library call, a kernel) reads its
-operands from memory and writes its results. XLA's own `cost_analysis` does not know
-what is written in place, nor what a Pallas kernel leaves alone: here a slice inside of
-a fusion counts as the slice, a `dynamic-update-slice` as the update, and a kernel of
-`gpu_kernels`, which gets a whole buffer, as the channels that it touches.
+Each operation of the entry computation (a fusion, a library call or a kernel) reads its
+operands from memory and writes its results. `cost_analysis` in XLA does not consider
+which results are written in place, or which parts a Pallas kernel does not touch. Here,
+a slice inside a fusion counts as the slice, a `dynamic-update-slice` as the update, and
+a kernel of `gpu_kernels`, which gets the entire buffer, as the channels that it
+touches.
 
-`least` is what the architecture needs, whatever the program.
+`least` computes what the architecture needs at least, in any program.
 """
 
 import collections
@@ -25,7 +26,7 @@ _SHAPE = re.compile(r'\b(pred|bf16|f16|[fsuc]\d+)\[([\d,]*)\]')
 
 
 def bytes_of(shapes: str) -> float:
-    """Of all arrays that a text names by type and shape, as `f32[2,3]`."""
+    """The bytes of all arrays in a text, given by type and shape: `f32[2,3]`."""
     total = 0
     for kind, sizes in _SHAPE.findall(shapes):
         width = _SIZES.get(kind) or int(re.sub(r'\D', '', kind)) / 8
@@ -131,12 +132,13 @@ def count(text: str) -> dict[str, float]:
 
 
 def least(module, image_size: int, width: int = 2) -> float:
-    """Least bytes of a training step for an image: what must come and go at all.
+    """The least bytes per image that a training step must move.
 
-    Batch norm and ReLU are taken as part of the products beside them, statistics as
-    part of what writes. With C channels in, M in the middle and G out, a layer then
-    reads C, writes M; reads M, writes G; and on the way back reads G and M, writes the
-    gradient of M; reads both of M and C, and adds to C, which is a read and a write.
+    Batch norm and ReLU count as part of the adjacent product, and statistics as part of
+    the operation that writes. With C input channels, M channels in the middle and G
+    output channels, a layer then reads C and writes M, and reads M and writes G. In the
+    backward pass it reads G and M and writes the gradient of M; then it reads M, the
+    gradient of M and C, and adds to the gradient of C, which is a read and a write.
 
     Args:
       module: a DenseNet with bottleneck.

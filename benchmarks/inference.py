@@ -1,15 +1,15 @@
-"""Inference beside other programs: DenseNet-121, 224x224, two threads.
+"""Inference compared with other programs: DenseNet-121, 224x224, two threads.
 
   python -m benchmarks.inference --batch=16 --batch=1 --rounds=7
 
-Contenders are processes that take turns (`sidebyside`); ratios are of a round each.
-*ours* is what `Predictor` runs, from uint8 images in the host's memory to probabilities
-there, so normalization and softmax are its work too; the others get normalized floats
-in their own memory and give logits. *openvino* runs our own ONNX file. Names that end
-in `bf16` compute in bfloat16, all others in float32. The processor time of an image is
-measured too: it changes less while other programs run. Prints a table and, last, a line
-of JSON. What they say while they prepare (torch.compile takes minutes, the first time)
-goes to stderr.
+Contenders are processes that take turns (`sidebyside`); ratios are computed for each
+round. *ours* is what `Predictor` runs, from uint8 images to probabilities in host
+memory, so it includes normalization and softmax. The others get normalized floats in
+their own memory and return logits. *openvino* runs our ONNX file. Names that end in
+`bf16` compute in bfloat16, all others in float32. The processor time per image is also
+measured, since it depends less on other programs. It prints a table, and a line of JSON
+at the end. Messages during preparation go to stderr (torch.compile takes minutes the
+first time).
 """
 
 import argparse
@@ -97,7 +97,7 @@ def _openvino_bf16(batch):
 
 
 def _ours_python():
-    """The environment with JAX 0.12, which is not that of the peers."""
+    """The Python with JAX 0.12, which differs from that of the peers."""
     return os.environ.get('OURS', sys.executable)
 
 
@@ -108,7 +108,7 @@ def _torch_compile(batch):
 
 
 def _torch_frozen(batch):
-    """With the weights as constants: batch norm folded, weights packed beforehand."""
+    """torch.compile with constant weights: batch norm folded, weights packed."""
     import torch
     from torch._inductor import config
 
@@ -118,11 +118,11 @@ def _torch_frozen(batch):
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """What is measured.
+    """A contender.
 
     Attributes:
-      make: of the batch size, returns a function that computes one batch.
-      python: that runs it.
+      make: a function from the batch size to a function that computes one batch.
+      python: the Python that runs it.
     """
 
     make: Callable[[int], Callable[[], object]]

@@ -1,10 +1,10 @@
-"""The whole comparison: DenseNet-121 and BC-L100k12 beside torch, Keras, plain Linen.
+"""The full comparison of DenseNet-121 and BC-L100k12 with torch, Keras, plain Linen.
 
   make bench
   .venv/bin/python -m benchmarks.run TASK ...   # of TASKS, printed alone
 
-Writes benchmarks/results.jsonl (one line per figure) and the table in
-docs/benchmarks.md, and prints as its last line one JSON object with the medians.
+It writes benchmarks/results.jsonl (one line per metric) and the table in
+docs/benchmarks.md. The last line that it prints is a JSON object with the medians.
 """
 
 import json
@@ -24,7 +24,7 @@ from benchmarks import sidebyside
 ROOT = pathlib.Path(__file__).parents[1]
 PEERS = str(ROOT / '.venv-peers' / 'bin' / 'python')
 ROUNDS = int(os.environ.get('ROUNDS', 7))
-# task -> contenders that run beside each other
+# task -> contenders that take turns
 TASKS = {
     'train': (
         *('ours', 'torch', 'torch_contiguous', 'linen', 'keras'),
@@ -68,7 +68,7 @@ def _command(name, task):
 
 
 def measure_task(task):
-    """`{contender: {figure: [rounds]}}`; all wait in memory, one runs at a time."""
+    """`{contender: {metric: [rounds]}}`; all stay in memory, one runs at a time."""
     contenders = {
         name: sidebyside.Contender(_command(name, task), KERAS_BACKEND='jax')
         for name in TASKS[task]
@@ -80,10 +80,10 @@ def measure_task(task):
 
 
 def measure_start():
-    """Seconds from the command to the end of the first training step, 121 at 224x224.
+    """Seconds from the command to the end of the first step, DenseNet-121 at 224x224.
 
-    Of `launch.py` with a folder of photographs. Cold: empty caches, the C++ kernel is
-    compiled too; warm: the command again.
+    The command is `launch.py` with a folder of photographs. A cold start has empty
+    caches and also compiles the C++ kernel; a warm start runs the command again.
     """
     found = {'cold_start_s': [], 'warm_start_s': []}
     environment = dict(os.environ)
@@ -107,7 +107,7 @@ def measure_start():
 
 
 def _write_photographs(folder, classes=2, count=100):
-    """JPEGs of the size of photographs from a web page, of noise."""
+    """Writes JPEGs of noise, as large as photographs from a web page."""
     rng = np.random.default_rng(0)
     for label in range(classes):
         os.makedirs(f'{folder}/{label}')
@@ -126,7 +126,7 @@ def measure_depth():
 
 
 def main(tasks):
-    """Measures all, and writes files; or with tasks those alone, and only prints."""
+    """Measures everything and writes files; with tasks, only prints their results."""
     lines, tables = [], {}
     for task in tasks or TASKS:
         tables[task] = found = measure_task(task)
@@ -190,7 +190,7 @@ def _machine():
 
 
 def _write_table(tables, ratios, depth):
-    """Replaces what stands between the marks of docs/benchmarks.md."""
+    """Replaces the text between the marks in docs/benchmarks.md."""
     titles = {
         'train': 'Training step, DenseNet-121, batch 16, 224x224, Adam',
         'infer': 'Inference, DenseNet-121, batch 16, 224x224',

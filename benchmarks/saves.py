@@ -1,4 +1,4 @@
-"""What saving within epochs costs: DenseNet-121's step time with it and without.
+"""The cost of saving within epochs: step time of DenseNet-121 with and without it.
 
   python -m benchmarks.saves --size=64 --batch=16 --steps=30 --every=5
 

@@ -1,8 +1,9 @@
-"""Contenders in processes of their own, that take turns.
+"""Runs contenders in separate processes that take turns.
 
-A contender is a program that calls `serve(measure)`: it prepares, says so, and then
-runs `measure()` each time it is told to. So import, compilation and the other
-contenders' work stay out of the figures, and slow minutes of the machine hit all.
+A contender is a program that calls `serve(measure)`: it prepares, reports that it is
+ready, and then runs `measure()` on each request. This keeps imports, compilation and
+the work of other contenders out of the results, and slow minutes of the machine affect
+all.
 """
 
 import contextlib
@@ -16,8 +17,8 @@ from typing import Any
 
 
 def serve(measure: Callable[[], dict[str, Any]]):
-    """Runs `measure` once per line of standard input and prints its figures."""
-    # Whatever a library prints must not stand between the figures.
+    """Runs `measure` once per line of standard input and prints its results."""
+    # Output of libraries must not appear between the results.
     answers, sys.stdout = sys.stdout, sys.stderr
     print(json.dumps({'ready': True}), file=answers, flush=True)
     for _ in sys.stdin:
@@ -28,9 +29,9 @@ class Contender:
     """A program under `serve`.
 
     Args:
-      stderr: file for what it says; None for ours.
-      wait: whether to return when it is ready; else call `ready`, so that several can
-        prepare at the same time.
+      stderr: file for its standard error; None for that of this process.
+      wait: whether to wait until it is ready. Otherwise call `ready`, so that several
+        contenders can prepare at the same time.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Contender:
             self.ready()
 
     def ready(self):
-        """Returns when it is ready for its first turn."""
+        """Waits until it is ready for its first turn."""
         self._read(self._process.args)
 
     def _read(self, what):
@@ -70,12 +71,12 @@ class Contender:
         self._process.stdout.close()
 
     def kill(self):
-        """Ends it in the middle of whatever it does; `close` is still to be called."""
+        """Kills the process at once; `close` must still be called."""
         self._process.kill()
 
 
 def alternate(contenders: dict[str, Contender], rounds: int):
-    """`{name: {figure: [rounds]}}`: one turn each a round, in changing order."""
+    """`{name: {metric: [rounds]}}`: one turn each per round, in changing order."""
     found = {name: {} for name in contenders}
     names = list(contenders)
     for number in range(rounds):

@@ -1,4 +1,4 @@
-"""Whether memory creeps: short epochs for some minutes, drawn over time.
+"""Checks whether memory grows: plots it during minutes of short epochs.
 
   python -m benchmarks.soak --minutes=60 --out=soak.png
 
@@ -39,7 +39,7 @@ def _measure():
 
 
 def _watch(stop, minutes, seen):
-    """Asks training to stop as a signal would, when the time is over."""
+    """Asks training to stop, like a signal, when the time is over."""
     while not seen or seen[-1]['minutes'] - seen[0]['minutes'] < minutes:
         seen.append(_measure())
         time.sleep(1)
@@ -47,7 +47,7 @@ def _watch(stop, minutes, seen):
 
 
 def plot_soak(seen):
-    """Memory, file handles and threads over minutes, as a figure."""
+    """Plots memory, file handles and threads over minutes."""
     from matplotlib.figure import Figure
 
     minutes = [one['minutes'] - seen[0]['minutes'] for one in seen]

@@ -1,8 +1,8 @@
-"""torchvision's DenseNet beside a torch that it has no build for.
+"""Networks of torchvision, with a version of torch for which torchvision has no build.
 
-There is no CPU build of torchvision for this torch; installed with `--no-deps` its
-compiled operators are missing, which its models do not use. Declaring their names first
-lets the pure-Python part import.
+There is no CPU build of torchvision for this torch. Installed with `--no-deps`, it
+lacks its compiled operators, which its models do not use. Declaring the names of the
+operators first makes the pure Python part importable.
 """
 
 import functools

@@ -228,6 +228,7 @@ def test_slow_servers(host, monkeypatch):
     monkeypatch.setattr(download, '_CHUNK', 1000)
     url = host.put('/b', CONTENT, pause=0.03, piece=2000)
     fails('nearly stopped sending, in 2 attempts', url, checksum=SHA256)
+    monkeypatch.setattr(download, 'SLOWEST', (0, 600))
     monkeypatch.setattr(download, 'TIMEOUT', 0.1)
     gate = threading.Event()
     url = host.put('/c', CONTENT, gate=gate, piece=2000)

@@ -241,11 +241,13 @@ def test_what_was_measured_comes_back(measured, run, tmp_path):
     results.save(str(tmp_path), found, measured)
     loaded, fields = results.load(str(tmp_path))
     assert loaded == measured and fields['count'] == 18
-    # As earlier versions wrote it: a sentence.
+    # As earlier versions wrote it: a sentence, in their words.
     old = {
         n: v for n, v in fields.items() if n not in vars(measured) and n != 'version'
     }
-    old |= {'data': measured.data, 'model': measured.model}
+    sentence = measured.model.partition(', averaged over')
+    model = sentence[0] + (', each image seen mirrored as well' if sentence[1] else '')
+    old |= {'data': measured.data, 'model': model}
     (tmp_path / 'eval.json').write_text(json.dumps(old))
     loaded, fields = results.load(str(tmp_path))
     assert loaded == measured and fields['accuracy'] == found.metrics['accuracy']

@@ -114,6 +114,7 @@ class RequestGuard:
         self._figures = figures
         self._access = access
         self._log_requests = log_requests
+        self._unguarded = routes
         self._routes = self._require_token(routes)
         if access.origins:
             # Outside the token, which preflight requests do not carry. Without cookies
@@ -130,8 +131,8 @@ class RequestGuard:
             )
 
     async def __call__(self, scope, receive, send):
-        if scope['type'] != 'http':
-            await self._routes(scope, receive, send)
+        if scope['type'] != 'http':  # the server's start and end, without headers
+            await self._unguarded(scope, receive, send)
             return
         exchange = _Exchange(scope, receive, send)
         # Below a path that a proxy adds, every path is as without it.

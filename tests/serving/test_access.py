@@ -1,5 +1,6 @@
 """The token, pages of other sites, and the log of requests."""
 
+import asyncio
 import re
 import socket
 
@@ -72,6 +73,20 @@ def test_page_asks_for_the_token(guarded_port, port):
     assert 'What does the model see' in text and 'ants' in text
     assert 'id="token"' not in text
     assert 'id="token"' not in ask(port, '/').body.decode()
+
+
+@pytest.mark.parametrize('fields', [{'token': TOKEN}, {'origins': (SITE,)}])
+def test_start_of_the_server_needs_no_token(fields):
+    """It is no request; an error there would be logged at every start."""
+    taken = []
+
+    async def routes(scope, receive, send):
+        taken.append(scope)
+
+    access = access_lib.Access(**fields)
+    guarded = guard.RequestGuard(routes, figures=None, access=access)
+    asyncio.run(guarded({'type': 'lifespan'}, None, None))
+    assert taken == [{'type': 'lifespan'}]
 
 
 def test_body_without_token_is_not_kept(guarded_port):

@@ -16,6 +16,8 @@ import numpy as np
 import optax
 from flax import traverse_util
 from jax import flatten_util
+from jax.extend import core as jax_core
+from jax.extend.core import primitives
 
 from flax_densenet import losses as losses_lib
 from flax_densenet.data.augment import mixing
@@ -76,17 +78,38 @@ def new_state(
       multi_label: whether an image can have several labels.
       average: from `ema.start`, or None.
     """
-    # Compiled, since most states do not depend on the parameters: then XLA makes a few
-    # constants, where each operation by itself would go through all parameters.
-    opt_state = jax.device_get(jax.jit(optimizer.init)(variables['params']))
     return TrainState(
         step=np.zeros((), np.int32),
         params=variables['params'],
         batch_stats=variables['batch_stats'],
-        opt_state=opt_state,
+        opt_state=_first_opt_state(optimizer, variables['params']),
         running=new_running(np.float32 if multi_label else np.int32),
         average=average,
     )
+
+
+def _first_opt_state(optimizer, params):
+    """`optimizer.init(params)` on the host; compiles nothing if it is all constants."""
+    traced, shapes = jax.make_jaxpr(optimizer.init, return_shape=True)(params)
+    filled = {
+        equation.outvars[0]: np.full(
+            equation.outvars[0].aval.shape,
+            equation.invars[0].val,
+            equation.outvars[0].aval.dtype,
+        )
+        for equation in traced.jaxpr.eqns
+        if equation.primitive is primitives.broadcast_in_dim_p
+        and isinstance(equation.invars[0], jax_core.Literal)
+    }
+    leaves = [
+        np.asarray(out.val, out.aval.dtype)
+        if isinstance(out, jax_core.Literal)
+        else filled.get(out)
+        for out in traced.jaxpr.outvars
+    ]
+    if any(leaf is None for leaf in leaves):
+        return jax.device_get(jax.jit(optimizer.init)(params))
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def _add_to_running(running, epoch, losses, correct, counted):

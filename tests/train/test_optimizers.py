@@ -173,6 +173,21 @@ def test_the_first_state_is_the_optimizers_own():
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_state_of_constants_needs_no_compilation(monkeypatch):
+    optimizer = optax.MultiSteps(
+        optax.flatten(optax.adam(0.5, mu_dtype=jnp.bfloat16)),
+        every_k_schedule=2,
+    ).gradient_transformation()
+    expected = jax.device_get(optimizer.init(PARAMS))
+    monkeypatch.setattr(step.jax, 'jit', None)
+    found = step.new_state({'params': PARAMS, 'batch_stats': {}}, optimizer).opt_state
+    assert any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(found))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        assert isinstance(one, np.ndarray) and one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+
+
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [

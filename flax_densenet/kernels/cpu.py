@@ -62,6 +62,11 @@ _BFLOAT16 = {
         'DenseBlockForwardTrainBfloat16Together',
         'DenseBlockBackwardBfloat16Together',
     ),
+    'cpu_bf16_transition.cc': (
+        'TransitionForwardBfloat16',
+        'TransitionBackwardBfloat16',
+        'TransitionBackwardBfloat16Together',
+    ),
 }
 # Ways to multiply bfloat16, in the order of `Path` in cpu_bf16.h; see `bfloat16_path`.
 BFLOAT16_PATHS = ('amx', 'avx512', 'portable', 'emulated')

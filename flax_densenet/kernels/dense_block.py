@@ -33,7 +33,7 @@ import jax.numpy as jnp
 
 from flax_densenet.errors import UserError
 from flax_densenet.kernels import cpu as cpu_kernels
-from flax_densenet.kernels import native_block, spread, xla_block
+from flax_densenet.kernels import native_block, native_transition, spread, xla_block
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -161,6 +161,15 @@ def _in_float32(x):
     return reason is not None
 
 
+def _in_bfloat16(x):
+    """Whether the stem and transitions, whose input is x, are native in bfloat16.
+
+    Their gradients depend on all rows, which must be in this process.
+    """
+    local = jax.process_count() == 1 or not spread.is_shared()
+    return local and x.dtype == jnp.bfloat16 and not _in_float32(x)
+
+
 def _widen(x):
     return x.astype(jnp.float32)
 
@@ -209,10 +218,12 @@ def transition(x, norm, weights, *, epsilon, dtype, kernel='auto'):
       weights: `[1, 1, C, F]`.
       epsilon: added to the variance.
       dtype: dtype of the activations.
-      kernel: one of `KERNELS`. XLA always computes transitions; if the blocks are
-        native, it uses float32, which is faster on CPUs.
+      kernel: one of `KERNELS`. The C++ kernel is for bfloat16; if the blocks are native
+        but in float32, XLA computes in float32, which is faster on CPUs.
     """
     if dtype == jnp.bfloat16 and use_native(kernel, x):
+        if _in_bfloat16(x):
+            return native_transition.transition(x, *norm, weights[0, 0], epsilon)
         wide = transition(x, norm, weights, epsilon=epsilon, dtype=jnp.float32)
         return wide.astype(dtype)
     y = xla_block.normalize_relu(x, *norm, epsilon, dtype)

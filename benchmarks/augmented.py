@@ -48,8 +48,8 @@ def _cpu_seconds():
 def _serve_ours(folder, recipe):
     import numpy as np
 
-    from flax_densenet.data import dataset, pipeline, readers
     from flax_densenet.data import images as images_lib
+    from flax_densenet.data import labeled_images, pipeline, readers
 
     paths = _paths(folder)
 
@@ -61,7 +61,7 @@ def _serve_ours(folder, recipe):
             return super().__getitem__(index)
 
     reader = Counting(paths, np.zeros(len(paths), np.int32))
-    examples = dataset.Examples(
+    examples = labeled_images.Examples(
         reader, np.arange(len(paths)), images_lib.Preparation(SIZE)
     )
     jitter = recipe == 'color_jitter'

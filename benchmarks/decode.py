@@ -26,13 +26,13 @@ def _paths(folder):
 def _serve_ours(folder):
     import numpy as np
 
-    from flax_densenet.data import dataset, pipeline, readers
     from flax_densenet.data import images as images_lib
+    from flax_densenet.data import labeled_images, pipeline, readers
 
     paths = _paths(folder)
     reader = readers.FileReader(paths, np.zeros(len(paths), np.int32))
     preparation = images_lib.Preparation(SIZE)
-    examples = dataset.Examples(reader, np.arange(len(paths)), preparation)
+    examples = labeled_images.Examples(reader, np.arange(len(paths)), preparation)
 
     def measure():
         start = time.perf_counter()

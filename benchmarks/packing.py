@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import sidebyside
-from flax_densenet.data import dataset, images, pipeline, readers, sources
+from flax_densenet.data import images, labeled_images, pipeline, readers, sources
 from flax_densenet.data.packed import plan as pack_plan
 from flax_densenet.data.packed import reader as packed_reader
 from flax_densenet.data.packed import writer as pack_writer
@@ -90,7 +90,7 @@ def read_raw(make_reader, order, threads):
 def read_decoded(make_reader, order, size):
     """Seconds to read, decode and batch images as training does, in four threads."""
     start = time.perf_counter()
-    examples = dataset.Examples(make_reader(), order, images.Preparation(size))
+    examples = labeled_images.Examples(make_reader(), order, images.Preparation(size))
     batches = pipeline.eval_batches(examples, batch_size=50)
     count = sum(int(batch['mask'].sum()) for batch in batches)
     batches.close()

@@ -391,7 +391,7 @@ def _settings_of(metadata, data=None, labels='', **changes):
 def _array_examples(predictor, images, labels):
     import numpy as np
 
-    from flax_densenet.data import dataset, readers
+    from flax_densenet.data import labeled_images, readers
 
     images, labels = np.asarray(images), np.asarray(labels)
     classes = len(predictor.class_names)
@@ -412,4 +412,6 @@ def _array_examples(predictor, images, labels):
     reader = readers.ArrayReader(
         images, labels.astype(np.float32 if several else np.int32)
     )
-    return dataset.Examples(reader, np.arange(len(images)), predictor.preparation)
+    return labeled_images.Examples(
+        reader, np.arange(len(images)), predictor.preparation
+    )

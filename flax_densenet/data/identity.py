@@ -265,7 +265,7 @@ def find_trained_on(saved: Mapping[str, Any], examples) -> str:
 
     Args:
       saved: the checkpoint's metadata.
-      examples: `dataset.Examples`.
+      examples: `labeled_images.Examples`.
     """
     sample = (saved.get('identity') or {}).get('sample') or []
     wanted = {(size, digest) for _, size, digest in sample}

@@ -22,7 +22,7 @@ from PIL import Image
 from flax_densenet.data import (
     bands,
     class_balance,
-    dataset,
+    labeled_images,
     source_checks,
     unreadable,
 )
@@ -69,7 +69,7 @@ class _Augment(grain.transforms.RandomMap):
 
 
 def check_train_batches(
-    examples: dataset.Examples,
+    examples: labeled_images.Examples,
     batch_size: int,
     augment: str,
     workers: int,
@@ -101,7 +101,7 @@ def check_train_batches(
             'data.balance=loss needs one class per image; with several labels use '
             'train.pos_weight=auto, or data.balance=sampler'
         )
-    if workers and isinstance(examples, dataset.CachedExamples):
+    if workers and isinstance(examples, labeled_images.CachedExamples):
         raise UserError(
             f'data.workers={workers} cannot be combined with data.cache=memory, which '
             'processes do not share; use data.workers=0'
@@ -109,7 +109,7 @@ def check_train_batches(
 
 
 def train_batches(
-    examples: dataset.Examples,
+    examples: labeled_images.Examples,
     *,
     batch_size: int,
     seed: int,
@@ -190,7 +190,7 @@ def _preparation_of(examples):
 
 
 def eval_batches(
-    examples: dataset.Examples | dataset.Numbered,
+    examples: labeled_images.Examples | labeled_images.Numbered,
     *,
     batch_size: int,
     bad_images: str = 'error',

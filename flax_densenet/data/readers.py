@@ -1,7 +1,7 @@
 """Readers: random access to the labeled images of a source.
 
-A loader of `sources` makes one; `dataset.Examples` decodes what it returns. A reader
-answers every question that depends on how images are stored.
+A loader of `sources` makes one; `labeled_images.Examples` decodes what it returns. A
+reader answers every question that depends on how images are stored.
 """
 
 import dataclasses

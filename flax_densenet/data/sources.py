@@ -1,7 +1,7 @@
 """The loaders of labeled images, one for each kind of `data.source`.
 
 A loader lists the images (paths, arrays, records) and reads as little as possible;
-`dataset.Examples` decodes them.
+`labeled_images.Examples` decodes them.
 """
 
 import os

@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from flax_densenet.data import dataset
+from flax_densenet.data import labeled_images
 
 
-class Subset(dataset.Examples):
+class Subset(labeled_images.Examples):
     """A subset of other examples, without copying their memory."""
 
-    def __init__(self, examples: dataset.Examples, positions):
+    def __init__(self, examples: labeled_images.Examples, positions):
         super().__init__(
             examples.reader, examples.indices[positions], examples.preparation
         )

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flax_densenet import losses as losses_lib
-from flax_densenet.data import dataset, notes, pipeline, soft_labels, unreadable
+from flax_densenet.data import labeled_images, notes, pipeline, soft_labels, unreadable
 from flax_densenet.data import parts as parts_lib
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.errors import UserError, list_first
@@ -68,7 +68,7 @@ def eval_step(variables, batch, *, module, mean, std, tta='none'):
 def evaluate(
     module: densenet.DenseNet,
     variables,
-    examples: dataset.Examples,
+    examples: labeled_images.Examples,
     *,
     batch_size: int,
     mesh,
@@ -159,7 +159,7 @@ class Outputs:
 
 def compute_outputs(
     trained: Trained,
-    examples: dataset.Examples,
+    examples: labeled_images.Examples,
     *,
     batch_size: int,
     threads: int = 4,
@@ -253,7 +253,7 @@ def finish_logits(trained: Trained, logits: np.ndarray) -> np.ndarray:
 
 
 def compute_logits(
-    trained: Trained, examples: dataset.Examples, **loading
+    trained: Trained, examples: labeled_images.Examples, **loading
 ) -> tuple[np.ndarray, np.ndarray]:
     """`finish_logits` of `compute_outputs`, and the labels.
 
@@ -315,8 +315,8 @@ def _eval_steps(
 
 
 def match_classes(
-    examples: dataset.Examples, names, trained_names, *, count: int = 0
-) -> dataset.Examples:
+    examples: labeled_images.Examples, names, trained_names, *, count: int = 0
+) -> labeled_images.Examples:
     """Renumbers the labels of a source to the classes of a model.
 
     Labels are matched by class name, so a folder with fewer classes can be used. A
@@ -354,7 +354,7 @@ def match_classes(
     if tuple(names) == tuple(trained_names):
         return examples
     places = [trained_names.index(name) for name in names]
-    return dataset.Relabeled(examples, places, len(trained_names))
+    return labeled_images.Relabeled(examples, places, len(trained_names))
 
 
 def format_metrics(name: str, metrics: dict[str, float]) -> str:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 from flax_densenet import settings as settings_lib
-from flax_densenet.data import dataset, identity, notes, soft_labels
+from flax_densenet.data import dataset, identity, labeled_images, notes, soft_labels
 from flax_densenet.distributed import mesh
 from flax_densenet.errors import UserError, list_first
 from flax_densenet.evaluation import evaluate
@@ -20,7 +20,7 @@ def find_examples(
     *,
     selecting: bool = False,
     to_measure: bool = True,
-) -> tuple[dataset.Source, dataset.Examples, tuple[str, ...], bool]:
+) -> tuple[dataset.Source, labeled_images.Examples, tuple[str, ...], bool]:
     """The labeled images to measure a model on.
 
     For the data that the model was trained on, these are the test images. For other
@@ -118,7 +118,7 @@ def _choose(trained, path, source, trained_on, *, selecting, to_measure):
             'model that was not trained on it'
         )
     if not has_part and not trained_on:
-        return dataset.join(*source.parts.values())
+        return labeled_images.join(*source.parts.values())
     return source.selection if selecting else source.test
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from flax_densenet import settings as settings_lib
-from flax_densenet.data import dataset
+from flax_densenet.data import labeled_images
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import evaluate, fitting, precisions
 from flax_densenet.evaluation import results as results_lib
@@ -88,7 +88,7 @@ class OutOfFold:
         examples = found.examples
         return dataclasses.replace(
             found,
-            examples=dataset.Examples(
+            examples=labeled_images.Examples(
                 examples.reader, examples.indices[rows], examples.preparation
             ),
             logits=found.logits[rows],
@@ -217,7 +217,7 @@ def _pool(workdir, found):
     """Combines the `results.Results` of all folds."""
     first = found[0].examples
     indices = np.concatenate([one.examples.indices for one in found])
-    examples = dataset.Examples(first.reader, indices, first.preparation)
+    examples = labeled_images.Examples(first.reader, indices, first.preparation)
     names = [one.name(row) for one in found for row in range(len(one.labels))]
     count = len(np.unique(indices))
     if count != len(indices) or names != [examples.name(i) for i in range(count)]:

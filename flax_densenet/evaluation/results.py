@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from flax_densenet import settings as settings_lib
-from flax_densenet.data import dataset
+from flax_densenet.data import dataset, labeled_images
 from flax_densenet.distributed import mesh
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import (
@@ -71,7 +71,7 @@ class Results:
         `out_of_fold`.
     """
 
-    examples: dataset.Examples
+    examples: labeled_images.Examples
     class_names: tuple[str, ...]
     logits: np.ndarray
     labels: np.ndarray
@@ -218,7 +218,10 @@ def describe(
 
 
 def collect(
-    trained: trained_lib.Trained, examples: dataset.Examples, class_names, **loading
+    trained: trained_lib.Trained,
+    examples: labeled_images.Examples,
+    class_names,
+    **loading,
 ) -> Results:
     """Computes all logits.
 
@@ -232,7 +235,7 @@ def collect(
 
 def from_outputs(
     trained: trained_lib.Trained,
-    examples: dataset.Examples,
+    examples: labeled_images.Examples,
     class_names,
     computed: evaluate.Outputs,
 ) -> Results:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_densenet.data import dataset
+from flax_densenet.data import dataset, labeled_images
 from flax_densenet.evaluation import evaluate
 from flax_densenet.weights import trained as trained_lib
 
@@ -66,8 +66,8 @@ class Selection:
     class_names: tuple[str, ...]
     data: str
     part: str
-    examples: dataset.Examples
-    train: dataset.Examples | None
+    examples: labeled_images.Examples
+    train: labeled_images.Examples | None
     outputs: evaluate.Outputs
     loading: dict[str, Any]
 
@@ -93,13 +93,13 @@ class Selection:
             return self.outputs.features
         return self.features_of(self.examples)
 
-    def features_of(self, examples: dataset.Examples) -> np.ndarray:
+    def features_of(self, examples: labeled_images.Examples) -> np.ndarray:
         """Pooled features of other images, such as some of `train`."""
         found = self.outputs_of(examples).features
         assert found is not None
         return found
 
-    def outputs_of(self, examples: dataset.Examples) -> evaluate.Outputs:
+    def outputs_of(self, examples: labeled_images.Examples) -> evaluate.Outputs:
         """Logits, labels and pooled features of other images."""
         return evaluate.compute_outputs(
             self.trained, examples, features=True, title='features', **self.loading
@@ -136,12 +136,12 @@ def select(
 
 def compute(
     trained: trained_lib.Trained,
-    examples: dataset.Examples,
+    examples: labeled_images.Examples,
     class_names,
     *,
     data: str,
     part: str,
-    train: dataset.Examples | None,
+    train: labeled_images.Examples | None,
     features: bool = False,
     **loading,
 ) -> Selection:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from flax_densenet.data import bands, dataset, deep_picture
+from flax_densenet.data import bands, deep_picture, labeled_images
 from flax_densenet.evaluation import results
 from flax_densenet.inference import explain, originals, overlay
 from flax_densenet.inference import predictor as predictor_lib
@@ -35,7 +35,7 @@ def to_uri(image: np.ndarray, side: int, *, strong: bool = False) -> str:
 
 
 def pick_samples(
-    examples: dataset.Examples, labels: np.ndarray, most: int
+    examples: labeled_images.Examples, labels: np.ndarray, most: int
 ) -> list[int]:
     """Positions of images, from each class in turn, until there are `most`.
 
@@ -190,7 +190,7 @@ def _resize(image, scale):
     return np.asarray(picture.resize(size, kind))
 
 
-def originals_of(examples: dataset.Examples):
+def originals_of(examples: labeled_images.Examples):
     """A function from positions to originals and the part that the model sees.
 
     Returns:

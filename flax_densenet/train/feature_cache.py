@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from flax_densenet import settings
-from flax_densenet.data import dataset, pipeline
+from flax_densenet.data import dataset, labeled_images, pipeline
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import evaluate
@@ -125,7 +125,7 @@ def cache_features(
     start, parts = time.perf_counter(), []
     for examples in (source.train, source.selection):
         batches = pipeline.eval_batches(
-            dataset.Numbered(examples), batch_size=batch_size, **loading
+            labeled_images.Numbered(examples), batch_size=batch_size, **loading
         )
         parts.append(_collect(compute, variables, batches, len(examples), mesh))
         batches.close()

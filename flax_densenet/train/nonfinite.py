@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from flax_densenet.data import dataset
+from flax_densenet.data import labeled_images
 from flax_densenet.distributed import mesh, processes
 from flax_densenet.errors import UserError
 from flax_densenet.system import atomic
@@ -147,7 +147,7 @@ def _batch_of(run, number):
     With several hosts it is this host's part.
     """
     source = run.features or run.source
-    source = dataclasses.replace(source, train=dataset.Numbered(source.train))
+    source = dataclasses.replace(source, train=labeled_images.Numbered(source.train))
     batches = training_run.train_batches(run, source, number - 1, workers=0)
     try:
         return next(batches)

@@ -10,7 +10,7 @@ import pytest
 
 from flax_densenet import UserError, create_model, init_variables, settings
 from flax_densenet import losses as losses_lib
-from flax_densenet.data import class_balance, dataset, pipeline
+from flax_densenet.data import class_balance, dataset, labeled_images, pipeline
 from flax_densenet.train import (
     announce,
     feature_cache,
@@ -28,7 +28,7 @@ COUNTS = {'ants': 30, 'bees': 3, 'wasps': 1}
 def source(tmp_path_factory):
     folder = write_images(tmp_path_factory.mktemp('photos'), COUNTS, size=(8, 8))
     source = dataset.load_source(f'folder:{folder}', image_size=8)
-    everything = dataset.join(source.train, source.test)
+    everything = labeled_images.join(source.train, source.test)
     return dataset.dataclasses.replace(source, train=everything)
 
 

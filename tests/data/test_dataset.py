@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from flax_densenet import UserError
-from flax_densenet.data import dataset, pipeline
+from flax_densenet.data import dataset, labeled_images, pipeline
 from helpers.paths import shared
 from helpers.runs import write_images
 from helpers.sources import load, rows, take
@@ -170,10 +170,10 @@ def test_a_bad_image_met_later_is_named(folder):
 
 def test_relabeled_and_joined(folder):
     source = load(folder)
-    renamed = dataset.Relabeled(source.train, [5, 7, 9], 10)
+    renamed = labeled_images.Relabeled(source.train, [5, 7, 9], 10)
     assert set(renamed.labels) == {5, 7, 9}
     assert [renamed[i]['label'] for i in range(24)] == renamed.labels.tolist()
-    everything = dataset.join(source.train, source.test)
+    everything = labeled_images.join(source.train, source.test)
     assert sorted(everything.indices) == list(range(30))
 
 

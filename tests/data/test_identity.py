@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flax_densenet.data import dataset, identity
+from flax_densenet.data import dataset, identity, labeled_images
 from flax_densenet.data.packed import writer
 from helpers.runs import write_images
 
@@ -106,7 +106,7 @@ def test_training_images_among_others(photos, tmp_path):
     write_images(tmp_path / 'new', {'a': 5, 'b': 5}, seed=3)
     shutil.copy(source.train.name(3), 'new/a/renamed.png')
     new = load('folder:new')
-    every = dataset.join(new.train, new.test)
+    every = labeled_images.join(new.train, new.test)
     assert '1 of 19' in identity.find_trained_on(saved, every)
     other_split = load('folder:photos', split_seed=5).test
     assert 'training images are among the 5 images' in (

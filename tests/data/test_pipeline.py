@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from flax_densenet import UserError
-from flax_densenet.data import dataset, pipeline, readers
 from flax_densenet.data import images as images_lib
+from flax_densenet.data import labeled_images, pipeline, readers
 from helpers.sources import load, rows, take
 
 
@@ -90,7 +90,7 @@ def test_a_host_reads_its_rows_alone(folder, monkeypatch):
         for host in (0, 1):
             monkeypatch.setattr(pipeline.jax, 'process_index', lambda host=host: host)
 
-            class Counted(dataset.Examples):
+            class Counted(labeled_images.Examples):
                 def __getitem__(self, position, seen=read[host]):
                     seen.append(int(position))
                     return super().__getitem__(position)
@@ -162,7 +162,7 @@ def test_memory_does_not_grow_with_the_number_of_images(folder):
     def peak(repeats):
         reader = readers.FileReader(paths * repeats, np.zeros(30 * repeats, np.int32))
         preparation = images_lib.Preparation(64)
-        examples = dataset.Examples(reader, np.arange(30 * repeats), preparation)
+        examples = labeled_images.Examples(reader, np.arange(30 * repeats), preparation)
         tracemalloc.start()
         for batch in pipeline.eval_batches(examples, batch_size=10):
             assert len(batch['image']) == 10

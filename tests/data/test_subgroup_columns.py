@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flax_densenet import UserError, settings
-from flax_densenet.data import dataset, notes, subgroup_columns
+from flax_densenet.data import dataset, labeled_images, notes, subgroup_columns
 from helpers import packs
 from helpers.runs import write_images
 
@@ -99,9 +99,9 @@ def test_columns_of_a_table(tmp_path, monkeypatch):
             number = int(part.name(n)[-7:-4])
             assert part.subgroups['age'][n] == 20 + number
             assert part.subgroups['sex'][n] == ('M' if number % 3 else 'F')
-        joined = dataset.join(part)
+        joined = labeled_images.join(part)
         np.testing.assert_array_equal(joined.subgroups['sex'], part.subgroups['sex'])
-        assert list(dataset.Relabeled(part, [1], 2).subgroups) == ['age', 'sex']
+        assert list(labeled_images.Relabeled(part, [1], 2).subgroups) == ['age', 'sex']
 
 
 def test_packs_keep_them(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from flax_densenet import UserError
-from flax_densenet.data import dataset, pipeline, tfds_source
+from flax_densenet.data import dataset, labeled_images, pipeline, tfds_source
 from helpers.sources import take
 
 
@@ -93,7 +93,7 @@ def test_tfds_without_tensorflow(tfds, tmp_path, with_test):
         assert part.labels.tolist() == [part[i]['label'] for i in range(len(part))]
     batch = take(pipeline.train_batches(source.train, batch_size=4, seed=0), 1)[0]
     assert batch['image'].shape == (4, 8, 8, 3)
-    everything = dataset.join(source.train, source.test)
+    everything = labeled_images.join(source.train, source.test)
     assert sorted(everything[i]['image'][0, 0, 0] for i in range(len(everything)))[
         -1
     ] == (220 if with_test else 140)

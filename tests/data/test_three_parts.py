@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from flax_densenet import UserError
-from flax_densenet.data import dataset, identity, readers, splits
+from flax_densenet.data import dataset, identity, labeled_images, readers, splits
 from flax_densenet.data.packed import manifest as manifest_lib
 from helpers import packs
 from helpers.runs import write_images
@@ -195,7 +195,7 @@ def test_groups_of_a_folder_with_parts(tmp_path, capsys):
         'are in more than one part'
     ) in capsys.readouterr().out
     assert len(set(source.train.groups)) == 4 == len(source.train.groups) / 4
-    joined = dataset.join(*source.parts.values())
+    joined = labeled_images.join(*source.parts.values())
     assert len(set(joined.groups)) == 7 and len(joined.groups) == 32
 
 

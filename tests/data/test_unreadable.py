@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from flax_densenet import UserError
-from flax_densenet.data import dataset, pipeline, unreadable
+from flax_densenet.data import dataset, labeled_images, pipeline, unreadable
 from flax_densenet.evaluation import evaluate
 from flax_densenet.train import fit, loop, prepare, step, training_run
 from helpers.runs import tiny_config, write_images
@@ -92,7 +92,7 @@ def test_skip_changes_nothing_where_all_is_read(source):
 
 
 def test_the_cache_keeps_no_stand_in(source):
-    cached = dataset.CachedExamples(source.train)
+    cached = labeled_images.CachedExamples(source.train)
     lose(source.train, [3])
     batches = pipeline.train_batches(cached, batch_size=8, seed=0, bad_images='skip')
     take(batches, 9)
@@ -139,7 +139,7 @@ def test_evaluation_leaves_them_out(source, monkeypatch):
 def test_features_are_of_all_images(source):
     """A run begins with them; it can begin again without the file."""
     lose(source.train, [1])
-    batches = pipeline.eval_batches(dataset.Numbered(source.train), batch_size=8)
+    batches = pipeline.eval_batches(labeled_images.Numbered(source.train), batch_size=8)
     with pytest.raises(UserError, match='is not there'):
         list(batches)
 

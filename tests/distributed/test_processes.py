@@ -241,13 +241,13 @@ def test_elastic(tmp_path):
 COUNTS = """
 import json, os, sys
 import launch
-from flax_densenet.data import dataset
+from flax_densenet.data import labeled_images
 names = open(os.environ['COUNTS'] + sys.argv[4][-1], 'w')
-get = dataset.Examples.__getitem__
+get = labeled_images.Examples.__getitem__
 def count(self, position):
     print(self.name(int(position)), file=names, flush=True)
     return get(self, position)
-dataset.Examples.__getitem__ = count
+labeled_images.Examples.__getitem__ = count
 sys.exit(launch.main(sys.argv))
 """
 

@@ -11,7 +11,7 @@ from scipy import special
 from sklearn import metrics as sklearn_metrics
 
 from flax_densenet import UserError, settings
-from flax_densenet.data import dataset
+from flax_densenet.data import dataset, labeled_images
 from flax_densenet.evaluation import (
     evaluate,
     measured_data,
@@ -179,7 +179,7 @@ def test_other_data(run, tmp_path):
     _, examples, names, trained_on = measured_data.find_examples(trained, 'run', made)
     assert not trained_on and len(examples) == 9
     assert names == ('ants', 'bees', 'wasps') and set(examples.labels) == {1, 2}
-    assert isinstance(examples, dataset.Examples)
+    assert isinstance(examples, labeled_images.Examples)
 
 
 def test_unusable(run, tmp_path):

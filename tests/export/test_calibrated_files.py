@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from flax_densenet.data import dataset
+from flax_densenet.data import dataset, labeled_images
 from flax_densenet.evaluation import evaluate, metrics
 from flax_densenet.export import formats, verify
 from flax_densenet.inference import predictor
@@ -49,7 +49,7 @@ def images(source):
 
 
 def logits_of(trained, source):
-    examples = dataset.Examples(
+    examples = labeled_images.Examples(
         source.test.reader, source.test.indices[:8], source.test.preparation
     )
     return evaluate.compute_outputs(trained, examples, batch_size=8).logits

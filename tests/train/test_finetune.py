@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from flax_densenet import UserError, create_model, init_variables
-from flax_densenet.data import dataset
+from flax_densenet.data import dataset, labeled_images
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.evaluation import evaluate
 from flax_densenet.models import summary
@@ -279,13 +279,13 @@ def test_head_warmup_and_resuming(pretrained, tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def reads(monkeypatch):
     """Positions of the images that are read."""
-    positions, get = [], dataset.Examples.__getitem__
+    positions, get = [], labeled_images.Examples.__getitem__
 
     def read(self, position):
         positions.append(position)
         return get(self, position)
 
-    monkeypatch.setattr(dataset.Examples, '__getitem__', read)
+    monkeypatch.setattr(labeled_images.Examples, '__getitem__', read)
     return positions
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from flax_densenet.data import dataset
+from flax_densenet.data import dataset, labeled_images
 from flax_densenet.errors import UserError
 from flax_densenet.train import (
     nonfinite,
@@ -104,6 +104,6 @@ def test_images_in_memory_have_a_size_each():
     source = dataset.load_source('digits', image_size=8, cache='memory')
     small = source.train.at_size(4)
     assert small[3]['image'].shape == (4, 4, 3)
-    assert isinstance(small, dataset.CachedExamples)
+    assert isinstance(small, labeled_images.CachedExamples)
     assert source.train.at_size(8) is source.train
     assert source.train[3]['image'].shape == (8, 8, 3)

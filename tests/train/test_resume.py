@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from flax_densenet import settings as settings_lib
-from flax_densenet.data import dataset, identity, notes
+from flax_densenet.data import dataset, identity, labeled_images, notes
 from flax_densenet.errors import UserError
 from flax_densenet.train import fit, resume
 from helpers.paths import ROOT
@@ -207,8 +207,10 @@ def test_a_split_that_changed_a_little(photos, monkeypatch):
     train[0], test[0] = test[0], train[0]
     other = dataclasses.replace(
         source,
-        train=dataset.Examples(source.train.reader, train, source.train.preparation),
-        test=dataset.Examples(source.test.reader, test, source.test.preparation),
+        train=labeled_images.Examples(
+            source.train.reader, train, source.train.preparation
+        ),
+        test=labeled_images.Examples(source.test.reader, test, source.test.preparation),
     )
     assert '; 1 training images are test images now' in check(saved, other)
 

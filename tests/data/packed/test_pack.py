@@ -11,7 +11,7 @@ import pytest
 from absl import flags
 
 from flax_densenet import UserError
-from flax_densenet.data import dataset, label_options, pipeline
+from flax_densenet.data import label_options, labeled_images, pipeline
 from flax_densenet.data.packed import manifest, records
 from flax_densenet.data.packed import reader as packed_reader
 from flax_densenet.data.packed import writer as pack_writer
@@ -199,7 +199,9 @@ def test_a_flipped_byte_is_found(out):
     source = load(f'packed:{out}')
     for skip in ('skip', 'error'):
         batches = pipeline.eval_batches(
-            dataset.join(source.train, source.test), batch_size=25, bad_images=skip
+            labeled_images.join(source.train, source.test),
+            batch_size=25,
+            bad_images=skip,
         )
         if skip == 'skip':
             assert next(batches)['mask'].tolist().count(0) == 1

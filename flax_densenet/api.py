@@ -278,6 +278,7 @@ def evaluate(
             lambda metadata: _settings_of(metadata, **changes),
             mesh=trained.mesh,
             precision=trained.precision or None,
+            unusual=trained.decisions and trained.decisions.unusual,
         ).results
     else:
         settings = _data_settings(trained, data, labels, batch_size=batch_size)

@@ -61,22 +61,18 @@ def measure(invocation: options.Invocation, workdir: str, *, report: bool, **mor
     from flax_densenet.weights import trained as trained_lib
 
     flags = invocation.flags
-    if 'others' in flags and (others := flags.others):
-        raise UserError(
-            f'--others={others} is for one model, and {workdir} holds several; name '
-            f'one of them, such as {workdir}/fold-1'
-        )
     allowed = ('data.', 'report.') if report else ('data.',)
     trained_model.check_fields(invocation, workdir, *allowed)
     chosen = trained_model.choices(invocation, own_data=True)
     ensemble = trained_lib.load_trained(workdir, choices=chosen)
     if trained_model.data_settings(invocation, ensemble.metadata)[1]:
         return None
-    rules = more.get('rules')
-    if rules is not None and not rules.threshold:
-        raise UserError(
-            f'each model of {workdir} was calibrated separately; choose thresholds for '
-            'all of them with --threshold=RULE, or name one of them'
+    if (rules := more.get('rules')) is not None:
+        _check_rules(rules, workdir)
+    if 'others' in flags and flags.others:
+        trained_model.check_others(invocation, ensemble, workdir)
+        more['others'] = lambda trained, settings: trained_model.find_others(
+            invocation, trained, settings
         )
     return crossval.measure(
         workdir,
@@ -86,6 +82,20 @@ def measure(invocation: options.Invocation, workdir: str, *, report: bool, **mor
         report=report,
         **more,
     )
+
+
+def _check_rules(rules, workdir):
+    """Raises for what each model of a cross-validation has of its own."""
+    one = f'name one of its models, such as {workdir}/fold-1'
+    if not rules.calibrate:
+        raise UserError(
+            f'--nocalibrate: each model of {workdir} has its own calibration; {one}'
+        )
+    if rules.unusual not in ('auto', 'off'):
+        raise UserError(
+            f'--unusual={rules.unusual}: each model of {workdir} has its own '
+            f'statistics; {one}, then {workdir} for the limits'
+        )
 
 
 def _val_fraction(invocation):

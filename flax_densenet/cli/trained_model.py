@@ -229,13 +229,19 @@ def check_others(invocation: options.Invocation, trained, path: str):
 
 
 def add_others(invocation: options.Invocation, trained, settings, found):
-    """Adds the scores of the images in --others to the results, if the flag is given.
+    """Adds the result of `find_others` to the results."""
+    others = find_others(invocation, trained, settings)
+    return dataclasses.replace(found, others=others)
+
+
+def find_others(invocation: options.Invocation, trained, settings):
+    """The scores of the images in --others; None without the flag.
 
     Every process computes all of them.
     """
     given = invocation.flags.others
     if not given:
-        return found
+        return None
     import numpy as np
 
     from flax_densenet.data import notes
@@ -252,7 +258,7 @@ def add_others(invocation: options.Invocation, trained, settings, found):
         notes.say(f'--others={given}: {len(files) - len(rows)} files cannot be read')
     name = os.path.basename(given.rstrip(os.sep)) or given
     scores = np.array([row.unusual for row in rows], np.float32)
-    return dataclasses.replace(found, others=doubt.Others(name, scores))
+    return doubt.Others(name, scores)
 
 
 def load(invocation: options.Invocation, workdir: str, *allowed: str, **more):

@@ -141,7 +141,7 @@ def describe(found: dict[str, Any], *, several: bool = False) -> list[str]:
         row = found['unusual']
         line = f'unusual: {row["flagged"]:.1%} of these images'
         if row['share'] is not None:
-            line += f' ({1 - row["share"]:.1%} of the validation images)'
+            line += f' ({1 - row["share"]:.1%} of those that set the limit)'
         if row['accuracy_unusual'] is not None and row['accuracy_usual'] is not None:
             line += (
                 f'; their accuracy {row["accuracy_unusual"]:.1%}, of the others '

@@ -150,11 +150,14 @@ class Outputs:
         by operating points.
       labels: int32 `[N]`, or float32 `[N, L]` of 0, 1 and NaN, also for soft ones.
       features: pooled features, float32 `[N, F]`, if they were requested.
+      own_logits: with the features, the logits of the images themselves, if `logits`
+        are means: over views (`data.tta`), or over M members, float32 `[N, M, C]`.
     """
 
     logits: np.ndarray
     labels: np.ndarray
     features: np.ndarray | None = None
+    own_logits: np.ndarray | None = None
 
 
 def compute_outputs(
@@ -174,8 +177,8 @@ def compute_outputs(
 
     Args:
       batch_size: over all devices; a multiple of their number.
-      features: whether to return pooled features as well, from the same pass; they
-        belong to the images themselves, not to other views of them.
+      features: whether to return pooled features and `own_logits` as well, from the
+        same pass; they belong to the images themselves, not to other views of them.
       title: title of the progress bar.
 
     Raises:
@@ -203,8 +206,8 @@ def compute_outputs(
         workers=workers,
     )
     with tqdm(total=len(examples), desc=title, leave=False, disable=None) as bar:
-        for pooled, logits, batch in steps:
-            made = logits, batch['label'], *([pooled] if features else [])
+        for own, logits, batch in steps:
+            made = logits, batch['label'], *(own if features else ())
             mask = mesh_lib.gather(batch['mask']) > 0
             parts.append([mesh_lib.gather(part)[mask] for part in made])
             bar.update(len(parts[-1][0]))
@@ -222,21 +225,22 @@ def compute_outputs(
 
 @functools.partial(jax.jit, static_argnames=('module', 'mean', 'std', 'tta'))
 def _features_step(variables, batch, *, module, mean, std, tta='none'):
-    """Pooled features of a batch of images, and the logits."""
+    """Pooled features (with `own_logits`) of a batch of images, and the logits."""
+    apply = functools.partial(module.apply, variables, mutable=False)
     pooled, logits = [], []
     for view in tta_lib.views_of(batch['image'], tta):
-        images = normalize(view, mean=mean, std=std)
-        pooled.append(module.apply(variables, images, method=_pool, mutable=False))
-        made = module.apply(variables, pooled[-1], method='classify', mutable=False)
-        logits.append(made)
-    several = batch['label'].ndim == 2
+        maps = apply(normalize(view, mean=mean, std=std), method='features')
+        pooled.append(apply(maps, method='pool'))
+        logits.append(apply(pooled[-1], method='classify'))
+    own = [pooled[0]]
+    if module.members > 1:
+        own.append(apply(pooled[0], method='classify_each'))
+    elif len(logits) > 1:
+        own.append(logits[0])
     if len(logits) > 1:
+        several = batch['label'].ndim == 2
         logits = [tta_lib.mean_logits(jnp.stack(logits), multi_label=several)]
-    return pooled[0].astype(jnp.float32), logits[0]
-
-
-def _pool(module, images):
-    return module.pool(module.features(images))
+    return tuple(part.astype(jnp.float32) for part in own), logits[0]
 
 
 def finish_logits(trained: Trained, logits: np.ndarray) -> np.ndarray:
@@ -270,13 +274,16 @@ class _Folded:
 
     module: network.Network
 
+    @property
+    def members(self) -> int:
+        return self.module.members
+
     def apply(self, arrays, images, *, mutable, method=None):
         if method is None:
             return folded.logits(self.module, arrays, images)
-        maps = images  # argument of `classify`: pooled features
-        if method is _pool:
-            method, maps = 'pool', folded.features(self.module, arrays, images)
-        return self.module.apply(arrays['head'], maps, method=method)
+        if method == 'features':
+            return folded.features(self.module, arrays, images)
+        return self.module.apply(arrays['head'], images, method=method)
 
 
 def _eval_steps(

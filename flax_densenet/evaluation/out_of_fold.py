@@ -16,13 +16,13 @@ import numpy as np
 from flax_densenet import settings as settings_lib
 from flax_densenet.data import labeled_images
 from flax_densenet.errors import UserError
-from flax_densenet.evaluation import evaluate, fitting, precisions
+from flax_densenet.evaluation import evaluate, fitting, precisions, unusual_folds
 from flax_densenet.evaluation import results as results_lib
 from flax_densenet.evaluation import selection as selection_lib
 from flax_densenet.models import tta as tta_lib
 from flax_densenet.weights import choices as choices_lib
 from flax_densenet.weights import decisions as decisions_lib
-from flax_densenet.weights import ensembles
+from flax_densenet.weights import ensembles, unusual_members
 from flax_densenet.weights import trained as trained_lib
 
 TEST = 'test'  # folder for the ensemble's results on the test part of the data
@@ -140,6 +140,7 @@ def collect(
     mesh,
     choices: choices_lib.Choices = choices_lib.NO_CHOICES,
     precision: str | None = None,
+    unusual: unusual_members.MembersUnusual | None = None,
 ) -> OutOfFold:
     """Measures each member of an ensemble on the fold that was held out from it.
 
@@ -148,6 +149,7 @@ def collect(
       settings_of: function from the metadata of a member to the settings to measure it
         with.
       precision: see `precisions.of_data`.
+      unusual: the score of the ensemble, whose limits replace those of its members.
 
     Raises:
       UserError: a member or its images no longer exist.
@@ -158,6 +160,8 @@ def collect(
     for number, name in enumerate(ensembles.read(workdir).members, start=1):
         path = os.path.join(workdir, name)
         trained = trained_lib.load_trained(path, mesh=mesh, choices=choices)
+        if unusual is not None and trained.decisions is not None:
+            trained = trained.with_unusual(unusual.members[number - 1])
         settings = settings_of(trained.metadata)
         trained = trained.with_tta(settings.evaluation.tta)
         trained, source, own, trained_on = precisions.of_data(
@@ -174,12 +178,15 @@ def collect(
     return OutOfFold(_pool(workdir, found), tuple(folds), data)
 
 
-def fit_thresholds(
+def fit(
     found: OutOfFold, ensemble: trained_lib.Trained, rules: selection_lib.Rules
 ) -> decisions_lib.Decisions:
-    """Thresholds for an ensemble, chosen on the out-of-fold predictions.
+    """Decisions of an ensemble, fitted on the out-of-fold predictions.
 
     Its calibration is that of its members, each of which was calibrated separately.
+
+    Args:
+      found: from `collect` without `unusual`.
 
     Raises:
       UserError: the rule does not fit the model.
@@ -194,8 +201,33 @@ def fit_thresholds(
         outputs=evaluate.Outputs(found.results.logits, found.results.labels),
         loading={},
     )
-    rules = dataclasses.replace(rules, calibrate=False, unusual='off')
-    return fitting.fit(all_images, rules)
+    plain = dataclasses.replace(rules, calibrate=False, unusual='off')
+    made = fitting.fit(all_images, plain)
+    if rules.unusual == 'off':
+        return made
+    score = unusual_folds.fit(
+        [(fold.name, fold.trained) for fold in found.folds],
+        [found.of_fold(fold.number).unusual for fold in found.folds],
+        rules.unusual_share,
+    )
+    return dataclasses.replace(made, unusual=score)
+
+
+def rescale(found: OutOfFold, score: unusual_members.MembersUnusual) -> OutOfFold:
+    """The results with scores by the limits of `score`, fitted on them."""
+    scores, folds = [], []
+    for fold, member in zip(found.folds, score.members, strict=True):
+        own = found.of_fold(fold.number).unusual
+        before = fold.trained.decisions and fold.trained.decisions.unusual
+        assert own is not None and before
+        scores.append(unusual_folds.rescale(own, before, member))
+        trained = fold.trained.with_unusual(member)
+        folds.append(dataclasses.replace(fold, trained=trained))
+    joined = np.zeros(len(found.fold_of), np.float32)
+    for fold, part in zip(found.folds, scores, strict=True):
+        joined[found.fold_of == fold.number] = part
+    results = dataclasses.replace(found.results, unusual=joined)
+    return dataclasses.replace(found, results=results, folds=tuple(folds))
 
 
 def _describe(number, name, trained, found, source):
@@ -281,15 +313,18 @@ def _show(values):
 def describe_selection(found: OutOfFold) -> str:
     """A sentence on whether the measured images chose anything."""
     decisions = found.results.decisions
-    thresholds = decisions is not None and decisions.thresholds is not None
+    chosen = []
+    if decisions is not None:
+        if decisions.thresholds is not None:
+            chosen.append('the thresholds')
+        if decisions.unusual is not None:
+            chosen.append('the limit of unusual images')
     if found.chosen_apart:
-        start = (
+        return (
             'Each image was predicted by the model that was not trained on it, and '
-            'validation images chose its epoch: the measured images chose '
+            'validation images chose its epoch: the measured images chose nothing'
+            + (f' but {" and ".join(chosen)}.' if chosen else '.')
         )
-        if thresholds:
-            return f'{start}the thresholds alone.'
-        return f'{start}nothing.'
     return (
         'Each image was predicted by the model that was not trained on it, but each '
         "fold's best epoch was chosen on the same held-out images, which makes the "

@@ -228,7 +228,7 @@ def collect(
     Args:
       **loading: `batch_size`, `threads` and `workers`, as in `evaluate.compute_logits`.
     """
-    features = unusual_lib.needs_features(trained)
+    features = unusual_lib.needs_own_outputs(trained)
     computed = evaluate.compute_outputs(trained, examples, features=features, **loading)
     return from_outputs(trained, examples, class_names, computed)
 

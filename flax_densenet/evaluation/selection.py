@@ -13,6 +13,7 @@ import numpy as np
 
 from flax_densenet.data import dataset, labeled_images
 from flax_densenet.evaluation import evaluate
+from flax_densenet.models import tta as tta_lib
 from flax_densenet.weights import trained as trained_lib
 
 
@@ -87,15 +88,24 @@ class Selection:
         return self.labels.ndim == 2
 
     @functools.cached_property
+    def _with_features(self):
+        if self.outputs.features is not None:
+            return self.outputs
+        return self.outputs_of(self.examples)
+
+    @property
     def features(self) -> np.ndarray:
         """Pooled features, float32 `[N, F]`; another pass if `select` made none."""
-        if self.outputs.features is not None:
-            return self.outputs.features
-        return self.features_of(self.examples)
+        found = self._with_features.features
+        assert found is not None
+        return found
 
-    def features_of(self, examples: labeled_images.Examples) -> np.ndarray:
-        """Pooled features of other images, such as some of `train`."""
-        found = self.outputs_of(examples).features
+    @property
+    def own_logits(self) -> np.ndarray:
+        """Logits of the images themselves, without other views of them."""
+        if tta_lib.from_metadata(self.trained.metadata) == 'none':
+            return self.logits
+        found = self._with_features.own_logits
         assert found is not None
         return found
 
@@ -149,9 +159,9 @@ def compute(
 
     Args:
       trained: the model; its existing decisions are ignored.
-      examples: images with labels as the model numbers its classes. class_class_names,
-        data,
-      part, train: as in `Selection`. features, **loading: as in `select`.
+      examples: images with labels as the model numbers its classes.
+      class_names, data, part, train: as in `Selection`.
+      features, **loading: as in `select`.
     """
     trained = trained.without_decisions()
     outputs = evaluate.compute_outputs(trained, examples, features=features, **loading)

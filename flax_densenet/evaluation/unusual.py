@@ -11,6 +11,7 @@ from flax_densenet.data import subset
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import evaluate
 from flax_densenet.evaluation import selection as selection_lib
+from flax_densenet.models import tta as tta_lib
 from flax_densenet.weights import decisions as decisions_lib
 from flax_densenet.weights import trained as trained_lib
 from flax_densenet.weights import unusual as unusual_lib
@@ -28,10 +29,13 @@ NEIGHBOR = 10  # size of a sample of training images
 PER_CLASS = 10  # minimum number of training images to use
 
 
-def needs_features(trained: trained_lib.Trained) -> bool:
-    """Whether a model's score needs pooled features."""
+def needs_own_outputs(trained: trained_lib.Trained) -> bool:
+    """Whether a model's score needs pooled features or `own_logits`."""
     score = None if trained.decisions is None else trained.decisions.unusual
-    return score is not None and score.feature_size is not None
+    if score is None:
+        return False
+    is_mean = tta_lib.from_metadata(trained.metadata) != 'none'
+    return is_mean or trained.module.members > 1 or score.feature_size is not None
 
 
 def of_outputs(
@@ -44,12 +48,14 @@ def of_outputs(
     score = None if trained.decisions is None else trained.decisions.unusual
     if score is None:
         return None
-    features = np.zeros((len(computed.logits), 0))
-    if score.feature_size is not None:
-        if computed.features is None:
-            return None
-        features = computed.features
-    return compute(score.score, features, computed.logits).astype(np.float32)
+    if computed.features is None and needs_own_outputs(trained):
+        return None
+    logits, features = computed.own_logits, computed.features
+    if logits is None:
+        logits = computed.logits
+    if features is None:
+        features = np.zeros((len(logits), 0))
+    return compute(score.score, features, logits).astype(np.float32)
 
 
 def check_settings(method: str, *, share: float, images: int, prefix: str = 'train.'):
@@ -109,11 +115,11 @@ def fit_entry(
     entry = fit(
         method,
         labels=labels,
-        val_logits=selection.logits,
+        val_logits=selection.own_logits,
         share=rules.unusual_share,
         **given,
     )
-    need = math.ceil(entry.share / (1 - entry.share) - 1e-9)
+    need = images_needed(entry.share)
     few = f' (a reliable limit needs at least {need} images)' if count < need else ''
     of = f'{entry.train_count:,} training and ' if entry.train_count else ''
     part = {'val': 'validation ', 'test': 'test '}.get(selection.part, '')
@@ -123,6 +129,11 @@ def fit_entry(
         f'usual{few}'
     )
     return entry
+
+
+def images_needed(share: float) -> int:
+    """The smallest number of images for a limit with this share below it."""
+    return math.ceil(share / (1 - share) - 1e-9)
 
 
 def _sample_of(train, most):
@@ -200,12 +211,14 @@ def fit(
 
 
 def _bounds(given, val_features, val_logits):
-    """Median and limit of the validation images.
+    """Computed with the arrays as stored, so that the limit includes rounding."""
+    return bounds(compute(given.plain, val_features, val_logits), given.share)
 
-    Computed with the arrays as stored, so that the limit includes rounding.
-    """
-    plain = np.sort(compute(given.plain, val_features, val_logits))
-    place = math.ceil((len(plain) + 1) * given.share - 1e-9)
+
+def bounds(plain: np.ndarray, share: float) -> tuple[float, float]:
+    """The median and the limit of plain scores `[N]`, with `share` of them below."""
+    plain = np.sort(plain)
+    place = math.ceil((len(plain) + 1) * share - 1e-9)
     middle, limit = float(np.median(plain)), float(plain[min(place, len(plain)) - 1])
     # One image, or all alike but for rounding.
     if limit - middle < _LEAST_SPREAD * abs(middle) or not middle < limit:

@@ -47,9 +47,18 @@ def make(
     """
     graph = Graph(precision)
     x, divisor = take_images(graph, metadata, inputs)
-    pooled, logits = _NETWORKS[module.family](graph, x, module, variables, divisor)
+    pooled, logits, *members = _NETWORKS[module.family](
+        graph, x, module, variables, divisor
+    )
     return finish(
-        graph, logits, module, metadata, inputs, pooled=pooled, decisions=decisions
+        graph,
+        logits,
+        module,
+        metadata,
+        inputs,
+        pooled=pooled,
+        decisions=decisions,
+        members=members,
     )
 
 
@@ -88,9 +97,14 @@ _ACTIVATIONS = {
 
 
 def finish(
-    graph, logits, module, metadata, inputs, *, pooled=None, decisions=None
+    graph, logits, module, metadata, inputs, *, pooled=None, decisions=None, members=()
 ) -> Any:
-    """Adds the outputs and completes the graph; returns the `onnx.ModelProto`."""
+    """Adds the outputs and completes the graph; returns the `onnx.ModelProto`.
+
+    Args:
+      pooled, logits: names of the pooled features and the logits.
+      members: the same names, as a pair for each member of an ensemble.
+    """
     channels, classes = len(metadata['mean']), module.num_classes
     taken: dict[str, tuple]
     given: dict[str, tuple]
@@ -110,9 +124,12 @@ def finish(
             output = _scale(graph, output, points)
     given = {output: (np.float32, ('batch', classes))}
     if decisions is not None and decisions.unusual is not None:
-        if decisions.unusual.needs_logits:
-            logits = _without_calibration(graph, logits, metadata)
-        score = onnx_unusual.add(graph, decisions.unusual, pooled, logits)
+        if members:
+            score = onnx_unusual.add_of_members(graph, decisions.unusual, members)
+        else:
+            if decisions.unusual.needs_logits:
+                logits = _without_calibration(graph, logits, metadata)
+            score = onnx_unusual.add(graph, decisions.unusual, pooled, logits)
         given[score] = np.float32, ('batch',)
     return graph.model(taken, given, properties(module, metadata, decisions))
 
@@ -122,9 +139,7 @@ def _without_calibration(graph, logits, metadata):
     found = (metadata.get('decisions') or {}).get('calibration')
     if not found:
         return logits
-    bias, scale = (np.float32(found[name]) for name in ('bias', 'scale'))
-    x = graph.add('Sub', logits, bias, name='without_bias')
-    return graph.add('Div', x, scale, name='logits_before_calibration')
+    return onnx_unusual.revert(graph, logits, found['scale'], found['bias'])
 
 
 def _scale(graph, sigmoids, points):
@@ -417,7 +432,10 @@ def _normalize(graph, x, params, epsilon, name='norm'):
 
 
 def _ensemble(graph, x, module, variables, divisor):
-    """All members: their concatenated pooled features, and the averaged logits."""
+    """All members: their joined pooled features, the averaged logits, and both of each.
+
+    Both are with the calibrations of the members.
+    """
     member = module.member
     found = [
         _NETWORKS[member.family](graph, x, member, one, divisor)
@@ -425,7 +443,7 @@ def _ensemble(graph, x, module, variables, divisor):
     ]
     pooled, logits = zip(*found, strict=True)
     pooled = graph.add('Concat', *pooled, axis=1, name='pooled_of_all')
-    return pooled, onnx_mean.mean_logits(graph, list(logits), module.outputs)
+    return pooled, onnx_mean.mean_logits(graph, list(logits), module.outputs), *found
 
 
 # Functions that add the nodes of a network and return the names of its pooled features

@@ -1,14 +1,24 @@
 """Adds the score of unusual images (`weights.unusual`) to an ONNX graph."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from flax_densenet.export.onnx_graph import Graph
 from flax_densenet.weights import unusual as unusual_lib
+from flax_densenet.weights import unusual_members
 
 OUTPUT = 'unusual'
 
 
-def add(graph: Graph, score: unusual_lib.Unusual, pooled: str, logits: str) -> str:
+def add(
+    graph: Graph,
+    score: unusual_lib.Unusual,
+    pooled: str,
+    logits: str,
+    *,
+    name: str = OUTPUT,
+) -> str:
     """Adds the score; returns the name of its output, float32 `[N]`.
 
     Args:
@@ -16,6 +26,7 @@ def add(graph: Graph, score: unusual_lib.Unusual, pooled: str, logits: str) -> s
       score: the fitted score.
       pooled: name of the pooled features, `[N, F]`.
       logits: name of the logits without calibration, `[N, C]`.
+      name: the wanted name of the output.
     """
     if score.method in ('both', 'energy'):
         energy = plain = _energy(graph, logits, several=score.several)
@@ -34,7 +45,40 @@ def add(graph: Graph, score: unusual_lib.Unusual, pooled: str, logits: str) -> s
         'Sub', plain, np.array(score.middle, np.float32), name='above_middle'
     )
     scale = np.array(1 / (score.limit - score.middle), np.float32)
-    return graph.add('Mul', plain, scale, name=OUTPUT)
+    return graph.add('Mul', plain, scale, name=name)
+
+
+def add_of_members(
+    graph: Graph,
+    score: unusual_members.MembersUnusual,
+    members: Sequence[tuple[str, str]],
+) -> str:
+    """Adds the score of an ensemble; returns the name of its output, float32 `[N]`.
+
+    Args:
+      graph: the graph to extend.
+      score: the fitted score.
+      members: names of the pooled features and the (calibrated) logits of each member.
+    """
+    rows = []
+    for own, found, (pooled, logits) in zip(
+        score.members, score.calibrations, members, strict=True
+    ):
+        if found is not None and own.needs_logits:
+            logits = revert(graph, logits, found.scale, found.bias)
+        one = add(graph, own, pooled, logits, name='unusual_of_member')
+        row = graph.add('Unsqueeze', one, np.array([1]), name='unusual_of_member.row')
+        rows.append(row)
+    rows = graph.add('Concat', *rows, axis=1, name='unusual_of_members')
+    count = np.array([score.place + 1])
+    lowest = graph.add('TopK', rows, count, largest=0, outputs=2, name='lower_half')
+    return graph.add('ReduceMax', lowest, axes=(-1,), keepdims=0, name=OUTPUT)
+
+
+def revert(graph: Graph, logits: str, scale, bias) -> str:
+    """Adds `Calibration.revert`; returns the name of the logits, `[N, C]`."""
+    x = graph.add('Sub', logits, np.float32(bias), name='without_bias')
+    return graph.add('Div', x, np.float32(scale), name='logits_before_calibration')
 
 
 def _energy(graph, logits, *, several):

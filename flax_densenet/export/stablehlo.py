@@ -183,17 +183,16 @@ def _export(trained, inputs, precision, any_size=False):
                 else (found.probabilities, found.unusual)
             )
         maps = folded.features(module, arrays, images)
-        pooled, logits = (
-            module.apply(arrays['head'], maps, method=name).astype(jnp.float32)
-            for name in ('pool', 'head')
-        )
+        pooled = module.apply(arrays['head'], maps, method='pool')
+        logits = module.apply(arrays['head'], maps, method='head').astype(jnp.float32)
         finished = logits
         if trained.calibration:
             finished = trained.calibration.apply(logits, xp=jnp)
         if score is None:
             return finished
         known = score.with_arrays(arrays['unusual'])
-        return finished, known.score(pooled, logits, xp=jnp)
+        given = arrays['head'], known, pooled, logits
+        return finished, programs.score_of(module, *given)
 
     preparation = trained_lib.preparation_of(metadata)
     (height, width), channels = preparation.shape, preparation.channels

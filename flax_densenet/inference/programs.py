@@ -100,16 +100,17 @@ def predict_probabilities(
         maps = finish(layer)
     else:
         maps = folded.features(module, arrays, images)
-    pooled = module.apply(head, maps, method='pool').astype(jnp.float32)
+    pooled = module.apply(head, maps, method='pool')
     logits = module.apply(head, maps, method='head').astype(jnp.float32)
+    score = None
+    if unusual is not None:
+        unusual = unusual.with_arrays(arrays['unusual'])
+        score = score_of(module, head, unusual, pooled, logits)
+    pooled = pooled.astype(jnp.float32)
     if others:
         more = [folded.logits(module, arrays, view) for view in others]
         views = jnp.stack([logits, *(one.astype(jnp.float32) for one in more)])
         logits = _mean_of_views(views, outputs)
-    score = None
-    if unusual is not None:
-        unusual = unusual.with_arrays(arrays['unusual'])
-        score = unusual.score(pooled, logits, xp=jnp)
     if calibration is not None:
         logits = calibration.apply(logits, xp=jnp)
     probabilities = _ACTIVATIONS[outputs](logits)
@@ -130,6 +131,19 @@ def predict_probabilities(
             method=method,
         )
     return Computed(probabilities, pooled, cams, score)
+
+
+def score_of(module, head, unusual, pooled, logits):
+    """The score of unusual images, of the images themselves (no other views).
+
+    Args:
+      unusual: the fitted score, with traced arrays.
+      pooled: pooled features, `[N, F]`.
+      logits: `[N, C]`, before calibration.
+    """
+    if module.members > 1:
+        logits = module.apply(head, pooled, method='classify_each')
+    return unusual.score(pooled.astype(jnp.float32), logits, xp=jnp)
 
 
 _ACTIVATIONS = {

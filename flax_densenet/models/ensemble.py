@@ -85,16 +85,19 @@ class Ensemble:
           variables: the result of `stack`.
           x: images; feature maps for the methods `head` and `pool`, pooled features for
             `classify`.
-          method: one of these methods, or `features`.
+          method: one of these methods, or `features`; or `classify_each`, to classify
+            the pooled features without averaging.
 
         Returns:
-          Logits `[N, num_classes]`; or feature maps or pooled features of all members,
-          concatenated along the last axis.
+          Logits `[N, num_classes]`, of `classify_each` `[N, M, num_classes]`; or
+          feature maps or pooled features of all members, concatenated along the last
+          axis.
         """
         if mutable:
             raise ValueError('an ensemble cannot be trained')
-        options = {'method': method, **options}
-        if method not in ('head', 'pool', 'classify'):
+        each = method == 'classify_each'
+        options = {'method': 'classify' if each else method, **options}
+        if method not in ('head', 'pool', 'classify', 'classify_each'):
             found = jax.lax.map(
                 lambda one: self.member.apply(one, x, **options), variables
             )
@@ -106,6 +109,8 @@ class Ensemble:
             )
         if method in ('features', 'pool'):
             return join(found)
+        if each:
+            return jnp.moveaxis(found.astype(jnp.float32), 0, 1)
         return mean_logits(found.astype(jnp.float32), self.outputs)
 
 

@@ -29,7 +29,7 @@ from flax_densenet.checkpoints import run_folder
 from flax_densenet.data import dataset, identity, notes
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.errors import UserError
-from flax_densenet.evaluation import fitting, out_of_fold, results, selection
+from flax_densenet.evaluation import doubt, fitting, out_of_fold, results, selection
 from flax_densenet.inference import explain
 from flax_densenet.report import page as report_page
 from flax_densenet.sweeps import crossval_record, one_run
@@ -44,6 +44,8 @@ from flax_densenet.weights import trained as trained_lib
 _LOGGER = logging.getLogger(__name__)
 VAL_FRACTION = 0.1  # default share of the training images of each fold
 _REMEDY = 'use another --workdir, or the same settings and images'
+# Finds images of none of the classes, with their scores.
+FindOthers = Callable[[trained_lib.Trained, settings_lib.Settings], doubt.Others | None]
 
 
 @notes.once()
@@ -82,12 +84,26 @@ def run(
     checkpoint_reader.make_workdir(workdir)
     with lock.hold(workdir, doing='runs a cross-validation'):
         record = _open_record(workdir, record)
+        finished = len(record.runs) == folds
         for fold in range(1, folds + 1):
             if str(fold) not in record.runs:
                 _train(workdir, record, shared, fold, class_names, stop)
         _write_files(workdir, record, shared)
         rules = selection.Rules(**vars(shared.decisions))
+        if finished and _has_decisions(workdir, rules):
+            rules = None
         return measure(workdir, report=report, rules=rules)
+
+
+def _has_decisions(workdir, rules):
+    """Whether a finished cross-validation has decisions, by the rule if there is one.
+
+    Those that `calibrate` fitted stay.
+    """
+    found = trained_lib.load_trained(workdir).decisions
+    if found is None or not rules.threshold:
+        return found is not None
+    return found.thresholds is not None and found.thresholds.rule == rules.threshold
 
 
 def _with_fold(settings, folds, fold):
@@ -210,6 +226,7 @@ def measure(
     precision: str | None = None,
     report: bool = True,
     rules: selection.Rules | None = None,
+    others: FindOthers | None = None,
     path: str | None = None,
     how: explain.Options = explain.DEFAULT,
     private: bool | None = None,
@@ -225,8 +242,9 @@ def measure(
       choices: as of `trained.load_trained`.
       precision: as of `precisions.of_data`.
       report: whether to write `report.html`, if the packages for it are there.
-      rules: for thresholds of the ensemble, which are chosen on the out-of-fold
-        predictions and kept.
+      rules: for the decisions of the ensemble, which are fitted on the out-of-fold
+        predictions and kept; None to use those that it has.
+      others: finds images of none of the classes, of the model and the settings.
       path, how, private: as of `page.save_report`.
 
     Raises:
@@ -234,12 +252,19 @@ def measure(
     """
     settings_of = settings_of or _own_settings
     options: dict[str, Any] = {'mesh': mesh_lib.make_mesh(), 'choices': choices}
-    found = out_of_fold.collect(workdir, settings_of, precision=precision, **options)
     ensemble = trained_lib.load_trained(workdir, **options)
-    ensemble = _with_thresholds(workdir, found, ensemble, rules)
-    if ensemble.decisions is not None:
-        pooled = dataclasses.replace(found.results, decisions=ensemble.decisions)
-        found = dataclasses.replace(found, results=pooled)
+    found, ensemble = _collect(
+        workdir, ensemble, rules, settings_of, precision=precision, **options
+    )
+    settings = settings_of(ensemble.metadata)
+    ensemble = ensemble.with_tta(settings.evaluation.tta)
+    if precision in ('float32', 'bfloat16'):
+        ensemble = precision_lib.to(ensemble, precision)
+    unlike = others(ensemble, settings) if others else None
+    pooled = dataclasses.replace(
+        found.results, decisions=ensemble.decisions, others=unlike
+    )
+    found = dataclasses.replace(found, results=pooled)
     where = f'{len(found.results.labels)} images of {found.data}'
     lines = [
         out_of_fold.format_folds(found),
@@ -248,14 +273,10 @@ def measure(
         ),
         out_of_fold.describe_selection(found),
     ]
-    settings = settings_of(ensemble.metadata)
-    ensemble = ensemble.with_tta(settings.evaluation.tta)
-    if precision in ('float32', 'bfloat16'):
-        ensemble = precision_lib.to(ensemble, precision)
     names = ensemble.class_names
     source = dataset.from_settings(settings.data, settings.preparation, names)
     if source.has_test:
-        lines += _measure_test(workdir, ensemble, settings)
+        lines += _measure_test(workdir, ensemble, settings, unlike)
     pages = []
     if report and errors.is_installed('jinja2'):
         report_page.save_report(
@@ -279,13 +300,22 @@ def measure(
     return found
 
 
-def _with_thresholds(workdir, found, ensemble, rules):
-    """The ensemble with the thresholds that the rules choose; saves them."""
-    if rules is None or not rules.threshold:
-        return ensemble
-    made = out_of_fold.fit_thresholds(found, ensemble, rules)
+def _collect(workdir, ensemble, rules, *where, **options):
+    """The out-of-fold results, and the ensemble with what the rules fit on them."""
+    own = ensemble.decisions
+    score = own and own.unusual
+    if rules is None or not rules.fit_anything:
+        found = out_of_fold.collect(workdir, *where, unusual=score, **options)
+        ensemble.notes.tell()
+        return found, ensemble
+    found = out_of_fold.collect(workdir, *where, **options)
+    made = out_of_fold.fit(found, ensemble, rules)
     fitting.save(workdir, made)
-    return dataclasses.replace(ensemble, decisions=made)
+    for name in ('decisions', ensembles.MISSING_SCORE):
+        ensemble.notes.pop(name, None)
+    if made.unusual is not None:
+        found = out_of_fold.rescale(found, made.unusual)
+    return found, dataclasses.replace(ensemble, decisions=made)
 
 
 def _own_settings(metadata):
@@ -294,9 +324,10 @@ def _own_settings(metadata):
     return settings_lib.from_saved({'data': fields})
 
 
-def _measure_test(workdir, ensemble, settings):
+def _measure_test(workdir, ensemble, settings, others):
     """Lines about the ensemble on the test part of the data."""
     _, own, _ = results.of_data(ensemble, workdir, settings)
+    own = dataclasses.replace(own, others=others)
     measured = results.describe(ensemble, settings.data.source, weights=workdir)
     folder = os.path.join(workdir, out_of_fold.TEST)
     results.save(folder, own, measured)

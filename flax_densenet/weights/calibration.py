@@ -72,12 +72,21 @@ class Calibration(decision_entry.Entry):
           xp: `numpy`, or `jax.numpy` for JAX arrays.
         """
         logits = xp.asarray(logits)
+        scale, bias = self._numbers_for(logits)
+        return logits * scale + bias
+
+    def revert(self, logits, *, xp=np):
+        """The inverse of `apply`."""
+        logits = xp.asarray(logits)
+        scale, bias = self._numbers_for(logits)
+        return (logits - bias) / scale
+
+    def _numbers_for(self, logits):
         shape = (1,) * (logits.ndim - 1) + (-1,)
-        scale, bias = (
+        return (
             np.array(numbers, logits.dtype).reshape(shape)
             for numbers in (self.scale, self.bias)
         )
-        return logits * scale + bias
 
     def fold(self, variables: dict[str, Any]) -> dict[str, Any]:
         """Variables with the calibration in the last layer of the classifier.

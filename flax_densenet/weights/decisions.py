@@ -6,14 +6,15 @@ file. It holds the calibration of the probabilities, thresholds, and the other e
 in `ENTRIES`.
 
 To add a kind of entry, write a subclass of `decision_entry.Entry`, add a field to
-`Decisions` and a line to `ENTRIES`. Files may come from a stranger, so everything in
-them is checked.
+`Decisions` and its `from_files` to `ENTRIES`. Files may come from a stranger, so
+everything in them is checked.
 """
 
 import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,12 @@ from flax_densenet.errors import UserError
 from flax_densenet.models import layers
 from flax_densenet.system import atomic
 from flax_densenet.weights import calibration as calibration_lib
-from flax_densenet.weights import conformal, decision_entry, safetensors_files
+from flax_densenet.weights import (
+    conformal,
+    decision_entry,
+    safetensors_files,
+    unusual_members,
+)
 from flax_densenet.weights import thresholds as thresholds_lib
 from flax_densenet.weights import unusual as unusual_lib
 
@@ -31,12 +37,13 @@ STATISTICS_FILE = 'statistics.safetensors'  # of a folder of the Hub
 VERSION = 1
 _LARGEST = 2**26  # bytes of decisions.json
 _LARGEST_ARRAYS = 2**31  # bytes of decisions.safetensors
-# By the name of the field of `Decisions`, which is also the name in files.
-ENTRIES: dict[str, type[decision_entry.Entry]] = {
-    'calibration': calibration_lib.Calibration,
-    'thresholds': thresholds_lib.Thresholds,
-    'unusual': unusual_lib.Unusual,
-    'sets': conformal.ConformalSets,
+# How entries are read, by the name of the field of `Decisions`, which is also the name
+# in files.
+ENTRIES: dict[str, Callable[..., decision_entry.Entry]] = {
+    'calibration': calibration_lib.Calibration.from_files,
+    'thresholds': thresholds_lib.Thresholds.from_files,
+    'unusual': unusual_members.from_files,
+    'sets': conformal.ConformalSets.from_files,
 }
 
 
@@ -65,7 +72,7 @@ class Decisions:
     count: int
     calibration: calibration_lib.Calibration | None = None
     thresholds: thresholds_lib.Thresholds | None = None
-    unusual: unusual_lib.Unusual | None = None
+    unusual: unusual_lib.Unusual | unusual_members.MembersUnusual | None = None
     sets: conformal.ConformalSets | None = None
 
     @property
@@ -116,7 +123,7 @@ def from_files(
         name = 'classes'
         if plain['classes'] != classes:
             raise ValueError(f'{plain["classes"]}, and the model has {classes}')
-        for name, kind in ENTRIES.items():
+        for name, read in ENTRIES.items():
             if plain.get(name) is None:
                 continue
             own = {
@@ -124,7 +131,7 @@ def from_files(
                 for key, array in arrays.items()
                 if key.startswith(f'{name}.')
             }
-            found[name] = kind.from_files(plain[name], own)
+            found[name] = read(plain[name], own)
             found[name].check(classes)
     except ValueError as error:
         raise UserError(

@@ -7,6 +7,7 @@ folder of a run: the probabilities of its members are averaged.
 import dataclasses
 import json
 import os
+import shlex
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from flax_densenet.system import atomic
 
 FILE = checkpoint_reader.ENSEMBLE_FILE
 UNFINISHED = 'crossval.json'  # exists before all members are trained
+MISSING_SCORE = 'unusual'  # key of a note
 VERSION = 1
 _LARGEST = 2**26  # bytes
 # The metadata that members must have in common to be averaged.
@@ -138,6 +140,12 @@ def join(folder: str, record: Record, members):
                 'their probabilities cannot be averaged'
             )
     module = ensemble.Ensemble(first.module, len(members), first.outputs)
+    notes = dict(first.notes)
+    if all(one.decisions and one.decisions.unusual for one in members):
+        notes[MISSING_SCORE] = (
+            f'{folder} has no score of unusual images, as earlier versions had none '
+            f'for ensembles: calibrate {shlex.quote(folder)} adds it'
+        )
     metadata = {k: v for k, v in first.metadata.items() if k != 'epoch'} | {
         'data': first.metadata['data'] | {'fold': 0},
         'images': record.images,
@@ -153,6 +161,7 @@ def join(folder: str, record: Record, members):
         metadata=metadata,
         metrics={},
         step=None,
+        notes=type(first.notes)(notes),
         decisions=None,  # an ensemble has its own
     )
 

@@ -4,6 +4,7 @@ This module does not import the readers of training data, so prediction starts q
 """
 
 import dataclasses
+import shlex
 from typing import Any
 
 import jax.numpy as jnp
@@ -141,6 +142,12 @@ class Trained:
             decisions=dataclasses.replace(self.decisions, calibration=None),
         )
 
+    def with_unusual(self, score) -> 'Trained':
+        """The same model with another score of unusual images."""
+        assert self.decisions is not None
+        decisions = dataclasses.replace(self.decisions, unusual=score)
+        return dataclasses.replace(self, decisions=decisions)
+
     def without_decisions(self) -> 'Trained':
         """The same model without its fitted decisions."""
         return dataclasses.replace(self, decisions=None)
@@ -185,7 +192,9 @@ def load_trained(
             workdir,
             lambda folder: load_trained(folder, which, mesh=mesh, choices=choices),
         )
-        return _with_decisions(made, workdir, made.variables, choices)
+        made = _with_decisions(made, workdir, made.variables, choices)
+        _finish_note(made)
+        return made
     _check_own(workdir, choices)
     step = processes.broadcast(
         'step', lambda: checkpoint_reader.find_step(workdir, which)
@@ -234,6 +243,19 @@ def _with_decisions(trained, path, variables, choices):
         )
         found = None
     found = found or trained.decisions
+    if found and found.unusual:
+        count, members = found.unusual.member_count, trained.module.members
+        if count != members:
+            raise UserError(
+                f'{place} scores unusual images by {count} models, and {path} has '
+                f'{members}; delete it, or run calibrate'
+            )
+    if found and found.unusual and _is_of_mean_views(trained, found.unusual):
+        trained.notes['score'] = (
+            f'{place}: earlier versions fitted the score of unusual images wrongly '
+            'with data.tta=flip, so it is left out; run calibrate to fit it again'
+        )
+        found = dataclasses.replace(found, unusual=None)
     if found and choices.outputs:
         trained.notes['decisions'] = (
             f'--outputs={choices.outputs}: {path} was calibrated for other outputs, so '
@@ -241,6 +263,32 @@ def _with_decisions(trained, path, variables, choices):
         )
         found = None
     return dataclasses.replace(trained, decisions=found)
+
+
+def _is_of_mean_views(trained, score):
+    """Whether its energies are of the logits of mean probabilities: all nearly 0."""
+    if tta_lib.from_metadata(trained.metadata) == 'none' or score.member_count > 1:
+        return False
+    if score.several or score.method not in ('both', 'energy'):
+        return False
+    spread = 1 / score.energy_weight
+    if score.method == 'energy':
+        spread = score.limit - score.middle
+    return spread < 1.1e-3
+
+
+def _finish_note(trained):
+    """Removes or completes the line about a missing score of unusual images."""
+    found, line = trained.decisions, trained.notes.pop(ensembles.MISSING_SCORE, '')
+    if not line or (found and found.unusual):
+        return
+    if found and found.thresholds:  # which calibrate chooses again
+        values = found.thresholds.values
+        line += f', and --threshold={found.thresholds.rule}'
+        if len(values) == 2 and values[1] is None:
+            line += f' --positive_class={shlex.quote(trained.class_names[0])}'
+        line += ' keeps its thresholds'
+    trained.notes[ensembles.MISSING_SCORE] = line
 
 
 def _check_own(path, choices):

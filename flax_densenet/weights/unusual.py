@@ -111,6 +111,11 @@ class Unusual(decision_entry.Entry):
                 raise ValueError(f'{name} has another shape')
 
     @property
+    def member_count(self) -> int:
+        """The number of networks that the score is for."""
+        return 1
+
+    @property
     def needs_logits(self) -> bool:
         """Whether the score needs logits (without calibration)."""
         return self.method in ('both', 'energy')

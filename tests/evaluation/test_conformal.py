@@ -55,6 +55,31 @@ def test_guarantee_of_several_labels():
     assert error.max() < 0.02
 
 
+@pytest.mark.parametrize('spread', [0.3, 1.0])
+def test_averages_of_folds_are_covered(spread):
+    """Sets fitted on out-of-fold probabilities, each of one of five models."""
+    random, hits = np.random.default_rng(3), []
+
+    def draw_members(count):
+        labels = random.integers(5, size=count)
+        logits = random.normal(size=(count, 1, 5))
+        logits[np.arange(count), 0, labels] += 2
+        logits = logits + spread * random.normal(size=(count, 5, 5))
+        e = np.exp(logits)
+        return e / e.sum(-1, keepdims=True), labels
+
+    rows = np.arange(100)
+    for _ in range(500):
+        members, labels = draw_members(100)
+        sets = conformal.fit(members[rows, rows % 5], labels)
+        members, labels = draw_members(100)
+        inside = sets.contains(members.mean(1), 0.9)
+        hits.append(inside[rows, labels].mean())
+    error = 4 * np.std(hits) / 500**0.5
+    assert 0.9 - error <= np.mean(hits) and error < 0.01
+    assert (np.mean(hits) > 0.95) == (spread == 1)
+
+
 @pytest.mark.parametrize('coverage', [0.6, 0.9, 0.95])
 def test_equals_mapie(coverage):
     """The same sets, apart from the likeliest class, which MAPIE can leave out."""

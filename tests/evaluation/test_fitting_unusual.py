@@ -39,7 +39,7 @@ def select(*, train=100, count=40, fails=False, part='val'):
 
     return types.SimpleNamespace(
         labels=np.arange(count) % 2,
-        logits=random.normal(size=(count, 2)),
+        own_logits=random.normal(size=(count, 2)),
         features=random.normal(size=(count, 6)),
         train=None if train is None else Images(train),
         outputs_of=outputs_of,

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
@@ -12,7 +13,7 @@ from flax_densenet import UserError
 from flax_densenet import settings as settings_lib
 from flax_densenet.checkpoints import run_folder
 from flax_densenet.data import dataset
-from flax_densenet.evaluation import choosing, measured_data
+from flax_densenet.evaluation import choosing, measured_data, unusual_folds
 from flax_densenet.export import sample_images
 from flax_densenet.inference import predictor
 from flax_densenet.report import folds
@@ -122,9 +123,15 @@ def test_each_image_is_predicted_once_by_a_model_that_is_new_to_it(made, photos)
         names = [f'probability_{name}' for name in 'abc']
         expected = np.array([[float(row[name]) for name in names] for row in own])
         np.testing.assert_allclose(found, expected, atol=1e-4)
-        scores = [float(row['unusual']) for row in own]
-        expected = [one.unusual for one in predictions]
+        # In units of the ensemble's limits, which are of these images.
+        scores = np.array([float(row['unusual']) for row in own])
+        before = decisions.load(str(made / f'cv/fold-{fold}'), 3).unusual
+        after = decisions.load(str(made / 'cv'), 3).unusual.members[fold - 1]
+        expected = np.array([one.unusual for one in predictions])
+        expected = unusual_folds.rescale(expected, before, after)
         np.testing.assert_allclose(scores, expected, rtol=1e-3, atol=1e-3)
+        assert (scores <= 1 + 1e-6).all()  # twelve images: the limit is the highest
+        assert after.val_count == len(own) and before.val_count != len(own)
     saved = json.loads((made / 'cv/eval.json').read_text())
     assert saved['out_of_fold'] and (saved['members'], saved['count']) == (FOLDS, 24)
     right = np.mean([row['true'] == row['predicted'] for row in rows])
@@ -186,7 +193,15 @@ def test_the_folds_as_one_model(made, model, photos):
     # The gradients of the mean are nearly the mean of the gradients.
     both = np.corrcoef(fine.ravel(), np.mean(own, 0).ravel())[0, 1]
     assert both > 0.9
+    each = np.array([[one.unusual for one in m.predict(named)] for m in members])
+    score = decisions.load(str(made / 'cv'), 3).unusual
+    for n, member in enumerate(members):
+        before = member.trained.decisions.unusual
+        each[n] = unusual_folds.rescale(each[n], before, score.members[n])
+    scores = [one.unusual for one in model.predict(named)]
+    np.testing.assert_allclose(scores, each.min(0), rtol=1e-3, atol=1e-3)
     flipped = flax_densenet.load(made / 'cv', tta='flip').predict(named[:1])
+    assert flipped[0].unusual == pytest.approx(scores[0], abs=1e-3)
     assert np.abs(flipped[0].probabilities - found[0]).max() > 1e-5
 
 
@@ -226,6 +241,7 @@ def test_exports(model, tmp_path):
     result = flax_densenet.export(model, tmp_path / 'cv.onnx')
     assert 'largest difference' in result.facts['onnxruntime']
     assert '12 test images of' in result.facts['onnxruntime']
+    assert 'of the score of unusual images' in result.facts['onnxruntime']
     card = ''.join(path.read_text() for path in tmp_path.glob('*.md'))
     assert 'the probabilities of 2 networks, averaged' in card
     for name, options, line in (
@@ -242,10 +258,14 @@ def test_commands(made, copy, photos, monkeypatch, capfd):
     assert status == 0, err
     assert 'std. dev.' in out and '24 images of folder:' in out
     assert '12 images of the test part, ensemble of 2 models' in out
-    assert 'the measured images chose nothing' in out
+    assert 'the measured images chose nothing but the limit of unusual images' in out
     status, out, err = run('predict', copy, files(photos)[0], '--format=csv')
     assert status == 0 and len(out.splitlines()) == 2, err
+    assert out.splitlines()[0].endswith(',unusual')
+    status, out, err = run('eval', copy, f'--others={photos}/train/a')
+    assert status == 0 and out.count('8 images of a: ') == 2, err + out
     page = (made / 'cv/report.html').read_text()
+    assert 'score of unusual images' in page and 'Coverage of the sets' in page
     assert '<h2>Folds</h2>' in page and '2 × DenseNet' in page
     assert 'on the 12 images of the test part' in page
     status, out, err = run('crossval', photos, '--folds=1')
@@ -293,14 +313,19 @@ def test_members_are_calibrated_before_the_mean(copy, photos):
 
 def test_thresholds_of_all_folds(copy, monkeypatch, capfd):
     run = helper.make_main(monkeypatch, capfd)
-    status, out, err = run('calibrate', copy)
-    assert status != 0 and 'with --threshold=RULE' in err + out
+    for flag, line in (
+        ('--nocalibrate', 'each model of .* has its own calibration; name one of'),
+        ('--unusual=energy', r'has its own statistics; name one .*fold-1, then'),
+    ):
+        status, out, err = run('calibrate', copy, flag)
+        assert status != 0 and re.search(line, err + out), err + out
     monkeypatch.setattr(choosing, 'FEWEST', 3)
     status, out, err = run('calibrate', copy, '--threshold=youden')
     assert status == 0, err
-    assert 'the measured images chose the thresholds alone' in out
+    assert 'chose nothing but the thresholds and the limit of unusual images' in out
     trained = trained_lib.load_trained(str(copy))
     assert trained.decisions.thresholds.rule == 'youden' and not trained.calibration
+    assert trained.decisions.unusual.share == 0.95 and trained.decisions.sets
     assert (trained.decisions.part, trained.decisions.count) == ('all', 24)
 
 

@@ -29,7 +29,7 @@ class Means(decision_entry.Entry):
 
 @pytest.fixture
 def made(monkeypatch):
-    monkeypatch.setitem(decisions.ENTRIES, 'means', Means)
+    monkeypatch.setitem(decisions.ENTRIES, 'means', Means.from_files)
 
     @dataclasses.dataclass(frozen=True, eq=False)
     class Decisions(decisions.Decisions):

@@ -24,6 +24,7 @@ from flax_densenet.weights import choices as choices_lib
 from flax_densenet.weights import decisions as decisions_lib
 from flax_densenet.weights import ensembles, unusual_members
 from flax_densenet.weights import trained as trained_lib
+from flax_densenet.weights import unusual as unusual_lib
 
 TEST = 'test'  # folder for the ensemble's results on the test part of the data
 # Metrics of a fold, in the order of tables.
@@ -219,7 +220,7 @@ def rescale(found: OutOfFold, score: unusual_members.MembersUnusual) -> OutOfFol
     for fold, member in zip(found.folds, score.members, strict=True):
         own = found.of_fold(fold.number).unusual
         before = fold.trained.decisions and fold.trained.decisions.unusual
-        assert own is not None and before
+        assert own is not None and isinstance(before, unusual_lib.Unusual)
         scores.append(unusual_folds.rescale(own, before, member))
         trained = fold.trained.with_unusual(member)
         folds.append(dataclasses.replace(fold, trained=trained))

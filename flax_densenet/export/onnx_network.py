@@ -432,10 +432,7 @@ def _normalize(graph, x, params, epsilon, name='norm'):
 
 
 def _ensemble(graph, x, module, variables, divisor):
-    """All members: their joined pooled features, the averaged logits, and both of each.
-
-    Both are with the calibrations of the members.
-    """
+    """The joined pooled features, the averaged logits, and both of each member."""
     member = module.member
     found = [
         _NETWORKS[member.family](graph, x, member, one, divisor)

@@ -60,7 +60,7 @@ def add_of_members(
       score: the fitted score.
       members: names of the pooled features and the (calibrated) logits of each member.
     """
-    rows = []
+    names = []
     for own, found, (pooled, logits) in zip(
         score.members, score.calibrations, members, strict=True
     ):
@@ -68,8 +68,8 @@ def add_of_members(
             logits = revert(graph, logits, found.scale, found.bias)
         one = add(graph, own, pooled, logits, name='unusual_of_member')
         row = graph.add('Unsqueeze', one, np.array([1]), name='unusual_of_member.row')
-        rows.append(row)
-    rows = graph.add('Concat', *rows, axis=1, name='unusual_of_members')
+        names.append(row)
+    rows = graph.add('Concat', *names, axis=1, name='unusual_of_members')
     count = np.array([score.place + 1])
     lowest = graph.add('TopK', rows, count, largest=0, outputs=2, name='lower_half')
     return graph.add('ReduceMax', lowest, axes=(-1,), keepdims=0, name=OUTPUT)
@@ -77,8 +77,9 @@ def add_of_members(
 
 def revert(graph: Graph, logits: str, scale, bias) -> str:
     """Adds `Calibration.revert`; returns the name of the logits, `[N, C]`."""
-    x = graph.add('Sub', logits, np.float32(bias), name='without_bias')
-    return graph.add('Div', x, np.float32(scale), name='logits_before_calibration')
+    scale, bias = np.array(scale, np.float32), np.array(bias, np.float32)
+    x = graph.add('Sub', logits, bias, name='without_bias')
+    return graph.add('Div', x, scale, name='logits_before_calibration')
 
 
 def _energy(graph, logits, *, several):

@@ -90,9 +90,8 @@ def run(
                 _train(workdir, record, shared, fold, class_names, stop)
         _write_files(workdir, record, shared)
         rules = selection.Rules(**vars(shared.decisions))
-        if finished and _has_decisions(workdir, rules):
-            rules = None
-        return measure(workdir, report=report, rules=rules)
+        keeps = finished and _has_decisions(workdir, rules)
+        return measure(workdir, report=report, rules=None if keeps else rules)
 
 
 def _has_decisions(workdir, rules):

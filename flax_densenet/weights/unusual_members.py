@@ -3,7 +3,7 @@
 Each member scores an image with its own statistics, in units of the images that were
 held out from it: 0 for a median one, 1 for its limit. The score of the ensemble is the
 median of these scores (the lower one, if there is an even number), so an image is
-unusual if a majority of the members says so.
+unusual if it is above the limits of a majority of the members.
 
 With M members, a new image is above the limit of each with a probability of at most
 1 - share. It is above the limit of the ensemble with a probability of at most

@@ -46,7 +46,7 @@ def test_of_other_images(data):
         f'sets for a coverage of 90%: they contain {row["coverage"]:.1%} of'
     )
     assert 'halves' not in lines[0]
-    assert lines[1].startswith('unusual: 20.0% of these images (5.0% of the validation')
+    assert lines[1].startswith('unusual: 20.0% of these images (5.0% of those that set')
     assert lines[2].startswith('50 images of cats: ') and 'AUROC 0.9' in lines[2]
 
 

@@ -1,4 +1,4 @@
-"""The score of unusual images of an ensemble: its guarantee, the members' part in it."""
+"""The score of unusual images of an ensemble: its guarantee, and the members' part."""
 
 import types
 
@@ -46,7 +46,7 @@ def noisy(random, count, members):
 
 
 def least_favorable(random, count, members):
-    """Those that exceed their limits do so in majorities that are as small as can be."""
+    """Members exceed their limits in majorities that are as small as can be."""
     majority = members // 2 + 1
     high = random.random(count) < 0.8 * (1 - SHARE) * members / majority
     chosen = random.random((count, members)).argsort(1) < majority
@@ -122,9 +122,7 @@ def test_files():
     plain, arrays = fitted.to_files()
     again = unusual_members.from_files(plain, arrays)
     again.check(1)
-    assert [one.limit for one in again.members] == [
-        one.limit for one in fitted.members
-    ]
+    assert [one.limit for one in again.members] == [one.limit for one in fitted.members]
     with pytest.raises(ValueError, match='must be lists'):
         unusual_members.from_files({'members': 3}, {})
     with pytest.raises(ValueError, match='two or more members'):

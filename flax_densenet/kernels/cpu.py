@@ -62,6 +62,13 @@ _BFLOAT16 = {
         'DenseBlockForwardTrainBfloat16Together',
         'DenseBlockBackwardBfloat16Together',
     ),
+    'cpu_bf16_stem.cc': (
+        'StemForwardTrainBfloat16',
+        'StemForwardEvalBfloat16',
+        'StemBackwardBfloat16',
+        'StemForwardTrainBfloat16Together',
+        'StemBackwardBfloat16Together',
+    ),
     'cpu_bf16_transition.cc': (
         'TransitionForwardBfloat16',
         'TransitionBackwardBfloat16',

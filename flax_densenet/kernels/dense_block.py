@@ -33,7 +33,13 @@ import jax.numpy as jnp
 
 from flax_densenet.errors import UserError
 from flax_densenet.kernels import cpu as cpu_kernels
-from flax_densenet.kernels import native_block, native_transition, spread, xla_block
+from flax_densenet.kernels import (
+    native_block,
+    native_stem,
+    native_transition,
+    spread,
+    xla_block,
+)
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -207,6 +213,39 @@ def stem(x, norm, *, epsilon, dtype, padding, kernel='auto'):
         mean, var = statistics = xla_block.statistics(x)
     y = xla_block.stem(x, mean, var, scale, bias, epsilon, padding, dtype)
     return y, statistics
+
+
+def has_whole_stem(x, kernel, train: bool) -> bool:
+    """Whether `whole_stem` computes the stem with a 7x7 convolution.
+
+    Args:
+      x: the images, with the dtype of the activations.
+      kernel: one of `KERNELS`.
+    """
+    if x.dtype != jnp.bfloat16 or not native_stem.takes(x.shape[-1]):
+        return False
+    return use_native(kernel, x, all_rows=train) and _in_bfloat16(x)
+
+
+def whole_stem(x, weights, norm, *, epsilon, padding):
+    """The stem with its 7x7 convolution, in C++ and bfloat16.
+
+    Args:
+      x: images `[N, H, W, C]`, for which `has_whole_stem`.
+      weights: `[7, 7, C, F]`.
+      norm: as for `stem`.
+      padding: `torch` or `same`.
+
+    Returns:
+      As `stem`, and the number of values in each of the statistics.
+    """
+    mean, var, scale, bias = norm
+    count = native_stem.count_pixels(x, padding)
+    if mean is not None:
+        arguments = (x, weights, scale, bias, mean, var)
+        return native_stem.evaluate(*arguments, epsilon, padding), None, count
+    y, *statistics = native_stem.train(x, weights, scale, bias, epsilon, padding)
+    return y, statistics, count
 
 
 def transition(x, norm, weights, *, epsilon, dtype, kernel='auto'):

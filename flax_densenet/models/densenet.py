@@ -167,6 +167,8 @@ class DenseNet(network.Network):
 
     def _stem(self, x, train):
         """The convolutions and the pooling before the first dense block."""
+        if self._has_whole_stem(x, train):
+            return self._whole_stem(x, train)
         x, norm = self.conv0(x), None
         if self.stem == 'imagenet':
             norm = self.norm0
@@ -179,6 +181,28 @@ class DenseNet(network.Network):
             x, pad = nn.relu(norm(x, train)), ((1, 1), (1, 1))
             return layers.blur_pool(nn.max_pool(x, (3, 3), padding=pad))
         return self._norm_and_pool(x, norm, train)
+
+    def _has_whole_stem(self, x, train):
+        usual = self.stem != 'imagenet' or self.blur_pool or not self.fast
+        if usual or self.is_initializing():
+            return False
+        return dense_block.has_whole_stem(x, self.kernel, train)
+
+    def _whole_stem(self, x, train):
+        """The stem with its convolution, in one call of a C++ kernel."""
+        weights = self.conv0.variables['params']['kernel']
+        scale, bias, *averages = self.norm0.declare(weights.shape[-1])
+        mean, var = (None, None) if train else (a.value for a in averages)
+        y, statistics, count = dense_block.whole_stem(
+            x,
+            weights,
+            (mean, var, scale, bias),
+            epsilon=self.epsilon,
+            padding=self.padding,
+        )
+        if train:
+            self.norm0.update(averages, statistics, count)
+        return y
 
     def _norm_and_pool(self, x, norm, train):
         """Batch norm, ReLU, 3x3 max pooling with stride 2."""

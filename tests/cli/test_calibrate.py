@@ -84,6 +84,7 @@ def test_decisions_of_another_checkpoint(run, caplog):
     predict(run, raw=True)
 
 
+@pytest.mark.slow
 def test_weights_have_theirs_beside_them(run, main, tmp_path):
     path = tmp_path / 'x.safetensors'
     raw = flax_densenet.load(run, raw=True)

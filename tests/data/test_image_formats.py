@@ -1,6 +1,7 @@
 """Formats beside the usual ones, and PNG files with much beside their pixels."""
 
 import io
+import itertools
 import os
 import random
 import struct
@@ -14,6 +15,7 @@ from PIL import Image, PngImagePlugin, features
 
 from flax_densenet import UserError
 from flax_densenet.data import dataset, images, other_files
+from helpers.marks import slow_after
 from helpers.paths import ROOT
 
 GRID = np.kron(
@@ -123,6 +125,7 @@ def test_formats_that_take_more_memory():
             images.load_image(bytes(content), images.Preparation(8))
 
 
+MODES = ('RGB', 'L', 'P', 'RGBA', 'I;16')
 SIDES = {
     'a color profile': lambda: {'icc_profile': bytes(2_000_000)},
     'packed text': lambda: {'pnginfo': with_text(zip=True)},
@@ -130,8 +133,14 @@ SIDES = {
 }
 
 
-@pytest.mark.parametrize('mode', ['RGB', 'L', 'P', 'RGBA', 'I;16'])
-@pytest.mark.parametrize('beside', SIDES)
+@pytest.mark.parametrize(
+    ('beside', 'mode'),
+    [
+        *itertools.product(('a color profile', 'packed text'), MODES),
+        # 64 MB of text are read again and again.
+        *slow_after(1, itertools.product(['several texts'], MODES)),
+    ],
+)
 def test_png_beside_its_pixels(beside, mode, tmp_path):
     picture = Image.fromarray(GRID)
     if mode == 'I;16':

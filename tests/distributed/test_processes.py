@@ -176,6 +176,7 @@ def test_an_abort_of_the_cluster_is_one_line_and_2(fatal):
         assert len(lines) == 2
 
 
+@pytest.mark.slow
 def test_no_cluster(tmp_path):
     """Also: nobody comes."""
     with (

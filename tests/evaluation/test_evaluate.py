@@ -9,6 +9,7 @@ from flax_densenet.data import dataset
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.evaluation import evaluate
 from flax_densenet.weights import trained
+from helpers.marks import slow_after
 from helpers.networks import compiled
 from helpers.runs import tiny_trained, write_images
 
@@ -23,8 +24,10 @@ def test_normalize():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('batch_size', [4, 16, 24])
-@pytest.mark.parametrize('devices', [1, 4])
+@pytest.mark.parametrize(
+    ('devices', 'batch_size'),
+    slow_after(2, [(1, 4), (4, 24), (1, 16), (1, 24), (4, 4), (4, 16)]),
+)
 def test_figures(batch_size, devices, tmp_path):
     """The last batch is short for 16: its padding must not count."""
     photos = write_images(tmp_path, {'a': 60, 'b': 50})

@@ -13,6 +13,7 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 
 from flax_densenet.data import images
+from helpers.marks import slow_after
 from helpers.paths import ROOT
 from helpers.tiny_onnx import LABELS, SIZE, probabilities, write_onnx
 
@@ -159,7 +160,7 @@ def test_wrong_usage():
     assert done.stderr == 'usage: python onnx_predict.py model.onnx photo.jpg ...\n'
 
 
-@pytest.mark.parametrize('way', PREPARATIONS)
+@pytest.mark.parametrize('way', slow_after(1, PREPARATIONS))
 def test_twenty_lines(way, tmp_path, monkeypatch, capsys):
     """As it stands in the file: few lines, no JAX, the same image but for a pixel."""
     options = PREPARATIONS[way]

@@ -89,6 +89,7 @@ def test_onnx(trained, images, source, tmp_path, inputs):
     assert 'somebody' not in json.dumps(about)
 
 
+@pytest.mark.slow
 def test_safetensors_come_back_and_raw(trained, images, source, tmp_path):
     from safetensors import numpy as safetensors
 

@@ -49,7 +49,7 @@ NETWORKS = {
         ),
     ),
 }
-QUICK = ('imagenet', 'odd', 'plain')
+QUICK = ('odd', 'plain')
 
 
 def make(kind, *, falling=False, channels=3, seed=0):

@@ -162,6 +162,7 @@ def test_a_wrong_file_is_not_handed_out(trained, samples, tmp_path, monkeypatch)
     assert path.read_text() == 'of before' and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_a_model_without_numbers(trained, samples, tmp_path):
     """A comparison with NaN proves nothing."""
     bias = trained.variables['params']['classifier']['bias']
@@ -179,6 +180,7 @@ def test_a_model_without_numbers(trained, samples, tmp_path):
         verify._compare('onnxruntime', found, found * np.nan, 'images', 'float32')
 
 
+@pytest.mark.slow
 def test_a_file_that_does_not_run(trained, samples, tmp_path, monkeypatch):
     def write(path, trained, options):
         with open(path, 'w') as file:

@@ -55,6 +55,7 @@ def scores(trained, images):
     return wanted
 
 
+@pytest.mark.slow
 def test_calibration_does_not_change_scores(trained, images, scores):
     found = predictor.Predictor(trained, 8).programs(images)
     np.testing.assert_allclose(found.unusual, scores, rtol=1e-3, atol=1e-3)

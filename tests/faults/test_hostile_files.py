@@ -32,6 +32,7 @@ from flax_densenet.weights import (
     weight_file,
 )
 from flax_densenet.weights import metadata as metadata_lib
+from helpers.marks import slow_after
 
 MAGIC = b''.join(pickle.dumps(x, 2) for x in (0x1950A86A20F9469CFC6C, 1001, {}))
 
@@ -280,7 +281,9 @@ def test_models_of_absurd_size_or_kind(fields, said):
     assert time.process_time() - start < 1
 
 
-@pytest.mark.parametrize('name', ['densenet121', 'L13k12', 'BC-L22k12', 'C-L16k4'])
+@pytest.mark.parametrize(
+    'name', slow_after(1, ['C-L16k4', 'L13k12', 'BC-L22k12', 'densenet121'])
+)
 def test_parameters_are_counted_by_arithmetic(name):
     import jax
 

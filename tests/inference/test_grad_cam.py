@@ -25,6 +25,7 @@ def case():
     return module, variables, rng.standard_normal((2, 16, 16, 3)).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_by_finite_differences(case):
     """Weights: what a class's logit gains when a feature map rises everywhere."""
     module, variables, images = case

@@ -21,8 +21,8 @@ from helpers.runs import tiny_config
 # `make test-slow` and `make test-exhaustive` run the others; the latter also runs those
 # with dropout, bfloat16 and four devices.
 CONTRACTS = [
-    ('xla', 'BC'),
     ('native', 'BC'),
+    pytest.param('xla', 'BC', marks=pytest.mark.slow),
     pytest.param('native', 'plain', marks=pytest.mark.slow),
     pytest.param('native', 'imagenet', marks=pytest.mark.slow),
     *(
@@ -232,6 +232,7 @@ def test_every_pair_of_choices(block, dropout, dtype):
             assert ours <= 2 * theirs and 1e-4 < theirs < bound, (name, ours, theirs)
 
 
+@pytest.mark.slow
 def test_native_is_deterministic():
     require_native()
     variables, images = inputs('imagenet', size=(61, 45))
@@ -259,6 +260,7 @@ def test_gradient_in_evaluation(kernel):
     assert error(gradient(kernel=kernel), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_ties_in_the_pooling_go_to_one_place():
     """Equal values in a window: the gradient is given once, as by the plain layers."""
     require_native()

@@ -74,6 +74,7 @@ def test_a_block_in_training_bit_for_bit(bottleneck, growth, dtype):
     assert len(outputs_of_four[0].sharding.device_set) == 4
 
 
+@pytest.mark.slow
 def test_two_networks_in_one_program():
     """Their calls are alike and may come in any order on each device."""
     require_native()

@@ -12,6 +12,7 @@ from flax_densenet import create_model, init_variables
 from flax_densenet.inference import grad_cam
 from flax_densenet.models import ensemble, folded, naming
 from helpers import rdnets
+from helpers.marks import slow_after
 
 ACTIVATIONS = {
     'softmax': functools.partial(special.softmax, axis=-1),
@@ -46,7 +47,7 @@ def images(size=16):
 @pytest.mark.parametrize(
     ('kind', 'outputs'),
     [
-        *(('densenet', outputs) for outputs in ACTIVATIONS),
+        *slow_after(1, [('densenet', outputs) for outputs in ACTIVATIONS]),
         # How outputs are averaged is not the networks' matter.
         pytest.param('rdnet', 'softmax', marks=pytest.mark.slow),
     ],

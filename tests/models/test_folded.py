@@ -16,7 +16,7 @@ OTHERS = {
     'deep': ('densenet264d', dict(growth_rate=8, block_sizes=(2, 1))),
     'blur': ('densenetblur121d', dict(growth_rate=8, block_sizes=(2, 1))),
 }
-QUICK = ('plain', 'BC', 'imagenet', 'same padding')
+QUICK = ('plain', 'imagenet')
 ALL = [
     *QUICK,
     *(pytest.param(b, marks=pytest.mark.slow) for b in BLOCKS if b not in QUICK),

@@ -172,6 +172,7 @@ def test_features_head_and_pyramid():
     )
 
 
+@pytest.mark.slow
 def test_paddings_differ_only_in_place():
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
     variables = init_variables(tiny(), 0)
@@ -182,6 +183,7 @@ def test_paddings_differ_only_in_place():
     assert not np.allclose(torch, same)
 
 
+@pytest.mark.slow
 def test_same_padding_is_xlas():
     module = tiny(padding='same')
     variables = init_variables(module, 0)

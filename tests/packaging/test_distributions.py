@@ -86,6 +86,7 @@ def test_wheel_holds_the_package_and_the_recipes(built):
     assert wheel_of(built, 'wheel').name.endswith('-py3-none-any.whl')
 
 
+@pytest.mark.slow
 def test_wheel_of_the_source_distribution_is_the_same(built):
     assert files_of(wheel_of(built, 'sdist')) == files_of(wheel_of(built, 'wheel'))
 

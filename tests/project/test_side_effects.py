@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from helpers.paths import ROOT
 
 # Imports OTHERS, then OURS, then sets up: what each of the last two changes and prints.
@@ -62,6 +64,7 @@ def modules():
     return sorted(name for name in others if name.split('.')[0] != ours[0]), ours
 
 
+@pytest.mark.slow
 def test_importing_changes_nothing():
     others, ours = modules()
     assert len(ours) > 100 and 'jax' in others

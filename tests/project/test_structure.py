@@ -1,6 +1,7 @@
 """Imports run one way; every recipe is whole; nothing heavy is imported early."""
 
 import ast
+import functools
 import importlib
 import itertools
 import pathlib
@@ -44,8 +45,13 @@ LIMITED = ('flax_densenet', 'benchmarks', 'tests', 'examples')
 RECIPES = sorted(path.stem for path in (ROOT / 'configs').glob('*.py'))
 
 
+@functools.cache
+def nodes(path):
+    return list(ast.walk(ast.parse(path.read_text())))
+
+
 def imports(path):
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and node.module:
             package, *rest = node.module.split('.')
             if package == 'flax_densenet':
@@ -102,7 +108,7 @@ def test_files_and_functions_are_short(folder):
         assert len(lines) <= 450, path
         if len(lines) < 70:
             continue
-        for node in ast.walk(ast.parse('\n'.join(lines))):
+        for node in nodes(path):
             if isinstance(node, FUNCTIONS) and node.end_lineno - node.lineno >= 70:
                 assert code_lines(node, lines) <= 70, (path, node.name)
 
@@ -112,7 +118,7 @@ def test_the_library_prints_nothing():
     for path in PACKAGE.rglob('*.py'):
         if path.parent.name == 'cli' or path == PACKAGE / 'system' / 'terminal.py':
             continue
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id != 'print', (path, node.lineno)
 
@@ -121,7 +127,7 @@ def test_tests_share_what_is_in_helpers():
     """None imports another file of tests, nor a conftest."""
     files = {path.stem for path in (ROOT / 'tests').rglob('test_*.py')} | {'conftest'}
     for path in (ROOT / 'tests').rglob('*.py'):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):

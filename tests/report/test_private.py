@@ -11,6 +11,7 @@ from flax_densenet.data import dataset
 from flax_densenet.evaluation import results, subgroups
 from flax_densenet.report import compare, page, private, render, subgroup_tables
 from flax_densenet.weights import decisions, thresholds
+from helpers.marks import slow_after
 from helpers.pages import write_run
 from helpers.runs import tiny_trained, write_images
 
@@ -41,7 +42,7 @@ def write_private(folder, source, *, private=True):
     return folder
 
 
-@pytest.mark.parametrize('weights', [None, '/home/Doe/Jane.pth'])
+@pytest.mark.parametrize('weights', slow_after(1, ['/home/Doe/Jane.pth', None]))
 def test_report(made, weights, monkeypatch):
     folder, source, trained, found = made
     monkeypatch.setattr(subgroups, 'LEAST', 2)

@@ -21,8 +21,11 @@ def draw(count, *, share=0.5, digits=None):
 
 @pytest.mark.parametrize(
     ('count', 'share', 'digits'),
-    [(2, 0.5, None), (60, 0.5, None), (60, 0.5, 1), (5000, 0.5, None)]
-    + [(5000, 0.005, None), (300, 0.5, 2)],
+    [(2, 0.5, None), (60, 0.5, None), (60, 0.5, 1), (300, 0.5, 2)]
+    + [
+        pytest.param(5000, 0.5, None, marks=pytest.mark.slow),
+        pytest.param(5000, 0.005, None, marks=pytest.mark.slow),
+    ],
 )
 def test_counts_are_those_of_the_table(count, share, digits):
     true, probability = draw(count, share=share, digits=digits)

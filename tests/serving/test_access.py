@@ -63,6 +63,7 @@ def test_what_needs_no_token(guarded_port):
         assert 'bugs' not in answer.body.decode()
 
 
+@pytest.mark.slow
 def test_page_asks_for_the_token(guarded_port, port):
     text = ask(guarded_port, '/').body.decode()
     assert 'This server needs a token' in text and 'id="token"' in text

@@ -22,6 +22,7 @@ from flax_densenet.sweeps import runner as sweep_runner
 from flax_densenet.sweeps import table as sweep_table
 from flax_densenet.system import lock
 from flax_densenet.train import fit as fit_lib
+from helpers.marks import slow_after
 
 RATE = 'optimizer.learning_rate'
 
@@ -154,6 +155,7 @@ def test_a_grid_with_seeds(objective, tmp_path, capsys):
     assert again.trained == {}
 
 
+@pytest.mark.slow
 def test_validation_chooses(objective, monkeypatch, tmp_path, capsys):
     """The test result is that of the chosen setting; the record keeps it."""
     objective(by_rate, 'val')
@@ -255,7 +257,7 @@ def test_a_search_of_few_choices_ends(objective, tmp_path, capsys, monkeypatch):
     assert 'the search ends with 2 settings: 5 suggestions' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('prune', ['median', 'halving'])
+@pytest.mark.parametrize('prune', slow_after(1, ['median', 'halving']))
 def test_pruning(objective, tmp_path, prune):
     """What falls behind ends early, and is not trained with the other seed."""
     made = objective(by_rate)
@@ -277,6 +279,7 @@ def test_pruning(objective, tmp_path, prune):
     assert {row.state for row in rows[:1]} == {'done'}
 
 
+@pytest.mark.slow
 def test_no_pruning_after_the_last_epoch(objective, tmp_path):
     """Nor of later seeds, whose epochs nobody is told."""
     objective(by_rate)

@@ -64,6 +64,7 @@ def test_what_is_saved(run, model):
     assert model.preparation.window == WINDOW and model.preparation.is_deep
 
 
+@pytest.mark.slow
 def test_files_arrays_and_pictures_give_the_same(run, model):
     path = str(run[0] / 'scans' / 'up' / '3.png')
     with Image.open(path) as picture:
@@ -81,6 +82,7 @@ def test_files_arrays_and_pictures_give_the_same(run, model):
     assert explained.overlay.dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_a_run_resumes_and_is_started_from(run):
     root, config = run
     again = config | {'train': config['train'] | {'epochs': 2}}
@@ -100,6 +102,7 @@ def test_a_run_resumes_and_is_started_from(run):
     assert started.settings.preparation.bit_depth == 16
 
 
+@pytest.mark.slow
 def test_exports_compute_the_same(run, model, tmp_path):
     trained, root = model.trained, run[0]
     batch = np.stack([model.load(str(p)) for p in sorted(root.glob('scans/*/1.png'))])
@@ -121,6 +124,7 @@ def test_exports_compute_the_same(run, model, tmp_path):
         onnx_int8.check(trained.module, trained.metadata)
 
 
+@pytest.mark.slow
 def test_files_of_weights_keep_the_preparation(run, model, tmp_path):
     def write_weights(path, trained):
         formats.save(path, trained, 'safetensors')

@@ -147,6 +147,7 @@ def test_frozen_stages_compute_as_in_evaluation(fast):
         assert same == [block < frozen for block in (1, 2, 3)]
 
 
+@pytest.mark.slow
 def test_rates_are_those_of_the_updates():
     module = create_model('densenet121', num_classes=3)
     assert finetune.make_rates(module, layer_decay=0.8)['norm0'] == 0.8**5

@@ -13,6 +13,7 @@ from flax_densenet import UserError, create_model, init_variables
 from flax_densenet.export import formats
 from flax_densenet.report import plots
 from flax_densenet.train import lr_finder, training_run
+from helpers.marks import slow_after
 from helpers.runs import tiny_config
 
 TINY = {'model.block_sizes': (1, 1)}
@@ -72,6 +73,7 @@ def fake_losses(monkeypatch, losses):
     return seen
 
 
+@pytest.mark.slow
 def test_it_stops_where_the_loss_diverges(tmp_path, monkeypatch):
     losses = [*np.linspace(2.4, 2.3, 20), *np.linspace(2.3, 0.5, 10), *[100.0] * 70]
     fake_losses(monkeypatch, losses)
@@ -86,7 +88,7 @@ def test_it_stops_where_the_loss_diverges(tmp_path, monkeypatch):
     assert lr_finder.describe(found).endswith('; the loss diverged at 2.7e-05')
 
 
-@pytest.mark.parametrize('wrong', [math.nan, math.inf])
+@pytest.mark.parametrize('wrong', slow_after(1, [math.nan, math.inf]))
 def test_it_stops_where_the_loss_is_not_finite(tmp_path, monkeypatch, wrong):
     fake_losses(monkeypatch, [2.3] * 30 + [1.0] * 5 + [wrong])
     found = lr_finder.find(tiny_config(**TINY), str(tmp_path))

@@ -247,6 +247,7 @@ def test_stop_and_skip(tmp_path, monkeypatch, capsys):
     assert 'batch norm' in dump['layers']['norm5/mean']
 
 
+@pytest.mark.slow
 def test_the_rate_of_a_bad_step_is_told(monkeypatch):
     """Schedules compute on the device, which the loop else forbids."""
     monkeypatch.setattr(nonfinite, 'save_dump', lambda *_: None)

@@ -7,14 +7,10 @@ import pytest
 
 from flax_densenet import create_model, init_variables
 from flax_densenet.train import fit, optimizers, step
+from helpers.marks import slow_after
 from helpers.runs import read_records, tiny_config
 
-WAYS = [
-    {},
-    {'batch_norm_group': 2},
-    pytest.param({'fast': False}, marks=pytest.mark.slow),
-    pytest.param({'remat': 'none'}, marks=pytest.mark.slow),
-]
+WAYS = slow_after(1, [{'batch_norm_group': 2}, {}, {'fast': False}, {'remat': 'none'}])
 
 
 def equations(jaxpr):

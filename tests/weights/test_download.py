@@ -260,6 +260,7 @@ def wait_until(happened):
     raise AssertionError('it did not happen')
 
 
+@pytest.mark.slow
 def test_processes_take_turns_and_one_is_killed(host):
     """The second waits for the first, and goes on where that was killed."""
     gate = threading.Event()

@@ -72,6 +72,7 @@ def test_safetensors_there_and_back(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['x.safetensors']
 
 
+@pytest.mark.slow
 def test_another_epsilon_goes_into_the_variances():
     module, variables = tiny(epsilon=1e-3)
     arrays = formats.torch_arrays(module, variables)

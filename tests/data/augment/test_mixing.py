@@ -87,6 +87,7 @@ def test_cutmix_is_a_box_of_another_image():
     assert min(sizes) < 0.2 and max(sizes) > 0.5
 
 
+@pytest.mark.slow
 def test_with_both_each_batch_has_one_of_them():
     kinds = []
     for seed in range(12):

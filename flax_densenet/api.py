@@ -272,7 +272,7 @@ def evaluate(
             workers=0,
         )
     elif data is None and predictor.path and trained.module.members > 1:
-        changes = {'batch_size': batch_size, 'tta': trained.metadata['data'].get('tta')}
+        changes = {'batch_size': batch_size, 'tta': trained.tta}
         found = out_of_fold.collect(
             predictor.path,
             lambda metadata: _settings_of(metadata, **changes),
@@ -328,7 +328,6 @@ def export(
         be written, or the other program computes different outputs.
     """
     from flax_densenet.export import formats, release, sample_images
-    from flax_densenet.weights import trained as trained_lib
 
     file, predictor = os.fspath(file), _predictor(model)
     trained, path = predictor.trained, predictor.path or 'the model'
@@ -347,7 +346,7 @@ def export(
             patterns = images
         else:
             patterns = [os.fspath(images)]
-        preparation = trained_lib.preparation_of(trained.metadata)
+        preparation = trained.preparation
         samples = sample_images.from_files(patterns, preparation)
     else:
         samples = sample_images.from_model(

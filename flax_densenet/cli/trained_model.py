@@ -160,10 +160,9 @@ def verification_samples(
         images.
     """
     from flax_densenet.export import sample_images
-    from flax_densenet.weights import trained as trained_lib
 
     if invocation.flags.files:
-        preparation = trained_lib.preparation_of(trained.metadata)
+        preparation = trained.preparation
         return sample_images.from_files(invocation.flags.files, preparation)
     found, place = data_settings(invocation, trained.metadata)
     if 'source' not in trained.metadata['data'] and not place:

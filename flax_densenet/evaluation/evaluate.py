@@ -184,7 +184,7 @@ def compute_outputs(
     Raises:
       UserError: a logit is not finite.
     """
-    metadata, parts = trained.metadata, []
+    parts = []
     module: network.Network | _Folded = trained.module
     variables = trained.variables
     if trained.precision == 'bfloat16':  # as `Predictor` computes
@@ -198,9 +198,9 @@ def compute_outputs(
         examples,
         batch_size=batch_size,
         mesh=trained.mesh,
-        mean=tuple(metadata['mean']),
-        std=tuple(metadata['std']),
-        tta=tta_lib.from_metadata(metadata),
+        mean=trained.mean,
+        std=trained.std,
+        tta=trained.tta,
         step=_features_step if features else eval_step,
         threads=threads,
         workers=workers,

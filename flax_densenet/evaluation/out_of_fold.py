@@ -19,7 +19,6 @@ from flax_densenet.errors import UserError
 from flax_densenet.evaluation import evaluate, fitting, precisions, unusual_folds
 from flax_densenet.evaluation import results as results_lib
 from flax_densenet.evaluation import selection as selection_lib
-from flax_densenet.models import tta as tta_lib
 from flax_densenet.weights import choices as choices_lib
 from flax_densenet.weights import decisions as decisions_lib
 from flax_densenet.weights import ensembles, unusual_members
@@ -117,7 +116,7 @@ class OutOfFold:
             self.data,
             None,
             None,
-            tta_lib.from_metadata(trained.metadata),
+            trained.tta,
             precision=trained.precision,
             members=len(self.folds),
             out_of_fold=True,
@@ -239,7 +238,7 @@ def _describe(number, name, trained, found, source):
         name,
         trained,
         len(found.labels),
-        trained.metadata['epoch'],
+        trained.epoch,
         trained.step,
         {name: values[name] for name in METRICS},
         chosen_apart=source.val is not None,

@@ -31,7 +31,6 @@ from flax_densenet.evaluation import (
 from flax_densenet.evaluation import doubt as doubt_lib
 from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.evaluation import unusual as unusual_lib
-from flax_densenet.models import tta as tta_lib
 from flax_densenet.system import atomic
 from flax_densenet.weights import calibration as calibration_lib
 from flax_densenet.weights import decisions as decisions_lib
@@ -207,13 +206,13 @@ def describe(
     Args:
       weights: path that it was loaded from; kept if it is not a checkpoint.
     """
-    tta, precision = tta_lib.from_metadata(trained.metadata), trained.precision
+    tta, precision = trained.tta, trained.precision
     members = trained.module.members
     if members > 1:
         return Measured(data, None, None, tta, weights, precision, members)
     if trained.step is None:
         return Measured(data, None, None, tta, weights, precision)
-    epoch = trained.metadata['epoch']
+    epoch = trained.epoch
     return Measured(data, epoch, trained.step, tta, precision=precision)
 
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from flax_densenet.data import dataset, labeled_images
 from flax_densenet.evaluation import evaluate
-from flax_densenet.models import tta as tta_lib
 from flax_densenet.weights import trained as trained_lib
 
 
@@ -103,7 +102,7 @@ class Selection:
     @property
     def own_logits(self) -> np.ndarray:
         """Logits of the images themselves, without other views of them."""
-        if tta_lib.from_metadata(self.trained.metadata) == 'none':
+        if self.trained.tta == 'none':
             return self.logits
         found = self._with_features.own_logits
         assert found is not None

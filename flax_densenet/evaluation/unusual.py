@@ -11,7 +11,6 @@ from flax_densenet.data import subset
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import evaluate
 from flax_densenet.evaluation import selection as selection_lib
-from flax_densenet.models import tta as tta_lib
 from flax_densenet.weights import decisions as decisions_lib
 from flax_densenet.weights import trained as trained_lib
 from flax_densenet.weights import unusual as unusual_lib
@@ -34,7 +33,7 @@ def needs_own_outputs(trained: trained_lib.Trained) -> bool:
     score = None if trained.decisions is None else trained.decisions.unusual
     if score is None:
         return False
-    is_mean = tta_lib.from_metadata(trained.metadata) != 'none'
+    is_mean = trained.tta != 'none'
     return is_mean or trained.module.members > 1 or score.feature_size is not None
 
 

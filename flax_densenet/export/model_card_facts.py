@@ -12,7 +12,7 @@ from flax_densenet.checkpoints import epoch_records, run_folder
 from flax_densenet.data import source_names
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import metrics, results
-from flax_densenet.models import factory, naming, tta
+from flax_densenet.models import factory, naming
 from flax_densenet.system import paths
 from flax_densenet.weights import calibration as calibration_lib
 from flax_densenet.weights import thresholds as thresholds_lib
@@ -65,27 +65,27 @@ _RECIPE: dict[str, Any] = {
 
 def describe_model(trained: trained_lib.Trained) -> dict[str, Any]:
     """Facts about the network, its inputs and its outputs."""
-    metadata, module = trained.metadata, trained.module
-    channels, members = len(metadata['mean']), module.members
+    module = trained.module
+    channels, members = len(trained.mean), module.members
     parameters = module.count_parameters(channels=channels)
     module = module.member if members > 1 else module
     family = _FAMILIES[module.family]
     return {
-        'network': naming.name(module, metadata['model'].get('variant')),
-        'variant': metadata['model'].get('variant') or family[0],
-        'changes': _changes(module, metadata['model'].get('variant')),
+        'network': naming.name(module, trained.variant),
+        'variant': trained.variant or family[0],
+        'changes': _changes(module, trained.variant),
         'family': dict(zip(('name', 'title', 'paper'), family, strict=True)),
         'parameters': parameters,
         'members': members,
         'block_sizes': tuple(module.block_sizes),
         'num_classes': module.num_classes,
         'class_names': trained.class_names,
-        'multi_label': bool(metadata.get('multi_label')),
+        'multi_label': trained.multi_label,
         'channels': channels,
-        'preparation': trained_lib.preparation_of(metadata),
-        'mean': list(metadata['mean']),
-        'std': list(metadata['std']),
-        'mirrored': tta.from_metadata(metadata) == 'flip',
+        'preparation': trained.preparation,
+        'mean': list(trained.mean),
+        'std': list(trained.std),
+        'mirrored': trained.tta == 'flip',
         **describe_decisions(trained),
         'timm': timm_network.find(module, channels=channels),
         'torchvision': _torchvision(module, channels),
@@ -172,7 +172,7 @@ def describe_run(trained: trained_lib.Trained, workdir: str | None) -> dict[str,
         'recipe': recipe if trained_here else {},
         # Its folder on that machine is private.
         'started_from': os.path.basename(fields.get('init_from') or '') or None,
-        'epoch': metadata.get('epoch') if trained.step is not None else None,
+        'epoch': trained.epoch if trained.step is not None else None,
         'epochs_taken': len(run.records) or None,
         'environment': run.environment,
     }
@@ -276,7 +276,7 @@ def _of_checkpoint(trained):
     if count:
         count -= int(epoch_records.get(saved, 'unread', 0))
     interval = None
-    if count and not metadata.get('multi_label'):
+    if count and not trained.multi_label:
         interval = metrics.wilson(round(accuracy * count), count)
     rows = [('accuracy', accuracy, interval)]
     for name, key in (('auroc', 'mean_auroc'), ('loss', 'loss')):

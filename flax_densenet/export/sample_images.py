@@ -132,7 +132,7 @@ def from_model(
             '--precision=int8 needs images to measure the range of each feature map: '
             'add --config.data.source=folder:PHOTOS or --files=PATTERN'
         )
-    return from_library(trained_lib.preparation_of(trained.metadata))
+    return from_library(trained.preparation)
 
 
 def from_library(preparation: images_lib.Preparation) -> Samples:

@@ -161,7 +161,7 @@ def _check_installed():
 def _export(trained, inputs, precision, any_size=False):
     from jax import export
 
-    module, metadata = trained.module, trained.metadata
+    module, preparation = trained.module, trained.preparation
     if 'kernel' in module.fields():
         module = module.clone(kernel='xla')  # only this package has the native kernel
     options = programs.options_of(trained)
@@ -194,7 +194,6 @@ def _export(trained, inputs, precision, any_size=False):
         given = arrays['head'], known, pooled, logits
         return finished, programs.score_of(module, *given)
 
-    preparation = trained_lib.preparation_of(metadata)
     (height, width), channels = preparation.shape, preparation.channels
     shape, constraints = f'batch, {height}, {width}, {channels}', ()
     if any_size:

@@ -1,7 +1,6 @@
 """Verifies that an exported file computes the same as its model."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
@@ -60,11 +59,10 @@ def compute(
       inputs: `images` for probabilities (or scores, if there are operating points),
         `normalized` for logits.
     """
-    module, metadata = trained.module, trained.metadata
-    options = {name: tuple(metadata[name]) for name in ('mean', 'std')}
+    options = dict(mean=trained.mean, std=trained.std)
     apply = jax.jit(
         lambda variables, batch: evaluate.forward(
-            module, variables, {'image': batch}, **options
+            trained.module, variables, {'image': batch}, **options
         )
     )
     size, rows = min(len(images), 16), []
@@ -95,12 +93,13 @@ def compute_unusual(
     return programs.Programs(trained, 16)(images).unusual
 
 
-def as_inputs(images: np.ndarray, metadata: dict[str, Any], inputs: str, *, nchw: bool):
+def as_inputs(
+    images: np.ndarray, trained: trained_lib.Trained, inputs: str, *, nchw: bool
+):
     """Converts uint8 images `[N, H, W, C]` to one of `onnx_network.INPUTS`."""
     if inputs == 'images':
         return images
-    options = {name: tuple(metadata[name]) for name in ('mean', 'std')}
-    made = np.asarray(trained_lib.normalize(images, **options))
+    made = np.asarray(trained_lib.normalize(images, mean=trained.mean, std=trained.std))
     return np.ascontiguousarray(made.transpose(0, 3, 1, 2)) if nchw else made
 
 
@@ -139,7 +138,7 @@ def check(
             f'to verify the file {" or ".join(names)} is needed: '
             f'pip install {runtimes.RUNTIMES[names[0]][1][0]}'
         )
-    given = as_inputs(images, trained.metadata, inputs, nchw=nchw)
+    given = as_inputs(images, trained, inputs, nchw=nchw)
     about = trained.module.fields() | {
         'family': trained.module.family,
         'channels': images.shape[-1],

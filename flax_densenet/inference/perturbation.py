@@ -24,7 +24,7 @@ import numpy as np
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.inference import explain
 from flax_densenet.models import folded
-from flax_densenet.weights.trained import Trained, normalize, preparation_of
+from flax_densenet.weights.trained import Trained, normalize
 
 # Variants of an image that are computed at once; gradients keep all activations.
 _FORWARD, _BACKWARD = 16, 8
@@ -165,31 +165,31 @@ class Perturbations:
             return self._compiled[key]
 
     def _compile(self, function, shape, size, has_sides):
-        mesh, metadata = self._trained.mesh, self._trained.metadata
-        whole = mesh_lib.replicated(mesh)
-        rows = mesh_lib.split_rows(mesh) if self._split() > 1 else whole
+        trained = self._trained
+        whole = mesh_lib.replicated(trained.mesh)
+        rows = mesh_lib.split_rows(trained.mesh) if self._split() > 1 else whole
         dtype = jnp.int32 if has_sides else jnp.float32
         backward = function is weighted_gradients
-        module = self._trained.module
+        module = trained.module
         program = functools.partial(
             function,
             folded.differentiable(module) if backward else module,
-            mean=tuple(metadata['mean']),
-            std=tuple(metadata['std']),
+            mean=trained.mean,
+            std=trained.std,
         )
 
         def struct(shape, dtype, sharding=whole):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
         given = [
-            struct(shape, preparation_of(metadata).dtype),
+            struct(shape, trained.preparation.dtype),
             struct((), jnp.int32),
             *[struct((size,), dtype, rows)] * 2,
         ]
         given += [struct((2,), jnp.int32)] * has_sides
         compiled = jax.jit(program, out_shardings=whole)
         arrays = self._arrays[backward]
-        with mesh_lib.computing(mesh):
+        with mesh_lib.computing(trained.mesh):
             return compiled.lower(arrays, *given).compile()
 
 

@@ -82,13 +82,12 @@ class Predictor(decided.Decided):
         """
         if batch_size < 1:
             raise UserError(f'batch_size={batch_size} must be at least 1')
-        metadata = trained.metadata
         self.trained = trained
         self.path = path
         self._told_of_dark = False
         self.batch_size = batch_size
-        self.multi_label = bool(metadata.get('multi_label'))
-        self.preparation = trained_lib.preparation_of(metadata)
+        self.multi_label = trained.multi_label
+        self.preparation = trained.preparation
         self.in_use = precision_lib.resolve(trained, path, precision)
         trained.notes.tell()
         self.programs = programs.Programs(self.in_use, batch_size)

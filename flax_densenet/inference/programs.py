@@ -30,7 +30,7 @@ from flax_densenet.inference import explain
 from flax_densenet.models import folded
 from flax_densenet.models import tta as tta_lib
 from flax_densenet.weights import heads, operating_points
-from flax_densenet.weights.trained import Trained, normalize, preparation_of
+from flax_densenet.weights.trained import Trained, normalize
 
 # On a CPU, sixteen images take sixteen times as long as one; on a GPU hardly longer.
 SIZES = (1, 4, 16)
@@ -161,11 +161,10 @@ def _mean_of_views(found, outputs):
 
 def options_of(trained: Trained) -> dict:
     """The keyword arguments of `predict_probabilities` for a trained model."""
-    metadata = trained.metadata
     return {
-        'mean': tuple(metadata['mean']),
-        'std': tuple(metadata['std']),
-        'tta': tta_lib.from_metadata(metadata),
+        'mean': trained.mean,
+        'std': trained.std,
+        'tta': trained.tta,
         'outputs': trained.outputs,
         'points': trained.points,
         'calibration': trained.calibration,
@@ -231,7 +230,7 @@ class Programs:
           shape: (height, width, channels) of the images; by default as in training.
         """
         if shape is None:
-            preparation = preparation_of(self._trained.metadata)
+            preparation = self._trained.preparation
             shape = (*preparation.shape, preparation.channels)
         key = size, maps, shape
         with self._lock:
@@ -241,7 +240,7 @@ class Programs:
 
     def _compile(self, size, maps, shape):
         rows = self._sharding(size)
-        dtype = preparation_of(self._trained.metadata).dtype
+        dtype = self._trained.preparation.dtype
         given = [jax.ShapeDtypeStruct((size, *shape), dtype, sharding=rows)]
         if maps:
             given.append(jax.ShapeDtypeStruct((size,), jnp.int32, sharding=rows))

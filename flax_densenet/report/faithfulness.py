@@ -81,7 +81,7 @@ def _curves(images, predictor, how, rng):
     rows = computed.probabilities
     chosen, given = rows.argmax(-1), []
     for image, cam in zip(images, computed.cams, strict=True):
-        given += _variants(image, cam, predictor.trained.metadata['mean'], rng)
+        given += _variants(image, cam, predictor.trained.mean, rng)
     many = len(given) // len(images)
     found = _probabilities(given, chosen.repeat(many), predictor, how)
     curves = []

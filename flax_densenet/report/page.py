@@ -160,7 +160,6 @@ def _pick_pictures(found, kept):
 
 def _describe(workdir, run, trained, source, found, measured, trained_on):
     """The content of the page that needs no script."""
-    metadata = trained.metadata
     labels = None
     if trained_on and _reads_labels(source.train):
         labels = source.train.labels
@@ -183,8 +182,8 @@ def _describe(workdir, run, trained, source, found, measured, trained_on):
         'name': run.name,
         'network': naming.describe(
             trained.module,
-            metadata['model'].get('variant'),
-            channels=len(metadata['mean']),
+            trained.variant,
+            channels=len(trained.mean),
         ),
         'which': measured.model,
         'cropped': found.examples.preparation.resize == 'crop',

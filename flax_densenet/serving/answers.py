@@ -18,7 +18,7 @@ from flax_densenet.serving import batcher, guard, queries
 def describe_model(predictor, *, name: str, limits: guard.Limits) -> dict[str, Any]:
     """The answer of /model."""
     trained, preparation = predictor.trained, predictor.preparation
-    variant = trained.metadata['model'].get('variant')
+    variant = trained.variant
     return {
         'name': name,
         'classes': list(predictor.class_names),
@@ -36,7 +36,7 @@ def describe_model(predictor, *, name: str, limits: guard.Limits) -> dict[str, A
         'crop_fraction': preparation.crop_fraction,
         'window': preparation.window,
         'bit_depth': preparation.bit_depth,
-        'epoch': trained.metadata.get('epoch'),
+        'epoch': trained.epoch,
         'step': trained.step,
         **predictor.describe_decisions(),
         'figures': {

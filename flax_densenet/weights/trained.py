@@ -90,6 +90,41 @@ class Trained:
         return None if names is None else tuple(names)
 
     @property
+    def mean(self) -> tuple[float, ...]:
+        """`[C]`, which images from 0 to 1 are normalized with, as with `std`."""
+        return tuple(self.metadata['mean'])
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """`[C]`: the standard deviations of the channels."""
+        return tuple(self.metadata['std'])
+
+    @property
+    def tta(self) -> str:
+        """The test-time augmentation, one of `tta.VIEWS`."""
+        return tta_lib.from_metadata(self.metadata)
+
+    @property
+    def preparation(self) -> images.Preparation:
+        """How images are prepared."""
+        return preparation_of(self.metadata)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image can have several labels."""
+        return bool(self.metadata.get('multi_label'))
+
+    @property
+    def variant(self) -> str | None:
+        """`model.variant`."""
+        return self.metadata['model'].get('variant')
+
+    @property
+    def epoch(self) -> int | None:
+        """The epoch of the checkpoint; None for imported weights."""
+        return self.metadata.get('epoch')
+
+    @property
     def outputs(self) -> str:
         """The function from logits to probabilities, one of `heads.OUTPUTS`."""
         return outputs_of(self.metadata)
@@ -114,7 +149,7 @@ class Trained:
         """
         if self.decisions and self.decisions.thresholds:
             return self.decisions.thresholds.values
-        if self.metadata.get('multi_label') and self.outputs == heads.SIGMOID:
+        if self.multi_label and self.outputs == heads.SIGMOID:
             return (0.5,) * self.module.num_classes
         return None
 

@@ -79,7 +79,7 @@ def test_onnx(trained, images, source, tmp_path, inputs):
     formats.save(path, trained, 'onnx', formats.Options(inputs))
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
     nchw = inputs == 'normalized'
-    given = verify.as_inputs(images, trained.metadata, inputs, nchw=nchw)
+    given = verify.as_inputs(images, trained, inputs, nchw=nchw)
     found = session.run(None, {session.get_inputs()[0].name: given})[0]
     expected = verify.compute(trained, images, inputs)
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -124,7 +124,7 @@ def test_stablehlo(trained, images, tmp_path, inputs):
     path = str(tmp_path / 'x.stablehlo')
     formats.save(path, trained, 'stablehlo', formats.Options(inputs))
     function, metadata = stablehlo.load(path)
-    given = verify.as_inputs(images, trained.metadata, inputs, nchw=False)
+    given = verify.as_inputs(images, trained, inputs, nchw=False)
     expected = verify.compute(trained, images, inputs)
     np.testing.assert_allclose(function(given), expected, atol=1e-4)
     assert metadata['decisions']['thresholds']['values'][3] == trained.thresholds[3]

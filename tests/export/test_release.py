@@ -272,9 +272,7 @@ def test_mistakes(tmp_path, trained):
 
 def test_logits_and_probabilities(trained, samples):
     logits = verify.compute(trained, samples.images[:20], 'normalized')
-    given = verify.as_inputs(
-        samples.images[:20], trained.metadata, 'normalized', nchw=False
-    )
+    given = verify.as_inputs(samples.images[:20], trained, 'normalized', nchw=False)
     wanted = compiled(trained.module)(trained.variables, given)
     np.testing.assert_allclose(logits, wanted, rtol=1e-5, atol=1e-5)
     found = verify.compute(trained, samples.images[:20], 'images')

@@ -109,7 +109,7 @@ def test_onnx(trained, images, scores, tmp_path, inputs):
     path = str(tmp_path / 'x.onnx')
     formats.save(path, trained, 'onnx', formats.Options(inputs))
     session = onnxruntime.InferenceSession(path, providers=['CPUExecutionProvider'])
-    given = verify.as_inputs(images, trained.metadata, inputs, nchw=True)
+    given = verify.as_inputs(images, trained, inputs, nchw=True)
     (found,) = session.run(['unusual'], {session.get_inputs()[0].name: given})
     np.testing.assert_allclose(found, scores, rtol=1e-2, atol=1e-2)
 
@@ -121,7 +121,7 @@ def test_stablehlo(trained, images, scores, tmp_path, inputs):
     formats.save(path, trained, 'stablehlo', formats.Options(inputs))
     function, metadata = stablehlo.load(path)
     assert metadata['results'][1] == 'unusual'
-    given = verify.as_inputs(images, trained.metadata, inputs, nchw=False)
+    given = verify.as_inputs(images, trained, inputs, nchw=False)
     np.testing.assert_allclose(function(given)[1], scores, rtol=1e-2, atol=1e-2)
 
 

@@ -22,7 +22,7 @@ class Fake:
 
     def __init__(self, images, sign):
         self.images, self.sign, self.computed = images, sign, 0
-        self.trained = types.SimpleNamespace(metadata={'mean': [0.5, 0.5, 0.5]})
+        self.trained = types.SimpleNamespace(mean=(0.5, 0.5, 0.5))
 
     def compute_maps(self, images, classes, how):
         maps = np.zeros((len(images), 8, 8), np.float32)

@@ -211,3 +211,13 @@ def describe(path: str, points: Sequence[float | None]) -> str:
     if without:
         line += f'; outputs without one are always 0.5: {", ".join(without)}'
     return line
+
+
+def check(path: str, points: Sequence[float | None], count: int) -> tuple[str, bool]:
+    """A line about the points of a file, and whether they fit its `count` outputs."""
+    if len(points) != count:
+        line = f'{path} has {len(points)} operating points for {count} outputs'
+        return f'{line}: they are not applied', False
+    if not all(point is None or 0 < point < 1 for point in points):
+        return f'{path}: its operating points are not between 0 and 1', False
+    return describe(path, points), True

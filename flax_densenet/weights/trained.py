@@ -383,8 +383,9 @@ def _from_file(path, mesh, choices):
         notes |= settled.notes
         points = weights.metadata.get('operating_points')
         if points and choices.outputs is None:
-            line, more = _describe_points(path, points, weights.num_classes, more)
-            notes['points'] = line
+            count = weights.num_classes
+            notes['points'], applied = operating_points.check(path, points, count)
+            more |= {'operating_points': list(points)} if applied else {}
     metadata = {
         'model': weights.fields,
         'class_names': names and list(names),
@@ -426,18 +427,6 @@ def _take_decisions(weights, metadata):
         plain = plain | entries
     place = f'{weights.path}: its decisions'
     return decisions_lib.from_files(place, plain, arrays, weights.num_classes)
-
-
-def _describe_points(path, points, count, more):
-    """A line, and the metadata with operating points if they fit."""
-    if len(points) != count:
-        line = f'{path} has {len(points)} operating points for {count} outputs'
-        return f'{line}: they are not applied', more
-    if not all(point is None or 0 < point < 1 for point in points):
-        return f'{path}: its operating points are not between 0 and 1', more
-    return operating_points.describe(path, points), more | {
-        'operating_points': list(points)
-    }
 
 
 def preparation_of(metadata: dict[str, Any]) -> images.Preparation:

@@ -75,6 +75,16 @@ _BFLOAT16 = {
         'TransitionBackwardBfloat16Together',
     ),
 }
+def _rdnet_handlers(suffix):
+    names = ('LayerForward', 'LayerBackward', 'TransitionForward', 'TransitionBackward')
+    together = tuple(f'RDNet{x}{suffix}Together' for x in names if 'Backward' in x)
+    return (f'RDNetPack{suffix}', *(f'RDNet{x}{suffix}' for x in names), *together)
+
+
+_RDNET = {
+    'float32': {'cpu_float32_rdnet.cc': _rdnet_handlers('')},
+    'bfloat16': {'cpu_bf16_rdnet.cc': _rdnet_handlers('Bfloat16')},
+}
 # Ways to multiply bfloat16, in the order of `Path` in cpu_bf16.h; see `bfloat16_path`.
 BFLOAT16_PATHS = ('amx', 'avx512', 'portable', 'emulated')
 _LOCK = threading.Lock()
@@ -106,17 +116,23 @@ def vendor() -> str:
     return ''
 
 
-def load(dtype: str = 'float32') -> str | None:
+def load(dtype: str = 'float32', family: str = 'densenet') -> str | None:
     """Builds and loads the kernels that compute in `dtype`, float32 or bfloat16.
 
     The first call takes seconds. It can run ahead of time in a thread; a second call
     waits for it.
 
+    Args:
+      dtype: the precision.
+      family: the kind of network, `densenet` or `rdnet`.
+
     Returns:
       None, or the reason why the kernels cannot be used.
     """
     with _LOCK:
-        return _load() if dtype == 'float32' else _load_bfloat16()
+        if family == 'densenet':
+            return _load() if dtype == 'float32' else _load_bfloat16()
+        return _load_rdnet(dtype)
 
 
 @functools.cache
@@ -127,6 +143,11 @@ def _load():
 @functools.cache
 def _load_bfloat16():
     return _load_parts(_BFLOAT16)
+
+
+@functools.cache
+def _load_rdnet(dtype):
+    return _load_parts(_RDNET[dtype])
 
 
 def _load_parts(sources):
@@ -197,7 +218,7 @@ def _packaged(source, *, level):
 def bfloat16_path(path: str | None = None) -> str:
     """The method for multiplying bfloat16 matrices, one of `BFLOAT16_PATHS`.
 
-    Needs `load('bfloat16')`. `amx` and `avx512` (AVX512-BF16) use instructions of the
+    Needs `load('bfloat16')`, and concerns what is loaded. `amx` and `avx512` (AVX512-BF16) use instructions of the
     processor; `portable` widens to float32. The fastest one is chosen, or the one in
     $FLAX_DENSENET_BFLOAT16.
 
@@ -212,16 +233,18 @@ def bfloat16_path(path: str | None = None) -> str:
         raise ValueError(f'{path} is not known; use one of {", ".join(BFLOAT16_PATHS)}')
     wanted = -1 if path is None else BFLOAT16_PATHS.index(path)
     used = {
-        _LIBRARIES[source].flax_densenet_bfloat16_path(wanted) for source in _BFLOAT16
+        library.flax_densenet_bfloat16_path(wanted)
+        for source, library in _LIBRARIES.items()
+        if 'bf16' in source
     }
     if used == {-1}:
         raise ValueError(f'this processor does not support {path}')
     return BFLOAT16_PATHS[used.pop()]
 
 
-def why_bfloat16_is_slow() -> str | None:
+def why_bfloat16_is_slow(family: str = 'densenet') -> str | None:
     """Why the kernels are not faster in bfloat16 than in float32; None if they are."""
-    if reason := load('bfloat16'):
+    if reason := load('bfloat16', family):
         return reason
     path = bfloat16_path()
     if path == 'avx512' and vendor() == 'GenuineIntel':

@@ -129,7 +129,7 @@ def why_bfloat16_is_slow(module: Network) -> str | None:
         return 'there is no bfloat16 CPU kernel for this network'
     if module.kernel == 'xla':
         return 'the CPU kernel is not used'
-    return cpu_kernels.why_bfloat16_is_slow()
+    return cpu_kernels.why_bfloat16_is_slow(module.family)
 
 
 def _packing(module):

@@ -23,8 +23,8 @@ from flax import linen as nn
 from jax import lax
 
 from flax_densenet.errors import UserError
+from flax_densenet.kernels import dense_block, native_rdnet, xla_block
 from flax_densenet.kernels import depthwise as depthwise_lib
-from flax_densenet.kernels import xla_block
 from flax_densenet.models import layers, network
 
 KERNEL_SIZE = 7  # kernel size of the depthwise convolutions
@@ -77,6 +77,11 @@ class RDNet(network.Network):
       dtype: dtype of the activations. Parameters and logits are float32. With
         `float64`, which needs `jax_enable_x64`, everything is float64.
       initializer: initializer of convolution kernels, a key of `factory.INITIALIZERS`.
+      fast: compute layers and transitions with `kernels.native_rdnet` if possible. False
+        uses the plain layers, with the same variables and, up to rounding, the same
+        results.
+      kernel: implementation of the layers: `native` (C++, float32 or bfloat16, on CPUs),
+        `xla` (the plain layers), or `auto` (native if possible).
       remat: `block` recomputes the inside of each layer in the backward pass, which
         takes less memory and more time; `none` keeps it.
     """
@@ -103,6 +108,8 @@ class RDNet(network.Network):
     epsilon: float = 1e-6
     dtype: str = 'float32'
     initializer: str = 'he_fan_in'
+    fast: bool = True
+    kernel: str = 'auto'
     remat: str = 'none'
 
     def setup(self):
@@ -116,13 +123,16 @@ class RDNet(network.Network):
         norm = functools.partial(
             nn.LayerNorm, epsilon=self.epsilon, use_fast_variance=False, **dtypes
         )
+        fast = None
+        if self.fast:
+            fast = dict(kernel=self.kernel, epsilon=self.epsilon)
         self.conv0 = conv(self.stem_features, self.patch_size, self.patch_size)
         self.norm0 = norm()
         rates = layers.drop_path_rates(self.drop_path_rate, self.block_sizes)
         for number, channels in enumerate(transition_features(self), start=1):
             if number > 1:
                 size = 2 if number - 1 in self.halvings else 1
-                transition = Transition(channels, size, conv, norm)
+                transition = Transition(channels, size, conv, norm, fast)
                 setattr(self, f'transition{number - 1}', transition)
             block = DenseBlock(
                 rates[number - 1],
@@ -139,6 +149,7 @@ class RDNet(network.Network):
                     depthwise=depthwise_conv,
                     norm=norm,
                     param_dtype=param_dtype,
+                    fast=fast,
                 ),
             )
             setattr(self, f'denseblock{number}', block)
@@ -172,7 +183,7 @@ class RDNet(network.Network):
             if number == count or number in self.halvings:
                 outputs.append(x)
             if number < count:
-                x = getattr(self, f'transition{number}')(x)
+                x = getattr(self, f'transition{number}')(x, train and frozen <= number)
         return outputs
 
     def before_last_halving(self, x):
@@ -196,6 +207,10 @@ class RDNet(network.Network):
             for n in range(1, last + 1)
         ]
         return [('conv0', 'norm0'), *blocks, ('classifier',)]
+
+    @nn.nowrap
+    def plain(self):
+        return self.clone(fast=False)
 
     @nn.nowrap
     def smallest_image_size(self):
@@ -253,6 +268,7 @@ class RDNet(network.Network):
                     f'model.{name}={tuple(value)} must be different numbers from 1 to '
                     f'{most}, or none: ()'
                 )
+        network.check_choices(self, kernel=dense_block.KERNELS)
         network.check_ranges(
             self,
             bottleneck=self.bottleneck >= 1,
@@ -279,9 +295,12 @@ class Conv(nn.Module):
     param_dtype: Any = jnp.float32
 
     @nn.compact
+    def declare(self, channels: int):
+        """Declares the kernel and the bias."""
+        return _kernel_and_bias(self, (self.size, self.size, channels, self.features))
+
     def __call__(self, x):
-        shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel, bias = _kernel_and_bias(self, shape)
+        kernel, bias = _cast(self, self.declare(x.shape[-1]))
         if self.size == self.stride == 1:
             return xla_block.product(x, kernel[0, 0]) + bias
         return bias + lax.conv_general_dilated(
@@ -301,17 +320,50 @@ class DepthwiseConv(nn.Module):
     param_dtype: Any
 
     @nn.compact
+    def declare(self, channels: int):
+        """Declares the kernel and the bias."""
+        return _kernel_and_bias(self, (KERNEL_SIZE, KERNEL_SIZE, 1, channels))
+
     def __call__(self, x):
-        shape = (KERNEL_SIZE, KERNEL_SIZE, 1, x.shape[-1])
-        kernel, bias = _kernel_and_bias(self, shape)
+        kernel, bias = _cast(self, self.declare(x.shape[-1]))
         return depthwise_lib.depthwise(x, kernel) + bias
+
+
+class LayerNormVariables(nn.Module):
+    """Declares the variables of a layer norm without computing anything."""
+
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, channels: int):
+        """Returns scale and bias."""
+        return tuple(
+            layers.parameter(self, name, init, (channels,), self.param_dtype)
+            for name, init in (
+                ('scale', nn.initializers.ones),
+                ('bias', nn.initializers.zeros),
+            )
+        )
 
 
 def _kernel_and_bias(module, shape):
     make = functools.partial(layers.parameter, module)
-    kernel = make('kernel', module.kernel_init, shape, module.param_dtype)
-    bias = make('bias', nn.initializers.zeros, shape[-1:], module.param_dtype)
-    return kernel.astype(module.dtype), bias.astype(module.dtype).reshape(1, 1, 1, -1)
+    return (
+        make('kernel', module.kernel_init, shape, module.param_dtype),
+        make('bias', nn.initializers.zeros, shape[-1:], module.param_dtype),
+    )
+
+
+def _cast(module, parameters):
+    kernel, bias = (array.astype(module.dtype) for array in parameters)
+    return kernel, bias.reshape(1, 1, 1, -1)
+
+
+def _packed(module, *names):
+    """The packed kernels of `folded.fold`; None if there are none."""
+    if not module.has_variable('packed', names[0]):
+        return None
+    return tuple(module.get_variable('packed', name) for name in names)
 
 
 class DenseLayer(nn.Module):
@@ -326,14 +378,29 @@ class DenseLayer(nn.Module):
     depthwise: Any
     norm: Any
     param_dtype: Any
+    fast: dict[str, Any] | None
     drop_path_rate: float = 0.0
 
     @nn.compact
     def __call__(self, x, train: bool):
         conv = functools.partial(self.conv, size=1)
-        y = self.norm(name='norm1')(self.depthwise(name='conv1')(x))
-        y = conv(inner_features(x.shape[-1], self.bottleneck), name='conv2')(y)
-        y = conv(self.growth_rate, name='conv3')(_gelu(y))
+        depthwise = self.depthwise(name='conv1')
+        conv2 = conv(inner_features(x.shape[-1], self.bottleneck), name='conv2')
+        conv3 = conv(self.growth_rate, name='conv3')
+        if _is_native(self.fast, x, train):
+            y = native_rdnet.layer(
+                x,
+                (
+                    *depthwise.declare(x.shape[-1]),
+                    *LayerNormVariables(self.param_dtype, name='norm1')(x.shape[-1]),
+                    *conv2.declare(x.shape[-1]),
+                    *conv3.declare(conv2.features),
+                ),
+                self.fast['epsilon'],
+                _packed(self, 'conv2', 'conv3'),
+            )
+        else:
+            y = conv3(_gelu(conv2(self.norm(name='norm1')(depthwise(x)))))
         if self.squeeze:  # effective: one layer that keeps the number of channels
             gate = conv(self.growth_rate, name='gate')(y.mean((1, 2), keepdims=True))
             y = y * nn.hard_sigmoid(gate)
@@ -347,6 +414,12 @@ class DenseLayer(nn.Module):
         if train and self.dropout_rate:
             y = _drop(self, y, self.dropout_rate, y.shape)
         return y
+
+
+def _is_native(fast, x, train):
+    if fast is None:
+        return False
+    return native_rdnet.use_native(fast['kernel'], x.dtype, gradients=train)
 
 
 def _gelu(x):
@@ -383,11 +456,21 @@ class Transition(nn.Module):
     size: int
     conv: Any
     norm: Any
+    fast: dict[str, Any] | None
 
     @nn.compact
-    def __call__(self, x):
-        x = self.norm(name='norm')(x)
-        return self.conv(self.features, self.size, self.size, name='conv')(x)
+    def __call__(self, x, train: bool = False):
+        conv = self.conv(self.features, self.size, self.size, name='conv')
+        if not _is_native(self.fast, x, train):
+            return conv(self.norm(name='norm')(x))
+        norm = LayerNormVariables(conv.param_dtype, name='norm')
+        packed = _packed(self, 'conv')
+        return native_rdnet.transition(
+            x,
+            (*norm(x.shape[-1]), *conv.declare(x.shape[-1])),
+            self.fast['epsilon'],
+            packed and packed[0],
+        )
 
 
 def inner_features(channels: int, bottleneck: int) -> int:

@@ -67,10 +67,9 @@ def get_config() -> ConfigDict:
     config.model.padding = optional(str)
     # Initial kernels: he_fan_in, he_fan_out or glorot_normal.
     config.model.initializer = 'he_fan_in'
-    # Use the fast dense block; False uses plain layers. DenseNet only.
+    # Use the fast dense block, or the fast layers of RDNet; False uses plain layers.
     config.model.fast = True
-    # Implementation of the fast dense block: native (C++, for CPUs), xla, or auto.
-    # DenseNet only.
+    # Implementation of the fast block or layers: native (C++, for CPUs), xla, or auto.
     config.model.kernel = 'auto'
     # none keeps activations for the gradient; block recomputes them, which saves
     # memory. With the fast dense block on xla, block is also faster, and its default;

@@ -12,7 +12,7 @@ import numpy as np
 
 from flax_densenet.export import onnx_mean, onnx_unusual
 from flax_densenet.export.onnx_graph import Graph
-from flax_densenet.models import ensemble, folded, layers, network, rdnet
+from flax_densenet.models import ensemble, folded, layers, network, rdnet_layers
 from flax_densenet.settings import sizes
 from flax_densenet.weights import decisions as decisions_lib
 from flax_densenet.weights import heads, trained
@@ -380,7 +380,7 @@ def _rdnet_layer(graph, x, layer, epsilon, name):
         np.float32(layer['conv1']['bias']),
         group=kernel.shape[0],
         kernel_shape=kernel.shape[2:],
-        pads=(rdnet.KERNEL_SIZE // 2,) * 4,
+        pads=(rdnet_layers.KERNEL_SIZE // 2,) * 4,
         name=f'{name}.conv1',
     )
     y = graph.add('Transpose', y, perm=(0, 2, 3, 1), name=f'{name}.channels_last')

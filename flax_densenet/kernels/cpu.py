@@ -75,6 +75,8 @@ _BFLOAT16 = {
         'TransitionBackwardBfloat16Together',
     ),
 }
+
+
 def _rdnet_handlers(suffix):
     names = ('LayerForward', 'LayerBackward', 'TransitionForward', 'TransitionBackward')
     together = tuple(f'RDNet{x}{suffix}Together' for x in names if 'Backward' in x)
@@ -218,9 +220,9 @@ def _packaged(source, *, level):
 def bfloat16_path(path: str | None = None) -> str:
     """The method for multiplying bfloat16 matrices, one of `BFLOAT16_PATHS`.
 
-    Needs `load('bfloat16')`, and concerns what is loaded. `amx` and `avx512` (AVX512-BF16) use instructions of the
-    processor; `portable` widens to float32. The fastest one is chosen, or the one in
-    $FLAX_DENSENET_BFLOAT16.
+    Needs `load('bfloat16')`; a chosen method applies to the kernels that are loaded.
+    `amx` and `avx512` (AVX512-BF16) use instructions of the processor; `portable`
+    widens to float32. The fastest one is chosen, or the one in $FLAX_DENSENET_BFLOAT16.
 
     Args:
       path: for tests, the method to use from now on; `emulated` computes the same as

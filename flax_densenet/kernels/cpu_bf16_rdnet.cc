@@ -3,7 +3,7 @@
 // them again takes no longer than reading them.
 
 #include "cpu_bf16_training.h"
-#include "cpu_rdnet.h"
+#include "cpu_rdnet_handlers.h"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // The layers of RDNet in float32; see cpu_rdnet.h.
 
 #include "cpu_float32.h"
-#include "cpu_rdnet.h"
+#include "cpu_rdnet_handlers.h"
 
 namespace {
 

@@ -41,8 +41,9 @@ def use_native(kernel: str, dtype, *, gradients: bool) -> bool:
             reason = cpu_kernels.load()  # which numbers the calls
         if reason and kernel == 'auto':
             _log_once(
-                f'RDNet runs without its CPU kernels: {reason}; training and prediction '
-                'are slower' + ('; install g++ or set CXX' if 'compiler' in reason else '')
+                f'RDNet runs without its CPU kernels: {reason}; training and '
+                'prediction are slower'
+                + ('; install g++ or set CXX' if 'compiler' in reason else '')
             )
     if reason is None and gradients and spread.is_shared() and jax.process_count() > 1:
         reason = 'the rows are spread over several processes'
@@ -143,10 +144,8 @@ def _layer(x, parameters, epsilon):
 
 
 def _layer_forward(x, parameters, packed, epsilon, *, keep):
-    """y, and for the backward pass what `LayerForward` in `cpu_rdnet.h` describes."""
-    depthwise_kernel, depthwise_bias, scale, bias, kernel1, bias1, kernel2, bias2 = (
-        parameters
-    )
+    """y, and for the backward pass what `LayerForward` in `cpu_rdnet_layer.h` keeps."""
+    *front, kernel1, bias1, kernel2, bias2 = parameters
     dtype, hidden, growth = x.dtype, bias1.size, bias2.size
 
     def of_own_rows(x, *arrays):
@@ -166,7 +165,7 @@ def _layer_forward(x, parameters, packed, epsilon, *, keep):
         )
 
     first, second = packed or (_pack_here(kernel1, dtype), _pack_here(kernel2, dtype))
-    arrays = (depthwise_kernel, depthwise_bias, scale, bias, first, bias1, second, bias2)
+    arrays = (*front, first, bias1, second, bias2)
     axes = [0, 0 if keep else None, 0 if keep else None]
     axes.append(0 if keep and dtype == jnp.float32 else None)
     by_rows = spread.by_rows(of_own_rows, axes, [0, *[None] * 8], x.shape[0])
@@ -211,7 +210,10 @@ def transition(x, parameters, epsilon: float, packed=None):
       epsilon: added to variances.
       packed: the kernel from `pack`, for inference without gradients.
     """
-    wide, (scale, bias, kernel, conv_bias) = x.astype(compute_dtype(x.dtype)), parameters
+    wide, (scale, bias, kernel, conv_bias) = (
+        x.astype(compute_dtype(x.dtype)),
+        parameters,
+    )
     size, parameters = kernel.shape[0], (scale, bias, _taps(kernel), conv_bias)
     if packed is not None:
         y = _transition_forward(wide, parameters, packed, epsilon, size)

@@ -50,8 +50,9 @@ def fold(module: Network, variables) -> dict[str, Any]:
       convolutions), `blocks` (the `layers` of each block, and its `tail`: the
       transition or the last norm) and `head` (the variables after the features). The
       stem and the blocks are `packed` if the native kernel computes them. A network
-      without batch norm has nothing to fold, so the dict has its `variables` and its
-      `head`. For an ensemble it has the stacked `members` and their `head`.
+      without batch norm has nothing to fold, so the dict has its `variables`, with the
+      kernels packed if the native kernel computes it, and its `head`. For an ensemble
+      it has the stacked `members` and their `head`.
     """
     variables = jax.tree.map(np.asarray, variables)
     if module.members > 1:
@@ -59,7 +60,8 @@ def fold(module: Network, variables) -> dict[str, Any]:
     params, stats = variables['params'], variables.get('batch_stats', {})
     head = {k: params[k] for k in ('norm', 'classifier') if k in params}
     if not module.has_batch_norm:
-        return {'variables': variables, 'head': {'params': head}}
+        packed = variables | module.pack(params)
+        return {'variables': packed, 'head': {'params': head}}
     stem, blocks = _fold_stem(module, params, stats), []
     for number, size in enumerate(module.block_sizes, start=1):
         name = f'denseblock{number}'

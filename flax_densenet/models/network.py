@@ -97,6 +97,15 @@ class Network(nn.Module):
         return self
 
     @nn.nowrap
+    def pack(self, params) -> dict[str, Any]:
+        """Collections of variables that make inference faster, from host parameters.
+
+        With them, `apply` has no gradients. Only a network without batch norm has any;
+        the others are folded.
+        """
+        return {}
+
+    @nn.nowrap
     def smallest_image_size(self) -> int:
         """The smallest height and width in pixels that leave a pixel in the last block.
 

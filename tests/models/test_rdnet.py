@@ -18,7 +18,7 @@ from flax_densenet.evaluation import evaluate
 from flax_densenet.export import formats
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.kernels import depthwise
-from flax_densenet.models import factory, layers, rdnet, summary
+from flax_densenet.models import factory, layers, rdnet_layers, summary
 from flax_densenet.settings import ModelSettings
 from flax_densenet.train import announce, finetune, fit, prepare
 from flax_densenet.weights import trained as trained_lib
@@ -31,7 +31,7 @@ from helpers.runs import tiny_config, write_images
 def test_gelu(dtype):
     """As Flax's, which computes the same by another function."""
     x = jnp.linspace(-9, 9, 1001).astype(dtype)
-    found, pull = jax.vjp(rdnet._gelu, x)
+    found, pull = jax.vjp(rdnet_layers._gelu, x)
     expected, expected_pull = jax.vjp(lambda x: nn.gelu(x, approximate=False), x)
     assert found.dtype == x.dtype
     tolerance = {'float32': 1e-6, 'bfloat16': 1e-2}[dtype]
@@ -331,7 +331,8 @@ def test_weights_and_config_that_differ(kind, request):
     ('fields', 'message'),
     [
         ({'growth_rate': 12}, 'model.growth_rate=12: rdnet_tiny has no such field'),
-        ({'kernel': 'native'}, 'model.kernel=native: rdnet_tiny has no such field'),
+        ({'kernel': 'cuda'}, 'model.kernel=cuda is not known; use auto, native, xla'),
+        ({'blur_pool': True}, 'model.blur_pool=True: rdnet_tiny has no such field'),
         (
             {'depth': 3},
             'model.depth is not a field of the model; it has block_sizes, bottleneck',

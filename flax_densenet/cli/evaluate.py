@@ -1,6 +1,12 @@
 """`eval`: measures a trained model on labeled images."""
 
-from flax_densenet.cli import arguments, crossval, options, trained_model
+from flax_densenet.cli import (
+    arguments,
+    crossval,
+    options,
+    own_images,
+    trained_model,
+)
 from flax_densenet.system import terminal
 
 
@@ -17,7 +23,10 @@ def run(invocation: options.Invocation):
         trained, path, settings, invocation.flags.precision
     )
     found = trained_model.add_others(invocation, trained, settings, found)
-    measured = results.describe(trained, settings.data.source, weights=path)
+    own = own_images.are_measured(
+        invocation, trained, source=source, trained_on=trained_on
+    )
+    measured = results.describe(trained, settings.data.source, weights=path, own=own)
     what = 'test images' if source.has_test or trained_on else 'images'
     where = f'{len(found.labels)} {what} of {settings.data.source}, {measured.model}'
     results.save(workdir, found, measured)
@@ -25,7 +34,8 @@ def run(invocation: options.Invocation):
     line = decision_text.describe_fit(trained.decisions, source.name, own=trained_on)
     if line:
         terminal.say(line)
-    terminal.say(f'{results.EVAL_FILE} and {results.PREDICTIONS_FILE} are in {workdir}')
+    names = [results.EVAL_FILE, results.PREDICTIONS_FILE]
+    terminal.say(own_images.describe(workdir, names))
 
 
 COMMAND = options.Command(
@@ -37,7 +47,8 @@ COMMAND = options.Command(
         'MODEL is the folder of a run or a file of weights. The best checkpoint is '
         "measured on the run's own test images or, if you name other data with PHOTOS, "
         '--config.data.source or a recipe, on that data. Classes are matched by name. '
-        'Writes eval.json and predictions.csv.',
+        "Writes eval.json and predictions.csv. Those of the run's own images are kept "
+        'in its subfolder own when others are measured.',
     ),
     examples=(
         ("the run's own test images", 'eval ckpt/birds'),

@@ -2,7 +2,13 @@
 
 import os
 
-from flax_densenet.cli import arguments, crossval, options, trained_model
+from flax_densenet.cli import (
+    arguments,
+    crossval,
+    options,
+    own_images,
+    trained_model,
+)
 from flax_densenet.distributed import processes
 from flax_densenet.errors import UserError
 from flax_densenet.system import terminal
@@ -55,7 +61,7 @@ def _check_of_one(invocation, what):
 
 
 def _report_on_run(invocation, workdir):
-    from flax_densenet.evaluation import precisions
+    from flax_densenet.evaluation import precisions, results
     from flax_densenet.report import figures, page
 
     how = options.explain_options(invocation)
@@ -75,12 +81,22 @@ def _report_on_run(invocation, workdir):
             trained, path, settings, invocation.flags.precision
         )
         found = trained_model.add_others(invocation, trained, settings, found)
+        own = own_images.are_measured(
+            invocation, trained, source=source, trained_on=trained_on
+        )
+        if not own and not options_of_page['path']:
+            name = own_images.name_of(settings.data, trained.metadata['data'])
+            options_of_page['path'] = os.path.join(workdir, f'report-{name}.html')
         path = page.save_report(
             *(workdir, trained, source, found),
             trained_on=trained_on,
             weights=path,
+            own=own,
             **options_of_page,
         )
+        if not own:
+            names = [results.EVAL_FILE, results.PREDICTIONS_FILE]
+            terminal.say(own_images.describe(workdir, names))
     terminal.say(f'{path}: open it in a browser')
     folder = invocation.path('figures')
     if folder and processes.is_first():
@@ -101,7 +117,8 @@ COMMAND = options.Command(
     usage='RUN...',
     details=(
         'For one RUN, measures its best checkpoint and writes report.html into its '
-        'folder. For a sweep, writes sweep.html. For several runs, or a pattern such '
+        'folder, or report-NAME.html for other data (--config.data.source).',
+        'For a sweep, writes sweep.html. For several runs, or a pattern such '
         "as 'ckpt/*', writes compare.html, which shows their curves and settings.",
     ),
     examples=(

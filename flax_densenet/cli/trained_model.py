@@ -10,7 +10,7 @@ from flax_densenet.errors import UserError
 from flax_densenet.system import paths, terminal
 
 # Fields that select the images; the model decides how they are prepared.
-_WHICH = (
+WHICH = (
     *('source', 'labels', 'label_kind', 'label_columns', 'blank_labels'),
     *('uncertain_labels', 'soft_labels', 'groups', 'subgroups', 'split'),
     *('test_fraction', 'val_fraction', 'split_seed', 'folds', 'fold'),
@@ -110,7 +110,7 @@ def data_settings(
         place = f'--config.data.{"source" if "source" in chosen else "labels"}'
     elif _names_other_data(invocation, own):
         place = '--config'
-        fields |= {name: given[name] for name in _WHICH}
+        fields |= {name: given[name] for name in WHICH}
     fields |= chosen
     fields['image_size'] = fields['image_size'] or metadata['image_size']
     return settings.from_saved({'data': fields}), place

@@ -125,17 +125,14 @@ def _say_missing(field, part, names, labels):
 
 
 def _say_parts(field, root, layout, counts, options):
-    what = ['to train on', options.of_held_out]
-    if layout.test is not None:
-        what[1:] = 'which chooses the best epoch', 'which is measured once, at the end'
-    train, *others = [
-        f'{count} images in {_below(root, folder)}{"," * (place > 0)} {purpose}'
+    what = options.purposes(len(counts))
+    pieces = [
+        f'{count}{"" if place else " images"} in {_below(root, folder)}{purpose}'
         for place, (folder, count, purpose) in enumerate(
             zip(layout.parts, counts, what, strict=True)
         )
     ]
-    others = [line.replace(' images in', ' in', 1) for line in others]
-    notes.say(f'{field}: {", ".join([train, *others])}')
+    notes.say(f'{field}: {", ".join(pieces)}')
 
 
 def _below(root, folder):

@@ -42,12 +42,18 @@ class Options:
     subgroups: str = 'auto'
     held_out_chooses: bool = True
 
-    @property
-    def of_held_out(self) -> str:
-        """What the only part that is held out is for, in a message."""
-        if self.held_out_chooses:
-            return 'which chooses the best epoch'
-        return 'which is measured once, at the end'
+    def purposes(self, parts: int) -> list[str]:
+        """What two or three parts are for, in a message.
+
+        The texts are empty if a model is only measured: what it was trained on is not
+        known from the data.
+        """
+        if not self.for_training:
+            return [''] * parts
+        chooses, ends = ', which chooses the best epoch', ', which is measured once, at'
+        ends += ' the end'
+        only = chooses if self.held_out_chooses else ends
+        return [' to train on', *([only] if parts == 2 else [chooses, ends])]
 
     def __post_init__(self):
         for name in ('blank', 'uncertain'):

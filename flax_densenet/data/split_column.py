@@ -255,16 +255,12 @@ def _number(table, name, roles):
     number = dict(_NUMBER_OF)
     if parts_lib.VAL not in counts:
         number[parts_lib.TEST] = 1
-    pieces = [f'{counts[parts_lib.TRAIN]} images to train on']
-    for part in (parts_lib.VAL, parts_lib.TEST):
-        if counts[part]:
-            what = table.options.of_held_out
-            if counts[parts_lib.VAL] and counts[parts_lib.TEST]:
-                what = 'which chooses the best epoch'
-                if part == parts_lib.TEST:
-                    what = 'which is measured once, at the end'
-            pieces.append(f'{counts[part]} of {part}, {what}')
-    if len(pieces) == 1:
+    used = [part for part in parts_lib.USED if counts[part]]
+    first, *what = table.options.purposes(max(len(used), 2))
+    pieces = [f'{counts[parts_lib.TRAIN]} images{first or " of train"}']
+    for part, purpose in zip(used[1:], what, strict=False):
+        pieces.append(f'{counts[part]} of {part}{purpose}')
+    if len(pieces) == 1 and first:
         pieces.append('none of val or test, so a part of them is split off')
     if counts[parts_lib.OTHER]:
         pieces.append(f'{counts[parts_lib.OTHER]} of other parts, left out')

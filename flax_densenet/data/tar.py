@@ -313,11 +313,15 @@ def _order_by_part(field, samples, options):
         [i for i, top in enumerate(tops) if role_of[top[0]] == part] for part in used
     ]
     order = [i for inside in by_part for i in inside]
-    what = ['images to train on', f'of {used[1]}, {options.of_held_out}']
-    if len(used) > 2:
-        what[1] = f'of {used[1]}, which chooses the best epoch'
-        what.append(f'of {used[2]}, which is measured once, at the end')
-    pieces = [f'{len(n)} {purpose}' for n, purpose in zip(by_part, what, strict=True)]
+    what = options.purposes(len(used))
+    names = (
+        'images' if what[0] else f'images of {used[0]}',
+        *(f'of {n}' for n in used[1:]),
+    )
+    pieces = [
+        f'{len(inside)} {name}{purpose}'
+        for inside, name, purpose in zip(by_part, names, what, strict=True)
+    ]
     aside = len(samples) - len(order)
     notes.say(
         f'{field}: the folders within are parts: {", ".join(pieces)}'

@@ -41,7 +41,8 @@ def find_examples(
     Raises:
       UserError: the data cannot be read or does not fit the model.
     """
-    source, relation = _load(trained, settings)
+    with notes.once():
+        source, relation = _load(trained, settings)
     _check_kind(trained, path, source, settings)
     trained_on = relation.own
     examples = _choose(

@@ -7,7 +7,10 @@ from typing import Any
 from flax_densenet.models import tta as tta_lib
 
 # Fields of `Measured` that are stored only if they differ from these values.
-_LATER: dict[str, Any] = {'precision': '', 'members': 0, 'out_of_fold': False}
+_LATER: dict[str, Any] = {
+    **{'precision': '', 'members': 0, 'out_of_fold': False},
+    'own': True,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Measured:
       members: number of networks in an ensemble, else 0.
       out_of_fold: whether each image was predicted by the member that was not trained
         on it.
+      own: whether these are the run's own test images (or, of an ensemble, its
+        out-of-fold images).
     """
 
     data: str
@@ -35,6 +40,7 @@ class Measured:
     precision: str = ''
     members: int = 0
     out_of_fold: bool = False
+    own: bool = True
 
     @property
     def model(self) -> str:

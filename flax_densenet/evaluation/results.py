@@ -26,6 +26,7 @@ from flax_densenet.evaluation import (
     measured_data,
     measured_model,
     prediction_rows,
+    result_files,
     subgroups,
 )
 from flax_densenet.evaluation import doubt as doubt_lib
@@ -38,7 +39,7 @@ from flax_densenet.weights import heads
 from flax_densenet.weights import thresholds as thresholds_lib
 from flax_densenet.weights import trained as trained_lib
 
-EVAL_FILE, PREDICTIONS_FILE = 'eval.json', 'predictions.csv'
+EVAL_FILE, PREDICTIONS_FILE = result_files.EVAL_FILE, result_files.PREDICTIONS_FILE
 EVAL_VERSION = 2  # version of eval.json; files of version 1 do not have this field
 ROWS = 40  # classes listed in the table; more would scroll the totals away
 
@@ -46,6 +47,7 @@ ROWS = 40  # classes listed in the table; more would scroll the totals away
 _SAME = {'sensitivity': 'recall', 'specificity': 'specificity', 'ppv': 'precision'}
 
 Measured = measured_model.Measured
+load = result_files.load
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,21 +201,26 @@ class Results:
 
 
 def describe(
-    trained: trained_lib.Trained, data: str, *, weights: str | None = None
+    trained: trained_lib.Trained,
+    data: str,
+    *,
+    weights: str | None = None,
+    own: bool = True,
 ) -> Measured:
     """Describes a model that is measured on `data`.
 
     Args:
       weights: path that it was loaded from; kept if it is not a checkpoint.
+      own: as in `Measured`.
     """
     tta, precision = trained.tta, trained.precision
     members = trained.module.members
     if members > 1:
-        return Measured(data, None, None, tta, weights, precision, members)
+        return Measured(data, None, None, tta, weights, precision, members, own=own)
     if trained.step is None:
-        return Measured(data, None, None, tta, weights, precision)
+        return Measured(data, None, None, tta, weights, precision, own=own)
     epoch = trained.epoch
-    return Measured(data, epoch, trained.step, tta, precision=precision)
+    return Measured(data, epoch, trained.step, tta, precision=precision, own=own)
 
 
 def collect(
@@ -292,8 +299,11 @@ def save(
 ):
     """Writes `eval.json` (metrics) and `predictions.csv` (a row for each image).
 
+    If other images than the run's own were measured, its own results are kept in the
+    subfolder `result_files.OWN`, until they are measured again.
+
     Args:
-      Args: more: further fields of `eval.json`.
+      more: further fields of `eval.json`.
 
     Raises:
       UserError: the folder cannot be written.
@@ -303,6 +313,7 @@ def save(
     path = os.path.join(folder, EVAL_FILE)
     try:
         os.makedirs(folder, exist_ok=True)
+        result_files.keep_own(folder, measured)
         with atomic.replacing(path) as file:
             about = {'version': EVAL_VERSION} | measured.to_file()
             more = (more or {}) | ({'doubt': results.doubt} if results.doubt else {})
@@ -319,35 +330,10 @@ def save(
                 rows = ([*row, n] for row, n in zip(rows, folds, strict=True))
             rows = interval_text.add_groups(rows, results.groups)
             csv.writer(file).writerows(rows)
+        result_files.clear_kept(folder, measured)
     except OSError as error:
         raise UserError(
             f'{path} cannot be written ({error.strerror}); use another --workdir'
-        ) from error
-
-
-def load(folder: str) -> tuple[Measured, dict[str, Any]] | None:
-    """Reads `eval.json` as written by `save`, also by earlier versions.
-
-    Returns:
-      The model and data that were measured, and all fields of the file; None if there
-      is no such file.
-
-    Raises:
-      UserError: the file cannot be read or is not one that `save` writes.
-    """
-    path = os.path.join(folder, EVAL_FILE)
-    try:
-        with open(path, encoding='utf-8') as file:
-            found = json.load(file)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f'{path} cannot be read ({error}); run eval again') from error
-    try:
-        return measured_model.from_file(found), found
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(
-            f'{path} is not a file that eval writes ({error!r}); run eval again'
         ) from error
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from flax_densenet.checkpoints import epoch_records, run_folder
 from flax_densenet.data import source_names
 from flax_densenet.errors import UserError
-from flax_densenet.evaluation import metrics, results
+from flax_densenet.evaluation import metrics, result_files, results
 from flax_densenet.models import factory, naming
 from flax_densenet.system import paths
 from flax_densenet.weights import calibration as calibration_lib
@@ -195,13 +195,14 @@ def describe_metrics(
     """
     if not workdir or trained.step is None:
         return _of_checkpoint(trained)
-    loaded = results.load(workdir)
+    folder = result_files.folder_of_own(workdir)
+    loaded = results.load(folder)
     if loaded is None or loaded[0].step != trained.step:  # training went on
         return _of_checkpoint(trained)
     try:
         return _of_eval(trained, *loaded)
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        path = os.path.join(workdir, results.EVAL_FILE)
+        path = os.path.join(folder, results.EVAL_FILE)
         raise UserError(
             f'{path} is not what eval writes ({error!r}); run eval again'
         ) from error

@@ -13,7 +13,7 @@ from flax_densenet.checkpoints import epoch_records, run_folder
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.data import images
 from flax_densenet.errors import UserError
-from flax_densenet.evaluation import results
+from flax_densenet.evaluation import result_files, results
 from flax_densenet.models import factory, naming
 from flax_densenet.report import (
     charts,
@@ -157,13 +157,15 @@ def _summarize(run, workdir, folder):
         'workdir': workdir,
         'predictions': {},
     }
-    loaded = results.load(workdir)
+    measured = result_files.folder_of_own(workdir)
+    loaded = results.load(measured)
     # Metrics on other data or of an earlier checkpoint are left out.
-    same = loaded and loaded[0].step == best.get('step')
+    same = loaded and loaded[0].own and loaded[0].step == best.get('step')
     # Metrics of an ensemble on other data have no step either.
     if same and ('step' in best or loaded[0].out_of_fold):
         row['metrics'] = loaded[1]
-        row['predictions'] = paired.load(workdir)
+        row['predictions'] = paired.load(measured)
+        row['measured'] = measured
     if epoch_records.part_of(best) == epoch_records.VAL:
         row['validation'] = row['accuracy']
         row['accuracy'] = row['loss'] = row['mean_auroc'] = None
@@ -224,7 +226,7 @@ def _compare_with_best(rows):
     best['versus'] = 'best'
     if any(row['metrics'] is None or not row['predictions'] for row in rows):
         return []
-    scored = [paired.load_scores(row['workdir']) for row in rows]
+    scored = [paired.load_scores(row['measured']) for row in rows]
     if any(_has_other_labels(scored[0], one) for one in scored[1:]):
         return [
             'The labels of some images changed between these runs, so their '

@@ -11,7 +11,7 @@ from flax_densenet.data import dataset
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.distributed import processes
 from flax_densenet.errors import UserError
-from flax_densenet.evaluation import fitting, results
+from flax_densenet.evaluation import fitting, result_files, results
 from flax_densenet.evaluation import selection as selection_lib
 from flax_densenet.report import figures, plots
 from flax_densenet.report import page as page_lib
@@ -87,7 +87,7 @@ def write(
 
 def _known(workdir, source, best):
     """The metrics in eval.json, if they are of the best checkpoint for these images."""
-    loaded = results.load(workdir)
+    loaded = results.load(result_files.folder_of_own(workdir))
     if loaded is None or loaded[0].step != best.get('step'):
         return None
     measured, metrics = loaded

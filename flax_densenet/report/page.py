@@ -60,6 +60,7 @@ def save_report(
     *,
     path: str | None = None,
     trained_on: bool = True,
+    own: bool = True,
     weights: str | None = None,
     how: explain.Options = explain.DEFAULT,
     pooled: out_of_fold.OutOfFold | None = None,
@@ -74,6 +75,7 @@ def save_report(
       found: the model's results on the test images.
       path: path of the page; None for `report.html` in the run's folder.
       trained_on: False for data other than the model's own.
+      own: False for other images than the run's own test images; see `results.save`.
       weights: path that the model was loaded from, if it is not a checkpoint.
       how: the method for heat maps.
       pooled: the cross-validation that `found` belongs to, or None.
@@ -86,7 +88,8 @@ def save_report(
       UserError: the folder cannot be written.
     """
     run = run_folder.load_run(workdir)
-    measured, more = results.describe(trained, source.name, weights=weights), None
+    measured = results.describe(trained, source.name, weights=weights, own=own)
+    more = None
     if pooled is not None:
         measured, more = pooled.measured(), pooled.about()
     results.save(workdir, found, measured, more)

@@ -223,3 +223,6 @@ def test_parts_are_named_by_their_paths(tmp_path, capsys):
         'chooses the best epoch, 2 in testing/images, which is measured once, at '
         'the end'
     ) in capsys.readouterr().out
+    load(tmp_path, known_classes=('a', 'b'))  # to measure a model
+    line = '8 images in training/images, 4 in validation/images, 2 in testing/images\n'
+    assert line in capsys.readouterr().out

@@ -165,3 +165,26 @@ def test_folders_of_earlier_versions(trained, members, tmp_path, monkeypatch):
     assert line.endswith('adds it, and --threshold=youden keeps its thresholds')
     plain = [one.without_decisions() for one in members]  # train.unusual=off
     assert not load(tmp_path, plain, monkeypatch).notes.get(ensembles.MISSING_SCORE)
+
+
+@pytest.mark.parametrize('method', ['both', 'energy'])
+def test_scores_of_mean_views_are_left_out(method, members, tmp_path):
+    """Earlier versions fitted energies of mean probabilities, which are all about 0."""
+    one = members[0].without_decisions()
+    score = dataclasses.replace(
+        members[0].decisions.unusual,
+        method=method,
+        **{'energy_weight': 1e6, 'middle': 0.0, 'limit': 1e-6},
+    )
+    before = dataclasses.replace(
+        members[0].decisions,
+        **{'step': one.step, 'model': decisions.fingerprint(one.variables)},
+        unusual=score,
+    )
+    decisions.save(str(tmp_path), before)
+    for tta in 'none', 'flip':
+        found = trained_lib._with_decisions(
+            one.with_tta(tta), str(tmp_path), one.variables, choices.make()
+        )
+        assert (found.decisions.unusual is None) == (tta == 'flip')
+    assert 'wrongly with data.tta=flip, so it is left out' in found.notes.pop('score')

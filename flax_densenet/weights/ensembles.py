@@ -166,6 +166,20 @@ def join(folder: str, record: Record, members):
     )
 
 
+def finish_note(trained):
+    """Removes or completes the line about a missing score of unusual images."""
+    found, line = trained.decisions, trained.notes.pop(MISSING_SCORE, '')
+    if not line or (found and found.unusual):
+        return
+    if found and found.thresholds:  # which calibrate chooses again
+        values = found.thresholds.values
+        line += f', and --threshold={found.thresholds.rule}'
+        if len(values) == 2 and values[1] is None:
+            line += f' --positive_class={shlex.quote(trained.class_names[0])}'
+        line += ' keeps its thresholds'
+    trained.notes[MISSING_SCORE] = line
+
+
 def _calibrated(trained):
     """The variables with the member's calibration folded in."""
     if trained.calibration is None:

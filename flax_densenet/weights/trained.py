@@ -4,7 +4,6 @@ This module does not import the readers of training data, so prediction starts q
 """
 
 import dataclasses
-import shlex
 from typing import Any
 
 import jax.numpy as jnp
@@ -228,7 +227,7 @@ def load_trained(
             lambda folder: load_trained(folder, which, mesh=mesh, choices=choices),
         )
         made = _with_decisions(made, workdir, made.variables, choices)
-        _finish_note(made)
+        ensembles.finish_note(made)
         return made
     _check_own(workdir, choices)
     step = processes.broadcast(
@@ -285,7 +284,7 @@ def _with_decisions(trained, path, variables, choices):
                 f'{place} scores unusual images by {count} models, and {path} has '
                 f'{members}; delete it, or run calibrate'
             )
-    if found and found.unusual and _is_of_mean_views(trained, found.unusual):
+    if found and found.unusual and trained.tta != 'none' and found.unusual.is_flat:
         trained.notes['score'] = (
             f'{place}: earlier versions fitted the score of unusual images wrongly '
             'with data.tta=flip, so it is left out; run calibrate to fit it again'
@@ -298,32 +297,6 @@ def _with_decisions(trained, path, variables, choices):
         )
         found = None
     return dataclasses.replace(trained, decisions=found)
-
-
-def _is_of_mean_views(trained, score):
-    """Whether its energies are of the logits of mean probabilities: all nearly 0."""
-    if tta_lib.from_metadata(trained.metadata) == 'none' or score.member_count > 1:
-        return False
-    if score.several or score.method not in ('both', 'energy'):
-        return False
-    spread = 1 / score.energy_weight
-    if score.method == 'energy':
-        spread = score.limit - score.middle
-    return spread < 1.1e-3
-
-
-def _finish_note(trained):
-    """Removes or completes the line about a missing score of unusual images."""
-    found, line = trained.decisions, trained.notes.pop(ensembles.MISSING_SCORE, '')
-    if not line or (found and found.unusual):
-        return
-    if found and found.thresholds:  # which calibrate chooses again
-        values = found.thresholds.values
-        line += f', and --threshold={found.thresholds.rule}'
-        if len(values) == 2 and values[1] is None:
-            line += f' --positive_class={shlex.quote(trained.class_names[0])}'
-        line += ' keeps its thresholds'
-    trained.notes[ensembles.MISSING_SCORE] = line
 
 
 def _check_own(path, choices):

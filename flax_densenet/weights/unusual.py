@@ -116,6 +116,19 @@ class Unusual(decision_entry.Entry):
         return 1
 
     @property
+    def is_flat(self) -> bool:
+        """Whether the energies it was fitted on hardly differ.
+
+        So do those of mean probabilities, which are all nearly 0.
+        """
+        if self.several or not self.needs_logits:
+            return False
+        spread = 1 / self.energy_weight
+        if self.method == 'energy':
+            spread = self.limit - self.middle
+        return spread < 1.1e-3
+
+    @property
     def needs_logits(self) -> bool:
         """Whether the score needs logits (without calibration)."""
         return self.method in ('both', 'energy')

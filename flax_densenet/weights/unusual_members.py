@@ -52,6 +52,8 @@ class MembersUnusual(decision_entry.Entry):
         """The number of members, M."""
         return len(self.members)
 
+    is_flat = False  # was never fitted on mean probabilities
+
     @property
     def method(self) -> str:
         """One of `unusual.METHODS`."""

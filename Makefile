@@ -2,6 +2,7 @@
 # make test   runs the tests, except those that take minutes
 # make test-slow   runs the slow tests, and the comparisons with torch and Keras
 # make test-exhaustive   runs every combination: what takes longest and fails least
+# make test-trackers   runs the real Weights & Biases, MLflow (with a server) and Trackio
 # make faults      kills runs, fills disks and damages files, in full
 # All create .venv first, with the newest Python (3.11 to 3.13) that starts here.
 # JAX=oldest installs the oldest supported version of JAX.
@@ -32,7 +33,8 @@ PINNED_oldest = jax==0.10.2 jaxlib==0.10.2
 # Programs that tests compiled, for the next run.
 export FLAX_DENSENET_TEST_CACHE ?= $(CURDIR)/.venv/compiled-tests
 
-.PHONY: web run test test-slow test-exhaustive faults lint docs wheel dev bench bench-gpu clean
+.PHONY: web run test test-slow test-exhaustive test-trackers faults lint docs wheel dev \
+	bench bench-gpu clean
 
 run: .venv/installed
 	$(BIN)/python launch.py --config=configs/densenet121.py --workdir=ckpt/digits \
@@ -61,6 +63,14 @@ test-exhaustive: .venv/installed .venv-peers/installed
 	$(BIN)/python -m pytest -q -n 2 -m exhaustive
 	$(PEERS)/python -m pytest -q -n 2 -m exhaustive $(BESIDE_PEERS)
 
+# In an environment of their own: they bring many packages, and limit others.
+TRACKERS = .venv-trackers/bin
+WITH_TRACKERS = -e '.[wandb,mlflow,trackio,hub,tensorboard]' 'pytest>=8' 'pytest-xdist>=3.6'
+
+test-trackers: .venv-trackers/installed
+	$(TRACKERS)/python -m pytest -q -n 1 -m 'slow or not slow' \
+		tests/train/test_trackers.py
+
 BESIDE_PEERS = tests/data/augment/test_torchvision.py \
 	tests/inference/test_explain_torch.py tests/train/test_torch_training.py \
 	tests/weights/test_hdf5.py tests/weights/test_keras_files.py \
@@ -86,6 +96,15 @@ PEERS_PYTHON ?= $(PEERS)/python
 
 bench-gpu:
 	OURS=$(OURS) PEERS=$(PEERS_PYTHON) $(OURS) -m benchmarks.gpu $(ARGS)
+
+.venv-trackers/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 with venv is needed"; \
+		exit 1; }
+	$(PYTHON) -m venv .venv-trackers
+	$(TRACKERS)/python $(INSTALL) uv
+	$(TRACKERS)/python $(UV_INSTALL) $(TRACKERS)/python $(WITH_TRACKERS) \
+		|| $(TRACKERS)/python $(INSTALL) $(WITH_TRACKERS)
+	touch $@
 
 .venv-peers/installed: benchmarks/peers.txt pyproject.toml
 	@peer=$$(for name in python3.11 /usr/bin/python3.11 $$HOME/.pyenv/versions/3.11*/bin/python; do \
@@ -136,4 +155,4 @@ dev: .venv/installed-dev
 	touch $@
 
 clean:
-	rm -rf .venv .venv-peers build dist
+	rm -rf .venv .venv-peers .venv-trackers build dist

@@ -33,9 +33,15 @@ def find(invocation: options.Invocation, workdir: str | None = None) -> str:
     start = invocation.fields['init_from']
     if start and not checkpoint_reader.has_checkpoint(workdir):
         if not published.is_name(start) and not os.path.exists(paths.expand(start)):
-            raise UserError(f'--config.init_from={start}: there is no such file')
+            raise UserError(
+                f'--config.init_from={start}: there is no such file'
+                f'{published.suggest(start)}'
+            )
         return start
     if not weight_file.is_weights(workdir):
+        hint = published.suggest(workdir)
+        if hint and not os.path.lexists(workdir):
+            raise UserError(f'{workdir}: there is no such file or folder{hint}')
         checkpoint_reader.find_step(workdir, 'latest')  # raises if there is none
     return workdir
 

@@ -1,11 +1,13 @@
 """Data sets of the Hugging Face Hub, and folders of parquet files in their layout."""
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import os
 import pathlib
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,8 @@ from flax_densenet.system import atomic, hub
 from flax_densenet.system import paths as paths_lib
 
 _NAME = re.compile(r'[\w.-]+(/[\w.-]+)?')
+# The library's error for a set with several configurations, or none of that name.
+_CONFIGS = re.compile(r'(?:available configs|Available): \[(.*?)\]')
 _SHARD = re.compile(r'(.+?)[-_.]\d+(?:-of-\d+)?(?:-[0-9a-f]+)?')
 
 
@@ -39,7 +43,7 @@ def find(
     """Finds the images of a data set on the Hub; downloads it once.
 
     Args:
-      Args: name: `DATASET[:CONFIG[:SPLIT]]`, such as `cifar100`, `OWNER/NAME:CONFIG` or
+      name: `DATASET[:CONFIG[:SPLIT]]`, such as `cifar100`, `OWNER/NAME:CONFIG` or
         `OWNER/NAME::test`. No code of a data set is run.
       table: options; `columns` names the label and `groups` the groups.
 
@@ -65,7 +69,7 @@ def _load(field, dataset, config):
     with errors.extra('datasets', field):
         import datasets
     try:
-        with hub.quiet(field):
+        with hub.quiet(field), _bars_on_terminals(datasets):
             found = datasets.load_dataset(dataset, config)
     except Exception as error:
         line = _explain(field, dataset, error)
@@ -76,6 +80,20 @@ def _load(field, dataset, config):
         split: [file['filename'] for file in part.cache_files]
         for split, part in found.items()
     }
+
+
+@contextlib.contextmanager
+def _bars_on_terminals(datasets):
+    """Keeps the library's progress bars out of files; it also draws them there."""
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    if is_terminal or datasets.are_progress_bars_disabled():
+        yield
+        return
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.enable_progress_bars()
 
 
 def _cache_folders():
@@ -94,9 +112,14 @@ def _explain(field, name, error):
     page = f'{hub.endpoint()}/datasets/{name}'
     if 'scripts are no longer supported' in text:
         return (
-            f'{field}: is defined by a program, which is not run; use a copy in '
-            'parquet, such as the branch refs/convert/parquet'
+            f'{field} is defined by a program, which is not run; if the Hub has a copy '
+            f'in parquet, get it with `hf download --repo-type=dataset {name} '
+            '--revision=refs/convert/parquet --local-dir=FOLDER`, and give '
+            'data.source=parquet:FOLDER'
         )
+    if found := _CONFIGS.search(text):
+        configs = [f'hf:{name}:{c}' for c in re.findall("'(.*?)'", found[1])]
+        return f'{field}: give one of {list_first(configs)}'
     if 'is a gated dataset' in text:
         return (
             f'{field} is gated: accept its terms at {page}, and log in with {hub.LOGIN}'

@@ -433,7 +433,7 @@ def load_trained(
     if not weight_file.is_weights(path) and not os.path.exists(path):
         raise UserError(
             f'{path}: there is no such file or folder; give the folder of a run, a '
-            'file of weights or the name of published ones'
+            f'file of weights or the name of published ones{published.suggest(path)}'
         )
     precision_lib.check(precision)
     choices = choices or choices_lib.make(class_names, outputs, data, raw=raw)

@@ -13,7 +13,14 @@ _LIBRARIES = ('huggingface_hub', 'datasets')
 _ATTEMPT = re.compile(
     r"'(?P<reason>.*)' thrown while requesting \w+ (?P<url>\S+)", re.S
 )
-_NO_MATTER = ('Retrying in', 'Repo card metadata block', 'You are sending unauthenti')
+_NO_MATTER = (
+    *('Retrying in', 'Repo card metadata block', 'You are sending unauthenti'),
+    'Using the latest cached version of the dataset',  # the next one tells which
+)
+_CACHED = re.compile(
+    r'Found the latest cached dataset configuration .* at (?P<place>.*) '
+    r'\(last modified on (?P<time>.*)\)\.'
+)
 
 
 def is_offline() -> bool:
@@ -68,6 +75,8 @@ class _Once(logging.Handler):
         if found := _ATTEMPT.match(text):
             host = '/'.join(found['url'].split('/')[:3])
             text = f'{host} cannot be reached ({found["reason"][:200]}); trying again'
+        if found := _CACHED.fullmatch(text):
+            text = f'using the cached copy of {found["time"]}, in {found["place"]}'
         if text not in self._known:
             self._known.add(text)
             _LOGGER.warning(f'{self._name}: {text}')

@@ -21,7 +21,7 @@ from flax_densenet.train import (
     step,
     training_run,
 )
-from flax_densenet.weights import metadata, transfer, weight_file
+from flax_densenet.weights import metadata, published, transfer, weight_file
 
 
 def make_metadata(
@@ -247,8 +247,10 @@ def resolve(
         try:
             weights = weight_file.load(settings.init_from)
         except UserError as error:
-            text = str(error)
+            text, start = str(error), settings.init_from
             field = '' if text.startswith('init_from=') else 'init_from='
+            if field and published.is_name(start) and not text.startswith(start):
+                field = f'init_from={start}: '
             raise UserError(f'{field}{text}') from error
         weights = transfer.settle(weights, vars(settings.preparation), class_names)
     return transfer.resolve(settings, weights), weights

@@ -8,10 +8,12 @@ folder has the names under which a resumed run continues.
 
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import os
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
@@ -25,6 +27,8 @@ from flax_densenet.train import tensorboard
 _LOGGER = logging.getLogger(__name__)
 FILE = 'trackers.json'
 PROJECT = 'flax_densenet'
+_TRACKIO_SERVERS = 'TRACKIO_SPACE_ID', 'TRACKIO_SERVER_URL'
+_FILE_STORE = 'MLFLOW_ALLOW_FILE_STORE'
 # Files that are sent when a run has ended, besides the best checkpoint.
 FILES = (
     'report.html',
@@ -81,9 +85,10 @@ class Wandb:
             mode = 'offline'
             os.environ.setdefault('WANDB_ERROR_REPORTING', 'false')
             if not about.identity:
+                place = os.path.join(about.folder, 'wandb')
                 _LOGGER.info(
-                    f'wandb: no login, so the run is kept in {about.folder}/wandb; to '
-                    'upload it: `wandb login`, then `wandb sync`'
+                    f'wandb: no login, so the run is kept in {place}; to upload it: '
+                    f'`wandb login`, then `wandb sync {place}/offline-run-*`'
                 )
         self._run = wandb.init(
             project=os.environ.get('WANDB_PROJECT', PROJECT),
@@ -106,9 +111,8 @@ class Wandb:
 
         for kind, paths in (('report', files), ('model', [checkpoint])):
             artifact = wandb.Artifact(f'{kind}-{self._run.id}', type=kind)
-            for path in paths:
-                add = artifact.add_dir if os.path.isdir(path) else artifact.add_file
-                add(path)
+            for path, name in _find_files(paths):
+                artifact.add_file(path, name)
             self._run.log_artifact(artifact, aliases=['best'])
 
     def finish(self, failed):
@@ -116,10 +120,29 @@ class Wandb:
 
 
 def _has_wandb_login():
+    """Whether wandb would find a key; `wandb.login` would connect to find out."""
+    import wandb
     from requests import utils
 
-    address = os.environ.get('WANDB_BASE_URL', 'https://api.wandb.ai')
-    return 'WANDB_API_KEY' in os.environ or bool(utils.get_netrc_auth(address))
+    settings = wandb.setup().settings
+    hosts = [settings.base_url]
+    if settings.base_url == wandb.Settings().base_url:
+        hosts.append('https://api.wandb.ai')  # as it was called before
+    return (
+        bool(settings.api_key)
+        or 'WANDB_IDENTITY_TOKEN_FILE' in os.environ
+        or any(map(utils.get_netrc_auth, hosts))
+    )
+
+
+def _find_files(paths):
+    """Files, and those in folders, each with its name below its folder."""
+    for path in map(pathlib.Path, paths):
+        inside = sorted(path.rglob('*')) if path.is_dir() else [path]
+        base = path if path.is_dir() else path.parent
+        for file in inside:
+            if file.is_file():
+                yield str(file), file.relative_to(base).as_posix()
 
 
 class Mlflow:
@@ -129,8 +152,8 @@ class Mlflow:
         address = os.environ.get('MLFLOW_TRACKING_URI')
         if address is None:
             os.environ.setdefault('MLFLOW_DISABLE_TELEMETRY', 'true')
-        from mlflow import MlflowClient
-
+        # About each table of a new database.
+        logging.getLogger('mlflow.store.db').setLevel(logging.WARNING)
         root = pathlib.Path(about.folder).absolute().parent
         if about.group:
             root = pathlib.Path(about.folder[: -len(about.name)]).absolute().parent
@@ -141,7 +164,7 @@ class Mlflow:
                     f'mlflow: no MLFLOW_TRACKING_URI, so the run is kept in {root}; to '
                     f'see it: `mlflow ui --backend-store-uri {address}`'
                 )
-        self._client = MlflowClient(tracking_uri=address)
+        self._client = _mlflow_client(address)
         name = os.environ.get('MLFLOW_EXPERIMENT_NAME', PROJECT)
         found = self._client.get_experiment_by_name(name)
         place = None
@@ -199,24 +222,52 @@ class Mlflow:
         self._client.set_terminated(self._id, 'FAILED' if failed else 'FINISHED')
 
 
+def _mlflow_client(address):
+    from mlflow import MlflowClient
+
+    try:
+        return MlflowClient(tracking_uri=address)
+    except Exception as error:
+        if _FILE_STORE not in str(error):
+            raise
+        raise ValueError(
+            f'MLFLOW_TRACKING_URI={address} is a folder, to which it writes only with '
+            f'{_FILE_STORE}=true; use sqlite:///FILE or a server instead'
+        ) from error
+
+
 class Trackio:
-    """Trackio, which keeps runs on this machine unless `TRACKIO_SPACE_ID` is set."""
+    """Trackio: runs stay on this machine unless the environment names a server."""
 
     def start(self, about):
         import trackio
+        from trackio import utils
 
         self._trackio = trackio
+        self._is_local = not any(map(os.environ.get, _TRACKIO_SERVERS))
         name = about.identity or '-'.join(filter(None, (about.group, about.name)))
-        self._run = trackio.init(
-            project=os.environ.get('TRACKIO_PROJECT', PROJECT),
-            name=name,
-            group=about.group or None,
-            space_id=os.environ.get('TRACKIO_SPACE_ID'),
-            config=about.config,
-            resume='allow',
-            embed=False,
-        )
+        project = os.environ.get('TRACKIO_PROJECT', PROJECT)
+        with self._quiet():
+            self._run = trackio.init(
+                project=project,
+                name=name,
+                group=about.group or None,
+                space_id=os.environ.get('TRACKIO_SPACE_ID'),
+                config=about.config,
+                resume='allow',
+                embed=False,
+            )
+        if self._is_local and not about.identity:
+            _LOGGER.info(
+                f'trackio: the run is kept in {utils.TRACKIO_DIR}; to see it: `trackio '
+                f'show --project {project}`'
+            )
         return name
+
+    def _quiet(self):
+        """Leaves out what Trackio prints about runs on this machine."""
+        target = io.StringIO() if self._is_local else sys.stdout
+        return contextlib.redirect_stdout(target)
 
     def log(self, step, metrics):
         self._trackio.log(metrics, step=step)
@@ -227,7 +278,8 @@ class Trackio:
         self._trackio.save(os.path.join(checkpoint, '**'))
 
     def finish(self, failed):
-        self._trackio.finish()
+        with self._quiet():
+            self._trackio.finish()
 
 
 TRACKERS: dict[str, Callable[[], Tracker]] = {

@@ -1,9 +1,10 @@
 """Downloads weight files into a cache folder, with paths derived from their addresses.
 
-Only this module and `hub` open network connections. A file gets its final name only
-when it is complete and its checksum is right, so every file in the cache is complete.
-The next call resumes an interrupted download. Processes that want the same file take
-turns.
+Besides this module, only the libraries of the Hub, of TensorFlow Datasets and of the
+experiment trackers open network connections, for what a user names. A file gets its
+final name only when it is complete and its checksum is right, so every file in the
+cache is complete. The next call resumes an interrupted download. Processes that want
+the same file take turns.
 """
 
 import contextlib
@@ -51,7 +52,7 @@ class Checksum:
             return None
         name = {'sha256': 'SHA-256', 'md5': 'MD5'}[self.kind]
         shown = found[: len(self.digits)]
-        return f'its {name} is {shown}, the published one is {self.digits}'
+        return f'its {name} is {shown}, not {self.digits}'
 
 
 class _Interrupted(Exception):
@@ -252,7 +253,9 @@ def _reason(error):
             break
         error = inner
     text = ' '.join(str(error).split()) or type(error).__name__
-    return text.rpartition('>: ')[2][:200]
+    text = text.rpartition('>: ')[2]
+    # `HTTPSConnection(host='h.org', port=443): Failed to resolve ...`
+    return re.sub(r'^\w+\([^()]*\): ', '', text)[:200]
 
 
 def _make_session():

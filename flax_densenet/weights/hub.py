@@ -104,13 +104,13 @@ def explain(name: str, repo: str, error: Exception) -> str | None:
     if isinstance(error, hub_errors.HFValidationError):
         return f'{name}: give hf:OWNER/NAME or hf:OWNER/NAME@REVISION'
     if isinstance(error, hub_errors.LocalEntryNotFoundError):
-        why = 'it cannot be reached'
+        why = f'{page} cannot be reached'
         if hub_lib.is_offline():
-            why = f'{hub_lib.OFFLINE} forbids downloading it'
+            why = f'{hub_lib.OFFLINE} forbids downloading {page}'
         return (
-            f'{name} is not in the cache {constants.HF_HUB_CACHE}, and {why} at '
-            f'{page}; download it elsewhere with `hf download {repo}`, and copy it '
-            'there, or name its folder'
+            f'{name} is not in the cache {constants.HF_HUB_CACHE}, and {why}; download '
+            f'it elsewhere with `hf download {repo} --local-dir=FOLDER`, and give that '
+            'folder instead of the name'
         )
     if isinstance(error, hub_errors.EntryNotFoundError):
         return (
@@ -118,9 +118,10 @@ def explain(name: str, repo: str, error: Exception) -> str | None:
             'timm or of this program can be read'
         )
     if isinstance(error, hub_errors.HfHubHTTPError):
+        if status in (401, 403):
+            return f'{name}: {page} refuses it ({status}); log in with {login}'
         text = ' '.join(str(error).split())[:200]
-        why = f'log in with {login}' if status in (401, 403) else 'try again later'
-        return f'{name}: {page} answers {text}; {why}'
+        return f'{name}: {page} answers {status or text}; try again later'
     if isinstance(error, OSError) or type(error).__module__.startswith(
         ('httpx', 'httpcore', 'requests', 'urllib3')
     ):

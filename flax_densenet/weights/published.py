@@ -21,6 +21,7 @@ from flax_densenet.weights import download, heads
 
 _LOGGER = logging.getLogger(__name__)
 KINDS = ('torchvision', 'keras', 'xrv', 'hf')
+_ADDRESS = re.compile('https?:/', re.IGNORECASE)
 UNVERIFIED = 'not verified against the published file'
 _MIB = 2**20
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -345,7 +346,7 @@ def is_name(text: Any) -> bool:
     return (
         text in DEFAULTS
         or (bool(colon) and kind in KINDS)
-        or re.match(r'https?:/', text) is not None
+        or _ADDRESS.match(text) is not None
     )
 
 
@@ -360,7 +361,7 @@ def find(name: str) -> PublishedWeights | None:
         if entry.name == name:
             return entry
     kind = name.partition(':')[0]
-    if kind == 'hf' or re.match(r'https?:/', name):
+    if kind == 'hf' or _ADDRESS.match(name):
         return None
     known = [entry.name for entry in TABLE]
     close = difflib.get_close_matches(name, known, 1, 0.5)
@@ -370,6 +371,23 @@ def find(name: str) -> PublishedWeights | None:
         + (f'did you mean {close[0]}? ' if close else '')
         + f'There are {", ".join(of_kind or [*DEFAULTS])}; `weights` lists all'
     )
+
+
+def suggest(text: str) -> str:
+    """The end of the message that a text is neither a file nor a name; may be ''.
+
+    >>> suggest('densenet12'), suggest('timm/densenet121.ra_in1k')
+    ('; did you mean densenet121?', '; did you mean hf:timm/densenet121.ra_in1k?')
+    """
+    known = [*DEFAULTS, *(entry.name for entry in TABLE)]
+    close = difflib.get_close_matches(text.lower(), known, 1, 0.85)
+    if f'hf:{text}' in known:
+        close = [f'hf:{text}']
+    if close:
+        return f'; did you mean {close[0]}?'
+    if re.fullmatch(r'(dense|rd)net\w*', text, re.IGNORECASE):
+        return f'; by name there are {", ".join(DEFAULTS)}'
+    return ''
 
 
 def fetch(name: str) -> Fetched:

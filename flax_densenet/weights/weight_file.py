@@ -206,7 +206,8 @@ def _kind(path):
         with open(path, 'rb') as file:
             start = file.read(16)
     except FileNotFoundError as error:
-        raise UserError(f'{path}: there is no such file or folder') from error
+        hint = published.suggest(path)
+        raise UserError(f'{path}: there is no such file or folder{hint}') from error
     except (OSError, ValueError) as error:  # a NUL in its name
         reason = getattr(error, 'strerror', None) or error
         raise UserError(f'{path} cannot be read ({reason})') from error

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 import time
 
 import numpy as np
@@ -22,7 +23,6 @@ NAMES = ['ants', 'bees']
 @pytest.fixture(autouse=True)
 def _caches(tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    datasets.disable_progress_bars()
 
 
 def png(value):
@@ -339,18 +339,21 @@ def test_set_of_the_hub(played, monkeypatch, capfd):
     assert asked == 4  # three files and the card
     out, err = capfd.readouterr()
     assert [line for line in out.splitlines() if 'trains on' not in line] == []
-    assert 'metadata' not in err
+    assert not err and not datasets.are_progress_bars_disabled()
     check_all(dataset.load_source('hf:me/insects', image_size=4))
     assert played.count('GET', '/datasets/me/insects/resolve') == asked
     played.requests.clear()
+    capfd.readouterr()
     forbid(monkeypatch)
     check_all(dataset.load_source('hf:me/insects', image_size=4))
     assert not played.requests
-    assert 'latest cached version of the dataset' in capfd.readouterr().out
+    told, _, rest = capfd.readouterr().out.partition('\n')
+    assert re.search(r'me/insects: using the cached copy of \w.*, in .*/sets/', told)
+    assert 'trains on' in rest and rest.count('\n') == 1
     forbid(monkeypatch, False)
     for line, source in (
         (r'has the splits train, test', 'hf:me/insects::val'),
-        (r"'small' not found. Available: .'default'", 'hf:me/insects:small'),
+        ('small: give one of hf:me/insects:default$', 'hf:me/insects:small'),
     ):
         with pytest.raises(UserError, match=line):
             dataset.load_source(source, image_size=4)
@@ -370,6 +373,32 @@ def test_refusals_of_the_hub(error, line, played):
     with pytest.raises(UserError, match=line) as refusal:
         dataset.load_source('hf:me/x', image_size=4)
     assert '\n' not in str(refusal.value)
+
+
+def test_configurations_of_the_hub(played):
+    """Named in the card: one has to be chosen, and has its own files."""
+    files, _ = played.hub['datasets/me/insects']
+    part = 'data/{}-00000-of-00001.parquet'
+    card = '---\nconfigs:\n'
+    for name in 'train', 'test':
+        card += f'- config_name: {name}-set\n  data_files: {part.format(name)}\n'
+    both = {'README.md': f'{card}---\n'.encode(), part.format('train'): b''}
+    both[part.format('train')] = files['data/train-00001-of-00002.parquet']
+    both[part.format('test')] = files[part.format('test')]
+    played.put_repo('datasets/me/two', both)
+    with pytest.raises(UserError, match='of hf:me/two:train-set, hf:me/two:test-set$'):
+        dataset.load_source('hf:me/two', image_size=4)
+    source = dataset.load_source('hf:me/two:test-set', image_size=4, test_fraction=0.4)
+    assert sorted(pixels(source.train) + pixels(source.test)) == list(range(100, 105))
+
+
+def test_programs_of_the_hub_are_not_run(played, tmp_path):
+    ran = tmp_path / 'ran'
+    program = f'import pathlib\npathlib.Path({str(ran)!r}).touch()\n'
+    played.put_repo('datasets/me/program', {'program.py': program.encode()})
+    with pytest.raises(UserError, match='which is not run; .*refs/convert/parquet'):
+        dataset.load_source('hf:me/program', image_size=4)
+    assert not ran.exists()
 
 
 def test_damaged_files_of_the_hub(played):

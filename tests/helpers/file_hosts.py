@@ -108,6 +108,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_PUT(self):
         self._answer()
 
+    def do_CONNECT(self):
+        self.host.requests.append((self.command, self.path, dict(self.headers)))
+        self.send_error(407)
+
     def _answer(self):
         path = self.path.partition('?')[0]
         self.host.requests.append((self.command, self.path, dict(self.headers)))

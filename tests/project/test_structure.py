@@ -81,6 +81,25 @@ def test_all_packages_are_in_the_table():
     }
 
 
+def test_few_modules_connect():
+    """What a user names is downloaded or sent there, and nowhere else."""
+    clients = (
+        r'^\s*(?:import|from) (?:requests|urllib3|http|httpx|ftplib|smtplib|datasets|'
+        r'huggingface_hub|tensorflow_datasets|wandb|mlflow|trackio)\b'
+        r'|\b(?:urlopen|urlretrieve|create_connection|open_connection)\b'
+    )
+    found = {
+        path.relative_to(PACKAGE).with_suffix('').as_posix()
+        for path in PACKAGE.rglob('*.py')
+        if re.search(clients, path.read_text(), re.MULTILINE)
+    }
+    assert found == {
+        *('weights/download', 'weights/hub', 'system/hub', 'export/push'),
+        *('data/hub_source', 'data/tfds_source', 'train/trackers'),
+        'serving/openapi',  # an example for users, in a text
+    }
+
+
 def code_lines(function, lines):
     """How many there are without docstrings, comments and blank lines."""
     strings = {

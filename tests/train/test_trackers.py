@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 from flax_densenet import errors
 from flax_densenet.errors import UserError
 from flax_densenet.train import fit, tensorboard, trackers
+from helpers.paths import ROOT
 from helpers.runs import tiny_config
 
 CONFIG = {'train.epochs': 2, 'model.variant': 'densenet121', 'data.mean': '(0.5,)'}
@@ -180,6 +180,23 @@ def test_mlflow_without_a_server(run, tmp_path):
 
 
 @pytest.mark.slow
+def test_mlflow_in_a_folder(run, tmp_path, monkeypatch, capfd):
+    """The store of files, which MLflow wants to be asked for."""
+    mlflow = pytest.importorskip('mlflow')
+    address = (tmp_path / 'mlruns').as_uri()
+    monkeypatch.setenv('MLFLOW_TRACKING_URI', address)
+    monkeypatch.delenv('MLFLOW_ALLOW_FILE_STORE', raising=False)
+    with trackers.open_trackers(str(run), ['mlflow'], CONFIG):
+        pass
+    assert f'{address} is a folder' in capfd.readouterr().out
+    monkeypatch.setenv('MLFLOW_ALLOW_FILE_STORE', 'true')
+    identity = follow('mlflow', run)
+    check_mlflow(mlflow.MlflowClient(tracking_uri=address), identity)
+    kept = list((tmp_path / 'mlruns').rglob('arrays.bin'))
+    assert [path.read_bytes() for path in kept] == [b'arrays']
+
+
+@pytest.mark.slow
 def test_mlflow_with_a_server(run, tmp_path, monkeypatch):
     mlflow = pytest.importorskip('mlflow')
     port = 20000 + os.getpid() % 10000
@@ -215,9 +232,12 @@ def test_mlflow_with_a_server(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_wandb_offline(run):
+def test_wandb_offline(run, capfd):
     pytest.importorskip('wandb')
     identity = follow('wandb', run)
+    out, err = capfd.readouterr()
+    assert f'`wandb sync {run}/wandb/offline-run-*`' in out and out.count('\n') == 1
+    assert not err
     stretches = sorted((run / 'wandb').glob(f'offline-run-*-{identity}'))
     assert len(stretches) == 3
     first, second, last = (next(folder.glob('*.wandb')) for folder in stretches)
@@ -231,23 +251,52 @@ def test_wandb_offline(run):
 
 
 @pytest.mark.slow
+def test_login_of_wandb(run, tmp_path, monkeypatch):
+    """Each place of a key, without a connection."""
+    pytest.importorskip('wandb')
+    code = 'from flax_densenet.train import trackers as t; print(t._has_wandb_login())'
+
+    def logged_in(**environment):
+        done = subprocess.run(
+            [sys.executable, '-c', code],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env=os.environ | {'PYTHONPATH': str(ROOT), **environment},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()[-1] == 'True'
+
+    assert not logged_in()
+    assert logged_in(WANDB_API_KEY='a' * 40)
+    entry = 'machine {}\n  login user\n  password ' + 'a' * 40
+    netrc = tmp_path / 'home' / '.netrc'
+    netrc.write_text(entry.format('api.wandb.ai'))
+    assert logged_in() and not logged_in(WANDB_BASE_URL='https://wandb.example')
+    netrc.write_text(entry.format('wandb.example'))
+    assert logged_in(WANDB_BASE_URL='https://wandb.example') and not logged_in()
+
+
+@pytest.mark.slow
 def test_trackio_on_this_machine(run, tmp_path):
     """In a process of its own, since Trackio finds its folder when it is imported."""
     pytest.importorskip('trackio')
     code = (
         'import sys, pathlib; from importlib import util; '
+        'from flax_densenet.system import logs; logs.show_messages(); '
         'spec = util.spec_from_file_location("t", sys.argv[2]); '
         't = util.module_from_spec(spec); spec.loader.exec_module(t); '
         't.follow("trackio", pathlib.Path(sys.argv[1]))'
     )
-    root = pathlib.Path(__file__).parents[2]
     done = subprocess.run(
         [sys.executable, '-c', code, run, __file__],
         capture_output=True,
         text=True,
-        env=os.environ | {'PYTHONPATH': f'{root}{os.pathsep}{root / "tests"}'},
+        env=os.environ | {'PYTHONPATH': f'{ROOT}{os.pathsep}{ROOT / "tests"}'},
     )
     assert done.returncode == 0, done.stderr
+    line = r'trackio: the run is kept in \S+; to see it: `trackio show --project \w+`\n'
+    assert re.fullmatch(line, done.stdout) and not done.stderr, done
     kept = list((tmp_path / 'home').rglob('arrays.bin'))
     assert len(kept) == 1 and re.search('trackio', str(kept[0]))
     assert list((tmp_path / 'home').rglob('report.html'))

@@ -137,9 +137,26 @@ def test_busy_servers_are_asked_again(host):
 def test_no_network(host):
     line = fails('cannot be reached', 'http://127.0.0.1:9/a/b.pth', checksum=SHA256)
     assert download.place_of('http://127.0.0.1:9/a/b.pth') in line
-    assert 'refused' in line and 'object at' not in line
+    assert '(Failed to establish a new connection: ' in line and 'refused' in line
     line = fails('cannot be reached', 'https://no-such-host.invalid/b', size=9)
     assert 'download it elsewhere and put it at' in line
+
+
+def test_proxies_of_the_environment(host, monkeypatch):
+    for name in ('NO_PROXY', 'no_proxy', 'http_proxy', 'https_proxy'):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv('HTTP_PROXY', host.url)
+    monkeypatch.setenv('HTTPS_PROXY', host.url)
+    url = 'http://127.0.0.1:9/a'
+    host.put(url, CONTENT)
+    assert pathlib.Path(download.fetch(url)).read_bytes() == CONTENT
+    url = 'https://no-such-host.invalid/b'
+    fails('cannot be reached .*Tunnel connection failed: 407', url)
+    assert host.requests[-1][:2] == ('CONNECT', 'no-such-host.invalid:443')
+    asked = len(host.requests)
+    monkeypatch.setenv('NO_PROXY', 'no-such-host.invalid')
+    fails('cannot be reached .*resolve', url)
+    assert len(host.requests) == asked
 
 
 def test_files_put_there_by_hand(host):

@@ -185,9 +185,12 @@ def test_address_with_checksum(host, of_imagenet, tmp_path):
         ('torchvision:densenet12', 'did you mean torchvision:densenet121'),
         ('keras:densenet161', 'There are keras:densenet121, keras:densenet169'),
         ('xrv:densenet121-res224', 'did you mean xrv:densenet121-res224-'),
+        ('densenet12', 'no such file or folder; did you mean densenet121'),
+        ('densenet264', 'by name there are densenet121, densenet161'),
+        ('timm/densenet121.ra_in1k', 'you mean hf:timm/densenet121.ra_in1k'),
         ('hf:timm', 'give hf:OWNER/NAME'),
         ('hf:a/b/c', 'give hf:OWNER/NAME'),
-        ('http://example.com/a.pth#sha256=' + '0' * 64, 'which is not https'),
+        ('HTTP://example.com/a.pth#sha256=' + '0' * 64, 'which is not https'),
     ],
 )
 def test_unknown_names(name, line, host):
@@ -283,7 +286,7 @@ def test_hub_without_network(host, monkeypatch, capfd):
     [
         ('GatedRepo', 'is gated: accept its terms at .*HF_TOKEN'),
         ('RepoNotFound', 'no such repository .*or it is private'),
-        ('Unauthorized', 'or it is private: log in|answers .*401'),
+        ('Unauthorized', r'/me/birds refuses it \(401\); log in with'),
     ],
 )
 def test_refusals_of_the_hub(error, line, host):
@@ -347,7 +350,7 @@ def test_create_model_with_weights(serve, of_imagenet, capfd):
             flax_densenet.create_model(**missing)
 
 
-def test_runs_start_from_names(serve, of_imagenet):
+def test_runs_start_from_names(serve, of_imagenet, monkeypatch):
     serve('torchvision:densenet121', of_imagenet)
     config = base.get_config()
     config.init_from = 'densenet121'
@@ -355,6 +358,17 @@ def test_runs_start_from_names(serve, of_imagenet):
     assert found.preparation.crop_fraction == 0.875
     assert weights.path == 'torchvision:densenet121'
     assert found.init_from == 'densenet121'
+    for start, line in (
+        (
+            'xrv:densenet121-res224-nih',
+            'init_from=xrv:densenet121-res224-nih: https://',
+        ),
+        ('keras:densenet', 'init_from=keras:densenet: there are no such'),
+    ):
+        config.init_from = start
+        monkeypatch.setenv('HF_HUB_OFFLINE', '1')
+        with pytest.raises(UserError, match=f'^{line}'):
+            prepare.resolve(settings.from_config(config), None)
 
 
 def test_list_weights():
@@ -407,5 +421,6 @@ def test_commands_take_names(main, serve, of_imagenet, tmp_path, monkeypatch):
     }
     status, out, _ = main('summary', 'torchvision:densenet121')
     assert status == 0 and 'densenet121 with 1000 classes' in out
-    status, out, err = main('predict', 'keras:densenet', 'x.jpg')
-    assert status == 2 and 'did you mean keras:densenet' in err
+    for name, meant in ('keras:densenet', 'keras:densenet'), ('densnet121', 'densenet'):
+        status, out, err = main('predict', name, 'x.jpg')
+        assert status == 2 and f'did you mean {meant}' in err

@@ -5,9 +5,11 @@ loaded by its name, and its fingerprint compared with that of the library's own 
 """
 
 import dataclasses
+import inspect
 import io
 import os
 import pathlib
+import re
 
 import numpy as np
 import pytest
@@ -70,6 +72,57 @@ def torch():
 
     torch_models.import_torchvision()
     return torch
+
+
+def assert_published(name, address, digits, classes):
+    entry = published.find(name)
+    assert entry.address == address
+    assert entry.checksum is None or entry.checksum.digits == digits
+    assert classes is None or list(entry.class_names) == classes
+    return entry
+
+
+def test_table_is_that_of_torchvision(torch):
+    models = pytest.importorskip('torchvision.models')
+    for size in 121, 161, 169, 201:
+        found = getattr(models, f'DenseNet{size}_Weights').IMAGENET1K_V1
+        digits = found.url.rpartition('-')[2].removesuffix('.pth')
+        name, classes = f'torchvision:densenet{size}', found.meta['categories']
+        entry = assert_published(name, found.url, digits, classes)
+        assert entry.parameters == found.meta['num_params']
+        top1, top5 = found.meta['_metrics']['ImageNet-1K'].values()
+        assert entry.accuracy == f'{top1:.2f}% top-1, {top5:.2f}% top-5'
+        assert abs(entry.size / 2**20 - found.meta['_file_size']) < 1e-3
+        prepare, ours = found.transforms(), entry.preparation
+        assert prepare.crop_size == [ours['image_size']]
+        assert prepare.resize_size == [ours['image_size'] / ours['crop_fraction']]
+        assert prepare.interpolation.value == ours['interpolation']
+        assert (*prepare.mean, *prepare.std) == (*ours['mean'], *ours['std'])
+
+
+def test_table_is_that_of_torchxrayvision(torch):
+    urls = pytest.importorskip('torchxrayvision.models').model_urls
+    names = {e.name.removeprefix('xrv:') for e in published.list_weights('xrv:')}
+    assert names == {name for name in urls if name.startswith('densenet121-')}
+    for name in names:
+        url, labels = urls[name]['weights_url'], urls[name]['labels']
+        entry = assert_published(f'xrv:{name}', url, None, None)
+        empty = [number for number, label in enumerate(labels) if not label]
+        assert list(entry.untrained) == empty
+        trained = zip(labels, entry.class_names, strict=True)
+        assert all(label in ('', ours) for label, ours in trained)
+
+
+def test_table_is_that_of_timm(torch):
+    models = pytest.importorskip('timm.models')
+    for entry in published.list_weights('hf:'):
+        found = models.get_pretrained_cfg(entry.name.rpartition('/')[2])
+        assert f'hf:{found.hf_hub_id}' == entry.name and found.license in entry.license
+        ours = entry.preparation
+        assert found.input_size == (3, ours['image_size'], ours['image_size'])
+        assert found.crop_pct == ours['crop_fraction']
+        assert found.interpolation == ours['interpolation']
+        assert (found.mean, found.std) == (ours['mean'], ours['std'])
 
 
 def run(torch, model, name):
@@ -155,6 +208,18 @@ def keras():
     pytest.importorskip('h5py')
     os.environ.setdefault('KERAS_BACKEND', 'jax')
     return pytest.importorskip('keras')
+
+
+def test_table_is_that_of_keras(keras):
+    from keras.src.applications import densenet
+
+    source = inspect.getsource(densenet)
+    for size in 121, 169, 201:
+        for ending, of_constant in ('', ''), ('-notop', '_NO_TOP'):
+            constant = f'DENSENET{size}_WEIGHT_PATH{of_constant}'
+            digits = re.search(rf'{constant},\s+[^)]*?file_hash="(\w+)"', source)[1]
+            name, address = f'keras:densenet{size}{ending}', getattr(densenet, constant)
+            assert_published(name, address, digits, None)
 
 
 def test_keras_without_top(keras, serve, tmp_path):

@@ -1,7 +1,7 @@
 """The full comparison of DenseNet-121 and BC-L100k12 with torch, Keras, plain Linen.
 
   make bench
-  .venv/bin/python -m benchmarks.run TASK ...   # of TASKS, printed alone
+  .venv/bin/python -m benchmarks.run TASK ...   # of TASKS, or start; printed alone
 
 It writes benchmarks/results.jsonl (one line per metric) and the table in
 docs/benchmarks.md. The last line that it prints is a JSON object with the medians.
@@ -79,31 +79,50 @@ def measure_task(task):
     return found
 
 
-def measure_start():
+def measure_start(rounds=3):
     """Seconds from the command to the end of the first step, DenseNet-121 at 224x224.
 
     The command is `launch.py` with a folder of photographs. A cold start has empty
     caches and also compiles the C++ kernel; a warm start runs the command again.
+    `{cold_start_s, warm_start_s, linen_cold_start_s, linen_warm_start_s: [rounds]}`
     """
-    found = {'cold_start_s': [], 'warm_start_s': []}
+    found = {}
+    for number in range(rounds):
+        order = ('', 'linen') if number % 2 == 0 else ('linen', '')
+        for contender in order:
+            with tempfile.TemporaryDirectory() as folder:
+                _write_photographs(f'{folder}/photos')
+                for name in ('cold_start_s', 'warm_start_s'):
+                    seconds = _start(folder, name, contender)
+                    key = f'{contender}_{name}'.lstrip('_')
+                    found.setdefault(key, []).append(seconds)
+    return found
+
+
+def _start(folder, workdir, contender):
     environment = dict(os.environ)
     environment.pop('JAX_COMPILATION_CACHE_DIR', None)
-    for _ in range(3):
-        with tempfile.TemporaryDirectory() as folder:
-            _write_photographs(f'{folder}/photos')
-            for name in found:
-                start = time.perf_counter()
-                subprocess.run(
-                    [
-                        *(sys.executable, '-m', 'benchmarks.start'),
-                        *(f'{folder}/photos', f'{folder}/{name}'),
-                    ],
-                    env=environment | {'XDG_CACHE_HOME': folder},
-                    stdout=subprocess.DEVNULL,
-                    check=True,
-                )
-                found[name].append(time.perf_counter() - start)
-    return found
+    start = time.perf_counter()
+    subprocess.run(
+        [
+            *(sys.executable, '-m', 'benchmarks.start'),
+            *(f'{folder}/photos', f'{folder}/{workdir}', contender or 'ours'),
+        ],
+        env=environment | {'XDG_CACHE_HOME': folder},
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    return time.perf_counter() - start
+
+
+def _start_ratios(found):
+    """Ours by plain Linen's; below 1 where we start sooner."""
+    return {
+        f'{name}_start_vs_linen': sidebyside.ratio(
+            found[f'{name}_start_s'], found[f'linen_{name}_start_s']
+        )
+        for name in ('cold', 'warm')
+    }
 
 
 def _write_photographs(folder, classes=2, count=100):
@@ -128,7 +147,7 @@ def measure_depth():
 def main(tasks):
     """Measures everything and writes files; with tasks, only prints their results."""
     lines, tables = [], {}
-    for task in tasks or TASKS:
+    for task in [task for task in tasks or TASKS if task != 'start']:
         tables[task] = found = measure_task(task)
         for name, figures in found.items():
             for figure, values in figures.items():
@@ -141,14 +160,15 @@ def main(tasks):
         for name, (task, figure, peer) in RATIOS.items()
         if task in tables
     }
+    if not tasks or 'start' in tasks:
+        started = measure_start()
+        ratios |= _start_ratios(started)
+        ratios |= {name: sidebyside.summarize(v) for name, v in started.items()}
     medians = {name: round(found['median'], 3) for name, found in ratios.items()}
     if tasks:
         lines += [{'ratio': name} | summary for name, summary in ratios.items()]
         print(*map(json.dumps, lines), json.dumps(medians), sep='\n')
         return
-    for name, values in measure_start().items():
-        ratios[name] = sidebyside.summarize(values)
-        medians[name] = round(ratios[name]['median'], 2)
     depth = measure_depth()
     lines += [{'ratio': name} | summary for name, summary in ratios.items()]
     lines.append({'depth': depth})

@@ -1,8 +1,9 @@
 """`launch.py` up to the end of its first training step; timed from outside by `run`.
 
-  python -m benchmarks.start FOLDER WORKDIR
+  python -m benchmarks.start FOLDER WORKDIR [ours | linen]
 
-DenseNet-121, batch 16, 224x224, on the photographs of FOLDER/CLASS.
+DenseNet-121, batch 16, 224x224, on the photographs of FOLDER/CLASS; `linen` is the
+program with model.fast=False.
 """
 
 import os
@@ -35,5 +36,6 @@ if __name__ == '__main__':
         f'--workdir={sys.argv[2]}',
         '--config.data.image_size=224',
         '--config.data.batch_size=16',
+        f'--config.model.fast={sys.argv[3:] != ["linen"]}',
     ]
     sys.exit(launch.main([sys.argv[0], *arguments]))

@@ -9,6 +9,7 @@ import pytest
 
 from flax_densenet.export import formats
 from helpers import file_hosts, weight_files
+from helpers.marks import exhaustive_after
 from helpers.paths import ROOT
 
 NOTEBOOKS = sorted((ROOT / 'examples').glob('*.ipynb'))
@@ -61,7 +62,9 @@ def play_hub(folder, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    'path', exhaustive_after(1, NOTEBOOKS), ids=lambda path: path.stem
+)
 def test_notebook_runs(path, tmp_path, monkeypatch):
     nbformat = pytest.importorskip('nbformat')
     nbclient = pytest.importorskip('nbclient')

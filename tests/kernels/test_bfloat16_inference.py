@@ -44,10 +44,17 @@ CASES = [
     ('BC', (70, 34), 1),
     ('imagenet', (61, 45), 5),
     *(
-        pytest.param(block, size, count, marks=pytest.mark.slow)
+        pytest.param(
+            *(block, size, count),
+            marks=pytest.mark.slow if quick else pytest.mark.exhaustive,
+        )
         for block in BLOCKS
         if block not in ('plain', 'C')
-        for size, count in (((13, 22), 1), ((9, 31), 7), ((230, 190), 1))
+        for size, count, quick in (
+            ((13, 22), 1, True),
+            ((9, 31), 7, block == 'BC'),
+            ((230, 190), 1, block == 'imagenet'),
+        )
     ),
 ]
 

@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import gpu_ways
 from flax_densenet.kernels import dense_block, xla_block
+from helpers.marks import exhaustive_after
 
 pytestmark = pytest.mark.slow
 
@@ -81,8 +82,15 @@ def error(found, expected):
 
 
 # The parts of the others are among those in bfloat16.
-CASES = [(way, '161', 'float32') for way in gpu_ways.WAYS] + [
-    (way, '121', 'bfloat16') for way in ('pieces', 'buffer', 'pallas', 'fused')
+QUICK = ('concat', 'buffer', 'fused')
+CASES = [
+    *((way, '161', 'float32') for way in QUICK),
+    *exhaustive_after(
+        1, [(way, '121', 'bfloat16') for way in ('pallas', 'pieces', 'buffer', 'fused')]
+    ),
+    *exhaustive_after(
+        0, [(way, '161', 'float32') for way in gpu_ways.WAYS if way not in QUICK]
+    ),
 ]
 
 
@@ -143,7 +151,9 @@ def test_the_ways_differ():
     assert text('pieces') != text('concat') != text('nchw')
 
 
-@pytest.mark.parametrize('way', ['nchw', 'pieces', 'buffer', 'pallas', 'fused'])
+@pytest.mark.parametrize(
+    'way', exhaustive_after(1, ['fused', 'nchw', 'pieces', 'buffer', 'pallas'])
+)
 def test_mapped_over_groups(way):
     """As `groups` maps a model over them: each has its own statistics."""
     x, layers = inputs('121')

@@ -6,6 +6,7 @@ import pytest
 from flax_densenet import create_model
 from flax_densenet.models import summary
 from flax_densenet.report import plots
+from helpers.marks import exhaustive_after
 
 pytestmark = pytest.mark.drawn
 
@@ -77,12 +78,15 @@ def test_titles_of_mixed_images():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ('variant', 'gmacs'),
-    [
-        ('densenet161', 7.728),
-        ('densenet169', 3.360),
-        ('densenet201', 4.291),
-        ('densenet264', 5.752),
-    ],
+    exhaustive_after(
+        1,
+        [
+            ('densenet161', 7.728),
+            ('densenet169', 3.360),
+            ('densenet201', 4.291),
+            ('densenet264', 5.752),
+        ],
+    ),
 )
 def test_gmacs(variant, gmacs):
     module = create_model(variant, num_classes=1000)

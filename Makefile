@@ -51,11 +51,11 @@ test: .venv/installed
 
 # In parallel: many of these tests wait for other processes and leave a core idle.
 test-slow: .venv/installed .venv-peers/installed
-	@$(PEERS)/python -m pytest -q -n 2 -m 'not exhaustive' \
+	@$(PEERS)/python -m pytest -q -n 1 -m 'not exhaustive' \
 		$(BESIDE_PEERS) $(KERAS_FAULTS) \
 		tests/export/test_release.py::test_runtimes_of_others \
 		>.venv/peers.log 2>&1 & peers=$$!; \
-	$(BIN)/python -m pytest -q -n 2 -m '(slow or faults) and not exhaustive'; slow=$$?; \
+	$(BIN)/python -m pytest -q -n 3 -m '(slow or faults) and not exhaustive'; slow=$$?; \
 	wait $$peers; peers=$$?; cat .venv/peers.log; exit $$((slow | peers))
 
 # All that is marked so, with the peers' part.

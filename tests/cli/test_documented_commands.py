@@ -15,6 +15,7 @@ from faults import fuzz_seeds
 from flax_densenet.serving import server
 from helpers import commands as command_helpers
 from helpers import runs, weight_files
+from helpers.marks import exhaustive_after
 from helpers.paths import ROOT
 
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -74,6 +75,11 @@ def make_quick(words):
 
 
 PAGES_THAT_RUN = {path.stem: list(list_run(path)) for path in PAGES}
+CORE = ('README', 'get_started', 'train', 'predict', 'evaluation', 'finetune', 'export')
+PAGES_IN_ORDER = [
+    *CORE,
+    *(p for p, run in PAGES_THAT_RUN.items() if run and p not in CORE),
+]
 
 
 @pytest.fixture(scope='module')
@@ -110,7 +116,7 @@ def test_all_blocks_are_found():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('page', [name for name, run in PAGES_THAT_RUN.items() if run])
+@pytest.mark.parametrize('page', exhaustive_after(len(CORE), PAGES_IN_ORDER))
 def test_commands_of_a_page(page, place, monkeypatch, capfd):
     """Each one in its order, after the run that most pages begin with."""
     monkeypatch.chdir(place)

@@ -10,6 +10,7 @@ import pytest
 from flax_densenet import UserError, create_model, init_variables
 from flax_densenet.kernels import xla_block
 from flax_densenet.train import fit
+from helpers.marks import exhaustive_after
 from helpers.networks import compiled
 from helpers.paths import ROOT
 from helpers.runs import plain, write_images
@@ -155,11 +156,19 @@ def test_what_cannot_be():
         recipe('svhn', 'quik')
 
 
+OFTEN = ('densenet121', 'small', 'rdnet', 'chexnet')
+WITH_WEIGHTS = ('finetune', 'linear_probe')
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ('name', 'argument'),
-    [(name, None) for name in RECIPES if name not in ('finetune', 'linear_probe')]
-    + [('cifar', '40_12,code'), ('cifar', 'quick')],
+    exhaustive_after(
+        6,
+        [('cifar', '40_12,code'), ('cifar', 'quick')]
+        + [(name, None) for name in OFTEN]
+        + [(name, None) for name in RECIPES if name not in OFTEN + WITH_WEIGHTS],
+    ),
 )
 def test_two_steps(name, argument, tmp_path):
     """Of each recipe, with a shallow network and small images of its own."""

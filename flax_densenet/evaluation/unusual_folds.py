@@ -12,6 +12,9 @@ from flax_densenet.weights import unusual as unusual_lib
 from flax_densenet.weights import unusual_members
 
 _LOGGER = logging.getLogger(__name__)
+# Added to limits, so that rounding moves no image across that of its own fold. Scores
+# are rounded when they are converted, unlike those of a single model.
+_ROUNDING = 1e-4
 
 
 def fit(
@@ -38,13 +41,13 @@ def fit(
                 'then on the folder of all folds'
             )
             return None
-        limits = unusual.bounds(_plain(own, before), share)
+        middle, limit = unusual.bounds(_plain(own, before), share)
         counts.append(len(own))
         found.append(
             dataclasses.replace(
                 before,
-                middle=limits[0],
-                limit=limits[1],
+                middle=middle,
+                limit=limit + _ROUNDING * (limit - middle),
                 share=share,
                 val_count=len(own),
             )

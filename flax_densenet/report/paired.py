@@ -22,6 +22,8 @@ from flax_densenet.evaluation import bootstrap, delong, intervals, results, weig
 Predictions = dict[str, tuple[str, str]]
 NAMES = {'accuracy': 'accuracy', 'auroc': 'mean AUROC', 'f1': 'F1'}
 _MOST_WORK = intervals.WORK // 2  # classes of one run
+_CHUNK = 2**22  # weights at a time
+_LEVEL = 0.05  # of significance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,13 +215,15 @@ class Resampled:
         """The differences between two runs, by their indices in the list."""
         runs = self._runs[one], self._runs[other]
         (found, drawn), (found2, drawn2) = self._metrics(one), self._metrics(other)
+        swapped = _swap(*runs)
         differences = []
         for metric in found:
             value = float(found[metric][0] - found2[metric][0])
             values = drawn[metric] - drawn2[metric]
             if np.isnan(value):
                 continue
-            differences.append(_describe(metric, value, values, runs))
+            p_value = swapped.get(metric)
+            differences.append(_describe(metric, value, values, runs, p_value))
         return differences
 
 
@@ -229,14 +233,61 @@ def _pick(metrics, weights):
     return {'accuracy': found['accuracy'], **macro}
 
 
-def _describe(metric, value, values, runs):
+def _swap(one: Scored, other: Scored) -> dict[str, float]:
+    """p-values of accuracy and F1: a permutation test.
+
+    If two models are equally good, their predictions for an image, or for all images of
+    a group, can be swapped. Where they differ on a few images only, this is exact,
+    unlike the bootstrap, in whose resamples these few are missing too rarely.
+    """
+    count = len(one.labels)
+    predicted = np.concatenate([one.predicted, other.predicted])
+    labels = np.concatenate([one.labels, other.labels])
+    classes = (
+        labels.shape[1] if labels.ndim == 2 else 1 + max(labels.max(), predicted.max())
+    )
+    scores = np.zeros((2 * count, classes), np.float32)
+    metrics = weighted.Weighted(labels, scores, predicted=predicted, ranked=False)
+    units, place = count, np.arange(count)
+    if one.groups is not None:
+        names, place = np.unique(one.groups, return_inverse=True)
+        units = len(names)
+    rng, parts = np.random.default_rng(0), []
+    size = max(1, min(bootstrap.RESAMPLES, _CHUNK // count))
+    for start in range(0, bootstrap.RESAMPLES, size):
+        columns = min(size, bootstrap.RESAMPLES - start)
+        first = rng.integers(0, 2, (units, columns)).astype(np.float32)[place]
+        parts.append(_between(metrics, first))
+    found = _between(metrics, np.ones((count, 1), np.float32))
+    drawn = {name: np.concatenate([part[name] for part in parts]) for name in found}
+    return {
+        name: float(
+            (1 + (np.abs(drawn[name]) >= abs(found[name][0]) - 1e-9).sum())
+            / (1 + bootstrap.RESAMPLES)
+        )
+        for name in found
+    }
+
+
+def _between(metrics, first):
+    """Differences if the first run has the rows with weight 1, the other the rest."""
+    halves = np.concatenate([first, 1 - first]), np.concatenate([1 - first, first])
+    one, other = (_pick(metrics, weights) for weights in halves)
+    return {name: one[name] - other[name] for name in one}
+
+
+def _describe(metric, value, values, runs, swapped):
     one, other = runs
     ends = bootstrap.interval(values, np.float64(value))
     interval = (float(ends[0]), float(ends[1])) if ends[0] < ends[1] else None
     p_value, test = bootstrap.p_value(values, value), 'paired bootstrap'
     several = one.labels.ndim == 2
+    if swapped is not None:
+        p_value, test = swapped, 'paired permutation test'
+        if interval and p_value >= _LEVEL:  # narrow where few images differ
+            interval = min(interval[0], 0.0), max(interval[1], 0.0)
     if one.groups is not None:
-        test = 'paired bootstrap of groups'
+        test += ' of groups'
     elif metric == 'accuracy' and not several:
         right = (run.labels == run.predicted for run in runs)
         p_value, test = _mcnemar(*right), "McNemar's exact test"
@@ -260,7 +311,7 @@ def tell(
       comparisons: number of compared runs; the significance level of 5% is divided
         by it (Bonferroni).
     """
-    limit = 0.05 / comparisons
+    limit = _LEVEL / comparisons
     pieces: list[str] = []
     real: list[str] = []
     chance: list[str] = []
@@ -299,8 +350,10 @@ def _signed(value, percent):
 
 
 def _p(one):
-    least = 2 / (bootstrap.RESAMPLES + 1)  # the smallest of resamples
-    if one.test.startswith('paired bootstrap') and one.p_value <= least:
+    # The smallest of resamples, which are of one side, and of permutations.
+    sides = 2 if one.test.startswith('paired bootstrap') else 1
+    least = sides / (bootstrap.RESAMPLES + 1)
+    if one.test.startswith('paired') and one.p_value <= least:
         return f'p \u2264 {least:.3f}'
     return 'p < 0.001' if one.p_value < 0.001 else f'p = {one.p_value:.3f}'
 

@@ -85,7 +85,7 @@ def test_differences(tmp_path):
     theirs = delong.compare(labels == 1, bad[:, 1] - bad[:, 0], good[:, 1] - good[:, 0])
     assert made['auroc'].p_value == pytest.approx(theirs.p_value, rel=1e-3)
     assert made['auroc'].test == "DeLong's test"
-    assert made['f1'].test == 'paired bootstrap' and made['f1'].p_value < 0.01
+    assert made['f1'].test == 'paired permutation test' and made['f1'].p_value < 0.01
     text = paired.tell('bad', 'good', list(made.values()))
     assert text.startswith('bad compared with good: accuracy −')
     assert 'Chance alone is an unlikely explanation' in text
@@ -112,6 +112,47 @@ def test_patients_are_drawn_whole(tmp_path):
         p_values[name] = made[0].p_value
     assert 'groups' in made[0].test and 'groups' in made[1].test
     assert p_values['images'] < 0.01 and p_values['patients'] > 0.1
+
+
+@pytest.mark.parametrize('group_size', [1, 3])
+def test_few_differences_are_no_proof(group_size):
+    """Of equally good models that differ on few images, about 5% look different."""
+    rng, count, found = np.random.default_rng(4), 60, []
+    for number in range(200):
+        labels = (rng.random((count, 2)) < 0.5).astype(float)
+        right = rng.random((2, count, 2)) < 0.9
+        groups = np.arange(count) // group_size
+        same = rng.random(count // group_size) > 3 * group_size / count
+        right[1, same[groups]] = right[0, same[groups]]
+        runs = [
+            paired.Scored(labels, rng.random((count, 2)), labels == one, groups)
+            for one in right
+        ]
+        by_swaps = paired._swap(*runs)
+        if number < 5:
+            made = paired.Resampled(runs).compare(0, 1)[0]
+            assert made.p_value == by_swaps['accuracy']
+            if made.p_value >= 0.05 and made.interval:
+                assert made.interval[0] <= 0 <= made.interval[1]
+        found.append([by_swaps[name] < 0.05 for name in ('accuracy', 'f1')])
+    assert (np.mean(found, 0) <= 0.05 + 4 * 0.05**0.5 / 200**0.5).all()
+
+
+def test_permutations_agree_with_the_exact_test():
+    """Of McNemar, where images have one class and no groups."""
+    rng = np.random.default_rng(5)
+    labels = rng.integers(3, size=200)
+    runs = []
+    for share in (0.85, 0.75):
+        right = rng.random(200) < share
+        predicted = np.where(right, labels, (labels + 1) % 3)
+        runs.append(paired.Scored(labels, None, predicted, None))
+    wanted = {one.metric: one for one in paired.Resampled(runs).compare(0, 1)}
+    assert wanted['accuracy'].test == "McNemar's exact test"
+    found = paired._swap(*runs)['accuracy']
+    exact = wanted['accuracy'].p_value
+    assert 0.001 < exact < 0.5
+    assert found == pytest.approx(exact, abs=4 * (exact / 1000) ** 0.5 + 0.01)
 
 
 def test_the_verdict_counts_the_comparisons():

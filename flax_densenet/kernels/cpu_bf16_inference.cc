@@ -62,7 +62,7 @@ struct Block {
 
 // The features of some images, or of some rows of one image, with what a thread needs.
 struct Scratch {
-  std::vector<bf16> y, z, features;
+  Aligned<bf16> y, z, features;
   std::vector<int32_t> chunk_steps, tap_steps, place;
   alignas(64) float sums[PT * 2 * COLUMNS];
 };
@@ -326,7 +326,7 @@ void by_rows(const Block& s, ffi::ThreadPool& pool, int threads, const bf16* x,
   const int parts = std::min(s.H, (threads + s.N - 1) / s.N), all = s.N * parts;
   const int length = s.N * s.image, rows = band_rows(s), places = s.positions(rows);
   const int image_out = s.F ? (s.H / 2) * (s.W / 2) : s.image;
-  static thread_local std::vector<bf16> features;
+  static thread_local Aligned<bf16> features;
   bf16* X = room(features, (size_t)steps_of(s.Ct) * length * DEPTH);
   clear(s, X, length);
   std::vector<Scratch> scratch(all);
@@ -403,8 +403,8 @@ struct Stem {
 };
 
 struct StemScratch {
-  std::vector<bf16> band;
-  std::vector<float> ring, best;
+  Aligned<bf16> band;
+  Aligned<float> ring, best;
 };
 
 void narrow_row(const float* from, int n, bf16* to) {

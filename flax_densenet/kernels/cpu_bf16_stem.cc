@@ -51,9 +51,9 @@ struct Stem {
 };
 
 struct Scratch {
-  std::vector<bf16> band, parity, patches, gv, h;
+  Aligned<bf16> band, parity, patches, gv, h;
   std::vector<int32_t> steps;
-  std::vector<float> dw;
+  Aligned<float> dw;
   std::vector<double> s1, s2;
   alignas(64) float sums[PT * PT];
   alignas(64) bf16 patch[PT * CHUNK];

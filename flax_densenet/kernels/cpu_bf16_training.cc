@@ -94,9 +94,9 @@ FD_INLINE void apply(const Drop& drop, int64_t p, int c, F& low, F& high) {
 }
 
 struct Scratch {
-  std::vector<bf16> y, z, zt, dg, dgv, dh, dhv;
+  Aligned<bf16> y, z, zt, dg, dgv, dh, dhv;
   std::vector<int32_t> chunk_steps, tap_steps, grad_steps, pixel_steps;
-  std::vector<float> dw, taps;
+  Aligned<float> dw, taps;
   std::vector<double> s1, s2;
   alignas(64) float sums[PT * 2 * COLUMNS];
   alignas(64) bf16 patch[PT * CHUNK];
@@ -386,17 +386,35 @@ ffi::Error Forward(ffi::ThreadPool pool, float epsilon, float rate, BF x, U8 mas
 
 // ---- backward
 
+// Features and their gradient in chunks [chunks][P][32], which are read one after another.
+struct Chunked {
+  bf16* x;
+  float* g;
+  int64_t P;
+  bf16* x_at(int k, int64_t p) const { return x + (k * P + p) * CHUNK; }
+  float* g_at(int k, int64_t p) const { return g + (k * P + p) * CHUNK; }
+};
+
+// The `n` channels of a pixel from channel c on, out of one or two chunks.
+template <class T>
+FD_INLINE void load_channels(const T* chunks, int64_t P, int64_t p, int c, int n, T* to) {
+  const int first = std::min(n, CHUNK - c % CHUNK);
+  const T* from = chunks + (c / CHUNK * P + p) * CHUNK;
+  std::memset(to, 0, sizeof(T) * CHUNK);
+  std::memcpy(to, from + c % CHUNK, sizeof(T) * first);
+  if (n > first) std::memcpy(to + first, from + P * CHUNK, sizeof(T) * (n - first));
+}
+
 // The gradient of the layer's new channels, including the part through their statistics.
 struct NewGradient {
-  const bf16* X;
-  const float* gX;
+  Chunked of;
   Drop drop;
   std::vector<float> k0, k1;  // of x: k0 + k1 * x
-  int C, Ct, G;
-  NewGradient(const Block& s, const bf16* x, const float* g, int c0, int n,
+  int C, G;
+  NewGradient(const Block& s, const Chunked& chunked, int c0, int n,
               const std::vector<double>& gm, const std::vector<double>& gv,
               const float* mean, const Drop& dropped)
-      : X(x), gX(g), drop(dropped), k0(up(n, CHUNK)), k1(up(n, CHUNK)), C(c0), Ct(s.Ct), G(n) {
+      : of(chunked), drop(dropped), k0(up(n, CHUNK)), k1(up(n, CHUNK)), C(c0), G(n) {
     for (int c = 0; c < n; ++c) {
       const double slope = 2 * gv[C + c] / s.P;
       k0[c] = (float)(gm[C + c] / s.P - slope * mean[C + c]);
@@ -404,15 +422,14 @@ struct NewGradient {
     }
   }
   FD_INLINE S at(int64_t p, int k) const {
-    const int valid = G - k * CHUNK;
-    const bf16* x = X + p * Ct + C + k * CHUNK;
-    const float* g = gX + p * Ct + C + k * CHUNK;
+    const int c = C + k * CHUNK, valid = std::min(CHUNK, G - k * CHUNK);
+    const bf16* x = of.x_at(c / CHUNK, p);
+    const float* g = of.g_at(c / CHUNK, p);
     alignas(64) bf16 part[CHUNK];
     alignas(64) float gradient[CHUNK];
-    if (valid < CHUNK) {
-      load_part(x, valid, part);
-      std::memset(gradient, 0, sizeof gradient);
-      std::memcpy(gradient, g, sizeof(float) * valid);
+    if (valid < CHUNK || c % CHUNK) {
+      load_channels(of.x, of.P, p, c, valid, part);
+      load_channels(of.g, of.P, p, c, valid, gradient);
       x = part, g = gradient;
     }
     const float *c0 = &k0[k * CHUNK], *c1 = &k1[k * CHUNK];
@@ -542,15 +559,15 @@ void gradient_of_taps(const Block& s, int64_t p, int n, const bf16* dg, bf16* dh
   }
 }
 
-// Back through the product in front and norm1's ReLU: added to gX, with dw [C, mid * 32].
-// fill(p, n, dh) writes the gradient of the product of `n` pixels.
+// Back through the product in front and norm1's ReLU: added to the features' gradient,
+// with dw [C, mid * 32]. fill(p, n, dh) writes the gradient of the product of `n` pixels.
 template <class Fill>
-void backward_front(const Block& s, int part, const bf16* X, float* gX, int C,
+void backward_front(const Block& s, int part, const Chunked& features, int C,
                     const Affine& f1, const Weights& w1t, Scratch& t, Fill fill) {
   const Multipliers& multiply = multipliers();
   const int chunks = steps_of(C);
   const int64_t ld = PB + PT, width = s.mid * CHUNK;
-  bf16* yt = room(t.y, (size_t)steps_of(s.Ct) * CHUNK * ld);
+  bf16* yt = room(t.y, (size_t)CHUNK * ld);
   bf16* dh = room(t.dh, (size_t)s.mid * PB * CHUNK);
   bf16* dhv = room(t.dhv, (size_t)s.mid * PB / PT * 2 * TILE);
   t.reset((size_t)chunks * CHUNK * width, C);
@@ -567,21 +584,20 @@ void backward_front(const Block& s, int part, const bf16* X, float* gX, int C,
                          dhv + ((size_t)k * steps + i) * 2 * TILE);
     }
     for (int k = 0; k < chunks; ++k) {
+      const int c = k * CHUNK;
       for (int i = 0; i < steps; ++i) {
         const int count = std::min(PT, n - i * PT);
-        load_y(s, X, p + i * PT, count, k, C, f1, t.patch);
+        normalize(features.x_at(k, p + i * PT), count, &f1.a[c], &f1.b[c], t.patch);
         std::memset(t.patch + count * CHUNK, 0, sizeof(bf16) * (PT - count) * CHUNK);
-        transpose_patch(t.patch, yt + (size_t)k * CHUNK * ld + i * PT, ld);
+        transpose_patch(t.patch, yt + i * PT, ld);
       }
       for (int j = 0; j < s.mid; ++j) {
-        multiply({yt + (size_t)k * CHUNK * ld, t.pixel_steps.data(), 2 * ld,
-                  dhv + (size_t)j * steps * 2 * TILE, steps, t.sums, PT},
+        multiply({yt, t.pixel_steps.data(), 2 * ld, dhv + (size_t)j * steps * 2 * TILE,
+                  steps, t.sums, PT},
                  2, 2);
-        add_sums(t.sums, t.dw.data() + (size_t)k * CHUNK * width + j * CHUNK, width);
+        add_sums(t.sums, t.dw.data() + (size_t)c * width + j * CHUNK, width);
       }
-    }
-    for (int k = 0; k < chunks; ++k) {
-      const int c = k * CHUNK, valid = C - c;
+      // Beyond C, a and b are 0, and so is the gradient.
       const F a0 = load(&f1.a[c]), a1 = load(&f1.a[c] + 16), b0 = load(&f1.b[c]),
               b1 = load(&f1.b[c] + 16), m0 = load(&f1.mean[c]),
               m1 = load(&f1.mean[c] + 16), zero = {};
@@ -590,24 +606,16 @@ void backward_front(const Block& s, int part, const bf16* X, float* gX, int C,
         const int count = std::min(PT, n - i);
         multiply({dh + (size_t)i * CHUNK, dh_steps.data(), 2 * CHUNK, w1t.panel(k), s.mid,
                   t.sums, PT},
-                 count > ROWS ? 2 : 1, w1t.tiles_of(k));
-        for (int r = 0; r < count; ++r) {
-          const bf16* x = X + (p + i + r) * s.Ct + c;
-          float* g = gX + (p + i + r) * s.Ct + c;
-          alignas(64) bf16 values[CHUNK];
-          if (valid < CHUNK) load_part(x, valid, values), x = values;
-          const float* sums = t.sums + r * PT;
+                 count > ROWS ? 2 : 1, 2);
+        const bf16* x = features.x_at(k, p + i);
+        float* g = features.g_at(k, p + i);
+        const float* sums = t.sums;
+        for (int r = 0; r < count; ++r, x += CHUNK, g += CHUNK, sums += PT) {
           const F x0 = widen(x), x1 = widen(x + 16);
           const F d0 = x0 * a0 + b0 > zero ? load(sums) : zero;
           const F d1 = x1 * a1 + b1 > zero ? load(sums + 16) : zero;
           p0 += d0, p1 += d1, q0 += d0 * (x0 - m0), q1 += d1 * (x1 - m1);
-          if (valid >= CHUNK) {
-            store(g, load(g) + a0 * d0), store(g + 16, load(g + 16) + a1 * d1);
-          } else {
-            alignas(64) float both[CHUNK];
-            store(both, a0 * d0), store(both + 16, a1 * d1);
-            for (int v = 0; v < valid; ++v) g[v] += both[v];
-          }
+          store(g, load(g) + a0 * d0), store(g + 16, load(g + 16) + a1 * d1);
         }
       }
       add_to(&t.s1[c], p0), add_to(&t.s1[c] + 16, p1);
@@ -616,28 +624,41 @@ void backward_front(const Block& s, int part, const bf16* X, float* gX, int C,
   }
 }
 
+// The features and their gradient of some pixels, in chunks.
+void load_chunks(const Block& s, int part, const bf16* X, const bf16* gX,
+                 const Chunked& to) {
+  for (int64_t p = s.pixel(part); p < s.pixel(part + 1); ++p)
+    for (int k = 0; k < steps_of(s.Ct); ++k) {
+      const int64_t at = p * s.Ct + k * CHUNK;
+      const int valid = s.Ct - k * CHUNK;
+      alignas(64) bf16 gradient[CHUNK];
+      load_part(X + at, valid, to.x_at(k, p));
+      load_part(gX + at, valid, gradient);
+      store(to.g_at(k, p), widen(gradient));
+      store(to.g_at(k, p) + 16, widen(gradient + 16));
+    }
+}
+
 // X, mean, var, h, mean2, var2, mask, images, gX, gmean, gvar, then the layers' weights
-// as forward -> gx [N, H, W, C0], room for gX in float32 and for one layer's dz (without
-// bottleneck dg [chunks, P, 32]), then for each layer dscale1, dbias1, dw1, dscale2,
-// dbias2, dw2
+// as forward -> gx [N, H, W, C0], room for X and, in float32, gX (see `Chunked`), and for
+// one layer's dz (without bottleneck dg [chunks, P, 32]), then for each layer dscale1,
+// dbias1, dw1, dscale2, dbias2, dw2
 ffi::Error Backward(ffi::ThreadPool pool, float epsilon, float rate, BF X, FL mean,
                     FL var, BF h, FL mean2, FL var2, U8 mask, FL images, BF gX, FL gmean, FL gvar, ffi::RemainingArgs args,
-                    ffi::ResultBuffer<ffi::BF16> gx, ffi::ResultBuffer<ffi::F32> work,
-                    ffi::ResultBuffer<ffi::BF16> dz, ffi::RemainingRets rets) {
+                    ffi::ResultBuffer<ffi::BF16> gx, ffi::ResultBuffer<ffi::BF16> chunks,
+                    ffi::ResultBuffer<ffi::F32> work, ffi::ResultBuffer<ffi::BF16> dz, ffi::RemainingRets rets) {
   const auto d = gx->dimensions();
   const int L = (int)mean2.dimensions()[0], M = (int)mean2.dimensions()[1];
   const int G = (int)(X.dimensions()[3] - d[3]) / L;
   const Block s(d[0], d[1], d[2], d[3], L, G, M, (int)pool.num_threads());
-  const bf16* x = X.typed_data();
-  float* g = work->typed_data();
+  const Chunked features{chunks->typed_data(), work->typed_data(), s.P};
   std::vector<Scratch> scratch(s.T);
   std::vector<Tiled> w1t(L), w2t(L);
   const std::vector<Parameters> weights = parameters_of(args, L, s.plain ? 3 : 6, s.plain);
   Crew crew(pool, s.T);
   crew.run([&](int t) {
     set_steps(s, scratch[t]);
-    for (int64_t i = s.pixel(t) * s.Ct; i < s.pixel(t + 1) * s.Ct; ++i)
-      g[i] = widen_one(gX.typed_data()[i]);
+    load_chunks(s, t, X.typed_data(), gX.typed_data(), features);
     for (int l = t; l < L; l += s.T) {
       w1t[l].reset(s.mid, up(s.C(l), 2 * COLUMNS));
       w1t[l].set(0, Front(s.plain, s.C(l), G, weights[l].w1).w, s.M, s.C(l), s.M, true);
@@ -660,7 +681,7 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, float rate, BF X, FL me
     };
     Affine f1;
     f1.from(w.scale1, w.bias1, m, v, C, epsilon);
-    const NewGradient fresh(s, x, g, C, G, gm, gv, m, Drop(s, l, rate, mask, images));
+    const NewGradient fresh(s, features, C, G, gm, gv, m, Drop(s, l, rate, mask, images));
     if (s.plain) {
       bf16* dg = dz->typed_data();
       crew.run([&](int t) {
@@ -670,7 +691,7 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, float rate, BF X, FL me
       });
       crew.run([&](int t) {
         const TileConfig tiles;
-        backward_front(s, t, x, g, C, f1, w1t[l].view(), scratch[t],
+        backward_front(s, t, features, C, f1, w1t[l].view(), scratch[t],
                        [&](int64_t p, int n, bf16* dh) {
                          gradient_of_taps(s, p, n, dg, dh);
                        });
@@ -702,7 +723,7 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, float rate, BF X, FL me
       }
       crew.run([&](int t) {
         const TileConfig tiles;
-        backward_front(s, t, x, g, C, f1, w1t[l].view(), scratch[t],
+        backward_front(s, t, features, C, f1, w1t[l].view(), scratch[t],
                        [&](int64_t p, int n, bf16* dh) {
                          gradient_of_hidden(s, p, n, dz->typed_data(), hl, f2, slope,
                                             rest, dh);
@@ -718,7 +739,7 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, float rate, BF X, FL me
                     sizeof(float) * each);
     back_through_norm1(scratch[0], f1, w.scale1, C, out(0), out(1), gm, gv);
   }
-  const NewGradient input(s, x, g, 0, s.C0, gm, gv, m, {});
+  const NewGradient input(s, features, 0, s.C0, gm, gv, m, {});
   crew.run([&](int t) {
     for (int64_t p = s.pixel(t); p < s.pixel(t + 1); ++p)
       for (int k = 0; k < steps_of(s.C0); ++k)
@@ -737,7 +758,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     DenseBlockBackwardBfloat16, Backward,
-    (bind<Results, BF, FL, BF>(bind<Arguments, BF, FL, FL, BF, FL, FL, U8, FL, BF, FL, FL>(
+    (bind<Results, BF, BF, FL, BF>(bind<Arguments, BF, FL, FL, BF, FL, FL, U8, FL, BF, FL, FL>(
                                    bind_pool().Attr<float>("rate"))
                                    .RemainingArgs())
          .RemainingRets()));

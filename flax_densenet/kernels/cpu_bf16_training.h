@@ -25,7 +25,7 @@ inline bf16 narrow_one(float v) {
 
 // The tiles of one or more matrices one above the other; see `Weights`.
 struct Tiled {
-  std::vector<bf16> data;
+  Aligned<bf16> data;
   int steps = 0, tiles = 0;
   void reset(int all_steps, int columns) {
     steps = all_steps, tiles = (columns + COLUMNS - 1) / COLUMNS;

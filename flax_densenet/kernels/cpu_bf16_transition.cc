@@ -37,10 +37,10 @@ struct Shape {
 };
 
 struct Scratch {
-  std::vector<bf16> y, g, gv;
+  Aligned<bf16> y, g, gv;
   std::vector<int64_t> from;  // the first source of each pixel
   std::vector<int32_t> steps, pixels;
-  std::vector<float> dw;
+  Aligned<float> dw;
   std::vector<double> s1, s2;
   alignas(64) float sums[PT * PT];
   alignas(64) bf16 patch[PT * CHUNK];

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -66,9 +67,32 @@ inline auto bind_packed_stem() {
       .Attr<int64_t>("pool_low_w");
 }
 
-// Uninitialized memory for `n` numbers.
+// Memory that begins at a cache line. A tile with rows of a line then reads no line twice.
 template <class T>
-T* room(std::vector<T>& scratch, size_t n) {
+struct Lines {
+  typedef T value_type;
+  Lines() = default;
+  template <class U>
+  Lines(const Lines<U>&) {}
+  T* allocate(size_t n) {
+    return static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t(64)));
+  }
+  void deallocate(T* p, size_t) { ::operator delete(p, std::align_val_t(64)); }
+};
+template <class T, class U>
+bool operator==(const Lines<T>&, const Lines<U>&) {
+  return true;
+}
+template <class T, class U>
+bool operator!=(const Lines<T>&, const Lines<U>&) {
+  return false;
+}
+template <class T>
+using Aligned = std::vector<T, Lines<T>>;
+
+// Memory for `n` numbers, with any numbers in it.
+template <class T, class A>
+T* room(std::vector<T, A>& scratch, size_t n) {
   if (scratch.size() < n) scratch.resize(n);
   return scratch.data();
 }

@@ -127,6 +127,15 @@ def _hidden_shape(pixels, width, dtype):
     return pixels, width
 
 
+def _rooms(features):
+    """Shapes of the room for the features' gradient, and in bfloat16 for features."""
+    if features.dtype != jnp.bfloat16:
+        return [_shape(*features.shape)]
+    channels = features.shape[3]
+    chunks = _hidden_shape(features.size // channels, channels, jnp.bfloat16)
+    return [_shape(*chunks, dtype=jnp.bfloat16), _shape(*chunks)]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def train(x, layers, drop, epsilon, rate):
     """A dense block in training.
@@ -186,11 +195,12 @@ def _train_backward(epsilon, rate, residuals, gradients):
         room = _hidden_shape(pixels, growth, dtype)
     parameters, pixels = _flat(layers), _axis_of_pixels(dtype)
     hidden_axis = pixels if hidden.size else None
+    rooms = _rooms(features)
     results = spread.call(
         f'DenseBlockBackward{_suffix(dtype)}',
         [
             _shape(*features.shape[:3], channels, dtype=dtype),
-            _shape(*features.shape),
+            *rooms,
             _shape(*room, dtype=dtype),
             *[_shape(*array.shape) for array in parameters],
         ],
@@ -199,12 +209,12 @@ def _train_backward(epsilon, rate, residuals, gradients):
             *(0, None, None, hidden_axis, None, None, *_axes_of(saved[6:])),
             *(0, None, None, *[None] * len(parameters)),
         ],
-        [0, 0, pixels - 1, *[None] * len(parameters)],
+        [0, *[pixels - 1] * (len(rooms) + 1), *[None] * len(parameters)],
         rows=features.shape[0],
         epsilon=epsilon,
         rate=rate,
     )
-    flat, each = results[3:], len(layers[0])
+    flat, each = results[len(rooms) + 2 :], len(layers[0])
     of_layers = [tuple(flat[i : i + each]) for i in range(0, len(flat), each)]
     return results[0], of_layers, None
 

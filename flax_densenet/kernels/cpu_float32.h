@@ -249,7 +249,7 @@ struct Block {
 // the last one with VL columns if that is enough.
 struct Panels {
   int K = 0, n = 0;
-  std::vector<float> own;
+  Aligned<float> own;
   const float* data = nullptr;
   Panels() = default;
   Panels(Panels&&) = default;  // a copy's `data` would be the other's
@@ -426,7 +426,7 @@ struct Packed {
 
 // The part of a layer's sums that one thread computes.
 struct Sums {
-  std::vector<float> dw;       // of the weights
+  Aligned<float> dw;       // of the weights
   std::vector<double> s1, s2;  // of the gradient, and of it times (input - mean)
   void reset(size_t weights, int channels) {
     dw.assign(weights, 0.0f);

@@ -32,7 +32,7 @@ struct NewGradient {
 // Back through the 3x3 and norm2's ReLU: dz [P, M], the sums over it, dw [9, M, G].
 void backward_3x3(const Block& s, int t, const NewGradient& g, const float* h,
                   const Affine& f2, const std::vector<Panels>& w2t, float* dz,
-                  Sums& sums, std::vector<float>& scratch) {
+                  Sums& sums, Aligned<float>& scratch) {
   const int line = s.W + 2, n16 = up(s.G, VL), m8 = up(s.M, MW);
   const size_t zsize = (size_t)s.padded_rows() * s.wm;
   const size_t gsize = (size_t)s.padded_rows() * s.wg;
@@ -132,7 +132,7 @@ void gradient_of_taps(const Block& s, int64_t p, int n, const float* dg, float* 
 template <class F>
 void backward_front(const Block& s, int t, const float* X, float* gX, int C,
                     const Affine& f1, const Panels& w1t, Sums& sums,
-                    std::vector<float>& scratch, F fill) {
+                    Aligned<float>& scratch, F fill) {
   const int nc = up(C, VL);
   const size_t ysize = tile_size(C);
   scratch.assign(ysize + (size_t)PT * s.wm + (size_t)PT * NR, 0.0f);
@@ -176,7 +176,7 @@ void backward_front(const Block& s, int t, const float* X, float* gX, int C,
 void backward_plain(const Block& s, ffi::ThreadPool& pool, const float* X, float* gX,
                     int C, const NewGradient& fresh, const Affine& f1, const Panels& w1t,
                     float* dg, std::vector<Sums>& sums,
-                    std::vector<std::vector<float>>& scratch) {
+                    std::vector<Aligned<float>>& scratch) {
   parallel(pool, s.T, [&](int t) {
     for (int64_t p = s.pixel(t); p < s.pixel(t + 1); ++p)
       for (int g = 0; g < s.G; g += VL) {
@@ -219,7 +219,7 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, float rate,
   // Gradients with respect to the shared statistics, added up over the layers.
   std::vector<double> gm(gmean.typed_data(), gmean.typed_data() + s.Ct);
   std::vector<double> gv(gvar.typed_data(), gvar.typed_data() + s.Ct);
-  std::vector<std::vector<float>> scratch(s.T);
+  std::vector<Aligned<float>> scratch(s.T);
   std::vector<Sums> sums(s.T);
   const float *m = mean.typed_data(), *v = var.typed_data();
   const int stride = s.plain ? 3 : 6;

@@ -10,7 +10,7 @@ namespace {
 // output, and its moments are added; in evaluation, `f2` and ReLU are applied directly.
 void forward_1x1(const Block& s, int64_t first, int64_t last, const float* X, int C,
                  const Affine& f1, const Panels& w1, const Affine* f2, float* h,
-                 Moments* moments, std::vector<float>& scratch) {
+                 Moments* moments, Aligned<float>& scratch) {
   float *y = room(scratch, tile_size(C) + (size_t)MR * NR), *c = y + tile_size(C);
   for (int64_t p = first; p < last; p += PT) {
     const int n = (int)std::min<int64_t>(PT, last - p);
@@ -54,7 +54,7 @@ Convolution convolve_of(int w) { EACH_WIDTH(convolve) }
 // The 3x3 convolution of one layer for some bands, into its place in X.
 void forward_3x3(const Block& s, int first, int last, float* X, int C, const float* h,
                  const Affine* f2, const Panels* w2, const Drop& drop, Moments* moments,
-                 std::vector<float>& scratch) {
+                 Aligned<float>& scratch) {
   const int line = s.W + 2;
   const size_t padded = (size_t)s.padded_rows() * s.wm;
   float *z = room(scratch, padded + (size_t)MR * NR), *c = z + padded;
@@ -97,7 +97,7 @@ void forward_3x3(const Block& s, int first, int last, float* X, int C, const flo
 // One layer without bottleneck for some bands, into its place in X. `w` is [C, 9 * G].
 void forward_plain(const Block& s, int first, int last, float* X, int C,
                    const Affine& f1, const Panels& w, const Drop& drop,
-                   Moments* moments, std::vector<float>& scratch) {
+                   Moments* moments, Aligned<float>& scratch) {
   const int line = s.W + 2, ld = up(s.M, VL);
   const size_t sums = (size_t)(s.rb + 2) * line * ld + NR;
   float* taps = room(scratch, sums + tile_size(C) + (size_t)MR * NR);
@@ -177,7 +177,7 @@ ffi::Error ForwardTrain(ffi::ThreadPool pool, float epsilon, float rate,
     copy_input(s, pool, x.typed_data(), out, parts.data());
     finish_moments(parts, s.C0, m, v);
   }
-  std::vector<std::vector<float>> scratch(s.T);
+  std::vector<Aligned<float>> scratch(s.T);
   const std::vector<Parameters> weights = parameters_of(args, L, s.plain ? 3 : 6, s.plain);
   for (int l = 0; l < L; ++l) {
     const Parameters& w = weights[l];
@@ -256,7 +256,7 @@ void load_pooled(const Block& s, const float* X, int64_t p, int n, const Affine&
 
 // The tail for some pixels of its result.
 void finish(const Block& s, int64_t first, int64_t last, const float* X,
-            const Tail& tail, float* out, std::vector<float>& scratch) {
+            const Tail& tail, float* out, Aligned<float>& scratch) {
   if (!tail.F) {
     for (int64_t p = first; p < last; ++p)
       for (int c = 0; c < s.Ct; c += VL) {
@@ -288,10 +288,10 @@ void forward_eval(const Block& s, ffi::ThreadPool& pool, int threads, const floa
   const int64_t image_out = tail && tail->F ? (int64_t)(s.H / 2) * (s.W / 2) : image;
   const int channels = tail && tail->F ? tail->F : s.Ct;
   if (s.N < threads) {
-    thread_local std::vector<float> features, hidden;
+    thread_local Aligned<float> features, hidden;
     float* X = tail ? room(features, s.P * s.Ct) : out;
     float* h = room(hidden, s.plain ? 0 : s.P * s.M);
-    std::vector<std::vector<float>> scratch(s.T);
+    std::vector<Aligned<float>> scratch(s.T);
     copy_input(s, pool, x, X, nullptr);
     for (int l = 0; l < s.L; ++l) {
       const EvalLayer& layer = layers[l];
@@ -323,7 +323,7 @@ void forward_eval(const Block& s, ffi::ThreadPool& pool, int threads, const floa
   // A block with only these images, so that it only allocates memory for them.
   const Block one(turn, s.H, s.W, s.C0, s.L, s.G, s.plain ? 0 : s.M, 1);
   parallel(pool, (s.N + turn - 1) / turn, [&](int i) {
-    thread_local std::vector<float> scratch, features, hidden;
+    thread_local Aligned<float> scratch, features, hidden;
     const int64_t first = (int64_t)i * turn, count = std::min<int64_t>(turn, s.N - first);
     float* to = out + first * image_out * channels;
     float* X = tail ? room(features, one.P * s.Ct) : to;

@@ -112,7 +112,7 @@ inline void stem_tile(const float* a, int line, const float* b, float* out, int 
 // Rows i0 to i1 of one image's result.
 template <int C>
 void stem_rows(const StemEvalShape& s, const float* x, int i0, int i1, const Panels& w,
-               const float* bias, float* y, std::vector<float>& scratch) {
+               const float* bias, float* y, Aligned<float>& scratch) {
   const int wide = up(s.Wc, MR), Fp = w.n;
   const int line = (2 * (wide - 1) + K7) * C;  // floats of a padded row of the image
   const int r0 = std::max(0, 2 * i0 - s.pool_low_h);
@@ -180,7 +180,7 @@ ffi::Error StemPacked(ffi::ThreadPool pool_, int64_t height, int64_t width, int6
     return ffi::Error::InvalidArgument("stem: packed by other rules");
   const int parts = std::min(s.H2, s.N < threads ? (threads + s.N - 1) / s.N : 1);
   parallel(pool_, s.N * parts, [&](int u) {
-    thread_local std::vector<float> scratch;
+    thread_local Aligned<float> scratch;
     const int n = u / parts, t = u % parts;
     const int i0 = s.H2 * t / parts, i1 = s.H2 * (t + 1) / parts;
     const float* in = x.typed_data() + (size_t)n * s.H * s.W * C;

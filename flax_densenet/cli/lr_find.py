@@ -1,7 +1,7 @@
 """`lr_find`: finds a learning rate for a model and its data."""
 
 from flax_densenet import errors
-from flax_densenet.cli import arguments, options
+from flax_densenet.cli import arguments, options, train
 from flax_densenet.system import terminal
 
 
@@ -39,6 +39,7 @@ COMMAND = options.Command(
     examples=(
         ('for a recipe', 'lr_find --config=folder:photos'),
         ('with more steps', 'lr_find photos --steps=200'),
+        ('for published weights', 'lr_find photos --pretrained'),
     ),
     flags={
         'Search': (
@@ -51,8 +52,10 @@ COMMAND = options.Command(
             ),
         ),
         'Output': (options.WORKDIR,),
+        'Weights to start from': (train.PRETRAINED,),
     }
     | options.SEVERAL_PROCESSES,
     place=arguments.place_data,
+    implied=train.COMMAND.implied,
     fields='All settings apply.',
 )

@@ -6,7 +6,7 @@ import functools
 from absl import flags as absl_flags
 from ml_collections import ConfigDict, config_flags
 
-from flax_densenet.cli import arguments, command_line, options
+from flax_densenet.cli import arguments, command_line, options, train
 from flax_densenet.errors import UserError
 
 
@@ -78,6 +78,10 @@ COMMAND = options.Command(
             'sweep photos --sweep=optimizer.learning_rate=1e-5..1e-2 --trials=20 '
             '--prune=median',
         ),
+        (
+            'how much of published weights to freeze',
+            'sweep photos --pretrained --sweep=train.freeze=none,denseblock3',
+        ),
     ),
     flags={
         'Search': (
@@ -115,7 +119,9 @@ COMMAND = options.Command(
                 is_path=True,
             ),
         ),
+        'Weights to start from': (train.PRETRAINED,),
     },
     place=arguments.place_data,
+    implied=train.COMMAND.implied,
     fields='All settings apply, to all runs.',
 )

@@ -51,6 +51,14 @@ def _imply(given):
     return [] if 'config.init_from' in given else [('config.init_from', weights)]
 
 
+PRETRAINED = options.Flag(
+    'pretrained',
+    "Fine-tune published weights of model.variant. With --config, the recipe's "
+    'settings are kept; without it, settings for fine-tuning are chosen by the number '
+    'of images.',
+    kind=bool,
+    default=False,
+)
 COMMAND = options.Command(
     'train',
     'Train a model on labeled images, or resume training.',
@@ -81,14 +89,7 @@ COMMAND = options.Command(
     flags={
         'Output': (options.WORKDIR,),
         'Weights to start from': (
-            options.Flag(
-                'pretrained',
-                'Fine-tune published weights of model.variant. With --config, the '
-                "recipe's settings are kept; without it, settings for fine-tuning are "
-                'chosen by the number of images.',
-                kind=bool,
-                default=False,
-            ),
+            PRETRAINED,
             options.OF_WEIGHTS[0],
         ),
     }

@@ -106,6 +106,15 @@ def test_command_line(words, recipe, start, tmp_path, monkeypatch):
         assert found.fields['data']['source'] == 'folder:photos'
 
 
+@pytest.mark.parametrize('command', ['crossval', 'lr_find', 'sweep'])
+def test_other_commands_that_train(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'photos').mkdir()
+    words = ['launch.py', command, 'photos', '--pretrained']
+    found = command_line.parse(words, commands.COMMANDS)
+    assert found.recipe.text == 'finetune:densenet121,auto'
+
+
 def test_pruning_needs_a_number_of_epochs():
     with pytest.raises(UserError, match='say how many .*--config.train.epochs'):
         sweep_plan.Plan(settings_of(), ['train.seed=0,1'], None, None, 'median')

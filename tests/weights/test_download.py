@@ -87,9 +87,19 @@ def test_file_that_changes_meanwhile(host):
     host.put('/a', CONTENT, etag='"two"')
     path = download.fetch(url, checksum=SHA256)
     assert pathlib.Path(path).read_bytes() == CONTENT
+    url = host.put('/unknown', b'old' * 9000, cuts=[600] * download.ATTEMPTS)
+    fails('resumes', url)
+    host.put('/unknown', CONTENT, etag='"two"')
+    assert pathlib.Path(download.fetch(url)).read_bytes() == CONTENT
     url = host.put('/b', b'old' * 9000, cuts=[600] * download.ATTEMPTS, etag=None)
     fails('resumes', url, checksum=SHA256)
     host.put('/b', CONTENT, etag=None)
+    path = download.fetch(url, checksum=SHA256)
+    assert pathlib.Path(path).read_bytes() == CONTENT
+    url = host.put('/c', bytes(10**6), cuts=[60000] * download.ATTEMPTS, etag=None)
+    fails('resumes', url, checksum=SHA256)
+    host.put('/c', CONTENT, etag=None)  # shorter than what is there: status 416
+    assert os.path.getsize(f'{download.place_of(url)}.part') > len(CONTENT)
     path = download.fetch(url, checksum=SHA256)
     assert pathlib.Path(path).read_bytes() == CONTENT
 

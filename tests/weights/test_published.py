@@ -241,6 +241,17 @@ def test_folder_of_the_hub(kind, revision, hub_folder, host, capfd):
         assert sent['authorization'] == 'Bearer hf_test'
 
 
+def test_preparation_of_a_folder_counts(hub_folder, host):
+    """Not that of the table: the folder says what this revision was trained with."""
+    host.put_repo('me/birds', hub_folder['timm'])
+    found = weight_file.load('hf:me/birds')
+    entry = published.find('hf:timm/densenet121.ra_in1k')
+    entry = dataclasses.replace(entry, classes='none')
+    assert entry.image_size != found.preprocessing['image_size']
+    described = published.Fetched('hf:me/birds', 'folder', entry).describe(found)
+    assert described.preprocessing == found.preprocessing
+
+
 def test_statistics_of_the_hub(hub_folder, host, capfd):
     """The file of scores and sets is had as well, if config.json says that it is."""
     config = json.loads(hub_folder['ours']['config.json'])

@@ -348,7 +348,7 @@ def get_config() -> ConfigDict:
     # After training, learn what usual images look like, so that predictions also report
     # how unlike the training images an image is (docs/unusual.md): energy (of the
     # outputs alone), mahalanobis (distance to the nearest class), both, neighbor
-    # (distance to training images) or off. auto: both.
+    # (distance to training images) or off. auto: both; mahalanobis for several labels.
     config.train.unusual = 'auto'
     # Share of the validation images that count as usual. The others, and images at
     # least as far from the training images, are marked as unusual.

@@ -147,7 +147,8 @@ COMMAND = options.Command(
                 'energy, mahalanobis, neighbor or off (docs/unusual.md).',
                 default='auto',
                 value='METHOD',
-                default_text='both; energy if the training images are not known',
+                default_text='both; mahalanobis with several labels; energy if the '
+                'training images are not known',
             ),
             options.Flag(
                 'unusual_share',

@@ -86,7 +86,8 @@ def fit_entry(
     method = rules.unusual
     knows_train = selection.train is not None and len(selection.train) > 0
     if method == 'auto':
-        method = unusual_lib.DEFAULT if knows_train else 'energy'
+        several = selection.labels.ndim == 2
+        method = unusual_lib.default(several=several) if knows_train else 'energy'
     if method == 'off':
         return None
     count = len(selection.labels)

@@ -23,7 +23,6 @@ import numpy as np
 from flax_densenet.weights import decision_entry
 
 METHODS = ('both', 'energy', 'mahalanobis', 'neighbor')
-DEFAULT = 'both'  # docs/unusual.md has the measurements
 TITLES = {
     'both': 'energy and Mahalanobis distance',
     'energy': 'energy',
@@ -189,6 +188,15 @@ class Unusual(decision_entry.Entry):
         found = self.plain(features, logits, xp=xp)
         found = (found - self.middle) / (self.limit - self.middle)
         return found.astype(np.float32)
+
+
+def default(*, several: bool) -> str:
+    """The method of `auto`; docs/unusual.md has the measurements.
+
+    With several labels, an image without any of them has a high energy and may still be
+    quite usual.
+    """
+    return 'mahalanobis' if several else 'both'
 
 
 def energy(logits, *, several: bool, xp=np):

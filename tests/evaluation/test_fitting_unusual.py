@@ -68,6 +68,13 @@ def test_training_images_are_bounded(caplog):
     assert 'a reliable limit needs at least 19 images' in caplog.text
 
 
+def test_several_labels_have_another_default(caplog):
+    selection = select()
+    selection.labels = np.eye(2)[selection.labels]
+    assert fit(selection, caplog).method == 'mahalanobis'
+    assert 'scored by Mahalanobis distance, fitted on 100 training' in caplog.text
+
+
 def test_without_training_images(caplog):
     """By default energy, which needs none; what was asked for is refused in a line."""
     found = fit(select(train=None), caplog)

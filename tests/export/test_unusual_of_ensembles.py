@@ -10,6 +10,7 @@ from flax_densenet.errors import UserError
 from flax_densenet.evaluation import results
 from flax_densenet.export import formats, stablehlo, verify
 from flax_densenet.inference import predictor
+from flax_densenet.serving import answers
 from flax_densenet.weights import (
     calibration,
     choices,
@@ -188,3 +189,15 @@ def test_scores_of_mean_views_are_left_out(method, members, tmp_path):
         )
         assert (found.decisions.unusual is None) == (tta == 'flip')
     assert 'wrongly with data.tta=flip, so it is left out' in found.notes.pop('score')
+
+
+def test_what_serve_tells(trained, images, scores):
+    predictor_of_all = predictor.Predictor(trained, 8)
+    about = answers._describe_unusual(predictor_of_all)
+    assert about == {
+        **{'method': 'both', 'limit': 1.0, 'usual_share': 0.95},
+        **{'training_images': 60, 'validation_images': 90},
+    }
+    rows = predictor_of_all.predict(list(images))
+    np.testing.assert_allclose([r.unusual for r in rows], scores, rtol=1e-3, atol=1e-3)
+    assert [row.is_unusual for row in rows] == (scores > 1).tolist()

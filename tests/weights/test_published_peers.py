@@ -222,6 +222,7 @@ def test_table_is_that_of_keras(keras):
             assert_published(name, address, digits, None)
 
 
+@pytest.mark.exhaustive
 def test_keras_without_top(keras, serve, tmp_path):
     import jax
 

@@ -340,6 +340,7 @@ def test_folder_for_the_hub(kind, timm, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.variables, ours.variables)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['densenet121', 'rdnet_tiny'])
 def test_full_size_for_the_hub(name, timm, tmp_path):

@@ -169,7 +169,8 @@ def join(folder: str, record: Record, members):
 def finish_note(trained):
     """Removes or completes the line about a missing score of unusual images."""
     found, line = trained.decisions, trained.notes.pop(MISSING_SCORE, '')
-    if not line or (found and found.unusual):
+    is_told = 'decisions' in trained.notes  # that they are of other weights
+    if not line or is_told or (found and found.unusual):
         return
     if found and found.thresholds:  # which calibrate chooses again
         values = found.thresholds.values

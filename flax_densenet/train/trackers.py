@@ -78,29 +78,27 @@ class Wandb:
     """Weights & Biases."""
 
     def start(self, about):
-        import wandb
 
-        mode = os.environ.get('WANDB_MODE')
+        mode, place = os.environ.get('WANDB_MODE'), os.path.join(about.folder, 'wandb')
         if mode is None and not _has_wandb_login():
             mode = 'offline'
             os.environ.setdefault('WANDB_ERROR_REPORTING', 'false')
             if not about.identity:
-                place = os.path.join(about.folder, 'wandb')
                 _LOGGER.info(
                     f'wandb: no login, so the run is kept in {place}; to upload it: '
                     f'`wandb login`, then `wandb sync {place}/offline-run-*`'
                 )
-        self._run = wandb.init(
-            project=os.environ.get('WANDB_PROJECT', PROJECT),
-            name=about.name,
-            group=about.group or None,
-            id=about.identity,
-            resume='allow',
-            dir=about.folder,
-            config=about.config,
-            mode=mode,
-            settings=wandb.Settings(silent=True, console='off'),
-        )
+        try:
+            self._run = _init_wandb(about, mode)
+        except Exception as error:  # of any kind: a key, the network
+            if mode is not None:
+                raise
+            text = ' '.join(str(error).split())[:200] or type(error).__name__
+            _LOGGER.warning(
+                f'warning: wandb: {text}; so the run is kept in {place}; to upload it: '
+                f'`wandb sync {place}/offline-run-*`'
+            )
+            self._run = _init_wandb(about, 'offline')
         return self._run.id
 
     def log(self, step, metrics):
@@ -117,6 +115,22 @@ class Wandb:
 
     def finish(self, failed):
         self._run.finish(exit_code=int(failed))
+
+
+def _init_wandb(about, mode):
+    import wandb
+
+    return wandb.init(
+        project=os.environ.get('WANDB_PROJECT', PROJECT),
+        name=about.name,
+        group=about.group or None,
+        id=about.identity,
+        resume='allow',
+        dir=about.folder,
+        config=about.config,
+        mode=mode,
+        settings=wandb.Settings(silent=True, console='off'),
+    )
 
 
 def _has_wandb_login():
@@ -152,6 +166,11 @@ class Mlflow:
         address = os.environ.get('MLFLOW_TRACKING_URI')
         if address is None:
             os.environ.setdefault('MLFLOW_DISABLE_TELEMETRY', 'true')
+        elif not about.identity:
+            _LOGGER.info(f'mlflow: the run is sent to {address}')
+        # Without a server, half a minute instead of four, and no line for each attempt.
+        os.environ.setdefault('MLFLOW_HTTP_REQUEST_MAX_RETRIES', '4')
+        logging.getLogger('urllib3.connectionpool').setLevel(logging.ERROR)
         # About each table of a new database.
         logging.getLogger('mlflow.store.db').setLevel(logging.WARNING)
         root = pathlib.Path(about.folder).absolute().parent
@@ -401,6 +420,8 @@ def send_files(workdir: str, names: list[str], config: dict[str, Any]):
     Args:
       names, config: as in `open_trackers`.
     """
+    known = _load(workdir)
+    names = [name for name in names if name in known]  # the others never started
     if not names:
         return
     step = checkpoint_reader.find_step(workdir, 'best')

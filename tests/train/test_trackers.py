@@ -250,6 +250,37 @@ def test_wandb_offline(run, capfd):
     assert b'sweep' in first.read_bytes()
 
 
+def test_runs_that_never_started_get_no_files(fake, tmp_path, monkeypatch):
+    monkeypatch.setattr(fake, 'fails', 'start')
+    with trackers.open_trackers(str(tmp_path), ['wandb'], CONFIG):
+        pass
+    fake.calls.clear()
+    trackers.send_files(str(tmp_path), ['wandb'], CONFIG)
+    assert not fake.calls
+
+
+@pytest.mark.slow
+def test_wandb_without_a_network(run, monkeypatch, capfd):
+    """With a key, but no server: the run is kept on this machine."""
+    wandb = pytest.importorskip('wandb')
+    monkeypatch.setattr(trackers, '_has_wandb_login', lambda: True)
+    modes = []
+
+    def init(mode, **options):
+        modes.append(mode)
+        if mode != 'offline':
+            raise wandb.errors.CommError('the network\nis down')
+        return made(mode=mode, **options)
+
+    made = wandb.init
+    monkeypatch.setattr(wandb, 'init', init)
+    follow('wandb', run)
+    assert modes == [None, 'offline'] * 3
+    line = 'warning: wandb: the network is down; so the run is kept in '
+    assert line in capfd.readouterr().out
+    assert len(list((run / 'wandb').glob('offline-run-*'))) == 3
+
+
 @pytest.mark.slow
 def test_login_of_wandb(run, tmp_path, monkeypatch):
     """Each place of a key, without a connection."""

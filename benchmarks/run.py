@@ -36,8 +36,8 @@ TASKS = {
     ),
     'cifar': ('ours', 'torch', 'linen'),
     'cifar_plain': ('ours', 'torch', 'linen'),
-    'rdnet': ('ours', 'torch', 'torch_bf16'),
-    'rdnet_infer': ('ours', 'torch', 'torch_bf16'),
+    'rdnet': ('ours', 'torch', 'ours_bf16', 'torch_bf16'),
+    'rdnet_infer': ('ours', 'torch', 'ours_bf16', 'torch_bf16'),
 }
 # Of `ours`; of a peer in bfloat16 those of `ours_bf16`, where it takes part.
 RATIOS = {  # name -> task, figure, peer

@@ -52,16 +52,22 @@ struct Float32 {
   }
 
   struct Outer {
+    static constexpr int PIXELS = 128;
     // out [left chunks * 32, right chunks * 32] += left^T right
     void add(float* left, int lefts, float* right, int rights, int ld, int pixels,
              float* out, float*) {
       const size_t next = (size_t)ld * WIDE;
       const int width = rights * WIDE;
-      for (int j = 0; j < width; j += NR)
-        for (int i = 0; i < lefts * WIDE; i += MW)
-          micro<MW, NR / VL, 1, WIDE>(pixels, left + i / WIDE * next + i % WIDE,
-                                      right + j / WIDE * next + j % WIDE, WIDE,
-                                      out + (size_t)i * width + j, width, true);
+      // So many pixels at a time that they stay in L1.
+      const int blocks = std::max(1, pixels / PIXELS), step = (pixels + blocks - 1) / blocks;
+      for (int p = 0; p < pixels; p += step)
+        for (int j = 0; j < width; j += NR)
+          for (int i = 0; i < lefts * WIDE; i += MW)
+            micro<MW, NR / VL, 1, WIDE>(
+                std::min(step, pixels - p),
+                left + i / WIDE * next + (size_t)p * WIDE + i % WIDE,
+                right + j / WIDE * next + (size_t)p * WIDE + j % WIDE, WIDE,
+                out + (size_t)i * width + j, width, true);
     }
   };
 

@@ -3,6 +3,7 @@
 Images are decoded in grain's threads or processes when a batch needs them, so a set of
 any size takes the memory of a few batches.
 
+>>> from flax_densenet.data import dataset
 >>> source = dataset.load_source('digits', image_size=16)
 >>> batch = next(iter(train_batches(source.train, batch_size=8, seed=0)))
 >>> batch['image'].shape, batch['label'].shape

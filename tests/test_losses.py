@@ -71,6 +71,7 @@ def test_several_labels_an_image(smoothing):
         np.testing.assert_allclose(found, rows, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['cross_entropy', 'bce'])
 def test_soft_targets_are_learned_and_not_measured(name):
     """A target t is the mean of the losses of 1 and 0, also with weights."""

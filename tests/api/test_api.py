@@ -151,6 +151,7 @@ def test_package_and_function_have_one_name(digits_run):
     assert flax_densenet.train(DIGITS, digits_run.workdir) == digits_run
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_train_with_decoding_processes_needs_no_absl(tmp_path):
     """grain's processes read flags of absl, which no program but a command parses."""
@@ -231,6 +232,7 @@ def test_evaluate_refuses(model, data, line):
         flax_densenet.evaluate(model, data)
 
 
+@pytest.mark.slow
 def test_export_by_ending(model, tmp_path):
     path = tmp_path / 'digits.safetensors'
     found = flax_densenet.export(model, path, license='cc0-1.0')

@@ -250,6 +250,7 @@ def test_a_mistake_is_all_that_the_program_says(argument):
     )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_sweep(main, tmp_path):
     """A setting that diverges is told of; the page comes from the folder alone."""

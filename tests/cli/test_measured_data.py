@@ -198,6 +198,7 @@ def digits(tmp_path, monkeypatch):
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('labels', 'count'), [(['3'] * 10, 10), (['0', '1'] * 4, 8), (['9', '3'], 2)]
 )

@@ -255,6 +255,7 @@ sys.exit(launch.main(sys.argv))
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_two_equal_runs_and_what_each_process_reads(tmp_path, monkeypatch):
     photos = write_images(tmp_path / 'photos', {'a': 15, 'b': 14}, size=(12, 12))

@@ -47,6 +47,7 @@ def take_steps(mesh, before=None, steps=2):
     return jax.device_get(params), zero.replicated(opt_state)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_does_not_tell_of_the_devices():
     """9 values on 1, 2 and 4 devices; then on from each other's state."""
     results = {

@@ -41,6 +41,7 @@ def run(tmp_path_factory):
     return trained, results.collect(trained, examples, names, batch_size=16), made
 
 
+@pytest.mark.slow
 def test_files_equal_scikit_learn(run, tmp_path):
     trained, found, _ = run
     results.save(str(tmp_path / 'new'), found, MEASURED)

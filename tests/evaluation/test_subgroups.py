@@ -128,6 +128,7 @@ def test_large_tests_take_bounded_time(case, monkeypatch):
     assert subgroups.measure({}, labels, scores) == []
 
 
+@pytest.mark.slow
 def test_parts_that_differ_by_chance_alone_are_rarely_marked():
     """Small parts, rare labels and patients among them: 5% of the tests at most.
 

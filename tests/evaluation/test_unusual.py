@@ -175,6 +175,7 @@ def test_several_labels(data):
     assert len(found.references) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', ('both', 'neighbor'))
 def test_size_of_many_classes(method):
     """Arrays come back the same, and 1,024 features would stay below 10 MB."""

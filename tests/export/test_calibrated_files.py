@@ -55,6 +55,7 @@ def logits_of(trained, source):
     return evaluate.compute_outputs(trained, examples, batch_size=8).logits
 
 
+@pytest.mark.slow
 def test_predictions_are_calibrated(trained, images, source):
     raw = logits_of(trained, source)
     expected = metrics.softmax(raw / 4)

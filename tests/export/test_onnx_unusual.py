@@ -73,6 +73,7 @@ def run(made, images):
     return found[1], session.get_modelmeta().custom_metadata_map
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'kind, method, several',
     [

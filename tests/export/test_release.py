@@ -146,6 +146,7 @@ def test_integers(trained, samples, tmp_path):
     assert 'before' in facts['accuracy']
 
 
+@pytest.mark.slow
 def test_a_wrong_file_is_not_handed_out(trained, samples, tmp_path, monkeypatch):
     """What was there stays."""
     path = tmp_path / 'x.onnx'
@@ -270,6 +271,7 @@ def test_mistakes(tmp_path, trained):
         sample_images.from_files([str(tmp_path / 'a.jpg')], preparation)
 
 
+@pytest.mark.slow
 def test_logits_and_probabilities(trained, samples):
     logits = verify.compute(trained, samples.images[:20], 'normalized')
     given = verify.as_inputs(samples.images[:20], trained, 'normalized', nchw=False)

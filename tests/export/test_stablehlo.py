@@ -112,6 +112,7 @@ def test_load(model, photos, tmp_path):
     assert b'folded.py' not in content and b'site-packages' not in content
 
 
+@pytest.mark.slow
 def test_score_of_unusual_images(model, photos, tmp_path):
     """A second result, of images and of normalized ones; metadata names it."""
     plain = predictor_lib.Predictor(model, 8).programs(photos)

@@ -69,6 +69,7 @@ def test_onnx(trained, images, scores, tmp_path):
     np.testing.assert_allclose(found, scores, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_stablehlo(trained, images, scores, tmp_path):
     pytest.importorskip('flatbuffers')
     path = str(tmp_path / 'x.stablehlo')

@@ -115,6 +115,7 @@ def test_onnx(trained, images, scores, tmp_path, inputs):
     np.testing.assert_allclose(found, scores, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('inputs', ['images', 'normalized'])
 def test_stablehlo(trained, images, scores, tmp_path, inputs):
     pytest.importorskip('flatbuffers')

@@ -71,6 +71,7 @@ def model():
     return make()
 
 
+@pytest.mark.slow
 def test_maps_of_the_last_layer_by_hand(model):
     """Behind them are a ReLU, a mean and a linear layer, so gradients are known."""
     pixels, classes = pixels_of(model), np.array([2, 0])

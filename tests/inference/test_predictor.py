@@ -230,6 +230,7 @@ def test_explanations(predictor, tmp_path):
         assert (saved.format, saved.size) == ('JPEG', picture.size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('multi_label', [True, False])
 def test_several_labels(tmp_path, multi_label):
     """A file of weights knows whether its probabilities exclude each other."""

@@ -234,6 +234,7 @@ def on_four(function, arguments, split):
     return results
 
 
+@pytest.mark.slow
 def test_a_transition_on_four_devices():
     require_native()  # which has the number of a call
     require_native('bfloat16')
@@ -244,6 +245,7 @@ def test_a_transition_on_four_devices():
     assert len(four[0].sharding.device_set) == 4
 
 
+@pytest.mark.slow
 def test_the_stem_on_four_devices():
     require_native()
     require_native('bfloat16')
@@ -292,6 +294,7 @@ def test_which_kernels_a_network_uses(monkeypatch, reason, fields, native):
         assert (name in text) == native, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('block', 'group'),
     [

@@ -167,6 +167,7 @@ def test_inference_with_packed_kernels(dtype, monkeypatch):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_gelu(dtype):
     """Of all sizes, through a layer whose 1x1s select the GELU of each bias."""
@@ -216,6 +217,7 @@ def test_where_the_kernels_cannot_be_used(monkeypatch, capsys):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'dtype', ['bfloat16', pytest.param('float32', marks=pytest.mark.slow)]
 )

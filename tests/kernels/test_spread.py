@@ -120,6 +120,7 @@ def training_step(devices, **fields):
     return text, float(loss), jax.device_get(state.params)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('group', 'together'),
     [
@@ -139,6 +140,7 @@ def test_a_training_step(group, together):
     assert error(params, exact) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('count', [8, pytest.param(6, marks=pytest.mark.slow)])
 def test_inference(dtype, count):

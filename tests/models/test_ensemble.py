@@ -44,6 +44,7 @@ def images(size=16):
     return np.random.default_rng(9).standard_normal(shape).astype(np.float32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('kind', 'outputs'),
     [

@@ -53,7 +53,12 @@ LARGE += ('rdnet_tiny', 'rdnet_small', 'rdnet_base', 'rdnet_large')
 @pytest.mark.parametrize(
     'variant',
     [
-        pytest.param(name, marks=pytest.mark.exhaustive) if name in LARGE else name
+        pytest.param(
+            name,
+            marks=pytest.mark.exhaustive
+            if name in LARGE
+            else (() if name == 'densenet121' else pytest.mark.slow),
+        )
         for name in VARIANTS
     ],
 )

@@ -27,6 +27,7 @@ from helpers.rdnets import TINY, make_images, shaken, tiny
 from helpers.runs import tiny_config, write_images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_gelu(dtype):
     """As Flax's, which computes the same by another function."""
@@ -41,6 +42,7 @@ def test_gelu(dtype):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_depthwise(dtype):
     """The CPU's way and its gradients are those of XLA's convolution."""

@@ -14,7 +14,7 @@ CHECK = ROOT / 'tests' / 'helpers' / 'installed_kernels.py'
 # Of the processor with the fewest instructions that a wheel has kernels for.
 LEVEL = 'avx2'
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 
 
 @pytest.fixture(scope='module')

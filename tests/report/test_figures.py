@@ -30,6 +30,7 @@ def found(names, count=120, seed=0):
     return results.Results([], names, logits, labels)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_files(tmp_path):
     write_run(tmp_path / 'run')
@@ -58,6 +59,7 @@ def test_files(tmp_path):
         figures.save(str(tmp_path / 'file'), str(tmp_path / 'run'), found(NAMES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('count', [2, 12, 30])
 def test_names_do_not_overlap(count):
     names = tuple(f'a rather long name of class {n}' for n in range(count))

@@ -94,6 +94,7 @@ def test_gmacs(variant, gmacs):
     assert sum(row[3] for row in rows) / 1e9 == pytest.approx(gmacs, abs=6e-4)
 
 
+@pytest.mark.slow
 def test_summary():
     module = create_model('densenet121', num_classes=1000)
     lines = summary.format_summary(module, (224, 224, 3)).splitlines()

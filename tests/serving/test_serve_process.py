@@ -233,6 +233,7 @@ def test_two_hundred_at_a_time(workdir):
         assert server.lines[-1] == 'stopped'
 
 
+@pytest.mark.exhaustive
 def test_hostile_bodies(workdir):
     """What costs little to send does not cost much to hold."""
     flags = ('--max_requests=4', '--request_timeout_s=60', '--max_megapixels=20')

@@ -180,6 +180,7 @@ def test_seeds_alone(objective, tmp_path):
     assert row.mean == pytest.approx(0.31)
 
 
+@pytest.mark.slow
 def test_a_grid_grows(objective, tmp_path):
     objective(by_rate)
     start(tmp_path / 's', f'{RATE}=0.1,0.3')
@@ -228,6 +229,7 @@ def peaked(rate, seed, epoch):
 SPACE = f'{RATE}=1e-4..1', 'optimizer.name=adam,sgd', 'train.seed=0,1'
 
 
+@pytest.mark.slow
 def test_a_search(objective, tmp_path):
     """It grows by trials to what it would have been, and by nothing else."""
     objective(peaked)
@@ -249,6 +251,7 @@ def test_a_search(objective, tmp_path):
         start(tmp_path / 's', *axes, trials=3, epochs=1)
 
 
+@pytest.mark.slow
 def test_a_search_of_few_choices_ends(objective, tmp_path, capsys, monkeypatch):
     objective(by_rate)
     monkeypatch.setattr(sweep_runner, '_REPEATS', 5)
@@ -257,6 +260,7 @@ def test_a_search_of_few_choices_ends(objective, tmp_path, capsys, monkeypatch):
     assert 'the search ends with 2 settings: 5 suggestions' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('prune', slow_after(1, ['median', 'halving']))
 def test_pruning(objective, tmp_path, prune):
     """What falls behind ends early, and is not trained with the other seed."""

@@ -41,6 +41,7 @@ def raw(state, average):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('devices', [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_by_hand(devices):
     """Four steps with a frozen stem, one of them not finite, which changes nothing."""

@@ -106,6 +106,7 @@ def test_frozen_parts_cost_no_backward_pass(steps):
     assert head < two_stages < 0.8 * all_of_it
 
 
+@pytest.mark.slow
 def test_frozen_blocks_have_no_backward_call():
     require_native()
     module = create_model('BC-L10k4', num_classes=3, kernel='native')

@@ -182,6 +182,7 @@ def steps():
     return compiled, jax.device_get(state), batch, mesh
 
 
+@pytest.mark.slow
 def test_a_bad_step_changes_nothing(steps):
     compiled, first, batch, mesh = steps
     bad = jax.tree.map(np.array, first)

@@ -104,6 +104,7 @@ def test_decay_in_the_gradient(name):
     assert not np.allclose(every['b']['scale'], none['b']['scale'], rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('decay', optimizers.DECAYS)
 def test_lamb_in_shards_and_at_shares_of_the_rate(decay):
     mesh = mesh_lib.make_mesh()

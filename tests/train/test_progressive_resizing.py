@@ -82,6 +82,7 @@ def test_the_step_alone_tells_the_size(run):
     assert found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('start', 'size'), [(0, 4), (23, 6), (40, 8)])
 def test_batches_have_the_size_of_their_step(run, start, size):
     batches = training_run.train_batches(run, run.source, start)

@@ -121,6 +121,7 @@ def test_epoch_ends(count, batch):
         assert end * batch >= epoch * count > (end - 1) * batch
 
 
+@pytest.mark.slow
 def test_loss_is_what_it_says():
     """The first reported loss and gradient, by hand."""
     module = small(stem_features=4)

@@ -37,6 +37,7 @@ from helpers.keras_networks import (
     save,
     scramble,
 )
+from helpers.marks import exhaustive_after
 
 pytestmark = pytest.mark.usefixtures('keras_promotes_ranks')
 
@@ -125,7 +126,7 @@ def test_padding_shows(keras, tmp_path):
     assert np.abs(other - logits).max() > 1e-2 * logits.std()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ('depth', 'classes'),
     [(121, 1000), *(pytest.param(*n, marks=_EXHAUSTIVE) for n in ((169, 7), (201, 0)))],
@@ -213,7 +214,7 @@ KINDS = (
 )
 
 
-@pytest.mark.parametrize('ending', ['.keras', '.h5'])
+@pytest.mark.parametrize('ending', exhaustive_after(1, ['.keras', '.h5']))
 @pytest.mark.parametrize('kind', KINDS)
 def test_heads_of_several_layers(kind, ending, keras, tmp_path):
     base = make_keras(keras, (1, 1, 1, 1), classes=0, size=32)

@@ -45,6 +45,7 @@ def by_hand(sigmoids):
     return scores
 
 
+@pytest.mark.slow
 def test_scores_and_raw_sigmoids(path, pixels, sigmoids, caplog):
     model = predictor.load_trained(path)
     line = next(text for text in caplog.messages if 'operating points' in text)

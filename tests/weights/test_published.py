@@ -404,6 +404,7 @@ def test_command(main, serve, of_imagenet, host):
     assert status == 0 and os.path.isfile(out.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_verify(main, serve, of_imagenet, monkeypatch):
     serve('torchvision:densenet121', of_imagenet)
     name = '--verify=torchvision:densenet121'

@@ -149,6 +149,7 @@ def saved(torch, content):
     return file.getvalue()
 
 
+@pytest.mark.exhaustive
 def test_torchvision(torch, serve):
     """With the old names (`norm.1`) that the published files have."""
     models = pytest.importorskip('torchvision.models')
@@ -181,6 +182,7 @@ def test_torchxrayvision(torch, serve):
     assert all(0 <= share <= 1 for _, share in found.top)
 
 
+@pytest.mark.exhaustive
 def test_timm(torch, host, monkeypatch, tmp_path):
     """A folder of the Hub as timm saves it, through huggingface_hub."""
     timm = pytest.importorskip('timm')
@@ -238,6 +240,7 @@ def test_keras_without_top(keras, serve, tmp_path):
     assert_verified(name, top=0)
 
 
+@pytest.mark.exhaustive
 def test_keras(keras, serve, tmp_path, monkeypatch):
     """With the classifier, in the old layout and with the old names of layers."""
     import h5py

@@ -12,6 +12,7 @@ from flax_densenet.export import formats
 from flax_densenet.models import layers
 from flax_densenet.weights import torch_names, weight_file
 from flax_densenet.weights import trained as trained_lib
+from helpers.marks import exhaustive_after
 
 torch = pytest.importorskip('torch')
 
@@ -197,7 +198,7 @@ def test_every_name_of_timm(timm):
             create_model(name, num_classes=2)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize('name', ['rdnet_tiny', 'densenetblur121d'])
 def test_full_size(name, timm, tmp_path):
     torch.manual_seed(0)
@@ -316,7 +317,7 @@ def found_metadata(found):
     return found.metadata | {'image_size': found.preprocessing['image_size']}
 
 
-@pytest.mark.parametrize('kind', HUB_NETWORKS)
+@pytest.mark.parametrize('kind', exhaustive_after(2, HUB_NETWORKS))
 def test_folder_for_the_hub(kind, timm, tmp_path):
     fields = HUB_NETWORKS[kind]
     module = create_model(num_classes=5, **fields)

@@ -42,6 +42,7 @@ def mixed(seed=0, **fields):
     return mixing.Mixed(*map(np.asarray, found))
 
 
+@pytest.mark.slow
 def test_erased_boxes_have_the_mean_color():
     found = mixed(erase=0.5)
     fill = 255 * np.asarray(MEAN, 'f4')

@@ -199,6 +199,7 @@ def test_evaluate_measures_the_test_images(model, digits_run):
     assert len(set(found.names)) == len(found.labels)
 
 
+@pytest.mark.slow
 def test_evaluate_takes_arrays(model):
     own = flax_densenet.evaluate(model)
     from flax_densenet.data import dataset

@@ -42,6 +42,7 @@ def test_the_best_and_the_two_latest_are_kept(workdir):
     assert checkpoint_reader.load_json(str(workdir), 20, 'metadata') == {'number': 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('devices', [1, 3, 4])
 def test_restore_on_any_number_of_devices(workdir, devices):
     mesh = mesh_lib.make_mesh(jax.devices()[:devices])

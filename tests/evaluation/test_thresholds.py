@@ -23,6 +23,7 @@ from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.report import decisions as decisions_page
 from flax_densenet.weights import calibration, decisions, thresholds
 from flax_densenet.weights import trained as trained_lib
+from helpers.marks import slow_after
 
 
 def draw(seed, count=200, *, rounded=2):
@@ -44,7 +45,7 @@ def everything(true, p):
     return between, [rates(true, p, one) for one in between]
 
 
-@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('seed', slow_after(1, range(3)))
 @pytest.mark.parametrize(
     ('text', 'score'),
     [
@@ -68,7 +69,7 @@ def test_no_threshold_is_better(seed, text, score):
     assert min(scores) < best - 0.05
 
 
-@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('seed', slow_after(1, range(3)))
 def test_f1(seed):
     true, p = draw(seed)
     found = threshold_rules.choose(threshold_rules.parse('f1'), true, p)

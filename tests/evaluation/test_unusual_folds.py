@@ -53,6 +53,7 @@ def least_favorable(random, count, members):
     return random.random((count, members)) + 9 * (high[:, None] & chosen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('draw', 'members', 'low', 'high'),
     [

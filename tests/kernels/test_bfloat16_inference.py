@@ -98,6 +98,7 @@ def test_images_are_computed_apart(paths):
     np.testing.assert_array_equal(np.asarray(function(arrays, images))[0], alone[0])
 
 
+@pytest.mark.slow
 def test_a_path_that_is_asked_for(paths):
     with pytest.raises(ValueError, match='sse9'):
         cpu_kernels.bfloat16_path('sse9')

@@ -10,6 +10,7 @@ import pytest
 from flax_densenet import create_model, init_variables
 from flax_densenet.models import folded
 from helpers.blocks import BLOCKS, error, inputs, make, require_native
+from helpers.marks import slow_after
 from helpers.networks import compiled
 
 OTHERS = {
@@ -57,7 +58,12 @@ def test_by_xla(block):
 
 
 @pytest.mark.parametrize('count', [1, 5])
-@pytest.mark.parametrize('block', [b for b in BLOCKS if b not in ('plain', 'C')])
+@pytest.mark.parametrize(
+    'block',
+    slow_after(
+        2, ['BC', 'imagenet', *sorted({*BLOCKS} - {'plain', 'C', 'BC', 'imagenet'})]
+    ),
+)
 def test_by_the_native_kernel(block, count):
     """Fewer images than threads, and more; widths that fill no register."""
     require_native()

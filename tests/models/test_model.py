@@ -91,6 +91,7 @@ def test_init_variables_is_what_linen_makes():
     assert {leaf.dtype for leaf in jax.tree.leaves(ours)} == {np.dtype('float32')}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name',
     [
@@ -222,6 +223,7 @@ def test_dtype_bfloat16():
     np.testing.assert_allclose(logits, exact, atol=0.1)
 
 
+@pytest.mark.slow
 def test_dropout_acts_in_training_only():
     module = tiny(dropout_rate=0.5)
     variables = init_variables(module, 0)

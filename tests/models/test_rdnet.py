@@ -62,6 +62,7 @@ def test_depthwise(dtype):
         assert error < scale * (1e-6 if dtype == 'float32' else 2e-2)
 
 
+@pytest.mark.slow
 def test_by_hand():
     """A block of two layers with squeeze-excitation, in numpy."""
     module = tiny(block_sizes=(2,), growth_rates=(8,), halvings=(), squeeze_blocks=(1,))
@@ -108,6 +109,7 @@ def test_by_hand():
     np.testing.assert_allclose(logits, x, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_parts_and_first_variables():
     module = tiny(layer_scale=0.25, drop_path_rate=0.5, block_sizes=(1, 2))
     variables = init_variables(module, 0)

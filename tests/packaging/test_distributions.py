@@ -91,6 +91,7 @@ def test_wheel_of_the_source_distribution_is_the_same(built):
     assert files_of(wheel_of(built, 'sdist')) == files_of(wheel_of(built, 'wheel'))
 
 
+@pytest.mark.slow
 def test_source_distribution_has_no_tests(built):
     (sdist,) = built.glob('*.tar.gz')
     with tarfile.open(sdist) as archive:

@@ -73,6 +73,7 @@ def test_names_do_not_overlap(count):
         assert min(box.x0 for box in boxes) >= 0 and min(box.y0 for box in boxes) >= 0
 
 
+@pytest.mark.slow
 def test_roc_of_many_classes_shows_their_mean():
     names = tuple(map(str, range(20)))
     figure = figures.plot_roc(found(names, 400))

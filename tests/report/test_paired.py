@@ -114,6 +114,7 @@ def test_patients_are_drawn_whole(tmp_path):
     assert p_values['images'] < 0.01 and p_values['patients'] > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('group_size', [1, 3])
 def test_few_differences_are_no_proof(group_size):
     """Of equally good models that differ on few images, about 5% look different."""

@@ -173,6 +173,7 @@ def test_validation_chooses(objective, monkeypatch, tmp_path, capsys):
     assert ',val_loss,' in (tmp_path / 'sweep.csv').read_text()
 
 
+@pytest.mark.slow
 def test_seeds_alone(objective, tmp_path):
     objective(by_rate)
     (row,) = start(tmp_path / 's', 'train.seed=0,2', **{RATE: 0.1})

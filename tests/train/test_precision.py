@@ -57,6 +57,7 @@ def operands(program, *names):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('way', WAYS, ids=str)
 def test_what_stays_float32(way):
     program, (state, loss), (gradients, rest) = trace('bfloat16', **way)
@@ -75,6 +76,7 @@ def test_what_stays_float32(way):
     assert operands(program, 'dot_general').count(jnp.dtype('float32')) == 3
 
 
+@pytest.mark.slow
 def test_the_scan_sees_bfloat16():
     program = jax.make_jaxpr(jax.jit(lambda x: jnp.exp(jax.lax.reduce_sum_p.bind(
         x, axes=(0,), out_sharding=None

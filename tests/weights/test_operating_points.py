@@ -67,6 +67,7 @@ def test_scores_and_raw_sigmoids(path, pixels, sigmoids, caplog):
     np.testing.assert_allclose(jax.nn.sigmoid(logits), sigmoids, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_exported_files(path, pixels, sigmoids, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime')
     trained, expected = trained_lib.load_trained(path), by_hand(sigmoids)

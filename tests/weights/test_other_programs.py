@@ -188,6 +188,7 @@ def test_choices_that_cannot_be(chosen, message, tmp_path, monkeypatch):
         settled(tmp_path, **chosen)
 
 
+@pytest.mark.slow
 def test_one_output(tmp_path):
     """Two classes, whose softmax is the sigmoid of the output."""
     arrays = state_dict(num_classes=1)

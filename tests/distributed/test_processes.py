@@ -48,7 +48,8 @@ def start(folder, count, workdir, *flags, of_process=None, **fields):
         folder,
         count,
         f'--workdir={workdir}',
-        '--heartbeat_timeout_seconds=10',
+        # On a busy machine, a process may get no time for ten seconds.
+        '--heartbeat_timeout_seconds=30',
         *flags,
         of_process=of_process,
         **(TINY | fields),
@@ -221,7 +222,7 @@ def test_elastic(count, tmp_path):
     with start(tmp_path / '2', 2, workdir, **every) as two:
         two.wait_for(lambda: step_saved(workdir) >= first + 4)
         two.kill(1)
-        assert two.wait(60) == [2, -signal.SIGKILL]
+        assert two.wait(180) == [2, -signal.SIGKILL]
         error = two.error(0)
         assert re.match(r'error: process 1 (\(.*\) )?stopped responding', error)
         assert 'resume from the last checkpoint' in error and error.count('\n') == 1
@@ -318,13 +319,13 @@ def test_one_that_fails_or_hangs_ends_the_others(tmp_path):
         hangs.wait_for(lambda: step_saved(workdirs[1]))
         killed.kill(0)
         hangs.kill(1, signal.SIGSTOP)
-        assert killed.wait(60) == [-signal.SIGKILL, 2]
+        assert killed.wait(180) == [-signal.SIGKILL, 2]
         line = (
             'error: process 0 has ended, or the network to it is down; start all '
             'processes'
         )
         assert killed.error(1).startswith(line) and killed.error(1).count('\n') == 1
-        assert hangs.processes[0].wait(60) == 2
+        assert hangs.processes[0].wait(180) == 2
         assert re.match(r'error: process 1 .*stopped responding', hangs.error(0))
         assert hangs.error(0).count('\n') == 1
     for workdir in workdirs[:2]:

@@ -5,9 +5,10 @@
 
 with PATH/CLASS/* (a fifth is split off for the test) or PATH/{train,val}/CLASS/*.
 DenseNet-BC with 0.3 million parameters at 96 pixels; DenseNet-121 would have eight
-million to learn from so few images. Uses random crops and mirroring, and Adam with the
-one-cycle schedule. docs/results.md has its results; trained weights
-(configs/finetune.py) reach more if they are available.
+million to learn from so few images. Computes in bfloat16: on a CPU with AMX twice as
+fast as float32, and as accurate (docs/results.md). Uses random crops and mirroring, and
+Adam with the one-cycle schedule. Trained weights (configs/finetune.py) reach more if
+they are available.
 """
 
 from flax_densenet.configs import base
@@ -18,6 +19,7 @@ def get_config(path='data/photos'):
     config.model.variant = 'densenet121'
     config.model.growth_rate = 16
     config.model.block_sizes = (2, 4, 6, 4)
+    config.model.dtype = 'bfloat16'
     config.data.source = f'folder:{path}'
     config.data.image_size = 96
     config.data.resize = 'crop'

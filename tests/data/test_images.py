@@ -129,6 +129,7 @@ def test_resize_stretches_or_crops():
     assert load_image(file, 10, 'crop').min() > 150
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('size', [(640, 427), (333, 501), (100, 300), (256, 256)])
 @pytest.mark.parametrize('interpolation', ['bilinear', 'bicubic'])
 def test_crop_is_resize_and_crop(size, interpolation):

@@ -24,6 +24,7 @@ def test_normalize():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('devices', 'batch_size'),
     slow_after(2, [(1, 4), (4, 24), (1, 16), (1, 24), (4, 4), (4, 16)]),

@@ -186,6 +186,7 @@ def test_mistakes_in_python(predictor, tmp_path):
         flax_densenet.load_trained(tmp_path / 'none')
 
 
+@pytest.mark.slow
 def test_explanations(predictor, tmp_path):
     model, photos = predictor
     files = files_of(photos, 120)[::40]

@@ -278,6 +278,7 @@ HANDLERS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('reason', 'fields', 'native'),
     [

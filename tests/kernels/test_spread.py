@@ -51,6 +51,7 @@ def on_four(function, arguments, split):
         return compiled(*given), text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('bottleneck', 'growth', 'dtype'),
     [(16, 8, 'float32'), (0, 8, 'float32'), (48, 12, 'bfloat16'), (0, 8, 'bfloat16')],

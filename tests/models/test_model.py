@@ -70,6 +70,7 @@ def test_parameter_count(variant):
     assert count == module.count_parameters() == PARAMETERS[variant]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['', 'B-', 'C-', 'BC-'])
 def test_cifar_kinds(kind):
     module = create_model(f'{kind}L16k4', num_classes=3)

@@ -199,6 +199,7 @@ def test_a_grid_grows(objective, tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('flags', 'options', 'message'),
     [
@@ -332,6 +333,7 @@ def _dying(made, call):
     return wrapped
 
 
+@pytest.mark.slow
 def test_failures(objective, tmp_path, capsys):
     """A setting that fails is told of, and the others are trained."""
 

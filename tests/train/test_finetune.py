@@ -192,6 +192,7 @@ def test_rates_leave_the_state_as_it_is():
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
 
 
+@pytest.mark.slow
 def test_the_rest_begins_when_the_head_is_warm():
     """Adam's first step of either is the schedule's rate at that step of training."""
     rates = {'body': 0.5, 'classifier': 1.0}

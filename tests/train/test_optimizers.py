@@ -122,6 +122,7 @@ def test_lamb_in_shards_and_at_shares_of_the_rate(decay):
         assert_close(found[name], expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('total', 'warmup'), [(100, 0), (100, 10), (7, 1), (2, 0)])
 def test_one_cycle(total, warmup):
     """Equal to half cosines, highest at the warm-up's last step, lowest at the end."""

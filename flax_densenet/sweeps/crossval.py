@@ -264,19 +264,12 @@ def measure(
         found.results, decisions=ensemble.decisions, others=unlike
     )
     found = dataclasses.replace(found, results=pooled)
-    where = f'{len(found.results.labels)} images of {found.data}'
-    lines = [
-        out_of_fold.format_folds(found),
-        results.format_metrics_table(
-            found.results, f'{where}, {found.measured().model}'
-        ),
-        out_of_fold.describe_selection(found),
-    ]
+    lines = _describe_results(found)
     names = ensemble.class_names
     source = dataset.from_settings(settings.data, settings.preparation, names)
     if source.has_test:
         lines += _measure_test(workdir, ensemble, settings, unlike)
-    pages = []
+    files = [results.EVAL_FILE, results.PREDICTIONS_FILE]
     if report and errors.is_installed('jinja2'):
         report_page.save_report(
             *(workdir, ensemble, source, found.results),
@@ -286,17 +279,29 @@ def measure(
             private=private,
             pooled=found,
         )
-        pages = [path or report_page.REPORT_FILE]
+        files.append(path or report_page.REPORT_FILE)
     else:
         results.save(workdir, found.results, found.measured(), found.about())
-    files = [results.EVAL_FILE, results.PREDICTIONS_FILE, *pages]
-    lines += [
-        f'{", ".join(files[:-1])} and {files[-1]} are in {workdir}',
-        f'the {len(found.folds)} models as one: '
-        + ' '.join([*program.words(), 'predict', shlex.quote(workdir), 'FILES']),
-    ]
-    _LOGGER.info('\n'.join(lines))
+    _LOGGER.info('\n'.join([*lines, *_describe_files(workdir, found, files)]))
     return found
+
+
+def _describe_results(found):
+    where = f'{len(found.results.labels)} images of {found.data}'
+    title = f'{where}, {found.measured().model}'
+    return [
+        out_of_fold.format_folds(found),
+        results.format_metrics_table(found.results, title),
+        out_of_fold.describe_selection(found),
+    ]
+
+
+def _describe_files(workdir, found, files):
+    command = [*program.words(), 'predict', shlex.quote(workdir), 'FILES']
+    return [
+        f'{", ".join(files[:-1])} and {files[-1]} are in {workdir}',
+        f'the {len(found.folds)} models as one: {" ".join(command)}',
+    ]
 
 
 def _collect(workdir, ensemble, rules, *where, **options):

@@ -107,4 +107,8 @@ def set_up(invocation):
     if platforms.is_chosen():  # set before anything is read
         platforms.check_devices()
     if name not in ('summary', 'export', 'push'):
-        cpu_kernels.load_ahead()
+        model = invocation.config.model if trains else {}
+        is_rdnet = str(model.get('variant')).startswith('rdnet')
+        cpu_kernels.load_ahead(
+            model.get('dtype') or 'float32', 'rdnet' if is_rdnet else 'densenet'
+        )

@@ -318,11 +318,26 @@ def panel() -> tuple[int, int]:
     return tuple((ctypes.c_int * 2).in_dll(library, 'flax_densenet_panel'))
 
 
-def load_ahead():
+def load_ahead(dtype: str = 'float32', family: str = 'densenet'):
     """Starts `load` in a thread, if computation is on the CPU.
 
     The first call compiles for some seconds. Started early, it is ready when the data
     is.
+
+    Args:
+      dtype, family: as of `load`. Float32 is loaded as well, and first.
+
+    Returns:
+      The thread; None where nothing is loaded.
     """
-    if jax.default_backend() == 'cpu':
-        threading.Thread(target=load, daemon=True).start()
+    if jax.default_backend() != 'cpu':
+        return None
+
+    def load_all():
+        load('float32', family)
+        if dtype == 'bfloat16':
+            load(dtype, family)
+
+    thread = threading.Thread(target=load_all, daemon=True)
+    thread.start()
+    return thread

@@ -390,13 +390,7 @@ ffi::Error Backward(ffi::ThreadPool pool_, float epsilon, int64_t height, int64_
 }
 
 auto bind_stem() {
-  return bind_pool()
-      .Attr<int64_t>("height")
-      .Attr<int64_t>("width")
-      .Attr<int64_t>("low_h")
-      .Attr<int64_t>("low_w")
-      .Attr<int64_t>("pool_low_h")
-      .Attr<int64_t>("pool_low_w");
+  return with_stem_sizes(bind_pool());
 }
 
 }  // namespace

@@ -56,15 +56,18 @@ inline auto bind_packed_block() {
       .Attr<int64_t>("growth")
       .Attr<int64_t>("features");
 }
+template <class Binding>
+auto with_stem_sizes(Binding binding) {
+  return std::move(binding)
+      .template Attr<int64_t>("height")
+      .template Attr<int64_t>("width")
+      .template Attr<int64_t>("low_h")
+      .template Attr<int64_t>("low_w")
+      .template Attr<int64_t>("pool_low_h")
+      .template Attr<int64_t>("pool_low_w");
+}
 inline auto bind_packed_stem() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Attr<int64_t>("height")
-      .Attr<int64_t>("width")
-      .Attr<int64_t>("low_h")
-      .Attr<int64_t>("low_w")
-      .Attr<int64_t>("pool_low_h")
-      .Attr<int64_t>("pool_low_w");
+  return with_stem_sizes(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>());
 }
 
 // Memory that begins at a cache line. A tile with rows of a line then reads no line twice.

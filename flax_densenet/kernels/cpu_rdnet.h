@@ -126,6 +126,23 @@ FD_INLINE void add_pair(std::vector<float>& to, int chunk, Pair v) {
 
 // Layer norm of the pixels d [chunks][ld][32]: put(pixel, chunk, normalized), and
 // rstd(pixel, 1 / standard deviation).
+// Puts the gradient of the outputs `[pixels, F]` into chunks of channels, `next` apart,
+// and adds its sum to the gradient of the bias.
+template <class E>
+FD_INLINE void take_gradient(const typename E::T* dy, int pixels, int F,
+                             typename E::T* chunks, size_t next,
+                             std::vector<float>& bias) {
+  for (int k = 0; k < padded(F) / WIDE; ++k) {
+    Pair sum = {};
+    for (int p = 0; p < pixels; ++p) {
+      const Pair v = load_some<E>(dy + (size_t)p * F + k * WIDE, F - k * WIDE);
+      E::store(chunks + k * next + p * WIDE, v);
+      sum = sum + v;
+    }
+    add_pair(bias, k, sum);
+  }
+}
+
 template <class Put, class Rstd>
 FD_INLINE void layer_norm(const float* d, int ld, int pixels, int C,
                           const std::vector<float>& mask, float epsilon, Put put,

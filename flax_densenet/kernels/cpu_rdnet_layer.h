@@ -40,15 +40,7 @@ struct LayerBack {
     for (int k = 0; k < kc; ++k)
       for (int p = 0; p < pixels; ++p)
         E::store(n + k * next + p * WIDE, normalized(p, k) * scale[k] + bias[k]);
-    for (int k = 0; k < kg; ++k) {
-      Pair sum = {};
-      for (int p = 0; p < pixels; ++p) {
-        const Pair v = load_some<E>(dy + (p0 + p) * G + k * WIDE, G - k * WIDE);
-        E::store(y + k * next + p * WIDE, v);
-        sum = sum + v;
-      }
-      add_pair(sums.b2, k, sum);
-    }
+    take_gradient<E>(dy + p0 * G, pixels, G, y, next, sums.b2);
     const auto activate = [&](int p, int k, Pair v) {
       E::store(g + k * next + p * WIDE, E::gelu(v));
       E::store(slope + k * next + p * WIDE, E::gelu_slope(v));

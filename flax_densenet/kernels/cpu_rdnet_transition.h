@@ -99,15 +99,7 @@ struct TransitionBack {
                    E::store(n + (tap * kc + k) * next + p * WIDE, v * scale[k] + bias[k]);
                  },
                  [&](int p, float r) { rstd[tap * ld + p] = r; });
-    for (int k = 0; k < kf; ++k) {
-      Pair sum = {};
-      for (int p = 0; p < pixels; ++p) {
-        const Pair v = load_some<E>(dy + (p0 + p) * F + k * WIDE, F - k * WIDE);
-        E::store(y + k * next + p * WIDE, v);
-        sum = sum + v;
-      }
-      add_pair(sums.b1, k, sum);
-    }
+    take_gradient<E>(dy + p0 * F, pixels, F, y, next, sums.b1);
     t.outer.add(n, taps * kc, y, kf, ld, pixels, sums.w1.data(), t.sums);
     const auto xhat = [&](int tap) {
       return [=](int p, int k) {

@@ -245,3 +245,17 @@ def test_four_devices(dtype, monkeypatch):
     one, four = ({k: found['params'][k] for k in own} for found in results)
     for found, expected in zip(*map(jax.tree.leaves, (four, one)), strict=True):
         assert error(found, expected) < (1e-6 if dtype == 'float32' else 2e-2)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'loaded'),
+    [
+        ((), [('float32', 'densenet')]),
+        (('bfloat16', 'rdnet'), [('float32', 'rdnet'), ('bfloat16', 'rdnet')]),
+    ],
+)
+def test_what_is_loaded_ahead(monkeypatch, arguments, loaded):
+    found = []
+    monkeypatch.setattr(cpu_kernels, 'load', lambda *given: found.append(given))
+    cpu_kernels.load_ahead(*arguments).join()
+    assert found == loaded

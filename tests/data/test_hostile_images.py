@@ -16,6 +16,7 @@ from PIL import ExifTags, Image
 
 from flax_densenet import UserError
 from flax_densenet.data import images, upright
+from helpers.marks import exhaustive_after
 from helpers.paths import ROOT
 
 GRID = np.kron(
@@ -334,7 +335,9 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ('mode', 'name', 'most'),
-    [('RGBA', 'PNG', 0.78), ('L', 'PNG', 0.25), ('RGB', 'JPEG', 0.1)],
+    exhaustive_after(
+        1, [('RGB', 'JPEG', 0.1), ('L', 'PNG', 0.25), ('RGBA', 'PNG', 0.78)]
+    ),
 )
 def test_memory_of_the_largest_images(mode, name, most, tmp_path):
     """13,300 pixels square, just below the bound: decoded once, and little more."""

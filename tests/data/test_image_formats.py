@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin, features
 
 from flax_densenet import UserError
 from flax_densenet.data import dataset, images, other_files
-from helpers.marks import slow_after
+from helpers.marks import exhaustive_after
 from helpers.paths import ROOT
 
 GRID = np.kron(
@@ -138,7 +138,7 @@ SIDES = {
     [
         *itertools.product(('a color profile', 'packed text'), MODES),
         # 64 MB of text are read again and again.
-        *slow_after(0, itertools.product(['several texts'], MODES)),
+        *exhaustive_after(0, itertools.product(['several texts'], MODES)),
     ],
 )
 def test_png_beside_its_pixels(beside, mode, tmp_path):

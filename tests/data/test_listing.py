@@ -235,6 +235,7 @@ if __name__ == '__main__':
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_names_of_any_bytes_in_processes(strange_folder, tmp_path):
     """grain's worker processes get the paths, and give the batches of threads."""
@@ -260,6 +261,7 @@ def test_many_files_are_checked_in_chunks(folder, monkeypatch):
         listing.check_files(paths, 'error')
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_many_files(tmp_path):
     """Listed and split in seconds, in little memory; links to one file."""

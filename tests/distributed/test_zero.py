@@ -96,6 +96,7 @@ def assert_close(one, other):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=3e-4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_runs_go_on_with_other_devices_and_choices(tmp_path, monkeypatch):
     """In shards on four, then one device, then four without, then in shards again."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from flax_densenet.evaluation import bootstrap, delong, weighted
+from helpers.marks import exhaustive_after
 
 pytestmark = pytest.mark.slow
 
@@ -28,7 +29,13 @@ METRICS = ('f1', 'auroc', 'average_precision', 'balanced_accuracy')
 
 @pytest.mark.parametrize(
     ('count', 'classes', 'shift', 'sizes'),
-    [(60, 2, 1.0, (0.75, 0.25)), (200, 2, 2.0, (0.75, 0.25)), (200, 10, 1.5, None)],
+    exhaustive_after(
+        1,
+        [
+            *((60, 2, 1.0, (0.75, 0.25)), (200, 2, 2.0, (0.75, 0.25))),
+            (200, 10, 1.5, None),
+        ],
+    ),
 )
 def test_bootstrap(count, classes, shift, sizes):
     """Of 300 test sets. The standard error of a coverage of 95% is 1.3 points."""
@@ -48,6 +55,7 @@ def test_bootstrap(count, classes, shift, sizes):
     assert all(0.88 <= share <= 0.985 for share in coverage.values()), coverage
 
 
+@pytest.mark.exhaustive
 def test_groups():
     """50 patients of 1 to 9 images with errors in common; images alone cover less."""
     rng = np.random.default_rng(2)
@@ -82,6 +90,7 @@ def _patients(rng, count):
     return ill[groups], score, groups
 
 
+@pytest.mark.exhaustive
 def test_delong():
     """Its interval, and how often it calls equal models different."""
     rng = np.random.default_rng(3)
@@ -104,6 +113,7 @@ def _binary(rng, count):
     return true, *(shared + 0.7 * rng.normal(size=count) for _ in range(2))
 
 
+@pytest.mark.exhaustive
 def test_paired_bootstrap():
     """How often the F1 of two models that are equally good is called different."""
     rng = np.random.default_rng(4)

@@ -61,6 +61,7 @@ def play_hub(folder, monkeypatch):
         host.close()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'path', exhaustive_after(1, NOTEBOOKS), ids=lambda path: path.stem

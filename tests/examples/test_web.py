@@ -10,6 +10,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from flax_densenet.data import images
+from helpers.marks import exhaustive_after
 from helpers.tiny_onnx import LABELS, SIZE, write_onnx
 from helpers.web_example import (
     JPEG_BOUND,
@@ -291,8 +292,12 @@ def test_the_page_itself_may_send_nothing(opened, tmp_path):
         assert 'TypeError' in failed
 
 
-@pytest.mark.parametrize('width', [1100, 320])
-@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize(
+    ('scheme', 'width'),
+    exhaustive_after(
+        2, [('light', 1100), ('dark', 320), ('light', 320), ('dark', 1100)]
+    ),
+)
 def test_schemes_and_widths(opened, photo, tmp_path, scheme, width):
     """`opened` looks for what is wider than the screen."""
     labels = ['a class with a very long name, or several', *LABELS[1:]]

@@ -9,6 +9,7 @@ from PIL import Image
 
 from flax_densenet.data import images
 from helpers import browsers
+from helpers.marks import exhaustive_after
 from helpers.tiny_onnx import LABELS, SIZE, probabilities, write_onnx
 from helpers.web_example import JPEG_BOUND, MARKS, drop, shown
 
@@ -99,7 +100,7 @@ def test_no_button_without_a_camera(opened, tmp_path):
     not browsers.AXE.exists(),
     reason='axe-core is not installed: npm install in examples/web',
 )
-@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize('scheme', exhaustive_after(1, ['dark', 'light']))
 def test_accessible(opened, photo, tmp_path, scheme):
     model = write_onnx(tmp_path / 'model.onnx')
     other = tmp_path / 'other.jpg'

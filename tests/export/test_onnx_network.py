@@ -14,6 +14,7 @@ from flax_densenet.data import dataset
 from flax_densenet.errors import UserError
 from flax_densenet.export import formats, onnx_int8, onnx_network
 from flax_densenet.weights import trained as trained_lib
+from helpers.marks import exhaustive_after
 from helpers.runs import tiny_trained
 
 onnx = pytest.importorskip('onnx')
@@ -50,6 +51,7 @@ NETWORKS = {
     ),
 }
 QUICK = ('odd', 'plain')
+SLOW = ('same', 'deep', 'rdnet')
 
 
 def make(kind, *, falling=False, channels=3, seed=0):
@@ -113,8 +115,9 @@ def run(made, images):
 @pytest.mark.parametrize(
     'kind',
     [
-        pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
-        for name in NETWORKS
+        *QUICK,
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+        *exhaustive_after(0, sorted(NETWORKS.keys() - {*QUICK, *SLOW})),
     ],
 )
 def test_equal(kind):
@@ -179,7 +182,9 @@ def test_half(kind, precision, bound):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('falling', [False, True])
-@pytest.mark.parametrize('kind', ['imagenet', 'same', 'deep', 'blur', 'cifar'])
+@pytest.mark.parametrize(
+    'kind', exhaustive_after(1, ['deep', 'imagenet', 'same', 'blur', 'cifar'])
+)
 def test_integers(kind, falling):
     """Images differ from each other as they do in floats."""
     module, variables = make(kind, falling=falling)

@@ -21,6 +21,7 @@ from flax_densenet.export import (
 )
 from flax_densenet.weights import trained as trained_lib
 from flax_densenet.weights import transfer
+from helpers.marks import exhaustive_after
 from helpers.networks import compiled
 from helpers.runs import make_weights, tiny_trained, write_images
 
@@ -63,10 +64,15 @@ def test_samples(samples, trained):
     'file_format, ending, precision',
     [
         ('onnx', '.onnx', 'float32'),
-        pytest.param('onnx', '.onnx', 'bfloat16', marks=pytest.mark.slow),
-        pytest.param('safetensors', '.safetensors', 'float16', marks=pytest.mark.slow),
         pytest.param('stablehlo', '.stablehlo', 'float32', marks=pytest.mark.slow),
-        pytest.param('huggingface', '', 'bfloat16', marks=pytest.mark.slow),
+        *exhaustive_after(
+            0,
+            [
+                ('onnx', '.onnx', 'bfloat16'),
+                ('safetensors', '.safetensors', 'float16'),
+                ('huggingface', '', 'bfloat16'),
+            ],
+        ),
     ],
 )
 def test_release(file_format, ending, precision, trained, samples, tmp_path):
@@ -87,7 +93,7 @@ def test_release(file_format, ending, precision, trained, samples, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('inputs', onnx_network.INPUTS)
+@pytest.mark.parametrize('inputs', exhaustive_after(1, onnx_network.INPUTS))
 @pytest.mark.parametrize('file_format', ['onnx', 'stablehlo'])
 def test_code_of_cards(file_format, inputs, trained, tmp_path, monkeypatch, capsys):
     """As it stands on the card, beside the file and a photograph."""
@@ -111,7 +117,9 @@ def test_code_of_cards(file_format, inputs, trained, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('file_format', ['onnx', 'stablehlo', 'safetensors'])
+@pytest.mark.parametrize(
+    'file_format', exhaustive_after(1, ['onnx', 'stablehlo', 'safetensors'])
+)
 def test_trained_in_bfloat16(file_format, trained, samples, tmp_path):
     """Its files compute in float32, and are held to that."""
     module = trained.module.clone(dtype='bfloat16')
@@ -217,16 +225,19 @@ RDNET = dict(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'file_format, ending, variant, fields',
-    [
-        ('torch', '.pth', 'densenet121', SMALL),
-        ('torch', '.pth', 'densenetblur121d', SMALL),
-        ('torch', '.pt', 'rdnet_tiny', RDNET),
-        ('safetensors', '.safetensors', 'L40k12', dict(block_sizes=(2, 2))),
-        ('huggingface', '', 'densenet121', SMALL),
-        ('keras', '.keras', 'densenet121', SMALL),
-        ('keras', '.weights.h5', 'densenet121', SMALL),
-        ('onnx', '.onnx', 'rdnet_tiny', RDNET),
-    ],
+    exhaustive_after(
+        3,
+        [
+            ('torch', '.pth', 'densenet121', SMALL),
+            ('huggingface', '', 'densenet121', SMALL),
+            ('keras', '.keras', 'densenet121', SMALL),
+            ('torch', '.pth', 'densenetblur121d', SMALL),
+            ('torch', '.pt', 'rdnet_tiny', RDNET),
+            ('safetensors', '.safetensors', 'L40k12', dict(block_sizes=(2, 2))),
+            ('keras', '.weights.h5', 'densenet121', SMALL),
+            ('onnx', '.onnx', 'rdnet_tiny', RDNET),
+        ],
+    ),
 )
 def test_runtimes_of_others(file_format, ending, variant, fields, tmp_path):
     """torch, Keras and OpenVINO, which are where the peers are."""

@@ -15,6 +15,7 @@ from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.checkpoints import writer as checkpoint_writer
 from flax_densenet.train import fit
 from flax_densenet.weights import trained
+from helpers.marks import exhaustive_after
 from helpers.runs import final_arrays, read_records, tiny_config
 
 pytestmark = pytest.mark.faults
@@ -190,7 +191,9 @@ def test_a_flipped_byte(whole, tmp_path):
             shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize('damage', ['flip', 'cut', 'remove', 'metrics'])
+@pytest.mark.parametrize(
+    'damage', exhaustive_after(2, ['flip', 'remove', 'cut', 'metrics'])
+)
 def test_a_bad_checkpoint_is_left_out(whole, tmp_path, damage, capsys):
     """The run goes on from the newest good one, to where it would have come."""
     workdir = tmp_path / 'run'

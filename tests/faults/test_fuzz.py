@@ -18,19 +18,19 @@ from flax_densenet import UserError
 
 # kind: inputs in full, and else.
 COUNTS = {
-    'images': (60_000, 1500),
-    'dicom': (10_000, 400),
-    'torch_zip': (3_000, 100),
-    'torch_legacy': (9_000, 200),
-    'safetensors': (5_000, 150),
-    'arrays': (10_000, 300),
-    'hdf5': (3_000, 100),
-    'keras': (2_000, 80),
-    'labels': (20_000, 800),
-    'flags': (5_000, 150),
+    'images': (60_000, 750),
+    'dicom': (10_000, 200),
+    'torch_zip': (3_000, 50),
+    'torch_legacy': (9_000, 100),
+    'safetensors': (5_000, 75),
+    'arrays': (10_000, 150),
+    'hdf5': (3_000, 50),
+    'keras': (2_000, 40),
+    'labels': (20_000, 400),
+    'flags': (5_000, 75),
     'metadata': (800, 25),
-    'tables': (12_000, 300),
-    'decisions': (8_000, 300),
+    'tables': (12_000, 150),
+    'decisions': (8_000, 150),
 }
 
 

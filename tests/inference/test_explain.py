@@ -103,7 +103,7 @@ def test_maps_of_the_last_layer_by_hand(model):
     'fields, at',
     [
         ({}, 'transition1'),
-        pytest.param(RDNET, 'denseblock1', marks=pytest.mark.slow),
+        pytest.param(RDNET, 'denseblock1', marks=pytest.mark.exhaustive),
     ],
 )
 def test_layer_cam_is_of_the_layer_before_the_last_halving(fields, at):
@@ -142,9 +142,9 @@ def test_layer_cam_is_of_the_layer_before_the_last_halving(fields, at):
 @pytest.mark.parametrize(
     'fields',
     [
-        {},
         {'channels': 4, 'size': (20, 9), 'dtype': 'bfloat16', 'multi_label': True},
-        pytest.param(RDNET | {'channels': 1}, marks=pytest.mark.slow),
+        pytest.param({}, marks=pytest.mark.exhaustive),
+        pytest.param(RDNET | {'channels': 1}, marks=pytest.mark.exhaustive),
     ],
 )
 def test_slow_methods(fields):

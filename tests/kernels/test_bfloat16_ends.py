@@ -155,8 +155,8 @@ def stem_arguments(shape, features):
         ((3, 23, 37, 3), 20, 'torch'),
         ((1, 10, 24, 1), 40, 'same'),
         pytest.param((1, 1, 5, 3), 64, 'torch', marks=pytest.mark.slow),
-        pytest.param((2, 112, 90, 3), 64, 'same', marks=pytest.mark.slow),
-        pytest.param((5, 64, 70, 4), 96, 'torch', marks=pytest.mark.slow),
+        pytest.param((2, 112, 90, 3), 64, 'same', marks=pytest.mark.exhaustive),
+        pytest.param((5, 64, 70, 4), 96, 'torch', marks=pytest.mark.exhaustive),
     ],
 )
 def test_the_stem_on_each_path(shape, features, padding):
@@ -300,8 +300,8 @@ def test_which_kernels_a_network_uses(monkeypatch, reason, fields, native):
     ('block', 'group'),
     [
         ('imagenet', 0),
-        pytest.param('same padding', 0, marks=pytest.mark.slow),
-        pytest.param('imagenet', 2, marks=pytest.mark.slow),
+        pytest.param('same padding', 0, marks=pytest.mark.exhaustive),
+        pytest.param('imagenet', 2, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_network_beside_its_plain_layers(monkeypatch, block, group):

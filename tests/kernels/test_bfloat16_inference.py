@@ -51,7 +51,7 @@ CASES = [
         for block in BLOCKS
         if block not in ('plain', 'C')
         for size, count, quick in (
-            ((13, 22), 1, True),
+            ((13, 22), 1, block == 'wide'),
             ((9, 31), 7, block == 'BC'),
             ((230, 190), 1, block == 'imagenet'),
         )

@@ -10,6 +10,7 @@ import pytest
 from flax_densenet.kernels import cpu as cpu_kernels
 from flax_densenet.kernels import dense_block, native_block, xla_block
 from helpers.blocks import error, inputs, layers_of, make, require_native
+from helpers.marks import exhaustive_after
 
 KEYS = list(jax.random.split(jax.random.key(2), 4))
 
@@ -78,11 +79,16 @@ def named(found):
             for case in (
                 ((3, 7, 9, 40), 0, 12, 2, 0.3),  # without bottleneck
                 ((2, 40, 58, 64), 128, 32, 2, 0.2),  # bands
+            )
+        ),
+        *exhaustive_after(
+            0,
+            [
                 ((5, 14, 14, 96), 192, 48, 2, 0.0),
                 ((1, 5, 3, 16), 16, 8, 3, 0.0),
                 ((1, 70, 29, 16), 0, 24, 2, 0.0),  # bands
                 ((2, 6, 5, 16), 0, 5, 3, 0.3),
-            )
+            ],
         ),
     ],
 )

@@ -23,12 +23,12 @@ from helpers.runs import tiny_config
 CONTRACTS = [
     ('native', 'BC'),
     pytest.param('xla', 'BC', marks=pytest.mark.slow),
-    pytest.param('native', 'plain', marks=pytest.mark.slow),
     pytest.param('native', 'imagenet', marks=pytest.mark.slow),
     *(
         pytest.param(kernel, block, marks=pytest.mark.exhaustive)
         for kernel, block in (
             *(('xla', 'plain'), ('xla', 'imagenet')),
+            ('native', 'plain'),
             *(('native', 'same padding'), ('native', 'wide')),
         )
     ),
@@ -97,6 +97,7 @@ def test_contract(kernel, block):
     assert_as_good(fast, plain, exact(block))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'size',
@@ -243,7 +244,7 @@ def test_native_is_deterministic():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'kernel', [pytest.param('xla', marks=pytest.mark.slow), 'native']
+    'kernel', [pytest.param('xla', marks=pytest.mark.exhaustive), 'native']
 )
 def test_gradient_in_evaluation(kernel):
     """As explanations of a prediction need it."""

@@ -55,8 +55,8 @@ def test_stochastic_depth():
 @pytest.mark.parametrize(
     ('block', 'kernel', 'remat'),
     [
-        ('plain', 'native', 'block'),
         ('BC', 'native', 'block'),
+        pytest.param('plain', 'native', 'block', marks=pytest.mark.exhaustive),
         pytest.param('BC', 'xla', 'block', marks=pytest.mark.exhaustive),
         pytest.param('BC', 'xla', 'none', marks=pytest.mark.exhaustive),
     ],

@@ -14,6 +14,7 @@ from flax_densenet.kernels import dense_block, native_block, xla_block
 from flax_densenet.models import folded
 from flax_densenet.train import step
 from helpers.blocks import error, inputs, layers_of, make, require_native
+from helpers.marks import exhaustive_after
 
 KEYS = tuple(jax.random.split(jax.random.key(2), 2))
 
@@ -54,7 +55,13 @@ def on_four(function, arguments, split):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ('bottleneck', 'growth', 'dtype'),
-    [(16, 8, 'float32'), (0, 8, 'float32'), (48, 12, 'bfloat16'), (0, 8, 'bfloat16')],
+    exhaustive_after(
+        2,
+        [
+            *((16, 8, 'float32'), (48, 12, 'bfloat16')),
+            *((0, 8, 'float32'), (0, 8, 'bfloat16')),
+        ],
+    ),
 )
 def test_a_block_in_training_bit_for_bit(bottleneck, growth, dtype):
     """With dropout and stochastic depth, of which each device has its own rows."""
@@ -127,8 +134,8 @@ def training_step(devices, **fields):
     [
         (0, True),
         # Rows of one device: nothing to compute together.
-        pytest.param(2, False, marks=pytest.mark.slow),
-        pytest.param(4, True, marks=pytest.mark.slow),
+        pytest.param(2, False, marks=pytest.mark.exhaustive),
+        pytest.param(4, True, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_training_step(group, together):
@@ -143,7 +150,7 @@ def test_a_training_step(group, together):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('count', [8, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('count', exhaustive_after(1, [8, 6]))
 def test_inference(dtype, count):
     """Each device computes its own rows; all of them if they cannot be divided."""
     require_native()

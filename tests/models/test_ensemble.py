@@ -12,7 +12,7 @@ from flax_densenet import create_model, init_variables
 from flax_densenet.inference import grad_cam
 from flax_densenet.models import ensemble, folded, naming
 from helpers import rdnets
-from helpers.marks import slow_after
+from helpers.marks import exhaustive_after
 
 ACTIVATIONS = {
     'softmax': functools.partial(special.softmax, axis=-1),
@@ -48,7 +48,7 @@ def images(size=16):
 @pytest.mark.parametrize(
     ('kind', 'outputs'),
     [
-        *slow_after(1, [('densenet', outputs) for outputs in ACTIVATIONS]),
+        *exhaustive_after(1, [('densenet', outputs) for outputs in ACTIVATIONS]),
         # How outputs are averaged is not the networks' matter.
         pytest.param('rdnet', 'softmax', marks=pytest.mark.slow),
     ],
@@ -92,7 +92,7 @@ def test_one_member_is_the_network():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('outputs', ['softmax', 'sigmoid'])
+@pytest.mark.parametrize('outputs', exhaustive_after(1, ['softmax', 'sigmoid']))
 def test_maps_are_the_mean_of_the_members(outputs):
     """Where all are sure: a softmax there has no gradient."""
     module, variables = members('densenet')

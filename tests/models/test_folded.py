@@ -10,7 +10,7 @@ import pytest
 from flax_densenet import create_model, init_variables
 from flax_densenet.models import folded
 from helpers.blocks import BLOCKS, error, inputs, make, require_native
-from helpers.marks import slow_after
+from helpers.marks import exhaustive_after, slow_after
 from helpers.networks import compiled
 
 OTHERS = {
@@ -20,7 +20,7 @@ OTHERS = {
 QUICK = ('plain', 'imagenet')
 ALL = [
     *QUICK,
-    *(pytest.param(b, marks=pytest.mark.slow) for b in BLOCKS if b not in QUICK),
+    *exhaustive_after(0, [b for b in BLOCKS if b not in QUICK]),
 ]
 
 
@@ -81,7 +81,7 @@ def test_by_the_native_kernel(block, count):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', OTHERS)
+@pytest.mark.parametrize('name', exhaustive_after(1, OTHERS))
 def test_stems(name):
     variant, fields = OTHERS[name]
     module = create_model(variant, num_classes=3, kernel='xla', **fields)

@@ -12,6 +12,7 @@ from flax_densenet import UserError, create_model, init_variables
 from flax_densenet.kernels import cpu as cpu_kernels
 from flax_densenet.models import ghost_batch_norm
 from flax_densenet.train import announce, checks, fit, prepare, step
+from helpers.marks import exhaustive_after
 from helpers.runs import change_settings, tiny_config
 
 GROUP, COUNT = 2, 3
@@ -67,12 +68,15 @@ def by_hand():
     }
 
 
-WAYS = [
-    {'kernel': 'native'},
-    pytest.param({'fast': False}, marks=pytest.mark.exhaustive),
-    pytest.param({'kernel': 'xla'}, marks=pytest.mark.slow),
-    pytest.param({'kernel': 'xla', 'remat': 'none'}, marks=pytest.mark.exhaustive),
-]
+WAYS = exhaustive_after(
+    1,
+    [
+        {'kernel': 'native'},
+        {'kernel': 'xla'},
+        {'fast': False},
+        {'kernel': 'xla', 'remat': 'none'},
+    ],
+)
 
 
 @pytest.mark.slow
@@ -92,7 +96,9 @@ def test_each_group_has_its_own_statistics(way, by_hand):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('drops', ['dropout_rate', 'drop_path_rate'])
+@pytest.mark.parametrize(
+    'drops', exhaustive_after(1, ['drop_path_rate', 'dropout_rate'])
+)
 def test_groups_and_parts_drop_out_differently(drops):
     """Of the same images twice, as two groups and as two micro-batches."""
     fields = {drops: 0.5, 'kernel': 'xla'}

@@ -96,7 +96,7 @@ def test_init_variables_is_what_linen_makes():
 @pytest.mark.parametrize(
     'name',
     [
-        pytest.param(name, marks=pytest.mark.slow if n else ())
+        pytest.param(name, marks=pytest.mark.exhaustive if n else ())
         for n, name in enumerate(factory.INITIALIZERS)
     ],
 )

@@ -23,6 +23,7 @@ from flax_densenet.settings import ModelSettings
 from flax_densenet.train import announce, finetune, fit, prepare
 from flax_densenet.weights import trained as trained_lib
 from flax_densenet.weights import transfer, weight_file
+from helpers.marks import exhaustive_after
 from helpers.rdnets import TINY, make_images, shaken, tiny
 from helpers.runs import tiny_config, write_images
 
@@ -161,6 +162,7 @@ def test_stochastic_depth():
     assert 0.25 < (np.array(dropped)[..., 8:] == 0).mean() < 0.35
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_remat_changes_no_gradient():
     images = make_images()
@@ -380,7 +382,7 @@ def test_blur():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('fast', [True, False])
+@pytest.mark.parametrize('fast', exhaustive_after(1, [True, False]))
 def test_deep_stem_and_blur(fast):
     fields = dict(num_classes=2, growth_rate=4, block_sizes=(1, 2), stem_features=8)
     module = create_model('densenetblur121d', **fields, fast=fast)

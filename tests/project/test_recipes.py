@@ -156,7 +156,7 @@ def test_what_cannot_be():
         recipe('svhn', 'quik')
 
 
-OFTEN = ('densenet121', 'small', 'rdnet', 'chexnet')
+OFTEN = ('densenet121', 'rdnet', 'chexnet')
 WITH_WEIGHTS = ('finetune', 'linear_probe')
 
 
@@ -164,9 +164,10 @@ WITH_WEIGHTS = ('finetune', 'linear_probe')
 @pytest.mark.parametrize(
     ('name', 'argument'),
     exhaustive_after(
-        6,
-        [('cifar', '40_12,code'), ('cifar', 'quick')]
+        4,
+        [('cifar', 'quick')]
         + [(name, None) for name in OFTEN]
+        + [('cifar', '40_12,code')]
         + [(name, None) for name in RECIPES if name not in OFTEN + WITH_WEIGHTS],
     ),
 )

@@ -81,6 +81,7 @@ def test_roc_of_many_classes_shows_their_mean():
     assert label.startswith('mean of 20 classes (0.9')
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @_needs_noto
 @pytest.mark.drawn

@@ -11,6 +11,7 @@ from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.evaluation import evaluate
 from flax_densenet.train import ema, fit, step
 from flax_densenet.weights import trained
+from helpers.marks import exhaustive_after
 from helpers.runs import (
     Stopped,
     assert_equal_bits,
@@ -42,7 +43,7 @@ def raw(state, average):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('devices', [1, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('devices', exhaustive_after(1, [4, 1]))
 def test_by_hand(devices):
     """Four steps with a frozen stem, one of them not finite, which changes nothing."""
     module = create_model('BC-L10k4', num_classes=3, block_sizes=(1,), stem_features=4)
@@ -247,8 +248,12 @@ def first(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('fields', [{'train.freeze': 'backbone'},
-                                    {'train.head_warmup_epochs': 1}])  # fmt: skip
+@pytest.mark.parametrize(
+    'fields',
+    exhaustive_after(
+        1, [{'train.head_warmup_epochs': 1}, {'train.freeze': 'backbone'}]
+    ),
+)
 def test_average_of_a_head(fields, first, tmp_path, monkeypatch):
     """On features kept in memory, or for one epoch before all trains; resumed."""
     reuse_steps(monkeypatch)

@@ -20,6 +20,7 @@ from flax_densenet.train import (
 )
 from flax_densenet.weights import trained as trained_lib
 from helpers.blocks import require_native
+from helpers.marks import exhaustive_after
 from helpers.networks import compiled
 from helpers.runs import (
     Stopped,
@@ -82,7 +83,7 @@ def steps():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('frozen', [0, 2, 3])
+@pytest.mark.parametrize('frozen', exhaustive_after(1, [2, 0, 3]))
 def test_what_is_frozen_keeps_its_bits(steps, frozen):
     """Parameters and statistics, with dropout, decay and penalty; the rest changes."""
     before, after, moments, _ = steps[frozen]
@@ -126,7 +127,7 @@ def test_frozen_blocks_have_no_backward_call():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('fast', [True, False])
+@pytest.mark.parametrize('fast', exhaustive_after(1, [True, False]))
 def test_frozen_stages_compute_as_in_evaluation(fast):
     module = create_model(
         'BC-L10k4', num_classes=3, dropout_rate=0.5, stem='imagenet', fast=fast

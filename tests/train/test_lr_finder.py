@@ -106,6 +106,7 @@ def test_a_loss_that_diverges_at_once(tmp_path, monkeypatch):
         lr_finder.find(tiny_config(**TINY), str(tmp_path))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_no_suggestion_where_nothing_falls(tmp_path, monkeypatch):
     noise = 2.3 + 0.1 * np.random.default_rng(0).standard_normal(100)

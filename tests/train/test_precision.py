@@ -85,6 +85,7 @@ def test_the_scan_sees_bfloat16():
     assert jnp.dtype('bfloat16') not in operands(trace('float32')[0], 'reduce_sum')
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_bfloat16_learns_as_float32(tmp_path):
     """Six epochs of digits: losses within a tenth, accuracies within 5 %; first 3 %.

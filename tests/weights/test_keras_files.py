@@ -98,7 +98,7 @@ def test_without_the_packages(tmp_path, monkeypatch):
         keras_files.write(str(tmp_path / 'b.h5'), module, variables)
 
 
-@pytest.mark.parametrize('classes', [5, 0])
+@pytest.mark.parametrize('classes', exhaustive_after(1, [5, 0]))
 def test_read(keras, tmp_path, classes):
     """All formats, with and without classifier, at an odd size."""
     network = make_keras(keras, classes=classes)
@@ -166,7 +166,7 @@ def test_training_state_is_left_out(keras, tmp_path):
         equal_arrays(keras_files.read(path)[0], expected)
 
 
-@pytest.mark.parametrize('ending', ENDINGS)
+@pytest.mark.parametrize('ending', exhaustive_after(1, ENDINGS))
 def test_network_inside_another(keras, tmp_path, ending):
     base = make_keras(keras, classes=0, size=64)
     layers = keras.layers
@@ -215,7 +215,7 @@ KINDS = (
 
 
 @pytest.mark.parametrize('ending', exhaustive_after(1, ['.keras', '.h5']))
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', exhaustive_after(2, KINDS))
 def test_heads_of_several_layers(kind, ending, keras, tmp_path):
     base = make_keras(keras, (1, 1, 1, 1), classes=0, size=32)
     network = keras.Sequential([keras.Input((32, 32, 3)), base, *head_of(keras, kind)])

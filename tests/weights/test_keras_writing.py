@@ -36,7 +36,7 @@ def logits_of(module, variables, x):
 
 
 @pytest.mark.parametrize('ending', ENDINGS)
-@pytest.mark.parametrize('classes', [5, 0])
+@pytest.mark.parametrize('classes', exhaustive_after(1, [5, 0]))
 def test_write(keras, tmp_path, ending, classes):
     module, variables = ours(classes)
     path = str(tmp_path / f'a{ending}')
@@ -58,7 +58,7 @@ def test_write(keras, tmp_path, ending, classes):
         assert_equal(run_keras(network, x), wanted)
 
 
-@pytest.mark.parametrize('epsilon', [1e-5, 1e-3])
+@pytest.mark.parametrize('epsilon', exhaustive_after(1, [1e-3, 1e-5]))
 def test_write_another_epsilon(keras, tmp_path, epsilon):
     """The same function, also where a variance is (next to) nothing."""
     module, variables = ours(epsilon=epsilon)
@@ -124,7 +124,7 @@ def test_write_keeps_the_old_file(keras, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('ending', exhaustive_after(1, ENDINGS))
-@pytest.mark.parametrize('several', [False, True])
+@pytest.mark.parametrize('several', exhaustive_after(1, [False, True]))
 def test_code_of_cards(ending, several, keras, tmp_path, monkeypatch):
     """What a card says to do with a file gives the model's probabilities."""
     import re

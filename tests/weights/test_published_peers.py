@@ -170,6 +170,7 @@ def test_torchvision(torch, serve):
     assert found.top[0][0] in published.find(name).class_names
 
 
+@pytest.mark.exhaustive
 def test_torchxrayvision(torch, serve):
     """A pickled network, as published."""
     models = pytest.importorskip('torchxrayvision.models')

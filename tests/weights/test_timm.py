@@ -111,7 +111,7 @@ def assert_exported(found, model, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, again.variables, found.variables)
 
 
-@pytest.mark.parametrize('prefix', ['', 'module.', 'nv'])
+@pytest.mark.parametrize('prefix', exhaustive_after(1, ['module.', '', 'nv']))
 def test_small_rdnet(prefix, timm, tmp_path):
     """In and out again; with the names of the paper's authors' files too."""
     model = small(timm)
@@ -164,7 +164,7 @@ def test_drop_path_rates(timm):
     np.testing.assert_allclose(np.ravel(ours), theirs, rtol=1e-6)
 
 
-@pytest.mark.parametrize('blur', [True, False])
+@pytest.mark.parametrize('blur', exhaustive_after(1, [True, False]))
 def test_deep_stem(blur, timm, tmp_path):
     torch.manual_seed(0)
     aa_layer = timm.layers.BlurPool2d if blur else None
@@ -352,12 +352,15 @@ def test_full_size_for_the_hub(name, timm, tmp_path):
 
 @pytest.mark.parametrize(
     ('form', 'name', 'kind'),
-    [
-        ('torch', 'birds.pth', 'densenet'),
-        ('torch', 'birds.pth', 'rdnet'),
-        ('safetensors', "b'irds.safetensors", 'blur'),
-        ('huggingface', 'a folder', 'gray'),
-    ],
+    exhaustive_after(
+        2,
+        [
+            ('safetensors', "b'irds.safetensors", 'blur'),
+            ('torch', 'birds.pth', 'densenet'),
+            ('torch', 'birds.pth', 'rdnet'),
+            ('huggingface', 'a folder', 'gray'),
+        ],
+    ),
 )
 def test_code_of_cards(form, name, kind, timm, tmp_path, monkeypatch, capsys):
     """What a card says to do with a file gives the model's logits."""

@@ -14,6 +14,7 @@ from flax_densenet.export import formats
 from flax_densenet.inference import predictor
 from flax_densenet.weights import operating_points, trained, weight_file
 from helpers import torch_networks
+from helpers.marks import exhaustive_after
 from helpers.torch_networks import shake, small
 
 torch = pytest.importorskip('torch')
@@ -234,7 +235,7 @@ def peak_bytes():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('whole', [True, False])
+@pytest.mark.parametrize('whole', exhaustive_after(1, [True, False]))
 def test_chest_x_rays(whole, torchvision, tmp_path):
     xrv = pytest.importorskip('torchxrayvision')
     torch.manual_seed(0)

@@ -15,6 +15,7 @@ from flax_densenet.errors import UserError
 from flax_densenet.evaluation import evaluate
 from flax_densenet.train import fit, step
 from flax_densenet.weights import trained
+from helpers.marks import exhaustive_after
 from helpers.runs import (
     Stopped,
     assert_equal_bits,
@@ -265,8 +266,11 @@ EVERYTHING = {
 }
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
-@pytest.mark.parametrize(('devices', 'stops'), [(2, (8,)), (1, (8, 9))])
+@pytest.mark.parametrize(
+    ('devices', 'stops'), exhaustive_after(1, [(1, (8, 9)), (2, (8,))])
+)
 def test_a_resumed_run_with_everything_on(tmp_path, monkeypatch, devices, stops):
     """Stopped among the small images and the large ones, bit for bit the same."""
     make_mesh = mesh_lib.make_mesh

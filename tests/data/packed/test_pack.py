@@ -134,6 +134,7 @@ def test_batches_are_those_of_the_folder(folder, out):
             assert_equal_bits(one, other)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_decoding_processes(folder, out):
     flags.FLAGS.mark_as_parsed()  # grain's processes take them over

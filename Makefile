@@ -49,9 +49,11 @@ test: .venv/installed
 	$(BIN)/python -m pytest -q; tests=$$?; \
 	wait $$lint; lint=$$?; cat .venv/lint.log; exit $$((tests | lint))
 
-# In parallel: many of these tests wait for other processes and leave a core idle.
+# In parallel: many of these tests wait for other processes and leave a core idle. The
+# peers' part does without the C++ kernels, which would be compiled for its JAX; the other
+# part compares them with the layers by XLA.
 test-slow: .venv/installed .venv-peers/installed
-	@$(PEERS)/python -m pytest -q -n 1 -m 'not exhaustive' \
+	@FLAX_DENSENET_CPU_KERNELS=0 $(PEERS)/python -m pytest -q -n 1 -m 'not exhaustive' \
 		$(BESIDE_PEERS) $(KERAS_FAULTS) \
 		tests/export/test_release.py::test_runtimes_of_others \
 		>.venv/peers.log 2>&1 & peers=$$!; \

@@ -75,7 +75,7 @@ def make_quick(words):
 
 
 PAGES_THAT_RUN = {path.stem: list(list_run(path)) for path in PAGES}
-CORE = ('README', 'get_started')
+CORE = ('README',)
 PAGES_IN_ORDER = [
     *CORE,
     *(p for p, run in PAGES_THAT_RUN.items() if run and p not in CORE),

@@ -46,6 +46,7 @@ def predict(main, *arguments):
     }, err
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_all_commands_prepare_images_alike(main, monkeypatch):
     usual, said = predict(main, 'x.safetensors', NAMES)

@@ -124,6 +124,7 @@ def test_the_weighted_mean_by_hand():
     assert losses_lib.apply_class_weights(losses, labels).mean() == 7 / 3
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_weights_act_through_the_gradient():
     """Of the head alone, eagerly: the gradient is the weighted mean of each row's."""

@@ -161,6 +161,7 @@ def test_class_names_of_any_bytes(strange_folder):
     assert sorted(json.loads(saved.encode())['class_names']) == expected
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_names_of_any_bytes(strange_folder, tmp_path, capsys):
     """From the folder through all of a run's files."""

@@ -123,6 +123,7 @@ def test_runs_go_on_with_other_devices_and_choices(tmp_path, monkeypatch):
         assert a['train_count'] == b['train_count'] == 539
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_accumulated_steps_of_a_run(tmp_path, capsys):
     """fit, its dump of a bad step, and lr_find take them; features are cached too."""

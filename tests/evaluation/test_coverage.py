@@ -27,6 +27,7 @@ def measure(labels, scores):
 METRICS = ('f1', 'auroc', 'average_precision', 'balanced_accuracy')
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ('count', 'classes', 'shift', 'sizes'),
     exhaustive_after(

@@ -94,7 +94,7 @@ def test_release(file_format, ending, precision, trained, samples, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('inputs', exhaustive_after(1, onnx_network.INPUTS))
-@pytest.mark.parametrize('file_format', ['onnx', 'stablehlo'])
+@pytest.mark.parametrize('file_format', exhaustive_after(1, ['onnx', 'stablehlo']))
 def test_code_of_cards(file_format, inputs, trained, tmp_path, monkeypatch, capsys):
     """As it stands on the card, beside the file and a photograph."""
     few = sample_images.from_library(trained_lib.preparation_of(trained.metadata))

@@ -90,6 +90,7 @@ def test_predictions(trained, images, scores, examples):
     np.testing.assert_allclose(whole.unusual, scores, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_other_views_do_not_change_scores(trained, members, images, scores, examples):
     """Neither of an ensemble nor of one model."""
@@ -116,6 +117,7 @@ def test_onnx(trained, images, scores, tmp_path, inputs):
     np.testing.assert_allclose(found, scores, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize('inputs', ['images', 'normalized'])
 def test_stablehlo(trained, images, scores, tmp_path, inputs):

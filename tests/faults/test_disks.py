@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from faults.trainings import FULL, TINY, forks, whole  # noqa: F401
+from faults.trainings import EPOCHS, FULL, STEPS, TINY, forks, whole  # noqa: F401
 from flax_densenet import UserError
 from flax_densenet.checkpoints import reader as checkpoint_reader
 from flax_densenet.checkpoints import writer as checkpoint_writer
@@ -198,7 +198,7 @@ def test_a_bad_checkpoint_is_left_out(whole, tmp_path, damage, capsys):
     """The run goes on from the newest good one, to where it would have come."""
     workdir = tmp_path / 'run'
     shutil.copytree(whole, workdir)
-    newest = workdir / 'checkpoints' / '27'
+    newest = workdir / 'checkpoints' / f'{STEPS}'
     if damage == 'flip':
         flip(newest / 'model' / 'manifest.ocdbt', random.Random(1))
     elif damage == 'cut':
@@ -210,15 +210,17 @@ def test_a_bad_checkpoint_is_left_out(whole, tmp_path, damage, capsys):
             '{"test_accuracy": 2.0, "test_loss": 0.0}'
         )
     if damage == 'metrics':  # the best of the good ones
-        assert checkpoint_reader.find_step(str(workdir), 'best') != 27
+        assert checkpoint_reader.find_step(str(workdir), 'best') != STEPS
     fit.fit(fields_of(TINY), str(workdir))
     out = capsys.readouterr().out
     assert f'warning: bad checkpoint {newest}: ' in out
-    assert 'resuming in epoch 5, after step 26,' in out
-    assert (workdir / 'checkpoints' / 'bad-27').is_dir()
+    assert f'resuming in epoch {EPOCHS}, after step {STEPS - 1},' in out
+    assert (workdir / 'checkpoints' / f'bad-{STEPS}').is_dir()
     assert checkpoint_reader.check(str(newest)) == ''
-    assert final_arrays(workdir)[0] == 27
-    assert [record['epoch'] for record in read_records(workdir)] == [1, 2, 3, 4, 5]
+    assert final_arrays(workdir)[0] == STEPS
+    assert [record['epoch'] for record in read_records(workdir)] == [
+        *range(1, EPOCHS + 1)
+    ]
 
 
 def test_none_is_whole(whole, tmp_path):

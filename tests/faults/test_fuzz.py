@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 
 from faults import fuzz_bytes, fuzz_engine, fuzz_kinds, fuzz_tables
 from flax_densenet import UserError
+from helpers.marks import exhaustive_after
 
 # kind: inputs in full, and else.
 COUNTS = {
@@ -32,6 +33,9 @@ COUNTS = {
     'tables': (12_000, 150),
     'decisions': (8_000, 150),
 }
+# In small, `make test-slow` fuzzes these, `make test-exhaustive` the others.
+OFTEN = ('images', 'torch_zip', 'labels', 'flags', 'decisions', 'hdf5')
+KINDS = [*OFTEN, *(kind for kind in COUNTS if kind not in OFTEN)]
 
 
 def test_every_kind_counts():
@@ -40,7 +44,7 @@ def test_every_kind_counts():
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize('kind', COUNTS)
+@pytest.mark.parametrize('kind', exhaustive_after(len(OFTEN), KINDS))
 def test_fuzz(kind, tmp_path):
     if kind in ('hdf5', 'keras'):
         pytest.importorskip('h5py')

@@ -14,6 +14,8 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 FULL = os.environ.get('FAULTS') == 'full'
 # In full as users have it; else compiled in less time, for one device all the same.
 XLA_FLAGS = '' if FULL else os.environ['XLA_FLAGS'].replace('count=4', 'count=1')
+EPOCHS = 5 if FULL else 3
+STEPS = 27 if FULL else 17  # of 539 images, in all epochs
 # Whatever could depend on where a run was stopped is switched on; epochs end inside of
 # batches.
 TINY = {
@@ -26,7 +28,7 @@ TINY = {
     'data.test_fraction': 0.7,
     'optimizer.schedule': 'cosine',
     'optimizer.learning_rate': 3e-3,
-    'train.epochs': 5,
+    'train.epochs': EPOCHS,
     'train.checkpoint_every': '2 steps',
     'train.tensorboard': False,
     'train.report': False,

@@ -78,12 +78,12 @@ def named(found):
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
                 ((3, 7, 9, 40), 0, 12, 2, 0.3),  # without bottleneck
-                ((2, 40, 58, 64), 128, 32, 2, 0.2),  # bands
             )
         ),
         *exhaustive_after(
             0,
             [
+                ((2, 40, 58, 64), 128, 32, 2, 0.2),  # bands
                 ((5, 14, 14, 96), 192, 48, 2, 0.0),
                 ((1, 5, 3, 16), 16, 8, 3, 0.0),
                 ((1, 70, 29, 16), 0, 24, 2, 0.0),  # bands

@@ -15,6 +15,7 @@ from flax_densenet.kernels import cpu as cpu_kernels
 from flax_densenet.kernels import dense_block, xla_block
 from flax_densenet.train import fit
 from helpers.blocks import error, inputs, make, require_native, run, run_plain
+from helpers.marks import exhaustive_after
 from helpers.networks import compiled
 from helpers.runs import tiny_config
 
@@ -23,12 +24,11 @@ from helpers.runs import tiny_config
 CONTRACTS = [
     ('native', 'BC'),
     pytest.param('xla', 'BC', marks=pytest.mark.slow),
-    pytest.param('native', 'imagenet', marks=pytest.mark.slow),
     *(
         pytest.param(kernel, block, marks=pytest.mark.exhaustive)
         for kernel, block in (
             *(('xla', 'plain'), ('xla', 'imagenet')),
-            ('native', 'plain'),
+            *(('native', 'plain'), ('native', 'imagenet')),
             *(('native', 'same padding'), ('native', 'wide')),
         )
     ),
@@ -119,7 +119,7 @@ def test_sizes(size, block):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kernel', ['xla', 'native'])
+@pytest.mark.parametrize('kernel', exhaustive_after(1, ['native', 'xla']))
 def test_variance_with_a_large_mean(kernel):
     """Mean 1000, spread 1: a one-pass variance in float32 would lose it."""
     if kernel == 'native':
@@ -151,6 +151,7 @@ def test_variance_with_a_large_mean(kernel):
     assert np.abs(one_pass - var[:24]).max() > 1e-2
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_without_remat():
     variables, images = inputs('BC')
@@ -158,6 +159,7 @@ def test_without_remat():
     assert_as_good(found, run_plain('BC'), exact('BC'))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_four_devices():
     """Statistics of the whole batch, though it is spread over devices."""
@@ -328,6 +330,7 @@ def test_a_broken_compiler(monkeypatch, tmp_path):
     assert list((tmp_path / 'flax_densenet' / 'kernels').iterdir()) == []
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_training_with_the_native_kernel(tmp_path, monkeypatch):
     """One device: `auto` takes it; the run is the XLA one's within rounding."""

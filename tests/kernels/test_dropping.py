@@ -13,6 +13,7 @@ from helpers.blocks import error, inputs, make, require_native, run, run_plain
 DROPS = dict(drop_path_rate=0.5, dropout_rate=0.2)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_stochastic_depth():
     """An image keeps a layer's new maps, scaled, or has zeros; plain and fast alike."""

@@ -50,7 +50,7 @@ def images(size=16):
     [
         *exhaustive_after(1, [('densenet', outputs) for outputs in ACTIVATIONS]),
         # How outputs are averaged is not the networks' matter.
-        pytest.param('rdnet', 'softmax', marks=pytest.mark.slow),
+        pytest.param('rdnet', 'softmax', marks=pytest.mark.exhaustive),
     ],
 )
 def test_probabilities_are_averaged(kind, outputs):

@@ -95,6 +95,7 @@ def test_stems(name):
     assert error(found, in_double(module, variables, images)) < 2e-6
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_logits_and_half_precision():
     variables, images = inputs('BC')
@@ -110,6 +111,7 @@ def test_logits_and_half_precision():
     assert 1e-4 < error(rough, expected) < 2 * error(theirs, expected) + 1e-3
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_networks_without_batch_norm():
     module = create_model(

@@ -95,6 +95,7 @@ def test_each_group_has_its_own_statistics(way, by_hand):
         )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'drops', exhaustive_after(1, ['drop_path_rate', 'dropout_rate'])

@@ -207,6 +207,7 @@ def test_same_padding_is_xlas():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_dtype_bfloat16():
     module = tiny(dtype='bfloat16')

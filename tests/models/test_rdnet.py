@@ -254,6 +254,7 @@ def test_one_image_a_batch(tmp_path, monkeypatch, capsys):
         assert ('warning: data.batch_size=1' in capsys.readouterr().out) == warns
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_fine_tuning(trained, tmp_path, capsys):
     """New classes, a frozen backbone and its cached features: the head alone learns."""
@@ -381,6 +382,7 @@ def test_blur():
     np.testing.assert_allclose(layers.blur_pool(x)[0, ..., 0], expected, atol=1e-6)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize('fast', exhaustive_after(1, [True, False]))
 def test_deep_stem_and_blur(fast):

@@ -12,6 +12,7 @@ from flax_densenet import create_model
 from helpers.paths import ROOT
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_small(tmp_path, monkeypatch, capfd):
     """One way and one set of flags that XLA does not know; no file of a run changes."""

@@ -94,6 +94,7 @@ CASES = [
 ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(('way', 'shape', 'dtype'), CASES)
 def test_contract(way, shape, dtype):
     expected = plain(shape, 'float32')
@@ -109,6 +110,7 @@ def test_contract(way, shape, dtype):
         assert error(found[name], expected[name]) < allowed, name
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ('size', 'padding'),
     exhaustive_after(1, [((8, 11), ((0, 1), (1, 1))), ((9, 14), ((1, 1), (1, 1)))]),

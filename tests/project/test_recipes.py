@@ -105,6 +105,7 @@ def dropped(network, seed=0):
     return drawn
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_where_values_drop_out():
     """Ports: after each 3x3. The authors' code: after all but the first convolution."""
@@ -156,7 +157,7 @@ def test_what_cannot_be():
         recipe('svhn', 'quik')
 
 
-OFTEN = ('densenet121', 'rdnet', 'chexnet')
+OFTEN = ('chexnet', 'densenet121', 'rdnet')
 WITH_WEIGHTS = ('finetune', 'linear_probe')
 
 
@@ -164,7 +165,7 @@ WITH_WEIGHTS = ('finetune', 'linear_probe')
 @pytest.mark.parametrize(
     ('name', 'argument'),
     exhaustive_after(
-        4,
+        2,
         [('cifar', 'quick')]
         + [(name, None) for name in OFTEN]
         + [('cifar', '40_12,code')]

@@ -13,6 +13,7 @@ from flax_densenet.sweeps import page as sweep_page
 from flax_densenet.weights import thresholds
 from helpers import browsers
 from helpers.decided import decide
+from helpers.marks import exhaustive_after
 from helpers.pages import BOOK, make_book, many, several, write_run
 from helpers.runs import tiny_trained, write_images
 
@@ -275,7 +276,7 @@ _needs_axe = pytest.mark.skipif(
 
 
 @_needs_axe
-@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize('scheme', exhaustive_after(1, ['dark', 'light']))
 def test_accessible(chromium, report, labels_report, compared, swept, scheme):
     for path in (report[0], labels_report, compared, swept):
         with opened(chromium, path, color_scheme=scheme) as tab:
@@ -317,6 +318,7 @@ def test_narrow_and_printed(chromium, report):
         assert tab.locator('nav').is_hidden()
 
 
+@pytest.mark.exhaustive
 def test_hundred_classes(chromium, tmp_path):
     found = many()
     source = dataset.load_source('digits', image_size=8)

@@ -75,6 +75,7 @@ def test_titles_of_mixed_images():
 
 # Multiply-adds of convolutions and classifier at 224x224, in 1e9; those of the 121 are
 # in the summary below.
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ('variant', 'gmacs'),
@@ -94,6 +95,7 @@ def test_gmacs(variant, gmacs):
     assert sum(row[3] for row in rows) / 1e9 == pytest.approx(gmacs, abs=6e-4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_summary():
     module = create_model('densenet121', num_classes=1000)

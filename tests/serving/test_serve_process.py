@@ -304,6 +304,7 @@ def test_end_finishes_what_is_under_way(workdir):
         assert server.process.stderr.read() == ''
 
 
+@pytest.mark.exhaustive
 def test_mistakes(workdir):
     def launch(*flags):
         done = subprocess.run(

@@ -174,6 +174,7 @@ def test_what_is_not_the_same_is_refused(photos, copy):
         crossval.run(config_of(changed), str(copy), folds=FOLDS)
 
 
+@pytest.mark.exhaustive
 def test_the_folds_as_one_model(made, model, photos):
     """Probabilities are averaged, features side by side, and there are maps."""
     named = files(photos)

@@ -161,6 +161,7 @@ def records_of(workdir):
     ]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_resumed_run_with_everything_is_the_uninterrupted_one(
     tmp_path, monkeypatch, capsys
@@ -247,6 +248,7 @@ def first(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'fields',

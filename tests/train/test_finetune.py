@@ -126,6 +126,7 @@ def test_frozen_blocks_have_no_backward_call():
     assert calls == {0: [3, 0, 3], 2: [2, 1, 2], 3: [1, 2, 1], 4: [0, 3, 0]}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize('fast', exhaustive_after(1, [True, False]))
 def test_frozen_stages_compute_as_in_evaluation(fast):
@@ -336,6 +337,7 @@ def test_cached_features_change_nothing(
     assert_equal_bits(arrays, final_arrays(tmp_path / 'parts')[1])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_features_with_several_labels_an_image():
     """In their order, the last batch not full; labels with what is not known."""

@@ -219,6 +219,7 @@ def test_init_from_a_run(trained, tmp_path, capsys):
         fit.fit(config, str(tmp_path / 'nothing'))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_bad_images_are_listed(tmp_path, capsys):
     photos = write_images(tmp_path / 'photos', {'ants': 80, 'bees': 81})
@@ -266,6 +267,7 @@ def test_a_loss_that_is_not_finite(tmp_path):
     assert not checkpoint_reader.has_checkpoint(str(tmp_path))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_processes_give_the_stream_of_threads(tmp_path):
     """In a program of its own: worker processes import its main module again."""

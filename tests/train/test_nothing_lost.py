@@ -263,6 +263,7 @@ def test_the_rate_of_a_bad_step_is_told(monkeypatch):
         guard.see(5, np.nan, None)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_probe_on_cached_features_that_overflows(tmp_path):
     """Ends with the line and the dump of any other run; the batch is of features."""

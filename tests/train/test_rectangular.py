@@ -63,6 +63,7 @@ def test_metadata_and_resuming(run, photos, capfd):
         fit.fit(config_of(photos, **{'data.image_size': SIZE[::-1]}), str(run))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_prediction_maps_and_server(run, photos):
     model = flax_densenet.load(run)
@@ -96,6 +97,7 @@ def test_files_keep_the_size(run, name, tmp_path):
         )
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_onnx_and_stablehlo(run, photos, tmp_path):
     for name in ('m.onnx', 'm.stablehlo'):

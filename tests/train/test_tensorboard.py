@@ -42,6 +42,7 @@ def hyperparameters(events):
     return start.hparams, '_hparams_/session_end_info' in content
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_resumed_run_is_shown_once(tmp_path, monkeypatch):
     # 1437 images in batches of 128: epochs end after the steps 12 and 23.

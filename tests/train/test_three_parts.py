@@ -130,6 +130,7 @@ def test_without_a_report_the_test_is_measured(tmp_path, caplog):
     assert 'Val_acc: ' in caplog.text and 'Epoch:  1.' in caplog.text
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_run_of_two_parts_goes_on_with_three(tmp_path):
     """Versions that knew of two parts left the test part of a folder aside."""

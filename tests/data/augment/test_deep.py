@@ -83,6 +83,7 @@ def test_the_same_draws_as_of_8_bits():
         assert away.mean() < 1, seed
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_mixing_and_normalization_have_the_scale_of_8_bits():
     images = np.stack([smooth(), smooth()[::-1], smooth()[:, ::-1], 255 - smooth()])

@@ -171,6 +171,7 @@ def assert_close(one, other):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), one, other)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_loss_is_that_of_soft_labels():
     """Of each micro-batch, mixed by itself with its own key, and weighed by class."""

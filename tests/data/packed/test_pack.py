@@ -151,6 +151,7 @@ def test_decoding_processes(folder, out):
         assert_equal_bits(one, other)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_resumed_training_of_a_pack_is_that_of_its_folder(
     folder, out, tmp_path, monkeypatch

@@ -13,6 +13,7 @@ processors.
 """
 
 import concurrent.futures
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -273,16 +274,32 @@ def _build(source, *, level):
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as building:
-        output = os.path.join(building, 'kernels.so')
-        compiling.run(
-            sources[0],
-            output,
-            include=jax.ffi.include_dir(),
-            instructions=instructions,
-        )
-        os.replace(output, target)  # atomic, in case two processes build it
+    with _alone(folder / f'{name}.lock'):
+        if target.exists():
+            return target
+        with tempfile.TemporaryDirectory(dir=folder) as building:
+            output = os.path.join(building, 'kernels.so')
+            compiling.run(
+                sources[0],
+                output,
+                include=jax.ffi.include_dir(),
+                instructions=instructions,
+            )
+            os.replace(output, target)  # atomic: a file here is whole
     return target
+
+
+@contextlib.contextmanager
+def _alone(path):
+    """Waits while another process compiles the same; several often start together."""
+    import filelock
+
+    lock = filelock.FileLock(path)
+    with contextlib.ExitStack() as stack:
+        # On a file system without locks, each process compiles.
+        with contextlib.suppress(OSError, NotImplementedError):
+            stack.enter_context(lock)
+        yield
 
 
 def call(

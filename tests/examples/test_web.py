@@ -104,7 +104,9 @@ def test_the_same_pixels(opened, photo, tmp_path):
         check(tab, model, image, SAME_BOUND)
 
 
-@pytest.mark.parametrize('way', ['stretch', 'crop', 'bicubic', 'gray'])
+@pytest.mark.parametrize(
+    'way', exhaustive_after(2, ['crop', 'gray', 'stretch', 'bicubic'])
+)
 def test_photographs(opened, photo, tmp_path, way):
     """As a PNG the pixels are ours, as a JPEG nearly, also of one on its side."""
     options = {
@@ -223,14 +225,17 @@ def test_without_a_model(opened, photo, tmp_path):
 
 @pytest.mark.parametrize(
     ('made', 'reason'),
-    [
-        ({'dtype': 'float'}, 'its image is float32 [batch, 32, 32, 3], not uint8'),
-        ({'image_size': 64}, 'not uint8 [batch, 64, 64, 3]'),
-        ({'outputs': 4}, 'its probabilities are float32 [batch, 4] for 6 classes'),
-        ({'resize': None}, 'says nothing of its resize'),
-        ({'resize': 'fold'}, 'has a resize that cannot be used: fold'),
-        ({'crop_fraction': 0}, 'has a crop_fraction that cannot be used: 0'),
-    ],
+    exhaustive_after(
+        2,
+        [
+            ({'dtype': 'float'}, 'its image is float32 [batch, 32, 32, 3], not uint8'),
+            ({'resize': 'fold'}, 'has a resize that cannot be used: fold'),
+            ({'image_size': 64}, 'not uint8 [batch, 64, 64, 3]'),
+            ({'outputs': 4}, 'its probabilities are float32 [batch, 4] for 6 classes'),
+            ({'resize': None}, 'says nothing of its resize'),
+            ({'crop_fraction': 0}, 'has a crop_fraction that cannot be used: 0'),
+        ],
+    ),
 )
 def test_models_of_others(opened, photo, tmp_path, made, reason):
     """The reason is told in a line, and the model of before goes on."""

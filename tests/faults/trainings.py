@@ -93,14 +93,14 @@ class Training:
         while not (condition() if callable(condition) else condition in self.text):
             assert time.monotonic() < end, self.text
             assert self.is_alive(), self.text
-            time.sleep(0.002)
+            time.sleep(0.02)
 
     def has_begun(self):
         """Waits for its first step; False where it ended without one."""
         while self.is_alive():
             if 'compiled in' in self.text:
                 return True
-            time.sleep(0.002)
+            time.sleep(0.02)
         return False
 
     def is_alive(self):

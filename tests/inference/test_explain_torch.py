@@ -5,6 +5,7 @@
 
 import numpy as np
 import pytest
+from helpers.marks import exhaustive_after
 
 from flax_densenet import load_trained
 from flax_densenet.inference import explain
@@ -109,7 +110,7 @@ def test_grad_cam_beside_captum(case):
     assert_same(ours.cams(pixels, CLASSES), expected[:, 0].detach().numpy())
 
 
-@pytest.mark.parametrize('patches', [3, 7])
+@pytest.mark.parametrize('patches', exhaustive_after(1, [7, 3]))
 def test_occlusion(patches, case):
     from captum.attr import Occlusion
 
@@ -135,7 +136,7 @@ def test_occlusion(patches, case):
     assert_same(found, np.maximum(expected, 0))
 
 
-@pytest.mark.parametrize('steps', [4, 32])
+@pytest.mark.parametrize('steps', exhaustive_after(1, [4, 32]))
 def test_integrated_gradients(steps, case):
     from captum.attr import IntegratedGradients
 

@@ -187,7 +187,7 @@ def test_grad_cam(classes, torchvision, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     'depth',
-    [121, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (161, 169, 201))],
+    exhaustive_after(0, [121, 161, 169, 201]),
 )
 def test_full_size(depth, torchvision, tmp_path):
     """In, then out to torchvision and timm, bit for bit."""

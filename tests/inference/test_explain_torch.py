@@ -5,11 +5,11 @@
 
 import numpy as np
 import pytest
-from helpers.marks import exhaustive_after
 
 from flax_densenet import load_trained
 from flax_densenet.inference import explain
 from helpers import torch_networks
+from helpers.marks import exhaustive_after
 
 torch = pytest.importorskip('torch')
 CLASSES = [0, 3, 6]

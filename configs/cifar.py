@@ -17,8 +17,8 @@ set prepared by TFDS. SGD with Nesterov momentum 0.9 from 0.1, divided by 10 at 
 rates and the cost; configs/cifar100.py and configs/svhn.py are for the other columns.
 
 `quick` is a small network on images that grow, in bfloat16. In float32, its accuracy on
-the test images of CIFAR-10 was 86.2% after 13 epochs, in 23 minutes on two CPU cores. On a
-CPU with AMX, bfloat16 takes two thirds of the time for the same accuracy
+the test images of CIFAR-10 was 86.2% after 13 epochs, in 23 minutes on two CPU cores.
+On a CPU with AMX, bfloat16 takes two thirds of the time for the same accuracy
 (docs/results.md).
 """
 

@@ -285,7 +285,7 @@ def _build(source, *, level):
                 include=jax.ffi.include_dir(),
                 instructions=instructions,
             )
-            os.replace(output, target)  # atomic: a file here is whole
+            os.replace(output, target)  # atomic: a file here is complete
     return target
 
 

@@ -54,16 +54,14 @@ test: .venv/installed
 # part compares them with the layers by XLA.
 test-slow: .venv/installed .venv-peers/installed
 	@FLAX_DENSENET_CPU_KERNELS=0 $(PEERS)/python -m pytest -q -n 1 -m 'not exhaustive' \
-		$(BESIDE_PEERS) $(KERAS_FAULTS) \
-		tests/export/test_release.py::test_runtimes_of_others \
-		>.venv/peers.log 2>&1 & peers=$$!; \
+		$(BESIDE_PEERS) $(KERAS_FAULTS) >.venv/peers.log 2>&1 & peers=$$!; \
 	$(BIN)/python -m pytest -q -n 3 -m '(slow or faults) and not exhaustive'; slow=$$?; \
 	wait $$peers; peers=$$?; cat .venv/peers.log; exit $$((slow | peers))
 
 # All that is marked so, with the peers' part.
 test-exhaustive: .venv/installed .venv-peers/installed
 	$(BIN)/python -m pytest -q -n 2 -m exhaustive
-	$(PEERS)/python -m pytest -q -n 2 -m exhaustive $(BESIDE_PEERS)
+	$(PEERS)/python -m pytest -q -n 2 -m exhaustive $(BESIDE_PEERS) $(KERAS_FAULTS)
 
 # In an environment of their own: they bring many packages, and limit others.
 TRACKERS = .venv-trackers/bin
@@ -77,7 +75,8 @@ BESIDE_PEERS = tests/data/augment/test_torchvision.py \
 	tests/inference/test_explain_torch.py tests/train/test_torch_training.py \
 	tests/weights/test_hdf5.py tests/weights/test_keras_files.py \
 	tests/weights/test_keras_writing.py tests/weights/test_published_peers.py \
-	tests/weights/test_timm.py tests/weights/test_torch.py
+	tests/weights/test_timm.py tests/weights/test_torch.py \
+	tests/export/test_release.py::test_runtimes_of_others
 
 # Keras files need its HDF5 library, which is installed there.
 KERAS_FAULTS = 'tests/faults/test_fuzz.py::test_fuzz[hdf5]' \

@@ -124,8 +124,6 @@ FD_INLINE void add_pair(std::vector<float>& to, int chunk, Pair v) {
   store_pair(p, load_pair(p) + v);
 }
 
-// Layer norm of the pixels d [chunks][ld][32]: put(pixel, chunk, normalized), and
-// rstd(pixel, 1 / standard deviation).
 // Puts the gradient of the outputs `[pixels, F]` into chunks of channels, `next` apart,
 // and adds its sum to the gradient of the bias.
 template <class E>
@@ -143,6 +141,8 @@ FD_INLINE void take_gradient(const typename E::T* dy, int pixels, int F,
   }
 }
 
+// Layer norm of the pixels d [chunks][ld][32]: put(pixel, chunk, normalized), and
+// rstd(pixel, 1 / standard deviation).
 template <class Put, class Rstd>
 FD_INLINE void layer_norm(const float* d, int ld, int pixels, int C,
                           const std::vector<float>& mask, float epsilon, Put put,

@@ -509,10 +509,7 @@ ffi::Error StemPacked(ffi::ThreadPool pool, int64_t height, int64_t width, int64
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseBlockForwardPackedBfloat16, BlockPacked,
-                              (bind<Arguments, BF, FL, BF>(bind_packed_block()).Ret<BF>()));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(StemForwardPackedBfloat16, StemPacked,
-                              (bind<Arguments, FL, FL, BF>(bind_packed_stem()).Ret<BF>()));
+FD_HANDLER(DenseBlockForwardPackedBfloat16, BlockPacked, FD_BLOCK_SIZES);
+FD_HANDLER(StemForwardPackedBfloat16, StemPacked, FD_STEM_SIZES);
 
 FLAX_DENSENET_BFLOAT16_PATH

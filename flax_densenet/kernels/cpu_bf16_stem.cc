@@ -389,24 +389,11 @@ ffi::Error Backward(ffi::ThreadPool pool_, float epsilon, int64_t height, int64_
   return ffi::Error::Success();
 }
 
-auto bind_stem() {
-  return with_stem_sizes(bind_pool());
-}
-
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    StemForwardTrainBfloat16, Forward,
-    (bind<Results, BF, FL, FL, BF, U8>(bind<Arguments, BF, FL, FL, FL>(bind_stem()))));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    StemForwardEvalBfloat16, ForwardEval,
-    (bind<Arguments, BF, FL, FL, FL, FL, FL>(bind_stem()).Ret<BF>()));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    StemBackwardBfloat16, Backward,
-    (bind<Results, FL, FL, FL>(
-        bind<Arguments, BF, FL, FL, FL, FL, BF, U8, BF>(bind_stem()))));
+FD_HANDLER(StemForwardTrainBfloat16, Forward, "epsilon", FD_STEM_SIZES);
+FD_HANDLER(StemForwardEvalBfloat16, ForwardEval, "epsilon", FD_STEM_SIZES);
+FD_HANDLER(StemBackwardBfloat16, Backward, "epsilon", FD_STEM_SIZES);
 
 FD_TOGETHER(StemForwardTrainBfloat16);
 FD_TOGETHER(StemBackwardBfloat16);

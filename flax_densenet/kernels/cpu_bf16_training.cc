@@ -751,17 +751,8 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, float rate, BF X, FL me
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    DenseBlockForwardTrainBfloat16, Forward,
-    (bind<Results, BF, FL, FL, BF, FL, FL>(
-        bind<Arguments, BF, U8, FL>(bind_pool().Attr<float>("rate")).RemainingArgs())));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    DenseBlockBackwardBfloat16, Backward,
-    (bind<Results, BF, BF, FL, BF>(bind<Arguments, BF, FL, FL, BF, FL, FL, U8, FL, BF, FL, FL>(
-                                   bind_pool().Attr<float>("rate"))
-                                   .RemainingArgs())
-         .RemainingRets()));
+FD_HANDLER(DenseBlockForwardTrainBfloat16, Forward, "epsilon", "rate");
+FD_HANDLER(DenseBlockBackwardBfloat16, Backward, "epsilon", "rate");
 
 FD_TOGETHER(DenseBlockForwardTrainBfloat16);
 FD_TOGETHER(DenseBlockBackwardBfloat16);

@@ -249,14 +249,8 @@ ffi::Error Backward(ffi::ThreadPool pool_, float epsilon, BF X, FL mean, FL var,
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    TransitionForwardBfloat16, Forward,
-    (bind<Arguments, BF, FL, FL, FL, FL, FL>(bind_pool()).Ret<BF>()));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    TransitionBackwardBfloat16, Backward,
-    (bind<Results, BF, FL, FL, FL, FL, FL>(
-        bind<Arguments, BF, FL, FL, FL, FL, FL, BF>(bind_pool()))));
+FD_HANDLER(TransitionForwardBfloat16, Forward, "epsilon");
+FD_HANDLER(TransitionBackwardBfloat16, Backward, "epsilon");
 
 FD_TOGETHER(TransitionBackwardBfloat16);
 

@@ -292,11 +292,6 @@ ffi::Error Backward(ffi::ThreadPool pool, float epsilon, float rate,
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    DenseBlockBackward, Backward,
-    (bind<Results, FL, FL, FL>(bind<Arguments, FL, FL, FL, FL, FL, FL, U8, FL, FL, FL, FL>(
-                                   bind_pool().Attr<float>("rate"))
-                                   .RemainingArgs())
-         .RemainingRets()));
+FD_HANDLER(DenseBlockBackward, Backward, "epsilon", "rate");
 
 FD_TOGETHER(DenseBlockBackward);

@@ -466,27 +466,11 @@ ffi::Error Number(ffi::ResultBuffer<ffi::U32> number) {
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    DenseBlockForwardTrain, ForwardTrain,
-    (bind<Results, FL, FL, FL, FL, FL, FL>(
-        bind<Arguments, FL, U8, FL>(bind_pool().Attr<float>("rate")).RemainingArgs())));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseBlockForwardEval, ForwardEval,
-                              bind_pool().Arg<FL>().RemainingArgs().Ret<FL>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(DenseBlockForwardPacked, ForwardPacked,
-                              bind_packed_block().Arg<FL>().Arg<FL>().Ret<FL>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(DropoutKeep, DropoutMask,
-                              ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Attr<float>("rate")
-                                  .Arg<ffi::Buffer<ffi::U32>>()
-                                  .Arg<ffi::Buffer<ffi::U32>>()
-                                  .Ret<U8>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(CallNumber, Number,
-                              ffi::Ffi::Bind().Ret<ffi::Buffer<ffi::U32>>());
+FD_HANDLER(DenseBlockForwardTrain, ForwardTrain, "epsilon", "rate");
+FD_HANDLER(DenseBlockForwardEval, ForwardEval, "epsilon");
+FD_HANDLER(DenseBlockForwardPacked, ForwardPacked, FD_BLOCK_SIZES);
+FD_HANDLER(DropoutKeep, DropoutMask, "rate");
+FD_HANDLER(CallNumber, Number, );
 
 FD_TOGETHER(DenseBlockForwardTrain);
 

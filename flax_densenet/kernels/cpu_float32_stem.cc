@@ -268,23 +268,10 @@ ffi::Error StemBackward(ffi::ThreadPool pool_, float epsilon, int64_t low_h,
 
 }  // namespace
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(StemForwardPacked, StemPacked,
-                              bind_packed_stem().Arg<FL>().Arg<FL>().Ret<FL>());
-
-#define BIND_STEM() bind_pool().Attr<int64_t>("low_h").Attr<int64_t>("low_w")
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    StemForwardTrain, StemTrain,
-    (bind<Results, FL, U8, FL, FL>(bind<Arguments, FL, FL, FL>(BIND_STEM()))));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    StemForwardEval, StemEval,
-    (bind<Arguments, FL, FL, FL, FL, FL>(BIND_STEM()).Ret<FL>()));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    StemBackwardTrain, StemBackward,
-    (bind<Results, FL, FL, FL>(
-        bind<Arguments, FL, FL, FL, FL, FL, U8, FL>(BIND_STEM()))));
+FD_HANDLER(StemForwardPacked, StemPacked, FD_STEM_SIZES);
+FD_HANDLER(StemForwardTrain, StemTrain, "epsilon", "low_h", "low_w");
+FD_HANDLER(StemForwardEval, StemEval, "epsilon", "low_h", "low_w");
+FD_HANDLER(StemBackwardTrain, StemBackward, "epsilon", "low_h", "low_w");
 
 FD_TOGETHER(StemForwardTrain);
 FD_TOGETHER(StemBackwardTrain);

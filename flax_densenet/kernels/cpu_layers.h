@@ -9,9 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "cpu_handler.h"
 
 namespace {
 
@@ -21,54 +19,11 @@ using FL = ffi::Buffer<ffi::F32>;
 using BF = ffi::Buffer<ffi::BF16>;
 using U8 = ffi::Buffer<ffi::U8>;
 
-// Buffers as a handler's arguments or results: bind<Arguments, FL, U8>(bound).
-struct Arguments {
-  template <class T, class B>
-  static auto add(B&& bound) {
-    return std::move(bound).template Arg<T>();
-  }
-};
-struct Results {
-  template <class T, class B>
-  static auto add(B&& bound) {
-    return std::move(bound).template Ret<T>();
-  }
-};
-template <class Kind, class T, class... Rest, class B>
-auto bind(B&& bound) {
-  if constexpr (sizeof...(Rest) == 0) {
-    return Kind::template add<T>(std::move(bound));
-  } else {
-    return bind<Kind, Rest...>(Kind::template add<T>(std::move(bound)));
-  }
-}
-// Of a handler that works on the pool and normalizes.
-inline auto bind_pool() {
-  return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<float>("epsilon");
-}
+// The attributes of a packed block's handlers.
+#define FD_BLOCK_SIZES "layers", "bottleneck", "growth", "features"
 
-// Of inference with packed weights: a block and its tail, and the stem.
-inline auto bind_packed_block() {
-  return ffi::Ffi::Bind()
-      .Ctx<ffi::ThreadPool>()
-      .Attr<int64_t>("layers")
-      .Attr<int64_t>("bottleneck")
-      .Attr<int64_t>("growth")
-      .Attr<int64_t>("features");
-}
-template <class Binding>
-auto with_stem_sizes(Binding binding) {
-  return std::move(binding)
-      .template Attr<int64_t>("height")
-      .template Attr<int64_t>("width")
-      .template Attr<int64_t>("low_h")
-      .template Attr<int64_t>("low_w")
-      .template Attr<int64_t>("pool_low_h")
-      .template Attr<int64_t>("pool_low_w");
-}
-inline auto bind_packed_stem() {
-  return with_stem_sizes(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>());
-}
+// The attributes of the stem's handlers.
+#define FD_STEM_SIZES "height", "width", "low_h", "low_w", "pool_low_h", "pool_low_w"
 
 // Memory that begins at a cache line. A tile with rows of a line then reads no line twice.
 template <class T>

@@ -19,8 +19,8 @@
 #include <string_view>
 #include <vector>
 
+#include "cpu_handler.h"
 #include "cpu_parallel.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace {
 
@@ -108,14 +108,6 @@ class Whole {
   std::unique_ptr<void, Free> memory_;
 };
 
-inline XLA_FFI_Error* together_error(const XLA_FFI_Api* api, const char* message) {
-  XLA_FFI_Error_Create_Args args = {};
-  args.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE;
-  args.message = message;
-  args.errc = XLA_FFI_Error_Code_INTERNAL;
-  return api->XLA_FFI_Error_Create(&args);
-}
-
 // The call for all devices. `axes` has, for each buffer, the axis along which it is spread
 // over the devices; -1 if each device has the entire buffer.
 inline XLA_FFI_Error* call_for_all(XLA_FFI_Handler* handler, XLA_FFI_CallFrame frame,
@@ -129,7 +121,7 @@ inline XLA_FFI_Error* call_for_all(XLA_FFI_Handler* handler, XLA_FFI_CallFrame f
     if (axes[i] < 0) continue;
     wholes[i].emplace(all, i, axes[i]);
     if (!wholes[i]->has_memory())
-      return together_error(frame.api, "dense block: out of memory");
+      return make_error(frame.api, "dense block: out of memory");
     buffers[i] = wholes[i]->buffer();
     if (i < arguments) wholes[i]->put_together(pool);
   }
@@ -155,7 +147,7 @@ inline void complete(const XLA_FFI_Api* api, XLA_FFI_Future* future, bool failed
     XLA_FFI_Future_SetError_Args args = {};
     args.struct_size = XLA_FFI_Future_SetError_Args_STRUCT_SIZE;
     args.future = future;
-    args.error = together_error(api, "dense block: failed on another device");
+    args.error = make_error(api, "dense block: failed on another device");
     api->XLA_FFI_Future_SetError(&args);
     return;
   }
@@ -199,7 +191,7 @@ inline XLA_FFI_Error* together(XLA_FFI_Handler* handler, XLA_FFI_CallFrame* fram
   const auto* who = static_cast<uint32_t*>(buffer_of(frame, inner.args.size)->data);
   const uint32_t number = who[0], place = who[1];
   if (!axes || place >= devices)
-    return together_error(frame->api, "dense block: not a call of several devices");
+    return make_error(frame->api, "dense block: not a call of several devices");
 
   static std::mutex mutex;
   static std::map<uint32_t, std::shared_ptr<Gathering>> gatherings;
@@ -214,7 +206,7 @@ inline XLA_FFI_Error* together(XLA_FFI_Handler* handler, XLA_FFI_CallFrame* fram
     }
     all = found;
     if ((int64_t)all->devices.size() != devices || all->devices[place].here)
-      return together_error(frame->api, "dense block: two calls with one number");
+      return make_error(frame->api, "dense block: two calls with one number");
     Gathering::Device& own = all->devices[place];
     own.here = true;
     keep_buffers(&inner, count, own);

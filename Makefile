@@ -41,13 +41,11 @@ run: .venv/installed
 		--config.optimizer.learning_rate=1e-3 --config.optimizer.schedule=cosine \
 		--config.train.epochs=6
 
-LINT = $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+RUFF = $(BIN)/ruff check . && $(BIN)/ruff format --check .
 
-# Lint runs in parallel: the first and last seconds of the tests leave a core idle.
 test: .venv/installed
-	@( $(LINT) ) >.venv/lint.log 2>&1 & lint=$$!; \
-	$(BIN)/python -m pytest -q; tests=$$?; \
-	wait $$lint; lint=$$?; cat .venv/lint.log; exit $$((tests | lint))
+	$(RUFF)
+	$(BIN)/python -m pytest -q
 
 # In parallel: many of these tests wait for other processes and leave a core idle. The
 # peers' part does without the C++ kernels, which would be compiled for its JAX; the other
@@ -126,7 +124,8 @@ web:
 	npm --prefix examples/web run build
 
 lint: .venv/installed
-	$(LINT)
+	$(RUFF)
+	$(BIN)/mypy
 
 .venv/installed: pyproject.toml
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 with venv is needed"; \

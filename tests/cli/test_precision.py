@@ -87,6 +87,7 @@ def test_what_auto_takes(run, monkeypatch):
         predictor_lib.load_trained('run', precision='int4')
 
 
+@pytest.mark.slow
 def test_eval_measures_both_and_predict_follows(run, monkeypatch, capfd):
     main = helper.make_main(monkeypatch, capfd)
     photos = write_images(run.parent / 'others', {'3': 4, '8': 5})

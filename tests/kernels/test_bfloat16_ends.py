@@ -98,6 +98,7 @@ def transition_arguments(shape, features):
 natively = functools.partial(native_transition.transition, epsilon=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('shape', 'features'),
     [
@@ -149,6 +150,7 @@ def stem_arguments(shape, features):
     return jnp.asarray(normal(*shape, shift=0.5), jnp.bfloat16), kernel, scale, bias
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('shape', 'features', 'padding'),
     [
@@ -196,6 +198,7 @@ def test_the_stem_on_each_path(shape, features, padding):
     )
 
 
+@pytest.mark.slow
 def test_the_stem_where_a_value_is_not_the_largest():
     """A ReLU without gradient, equal values (the first counts) and a zero image."""
     require_native('bfloat16')

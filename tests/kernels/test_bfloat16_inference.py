@@ -59,6 +59,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('block', 'size', 'count'), CASES)
 def test_each_path_is_as_good_as_xla(paths, block, size, count):
     native, text = program(block, size, count, kernel='native', dtype='bfloat16')
@@ -80,6 +81,7 @@ def test_each_path_is_as_good_as_xla(paths, block, size, count):
         assert error(one, found['portable']) < 0.5 * theirs
 
 
+@pytest.mark.slow
 def test_images_are_computed_apart(paths):
     """Values that are too large for bfloat16 do not reach the other images."""
     variables, images = inputs('BC', (13, 22), 5)

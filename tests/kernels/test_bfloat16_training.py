@@ -70,6 +70,7 @@ def named(found):
     return {'features': features, 'x': of_x} | statistics | gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('shape', 'bottleneck', 'growth', 'count', 'dropout'),
     [

@@ -103,6 +103,7 @@ def prepared(*case):
         return variables, x, run(case, double, dtype='float64')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', CASES)
 def test_training_in_float32(case):
     require('float32')
@@ -117,6 +118,7 @@ def test_training_in_float32(case):
     assert any(np.any(found[name] != plain[name]) for name in exact)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('case', CASES)
 def test_training_in_bfloat16(case, monkeypatch):
     """Each way to multiply."""
@@ -144,6 +146,7 @@ def test_training_in_bfloat16(case, monkeypatch):
             assert error(one[name], expected) <= limit, (path, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_inference_with_packed_kernels(dtype, monkeypatch):
     """Packed once, as the program would pack them."""

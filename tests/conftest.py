@@ -1,6 +1,8 @@
 """Four fake CPU devices, strict JAX, and runs without pictures."""
 
+import contextlib
 import gc
+import importlib
 import os
 import signal
 import sys
@@ -54,6 +56,28 @@ def pytest_collection(session):
         import jax
 
         jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+def pytest_collectstart(collector):
+    """Each worker first imports its own part of the test files.
+
+    Pytest rewrites the assertions of a file when it is imported for the first time,
+    which takes seconds for all files. A worker reads what another one has rewritten.
+    """
+    worker = os.environ.get('PYTEST_XDIST_WORKER', '')[2:]
+    everything = not collector.config.option.file_or_dir
+    if not (isinstance(collector, pytest.Session) and worker and everything):
+        return
+    root = collector.config.rootpath
+    files = sorted(root.glob('tests/**/test_*.py'))
+    count = int(os.environ['PYTEST_XDIST_WORKER_COUNT'])
+    first, end = (len(files) * (int(worker) + more) // count for more in (0, 1))
+    for file in files[first:end]:
+        # An error is reported when the file is collected.
+        with contextlib.suppress(Exception, pytest.skip.Exception):
+            importlib.import_module(
+                '.'.join(file.relative_to(root).with_suffix('').parts)
+            )
 
 
 # Files with tests that take many seconds.

@@ -9,6 +9,7 @@ import pytest
 from flax_densenet import UserError, create_model, init_variables
 from flax_densenet import losses as losses_lib
 from flax_densenet.train import prepare, step, training_run
+from helpers.marks import slow_after
 from helpers.runs import tiny_config
 
 RNG = np.random.default_rng(0)
@@ -37,7 +38,7 @@ def losses(name, labels=CLASSES, logits=LOGITS, **fields):
     return np.asarray(jax.jit(loss.losses)(logits, labels))
 
 
-@pytest.mark.parametrize('smoothing', [0.0, 0.2])
+@pytest.mark.parametrize('smoothing', slow_after(1, [0.2, 0.0]))
 def test_one_class_an_image(smoothing):
     p, q, target = softmax(LOGITS), sigmoid(LOGITS), targets(smoothing)
     expected = {
@@ -53,7 +54,7 @@ def test_one_class_an_image(smoothing):
     np.testing.assert_allclose(same, expected['cross_entropy'], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('smoothing', [0.0, 0.2])
+@pytest.mark.parametrize('smoothing', slow_after(1, [0.2, 0.0]))
 def test_several_labels_an_image(smoothing):
     known, q = ~np.isnan(SEVERAL), sigmoid(LOGITS)
     target = np.where(known, SEVERAL, 0) * (1 - smoothing) + smoothing / 2

@@ -32,6 +32,7 @@ def images(digits_run, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_has_them(digits_run):
     """Of the shared run: at most 5% of the images that set the limit are beyond it."""
     made = decisions.load(digits_run.workdir, 10)
@@ -51,6 +52,7 @@ def test_a_run_has_them(digits_run):
     )
 
 
+@pytest.mark.slow
 def test_predictions(digits_run, images):
     model = flax_densenet.load(digits_run.workdir, batch_size=8)
     known = model.predict(sorted(map(str, (images / 'digits').iterdir())))

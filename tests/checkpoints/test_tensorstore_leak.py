@@ -62,6 +62,7 @@ def found():
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_json_is_the_same(found):
     before, after = found['json']
     assert before == after and len(before) == len(SPECS)

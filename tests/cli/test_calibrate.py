@@ -69,6 +69,7 @@ def test_old_runs_stay_as_they_were_until_they_are_calibrated(run, main):
     assert sum(value is not None for value in values) >= 8
 
 
+@pytest.mark.slow
 def test_decisions_of_another_checkpoint(run, caplog):
     content = json.loads((run / decisions.FILE).read_text())
     del content['checksum']

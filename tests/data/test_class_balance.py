@@ -19,6 +19,7 @@ from flax_densenet.train import (
     step,
     training_run,
 )
+from helpers.marks import slow_after
 from helpers.runs import change_settings, tiny_config, write_images
 
 COUNTS = {'ants': 30, 'bees': 3, 'wasps': 1}
@@ -44,6 +45,7 @@ def column(batches, name):
     return np.concatenate([batch[name] for batch in batches])
 
 
+@pytest.mark.slow
 def test_an_epoch_draws_each_class_as_often(source):
     batches = take(source.train, 34)  # five epochs of 34
     labels, epochs = column(batches, 'label'), column(batches, 'epoch')
@@ -76,7 +78,7 @@ def test_draws_are_mixed(source):
     assert (labels[3:] == labels[:-3]).mean() < 0.6  # not 0 1 2 0 1 2
 
 
-@pytest.mark.parametrize('start', [1, 9])
+@pytest.mark.parametrize('start', slow_after(1, [9, 1]))
 def test_draws_are_a_function_of_the_step(source, start):
     settings = {'augment': 'shift_flip', 'batch_size': 7}
     whole = take(source.train, start + 6, **settings)
@@ -101,6 +103,7 @@ def test_features_are_drawn_too(source):
     assert np.bincount(labels).tolist() == [34, 34, 34]
 
 
+@pytest.mark.slow
 def test_draws_of_a_large_class():
     labels = np.array([0] * 1_000_003 + [1])
     draws = class_balance.Draws(labels, seed=1)
@@ -205,6 +208,7 @@ def test_the_step_gets_the_weights(source):
     np.testing.assert_allclose(found, 34 / 3 / np.array([30, 3, 1]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_draws_evenly(source):
     for value, expected in (('none', [60, 6, 2]), ('sampler', [23, 23, 22])):
         run = run_of(source, value)

@@ -107,6 +107,7 @@ def test_tables_as_programs_write_them(tmp_path):
     assert found.values.tolist() == [[1], [0]]
 
 
+@pytest.mark.slow
 def test_an_image_twice_in_a_large_table(tmp_path):
     """Found at once, not by comparing each row with each."""
     rows = [f'{number}.png,1' for number in range(100_000)]

@@ -252,6 +252,7 @@ def test_names_of_any_bytes_in_processes(strange_folder, tmp_path):
     assert done.stdout == 'True\n', done.stderr
 
 
+@pytest.mark.slow
 def test_many_files_are_checked_in_chunks(folder, monkeypatch):
     paths = [str(folder / 'ants' / '000.jpg')] * 1000
     paths[255] = str(folder / 'nowhere.jpg')  # the last of its chunk

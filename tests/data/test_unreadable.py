@@ -10,6 +10,7 @@ from flax_densenet import UserError
 from flax_densenet.data import dataset, labeled_images, pipeline, unreadable
 from flax_densenet.evaluation import evaluate
 from flax_densenet.train import fit, loop, prepare, step, training_run
+from helpers.marks import slow_after
 from helpers.runs import tiny_config, write_images
 
 
@@ -47,7 +48,7 @@ def test_with_error_a_lost_file_ends_the_run_by_name(source):
         assert str(raised.value) == f'{name} {message}'
 
 
-@pytest.mark.parametrize('balance', ['none', 'sampler'])
+@pytest.mark.parametrize('balance', slow_after(1, ['sampler', 'none']))
 def test_with_skip_the_next_one_stands_in(source, balance):
     settings = dict(batch_size=8, seed=0, bad_images='skip', balance=balance)
     count = len(source.train)

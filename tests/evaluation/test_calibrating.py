@@ -61,6 +61,7 @@ def test_a_temperature_that_does_not_help():
     assert not few.changes and 'fewer than 20' in few.notes[0]
 
 
+@pytest.mark.slow
 def test_chance_rarely_changes_what_is_calibrated():
     """AIC takes one superfluous number in some 16% of draws: P(chi2 > 2)."""
     changed = [

@@ -24,6 +24,7 @@ def draw_several(random, count, labels=3):
     return 1 / (1 + np.exp(-3 * logits)), truth
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('coverage, count', [(0.9, 50), (0.8, 101), (0.95, 19)])
 def test_guarantee(coverage, count):
     """Over 1,000 draws: at least the coverage, at most 1 / (n + 1) more."""

@@ -86,6 +86,7 @@ def test_format():
     assert line == 'Test_acc: 93.3%, Test_loss: 0.270'
 
 
+@pytest.mark.slow
 def test_soft_targets_are_unknown_to_metrics(tmp_path):
     photos = write_images(tmp_path / 'photos', {'x': 24})
     cells = ['1', '0', '-1', '0', '1']

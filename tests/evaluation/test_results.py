@@ -199,6 +199,7 @@ def test_unusable(run, tmp_path):
         results.collect(bad, found.examples, found.class_names, batch_size=16)
 
 
+@pytest.mark.slow
 def test_very_many_classes_stay_small(tmp_path):
     """Neither all pairs of classes nor all probabilities go to a file."""
     rng, classes = np.random.default_rng(0), metrics.WIDE + 1

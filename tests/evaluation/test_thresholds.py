@@ -126,6 +126,7 @@ def test_metrics_at_a_threshold():
     assert nothing['npv'] == 1 and nothing['average_precision'] is None
 
 
+@pytest.mark.slow
 def test_intervals_of_groups_hold_the_true_share():
     """Those that take the images of a group for independent do not."""
     rng = np.random.default_rng(0)

@@ -74,6 +74,7 @@ def test_pixels_are_ours(example, pictures, way, tmp_path):
         np.testing.assert_array_equal(theirs, ours[None], err_msg=name)
 
 
+@pytest.mark.slow
 def test_prints_the_likeliest_alone(pictures, tmp_path):
     """As a stranger runs it, and nothing of ours or of JAX is loaded."""
     model = write_onnx(tmp_path / 'model.onnx', resize='crop', crop_fraction=0.875)

@@ -13,6 +13,7 @@ from flax_densenet.inference import predictor
 from flax_densenet.weights import calibration, decisions, thresholds
 from flax_densenet.weights import trained as trained_lib
 from helpers import runs
+from helpers.marks import slow_after
 
 pytest.importorskip('onnx')
 
@@ -73,7 +74,7 @@ def test_predictions_are_calibrated(trained, images, source):
         np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize('inputs', ['images', 'normalized'])
+@pytest.mark.parametrize('inputs', slow_after(1, ['images', 'normalized']))
 def test_onnx(trained, images, source, tmp_path, inputs):
     onnxruntime = pytest.importorskip('onnxruntime')
     path = str(tmp_path / 'x.onnx')

@@ -10,6 +10,7 @@ pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('outputs', ['softmax', 'sigmoid', 'none'])
 def test_logits_of_the_mean(outputs):
     """Also where the members are sure, and disagree."""

@@ -103,6 +103,7 @@ def test_score(kind, method, several):
         assert len(table['0.8']) == (5 if several else 1)
 
 
+@pytest.mark.slow
 def test_neighbors_further_away():
     """The k-th nearest, not the nearest."""
     _, _, _, features, logits = computed('densenet')

@@ -146,6 +146,7 @@ def test_card(trained, samples, tmp_path):
     assert beside.read_text() == 'mine' and not path.exists()
 
 
+@pytest.mark.slow
 def test_integers(trained, samples, tmp_path):
     path = str(tmp_path / 'x.onnx')
     options = formats.Options(precision='int8')

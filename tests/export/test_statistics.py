@@ -61,6 +61,7 @@ def test_calibration_does_not_change_scores(trained, images, scores):
     np.testing.assert_allclose(found.unusual, scores, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_onnx(trained, images, scores, tmp_path):
     path = str(tmp_path / 'x.onnx')
     formats.save(path, trained, 'onnx')
@@ -79,6 +80,7 @@ def test_stablehlo(trained, images, scores, tmp_path):
     np.testing.assert_allclose(function(images)[1], scores, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.slow
 def test_folder_of_the_hub(trained, images, scores, tmp_path):
     """All of it comes back, and push sends it."""
     folder = str(tmp_path / 'hub')

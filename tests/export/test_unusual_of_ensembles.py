@@ -80,6 +80,7 @@ def scores(members, images):
     return np.median(each, 0)
 
 
+@pytest.mark.slow
 def test_predictions(trained, images, scores, examples):
     found = predictor.Predictor(trained, 8)
     assert found.scores_unusual
@@ -105,6 +106,7 @@ def test_other_views_do_not_change_scores(trained, members, images, scores, exam
         np.testing.assert_allclose(again.unusual, wanted, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('inputs', ['images', 'normalized'])
 def test_onnx(trained, images, scores, tmp_path, inputs):
     onnxruntime = pytest.importorskip('onnxruntime')

@@ -186,6 +186,7 @@ def test_explanations_name_their_method(model, tmp_path):
     assert found.box == (0, 0, 30, 30)
 
 
+@pytest.mark.slow
 def test_the_map_lies_on_the_part_that_is_seen(model):
     """Of a cropped photograph; the rest is darkened."""
     preparation = dataclasses.replace(model.preparation, resize='crop')

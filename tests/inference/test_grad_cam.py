@@ -56,6 +56,7 @@ def test_by_finite_differences(case):
     np.testing.assert_allclose(cams, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_most_likely_class_is_the_default(case):
     module, variables, images = case
     logits, cams = grad_cam.grad_cam(

@@ -69,6 +69,7 @@ def test_sizes_agree(model):
     assert_same(programs(images, -1)[:3], likeliest[:3])
 
 
+@pytest.mark.slow
 def test_scores_of_unusual_images(model):
     """Those of the features, whatever batch they are computed in."""
     images = images_of(model, 5)

@@ -65,6 +65,7 @@ def compiled_text(module, block):
     return lowered.as_text()
 
 
+@pytest.mark.slow
 def test_the_paths_differ():
     """Else every comparison below would compare a thing with itself."""
     require_native()

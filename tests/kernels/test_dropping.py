@@ -75,6 +75,7 @@ def test_what_is_dropped_has_the_same_gradients(block, kernel, remat):
     assert error(values['features'], plain['features']) > 0.1
 
 
+@pytest.mark.slow
 def test_random_bits_of_dropout(monkeypatch):
     """The kernel's own are JAX's; with other kinds of keys they come from JAX."""
     require_native()

@@ -194,7 +194,7 @@ def test_gelu(dtype):
 
 
 def test_float32_where_bfloat16_is_slower(monkeypatch, capsys):
-    require('float32')
+    monkeypatch.setattr(cpu_kernels, 'load', lambda *_: None)  # nothing runs
     monkeypatch.setattr(cpu_kernels, 'why_bfloat16_is_slow', lambda family: 'it is old')
     native_rdnet._log_once.cache_clear()
     module = tiny(dtype='bfloat16', kernel='native')

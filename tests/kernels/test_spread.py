@@ -169,6 +169,7 @@ def test_inference(dtype, count):
     assert error(found, one) < (1e-6 if dtype == 'float32' else 1e-2)
 
 
+@pytest.mark.slow
 def test_several_processes(monkeypatch, capsys):
     """Batch statistics of several processes are XLA's part, and a line tells."""
     require_native()

@@ -83,6 +83,7 @@ def test_probabilities_are_averaged(kind, outputs):
     np.testing.assert_allclose(activate(again), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_one_member_is_the_network():
     """Its logits too, so that maps of evidence are those of the network."""
     logits = jnp.array([[[3.0, -1.0, 0.5], [80.0, 0.0, -80.0]]])

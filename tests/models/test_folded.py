@@ -19,7 +19,7 @@ OTHERS = {
 }
 QUICK = ('plain', 'imagenet')
 ALL = [
-    *QUICK,
+    *slow_after(1, QUICK),
     *exhaustive_after(0, [b for b in BLOCKS if b not in QUICK]),
 ]
 
@@ -61,7 +61,7 @@ def test_by_xla(block):
 @pytest.mark.parametrize(
     'block',
     slow_after(
-        2, ['BC', 'imagenet', *sorted({*BLOCKS} - {'plain', 'C', 'BC', 'imagenet'})]
+        1, ['BC', 'imagenet', *sorted({*BLOCKS} - {'plain', 'C', 'BC', 'imagenet'})]
     ),
 )
 def test_by_the_native_kernel(block, count):

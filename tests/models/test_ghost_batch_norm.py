@@ -128,6 +128,7 @@ def test_groups_and_parts_drop_out_differently(drops):
     assert not np.allclose(losses[0], losses[1])
 
 
+@pytest.mark.slow
 def test_only_training_has_groups():
     """In evaluation, and for all rows at once, there is nothing to divide."""
     module, plain = make(batch_norm_group=4, kernel='xla'), make(kernel='xla')

@@ -10,6 +10,7 @@ from flax import traverse_util
 
 from flax_densenet import VARIANTS, UserError, create_model, init_variables
 from flax_densenet.models import factory, initialization, layers
+from helpers.marks import slow_after
 from helpers.networks import compiled
 
 # Of the paper's and torchvision's models; 1000 classes, the CIFAR ones 10.
@@ -248,7 +249,7 @@ def test_dropout_acts_in_training_only():
     )
 
 
-@pytest.mark.parametrize('unbiased', [True, False])
+@pytest.mark.parametrize('unbiased', slow_after(1, [True, False]))
 def test_running_statistics(unbiased):
     module = layers.BatchNorm(momentum=0.9, unbiased=unbiased)
     # A mean far from zero: a one-pass variance in float32 would be lost here.

@@ -371,6 +371,7 @@ def test_fields_of_the_other_network():
         create_model('densenet121', num_classes=2, layer_scale=0.1)
 
 
+@pytest.mark.slow
 def test_blur():
     x = np.random.default_rng(0).standard_normal((1, 5, 6, 1)).astype('f4')
     padded = np.pad(x[0, ..., 0], 1, mode='reflect')

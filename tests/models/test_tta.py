@@ -13,10 +13,11 @@ from flax_densenet.evaluation.metrics import sigmoid, softmax
 from flax_densenet.inference import predictor
 from flax_densenet.models import tta
 from flax_densenet.weights import trained as trained_lib
+from helpers.marks import slow_after
 from helpers.runs import tiny_trained, write_images
 
 
-@pytest.mark.parametrize('multi_label', [False, True])
+@pytest.mark.parametrize('multi_label', slow_after(1, [True, False]))
 def test_means_by_hand(multi_label):
     seen = np.random.default_rng(0).normal(0, 4, (2, 5, 3)).astype(np.float32)
     seen[0, 0], seen[1, 0] = [80, -80, -80], [80, -90, -80]  # without overflow

@@ -101,6 +101,7 @@ def test_source_distribution_has_no_tests(built):
     assert not any(name.startswith('tests') for name in names)
 
 
+@pytest.mark.slow
 def test_metadata(built):
     files = files_of(wheel_of(built, 'wheel'))
     (name,) = (name for name in files if name.endswith('.dist-info/METADATA'))

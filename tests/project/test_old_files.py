@@ -20,6 +20,7 @@ from flax_densenet.export import model_card_facts
 from flax_densenet.inference import predictor as predictor_lib
 from flax_densenet.weights import trained as trained_lib
 from helpers import commands
+from helpers.marks import slow_after
 from helpers.paths import ROOT
 
 V0 = ROOT / 'tests' / 'data' / 'v0'
@@ -115,7 +116,7 @@ def test_going_on(old, main):
     assert found == pytest.approx(expected['train_accuracy'] * 1437, abs=3)
 
 
-@pytest.mark.parametrize('name', ['run', 'labels_run'])
+@pytest.mark.parametrize('name', slow_after(1, ['labels_run', 'run']))
 def test_evaluation_again(name, old, main):
     """Of the run's own images: the settings of its data are those of then."""
     main('--mode=eval', f'--workdir={name}')

@@ -174,6 +174,7 @@ def test_samples_of_all_classes():
     assert np.bincount(labels[picked]).tolist() == [5, 3, 4]
 
 
+@pytest.mark.slow
 def test_no_training_to_show(made, tmp_path):
     """Weights from elsewhere, measured on other data."""
     _, found, source, _ = made

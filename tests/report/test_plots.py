@@ -33,6 +33,7 @@ def test_curves():
     assert any('best epoch (2)' in line.get_label() for line in loss.get_lines())
 
 
+@pytest.mark.slow
 def test_curves_of_one_epoch(tmp_path):
     plots.save_curves(str(tmp_path), RECORDS[:1])
     assert (tmp_path / 'curves.png').stat().st_size > 1000

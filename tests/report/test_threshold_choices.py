@@ -7,6 +7,7 @@ import pytest
 
 from flax_densenet.evaluation import decision_metrics, results
 from flax_densenet.report import decisions, threshold_choices
+from helpers.marks import slow_after
 from helpers.pages import several
 
 
@@ -21,11 +22,17 @@ def draw(count, *, share=0.5, digits=None):
 
 @pytest.mark.parametrize(
     ('count', 'share', 'digits'),
-    [(2, 0.5, None), (60, 0.5, None), (60, 0.5, 1), (300, 0.5, 2)]
-    + [
-        pytest.param(5000, 0.5, None, marks=pytest.mark.slow),
-        pytest.param(5000, 0.005, None, marks=pytest.mark.slow),
-    ],
+    slow_after(
+        2,
+        [
+            (2, 0.5, None),
+            (60, 0.5, 1),
+            (60, 0.5, None),
+            (300, 0.5, 2),
+            (5000, 0.5, None),
+            (5000, 0.005, None),
+        ],
+    ),
 )
 def test_counts_are_those_of_the_table(count, share, digits):
     true, probability = draw(count, share=share, digits=digits)

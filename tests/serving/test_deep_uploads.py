@@ -23,6 +23,7 @@ def deep():
             yield trained, port
 
 
+@pytest.mark.slow
 def test_uploads(deep):
     trained, port = deep
     values = np.random.default_rng(0).integers(0, 4096, (24, 20)).astype(np.uint16)

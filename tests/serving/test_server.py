@@ -71,6 +71,7 @@ def test_predict(port, expected):
         assert len(ask(port, '/predict?top=2', file).json['predictions']) == 2
 
 
+@pytest.mark.slow
 def test_thresholds_and_calibration(trained, expected):
     """Answers name what is above its threshold, of calibrated probabilities."""
     files, _, probabilities, _ = expected
@@ -123,6 +124,7 @@ def test_explain(port, expected):
     assert told['explained'] == NAMES[probabilities[0].argmax()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', ['layercam', 'occlusion'])
 def test_other_methods(method, port, trained, expected):
     """Several at once, among those of the usual method."""

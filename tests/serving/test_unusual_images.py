@@ -33,6 +33,7 @@ def decided(trained, expected):
     return dataclasses.replace(trained, decisions=made), score.score(features, None)
 
 
+@pytest.mark.slow
 def test_answers(decided, expected):
     trained, scores = decided
     files, _, probabilities, _ = expected

@@ -362,6 +362,7 @@ def test_failures(objective, tmp_path, capsys):
     assert f'{tmp_path}/s/trials/001/seed0' not in made.trained
 
 
+@pytest.mark.slow
 def test_all_fail(objective, tmp_path):
     def figure(*_):
         raise UserError('no')

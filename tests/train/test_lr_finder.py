@@ -213,6 +213,7 @@ def test_the_picture_shows_what_matters():
     assert len(figure.axes[0].get_lines()) == 2
 
 
+@pytest.mark.slow
 def test_the_picture_says_of_what_it_is(tmp_path, monkeypatch):
     drawn, plot = [], plots.plot_rates
 

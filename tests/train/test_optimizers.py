@@ -11,6 +11,7 @@ from flax_densenet import UserError
 from flax_densenet.distributed import mesh as mesh_lib
 from flax_densenet.distributed import zero
 from flax_densenet.train import finetune, optimizers, step
+from helpers.marks import slow_after
 
 PARAMS = {
     'a': {'kernel': np.float32([[1.0, -2.0, 0.5], [0.25, 3.0, -1.0]])},
@@ -74,7 +75,7 @@ def by_hand(name, decay, steps=3):
 
 
 @pytest.mark.parametrize('decay', optimizers.DECAYS)
-@pytest.mark.parametrize('name', ['lamb', 'adamw'])
+@pytest.mark.parametrize('name', slow_after(1, ['adamw', 'lamb']))
 def test_decoupled_decay(name, decay):
     expected = by_hand(name, decay)
     found = take(name=name, decay=decay)
@@ -83,6 +84,7 @@ def test_decoupled_decay(name, decay):
     assert not np.allclose(found['b']['scale'], other['b']['scale'], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_lamb_is_optax_lamb():
     optimizer = optax.lamb(RATE, weight_decay=0.3)
     state, params = optimizer.init(PARAMS), PARAMS
@@ -92,7 +94,7 @@ def test_lamb_is_optax_lamb():
     assert_close(take(), params)
 
 
-@pytest.mark.parametrize('name', ['sgd', 'adam'])
+@pytest.mark.parametrize('name', slow_after(1, ['adam', 'sgd']))
 def test_decay_in_the_gradient(name):
     """Of kernels alone: theirs as with decay, the others' as without."""
     every, none, kernels = (

@@ -14,8 +14,10 @@ from benchmarks import exchange
 from helpers import forks
 from helpers.device_runs import RUNS
 
+pytestmark = pytest.mark.slow
+
 BOUND = 1e-12
-QUICK = ('one', 'eight', 'groups of 8', 'own rows', 'parts of 8 in shards')
+SAME_ROWS = ('one', 'eight', 'groups of 8', 'own rows', 'parts of 8 in shards')
 PAIRS = [
     ('groups in a device', 'groups of 2'),
     ('dropout on eight', 'dropout on one'),
@@ -50,15 +52,10 @@ def start(out, names):
 
 
 @pytest.fixture(scope='module')
-def quick(tmp_path_factory):
-    return start(tmp_path_factory.mktemp('devices') / 'quick', QUICK)
-
-
-@pytest.fixture(scope='module')
-def whole(tmp_path_factory):
+def runs(tmp_path_factory):
     names = {name for pair in PAIRS for name in pair}
-    names |= {'bad part', 'eight', 'eight again'}
-    return start(tmp_path_factory.mktemp('devices') / 'whole', sorted(names))
+    names |= {*SAME_ROWS, 'bad part', 'eight again'}
+    return start(tmp_path_factory.mktemp('devices') / 'runs', sorted(names))
 
 
 @pytest.fixture(scope='module')
@@ -88,43 +85,43 @@ def assert_same(found, pairs):
         assert infos[name]['loss'] == pytest.approx(infos[other]['loss'], abs=BOUND)
 
 
-def test_eight_devices_are_one(quick):
-    assert_same(quick, [('eight', 'one')])
+def test_eight_devices_are_one(runs):
+    assert_same(runs, [('eight', 'one')])
 
 
-@pytest.mark.slow
-def test_equal_runs_are_equal_bit_for_bit(whole):
-    arrays, _ = whole
+def test_equal_runs_are_equal_bit_for_bit(runs):
+    arrays, _ = runs
     for key, array in arrays['eight'].items():
         assert array.tobytes() == arrays['eight again'][key].tobytes()
 
 
-def test_own_rows_are_groups_of_their_number(quick):
-    assert_same(quick, [('own rows', 'groups of 8')])
+def test_own_rows_are_groups_of_their_number(runs):
+    assert_same(runs, [('own rows', 'groups of 8')])
 
 
-def test_accumulated_steps_are_groups_of_their_rows(quick):
+def test_accumulated_steps_are_groups_of_their_rows(runs):
     """With class weights, penalty and clipping; the optimizer in shards."""
-    assert_same(quick, [('parts of 8 in shards', 'groups of 8')])
+    assert_same(runs, [('parts of 8 in shards', 'groups of 8')])
 
 
-def test_choices_differ(quick):
+def test_choices_differ(runs):
     """Else what is above would say nothing."""
-    arrays, _ = quick
+    arrays, _ = runs
     assert distance(arrays['one'], arrays['groups of 8']) > 1e-3
 
 
-def test_running_sums_are_those_of_all_rows(quick):
-    for name, arrays in quick[0].items():
+def test_running_sums_are_those_of_all_rows(runs):
+    for name in SAME_ROWS:
+        arrays = runs[0][name]
         # The first of three batches of 64 moves the sums to the next epoch and so on.
         assert arrays['running/count'].sum() == 3 * 64, name
         assert arrays['running/loss'].sum() == pytest.approx(
-            64 * sum(quick[1][name]['loss']), rel=1e-5
+            64 * sum(runs[1][name]['loss']), rel=1e-5
         )
 
 
-def test_own_rows_exchange_nothing_in_the_forward_pass(quick):
-    _, infos = quick
+def test_own_rows_exchange_nothing_in_the_forward_pass(runs):
+    _, infos = runs
     everywhere, own = (infos[name]['exchange'] for name in ('eight', 'own rows'))
     size = infos['eight']['bytes']
     # Three figures for each channel, as they are born; their two gradients.
@@ -137,9 +134,9 @@ def test_own_rows_exchange_nothing_in_the_forward_pass(quick):
     assert own['other'] < 100
 
 
-def test_what_loops_exchange_is_counted_each_time(quick):
+def test_what_loops_exchange_is_counted_each_time(runs):
     whole, parts = (
-        quick[1][name]['exchange'] for name in ('eight', 'parts of 8 in shards')
+        runs[1][name]['exchange'] for name in ('eight', 'parts of 8 in shards')
     )
     for direction in ('forward', 'backward'):
         assert parts[direction] == 8 * whole[direction]
@@ -147,8 +144,8 @@ def test_what_loops_exchange_is_counted_each_time(quick):
     assert exchange._expand('step/(transpose(f)/(a/(b:c)):d)') == names
 
 
-def test_the_optimizer_in_shards(quick):
-    _, infos = quick
+def test_the_optimizer_in_shards(runs):
+    _, infos = runs
     whole, shards = (
         infos[name]['optimizer_bytes'] for name in ('eight', 'parts of 8 in shards')
     )
@@ -163,39 +160,36 @@ def test_the_optimizer_in_shards(quick):
     assert exchanged['operations'] <= 8 * one + 1
 
 
-def test_memory_of_accumulated_steps(quick):
+def test_memory_of_accumulated_steps(runs):
     """Of what a device holds for eight rows, about an eighth, beside the gradients."""
-    _, infos = quick
+    _, infos = runs
     whole, parts = (
         infos[name]['temporary'] for name in ('eight', 'parts of 8 in shards')
     )
     assert parts < whole / 4
 
 
-@pytest.mark.slow
-def test_choices(whole):
-    assert_same(whole, PAIRS)
+def test_choices(runs):
+    assert_same(runs, PAIRS)
 
 
 @pytest.mark.exhaustive
 def test_every_choice(others):
     assert_same(others, OTHER_PAIRS)
     names = {name for pair in PAIRS + OTHER_PAIRS for name in pair}
-    assert set(RUNS) == names | {*QUICK, 'bad part'}
+    assert set(RUNS) == names | {*SAME_ROWS, 'bad part'}
     assert others[1]['parts of frozen']['kept'] == ['denseblock1', 'transition1']
 
 
-@pytest.mark.slow
-def test_frozen_statistics_keep_their_bits(whole):
+def test_frozen_statistics_keep_their_bits(runs):
     for name in ('frozen on three', 'frozen on one'):
-        assert whole[1][name]['kept'] == ['denseblock1', 'transition1']
-    assert whole[1]['groups of 2']['kept'] == []
+        assert runs[1][name]['kept'] == ['denseblock1', 'transition1']
+    assert runs[1]['groups of 2']['kept'] == []
 
 
-@pytest.mark.slow
-def test_a_bad_part_skips_the_step(whole):
+def test_a_bad_part_skips_the_step(runs):
     """One row of the third of four parts; nothing moves, nothing is counted."""
-    arrays, infos = whole
+    arrays, infos = runs
     assert np.isnan(infos['bad part']['loss']).all()
     assert infos['bad part']['kept'] == ['denseblock1', 'norm5']
     assert arrays['bad part']['running/count'].sum() == 0

@@ -23,6 +23,11 @@ INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check
 # uv takes a quarter of pip's time. pip is used if uv fails, for example because it does
 # not read pip's settings.
 UV_INSTALL = -m uv pip install --quiet --link-mode=copy --python
+# What the first start would compile: the libraries' bytecode, and the CPU kernels, which
+# wheels contain compiled.
+COMPILE = -c 'from flax_densenet.kernels import cpu; kernels = cpu.load_ahead(); \
+	import flax_densenet.train.fit, flax_densenet.report.page; \
+	kernels and kernels.join()'
 # Peers need Python 3.11, the only one with a CPU build of this torch. This project is
 # installed there too, with the oldest JAX that it supports.
 PEERS = .venv-peers/bin
@@ -134,6 +139,7 @@ lint: .venv/installed
 	$(BIN)/python $(INSTALL) uv
 	$(BIN)/python $(UV_INSTALL) $(BIN)/python -e '.[test]' $(PINNED_$(JAX)) \
 		|| $(BIN)/python $(INSTALL) -e '.[test]' $(PINNED_$(JAX))
+	$(BIN)/python $(COMPILE)
 	touch $@
 
 docs: .venv/installed-dev

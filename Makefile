@@ -1,5 +1,5 @@
 # make run    trains DenseNet-121 on handwritten digits, in a few minutes on a CPU
-# make test   runs the tests, except those that take minutes
+# make test   runs ruff and the tests, except those that take minutes
 # make test-slow   runs the slow tests, and the comparisons with torch and Keras
 # make test-exhaustive   runs every combination: what takes longest and fails least
 # make test-trackers   runs the real Weights & Biases, MLflow (with a server) and Trackio

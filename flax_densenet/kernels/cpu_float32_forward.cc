@@ -470,7 +470,7 @@ FD_HANDLER(DenseBlockForwardTrain, ForwardTrain, "epsilon", "rate");
 FD_HANDLER(DenseBlockForwardEval, ForwardEval, "epsilon");
 FD_HANDLER(DenseBlockForwardPacked, ForwardPacked, FD_BLOCK_SIZES);
 FD_HANDLER(DropoutKeep, DropoutMask, "rate");
-FD_HANDLER(CallNumber, Number, );
+FD_HANDLER(CallNumber, Number);
 
 FD_TOGETHER(DenseBlockForwardTrain);
 

@@ -7,7 +7,7 @@
 // Buffers are arguments, results are results, both in the order of the call.
 //
 // The library's own binding (xla::ffi::Ffi::Bind) does the same with a type for each
-// signature. The compiler spent more time on those types than on the kernels.
+// signature. In some files, those types took longer to compile than the kernels.
 
 #ifndef FLAX_DENSENET_CPU_HANDLER_H_
 #define FLAX_DENSENET_CPU_HANDLER_H_

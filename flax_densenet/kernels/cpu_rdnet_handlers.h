@@ -9,9 +9,9 @@
 
 // The handlers of one precision, and those for several devices.
 #define FLAX_DENSENET_RDNET(E, Suffix)                                                    \
-  FD_HANDLER(RDNetPack##Suffix, Pack<E>, );                                               \
+  FD_HANDLER(RDNetPack##Suffix, Pack<E>);                                                 \
   FD_HANDLER(RDNetLayerForward##Suffix, LayerForward<E>, "epsilon");                      \
-  FD_HANDLER(RDNetLayerBackward##Suffix, LayerBackward<E>, );                             \
+  FD_HANDLER(RDNetLayerBackward##Suffix, LayerBackward<E>);                               \
   FD_HANDLER(RDNetTransitionForward##Suffix, TransitionForward<E>, "epsilon", "size");    \
   FD_HANDLER(RDNetTransitionBackward##Suffix, TransitionBackward<E>, "epsilon", "size");  \
   FD_TOGETHER(RDNetLayerBackward##Suffix);                                                \

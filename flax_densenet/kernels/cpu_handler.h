@@ -103,6 +103,7 @@ class Call {
   }
   void take_attribute(XLA_FFI_DataType dtype, size_t size, void* value) {
     const XLA_FFI_Attrs& all = frame_.attrs;
+    check(attributes_ < (int64_t)names_.size(), "a number that FD_HANDLER does not name");
     const std::string_view name = names_.begin()[attributes_++];
     for (int64_t i = 0; i < all.size; ++i) {
       if (std::string_view(all.names[i]->ptr, all.names[i]->len) != name) continue;
@@ -161,7 +162,7 @@ inline XLA_FFI_Error* tell_version(XLA_FFI_CallFrame* frame) {
 
 #define FD_HANDLER(Name, kernel, ...)                                            \
   extern "C" XLA_FFI_Error* Name(XLA_FFI_CallFrame* frame) {                     \
-    if (frame->extension_start) return tell_version(frame);              \
+    if (frame->extension_start) return tell_version(frame);                      \
     return call_kernel(frame, kernel, {__VA_ARGS__});                            \
   }                                                                              \
   static_assert(true, "")

@@ -4,12 +4,14 @@ import io
 
 import numpy as np
 import pytest
-import tifffile
 from PIL import Image
 
 from flax_densenet import UserError
 from flax_densenet.data import bands, dataset, images, pipeline
 from flax_densenet.inference import overlay
+from helpers import lazy
+
+tifffile = lazy.module('tifffile')
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (10, 12, 7), np.uint8)
 

@@ -1,5 +1,6 @@
 """Parquet files as the datasets library writes them, read by it and without it."""
 
+import importlib.util
 import io
 import pickle
 import re
@@ -12,16 +13,20 @@ from PIL import Image
 from flax_densenet.cli import arguments
 from flax_densenet.data import arrow_reader, dataset, hub_source
 from flax_densenet.errors import UserError
+from helpers import lazy
 
-datasets = pytest.importorskip('datasets')
+if not importlib.util.find_spec('datasets'):
+    pytest.skip('datasets is not installed', allow_module_level=True)
+datasets = lazy.module('datasets')
 huggingface_hub = pytest.importorskip('huggingface_hub')
-constants = huggingface_hub.constants
+constants = pytest.importorskip('huggingface_hub.constants')
 
 NAMES = ['ants', 'bees']
 
 
 @pytest.fixture(autouse=True)
 def _caches(tmp_path, monkeypatch):
+    importlib.import_module('datasets')  # before a test changes what it reads then
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
 
 
@@ -90,7 +95,7 @@ def test_set_of_the_library(folder, monkeypatch, tmp_path):
         asked.append((name, config))
         return load(str(folder), cache_dir=str(tmp_path / 'library'))
 
-    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+    monkeypatch.setattr('datasets.load_dataset', load_dataset)
     source = dataset.load_source('hf:me/insects:small', image_size=4)
     check_all(source)
     assert asked == [('me/insects', 'small')]
@@ -291,7 +296,7 @@ def test_mistakes(tmp_path, monkeypatch):
     def load_dataset(name, config):
         raise errors[name]
 
-    monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
+    monkeypatch.setattr('datasets.load_dataset', load_dataset)
     fail('is defined by a program, which is not run', 'hf:scripts')
     fail('there is no such data set at https?:.* or it is private', 'hf:absent')
     fail("is not in the cache .*cannot be reached .*Couldn't reach", 'hf:network')

@@ -3,28 +3,31 @@
 import numpy as np
 import pytest
 from scipy import special
-from sklearn import base, calibration, frozen, metrics
 
 from flax_densenet.evaluation import calibrating, decision_metrics
 from flax_densenet.evaluation import metrics as metrics_lib
+from helpers import lazy
 
-
-class Passed(base.ClassifierMixin, base.BaseEstimator):
-    """A classifier of scikit-learn whose logits are its inputs."""
-
-    def fit(self, x, y):
-        self.classes_ = np.unique(y)
-        return self
-
-    def decision_function(self, x):
-        return x[:, 0] if x.shape[1] == 1 else x
-
-    def predict(self, x):
-        return self.classes_[self.decision_function(x).argmax(-1)]
+metrics = lazy.module('sklearn.metrics')
 
 
 def fit_sklearn(method, logits, labels):
     """The calibrated classifier of scikit-learn."""
+    from sklearn import base, calibration, frozen
+
+    class Passed(base.ClassifierMixin, base.BaseEstimator):
+        """A classifier of scikit-learn whose logits are its inputs."""
+
+        def fit(self, x, y):
+            self.classes_ = np.unique(y)
+            return self
+
+        def decision_function(self, x):
+            return x[:, 0] if x.shape[1] == 1 else x
+
+        def predict(self, x):
+            return self.classes_[self.decision_function(x).argmax(-1)]
+
     known = frozen.FrozenEstimator(Passed().fit(logits, labels))
     made = calibration.CalibratedClassifierCV(known, method=method, ensemble=False)
     return made.fit(logits, labels)

@@ -4,8 +4,6 @@ import types
 
 import numpy as np
 import pytest
-from scipy import stats
-from sklearn import metrics as sklearn_metrics
 
 from flax_densenet.evaluation import (
     bootstrap,
@@ -15,7 +13,11 @@ from flax_densenet.evaluation import (
     results,
     weighted,
 )
+from helpers import lazy
 from helpers.pages import many
+
+stats = lazy.module('scipy.stats')
+sklearn_metrics = lazy.module('sklearn.metrics')
 
 
 @pytest.fixture(scope='module')

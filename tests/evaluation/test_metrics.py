@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
-from sklearn import metrics as sklearn_metrics
 
 from flax_densenet.evaluation import metrics
+from helpers import lazy
+
+sklearn_metrics = lazy.module('sklearn.metrics')
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import types
 import numpy as np
 import pytest
 from scipy import special
-from sklearn import metrics as sklearn_metrics
 
 from flax_densenet import UserError, settings
 from flax_densenet.data import dataset, labeled_images
@@ -21,7 +20,10 @@ from flax_densenet.evaluation import (
 )
 from flax_densenet.weights import decisions, thresholds, transfer
 from flax_densenet.weights import trained as trained_lib
+from helpers import lazy
 from helpers.runs import tiny_trained, write_images
+
+sklearn_metrics = lazy.module('sklearn.metrics')
 
 MEASURED = results.Measured('here', 6, 270, 'flip')
 

@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
-from scipy import stats
-from sklearn import metrics as sklearn_metrics
 
 from flax_densenet.evaluation import delong, intervals, subgroups
+from helpers import lazy
+
+stats = lazy.module('scipy.stats')
+sklearn_metrics = lazy.module('sklearn.metrics')
 
 
 @pytest.fixture(scope='module')

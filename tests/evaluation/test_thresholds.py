@@ -5,8 +5,6 @@ import types
 
 import numpy as np
 import pytest
-from scipy import stats
-from sklearn import metrics
 
 from flax_densenet.errors import UserError
 from flax_densenet.evaluation import (
@@ -23,7 +21,11 @@ from flax_densenet.evaluation import metrics as metrics_lib
 from flax_densenet.report import decisions as decisions_page
 from flax_densenet.weights import calibration, decisions, thresholds
 from flax_densenet.weights import trained as trained_lib
+from helpers import lazy
 from helpers.marks import slow_after
+
+stats = lazy.module('scipy.stats')
+metrics = lazy.module('sklearn.metrics')
 
 
 def draw(seed, count=200, *, rounded=2):

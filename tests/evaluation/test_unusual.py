@@ -5,10 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import special
-from sklearn import covariance, metrics, neighbors
 
 from flax_densenet.evaluation import unusual
 from flax_densenet.weights import unusual as unusual_lib
+from helpers import lazy
+
+covariance = lazy.module('sklearn.covariance')
+metrics = lazy.module('sklearn.metrics')
+neighbors = lazy.module('sklearn.neighbors')
 
 
 @pytest.fixture(scope='module')

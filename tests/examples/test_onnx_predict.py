@@ -10,12 +10,14 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 from flax_densenet.data import images
+from helpers import lazy
 from helpers.marks import slow_after
 from helpers.paths import ROOT
 from helpers.tiny_onnx import LABELS, SIZE, probabilities, write_onnx
+
+sklearn_datasets = lazy.module('sklearn.datasets')
 
 onnx = pytest.importorskip('onnx')
 onnxruntime = pytest.importorskip('onnxruntime')
@@ -170,7 +172,7 @@ def test_twenty_lines(way, tmp_path, monkeypatch, capsys):
     text = path.read_text()
     lines = text.split('"""')[2].splitlines()
     assert sum(bool(line.strip()) for line in lines) <= 20 and 'jax' not in text
-    for number, photograph in enumerate(load_sample_images().images):
+    for number, photograph in enumerate(sklearn_datasets.load_sample_images().images):
         file = str(tmp_path / f'{number}.png')
         Image.fromarray(photograph).save(file)
         monkeypatch.setattr(sys, 'argv', [str(path), model, file])

@@ -2,12 +2,14 @@
 
 import re
 
-import check_jsonschema
 import pytest
 import yaml
 
 from flax_densenet import __version__
+from helpers import lazy
 from helpers.paths import ROOT
+
+check_jsonschema = lazy.module('check_jsonschema')
 
 WORKFLOWS = sorted((ROOT / '.github' / 'workflows').glob('*.yml'))
 

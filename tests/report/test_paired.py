@@ -4,12 +4,14 @@ import json
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from flax_densenet import UserError
 from flax_densenet.evaluation import delong, results
 from flax_densenet.report import compare, paired
+from helpers import lazy
 from helpers.pages import write_run
+
+stats = lazy.module('scipy.stats')
 
 
 class Named(list):

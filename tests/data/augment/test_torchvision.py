@@ -9,13 +9,14 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from scipy import stats
 
 from flax_densenet.data import images as images_lib
 from flax_densenet.data.augment import color, geometry, mixing, policies
+from helpers import lazy
 from helpers.paths import SHARED
 
 torch = pytest.importorskip('torch')
+stats = lazy.module('scipy.stats')
 
 
 @pytest.fixture(scope='module')

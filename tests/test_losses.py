@@ -112,14 +112,21 @@ def test_positives_weigh_more():
     target = np.where(known, SEVERAL, 0)
     each = -(weight * target * np.log(q) + (1 - target) * np.log(1 - q))
     expected = np.where(known, each, 0).sum(-1) / np.maximum(known.sum(-1), 1)
-    loss = losses_lib.Loss(pos_weight=tuple(weight))
-    found = loss.losses(LOGITS, SEVERAL)
+    ones = (1.0,) * len(weight)
+
+    @jax.jit
+    def measure():
+        several = (
+            losses_lib.Loss(pos_weight=tuple(weight)),
+            losses_lib.Loss(pos_weight=ones),
+            losses_lib.Loss(),
+            losses_lib.Loss('focal', pos_weight=tuple(weight)),
+        )
+        return [loss.losses(LOGITS, SEVERAL) for loss in several]
+
+    found, alike, plain, focal = measure()
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    plain = losses_lib.Loss(pos_weight=(1.0,) * len(weight)).losses(LOGITS, SEVERAL)
-    np.testing.assert_allclose(
-        plain, losses_lib.Loss().losses(LOGITS, SEVERAL), rtol=1e-6
-    )
-    focal = losses_lib.Loss('focal', pos_weight=tuple(weight)).losses(LOGITS, SEVERAL)
+    np.testing.assert_allclose(alike, plain, rtol=1e-6)
     each = np.where(target > 0, weight, 1) * -(
         target * (1 - q) ** 2 * np.log(q) + (1 - target) * q**2 * np.log(1 - q)
     )

@@ -4,10 +4,11 @@ Variables have the same names as in torchvision (`denseblock1/denselayer1/norm1`
 so that published weights map onto them by a single rule.
 
 >>> from flax_densenet import create_model, init_variables
+>>> import jax
 >>> import jax.numpy as jnp
 >>> model = create_model('BC-L100k12', num_classes=10, block_sizes=(2, 2, 2))
 >>> variables = init_variables(model, seed=0)
->>> model.apply(variables, jnp.zeros((1, 32, 32, 3))).shape
+>>> jax.jit(model.apply)(variables, jnp.zeros((1, 32, 32, 3))).shape
 (1, 10)
 """
 

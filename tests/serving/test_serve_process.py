@@ -23,9 +23,10 @@ import pytest
 from PIL import Image
 
 from flax_densenet.data import image_formats
+from flax_densenet.train import fit
 from helpers import browsers, served_pages
 from helpers.paths import ROOT
-from helpers.runs import write_images
+from helpers.runs import tiny_config, write_images
 
 pytest.importorskip('starlette')
 pytest.importorskip('hypercorn')
@@ -39,16 +40,10 @@ CLASSES = {'ants <red>': 40, 'bees': 40, 'flies': 40}
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp('serve')
     photos = write_images(folder / 'photos', CLASSES)
-    done = subprocess.run(
-        [
-            sys.executable, str(ROOT / 'launch.py'), f'--workdir={folder}/garden',
-            '--config.model.variant=BC-L10k4', '--config.data.image_size=32',
-            f'--config.data.source=folder:{photos}', '--config.train.epochs=4',
-            '--config.optimizer.learning_rate=1e-2',
-        ],
-        capture_output=True, text=True, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    fields = {'data.image_size': 32, 'data.source': f'folder:{photos}'}
+    fields |= {'data.batch_size': 32, 'model.block_sizes': None}
+    fields |= {'train.epochs': 4, 'optimizer.learning_rate': 1e-2}
+    fit.fit(tiny_config(**fields), str(folder / 'garden'))
     return folder / 'garden'
 
 

@@ -10,11 +10,12 @@ This removes the norms of the stem and each norm2; a norm before its convolution
 Up to rounding, the results equal those of `Network.features`. Few operations remain,
 and no Linen modules, so tracing is fast.
 
+>>> import jax
 >>> import jax.numpy as jnp
 >>> from flax_densenet import create_model, init_variables
 >>> model = create_model('BC-L100k12', num_classes=10, block_sizes=(2, 2, 2))
 >>> folded = fold(model, init_variables(model, seed=0))
->>> logits(model, folded, jnp.zeros((1, 32, 32, 3))).shape
+>>> jax.jit(logits, static_argnums=0)(model, folded, jnp.zeros((1, 32, 32, 3))).shape
 (1, 10)
 """
 

@@ -151,6 +151,6 @@ def test_code_of_cards(ending, several, keras, tmp_path, monkeypatch):
     names = {'print': lambda found: names.update(found=found)}
     for block in re.findall(r'```python\n(.*?)```', said, re.S):
         exec(block, names)
-    logits = module.apply(variables, names['x'][None])
+    logits = jax.jit(module.apply)(variables, names['x'][None])
     expected = jax.nn.sigmoid(logits) if several else jax.nn.softmax(logits)
     np.testing.assert_allclose(names['found'], expected, atol=1e-4)

@@ -17,6 +17,7 @@ from flax_densenet.weights import (
     weight_file,
 )
 from flax_densenet.weights import trained as trained_lib
+from helpers.networks import compiled
 from helpers.weight_files import assert_same, state_dict, tiny, write_safetensors
 
 # A DenseNet of torch: its children are features and classifier.
@@ -196,8 +197,8 @@ def test_one_output(tmp_path):
     assert found.class_names == ('normal', 'pneumonia') and found.outputs == 'softmax'
     images = np.random.default_rng(0).normal(size=(3, 40, 40, 3)).astype(np.float32)
     one = tiny(num_classes=1)
-    logit = np.asarray(one[0].apply(one[1], images))[:, 0]
-    two = np.asarray(found.weights.module.apply(found.weights.variables, images))
+    logit = np.asarray(compiled(one[0])(one[1], images))[:, 0]
+    two = np.asarray(compiled(found.weights.module)(found.weights.variables, images))
     np.testing.assert_allclose(two[:, 1] - two[:, 0], logit, rtol=1e-4)
     assert len(set(logit.tolist())) == 3
     plain = settled(tmp_path, arrays)

@@ -295,9 +295,8 @@ def assert_hub(timm, module, fields, folder, *, channels=3, resize='crop'):
     with torch.inference_mode():
         x = torch.from_numpy(images).permute(0, 3, 1, 2)
         logits = model(x).numpy()
-    for ours in (module.apply(variables, images), found.module.apply(
-        found.variables, images
-    )):  # fmt: skip
+    for network, arrays in ((module, variables), (found.module, found.variables)):
+        ours = jax.jit(network.apply)(arrays, images)
         assert np.abs(ours - logits).max() < 1e-4 * logits.std()
     assert list(model.pretrained_cfg['label_names']) == names
     config = timm.data.resolve_model_data_config(model)
@@ -391,7 +390,7 @@ def test_code_of_cards(form, name, kind, timm, tmp_path, monkeypatch, capsys):
     exec(preparation, names)
     if channels == 1:
         names['image'] = names['image'].convert('L')
-    expected = np.asarray(module.apply(variables, names['x'][None]))
+    expected = np.asarray(jax.jit(module.apply)(variables, names['x'][None]))
     if form == 'huggingface':  # its transforms take the photograph itself
         names['image'] = Image.open('photo.jpg').convert('L')
     capsys.readouterr()

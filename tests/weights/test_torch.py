@@ -133,7 +133,7 @@ def test_export(form, torchvision, tmp_path):
     other.load_state_dict(state, strict=True)
     other.eval()
     images = np.random.default_rng(1).standard_normal((2, 61, 47, 3)).astype('f4')
-    ours = module.apply(found.variables, images)
+    ours = jax.jit(module.apply)(found.variables, images)
     with torch.inference_mode():
         theirs = other(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
     assert np.abs(ours - theirs).max() < 1e-4 * theirs.std()

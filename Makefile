@@ -23,12 +23,11 @@ INSTALL = -m pip install --quiet --no-compile --disable-pip-version-check
 # uv takes a quarter of pip's time. pip is used if uv fails, for example because it does
 # not read pip's settings.
 UV_INSTALL = -m uv pip install --quiet --link-mode=copy --python
-# What the first training would compile: the bytecode of the libraries that it imports, and
-# the CPU kernels, which wheels contain compiled. If this fails, the first start says why.
+# What the first start would compile: the libraries' bytecode, and the CPU kernels, which
+# wheels contain compiled. If this fails, the first start says why.
 COMPILE = -c 'from flax_densenet.kernels import cpu; kernels = cpu.load_ahead(); \
-	import flax_densenet.cli.commands, flax_densenet.train.fit, flax_densenet.report.page; \
-	import matplotlib.figure, matplotlib.backends.backend_agg, tensorboardX; \
-	import sklearn.covariance, sklearn.datasets; kernels and kernels.join()'
+	import flax_densenet.train.fit, flax_densenet.report.page; \
+	kernels and kernels.join()'
 # Peers need Python 3.11, the only one with a CPU build of this torch. This project is
 # installed there too, with the oldest JAX that it supports.
 PEERS = .venv-peers/bin

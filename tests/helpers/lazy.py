@@ -13,7 +13,11 @@ class _Module(types.ModuleType):
             raise AttributeError(name)
         return getattr(importlib.import_module(self.__name__), name)
 
+    def __setattr__(self, name, value):
+        patch = f"monkeypatch.setattr('{self.__name__}.{name}', ...)"
+        raise TypeError(f'the module itself would keep its {name}; use {patch}')
+
 
 def module(name):
-    """Stands for the module `name`, of which public names can be read."""
+    """Stands for the module `name`, whose public names can be read."""
     return _Module(name)

@@ -23,10 +23,9 @@ import pytest
 from PIL import Image
 
 from flax_densenet.data import image_formats
-from flax_densenet.train import fit
 from helpers import browsers, served_pages
 from helpers.paths import ROOT
-from helpers.runs import tiny_config, write_images
+from helpers.runs import tiny_config, train_with_pages, write_images
 
 pytest.importorskip('starlette')
 pytest.importorskip('hypercorn')
@@ -43,7 +42,7 @@ def workdir(tmp_path_factory):
     fields = {'data.image_size': 32, 'data.source': f'folder:{photos}'}
     fields |= {'data.batch_size': 32, 'model.block_sizes': None}
     fields |= {'train.epochs': 4, 'optimizer.learning_rate': 1e-2}
-    fit.fit(tiny_config(**fields), str(folder / 'garden'))
+    train_with_pages(tiny_config(**fields), folder / 'garden')
     return folder / 'garden'
 
 

@@ -239,9 +239,10 @@ def peak_bytes():
 def test_chest_x_rays(whole, torchvision, tmp_path):
     xrv = pytest.importorskip('torchxrayvision')
     torch.manual_seed(0)
-    size = {'growth_rate': 12, 'block_config': (2, 3, 2, 2), 'num_init_features': 24}
-    if not whole:
-        size = {}  # a DenseNet-121
+    size = {}  # a DenseNet-121
+    if whole:
+        size = {'growth_rate': 12, 'block_config': (2, 3, 2, 2)}
+        size |= {'num_init_features': 24}
     model = xrv.models.DenseNet(weights=None, in_channels=1, num_classes=18, **size)
     model = shake(model)
     model.op_threshs = torch.rand(18)

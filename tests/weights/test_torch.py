@@ -245,7 +245,17 @@ def test_chest_x_rays(whole, torchvision, tmp_path):
         size |= {'num_init_features': 24}
     model = xrv.models.DenseNet(weights=None, in_channels=1, num_classes=18, **size)
     model = shake(model)
-    model.op_threshs = torch.rand(18)
+    pixels = np.random.default_rng(1).integers(0, 256, (2, 224, 224, 1), np.uint8)
+    images = xrv.datasets.normalize(pixels.astype(np.float32), 255)
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        logits = model(images)
+        # Sigmoids of both sides of the points, not all 0 and 1.
+        for parameter in model.classifier.parameters():
+            parameter.mul_(2 / logits.std())
+        logits = model(images).numpy()
+        raw_expected = torch.sigmoid(model(images)).numpy()
+    model.op_threshs = torch.linspace(0.05, 0.95, 18)
     model.op_threshs[3] = torch.nan  # a finding that the network does not know
     model.pathologies = [f'finding {n}' for n in range(18)]
     path = str(tmp_path / 'x.pt')
@@ -253,18 +263,14 @@ def test_chest_x_rays(whole, torchvision, tmp_path):
     found = weight_file.load(path)
     assert found.family == 'torchxrayvision'
     assert found.class_names == (tuple(model.pathologies) if whole else None)
-    pixels = np.random.default_rng(1).integers(0, 256, (2, 224, 224, 1), np.uint8)
-    images = xrv.datasets.normalize(pixels.astype(np.float32), 255)
-    images = torch.from_numpy(images).permute(0, 3, 1, 2)
     scores = predictor.load_trained(path).compute(pixels)[0]
     raw = predictor.load_trained(path, outputs='sigmoid').compute(pixels)[0]
     with torch.inference_mode():
         assert np.abs(scores - model(images).numpy()).max() < 1e-4
-        model.op_threshs = None
-        model.apply_sigmoid = True
-        assert np.abs(raw - model(images).numpy()).max() < 1e-5
-        model.apply_sigmoid = False
-        logits = model(images).numpy()
+    points = model.op_threshs.numpy()
+    assert ((raw > 0.01) & (raw < points)).any()
+    assert ((raw > points) & (raw < 0.99)).any()
+    assert np.abs(raw - raw_expected).max() < 1e-5
     assert np.abs(scores - raw).max() > 0.1 and (scores[:, 3] == 0.5).all()
     logits_only = predictor.load_trained(path, outputs='none').compute(pixels)[0]
     assert np.abs(logits_only - logits).max() < 1e-4 * logits.std()

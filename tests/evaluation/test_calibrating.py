@@ -64,6 +64,16 @@ def test_a_temperature_that_does_not_help():
     assert not few.changes and 'fewer than 20' in few.notes[0]
 
 
+@pytest.mark.parametrize(('factor', 'changes'), [(1.3, False), (1.4, True)])
+def test_the_total_log_loss_must_fall_by_more_than_1(factor, changes):
+    logits, labels = draw(np.random.default_rng(4), 50, 4, factor=factor)
+    losses = metrics_lib.log_losses
+    best = metrics_lib.best_temperature(lambda t: losses(logits, labels, t).mean())
+    gain = (losses(logits, labels) - losses(logits, labels, best)).sum()
+    assert 0.8 < gain < 1.6 and bool(gain > 1) is changes
+    assert calibrating.fit_temperature(logits, labels).changes is changes
+
+
 @pytest.mark.slow
 def test_chance_rarely_changes_what_is_calibrated():
     """AIC takes one superfluous number in some 16% of draws: P(chi2 > 2)."""

@@ -176,6 +176,7 @@ def test_perfect_metrics_are_not_certain():
     spread = 1 + middle * ((1 - low) / (2 - low) + low / (1 + low))
     variance = low * (1 - low) * spread / 150
     assert high == 1 and 1 - low == pytest.approx(1.959964 * variance**0.5, rel=1e-4)
+    assert delong.bound(0, 10, 15) == pytest.approx((0, 1 - low))
     share = metrics.wilson(15, 15)[0]  # of a class and what is taken for it
     assert row['f1'] == [pytest.approx(2 * share / (1 + share)), 1]
     assert found['intervals']['macro']['auroc'] is None

@@ -92,6 +92,15 @@ def test_calibration(case):
     assert found['error'] == pytest.approx(0.25)
 
 
+def test_calibration_error_of_what_is_predicted():
+    """After calibration only if predictions are calibrated."""
+    calibration = {'before': {'error': 0.2}, 'after': {'error': 0.1}}
+    assert metrics.calibration_error({'calibration': calibration}) == 0.2
+    calibration['applied'] = True
+    assert metrics.calibration_error({'calibration': calibration}) == 0.1
+    assert metrics.calibration_error({'calibration': None}) is None
+
+
 def test_roc(case):
     logits, labels = case
     true, score = labels == 1, metrics.softmax(logits)[:, 1]

@@ -147,6 +147,14 @@ def test_limit(method, data):
     assert measured['fpr95'] == pytest.approx(rates[0][first], abs=0.01)
 
 
+def test_measures_by_hand():
+    """95 of 100 known images lie at or below 94; three of the six others do, too."""
+    found = unusual.measure(np.arange(100.0), np.array([-1, 50, 94, 94.5, 95, 200]))
+    assert found['fpr95'] == 0.5
+    assert found['flagged_known'] == 0.98 and found['flagged_others'] == 5 / 6
+    assert (found['known'], found['others']) == (100, 6)
+
+
 def test_limit_holds_for_new_images():
     """At most 1 - share of new images are beyond, over 1,000 draws of few images."""
     random, beyond = np.random.default_rng(1), []

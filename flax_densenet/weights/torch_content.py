@@ -25,6 +25,7 @@ _NAMES = (
     *('class_names', 'class_to_idx', 'idx_to_class', 'classes', 'CLASSES', 'labels'),
     *('label_names', 'idx_to_label', 'id2label', 'label2id', 'pathologies', 'targets'),
 )
+_CERTAIN = _NAMES[:5]  # never something else than names of classes
 _SETTINGS = ('hyper_parameters', 'meta', 'args', 'config', 'cfg', 'hparams')
 _ACTIVATIONS = {
     'Sigmoid': heads.SIGMOID,
@@ -32,6 +33,7 @@ _ACTIVATIONS = {
     'LogSoftmax': heads.SOFTMAX,
 }
 _MOST, _DEEPEST = 1000, 3  # of settings that are searched
+_MOST_PARTS = 20_000  # of a file that are searched for networks
 _BODY = re.compile(
     r'(^|\.)(features|denseblock\d+|transition\d+|(conv|norm|relu|pool)\d)(\.|$)'
 )
@@ -74,23 +76,8 @@ def find(path: str, saved: Any) -> Content:
     Raises:
       UserError: there are no weights, or they need unknown classes.
     """
-    beside, place = [saved], 'the file'
-    for _ in range(3):
-        name = _find_nested(saved)
-        if name is None:
-            break
-        others = [n for n in _NESTED if n not in _AVERAGES and _is_state(saved.get(n))]
-        if name in _AVERAGES and others:
-            _LOGGER.warning(
-                '%s holds the network twice, as %s and %s; the moving average %s is '
-                'used; to use the other, save it alone',
-                *(path, others[0], name, name),
-            )
-        saved, place = saved[name], name
-        beside.append(saved)
-    if not _holds_network(saved):
-        saved, place, more = _search(path, beside[0]) or (saved, place, [])
-        beside += more
+    found = _choose(path, saved)
+    saved, place, beside = found.value, found.place or 'the file', list(found.around)
     outputs, head, classes = None, (), None
     if isinstance(saved, torch_pickle.Module):
         if saved.foreign:
@@ -130,13 +117,75 @@ def _holds_network(saved):
     )
 
 
-def _search(path, saved):
-    """Finds a state dict under any key: the dict, its place, all dicts around it."""
-    found, waiting = [], [(saved, '', [])]
-    while waiting and len(found) < _MOST:
-        value, place, around = waiting.pop(0)
+@dataclasses.dataclass(frozen=True)
+class _Found:
+    """A part of a file: what it holds, where, and all dicts around it."""
+
+    value: Any
+    place: str
+    around: tuple[Any, ...]
+
+
+def _choose(path, saved):
+    """The network in a file: of several copies, the moving average."""
+    usual = _follow_usual_keys(saved)
+    networks = _find_networks(saved)
+    first = next((one for one in networks if one.value is usual.value), None)
+    if not networks or (first is None and _holds_network(usual.value)):
+        return usual
+    copies = networks
+    if first is not None:
+        shapes = _shapes(first.value)
+        others = [one for one in networks if one is not first]
+        copies = [first, *(one for one in others if _shapes(one.value) == shapes)]
+    averages = [one for one in copies if torch_matcher.is_average(one.place)]
+    # Lightning keeps the trained weights there while it saves their average.
+    if any(one.place == 'current_model_state' for one in copies):
+        averages += [one for one in copies if one.place == 'state_dict']
+    chosen = averages[0] if len(averages) == 1 else copies[0]
+    places = ' and '.join(printable(one.place) for one in copies[:4])
+    if len(copies) == 1:
+        _tell_unnamed_averages(path, saved, chosen)
+    elif len(averages) == 1:
+        _LOGGER.warning(
+            '%s holds the network %s, as %s; the moving average %s is used; to use '
+            'another, save it alone',
+            path,
+            'twice' if len(copies) == 2 else f'{len(copies)} times',
+            *(places, printable(chosen.place)),
+        )
+    elif all(_same(chosen.value, one.value) for one in copies):
+        _LOGGER.warning('%s holds the same network as %s; one is used', path, places)
+    else:
+        raise UserError(
+            f'{path} holds {len(copies)} networks, as {places}; choose one and save it '
+            "alone: torch.save(torch.load(FILE)['KEY'], NEW)"
+        )
+    return chosen
+
+
+def _follow_usual_keys(saved):
+    """What the keys that trainers use lead to."""
+    around, places = [saved], []
+    for _ in range(3):
+        name = _find_nested(around[-1])
+        if name is None:
+            break
+        places.append(name)
+        around.append(around[-1][name])
+    return _Found(around[-1], '.'.join(places), tuple(around))
+
+
+def _find_networks(saved):
+    """All networks in a file, under any keys; those in others are not listed."""
+    found, waiting = [], collections.deque([_Found(saved, '', ())])
+    for _ in range(_MOST_PARTS):
+        if not waiting:
+            break
+        part = waiting.popleft()
+        value, place = part.value, part.place
         if _holds_network(value) and not isinstance(value, torch_pickle.Record):
-            found.append((value, place, around))
+            found.append(part)
             continue
         if place.count('.') > _DEEPEST:
             continue
@@ -144,26 +193,51 @@ def _search(path, saved):
         inner = enumerate(value) if isinstance(value, list) else inner
         for key, one in list(inner)[:_MOST]:
             if isinstance(one, dict | list | torch_pickle.Module):
-                waiting.append((one, f'{place}.{key}', [*around, value]))
-    if not found:
-        return None
-    averages = [one for one in found if torch_matcher.is_average(one[1].lower())]
-    chosen = averages if len(averages) == 1 else found
-    places = ' and '.join(printable(one[1].strip('.')) for one in found[:4])
-    if len(chosen) > 1:
-        raise UserError(
-            f'{path} holds {len(found)} networks, as {places}; choose one and save it '
-            "alone: torch.save(torch.load(FILE)['KEY'], NEW)"
+                name = f'{place}.{key}' if place else str(key)
+                waiting.append(_Found(one, name, (*part.around, value)))
+    return [
+        dataclasses.replace(
+            one,
+            around=tuple(x for x in (*one.around, one.value) if isinstance(x, dict)),
         )
-    value, place, around = chosen[0]
-    place = printable(place.strip('.'))
-    if len(found) > 1:
-        _LOGGER.warning(
-            '%s holds networks as %s; the moving average %s is used; to use the other, '
-            'save it alone',
-            *(path, places, place),
-        )
-    return value, place, [one for one in (*around, value) if isinstance(one, dict)]
+        for one in found
+    ]
+
+
+def _arrays_of(network):
+    arrays = network.arrays if isinstance(network, torch_pickle.Module) else network
+    return {k: v for k, v in arrays.items() if isinstance(v, np.ndarray)}
+
+
+def _shapes(network):
+    """The shapes of all kernels, which copies have in common."""
+    return sorted(v.shape for v in _arrays_of(network).values() if v.ndim == 4)
+
+
+def _same(one, other):
+    one, other = _arrays_of(one), _arrays_of(other)
+    return one.keys() == other.keys() and all(
+        np.array_equal(one[key], other[key]) for key in one
+    )
+
+
+def _is_array(values):
+    return bool(values) and isinstance(values[0], np.ndarray)
+
+
+def _tell_unnamed_averages(path, saved, chosen):
+    """Warns of a moving average that is only a list of arrays."""
+    for key, value in saved.items() if isinstance(saved, dict) else ():
+        if not torch_matcher.is_average(str(key)) or value is chosen.value:
+            continue
+        inner = list(value.values()) if isinstance(value, dict) else [value]
+        if any(isinstance(x, list) and _is_array(x[:1]) for x in inner):
+            _LOGGER.warning(
+                '%s: the arrays of the moving average %s have no names, so %s is used; '
+                'to use the average, save the network with it: '
+                'torch.save(model.state_dict(), FILE)',
+                *(path, printable(str(key)), printable(chosen.place)),
+            )
 
 
 def names_of_metadata(metadata: dict[str, str]) -> tuple[tuple[str, ...], ...]:
@@ -191,19 +265,27 @@ def _find_nested(saved):
 
 def _find_names(beside):
     """All lists of names in dicts near the weights, and a line if they differ."""
-    found = {}  # where each list is
+    found, unusable = {}, []  # where each list is
     waiting = [part for part in beside if isinstance(part, dict)]
     for part in list(waiting):
         for name in _SETTINGS:
             waiting += _settings(part.get(name))
     for part in waiting:
         for name in _NAMES:
-            names = heads.order_names(_fill(_plain(part.get(name))))
+            given = _plain(part.get(name))
+            names = heads.order_names(_fill(given))
             if names:
                 found.setdefault(names, name)
+            elif name in _CERTAIN and isinstance(given, dict | list | tuple) and given:
+                unusable.append(name)
     lengths = collections.Counter(map(len, found))
     several = [names for names in found if lengths[len(names)] > 1]
     note = ''
+    if unusable and not found:
+        note = (
+            f'its {unusable[0]} cannot be used: it takes one name for each output, '
+            'numbered from 0; to give names: --class_names=FILE or A,B,...'
+        )
     if several:
         lists = ' and '.join(
             f'{found[names]} ({list_first(names, 3)})' for names in several[:2]
@@ -228,6 +310,8 @@ def _plain(names):
     """Converts numbers in tensors to plain numbers."""
     if isinstance(names, dict):
         return {_plain(key): _plain(value) for key, value in names.items()}
+    if isinstance(names, np.ndarray) and names.dtype.kind == 'U' and names.ndim == 1:
+        return names.tolist()
     is_number = isinstance(names, np.ndarray) and names.size == 1
     if is_number and names.dtype.kind in 'iu':
         return int(names.reshape(()))

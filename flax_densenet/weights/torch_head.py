@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_densenet.weights import head_layers
+from flax_densenet.weights import head_layers, torch_matcher
 from flax_densenet.weights.head_layers import RELU, Linear, Norm, Unreadable
 
 _EPSILON = 1e-5  # of batch norm in torch
@@ -74,6 +74,10 @@ def read(
     guesses += more
     linear = [name for name, layer in found.items() if isinstance(layer, Linear)]
     without = [name for name in linear if found[name].bias is None]
+    if without == list(found) and prefix + without[0] not in torch_matcher.HEADS:
+        raise Unreadable(
+            f'{prefix}{without[0]} has no bias, as layers that compare directions'
+        )
     if without:
         guesses.append(f'no bias in {", ".join(prefix + name for name in without)}')
     if any(isinstance(layer, Norm) for layer in layers) and classes is None:

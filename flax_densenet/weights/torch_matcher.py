@@ -39,8 +39,8 @@ _BESIDE = re.compile(
     r'optim|\w*scheduler\w*|n_averaged|\w*pos_weight|class_weights?|op_threshs'
 )
 _AVERAGE = re.compile(r'(.*_)?(ema|swa|averaged|average|avg|shadow)(_.*)?')
-_MEANS = {'mean', 'mu', 'pixel_mean', 'image_mean'}
-_STDS = {'std', 'sigma', 'pixel_std', 'image_std'}
+_MEANS = {'mean', 'mu', 'pixel_mean', 'image_mean', 'new_mean'}
+_STDS = {'std', 'sigma', 'pixel_std', 'image_std', 'new_std'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +238,7 @@ class _Network:
             key = f'features.{name.removeprefix(self._start)}'
             self._keys[key] = self._plain[name]
         means, around = self._take_means(around)
+        self._refuse_layers_in_front(around)
         root = self._start.removesuffix('features.')
         scope, taken = self._find_head(root, around)
         for name in around:
@@ -257,6 +258,27 @@ class _Network:
             for start in self._starts
             if start != self._start
         )
+
+    def _refuse_layers_in_front(self, names):
+        """Raises if a Sequential has layers with arrays before the network."""
+        parts = self._start.removesuffix('features.').split('.')[:-1]
+        for depth, number in enumerate(parts):
+            parent = ''.join(f'{part}.' for part in parts[:depth])
+            inside = [name for name in names if name.startswith(parent)]
+            children = {
+                name: name.removeprefix(parent).split('.')[0] for name in inside
+            }
+            front = [
+                name
+                for name, child in children.items()
+                if number.isdecimal() and child.isdecimal() and int(child) < int(number)
+            ]
+            if front:
+                raise UserError(
+                    f'{self._path}: {printable(list_first(sorted(front)))} belong to a '
+                    'layer in front of the network, which cannot be computed; save the '
+                    f'network alone: torch.save(model[{number}].state_dict(), FILE)'
+                )
 
     def _take_means(self, around):
         """The mean and std of a layer before the network that prepares images."""
@@ -284,15 +306,13 @@ class _Network:
         scope = root
         while not any(n.startswith(scope) and self._is_linear(n) for n in around):
             if not scope:
-                return root, set()
+                other = [n for n in around if _is_named_head(n.removeprefix(root))]
+                return root, self._take_layers(root, around, other)
             scope = scope.rstrip('.').rpartition('.')[0]
             scope += '.' if scope else ''
         inner = [name for name in around if name.startswith(scope)]
         linear = [name for name in inner if self._is_linear(name)]
         fitting = [n for n in linear if self._array(n).shape[1] == self._width]
-        if len({_place(name) for name in fitting}) > 1:
-            places = ', '.join(sorted(map(_place, fitting)))
-            raise UserError(f'{self._path}: the weights have two heads: {places}')
         # Layers that take the outputs of these belong to the head, wherever they are.
         widths = {self._array(name).shape[0] for name in linear} | {self._width}
         outer = [
@@ -305,8 +325,14 @@ class _Network:
         place = _place(linear[0])
         known = place.removeprefix(scope) in HEADS
         norms = [n for n in inner if f'{_place(n)}.running_mean' in self._plain]
-        if len(linear) == 1 and (known or fitting) and not norms and not outer:
-            found = {name for name in inner if _place(name) == place}
+        found = {name for name in inner if _place(name) == place}
+        plain = {name.rpartition('.')[2] for name in found} == {'weight', 'bias'}
+        beside = '.' in place and any(
+            _place(name) != place and _place(_place(name)) == _place(place)
+            for name in inner
+        )
+        plain = plain and not (beside or norms or outer)
+        if len(linear) == 1 and (known or fitting) and plain:
             self._head_place = place
             for name in found:
                 leaf = name.rpartition('.')[2]
@@ -349,6 +375,10 @@ def _tell(path, names):
 
 def _place(name):
     return name.rpartition('.')[0]
+
+
+def _is_named_head(name):
+    return any(name.startswith(f'{head}.') for head in HEADS)
 
 
 def _is_beside(name):

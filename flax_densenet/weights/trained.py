@@ -333,7 +333,7 @@ def _from_file(path, mesh, choices):
     weights = weight_file.load(path)
     if weights.head:
         raise UserError(
-            f'{path}: its head has several layers ({list_first(weights.head)}) that '
+            f'{path}: its head ({list_first(weights.head)}) '
             f'cannot be computed ({weights.head_reason}); train a new classifier on '
             f'the rest: train PHOTOS --config=finetune:{path}'
         )

@@ -297,7 +297,7 @@ def _other_classes(weights, class_names):
     """Why the head cannot be kept, or None."""
     count = len(class_names)
     if weights.head:
-        return f'its head has several layers ({list_first(weights.head)})'
+        return f'its head cannot be computed ({list_first(weights.head)})'
     if not weights.num_classes:
         return 'it has no classifier'
     if not weights.module.has_usual_head():

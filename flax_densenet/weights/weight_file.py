@@ -23,6 +23,7 @@ from flax_densenet.models import factory, initialization, network
 from flax_densenet.system import paths
 from flax_densenet.weights import (
     architecture,
+    array_checks,
     head_layers,
     heads,
     keras_files,
@@ -68,6 +69,11 @@ PREPROCESSING = {
     'keras': _TORCHVISION | dict(resize='stretch', crop_fraction=1.0),
     'keras_hub': _TORCHVISION | dict(resize='stretch', crop_fraction=1.0),
 }
+# How other files begin that people take for weights.
+_OTHER_FILES = dict.fromkeys(
+    (b'<!doctype', b'<html', b'<?xml', b'<head'),
+    'it is a web page, as from a link that asks to log in; download the file itself',
+) | {b'\x1f\x8b': 'it is compressed; unpack it with gunzip or tar first'}
 # The names of the families in messages.
 FAMILIES = {'rdnet': 'RDNet', 'keras': 'Keras', 'keras_hub': 'Keras'}
 
@@ -224,6 +230,11 @@ def _kind(path):
             f'{path} is not the weights but a Git LFS pointer to them; download them '
             'with: git lfs pull'
         )
+    for beginning, reason in _OTHER_FILES.items():
+        if start.lower().startswith(beginning):
+            raise UserError(f'{path} holds no weights: {reason}')
+    if not start:
+        raise UserError(f'{path} is empty; download it again')
     raise UserError(
         f'{path} holds no weights; use a file of torch (.pth), safetensors or Keras '
         '(.h5, .keras), or the folder of a run'
@@ -275,7 +286,7 @@ def _from_torch(path, content):
     if other_head:
         arrays = {k: v for k, v in arrays.items() if '/classifier/' not in k}
     weights = _make(path, family, arrays, {} if other_head else renamed.fields)
-    names = _choose_names(content.class_names, weights.num_classes)
+    names, unfit = _choose_names(content.class_names, weights.num_classes)
     if preprocessing and preprocessing['channels'] != weights.preprocessing['channels']:
         preprocessing = None  # it belongs to other weights
     prepared, unread = _fit_means(weights, preprocessing or renamed.preparation)
@@ -294,14 +305,25 @@ def _from_torch(path, content):
         unread=unread,
         head=other_head,
         head_reason=reason or 'one of them computes something else',
-        notes=tuple(f'{path}: {one}' for one in (renamed.guess, content.note) if one),
+        notes=tuple(
+            f'{path}: {one}' for one in (renamed.guess, unfit or content.note) if one
+        ),
     )
 
 
 def _choose_names(found, count):
-    """The list of names that fits the number of outputs; one output may have two."""
+    """The names that fit the number of outputs, and a line if there are only others.
+
+    One output may have two names.
+    """
     fitting = [n for n in found if len(n) == count or (count == 1 and len(n) == 2)]
-    return fitting[0] if fitting else None
+    if fitting or not found or not count:
+        return (fitting[0] if fitting else None), ''
+    return None, (
+        f'it names {len(found[0])} classes ({list_first(found[0], 3)}), but has '
+        f'{count} outputs, so these names are not used; to give others: '
+        '--class_names=FILE or A,B,...'
+    )
 
 
 def _timm_sidecar(path):
@@ -348,10 +370,13 @@ def _load_run(workdir):
         sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]),
         model=initialization.variable_shapes(module, channels=channels),
     )
+    variables = jax.tree.map(np.asarray, restored['model'])
+    flat = traverse_util.flatten_dict(variables, sep='/')
+    array_checks.check_values(f'{workdir}, epoch {step}', flat, str)
     return Weights(
         path=workdir,
         family='flax_densenet',
-        variables=jax.tree.map(np.asarray, restored['model']),
+        variables=variables,
         fields=fields,
         num_classes=len(names),
         preprocessing=_preprocessing_of(metadata),
@@ -398,8 +423,9 @@ def _make(path, family, arrays, fields, names=None):
     show = str if family.startswith('keras') else torch_names.torch_key
     if rdnet_names.is_rdnet(arrays):
         show = rdnet_names.torch_key
-    _check_arrays(path, arrays, wanted, show)
+    array_checks.check(path, arrays, wanted, show)
     flat = {name: np.asarray(arrays[name], leaf.dtype) for name, leaf in wanted.items()}
+    array_checks.check_values(path, flat, show)
     preprocessing = PREPROCESSING.get(family, _TORCHVISION)
     if channels != preprocessing['channels']:
         preprocessing = channels_lib.with_channels(preprocessing, channels)
@@ -414,36 +440,3 @@ def _make(path, family, arrays, fields, names=None):
         preprocessing=preprocessing,
         class_names=tuple(map(str, names)) if names else None,
     )
-
-
-def _check_arrays(path, arrays, wanted, show):
-    """Raises if an array is missing, unexpected, or has another shape or dtype."""
-    lists = {
-        'missing': sorted(map(show, wanted.keys() - arrays.keys())),
-        'unexpected': sorted(map(show, arrays.keys() - wanted.keys())),
-        'of another shape': [
-            f'{show(name)} {list(arrays[name].shape)}, not {list(wanted[name].shape)}'
-            for name in sorted(wanted.keys() & arrays.keys())
-            if arrays[name].shape != wanted[name].shape
-        ],
-        # Quantized arrays store something else.
-        'not of floating point': [
-            f'{show(name)} {arrays[name].dtype}'
-            for name in sorted(wanted.keys() & arrays.keys())
-            if not jax.dtypes.issubdtype(arrays[name].dtype, np.floating)
-        ],
-    }
-    if any(lists.values()):
-        raise UserError(
-            f'{path} does not fit {_describe(wanted)}: '
-            + '; '.join(
-                f'{len(names)} {kind}: {list_first(names)}'
-                for kind, names in lists.items()
-                if names
-            )
-        )
-
-
-def _describe(wanted):
-    kind = 'an RDNet' if rdnet_names.is_rdnet(wanted) else 'a DenseNet'
-    return f'{kind} of {len(wanted)} arrays'

@@ -48,10 +48,10 @@ def assert_same(one, other):
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
-def write_safetensors(path, arrays):
+def write_safetensors(path, arrays, metadata=None):
     from safetensors import numpy as safetensors
 
-    safetensors.save_file(arrays, str(path))
+    safetensors.save_file(arrays, str(path), metadata)
     return str(path)
 
 

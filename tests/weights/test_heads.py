@@ -106,6 +106,15 @@ def last_norm_head(x, arrays):
     return normalized(x, arrays, 'net.fc.2')
 
 
+def square_head(x, arrays):
+    x = relu(x).mean((1, 2))
+    return dense(relu(dense(x, arrays, 'fc.0')), arrays, 'fc.3')
+
+
+def head_without_bias(x, arrays):
+    return dense(relu(x).mean((1, 2)), arrays, 'classifier')
+
+
 HEADS = {
     dropout_head: (
         linear('classifier.0', WIDTH, 16) | linear('classifier.3', 16, 5),
@@ -135,6 +144,16 @@ HEADS = {
         | linear('head.6', 12, 5),
         'body.',
         'a ReLU between 2 and 6; no bias in head.2; epsilon is 1e-05$',
+    ),
+    square_head: (
+        linear('fc.0', WIDTH, WIDTH) | linear('fc.3', WIDTH, 5),
+        'features.',
+        'a ReLU between 0 and 3$',
+    ),
+    head_without_bias: (
+        linear('classifier', WIDTH, 5, bias=False),
+        'features.',
+        r'Linear\(\d+, 5\): no bias in classifier$',
     ),
     cut_head: (linear('3', WIDTH, 5), '0.', 'no ReLU between the last norm and'),
     whole_head: (linear('5', WIDTH, 5), '0.', ': a ReLU between the last norm and'),
@@ -198,7 +217,7 @@ def test_there_and_back(head, tmp_path):
             linear('classifier.a', WIDTH, WIDTH)
             | linear('classifier.b', WIDTH, WIDTH)
             | linear('classifier.c', WIDTH, 5),
-            'the weights have two heads: classifier.a, classifier.b, classifier.c',
+            r'a, classifier.b, classifier.c\).*order of its layers is unclear',
         ),
         (
             linear('classifier.fc1', WIDTH, 16)
@@ -207,6 +226,30 @@ def test_there_and_back(head, tmp_path):
             'the order of its layers is unclear',
         ),
         (linear('classifier.a', WIDTH, 16) | linear('out', 16, 5), 'different modules'),
+        (
+            linear('classifier', WIDTH, 5) | linear('se.fc', WIDTH, 4),
+            'different modules',
+        ),
+        (
+            linear('classifier_a', WIDTH, 5) | linear('classifier_b', WIDTH, 3),
+            'unclear',
+        ),
+        (linear('arc', WIDTH, 5, bias=False), 'arc has no bias'),
+        (
+            {'classifier.0.weight': np.ones(WIDTH, np.float32)}
+            | {'classifier.0.bias': np.ones(WIDTH, np.float32)}
+            | linear('classifier.1', WIDTH, 5),
+            'classifier.0 is neither',
+        ),
+        (
+            {'classifier.weight_g': np.ones((5, 1), np.float32)}
+            | {'classifier.weight_v': np.ones((5, WIDTH), np.float32)},
+            'classifier is neither',
+        ),
+        (
+            {'classifier.weight': np.ones((5, WIDTH, 1, 1), np.float32)},
+            'classifier is neither',
+        ),
         (
             linear('classifier.0', 2 * WIDTH, 16) | linear('classifier.3', 16, 5),
             f'takes {2 * WIDTH} inputs, the network has {WIDTH}',

@@ -261,7 +261,9 @@ def test_a_run_from_weights(tmp_path, capsys):
 @pytest.mark.parametrize(
     ('content', 'message'),
     [
-        (b'', 'holds no weights'),
+        (b'', 'is empty; download it again'),
+        (b'<!DOCTYPE html><html>', 'holds no weights: it is a web page'),
+        (b'\x1f\x8b\x08' + bytes(40), 'holds no weights: it is compressed'),
         (b'some text that is long enough', 'holds no weights'),
         (b'\x89PNG\r\n\x1a\n' + bytes(40), 'holds no weights'),
         (struct.pack('<Q', 500) + b'{"a": ', 'is not a valid safetensors file'),

@@ -117,23 +117,23 @@ def choose(columns: Mapping[str, Sequence[str]], *, has_labels: bool = False) ->
         )
     left = [name for name in ranked if name not in freed]
     varied = [name for name in left if len(set(columns[name])) > 1]
-    name = next(iter(varied or left), None)
-    if name in varied and not _repeats(columns[name]):
+    chosen = next(iter(varied or left), None)
+    if chosen in varied and not _repeats(columns[chosen]):
         shared = [n for n in varied if _repeats(columns[n]) and _rank(n) < 3]
-        name = next(iter(shared), name)
+        chosen = next(iter(shared), chosen)
     others = [
         other + ' (the same in all rows)' * (other not in varied)
         for other in left
-        if other != name
+        if other != chosen and not describe_label(other, columns[other])
     ]
-    if others and name in varied:
+    if others and chosen in varied:
         notes.append(
-            f'images are grouped by the column {name}, not by {", ".join(others)}; '
+            f'images are grouped by the column {chosen}, not by {", ".join(others)}; '
             'data.groups=column:NAME takes another column'
         )
-    if name in varied and (line := describe_label(name, columns[name])):
+    if chosen in varied and (line := describe_label(chosen, columns[chosen])):
         notes.append(line)
-    return Choice(name, frozenset(freed), notes)
+    return Choice(chosen, frozenset(freed), notes)
 
 
 def describe_label(name: str, cells: Sequence[str]) -> str:

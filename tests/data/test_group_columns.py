@@ -262,14 +262,9 @@ def test_some_paths_name_an_owner(named, alone, groups, count, capsys):
 @pytest.mark.parametrize('above', ['', 'train', 'data/train'])
 def test_how_to_keep_subfolders_together(above, tmp_path, capsys):
     for number in range(8):
-        folder = (
-            tmp_path
-            / 'x'
-            / above
-            / 'ab'[number % 2]
-            / f'{100 + number // 2 + number % 2}'
-        )
-        write_images(folder.parent, {folder.name: 3}, size=(8, 8))
+        patient = f'{100 + number // 2 + number % 2}'  # 101 to 103 are in both classes
+        folder = tmp_path / 'x' / above / 'ab'[number % 2]
+        write_images(folder, {patient: 3}, size=(8, 8))
     fields = {'image_size': 8, 'duplicates': 'ignore'}
     source = f'folder:{tmp_path / "x"}'
     assert dataset.load_source(source, **fields).train.groups is None

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from flax_densenet.data import notes, readers, subgroup_columns, table_columns
+from flax_densenet.data import group_columns, notes, readers, subgroup_columns
 from flax_densenet.errors import UserError, list_first
 
 _MOST_WORDS = 1000  # kinds of text in a column that may divide the images
@@ -124,7 +124,7 @@ def _find_group(field, names, taken, groups):
         return name
     if groups != 'auto':
         return None
-    return table_columns.group_of([name for name in names if name not in taken])
+    return group_columns.group_of([name for name in names if name not in taken])
 
 
 def _only(field, names):
@@ -199,11 +199,11 @@ class ArrowReader(readers.Reader):
         self.class_names, self.labels = _number(values, self.columns)
 
     def owners(self) -> list[str] | None:
-        """The group of each image, from the group column; None if there is none."""
+        """The group of each image, '' if unknown; None if there is no such column."""
         if self.columns.group is None:
             return None
         found = [v for t in self._tables for v in t.column('group').to_pylist()]
-        return [f'\0{i}' if v is None else str(v) for i, v in enumerate(found)]
+        return ['' if v is None else str(v) for v in found]
 
     def others(self, names: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         """The cells of the columns that may divide the images.

@@ -104,22 +104,25 @@ def is_owner(name: str) -> bool:
     return _OWNERS.match(name) is not None
 
 
-def owners(paths, pattern: re.Pattern | None = None) -> list[str] | None:
+def find_owners(paths, pattern: re.Pattern | None = None) -> list[str | None]:
     """The owner of each image, from paths such as `patient00007/study1/view1.png`.
 
     Args:
       pattern: pattern of the owner: its first capture group, or the whole match if it
         has none.
+    """
+    pattern = pattern or _OWNERS
+    matches = map(pattern.search, paths)
+    place = 1 if pattern.groups else 0
+    return [None if match is None else match[place] or '' for match in matches]
+
+
+def owners(paths, pattern: re.Pattern | None = None) -> list[str] | None:
+    """The owners of `find_owners` if all images have one that divides them.
 
     Returns:
       None unless every path has an owner, and there are fewer owners than images but
       more than one.
     """
-    pattern, found = pattern or _OWNERS, []
-    for path in paths:
-        match = pattern.search(path)
-        if match is None:
-            return None
-        found.append(match[1 if pattern.groups else 0] or '')
-    different = len(set(found))
-    return found if 1 < different < len(found) else None
+    found = [owner for owner in find_owners(paths, pattern) if owner is not None]
+    return found if 1 < len(set(found)) < len(found) == len(paths) else None

@@ -10,10 +10,10 @@ import numpy as np
 from flax_densenet.data import (
     cells,
     label_options,
-    labeled,
     listing,
     notes,
     parts,
+    path_groups,
     readers,
 )
 from flax_densenet.errors import UserError, printable
@@ -86,8 +86,16 @@ def find(
     _add_stray_files(root, layout, names, passed)
     for line in layout.lines:
         notes.say(f'{field}: {line}')
-    if passed.line():
-        notes.say(f'{field}: {passed.line()}')
+    if groups.startswith('column:'):
+        raise UserError(f'data.groups={groups} needs a table, data.labels')
+    below = [os.path.relpath(path, root) for path in paths]
+    owners, grouped_by = path_groups.find(below, groups, field)
+    if line := passed.line():
+        is_split = not others and options.for_training and groups == 'auto'
+        if passed.nested and owners is None and is_split:
+            above = os.path.relpath(layout.train, root)
+            line += path_groups.describe_subfolders(below, above)
+        notes.say(f'{field}: {line}')
     if similar := parts.find_similar(names):
         notes.say(
             f'{field}: the classes {similar[0]!r} and {similar[1]!r} differ only in '
@@ -97,11 +105,6 @@ def find(
         _say_parts(field, root, layout, [len(p) for p in (train, *others)], options)
     for folder, part in zip(layout.parts[1:], others, strict=True):
         _say_missing(field, _below(root, folder), names, labels[part])
-    if groups.startswith('column:'):
-        raise UserError(f'data.groups={groups} needs a table, data.labels')
-    owners, grouped_by = labeled.find_groups(
-        [os.path.relpath(path, root) for path in paths], groups
-    )
     return readers.Listing(
         readers.FileReader(paths, labels, root),
         [printable(name) for name in names],

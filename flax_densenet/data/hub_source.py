@@ -15,11 +15,12 @@ import numpy as np
 from flax_densenet import errors
 from flax_densenet.data import (
     arrow_reader,
-    cells,
+    group_columns,
+    group_names,
     label_options,
-    labeled,
     notes,
     parts,
+    path_groups,
     readers,
     subgroup_columns,
 )
@@ -310,7 +311,7 @@ def _listing(field, files, split, table, known_classes, folders):
         raise UserError(f'{field}: has {len(reader.class_names)} class; two are needed')
     ends = starts[len(train) :]
     of_train, *rest = np.split(images, np.searchsorted(images, ends[:-1]))
-    groups, grouped_by = _find_groups(reader, table.groups)
+    groups, grouped_by = _find_groups(field, reader, table.groups)
     kinds = arrow_reader.class_names(schema, columns.others)
     line = subgroup_columns.add_of_columns(
         reader, table.subgroups, reader.others(kinds), field, reader.paths()
@@ -341,16 +342,23 @@ def _say_splits(field, train, others, aside):
     notes.say(line)
 
 
-def _find_groups(reader, groups):
+def _find_groups(field, reader, groups):
     """The group of each image, from a column or paths, and its origin for messages."""
     column = reader.columns.group
     if column is None:
-        return labeled.find_groups(reader.paths(), groups)
+        return path_groups.find(reader.paths(), groups, field)
     owners = reader.owners()
-    if len(set(owners)) > 1:
-        return cells.hash_names(owners), f'the column {column}'
+    if groups == 'auto' and (line := group_columns.describe_doubt(column, owners)):
+        notes.say(f'{field}: {line}')
+        return path_groups.find(reader.paths(), groups, field)
+    numbers, lines = group_names.number(owners, f'the column {column}', column)
+    if len(set(numbers.tolist())) > 1:
+        for line in lines:
+            notes.say(f'{field}: {line}')
+        return numbers, f'the column {column}'
     if groups == 'auto':
-        return None, ''
+        notes.say(f'{field}: all images have the same {column}, so it groups none')
+        return path_groups.find(reader.paths(), groups, field)
     raise UserError(
         f'data.groups={groups}: all images are of one group, which cannot be split; '
         'name another column or set data.groups=none'

@@ -24,6 +24,7 @@ import numpy as np
 
 from flax_densenet.data import cells as cells_lib
 from flax_densenet.data import (
+    group_columns,
     label_lists,
     label_options,
     soft_labels,
@@ -103,13 +104,16 @@ class _Reading(table_columns.Columns):
         images = self.find_images()
         self._check_twice(images)
         split, parts = split_column.find(self, images, self.options.split)
-        group, groups = self.find_group({images, *split}, self.options.groups)
+        group, groups = self.find_group({images, *split}, self.options)
         others = {images, group, *split}
         left = [n for n in self.columns if n not in others and not self.is_index(n)]
         self.images = images
         used, names, values = self._find_labels(self._may_be_labels(left))
         ignored = [name for name in left if name not in used]
         self.notes += [self._why_not[n] for n in ignored if n in self._why_not]
+        is_split = parts is None and self.options.for_training
+        if is_split and groups is None and self.options.groups == 'auto':
+            self.hint_at_groups(ignored, images)
         return Labels(
             images=list(self.columns[images]),
             names=tuple(names),
@@ -137,12 +141,8 @@ class _Reading(table_columns.Columns):
     def _may_be_labels(self, left):
         """Columns that do not hold numbers of folds or patients."""
         for name in filter(self.is_group, left):
-            cells = self.columns[name]
-            if not cells_lib.yes_or_no(cells)[1] and not cells_lib.says_nothing(cells):
-                self._why_not[name] = (
-                    f'its column {name} is taken for one of patients by its name; '
-                    'data.label_columns takes it for a label'
-                )
+            if line := group_columns.describe_label(name, self.columns[name]):
+                self._why_not[name] = line
         return [
             name
             for name in left

@@ -1,16 +1,15 @@
 """Finds the images of a folder that a table of labels names, in any spelling."""
 
 import os
-from collections.abc import Sequence
 
 import numpy as np
 
 from flax_densenet.data import (
-    cells,
     label_options,
     label_table,
     listing,
     notes,
+    path_groups,
     readers,
     split_column,
     subgroup_columns,
@@ -75,7 +74,7 @@ def find(
             _say_missing_classes(label, found, found.values[kept], train, others)
     groups, grouped_by = found.groups, found.grouped_by
     if groups is None:
-        groups, grouped_by = find_groups(names.below(paths), options.groups)
+        groups, grouped_by = path_groups.find(names.below(paths), options.groups, field)
     else:
         groups = groups[kept]
     reader = readers.FileReader(paths, found.values[kept], root)
@@ -149,33 +148,6 @@ def _say_missing_classes(label, found, values, train, others):
             f'{label}: warning: {len(missing)} classes have no image to train on, so '
             f'they cannot be learned: {names}'
         )
-
-
-def find_groups(below: Sequence[str], groups: str) -> tuple[np.ndarray | None, str]:
-    """The group of each image, from its path.
-
-    Args:
-      below: the images' paths below the source's folder.
-      groups: `data.groups`.
-
-    Returns:
-      int64 `[N]` or None, and the origin of the groups, for messages.
-
-    Raises:
-      UserError: a pattern that the user gave does not match every image.
-    """
-    pattern = label_options.check_groups(groups)
-    if groups == 'none' or groups.startswith('column:'):
-        return None, ''
-    owners = cells.owners(below, pattern)
-    if owners is None:
-        if groups.startswith('path'):
-            raise UserError(
-                f'data.groups={groups}: some paths have no group, or all have the same '
-                f'one, or each has its own; the first path is {below[0]}'
-            )
-        return None, ''
-    return cells.hash_names(owners), f'{owners[0]!r} and the like in their paths'
 
 
 class _Names:

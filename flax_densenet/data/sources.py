@@ -15,6 +15,7 @@ from flax_densenet.data import (
     label_options,
     labeled,
     listing,
+    path_groups,
     readers,
     subgroup_columns,
     tar,
@@ -78,7 +79,9 @@ def _find_tar(name, *, bad_images, table=None, known_classes=None, channels=3, *
     train, *others = np.split(good, np.searchsorted(good, ends[:-1]))
     owners, grouped_by = reader.groups, reader.grouped_by
     if owners is None:
-        owners, grouped_by = labeled.find_groups(reader.names, groups)
+        owners, grouped_by = path_groups.find(
+            reader.names, groups, f'data.source=tar:{name}'
+        )
     return readers.Listing(
         reader,
         names,
@@ -108,7 +111,9 @@ def _find_packed(name, *, table=None, **_):
         owners, grouped_by = None, ''
     elif owners is None or groups != 'auto':
         below = [os.fsdecode(key) for key in reader.keys(np.arange(len(reader)))]
-        owners, grouped_by = labeled.find_groups(below, groups)
+        owners, grouped_by = path_groups.find(
+            below, groups, f'data.source=packed:{name}'
+        )
     if table is not None:
         subgroup_columns.keep(reader, table.subgroups)
     return readers.Listing(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from flax_densenet.data import cells as cells_lib
-from flax_densenet.data import table_columns
+from flax_densenet.data import group_columns
 from flax_densenet.errors import UserError
 
 _MOST_VALUES, _MOST_CHOSEN = 12, 50  # values of a detected column, or of a named one
@@ -133,7 +133,7 @@ def to_cell(value: Any) -> str:
 
 def _is_identifier(name):
     key = cells_lib.key(name)
-    if not key or table_columns.is_group_key(key) or key.startswith('unnamed'):
+    if not key or group_columns.identifies_people(name) or key.startswith('unnamed'):
         return True
     return _IDENTIFIER.fullmatch(key) is not None
 
@@ -168,7 +168,7 @@ def _divides(name, values):
 
 def _named(columns, name, setting):
     _check_there(columns, name, setting)
-    if table_columns.is_group_key(cells_lib.key(name)):
+    if group_columns.identifies_people(name):
         raise UserError(
             f'data.subgroups={setting}: {name} identifies people, and the report would '
             'show it; leave it out'

@@ -1,8 +1,7 @@
 """Finds the columns of a table with the image, its part and its group."""
 
-from collections.abc import Iterable
-
 from flax_densenet.data import cells as cells_lib
+from flax_densenet.data import group_columns, group_hints, group_names
 from flax_densenet.errors import UserError
 
 _words = str.split
@@ -12,18 +11,6 @@ _NAME_KEYS = _words(
     'file path image img imgname imgpath imgid imgfile idcode isicid dicomid photo '
     'picture uuid id name column1'
 )
-_GROUP_KEYS = _words(
-    'patient patientid patientname patientno patientnumber subject subjectid '
-    'participant participantid person personid individual individualid animal animalid '
-    'mouse mouseid caseid donor donorid lesionid group groupid mrn pid patno '
-    'patientkey patientmrn subjectno subjectnumber subjectname participantno '
-    'volunteer volunteerid empianon anonpatientid writer writerid'
-)
-
-
-def is_group_key(key: str) -> bool:
-    """Whether the name of a column, from `cells.key`, is that of patients."""
-    return key in _GROUP_KEYS
 
 
 class Columns:
@@ -41,6 +28,7 @@ class Columns:
         self.field, self.is_image = field, is_image
         self.columns, self.lines = table.columns, table.lines
         self.notes = list(table.notes)
+        self._freed: frozenset[str] = frozenset()
         self.keys = {name: cells_lib.key(name) for name in table.columns}
 
     def is_index(self, name):
@@ -77,56 +65,51 @@ class Columns:
 
         Args:
           taken: columns with other roles.
-          options: `data.groups`.
+          options: `label_options.Options`.
         """
-        name = self._group_column(taken, options)
-        if name is None:
+        names = {*self.columns} - {*taken, *options.columns}
+        chosen = group_columns.choose(
+            {n: c for n, c in self.columns.items() if n in names and n},
+            has_labels=bool(options.columns),
+        )
+        self._freed = chosen.freed
+        name, is_named = chosen.name, options.groups.startswith('column:')
+        if is_named:
+            name = self._named_group(options.groups)
+        elif options.groups == 'auto':
+            self.notes += chosen.notes
+        if name is None or not (is_named or options.groups == 'auto'):
             return None, None
-        cells = self.columns[name]
-        blank = [i for i, cell in enumerate(cells) if cells_lib.is_missing(cell)]
-        own = {i: f'\0{i}' for i in blank}
-        groups = cells_lib.hash_names([own.get(i, c) for i, c in enumerate(cells)])
+        groups, notes = group_names.number(
+            self.columns[name], f'the column {name}', name, self.lines
+        )
         if len(set(groups.tolist())) == 1:
-            if options.startswith('column:'):
+            if is_named:
                 raise UserError(
-                    f'data.groups={options}: all images are of one group, which '
+                    f'data.groups={options.groups}: all images are of one group, which '
                     'cannot be split; name another column or set data.groups=none'
                 )
             self.notes.append(
                 f'all images have the same {name}, so they are split image by image'
             )
             return name, None
-        if blank:
-            self.notes.append(
-                f'{len(blank)} images have no {name} (line {self.lines[blank[0]]}); '
-                'each counts as a separate group'
-            )
+        self.notes += notes
         return name, groups
 
-    def _group_column(self, taken, options):
-        if options.startswith('column:'):
-            name = options.removeprefix('column:')
-            if name not in self.columns:
-                raise UserError(
-                    f'data.groups={options}: the table has no such column; it has '
-                    f'{", ".join(self.columns)[:200]}'
-                )
-            return name
-        if options != 'auto':
-            return None
-        return group_of([name for name in self.columns if name not in taken])
+    def _named_group(self, setting):
+        name = setting.removeprefix('column:')
+        if name not in self.columns:
+            raise UserError(
+                f'data.groups={setting}: the table has no such column; it has '
+                f'{", ".join(self.columns)[:200]}'
+            )
+        return name
 
     def is_group(self, name):
-        """Whether a column is one of patients by its name."""
-        return self.keys[name] in _GROUP_KEYS
+        """Whether a column is one of patients by its name and its values."""
+        return group_columns.is_group(name) and name not in self._freed
 
-
-def is_group(name: str) -> bool:
-    """Whether the name of a column or field is that of groups."""
-    return cells_lib.key(name) in _GROUP_KEYS
-
-
-def group_of(names: Iterable[str]) -> str | None:
-    """The column with the owner of each image, such as `Patient ID`; None for none."""
-    by_key = {cells_lib.key(name): name for name in reversed(list(names))}
-    return next((by_key[key] for key in _GROUP_KEYS if key in by_key), None)
+    def hint_at_groups(self, unused, images):
+        """A line about an unused column that may name patients, if no path does."""
+        if cells_lib.owners(self.columns[images]) is None:
+            self.notes += group_hints.find({n: self.columns[n] for n in unused})

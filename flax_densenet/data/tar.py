@@ -13,14 +13,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from flax_densenet.data import (
-    cells,
+    group_columns,
+    group_names,
     label_options,
     listing,
     notes,
     parts,
     readers,
     subgroup_columns,
-    table_columns,
     tar_samples,
 )
 from flax_densenet.errors import UserError, printable
@@ -150,24 +150,47 @@ def _find_groups(field, samples, column):
     Args:
       column: the field that the user named, or None.
     """
-    fields = samples[0].fields if samples else {}
-    name = column or table_columns.group_of(fields)
+    name, lines = column, []
+    if column is None:
+        chosen = group_columns.choose(_shared_fields(samples), has_labels=True)
+        name, lines = chosen.name, chosen.notes
     if name is None or any(name not in sample.fields for sample in samples):
         if column is None:
+            _say(field, lines)
             return None, ''
         raise UserError(
             f'data.groups=column:{column}: {field} has images without the field '
             f'{column} in their JSON, {samples[0].name} or others'
         )
     found = [sample.fields[name] for sample in samples]
-    if len(set(found)) > 1:
-        return cells.hash_names(found), f'the field {name}'
+    groups, more = group_names.number(found, f'the field {name}', name)
+    if len(set(groups.tolist())) > 1:
+        _say(field, [*lines, *more])
+        return groups, f'the field {name}'
     if column is None:
+        _say(field, [f'all images have the same {name}, so it groups none'])
         return None, ''
     raise UserError(
         f'data.groups=column:{column}: all images are of one group, which cannot be '
         'split; name another field or set data.groups=none'
     )
+
+
+def _shared_fields(samples):
+    """The cells of the fields that all samples have."""
+    names = [
+        n for n in (samples[0].fields if samples else ()) if group_columns.is_group(n)
+    ]
+    return {
+        name: [sample.fields[name] for sample in samples]
+        for name in names
+        if all(name in sample.fields for sample in samples)
+    }
+
+
+def _say(field, lines):
+    for line in lines:
+        notes.say(f'{field}: {line}')
 
 
 def _find_tars(field, name, path):

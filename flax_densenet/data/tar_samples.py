@@ -7,7 +7,7 @@ import json
 import os
 import tarfile
 
-from flax_densenet.data import images, table_columns
+from flax_densenet.data import group_columns, images
 from flax_densenet.errors import UserError
 from flax_densenet.system import platforms
 
@@ -130,7 +130,7 @@ def _short_fields(content, column):
         if isinstance(value, str | int | float) and name not in _FIELDS
         if len(text := str(value)) <= _LONGEST_FIELD
         or name == column
-        or table_columns.is_group(name)
+        or group_columns.is_group(name)
     }
 
 

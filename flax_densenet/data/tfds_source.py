@@ -9,12 +9,12 @@ import numpy as np
 from tqdm import tqdm
 
 from flax_densenet.data import (
-    cells,
+    group_columns,
+    group_names,
     label_options,
     notes,
     readers,
     subgroup_columns,
-    table_columns,
 )
 from flax_densenet.errors import UserError
 from flax_densenet.system import paths
@@ -153,7 +153,7 @@ def _find_groups(field, reader, features, count, groups):
     named = groups.startswith('column:')
     feature = groups.removeprefix('column:') if named else None
     if groups == 'auto':
-        feature = table_columns.group_of(features)
+        feature = group_columns.group_of(features)
     if groups.startswith('path') or (named and feature not in features):
         raise UserError(
             f'data.groups={groups}: {field} has the features {", ".join(features)}; '
@@ -169,9 +169,17 @@ def _find_groups(field, reader, features, count, groups):
         )
         return None, ''
     found = _read(reader, [feature], count, 'groups')[feature]
-    if len(set(found)) > 1:
-        return cells.hash_names(found), f'the feature {feature}'
+    doubt = '' if named else group_columns.describe_doubt(feature, found)
+    if doubt:
+        notes.say(f'{field}: {doubt}')
+        return None, ''
+    numbers, lines = group_names.number(found, f'the feature {feature}', feature)
+    if len(set(numbers.tolist())) > 1:
+        for line in lines:
+            notes.say(f'{field}: {line}')
+        return numbers, f'the feature {feature}'
     if not named:
+        notes.say(f'{field}: all images have the same {feature}, so it groups none')
         return None, ''
     raise UserError(
         f'data.groups={groups}: all images are of one group, which cannot be split; '

@@ -419,9 +419,9 @@ def test_classes_of_a_table(tmp_path, capsys):
 
 def test_a_label_that_has_the_name_of_patients_is_pointed_out(tmp_path):
     rows = [f'{n}.png,p{n // 2},{n % 2},{n % 3 > 0:d}' for n in range(12)]
-    table = '\n'.join(['image,patient,sick,animal', *rows])
-    (note,) = (line for line in read(tmp_path, table).notes if 'animal' in line)
-    assert 'animal is taken for one of patients by its name' in note
-    found = read(tmp_path, table, columns=('sick', 'animal'))
-    assert found.names == ('sick', 'animal')
+    table = '\n'.join(['image,patient,sick,animal_id', *rows])
+    (note,) = (line for line in read(tmp_path, table).notes if 'animal_id' in line)
+    assert 'animal_id is taken for one of patients by its name' in note
+    found = read(tmp_path, table, columns=('sick', 'animal_id'))
+    assert found.names == ('sick', 'animal_id')
     assert not any('by its name' in line for line in found.notes)

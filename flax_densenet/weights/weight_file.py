@@ -91,6 +91,7 @@ class Weights:
       head: layers of a head that cannot be computed and was left out.
       head_reason: why it cannot be computed.
       notes: lines about guesses.
+      size_note: what differs at other image sizes than that of the file, or ''.
       folder: the folder of the Hub, if the weights come from one; None for a file.
     """
 
@@ -108,6 +109,7 @@ class Weights:
     head: tuple[str, ...] = ()
     head_reason: str = ''
     notes: tuple[str, ...] = ()
+    size_note: str = ''
     folder: str | None = None
 
     @property
@@ -243,6 +245,7 @@ def _from_keras(path, content):
         head=tail.layers,
         head_reason=tail.reason,
         notes=(f'{path}: {tail.guess}',) if tail.guess else (),
+        size_note=tail.size_note,
     )
 
 
@@ -434,16 +437,12 @@ def _check_arrays(path, arrays, wanted, show):
         ],
     }
     if any(lists.values()):
+        kind = 'an RDNet' if rdnet_names.is_rdnet(wanted) else 'a DenseNet'
         raise UserError(
-            f'{path} does not fit {_describe(wanted)}: '
+            f'{path} does not fit {kind} of {len(wanted)} arrays: '
             + '; '.join(
-                f'{len(names)} {kind}: {list_first(names)}'
-                for kind, names in lists.items()
+                f'{len(names)} {fault}: {list_first(names)}'
+                for fault, names in lists.items()
                 if names
             )
         )
-
-
-def _describe(wanted):
-    kind = 'an RDNet' if rdnet_names.is_rdnet(wanted) else 'a DenseNet'
-    return f'{kind} of {len(wanted)} arrays'

@@ -249,6 +249,9 @@ def prepare(
     _check(settled)
     check_crop(chosen, settled['resize'])
     weights.module.check_image_size(sizes.pair(settled['image_size']))
+    size = settled['image_size']
+    if weights.size_note and size != weights.preprocessing['image_size']:
+        notes['size'] = f'{weights.path}: data.image_size={size}: {weights.size_note}'
     if told := describe_preparation(weights, chosen, settled):
         notes['preparation'] = told
     return dataclasses.replace(weights, preprocessing=settled)

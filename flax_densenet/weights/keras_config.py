@@ -8,6 +8,7 @@ The configuration is only read as JSON, so no code in a file is run.
 [('BatchNormalization', {'epsilon': 0.001})]
 """
 
+import collections
 import json
 import re
 from typing import Any
@@ -33,7 +34,7 @@ def list_objects(text: str | bytes) -> list[tuple[str, dict[str, Any]]]:
 
 
 def fields_of(
-    path: str, objects, groups, *, is_hub: bool, behind=None
+    path: str, objects, groups, *, is_hub: bool, behind=None, transitions: int = 0
 ) -> dict[str, Any]:
     """Fields of `DenseNet` that the file implies but the arrays do not show.
 
@@ -43,24 +44,53 @@ def fields_of(
       groups: paths and names of its layers, including those without arrays.
       is_hub: whether the network is from keras-hub.
       behind: (class, configuration) of each layer of the head, or None.
+      transitions: number of transitions, each with a pooling layer; 0 if unknown.
 
     Raises:
       UserError: the network is not a DenseNet, or its batch norms differ.
     """
     if behind is None:
-        _check_pooling(path, objects)
+        _check_pooling(path, objects, groups)
+        if not is_hub:
+            _check_windows(path, groups, transitions)
     heads = {settings.get('name') for _, settings in behind or ()}
     numbers = _numbers(path, objects, heads)
     return numbers | {'padding': _padding(objects, groups, is_hub)}
 
 
-def _check_pooling(path, objects):
-    for name, settings in objects:
-        if name == 'GlobalMaxPooling2D' or settings.get('pooling') == 'max':
-            raise UserError(
-                f'{path}: its classifier takes the maximum over the image; only the '
-                'mean (GlobalAveragePooling2D) is supported'
-            )
+def _check_pooling(path, objects, groups):
+    kinds = {name for name, _ in objects} | {_class_name(group) for group in groups}
+    pooled = {settings.get('pooling') for _, settings in objects}
+    # The last is its name in keras.applications.
+    maxima = {'GlobalMaxPooling2D', 'global_max_pooling2d', 'max_pool'}
+    if 'max' in pooled or kinds & maxima:
+        raise UserError(
+            f'{path}: its classifier takes the maximum over the image, and the file '
+            'does not show all layers; save the whole model: model.save(FILE.keras)'
+        )
+
+
+def _check_windows(path, groups, transitions):
+    """Refuses more pooling layers than those of the network.
+
+    Files without a configuration have a group for each layer, also for those without
+    arrays.
+    """
+    counts = collections.Counter(
+        group.rpartition('/')[0]
+        for group in groups
+        if _class_name(group) == 'average_pooling2d'
+    )
+    if transitions and any(count != transitions for count in counts.values()):
+        raise UserError(
+            f'{path}: its classifier has an AveragePooling2D, whose window the file '
+            'does not show; save the whole model: model.save(FILE.keras)'
+        )
+
+
+def _class_name(group):
+    """`average_pooling2d` for `layers/average_pooling2d_3`."""
+    return re.sub(r'_\d+$', '', group.rpartition('/')[2])
 
 
 def _numbers(path, objects, heads):

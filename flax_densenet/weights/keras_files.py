@@ -26,6 +26,7 @@ from flax_densenet import errors
 from flax_densenet.errors import UserError
 from flax_densenet.weights import (
     hdf5,
+    keras_body,
     keras_config,
     keras_head,
     keras_layers,
@@ -153,13 +154,19 @@ def read_content(path: str) -> Content:
     is_hub |= any('dense_net_backbone' in group for group in groups)
     with _reading(path):
         config = objects[0][1] if objects else {}
-        behind = keras_tail.find(config)
+        parts = keras_body.split(config)
+        modules = [one.module.partition('/')[0] for one in layers if one.module]
+        keras_body.check(path, parts)
         fields = keras_config.fields_of(
-            path, objects, groups, is_hub=is_hub, behind=behind
+            *(path, objects, groups),
+            is_hub=is_hub,
+            behind=parts.behind,
+            transitions=len({m for m in modules if m.startswith('transition')}),
         )
         by_key = {key: array for one in layers for key, array in one.by_key().items()}
         around = keras_head.read(config, by_key)
-        tail, used = _read_tail(behind, layers)
+        size = None if around.unread else around.preparation.get('image_size')
+        tail, used = _read_tail(parts, layers, size)
     arrays = _name([one for one in layers if one not in used]) | tail.arrays
     for key in around.used:
         arrays.pop(key, None)
@@ -222,17 +229,17 @@ def _without_copy(path, layers):
     return [one for one in layers if one not in copies]
 
 
-def _read_tail(behind, layers):
+def _read_tail(parts, layers, size):
     """The head, and the layers that belong to it."""
     found = [one for one in layers if one.is_of_head()]
     body = {one.module: one.arrays for one in layers if one.module}
     if not any(name.startswith('denseblock') for name in body):
         return keras_tail.Tail(), []
-    if behind is None and [one.module for one in found] in ([], ['classifier']):
+    if parts.behind is None and [one.module for one in found] in ([], ['classifier']):
         return keras_tail.Tail(), []
     width = len(body['norm5']['gamma']) if 'gamma' in body.get('norm5', {}) else None
     arrays = {key: array for one in found for key, array in one.by_key().items()}
-    tail = keras_tail.read(behind, [one.layer for one in found], arrays, width)
+    tail = keras_tail.read(parts, [one.layer for one in found], arrays, width, size)
     return tail, found
 
 

@@ -32,10 +32,8 @@ SILENT = {
     *('RandomSharpness', 'RandomPosterization', 'MixUp', 'CutMix', 'RandomInvert'),
     'RandomGaussianBlur',
 }
-_NETWORK = {
-    *('Conv2D', 'ZeroPadding2D', 'BatchNormalization', 'MaxPooling2D'),
-    *('DenseNetBackbone', 'DenseNetImageClassifier'),
-}
+# The first layer of the network, which may have a ZeroPadding2D of its own.
+_NETWORK = {'Conv2D', 'DenseNetBackbone', 'DenseNetImageClassifier'}
 _MODELS = {'Functional', 'Sequential', 'Model'}
 _ACTIVATIONS = {'sigmoid': heads.SIGMOID, 'softmax': heads.SOFTMAX}
 
@@ -102,11 +100,19 @@ def inner_layers(layer):
     return None
 
 
-def _holds_network(layer):
-    inner = inner_layers(layer)
-    if inner is not None:
-        return any(_holds_network(one) for one in inner)
-    return class_of(layer)[0] in _NETWORK
+def is_relu(kind: str, settings: dict[str, Any]) -> bool:
+    """Whether a layer of this class is a plain ReLU."""
+    name = {'ReLU': 'relu', 'Activation': activation_name(settings)}.get(kind)
+    return name == 'relu' and not has_unusual_slope(settings)
+
+
+def has_unusual_slope(settings: dict[str, Any]) -> bool:
+    """Whether a ReLU, as a layer or an activation, has a limit, slope or threshold."""
+    found = settings.get('activation')
+    inner = found.get('config') if isinstance(found, dict) else None
+    keys = 'max_value', 'negative_slope', 'threshold'
+    places = (settings, inner if isinstance(inner, dict) else {})
+    return any(place.get(key) not in (None, 0) for place in places for key in keys)
 
 
 def _outputs(layers):
@@ -137,12 +143,15 @@ class _Front:
 
     def read(self, layers):
         """Reads up to the network; whether it was found."""
-        for layer in layers:
+        kinds = [class_of(layer)[0] for layer in layers]
+        for number, layer in enumerate(layers):
             kind, settings = class_of(layer)
             inner = inner_layers(layer)
             if inner is not None and self.read(inner):
                 return True
             if kind in _NETWORK:
+                return True
+            if kind == 'ZeroPadding2D' and kinds[number + 1 : number + 2] == ['Conv2D']:
                 return True
             read = inner is not None or self._apply(kind, settings, layer)
             if not read and not self.unread:

@@ -11,12 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from flax_densenet.weights import head_layers, keras_head, keras_layers
+from flax_densenet.settings import sizes
+from flax_densenet.weights import (
+    head_layers,
+    keras_body,
+    keras_head,
+    keras_layers,
+    keras_pooling,
+)
 from flax_densenet.weights.head_layers import RELU, Linear, Norm, Unreadable
 
-# The last layer of one of these classes comes before the last norm of the network.
-_BODY = {'Conv2D', 'Concatenate', 'AveragePooling2D', 'DenseNetBackbone'}
-_POOLINGS = {'GlobalAveragePooling2D': 'mean', 'GlobalMaxPooling2D': 'max'}
 _NOTHING = {*keras_head.SILENT, 'InputLayer', 'Flatten', 'SpatialDropout2D'}
 _ENDS = ('softmax', 'sigmoid')
 
@@ -31,6 +35,7 @@ class Tail:
       layers: names of the layers of a head that cannot be read.
       reason: why it cannot be read.
       guess: describes what was guessed; '' for nothing.
+      size_note: what differs at other image sizes; '' for nothing.
     """
 
     arrays: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -38,103 +43,68 @@ class Tail:
     layers: tuple[str, ...] = ()
     reason: str = ''
     guess: str = ''
-
-
-def find(settings: dict[str, Any]) -> list[tuple[str, dict[str, Any]]] | None:
-    """(class, configuration) of each layer after the last norm of the network.
-
-    None if the configuration does not show that norm.
-    """
-    flat = list(_flatten(settings))
-    last = max((n for n, one in enumerate(flat) if one[0] in _BODY), default=None)
-    if last is None:
-        return None
-    behind = flat[last + 1 :]
-    if flat[last][0] == 'DenseNetBackbone':
-        return [('ReLU', {}), *behind]
-    return behind[1:] if behind and behind[0][0] == 'BatchNormalization' else None
-
-
-def _flatten(settings):
-    layers = settings.get('layers')
-    for layer in layers if isinstance(layers, list) else ():
-        if not isinstance(layer, dict):
-            continue
-        kind, inner = keras_head.class_of(layer)
-        if keras_head.inner_layers(layer) is not None:
-            yield from _flatten(inner)
-            yield 'Identity', {'name': inner.get('name')}  # its outputs carry this name
-        else:
-            yield kind, inner | {'inputs': _inputs(layer.get('inbound_nodes'))}
-
-
-def _inputs(node):
-    """The names of the layers that feed a layer."""
-    if isinstance(node, dict):
-        inner = node.get('config')
-        history = inner.get('keras_history') if isinstance(inner, dict) else None
-        if isinstance(history, list) and history:
-            return [history[0]]
-        node = list(node.values())
-    if not isinstance(node, list):
-        return []
-    if len(node) >= 3 and isinstance(node[0], str) and type(node[1]) is int:
-        return [node[0]]  # before Keras 3
-    return [name for inner in node for name in _inputs(inner)]
+    size_note: str = ''
 
 
 def read(
-    behind: list[tuple[str, dict[str, Any]]] | None,
+    parts: keras_body.Parts,
     layers: list[keras_layers.Layer],
     arrays: dict[str, np.ndarray],
     width: int | None,
+    size: sizes.Size | None = None,
 ) -> Tail:
     """The head of a model.
 
     Args:
-      behind: the result of `find`.
+      parts: the layers of the configuration.
       layers: layers of the file outside the network's body, in the order of the file.
       arrays: `{path in the file: array}`.
       width: number of features of the network.
+      size: the size of the images that the network takes, if known.
     """
     names = tuple(layer.name.rpartition('/')[2] for layer in layers)
     try:
-        if behind is None:
+        if parts.behind is None:
             return _of_arrays(layers, arrays, width) if layers else Tail()
-        return _of_config(behind, layers, arrays, width)
+        return _of_config(parts, layers, arrays, width, size)
     except Unreadable as error:
         return Tail(layers=names or ('its last layer',), reason=str(error))
 
 
-def _of_config(behind, layers, arrays, width):
+def _of_config(parts, layers, arrays, width, size):
+    behind = parts.behind
     places = _place(behind, layers)
     unused = [one.name for one in layers if one not in places.values()]
     if unused:
         raise Unreadable(f'{unused[0]} is not in its configuration')
-    sequence, fields, before = [], {'last_relu': False}, None
+    sequence, fields, before = [], {'last_relu': False}, parts.last
+    pooling = keras_pooling.Pooling(parts.map_size(size))
     for number, (kind, settings) in enumerate(behind):
         name = settings.get('name')
         inputs = settings.get('inputs')
         if before and inputs and inputs != [before]:
-            raise Unreadable(f'{name} takes {", ".join(inputs)}')
+            raise Unreadable(f'{name} takes {", ".join(inputs)}, not {before}')
         before = name
         activation = keras_head.activation_name(settings)
-        if kind in _POOLINGS and 'pooling' not in fields:
-            fields['pooling'] = _POOLINGS[kind]
+        if kind in keras_pooling.KINDS and not sequence:
+            pooling.add(kind, settings)
         elif kind in ('Activation', 'ReLU', 'Softmax'):
-            _activate(kind, activation, sequence, fields, settings)
+            _activate(kind, activation, sequence, fields, settings, pooling.kind)
         elif kind in ('Dense', 'BatchNormalization'):
-            if 'pooling' not in fields:
+            if not pooling.is_complete:
                 raise Unreadable(f'{name} comes before the pooling')
             layer = _layer(kind, settings, places.get(number), arrays)
             sequence += [layer]
             if kind == 'Dense' and activation != 'linear':
-                _activate(kind, activation, sequence, fields, settings)
-        elif kind not in _NOTHING or (kind == 'Flatten' and 'pooling' not in fields):
+                _activate(kind, activation, sequence, fields, settings, pooling.kind)
+        elif kind not in _NOTHING or (kind == 'Flatten' and not pooling.is_complete):
             raise Unreadable(f'{name or kind} is a {kind}')
+    if pooling.is_complete:
+        fields['pooling'] = pooling.kind
     if not sequence:
         return Tail(fields=_unusual(fields))
-    return _made(sequence, fields, width)
+    made = _made(sequence, fields, width)
+    return dataclasses.replace(made, size_note=pooling.size_note)
 
 
 def _unusual(fields):
@@ -142,10 +112,10 @@ def _unusual(fields):
     return {k: v for k, v in fields.items() if usual.get(k) != v}
 
 
-def _activate(kind, activation, sequence, fields, settings):
+def _activate(kind, activation, sequence, fields, settings, pooled):
     kind = {'ReLU': 'relu', 'Softmax': 'softmax'}.get(kind, activation)
-    odd = [settings.get(k) for k in ('max_value', 'negative_slope', 'threshold')]
-    if any(odd) or (kind not in ('relu', 'linear', *_ENDS)):
+    odd = keras_head.has_unusual_slope(settings)
+    if odd or (kind not in ('relu', 'linear', *_ENDS)):
         raise Unreadable(f'{settings.get("name")} is an unusual {kind}')
     if sequence and sequence[-1] in _ENDS:
         raise Unreadable(f'a {kind} after a {sequence[-1]}')
@@ -153,7 +123,10 @@ def _activate(kind, activation, sequence, fields, settings):
         sequence.append(kind)
     elif kind == 'relu' and sequence:
         sequence.append(RELU)
-    elif kind == 'relu' and 'pooling' not in fields:
+    elif kind == 'relu' and not fields['last_relu']:
+        # The ReLU of a maximum is the maximum after a ReLU.
+        if pooled == 'mean':
+            raise Unreadable(f'{settings.get("name")} is a ReLU after the mean')
         fields['last_relu'] = True
 
 

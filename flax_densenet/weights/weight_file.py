@@ -97,6 +97,7 @@ class Weights:
       head: layers of a head that cannot be computed and was left out.
       head_reason: why it cannot be computed.
       notes: lines about guesses.
+      size_note: what differs at other image sizes than that of the file, or ''.
       folder: the folder of the Hub, if the weights come from one; None for a file.
     """
 
@@ -114,6 +115,7 @@ class Weights:
     head: tuple[str, ...] = ()
     head_reason: str = ''
     notes: tuple[str, ...] = ()
+    size_note: str = ''
     folder: str | None = None
 
     @property
@@ -254,6 +256,7 @@ def _from_keras(path, content):
         head=tail.layers,
         head_reason=tail.reason,
         notes=(f'{path}: {tail.guess}',) if tail.guess else (),
+        size_note=tail.size_note,
     )
 
 

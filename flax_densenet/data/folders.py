@@ -12,6 +12,7 @@ from flax_densenet.data import (
     label_options,
     labeled,
     listing,
+    mask_names,
     notes,
     parts,
     readers,
@@ -84,7 +85,7 @@ def find(
             'fix them or remove the folder'
         )
     _add_stray_files(root, layout, names, passed)
-    for line in layout.lines:
+    for line in (*layout.lines, *mask_names.describe(paths)):
         notes.say(f'{field}: {line}')
     if passed.line():
         notes.say(f'{field}: {passed.line()}')

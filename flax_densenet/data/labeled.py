@@ -61,6 +61,13 @@ def find(
         options.subgroups,
         names.below(paths),
     )
+    lost = len(wanted) - len(good)
+    if lost and len(found.notes):
+        how = [
+            *how,
+            f'the numbers above count all {len(found.images)} rows; {lost} of them '
+            'have no image that can be read and are skipped',
+        ]
     _say(label, found, how, len(good), columns, line)
     aside = len(found.images) - len(wanted)
     passed.unnamed = max(0, len(names) - len(set(paths)) - aside)

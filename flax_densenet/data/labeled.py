@@ -257,10 +257,12 @@ class _Names:
                     best = found, [self._how(names, found, split[0][:drop], kind)]
                 if count == len(names):
                     return best
+        if any(best[0]):  # the folders are right, so that the others are missing
+            return best
         return self._find_by_ends(names, split, best)
 
     def _find_by_ends(self, names, split, best):
-        """Looks for each name by the longest end of its path, if this finds more."""
+        """Looks for each name by the longest end of its path, closest kinds first."""
         for kind in _KINDS:
             found = [self._by_end(name, kind) for name in split]
             counts = Counter(path for path in found if path)

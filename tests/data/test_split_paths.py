@@ -141,6 +141,13 @@ def test_paths_of_another_computer_by_their_ends(tmp_path, capsys):
         load(tmp_path, names)
 
 
+def test_an_image_that_is_missing_is_not_taken_from_another_folder(tmp_path):
+    write_images(tmp_path / 'x', {'a': 3, 'b': 4}, size=(8, 8))
+    names = ['r/a/000.jpg', 'r/a/001.jpg', 'r/a/003.jpg', 'r/b/000.jpg']
+    with pytest.raises(UserError, match='1 of its 4 images are .* is r/a/003.jpg'):
+        load(tmp_path, names)
+
+
 def test_an_empty_cell_of_an_image(tmp_path):
     write_images(tmp_path, {'x': 6}, size=(8, 8))
     with pytest.raises(UserError, match='line 4: the image cell is empty; name the'):

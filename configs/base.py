@@ -128,9 +128,10 @@ def get_config() -> ConfigDict:
     # path:(?P<site>[a-z]+)_.
     config.data.subgroups = 'auto'
     # Column of data.labels that says which images are for training, validation and
-    # testing: auto (a column of train, val and test, or one named split, fold, ...),
-    # column:NAME, column:NAME=TRAIN,VAL,TEST (the values of the three parts, several
-    # as 0+1+2), or none.
+    # testing: auto (a column of train, val and test, or one named split, fold, ...,
+    # else folders of these names in the paths of the images), column:NAME,
+    # column:NAME=TRAIN,VAL,TEST (the values of the three parts, several as 0+1+2), or
+    # none.
     config.data.split = 'auto'
     # Values of images with more than 8 bits that become black and white, '(0,4095)'. If
     # not set: as in init_from, else found from the images and printed. (): 0 to 65535;

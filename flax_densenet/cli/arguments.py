@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 
+from flax_densenet.data import other_files
 from flax_densenet.errors import UserError
 from flax_densenet.system import paths
 
@@ -74,6 +75,8 @@ def source(name: str) -> str:
     if name.partition(':')[0] in _KINDS:
         return name
     paths.resolve(name, '')  # raises for a wrong address or variable
+    if os.path.isfile(path) and (what := other_files.describe_archive(path)):
+        raise UserError(f'{name} {what}')
     raise UserError(
         f'{name}: there is no such folder; name a folder of images (PHOTOS/CLASS/*), '
         'a packed folder, tar or parquet files, or a source such as hf:cifar10'

@@ -43,6 +43,8 @@ def may_be_class(cell: str) -> bool:
 
 def number(cell: str) -> float | None:
     """A number, also with a decimal comma; None for anything else."""
+    if '_' in cell:  # Python reads 1_0 as 10
+        return None
     try:
         value = float(cell.replace(',', '.', 1))
     except ValueError:

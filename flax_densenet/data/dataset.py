@@ -206,6 +206,9 @@ def _divide(data, listing, folds):
     has_both = folds.for_training and not (folds.folds and not folds.fold)
     _say_parts(data.source, listing, divided, for_training=has_both)
     if not folds.fold:
+        line = splits.describe_missing(listing, divided.indices) if has_both else ''
+        if line:
+            notes.say(f'data.source={data.source}: {line}')
         return divided, divided.train
     # All folds get the same preparation.
     return divided, np.sort(np.concatenate(list(divided.indices.values())))

@@ -11,6 +11,7 @@ from flax_densenet.data import (
     cells,
     label_options,
     listing,
+    mask_names,
     notes,
     parts,
     path_groups,
@@ -84,7 +85,7 @@ def find(
             'fix them or remove the folder'
         )
     _add_stray_files(root, layout, names, passed)
-    for line in layout.lines:
+    for line in (*layout.lines, *mask_names.describe(paths)):
         notes.say(f'{field}: {line}')
     if groups.startswith('column:'):
         raise UserError(f'data.groups={groups} needs a table, data.labels')

@@ -24,7 +24,8 @@ def find(name: str, key: str, cells, *, chosen: bool, several: bool) -> str | No
       several: whether the user set that images have several labels.
     """
     if name.lower() == 'finding labels':
-        return '|'
+        found = (s for s in '|;,' if any(s in cell for cell in cells))
+        return next(found, '|')
     if not (chosen or key in _KEYS):
         return None
     if any('|' in cell for cell in cells):
@@ -52,8 +53,14 @@ def split(cell: str, separator: str) -> list[str]:
 
 
 def read(cells, separator: str) -> tuple[list[str], np.ndarray]:
-    """The sorted names of the labels, and float32 `[N, L]` of 0 and 1."""
-    rows = [split(cell, separator) for cell in cells]
+    """The sorted names of the labels, and float32 `[N, L]` of 0 and 1.
+
+    Missing values, such as NA and none, are not labels.
+    """
+    rows = [
+        [name for name in split(cell, separator) if not cells_lib.is_missing(name)]
+        for cell in cells
+    ]
     names = sorted({name for row in rows for name in row})
     names = [name for name in names if name.lower() != NOTHING]
     values = [[float(name in row) for name in names] for row in rows]
@@ -68,3 +75,28 @@ def describe(column: str, separator: str) -> str:
         f'the cells of {column} are read as lists of labels separated by '
         f'{_NAMES[separator]}; data.label_kind=classes reads each as one class'
     )
+
+
+def describe_blank(column: str, cells, separator: str) -> str:
+    """A line about cells that name no label; empty if there are none."""
+    blank = [cell for cell in cells if cells_lib.is_missing(cell)]
+    words = {cell for cell in blank if cell}
+    lines = []
+    if blank:
+        named = f' ({", ".join(sorted(words)[:5])})' if words else ''
+        lines.append(
+            f'{len(blank)} blank cells of {column}{named} are read as no label'
+        )
+    beside = [
+        name
+        for cell in cells
+        if not cells_lib.is_missing(cell)
+        for name in split(cell, separator)
+        if cells_lib.is_missing(name)
+    ]
+    if beside:
+        lines.append(
+            f'{len(beside)} missing values inside the lists of {column} '
+            f'({", ".join(sorted(set(beside))[:5])}) are left out'
+        )
+    return '; '.join(lines)

@@ -24,6 +24,7 @@ import numpy as np
 
 from flax_densenet.data import cells as cells_lib
 from flax_densenet.data import (
+    class_names,
     group_columns,
     label_lists,
     label_options,
@@ -128,6 +129,11 @@ class _Reading(table_columns.Columns):
 
     def _check_twice(self, images):
         cells = self.columns[images]
+        if '' in cells:
+            raise UserError(
+                f'{self.field}: line {self.lines[cells.index("")]}: the image cell is '
+                'empty; name the image or remove the row'
+            )
         twice = next((x for x, n in Counter(cells).items() if n > 1), None)
         if twice is None:
             return
@@ -146,7 +152,7 @@ class _Reading(table_columns.Columns):
         return [
             name
             for name in left
-            if not split_column.looks_like_parts(self.keys[name], self.columns[name])
+            if not split_column.looks_like_parts(name, self.columns[name])
             and not self.is_group(name)
         ]
 
@@ -213,8 +219,8 @@ class _Reading(table_columns.Columns):
         self._say_counts(names, values)
         if line := label_lists.describe(column, separator):
             self.notes.append(line)
-        if blank := sum(not cell for cell in cells):
-            self.notes.append(f'{blank} blank cells of {column} are read as no label')
+        if line := label_lists.describe_blank(column, cells, separator):
+            self.notes.append(line)
         return {column}, names, values
 
     def _find_binary(self, among):
@@ -393,19 +399,8 @@ class _Reading(table_columns.Columns):
             self.notes.append(f'{", ".join(words)} is read as a class')
 
     def _class_names(self, column, cells):
-        """Cells, with numbers without decimals, and the sorted names."""
-        numbers = {cell: cells_lib.number(cell) for cell in set(cells)}
-        if None not in numbers.values():
-            broken = next((c for c, n in numbers.items() if n != int(n)), None)
-            if broken is not None:
-                raise UserError(
-                    f'{self.field}: the column {column} holds numbers such as '
-                    f'{broken}, which are not classes'
-                )
-            cells = [str(int(numbers[cell])) for cell in cells]
-            names = sorted(set(cells), key=int)
-        else:
-            names = sorted(set(cells))
+        """Cells, with numbers without `.0`, and the sorted names."""
+        cells, names = class_names.find(self.field, column, cells)
         self._check_spelling(column, names)
         named = self.keys[column] in _CLASS_KEYS or column in self.options.columns
         most = len(cells) - 1 if named else len(cells) / 2

@@ -1,6 +1,8 @@
 """Finds the images of a folder that a table of labels names, in any spelling."""
 
+import dataclasses
 import os
+from collections import Counter
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from flax_densenet.data import (
     path_groups,
     readers,
     split_column,
+    split_paths,
     subgroup_columns,
 )
 from flax_densenet.errors import UserError, printable
@@ -43,11 +46,8 @@ def find(
     passed.nested = 0  # a table names its images in any folder
     found = label_table.read(table, options, names.has)
     label = f'data.labels={table}'
-    kept = np.arange(len(found.images))
-    if found.parts is not None:
-        kept = np.flatnonzero(found.parts < split_column.UNUSED)
+    found, kept, paths, how = _match(found, names, options)
     wanted = [found.images[i] for i in kept]
-    paths, how = names.find(wanted)
     absent = _check_paths(field, root, table, wanted, paths, bad_images, passed)
     there = [index for index, path in enumerate(paths) if path is not None]
     kept, paths = kept[there], [paths[index] for index in there]
@@ -60,6 +60,13 @@ def find(
         options.subgroups,
         names.below(paths),
     )
+    lost = len(wanted) - len(good)
+    if lost and len(found.notes):
+        how = [
+            *how,
+            f'the numbers above count all {len(found.images)} rows; {lost} of them '
+            'have no image that can be read and are skipped',
+        ]
     _say(label, found, how, len(good), columns, line)
     aside = len(found.images) - len(wanted)
     passed.unnamed = max(0, len(names) - len(set(paths)) - aside)
@@ -89,6 +96,32 @@ def find(
         others[0] if len(others) == 2 else None,
         grouped_by,
     )
+
+
+def _match(found, names, options):
+    """The labels with parts, the rows that are used, their files, and lines."""
+    kept = np.arange(len(found.images))
+    if found.parts is not None:
+        kept = np.flatnonzero(found.parts < split_column.UNUSED)
+    wanted = [found.images[i] for i in kept]
+    paths, how = names.find(wanted)
+    if found.parts is not None or options.split != 'auto':
+        return found, kept, paths, how
+    below = [
+        names.below([path])[0] if path else name
+        for path, name in zip(paths, wanted, strict=True)
+    ]
+    parts, line = split_paths.find(wanted, below, options)
+    if line:
+        how = [*how, line]
+    if parts is not None:
+        # No part is split off, as the lines about other columns say.
+        end = split_column.at_random(options)
+        lines = tuple(line.replace(end, '') for line in found.notes)
+        found = dataclasses.replace(found, parts=parts, notes=lines)
+        kept = np.flatnonzero(parts < split_column.UNUSED)
+        paths = [paths[i] for i in kept]
+    return found, kept, paths, how
 
 
 def _check_paths(field, root, table, wanted, paths, bad_images, passed):
@@ -155,12 +188,11 @@ class _Names:
 
     def __init__(self, root, paths):
         self._root, self._paths = root, paths
-        self._by_name = {}
-        for path in paths:
-            self._by_name[os.path.relpath(path, root)] = path
+        self._by_name = {os.path.relpath(path, root): path for path in paths}
+        exact = set(self._by_name)  # a path below the folder names one file only
         for path in paths:
             name = os.path.basename(path)
-            if self._by_name.setdefault(name, path) != path:
+            if name not in exact and self._by_name.setdefault(name, path) != path:
                 self._by_name[name] = _TWICE
         self._tails = {}
 
@@ -197,7 +229,24 @@ class _Names:
                     best = found, [self._how(names, found, split[0][:drop], kind)]
                 if count == len(names):
                     return best
+        if any(best[0]):  # the folders are right, so that the others are missing
+            return best
+        return self._find_by_ends(names, split, best)
+
+    def _find_by_ends(self, names, split, best):
+        """Looks for each name by the longest end of its path, closest kinds first."""
+        for kind in _KINDS:
+            found = [self._by_end(name, kind) for name in split]
+            counts = Counter(path for path in found if path)
+            found = [path if counts[path] == 1 else None for path in found]
+            if len(names) - found.count(None) > len(names) - best[0].count(None):
+                line = self._how(names, found, [], kind)
+                best = found, [f'{line}; each by the longest end of its path']
         return best
+
+    def _by_end(self, name, kind):
+        ends = (self._tail(name[drop:], *kind) for drop in range(len(name)))
+        return next((path for path in ends if path), None)
 
     def _find_rest(self, names, paths):
         """Looks for single names without extension or case, which people mix up."""

@@ -1,5 +1,7 @@
 """Recognizes the kind of an unsupported file, by its first bytes."""
 
+import shlex
+
 _CONVERT, _UNPACK = 'convert it to JPEG or PNG', 'unpack it'
 _ARRAY = 'save its images as 16-bit PNG or TIFF'
 _KINDS = (
@@ -51,3 +53,41 @@ def describe(start: bytes, formats: tuple[str, ...]) -> str | None:
         if start.lower().startswith(mark.lower()):
             return f'is not an image but {kind}; {remedy}'
     return None
+
+
+# How archives are unpacked, by the end of their names.
+_COMMANDS = {
+    '.tar.gz': 'tar xzf {0}',
+    '.tgz': 'tar xzf {0}',
+    '.tar.bz2': 'tar xjf {0}',
+    '.tar.xz': 'tar xJf {0}',
+    '.tar.zst': 'tar --zstd -xf {0}',
+    '.tar': 'tar xf {0}',
+    '.zip': 'unzip {0}',
+    '.7z': '7z x {0}',
+    '.rar': 'unrar x {0}',
+}
+_PACKED = {b'\x1f\x8b': 'gunzip', b'BZh': 'bunzip2', b'\xfd7zXZ': 'unxz'}
+_PACKED[b'(\xb5/\xfd'] = 'unzstd'
+
+
+def describe_archive(path: str) -> str:
+    """What to do about an archive that is given as a folder; empty for others."""
+    for ending, command in _COMMANDS.items():
+        if path.lower().endswith(ending):
+            command = command.format(shlex.quote(path))
+            return f'is an archive; unpack it ({command}) and name the folder'
+    return ''
+
+
+def describe_compressed(path: str) -> str:
+    """What to do about a compressed file, by its first bytes; empty for others."""
+    try:
+        with open(path, 'rb') as file:
+            start = file.read(6)
+    except OSError:
+        return ''
+    for mark, program in _PACKED.items():
+        if start.startswith(mark):
+            return f'is compressed; decompress it ({program} {shlex.quote(path)})'
+    return ''

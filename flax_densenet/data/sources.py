@@ -15,6 +15,7 @@ from flax_densenet.data import (
     label_options,
     labeled,
     listing,
+    other_files,
     path_groups,
     readers,
     subgroup_columns,
@@ -47,6 +48,8 @@ def _find_folder(
 ):
     root = paths_lib.resolve(name, 'data.source=folder:')
     field = f'data.source=folder:{name}'
+    if os.path.isfile(root) and (what := other_files.describe_archive(root)):
+        raise UserError(f'{field} {what}')
     if not name or not os.path.isdir(root):
         raise UserError(
             f'{field}: there is no such folder; give one with a folder of images for '

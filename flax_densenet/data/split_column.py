@@ -1,5 +1,6 @@
 """Finds the rows of a table for training, validation and testing."""
 
+import re
 from collections import Counter
 
 import numpy as np
@@ -16,8 +17,12 @@ _KEYS = _words(
 # In these columns, numbers are parts or folds and never labels; a stage may be a label.
 _NEVER_LABELS = _words(
     'split splits datasplit fold set subset dataset partition splitname traintest '
-    'trainvaltest foldid kfold foldnumber'
+    'trainvaltest foldid kfold foldnumber foldindex'
 )
+# The same for columns with one of these words in their names: `outer_fold`.
+_FOLD_WORDS = frozenset(_words('fold folds kfold cv'))
+# With a cell of train, these columns may be a split; a column of classes may not.
+_OFTEN_PARTS = _words('role cohort mode tvt purpose use assignment')
 _MOST_NUMBERS = 20
 _BINARY = {
     **dict.fromkeys(('istrain', 'istraining', 'intrain'), parts_lib.TRAIN),
@@ -91,9 +96,24 @@ def describe_label(name: str) -> str:
     )
 
 
-def looks_like_parts(key: str, cells) -> bool:
-    """Whether a column numbers parts or folds, so that it is not a label."""
-    return key in _NEVER_LABELS and _are_few_numbers(cells)
+def looks_like_parts(name: str, cells) -> bool:
+    """Whether a column numbers or names parts or folds, so that it is not a label."""
+    if _is_named_like_parts(name) and _are_few_numbers(cells):
+        return True
+    return len(_used_roles(cells)) > 1
+
+
+def _is_named_like_parts(name):
+    words = re.split(r'[\W\d_]+', name.lower())
+    return cells_lib.key(name) in _NEVER_LABELS or bool(_FOLD_WORDS & set(words))
+
+
+def _used_roles(cells):
+    """The parts that cells name, unless they are too many different ones."""
+    different = set(cells)
+    if len(different) > _MOST_NUMBERS:
+        return set()
+    return set(cells_lib.roles(different)) & set(parts_lib.USED)
 
 
 def _are_few_numbers(cells):
@@ -118,18 +138,26 @@ def _check_roles(table, name, roles):
 
 def _example(name, cells):
     """An example of naming the values, with those of the column if there are few."""
-    values = sorted({cell for cell in cells if not cells_lib.is_missing(cell)})
-    # Sorted as train, val and test, if their first letters are enough.
-    values.sort(
-        key=lambda value: (
-            not value.lower().startswith('tr'),
-            not value.lower().startswith(('v', 'd')),
+    values = sorted({_plain(cell): cell for cell in reversed(cells)}.values())
+    values = [value for value in values if not cells_lib.is_missing(value)]
+    by_part = [[v for v in values if parts_lib.role(v) == p] for p in parts_lib.USED]
+    if _are_few_numbers(cells):
+        plain = sorted(map(_plain, values), key=int)
+        # Of many folds, one each to choose the epoch and to measure.
+        last = plain[-2:] if len(plain) > 2 else plain[-1:]
+        values = ['+'.join(plain[: -len(last)]), *last]
+    elif by_part[0] and any(by_part[1:]):
+        values = ['+'.join(same) for same in by_part if same]
+    elif 2 <= len(values) <= 3:
+        # Sorted as train, val and test, if their first letters are enough.
+        values.sort(
+            key=lambda value: (
+                not value.lower().startswith('tr'),
+                not value.lower().startswith(('v', 'd')),
+            )
         )
-    )
-    if _are_few_numbers(cells) or not 2 <= len(values) <= 3:
-        values = (
-            ['0', '1', '2'] if _are_few_numbers(cells) else ['TRAIN', 'VAL', 'TEST']
-        )
+    else:
+        values = ['TRAIN', 'VAL', 'TEST']
     return f'data.split=column:{name}={",".join(values)}'
 
 
@@ -140,7 +168,8 @@ def _find_by_words(table, images):
         if name == images or table.is_index(name):
             continue
         roles = cells_lib.roles(table.columns[name])
-        if None not in roles and {parts_lib.TRAIN} < set(roles):
+        all_parts = None not in roles and {parts_lib.TRAIN} < set(roles)
+        if all_parts or _is_measured(table, name, roles):
             found.append(((name,), roles))
         elif (part := _BINARY.get(table.keys[name])) is not None:
             values, odd = cells_lib.yes_or_no(table.columns[name])
@@ -150,6 +179,13 @@ def _find_by_words(table, images):
             _check_roles(table, name, roles)
             found.append(((name,), roles))
     return found
+
+
+def _is_measured(table, name, roles):
+    """Whether a table without training rows names the part to measure."""
+    if table.options.for_training or table.keys[name] not in _KEYS:
+        return False
+    return None not in roles and bool({parts_lib.VAL, parts_lib.TEST} & set(roles))
 
 
 def _binary_roles(part, values):
@@ -181,19 +217,44 @@ def _find_one_hot(table, images):
     return [(tuple(names), [sides[places[0]][0] for places in chosen])]
 
 
+def at_random(options) -> str:
+    """The end of a line: what is done if the data's own parts are not used."""
+    return ', and a part is split off at random' if options.for_training else ''
+
+
 def _say_unclear(table, images):
+    instead = f'so the column is not used{at_random(table.options)}'
     for name, cells in table.columns.items():
-        values = sorted(set(cells))
-        if name == images or table.keys[name] not in _NEVER_LABELS:
+        if name == images or table.is_index(name) or name in table.options.columns:
             continue
-        if 2 <= len(values) <= _MOST_NUMBERS:
+        values = sorted(set(cells))
+        roles = _used_roles(cells)
+        if len(roles) > 1 or (
+            parts_lib.TRAIN in roles and table.keys[name] in _OFTEN_PARTS
+        ):
+            _say_looks_like_split(table, name, instead)
+        elif _is_named_like_parts(name) and 2 <= len(values) <= _MOST_NUMBERS:
             table.notes.append(
                 f'the values of the column {name} '
                 f'({", ".join(values[:5])}{", ..." if len(values) > 5 else ""}) do not '
-                'identify the parts, so the column is not used, and a part is split '
-                'off at random; to use it, name its values for train, val and test, '
-                f'such as {_example(name, cells)}'
+                f'identify the parts, {instead}; to use it, name its values for train, '
+                f'val and test, such as {_example(name, cells)}'
             )
+
+
+def _say_looks_like_split(table, name, instead):
+    """The line about a column of parts, some cells of which are something else."""
+    cells = table.columns[name]
+    roles = cells_lib.roles(cells)
+    why = 'no cell is of train'
+    if None in roles:
+        row = roles.index(None)
+        what = repr(cells[row]) if cells[row] else 'an empty cell'
+        why = f'{what} is not a part (line {table.lines[row]})'
+    table.notes.append(
+        f'the column {name} looks like a split, but {why}, {instead}; '
+        f'{_example(name, cells)} uses it and leaves out rows with other values'
+    )
 
 
 def _find_named(table, setting):
@@ -246,23 +307,51 @@ def _plain(cell):
 
 
 def _number(table, name, roles):
+    """The number of each row's part, with a line about the parts.
+
+    Raises:
+      UserError: no row is of train, or none is of any part if a model is measured.
+    """
     counts = Counter(roles)
-    if not counts[parts_lib.TRAIN]:
-        raise UserError(
-            f'{table.field}: no row of its column {name} is of train; set '
-            'data.split=none to split the images at random'
-        )
-    number = dict(_NUMBER_OF)
-    if parts_lib.VAL not in counts:
-        number[parts_lib.TEST] = 1
     used = [part for part in parts_lib.USED if counts[part]]
-    first, *what = table.options.purposes(max(len(used), 2))
-    pieces = [f'{counts[parts_lib.TRAIN]} images{first or " of train"}']
+    if not used or (table.options.for_training and not counts[parts_lib.TRAIN]):
+        remedy = 'set data.split=none to split the images at random'
+        if len(used) > 1 and name in table.columns:
+            remedy = f'use {_example(name, table.columns[name])}, or {remedy}'
+        elif not table.options.for_training:
+            remedy = 'set data.split=none to measure all'
+        raise UserError(
+            f'{table.field}: no row of its column {name} is of '
+            f'{"train" if table.options.for_training else "train, val or test"}; '
+            f'{remedy}'
+        )
+    table.notes.append(
+        f'by its column {name}: {"; ".join(describe_counts(counts, table.options))}'
+    )
+    return number_roles(roles)
+
+
+def number_roles(roles) -> np.ndarray:
+    """int64 `[N]`: 0 for train, 1 and 2 for the others there are, or `UNUSED`."""
+    number = dict(_NUMBER_OF)
+    if parts_lib.VAL not in roles:
+        number[parts_lib.TEST] = 1
+    return np.array([number.get(role, UNUSED) for role in roles], np.int64)
+
+
+def describe_counts(counts: Counter, options) -> list[str]:
+    """Pieces of a line: the images of each part, and what the part is for."""
+    used = [part for part in parts_lib.USED if counts[part]]
+    first, *what = options.purposes(max(len(used), 2))
+    if counts[parts_lib.TRAIN]:
+        pieces = [f'{counts[parts_lib.TRAIN]} images{first or " of train"}']
+    else:  # a table that is only measured
+        pieces, used, what = [], ['', *used], [''] * len(used)
     for part, purpose in zip(used[1:], what, strict=False):
-        pieces.append(f'{counts[part]} of {part}{purpose}')
+        images = '' if pieces else ' images'
+        pieces.append(f'{counts[part]}{images} of {part}{purpose}')
     if len(pieces) == 1 and first:
         pieces.append('none of val or test, so a part of them is split off')
     if counts[parts_lib.OTHER]:
         pieces.append(f'{counts[parts_lib.OTHER]} of other parts, left out')
-    table.notes.append(f'by its column {name}: {"; ".join(pieces)}')
-    return np.array([number.get(role, UNUSED) for role in roles])
+    return pieces

@@ -39,6 +39,30 @@ def describe_groups(
     )
 
 
+def describe_missing(
+    listing: readers.Listing, parts: dict[str, np.ndarray], most: int = 5
+) -> str:
+    """A line about classes of which a part that is split off has no images, or ''."""
+    lines = []
+    given = {'val': listing.val, 'test': listing.test}
+    for part, indices in parts.items():
+        if part == 'train' or given[part] is not None:
+            continue
+        if not listing.reader.labels_in_memory or listing.reader.labels.ndim != 1:
+            continue
+        there = np.unique(listing.reader.labels[listing.train])
+        missing = np.setdiff1d(there, listing.reader.labels[indices])
+        names = [listing.class_names[label] for label in missing[:most]]
+        if names:
+            lines.append(
+                f'the {part} images that are split off have none of {len(missing)} of '
+                f'{len(there)} classes ({", ".join(names)}'
+                f'{", ..." if len(missing) > most else ""}), so nothing is measured '
+                'for them'
+            )
+    return '; '.join(lines)
+
+
 def find_splits(
     listing: readers.Listing,
     test_fraction: float,

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 
-from flax_densenet.data import listing
+from flax_densenet.data import listing, other_files
 from flax_densenet.errors import UserError
 
 _SEPARATORS = {
@@ -95,6 +95,8 @@ def _text(field, path):
             content = file.read()
     except OSError as error:
         raise UserError(f'{field} cannot be read ({error.strerror})') from error
+    if what := other_files.describe_compressed(path):
+        raise UserError(f'{field} {what} and name the file that this makes')
     for start, what in _BINARY.items():
         if content.startswith(start):
             raise UserError(f'{field} is {what}; save the table as CSV in UTF-8')

@@ -18,6 +18,7 @@ from flax_densenet.data import (
     label_options,
     listing,
     notes,
+    other_files,
     parts,
     readers,
     subgroup_columns,
@@ -198,6 +199,8 @@ def _find_tars(field, name, path):
     if not name or not os.path.exists(path):
         raise UserError(f'{field}: there is no such folder or tar file')
     if not os.path.isdir(path):
+        if what := other_files.describe_compressed(path):
+            raise UserError(f'{field} {what} and name the .tar file')
         return [[path]]
     path = _below_single_folders(field, path)
     inside = parts.by_role(listing.class_folders(path))

@@ -349,6 +349,7 @@ def match_classes(
             f'classes of the data in this order: {list_first(names)}'
         )
         return examples
+    names = _without_zeros(names, trained_names)
     unknown = [name for name in names if name not in trained_names]
     if unknown:
         plain = {parts_lib.plain_case(name): name for name in trained_names}
@@ -362,6 +363,21 @@ def match_classes(
         return examples
     places = [trained_names.index(name) for name in names]
     return labeled_images.Relabeled(examples, places, len(trained_names))
+
+
+def _without_zeros(names, trained_names):
+    """Names such as 001 as 1, if the model has these: of an earlier version."""
+    unknown = [name for name in names if name not in trained_names]
+    if not unknown or not all(name.isascii() and name.isdecimal() for name in unknown):
+        return names
+    plain = [str(int(name)) if name in unknown else name for name in names]
+    if len(set(plain)) < len(plain) or not set(plain) <= set(trained_names):
+        return names
+    notes.say(
+        f'data.source: the classes {list_first(unknown)} are measured as those of the '
+        f'model without zeros in front ({list_first(trained_names)})'
+    )
+    return plain
 
 
 def format_metrics(name: str, metrics: dict[str, float]) -> str:

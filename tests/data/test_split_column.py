@@ -20,12 +20,19 @@ NUMBERS = [(i % 2, i % 3) for i in range(9)]
 
 
 @pytest.mark.parametrize('name', ['fold', 'Partition', 'set', 'subset', 'dataset'])
-@pytest.mark.parametrize('parts', [2, 3, 5])
-def test_numbers_of_parts_are_no_labels(name, parts, tmp_path):
+@pytest.mark.parametrize(
+    ('parts', 'told'), [(2, '0,1'), (3, '0,1,2'), (5, '0+1+2,3,4')]
+)
+def test_numbers_of_parts_are_no_labels(name, parts, told, tmp_path):
     """They do not say which part is which: a line asks, and nothing learns them."""
     found = read(tmp_path, f'sick,{name}', [(i % 2, i % parts) for i in range(10)])
     assert (found.names, found.ignored, found.parts) == (('sick',), (name,), None)
-    assert any(f'data.split=column:{name}=0,1,2' in note for note in found.notes)
+    setting = f'column:{name}={told}'
+    assert any(note.endswith(f'data.split={setting}') for note in found.notes)
+    found = read(
+        tmp_path, f'sick,{name}', [(i % 2, i % parts) for i in range(10)], split=setting
+    )
+    assert set(found.parts) == set(range(min(parts, 3)))
     found = read(
         tmp_path, f'sick,{name}', [(i % 2, i % parts) for i in range(10)], split='none'
     )
@@ -193,3 +200,79 @@ def test_paths_in_both_parts(tmp_path, capsys):
     assert "patient00000' and the like in their paths, 4 of 4 groups are on both" in (
         capsys.readouterr().out
     )
+
+
+@pytest.mark.parametrize(
+    ('name', 'values', 'why', 'setting'),
+    [
+        ('role', ['train', 'test', 'excluded'], "'excluded' is not", 'train,test'),
+        ('tvt', ['val', 'trian', 'train', 'test'], "'trian' is not", 'train,val,test'),
+        ('mode', ['train', 'test', ''], 'an empty cell is not', 'train,test'),
+        ('x', ['train', 'training', 'dev', '?'], "'?' is not", 'train+training,dev'),
+        ('cohort', ['train', 'external'], "'external' is not", 'train,external'),
+        ('x', ['val', 'test'], 'no cell is of train', 'val,test'),
+    ],
+)
+def test_columns_that_look_like_a_split(name, values, why, setting, tmp_path):
+    """They are never passed over in silence, and the setting in the line works."""
+    rows = [(i // 4 % 2, values[i % len(values)]) for i in range(12)]
+    found = read(tmp_path, f'sick,{name}', rows)
+    assert (found.names, found.parts) == (('sick',), None)
+    [line] = [note for note in found.notes if 'looks like a split' in note]
+    assert line.startswith(f'the column {name} looks like a split, but {why}')
+    assert f'at random; data.split=column:{name}={setting} uses it' in line
+    found = read(tmp_path, f'sick,{name}', rows, split=f'column:{name}={setting}')
+    assert {0, 1} <= set(found.parts)
+    assert read(tmp_path, f'sick,{name}', rows, split='none').names == ('sick',)
+
+
+def test_columns_that_do_not_look_like_a_split(tmp_path):
+    rows = [(i % 2, ('train', 'car', 'bus')[i % 3]) for i in range(12)]
+    found = read(tmp_path, 'sick,vehicle', rows)
+    assert not any('looks like' in note for note in found.notes)
+    texts = [
+        (i % 2, f'test {i}' if i % 2 else f'a train {chr(97 + i)}')
+        for i in (*range(25),)
+    ]
+    found = read(tmp_path, 'sick,note', texts)
+    assert not any('looks like' in note for note in found.notes)
+
+
+@pytest.mark.parametrize('name', ['cv', 'cv_fold', 'outer_fold', 'Fold 1', 'foldIndex'])
+@pytest.mark.parametrize(('parts', 'told'), [(2, '0,1'), (5, '0+1+2,3,4')])
+def test_folds_under_other_names(name, parts, told, tmp_path):
+    rows = [(i // 2 % 2, i % parts) for i in range(10)]
+    found = read(tmp_path, f'sick,{name}', rows)
+    assert (found.names, found.parts) == (('sick',), None)
+    assert any(f'data.split=column:{name}={told}' in note for note in found.notes)
+    scaffold = read(tmp_path, 'sick,scaffold', [(i // 2 % 2, i % 2) for i in range(8)])
+    assert scaffold.names == ('sick', 'scaffold')
+
+
+def test_numbers_that_begin_at_one(tmp_path):
+    found = read(tmp_path, 'sick,fold', [(i % 2, i % 3 + 1) for i in range(9)])
+    assert any('such as data.split=column:fold=1,2,3' in n for n in found.notes)
+
+
+def test_rows_that_are_only_measured(tmp_path):
+    """Of a model that is evaluated, no row needs to be of train."""
+    rows = [(i % 2, 'test') for i in range(4)]
+    found = read(tmp_path, 'sick,split', rows, for_training=False)
+    assert found.parts.tolist() == [1] * 4
+    assert 'by its column split: 4 images of test' in found.notes
+    rows = [(i % 2, ('val', 'test')[i // 2 % 2]) for i in range(8)]
+    for name in ('split', 'subset'):
+        found = read(tmp_path, f'sick,{name}', rows, for_training=False)
+        assert found.parts.tolist() == [1, 1, 2, 2] * 2
+        assert f'by its column {name}: 4 images of val; 4 of test' in found.notes
+    rows = [(i % 2, 'extra') for i in range(4)]
+    with pytest.raises(UserError, match='of train, val or test; .* to measure all'):
+        read(tmp_path, 'sick,split', rows, for_training=False)
+
+
+def test_no_row_of_train(tmp_path):
+    rows = [(i % 2, ('dev', 'dev', 'test')[i % 3]) for i in range(9)]
+    with pytest.raises(UserError, match='use data.split=column:split=dev,test, or set'):
+        read(tmp_path, 'sick,split', rows)
+    found = read(tmp_path, 'sick,split', rows, split='column:split=dev,test')
+    assert found.parts.tolist() == [0, 0, 1] * 3

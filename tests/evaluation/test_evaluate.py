@@ -70,6 +70,20 @@ def test_classes_are_matched_by_name(tmp_path):
         evaluate.match_classes(source.train, ('bees',), ('Ants', 'Bees'))
 
 
+def test_numbers_of_an_earlier_version_are_matched(tmp_path, capsys):
+    """It named the class 001 of a table 1."""
+    photos = write_images(tmp_path, {'001': 5, '002': 5})
+    source = dataset.load_source(f'folder:{photos}', image_size=8)
+    capsys.readouterr()
+    examples = evaluate.match_classes(source.train, ('001', '002'), ('0', '1', '2'))
+    assert examples.labels.tolist() == (source.train.labels + 1).tolist()
+    out = capsys.readouterr().out
+    assert 'the classes 001, 002 are measured as those of the model without' in out
+    for names in (('1', '3'), ('001', '1')):
+        with pytest.raises(UserError, match='is not one of the classes'):
+            evaluate.match_classes(source.train, ('001', '002'), names)
+
+
 def test_classes_without_names_are_told(tmp_path, capsys):
     photos = write_images(tmp_path, {'bees': 5, 'wasps': 5})
     source = dataset.load_source(f'folder:{photos}', image_size=8)

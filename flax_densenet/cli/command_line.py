@@ -59,8 +59,9 @@ def parse(argv: list[str], commands: dict[str, options.Command]) -> options.Invo
     recipe, fields = None, []
     if command.fields:
         recipe, fields = _parse_settings(values, given)
+        _check_complete(values['config'].value, recipe)
     rest = [str(flag) for flag in given if not _is_setting(flag.name)]
-    _call_absl(values, [*fields, *rest], recipe)
+    _call_absl(values, [*fields, *rest])
     return options.Invocation(
         command,
         values,
@@ -257,16 +258,27 @@ def _parse_settings(values, given):
     """The recipe, and the arguments for ml_collections."""
     named = [flag.value for flag in given if flag.name == 'config']
     recipe = recipes.find(named[-1]) if named else None
-    file = recipe or recipes.find('base')
-    recipes.provide_configs(recipe)
+    config = recipes.load(recipe or recipes.find('base'))
     fields = [
         str(_with_size(f)) for f in given if _is_setting(f.name) and f.name != 'config'
     ]
-    fields = [f'--config={file.file_and_argument}', *fields]
-    config_flags.DEFINE_config_file(
-        'config', None, '', flag_values=values, sys_argv=['', *fields]
+    config_flags.DEFINE_config_dict(
+        'config', config, '', flag_values=values, sys_argv=['', *fields]
     )
     return recipe, fields
+
+
+def _check_complete(config, recipe):
+    """Raises if a recipe leaves out fields, which the commands read."""
+    for field in _field_kinds():
+        section, _, name = field.rpartition('.')
+        held = config.get(section) if section else config
+        if not isinstance(held, ConfigDict) or name not in held:
+            raise UserError(
+                f'{recipe.shown if recipe else "--config=base"}: get_config() returns '
+                f'no {field}; start it with `from configs import base` and '
+                '`config = base.get_config()`'
+            )
 
 
 def _with_size(flag):
@@ -284,8 +296,8 @@ def load_config(text: str) -> ConfigDict:
       UserError: there is no such recipe, or it raises an error.
     """
     values = absl_flags.FlagValues()
-    recipe, settings = _parse_settings(values, [_Given('config', text)])
-    _call_absl(values, settings, recipe)
+    _parse_settings(values, [_Given('config', text)])
+    _call_absl(values, [])
     return values.config
 
 
@@ -304,19 +316,11 @@ def one_line(message: str) -> str:
     return ' '.join(message.removeprefix('flag ').split())
 
 
-def _call_absl(values, arguments, recipe):
+def _call_absl(values, arguments):
     """Parses the values; a wrong one is a UserError of one line."""
     try:
         left = values(['', *arguments])
     except (absl_flags.Error, TypeError, ValueError) as error:
-        message = str(error).strip()
-        if 'Traceback' in message:  # the recipe raised it
-            *before, message = message.splitlines()
-            if message.startswith('ValueError: '):  # the recipe rejected its argument
-                message = message.removeprefix('ValueError: ')
-            elif place := [line for line in before if line.startswith('  File ')]:
-                message = f'{message} ({place[-1]})'
-            message = f'--config={recipe.text if recipe else "base"}: {message}'
-        raise UserError(one_line(message)) from error
+        raise UserError(one_line(str(error))) from error
     if len(left) > 1:  # no known case; absl would ignore it
         raise UserError(f'{left[1]} is not a flag')

@@ -18,6 +18,8 @@ from flax_densenet.cli import options, recipes
 from flax_densenet.errors import UserError
 from flax_densenet.settings import sizes
 
+# What other programs call these settings.
+_SHORT = {'lr': 'optimizer.learning_rate', 'wd': 'optimizer.weight_decay'}
 _TRUE_FALSE = ('true', 'false', 'True', 'False')
 
 
@@ -194,6 +196,8 @@ def _join(names):
 
 def _suggest_flag(name, own, fields):
     """The flag or setting that was probably meant."""
+    if name in _SHORT:
+        return f'did you mean --config.{_SHORT[name]}? '
     known = {flag: f'--{flag}' for flag in ('config', 'mode', 'help', *own)}
     known |= {field: f'--config.{field}' for field in fields}
     last = {field.rpartition('.')[2]: f'--config.{field}' for field in fields}
@@ -222,8 +226,8 @@ def _check_field(field, fields):
     section = [n for n in fields if n.startswith(field.partition('.')[0] + '.')]
     raise UserError(
         f'--config.{field} is not a field; '
-        + (f'did you mean {close[0]}? ' if close else '')
-        + f'The fields are {", ".join(section or fields)}'
+        + (f'did you mean {close[0]}? The' if close else 'the')
+        + f' fields are {", ".join(section or fields)}'
     )
 
 

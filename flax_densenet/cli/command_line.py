@@ -61,7 +61,6 @@ def parse(argv: list[str], commands: dict[str, options.Command]) -> options.Invo
     recipe, fields = None, []
     if command.fields:
         recipe, fields = _parse_settings(values, given)
-        _check_complete(values['config'].value, recipe)
     rest = [str(flag) for flag in given if not _is_setting(flag.name)]
     _call_absl(values, [*fields, *rest])
     return options.Invocation(
@@ -270,19 +269,6 @@ def _parse_settings(values, given):
         'config', config, '', flag_values=values, sys_argv=['', *fields]
     )
     return recipe, fields
-
-
-def _check_complete(config, recipe):
-    """Raises if a recipe leaves out fields, which the commands read."""
-    for field in _field_kinds():
-        section, _, name = field.rpartition('.')
-        held = config.get(section) if section else config
-        if not isinstance(held, ConfigDict) or name not in held:
-            raise UserError(
-                f'{recipe.shown if recipe else "--config=base"}: get_config() returns '
-                f'no {field}; start it with `from configs import base` and '
-                '`config = base.get_config()`'
-            )
 
 
 def _with_size(flag):

@@ -100,7 +100,7 @@ def _candidates(path):
 
 
 def load(recipe: Recipe) -> ConfigDict:
-    """Runs a recipe and returns its settings.
+    """Runs a recipe and returns its settings; what it leaves out has its default.
 
     Raises:
       UserError: it is not a recipe, does not accept its argument, or raises an error,
@@ -120,7 +120,27 @@ def load(recipe: Recipe) -> ConfigDict:
             f'{recipe.shown}: get_config() returns {type(config).__name__}, not a '
             'ConfigDict; end it with `return config`'
         )
+    _complete(config, recipe)
     return config
+
+
+def _complete(config, recipe):
+    """Adds the fields of base.py that a recipe does not have, such as new ones."""
+    defaults = load_base()
+    with config.unlocked():
+        for name in defaults:
+            if name not in config:
+                config[name] = defaults[name]
+            elif isinstance(defaults[name], ConfigDict):
+                section = config[name]
+                if not isinstance(section, ConfigDict):
+                    raise UserError(
+                        f'{recipe.shown}: get_config() returns {name}={section!r}, '
+                        'which must be a section of fields'
+                    )
+                for field in defaults[name]:
+                    if field not in section:
+                        section[field] = defaults[name].get_ref(field)
 
 
 def _not_a_recipe(recipe):

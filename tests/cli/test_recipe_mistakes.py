@@ -62,12 +62,15 @@ def test_a_recipe_without_arguments():
 
 
 def test_a_recipe_that_lacks_fields(tmp_path):
-    """The commands read all fields; from Python, the others have their defaults."""
+    """They have their defaults, and their types."""
     path = tmp_path / 'x.py'
-    path.write_text(
-        'from ml_collections import ConfigDict\n\n\ndef get_config():\n'
-        "    return ConfigDict({'train': {'epochs': 3}})\n"
-    )
-    with pytest.raises(UserError, match='get_config.. returns no .*; start it with'):
-        command_line.parse(['launch.py', f'--config={path}'], commands.COMMANDS)
-    assert flax_densenet.get_config(path).train.epochs == 3
+    start = 'from ml_collections import ConfigDict\n\n\ndef get_config():\n    return '
+    path.write_text(start + "ConfigDict({'train': {'epochs': 3}}).lock()\n")
+    arguments = ['launch.py', f'--config={path}', '--config.data.crop_fraction=0.5']
+    config = command_line.parse(arguments, commands.COMMANDS).config
+    assert (config.train.epochs, config.data.crop_fraction) == (3, 0.5)
+    usual = flax_densenet.get_config('base')
+    usual.train.epochs = 3
+    assert flax_densenet.get_config(path).to_dict() == usual.to_dict()
+    path.write_text(start + "ConfigDict({'train': 3})\n")
+    assert refused(path).endswith('returns train=3, which must be a section of fields')

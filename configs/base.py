@@ -244,7 +244,8 @@ def get_config() -> ConfigDict:
     # one_cycle: up from 1/25 during warmup_epochs (0: during 30% of training), then
     # down to nearly 0.
     config.optimizer.schedule = 'constant'
-    # Shares of training at which schedule=steps divides the rate by 10.
+    # Shares of training at which schedule=steps divides the rate by 10, rising from
+    # above 0 to below 1.
     config.optimizer.drop_at = (0.5, 0.75)
     # Epochs during which the learning rate rises from 0.
     config.optimizer.warmup_epochs = 0.0

@@ -22,6 +22,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flax_densenet.errors import UserError
+from flax_densenet.system import arguments
 
 if TYPE_CHECKING:
     import numpy as np
@@ -118,6 +119,8 @@ def list_models(pattern: str = '*') -> list[str]:
     """
     from flax_densenet.models import factory
 
+    if not isinstance(pattern, str):
+        raise UserError(f'pattern={arguments.describe(pattern)} must be text')
     return fnmatch.filter(factory.VARIANTS, pattern)
 
 
@@ -145,7 +148,7 @@ def get_config(
     """
     from flax_densenet.cli import command_line
 
-    text = os.fspath(name)
+    text = arguments.check_path('name', name, 'the name of a recipe, or its file')
     return command_line.load_config(text if argument is None else f'{text}:{argument}')
 
 
@@ -222,7 +225,7 @@ def train(config: 'Config', workdir: str | os.PathLike[str]) -> TrainResult:
     from flax_densenet.train import fit
 
     _check_devices()
-    workdir = os.fspath(workdir)
+    workdir = arguments.resolve('workdir', workdir, 'the folder of the run')
     result = fit.fit(
         settings.from_config(config), workdir, save_samples=plots.save_samples
     )
@@ -249,20 +252,27 @@ def evaluate(
         other data, the test part is used, or everything if there is none; classes are
         matched by name. The default for a cross-validation is its own images, each
         predicted by the model that was not trained on it.
-      labels: a table of several labels per image, for a folder of images.
+      labels: a table of several labels per image, for a folder of images in `data`.
       batch_size: images computed at a time; a multiple of the number of devices.
 
     Raises:
       UserError: the data cannot be read or does not fit the model.
     """
     from flax_densenet.distributed import mesh
-    from flax_densenet.evaluation import out_of_fold, results
+    from flax_densenet.evaluation import array_data, out_of_fold, results
 
+    _check_data(data, labels)
+    arguments.check_whole('batch_size', batch_size)
     predictor = _predictor(model)
     trained, path = predictor.in_use, predictor.path or 'the model'
     mesh.check_batch_size(batch_size, trained.mesh)
     if isinstance(data, tuple):
-        examples = _array_examples(predictor, *data)
+        examples = array_data.make_examples(
+            *data,
+            classes=len(predictor.class_names),
+            multi_label=predictor.multi_label,
+            preparation=predictor.preparation,
+        )
         found = results.collect(
             trained,
             examples,
@@ -329,7 +339,8 @@ def export(
     """
     from flax_densenet.export import formats, release, sample_images
 
-    file, predictor = os.fspath(file), _predictor(model)
+    file = arguments.resolve('file', file, 'the file to write: export(model, file)')
+    predictor = _predictor(model)
     trained, path = predictor.trained, predictor.path or 'the model'
     file_format = format or formats.by_ending(file)
     shipped = release.Release(
@@ -340,12 +351,17 @@ def export(
         data_license,
     )
     shipped.check(file)
-    if images:
-        patterns: Sequence[str]
-        if isinstance(images, Sequence) and not isinstance(images, str):
-            patterns = images
-        else:
-            patterns = [os.fspath(images)]
+    files = [name for name in (file, predictor.path) if name and os.path.isfile(name)]
+    if len(files) == 2 and os.path.samefile(*files):
+        raise UserError(f'file={file} is the model itself; name another file')
+    patterns = [images] if arguments.is_path(images) else images
+    if patterns:
+        if not isinstance(patterns, Sequence):
+            raise UserError(
+                f'images: {arguments.describe(images)}; give files, folders or patterns'
+            )
+        what = 'a file, a folder or a pattern'
+        patterns = [arguments.check_path('images', one, what) for one in patterns]
         preparation = trained.preparation
         samples = sample_images.from_files(patterns, preparation)
     else:
@@ -364,12 +380,29 @@ def _check_devices():
         platforms.check_devices()
 
 
-def _is_path(value):
-    return isinstance(value, str | os.PathLike)
-
-
 def _predictor(model):
-    return load(model) if _is_path(model) else model
+    from flax_densenet.inference import predictor
+
+    if isinstance(model, predictor.Predictor):
+        return model
+    what = 'the result of load, or what it accepts'
+    return load(arguments.check_path('model', model, what))
+
+
+def _check_data(data, labels):
+    """Raises `UserError` for arguments of `evaluate` of a wrong kind."""
+    if labels and not arguments.is_path(data):
+        raise UserError(
+            f'labels={arguments.describe(labels)} needs data: the folder of the images '
+            'in the table'
+        )
+    if isinstance(data, tuple) and len(data) == 2:
+        return
+    if data is not None and not arguments.is_path(data):
+        raise UserError(
+            f'data: {arguments.describe(data)}; give a folder, a data source, or a '
+            'tuple of two arrays: (images, labels)'
+        )
 
 
 def _data_settings(trained, data=None, labels='', **changes):
@@ -386,32 +419,3 @@ def _settings_of(metadata, data=None, labels='', **changes):
     if data is not None:
         fields |= {'source': arguments.source(os.fspath(data)), 'labels': labels}
     return settings.from_saved({'data': fields})
-
-
-def _array_examples(predictor, images, labels):
-    import numpy as np
-
-    from flax_densenet.data import labeled_images, readers
-
-    images, labels = np.asarray(images), np.asarray(labels)
-    classes = len(predictor.class_names)
-    dtypes = np.uint8, predictor.preparation.dtype
-    if images.dtype not in map(np.dtype, dtypes) or images.ndim != 4 or not len(images):
-        raise UserError(
-            f'images: an array of {images.dtype} {list(images.shape)}; give uint8 '
-            '[N, H, W, 3] or [N, H, W, 1]'
-        )
-    several = predictor.multi_label
-    if labels.shape != ((len(images), classes) if several else (len(images),)):
-        raise UserError(
-            f'labels: an array of shape {list(labels.shape)}; the images need '
-            + (f'[{len(images)}, {classes}]' if several else f'[{len(images)}]')
-        )
-    if not several and not np.isin(labels, np.arange(classes)).all():
-        raise UserError(f'labels: must be integers from 0 to {classes - 1}')
-    reader = readers.ArrayReader(
-        images, labels.astype(np.float32 if several else np.int32)
-    )
-    return labeled_images.Examples(
-        reader, np.arange(len(images)), predictor.preparation
-    )

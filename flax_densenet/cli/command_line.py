@@ -18,6 +18,8 @@ from flax_densenet.cli import options, recipes
 from flax_densenet.errors import UserError
 from flax_densenet.settings import sizes
 
+# What other programs call these settings.
+_SHORT = {'lr': 'optimizer.learning_rate', 'wd': 'optimizer.weight_decay'}
 _TRUE_FALSE = ('true', 'false', 'True', 'False')
 
 
@@ -60,7 +62,7 @@ def parse(argv: list[str], commands: dict[str, options.Command]) -> options.Invo
     if command.fields:
         recipe, fields = _parse_settings(values, given)
     rest = [str(flag) for flag in given if not _is_setting(flag.name)]
-    _call_absl(values, [*fields, *rest], recipe)
+    _call_absl(values, [*fields, *rest])
     return options.Invocation(
         command,
         values,
@@ -193,6 +195,8 @@ def _join(names):
 
 def _suggest_flag(name, own, fields):
     """The flag or setting that was probably meant."""
+    if name in _SHORT:
+        return f'did you mean --config.{_SHORT[name]}? '
     known = {flag: f'--{flag}' for flag in ('config', 'mode', 'help', *own)}
     known |= {field: f'--config.{field}' for field in fields}
     last = {field.rpartition('.')[2]: f'--config.{field}' for field in fields}
@@ -221,8 +225,8 @@ def _check_field(field, fields):
     section = [n for n in fields if n.startswith(field.partition('.')[0] + '.')]
     raise UserError(
         f'--config.{field} is not a field; '
-        + (f'did you mean {close[0]}? ' if close else '')
-        + f'The fields are {", ".join(section or fields)}'
+        + (f'did you mean {close[0]}? The' if close else 'the')
+        + f' fields are {", ".join(section or fields)}'
     )
 
 
@@ -257,14 +261,12 @@ def _parse_settings(values, given):
     """The recipe, and the arguments for ml_collections."""
     named = [flag.value for flag in given if flag.name == 'config']
     recipe = recipes.find(named[-1]) if named else None
-    file = recipe or recipes.find('base')
-    recipes.provide_configs(recipe)
+    config = recipes.load(recipe or recipes.find('base'))
     fields = [
         str(_with_size(f)) for f in given if _is_setting(f.name) and f.name != 'config'
     ]
-    fields = [f'--config={file.file_and_argument}', *fields]
-    config_flags.DEFINE_config_file(
-        'config', None, '', flag_values=values, sys_argv=['', *fields]
+    config_flags.DEFINE_config_dict(
+        'config', config, '', flag_values=values, sys_argv=['', *fields]
     )
     return recipe, fields
 
@@ -284,8 +286,8 @@ def load_config(text: str) -> ConfigDict:
       UserError: there is no such recipe, or it raises an error.
     """
     values = absl_flags.FlagValues()
-    recipe, settings = _parse_settings(values, [_Given('config', text)])
-    _call_absl(values, settings, recipe)
+    _parse_settings(values, [_Given('config', text)])
+    _call_absl(values, [])
     return values.config
 
 
@@ -304,19 +306,11 @@ def one_line(message: str) -> str:
     return ' '.join(message.removeprefix('flag ').split())
 
 
-def _call_absl(values, arguments, recipe):
+def _call_absl(values, arguments):
     """Parses the values; a wrong one is a UserError of one line."""
     try:
         left = values(['', *arguments])
     except (absl_flags.Error, TypeError, ValueError) as error:
-        message = str(error).strip()
-        if 'Traceback' in message:  # the recipe raised it
-            *before, message = message.splitlines()
-            if message.startswith('ValueError: '):  # the recipe rejected its argument
-                message = message.removeprefix('ValueError: ')
-            elif place := [line for line in before if line.startswith('  File ')]:
-                message = f'{message} ({place[-1]})'
-            message = f'--config={recipe.text if recipe else "base"}: {message}'
-        raise UserError(one_line(message)) from error
+        raise UserError(one_line(str(error))) from error
     if len(left) > 1:  # no known case; absl would ignore it
         raise UserError(f'{left[1]} is not a flag')

@@ -4,7 +4,7 @@ import os
 import sys
 
 from flax_densenet import errors
-from flax_densenet.cli import command_line, commands, help_text
+from flax_densenet.cli import command_line, commands, help_text, output_files
 from flax_densenet.distributed import processes
 from flax_densenet.errors import UserError
 from flax_densenet.system import logs, terminal
@@ -65,6 +65,7 @@ def _run(argv):
     logs.show_messages()
     invocation = command_line.parse(argv, commands.COMMANDS)
     invocation.check_paths()
+    output_files.check(invocation)
     if invocation.command.name == 'predict':  # its rows go to standard output
         logs.show_messages(to_errors=True)
     if invocation.command.fields:

@@ -74,7 +74,11 @@ def _write(invocation, load, threads, how):
             model = multi_process.MultiProcessPredictor(model)
         failed = outputs_lib.run(
             model,
-            input_files.find(flags.files, leave_out=places['explain']),
+            input_files.find(
+                flags.files,
+                leave_out=places['explain'],
+                outputs=[p for p in (places['out'], places['features']) if p],
+            ),
             outputs,
             threads=threads,
             class_name=flags.explain_class,
@@ -147,7 +151,8 @@ COMMAND = options.Command(
                 'format',
                 'table, csv or jsonl.',
                 value='FORMAT',
-                default_text='by the ending of --out, else table',
+                default_text='by the ending of --out: .csv, .jsonl, or .txt or none '
+                'for a table',
             ),
             options.Flag(
                 'top', 'Classes to list per image.', kind=int, default=5, value='N'

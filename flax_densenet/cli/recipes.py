@@ -2,9 +2,13 @@
 
 import dataclasses
 import difflib
+import importlib.machinery
+import importlib.util
+import inspect
 import os
 import pathlib
 import sys
+import traceback
 import types
 
 from ml_collections import ConfigDict
@@ -29,9 +33,10 @@ class Recipe:
     argument: str | None
 
     @property
-    def file_and_argument(self) -> str:
-        """The form that ml_collections reads."""
-        return self.path if self.argument is None else f'{self.path}:{self.argument}'
+    def shown(self) -> str:
+        """As in messages: `--config=mine.py`, without the argument."""
+        argument = '' if self.argument is None else f':{self.argument}'
+        return f'--config={self.text.removesuffix(argument)}'
 
 
 def load_base() -> ConfigDict:
@@ -92,6 +97,103 @@ def _candidates(path):
     if path:
         yield str(folder() / within)
         yield str(folder() / f'{within}.py')
+
+
+def load(recipe: Recipe) -> ConfigDict:
+    """Runs a recipe and returns its settings; what it leaves out has its default.
+
+    Raises:
+      UserError: it is not a recipe, does not accept its argument, or raises an error,
+        which is named with its line in the recipe.
+    """
+    provide_configs(recipe)
+    if pathlib.PurePath(recipe.path).suffix not in ('', '.py'):
+        raise _not_a_recipe(recipe)
+    try:
+        config = _get_config(recipe)
+    except UserError:
+        raise
+    except Exception as error:  # any code can be in a recipe
+        raise _explain(error, recipe) from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f'{recipe.shown}: get_config() returns {type(config).__name__}, not a '
+            'ConfigDict; end it with `return config`'
+        )
+    _complete(config, recipe)
+    return config
+
+
+def _complete(config, recipe):
+    """Adds the fields of base.py that a recipe does not have, such as new ones."""
+    defaults = load_base()
+    with config.unlocked():
+        for name in defaults:
+            if name not in config:
+                config[name] = defaults[name]
+            elif isinstance(defaults[name], ConfigDict):
+                section = config[name]
+                if not isinstance(section, ConfigDict):
+                    raise UserError(
+                        f'{recipe.shown}: get_config() returns {name}={section!r}, '
+                        'which must be a section of fields'
+                    )
+                for field in defaults[name]:
+                    if field not in section:
+                        section[field] = defaults[name].get_ref(field)
+
+
+def _not_a_recipe(recipe):
+    return UserError(f'{recipe.shown}: a recipe is a Python file with get_config()')
+
+
+def _get_config(recipe):
+    name = 'config_config'
+    loader = importlib.machinery.SourceFileLoader(name, recipe.path)
+    spec = importlib.util.spec_from_file_location(name, recipe.path, loader=loader)
+    assert spec is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    get_config = getattr(module, 'get_config', None)
+    if not callable(get_config):
+        raise _not_a_recipe(recipe)
+    arguments = [] if recipe.argument is None else [recipe.argument]
+    _check_arguments(get_config, arguments, recipe)
+    return get_config(*arguments)
+
+
+def _check_arguments(get_config, arguments, recipe):
+    """Raises if the recipe takes no argument, or needs one."""
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except TypeError as error:
+        name = pathlib.PurePath(recipe.path).stem
+        wrong = f'{name} takes no argument; use {recipe.shown}'
+        if not arguments:
+            wrong = f'{name} needs an argument: {recipe.shown}:ARGUMENT'
+        raise UserError(f'--config={recipe.text}: {wrong}') from error
+
+
+def _explain(error, recipe):
+    """The line for an error that a recipe raised."""
+    message = ' '.join(str(error).split())
+    if type(error) is ValueError:  # the recipe rejected its argument
+        return UserError(f'--config={recipe.text}: {message}')
+    path = os.path.realpath(recipe.path)
+    lines = [
+        frame.lineno
+        for frame in traceback.extract_tb(error.__traceback__)
+        if os.path.realpath(frame.filename) == path
+    ]
+    if isinstance(error, SyntaxError):
+        message = error.msg
+        if os.path.realpath(error.filename or '') == path:
+            lines = [error.lineno]
+    place = f', line {lines[-1]}' if lines and lines[-1] else ''
+    kind = type(error).__name__
+    return UserError(
+        f'{recipe.shown}{place}: {kind}' + (f': {message}' if message else '')
+    )
 
 
 def provide_configs(recipe: Recipe | None):

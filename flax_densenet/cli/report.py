@@ -24,6 +24,7 @@ def run(invocation: options.Invocation):
     names = invocation.flags.workdir or [options.default_workdir(invocation.recipe)]
     workdirs = [folder for name in names for folder in compare.find_runs(name)]
     out = invocation.path('out')
+    _check_out(out)
     if len(workdirs) == 1 and sweep_record.is_sweep(workdirs[0]):
         _check_of_one(invocation, 'a sweep')
         path = out or os.path.join(workdirs[0], sweep_page.FILE)
@@ -41,6 +42,15 @@ def run(invocation: options.Invocation):
         terminal.say(f'{path}: {len(workdirs)} runs compared')
         return
     _report_on_run(invocation, workdirs[0])
+
+
+def _check_out(out):
+    """Raises if --out is a file of another kind: data, a model, ..."""
+    if out and os.path.isfile(out) and not out.lower().endswith(('.html', '.htm')):
+        raise UserError(
+            f'--out={out} would overwrite a file that is not a page; name a new file, '
+            'or one that ends with .html'
+        )
 
 
 def _check_of_one(invocation, what):

@@ -119,6 +119,8 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate_steps: int = 1):
       accumulate_steps: number of micro-batches, each of which must divide.
     """
     devices = mesh.size
+    if batch_size < 1:
+        raise UserError(f'data.batch_size={batch_size} must be at least 1')
     if accumulate_steps > 1 and batch_size % (devices * accumulate_steps):
         step = devices * accumulate_steps
         below = batch_size // step * step
@@ -128,7 +130,7 @@ def check_batch_size(batch_size: int, mesh: Mesh, accumulate_steps: int = 1):
             f'train.accumulate_steps={accumulate_steps} parts over {devices} devices; '
             f'use {choices}'
         )
-    if batch_size < 1 or batch_size % devices:
+    if batch_size % devices:
         below = batch_size // devices * devices
         choices = f'{below} or {below + devices}' if below > 0 else f'{devices}'
         raise UserError(

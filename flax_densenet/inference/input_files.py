@@ -41,7 +41,12 @@ def check(patterns: Iterable[str]):
         _find_one(pattern)
 
 
-def find(patterns: Iterable[str], *, leave_out: str | None = None) -> Iterator[str]:
+def find(
+    patterns: Iterable[str],
+    *,
+    leave_out: str | None = None,
+    outputs: Iterable[str] = (),
+) -> Iterator[str]:
     """Yields paths of image files in the order of the patterns, sorted by folder.
 
     Args:
@@ -54,13 +59,21 @@ def find(patterns: Iterable[str], *, leave_out: str | None = None) -> Iterator[s
         listed are skipped, as in a shell;
         or `-`, for names on standard input, one per line.
       leave_out: a folder to skip, because results are written there during the search.
+      outputs: files to be written at the end, which must not be among the images.
 
     Raises:
-      UserError: see `check`; raised when the search reaches the pattern.
+      UserError: see `check`, or an image is one of the outputs; raised when the search
+        reaches the pattern.
     """
+    written = {_identity(path): path for path in outputs if os.path.isfile(path)}
     results = None if leave_out is None else os.path.realpath(leave_out) + os.sep
     for pattern in patterns:
         for path in _find_one(pattern):
+            if written and _identity(path) in written:
+                raise UserError(
+                    f'{written[_identity(path)]}: the output would overwrite an image '
+                    'to predict; name another file'
+                )
             if results is None or not os.path.realpath(path).startswith(results):
                 yield path
 

@@ -173,6 +173,33 @@ class _Features:
         self.writer.close()
 
 
+_BY_ENDING = {'.csv': 'csv', '.jsonl': 'jsonl', '.txt': 'table', '': 'table'}
+
+
+def _choose_format(out, form):
+    """The format of the rows: as given, or by the ending of the file."""
+    if form and form not in row_formats.FORMATS:
+        raise UserError(
+            f'--format={form} is not one of predict; use '
+            f'{", ".join(row_formats.FORMATS)}'
+        )
+    if out is None or (os.path.exists(out) and not os.path.isfile(out)):  # a pipe
+        return form or 'table'
+    ending = os.path.splitext(out)[1].lower()
+    own = _BY_ENDING.get(ending)
+    if own is None and form is None:
+        raise UserError(
+            f'--out={out}: no format has the ending {ending}; use .csv, .jsonl or .txt '
+            f'(a table), or name one with --format={", ".join(row_formats.FORMATS)}'
+        )
+    if ending in ('.csv', '.jsonl') and form not in (None, own):
+        raise UserError(
+            f'--format={form}: --out={out} ends with {ending}; use another ending or '
+            f'--format={own}'
+        )
+    return form or own
+
+
 class Outputs:
     """The outputs of a prediction: a context that completes or discards the files.
 
@@ -196,8 +223,8 @@ class Outputs:
 
         Args:
           out: file for the rows; None for standard output.
-          form: a key of `row_formats.FORMATS`; None to use the extension of `out`, or
-            `table`.
+          form: a key of `row_formats.FORMATS`; None to use the extension of `out`:
+            `.csv`, `.jsonl`, or `.txt` or none for `table`.
           top: number of classes in a row, the most likely first.
           explain: a new or empty folder for a picture of each image.
           features: a file for all features (see `feature_files`).
@@ -206,18 +233,11 @@ class Outputs:
         Raises:
           UserError: an argument is invalid, or an output cannot be written.
         """
-        form = form or {'.csv': 'csv', '.jsonl': 'jsonl'}.get(
-            os.path.splitext(out or '')[1], 'table'
-        )
-        if form not in row_formats.FORMATS:
-            raise UserError(
-                f'--format={form} is not one of predict; use '
-                f'{", ".join(row_formats.FORMATS)}'
-            )
-        if top < 1:
-            raise UserError(f'--top={top} must be at least 1')
         if features and out and os.path.realpath(features) == os.path.realpath(out):
             raise UserError(f'--out and --features are both {out}; name two files')
+        form = _choose_format(out, form)
+        if top < 1:
+            raise UserError(f'--top={top} must be at least 1')
         if coverage is not None:
             conformal.check_coverage(coverage)
         self.coverage = coverage

@@ -24,13 +24,19 @@ from typing import Any, TypeAlias
 import numpy as np
 from PIL import Image
 
-from flax_densenet.data import bands, image_formats, images
+from flax_densenet.data import image_formats, images
 from flax_densenet.errors import UserError
-from flax_densenet.inference import decided, originals, perturbation, programs
+from flax_densenet.inference import (
+    decided,
+    image_arguments,
+    originals,
+    perturbation,
+    programs,
+)
 from flax_densenet.inference import explain as explain_lib
 from flax_densenet.inference.prediction import Explanation, Prediction
 from flax_densenet.models import layers
-from flax_densenet.system import paths
+from flax_densenet.system import arguments, paths
 from flax_densenet.weights import choices as choices_lib
 from flax_densenet.weights import heads, published, weight_file
 from flax_densenet.weights import precision as precision_lib
@@ -46,10 +52,10 @@ class Predictor(decided.Decided):
     """A trained model, compiled when it is used; safe to use from many threads.
 
     Images are file names, `pathlib` paths, the bytes of files, Pillow images, or arrays
-    `[H, W]`, `[H, W, 1]` or `[H, W, 3]` of any size: uint8, or uint16 for images with
-    more than 8 bits. A model with 2, 4 or more channels takes arrays `[H, W, C]` and
-    files with that number of channels. Images are prepared in the same way as in
-    training.
+    (numpy, JAX, ...) `[H, W]`, `[H, W, 1]` or `[H, W, 3]` of any size: uint8, or uint16
+    for images with more than 8 bits. A model with 2, 4 or more channels takes arrays
+    `[H, W, C]` and files with that number of channels. Images are prepared in the same
+    way as in training.
 
     Attributes:
       trained: the model with its metadata.
@@ -80,8 +86,7 @@ class Predictor(decided.Decided):
         Raises:
           UserError: the precision is unknown, or `batch_size` is below 1.
         """
-        if batch_size < 1:
-            raise UserError(f'batch_size={batch_size} must be at least 1')
+        arguments.check_whole('batch_size', batch_size)
         self.trained = trained
         self.path = path
         self._told_of_dark = False
@@ -125,7 +130,7 @@ class Predictor(decided.Decided):
         raise UserError(
             f'class {name} is none of the model; '
             + (f'did you mean {near[0]}? ' if near else '')
-            + f'There are {", ".join(known)}'
+            + f'{"There" if near else "there"} are {", ".join(known)}'
             + (', ...' if len(known) < len(self.class_names) else '')
         )
 
@@ -198,11 +203,8 @@ class Predictor(decided.Decided):
     def _collect(self, files, errors, **options):
         if errors not in ('raise', 'return'):
             raise UserError(f'errors={errors} is not known; use raise or return')
-        one = isinstance(files, str | os.PathLike | bytes | Image.Image)
-        if one or (isinstance(files, np.ndarray) and files.ndim < 4):
-            files = [files]
         predictions = []
-        for prediction in self.stream(files, **options):
+        for prediction in self.stream(image_arguments.as_list(files), **options):
             if prediction.error and errors == 'raise':
                 raise UserError(f'{prediction.path} {prediction.error}')
             predictions.append(prediction)
@@ -218,25 +220,13 @@ class Predictor(decided.Decided):
         Raises:
           UserError: it is not an image or is truncated; the message gives the reason.
         """
+        file = image_arguments.to_numpy(file)
         if isinstance(file, np.ndarray):
-            shape = file.shape
-            channels, wanted = 1 if file.ndim == 2 else shape[-1], '[H, W] or [H, W, 3]'
-            kept = self.preparation.channels
-            if bands.are_kept(kept):
-                wanted = f'[H, W, {kept}]'
-            known = file.dtype == np.uint8 or (
-                file.dtype == np.uint16 and (self.preparation.is_deep or file.ndim == 2)
-            )
-            if not known or file.ndim not in (2, 3) or 0 in shape:
-                raise UserError(
-                    f'is an array of {file.dtype} {list(shape)}; give uint8, 0 to 255, '
-                    + wanted
-                )
-            if not bands.are_kept(kept) and channels not in (1, 3, 4):
-                raise UserError(f'has {channels} channels; give 1 or 3')
+            image_arguments.check_array(file, self.preparation)
             return images.prepare_array(file, self.preparation)
         if isinstance(file, Image.Image):
             return images.prepare_image(file, self.preparation)
+        image_arguments.check_file(file)
         image = images.load_image(file, self.preparation, max_pixels=max_pixels)
         if image.max(initial=0) < _DARK and not self._told_of_dark:
             self._tell_of_dark(file)
@@ -371,6 +361,7 @@ class Predictor(decided.Decided):
             path = os.fspath(file) if named else f'image {index}'
             shown = None, None
             try:
+                file = image_arguments.to_numpy(file)
                 image = self.load(file)
                 if with_originals:
                     shown = originals.load(file, self.preparation)
@@ -428,6 +419,8 @@ def load_trained(
     Raises:
       UserError: the file or folder does not exist, or has no trained model.
     """
+    path = arguments.check_path('path', path, 'the folder of a run or weights')
+    arguments.check_whole('batch_size', batch_size)
     if not published.is_name(path):
         path = paths.resolve(path, 'the model ')
     if not weight_file.is_weights(path) and not os.path.exists(path):

@@ -349,12 +349,21 @@ class DenseNet(network.Network):
         )
         network.check_ranges(
             self,
-            growth_rate=self.growth_rate >= 1,
-            bottleneck=self.bottleneck >= 0,
-            stem_features=self.stem_features >= 1 + (self.stem == 'deep'),
-            momentum=0 <= self.momentum < 1,
-            batch_norm_group=self.batch_norm_group >= ghost_batch_norm.DEVICE,
-            hidden=all(type(n) is int and n > 0 for n in self.hidden),
+            growth_rate=(self.growth_rate >= 1, 'at least 1'),
+            bottleneck=(self.bottleneck >= 0, 'at least 0'),
+            stem_features=(
+                self.stem_features >= 1 + (self.stem == 'deep'),
+                f'at least {1 + (self.stem == "deep")} with model.stem={self.stem}',
+            ),
+            momentum=(0 <= self.momentum < 1, 'at least 0, and below 1'),
+            batch_norm_group=(
+                self.batch_norm_group >= ghost_batch_norm.DEVICE,
+                f'{ghost_batch_norm.DEVICE} (of a device), 0 (all) or above',
+            ),
+            hidden=(
+                all(type(n) is int and n > 0 for n in self.hidden),
+                'whole numbers of at least 1',
+            ),
         )
         if self.blur_pool and self.stem == 'cifar':
             raise UserError(

@@ -250,12 +250,12 @@ def _check_fields(model):
         )
     network.check_ranges(
         model,
-        num_classes=model.num_classes >= 0,
-        stem_features=model.stem_features >= 1,
-        compression=0 < model.compression <= 1,
-        dropout_rate=0 <= model.dropout_rate < 1,
-        drop_path_rate=0 <= model.drop_path_rate < 1,
-        epsilon=0 < model.epsilon <= 1,
+        num_classes=(model.num_classes >= 0, 'at least 0'),
+        stem_features=(model.stem_features >= 1, 'at least 1'),
+        compression=(0 < model.compression <= 1, 'above 0, and at most 1'),
+        dropout_rate=(0 <= model.dropout_rate < 1, 'at least 0, and below 1'),
+        drop_path_rate=(0 <= model.drop_path_rate < 1, 'at least 0, and below 1'),
+        epsilon=(0 < model.epsilon <= 1, 'above 0, and at most 1'),
     )
     model.check_fields()
     _check_size(model)

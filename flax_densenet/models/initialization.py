@@ -2,6 +2,7 @@
 
 import functools
 import math
+import numbers
 import zlib
 from typing import Any
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from flax_densenet.errors import UserError
 from flax_densenet.models import factory, layers, network
 
 
@@ -63,7 +65,16 @@ def init_variables(
     Returns:
       `{'params': ..., 'batch_stats': ...}`: numpy arrays, float32, or float64 with
       `dtype='float64'`; `batch_stats` is empty without batch norm.
+
+    Raises:
+      UserError: an argument is of another type.
     """
+    if not isinstance(model, network.Network):
+        kind = type(model).__name__
+        raise UserError(f'model: an object of type {kind}; give that of create_model')
+    for name, value in (('seed', seed), ('channels', channels)):
+        if not isinstance(value, numbers.Integral):
+            raise UserError(f'{name}={value!r} must be a whole number')
     shapes, fields = variable_shapes(model, channels=channels), model.fields()
 
     def draw(path, leaf):

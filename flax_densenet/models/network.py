@@ -181,13 +181,13 @@ def check_choices(model: Network, **choices: Sequence[str]):
             )
 
 
-def check_ranges(model: Network, **valid: bool):
+def check_ranges(model: Network, **valid: tuple[bool, str]):
     """Raises `UserError` for the first field with an invalid value.
 
     Args:
       model: the network.
-      **valid: whether the value of each field is in its range.
+      **valid: whether the value of each field is in its range, and the range in words.
     """
-    for name, is_valid in valid.items():
+    for name, (is_valid, span) in valid.items():
         if not is_valid:
-            raise UserError(f'model.{name}={getattr(model, name)} is out of range')
+            raise UserError(f'model.{name}={getattr(model, name)} must be {span}')

@@ -286,9 +286,9 @@ class RDNet(network.Network):
         network.check_choices(self, kernel=dense_block.KERNELS)
         network.check_ranges(
             self,
-            bottleneck=self.bottleneck >= 1,
-            layer_scale=0 <= self.layer_scale <= 1,
-            patch_size=1 <= self.patch_size <= 64,
+            bottleneck=(self.bottleneck >= 1, 'at least 1'),
+            layer_scale=(0 <= self.layer_scale <= 1, 'from 0 to 1'),
+            patch_size=(1 <= self.patch_size <= 64, 'from 1 to 64'),
         )
         widths = transition_features(self)
         if min(widths[1:], default=8) < 1 or self.stem_features * self.bottleneck < 8:

@@ -3,6 +3,7 @@
 from flax_densenet.settings.config import (
     RENAMED,
     SECTIONS,
+    convert,
     current_name,
     flatten,
     from_config,
@@ -43,6 +44,7 @@ __all__ = [
     'Settings',
     'SourceSettings',
     'TrainingSettings',
+    'convert',
     'current_name',
     'flatten',
     'from_config',

@@ -72,6 +72,12 @@ def from_config(config: Settings | Mapping[str, Any] | Any) -> Settings:
     """
     if isinstance(config, Settings):
         return config
+    if not hasattr(config, 'items'):
+        shown = f'{config!r:.60}'
+        raise UserError(
+            f'config={shown} is not a config; give get_config(NAME), or a mapping such '
+            "as {'data': {'source': 'folder:photos'}}"
+        )
     given = dict(_flat(config))
     for old in RENAMED.keys() & given.keys():
         value, new = given.pop(old), current_name(old)
@@ -91,6 +97,18 @@ def from_saved(saved: Mapping[str, Any]) -> Settings:
     """
     known = {name: saved[name] for name in ('init_from', *SECTIONS) if name in saved}
     return _from_fields(dict(_flat(with_current_names(known))), lambda name: None)
+
+
+def convert(name: str, value: Any) -> Any:
+    """A value for a field as its type has it: a tuple for a list or an array.
+
+    >>> convert('data.mean', [0.5]), convert('data.channels', 1)
+    ((0.5,), 1)
+
+    Raises:
+      UserError: the value is of another type.
+    """
+    return _convert(name, _plain(value), _FIELDS[name][1])
 
 
 def to_config(settings: Settings) -> dict[str, Any]:
@@ -187,8 +205,8 @@ def _raise_unknown(name):
     shown = section or ['init_from', *(f'{name}.*' for name in SECTIONS)]
     raise UserError(
         f'{name} is not a field; '
-        + (f'did you mean {close[0]}? ' if close else '')
-        + f'There are {", ".join(shown)}'
+        + (f'did you mean {close[0]}? The' if close else 'the')
+        + f' fields are {", ".join(shown)}'
     )
 
 
@@ -210,6 +228,15 @@ def _convert(name, value, kind):
     ):
         raise UserError(f'{name}={value!r} must be {_KINDS[kind]}')
     return kind(value)
+
+
+def _plain(value):
+    """Arrays as lists, and numbers of numpy as Python's."""
+    if hasattr(value, 'tolist'):
+        return value.tolist()
+    if isinstance(value, list | tuple):
+        return type(value)(_plain(one) for one in value)
+    return value
 
 
 def _to_tuple(value):

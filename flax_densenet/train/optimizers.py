@@ -8,6 +8,8 @@
 0.05
 """
 
+import itertools
+import logging
 import math
 
 import jax
@@ -15,6 +17,8 @@ import optax
 
 from flax_densenet.distributed import zero
 from flax_densenet.errors import UserError
+
+_LOGGER = logging.getLogger(__name__)
 
 OPTIMIZERS = ('adam', 'adamw', 'sgd', 'lamb')
 SCHEDULES = ('constant', 'cosine', 'steps', 'one_cycle')
@@ -41,9 +45,10 @@ def make_schedule(
         raise UserError(f'optimizer.learning_rate={learning_rate} must be above 0')
     if not 0 <= warmup_epochs < epochs:
         raise UserError(
-            f'optimizer.warmup_epochs={warmup_epochs:g} must be below '
+            f'optimizer.warmup_epochs={warmup_epochs:g} must be 0 or above, and below '
             f'train.epochs={epochs}'
         )
+    _check_drops(drop_at, schedule)
     total = math.ceil(epochs * steps_per_epoch)
     warmup = round(warmup_epochs * steps_per_epoch)
     if schedule == 'one_cycle':
@@ -60,6 +65,26 @@ def make_schedule(
         return after
     rise = optax.linear_schedule(learning_rate / (warmup + 1), learning_rate, warmup)
     return optax.join_schedules([rise, after], [warmup])
+
+
+_USUAL_DROPS = (0.5, 0.75)  # the default of configs/base.py
+
+
+def _check_drops(drop_at, schedule):
+    """Raises for values that are not rising shares; warns if they have no effect."""
+    shown = f'optimizer.drop_at={drop_at}'.replace(' ', '')
+    bounds = 0, *drop_at, 1
+    numbers = all(isinstance(share, int | float) for share in drop_at)
+    if not numbers or not all(a < b for a, b in itertools.pairwise(bounds)):
+        raise UserError(
+            f'{shown} must be rising shares of training, above 0 and below 1, such as '
+            '(0.5,0.75); for epochs divide by train.epochs'
+        )
+    if schedule != 'steps' and drop_at and tuple(drop_at) != _USUAL_DROPS:
+        _LOGGER.warning(
+            f'warning: {shown} has no effect with optimizer.schedule={schedule}; to '
+            'use it: optimizer.schedule=steps'
+        )
 
 
 def _one_cycle(learning_rate, warmup, total):
@@ -103,6 +128,10 @@ def make_optimizer(
     _check(name=(name, OPTIMIZERS), decay=(decay, DECAYS))
     if not 0 <= weight_decay < math.inf:
         raise UserError(f'optimizer.weight_decay={weight_decay} must be 0 or above')
+    if not 0 <= momentum < 1:
+        raise UserError(
+            f'optimizer.momentum={momentum:g} must be 0 or above, and below 1'
+        )
     mask = None if decay == 'all' else _kernels
     decayed = optax.add_decayed_weights(weight_decay, mask)
     scaled = optax.scale_by_learning_rate(schedule)

@@ -21,7 +21,13 @@ from flax_densenet.train import (
     step,
     training_run,
 )
-from flax_densenet.weights import metadata, published, transfer, weight_file
+from flax_densenet.weights import (
+    choices,
+    metadata,
+    published,
+    transfer,
+    weight_file,
+)
 
 
 def make_metadata(
@@ -72,6 +78,8 @@ def prepare(
     settings = settings_lib.from_config(settings)
     if class_names and not (resume or settings.init_from):
         raise UserError('--class_names needs weights: --config.init_from=FILE')
+    if not resume:  # runs that were started with such values must not be lost
+        choices.check_scale(settings.preparation.normalization)
     settings, weights = resolve(settings, workdir if resume else None, class_names)
     if by_count.find_open(settings):
         settings, source = _choose(settings, workdir if resume else None, source)

@@ -8,16 +8,19 @@ is assumed. One line reports each assumption and the setting that changes it.
 
 import dataclasses
 import logging
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from flax_densenet import settings
 from flax_densenet.data import bands, deep, images
 from flax_densenet.errors import UserError
 from flax_densenet.models import layers
 from flax_densenet.settings import sizes
+from flax_densenet.system import arguments
 from flax_densenet.weights import channels as channels_lib
 from flax_densenet.weights import heads, weight_file
 
@@ -33,6 +36,9 @@ PREPARATION = (
 )
 # For images with more than 8 bits; nothing is assumed about them.
 DEEP = ('window', 'bit_depth')
+# A larger mean or std is for pixels from 0 to 255. Even torchxrayvision, whose range is
+# -1024 to 1024, has a mean of 0.5 and a std of 1/2048 on the scale of 0 to 1.
+_LARGEST = 2
 _OF_NAMES = '--class_names=FILE or A,B,...'
 _OF_OUTPUTS = '--outputs=sigmoid, softmax or none'
 
@@ -79,18 +85,37 @@ def make(class_names=None, outputs=None, data=None, **options) -> Choices:
       class_names: names, or text that `heads.read_names` accepts.
 
     Raises:
-      UserError: a name appears twice, or a field is unknown.
+      UserError: a name appears twice, a field is unknown, or a value is of another
+        type.
     """
     if isinstance(class_names, str | os.PathLike):
         class_names = heads.read_names(os.fspath(class_names))
     elif class_names is not None:
+        if not isinstance(class_names, Iterable):
+            raise UserError(
+                f'class_names={arguments.describe(class_names)} must be a list of '
+                'names, or a file of names'
+            )
         class_names = tuple(map(str, class_names))
         heads.check_names('class_names', class_names)
+    return Choices(class_names, outputs, _convert(data), **options)
+
+
+def _convert(data):
+    """Fields of `data` with the types of the settings; checks names and types."""
+    if data is not None and not isinstance(data, Mapping):
+        raise UserError(
+            f'data={arguments.describe(data)} must be a mapping such as '
+            "{'image_size': 224}"
+        )
     known = (*PREPARATION, *DEEP)
     for name in data or {}:
         if name not in known:
             raise UserError(f'data: {name} is not one of {", ".join(known)}')
-    return Choices(class_names, outputs, data or {}, **options)
+    return {
+        name: None if value is None else settings.convert(f'data.{name}', value)
+        for name, value in (data or {}).items()
+    }
 
 
 class Notes(dict):
@@ -247,6 +272,7 @@ def prepare(
         settled = channels_lib.with_channels(settled, channels)
     settled |= chosen
     _check(settled)
+    check_scale({name: chosen.get(name) for name in ('mean', 'std')})
     check_crop(chosen, settled['resize'])
     weights.module.check_image_size(sizes.pair(settled['image_size']))
     size = settled['image_size']
@@ -278,6 +304,25 @@ def check_crop(chosen: Mapping[str, Any], resize: str):
             f'data.crop_fraction={share} has no effect with data.resize={resize}; add '
             'data.resize=crop'
         )
+
+
+def check_scale(chosen: Mapping[str, Any]):
+    """Raises if a `mean` or `std` is for values from 0 to 255, not from 0 to 1.
+
+    Args:
+      chosen: both as the user or the recipe sets them; None if neither does.
+    """
+    for name, numbers in chosen.items():
+        if not all(isinstance(n, int | float) for n in numbers or ()) or not all(
+            map(math.isfinite, numbers or ())
+        ):
+            raise UserError(f'data.{name}={_short(numbers)} must be finite numbers')
+        if max(map(abs, numbers or (0,))) > _LARGEST:
+            scaled = _short(tuple(round(number / 255, 4) for number in numbers))
+            raise UserError(
+                f'data.{name}={_short(numbers)} is for pixels from 0 to 255, but they '
+                f'are from 0 to 1 here; divide it by 255: data.{name}={scaled}'
+            )
 
 
 def check_read(weights: weight_file.Weights, chosen: Mapping[str, Any]):

@@ -6,6 +6,7 @@ from typing import Any, overload
 
 from flax_densenet.errors import UserError
 from flax_densenet.models import factory, initialization, network
+from flax_densenet.system import arguments
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -63,7 +64,8 @@ def create_model(
         is invalid.
     """
     if weights is not None:
-        return _with_weights(variant, num_classes, os.fspath(weights), fields)
+        path = arguments.check_path('weights', weights, 'a name, a file or a folder')
+        return _with_weights(variant, num_classes, path, fields)
     if variant is None or num_classes is None:
         raise UserError(
             f'create_model needs a {"variant" if variant is None else "num_classes"}, '

@@ -327,6 +327,8 @@ def list_weights(pattern: str = '*') -> WeightsTable:
       `preparation`, `accuracy`, `accuracy_source`, `license` and `size`; `print` shows
       it as a table. Nothing is downloaded.
     """
+    if not isinstance(pattern, str):
+        raise UserError(f'pattern={pattern!r} must be text')
     if not any(character in pattern for character in '*?['):
         pattern = f'*{pattern}*'
     return WeightsTable(e for e in TABLE if fnmatch.fnmatchcase(e.name, pattern))
@@ -368,8 +370,8 @@ def find(name: str) -> PublishedWeights | None:
     of_kind = [n for n in known if n.startswith(f'{kind}:')]
     raise UserError(
         f'{name}: there are no such weights; '
-        + (f'did you mean {close[0]}? ' if close else '')
-        + f'There are {", ".join(of_kind or [*DEFAULTS])}; `weights` lists all'
+        + (f'did you mean {close[0]}? There' if close else 'there')
+        + f' are {", ".join(of_kind or [*DEFAULTS])}; `weights` lists all'
     )
 
 

@@ -304,6 +304,7 @@ def test_standard_output(capfd):
 def test_the_form_follows_the_name(tmp_path, out, start):
     run(['x.jpg'], out=str(tmp_path / out))
     assert (tmp_path / out).read_text().startswith(start)
+    out = out.removesuffix('.jsonl')
     run(['x.jpg'], out=str(tmp_path / out), form='csv', top=9)
     head = (tmp_path / out).read_text().splitlines()[0]
     assert head.startswith('path,err') and head.endswith(',class3,probability3')
@@ -398,3 +399,33 @@ def test_a_reader_that_goes_away(tmp_path):
     with pytest.raises(BrokenPipeError):
         run(['x.jpg'], out=f'/dev/fd/{writing}')
     os.close(writing)
+
+
+@pytest.mark.parametrize(
+    ('out', 'form', 'line'),
+    [
+        ('x.json', None, 'no format has the ending .json; use .csv, .jsonl or .txt'),
+        ('x.tsv', None, 'or name one with --format=table, csv, jsonl'),
+        (
+            'y.csv',
+            'jsonl',
+            r'--format=jsonl: --out=.*y.csv ends with .csv; use another',
+        ),
+        ('y.jsonl', 'table', r'ending or --format=jsonl'),
+    ],
+)
+def test_endings_that_do_not_fit(out, form, line, tmp_path):
+    with pytest.raises(UserError, match=line):
+        outputs_lib.Outputs(out=str(tmp_path / out), form=form)
+    assert not list(tmp_path.iterdir())
+
+
+def test_endings(tmp_path):
+    """A table under other names; any name if the format is given."""
+    for name, form, first in (
+        ('rows.txt', None, 'x.jpg  '),
+        ('rows.CSV', None, 'path,error,'),
+        ('rows.json', 'jsonl', '{"path"'),
+    ):
+        run(['x.jpg'], out=str(tmp_path / name), form=form)
+        assert first in (tmp_path / name).read_text()

@@ -176,7 +176,7 @@ def test_which_groups_there_can_be(group, rows, devices, parts, expected):
 @pytest.mark.parametrize(
     ('overrides', 'message'),
     [
-        ({'model.batch_norm_group': -2}, 'model.batch_norm_group=-2 is out of range'),
+        ({'model.batch_norm_group': -2}, 'model.batch_norm_group=-2 must be -1'),
         ({'model.batch_norm_group': 24}, '128 rows of a batch, .* use 16 or 32'),
         ({'train.accumulate_steps': 0}, 'train.accumulate_steps=0 must be from 1'),
         (

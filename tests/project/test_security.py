@@ -41,6 +41,8 @@ ALLOWED = {
     'flax_densenet/system/process.py': {'ctypes'},
     # git, asked for the commit; the versions of packages.
     'flax_densenet/system/environment.py': {'subprocess', 'importlib'},
+    # The recipe given as --config, which is code that the user runs (SECURITY.md).
+    'flax_densenet/cli/recipes.py': {'importlib'},
     # Ends the decoding processes.
     'flax_densenet/system/signals.py': {'multiprocessing'},
     # A decoding process waits for the end of the one that started it.

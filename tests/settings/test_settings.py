@@ -145,7 +145,7 @@ def test_the_same_keys_are_saved_as_before():
         ),
         (
             {'epochs': 4},
-            r'epochs is not a field; .*There are init_from, model\.\*, data',
+            r'epochs is not a field; .*he fields are init_from, model\.\*, data',
         ),
         ({'model': 'densenet121'}, "model='densenet121' must be a section"),
         ({'data': {'batch_size': '4'}}, "data.batch_size='4' must be a whole number"),

@@ -203,3 +203,53 @@ def test_a_state_of_constants_needs_no_compilation(monkeypatch):
 def test_bad_fields(fields, message):
     with pytest.raises(UserError, match=message):
         optimizers.make_optimizer(jnp.float32(0.1), **FIELDS | fields)
+
+
+SCHEDULE = dict(learning_rate=0.1, schedule='steps', drop_at=(0.5, 0.75), epochs=4)
+SCHEDULE |= dict(warmup_epochs=0.0, steps_per_epoch=10.0)
+
+
+@pytest.mark.parametrize(
+    ('fields', 'line'),
+    [
+        (
+            {'drop_at': (30, 60)},
+            r'drop_at=\(30,60\) must be rising shares .* divide by',
+        ),
+        ({'drop_at': (30, 60), 'schedule': 'constant'}, 'must be rising shares'),
+        (
+            {'drop_at': (0.75, 0.5)},
+            'must be rising shares of training, above 0 and bel',
+        ),
+        ({'drop_at': (0.5, 0.5)}, 'must be rising shares'),
+        ({'drop_at': (0.0, 0.5)}, 'must be rising shares'),
+        ({'drop_at': ('a',)}, 'must be rising shares'),
+        (
+            {'warmup_epochs': -1},
+            'warmup_epochs=-1 must be 0 or above, and below train.e',
+        ),
+        ({'warmup_epochs': float('nan')}, 'warmup_epochs=nan must be 0 or above, and'),
+    ],
+)
+def test_schedules_that_cannot_be(fields, line):
+    with pytest.raises(UserError, match=line):
+        optimizers.make_schedule(**SCHEDULE | fields)
+
+
+def test_drops_without_effect_are_a_warning(caplog):
+    """Only if they were set: a recipe has the default with any schedule."""
+    optimizers.make_schedule(**SCHEDULE)
+    optimizers.make_schedule(**SCHEDULE | {'schedule': 'cosine'})
+    optimizers.make_schedule(**SCHEDULE | {'drop_at': (0.3, 0.6)})
+    assert not caplog.messages
+    optimizers.make_schedule(**SCHEDULE | {'drop_at': (0.3,), 'schedule': 'cosine'})
+    assert caplog.messages == [
+        'warning: optimizer.drop_at=(0.3,) has no effect with '
+        'optimizer.schedule=cosine; to use it: optimizer.schedule=steps'
+    ]
+
+
+@pytest.mark.parametrize('momentum', [-0.1, 1.0, float('nan')])
+def test_momentum_is_below_1(momentum):
+    with pytest.raises(UserError, match='must be 0 or above, and below 1'):
+        optimizers.make_optimizer(RATE, **FIELDS | {'momentum': momentum})

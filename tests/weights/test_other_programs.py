@@ -177,6 +177,8 @@ def test_everything_assumed_is_told(tmp_path):
         ({'outputs': 'relu'}, '--outputs=relu is not known; use softmax, sigmoid'),
         ({'data': {'mean': (0.5,)}}, 'data.mean=.*a number for each of 3 channels'),
         ({'data': {'std': (0, 1, 1)}}, 'data.std=.* must be above 0'),
+        ({'data': {'mean': (123.0, 117.0, 104.0)}}, r'mean=\(0.4824,0.4588,0.4078\)'),
+        ({'data': {'std': (58, 57, 57)}}, r'divide it by 255: data.std=\(0.2275,'),
         ({'data': {'resize': 'fold'}}, 'data.resize=fold is not known'),
         ({'data': {'crop_fraction': 2.0}}, 'data.crop_fraction=2.0 must be'),
         ({'data': {'image_size': -1}}, 'data.image_size=-1 must be'),

@@ -76,6 +76,7 @@ test-trackers: .venv-trackers/installed
 
 BESIDE_PEERS = tests/data/augment/test_torchvision.py \
 	tests/inference/test_explain_torch.py tests/train/test_torch_training.py \
+	tests/weights/test_changed_layers.py \
 	tests/weights/test_hdf5.py tests/weights/test_keras_files.py \
 	tests/weights/test_keras_pooling.py tests/weights/test_keras_writing.py \
 	tests/weights/test_published_peers.py tests/weights/test_timm.py \

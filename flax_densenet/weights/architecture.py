@@ -74,6 +74,17 @@ def _name_variant(fields, otherwise):
     return {'variant': otherwise} | fields
 
 
+def differing(
+    path: str, arrays: dict[str, Any], fields: dict[str, Any]
+) -> dict[str, Any]:
+    """Those of `fields` that the variant of the arrays does not have anyway."""
+    if not fields:
+        return {}
+    variant = find_fields(path, arrays)['variant']
+    own = factory.create_model(variant, num_classes=1)
+    return {k: value for k, value in fields.items() if getattr(own, k) != value}
+
+
 def of_variant(variant: str, **overrides) -> dict[str, Any]:
     """The `FIELDS` of a variant, with `overrides` in place of its own values."""
     module = factory.create_model(variant, num_classes=1, **overrides)

@@ -301,6 +301,19 @@ def preprocessing_of(path: str, settings: dict[str, Any]) -> dict[str, Any]:
     )
 
 
+def preprocessing_beside(path: str) -> dict[str, Any] | None:
+    """The preprocessing in the config.json next to a file from the Hub."""
+    config = os.path.join(os.path.dirname(path), CONFIG_FILE)
+    try:
+        settings = read(config).get('pretrained_cfg')
+        # Run folders have a file with this name, too.
+        if isinstance(settings, dict):
+            return preprocessing_of(config, settings)
+    except UserError:
+        pass
+    return None
+
+
 def _is_size(value):
     return (
         isinstance(value, list)

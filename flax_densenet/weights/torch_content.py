@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from flax_densenet.errors import UserError, list_first, printable
-from flax_densenet.weights import heads, torch_matcher, torch_pickle
+from flax_densenet.weights import heads, torch_layers, torch_matcher, torch_pickle
 
 _LOGGER = logging.getLogger(__name__)
 # The keys under which trainers keep the weights, the moving average first.
@@ -37,11 +37,6 @@ _MOST_PARTS = 20_000  # of a file that are searched for networks
 _BODY = re.compile(
     r'(^|\.)(features|denseblock\d+|transition\d+|(conv|norm|relu|pool)\d)(\.|$)'
 )
-# Layers that would change what the body of a network computes without adding arrays.
-_OTHER_LAYER = re.compile(
-    r'torch\.nn\.modules\.(activation\.(?!ReLU$).*|pooling\.(?!MaxPool2d$|AvgPool2d$|'
-    r'Adaptive).*|padding\..*|upsampling\..*)'
-)
 _SILENT = ('Dropout', 'Identity', 'Flatten', 'Linear', *_ACTIVATIONS)
 
 
@@ -54,8 +49,8 @@ class Content:
       class_names: lists of class names found next to the weights.
       outputs: one of `heads.OUTPUTS`; None if the file does not say.
       head: layers after the classifier that change its outputs in other ways.
-      classes: `{name of a module: its class}`, with '' for the outermost one, if the
-        file holds a complete model; else None.
+      layers: its layers, if the file holds a complete model; else None.
+      fields: fields of `DenseNet` that these layers determine.
       note: a line about the class names; '' for none.
     """
 
@@ -63,7 +58,8 @@ class Content:
     class_names: tuple[tuple[str, ...], ...] = ()
     outputs: str | None = None
     head: tuple[str, ...] = ()
-    classes: dict[str, str] | None = None
+    layers: torch_layers.Layers | None = None
+    fields: dict[str, Any] = dataclasses.field(default_factory=dict)
     note: str = ''
 
 
@@ -78,14 +74,17 @@ def find(path: str, saved: Any) -> Content:
     """
     found = _choose(path, saved)
     saved, place, beside = found.value, found.place or 'the file', list(found.around)
-    outputs, head, classes = None, (), None
+    outputs, head, layers, fields = None, (), None, {}
     if isinstance(saved, torch_pickle.Module):
         if saved.foreign:
             raise torch_pickle.refusal(path, saved.foreign)
-        outputs, head = _read_layers(path, saved)
+        layers = torch_layers.Layers.of(
+            {'': saved.name, **saved.layers}, saved.settings
+        )
+        fields = torch_layers.check(path, layers)
+        outputs, head = _read_activation(saved)
         beside.append(saved.attributes)
-        classes = {'': saved.name, **saved.layers}
-        saved = saved.arrays
+        saved = _without_blur(saved)
     if isinstance(saved, torch_pickle.Record):
         raise torch_pickle.refusal(path, saved.name)
     if not isinstance(saved, dict):
@@ -105,7 +104,7 @@ def find(path: str, saved: Any) -> Content:
             '%s: entries that are not arrays are left out: %s',
             *(path, printable(list_first(sorted(others)))),
         )
-    return Content(arrays, names, outputs, head, classes, note)
+    return Content(arrays, names, outputs, head, layers, fields, note)
 
 
 def _holds_network(saved):
@@ -325,23 +324,28 @@ def _fill(names):
     return [f'output {n}' if name == '' else name for n, name in enumerate(names)]
 
 
-def _read_layers(path, module):
+def _without_blur(module):
+    """The arrays, without timm's constant filters, which are not in a state dict."""
+    blurs = [n for n, kind in module.layers.items() if kind.endswith('.BlurPool2d')]
+    filters = {f'{name}.filt' for name in blurs}
+    return {k: array for k, array in module.arrays.items() if k not in filters}
+
+
+def _read_activation(module):
     """The activation after the classifier, and layers that change its outputs."""
     behind, head = False, []
     outputs = None
     for name, kind in module.layers.items():
         if _BODY.search(name):
-            if _OTHER_LAYER.fullmatch(kind):
-                raise UserError(
-                    f'{path}: its {name} is a {kind.rpartition(".")[2]}, which is not '
-                    'part of a DenseNet and cannot be left out'
-                )
             continue
+        dim = module.settings[name].get('dim')
         kind = kind.rpartition('.')[2]
         if kind == 'Linear':
             behind, head = True, []
-        elif behind and kind in _ACTIVATIONS:
+        elif behind and kind in _ACTIVATIONS and dim in (None, 1, -1):
             outputs = _ACTIVATIONS[kind]
+        elif behind and kind in _ACTIVATIONS:
+            head.append(f'{name} ({kind} over dim {dim})')
         elif behind and kind not in _SILENT and not _holds(module, name):
             head.append(f'{name} ({kind})')
     return outputs, tuple(head)

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from flax_densenet.weights import head_layers, torch_matcher
+from flax_densenet.weights import head_layers, torch_layers, torch_matcher
 from flax_densenet.weights.head_layers import RELU, Linear, Norm, Unreadable
 
-_EPSILON = 1e-5  # of batch norm in torch
+_EPSILON = torch_layers.EPSILON
 _NORM = {'weight', 'bias', 'running_mean', 'running_var'}
 _NOTHING = {'Dropout', 'AlphaDropout', 'Identity', 'Flatten', 'Sequential'}
 _LAST = {'Sigmoid', 'Softmax', 'LogSoftmax', 'Dropout', 'Identity', 'Flatten'}
@@ -41,7 +41,7 @@ def read(
     *,
     width: int | None,
     body: str,
-    classes: dict[str, str] | None = None,
+    layers: torch_layers.Layers | None = None,
 ) -> Head:
     """Reads the head of a network.
 
@@ -50,8 +50,7 @@ def read(
         names of wrappers.
       width: number of features of the body; None if unknown.
       body: prefix of the names of the body, such as `0.0.`.
-      classes: `{name of a module: its class}`, with '' for the outermost one; None if
-        the modules are not pickled.
+      layers: the layers of a pickled network; None for other files.
 
     Raises:
       Unreadable: the head computes something else, or it is unclear what it computes.
@@ -63,14 +62,14 @@ def read(
     parent = parents.pop()
     prefix = f'{parent}.' if parent else ''
     found = {place.removeprefix(prefix): layer for place, layer in places.items()}
-    if classes is not None:
-        layers, guesses = _of_classes(found, prefix, classes), []
+    if layers is not None:
+        parts, guesses = _of_pickle(found, prefix, layers), []
     elif all(name.isdecimal() for name in found):
         by_number = {int(name): layer for name, layer in found.items()}
-        layers, guesses = _of_numbers(dict(sorted(by_number.items())))
+        parts, guesses = _of_numbers(dict(sorted(by_number.items())))
     else:
-        layers, guesses = _of_names(found, width)
-    fields, more = _front(layers, width, body, prefix, found, classes)
+        parts, guesses = _of_names(found, width)
+    fields, more = _front(parts, width, body, prefix, found, layers)
     guesses += more
     linear = [name for name, layer in found.items() if isinstance(layer, Linear)]
     without = [name for name in linear if found[name].bias is None]
@@ -80,29 +79,33 @@ def read(
         )
     if without:
         guesses.append(f'no bias in {", ".join(prefix + name for name in without)}')
-    if any(isinstance(layer, Norm) for layer in layers) and classes is None:
+    if any(isinstance(part, Norm) for part in parts) and layers is None:
         guesses.append(f'epsilon is {_EPSILON:g}')
-    reduced = head_layers.reduce(layers)
+    reduced = head_layers.reduce(parts)
     guess = '; '.join(guesses)
     if guess:
-        guess = f'its head is assumed to be {head_layers.describe(layers)}: {guess}'
+        guess = f'its head is assumed to be {head_layers.describe(parts)}: {guess}'
     hidden = tuple(kernel.shape[1] for kernel, _ in reduced[:-1])
     fields |= {'hidden': hidden} if hidden else {}
     return Head(head_layers.arrays_of(reduced), fields, guess)
 
 
-def read_front(place: str, body: str, classes: dict[str, str] | None = None) -> Head:
+def read_front(
+    place: str, body: str, layers: torch_layers.Layers | None = None
+) -> Head:
     """Reads what comes between the body and a single Linear layer at `place`.
 
     Raises:
       Unreadable: there is something that our networks do not have.
     """
+    if layers is not None:
+        return Head({}, torch_layers.read_front(layers, body, place) or {})
     parent, _, name = place.rpartition('.')
     prefix = f'{parent}.' if parent else ''
     child = _child_of(body, prefix)
     if not child:
         return Head({}, {})
-    fields, guesses = _beside_body(child, prefix, {name: None}, classes)
+    fields, guesses = _beside_body(child, {name: None})
     guess = f'its head is assumed to be one Linear: {guesses[0]}' if guesses else ''
     return Head({}, fields, guess)
 
@@ -131,31 +134,34 @@ def _layer(place, leaves):
     raise Unreadable(f'{place} is neither a Linear nor a BatchNorm')
 
 
-def _of_classes(found, prefix, classes):
+def _of_pickle(found, prefix, layers):
     """The layers of pickled modules, where nothing has to be guessed."""
-    layers, left = [], dict(found)
-    for name, kind in _children(prefix, classes):
+    parts, left = [], dict(found)
+    for name, kind in _children(prefix, layers):
         if name in left:
-            layers.append(left.pop(name))
-        elif kind == 'ReLU' and layers:
-            layers.append(RELU)
-        elif layers and kind not in _NOTHING and (left or kind not in _LAST):
+            part = left.pop(name)
+            if isinstance(part, Norm):
+                epsilon = layers.epsilon(f'{prefix}{name}')
+                part = dataclasses.replace(part, epsilon=epsilon)
+            parts.append(part)
+        elif kind == 'ReLU' and parts:
+            parts.append(RELU)
+        elif parts and kind not in _NOTHING and (left or kind not in _LAST):
             raise Unreadable(f'{prefix}{name} is a {kind}')
     if left:
         raise Unreadable(f'{prefix}{next(iter(left))} is not among its modules')
-    return layers
+    return parts
 
 
-def _children(prefix, classes):
+def _children(prefix, layers):
     """The names and classes of the direct children of a Sequential."""
-    kind = classes.get(prefix.removesuffix('.'), 'module of unknown class')
+    place = prefix.removesuffix('.')
+    kind = layers.classes.get(place, 'module of unknown class')
     # A DenseNet, if its classifier is one layer.
     if not kind.endswith(('.Sequential', '.DenseNet')):
-        raise Unreadable(f'{prefix.removesuffix(".") or "it"} is a {kind}')
-    for place, inner in classes.items():
-        name = place.removeprefix(prefix)
-        if place.startswith(prefix) and name and '.' not in name:
-            yield name, inner.rpartition('.')[2]
+        raise Unreadable(f'{place or "it"} is a {kind}')
+    for child in layers.children.get(place, []):
+        yield child.removeprefix(prefix), layers.kind(child)
 
 
 def _of_numbers(found):
@@ -213,14 +219,15 @@ def _say(pairs):
     return [f'a ReLU between {", ".join(pairs)}'] if pairs else []
 
 
-def _front(layers, width, body, prefix, found, classes):
+def _front(parts, width, body, prefix, found, layers):
     """The fields of DenseNet about what comes before the head, and guesses."""
-    first = layers[0]
+    first = parts[0]
     inputs = first.kernel.shape[0] if isinstance(first, Linear) else len(first.mean)
     # fastai cuts torchvision's network after the last norm, and its head starts with
     # the pooling and a Flatten.
     if (
-        re.fullmatch(r'(.*\.)?0\.(0\.)?', body)
+        layers is None
+        and re.fullmatch(r'(.*\.)?0\.(0\.)?', body)
         and prefix.split('.')[-2:-1] == ['1']
         and isinstance(found.get('2'), Norm)
         and inputs in (width, 2 * (width or 0))
@@ -232,8 +239,11 @@ def _front(layers, width, body, prefix, found, classes):
         return fields | {'pooling': 'max_mean'}, [line]
     if width is not None and inputs != width:
         raise Unreadable(f'it takes {inputs} inputs, the network has {width} features')
+    if layers is not None:
+        place = next(name for name, _ in _children(prefix, layers) if name in found)
+        return torch_layers.read_front(layers, body, prefix + place) or {}, []
     child = _child_of(body, prefix)
-    return _beside_body(child, prefix, found, classes) if child else ({}, [])
+    return _beside_body(child, found) if child else ({}, [])
 
 
 def _child_of(body, prefix):
@@ -242,30 +252,11 @@ def _child_of(body, prefix):
     return child if body.startswith(prefix) and child.isdecimal() else ''
 
 
-def _beside_body(child, prefix, found, classes):
+def _beside_body(child, found):
     """The same for a Sequential that holds the body and the head."""
-    if classes is not None:
-        return _pooling_of(child, prefix, found, classes), []
     if not all(name.isdecimal() for name in found):
         return {}, []
     gap = min(map(int, found)) - int(child) - 1
     if gap == 2:
         return {'last_relu': False}, ['no ReLU between the last norm and the pooling']
     return {}, ['a ReLU between the last norm and the pooling']
-
-
-def _pooling_of(child, prefix, found, classes):
-    fields = {'last_relu': False}
-    children = [name for name, _ in _children(prefix, classes)]
-    for name, kind in _children(prefix, classes):
-        if children.index(name) <= children.index(child):
-            continue
-        if name in found:
-            return {k: v for k, v in fields.items() if (k, v) != ('last_relu', True)}
-        if kind == 'ReLU' and 'pooling' not in fields:
-            fields['last_relu'] = True
-        elif kind in ('AdaptiveAvgPool2d', 'AdaptiveMaxPool2d'):
-            fields['pooling'] = 'mean' if 'Avg' in kind else 'max'
-        elif kind not in _NOTHING:
-            raise Unreadable(f'{prefix}{name} is a {kind}')
-    raise Unreadable('its layers come in another order')

@@ -17,6 +17,7 @@ from flax_densenet.weights import (
     head_layers,
     rdnet_names,
     torch_head,
+    torch_layers,
     torch_matcher,
 )
 
@@ -61,7 +62,7 @@ class Renamed:
 def rename(
     path: str,
     arrays: dict[str, np.ndarray],
-    classes: dict[str, str] | None = None,
+    layers: torch_layers.Layers | None = None,
     *,
     own: bool = False,
 ) -> Renamed:
@@ -70,7 +71,7 @@ def rename(
     Args:
       path: the file, for messages.
       arrays: `{key in the file: array}`; emptied, so that no array is in memory twice.
-      classes: `{name of a module: its class}`; None if the modules are not pickled.
+      layers: the layers of a pickled network; None for other files.
       own: whether this program wrote the file. Its metadata then says how features are
         pooled.
 
@@ -106,20 +107,20 @@ def rename(
     renamed = Renamed(found, extra, preparation=preparation)
     if own:
         match = dataclasses.replace(match, width=None)
-    return _with_head(renamed, arrays, match, classes)
+    return _with_head(renamed, arrays, match, layers)
 
 
-def _with_head(renamed, arrays, match, classes):
+def _with_head(renamed, arrays, match, layers):
     """Adds a head of several layers, or the facts about a head of one Linear."""
     try:
         if match.place:
-            head = torch_head.read_front(match.place, match.body, classes)
+            head = torch_head.read_front(match.place, match.body, layers)
         elif match.head:
             head = torch_head.read(
                 {name: arrays[key] for name, key in match.head.items()},
                 width=match.width,
                 body=match.body,
-                classes=classes,
+                layers=layers,
             )
         else:
             return renamed

@@ -67,6 +67,12 @@ _HARMFUL = {
     'builtins': {'eval', 'exec', 'compile', '__import__', 'open', 'breakpoint'},
 }
 _MOST_CLASSES = 2000
+# Attributes of layers that change what they compute.
+_SETTINGS = (
+    *('kernel_size', 'stride', 'padding', 'dilation', 'groups', 'padding_mode', 'eps'),
+    *('ceil_mode', 'return_indices', 'divisor_override', 'filt_size', 'pad_mode'),
+    'dim',
+)
 
 
 @dataclasses.dataclass(eq=False)
@@ -274,12 +280,15 @@ class Module:
       arrays: `{key in state_dict(): array}`.
       attributes: plain values of the outermost module.
       layers: `{name of a module: its class}` of all modules inside, in order.
+      settings: `{name of a module: {name of an attribute: plain value}}` of these, only
+        attributes that change what a layer computes.
     """
 
     name: str
     arrays: dict[str, np.ndarray]
     attributes: dict[str, Any]
     layers: dict[str, str]
+    settings: dict[str, dict[str, Any]]
 
     @property
     def foreign(self) -> str | None:
@@ -385,7 +394,7 @@ class _Resolver:
                     for key, item in value.fields.items()
                     if isinstance(item, str | int | float | list | tuple)
                 },
-                dict(self._module_layers(value, '')),
+                *self._module_layers(value),
             )
         return value
 
@@ -411,9 +420,29 @@ class _Resolver:
             if isinstance(inner, Record):
                 yield from self._module_arrays(inner, f'{prefix}{name}.')
 
-    def _module_layers(self, module, prefix):
+    def _module_layers(self, module):
+        """The classes and the settings of all modules inside."""
+        found = dict(self._inner_modules(module, ''))
+        return (
+            {name: inner.name for name, inner in found.items()},
+            {name: _settings(inner.fields) for name, inner in found.items()},
+        )
+
+    def _inner_modules(self, module, prefix):
         self._count()
         for name, inner in (module.fields.get('_modules') or {}).items():
             if isinstance(inner, Record):
-                yield f'{prefix}{name}', inner.name
-                yield from self._module_layers(inner, f'{prefix}{name}.')
+                yield f'{prefix}{name}', inner
+                yield from self._inner_modules(inner, f'{prefix}{name}.')
+
+
+def _settings(fields):
+    """The attributes of a layer that are plain values, or short tuples of them."""
+    found = {key: fields[key] for key in _SETTINGS if key in fields}
+    return {key: value for key, value in found.items() if _is_plain(value)}
+
+
+def _is_plain(value):
+    if isinstance(value, tuple | list):
+        return len(value) <= 4 and all(isinstance(n, int | float) for n in value)
+    return value is None or isinstance(value, str | int | float)

@@ -271,7 +271,7 @@ def _fit_means(weights, prepared):
 
 
 def _from_torch(path, content):
-    renamed = torch_names.rename(path, content.arrays, content.classes)
+    renamed = torch_names.rename(path, content.arrays, content.layers)
     arrays = renamed.arrays
     family, preprocessing = 'torchvision', None
     first, head = (arrays.get(f'params/{n}/kernel') for n in ('conv0', 'classifier'))
@@ -282,13 +282,16 @@ def _from_torch(path, content):
     gray = first is not None and first.ndim == 4 and first.shape[2] == 1
     if gray and (renamed.extra or (head is not None and head.shape[-1] == 18)):
         family = 'torchxrayvision'
-    elif sidecar := _timm_sidecar(path):
+    elif sidecar := timm_config.preprocessing_beside(path):
         family = family if family == 'rdnet' else 'timm'
         preprocessing = sidecar
     other_head, reason = renamed.head or content.head, renamed.reason
     if other_head:
         arrays = {k: v for k, v in arrays.items() if '/classifier/' not in k}
-    weights = _make(path, family, arrays, {} if other_head else renamed.fields)
+    fields = architecture.differing(path, arrays, content.fields)
+    weights = _make(
+        path, family, arrays, fields | ({} if other_head else renamed.fields)
+    )
     names, unfit = _choose_names(content.class_names, weights.num_classes)
     if preprocessing and preprocessing['channels'] != weights.preprocessing['channels']:
         preprocessing = None  # it belongs to other weights
@@ -327,19 +330,6 @@ def _choose_names(found, count):
         f'{count} outputs, so these names are not used; to give others: '
         '--class_names=FILE or A,B,...'
     )
-
-
-def _timm_sidecar(path):
-    """The preprocessing in the config.json next to a file from the Hub."""
-    config = os.path.join(os.path.dirname(path), timm_config.CONFIG_FILE)
-    try:
-        settings = timm_config.read(config).get('pretrained_cfg')
-        # Run folders have a file with this name, too.
-        if isinstance(settings, dict):
-            return timm_config.preprocessing_of(config, settings)
-    except UserError:
-        pass
-    return None
 
 
 def _load_safetensors(path):

@@ -24,7 +24,7 @@ from flax_densenet.data import images as images_lib
 from flax_densenet.export import formats
 from flax_densenet.weights import trained as trained_lib
 from flax_densenet.weights import weight_file
-from helpers import deep_images
+from helpers import deep_images, torch_trees
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 _SHARED = pathlib.Path(os.environ.get('FLAX_DENSENET_SHARED', ROOT.parent / 'shared'))
@@ -174,7 +174,7 @@ def _torch_modules():
     """Stand-ins that pickle as torch's names; real ones are hidden for the moment."""
     modules = {
         name: types.ModuleType(name)
-        for name in ('torch', 'torch._utils', 'torchvision.models.densenet')
+        for name in ('torch', 'torch._utils', *torch_trees.MODULES)
     }
     for name in ('FloatStorage', 'HalfStorage', 'LongStorage'):
         setattr(modules['torch'], name, type(name, (), {'__module__': 'torch'}))
@@ -185,10 +185,11 @@ def _torch_modules():
     _rebuild_tensor_v2.__module__ = 'torch._utils'
     _rebuild_tensor_v2.__qualname__ = '_rebuild_tensor_v2'
     modules['torch._utils']._rebuild_tensor_v2 = _rebuild_tensor_v2
-    whole = type('DenseNet', (), {'__module__': 'torchvision.models.densenet'})
-    modules['torchvision.models.densenet'].DenseNet = whole
-    modules['torchvision'] = types.ModuleType('torchvision')
-    modules['torchvision.models'] = types.ModuleType('torchvision.models')
+    for module, names in torch_trees.MODULES.items():
+        for name in names:
+            setattr(modules[module], name, type(name, (), {'__module__': module}))
+    for name in ('torch.nn', 'torch.nn.modules', 'torchvision', 'torchvision.models'):
+        modules[name] = types.ModuleType(name)
     return modules
 
 
@@ -200,9 +201,12 @@ def _pickle_torch(saved, *, legacy, whole):
     """
     modules, storages = _torch_modules(), []
     if whole:
-        tree = {tuple(key.split('.')): value for key, value in saved.items()}
-        network = modules['torchvision.models.densenet'].DenseNet
-        saved = _whole(network, traverse_util.unflatten_dict(tree))
+        classes = {
+            name: kind for one in modules.values() for name, kind in vars(one).items()
+        }
+        saved = torch_trees.build(
+            saved, lambda kind: classes[kind](), outer=classes['DenseNet']()
+        )
     kinds = {'f4': 'FloatStorage', 'f2': 'HalfStorage', 'i8': 'LongStorage'}
 
     class Pickler(pickle.Pickler):
@@ -251,15 +255,6 @@ def _torch_legacy(saved, *, whole=False):
     for array in storages:
         parts += [array.size.to_bytes(8, 'little'), array.tobytes()]
     return b''.join(parts)
-
-
-def _whole(cls, tree):
-    module = cls()
-    module._parameters = {k: v for k, v in tree.items() if not isinstance(v, dict)}
-    module._buffers, module.training = {}, False
-    inner = {k: v for k, v in tree.items() if isinstance(v, dict)}
-    module._modules = {name: _whole(cls, child) for name, child in inner.items()}
-    return module
 
 
 def torch_files() -> dict[str, list[bytes]]:

@@ -11,6 +11,7 @@ from flax_densenet.export import formats
 from flax_densenet.weights import (
     head_layers,
     torch_head,
+    torch_layers,
     transfer,
     weight_file,
 )
@@ -272,10 +273,11 @@ def test_heads_that_nobody_can_tell(arrays, reason, tmp_path):
         trained_lib.load_trained(path)
 
 
-def classes_of(*kinds):
+def layers_of(*kinds):
     names = {f'classifier.{n}': f'torch.nn.modules.x.{k}' for n, k in enumerate(kinds)}
     classifier = {'classifier': 'torch.nn.modules.container.Sequential'}
-    return {'': 'torchvision.models.densenet.DenseNet'} | classifier | names
+    outer = {'': 'torchvision.models.densenet.DenseNet'}
+    return torch_layers.Layers.of(outer | classifier | names)
 
 
 def test_pickled_modules_tell_all_layers():
@@ -291,7 +293,7 @@ def test_pickled_modules_tell_all_layers():
     for (one, two), truth in truths.items():
         kinds = ('Linear', one, 'BatchNorm1d', two, 'Linear', 'Sigmoid')
         head = torch_head.read(
-            arrays, width=WIDTH, body='features.', classes=classes_of(*kinds)
+            arrays, width=WIDTH, body='features.', layers=layers_of(*kinds)
         )
         assert not head.guess
         made = x
@@ -304,9 +306,7 @@ def test_pickled_modules_tell_all_layers():
         np.testing.assert_allclose(made, truth, rtol=1e-4, atol=1e-4)
     kinds = ('Linear', 'Tanh', 'BatchNorm1d', 'ReLU', 'Linear')
     with pytest.raises(head_layers.Unreadable, match=r'classifier.1 is a Tanh'):
-        torch_head.read(
-            arrays, width=WIDTH, body='features.', classes=classes_of(*kinds)
-        )
+        torch_head.read(arrays, width=WIDTH, body='features.', layers=layers_of(*kinds))
 
 
 def test_the_order_of_layers_is_bounded():

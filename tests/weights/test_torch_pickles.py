@@ -14,6 +14,7 @@ import pytest
 
 from flax_densenet.errors import UserError
 from flax_densenet.weights import choices, torch_pickle, weight_file
+from helpers import torch_trees
 from helpers.weight_files import assert_same, state_dict, tiny
 
 ARRAYS = state_dict()
@@ -108,10 +109,7 @@ def save_torch(path, content, *, sources=False):
 FAKES = {
     'torch': ['FloatStorage', 'LongStorage'],
     'torch._utils': [],
-    'torch.nn.modules.container': ['Sequential'],
-    'torch.nn.modules.linear': ['Linear'],
-    'torch.nn.modules.activation': ['Sigmoid', 'Tanh'],
-    'torchvision.models.densenet': ['DenseNet', '_Part'],
+    **torch_trees.MODULES,
     'proj': ['Settings', 'Net'],
 }
 
@@ -142,27 +140,21 @@ def tensors(arrays=ARRAYS):
     return collections.OrderedDict((k, _Tensor(v)) for k, v in arrays.items())
 
 
+def module_of(kind):
+    made = kind()
+    made.__dict__.update(_parameters={}, _buffers={}, _modules={}, training=False)
+    return made
+
+
 def pickled_module(kinds, arrays, *, outer, last=()):
     """A tree of modules with these arrays; `last` come behind the classifier."""
-    root = outer()
-    root.__dict__.update(_parameters={}, _buffers={}, _modules={}, training=False)
-    for name, array in arrays.items():
-        *parts, leaf = name.split('.')
-        place = root
-        for depth, part in enumerate(parts, start=1):
-            kind = kinds._Part
-            if parts[:depth] in (['classifier'], ['classifier', '0']):
-                kind = kinds.Linear if depth == len(parts) else kinds.Sequential
-            if part not in place._modules:
-                inner = kind()
-                inner.__dict__.update(_parameters={}, _buffers={}, _modules={})
-                place._modules[part] = inner
-            place = place._modules[part]
-        place._parameters[leaf] = _Tensor(array)
+    root = torch_trees.build(
+        {name: _Tensor(array) for name, array in arrays.items()},
+        lambda kind: getattr(kinds, kind)(),
+        outer=outer(),
+    )
     for number, kind in enumerate(last, start=1):
-        inner = kind()
-        inner.__dict__.update(_parameters={}, _buffers={}, _modules={})
-        root._modules['classifier']._modules[str(number)] = inner
+        root._modules['classifier']._modules[str(number)] = module_of(kind)
     return root
 
 
@@ -209,13 +201,40 @@ def test_settings_of_unknown_classes(fakes, tmp_path):
         weight_file.load(save_torch(tmp_path / 'x.ckpt', content))
 
 
-def test_layers_of_other_kinds_in_the_body(fakes, tmp_path):
+@pytest.mark.parametrize('sources', [False, True])
+def test_layers_of_other_kinds_in_the_body(sources, fakes, tmp_path):
+    for place, kind, usual in (
+        ('relu0', 'Tanh', 'ReLU'),
+        ('pool0', 'AvgPool2d', 'Max'),
+    ):
+        module = pickled_module(fakes, ARRAYS, outer=fakes.DenseNet)
+        module._modules['features']._modules[place] = module_of(getattr(fakes, kind))
+        path = save_torch(tmp_path / 'x.pth', module, sources=sources)
+        message = f'its features.{place} is {kind} where a DenseNet has {usual}'
+        with pytest.raises(UserError, match=message):
+            weight_file.load(path)
+
+
+@pytest.mark.parametrize(
+    'values',
+    [
+        {'stride': [[2, 2], [2, 2]]},
+        {'stride': 'x\ny'},
+        {'kernel_size': None},
+        {'padding': 3.5},
+        {'dilation': (1,) * 9, 'groups': 2},
+    ],
+)
+def test_odd_settings_are_one_line_or_left_out(values, fakes, tmp_path):
     module = pickled_module(fakes, ARRAYS, outer=fakes.DenseNet)
-    inner = fakes.Tanh()
-    inner.__dict__.update(_parameters={}, _buffers={}, _modules={})
-    module._modules['features']._modules['relu0'] = inner
-    with pytest.raises(UserError, match=r'its features.relu0 is a Tanh, which is not'):
-        weight_file.load(save_torch(tmp_path / 'x.pth', module))
+    vars(module._modules['features']._modules['conv0']).update(values)
+    path = save_torch(tmp_path / 'x.pth', module)
+    if 'stride' in values and isinstance(values['stride'], list):
+        weight_file.load(path)
+        return
+    with pytest.raises(UserError, match='its features.conv0 has') as error:
+        weight_file.load(path)
+    assert '\n' not in str(error.value)
 
 
 def test_getattr_in_settings_is_inert(fakes, tmp_path):

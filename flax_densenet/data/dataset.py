@@ -234,6 +234,11 @@ def _check_counts(source, split):
             f'data.source={source}: {train} training images are too few to split off a '
             'validation part; set data.val_fraction=0, or a larger share'
         )
+    if not train and split.val is not None and len(split.val):
+        raise UserError(
+            f'data.source={source}: {len(split.val)} validation images leave none to '
+            'train on; lower data.val_fraction'
+        )
     if not train or not test:
         copies = ' (copies of an image count as one)' if split.lines else ''
         raise UserError(

@@ -104,6 +104,8 @@ def test_too_few_images_for_validation(tmp_path):
     write_images(tmp_path, {'a': 2, 'b': 2}, size=(8, 8))
     with pytest.raises(UserError, match='are too few to split off a validation part'):
         load(f'folder:{tmp_path}', test_fraction=0.4, val_fraction=0.01)
+    with pytest.raises(UserError, match='none to train on; lower data.val_fraction'):
+        load(f'folder:{tmp_path}', val_fraction=0.99)
 
 
 def test_copies_in_three_parts(three, capsys):

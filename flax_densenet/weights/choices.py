@@ -326,8 +326,16 @@ def check_scale(chosen: Mapping[str, Any]):
 
 
 def check_read(weights: weight_file.Weights, chosen: Mapping[str, Any]):
-    """Raises if the file prepares images in a way that could not be read."""
-    if weights.unread and not (chosen.get('mean') and chosen.get('std')):
+    """Raises if the file prepares images in a way that could not be read.
+
+    With the user's `mean` and `std`, a line says that only these are applied.
+    """
+    if weights.unread and chosen.get('mean') and chosen.get('std'):
+        _LOGGER.warning(
+            f'{weights.path}: {weights.unread} prepares images in a way that cannot be '
+            'read; only data.mean and data.std are applied'
+        )
+    elif weights.unread:
         raise UserError(
             f'{weights.path}: {weights.unread} prepares images in a way that cannot be '
             'read; set data.mean and data.std to do the same for images from 0 to 1'

@@ -258,7 +258,7 @@ def test_other_connections_of_the_head_are_refused(load):
     'strange',
     [pad('strange', 16), pad('strange', 3), window('MaxPooling2D', 'strange', 2, 2)],
 )
-def test_layers_in_front_are_not_those_of_the_network(strange, is_nested, load):
+def test_layers_in_front_are_not_those_of_the_network(strange, is_nested, load, caplog):
     head = [layer('GlobalAveragePooling2D'), dense('dense_1', 5, 'softmax')]
     front = [layer('Rescaling', scale=1 / 255, offset=0.0), dict(strange)]
     body = network()
@@ -271,6 +271,9 @@ def test_layers_in_front_are_not_those_of_the_network(strange, is_nested, load):
     assert found.unread == named and found.num_classes == 5
     with pytest.raises(UserError, match=re.escape(named)):
         choices.check_read(found, {})
+    caplog.set_level('WARNING', 'flax_densenet')
+    choices.check_read(found, {'mean': (0.5,) * 3, 'std': (0.5,) * 3})
+    assert named in caplog.text and 'only data.mean and data.std' in caplog.text
 
 
 CHANGES = {

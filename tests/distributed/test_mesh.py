@@ -27,7 +27,7 @@ def test_rows_are_spread_and_parameters_copied():
     [
         (100, 3, '100 does not divide over 3 devices; use 99 or 102'),
         (2, 4, '2 does not divide over 4 devices; use 4'),
-        (0, 1, 'use 1'),
+        (0, 1, 'data.batch_size=0 must be at least 1'),
     ],
 )
 def test_batch_sizes(size, devices, message):

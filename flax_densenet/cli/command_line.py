@@ -166,8 +166,8 @@ def _check_name(name, command, commands, fields):
     if _is_setting(name):
         if not command.fields:
             raise UserError(f'--{name}: {command.name} has no settings')
-        if field := name.partition('.')[2]:
-            _check_field(field, fields)
+        if '.' in name:
+            _check_field(name.partition('.')[2], fields)
         return
     own = command.all_flags()
     bare = name.removeprefix('no')

@@ -1,5 +1,6 @@
 """The names of classes in the cells of a column: words, or numbers as written."""
 
+import decimal
 import re
 
 from flax_densenet.data import cells as cells_lib
@@ -36,7 +37,7 @@ def find(field: str, column: str, cells) -> tuple[list[str], list[str]]:
     names = sorted(set(name_of.values()))
     _check_numbers(field, column, [n for n in names if _WHOLE.fullmatch(n)])
     if all(whole.values()):
-        names.sort(key=int)
+        names.sort(key=decimal.Decimal)  # of any length
     else:
         # Among words, `1.0` is a name as it is, unless `1` is there as well.
         taken = {cell for cell in different if name_of[cell] == cell}
@@ -46,9 +47,9 @@ def find(field: str, column: str, cells) -> tuple[list[str], list[str]]:
 
 
 def _check_numbers(field, column, names):
-    first: dict[int, str] = {}
+    first: dict[decimal.Decimal, str] = {}
     for name in names:
-        other = first.setdefault(int(name), name)
+        other = first.setdefault(decimal.Decimal(name), name)
         if other != name:
             raise UserError(
                 f'{field}: {other!r} and {name!r} of the column {column} are the same '

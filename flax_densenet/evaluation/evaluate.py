@@ -370,7 +370,7 @@ def _without_zeros(names, trained_names):
     unknown = [name for name in names if name not in trained_names]
     if not unknown or not all(name.isascii() and name.isdecimal() for name in unknown):
         return names
-    plain = [str(int(name)) if name in unknown else name for name in names]
+    plain = [(name.lstrip('0') or '0') if name in unknown else name for name in names]
     if len(set(plain)) < len(plain) or not set(plain) <= set(trained_names):
         return names
     notes.say(

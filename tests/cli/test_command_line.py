@@ -119,6 +119,7 @@ def test_arguments_without_names(arguments, expected, tmp_path, monkeypatch):
         (['--config.train.learning_rate=1'], 'did you mean optimizer.learning_rate?'),
         (['--config.trian.epochs=1'], 'did you mean train.epochs?'),
         (['--config.model'], '--config.model is not a field; the fields are model.b'),
+        (['--config.=1'], '--config. is not a field; '),
         (['eval', '--top=3'], '--top is a flag of predict; eval does not take it'),
         (['--port=1'], '--port is a flag of serve; train does not take it'),
         (['export', '--format=onnx', '--noretry_failed'], 'flag of sweep; export does'),

@@ -151,8 +151,7 @@ COMMAND = options.Command(
                 'format',
                 'table, csv or jsonl.',
                 value='FORMAT',
-                default_text='by the ending of --out: .csv, .jsonl, or .txt or none '
-                'for a table',
+                default_text='as the file ends: .csv or .jsonl, else a table',
             ),
             options.Flag(
                 'top', 'Classes to list per image.', kind=int, default=5, value='N'

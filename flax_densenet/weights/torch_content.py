@@ -11,7 +11,13 @@ from typing import Any
 import numpy as np
 
 from flax_densenet.errors import UserError, list_first, printable
-from flax_densenet.weights import heads, torch_layers, torch_matcher, torch_pickle
+from flax_densenet.weights import (
+    heads,
+    torch_copies,
+    torch_layers,
+    torch_matcher,
+    torch_pickle,
+)
 
 _LOGGER = logging.getLogger(__name__)
 # The keys under which trainers keep the weights, the moving average first.
@@ -137,30 +143,25 @@ def _choose(path, saved):
         shapes = _shapes(first.value)
         others = [one for one in networks if one is not first]
         copies = [first, *(one for one in others if _shapes(one.value) == shapes)]
-    averages = [one for one in copies if torch_matcher.is_average(one.place)]
-    # Lightning keeps the trained weights there while it saves their average.
-    if any(one.place == 'current_model_state' for one in copies):
-        averages += [one for one in copies if one.place == 'state_dict']
-    chosen = averages[0] if len(averages) == 1 else copies[0]
-    places = ' and '.join(printable(one.place) for one in copies[:4])
     if len(copies) == 1:
-        _tell_unnamed_averages(path, saved, chosen)
-    elif len(averages) == 1:
-        _LOGGER.warning(
-            '%s holds the network %s, as %s; the moving average %s is used; to use '
-            'another, save it alone',
-            path,
-            'twice' if len(copies) == 2 else f'{len(copies)} times',
-            *(places, printable(chosen.place)),
-        )
-    elif all(_same(chosen.value, one.value) for one in copies):
-        _LOGGER.warning('%s holds the same network as %s; one is used', path, places)
-    else:
-        raise UserError(
-            f'{path} holds {len(copies)} networks, as {places}; choose one and save it '
-            "alone: torch.save(torch.load(FILE)['KEY'], NEW)"
-        )
-    return chosen
+        _tell_unnamed_averages(path, saved, copies[0])
+        return copies[0]
+    places = [one.place for one in copies]
+    averages = [n for n, place in enumerate(places) if torch_copies.is_average(place)]
+    # Lightning keeps the trained weights there while it saves their average.
+    if 'current_model_state' in places:
+        averages += [n for n, place in enumerate(places) if place == 'state_dict']
+    arrays = [_arrays_of(one.value) for one in copies]
+    number = torch_copies.choose(
+        path,
+        places,
+        averages,
+        are_equal=lambda: all(
+            torch_copies.equal_arrays(arrays[0], other) for other in arrays[1:]
+        ),
+        remedy="torch.save(torch.load(FILE)['KEY'], NEW)",
+    )
+    return copies[number]
 
 
 def _follow_usual_keys(saved):
@@ -213,13 +214,6 @@ def _shapes(network):
     return sorted(v.shape for v in _arrays_of(network).values() if v.ndim == 4)
 
 
-def _same(one, other):
-    one, other = _arrays_of(one), _arrays_of(other)
-    return one.keys() == other.keys() and all(
-        np.array_equal(one[key], other[key]) for key in one
-    )
-
-
 def _is_array(values):
     return bool(values) and isinstance(values[0], np.ndarray)
 
@@ -227,7 +221,7 @@ def _is_array(values):
 def _tell_unnamed_averages(path, saved, chosen):
     """Warns of a moving average that is only a list of arrays."""
     for key, value in saved.items() if isinstance(saved, dict) else ():
-        if not torch_matcher.is_average(str(key)) or value is chosen.value:
+        if not torch_copies.is_average(str(key)) or value is chosen.value:
             continue
         inner = list(value.values()) if isinstance(value, dict) else [value]
         if any(isinstance(x, list) and _is_array(x[:1]) for x in inner):

@@ -17,7 +17,7 @@ import numpy as np
 
 from flax_densenet.data import bands
 from flax_densenet.errors import UserError, list_first, printable
-from flax_densenet.weights import rdnet_names
+from flax_densenet.weights import rdnet_names, torch_copies
 
 _LOGGER = logging.getLogger(__name__)
 _WRAPPERS = re.compile(
@@ -38,7 +38,6 @@ _BESIDE = re.compile(
     r'precision|recall|f1|confusion\w*|calibration_error|specificity)\d*|optimizers?|'
     r'optim|\w*scheduler\w*|n_averaged|\w*pos_weight|class_weights?|op_threshs'
 )
-_AVERAGE = re.compile(r'(.*_)?(ema|swa|averaged|average|avg|shadow)(_.*)?')
 _MEANS = {'mean', 'mu', 'pixel_mean', 'image_mean', 'new_mean'}
 _STDS = {'std', 'sigma', 'pixel_std', 'image_std', 'new_std'}
 
@@ -159,35 +158,22 @@ def _names_of_numbers(start, plain, arrays):
     return {str(number): name for number, name in names.items()}
 
 
-def is_average(start: str) -> bool:
-    """Whether a prefix of names belongs to a moving average."""
-    return any(_AVERAGE.fullmatch(part.lower()) for part in start.split('.'))
-
-
 def _choose(path, starts, plain, arrays):
-    """Chooses among copies: the moving average, or the first if all are equal."""
     if len(starts) == 1:
         return starts[0]
-    names = ' and '.join(printable(start or '(no prefix)') for start in starts[:4])
-    averages = [start for start in starts if is_average(start)]
-    if len(averages) == 1:
-        _LOGGER.warning(
-            '%s holds the network %s, as %s; the moving average %s is used; to use '
-            'another, save it alone',
-            path,
-            'twice' if len(starts) == 2 else f'{len(starts)} times',
-            names,
-            averages[0],
-        )
-        return averages[0]
-    parts = [_part(start, plain, arrays) for start in starts]
-    if all(_same(parts[0], part) for part in parts[1:]):
-        _LOGGER.warning('%s holds the same network as %s; one is used', path, names)
-        return starts[0]
-    raise UserError(
-        f'{path} holds {len(starts)} networks, as {names}; choose one and save it '
-        'alone: torch.save(model.NAME.state_dict(), FILE)'
+
+    def are_equal():
+        first, *parts = (_part(start, plain, arrays) for start in starts)
+        return all(torch_copies.equal_arrays(first, part) for part in parts)
+
+    number = torch_copies.choose(
+        path,
+        [start or '(no prefix)' for start in starts],
+        [n for n, start in enumerate(starts) if torch_copies.is_average(start)],
+        are_equal=are_equal,
+        remedy='torch.save(model.NAME.state_dict(), FILE)',
     )
+    return starts[number]
 
 
 def _part(start, plain, arrays):
@@ -196,12 +182,6 @@ def _part(start, plain, arrays):
         for name, key in plain.items()
         if name.startswith(start) and _BODY.fullmatch(name.removeprefix(start))
     }
-
-
-def _same(one, other):
-    return one.keys() == other.keys() and all(
-        np.array_equal(one[name], other[name]) for name in one
-    )
 
 
 class _Network:

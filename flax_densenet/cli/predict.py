@@ -151,7 +151,7 @@ COMMAND = options.Command(
                 'format',
                 'table, csv or jsonl.',
                 value='FORMAT',
-                default_text='as the file ends: .csv or .jsonl, else a table',
+                default_text='as the file ends: .csv, .jsonl or .txt (a table)',
             ),
             options.Flag(
                 'top', 'Classes to list per image.', kind=int, default=5, value='N'
